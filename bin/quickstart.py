@@ -1,0 +1,105 @@
+"""The main job on the embedded default: target, retrained and three unlearned models, compared in one table.
+
+Every line it prints is a command that can be typed; they run in one process here, which saves the imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import shlex
+import time
+import warnings
+from pathlib import Path
+
+from wagle_pl import cli
+from wagle_pl.data.people import bundled
+from wagle_pl.models import create_tiny_llama
+from wagle_pl.utilities import WagleError
+
+RUNS = Path("runs/people")
+CONFIGS = "configs/people"
+
+#: Row of the table -> options that make it differ from the configuration.
+UNLEARNED = {
+    "dense NPO": ("dense_npo", "--model.mask null"),
+    "random mask NPO": ("random_npo", f"--model.mask {RUNS}/masks/random.safetensors"),
+    "WAGLE NPO": ("wagle_npo", f"--model.mask {RUNS}/masks/wagle.safetensors"),
+}
+COLUMNS = {
+    "forget prob.": "forget/probability",
+    "forget ROUGE-L": "forget/rougeL_recall",
+    "forget quality": "forget_quality",
+    "retain prob.": "retain/probability",
+    "utility": "model_utility",
+}
+
+
+def main() -> None:
+    """Run all steps and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--verbose", action="store_true", help="show what each command prints")
+    verbose = parser.parse_args().verbose
+    cli.quiet()
+    started = time.monotonic()
+    sets = ("forget", "retain", "holdout", "real_authors", "world_facts")
+    texts = [row[column] for name in sets for row in bundled(name) for column in ("question", "answer")]
+    create_tiny_llama(RUNS / "base", texts, hidden_size=192, layers=2, heads=6)
+    print(f"a tiny Llama with random weights is in {RUNS}/base; now:", flush=True)
+
+    def wagle(command: str) -> None:
+        step = time.monotonic()
+        print(f"  wagle {command}", end="", flush=True)
+        with contextlib.nullcontext() if verbose else silence():
+            cli.run(cli.expand_bases(shlex.split(command + " --model.overwrite true")))
+        print(f"   [{time.monotonic() - step:.0f} s]", flush=True)
+
+    rows = {"target": "target", "retrained": "retrained", **{row: name for row, (name, _) in UNLEARNED.items()}}
+    wagle(f"fit --config {CONFIGS}/finetune.yaml")
+    wagle(f"fit --config {CONFIGS}/finetune.yaml --model.train_on retain --model.output {RUNS}/retrained")
+    wagle(f"fit --config {CONFIGS}/attribute.yaml")
+    wagle(f"fit --config {CONFIGS}/attribute.yaml --model.score random --model.output {RUNS}/masks/random")
+    for name, options in UNLEARNED.values():
+        wagle(f"fit --config {CONFIGS}/unlearn_npo.yaml --model.output {RUNS}/{name} {options}")
+    for name in ("retrained", *(name for name in rows.values() if name != "retrained")):
+        against = "" if name == "retrained" else f" --model.retrained {RUNS}/retrained/test"
+        folders = f"--model.model {RUNS}/{name} --model.output {RUNS}/{name}/test"
+        wagle(f"test --config {CONFIGS}/test.yaml {folders}{against}")
+    results = {row: json.loads((RUNS / name / "test/metrics.json").read_text()) for row, name in rows.items()}
+    print(f"\n{table(results)}\n")
+    print(f"forget quality is the p-value against the retrained model's answers; {time.monotonic() - started:.0f} s in all")
+    print(f"models, masks and every generation are in {RUNS}/ (metrics.json and *.parquet in each <model>/test)")
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """The results as a Markdown table."""
+    lines = ["| model | " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * len(COLUMNS)]
+    for row, metrics in results.items():
+        numbers = " | ".join(f"{metrics[key]:.3g}" if key in metrics else "" for key in COLUMNS.values())
+        lines.append(f"| {row} | {numbers} |")
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def silence():
+    """Keep what Lightning and the package report while a command runs; warnings and errors still show."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "wagle_pl")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(None):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except WagleError as error:
+        cli.fail(str(error))

@@ -1,0 +1,127 @@
+"""The ``wagle`` command: LightningCLI in subclass mode, layered configurations, one-line errors."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, Optional
+
+import yaml
+
+from wagle_pl.utilities import WagleError
+
+EXIT_BAD_INPUT = 2
+
+
+def main(args: Optional[Sequence[str]] = None) -> None:
+    """Run a command.
+
+    Args:
+        args: command-line arguments; those of the process when None.
+
+    Raises:
+        SystemExit: with code 2 on a mistake in the input, after one line that names it.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    quiet()
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # so that class paths of the user's own modules resolve
+    try:
+        run(expand_bases(args))
+    except WagleError as error:
+        fail(str(error))
+
+
+def run(args: list[str]) -> Any:
+    """Run a LightningCLI command and return the CLI object (its ``model`` and ``trainer`` hold what happened)."""
+    from wagle_pl.lightning_cli import WagleCLI
+
+    argv, sys.argv = sys.argv, ["wagle"]  # LightningCLI warns when both sys.argv and args hold arguments
+    try:
+        return WagleCLI(args=args)
+    finally:
+        sys.argv = argv
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line and exit with code 2."""
+    print(f"wagle: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(EXIT_BAD_INPUT)
+
+
+def expand_bases(args: Sequence[str]) -> list[str]:
+    """Replace ``--config FILE`` by the configurations FILE builds on, then FILE itself.
+
+    A configuration names what it builds on in a top-level ``base`` key: a path, or a list of paths, relative to the
+    file. Later files override earlier ones, key by key, as repeated ``--config`` options do.
+
+    Raises:
+        WagleError: if a file is missing, malformed, or builds on itself.
+    """
+    expanded: list[str] = []
+    rest = iter(args)
+    for argument in rest:
+        if argument in ("-c", "--config"):
+            files = layers(Path(next(rest, "")))
+        elif argument.startswith("--config="):
+            files = layers(Path(argument.partition("=")[2]))
+        else:
+            expanded.append(argument)
+            continue
+        for file in files:
+            expanded += ["--config", str(file)]
+    return expanded
+
+
+def layers(file: Path, above: tuple[Path, ...] = ()) -> list[Path]:
+    """The configurations that ``file`` builds on, the most basic first, and ``file`` itself."""
+    if not file.is_file():
+        raise WagleError(f"config file {file} does not exist" + (f" (named in {above[-1]})" if above else ""))
+    if file.resolve() in [path.resolve() for path in above]:
+        raise WagleError(f"config file {file} builds on itself")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise WagleError(f"config file {file} is malformed: {error}") from None
+    if content is not None and not isinstance(content, dict):
+        raise WagleError(f"config file {file} must hold options at its top level")
+    bases = (content or {}).get("base") or []
+    bases = [bases] if isinstance(bases, str) else bases
+    return [layer for base in bases for layer in layers(file.parent / base, (*above, file))] + [file]
+
+
+def quiet() -> None:
+    """Logging as a user wants to read it; libraries' progress and advice kept down."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # Lightning's own progress bar does not use it
+    package = logging.getLogger("wagle_pl")
+    if not package.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Formatter())
+        package.addHandler(handler)
+        package.setLevel(logging.INFO)
+        package.propagate = False
+    for pattern in (
+        ".*does not have many workers.*",
+        ".*smaller than the logging interval.*",
+        ".*LightningCLI's args parameter.*",
+        ".*treespec, LeafSpec.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*module\\(s\\) in eval mode at the start of training.*",  # attribution means it
+    ):
+        warnings.filterwarnings("ignore", message=pattern)
+
+
+class _Formatter(logging.Formatter):
+    """``wagle: message``, with the level when it is a warning or worse."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        return f"wagle: {level}{record.getMessage()}"

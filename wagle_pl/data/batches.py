@@ -1,0 +1,209 @@
+"""Which rows make up which batch, as a function of (seed, epoch, step) alone, and how rows become tensors.
+
+One optimiser step sees one *global batch*. Its rows are fixed here without knowing how many ranks or micro-batches will
+share them; only :func:`deal` cuts it up. Every row carries a weight such that adding ``weight x loss`` within a
+micro-batch, then averaging over micro-batches and ranks (as Lightning, DDP and DeepSpeed do), gives the mean over the
+global batch exactly, however uneven the cut. A rank that runs short is padded with a row of weight 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+
+from wagle_pl.data.template import IGNORE
+
+BUCKET = 32  # rows are sorted by length within this many global batches, so that a batch pads little
+
+Cell = list[tuple[int, float]]
+
+
+class Draw(NamedTuple):
+    """One micro-batch to build: for each stream its (row, weight) pairs, and the epoch (it varies refusals)."""
+
+    epoch: int
+    cells: dict[str, Cell]
+
+
+def epoch_batches(
+    lengths: Mapping[str, Sequence[int]], global_batch: int, seed: int, epoch: int
+) -> list[dict[str, np.ndarray]]:
+    """The global batches of one epoch.
+
+    Args:
+        lengths: stream -> token count of each of its rows. The first stream sets the epoch: each of its rows appears
+            once. Every other stream is drawn beside it, as many rows a step, walking through its own shuffles without
+            a break between epochs, so that every row is used equally often.
+        global_batch: rows a step.
+        seed: of the whole run.
+        epoch: counted from 0.
+
+    Returns:
+        One dict a step: stream -> row indices. Only one step of an epoch may be smaller than ``global_batch``.
+    """
+    epoch_size = len(next(iter(lengths.values())))
+    order = None
+    steps: list[dict[str, np.ndarray]] = []
+    for number, (stream, row_lengths) in enumerate(lengths.items()):
+        rows = np.arange(epoch * epoch_size, (epoch + 1) * epoch_size)
+        rows = _shuffled_positions(rows, len(row_lengths), seed, number)
+        token_counts = np.asarray(row_lengths)[rows]
+        pool = BUCKET * global_batch
+        chunks = []
+        for start in range(0, epoch_size, pool):
+            part, counts = rows[start : start + pool], token_counts[start : start + pool]
+            part = part[np.argsort(counts, kind="stable")]
+            chunks += [part[i : i + global_batch] for i in range(0, len(part), global_batch)]
+        if order is None:
+            order = np.random.default_rng((seed, epoch)).permutation(len(chunks))
+            steps = [{} for _ in chunks]
+        for step, chunk in zip(steps, order, strict=True):
+            step[stream] = chunks[chunk]
+    return steps
+
+
+def _shuffled_positions(positions: np.ndarray, n: int, seed: int, stream: int) -> np.ndarray:
+    """Row at each position of an endless sequence of shuffles of ``range(n)``."""
+    rows = np.empty_like(positions)
+    for lap in np.unique(positions // n):
+        here = positions // n == lap
+        rows[here] = np.random.default_rng((seed, stream, lap)).permutation(n)[positions[here] % n]
+    return rows
+
+
+def deal(rows: np.ndarray, world_size: int, accumulate: int) -> list[list[Cell]]:
+    """Cut one global batch into ``accumulate`` micro-batches for each of ``world_size`` ranks.
+
+    Returns:
+        ``cells[micro_batch][rank]``, a list of (row, weight). Over all cells the weights of one row add up to
+        ``accumulate * world_size / len(rows)``; an empty cell holds one row of weight 0.
+    """
+    weight = world_size * accumulate / len(rows)
+    cells = []
+    for part in np.array_split(rows, accumulate):
+        ranks = [[(int(row), weight) for row in part[rank::world_size]] for rank in range(world_size)]
+        cells.append([cell or [(int(rows[0]), 0.0)] for cell in ranks])
+    return cells
+
+
+class GlobalBatchSampler(DistributedSampler):
+    """Yields this rank's :class:`Draw` for every micro-batch of an epoch.
+
+    Subclasses torch's sampler so that Lightning sets the epoch and adds no sampler of its own.
+
+    Args:
+        lengths: see :func:`epoch_batches`.
+        batch_size: rows per rank and micro-batch.
+        accumulate: micro-batches a step (``Trainer.accumulate_grad_batches``).
+        world_size, rank: of the process group.
+        seed: of the whole run.
+    """
+
+    def __init__(
+        self,
+        lengths: Mapping[str, Sequence[int]],
+        batch_size: int,
+        accumulate: int = 1,
+        world_size: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.accumulate = accumulate
+        self.world_size = world_size
+        self.rank = rank
+        self.seed = seed
+        self.epoch = 0
+        self.start = 0  # micro-batches of the first epoch to skip: the resume point
+
+    @property
+    def global_batch(self) -> int:
+        """Rows a step over all ranks and micro-batches."""
+        return self.batch_size * self.accumulate * self.world_size
+
+    def __len__(self) -> int:
+        steps = -(-len(next(iter(self.lengths.values()))) // self.global_batch)
+        return steps * self.accumulate
+
+    def __iter__(self) -> Iterator[Draw]:
+        start, self.start = self.start, 0
+        batches = epoch_batches(self.lengths, self.global_batch, self.seed, self.epoch)
+        for step in range(start // self.accumulate, len(batches)):
+            dealt = {stream: deal(rows, self.world_size, self.accumulate) for stream, rows in batches[step].items()}
+            for micro in range(start % self.accumulate if step == start // self.accumulate else 0, self.accumulate):
+                yield Draw(self.epoch, {stream: cells[micro][self.rank] for stream, cells in dealt.items()})
+
+
+class ResumableLoader(DataLoader):
+    """A DataLoader over :class:`GlobalBatchSampler` that Lightning can put back in the middle of an epoch.
+
+    ``state_dict`` counts the micro-batches handed out, which is what the loop has seen: there are no workers (rows are
+    tokenised already) and Lightning does not prefetch from a loader with a length.
+    """
+
+    def __init__(self, dataset: Any, sampler: GlobalBatchSampler) -> None:
+        super().__init__(dataset, sampler=sampler, batch_size=None)
+        self._handed_out = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self._handed_out = self.sampler.start
+        for batch in super().__iter__():
+            self._handed_out += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.sampler.epoch, "batches": self._handed_out}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.sampler.epoch = state["epoch"]
+        self.sampler.start = state["batches"]
+
+
+def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_id: int, left: bool = False) -> dict[str, Tensor]:
+    """Pad token lists to the longest of them.
+
+    Args:
+        rows: each with ``input_ids`` and, optionally, ``labels`` of the same length.
+        pad_id: token that fills ``input_ids``; labels are filled with -100.
+        left: pad on the left, as generation needs.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and, if given, ``labels``: int64 tensors of shape (rows, longest).
+    """
+    width = max(len(row["input_ids"]) for row in rows)
+
+    def padded(values: Sequence[int], fill: int) -> list[int]:
+        gap = [fill] * (width - len(values))
+        return [*gap, *values] if left else [*values, *gap]
+
+    batch = {
+        "input_ids": torch.tensor([padded(row["input_ids"], pad_id) for row in rows]),
+        "attention_mask": torch.tensor([padded([1] * len(row["input_ids"]), 0) for row in rows]),
+    }
+    if "labels" in rows[0]:
+        batch["labels"] = torch.tensor([padded(row["labels"], IGNORE) for row in rows])
+    return batch
+
+
+def token_batches(lengths: Sequence[int], max_rows: int, max_tokens: Optional[int] = None) -> list[list[int]]:
+    """Group rows of similar length for a pass without gradients.
+
+    Returns:
+        Lists of at most ``max_rows`` row indices whose padded size is at most ``max_tokens``, longest first (so that
+        running out of memory shows at once).
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        full = not batches or len(batches[-1]) == max_rows
+        if not full and max_tokens is not None:
+            full = lengths[batches[-1][0]] * (len(batches[-1]) + 1) > max_tokens
+        if full:
+            batches.append([])
+        batches[-1].append(row)
+    return batches

@@ -1,0 +1,362 @@
+"""``ForgetRetainDataModule``: pairs the forget and the retain stream, and serves the test sets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import lightning as L
+from torch.utils.data import DataLoader
+
+from wagle_pl.data.batches import Draw, GlobalBatchSampler, ResumableLoader, collate, token_batches
+from wagle_pl.data.rows import Row, check_rows, load_rows, row_key
+from wagle_pl.data.template import Template
+from wagle_pl.utilities import WagleError
+
+log = logging.getLogger(__name__)
+
+#: Streams made from other streams' rows: name -> the stream whose rows (and draws) they use.
+ALIGNED = {"refusal": "forget"}
+
+
+class ForgetRetainDataModule(L.LightningDataModule):
+    """Forget and retain rows for attribution and unlearning, and named test sets.
+
+    A training batch is a dict of streams, by default ``{"forget": {...}, "retain": {...}}``; the LightningModule names
+    the streams it wants in its ``streams`` attribute: ``forget``, ``retain``, ``all`` (both, for fine-tuning),
+    ``holdout``, and ``refusal`` (the forget rows of the same batch with a refusal as answer). The first stream sets the
+    epoch's length. Each stream holds ``input_ids``, ``attention_mask``, ``labels`` (int64, rows × longest row),
+    ``weight`` (float, rows; see :mod:`wagle_pl.data.batches`) and ``row`` (int64, index in its set).
+
+    To bring rows of another kind, override :meth:`load_rows`.
+
+    Args:
+        forget: rows to forget: a .json, .jsonl, .csv or .parquet file, or a hub dataset ``owner/name[:config]``.
+        retain: rows to keep, likewise.
+        holdout: rows of the same kind that no model has seen, likewise.
+        test: test set name -> file or hub dataset. The names ``forget``, ``retain``, ``real_authors`` and
+            ``world_facts`` have a meaning for the TOFU measures. None tests on the forget and the retain rows.
+        split: split of hub datasets.
+        prompt_format: text of the prompt, with ``{question}``; None takes the tokenizer's chat template.
+        answer_format: text of the answer, with ``{answer}``.
+        max_length: longest sequence in tokens; longer rows are cut, with a warning that counts them.
+        batch_size: pairs per device and step.
+        test_batch_size: rows per device in a test batch.
+        limit_forget: use only the first so many forget rows.
+        limit_retain: use only the first so many retain rows.
+        limit_test: use only the first so many rows of each test set.
+        overlap: what to do when forget rows are among the retain rows: ``error``, ``warn`` or ``drop`` them there.
+        refusals: text file with one refusal a line, for preference objectives; None takes the bundled list.
+        seed: of the order of rows and the choice of refusals.
+        cache: keep tokenised rows on disk (in the ``datasets`` cache) for the next run.
+        tokenizer: hub id or folder; None takes the model's.
+    """
+
+    def __init__(
+        self,
+        forget: Optional[str] = None,
+        retain: Optional[str] = None,
+        holdout: Optional[str] = None,
+        test: Optional[dict[str, str]] = None,
+        split: Optional[str] = None,
+        prompt_format: Optional[str] = None,
+        answer_format: Optional[str] = None,
+        max_length: int = 512,
+        batch_size: int = 8,
+        test_batch_size: int = 16,
+        limit_forget: Optional[int] = None,
+        limit_retain: Optional[int] = None,
+        limit_test: Optional[int] = None,
+        overlap: Literal["error", "warn", "drop"] = "warn",
+        refusals: Optional[str] = None,
+        seed: int = 0,
+        cache: bool = True,
+        tokenizer: Optional[str] = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or test_batch_size < 1:
+            raise WagleError(f"data.batch_size and data.test_batch_size must be at least 1, got {batch_size} and "
+                             f"{test_batch_size}")  # fmt: skip
+        self.sources = {"forget": forget, "retain": retain, "holdout": holdout}
+        self.test_sources = test
+        self.split = split
+        self.prompt_format = prompt_format
+        self.answer_format = answer_format
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.test_batch_size = test_batch_size
+        self.limits = {"forget": limit_forget, "retain": limit_retain}
+        self.limit_test = limit_test
+        self.overlap = overlap
+        self.refusals_file = refusals
+        self.seed = seed
+        self.cache = cache
+        self.tokenizer_name = tokenizer
+        self._rows: dict[str, list[Row]] = {}
+        self._tokens: dict[str, Any] = {}
+
+    # -- what a subclass overrides ------------------------------------------------------------------------------------
+
+    def load_rows(self, name: str) -> Optional[list[Row]]:
+        """Rows of one set; override to read another kind of source.
+
+        Args:
+            name: ``forget``, ``retain``, ``holdout``, or ``test/<name>`` for a test set.
+
+        Returns:
+            One dict a row, with columns as in :data:`wagle_pl.data.rows.COLUMNS`; a test row may add
+            ``paraphrased_answer`` and ``perturbed_answer`` (a list). None if there is no such set.
+        """
+        kind, _, test_name = name.partition("/")
+        source = (self.test_sources or {}).get(test_name) if kind == "test" else self.sources[name]
+        return None if source is None else load_rows(source, self.split)
+
+    def test_names(self) -> list[str]:
+        """Names of the test sets."""
+        if self.test_sources is not None:
+            return list(self.test_sources)
+        return [name for name in ("forget", "retain") if self.rows(name) is not None]
+
+    # -- rows and tokens ----------------------------------------------------------------------------------------------
+
+    def rows(self, name: str) -> Optional[list[Row]]:
+        """Checked rows of one set, loaded once; ``all`` is forget and retain rows together."""
+        if name not in self._rows:
+            if name == "all":
+                rows = [row for part in ("forget", "retain") for row in self.rows(part) or []] or None
+            else:
+                rows = self._load(name)
+            self._rows[name] = rows
+        return self._rows[name]
+
+    def _load(self, name: str) -> Optional[list[Row]]:
+        rows = self.load_rows(name)
+        if rows is None:
+            if name.startswith("test/") and self.test_sources is None:
+                return self.rows(name.removeprefix("test/"))
+            return None
+        rows = check_rows(rows, where=f"{name} set ({self.describe(name)})")
+        rows = rows[: self.limit_test if name.startswith("test/") else self.limits.get(name)]
+        return self._without_overlap(rows) if name == "retain" else rows
+
+    def describe(self, name: str) -> str:
+        """Where the rows of a set come from, for messages and the model card."""
+        source = (self.test_sources or {}).get(name[5:]) if name.startswith("test/") else self.sources.get(name)
+        return str(source or type(self).__name__)
+
+    def _without_overlap(self, retain: list[Row]) -> list[Row]:
+        forget = {row_key(row) for row in self.rows("forget") or []}
+        kept = [row for row in retain if row_key(row) not in forget]
+        shared = len(retain) - len(kept)
+        if not shared:
+            return retain
+        message = f"{shared} of {len(retain)} retain rows are also forget rows"
+        if self.overlap == "error":
+            raise WagleError(f"{message}; remove them or pass --data.overlap drop")
+        if self.overlap == "warn":
+            log.warning("%s: the objective pulls them both ways (--data.overlap drop removes them)", message)
+            return retain
+        log.info("%s: dropped from the retain set", message)
+        if not kept:
+            raise WagleError(f"{message}: nothing is left to retain")
+        return kept
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer named, or the model's."""
+        if self.tokenizer_name is None:
+            return self.trainer.lightning_module.tokenizer
+        from wagle_pl.models import load_tokenizer
+
+        return load_tokenizer(self.tokenizer_name)
+
+    @cached_property
+    def template(self) -> Template:
+        """Turns rows into tokens."""
+        return Template(self.tokenizer, self.prompt_format, self.answer_format, self.max_length)
+
+    @cached_property
+    def refusals(self) -> list[str]:
+        """The refusal answers.
+
+        Raises:
+            WagleError: if the file is missing or has no lines.
+        """
+        if self.refusals_file is None:
+            text = resources.files("wagle_pl.data").joinpath("refusals.txt").read_text(encoding="utf-8")
+        elif not Path(self.refusals_file).is_file():
+            raise WagleError(f"refusals file {self.refusals_file} does not exist")
+        else:
+            text = Path(self.refusals_file).read_text(encoding="utf-8")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if not lines:
+            raise WagleError(f"refusals file {self.refusals_file} has no lines")
+        return lines
+
+    def tokens(self, name: str) -> Any:
+        """Tokenised rows of a set: a ``datasets.Dataset`` with ``input_ids`` and ``labels``; made once and cached.
+
+        Raises:
+            WagleError: if there is no such set, or a row loses its whole answer to ``max_length``.
+        """
+        if name not in self._tokens:
+            rows = self.rows(name)
+            if rows is None:
+                raise WagleError(f"this run needs {name} rows: give --data.{name}")
+            self._tokens[name] = self._tokenise(name, rows)
+        return self._tokens[name]
+
+    def _tokenise(self, name: str, rows: list[Row]) -> Any:
+        import datasets
+
+        key = hashlib.sha256((self.template.identity() + json.dumps(rows, default=str)).encode()).hexdigest()
+        cache_file = Path(datasets.config.HF_DATASETS_CACHE) / "wagle_pl" / f"{key}.arrow"
+
+        def encode(index: int) -> dict[str, Any]:
+            try:
+                encoded = self.template.encode(rows[index])
+            except WagleError as error:
+                raise WagleError(f"{name} set ({self.describe(name)}) row {index + 1}: {error}") from None
+            return {**encoded, "length": len(encoded["input_ids"])}
+
+        if self.cache and len(rows) > 1000:  # below, tokenising is faster than looking the cache up
+            cache_file.parent.mkdir(parents=True, exist_ok=True)
+            indices = datasets.Dataset.from_dict({"index": range(len(rows))})
+            tokens = indices.map(
+                lambda row: encode(row["index"]),
+                cache_file_name=str(cache_file),
+                new_fingerprint=key[:32],
+                remove_columns="index",
+                desc=f"tokenise {name}",
+            )
+        else:
+            tokens = datasets.Dataset.from_list([encode(index) for index in range(len(rows))])
+        cut = sum(length >= self.max_length for length in tokens["length"])
+        if cut:
+            log.warning("%d of %d %s rows reach max_length=%d tokens and are cut there", cut, len(rows), name,
+                        self.max_length)  # fmt: skip
+        return tokens
+
+    # -- loaders ------------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Micro-batches of the streams that the LightningModule names, for this rank."""
+        streams = getattr(self.trainer.lightning_module, "streams", ("forget", "retain"))
+        sets = dict.fromkeys(ALIGNED.get(stream, stream) for stream in streams)
+        sampler = GlobalBatchSampler(
+            {name: list(self.tokens(name)["length"]) for name in sets},
+            self.batch_size,
+            self.trainer.accumulate_grad_batches,
+            self.trainer.world_size,
+            self.trainer.global_rank,
+            self.seed,
+        )
+        return ResumableLoader(_Batches(self, streams), sampler)
+
+    def stream_loader(self, stream: str, batch_size: Optional[int] = None) -> DataLoader:
+        """All rows of one stream once, in batches of similar length, each with its ``row``: for passes at θ₀."""
+        lengths = list(self.tokens(ALIGNED.get(stream, stream))["length"])
+        draws = [
+            Draw(0, {ALIGNED.get(stream, stream): [(row, 1.0) for row in rows]})
+            for rows in token_batches(lengths, batch_size or self.test_batch_size)
+        ]
+        return DataLoader(_Batches(self, (stream,)), sampler=draws, batch_size=None)
+
+    def test_dataloader(self) -> list[DataLoader]:
+        """One loader a test set, in the order of :meth:`test_names`; see :class:`TestBatches`."""
+        return [TestBatches(self, name).loader() for name in self.test_names()]
+
+    def build(self, stream: str, draw: Draw) -> dict[str, Any]:
+        """One stream of one micro-batch."""
+        import torch
+
+        name = ALIGNED.get(stream, stream)
+        cell = draw.cells[name]
+        if stream == "refusal":
+            encoded = [self._refused(row, draw.epoch) for row, _ in cell]
+        else:
+            encoded = [self.tokens(name)[row] for row, _ in cell]
+        batch = collate(encoded, self.pad_id)
+        batch["weight"] = torch.tensor([weight for _, weight in cell])
+        batch["row"] = torch.tensor([row for row, _ in cell])
+        return batch
+
+    @property
+    def pad_id(self) -> int:
+        """Token that fills short rows (masked out everywhere)."""
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else self.tokenizer.eos_token_id or 0
+
+    def _refused(self, row: int, epoch: int) -> dict[str, list[int]]:
+        digest = hashlib.sha256(f"{self.seed} {epoch} {row}".encode()).digest()
+        refusal = self.refusals[int.from_bytes(digest[:8], "big") % len(self.refusals)]
+        return self.template.encode(self.rows("forget")[row], refusal)
+
+
+class _Batches:
+    """Map-style dataset whose keys are :class:`Draw`."""
+
+    def __init__(self, data: ForgetRetainDataModule, streams: Sequence[str]) -> None:
+        self.data = data
+        self.streams = tuple(streams)
+
+    def __getitem__(self, draw: Draw) -> dict[str, Any]:
+        return {stream: self.data.build(stream, draw) for stream in self.streams}
+
+
+class TestBatches:
+    """Batches of one test set, rows of similar length together.
+
+    Each batch is a dict: ``rows`` (list of row indices), ``examples`` (the raw rows), ``prompts`` (left-padded batch to
+    generate from), ``candidates`` (right-padded batch with labels of every answer to score), ``owner`` (position in
+    ``rows`` of each candidate) and ``kind`` (``answer``, ``paraphrased_answer`` or ``perturbed_answer``).
+    """
+
+    KINDS = ("answer", "paraphrased_answer", "perturbed_answer")
+    __test__ = False  # not a pytest class, whatever its name
+
+    def __init__(self, data: ForgetRetainDataModule, name: str) -> None:
+        self.data = data
+        self.rows = data.rows(f"test/{name}")
+        if self.rows is None:
+            raise WagleError(f"test set {name!r} has no rows: give its file under data.test")
+        self._encoded = [self._encode(row) for row in self.rows]
+
+    def _encode(self, row: Row) -> list[tuple[str, dict[str, list[int]]]]:
+        encode = self.data.template.encode
+        candidates = [("answer", encode(row))]
+        if row.get("paraphrased_answer"):
+            candidates.append(("paraphrased_answer", encode(row, row["paraphrased_answer"])))
+        return candidates + [("perturbed_answer", encode(row, text)) for text in row.get("perturbed_answer") or []]
+
+    def loader(self) -> DataLoader:
+        """Batches for this rank: whole batches are dealt to ranks in turn."""
+        lengths = [max(len(tokens["input_ids"]) for _, tokens in candidates) for candidates in self._encoded]
+        batches = token_batches(lengths, self.data.test_batch_size)
+        trainer = self.data.trainer
+        return DataLoader(self, sampler=batches[trainer.global_rank :: trainer.world_size], batch_size=None)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: Sequence[int]) -> dict[str, Any]:
+        import torch
+
+        flat = [(position, *pair) for position, row in enumerate(rows) for pair in self._encoded[row]]
+        prompts: list[Mapping[str, list[int]]] = [
+            {"input_ids": self.data.template.encode_prompt(self.rows[row])} for row in rows
+        ]
+        return {
+            "rows": list(rows),
+            "examples": [self.rows[row] for row in rows],
+            "prompts": collate(prompts, self.data.pad_id, left=True),
+            "candidates": collate([tokens for _, _, tokens in flat], self.data.pad_id),
+            "owner": torch.tensor([position for position, _, _ in flat]),
+            "kind": torch.tensor([self.KINDS.index(kind) for _, kind, _ in flat]),
+        }

@@ -1,0 +1,43 @@
+"""One table of examples a test set: written whole when the set is done, found again when a test is resumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Optional
+
+from wagle_pl.utilities import WagleError, atomic_path
+
+_KEY = b"wagle_pl.key"
+
+
+def write_table(path: Path, rows: list[dict[str, Any]], key: dict[str, Any]) -> None:
+    """Write rows as Parquet, with ``key``, what they depend on, in the file's metadata."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist(rows)
+    table = table.replace_schema_metadata({_KEY: json.dumps(key, sort_keys=True)})
+    with atomic_path(path) as temporary:
+        pyarrow.parquet.write_table(table, temporary)
+
+
+def read_table(path: Path, key: dict[str, Any], overwrite: bool = False) -> Optional[list[dict[str, Any]]]:
+    """Rows of a table written with the same ``key``; None if there is none.
+
+    Raises:
+        WagleError: if the file was written with another key and ``overwrite`` is False, naming what differs.
+    """
+    import pyarrow.parquet
+
+    if not path.is_file():
+        return None
+    table = pyarrow.parquet.read_table(path)
+    written = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
+    if written == key:
+        return table.to_pylist()
+    if overwrite:
+        return None
+    differ = ", ".join(sorted(name for name in {*written, *key} if written.get(name) != key.get(name)))
+    raise WagleError(f"{path} holds results of another test (other {differ}); choose another --model.output or pass "
+                     "--model.overwrite true")  # fmt: skip

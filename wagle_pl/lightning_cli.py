@@ -1,0 +1,83 @@
+"""``WagleCLI``: LightningCLI with this package's classes known by short name."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+import wagle_pl.attribution
+import wagle_pl.data
+import wagle_pl.evaluation
+import wagle_pl.unlearning  # noqa: F401  the imports make the classes known by their short names
+from wagle_pl.cli import fail
+
+
+class WagleArgumentParser(LightningArgumentParser):
+    """Says what is wrong in one line, and exits with code 2."""
+
+    def error(self, message: str, ex: Optional[Exception] = None) -> Any:
+        fail(message)
+
+
+class WagleCLI(LightningCLI):
+    """Commands ``fit``, ``validate``, ``test`` and ``predict`` over any LightningModule and LightningDataModule."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveConfigCallback,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            **kwargs,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """The parser, with ``--config`` as in LightningCLI."""
+        from jsonargparse import ActionConfigFile
+
+        kwargs.setdefault("dump_header", [f"lightning.pytorch=={L.__version__}"])
+        parser = WagleArgumentParser(**kwargs)
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="Configuration file in YAML; may be repeated.")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The key by which a configuration names those it builds on; used before parsing."""
+        parser.add_argument("--base", type=Any, default=None, help="In a config file: config files it builds on.")
+
+    def _parse_ckpt_path(self) -> None:
+        """The configuration stands on its own: a checkpoint brings weights and progress, no options."""
+
+    def _add_configure_optimizers_method_to_model(self, subcommand: Optional[str]) -> None:
+        """Hand ``--optimizer`` and ``--lr_scheduler`` to the module as factories: it has no weights yet."""
+        for option, attribute in (("optimizer", "make_optimizer"), ("lr_scheduler", "make_lr_scheduler")):
+            init = self._get(self.config_init, option)
+            if init and hasattr(self.model, attribute):
+                setattr(self.model, attribute, _Factory(init))
+
+    def before_instantiate_classes(self) -> None:
+        """Make the configuration ready for records."""
+        self._dump_config()
+
+    def instantiate_classes(self) -> None:
+        """Instantiate, and tell the module the run's whole configuration."""
+        super().instantiate_classes()
+        self.model.run_config = {k: v for k, v in self.config_dump.items() if v is not None and k != "config"}
+
+
+class _Factory:
+    """Makes an optimiser of parameters, or a scheduler of an optimiser, from ``class_path`` and ``init_args``."""
+
+    def __init__(self, init: Any) -> None:
+        self.init = init
+
+    def __call__(self, target: Any) -> Optimizer | LRScheduler:
+        from lightning.pytorch.cli import instantiate_class
+
+        return instantiate_class((target,), self.init.as_dict())

@@ -1,0 +1,214 @@
+"""Causal language models and tokenizers: load (hub id, folder, GGUF), name by content, save whole; and a tiny one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from wagle_pl.utilities import WagleError, atomic_path
+
+CARD_FILE = "README.md"
+RECORD_FILE = "wagle.json"  # what made a folder of ours: machine-readable twin of the model card
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def load_model(name: str, dtype: Optional[torch.dtype] = None) -> Any:
+    """Load a causal language model for training or testing.
+
+    Args:
+        name: hub id, a folder in Hugging Face format, or a ``.gguf`` file (or a folder with just one).
+        dtype: of the weights in memory; torch's default dtype when None.
+
+    Raises:
+        WagleError: if there is no such model or it is no causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    source, options = _locate(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.get_default_dtype(), **options)
+    except (OSError, ValueError) as error:
+        raise WagleError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    if getattr(model.config, "quantization_config", None) is not None and options:
+        del model.config.quantization_config  # GGUF weights are plain again once loaded; saving refuses otherwise
+    model.config.use_cache = False
+    return model
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer of a model (same names as :func:`load_model`); one without a pad token pads with EOS."""
+    from transformers import AutoTokenizer
+
+    source, options = _locate(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        raise WagleError(f"tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def checkpoint_dtype(name: str) -> Optional[torch.dtype]:
+    """The dtype a model is stored in, None if its configuration does not say."""
+    from transformers import AutoConfig
+
+    source, options = _locate(name)
+    dtype = AutoConfig.from_pretrained(source, **options).dtype
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def _locate(name: str) -> tuple[str, dict[str, str]]:
+    """What to give ``from_pretrained``: source and options."""
+    path = Path(name)
+    if path.suffix == ".gguf" and path.is_file():
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) == 1 and not (path / "config.json").exists():
+            return str(path), {"gguf_file": files[0].name}
+        if not (path / "config.json").exists():
+            raise WagleError(f"model folder {name} has no config.json: it is no Hugging Face model folder")
+    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
+        raise WagleError(f"model folder {name} does not exist")
+    return name, {}
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Parameter name -> shape, in parameter order, tied weights once."""
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Name a model by its content: SHA-256 over names, shapes and values.
+
+    Values are rounded to bfloat16 first, so that a checkpoint has one fingerprint whether it is loaded in bfloat16 or
+    in float32.
+
+    Args:
+        tensors: (name, tensor) pairs in parameter order, e.g. ``model.named_parameters()``.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        rounded = tensor.detach().to(torch.bfloat16).contiguous().cpu()
+        digest.update(memoryview(rounded.view(torch.int16).numpy()).cast("B"))
+    return digest.hexdigest()
+
+
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    folder: str | Path,
+    card: str,
+    record: dict[str, Any],
+    dtype: Optional[torch.dtype] = None,
+    state_dict: Optional[dict[str, Tensor]] = None,
+) -> Path:
+    """Write a folder that ``from_pretrained`` loads, with tokenizer, model card and record; whole or not at all.
+
+    Args:
+        model: a Hugging Face model.
+        tokenizer: its tokenizer.
+        folder: where to; replaced if it exists (the caller has asked for it).
+        card: Markdown text of ``README.md``.
+        record: JSON-serialisable; written as ``wagle.json``.
+        dtype: of the weights in the file; as in memory when None.
+        state_dict: weights to write in place of the model's own.
+    """
+    state_dict = state_dict if state_dict is not None else model.state_dict()
+    if dtype is not None:
+        state_dict = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state_dict.items()}
+    with atomic_path(Path(folder)) as temporary:
+        temporary.mkdir()
+        in_memory, model.config.dtype = model.config.dtype, dtype or model.dtype
+        model.config.use_cache = True
+        try:
+            model.save_pretrained(temporary, state_dict=state_dict)
+        finally:
+            model.config.dtype, model.config.use_cache = in_memory, False
+        tokenizer.save_pretrained(temporary)
+        (temporary / CARD_FILE).write_text(card, encoding="utf-8")
+        (temporary / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return Path(folder)
+
+
+def read_record(name: str) -> dict[str, Any]:
+    """The record of a folder of ours; empty for any other model."""
+    file = Path(name) / RECORD_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def create_tiny_llama(
+    folder: str | Path,
+    texts: Iterable[str],
+    vocab_size: int = 2048,
+    hidden_size: int = 128,
+    layers: int = 4,
+    heads: int = 4,
+    seed: int = 0,
+) -> Path:
+    """Write a small Llama-architecture model with random weights and a byte-level BPE tokenizer trained on ``texts``.
+
+    Args:
+        folder: where to; replaced if it exists.
+        texts: what the tokenizer is trained on.
+        vocab_size: largest number of tokens.
+        hidden_size: width; the MLP is three times as wide.
+        layers: transformer blocks.
+        heads: attention heads, half as many key-value heads.
+        seed: of the weights.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=special[0], eos_token=special[1], additional_special_tokens=special[2:]
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 2),
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    record = {"kind": "tiny llama", "seed": seed, "parameters": sum(p.numel() for p in model.parameters())}
+    card = f"# A tiny Llama\n\nRandom weights ({record['parameters']:,} parameters, seed {seed}), for trials and tests.\n"
+    return save_model(model, tokenizer, folder, card, record)

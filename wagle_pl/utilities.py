@@ -1,0 +1,109 @@
+"""What every room needs: an error meant for the user, a write that is whole or absent, a class by its name."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, Union
+
+T = TypeVar("T")
+
+
+class WagleError(Exception):
+    """A mistake in what the user gave (file, option, data). The message is one line: what, where, what to do.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Raise :class:`WagleError` if ``path`` exists and may not be replaced."""
+    if path.exists() and not overwrite:
+        raise WagleError(f"output {path} exists already; choose another or pass --model.overwrite true")
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of ``path``; on success it takes the place of ``path``, on failure it is removed.
+
+    Works for a file and for a folder. A folder that is replaced stays whole until the new one is complete.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove(temporary)
+    try:
+        yield temporary
+        if path.is_dir():
+            retired = path.with_name(f".{path.name}.{os.getpid()}.old")
+            _remove(retired)
+            os.replace(path, retired)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                os.replace(retired, path)
+                raise
+            _remove(retired)
+        else:
+            os.replace(temporary, path)
+    finally:
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()
+
+
+def resolve(base: type[T], value: Union[T, str], option: str) -> T:
+    """The instance that an option names: given as an instance, a short name of a known subclass, or a class path.
+
+    Short names ignore case and underscores: ``npo``, ``NPO``; ``forget_retain_ratio``, ``ForgetRetainRatio``.
+
+    Args:
+        base: the class it must derive from.
+        value: what the user gave.
+        option: its name, for the message.
+
+    Raises:
+        WagleError: listing the valid names.
+    """
+    if isinstance(value, base):
+        return value
+    known = {_fold(cls.__name__): cls for cls in _subclasses(base)}
+    cls = known.get(_fold(value))
+    if cls is None and "." in value:
+        module, _, name = value.rpartition(".")
+        try:
+            cls = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise WagleError(f"{option} {value!r} cannot be imported: {error}") from None
+    if cls is None or not (isinstance(cls, type) and issubclass(cls, base)):
+        names = ", ".join(sorted(c.__name__ for c in known.values() if c.__module__.startswith("wagle_pl")))
+        raise WagleError(f"unknown {option} {value!r}; choose one of {names}, or a class path to a {base.__name__}")
+    try:
+        return cls()
+    except TypeError as error:
+        raise WagleError(f"{option} {value!r} needs arguments: {error}") from None
+
+
+def describe(value: Any) -> dict[str, Any]:
+    """A configurable object as plain data: its class name and its public scalar attributes."""
+    scalars = {k: v for k, v in vars(value).items() if not k.startswith("_") and isinstance(v, (str, int, float, bool))}
+    return {"class": type(value).__name__, **scalars}
+
+
+def _fold(name: str) -> str:
+    return name.replace("_", "").lower()
+
+
+def _subclasses(base: type[T]) -> Iterator[type[T]]:
+    for cls in base.__subclasses__():
+        yield cls
+        yield from _subclasses(cls)
