@@ -69,7 +69,9 @@ def main() -> None:
         wagle(f"test --config {CONFIGS}/test.yaml {folders}{against}")
     results = {row: json.loads((RUNS / name / "test/metrics.json").read_text()) for row, name in rows.items()}
     print(f"\n{table(results)}\n")
-    print(f"forget quality is the p-value against the retrained model's answers; {time.monotonic() - started:.0f} s in all")
+    print(
+        f"forget quality is the p-value against the retrained model's answers; {time.monotonic() - started:.0f} s in all"
+    )
     print(f"models, masks and every generation are in {RUNS}/ (metrics.json and *.parquet in each <model>/test)")
 
 

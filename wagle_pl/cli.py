@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn, Optional
 
@@ -15,6 +16,9 @@ import yaml
 from wagle_pl.utilities import WagleError
 
 EXIT_BAD_INPUT = 2
+
+#: Commands that are no LightningCLI runs -> the module whose ``COMMANDS`` (verb -> function) they offer.
+COMMANDS: dict[str, str] = {"mask": "wagle_pl.commands.mask", "patch": "wagle_pl.commands.patch"}
 
 
 def main(args: Optional[Sequence[str]] = None) -> None:
@@ -31,9 +35,15 @@ def main(args: Optional[Sequence[str]] = None) -> None:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that class paths of the user's own modules resolve
     try:
-        run(expand_bases(args))
-    except WagleError as error:
-        fail(str(error))
+        if args and args[0] in COMMANDS:
+            run_command(args[0], args[1:])
+        else:
+            run(expand_bases(args))
+    except Exception as error:
+        mistake = _mistake_in(error)
+        if mistake is None:
+            raise
+        fail(str(mistake))
 
 
 def run(args: list[str]) -> Any:
@@ -47,10 +57,34 @@ def run(args: list[str]) -> Any:
         sys.argv = argv
 
 
+def run_command(name: str, args: list[str]) -> Any:
+    """Run one of :data:`COMMANDS`, e.g. ``wagle mask info FILE``, and return what its function returns."""
+    from jsonargparse import auto_cli
+
+    from wagle_pl.lightning_cli import OneLineErrors
+
+    module = import_module(COMMANDS[name])
+    return auto_cli(
+        module.COMMANDS,
+        args=args,
+        as_positional=True,
+        parser_class=OneLineErrors,
+        prog=f"wagle {name}",
+        description=module.__doc__,
+    )
+
+
 def fail(message: str) -> NoReturn:
     """Print one line and exit with code 2."""
     print(f"wagle: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(EXIT_BAD_INPUT)
+
+
+def _mistake_in(error: Optional[BaseException]) -> Optional[WagleError]:
+    """The user's mistake behind an error: class instantiation and training loops wrap what they catch."""
+    while error is not None and not isinstance(error, WagleError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def expand_bases(args: Sequence[str]) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Optional
 
 import lightning as L
+from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -16,11 +18,19 @@ import wagle_pl.unlearning  # noqa: F401  the imports make the classes known by 
 from wagle_pl.cli import fail
 
 
-class WagleArgumentParser(LightningArgumentParser):
+class OneLineErrors(ArgumentParser):
     """Says what is wrong in one line, and exits with code 2."""
 
     def error(self, message: str, ex: Optional[Exception] = None) -> Any:
+        unknown = re.search(r'Parser key "([^"]+)".*Expected a dot import path string: (\S+)', message, re.DOTALL)
+        if unknown:
+            option, name = unknown.groups()
+            message = f"unknown class {name!r} for {option}: give a class path, or the name of a class of wagle_pl"
         fail(message)
+
+
+class WagleArgumentParser(OneLineErrors, LightningArgumentParser):
+    """LightningCLI's parser with one-line errors."""
 
 
 class WagleCLI(LightningCLI):
@@ -44,7 +54,9 @@ class WagleCLI(LightningCLI):
 
         kwargs.setdefault("dump_header", [f"lightning.pytorch=={L.__version__}"])
         parser = WagleArgumentParser(**kwargs)
-        parser.add_argument("-c", "--config", action=ActionConfigFile, help="Configuration file in YAML; may be repeated.")
+        parser.add_argument(
+            "-c", "--config", action=ActionConfigFile, help="Configuration file in YAML; may be repeated."
+        )
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -208,7 +208,9 @@ class WeightMask:
                 entry[1] += size
         return {group: {key: s / n for key, (s, n) in entries.items()} for group, entries in counts.items()}
 
-    def check(self, shapes: Mapping[str, Iterable[int]], fingerprint: Optional[str] = None, where: str = "mask") -> None:
+    def check(
+        self, shapes: Mapping[str, Iterable[int]], fingerprint: Optional[str] = None, where: str = "mask"
+    ) -> None:
         """Refuse a model this mask was not made for.
 
         Args:

@@ -294,7 +294,9 @@ class UnlearnModule(FinetuneModule):
         """
         for name, parameter in self.lm.named_parameters():
             if name in self._frozen and self._frozen_digest(name, parameter) != self._frozen[name]:
-                raise WagleError(f"frozen weights of {name} moved by step {self.global_step}: the result is not written")
+                raise WagleError(
+                    f"frozen weights of {name} moved by step {self.global_step}: the result is not written"
+                )
 
     def _frozen_digest(self, name: str, parameter: nn.Parameter) -> str:
         """SHA-256 of a parameter's bits with the selected weights set to zero."""
@@ -357,7 +359,14 @@ def model_card(record: Mapping[str, Any]) -> str:
         lines += ["", "## Lineage", ""]
         lines += [f"{i}. {s['module']} from `{s['base']}`, data {s['data']}" for i, s in enumerate(earlier, 1)]
     if last["config"]:
-        lines += ["", "## Configuration", "", "```yaml", yaml.safe_dump(last["config"], sort_keys=False).rstrip(), "```"]
+        lines += [
+            "",
+            "## Configuration",
+            "",
+            "```yaml",
+            yaml.safe_dump(last["config"], sort_keys=False).rstrip(),
+            "```",
+        ]
     return "\n".join(lines) + "\n"
 
 
