@@ -1,0 +1,86 @@
+"""What the tests share: a tiny model, a few rows, and the command line in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from wagle_pl import cli
+from wagle_pl.data.people import bundled
+from wagle_pl.models import create_tiny_llama
+
+TOFU = Path(__file__).parents[2] / "shared/data/tofu"
+TOFU_LOGS = Path(__file__).parents[2] / "shared/data/tofu_eval_logs"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a two-block Llama with random weights (about 30,000 of them) and a tokenizer."""
+    texts = [row[column] for row in bundled("forget") for column in ("question", "answer")]
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    return str(create_tiny_llama(folder, texts, vocab_size=400, hidden_size=32, layers=2, heads=4))
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Set name -> JSON-lines file: 11 forget rows, 17 retain rows, 5 test rows each, in TOFU's columns."""
+    folder = tmp_path_factory.mktemp("rows")
+    sets = {"forget": bundled("forget")[:11], "retain": bundled("retain")[:17]}
+    sets |= {f"{name}_test": part[:5] for name, part in sets.items()}
+    for name, part in sets.items():
+        write_rows(folder / f"{name}.jsonl", part)
+    return {name: str(folder / f"{name}.jsonl") for name in sets}
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    """Write JSON lines; return the path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def wagle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: dict[str, str]):
+    """Run ``wagle <args>`` in this process and in an empty folder; returns the CLI object of a fit or test.
+
+    ``data=True`` adds the shared rows, and quiet CPU trainer options.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: str, data: bool = True) -> Any:
+        options = [str(a) for a in args]
+        if data:
+            options += ["--data", "ForgetRetainDataModule", "--data.forget", rows["forget"], "--data.retain"]
+            options += [rows["retain"], "--trainer.accelerator", "cpu", "--trainer.devices", "1"]
+            options += ["--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
+            options += ["--trainer.enable_model_summary", "false"]
+        return cli.run(cli.expand_bases(options))
+
+    return run
+
+
+@pytest.fixture
+def fails(wagle: Any, capsys: pytest.CaptureFixture[str]):
+    """Run ``wagle <args>`` that must end with one line on stderr and exit code 2; returns that line."""
+
+    def run(*args: str, data: bool = True) -> str:
+        capsys.readouterr()
+        monkey = cli.run
+        try:
+            cli.run = lambda args: wagle(*args, data=data)
+            with pytest.raises(SystemExit) as exit_:
+                cli.main([str(a) for a in args])
+        finally:
+            cli.run = monkey
+        assert exit_.value.code == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("wagle: error: ")]
+        assert len(lines) == 1
+        return lines[0]
+
+    return run
