@@ -11,10 +11,13 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads cost more than they bring
 
 from wagle_pl import cli
 from wagle_pl.data.people import bundled
 from wagle_pl.models import create_tiny_llama
+
+real_run = cli.run
 
 TOFU = Path(__file__).parents[2] / "shared/data/tofu"
 TOFU_LOGS = Path(__file__).parents[2] / "shared/data/tofu_eval_logs"
@@ -53,31 +56,28 @@ def wagle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: dict[str, str])
     """
     monkeypatch.chdir(tmp_path)
 
-    def run(*args: str, data: bool = True) -> Any:
-        options = [str(a) for a in args]
+    def run(*args: Any, data: bool = True) -> Any:
+        command, *options = [str(a) for a in args]
         if data:
-            options += ["--data", "ForgetRetainDataModule", "--data.forget", rows["forget"], "--data.retain"]
-            options += [rows["retain"], "--trainer.accelerator", "cpu", "--trainer.devices", "1"]
-            options += ["--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
-            options += ["--trainer.enable_model_summary", "false"]
-        return cli.run(cli.expand_bases(options))
+            files = ["--data.forget", rows["forget"], "--data.retain", rows["retain"]]
+            quiet = ["enable_progress_bar", "enable_model_summary", "logger"]
+            trainer = ["--trainer.accelerator", "cpu", "--trainer.devices", "1"]
+            trainer += [part for name in quiet for part in (f"--trainer.{name}", "false")]
+            options = ["--data", "ForgetRetainDataModule", *files, *trainer, *options]
+        return real_run(cli.expand_bases([command, *options]))
 
     return run
 
 
 @pytest.fixture
-def fails(wagle: Any, capsys: pytest.CaptureFixture[str]):
+def fails(wagle: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Run ``wagle <args>`` that must end with one line on stderr and exit code 2; returns that line."""
 
-    def run(*args: str, data: bool = True) -> str:
+    def run(*args: Any, data: bool = True) -> str:
         capsys.readouterr()
-        monkey = cli.run
-        try:
-            cli.run = lambda args: wagle(*args, data=data)
-            with pytest.raises(SystemExit) as exit_:
-                cli.main([str(a) for a in args])
-        finally:
-            cli.run = monkey
+        monkeypatch.setattr(cli, "run", lambda arguments: wagle(*arguments, data=data))
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([str(a) for a in args])
         assert exit_.value.code == 2
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("wagle: error: ")]
         assert len(lines) == 1

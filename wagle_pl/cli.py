@@ -48,8 +48,11 @@ def main(args: Optional[Sequence[str]] = None) -> None:
 
 def run(args: list[str]) -> Any:
     """Run a LightningCLI command and return the CLI object (its ``model`` and ``trainer`` hold what happened)."""
+    from transformers.utils.logging import disable_progress_bar
+
     from wagle_pl.lightning_cli import WagleCLI
 
+    disable_progress_bar()
     argv, sys.argv = sys.argv, ["wagle"]  # LightningCLI warns when both sys.argv and args hold arguments
     try:
         return WagleCLI(args=args)
@@ -61,14 +64,14 @@ def run_command(name: str, args: list[str]) -> Any:
     """Run one of :data:`COMMANDS`, e.g. ``wagle mask info FILE``, and return what its function returns."""
     from jsonargparse import auto_cli
 
-    from wagle_pl.lightning_cli import OneLineErrors
+    from wagle_pl.commands.parser import CommandParser
 
     module = import_module(COMMANDS[name])
     return auto_cli(
         module.COMMANDS,
         args=args,
         as_positional=True,
-        parser_class=OneLineErrors,
+        parser_class=CommandParser,
         prog=f"wagle {name}",
         description=module.__doc__,
     )
@@ -135,6 +138,7 @@ def quiet() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")  # Lightning's own progress bar does not use it
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not the user's
     package = logging.getLogger("wagle_pl")
     if not package.handlers:
         handler = logging.StreamHandler()

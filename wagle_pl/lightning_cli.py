@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, Optional
 
 import lightning as L
-from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -15,18 +13,7 @@ import wagle_pl.attribution
 import wagle_pl.data
 import wagle_pl.evaluation
 import wagle_pl.unlearning  # noqa: F401  the imports make the classes known by their short names
-from wagle_pl.cli import fail
-
-
-class OneLineErrors(ArgumentParser):
-    """Says what is wrong in one line, and exits with code 2."""
-
-    def error(self, message: str, ex: Optional[Exception] = None) -> Any:
-        unknown = re.search(r'Parser key "([^"]+)".*Expected a dot import path string: (\S+)', message, re.DOTALL)
-        if unknown:
-            option, name = unknown.groups()
-            message = f"unknown class {name!r} for {option}: give a class path, or the name of a class of wagle_pl"
-        fail(message)
+from wagle_pl.commands.parser import OneLineErrors
 
 
 class WagleArgumentParser(OneLineErrors, LightningArgumentParser):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from wagle_pl.utilities import WagleError, atomic_path
 
 CARD_FILE = "README.md"
+ADAPTER_FILE = "adapter_config.json"  # of a folder that holds an adapter and names its base
 RECORD_FILE = "wagle.json"  # what made a folder of ours: machine-readable twin of the model card
 
 CHAT_TEMPLATE = (
@@ -27,7 +28,8 @@ def load_model(name: str, dtype: Optional[torch.dtype] = None) -> Any:
     """Load a causal language model for training or testing.
 
     Args:
-        name: hub id, a folder in Hugging Face format, or a ``.gguf`` file (or a folder with just one).
+        name: hub id, a folder in Hugging Face format, or a ``.gguf`` file (or a folder with just one). A folder of an
+            adapter stands for its base with the adapter merged.
         dtype: of the weights in memory; torch's default dtype when None.
 
     Raises:
@@ -35,13 +37,17 @@ def load_model(name: str, dtype: Optional[torch.dtype] = None) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    if (base := _adapted(name)) is not None:
+        return _merged(load_model(base, dtype), name)
     source, options = _locate(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.get_default_dtype(), **options)
     except (OSError, ValueError) as error:
         raise WagleError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
-    if getattr(model.config, "quantization_config", None) is not None and options:
-        del model.config.quantization_config  # GGUF weights are plain again once loaded; saving refuses otherwise
+    if "gguf_file" in options:  # the weights are plain once loaded, but saving refuses what looks quantised
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
     model.config.use_cache = False
     return model
 
@@ -64,9 +70,27 @@ def checkpoint_dtype(name: str) -> Optional[torch.dtype]:
     """The dtype a model is stored in, None if its configuration does not say."""
     from transformers import AutoConfig
 
+    if (base := _adapted(name)) is not None:
+        return checkpoint_dtype(base)
     source, options = _locate(name)
     dtype = AutoConfig.from_pretrained(source, **options).dtype
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def _adapted(name: str) -> Optional[str]:
+    """The base model that an adapter folder names; None for any other model."""
+    file = Path(name) / ADAPTER_FILE
+    if not file.is_file() or (Path(name) / "config.json").exists():
+        return None
+    return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+
+
+def _merged(base: Any, folder: str) -> Any:
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise WagleError(f"{folder} is an adapter, which needs peft: pip install 'wagle-pl[lora]'") from None
+    return PeftModel.from_pretrained(base, folder).merge_and_unload().requires_grad_(True)
 
 
 def _locate(name: str) -> tuple[str, dict[str, str]]:
@@ -78,7 +102,7 @@ def _locate(name: str) -> tuple[str, dict[str, str]]:
         files = sorted(path.glob("*.gguf"))
         if len(files) == 1 and not (path / "config.json").exists():
             return str(path), {"gguf_file": files[0].name}
-        if not (path / "config.json").exists():
+        if not (path / "config.json").exists() and _adapted(name) is None:
             raise WagleError(f"model folder {name} has no config.json: it is no Hugging Face model folder")
     elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
         raise WagleError(f"model folder {name} does not exist")
@@ -132,17 +156,25 @@ def save_model(
         dtype: of the weights in the file; as in memory when None.
         state_dict: weights to write in place of the model's own.
     """
-    state_dict = state_dict if state_dict is not None else model.state_dict()
+    state_dict = dict(state_dict if state_dict is not None else model.state_dict())
     if dtype is not None:
-        state_dict = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state_dict.items()}
+        cast: dict[Any, Tensor] = {}  # tied weights are one tensor before and after, and so saved once
+        for name, tensor in state_dict.items():
+            key = (tensor.data_ptr(), tensor.shape) if tensor.numel() else name
+            if key not in cast:
+                cast[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            state_dict[name] = cast[key]
     with atomic_path(Path(folder)) as temporary:
         temporary.mkdir()
-        in_memory, model.config.dtype = model.config.dtype, dtype or model.dtype
         model.config.use_cache = True
         try:
             model.save_pretrained(temporary, state_dict=state_dict)
         finally:
-            model.config.dtype, model.config.use_cache = in_memory, False
+            model.config.use_cache = False
+        if dtype is not None:  # transformers writes the dtype in memory, whatever the weights it is given
+            config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
+            config["dtype"] = str(dtype).removeprefix("torch.")
+            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(temporary)
         (temporary / CARD_FILE).write_text(card, encoding="utf-8")
         (temporary / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

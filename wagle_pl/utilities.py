@@ -20,10 +20,10 @@ class WagleError(Exception):
     """
 
 
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raise :class:`WagleError` if ``path`` exists and may not be replaced."""
+def refuse_existing(path: Path, overwrite: bool, option: str = "--model.overwrite true") -> None:
+    """Raise :class:`WagleError` if ``path`` exists and may not be replaced; ``option`` is what would allow it."""
     if path.exists() and not overwrite:
-        raise WagleError(f"output {path} exists already; choose another or pass --model.overwrite true")
+        raise WagleError(f"output {path} exists already; choose another or pass {option}")
 
 
 @contextmanager

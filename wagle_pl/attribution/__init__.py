@@ -1,6 +1,39 @@
 """Scores, Hessian estimates, exact selection, and the module that runs the pass."""
 
 from wagle_pl.attribution.module import AttributionModule
-from wagle_pl.attribution.scores import Score, Wagle, WeightStatistics
+from wagle_pl.attribution.scores import (
+    Curvature,
+    FisherRatio,
+    ForgetRetainRatio,
+    Gradient,
+    Magnitude,
+    Modules,
+    Random,
+    Score,
+    Signed,
+    Snip,
+    Wagle,
+    Wanda,
+    WeightStatistics,
+)
+from wagle_pl.attribution.specs import MaskSpec
+from wagle_pl.attribution.stored import mask_from_scores
 
-__all__ = ["AttributionModule", "Score", "Wagle", "WeightStatistics"]
+__all__ = [
+    "AttributionModule",
+    "Curvature",
+    "FisherRatio",
+    "ForgetRetainRatio",
+    "Gradient",
+    "Magnitude",
+    "MaskSpec",
+    "Modules",
+    "Random",
+    "Score",
+    "Signed",
+    "Snip",
+    "Wagle",
+    "Wanda",
+    "WeightStatistics",
+    "mask_from_scores",
+]

@@ -1,13 +1,140 @@
-"""Diagonal estimates of the retain loss's Hessian."""
+"""Diagonal estimates of the retain loss's Hessian.
+
+An estimator adds what one forward pass tells it to a running sum (one fp32 tensor a parameter, or only its mean). What
+it sums over rows is the diagonal for the *sum* of the rows' losses; the module divides by their number. To add an
+estimator, subclass :class:`Hessian` and enter it in :data:`ESTIMATORS`.
+
+The Hessian of a loss −log p(y|x) is H = G + R, where G = E_ŷ~p[∇log p(ŷ) ∇log p(ŷ)ᵀ], positive semi-definite, is the
+Gauss–Newton matrix (for this loss also the Fisher information), and R vanishes where the model fits its labels. The
+*empirical* Fisher takes the labels of the data in place of ŷ.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wagle_pl.attribution.sums import GradientSums
+from wagle_pl.utilities import WagleError
 
-def sample_labels(logits: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
+#: Name under which :class:`GradientSums` keeps the sum of the diagonal, and the sum of its mean.
+DIAGONAL, TRACE = "h", "h_trace"
+
+
+@dataclass
+class Piece:
+    """One forward pass over some rows, its graph alive.
+
+    Attributes:
+        logits: (B, T, V); position t predicts token t + 1.
+        labels: (B, T), -100 where nothing is predicted, and in rows that only pad the batch.
+        loss: scalar, the sum of the rows' losses.
+        seeds: one a row, so that what is drawn for a row does not depend on the batch it is in.
+        backward: ``backward(loss, retain_graph=...)``.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    loss: Tensor
+    seeds: Sequence[int]
+    backward: Callable[..., None]
+
+
+class Hessian:
+    """Estimates a diagonal, piece by piece.
+
+    Args:
+        samples: random draws for each piece; the error falls with their square root.
+        diagonal: keep the diagonal; otherwise only its mean.
+    """
+
+    #: Whether each row must be a piece of its own.
+    per_example = False
+
+    def __init__(self, samples: int = 1, diagonal: bool = True) -> None:
+        self.samples = samples
+        self.diagonal = diagonal
+
+    def forward_context(self) -> AbstractContextManager:
+        """What the forward pass of a piece must run under."""
+        return nullcontext()
+
+    def add(self, piece: Piece, sums: GradientSums) -> None:
+        """Add ``samples`` draws for one piece. Override this."""
+        raise TypeError(f"{type(self).__name__} must override add")
+
+
+class GaussNewton(Hessian):
+    """Gauss–Newton–Bartlett: squared gradients of labels drawn from the model (Liu et al. 2023, arXiv 2305.14342,
+    algorithm 2). Unbiased for the diagonal of the Gauss–Newton matrix, never negative."""
+
+    def add(self, piece: Piece, sums: GradientSums) -> None:
+        """One backward pass a draw."""
+        kept = {"squares": DIAGONAL} if self.diagonal else {"squared_norm": TRACE}
+        for draw in range(self.samples):
+            drawn = sample_labels(piece.logits, piece.labels, [hash((seed, draw)) for seed in piece.seeds])
+            with sums.into(**kept):
+                piece.backward(bartlett_loss(piece.logits, drawn), retain_graph=draw + 1 < self.samples)
+
+
+class Fisher(Hessian):
+    """Empirical Fisher: Σ_n (∇ℓ_n)², ℓ_n the loss of one row (its mean per token). Exact, never negative, and no
+    unbiased estimate of the Hessian (Kunstner et al. 2019, arXiv 1905.12558). Rows pass one at a time."""
+
+    per_example = True
+
+    def add(self, piece: Piece, sums: GradientSums) -> None:
+        """Square the row's own gradient."""
+        with sums.into(squares=DIAGONAL):
+            piece.backward(piece.loss)
+
+
+class Hutchinson(Hessian):
+    """z ⊙ Hz with Rademacher z (Bekas et al. 2007), Hz by a backward pass through the backward pass. Unbiased for the
+    diagonal of the true Hessian; single estimates may be negative. Needs, while it runs, three more tensors of the
+    model's size (z, the gradient and Hz) and the graph of the backward pass."""
+
+    def forward_context(self) -> AbstractContextManager:
+        """Fused attention has no second derivative."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        return sdpa_kernel(SDPBackend.MATH)
+
+    def add(self, piece: Piece, sums: GradientSums) -> None:
+        """One double backward pass a draw."""
+        parameters, buffers = sums.parameters, sums.buffers(DIAGONAL)
+        gradients = torch.autograd.grad(piece.loss, parameters, create_graph=True, allow_unused=True)
+        used = [i for i, gradient in enumerate(gradients) if gradient is not None and gradient.requires_grad]
+        for draw in range(self.samples):
+            seed = hash((*piece.seeds, draw))
+            probes = rademacher([parameters[i] for i in used], seed)
+            products = torch.autograd.grad(
+                [gradients[i] for i in used],
+                [parameters[i] for i in used],
+                probes,
+                retain_graph=draw + 1 < self.samples,
+                allow_unused=True,
+            )
+            for i, z, product in zip(used, probes, products, strict=True):
+                if product is not None:
+                    buffers[i].addcmul_(z.float(), product.float())
+
+
+ESTIMATORS: Mapping[str, type[Hessian]] = {
+    "auto": GaussNewton,
+    "gauss_newton": GaussNewton,
+    "fisher": Fisher,
+    "hutchinson": Hutchinson,
+}
+
+
+def sample_labels(logits: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
     """Labels drawn from the model's own predictions, where there is a label.
 
     Args:
@@ -21,6 +148,8 @@ def sample_labels(logits: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
     drawn = torch.full_like(labels, -100)
     for i, seed in enumerate(seeds):
         mask = labels[i, 1:] != -100
+        if not mask.any():
+            continue
         probabilities = logits[i, :-1][mask].detach().float().softmax(-1)
         generator = torch.Generator(device=logits.device).manual_seed(seed)
         drawn[i, 1:][mask] = torch.multinomial(probabilities, 1, generator=generator).view(-1)
@@ -31,7 +160,7 @@ def bartlett_loss(logits: Tensor, drawn: Tensor) -> Tensor:
     """Scalar whose squared gradient estimates the Gauss–Newton diagonal without bias.
 
     With one label drawn for each predicted token, E[∇ log p ∇ log pᵀ] is that token's Gauss–Newton matrix (Bartlett's
-    identity) and draws are independent, so cross terms vanish. The retain loss Σ_n (1/T_n) Σ_t ℓ_nt has the Gauss–Newton
+    identity) and draws are independent, so cross terms vanish. The loss Σ_n (1/T_n) Σ_t ℓ_nt has the Gauss–Newton
     diagonal Σ_n Σ_t (1/T_n) E[(∇ ℓ̂_nt)²] = E[(∇ Σ_n Σ_t T_n^(−1/2) ℓ̂_nt)²].
 
     Args:
@@ -46,3 +175,64 @@ def bartlett_loss(logits: Tensor, drawn: Tensor) -> Tensor:
     losses = F.cross_entropy(logits[:, :-1][mask].float(), targets[mask], reduction="none")
     scale = mask.sum(-1, keepdim=True).clamp(min=1).rsqrt().expand_as(mask)[mask]
     return (losses * scale).sum()
+
+
+def rademacher(like: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """Independent signs, ±1 with equal chance, in the shape, dtype and place of each tensor."""
+    generators: dict[Any, torch.Generator] = {}
+    signs = []
+    for tensor in like:
+        if tensor.device not in generators:
+            generators[tensor.device] = torch.Generator(device=tensor.device).manual_seed(seed)
+        sign = torch.empty_like(tensor, requires_grad=False).detach()
+        sign.bernoulli_(0.5, generator=generators[tensor.device])
+        signs.append(sign.mul_(2).sub_(1))
+    return signs
+
+
+class DampedHessian:
+    """h at the end of the pass: one γ for all weights, or a diagonal with damping.
+
+    The rule: h_i = max(ĥ_i, 0) + damping × mean(max(ĥ, 0)), so that h is at least damping × its mean, whatever an
+    estimate says, and no score is NaN or infinite because of it. A scalar needs no damping.
+
+    Args:
+        mean: mean of max(ĥ, 0) over all weights, or γ.
+        diagonal: sums of ĥ, in parameter order; None where h is a scalar.
+        scale: factor from the sums to ĥ.
+        damping: above 0.
+
+    Raises:
+        WagleError: if the mean is not above zero.
+    """
+
+    def __init__(
+        self, mean: float, diagonal: Sequence[Tensor] | None = None, scale: float = 1.0, damping: float = 0.1
+    ) -> None:
+        if not mean > 0:
+            raise WagleError(
+                f"the retain loss has no curvature here (mean of its Hessian diagonal: {mean:g}); "
+                "give --model.hessian scalar and --model.gamma a number"
+            )
+        self.mean = mean
+        self.damping = damping
+        self._diagonal = diagonal
+        self._scale = scale
+
+    @classmethod
+    def of_diagonal(cls, diagonal: Sequence[Tensor], scale: float, damping: float) -> DampedHessian:
+        """From the sums of an estimator; their mean is taken here."""
+        total = sum(float(tensor.clamp(min=0).sum(dtype=torch.float64)) for tensor in diagonal)
+        return cls(total * scale / sum(tensor.numel() for tensor in diagonal), diagonal, scale, damping)
+
+    def plain(self, position: int) -> Tensor:
+        """max(ĥ, 0) of one parameter, without damping."""
+        return (self._diagonal[position] * self._scale).clamp_(min=0)
+
+    def damped(self, position: int) -> Tensor:
+        """h of one parameter."""
+        return self.plain(position).add_(self.damping * self.mean)
+
+    def scalar(self, device: torch.device) -> Tensor:
+        """The mean as h of every weight: a 0-dim tensor."""
+        return torch.tensor(self.mean, device=device)

@@ -1,4 +1,4 @@
-"""``AttributionModule``: one pass over forget and retain rows, a score for every weight, a mask file."""
+"""``AttributionModule``: one pass over forget and retain rows, a score for every weight, a mask file or several."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from wagle_pl import models
-from wagle_pl.attribution.hessian import bartlett_loss, sample_labels
-from wagle_pl.attribution.scores import Score, WeightStatistics
-from wagle_pl.attribution.selection import check_density, select
+from wagle_pl.attribution.hessian import DIAGONAL, ESTIMATORS, TRACE, DampedHessian, Fisher, Hessian
+from wagle_pl.attribution.passes import Job, collect, count_rows
+from wagle_pl.attribution.scores import Score, WeightStatistics, positive
+from wagle_pl.attribution.selection import select_each
+from wagle_pl.attribution.specs import MaskSpec, check_labels, complete, name_masks
+from wagle_pl.attribution.stored import DTYPES, whole_mask, write_scores
 from wagle_pl.attribution.sums import GradientSums
-from wagle_pl.evaluation.likelihood import forward_answers
 from wagle_pl.evaluation.module import EvaluationModule
-from wagle_pl.masks import WeightMask, mask_path
-from wagle_pl.unlearning.objectives import NPO, PO, Answers, GradDiff, Streams
-from wagle_pl.utilities import WagleError, describe, refuse_existing, resolve
+from wagle_pl.masks import SUFFIX, WeightMask, mask_path
+from wagle_pl.unlearning.objectives import NPO, PO, GradDiff
+from wagle_pl.utilities import WagleError, refuse_existing
 
 log = logging.getLogger(__name__)
 
@@ -29,17 +31,29 @@ FORGET_LOSSES = {"ce": GradDiff, "npo": NPO, "po": PO}
 class AttributionModule(EvaluationModule):
     """Scores every weight for unlearning and writes the mask of the highest-scoring share.
 
-    One epoch sees every forget row once and as many retain rows. Gradients are summed in fp32. No weight is moved: the
-    run checks that at its end.
+    One epoch sees every forget row once and as many retain rows; only what the scores need is computed. Sums are in
+    fp32. No weight is moved: the run checks that at its end.
 
     Args:
         model: hub id, folder in Hugging Face format or GGUF file of the target model.
-        output: path of the mask file; ``.safetensors`` is added when missing.
-        density: share of weights selected, in (0, 1].
-        score: ``wagle``, or a class path to a ``Score``.
-        hessian: what stands for the retain loss's Hessian diagonal: ``scalar`` (``gamma``) or ``auto`` (its mean, from
-            a Gauss-Newton estimate).
+        output: path of the mask file; ``.safetensors`` is added when missing. With ``masks``, a folder.
+        density: share of weights selected, in (0, 1], of those that take part.
+        score: ``wagle``, ``snip``, ``gradient``, ``forget_retain_ratio``, ``fisher_ratio``, ``curvature``, ``signed``,
+            ``magnitude``, ``wanda``, ``random``, ``Modules`` (with arguments), or a class path to a ``Score``.
+        select: the ``high`` or the ``low`` end of the ranking.
+        scope: weights compete over the whole model (``global``), within each ``tensor``, or within each output ``row``.
+        include: regular expression; only parameters whose name it finds take part, the others are frozen.
+        exclude: regular expression; parameters whose name it finds do not take part.
+        masks: several masks from the same pass: a list of score, density, select, scope, include, exclude, name; what
+            one leaves out is taken from the options above. Each is written to ``<output>/<name or score-density>``.
+        save_scores: keep the scores too, as ``bf16`` or ``fp32``, beside the mask in ``<mask or score>.scores``.
+        hessian: what stands for the retain loss's Hessian diagonal: ``scalar`` (``gamma``), ``auto`` (the mean of a
+            Gauss-Newton estimate), or one number a weight: ``gauss_newton`` (labels drawn from the model), ``fisher``
+            (squared gradients of single rows), ``hutchinson`` (random signs, double backward; the true Hessian).
         gamma: the scalar Hessian γ; a number implies ``hessian: scalar``, ``auto`` estimates it.
+        damping: a diagonal ĥ is used as max(ĥ, 0) + damping × its mean.
+        hessian_samples: draws for each batch, for ``auto``, ``gauss_newton`` and ``hutchinson``.
+        hessian_data: rows on which the Hessian is estimated.
         forget_loss: whose gradient g_f is: ``ce`` (negative log-likelihood), ``npo`` or ``po`` (refusals).
         reduction: of the two gradients over examples: ``mean``, or ``sum`` as the paper's code has it.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
@@ -55,29 +69,75 @@ class AttributionModule(EvaluationModule):
         output: Optional[str] = None,
         density: float = 0.2,
         score: Union[Score, str] = "wagle",
-        hessian: Literal["scalar", "auto"] = "auto",
+        select: Literal["high", "low"] = "high",
+        scope: Literal["global", "tensor", "row"] = "global",
+        include: Optional[str] = None,
+        exclude: Optional[str] = None,
+        masks: Optional[list[MaskSpec]] = None,
+        save_scores: Optional[Literal["bf16", "fp32"]] = None,
+        hessian: Literal["scalar", "auto", "gauss_newton", "fisher", "hutchinson"] = "auto",
         gamma: Union[float, Literal["auto"]] = "auto",
+        damping: float = 0.1,
+        hessian_samples: int = 1,
+        hessian_data: Literal["retain", "forget", "holdout"] = "retain",
         forget_loss: Literal["ce", "npo", "po"] = "ce",
         reduction: Literal["mean", "sum"] = "mean",
         gradient_checkpointing: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(model=model, output=output, **kwargs)
-        check_density(density)
-        if gamma != "auto" and not gamma > 0:
-            raise WagleError(f"gamma must be above 0, got {gamma}")
-        if hessian == "scalar" and gamma == "auto":
-            raise WagleError("hessian scalar needs a number: give --model.gamma")
-        self.density = density
-        self.score = resolve(Score, score, "score")
-        self.hessian = hessian if gamma == "auto" else "scalar"
+        default = MaskSpec(score, density, select, scope, include, exclude)
+        made: dict[str, Score] = {}
+        self.several = masks is not None
+        self.specs = [complete(spec, default, made) for spec in (masks if masks is not None else [default])]
+        if not self.specs:
+            raise WagleError("masks is an empty list: leave it out, or name a mask")
+        self.mask_names = name_masks(self.specs)
+        if save_scores:
+            check_labels(self.specs)
+        self.needs = {need for spec in self.specs for need in spec.score.needs}
+        self.save_scores = save_scores
+        self.hessian = _hessian_kind(hessian, gamma, self.needs)
         self.gamma = gamma
+        self.damping = positive("damping", damping)
+        self.hessian_samples = int(positive("hessian_samples", hessian_samples))
+        self.hessian_data = hessian_data
         self.forget_loss = FORGET_LOSSES[forget_loss]()
         self.reduction = reduction
         self.gradient_checkpointing = gradient_checkpointing
-        self.streams = (*self.forget_loss.forget_streams, "retain")
+        self.jobs = self._plan()
+        self.streams = tuple(dict.fromkeys((self.forget_loss.forget_streams[0], *(job.stream for job in self.jobs))))
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints leave the weights out: they do not change
+
+    def _plan(self) -> list[Job]:
+        """What to collect from each stream."""
+        needs, on = self.needs, self.hessian_data
+        estimator: Optional[Hessian] = None
+        if self.hessian != "scalar" and needs & {"h", "h_diagonal"}:
+            estimator = ESTIMATORS[self.hessian](
+                samples=self.hessian_samples, diagonal=self.hessian != "auto" or "h_diagonal" in needs
+            )
+        shared = isinstance(estimator, Fisher) and on == "retain"  # then F_r is the Hessian, collected once
+        self._diagonal = "fisher_r" if shared else DIAGONAL
+        forget = Job(
+            stream=self.forget_loss.forget_streams[0],
+            loss=lambda at: -self.forget_loss.forget_loss(at),  # forgetting lowers the forget loss: +g_f
+            total="g_f" if "g_f" in needs else None,
+            squares="fisher_f" if "fisher_f" in needs else None,
+            activations="activation" in needs,
+        )
+        retain = Job(
+            stream="retain",
+            loss=lambda at: at["retain"].nll,
+            total="g_r" if "g_r" in needs else None,
+            squares="fisher_r" if "fisher_r" in needs or shared else None,
+            hessian=estimator if on == "retain" and not shared else None,
+        )
+        jobs = [forget, retain]
+        if estimator and on != "retain":
+            jobs.append(Job(stream=on, loss=lambda at: at[on].nll, hessian=estimator))
+        return [job for job in jobs if job.needs_graph or job.activations]
 
     @property
     def results_folder(self) -> Path:
@@ -90,16 +150,23 @@ class AttributionModule(EvaluationModule):
         if stage == "fit":
             if not self.output:
                 raise WagleError("attribution needs a path for the mask: give --model.output")
-            refuse_existing(mask_path(self.output), self.overwrite)
+            refuse_existing(Path(self.output) if self.several else mask_path(self.output), self.overwrite)
+            if self.save_scores and not self.several:
+                refuse_existing(self._scores_path(self.specs[0].score), self.overwrite)
             if str(self.trainer.precision).startswith("16"):
-                raise WagleError("attribution needs trainer.precision 32-true, bf16-mixed or bf16-true: the loss scaling "
-                                 "of fp16 would scale the sums")  # fmt: skip
+                raise WagleError(
+                    "attribution needs trainer.precision 32-true, bf16-mixed or bf16-true: "
+                    "the loss scaling of fp16 would scale the sums"
+                )
 
     def configure_model(self) -> None:
-        """Load the model, with gradients for every parameter."""
+        """Load the model, with gradients for every parameter, and check the masks' names against it."""
         super().configure_model()
         if self.gradient_checkpointing:
             self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        shapes = models.parameter_shapes(self.lm)
+        for spec in self.specs:
+            spec.score.share({name: shapes[name] for name in spec.taking_part(shapes)})
 
     def configure_optimizers(self) -> GradientSums:
         """The sums."""
@@ -117,142 +184,177 @@ class AttributionModule(EvaluationModule):
     # -- the pass -----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Mapping[str, Mapping[str, Tensor]], batch_idx: int) -> None:
-        """Add one micro-batch to the sums."""
-        sums = self.sums
-        at = _AtTheta0(batch, self._run, {})
-        stream = self.forget_loss.forget_streams[0]
-        with sums.into("g_f"):
-            loss = -_total(batch[stream], self.forget_loss.forget_loss(at))
-            self._backward(loss, "forget", batch_idx)
-        sums.count("forget_rows", _rows(batch[stream]))
-        self.log("train/forget_loss", loss.detach() / max(1, _rows(batch[stream])), prog_bar=True)
-        del at, loss
-
-        retain = batch["retain"]
-        logits, labels = self._run(retain)
-        answers = Answers(logits, labels)
-        loss = _total(retain, answers.nll)
-        with sums.into("g_r"):
-            self._backward(loss, "retain", batch_idx, retain_graph=self.hessian == "auto")
-        if self.hessian == "auto":
-            epoch, seed = self.trainer.current_epoch, self.trainer.datamodule.seed
-            drawn = sample_labels(logits, labels, [hash((seed, epoch, row)) for row in retain["row"].tolist()])
-            drawn[retain["weight"] == 0] = -100
-            with sums.into("draw"):
-                self.manual_backward(bartlett_loss(logits, drawn))
-        sums.count("retain_rows", _rows(retain))
-        self.log("train/retain_loss", loss.detach() / max(1, _rows(retain)), prog_bar=True)
-        self._end_of_batch()
-
-    def _run(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        output, labels = forward_answers(self.lm, tensors)
-        return output.logits, labels
-
-    def _backward(self, loss: Tensor, which: str, batch_idx: int, **options: Any) -> None:
-        if not torch.isfinite(loss):
-            raise WagleError(f"{which} loss is not finite in batch {batch_idx}: {loss.item():g}; is the model whole?")
-        self.manual_backward(loss, **options)
-
-    def _end_of_batch(self) -> None:
-        """Square the gradient of the drawn labels, now that it is whole, and let Lightning count a step."""
-        if self.hessian == "auto":
-            for draw in self.sums.buffers("draw"):
-                self.sums.count("h_sum", torch.linalg.vector_norm(draw, dtype=torch.float64).square().item())
-                draw.zero_()
+        """Add one micro-batch to the sums, and let Lightning count a step."""
+        epoch, seed = self.trainer.current_epoch, self.trainer.datamodule.seed
+        for stream, tensors in batch.items():
+            self.sums.count(f"{stream}_rows", count_rows(tensors))
+        for number, job in enumerate(self.jobs):
+            loss = collect(job, batch, self.lm, self.sums, self.manual_backward,
+                           lambda row, number=number: hash((seed, epoch, number, row)))  # fmt: skip
+            if loss is not None:
+                self.log(f"train/{job.stream}_loss", loss, prog_bar=True)
         self.optimizers().step()
 
-    # -- the mask -----------------------------------------------------------------------------------------------------
+    # -- the masks ----------------------------------------------------------------------------------------------------
 
     def on_train_end(self) -> None:
-        """Turn the sums into scores, the scores into a mask, and write it."""
+        """Turn the sums into scores, the scores into masks, and write them."""
         if self.trainer.fast_dev_run or not self.trainer.is_global_zero:
             return
         if models.fingerprint(self.lm.named_parameters()) != self.model_fingerprint:
             raise WagleError("attribution moved a weight: the mask is not written; please report this")
-        h = self._scalar_hessian()
-        named = list(self.lm.named_parameters())
-        shapes = models.parameter_shapes(self.lm)
+        curvature = self._curvature()
+        groups: dict[Any, list[int]] = {}
+        for number, spec in enumerate(self.specs):
+            groups.setdefault(spec.passes, []).append(number)
+        for numbers in groups.values():
+            for number, mask in zip(numbers, self._select(numbers, curvature), strict=True):
+                path = mask.save(self._mask_path(number))
+                self._report(mask, self.mask_names[number])
+                log.info("mask written to %s (density %.4f)", path, mask.density)
+        if self.save_scores:
+            for score in {id(spec.score): spec.score for spec in self.specs}.values():
+                self._write_scores(score, curvature)
 
-        def scores() -> Iterator[tuple[str, Tensor]]:
-            for i, (name, _) in enumerate(named):
-                yield name, self.score(self._statistics(i, h)).float()
+    def _mask_path(self, number: int) -> Path:
+        return Path(self.output) / f"{self.mask_names[number]}{SUFFIX}" if self.several else mask_path(self.output)
 
-        packed = dict(select(scores, self.density))
-        mask = WeightMask(packed, shapes, self._made_by(h))
-        path = mask.save(self.output)
-        self._report(mask)
-        log.info("mask written to %s", path)
+    def _scores_path(self, score: Score) -> Path:
+        if self.several:
+            return Path(self.output) / f"{score.label}.scores"
+        return mask_path(self.output).with_suffix(".scores")
 
-    def _scale(self, rows: str) -> float:
-        return 1.0 if self.reduction == "sum" else 1.0 / self.sums.counts[rows]
+    def _select(self, numbers: list[int], curvature: Optional[DampedHessian]) -> Iterator[WeightMask]:
+        """The masks of specs that differ in density only, all in the same passes over their scores."""
+        specs = [self.specs[number] for number in numbers]
+        score, shapes = specs[0].score, models.parameter_shapes(self.lm)
+        names = specs[0].taking_part(shapes)
+        share = score.share({name: shapes[name] for name in names})
+        densities = [spec.density if share is None else share for spec in specs]
+        selected: list[dict[str, Tensor]] = [{} for _ in specs]
+        for name, bits in select_each(
+            lambda: self.scores(score, curvature, set(names)), densities, specs[0].ranking, specs[0].scope
+        ):
+            for chosen, packed in zip(selected, bits, strict=True):
+                chosen[name] = packed
+        for spec, density, packed in zip(specs, densities, selected, strict=True):
+            made_by = {**self._made_by(curvature), **spec.options(), "density": float(density)}
+            yield whole_mask(packed, shapes, made_by)
 
-    def _scalar_hessian(self) -> Tensor:
-        """γ, in fp32.
+    def scores(
+        self, score: Score, curvature: Optional[DampedHessian], names: Optional[set[str]] = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """(parameter name, fp32 scores in its shape) of all parameters or of some, computed one parameter at a time.
 
         Raises:
-            WagleError: if its estimate is zero.
+            WagleError: if the score returns another shape.
         """
-        if self.gamma != "auto":
-            return torch.tensor(float(self.gamma))
-        weights = sum(p.numel() for p in self.lm.parameters())
-        gamma = self.sums.counts["h_sum"] * self._scale("retain_rows") / weights
-        if not gamma > 0:
-            raise WagleError("the retain loss has no curvature here (gamma auto is 0); give --model.gamma a number")
-        return torch.tensor(gamma)
+        for position, (name, parameter) in enumerate(self.lm.named_parameters()):
+            if names is not None and name not in names:
+                continue
+            values = score(self._statistics(position, name, parameter, score.needs, curvature)).float()
+            if values.shape != parameter.shape:
+                shapes = f"{tuple(values.shape)}, the parameter's is {tuple(parameter.shape)}"
+                raise WagleError(f"score {type(score).__name__} gave {name} shape {shapes}")
+            yield name, values
 
-    def _statistics(self, i: int, h: Tensor) -> WeightStatistics:
-        """What the pass saw of the i-th parameter."""
-        name, parameter = list(self.lm.named_parameters())[i]
-        g_f = self.sums.buffers("g_f")[i] * self._scale("forget_rows")
-        g_r = self.sums.buffers("g_r")[i] * self._scale("retain_rows")
-        return WeightStatistics(name, parameter.detach().float(), g_f, g_r, h.to(g_r.device))
+    @torch.no_grad()
+    def _statistics(
+        self, position: int, name: str, parameter: Tensor, needs: tuple[str, ...], curvature: Optional[DampedHessian]
+    ) -> WeightStatistics:
+        """What the pass saw of one parameter, as far as a score needs it."""
+        w = WeightStatistics(name, parameter.detach().float())
+        if "g_f" in needs:
+            w.g_f = self.sums.buffers("g_f")[position] * self._scale(self.forget_loss.forget_streams[0])
+        if "g_r" in needs:
+            w.g_r = self.sums.buffers("g_r")[position] * self._scale("retain")
+        if "fisher_f" in needs:
+            w.fisher_f = self.sums.buffers("fisher_f")[position] / self._rows(self.forget_loss.forget_streams[0])
+        if "fisher_r" in needs:
+            w.fisher_r = self.sums.buffers("fisher_r")[position] / self._rows("retain")
+        if "activation" in needs and name in self.sums.vectors["activation"]:
+            w.activation = self.sums.vectors["activation"][name].sqrt().float()
+        if "h" in needs:
+            scalar = self.hessian in ("scalar", "auto")
+            w.h = curvature.scalar(parameter.device) if scalar else curvature.damped(position)
+        if "h_diagonal" in needs:
+            w.h_diagonal, w.h_mean = curvature.plain(position), curvature.mean
+        return w
 
-    def _made_by(self, h: Tensor) -> dict[str, Any]:
+    def _rows(self, stream: str) -> float:
+        return self.sums.counts[f"{stream}_rows"]
+
+    def _scale(self, stream: str) -> float:
+        return 1.0 if self.reduction == "sum" else 1.0 / self._rows(stream)
+
+    def _curvature(self) -> Optional[DampedHessian]:
+        """h, if a score needs it."""
+        if not self.needs & {"h", "h_diagonal"}:
+            return None
+        if self.hessian == "scalar":
+            return DampedHessian(float(self.gamma))
+        scale = self._scale(self.hessian_data) / (1 if self.hessian == "fisher" else self.hessian_samples)
+        if self.hessian == "auto" and "h_diagonal" not in self.needs:
+            weights = sum(parameter.numel() for parameter in self.lm.parameters())
+            return DampedHessian(float(sum(self.sums.vectors[TRACE].values())) * scale / weights)
+        return DampedHessian.of_diagonal(self.sums.buffers(self._diagonal), scale, self.damping)
+
+    def _write_scores(self, score: Score, curvature: Optional[DampedHessian]) -> None:
+        spec = next(spec for spec in self.specs if spec.score is score)
+        options = {key: spec.options()[key] for key in ("score", "score_options")}
+        made_by = {**self._made_by(curvature), **options, "absolute": not score.signed}
+        shapes = models.parameter_shapes(self.lm)
+        path = write_scores(
+            self._scores_path(score), self.scores(score, curvature), shapes, made_by, DTYPES[self.save_scores]
+        )
+        log.info("scores written to %s", path)
+
+    def _made_by(self, curvature: Optional[DampedHessian]) -> dict[str, Any]:
         data = self.trainer.datamodule
         return {
             "model": self.model_name,
             "model_fingerprint": self.model_fingerprint,
-            "score": describe(self.score)["class"],
-            "hessian": self.hessian,
-            "gamma": h.item(),
-            "density": self.density,
+            "hessian": self.hessian if curvature else None,
+            "gamma": curvature.mean if curvature else None,
+            "damping": self.damping,
+            "hessian_samples": self.hessian_samples,
+            "hessian_data": self.hessian_data,
             "forget_loss": type(self.forget_loss).__name__,
             "reduction": self.reduction,
-            "rows": {name: int(self.sums.counts[f"{name}_rows"]) for name in ("forget", "retain")},
+            "rows": {stream: int(self._rows(stream)) for stream in self.streams},
             "data": {name: data.describe(name) for name in ("forget", "retain")},
             "config": self.run_config,
         }
 
-    def _report(self, mask: WeightMask) -> None:
+    def _report(self, mask: WeightMask, name: str) -> None:
         """Log the share selected by layer and by module type."""
         stats = mask.stats()
-        flat = {f"mask/{group}/{key}": share for group in ("layer", "module") for key, share in stats[group].items()}
+        flat = {f"{group}/{key}": share for group in ("layer", "module") for key, share in stats[group].items()}
+        prefix = f"mask/{name}" if self.several else "mask"
         for logger in self.trainer.loggers:
-            logger.log_metrics({"mask/density": mask.density, **flat}, step=self.global_step)
-        for group in ("module", "layer"):
-            shares = "  ".join(f"{key} {share:.3f}" for key, share in stats[group].items())
-            log.info("share selected by %s: %s", group, shares)
+            shares = {"density": mask.density, **flat}
+            logger.log_metrics({f"{prefix}/{key}": value for key, value in shares.items()}, step=self.global_step)
+        for group in ("module", "layer") if not self.several else ():
+            log.info("share selected by %s: %s", group, "  ".join(f"{k} {v:.3f}" for k, v in stats[group].items()))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the weights out: they are the model's own, unmoved."""
         checkpoint["state_dict"] = {}
 
 
-class _AtTheta0(Streams):
-    """Streams whose reference is the model itself, as at the first step of unlearning."""
+def _hessian_kind(hessian: str, gamma: Union[float, str], needs: set[str]) -> str:
+    """The Hessian asked for, of an option and a γ.
 
-    def __getitem__(self, stream: str) -> Answers:
-        answers = super().__getitem__(stream)
-        if answers.reference is None:
-            answers.reference = answers.logprob.detach()
-        return answers
-
-
-def _rows(tensors: Mapping[str, Tensor]) -> int:
-    """Rows of a stream that count (padding has weight 0)."""
-    return int((tensors["weight"] > 0).sum())
-
-
-def _total(tensors: Mapping[str, Tensor], values: Tensor) -> Tensor:
-    """Sum of (B,) values over rows that count."""
-    return values.masked_fill(tensors["weight"] == 0, 0.0).sum()
+    Raises:
+        WagleError: if they contradict each other, or the scores.
+    """
+    if gamma != "auto":
+        positive("gamma", gamma)
+        if hessian not in ("scalar", "auto"):
+            raise WagleError(f"gamma {gamma} is for hessian scalar, not for {hessian}: leave one of them out")
+        hessian = "scalar"
+    elif hessian == "scalar":
+        raise WagleError("hessian scalar needs a number: give --model.gamma")
+    if hessian == "scalar" and "h_diagonal" in needs:
+        raise WagleError("a score here needs a Hessian diagonal, not a scalar: give --model.hessian gauss_newton")
+    return hessian

@@ -8,16 +8,28 @@ To write one's own, subclass :class:`Score`, say what it ``needs`` and override 
 
         def __call__(self, w):
             return w.g_f * w.g_r
+
+The pass collects what the scores of a run need and nothing else: one that needs no ``g_r`` costs no retain pass.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Optional
 
 import torch
 from torch import Tensor
+
+from wagle_pl.masks import WeightMask
+from wagle_pl.names import in_module, layer_of, parse_layers
+from wagle_pl.utilities import WagleError
+
+#: What a score may need.
+COLLECTED = ("g_f", "g_r", "h", "h_diagonal", "fisher_f", "fisher_r", "activation")
 
 
 @dataclass
@@ -30,7 +42,13 @@ class WeightStatistics:
         theta: θ₀.
         g_f: gradient of the forget loss, oriented so that forgetting moves along +g_f.
         g_r: gradient of the retain loss.
-        h: diagonal Hessian of the retain loss: one number (0-dim) or one a weight, above zero.
+        h: diagonal Hessian of the retain loss: one number (0-dim) or one a weight, damped, above zero.
+        h_diagonal: the same one a weight, whatever h is, without damping, at least zero.
+        h_mean: mean of ``h_diagonal`` over all weights of the model; there if ``h_diagonal`` is.
+        fisher_f: (1/N) Σ_n (∇ℓ_f,n)², squared gradients of single forget rows.
+        fisher_r: the same of retain rows.
+        activation: ‖x_j‖₂ of each input j of a linear layer over the tokens of the forget rows, one for each column of
+            its weight, (in_features,); None for other parameters.
     """
 
     name: str
@@ -38,6 +56,11 @@ class WeightStatistics:
     g_f: Optional[Tensor] = None
     g_r: Optional[Tensor] = None
     h: Optional[Tensor] = None
+    h_diagonal: Optional[Tensor] = None
+    h_mean: Optional[float] = None
+    fisher_f: Optional[Tensor] = None
+    fisher_r: Optional[Tensor] = None
+    activation: Optional[Tensor] = None
 
 
 class Score:
@@ -46,9 +69,21 @@ class Score:
     #: Fields of :class:`WeightStatistics` that the score reads, beside ``theta``.
     needs: tuple[str, ...] = ("g_f",)
 
+    #: Ranked by the score itself; otherwise by its absolute value.
+    signed: bool = False
+
     def __call__(self, w: WeightStatistics) -> Tensor:
         """Scores of one parameter, in its shape. Override this."""
         raise TypeError(f"{type(self).__name__} must override __call__")
+
+    def share(self, shapes: Mapping[str, Sequence[int]]) -> Optional[Fraction]:
+        """Share of the weights of these parameters that the score itself says to take; None: the density says."""
+        return None
+
+    @property
+    def label(self) -> str:
+        """Short name, for files: ``forget_retain_ratio`` of a ``ForgetRetainRatio``."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
 
 
 class Wagle(Score):
@@ -60,7 +95,121 @@ class Wagle(Score):
     needs = ("g_f", "g_r", "h")
 
     def __call__(self, w: WeightStatistics) -> Tensor:
-        return (w.theta - w.g_r / w.h) * w.g_f
+        """(θ − g_r / h) · g_f."""
+        return torch.addcdiv(w.theta, w.g_r, w.h, value=-1.0).mul_(w.g_f)
+
+
+class Snip(Score):
+    """S = θ · g_f (SNIP, arXiv 1810.02340): to first order, the change of the forget loss when the weight is pruned.
+
+    WAGLE without the retain term.
+    """
+
+    def __call__(self, w: WeightStatistics) -> Tensor:
+        """θ · g_f."""
+        return w.theta * w.g_f
+
+
+class Gradient(Score):
+    """S = |g_f|: weight saliency (SalUn, arXiv 2310.12508)."""
+
+    def __call__(self, w: WeightStatistics) -> Tensor:
+        """|g_f|."""
+        return w.g_f.abs()
+
+
+class ForgetRetainRatio(Score):
+    """S = |g_f| / (|g_r| + ε): salient for forgetting and not for retaining (used as a baseline of WAGLE).
+
+    Args:
+        eps: ε, against division by zero; a weight without any retain gradient ranks first.
+    """
+
+    needs = ("g_f", "g_r")
+
+    def __init__(self, eps: float = 1e-12) -> None:
+        self.eps = positive("eps", eps)
+
+    def __call__(self, w: WeightStatistics) -> Tensor:
+        """|g_f| / (|g_r| + ε)."""
+        return w.g_f.abs().div_(w.g_r.abs().add_(self.eps))
+
+
+class FisherRatio(Score):
+    """S = F_f / (F_r + ε), F the mean of squared gradients of single rows (selective synaptic dampening, arXiv
+    2308.07707, which dampens the weights with S > α). The pass runs row by row.
+
+    Args:
+        eps: ε, against division by zero; a weight without any retain gradient ranks first.
+    """
+
+    needs = ("fisher_f", "fisher_r")
+
+    def __init__(self, eps: float = 1e-20) -> None:
+        self.eps = positive("eps", eps)
+
+    def __call__(self, w: WeightStatistics) -> Tensor:
+        """F_f / (F_r + ε)."""
+        return w.fisher_f / (w.fisher_r + self.eps)
+
+
+class Curvature(Score):
+    """S = |g_f| / √(h + ε): forget gradient per unit of retain curvature.
+
+    A step along the i-th axis that costs δ of retain loss at a minimum of ℓ_r has length √(2δ/h_i), and gains |g_f,i|
+    times that of forget loss. Needs a diagonal; with ``hessian: auto`` it is the Gauss–Newton estimate.
+
+    Args:
+        damping_ratio: ε as a multiple of the mean of h over all weights.
+    """
+
+    needs = ("g_f", "h_diagonal")
+
+    def __init__(self, damping_ratio: float = 0.1) -> None:
+        self.damping_ratio = positive("damping_ratio", damping_ratio)
+
+    def __call__(self, w: WeightStatistics) -> Tensor:
+        """|g_f| / √(h + damping_ratio · mean h)."""
+        return w.g_f.abs().mul_((w.h_diagonal + self.damping_ratio * w.h_mean).rsqrt_())
+
+
+class Signed(Score):
+    """S = −g_r · g_f / h, ranked without absolute value: weights where forgetting does not fight retaining first.
+
+    The second term of WAGLE's score, with its sign: moving along +g_f raises the retain loss at the rate g_r · g_f.
+    """
+
+    needs = ("g_f", "g_r", "h")
+    signed = True
+
+    def __call__(self, w: WeightStatistics) -> Tensor:
+        """−g_r · g_f / h."""
+        return (w.g_r * w.g_f).div_(w.h).neg_()
+
+
+class Magnitude(Score):
+    """S = |θ| (magnitude pruning, arXiv 1506.02626). No pass over data is needed."""
+
+    needs = ()
+
+    def __call__(self, w: WeightStatistics) -> Tensor:
+        """|θ|."""
+        return w.theta.abs()
+
+
+class Wanda(Score):
+    """S_ij = |θ_ij| · ‖x_j‖₂, x what enters the linear layer on the forget rows (Wanda, arXiv 2306.11695).
+
+    Prompt and answer tokens count, padding does not. Only a forward pass is run. The paper ranks within each output
+    row: ``scope: row``. Weights of no linear layer (norms, biases, embeddings) score 0; an embedding that is tied to
+    the output layer has that layer's score.
+    """
+
+    needs = ("activation",)
+
+    def __call__(self, w: WeightStatistics) -> Tensor:
+        """|θ| · ‖x‖₂, 0 outside linear layers."""
+        return torch.zeros_like(w.theta) if w.activation is None else w.theta.abs() * w.activation
 
 
 class Random(Score):
@@ -76,6 +225,61 @@ class Random(Score):
         self.seed = seed
 
     def __call__(self, w: WeightStatistics) -> Tensor:
+        """Uniform in [0, 1)."""
         digest = hashlib.sha256(f"{self.seed} {w.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         return torch.rand(w.theta.shape, generator=generator).to(w.theta.device)
+
+
+class Modules(Score):
+    """1 inside the chosen modules and layers, 0 outside. The mask is all that is inside; ``density`` is not used.
+
+    Args:
+        modules: ``mlp``, ``attn``, ``norm``, ``embed``, ``q_proj``, ``mlp.down_proj``, ... (see
+            :func:`wagle_pl.names.in_module`); any of them will do. None takes every module.
+        layers: indices of transformer blocks: ``"3-7"``, ``"0,2,5-6"``, counted from 0, ends included. None takes
+            every layer, and what is outside the blocks.
+
+    Raises:
+        WagleError: if ``layers`` cannot be read, or both are None.
+    """
+
+    needs = ()
+
+    def __init__(self, modules: Optional[list[str]] = None, layers: Optional[str] = None) -> None:
+        if not modules and layers is None:
+            raise WagleError("score Modules needs modules, layers or both")
+        self.modules = modules
+        self.layers = layers
+        self._layers = None if layers is None else parse_layers(layers)
+
+    @property
+    def label(self) -> str:
+        """``modules-mlp-layers3-7``."""
+        layers = [] if self.layers is None else [f"layers{self.layers}"]
+        return "-".join(["modules", *(self.modules or []), *layers])
+
+    def takes(self, name: str) -> bool:
+        """Whether a parameter is inside."""
+        inside = not self.modules or any(in_module(name, module) for module in self.modules)
+        return inside and (self._layers is None or layer_of(name) in self._layers)
+
+    def __call__(self, w: WeightStatistics) -> Tensor:
+        """1 or 0."""
+        return torch.full_like(w.theta, float(self.takes(w.name)))
+
+    def share(self, shapes: Mapping[str, Sequence[int]]) -> Fraction:
+        """Share of weights inside.
+
+        Raises:
+            WagleError: if the model lacks a module or a layer, naming those it has.
+        """
+        mask = WeightMask.from_modules(shapes, self.modules, self.layers)
+        return Fraction(mask.count(), mask.total)
+
+
+def positive(name: str, value: float) -> float:
+    """The value, if it is above 0; a :class:`WagleError` otherwise."""
+    if not value > 0:
+        raise WagleError(f"{name} must be above 0, got {value}")
+    return value

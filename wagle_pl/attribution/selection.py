@@ -1,145 +1,304 @@
 """Exact selection of the highest-ranked share of weights: no sort of N, no gather of N, no second copy of N.
 
 A float's bits, read as an integer, order like the float. Two passes of counting, over the upper and then the lower
-sixteen bits, find the exact value of the k-th largest; a last pass writes the bits. Counts of several ranks or shards
-add up, so the same code serves any of them.
+sixteen bits, find the exact value of the k-th in order; a last pass writes the bits. Counts of several ranks or shards
+add up, so the same code serves any of them, and several densities share their passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import prod
+from typing import Literal, NamedTuple, Union
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from wagle_pl.masks import pack_bits
+from wagle_pl.bits import pack_bits
 from wagle_pl.utilities import WagleError
 
-CHUNK = 1 << 20  # weights looked at at a time: the only extra memory
+CHUNK = 1 << 20  # weights looked at at a time, a multiple of 8: the only extra memory
 
 _HALF = 1 << 16
-_FIRST_INFINITE = 0x7F800000
+_OFFSET = _HALF // 2  # the upper half of a key is signed; bins count from 0
+_INFINITE = 0x7F80  # upper sixteen bits of the first float that is not finite
+_NONE = 2**31 - 1  # a key above that of any finite score
+
+Scope = Literal["global", "tensor", "row"]
+
+#: (parameter name, its float32 scores in its shape) for every parameter that takes part, in parameter order. Called
+#: once a pass; every time the same.
+Scores = Callable[[], Iterable[tuple[str, Tensor]]]
+
+#: Adds up int64 counts over shards (an all-reduce); the identity on one device.
+Reduce = Callable[[Tensor], Tensor]
+
+
+class Ranking(NamedTuple):
+    """How scores become an order: by absolute value or not, from the highest or from the lowest."""
+
+    absolute: bool = True
+    low: bool = False
+
+
+HIGHEST = Ranking()
 
 
 class Threshold(NamedTuple):
-    """The k-th largest key, and how many weights of just this key are taken (lowest index first)."""
+    """Weights whose key is above ``key`` are taken, and the first ``ties`` of those with just this key."""
 
     key: int
     ties: int
-
-
-def order_keys(scores: Tensor, absolute: bool = True) -> Tensor:
-    """int32 keys that order like the scores (or like their absolute values); equal scores have equal keys.
-
-    Args:
-        scores: float32, any shape.
-        absolute: rank by absolute value.
-
-    >>> order_keys(torch.tensor([-2.0, 1.0])).argmax(), order_keys(torch.tensor([-2.0, 1.0]), absolute=False).argmax()
-    (tensor(0), tensor(1))
-    """
-    if absolute:
-        return scores.abs().view(torch.int32)
-    bits = (scores + 0.0).view(torch.int32)  # −0 becomes 0: the two are equal scores
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-def find_threshold(
-    scores: Callable[[], Iterable[tuple[str, Tensor]]],
-    k: int,
-    absolute: bool = True,
-    reduce: Callable[[Tensor], Tensor] = lambda counts: counts,
-) -> Threshold:
-    """The key of the k-th largest score.
-
-    Args:
-        scores: called for each pass; yields (parameter name, float32 scores), every time the same.
-        k: how many weights are to be taken, at least 1 and at most their number.
-        absolute: rank by absolute value.
-        reduce: adds up int64 counts over shards (an all-reduce); the identity on one device.
-
-    Raises:
-        WagleError: if a score is NaN or infinite, naming the parameter.
-    """
-
-    def count(bins: Callable[[Tensor], Tensor]) -> Tensor:
-        total = torch.zeros(_HALF, dtype=torch.int64)
-        for name, tensor in scores():
-            for chunk in tensor.reshape(-1).split(CHUNK):
-                total += torch.bincount(bins(order_keys(chunk, absolute)), minlength=_HALF).cpu()
-            if total[(_FIRST_INFINITE >> 16) + _HALF // 2 :].any():
-                raise WagleError(f"scores of {name} are not finite: the gradients overflowed or the Hessian is zero")
-        return reduce(total)
-
-    upper = count(lambda keys: (keys >> 16) + _HALF // 2)
-    bin_, above = _descend(upper, k)
-    high = bin_ - _HALF // 2
-    lower = count_lower(scores, high, absolute, reduce)
-    low, above_low = _descend(lower, k - above)
-    return Threshold((high << 16) | low, k - above - above_low)
-
-
-def count_lower(
-    scores: Callable[[], Iterable[tuple[str, Tensor]]],
-    high: int,
-    absolute: bool,
-    reduce: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Counts of the lower sixteen bits of the keys whose upper bits are ``high``."""
-    total = torch.zeros(_HALF, dtype=torch.int64)
-    for _, tensor in scores():
-        for chunk in tensor.reshape(-1).split(CHUNK):
-            keys = order_keys(chunk, absolute)
-            total += torch.bincount(keys[(keys >> 16) == high] & (_HALF - 1), minlength=_HALF).cpu()
-    return reduce(total)
-
-
-def _descend(counts: Tensor, k: int) -> tuple[int, int]:
-    """The bin in which the k-th largest lies, and how many lie in higher bins."""
-    from_top = counts.flip(0).cumsum(0)
-    position = int(torch.searchsorted(from_top, torch.tensor(k)))
-    above = int(from_top[position - 1]) if position else 0
-    return len(counts) - 1 - position, above
-
-
-def select(
-    scores: Callable[[], Iterable[tuple[str, Tensor]]], density: float, absolute: bool = True
-) -> Iterator[tuple[str, Tensor]]:
-    """Take exactly ⌊density · N⌋ weights, those of the largest score; ties go to the lowest index in parameter order.
-
-    Args:
-        scores: called for each pass; yields (parameter name, float32 scores of any shape), every time the same.
-        density: share of weights, in (0, 1].
-        absolute: rank by absolute value.
-
-    Yields:
-        (parameter name, packed bits), see :func:`wagle_pl.masks.pack_bits`.
-
-    Raises:
-        WagleError: if density is outside (0, 1] or takes no weight, or a score is NaN or infinite.
-    """
-    check_density(density)
-    total = sum(tensor.numel() for _, tensor in scores())
-    k = int(density * total)
-    if k == 0:
-        raise WagleError(f"density {density} of {total} weights selects none; raise it")
-    threshold = find_threshold(scores, k, absolute)
-    ties = threshold.ties
-    for name, tensor in scores():
-        parts = []
-        for chunk in tensor.reshape(-1).split(CHUNK):
-            keys = order_keys(chunk, absolute)
-            taken = keys > threshold.key
-            if ties:
-                equal = (keys == threshold.key).nonzero().view(-1)[:ties]
-                taken[equal] = True
-                ties -= len(equal)
-            parts.append(pack_bits(taken))
-        yield name, torch.cat(parts) if parts else torch.zeros(0, dtype=torch.uint8)
 
 
 def check_density(density: float) -> None:
     """Raise :class:`WagleError` if ``density`` is outside (0, 1]."""
     if not 0 < density <= 1:
         raise WagleError(f"density is the share of weights selected and must be in (0, 1], got {density}")
+
+
+def order_keys(scores: Tensor, ranking: Ranking = HIGHEST) -> Tensor:
+    """int32 keys that order as the ranking says: what is to be taken first has the largest; equal scores, equal keys.
+
+    Args:
+        scores: float32, any shape.
+        ranking: the order.
+
+    >>> order_keys(torch.tensor([-2.0, 1.0])).argmax(), order_keys(torch.tensor([-2.0, 1.0]), Ranking(False)).argmax()
+    (tensor(0), tensor(1))
+    """
+    if ranking.absolute:
+        keys = scores.abs().view(torch.int32)
+    else:
+        bits = (scores + 0.0).view(torch.int32)  # −0 becomes 0: the two are equal scores
+        keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return ~keys if ranking.low else keys
+
+
+def select(
+    scores: Scores,
+    density: float,
+    ranking: Ranking = HIGHEST,
+    scope: Scope = "global",
+) -> Iterator[tuple[str, Tensor]]:
+    """Take exactly ⌊density · N⌋ weights, the first in the ranking; ties go to the lowest index in parameter order.
+
+    Args:
+        scores: of the N weights that take part.
+        density: share of weights, in (0, 1].
+        ranking: largest absolute value first, unless said otherwise.
+        scope: what competes: all weights (``global``), those of a tensor, or those of a ``row`` (first dimension; a
+            vector is one row). Of the weights up to the end of each tensor or row, in parameter order, exactly
+            ⌊density · their number⌋ are taken: each gets its share to within one weight, and the total is exact.
+
+    Yields:
+        (parameter name, packed bits), see :func:`wagle_pl.bits.pack_bits`.
+
+    Raises:
+        WagleError: if density is outside (0, 1] or takes no weight, or a score is NaN or infinite.
+    """
+    for name, (bits,) in select_each(scores, [density], ranking, scope):
+        yield name, bits
+
+
+def select_each(
+    scores: Scores,
+    densities: Sequence[float],
+    ranking: Ranking = HIGHEST,
+    scope: Scope = "global",
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """:func:`select` for several densities, in the passes of one; yields the packed bits of each."""
+    for density in densities:
+        check_density(density)
+    if scope == "global":
+        selected = _select_global(scores, densities, ranking)
+    else:
+        parts = _tensor_parts if scope == "tensor" else _row_parts
+        selected = _select_within(scores, densities, ranking, parts)
+    any_weight = [False] * len(densities)
+    for name, bits in selected:
+        any_weight = [found or bool(b.any()) for found, b in zip(any_weight, bits, strict=True)]
+        yield name, bits
+    for density, found in zip(densities, any_weight, strict=True):
+        if not found:
+            raise WagleError(f"density {float(density):g} of the weights that take part selects none; raise it")
+
+
+# -- one threshold for all ------------------------------------------------------------------------------------------
+
+
+def find_thresholds(
+    scores: Scores,
+    counts: Callable[[int], Sequence[int]],
+    ranking: Ranking = HIGHEST,
+    reduce: Reduce = lambda counts: counts,
+) -> list[Threshold]:
+    """The key that parts the first k in the ranking from the rest, for several k, in two passes.
+
+    Args:
+        scores: of the weights that compete.
+        counts: number of weights -> the numbers k to take, each from 0 to that number.
+        ranking: their order.
+        reduce: adds up int64 counts over shards.
+
+    Raises:
+        WagleError: if a score is NaN or infinite, naming the parameter.
+    """
+    upper = torch.zeros(_HALF, dtype=torch.int64)
+    for name, tensor in scores():
+        for chunk in _chunks(tensor):
+            bins = (order_keys(chunk, ranking) >> 16).add_(_OFFSET)
+            upper += torch.bincount(bins, minlength=_HALF).cpu()
+        if upper[_OFFSET + _INFINITE :].any() or upper[: _OFFSET - _INFINITE].any():
+            raise _not_finite(name)
+    upper = reduce(upper)
+    ks = counts(int(upper.sum()))
+    places = [_descend(upper, k) for k in ks]
+    lower = {bin_: torch.zeros(_HALF, dtype=torch.int64) for bin_, _ in places if bin_ is not None}
+    for _, tensor in scores():
+        for chunk in _chunks(tensor):
+            keys = order_keys(chunk, ranking)
+            upper_bits = keys >> 16
+            for bin_, count in lower.items():
+                low_bits = _at(keys, upper_bits == bin_ - _OFFSET) & (_HALF - 1)
+                count += torch.bincount(low_bits, minlength=_HALF).cpu()
+    lower = {bin_: reduce(count) for bin_, count in lower.items()}
+    thresholds = []
+    for k, (bin_, above) in zip(ks, places, strict=True):
+        if bin_ is None:
+            thresholds.append(Threshold(_NONE, 0))
+            continue
+        low, above_low = _descend(lower[bin_], k - above)
+        key, ties = ((bin_ - _OFFSET) << 16) | low, k - above - above_low
+        whole = ties == int(lower[bin_][low])  # all of this key are taken: no need to count ties
+        thresholds.append(Threshold(key - 1, 0) if whole else Threshold(key, ties))
+    return thresholds
+
+
+def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
+    return tensor.reshape(-1).float().split(CHUNK)
+
+
+def _at(values: Tensor, mask: Tensor) -> Tensor:
+    """``values[mask]``, by way of NumPy on the CPU, where that is three times as fast."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(values.numpy()[mask.numpy()])
+    return values[mask]
+
+
+def _descend(counts: Tensor, k: int) -> tuple[Union[int, None], int]:
+    """The bin in which the k-th from the top lies (None if k is 0), and how many lie in higher bins."""
+    if k == 0:
+        return None, 0
+    from_top = counts.flip(0).cumsum(0)
+    position = int(torch.searchsorted(from_top, torch.tensor(k)))
+    above = int(from_top[position - 1]) if position else 0
+    return len(counts) - 1 - position, above
+
+
+def _not_finite(name: str) -> WagleError:
+    return WagleError(f"scores of {name} are not finite: its gradients overflowed or its Hessian is zero")
+
+
+def _select_global(scores: Scores, densities: Sequence[float], ranking: Ranking) -> Iterator[tuple[str, list[Tensor]]]:
+    thresholds = find_thresholds(scores, lambda total: [int(density * total) for density in densities], ranking)
+    takers = [_Taker(threshold) for threshold in thresholds]
+    for name, tensor in scores():
+        chunks = [order_keys(chunk, ranking) for chunk in _chunks(tensor)] if len(takers) > 1 else None
+        bits = []
+        for taker in takers:
+            keys = chunks if chunks is not None else (order_keys(chunk, ranking) for chunk in _chunks(tensor))
+            bits.append(_join([pack_bits(taker(part)) for part in keys]))
+        yield name, bits
+
+
+class _Taker:
+    """Says which keys are taken, chunk after chunk in parameter order; counts down the ties."""
+
+    def __init__(self, threshold: Threshold) -> None:
+        self.key, self.ties = threshold
+
+    def __call__(self, keys: Tensor) -> Tensor:
+        taken = keys > self.key
+        if self.ties:
+            equal = (keys == self.key).nonzero().view(-1)[: self.ties]
+            taken[equal] = True
+            self.ties -= len(equal)
+        return taken
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.uint8)
+
+
+# -- a quota for every tensor or row ----------------------------------------------------------------------------------
+
+#: (name, scores, weights before it in parameter order, densities, ranking) -> packed bits for each density.
+_Parts = Callable[[str, Tensor, int, Sequence[float], Ranking], list[Tensor]]
+
+
+def _select_within(
+    scores: Scores, densities: Sequence[float], ranking: Ranking, parts: _Parts
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """One pass: a tensor holds all that competes within it."""
+    start = 0
+    for name, tensor in scores():
+        yield name, parts(name, tensor, start, densities, ranking)
+        start += tensor.numel()
+
+
+def _tensor_parts(name: str, tensor: Tensor, start: int, densities: Sequence[float], ranking: Ranking) -> list[Tensor]:
+    quotas = [_quotas(density, start, tensor.numel(), 1)[0] for density in densities]
+    takers = [_Taker(t) for t in find_thresholds(lambda: [(name, tensor)], lambda _: quotas, ranking)]
+    return [_join([pack_bits(taker(order_keys(c, ranking))) for c in _chunks(tensor)]) for taker in takers]
+
+
+def _row_parts(name: str, tensor: Tensor, start: int, densities: Sequence[float], ranking: Ranking) -> list[Tensor]:
+    rows = tensor.shape[0] if tensor.dim() > 1 else 1
+    width = prod(tensor.shape) // rows if rows else 0
+    if not width:
+        return [torch.zeros(0, dtype=torch.uint8) for _ in densities]
+    matrix = tensor.reshape(rows, width)
+    block = max(8, CHUNK // width // 8 * 8)  # whole bytes, wherever a row ends
+    bits = []
+    for density in densities:
+        quotas = torch.from_numpy(_quotas(density, start, width, rows))
+        packed = []
+        for first in range(0, rows, block):
+            part = matrix[first : first + block].float()
+            if not torch.isfinite(part).all():
+                raise _not_finite(name)
+            packed.append(pack_bits(take_in_rows(order_keys(part, ranking), quotas[first : first + block])))
+        bits.append(_join(packed))
+    return bits
+
+
+def _quotas(density: float, start: int, width: int, rows: int) -> np.ndarray:
+    """How many weights each of several rows in sequence gets: the floors of the running total, differenced."""
+    ends = [int(density * (start + width * row)) for row in range(rows + 1)]
+    return np.diff(np.array(ends, dtype=np.int64)).clip(max=width)
+
+
+def take_in_rows(keys: Tensor, quotas: Tensor) -> Tensor:
+    """The largest keys of every row.
+
+    Args:
+        keys: (R, C) int32.
+        quotas: (R,) int64, how many to take, 0 to C; ties go to the lowest column.
+
+    Returns:
+        (R, C) bool.
+    """
+    taken = torch.zeros(keys.shape, dtype=torch.bool, device=keys.device)
+    quotas = quotas.to(keys.device)
+    for quota in quotas.unique().tolist():
+        if not quota:
+            continue
+        rows = (quotas == quota).nonzero().view(-1)
+        part = keys[rows]
+        threshold = part.kthvalue(part.shape[1] - quota + 1, dim=1, keepdim=True).values
+        above, equal = part > threshold, part == threshold
+        ties = quota - above.sum(1, keepdim=True)
+        taken[rows] = above | (equal & (equal.cumsum(1) <= ties))
+    return taken

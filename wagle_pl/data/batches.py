@@ -162,7 +162,7 @@ class ResumableLoader(DataLoader):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.sampler.epoch = state["epoch"]
-        self.sampler.start = state["batches"]
+        self.sampler.start = state["batches"] % len(self.sampler)  # an epoch that is over has nothing left to skip
 
 
 def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_id: int, left: bool = False) -> dict[str, Tensor]:

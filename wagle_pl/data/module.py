@@ -15,7 +15,7 @@ import lightning as L
 from torch.utils.data import DataLoader
 
 from wagle_pl.data.batches import Draw, GlobalBatchSampler, ResumableLoader, collate, token_batches
-from wagle_pl.data.rows import Row, check_rows, load_rows, row_key
+from wagle_pl.data.rows import Row, check_rows, load_rows, row_key, row_kind
 from wagle_pl.data.template import Template
 from wagle_pl.utilities import WagleError
 
@@ -30,9 +30,10 @@ class ForgetRetainDataModule(L.LightningDataModule):
 
     A training batch is a dict of streams, by default ``{"forget": {...}, "retain": {...}}``; the LightningModule names
     the streams it wants in its ``streams`` attribute: ``forget``, ``retain``, ``all`` (both, for fine-tuning),
-    ``holdout``, and ``refusal`` (the forget rows of the same batch with a refusal as answer). The first stream sets the
-    epoch's length. Each stream holds ``input_ids``, ``attention_mask``, ``labels`` (int64, rows × longest row),
-    ``weight`` (float, rows; see :mod:`wagle_pl.data.batches`) and ``row`` (int64, index in its set).
+    ``holdout``, and ``refusal`` (the forget rows of the same batch with a refusal as answer, another in every epoch
+    unless the module names the stream in ``reference_streams``). The first stream sets the epoch's length. Each
+    stream holds ``input_ids``, ``attention_mask``, ``labels`` (int64, rows × longest row), ``weight`` (float, rows; see
+    :mod:`wagle_pl.data.batches`) and ``row`` (int64, index in its set).
 
     To bring rows of another kind, override :meth:`load_rows`.
 
@@ -279,7 +280,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
         name = ALIGNED.get(stream, stream)
         cell = draw.cells[name]
         if stream == "refusal":
-            encoded = [self._refused(row, draw.epoch) for row, _ in cell]
+            fixed = "refusal" in getattr(self.trainer.lightning_module, "reference_streams", ())
+            encoded = [self._refused(row, 0 if fixed else draw.epoch) for row, _ in cell]
         else:
             encoded = [self.tokens(name)[row] for row, _ in cell]
         batch = collate(encoded, self.pad_id)
@@ -294,9 +296,13 @@ class ForgetRetainDataModule(L.LightningDataModule):
         return pad if pad is not None else self.tokenizer.eos_token_id or 0
 
     def _refused(self, row: int, epoch: int) -> dict[str, list[int]]:
+        question = self.rows("forget")[row]
+        if row_kind(question) in (("text",), ("input_ids", "labels")):
+            raise WagleError(f"forget set ({self.describe('forget')}) row {row + 1} has no question to refuse: this "
+                             "objective or forget loss needs rows with a question and an answer")  # fmt: skip
         digest = hashlib.sha256(f"{self.seed} {epoch} {row}".encode()).digest()
         refusal = self.refusals[int.from_bytes(digest[:8], "big") % len(self.refusals)]
-        return self.template.encode(self.rows("forget")[row], refusal)
+        return self.template.encode(question, refusal)
 
 
 class _Batches:

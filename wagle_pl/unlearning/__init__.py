@@ -1,7 +1,58 @@
 """Objectives, masked optimisation, and the modules that train."""
 
+from wagle_pl.unlearning.adapters import LoRA
 from wagle_pl.unlearning.module import FinetuneModule, UnlearnModule
-from wagle_pl.unlearning.objectives import NPO, PO, Answers, GradDiff, Objective, Streams
-from wagle_pl.unlearning.optim import MaskedAdamW
+from wagle_pl.unlearning.objectives import (
+    CEU,
+    DPO,
+    KL,
+    NPO,
+    PO,
+    RMU,
+    UNDIAL,
+    WGA,
+    Answers,
+    FineTune,
+    GradAscent,
+    GradDiff,
+    IdkNLL,
+    L1Sparse,
+    Objective,
+    RandomLabel,
+    SatImp,
+    SimNPO,
+    Streams,
+)
+from wagle_pl.unlearning.optim import MaskedAdamW, MaskedOptimizer, Sophia
+from wagle_pl.unlearning.retain_terms import RetainTerm
+from wagle_pl.unlearning.schedules import Schedule
 
-__all__ = ["NPO", "PO", "Answers", "FinetuneModule", "GradDiff", "MaskedAdamW", "Objective", "Streams", "UnlearnModule"]
+__all__ = [
+    "CEU",
+    "DPO",
+    "KL",
+    "NPO",
+    "PO",
+    "RMU",
+    "UNDIAL",
+    "WGA",
+    "Answers",
+    "FineTune",
+    "FinetuneModule",
+    "GradAscent",
+    "GradDiff",
+    "IdkNLL",
+    "L1Sparse",
+    "LoRA",
+    "MaskedAdamW",
+    "MaskedOptimizer",
+    "Objective",
+    "RandomLabel",
+    "RetainTerm",
+    "SatImp",
+    "Schedule",
+    "SimNPO",
+    "Sophia",
+    "Streams",
+    "UnlearnModule",
+]

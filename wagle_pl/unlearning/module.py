@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -10,16 +9,27 @@ from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 import torch
-import yaml
-from torch import Tensor, nn
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor
 
 from wagle_pl import models
 from wagle_pl.evaluation.likelihood import forward_answers
 from wagle_pl.evaluation.module import EvaluationModule
 from wagle_pl.masks import WeightMask
+from wagle_pl.unlearning.adapters import LoRA
+from wagle_pl.unlearning.base import freeze_others, mask_matching
+from wagle_pl.unlearning.card import model_card
+from wagle_pl.unlearning.frozen import FrozenWeights
 from wagle_pl.unlearning.objectives import Objective, Streams
-from wagle_pl.unlearning.optim import MaskedAdamW, ParameterMasks, guard, mask_gradients, parameter_masks
-from wagle_pl.unlearning.reference import compute_reference, load_reference, reference_key, save_reference
+from wagle_pl.unlearning.optim import (
+    MaskedAdamW,
+    ParameterMasks,
+    guard,
+    mask_gradients,
+    mask_whole_gradients,
+    parameter_masks,
+)
+from wagle_pl.unlearning.reference import FrozenCopy, References
 from wagle_pl.utilities import WagleError, describe, refuse_existing, resolve
 
 log = logging.getLogger(__name__)
@@ -106,13 +116,13 @@ class FinetuneModule(EvaluationModule):
         (stream,) = self.streams
         return {"loss": at.mean(stream, at[stream].nll)}
 
-    def references(self) -> dict[str, Tensor]:
-        """Stream -> log-probabilities at θ₀."""
-        return {}
+    def streams_of(self, batch: Mapping[str, Mapping[str, Tensor]]) -> Streams:
+        """What the losses see of one batch."""
+        return Streams(batch, self.run_lm, {})
 
     def training_step(self, batch: Mapping[str, Mapping[str, Tensor]], batch_idx: int) -> Tensor:
         """One micro-batch."""
-        losses = self.losses(Streams(batch, self.run_lm, self.references()))
+        losses = self.losses(self.streams_of(batch))
         if not torch.isfinite(losses["loss"]):
             rows = {stream: tensors["row"].tolist() for stream, tensors in batch.items()}
             numbers = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
@@ -138,6 +148,8 @@ class FinetuneModule(EvaluationModule):
         self._started = time.monotonic()
         if getattr(self, "_rng_state", None) is not None:
             torch.set_rng_state(self._rng_state.cpu())
+        # counting the steps made the loader before Lightning read the checkpoint: tell it only now where to go on
+        self.trainer.fit_loop._load_combined_loader_states()
 
     # -- export -------------------------------------------------------------------------------------------------------
 
@@ -145,10 +157,13 @@ class FinetuneModule(EvaluationModule):
         """Write the model folder."""
         if self.trainer.fast_dev_run or not self.trainer.is_global_zero:
             return
-        record = self.record()
+        self.export(self.record())
+        log.info("model written to %s", self.output)
+
+    def export(self, record: dict[str, Any]) -> None:
+        """Write the model folder, in the dtype of the model it was made from."""
         dtype = models.checkpoint_dtype(self.model_name)
         models.save_model(self.lm, self.tokenizer, self.output, model_card(record), record, dtype)
-        log.info("model written to %s", self.output)
 
     def record(self) -> dict[str, Any]:
         """What made this model, for ``wagle.json`` and the model card."""
@@ -177,9 +192,21 @@ class UnlearnModule(FinetuneModule):
     Args:
         model: hub id, folder in Hugging Face format or GGUF file of the target model.
         output: folder to write the unlearned model to, in Hugging Face format.
-        objective: ``NPO``, ``GradDiff``, ``PO``, or a class path to an ``Objective``.
+        objective: ``NPO``, ``GradDiff``, ``PO``, any other class of ``wagle_pl.unlearning.objectives``, or a class path
+            to an ``Objective``. Options given to one class carry over to another that replaces it and has them too.
         mask: mask file that attribution wrote for this model; null is dense unlearning.
-        verify: when to check that frozen weights are bit-identical to θ₀: at the ``end``, after each ``step`` or ``off``.
+        modules: only weights in these modules may move, e.g. ``[mlp]`` or ``[self_attn.q_proj]``; with a mask, those
+            that both select.
+        layers: only weights in these layers may move, e.g. ``3-7`` or ``0,2,5-``; with a mask, those that both select.
+        adapter: ``LoRA`` trains low-rank adapters in place of the weights; not together with a mask, modules or layers.
+        clip_scope: whose gradient norm ``trainer.gradient_clip_val`` bounds: of the ``selected`` weights, or of ``all``
+            (dense gradients, kept until they are clipped).
+        verify: when to check that frozen weights are bit-identical to θ₀: at the ``end``, after each ``step``, or never
+            (``off``).
+        reference_logits: where predictions at θ₀ come from when a term needs them (``KL``, ``UNDIAL``, retain term
+            ``kl``): ``frozen_copy`` is exact, at the price of a forward pass a step and of memory for the parameters
+            that move; ``top_k`` computes them once and keeps the most probable tokens and the rest as one bucket.
+        top_k: how many tokens ``reference_logits: top_k`` keeps.
         kwargs: see :class:`FinetuneModule`.
     """
 
@@ -187,20 +214,38 @@ class UnlearnModule(FinetuneModule):
         self,
         model: str,
         output: Optional[str] = None,
-        objective: Union[Objective, str] = "NPO",
+        objective: Union[Objective, str] = "npo",  # not "NPO": a parser hands the options of a default class to others
         mask: Optional[str] = None,
+        modules: Optional[list[str]] = None,
+        layers: Optional[str] = None,
+        adapter: Optional[Union[LoRA, str]] = None,
+        clip_scope: Literal["selected", "all"] = "selected",
         verify: Literal["end", "step", "off"] = "end",
+        reference_logits: Literal["frozen_copy", "top_k"] = "frozen_copy",
+        top_k: int = 64,
         **kwargs: Any,
     ) -> None:
         super().__init__(model=model, output=output, **kwargs)
         self.objective = resolve(Objective, objective, "objective")
         self.streams = self.objective.streams
         self.mask_file = mask
+        self.mask_modules = modules
+        self.mask_layers = layers
+        self.adapter = None if adapter is None else resolve(LoRA, adapter, "adapter")
+        if self.adapter is not None and (mask or modules or layers):
+            raise WagleError("an adapter leaves every weight of the model alone, so no mask, modules or layers apply: "
+                             "give --model.adapter or those, not both")  # fmt: skip
+        self.clip_scope = clip_scope
         self.verify = verify
         self.mask: Optional[WeightMask] = None
         self._masks: ParameterMasks = {}
-        self._frozen: dict[str, str] = {}
-        self._references: dict[str, Tensor] = {}
+        self._frozen: Optional[FrozenWeights] = None
+        if top_k < 1:
+            raise WagleError(f"model.top_k must be at least 1, got {top_k}")
+        self.reference_logits = reference_logits
+        self.top_k = top_k
+        self._references = References()
+        self._theta0: Optional[FrozenCopy] = None
         self._verified: Optional[str] = None
 
     def configure_model(self) -> None:
@@ -208,53 +253,103 @@ class UnlearnModule(FinetuneModule):
         if self.lm is not None:
             return
         super().configure_model()
-        if self.mask_file is None:
+        fits = self.trainer.state.fn == "fit"
+        if fits:
+            self.objective.prepare(self.lm)
+        self._restrict()
+        if fits:
+            self._copy_theta0()
+
+    def _restrict(self) -> None:
+        """Add the adapter, or freeze what the mask leaves out."""
+        if self.adapter is not None:
+            self.adapter.add(self.lm, self.model_name)
+            freeze_others(self.lm, self.objective.trainable)
+        self.mask = self._find_mask()
+        if self.mask is None:
             return
-        self.mask = WeightMask.load(self.mask_file)
-        self.mask.check(models.parameter_shapes(self.lm), self.model_fingerprint, where=f"mask {self.mask_file}")
-        for name, parameter in self.lm.named_parameters():
-            parameter.requires_grad_(self.mask.count(name) > 0)
-        if not any(parameter.requires_grad for parameter in self.lm.parameters()):
-            raise WagleError(f"mask {self.mask_file} selects nothing: there is no weight to move")
+        if not self.mask.count():
+            made_by = self.mask.origin if self.mask_file is None else f"{self.mask_file}, {self.mask.origin}"
+            raise WagleError(f"the mask ({made_by}) selects nothing: there is no weight to move")
+        if self.clip_scope == "selected":
+            for name, parameter in self.lm.named_parameters():
+                parameter.requires_grad_(self.mask.count(name) > 0)
         if self.verify != "off":
-            self._frozen = {name: self._frozen_digest(name, p) for name, p in self.lm.named_parameters()}
+            self._frozen = FrozenWeights(self.mask, self.lm.named_parameters())
+
+    def _find_mask(self) -> Optional[WeightMask]:
+        """The mask of the file, of the modules and layers, or what both select; None for dense unlearning."""
+        shapes, mask = models.parameter_shapes(self.lm), None
+        if self.mask_file is not None:
+            mask = WeightMask.load(self.mask_file)
+            mask.check(shapes, self.model_fingerprint, where=f"mask {self.mask_file}")
+        if self.mask_modules or self.mask_layers:
+            made_for = {"model": self.model_name, "model_fingerprint": self.model_fingerprint}
+            restriction = WeightMask.from_modules(shapes, self.mask_modules, self.mask_layers, made_for)
+            mask = restriction if mask is None else mask & restriction
+        if self.objective.trainable is not None and self.adapter is None:
+            own = mask_matching(shapes, self.objective.trainable, {"model_fingerprint": self.model_fingerprint})
+            mask = own if mask is None else mask & own
+        return mask
 
     def configure_optimizers(self) -> Any:
         """The optimiser, made safe for frozen weights."""
         configured = super().configure_optimizers()
-        if self.mask is not None:
-            trainable = [(name, p) for name, p in self.lm.named_parameters() if p.requires_grad]
-            self._masks = parameter_masks(trainable, self.mask)
-            mask_gradients(self._masks)
-            if guard(configured["optimizer"], self._masks):
-                name = type(configured["optimizer"]).__name__
-                log.info("%s could move frozen weights: they are put back after each step", name)
+        if self.mask is None:
+            return configured
+        if self.clip_scope == "all" and isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            raise WagleError("clip_scope all needs every gradient whole at the step, which ZeRO does not keep: choose "
+                             "--model.clip_scope selected")  # fmt: skip
+        trainable = [(name, p) for name, p in self.lm.named_parameters() if p.requires_grad]
+        self._masks = parameter_masks(trainable, self.mask)
+        if self.clip_scope == "selected":
+            mask_gradients(self._masks, accumulated=not isinstance(self.trainer.strategy, DeepSpeedStrategy))
+        if guard(configured["optimizer"], self._masks):
+            name = type(configured["optimizer"]).__name__
+            log.info("%s could move frozen weights: they are put back after each step", name)
         return configured
 
-    # -- references ---------------------------------------------------------------------------------------------------
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+        """Clip; gradients that were kept whole until now are masked here, just before the step."""
+        super().configure_gradient_clipping(optimizer, *args, **kwargs)
+        if self.clip_scope == "all":
+            mask_whole_gradients(self._masks)
+
+    # -- θ₀ -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def reference_streams(self) -> tuple[str, ...]:
+        """Streams of which one number a row is known at θ₀: the data module gives them the same rows in every epoch."""
+        return self.objective.references
+
+    def _copy_theta0(self) -> None:
+        """Copy the model, while it still is θ₀ and once it is known what moves, if a term needs it whole."""
+        exact = bool(self.objective.theta0_streams) and self.reference_logits == "frozen_copy"
+        if exact or self.objective.needs_hidden_at_theta0:
+            self._theta0 = FrozenCopy(self.lm)
 
     def on_fit_start(self) -> None:
-        """Compute, or find, the log-probabilities at θ₀ that the objective needs."""
-        for stream in self.objective.references:
-            if stream not in self._references:
-                self._references[stream] = self._reference(stream)
+        """Compute, or find, what θ₀ says of the rows, as far as the objective needs it."""
+        if self._theta0 is not None:
+            self._theta0.match(self.lm)
+        top_k = self.objective.theta0_streams if self.reference_logits == "top_k" else ()
+        folder = Path(self.output).parent / ".references"
+        self._references.prepare(self, folder, self.objective.references, top_k, self.top_k)
 
-    def _reference(self, stream: str) -> Tensor:
-        data = self.trainer.datamodule
-        key = reference_key(self.model_fingerprint, data.tokens(stream), stream, str(self.trainer.precision))
-        path = Path(self.output).parent / ".references" / f"{key}.safetensors"
-        logprobs = load_reference(path, key, len(data.rows(stream)))
-        if logprobs is None:
-            if self.global_step:
-                raise WagleError(f"the checkpoint has no reference log-probabilities for {stream}: start the run anew")
-            logprobs = compute_reference(self, stream)
-            if self.trainer.is_global_zero:
-                save_reference(path, key, logprobs)
-        return logprobs
-
-    def references(self) -> dict[str, Tensor]:
-        """Stream -> (rows,) summed log-probabilities at θ₀."""
-        return self._references
+    def streams_of(self, batch: Mapping[str, Mapping[str, Tensor]]) -> Streams:
+        """What the objective sees of one batch."""
+        last = self.trainer.estimated_stepping_batches - 1
+        return Streams(
+            batch,
+            self.run_lm,
+            self._references.sums,
+            lm=self.lm,
+            layers=self.objective.hidden_layers,
+            theta0=self._theta0,
+            top_k=self._references.top_k,
+            progress=min(1.0, self.global_step / last) if last > 0 else 0.0,
+            epoch=self.current_epoch,
+        )
 
     def losses(self, at: Streams) -> Losses:
         """The objective's losses."""
@@ -263,54 +358,52 @@ class UnlearnModule(FinetuneModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the references: a resumed run no longer has θ₀ to compute them from."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["references"] = self._references
+        checkpoint["references"] = self._references.state_dict()
+        checkpoint["mask"] = self._mask_digest()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the references back."""
         super().on_load_checkpoint(checkpoint)
-        self._references = checkpoint.get("references", {})
+        if checkpoint.get("mask") != self._mask_digest():
+            raise WagleError("the checkpoint is of a run with another mask: resume with that one, or start a new run")
+        self._references.load_state_dict(checkpoint.get("references", {}))
 
     # -- the guarantee ------------------------------------------------------------------------------------------------
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Check the guarantee after each step, if asked."""
-        if self.verify == "step":
-            self._check_frozen()
+        if self._frozen is not None and self.verify == "step":
+            self._frozen.check(self.lm.named_parameters(), self.global_step)
 
     def on_train_end(self) -> None:
         """Check the guarantee, then write the model folder."""
-        if self.verify != "off" and self.mask is not None:
-            self._check_frozen()
-            frozen = self.mask.total - self.mask.count()
-            self._verified = f"{frozen:,} frozen weights are bit-identical to the base model's"
+        if self._frozen is not None:
+            self._verified = self._frozen.check(self.lm.named_parameters(), self.global_step)
             log.info("verified: %s", self._verified)
         super().on_train_end()
 
-    def _check_frozen(self) -> None:
-        """Raise if a frozen weight has moved.
+    def _mask_digest(self) -> Optional[str]:
+        """The mask as one name; None without a mask."""
+        return None if self.mask is None else models.fingerprint((n, self.mask.packed(n)) for n in self.mask)
 
-        Raises:
-            WagleError: naming the first parameter concerned.
-        """
-        for name, parameter in self.lm.named_parameters():
-            if name in self._frozen and self._frozen_digest(name, parameter) != self._frozen[name]:
-                raise WagleError(
-                    f"frozen weights of {name} moved by step {self.global_step}: the result is not written"
-                )
-
-    def _frozen_digest(self, name: str, parameter: nn.Parameter) -> str:
-        """SHA-256 of a parameter's bits with the selected weights set to zero."""
-        selected = self.mask[name].to(parameter.device)
-        frozen = parameter.detach().masked_fill(selected, 0).contiguous().cpu()
-        return hashlib.sha256(memoryview(frozen.view(torch.uint8).numpy()).cast("B")).hexdigest()
+    def export(self, record: dict[str, Any]) -> None:
+        """Write the model folder, or that of the adapter."""
+        if self.adapter is not None and not self.adapter.merge:
+            self.adapter.save(self.tokenizer, self.output, model_card(record), record)
+            return
+        if self.adapter is not None:
+            self.adapter.fold()
+        super().export(record)
 
     def record(self) -> dict[str, Any]:
         """What made this model; adds objective, mask and the guarantee."""
         record = super().record()
+        objective = {**describe(self.objective), "retain": describe(self.objective.retain)}
         mask = None
         if self.mask is not None:
             mask = {"file": self.mask_file, "density": self.mask.density, "made_by": self.mask.metadata}
-        record["lineage"][-1] |= {"objective": describe(self.objective), "mask": mask, "verified": self._verified}
+        record["lineage"][-1] |= {"objective": objective, "mask": mask, "verified": self._verified}
+        record["lineage"][-1]["adapter"] = None if self.adapter is None else describe(self.adapter)
         return record
 
 
@@ -329,45 +422,6 @@ def schedule(warmup: float, decay: str, steps: int) -> Callable[[int], float]:
         return 1.0 if decay == "constant" else max(0.0, (steps - step) / max(1, steps - warm))
 
     return factor
-
-
-def model_card(record: Mapping[str, Any]) -> str:
-    """Markdown model card from a record."""
-    *earlier, last = record["lineage"]
-    lines = ["---", "library_name: transformers", "tags: [unlearning, wagle]", "---", ""]
-    title = "Unlearned model" if last.get("objective") else "Fine-tuned model"
-    lines += [f"# {title}", "", f"Made by `wagle_pl` ({last['module']}) from `{last['base']}`.", ""]
-    facts = {
-        "Base model": f"`{last['base']}` (fingerprint {last['base_fingerprint'][:12]})",
-        "Forget set": last["data"].get("forget"),
-        "Retain set": last["data"].get("retain"),
-        "Trained on": ", ".join(last["streams"]),
-        "Objective": last.get("objective"),
-        "Steps": last["steps"],
-        "Seed": last["seed"],
-    }
-    if last.get("objective"):
-        mask = last.get("mask")
-        facts["Mask"] = (
-            f"`{mask['file']}`, density {mask['density']:.4f}, made by {mask['made_by'].get('score', 'an import')}"
-            if mask
-            else "none (dense: every weight may move)"
-        )
-        facts["Guarantee"] = last.get("verified") or "not checked"
-    lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in facts.items() if value is not None)]
-    if earlier:
-        lines += ["", "## Lineage", ""]
-        lines += [f"{i}. {s['module']} from `{s['base']}`, data {s['data']}" for i, s in enumerate(earlier, 1)]
-    if last["config"]:
-        lines += [
-            "",
-            "## Configuration",
-            "",
-            "```yaml",
-            yaml.safe_dump(last["config"], sort_keys=False).rstrip(),
-            "```",
-        ]
-    return "\n".join(lines) + "\n"
 
 
 def _monitor(scheduler: Any) -> str:

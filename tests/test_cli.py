@@ -1,0 +1,250 @@
+"""The commands as a user types them: the whole pipeline, layered configurations, and one clear line for a mistake."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import write_rows
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from wagle_pl import WeightMask, cli
+from wagle_pl.data.rows import load_rows
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+UNLEARN = ("fit", "--model", "UnlearnModule", "--trainer.max_epochs", "2", "--trainer.enable_checkpointing", "false")
+ATTRIBUTE = ("fit", "--model", "AttributionModule", "--trainer.max_epochs", "1")
+ATTRIBUTE += ("--trainer.enable_checkpointing", "false")
+FINETUNE = ("fit", "--model", "FinetuneModule", "--trainer.max_epochs", "2", "--trainer.enable_checkpointing", "false")
+
+
+# -- the main job -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["NPO", "GradDiff", "PO"])
+def test_finetune_attribute_unlearn_test(wagle, tiny_model, rows, tmp_path, objective):
+    adamw = ("--optimizer", "MaskedAdamW", "--optimizer.weight_decay", "0.1", "--optimizer.lr")
+    wagle(*FINETUNE, "--model.model", tiny_model, "--model.output", "target", *adamw, "3e-3")
+    wagle(*ATTRIBUTE, "--model.model", "target", "--model.output", "mask", "--model.density", "0.3")
+    mask = WeightMask.load("mask")
+    total = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained("target").parameters())
+    assert mask.total == total and mask.count() == int(0.3 * total)
+    wagle(
+        *UNLEARN, "--model.model", "target", "--model.output", "unlearned", "--model.mask", "mask.safetensors",
+        "--model.objective", objective, *adamw, "1e-3",
+    )  # fmt: skip
+    before = dict(AutoModelForCausalLM.from_pretrained("target").named_parameters())
+    after = dict(AutoModelForCausalLM.from_pretrained("unlearned").named_parameters())
+    for name in before:
+        frozen = ~mask[name]
+        same = before[name].detach().view(torch.int32) == after[name].detach().view(torch.int32)
+        assert same[frozen].all(), name
+    assert any((before[name] != after[name]).any() for name in before)
+    assert AutoTokenizer.from_pretrained("unlearned").chat_template
+    card = (tmp_path / "unlearned/README.md").read_text()
+    assert "bit-identical" in card and objective in card and "`target`" in card and "class_path:" in card
+    record = json.loads((tmp_path / "unlearned/wagle.json").read_text())
+    assert [step["module"] for step in record["lineage"]] == ["FinetuneModule", "UnlearnModule"]
+    sets = json.dumps({"forget": rows["forget_test"]})
+    test = ("test", "--model", "EvaluationModule", "--model.max_new_tokens", "8", "--data.test", sets)
+    probabilities = [wagle(*test, "--model.model", m, "--model.output", f"{m}/test").model.metrics["forget/probability"]
+                     for m in ("target", "unlearned")]  # fmt: skip
+    assert probabilities[1] < probabilities[0] or objective == "PO"  # PO teaches refusals; two epochs leave the answer
+
+
+def test_dense_unlearning_moves_every_tensor(wagle, tiny_model):
+    wagle(
+        *UNLEARN, "--model.model", tiny_model, "--model.output", "out", "--optimizer", "AdamW", "--optimizer.lr", "1e-3"
+    )
+    before, after = load_file(f"{tiny_model}/model.safetensors"), load_file("out/model.safetensors")
+    assert all((before[name] != after[name]).any() for name in before)
+
+
+def test_training_on_the_retain_rows_only(wagle, tiny_model):
+    module = wagle(*FINETUNE, "--model.model", tiny_model, "--model.output", "out", "--model.train_on", "retain").model
+    assert module.streams == ("retain",)
+    assert module.global_step == 2 * 3  # 17 rows in batches of 8
+
+
+@pytest.mark.parametrize("split", [(8, 1), (2, 4), (4, 2), (3, 3)])
+def test_the_split_of_a_batch_does_not_matter(wagle, tiny_model, split):
+    def weights(batch_size, accumulate, name):
+        wagle(
+            *UNLEARN[:3], "--trainer.max_epochs", "4", "--trainer.enable_checkpointing", "false", "--model.model",
+            tiny_model, "--model.output", name, "--data.batch_size", batch_size, "--optimizer", "SGD", "--optimizer.lr",
+            "0.02", "--trainer.accumulate_grad_batches", accumulate, "--model.objective", "NPO",
+        )  # fmt: skip
+        return load_file(f"{name}/model.safetensors")
+
+    whole, parts = weights(split[0] * split[1], 1, "whole"), weights(*split, "parts")
+    for name in whole:
+        assert torch.linalg.vector_norm(whole[name] - parts[name]) <= 1e-5 * torch.linalg.vector_norm(whole[name]), name
+
+
+def test_reference_logprobs_are_computed_once(wagle, tiny_model, tmp_path, monkeypatch):
+    args = (*UNLEARN, "--model.model", tiny_model, "--model.objective", "NPO")
+    wagle(*args, "--model.output", "a")
+    assert len(list((tmp_path / ".references").iterdir())) == 1
+    from wagle_pl.unlearning import module
+
+    if hasattr(module, "compute_reference"):
+        monkeypatch.setattr(module, "compute_reference", lambda *_: pytest.fail("computed a second time"))
+    wagle(*args, "--model.output", "b")
+    assert load_file("a/model.safetensors")["model.norm.weight"].equal(
+        load_file("b/model.safetensors")["model.norm.weight"]
+    )
+
+
+# -- configurations ---------------------------------------------------------------------------------------------------
+
+
+def test_layers_override_from_base_to_top(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.yaml").write_text("x: 1\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    (tmp_path / "sub/c.yaml").write_text("base: [../b.yaml, ../a.yaml]\n")
+    files = cli.expand_bases(["fit", f"--config={tmp_path}/sub/c.yaml", "--x", "2"])
+    names = [Path(part).name for part in files if part.endswith(".yaml")]
+    assert names == ["a.yaml", "b.yaml", "a.yaml", "c.yaml"] and files[-2:] == ["--x", "2"]
+
+
+@pytest.mark.parametrize(
+    "file", sorted(CONFIGS.glob("*/[!_]*.yaml"), key=str), ids=lambda f: f"{f.parent.name}/{f.name}"
+)
+def test_every_configuration_parses(file, capsys):
+    layers = cli.layers(file)
+    content = {key: value for layer in layers for key, value in (yaml.safe_load(layer.read_text()) or {}).items()}
+    if file.parent.name in ("strategy",) or "model" not in content:
+        pytest.skip("a layer of other configurations")
+    command = "test" if file.stem.startswith("test") else "fit"
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([command, "--config", str(file), "--print_config"])
+    assert exit_.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["class_path"].startswith("wagle_pl.")
+
+
+@pytest.mark.parametrize("name", ["UnlearnModule", "AttributionModule", "FinetuneModule", "EvaluationModule"])
+def test_help_documents_every_option(capsys, name):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["fit", f"--model.help={name}"])
+    assert exit_.value.code == 0
+    _, *options = capsys.readouterr().out.split("\n  --model.")
+    assert len(options) >= 7
+    for option in options:
+        text = " ".join(option.split())
+        assert not re.match(r"\S+( \S+)? \((required|type)", text), text
+
+
+def test_importing_the_package_needs_no_deepspeed():
+    code = "import sys; sys.modules['deepspeed'] = None; import wagle_pl.lightning_cli, wagle_pl.models"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((*ATTRIBUTE, "--model.density", "1.5"), "density is the share of weights selected and must be in (0, 1]"),
+        ((*ATTRIBUTE, "--model.density", "0"), "must be in (0, 1], got 0"),
+        ((*ATTRIBUTE, "--model.gamma", "-1"), "gamma must be above 0"),
+        ((*ATTRIBUTE, "--model.score", "wagel"), "unknown score 'wagel'; choose one of"),
+        ((*UNLEARN, "--model.objective", "NPOX"), "unknown objective 'NPOX'; choose one of"),
+        ((*UNLEARN, "--model.objective", "json.JSONDecoder"), "unknown objective 'json.JSONDecoder'"),
+        ((*UNLEARN, "--model.mask", "nowhere.safetensors"), "mask file nowhere.safetensors does not exist"),
+        (("fit", "--model", "UnlearnModul"), "unknown class 'UnlearnModul' for model"),
+        ((*UNLEARN, "--model.blub", "1"), "blub"),
+        ((*UNLEARN, "--data.forget", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
+        ((*UNLEARN, "--data.batch_size", "0"), "data.batch_size"),
+        ((*UNLEARN, "--data.retain", "null"), "this run needs retain rows: give --data.retain"),
+        ((*FINETUNE, "--trainer.max_epochs", "0.5"), "max_epochs"),
+        (("fit", "--config", "nowhere.yaml"), "config file nowhere.yaml does not exist"),
+    ],
+)
+def test_one_line_and_exit_code_2(fails, tiny_model, tmp_path, args, message):
+    model = (
+        () if "UnlearnModul" in args or "--config" in args else ("--model.model", tiny_model, "--model.output", "out")
+    )
+    assert message in fails(*args, *model)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.safetensors").exists()
+
+
+def test_bad_rows_name_file_and_row(fails, tiny_model, tmp_path):
+    args = (*UNLEARN, "--model.model", tiny_model, "--model.output", "out", "--data.forget")
+    empty = write_rows(tmp_path / "empty.jsonl", [])
+    assert "empty.jsonl has no rows" in fails(*args, empty)
+    blank = write_rows(tmp_path / "blank.jsonl", [{"question": "Who?", "answer": ""}])
+    assert "blank.jsonl) row 1: 'answer' is empty" in fails(*args, blank)
+    (tmp_path / "broken.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question"\n')
+    assert "broken.jsonl line 2: malformed JSON" in fails(*args, tmp_path / "broken.jsonl")
+    assert not (tmp_path / "out").exists()
+
+
+def test_overlap_error(fails, tiny_model, rows, tmp_path):
+    both = write_rows(tmp_path / "both.jsonl", load_rows(rows["retain"]) + load_rows(rows["forget"])[:2])
+    args = (*UNLEARN, "--model.model", tiny_model, "--model.output", "out", "--data.retain", both)
+    assert "2 of 19 retain rows are also forget rows" in fails(*args, "--data.overlap", "error")
+
+
+def test_an_existing_output_is_kept(wagle, fails, tiny_model, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/precious").write_text("x")
+    args = (*FINETUNE, "--model.model", tiny_model, "--model.output", "out")
+    assert "output out exists already" in fails(*args)
+    assert (tmp_path / "out/precious").read_text() == "x"
+    wagle(*args, "--model.overwrite", "true")
+    assert (tmp_path / "out/model.safetensors").exists() and not (tmp_path / "out/precious").exists()
+
+
+def test_a_mask_of_another_model_is_refused(wagle, fails, tiny_model):
+    wagle(*ATTRIBUTE, "--model.model", tiny_model, "--model.output", "mask")
+    wagle(*FINETUNE, "--model.model", tiny_model, "--model.output", "other")
+    args = (*UNLEARN, "--model.model", "other", "--model.output", "out", "--model.mask", "mask.safetensors")
+    assert "mask mask.safetensors was made for the model with fingerprint" in fails(*args)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(fails, wagle, tiny_model, tmp_path, monkeypatch):
+    from wagle_pl.unlearning import FinetuneModule
+
+    losses = FinetuneModule.losses
+
+    def diverge(self, at):
+        found = losses(self, at)
+        return {k: v * float("nan") for k, v in found.items()} if self.global_step == 4 else found
+
+    monkeypatch.setattr(FinetuneModule, "losses", diverge)
+    message = fails(
+        *FINETUNE[:3], "--trainer.max_epochs", "3", "--model.model", tiny_model, "--model.output", "out",
+        "--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.dirpath", "ckpt",
+        "--trainer.callbacks.every_n_train_steps", "2", "--trainer.callbacks.save_last", "true",
+    )  # fmt: skip
+    assert "loss is not finite at step 4 (batch 0, rows" in message
+    assert torch.load(tmp_path / "ckpt/last.ckpt", weights_only=True)["global_step"] == 4
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_without_a_pad_token_is_handled(wagle, tiny_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokenizer.pad_token = None
+    model.save_pretrained(tmp_path / "padless")
+    tokenizer.save_pretrained(tmp_path / "padless")
+    wagle(*UNLEARN, "--model.model", "padless", "--model.output", "out")
+    wagle(
+        "test",
+        "--model",
+        "EvaluationModule",
+        "--model.model",
+        "out",
+        "--model.output",
+        "t",
+        "--model.max_new_tokens",
+        "4",
+    )

@@ -1,0 +1,147 @@
+"""What UnlearnModule writes: dtype, bits, whole or not at all, the record of a chain; restrictions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from wagle_pl import models
+from wagle_pl.masks import WeightMask
+from wagle_pl.unlearning.card import forgotten
+
+UNLEARN = ("fit", "--model", "UnlearnModule", "--model.objective", "GradDiff", "--trainer.max_steps", "2",
+           "--trainer.enable_checkpointing", "false", "--optimizer", "MaskedAdamW",
+           "--optimizer.lr", "0.01")  # fmt: skip
+
+
+def stored(folder: str | Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in sorted(Path(folder).glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def random_mask(folder: str, density: float, path: str, seed: int = 0) -> WeightMask:
+    """A mask file for the model of a folder."""
+    lm = models.load_model(folder)
+    generator = torch.Generator().manual_seed(seed)
+    bools = {name: torch.rand(p.shape, generator=generator) < density for name, p in lm.named_parameters()}
+    mask = WeightMask.from_bools(bools, {"model_fingerprint": models.fingerprint(lm.named_parameters())})
+    mask.save(path)
+    return mask
+
+
+def in_bfloat16(folder: str, target: Path) -> str:
+    lm = models.load_model(folder, torch.bfloat16)
+    return str(models.save_model(lm, models.load_tokenizer(folder), target, "", {}, torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "precision"),
+    [("MaskedAdamW", "32-true"), ("Sophia", "bf16-true"), ("torch.optim.AdamW", "bf16-mixed")],
+)
+def test_a_bfloat16_base_keeps_its_frozen_bits(
+    wagle: Any, tiny_model: str, tmp_path: Path, optimizer: str, precision: str
+) -> None:
+    base = in_bfloat16(tiny_model, tmp_path / "base")
+    mask = random_mask(base, 0.1, "mask.safetensors")
+    options = ("--optimizer", optimizer, "--optimizer.weight_decay", "0.1", "--trainer.precision", precision)
+    options += (
+        "--model.verify",
+        "step",
+        "--trainer.gradient_clip_val",
+        "1.0",
+        "--trainer.accumulate_grad_batches",
+        "2",
+    )
+    wagle(*UNLEARN[:-4], *options, "--optimizer.lr", "0.01", "--model.model", base, "--model.output", "out",
+          "--model.mask", "mask.safetensors")  # fmt: skip
+    before, after = stored(base), stored("out")
+    assert before.keys() == after.keys()
+    for name in before:
+        assert after[name].dtype == torch.bfloat16
+        differ = before[name].view(torch.int16) != after[name].view(torch.int16)
+        assert not (differ & ~mask[name]).any()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert "frozen weights are bit-identical" in Path("out/README.md").read_text()
+
+
+def test_failing_to_write_leaves_the_old_folder_whole(
+    wagle: Any, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.safetensors").write_text("the old one")
+
+    def full(self: Any, folder: Path, **_: Any) -> None:
+        (Path(folder) / "model.safetensors").write_text("half a mo")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    with pytest.raises(OSError, match="No space"):
+        wagle(*UNLEARN, "--model.model", tiny_model, "--model.output", str(out),
+              "--model.overwrite", "true")  # fmt: skip
+    assert [path.read_text() for path in out.iterdir()] == ["the old one"]
+    assert [path.name for path in tmp_path.glob(".*") if path.name != ".references"] == []
+
+
+def test_a_chain_of_requests_keeps_its_lineage(wagle: Any, tiny_model: str, rows: dict[str, str]) -> None:
+    options = UNLEARN
+    random_mask(tiny_model, 0.2, "mask1.safetensors", 1)
+    wagle(*options, "--model.model", tiny_model, "--model.output", "first", "--model.mask", "mask1.safetensors")
+    random_mask("first", 0.2, "mask2.safetensors", 2)
+    second = rows["retain_test"]
+    wagle(*options, "--model.model", "first", "--model.output", "second", "--model.mask", "mask2.safetensors",
+          "--data.forget", second, "--data.test", f"{{now: {second}, before: {rows['forget_test']}}}")  # fmt: skip
+    record = models.read_record("second")
+    one, two = record["lineage"][-2:]
+    assert forgotten(record) == [rows["forget"], second]
+    assert (one["mask"]["file"], two["mask"]["file"]) == ("mask1.safetensors", "mask2.safetensors")
+    assert two["base"] == "first" and two["base_fingerprint"] != one["base_fingerprint"]
+    assert "bit-identical" in one["verified"] and "bit-identical" in two["verified"]
+    card = Path("second/README.md").read_text()
+    for text in (rows["forget"], second, "mask1.safetensors", "mask2.safetensors", "Test all of them"):
+        assert text in card
+
+
+@pytest.mark.parametrize(
+    ("options", "moves"),
+    [
+        (("--model.modules", "[mlp]"), lambda name: ".mlp." in name),
+        (("--model.layers", "1"), lambda name: ".layers.1." in name),
+        (("--model.modules", "[self_attn]", "--model.layers", "0"), lambda name: ".layers.0.self_attn." in name),
+    ],
+)
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_restriction_by_module_and_layer(
+    wagle: Any, tiny_model: str, options: tuple[str, ...], moves: Any, with_mask: bool
+) -> None:
+    mask = random_mask(tiny_model, 0.5, "mask.safetensors")
+    if with_mask:
+        options += ("--model.mask", "mask.safetensors")
+    cli = wagle(*UNLEARN, *options, "--model.model", tiny_model, "--model.output", "out")
+    before, after = stored(tiny_model), stored("out")
+    for name in before:
+        differ = before[name].view(torch.int32) != after[name].view(torch.int32)
+        assert bool(differ.any()) == moves(name) or name.endswith("norm.weight")
+        assert not (differ & ~cli.model.mask[name]).any()
+        if with_mask:
+            assert not (differ & ~mask[name]).any()
+    assert models.read_record("out")["lineage"][-1]["mask"]["density"] == cli.model.mask.density
+
+
+def test_nothing_to_move_is_refused(fails: Any, tiny_model: str) -> None:
+    options = (*UNLEARN, "--model.model", tiny_model, "--model.output", "out")
+    bools = {
+        n: torch.zeros(s, dtype=torch.bool) for n, s in models.parameter_shapes(models.load_model(tiny_model)).items()
+    }
+    WeightMask.from_bools(bools).save("empty.safetensors")
+    assert "selects nothing" in fails(*options, "--model.mask", "empty.safetensors")
+    bools["model.layers.0.mlp.up_proj.weight"][0, 0] = True
+    WeightMask.from_bools(bools).save("one.safetensors")
+    assert "selects nothing" in fails(*options, "--model.mask", "one.safetensors", "--model.layers", "1")
+    assert "layers" in fails(*options, "--model.layers", "7")
+    assert "no_such" in fails(*options, "--model.modules", "[no_such]")
+    assert "LBFGS" in fails(*options[:-7], "torch.optim.LBFGS", *options[-6:], "--model.layers", "1")
+    assert not Path("out").exists()

@@ -1,0 +1,153 @@
+"""``MaskSpec``: one mask to write, as a user asks for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Optional, Union
+
+from wagle_pl.attribution.scores import COLLECTED, Score
+from wagle_pl.attribution.selection import Ranking, check_density
+from wagle_pl.utilities import WagleError, resolve
+
+
+@dataclass
+class MaskSpec:
+    """One mask to write from the pass; what is None is taken from the module's option of the same name.
+
+    Args:
+        score: class, short name or class path of a ``Score``.
+        density: share of weights selected, in (0, 1], of those that take part.
+        select: the ``high`` or the ``low`` end of the ranking.
+        scope: weights compete over the whole model (``global``), within each ``tensor``, or within each output ``row``.
+        include: regular expression; only parameters whose name it finds take part.
+        exclude: regular expression; parameters whose name it finds do not.
+        name: of the mask's file; score and density when None.
+    """
+
+    score: Optional[Union[Score, str]] = None
+    density: Optional[float] = None
+    select: Optional[Literal["high", "low"]] = None
+    scope: Optional[Literal["global", "tensor", "row"]] = None
+    include: Optional[str] = None
+    exclude: Optional[str] = None
+    name: Optional[str] = None
+
+    @property
+    def ranking(self) -> Ranking:
+        """The order in which its weights are taken."""
+        return Ranking(absolute=not self.score.signed, low=self.select == "low")
+
+    @property
+    def passes(self) -> tuple[Any, ...]:
+        """Specs equal in this can be selected in the same passes."""
+        return id(self.score), self.select, self.scope, self.include, self.exclude
+
+    def taking_part(self, names: Iterable[str]) -> list[str]:
+        """The parameters whose weights compete.
+
+        Raises:
+            WagleError: if there are none.
+        """
+        return taking_part(names, self.include, self.exclude)
+
+    def options(self) -> dict[str, Any]:
+        """What says which weights were taken, for records."""
+        return {
+            "score": type(self.score).__name__,
+            "score_options": {k: v for k, v in vars(self.score).items() if not k.startswith("_") and _is_plain(v)},
+            "select": self.select,
+            "scope": self.scope,
+            "include": self.include,
+            "exclude": self.exclude,
+        }
+
+
+def taking_part(names: Iterable[str], include: Optional[str], exclude: Optional[str]) -> list[str]:
+    """Names that ``include`` finds and ``exclude`` does not; None finds everything, or nothing.
+
+    Raises:
+        WagleError: if none is left.
+    """
+    kept = [
+        name
+        for name in names
+        if (include is None or re.search(include, name)) and (exclude is None or not re.search(exclude, name))
+    ]
+    if not kept:
+        raise WagleError(f"include {include!r} and exclude {exclude!r} leave no parameter")
+    return kept
+
+
+def complete(spec: Union[MaskSpec, Mapping[str, Any]], default: MaskSpec, scores: dict[str, Score]) -> MaskSpec:
+    """The spec with nothing missing, checked.
+
+    Args:
+        spec: what the user gave.
+        default: the module's own options.
+        scores: scores made so far by name, so that specs of one name share one score (and its passes).
+
+    Raises:
+        WagleError: if an option has no meaning.
+    """
+    if isinstance(spec, Mapping):
+        unknown = sorted(set(spec) - {field.name for field in fields(MaskSpec)})
+        if unknown:
+            raise WagleError(f"masks: unknown key {unknown[0]!r}")
+        spec = MaskSpec(**spec)
+    given = {field.name: getattr(spec, field.name) for field in fields(spec) if getattr(spec, field.name) is not None}
+    spec = replace(default, **given)
+    if isinstance(spec.score, str):
+        if spec.score not in scores:
+            scores[spec.score] = resolve(Score, spec.score, "score")
+        spec.score = scores[spec.score]
+    check_density(spec.density)
+    for option in ("include", "exclude"):
+        try:
+            re.compile(getattr(spec, option) or "")
+        except re.error as error:
+            raise WagleError(f"{option} {getattr(spec, option)!r} is no regular expression: {error}") from None
+    for option, choices in (("select", ("high", "low")), ("scope", ("global", "tensor", "row"))):
+        if getattr(spec, option) not in choices:
+            raise WagleError(f"{option} must be one of {', '.join(choices)}, got {getattr(spec, option)!r}")
+    unknown = set(spec.score.needs) - set(COLLECTED)
+    if unknown:
+        name = type(spec.score).__name__
+        raise WagleError(f"score {name} needs {unknown.pop()!r}, which no pass collects; choose from {COLLECTED}")
+    return spec
+
+
+def name_masks(specs: Sequence[MaskSpec]) -> list[str]:
+    """File names: as given, or of score and density.
+
+    Raises:
+        WagleError: if two masks would have the same.
+    """
+    names = [spec.name or _name(spec) for spec in specs]
+    for name in names:
+        if names.count(name) > 1:
+            raise WagleError(f"two masks would be called {name!r}: give one of them a name")
+    return names
+
+
+def check_labels(specs: Sequence[MaskSpec]) -> None:
+    """Raise :class:`WagleError` if two different scores would be saved under one name."""
+    scores = {id(spec.score): spec.score.label for spec in specs}
+    for label in scores.values():
+        if list(scores.values()).count(label) > 1:
+            raise WagleError(f"save_scores would save two different scores as {label}.scores: make two runs of them")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value can go into a record as it is."""
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (str, int, float, bool))
+
+
+def _name(spec: MaskSpec) -> str:
+    if type(spec.score).share is not Score.share:
+        return spec.score.label
+    extra = [value for value, usual in ((spec.select, "high"), (spec.scope, "global")) if value != usual]
+    return "-".join([spec.score.label, f"{spec.density:g}", *extra])

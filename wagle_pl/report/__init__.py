@@ -1,0 +1,1 @@
+"""Figures and text tables of numbers that other rooms computed."""

@@ -1,0 +1,91 @@
+"""Adapters: unlearning that trains a few new weights and leaves every weight of the model alone (a baseline).
+
+An adapter that has not been trained adds exactly nothing, so log-probabilities at θ₀ may be computed before the first
+step, adapter in place.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Union
+
+from wagle_pl import models
+from wagle_pl.utilities import WagleError, atomic_path
+
+
+class LoRA:
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), through ``peft``: W x + (alpha / r) B A x.
+
+    Args:
+        r: rank of B A.
+        alpha: the adapter's output is scaled by alpha / r.
+        dropout: of the adapter's input while training.
+        target_modules: names (or endings of names) of the linear layers adapted; ``all-linear`` takes all but the
+            output layer.
+        merge: at the end add B A to the weights and write a whole model; False writes a folder of just the adapter,
+            which stands for the merged model wherever ``peft`` is installed and the base is where it was.
+
+    Raises:
+        WagleError: if an option has no meaning.
+    """
+
+    def __init__(
+        self,
+        r: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        target_modules: Union[list[str], str] = "all-linear",
+        merge: bool = True,
+    ) -> None:
+        if r < 1 or not alpha > 0:
+            raise WagleError(f"adapter.r must be at least 1 and adapter.alpha above 0, got {r} and {alpha}")
+        if not 0 <= dropout < 1:
+            raise WagleError(f"adapter.dropout must lie in [0, 1), got {dropout}")
+        self.r = r
+        self.alpha = alpha
+        self.dropout = dropout
+        self.target_modules = target_modules
+        self.merge = merge
+        self._peft: Any = None
+
+    def add(self, lm: Any, base: str) -> None:
+        """Put adapters into a model, in place, and freeze everything else.
+
+        Args:
+            lm: a Hugging Face model; its class and its calls stay as they are.
+            base: hub id or folder that an adapter folder will name as its base.
+
+        Raises:
+            WagleError: if ``peft`` is missing, or no layer has the names given.
+        """
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError:
+            raise WagleError("adapter LoRA needs peft: pip install 'wagle-pl[lora]'") from None
+        config = LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+            base_model_name_or_path=base,
+            task_type="CAUSAL_LM",
+        )
+        try:
+            self._peft = get_peft_model(lm, config)
+        except ValueError as error:
+            raise WagleError(f"adapter.target_modules {self.target_modules}: {error}") from error
+
+    def fold(self) -> None:
+        """Add B A to the model's weights and take the adapters out: the model is one of its own kind again."""
+        self._peft.merge_and_unload()
+
+    def save(self, tokenizer: Any, folder: str | Path, card: str, record: dict[str, Any]) -> Path:
+        """Write a folder of just the adapter, with tokenizer, model card and record; whole or not at all."""
+        with atomic_path(Path(folder)) as temporary:
+            temporary.mkdir()
+            self._peft.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            (temporary / models.CARD_FILE).write_text(card, encoding="utf-8")
+            (temporary / models.RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        return Path(folder)
