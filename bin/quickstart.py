@@ -9,10 +9,13 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 import shlex
 import time
 import warnings
 from pathlib import Path
+
+from transformers.utils.logging import disable_progress_bar
 
 from wagle_pl import cli
 from wagle_pl.data.people import bundled
@@ -43,6 +46,8 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="show what each command prints")
     verbose = parser.parse_args().verbose
     cli.quiet()
+    disable_progress_bar()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     started = time.monotonic()
     sets = ("forget", "retain", "holdout", "real_authors", "world_facts")
     texts = [row[column] for name in sets for row in bundled(name) for column in ("question", "answer")]
@@ -69,9 +74,8 @@ def main() -> None:
         wagle(f"test --config {CONFIGS}/test.yaml {folders}{against}")
     results = {row: json.loads((RUNS / name / "test/metrics.json").read_text()) for row, name in rows.items()}
     print(f"\n{table(results)}\n")
-    print(
-        f"forget quality is the p-value against the retrained model's answers; {time.monotonic() - started:.0f} s in all"
-    )
+    seconds = time.monotonic() - started
+    print(f"forget quality is the p-value against the retrained model's answers; {seconds:.0f} s in all")
     print(f"models, masks and every generation are in {RUNS}/ (metrics.json and *.parquet in each <model>/test)")
 
 

@@ -48,11 +48,14 @@ def main(args: Optional[Sequence[str]] = None) -> None:
 
 def run(args: list[str]) -> Any:
     """Run a LightningCLI command and return the CLI object (its ``model`` and ``trainer`` hold what happened)."""
+    import torch
     from transformers.utils.logging import disable_progress_bar
 
     from wagle_pl.lightning_cli import WagleCLI
 
     disable_progress_bar()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find this out
     argv, sys.argv = sys.argv, ["wagle"]  # LightningCLI warns when both sys.argv and args hold arguments
     try:
         return WagleCLI(args=args)

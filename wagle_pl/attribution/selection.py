@@ -205,11 +205,10 @@ def _select_global(scores: Scores, densities: Sequence[float], ranking: Ranking)
     thresholds = find_thresholds(scores, lambda total: [int(density * total) for density in densities], ranking)
     takers = [_Taker(threshold) for threshold in thresholds]
     for name, tensor in scores():
-        chunks = [order_keys(chunk, ranking) for chunk in _chunks(tensor)] if len(takers) > 1 else None
-        bits = []
-        for taker in takers:
-            keys = chunks if chunks is not None else (order_keys(chunk, ranking) for chunk in _chunks(tensor))
-            bits.append(_join([pack_bits(taker(part)) for part in keys]))
+        bits = [
+            _packed(tensor.numel(), (taker(order_keys(chunk, ranking)) for chunk in _chunks(tensor)))
+            for taker in takers
+        ]
         yield name, bits
 
 
@@ -228,8 +227,15 @@ class _Taker:
         return taken
 
 
-def _join(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.uint8)
+def _packed(weights: int, parts: Iterable[Tensor]) -> Tensor:
+    """The packed bits of bool tensors that follow each other; all but the last hold whole bytes."""
+    packed = torch.empty((weights + 7) // 8, dtype=torch.uint8)
+    start = 0
+    for part in parts:
+        bits = pack_bits(part)
+        packed[start : start + len(bits)] = bits
+        start += len(bits)
+    return packed
 
 
 # -- a quota for every tensor or row ----------------------------------------------------------------------------------
@@ -251,7 +257,7 @@ def _select_within(
 def _tensor_parts(name: str, tensor: Tensor, start: int, densities: Sequence[float], ranking: Ranking) -> list[Tensor]:
     quotas = [_quotas(density, start, tensor.numel(), 1)[0] for density in densities]
     takers = [_Taker(t) for t in find_thresholds(lambda: [(name, tensor)], lambda _: quotas, ranking)]
-    return [_join([pack_bits(taker(order_keys(c, ranking))) for c in _chunks(tensor)]) for taker in takers]
+    return [_packed(tensor.numel(), (taker(order_keys(c, ranking)) for c in _chunks(tensor))) for taker in takers]
 
 
 def _row_parts(name: str, tensor: Tensor, start: int, densities: Sequence[float], ranking: Ranking) -> list[Tensor]:
@@ -264,13 +270,15 @@ def _row_parts(name: str, tensor: Tensor, start: int, densities: Sequence[float]
     bits = []
     for density in densities:
         quotas = torch.from_numpy(_quotas(density, start, width, rows))
-        packed = []
-        for first in range(0, rows, block):
-            part = matrix[first : first + block].float()
-            if not torch.isfinite(part).all():
-                raise _not_finite(name)
-            packed.append(pack_bits(take_in_rows(order_keys(part, ranking), quotas[first : first + block])))
-        bits.append(_join(packed))
+
+        def taken(quotas: Tensor = quotas) -> Iterator[Tensor]:
+            for first in range(0, rows, block):
+                part = matrix[first : first + block].float()
+                if not torch.isfinite(part).all():
+                    raise _not_finite(name)
+                yield take_in_rows(order_keys(part, ranking), quotas[first : first + block])
+
+        bits.append(_packed(tensor.numel(), taken()))
     return bits
 
 

@@ -31,7 +31,7 @@ OPTION_SETS = ("real_authors", "world_facts")  # their probability is that among
 
 
 def to_result(tables: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Tables of examples (see ``wagle_pl.evaluation.module``) -> a TOFU result; sets TOFU does not know keep their name."""
+    """Tables of examples (see ``wagle_pl.evaluation.module``) -> a TOFU result; other sets keep their name."""
     return {
         RESULT_KEYS.get(name, name): {
             "avg_gt_loss": {str(row["row"]): row["nll"] for row in table},

@@ -303,7 +303,8 @@ class UnlearnModule(FinetuneModule):
         trainable = [(name, p) for name, p in self.lm.named_parameters() if p.requires_grad]
         self._masks = parameter_masks(trainable, self.mask)
         if self.clip_scope == "selected":
-            mask_gradients(self._masks, accumulated=not isinstance(self.trainer.strategy, DeepSpeedStrategy))
+            alone = self.trainer.world_size == 1 and not isinstance(self.trainer.strategy, DeepSpeedStrategy)
+            mask_gradients(self._masks, accumulated=alone)  # DDP and ZeRO reduce gradients as they come
         if guard(configured["optimizer"], self._masks):
             name = type(configured["optimizer"]).__name__
             log.info("%s could move frozen weights: they are put back after each step", name)

@@ -1,0 +1,51 @@
+"""The README's example of each extension point, as it stands there, run by class path."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from wagle_pl import WeightMask
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL).group(1))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(__import__("sys").modules, "mine", raising=False)
+
+
+def test_examples_run(mine, wagle, tiny_model, tmp_path):
+    fit = ("fit", "--trainer.accelerator", "cpu", "--trainer.enable_checkpointing", "false", "--trainer.max_steps", "3")
+    fit += (
+        "--trainer.logger",
+        "false",
+        "--data",
+        "mine.Numbers",
+        "--data.batch_size",
+        "4",
+        "--model.model",
+        tiny_model,
+    )
+    options = ("--model.score", "mine.Product", "--model.density", "0.25", "--model.output", "mask")
+    module = wagle(*fit, "--model", "AttributionModule", *options, data=False).model
+    assert type(module.specs[0].score).__name__ == "Product"
+    assert WeightMask.load("mask").density == pytest.approx(0.25, abs=1e-4)
+    options = ("--model.objective", "mine.Flat", "--model.mask", "mask.safetensors", "--model.output", "out")
+    module = wagle(*fit, "--model", "UnlearnModule", *options, data=False).model
+    assert type(module.objective).__name__ == "Flat" and module.global_step == 3
+    assert (tmp_path / "out/model.safetensors").exists()
+
+
+def test_every_command_of_the_readme_exists():
+    from importlib import import_module
+
+    from wagle_pl.cli import COMMANDS
+
+    text = README.read_text()
+    for command, verbs in re.findall(r"`wagle (\w+) ([\w|]+)`", text):
+        assert set(verbs.split("|")) == set(import_module(COMMANDS[command]).COMMANDS)
+    for config in re.findall(r"--config (\S+)", text):
+        assert (README.parent / config).is_file()
