@@ -9,16 +9,12 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn, Optional
+from typing import Any, Optional
 
 import yaml
 
+from wagle_pl.commands import COMMANDS, fail
 from wagle_pl.utilities import WagleError
-
-EXIT_BAD_INPUT = 2
-
-#: Commands that are no LightningCLI runs -> the module whose ``COMMANDS`` (verb -> function) they offer.
-COMMANDS: dict[str, str] = {"mask": "wagle_pl.commands.mask", "patch": "wagle_pl.commands.patch"}
 
 
 def main(args: Optional[Sequence[str]] = None) -> None:
@@ -64,12 +60,14 @@ def run(args: list[str]) -> Any:
 
 
 def run_command(name: str, args: list[str]) -> Any:
-    """Run one of :data:`COMMANDS`, e.g. ``wagle mask info FILE``, and return what its function returns."""
+    """Run one of the commands beside LightningCLI's, e.g. ``wagle mask info FILE``; return what its function returns."""
     from jsonargparse import auto_cli
 
     from wagle_pl.commands.parser import CommandParser
 
     module = import_module(COMMANDS[name])
+    if args and args[0] in getattr(module, "SHORTHANDS", {}):
+        args = [module.SHORTHANDS[args[0]], *args[1:]]
     return auto_cli(
         module.COMMANDS,
         args=args,
@@ -78,12 +76,6 @@ def run_command(name: str, args: list[str]) -> Any:
         prog=f"wagle {name}",
         description=module.__doc__,
     )
-
-
-def fail(message: str) -> NoReturn:
-    """Print one line and exit with code 2."""
-    print(f"wagle: error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(EXIT_BAD_INPUT)
 
 
 def _mistake_in(error: Optional[BaseException]) -> Optional[WagleError]:

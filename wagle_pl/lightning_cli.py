@@ -13,7 +13,13 @@ import wagle_pl.attribution
 import wagle_pl.data
 import wagle_pl.evaluation
 import wagle_pl.unlearning  # noqa: F401  the imports make the classes known by their short names
+from wagle_pl.commands import COMMANDS
 from wagle_pl.commands.parser import OneLineErrors
+
+DESCRIPTION = (
+    "Make a language model forget: fit fine-tunes, attributes or unlearns, as --model says; test measures. "
+    f"Other commands, each with its own --help: {', '.join(f'wagle {name}' for name in COMMANDS)}."
+)
 
 
 class WagleArgumentParser(OneLineErrors, LightningArgumentParser):
@@ -32,6 +38,7 @@ class WagleCLI(LightningCLI):
             save_config_callback=SaveConfigCallback,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
+            parser_kwargs={"description": DESCRIPTION, "fit": {}},
             **kwargs,
         )
 

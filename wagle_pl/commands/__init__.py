@@ -2,3 +2,19 @@
 
 A module's ``COMMANDS`` maps a verb to a function; its signature and docstring make the options and their help.
 """
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+EXIT_BAD_INPUT = 2
+
+#: Command -> the module whose ``COMMANDS`` (verb -> function) it offers.
+COMMANDS = {"mask": "wagle_pl.commands.mask", "patch": "wagle_pl.commands.patch"}
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line and exit with code 2."""
+    print(f"wagle: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(EXIT_BAD_INPUT)

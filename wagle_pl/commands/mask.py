@@ -206,6 +206,9 @@ def plot(files: list[str], *, output: str, title: Optional[str] = None, overwrit
     print(f"figure written to {' and '.join(str(path) for path in paths)}")
 
 
+#: First arguments that stand for a verb: ``wagle mask --scores FILE --density 0.4 -o OUT``.
+SHORTHANDS = {"--scores": "select"}
+
 COMMANDS = {
     "info": info,
     "compare": compare,

@@ -7,7 +7,7 @@ from typing import Any, Optional
 
 from jsonargparse import ArgumentParser
 
-from wagle_pl.cli import fail
+from wagle_pl.commands import fail
 
 
 class OneLineErrors(ArgumentParser):
@@ -18,6 +18,8 @@ class OneLineErrors(ArgumentParser):
         if unknown:
             option, name = unknown.groups()
             message = f"unknown class {name!r} for {option}: give a class path, or the name of a class of wagle_pl"
+        if "is not accepted" in message:
+            message += " (a class comes before its options: --model CLASS --model.option VALUE)"
         fail(message)
 
 

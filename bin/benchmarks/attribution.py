@@ -1,0 +1,319 @@
+"""``bin/bench attribution``: exact selection, the gradient pass, a whole attribution, memory, and the mask's file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, Optional
+
+import lightning as L
+import torch
+from common import (
+    BatchTimes,
+    Result,
+    Settings,
+    alternate,
+    autocast,
+    count_tokens,
+    fit,
+    in_fresh_process,
+    main,
+    memory,
+    padded_rows,
+    reset_peak,
+    result,
+    seconds,
+    shapes_of,
+)
+from torch import Tensor
+
+from wagle_pl import models
+from wagle_pl.attribution import AttributionModule, MaskSpec
+from wagle_pl.attribution.selection import select
+from wagle_pl.evaluation.likelihood import forward_answers, sequence_logprobs
+from wagle_pl.masks import WeightMask
+
+DENSITY = 0.2
+DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+GAMMA = 1.0  # of the Hessian where the baseline estimates none
+
+
+# -- selection --------------------------------------------------------------------------------------------------------
+
+
+def random_scores(model: str) -> list[tuple[str, Tensor]]:
+    """Scores for every weight of a model, heavy in the tails as products of weights and gradients are.
+
+    Made in place: a measurement of memory must not find freed memory to live in.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shapes = shapes_of(model)
+    return [(name, torch.empty(shape).normal_(generator=generator).pow_(3)) for name, shape in shapes.items()]
+
+
+def selection_extra(settings: Settings) -> dict[str, int]:
+    """Bytes that selection needs beside the scores, its result included. For a process of its own."""
+    list(select(lambda: [("a", torch.ones(1000))], DENSITY))  # what it imports and allocates once
+    scores = random_scores(settings.model)
+    before = reset_peak()
+    selected = dict(select(lambda: scores, DENSITY))
+    return {
+        "extra_bytes": memory("VmHWM") - before,
+        "result_bytes": sum(bits.numel() for bits in selected.values()),
+        "scores": sum(tensor.numel() for _, tensor in scores),
+    }
+
+
+def measure_selection(settings: Settings) -> list[Result]:
+    """Row 1: ``select`` against two sorts of all scores (the order, and from it every weight's rank)."""
+    extra = in_fresh_process(settings, "selection_extra")
+    scores = random_scores(settings.model)
+    flat = torch.cat([tensor.view(-1) for _, tensor in scores])
+    k = int(DENSITY * len(flat))
+    found: dict[str, Any] = {}
+
+    def ours() -> None:
+        found["ours"] = dict(select(lambda: scores, DENSITY))
+
+    def sorts() -> None:
+        found["sorts"] = flat.abs().argsort(descending=True).argsort() < k
+
+    times = alternate(settings.repeats, {"ours": lambda: seconds(ours), "two_argsorts": lambda: seconds(sorts)})
+    mask = WeightMask(found["ours"], {name: tensor.shape for name, tensor in scores})
+    parts = found["sorts"].split([tensor.numel() for _, tensor in scores])
+    differ = sum(int((mask[name].view(-1) != part).sum()) for name, part in zip(mask, parts, strict=True))
+    raw = {"seconds": times, "scores": len(flat), "density": DENSITY, "selected": mask.count(), "expected": k}
+    ratio = median(times["two_argsorts"]) / median(times["ours"])
+    return [
+        result("selection/speed", ratio, 25, True, "x two argsorts", {**raw, "bits_that_differ": differ}),
+        result("selection/memory", extra["extra_bytes"] / extra["scores"], 1, False, "bytes a score", extra),
+    ]
+
+
+# -- the gradient pass ------------------------------------------------------------------------------------------------
+
+
+def attribution(settings: Settings, name: str, **options: Any) -> AttributionModule:
+    """A module that writes to the scratch folder; by default WAGLE's score with a scalar γ, two gradients."""
+    usual = {} if "hessian" in options else {"hessian": "scalar", "gamma": GAMMA}
+    output = str(Path(settings.scratch) / name)
+    return AttributionModule(model=settings.model, output=output, overwrite=True, **usual, **options)
+
+
+def measure_gradient_pass(settings: Settings) -> list[Result]:
+    """Row 2: the module's training loop under the Trainer against forward and backward in a bare loop.
+
+    The bar is held against a loop that, like the module, projects answer positions alone onto the vocabulary; a loop
+    that lets the model compute its loss over all positions is reported beside it.
+    """
+    lm = models.load_model(settings.model)
+    fingerprint = models.fingerprint(lm.named_parameters())
+    batches: list[Any] = []
+
+    def trainer() -> float:
+        module = attribution(settings, "pass")
+        module.lm, module.model_fingerprint = lm, fingerprint
+        times = BatchTimes(keep=True)
+        fit(module, settings, [times], max_epochs=1)
+        batches[:] = times.batches
+        return sum(times.tokens[1:]) / (times.ends[-1] - times.starts[1])
+
+    speeds = alternate(
+        settings.repeats,
+        {
+            "trainer": trainer,
+            "bare": lambda: bare_pass(lm, batches, same_logits=True),
+            "bare_all_logits": lambda: bare_pass(lm, batches, same_logits=False),
+        },
+    )
+    at = {name: median(values) for name, values in speeds.items()}
+    raw = {"tokens_per_second": speeds, "ratio_to_bare_all_logits": at["trainer"] / at["bare_all_logits"]}
+    raw["timed"] = "every batch but the first, with what lies between batches"
+    return [result("gradient_pass", at["trainer"] / at["bare"], 0.9, True, "x a bare loop's tokens/s", raw)]
+
+
+def bare_pass(lm: Any, batches: Sequence[Any], same_logits: bool) -> float:
+    """Tokens a second of forward and backward over the batches; the first warms up."""
+    lm.eval()
+    lm.zero_grad()
+    started = 0.0
+    for number, batch in enumerate(batches):
+        if number == 1:
+            started = time.perf_counter()
+        for tensors in batch.values():
+            with autocast():
+                loss = answer_loss(lm, tensors) if same_logits else model_loss(lm, tensors)
+            loss.backward()
+    elapsed = time.perf_counter() - started
+    lm.zero_grad()
+    return sum(count_tokens(batch) for batch in batches[1:]) / elapsed
+
+
+def answer_loss(lm: Any, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Sum of the rows' mean losses, with logits of answer positions alone."""
+    output, labels = forward_answers(lm, tensors)
+    sums, counts = sequence_logprobs(output.logits, labels)
+    return -(sums / counts).sum()
+
+
+def model_loss(lm: Any, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The loss that the model computes itself."""
+    inputs = {name: tensors[name] for name in ("input_ids", "attention_mask", "labels")}
+    return lm(**inputs, use_cache=False).loss
+
+
+# -- a whole attribution ----------------------------------------------------------------------------------------------
+
+
+def measure_whole(settings: Settings) -> list[Result]:
+    """Row 3: from the model's folder to ten masks on disk, against a plain script."""
+    masks = [MaskSpec(density=density) for density in DENSITIES]
+
+    def ours(**options: Any) -> float:
+        module = attribution(settings, "masks", masks=masks, **options)
+        return seconds(lambda: fit(module, settings, max_epochs=1))
+
+    runs = alternate(settings.repeats, {"ours": ours, "plain_script": lambda: plain_script(settings)})
+    raw = {
+        "seconds": runs,
+        "seconds_with_hessian_auto": ours(hessian="auto"),
+        "densities": DENSITIES,
+        "hessian": f"scalar, gamma {GAMMA}, on both sides: two gradient passes and no estimate",
+        "scaled": _scaling(settings),
+        "timed": "all from loading the model to the last file; imports left out on both sides",
+    }
+    ratio = median(run["total"] for run in runs["plain_script"]) / median(runs["ours"])
+    return [result("whole_attribution", ratio, 10, True, "x a plain script", raw)]
+
+
+def _scaling(settings: Settings) -> Optional[str]:
+    if settings.baseline_rows >= settings.rows and settings.baseline_densities >= len(DENSITIES):
+        return None
+    return (
+        f"the plain script's passes were timed on {settings.baseline_rows} of {settings.rows} rows each, its sorts and "
+        f"files on {settings.baseline_densities} of {len(DENSITIES)} densities, and scaled linearly to all"
+    )
+
+
+def plain_script(settings: Settings) -> dict[str, float]:
+    """The baseline: rows padded and one at a time, two passes, and a density at a time two sorts and a file of bools.
+
+    Returns:
+        Seconds by stage as measured, and ``total``, in which passes and densities are scaled to all of them.
+    """
+    clock = [time.perf_counter()]
+
+    def lap() -> float:
+        clock.append(time.perf_counter())
+        return clock[-1] - clock[-2]
+
+    lm = models.load_model(settings.model).eval()
+    sets = [padded_rows(settings, file, settings.baseline_rows) for file in (settings.forget, settings.retain)]
+    times = {"load": lap()}
+    gradients = []
+    for rows in sets:
+        for row in rows:
+            with autocast():
+                loss = model_loss(lm, row)
+            loss.backward()
+        gradients.append([parameter.grad / len(rows) for parameter in lm.parameters()])
+        lm.zero_grad()
+    times["passes"] = lap()
+    with torch.no_grad():
+        wagle = [((w - g_r / GAMMA) * g_f).abs().view(-1) for w, g_f, g_r in zip(lm.parameters(), *gradients)]  # noqa: B905
+        scores = torch.cat(wagle)
+    times["scores"] = lap()
+    shapes = {name: parameter.shape for name, parameter in lm.named_parameters()}
+    for density in DENSITIES[: settings.baseline_densities]:
+        chosen = scores.argsort(descending=True).argsort() < int(density * len(scores))
+        parts = chosen.split([shape.numel() for shape in shapes.values()])
+        bools = {name: part.view(shape).clone() for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        torch.save(bools, Path(settings.scratch) / f"plain-{density:g}.pt")
+    times["densities"] = lap()
+    passes = times["passes"] * settings.rows / settings.baseline_rows
+    densities = times["densities"] * len(DENSITIES) / settings.baseline_densities
+    return {**times, "total": times["load"] + passes + times["scores"] + densities}
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+#: What is kept -> options of the module.
+KEPT: dict[str, dict[str, Any]] = {
+    "no_hessian": {"hessian": "scalar", "gamma": GAMMA},
+    "auto": {"hessian": "auto"},
+    "diagonal": {"hessian": "gauss_newton"},
+}
+BARS = {"no_hessian": 16, "auto": 16, "diagonal": 20}
+
+
+class Floor(AttributionModule):
+    """Weights and activations only: the same forward passes, their graphs alive, and no gradient."""
+
+    def training_step(self, batch: Mapping[str, Mapping[str, Tensor]], batch_idx: int) -> None:
+        """Run every stream forward; the graph goes with the loss."""
+        for tensors in batch.values():
+            answer_loss(self.lm, tensors)
+        self.optimizers().step()
+
+    def on_train_end(self) -> None:
+        """There is nothing to write."""
+
+
+class PeakFromStart(L.Callback):
+    """Forgets the peak that loading the model had."""
+
+    def on_train_start(self, *_: Any) -> None:
+        """The model is in memory, nothing else yet."""
+        reset_peak()
+
+
+def attribution_peak(settings: Settings, kept: str) -> int:
+    """Peak memory of an attribution, mask written. For a process of its own."""
+    if kept == "floor":
+        module = Floor(model=settings.model, output=str(Path(settings.scratch) / kept), hessian="scalar", gamma=GAMMA)
+    else:
+        module = attribution(settings, f"memory-{kept}", **KEPT[kept])
+    fit(module, settings, [PeakFromStart()], max_epochs=1)
+    return memory("VmHWM")
+
+
+def measure_memory(settings: Settings) -> list[Result]:
+    """Row 4: the peak beyond that of forward passes alone, each in processes of their own."""
+
+    def side(kept: str) -> Any:
+        return lambda: in_fresh_process(settings, "attribution_peak", kept=kept)
+
+    peaks = alternate(settings.repeats, {kept: side(kept) for kept in ("floor", *KEPT)})
+    weights = sum(torch.Size(shape).numel() for shape in shapes_of(settings.model).values())
+    floor = median(peaks["floor"])
+    raw = {"floor": "forward passes over the same batches, their graphs alive: weights and activations"}
+    return [
+        result(f"memory/{kept}", (median(peaks[kept]) - floor) / weights, BARS[kept], False, "bytes a weight",
+               {**raw, "peak_bytes": peaks[kept], "floor_bytes": peaks["floor"], "weights": weights})
+        for kept in KEPT
+    ]  # fmt: skip
+
+
+def measure_mask_file(settings: Settings) -> list[Result]:
+    """Row 5: the file of one mask."""
+    scores = random_scores(settings.model)
+    mask = WeightMask(dict(select(lambda: scores, DENSITY)), {name: tensor.shape for name, tensor in scores})
+    size = mask.save(Path(settings.scratch) / "one.safetensors").stat().st_size
+    raw = {"file_bytes": size, "weights": mask.total}
+    return [result("mask_file", size / mask.total, 0.13, False, "bytes a weight", raw)]
+
+
+ROWS = {
+    "selection": measure_selection,
+    "gradient_pass": measure_gradient_pass,
+    "whole": measure_whole,
+    "memory": measure_memory,
+    "mask_file": measure_mask_file,
+}
+CHILDREN = {"selection_extra": selection_extra, "attribution_peak": attribution_peak}
+
+if __name__ == "__main__":
+    main("attribution", ROWS, CHILDREN)

@@ -1,0 +1,396 @@
+"""What the benchmarks share: options, rows of data, runs that alternate, peak memory of a fresh process, the report."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any, Optional
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from wagle_pl import cli, models
+from wagle_pl.data import ForgetRetainDataModule
+from wagle_pl.data.people import bundled
+from wagle_pl.data.rows import Row, load_rows
+from wagle_pl.data.template import Template
+from wagle_pl.utilities import WagleError, atomic_path
+
+ROOT = Path(__file__).resolve().parents[2]
+PRECISION = "bf16-mixed"
+CHILD = "--child"
+
+
+@dataclass
+class Settings:
+    """What every measurement is given; plain values, so that a fresh process can be given them too.
+
+    Attributes:
+        model: folder of the model.
+        scratch: folder for what is written; removed at the end.
+        source: where the rows are from, for the report.
+        repeats: how often each side of a ratio is measured.
+        rows: forget rows, and as many retain rows.
+        batch_size: rows, or pairs of rows, a batch.
+        padded: tokens that the baselines pad every row to.
+        baseline_rows: rows that a baseline's pass is timed on; the time is scaled to all rows.
+        baseline_densities: densities that a baseline writes; the time is scaled to all densities.
+    """
+
+    model: str
+    scratch: str
+    source: str
+    repeats: int
+    rows: int = 40
+    batch_size: int = 8
+    padded: int = 512
+    baseline_rows: int = 8
+    baseline_densities: int = 1
+
+    @property
+    def forget(self) -> str:
+        """File of forget rows."""
+        return f"{self.scratch}/forget.jsonl"
+
+    @property
+    def retain(self) -> str:
+        """File of retain rows."""
+        return f"{self.scratch}/retain.jsonl"
+
+
+Result = dict[str, Any]
+Measure = Callable[..., Any]
+
+
+def result(name: str, value: float, bar: float, at_least: bool, unit: str, raw: Mapping[str, Any]) -> Result:
+    """One line of the report.
+
+    Args:
+        name: of the row.
+        value: what was measured.
+        bar: what it is held against.
+        at_least: whether the value must reach the bar; otherwise it must not exceed it.
+        unit: of both.
+        raw: figures the value is made of.
+    """
+    met = value >= bar if at_least else value <= bar
+    wanted = {"bar": bar, "wanted": "at least" if at_least else "at most"}
+    return {"name": name, "value": value, **wanted, "met": met, "unit": unit, "raw": dict(raw)}
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+def alternate(repeats: int, sides: Mapping[str, Callable[[], Any]]) -> dict[str, list[Any]]:
+    """Run every side in turn, A B A B, so that what else the machine does falls on all of them; name -> results."""
+    results: dict[str, list[Any]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, run in sides.items():
+            results[name].append(run())
+            gc.collect()
+    return results
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """Wall-clock time of one call."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def memory(field: str) -> int:
+    """``VmRSS`` or ``VmHWM`` (its peak) of this process in bytes.
+
+    Raises:
+        WagleError: if the system does not say.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        raise WagleError("memory is read from /proc/self/status, which this system does not have") from None
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def reset_peak() -> int:
+    """Let ``VmHWM`` begin anew at ``VmRSS``, which is returned."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    return memory("VmRSS")
+
+
+def in_fresh_process(settings: Settings, function: str, **arguments: Any) -> Any:
+    """Call a function of the running benchmark's ``CHILDREN`` in a process of its own, which has a peak of its own."""
+    with tempfile.TemporaryDirectory(dir=settings.scratch) as folder:
+        answer = Path(folder) / "answer.json"
+        task = {"function": function, "settings": asdict(settings), "arguments": arguments, "answer": str(answer)}
+        command = [sys.executable, sys.argv[0], CHILD, json.dumps(task)]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        return json.loads(answer.read_text(encoding="utf-8"))
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+class BatchTimes(L.Callback):
+    """When each micro-batch of a run started and ended, and how many tokens, without padding, it had.
+
+    Args:
+        keep: keep the batches too.
+    """
+
+    def __init__(self, keep: bool = False) -> None:
+        self.starts: list[float] = []
+        self.ends: list[float] = []
+        self.epochs: list[int] = []
+        self.tokens: list[int] = []
+        self.batches: list[Any] = []
+        self.keep = keep
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock of a batch."""
+        self.tokens.append(count_tokens(batch))
+        self.epochs.append(trainer.current_epoch)
+        if self.keep:
+            self.batches.append(batch)
+        self.starts.append(time.perf_counter())
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Stop it."""
+        self.ends.append(time.perf_counter())
+
+    def steps(self, epoch: Optional[int] = None) -> list[float]:
+        """Seconds of every batch (of one epoch) but the run's first, which warms up."""
+        spans = zip(self.starts, self.ends, self.epochs, strict=True)
+        return [end - start for start, end, e in list(spans)[1:] if epoch in (None, e)]
+
+
+def count_tokens(batch: Mapping[str, Mapping[str, Tensor]]) -> int:
+    """Tokens of a batch, without padding."""
+    return sum(int(tensors["attention_mask"].sum()) for tensors in batch.values())
+
+
+def fit(
+    module: L.LightningModule,
+    settings: Settings,
+    callbacks: Sequence[L.Callback] = (),
+    batch_size: Optional[int] = None,
+    **options: Any,
+) -> None:
+    """Fit as a user does, without logger and checkpoints; options are the Trainer's."""
+    data = ForgetRetainDataModule(
+        forget=settings.forget, retain=settings.retain, batch_size=batch_size or settings.batch_size, cache=False
+    )
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        precision=PRECISION,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=settings.scratch,
+        callbacks=list(callbacks),
+        **options,
+    )
+    trainer.fit(module, datamodule=data)
+
+
+def step_ratio(runs: Sequence[BatchTimes], base: Sequence[BatchTimes], epoch: Optional[int] = None) -> float:
+    """Time of a run's steps over the time of another's on the same batches: of each step the median over repeats."""
+
+    def total(timings: Sequence[BatchTimes]) -> float:
+        return sum(median(times) for times in zip(*(timing.steps(epoch) for timing in timings), strict=True))
+
+    return total(runs) / total(base)
+
+
+def padded_rows(settings: Settings, rows: str, count: int) -> list[dict[str, Tensor]]:
+    """What a plain script makes of the first rows of a file: each alone, padded to a fixed length."""
+    tokenizer = models.load_tokenizer(settings.model)
+    template = Template(tokenizer, None, None, settings.padded)
+    batches = []
+    for row in load_rows(rows)[:count]:
+        encoded = template.encode(row)
+        gap = settings.padded - len(encoded["input_ids"])
+        filled = {
+            "input_ids": [*encoded["input_ids"], *[tokenizer.pad_token_id or 0] * gap],
+            "attention_mask": [*[1] * len(encoded["input_ids"]), *[0] * gap],
+            "labels": [*encoded["labels"], *[-100] * gap],
+        }
+        batches.append({name: torch.tensor([values]) for name, values in filled.items()})
+    return batches
+
+
+def autocast() -> torch.autocast:
+    """The precision of :data:`PRECISION`, for a plain loop."""
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def shapes_of(model: str) -> dict[str, tuple[int, ...]]:
+    """Parameter name -> shape, without reading a weight."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return models.parameter_shapes(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)))
+
+
+# -- the program ------------------------------------------------------------------------------------------------------
+
+
+def main(benchmark: str, rows: Mapping[str, Measure], children: Mapping[str, Measure]) -> None:
+    """Measure the rows asked for and report.
+
+    Args:
+        benchmark: its name.
+        rows: name -> function of the settings that returns :func:`result` dicts.
+        children: functions for :func:`in_fresh_process`, by name; their first argument is the settings.
+    """
+    cli.quiet()
+    for name in ("lightning.pytorch", "lightning.fabric", "wagle_pl"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if sys.argv[1:2] == [CHILD]:
+        task = json.loads(sys.argv[2])
+        answer = children[task["function"]](Settings(**task["settings"]), **task["arguments"])
+        Path(task["answer"]).write_text(json.dumps(answer), encoding="utf-8")
+        return
+    options = _options(benchmark, rows)
+    with tempfile.TemporaryDirectory(prefix="wagle-bench-") as scratch:
+        try:
+            settings = _prepare(options, scratch)
+        except WagleError as error:
+            cli.fail(str(error))
+        report = _describe(benchmark, options, settings)
+        for name in options.rows:
+            report["rows"] += _measure(name, rows[name], settings)
+            report["machine"]["load_average_after"] = os.getloadavg()
+            if options.output:  # after every row: what is measured stays when the run is stopped
+                with atomic_path(Path(options.output)) as temporary:
+                    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=1))
+    print(_table(report["rows"]), file=sys.stderr)
+
+
+def _options(benchmark: str, rows: Mapping[str, Measure]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"bin/bench {benchmark}")
+    parser.add_argument("--model", default=str(ROOT / "models/smollm2"), help="folder of the model")
+    parser.add_argument("--tofu", help="folder with TOFU's forget01.json and retain99.json; default: bundled people")
+    parser.add_argument("--rows", help=f"which to measure, of {','.join(rows)}; default: all")
+    parser.add_argument("--repeats", type=int, help="how often each side is measured (default 3; 1 with --quick)")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and few rows: shows only that it runs")
+    parser.add_argument("--full", action="store_true", help="run the padded baselines whole, without scaling")
+    parser.add_argument("--output", help="JSON file to write as well")
+    options = parser.parse_args()
+    options.repeats = options.repeats or (1 if options.quick else 3)
+    options.rows = options.rows.split(",") if options.rows else list(rows)
+    unknown = [name for name in options.rows if name not in rows]
+    if unknown or options.repeats < 1:
+        parser.error(f"no row {unknown[0]!r}; there are {', '.join(rows)}" if unknown else "--repeats must be above 0")
+    return options
+
+
+def _prepare(options: argparse.Namespace, scratch: str) -> Settings:
+    """Write the rows (and the tiny model) that the measurements read."""
+    if options.tofu:
+        source, folder = "TOFU forget01 and retain99", Path(options.tofu)
+        forget, retain = load_rows(str(folder / "forget01.json")), load_rows(str(folder / "retain99.json"))
+    else:
+        source = "bundled people"
+        forget, retain = [*bundled("forget"), *bundled("holdout")], bundled("retain")
+    settings = Settings(options.model, scratch, source, options.repeats)
+    if options.quick:
+        texts = [row[column] for row in forget for column in ("question", "answer")]
+        settings.model = str(models.create_tiny_llama(f"{scratch}/model", texts, 400, 32, layers=2))
+        settings.rows, settings.batch_size, settings.padded, settings.baseline_rows = 8, 4, 192, 4
+    elif not Path(options.model).is_dir():
+        raise WagleError(f"there is no model in {options.model}: run bin/get-smollm2, or give --model or --quick")
+    if options.full:
+        settings.baseline_rows, settings.baseline_densities = settings.rows, 10
+    for path, rows in ((settings.forget, forget), (settings.retain, retain)):
+        _write_rows(path, rows[: settings.rows])
+    return settings
+
+
+def _write_rows(path: str, rows: Sequence[Row]) -> None:
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _measure(name: str, measure: Measure, settings: Settings) -> list[Result]:
+    print(f"{name} ...", end="", flush=True, file=sys.stderr)
+    started = time.perf_counter()
+    try:
+        results = measure(settings)
+    except Exception as error:  # whatever went wrong with one row, the others are still wanted
+        print(file=sys.stderr)
+        traceback.print_exc()
+        results = [{"name": name, "error": f"{type(error).__name__}: {error}"}]
+    print(f" {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    return results
+
+
+def _describe(benchmark: str, options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+    """The report without its rows: what was measured on what."""
+    template = Template(models.load_tokenizer(settings.model), None, None, settings.padded)
+    lengths = {
+        name: [len(template.encode(row)["input_ids"]) for row in load_rows(file)]
+        for name, file in (("forget", settings.forget), ("retain", settings.retain))
+    }
+    data = {"source": settings.source, "batch_size": settings.batch_size, "baseline_padded_to": settings.padded}
+    for name, counts in lengths.items():
+        data[name] = {"rows": len(counts), "mean_tokens": round(sum(counts) / len(counts), 1)}
+    weights = sum(torch.Size(shape).numel() for shape in shapes_of(settings.model).values())
+    name = "tiny llama" if options.quick else os.path.relpath(settings.model, ROOT)
+    packages = ("wagle-pl", "torch", "lightning", "transformers", "numpy")
+    return {
+        "benchmark": benchmark,
+        "quick": options.quick,
+        "model": {"name": name, "weights": weights},
+        "precision": PRECISION,
+        "repeats": settings.repeats,
+        "data": data,
+        "machine": _machine(),
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "rows": [],
+    }
+
+
+def _machine() -> dict[str, Any]:
+    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    total = [int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
+    return {
+        "system": platform.platform(),
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "memory_bytes": total[0] if total else None,
+        "load_average_before": os.getloadavg(),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
+
+
+def _table(results: Sequence[Result]) -> str:
+    lines = [f"{'row':34} {'value':>9}   bar"]
+    for row in results:
+        if "error" in row:
+            lines.append(f"{row['name']:34} failed: {row['error']}")
+            continue
+        bar = f"{row['wanted']} {row['bar']:g} {row['unit']}"
+        lines.append(f"{row['name']:34} {row['value']:9.3f}   {bar}: {'met' if row['met'] else 'MISSED'}")
+    return "\n".join(lines)

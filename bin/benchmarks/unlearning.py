@@ -1,0 +1,251 @@
+"""``bin/bench unlearning``: masked steps, cached references, optimiser state, and batches that pad little."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from math import prod
+from pathlib import Path
+from statistics import median
+from typing import Any, Optional
+
+import lightning as L
+import torch
+from common import (
+    BatchTimes,
+    Result,
+    Settings,
+    alternate,
+    autocast,
+    fit,
+    in_fresh_process,
+    main,
+    memory,
+    padded_rows,
+    result,
+    step_ratio,
+)
+from torch import Tensor, nn
+
+from wagle_pl import models
+from wagle_pl.attribution.selection import select
+from wagle_pl.bits import random_bits
+from wagle_pl.evaluation.likelihood import forward_answers, sequence_logprobs
+from wagle_pl.masks import WeightMask
+from wagle_pl.unlearning import MaskedAdamW, Streams, UnlearnModule
+
+LR, WEIGHT_DECAY = 3e-5, 0.01  # as in configs/tofu
+EPOCHS = 5
+GLOBAL_BATCH = 4  # of the padded baseline: batch 1, accumulate 4
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+class Unexported(UnlearnModule):
+    """Unlearning that writes no model: the disk is not what is measured."""
+
+    def export(self, record: dict[str, Any]) -> None:
+        """Leave it."""
+
+
+class SecondModel(Unexported):
+    """What caching references saves: a second model computes them anew at every step."""
+
+    def configure_model(self) -> None:
+        """Load the model twice."""
+        super().configure_model()
+        self.second = [models.load_model(self.model_name).eval()]  # in a list: no submodule
+
+    @torch.no_grad()
+    def streams_of(self, batch: Mapping[str, Mapping[str, Tensor]]) -> Streams:
+        """Put the second model's log-probabilities in the place of the cached ones."""
+        for stream in self.objective.references:
+            output, labels = forward_answers(self.second[0], batch[stream])
+            self._references.sums[stream][batch[stream]["row"]] = sequence_logprobs(output.logits, labels)[0]
+        return super().streams_of(batch)
+
+
+#: Who runs -> (class, objective).
+KINDS: dict[str, tuple[type[UnlearnModule], str]] = {
+    "GradDiff": (Unexported, "GradDiff"),
+    "NPO": (Unexported, "NPO"),
+    "NPO_second_model": (SecondModel, "NPO"),
+}
+
+
+def unlearn(
+    settings: Settings,
+    kind: str = "GradDiff",
+    mask: Optional[str] = None,
+    callbacks: Sequence[L.Callback] = (),
+    batch_size: Optional[int] = None,
+    **options: Any,
+) -> BatchTimes:
+    """One run with MaskedAdamW; returns the times of its steps."""
+    cls, objective = KINDS[kind]
+    output = str(Path(settings.scratch) / "run" / kind)
+    module = cls(model=settings.model, output=output, overwrite=True, objective=objective, mask=mask)
+    module.make_optimizer = partial(MaskedAdamW, lr=LR, weight_decay=WEIGHT_DECAY)
+    times = BatchTimes()
+    fit(module, settings, [times, *callbacks], batch_size, **options)
+    return times
+
+
+def write_mask(settings: Settings, density: float, by: str = "random") -> str:
+    """A mask file for the model: weights at random, or the largest ones (uneven over tensors, as real masks are)."""
+    lm = models.load_model(settings.model)
+    shapes = models.parameter_shapes(lm)
+    sizes = {name: prod(shape) for name, shape in shapes.items()}
+    if by == "random":
+        packed = random_bits(sizes, int(density * sum(sizes.values())), seed=0)
+    else:
+        packed = dict(select(lambda: ((n, p.detach().float()) for n, p in lm.named_parameters()), density))
+    made_by = {"model": settings.model, "model_fingerprint": models.fingerprint(lm.named_parameters())}
+    mask = WeightMask(packed, shapes, {**made_by, "score": by})
+    return str(mask.save(Path(settings.scratch) / f"{by}-{density:g}.safetensors"))
+
+
+def step_seconds(runs: Mapping[str, Sequence[BatchTimes]], epoch: Optional[int] = None) -> dict[str, list[list[float]]]:
+    """Seconds of each step, for the report: side -> repeat -> step."""
+    return {name: [[round(s, 4) for s in times.steps(epoch)] for times in sides] for name, sides in runs.items()}
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def measure_masked_step(settings: Settings) -> list[Result]:
+    """Row 1: a step within a mask against a step of all weights, on the same batches."""
+    masks = {density: write_mask(settings, density) for density in (0.2, 0.8)}
+    sides = {"dense": partial(unlearn, settings, max_epochs=2)}
+    sides |= {f"{density:g}": partial(unlearn, settings, mask=mask, max_epochs=2) for density, mask in masks.items()}
+    runs = alternate(settings.repeats, sides)
+    raw = {"step_seconds": step_seconds(runs), "objective": "GradDiff", "mask": "random"}
+    return [
+        result(f"masked_step/density_{d:g}", step_ratio(runs[f"{d:g}"], runs["dense"]), 1.05, False, "x dense", raw)
+        for d in masks
+    ]
+
+
+def measure_npo_step(settings: Settings) -> list[Result]:
+    """Row 2: a step of NPO, references cached, against one of GradDiff, in the second epoch."""
+    sides = {kind: partial(unlearn, settings, kind, max_epochs=2) for kind in KINDS}
+    runs = alternate(settings.repeats, sides)
+    second = step_ratio(runs["NPO_second_model"], runs["GradDiff"], epoch=1)
+    raw = {"step_seconds": step_seconds(runs, epoch=1), "ratio_with_second_model": second}
+    ratio = step_ratio(runs["NPO"], runs["GradDiff"], epoch=1)
+    return [result("npo_step", ratio, 1.05, False, "x GradDiff", raw)]
+
+
+def unlearning_peak(settings: Settings, kind: str) -> int:
+    """Peak memory of a whole run. For a process of its own."""
+    unlearn(settings, kind, max_epochs=1)
+    return memory("VmHWM")
+
+
+def measure_npo_memory(settings: Settings) -> list[Result]:
+    """Row 3: peak memory of NPO runs against GradDiff runs, each in a process of its own."""
+
+    def side(kind: str) -> Any:
+        return lambda: in_fresh_process(settings, "unlearning_peak", kind=kind)
+
+    peaks = alternate(settings.repeats, {kind: side(kind) for kind in KINDS})
+    at = {kind: median(values) for kind, values in peaks.items()}
+    raw = {"peak_bytes": peaks, "ratio_with_second_model": at["NPO_second_model"] / at["GradDiff"]}
+    return [result("npo_memory", at["NPO"] / at["GradDiff"], 1.02, False, "x GradDiff", raw)]
+
+
+class StateBytes(L.Callback):
+    """Counts what the optimiser keeps after its first step."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Count state and whatever else it holds, such as indices; neither parameters nor the mask's own bits."""
+        (optimizer,) = trainer.optimizers
+        kept = {id(tensor): tensor for tensor in tensors_in(list(vars(optimizer).values()))}
+        self.bytes = sum(t.numel() * t.element_size() for t in kept.values() if not isinstance(t, nn.Parameter))
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested dicts' values, lists and tuples."""
+    if torch.is_tensor(value):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item)
+
+
+def measure_optimizer_state(settings: Settings) -> list[Result]:
+    """Row 4: bytes of MaskedAdamW's state at density 0.1 against dense."""
+    masks = {"dense": None, **{by: write_mask(settings, 0.1, by) for by in ("random", "magnitude")}}
+    kept = {}
+    for name, mask in masks.items():
+        count = StateBytes()
+        unlearn(settings, mask=mask, callbacks=[count], max_steps=1)
+        kept[name] = count.bytes
+    raw = {
+        "state_bytes": kept,
+        "ratio_magnitude_mask": kept["magnitude"] / kept["dense"],
+        "counts": "state and indices",
+    }
+    return [result("optimizer_state", kept["random"] / kept["dense"], 0.25, False, "x dense", raw)]
+
+
+def measure_padded(settings: Settings) -> list[Result]:
+    """Row 5: epochs over rows padded to their batch against rows padded to a fixed length, one at a time."""
+
+    def ours() -> float:
+        times = unlearn(settings, batch_size=GLOBAL_BATCH, max_epochs=EPOCHS)
+        return times.ends[-1] - times.starts[0]
+
+    runs = alternate(settings.repeats, {"ours": ours, "padded": lambda: padded_epochs(settings)})
+    pairs, whole = settings.baseline_rows, settings.baseline_rows >= settings.rows
+    scaled = f"the padded loop was timed on {pairs} of {EPOCHS * settings.rows} pairs of rows and scaled linearly"
+    raw = {
+        "seconds": runs,
+        "scaled": f"the padded loop ran one of {EPOCHS} epochs" if whole else scaled,
+        "epochs": EPOCHS,
+        "objective": "GradDiff, dense",
+        "global_batch": GLOBAL_BATCH,
+    }
+    ratio = median(run["total"] for run in runs["padded"]) / median(runs["ours"])
+    return [result("padded_epochs", ratio, 4, True, "x faster than padded", raw)]
+
+
+def padded_epochs(settings: Settings) -> dict[str, float]:
+    """The baseline: GradDiff in a plain loop, rows padded, batch 1, accumulated; the first pair warms up.
+
+    Returns:
+        Seconds as ``measured``, and their ``total`` when scaled to all pairs of all epochs.
+    """
+    lm = models.load_model(settings.model).train()
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
+    files = (settings.forget, settings.retain)
+    pairs = list(zip(*(padded_rows(settings, file, settings.baseline_rows) for file in files), strict=True))
+    started = 0.0
+    for number, pair in enumerate([pairs[0], *pairs]):
+        with autocast():
+            forget, retain = (lm(**row, use_cache=False).loss for row in pair)
+        ((retain - forget) / GLOBAL_BATCH).backward()
+        if number % GLOBAL_BATCH == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+        if number == 0:
+            started = time.perf_counter()
+    measured = time.perf_counter() - started
+    return {"measured": measured, "total": measured * EPOCHS * settings.rows / len(pairs)}
+
+
+ROWS = {
+    "masked_step": measure_masked_step,
+    "npo_step": measure_npo_step,
+    "npo_memory": measure_npo_memory,
+    "optimizer_state": measure_optimizer_state,
+    "padded": measure_padded,
+}
+CHILDREN = {"unlearning_peak": unlearning_peak}
+
+if __name__ == "__main__":
+    main("unlearning", ROWS, CHILDREN)
