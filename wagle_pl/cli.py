@@ -60,7 +60,7 @@ def run(args: list[str]) -> Any:
 
 
 def run_command(name: str, args: list[str]) -> Any:
-    """Run one of the commands beside LightningCLI's, e.g. ``wagle mask info FILE``; return what its function returns."""
+    """Run one of the other commands, e.g. ``wagle mask info FILE``; return what its function returns."""
     from jsonargparse import auto_cli
 
     from wagle_pl.commands.parser import CommandParser

@@ -23,8 +23,10 @@ from typing import Any, Optional
 import lightning as L
 import torch
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from wagle_pl import cli, models
+from wagle_pl.commands import fail
 from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.data.people import bundled
 from wagle_pl.data.rows import Row, load_rows
@@ -261,6 +263,7 @@ def main(benchmark: str, rows: Mapping[str, Measure], children: Mapping[str, Mea
         children: functions for :func:`in_fresh_process`, by name; their first argument is the settings.
     """
     cli.quiet()
+    disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric", "wagle_pl"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if sys.argv[1:2] == [CHILD]:
@@ -269,11 +272,13 @@ def main(benchmark: str, rows: Mapping[str, Measure], children: Mapping[str, Mea
         Path(task["answer"]).write_text(json.dumps(answer), encoding="utf-8")
         return
     options = _options(benchmark, rows)
+    stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print goes to stderr: stdout holds the report and nothing else
     with tempfile.TemporaryDirectory(prefix="wagle-bench-") as scratch:
         try:
             settings = _prepare(options, scratch)
         except WagleError as error:
-            cli.fail(str(error))
+            fail(str(error))
         report = _describe(benchmark, options, settings)
         for name in options.rows:
             report["rows"] += _measure(name, rows[name], settings)
@@ -281,7 +286,7 @@ def main(benchmark: str, rows: Mapping[str, Measure], children: Mapping[str, Mea
             if options.output:  # after every row: what is measured stays when the run is stopped
                 with atomic_path(Path(options.output)) as temporary:
                     temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(report, indent=1))
+    print(json.dumps(report, indent=1), file=stdout, flush=True)
     print(_table(report["rows"]), file=sys.stderr)
 
 
@@ -376,6 +381,7 @@ def _machine() -> dict[str, Any]:
         "cpu": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "MALLOC_"))},
         "memory_bytes": total[0] if total else None,
         "load_average_before": os.getloadavg(),
     }

@@ -29,11 +29,10 @@ def token_logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     >>> logprobs.exp(), mask
     (tensor([[0.2500, 0.2500]]), tensor([[True, True]]))
     """
-    targets = labels[:, 1:]
-    mask = targets != IGNORE
-    chosen = -F.cross_entropy(logits[:, :-1][mask].float(), targets[mask], reduction="none")
-    logprobs = torch.zeros(targets.shape, dtype=torch.float32, device=logits.device)
-    return logprobs.masked_scatter(mask, chosen), mask
+    # the labels move, not the logits: a shifted or indexed view of those would be copied, forward and backward
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none")
+    return -losses.view(targets.shape)[:, :-1], targets[:, :-1] != IGNORE
 
 
 def sequence_logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
