@@ -18,7 +18,7 @@ from torch import Tensor
 from wagle_pl.bits import pack_bits
 from wagle_pl.utilities import WagleError
 
-CHUNK = 1 << 20  # weights looked at at a time, a multiple of 8: the only extra memory
+CHUNK = 1 << 18  # weights looked at at a time, a multiple of 8: the only extra memory
 
 _HALF = 1 << 16
 _OFFSET = _HALF // 2  # the upper half of a key is signed; bins count from 0
