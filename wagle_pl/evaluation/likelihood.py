@@ -7,7 +7,6 @@ from functools import cache
 from inspect import signature
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
