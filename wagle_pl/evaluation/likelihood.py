@@ -23,6 +23,7 @@ def token_logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``(logprobs, mask)``, both (B, T - 1): log p(label at t + 1), 0 where ``mask`` is False.
 
+    >>> import torch
     >>> logits = torch.zeros(1, 3, 4)
     >>> logprobs, mask = token_logprobs(logits, torch.tensor([[-100, 2, 1]]))
     >>> logprobs.exp(), mask
