@@ -29,15 +29,6 @@ VOCABULARY = 5
 LABELS = torch.tensor([[-100, -100, 1, 4, 0], [-100, 3, 2, -100, -100], [-100, -100, -100, -100, 2]])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Thousands of tiny operations: on a busy machine, threads that wait for each other take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Toy(nn.Module):
     """Tokens to logits through one hidden layer; position t sees tokens t and t − 1. 65 weights, and a tied one."""
 

@@ -380,15 +380,6 @@ def test_options_that_mean_nothing(make: Callable[[], Any], message: str) -> Non
 # -- on the command line ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On matrices this small a second thread costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def unlearn(tiny_model: str, *args: Any) -> list[str]:
     """Two steps of unlearning."""
     model = ["--model", "UnlearnModule", "--model.model", tiny_model, "--model.output", "out"]

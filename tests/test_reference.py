@@ -42,15 +42,6 @@ class SecondModelModule(UnlearnModule):
         return self.objective(at)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On matrices this small a second thread costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def arguments(tiny_model: str, rows: dict[str, str]):
     """Command line that unlearns the tiny model for six steps."""
