@@ -47,16 +47,16 @@ def run(args: list[str]) -> Any:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
+    from wagle_pl import distributed
     from wagle_pl.lightning_cli import WagleCLI
 
     disable_progress_bar()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find this out
-    argv, sys.argv = sys.argv, ["wagle"]  # LightningCLI warns when both sys.argv and args hold arguments
     try:
         return WagleCLI(args=args)
     finally:
-        sys.argv = argv
+        distributed.leave()
 
 
 def run_command(name: str, args: list[str]) -> Any:
@@ -148,6 +148,8 @@ def quiet() -> None:
         ".*treespec, LeafSpec.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*module\\(s\\) in eval mode at the start of training.*",  # attribution means it
+        ".*DeepSpeed handles gradient clipping internally.*",  # and it is told the user's bound
+        ".*torch.distributed.*is deprecated.*",  # DeepSpeed's calls
     ):
         warnings.filterwarnings("ignore", message=pattern)
 

@@ -81,3 +81,9 @@ def add_up(tensor: Tensor) -> Tensor:
 def device() -> torch.device:
     """Where the process group takes tensors from."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def leave() -> None:
+    """Leave the other ranks, at the end of a process; not a meeting."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

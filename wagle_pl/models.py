@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
 
+from wagle_pl import distributed
+from wagle_pl.tensorfiles import INDEX_FILE, SINGLE_FILE, TensorFiles, write_tensors
 from wagle_pl.utilities import WagleError, atomic_path
 
 CARD_FILE = "README.md"
@@ -24,19 +29,22 @@ CHAT_TEMPLATE = (
 )
 
 
-def load_model(name: str, dtype: Optional[torch.dtype] = None) -> Any:
+def load_model(name: str, dtype: Optional[torch.dtype] = None, sharded: bool = False) -> Any:
     """Load a causal language model for training or testing.
 
     Args:
         name: hub id, a folder in Hugging Face format, or a ``.gguf`` file (or a folder with just one). A folder of an
             adapter stands for its base with the adapter merged.
         dtype: of the weights in memory; torch's default dtype when None.
+        sharded: inside DeepSpeed's ``zero.Init``: no rank holds more than its part of the weights and one whole tensor.
 
     Raises:
         WagleError: if there is no such model or it is no causal language model.
     """
     from transformers import AutoModelForCausalLM
 
+    if sharded:
+        return _load_sharded(name)
     if (base := _adapted(name)) is not None:
         return _merged(load_model(base, dtype), name)
     source, options = _locate(name)
@@ -50,6 +58,47 @@ def load_model(name: str, dtype: Optional[torch.dtype] = None) -> Any:
             del model.config.quantization_config
     model.config.use_cache = False
     return model
+
+
+def _load_sharded(name: str) -> Any:
+    """Make the model with no weights to speak of, then fill it from its safetensors files, a tensor at a time."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers.initialization import no_init_weights
+
+    source, options = _locate(name)
+    if options or _adapted(name) is not None:
+        raise WagleError(f"ZeRO-3 reads models in safetensors; {name} is none: write it as a folder first with "
+                         f"wagle export {name} -o FOLDER")  # fmt: skip
+    try:
+        config = AutoConfig.from_pretrained(source)
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())
+        model.tie_weights()
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise WagleError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    stored = TensorFiles(_folder_of(source))
+    missing = [parameter for parameter, _ in model.named_parameters() if parameter not in stored.names]
+    if missing:
+        raise WagleError(f"model {name!r} stores its weights under names other than its own (it has no {missing[0]}): "
+                         "for ZeRO-3, load and save it once with transformers")  # fmt: skip
+    for parameter_name, parameter in model.named_parameters():
+        assign(parameter, lambda name=parameter_name: stored.tensor(name))
+    for buffer_name, buffer in model.named_buffers():
+        if buffer_name in stored.names:
+            buffer.copy_(stored.tensor(buffer_name))
+    model.config.use_cache = False
+    return model.eval()
+
+
+def _folder_of(source: str) -> Path:
+    """Where a model's files are: the folder itself, or the hub's cache."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", INDEX_FILE]
+    return Path(distributed.from_rank_zero(lambda: snapshot_download(source, allow_patterns=patterns)))
 
 
 def load_tokenizer(name: str) -> Any:
@@ -119,6 +168,43 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
 
 
+@contextmanager
+def gathered(parameter: nn.Parameter) -> Iterator[Tensor]:
+    """A parameter's weights, whole: brought together from all ranks while inside, if they are spread (ZeRO-3)."""
+    if not hasattr(parameter, "ds_id"):
+        yield parameter.data
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        yield parameter.data
+
+
+def whole(parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole weights) of parameters that may be spread over ranks, one at a time; a meeting of all ranks."""
+    for name, parameter in parameters:
+        with gathered(parameter) as weights:
+            yield name, weights
+
+
+@torch.no_grad()
+def assign(parameter: nn.Parameter, read: Callable[[], Tensor]) -> None:
+    """Set a parameter's weights, whole or spread over ranks (then rank 0 reads); a meeting of all ranks.
+
+    Args:
+        parameter: of any dtype; a spread one keeps its part only.
+        read: gives the whole tensor.
+    """
+    if not hasattr(parameter, "ds_id"):
+        parameter.data.copy_(read())
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        if distributed.rank() == 0:
+            parameter.data.copy_(read())
+
+
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Name a model by its content: SHA-256 over names, shapes and values.
 
@@ -164,17 +250,111 @@ def save_model(
             if key not in cast:
                 cast[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
             state_dict[name] = cast[key]
-    with atomic_path(Path(folder)) as temporary:
-        temporary.mkdir()
+
+    def write_weights(temporary: Path) -> None:
         model.config.use_cache = True
         try:
             model.save_pretrained(temporary, state_dict=state_dict)
         finally:
             model.config.use_cache = False
+
+    return _save_folder(folder, write_weights, tokenizer, card, record, dtype)
+
+
+def save_sharded(
+    model: Any,
+    tokenizer: Any,
+    folder: str | Path,
+    card: str,
+    record: dict[str, Any],
+    dtype: Optional[torch.dtype] = None,
+) -> None:
+    """:func:`save_model` of a model spread over ranks (ZeRO-3): rank 0 writes a tensor at a time; a meeting of all."""
+    parameters = list(model.named_parameters())
+    if distributed.rank():
+        for _ in whole(parameters):
+            pass
+        return
+
+    def read(parameter: nn.Parameter) -> Tensor:
+        with gathered(parameter) as weights:
+            return weights.to(dtype, copy=True).cpu()
+
+    weights = [
+        Weight(name, dtype or parameter.dtype, tuple(parameter.ds_shape), partial(read, parameter))
+        for name, parameter in parameters
+    ]
+    persistent = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
+    weights += [Weight(n, b.dtype, tuple(b.shape), partial(torch.clone, b)) for n, b in persistent.items()]
+    model.config.architectures = [type(model).__name__]
+    save_weights(weights, model.config, model.generation_config, tokenizer, folder, card, record, dtype)
+
+
+class Weight(NamedTuple):
+    """A tensor to be written, read when its turn has come."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+def save_weights(
+    weights: Sequence[Weight],
+    config: Any,
+    generation_config: Any,
+    tokenizer: Any,
+    folder: str | Path,
+    card: str,
+    record: dict[str, Any],
+    dtype: Optional[torch.dtype] = None,
+    shard_bytes: int = 5 << 30,
+) -> Path:
+    """Write a model folder from weights that are read one at a time, in files of at most ``shard_bytes`` each."""
+    shards: list[list[Weight]] = [[]]
+    size = 0
+    for weight in weights:
+        bytes_ = prod(weight.shape) * weight.dtype.itemsize
+        if shards[-1] and size + bytes_ > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(weight)
+        size += bytes_
+    files = [SINGLE_FILE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+             for i in range(1, len(shards) + 1)]  # fmt: skip
+
+    def write_weights(temporary: Path) -> None:
+        for file, shard in zip(files, shards, strict=True):
+            write_tensors(temporary / file, shard, {"format": "pt"})
+        if len(shards) > 1:
+            places = {weight.name: file for file, shard in zip(files, shards, strict=True) for weight in shard}
+            total = sum(prod(weight.shape) * weight.dtype.itemsize for weight in weights)
+            index = {"metadata": {"total_size": total}, "weight_map": places}
+            (temporary / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        config.save_pretrained(temporary)
+        if generation_config is not None:
+            generation_config.save_pretrained(temporary)
+
+    return _save_folder(folder, write_weights, tokenizer, card, record, dtype)
+
+
+def _save_folder(
+    folder: str | Path,
+    write_weights: Callable[[Path], None],
+    tokenizer: Any,
+    card: str,
+    record: dict[str, Any],
+    dtype: Optional[torch.dtype],
+) -> Path:
+    """Weights, configuration, tokenizer, model card and record; whole or not at all."""
+    with atomic_path(Path(folder)) as temporary:
+        temporary.mkdir()
+        write_weights(temporary)
+        config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
+        config["use_cache"] = True
         if dtype is not None:  # transformers writes the dtype in memory, whatever the weights it is given
-            config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
             config["dtype"] = str(dtype).removeprefix("torch.")
-            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(temporary)
         (temporary / CARD_FILE).write_text(card, encoding="utf-8")
         (temporary / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

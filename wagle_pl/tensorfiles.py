@@ -9,10 +9,12 @@ from __future__ import annotations
 import io
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from wagle_pl.utilities import WagleError
@@ -141,6 +143,11 @@ class TensorFiles:
         """A tensor's bytes, in blocks of ``numbers`` numbers; the last may be shorter."""
         return self._file_of[name].blocks(name, numbers)
 
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor, on the CPU."""
+        with safe_open(self._file_of[name].path, framework="pt") as file:
+            return file.get_tensor(name)
+
 
 def write_header(
     stream: BinaryIO,
@@ -164,6 +171,46 @@ def write_header(
     text = json.dumps({"__metadata__": dict(metadata), **entries}).encode()
     size = max(room - _LENGTH.size, -(-len(text) // 8) * 8)
     return stream.write(_LENGTH.pack(size) + text.ljust(size))
+
+
+#: torch's dtypes as the format names them.
+DTYPES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+
+
+def write_tensors(
+    path: Path,
+    tensors: Iterable[tuple[str, torch.dtype, Sequence[int], Callable[[], torch.Tensor]]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file, a tensor at a time.
+
+    Args:
+        path: the file.
+        tensors: name, dtype, shape, and what gives the tensor when its turn has come.
+        metadata: text by key.
+    """
+    tensors = list(tensors)
+    spans, end = {}, 0
+    for name, dtype, shape, _ in tensors:
+        begin, end = end, end + prod(shape) * dtype.itemsize
+        spans[name] = (DTYPES[dtype], shape, (begin, end))
+    with open(path, "wb") as stream:
+        write_header(stream, spans, metadata)
+        for _, dtype, _, read in tensors:
+            values = read().detach().to(dtype).contiguous().cpu().reshape(-1)
+            stream.write(memoryview(values.view(torch.uint8).numpy()))
+        stream.flush()
 
 
 class _Span(io.RawIOBase):

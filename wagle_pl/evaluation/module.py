@@ -19,6 +19,7 @@ from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation import tofu
 from wagle_pl.evaluation.likelihood import forward_answers, sequence_logprobs
 from wagle_pl.evaluation.tables import read_table, write_table
+from wagle_pl.strategies import is_sharded
 from wagle_pl.utilities import WagleError, atomic_path
 
 log = logging.getLogger(__name__)
@@ -78,8 +79,12 @@ class EvaluationModule(L.LightningModule):
     def configure_model(self) -> None:
         """Load the model once, in the precision of the trainer."""
         if self.lm is None:
-            self.lm = models.load_model(self.model_name)
-            self.model_fingerprint = models.fingerprint(self.lm.named_parameters())
+            self.lm = models.load_model(self.model_name, sharded=is_sharded(self.trainer.strategy))
+            self.model_fingerprint = self.fingerprint()
+
+    def fingerprint(self) -> str:
+        """The model's weights as one name, wherever they are; a meeting of all ranks."""
+        return models.fingerprint(models.whole(self.lm.named_parameters()))
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -99,7 +104,7 @@ class EvaluationModule(L.LightningModule):
 
     def on_test_start(self) -> None:
         """Find the test sets that an earlier, interrupted test finished."""
-        fingerprint = models.fingerprint(self.lm.named_parameters())  # a checkpoint may have replaced the weights
+        fingerprint = self.fingerprint()  # a checkpoint may have replaced the weights
         data = self.trainer.datamodule
         settings = {
             "model": fingerprint,

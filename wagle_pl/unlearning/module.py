@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
-from wagle_pl import models
+from wagle_pl import distributed, models
 from wagle_pl.evaluation.likelihood import forward_answers
 from wagle_pl.evaluation.module import EvaluationModule
 from wagle_pl.masks import WeightMask
+from wagle_pl.strategies import flat_masks, is_sharded, is_zero
 from wagle_pl.unlearning.adapters import LoRA
 from wagle_pl.unlearning.base import freeze_others, mask_matching
 from wagle_pl.unlearning.card import model_card
@@ -23,6 +23,7 @@ from wagle_pl.unlearning.frozen import FrozenWeights
 from wagle_pl.unlearning.objectives import Objective, Streams
 from wagle_pl.unlearning.optim import (
     MaskedAdamW,
+    ParameterMask,
     ParameterMasks,
     guard,
     mask_gradients,
@@ -123,15 +124,20 @@ class FinetuneModule(EvaluationModule):
     def training_step(self, batch: Mapping[str, Mapping[str, Tensor]], batch_idx: int) -> Tensor:
         """One micro-batch."""
         losses = self.losses(self.streams_of(batch))
-        if not torch.isfinite(losses["loss"]):
-            rows = {stream: tensors["row"].tolist() for stream, tensors in batch.items()}
-            numbers = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
-            raise WagleError(
-                f"loss is not finite at step {self.global_step} (batch {batch_idx}, rows {rows}): {numbers}; "
-                "lower the learning rate. Checkpoints written so far are kept"
-            )
+        self._check_finite(losses, batch, batch_idx)
         self.log_dict({f"train/{k}": v.detach() for k, v in losses.items()}, prog_bar=True)
         return losses["loss"]
+
+    def _check_finite(self, losses: Losses, batch: Mapping[str, Mapping[str, Tensor]], batch_idx: int) -> None:
+        """Stop all ranks when the loss of one is NaN or infinite."""
+        finite = bool(torch.isfinite(losses["loss"]))
+        if not distributed.most(int(not finite)):
+            return
+        rows = {stream: tensors["row"].tolist() for stream, tensors in batch.items()}
+        numbers = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
+        found = distributed.gather([] if finite else [f"rows {rows}): {numbers}"])
+        raise WagleError(f"loss is not finite at step {self.global_step} (batch {batch_idx}, {found[0]}; lower the "
+                         "learning rate. Checkpoints written so far are kept")  # fmt: skip
 
     # -- resume -------------------------------------------------------------------------------------------------------
 
@@ -155,15 +161,22 @@ class FinetuneModule(EvaluationModule):
 
     def on_train_end(self) -> None:
         """Write the model folder."""
-        if self.trainer.fast_dev_run or not self.trainer.is_global_zero:
+        if self.trainer.fast_dev_run:
             return
-        self.export(self.record())
-        log.info("model written to %s", self.output)
+        record = self.record()
+        if is_sharded(self.trainer.strategy) or self.trainer.is_global_zero:
+            self.export(record)
+        if self.trainer.is_global_zero:
+            log.info("model written to %s", self.output)
 
     def export(self, record: dict[str, Any]) -> None:
-        """Write the model folder, in the dtype of the model it was made from."""
+        """Write the model folder, in the dtype of the model it was made from; under ZeRO-3 a meeting of all ranks."""
         dtype = models.checkpoint_dtype(self.model_name)
-        models.save_model(self.lm, self.tokenizer, self.output, model_card(record), record, dtype)
+        card = model_card(record)
+        if is_sharded(self.trainer.strategy):
+            models.save_sharded(self.lm, self.tokenizer, self.output, card, record, dtype)
+        else:
+            models.save_model(self.lm, self.tokenizer, self.output, card, record, dtype)
 
     def record(self) -> dict[str, Any]:
         """What made this model, for ``wagle.json`` and the model card."""
@@ -274,8 +287,13 @@ class UnlearnModule(FinetuneModule):
         if self.clip_scope == "selected":
             for name, parameter in self.lm.named_parameters():
                 parameter.requires_grad_(self.mask.count(name) > 0)
+        if not is_zero(self.trainer.strategy):
+            self._remember_frozen()
+
+    def _remember_frozen(self) -> None:
+        """Take the digests of frozen weights, once they have the dtype they keep."""
         if self.verify != "off":
-            self._frozen = FrozenWeights(self.mask, self.lm.named_parameters())
+            self._frozen = FrozenWeights(self.mask, models.whole(self.lm.named_parameters()))
 
     def _find_mask(self) -> Optional[WeightMask]:
         """The mask of the file, of the modules and layers, or what both select; None for dense unlearning."""
@@ -297,18 +315,31 @@ class UnlearnModule(FinetuneModule):
         configured = super().configure_optimizers()
         if self.mask is None:
             return configured
-        if self.clip_scope == "all" and isinstance(self.trainer.strategy, DeepSpeedStrategy):
+        zero = is_zero(self.trainer.strategy)
+        if self.clip_scope == "all" and zero:
             raise WagleError("clip_scope all needs every gradient whole at the step, which ZeRO does not keep: choose "
                              "--model.clip_scope selected")  # fmt: skip
         trainable = [(name, p) for name, p in self.lm.named_parameters() if p.requires_grad]
         self._masks = parameter_masks(trainable, self.mask)
         if self.clip_scope == "selected":
-            alone = self.trainer.world_size == 1 and not isinstance(self.trainer.strategy, DeepSpeedStrategy)
+            alone = self.trainer.world_size == 1 and not zero
             mask_gradients(self._masks, accumulated=alone)  # DDP and ZeRO reduce gradients as they come
-        if guard(configured["optimizer"], self._masks):
-            name = type(configured["optimizer"]).__name__
-            log.info("%s could move frozen weights: they are put back after each step", name)
+        if not zero:
+            self._guard(configured["optimizer"], self._masks)
         return configured
+
+    def _guard(self, optimizer: torch.optim.Optimizer, masks: ParameterMasks) -> None:
+        if guard(optimizer, masks):
+            name = type(optimizer).__name__
+            log.info("%s could move frozen weights: they are put back after each step", name)
+
+    def _guard_partitions(self) -> None:
+        """The optimiser made safe under ZeRO, where it holds flat partitions in place of parameters."""
+        self._remember_frozen()
+        strategy = self.trainer.strategy
+        flats = flat_masks(strategy.fragments(), self.mask)
+        masks = {flat: ParameterMask(packed, flat) for flat, packed in flats.items()}
+        self._guard(strategy.base_optimizer, masks)
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
         """Clip; gradients that were kept whole until now are masked here, just before the step."""
@@ -331,6 +362,8 @@ class UnlearnModule(FinetuneModule):
 
     def on_fit_start(self) -> None:
         """Compute, or find, what θ₀ says of the rows, as far as the objective needs it."""
+        if self.mask is not None and is_zero(self.trainer.strategy):
+            self._guard_partitions()
         if self._theta0 is not None:
             self._theta0.match(self.lm)
         top_k = self.objective.theta0_streams if self.reference_logits == "top_k" else ()
@@ -374,12 +407,12 @@ class UnlearnModule(FinetuneModule):
     def on_train_batch_end(self, *_: Any) -> None:
         """Check the guarantee after each step, if asked."""
         if self._frozen is not None and self.verify == "step":
-            self._frozen.check(self.lm.named_parameters(), self.global_step)
+            self._frozen.check(models.whole(self.lm.named_parameters()), self.global_step)
 
     def on_train_end(self) -> None:
         """Check the guarantee, then write the model folder."""
         if self._frozen is not None:
-            self._verified = self._frozen.check(self.lm.named_parameters(), self.global_step)
+            self._verified = self._frozen.check(models.whole(self.lm.named_parameters()), self.global_step)
             log.info("verified: %s", self._verified)
         super().on_train_end()
 

@@ -36,9 +36,9 @@ STILL_AT_ZERO = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAd
 class ParameterMask:
     """The bits of one parameter on its device: one bit a weight, unpacked when used."""
 
-    def __init__(self, packed: Tensor, parameter: nn.Parameter) -> None:
+    def __init__(self, packed: Tensor, parameter: Tensor) -> None:
         self.packed = packed.to(parameter.device)
-        self.shape = parameter.shape
+        self.shape = torch.Size(getattr(parameter, "ds_shape", parameter.shape))  # ds_shape: spread over ranks (ZeRO-3)
         self.selected = count_bits(packed)
 
     @property
@@ -68,7 +68,7 @@ def zero_frozen(gradient: Tensor, mask: ParameterMask) -> Tensor:
     """
     words = {2: torch.int16, 4: torch.int32}.get(gradient.element_size())
     if gradient.device.type != "cpu" or words is None or not gradient.is_contiguous():
-        return gradient.masked_fill_(~mask.bools(), 0)
+        return gradient.masked_fill_(~mask.bools().to(gradient.device), 0)
     selected = mask.bools().view(-1).view(torch.int8)
     for bits, ones in zip(gradient.view(-1).view(words).split(CHUNK), selected.split(CHUNK), strict=True):
         bits &= ones.to(words).neg_()
@@ -181,6 +181,16 @@ class MaskedOptimizer(Optimizer):
         self.update(weights, gradient, self.state[parameter], group)
         for at, moved in zip(index.split(CHUNK), weights.split(CHUNK), strict=True):
             parameter.view(-1).scatter_(0, at.long(), moved)  # several times faster than index_copy_
+
+    def spread(self, parameter: Tensor, state: Tensor) -> Tensor:
+        """State of a parameter's selected weights, laid out like the parameter; 0 for those that have none."""
+        index = self._indices.get(parameter)
+        return state if index is None else state.new_zeros(parameter.numel()).scatter_(0, index.long(), state)
+
+    def compact(self, parameter: Tensor, spread: Tensor) -> Tensor:
+        """The way back from :meth:`spread`."""
+        index = self._indices.get(parameter)
+        return spread if index is None else spread.index_select(0, index)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take a state back.
@@ -322,7 +332,8 @@ def guard(optimizer: Optimizer, masks: ParameterMasks) -> bool:
 
     def save(*_: Any) -> None:
         if not _stays_still(optimizer):
-            saved.update({parameter: parameter.detach().clone() for parameter in masks})
+            stepping = (p for group in optimizer.param_groups for p in group["params"])  # under ZeRO not all at once
+            saved.update({parameter: parameter.detach().clone() for parameter in stepping if parameter in masks})
 
     def put_back(*_: Any) -> None:
         with torch.no_grad():

@@ -1,0 +1,11 @@
+"""DeepSpeed ZeRO as this package needs it: on CPUs too, for modules that move no weights, with checkpoints that any
+number of ranks can read.
+
+Importing this package makes Lightning's names ``deepspeed``, ``deepspeed_stage_1`` and so on mean :class:`ZeRO`.
+"""
+
+from wagle_pl.strategies.checkpoint import ShardedCheckpoint
+from wagle_pl.strategies.fragments import Fragment, flat_masks, fragments
+from wagle_pl.strategies.zero import ZeRO, is_sharded, is_zero
+
+__all__ = ["Fragment", "ShardedCheckpoint", "ZeRO", "flat_masks", "fragments", "is_sharded", "is_zero"]

@@ -1,0 +1,264 @@
+"""``ZeRO``: Lightning's DeepSpeed strategy, for CPUs and attribution too, with checkpoints for any number of ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import torch
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from wagle_pl import distributed
+from wagle_pl.strategies import checkpoint as files
+from wagle_pl.strategies.fragments import fragments
+from wagle_pl.utilities import WagleError
+
+#: Strategies by Lightning's names: options of :class:`ZeRO`.
+NAMES: Mapping[str, dict[str, Any]] = {
+    "deepspeed": {},
+    "deepspeed_stage_1": {"stage": 1},
+    "deepspeed_stage_2": {"stage": 2},
+    "deepspeed_stage_2_offload": {"stage": 2, "offload_optimizer": True},
+    "deepspeed_stage_3": {"stage": 3},
+    "deepspeed_stage_3_offload": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
+}
+
+
+def is_zero(strategy: Any) -> bool:
+    """Whether a strategy is DeepSpeed's, whatever the stage."""
+    return isinstance(strategy, DeepSpeedStrategy)
+
+
+def is_sharded(strategy: Any) -> bool:
+    """Whether a strategy spreads the parameters themselves over the ranks (stage 3)."""
+    return is_zero(strategy) and strategy.zero_stage_3
+
+
+class ZeRO(DeepSpeedStrategy):
+    """DeepSpeed ZeRO, stage 1, 2 or 3, on GPUs, and on CPUs (gloo) for tests and small runs.
+
+    What it adds to Lightning's :class:`~lightning.pytorch.strategies.DeepSpeedStrategy`:
+
+    * the CPU, with ``--trainer.accelerator cpu --trainer.devices 2``;
+    * modules that move no weights (attribute ``moves_weights`` False): no optimiser state is made for them;
+    * checkpoints of safetensors shards, whole or not at all, which any number of ranks and any stage resumes from and
+      ``wagle export`` turns into a model (:mod:`wagle_pl.strategies.checkpoint`);
+    * torch's optimisers with offload: nothing has to be compiled;
+    * communication buffers no larger than the model.
+
+    Args:
+        stage: 1 shards the optimiser's state, 2 gradients too, 3 parameters too.
+        offload_optimizer: keep the optimiser's state, and step, in CPU memory.
+        offload_parameters: keep parameters in CPU memory (stage 3).
+        config: a DeepSpeed configuration, or the path of one in JSON, in place of all other options.
+        logging_level: of DeepSpeed's own messages, as in Python's ``logging``.
+        kwargs: see Lightning's strategy.
+
+    Raises:
+        WagleError: if DeepSpeed is not installed, or an option of it cannot work.
+    """
+
+    def __init__(
+        self,
+        stage: Literal[1, 2, 3] = 2,
+        offload_optimizer: bool = False,
+        offload_parameters: bool = False,
+        config: Optional[Any] = None,
+        logging_level: int = logging.ERROR,
+        **kwargs: Any,
+    ) -> None:
+        try:
+            super().__init__(
+                stage=stage,
+                offload_optimizer=offload_optimizer,
+                offload_parameters=offload_parameters,
+                config=config,
+                logging_level=logging_level,
+                **kwargs,
+            )
+        except (MisconfigurationException, ImportError) as error:
+            if "deepspeed" in str(error).lower() and "install" in str(error).lower():
+                raise WagleError("this strategy needs DeepSpeed: pip install deepspeed") from None
+            raise WagleError(f"strategy: {error}") from None
+        zero = self.config.get("zero_optimization") or {}
+        if any((zero.get(part) or {}).get("device") == "nvme" for part in ("offload_optimizer", "offload_param")):
+            _need_async_io()
+        if zero:
+            # torch's own optimisers are vectorised on CPUs; DeepSpeed's has to be compiled
+            self.config.setdefault("zero_force_ds_cpu_optimizer", False)
+
+    # -- environment --------------------------------------------------------------------------------------------------
+
+    @property
+    def root_device(self) -> torch.device:
+        """This rank's device; DeepSpeed wants an index, on the CPU too."""
+        return torch.device("cpu", 0) if isinstance(self.accelerator, CPUAccelerator) else super().root_device
+
+    def setup_environment(self) -> None:
+        """Set up ranks; on a CPU without the check for CUDA."""
+        if not isinstance(self.accelerator, CPUAccelerator):
+            super().setup_environment()
+            return
+        from deepspeed.accelerator import get_accelerator, set_accelerator
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+        if get_accelerator().device_name() != "cpu":
+            set_accelerator(CPU_Accelerator())
+        self.accelerator.setup_device(self.root_device)
+        self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices))]
+        self.setup_distributed()
+
+    def setup_distributed(self) -> None:
+        """Join the ranks; one that Lightning started ends when the first rank does."""
+        super().setup_distributed()
+        if self.cluster_environment is not None and not self.cluster_environment.creates_processes_externally:
+            _end_with_parent(self.local_rank)
+
+    def _auto_select_batch_size(self) -> int:
+        """What DeepSpeed reports throughput by: rows a rank and micro-batch, if the data module says."""
+        return getattr(self.lightning_module.trainer.datamodule, "batch_size", None) or 1
+
+    # -- the engine ---------------------------------------------------------------------------------------------------
+
+    @property
+    def moves_weights(self) -> bool:
+        """Whether the module trains: one that only looks at gradients needs no optimiser of DeepSpeed's."""
+        return getattr(self.lightning_module, "moves_weights", True)
+
+    def init_deepspeed(self) -> None:
+        """Make the engine."""
+        fits = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        if fits and not self.moves_weights:
+            self._initialize_deepspeed_inference(self.model)
+            self.optimizers = [self.lightning_module.configure_optimizers()]
+            return
+        try:
+            super().init_deepspeed()
+        except AssertionError as error:
+            raise WagleError(f"DeepSpeed's configuration: {' '.join(str(error).split())}") from error
+        except RuntimeError as error:
+            if any(word in str(error).lower() for word in ("jit load", "build", "compil", "ninja")):
+                raise WagleError(
+                    f"DeepSpeed has to build a part of itself and cannot ({_first_line(error)}): install a compiler "
+                    "and ninja, then DS_BUILD_CPU_ADAM=1 pip install --no-cache-dir deepspeed; or use an optimizer that "
+                    "needs no building, e.g. --optimizer MaskedAdamW"
+                ) from error
+            raise
+
+    def _initialize_deepspeed_train(self, model: Any) -> None:
+        zero = self.config.get("zero_optimization", {})
+        weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+        for option in ("reduce_bucket_size", "allgather_bucket_size"):
+            if isinstance(zero.get(option), int):
+                zero[option] = max(1024, min(zero[option], weights))
+        super()._initialize_deepspeed_train(model)
+
+    @property
+    def zero_optimizer(self) -> Any:
+        """DeepSpeed's optimiser around ours."""
+        return self.deepspeed_engine.optimizer
+
+    @property
+    def base_optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser that the module configured."""
+        return self.deepspeed_engine.basic_optimizer
+
+    def fragments(self) -> list[Any]:
+        """What this rank's optimiser holds of which parameter of the language model."""
+        return fragments(self.zero_optimizer, self.lightning_module.lm.named_parameters())
+
+    def backward(self, closure_loss: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        """DeepSpeed's backward pass; the module's own if it moves no weights."""
+        if not self.moves_weights:
+            self.lightning_module.backward(closure_loss)
+            return closure_loss
+        # Lightning has divided by the number of micro-batches already
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        """DeepSpeed's step; the optimiser's own if the module moves no weights."""
+        if not self.moves_weights:
+            return optimizer.step(closure)
+        return super().optimizer_step(optimizer, closure, model, **kwargs)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Nothing: each rank writes its share of the weights itself."""
+        return {}
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Nothing: each rank writes its share of the state itself."""
+        return {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write a folder: one safetensors file a rank, and what is common to all."""
+        path = Path(self.broadcast(filepath))
+        module = self.lightning_module
+        common = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
+        if not self.moves_weights:
+            files.save(path, self.optimizers[0].parts(), {**common, "sums": self.optimizers[0].small()}, module.lm)
+            return
+        found = self.fragments()
+        singles = distributed.gather(files.single_states(self.base_optimizer, found).items())
+        parts = [*files.of_optimizer(self.base_optimizer, found), *files.of_frozen(module.lm)]
+        files.save(path, parts, {**common, "single_states": dict(singles)}, module.lm)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: Optional[bool] = None) -> dict[str, Any]:
+        """Take weights, and when fitting the optimiser's state, back from a folder that any number of ranks wrote."""
+        stored = files.ShardedCheckpoint(checkpoint_path)
+        module = self.lightning_module
+        fits = module.trainer.state.fn == TrainerFn.FITTING
+        if not self.moves_weights:
+            if fits:
+                self.optimizers[0].load(stored)
+            return stored.common()
+        stored.load_weights(module.lm)
+        if fits:
+            stored.load_optimizer(self.base_optimizer, self.fragments())
+        return stored.common()
+
+
+def register() -> None:
+    """Make Lightning's names for DeepSpeed strategies mean :class:`ZeRO`."""
+    for name, options in NAMES.items():
+        StrategyRegistry.register(name, ZeRO, description="DeepSpeed ZeRO", override=True, **options)
+
+
+def _end_with_parent(local_rank: int) -> None:
+    """End this process when the one that started it has ended: it may be waiting for it in a collective operation."""
+    if local_rank == 0:
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        time.sleep(5)  # an error that has to be told first
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _need_async_io() -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise WagleError("offload to NVMe needs DeepSpeed's async_io, which is not built here: install libaio "
+                         "(libaio-dev) and run DS_BUILD_AIO=1 pip install --no-cache-dir deepspeed; or offload to the "
+                         "CPU with deepspeed_stage_3_offload")  # fmt: skip
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+register()
