@@ -9,7 +9,7 @@ global batch exactly, however uneven the cut. A rank that runs short is padded w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from wagle_pl.data.template import IGNORE
 BUCKET = 32  # rows are sorted by length within this many global batches, so that a batch pads little
 
 Cell = list[tuple[int, float]]
+T = TypeVar("T")
 
 
 class Draw(NamedTuple):
@@ -189,6 +190,16 @@ def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_id: int, left: bool
     if "labels" in rows[0]:
         batch["labels"] = torch.tensor([padded(row["labels"], IGNORE) for row in rows])
     return batch
+
+
+def deal_batches(batches: Sequence[T], world_size: int, rank: int) -> list[T]:
+    """Whole batches for one rank, dealt in turn; every rank gets as many, so some batches go to two.
+
+    >>> deal_batches("abc", 2, 0), deal_batches("abc", 2, 1)
+    (['a', 'c'], ['b', 'a'])
+    """
+    each = -(-len(batches) // world_size)
+    return [batches[i % len(batches)] for i in range(rank, each * world_size, world_size)]
 
 
 def token_batches(lengths: Sequence[int], max_rows: int, max_tokens: Optional[int] = None) -> list[list[int]]:

@@ -14,7 +14,14 @@ from typing import Any, Literal, Optional
 import lightning as L
 from torch.utils.data import DataLoader
 
-from wagle_pl.data.batches import Draw, GlobalBatchSampler, ResumableLoader, collate, token_batches
+from wagle_pl.data.batches import (
+    Draw,
+    GlobalBatchSampler,
+    ResumableLoader,
+    collate,
+    deal_batches,
+    token_batches,
+)
 from wagle_pl.data.rows import Row, check_rows, load_rows, row_key, row_kind
 from wagle_pl.data.template import Template
 from wagle_pl.utilities import WagleError
@@ -250,6 +257,10 @@ class ForgetRetainDataModule(L.LightningDataModule):
         """Micro-batches of the streams that the LightningModule names, for this rank."""
         streams = getattr(self.trainer.lightning_module, "streams", ("forget", "retain"))
         sets = dict.fromkeys(ALIGNED.get(stream, stream) for stream in streams)
+        rows, ranks = len(self.tokens(next(iter(sets)))), self.trainer.world_size
+        if ranks > rows:
+            raise WagleError(f"{ranks} devices share {rows} {next(iter(sets))} rows: use at most {rows} devices "
+                             "(--trainer.devices, --trainer.num_nodes), or give more rows")  # fmt: skip
         sampler = GlobalBatchSampler(
             {name: list(self.tokens(name)["length"]) for name in sets},
             self.batch_size,
@@ -260,13 +271,19 @@ class ForgetRetainDataModule(L.LightningDataModule):
         )
         return ResumableLoader(_Batches(self, streams), sampler)
 
-    def stream_loader(self, stream: str, batch_size: Optional[int] = None) -> DataLoader:
-        """All rows of one stream once, in batches of similar length, each with its ``row``: for passes at θ₀."""
+    def stream_loader(self, stream: str, batch_size: Optional[int] = None, shared: bool = False) -> DataLoader:
+        """All rows of one stream once, in batches of similar length, each with its ``row``: for passes at θ₀.
+
+        Args:
+            stream: a stream.
+            batch_size: rows a batch; ``test_batch_size`` when None.
+            shared: this rank's batches only, as many as any other rank's.
+        """
         lengths = list(self.tokens(ALIGNED.get(stream, stream))["length"])
-        draws = [
-            Draw(0, {ALIGNED.get(stream, stream): [(row, 1.0) for row in rows]})
-            for rows in token_batches(lengths, batch_size or self.test_batch_size)
-        ]
+        batches = token_batches(lengths, batch_size or self.test_batch_size)
+        if shared:
+            batches = deal_batches(batches, self.trainer.world_size, self.trainer.global_rank)
+        draws = [Draw(0, {ALIGNED.get(stream, stream): [(row, 1.0) for row in rows]}) for rows in batches]
         return DataLoader(_Batches(self, (stream,)), sampler=draws, batch_size=None)
 
     def test_dataloader(self) -> list[DataLoader]:
@@ -342,11 +359,11 @@ class TestBatches:
         return candidates + [("perturbed_answer", encode(row, text)) for text in row.get("perturbed_answer") or []]
 
     def loader(self) -> DataLoader:
-        """Batches for this rank: whole batches are dealt to ranks in turn."""
+        """Batches for this rank, as many as for any other: a few may be another rank's too."""
         lengths = [max(len(tokens["input_ids"]) for _, tokens in candidates) for candidates in self._encoded]
         batches = token_batches(lengths, self.data.test_batch_size)
         trainer = self.data.trainer
-        return DataLoader(self, sampler=batches[trainer.global_rank :: trainer.world_size], batch_size=None)
+        return DataLoader(self, sampler=deal_batches(batches, trainer.world_size, trainer.global_rank), batch_size=None)
 
     def __len__(self) -> int:
         return len(self.rows)

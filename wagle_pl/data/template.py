@@ -1,4 +1,8 @@
-"""From a row to tokens: prompt, answer, one end-of-sequence token, loss on the answer only."""
+"""From a row to tokens: prompt, answer, one end-of-sequence token, loss on the answer only.
+
+A row with ``continuation`` is two pieces of one text: no template stands around them. A row with ``partial`` is text
+that goes on after it: no end-of-sequence token.
+"""
 
 from __future__ import annotations
 
@@ -64,22 +68,25 @@ class Template:
             ``input_ids`` and ``labels`` of equal length; labels are -100 on the prompt.
 
         Raises:
-            WagleError: if no answer token is left after cutting at ``max_length``.
+            WagleError: if no answer token is left after cutting at ``max_length``, or the row has no answer.
         """
         kind = row_kind(row)
+        ends = answer is not None or not row.get("partial")
         if kind == ("input_ids", "labels"):
             ids, labels = list(row["input_ids"]), list(row["labels"])
         elif kind == ("text",):
-            ids = self._with_eos(self.tokenizer(row["text"])["input_ids"])
+            ids = self.tokenizer(row["text"])["input_ids"]
+            ids = ids if row.get("partial") else self._with_eos(ids)
             labels = list(ids)
         else:
             prompt, completion = self._texts(row, answer)
-            special = not self.uses_chat_template  # a chat template writes its own special tokens
+            special = self._adds_special_tokens(row)
             prompt_ids = self.tokenizer(prompt, add_special_tokens=special)["input_ids"]
             ids = self.tokenizer(prompt + completion, add_special_tokens=special)["input_ids"]
             if ids[: len(prompt_ids)] != prompt_ids:  # the two texts merge at the seam: keep the prompt generation sees
                 ids = prompt_ids + self.tokenizer(completion, add_special_tokens=False)["input_ids"]
-            answer_ids = self._with_eos(ids[len(prompt_ids) :])
+            answer_ids = ids[len(prompt_ids) :]
+            answer_ids = self._with_eos(answer_ids) if ends else answer_ids
             ids = prompt_ids + answer_ids
             labels = [IGNORE] * len(prompt_ids) + answer_ids
         ids, labels = ids[: self.max_length], labels[: self.max_length]
@@ -95,23 +102,31 @@ class Template:
         if kind == ("text",):
             ids = self.tokenizer(row["text"])["input_ids"]
             return ids[: max(1, len(ids) // 2)]
-        prompt, _ = self._texts(row, None)
-        if self.uses_chat_template:
-            return self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        prompt, _ = self._texts(row, "" if kind == ("prompt",) else None)
+        if self.uses_chat_template or row.get("continuation"):
+            return self.tokenizer(prompt, add_special_tokens=self._adds_special_tokens(row))["input_ids"]
         return self.tokenizer(prompt + self.answer_format.partition("{answer}")[0].rstrip(" "))["input_ids"]
+
+    def _adds_special_tokens(self, row: Row) -> bool:
+        """Whether the tokenizer adds its special tokens: a chat template writes its own."""
+        return not self.uses_chat_template or bool(row.get("continuation"))
 
     def _texts(self, row: Row, answer: Optional[str]) -> tuple[str, str]:
         """Text up to the answer and text of the answer."""
-        if "messages" in row and row["messages"] is not None:
+        before = row.get("context") or ""
+        if row.get("messages") is not None:
             *context, last = row["messages"]
-            context, answer = list(context), answer or last["content"]
+            context, answer = list(context), last["content"] if answer is None else answer
             question = "\n".join(message["content"] for message in context)
         else:
-            question = row["question"] if "question" in row else row["prompt"]
-            answer = answer or (row["answer"] if "answer" in row else row["response"])
-            context = [{"role": "user", "content": question}]
+            question = row["question"] if row.get("question") is not None else row["prompt"]
+            if row.get("continuation"):
+                return before + question, _following(question, answer) if answer is not None else _own_answer(row)
+            answer = _own_answer(row) if answer is None else answer
+            context = [{"role": "user", "content": before + question}]
         if not self.uses_chat_template:
-            return self.prompt_format.replace("{question}", question), self.answer_format.replace("{answer}", answer)
+            prompt = before + self.prompt_format.replace("{question}", question)
+            return prompt, self.answer_format.replace("{answer}", answer)
         prompt = self._chat(context, add_generation_prompt=True)
         full = self._chat([*context, {"role": "assistant", "content": answer}], add_generation_prompt=False)
         if not full.startswith(prompt):
@@ -129,3 +144,22 @@ class Template:
         if eos is None:
             return ids
         return [*ids[: ids.index(eos)], eos] if eos in ids else [*ids, eos]
+
+
+def _own_answer(row: Row) -> str:
+    """The answer a row brings; the right one of a multiple choice.
+
+    Raises:
+        WagleError: if it has none.
+    """
+    kind = row_kind(row)
+    if kind == ("question", "choices", "label"):
+        return row["choices"][row["label"]]
+    if kind in (("prompt",), None):
+        raise WagleError("there is a prompt and no answer: such rows can be generated from, not trained on or scored")
+    return row[kind[-1]]
+
+
+def _following(prompt: str, answer: str) -> str:
+    """An answer as it follows a prompt that is no more than text."""
+    return answer if not answer or prompt[-1:].isspace() or answer[0].isspace() else f" {answer}"
