@@ -181,10 +181,8 @@ NEEDS = {
 @pytest.mark.parametrize("score", NEEDS)
 def test_a_pass_collects_only_what_the_score_needs(attribute: Attribute, monkeypatch: pytest.MonkeyPatch, score: str):
     backward_passes = []
-    manual_backward = AttributionModule.manual_backward
-    monkeypatch.setattr(
-        AttributionModule, "manual_backward", lambda *a, **k: (backward_passes.append(1), manual_backward(*a, **k))[1]
-    )
+    backward = Tensor.backward
+    monkeypatch.setattr(Tensor, "backward", lambda *a, **k: (backward_passes.append(1), backward(*a, **k))[1])
     module = attribute(score=score, density=0.3, **{"data.batch_size": 4})
     assert set(module.kept.sums) == NEEDS[score]
     steps = module.trainer.global_step
@@ -311,7 +309,9 @@ def test_curvature_and_wagle_share_a_pass(attribute: Attribute):
     module = attribute(masks=[{"score": "curvature"}, {"score": "wagle"}])
     assert set(module.kept.sums) == {"g_f", "g_r", "h"}
     curvature = module._curvature()
-    statistics = module._statistics(0, "x", next(module.lm.parameters()), ("h", "h_diagonal"), curvature)
+    both = Score()
+    both.needs = ("h", "h_diagonal")
+    statistics = module._statistics(0, "x", next(module.lm.parameters()), both, curvature)
     assert statistics.h.dim() == 0 and float(statistics.h) == pytest.approx(curvature.mean)
     assert statistics.h_diagonal.dim() == 2
 

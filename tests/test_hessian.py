@@ -104,14 +104,15 @@ def estimate(estimator: Any, model: Toy, ids: Tensor, seed: int, by_row: bool = 
     """What an estimator adds for one batch, whole or row by row."""
     sums = GradientSums(model.parameters())
     for part in torch.arange(len(ids)).split(1 if by_row else len(ids)):
-        logits = model(ids[part])
         labels = LABELS[part]
         seeds = [hash((seed, int(row))) for row in part]
-        loss = row_losses(logits, labels).sum()
-        estimator.add(
-            Piece(logits, labels, loss, seeds, lambda x, retain_graph=False: x.backward(retain_graph=retain_graph)),
-            sums,
-        )
+
+        def run(part: Tensor = part, labels: Tensor = labels) -> tuple[Tensor, Tensor]:
+            logits = model(ids[part])
+            return logits, row_losses(logits, labels).sum()
+
+        estimator.add(Piece(run, labels, seeds, seed), sums)
+    estimator.end_step(sums)
     return sums
 
 
@@ -237,8 +238,9 @@ def test_tied_weights_are_squared_once():
     """The gradient of a weight used twice is squared as a whole."""
     weight = nn.Parameter(torch.tensor([1.0, 2.0]))
     sums = GradientSums([weight])
-    with sums.into(squares="s", squared_norm="n"):
+    with sums.into(squares="s", in_step="step"):
         (2 * weight + F.relu(weight) * 3).sum().backward()
+    sums.fold("step", squared_norm="n")
     assert sums.buffers("s")[0].tolist() == [25.0, 25.0]
     assert float(sum(sums.vectors["n"].values())) == pytest.approx(50.0)
 

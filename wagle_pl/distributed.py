@@ -78,6 +78,34 @@ def add_up(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def scatter_sum(tensor: Tensor) -> Tensor:
+    """This rank's share of the sum of the ranks' tensors.
+
+    Args:
+        tensor: its first dimension a multiple of the number of ranks; rank r gets the r-th part of it.
+    """
+    if not together():
+        return tensor
+    tensor = tensor.contiguous()
+    share = tensor.new_empty((len(tensor) // world_size(), *tensor.shape[1:]))
+    (_NEW_SCATTER or dist.reduce_scatter_tensor)(share, tensor)
+    return share
+
+
+def gather_tensor(share: Tensor) -> Tensor:
+    """The ranks' tensors, of one shape, one after the other along the first dimension, on every rank."""
+    if not together():
+        return share
+    whole = share.new_empty((len(share) * world_size(), *share.shape[1:]))
+    (_NEW_GATHER or dist.all_gather_into_tensor)(whole, share.contiguous())
+    return whole
+
+
+#: What torch calls the two from 2.13 on.
+_NEW_SCATTER = getattr(dist, "reduce_scatter_single", None)
+_NEW_GATHER = getattr(dist, "all_gather_single", None)
+
+
 def device() -> torch.device:
     """Where the process group takes tensors from."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

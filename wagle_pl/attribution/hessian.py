@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wagle_pl import distributed
 from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.utilities import WagleError
 
@@ -27,35 +27,62 @@ from wagle_pl.utilities import WagleError
 DIAGONAL, TRACE = "h", "h_trace"
 
 
-@dataclass
 class Piece:
-    """One forward pass over some rows, its graph alive.
+    """Some rows of a batch, and forward passes over them.
 
-    Attributes:
-        logits: (B, T, V); position t predicts token t + 1.
+    Args:
+        run: a new forward pass: (B, T, V) logits, position t of which predicts token t + 1, and the sum of the rows'
+            losses, a scalar.
         labels: (B, T), -100 where nothing is predicted, and in rows that only pad the batch.
-        loss: scalar, the sum of the rows' losses.
         seeds: one a row, so that what is drawn for a row does not depend on the batch it is in.
-        backward: ``backward(loss, retain_graph=...)``.
+        step_seed: for what is drawn once a step, the same for all its micro-batches and ranks.
+        done: a forward pass that stands already.
+        keeps: whether a graph may stand for several backward passes; not where weights are spread over ranks, and
+            fetched for one.
     """
 
-    logits: Tensor
-    labels: Tensor
-    loss: Tensor
-    seeds: Sequence[int]
-    backward: Callable[..., None]
+    def __init__(
+        self,
+        run: Callable[[], tuple[Tensor, Tensor]],
+        labels: Tensor,
+        seeds: Sequence[int],
+        step_seed: int = 0,
+        done: Optional[tuple[Tensor, Tensor]] = None,
+        keeps: bool = True,
+    ) -> None:
+        self.run = run
+        self.labels = labels
+        self.seeds = seeds
+        self.step_seed = step_seed
+        self.keeps = keeps
+        self._done = done
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Logits and loss, their graph alive."""
+        if self._done is None:
+            self._done = self.run()
+        return self._done
+
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """A backward pass from something computed from :meth:`forward`; ``last`` frees the graph as it goes."""
+        loss.backward(retain_graph=self.keeps and not last)
+        if last or not self.keeps:
+            self._done = None
 
 
 class Hessian:
     """Estimates a diagonal, piece by piece.
 
     Args:
-        samples: random draws for each piece; the error falls with their square root.
+        samples: random draws for each step; the error falls with their square root.
         diagonal: keep the diagonal; otherwise only its mean.
     """
 
     #: Whether each row must be a piece of its own.
     per_example = False
+
+    #: Whether weights may be spread over ranks (ZeRO-3).
+    spreads = True
 
     def __init__(self, samples: int = 1, diagonal: bool = True) -> None:
         self.samples = samples
@@ -69,18 +96,29 @@ class Hessian:
         """Add ``samples`` draws for one piece. Override this."""
         raise TypeError(f"{type(self).__name__} must override add")
 
+    def end_step(self, sums: GradientSums) -> None:
+        """Called once all pieces of a step are added, those of every rank and micro-batch."""
+
 
 class GaussNewton(Hessian):
     """Gauss–Newton–Bartlett: squared gradients of labels drawn from the model (Liu et al. 2023, arXiv 2305.14342,
-    algorithm 2). Unbiased for the diagonal of the Gauss–Newton matrix, never negative."""
+    algorithm 2). Unbiased for the diagonal of the Gauss–Newton matrix, never negative.
+
+    The gradient is that of the whole step, squared once: how a global batch is cut into micro-batches and ranks does
+    not matter. Each draw needs, while a step lasts, one more tensor of the model's size."""
 
     def add(self, piece: Piece, sums: GradientSums) -> None:
         """One backward pass a draw."""
-        kept = {"squares": DIAGONAL} if self.diagonal else {"squared_norm": TRACE}
         for draw in range(self.samples):
-            drawn = sample_labels(piece.logits, piece.labels, [hash((seed, draw)) for seed in piece.seeds])
-            with sums.into(**kept):
-                piece.backward(bartlett_loss(piece.logits, drawn), retain_graph=draw + 1 < self.samples)
+            logits, _ = piece.forward()
+            drawn = sample_labels(logits, piece.labels, [hash((seed, draw)) for seed in piece.seeds])
+            with sums.into(in_step=f"drawn {draw}"):
+                piece.backward(bartlett_loss(logits, drawn), last=draw + 1 == self.samples)
+
+    def end_step(self, sums: GradientSums) -> None:
+        """Square."""
+        for draw in range(self.samples):
+            sums.fold(f"drawn {draw}", **({"squares": DIAGONAL} if self.diagonal else {"squared_norm": TRACE}))
 
 
 class Fisher(Hessian):
@@ -91,14 +129,18 @@ class Fisher(Hessian):
 
     def add(self, piece: Piece, sums: GradientSums) -> None:
         """Square the row's own gradient."""
+        _, loss = piece.forward()
         with sums.into(squares=DIAGONAL):
-            piece.backward(piece.loss)
+            piece.backward(loss)
 
 
 class Hutchinson(Hessian):
     """z ⊙ Hz with Rademacher z (Bekas et al. 2007), Hz by a backward pass through the backward pass. Unbiased for the
-    diagonal of the true Hessian; single estimates may be negative. Needs, while it runs, three more tensors of the
-    model's size (z, the gradient and Hz) and the graph of the backward pass."""
+    diagonal of the true Hessian; single estimates may be negative. z is the same for all that a step sees, so how its
+    batch is cut does not matter. Needs, while it runs, three more tensors of the model's size (z, the gradient and Hz)
+    and the graph of the backward pass."""
+
+    spreads = False
 
     def forward_context(self) -> AbstractContextManager:
         """Fused attention has no second derivative."""
@@ -109,11 +151,11 @@ class Hutchinson(Hessian):
     def add(self, piece: Piece, sums: GradientSums) -> None:
         """One double backward pass a draw."""
         parameters, buffers = sums.parameters, sums.buffers(DIAGONAL)
-        gradients = torch.autograd.grad(piece.loss, parameters, create_graph=True, allow_unused=True)
+        _, loss = piece.forward()
+        gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
         used = [i for i, gradient in enumerate(gradients) if gradient is not None and gradient.requires_grad]
         for draw in range(self.samples):
-            seed = hash((*piece.seeds, draw))
-            probes = rademacher([parameters[i] for i in used], seed)
+            probes = rademacher([parameters[i] for i in used], hash((piece.step_seed, draw)))
             products = torch.autograd.grad(
                 [gradients[i] for i in used],
                 [parameters[i] for i in used],
@@ -123,7 +165,7 @@ class Hutchinson(Hessian):
             )
             for i, z, product in zip(used, probes, products, strict=True):
                 if product is not None:
-                    buffers[i].addcmul_(z.float(), product.float())
+                    sums.add(buffers, i, z.float().mul_(product.float()))
 
 
 ESTIMATORS: Mapping[str, type[Hessian]] = {
@@ -198,7 +240,7 @@ class DampedHessian:
 
     Args:
         mean: mean of max(ĥ, 0) over all weights, or γ.
-        diagonal: sums of ĥ, in parameter order; None where h is a scalar.
+        diagonal: this rank's rows of the sums of ĥ, in parameter order; None where h is a scalar.
         scale: factor from the sums to ĥ.
         damping: above 0.
 
@@ -223,7 +265,9 @@ class DampedHessian:
     def of_diagonal(cls, diagonal: Sequence[Tensor], scale: float, damping: float) -> DampedHessian:
         """From the sums of an estimator; their mean is taken here."""
         total = sum(float(tensor.clamp(min=0).sum(dtype=torch.float64)) for tensor in diagonal)
-        return cls(total * scale / sum(tensor.numel() for tensor in diagonal), diagonal, scale, damping)
+        weights = sum(tensor.numel() for tensor in diagonal)
+        total, weights = distributed.add_up(torch.tensor([total, weights], dtype=torch.float64)).tolist()
+        return cls(total * scale / weights, diagonal, scale, damping)
 
     def plain(self, position: int) -> Tensor:
         """max(ĥ, 0) of one parameter, without damping."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from wagle_pl import models
 from wagle_pl.attribution.hessian import DIAGONAL, ESTIMATORS, TRACE, DampedHessian, Fisher, Hessian
-from wagle_pl.attribution.passes import Job, collect, count_rows
+from wagle_pl.attribution.passes import Draws, Job, collect, count_rows
 from wagle_pl.attribution.scores import Score, WeightStatistics, positive
 from wagle_pl.attribution.selection import select_each
 from wagle_pl.attribution.specs import MaskSpec, check_labels, complete, name_masks
@@ -20,6 +22,7 @@ from wagle_pl.attribution.stored import DTYPES, whole_mask, write_scores
 from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.evaluation.module import EvaluationModule
 from wagle_pl.masks import SUFFIX, WeightMask, mask_path
+from wagle_pl.strategies import ZeRO, is_sharded, is_zero
 from wagle_pl.unlearning.objectives import NPO, PO, GradDiff
 from wagle_pl.utilities import WagleError, refuse_existing
 
@@ -52,7 +55,7 @@ class AttributionModule(EvaluationModule):
             (squared gradients of single rows), ``hutchinson`` (random signs, double backward; the true Hessian).
         gamma: the scalar Hessian γ; a number implies ``hessian: scalar``, ``auto`` estimates it.
         damping: a diagonal ĥ is used as max(ĥ, 0) + damping × its mean.
-        hessian_samples: draws for each batch, for ``auto``, ``gauss_newton`` and ``hutchinson``.
+        hessian_samples: draws for each step, for ``auto``, ``gauss_newton`` and ``hutchinson``.
         hessian_data: rows on which the Hessian is estimated.
         forget_loss: whose gradient g_f is: ``ce`` (negative log-likelihood), ``npo`` or ``po`` (refusals).
         reduction: of the two gradients over examples: ``mean``, or ``sum`` as the paper's code has it.
@@ -62,6 +65,9 @@ class AttributionModule(EvaluationModule):
     Raises:
         WagleError: if an option has no meaning.
     """
+
+    #: Strategies need make no optimiser state for it.
+    moves_weights = False
 
     def __init__(
         self,
@@ -106,8 +112,9 @@ class AttributionModule(EvaluationModule):
         self.reduction = reduction
         self.gradient_checkpointing = gradient_checkpointing
         self.jobs = self._plan()
+        self._small: dict[str, Any] = {}
+        self._unsynced = ExitStack()
         self.streams = tuple(dict.fromkeys((self.forget_loss.forget_streams[0], *(job.stream for job in self.jobs))))
-        self.automatic_optimization = False
         self.strict_loading = False  # checkpoints leave the weights out: they do not change
 
     def _plan(self) -> list[Job]:
@@ -158,6 +165,17 @@ class AttributionModule(EvaluationModule):
                     "attribution needs trainer.precision 32-true, bf16-mixed or bf16-true: "
                     "the loss scaling of fp16 would scale the sums"
                 )
+            self._check_strategy()
+
+    def _check_strategy(self) -> None:
+        """Refuse what cannot work with several ranks."""
+        strategy = self.trainer.strategy
+        if is_zero(strategy) and not isinstance(strategy, ZeRO):
+            raise WagleError("attribution under DeepSpeed needs this package's strategy: wagle_pl.strategies.ZeRO, or "
+                             "a name such as deepspeed_stage_3")  # fmt: skip
+        if is_sharded(strategy) and any(job.hessian and not job.hessian.spreads for job in self.jobs):
+            raise WagleError(f"hessian {self.hessian} needs whole parameters, which ZeRO-3 spreads over ranks: choose "
+                             "--model.hessian gauss_newton or another stage")  # fmt: skip
 
     def configure_model(self) -> None:
         """Load the model, with gradients for every parameter, and check the masks' names against it."""
@@ -170,45 +188,62 @@ class AttributionModule(EvaluationModule):
 
     def configure_optimizers(self) -> GradientSums:
         """The sums."""
-        return GradientSums(self.lm.parameters())
+        names, parameters = zip(*self.lm.named_parameters(), strict=True)
+        return GradientSums(parameters, names)
 
     @property
     def sums(self) -> GradientSums:
         """Running sums of gradients."""
-        return self.optimizers().optimizer
+        return self.trainer.optimizers[0]
 
     def on_train_start(self) -> None:
-        """Attribute the model as it is used: without dropout."""
+        """Attribute the model as it is used, without dropout; DDP need not average gradients that are summed here."""
         self.lm.eval()
+        if isinstance(self.trainer.strategy.model, DistributedDataParallel):
+            self._unsynced.enter_context(self.trainer.strategy.model.no_sync())
 
     # -- the pass -----------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: Mapping[str, Mapping[str, Tensor]], batch_idx: int) -> None:
-        """Add one micro-batch to the sums, and let Lightning count a step."""
-        epoch, seed = self.trainer.current_epoch, self.trainer.datamodule.seed
+    def training_step(self, batch: Mapping[str, Mapping[str, Tensor]], batch_idx: int) -> Tensor:
+        """Add one micro-batch to the sums."""
+        seed, epoch, step = self.trainer.datamodule.seed, self.current_epoch, self.global_step
         for stream, tensors in batch.items():
             self.sums.count(f"{stream}_rows", count_rows(tensors))
+        total = torch.zeros((), device=self.device)
         for number, job in enumerate(self.jobs):
-            loss = collect(job, batch, self.lm, self.sums, self.manual_backward,
-                           lambda row, number=number: hash((seed, epoch, number, row)))  # fmt: skip
+            loss = collect(job, batch, self.lm, self.sums, Draws(seed, epoch, step, number))
             if loss is not None:
                 self.log(f"train/{job.stream}_loss", loss, prog_bar=True)
-        self.optimizers().step()
+                total += loss.detach()
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            for job in self.jobs:
+                if job.hessian:
+                    job.hessian.end_step(self.sums)
+        if is_zero(self.trainer.strategy):
+            self.trainer.strategy.release()
+        return total
+
+    def backward(self, loss: Tensor, *_: Any, **__: Any) -> None:
+        """Nothing: the step has made its own backward passes."""
 
     # -- the masks ----------------------------------------------------------------------------------------------------
 
     def on_train_end(self) -> None:
         """Turn the sums into scores, the scores into masks, and write them."""
-        if self.trainer.fast_dev_run or not self.trainer.is_global_zero:
+        self._unsynced.close()
+        if self.trainer.fast_dev_run:
             return
-        if models.fingerprint(self.lm.named_parameters()) != self.model_fingerprint:
+        if self.fingerprint() != self.model_fingerprint:
             raise WagleError("attribution moved a weight: the mask is not written; please report this")
+        self._small = self.sums.small()
         curvature = self._curvature()
         groups: dict[Any, list[int]] = {}
         for number, spec in enumerate(self.specs):
             groups.setdefault(spec.passes, []).append(number)
         for numbers in groups.values():
             for number, mask in zip(numbers, self._select(numbers, curvature), strict=True):
+                if mask is None:
+                    continue
                 path = mask.save(self._mask_path(number))
                 self._report(mask, self.mask_names[number])
                 log.info("mask written to %s (density %.4f)", path, mask.density)
@@ -224,27 +259,36 @@ class AttributionModule(EvaluationModule):
             return Path(self.output) / f"{score.label}.scores"
         return mask_path(self.output).with_suffix(".scores")
 
-    def _select(self, numbers: list[int], curvature: Optional[DampedHessian]) -> Iterator[WeightMask]:
-        """The masks of specs that differ in density only, all in the same passes over their scores."""
+    def _select(self, numbers: list[int], curvature: Optional[DampedHessian]) -> Iterator[Optional[WeightMask]]:
+        """The masks of specs that differ in density only, all in the same passes over their scores.
+
+        With several ranks each selects among the scores of its rows; rank 0 is sent the bits, one a weight, and other
+        ranks' masks are None.
+        """
         specs = [self.specs[number] for number in numbers]
         score, shapes = specs[0].score, models.parameter_shapes(self.lm)
         names = specs[0].taking_part(shapes)
         share = score.share({name: shapes[name] for name in names})
         densities = [spec.density if share is None else share for spec in specs]
         selected: list[dict[str, Tensor]] = [{} for _ in specs]
+        shards = dict(zip(self.sums.names, self.sums.shards, strict=True))
         for name, bits in select_each(
-            lambda: self.scores(score, curvature, set(names)), densities, specs[0].ranking, specs[0].scope
+            lambda: self.scores(score, curvature, set(names)), densities, specs[0].ranking, specs[0].scope, shards
         ):
             for chosen, packed in zip(selected, bits, strict=True):
-                chosen[name] = packed
+                whole = shards[name].gather_bits(packed)
+                if self.trainer.is_global_zero:
+                    chosen[name] = whole
         for spec, density, packed in zip(specs, densities, selected, strict=True):
             made_by = {**self._made_by(curvature), **spec.options(), "density": float(density)}
-            yield whole_mask(packed, shapes, made_by)
+            yield whole_mask(packed, shapes, made_by) if self.trainer.is_global_zero else None
 
     def scores(
         self, score: Score, curvature: Optional[DampedHessian], names: Optional[set[str]] = None
     ) -> Iterator[tuple[str, Tensor]]:
         """(parameter name, fp32 scores in its shape) of all parameters or of some, computed one parameter at a time.
+
+        With several ranks: the scores of this rank's rows; a meeting of all ranks.
 
         Raises:
             WagleError: if the score returns another shape.
@@ -252,37 +296,50 @@ class AttributionModule(EvaluationModule):
         for position, (name, parameter) in enumerate(self.lm.named_parameters()):
             if names is not None and name not in names:
                 continue
-            values = score(self._statistics(position, name, parameter, score.needs, curvature)).float()
-            if values.shape != parameter.shape:
-                shapes = f"{tuple(values.shape)}, the parameter's is {tuple(parameter.shape)}"
+            statistics = self._statistics(position, name, parameter, score, curvature)
+            values = score(statistics).float()
+            if values.shape != statistics.theta.shape:
+                shapes = f"{tuple(values.shape)}, the parameter's is {tuple(statistics.theta.shape)}"
                 raise WagleError(f"score {type(score).__name__} gave {name} shape {shapes}")
-            yield name, values
+            yield name, values if score.by_row else self.sums.shards[position].of(values)
 
     @torch.no_grad()
     def _statistics(
-        self, position: int, name: str, parameter: Tensor, needs: tuple[str, ...], curvature: Optional[DampedHessian]
+        self, position: int, name: str, parameter: Tensor, score: Score, curvature: Optional[DampedHessian]
     ) -> WeightStatistics:
-        """What the pass saw of one parameter, as far as a score needs it."""
-        w = WeightStatistics(name, parameter.detach().float())
+        """What the pass saw of one parameter, as far as a score needs it: of this rank's rows, or of all."""
+        shard, needs = self.sums.shards[position], score.needs
+        device = self.device
+
+        def part(rows: Tensor) -> Tensor:
+            return (rows if score.by_row else shard.gather(rows)).to(device)
+
+        def summed(key: str, scale: float) -> Tensor:
+            return part(self.sums.buffers(key)[position]) * scale
+
+        with models.gathered(parameter) as weights:
+            theta = (shard.of(weights) if score.by_row else weights).detach().to(device, torch.float32)
+            w = WeightStatistics(name, theta.clone() if is_sharded(self.trainer.strategy) else theta)
+        forget = self.forget_loss.forget_streams[0]
         if "g_f" in needs:
-            w.g_f = self.sums.buffers("g_f")[position] * self._scale(self.forget_loss.forget_streams[0])
+            w.g_f = summed("g_f", self._scale(forget))
         if "g_r" in needs:
-            w.g_r = self.sums.buffers("g_r")[position] * self._scale("retain")
+            w.g_r = summed("g_r", self._scale("retain"))
         if "fisher_f" in needs:
-            w.fisher_f = self.sums.buffers("fisher_f")[position] / self._rows(self.forget_loss.forget_streams[0])
+            w.fisher_f = summed("fisher_f", 1 / self._rows(forget))
         if "fisher_r" in needs:
-            w.fisher_r = self.sums.buffers("fisher_r")[position] / self._rows("retain")
-        if "activation" in needs and name in self.sums.vectors["activation"]:
-            w.activation = self.sums.vectors["activation"][name].sqrt().float()
+            w.fisher_r = summed("fisher_r", 1 / self._rows("retain"))
+        if "activation" in needs and name in self._small["vectors"]["activation"]:
+            w.activation = self._small["vectors"]["activation"][name].sqrt().float().to(device)
         if "h" in needs:
             scalar = self.hessian in ("scalar", "auto")
-            w.h = curvature.scalar(parameter.device) if scalar else curvature.damped(position)
+            w.h = curvature.scalar(device) if scalar else part(curvature.damped(position))
         if "h_diagonal" in needs:
-            w.h_diagonal, w.h_mean = curvature.plain(position), curvature.mean
+            w.h_diagonal, w.h_mean = part(curvature.plain(position)), curvature.mean
         return w
 
     def _rows(self, stream: str) -> float:
-        return self.sums.counts[f"{stream}_rows"]
+        return self._small["counts"][f"{stream}_rows"]
 
     def _scale(self, stream: str) -> float:
         return 1.0 if self.reduction == "sum" else 1.0 / self._rows(stream)
@@ -295,8 +352,8 @@ class AttributionModule(EvaluationModule):
             return DampedHessian(float(self.gamma))
         scale = self._scale(self.hessian_data) / (1 if self.hessian == "fisher" else self.hessian_samples)
         if self.hessian == "auto" and "h_diagonal" not in self.needs:
-            weights = sum(parameter.numel() for parameter in self.lm.parameters())
-            return DampedHessian(float(sum(self.sums.vectors[TRACE].values())) * scale / weights)
+            weights = sum(shard.total for shard in self.sums.shards)
+            return DampedHessian(float(sum(self._small["vectors"][TRACE].values())) * scale / weights)
         return DampedHessian.of_diagonal(self.sums.buffers(self._diagonal), scale, self.damping)
 
     def _write_scores(self, score: Score, curvature: Optional[DampedHessian]) -> None:
@@ -304,9 +361,13 @@ class AttributionModule(EvaluationModule):
         options = {key: spec.options()[key] for key in ("score", "score_options")}
         made_by = {**self._made_by(curvature), **options, "absolute": not score.signed}
         shapes = models.parameter_shapes(self.lm)
-        path = write_scores(
-            self._scores_path(score), self.scores(score, curvature), shapes, made_by, DTYPES[self.save_scores]
-        )
+        shards = dict(zip(self.sums.names, self.sums.shards, strict=True))
+        whole = ((name, shards[name].gather(rows)) for name, rows in self.scores(score, curvature))
+        if not self.trainer.is_global_zero:
+            for _ in whole:
+                pass
+            return
+        path = write_scores(self._scores_path(score), whole, shapes, made_by, DTYPES[self.save_scores])
         log.info("scores written to %s", path)
 
     def _made_by(self, curvature: Optional[DampedHessian]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from wagle_pl import distributed
 from wagle_pl.attribution.activations import watch_inputs
 from wagle_pl.attribution.hessian import Hessian, Piece
 from wagle_pl.attribution.sums import GradientSums
@@ -64,23 +65,39 @@ class AtTheta0(Streams):
         return answers
 
 
-def collect(
-    job: Job,
-    batch: Batch,
-    lm: Any,
-    sums: GradientSums,
-    backward: Callable[..., None],
-    seeds: Callable[[int], int],
-) -> Optional[Tensor]:
-    """Add one micro-batch to the sums.
+@dataclass
+class Draws:
+    """Seeds of what is drawn: for a row, whatever batch it is in; for a step, whatever part of it a rank sees.
+
+    Attributes:
+        seed: of the run.
+        epoch, step: where the run is.
+        job: the job's number.
+    """
+
+    seed: int
+    epoch: int
+    step: int
+    job: int
+
+    def of_row(self, row: int) -> int:
+        """Seed of one row's draws."""
+        return hash((self.seed, self.epoch, self.job, row))
+
+    def of_step(self) -> int:
+        """Seed of the step's draws."""
+        return hash((self.seed, self.epoch, self.job, self.step, -1))
+
+
+def collect(job: Job, batch: Batch, lm: Any, sums: GradientSums, draws: Draws) -> Optional[Tensor]:
+    """Add one micro-batch to the sums; with several ranks a meeting of all.
 
     Args:
         job: what to collect.
         batch: stream -> tensors.
         lm: a Hugging Face causal language model.
         sums: where to.
-        backward: ``backward(loss, retain_graph=...)``.
-        seeds: row -> seed of what is drawn for it.
+        draws: seeds.
 
     Returns:
         The mean loss of the rows, None if no loss was computed.
@@ -90,27 +107,22 @@ def collect(
     """
     total = torch.zeros(())
     for piece in split_rows(batch, job.stream) if job.per_example else [batch]:
-        loss = _collect_piece(job, piece, lm, sums, backward, seeds)
+        loss = _collect_piece(job, piece, lm, sums, draws)
         total = total if loss is None else total.to(loss.device) + loss
     return total / max(1, count_rows(batch[job.stream])) if job.needs_graph else None
 
 
-def _collect_piece(
-    job: Job,
-    batch: Batch,
-    lm: Any,
-    sums: GradientSums,
-    backward: Callable[..., None],
-    seeds: Callable[[int], int],
-) -> Optional[Tensor]:
+def _collect_piece(job: Job, batch: Batch, lm: Any, sums: GradientSums, draws: Draws) -> Optional[Tensor]:
     """Forward pass over some rows, and the backward passes that the job wants; returns the sum of losses."""
+    tensors = batch[job.stream]
+    idle = tensors["weight"] == 0
 
     def add_norms(weight: str, squares: Tensor) -> None:
         sums.add_vector("activation", weight, squares)
 
-    watching = watch_inputs(lm, add_norms) if job.activations else nullcontext(lambda mask: None)
-    with torch.set_grad_enabled(job.needs_graph), job.hessian.forward_context() if job.hessian else nullcontext():
-        with watching as about_to_run:
+    def forward(watch: bool = False) -> tuple[Answers, Optional[Tensor]]:
+        """The stream's answers and the sum of its rows' losses."""
+        with watch_inputs(lm, add_norms) if watch else nullcontext(lambda mask: None) as about_to_run:
 
             def run(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
                 about_to_run(tensors["attention_mask"] * (tensors["weight"] > 0).unsqueeze(1))
@@ -119,30 +131,48 @@ def _collect_piece(
 
             at = AtTheta0(batch, run, {})
             answers = at[job.stream]
-            if not job.needs_graph:
-                return None
-            tensors = batch[job.stream]
-            idle = tensors["weight"] == 0
-            loss = job.loss(at).masked_fill(idle, 0.0).sum()
-        if not torch.isfinite(loss):
-            rows = tensors["row"].tolist()
-            raise WagleError(f"{job.stream} loss is not finite in rows {rows}: {loss.item():g}; is the model whole?")
+            return answers, job.loss(at).masked_fill(idle, 0.0).sum() if job.needs_graph else None
+
+    with torch.set_grad_enabled(job.needs_graph), job.hessian.forward_context() if job.hessian else nullcontext():
+        answers, loss = forward(watch=job.activations)
+        if loss is None:
+            return None
+        if distributed.most(int(not torch.isfinite(loss))):
+            raise _not_finite(job.stream, tensors, loss)
+        keeps = not sums.spread
+        done: Optional[tuple[Tensor, Tensor]] = (answers.logits, loss)
         if job.total or job.squares:
             with sums.into(job.total, squares=job.squares):
-                backward(loss, retain_graph=job.hessian is not None)
+                loss.backward(retain_graph=job.hessian is not None and keeps)
+            done = done if keeps else None
         if job.hessian:
+
+            def again() -> tuple[Tensor, Tensor]:
+                answers, loss = forward()
+                return answers.logits, loss
+
             labels = answers.labels.masked_fill(idle.unsqueeze(1), IGNORE)
-            drawn_by = [seeds(row) for row in tensors["row"].tolist()]
-            job.hessian.add(Piece(answers.logits, labels, loss, drawn_by, backward), sums)
+            seeds = [draws.of_row(row) for row in tensors["row"].tolist()]
+            job.hessian.add(Piece(again, labels, seeds, draws.of_step(), done, keeps), sums)
     return loss.detach()
 
 
+def _not_finite(stream: str, tensors: Mapping[str, Tensor], loss: Tensor) -> WagleError:
+    found = [] if torch.isfinite(loss) else [f"rows {tensors['row'].tolist()}: {loss.item():g}"]
+    return WagleError(f"{stream} loss is not finite in {distributed.gather(found)[0]}; is the model whole?")
+
+
 def split_rows(batch: Batch, *streams: str) -> Iterator[Batch]:
-    """Batches of one row each, without padding; rows that only fill the batch are left out."""
-    tensors = batch[streams[0]]
-    for i in range(len(tensors["weight"])):
-        if tensors["weight"][i] > 0:
-            yield {stream: _row(batch[stream], i) for stream in streams}
+    """Batches of one row each, without padding; rows that only fill the batch are left out, unless another rank has
+    more rows than this one."""
+    weights = batch[streams[0]]["weight"]
+    rows = (weights > 0).nonzero().view(-1).tolist()
+    spares = distributed.most(len(rows)) - len(rows)  # agreed before the first row: its backward pass is a meeting
+    for i in rows:
+        yield {stream: _row(batch[stream], i) for stream in streams}
+    for _ in range(spares):
+        spare = {stream: _row(batch[stream], 0) for stream in streams}
+        yield {stream: {**row, "weight": torch.zeros_like(row["weight"])} for stream, row in spare.items()}
 
 
 def _row(tensors: Mapping[str, Tensor], i: int) -> dict[str, Tensor]:

@@ -72,6 +72,10 @@ class Score:
     #: Ranked by the score itself; otherwise by its absolute value.
     signed: bool = False
 
+    #: Whether a row's scores (first dimension) depend on that row alone, besides ``activation`` and numbers. With
+    #: several ranks each then scores its rows; otherwise every rank scores the whole parameter.
+    by_row: bool = False
+
     def __call__(self, w: WeightStatistics) -> Tensor:
         """Scores of one parameter, in its shape. Override this."""
         raise TypeError(f"{type(self).__name__} must override __call__")
@@ -92,6 +96,7 @@ class Wagle(Score):
     To first order, the change of the forget loss when the weight is pruned and the others re-fit the retain loss.
     """
 
+    by_row = True
     needs = ("g_f", "g_r", "h")
 
     def __call__(self, w: WeightStatistics) -> Tensor:
@@ -105,6 +110,8 @@ class Snip(Score):
     WAGLE without the retain term.
     """
 
+    by_row = True
+
     def __call__(self, w: WeightStatistics) -> Tensor:
         """θ · g_f."""
         return w.theta * w.g_f
@@ -112,6 +119,8 @@ class Snip(Score):
 
 class Gradient(Score):
     """S = |g_f|: weight saliency (SalUn, arXiv 2310.12508)."""
+
+    by_row = True
 
     def __call__(self, w: WeightStatistics) -> Tensor:
         """|g_f|."""
@@ -125,6 +134,7 @@ class ForgetRetainRatio(Score):
         eps: ε, against division by zero; a weight without any retain gradient ranks first.
     """
 
+    by_row = True
     needs = ("g_f", "g_r")
 
     def __init__(self, eps: float = 1e-12) -> None:
@@ -143,6 +153,7 @@ class FisherRatio(Score):
         eps: ε, against division by zero; a weight without any retain gradient ranks first.
     """
 
+    by_row = True
     needs = ("fisher_f", "fisher_r")
 
     def __init__(self, eps: float = 1e-20) -> None:
@@ -163,6 +174,7 @@ class Curvature(Score):
         damping_ratio: ε as a multiple of the mean of h over all weights.
     """
 
+    by_row = True
     needs = ("g_f", "h_diagonal")
 
     def __init__(self, damping_ratio: float = 0.1) -> None:
@@ -179,6 +191,7 @@ class Signed(Score):
     The second term of WAGLE's score, with its sign: moving along +g_f raises the retain loss at the rate g_r · g_f.
     """
 
+    by_row = True
     needs = ("g_f", "g_r", "h")
     signed = True
 
@@ -190,6 +203,7 @@ class Signed(Score):
 class Magnitude(Score):
     """S = |θ| (magnitude pruning, arXiv 1506.02626). No pass over data is needed."""
 
+    by_row = True
     needs = ()
 
     def __call__(self, w: WeightStatistics) -> Tensor:
@@ -205,6 +219,7 @@ class Wanda(Score):
     the output layer has that layer's score.
     """
 
+    by_row = True
     needs = ("activation",)
 
     def __call__(self, w: WeightStatistics) -> Tensor:
@@ -244,6 +259,7 @@ class Modules(Score):
         WagleError: if ``layers`` cannot be read, or both are None.
     """
 
+    by_row = True
     needs = ()
 
     def __init__(self, modules: Optional[list[str]] = None, layers: Optional[str] = None) -> None:

@@ -7,14 +7,16 @@ add up, so the same code serves any of them, and several densities share their p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
-from typing import Literal, NamedTuple, Union
+from typing import Literal, NamedTuple, Optional, Union
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from wagle_pl import distributed
+from wagle_pl.attribution.shards import Shard
 from wagle_pl.bits import pack_bits
 from wagle_pl.utilities import WagleError
 
@@ -28,10 +30,10 @@ _NONE = 2**31 - 1  # a key above that of any finite score
 Scope = Literal["global", "tensor", "row"]
 
 #: (parameter name, its float32 scores in its shape) for every parameter that takes part, in parameter order. Called
-#: once a pass; every time the same.
+#: once a pass; every time the same. With several ranks each gives the scores of its rows.
 Scores = Callable[[], Iterable[tuple[str, Tensor]]]
 
-#: Adds up int64 counts over shards (an all-reduce); the identity on one device.
+#: Adds up int64 counts over ranks; the identity on one device.
 Reduce = Callable[[Tensor], Tensor]
 
 
@@ -107,21 +109,28 @@ def select_each(
     densities: Sequence[float],
     ranking: Ranking = HIGHEST,
     scope: Scope = "global",
+    shards: Optional[Mapping[str, Shard]] = None,
 ) -> Iterator[tuple[str, list[Tensor]]]:
-    """:func:`select` for several densities, in the passes of one; yields the packed bits of each."""
+    """:func:`select` for several densities, in the passes of one; yields the packed bits of each.
+
+    Args:
+        scores, densities, ranking, scope: see :func:`select`.
+        shards: with several ranks, which rows of each parameter this one scores; then the bits are of those rows, and
+            all ranks must iterate together.
+    """
     for density in densities:
         check_density(density)
     if scope == "global":
         selected = _select_global(scores, densities, ranking)
     else:
         parts = _tensor_parts if scope == "tensor" else _row_parts
-        selected = _select_within(scores, densities, ranking, parts)
+        selected = _select_within(scores, densities, ranking, parts, shards or {})
     any_weight = [False] * len(densities)
     for name, bits in selected:
         any_weight = [found or bool(b.any()) for found, b in zip(any_weight, bits, strict=True)]
         yield name, bits
     for density, found in zip(densities, any_weight, strict=True):
-        if not found:
+        if not distributed.most(int(found)):
             raise WagleError(f"density {float(density):g} of the weights that take part selects none; raise it")
 
 
@@ -132,7 +141,7 @@ def find_thresholds(
     scores: Scores,
     counts: Callable[[int], Sequence[int]],
     ranking: Ranking = HIGHEST,
-    reduce: Reduce = lambda counts: counts,
+    reduce: Reduce = distributed.add_up,
 ) -> list[Threshold]:
     """The key that parts the first k in the ranking from the rest, for several k, in two passes.
 
@@ -146,12 +155,15 @@ def find_thresholds(
         WagleError: if a score is NaN or infinite, naming the parameter.
     """
     upper = torch.zeros(_HALF, dtype=torch.int64)
+    not_finite: list[str] = []
     for name, tensor in scores():
         for chunk in _chunks(tensor):
             bins = (order_keys(chunk, ranking) >> 16).add_(_OFFSET)
             upper += torch.bincount(bins, minlength=_HALF).cpu()
-        if upper[_OFFSET + _INFINITE :].any() or upper[: _OFFSET - _INFINITE].any():
-            raise _not_finite(name)
+        if not not_finite and (upper[_OFFSET + _INFINITE :].any() or upper[: _OFFSET - _INFINITE].any()):
+            not_finite.append(name)
+    if distributed.most(len(not_finite)):
+        raise _not_finite(distributed.gather(not_finite)[0])
     upper = reduce(upper)
     ks = counts(int(upper.sum()))
     places = [_descend(upper, k) for k in ks]
@@ -205,11 +217,33 @@ def _select_global(scores: Scores, densities: Sequence[float], ranking: Ranking)
     thresholds = find_thresholds(scores, lambda total: [int(density * total) for density in densities], ranking)
     takers = [_Taker(threshold) for threshold in thresholds]
     for name, tensor in scores():
-        bits = [
-            _packed(tensor.numel(), (taker(order_keys(chunk, ranking)) for chunk in _chunks(tensor)))
-            for taker in takers
-        ]
-        yield name, bits
+        yield name, _take(tensor, takers, ranking)
+
+
+def _take(tensor: Tensor, takers: Sequence[_Taker], ranking: Ranking) -> list[Tensor]:
+    """The packed bits of what each taker takes of this rank's rows of a parameter."""
+    shared = distributed.together() and any(taker.ties for taker in takers)
+    left = _share_ties(tensor, takers, ranking) if shared else []
+    bits = [
+        _packed(tensor.numel(), (taker(order_keys(chunk, ranking)) for chunk in _chunks(tensor))) for taker in takers
+    ]
+    for taker, ties in zip(takers, left, strict=shared):
+        taker.ties = ties
+    return bits
+
+
+def _share_ties(tensor: Tensor, takers: Sequence[_Taker], ranking: Ranking) -> list[int]:
+    """Leave this rank the ties that earlier rows do not take; returns how many are left after all ranks' rows."""
+    here = [
+        sum(int((order_keys(chunk, ranking) == taker.key).sum()) for chunk in _chunks(tensor)) if taker.ties else 0
+        for taker in takers
+    ]
+    counts = torch.tensor(distributed.gather([here]))  # (ranks, takers)
+    wanted = torch.tensor([taker.ties for taker in takers])
+    allowed = (wanted - counts[: distributed.rank()].sum(0)).clamp(min=0)
+    for taker, ties in zip(takers, allowed.tolist(), strict=True):
+        taker.ties = ties
+    return (wanted - counts.sum(0)).clamp(min=0).tolist()
 
 
 class _Taker:
@@ -240,42 +274,49 @@ def _packed(weights: int, parts: Iterable[Tensor]) -> Tensor:
 
 # -- a quota for every tensor or row ----------------------------------------------------------------------------------
 
-#: (name, scores, weights before it in parameter order, densities, ranking) -> packed bits for each density.
-_Parts = Callable[[str, Tensor, int, Sequence[float], Ranking], list[Tensor]]
+#: (name, scores, shard, weights before the parameter in parameter order, densities, ranking) -> packed bits for each
+#: density.
+_Parts = Callable[[str, Tensor, Shard, int, Sequence[float], Ranking], list[Tensor]]
 
 
 def _select_within(
-    scores: Scores, densities: Sequence[float], ranking: Ranking, parts: _Parts
+    scores: Scores, densities: Sequence[float], ranking: Ranking, parts: _Parts, shards: Mapping[str, Shard]
 ) -> Iterator[tuple[str, list[Tensor]]]:
-    """One pass: a tensor holds all that competes within it."""
+    """One pass: a parameter holds all that competes within it."""
     start = 0
     for name, tensor in scores():
-        yield name, parts(name, tensor, start, densities, ranking)
-        start += tensor.numel()
+        shard = shards[name] if name in shards else Shard(tensor.shape, 0, 1)
+        yield name, parts(name, tensor, shard, start, densities, ranking)
+        start += shard.total
 
 
-def _tensor_parts(name: str, tensor: Tensor, start: int, densities: Sequence[float], ranking: Ranking) -> list[Tensor]:
-    quotas = [_quotas(density, start, tensor.numel(), 1)[0] for density in densities]
-    takers = [_Taker(t) for t in find_thresholds(lambda: [(name, tensor)], lambda _: quotas, ranking)]
-    return [_packed(tensor.numel(), (taker(order_keys(c, ranking)) for c in _chunks(tensor))) for taker in takers]
+def _tensor_parts(
+    name: str, tensor: Tensor, shard: Shard, start: int, densities: Sequence[float], ranking: Ranking
+) -> list[Tensor]:
+    quotas = [_quotas(density, start, shard.total, 1)[0] for density in densities]
+    thresholds = find_thresholds(lambda: [(name, tensor)], lambda _: quotas, ranking)
+    return _take(tensor, [_Taker(threshold) for threshold in thresholds], ranking)
 
 
-def _row_parts(name: str, tensor: Tensor, start: int, densities: Sequence[float], ranking: Ranking) -> list[Tensor]:
-    rows = tensor.shape[0] if tensor.dim() > 1 else 1
-    width = prod(tensor.shape) // rows if rows else 0
-    if not width:
+def _row_parts(
+    name: str, tensor: Tensor, shard: Shard, start: int, densities: Sequence[float], ranking: Ranking
+) -> list[Tensor]:
+    if len(shard.shape) < 2:
+        return _tensor_parts(name, tensor, shard, start, densities, ranking)
+    if distributed.most(int(not torch.isfinite(tensor).all())):
+        raise _not_finite(name)
+    rows, width = len(tensor), prod(shard.shape[1:])
+    if not rows * width:
         return [torch.zeros(0, dtype=torch.uint8) for _ in densities]
     matrix = tensor.reshape(rows, width)
     block = max(8, CHUNK // width // 8 * 8)  # whole bytes, wherever a row ends
     bits = []
     for density in densities:
-        quotas = torch.from_numpy(_quotas(density, start, width, rows))
+        quotas = torch.from_numpy(_quotas(density, start + shard.first, width, rows))
 
         def taken(quotas: Tensor = quotas) -> Iterator[Tensor]:
             for first in range(0, rows, block):
                 part = matrix[first : first + block].float()
-                if not torch.isfinite(part).all():
-                    raise _not_finite(name)
                 yield take_in_rows(order_keys(part, ranking), quotas[first : first + block])
 
         bits.append(_packed(tensor.numel(), taken()))

@@ -1,12 +1,12 @@
 """``GradientSums``: running fp32 sums of gradients and of their squares, dressed as an optimiser that moves nothing.
 
 As an optimiser it gives Lightning what it counts steps by and saves in checkpoints, so that attribution resumes like
-training does.
+training does. With several ranks each keeps its rows of every sum (:class:`~wagle_pl.attribution.shards.Shard`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Optional
@@ -15,24 +15,34 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from wagle_pl import distributed
+from wagle_pl.attribution.shards import Shard
+from wagle_pl.strategies.checkpoint import Part, ShardedCheckpoint
+
 
 class GradientSums(Optimizer):
     """Sums by name, one fp32 tensor a parameter and name, made when first used: four bytes a weight and name.
 
-    For fp32 parameters a sum of gradients *is* the gradient autograd accumulates into, so adding up costs nothing and
-    no second buffer exists. Gradients of narrower parameters, and those to be squared, are taken as soon as one
-    parameter's is whole, added in fp32, and freed before the next parameter's.
+    For fp32 parameters on one device a sum of gradients *is* the gradient autograd accumulates into, so adding up costs
+    nothing and no second buffer exists. Gradients of narrower parameters, of several ranks, and those to be squared,
+    are taken as soon as one parameter's is whole, added in fp32, and freed before the next parameter's.
 
     Args:
         params: the parameters.
+        names: their names, for checkpoints of shards.
     """
 
-    def __init__(self, params: Any) -> None:
+    def __init__(self, params: Any, names: Sequence[str] = ()) -> None:
         super().__init__(params, {})
+        self.names = list(names)
+        self.shards = [Shard(getattr(p, "ds_shape", p.shape)) for p in self.parameters]
         self.sums: dict[str, list[Tensor]] = {}
-        #: Running fp64 vectors and numbers of a parameter that do not have its shape: name -> parameter -> sum.
+        #: Sums over one step, not over the run; they are zero between steps.
+        self.step_sums: dict[str, list[Tensor]] = {}
+        #: Running fp64 vectors and numbers of a parameter that do not have its shape: name -> parameter -> this rank's
+        #: part of the sum.
         self.vectors: dict[str, dict[str, Tensor]] = {}
-        #: Small running numbers that belong to the sums (counts of examples, of batches, ...).
+        #: Small running numbers that belong to the sums (counts of examples, of batches, ...): this rank's part.
         self.counts: dict[str, float] = {}
 
     @property
@@ -40,43 +50,51 @@ class GradientSums(Optimizer):
         """The parameters, in order."""
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
+    @property
+    def spread(self) -> bool:
+        """Whether the parameters themselves are spread over ranks (ZeRO-3)."""
+        return any(hasattr(parameter, "ds_id") for parameter in self.parameters)
+
     def buffers(self, name: str) -> list[Tensor]:
-        """The sums of one name, in parameter order."""
-        if name not in self.sums:
-            self.sums[name] = [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters]
-        return self.sums[name]
+        """The sums of one name, in parameter order: this rank's rows of each."""
+        return self._buffers(self.sums, name)
+
+    def _buffers(self, where: dict[str, list[Tensor]], name: str) -> list[Tensor]:
+        if name not in where:
+            where[name] = [shard.zeros(p.device) for shard, p in zip(self.shards, self.parameters, strict=True)]
+        return where[name]
 
     @contextmanager
     def into(
-        self, total: Optional[str] = None, squares: Optional[str] = None, squared_norm: Optional[str] = None
+        self, total: Optional[str] = None, squares: Optional[str] = None, in_step: Optional[str] = None
     ) -> Iterator[None]:
         """Say where the gradients of the backward passes inside go; they may go to several places.
 
         Args:
             total: name of the sum each backward pass's gradient is added to.
             squares: name of the sum its elementwise square is added to.
-            squared_norm: name of the vectors each parameter's squared gradient norm is added to (one number each).
+            in_step: name of the sum over this step that it is added to, see :meth:`fold`.
         """
-        totals = self.buffers(total) if total else []
+        totals = [*([self.buffers(total)] if total else []),
+                  *([self._buffers(self.step_sums, in_step)] if in_step else [])]  # fmt: skip
         squared = self.buffers(squares) if squares else []
 
         @torch.no_grad()
         def take(position: int, parameter: nn.Parameter) -> None:
             """Add one parameter's gradient, whole now, to where it goes, and free it."""
             gradient, parameter.grad = parameter.grad.float(), None
-            if total:
-                totals[position].add_(gradient)
+            if totals:
+                shared = self.shards[position].scatter_sum(gradient)
+                for buffers in totals:
+                    buffers[position].add_(shared.to(buffers[position].device))
             if squares:
-                squared[position].addcmul_(gradient, gradient)
-            if squared_norm:
-                norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
-                self.add_vector(squared_norm, str(position), norm.square())
+                self.add(squared, position, gradient.square_())
 
         hooks = []
-        only_total = not (squares or squared_norm)
+        in_place = len(totals) == 1 and not squares and not distributed.together() and not self.spread
         for position, parameter in enumerate(self.parameters):
-            if only_total and parameter.dtype == torch.float32:
-                parameter.grad = totals[position]
+            if in_place and parameter.dtype == torch.float32:
+                parameter.grad = totals[0][position]
             else:
                 parameter.grad = None
                 hooks.append(parameter.register_post_accumulate_grad_hook(partial(take, position)))
@@ -87,6 +105,27 @@ class GradientSums(Optimizer):
                 hook.remove()
             for parameter in self.parameters:
                 parameter.grad = None
+
+    def add(self, buffers: Sequence[Tensor], position: int, whole: Tensor) -> None:
+        """Add the ranks' tensors of a parameter's shape to its sum; a meeting of all ranks."""
+        buffers[position].add_(self.shards[position].scatter_sum(whole).to(buffers[position].device))
+
+    @torch.no_grad()
+    def fold(self, name: str, squares: Optional[str] = None, squared_norm: Optional[str] = None) -> None:
+        """End a step: square what was summed over it, over all its micro-batches and ranks, and begin anew.
+
+        Args:
+            name: of the sum over the step.
+            squares: name of the sum its elementwise square is added to.
+            squared_norm: name of the vectors each parameter's squared norm is added to (one number each).
+        """
+        for position, gradient in enumerate(self.step_sums.get(name, [])):
+            if squares:
+                self.buffers(squares)[position].addcmul_(gradient, gradient)
+            if squared_norm:
+                norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+                self.add_vector(squared_norm, str(position), norm.square())
+            gradient.zero_()
 
     def count(self, name: str, amount: float) -> None:
         """Add to a running number."""
@@ -101,19 +140,60 @@ class GradientSums(Optimizer):
         """Move nothing; Lightning counts it."""
         return closure() if closure is not None else None
 
+    # -- over all ranks, and on disk ----------------------------------------------------------------------------------
+
+    def small(self) -> dict[str, Any]:
+        """Vectors and counts, summed over the ranks; a meeting of all ranks."""
+        vectors = {
+            name: {key: distributed.add_up(vector.clone()) for key, vector in sorted(by_parameter.items())}
+            for name, by_parameter in sorted(self.vectors.items())
+        }
+        counts = {n: float(distributed.add_up(torch.tensor(c).double())) for n, c in sorted(self.counts.items())}
+        return {"vectors": vectors, "counts": counts}
+
     def state_dict(self) -> dict[str, Any]:
-        """Sums, vectors and counts."""
-        return {"sums": self.sums, "vectors": self.vectors, "counts": self.counts}
+        """Sums, vectors and counts, whole, where they are on one device, and on the CPU of rank 0 if there are more."""
+        sums: dict[str, list[Tensor]] = {name: [] for name in self.sums}
+        for name, tensors in self.sums.items():
+            for shard, tensor in zip(self.shards, tensors, strict=True):
+                whole = shard.gather(tensor)
+                if not distributed.together():
+                    sums[name].append(whole)
+                elif distributed.rank() == 0:
+                    sums[name].append(whole.cpu())
+        return {"sums": sums, **self.small()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take sums, vectors and counts, to this device, without a change of dtype."""
-        devices = [parameter.device for parameter in self.parameters]
-        self.sums = {
-            name: [tensor.to(device) for tensor, device in zip(tensors, devices, strict=True)]
-            for name, tensors in state_dict["sums"].items()
-        }
+        for name, tensors in state_dict["sums"].items():
+            for shard, mine, whole in zip(self.shards, self.buffers(name), tensors, strict=True):
+                mine.copy_(shard.of(whole))
+        self._load_small(state_dict)
+
+    def _load_small(self, small: dict[str, Any]) -> None:
+        """Rank 0 goes on from what all ranks had together."""
+        first = distributed.rank() == 0
+        device = self.parameters[0].device
         self.vectors = {
-            name: {parameter: vector.to(devices[0]) for parameter, vector in vectors.items()}
-            for name, vectors in state_dict["vectors"].items()
-        }
-        self.counts = dict(state_dict["counts"])
+            name: {key: vector.to(device) if first else torch.zeros_like(vector, device=device)
+                   for key, vector in vectors.items()}
+            for name, vectors in small["vectors"].items()
+        }  # fmt: skip
+        self.counts = {name: count if first else 0.0 for name, count in small["counts"].items()}
+
+    def parts(self) -> Iterator[Part]:
+        """This rank's rows of every sum, for a checkpoint of shards."""
+        for name, tensors in self.sums.items():
+            for parameter, shard, tensor in zip(self.names, self.shards, tensors, strict=True):
+                if tensor.numel():
+                    read = partial(tensor.reshape, -1)
+                    yield Part(f"sum/{name}", parameter, shard.first, tensor.numel(), torch.float32, read)
+
+    def load(self, stored: ShardedCheckpoint) -> None:
+        """Take this rank's rows of every sum from a checkpoint that any number of ranks wrote."""
+        for key in stored.pieces:
+            buffers = self.buffers(key.removeprefix("sum/"))
+            for parameter, shard, tensor in zip(self.names, self.shards, buffers, strict=True):
+                if tensor.numel():
+                    tensor.copy_(stored.read(key, parameter, shard.first, tensor.numel()).view_as(tensor))
+        self._load_small(stored.common()["sums"])

@@ -258,9 +258,12 @@ class ShardedCheckpoint:
             models.assign(parameter, lambda name=name: self.weight(name))
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, found: Iterable[Fragment]) -> None:
-        """Set the fp32 weights and the state in this rank's flat partitions."""
+        """Set the fp32 weights, the state in this rank's flat partitions, and the options (learning rate, ...)."""
         found = list(found)
-        singles = self.common().get("single_states", {})
+        common = self.common()
+        singles = common["single_states"]
+        for group, stored in zip(optimizer.param_groups, common["param_groups"], strict=True):
+            group.update(stored)
         dense: dict[tuple[Tensor, str], Tensor] = {}
         for fragment in found:
             fragment.of(fragment.flat.data).copy_(self.read(WEIGHT, *fragment[:3]))

@@ -58,6 +58,7 @@ class ZeRO(DeepSpeedStrategy):
         stage: 1 shards the optimiser's state, 2 gradients too, 3 parameters too.
         offload_optimizer: keep the optimiser's state, and step, in CPU memory.
         offload_parameters: keep parameters in CPU memory (stage 3).
+        param_persistence_threshold: parameters of fewer numbers stay whole on every rank (stage 3).
         config: a DeepSpeed configuration, or the path of one in JSON, in place of all other options.
         logging_level: of DeepSpeed's own messages, as in Python's ``logging``.
         kwargs: see Lightning's strategy.
@@ -71,6 +72,7 @@ class ZeRO(DeepSpeedStrategy):
         stage: Literal[1, 2, 3] = 2,
         offload_optimizer: bool = False,
         offload_parameters: bool = False,
+        param_persistence_threshold: int = 100_000,
         config: Optional[Any] = None,
         logging_level: int = logging.ERROR,
         **kwargs: Any,
@@ -91,7 +93,8 @@ class ZeRO(DeepSpeedStrategy):
         zero = self.config.get("zero_optimization") or {}
         if any((zero.get(part) or {}).get("device") == "nvme" for part in ("offload_optimizer", "offload_param")):
             _need_async_io()
-        if zero:
+        if zero and config is None:
+            zero.setdefault("stage3_param_persistence_threshold", param_persistence_threshold)
             # torch's own optimisers are vectorised on CPUs; DeepSpeed's has to be compiled
             self.config.setdefault("zero_force_ds_cpu_optimizer", False)
 
@@ -148,8 +151,8 @@ class ZeRO(DeepSpeedStrategy):
             if any(word in str(error).lower() for word in ("jit load", "build", "compil", "ninja")):
                 raise WagleError(
                     f"DeepSpeed has to build a part of itself and cannot ({_first_line(error)}): install a compiler "
-                    "and ninja, then DS_BUILD_CPU_ADAM=1 pip install --no-cache-dir deepspeed; or use an optimizer that "
-                    "needs no building, e.g. --optimizer MaskedAdamW"
+                    "and ninja, then DS_BUILD_CPU_ADAM=1 pip install --no-cache-dir deepspeed; or use an optimizer "
+                    "that needs no building, e.g. --optimizer MaskedAdamW"
                 ) from error
             raise
 
@@ -189,6 +192,11 @@ class ZeRO(DeepSpeedStrategy):
             return optimizer.step(closure)
         return super().optimizer_step(optimizer, closure, model, **kwargs)
 
+    def release(self) -> None:
+        """Give back parameters that a backward pass of the module's own left whole on every rank (stage 3)."""
+        if self.zero_stage_3:
+            self.deepspeed_engine.optimizer.partition_all_parameters()
+
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -210,7 +218,8 @@ class ZeRO(DeepSpeedStrategy):
         found = self.fragments()
         singles = distributed.gather(files.single_states(self.base_optimizer, found).items())
         parts = [*files.of_optimizer(self.base_optimizer, found), *files.of_frozen(module.lm)]
-        files.save(path, parts, {**common, "single_states": dict(singles)}, module.lm)
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.base_optimizer.param_groups]
+        files.save(path, parts, {**common, "single_states": dict(singles), "param_groups": groups}, module.lm)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: Optional[bool] = None) -> dict[str, Any]:
         """Take weights, and when fitting the optimiser's state, back from a folder that any number of ranks wrote."""

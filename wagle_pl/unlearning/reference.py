@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from wagle_pl import distributed
 from wagle_pl.evaluation.likelihood import IGNORE, forward_answers, sequence_logprobs
 from wagle_pl.unlearning.hidden import capture
 from wagle_pl.utilities import WagleError, atomic_path
@@ -142,11 +143,14 @@ class FrozenCopy:
 
 
 def _pass(module: Any, stream: str) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """(rows, logits, labels) of every row of a stream once, under the module's current weights, without dropout."""
+    """(rows, logits, labels) of this rank's rows of a stream, under the module's current weights, without dropout.
+
+    Every row is some rank's, and a few may be two ranks'.
+    """
     training = module.lm.training
     module.lm.eval()
     with torch.no_grad(), module.trainer.precision_plugin.forward_context():
-        for batch in module.trainer.datamodule.stream_loader(stream):
+        for batch in module.trainer.datamodule.stream_loader(stream, shared=True):
             tensors = {k: v.to(module.device) for k, v in batch[stream].items()}
             output, labels = forward_answers(module.lm, tensors)
             yield tensors["row"].tolist(), output.logits, labels
@@ -166,6 +170,7 @@ def compute_reference(module: Any, stream: str) -> Tensor:
     values: dict[int, float] = {}
     for rows, logits, labels in _pass(module, stream):
         values.update(zip(rows, sequence_logprobs(logits, labels)[0].tolist(), strict=True))
+    values = dict(distributed.gather(values.items()))
     return torch.tensor([values[row] for row in range(len(values))])
 
 
@@ -176,6 +181,7 @@ def compute_top_k(module: Any, stream: str, k: int) -> TopK:
         mask = labels[:, 1:] != IGNORE
         batch = TopK.of(logits[:, :-1][mask], labels[:, 1:][mask], mask.sum(-1), k).to(torch.device("cpu"))
         found.update({row: batch.rows(torch.tensor([i])) for i, row in enumerate(rows)})
+    found = dict(distributed.gather(found.items()))
     ordered = [found[row] for row in range(len(found))]
     counts = torch.tensor([len(row.tail) for row in ordered])
     parts = (torch.cat([getattr(row, name) for row in ordered]) for name in ("ids", "logprobs", "tail"))
@@ -266,7 +272,7 @@ class References:
                                  "another model or precision: resume with what the run began with")  # fmt: skip
             return self._stored[name]["tensors"]
         path = folder / f"{key}.safetensors"
-        tensors = load_reference(path, key, rows)
+        tensors = distributed.from_rank_zero(lambda: load_reference(path, key, rows))
         if tensors is None:
             if self._resumed:
                 raise WagleError(f"the checkpoint has no reference log-probabilities of the {stream} rows, and the "

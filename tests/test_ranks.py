@@ -1,0 +1,305 @@
+"""Several ranks give the answer that one device gives: DDP and DeepSpeed ZeRO, on two processes over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks
+from safetensors.torch import load_file
+from torch import Tensor
+
+from wagle_pl.masks import WeightMask
+from wagle_pl.models import load_model
+
+pytest.importorskip("deepspeed")
+
+STRATEGIES = ["ddp", "zero1", "zero2", "zero3"]
+ZERO = STRATEGIES[1:]
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Two processes, for the whole session."""
+    running = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield running
+    running.stop()
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+def strategy(name: str, devices: int = 2) -> list[str]:
+    """Options of a strategy; ZeRO-3 so that no parameter of the tiny model stays whole."""
+    options = ["--trainer.accelerator", "cpu", "--trainer.devices", str(devices)]
+    if name.startswith("zero"):
+        options += ["--trainer.strategy", "ZeRO", "--trainer.strategy.stage", name[-1]]
+        options += ["--trainer.strategy.param_persistence_threshold", "0"]
+    elif name != "one":
+        options += ["--trainer.strategy", name]
+    return options
+
+
+@pytest.fixture
+def command(tiny_model: str, rows: dict[str, str]) -> Callable[..., list[str]]:
+    """Arguments of a fit of a module on the shared rows."""
+
+    def make(module: str, *options: Any, model: str = tiny_model, **named: Any) -> list[str]:
+        quiet = [part for name in ("enable_progress_bar", "enable_model_summary", "logger", "enable_checkpointing")
+                 for part in (f"--trainer.{name}", "false")]  # fmt: skip
+        named = {"trainer.max_steps": 10, "trainer.max_epochs": 20, **named}
+        files = ["--data", "ForgetRetainDataModule", "--data.forget", rows["forget"], "--data.retain", rows["retain"]]
+        given = [part for name, value in named.items() for part in (f"--{name}", str(value))]
+        return ["fit", "--model", module, "--model.model", model, *files, *quiet, *map(str, options), *given]
+
+    return make
+
+
+@pytest.fixture
+def run(ranks: Ranks, wagle: Any, command: Any) -> Callable[..., Any]:
+    """Fit with a strategy into the folder of its name: ``one`` in this process, others on the ranks."""
+
+    def fit(name: str, module: str, *options: Any, **named: Any) -> Path:
+        output = named.pop("output", name)
+        devices = named.pop("devices", 2)
+        arguments = command(module, "--model.output", output, *options, *strategy(name, 1 if name == "one" else devices),
+                            **named)  # fmt: skip
+        if name == "one":
+            wagle(*arguments, data=False)
+        else:
+            ranks(*arguments)
+        return Path(output)
+
+    return fit
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """What an exported model holds."""
+    return load_file(folder / "model.safetensors")
+
+
+def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    """The largest relative difference of a tensor."""
+    assert left.keys() == right.keys()
+    return max(float((left[n].double() - right[n].double()).norm() / left[n].double().norm()) for n in left)
+
+
+def frozen_moved(folder: Path, tiny_model: str, mask: WeightMask) -> int:
+    """How many frozen weights of an exported model are not the base's, bit for bit."""
+    before, after = weights(Path(tiny_model)), weights(folder)
+    return sum(int((before[n] != after[n])[~mask[n]].sum()) for n in mask)
+
+
+@pytest.fixture
+def mask(tiny_model: str) -> str:
+    """A mask file with the tensors of every kind: whole, compact, nearly dense, empty."""
+    model = load_model(tiny_model)
+    generator = torch.Generator().manual_seed(0)
+    densities = [1.0, 0.3, 0.9, 0.0, 0.5]
+    bools = {
+        name: torch.rand(p.shape, generator=generator) < densities[i % 5]
+        for i, (name, p) in enumerate(model.named_parameters())
+    }
+    return str(WeightMask.from_bools(bools).save("mask"))
+
+
+# -- training -----------------------------------------------------------------------------------------------------
+
+
+CASES = {
+    "finetune": ("FinetuneModule", {}),
+    "npo": ("UnlearnModule", {"model.objective": "NPO"}),
+    "po": ("UnlearnModule", {"model.objective": "PO", "trainer.gradient_clip_val": 0.5, "optimizer.weight_decay": 0.1}),
+    "checkpointing": ("UnlearnModule", {"model.objective": "GradDiff", "model.gradient_checkpointing": True}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_split_of_a_batch_does_not_matter(run: Any, wagle: Any, case: str):
+    """One device 1 x 8, accumulation 4 x 2, two devices 2 x 4, ZeRO with accumulation 2 x 2 x 2: the same weights."""
+    module, named = CASES[case]
+    options = ["--optimizer", "MaskedAdamW", "--optimizer.lr", "1e-3"]
+    if "model.objective" in named:
+        options = ["--model.objective", named["model.objective"], *options]
+    named = {k: v for k, v in named.items() if k != "model.objective"}
+    alone = weights(run("one", module, *options, **named, **{"data.batch_size": 8}))
+    accumulated = run("one", module, *options, output="accumulated", **named,
+                      **{"data.batch_size": 2, "trainer.accumulate_grad_batches": 4})  # fmt: skip
+    assert difference(alone, weights(accumulated)) < 1e-5
+    for name in STRATEGIES:
+        assert difference(alone, weights(run(name, module, *options, **named, **{"data.batch_size": 4}))) < 1e-5
+    for name in ("ddp", "zero2", "zero3"):
+        folder = run(name, module, *options, output=f"{name}-accumulated", **named,
+                     **{"data.batch_size": 2, "trainer.accumulate_grad_batches": 2})  # fmt: skip
+        assert difference(alone, weights(folder)) < 1e-5
+
+
+OPTIMIZERS = [
+    ["MaskedAdamW", "--optimizer.lr", "1e-3", "--optimizer.weight_decay", "0.1"],
+    ["AdamW", "--optimizer.lr", "1e-3", "--optimizer.weight_decay", "0.1"],
+    ["SGD", "--optimizer.lr", "1e-2", "--optimizer.momentum", "0.9", "--optimizer.weight_decay", "0.1"],
+    ["Sophia", "--optimizer.lr", "1e-4"],
+]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda options: options[0])
+def test_frozen_means_frozen(run: Any, tiny_model: str, mask: str, optimizer: list[str]):
+    """Not a bit of a frozen weight moves, whatever the strategy, and selected weights move as on one device."""
+    options = ["--model.objective", "GradDiff", "--model.mask", mask, "--optimizer", *optimizer]
+    named = {"trainer.gradient_clip_val": 1.0, "trainer.max_steps": 4}
+    alone = weights(run("one", "UnlearnModule", *options, **named, **{"data.batch_size": 8}))
+    for name in STRATEGIES:
+        folder = run(name, "UnlearnModule", *options, **named, **{"data.batch_size": 4})
+        assert frozen_moved(folder, tiny_model, WeightMask.load(mask)) == 0
+        assert difference(alone, weights(folder)) < 1e-5
+        record = json.loads((folder / "wagle.json").read_text())["lineage"][-1]
+        assert "bit-identical" in record["verified"]
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_frozen_means_frozen_in_bf16(run: Any, tiny_model: str, mask: str, name: str):
+    """The master weights are fp32; what was frozen comes out as it went in, rounded once when it was loaded."""
+    folder = run(name, "UnlearnModule", "--model.objective", "GradDiff", "--model.mask", mask, "--optimizer", "AdamW",
+                 "--optimizer.weight_decay", "0.1", **{"trainer.precision": "bf16-true", "data.batch_size": 4})  # fmt: skip
+    before, after, bits = weights(Path(tiny_model)), weights(folder), WeightMask.load(mask)
+    assert all(torch.equal(before[n].bfloat16()[~bits[n]], after[n].bfloat16()[~bits[n]]) for n in bits)
+    assert any((before[n].bfloat16() != after[n].bfloat16())[bits[n]].any() for n in bits)
+
+
+def test_more_ranks_than_rows(ranks: Ranks, command: Any):
+    answers = ranks(*command("FinetuneModule", "--data.limit_forget", "1", "--model.train_on", "forget",
+                             "--model.output", "x", *strategy("ddp")), code=2)  # fmt: skip
+    assert "2 devices share 1 forget rows" in answers[0]["error"]
+
+
+# -- attribution --------------------------------------------------------------------------------------------------
+
+
+MASKS = json.dumps(
+    [
+        {"score": "wagle", "density": 0.2},
+        {"score": "curvature", "density": 0.35},
+        {"score": "wanda", "density": 0.1, "scope": "row"},
+        {"score": "snip", "density": 0.25, "scope": "tensor"},
+        {"score": "gradient", "density": 0.3, "select": "low", "exclude": "embed"},
+        {"score": "random", "density": 0.5},
+        {"score": "fisher_ratio", "density": 0.2},
+        {"score": "Modules", "name": "mlp"},
+    ]
+).replace('{"score": "Modules"', '{"score": {"class_path": "Modules", "init_args": {"modules": ["mlp"]}}')
+
+
+def same_masks(left: Path, right: Path) -> bool:
+    """Whether two folders hold the same masks, bit for bit."""
+    names = sorted(path.name for path in left.glob("*.safetensors"))
+    assert names == sorted(path.name for path in right.glob("*.safetensors")) and names
+    masks = [(WeightMask.load(left / name), WeightMask.load(right / name)) for name in names]
+    return all(torch.equal(a.packed(n), b.packed(n)) for a, b in masks for n in a)
+
+
+@pytest.mark.parametrize("hessian", ["auto", "fisher", "hutchinson"])
+def test_one_mask_for_any_number_of_ranks(run: Any, hessian: str):
+    """The same global batch gives the same mask file, however it is cut; so do the scores on disk."""
+    named = {"model.masks": MASKS, "model.hessian": hessian, "trainer.max_epochs": 1, "trainer.max_steps": -1}
+    alone = run("one", "AttributionModule", **named, **{"data.batch_size": 8})
+    accumulated = run("one", "AttributionModule", output="accumulated", **named,
+                      **{"data.batch_size": 2, "trainer.accumulate_grad_batches": 4})  # fmt: skip
+    assert same_masks(alone, accumulated)
+    for name in STRATEGIES[: -1 if hessian == "hutchinson" else None]:
+        assert same_masks(alone, run(name, "AttributionModule", **named, **{"data.batch_size": 4}))
+
+
+def test_scores_of_several_ranks(run: Any):
+    from wagle_pl.attribution.stored import StoredScores
+
+    named = {"model.save_scores": "fp32", "trainer.max_epochs": 1, "trainer.max_steps": -1}
+    folders = [run(name, "AttributionModule", **named, **{"data.batch_size": size})
+               for name, size in (("one", 8), ("zero2", 4), ("zero3", 4))]  # fmt: skip
+    alone, *others = (dict(StoredScores(folder.with_suffix(".scores")).stream()) for folder in folders)
+    for other in others:
+        assert difference(alone, other) < 1e-5
+
+
+def test_hutchinson_needs_whole_parameters(ranks: Ranks, command: Any):
+    answers = ranks(*command("AttributionModule", "--model.hessian", "hutchinson", "--model.output", "x",
+                             *strategy("zero3")), code=2)  # fmt: skip
+    assert "ZeRO-3" in answers[0]["error"]
+
+
+# -- checkpoints --------------------------------------------------------------------------------------------------
+
+
+def checkpointing(every: int, folder: str) -> list[str]:
+    """Options that keep every checkpoint in a folder."""
+    callback = [{"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": every, "save_top_k": -1,
+                 "dirpath": folder, "filename": "{step}"}}]  # fmt: skip
+    return ["--trainer.enable_checkpointing", "true", "--trainer.callbacks", json.dumps(callback)]
+
+
+@pytest.mark.parametrize("name", ZERO)
+@pytest.mark.parametrize("optimizer", ["MaskedAdamW", "AdamW"])
+def test_resume(run: Any, mask: str, name: str, optimizer: str):
+    """Stopped and resumed under each stage: bit for bit the unbroken run's; with another number of ranks, to 1e-5."""
+    options = ["--model.objective", "NPO", "--model.mask", mask, "--optimizer", optimizer, "--optimizer.lr", "1e-3"]
+    named = {"data.batch_size": 4, "trainer.max_steps": 6}
+    whole = weights(run(name, "UnlearnModule", *options, *checkpointing(4, "kept"), output="whole", **named))
+    resumed = run(name, "UnlearnModule", *options, "--ckpt_path", "kept/step=4.ckpt", output="resumed", **named)
+    assert difference(whole, weights(resumed)) == 0
+    other = "zero1" if name == "zero3" else "zero3"
+    crossed = run(other, "UnlearnModule", *options, "--ckpt_path", "kept/step=4.ckpt", output="crossed", **named)
+    assert difference(whole, weights(crossed)) < 1e-5
+
+
+@pytest.fixture(scope="session")
+def lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """One process that runs DeepSpeed alone."""
+    running = Ranks(tmp_path_factory.mktemp("lone"), count=1)
+    yield running
+    running.stop()
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_another_number_of_ranks_resumes(ranks: Ranks, lone: Ranks, command: Any, mask: str, name: str):
+    """Two ranks' checkpoint goes on with one, one's with two, at the same global batch."""
+    options = ["--model.objective", "GradDiff", "--model.mask", mask, "--optimizer", "MaskedAdamW", "--optimizer.lr",
+               "1e-3"]  # fmt: skip
+
+    def fit(of: Ranks, output: str, *more: str) -> dict[str, Tensor]:
+        count = len(of.processes)
+        of(*command("UnlearnModule", "--model.output", output, *options, *more, *strategy(name, count),
+                    **{"data.batch_size": 8 // count, "trainer.max_steps": 6}))  # fmt: skip
+        return weights(Path(output))
+
+    two = fit(ranks, "two", *checkpointing(3, "kept-two"))
+    one = fit(lone, "one", *checkpointing(3, "kept-one"))
+    assert difference(one, two) < 1e-5
+    assert difference(two, fit(lone, "two-one", "--ckpt_path", "kept-two/step=3.ckpt")) < 1e-5
+    assert difference(one, fit(ranks, "one-two", "--ckpt_path", "kept-one/step=3.ckpt")) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero2", "zero3"])
+def test_attribution_resumes(ranks: Ranks, lone: Ranks, run: Any, command: Any, name: str):
+    named = {"model.masks": MASKS, "trainer.max_epochs": 1, "trainer.max_steps": -1, "data.batch_size": 2}
+    whole = run(name, "AttributionModule", *checkpointing(2, "kept"), output="whole", **named)
+    assert same_masks(whole, run(name, "AttributionModule", "--ckpt_path", "kept/step=2.ckpt", output="on", **named))
+    if name != "ddp":
+        named |= {"data.batch_size": 4}
+        lone(*command("AttributionModule", "--model.output", "alone", "--ckpt_path", "kept/step=2.ckpt",
+                      *strategy(name, 1), **named))  # fmt: skip
+        assert same_masks(whole, Path("alone"))
+
+
+def test_a_checkpoint_without_a_shard(ranks: Ranks, run: Any, command: Any):
+    run("zero3", "FinetuneModule", *checkpointing(2, "kept"), **{"trainer.max_steps": 2})
+    os.remove("kept/step=2.ckpt/rank-00001-of-00002.safetensors")
+    answers = ranks(*command("FinetuneModule", "--model.output", "x", "--ckpt_path", "kept/step=2.ckpt",
+                             *strategy("zero3")), code=2)  # fmt: skip
+    assert "lacks the shard rank-00001-of-00002.safetensors" in answers[0]["error"]
