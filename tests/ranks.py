@@ -1,7 +1,7 @@
-"""Two processes that run ``wagle`` commands together, over gloo, as torchrun would start them; started once for all tests.
+"""Processes that run ``wagle`` commands together, over gloo, as torchrun would start them; started once for all tests.
 
-As a script it is one of the processes: it takes commands on standard input, a JSON list of arguments a line, and answers
-each with a line: exit code, and what the command's module says of itself.
+As a script it is one of the processes: it takes commands on standard input, a JSON list of arguments a line, and
+answers each with a line: exit code, and what the command's module says of itself.
 """
 
 from __future__ import annotations

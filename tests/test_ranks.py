@@ -14,6 +14,7 @@ from ranks import Ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
+from wagle_pl import cli
 from wagle_pl.masks import WeightMask
 from wagle_pl.models import load_model
 
@@ -69,9 +70,8 @@ def run(ranks: Ranks, wagle: Any, command: Any) -> Callable[..., Any]:
 
     def fit(name: str, module: str, *options: Any, **named: Any) -> Path:
         output = named.pop("output", name)
-        devices = named.pop("devices", 2)
-        arguments = command(module, "--model.output", output, *options, *strategy(name, 1 if name == "one" else devices),
-                            **named)  # fmt: skip
+        devices = 1 if name == "one" else 2
+        arguments = command(module, "--model.output", output, *options, *strategy(name, devices), **named)
         if name == "one":
             wagle(*arguments, data=False)
         else:
@@ -168,7 +168,8 @@ def test_frozen_means_frozen(run: Any, tiny_model: str, mask: str, optimizer: li
 def test_frozen_means_frozen_in_bf16(run: Any, tiny_model: str, mask: str, name: str):
     """The master weights are fp32; what was frozen comes out as it went in, rounded once when it was loaded."""
     folder = run(name, "UnlearnModule", "--model.objective", "GradDiff", "--model.mask", mask, "--optimizer", "AdamW",
-                 "--optimizer.weight_decay", "0.1", **{"trainer.precision": "bf16-true", "data.batch_size": 4})  # fmt: skip
+                 "--optimizer.weight_decay", "0.1",
+                 **{"trainer.precision": "bf16-true", "data.batch_size": 4})  # fmt: skip
     before, after, bits = weights(Path(tiny_model)), weights(folder), WeightMask.load(mask)
     assert all(torch.equal(before[n].bfloat16()[~bits[n]], after[n].bfloat16()[~bits[n]]) for n in bits)
     assert any((before[n].bfloat16() != after[n].bfloat16())[bits[n]].any() for n in bits)
@@ -303,3 +304,45 @@ def test_a_checkpoint_without_a_shard(ranks: Ranks, run: Any, command: Any):
     answers = ranks(*command("FinetuneModule", "--model.output", "x", "--ckpt_path", "kept/step=2.ckpt",
                              *strategy("zero3")), code=2)  # fmt: skip
     assert "lacks the shard rank-00001-of-00002.safetensors" in answers[0]["error"]
+
+
+@pytest.mark.parametrize("name", ["one", "ddp", "zero2", "zero3"])
+def test_export(run: Any, mask: str, name: str, capsys: pytest.CaptureFixture[str]):
+    """A checkpoint of the last step becomes the folder that the run itself wrote, bit for bit."""
+    options = ["--model.objective", "GradDiff", "--model.mask", mask, *checkpointing(2, "kept")]
+    folder = run(name, "UnlearnModule", *options, **{"trainer.max_steps": 4, "data.batch_size": 4})
+    cli.main(["export", "kept/step=4.ckpt", "-o", "exported"])
+    assert capsys.readouterr().out.splitlines()[-1] == "model written to exported"
+    assert difference(weights(folder), weights(Path("exported"))) == 0
+    assert {path.name for path in Path("exported").iterdir()} == {path.name for path in folder.iterdir()}
+    assert load_model("exported").generation_config.to_dict() == load_model(str(folder)).generation_config.to_dict()
+
+
+def test_export_merges_an_adapter(run: Any):
+    pytest.importorskip("peft")
+    options = ["--model.objective", "GradDiff", "--model.adapter", "LoRA", *checkpointing(2, "kept")]
+    folder = run("one", "UnlearnModule", *options, **{"trainer.max_steps": 2, "data.batch_size": 4})
+    cli.main(["export", "kept/step=2.ckpt", "-o", "exported"])
+    assert difference(weights(folder), weights(Path("exported"))) < 1e-6
+
+
+def test_nothing_to_export(run: Any, tiny_model: str, capsys: pytest.CaptureFixture[str]):
+    named = {"trainer.max_epochs": 1, "trainer.max_steps": -1, "data.batch_size": 4}
+    for name, kept in (("one", "one-kept"), ("zero2", "two-kept")):
+        run(name, "AttributionModule", *checkpointing(1, kept), **named)
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["export", f"{kept}/step=1.ckpt", "-o", "exported"])
+        assert ended.value.code == 2 and "attribution moves none" in capsys.readouterr().err
+    Path("torn.ckpt").write_bytes(b"PK")
+    for argument, said in (("torn.ckpt", "no whole checkpoint"), ("missing.ckpt", "does not exist")):
+        with pytest.raises(SystemExit):
+            cli.main(["export", argument, "-o", "exported"])
+        assert said in capsys.readouterr().err
+    assert not Path("exported").exists()
+
+
+def test_a_plain_checkpoint_under_deepspeed(ranks: Ranks, run: Any, command: Any):
+    run("one", "FinetuneModule", *checkpointing(2, "kept"), **{"trainer.max_steps": 2})
+    answers = ranks(*command("FinetuneModule", "--model.output", "x", "--ckpt_path", "kept/step=2.ckpt",
+                             *strategy("zero2")), code=2)  # fmt: skip
+    assert "written without DeepSpeed" in answers[0]["error"]

@@ -47,7 +47,7 @@ def load_model(name: str, dtype: Optional[torch.dtype] = None, sharded: bool = F
         return _load_sharded(name)
     if (base := _adapted(name)) is not None:
         return _merged(load_model(base, dtype), name)
-    source, options = _locate(name)
+    source, options = locate(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.get_default_dtype(), **options)
     except (OSError, ValueError) as error:
@@ -65,7 +65,7 @@ def _load_sharded(name: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
 
-    source, options = _locate(name)
+    source, options = locate(name)
     if options or _adapted(name) is not None:
         raise WagleError(f"ZeRO-3 reads models in safetensors; {name} is none: write it as a folder first with "
                          f"wagle export {name} -o FOLDER")  # fmt: skip
@@ -105,7 +105,7 @@ def load_tokenizer(name: str) -> Any:
     """Load the tokenizer of a model (same names as :func:`load_model`); one without a pad token pads with EOS."""
     from transformers import AutoTokenizer
 
-    source, options = _locate(name)
+    source, options = locate(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
@@ -121,7 +121,7 @@ def checkpoint_dtype(name: str) -> Optional[torch.dtype]:
 
     if (base := _adapted(name)) is not None:
         return checkpoint_dtype(base)
-    source, options = _locate(name)
+    source, options = locate(name)
     dtype = AutoConfig.from_pretrained(source, **options).dtype
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
@@ -142,7 +142,7 @@ def _merged(base: Any, folder: str) -> Any:
     return PeftModel.from_pretrained(base, folder).merge_and_unload().requires_grad_(True)
 
 
-def _locate(name: str) -> tuple[str, dict[str, str]]:
+def locate(name: str) -> tuple[str, dict[str, str]]:
     """What to give ``from_pretrained``: source and options."""
     path = Path(name)
     if path.suffix == ".gguf" and path.is_file():
@@ -284,10 +284,16 @@ def save_sharded(
         Weight(name, dtype or parameter.dtype, tuple(parameter.ds_shape), partial(read, parameter))
         for name, parameter in parameters
     ]
-    persistent = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
-    weights += [Weight(n, b.dtype, tuple(b.shape), partial(torch.clone, b)) for n, b in persistent.items()]
+    buffers = persistent_buffers(model)
+    weights += [Weight(n, b.dtype, tuple(b.shape), partial(torch.clone, b)) for n, b in buffers.items()]
     model.config.architectures = [type(model).__name__]
     save_weights(weights, model.config, model.generation_config, tokenizer, folder, card, record, dtype)
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to a model's files."""
+    names = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in names}
 
 
 class Weight(NamedTuple):

@@ -11,7 +11,11 @@ from typing import NoReturn
 EXIT_BAD_INPUT = 2
 
 #: Command -> the module whose ``COMMANDS`` (verb -> function) it offers.
-COMMANDS = {"mask": "wagle_pl.commands.mask", "patch": "wagle_pl.commands.patch"}
+COMMANDS = {
+    "export": "wagle_pl.commands.export",
+    "mask": "wagle_pl.commands.mask",
+    "patch": "wagle_pl.commands.patch",
+}
 
 
 def fail(message: str) -> NoReturn:

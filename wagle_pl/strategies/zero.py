@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from wagle_pl import distributed
+from wagle_pl import distributed, models
 from wagle_pl.strategies import checkpoint as files
 from wagle_pl.strategies.fragments import fragments
 from wagle_pl.utilities import WagleError
@@ -212,6 +212,7 @@ class ZeRO(DeepSpeedStrategy):
         path = Path(self.broadcast(filepath))
         module = self.lightning_module
         common = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
+        common["buffers"] = models.persistent_buffers(module.lm)
         if not self.moves_weights:
             files.save(path, self.optimizers[0].parts(), {**common, "sums": self.optimizers[0].small()}, module.lm)
             return

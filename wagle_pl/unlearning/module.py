@@ -142,8 +142,10 @@ class FinetuneModule(EvaluationModule):
     # -- resume -------------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep torch's random state, which dropout draws from, so that a resumed run equals an unbroken one."""
+        """Keep torch's random state, which dropout draws from, so that a resumed run equals an unbroken one; and what
+        the model is made from, for ``wagle export``."""
         checkpoint["rng_state"] = torch.get_rng_state()
+        checkpoint["model"] = {"name": self.model_name, "record": self.record()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the random state back, when training starts."""

@@ -1,0 +1,139 @@
+"""A checkpoint turned into a model folder, on one CPU, a tensor at a time."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from wagle_pl import models
+from wagle_pl.strategies import ShardedCheckpoint
+from wagle_pl.unlearning.card import model_card
+from wagle_pl.utilities import WagleError, refuse_existing
+
+PREFIX = "lm."  # of the language model's weights in a LightningModule's state
+
+
+class Stored(NamedTuple):
+    """A checkpoint's weights, not read yet.
+
+    Attributes:
+        shapes: name -> shape.
+        dtypes: name -> dtype.
+        read: gives one of them.
+        about: what the run said of itself: ``name`` of its base model, and the ``record`` of a model folder.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype]
+    read: Callable[[str], Tensor]
+    about: Mapping[str, Any]
+
+
+def export(path: str | Path, output: str | Path, model: Optional[str] = None, overwrite: bool = False) -> Path:
+    """Write a model folder from a checkpoint, or from a model in another format.
+
+    Args:
+        path: a checkpoint: a file, or a folder that ranks under DeepSpeed wrote; or a GGUF file, a folder of an
+            adapter, a hub id: these are loaded whole.
+        output: folder to write, in Hugging Face format.
+        model: where the run's base model is now, for configuration and tokenizer, if no longer where it was.
+        overwrite: replace an existing output.
+
+    Raises:
+        WagleError: if there is no such checkpoint, it holds no language model's weights, or its base is gone.
+    """
+    refuse_existing(Path(output), overwrite, "--overwrite true")
+    path = Path(path)
+    if path.is_dir() and (path / "index.json").is_file():
+        stored = _of_shards(path)
+    elif path.is_file() and path.suffix != ".gguf":
+        stored = _of_file(path)
+    else:
+        return _convert(str(path), output)
+    return _write(stored, path, output, model)
+
+
+def _convert(name: str, output: str | Path) -> Path:
+    """Write a model of another format as a folder; it is loaded whole."""
+    if name.endswith(".ckpt"):
+        raise WagleError(f"checkpoint {name} does not exist")
+    lm = models.load_model(name)
+    lm.to(models.checkpoint_dtype(name))
+    record = models.read_record(name) or {"format_version": 1, "lineage": []}
+    card = model_card(record) if record["lineage"] else f"# A copy\n\nOf `{name}`, in Hugging Face format.\n"
+    return models.save_model(lm, models.load_tokenizer(name), output, card, record)
+
+
+def _of_shards(path: Path) -> Stored:
+    checkpoint = ShardedCheckpoint(path)
+    common = checkpoint.common()
+    buffers = common.get("buffers", {})
+    shapes = {**checkpoint.shapes, **{name: tuple(buffer.shape) for name, buffer in buffers.items()}}
+    if "model" not in common or not checkpoint.pieces.get("weight"):
+        raise WagleError(f"checkpoint {path} holds no weights: attribution moves none")
+    dtypes = {**dict.fromkeys(checkpoint.shapes, torch.float32), **{n: b.dtype for n, b in buffers.items()}}
+    return Stored(shapes, dtypes, lambda n: buffers[n] if n in buffers else checkpoint.weight(n), common["model"])
+
+
+def _of_file(path: Path) -> Stored:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    except (RuntimeError, OSError, pickle.UnpicklingError, EOFError) as error:
+        raise WagleError(f"{path} is no whole checkpoint: {str(error).splitlines()[0]}") from None
+    state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
+    state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
+    if not state or "model" not in checkpoint:
+        raise WagleError(f"checkpoint {path} holds no weights of a language model (attribution moves none)")
+    first: dict[tuple[int, tuple[int, ...]], str] = {}
+    for name, tensor in state.items():
+        first.setdefault((tensor.data_ptr(), tuple(tensor.shape)), name)  # tied weights are written once
+    state = {name: state[name] for name in first.values()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return Stored(shapes, {n: t.dtype for n, t in state.items()}, state.__getitem__, checkpoint["model"])
+
+
+def _write(stored: Stored, path: Path, output: str | Path, model: Optional[str]) -> Path:
+    from transformers import AutoConfig, GenerationConfig
+
+    base, record = model or stored.about["name"], stored.about["record"]
+    try:
+        source, options = models.locate(base)
+        config = AutoConfig.from_pretrained(source, **options)
+        tokenizer = models.load_tokenizer(base)
+        dtype = models.checkpoint_dtype(base)
+    except (WagleError, OSError, ValueError) as error:
+        raise WagleError(f"checkpoint {path}: its base model {base} cannot be read ({error}); "
+                         "say where it is: --model") from None  # fmt: skip
+    try:
+        generation = GenerationConfig.from_pretrained(source)
+    except OSError:
+        generation = None  # the model has none of its own
+    adapter = record["lineage"][-1].get("adapter")
+    weights = [
+        models.Weight(name, dtype or stored.dtypes[whole], stored.shapes[whole], partial(_read, stored, whole, adapter))
+        for name, whole in _names(stored.shapes).items()
+    ]
+    if hasattr(config, "quantization_config"):  # of a GGUF base: these weights are plain
+        del config.quantization_config
+    return models.save_weights(weights, config, generation, tokenizer, output, model_card(record), record, dtype)
+
+
+def _names(shapes: Mapping[str, Any]) -> dict[str, str]:
+    """Names in the model folder -> names in the checkpoint, without those of an adapter."""
+    return {name.replace(".base_layer.", "."): name for name in shapes if ".lora_" not in name}
+
+
+def _read(stored: Stored, name: str, adapter: Optional[Mapping[str, Any]]) -> Tensor:
+    """A weight; an adapter's (alpha / r) B A is added to it."""
+    weight = stored.read(name)
+    layer = name.removesuffix("base_layer.weight")
+    if layer == name or f"{layer}lora_A.default.weight" not in stored.shapes:
+        return weight
+    a, b = (stored.read(f"{layer}lora_{part}.default.weight").float() for part in "AB")
+    return weight.float() + (b @ a) * (adapter["alpha"] / adapter["r"])
