@@ -33,7 +33,9 @@ class Ranks:
             port = free.getsockname()[1]
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),
                   "LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_RUN_ID": "tests", "OMP_NUM_THREADS": "1",
-                  "GROUP_RANK": "0", "DS_ACCELERATOR": "cpu"}  # fmt: skip
+                  "GROUP_RANK": "0", "DS_ACCELERATOR": "cpu",
+                  "MALLOC_MMAP_THRESHOLD_": "131072",  # tensors that are freed leave the process: peaks can be compared
+                  }  # fmt: skip
         self.logs = [folder / f"rank-{rank}.log" for rank in range(count)]
         self.processes = [
             subprocess.Popen(
@@ -93,6 +95,8 @@ def serve() -> None:
         folder, *args = json.loads(line)
         os.chdir(folder)
         answer: dict[str, Any] = {"code": 0, "error": None}
+        before = _memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         try:
             done = cli.run(cli.expand_bases(args))
             answer["metrics"] = getattr(done.model, "metrics", None)
@@ -103,8 +107,15 @@ def serve() -> None:
                 import traceback
 
                 traceback.print_exc()
+        answer["peak"] = _memory("VmHWM") - before
         sys.stderr.flush()
         print(ANSWER + json.dumps(answer), flush=True)
+
+
+def _memory(field: str) -> int:
+    """Bytes, as Linux counts them for this process."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
@@ -13,7 +14,7 @@ from typing import Any, Optional
 
 import yaml
 
-from wagle_pl.commands import COMMANDS, fail
+from wagle_pl.commands import COMMANDS, EXIT_BAD_INPUT, fail
 from wagle_pl.utilities import WagleError
 
 
@@ -37,8 +38,13 @@ def main(args: Optional[Sequence[str]] = None) -> None:
             run(expand_bases(args))
     except Exception as error:
         mistake = _mistake_in(error)
-        if mistake is None:
+        if mistake is None and not _lost_a_rank(error):
             raise
+        if mistake is None:
+            fail(f"another rank of this run has ended, so this one ends too ({_first_line(error)[:200]}); the last "
+                 "checkpoint is whole: resume with --ckpt_path", code=1)  # fmt: skip
+        if _told_by_rank_zero():
+            raise SystemExit(EXIT_BAD_INPUT) from None
         fail(str(mistake))
 
 
@@ -83,6 +89,31 @@ def _mistake_in(error: Optional[BaseException]) -> Optional[WagleError]:
     while error is not None and not isinstance(error, WagleError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def _lost_a_rank(error: Optional[BaseException]) -> bool:
+    """Whether an error says that a rank did not come to a meeting."""
+    while error is not None:
+        said = str(error)
+        network = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
+        if network or any(words in said for words in ("Connection closed by peer", "Connection reset by peer")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _told_by_rank_zero(seconds: float = 10.0) -> bool:
+    """Whether the process that started this rank has ended meanwhile: with the same mistake, which it has told."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        return False
+    parent, deadline = os.getppid(), time.monotonic() + seconds
+    while os.getppid() == parent and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return os.getppid() != parent
 
 
 def expand_bases(args: Sequence[str]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from typing import Any, Optional
 
 import lightning as L
@@ -84,6 +86,8 @@ class _Factory:
         self.init = init
 
     def __call__(self, target: Any) -> Optimizer | LRScheduler:
-        from lightning.pytorch.cli import instantiate_class
-
-        return instantiate_class((target,), self.init.as_dict())
+        init = self.init.as_dict()
+        module, _, name = init["class_path"].rpartition(".")
+        cls = getattr(importlib.import_module(module), name)
+        first = next(iter(inspect.signature(cls).parameters))  # whatever the class calls its target
+        return cls(target, **{k: v for k, v in (init.get("init_args") or {}).items() if k != first})

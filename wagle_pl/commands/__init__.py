@@ -15,10 +15,11 @@ COMMANDS = {
     "export": "wagle_pl.commands.export",
     "mask": "wagle_pl.commands.mask",
     "patch": "wagle_pl.commands.patch",
+    "plan": "wagle_pl.commands.plan",
 }
 
 
-def fail(message: str) -> NoReturn:
-    """Print one line and exit with code 2."""
+def fail(message: str, code: int = EXIT_BAD_INPUT) -> NoReturn:
+    """Print one line and exit."""
     print(f"wagle: error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(EXIT_BAD_INPUT)
+    raise SystemExit(code)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -110,9 +112,11 @@ class ZeRO(DeepSpeedStrategy):
         if not isinstance(self.accelerator, CPUAccelerator):
             super().setup_environment()
             return
+        import deepspeed.ops
         from deepspeed.accelerator import get_accelerator, set_accelerator
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would have to be compiled; gloo will do
         if get_accelerator().device_name() != "cpu":
             set_accelerator(CPU_Accelerator())
         self.accelerator.setup_device(self.root_device)
@@ -125,9 +129,26 @@ class ZeRO(DeepSpeedStrategy):
         if self.cluster_environment is not None and not self.cluster_environment.creates_processes_externally:
             _end_with_parent(self.local_rank)
 
+    def _format_batch_size_and_grad_accum_config(self) -> None:
+        super()._format_batch_size_and_grad_accum_config()
+        fixed = self.config.get("train_batch_size")
+        micro, steps = self.config["train_micro_batch_size_per_gpu"], self.config["gradient_accumulation_steps"]
+        if fixed is not None and fixed != micro * steps * self.world_size:
+            raise WagleError(f"DeepSpeed's configuration has train_batch_size {fixed}, but {self.world_size} devices "
+                             f"with data.batch_size {micro} and accumulate_grad_batches {steps} make "
+                             f"{micro * steps * self.world_size}: leave train_batch_size out")  # fmt: skip
+
     def _auto_select_batch_size(self) -> int:
         """What DeepSpeed reports throughput by: rows a rank and micro-batch, if the data module says."""
         return getattr(self.lightning_module.trainer.datamodule, "batch_size", None) or 1
+
+    @contextmanager
+    def model_sharded_context(self) -> Generator[None, None, None]:
+        """Parameters made inside are spread over the ranks at once (stage 3)."""
+        import torch._dynamo  # noqa: F401  its first import does not work inside: the context replaces torch's functions
+
+        with super().model_sharded_context():
+            yield
 
     # -- the engine ---------------------------------------------------------------------------------------------------
 
@@ -145,9 +166,7 @@ class ZeRO(DeepSpeedStrategy):
             return
         try:
             super().init_deepspeed()
-        except AssertionError as error:
-            raise WagleError(f"DeepSpeed's configuration: {' '.join(str(error).split())}") from error
-        except RuntimeError as error:
+        except (RuntimeError, subprocess.CalledProcessError) as error:
             if any(word in str(error).lower() for word in ("jit load", "build", "compil", "ninja")):
                 raise WagleError(
                     f"DeepSpeed has to build a part of itself and cannot ({_first_line(error)}): install a compiler "
