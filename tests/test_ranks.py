@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from ranks import Ranks
@@ -346,3 +347,24 @@ def test_a_plain_checkpoint_under_deepspeed(ranks: Ranks, run: Any, command: Any
     answers = ranks(*command("FinetuneModule", "--model.output", "x", "--ckpt_path", "kept/step=2.ckpt",
                              *strategy("zero2")), code=2)  # fmt: skip
     assert "written without DeepSpeed" in answers[0]["error"]
+
+
+# -- test ---------------------------------------------------------------------------------------------------------
+
+
+def test_wagle_test_on_several_ranks(ranks: Ranks, wagle: Any, tiny_model: str, rows: dict[str, str]):
+    """The same numbers and generations for any number of ranks; sharded generation under ZeRO-3 included."""
+    sets = json.dumps({"forget": rows["forget_test"], "retain": rows["retain_test"]})
+    common = ["test", "--model", "EvaluationModule", "--model.model", tiny_model, "--model.max_new_tokens", "12",
+              "--data", "ForgetRetainDataModule", "--data.forget", rows["forget"], "--data.retain", rows["retain"],
+              "--data.test", sets, "--data.test_batch_size", "2", "--trainer.logger", "false",
+              "--trainer.enable_progress_bar", "false"]  # fmt: skip
+    wagle(*common, "--model.output", "one", *strategy("one", 1), data=False)
+    expected = json.loads(Path("one/metrics.json").read_text())
+    texts = pq.read_table("one/forget.parquet").to_pydict()
+    assert expected and len(texts["generation"]) == 5
+    for name in STRATEGIES:
+        ranks(*common, "--model.output", name, *strategy(name))
+        found = json.loads((Path(name) / "metrics.json").read_text())
+        assert found == pytest.approx(expected, rel=1e-4)
+        assert pq.read_table(f"{name}/forget.parquet").to_pydict()["generation"] == texts["generation"]

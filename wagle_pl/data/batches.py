@@ -202,6 +202,26 @@ def deal_batches(batches: Sequence[T], world_size: int, rank: int) -> list[T]:
     return [batches[i % len(batches)] for i in range(rank, each * world_size, world_size)]
 
 
+class DealtBatches(DistributedSampler):
+    """Batches of row indices that are this rank's already; a subclass of torch's sampler so that Lightning adds none.
+
+    Args:
+        batches: see :func:`deal_batches`.
+    """
+
+    def __init__(self, batches: Sequence[Sequence[int]]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        return iter(self.batches)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Nothing changes from epoch to epoch."""
+
+
 def token_batches(lengths: Sequence[int], max_rows: int, max_tokens: Optional[int] = None) -> list[list[int]]:
     """Group rows of similar length for a pass without gradients.
 

@@ -15,6 +15,7 @@ import lightning as L
 from torch.utils.data import DataLoader
 
 from wagle_pl.data.batches import (
+    DealtBatches,
     Draw,
     GlobalBatchSampler,
     ResumableLoader,
@@ -363,7 +364,8 @@ class TestBatches:
         lengths = [max(len(tokens["input_ids"]) for _, tokens in candidates) for candidates in self._encoded]
         batches = token_batches(lengths, self.data.test_batch_size)
         trainer = self.data.trainer
-        return DataLoader(self, sampler=deal_batches(batches, trainer.world_size, trainer.global_rank), batch_size=None)
+        dealt = DealtBatches(deal_batches(batches, trainer.world_size, trainer.global_rank))
+        return DataLoader(self, sampler=dealt, batch_size=None)
 
     def __len__(self) -> int:
         return len(self.rows)
