@@ -176,6 +176,41 @@ def test_frozen_means_frozen_in_bf16(run: Any, tiny_model: str, mask: str, name:
     assert any((before[n].bfloat16() != after[n].bfloat16())[bits[n]].any() for n in bits)
 
 
+OBJECTIVES = {
+    "KL": [],
+    "RMU": ["--model.objective.layer", "1"],
+    "L1Sparse": ["--model.objective.alpha", "1e-3"],
+    "RandomLabel": [],
+    "DPO": ["--model.objective.retain_weight", "linear:2->0.5"],
+    "LoRA": [],
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_objectives_of_other_kinds(run: Any, ranks: Ranks, command: Any, objective: str):
+    """Whole predictions, hidden states, penalties, draws, adapters: as on one device, or refused under ZeRO-3."""
+    options = ["--model.objective", objective, *OBJECTIVES[objective]]
+    if objective == "LoRA":
+        pytest.importorskip("peft")
+        options = ["--model.objective", "GradDiff", "--model.adapter", "LoRA"]
+    options += ["--optimizer", "MaskedAdamW", "--optimizer.lr", "1e-3"]
+    named = {"trainer.max_steps": 4}
+    alone = weights(run("one", "UnlearnModule", *options, **named, **{"data.batch_size": 8}))
+    for name in ("ddp", "zero2"):
+        assert (
+            difference(alone, weights(run(name, "UnlearnModule", *options, **named, **{"data.batch_size": 4}))) < 1e-5
+        )
+    named |= {"model.output": "x", "data.batch_size": 4}
+    if objective in ("KL", "RMU", "L1Sparse", "LoRA"):
+        (said, _) = ranks(*command("UnlearnModule", *options, *strategy("zero3"), **named), code=2)
+        assert "ZeRO-3" in said["error"]
+    if objective == "KL":
+        options = ["--model.objective", "KL", "--model.reference_logits", "top_k"]
+        alone = weights(run("one", "UnlearnModule", *options, output="few", **{"data.batch_size": 8}))
+        spread = run("zero3", "UnlearnModule", *options, output="few-spread", **{"data.batch_size": 4})
+        assert difference(alone, weights(spread)) < 1e-5
+
+
 def test_more_ranks_than_rows(ranks: Ranks, command: Any):
     answers = ranks(*command("FinetuneModule", "--data.limit_forget", "1", "--model.train_on", "forget",
                              "--model.output", "x", *strategy("ddp")), code=2)  # fmt: skip

@@ -267,6 +267,7 @@ class UnlearnModule(FinetuneModule):
         """Load the model and the mask, check that they belong together, and freeze what the mask leaves out."""
         if self.lm is not None:
             return
+        self._check_strategy()
         super().configure_model()
         fits = self.trainer.state.fn == "fit"
         if fits:
@@ -274,6 +275,16 @@ class UnlearnModule(FinetuneModule):
         self._restrict()
         if fits:
             self._copy_theta0()
+
+    def _check_strategy(self) -> None:
+        """Refuse what needs parameters whole where ZeRO-3 spreads them over ranks."""
+        if not is_sharded(self.trainer.strategy):
+            return
+        if self.adapter is not None:
+            raise WagleError("an adapter does not work under ZeRO-3; use another stage")
+        if type(self.objective).penalty is not Objective.penalty:
+            raise WagleError(f"objective {type(self.objective).__name__} has a penalty on the weights, which ZeRO-3 "
+                             "spreads over ranks; use another stage")  # fmt: skip
 
     def _restrict(self) -> None:
         """Add the adapter, or freeze what the mask leaves out."""
