@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -337,12 +337,9 @@ class _Batches:
 class TestBatches:
     """Batches of one test set, rows of similar length together.
 
-    Each batch is a dict: ``rows`` (list of row indices), ``examples`` (the raw rows), ``prompts`` (left-padded batch to
-    generate from), ``candidates`` (right-padded batch with labels of every answer to score), ``owner`` (position in
-    ``rows`` of each candidate) and ``kind`` (``answer``, ``paraphrased_answer`` or ``perturbed_answer``).
+    Each batch is a dict: ``rows`` (list of row indices) and ``examples`` (the rows themselves).
     """
 
-    KINDS = ("answer", "paraphrased_answer", "perturbed_answer")
     __test__ = False  # not a pytest class, whatever its name
 
     def __init__(self, data: ForgetRetainDataModule, name: str) -> None:
@@ -350,18 +347,10 @@ class TestBatches:
         self.rows = data.rows(f"test/{name}")
         if self.rows is None:
             raise WagleError(f"test set {name!r} has no rows: give its file under data.test")
-        self._encoded = [self._encode(row) for row in self.rows]
-
-    def _encode(self, row: Row) -> list[tuple[str, dict[str, list[int]]]]:
-        encode = self.data.template.encode
-        candidates = [("answer", encode(row))]
-        if row.get("paraphrased_answer"):
-            candidates.append(("paraphrased_answer", encode(row, row["paraphrased_answer"])))
-        return candidates + [("perturbed_answer", encode(row, text)) for text in row.get("perturbed_answer") or []]
 
     def loader(self) -> DataLoader:
         """Batches for this rank, as many as for any other: a few may be another rank's too."""
-        lengths = [max(len(tokens["input_ids"]) for _, tokens in candidates) for candidates in self._encoded]
+        lengths = [len(json.dumps(row, default=str)) for row in self.rows]
         batches = token_batches(lengths, self.data.test_batch_size)
         trainer = self.data.trainer
         dealt = DealtBatches(deal_batches(batches, trainer.world_size, trainer.global_rank))
@@ -371,17 +360,4 @@ class TestBatches:
         return len(self.rows)
 
     def __getitem__(self, rows: Sequence[int]) -> dict[str, Any]:
-        import torch
-
-        flat = [(position, *pair) for position, row in enumerate(rows) for pair in self._encoded[row]]
-        prompts: list[Mapping[str, list[int]]] = [
-            {"input_ids": self.data.template.encode_prompt(self.rows[row])} for row in rows
-        ]
-        return {
-            "rows": list(rows),
-            "examples": [self.rows[row] for row in rows],
-            "prompts": collate(prompts, self.data.pad_id, left=True),
-            "candidates": collate([tokens for _, _, tokens in flat], self.data.pad_id),
-            "owner": torch.tensor([position for position, _, _ in flat]),
-            "kind": torch.tensor([self.KINDS.index(kind) for _, kind, _ in flat]),
-        }
+        return {"rows": list(rows), "examples": [self.rows[row] for row in rows]}
