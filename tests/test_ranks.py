@@ -384,6 +384,13 @@ def test_a_plain_checkpoint_under_deepspeed(ranks: Ranks, run: Any, command: Any
     assert "written without DeepSpeed" in answers[0]["error"]
 
 
+def test_a_deepspeed_checkpoint_without_deepspeed(run: Any, command: Any, fails: Any):
+    run("zero2", "FinetuneModule", *checkpointing(2, "kept"), **{"trainer.max_steps": 2})
+    told = fails(*command("FinetuneModule", "--model.output", "x", "--ckpt_path", "kept/step=2.ckpt",
+                          *strategy("one", 1)), data=False)  # fmt: skip
+    assert "written under DeepSpeed: add --trainer.strategy" in told
+
+
 # -- test ---------------------------------------------------------------------------------------------------------
 
 

@@ -7,16 +7,21 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AttributionModule": "attribution",
+    "CopyrightDataModule": "data",
+    "DetoxDataModule": "data",
     "EvaluationModule": "evaluation",
     "FinetuneModule": "unlearning",
     "ForgetRetainDataModule": "data",
+    "MUSEDataModule": "data",
     "Objective": "unlearning",
     "PeopleDataModule": "data",
     "Score": "attribution",
     "TOFUDataModule": "data",
     "UnlearnModule": "unlearning",
+    "WMDPDataModule": "data",
     "WagleError": "utilities",
     "WeightMask": "masks",
+    "ZeRO": "strategies",
 }
 
 __all__ = [*_HOME, "__version__"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from pathlib import Path
 from typing import Any, Optional
 
 import lightning as L
@@ -17,6 +18,8 @@ import wagle_pl.evaluation
 import wagle_pl.unlearning  # noqa: F401  the imports make the classes known by their short names
 from wagle_pl.commands import COMMANDS
 from wagle_pl.commands.parser import OneLineErrors
+from wagle_pl.strategies import is_zero
+from wagle_pl.utilities import WagleError
 
 DESCRIPTION = (
     "Make a language model forget: fit fine-tunes, attributes or unlearns, as --model says; test measures. "
@@ -68,6 +71,15 @@ class WagleCLI(LightningCLI):
             init = self._get(self.config_init, option)
             if init and hasattr(self.model, attribute):
                 setattr(self.model, attribute, _Factory(init))
+
+    def _check_checkpoint(self) -> None:
+        """Say how a checkpoint that ranks wrote is read, if this run cannot."""
+        path = self._get(self.config, "ckpt_path")
+        if path and Path(path).is_dir() and not is_zero(self.trainer.strategy):
+            raise WagleError(f"checkpoint {path} was written under DeepSpeed: add --trainer.strategy "
+                             "deepspeed_stage_2 (any stage and number of devices), or turn it into a model with wagle export")  # fmt: skip
+
+    before_fit = before_validate = before_test = before_predict = _check_checkpoint
 
     def before_instantiate_classes(self) -> None:
         """Make the configuration ready for records."""
