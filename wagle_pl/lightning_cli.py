@@ -77,7 +77,8 @@ class WagleCLI(LightningCLI):
         path = self._get(self.config, "ckpt_path")
         if path and Path(path).is_dir() and not is_zero(self.trainer.strategy):
             raise WagleError(f"checkpoint {path} was written under DeepSpeed: add --trainer.strategy "
-                             "deepspeed_stage_2 (any stage and number of devices), or turn it into a model with wagle export")  # fmt: skip
+                             "deepspeed_stage_2 (any stage and number of devices will do), or turn it into a model "
+                             "with wagle export")  # fmt: skip
 
     before_fit = before_validate = before_test = before_predict = _check_checkpoint
 
