@@ -254,6 +254,37 @@ def test_one_mask_for_any_number_of_ranks(run: Any, hessian: str):
         assert same_masks(alone, run(name, "AttributionModule", **named, **{"data.batch_size": 4}))
 
 
+OWN_SCORES = """
+from wagle_pl.attribution import Score
+
+class Coarse(Score):
+    needs = ()
+    by_row = True
+
+    def __call__(self, w):
+        return (w.theta * 30).round()
+
+class Whole(Score):
+    needs = ("g_f",)
+
+    def __call__(self, w):
+        return w.g_f / w.g_f.norm()
+"""
+
+
+def test_ties_and_whole_parameters(run: Any, monkeypatch: pytest.MonkeyPatch):
+    """Ties are cut at the same weight wherever ranks part a tensor; a score may look at whole parameters."""
+    Path("own_scores.py").write_text(OWN_SCORES)
+    monkeypatch.syspath_prepend(os.getcwd())
+    masks = [{"score": "own_scores.Coarse", "density": d, "scope": scope, "name": f"coarse-{scope}-{d}"}
+             for d in (0.03, 0.21, 0.5, 0.77) for scope in ("global", "tensor", "row")]  # fmt: skip
+    named = {"model.masks": json.dumps([*masks, {"score": "own_scores.Whole", "density": 0.3}]),
+             "trainer.max_epochs": 1, "trainer.max_steps": -1}  # fmt: skip
+    alone = run("one", "AttributionModule", **named, **{"data.batch_size": 8})
+    for name in ("ddp", "zero3"):
+        assert same_masks(alone, run(name, "AttributionModule", **named, **{"data.batch_size": 4}))
+
+
 def test_scores_of_several_ranks(run: Any):
     from wagle_pl.attribution.stored import StoredScores
 
