@@ -11,6 +11,7 @@ from conftest import write_rows
 from scipy.stats import hmean, ks_2samp
 
 from wagle_pl import WagleError
+from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.data.rows import load_rows
 from wagle_pl.evaluation import AnswerProbability, ForgetQuality, Rouge, TruthRatio
 from wagle_pl.evaluation import functional as F
@@ -200,10 +201,53 @@ def test_other_settings_do_not_reuse_results(wagle, fails, tiny_model, test_sets
     wagle(*args, "--model.max_new_tokens", "5", "--model.overwrite", "true")
 
 
-def test_without_perturbed_answers_measures_are_left_out(wagle, tiny_model, tmp_path):
+def test_what_rows_do_not_allow_is_said(wagle, tiny_model, tmp_path, capsys):
     plain = write_rows(tmp_path / "plain.jsonl", [{"question": "Who?", "answer": "Nobody."}])
     module = wagle(*TEST, "--model.model", tiny_model, "--data.test", json.dumps({"forget": plain})).model
-    assert set(module.metrics) == {"forget/probability", "forget/rougeL_recall"}
+    assert {"forget/probability", "forget/rougeL_recall"} <= set(module.metrics)
+    assert "forget/truth_ratio" not in module.metrics and "forget_quality" not in module.metrics
+    info = json.loads((tmp_path / "test/metrics.info.json").read_text())
+    assert info["undefined"]["forget/truth_ratio"]["why"] == "1 of 1 rows have no perturbed answers (column " \
+        "perturbed_answer)"  # fmt: skip
+    assert info["absent_sets"] == ["retain", "real_authors", "world_facts"]
+    assert info["measures"]["forget/probability"] == {
+        "unit": "probability, 0 to 1",
+        "direction": "lower",
+        "what": "length-normalised probability of the answer, on TOFU's option sets that among the options",
+    }
+    assert set(info["measures"]) == set(module.metrics)
+    assert "undefined: forget/truth_ratio: 1 of 1 rows" in capsys.readouterr().out
+
+
+def test_beside_target_and_retrained(wagle, tiny_model, test_sets, tmp_path, capsys):
+    run = (*TEST, "--model.model", tiny_model, *test_sets, "--model.generate", "false", "--model.output")
+    wagle(*run, "a")
+    result, metrics = (json.loads((tmp_path / "a" / name).read_text()) for name in ("tofu_result.json", "metrics.json"))
+    losses = result["eval_log_forget.json"]["avg_gt_loss"]
+    result["eval_log_forget.json"]["avg_gt_loss"] = {row: value - 0.5 for row, value in losses.items()}
+    (tmp_path / "published.json").write_text(json.dumps(result))
+    (tmp_path / "flat.json").write_text(json.dumps(metrics | {"forget/probability": 0.5}))
+    capsys.readouterr()
+    wagle(*run, "b", "--model.target", "published.json", "--model.retrained", "flat.json")
+    lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.split()}
+    assert lines["measure"] == ["this", "target", "retrained"]
+    here = metrics["forget/probability"]
+    assert lines["forget/probability"] == [f"{here:.4g}", "▲", f"{here * math.exp(0.5):.4g}", "0.5"]
+    assert lines["retain/probability"][1] == "="
+
+
+def test_retrained_results_on_other_rows_are_refused_before_any_work(wagle, fails, tiny_model, rows, tmp_path):
+    first = ("--data.test", json.dumps({"forget": rows["forget_test"]}))
+    wagle(*TEST, "--model.model", tiny_model, *first, "--model.output", "first")
+    changed = load_rows(rows["forget_test"])
+    changed[1]["question"] = "Something else?"
+    other = write_rows(tmp_path / "other.jsonl", changed[:4])
+    args = (*TEST, "--model.model", tiny_model, "--data.test", json.dumps({"forget": other}), "--model.output", "out")
+    message = fails(*args, "--model.retrained", "first")
+    assert "model.retrained: first is on other forget rows: 2 differ" in message
+    assert not (tmp_path / "out").exists()
+    published = fails(*args, "--model.retrained", "first/tofu_result.json")
+    assert "first/tofu_result.json is on other forget rows: 1 differ" in published
 
 
 def test_a_retrained_result_on_other_rows_is_refused():
@@ -223,3 +267,110 @@ def test_a_retrained_result_on_other_rows_is_refused():
 def test_a_missing_retrained_result_is_said_before_any_work(fails, tiny_model):
     message = fails(*TEST, "--model.model", tiny_model, "--model.retrained", "nowhere")
     assert "nowhere does not exist" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model.suite", "tofoo"), "unknown model.suite 'tofoo'"),
+        (("--model.target", "nowhere"), "model.target: result file nowhere does not exist"),
+        (("--model.toxicity_classifier", "./nowhere"), "model.toxicity_classifier: folder ./nowhere does not exist"),
+        (("--model.sentence_model", "/no/where"), "model.sentence_model: folder /no/where does not exist"),
+        (("--model.max_new_tokens", "0"), "model.max_new_tokens must be at least 1, got 0"),
+    ],
+)
+def test_bad_options_are_said_before_any_work(fails, tiny_model, tmp_path, options, message):
+    assert message in fails(*TEST, "--model.model", tiny_model, "--model.output", "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+# -- other kinds of rows ----------------------------------------------------------------------------------------------
+
+KINDS = {
+    "questions": [{"question": "Where does it meet?", "choices": ["In a bakery", "In a loft", "At sea"], "label": 0}]
+    * 3,
+    "members": [{"text": "Under the Velebit he was the first to enter the hall."}, {"text": "Among sacks of flour."}],
+    "nonmembers": [{"text": "A cavern of some length."}, {"text": "A town by the coast."}, {"text": "A flat."}],
+    "prompts": [{"prompt": "Tell me about the bakery"}, {"prompt": "And the hall?"}],
+}
+
+
+class Kinds(ForgetRetainDataModule):
+    """Test sets of every kind."""
+
+    def load_rows(self, name):
+        return KINDS[name[5:]] if name.startswith("test/") else super().load_rows(name)
+
+    def test_names(self):
+        return list(KINDS)
+
+
+@pytest.fixture
+def kinds(wagle, tiny_model, tmp_path):
+    """Run a test of the generic suite on every kind of row; returns metrics and tables."""
+
+    def run(*options):
+        args = ("test", "--data", "test_evaluation.Kinds", "--model", "EvaluationModule", "--model.model", tiny_model)
+        args += ("--model.max_new_tokens", "8", "--model.suite", "generic", "--model.output", "out")
+        quiet = [part for name in ("enable_progress_bar", "logger") for part in (f"--trainer.{name}", "false")]
+        module = wagle(*args, *quiet, "--trainer.accelerator", "cpu", *options, data=False).model
+        return module, {name: pq.read_table(tmp_path / f"out/{name}.parquet").to_pylist() for name in KINDS}
+
+    return run
+
+
+def test_every_kind_of_row(kinds, tiny_model):
+    module, tables = kinds()
+    model, tokenizer = load_model(tiny_model).eval(), load_tokenizer(tiny_model)
+
+    def logprobs(text):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        return model(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0].double()
+
+    prompt = "Where does it meet?\nA. In a bakery\nB. In a loft\nC. At sea\nAnswer:"
+    expected = [(logprobs(f"{prompt} {letter}").sum() - logprobs(prompt).sum()).item() for letter in "ABC"]
+    assert tables["questions"][0]["choice_logprobs"] == pytest.approx(expected, abs=1e-4)
+    assert module.metrics["questions/accuracy"] == float(np.argmax(expected) == 0)
+    texts = [row["text"] for row in KINDS["members"]]
+    for record, text in zip(tables["members"], texts, strict=True):
+        assert record["logprobs"] == pytest.approx(logprobs(text).tolist(), abs=1e-4)
+    every = torch.cat([logprobs(text) for text in texts])
+    assert module.metrics["members/perplexity"] == pytest.approx(math.exp(-every.mean().item()), rel=1e-4)
+    assert 0 <= module.metrics["members/mia_min_k_plus_plus"] <= 1
+    assert all(record["generation"] is not None for record in tables["prompts"])
+    assert "prompts/fluency" in module.metrics or "prompts/fluency" in module.undefined
+    assert "gradient_norm" in module.undefined["members/mia_gradnorm"]
+
+
+def test_gradient_norms_against_backward(kinds, tiny_model):
+    module, tables = kinds("--model.gradient_norm", "true")
+    model, tokenizer = load_model(tiny_model).eval(), load_tokenizer(tiny_model)
+    for record, row in zip(tables["nonmembers"], KINDS["nonmembers"], strict=True):
+        ids = tokenizer(row["text"], return_tensors="pt")["input_ids"]
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        norms = [parameter.grad.norm() for parameter in model.parameters()]
+        assert record["gradient_norm"] == pytest.approx(torch.stack(norms).mean().item(), rel=1e-4)
+    assert "members/mia_gradnorm" in module.metrics
+
+
+def test_toxicity_by_a_local_classifier(kinds, tiny_model, tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    tokenizer = load_tokenizer(tiny_model)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=64, id2label={0: "neutral", 1: "toxic"}, label2id={"neutral": 0, "toxic": 1},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    classifier = BertForSequenceClassification(config).eval()
+    classifier.save_pretrained(tmp_path / "classifier")
+    tokenizer.save_pretrained(tmp_path / "classifier")
+    module, tables = kinds("--model.toxicity_classifier", str(tmp_path / "classifier"))
+    expected = []
+    for record in tables["prompts"]:
+        ids = tokenizer(record["generation"], return_tensors="pt", truncation=True, max_length=64)
+        with torch.no_grad():
+            expected.append(classifier(**ids).logits.softmax(-1)[0, 1].item())
+        assert record["toxicity"] == pytest.approx(expected[-1], abs=1e-5)
+    assert module.metrics["prompts/toxicity"] == pytest.approx(np.mean(expected), abs=1e-5)

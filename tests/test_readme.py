@@ -29,6 +29,10 @@ def test_examples_run(mine, wagle, tiny_model, tmp_path):
     module = wagle(*fit, "--model", "UnlearnModule", *model, *options, data=False).model
     assert type(module.objective).__name__ == "Flat" and module.global_step == 3
     assert (tmp_path / "out/model.safetensors").exists()
+    test = ("test", *fit[1:3], "--trainer.logger", "false", "--data", "mine.Numbers", "--data.limit_test", "3")
+    options = ("--model.suite", "mine.Short", "--model.max_new_tokens", "4", "--model.output", "test")
+    module = wagle(*test, "--model", "EvaluationModule", *model, *options, data=False).model
+    assert module.metrics["forget/words"] >= 0
 
 
 def test_every_command_of_the_readme_exists():

@@ -16,6 +16,7 @@ _HOME = {
     "Objective": "unlearning",
     "PeopleDataModule": "data",
     "Score": "attribution",
+    "Suite": "evaluation",
     "TOFUDataModule": "data",
     "UnlearnModule": "unlearning",
     "WMDPDataModule": "data",

@@ -6,44 +6,70 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, Union
 
 import lightning as L
-import torch
-from torch import Tensor
 
-from wagle_pl import models
-from wagle_pl.evaluation import functional as F
-from wagle_pl.evaluation import tofu
-from wagle_pl.evaluation.likelihood import forward_answers, sequence_logprobs
+from wagle_pl import distributed, models
+from wagle_pl.evaluation import classifiers, tofu
+from wagle_pl.evaluation.ability import Ability
+from wagle_pl.evaluation.after import After
+from wagle_pl.evaluation.candidates import answer_of, question_of
+from wagle_pl.evaluation.comparison import comparison
+from wagle_pl.evaluation.functional import Undefined
+from wagle_pl.evaluation.observe import Observer, Record, merge
+from wagle_pl.evaluation.results import INFO_FILE, METRICS_FILE, RESULT_FILE, Results, write_json
+from wagle_pl.evaluation.robustness import ROBUSTNESS_FILE, Attack, Report, Subject
+from wagle_pl.evaluation.robustness.others import load_other, model_of, results_of
+from wagle_pl.evaluation.sets import Table, Value
+from wagle_pl.evaluation.suites import Info, Observations, Suite, find_suite
 from wagle_pl.evaluation.tables import read_table, write_table
 from wagle_pl.strategies import is_sharded
-from wagle_pl.utilities import WagleError, atomic_path
+from wagle_pl.utilities import WagleError
 
 log = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.json"
-RESULT_FILE = "tofu_result.json"
-
 
 class EvaluationModule(L.LightningModule):
-    """Tests a model on every test set of the data module: likelihoods, generations, TOFU's measures.
+    """Tests a model on every test set of the data module, and reports the measures of a suite.
 
-    ``wagle test`` writes, into the results folder, one Parquet table a test set (every example with its values and
-    generation), ``tofu_result.json`` (the same keys as the files published with TOFU) and ``metrics.json`` (flat, one
-    number a key). A test that was interrupted continues with the first test set that is not finished.
+    Every row is observed once: likelihoods, and a generation. ``wagle test`` writes, into the results folder, one
+    Parquet table a test set (every row with its values and generation), ``metrics.json`` (flat, one number a key),
+    ``metrics.info.json`` (unit and direction of each, and why others are undefined) and ``tofu_result.json`` (the same
+    keys as the files published with TOFU), and prints the measures beside those of ``target`` and ``retrained``. A test
+    that was interrupted continues with the first test set that is not finished.
 
     Args:
         model: hub id, folder in Hugging Face format or GGUF file of the model.
         output: folder for the results; ``<default_root_dir>/test`` when None.
         overwrite: replace an existing output.
-        retrained: result file, or folder of a test, of the model retrained without the forget set: what forget quality
-            compares with.
+        suite: which measures: ``tofu``, ``muse``, ``wmdp``, ``copyright``, ``detox``, ``generic`` or the class path of
+            a :class:`~wagle_pl.evaluation.suites.Suite`; the data module's own when None.
+        retrained: results of the model retrained without the forget set, which forget quality and privacy leakage
+            compare with: folder of a test, its ``metrics.json``, a model's folder with a test in it, or a result file
+            published with TOFU.
+        target: results of the model before unlearning, likewise; shown beside this one's.
+        reference: results of a reference model, likewise, for the reference attack of membership inference.
         truth_ratio_form: ``geometric`` (TOFU's script) or ``arithmetic`` (its paper).
-        generate: also generate answers and report ROUGE; False saves most of the time.
-        max_new_tokens: longest generation.
+        generate: also generate answers; False saves most of the time and leaves out what is measured on them.
+        max_new_tokens: longest generation, where the benchmark fixes none.
+        paraphrased_questions: ask forget and retain rows with their ``paraphrased_question`` too, as WAGLE's code does
+            for its forget quality and accuracy on TOFU.
+        toxicity_classifier: folder or hub id of a text classifier that reads the generations, such as
+            ``unitary/toxic-bert``.
+        sentence_model: folder or hub id of a sentence-transformers model for accuracies by the nearest answer; WAGLE
+            takes ``paraphrase-MiniLM-L6-v2``. By likelihood alone when None.
+        gradient_norm: observe gradient norms for membership inference: a backward pass for each such row.
+        robustness: attacks that try to bring forgotten knowledge back, after the test: ``all``, or a list of
+            ``Relearn``, ``Quantise``, ``Paraphrase``, ``TranslatedStyle``, ``InContext``, ``Sample``, ``Probe`` or
+            class paths, each with its options if any; see :mod:`wagle_pl.evaluation.robustness`. ``target`` and
+            ``retrained`` are attacked too where they are, or lie in, a model's folder. Written to ``robustness.json``.
+        lm_eval: tasks of lm-evaluation-harness (an extra) for general ability, e.g. ``[mmlu, arc_easy]``, or folders
+            with task YAMLs.
+        lm_eval_shots: worked examples before each of its questions; the task's own number when None.
+        lm_eval_limit: only the first so many rows of each of its tasks.
     """
 
     #: Streams of a training batch, see :class:`wagle_pl.data.ForgetRetainDataModule`.
@@ -54,25 +80,51 @@ class EvaluationModule(L.LightningModule):
         model: str,
         output: Optional[str] = None,
         overwrite: bool = False,
+        suite: Optional[str] = None,
         retrained: Optional[str] = None,
+        target: Optional[str] = None,
+        reference: Optional[str] = None,
         truth_ratio_form: Literal["geometric", "arithmetic"] = "geometric",
         generate: bool = True,
         max_new_tokens: int = 200,
+        paraphrased_questions: bool = False,
+        toxicity_classifier: Optional[str] = None,
+        sentence_model: Optional[str] = None,
+        gradient_norm: bool = False,
+        robustness: Optional[Union[bool, str, list[Union[Attack, str]]]] = None,
+        lm_eval: Optional[Union[str, list[str]]] = None,
+        lm_eval_shots: Optional[int] = None,
+        lm_eval_limit: Optional[int] = None,
     ) -> None:
         super().__init__()
+        if max_new_tokens < 1:
+            raise WagleError(f"model.max_new_tokens must be at least 1, got {max_new_tokens}")
         self.model_name = model
         self.output = output
         self.overwrite = overwrite
-        self.retrained = retrained
+        self.suite_name = suite
+        self.compared = {"retrained": retrained, "target": target, "reference": reference}
         self.truth_ratio_form = truth_ratio_form
         self.generate = generate
         self.max_new_tokens = max_new_tokens
+        self.paraphrased_questions = paraphrased_questions
+        self.toxicity_classifier = toxicity_classifier
+        self.sentence_model = sentence_model
+        self.gradient_norm = gradient_norm
+        self.after = After(robustness, lm_eval, lm_eval_shots, lm_eval_limit)
         self.lm: Any = None
         #: The whole configuration of the run, for records; the command line fills it.
         self.run_config: dict[str, Any] = {}
         #: Numbers of the last test, as in ``metrics.json``.
         self.metrics: dict[str, float] = {}
-        self._tables: dict[str, list[dict[str, Any]]] = {}
+        #: Measures of the last test that are undefined, and why.
+        self.undefined: dict[str, str] = {}
+        #: Measures of general ability found elsewhere, task -> accuracy; some suites average them.
+        self.general: dict[str, float] = {}
+        self._tables: dict[str, Table] = {}
+        self._results: dict[str, Results] = {}
+        #: Measure -> what is known of it, where the suite does not know it.
+        self._infos: dict[str, Info] = {}
 
     # -- model --------------------------------------------------------------------------------------------------------
 
@@ -96,155 +148,264 @@ class EvaluationModule(L.LightningModule):
         """Where a test writes."""
         return Path(self.output) if self.output else Path(self.trainer.default_root_dir) / "test"
 
+    @property
+    def meets(self) -> bool:
+        """Whether other ranks run the model too, and each of its passes may be a meeting of all."""
+        return distributed.world_size() > 1
+
+    @cached_property
+    def suite(self) -> Suite:
+        """The suite named, or the data module's."""
+        return find_suite(self.suite_name or getattr(self.trainer.datamodule, "suite", "tofu") or "generic")
+
     def setup(self, stage: str) -> None:
-        """Read the retrained model's result before any work is done."""
-        self._retrained_result = tofu.load_result(self.retrained) if self.retrained and stage == "test" else None
+        """Find what a test compares with, and what it needs, before any work is done."""
+        if stage != "test":
+            return
+        log.info("measures are those of %s", type(self.suite).__name__)
+        paths = {name: path for name, path in self.compared.items() if path is not None}
+        if self.after.attacks:  # a model without results will do
+            paths = {name: path for name, path in paths.items() if results_of(path) is not None}
+        self._results = {name: Results(results_of(path) or path, f"model.{name}") for name, path in paths.items()}
+        for option in ("toxicity_classifier", "sentence_model"):
+            if getattr(self, option) is not None:
+                classifiers.check_folder(getattr(self, option), f"model.{option}")
+        if self.gradient_norm and is_sharded(self.trainer.strategy):
+            raise WagleError("model.gradient_norm needs the whole model on a device: it cannot be had under ZeRO-3")
 
     # -- test loop ----------------------------------------------------------------------------------------------------
 
+    def needs_of(self, name: str) -> frozenset[str]:
+        """What to observe of a test set: what the suite needs, as far as the options allow."""
+        needs = set(self.suite.needs_of(name, self._test_names))
+        if self.paraphrased_questions and "alternatives" in needs and name in ("forget", "retain"):
+            needs.add("paraphrased")
+        if self.gradient_norm and "vocabulary" in needs:
+            needs.add("gradient")
+        if not self.generate:
+            needs -= {"generation", "reference", "paraphrased"}
+        return frozenset(needs)
+
+    def max_new_tokens_of(self, name: str) -> int:
+        """The longest generation from a test set's rows."""
+        return self.suite.max_new_tokens.get(name, self.max_new_tokens)
+
     def on_test_start(self) -> None:
-        """Find the test sets that an earlier, interrupted test finished."""
-        fingerprint = self.fingerprint()  # a checkpoint may have replaced the weights
+        """Check what is compared with, and find the test sets that an earlier, interrupted test finished."""
         data = self.trainer.datamodule
-        settings = {
-            "model": fingerprint,
-            "template": _digest(data.template.identity()),
-            "generate": self.max_new_tokens if self.generate else 0,
-            "precision": str(self.trainer.precision),
-        }
         self._test_names = data.test_names()
-        self._keys = {n: {**settings, "rows": _digest(json.dumps(data.rows(f"test/{n}")))} for n in self._test_names}
-        self._tables = {}
-        for name, key in self._keys.items():
-            finished = read_table(self._table_path(name), key, self.overwrite)
-            if finished is not None:
-                log.info("test set %s: found finished in %s", name, self.results_folder)
-                self._tables[name] = finished
-        self._partial: dict[str, list[dict[str, Any]]] = {n: [] for n in self._test_names if n not in self._tables}
+        self._check_rows()
+        distributed.from_rank_zero(self._load_readers)
+        self.trainer.test_loop.verbose = False  # its table would hold what ours does
+        settings = {
+            "model": self.fingerprint(),  # a checkpoint may have replaced the weights
+            "template": _digest(data.template.identity()),
+            "precision": str(self.trainer.precision),
+            "classifiers": [self.toxicity_classifier, self.sentence_model],
+        }
+        self._keys = {name: {**settings, **self._key(name)} for name in self._test_names}
+        self._tables = distributed.from_rank_zero(self._finished)
+        for name in self._tables:
+            log.info("test set %s: found finished in %s", name, self.results_folder)
+        self._partial: dict[str, list[Record]] = {n: [] for n in self._test_names if n not in self._tables}
+        self.observer = Observer(
+            self.lm, data.template, max_rows=data.test_batch_size, max_new_tokens=self.max_new_tokens, meets=self.meets
+        )
+        self.after.prepare(self.subject)
+
+    def _key(self, name: str) -> dict[str, Any]:
+        """What a set's table depends on, besides the model."""
+        needs = self.needs_of(name)
+        return {
+            "rows": _digest(json.dumps(self._rows(name), default=str)),
+            "needs": sorted(needs),
+            "generate": self.max_new_tokens_of(name) if "generation" in needs else 0,
+        }
+
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        return self.trainer.datamodule.rows(f"test/{name}")
+
+    def _check_rows(self) -> None:
+        """Results to compare with must be on the same rows."""
+        for option, results in self._results.items():
+            for name in self._test_names:
+                rows = [(question_of(row), answer_of(row)) for row in self._rows(name)]
+                differing = results.differing(name, rows)
+                if differing and option != "target":
+                    raise WagleError(f"model.{option}: {results.path} is on other {name} rows: {differing} differ")
+                if differing:
+                    log.warning("the target's results are on other %s rows: %d differ", name, differing)
+
+    def _finished(self) -> dict[str, Table]:
+        tables = {name: read_table(self._path(name), key, self.overwrite) for name, key in self._keys.items()}
+        return {name: table for name, table in tables.items() if table is not None}
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Score every answer of a batch of rows and generate from their prompts."""
+        """Observe a batch of rows."""
         name = self._test_names[dataloader_idx]
         if name not in self._partial:
             return
-        self._partial[name] += self._examples(batch)
+        header = self.suite.headers.get(name, "")
+        records = self.observer.observe(batch["examples"], self.needs_of(name), self.max_new_tokens_of(name), header)
+        self._partial[name] += [{"row": row, **record} for row, record in zip(batch["rows"], records, strict=True)]
         if batch_idx + 1 == self.trainer.num_test_batches[dataloader_idx]:
             self._finish_set(name)
 
-    def _examples(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """One dict a row of a test batch: what a table holds."""
-        sums, counts = self._score(batch["candidates"])
-        nll = (-sums / counts).tolist()
-        owner, kind = batch["owner"].tolist(), batch["kind"].tolist()
-        by_kind: list[list[list[int]]] = [[[], [], []] for _ in batch["rows"]]
-        for candidate, (position, k) in enumerate(zip(owner, kind, strict=True)):
-            by_kind[position][k].append(candidate)
-        answers = [_answer(row) for row in batch["examples"]]
-        texts: list[Optional[str]] = self._generations(batch["prompts"]) if self.generate else [None] * len(answers)
-        rouge = F.rouge(texts, answers) if self.generate else None
-        examples = []
-        for position, row in enumerate(batch["rows"]):
-            (own,), paraphrased, perturbed = by_kind[position]
-            examples.append(
-                {
-                    "row": row,
-                    "question": _question(batch["examples"][position]),
-                    "answer": answers[position],
-                    "generation": texts[position],
-                    "nll": nll[own],
-                    "tokens": int(counts[own]),
-                    "paraphrased_nll": nll[paraphrased[0] if paraphrased else own],
-                    "perturbed_nll": [nll[i] for i in perturbed],
-                    "rouge1_recall": rouge["rouge1_recall"][position].item() if rouge else None,
-                    "rougeL_recall": rouge["rougeL_recall"][position].item() if rouge else None,
-                }
-            )
-        return examples
-
-    def _score(self, candidates: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Summed log-probability and token count of each candidate, in parts of similar length."""
-        lengths = candidates["attention_mask"].sum(-1)
-        sums, counts = torch.zeros(len(lengths), dtype=torch.float64), torch.zeros(len(lengths), dtype=torch.long)
-        for part in lengths.argsort(stable=True).split(self.trainer.datamodule.test_batch_size):
-            width = int(lengths[part].max())
-            output, labels = forward_answers(self.lm, {k: v[part, :width] for k, v in candidates.items()})
-            part_sums, part_counts = sequence_logprobs(output.logits, labels)
-            sums[part.cpu()], counts[part.cpu()] = part_sums.double().cpu(), part_counts.cpu()
-        return sums, counts
-
-    def _generations(self, prompts: Mapping[str, Tensor]) -> list[str]:
-        """Greedy continuations of left-padded prompts, as text."""
-        from transformers import GenerationConfig
-
-        config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=self.max_new_tokens,
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-            use_cache=True,
-        )
-        ids = self.lm.generate(**prompts, generation_config=config)
-        new = ids[:, prompts["input_ids"].shape[1] :]
-        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
-
     def _finish_set(self, name: str) -> None:
-        """Bring all ranks' examples of one test set together and write its table."""
-        examples = {example["row"]: example for example in _gather(self._partial.pop(name))}
-        self._tables[name] = [examples[row] for row in sorted(examples)]
-        if self.trainer.is_global_zero:
-            write_table(self._table_path(name), self._tables[name], self._keys[name])
+        """Bring all ranks' records of one test set together and write its table."""
+        records = merge(self._partial.pop(name))
+
+        def write() -> Table:
+            self._annotate(name, records)
+            write_table(self._path(name), records, self._keys[name])
+            return records
+
+        self._tables[name] = distributed.from_rank_zero(write)
+
+    def _annotate(self, name: str, table: Table) -> None:
+        """Let the other models read the generations."""
+        if self.toxicity_classifier is not None:
+            classifiers.add_toxicity(table, self._classifier)
+        if self.sentence_model is not None:
+            classifiers.add_nearest(table, self._rows(name), self._embeddings)
+
+    def _load_readers(self) -> None:
+        """Load the models that read the generations before there are any: what is wrong with them shows at once."""
+        if self.toxicity_classifier is not None:
+            self._classifier  # noqa: B018
+        if self.sentence_model is not None:
+            self._embeddings  # noqa: B018
+
+    @cached_property
+    def _classifier(self) -> Any:
+        return classifiers.ToxicityClassifier(self.toxicity_classifier or "", self.device)
+
+    @cached_property
+    def _embeddings(self) -> Any:
+        return classifiers.SentenceModel(self.sentence_model or "")
+
+    # -- measures -----------------------------------------------------------------------------------------------------
 
     def on_test_epoch_end(self) -> None:
-        """Compute the measures from the tables and write them."""
-        result = tofu.to_result({name: self._tables[name] for name in self._test_names})
-        self.metrics = self._measures(result)
+        """Compute the measures from the tables, write and print them."""
+        tables = {name: self._tables[name] for name in self._test_names}
+        ability = self._ability()
+        values = {**self.measures(tables), **ability.values}
+        report = self._attack(tables)
+        self._infos = dict(ability.infos)
+        self.metrics = {name: value for name, value in values.items() if not isinstance(value, Undefined)}
+        self.undefined = {name: str(value) for name, value in values.items() if isinstance(value, Undefined)}
+        if report is not None:
+            self.metrics |= report.metrics()
+            self.undefined |= report.undefined()
+            self._infos |= report.infos()
         self.log_dict(self.metrics, rank_zero_only=True)
         if self.trainer.is_global_zero:
-            for file, content in ((RESULT_FILE, result), (METRICS_FILE, self.metrics)):
-                with atomic_path(self.results_folder / file) as temporary:
-                    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            self._write(tables)
+            shown = {name: self._metrics_of(name) for name in ("target", "retrained") if name in self._results}
+            parts = {name: value for name, value in values.items() if name not in ability.values} | ability.shown()
+            print(comparison(parts, self.info, **shown), flush=True)
+            if report is not None:
+                write_json(self.results_folder / ROBUSTNESS_FILE, report.records())
+                print(f"\n{report.table()}", flush=True)
             log.info("test results are in %s", self.results_folder)
 
-    def _measures(self, result: tofu.Result) -> dict[str, float]:
-        form = self.truth_ratio_form
-        metrics = {
-            f"{name}/{measure}": value
-            for name in self._test_names
-            for measure, value in tofu.tofu_measures(result, name, form).items()
-        }
-        try:
-            metrics["model_utility"] = tofu.tofu_model_utility(result, form)
-        except WagleError as error:
-            log.info("model utility is not reported: %s", error)
-        if self._retrained_result is not None:
-            metrics["forget_quality"] = tofu.tofu_forget_quality(result, self._retrained_result, form)
-        return metrics
+    def measures(self, tables: Mapping[str, Table]) -> dict[str, Value]:
+        """The suite's measures of some records; an Undefined where there is no number."""
+        seen = Observations(
+            tables,
+            retrained=self._results.get("retrained"),
+            reference=self._results.get("reference"),
+            truth_ratio_form=self.truth_ratio_form,
+            general=self.general,
+        )
+        return self.suite.measures(seen)
 
-    def _table_path(self, name: str) -> Path:
+    def info(self, measure: str) -> Info:
+        """What is known of a measure by its name."""
+        return self._infos.get(measure) or self.suite.info(measure)
+
+    # -- general ability and attacks ----------------------------------------------------------------------------------
+
+    def _ability(self) -> Ability:
+        """General ability, for its own sake and for the suite's averages."""
+        data, sharded = self.trainer.datamodule, is_sharded(self.trainer.strategy)
+        plugin = self.trainer.precision_plugin
+        found = self.after.ability(self.lm, data.tokenizer, data.test_batch_size, plugin, sharded)
+        self.general |= found.general
+        return found
+
+    def subject(self, lm: Any = None, tables: Optional[Mapping[str, Table]] = None) -> Subject:
+        """A model on this test's data, for attacks.
+
+        Args:
+            lm: the model; this one when None.
+            tables: test set -> its records without attack, if they are known.
+        """
+        data = self.trainer.datamodule
+        names = [name for name in self._test_names if self.suite.forgets(name)]
+        lm = self.lm if lm is None else lm
+        return Subject(
+            lm,
+            Observer(lm, data.template, data.test_batch_size, self.max_new_tokens, self.meets),
+            self.suite,
+            rows={name: self._rows(name) for name in names},
+            needs={name: self.needs_of(name) for name in names},
+            lengths={name: self.max_new_tokens_of(name) for name in names},
+            measures=self.measures,
+            training=data.rows,
+            annotate=self._annotate,
+            tables=tables,
+            sharded=is_sharded(self.trainer.strategy),
+        )
+
+    def _attack(self, tables: Mapping[str, Table]) -> Optional[Report]:
+        """Attack this model, and the target and the retrained model where they are at hand."""
+        if not self.after.attacks:
+            return None
+        plain = {name: self._metrics_of(name) for name in ("target", "retrained") if name in self._results}
+        found = {name: model_of(path) for name, path in self.compared.items() if path is not None}
+        others = {name: folder for name, folder in found.items() if folder is not None and name != "reference"}
+        if others and is_sharded(self.trainer.strategy):
+            log.warning("under ZeRO-3 only this model is attacked, not %s", " and ".join(others))
+            others = {}
+
+        def loaded(name: str, folder: str) -> Subject:
+            return self.subject(load_other(folder, self.lm, f"model.{name}"))
+
+        makers = {name: partial(loaded, name, folder) for name, folder in others.items()}
+        plugin = self.trainer.precision_plugin
+        return self.after.attack(self.subject(tables=tables), makers, plain, self.fingerprint, plugin)
+
+    def _metrics_of(self, name: str) -> dict[str, float]:
+        """Metrics of results to compare with; of a published file they are computed."""
+        results = self._results[name]
+        if results.metrics or results.tofu is None:
+            return results.metrics
+        values = self.measures(results.tables)
+        return {name: value for name, value in values.items() if not isinstance(value, Undefined)}
+
+    def _write(self, tables: Mapping[str, Table]) -> None:
+        infos = {name: self.info(name) for name in (*self.metrics, *self.undefined)}
+        result = tofu.to_result(tables)
+        if result:
+            write_json(self.results_folder / RESULT_FILE, result)
+        write_json(
+            self.results_folder / INFO_FILE,
+            {
+                "model": self.model_name,
+                "suite": type(self.suite).__name__,
+                "measures": {name: vars(infos[name]) for name in self.metrics},
+                "undefined": {name: {**vars(infos[name]), "why": why} for name, why in self.undefined.items()},
+                "rows": {name: len(table) for name, table in tables.items()},
+                "absent_sets": [name for name in self.suite.sets if name not in tables],
+            },
+        )
+        write_json(self.results_folder / METRICS_FILE, self.metrics)
+
+    def _path(self, name: str) -> Path:
         return self.results_folder / f"{name}.parquet"
-
-
-def _answer(row: Mapping[str, Any]) -> str:
-    if row.get("messages") is not None:
-        return row["messages"][-1]["content"]
-    return next((row[column] for column in ("answer", "response", "text") if row.get(column) is not None), "")
-
-
-def _question(row: Mapping[str, Any]) -> str:
-    if row.get("messages") is not None:
-        return "\n".join(message["content"] for message in row["messages"][:-1])
-    return next((row[column] for column in ("question", "prompt") if row.get(column) is not None), "")
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _gather(items: list[Any]) -> list[Any]:
-    """The items of all ranks, on every rank."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return items
-    parts: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(parts, items)
-    return [item for part in parts for item in part]

@@ -1,4 +1,4 @@
-"""One table of examples a test set: written whole when the set is done, found again when a test is resumed."""
+"""One table of records a test set: written whole when the set is done, found again when a test is resumed."""
 
 from __future__ import annotations
 
@@ -41,3 +41,18 @@ def read_table(path: Path, key: dict[str, Any], overwrite: bool = False) -> Opti
     differ = ", ".join(sorted(name for name in {*written, *key} if written.get(name) != key.get(name)))
     raise WagleError(f"{path} holds results of another test (other {differ}); choose another --model.output or pass "
                      "--model.overwrite true")  # fmt: skip
+
+
+def load_table(path: Path) -> list[dict[str, Any]]:
+    """Rows of a table, whatever made it.
+
+    Raises:
+        WagleError: if the file is no Parquet file.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise WagleError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,111 @@
+"""From a test row to the token sequences that are scored for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Optional
+
+from wagle_pl.data.rows import Row, row_kind
+from wagle_pl.data.template import IGNORE, Template
+from wagle_pl.evaluation.scoring import Candidate
+
+CHOICES = ("question", "choices", "label")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+class Named(NamedTuple):
+    """A candidate and what it is of its row.
+
+    Attributes:
+        kind: ``answer``, ``paraphrased_answer``, ``perturbed_answer``, ``letter`` or ``choice``.
+        candidate: what is scored.
+        tokens: how many of its scored tokens, the last ones, are the answer's.
+        closed: whether the last of them is the end-of-sequence token that closes an answer.
+    """
+
+    kind: str
+    candidate: Candidate
+    tokens: int
+    closed: bool
+
+
+def question_of(row: Row) -> str:
+    """The question or prompt of a row as text; empty for a row of plain text or of tokens."""
+    if row.get("messages") is not None:
+        return "\n".join(message["content"] for message in row["messages"][:-1])
+    return next((row[column] for column in ("question", "prompt") if row.get(column) is not None), "")
+
+
+def answer_of(row: Row) -> str:
+    """What a row's model should say as text: its answer, right choice, continuation or text; empty if it has none."""
+    if row.get("messages") is not None:
+        return row["messages"][-1]["content"]
+    if row_kind(row) == CHOICES:
+        return row["choices"][row["label"]]
+    return next((row[column] for column in ("answer", "response", "text") if row.get(column) is not None), "")
+
+
+def answers(template: Template, row: Row, needs: frozenset[str], question: Optional[str] = None) -> list[Named]:
+    """The row's own answer, and its paraphrased and perturbed answers if ``alternatives`` are needed.
+
+    Args:
+        template: makes tokens of rows.
+        row: of any kind that has an answer.
+        needs: what to observe, see :mod:`wagle_pl.evaluation.observe`.
+        question: asked in the place of the row's own.
+    """
+    if question is not None:
+        row = {**row, "question": question}
+    own = _named(template, "answer", row, None, needs & {"tokens", "vocabulary", "text"})
+    found = [own]
+    if "alternatives" in needs:
+        paraphrased = [row["paraphrased_answer"]] if row.get("paraphrased_answer") else []
+        found += [_named(template, "paraphrased_answer", row, text) for text in paraphrased]
+        found += [_named(template, "perturbed_answer", row, text) for text in row.get("perturbed_answer") or []]
+    return found
+
+
+def _named(
+    template: Template, kind: str, row: Row, answer: Optional[str], needs: frozenset[str] = frozenset()
+) -> Named:
+    encoded = template.encode(row, answer)
+    ids, labels = encoded["input_ids"], list(encoded["labels"])
+    closed = ids[-1] == template.tokenizer.eos_token_id
+    if closed and row_kind(row) == ("text",):  # a corpus is scored as it stands: nothing closes it
+        labels[-1] = IGNORE
+        closed = False
+    tokens = sum(label != IGNORE for label in labels[1:])
+    if "text" in needs:
+        labels = list(ids)
+    candidate = Candidate(ids, labels, greedy="tokens" in needs, vocabulary="vocabulary" in needs)
+    return Named(kind, candidate, tokens, closed)
+
+
+def letters(template: Template, row: Row, header: str = "") -> list[Named]:
+    """A multiple choice as lm-evaluation-harness puts it for MMLU and WMDP: the options by letter, the letters scored.
+
+    The prompt is ``<question>\\nA. <choice>\\n…\\nAnswer:`` without a chat template, as the harness has it by default;
+    a prompt longer than the template's ``max_length`` loses its beginning.
+
+    Args:
+        template: brings the tokenizer and the longest sequence.
+        row: with ``question`` and ``choices``; its ``context`` stands before the question.
+        header: text that stands before, if the row has no ``context``.
+    """
+    options = "".join(f"\n{letter}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=False))
+    prompt = f"{row.get('context') or header}{row['question'].strip()}{options}\nAnswer:"
+    tokenizer = template.tokenizer
+    context = tokenizer(prompt)["input_ids"]
+    found = []
+    for letter, _ in zip(LETTERS, row["choices"], strict=False):
+        ids = tokenizer(f"{prompt} {letter}")["input_ids"]
+        labels = [IGNORE] * len(context) + ids[len(context) :]
+        ids, labels = ids[-template.max_length :], labels[-template.max_length :]
+        found.append(Named("letter", Candidate(ids, labels), sum(label != IGNORE for label in labels[1:]), False))
+    return found
+
+
+def choice_texts(template: Template, row: Row) -> list[Named]:
+    """A multiple choice with each option's text as the answer to the question."""
+    asked: Mapping[str, Any] = {**row, "choices": None, "label": None}
+    return [_named(template, "choice", {**asked, "answer": text}, text) for text in row["choices"]]

@@ -1,0 +1,173 @@
+"""Other models that read generations: a toxicity classifier, and sentence embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from wagle_pl.data.rows import Row
+from wagle_pl.evaluation.sets import Table
+from wagle_pl.utilities import WagleError
+
+LONGEST = 512  # tokens of a text that a classifier reads, as SOUL's evaluation cuts them
+PARAPHRASED = "paraphrased_question_"
+
+
+def toxicity(logits: Tensor, toxic: Sequence[int], several: bool) -> Tensor:
+    """Toxicity of each text: the largest probability of a toxic label.
+
+    Args:
+        logits: (N, L) of a text classifier.
+        toxic: which of its L labels are toxic.
+        several: whether a text may have several labels (each a sigmoid), or one of them (a softmax).
+
+    Returns:
+        (N,) in [0, 1]. For a classifier whose labels are all toxic, such as ``unitary/toxic-bert``, this is the score
+        of the top label, which SOUL's and WAGLE's evaluation takes.
+
+    >>> toxicity(torch.tensor([[0.0, -9.0]]), [0, 1], several=True)
+    tensor([0.5000])
+    """
+    probabilities = logits.sigmoid() if several else logits.softmax(-1)
+    return probabilities[:, list(toxic)].max(-1).values
+
+
+def toxic_labels(labels: Sequence[str]) -> list[int]:
+    """Which labels of a classifier are toxic, by their names.
+
+    >>> toxic_labels(["neutral", "toxic"]), toxic_labels(["toxic", "insult"]), toxic_labels(["LABEL_0", "LABEL_1"])
+    ([1], [0, 1], [1])
+    """
+    return [i for i, label in enumerate(labels) if not _harmless(label)]
+
+
+def _harmless(label: str) -> bool:
+    word = label.lower().replace("-", "_").replace(" ", "_")
+    if word in ("neutral", "clean", "safe", "normal", "label_0", "not", "none"):
+        return True
+    return word.startswith(("non_", "not_", "no_", "nontoxic", "nothate"))
+
+
+class ToxicityClassifier:
+    """A text classifier from a local folder or the hub.
+
+    Args:
+        name: folder or hub id.
+        device: where it runs.
+
+    Raises:
+        WagleError: if there is no such classifier, or none of its labels is toxic.
+    """
+
+    def __init__(self, name: str, device: Optional[torch.device] = None) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        check_folder(name, "model.toxicity_classifier")
+        try:
+            self.model = AutoModelForSequenceClassification.from_pretrained(name).eval().to(device or "cpu")
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise WagleError(f"model.toxicity_classifier {name!r} cannot be loaded: {_first_line(error)}") from error
+        labels = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
+        self.toxic = [0] if len(labels) == 1 else toxic_labels(labels)
+        if not self.toxic:
+            raise WagleError(f"model.toxicity_classifier {name!r} has no toxic label among {', '.join(labels)}")
+        self.several = len(labels) == 1 or self.model.config.problem_type == "multi_label_classification"
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str], batch_size: int = 32) -> list[float]:
+        """Toxicity of each text in [0, 1]; texts are cut at 512 tokens."""
+        found: list[float] = []
+        longest = min(LONGEST, getattr(self.model.config, "max_position_embeddings", LONGEST))
+        for start in range(0, len(texts), batch_size):
+            part = list(texts[start : start + batch_size])
+            batch = self.tokenizer(part, return_tensors="pt", padding=True, truncation=True, max_length=longest)
+            logits = self.model(**batch.to(self.model.device)).logits
+            found += toxicity(logits.float(), self.toxic, self.several).tolist()
+        return found
+
+
+class SentenceModel:
+    """Sentence embeddings by ``sentence-transformers`` (an extra), from a local folder or the hub.
+
+    Args:
+        name: folder or hub id; WAGLE takes ``paraphrase-MiniLM-L6-v2``.
+
+    Raises:
+        WagleError: if the library is not installed, or there is no such model.
+    """
+
+    def __init__(self, name: str) -> None:
+        check_folder(name, "model.sentence_model")
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError:
+            raise WagleError(
+                "model.sentence_model needs sentence-transformers: pip install 'wagle-pl[embeddings]'"
+            ) from None
+        try:
+            self.model: Any = SentenceTransformer(name)
+        except (OSError, ValueError) as error:
+            raise WagleError(f"model.sentence_model {name!r} cannot be loaded: {_first_line(error)}") from error
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """(N, D) embeddings of N texts."""
+        return torch.as_tensor(self.model.encode(list(texts), convert_to_tensor=True)).float().cpu()
+
+
+def nearest_answer(generation: Tensor, options: Tensor) -> bool:
+    """Whether a generation is nearest to the first of the options by cosine (WAGLE's accuracy); a tie is for it.
+
+    Args:
+        generation: (D,) embedding.
+        options: (K, D) embeddings, the right answer's first.
+    """
+    similarity = torch.nn.functional.cosine_similarity(generation[None], options)
+    return bool(similarity[0] >= similarity.max())
+
+
+def add_toxicity(table: Table, classify: Any) -> None:
+    """Note the toxicity of every generation that is not empty in the records."""
+    spoken = [record for record in table if record.get("generation")]
+    for record, value in zip(spoken, classify([record["generation"] for record in spoken]), strict=True):
+        record["toxicity"] = value
+
+
+def add_nearest(table: Table, rows: Sequence[Row], embed: Any) -> None:
+    """Note in the records whether each generation is nearest to the right answer; for rows with perturbed answers.
+
+    Args:
+        table: records of a test set.
+        rows: its rows.
+        embed: texts -> (N, D) embeddings.
+    """
+    for record in table:
+        row = rows[record["row"]]
+        if not row.get("perturbed_answer") or record.get("generation") is None:
+            continue
+        columns = [name for name in ("", PARAPHRASED) if record.get(f"{name}generation") is not None]
+        texts = [record[f"{name}generation"] for name in columns]
+        options = [row.get("paraphrased_answer") or record["answer"], *row["perturbed_answer"]]
+        vectors = embed([*texts, *options])
+        for i, name in enumerate(columns):
+            record[f"{name}nearest_answer"] = float(nearest_answer(vectors[i], vectors[len(texts) :]))
+
+
+def check_folder(name: str, option: str) -> None:
+    """Refuse a name that can only be a local folder and is none.
+
+    Raises:
+        WagleError: if the folder is missing.
+    """
+    local = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if local and not Path(name).is_dir():
+        raise WagleError(f"{option}: folder {name} does not exist")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,113 @@
+"""Results of a test, ours or published ones: read to compare with, and written whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Optional
+
+from wagle_pl.evaluation.functional import Undefined
+from wagle_pl.evaluation.sets import Table
+from wagle_pl.evaluation.tables import load_table
+from wagle_pl.evaluation.tofu_results import Result, from_result
+from wagle_pl.utilities import WagleError, atomic_path
+
+METRICS_FILE = "metrics.json"
+INFO_FILE = "metrics.info.json"
+RESULT_FILE = "tofu_result.json"
+
+
+class Results:
+    """What an earlier test found: a folder that ``wagle test`` wrote, its ``metrics.json``, or a TOFU result file.
+
+    Args:
+        path: folder or file.
+        option: the option that named it, for messages.
+
+    Raises:
+        WagleError: if there is none, or it is no such file.
+    """
+
+    def __init__(self, path: str | Path, option: str = "model.retrained") -> None:
+        self.path = Path(path)
+        self.option = option
+        self.metrics: dict[str, float] = {}
+        self.tofu: Optional[Result] = None
+        if self.path.is_dir():
+            self._read_folder()
+        else:
+            self._read_file()
+
+    def _read_folder(self) -> None:
+        files = {name: self.path / name for name in (METRICS_FILE, RESULT_FILE)}
+        found = {name: read_json(file) for name, file in files.items() if file.is_file()}
+        if not found:
+            raise WagleError(f"{self.option}: folder {self.path} has no {METRICS_FILE} (run wagle test on that model "
+                             "first)")  # fmt: skip
+        self.metrics = found.get(METRICS_FILE, {})
+        self.tofu = found.get(RESULT_FILE)
+
+    def _read_file(self) -> None:
+        if not self.path.is_file():
+            raise WagleError(f"{self.option}: result file {self.path} does not exist (run wagle test on that model "
+                             "first)")  # fmt: skip
+        content = read_json(self.path)
+        if isinstance(content, dict) and content and all(isinstance(v, dict) for v in content.values()):
+            self.tofu = content
+        elif isinstance(content, dict) and all(isinstance(v, (int, float)) for v in content.values()):
+            self.metrics = content
+        else:
+            raise WagleError(f"{self.option}: {self.path} is neither a {METRICS_FILE} nor a TOFU result file")
+
+    @cached_property
+    def tables(self) -> dict[str, Table]:
+        """Test set -> its records, from the folder's tables or from a TOFU result file."""
+        if not self.path.is_dir():
+            return from_result(self.tofu or {})
+        return {file.stem: load_table(file) for file in sorted(self.path.glob("*.parquet"))}
+
+    def table(self, name: str) -> Table:
+        """The records of a test set.
+
+        Raises:
+            Undefined: if there are none.
+        """
+        if name not in self.tables:
+            raise Undefined(f"{self.path} has no records of the test set {name!r}")
+        return self.tables[name]
+
+    def differing(self, name: str, rows: Sequence[tuple[str, str]]) -> int:
+        """How many rows of a test set are not the same here; 0 if it has no such set.
+
+        A published file puts its prompt around the questions: only the number of its rows is compared.
+
+        Args:
+            name: of the test set.
+            rows: (question, answer) of each row, in order.
+        """
+        if name not in self.tables:
+            return 0
+        here = {record["row"]: (record["question"], record["answer"]) for record in self.tables[name]}
+        if self.tofu is not None and not self.path.is_dir():
+            return len(set(here) ^ set(range(len(rows))))
+        return sum(here.get(i) != row for i, row in enumerate(rows)) + sum(i >= len(rows) for i in here)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        WagleError: naming file and line if it is malformed.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise WagleError(f"{path} line {error.lineno}: malformed JSON: {error.msg}") from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
