@@ -21,7 +21,7 @@ from wagle_pl.evaluation.observe import Observer
 
 PRECISION = "32-true"
 NEEDS = frozenset({"answer", "alternatives"})
-TEST_BATCH_SIZE = 16  # rows, the default of data modules
+TEST_BATCH_SIZE = 32  # the data modules' default
 NEW_TOKENS = 96
 
 # -- one text at a time -----------------------------------------------------------------------------------------------
