@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import importlib
 import os
+import platform
+import resource
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar, Union
+
+from wagle_pl import __version__
 
 T = TypeVar("T")
 
@@ -91,6 +97,29 @@ def resolve(base: type[T], value: Union[T, str], option: str) -> T:
         return cls()
     except TypeError as error:
         raise WagleError(f"{option} {value!r} needs arguments: {error}") from None
+
+
+#: What results may depend on, beside this package.
+_LIBRARIES = ("torch", "lightning", "transformers", "deepspeed", "peft")
+
+
+def versions() -> dict[str, str]:
+    """Name -> version of this package, Python and the libraries that results may depend on, as far as installed."""
+    found = {"wagle_pl": __version__, "python": platform.python_version()}
+    for name in _LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def peak_memory() -> int:
+    """Bytes this process has held at most: on the GPU where there is one, otherwise resident in memory."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes if sys.platform == "darwin" else 1024 * kilobytes
 
 
 def describe(value: Any) -> dict[str, Any]:

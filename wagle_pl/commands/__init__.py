@@ -16,6 +16,8 @@ COMMANDS = {
     "mask": "wagle_pl.commands.mask",
     "patch": "wagle_pl.commands.patch",
     "plan": "wagle_pl.commands.plan",
+    "report": "wagle_pl.commands.report",
+    "study": "wagle_pl.commands.study",
 }
 
 

@@ -24,13 +24,13 @@ class OneLineErrors(ArgumentParser):
 
 
 class CommandParser(OneLineErrors):
-    """Parser of a function: ``-o`` is ``--output``, a bare ``--flag`` is true, and ``files`` are one or more."""
+    """Parser of a function: ``-o`` is ``--output``, a bare ``--flag`` is true, ``files`` and ``runs`` are many."""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         """Add an argument as the function's signature has it, but for these three."""
         if args == ("--output",):
             args = ("--output", "-o")
-        elif args == ("files",):
+        elif args in (("files",), ("runs",)):
             kwargs = {"type": str, "nargs": "+", "help": kwargs.get("help")}
         elif kwargs.get("type") is bool:
             kwargs |= {"nargs": "?", "const": True}

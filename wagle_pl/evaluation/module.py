@@ -395,6 +395,7 @@ class EvaluationModule(L.LightningModule):
             {
                 "model": self.model_name,
                 "suite": type(self.suite).__name__,
+                "compared": {name: path for name, path in self.compared.items() if path},
                 "measures": {name: vars(infos[name]) for name in self.metrics},
                 "undefined": {name: {**vars(infos[name]), "why": why} for name, why in self.undefined.items()},
                 "rows": {name: len(table) for name, table in tables.items()},

@@ -32,15 +32,21 @@ def read_table(path: Path, key: dict[str, Any], overwrite: bool = False) -> Opti
 
     if not path.is_file():
         return None
-    table = pyarrow.parquet.read_table(path)
-    written = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
+    written = table_key(path)
     if written == key:
-        return table.to_pylist()
+        return pyarrow.parquet.read_table(path).to_pylist()
     if overwrite:
         return None
     differ = ", ".join(sorted(name for name in {*written, *key} if written.get(name) != key.get(name)))
     raise WagleError(f"{path} holds results of another test (other {differ}); choose another --model.output or pass "
                      "--model.overwrite true")  # fmt: skip
+
+
+def table_key(path: Path) -> dict[str, Any]:
+    """What a table's rows depend on; empty if the file does not say."""
+    import pyarrow.parquet
+
+    return json.loads((pyarrow.parquet.read_schema(path).metadata or {}).get(_KEY, b"{}"))
 
 
 def load_table(path: Path) -> list[dict[str, Any]]:

@@ -20,11 +20,14 @@ _LAST = "norms"
 _PANELS_A_ROW = 4
 _CELLS_WITH_TEXT = 1200  # beyond, cells shrink and hold no text, and every fifth layer has a label
 _COLOURS = "YlGnBu"
+_SHADES = 64  # of the colour bar, each a shape of an SVG
 _ABSENT = "#d9d9d9"
 _TICKS = (0.01, 0.1, 0.5, 1, 2, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
 
 
-def mask_heatmap(stats_by_title: Mapping[str, Grid], title: Optional[str] = None) -> Any:
+def mask_heatmap(
+    stats_by_title: Mapping[str, Grid], title: Optional[str] = None, scale_to: Optional[float] = None
+) -> Any:
     """Heat map of the share of selected weights by layer × module type, one panel a mask, one colour scale for all.
 
     What lies outside the layers (embeddings, final norm, output head) has a strip of its own below. Cells of modules
@@ -33,10 +36,12 @@ def mask_heatmap(stats_by_title: Mapping[str, Grid], title: Optional[str] = None
     Args:
         stats_by_title: title of the panel -> shares, see :meth:`wagle_pl.masks.WeightMask.grid`.
         title: of the figure.
+        scale_to: share at the end of the colour scale, to compare figures; the largest share when None.
 
     Returns:
         A ``matplotlib.figure.Figure``.
     """
+    from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
@@ -53,13 +58,15 @@ def mask_heatmap(stats_by_title: Mapping[str, Grid], title: Optional[str] = None
     figure = Figure(figsize=(across * (panel_width + 0.2) + 1.4, down * panel_height + 0.5), layout="constrained")
     figure.suptitle(title or "Share of selected weights (%) by layer and module type", fontsize=11)
     # A square root keeps the shares of a sparse mask apart beside a few cells that are selected nearly whole.
-    largest = 100 * max((share for panel in panels for share in panel.shares), default=0)
+    largest = 100 * (scale_to or max((share for panel in panels for share in panel.shares), default=0))
     scale = PowerNorm(0.5, 0, largest or 1)
     outer = figure.add_gridspec(down, across + 1, width_ratios=[*[panel_width] * across, 0.14])
     for i, panel in enumerate(panels):
         inner = outer[i // across, i % across].subgridspec(len(heights), 1, height_ratios=heights)
         panel.draw(figure, inner, scale, with_text, leftmost=i % across == 0)
-    bar = figure.colorbar(ScalarMappable(scale, _COLOURS), cax=figure.add_subplot(outer[:, -1]))
+    shades = ScalarMappable(scale, colormaps[_COLOURS].resampled(_SHADES))
+    bar = figure.colorbar(shades, cax=figure.add_subplot(outer[:, -1]))
+    bar.solids.set(rasterized=False, edgecolor="face")  # an SVG of it holds no picture, and no seams
     ticks = [0.0]
     for tick in _TICKS:  # as many as the bar has room for
         if tick <= largest and (tick / largest) ** 0.5 - (ticks[-1] / largest) ** 0.5 > 0.2 / figure.get_figheight():
@@ -150,10 +157,13 @@ class _Panel:
 def _cells(axes: Any, rows: Sequence[Mapping[str, float]], columns: Sequence[str], scale: Any, with_text: bool) -> None:
     """Draw rows × columns of shares, the first row on top."""
     import numpy as np
+    from matplotlib import rcParams
 
     values = np.ma.masked_invalid([[100 * row.get(column, np.nan) for column in columns] for row in rows])
     axes.set_facecolor(_ABSENT)
-    mesh = axes.pcolormesh(values, cmap=_COLOURS, norm=scale, edgecolors="white", linewidth=0.6)
+    paper = rcParams["figure.facecolor"]  # white, or a page's own
+    mesh = axes.pcolormesh(values, cmap=_COLOURS, norm=scale, edgecolors=paper, linewidth=0.6)
+    axes.grid(False)
     axes.invert_yaxis()
     axes.set_xticks([i + 0.5 for i in range(len(columns))], columns)
     axes.tick_params(length=0, labelsize=7.5)

@@ -31,7 +31,7 @@ from wagle_pl.unlearning.optim import (
     parameter_masks,
 )
 from wagle_pl.unlearning.reference import FrozenCopy, References
-from wagle_pl.utilities import WagleError, describe, refuse_existing, resolve
+from wagle_pl.utilities import WagleError, describe, peak_memory, refuse_existing, resolve, versions
 
 log = logging.getLogger(__name__)
 
@@ -191,6 +191,8 @@ class FinetuneModule(EvaluationModule):
             "streams": list(self.streams),
             "steps": self.global_step,
             "seconds": round(time.monotonic() - self._started, 1),
+            "peak_memory_bytes": peak_memory(),
+            "versions": versions(),
             "seed": self.run_config.get("seed_everything"),
             "config": self.run_config,
         }

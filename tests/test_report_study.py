@@ -1,0 +1,140 @@
+"""``wagle report`` of studies, and the figures of reports."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from pages import Strict, report_page, section, write_runs
+
+from wagle_pl.evaluation.results import write_json
+from wagle_pl.masks import WeightMask
+from wagle_pl.report.html import shown
+from wagle_pl.report.sections import spaced
+from wagle_pl.report.study import arms_of
+from wagle_pl.report.svg import COLOURS, inline_svg, page_style
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, float]]:
+    """See :func:`pages.write_runs`; in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return write_runs()
+
+
+@pytest.fixture
+def report(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture):
+    """See :func:`pages.report_page`."""
+    return lambda *args: report_page(args, capsys, caplog)
+
+
+# -- studies -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A folder ``study``: 2 objectives × 3 arms × 2 learning rates × 2 seeds × 3 test points."""
+    monkeypatch.chdir(tmp_path)
+    rows = []
+    for objective in ("NPO", "GradDiff"):
+        for mask, density in (("dense", 1.0), ("wagle", 0.2), ("wagle", 0.5)):
+            for lr in (1e-5, 3e-5):
+                for seed in (0, 1):
+                    for at in (42, 84, 126):
+                        forget = 0.9 - at * lr * 100 * density - 0.001 * seed
+                        rows.append(
+                            {"objective": objective, "mask": mask, "score": "Wagle", "density": density, "lr": lr,
+                             "seed": seed, "step": at, "run": f"{objective}-{mask}-{density}-{lr}-{seed}",
+                             "forget": forget, "utility": 0.5 + forget / 10, "seconds": 1.5 * at}
+                        )  # fmt: skip
+    Path("study").mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[::-1]), "study/study.parquet")
+    arm = {"objective": "NPO", "mask": "wagle", "mean": 0.51234, "std": 0.0123, "n": 2, "difference": 0.00456}
+    arm |= {"p": None, "why": "n too small", "verdict": "ties", "reached": 0.75, "runs": 4}
+    dense = {"objective": "NPO", "mask": "dense", "mean": 0.50789, "std": None, "n": 1, "verdict": ""}
+    headline = [dense, arm | {"area": {"mean": 0.5555, "std": 0.0321, "n": 2, "difference": -0.001, "p": 0.4321}}]
+    summary = {"forget": "forget/probability", "utility": "model_utility", "headline": headline, "forget_level": 0.25}
+    summary["target"] = {"forget/probability": 0.994, "model_utility": 0.61}
+    summary["retrained"] = {"forget/probability": 0.2, "model_utility": 0.6}
+    write_json(Path("study/study.json"), summary)
+    return rows
+
+
+def test_a_study(study, report):
+    root, said = report("study")
+    assert "report of 1 study written" in said
+    part = section(root, "study-0")
+    values = [float(data.attributes["value"]) for data in part.all("data")]
+    assert {0.994, 0.61, 0.2, 0.6, 0.25} <= set(values)
+    lines = [[cell.text for cell in line.children] for line in list(part.all("table"))[1].all("tr")]
+    assert lines == [
+        ["arm", "utility at equal forgetting", "difference", "p", "verdict", "runs that reach it", "area",
+         "area: difference", "area: p"],
+        ["NPO, dense", "0.5081 seed", *["–"] * 7],
+        ["NPO, wagle", "0.512 ± 0.01232 seeds", "0.00456", "n too small", "ties", "75% of 4", "0.555 ± 0.03212 seeds",
+         "-0.00100", "0.432"],
+    ]  # fmt: skip
+    assert {0.51234, 0.0123, 0.50789, 0.00456, 0.75, 0.5555, 0.0321, -0.001, 0.4321} <= set(values)
+    last = {row["run"]: row for row in study if row["step"] == 126}
+    body = {
+        line.children[0].text: [float(data.attributes["value"]) for data in line.all("data")]
+        for line in list(part.all("tbody"))[-1].children
+    }
+    columns = ("density", "lr", "seed", "step", "forget", "utility", "seconds")
+    assert body == {run: [row[name] for name in columns] for run, row in last.items()}
+    told = {svg.children[0].text: svg.children[1].text for svg in part.all("svg")}
+    arms = [f"{mask}" for mask in ("dense", "wagle, 0.2", "wagle, 0.5")]
+    assert set(told) == {f"Forgetting against utility, {o}, {arm}" for o in ("NPO", "GradDiff") for arm in arms}
+    points = [row for row in study if (row["objective"], row["mask"]) == ("NPO", "dense")]
+    expected = {f"({shown(row['forget'])}, {shown(row['utility'])})" for row in points}
+    assert set(re.findall(r"\([^)]*\)", told["Forgetting against utility, NPO, dense"])) == expected
+    assert "The study keeps no masks" in part.text
+
+
+def test_arms_of_a_study(study):
+    arms = arms_of(reversed(study))
+    assert len(arms) == 6 and all(len(runs) == 4 for runs in arms.values())
+    assert all([row["step"] for row in points] == [42, 84, 126] for runs in arms.values() for points in runs.values())
+
+
+def test_a_young_study_beside_a_run(runs, report, study):
+    os.remove("study/study.json")
+    WeightMask.load("mask.safetensors").save("study/masks/one")
+    root, said = report("study", "masked")
+    assert "report of 1 run and 1 study written" in said
+    part = section(root, "study-0").text
+    assert "it has no study.json" in part and "has not compared its arms" in part
+    assert "no numbers of the target and the retrained model" in part
+    titles = [svg.children[0].text for svg in root.all("svg")]
+    assert "Share of weights selected by layer and module: one" in titles and len(titles) == 6 + 1 + 1 + 3 + 1
+    os.remove("study/study.parquet")
+    write_json(Path("study/study.json"), {})
+    root, said = report("study", "masked", "--overwrite")
+    assert "study is left out: it has no study.parquet yet" in said and "Left out: study" in root.text
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def test_figures_take_the_colours_of_the_page():
+    from wagle_pl.report.curves import new_figure
+
+    with page_style():
+        figure, axes = new_figure(3, 2)
+        axes.plot([0, 1], [0, 1], "o-", color=COLOURS["this"])
+        axes.set_title("a < b & $c$")
+        svg = inline_svg(figure, "name", "what < it", "is & was")
+    root = Strict(svg).root
+    assert {"var(--this)", "var(--ink)", "var(--paper)"} <= set(re.findall(r"var\(--\w+\)", svg))
+    assert [node.text for node in root.all("title", "desc")] == ["what < it", "is & was"]
+    assert "a < b & $c$" in root.text and not list(root.all("metadata", "style", "clippath", "image"))
+    assert all(node.attributes["id"].startswith("name-") for node in root.all() if "id" in node.attributes)
+
+
+def test_spaced():
+    assert spaced(400, 4) == [0, 100, 200, 300] and spaced(3, 9) == [0, 1, 2] and spaced(3, 0) == []

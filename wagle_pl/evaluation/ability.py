@@ -1,0 +1,194 @@
+"""General ability, by lm-evaluation-harness (an extra) on the model in memory."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor
+
+from wagle_pl import distributed
+from wagle_pl.evaluation.functional import Undefined
+from wagle_pl.evaluation.sets import Value
+from wagle_pl.evaluation.suites.catalogue import Info
+from wagle_pl.utilities import WagleError
+
+PREFIX = "ability"
+MISSING = "model.lm_eval needs lm-evaluation-harness: pip install 'wagle-pl[ability]'"
+
+_UNITS = {"acc": "share, 0 to 1", "acc_norm": "share, 0 to 1", "exact_match": "share, 0 to 1"}
+
+
+@dataclass
+class Ability:
+    """What the harness measured.
+
+    Attributes:
+        values: ``ability/<task>/<metric>`` -> number, or an Undefined that says why there is none. A filter of the
+            harness other than its default is part of the metric: ``exact_match_strict-match``.
+        infos: the same names -> unit, direction and meaning.
+        asked: the names of the tasks and groups that were asked for.
+    """
+
+    values: dict[str, Value] = field(default_factory=dict)
+    infos: dict[str, Info] = field(default_factory=dict)
+    asked: tuple[str, ...] = ()
+
+    @property
+    def general(self) -> dict[str, float]:
+        """Each asked task's accuracy, for the suites' averages; tasks without one are left out."""
+        found = {task: self.values.get(f"{PREFIX}/{task}/acc") for task in self.asked}
+        return {task: value for task, value in found.items() if isinstance(value, float)}
+
+    def shown(self) -> dict[str, Value]:
+        """The values of what was asked for, without the parts of a group: for the console."""
+        return {name: value for name, value in self.values.items() if name.split("/")[1] in self.asked}
+
+
+class Harness:
+    """lm-evaluation-harness with some of its tasks.
+
+    Args:
+        tasks: names of tasks, groups or tags of the harness, or folders with one's own task YAMLs (then all of the
+            folder's groups, or tasks if it has no group); as text with commas too.
+        shots: worked examples before each question; the task's own number when None.
+        limit: only the first so many rows of each task, for trials.
+
+    Raises:
+        WagleError: if the harness is not installed, or a task is unknown.
+    """
+
+    def __init__(
+        self, tasks: Union[str, Sequence[str]], shots: Optional[int] = None, limit: Optional[int] = None
+    ) -> None:
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError:
+            raise WagleError(MISSING) from None
+        given = [task.strip() for task in (tasks.split(",") if isinstance(tasks, str) else tasks) if task.strip()]
+        if not given:
+            raise WagleError("model.lm_eval names no task")
+        folders = [task for task in given if Path(task).is_dir()]
+        names = [task for task in given if task not in folders]
+        for name in names:
+            if "/" in name and not _is_task_name(name):
+                raise WagleError(f"model.lm_eval: folder {name} does not exist")
+        with _quiet():
+            self.manager = TaskManager(include_path=folders or None, include_defaults=bool(names))
+            for folder in folders:
+                own = TaskManager(include_path=folder, include_defaults=False)
+                found = own.all_groups or own.all_subtasks
+                if not found:
+                    raise WagleError(f"model.lm_eval: folder {folder} has no task YAML")
+                names += found
+        for name in names:
+            if not self.manager.match_tasks([name]):
+                near = difflib.get_close_matches(name, self.manager.all_tasks, 3)
+                hint = f"; did you mean {' or '.join(near)}?" if near else ""
+                raise WagleError(f"model.lm_eval: lm-evaluation-harness has no task {name!r}{hint}")
+        self.tasks = tuple(dict.fromkeys(self.manager.match_tasks(names)))
+        self.shots = shots
+        self.limit = limit
+
+    def measure(self, lm: Any, tokenizer: Any, batch_size: int, sharded: bool = False) -> Ability:
+        """Run the tasks; a meeting of all ranks.
+
+        Args:
+            lm: a Hugging Face causal language model, in evaluation mode.
+            tokenizer: its tokenizer.
+            batch_size: sequences in a pass.
+            sharded: whether each pass is a meeting of all ranks (ZeRO-3): then all run every row, otherwise they share
+                the rows.
+
+        Raises:
+            WagleError: if the rows of a task cannot be had.
+        """
+        from lightning.pytorch.utilities.seed import isolate_rng
+        from lm_eval import simple_evaluate
+
+        with _quiet(), isolate_rng():
+            wrapped = _wrap(lm, tokenizer, batch_size, shared=not sharded)
+            try:
+                results = simple_evaluate(
+                    model=wrapped, tasks=list(self.tasks), task_manager=self.manager, num_fewshot=self.shots,
+                    limit=self.limit, bootstrap_iters=0, log_samples=False, confirm_run_unsafe_code=False,
+                )  # fmt: skip
+            except OSError as error:
+                raise WagleError(f"model.lm_eval: rows of {', '.join(self.tasks)} cannot be loaded: "
+                                 f"{str(error).strip().splitlines()[0]}") from error  # fmt: skip
+        return distributed.from_rank_zero(lambda: read(results, self.tasks))
+
+
+def read(results: Mapping[str, Any], asked: Sequence[str]) -> Ability:
+    """What ``lm_eval.simple_evaluate`` returned, by our names; standard errors are left out.
+
+    >>> found = read({"results": {"quiz": {"alias": "quiz", "acc,none": 0.5, "acc_stderr,none": 0.1}},
+    ...               "higher_is_better": {"quiz": {"acc": True}}, "versions": {"quiz": 1.0}}, ["quiz"])
+    >>> found.values, found.infos["ability/quiz/acc"].direction, found.general
+    ({'ability/quiz/acc': 0.5}, 'higher', {'quiz': 0.5})
+    """
+    found = Ability(asked=tuple(asked))
+    for task, numbers in results["results"].items():
+        higher = results.get("higher_is_better", {}).get(task, {})
+        version = results.get("versions", {}).get(task)
+        for key, value in numbers.items():
+            metric, _, chosen = key.partition(",")
+            if not chosen or metric.endswith("_stderr") or isinstance(value, str):
+                continue
+            name = f"{PREFIX}/{task}/{metric}" + ("" if chosen == "none" else f"_{chosen}")
+            known = isinstance(value, (int, float)) and math.isfinite(value)
+            found.values[name] = float(value) if known else Undefined(f"the harness has {value} for it")
+            what = f"{metric} on {task}" + (f", version {version:g}," if isinstance(version, (int, float)) else "")
+            direction = "lower" if higher.get(metric) is False else "higher"
+            found.infos[name] = Info(_UNITS.get(metric, "number"), direction, f"{what} by lm-evaluation-harness")
+    return found
+
+
+def _wrap(lm: Any, tokenizer: Any, batch_size: int, shared: bool) -> Any:
+    """The model as the harness takes it."""
+    from lm_eval.models.huggingface import HFLM
+
+    wrapped = HFLM(pretrained=lm, tokenizer=tokenizer, batch_size=batch_size)
+    if shared and distributed.world_size() > 1:
+        wrapped._rank, wrapped._world_size = distributed.rank(), distributed.world_size()
+        wrapped.accelerator = _Meeting()
+    return wrapped
+
+
+class _Meeting:
+    """What the harness takes from ``accelerate`` when ranks share the rows."""
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The ranks' numbers, (ranks,)."""
+        return torch.stack([each.to(tensor.device) for each in distributed.gather([tensor.cpu()])])
+
+    def wait_for_everyone(self) -> None:
+        """Meet."""
+        distributed.gather([None])
+
+    def unwrap_model(self, model: Any) -> Any:
+        """The model itself."""
+        return model
+
+
+def _is_task_name(name: str) -> bool:
+    return not (name.startswith((".", "/", "~")) or name.endswith("/"))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The harness tells what it does in many lines; its errors stay."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
