@@ -64,7 +64,7 @@ def _step(step: Mapping[str, Any]) -> list[Content]:
         ("time", [_number(step.get("seconds")), " s"] if step.get("seconds") is not None else "not recorded"),
         (
             "peak memory",
-            [number(memory, f"{memory / _GIB:.2f}", data_unit="bytes"), " GiB"] if memory else "not recorded",
+            [number(memory / _GIB, f"{memory / _GIB:.3g}"), " GiB"] if memory else "not recorded",
         ),
         ("versions", _options(step.get("versions")) or "not recorded"),
     ]
