@@ -71,14 +71,18 @@ def test_a_shared_prompt_is_computed_once(tiny_model):
 
 
 def test_all_ranks_run_as_many_passes(tiny_model, monkeypatch):
+    """A rank that is done joins the passes of one that is not, each announced before it is run."""
     from wagle_pl import distributed
 
     passes = Passes(load_model(tiny_model).eval(), meets=True)
-    run = []
-    passes.lm.register_forward_pre_hook(lambda *_: run.append(1))
-    monkeypatch.setattr(distributed, "most", lambda number: number + 2)
+    run, said = [], []
+    passes.lm.register_forward_pre_hook(lambda *_: run.append(len(said)))
+    others = iter([1] * 100)
+    monkeypatch.setattr(distributed, "most", lambda number: said.append(number) or max(number, next(others)))
     with torch.no_grad():
         score(passes, random_candidates(1), pad_id=0, max_rows=4)
         alone = len(run)
+        assert said == [1] * alone and run == list(range(1, alone + 1))
+        others = iter([1, 1, 0])
         passes.level()
-    assert len(run) == alone + 2 and passes.count == 0
+    assert len(run) == alone + 2 and said[alone:] == [0, 0, 0]

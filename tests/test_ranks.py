@@ -427,10 +427,14 @@ def test_a_deepspeed_checkpoint_without_deepspeed(run: Any, command: Any, fails:
 
 def test_wagle_test_on_several_ranks(ranks: Ranks, wagle: Any, tiny_model: str, rows: dict[str, str]):
     """The same numbers and generations for any number of ranks; sharded generation under ZeRO-3 included."""
-    sets = json.dumps({"forget": rows["forget_test"], "retain": rows["retain_test"]})
+    uneven = [json.loads(line) for line in Path(rows["forget_test"]).read_text().splitlines()]
+    for row in uneven[1:]:  # one row has more candidates than others: ranks run different numbers of passes
+        del row["perturbed_answer"]
+    Path("uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in uneven))
+    sets = json.dumps({"forget": rows["forget_test"], "retain": rows["retain_test"], "uneven": "uneven.jsonl"})
     common = ["test", "--model", "EvaluationModule", "--model.model", tiny_model, "--model.max_new_tokens", "12",
               "--data", "ForgetRetainDataModule", "--data.forget", rows["forget"], "--data.retain", rows["retain"],
-              "--data.test", sets, "--data.test_batch_size", "2", "--trainer.logger", "false",
+              "--data.test", sets, "--data.test_batch_size", "1", "--trainer.logger", "false",
               "--trainer.enable_progress_bar", "false"]  # fmt: skip
     wagle(*common, "--model.output", "one", *strategy("one", 1), data=False)
     expected = json.loads(Path("one/metrics.json").read_text())

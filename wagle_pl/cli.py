@@ -35,7 +35,7 @@ def main(args: Optional[Sequence[str]] = None) -> None:
         if args and args[0] in COMMANDS:
             run_command(args[0], args[1:])
         else:
-            run(expand_bases(args))
+            run(expand_robustness(expand_bases(args)))
     except Exception as error:
         mistake = _mistake_in(error)
         if mistake is None and not _lost_a_rank(error):
@@ -114,6 +114,26 @@ def _told_by_rank_zero(seconds: float = 10.0) -> bool:
     while os.getppid() == parent and time.monotonic() < deadline:
         time.sleep(0.05)
     return os.getppid() != parent
+
+
+def expand_robustness(args: Sequence[str]) -> list[str]:
+    """``--robustness [ATTACKS]`` is ``--model.robustness ATTACKS``, of ``all`` attacks if none are named.
+
+    It goes to the end: the class of the model must come before it.
+
+    >>> expand_robustness(["test", "--robustness", "--config", "x.yaml"])
+    ['test', '--config', 'x.yaml', '--model.robustness', 'all']
+    """
+    rest, attacks = [], []
+    for i, argument in enumerate(args):
+        if argument == "--robustness":
+            named = i + 1 < len(args) and not args[i + 1].startswith("-")
+            attacks = ["--model.robustness", args[i + 1] if named else "all"]
+        elif argument.startswith("--robustness="):
+            attacks = ["--model.robustness", argument.partition("=")[2]]
+        elif args[i - 1 : i] != ["--robustness"] or argument.startswith("-"):
+            rest.append(argument)
+    return [*rest, *attacks]
 
 
 def expand_bases(args: Sequence[str]) -> list[str]:

@@ -92,7 +92,7 @@ def resolve(base: type[T], value: Union[T, str], option: str) -> T:
             raise WagleError(f"{option} {value!r} cannot be imported: {error}") from None
     if cls is None or not (isinstance(cls, type) and issubclass(cls, base)):
         names = ", ".join(sorted(c.__name__ for c in known.values() if c.__module__.startswith("wagle_pl")))
-        raise WagleError(f"unknown {option} {value!r}; choose one of {names}, or a class path to a {base.__name__}")
+        raise WagleError(f"unknown {option} {value!r}; choose one of {names}, or the class path of a {base.__name__}")
     try:
         return cls()
     except TypeError as error:

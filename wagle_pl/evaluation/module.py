@@ -150,8 +150,8 @@ class EvaluationModule(L.LightningModule):
 
     @property
     def meets(self) -> bool:
-        """Whether other ranks run the model too, and each of its passes may be a meeting of all."""
-        return distributed.world_size() > 1
+        """Whether each of the model's passes is a meeting of all ranks, as its weights are spread over them."""
+        return is_sharded(self.trainer.strategy) and distributed.world_size() > 1
 
     @cached_property
     def suite(self) -> Suite:

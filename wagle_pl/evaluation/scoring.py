@@ -57,13 +57,12 @@ class Passes:
 
     Args:
         lm: a Hugging Face causal language model.
-        meets: whether other ranks run passes too; see :meth:`level`.
+        meets: whether every pass is a meeting; see :meth:`level`.
     """
 
     def __init__(self, lm: Any, meets: bool = False) -> None:
         self.lm = lm
         self.meets = meets
-        self.count = 0
 
     @property
     def device(self) -> torch.device:
@@ -79,18 +78,20 @@ class Passes:
             keep: logits are needed at the last so many positions only. They may be given at all.
             options: of the model's forward.
         """
-        self.count += 1
+        if self.meets:
+            distributed.most(1)  # ranks that have no pass left to run hear that there is one, see level
+        return self._run(ids, mask, keep, options)
+
+    def _run(self, ids: Tensor, mask: Tensor, keep: int, options: dict[str, Any]) -> Any:
         if _accepts(type(self.lm), "logits_to_keep"):
             options["logits_to_keep"] = keep
         return self.lm(input_ids=ids, attention_mask=mask, **options)
 
     def level(self) -> None:
-        """Run passes for nothing until this rank has run as many as every other; the count begins anew."""
-        if self.meets:
-            token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-            for _ in range(distributed.most(self.count) - self.count):
-                self(token, torch.ones_like(token), 1, use_cache=False)
-        self.count = 0
+        """Run passes for nothing while other ranks still run theirs; for all ranks, when their passes are done."""
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        while self.meets and distributed.most(0):
+            self._run(token, torch.ones_like(token), 1, {"use_cache": False})
 
 
 @cache
