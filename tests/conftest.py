@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads cost more than they bring
+
+from ranks import Ranks
 
 from wagle_pl import cli
 from wagle_pl.data.people import bundled
@@ -40,6 +43,14 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, part in sets.items():
         write_rows(folder / f"{name}.jsonl", part)
     return {name: str(folder / f"{name}.jsonl") for name in sets}
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Two processes that run commands together, for the whole session."""
+    running = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield running
+    running.stop()
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:

@@ -25,14 +25,6 @@ STRATEGIES = ["ddp", "zero1", "zero2", "zero3"]
 ZERO = STRATEGIES[1:]
 
 
-@pytest.fixture(scope="session")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    """Two processes, for the whole session."""
-    running = Ranks(tmp_path_factory.mktemp("ranks"))
-    yield running
-    running.stop()
-
-
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Work in an empty folder."""

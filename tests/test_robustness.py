@@ -328,18 +328,12 @@ def test_weights_spread_over_ranks_are_left_alone(attacked):
 
 
 @pytest.mark.slow
-def test_two_ranks_find_what_one_does(attacked, tiny_model, rows, tmp_path):
-    from ranks import Ranks
-
+def test_two_ranks_find_what_one_does(ranks, attacked, tiny_model, rows, tmp_path):
     args = ["test", "--data", "ForgetRetainDataModule", *TEST[1:], "--data.forget", rows["forget"], "--data.retain",
             rows["retain"], "--data.test", json.dumps({"forget": rows["forget_test"]}), "--model.model", tiny_model,
             "--model.robustness", "all", "--model.output", "two", "--trainer.accelerator", "cpu"]  # fmt: skip
     args += [part for name in ("enable_progress_bar", "logger") for part in (f"--trainer.{name}", "false")]
-    ranks = Ranks(tmp_path)
-    try:
-        ranks(*args, "--trainer.devices", "2", "--trainer.strategy", "ddp")
-    finally:
-        ranks.stop()
+    ranks(*args, "--trainer.devices", "2", "--trainer.strategy", "ddp")
     two = json.loads(Path(tmp_path / "two/robustness.json").read_text())
     one = attacked("all")[2]
     assert values(two) == pytest.approx(values(one), rel=1e-3, abs=1e-6)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +133,6 @@ def test_no_rank_holds_the_whole_model(ranks: Ranks, tiny_model: str, rows: dict
     assert whole > 200e6 and max(tensors) < 0.03 * whole
     assert all(answer["peak"] < 0.7 * whole for answer in sharded), (sharded, whole)
     assert all(answer["peak"] > 0.9 * whole for answer in whole_each), (whole_each, whole)
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    """Two processes."""
-    running = Ranks(tmp_path_factory.mktemp("ranks"))
-    yield running
-    running.stop()
 
 
 # -- mistakes -----------------------------------------------------------------------------------------------------
