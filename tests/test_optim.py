@@ -8,12 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from wagle_pl.bits import pack_bits
 from wagle_pl.masks import WeightMask
 from wagle_pl.unlearning.optim import (
+    CHUNK,
     MaskedAdamW,
     MaskedOptimizer,
+    ParameterMask,
     ParameterMasks,
     Sophia,
+    decay_selected,
     guard,
     mask_gradients,
     mask_whole_gradients,
@@ -208,3 +212,12 @@ def test_gradients_are_masked_as_they_come(accumulated: bool, dtype: torch.dtype
         assert (frozen == 0).all() and not torch.signbit(frozen).any()
     for handle in handles:
         handle.remove()
+
+
+@pytest.mark.parametrize("size", [5, CHUNK, 2 * CHUNK + 13])
+def test_decay_a_part_at_a_time(size: int):
+    weights = torch.randn(size, generator=torch.Generator().manual_seed(size))
+    selected = torch.rand(size, generator=torch.Generator().manual_seed(1)) < 0.7
+    decayed = weights.clone()
+    decay_selected(decayed, ParameterMask(pack_bits(selected), weights), 0.9)
+    assert torch.equal(decayed, torch.where(selected, weights * 0.9, weights))

@@ -29,6 +29,9 @@ COMPACT_DENSITY = 0.5
 #: Numbers handled at a time where that keeps what is between two operations in the processor's cache.
 CHUNK = 1 << 17
 
+#: The same on a GPU, where what counts is that few operations are started and little memory is taken.
+GPU_CHUNK = 1 << 24
+
 #: Optimisers of torch that do not move a weight whose gradient has always been zero, as long as :func:`_stays_still`.
 STILL_AT_ZERO = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD")
 
@@ -73,6 +76,16 @@ def zero_frozen(gradient: Tensor, mask: ParameterMask) -> Tensor:
     for bits, ones in zip(gradient.view(-1).view(words).split(CHUNK), selected.split(CHUNK), strict=True):
         bits &= ones.to(words).neg_()
     return gradient
+
+
+@torch.no_grad()
+def decay_selected(parameter: Tensor, mask: ParameterMask, kept: float) -> None:
+    """Multiply selected weights by ``kept``, in place and a part at a time: under ZeRO one tensor is all of a rank's."""
+    flat, size = parameter.view(-1), CHUNK if parameter.device.type == "cpu" else GPU_CHUNK
+    for start in range(0, flat.numel(), size):
+        part = flat[start : start + size]
+        selected = unpack_bits(mask.packed[start // 8 : -(-(start + len(part)) // 8)], part.shape)
+        part.copy_(torch.where(selected, part * kept, part))
 
 
 def mask_gradients(masks: ParameterMasks, accumulated: bool = True) -> list[Any]:
@@ -171,7 +184,7 @@ class MaskedOptimizer(Optimizer):
             if kept != 1 and mask is None:
                 parameter.mul_(kept)
             elif kept != 1:
-                parameter.copy_(torch.where(mask.bools(), parameter * kept, parameter))
+                decay_selected(parameter, mask, kept)
             self.update(parameter, parameter.grad, self.state[parameter], group)
             return
         weights = parameter.view(-1).index_select(0, index)

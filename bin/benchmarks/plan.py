@@ -1,0 +1,184 @@
+"""Peak memory of a rank, as ``wagle plan`` predicts it and as it is: two CPU processes, one case after the other.
+
+    bin/bench plan [--model FOLDER] [--cases NAME,NAME] [--output FILE]
+
+The peak is ``VmHWM`` of the rank that took more, nothing subtracted. The C library is told to give back every block of
+32 KB or more as soon as it is freed (``MALLOC_MMAP_THRESHOLD_``): else it keeps freed blocks of many sizes for later,
+of which no formula knows. Markdown on stdout, progress on stderr; exit code 0 whether a prediction is good or not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from common import memory
+
+from wagle_pl import cli, distributed, planning
+from wagle_pl.bits import random_bits
+from wagle_pl.commands import fail
+from wagle_pl.masks import WeightMask
+from wagle_pl.utilities import WagleError, atomic_path
+
+ROOT = Path(__file__).resolve().parents[2]
+TASKS = ("attribution", "unlearning")
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+PRECISIONS = ("32-true", "bf16-true")
+CASES = {f"{task}-{name}-{precision}": (task, name, precision) for precision, task, name in
+         product(PRECISIONS, TASKS, STRATEGIES)}  # fmt: skip
+ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "32768",
+    "MALLOC_MMAP_MAX_": "1000000",
+    "MALLOC_ARENA_MAX": "1",
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+}
+DENSITY = 0.2
+RANKS = 2
+ROWS = 2  # of each stream, a rank and step
+BAR = 0.10
+
+
+class Peak(L.Callback):
+    """Writes the ranks' greater peak, and the size of the largest batch, when a fit ends.
+
+    Args:
+        answer: JSON file to write.
+    """
+
+    def __init__(self, answer: str) -> None:
+        self.answer = answer
+        self.width = 0
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        """Remember the longest row."""
+        self.width = max(self.width, *(tensors["input_ids"].shape[1] for tensors in batch.values()))
+
+    def on_fit_end(self, trainer: Any, module: Any) -> None:
+        """Write."""
+        found = {"peak": distributed.most(memory("VmHWM")), "max_length": distributed.most(self.width)}
+        if trainer.is_global_zero:
+            Path(self.answer).write_text(json.dumps(found), encoding="utf-8")
+
+
+def command(task: str, strategy: str, precision: str, model: str, scratch: Path) -> list[str]:
+    """Arguments of ``wagle fit`` for a case: a few short rows, three steps."""
+    named: dict[str, Any] = {
+        "data": "PeopleDataModule",
+        "data.batch_size": ROWS,
+        "data.limit_forget": 3 * ROWS * RANKS,
+        "data.limit_retain": 3 * ROWS * RANKS,
+        "trainer.accelerator": "cpu",
+        "trainer.devices": RANKS,
+        "trainer.precision": precision,
+        "trainer.max_epochs": 1,
+        "trainer.strategy": "ddp" if strategy == "ddp" else "ZeRO",
+        **({} if strategy == "ddp" else {"trainer.strategy.stage": strategy[-1]}),
+        **{f"trainer.{name}": "false" for name in ("logger", "enable_checkpointing", "enable_progress_bar",
+                                                   "enable_model_summary")},
+        "trainer.callbacks+": "plan.Peak",
+        "trainer.callbacks.answer": scratch / "answer.json",
+    }  # fmt: skip
+    modules = {
+        "attribution": {"model": "AttributionModule"},
+        "unlearning": {
+            "model": "UnlearnModule",
+            "model.objective": "NPO",
+            "model.mask": scratch / "mask.safetensors",
+            "optimizer": "MaskedAdamW",
+        },
+    }
+    own = {"model.model": model, "model.output": scratch / task, "model.overwrite": "true"}
+    options = {**modules[task], **own, **named}
+    return ["fit", *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
+
+
+def measure(case: tuple[str, str, str], model: str, scratch: Path) -> dict[str, Any]:
+    """Run a case on fresh processes: their greater peak, in bytes, and the tokens of the longest row.
+
+    Raises:
+        WagleError: if the run fails.
+    """
+    answer = scratch / "answer.json"
+    answer.unlink(missing_ok=True)
+    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    script = scratch / "run.py"  # Lightning starts the other rank with the same script
+    script.write_text("from wagle_pl.cli import main\n\nmain()\n", encoding="utf-8")
+    arguments = [sys.executable, str(script), *command(*case, model, scratch)]
+    done = subprocess.run(
+        arguments, cwd=scratch, stdout=sys.stderr, env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
+    )
+    if done.returncode or not answer.is_file():
+        raise WagleError(f"{'-'.join(case)} failed with exit code {done.returncode}, see above")
+    return json.loads(answer.read_text(encoding="utf-8"))
+
+
+def compare(case: tuple[str, str, str], shape: planning.Architecture, model: str, scratch: Path) -> dict[str, Any]:
+    """Measured and predicted peak of a case, in bytes."""
+    task, strategy, precision = case
+    found = measure(case, model, scratch)
+    run = planning.Run(task, strategy, RANKS, precision, "cpu", DENSITY, batch_size=ROWS,
+                       max_length=found["max_length"])  # fmt: skip
+    moment, predicted = planning.peak(shape, run)
+    return {"task": task, "strategy": strategy, "precision": precision, "measured": found["peak"],
+            "predicted": predicted, "moment": moment, "ratio": predicted / found["peak"]}  # fmt: skip
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The results in Markdown."""
+    lines = ["| task | strategy | precision | predicted, MiB | measured, MiB | predicted / measured |",
+             "| --- | --- | --- | ---: | ---: | ---: |"]  # fmt: skip
+    for row in results:
+        sizes = " | ".join(f"{row[key] / 2**20:,.0f}" for key in ("predicted", "measured"))
+        lines.append(f"| {row['task']} | {row['strategy']} | {row['precision']} | {sizes} | {row['ratio']:.3f} |")
+    return "\n".join(lines)
+
+
+def random_mask(model: str, shape: planning.Architecture, path: Path) -> None:
+    """Write a random mask for the model."""
+    sizes = {name: torch.Size(of).numel() for name, of in shape.shapes.items()}
+    packed = random_bits(sizes, int(DENSITY * shape.weights), 0)
+    WeightMask(packed, shape.shapes, {"model": model, "score": "random", "density": DENSITY}).save(path)
+
+
+def main() -> None:
+    """Run the cases and print the table."""
+    parser = argparse.ArgumentParser(prog="bin/bench plan", description=__doc__)
+    parser.add_argument("--model", default=str(ROOT / "models/smollm2"), help="folder of the model")
+    parser.add_argument("--cases", help=f"which, of {', '.join(CASES)}; all when not given")
+    parser.add_argument("--output", help="JSON file to write as well")
+    options = parser.parse_args()
+    cli.quiet()
+    names = options.cases.split(",") if options.cases else list(CASES)
+    if unknown := [name for name in names if name not in CASES]:
+        parser.error(f"no case {unknown[0]!r}; there are {', '.join(CASES)}")
+    model, results = str(Path(options.model).resolve()), []
+    shape = planning.architecture(model)
+    with tempfile.TemporaryDirectory(prefix="wagle-plan-") as folder:
+        scratch = Path(folder)
+        random_mask(model, shape, scratch / "mask.safetensors")
+        for name in names:
+            results.append(compare(CASES[name], shape, model, scratch))
+            print(f"{name}: predicted / measured {results[-1]['ratio']:.3f}", file=sys.stderr, flush=True)
+            if options.output:
+                with atomic_path(Path(options.output)) as temporary:
+                    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(table(results))
+    worst = max(abs(row["ratio"] - 1) for row in results)
+    print(f"\nfurthest off: {worst:.1%}; within {BAR:.0%}: {'yes' if worst <= BAR else 'NO'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except WagleError as error:
+        fail(str(error))

@@ -1,0 +1,321 @@
+"""A device's memory, part by part.
+
+A run passes *moments*, each of which needs its own :class:`Part` s; the dearest moment is the peak. Formulas are in
+bytes, for one device, with
+
+    N  weights          R  ranks           w  bytes a weight as the model computes with it
+    M  weights of the largest tensor       d  density of the mask
+    h  hidden size      q  size of all heads together     I  inner size of the MLP     L  blocks     V  vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from wagle_pl.planning.architecture import Architecture
+from wagle_pl.planning.run import Run
+
+GIB = 1 << 30
+FP32 = 4
+#: Numbers in a bucket of DeepSpeed's, if the model has as many (Lightning's default).
+BUCKET = 200_000_000
+#: Weights that ZeRO-3 keeps together on a rank at most, when it may (DeepSpeed's ``stage3_max_live_parameters``).
+LIVE = 1_000_000_000
+#: Bytes in a bucket of DDP's broadcast of the weights (torch's default).
+BROADCAST = 250 << 20
+#: A tensor of which at most this share is selected keeps optimiser state for selected weights only.
+COMPACT_DENSITY = 0.5
+#: What interpreter and libraries take of a process on a CPU: measured, see ``bin/benchmarks/plan.py``.
+CPU_OVERHEAD = 600 << 20
+#: What CUDA context, cuBLAS and NCCL take of a GPU: assumed, not measured.
+GPU_OVERHEAD = 1 << 30
+#: Share of a GPU that is planned with; the rest is left to fragmentation.
+USABLE = 0.92
+
+MOMENTS = ("load", "forward", "backward", "step", "end")
+RUNNING = MOMENTS[1:]
+
+
+class Part(NamedTuple):
+    """A part of a device's memory.
+
+    Attributes:
+        name: what it is.
+        bytes: how much.
+        moments: when it is there.
+        where: ``device``, or ``host`` for a GPU's share of CPU memory.
+    """
+
+    name: str
+    bytes: float
+    moments: Sequence[str] = RUNNING
+    where: str = "device"
+
+
+# -- activations ------------------------------------------------------------------------------------------------------
+
+
+def block_bytes(model: Architecture, computing: int) -> int:
+    """Bytes a token that a block keeps for its backward pass, with attention that keeps no T × T matrix.
+
+        2 h (4 + 2c) + 4 q c + (4 or 2) I c + 4 heads
+
+    Two norms keep their input in fp32, what they normalised and what they give; attention keeps queries, keys, values
+    (repeated for every head) and its output, and one fp32 number a head; a gated MLP keeps gate, its activation, up and
+    their product (one without a gate: two). c is the width of an activation. In the manner of Korthikanti et al. 2022
+    (arXiv 2205.05198), for the Llama block.
+    """
+    norms = 2 * model.hidden * (FP32 + 2 * computing)
+    attention = 4 * model.attention * computing + FP32 * model.heads
+    return norms + attention + (4 if model.gated else 2) * model.inner * computing
+
+
+def activation_bytes(model: Architecture, tokens: int, computing: int, checkpointing: bool = False) -> int:
+    """Bytes of activations of ``tokens`` tokens: L blocks and the last norm; with checkpointing each block's input, and
+    one block as it is recomputed: tokens · (L h c + block)."""
+    block = block_bytes(model, computing)
+    last = model.hidden * (FP32 + 2 * computing)
+    kept = model.layers * model.hidden * computing + block if checkpointing else model.layers * block
+    return tokens * (kept + last)
+
+
+def logit_bytes(model: Architecture, tokens: int, computing: int, backward: bool = True) -> int:
+    """tokens · V · (c + 4): the logits, and their fp32 log-softmax; 4 more for its gradient, in the backward pass."""
+    return tokens * model.vocabulary * (computing + FP32 + (FP32 if backward else 0))
+
+
+def cache_bytes(model: Architecture, rows: int, length: int, computing: int) -> int:
+    """Keys and values of a generation: 2 L · keys · rows · tokens · c."""
+    return 2 * model.layers * model.keys * rows * length * computing
+
+
+# -- what each task keeps ---------------------------------------------------------------------------------------------
+
+
+def sums_per_weight(hessian: str) -> int:
+    """Bytes of fp32 sums a weight: g_f, g_r; a draw's gradient while its step lasts; the diagonal, if one is kept."""
+    extra = {"scalar": 0, "auto": 1, "gauss_newton": 2, "fisher": 1, "hutchinson": 1}
+    return FP32 * (2 + extra[hessian])
+
+
+def state_bytes(optimizer: str, selected: float, weights: float, width: int) -> float:
+    """Optimiser state of ``weights`` numbers of ``width`` bytes, a share ``selected`` of which may move.
+
+    MaskedAdamW keeps an index (int32) and two moments of selected weights alone, d · (4 + 2w), where at most half is
+    selected, else two moments of all, 2w; AdamW 2w; SGD nothing.
+    """
+    if optimizer == "SGD":
+        return 0
+    if optimizer == "MaskedAdamW" and selected <= COMPACT_DENSITY:
+        return selected * weights * (4 + 2 * width)
+    return 2 * width * weights
+
+
+def step_bytes(run: Run, numbers: float, largest: float, width: int) -> float:
+    """What a step of the optimiser takes for a while, beside weights, gradients and state.
+
+    Args:
+        run: its optimiser, density and weight decay.
+        numbers: that the optimiser holds.
+        largest: of them in one tensor: all under ZeRO, where a partition is one.
+        width: bytes of each.
+
+    MaskedAdamW takes selected weights and gradients side by side, 2 d w, of a tensor of which at most half is selected;
+    another it decays a part at a time. AdamW on a GPU takes w of
+    all at once, and where its decay would move frozen weights a copy of all, w, and (1 + w) of one tensor to put them
+    back.
+    """
+    masked, decays = run.masked, run.decays
+    if run.optimizer == "MaskedAdamW":
+        return 2 * run.density * largest * width if selected_share(run) <= COMPACT_DENSITY else 0
+    at_once = width * numbers if run.optimizer == "AdamW" and run.accelerator == "gpu" else 0
+    if not (masked and decays):
+        return at_once
+    return width * numbers + max(at_once, (1 + width) * largest)
+
+
+def weight_parts(model: Architecture, run: Run) -> list[Part]:
+    """N w; N w / R under ZeRO-3, with the small tensors that stay whole and those a pass has brought together."""
+    w, n = run.width, model.weights
+    if run.stage < 3:
+        return [Part("weights", n * w, MOMENTS)]
+    where = "host" if run.spread.offload_parameters else "device"
+    together = min(n, LIVE) * w
+    return [
+        Part("weights", n * w / run.devices, MOMENTS, where),
+        Part("small tensors kept whole", model.small(run.persistence) * w, MOMENTS),
+        Part("weights brought together", together, ("forward", "backward")),
+    ]
+
+
+def attribution_parts(model: Architecture, run: Run) -> list[Part]:
+    """Sums, and the scores of one tensor.
+
+    A gradient stands for one tensor at a time: w M (twice where it is embedding and output matrix), 4 M in fp32 if it
+    is narrower, and with several ranks 4 M to add it up in and 4 M / R of the sum. On one device an fp32 gradient is
+    added to its sum in place. Scores of a tensor's rows need five fp32 tensors of them. A Gauss–Newton draw makes a
+    second backward pass through the same graph, so its activations stay during the first (not under ZeRO-3).
+    """
+    w, n, m, ranks = run.width, model.weights, model.largest, run.devices
+    whole = (2 if model.tied else 1) * w * m
+    if w < FP32:
+        whole += FP32 * m
+    if ranks > 1:
+        whole += FP32 * m + FP32 * m / ranks
+    theta = 1 if w < FP32 or run.stage == 3 else 0
+    parts = [
+        Part("sums of gradients", sums_per_weight(run.hessian) * n / ranks),
+        Part("gradient of one tensor", whole, ("backward",)),
+        Part("scores of one tensor", (4 + theta) * FP32 * m / ranks, ("end",)),
+        Part("mask bits", n / 8, ("end",), "host" if run.accelerator == "gpu" else "device"),
+    ]
+    if run.stage == 0 and ranks > 1 and run.accelerator == "gpu":
+        parts.append(Part("buckets of DDP, unused", n * w))  # on a CPU memory that is not touched is not there
+    if run.hessian == "hutchinson":
+        parts.append(Part("z, gradient and Hz", 3 * n * w, ("backward",)))
+    return parts
+
+
+def training_parts(model: Architecture, run: Run) -> list[Part]:
+    """Gradients, optimiser state and what the step needs."""
+    parts = _mask_parts(model, run)
+    if run.frozen_copy:
+        parts.append(Part("copy of θ₀", model.weights * run.width, MOMENTS))
+    return parts + (_zero_parts(model, run) if run.stage else _plain_parts(model, run))
+
+
+def selected_share(run: Run) -> float:
+    """d of what moves: all without a mask."""
+    return run.density if run.masked else 1.0
+
+
+def _mask_parts(model: Architecture, run: Run) -> list[Part]:
+    """N / 8, and N / R / 8 for flat partitions; a tensor's bits are unpacked, a byte each, when its gradient comes."""
+    if not run.masked:
+        return []
+    flat = model.weights / run.devices / 8 if run.stage else 0
+    unpacked = model.largest * (2 if run.accelerator == "gpu" else 1)
+    return [Part("mask bits", model.weights / 8 + flat), Part("mask of one tensor", unpacked, ("backward", "end"))]
+
+
+def _plain_parts(model: Architecture, run: Run) -> list[Part]:
+    """One device, or DDP: gradients N w, which stand until the next backward pass; DDP's buckets N w; state."""
+    w, n = run.width, model.weights
+    parts = [
+        Part("gradients", n * w),
+        Part("optimiser state", state_bytes(run.optimizer, selected_share(run), n, w)),
+        Part("step", step_bytes(run, n, model.largest, w), ("step",)),
+        Part("export", n * model.stored if model.stored != w else 0, ("end",)),
+    ]
+    if run.devices > 1:
+        parts.append(Part("buckets of DDP", n * w))
+        parts.append(Part("broadcast of the weights", BROADCAST, ("load",)))
+    if model.tied:
+        parts.append(Part("gradient of one tensor", model.largest * w, ("backward",)))
+    return parts
+
+
+def _zero_parts(model: Architecture, run: Run) -> list[Part]:
+    """ZeRO's flat partitions of N / R numbers, and its buckets of B = min(2e8, N) numbers.
+
+    fp32 weights 4 N / R, also beside weights that are fp32. Buckets w B: under stages 1 and 2 two in turn (on a CPU the
+    second is untouched while one holds the model), under stage 3 one; one more is what is reduced, and under stage 3
+    gloo takes a copy of that. What earlier buckets left of the gradients, w (N - B) / R, stands while the last is
+    reduced (under stage 3 room for all of it, always), and so does the gradient that found the bucket full. Over
+    several micro-batches stage 1 keeps gradients whole, w N, stage 2 its part, w N / R. The step needs gradients in
+    fp32, 4 N / R, beside those, w N / R, or beside what the optimiser needs.
+    """
+    w, n, ranks, gpu = run.width, model.weights, run.devices, run.accelerator == "gpu"
+    share, spread = n / ranks, run.stage == 3
+    offloaded = "host" if run.spread.offload_optimizer else "device"
+    bucket, full = min(BUCKET, n), n > BUCKET
+    buffers = 1 if spread or not (gpu or full) else 2
+    temporary = step_bytes(run, share, share, FP32)
+    parts = [
+        Part("fp32 weights", FP32 * share, MOMENTS, offloaded),
+        Part("optimiser state", state_bytes(run.optimizer, selected_share(run), share, FP32), RUNNING, offloaded),
+        Part("buckets", w * bucket * buffers, RUNNING if spread else ("backward",)),
+        Part("bucket being reduced", w * bucket * (1 if gpu or not spread else 2), ("backward",)),
+        Part("gradient of one tensor", model.largest * w if full else 0, ("backward",)),
+        Part("gradients of the step", FP32 * share, ("step",), offloaded),
+        Part("step", temporary if spread else max(temporary, w * share), ("step",), offloaded),
+    ]
+    if spread:
+        parts.append(Part("gradients", w * share, RUNNING, offloaded))
+        parts.append(Part("one tensor, whole", 2 * model.largest * w, ("end",)))
+    else:
+        if run.accumulate_grad_batches > 1:
+            parts.append(Part("gradients so far", w * (n if run.stage == 1 else share), ("forward", "backward")))
+        parts.append(Part("gradients", w * (n - bucket) / ranks, ("backward",), offloaded))
+        parts.append(Part("flattening of the weights", n * w, ("load",)))
+        parts.append(Part("export", n * model.stored if model.stored != w else 0, ("end",)))
+    return parts
+
+
+def evaluation_parts(model: Architecture, run: Run) -> list[Part]:
+    """One block's activations, logits, and the cache of a generation as long as the rows."""
+    tokens = run.batch_size * run.max_length
+    block = block_bytes(model, run.computing) * tokens
+    return [
+        Part("activations", block, ("forward",)),
+        Part("logits", logit_bytes(model, tokens, run.computing), ("forward",)),
+        Part("cache of a generation", cache_bytes(model, run.batch_size, run.max_length, run.computing), ("forward",)),
+    ]
+
+
+def pass_parts(model: Architecture, run: Run) -> list[Part]:
+    """Activations and logits of the graphs that are alive together."""
+    tokens = run.batch_size * run.max_length * run.streams
+    activations = activation_bytes(model, tokens, run.computing, run.gradient_checkpointing)
+    again = run.task == "attribution" and run.hessian in ("auto", "gauss_newton") and run.stage < 3
+    parts = [
+        Part("activations", activations, ("forward", "backward") if again else ("forward",)),
+        Part("logits", logit_bytes(model, tokens, run.computing), ("forward", "backward") if again else ("forward",)),
+    ]
+    if run.width > run.computing:
+        parts.append(Part("narrow copies of the weights", model.weights * run.computing, ("forward",)))
+    return parts
+
+
+# -- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def parts_of(model: Architecture, run: Run) -> list[Part]:
+    """All parts of a run's memory, on the device and beside it."""
+    gpu = run.accelerator == "gpu"
+    parts = [Part("CUDA, cuBLAS, NCCL" if gpu else "interpreter and libraries", overhead(run), MOMENTS)]
+    parts += weight_parts(model, run)
+    if run.task == "test":
+        return parts + evaluation_parts(model, run)
+    parts += attribution_parts(model, run) if run.task == "attribution" else training_parts(model, run)
+    return [part for part in parts + pass_parts(model, run) if part.bytes]
+
+
+def overhead(run: Run) -> int:
+    """Bytes that any run takes."""
+    return GPU_OVERHEAD if run.accelerator == "gpu" else CPU_OVERHEAD
+
+
+def device_parts(model: Architecture, run: Run) -> list[Part]:
+    """The parts in a device's memory; on a CPU all, as there is no other place."""
+    return [part for part in parts_of(model, run) if part.where == "device" or run.accelerator == "cpu"]
+
+
+def at(parts: Iterable[Part], moment: str) -> float:
+    """Bytes of those parts that are there at a moment."""
+    return sum(part.bytes for part in parts if moment in part.moments)
+
+
+def peak(model: Architecture, run: Run) -> tuple[str, float]:
+    """The dearest moment, and a device's memory then."""
+    parts = device_parts(model, run)
+    return max(((moment, at(parts, moment)) for moment in MOMENTS), key=lambda pair: pair[1])
+
+
+def host_bytes(model: Architecture, run: Run) -> float:
+    """CPU memory of one rank of a run on GPUs: libraries, what is offloaded, the mask, and while loading the model as
+    it is stored (under ZeRO-3 one tensor of it)."""
+    parts = [part for part in parts_of(model, run) if part.where == "host"]
+    loading = model.stored * (model.largest if run.stage == 3 else model.weights)
+    return CPU_OVERHEAD + max(loading, *(at(parts, moment) for moment in MOMENTS))

@@ -1,0 +1,147 @@
+"""What is planned: a task, how it is spread, and its options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Optional
+
+from wagle_pl.utilities import WagleError
+
+TASKS = ("attribution", "unlearning", "finetuning", "test")
+OPTIMIZERS = ("MaskedAdamW", "AdamW", "SGD")
+HESSIANS = ("scalar", "auto", "gauss_newton", "fisher", "hutchinson")
+#: Precision -> bytes of a weight in memory, bytes of what matrix products take and give.
+PRECISIONS = {"32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2), "16-mixed": (4, 2), "16-true": (2, 2)}
+
+
+class Strategy(NamedTuple):
+    """How a run is spread.
+
+    Attributes:
+        stage: ZeRO stage; 0 is a whole copy on every device.
+        offload_optimizer: optimiser state and fp32 weights in CPU memory.
+        offload_parameters: weights in CPU memory.
+    """
+
+    stage: int = 0
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+
+#: Names of Lightning, and of the files in ``configs/strategy``.
+STRATEGIES = {
+    "auto": Strategy(0),
+    "ddp": Strategy(0),
+    **{f"deepspeed_stage_{stage}": Strategy(stage) for stage in (1, 2, 3)},
+    **{f"zero{stage}": Strategy(stage) for stage in (1, 2, 3)},
+    "deepspeed_stage_2_offload": Strategy(2, True),
+    "deepspeed_stage_3_offload": Strategy(3, True, True),
+    "zero3_offload": Strategy(3, True, True),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is planned.
+
+    Attributes:
+        task: one of :data:`TASKS`.
+        strategy: a name in :data:`STRATEGIES`.
+        devices: R.
+        precision: as ``trainer.precision``.
+        accelerator: ``gpu`` or ``cpu``.
+        density: d; 1 is unlearning without a mask.
+        hessian: of attribution, as in ``model.hessian``.
+        optimizer: one of :data:`OPTIMIZERS`.
+        weight_decay: of the optimiser; its own default when None.
+        batch_size: rows (or pairs of rows) a device and micro-batch.
+        max_length: tokens a row.
+        accumulate_grad_batches: micro-batches a step.
+        gradient_checkpointing: recompute activations in the backward pass.
+        frozen_copy: keep θ₀ beside the model (``reference_logits: frozen_copy`` with a term that needs it).
+        persistence: ``param_persistence_threshold`` of ZeRO-3.
+
+    Raises:
+        WagleError: if a value has no meaning.
+    """
+
+    task: str = "unlearning"
+    strategy: str = "auto"
+    devices: int = 1
+    precision: str = "bf16-true"
+    accelerator: str = "gpu"
+    density: float = 0.2
+    hessian: str = "auto"
+    optimizer: str = "MaskedAdamW"
+    weight_decay: Optional[float] = None
+    batch_size: int = 1
+    max_length: int = 512
+    accumulate_grad_batches: int = 1
+    gradient_checkpointing: bool = False
+    frozen_copy: bool = False
+    persistence: int = 100_000
+
+    def __post_init__(self) -> None:
+        known = {"task": TASKS, "strategy": STRATEGIES, "precision": PRECISIONS, "hessian": HESSIANS,
+                 "optimizer": OPTIMIZERS, "accelerator": ("gpu", "cpu")}  # fmt: skip
+        for option, names in known.items():
+            if getattr(self, option) not in names:
+                raise WagleError(f"unknown {option} {getattr(self, option)!r}; choose one of {', '.join(names)}")
+        for option in ("devices", "batch_size", "max_length", "accumulate_grad_batches"):
+            if getattr(self, option) < 1:
+                raise WagleError(f"{option} must be at least 1, got {getattr(self, option)}")
+        if not 0 < self.density <= 1:
+            raise WagleError(f"density is the share of weights selected and must be in (0, 1], got {self.density:g}")
+        if self.weight_decay is not None and self.weight_decay < 0:
+            raise WagleError(f"weight_decay must not be below 0, got {self.weight_decay:g}")
+        if self.task == "attribution" and self.precision.startswith("16"):
+            raise WagleError("attribution runs in 32-true, bf16-mixed or bf16-true, not in fp16")
+        if self.task == "attribution" and self.hessian == "hutchinson" and self.stage == 3:
+            raise WagleError("hessian hutchinson needs whole parameters, which ZeRO-3 spreads: choose another stage")
+        if self.frozen_copy and self.stage == 3:
+            raise WagleError("a frozen copy of the model does not work under ZeRO-3; choose another stage")
+
+    @property
+    def spread(self) -> Strategy:
+        """The strategy's options."""
+        return STRATEGIES[self.strategy]
+
+    @property
+    def stage(self) -> int:
+        """ZeRO stage, 0 for none."""
+        return self.spread.stage
+
+    @property
+    def width(self) -> int:
+        """w. DeepSpeed holds the model itself in the narrow type in mixed precision too."""
+        in_memory, computing = PRECISIONS[self.precision]
+        return computing if self.stage else in_memory
+
+    @property
+    def computing(self) -> int:
+        """Bytes of an activation that a matrix product takes or gives."""
+        return PRECISIONS[self.precision][1]
+
+    @property
+    def masked(self) -> bool:
+        """Whether there are frozen weights."""
+        return self.task == "unlearning" and self.density < 1
+
+    @property
+    def decays(self) -> bool:
+        """Whether the optimiser decays weights; torch's AdamW does unless told otherwise."""
+        return bool(self.optimizer == "AdamW" if self.weight_decay is None else self.weight_decay)
+
+    @property
+    def streams(self) -> int:
+        """Streams of a batch whose graphs are alive together: unlearning's forget and retain rows."""
+        return 2 if self.task == "unlearning" else 1
+
+
+def choices(run: Run, devices: Sequence[int] = (1, 2, 4, 8)) -> Iterable[tuple[str, list[Run]]]:
+    """(strategy, the run under it on each number of devices) for every strategy that works."""
+    offload = ["zero3_offload"] if run.accelerator == "gpu" else []
+    whole = run.frozen_copy or (run.task == "attribution" and run.hessian == "hutchinson")
+    for name in ["ddp", "zero1", "zero2", *(() if whole else ("zero3", *offload))]:
+        yield name, [replace(run, strategy=name, devices=count) for count in devices]
