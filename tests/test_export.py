@@ -145,3 +145,21 @@ def test_nothing_to_move_is_refused(fails: Any, tiny_model: str) -> None:
     assert "no_such" in fails(*options, "--model.modules", "[no_such]")
     assert "LBFGS" in fails(*options[:-7], "torch.optim.LBFGS", *options[-6:], "--model.layers", "1")
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("before", ["nothing", "a file", "a folder"])
+def test_a_folder_takes_the_place_of_what_was_there(tmp_path, before):
+    from wagle_pl.utilities import atomic_path
+
+    place = tmp_path / "place"
+    if before == "a file":
+        place.write_text("old")
+    elif before == "a folder":
+        place.mkdir()
+        (place / "old").write_text("old")
+    with atomic_path(place) as temporary:
+        temporary.mkdir()
+        (temporary / "new").write_text("new")
+    assert [path.name for path in place.iterdir()] == ["new"] and [path.name for path in tmp_path.iterdir()] == [
+        "place"
+    ]

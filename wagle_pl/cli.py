@@ -189,6 +189,7 @@ def quiet() -> None:
     if not package.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(_Formatter())
+        handler.addFilter(_first_rank_speaks)
         package.addHandler(handler)
         package.setLevel(logging.INFO)
         package.propagate = False
@@ -201,8 +202,15 @@ def quiet() -> None:
         ".*module\\(s\\) in eval mode at the start of training.*",  # attribution means it
         ".*DeepSpeed handles gradient clipping internally.*",  # and it is told the user's bound
         ".*torch.distributed.*is deprecated.*",  # DeepSpeed's calls
+        ".*sync_dist=True.*",  # what is logged is the same on all ranks
     ):
         warnings.filterwarnings("ignore", message=pattern)
+
+
+def _first_rank_speaks(record: logging.LogRecord) -> bool:
+    """Whether a message is to be seen: what all ranks have to say, rank 0 says."""
+    rank = int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
+    return rank == 0 or record.levelno >= logging.ERROR
 
 
 class _Formatter(logging.Formatter):

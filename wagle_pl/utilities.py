@@ -44,7 +44,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     _remove(temporary)
     try:
         yield temporary
-        if path.is_dir():
+        if path.is_dir() or (path.exists() and temporary.is_dir()):
             retired = path.with_name(f".{path.name}.{os.getpid()}.old")
             _remove(retired)
             os.replace(path, retired)

@@ -80,7 +80,7 @@ def zero_frozen(gradient: Tensor, mask: ParameterMask) -> Tensor:
 
 @torch.no_grad()
 def decay_selected(parameter: Tensor, mask: ParameterMask, kept: float) -> None:
-    """Multiply selected weights by ``kept``, in place and a part at a time: under ZeRO one tensor is all of a rank's."""
+    """Multiply selected weights by ``kept``, in place and a part at a time: under ZeRO one tensor is a rank's all."""
     flat, size = parameter.view(-1), CHUNK if parameter.device.type == "cpu" else GPU_CHUNK
     for start in range(0, flat.numel(), size):
         part = flat[start : start + size]
