@@ -82,7 +82,7 @@ def resolve(base: type[T], value: Union[T, str], option: str) -> T:
     """
     if isinstance(value, base):
         return value
-    known = {_fold(cls.__name__): cls for cls in _subclasses(base)}
+    known = {_fold(cls.__name__): cls for cls in list(_subclasses(base)) or [base]}
     cls = known.get(_fold(value))
     if cls is None and "." in value:
         module, _, name = value.rpartition(".")

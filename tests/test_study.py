@@ -1,0 +1,218 @@
+"""Studies: the mathematics of comparing at equal forgetting, the grid, and the summary of made-up runs."""
+
+import numpy as np
+import pytest
+from scipy import integrate, interpolate, stats
+
+from wagle_pl.study import envelope, mean_utility, paired, utility_at
+from wagle_pl.study.attribute import passes
+from wagle_pl.study.curves import Sample, sample, verdict
+from wagle_pl.study.grid import middle_first, read_masks, read_objectives, runs
+from wagle_pl.study.run import test_points as points_of
+from wagle_pl.study.summary import Compared, summarise
+from wagle_pl.utilities import WagleError
+
+# -- curves -----------------------------------------------------------------------------------------------------------
+
+
+def test_utility_at_a_level_by_hand():
+    """The prototype of issue 7: dense at forget probability 0.59, on the way from (0.86, 0.973) to (0.44, 0.879)."""
+    dense = [(-0.994, 0.994), (-0.86, 0.973), (-0.44, 0.879), (-0.23, 0.741)]
+    assert utility_at(dense, -0.59) == pytest.approx(0.973 + (0.86 - 0.59) / (0.86 - 0.44) * (0.879 - 0.973))
+    assert utility_at(dense, -0.44) == 0.879 and utility_at(dense, -0.994) == 0.994
+    assert utility_at(dense, -0.22) is None  # never extrapolated
+    assert utility_at(dense, -2.0) == 0.994  # the target is past the level already
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_curves_against_numpy_and_scipy(seed):
+    draw = np.random.default_rng(seed)
+    x = np.concatenate([[0.0], draw.normal(0.4, 0.5, 12)])
+    points = list(zip(x.tolist(), draw.uniform(size=13).tolist(), strict=True))
+    records = x >= np.maximum.accumulate(x)
+    xs, us = x[records], np.array([u for _, u in points])[records]
+    assert envelope(points) == list(zip(xs.tolist(), us.tolist(), strict=True))
+    for level in np.linspace(0, xs[-1], 7):
+        assert utility_at(points, level) == pytest.approx(interpolate.interp1d(xs, us)(level))
+    low, high = xs[-1] * 0.1, xs[-1] * 0.8
+    knots = [low, *[knot for knot in xs if low < knot < high], high]
+    area = integrate.trapezoid(np.interp(knots, xs, us), knots)
+    assert mean_utility(points, low, high) == pytest.approx(area / (high - low))
+    assert mean_utility(points, low, xs[-1] + 0.01) is None and mean_utility(points, high, low) is None
+
+
+def test_a_run_that_remembers_again_is_read_along_its_envelope():
+    points = [(0.0, 1.0), (0.5, 0.8), (0.2, 0.9), (1.0, 0.4)]
+    assert utility_at(points, 0.75) == pytest.approx(0.6)  # between (0.5, 0.8) and (1, 0.4)
+    assert mean_utility(points, 0, 1) == pytest.approx((0.5 * 0.9) + 0.5 * 0.6)
+
+
+def test_the_paired_test_is_scipys():
+    arm, dense = [0.91, 0.94, 0.90, 0.95], [0.88, 0.93, 0.91, 0.90]
+    found = paired(arm, dense)
+    assert found.p == pytest.approx(stats.ttest_1samp(np.subtract(arm, dense), 0).pvalue)
+    assert found.difference == pytest.approx(np.mean(arm) - np.mean(dense)) and found.why == ""
+    assert paired(arm[:2], dense[:2])[1:] == (None, "n too small", 2)
+    assert paired([0.5, 0.6, 0.7], [0.4, 0.5, 0.6])[1:] == (None, "no spread", 3)
+    assert paired([], []) == (None, None, "no pairs", 0)
+    assert sample(arm).std == pytest.approx(np.std(arm, ddof=1)) and sample([1.0]) == (1.0, None, 1)
+    assert sample([]) == (None, None, 0)
+
+
+def test_verdicts():
+    def say(gain, arm=(0.9, 0.02, 3), dense=(0.9, 0.03, 3), runs=(3, 3)):
+        return verdict(gain, Sample(*arm), Sample(*dense), *runs)
+
+    assert [say(gain) for gain in (0.031, 0.029, -0.029, -0.031)] == ["wins", "ties", "ties", "loses"]
+    assert say(0.1, arm=(0.9, None, 1), runs=(1, 3)) == "ahead, one seed"
+    assert say(None, arm=(None, None, 0)) == "never reaches it"
+    assert say(0.1, arm=(0.9, 0.0, 2)) == "reaches it in 2 of 3 seeds"
+    assert say(0.1, dense=(0.9, 0.0, 2)) == "dense does not always reach it"
+    assert say(None, dense=(None, None, 0)) == "dense never reaches it"
+
+
+def test_points_along_a_run():
+    assert points_of(126, 3) == [42, 84, 126] and points_of(3, 5) == [1, 2, 3] and points_of(7, 1) == [7]
+
+
+# -- the grid ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_order_is_balanced():
+    grid = list(runs(read_objectives(["NPO", "PO"]), read_masks(["dense", "snip"]), [1e-5, 3e-5, 1e-4], [7, 8], {}))
+    assert len(grid) == len({run.id for run in grid}) == 2 * 2 * 3 * 2
+    assert [run.seed for run in grid] == [7] * 12 + [8] * 12
+    assert [run.lr for run in grid[:12]] == [3e-5] * 4 + [1e-5] * 4 + [1e-4] * 4
+    arms = [(run.mask.name, run.objective.name) for run in grid]
+    assert arms[:4] == [("dense", "NPO"), ("dense", "PO"), ("snip 0.2", "NPO"), ("snip 0.2", "PO")]
+    assert arms == arms[:4] * 6
+    assert middle_first([1, 2, 3, 4, 5]) == [3, 2, 4, 1, 5]
+
+
+def test_a_run_is_known_by_what_defines_it():
+    def ids(objectives, masks, settings="target"):
+        return {run.id for run in runs(read_objectives(objectives), read_masks(masks), [1e-5], [0], {"a": settings})}
+
+    plain = ids(["NPO"], ["wagle"])
+    spelt = {"class_path": "wagle_pl.unlearning.objectives.NPO", "name": "mine"}
+    assert ids([spelt], [{"score": "wagle", "density": 0.2, "name": "x"}]) == plain
+    assert plain < ids(["NPO", "PO"], ["wagle", "dense"])  # a grown grid keeps its runs
+    others = [ids(["NPO"], ["wagle"], "other target"), ids(["NPO"], [{"score": "wagle", "gamma": 1e-6}])]
+    others += [ids([{"class_path": "NPO", "init_args": {"beta": 0.3}}], ["wagle"]), ids(["NPO"], [{"score": "snip"}])]
+    assert all(not plain & other for other in others)
+    snip = ids(["NPO"], ["snip"])
+    assert ids(["NPO"], [{"score": "snip", "hessian": "fisher"}]) == snip  # what the score does not depend on
+
+
+def test_masks_of_a_configuration():
+    entries = ["dense", "lora", "random", {"score": "wagle", "density": [0.05, 0.8]}]
+    entries += [{"score": "wagle", "hessian": "gauss_newton"}, {"score": "wagle", "gamma": 1e-6}]
+    entries += [
+        {"score": "wanda", "scope": "row"},
+        {"score": {"class_path": "Modules", "init_args": {"modules": ["mlp"]}}},
+    ]
+    masks = read_masks(entries)
+    assert [mask.name for mask in masks] == [
+        "dense", "lora", "random 0.2", "wagle 0.05", "wagle 0.8", "wagle gauss_newton 0.2", "wagle gamma=1e-06 0.2",
+        "wanda row 0.2", "modules-mlp",
+    ]  # fmt: skip
+    assert [mask.density for mask in masks[:3]] == [1.0, None, 0.2]
+    draws = [masks[2].of_seed(seed) for seed in (0, 1)]
+    assert [draw.make_score().seed for draw in draws] == [0, 1] and draws[0].definition != draws[1].definition
+    grouped = passes([mask.of_seed(0) for mask in masks if mask.kind == "score"])
+    assert len(grouped) == 3  # auto, gauss_newton, γ; the others go with one of them
+    assert sum(len(group) for _, group in grouped) == 7
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("wagel", "unknown mask 'wagel'; choose one of dense, lora, Curvature"),
+        ({"score": "wagle", "densty": 0.2}, "unknown key 'densty'; there are score"),
+        ({"score": "wagle", "density": [0.2, 1.5]}, "density must lie in (0, 1], got 1.5"),
+        ({"score": "dense", "density": 0.2}, "dense has no option 'density'"),
+        ({"adapter": {"class_path": "LoRA", "init_args": {"rank": 3}}}, "does not accept option 'rank'"),
+        ({"density": 0.2}, "names no mask"),
+        ({"file": "nowhere.safetensors"}, "file nowhere.safetensors does not exist"),
+        ({"score": "snip", "learning_rates": [-1]}, "learning_rates must be different numbers above 0"),
+    ],
+)
+def test_a_mistaken_mask(entry, said):
+    with pytest.raises(WagleError) as error:
+        read_masks(["dense", entry])
+    assert said in str(error.value)
+
+
+def test_the_same_mask_twice():
+    with pytest.raises(WagleError, match="are the same mask"):
+        read_masks(["wagle", {"score": "Wagle", "density": 0.2, "name": "other"}])
+    with pytest.raises(WagleError, match="two objectives are called 'NPO'"):
+        read_objectives(["NPO", {"class_path": "NPO", "init_args": {"beta": 1.0}}])
+
+
+# -- the summary ------------------------------------------------------------------------------------------------------
+
+BY = Compared("forget/probability", "retain/probability",
+              {"forget/probability": 1.0, "retain/probability": 1.0}, level=0.2)  # fmt: skip
+
+
+def made_up(mask, score, density, per_seed):
+    """Rows of runs with two tests each: seed -> (lr -> ((forget, utility), (forget, utility)))."""
+    rows = []
+    for seed, rates in per_seed.items():
+        for lr, tests in rates.items():
+            labels = {"objective": "NPO", "mask": mask, "score": score, "density": density, "lr": lr, "seed": seed}
+            labels["run"] = f"{mask} {lr} {seed}"
+            rows += [{**labels, "step": i, "forget": f, "utility": u, "ue_average": seed / 10.0, "note": None}
+                     for i, (f, u) in enumerate(tests)]  # fmt: skip
+    return rows
+
+
+def test_utility_at_equal_forgetting_by_hand():
+    dense = {s: {1: ((0.6, 0.9), (0.1, 0.5 + s / 100)), 2: ((0.5, 0.7), (0.0, 0.1))} for s in range(3)}
+    good = {s: {1: ((0.6, 0.95), (0.5, 0.94)), 2: ((0.6, 0.9), (0.1, 0.8 - s / 50))} for s in range(3)}
+    slow = {s: {1: ((0.9, 0.99), (0.8, 0.98)), 2: ((0.8, 0.97), (0.7, 0.96))} for s in range(3)}
+    rows = (
+        made_up("dense", None, 1.0, dense) + made_up("good", "wagle", 0.2, good) + made_up("slow", "random", 0.2, slow)
+    )
+    found = {arm["mask"]: arm for arm in summarise(rows, BY)}
+    at = [0.9 + 0.8 * (0.5 + s / 100 - 0.9) for s in range(3)]  # four fifths of the way from 0.6 to 0.1
+    assert list(found["dense"]["values"].values()) == pytest.approx(at)
+    assert found["dense"]["learning_rates"] == {"0": 1, "1": 1, "2": 1} and found["dense"]["verdict"] == ""
+    ours = [0.9 + 0.8 * (0.8 - s / 50 - 0.9) for s in range(3)]
+    assert found["good"]["mean"] == pytest.approx(np.mean(ours)) and found["good"]["std"] == pytest.approx(
+        np.std(ours, ddof=1)
+    )
+    assert found["good"]["learning_rates"] == {"0": 2, "1": 2, "2": 2} and found["good"]["reached"] == 0.5
+    assert found["good"]["p"] == pytest.approx(stats.ttest_rel(ours, at).pvalue) and found["good"]["verdict"] == "wins"
+    assert found["good"]["difference"] == pytest.approx(np.mean(ours) - np.mean(at))
+    assert found["good"]["ue_average"] == pytest.approx(0.1)
+    slow = found["slow"]
+    assert slow["mean"] is None and slow["reached"] == 0 and slow["verdict"] == "never reaches it" and slow["n"] == 0
+    assert slow["learning_rates"] == {"0": 2, "1": 2, "2": 2}  # the one that comes nearest
+    over = slow["area"]  # down to 0.7, where slow ends: dense is at 1 − 0.25 · 0.3 there
+    assert over["to"] == pytest.approx(0.7) and over["dense"] == pytest.approx(1 - 0.25 * 0.3 / 2)
+    assert over["mean"] == pytest.approx((0.2 * (1 + 0.97) / 2 + 0.1 * (0.97 + 0.96) / 2) / 0.3)
+
+
+def test_a_measure_that_rises_and_a_utility_that_falls():
+    """The same curves with both measures mirrored give the same comparison."""
+    dense = {s: {1: ((0.6, 0.9), (0.1, 0.5 + s / 100))} for s in range(3)}
+    good = {s: {1: ((0.6, 0.9), (0.1, 0.8 - s / 50))} for s in range(3)}
+    rows = made_up("dense", None, 1.0, dense) + made_up("good", "wagle", 0.2, good)
+    mirrored = [{**row, "forget": 1 - row["forget"], "utility": 5 - row["utility"]} for row in rows]
+    by = BY._replace(
+        target={"forget/probability": 0.0, "retain/probability": 4.0}, level=0.8, forget_sign=1, utility_sign=-1
+    )
+    plain, other = summarise(rows, BY)[1], summarise(mirrored, by)[1]
+    assert other["mean"] == pytest.approx(5 - plain["mean"]) and other["p"] == pytest.approx(plain["p"])
+    assert plain["verdict"] == other["verdict"] == "wins"
+    assert not BY.nothing_to_unlearn and by._replace(level=-0.1).nothing_to_unlearn
+
+
+def test_a_run_that_diverged_counts_with_its_tests_before():
+    rows = made_up("dense", None, 1.0, {0: {1: ((0.6, 0.9), (0.1, 0.5))}, 1: {1: ((0.6, 0.9),)}})
+    last = {**rows[-1], "step": 9, "forget": None, "utility": None, "note": "diverged at step 9"}
+    lost = {**last, "run": "lost", "seed": 2}  # before its first test
+    (arm,) = summarise([*rows, last, lost], BY)
+    assert (arm["n"], arm["seeds"], arm["runs"], arm["diverged"]) == (1, 3, 3, 2)

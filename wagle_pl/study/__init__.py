@@ -1,0 +1,6 @@
+"""Studies: objectives, masks, learning rates and seeds over one target model, compared at equal forgetting."""
+
+from wagle_pl.study.curves import envelope, mean_utility, paired, utility_at
+from wagle_pl.study.study import Study
+
+__all__ = ["Study", "envelope", "mean_utility", "paired", "utility_at"]

@@ -1,0 +1,101 @@
+"""Classes with options as a configuration names them: ``NPO``, or ``{class_path: NPO, init_args: {beta: 0.1}}``."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar, Union
+
+from wagle_pl.utilities import WagleError, resolve
+
+T = TypeVar("T")
+Entry = Union[str, Mapping[str, Any]]
+
+
+def split(entry: Entry, option: str, extra: tuple[str, ...] = ()) -> tuple[str, dict[str, Any]]:
+    """Class name and options of an entry.
+
+    Args:
+        entry: a name, or a mapping with ``class_path`` and ``init_args``.
+        option: its name, for messages.
+        extra: other keys that the mapping may have.
+
+    Raises:
+        WagleError: if it has another form.
+
+    >>> split({"class_path": "NPO", "init_args": {"beta": 0.2}}, "objective")
+    ('NPO', {'beta': 0.2})
+    """
+    if isinstance(entry, str):
+        return entry, {}
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("class_path"), str):
+        raise WagleError(f"{option} must be a name, or class_path and init_args; got {entry!r}")
+    unknown = sorted(set(entry) - {"class_path", "init_args", *extra})
+    if unknown:
+        raise WagleError(f"{option} {entry['class_path']}: unknown key {unknown[0]!r}; options of the class go under "
+                         "init_args")  # fmt: skip
+    return entry["class_path"], dict(entry.get("init_args") or {})
+
+
+def make(base: type[T], entry: Entry, option: str, extra: tuple[str, ...] = ()) -> T:
+    """The object that an entry describes, its options checked against the class.
+
+    Args:
+        base: the class it must derive from.
+        entry: see :func:`split`.
+        option: its name, for messages.
+        extra: other keys that a mapping may have.
+
+    Raises:
+        WagleError: naming the classes there are, or the option that the class does not have.
+    """
+    name, options = split(entry, option, extra)
+    cls = None if "." in name else _known(base).get(_fold(name))
+    if cls is None and "." not in name:
+        return resolve(base, name, option)  # a message that names the classes there are
+    cls = cls or _imported(base, name, option)
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "it")
+    try:
+        return parser.instantiate_classes(parser.parse_object({"it": options})).it
+    except jsonargparse.ArgumentError as error:
+        what = " ".join(str(error).split()).replace("Group 'it'", cls.__name__).replace('Parser key "it.', 'option "')
+        raise WagleError(f"{option} {name}: {what}") from None
+
+
+def _known(base: type[T]) -> dict[str, type[T]]:
+    """Classes that derive from one, or that one if none does, by folded name."""
+    found: dict[str, type[T]] = {}
+    for cls in base.__subclasses__():
+        found |= {_fold(cls.__name__): cls, **_known(cls)}
+    return found or {_fold(base.__name__): base}
+
+
+def _fold(name: str) -> str:
+    return name.replace("_", "").lower()
+
+
+def _imported(base: type[T], path: str, option: str) -> type[T]:
+    module, _, name = path.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise WagleError(f"{option} {path!r} cannot be imported: {error}") from None
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise WagleError(f"{option} {path!r} is no {base.__name__}")
+    return cls
+
+
+def definition(made: Any, entry: Entry, option: str, extra: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What tells an entry from others, as plain data: the class of what it made, and the options given."""
+    cls = type(made)
+    return {"class": f"{cls.__module__}.{cls.__qualname__}", "options": split(entry, option, extra)[1]}
+
+
+def digest(value: Any) -> str:
+    """Plain data as a short name: 16 hexadecimal digits of SHA-256 over its JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,160 @@
+"""One run of a study: unlearning that is tested at several points along its way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+from wagle_pl import distributed
+from wagle_pl.evaluation import Observer, Results, Undefined, observe_set
+from wagle_pl.unlearning import UnlearnModule
+from wagle_pl.utilities import WagleError
+
+Generate = Literal["end", "always", "never"]
+
+_GENERATED = frozenset({"generation", "reference", "paraphrased"})
+
+
+class Diverged(WagleError):
+    """The loss became NaN or infinite: the run is over, the study goes on."""
+
+
+def test_points(steps: int, points: int) -> list[int]:
+    """The steps after which a run is tested: evenly spaced, the last at its end.
+
+    >>> test_points(10, 4), test_points(2, 4)
+    ([2, 5, 8, 10], [1, 2])
+    """
+    return sorted({max(1, round(steps * k / points)) for k in range(1, points + 1)})
+
+
+class StudyRun(UnlearnModule):
+    """Unlearning with tests along the way; :attr:`tests` holds what they found.
+
+    Args:
+        points: how many tests, the last at the end.
+        generate: whether tests also generate answers: ``always``, at the ``end`` only, or ``never``.
+        keep: write the unlearned model to ``output``.
+        retrained: results of the retrained model, which some measures compare with.
+        kwargs: see :class:`UnlearnModule`.
+    """
+
+    def __init__(
+        self,
+        points: int = 4,
+        generate: Generate = "end",
+        keep: bool = False,
+        retrained: Optional[str] = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(generate=generate != "never", retrained=retrained, **kwargs)
+        self.points = points
+        self.generates = generate
+        self.keep = keep
+        #: One dict a test: ``step``, ``seconds`` since the run began, and the measures by name.
+        self.tests: list[dict[str, Any]] = []
+        self._marks: list[int] = []
+        self._began = time.monotonic()
+
+    def on_fit_start(self) -> None:
+        """Make ready for tests before there is anything to lose."""
+        super().on_fit_start()
+        self._test_names = self.trainer.datamodule.test_names()
+        path = self.compared["retrained"]
+        self._results = {} if path is None else {"retrained": Results(path)}
+        distributed.from_rank_zero(self._load_readers)
+
+    def on_train_start(self) -> None:
+        """Fix the points."""
+        super().on_train_start()
+        self._marks = test_points(int(self.trainer.estimated_stepping_batches), self.points)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Test, if this is a point."""
+        super().on_train_batch_end(*args)
+        if self._marks and self.global_step >= self._marks[0]:
+            self._marks.pop(0)
+            last = not self._marks
+            measures = self.test_now(self.generates == "always" or (last and self.generates == "end"))
+            seconds = time.monotonic() - self._began
+            self.tests.append({"step": self.global_step, "seconds": round(seconds, 2), **measures})
+
+    def test_now(self, generate: bool) -> dict[str, float]:
+        """Measures of the model as it is now, by the suite of the data module; those that are undefined are left out.
+
+        Args:
+            generate: also generate answers.
+        """
+        data = self.trainer.datamodule
+        training = self.lm.training
+        self.lm.eval()
+        observer = Observer(
+            self.lm, data.template, max_rows=data.test_batch_size, max_new_tokens=self.max_new_tokens, meets=self.meets
+        )
+        tables = {}
+        with self.trainer.precision_plugin.forward_context():
+            for name in self._test_names:
+                needs = self.needs_of(name) - (frozenset() if generate else _GENERATED)
+                length, header = self.max_new_tokens_of(name), self.suite.headers.get(name, "")
+                tables[name] = observe_set(observer, data.rows(f"test/{name}"), needs, length, header)
+                if generate:
+                    self._annotate(name, tables[name])
+        self.lm.train(training)
+        return defined_only(self.measures(tables))
+
+    def _check_finite(self, losses: Any, batch: Any, batch_idx: int) -> None:
+        try:
+            super()._check_finite(losses, batch, batch_idx)
+        except WagleError as error:
+            raise Diverged(str(error)) from None
+
+    def export(self, record: dict[str, Any]) -> None:
+        """Write the model if it is to be kept."""
+        if self.keep:
+            super().export(record)
+
+
+def defined_only(values: Mapping[str, Any]) -> dict[str, float]:
+    """The measures that have a number."""
+    return {name: float(value) for name, value in values.items() if not isinstance(value, Undefined)}
+
+
+def ungenerated(tables: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Records as a test without generation would have made them.
+
+    Args:
+        tables: test set -> records.
+    """
+    found = ("rouge1_recall", "rougeL_recall", "reference", "toxicity", "nearest_answer")
+
+    def strip(record: Mapping[str, Any]) -> dict[str, Any]:
+        """One record without them."""
+        kept = {k: v for k, v in record.items() if k not in found and not k.startswith("paraphrased_question_")}
+        return {**kept, "generation": None}
+
+    return {name: [strip(record) for record in table] for name, table in tables.items()}
+
+
+def rows_of(
+    tests: list[dict[str, Any]], labels: Mapping[str, Any], step: int, steps: int, seconds: float
+) -> list[dict[str, Any]]:
+    """A finished run's rows of the study's table.
+
+    Args:
+        tests: what the run's tests found.
+        labels: the columns that say which run it is.
+        step: where the run ended.
+        steps: where it should have.
+        seconds: how long it took.
+    """
+    rows = [{**labels, **test} for test in tests]
+    if step < steps:  # a row without measures says that the run is over, and why
+        rows.append({**labels, "step": step, "seconds": round(seconds, 2), "note": f"diverged at step {step}"})
+    return rows
+
+
+def output_of(folder: Path, run: str, keep: bool) -> str:
+    """The ``output`` of a run's module: its model if kept; a sibling of the references that all runs share."""
+    return str(folder / "models" / run) if keep else str(folder / run)

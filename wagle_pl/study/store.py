@@ -1,0 +1,128 @@
+"""What a study keeps in its folder: the table of runs, and the lock that keeps a second study out."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Optional
+
+from wagle_pl.evaluation.tables import load_table, write_table
+from wagle_pl.utilities import WagleError
+
+TABLE_FILE = "study.parquet"
+SUMMARY_FILE = "study.json"
+TEXT_FILE = "study.md"
+LOCK_FILE = "study.lock"
+
+#: First columns of the table; measures follow.
+COLUMNS = ("objective", "mask", "score", "density", "lr", "seed", "step", "run", "forget", "utility", "seconds", "note",
+           "objective_id", "mask_id")  # fmt: skip
+
+_KEY = b"wagle_pl.key"  # where write_table puts what the rows depend on
+
+
+class RunTable:
+    """One Parquet file: a row a run and test point.
+
+    Args:
+        folder: of the study.
+        settings: what all its runs share, JSON-serialisable; a folder holds runs of one setting only.
+
+    Raises:
+        WagleError: if the folder holds runs with other settings, naming those that differ.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.path = folder / TABLE_FILE
+        self.settings = dict(settings)
+        self.rows: list[dict[str, Any]] = []
+        if not self.path.is_file():
+            return
+        self.rows = load_table(self.path)
+        differing = _differing(_settings_of(self.path), json.loads(json.dumps(self.settings)))
+        if differing:
+            raise WagleError(f"{self.path} holds runs with other settings ({', '.join(differing)}): choose another "
+                             "--output")  # fmt: skip
+
+    def finished(self) -> set[str]:
+        """Ids of the runs in the table."""
+        return {row["run"] for row in self.rows}
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add the rows of one finished run, all or none."""
+        self.rows += [dict(row) for row in rows]
+        self.write()
+
+    def write(self) -> None:
+        """Write the file, whole or not at all; every row has every column."""
+        measures = sorted({name for row in self.rows for name in row} - set(COLUMNS))
+        names = (*COLUMNS, *measures)
+        write_table(self.path, [{name: row.get(name) for name in names} for row in self.rows], self.settings)
+
+
+def _settings_of(path: Path) -> dict[str, Any]:
+    import pyarrow.parquet
+
+    return json.loads((pyarrow.parquet.read_schema(path).metadata or {}).get(_KEY, b"{}"))
+
+
+def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    return sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[Optional[str]]:
+    """Keep other studies out of a folder while inside; yields what was said of a lock that was left behind, or None.
+
+    The lock is held by the operating system and ends with the process. The file says who holds it (process, host); it
+    stays behind, empty, after a study that ended well.
+
+    Raises:
+        WagleError: if a study works in the folder, on this host or on another.
+    """
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path, host = folder / LOCK_FILE, socket.gethostname()
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise WagleError(f"another study works in {folder} ({_holder(path)}): wait for it, or choose another "
+                             "--output") from None  # fmt: skip
+        left = _read(path)
+        if left and left.get("host") != host:
+            raise WagleError(f"another study works in {folder} ({_holder(path)}), or ended without a word: if so, "
+                             f"delete {path}")  # fmt: skip
+        message = f"took over the lock of a study that has ended ({_holder(path)})" if left else None
+        _write(file, json.dumps({"pid": os.getpid(), "host": host, "since": time.strftime("%Y-%m-%d %H:%M:%S")}))
+        try:
+            yield message
+        finally:
+            _write(file, "")
+
+
+def _write(file: Any, text: str) -> None:
+    file.seek(0)
+    file.truncate()
+    file.write(text)
+    file.flush()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    text = path.read_text(encoding="utf-8").strip()
+    try:
+        found = json.loads(text) if text else {}
+    except json.JSONDecodeError:
+        found = {}
+    return found if isinstance(found, dict) else {}
+
+
+def _holder(path: Path) -> str:
+    found = _read(path)
+    return f"process {found.get('pid', 'unknown')} on {found.get('host', 'unknown')}, since {found.get('since', '?')}"

@@ -1,0 +1,183 @@
+"""A study's findings for people: Markdown, console table, and how long there is to go."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+from wagle_pl.report.text import table
+
+Entry = Mapping[str, Any]
+
+HEADER = ("mask", "utility", "seeds", "reach", "against dense", "difference", "p", "area", "dense's", "lr", "UE", "UT")
+
+
+def number(value: Optional[float], digits: int = 3) -> str:
+    """A number with ``digits`` decimals; a dash for None.
+
+    >>> number(0.12345), number(None)
+    ('0.123', '–')
+    """
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def signed(value: Optional[float]) -> str:
+    """A difference with its sign; a dash for None.
+
+    >>> signed(0.5), signed(-0.01)
+    ('+0.500', '-0.010')
+    """
+    return "–" if value is None else f"{value:+.3f}"
+
+
+def duration(seconds: float) -> str:
+    """A time span, short.
+
+    >>> duration(42), duration(150), duration(7500)
+    ('42 s', '2.5 min', '2 h 5 min')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.1f} min"
+    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
+
+
+def count(number: int, what: str) -> str:
+    """A number of things.
+
+    >>> count(1, "run"), count(2, "run")
+    ('1 run', '2 runs')
+    """
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def time_left(measured: Sequence[float], runs: int) -> str:
+    """How long the runs that are left will take, from those measured; empty without any."""
+    return f"{duration(runs * sum(measured) / len(measured))} left" if measured and runs else ""
+
+
+def cells(entry: Entry) -> list[str]:
+    """One arm as a row under :data:`HEADER`."""
+    rates = sorted(set(entry["learning_rates"].values()))
+    spread = "" if entry["std"] is None else f" ± {entry['std']:.3f}"
+    p = number(entry["p"]) if entry["p"] is not None else entry["why"] or "–"
+    averages = [number(entry[name]) for name in ("ue_average", "ut_average")]
+    area = entry["area"]
+    return [
+        entry["mask"] + ("*" if entry.get("own_learning_rates") else ""),
+        "–" if entry["mean"] is None else f"{entry['mean']:.3f}{spread}",
+        f"{entry['n']}/{entry['seeds']}",
+        f"{entry['reached']:.0%}",
+        entry["verdict"] or "–",
+        signed(entry["difference"]),
+        p,
+        number(area["mean"]),
+        number(area["dense"]),
+        " ".join(f"{rate:g}" for rate in rates),
+        *averages,
+    ]
+
+
+def ranked(arms: Sequence[Entry], sign: int) -> list[Entry]:
+    """The best utility at equal forgetting first, arms that never get there last."""
+    return sorted(arms, key=lambda arm: (arm["mean"] is None, -sign * (arm["mean"] or 0.0), -arm["reached"]))
+
+
+def by_objective(summary: Entry) -> dict[str, list[Entry]]:
+    """Objective -> its arms, ranked."""
+    names = dict.fromkeys(arm["objective"] for arm in summary["headline"])
+    sign = summary["utility_sign"]
+    return {name: ranked([arm for arm in summary["headline"] if arm["objective"] == name], sign) for name in names}
+
+
+def shown(arms: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table; columns that hold nothing are left out."""
+    rows = [cells(arm) for arm in arms]
+    kept = [i for i in range(len(HEADER)) if i < 5 or any(row[i] != "–" for row in rows)]
+    return [HEADER[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
+def console(summary: Entry) -> str:
+    """Tables for the console, with what wins, ties and loses."""
+    parts = []
+    for objective, arms in by_objective(summary).items():
+        parts.append(f"{objective}\n{table(*shown(arms), left=(0, 4))}\n{outcome(arms)}")
+    notes = [textwrap.fill(line, 110, subsequent_indent="  ") for line in about(summary)]
+    return "\n\n".join([*parts, "\n".join(notes)])
+
+
+def markdown(summary: Entry) -> str:
+    """The whole of ``study.md``."""
+    runs = summary["runs"]
+    lines = ["# Study", "", f"{runs['finished']} of {runs['planned']} runs are finished.", ""]
+    lines += [reference_table(summary), ""]
+    for objective, arms in by_objective(summary).items():
+        header, rows = shown(arms)
+        lines += [f"## {objective}", "", "| " + " | ".join(header) + " |"]
+        lines += ["| " + " | ".join("---" if i in (0, 4) else "---:" for i in range(len(header))) + " |"]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        lines += ["", outcome(arms), ""]
+    return "\n".join([*lines, "## How to read it", "", *(f"- {line}" for line in about(summary)), ""])
+
+
+def reference_table(summary: Entry) -> str:
+    """Target and retrained model by the two measures."""
+    names = [summary["forget"], summary["utility"]]
+    lines = ["| model | " + " | ".join(names) + " |", "| --- | ---: | ---: |"]
+    for model in ("target", "retrained"):
+        if summary[model]:
+            lines.append(f"| {model} | " + " | ".join(number(summary[model].get(name)) for name in names) + " |")
+    return "\n".join(lines)
+
+
+def outcome(arms: Sequence[Entry]) -> str:
+    """In a sentence: what wins, ties and loses against dense, and what cannot be said.
+
+    >>> outcome([{"mask": "wagle 0.2", "verdict": "wins"}, {"mask": "dense", "verdict": ""}])
+    'Against dense: wins: wagle 0.2.'
+    """
+    groups: dict[str, list[str]] = {}
+    for arm in arms:
+        if arm["verdict"]:
+            groups.setdefault(arm["verdict"], []).append(arm["mask"])
+    first = ["wins", "ties", "loses"]
+    order = [word for word in first if word in groups] + [word for word in groups if word not in first]
+    if not order:
+        return "There is nothing to compare with dense yet."
+    return "Against dense: " + "; ".join(f"{word}: {', '.join(groups[word])}" for word in order) + "."
+
+
+def about(summary: Entry) -> list[str]:
+    """What the columns mean."""
+    level = number(summary["forget_level"])
+    whose = "the retrained model's" if summary["level_of"] == "retrained" else "the level asked for"
+    lines = [
+        f"utility: {summary['utility']} where {summary['forget']} reaches {level}, {whose}; best learning rate of each "
+        "seed, mean ± standard deviation over seeds. Read from the curve through the run's test points, piecewise "
+        "linear, points at which the run has not forgotten more than before left out.",
+        "seeds: seeds that reach that level with some learning rate, of those finished. reach: share of all runs that "
+        "do. What never does has no utility at equal forgetting: nothing is extrapolated.",
+        "against dense: a tie is a difference within the larger of the two standard deviations. p: paired t-test over "
+        "seeds. difference: over the seeds of both.",
+        "area: mean utility over forgetting, from the target to the level or to where arm or dense ends first; dense's "
+        "over the same range beside it.",
+    ]
+    arms = summary["headline"]
+    if summary["nothing_to_unlearn"]:
+        lines.insert(0, "The target is at that level already, or past it: there is nothing to unlearn.")
+    if any(arm["ue_average"] is not None or arm["ut_average"] is not None for arm in arms):
+        lines.append(
+            "UE, UT: the averages of WAGLE's tables, of the chosen runs at their ends: not at equal forgetting."
+        )
+    if any(arm.get("own_learning_rates") for arm in arms):
+        lines.append("*: tried with learning rates of its own.")
+    uneven = {arm["mask"] for arm in arms if arm["seeds"] and arm["runs"] != arms[0]["runs"]}
+    if uneven:
+        lines.append("Arms have different numbers of finished runs so far: wait for the rest before comparing.")
+    diverged = sum(arm["diverged"] for arm in arms)
+    if diverged:
+        what = count(diverged, "run")
+        lines.append(f"{what} diverged (loss NaN or infinite); what was tested before that counts.")
+    return lines
