@@ -253,11 +253,11 @@ BARS = {"no_hessian": 16, "auto": 16, "diagonal": 20}
 class Floor(AttributionModule):
     """Weights and activations only: the same forward passes, their graphs alive, and no gradient."""
 
-    def training_step(self, batch: Mapping[str, Mapping[str, Tensor]], batch_idx: int) -> None:
+    def training_step(self, batch: Mapping[str, Mapping[str, Tensor]], batch_idx: int) -> Tensor:
         """Run every stream forward; the graph goes with the loss."""
         for tensors in batch.values():
             answer_loss(self.lm, tensors)
-        self.optimizers().step()
+        return torch.zeros(())
 
     def on_train_end(self) -> None:
         """There is nothing to write."""
