@@ -8,11 +8,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
 import os
 import shlex
 import time
-import warnings
 from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
@@ -20,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from wagle_pl import cli
 from wagle_pl.data.people import bundled
 from wagle_pl.models import create_tiny_llama
-from wagle_pl.utilities import WagleError
+from wagle_pl.utilities import WagleError, silence
 
 RUNS = Path("runs/people")
 CONFIGS = "configs/people"
@@ -86,22 +84,6 @@ def table(results: dict[str, dict[str, float]]) -> str:
         numbers = " | ".join(f"{metrics[key]:.3g}" if key in metrics else "" for key in COLUMNS.values())
         lines.append(f"| {row} | {numbers} |")
     return "\n".join(lines)
-
-
-@contextlib.contextmanager
-def silence():
-    """Keep what Lightning and the package report while a command runs; warnings and errors still show."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "wagle_pl")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(None):
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 if __name__ == "__main__":

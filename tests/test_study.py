@@ -16,7 +16,7 @@ from wagle_pl.utilities import WagleError
 
 
 def test_utility_at_a_level_by_hand():
-    """The prototype of issue 7: dense at forget probability 0.59, on the way from (0.86, 0.973) to (0.44, 0.879)."""
+    """A prototype: dense at forget probability 0.59, on the way from (0.86, 0.973) to (0.44, 0.879)."""
     dense = [(-0.994, 0.994), (-0.86, 0.973), (-0.44, 0.879), (-0.23, 0.741)]
     assert utility_at(dense, -0.59) == pytest.approx(0.973 + (0.86 - 0.59) / (0.86 - 0.44) * (0.879 - 0.973))
     assert utility_at(dense, -0.44) == 0.879 and utility_at(dense, -0.994) == 0.994

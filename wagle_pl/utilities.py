@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import platform
 import resource
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar, Union
@@ -97,6 +99,22 @@ def resolve(base: type[T], value: Union[T, str], option: str) -> T:
         return cls()
     except TypeError as error:
         raise WagleError(f"{option} {value!r} needs arguments: {error}") from None
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """No reports, tables and library warnings while inside; the package's own warnings and all errors still show."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "wagle_pl")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings(), redirect_stdout(None):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 #: What results may depend on, beside this package.

@@ -19,12 +19,11 @@ from wagle_pl.evaluation import EvaluationModule, Observations, Results, find_su
 from wagle_pl.evaluation.results import write_json
 from wagle_pl.study import attribute, grid, options, text
 from wagle_pl.study.configured import Entry, digest, make
-from wagle_pl.study.quiet import silence
 from wagle_pl.study.run import Diverged, StudyRun, defined_only, output_of, rows_of, ungenerated
 from wagle_pl.study.store import SUMMARY_FILE, TABLE_FILE, TEXT_FILE, RunTable, locked
 from wagle_pl.study.summary import Compared, summarise
 from wagle_pl.unlearning.adapters import LoRA
-from wagle_pl.utilities import WagleError, atomic_path
+from wagle_pl.utilities import WagleError, atomic_path, silence
 
 log = logging.getLogger(__name__)
 
