@@ -15,7 +15,7 @@ from typing import Any, Optional
 import yaml
 
 from wagle_pl.commands import COMMANDS, EXIT_BAD_INPUT, fail
-from wagle_pl.utilities import WagleError
+from wagle_pl.utilities import WagleError, first_line
 
 
 def main(args: Optional[Sequence[str]] = None) -> None:
@@ -41,7 +41,7 @@ def main(args: Optional[Sequence[str]] = None) -> None:
         if mistake is None and not _lost_a_rank(error):
             raise
         if mistake is None:
-            fail(f"another rank of this run has ended, so this one ends too ({_first_line(error)[:200]}); the last "
+            fail(f"another rank of this run has ended, so this one ends too ({first_line(error)[:200]}); the last "
                  "checkpoint is whole: resume with --ckpt_path", code=1)  # fmt: skip
         if _told_by_rank_zero():
             raise SystemExit(EXIT_BAD_INPUT) from None
@@ -100,10 +100,6 @@ def _lost_a_rank(error: Optional[BaseException]) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _told_by_rank_zero(seconds: float = 10.0) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from wagle_pl import distributed
 from wagle_pl.tensorfiles import INDEX_FILE, SINGLE_FILE, TensorFiles, write_tensors
-from wagle_pl.utilities import WagleError, atomic_path
+from wagle_pl.utilities import WagleError, atomic_path, first_line
 
 CARD_FILE = "README.md"
 ADAPTER_FILE = "adapter_config.json"  # of a folder that holds an adapter and names its base
@@ -51,7 +51,7 @@ def load_model(name: str, dtype: Optional[torch.dtype] = None, sharded: bool = F
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.get_default_dtype(), **options)
     except (OSError, ValueError) as error:
-        raise WagleError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise WagleError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
     if "gguf_file" in options:  # the weights are plain once loaded, but saving refuses what looks quantised
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
@@ -76,7 +76,7 @@ def _load_sharded(name: str) -> Any:
         model.tie_weights()
         model.generation_config = GenerationConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise WagleError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise WagleError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
     stored = TensorFiles(_folder_of(source))
     missing = [parameter for parameter, _ in model.named_parameters() if parameter not in stored.names]
     if missing:
@@ -109,7 +109,7 @@ def load_tokenizer(name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
-        raise WagleError(f"tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise WagleError(f"tokenizer of {name!r} cannot be loaded: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
@@ -156,11 +156,6 @@ def locate(name: str) -> tuple[str, dict[str, str]]:
     elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
         raise WagleError(f"model folder {name} does not exist")
     return name, {}
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -229,20 +224,20 @@ def save_model(
     card: str,
     record: dict[str, Any],
     dtype: Optional[torch.dtype] = None,
-    state_dict: Optional[dict[str, Tensor]] = None,
 ) -> Path:
     """Write a folder that ``from_pretrained`` loads, with tokenizer, model card and record; whole or not at all.
 
     Args:
-        model: a Hugging Face model.
+        model: a Hugging Face model; where its weights are spread over ranks (ZeRO-3), a meeting of all of them.
         tokenizer: its tokenizer.
         folder: where to; replaced if it exists (the caller has asked for it).
         card: Markdown text of ``README.md``.
         record: JSON-serialisable; written as ``wagle.json``.
         dtype: of the weights in the file; as in memory when None.
-        state_dict: weights to write in place of the model's own.
     """
-    state_dict = dict(state_dict if state_dict is not None else model.state_dict())
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return _save_spread(model, tokenizer, folder, card, record, dtype)
+    state_dict = dict(model.state_dict())
     if dtype is not None:
         cast: dict[Any, Tensor] = {}  # tied weights are one tensor before and after, and so saved once
         for name, tensor in state_dict.items():
@@ -261,24 +256,24 @@ def save_model(
     return _save_folder(folder, write_weights, tokenizer, card, record, dtype)
 
 
-def save_sharded(
+def _save_spread(
     model: Any,
     tokenizer: Any,
     folder: str | Path,
     card: str,
     record: dict[str, Any],
     dtype: Optional[torch.dtype] = None,
-) -> None:
-    """:func:`save_model` of a model spread over ranks (ZeRO-3): rank 0 writes a tensor at a time; a meeting of all."""
+) -> Path:
+    """:func:`save_model` of a model spread over ranks: rank 0 writes a tensor at a time."""
     parameters = list(model.named_parameters())
     if distributed.rank():
         for _ in whole(parameters):
             pass
-        return
+        return Path(folder)
 
     def read(parameter: nn.Parameter) -> Tensor:
         with gathered(parameter) as weights:
-            return weights.to(dtype, copy=True).cpu()
+            return weights.to(dtype or weights.dtype, copy=True).cpu()
 
     weights = [
         Weight(name, dtype or parameter.dtype, tuple(parameter.ds_shape), partial(read, parameter))
@@ -287,7 +282,7 @@ def save_sharded(
     buffers = persistent_buffers(model)
     weights += [Weight(n, b.dtype, tuple(b.shape), partial(torch.clone, b)) for n, b in buffers.items()]
     model.config.architectures = [type(model).__name__]
-    save_weights(weights, model.config, model.generation_config, tokenizer, folder, card, record, dtype)
+    return save_weights(weights, model.config, model.generation_config, tokenizer, folder, card, record, dtype)
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:

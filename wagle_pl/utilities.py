@@ -101,6 +101,12 @@ def resolve(base: type[T], value: Union[T, str], option: str) -> T:
         raise WagleError(f"{option} {value!r} needs arguments: {error}") from None
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says that is not empty; its class if it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
 @contextmanager
 def silence() -> Iterator[None]:
     """No reports, tables and library warnings while inside; the package's own warnings and all errors still show."""

@@ -17,7 +17,8 @@ from wagle_pl import distributed
 from wagle_pl.attribution.activations import watch_inputs
 from wagle_pl.attribution.hessian import Hessian, Piece
 from wagle_pl.attribution.sums import GradientSums
-from wagle_pl.evaluation.likelihood import IGNORE, forward_answers
+from wagle_pl.data.template import IGNORE
+from wagle_pl.evaluation.likelihood import forward_answers
 from wagle_pl.unlearning.objectives import Answers, Streams
 from wagle_pl.utilities import WagleError
 

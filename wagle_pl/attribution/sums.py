@@ -196,4 +196,4 @@ class GradientSums(Optimizer):
             for parameter, shard, tensor in zip(self.names, self.shards, buffers, strict=True):
                 if tensor.numel():
                     tensor.copy_(stored.read(key, parameter, shard.first, tensor.numel()).view_as(tensor))
-        self._load_small(stored.common()["sums"])
+        self._load_small(stored.common["sums"])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wagle_pl.data.rows import Row
 from wagle_pl.evaluation.sets import Table
-from wagle_pl.utilities import WagleError
+from wagle_pl.utilities import WagleError, first_line
 
 LONGEST = 512  # tokens of a text that a classifier reads, as SOUL's evaluation cuts them
 PARAPHRASED = "paraphrased_question_"
@@ -71,7 +71,7 @@ class ToxicityClassifier:
             self.model = AutoModelForSequenceClassification.from_pretrained(name).eval().to(device or "cpu")
             self.tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
-            raise WagleError(f"model.toxicity_classifier {name!r} cannot be loaded: {_first_line(error)}") from error
+            raise WagleError(f"model.toxicity_classifier {name!r} cannot be loaded: {first_line(error)}") from error
         labels = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
         self.toxic = [0] if len(labels) == 1 else toxic_labels(labels)
         if not self.toxic:
@@ -112,7 +112,7 @@ class SentenceModel:
         try:
             self.model: Any = SentenceTransformer(name)
         except (OSError, ValueError) as error:
-            raise WagleError(f"model.sentence_model {name!r} cannot be loaded: {_first_line(error)}") from error
+            raise WagleError(f"model.sentence_model {name!r} cannot be loaded: {first_line(error)}") from error
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(N, D) embeddings of N texts."""
@@ -166,8 +166,3 @@ def check_folder(name: str, option: str) -> None:
     local = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if local and not Path(name).is_dir():
         raise WagleError(f"{option}: folder {name} does not exist")
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

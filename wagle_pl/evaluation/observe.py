@@ -25,7 +25,7 @@ from typing import Any, Optional
 import torch
 
 from wagle_pl import distributed
-from wagle_pl.data.batches import token_batches
+from wagle_pl.data.batches import deal_batches, token_batches
 from wagle_pl.data.rows import Row, row_kind
 from wagle_pl.data.template import IGNORE, Template
 from wagle_pl.evaluation import candidates as C
@@ -243,10 +243,8 @@ def observe_set(
         One record a row, in order, each with its number as ``row``; see :meth:`Observer.observe`.
     """
     batches = token_batches([len(C.question_of(row)) + len(C.answer_of(row)) for row in rows], observer.max_rows)
-    world, rank = distributed.world_size(), distributed.rank()
-    batches += batches[:1] * (-len(batches) % world)  # as many for every rank; what is observed twice is merged
     records: list[Record] = []
-    for batch in batches[rank::world]:
+    for batch in deal_batches(batches, distributed.world_size(), distributed.rank()):  # what is seen twice is merged
         found = observer.observe([rows[i] for i in batch], needs, max_new_tokens, header)
         records += [{"row": i, **record} for i, record in zip(batch, found, strict=True)]
     return merge(records)

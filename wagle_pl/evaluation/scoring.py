@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wagle_pl import distributed
-from wagle_pl.evaluation.likelihood import IGNORE
+from wagle_pl.data.template import IGNORE
 
 MAX_PADDED = 8192  # tokens of one pass with what they follow: bounds the keys, values and logits in memory at once
 LEAST_FILLED = 0.5  # a piece shorter than this share of the longest in its pass goes into the next one

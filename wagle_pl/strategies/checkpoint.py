@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -212,6 +212,7 @@ class ShardedCheckpoint:
         except (SafetensorError, OSError) as error:
             raise WagleError(f"shard {file} of checkpoint {self.path} is not whole: {error}") from None
 
+    @cached_property
     def common(self) -> dict[str, Any]:
         """What Lightning keeps."""
         return torch.load(self.path / COMMON_FILE, map_location="cpu", weights_only=False)
@@ -260,7 +261,7 @@ class ShardedCheckpoint:
     def load_optimizer(self, optimizer: torch.optim.Optimizer, found: Iterable[Fragment]) -> None:
         """Set the fp32 weights, the state in this rank's flat partitions, and the options (learning rate, ...)."""
         found = list(found)
-        common = self.common()
+        common = self.common
         singles = common["single_states"]
         for group, stored in zip(optimizer.param_groups, common["param_groups"], strict=True):
             group.update(stored)

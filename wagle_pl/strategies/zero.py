@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from wagle_pl import distributed, models
 from wagle_pl.strategies import checkpoint as files
 from wagle_pl.strategies.fragments import fragments
-from wagle_pl.utilities import WagleError
+from wagle_pl.utilities import WagleError, first_line
 
 #: Strategies by Lightning's names: options of :class:`ZeRO`.
 NAMES: Mapping[str, dict[str, Any]] = {
@@ -169,7 +169,7 @@ class ZeRO(DeepSpeedStrategy):
         except (RuntimeError, subprocess.CalledProcessError) as error:
             if any(word in str(error).lower() for word in ("jit load", "build", "compil", "ninja")):
                 raise WagleError(
-                    f"DeepSpeed has to build a part of itself and cannot ({_first_line(error)}): install a compiler "
+                    f"DeepSpeed has to build a part of itself and cannot ({first_line(error)}): install a compiler "
                     "and ninja, then DS_BUILD_CPU_ADAM=1 pip install --no-cache-dir deepspeed; or use an optimizer "
                     "that needs no building, e.g. --optimizer MaskedAdamW"
                 ) from error
@@ -249,11 +249,11 @@ class ZeRO(DeepSpeedStrategy):
         if not self.moves_weights:
             if fits:
                 self.optimizers[0].load(stored)
-            return stored.common()
+            return stored.common
         stored.load_weights(module.lm)
         if fits:
             stored.load_optimizer(self.base_optimizer, self.fragments())
-        return stored.common()
+        return stored.common
 
 
 def register() -> None:
@@ -284,10 +284,6 @@ def _need_async_io() -> None:
         raise WagleError("offload to NVMe needs DeepSpeed's async_io, which is not built here: install libaio "
                          "(libaio-dev) and run DS_BUILD_AIO=1 pip install --no-cache-dir deepspeed; or offload to the "
                          "CPU with deepspeed_stage_3_offload")  # fmt: skip
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 register()

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
-from wagle_pl.evaluation.tables import load_table, write_table
+from wagle_pl.evaluation.tables import load_table, table_key, write_table
 from wagle_pl.utilities import WagleError
 
 TABLE_FILE = "study.parquet"
@@ -22,8 +22,6 @@ LOCK_FILE = "study.lock"
 #: First columns of the table; measures follow.
 COLUMNS = ("objective", "mask", "score", "density", "lr", "seed", "step", "run", "forget", "utility", "seconds", "note",
            "objective_id", "mask_id")  # fmt: skip
-
-_KEY = b"wagle_pl.key"  # where write_table puts what the rows depend on
 
 
 class RunTable:
@@ -44,7 +42,7 @@ class RunTable:
         if not self.path.is_file():
             return
         self.rows = load_table(self.path)
-        differing = _differing(_settings_of(self.path), json.loads(json.dumps(self.settings)))
+        differing = _differing(table_key(self.path), json.loads(json.dumps(self.settings)))
         if differing:
             raise WagleError(f"{self.path} holds runs with other settings ({', '.join(differing)}): choose another "
                              "--output")  # fmt: skip
@@ -63,12 +61,6 @@ class RunTable:
         measures = sorted({name for row in self.rows for name in row} - set(COLUMNS))
         names = (*COLUMNS, *measures)
         write_table(self.path, [{name: row.get(name) for name in names} for row in self.rows], self.settings)
-
-
-def _settings_of(path: Path) -> dict[str, Any]:
-    import pyarrow.parquet
-
-    return json.loads((pyarrow.parquet.read_schema(path).metadata or {}).get(_KEY, b"{}"))
 
 
 def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

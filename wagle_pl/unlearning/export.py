@@ -72,7 +72,7 @@ def _convert(name: str, output: str | Path) -> Path:
 
 def _of_shards(path: Path) -> Stored:
     checkpoint = ShardedCheckpoint(path)
-    common = checkpoint.common()
+    common = checkpoint.common
     buffers = common.get("buffers", {})
     shapes = {**checkpoint.shapes, **{name: tuple(buffer.shape) for name, buffer in buffers.items()}}
     if "model" not in common or not checkpoint.pieces.get("weight"):

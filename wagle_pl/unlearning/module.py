@@ -174,11 +174,7 @@ class FinetuneModule(EvaluationModule):
     def export(self, record: dict[str, Any]) -> None:
         """Write the model folder, in the dtype of the model it was made from; under ZeRO-3 a meeting of all ranks."""
         dtype = models.checkpoint_dtype(self.model_name)
-        card = model_card(record)
-        if is_sharded(self.trainer.strategy):
-            models.save_sharded(self.lm, self.tokenizer, self.output, card, record, dtype)
-        else:
-            models.save_model(self.lm, self.tokenizer, self.output, card, record, dtype)
+        models.save_model(self.lm, self.tokenizer, self.output, model_card(record), record, dtype)
 
     def record(self) -> dict[str, Any]:
         """What made this model, for ``wagle.json`` and the model card."""

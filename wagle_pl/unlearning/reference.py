@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wagle_pl import distributed
-from wagle_pl.evaluation.likelihood import IGNORE, forward_answers, sequence_logprobs
+from wagle_pl.data.template import IGNORE
+from wagle_pl.evaluation.likelihood import forward_answers, sequence_logprobs
 from wagle_pl.unlearning.hidden import capture
 from wagle_pl.utilities import WagleError, atomic_path
 
