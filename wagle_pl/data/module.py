@@ -23,7 +23,7 @@ from wagle_pl.data.batches import (
     deal_batches,
     token_batches,
 )
-from wagle_pl.data.rows import Row, check_rows, load_rows, row_key, row_kind
+from wagle_pl.data.rows import Row, check_rows, load_rows, row_key, row_kind, spread
 from wagle_pl.data.template import Template
 from wagle_pl.utilities import WagleError
 
@@ -59,7 +59,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         test_batch_size: rows per device in a test batch.
         limit_forget: use only the first so many forget rows.
         limit_retain: use only the first so many retain rows.
-        limit_test: use only the first so many rows of each test set.
+        limit_test: use only so many rows of each test set, evenly spaced: benchmarks list an author's rows together.
         overlap: what to do when forget rows are among the retain rows: ``error``, ``warn`` or ``drop`` them there.
         refusals: text file with one refusal a line, for preference objectives; None takes the bundled list.
         seed: of the order of rows and the choice of refusals.
@@ -151,7 +151,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
                 return self.rows(name.removeprefix("test/"))
             return None
         rows = check_rows(rows, where=f"{name} set ({self.describe(name)})")
-        rows = rows[: self.limit_test if name.startswith("test/") else self.limits.get(name)]
+        rows = spread(rows, self.limit_test) if name.startswith("test/") else rows[: self.limits.get(name)]
         return self._without_overlap(rows) if name == "retain" else rows
 
     def describe(self, name: str) -> str:

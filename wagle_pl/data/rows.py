@@ -86,6 +86,17 @@ def check_rows(rows: list[Row], where: str) -> list[Row]:
     return rows
 
 
+def spread(rows: list[Row], count: Optional[int]) -> list[Row]:
+    """So many of the rows, evenly spaced; all of them if there are no more, or for None.
+
+    >>> spread([{"text": letter} for letter in "abcde"], 2)
+    [{'text': 'a'}, {'text': 'c'}]
+    """
+    if count is None or count >= len(rows):
+        return rows
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
 def row_kind(row: Row) -> Optional[tuple[str, ...]]:
     """The entry of :data:`COLUMNS` that the row fits, None if none. A column holding None counts as absent."""
     return next((kind for kind in COLUMNS if all(row.get(column) is not None for column in kind)), None)

@@ -18,7 +18,7 @@ MASKS = "masks"  # folder of a study
 HEADLINE = "headline"  # of study.json: utility at equal forgetting
 _COLUMNS = (
     *("arm", "utility at equal forgetting", "difference", "p", "verdict", "runs that reach it"),
-    *("area", "area: difference", "area: p", "UE average", "UT average"),
+    *("area", "area: difference", "area: p", "model utility at the end", "UE average", "UT average"),
 )
 REFERENCES = ("target", "retrained")
 DENSE = "dense"  # the mask that selects everything: what the others are compared with
@@ -146,6 +146,7 @@ def _compared(arm: Mapping[str, Any]) -> list[Content]:
         _spread(area),
         _number(area.get("difference")),
         _number(area.get("p")),
+        _number(arm.get("model_utility")),
         _number(arm.get("ue_average")),
         _number(arm.get("ut_average")),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -13,8 +13,10 @@ from wagle_pl.unlearning import UnlearnModule
 from wagle_pl.utilities import WagleError
 
 Generate = Literal["end", "always", "never"]
+Along = Literal["all", "answers"]
 
 _GENERATED = frozenset({"generation", "reference", "paraphrased"})
+_ANSWERS = frozenset({"answer"})
 
 
 class Diverged(WagleError):
@@ -36,6 +38,9 @@ class StudyRun(UnlearnModule):
     Args:
         points: how many tests, the last at the end.
         generate: whether tests also generate answers: ``always``, at the ``end`` only, or ``never``.
+        answers_of: test sets; tests before the last one observe their answers' probability and nothing else. None:
+            all sets, all that the suite measures.
+        enough: ends the run where it is true of the measures of a test; that is then the last.
         keep: write the unlearned model to ``output``.
         retrained: results of the retrained model, which some measures compare with.
         kwargs: see :class:`UnlearnModule`.
@@ -45,6 +50,8 @@ class StudyRun(UnlearnModule):
         self,
         points: int = 4,
         generate: Generate = "end",
+        answers_of: Optional[Collection[str]] = None,
+        enough: Callable[[Mapping[str, float]], bool] = lambda measures: False,
         keep: bool = False,
         retrained: Optional[str] = None,
         **kwargs: Any,
@@ -52,6 +59,8 @@ class StudyRun(UnlearnModule):
         super().__init__(generate=generate != "never", retrained=retrained, **kwargs)
         self.points = points
         self.generates = generate
+        self.answers_of = answers_of
+        self.enough = enough
         self.keep = keep
         #: One dict a test: ``step``, ``seconds`` since the run began, and the measures by name.
         self.tests: list[dict[str, Any]] = []
@@ -72,21 +81,28 @@ class StudyRun(UnlearnModule):
         self._marks = test_points(int(self.trainer.estimated_stepping_batches), self.points)
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Test, if this is a point."""
+        """Test, if this is a point; end the run, if that is enough."""
         super().on_train_batch_end(*args)
-        if self._marks and self.global_step >= self._marks[0]:
-            self._marks.pop(0)
-            last = not self._marks
-            measures = self.test_now(self.generates == "always" or (last and self.generates == "end"))
-            seconds = time.monotonic() - self._began
-            self.tests.append({"step": self.global_step, "seconds": round(seconds, 2), **measures})
+        if not self._marks or self.global_step < self._marks[0]:
+            return
+        self._marks.pop(0)
+        measures = self.test_now(last=False) if self._marks else {}
+        if measures and self.enough(measures):
+            self._marks.clear()
+            self.trainer.should_stop = True
+        if not self._marks:
+            measures = self.test_now(last=True)
+        seconds = time.monotonic() - self._began
+        self.tests.append({"step": self.global_step, "seconds": round(seconds, 2), **measures})
 
-    def test_now(self, generate: bool) -> dict[str, float]:
+    def test_now(self, last: bool) -> dict[str, float]:
         """Measures of the model as it is now, by the suite of the data module; those that are undefined are left out.
 
         Args:
-            generate: also generate answers.
+            last: this is the test at the run's end.
         """
+        lean = None if last else self.answers_of
+        generate = self.generates == "always" or (last and self.generates == "end")
         data = self.trainer.datamodule
         training = self.lm.training
         self.lm.eval()
@@ -95,8 +111,9 @@ class StudyRun(UnlearnModule):
         )
         tables = {}
         with self.trainer.precision_plugin.forward_context():
-            for name in self._test_names:
+            for name in self._test_names if lean is None else lean:
                 needs = self.needs_of(name) - (frozenset() if generate else _GENERATED)
+                needs = needs if lean is None else needs & _ANSWERS
                 length, header = self.max_new_tokens_of(name), self.suite.headers.get(name, "")
                 tables[name] = observe_set(observer, data.rows(f"test/{name}"), needs, length, header)
                 if generate:
@@ -135,6 +152,18 @@ def ungenerated(tables: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[di
         return {**kept, "generation": None}
 
     return {name: [strip(record) for record in table] for name, table in tables.items()}
+
+
+def answers_only(tables: Mapping[str, list[dict[str, Any]]], sets: Collection[str]) -> dict[str, list[dict[str, Any]]]:
+    """Records as a test of the answers' probability would have made them.
+
+    Args:
+        tables: test set -> records.
+        sets: those that are tested.
+    """
+    columns = ("row", "question", "answer", "generation", "nll", "tokens", "cut")
+    found = {name: table for name, table in ungenerated(tables).items() if name in sets}
+    return {name: [{k: r[k] for k in columns if k in r} for r in table] for name, table in found.items()}
 
 
 def rows_of(

@@ -19,7 +19,16 @@ from wagle_pl.evaluation import EvaluationModule, Observations, Results, find_su
 from wagle_pl.evaluation.results import write_json
 from wagle_pl.study import attribute, grid, options, text
 from wagle_pl.study.configured import Entry, digest, make
-from wagle_pl.study.run import Diverged, StudyRun, defined_only, output_of, rows_of, ungenerated
+from wagle_pl.study.run import (
+    Along,
+    Diverged,
+    StudyRun,
+    answers_only,
+    defined_only,
+    output_of,
+    rows_of,
+    ungenerated,
+)
 from wagle_pl.study.store import SUMMARY_FILE, TABLE_FILE, TEXT_FILE, RunTable, locked
 from wagle_pl.study.summary import Compared, summarise
 from wagle_pl.unlearning.adapters import LoRA
@@ -61,6 +70,10 @@ class Study:
         accumulate: micro-batches a step.
         optimizer: name, or class_path and init_args; its lr comes from learning_rates.
         points: how many times a run is tested along its way, the last time at its end.
+        along: what tests before the last one measure: all the suite has, or only the probability of the answers of the
+            test sets that forget and utility name, which takes a small part of the time.
+        until_level: a run ends at the first test that finds the level of forgetting reached. What comes after is in
+            neither of the two comparisons; curves then end there.
         forget: forget measure, as <test set>/<measure>.
         utility: utility measure. When not given: model_utility if every test generates and the suite has it, else
             retain/probability.
@@ -96,6 +109,8 @@ class Study:
         accumulate: int = 1,
         optimizer: Union[str, dict[str, Any]] = "MaskedAdamW",
         points: int = 4,
+        along: Along = "all",
+        until_level: bool = False,
         forget: str = "forget/probability",
         utility: Optional[str] = None,
         forget_level: Optional[float] = None,
@@ -118,6 +133,9 @@ class Study:
         self.length = options.check_length(steps, epochs)
         options.check_positive(points=points, accumulate=accumulate, limit_test=limit_test, batch_size=batch_size)
         self.accumulate, self.points, self.generate = accumulate, points, generate
+        self.along, self.until_level = along, until_level
+        if along == "answers" and generate == "always":
+            raise WagleError("--along answers generates nothing before a run's end: leave --generate always out")
         self.optimizer = options.Optimizer(optimizer)
         self.forget, self.utility, self.forget_level = forget, utility, forget_level
         self.module = options.check_module(module or {})
@@ -210,8 +228,8 @@ class Study:
         fingerprints["target"], target = self._evaluate("target", self.target)
         self.references = {"target": target, "retrained": retrained}
         self.fingerprint = fingerprints["target"]
-        self.settings = {**fingerprints, **self._settings()}
         self.compared = self._compare_by()
+        self.settings = {**fingerprints, **self._settings()}
         self.table = RunTable(self.folder, self.settings)
         if self.compared.nothing_to_unlearn:
             log.warning("the target does not know the forget set: its %s is %.3f, the level to reach %.3f: there is "
@@ -232,6 +250,8 @@ class Study:
             "length": self.length,
             "points": self.points,
             "generate": self.generate,
+            "along": self._answers_of() or "all",
+            "ends_at": {self.forget: self.compared.level} if self.until_level else None,
             "optimizer": self.optimizer.definition,
             "module": self.module,
             "trainer": {k: v for k, v in self.trainer_options.items() if k not in ("accelerator", "devices")},
@@ -265,15 +285,18 @@ class Study:
         """The measures and the level, checked."""
         target = self.references["target"]
         along = set(target)
-        if self.generate == "end":  # what can be measured at every point
-            seen = Observations(ungenerated(Results(self.folder / "target").tables))
-            along &= set(defined_only(self.suite.measures(seen)))
         if self.utility is None:
-            self.utility = "model_utility" if "model_utility" in along else "retain/probability"
+            full = self.along == "all" and self.generate == "always" and "model_utility" in along
+            self.utility = "model_utility" if full else "retain/probability"
+        if self.along == "answers" or self.generate == "end":  # what can be measured at every point
+            tables = Results(self.folder / "target").tables
+            lean = ungenerated(tables) if self.along == "all" else answers_only(tables, self._answers_of())
+            along &= set(defined_only(self.suite.measures(Observations(lean))))
         for option in ("forget", "utility"):
             measure = getattr(self, option)
             if measure not in along:
-                why = " (it needs --generate always)" if measure in target else ""
+                asked = "--along all" if self.along == "answers" else "--generate always"
+                why = f" (it needs {asked})" if measure in target else ""
                 raise WagleError(f"--{option}: {measure!r} is not measured at every point{why}; there are: "
                                  f"{', '.join(sorted(along))}")  # fmt: skip
         level = self.forget_level if self.forget_level is not None else self.references["retrained"].get(self.forget)
@@ -284,6 +307,18 @@ class Study:
         sign = ways.get(self.suite.info(self.forget).direction, rising)
         better = ways.get(self.suite.info(self.utility).direction, 1)
         return Compared(self.forget, self.utility, target, level, sign, better)
+
+    def _answers_of(self) -> Optional[list[str]]:
+        """The test sets of the two measures, if tests along the way are of their answers alone."""
+        if self.along == "all":
+            return None
+        measured = {measure.partition("/")[0] for measure in (self.forget, self.utility)}
+        return [name for name in self.data.test_names() if name in measured]
+
+    def _enough(self, measures: Mapping[str, float]) -> bool:
+        """Whether a run has reached the level of forgetting, and ends there."""
+        found, by = measures.get(self.forget), self.compared
+        return self.until_level and found is not None and by.forget_sign * found >= by.forget_sign * by.level
 
     def _adopt(self) -> None:
         """Give rows of earlier sittings the names and measures of this one."""
@@ -334,6 +369,8 @@ class Study:
             adapter=make(LoRA, run.mask.adapter, "adapter") if run.mask.kind == "lora" else None,
             points=self.points,
             generate=self.generate,
+            answers_of=self._answers_of(),
+            enough=self._enough,
             keep=self.keep_models,
             retrained=str(self.folder / "retrained") if self.retrained else None,
             **self.module,

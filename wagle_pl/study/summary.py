@@ -10,8 +10,8 @@ from wagle_pl.study.curves import Sample, deepest, mean_utility, paired, sample,
 
 Row = Mapping[str, Any]
 
-#: Averages of WAGLE's tables, where a suite has them: name in the summary -> measure.
-AVERAGES = {"ue_average": "ue_average", "ut_average": "ut_average"}
+#: What is shown of the ends of runs, where a suite has it: TOFU's model utility, and the averages of WAGLE's tables.
+AT_END = ("model_utility", "ue_average", "ut_average")
 
 
 class Compared(NamedTuple):
@@ -116,7 +116,7 @@ def summarise(rows: Sequence[Row], by: Compared) -> list[dict[str, Any]]:
         forgetting over the seeds that reach it, and ``values``, seed -> utility; ``reached``, the share of runs that
         do, of ``runs``; ``seeds``, how many are finished; ``learning_rates``, seed -> chosen; ``difference`` from
         dense over the seeds of both, its ``p`` or ``why`` there is none, ``verdict``; ``area``, see :func:`_area`; the
-        averages of the chosen runs at their ends.
+        means of :data:`AT_END` over the chosen runs.
     """
     arms = curves(rows, by)
     dense_of = {row["objective"]: row["mask"] for row in rows if row.get("score") is None and row.get("density") == 1.0}
@@ -135,8 +135,8 @@ def summarise(rows: Sequence[Row], by: Compared) -> list[dict[str, Any]]:
             if arm != dense:
                 entry["verdict"] = "no dense run to compare with"
         entry["area"] = _area(best[arm], best.get(dense, {}), by)
-        for name, measure in AVERAGES.items():
-            numbers = [run.last[measure] for run in best[arm].values() if run.last.get(measure) is not None]
+        for name in AT_END:
+            numbers = [run.last[name] for run in best[arm].values() if run.last.get(name) is not None]
             entry[name] = sample(numbers).mean
         found.append(entry)
     return found

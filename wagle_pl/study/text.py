@@ -7,10 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 from wagle_pl.report.text import table
+from wagle_pl.study.summary import AT_END
 
 Entry = Mapping[str, Any]
 
-HEADER = ("mask", "utility", "seeds", "reach", "against dense", "difference", "p", "area", "dense's", "lr", "UE", "UT")
+HEADER = (
+    *("mask", "utility", "seeds", "reach", "against dense", "difference", "p", "area", "dense's", "lr"),
+    *("MU", "UE", "UT"),
+)
 
 
 def number(value: Optional[float], digits: int = 3) -> str:
@@ -63,7 +67,7 @@ def cells(entry: Entry) -> list[str]:
     rates = sorted(set(entry["learning_rates"].values()))
     spread = "" if entry["std"] is None else f" ± {entry['std']:.3f}"
     p = number(entry["p"]) if entry["p"] is not None else entry["why"] or "–"
-    averages = [number(entry[name]) for name in ("ue_average", "ut_average")]
+    at_end = [number(entry[name]) for name in AT_END]
     area = entry["area"]
     return [
         entry["mask"] + ("*" if entry.get("own_learning_rates") else ""),
@@ -76,7 +80,7 @@ def cells(entry: Entry) -> list[str]:
         number(area["mean"]),
         number(area["dense"]),
         " ".join(f"{rate:g}" for rate in rates),
-        *averages,
+        *at_end,
     ]
 
 
@@ -149,6 +153,12 @@ def outcome(arms: Sequence[Entry]) -> str:
     return "Against dense: " + "; ".join(f"{word}: {', '.join(groups[word])}" for word in order) + "."
 
 
+def _where(summary: Entry) -> str:
+    if (summary["settings"] or {}).get("ends_at"):
+        return "just past the level, as runs end there"
+    return "not at equal forgetting"
+
+
 def about(summary: Entry) -> list[str]:
     """What the columns mean."""
     level = number(summary["forget_level"])
@@ -167,10 +177,9 @@ def about(summary: Entry) -> list[str]:
     arms = summary["headline"]
     if summary["nothing_to_unlearn"]:
         lines.insert(0, "The target is at that level already, or past it: there is nothing to unlearn.")
-    if any(arm["ue_average"] is not None or arm["ut_average"] is not None for arm in arms):
-        lines.append(
-            "UE, UT: the averages of WAGLE's tables, of the chosen runs at their ends: not at equal forgetting."
-        )
+    if any(arm[name] is not None for arm in arms for name in AT_END):
+        lines.append("MU: TOFU's model utility. UE, UT: averages of WAGLE's tables. Of the chosen runs at their ends: "
+                     f"{_where(summary)}.")  # fmt: skip
     if any(arm.get("own_learning_rates") for arm in arms):
         lines.append("*: tried with learning rates of its own.")
     uneven = {arm["mask"] for arm in arms if arm["seeds"] and arm["runs"] != arms[0]["runs"]}
