@@ -91,6 +91,22 @@ def test_constants_must_be_positive(make):
         make(0.0)
 
 
+@given(st.integers(0, 2**31))
+def test_the_ranking_by_curvature_holds_the_best_set(seed):
+    """Among all sets of weights, the one with the largest Σ|g| / √(Σh) is the first few by power 1."""
+    generator = torch.Generator().manual_seed(seed)
+    w = A.WeightStatistics("w", torch.zeros(8))
+    w.g_f = torch.randn(8, generator=generator)
+    w.h_diagonal = torch.rand(8, generator=generator).double() ** 4
+    w.h_mean = float(w.h_diagonal.mean())
+    damped = w.h_diagonal + 0.1 * w.h_mean
+    ranked = A.Curvature(power=1.0)(w).argsort(descending=True).tolist()
+    sets = torch.arange(1, 256).unsqueeze(1).bitwise_and(2 ** torch.arange(8)).ne(0).double()
+    gain = (sets @ w.g_f.abs().double()) / (sets @ damped).sqrt()
+    best = sets[gain.argmax()].nonzero().flatten().tolist()
+    assert sorted(ranked[: len(best)]) == best
+
+
 # -- modules -----------------------------------------------------------------------------------------------------------
 
 LLAMA = {

@@ -165,24 +165,29 @@ class FisherRatio(Score):
 
 
 class Curvature(Score):
-    """S = |g_f| / √(h + ε): forget gradient per unit of retain curvature.
+    """S = |g_f| / (h + ε)^power: forget gradient per unit of retain curvature.
 
     A step along the i-th axis that costs δ of retain loss at a minimum of ℓ_r has length √(2δ/h_i), and gains |g_f,i|
-    times that of forget loss. Needs a diagonal; with ``hessian: auto`` it is the Gauss–Newton estimate.
+    times that of forget loss: power ½. With an optimiser that steps as far in every weight (sign descent, and nearly
+    Adam), a set of weights gains Σ|g_f| and costs ½ Σh a squared unit of length, and the set with the largest gain
+    Σ|g_f| / √(Σh) for its cost holds the weights with the largest |g_f| / h: power 1. Needs a diagonal; with
+    ``hessian: auto`` it is the Gauss–Newton estimate.
 
     Args:
         damping_ratio: ε as a multiple of the mean of h over all weights.
+        power: of h + ε, above 0.
     """
 
     by_row = True
     needs = ("g_f", "h_diagonal")
 
-    def __init__(self, damping_ratio: float = 0.1) -> None:
+    def __init__(self, damping_ratio: float = 0.1, power: float = 0.5) -> None:
         self.damping_ratio = positive("damping_ratio", damping_ratio)
+        self.power = positive("power", power)
 
     def __call__(self, w: WeightStatistics) -> Tensor:
-        """|g_f| / √(h + damping_ratio · mean h)."""
-        return w.g_f.abs().mul_((w.h_diagonal + self.damping_ratio * w.h_mean).rsqrt_())
+        """|g_f| / (h + damping_ratio · mean h)^power."""
+        return w.g_f.abs().mul_((w.h_diagonal + self.damping_ratio * w.h_mean).pow_(-self.power))
 
 
 class Signed(Score):
