@@ -208,6 +208,15 @@ def test_short_tests_along_the_way_and_an_end_at_the_level(config, tmp_path):
     assert results == [None, {"forget/probability": level}]
 
 
+def test_a_study_that_builds_on_another(config, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(Study, "run", lambda self: made.append(self))
+    config()
+    (tmp_path / "more.yaml").write_text("base: study.yaml\nseeds: [3]\n")
+    study("more.yaml")
+    assert made[0].seeds == [3] and [mask.name for mask in made[0].masks] == ["dense", "wagle 0.3"]
+
+
 def test_a_killed_study_goes_on(config, capsys, monkeypatch):
     real, ran = Study._run, []
 

@@ -74,6 +74,8 @@ def run_command(name: str, args: list[str]) -> Any:
     module = import_module(COMMANDS[name])
     if args and args[0] in getattr(module, "SHORTHANDS", {}):
         args = [module.SHORTHANDS[args[0]], *args[1:]]
+    if getattr(module, "LAYERED", False):
+        args = expand_bases(args)
     return auto_cli(
         module.COMMANDS,
         args=args,
