@@ -40,6 +40,22 @@ def test_the_table_grows_and_keeps_its_settings(tmp_path):
         RunTable(tmp_path, {"steps": 4, "target": "b"})
 
 
+def test_pieces_of_a_study_are_joined(tmp_path):
+    settings = {"steps": 3}
+    for name, runs_ in (("a", "xy"), ("b", "yz"), ("c", "")):
+        (tmp_path / name).mkdir()
+        RunTable(tmp_path / name, settings).append(
+            [{"run": run, "step": s, "lr": name} for run in runs_ for s in (1, 2)]
+        )
+    table = RunTable(tmp_path / "a", settings)
+    assert table.join([str(tmp_path / "b"), str(tmp_path / "b")]) == 1
+    assert [(row["run"], row["lr"]) for row in table.rows] == [("x", "a")] * 2 + [("y", "a")] * 2 + [("z", "b")] * 2
+    with pytest.raises(WagleError, match=r"--join: there is no study in .*nowhere"):
+        table.join([str(tmp_path / "nowhere")])
+    with pytest.raises(WagleError, match=r"other settings \(steps\): it is another study"):
+        RunTable(tmp_path / "d", {"steps": 4}).join([str(tmp_path / "b")])
+
+
 def test_a_lock_of_another_host_stays(tmp_path):
     (tmp_path / LOCK_FILE).write_text(json.dumps({"pid": 1, "host": "elsewhere.invalid", "since": "then"}))
     with pytest.raises(WagleError, match=r"process 1 on elsewhere.invalid, since then.*delete"), locked(tmp_path):

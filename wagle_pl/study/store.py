@@ -41,11 +41,7 @@ class RunTable:
         self.rows: list[dict[str, Any]] = []
         if not self.path.is_file():
             return
-        self.rows = load_table(self.path)
-        differing = _differing(table_key(self.path), json.loads(json.dumps(self.settings)))
-        if differing:
-            raise WagleError(f"{self.path} holds runs with other settings ({', '.join(differing)}): choose another "
-                             "--output")  # fmt: skip
+        self.rows = self._read(self.path, "choose another --output")
 
     def finished(self) -> set[str]:
         """Ids of the runs in the table."""
@@ -55,6 +51,27 @@ class RunTable:
         """Add the rows of one finished run, all or none."""
         self.rows += [dict(row) for row in rows]
         self.write()
+
+    def join(self, folders: Sequence[str]) -> int:
+        """Take over the finished runs of other folders of the same study; how many are new here.
+
+        Raises:
+            WagleError: if a folder has no table, or its runs have other settings.
+        """
+        before = self.finished()
+        for folder in folders:
+            path = Path(folder) / TABLE_FILE
+            if not path.is_file():
+                raise WagleError(f"--join: there is no study in {folder} ({TABLE_FILE})")
+            known = self.finished()
+            self.rows += [row for row in self._read(path, "it is another study") if row["run"] not in known]
+        return len(self.finished()) - len(before)
+
+    def _read(self, path: Path, advice: str) -> list[dict[str, Any]]:
+        differing = _differing(table_key(path), json.loads(json.dumps(self.settings)))
+        if differing:
+            raise WagleError(f"{path} holds runs with other settings ({', '.join(differing)}): {advice}")
+        return load_table(path)
 
     def write(self) -> None:
         """Write the file, whole or not at all; every row has every column."""

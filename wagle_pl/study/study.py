@@ -87,6 +87,7 @@ class Study:
             all that is finished.
         hours: start no new run after so many hours of this sitting.
         keep_models: keep every unlearned model, under models/<run>.
+        join: folders of the same study whose finished runs are taken over: pieces (only) that ran on other machines.
 
     Raises:
         WagleError: if an option has no meaning.
@@ -121,6 +122,7 @@ class Study:
         only: Optional[list[str]] = None,
         hours: Optional[float] = None,
         keep_models: bool = False,
+        join: Optional[list[str]] = None,
     ) -> None:
         self.target, self.retrained, self.folder = target, retrained, Path(output)
         if retrained is None and forget_level is None:
@@ -142,6 +144,7 @@ class Study:
         self.trainer_options = options.check_trainer(trainer or {})
         self.only = options.check_only(only or [], self.objectives, self.masks)
         self.hours, self.keep_models = hours, keep_models
+        self.join = list(join or [])
         self.data = copy.copy(data)
         self.data.batch_size = batch_size or data.batch_size
         self.data.limit_test = limit_test or data.limit_test
@@ -159,6 +162,8 @@ class Study:
             self._prepare()
             runs = list(grid.runs(self.objectives, self.masks, self.rates, self.seeds, self.settings))
             self.planned = {run.id: run for run in runs}
+            if self.join:
+                print(f"{text.count(self.table.join(self.join), 'run')} taken over from {', '.join(self.join)}")
             self._adopt()
             wanted = [run for run in runs if self._selected(run)]
             todo = [run for run in wanted if run.id not in self.table.finished()]
