@@ -187,6 +187,12 @@ def test_utility_at_equal_forgetting_by_hand():
     assert found["good"]["p"] == pytest.approx(stats.ttest_rel(ours, at).pvalue) and found["good"]["verdict"] == "wins"
     assert found["good"]["difference"] == pytest.approx(np.mean(ours) - np.mean(at))
     assert found["good"]["ue_average"] == pytest.approx(0.1)
+    curve = np.array(found["good"]["curve"])  # from 1 down to 0.1, through 0.6
+    assert curve[0] == pytest.approx([1, 1]) and curve[-1] == pytest.approx(
+        [0.1, np.mean([0.8 - s / 50 for s in range(3)])]
+    )
+    expected = np.interp(curve[:, 0], [0.1, 0.6, 1], [curve[-1, 1], 0.9, 1])
+    np.testing.assert_allclose(curve[:, 1], expected)
     slow = found["slow"]
     assert slow["mean"] is None and slow["reached"] == 0 and slow["verdict"] == "never reaches it" and slow["n"] == 0
     assert slow["learning_rates"] == {"0": 2, "1": 2, "2": 2}  # the one that comes nearest

@@ -127,7 +127,7 @@ def config(models, tmp_path, monkeypatch):
     return write
 
 
-@pytest.mark.parametrize(("file", "arms", "count"), [("tofu", 3 * 20, 540), ("people", 3, 18)])
+@pytest.mark.parametrize(("file", "arms", "count"), [("tofu", 3 * 21, 567), ("people", 3, 18)])
 def test_the_studies_of_the_benchmarks(monkeypatch, file, arms, count):
     made = []
     monkeypatch.setattr(Study, "run", lambda self: made.append(self))
@@ -159,6 +159,8 @@ def test_a_study_from_start_to_finish(config, capsys, tmp_path):
     assert [arm["mask"] for arm in found["headline"]] == ["dense", "wagle 0.3"]
     metrics = json.loads(Path("out/target/metrics.json").read_text())
     assert metrics["forget/probability"] == found["target"]["forget/probability"]
+    drawn = Path("out/study.svg").read_text()
+    assert all(word in drawn for word in ("dense", "wagle 0.3", "retrained", "forget/probability"))
     text = Path("out/study.md").read_text()
     assert "2 of 2 runs are finished" in text and "| dense |" in text and text == markdown(found)
     before = Path("out/study.parquet").read_bytes()

@@ -11,6 +11,9 @@ from wagle_pl.report.svg import COLOURS
 DASHES = {"target": (0, (5, 2)), "retrained": (0, (1.5, 1.5)), "this": "solid"}
 MARKERS = {"target": "s", "retrained": "D", "this": "o"}
 
+#: Lines that are told apart: a colour that is seen on a light and on a dark page, and a dash.
+_PALETTE = ("#d1495b", "#2a9d8f", "#3d7dd8", "#c77d1e", "#8e5bd0", "#5f9e3a", "#c2489b", "#8a7a55")
+_STROKES = ("solid", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))
 _SHAPES = ("o", "^", "s", "D", "v", "P", "X", "*")
 _ENDS = (1e-6, 1e6)  # truth ratios beyond are drawn here: 0 and infinity have no place on a logarithmic axis
 
@@ -47,12 +50,12 @@ class Line(NamedTuple):
     group: int = 0
 
 
-def new_figure(width: float, height: float) -> tuple[Any, Any]:
-    """An empty figure of ``width`` × ``height`` inches, and its axes."""
+def new_figure(width: float, height: float, panels: Optional[int] = None) -> tuple[Any, Any]:
+    """An empty figure of ``width`` × ``height`` inches, and its axes; a list of them for a number of panels."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
+    return figure, figure.add_subplot() if panels is None else [*figure.subplots(1, panels, squeeze=False)[0]]
 
 
 def forget_utility(points: Sequence[Marked], x_label: str, y_label: str) -> Any:
@@ -79,6 +82,46 @@ def forget_utility(points: Sequence[Marked], x_label: str, y_label: str) -> Any:
     axes.set_ylabel(y_label)
     if any(point.role != "this" for point in points):
         _legend(axes, figure)
+    return figure
+
+
+def study_overview(
+    arms: Mapping[str, Mapping[str, Points]],
+    first: str,
+    references: Mapping[str, tuple[float, float]],
+    level: Optional[float],
+    labels: tuple[str, str],
+) -> Any:
+    """A panel an objective, a line a mask: what all of a study comes to.
+
+    Args:
+        arms: objective -> mask -> (forget measure, utility) along the arm's curve.
+        first: the mask that the others are compared with.
+        references: ``target`` and ``retrained`` -> their point.
+        level: forget measure at which utilities are compared.
+        labels: names of the forget measure and of the utility.
+    """
+    figure, axes = new_figure(max(4.8, 3.8 * len(arms)), 3.9, len(arms))
+    masks = [mask for mask in dict.fromkeys(mask for found in arms.values() for mask in found) if mask != first]
+    bounds = bounds_of([p for found in arms.values() for line in found.values() for p in line] + [*references.values()])
+    for panel, (objective, found) in zip(axes, arms.items(), strict=True):
+        for mask, points in found.items():
+            style = {"color": COLOURS["ink"], "linewidth": 2.2}
+            if mask != first:
+                i = masks.index(mask)
+                colour, stroke = _PALETTE[i % len(_PALETTE)], _STROKES[i // len(_PALETTE) % len(_STROKES)]
+                style = {"color": colour, "linestyle": stroke, "linewidth": 1.4}
+            panel.plot(*zip(*points, strict=True), label=mask, **style)
+        for role, (x, y) in references.items():
+            panel.plot(x, y, MARKERS[role], color=COLOURS[role], markersize=7, label=role, zorder=4)
+        _level(panel, level)
+        panel.set_xlim(bounds[0], bounds[1])
+        panel.set_ylim(bounds[2], bounds[3])
+        panel.set_title(objective, fontsize=9)
+        panel.set_xlabel(labels[0])
+        panel.set_ylabel(labels[1])
+    shown = {label: line for panel in axes for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, fontsize=7.5, handlelength=2.2)
     return figure
 
 

@@ -54,6 +54,7 @@ def study_section(study: Study, index: int) -> Content:
         _about(study, runs),
         element("h3", "Headline"),
         _headline(study),
+        _overview(study, index),
         element("h3", "Forgetting against utility"),
         _curves(study, index),
         element("h3", "Masks"),
@@ -132,6 +133,35 @@ def _headline(study: Study) -> Content:
              "deviation over seeds. Differences are from dense of the same objective, p of a paired test; area: mean "
              "utility along the curve down to that level."),
     ]  # fmt: skip
+
+
+def overview(summary: Mapping[str, Any]) -> Optional[Any]:
+    """The mean curve of each arm as a figure, from what a study found; None if it has no curve yet."""
+    arms: dict[str, dict[str, Any]] = {}
+    for arm in summary.get(HEADLINE) or []:
+        if arm.get("curve"):
+            arms.setdefault(arm["objective"], {})[arm["mask"]] = arm["curve"]
+    if not arms:
+        return None
+    names = (summary["forget"], summary["utility"])
+    points = {role: tuple(summary.get(role, {}).get(name) for name in names) for role in REFERENCES}
+    references = {role: point for role, point in points.items() if None not in point}
+    return curves.study_overview(arms, DENSE, references, summary.get("forget_level"), names)
+
+
+def _overview(study: Study, index: int) -> Content:
+    with page_style():
+        figure = overview(study.summary)
+        if figure is None:
+            return None
+        told = [
+            f"{arm['objective']}, {arm['mask']}: from ({shown(arm['curve'][0][0])}, {shown(arm['curve'][0][1])}) to "
+            f"({shown(arm['curve'][-1][0])}, {shown(arm['curve'][-1][1])})"
+            for arm in study.summary[HEADLINE]
+            if arm.get("curve")
+        ]
+        svg = inline_svg(figure, f"study-{index}-overview", "Mean curve of each arm", ". ".join(told))
+    return figure_element(svg, "Each arm with the best learning rate of each seed, utility averaged over seeds.")
 
 
 def _compared(arm: Mapping[str, Any]) -> list[Content]:

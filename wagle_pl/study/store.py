@@ -17,6 +17,7 @@ from wagle_pl.utilities import WagleError
 TABLE_FILE = "study.parquet"
 SUMMARY_FILE = "study.json"
 TEXT_FILE = "study.md"
+FIGURE_FILE = "study.svg"
 LOCK_FILE = "study.lock"
 
 #: First columns of the table; measures follow.

@@ -17,6 +17,8 @@ from wagle_pl import models
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.evaluation import EvaluationModule, Observations, Results, find_suite
 from wagle_pl.evaluation.results import write_json
+from wagle_pl.report.figures import save_figure
+from wagle_pl.report.study import overview
 from wagle_pl.study import attribute, grid, options, text
 from wagle_pl.study.configured import Entry, digest, make
 from wagle_pl.study.run import (
@@ -29,7 +31,7 @@ from wagle_pl.study.run import (
     rows_of,
     ungenerated,
 )
-from wagle_pl.study.store import SUMMARY_FILE, TABLE_FILE, TEXT_FILE, RunTable, locked
+from wagle_pl.study.store import FIGURE_FILE, SUMMARY_FILE, TABLE_FILE, TEXT_FILE, RunTable, locked
 from wagle_pl.study.summary import Compared, summarise
 from wagle_pl.unlearning.adapters import LoRA
 from wagle_pl.utilities import WagleError, atomic_path, silence
@@ -43,9 +45,9 @@ class Study:
     """A grid of objectives, masks, learning rates and seeds over one target model; every run is tested along its way,
     and arms (an objective with a mask) are compared at equal forgetting.
 
-    The output folder holds ``study.parquet`` (a row a run and test point), ``study.json`` and ``study.md`` (what was
-    found), the masks, and the results of target and retrained model. A study that was stopped goes on where it was
-    when it is started again; a grid that has grown runs only what is new.
+    The output folder holds ``study.parquet`` (a row a run and test point), what was found as ``study.json``,
+    ``study.md`` and ``study.svg``, the masks, and the results of target and retrained model. A study that was stopped
+    goes on where it was when it is started again; a grid that has grown runs only what is new.
 
     The target model is loaded anew for each run: that takes seconds where a run takes minutes, needs no second copy of
     the weights in memory, and leaves nothing of the run before.
@@ -183,6 +185,8 @@ class Study:
                 print(flush=True)  # the line of the run that failed
                 raise
             found = self._write()
+            if (figure := overview(found)) is not None:
+                save_figure(figure, [self.folder / FIGURE_FILE])
         if found["headline"]:
             print(f"\n{text.console(found)}\n\n{self.folder / TEXT_FILE} has it as Markdown", flush=True)
         return found

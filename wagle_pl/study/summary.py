@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
@@ -115,8 +116,8 @@ def summarise(rows: Sequence[Row], by: Compared) -> list[dict[str, Any]]:
         Dicts with ``objective``, ``mask``, ``score``, ``density``; ``mean``, ``std`` and ``n`` of utility at equal
         forgetting over the seeds that reach it, and ``values``, seed -> utility; ``reached``, the share of runs that
         do, of ``runs``; ``seeds``, how many are finished; ``learning_rates``, seed -> chosen; ``difference`` from
-        dense over the seeds of both, its ``p`` or ``why`` there is none, ``verdict``; ``area``, see :func:`_area`; the
-        means of :data:`AT_END` over the chosen runs.
+        dense over the seeds of both, its ``p`` or ``why`` there is none, ``verdict``; ``area``, see :func:`_area`;
+        ``curve``, see :func:`_mean_curve`; the means of :data:`AT_END` over the chosen runs.
     """
     arms = curves(rows, by)
     dense_of = {row["objective"]: row["mask"] for row in rows if row.get("score") is None and row.get("density") == 1.0}
@@ -134,6 +135,7 @@ def summarise(rows: Sequence[Row], by: Compared) -> list[dict[str, Any]]:
             entry |= {"difference": None, "p": None, "why": "", "pairs": 0, "verdict": ""}
             if arm != dense:
                 entry["verdict"] = "no dense run to compare with"
+        entry["curve"] = _mean_curve(list(best[arm].values()), by)
         entry["area"] = _area(best[arm], best.get(dense, {}), by)
         for name in AT_END:
             numbers = [run.last[name] for run in best[arm].values() if run.last.get(name) is not None]
@@ -168,6 +170,17 @@ def _against(arm: Mapping[int, Curve], dense: Mapping[int, Curve], by: Compared)
     samples = (sample(list(ours.values())), sample(list(theirs.values())))
     word = verdict(gain, *samples, len(arm), len(dense))
     return {"difference": test.difference, "p": test.p, "why": test.why, "pairs": test.n, "verdict": word}
+
+
+def _mean_curve(runs: Sequence[Curve], by: Compared, count: int = 33) -> list[tuple[float, float]]:
+    """(forget measure, mean utility over seeds) at evenly spaced levels, from the target to where the shallowest of the
+    runs ends.
+    """
+    start, end = runs[0].points[0][0], min(deepest(run.points) for run in runs)
+    levels = [start + (end - start) * i / (count - 1) for i in range(count)]
+    levels[-1] = end  # not beyond it by a rounding
+    found = ([utility_at(run.points, level) for run in runs] for level in levels)
+    return [(by.forget_sign * level, statistics.fmean(values)) for level, values in zip(levels, found, strict=True)]
 
 
 def _area(arm: Mapping[int, Curve], dense: Mapping[int, Curve], by: Compared) -> dict[str, Any]:
