@@ -1,0 +1,43 @@
+"""The study that ``configs/tofu/README.md`` tells of: its table, what is made of it, and what is written."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from wagle_pl.evaluation.tables import load_table
+from wagle_pl.study.summary import Compared, summarise
+from wagle_pl.study.text import by_objective, cells
+
+TOFU = Path(__file__).parents[1] / "configs" / "tofu"
+
+
+@pytest.fixture(scope="module")
+def found():
+    return json.loads((TOFU / "study.json").read_text())
+
+
+def rounded(value):
+    """Plain data with floats to nine digits."""
+    return json.loads(json.dumps(value), parse_float=lambda text: round(float(text), 9))
+
+
+def test_the_comparison_follows_from_the_table(found):
+    by = Compared(
+        found["forget"], found["utility"], found["target"], found["forget_level"], found["forget_sign"],
+        found["utility_sign"],
+    )  # fmt: skip
+    rows = load_table(TOFU / "study.parquet")
+    again = summarise(rows, by)
+    told = [{name: arm[name] for name in ours} for arm, ours in zip(found["headline"], again, strict=True)]
+    assert rounded(again) == rounded(told)
+    assert found["target"]["forget/probability"] >= 0.8 and found["retrained"]["forget/probability"] < 0.3
+
+
+def test_the_readme_says_what_was_found(found):
+    said = (TOFU / "README.md").read_text()
+    for objective, arms in by_objective(found).items():
+        assert f"### {objective}" in said
+        for arm in arms:
+            row = cells(arm)
+            assert f"| {row[0]} | {row[1]} | {row[2]} |" in said, row
