@@ -6,7 +6,7 @@ from scipy import integrate, interpolate, stats
 
 from wagle_pl.study import envelope, mean_utility, paired, utility_at
 from wagle_pl.study.attribute import passes
-from wagle_pl.study.curves import Sample, sample, verdict
+from wagle_pl.study.curves import Paired, Sample, sample, verdict
 from wagle_pl.study.grid import middle_first, read_masks, read_objectives, runs
 from wagle_pl.study.run import test_points as points_of
 from wagle_pl.study.summary import Compared, summarise
@@ -60,11 +60,15 @@ def test_the_paired_test_is_scipys():
 
 
 def test_verdicts():
-    def say(gain, arm=(0.9, 0.02, 3), dense=(0.9, 0.03, 3), runs=(3, 3)):
-        return verdict(gain, Sample(*arm), Sample(*dense), *runs)
+    def say(gain, arm=(0.9, 0.02, 3), dense=(0.9, 0.03, 3), runs=(3, 3), p=0.01, sign=1):
+        pairs = 0 if gain is None else min(arm[2], dense[2])
+        return verdict(Paired(gain, p, "", pairs), sign, Sample(*arm), Sample(*dense), *runs)
 
     assert [say(gain) for gain in (0.031, 0.029, -0.029, -0.031)] == ["wins", "ties", "ties", "loses"]
+    assert [say(0.031, p=p) for p in (0.049, 0.05, None)] == ["wins", "ties", "wins"]  # None: the same in every seed
+    assert [say(gain, sign=-1) for gain in (0.031, -0.031)] == ["loses", "wins"]
     assert say(0.1, arm=(0.9, None, 1), runs=(1, 3)) == "ahead, one seed"
+    assert say(-0.1, arm=(0.9, 0.02, 2), dense=(0.9, 0.02, 2), runs=(2, 2)) == "behind, 2 seeds"
     assert say(None, arm=(None, None, 0)) == "never reaches it"
     assert say(0.1, arm=(0.9, 0.0, 2)) == "reaches it in 2 of 3 seeds"
     assert say(0.1, dense=(0.9, 0.0, 2)) == "dense does not always reach it"

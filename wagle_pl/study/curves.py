@@ -17,6 +17,7 @@ from typing import NamedTuple, Optional
 Points = Sequence[tuple[float, float]]
 
 FEWEST = 3  # pairs that a paired t-test takes
+SIGNIFICANT = 0.05
 
 
 def envelope(points: Points) -> list[tuple[float, float]]:
@@ -151,22 +152,23 @@ def paired(arm: Sequence[float], dense: Sequence[float]) -> Paired:
     return Paired(mean, float(ttest_rel(arm, dense).pvalue), "", len(differences))
 
 
-def verdict(gain: Optional[float], arm: Sample, dense: Sample, arm_runs: int, dense_runs: int) -> str:
+def verdict(test: Paired, sign: int, arm: Sample, dense: Sample, arm_runs: int, dense_runs: int) -> str:
     """What an arm does against dense, in a word or a few.
 
-    A difference within the larger of the two standard deviations over seeds is a tie. With one seed there is no
-    spread, so nothing is won yet.
+    Nothing is won or lost with fewer than three pairs. With them a difference is a tie within the larger of the two
+    standard deviations over seeds, and if the paired test's p is 0.05 or more.
 
     Args:
-        gain: mean over the paired seeds of how much better the arm is, above 0 if better; None without pairs.
+        test: the paired comparison.
+        sign: 1 if more utility is better, −1 if less.
         arm: utility at equal forgetting of the arm.
         dense: the same of dense.
         arm_runs: seeds of the arm that are finished.
         dense_runs: seeds of dense that are finished.
 
-    >>> verdict(0.05, Sample(0.9, 0.01, 3), Sample(0.85, 0.02, 3), 3, 3)
+    >>> verdict(Paired(0.05, 0.01, "", 3), 1, Sample(0.9, 0.01, 3), Sample(0.85, 0.02, 3), 3, 3)
     'wins'
-    >>> verdict(0.05, Sample(0.9, 0.01, 2), Sample(0.85, 0.02, 3), 3, 3)
+    >>> verdict(Paired(0.05, None, "n too small", 2), 1, Sample(0.9, 0.01, 2), Sample(0.85, 0.02, 3), 3, 3)
     'reaches it in 2 of 3 seeds'
     """
     if not arm_runs:
@@ -177,10 +179,13 @@ def verdict(gain: Optional[float], arm: Sample, dense: Sample, arm_runs: int, de
         return f"reaches it in {arm.n} of {arm_runs} seeds"
     if dense.n < dense_runs:
         return "dense does not always reach it" if dense.n else "dense never reaches it"
-    if gain is None:
+    if test.difference is None:
         return "no seed in common with dense"
-    if arm.std is None or dense.std is None:
-        return "ahead, one seed" if gain > 0 else "behind, one seed" if gain < 0 else "level, one seed"
-    if abs(gain) <= max(arm.std, dense.std):
+    gain = sign * test.difference
+    if test.n < FEWEST:
+        seeds = "one seed" if test.n == 1 else f"{test.n} seeds"
+        return f"{'ahead' if gain > 0 else 'behind' if gain < 0 else 'level'}, {seeds}"
+    within = abs(gain) <= max(arm.std or 0.0, dense.std or 0.0)
+    if within or (test.p is not None and test.p >= SIGNIFICANT):
         return "ties"
     return "wins" if gain > 0 else "loses"

@@ -166,9 +166,8 @@ def _against(arm: Mapping[int, Curve], dense: Mapping[int, Curve], by: Compared)
     ours, theirs = _reached(arm), _reached(dense)
     both = sorted(set(ours) & set(theirs))
     test = paired([ours[seed] for seed in both], [theirs[seed] for seed in both])
-    gain = None if test.difference is None else by.utility_sign * test.difference
     samples = (sample(list(ours.values())), sample(list(theirs.values())))
-    word = verdict(gain, *samples, len(arm), len(dense))
+    word = verdict(test, by.utility_sign, *samples, len(arm), len(dense))
     return {"difference": test.difference, "p": test.p, "why": test.why, "pairs": test.n, "verdict": word}
 
 

@@ -169,8 +169,8 @@ def about(summary: Entry) -> list[str]:
         "linear, points at which the run has not forgotten more than before left out.",
         "seeds: seeds that reach that level with some learning rate, of those finished. reach: share of all runs that "
         "do. What never does has no utility at equal forgetting: nothing is extrapolated.",
-        "against dense: a tie is a difference within the larger of the two standard deviations. p: paired t-test over "
-        "seeds. difference: over the seeds of both.",
+        "against dense: a tie is a difference within the larger of the two standard deviations, or of p 0.05 and more. "
+        "p: paired t-test over seeds. difference: over the seeds of both.",
         "area: mean utility over forgetting, from the target to the level or to where arm or dense ends first; dense's "
         "over the same range beside it.",
     ]
