@@ -50,12 +50,18 @@ class Line(NamedTuple):
     group: int = 0
 
 
-def new_figure(width: float, height: float, panels: Optional[int] = None) -> tuple[Any, Any]:
-    """An empty figure of ``width`` × ``height`` inches, and its axes; a list of them for a number of panels."""
+def new_figure(width: float, height: float) -> tuple[Any, Any]:
+    """An empty figure of ``width`` × ``height`` inches, and its axes."""
+    figure, (axes,) = new_panels(width, height, 1)
+    return figure, axes
+
+
+def new_panels(width: float, height: float, count: int) -> tuple[Any, list[Any]]:
+    """An empty figure of ``width`` × ``height`` inches, and the axes of so many panels side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot() if panels is None else [*figure.subplots(1, panels, squeeze=False)[0]]
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
 def forget_utility(points: Sequence[Marked], x_label: str, y_label: str) -> Any:
@@ -101,7 +107,7 @@ def study_overview(
         level: forget measure at which utilities are compared.
         labels: names of the forget measure and of the utility.
     """
-    figure, axes = new_figure(max(4.8, 3.8 * len(arms)), 3.9, len(arms))
+    figure, axes = new_panels(max(4.8, 3.8 * len(arms)), 3.9, len(arms))
     masks = [mask for mask in dict.fromkeys(mask for found in arms.values() for mask in found) if mask != first]
     bounds = bounds_of([p for found in arms.values() for line in found.values() for p in line] + [*references.values()])
     for panel, (objective, found) in zip(axes, arms.items(), strict=True):

@@ -161,9 +161,13 @@ def answers_only(tables: Mapping[str, list[dict[str, Any]]], sets: Collection[st
         tables: test set -> records.
         sets: those that are tested.
     """
-    columns = ("row", "question", "answer", "generation", "nll", "tokens", "cut")
-    found = {name: table for name, table in ungenerated(tables).items() if name in sets}
-    return {name: [{k: r[k] for k in columns if k in r} for r in table] for name, table in found.items()}
+    columns = ("row", "question", "answer", "nll", "tokens", "cut")
+
+    def strip(record: Mapping[str, Any]) -> dict[str, Any]:
+        """One record without the rest."""
+        return {**{k: record[k] for k in columns if k in record}, "generation": None}
+
+    return {name: [strip(record) for record in table] for name, table in tables.items() if name in sets}
 
 
 def rows_of(
