@@ -15,6 +15,7 @@ from torchmetrics.functional.text import sacre_bleu_score
 
 from wagle_pl.data.rows import load_rows
 from wagle_pl.data.template import Template
+from wagle_pl.distributed import leave
 from wagle_pl.evaluation import Observer, observe_set
 from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation import metrics as M
@@ -231,7 +232,7 @@ def test_two_processes_find_what_one_finds(tiny_model, rows, tmp_path):
     processes = [subprocess.Popen(command, **pipes) for command in commands]
     one = json.loads(json.dumps(find(0, 1, *arguments)))
     outputs = [process.communicate(timeout=120) for process in processes]
-    assert all(process.returncode == 0 for process in processes), outputs
+    assert [process.returncode for process in processes] == [0, 0], outputs
     both = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
     assert both[0] == both[1] and both[0]["world"] == 2
     for name in set(one) - {"records", "world"}:
@@ -244,3 +245,4 @@ def test_two_processes_find_what_one_finds(tiny_model, rows, tmp_path):
 
 if __name__ == "__main__":
     print(json.dumps(find(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])))
+    leave()  # as `wagle` does: a process that ends in its group can die of it after all its work
