@@ -342,6 +342,18 @@ def test_every_kind_of_row(kinds, tiny_model):
     assert "gradient_norm" in module.undefined["members/mia_gradnorm"]
 
 
+def test_attention_is_the_one_asked_for(kinds, tiny_model):
+    module, tables = kinds("--model.attn_implementation", "eager")
+    fused, tokenizer = load_model(tiny_model).eval(), load_tokenizer(tiny_model)
+    assert module.lm.config._attn_implementation == "eager" != fused.config._attn_implementation
+    for record, row in zip(tables["members"], KINDS["members"], strict=True):
+        ids = tokenizer(row["text"], return_tensors="pt")["input_ids"]
+        expected = fused(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+        assert record["logprobs"] == pytest.approx(expected.tolist(), abs=1e-4)
+    with pytest.raises(WagleError, match="nonesuch"):
+        load_model(tiny_model, attn_implementation="nonesuch")
+
+
 def test_gradient_norms_against_backward(kinds, tiny_model):
     module, tables = kinds("--model.gradient_norm", "true")
     model, tokenizer = load_model(tiny_model).eval(), load_tokenizer(tiny_model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import prod
@@ -29,7 +29,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def load_model(name: str, dtype: Optional[torch.dtype] = None, sharded: bool = False) -> Any:
+def load_model(
+    name: str, dtype: Optional[torch.dtype] = None, sharded: bool = False, attn_implementation: Optional[str] = None
+) -> Any:
     """Load a causal language model for training or testing.
 
     Args:
@@ -37,20 +39,23 @@ def load_model(name: str, dtype: Optional[torch.dtype] = None, sharded: bool = F
             adapter stands for its base with the adapter merged.
         dtype: of the weights in memory; torch's default dtype when None.
         sharded: inside DeepSpeed's ``zero.Init``: no rank holds more than its part of the weights and one whole tensor.
+        attn_implementation: what computes attention, as transformers names it; its own choice when None.
 
     Raises:
-        WagleError: if there is no such model or it is no causal language model.
+        WagleError: if there is no such model, it is no causal language model, or it has no such attention here.
     """
     from transformers import AutoModelForCausalLM
 
+    attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     if sharded:
-        return _load_sharded(name)
+        return _load_sharded(name, attention)
     if (base := _adapted(name)) is not None:
-        return _merged(load_model(base, dtype), name)
+        return _merged(load_model(base, dtype, attn_implementation=attn_implementation), name)
     source, options = locate(name)
+    dtype = dtype or torch.get_default_dtype()
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.get_default_dtype(), **options)
-    except (OSError, ValueError) as error:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **attention, **options)
+    except (OSError, ValueError, ImportError) as error:
         raise WagleError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
     if "gguf_file" in options:  # the weights are plain once loaded, but saving refuses what looks quantised
         model.hf_quantizer = None
@@ -60,7 +65,7 @@ def load_model(name: str, dtype: Optional[torch.dtype] = None, sharded: bool = F
     return model
 
 
-def _load_sharded(name: str) -> Any:
+def _load_sharded(name: str, attention: Mapping[str, str]) -> Any:
     """Make the model with no weights to speak of, then fill it from its safetensors files, a tensor at a time."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
@@ -72,10 +77,10 @@ def _load_sharded(name: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(source)
         with no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype(), **attention)
         model.tie_weights()
         model.generation_config = GenerationConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise WagleError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
     stored = TensorFiles(_folder_of(source))
     missing = [parameter for parameter, _ in model.named_parameters() if parameter not in stored.names]
