@@ -15,7 +15,7 @@ from typing import Any, Optional
 import yaml
 
 from wagle_pl.commands import COMMANDS, EXIT_BAD_INPUT, fail
-from wagle_pl.utilities import WagleError, first_line
+from wagle_pl.utilities import WagleError, first_line, ready_to_run
 
 
 def main(args: Optional[Sequence[str]] = None) -> None:
@@ -50,15 +50,10 @@ def main(args: Optional[Sequence[str]] = None) -> None:
 
 def run(args: list[str]) -> Any:
     """Run a LightningCLI command and return the CLI object (its ``model`` and ``trainer`` hold what happened)."""
-    import torch
-    from transformers.utils.logging import disable_progress_bar
-
     from wagle_pl import distributed
     from wagle_pl.lightning_cli import WagleCLI
 
-    disable_progress_bar()
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find this out
+    ready_to_run()
     try:
         return WagleCLI(args=args)
     finally:

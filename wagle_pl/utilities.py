@@ -146,6 +146,16 @@ def peak_memory() -> int:
     return kilobytes if sys.platform == "darwin" else 1024 * kilobytes
 
 
+def ready_to_run() -> None:
+    """What a command that runs models sets first: no progress bars of transformers', and DeepSpeed told of a CPU."""
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find this out
+
+
 def describe(value: Any) -> dict[str, Any]:
     """A configurable object as plain data: its class name and its public scalar attributes."""
     scalars = {k: v for k, v in vars(value).items() if not k.startswith("_") and isinstance(v, (str, int, float, bool))}

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
-import torch
-from transformers.utils.logging import disable_progress_bar
-
 from wagle_pl.study import Study
+from wagle_pl.utilities import ready_to_run
 
 LAYERED = True  # its configurations may build on others
 EXIT_INTERRUPTED = 130  # as shells have it: 128 + SIGINT
@@ -21,9 +18,7 @@ def study(base: Any = None, **options: Any) -> None:
         base: in a config file: config files it builds on.
         options: see :class:`Study`.
     """
-    disable_progress_bar()
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find this out
+    ready_to_run()
     try:
         Study(**options).run()
     except KeyboardInterrupt:  # it has said what is left to do
