@@ -276,6 +276,13 @@ def test_names_must_differ():
         check_labels(specs)
 
 
+def test_equal_scores_share_a_pass():
+    made = {}
+    scores = [A.Curvature(power=1.0), A.Curvature(), "curvature", A.Curvature(power=1.0), A.Modules(["mlp"])]
+    first, usual, named, again, modules = (complete({"score": score}, DEFAULT, made).score for score in scores)
+    assert first is again and usual is named and len({id(first), id(usual), id(modules)}) == 3
+
+
 @given(st.lists(st.sampled_from(["mlp.up", "mlp.down", "attn.q", "norm"]), min_size=1))
 def test_include_and_exclude(names: list[str]):
     spec = MaskSpec(include="mlp|attn", exclude="down$")

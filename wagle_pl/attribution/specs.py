@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -86,7 +87,7 @@ def complete(spec: Union[MaskSpec, Mapping[str, Any]], default: MaskSpec, scores
     Args:
         spec: what the user gave.
         default: the module's own options.
-        scores: scores made so far by name, so that specs of one name share one score (and its passes).
+        scores: scores seen so far, so that specs of equal scores share one (and its passes).
 
     Raises:
         WagleError: if an option has no meaning.
@@ -98,10 +99,8 @@ def complete(spec: Union[MaskSpec, Mapping[str, Any]], default: MaskSpec, scores
         spec = MaskSpec(**spec)
     given = {field.name: getattr(spec, field.name) for field in fields(spec) if getattr(spec, field.name) is not None}
     spec = replace(default, **given)
-    if isinstance(spec.score, str):
-        if spec.score not in scores:
-            scores[spec.score] = resolve(Score, spec.score, "score")
-        spec.score = scores[spec.score]
+    score = resolve(Score, spec.score, "score")
+    spec.score = scores.setdefault(_definition(score), score)
     check_density(spec.density)
     for option in ("include", "exclude"):
         try:
@@ -137,6 +136,12 @@ def check_labels(specs: Sequence[MaskSpec]) -> None:
     for label in scores.values():
         if list(scores.values()).count(label) > 1:
             raise WagleError(f"save_scores would save two different scores as {label}.scores: make two runs of them")
+
+
+def _definition(score: Score) -> str:
+    """Equal for scores that are the same; what is no plain data is the same only as itself."""
+    options = {name: value if _is_plain(value) else id(value) for name, value in vars(score).items()}
+    return json.dumps([f"{type(score).__module__}.{type(score).__qualname__}", options], sort_keys=True)
 
 
 def _is_plain(value: Any) -> bool:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from wagle_pl.attribution import AttributionModule
-from wagle_pl.attribution.scores import Score
 from wagle_pl.attribution.specs import MaskSpec
 from wagle_pl.masks import SUFFIX, WeightMask
 from wagle_pl.study.configured import digest
@@ -57,13 +55,10 @@ def make_masks(
         module: options of :class:`AttributionModule`, ``model`` and ``output`` (the folder) among them.
         fit: runs a module on the study's data for an epoch.
     """
-    made: dict[str, Score] = {}  # masks of one score share it, and its passes
     specs = []
     for mask, name in zip(masks, names, strict=True):
-        key = json.dumps(mask.score, sort_keys=True)
-        score = made.setdefault(key, mask.make_score())
         density = mask.density if mask.density is not None else 0.5  # the score says itself how many
-        specs.append(MaskSpec(score=score, density=density, name=name, **mask.selection))
+        specs.append(MaskSpec(score=mask.make_score(), density=density, name=name, **mask.selection))
     options = {k: v for k, v in options.items() if not (k == "hessian" and v == "scalar")}  # γ implies it
     fit(AttributionModule(masks=specs, overwrite=True, **module, **options))
 
