@@ -1,4 +1,4 @@
-"""The study that ``configs/tofu/README.md`` tells of: its table, what is made of it, and what is written."""
+"""The studies that ``configs/tofu/README.md`` tells of: their tables, what is made of it, and what is written."""
 
 import json
 from pathlib import Path
@@ -12,9 +12,14 @@ from wagle_pl.study.text import by_objective, cells
 TOFU = Path(__file__).parents[1] / "configs" / "tofu"
 
 
+@pytest.fixture(scope="module", params=sorted(TOFU.glob("study*.json")), ids=lambda path: path.stem)
+def study(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def found():
-    return json.loads((TOFU / "study.json").read_text())
+def found(study):
+    return json.loads(study.read_text())
 
 
 def rounded(value):
@@ -22,12 +27,12 @@ def rounded(value):
     return json.loads(json.dumps(value), parse_float=lambda text: round(float(text), 9))
 
 
-def test_the_comparison_follows_from_the_table(found):
+def test_the_comparison_follows_from_the_table(found, study):
     by = Compared(
         found["forget"], found["utility"], found["target"], found["forget_level"], found["forget_sign"],
         found["utility_sign"],
     )  # fmt: skip
-    rows = load_table(TOFU / "study.parquet")
+    rows = load_table(study.with_suffix(".parquet"))
     again = summarise(rows, by)
     told = [{name: arm[name] for name in ours} for arm, ours in zip(found["headline"], again, strict=True)]
     assert rounded(again) == rounded(told)
