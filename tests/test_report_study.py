@@ -14,6 +14,7 @@ from pages import Strict, report_page, section, write_runs
 
 from wagle_pl.evaluation.results import write_json
 from wagle_pl.masks import WeightMask
+from wagle_pl.report.curves import study_overview
 from wagle_pl.report.html import shown
 from wagle_pl.report.sections import spaced
 from wagle_pl.report.study import arms_of
@@ -134,6 +135,18 @@ def test_figures_take_the_colours_of_the_page():
     assert [node.text for node in root.all("title", "desc")] == ["what < it", "is & was"]
     assert "a < b & $c$" in root.text and not list(root.all("metadata", "style", "clippath", "image"))
     assert all(node.attributes["id"].startswith("name-") for node in root.all() if "id" in node.attributes)
+
+
+@pytest.mark.parametrize(("objectives", "masks"), [(1, 2), (1, 14), (2, 14), (3, 30)])
+def test_a_legend_has_room(objectives, masks):
+    arms = {f"Objective{i}": {f"wagle gamma=1e-06 {k / 100}": [(0.9, 0.9), (0.1, 0.5)] for k in range(masks)}
+            for i in range(objectives)}  # fmt: skip
+    figure = study_overview(arms, "dense", {"target": (0.9, 0.9)}, 0.1, ("forget", "utility"))
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    assert legend.x0 >= 0 and legend.x1 <= figure.bbox.width and legend.y0 >= 0
+    assert legend.y1 < min(axes.get_tightbbox().y0 for axes in figure.axes)
+    assert all(axes.bbox.height > figure.dpi * 1.5 for axes in figure.axes)
 
 
 def test_spaced():

@@ -16,6 +16,7 @@ _PALETTE = ("#d1495b", "#2a9d8f", "#3d7dd8", "#c77d1e", "#8e5bd0", "#5f9e3a", "#
 _STROKES = ("solid", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))
 _SHAPES = ("o", "^", "s", "D", "v", "P", "X", "*")
 _ENDS = (1e-6, 1e6)  # truth ratios beyond are drawn here: 0 and infinity have no place on a logarithmic axis
+_LEGEND_HEIGHT = 0.5  # inches of a figure that its legend may take; it grows by the rest
 
 Points = Sequence[tuple[float, float]]
 
@@ -87,7 +88,7 @@ def forget_utility(points: Sequence[Marked], x_label: str, y_label: str) -> Any:
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     if any(point.role != "this" for point in points):
-        _legend(axes, figure)
+        _legend(figure)
     return figure
 
 
@@ -126,8 +127,7 @@ def study_overview(
         panel.set_title(objective, fontsize=9)
         panel.set_xlabel(labels[0])
         panel.set_ylabel(labels[1])
-    shown = {label: line for panel in axes for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, fontsize=7.5, handlelength=2.2)
+    _legend(figure, columns=4, size=7.5)
     return figure
 
 
@@ -171,7 +171,7 @@ def study_panel(
     axes.set_ylim(low, high)
     axes.set_xlabel(labels[0], fontsize=8)
     axes.set_ylabel(labels[1], fontsize=8)
-    _legend(axes, figure, columns=2, size=7.5)
+    _legend(figure, columns=2, size=7.5)
     return figure
 
 
@@ -192,7 +192,7 @@ def distribution(values: Mapping[str, Sequence[float]], x_label: str) -> Any:
     axes.set_ylim(0, 1.02)
     axes.set_xlabel(x_label)
     axes.set_ylabel("share of examples")
-    _legend(axes, figure)
+    _legend(figure)
     return figure
 
 
@@ -216,7 +216,7 @@ def shift(pairs: Mapping[str, Points], x_label: str, y_label: str) -> Any:
         _logarithmic(axes, axis, everything)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    _legend(axes, figure)
+    _legend(figure)
     return figure
 
 
@@ -251,10 +251,22 @@ def _level(axes: Any, x: Optional[float]) -> None:
         axes.axvline(x, color=COLOURS["retrained"], linestyle=DASHES["retrained"], linewidth=1, zorder=1)
 
 
-def _legend(axes: Any, figure: Any, columns: int = 3, size: float = 8.5) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=size, handlelength=2.2)
+def _legend(figure: Any, columns: int = 3, size: float = 8.5) -> None:
+    """One legend of all panels, below them: so many columns, or as many as the figure is wide enough for."""
+    shown = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if not shown:
+        return
+    for ncols in range(columns, 0, -1):
+        legend = figure.legend(
+            shown.values(), shown.keys(), loc="outside lower center", ncols=ncols, fontsize=size, handlelength=2.2
+        )
+        figure.draw_without_rendering()
+        box = legend.get_window_extent()
+        if ncols == 1 or box.width <= 0.92 * figure.bbox.width:  # text in an SVG is a little wider than measured here
+            break
+        legend.remove()
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + max(0.0, box.height / figure.dpi - _LEGEND_HEIGHT))
 
 
 def _logarithmic(axes: Any, name: str, values: Sequence[float]) -> None:
