@@ -315,7 +315,10 @@ def refused(capsys, *args):
         ({"steps": 3, "epochs": 1}, "give --steps or --epochs, not both"),
         ({"trainer": {"devices": 2}}, "a study runs on one device"),
         ({"trainer": {"max_steps": 2}}, "--trainer has no option 'max_steps' here"),
-        ({"module": {"mask": "x"}}, "--module has no option 'mask' here; there are: attn_implementation, clip_scope"),
+        (
+            {"module": {"mask": "x"}},
+            "--module has no option 'mask' here; there are: attn_implementation, clip_scope, decay",
+        ),
         ({"seeds": [1, 1]}, "seeds must be different numbers"),
         ({"along": "answers", "generate": "always"}, "--along answers generates nothing before a run's end"),
         ({"points": 0}, "--points must be at least 1, got 0"),
