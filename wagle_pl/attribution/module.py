@@ -93,7 +93,7 @@ class AttributionModule(EvaluationModule):
     ) -> None:
         super().__init__(model=model, output=output, **kwargs)
         default = MaskSpec(score, density, select, scope, include, exclude)
-        made: dict[str, Score] = {}
+        made: dict[Any, Score] = {}
         self.several = masks is not None
         self.specs = [complete(spec, default, made) for spec in (masks if masks is not None else [default])]
         if not self.specs:

@@ -81,7 +81,7 @@ def taking_part(names: Iterable[str], include: Optional[str], exclude: Optional[
     return kept
 
 
-def complete(spec: Union[MaskSpec, Mapping[str, Any]], default: MaskSpec, scores: dict[str, Score]) -> MaskSpec:
+def complete(spec: Union[MaskSpec, Mapping[str, Any]], default: MaskSpec, scores: dict[Any, Score]) -> MaskSpec:
     """The spec with nothing missing, checked.
 
     Args:
@@ -138,10 +138,10 @@ def check_labels(specs: Sequence[MaskSpec]) -> None:
             raise WagleError(f"save_scores would save two different scores as {label}.scores: make two runs of them")
 
 
-def _definition(score: Score) -> str:
+def _definition(score: Score) -> tuple[type[Score], str]:
     """Equal for scores that are the same; what is no plain data is the same only as itself."""
     options = {name: value if _is_plain(value) else id(value) for name, value in vars(score).items()}
-    return json.dumps([f"{type(score).__module__}.{type(score).__qualname__}", options], sort_keys=True)
+    return type(score), json.dumps(options, sort_keys=True)
 
 
 def _is_plain(value: Any) -> bool:

@@ -135,8 +135,11 @@ class EvaluationModule(L.LightningModule):
     def configure_model(self) -> None:
         """Load the model once, in the precision of the trainer."""
         if self.lm is None:
-            sharded = is_sharded(self.trainer.strategy)
-            self.lm = models.load_model(self.model_name, None, sharded, self.attn_implementation)
+            self.lm = models.load_model(
+                self.model_name,
+                sharded=is_sharded(self.trainer.strategy),
+                attn_implementation=self.attn_implementation,
+            )
             self.model_fingerprint = self.fingerprint()
 
     def fingerprint(self) -> str:

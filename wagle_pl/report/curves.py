@@ -253,15 +253,17 @@ def _level(axes: Any, x: Optional[float]) -> None:
 
 def _legend(figure: Any, columns: int = 3, size: float = 8.5) -> None:
     """One legend of all panels, below them: so many columns, or as many as the figure is wide enough for."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     shown = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     if not shown:
         return
+    renderer = FigureCanvasAgg(figure).get_renderer()  # measures without laying the figure out
     for ncols in range(columns, 0, -1):
         legend = figure.legend(
             shown.values(), shown.keys(), loc="outside lower center", ncols=ncols, fontsize=size, handlelength=2.2
         )
-        figure.draw_without_rendering()
-        box = legend.get_window_extent()
+        box = legend.get_window_extent(renderer)
         if ncols == 1 or box.width <= 0.92 * figure.bbox.width:  # text in an SVG is a little wider than measured here
             break
         legend.remove()
