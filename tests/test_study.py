@@ -183,6 +183,7 @@ def test_utility_at_equal_forgetting_by_hand():
     at = [0.9 + 0.8 * (0.5 + s / 100 - 0.9) for s in range(3)]  # four fifths of the way from 0.6 to 0.1
     assert list(found["dense"]["values"].values()) == pytest.approx(at)
     assert found["dense"]["learning_rates"] == {"0": 1, "1": 1, "2": 1} and found["dense"]["verdict"] == ""
+    assert found["dense"]["area"]["difference"] is None and found["dense"]["area"]["p"] is None  # from itself
     ours = [0.9 + 0.8 * (0.8 - s / 50 - 0.9) for s in range(3)]
     assert found["good"]["mean"] == pytest.approx(np.mean(ours)) and found["good"]["std"] == pytest.approx(
         np.std(ours, ddof=1)

@@ -189,8 +189,8 @@ def _area(arm: Mapping[int, Curve], dense: Mapping[int, Curve], by: Compared) ->
 
     Returns:
         ``mean``, ``std`` and ``n`` of the area (divided by the width of its range: a mean utility) over seeds;
-        ``dense``, the mean of dense over the same ranges; ``difference`` and ``p``; ``to``, the mean end of the
-        ranges, as a value of the forget measure.
+        ``dense``, the mean of dense over the same ranges; ``difference`` and ``p``, None for dense itself; ``to``, the
+        mean end of the ranges, as a value of the forget measure.
     """
     start, level = by.forget_sign * by.target[by.forget], by.forget_sign * by.level
     ours, theirs, ends = [], [], []
@@ -204,13 +204,12 @@ def _area(arm: Mapping[int, Curve], dense: Mapping[int, Curve], by: Compared) ->
             ours.append(pair[0])
             theirs.append(pair[1])
             ends.append(by.forget_sign * end)
-    test = paired(ours, theirs)
+    test = paired(ours, theirs) if dense and dense is not arm else None
     found: Sample = sample(ours)
-    against = sample(theirs).mean if dense else None
     return {
         **found._asdict(),
-        "dense": against,
-        "difference": test.difference if dense else None,
-        "p": test.p,
+        "dense": sample(theirs).mean if dense else None,
+        "difference": test.difference if test else None,
+        "p": test.p if test else None,
         "to": sample(ends).mean,
     }
