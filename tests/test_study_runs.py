@@ -127,7 +127,7 @@ def config(models, tmp_path, monkeypatch):
     return write
 
 
-@pytest.mark.parametrize(("file", "arms", "count"), [("tofu", 3 * 23, 3 * (22 * 6 + 3) * 3), ("people", 3, 18)])
+@pytest.mark.parametrize(("file", "arms", "count"), [("tofu", 3 * 23, 3 * (22 * 7 + 3) * 3), ("people", 3, 18)])
 def test_the_studies_of_the_benchmarks(monkeypatch, file, arms, count):
     made = []
     monkeypatch.setattr(Study, "run", lambda self: made.append(self))
