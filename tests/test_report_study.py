@@ -17,7 +17,7 @@ from wagle_pl.masks import WeightMask
 from wagle_pl.report.curves import study_overview
 from wagle_pl.report.html import shown
 from wagle_pl.report.sections import spaced
-from wagle_pl.report.study import arms_of
+from wagle_pl.report.study import arms_of, overview
 from wagle_pl.report.svg import COLOURS, inline_svg, page_style
 
 
@@ -147,6 +147,18 @@ def test_a_legend_has_room(objectives, masks):
     assert legend.x0 >= 0 and legend.x1 <= figure.bbox.width and legend.y0 >= 0
     assert legend.y1 < min(axes.get_tightbbox().y0 for axes in figure.axes)
     assert all(axes.bbox.height > figure.dpi * 1.5 for axes in figure.axes)
+
+
+def test_the_best_arms_have_the_plainest_lines():
+    curve, names = [(0.9, 0.9), (0.1, 0.5)], [f"mask {k}" for k in range(12)]
+    headline = [{"objective": "NPO", "mask": name, "mean": None if k == 0 else k / 100, "curve": curve}
+                for k, name in enumerate(names)]  # fmt: skip
+    summary = {"headline": headline, "forget": "forget/probability", "utility": "retain/probability"}
+    for sign, best in ((1, names[:0:-1]), (-1, names[1:])):
+        lines = overview({**summary, "utility_sign": sign}).axes[0].lines
+        assert [line.get_label() for line in lines[:12]] == [*best, names[0]]
+        assert [line.get_linestyle() == "-" for line in lines[:12]] == [True] * 8 + [False] * 4
+        assert lines[0].get_linewidth() > lines[11].get_linewidth()
 
 
 def test_spaced():

@@ -102,7 +102,8 @@ def study_overview(
     """A panel an objective, a line a mask: what all of a study comes to.
 
     Args:
-        arms: objective -> mask -> (forget measure, utility) along the arm's curve.
+        arms: objective -> mask -> (forget measure, utility) along the arm's curve; those that come first are drawn
+            plainest, later ones dashed and thinner.
         first: the mask that the others are compared with.
         references: ``target`` and ``retrained`` -> their point.
         level: forget measure at which utilities are compared.
@@ -115,9 +116,9 @@ def study_overview(
         for mask, points in found.items():
             style = {"color": COLOURS["ink"], "linewidth": 2.2}
             if mask != first:
-                i = masks.index(mask)
-                colour, stroke = _PALETTE[i % len(_PALETTE)], _STROKES[i // len(_PALETTE) % len(_STROKES)]
-                style = {"color": colour, "linestyle": stroke, "linewidth": 1.4}
+                turn, i = divmod(masks.index(mask), len(_PALETTE))
+                stroke, width = _STROKES[turn % len(_STROKES)], max(0.7, 1.6 - 0.4 * turn)
+                style = {"color": _PALETTE[i], "linestyle": stroke, "linewidth": width}
             panel.plot(*zip(*points, strict=True), label=mask, **style)
         for role, (x, y) in references.items():
             panel.plot(x, y, MARKERS[role], color=COLOURS[role], markersize=7, label=role, zorder=4)

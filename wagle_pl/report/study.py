@@ -136,11 +136,15 @@ def _headline(study: Study) -> Content:
 
 
 def overview(summary: Mapping[str, Any]) -> Optional[Any]:
-    """The mean curve of each arm as a figure, from what a study found; None if it has no curve yet."""
-    arms: dict[str, dict[str, Any]] = {}
-    for arm in summary.get(HEADLINE) or []:
-        if arm.get("curve"):
-            arms.setdefault(arm["objective"], {})[arm["mask"]] = arm["curve"]
+    """The mean curve of each arm as a figure, from what a study found; None if it has no curve yet.
+
+    The best at equal forgetting come first, so that they have the plainest lines.
+    """
+    found = [arm for arm in summary.get(HEADLINE) or [] if arm.get("curve")]
+    arms: dict[str, dict[str, Any]] = {arm["objective"]: {} for arm in found}
+    sign = summary.get("utility_sign", 1)
+    for arm in sorted(found, key=lambda arm: (arm.get("mean") is None, -sign * (arm.get("mean") or 0.0))):
+        arms[arm["objective"]][arm["mask"]] = arm["curve"]
     if not arms:
         return None
     names = (summary["forget"], summary["utility"])
