@@ -135,6 +135,22 @@ def _headline(study: Study) -> Content:
     ]  # fmt: skip
 
 
+def ranked(arms: Sequence[Mapping[str, Any]], sign: int) -> list[Mapping[str, Any]]:
+    """The best utility at equal forgetting first, arms that never get there last.
+
+    Args:
+        arms: of a study's headline.
+        sign: 1 if more utility is better, −1 if less.
+    """
+
+    def place(arm: Mapping[str, Any]) -> tuple[bool, float, float]:
+        """Where an arm comes."""
+        mean = arm.get("mean")
+        return mean is None, -sign * (mean or 0.0), -arm.get("reached", 0.0)
+
+    return sorted(arms, key=place)
+
+
 def overview(summary: Mapping[str, Any]) -> Optional[Any]:
     """The mean curve of each arm as a figure, from what a study found; None if it has no curve yet.
 
@@ -142,8 +158,7 @@ def overview(summary: Mapping[str, Any]) -> Optional[Any]:
     """
     found = [arm for arm in summary.get(HEADLINE) or [] if arm.get("curve")]
     arms: dict[str, dict[str, Any]] = {arm["objective"]: {} for arm in found}
-    sign = summary.get("utility_sign", 1)
-    for arm in sorted(found, key=lambda arm: (arm.get("mean") is None, -sign * (arm.get("mean") or 0.0))):
+    for arm in ranked(found, summary.get("utility_sign", 1)):
         arms[arm["objective"]][arm["mask"]] = arm["curve"]
     if not arms:
         return None

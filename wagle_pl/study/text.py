@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
+from wagle_pl.report.study import ranked
 from wagle_pl.report.text import table
 from wagle_pl.study.summary import AT_END
 
@@ -82,11 +83,6 @@ def cells(entry: Entry) -> list[str]:
         " ".join(f"{rate:g}" for rate in rates),
         *at_end,
     ]
-
-
-def ranked(arms: Sequence[Entry], sign: int) -> list[Entry]:
-    """The best utility at equal forgetting first, arms that never get there last."""
-    return sorted(arms, key=lambda arm: (arm["mean"] is None, -sign * (arm["mean"] or 0.0), -arm["reached"]))
 
 
 def by_objective(summary: Entry) -> dict[str, list[Entry]]:
