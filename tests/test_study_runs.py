@@ -127,15 +127,22 @@ def config(models, tmp_path, monkeypatch):
     return write
 
 
-@pytest.mark.parametrize(("file", "arms", "count"), [("tofu", 3 * 23, 3 * (22 * 7 + 3) * 3), ("people", 3, 18)])
-def test_the_studies_of_the_benchmarks(monkeypatch, file, arms, count):
+@pytest.mark.parametrize(
+    ("file", "arms", "count", "groups"),
+    [
+        ("tofu/study", 3 * 23, 3 * (22 * 7 + 3) * 3, 3),
+        ("tofu/study_po", 23, (22 * 7 + 3) * 3, 3),
+        ("people/study", 3, 18, 1),
+    ],
+)
+def test_the_studies_of_the_benchmarks(monkeypatch, file, arms, count, groups):
     made = []
     monkeypatch.setattr(Study, "run", lambda self: made.append(self))
-    study(Path(__file__).parents[1] / f"configs/{file}/study.yaml")
+    study(Path(__file__).parents[1] / f"configs/{file}.yaml")
     grid = list(runs(made[0].objectives, made[0].masks, made[0].rates, made[0].seeds, {}))
     assert len(grid) == len({run.id for run in grid}) == count
     assert len({(run.objective.name, run.mask.name) for run in grid}) == arms
-    assert len(passes([m.of_seed(0) for m in made[0].masks if m.kind == "score"])) == {"tofu": 3, "people": 1}[file]
+    assert len(passes([m.of_seed(0) for m in made[0].masks if m.kind == "score"])) == groups
 
 
 def study(*args):
