@@ -1,6 +1,7 @@
 """Measures against independent computations, and the test loop."""
 
 import json
+import logging
 import math
 
 import numpy as np
@@ -16,6 +17,7 @@ from wagle_pl.data.rows import load_rows
 from wagle_pl.evaluation import AnswerProbability, ForgetQuality, Rouge, TruthRatio
 from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.likelihood import forward_answers, sequence_logprobs, token_logprobs
+from wagle_pl.evaluation.module import _warn_of_narrow_types
 from wagle_pl.evaluation.tofu import load_result, tofu_forget_quality, tofu_model_utility
 from wagle_pl.models import load_model, load_tokenizer
 
@@ -170,6 +172,23 @@ def test_generation_equals_transformers_own(wagle, tiny_model, test_sets, tmp_pa
     out = model.generate(**ids, do_sample=False, max_new_tokens=12, pad_token_id=0)
     text = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     assert row["generation"] == text
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "warned"),
+    [("AVX2", "bf16-mixed", 1), ("AVX2", "32-true", 0), ("AVX512", "bf16-mixed", 0)],
+)
+def test_narrow_types_on_a_cpu_without_them_are_warned_of_once(
+    wagle, tiny_model, test_sets, monkeypatch, caplog, capability, precision, warned
+):
+    monkeypatch.setattr(logging.getLogger("wagle_pl"), "propagate", True)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    _warn_of_narrow_types.cache_clear()
+    for output in ("first", "second"):
+        options = ("--trainer.precision", precision, "--model.generate", "false")
+        wagle(*TEST, "--model.model", tiny_model, "--model.output", output, *test_sets, *options)
+    assert sum("--trainer.precision 32-true" in message for message in caplog.messages) == warned
 
 
 def test_an_interrupted_test_continues_with_the_next_set(wagle, tiny_model, test_sets, tmp_path, monkeypatch):

@@ -11,8 +11,10 @@ from safetensors import safe_open
 from wagle_pl import WeightMask
 from wagle_pl.data.people import bundled
 from wagle_pl.data.rows import load_rows
+from wagle_pl.utilities import narrow_types_crawl
 
 SMOLLM2 = Path(__file__).parents[1] / "models/smollm2"
+PRECISION = "32-true" if narrow_types_crawl() else "bf16-mixed"
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,15 +29,8 @@ def test_attribute_unlearn_and_test_a_real_model(wagle, tmp_path):
         forget, retain = bundled("forget"), bundled("retain")
     files = [write_rows(tmp_path / f"{name}.jsonl", rows[:6]) for name, rows in (("f", forget), ("r", retain))]
     data = ("--data.forget", files[0], "--data.retain", files[1], "--data.batch_size", "3")
-    fit = (
-        "fit",
-        "--trainer.max_epochs",
-        "1",
-        "--trainer.precision",
-        "bf16-mixed",
-        "--trainer.enable_checkpointing",
-        "false",
-    )
+    trainer = ("--trainer.max_epochs", "1", "--trainer.precision", PRECISION, "--trainer.enable_checkpointing", "false")
+    fit = ("fit", *trainer)
     model = ("--model.model", SMOLLM2)
     one = ("--trainer.max_epochs", "1")
     wagle(
@@ -67,7 +62,7 @@ def test_attribute_unlearn_and_test_a_real_model(wagle, tmp_path):
     assert moved > 0
 
     sets = json.dumps({"forget": files[0], "retain": files[1]})
-    test = ("test", "--model", "EvaluationModule", "--trainer.precision", "bf16-mixed", "--model.max_new_tokens", "16")
+    test = ("test", "--model", "EvaluationModule", "--trainer.precision", PRECISION, "--model.max_new_tokens", "16")
     probability = {}
     for name in (str(SMOLLM2), "out"):
         metrics = wagle(

@@ -14,6 +14,7 @@ class OneLineErrors(ArgumentParser):
     """Says what is wrong in one line, and exits with code 2."""
 
     def error(self, message: str, ex: Optional[Exception] = None) -> Any:
+        """Print ``message``, shortened to what to do where jsonargparse's own is long, and exit with code 2."""
         unknown = re.search(r'Parser key "([^"]+)".*Expected a dot import path string: (\S+)', message, re.DOTALL)
         if unknown:
             option, name = unknown.groups()

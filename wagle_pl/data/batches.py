@@ -159,9 +159,11 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
+        """Where the stream is, for a checkpoint: the epoch, and the batches of it handed out so far."""
         return {"epoch": self.sampler.epoch, "batches": self._handed_out}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on behind the last batch that was handed out when ``state`` was taken."""
         self.sampler.epoch = state["epoch"]
         self.sampler.start = state["batches"] % len(self.sampler)  # an epoch that is over has nothing left to skip
 

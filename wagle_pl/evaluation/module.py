@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
@@ -27,7 +27,7 @@ from wagle_pl.evaluation.sets import Table, Value
 from wagle_pl.evaluation.suites import Info, Observations, Suite, find_suite
 from wagle_pl.evaluation.tables import read_table, write_table
 from wagle_pl.strategies import is_sharded
-from wagle_pl.utilities import WagleError
+from wagle_pl.utilities import WagleError, narrow_types_crawl
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +167,10 @@ class EvaluationModule(L.LightningModule):
         return find_suite(self.suite_name or getattr(self.trainer.datamodule, "suite", "tofu") or "generic")
 
     def setup(self, stage: str) -> None:
-        """Find what a test compares with, and what it needs, before any work is done."""
+        """Find what a test compares with, and what it needs, before any work is done; say so if it will crawl."""
+        on_cpu = self.trainer.strategy.root_device.type == "cpu"
+        if on_cpu and self.global_rank == 0 and not str(self.trainer.precision).startswith(("32", "64")):
+            _warn_of_narrow_types(str(self.trainer.precision))
         if stage != "test":
             return
         log.info("measures are those of %s", type(self.suite).__name__)
@@ -418,3 +421,10 @@ class EvaluationModule(L.LightningModule):
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@cache  # once in a process: a study has hundreds of runs
+def _warn_of_narrow_types(precision: str) -> None:
+    if narrow_types_crawl():
+        log.warning("trainer.precision %s on a CPU without AVX-512 trains tens of times slower than fp32 does: give "
+                    "--trainer.precision 32-true", precision)  # fmt: skip
