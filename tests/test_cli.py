@@ -165,6 +165,14 @@ def test_importing_the_package_needs_no_deepspeed():
         ((*UNLEARN, "--data.batch_size", "0"), "data.batch_size"),
         ((*UNLEARN, "--data.retain", "null"), "this run needs retain rows: give --data.retain"),
         ((*FINETUNE, "--trainer.max_epochs", "0.5"), "max_epochs"),
+        (
+            (*UNLEARN, "--trainer.limit_train_batches", "1.5"),
+            "trainer: You have passed invalid value 1.5 for limit_train",
+        ),
+        (
+            (*ATTRIBUTE, "--trainer.strategy", "zero9"),
+            "trainer: You selected an invalid strategy name: `strategy='zero9'`",
+        ),
         (("fit", "--config", "nowhere.yaml"), "config file nowhere.yaml does not exist"),
     ],
 )

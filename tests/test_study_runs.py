@@ -326,6 +326,7 @@ def refused(capsys, *args):
             {"module": {"mask": "x"}},
             "--module has no option 'mask' here; there are: attn_implementation, clip_scope, decay",
         ),
+        ({"trainer": {"precision": "17-true"}}, "trainer: Precision '17-true' is invalid"),
         ({"seeds": [1, 1]}, "seeds must be different numbers"),
         ({"along": "answers", "generate": "always"}, "--along answers generates nothing before a run's end"),
         ({"points": 0}, "--points must be at least 1, got 0"),

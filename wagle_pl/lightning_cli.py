@@ -19,7 +19,7 @@ import wagle_pl.unlearning  # noqa: F401  the imports make the classes known by 
 from wagle_pl.commands import COMMANDS
 from wagle_pl.commands.parser import OneLineErrors
 from wagle_pl.strategies import is_zero
-from wagle_pl.utilities import WagleError
+from wagle_pl.utilities import WagleError, trainer_in_the_making
 
 DESCRIPTION = (
     "Make a language model forget: fit fine-tunes, attributes or unlearns, as --model says; test measures. "
@@ -85,6 +85,15 @@ class WagleCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Make the configuration ready for records."""
         self._dump_config()
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The Trainer of the options.
+
+        Raises:
+            WagleError: if Lightning refuses one of them.
+        """
+        with trainer_in_the_making():
+            return super().instantiate_trainer(**kwargs)
 
     def instantiate_classes(self) -> None:
         """Instantiate, and tell the module the run's whole configuration."""

@@ -108,6 +108,17 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
+def trainer_in_the_making() -> Iterator[None]:
+    """Around the making of a Trainer: what Lightning says of its options becomes a :class:`WagleError`."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    try:
+        yield
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise WagleError(f"trainer: {first_line(error)}") from error
+
+
+@contextmanager
 def silence() -> Iterator[None]:
     """No reports, tables and library warnings while inside; the package's own warnings and all errors still show."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "wagle_pl")]

@@ -14,7 +14,7 @@ from wagle_pl.evaluation import EvaluationModule
 from wagle_pl.study.configured import Entry, split
 from wagle_pl.study.grid import MaskChoice, ObjectiveChoice
 from wagle_pl.unlearning import UnlearnModule, optim
-from wagle_pl.utilities import WagleError
+from wagle_pl.utilities import WagleError, silence, trainer_in_the_making
 
 #: What the study sets itself, for every run.
 _OURS = {"model", "output", "overwrite", "objective", "mask", "adapter", "target", "retrained", "generate", "self"}
@@ -57,11 +57,13 @@ def check_trainer(given: Mapping[str, Any]) -> dict[str, Any]:
     """Options of Lightning's Trainer that hold for all runs; one device unless said otherwise.
 
     Raises:
-        WagleError: if there is no such option, the study sets it, or it asks for several devices.
+        WagleError: if there is no such option, the study sets it, it asks for several devices, or Lightning refuses it.
     """
     found = _checked("trainer", given, set(inspect.signature(L.Trainer.__init__).parameters) - _TRAINER)
     if str(found.setdefault("devices", 1)) != "1" or found.get("num_nodes", 1) != 1:
         raise WagleError("a study runs on one device: leave trainer.devices and trainer.num_nodes out")
+    with silence(), trainer_in_the_making():
+        L.Trainer(**found, logger=False, enable_checkpointing=False)
     return found
 
 
