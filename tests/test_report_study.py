@@ -58,6 +58,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
     arm = {"objective": "NPO", "mask": "wagle", "mean": 0.51234, "std": 0.0123, "n": 2, "difference": 0.00456}
     arm |= {"p": None, "why": "n too small", "verdict": "ties", "reached": 0.75, "runs": 4}
     dense = {"objective": "NPO", "mask": "dense", "mean": 0.50789, "std": None, "n": 1, "verdict": ""}
+    arm |= {"steps": 61.5, "equal_steps": {"difference": 0.0321, "p": 0.25, "n": 3, "steps": 50.0}}
     headline = [dense, arm | {"area": {"mean": 0.5555, "std": 0.0321, "n": 2, "difference": -0.001, "p": 0.4321}}]
     summary = {"forget": "forget/probability", "utility": "model_utility", "headline": headline, "forget_level": 0.25}
     summary["target"] = {"forget/probability": 0.994, "model_utility": 0.61}
@@ -74,11 +75,11 @@ def test_a_study(study, report):
     assert {0.994, 0.61, 0.2, 0.6, 0.25} <= set(values)
     lines = [[cell.text for cell in line.children] for line in list(part.all("table"))[1].all("tr")]
     assert lines == [
-        ["arm", "utility at equal forgetting", "difference", "p", "verdict", "runs that reach it", "area",
-         "area: difference", "area: p"],
-        ["NPO, dense", "0.5081 seed", *["–"] * 7],
-        ["NPO, wagle", "0.512 ± 0.01232 seeds", "0.00456", "n too small", "ties", "75% of 4", "0.555 ± 0.03212 seeds",
-         "-0.00100", "0.432"],
+        ["arm", "utility at equal forgetting", "difference", "p", "verdict", "runs that reach it", "steps to it",
+         "difference at equal steps", "equal steps: p", "area", "area: difference", "area: p"],
+        ["NPO, dense", "0.5081 seed", *["–"] * 10],
+        ["NPO, wagle", "0.512 ± 0.01232 seeds", "0.00456", "n too small", "ties", "75% of 4", "61.5", "0.0321", "0.250",
+         "0.555 ± 0.03212 seeds", "-0.00100", "0.432"],
     ]  # fmt: skip
     assert {0.51234, 0.0123, 0.50789, 0.00456, 0.75, 0.5555, 0.0321, -0.001, 0.4321} <= set(values)
     last = {row["run"]: row for row in study if row["step"] == 126}

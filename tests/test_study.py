@@ -6,10 +6,11 @@ from scipy import integrate, interpolate, stats
 
 from wagle_pl.study import envelope, mean_utility, paired, utility_at
 from wagle_pl.study.attribute import passes
-from wagle_pl.study.curves import Paired, Sample, sample, verdict
+from wagle_pl.study.curves import Paired, Sample, at_equal_steps, sample, verdict
 from wagle_pl.study.grid import middle_first, read_masks, read_objectives, runs
 from wagle_pl.study.run import test_points as points_of
 from wagle_pl.study.summary import Compared, summarise
+from wagle_pl.study.text import HEADER, cells
 from wagle_pl.utilities import WagleError
 
 # -- curves -----------------------------------------------------------------------------------------------------------
@@ -147,6 +148,23 @@ def test_a_mistaken_mask(entry, said):
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize("seed", range(50))
+def test_two_arms_at_equal_steps_against_numpy(seed):
+    rng = np.random.default_rng(seed)
+    arm, dense = (
+        list(zip(rng.choice(99, n, replace=False).astype(float), rng.random(n), strict=True))
+        for n in rng.integers(1, 5, 2)
+    )
+    found = at_equal_steps(arm, dense)
+    (xs, us), (zs, vs) = (zip(*sorted(points), strict=True) for points in (arm, dense))
+    last = min(max(xs), max(zs))
+    if last < max(min(xs), min(zs)):
+        assert found is None
+    else:
+        assert found == pytest.approx((last, np.interp(last, xs, us), np.interp(last, zs, vs)))
+    assert at_equal_steps([], dense) is None and at_equal_steps(arm, []) is None
+
+
 def test_the_same_mask_twice():
     with pytest.raises(WagleError, match="are the same mask"):
         read_masks(["wagle", {"score": "Wagle", "density": 0.2, "name": "other"}])
@@ -204,6 +222,22 @@ def test_utility_at_equal_forgetting_by_hand():
     over = slow["area"]  # down to 0.7, where slow ends: dense is at 1 − 0.25 · 0.3 there
     assert over["to"] == pytest.approx(0.7) and over["dense"] == pytest.approx(1 - 0.25 * 0.3 / 2)
     assert over["mean"] == pytest.approx((0.2 * (1 + 0.97) / 2 + 0.1 * (0.97 + 0.96) / 2) / 0.3)
+
+
+def test_equal_steps_by_hand():
+    """Faster runs lose more: at equal steps the arm is level with dense, though its best run is far ahead."""
+    fast, slow = ((0.2, 0.4), (0.1, 0.3)), ((0.6, 0.9), (0.2, 0.8))  # at the level after 0 and 1 steps
+    dense = {s: {1: fast} for s in range(3)}
+    other = {s: {1: ((0.2, 0.4 + s / 100), (0.1, 0.3)), 2: slow} for s in range(3)}
+    rows = made_up("dense", None, 1.0, dense) + made_up("other", "random", 0.2, other)
+    found = {arm["mask"]: arm for arm in summarise(rows, BY)}
+    assert found["other"]["difference"] == pytest.approx(0.4) and found["dense"]["equal_steps"] is None
+    assert (found["dense"]["steps"], found["other"]["steps"]) == (0, 1)
+    equal = found["other"]["equal_steps"]
+    assert (equal["n"], equal["steps"]) == (3, 0) and equal["difference"] == pytest.approx(0.01)
+    assert equal["p"] == pytest.approx(stats.ttest_rel([0.4, 0.41, 0.42], [0.4] * 3).pvalue)
+    row = dict(zip(HEADER, cells(found["other"]), strict=True))
+    assert row["equal steps"] == f"+0.010 (p {equal['p']:.3f})" and row["steps"] == "1"
 
 
 def test_a_measure_that_rises_and_a_utility_that_falls():

@@ -18,6 +18,7 @@ MASKS = "masks"  # folder of a study
 HEADLINE = "headline"  # of study.json: utility at equal forgetting
 _COLUMNS = (
     *("arm", "utility at equal forgetting", "difference", "p", "verdict", "runs that reach it"),
+    *("steps to it", "difference at equal steps", "equal steps: p"),
     *("area", "area: difference", "area: p", "model utility at the end", "UE average", "UT average"),
 )
 REFERENCES = ("target", "retrained")
@@ -130,8 +131,9 @@ def _headline(study: Study) -> Content:
     return [
         table(header, cells, kind="numbers mixed"),
         note(f"Equal forgetting: {study.utility}", told, ", of the best learning rate of each seed; mean ± standard "
-             "deviation over seeds. Differences are from dense of the same objective, p of a paired test; area: mean "
-             "utility along the curve down to that level."),
+             "deviation over seeds. Differences are from dense of the same objective, p of a paired test; at equal "
+             "steps: where runs of both come to that level in as many steps. Area: mean utility along the curve down "
+             "to it."),
     ]  # fmt: skip
 
 
@@ -185,13 +187,16 @@ def _overview(study: Study, index: int) -> Content:
 
 def _compared(arm: Mapping[str, Any]) -> list[Content]:
     """Cells of an arm of the headline, as :data:`_COLUMNS` has them; None where there is no number."""
-    area, reached = arm.get("area") or {}, arm.get("reached")
+    area, equal, reached = arm.get("area") or {}, arm.get("equal_steps") or {}, arm.get("reached")
     return [
         _spread(arm),
         _number(arm.get("difference")),
         _number(arm.get("p")) or (str(arm["why"]) if arm.get("why") else None),
         str(arm["verdict"]) if arm.get("verdict") else None,
         None if reached is None else [number(reached, f"{reached:.0%}"), f" of {arm.get('runs')}"],
+        _number(arm.get("steps")),
+        _number(equal.get("difference")),
+        _number(equal.get("p")),
         _spread(area),
         _number(area.get("difference")),
         _number(area.get("p")),

@@ -89,6 +89,33 @@ def mean_utility(points: Points, low: float, high: float) -> Optional[float]:
     return sum((x1 - x0) * (u0 + u1) / 2 for (x0, u0), (x1, u1) in pieces) / (high - low)
 
 
+def at_equal_steps(arm: Points, dense: Points) -> Optional[tuple[float, float, float]]:
+    """Utilities of two arms whose runs come to the level in the same number of steps.
+
+    Slower runs tend to keep more, whatever the mask, so the best runs of two arms differ by their speed too. Here both
+    arms are read, piecewise linear over their learning rates, at the largest number of steps that runs of both lie
+    around; None if there is none.
+
+    Args:
+        arm: (steps to the level, utility there), one a run that gets there.
+        dense: those of dense.
+
+    Returns:
+        The number of steps, the arm's utility, dense's.
+
+    >>> at_equal_steps([(20.0, 0.5), (60.0, 0.9)], [(10.0, 0.4), (40.0, 0.6)])
+    (40.0, 0.7, 0.6)
+    """
+    if not arm or not dense:
+        return None
+    arm, dense = sorted(arm), sorted(dense)
+    steps = min(arm[-1][0], dense[-1][0])
+    if steps < max(arm[0][0], dense[0][0]):
+        return None
+    ours, theirs = utility_at(arm, steps), utility_at(dense, steps)
+    return None if ours is None or theirs is None else (steps, ours, theirs)
+
+
 class Sample(NamedTuple):
     """Numbers of one arm over seeds.
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
 
-from wagle_pl.study.curves import Sample, deepest, mean_utility, paired, sample, utility_at, verdict
+from wagle_pl.study.curves import at_equal_steps, deepest, mean_utility, paired, sample, utility_at, verdict
 
 Row = Mapping[str, Any]
 
@@ -48,6 +48,7 @@ class Curve:
         lr, seed: of the run.
         points: (progress, utility) of the target model and of each test, in the order of steps.
         reached: utility at the level; None if the run never reaches it.
+        steps: after how many steps it does, piecewise linear between tests; None if it never does.
         last: the row of its last test; empty if it had none.
         diverged: whether its loss became NaN.
     """
@@ -56,6 +57,7 @@ class Curve:
     seed: int
     points: list[tuple[float, float]]
     reached: Optional[float]
+    steps: Optional[float]
     last: Row = field(default_factory=dict)
     diverged: bool = False
 
@@ -79,7 +81,9 @@ def curves(rows: Iterable[Row], by: Compared) -> dict[Arm, list[Curve]]:
         parts.sort(key=lambda row: row["step"])
         tested = [row for row in parts if row.get("forget") is not None and row.get("utility") is not None]
         points = [start, *((by.forget_sign * row["forget"], row["utility"]) for row in tested)]
-        curve = Curve(parts[0]["lr"], parts[0]["seed"], points, utility_at(points, by.forget_sign * by.level))
+        pace = [(start[0], 0.0), *((by.forget_sign * row["forget"], float(row["step"])) for row in tested)]
+        reached, steps = (utility_at(path, by.forget_sign * by.level) for path in (points, pace))
+        curve = Curve(parts[0]["lr"], parts[0]["seed"], points, reached, steps)
         curve.last = tested[-1] if tested else {}
         curve.diverged = any(str(row.get("note") or "").startswith("diverged") for row in parts)
         found.setdefault((parts[0]["objective"], parts[0]["mask"]), []).append(curve)
@@ -115,9 +119,10 @@ def summarise(rows: Sequence[Row], by: Compared) -> list[dict[str, Any]]:
     Returns:
         Dicts with ``objective``, ``mask``, ``score``, ``density``; ``mean``, ``std`` and ``n`` of utility at equal
         forgetting over the seeds that reach it, and ``values``, seed -> utility; ``reached``, the share of runs that
-        do, of ``runs``; ``seeds``, how many are finished; ``learning_rates``, seed -> chosen; ``difference`` from
-        dense over the seeds of both, its ``p`` or ``why`` there is none, ``verdict``; ``area``, see :func:`_area`;
-        ``curve``, see :func:`_mean_curve`; the means of :data:`AT_END` over the chosen runs.
+        do, of ``runs``; ``seeds``, how many are finished; ``learning_rates``, seed -> chosen; ``steps``, the mean
+        number of steps to the level; ``difference`` from dense over the seeds of both, its ``p`` or ``why`` there is
+        none, ``verdict``; ``equal_steps``, see :func:`_equal_steps`; ``area``, see :func:`_area`; ``curve``, see
+        :func:`_mean_curve`; the means of :data:`AT_END` over the chosen runs.
     """
     arms = curves(rows, by)
     dense_of = {row["objective"]: row["mask"] for row in rows if row.get("score") is None and row.get("density") == 1.0}
@@ -135,6 +140,7 @@ def summarise(rows: Sequence[Row], by: Compared) -> list[dict[str, Any]]:
             entry |= {"difference": None, "p": None, "why": "", "pairs": 0, "verdict": ""}
             if arm != dense:
                 entry["verdict"] = "no dense run to compare with"
+        entry["equal_steps"] = _equal_steps(runs, arms[dense]) if dense in arms and arm != dense else None
         entry["curve"] = _mean_curve(list(best[arm].values()), by)
         entry["area"] = _area(best[arm], best.get(dense, {}), by)
         for name in AT_END:
@@ -158,6 +164,7 @@ def _at_level(best: Mapping[int, Curve], runs: Sequence[Curve]) -> dict[str, Any
         "diverged": sum(run.diverged for run in runs),
         "seeds": len(best),
         "learning_rates": {str(seed): run.lr for seed, run in best.items()},
+        "steps": sample([run.steps for run in best.values() if run.steps is not None]).mean,
     }
 
 
@@ -169,6 +176,24 @@ def _against(arm: Mapping[int, Curve], dense: Mapping[int, Curve], by: Compared)
     samples = (sample(list(ours.values())), sample(list(theirs.values())))
     word = verdict(test, by.utility_sign, *samples, len(arm), len(dense))
     return {"difference": test.difference, "p": test.p, "why": test.why, "pairs": test.n, "verdict": word}
+
+
+def _equal_steps(runs: Sequence[Curve], dense: Sequence[Curve]) -> Optional[dict[str, Any]]:
+    """The paired comparison with dense where both come to the level in the same number of steps, over the seeds whose
+    runs allow it (:func:`~wagle_pl.study.curves.at_equal_steps`): ``difference``, ``p``, ``n`` seeds, mean ``steps``.
+    """
+    seeds = sorted({run.seed for run in runs} & {run.seed for run in dense})
+    found = [at_equal_steps(_paces(runs, seed), _paces(dense, seed)) for seed in seeds]
+    both = [each for each in found if each is not None]
+    if not both:
+        return None
+    steps, ours, theirs = zip(*both, strict=True)
+    test = paired(ours, theirs)
+    return {"difference": test.difference, "p": test.p, "n": test.n, "steps": statistics.fmean(steps)}
+
+
+def _paces(runs: Sequence[Curve], seed: int) -> list[tuple[float, float]]:
+    return [(run.steps, run.reached) for run in runs if run.seed == seed and None not in (run.steps, run.reached)]
 
 
 def _mean_curve(runs: Sequence[Curve], by: Compared, count: int = 33) -> list[tuple[float, float]]:
@@ -205,7 +230,7 @@ def _area(arm: Mapping[int, Curve], dense: Mapping[int, Curve], by: Compared) ->
             theirs.append(pair[1])
             ends.append(by.forget_sign * end)
     test = paired(ours, theirs) if dense and dense is not arm else None
-    found: Sample = sample(ours)
+    found = sample(ours)
     return {
         **found._asdict(),
         "dense": sample(theirs).mean if dense else None,

@@ -13,8 +13,8 @@ from wagle_pl.study.summary import AT_END
 Entry = Mapping[str, Any]
 
 HEADER = (
-    *("mask", "utility", "seeds", "reach", "against dense", "difference", "p", "area", "dense's", "lr"),
-    *("MU", "UE", "UT"),
+    *("mask", "utility", "seeds", "reach", "against dense", "difference", "p", "equal steps", "area", "dense's"),
+    *("lr", "steps", "MU", "UE", "UT"),
 )
 
 
@@ -69,7 +69,7 @@ def cells(entry: Entry) -> list[str]:
     spread = "" if entry["std"] is None else f" ± {entry['std']:.3f}"
     p = number(entry["p"]) if entry["p"] is not None else entry["why"] or "–"
     at_end = [number(entry[name]) for name in AT_END]
-    area = entry["area"]
+    area, equal = entry["area"], entry["equal_steps"]
     return [
         entry["mask"] + ("*" if entry.get("own_learning_rates") else ""),
         "–" if entry["mean"] is None else f"{entry['mean']:.3f}{spread}",
@@ -78,9 +78,12 @@ def cells(entry: Entry) -> list[str]:
         entry["verdict"] or "–",
         signed(entry["difference"]),
         p,
+        signed(equal["difference"] if equal else None)
+        + (f" (p {equal['p']:.3f})" if equal and equal["p"] is not None else ""),
         number(area["mean"]),
         number(area["dense"]),
         " ".join(f"{rate:g}" for rate in rates),
+        number(entry["steps"], 0),
         *at_end,
     ]
 
@@ -167,6 +170,8 @@ def about(summary: Entry) -> list[str]:
         "do. What never does has no utility at equal forgetting: nothing is extrapolated.",
         "against dense: a tie is a difference within the larger of the two standard deviations, or of p 0.05 and more. "
         "p: paired t-test over seeds. difference: over the seeds of both.",
+        "steps: to that level; slower runs tend to keep more, whatever the mask. equal steps: difference from dense "
+        "and p, where runs of both get there in as many steps, piecewise linear over learning rates.",
         "area: mean utility over forgetting, from the target to the level or to where arm or dense ends first; dense's "
         "over the same range beside it.",
     ]
