@@ -1,4 +1,4 @@
-"""The studies that ``configs/tofu/README.md`` tells of: their tables, what is made of it, and what is written."""
+"""The studies that READMEs of ``configs/`` tell of: their tables, what is made of them, and what is written."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,10 @@ from wagle_pl.evaluation.tables import load_table
 from wagle_pl.study.summary import Compared, summarise
 from wagle_pl.study.text import by_objective, cells
 
-TOFU = Path(__file__).parents[1] / "configs" / "tofu"
+STUDIES = sorted((Path(__file__).parents[1] / "configs").glob("*/study*.json"))
 
 
-@pytest.fixture(scope="module", params=sorted(TOFU.glob("study*.json")), ids=lambda path: path.stem)
+@pytest.fixture(scope="module", params=STUDIES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def study(request):
     return request.param
 
@@ -39,8 +39,8 @@ def test_the_comparison_follows_from_the_table(found, study):
     assert found["target"]["forget/probability"] >= 0.8 and found["retrained"]["forget/probability"] < 0.3
 
 
-def test_the_readme_says_what_was_found(found):
-    said = (TOFU / "README.md").read_text()
+def test_the_readme_says_what_was_found(found, study):
+    said = (study.parent / "README.md").read_text()
     for objective, arms in by_objective(found).items():
         assert f"### {objective}" in said
         for arm in arms:
