@@ -27,6 +27,15 @@ def number(value: Optional[float], digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def chance(p: float) -> str:
+    """A p-value with three decimals, never as zero.
+
+    >>> chance(0.0123), chance(0.0002)
+    ('0.012', '<0.001')
+    """
+    return "<0.001" if p < 0.0005 else f"{p:.3f}"
+
+
 def signed(value: Optional[float]) -> str:
     """A difference with its sign; a dash for None.
 
@@ -67,7 +76,7 @@ def cells(entry: Entry) -> list[str]:
     """One arm as a row under :data:`HEADER`."""
     rates = sorted(set(entry["learning_rates"].values()))
     spread = "" if entry["std"] is None else f" ± {entry['std']:.3f}"
-    p = number(entry["p"]) if entry["p"] is not None else entry["why"] or "–"
+    p = chance(entry["p"]) if entry["p"] is not None else entry["why"] or "–"
     at_end = [number(entry[name]) for name in AT_END]
     area, equal = entry["area"], entry["equal_steps"]
     return [
@@ -79,7 +88,7 @@ def cells(entry: Entry) -> list[str]:
         signed(entry["difference"]),
         p,
         signed(equal["difference"] if equal else None)
-        + (f" (p {equal['p']:.3f})" if equal and equal["p"] is not None else ""),
+        + (f" (p {chance(equal['p'])})" if equal and equal["p"] is not None else ""),
         number(area["mean"]),
         number(area["dense"]),
         " ".join(f"{rate:g}" for rate in rates),
