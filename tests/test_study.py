@@ -42,6 +42,23 @@ def test_curves_against_numpy_and_scipy(seed):
     assert mean_utility(points, low, xs[-1] + 0.01) is None and mean_utility(points, high, low) is None
 
 
+@pytest.mark.parametrize("seed", range(50))
+def test_two_arms_at_equal_steps_against_numpy(seed):
+    rng = np.random.default_rng(seed)
+    arm, dense = (
+        list(zip(rng.choice(99, n, replace=False).astype(float), rng.random(n), strict=True))
+        for n in rng.integers(1, 5, 2)
+    )
+    found = at_equal_steps(arm, dense)
+    (xs, us), (zs, vs) = (zip(*sorted(points), strict=True) for points in (arm, dense))
+    last = min(max(xs), max(zs))
+    if last < max(min(xs), min(zs)):
+        assert found is None
+    else:
+        assert found == pytest.approx((last, np.interp(last, xs, us), np.interp(last, zs, vs)))
+    assert at_equal_steps([], dense) is None and at_equal_steps(arm, []) is None
+
+
 def test_a_run_that_remembers_again_is_read_along_its_envelope():
     points = [(0.0, 1.0), (0.5, 0.8), (0.2, 0.9), (1.0, 0.4)]
     assert utility_at(points, 0.75) == pytest.approx(0.6)  # between (0.5, 0.8) and (1, 0.4)
@@ -146,23 +163,6 @@ def test_a_mistaken_mask(entry, said):
     with pytest.raises(WagleError) as error:
         read_masks(["dense", entry])
     assert said in str(error.value)
-
-
-@pytest.mark.parametrize("seed", range(50))
-def test_two_arms_at_equal_steps_against_numpy(seed):
-    rng = np.random.default_rng(seed)
-    arm, dense = (
-        list(zip(rng.choice(99, n, replace=False).astype(float), rng.random(n), strict=True))
-        for n in rng.integers(1, 5, 2)
-    )
-    found = at_equal_steps(arm, dense)
-    (xs, us), (zs, vs) = (zip(*sorted(points), strict=True) for points in (arm, dense))
-    last = min(max(xs), max(zs))
-    if last < max(min(xs), min(zs)):
-        assert found is None
-    else:
-        assert found == pytest.approx((last, np.interp(last, xs, us), np.interp(last, zs, vs)))
-    assert at_equal_steps([], dense) is None and at_equal_steps(arm, []) is None
 
 
 def test_the_same_mask_twice():

@@ -169,7 +169,7 @@ class EvaluationModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Find what a test compares with, and what it needs, before any work is done; say so if it will crawl."""
         on_cpu = self.trainer.strategy.root_device.type == "cpu"
-        if on_cpu and self.global_rank == 0 and not str(self.trainer.precision).startswith(("32", "64")):
+        if on_cpu and not str(self.trainer.precision).startswith(("32", "64")):
             _warn_of_narrow_types(str(self.trainer.precision))
         if stage != "test":
             return

@@ -112,8 +112,7 @@ def at_equal_steps(arm: Points, dense: Points) -> Optional[tuple[float, float, f
     steps = min(arm[-1][0], dense[-1][0])
     if steps < max(arm[0][0], dense[0][0]):
         return None
-    ours, theirs = utility_at(arm, steps), utility_at(dense, steps)
-    return None if ours is None or theirs is None else (steps, ours, theirs)
+    return steps, utility_at(arm, steps), utility_at(dense, steps)
 
 
 class Sample(NamedTuple):

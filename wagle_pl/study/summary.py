@@ -193,7 +193,7 @@ def _equal_steps(runs: Sequence[Curve], dense: Sequence[Curve]) -> Optional[dict
 
 
 def _paces(runs: Sequence[Curve], seed: int) -> list[tuple[float, float]]:
-    return [(run.steps, run.reached) for run in runs if run.seed == seed and None not in (run.steps, run.reached)]
+    return [(run.steps, run.reached) for run in runs if run.seed == seed and run.reached is not None]
 
 
 def _mean_curve(runs: Sequence[Curve], by: Compared, count: int = 33) -> list[tuple[float, float]]:
