@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from wagle_pl.evaluation.tables import load_table
+from wagle_pl.report.study import by_objective
 from wagle_pl.study.summary import Compared, summarise
-from wagle_pl.study.text import by_objective, cells
+from wagle_pl.study.text import cells
 
 STUDIES = sorted((Path(__file__).parents[1] / "configs").glob("*/study*.json"))
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 from pages import Strict, report_page, section, write_runs
 
+from wagle_pl import cli
 from wagle_pl.evaluation.results import write_json
 from wagle_pl.masks import WeightMask
 from wagle_pl.report.curves import study_overview
@@ -59,6 +63,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
     arm |= {"p": None, "why": "n too small", "verdict": "ties", "reached": 0.75, "runs": 4}
     dense = {"objective": "NPO", "mask": "dense", "mean": 0.50789, "std": None, "n": 1, "verdict": ""}
     arm |= {"steps": 61.5, "equal_steps": {"difference": 0.0321, "p": 0.25, "n": 3, "steps": 50.0}}
+    arm |= {"learning_rates": {"0": 3e-5, "1": 1e-5}}
     headline = [dense, arm | {"area": {"mean": 0.5555, "std": 0.0321, "n": 2, "difference": -0.001, "p": 0.4321}}]
     summary = {"forget": "forget/probability", "utility": "model_utility", "headline": headline, "forget_level": 0.25}
     summary["target"] = {"forget/probability": 0.994, "model_utility": 0.61}
@@ -75,11 +80,11 @@ def test_a_study(study, report):
     assert {0.994, 0.61, 0.2, 0.6, 0.25} <= set(values)
     lines = [[cell.text for cell in line.children] for line in list(part.all("table"))[1].all("tr")]
     assert lines == [
-        ["arm", "utility at equal forgetting", "difference", "p", "verdict", "runs that reach it", "steps to it",
-         "difference at equal steps", "equal steps: p", "area", "area: difference", "area: p"],
-        ["NPO, dense", "0.5081 seed", *["–"] * 10],
-        ["NPO, wagle", "0.512 ± 0.01232 seeds", "0.00456", "n too small", "ties", "75% of 4", "61.5", "0.0321", "0.250",
-         "0.555 ± 0.03212 seeds", "-0.00100", "0.432"],
+        ["arm", "utility at equal forgetting", "difference", "p", "verdict", "runs that reach it", "learning rates",
+         "steps to it", "difference at equal steps", "equal steps: p", "area", "area: difference", "area: p"],
+        ["NPO, wagle", "0.512 ± 0.01232 seeds", "0.00456", "n too small", "ties", "75% of 4", "1e-05 3e-05", "61.5",
+         "0.0321", "0.250", "0.555 ± 0.03212 seeds", "-0.00100", "0.432"],
+        ["NPO, dense", "0.5081 seed", *["–"] * 11],
     ]  # fmt: skip
     assert {0.51234, 0.0123, 0.50789, 0.00456, 0.75, 0.5555, 0.0321, -0.001, 0.4321} <= set(values)
     last = {row["run"]: row for row in study if row["step"] == 126}
@@ -118,6 +123,68 @@ def test_a_young_study_beside_a_run(runs, report, study):
     write_json(Path("study/study.json"), {})
     root, said = report("study", "masked", "--overwrite")
     assert "study is left out: it has no study.parquet yet" in said and "Left out: study" in root.text
+
+
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the published study of the bundled people, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    source = Path(__file__).parents[1] / "configs/people"
+    Path("people").mkdir()
+    for suffix in ("json", "parquet"):
+        shutil.copy(source / f"study_full.{suffix}", f"people/study.{suffix}")
+    return Path("people")
+
+
+def _best_at(rows: list[dict[str, Any]], target: tuple[float, float], level: float) -> dict[int, float]:
+    """Seed -> the best utility over learning rates where forget probability first comes down to ``level``."""
+    best: dict[int, float] = {}
+    for run in {row["run"] for row in rows}:
+        points = sorted((row for row in rows if row["run"] == run), key=lambda row: row["step"])
+        x, y = (np.array([target[i], *(row[name] for row in points)]) for i, name in enumerate(("forget", "utility")))
+        kept = np.append(True, x[1:] < np.minimum.accumulate(x)[:-1])
+        if x.min() <= level:
+            seed = points[0]["seed"]
+            best[seed] = max(best.get(seed, -1.0), float(np.interp(-level, -x[kept], y[kept])))
+    return best
+
+
+@pytest.mark.parametrize("level", [0.05, 0.4])
+def test_a_study_at_another_level(published, report, level):
+    told = json.loads((published / "study.json").read_text())
+    rows = pyarrow.parquet.read_table(published / "study.parquet").to_pylist()
+    root, _ = report(published, "--forget_level", level)
+    lines = {line.children[0].text: line for line in list(section(root, "study-0").all("table"))[1].all("tr")}
+    target = tuple(told["target"][told[axis]] for axis in ("forget", "utility"))
+    for arm in told["headline"]:
+        name = f"{arm['objective']}, {arm['mask']}"
+        ours = [row for row in rows if (row["objective"], row["mask"]) == (arm["objective"], arm["mask"])]
+        found = [float(data.attributes["value"]) for data in lines[name].children[1].all("data")]
+        expected = list(_best_at(ours, target, level).values())
+        assert found[:1] == ([pytest.approx(np.mean(expected), abs=1e-12)] if expected else [])
+        assert found[1:] == ([pytest.approx(np.std(expected, ddof=1), abs=1e-12)] if len(expected) > 1 else [])
+    assert level in {float(data.attributes["value"]) for data in section(root, "study-0").all("data")}
+
+
+@pytest.mark.parametrize(
+    ("folder", "level", "message"),
+    [
+        (
+            "people",
+            0.0005,
+            "people: --forget_level 0.0005 is outside of its runs, where forget/probability goes from 0.9197",
+        ),
+        ("people", 0.95, "--forget_level 0.95 is outside of its runs"),
+        ("young", 0.05, "study young: it has not compared its arms yet"),
+        ("masked", 0.05, "--forget_level is for studies"),
+    ],
+)
+def test_a_level_that_a_study_has_not(published, runs, capsys, folder, level, message):
+    Path("young").mkdir()
+    shutil.copy("people/study.parquet", "young")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", folder, "--forget_level", str(level), "-o", "out.html"])
+    assert ended.value.code == 2 and message in capsys.readouterr().err and not Path("out.html").exists()
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ def report(
     retrained: Optional[str] = None,
     forget: Optional[str] = None,
     utility: Optional[str] = None,
+    forget_level: Optional[float] = None,
     examples: int = 6,
     title: Optional[str] = None,
     overwrite: bool = False,
@@ -32,6 +33,7 @@ def report(
             the folders that was fine-tuned on retain rows only, when not given.
         forget: measure on the horizontal axis of the forget-utility figure, such as forget/probability.
         utility: measure on its vertical axis, such as model_utility.
+        forget_level: value of the forget measure at which a study's arms are compared, in place of the study's own.
         examples: how many questions of each set to show answers to.
         title: of the page.
         overwrite: replace the output if it exists.
@@ -43,8 +45,16 @@ def report(
     refuse_existing(Path(output), overwrite, "--overwrite")
     from wagle_pl.report.page import write_report
     from wagle_pl.report.sources import gather
+    from wagle_pl.study.summary import compared_at
 
     sources = gather(runs, target, retrained)
+    if forget_level is not None and not sources.studies:
+        raise WagleError("--forget_level is for studies, and there is none among the folders given")
+    for study in sources.studies if forget_level is not None else ():
+        try:
+            study.summary = compared_at(study.summary, study.rows, forget_level)
+        except WagleError as error:
+            raise WagleError(f"study {study.folder}: {error}") from None
     path = write_report(sources, output, title, forget, utility, examples, overwrite)
     counted = [(len(sources.runs), "run", "runs"), (len(sources.studies), "study", "studies")]
     shown = " and ".join(f"{count} {one if count == 1 else many}" for count, one, many in counted if count)

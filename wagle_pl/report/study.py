@@ -18,7 +18,7 @@ MASKS = "masks"  # folder of a study
 HEADLINE = "headline"  # of study.json: utility at equal forgetting
 _COLUMNS = (
     *("arm", "utility at equal forgetting", "difference", "p", "verdict", "runs that reach it"),
-    *("steps to it", "difference at equal steps", "equal steps: p"),
+    *("learning rates", "steps to it", "difference at equal steps", "equal steps: p"),
     *("area", "area: difference", "area: p", "model utility at the end", "UE average", "UT average"),
 )
 REFERENCES = ("target", "retrained")
@@ -35,7 +35,7 @@ _SHOWN = (*_SETTINGS, "step", "forget", "utility", "seconds", "note")
 
 _READING = (
     "One line a run, from the target model through its test points; all panels of an objective have the same axes. The "
-    "dotted line is where utilities are compared: the retrained model's forgetting, unless the study chose another."
+    "dotted line is where utilities are compared: the retrained model's forgetting, unless another level was chosen."
 )
 
 Row = Mapping[str, Any]
@@ -122,6 +122,7 @@ def _headline(study: Study) -> Content:
     arms = study.summary.get(HEADLINE)
     if not arms:
         return note("The study has not compared its arms at equal forgetting yet.")
+    arms = [arm for each in by_objective(study.summary).values() for arm in each]
     rows = [[f"{arm.get('objective')}, {arm.get('mask')}", *_compared(arm)] for arm in arms]
     shown = [i for i in range(1, len(_COLUMNS)) if any(row[i] is not None for row in rows)]
     header = [_COLUMNS[0], *(_COLUMNS[i] for i in shown)]
@@ -151,6 +152,13 @@ def ranked(arms: Sequence[Mapping[str, Any]], sign: int) -> list[Mapping[str, An
         return mean is None, -sign * (mean or 0.0), -arm.get("reached", 0.0)
 
     return sorted(arms, key=place)
+
+
+def by_objective(summary: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """Objective -> its arms, ranked."""
+    arms, sign = summary[HEADLINE], summary.get("utility_sign", 1)
+    names = dict.fromkeys(arm["objective"] for arm in arms)
+    return {name: ranked([arm for arm in arms if arm["objective"] == name], sign) for name in names}
 
 
 def overview(summary: Mapping[str, Any]) -> Optional[Any]:
@@ -194,6 +202,7 @@ def _compared(arm: Mapping[str, Any]) -> list[Content]:
         _number(arm.get("p")) or (str(arm["why"]) if arm.get("why") else None),
         str(arm["verdict"]) if arm.get("verdict") else None,
         None if reached is None else [number(reached, f"{reached:.0%}"), f" of {arm.get('runs')}"],
+        " ".join(f"{rate:g}" for rate in sorted(set((arm.get("learning_rates") or {}).values()))) or None,
         _number(arm.get("steps")),
         _number(equal.get("difference")),
         _number(equal.get("p")),

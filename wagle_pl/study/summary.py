@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
 
 from wagle_pl.study.curves import at_equal_steps, deepest, mean_utility, paired, sample, utility_at, verdict
+from wagle_pl.utilities import WagleError
 
 Row = Mapping[str, Any]
 
@@ -148,6 +149,30 @@ def summarise(rows: Sequence[Row], by: Compared) -> list[dict[str, Any]]:
             entry[name] = sample(numbers).mean
         found.append(entry)
     return found
+
+
+def compared_at(found: Mapping[str, Any], rows: Sequence[Row], level: float) -> dict[str, Any]:
+    """What a study found, compared at another level of forgetting.
+
+    Args:
+        found: content of its ``study.json``.
+        rows: of its table.
+        level: value of the forget measure.
+
+    Raises:
+        WagleError: if the study has not compared anything yet, the target is past that level, or runs ended before it.
+    """
+    if not found.get("headline"):
+        raise WagleError("it has not compared its arms yet, at its own level or --forget_level")
+    signs = found["forget_sign"], found["utility_sign"]
+    by = Compared(found["forget"], found["utility"], found["target"], level, *signs)
+    ends = (found["settings"].get("ends_at") or {}).get(by.forget)
+    if by.nothing_to_unlearn or (ends is not None and by.forget_sign * (level - ends) > 0):
+        course = f"from {by.target[by.forget]:.4g}, the target's" + (f", to {ends:.4g}" if ends is not None else "")
+        raise WagleError(f"--forget_level {level:g} is outside of its runs, where {by.forget} goes {course}")
+    own = {arm["mask"] for arm in found["headline"] if arm.get("own_learning_rates")}
+    arms = [{**arm, "own_learning_rates": arm["mask"] in own} for arm in summarise(rows, by)]
+    return {**found, "headline": arms, "forget_level": level, "level_of": "option"}
 
 
 def _reached(best: Mapping[int, Curve]) -> dict[int, float]:

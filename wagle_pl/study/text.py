@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
-from wagle_pl.report.study import ranked
+from wagle_pl.report.study import by_objective
 from wagle_pl.report.text import table
 from wagle_pl.study.summary import AT_END
 
@@ -95,13 +95,6 @@ def cells(entry: Entry) -> list[str]:
         number(entry["steps"], 0),
         *at_end,
     ]
-
-
-def by_objective(summary: Entry) -> dict[str, list[Entry]]:
-    """Objective -> its arms, ranked."""
-    names = dict.fromkeys(arm["objective"] for arm in summary["headline"])
-    sign = summary["utility_sign"]
-    return {name: ranked([arm for arm in summary["headline"] if arm["objective"] == name], sign) for name in names}
 
 
 def shown(arms: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
