@@ -17,7 +17,7 @@ from wagle_pl.utilities import WagleError
 MASKS = "masks"  # folder of a study
 HEADLINE = "headline"  # of study.json: utility at equal forgetting
 _COLUMNS = (
-    *("arm", "utility at equal forgetting", "difference", "p", "verdict", "runs that reach it"),
+    *("mask", "utility at equal forgetting", "difference", "p", "verdict", "runs that reach it"),
     *("learning rates", "steps to it", "difference at equal steps", "equal steps: p"),
     *("area", "area: difference", "area: p", "model utility at the end", "UE average", "UT average"),
 )
@@ -92,10 +92,10 @@ def arms_of(rows: Iterable[Row]) -> dict[Arm, dict[str, list[Row]]]:
 
 def _about(study: Study, runs: Mapping[str, Sequence[Row]]) -> Content:
     def values(column: str) -> str:
-        found = dict.fromkeys(row.get(column) for row in study.rows)
-        return ", ".join(
-            f"{value:g}" if isinstance(value, float) else str(value) for value in found if value is not None
-        )
+        found = dict.fromkeys(row[column] for row in study.rows if row.get(column) is not None)
+        if all(isinstance(value, (int, float)) for value in found):
+            return ", ".join(f"{value:g}" for value in sorted(found))
+        return ", ".join(map(str, found))
 
     pairs: list[tuple[str, Content]] = [("folder", element("code", str(study.folder)))]
     pairs += [(many, values(name)) for name, many in _SETTINGS.items()]
@@ -119,18 +119,19 @@ def _about(study: Study, runs: Mapping[str, Sequence[Row]]) -> Content:
 
 def _headline(study: Study) -> Content:
     """The study's own comparison: a row an arm."""
-    arms = study.summary.get(HEADLINE)
-    if not arms:
+    if not study.summary.get(HEADLINE):
         return note("The study has not compared its arms at equal forgetting yet.")
-    arms = [arm for each in by_objective(study.summary).values() for arm in each]
-    rows = [[f"{arm.get('objective')}, {arm.get('mask')}", *_compared(arm)] for arm in arms]
-    shown = [i for i in range(1, len(_COLUMNS)) if any(row[i] is not None for row in rows)]
-    header = [_COLUMNS[0], *(_COLUMNS[i] for i in shown)]
-    cells = [[row[0], *(number(None) if row[i] is None else row[i] for i in shown)] for row in rows]
+    parts: list[Content] = []
+    for objective, arms in by_objective(study.summary).items():
+        rows = [[str(arm.get("mask")), *_compared(arm)] for arm in arms]
+        shown = [i for i in range(1, len(_COLUMNS)) if any(row[i] is not None for row in rows)]
+        header = [_COLUMNS[0], *(_COLUMNS[i] for i in shown)]
+        cells = [[row[0], *(number(None) if row[i] is None else row[i] for i in shown)] for row in rows]
+        parts += [element("h4", objective), table(header, cells, kind="numbers mixed")]
     level = study.summary.get("forget_level")
     told = [" where ", study.forget, " is ", number(level)] if level is not None else None
     return [
-        table(header, cells, kind="numbers mixed"),
+        *parts,
         note(f"Equal forgetting: {study.utility}", told, ", of the best learning rate of each seed; mean ± standard "
              "deviation over seeds. Differences are from dense of the same objective, p of a paired test; at equal "
              "steps: where runs of both come to that level in as many steps. Area: mean utility along the curve down "
