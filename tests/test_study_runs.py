@@ -299,7 +299,9 @@ def test_in_pieces(config, capsys):
     assert names == ["PO", "weighted", "GradDiff"]  # what is described the same is the same, whatever it is called
     capsys.readouterr()
     study(config(objectives=["GradDiff", "PO"], steps=2, points=1), "--hours", "0")
-    assert "0 h are over; the same command goes on with the 2 runs left" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "0 h are over; the same command goes on with the 2 runs left" in said
+    assert "attribution" not in said
 
 
 def refused(capsys, *args):

@@ -87,7 +87,7 @@ class Study:
         trainer: options of Lightning's Trainer, such as precision, accelerator, gradient_clip_val.
         only: run only these objectives or masks (by the names that tables give them) in this sitting; the tables show
             all that is finished.
-        hours: start no new run after so many hours of this sitting.
+        hours: start no new run after so many hours of this sitting; 0 only writes what the runs that are there tell.
         keep_models: keep every unlearned model, under models/<run>.
         join: folders of the same study whose finished runs are taken over: pieces (only) that ran on other machines.
 
@@ -172,7 +172,8 @@ class Study:
             left = text.time_left(self._measured(), len(todo))
             print(f"{self.folder}: {text.count(len(runs), 'run')}, {len(runs) - self._missing()} of them finished; "
                   f"{len(todo)} to do{f', {left}' if left else ''}", flush=True)  # fmt: skip
-            self._make_masks(todo)
+            if self.hours != 0:
+                self._make_masks(todo)
             try:
                 self._work(todo)
             except (KeyboardInterrupt, SystemExit):
