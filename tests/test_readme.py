@@ -1,11 +1,12 @@
 """The README's example of each extension point, as it stands there, run by class path."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from wagle_pl import WeightMask
+from wagle_pl import WeightMask, cli
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -45,3 +46,20 @@ def test_every_command_of_the_readme_exists():
         assert set(verbs.split("|")) == set(import_module(COMMANDS[command]).COMMANDS)
     for config in re.findall(r"--config (\S+)", text):
         assert (README.parent / config).is_file()
+
+
+def _commands() -> list[list[str]]:
+    """The README's commands that take configurations, as lists of arguments."""
+    blocks = "".join(re.findall(r"```\n(.*?)```", README.read_text(), re.DOTALL)).replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in blocks.splitlines() if line.startswith("wagle ")]
+    return [line[1:] for line in lines if line[1] in ("fit", "test", "study")]
+
+
+def test_every_option_of_the_readme_exists(monkeypatch, capsys):
+    monkeypatch.chdir(README.parent)
+    commands = _commands()
+    assert len(commands) > 10
+    for command in commands:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*command, "--print_config"])
+        assert not ended.value.code, (command, capsys.readouterr().err)
