@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import mannwhitneyu
 from torch.ao.quantization.observer import PerChannelMinMaxObserver
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from wagle_pl.data.batches import collate
 from wagle_pl.data.people import bundled
@@ -15,8 +15,9 @@ from wagle_pl.data.template import Template
 from wagle_pl.evaluation.robustness.linear import folds, ordered, ridge, right_told, told_apart
 from wagle_pl.evaluation.robustness.prompts import asked_of, reworded, word_vectors
 from wagle_pl.evaluation.robustness.subject import worst
-from wagle_pl.evaluation.robustness.weights import fake_quantise, finetune_, linear_weights, quantise_, restored
+from wagle_pl.evaluation.robustness.weights import fake_quantise, finetune_, quantise_, restored
 from wagle_pl.evaluation.robustness.wording import LANGUAGES, paraphrases, translated
+from wagle_pl.layers import linear_weights
 from wagle_pl.models import load_model, load_tokenizer
 
 generator = torch.Generator().manual_seed(0)
@@ -68,9 +69,23 @@ def test_what_is_quantised(tiny_model):
     gpt = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=16))
     conv = gpt.transformer.h[0].attn.c_attn.weight
     expected = fake_quantise(conv.detach().T, 4).T  # (in, out): its channels are columns
-    assert len(linear_weights(gpt)) == 4
+    assert len(linear_weights(gpt, head=False)) == 4
     quantise_(gpt, 4, "asymmetric")
     assert torch.equal(conv, expected)
+
+
+def test_experts_are_quantised():
+    """Each expert's matrices by themselves, (out, in), as a loop over them does."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    lm = MixtralForCausalLM(MixtralConfig(vocab_size=40, num_key_value_heads=2, num_local_experts=3, **sizes))
+    experts = lm.model.layers[0].mlp.experts
+    before = {name: weight.detach().clone() for name, weight in experts.named_parameters()}
+    quantise_(lm, 3, "symmetric")
+    assert set(before) == {"gate_up_proj", "down_proj"}
+    for name, weights in before.items():
+        for expert in range(3):
+            matrix, scale = weights[expert], weights[expert].abs().amax(1, keepdim=True) / 3
+            torch.testing.assert_close(getattr(experts, name)[expert], (matrix / scale).round() * scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -391,6 +391,15 @@ def test_tied_weights_are_in_the_mask_once(attribute: Attribute):
     assert "lm_head.weight" not in WeightMask.load("mask")
 
 
+@pytest.mark.parametrize(("length", "steps"), [((), 3), (("--trainer.max_steps", "4"), 4)])
+def test_one_pass_unless_told_otherwise(wagle: Any, tiny_model: str, length: tuple[str, ...], steps: int):
+    """Lightning's own default is 1000 epochs. Eleven rows, four a step."""
+    options = ("--model.output", "mask", "--model.score", "snip", "--data.batch_size", "4")
+    options += ("--trainer.enable_checkpointing", "false", *length)
+    cli = wagle("fit", "--model", "AttributionModule", "--model.model", tiny_model, *options)
+    assert cli.trainer.global_step == steps
+
+
 def test_two_epochs_see_each_row_twice(attribute: Attribute):
     once = attribute(score="gradient", **{"data.batch_size": 3}).kept
     twice = attribute("--trainer.max_epochs", 2, score="gradient", output="two", **{"data.batch_size": 3}).kept

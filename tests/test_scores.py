@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from wagle_pl import attribution as A
 from wagle_pl.attribution.activations import watch_inputs
@@ -174,6 +177,61 @@ def test_input_norms_leave_padding_out():
     tail = hidden[:, -2:][real[:, -2:]].double().square().sum(0)
     torch.testing.assert_close(sums["outer.weight"], hidden[real].double().square().sum(0) + tail)
     assert set(sums) == {"inner.weight", "outer.weight"}
+
+
+class _Products(TorchFunctionMode):
+    """Notes Σ x² of what every matrix is multiplied with, by the place of the matrix in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squares: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (nn.functional.linear, Tensor.matmul, Tensor.__matmul__, torch.matmul, torch.addmm):
+            x, weight = args[1:3] if func is torch.addmm else args[:2]
+            found = x.detach().reshape(-1, x.shape[-1]).double().square().sum(0)
+            self.squares[weight.data_ptr()] = self.squares.get(weight.data_ptr(), 0) + found
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe", "GptOss", "GPT2"])
+def test_input_norms_of_other_layers(kind: str):
+    """Experts in one tensor, (experts, out, in), the same transposed and with biases, and layers stored as (in, out):
+    against the products that the model computes when it runs its experts one by one."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    sizes |= {"moe_intermediate_size": 24, "num_experts": 4} if kind == "Qwen3Moe" else {}
+    sizes = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2} if kind == "GPT2" else sizes
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    plain = {} if kind == "GPT2" else {"experts_implementation": "eager"}
+    model = transformers.AutoModelForCausalLM.from_config(config, **plain).eval()
+    ids, mask = torch.randint(50, (2, 7)), torch.tensor([[1] * 5 + [0] * 2, [1] * 7])
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, squares: Tensor) -> None:
+        sums[name] = sums.get(name, 0) + squares
+
+    with torch.no_grad(), watch_inputs(model, add) as about_to_run:
+        about_to_run(mask)
+        model(input_ids=ids, attention_mask=mask)
+    seen = _Products()
+    with torch.no_grad(), seen:
+        for row, real in zip(ids, mask, strict=True):
+            model(input_ids=row[real.bool()][None])
+    blocks = [name for name, p in model.named_parameters() if p.ndim > 1 and (".layers." in name or ".h." in name)]
+    blocks = [name for name in blocks if not re.search(r"router|mlp\.gate\.|bias", name)]
+    assert blocks and set(blocks) <= set(sums)
+    for name in blocks:
+        weight = model.get_parameter(name)
+        matrices = weight if weight.ndim == 3 else [weight]
+        norms = sums[name] if weight.ndim == 3 else [sums[name]]
+        assert (weight.abs() * sums[name]).shape == weight.shape
+        for matrix, found in zip(matrices, norms, strict=True):
+            expected = seen.squares.get(matrix.data_ptr(), torch.zeros(found.numel(), dtype=torch.float64))
+            torch.testing.assert_close(found.reshape(-1), expected, rtol=1e-4, atol=1e-9)
 
 
 # -- the theory --------------------------------------------------------------------------------------------------------

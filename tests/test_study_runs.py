@@ -134,6 +134,7 @@ def config(models, tmp_path, monkeypatch):
         ("tofu/study_po", 23, (22 * 7 + 3) * 3, 3),
         ("people/study", 3, 18, 1),
         ("people/study_full", 2 * 23, 2 * (22 * 7 + 3) * 3, 3),
+        ("people/study_po", 23, (22 * 7 + 3) * 3, 3),
     ],
 )
 def test_the_studies_of_the_benchmarks(monkeypatch, file, arms, count, groups):

@@ -12,10 +12,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-import wagle_pl.attribution
 import wagle_pl.data
 import wagle_pl.evaluation
 import wagle_pl.unlearning  # noqa: F401  the imports make the classes known by their short names
+from wagle_pl.attribution import AttributionModule
 from wagle_pl.commands import COMMANDS
 from wagle_pl.commands.parser import OneLineErrors
 from wagle_pl.strategies import is_zero
@@ -87,11 +87,15 @@ class WagleCLI(LightningCLI):
         self._dump_config()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """The Trainer of the options.
+        """The Trainer of the options; attribution is one pass unless they say how long.
 
         Raises:
             WagleError: if Lightning refuses one of them.
         """
+        options = self._get(self.config_init, "trainer", default={})
+        endless = options.get("max_epochs") is None and options.get("max_steps") in (None, -1)
+        if endless and not options.get("max_time") and isinstance(self.model, AttributionModule):
+            kwargs.setdefault("max_epochs", 1)  # Lightning's own default is 1000
         with trainer_in_the_making():
             return super().instantiate_trainer(**kwargs)
 

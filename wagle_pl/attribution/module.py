@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from wagle_pl import models
@@ -21,6 +22,7 @@ from wagle_pl.attribution.specs import MaskSpec, check_labels, complete, name_ma
 from wagle_pl.attribution.stored import DTYPES, whole_mask, write_scores
 from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.evaluation.module import EvaluationModule
+from wagle_pl.layers import linear_weights
 from wagle_pl.masks import SUFFIX, WeightMask, mask_path
 from wagle_pl.strategies import ZeRO, is_sharded, is_zero
 from wagle_pl.unlearning.objectives import NPO, PO, GradDiff
@@ -44,7 +46,8 @@ class AttributionModule(EvaluationModule):
         score: ``wagle``, ``snip``, ``gradient``, ``forget_retain_ratio``, ``fisher_ratio``, ``curvature``, ``signed``,
             ``magnitude``, ``wanda``, ``random``, ``Modules`` (with arguments), or a class path to a ``Score``.
         select: the ``high`` or the ``low`` end of the ranking.
-        scope: weights compete over the whole model (``global``), within each ``tensor``, or within each output ``row``.
+        scope: weights compete over the whole model (``global``), within each ``tensor``, or within each ``row``: an
+            output of a layer, or an input where a model stores layers transposed (GPT-2).
         include: regular expression; only parameters whose name it finds take part, the others are frozen.
         exclude: regular expression; parameters whose name it finds do not take part.
         masks: several masks from the same pass: a list of score, density, select, scope, include, exclude, name; what
@@ -183,8 +186,20 @@ class AttributionModule(EvaluationModule):
         if self.gradient_checkpointing:
             self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         shapes = models.parameter_shapes(self.lm)
+        if "activation" in self.needs:
+            self._say_what_is_unseen(shapes)
         for spec in self.specs:
             spec.score.share({name: shapes[name] for name in spec.taking_part(shapes)})
+
+    def _say_what_is_unseen(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Warn of matrices whose inputs are not watched, if they are a large part of the model."""
+        seen = {id(weight) for weight, _ in linear_weights(self.lm)}
+        seen |= {id(module.weight) for module in self.lm.modules() if isinstance(module, nn.Embedding)}
+        unseen = [name for name, p in self.lm.named_parameters() if len(shapes[name]) > 1 and id(p) not in seen]
+        share = sum(prod(shapes[name]) for name in unseen) / sum(map(prod, shapes.values()))
+        if share > 0.01:
+            log.warning("wanda: %.0f %% of the weights are in layers of unknown kinds (%s, ...): they score 0 and are "
+                        "selected last", 100 * share, ", ".join(unseen[:3]))  # fmt: skip
 
     def configure_optimizers(self) -> GradientSums:
         """The sums."""
@@ -330,7 +345,9 @@ class AttributionModule(EvaluationModule):
         if "fisher_r" in needs:
             w.fisher_r = summed("fisher_r", 1 / self._rows("retain"))
         if "activation" in needs and name in self._small["vectors"]["activation"]:
-            w.activation = self._small["vectors"]["activation"][name].sqrt().float().to(device)
+            norms = self._small["vectors"]["activation"][name].sqrt().float()
+            lies_along_rows = score.by_row and norms.ndim == theta.ndim and len(norms) == shard.shape[0]
+            w.activation = (norms[shard.start : shard.stop] if lies_along_rows else norms).to(device)
         if "h" in needs:
             scalar = self.hessian in ("scalar", "auto")
             w.h = curvature.scalar(device) if scalar else part(curvature.damped(position))

@@ -47,8 +47,9 @@ class WeightStatistics:
         h_mean: mean of ``h_diagonal`` over all weights of the model; there if ``h_diagonal`` is.
         fisher_f: (1/N) Σ_n (∇ℓ_f,n)², squared gradients of single forget rows.
         fisher_r: the same of retain rows.
-        activation: ‖x_j‖₂ of each input j of a linear layer over the tokens of the forget rows, one for each column of
-            its weight, (in_features,); None for other parameters.
+        activation: ‖x_j‖₂ of each input j of a linear layer over the tokens of the forget rows, in the shape in which
+            it multiplies the weight: (in,), or (in, 1) where the weight lies transposed, (experts, 1, in) or
+            (experts, in, 1) of experts in one tensor; None for other parameters.
     """
 
     name: str

@@ -8,7 +8,6 @@ add up, so the same code serves any of them, and several densities share their p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from math import prod
 from typing import Literal, NamedTuple, Optional, Union
 
 import numpy as np
@@ -90,8 +89,8 @@ def select(
         scores: of the N weights that take part.
         density: share of weights, in (0, 1].
         ranking: largest absolute value first, unless said otherwise.
-        scope: what competes: all weights (``global``), those of a tensor, or those of a ``row`` (first dimension; a
-            vector is one row). Of the weights up to the end of each tensor or row, in parameter order, exactly
+        scope: what competes: all weights (``global``), those of a tensor, or those of a ``row`` (a vector along the
+            last dimension). Of the weights up to the end of each tensor or row, in parameter order, exactly
             ⌊density · their number⌋ are taken: each gets its share to within one weight, and the total is exact.
 
     Yields:
@@ -305,8 +304,9 @@ def _row_parts(
         return _tensor_parts(name, tensor, shard, start, densities, ranking)
     if distributed.most(int(not torch.isfinite(tensor).all())):
         raise _not_finite(name)
-    rows, width = len(tensor), prod(shard.shape[1:])
-    if not rows * width:
+    width = shard.shape[-1]
+    rows = tensor.numel() // max(1, width)
+    if not rows:
         return [torch.zeros(0, dtype=torch.uint8) for _ in densities]
     matrix = tensor.reshape(rows, width)
     block = max(8, CHUNK // width // 8 * 8)  # whole bytes, wherever a row ends

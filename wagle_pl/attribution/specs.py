@@ -21,7 +21,7 @@ class MaskSpec:
         score: class, short name or class path of a ``Score``.
         density: share of weights selected, in (0, 1], of those that take part.
         select: the ``high`` or the ``low`` end of the ranking.
-        scope: weights compete over the whole model (``global``), within each ``tensor``, or within each output ``row``.
+        scope: weights compete over the whole model (``global``), within each ``tensor``, or within each ``row``.
         include: regular expression; only parameters whose name it finds take part.
         exclude: regular expression; parameters whose name it finds do not.
         name: of the mask's file; score and density when None.

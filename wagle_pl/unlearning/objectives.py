@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wagle_pl.unlearning.base import Objective
-from wagle_pl.unlearning.hidden import check_layer
+from wagle_pl.unlearning.hidden import blocks, check_layer
 from wagle_pl.unlearning.retain_terms import RetainTerm, kl_from_theta0
 from wagle_pl.unlearning.schedules import Schedule, as_schedule
 from wagle_pl.unlearning.streams import Answers, Streams
@@ -355,6 +355,10 @@ def _generator(*key: int) -> torch.Generator:
 # -- hidden states ----------------------------------------------------------------------------------------------------
 
 
+#: A feed-forward part's way back to the hidden state, by the names it has in models here and there; experts' too.
+_DOWN_PROJECTION = r"(?:(?:mlp|ffn|feed_forward)\.(?:\w+\.)*)?(?:down_proj|c_proj|dense_4h_to_h|fc2|fc_out)(?:\.|$)"
+
+
 class RMU(Objective):
     """Representation misdirection: steer a block's output to a random direction (Li et al. 2024, arXiv 2403.03218).
 
@@ -391,7 +395,7 @@ class RMU(Objective):
         self.seed = seed
         if trainable == "auto":
             near = "|".join(str(block) for block in range(max(0, layer - 2), layer + 1))
-            trainable = rf"\.(?:layers|h|blocks)\.(?:{near})\.mlp\.(?:down_proj|c_proj|dense_4h_to_h|fc2)\."
+            trainable = rf"\.(?:layers|h|blocks)\.(?:{near})\.{_DOWN_PROJECTION}"
         try:
             re.compile(trainable)
         except re.error as error:
@@ -412,7 +416,9 @@ class RMU(Objective):
         check_layer(lm, self.layer, "objective.layer")
         super().prepare(lm)
         if not any(re.search(self.trainable, name) for name, _ in lm.named_parameters()):
-            raise WagleError(f"objective.trainable {self.trainable!r} matches no parameter of this model")
+            names = [name for name, parameter in blocks(lm)[self.layer].named_parameters() if parameter.ndim > 1]
+            raise WagleError(f"objective.trainable {self.trainable!r} matches no parameter of this model; block "
+                             f"{self.layer} has {', '.join(names)}")  # fmt: skip
 
     def forget_loss(self, at: Streams) -> Tensor:
         """(1/|y|) Σ_t (1/d) ‖h_t − c·u‖²."""

@@ -8,7 +8,8 @@ from typing import Literal, Optional
 from wagle_pl.evaluation.robustness.base import Attack
 from wagle_pl.evaluation.robustness.finding import Finding
 from wagle_pl.evaluation.robustness.subject import Subject
-from wagle_pl.evaluation.robustness.weights import linear_weights, quantise_, restored
+from wagle_pl.evaluation.robustness.weights import quantise_, restored
+from wagle_pl.layers import linear_weights
 from wagle_pl.utilities import WagleError
 
 
@@ -46,6 +47,6 @@ class Quantise(Attack):
     def attack(self, subject: Subject) -> Iterator[Finding]:
         """See :class:`Quantise`."""
         for bits in self.bits:
-            with restored(weight for weight, _ in linear_weights(subject.lm)):
+            with restored(weight for weight, _ in linear_weights(subject.lm, head=False)):
                 quantise_(subject.lm, bits, self.scheme, self.group_size)
                 yield from subject.compare(subject.every_row(), self.measures, f"{bits}bit")

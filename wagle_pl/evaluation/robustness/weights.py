@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wagle_pl.evaluation.likelihood import forward_answers, sequence_logprobs
+from wagle_pl.layers import linear_weights
 from wagle_pl.utilities import WagleError
 
 Scheme = Literal["symmetric", "asymmetric"]
@@ -70,30 +71,17 @@ def fake_quantise(
     return found.reshape(rows, -1)[:, :columns].to(weights.dtype)
 
 
-def linear_weights(lm: nn.Module) -> list[tuple[nn.Parameter, bool]]:
-    """Weights of the linear layers of the blocks, each with whether it lies transposed, as (in, out).
+@torch.no_grad()
+def quantise_(lm: nn.Module, bits: int, scheme: Scheme, group_size: Optional[int] = None) -> None:
+    """Fake-quantise the weights of all linear maps of the blocks in place, one matrix at a time.
 
     The output head is left out, as quantisers for language models leave it, and so are embeddings tied to it.
     """
-    from transformers.pytorch_utils import Conv1D
-
-    head = lm.get_output_embeddings() if hasattr(lm, "get_output_embeddings") else None
-    found = {}
-    for module in lm.modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
-            found[id(module.weight)] = (module.weight, isinstance(module, Conv1D))
-    if head is not None:
-        found.pop(id(head.weight), None)
-    return list(found.values())
-
-
-@torch.no_grad()
-def quantise_(lm: nn.Module, bits: int, scheme: Scheme, group_size: Optional[int] = None) -> None:
-    """Fake-quantise the weights of :func:`linear_weights` in place, one tensor at a time."""
-    for weight, transposed in linear_weights(lm):
-        channels = weight.data.T if transposed else weight.data
-        rounded = fake_quantise(channels, bits, scheme, group_size)
-        weight.data.copy_(rounded.T if transposed else rounded)
+    for weight, transposed in linear_weights(lm, head=False):
+        for matrix in weight.data if weight.ndim == 3 else (weight.data,):
+            channels = matrix.T if transposed else matrix
+            rounded = fake_quantise(channels, bits, scheme, group_size)
+            matrix.copy_(rounded.T if transposed else rounded)
 
 
 def finetune_(lm: Any, batches: Sequence[Mapping[str, Tensor]], learning_rate: float) -> list[float]:
