@@ -55,7 +55,7 @@ def expected(scores: dict[str, Tensor], density: float, ranking: Ranking, scope:
     flat = np.concatenate([tensor.numpy().reshape(-1) for tensor in scores.values()])
     sizes = []
     for tensor in scores.values():
-        rows = tensor.shape[0] if scope == "row" and tensor.dim() > 1 else 1
+        rows = tensor.numel() // tensor.shape[-1] if scope == "row" and tensor.dim() > 1 else 1
         sizes += [tensor.numel() // rows] * rows
     if scope == "global":
         sizes = [len(flat)]
