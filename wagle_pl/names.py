@@ -9,9 +9,12 @@ from wagle_pl.utilities import WagleError
 
 #: What users call a module -> what model families call it.
 _ALIASES = {
-    "attn": ("attn", "self_attn", "attention", "self_attention"),
-    "mlp": ("mlp", "feed_forward", "ffn"),
-    "embed": ("embed_tokens", "wte", "wpe", "embedding", "embeddings", "word_embeddings", "embed_in"),
+    "attn": ("attn", "self_attn", "linear_attn", "attention", "self_attention"),
+    "mlp": ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc1", "fc2"),
+    "embed": (
+        *("embed_tokens", "embed_positions", "wte", "wpe", "embedding", "embeddings"),
+        *("word_embeddings", "embed_in"),
+    ),
 }
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)(?:\.|$)")
 
@@ -27,13 +30,13 @@ def layer_of(name: str) -> Optional[int]:
 
 
 def module_type_of(name: str) -> str:
-    """The name of the module a parameter belongs to, without its position.
+    """The name of the module a parameter belongs to, without its position; its own if it is no ``weight`` or ``bias``.
 
-    >>> module_type_of("model.layers.7.mlp.up_proj.weight")
-    'up_proj'
+    >>> [module_type_of(f"model.layers.7.mlp.{name}") for name in ("up_proj.weight", "experts.down_proj")]
+    ['up_proj', 'down_proj']
     """
-    parts = name.split(".")
-    return parts[-2] if len(parts) > 1 else parts[0]
+    *before, last = name.split(".")
+    return before[-1] if before and last in ("weight", "bias") else last
 
 
 def module_label(module_type: str) -> str:

@@ -356,7 +356,10 @@ def _generator(*key: int) -> torch.Generator:
 
 
 #: A feed-forward part's way back to the hidden state, by the names it has in models here and there; experts' too.
-_DOWN_PROJECTION = r"(?:(?:mlp|ffn|feed_forward)\.(?:\w+\.)*)?(?:down_proj|c_proj|dense_4h_to_h|fc2|fc_out)(?:\.|$)"
+_DOWN_PROJECTION = (
+    r"(?:(?:mlp|ffn|feed_forward|block_sparse_moe)\.(?:\w+\.)*)?"
+    r"(?:down_proj|c_proj|dense_4h_to_h|fc2|fc_out|w2)(?:\.|$)"
+)
 
 
 class RMU(Objective):
