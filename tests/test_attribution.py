@@ -232,7 +232,9 @@ def test_wanda_norms_are_of_real_tokens(attribute: Attribute):
     found = module.kept.vectors["activation"]
     for name, parts in seen.items():
         torch.testing.assert_close(found[f"{name}.weight"].float(), torch.cat(parts).square().sum(0), rtol=1e-4, atol=0)
-    assert "model.embed_tokens.weight" in found  # tied to the output layer
+    head = torch.cat([module.lm.model(input_ids=row["input_ids"])[0][0] for row in rows_of(module, "forget")])
+    tied = found["model.embed_tokens.weight"].float()
+    torch.testing.assert_close(tied, head.detach().square().sum(0), rtol=1e-4, atol=0)
     assert not any("norm" in name for name in found)
     mask = WeightMask.load("mask")
     assert set(mask["model.layers.0.mlp.up_proj.weight"].sum(1).tolist()) == {8}  # a quarter of 32 in each row

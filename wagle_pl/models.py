@@ -85,8 +85,9 @@ def _load_sharded(name: str, attention: Mapping[str, str]) -> Any:
     stored = TensorFiles(_folder_of(source))
     missing = [parameter for parameter, _ in model.named_parameters() if parameter not in stored.names]
     if missing:
-        raise WagleError(f"model {name!r} stores its weights under names other than its own (it has no {missing[0]}): "
-                         "for ZeRO-3, load and save it once with transformers, or take ZeRO-2")  # fmt: skip
+        raise WagleError(f"model {name!r} stores its weights under names other than its own (no {missing[0]}): for "
+                         "ZeRO-3, load it once with transformers and write it by save_pretrained(FOLDER, "
+                         "save_original_format=False), or take ZeRO-2")  # fmt: skip
     for parameter_name, parameter in model.named_parameters():
         assign(parameter, lambda name=parameter_name: stored.tensor(name))
     for buffer_name, buffer in model.named_buffers():

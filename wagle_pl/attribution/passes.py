@@ -127,7 +127,8 @@ def _collect_piece(job: Job, batch: Batch, lm: Any, sums: GradientSums, draws: D
 
             def run(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
                 about_to_run(tensors["attention_mask"] * (tensors["weight"] > 0).unsqueeze(1))
-                output, labels = forward_answers(lm, tensors)
+                # what enters the output layer counts at every token too: where answers begin is the batch's affair
+                output, labels = forward_answers(lm, tensors, whole=watch)
                 return output.logits, labels
 
             at = AtTheta0(batch, run, {})

@@ -41,7 +41,7 @@ def sequence_logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return logprobs.sum(-1), mask.sum(-1)
 
 
-def forward_answers(model: Any, batch: Mapping[str, Tensor], **options: Any) -> tuple[Any, Tensor]:
+def forward_answers(model: Any, batch: Mapping[str, Tensor], whole: bool = False, **options: Any) -> tuple[Any, Tensor]:
     """Run a model on a batch, with logits only from the first position that predicts a label in any row.
 
     The vocabulary projection of prompt tokens is never needed; on short answers it is a large part of the work.
@@ -49,6 +49,7 @@ def forward_answers(model: Any, batch: Mapping[str, Tensor], **options: Any) -> 
     Args:
         model: a Hugging Face causal language model.
         batch: ``input_ids``, ``attention_mask`` and ``labels``, each (B, T).
+        whole: logits of all positions after all.
         options: for the model's forward, such as ``output_hidden_states=True``.
 
     Returns:
@@ -57,7 +58,7 @@ def forward_answers(model: Any, batch: Mapping[str, Tensor], **options: Any) -> 
     labels = batch["labels"]
     first = int((labels != IGNORE).any(0).int().argmax())
     start = max(first - 1, 0)
-    if _keeps_logits(type(model)):
+    if _keeps_logits(type(model)) and not whole:
         options["logits_to_keep"] = labels.shape[1] - start
     else:
         start = 0
