@@ -24,12 +24,13 @@ def is_transposed(module: nn.Module) -> bool:
 def expert_weights(module: nn.Module) -> Optional[tuple[nn.Parameter, nn.Parameter]]:
     """(up, down) of a module that holds all experts of a block, each (experts, out, in) or (experts, in, out).
 
-    ``up`` holds the gate too where there is one. None for other modules.
+    ``up`` holds the gate too where there is one. None for other modules. Weights may be spread over ranks (ZeRO-3).
     """
     up = getattr(module, "gate_up_proj", getattr(module, "up_proj", None))
     pair = (up, getattr(module, "down_proj", None))
-    fused = hasattr(module, "is_transposed") and all(isinstance(w, nn.Parameter) and w.ndim == 3 for w in pair)
-    return pair if fused else None
+    if not hasattr(module, "is_transposed") or not all(isinstance(weight, nn.Parameter) for weight in pair):
+        return None
+    return pair if all(len(getattr(weight, "ds_shape", weight.shape)) == 3 for weight in pair) else None
 
 
 def linear_weights(lm: Any, head: bool = True) -> list[tuple[nn.Parameter, bool]]:

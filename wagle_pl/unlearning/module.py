@@ -14,6 +14,7 @@ from torch import Tensor
 from wagle_pl import distributed, models
 from wagle_pl.evaluation.likelihood import forward_answers
 from wagle_pl.evaluation.module import EvaluationModule
+from wagle_pl.layers import expert_weights
 from wagle_pl.masks import WeightMask
 from wagle_pl.strategies import flat_masks, is_sharded, is_zero
 from wagle_pl.unlearning.adapters import LoRA
@@ -88,8 +89,17 @@ class FinetuneModule(EvaluationModule):
             refuse_existing(Path(self.output), self.overwrite)
 
     def configure_model(self) -> None:
-        """Load the model, and switch gradient checkpointing on if asked."""
+        """Load the model, and switch gradient checkpointing on if asked.
+
+        Raises:
+            WagleError: if the strategy cannot train a model of this kind.
+        """
         super().configure_model()
+        fused = any(expert_weights(module) for module in self.lm.modules())
+        if fused and len(self.streams) > 1 and is_sharded(self.trainer.strategy):
+            # an assertion of DeepSpeed's, in the middle of a backward pass over several forward passes (its issue 5321)
+            raise WagleError(f"ZeRO-3 cannot train experts on {' and '.join(self.streams)} rows in one step: choose "
+                             "another stage (--trainer.strategy deepspeed_stage_2)")  # fmt: skip
         self.lm.train()
         if self.gradient_checkpointing:
             self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
