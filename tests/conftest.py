@@ -26,6 +26,13 @@ TOFU = Path(__file__).parents[2] / "shared/data/tofu"
 TOFU_LOGS = Path(__file__).parents[2] / "shared/data/tofu_eval_logs"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start processes of their own run one after the other, in one of pytest's processes."""
+    for item in items:
+        if "ranks" in getattr(item, "fixturenames", ()) or item.path.name == "test_strategies.py":
+            item.add_marker(pytest.mark.xdist_group("ranks"))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a two-block Llama with random weights (about 30,000 of them) and a tokenizer."""

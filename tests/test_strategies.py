@@ -85,7 +85,7 @@ def test_a_rank_that_dies_ends_the_run(tiny_model: str, rows: dict[str, str], ra
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     with open("log", "w") as log:
         run = subprocess.Popen(command, env=environment, stderr=log, stdout=log)
-        assert _wait_for(lambda: (Path("kept") / "step=20.ckpt").exists(), 90), Path("log").read_text()
+        assert _wait_for(lambda: (Path("kept") / "step=20.ckpt").exists(), 180), Path("log").read_text()
         (child,) = _children(run.pid)
         os.kill(child, signal.SIGKILL)
         code = run.wait(timeout=60)
