@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,15 @@ def test_a_rank_that_dies_ends_the_run(tiny_model: str, rows: dict[str, str], ra
     command = typed(tiny_model, rows, *options, stage=2)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     with open("log", "w") as log:
-        run = subprocess.Popen(command, env=environment, stderr=log, stdout=log)
-        assert _wait_for(lambda: (Path("kept") / "step=20.ckpt").exists(), 180), Path("log").read_text()
-        (child,) = _children(run.pid)
-        os.kill(child, signal.SIGKILL)
-        code = run.wait(timeout=60)
+        run = subprocess.Popen(command, env=environment, stderr=log, stdout=log, start_new_session=True)
+        try:
+            assert _wait_for(lambda: (Path("kept") / "step=20.ckpt").exists(), 180), Path("log").read_text()
+            (child,) = _children(run.pid)
+            os.kill(child, signal.SIGKILL)
+            code = run.wait(timeout=60)
+        finally:  # a failure leaves nothing behind that goes on
+            with suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
     assert code not in (0, None)
     assert code < 0 or "another rank of this run has ended" in Path("log").read_text()
     last = sorted(Path("kept").glob("step=*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))[-1]
