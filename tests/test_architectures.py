@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "Mixtral": {"hidden_size": 32, "intermediate_size": 48, "num_local_experts": 4, **BLOCKS, **HEADS},
     "Mamba": {"hidden_size": 32, "state_size": 8, **BLOCKS},
 }
+#: Part of the names of weights that Wanda has to see the inputs of.
+INSIDE = {"GPT2": "c_fc", "OPT": "fc1", "Mixtral": "experts.down_proj", "Mamba": "in_proj"}
 
 
 @pytest.fixture
@@ -47,16 +49,7 @@ def test_a_mask_and_unlearning_within_it(wagle: Any, made: Any, kind: str, caplo
           masks, "--trainer.enable_checkpointing", "false")  # fmt: skip
     assert ("wanda: " in caplog.text) == (kind == "Mamba")  # its state matrices and convolutions; experts are known
     wanda = WeightMask.load("masks/wanda")
-    inside = (
-        "c_fc"
-        if kind == "GPT2"
-        else "fc1"
-        if kind == "OPT"
-        else "experts.down_proj"
-        if kind == "Mixtral"
-        else "in_proj"
-    )
-    taken = {name: wanda[name].float() for name in wanda.shapes if inside in name and "bias" not in name}
+    taken = {name: wanda[name].float() for name in wanda.shapes if INSIDE[kind] in name and "bias" not in name}
     assert taken and all(abs(bits.mean() - 0.2) < 0.02 for bits in taken.values())
     wagle("fit", "--model", "UnlearnModule", "--model.model", model, "--model.mask", "masks/wagle",
           "--model.output", "out", "--model.objective", "NPO", "--optimizer", "MaskedAdamW", "--optimizer.lr", "1e-2",
@@ -66,7 +59,6 @@ def test_a_mask_and_unlearning_within_it(wagle: Any, made: Any, kind: str, caplo
     moved = {name: before[name] != after[name] for name in before}
     assert not any((moved[name] & ~mask[name]).any() for name in moved)
     assert sum(bits.sum() for bits in moved.values()) > 0.9 * sum(mask[name].sum() for name in mask.shapes)
-    shutil.rmtree("out")
 
 
 @pytest.mark.parametrize(
@@ -85,8 +77,6 @@ def test_a_mask_and_unlearning_within_it(wagle: Any, made: Any, kind: str, caplo
 )
 def test_rmu_finds_the_down_projections(kind: str, sizes: dict[str, int], moved: str) -> None:
     """Of blocks 1 to 3 and of no other, by the names that models have for them."""
-    import re
-
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**sizes))
     objective = RMU(layer=3)

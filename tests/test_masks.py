@@ -244,12 +244,10 @@ def test_modules_that_do_not_exist(modules: list[str], layers: str, message: str
 def test_names_of_other_families() -> None:
     assert in_module("transformer.h.3.attn.c_attn.weight", "attn") and layer_of("transformer.h.3.ln_1.weight") == 3
     assert in_module("gpt_neox.layers.0.attention.dense.weight", "attn")
-    assert in_module("model.decoder.layers.0.fc2.bias", "mlp") and in_module(
-        "model.decoder.embed_positions.weight", "embed"
-    )
-    assert in_module("model.layers.0.linear_attn.A_log", "attn") and in_module(
-        "model.layers.0.mlp.experts.up_proj", "up"
-    )
+    assert in_module("model.decoder.layers.0.fc2.bias", "mlp")
+    assert in_module("model.decoder.embed_positions.weight", "embed")
+    assert in_module("model.layers.0.linear_attn.A_log", "attn")
+    assert in_module("model.layers.0.mlp.experts.up_proj", "up")
     assert not in_module("model.layers.0.post_attention_layernorm.weight", "attn")
     assert module_label("q_norm") == module_label("ln_f") == "norms"
     assert parse_layers(" 0-1, 7 ") == {0, 1, 7}

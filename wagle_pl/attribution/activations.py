@@ -33,10 +33,12 @@ def watch_inputs(model: nn.Module, add: Callable[[str, Tensor], None]) -> Iterat
     current: list[Tensor] = []
 
     def of_layer(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Of a layer with one weight."""
         squares = _real(inputs[0].detach(), current[0]).double().square().sum(0)
         add(names[layer.weight], squares[:, None] if is_transposed(layer) else squares)
 
     def of_experts(experts: nn.Module, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+        """Of a block's experts: tokens, and the experts that each goes to, in whatever way they are passed."""
         tokens, chosen, *_ = (*inputs, *options.values())
         found = _expert_inputs(experts, *(_real(x.detach().flatten(0, -2), current[0]) for x in (tokens, chosen)))
         for weight, squares in zip(expert_weights(experts), found, strict=True):

@@ -155,6 +155,11 @@ def ranked(arms: Sequence[Mapping[str, Any]], sign: int) -> list[Mapping[str, An
     return sorted(arms, key=place)
 
 
+def rates_of(arm: Mapping[str, Any]) -> str:
+    """The learning rates that were best for some seed."""
+    return " ".join(f"{rate:g}" for rate in sorted(set((arm.get("learning_rates") or {}).values())))
+
+
 def by_objective(summary: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
     """Objective -> its arms, ranked."""
     arms, sign = summary[HEADLINE], summary.get("utility_sign", 1)
@@ -203,7 +208,7 @@ def _compared(arm: Mapping[str, Any]) -> list[Content]:
         _number(arm.get("p")) or (str(arm["why"]) if arm.get("why") else None),
         str(arm["verdict"]) if arm.get("verdict") else None,
         None if reached is None else [number(reached, f"{reached:.0%}"), f" of {arm.get('runs')}"],
-        " ".join(f"{rate:g}" for rate in sorted(set((arm.get("learning_rates") or {}).values()))) or None,
+        rates_of(arm) or None,
         _number(arm.get("steps")),
         _number(equal.get("difference")),
         _number(equal.get("p")),

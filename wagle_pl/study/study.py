@@ -32,7 +32,7 @@ from wagle_pl.study.run import (
     ungenerated,
 )
 from wagle_pl.study.store import FIGURE_FILE, SUMMARY_FILE, TABLE_FILE, TEXT_FILE, RunTable, locked
-from wagle_pl.study.summary import Compared, summarise
+from wagle_pl.study.summary import Compared, marked, summarise
 from wagle_pl.unlearning.adapters import LoRA
 from wagle_pl.utilities import WagleError, atomic_path, silence
 
@@ -434,10 +434,8 @@ class Study:
 
     def _write(self) -> dict[str, Any]:
         """Write ``study.json`` and ``study.md``."""
-        arms = summarise(self.table.rows, self.compared) if self.table.rows else []
         own = {mask.name for mask in self.masks if mask.learning_rates}
-        for arm in arms:
-            arm["own_learning_rates"] = arm["mask"] in own
+        arms = marked(summarise(self.table.rows, self.compared), own) if self.table.rows else []
         found = {
             "format_version": FORMAT_VERSION,
             "forget": self.forget,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
 
@@ -151,6 +151,16 @@ def summarise(rows: Sequence[Row], by: Compared) -> list[dict[str, Any]]:
     return found
 
 
+def marked(arms: Sequence[Mapping[str, Any]], own: Collection[str]) -> list[dict[str, Any]]:
+    """The arms, each with ``own_learning_rates``: whether its mask has learning rates of its own.
+
+    Args:
+        arms: see :func:`summarise`.
+        own: masks that have.
+    """
+    return [{**arm, "own_learning_rates": arm["mask"] in own} for arm in arms]
+
+
 def compared_at(found: Mapping[str, Any], rows: Sequence[Row], level: float) -> dict[str, Any]:
     """What a study found, compared at another level of forgetting.
 
@@ -171,8 +181,7 @@ def compared_at(found: Mapping[str, Any], rows: Sequence[Row], level: float) -> 
         course = f"from {by.target[by.forget]:.4g}, the target's" + (f", to {ends:.4g}" if ends is not None else "")
         raise WagleError(f"--forget_level {level:g} is outside of its runs, where {by.forget} goes {course}")
     own = {arm["mask"] for arm in found["headline"] if arm.get("own_learning_rates")}
-    arms = [{**arm, "own_learning_rates": arm["mask"] in own} for arm in summarise(rows, by)]
-    return {**found, "headline": arms, "forget_level": level, "level_of": "option"}
+    return {**found, "headline": marked(summarise(rows, by), own), "forget_level": level, "level_of": "option"}
 
 
 def _reached(best: Mapping[int, Curve]) -> dict[int, float]:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
-from wagle_pl.report.study import by_objective
+from wagle_pl.report.study import by_objective, rates_of
 from wagle_pl.report.text import table
 from wagle_pl.study.summary import AT_END
 
@@ -74,7 +74,6 @@ def time_left(measured: Sequence[float], runs: int) -> str:
 
 def cells(entry: Entry) -> list[str]:
     """One arm as a row under :data:`HEADER`."""
-    rates = sorted(set(entry["learning_rates"].values()))
     spread = "" if entry["std"] is None else f" ± {entry['std']:.3f}"
     p = chance(entry["p"]) if entry["p"] is not None else entry["why"] or "–"
     at_end = [number(entry[name]) for name in AT_END]
@@ -91,7 +90,7 @@ def cells(entry: Entry) -> list[str]:
         + (f" (p {chance(equal['p'])})" if equal and equal["p"] is not None else ""),
         number(area["mean"]),
         number(area["dense"]),
-        " ".join(f"{rate:g}" for rate in rates),
+        rates_of(entry),
         number(entry["steps"], 0),
         *at_end,
     ]

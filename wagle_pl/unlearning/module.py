@@ -95,8 +95,8 @@ class FinetuneModule(EvaluationModule):
             WagleError: if the strategy cannot train a model of this kind.
         """
         super().configure_model()
-        fused = any(expert_weights(module) for module in self.lm.modules())
-        if fused and len(self.streams) > 1 and is_sharded(self.trainer.strategy):
+        several = self.trainer.training and len(self.streams) > 1 and is_sharded(self.trainer.strategy)
+        if several and any(expert_weights(module) for module in self.lm.modules()):
             # an assertion of DeepSpeed's, in the middle of a backward pass over several forward passes (its issue 5321)
             raise WagleError(f"ZeRO-3 cannot train experts on {' and '.join(self.streams)} rows in one step: choose "
                              "another stage (--trainer.strategy deepspeed_stage_2)")  # fmt: skip
