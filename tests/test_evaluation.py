@@ -213,6 +213,21 @@ def test_an_interrupted_test_continues_with_the_next_set(wagle, tiny_model, test
     assert continued == wagle(*TEST, "--model.model", tiny_model, "--model.output", "whole", *test_sets).model.metrics
 
 
+def test_a_shortened_test_is_not_taken_for_a_whole_one(wagle, fails, tiny_model, test_sets, tmp_path):
+    args = (*TEST, "--model.model", tiny_model, "--model.output", "out", "--model.generate", "false", *test_sets)
+    short = (*args, "--trainer.limit_test_batches", "1")
+    first = wagle(*short).model.metrics
+    info = json.loads((tmp_path / "out/metrics.info.json").read_text())
+    assert info["rows"] == dict.fromkeys(info["rows"], 3) and len(info["rows"]) == 4
+    message = fails(*args)
+    assert "other tested rows" in message and "--model.overwrite true" in message
+    assert wagle(*short).model.metrics == first  # as short as before: found finished
+    whole = wagle(*args, "--model.overwrite", "true").model.metrics
+    assert json.loads((tmp_path / "out/metrics.info.json").read_text())["rows"]["forget"] == 5
+    assert whole == wagle(*args).model.metrics and whole["forget/probability"] != first["forget/probability"]
+    assert "other tested rows" in fails(*args, "--trainer.fast_dev_run", "1")
+
+
 def test_other_settings_do_not_reuse_results(wagle, fails, tiny_model, test_sets):
     args = (*TEST, "--model.model", tiny_model, "--model.output", "out", *test_sets)
     wagle(*args)

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Mapping
 from functools import cache, cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
@@ -214,7 +215,13 @@ class EvaluationModule(L.LightningModule):
             "precision": str(self.trainer.precision),
             "classifiers": [self.toxicity_classifier, self.sentence_model],
         }
-        self._keys = {name: {**settings, **self._key(name)} for name in self._test_names}
+        shortened = self._shortened()
+        for name, rows in shortened.items():
+            log.warning("test set %s: the trainer shortens this test, its measures are of %s", name, rows)
+        self._keys = {
+            name: {**settings, **self._key(name), **({"tested rows": shortened[name]} if name in shortened else {})}
+            for name in self._test_names
+        }
         self._tables = distributed.from_rank_zero(self._finished)
         for name in self._tables:
             log.info("test set %s: found finished in %s", name, self.results_folder)
@@ -232,6 +239,21 @@ class EvaluationModule(L.LightningModule):
             "needs": sorted(needs),
             "generate": self.max_new_tokens_of(name) if "generation" in needs else 0,
         }
+
+    def _shortened(self) -> dict[str, str]:
+        """Test set -> how many of its rows are tested, where the trainer's limits leave some out; a meeting.
+
+        Batches are of rows of similar length, the longest first: the number says which rows they are.
+        """
+        counts = {}
+        for name, loader, batches in zip(
+            self._test_names, self.trainer.test_dataloaders, self.trainer.num_test_batches, strict=True
+        ):
+            if batches < len(loader):  # the same on all ranks
+                seen = {row for part in distributed.gather(islice(loader.sampler, batches)) for row in part}
+                if len(seen) < len(self._rows(name)):
+                    counts[name] = f"{len(seen)} of {len(self._rows(name))} rows"
+        return counts
 
     def _rows(self, name: str) -> list[dict[str, Any]]:
         return self.trainer.datamodule.rows(f"test/{name}")
