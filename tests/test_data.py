@@ -1,5 +1,7 @@
 """Rows, templates and the data modules, bundled sets included."""
 
+import csv
+import gzip
 import json
 
 import pytest
@@ -61,6 +63,67 @@ def test_a_bad_file_names_its_line(tmp_path, content, message):
         load_rows(str(path))
 
 
+def test_answers_that_look_like_numbers_are_texts(tmp_path):
+    (tmp_path / "rows.CSV").write_text(
+        "question,answer,known\nWhen?,1980,1\nOn which day?,1980-01-02,0\nReally?,true,1\n"
+    )
+    rows = check_rows(load_rows(str(tmp_path / "rows.CSV")), "set")
+    assert [row["answer"] for row in rows] == ["1980", "1980-01-02", "true"] and rows[0]["known"] == 1
+    (tmp_path / "years.csv").write_text("question,answer\nWhen?,1980\nAnd then?,0075\n")
+    assert [row["answer"] for row in load_rows(str(tmp_path / "years.csv"))] == ["1980", "0075"]
+    lines = [{"question": 7, "answer": 4}, {"question": "Is it?", "answer": True, "perturbed_answer": ["no", 2.5]}]
+    rows = check_rows(load_rows(write_rows(tmp_path / "rows.jsonl", lines)), "set")
+    assert rows == [{"question": "7", "answer": "4"},
+                    {"question": "Is it?", "answer": "true", "perturbed_answer": ["no", "2.5"]}]  # fmt: skip
+
+
+def test_a_choice_by_the_index_in_its_answer(tmp_path):
+    choice = {"question": "Which?", "choices": ["a", "b", "c"]}
+    path = write_rows(tmp_path / "rows.jsonl", [{**choice, "answer": 2}, {**choice, "label": 1.0}])
+    assert check_rows(load_rows(path), "set") == [{**choice, "label": 2}, {**choice, "label": 1}]
+    with pytest.raises(WagleError, match=r"set row 1: label 3 is no index of its choices"):
+        check_rows([{**choice, "answer": 3}], "set")
+
+
+def test_a_large_csv_with_answers_of_many_lines(tmp_path):
+    rows = [{"question": f"Q{i}?", "answer": "a line of it\n" * (20 + i % 37)} for i in range(4000)]
+    rows.append({"question": "All of it?", "answer": "a whole book, line by line\n" * 60_000})  # above pyarrow's block
+    with open(tmp_path / "rows.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["question", "answer"])
+        writer.writeheader()
+        writer.writerows(rows)
+    assert load_rows(str(tmp_path / "rows.csv")) == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "café"}\n'.encode("latin-1"), r"a\.jsonl is not UTF-8 text \(it has the byte 0xe9\)"),
+        ("a.csv", "question,answer\ncafé?,x\n".encode("latin-1"), r"a\.csv cannot be read: .*invalid UTF8"),
+        ("a.csv", "note,text\ncafé,x\n".encode("latin-1"), r"a\.csv is not UTF-8 text \(column 'note'\)"),
+        ("a.csv", b'question,answer\n"a,b\n', r"a\.csv (cannot be read|has no rows)"),
+        ("a.json.gz", b"no archive", r"a\.json\.gz cannot be read: Not a gzipped file"),
+        (
+            "a.json.gz",
+            gzip.compress(b'{"text": "a"}\n' * 999)[:-20],
+            r"a\.json\.gz cannot be read: Compressed file ended",
+        ),
+        ("a.parquet", b"no table", r"a\.parquet cannot be read"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(WagleError, match=message) as error:
+        load_rows(str(tmp_path / name))
+    assert "\n" not in str(error.value)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    for name, text in (("a.json", '[{"text": "a"}]'), ("a.csv", "text\na\n")):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert load_rows(str(tmp_path / name)) == [{"text": "a"}]
+
+
 def test_a_missing_source_is_named():
     with pytest.raises(WagleError, match=r"nowhere\.json does not exist"):
         load_rows("nowhere.json")
@@ -75,6 +138,18 @@ def test_a_missing_source_is_named():
         ({"question": "a", "answer": "  "}, "set row 2: 'answer' is empty"),
         ({"messages": [{"role": "user", "content": ""}]}, "set row 2: 'messages' is empty"),
         ({"input_ids": [1], "labels": []}, "set row 2: 'labels' is empty"),
+        ({"input_ids": [1, 2], "labels": [1]}, "set row 2: there are 2 'input_ids' and 1 'labels'"),
+        ({"input_ids": 1, "labels": [1]}, "set row 2: 'input_ids' is no list of tokens"),
+        ({"question": ["a"], "answer": "b"}, "set row 2: 'question' is a list, not a text"),
+        ({"question": "a", "answer": {"text": "b"}}, "set row 2: 'answer' is a dict, not a text"),
+        (
+            {"question": "a", "answer": "b", "perturbed_answer": "c"},
+            "set row 2: 'perturbed_answer' is no list of texts",
+        ),
+        ({"question": "a", "choices": "bc", "label": 0}, "set row 2: 'choices' is no list of texts"),
+        ({"question": "a", "choices": ["b", "c"], "label": 0.5}, "set row 2: label 0.5 is no index"),
+        ({"messages": "a"}, "set row 2: 'messages' is no list of messages"),
+        ({"messages": [{"role": "user", "content": None}]}, "set row 2: 'messages' is no list of messages"),
     ],
 )
 def test_a_bad_row_is_named(row, message):

@@ -397,6 +397,23 @@ def test_missing_columns(tmp_path):
         DetoxDataModule(folder=folder).rows("forget")
 
 
+def test_files_that_cannot_be_read(tmp_path, tiny_model):
+    (tmp_path / "book.txt").write_bytes("A café.".encode("latin-1"))
+    with pytest.raises(WagleError, match=r"book\.txt is not UTF-8 text \(it has the byte 0xe9\): save it as UTF-8"):
+        CopyrightDataModule(book=str(tmp_path / "book.txt")).rows("forget")
+    write_lines(tmp_path / "wmdp/wmdp-bio/test.jsonl", [CHOICES[0], {**CHOICES[1], "answer": "B"}])
+    with pytest.raises(WagleError, match="row 2: answer 'B' is no index of its choices"):
+        WMDPDataModule(folder=str(tmp_path)).rows("test/wmdp_bio")
+    texts = write_lines(tmp_path / "texts.jsonl", [{"text": 1984}, {"text": ["a", "b"]}])
+    with pytest.raises(WagleError, match="row 2: 'text' is a list, not a text"):
+        MUSEDataModule(forget=texts, tokenizer=tiny_model).rows("forget")
+
+
+def test_a_test_set_in_the_benchmark_s_own_columns(tmp_path):
+    own = write_lines(tmp_path / "own.jsonl", CHOICES)
+    assert [row["label"] for row in WMDPDataModule(test={"wmdp_bio": own}).rows("test/wmdp_bio")] == [1, 0]
+
+
 def test_empty_corpora(tmp_path, tiny_model):
     write_lines(tmp_path / "raw/forget.jsonl", [{"text": " \n "}])
     write_lines(tmp_path / "raw/retain1.jsonl", [])

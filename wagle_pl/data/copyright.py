@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Optional
 
-from wagle_pl.data.rows import Row, load_rows
+from wagle_pl.data.rows import Row, load_rows, readable
 from wagle_pl.data.sources import HubSet, need_columns
 from wagle_pl.data.suite import C4, WIKITEXT, SuiteDataModule
 from wagle_pl.utilities import WagleError
@@ -101,14 +101,15 @@ def read_book(source: str) -> list[Row]:
     """A text file as one row, or the rows of a file.
 
     Raises:
-        WagleError: if the file is missing or empty.
+        WagleError: if the file is missing, empty or not in UTF-8.
     """
     path = Path(source)
-    if path.suffix != ".txt":
+    if path.suffix.lower() != ".txt":
         return load_rows(source)
     if not path.is_file():
         raise WagleError(f"data.book {source} does not exist")
-    text = path.read_text(encoding="utf-8")
+    with readable(path):
+        text = path.read_text(encoding="utf-8-sig")
     if not text.strip():
         raise WagleError(f"data.book {source} has no text")
     return [{"text": text}]

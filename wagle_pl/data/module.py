@@ -23,7 +23,7 @@ from wagle_pl.data.batches import (
     deal_batches,
     token_batches,
 )
-from wagle_pl.data.rows import Row, check_rows, load_rows, row_key, row_kind, spread
+from wagle_pl.data.rows import Row, check_rows, load_rows, readable, row_key, row_kind, spread
 from wagle_pl.data.template import Template
 from wagle_pl.utilities import WagleError
 
@@ -195,14 +195,15 @@ class ForgetRetainDataModule(L.LightningDataModule):
         """The refusal answers.
 
         Raises:
-            WagleError: if the file is missing or has no lines.
+            WagleError: if the file is missing, has no lines or is not in UTF-8.
         """
         if self.refusals_file is None:
             text = resources.files("wagle_pl.data").joinpath("refusals.txt").read_text(encoding="utf-8")
         elif not Path(self.refusals_file).is_file():
             raise WagleError(f"refusals file {self.refusals_file} does not exist")
         else:
-            text = Path(self.refusals_file).read_text(encoding="utf-8")
+            with readable(Path(self.refusals_file)):
+                text = Path(self.refusals_file).read_text(encoding="utf-8-sig")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         if not lines:
             raise WagleError(f"refusals file {self.refusals_file} has no lines")

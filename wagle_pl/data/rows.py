@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
+import numbers
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Optional, TextIO
@@ -14,7 +18,8 @@ from wagle_pl.utilities import WagleError
 Row = dict[str, Any]
 
 #: The accepted shapes of a row: the columns that must be present, in the order they are tried. ``label`` is the index
-#: of the right one of ``choices``; a row with a ``prompt`` alone can be generated from, not trained on.
+#: of the right one of ``choices`` (a whole number in ``answer`` will do); a row with a ``prompt`` alone can be
+#: generated from, not trained on. A number or a date where a text belongs is taken as its text.
 #: Any row may add ``context`` (text before the question, e.g. worked examples), ``continuation`` (true: the response
 #: continues the prompt word by word, no template is put around them) and ``partial`` (true: the text goes on after the
 #: row, which gets no end-of-sequence token).
@@ -27,6 +32,11 @@ COLUMNS = (
     ("text",),
     ("prompt",),
 )
+
+#: Columns that hold a text, and columns that hold a list of texts.
+TEXTS = ("question", "answer", "prompt", "response", "text")
+MORE_TEXTS = ("context", "paraphrased_question", "paraphrased_answer")
+LISTS = ("choices", "perturbed_answer")
 
 READERS = (".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".jsonl.gz")
 
@@ -44,14 +54,15 @@ def load_rows(source: str, split: Optional[str] = None, limit: Optional[int] = N
         One dict a row. JSON may be lines or one list.
 
     Raises:
-        WagleError: naming the file, and the line where there is one: missing, empty, malformed, of an unknown kind.
+        WagleError: naming the file, and the line where there is one: missing, empty, malformed, of an unknown kind, not
+            in UTF-8, a broken archive.
     """
     path = Path(source)
     if path.name.lower().endswith(READERS):
         if not path.is_file():
             raise WagleError(f"data file {source} does not exist")
-        rows = _read_table(path) if path.suffix in (".csv", ".parquet") else _read_json(path, limit)
-        rows = rows[:limit]
+        table = path.suffix.lower() in (".csv", ".parquet")
+        rows = [as_texts(row) for row in (_read_table(path) if table else _read_json(path, limit))[:limit]]
     elif path.exists() or source.count("/") != 1:
         raise WagleError(
             f"data source {source!r} is neither a .json, .jsonl, .csv or .parquet file nor a hub dataset 'owner/name'"
@@ -64,26 +75,109 @@ def load_rows(source: str, split: Optional[str] = None, limit: Optional[int] = N
 
 
 def check_rows(rows: list[Row], where: str) -> list[Row]:
-    """Check that every row has the columns of one of :data:`COLUMNS` and a non-empty answer; return the rows.
+    """Check that every row has the columns of one of :data:`COLUMNS`, of the right types, and a non-empty answer.
 
     The answer is the last of those columns; that of a multiple choice must be the index of one of its choices.
+
+    Returns:
+        The rows, with the text of what is a number or a date where a text belongs, and with the ``label`` that a
+        multiple choice has in ``answer``.
 
     Raises:
         WagleError: naming ``where`` and the row (counted from 1).
     """
     if not rows:
         raise WagleError(f"{where} has no rows")
+    rows = [_with_label(as_texts(row)) for row in rows]
     for number, row in enumerate(rows, 1):
         columns = row_kind(row)
         if columns is None:
             kinds = ", ".join("+".join(kind) for kind in COLUMNS)
             raise WagleError(f"{where} row {number} has columns {sorted(row)}; needed is one of: {kinds}")
-        if columns[-1] == "label":
-            if row["label"] not in range(len(row["choices"])):
-                raise WagleError(f"{where} row {number}: label {row['label']!r} is no index of its choices")
-        elif not _answer_of(row, columns):
-            raise WagleError(f"{where} row {number}: {columns[-1]!r} is empty")
+        if fault := _fault(row, columns):
+            raise WagleError(f"{where} row {number}: {fault}")
     return rows
+
+
+def _fault(row: Row, columns: tuple[str, ...]) -> Optional[str]:
+    """What is wrong with a row of a kind, None if nothing is."""
+    for column in (*columns, *MORE_TEXTS, "perturbed_answer"):
+        value = row.get(column)
+        if column in (*TEXTS, *MORE_TEXTS) and not isinstance(value, (str, type(None))):
+            return f"{column!r} is a {type(value).__name__}, not a text"
+        if column in LISTS and value is not None and not _is_list_of(value, str):
+            return f"{column!r} is no list of texts"
+        if column in ("input_ids", "labels") and not hasattr(value, "__len__"):
+            return f"{column!r} is no list of tokens"
+    if columns == ("messages",):
+        messages = row["messages"]
+        if not _is_list_of(messages, dict) or not all(
+            isinstance(message.get(part), str) for message in messages for part in ("role", "content")
+        ):
+            return "'messages' is no list of messages, each with the texts 'role' and 'content'"
+    if columns[-1] == "label":
+        label = row["label"]
+        right = isinstance(label, numbers.Integral) and label in range(len(row["choices"]))
+        return None if right else f"label {label!r} is no index of its choices"
+    if not _has_answer(row, columns):
+        return f"{columns[-1]!r} is empty"
+    if columns == ("input_ids", "labels") and len(row["input_ids"]) != len(row["labels"]):
+        return f"there are {len(row['input_ids'])} 'input_ids' and {len(row['labels'])} 'labels'"
+    return None
+
+
+def _has_answer(row: Row, columns: tuple[str, ...]) -> bool:
+    value = row[columns[-1]]
+    if columns == ("messages",):
+        value = value[-1]["content"] if value else ""
+    return bool(value.strip()) if isinstance(value, str) else len(value) > 0
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(item, kind) for item in value)
+
+
+def as_texts(row: Row) -> Row:
+    """A row with the text of numbers, truth values and dates in columns of texts: a year is an answer too.
+
+    The ``answer`` of a multiple choice stays a number.
+
+    >>> as_texts({"question": "When?", "answer": 1980})
+    {'question': 'When?', 'answer': '1980'}
+    """
+    chosen = row.get("choices") is not None
+    texts = {
+        column: _text(row[column])
+        for column in (*TEXTS, *MORE_TEXTS)
+        if _has_text(row.get(column)) and not (chosen and column == "answer")
+    }
+    lists = {
+        column: [_text(item) if _has_text(item) else item for item in row[column]]
+        for column in LISTS
+        if isinstance(row.get(column), (list, tuple)) and any(map(_has_text, row[column]))
+    }
+    return {**row, **texts, **lists} if texts or lists else row
+
+
+def _has_text(value: Any) -> bool:
+    return isinstance(value, (numbers.Number, datetime.date, datetime.time))
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)  # true, false: as JSON and most CSV have them
+
+
+def _with_label(row: Row) -> Row:
+    """A multiple choice with the whole number in ``answer``, or in ``label``, as its ``label``."""
+    if row.get("choices") is None:
+        return row
+    source = "label" if row.get("label") is not None else "answer"
+    value = row.get(source)
+    if type(value) is float and value.is_integer():  # what became of whole numbers in a column with gaps
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value is row.get("label"):
+        return row
+    return {**{name: each for name, each in row.items() if name != source}, "label": int(value)}
 
 
 def spread(rows: list[Row], count: Optional[int]) -> list[Row]:
@@ -108,22 +202,31 @@ def row_key(row: Row) -> str:
     return json.dumps([" ".join(v.split()) if isinstance(v, str) else v for v in values], sort_keys=True, default=list)
 
 
-def _answer_of(row: Row, columns: tuple[str, ...]) -> Any:
-    value = row[columns[-1]]
-    if columns == ("messages",):
-        value = value[-1].get("content") if len(value) else None
-    return value.strip() if isinstance(value, str) else value is not None and len(value)
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Say in one line what is wrong with a file that cannot be decoded or unpacked.
+
+    Raises:
+        WagleError: naming the file.
+    """
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise WagleError(f"{path} is not UTF-8 text (it has the byte {byte:#04x}): save it as UTF-8") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise WagleError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def _open_text(path: Path) -> TextIO:
     """A text file, unpacked if its name says so; only a line feed ends a line."""
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", newline="\n")
-    return path.open(encoding="utf-8", newline="\n")
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="\n")
+    return path.open(encoding="utf-8-sig", newline="\n")
 
 
 def _read_json(path: Path, limit: Optional[int]) -> list[Row]:
-    with _open_text(path) as file:
+    with readable(path), _open_text(path) as file:
         lines = enumerate(file, 1)
         number, line = next(((n, text) for n, text in lines if text.strip()), (1, ""))
         if line.lstrip().startswith("["):
@@ -157,14 +260,37 @@ def _json_lines(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[
 
 def _read_table(path: Path) -> list[Row]:
     import pyarrow
-    import pyarrow.csv
     import pyarrow.parquet
 
-    reader = pyarrow.csv.read_csv if path.suffix == ".csv" else pyarrow.parquet.read_table
     try:
-        return reader(path).to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as error:
+        with readable(path):
+            table = _read_csv(path) if path.suffix.lower() == ".csv" else pyarrow.parquet.read_table(path)
+            return table.to_pylist()
+    except pyarrow.ArrowException as error:
         raise WagleError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _read_csv(path: Path) -> Any:
+    """A CSV file as a table whose columns of texts are texts, whatever their cells look like.
+
+    Raises:
+        WagleError: if a column is not in UTF-8.
+    """
+    import pyarrow
+    import pyarrow.csv
+
+    # one block: a column's type is that of all its cells, and a cell may be as long as a book
+    size = min(max(path.stat().st_size + 1, 1 << 20), (1 << 31) - 1)
+    table = pyarrow.csv.read_csv(
+        path,
+        read_options=pyarrow.csv.ReadOptions(block_size=size),
+        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys((*TEXTS, *MORE_TEXTS), pyarrow.string())),
+    )
+    for field in table.schema:
+        if pyarrow.types.is_binary(field.type):  # what pyarrow makes of text in another encoding
+            raise WagleError(f"{path} is not UTF-8 text (column {field.name!r}): save it as UTF-8")
+    return table
 
 
 def read_hub(source: str, split: str, files: Optional[str] = None, limit: Optional[int] = None) -> list[Row]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Optional
 
 from wagle_pl.data.chunks import chunk_rows, continuation
 from wagle_pl.data.module import ForgetRetainDataModule
-from wagle_pl.data.rows import Row, load_rows, row_kind
+from wagle_pl.data.rows import Row, check_rows, load_rows, row_kind
 from wagle_pl.data.sources import HubSet, local_files, missing, need_columns, read_set
 from wagle_pl.utilities import WagleError
 
@@ -81,7 +81,7 @@ class SuiteDataModule(ForgetRetainDataModule):
         Texts unless overridden; blank ones are left out.
         """
         need_columns(rows[:1], ("text",), f"{name} set ({self.describe(name)})")
-        return [{"text": row["text"]} for row in rows if (row.get("text") or "").strip()]
+        return [{"text": row["text"]} for row in rows if str(row.get("text") or "").strip()]
 
     def limit(self, name: str) -> Optional[int]:
         """How many rows of a set to read at most: for corpora that nobody reads whole."""
@@ -139,6 +139,10 @@ class SuiteDataModule(ForgetRetainDataModule):
             return self.cut_articles(rows)
         if any(row_kind(row) != ("text",) for row in rows):
             return rows
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row["text"], str):
+                kind = type(row["text"]).__name__
+                raise WagleError(f"{name} set ({self.describe(name)}) row {number}: 'text' is a {kind}, not a text")
         if self.chunk_size is not None and name in self.chunked:
             texts = [row["text"] for row in rows]
             texts = ["\n\n".join(texts)] if name in self.joined else texts
@@ -190,7 +194,12 @@ def choice_rows(rows: Sequence[Row], where: str) -> list[Row]:
     """Multiple-choice rows with the right one's index in ``answer`` -> ``question``, ``choices``, ``label``.
 
     Raises:
-        WagleError: naming ``where`` and the row if a column is missing.
+        WagleError: naming ``where`` and the row if a column is missing, or the answer is no index.
     """
-    need_columns(rows, ("question", "choices", "answer"), where)
-    return [{"question": row["question"], "choices": list(row["choices"]), "label": int(row["answer"])} for row in rows]
+    columns = ("question", "choices", "answer")
+    need_columns(rows, columns, where)
+    checked = check_rows([{column: row[column] for column in columns} for row in rows], where)
+    for number, row in enumerate(checked, 1):
+        if row_kind(row) != ("question", "choices", "label"):
+            raise WagleError(f"{where} row {number}: answer {row['answer']!r} is no index of its choices")
+    return checked
