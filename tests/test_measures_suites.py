@@ -120,6 +120,20 @@ def test_a_result_of_ours_reads_like_a_published_one(tofu_tables):
             assert {key: record[key] for key in read} == read
 
 
+def test_rows_of_other_kinds_are_not_in_a_result(tofu_tables):
+    """What a test set of several kinds of rows is made of: a prompt without answer, a choice, a bare answer."""
+    unscored = dict.fromkeys(("nll", "tokens", "paraphrased_nll", "paraphrased_tokens", "perturbed_nll"))
+    bare = dict.fromkeys(("paraphrased_nll", "paraphrased_tokens", "perturbed_nll", "perturbed_tokens"))
+    first, *others = tofu_tables["forget"]
+    mixed = [first | unscored, others[0] | bare, *others[1:]]
+    log = to_result({"forget": mixed, "prompts": [first | unscored]})
+    assert set(log) == {"eval_log_forget.json"}
+    assert set(log["eval_log_forget.json"]["avg_gt_loss"]) == {str(i) for i in range(1, 7)}
+    assert set(log["eval_log_forget.json"]["truth_ratio"]) == {str(i) for i in range(2, 7)}
+    (back,) = from_result(json.loads(json.dumps(log))).values()
+    assert back[0]["nll"] == mixed[1]["nll"] and back[0]["paraphrased_nll"] is None
+
+
 def test_retrained_results_from_folder_and_file(tofu_tables, tmp_path):
     other = {name: asked(7) for name in tofu_tables}
     for name, table in other.items():

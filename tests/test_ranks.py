@@ -425,7 +425,11 @@ def test_wagle_test_on_several_ranks(ranks: Ranks, wagle: Any, tiny_model: str, 
     for row in uneven[1:]:  # one row has more candidates than others: ranks run different numbers of passes
         del row["perturbed_answer"]
     Path("uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in uneven))
-    sets = json.dumps({"forget": rows["forget_test"], "retain": rows["retain_test"], "uneven": "uneven.jsonl"})
+    asked = [{"question": row["question"], "answer": row["answer"]} for row in uneven[:3]]
+    mixed = [{"text": "Nobody asks about such a text, and nobody says more of it. " * 9}] * 3 + asked
+    Path("mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixed))  # one rank generates alone
+    sets = json.dumps({"forget": rows["forget_test"], "retain": rows["retain_test"], "uneven": "uneven.jsonl",
+                       "mixed": "mixed.jsonl"})  # fmt: skip
     common = ["test", "--model", "EvaluationModule", "--model.model", tiny_model, "--model.max_new_tokens", "12",
               "--data", "ForgetRetainDataModule", "--data.forget", rows["forget"], "--data.retain", rows["retain"],
               "--data.test", sets, "--data.test_batch_size", "1", "--trainer.logger", "false",
@@ -439,3 +443,4 @@ def test_wagle_test_on_several_ranks(ranks: Ranks, wagle: Any, tiny_model: str, 
         found = json.loads((Path(name) / "metrics.json").read_text())
         assert found == pytest.approx(expected, rel=1e-4)
         assert pq.read_table(f"{name}/forget.parquet").to_pydict()["generation"] == texts["generation"]
+        assert pq.read_table(f"{name}/mixed.parquet").to_pydict()["generation"].count(None) == 3

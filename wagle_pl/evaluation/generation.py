@@ -7,13 +7,17 @@ from typing import Any
 
 import torch
 
-from wagle_pl import distributed
 from wagle_pl.data.batches import collate
 from wagle_pl.evaluation.likelihood import sequence_logprobs
 
 
 def generate(
-    lm: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, **sampling: Any
+    lm: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    meets: bool = False,
+    **sampling: Any,
 ) -> list[str]:
     """Continuations of prompts as text, greedy unless ``sampling`` says otherwise.
 
@@ -22,6 +26,8 @@ def generate(
         tokenizer: its tokenizer.
         prompts: token ids of each prompt.
         max_new_tokens: longest continuation.
+        meets: whether each of the model's passes is a meeting of all ranks (ZeRO-3): then all generate at the same
+            time, and none is done before all are. Otherwise a rank may generate while others do not.
         sampling: options of ``GenerationConfig``, such as ``do_sample=True, temperature=0.8``; with
             ``num_return_sequences=n`` each prompt has n texts, one after the other.
 
@@ -43,7 +49,7 @@ def generate(
     ids = lm.generate(
         **{name: tensor.to(device) for name, tensor in batch.items()},
         generation_config=config,
-        synced_gpus=distributed.world_size() > 1,
+        synced_gpus=meets,
     )
     new = ids[:, batch["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new.cpu(), skip_special_tokens=True)]

@@ -178,7 +178,7 @@ class Observer:
         if not (distributed.most(len(rows)) if self.passes.meets else rows):
             return
         prompts = [self.template.encode_prompt(row) for row in rows] or [[self.tokenizer.eos_token_id or 0]]
-        texts = generate(self.passes.lm, self.tokenizer, prompts, length)[: len(rows)]
+        texts = generate(self.passes.lm, self.tokenizer, prompts, length, self.passes.meets)[: len(rows)]
         for row, record, text in zip(rows, records, texts, strict=True):
             record["generation"] = text
             if answer := C.answer_of(row):

@@ -29,14 +29,15 @@ OPTION_SETS = ("real_authors", "world_facts")  # their probability is that among
 def to_result(tables: Mapping[str, Table]) -> dict[str, dict[str, dict[str, Any]]]:
     """Tables of records (see :mod:`wagle_pl.evaluation.observe`) -> a TOFU result; other sets keep their name.
 
-    Sets without questions and answers are left out.
+    Rows without a question and a scored answer are left out, and sets of no other rows.
     """
     asked = {
-        name: table
+        name: [record for record in table if record["question"] and record.get("nll") is not None]
         for name, table in tables.items()
-        if any(record["question"] and record.get("nll") is not None for record in table)
     }
-    return {RESULT_KEYS.get(name, name): _to_log(table, name in OPTION_SETS) for name, table in asked.items()}
+    return {
+        RESULT_KEYS.get(name, name): _to_log(table, name in OPTION_SETS) for name, table in asked.items() if table
+    }
 
 
 def _to_log(table: Table, options: bool) -> dict[str, dict[str, Any]]:
@@ -55,7 +56,7 @@ def _to_log(table: Table, options: bool) -> dict[str, dict[str, Any]]:
             note(name, row, record.get(name))
         perturbed = record.get("perturbed_nll") or []
         note("average_perturb_loss", row, perturbed)
-        if "paraphrased_nll" in record:
+        if record.get("paraphrased_nll") is not None:
             note("avg_paraphrased_loss", row, record["paraphrased_nll"])
             note("paraphrased_loss", row, record["paraphrased_nll"] * record["paraphrased_tokens"])
             note("num_token_paraphrased", row, record["paraphrased_tokens"])

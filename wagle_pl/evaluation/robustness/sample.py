@@ -78,7 +78,8 @@ class Sample(Attack):
             with torch.random.fork_rng(devices=devices):
                 torch.manual_seed(self.seed * 1_000_003 + numbers[place])
                 prompt = subject.template.encode_prompt(rows[place])
-                texts = generate(subject.lm, subject.template.tokenizer, [prompt], length, **sampling)
+                meets = subject.observer.passes.meets
+                texts = generate(subject.lm, subject.template.tokenizer, [prompt], length, meets, **sampling)
             found.append((place, texts))
         by_place = dict(distributed.gather(found))
         return [by_place[place] for place in range(len(rows))]
