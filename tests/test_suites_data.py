@@ -363,6 +363,17 @@ def test_one_step_of_each_kind(wagle, tiny_model, tmp_path, request, suite):
     assert str(folder) in record["lineage"][-1]["data"]["forget"]
 
 
+def test_a_book_is_recited_to_the_end(wagle, book, tiny_model, tokenizer, tmp_path):
+    """Generations as long as the book's own continuations, whatever length is asked for; other sets keep to that."""
+    data = ("--data", "CopyrightDataModule", "--data.folder", book, *SUITES["book"][1:])
+    model = ("--model", "EvaluationModule", "--model.model", tiny_model, "--model.max_new_tokens", "6")
+    module = wagle("test", *model, "--model.output", "out", *data, *STEP[2:-2], data=False).model
+    counts = [len(tokenizer(row["response"])["input_ids"]) for row in module.trainer.datamodule.rows("test/forget")]
+    assert module.max_new_tokens_of("forget") == max(counts) > 20 and module.max_new_tokens_of("forget_qa") == 6
+    said = pyarrow.parquet.read_table(tmp_path / "out/forget.parquet").to_pydict()["generation"]
+    assert max(len(tokenizer(text)["input_ids"]) for text in said) > 12
+
+
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 

@@ -55,7 +55,8 @@ class EvaluationModule(L.LightningModule):
         reference: results of a reference model, likewise, for the reference attack of membership inference.
         truth_ratio_form: ``geometric`` (TOFU's script) or ``arithmetic`` (its paper).
         generate: also generate answers; False saves most of the time and leaves out what is measured on them.
-        max_new_tokens: longest generation, where the benchmark fixes none.
+        max_new_tokens: longest generation, where the benchmark fixes none; a book's continuations are generated to
+            their own length at least.
         paraphrased_questions: ask forget and retain rows with their ``paraphrased_question`` too, as WAGLE's code does
             for its forget quality and accuracy on TOFU.
         toxicity_classifier: folder or hub id of a text classifier that reads the generations, such as
@@ -128,6 +129,8 @@ class EvaluationModule(L.LightningModule):
         self.general: dict[str, float] = {}
         self._tables: dict[str, Table] = {}
         self._results: dict[str, Results] = {}
+        #: Recited test set -> its longest answer in tokens.
+        self._longest: dict[str, int] = {}
         #: Measure -> what is known of it, where the suite does not know it.
         self._infos: dict[str, Info] = {}
 
@@ -199,8 +202,18 @@ class EvaluationModule(L.LightningModule):
         return frozenset(needs)
 
     def max_new_tokens_of(self, name: str) -> int:
-        """The longest generation from a test set's rows."""
-        return self.suite.max_new_tokens.get(name, self.max_new_tokens)
+        """The longest generation from a test set's rows: the benchmark's, or ``max_new_tokens``.
+
+        Of a set that is recited it is the longest answer's length if that is more, within the data's ``max_length``.
+        """
+        fixed = self.suite.max_new_tokens.get(name, self.max_new_tokens)
+        if name not in self.suite.recited:
+            return fixed
+        if name not in self._longest:
+            texts = [answer_of(row) for row in self._rows(name)]
+            tokens = self.trainer.datamodule.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            self._longest[name] = min(max(map(len, tokens)), self.trainer.datamodule.max_length)
+        return max(fixed, self._longest[name])
 
     def on_test_start(self) -> None:
         """Check what is compared with, and find the test sets that an earlier, interrupted test finished."""

@@ -35,9 +35,7 @@ def to_result(tables: Mapping[str, Table]) -> dict[str, dict[str, dict[str, Any]
         name: [record for record in table if record["question"] and record.get("nll") is not None]
         for name, table in tables.items()
     }
-    return {
-        RESULT_KEYS.get(name, name): _to_log(table, name in OPTION_SETS) for name, table in asked.items() if table
-    }
+    return {RESULT_KEYS.get(name, name): _to_log(table, name in OPTION_SETS) for name, table in asked.items() if table}
 
 
 def _to_log(table: Table, options: bool) -> dict[str, dict[str, Any]]:

@@ -64,6 +64,9 @@ class Suite:
     needs: Mapping[str, Collection[str]] = {}
     #: Test set -> longest generation in tokens, where the benchmark fixes one.
     max_new_tokens: Mapping[str, int] = {}
+    #: Test sets whose answers are recited: generations are as long as the longest of them at least, or what is recalled
+    #: of an answer would be bounded by the length asked for.
+    recited: Collection[str] = ()
     #: Test set -> text before each of its multiple choices.
     headers: Mapping[str, str] = {}
     #: Measure -> what is known of it. Other names are looked up by what stands after the last slash.

@@ -131,6 +131,7 @@ class CopyrightSuite(GenericSuite):
     """
 
     sets = ("forget", "forget_qa", "retain_qa", "wikitext")
+    recited = ("forget",)
 
     def measures(self, seen: Observations) -> dict[str, Value]:
         """See :class:`CopyrightSuite`."""
