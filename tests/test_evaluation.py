@@ -10,12 +10,14 @@ import pytest
 import torch
 from conftest import write_rows
 from scipy.stats import hmean, ks_2samp
+from transformers import GenerationConfig
 
 from wagle_pl import WagleError
 from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.data.rows import load_rows
 from wagle_pl.evaluation import AnswerProbability, ForgetQuality, Rouge, TruthRatio
 from wagle_pl.evaluation import functional as F
+from wagle_pl.evaluation.generation import generate
 from wagle_pl.evaluation.likelihood import forward_answers, sequence_logprobs, token_logprobs
 from wagle_pl.evaluation.module import _warn_of_narrow_types
 from wagle_pl.evaluation.tofu import load_result, tofu_forget_quality, tofu_model_utility
@@ -172,6 +174,30 @@ def test_generation_equals_transformers_own(wagle, tiny_model, test_sets, tmp_pa
     out = model.generate(**ids, do_sample=False, max_new_tokens=12, pad_token_id=0)
     text = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     assert row["generation"] == text
+
+
+def test_greedy_is_greedy_whatever_the_model_s_own_config_says(tiny_model):
+    model, tokenizer = load_model(tiny_model).eval(), load_tokenizer(tiny_model)
+    torch.manual_seed(0)
+    for weight in model.parameters():  # one that does not say the same token again and again
+        torch.nn.init.normal_(weight, std=0.5)
+    prompt = tokenizer("Where does it meet?")["input_ids"]
+    ids = list(prompt)
+    for _ in range(12):  # without transformers: the likeliest token each time
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    said = ids[len(prompt) :]
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=2.0, repetition_penalty=1.8, no_repeat_ngram_size=1, bad_words_ids=[[said[0]]],
+        sequence_bias={(said[1],): -99.0}, min_new_tokens=5, num_beams=3, stop_strings="e",
+    )  # fmt: skip
+    own = model.generation_config.to_dict()
+    assert generate(model, tokenizer, [prompt], 12) == [tokenizer.decode(said, skip_special_tokens=True).strip()]
+    assert model.generation_config.to_dict() == own
+    stop = next(token for token in said[2:] if token not in said[:2])
+    ended = [tokenizer.decode(said[: said.index(stop) + 1], skip_special_tokens=True).strip()]
+    for listed in ([tokenizer.eos_token_id, stop], [stop], stop):
+        model.generation_config = GenerationConfig(eos_token_id=listed)
+        assert generate(model, tokenizer, [prompt], 12) == ended
 
 
 @pytest.mark.parametrize(

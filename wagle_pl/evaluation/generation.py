@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ def generate(
     **sampling: Any,
 ) -> list[str]:
     """Continuations of prompts as text, greedy unless ``sampling`` says otherwise.
+
+    Of the model's own generation config only the tokens that end a text count, beside the tokenizer's: a chat model may
+    end its turn with another token than a text, and its penalties or its sampling are not what is measured.
 
     Args:
         lm: a Hugging Face causal language model, in evaluation mode.
@@ -42,17 +46,38 @@ def generate(
     config = GenerationConfig(
         **{"do_sample": False, **sampling},
         max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=stop_tokens(lm, tokenizer) or None,
         pad_token_id=pad_id,
         use_cache=True,
     )
-    ids = lm.generate(
-        **{name: tensor.to(device) for name, tensor in batch.items()},
-        generation_config=config,
-        synced_gpus=meets,
-    )
+    with _without_defaults(lm):
+        ids = lm.generate(
+            **{name: tensor.to(device) for name, tensor in batch.items()},
+            generation_config=config,
+            synced_gpus=meets,
+        )
     new = ids[:, batch["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new.cpu(), skip_special_tokens=True)]
+
+
+def stop_tokens(lm: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end a generation: those that the model's generation config lists, and the tokenizer's."""
+    own = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
+    listed = own if isinstance(own, (list, tuple)) else [own]
+    return sorted({int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None})
+
+
+@contextmanager
+def _without_defaults(lm: Any) -> Iterator[None]:
+    """Hide the model's generation config: ``generate`` takes from it whatever a config given leaves at None."""
+    from transformers import GenerationConfig
+
+    own = lm.generation_config
+    lm.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        lm.generation_config = own
 
 
 def first_tokens(tokenizer: Any, text: str, count: int) -> str:
