@@ -228,6 +228,21 @@ def test_a_training_batch(rows, tokenizer):
     assert sorted(torch.cat([batch["forget"]["row"] for batch in batches]).tolist()) == list(range(11))
 
 
+def test_so_many_test_rows_with_and_without_test_files(rows):
+    whole = load_rows(rows["forget"])
+    for test in (None, {"forget": rows["forget"]}):
+        data = ForgetRetainDataModule(rows["forget"], rows["retain"], test=test, limit_test=3)
+        assert data.rows("test/forget") == [whole[0], whole[3], whole[7]] and len(data.rows("forget")) == 11
+    assert ForgetRetainDataModule(rows["forget"], limit_test=3).rows("test/retain") is None
+
+
+@pytest.mark.parametrize("option", ["limit_forget", "limit_retain", "limit_test"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_limits_below_one_are_refused(option, value):
+    with pytest.raises(WagleError, match=rf"data\.{option} must be at least 1, got {value}"):
+        ForgetRetainDataModule("forget.jsonl", **{option: value})
+
+
 def test_refusals_answer_the_forget_rows_of_the_same_batch(rows, tokenizer):
     data = attach(
         ForgetRetainDataModule(rows["forget"], rows["retain"], batch_size=4), tokenizer, ("refusal", "forget")

@@ -92,6 +92,10 @@ class ForgetRetainDataModule(L.LightningDataModule):
         if batch_size < 1 or test_batch_size < 1:
             raise WagleError(f"data.batch_size and data.test_batch_size must be at least 1, got {batch_size} and "
                              f"{test_batch_size}")  # fmt: skip
+        limits = {"limit_forget": limit_forget, "limit_retain": limit_retain, "limit_test": limit_test}
+        for option, value in limits.items():
+            if value is not None and value < 1:
+                raise WagleError(f"data.{option} must be at least 1, got {value}; null uses all rows")
         self.sources = {"forget": forget, "retain": retain, "holdout": holdout}
         self.test_sources = test
         self.split = split
@@ -147,9 +151,9 @@ class ForgetRetainDataModule(L.LightningDataModule):
     def _load(self, name: str) -> Optional[list[Row]]:
         rows = self.load_rows(name)
         if rows is None:
-            if name.startswith("test/") and self.test_sources is None:
-                return self.rows(name.removeprefix("test/"))
-            return None
+            own = name.removeprefix("test/") if name.startswith("test/") and self.test_sources is None else None
+            trained = self.rows(own) if own else None
+            return None if trained is None else spread(trained, self.limit_test)
         rows = check_rows(rows, where=f"{name} set ({self.describe(name)})")
         rows = spread(rows, self.limit_test) if name.startswith("test/") else rows[: self.limits.get(name)]
         return self._without_overlap(rows) if name == "retain" else rows
