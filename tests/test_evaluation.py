@@ -262,6 +262,18 @@ def test_other_settings_do_not_reuse_results(wagle, fails, tiny_model, test_sets
     wagle(*args, "--model.max_new_tokens", "5", "--model.overwrite", "true")
 
 
+def test_a_suite_with_another_header_does_not_reuse_results(wagle, fails, tiny_model, tmp_path):
+    questions = write_rows(tmp_path / "questions.jsonl", KINDS["questions"])
+    args = (*TEST, "--model.model", tiny_model, "--model.output", "out",
+            "--data.test", json.dumps({"wmdp_bio": questions}))  # fmt: skip
+    wagle(*args, "--model.suite", "generic")
+    plain = pq.read_table(tmp_path / "out/wmdp_bio.parquet").to_pylist()
+    assert "other header" in fails(*args, "--model.suite", "wmdp")
+    wagle(*args, "--model.suite", "wmdp", "--model.overwrite", "true")
+    headed = pq.read_table(tmp_path / "out/wmdp_bio.parquet").to_pylist()
+    assert headed[0]["choice_logprobs"] != plain[0]["choice_logprobs"]
+
+
 def test_what_rows_do_not_allow_is_said(wagle, tiny_model, tmp_path, capsys):
     plain = write_rows(tmp_path / "plain.jsonl", [{"question": "Who?", "answer": "Nobody."}])
     module = wagle(*TEST, "--model.model", tiny_model, "--data.test", json.dumps({"forget": plain})).model

@@ -247,10 +247,12 @@ class EvaluationModule(L.LightningModule):
     def _key(self, name: str) -> dict[str, Any]:
         """What a set's table depends on, besides the model."""
         needs = self.needs_of(name)
+        header = self.suite.headers.get(name)
         return {
             "rows": _digest(json.dumps(self._rows(name), default=str)),
             "needs": sorted(needs),
             "generate": self.max_new_tokens_of(name) if "generation" in needs else 0,
+            **({"header": header} if header and "choices" in needs else {}),
         }
 
     def _shortened(self) -> dict[str, str]:
