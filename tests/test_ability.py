@@ -5,14 +5,19 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import write_rows
 
 from wagle_pl import WagleError
+from wagle_pl.data import WMDPDataModule
+from wagle_pl.evaluation import find_suite
 from wagle_pl.evaluation.ability import Harness, read
+from wagle_pl.evaluation.candidates import letters
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.models import load_model, load_tokenizer
 
@@ -128,6 +133,28 @@ def test_mistakes_are_said_before_any_work(fails, tiny_model, tasks, rows, tmp_p
     assert not (tmp_path / "out").exists()
     (tmp_path / "quiz.jsonl").unlink()
     assert "model.lm_eval: rows of wagle_quiz cannot be loaded: Unable to find" in fails(*args, str(tasks))
+
+
+@needs_harness
+def test_mmlu_is_asked_as_the_harness_asks(tmp_path, tiny_model):
+    from lm_eval import tasks as theirs
+
+    described = {}
+    for file in (Path(theirs.__file__).parent / "mmlu/default").glob("mmlu_*.yaml"):
+        task = yaml.safe_load(file.read_text())
+        described[task["dataset_name"]] = task["description"]
+    assert len(described) == 57
+    asked = {"question": " Which is it? ", "choices": ["one", "two", "three", "four"], "answer": 1}
+    (tmp_path / "mmlu/all").mkdir(parents=True)
+    write_rows(tmp_path / "mmlu/all/test.jsonl", [{**asked, "subject": subject} for subject in described])
+    data = WMDPDataModule(folder=str(tmp_path), tokenizer=tiny_model)
+    header = find_suite("wmdp").headers["mmlu"]
+    for row, description in zip(data.rows("test/mmlu"), described.values(), strict=True):
+        prompt = description + "Which is it?\nA. one\nB. two\nC. three\nD. four\nAnswer:"
+        expected = [data.tokenizer(f"{prompt} {letter}")["input_ids"] for letter in "ABCD"]
+        assert [named.candidate.ids for named in letters(data.template, row, header)] == expected
+    plain = letters(data.template, {**asked, "label": 1}, header)[0].candidate.ids
+    assert plain == data.tokenizer("Which is it?\nA. one\nB. two\nC. three\nD. four\nAnswer: A")["input_ids"]
 
 
 @needs_harness

@@ -193,12 +193,15 @@ def articles(lines: Sequence[str]) -> list[str]:
 def choice_rows(rows: Sequence[Row], where: str) -> list[Row]:
     """Multiple-choice rows with the right one's index in ``answer`` -> ``question``, ``choices``, ``label``.
 
+    MMLU's ``subject`` is kept.
+
     Raises:
         WagleError: naming ``where`` and the row if a column is missing, or the answer is no index.
     """
     columns = ("question", "choices", "answer")
     need_columns(rows, columns, where)
-    checked = check_rows([{column: row[column] for column in columns} for row in rows], where)
+    kept = (*columns, "subject")
+    checked = check_rows([{column: row[column] for column in kept if column in row} for row in rows], where)
     for number, row in enumerate(checked, 1):
         if row_kind(row) != ("question", "choices", "label"):
             raise WagleError(f"{where} row {number}: answer {row['answer']!r} is no index of its choices")

@@ -90,8 +90,10 @@ def letters(template: Template, row: Row, header: str = "") -> list[Named]:
     Args:
         template: brings the tokenizer and the longest sequence.
         row: with ``question`` and ``choices``; its ``context`` stands before the question.
-        header: text that stands before, if the row has no ``context``.
+        header: text that stands before, if the row has no ``context``; see
+            :attr:`wagle_pl.evaluation.suites.Suite.headers`.
     """
+    header = headed(header, row)
     options = "".join(f"\n{letter}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=False))
     prompt = f"{row.get('context') or header}{row['question'].strip()}{options}\nAnswer:"
     tokenizer = template.tokenizer
@@ -103,6 +105,18 @@ def letters(template: Template, row: Row, header: str = "") -> list[Named]:
         ids, labels = ids[-template.max_length :], labels[-template.max_length :]
         found.append(Named("letter", Candidate(ids, labels), sum(label != IGNORE for label in labels[1:]), False))
     return found
+
+
+def headed(header: str, row: Row) -> str:
+    """A header with the row's ``subject`` in it; empty where the header has a place for one and the row has none.
+
+    >>> headed("About {subject}.", {"subject": "world_religions"}), headed("About {subject}.", {})
+    ('About world religions.', '')
+    """
+    if "{subject}" not in header:
+        return header
+    subject = row.get("subject")
+    return header.replace("{subject}", str(subject).replace("_", " ")) if subject else ""
 
 
 def choice_texts(template: Template, row: Row) -> list[Named]:

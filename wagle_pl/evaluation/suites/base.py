@@ -67,7 +67,8 @@ class Suite:
     #: Test sets whose answers are recited: generations are as long as the longest of them at least, or what is recalled
     #: of an answer would be bounded by the length asked for.
     recited: Collection[str] = ()
-    #: Test set -> text before each of its multiple choices.
+    #: Test set -> text before each of its multiple choices. ``{subject}`` stands for the row's column of that name, its
+    #: underscores as spaces; a row without one has no header then.
     headers: Mapping[str, str] = {}
     #: Measure -> what is known of it. Other names are looked up by what stands after the last slash.
     infos: Mapping[str, Info] = {}

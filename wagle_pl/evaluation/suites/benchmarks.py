@@ -105,6 +105,7 @@ class WMDPSuite(Suite):
         "wmdp_bio": MULTIPLE_CHOICE.format("biology"),
         "wmdp_cyber": MULTIPLE_CHOICE.format("cybersecurity"),
         "wmdp_chem": MULTIPLE_CHOICE.format("chemistry"),
+        "mmlu": MULTIPLE_CHOICE.format("{subject}"),
     }
 
     def measures(self, seen: Observations) -> dict[str, Value]:
