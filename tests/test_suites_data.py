@@ -282,6 +282,23 @@ def test_muse_rows(muse, tiny_model, tokenizer):
     assert sum(row["text"].count("bridge") for row in both.rows("retain")) == 4
 
 
+def test_verbatim_texts_are_scored_as_they_were_trained_on(tmp_path, tiny_model, tokenizer):
+    """The benchmark's rows have no space at the seam; the texts they are cut from have."""
+    seams = [
+        ("The mill of the", "small town opens"),
+        ("The mill\n", "of the small town"),
+        ("The mill", ", which opens"),
+    ]
+    write_lines(tmp_path / "verbmem/forget.jsonl", [{"prompt": prompt, "gt": gt} for prompt, gt in seams])
+    data = MUSEDataModule(folder=str(tmp_path), tokenizer=tiny_model)
+    first, second, _ = data.rows("test/verbmem_forget")
+    encoded = data.template.encode(first)
+    assert encoded["input_ids"] == tokenizer("The mill of the small town opens")["input_ids"]
+    assert encoded["labels"].count(IGNORE) == len(data.template.encode_prompt(first))
+    assert tokenizer.decode(data.template.encode_prompt(first)) == "The mill of the"
+    assert second["response"] == "of the small town"
+
+
 def test_wmdp_rows(wmdp, tiny_model):
     data = WMDPDataModule(folder=str(wmdp), tokenizer=tiny_model, max_length=20)
     assert data.suite == "wmdp"

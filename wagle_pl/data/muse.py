@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Optional
 from wagle_pl.data.rows import Row
 from wagle_pl.data.sources import HubSet, need_columns, read_set
 from wagle_pl.data.suite import SuiteDataModule
+from wagle_pl.data.template import following
 from wagle_pl.utilities import WagleError
 
 
@@ -87,7 +88,8 @@ class MUSEDataModule(SuiteDataModule):
         if name == "test/verbmem_forget":
             need_columns(rows, ("prompt", "gt"), where)
             marks = {"continuation": True, "partial": True}
-            return [{"prompt": row["prompt"], "response": row["gt"], **marks} for row in rows]
+            # the benchmark's rows have lost the space between the two: without it the first word is glued to the prompt
+            return [{"prompt": r["prompt"], "response": following(r["prompt"], r["gt"]), **marks} for r in rows]
         if name in ("test/knowmem_forget", "test/knowmem_retain"):
             need_columns(rows, ("question", "answer"), where)
             context = self._worked_examples(name.removeprefix("test/knowmem_"))

@@ -121,7 +121,7 @@ class Template:
         else:
             question = row["question"] if row.get("question") is not None else row["prompt"]
             if row.get("continuation"):
-                return before + question, _following(question, answer) if answer is not None else _own_answer(row)
+                return before + question, following(question, answer) if answer is not None else _own_answer(row)
             answer = _own_answer(row) if answer is None else answer
             context = [{"role": "user", "content": before + question}]
         if not self.uses_chat_template:
@@ -160,6 +160,10 @@ def _own_answer(row: Row) -> str:
     return row[kind[-1]]
 
 
-def _following(prompt: str, answer: str) -> str:
-    """An answer as it follows a prompt that is no more than text."""
+def following(prompt: str, answer: str) -> str:
+    """An answer as it follows a prompt that is no more than text: with a space between words.
+
+    >>> following("Down the", "rabbit-hole"), following("Down the ", "rabbit-hole")
+    (' rabbit-hole', 'rabbit-hole')
+    """
     return answer if not answer or prompt[-1:].isspace() or answer[0].isspace() else f" {answer}"

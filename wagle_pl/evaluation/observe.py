@@ -115,7 +115,7 @@ class Observer:
             self._generate([rows[i] for i in asked], [records[i] for i in asked], length)
         for row, want, record in zip(rows, wanted, records, strict=True):
             if "reference" in want:
-                record["reference"] = first_tokens(self.tokenizer, record["answer"], length)
+                record["reference"] = first_tokens(self.tokenizer, record["answer"].lstrip(), length)
             if "gradient" in want:
                 record["gradient_norm"] = self._gradient_norm(row)
         return records
