@@ -223,6 +223,7 @@ def test_copyright():
     assert "TruthfulQA" in str(found["ut_average"]) and found["forget/bleu"] == pytest.approx(100)
     general = {"truthfulqa_mc2": 0.4, "piqa": 0.8, "boolq": 0.6}
     assert find_suite("copyright").measures(Observations(tables, general=general))["ut_average"] == pytest.approx(0.55)
+    assert "another number" in find_suite("copyright").info("wikitext/word_perplexity").what  # than the harness has
     tables["wikitext"][0]["cut"] = True
     assert "1 of 5 texts are cut" in str(
         find_suite("copyright").measures(Observations(tables))["wikitext/word_perplexity"]

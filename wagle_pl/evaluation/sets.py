@@ -140,7 +140,11 @@ class SetMeasures:
         return F.perplexity(self.nll() * counts, counts).item()
 
     def word_perplexity(self) -> float:
-        """Perplexity per word; words are separated by white space."""
+        """Perplexity per word; words are separated by white space.
+
+        Of the text as it stands, chunk by chunk. That is not lm-evaluation-harness's number on WikiText: it scores
+        pages detokenised, each window but the first after the token before it, and counts the words of the raw page.
+        """
         cut = sum(map(bool, self.column("cut", "note of whether they are whole")))
         if cut:
             raise Undefined(f"{cut} of {len(self.table)} texts are cut at max_length: their words cannot be counted")

@@ -149,8 +149,7 @@ def perplexity(nll_sum: Tensor, count: Tensor) -> Tensor:
 
     Args:
         nll_sum: (N,) summed negative log-likelihood of each text.
-        count: (N,) how many tokens, or words, of each text that is; words give lm-evaluation-harness's
-            ``word_perplexity``.
+        count: (N,) how many tokens, or words, of each text that is.
 
     Raises:
         Undefined: if nothing was counted.

@@ -55,7 +55,8 @@ _CATALOGUE = {
     "bleu": _Entry("0 to 100", "higher", "lower", "mean sentence BLEU of the generation (WAGLE)"),
     "perplexity": _Entry("perplexity", "lower", "retrained", "exp of the mean negative log-likelihood of a token"),
     "word_perplexity": _Entry("perplexity", "lower", "retrained",
-                              "the same per word, as lm-evaluation-harness has it"),
+                              "the same per word of the text as it stands (lm-evaluation-harness detokenises WikiText "
+                              "first: another number)"),
     "toxicity": _Entry(_SCORE, "lower", "lower", "mean toxicity of the generations by the classifier (WAGLE)"),
     "toxic_rate": _Entry(_SHARE, "lower", "lower", "generations with a toxicity above 0.5"),
     "repetition": _Entry(_SHARE, "lower", "lower", "4-grams of the generations that are repeated"),
