@@ -15,11 +15,13 @@ from transformers import GenerationConfig
 from wagle_pl import WagleError
 from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.data.rows import load_rows
-from wagle_pl.evaluation import AnswerProbability, ForgetQuality, Rouge, TruthRatio
+from wagle_pl.data.template import Template
+from wagle_pl.evaluation import AnswerProbability, ForgetQuality, Observations, Rouge, TruthRatio, find_suite
 from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.generation import generate
 from wagle_pl.evaluation.likelihood import forward_answers, sequence_logprobs, token_logprobs
 from wagle_pl.evaluation.module import _warn_of_narrow_types
+from wagle_pl.evaluation.observe import Observer, observe_set
 from wagle_pl.evaluation.tofu import load_result, tofu_forget_quality, tofu_model_utility
 from wagle_pl.models import load_model, load_tokenizer
 
@@ -413,6 +415,27 @@ def test_every_kind_of_row(kinds, tiny_model):
     assert all(record["generation"] is not None for record in tables["prompts"])
     assert "prompts/fluency" in module.metrics or "prompts/fluency" in module.undefined
     assert "gradient_norm" in module.undefined["members/mia_gradnorm"]
+
+
+def test_rows_of_tokens(tiny_model):
+    """Nothing is generated without a prompt, and nothing that needs their text is said of them."""
+    model, tokenizer = load_model(tiny_model).eval(), load_tokenizer(tiny_model)
+    ids = tokenizer("Where does it meet? In a bakery in Sibiu.")["input_ids"]
+    asked = {"input_ids": ids, "labels": [-100] * 4 + ids[4:-1] + [-100]}
+    rows = [{"input_ids": ids, "labels": ids}, asked]
+    observer = Observer(model, Template(tokenizer), max_new_tokens=5)
+    assert observer.template.encode_prompt(asked) == ids[:4]
+    table = observe_set(observer, rows, find_suite("generic").needs_of("members", ("members", "nonmembers")))
+    assert table[0]["generation"] is None
+    said = model.generate(torch.tensor([ids[:4]]), do_sample=False, max_new_tokens=5, pad_token_id=0)[0, 4:]
+    assert table[1]["generation"] == tokenizer.decode(said, skip_special_tokens=True).strip()
+    logprobs = model(torch.tensor([ids])).logits.log_softmax(-1)[0, :-1].gather(-1, torch.tensor(ids)[1:, None])
+    found = find_suite("generic").measures(Observations({"members": table, "nonmembers": table}))
+    total = logprobs.sum() + logprobs[3:-1].sum()
+    assert found["members/perplexity"] == pytest.approx(math.exp(-total / (2 * len(ids) - 6)), rel=1e-4)
+    assert found["members/mia_loss"] == 0.5
+    for name in ("members/word_perplexity", "members/mia_zlib"):
+        assert "2 of 2 rows are tokens" in str(found[name])
 
 
 def test_attention_is_the_one_asked_for(kinds, tiny_model):

@@ -95,10 +95,11 @@ class Template:
         return {"input_ids": ids, "labels": labels}
 
     def encode_prompt(self, row: Row) -> list[int]:
-        """Token ids a model continues to answer the row."""
+        """Token ids a model continues to answer the row: of a row of tokens, those before the first label."""
         kind = row_kind(row)
         if kind == ("input_ids", "labels"):
-            return [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORE]
+            ids, labels = list(row["input_ids"]), row["labels"]
+            return ids[: next((i for i, label in enumerate(labels) if label != IGNORE), len(ids))]
         if kind == ("text",):
             ids = self.tokenizer(row["text"])["input_ids"]
             return ids[: max(1, len(ids) // 2)]

@@ -52,8 +52,11 @@ POSSIBLE: Mapping[Optional[tuple[str, ...]], frozenset[str]] = {
 
 
 def possible(row: Row, needs: Collection[str]) -> frozenset[str]:
-    """Those of ``needs`` that the row's kind can answer."""
-    return frozenset(needs) & POSSIBLE.get(row_kind(row), NEEDS - {"choices", "choice_texts"})
+    """Those of ``needs`` that the row's kind can answer; tokens with a label on the first have no prompt to go on."""
+    kind = row_kind(row)
+    unprompted = kind == ("input_ids", "labels") and row["labels"][0] != IGNORE
+    found = frozenset(needs) & POSSIBLE.get(kind, NEEDS - {"choices", "choice_texts"})
+    return found - {"generation"} if unprompted else found
 
 
 class Observer:

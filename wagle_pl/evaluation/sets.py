@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from typing import Any, Literal, Union
 
@@ -103,6 +102,14 @@ class SetMeasures:
             raise Undefined(f"all {len(self.table)} generations are empty")
         return texts
 
+    def texts_scored(self) -> list[str]:
+        """(N,) the texts whose likelihood is known: answers, continuations, texts."""
+        texts = self.column("answer", "text")
+        missing = sum(not text for text in texts)
+        if missing:
+            raise Undefined(f"{missing} of {len(texts)} rows are tokens (input_ids and labels) whose text is not known")
+        return texts
+
     def ratios(self) -> Tensor:
         """(N,) truth ratios."""
         return F.truth_ratio(self.numbers("paraphrased_nll", "paraphrased answer"), self.perturbed(), self.form)
@@ -148,7 +155,7 @@ class SetMeasures:
         cut = sum(map(bool, self.column("cut", "note of whether they are whole")))
         if cut:
             raise Undefined(f"{cut} of {len(self.table)} texts are cut at max_length: their words cannot be counted")
-        words = torch.tensor([len(re.split(r"\s+", text)) for text in self.column("answer", "text")])
+        words = torch.tensor([len(text.split()) for text in self.texts_scored()])
         return F.perplexity(self.nll() * self.numbers("tokens", "tokens"), words).item()
 
     def accuracy(self) -> float:

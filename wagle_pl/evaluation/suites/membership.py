@@ -33,7 +33,7 @@ def scores(table: Table, attack: str, reference: Optional[Table] = None) -> Tens
     if attack == "loss":
         return found.nll()
     if attack == "zlib":
-        pairs = zip(found.nll().tolist(), found.column("answer", "text"), strict=True)
+        pairs = zip(found.nll().tolist(), found.texts_scored(), strict=True)
         return torch.tensor([F.zlib_ratio(nll, text) for nll, text in pairs], dtype=torch.float64)
     if attack == "reference":
         if reference is None:
