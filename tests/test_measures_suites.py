@@ -141,7 +141,7 @@ def test_retrained_results_from_folder_and_file(tofu_tables, tmp_path):
     (tmp_path / "metrics.json").write_text("{}")
     (tmp_path / "published.json").write_text(json.dumps(to_result(other)))
     expected = ks_2samp(ratios(tofu_tables["forget"], "geometric"), ratios(other["forget"], "geometric")).pvalue
-    for path in (tmp_path, tmp_path / "published.json"):
+    for path in (tmp_path, tmp_path / "metrics.json", tmp_path / "published.json"):
         found = find_suite("tofu").measures(Observations(tofu_tables, Results(path)))
         assert found["forget_quality"] == pytest.approx(expected)
     areas = [membership.auc(Observations(t), "forget", "holdout", "min_k") for t in (tofu_tables, other)]

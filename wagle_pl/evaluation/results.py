@@ -22,6 +22,8 @@ RESULT_FILE = "tofu_result.json"
 class Results:
     """What an earlier test found: a folder that ``wagle test`` wrote, its ``metrics.json``, or a TOFU result file.
 
+    A ``metrics.json`` stands for the folder it lies in, whose tables hold what comparisons need.
+
     Args:
         path: folder or file.
         option: the option that named it, for messages.
@@ -32,6 +34,8 @@ class Results:
 
     def __init__(self, path: str | Path, option: str = "model.retrained") -> None:
         self.path = Path(path)
+        if self.path.name == METRICS_FILE and self.path.is_file():
+            self.path = self.path.parent
         self.option = option
         self.metrics: dict[str, float] = {}
         self.tofu: Optional[Result] = None
