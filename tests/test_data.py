@@ -181,6 +181,20 @@ def test_explicit_formats(tokenizer):
         Template(tokenizer, "Q")
 
 
+def test_a_chat_template_that_refuses_names_the_row(tiny_model, tmp_path):
+    tokenizer = load_tokenizer(tiny_model)
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for message in messages %}{{ message.content }} {% endfor %}"
+    )
+    roles = ("system", "user", "assistant")
+    rows = [QA[0], {"messages": [{"role": role, "content": "Who?"} for role in roles]}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    data = attach(ForgetRetainDataModule(path), tokenizer)
+    with pytest.raises(WagleError, match=r"rows\.jsonl\) row 2: .*roles system, user \(System role not supported\)"):
+        data.tokens("forget")
+
+
 def test_every_kind_of_row(tokenizer):
     template = Template(tokenizer)
     qa = template.encode({"question": "Who?", "answer": "Nobody."})

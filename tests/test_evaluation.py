@@ -438,6 +438,13 @@ def test_rows_of_tokens(tiny_model):
         assert "2 of 2 rows are tokens" in str(found[name])
 
 
+def test_a_row_that_makes_no_tokens_is_named(fails, tiny_model, tmp_path):
+    rows = [{"question": "Who?", "answer": "Nobody."}, {"question": "Who is it then? " * 20, "answer": "Nobody."}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    args = (*TEST, "--model.model", tiny_model, "--data.test", json.dumps({"mine": path}), "--data.max_length", "40")
+    assert f"test set mine ({path}) row 2: no answer token is left within max_length=40" in fails(*args)
+
+
 def test_attention_is_the_one_asked_for(kinds, tiny_model):
     module, tables = kinds("--model.attn_implementation", "eager")
     fused, tokenizer = load_model(tiny_model).eval(), load_tokenizer(tiny_model)

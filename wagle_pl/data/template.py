@@ -68,7 +68,8 @@ class Template:
             ``input_ids`` and ``labels`` of equal length; labels are -100 on the prompt.
 
         Raises:
-            WagleError: if no answer token is left after cutting at ``max_length``, or the row has no answer.
+            WagleError: if no answer token is left after cutting at ``max_length``, the row has no answer, or the chat
+                template refuses it.
         """
         kind = row_kind(row)
         ends = answer is not None or not row.get("partial")
@@ -135,9 +136,16 @@ class Template:
         return prompt, full[len(prompt) :]
 
     def _chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        from jinja2 import TemplateError  # transformers needs it for chat templates, and for nothing else
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            roles = ", ".join(str(message["role"]) for message in messages)
+            raise WagleError(f"the chat template refuses messages of the roles {roles} ({error}); change the row, or "
+                             "give prompt_format for rows with questions") from None  # fmt: skip
 
     def _with_eos(self, ids: list[int]) -> list[int]:
         """``ids`` up to and with the first end-of-sequence token, which is added when there is none."""

@@ -294,7 +294,10 @@ class EvaluationModule(L.LightningModule):
         if name not in self._partial:
             return
         header = self.suite.headers.get(name, "")
-        records = self.observer.observe(batch["examples"], self.needs_of(name), self.max_new_tokens_of(name), header)
+        where = f"test set {name} ({self.trainer.datamodule.describe(f'test/{name}')}) row"
+        names = [f"{where} {row + 1}" for row in batch["rows"]]
+        needs, length = self.needs_of(name), self.max_new_tokens_of(name)
+        records = self.observer.observe(batch["examples"], needs, length, header, names)
         self._partial[name] += [{"row": row, **record} for row, record in zip(batch["rows"], records, strict=True)]
         if batch_idx + 1 == self.trainer.num_test_batches[dataloader_idx]:
             self._finish_set(name)

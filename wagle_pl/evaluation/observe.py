@@ -32,6 +32,7 @@ from wagle_pl.evaluation import candidates as C
 from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.generation import first_tokens, generate, gradient_norm
 from wagle_pl.evaluation.scoring import Passes, Score, score
+from wagle_pl.utilities import WagleError
 
 NEEDS = frozenset(
     {
@@ -94,6 +95,7 @@ class Observer:
         needs: Collection[str],
         max_new_tokens: Optional[int] = None,
         header: str = "",
+        names: Sequence[str] = (),
     ) -> list[Record]:
         """One record a row, in their order. Under ZeRO-3 a meeting of all ranks.
 
@@ -102,26 +104,39 @@ class Observer:
             needs: what to observe, see the head of this module; what a row's kind cannot answer is left out.
             max_new_tokens: longest generation of these rows, where it differs from the observer's.
             header: text before each multiple choice without a ``context``.
+            names: what to call each row in messages.
+
+        Raises:
+            WagleError: naming the row, if it cannot be made into tokens.
         """
         length = max_new_tokens or self.max_new_tokens
         wanted = [possible(row, needs) for row in rows]
+        named = [self._tokens(*each, header) for each in zip(rows, wanted, names or _beginnings(rows), strict=True)]
         records: list[Record] = [
             {"question": C.question_of(row), "answer": C.answer_of(row), "generation": None} for row in rows
         ]
-        found = self._scores([self._candidates(row, want, header) for row, want in zip(rows, wanted, strict=True)])
+        found = self._scores([candidates for candidates, _ in named])
         for row, want, record, scores in zip(rows, wanted, records, found, strict=True):
             record |= self._scored(row, want, scores)
         if "paraphrased" in needs:
             self._paraphrased(rows, wanted, records, length)
         asked = [i for i, want in enumerate(wanted) if "generation" in want]
         if "generation" in needs:
-            self._generate([rows[i] for i in asked], [records[i] for i in asked], length)
+            self._generate([rows[i] for i in asked], [named[i][1] for i in asked], [records[i] for i in asked], length)
         for row, want, record in zip(rows, wanted, records, strict=True):
             if "reference" in want:
                 record["reference"] = first_tokens(self.tokenizer, record["answer"].lstrip(), length)
             if "gradient" in want:
                 record["gradient_norm"] = self._gradient_norm(row)
         return records
+
+    def _tokens(self, row: Row, want: frozenset[str], name: str, header: str) -> tuple[list[C.Named], list[int]]:
+        """All that is scored of a row, and the prompt to generate from."""
+        try:
+            prompt = self.template.encode_prompt(row) if "generation" in want else []
+            return self._candidates(row, want, header), prompt
+        except WagleError as error:
+            raise WagleError(f"{name}: {error}") from None
 
     def _candidates(self, row: Row, want: frozenset[str], header: str) -> list[C.Named]:
         """All that is scored of a row."""
@@ -173,14 +188,16 @@ class Observer:
         named = [C.answers(self.template, rows[i], needs, text) for i, text in zip(asked, texts, strict=True)]
         again: list[Record] = [_of_alternatives(found) for found in self._scores(named)]
         changed = [{**rows[i], "question": text} for i, text in zip(asked, texts, strict=True)]
-        self._generate(changed, again, length)
+        self._generate(changed, [self.template.encode_prompt(row) for row in changed], again, length)
         for i, record in zip(asked, again, strict=True):
             records[i] |= {f"paraphrased_question_{name}": value for name, value in record.items()}
 
-    def _generate(self, rows: Sequence[Row], records: Sequence[Record], length: int) -> None:
+    def _generate(
+        self, rows: Sequence[Row], prompts: Sequence[Sequence[int]], records: Sequence[Record], length: int
+    ) -> None:
         if not (distributed.most(len(rows)) if self.passes.meets else rows):
             return
-        prompts = [self.template.encode_prompt(row) for row in rows] or [[self.tokenizer.eos_token_id or 0]]
+        prompts = prompts or [[self.tokenizer.eos_token_id or 0]]  # a rank without rows takes part in the meeting
         texts = generate(self.passes.lm, self.tokenizer, prompts, length, self.passes.meets)[: len(rows)]
         for row, record, text in zip(rows, records, texts, strict=True):
             record["generation"] = text
@@ -192,6 +209,11 @@ class Observer:
         ((_, candidate, _, closed),) = C.answers(self.template, row, frozenset())
         labels = [*candidate.labels[:-1], IGNORE] if closed else candidate.labels
         return gradient_norm(self.passes.lm, candidate.ids, labels)
+
+
+def _beginnings(rows: Sequence[Row]) -> list[str]:
+    """What to call rows whose numbers nobody gave."""
+    return [f"test row {(C.question_of(row) or C.answer_of(row))[:40]!r}" for row in rows]
 
 
 def _nll(named: C.Named, values: Score) -> Optional[float]:
