@@ -195,6 +195,15 @@ def test_a_chat_template_that_refuses_names_the_row(tiny_model, tmp_path):
         data.tokens("forget")
 
 
+def test_an_answer_format_alone_is_not_ignored(tiny_model):
+    tokenizer = load_tokenizer(tiny_model)
+    with pytest.raises(WagleError, match=r"answer_format 'Answer: {answer}' has no effect beside the tokenizer's chat"):
+        Template(tokenizer, answer_format="Answer: {answer}")
+    tokenizer.chat_template = None
+    encoded = Template(tokenizer, answer_format="So: {answer}").encode(QA[0])
+    assert tokenizer.decode(encoded["input_ids"]) == "### Question: Who?\nSo: Nobody.<|end|>"
+
+
 def test_every_kind_of_row(tokenizer):
     template = Template(tokenizer)
     qa = template.encode({"question": "Who?", "answer": "Nobody."})

@@ -53,7 +53,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
             ``world_facts`` have a meaning for the TOFU measures. None tests on the forget and the retain rows.
         split: split of hub datasets.
         prompt_format: text of the prompt, with ``{question}``; None takes the tokenizer's chat template.
-        answer_format: text of the answer, with ``{answer}``.
+        answer_format: text of the answer, with ``{answer}``; goes with ``prompt_format``.
         max_length: longest sequence in tokens; longer rows are cut, with a warning that counts them.
         batch_size: pairs per device and step.
         test_batch_size: rows per device in a test batch.

@@ -26,10 +26,11 @@ class Template:
         prompt_format: text of the prompt with ``{question}``; None takes the tokenizer's chat template, or, where the
             tokenizer has none, ``"### Question: {question}\\n"``.
         answer_format: text of the answer with ``{answer}``; what stands before ``{answer}`` is given when generating.
+            None where a chat template makes the prompt: it writes the answer too.
         max_length: longest sequence in tokens; longer ones are cut at the end (the caller counts them).
 
     Raises:
-        WagleError: if a format lacks its field.
+        WagleError: if a format lacks its field, or would have no effect.
     """
 
     def __init__(
@@ -42,6 +43,9 @@ class Template:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.uses_chat_template = prompt_format is None and tokenizer.chat_template is not None
+        if self.uses_chat_template and answer_format is not None:
+            raise WagleError(f"answer_format {answer_format!r} has no effect beside the tokenizer's chat template: "
+                             "give prompt_format too, or leave both to the template (null)")  # fmt: skip
         self.prompt_format = prompt_format or DEFAULT_PROMPT
         self.answer_format = answer_format or DEFAULT_ANSWER
         for option, text, field in (
