@@ -191,6 +191,12 @@ def test_select(mask: Any) -> None:
         assert found.metadata["model_fingerprint"] == "f"
 
 
+def test_select_refuses_a_broken_pattern(refuses: Any) -> None:
+    write_scores("scores", [(n, torch.ones(s)) for n, s in SHAPES.items()], SHAPES, {"score": "Wagle"})
+    for option in ("--include", "--exclude"):
+        assert "'(' is no regular expression" in refuses("select", "scores", "--density", "0.2", option, "(", "-o", "x")
+
+
 def test_mistakes_are_one_line(refuses: Any) -> None:
     assert "does not exist" in refuses("info", "none")
     assert "output" in refuses("combine", "a", "and", "b")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from itertools import product
 from math import prod
 from typing import Any
@@ -50,6 +51,11 @@ def by_sort(values: np.ndarray, k: int, ranking: Ranking) -> np.ndarray:
     return taken
 
 
+def floor(density: float, total: int) -> int:
+    """⌊density · total⌋ of the number as it is written."""
+    return int(Decimal(repr(density)) * total)
+
+
 def expected(scores: dict[str, Tensor], density: float, ranking: Ranking, scope: str) -> np.ndarray:
     """All bits in parameter order, each competing group sorted in full."""
     flat = np.concatenate([tensor.numpy().reshape(-1) for tensor in scores.values()])
@@ -61,7 +67,7 @@ def expected(scores: dict[str, Tensor], density: float, ranking: Ranking, scope:
         sizes = [len(flat)]
     taken, start = [], 0
     for size in sizes:
-        k = int(density * (start + size)) - int(density * start)
+        k = floor(density, start + size) - floor(density, start)
         taken.append(by_sort(flat[start : start + size], k, ranking))
         start += size
     return np.concatenate(taken)
@@ -91,13 +97,29 @@ def test_equals_a_full_stable_sort(seed, shapes, kind, ranking, scope, density, 
     total = sum(tensor.numel() for tensor in scores.values())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "CHUNK", chunk)
-        if int(density * total) == 0:
+        if floor(density, total) == 0:
             with pytest.raises(WagleError, match="selects none"):
                 dict(select(scores.items, density, ranking, scope))
             return
         taken = bits(scores, dict(select(scores.items, density, ranking, scope)))
-    assert taken.sum() == int(density * total)
+    assert taken.sum() == floor(density, total)
     np.testing.assert_array_equal(taken, expected(scores, density, ranking, scope))
+
+
+@pytest.mark.parametrize("density", [0.29, 0.57, 0.58, 0.07, 1e-2])
+@pytest.mark.parametrize("scope", ["global", "tensor", "row"])
+def test_a_density_is_the_number_that_is_written(density: float, scope: Any):
+    """In binary 0.29 · 100 is a little below 29."""
+    scores = named(0, [(10, 10)], "normal")
+    assert bits(scores, dict(select(scores.items, density, scope=scope))).sum() == round(100 * density)
+
+
+def test_scores_that_differ_from_pass_to_pass_are_refused():
+    def scores() -> Any:
+        yield "w", torch.rand(1000)
+
+    with pytest.raises(WagleError, match="differs from pass to pass"):
+        dict(select(scores, 0.3))
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties"])

@@ -78,7 +78,10 @@ class Score:
     by_row: bool = False
 
     def __call__(self, w: WeightStatistics) -> Tensor:
-        """Scores of one parameter, in its shape. Override this."""
+        """Scores of one parameter, in its shape. Override this.
+
+        Called several times for each parameter, which must give the same each time; ``w`` may be written to.
+        """
         raise TypeError(f"{type(self).__name__} must override __call__")
 
     def share(self, shapes: Mapping[str, Sequence[int]]) -> Optional[Fraction]:

@@ -8,6 +8,7 @@ add up, so the same code serves any of them, and several densities share their p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Literal, NamedTuple, Optional, Union
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from wagle_pl import distributed
 from wagle_pl.attribution.shards import Shard
-from wagle_pl.bits import pack_bits
+from wagle_pl.bits import count_bits, pack_bits
 from wagle_pl.utilities import WagleError
 
 CHUNK = 1 << 18  # weights looked at at a time, a multiple of 8: the only extra memory
@@ -57,6 +58,16 @@ def check_density(density: float) -> None:
     """Raise :class:`WagleError` if ``density`` is outside (0, 1]."""
     if not 0 < density <= 1:
         raise WagleError(f"density is the share of weights selected and must be in (0, 1], got {density}")
+
+
+def exact_count(density: Union[float, Fraction], total: int) -> int:
+    """⌊density · total⌋ of the number as it is written: in binary, 0.29 of 100 would be 28.
+
+    >>> exact_count(0.29, 100), int(0.29 * 100)
+    (29, 28)
+    """
+    share = density if isinstance(density, Fraction) else Fraction(str(density))
+    return share.numerator * total // share.denominator
 
 
 def order_keys(scores: Tensor, ranking: Ranking = HIGHEST) -> Tensor:
@@ -213,10 +224,21 @@ def _not_finite(name: str) -> WagleError:
 
 
 def _select_global(scores: Scores, densities: Sequence[float], ranking: Ranking) -> Iterator[tuple[str, list[Tensor]]]:
-    thresholds = find_thresholds(scores, lambda total: [int(density * total) for density in densities], ranking)
-    takers = [_Taker(threshold) for threshold in thresholds]
+    wanted: list[int] = []
+
+    def counts(total: int) -> list[int]:
+        wanted[:] = [exact_count(density, total) for density in densities]
+        return wanted
+
+    takers = [_Taker(threshold) for threshold in find_thresholds(scores, counts, ranking)]
+    taken = torch.zeros(len(takers), dtype=torch.int64)
     for name, tensor in scores():
-        yield name, _take(tensor, takers, ranking)
+        bits = _take(tensor, takers, ranking)
+        taken += torch.tensor([count_bits(packed) for packed in bits])
+        yield name, bits
+    if distributed.add_up(taken).tolist() != wanted:
+        raise WagleError("a weight's score differs from pass to pass: a Score is called several times for each "
+                         "parameter and must give the same each time")  # fmt: skip
 
 
 def _take(tensor: Tensor, takers: Sequence[_Taker], ranking: Ranking) -> list[Tensor]:
@@ -325,7 +347,8 @@ def _row_parts(
 
 def _quotas(density: float, start: int, width: int, rows: int) -> np.ndarray:
     """How many weights each of several rows in sequence gets: the floors of the running total, differenced."""
-    ends = [int(density * (start + width * row)) for row in range(rows + 1)]
+    share = Fraction(str(density))
+    ends = [exact_count(share, start + width * row) for row in range(rows + 1)]
     return np.diff(np.array(ends, dtype=np.int64)).clip(max=width)
 
 

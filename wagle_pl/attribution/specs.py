@@ -69,16 +69,25 @@ def taking_part(names: Iterable[str], include: Optional[str], exclude: Optional[
     """Names that ``include`` finds and ``exclude`` does not; None finds everything, or nothing.
 
     Raises:
-        WagleError: if none is left.
+        WagleError: if none is left, or one of them is no regular expression.
     """
+    wanted, unwanted = _pattern("include", include), _pattern("exclude", exclude)
     kept = [
         name
         for name in names
-        if (include is None or re.search(include, name)) and (exclude is None or not re.search(exclude, name))
+        if (wanted is None or wanted.search(name)) and (unwanted is None or not unwanted.search(name))
     ]
     if not kept:
         raise WagleError(f"include {include!r} and exclude {exclude!r} leave no parameter")
     return kept
+
+
+def _pattern(option: str, text: Optional[str]) -> Optional[re.Pattern[str]]:
+    """An option compiled, None if it is None; raises :class:`WagleError` if it is no regular expression."""
+    try:
+        return None if text is None else re.compile(text)
+    except re.error as error:
+        raise WagleError(f"{option} {text!r} is no regular expression: {error}") from None
 
 
 def complete(spec: Union[MaskSpec, Mapping[str, Any]], default: MaskSpec, scores: dict[Any, Score]) -> MaskSpec:
@@ -103,10 +112,7 @@ def complete(spec: Union[MaskSpec, Mapping[str, Any]], default: MaskSpec, scores
     spec.score = scores.setdefault(_definition(score), score)
     check_density(spec.density)
     for option in ("include", "exclude"):
-        try:
-            re.compile(getattr(spec, option) or "")
-        except re.error as error:
-            raise WagleError(f"{option} {getattr(spec, option)!r} is no regular expression: {error}") from None
+        _pattern(option, getattr(spec, option))
     for option, choices in (("select", ("high", "low")), ("scope", ("global", "tensor", "row"))):
         if getattr(spec, option) not in choices:
             raise WagleError(f"{option} must be one of {', '.join(choices)}, got {getattr(spec, option)!r}")
@@ -114,6 +120,8 @@ def complete(spec: Union[MaskSpec, Mapping[str, Any]], default: MaskSpec, scores
     if unknown:
         name = type(spec.score).__name__
         raise WagleError(f"score {name} needs {unknown.pop()!r}, which no pass collects; choose from {COLLECTED}")
+    if _sets_its_share(spec.score):  # it says which weights, all over the model: there is no ranking to read otherwise
+        spec.select, spec.scope = "high", "global"
     return spec
 
 
@@ -151,8 +159,12 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (str, int, float, bool))
 
 
+def _sets_its_share(score: Score) -> bool:
+    return type(score).share is not Score.share
+
+
 def _name(spec: MaskSpec) -> str:
-    if type(spec.score).share is not Score.share:
+    if _sets_its_share(spec.score):
         return spec.score.label
     extra = [value for value, usual in ((spec.select, "high"), (spec.scope, "global")) if value != usual]
     return "-".join([spec.score.label, f"{spec.density:g}", *extra])
