@@ -127,6 +127,16 @@ def test_a_patch_is_a_safetensors_file_and_small(tmp_path: Path) -> None:
     ).stat().st_size < 1.1 * changed  # a bf16 word and its place cost 6 bytes when written out
 
 
+def test_words_that_do_not_compress(tmp_path: Path) -> None:
+    """Differences without any pattern grow a little when they are compressed."""
+    rng = np.random.default_rng(0)
+    old, new = ({"w": torch.from_numpy(rng.integers(-(2**31), 2**31, 1 << 21, dtype=np.int32))} for _ in range(2))
+    base, unlearned = write(tmp_path / "a", old), write(tmp_path / "b", new)
+    make_patch(base, unlearned, tmp_path / "p.patch")
+    apply_patch(base, tmp_path / "p.patch", tmp_path / "applied")
+    assert same_bits(weights(tmp_path / "applied"), new)
+
+
 def test_disjoint_patches_in_either_order(tmp_path: Path) -> None:
     old = base_tensors()
     first = moved(old, 0.3, seed=1)
