@@ -41,6 +41,21 @@ def test_the_retain_stream_uses_every_row_equally_often(forget, retain, size):
     assert used.max() - used.min() <= 1
 
 
+@given(st.integers(2, 60), st.integers(1, 12), st.integers(1, 9), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_copies_of_a_row_are_spread_over_batches(forget, retain, size, epoch):
+    """However few retain rows there are, a batch repeats one only when it has to; an epoch numbers the copies."""
+    lengths = {"forget": [1] * forget, "retain": list(range(1, retain + 1))}
+    most = -(-size // retain) + 1  # a batch may end one lap and begin the next
+    for step in epoch_batches(lengths, size, 0, epoch):
+        assert np.bincount(step["retain"]).max() <= most
+    sampler = GlobalBatchSampler(lengths, size)
+    sampler.set_epoch(epoch)
+    copies = sorted((row, occurrence) for draw in sampler for row, _, occurrence in draw.cells["retain"])
+    assert len(set(copies)) == len(copies) == forget
+    assert all((row, occurrence - 1) in copies for row, occurrence in copies if occurrence)
+
+
 def test_batches_hold_rows_of_similar_length():
     lengths = np.random.default_rng(0).integers(5, 300, 512).tolist()
     steps = epoch_batches({"forget": lengths}, 8, 0, 0)
@@ -55,7 +70,7 @@ def test_weights_give_the_global_mean_however_the_batch_is_split(n, world, accum
     cells = deal(rows, world, accumulate)
     assert len(cells) == accumulate
     assert all(len(micro) == world and all(micro) for micro in cells)
-    sums = [[sum(weight * values[row] for row, weight in cell) for cell in micro] for micro in cells]
+    sums = [[sum(weight * values[row] for row, weight, _ in cell) for cell in micro] for micro in cells]
     assert np.mean(sums) == pytest.approx(values.mean())
     most = -(-n // (world * accumulate))
     assert max(len(cell) for micro in cells for cell in micro) <= most
@@ -73,7 +88,9 @@ def test_all_ranks_together_see_the_one_device_batches(n, batch_size, world, acc
         merged = []
         for first in range(0, len(draws[0]), accumulate):
             group = [draw for rank in draws for draw in rank[first : first + accumulate]]
-            merged.append({s: sorted(r for d in group for r, w in d.cells[s] if w) for s in ("forget", "retain")})
+            merged.append(
+                {s: sorted((r, o) for d in group for r, w, o in d.cells[s] if w) for s in ("forget", "retain")}
+            )
         return merged
 
     assert steps(batch_size, world, accumulate) == steps(batch_size * world * accumulate, 1, 1)

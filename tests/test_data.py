@@ -246,7 +246,7 @@ def test_a_training_batch(rows, tokenizer):
     for batch in batches:
         assert set(batch) == {"forget", "retain"}
         for stream in batch.values():
-            assert set(stream) == {"input_ids", "attention_mask", "labels", "weight", "row"}
+            assert set(stream) == {"input_ids", "attention_mask", "labels", "weight", "row", "occurrence"}
             assert stream["weight"].sum() == pytest.approx(1)
     assert sorted(torch.cat([batch["forget"]["row"] for batch in batches]).tolist()) == list(range(11))
 

@@ -255,10 +255,10 @@ def test_the_split_of_a_batch_does_not_matter(name: str, rows: int, world_size: 
     parts = []
     for ranks in deal(torch.arange(rows).numpy(), world_size, accumulate):
         for cell in ranks:
-            index = torch.tensor([row for row, _ in cell])
+            index = torch.tensor([row for row, _, _ in cell])
             part = {s: {k: t[index] for k, t in tensors.items()} for s, tensors in whole.items()}
             for tensors in part.values():
-                tensors["weight"] = torch.tensor([weight for _, weight in cell])
+                tensors["weight"] = torch.tensor([weight for _, weight, _ in cell])
             parts.append(objective(streams(part))["loss"])
     mean_of_parts = sum(parts) / len(parts)
     torch.testing.assert_close(mean_of_parts, loss, rtol=1e-5, atol=1e-6)

@@ -222,6 +222,6 @@ def test_refusals_of_dpo_stay_and_those_of_po_change(unlearn: Any) -> None:
     for objective, same in (("DPO", True), ("PO", False)):
         _, done = unlearn(objective, "--model.objective", objective)
         data = done.datamodule
-        rows = [(row, 1.0) for row in range(11)]
+        rows = [(row, 1.0, 0) for row in range(11)]
         first, later = (data.build("refusal", Draw(epoch, {"forget": rows}))["input_ids"] for epoch in (0, 1))
         assert torch.equal(first, later) == same

@@ -81,9 +81,10 @@ class Draws:
     step: int
     job: int
 
-    def of_row(self, row: int) -> int:
-        """Seed of one row's draws."""
-        return hash((self.seed, self.epoch, self.job, row))
+    def of_row(self, row: int, occurrence: int) -> int:
+        """Seed of one row's draws; each time that an epoch sees the row has its own, or a step's draws would add up."""
+        key = (self.seed, self.epoch, self.job, row)
+        return hash((*key, occurrence) if occurrence else key)
 
     def of_step(self) -> int:
         """Seed of the step's draws."""
@@ -154,7 +155,8 @@ def _collect_piece(job: Job, batch: Batch, lm: Any, sums: GradientSums, draws: D
                 return answers.logits, loss
 
             labels = answers.labels.masked_fill(idle.unsqueeze(1), IGNORE)
-            seeds = [draws.of_row(row) for row in tensors["row"].tolist()]
+            copies = zip(tensors["row"].tolist(), tensors["occurrence"].tolist(), strict=True)
+            seeds = [draws.of_row(row, occurrence) for row, occurrence in copies]
             job.hessian.add(Piece(again, labels, seeds, draws.of_step(), done, keeps), sums)
     return loss.detach()
 

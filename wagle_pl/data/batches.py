@@ -8,7 +8,9 @@ global batch exactly, however uneven the cut. A rank that runs short is padded w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, Optional, TypeVar
 
 import numpy as np
@@ -20,12 +22,13 @@ from wagle_pl.data.template import IGNORE
 
 BUCKET = 32  # rows are sorted by length within this many global batches, so that a batch pads little
 
-Cell = list[tuple[int, float]]
+#: (row, weight, occurrence) of each row of a micro-batch; a row that an epoch sees twice occurs as 0, then as 1.
+Cell = list[tuple[int, float, int]]
 T = TypeVar("T")
 
 
 class Draw(NamedTuple):
-    """One micro-batch to build: for each stream its (row, weight) pairs, and the epoch (it varies refusals)."""
+    """One micro-batch to build: for each stream its cell, and the epoch (it varies refusals)."""
 
     epoch: int
     cells: dict[str, Cell]
@@ -55,6 +58,8 @@ def epoch_batches(
         rows = _shuffled_positions(rows, len(row_lengths), seed, number)
         token_counts = np.asarray(row_lengths)[rows]
         pool = BUCKET * global_batch
+        if len(row_lengths) < epoch_size:  # sorted together, the copies of a row would make up batches of their own
+            pool = min(pool, max(1, len(row_lengths) // global_batch) * global_batch)
         chunks = []
         for start in range(0, epoch_size, pool):
             part, counts = rows[start : start + pool], token_counts[start : start + pool]
@@ -77,18 +82,29 @@ def _shuffled_positions(positions: np.ndarray, n: int, seed: int, stream: int) -
     return rows
 
 
-def deal(rows: np.ndarray, world_size: int, accumulate: int) -> list[list[Cell]]:
+def deal(rows: np.ndarray, world_size: int, accumulate: int, seen: Optional[Counter[int]] = None) -> list[list[Cell]]:
     """Cut one global batch into ``accumulate`` micro-batches for each of ``world_size`` ranks.
 
+    Args:
+        rows: of the batch.
+        world_size, accumulate: into how many parts.
+        seen: how often earlier batches of the epoch held each row; this batch's are added.
+
     Returns:
-        ``cells[micro_batch][rank]``, a list of (row, weight). Over all cells the weights of one row add up to
-        ``accumulate * world_size / len(rows)``; an empty cell holds one row of weight 0.
+        ``cells[micro_batch][rank]``, a list of (row, weight, occurrence). Over all cells the weights of one row add up
+        to ``accumulate * world_size / len(rows)`` for each time it occurs; an empty cell holds one row of weight 0.
     """
     weight = world_size * accumulate / len(rows)
+    seen = Counter() if seen is None else seen
+    dealt: list[tuple[int, float, int]] = []
+    for row in rows.tolist():
+        dealt.append((row, weight, seen[row]))
+        seen[row] += 1
+    bounds = np.cumsum([0, *(len(part) for part in np.array_split(rows, accumulate))])
     cells = []
-    for part in np.array_split(rows, accumulate):
-        ranks = [[(int(row), weight) for row in part[rank::world_size]] for rank in range(world_size)]
-        cells.append([cell or [(int(rows[0]), 0.0)] for cell in ranks])
+    for start, end in pairwise(bounds):
+        ranks = [dealt[start:end][rank::world_size] for rank in range(world_size)]
+        cells.append([cell or [(int(rows[0]), 0.0, 0)] for cell in ranks])
     return cells
 
 
@@ -135,21 +151,37 @@ class GlobalBatchSampler(DistributedSampler):
     def __iter__(self) -> Iterator[Draw]:
         start, self.start = self.start, 0
         batches = epoch_batches(self.lengths, self.global_batch, self.seed, self.epoch)
-        for step in range(start // self.accumulate, len(batches)):
-            dealt = {stream: deal(rows, self.world_size, self.accumulate) for stream, rows in batches[step].items()}
-            for micro in range(start % self.accumulate if step == start // self.accumulate else 0, self.accumulate):
+        seen: dict[str, Counter[int]] = {stream: Counter() for stream in self.lengths}
+        for step, batch in enumerate(batches):
+            dealt = {s: deal(rows, self.world_size, self.accumulate, seen[s]) for s, rows in batch.items()}
+            for micro in range(max(0, start - step * self.accumulate), self.accumulate):
                 yield Draw(self.epoch, {stream: cells[micro][self.rank] for stream, cells in dealt.items()})
 
 
-class ResumableLoader(DataLoader):
-    """A DataLoader over :class:`GlobalBatchSampler` that Lightning can put back in the middle of an epoch.
+class QuietLoader(DataLoader):
+    """A DataLoader over batches that are fixed already, which leaves torch's random numbers alone.
+
+    Every iterator draws a seed for workers; from torch's own generator, it would shift the dropout of a run that goes
+    on in the middle of an epoch, or that finds what another had to compute first.
+
+    Args:
+        dataset: maps what the sampler gives to a batch.
+        sampler: its keys.
+    """
+
+    def __init__(self, dataset: Any, sampler: Any) -> None:
+        super().__init__(dataset, sampler=sampler, batch_size=None, generator=torch.Generator())
+
+
+class ResumableLoader(QuietLoader):
+    """A loader over :class:`GlobalBatchSampler` that Lightning can put back in the middle of an epoch.
 
     ``state_dict`` counts the micro-batches handed out, which is what the loop has seen: there are no workers (rows are
     tokenised already) and Lightning does not prefetch from a loader with a length.
     """
 
     def __init__(self, dataset: Any, sampler: GlobalBatchSampler) -> None:
-        super().__init__(dataset, sampler=sampler, batch_size=None)
+        super().__init__(dataset, sampler)
         self._handed_out = 0
 
     def __iter__(self) -> Iterator[Any]:

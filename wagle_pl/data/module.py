@@ -18,6 +18,7 @@ from wagle_pl.data.batches import (
     DealtBatches,
     Draw,
     GlobalBatchSampler,
+    QuietLoader,
     ResumableLoader,
     collate,
     deal_batches,
@@ -260,7 +261,14 @@ class ForgetRetainDataModule(L.LightningDataModule):
     # -- loaders ------------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> ResumableLoader:
-        """Micro-batches of the streams that the LightningModule names, for this rank."""
+        """Micro-batches of the streams that the LightningModule names, for this rank.
+
+        Raises:
+            WagleError: if there are more ranks than rows, or the trainer wants other batches.
+        """
+        if getattr(self.trainer, "overfit_batches", 0):
+            raise WagleError("trainer.overfit_batches would draw batches of its own: give --data.limit_forget and "
+                             "--data.limit_retain instead")  # fmt: skip
         streams = getattr(self.trainer.lightning_module, "streams", ("forget", "retain"))
         sets = dict.fromkeys(ALIGNED.get(stream, stream) for stream in streams)
         rows, ranks = len(self.tokens(next(iter(sets)))), self.trainer.world_size
@@ -289,8 +297,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
         batches = token_batches(lengths, batch_size or self.test_batch_size)
         if shared:
             batches = deal_batches(batches, self.trainer.world_size, self.trainer.global_rank)
-        draws = [Draw(0, {ALIGNED.get(stream, stream): [(row, 1.0) for row in rows]}) for rows in batches]
-        return DataLoader(_Batches(self, (stream,)), sampler=draws, batch_size=None)
+        draws = [Draw(0, {ALIGNED.get(stream, stream): [(row, 1.0, 0) for row in rows]}) for rows in batches]
+        return QuietLoader(_Batches(self, (stream,)), draws)
 
     def test_dataloader(self) -> list[DataLoader]:
         """One loader a test set, in the order of :meth:`test_names`; see :class:`TestBatches`."""
@@ -304,12 +312,13 @@ class ForgetRetainDataModule(L.LightningDataModule):
         cell = draw.cells[name]
         if stream == "refusal":
             fixed = "refusal" in getattr(self.trainer.lightning_module, "reference_streams", ())
-            encoded = [self._refused(row, 0 if fixed else draw.epoch) for row, _ in cell]
+            encoded = [self._refused(row, 0 if fixed else draw.epoch) for row, _, _ in cell]
         else:
-            encoded = [self.tokens(name)[row] for row, _ in cell]
+            encoded = [self.tokens(name)[row] for row, _, _ in cell]
         batch = collate(encoded, self.pad_id)
-        batch["weight"] = torch.tensor([weight for _, weight in cell])
-        batch["row"] = torch.tensor([row for row, _ in cell])
+        batch["weight"] = torch.tensor([weight for _, weight, _ in cell])
+        batch["row"] = torch.tensor([row for row, _, _ in cell])
+        batch["occurrence"] = torch.tensor([occurrence for _, _, occurrence in cell])
         return batch
 
     @property
@@ -359,7 +368,7 @@ class TestBatches:
         batches = token_batches(lengths, self.data.test_batch_size)
         trainer = self.data.trainer
         dealt = DealtBatches(deal_batches(batches, trainer.world_size, trainer.global_rank))
-        return DataLoader(self, sampler=dealt, batch_size=None)
+        return QuietLoader(self, dealt)
 
     def __len__(self) -> int:
         return len(self.rows)
