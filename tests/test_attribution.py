@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from wagle_pl import WeightMask, models
 from wagle_pl.attribution import AttributionModule, Score, mask_from_scores
@@ -263,6 +265,13 @@ class Product(Score):
         return w.g_f * w.g_r
 
 
+class InPlace(Score):
+    """Writes over what it is given."""
+
+    def __call__(self, w):
+        return w.theta.mul_(w.g_f)
+
+
 class WrongShape(Score):
     needs = ()
 
@@ -276,6 +285,13 @@ def test_a_score_of_ones_own(attribute: Attribute):
     assert WeightMask.load("mask").metadata["score"] == "Product"
     with pytest.raises(WagleError, match=r"score WrongShape gave model\.embed_tokens\.weight shape"):
         attribute(score=f"{__name__}.WrongShape", output="other")
+
+
+def test_a_score_may_work_in_place(attribute: Attribute, tiny_model: str):
+    attribute(score=f"{__name__}.InPlace", output="in_place")
+    attribute(score="snip", output="snip")
+    found = WeightMask.load("in_place")
+    assert found == WeightMask.load("snip") and found.count() == int(0.2 * found.total)
 
 
 # -- the Hessian in the pass -------------------------------------------------------------------------------------------
@@ -302,6 +318,27 @@ def test_auto_is_the_mean_of_the_gauss_newton_diagonal(attribute: Attribute):
     assert gamma == pytest.approx(again / 11 / models_size(module), rel=1e-3)
 
 
+def test_copies_of_a_row_do_not_swell_the_hessian(attribute: Attribute, rows: dict[str, str], tmp_path: Path):
+    """Eleven forget rows and two retain rows: a batch of eight holds four copies of each, which draw labels apart."""
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(line + "\n" for line in Path(rows["retain"]).read_text().splitlines()[:2]))
+    gammas = []
+    for size in (1, 8):
+        attribute(output=f"m{size}", hessian_samples=32, **{"data.retain": str(few), "data.batch_size": size})
+        gammas.append(WeightMask.load(f"m{size}").metadata["gamma"])
+    assert gammas[1] == pytest.approx(gammas[0], rel=0.25)
+
+
+@pytest.mark.parametrize("limit", [1, 6])
+def test_an_unfinished_step_counts(attribute: Attribute, limit: int):
+    """A pass cut off within a step: the Hessian takes in what there was of it."""
+    settings = {"data.batch_size": 1, "trainer.limit_train_batches": limit}
+    cut = attribute(hessian="gauss_newton", **settings, **{"trainer.accumulate_grad_batches": 4})
+    assert limit - 1 <= cut.kept.counts["retain_rows"] <= limit  # a smaller step deals an empty micro-batch
+    assert not any(tensor.any() for tensors in cut.kept.step_sums.values() for tensor in tensors)
+    assert WeightMask.load("mask").metadata["gamma"] > 0
+
+
 def models_size(module: AttributionModule) -> int:
     return sum(parameter.numel() for parameter in module.lm.parameters())
 
@@ -326,12 +363,29 @@ def test_hessian_on_other_rows(attribute: Attribute, rows: dict[str, str], data:
     assert WeightMask.load("mask").metadata["rows"][data] == 11
 
 
-def test_gradient_checkpointing_changes_nothing(attribute: Attribute):
+@pytest.mark.parametrize("hessian", ["auto", "gauss_newton", "fisher", "hutchinson"])
+def test_gradient_checkpointing_changes_nothing(attribute: Attribute, monkeypatch: pytest.MonkeyPatch, hessian: str):
+    """Blocks are computed again, so the same sums come of more passes through them."""
+    passes, forward = [0], LlamaMLP.forward
+
+    def counted(self: Any, x: Tensor) -> Tensor:
+        passes[0] += 1
+        return forward(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
     masks = [{"score": s} for s in ("wagle", "wanda")]
-    plain, saving = (
-        attribute(masks=masks, output=f"m{flag}", gradient_checkpointing=flag).kept for flag in (False, True)
-    )
-    assert_close(saving.sums["g_f"], plain.sums["g_f"])
+    kept, counts = [], []
+    for flag in (False, True):
+        passes[0] = 0
+        module = attribute(masks=masks, output=f"m{flag}", gradient_checkpointing=flag, hessian=hessian,
+                           hessian_samples=2)  # fmt: skip
+        kept.append(module.kept)
+        counts.append(passes[0])
+    plain, saving = kept
+    assert counts[1] >= 2 * counts[0]
+    assert plain.sums.keys() == saving.sums.keys()
+    for name in plain.sums:
+        assert_close(saving.sums[name], plain.sums[name])
     for name, vector in plain.vectors["activation"].items():
         torch.testing.assert_close(saving.vectors["activation"][name], vector)
 
@@ -364,6 +418,14 @@ def test_several_masks_of_one_pass(attribute: Attribute):
     small = WeightMask.load("many/small")
     assert all(abs(small.count(n) - 0.3 * small[n].numel()) < 1 for n in small.names)
     assert small.metadata["select"] == "low" and small.metadata["scope"] == "tensor"
+
+
+@pytest.mark.parametrize("options", [{"scope": "tensor"}, {"scope": "row"}, {"select": "low"}])
+def test_modules_are_taken_whole_whatever_the_ranking(attribute: Attribute, options: dict[str, str]):
+    attribute(score="Modules", **{"model.score.modules": ["mlp"]}, **options)
+    mask = WeightMask.load("mask")
+    assert all(mask.count(name) == (mask[name].numel() if ".mlp." in name else 0) for name in mask)
+    assert (mask.metadata["scope"], mask.metadata["select"]) == ("global", "high")
 
 
 def test_scores_are_kept_for_another_density(attribute: Attribute):
@@ -451,6 +513,30 @@ def test_resume_ends_with_the_same_mask(
         assert WeightMask.load(Path("resumed") / name if name else "resumed") == WeightMask.load(
             Path("whole") / name if name else "whole"
         )
+
+
+class SaveAt(Callback):
+    """Writes a checkpoint after a number of micro-batches, wherever in a step that is, and then stops the run."""
+
+    batches = 0
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if batch_idx + 1 == type(self).batches:
+            trainer.save_checkpoint("middle.ckpt")
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("saved_after", [1, 2, 4, 5])
+def test_a_checkpoint_within_a_step_keeps_the_step(attribute: Attribute, saved_after: int):
+    settings = {"hessian": "gauss_newton", "data.batch_size": 1, "trainer.accumulate_grad_batches": 3}
+    whole = attribute(output="whole", **settings).kept
+    SaveAt.batches = saved_after
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        attribute("--trainer.callbacks", f"{__name__}.SaveAt", output="resumed", **settings)
+    resumed = attribute("--ckpt_path", "middle.ckpt", output="resumed", **settings).kept
+    assert resumed.counts == whole.counts
+    for name, tensors in whole.sums.items():
+        assert all(torch.equal(a, b) for a, b in zip(tensors, resumed.sums[name], strict=True))
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

@@ -1,10 +1,16 @@
-"""The linear maps of a model, however it stores them: ``nn.Linear``, GPT-2's ``Conv1D``, experts in one tensor."""
+"""Parts of a model: its linear maps, however it stores them (``nn.Linear``, GPT-2's ``Conv1D``, experts in one tensor),
+and its blocks."""
 
 from __future__ import annotations
 
+import logging
+from functools import partial
 from typing import Any, Optional
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+log = logging.getLogger(__name__)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -48,3 +54,22 @@ def linear_weights(lm: Any, head: bool = True) -> list[tuple[nn.Parameter, bool]
     if output is not None and not head:
         found.pop(id(output.weight), None)
     return list(found.values())
+
+
+def recompute_blocks(lm: Any) -> None:
+    """Compute each block's activations again in the backward pass, and keep only what enters it; in place.
+
+    This works in evaluation mode too. The switch that transformers has works in training mode alone, which would turn
+    dropout on.
+
+    Args:
+        lm: a Hugging Face causal language model.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    blocks = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks:
+        log.warning("gradient_checkpointing: %s has no blocks that can be computed again; all activations are kept",
+                    type(lm).__name__)  # fmt: skip
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)

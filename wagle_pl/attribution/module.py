@@ -22,7 +22,7 @@ from wagle_pl.attribution.specs import MaskSpec, check_labels, complete, name_ma
 from wagle_pl.attribution.stored import DTYPES, whole_mask, write_scores
 from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.evaluation.module import EvaluationModule
-from wagle_pl.layers import linear_weights
+from wagle_pl.layers import linear_weights, recompute_blocks
 from wagle_pl.masks import SUFFIX, WeightMask, mask_path
 from wagle_pl.strategies import ZeRO, is_sharded, is_zero
 from wagle_pl.unlearning.objectives import NPO, PO, GradDiff
@@ -184,7 +184,7 @@ class AttributionModule(EvaluationModule):
         """Load the model, with gradients for every parameter, and check the masks' names against it."""
         super().configure_model()
         if self.gradient_checkpointing:
-            self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_blocks(self.lm)
         shapes = models.parameter_shapes(self.lm)
         if "activation" in self.needs:
             self._say_what_is_unseen(shapes)
@@ -230,13 +230,17 @@ class AttributionModule(EvaluationModule):
             if loss is not None:
                 self.log(f"train/{job.stream}_loss", loss, prog_bar=True)
                 total += loss.detach()
-        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
-            for job in self.jobs:
-                if job.hessian:
-                    job.hessian.end_step(self.sums)
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch:
+            self._end_step()
         if is_zero(self.trainer.strategy):
             self.trainer.strategy.release()
         return total
+
+    def _end_step(self) -> None:
+        """Let the Hessian take in the step that is over."""
+        for job in self.jobs:
+            if job.hessian:
+                job.hessian.end_step(self.sums)
 
     def backward(self, loss: Tensor, *_: Any, **__: Any) -> None:
         """Nothing: the step has made its own backward passes."""
@@ -248,6 +252,7 @@ class AttributionModule(EvaluationModule):
         self._unsynced.close()
         if self.trainer.fast_dev_run:
             return
+        self._end_step()  # of a run that time has ended within a step
         if self.fingerprint() != self.model_fingerprint:
             raise WagleError("attribution moved a weight: the mask is not written; please report this")
         self._small = self.sums.small()
@@ -334,7 +339,7 @@ class AttributionModule(EvaluationModule):
 
         with models.gathered(parameter) as weights:
             theta = (shard.of(weights) if score.by_row else weights).detach().to(device, torch.float32)
-            w = WeightStatistics(name, theta.clone() if is_sharded(self.trainer.strategy) else theta)
+            w = WeightStatistics(name, theta.clone())  # a score may work in place
         forget = self.forget_loss.forget_streams[0]
         if "g_f" in needs:
             w.g_f = summed("g_f", self._scale(forget))

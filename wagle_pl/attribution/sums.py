@@ -19,6 +19,8 @@ from wagle_pl import distributed
 from wagle_pl.attribution.shards import Shard
 from wagle_pl.strategies.checkpoint import Part, ShardedCheckpoint
 
+_OF_STEP = "of this step: "  # before the name of a sum over a step, in a checkpoint
+
 
 class GradientSums(Optimizer):
     """Sums by name, one fp32 tensor a parameter and name, made when first used: four bytes a weight and name.
@@ -37,7 +39,7 @@ class GradientSums(Optimizer):
         self.names = list(names)
         self.shards = [Shard(getattr(p, "ds_shape", p.shape)) for p in self.parameters]
         self.sums: dict[str, list[Tensor]] = {}
-        #: Sums over one step, not over the run; they are zero between steps.
+        #: Sums over one step, not over the run; they are zero between steps, and kept by checkpoints within one.
         self.step_sums: dict[str, list[Tensor]] = {}
         #: Running fp64 vectors and numbers of a parameter that do not have its shape: name -> parameter -> this rank's
         #: part of the sum.
@@ -58,6 +60,16 @@ class GradientSums(Optimizer):
     def buffers(self, name: str) -> list[Tensor]:
         """The sums of one name, in parameter order: this rank's rows of each."""
         return self._buffers(self.sums, name)
+
+    def _stored(self) -> dict[str, list[Tensor]]:
+        """Every sum by its name in a checkpoint."""
+        return {**self.sums, **{_OF_STEP + name: tensors for name, tensors in self.step_sums.items()}}
+
+    def _restored(self, name: str) -> list[Tensor]:
+        """The sums that a name in a checkpoint stands for."""
+        if name.startswith(_OF_STEP):
+            return self._buffers(self.step_sums, name.removeprefix(_OF_STEP))
+        return self.buffers(name)
 
     def _buffers(self, where: dict[str, list[Tensor]], name: str) -> list[Tensor]:
         if name not in where:
@@ -153,8 +165,9 @@ class GradientSums(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Sums, vectors and counts, whole, where they are on one device, and on the CPU of rank 0 if there are more."""
-        sums: dict[str, list[Tensor]] = {name: [] for name in self.sums}
-        for name, tensors in self.sums.items():
+        stored = self._stored()
+        sums: dict[str, list[Tensor]] = {name: [] for name in stored}
+        for name, tensors in stored.items():
             for shard, tensor in zip(self.shards, tensors, strict=True):
                 whole = shard.gather(tensor)
                 if not distributed.together():
@@ -166,7 +179,7 @@ class GradientSums(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take sums, vectors and counts, to this device, without a change of dtype."""
         for name, tensors in state_dict["sums"].items():
-            for shard, mine, whole in zip(self.shards, self.buffers(name), tensors, strict=True):
+            for shard, mine, whole in zip(self.shards, self._restored(name), tensors, strict=True):
                 mine.copy_(shard.of(whole))
         self._load_small(state_dict)
 
@@ -183,7 +196,7 @@ class GradientSums(Optimizer):
 
     def parts(self) -> Iterator[Part]:
         """This rank's rows of every sum, for a checkpoint of shards."""
-        for name, tensors in self.sums.items():
+        for name, tensors in self._stored().items():
             for parameter, shard, tensor in zip(self.names, self.shards, tensors, strict=True):
                 if tensor.numel():
                     read = partial(tensor.reshape, -1)
@@ -192,7 +205,7 @@ class GradientSums(Optimizer):
     def load(self, stored: ShardedCheckpoint) -> None:
         """Take this rank's rows of every sum from a checkpoint that any number of ranks wrote."""
         for key in stored.pieces:
-            buffers = self.buffers(key.removeprefix("sum/"))
+            buffers = self._restored(key.removeprefix("sum/"))
             for parameter, shard, tensor in zip(self.names, self.shards, buffers, strict=True):
                 if tensor.numel():
                     tensor.copy_(stored.read(key, parameter, shard.first, tensor.numel()).view_as(tensor))
