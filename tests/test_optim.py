@@ -137,6 +137,25 @@ def test_state_round_trip(make: type[MaskedOptimizer], density: float) -> None:
         assert torch.equal(bits(whole[name]), bits(halves[name]))
 
 
+def test_a_step_count_from_a_checkpoint_is_taken_to_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints are read on the CPU, and loading leaves the count there: the fused step needs it beside the weights.
+    The meta device stands for a GPU."""
+    weight = nn.Parameter(torch.ones(4, device="meta"))
+    weight.grad = torch.ones(4, device="meta")
+    optimizer = MaskedAdamW([weight])
+    on_cpu = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(4), "exp_avg_sq": torch.zeros(4)}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: on_cpu}})
+    devices: list[str] = []
+    monkeypatch.setattr(
+        "wagle_pl.unlearning.optim.adamw",
+        lambda weights, gradients, averages, squares, spare, steps, **_: devices.extend(
+            tensor.device.type for tensors in (weights, averages, squares, steps) for tensor in tensors
+        ),
+    )
+    optimizer.step()
+    assert devices == ["meta"] * 4
+
+
 def test_state_of_another_mask_is_refused() -> None:
     named = parameters()
     optimizers = []

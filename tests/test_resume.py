@@ -1,5 +1,9 @@
 """Invariant 5: kill a run anywhere, resume from its last checkpoint, and the result has the same bits."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -15,6 +19,32 @@ class KillAt(Callback):
         if type(self).batches == 0:
             raise KeyboardInterrupt
         type(self).batches -= 1
+
+
+class SaveAt(Callback):
+    """Writes a checkpoint after a number of batches, wherever in a step that is, and then stops the run."""
+
+    batches = 0
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        type(self).batches -= 1
+        if type(self).batches == 0:
+            trainer.save_checkpoint("middle.ckpt")
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def dropping_model(tiny_model, tmp_path):
+    """The tiny model with dropout in its attention."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "dropping"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.3}))
+    return str(folder)
+
+
+def same_bits(a, b):
+    first, second = load_file(f"{a}/model.safetensors"), load_file(f"{b}/model.safetensors")
+    return all(torch.equal(first[name].view(torch.int32), second[name].view(torch.int32)) for name in first)
 
 
 def arguments(kind, model, accumulate):
@@ -50,6 +80,21 @@ def test_a_killed_run_continues_to_the_same_bits(wagle, tiny_model, tmp_path, ki
     last = tmp_path / "ckpt/last.ckpt"
     assert 0 < torch.load(last, weights_only=False)["global_step"] <= killed_after
     wagle(*args, "--model.output", "resumed", *folder, "ckpt", "--ckpt_path", last)
-    whole, resumed = load_file("whole/model.safetensors"), load_file("resumed/model.safetensors")
-    for name in whole:
-        assert torch.equal(whole[name].view(torch.int32), resumed[name].view(torch.int32)), name
+    assert same_bits("whole", "resumed")
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+@pytest.mark.parametrize("saved_after", [1, 2, 3, 4, 5, 7, 8])
+def test_a_checkpoint_at_any_batch_continues_to_the_same_bits(wagle, dropping_model, accumulate, saved_after):
+    """With dropout, and in the middle of a step too, which is then made anew."""
+    args = (*arguments("npo", dropping_model, accumulate), "--model.mask", "null", "--trainer.max_epochs", "2")
+    args = args[: args.index("--trainer.callbacks")] + args[args.index("--trainer.callbacks") + 6 :]
+    args = (*args, "--data.batch_size", 3 if accumulate < 4 else 2, "--trainer.enable_checkpointing", "false")
+    wagle(*args, "--model.output", "whole")
+    wagle(*args, "--model.output", "again")
+    assert same_bits("whole", "again")
+    SaveAt.batches = saved_after
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        wagle(*args, "--model.output", "resumed", "--trainer.callbacks", "test_resume.SaveAt")
+    wagle(*args, "--model.output", "resumed", "--ckpt_path", "middle.ckpt")
+    assert same_bits("whole", "resumed")

@@ -276,6 +276,8 @@ class ShardedCheckpoint:
         gather = getattr(optimizer, "compact", lambda flat, values: values)
         for (flat, key), values in dense.items():
             optimizer.state[flat][key] = gather(flat, values.to(flat.device))
+        fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
         for fragment in found:
+            device = fragment.flat.device if fused else None  # torch's own optimisers count on the CPU otherwise
             for key, value in singles.get(fragment.name, {}).items():
-                optimizer.state[fragment.flat][key] = torch.tensor(value, dtype=torch.float32)
+                optimizer.state[fragment.flat][key] = torch.tensor(value, dtype=torch.float32, device=device)

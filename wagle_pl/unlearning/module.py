@@ -32,6 +32,7 @@ from wagle_pl.unlearning.optim import (
     parameter_masks,
 )
 from wagle_pl.unlearning.reference import FrozenCopy, References
+from wagle_pl.unlearning.resume import StepStart, random_state, rewind, set_random_state
 from wagle_pl.utilities import WagleError, describe, peak_memory, refuse_existing, resolve, versions
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,8 @@ class FinetuneModule(EvaluationModule):
         self.make_optimizer: Callable[[Any], torch.optim.Optimizer] = MaskedAdamW
         self.make_lr_scheduler: Optional[Callable[[torch.optim.Optimizer], Any]] = None
         self._started = 0.0
+        self._step_start: Optional[StepStart] = None
+        self._random: Mapping[str, Tensor] = {}
 
     @property
     def results_folder(self) -> Path:
@@ -112,7 +115,11 @@ class FinetuneModule(EvaluationModule):
         if self.make_lr_scheduler is not None:
             scheduler = self.make_lr_scheduler(optimizer)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": _monitor(scheduler)}}
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf") and (self.decay != "constant" or 0 < self.warmup < 1):
+            raise WagleError("the run's steps are not known beforehand, and warm-up and decay are shares of them: give "
+                             "--trainer.max_steps or --trainer.max_epochs (max_time may end it earlier), or "
+                             "--model.decay constant with a --model.warmup of 0 or in steps")  # fmt: skip
         factor = schedule(self.warmup, self.decay, steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -151,21 +158,29 @@ class FinetuneModule(EvaluationModule):
 
     # -- resume -------------------------------------------------------------------------------------------------------
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Remember where a step starts."""
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._step_start = StepStart(batch_idx, self.global_step, random_state(self.device))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep torch's random state, which dropout draws from, so that a resumed run equals an unbroken one; and what
-        the model is made from, for ``wagle export``."""
-        checkpoint["rng_state"] = torch.get_rng_state()
+        """Keep the random state, which dropout draws from, so that a resumed run equals an unbroken one; and what the
+        model is made from, for ``wagle export``. In the middle of a step, go back to its start."""
+        start = self._step_start
+        begun = start is not None and start.step == self.global_step
+        if begun:
+            rewind(checkpoint["loops"], start.batch)
+        checkpoint.update(start.random if begun else random_state(self.device))
         checkpoint["model"] = {"name": self.model_name, "record": self.record()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the random state back, when training starts."""
-        self._rng_state = checkpoint.get("rng_state")
+        self._random = {key: checkpoint[key] for key in ("rng_state", "cuda_rng_state") if key in checkpoint}
 
     def on_train_start(self) -> None:
         """Start the clock and restore the random state of a checkpoint."""
         self._started = time.monotonic()
-        if getattr(self, "_rng_state", None) is not None:
-            torch.set_rng_state(self._rng_state.cpu())
+        set_random_state(self._random, self.device)
         # counting the steps made the loader before Lightning read the checkpoint: tell it only now where to go on
         self.trainer.fit_loop._load_combined_loader_states()
 
@@ -220,7 +235,7 @@ class UnlearnModule(FinetuneModule):
         mask: mask file that attribution wrote for this model; null is dense unlearning.
         modules: only weights in these modules may move, e.g. ``[mlp]`` or ``[self_attn.q_proj]``; with a mask, those
             that both select.
-        layers: only weights in these layers may move, e.g. ``3-7`` or ``0,2,5-``; with a mask, those that both select.
+        layers: only weights in these layers may move, e.g. ``3-7`` or ``0,2,5-9``; with a mask, those that both select.
         adapter: ``LoRA`` trains low-rank adapters in place of the weights; not together with a mask, modules or layers.
         clip_scope: whose gradient norm ``trainer.gradient_clip_val`` bounds: of the ``selected`` weights, or of ``all``
             (dense gradients, kept until they are clipped).
@@ -462,14 +477,14 @@ class UnlearnModule(FinetuneModule):
         return record
 
 
-def schedule(warmup: float, decay: str, steps: int) -> Callable[[int], float]:
+def schedule(warmup: float, decay: str, steps: float) -> Callable[[int], float]:
     """Learning-rate factor by step: linear warm-up, then linear decay to zero at ``steps``, or constant.
 
     >>> factor = schedule(2, "linear", 6)
     >>> [factor(step) for step in range(7)]
     [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
-    warm = round(warmup * steps) if warmup < 1 else round(warmup)
+    warm = round(warmup * steps) if 0 < warmup < 1 else round(warmup)
 
     def factor(step: int) -> float:
         if step < warm:

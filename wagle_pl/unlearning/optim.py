@@ -251,6 +251,7 @@ class MaskedAdamW(MaskedOptimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=weights.device)
             state["exp_avg"] = torch.zeros_like(weights)
             state["exp_avg_sq"] = torch.zeros_like(weights)
+        state["step"] = state["step"].to(weights.device)  # a checkpoint's is on the CPU, the fused step wants it here
         adamw(
             [weights],
             [gradient],
