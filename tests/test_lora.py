@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from wagle_pl import models
 from wagle_pl.masks import WeightMask
 from wagle_pl.unlearning import LoRA, UnlearnModule
+from wagle_pl.unlearning.export import export
 from wagle_pl.utilities import WagleError
 
 pytest.importorskip("peft")
@@ -107,3 +109,23 @@ def test_a_mask_file_is_not_needed_to_know(tiny_model: str) -> None:
     LoRA().add(lm, tiny_model)
     with pytest.raises(WagleError, match="another model"):
         mask.check(models.parameter_shapes(lm))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "[attn.c_proj]"])
+def test_a_checkpoint_of_transposed_layers_becomes_the_same_model(wagle: Any, tiny_model: str, targets: str) -> None:
+    """GPT-2 keeps its layers as (in, out); of a square one the shape does not tell."""
+    tokenizer = models.load_tokenizer(tiny_model)
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, **special)
+    GPT2LMHeadModel(config).save_pretrained("gpt2")
+    tokenizer.save_pretrained("gpt2")
+    options = [option if option != "false" else "true" for option in UNLEARN]
+    wagle(*options, *LORA, "--model.adapter.target_modules", targets, "--model.model", "gpt2", "--model.output", "out",
+          "--model.objective", "GradDiff", "--trainer.callbacks", "ModelCheckpoint",
+          "--trainer.callbacks.dirpath", "checkpoints")  # fmt: skip
+    (checkpoint,) = Path("checkpoints").glob("*.ckpt")
+    export(checkpoint, "exported")
+    base, merged, exported = load("gpt2"), load("out"), load("exported")
+    assert any(not torch.equal(base[name], merged[name]) for name in base)
+    for name in merged:
+        torch.testing.assert_close(exported[name], merged[name])

@@ -159,12 +159,12 @@ def test_frozen_means_frozen(run: Any, tiny_model: str, mask: str, optimizer: li
 
 @pytest.mark.parametrize("name", ZERO)
 def test_frozen_means_frozen_in_bf16(run: Any, tiny_model: str, mask: str, name: str):
-    """The master weights are fp32; what was frozen comes out as it went in, rounded once when it was loaded."""
+    """Loading rounds the model's fp32 weights; what was frozen is written as it was stored."""
     folder = run(name, "UnlearnModule", "--model.objective", "GradDiff", "--model.mask", mask, "--optimizer", "AdamW",
                  "--optimizer.weight_decay", "0.1",
                  **{"trainer.precision": "bf16-true", "data.batch_size": 4})  # fmt: skip
     before, after, bits = weights(Path(tiny_model)), weights(folder), WeightMask.load(mask)
-    assert all(torch.equal(before[n].bfloat16()[~bits[n]], after[n].bfloat16()[~bits[n]]) for n in bits)
+    assert all(torch.equal(before[n][~bits[n]], after[n][~bits[n]]) for n in bits)
     assert any((before[n].bfloat16() != after[n].bfloat16())[bits[n]].any() for n in bits)
 
 

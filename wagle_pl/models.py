@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from wagle_pl import distributed
-from wagle_pl.tensorfiles import INDEX_FILE, SINGLE_FILE, TensorFiles, write_tensors
+from wagle_pl.tensorfiles import DTYPES, INDEX_FILE, SINGLE_FILE, TensorFiles, write_tensors
 from wagle_pl.utilities import WagleError, atomic_path, first_line
 
 CARD_FILE = "README.md"
 ADAPTER_FILE = "adapter_config.json"  # of a folder that holds an adapter and names its base
 RECORD_FILE = "wagle.json"  # what made a folder of ours: machine-readable twin of the model card
+
+#: safetensors' names of dtypes -> torch's.
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
@@ -98,13 +101,14 @@ def _load_sharded(name: str, attention: Mapping[str, str]) -> Any:
 
 
 def _folder_of(source: str) -> Path:
-    """Where a model's files are: the folder itself, or the hub's cache."""
-    if Path(source).is_dir():
-        return Path(source)
+    """Where a model's files are: the folder itself, or the hub's cache; a meeting of all ranks."""
+    return Path(source) if Path(source).is_dir() else Path(distributed.from_rank_zero(lambda: _downloaded(source)))
+
+
+def _downloaded(source: str) -> str:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", INDEX_FILE]
-    return Path(distributed.from_rank_zero(lambda: snapshot_download(source, allow_patterns=patterns)))
+    return snapshot_download(source, allow_patterns=["*.safetensors", INDEX_FILE])
 
 
 def load_tokenizer(name: str) -> Any:
@@ -130,6 +134,78 @@ def checkpoint_dtype(name: str) -> Optional[torch.dtype]:
     source, options = locate(name)
     dtype = AutoConfig.from_pretrained(source, **options).dtype
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+class Originals:
+    """The weights that a model was loaded from, in the dtypes they are stored in.
+
+    Loading may round them: float16 in memory as bfloat16, say. What has not moved since is then written as it was
+    stored, so that frozen weights keep their bits in the file and not in memory alone.
+
+    Args:
+        name: of the model, as :func:`load_model` takes it.
+
+    Attributes:
+        default: the dtype that the model's configuration names, None if it names none.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.default = checkpoint_dtype(name)
+        self._files = _weight_files(name)
+        self._names = frozenset(() if self._files is None else self._files.names)
+
+    def dtype(self, weight: str) -> Optional[torch.dtype]:
+        """The dtype a weight is stored in; the model's where its files do not have the weight under this name."""
+        if weight not in self._names:
+            return self.default
+        stored = TORCH_DTYPES.get(self._files.dtype(weight))
+        return stored if stored is not None and stored.is_floating_point else self.default
+
+    @torch.no_grad()
+    def restore(self, weight: str, values: Tensor, loaded_as: Optional[torch.dtype] = None) -> Tensor:
+        """A weight's values as they are to be stored.
+
+        Args:
+            weight: its name.
+            values: of any floating-point dtype; others are returned as they are.
+            loaded_as: the dtype that the stored ones were loaded in; that of ``values`` when None.
+
+        Returns:
+            Values in the dtype they were stored in; those that are what loading made of the stored ones are the stored.
+        """
+        stored_as, loaded_as = self.dtype(weight), loaded_as or values.dtype
+        if stored_as is None or not values.is_floating_point():
+            return values
+        stored = None if _holds(loaded_as, stored_as) else self._read(weight)
+        if stored is None or stored.shape != values.shape:
+            return values.to(stored_as)
+        stored = stored.to(values.device)
+        return torch.where(values == stored.to(loaded_as).to(values.dtype), stored, values.to(stored_as))
+
+    def _read(self, weight: str) -> Optional[Tensor]:
+        return self._files.tensor(weight) if weight in self._names else self._loaded.get(weight)
+
+    @cached_property
+    def _loaded(self) -> dict[str, Tensor]:
+        """The whole model, for weights that its files keep under other names."""
+        return dict(load_model(self.name, self.default).state_dict())
+
+
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether every number of one dtype is a number of another."""
+    return torch.promote_types(wide, narrow) == wide
+
+
+def _weight_files(name: str) -> Optional[TensorFiles]:
+    """A model's safetensors files; None if it has none of its own."""
+    source, options = locate(name)
+    if options or _adapted(name) is not None:
+        return None
+    try:
+        return TensorFiles(source if Path(source).is_dir() else _downloaded(source))
+    except (WagleError, OSError):
+        return None
 
 
 def _adapted(name: str) -> Optional[str]:
@@ -229,7 +305,7 @@ def save_model(
     folder: str | Path,
     card: str,
     record: dict[str, Any],
-    dtype: Optional[torch.dtype] = None,
+    originals: Optional[Originals] = None,
 ) -> Path:
     """Write a folder that ``from_pretrained`` loads, with tokenizer, model card and record; whole or not at all.
 
@@ -239,18 +315,19 @@ def save_model(
         folder: where to; replaced if it exists (the caller has asked for it).
         card: Markdown text of ``README.md``.
         record: JSON-serialisable; written as ``wagle.json``.
-        dtype: of the weights in the file; as in memory when None.
+        originals: what the model was loaded from, which says the dtypes in the file, and keeps the bits of what has not
+            moved; dtypes are those in memory when None.
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        return _save_spread(model, tokenizer, folder, card, record, dtype)
+        return _save_spread(model, tokenizer, folder, card, record, originals)
     state_dict = dict(model.state_dict())
-    if dtype is not None:
-        cast: dict[Any, Tensor] = {}  # tied weights are one tensor before and after, and so saved once
+    if originals is not None:
+        restored: dict[Any, Tensor] = {}  # tied weights are one tensor before and after, and so saved once
         for name, tensor in state_dict.items():
             key = (tensor.data_ptr(), tensor.shape) if tensor.numel() else name
-            if key not in cast:
-                cast[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-            state_dict[name] = cast[key]
+            if key not in restored:
+                restored[key] = originals.restore(name, tensor)
+            state_dict[name] = restored[key]
 
     def write_weights(temporary: Path) -> None:
         model.config.use_cache = True
@@ -259,6 +336,7 @@ def save_model(
         finally:
             model.config.use_cache = False
 
+    dtype = None if originals is None else originals.default
     return _save_folder(folder, write_weights, tokenizer, card, record, dtype)
 
 
@@ -268,7 +346,7 @@ def _save_spread(
     folder: str | Path,
     card: str,
     record: dict[str, Any],
-    dtype: Optional[torch.dtype] = None,
+    originals: Optional[Originals] = None,
 ) -> Path:
     """:func:`save_model` of a model spread over ranks: rank 0 writes a tensor at a time."""
     parameters = list(model.named_parameters())
@@ -277,17 +355,22 @@ def _save_spread(
             pass
         return Path(folder)
 
-    def read(parameter: nn.Parameter) -> Tensor:
+    def dtype_of(name: str, parameter: nn.Parameter) -> torch.dtype:
+        return (None if originals is None else originals.dtype(name)) or parameter.dtype
+
+    def read(name: str, parameter: nn.Parameter) -> Tensor:
         with gathered(parameter) as weights:
-            return weights.to(dtype or weights.dtype, copy=True).cpu()
+            values = weights if originals is None else originals.restore(name, weights)
+            return values.to("cpu", copy=True)  # the gathered ones are gone in a moment
 
     weights = [
-        Weight(name, dtype or parameter.dtype, tuple(parameter.ds_shape), partial(read, parameter))
+        Weight(name, dtype_of(name, parameter), tuple(parameter.ds_shape), partial(read, name, parameter))
         for name, parameter in parameters
     ]
     buffers = persistent_buffers(model)
     weights += [Weight(n, b.dtype, tuple(b.shape), partial(torch.clone, b)) for n, b in buffers.items()]
     model.config.architectures = [type(model).__name__]
+    dtype = None if originals is None else originals.default
     return save_weights(weights, model.config, model.generation_config, tokenizer, folder, card, record, dtype)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wagle_pl import models
+from wagle_pl.layers import is_linear, is_transposed
 from wagle_pl.strategies import ShardedCheckpoint
 from wagle_pl.unlearning.card import model_card
 from wagle_pl.utilities import WagleError, refuse_existing
@@ -26,7 +27,8 @@ class Stored(NamedTuple):
         shapes: name -> shape.
         dtypes: name -> dtype.
         read: gives one of them.
-        about: what the run said of itself: ``name`` of its base model, and the ``record`` of a model folder.
+        about: what the run said of itself: ``name`` of its base model, the ``dtype`` it was loaded in, and the
+            ``record`` of a model folder.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -106,7 +108,7 @@ def _write(stored: Stored, path: Path, output: str | Path, model: Optional[str])
         source, options = models.locate(base)
         config = AutoConfig.from_pretrained(source, **options)
         tokenizer = models.load_tokenizer(base)
-        dtype = models.checkpoint_dtype(base)
+        originals = models.Originals(base)
     except (WagleError, OSError, ValueError) as error:
         raise WagleError(f"checkpoint {path}: its base model {base} cannot be read ({error}); "
                          "say where it is: --model") from None  # fmt: skip
@@ -115,13 +117,23 @@ def _write(stored: Stored, path: Path, output: str | Path, model: Optional[str])
     except OSError:
         generation = None  # the model has none of its own
     adapter = record["lineage"][-1].get("adapter")
+    loaded_as = getattr(torch, stored.about.get("dtype", ""), None)
+    transposed = _transposed(config) if adapter else set()
+
+    def read(name: str, whole: str) -> Tensor:
+        values = _with_adapter(stored, whole, adapter, name.removesuffix(".weight") in transposed)
+        return originals.restore(name, values, loaded_as)
+
     weights = [
-        models.Weight(name, dtype or stored.dtypes[whole], stored.shapes[whole], partial(_read, stored, whole, adapter))
+        models.Weight(
+            name, originals.dtype(name) or stored.dtypes[whole], stored.shapes[whole], partial(read, name, whole)
+        )
         for name, whole in _names(stored.shapes).items()
     ]
     if hasattr(config, "quantization_config"):  # of a GGUF base: these weights are plain
         del config.quantization_config
-    return models.save_weights(weights, config, generation, tokenizer, output, model_card(record), record, dtype)
+    return models.save_weights(weights, config, generation, tokenizer, output, model_card(record), record,
+                               originals.default)  # fmt: skip
 
 
 def _names(shapes: Mapping[str, Any]) -> dict[str, str]:
@@ -129,11 +141,21 @@ def _names(shapes: Mapping[str, Any]) -> dict[str, str]:
     return {name.replace(".base_layer.", "."): name for name in shapes if ".lora_" not in name}
 
 
-def _read(stored: Stored, name: str, adapter: Optional[Mapping[str, Any]]) -> Tensor:
-    """A weight; an adapter's (alpha / r) B A is added to it."""
+def _transposed(config: Any) -> set[str]:
+    """Names of the linear layers that store their weights as (in, out)."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {name for name, module in model.named_modules() if is_linear(module) and is_transposed(module)}
+
+
+def _with_adapter(stored: Stored, name: str, adapter: Optional[Mapping[str, Any]], transposed: bool) -> Tensor:
+    """A weight; an adapter's (alpha / r) B A is added to it, in the order of the layer's dimensions."""
     weight = stored.read(name)
     layer = name.removesuffix("base_layer.weight")
     if layer == name or f"{layer}lora_A.default.weight" not in stored.shapes:
         return weight
     a, b = (stored.read(f"{layer}lora_{part}.default.weight").float() for part in "AB")
-    return weight.float() + (b @ a) * (adapter["alpha"] / adapter["r"])
+    product = (b @ a) * (adapter["alpha"] / adapter["r"])
+    return weight.float() + (product.T if transposed else product)

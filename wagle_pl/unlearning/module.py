@@ -171,7 +171,8 @@ class FinetuneModule(EvaluationModule):
         if begun:
             rewind(checkpoint["loops"], start.batch)
         checkpoint.update(start.random if begun else random_state(self.device))
-        checkpoint["model"] = {"name": self.model_name, "record": self.record()}
+        dtype = str(next(self.lm.parameters()).dtype).removeprefix("torch.")
+        checkpoint["model"] = {"name": self.model_name, "dtype": dtype, "record": self.record()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the random state back, when training starts."""
@@ -197,9 +198,10 @@ class FinetuneModule(EvaluationModule):
             log.info("model written to %s", self.output)
 
     def export(self, record: dict[str, Any]) -> None:
-        """Write the model folder, in the dtype of the model it was made from; under ZeRO-3 a meeting of all ranks."""
-        dtype = models.checkpoint_dtype(self.model_name)
-        models.save_model(self.lm, self.tokenizer, self.output, model_card(record), record, dtype)
+        """Write the model folder, in the dtypes of the model it was made from, what has not moved with its bits; under
+        ZeRO-3 a meeting of all ranks."""
+        originals = models.Originals(self.model_name)
+        models.save_model(self.lm, self.tokenizer, self.output, model_card(record), record, originals)
 
     def record(self) -> dict[str, Any]:
         """What made this model, for ``wagle.json`` and the model card."""
