@@ -148,6 +148,7 @@ def test_a_missing_source_is_named():
         ),
         ({"question": "a", "choices": "bc", "label": 0}, "set row 2: 'choices' is no list of texts"),
         ({"question": "a", "choices": ["b", "c"], "label": 0.5}, "set row 2: label 0.5 is no index"),
+        ({"messages": [{"role": "user", "content": "Thanks."}]}, "set row 2: the last of 'messages' is of the user"),
         ({"messages": "a"}, "set row 2: 'messages' is no list of messages"),
         ({"messages": [{"role": "user", "content": None}]}, "set row 2: 'messages' is no list of messages"),
     ],

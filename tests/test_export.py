@@ -7,12 +7,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 
 from wagle_pl import models
 from wagle_pl.masks import WeightMask
+from wagle_pl.unlearning import UnlearnModule
 from wagle_pl.unlearning.card import forgotten
 from wagle_pl.unlearning.export import export
 
@@ -117,6 +120,58 @@ def test_frozen_bits_are_those_of_the_file(
         share = sum(int(bits.sum()) for bits in moved.values()) / mask.count()
         assert share > 0.5  # of the selected, some are not used, and steps below a dtype's precision are lost
     assert all(torch.equal(stored("out")[name], stored("exported")[name]) for name in before)
+
+
+class OwnOptimizer(UnlearnModule):
+    """Overrides what a Lightning user overrides first."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.1)
+
+
+def test_an_optimizer_of_ones_own_leaves_frozen_weights_alone(wagle: Any, tiny_model: str) -> None:
+    mask = random_mask(tiny_model, 0.2, "mask.safetensors")
+    wagle(*UNLEARN[:-4], "--model", f"{__name__}.OwnOptimizer", "--model.model", tiny_model, "--model.output", "out",
+          "--model.objective", "GradDiff", "--model.mask", "mask.safetensors")  # fmt: skip
+    before, after = stored(tiny_model), stored("out")
+    moved = {name: before[name] != after[name] for name in before}
+    assert any(bits.any() for bits in moved.values())
+    assert not any((moved[name] & ~mask[name]).any() for name in moved)
+
+
+class Plain(L.LightningDataModule):
+    """Batches, and nothing else that the package's own data modules have."""
+
+    def train_dataloader(self) -> Any:
+        ids = torch.arange(24).view(2, 12) + 5
+        row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "row": torch.arange(2),
+               "weight": torch.full((2,), 0.5)}  # fmt: skip
+        return DataLoader([{"forget": row, "retain": row}] * 2, batch_size=None)
+
+
+def test_from_python_with_paths_and_plain_data(tiny_model: str, tmp_path: Path) -> None:
+    module = UnlearnModule(model=Path(tiny_model), output=tmp_path / "out", objective="GradDiff")
+    trainer = L.Trainer(max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+                        enable_progress_bar=False, default_root_dir=tmp_path)  # fmt: skip
+    trainer.fit(module, Plain())
+    record = models.read_record(str(tmp_path / "out"))["lineage"][-1]
+    assert (record["base"], record["steps"], record["data"]) == (tiny_model, 2, {})
+
+
+def test_the_model_it_starts_from_is_no_output(fails: Any, tiny_model: str) -> None:
+    same = str(Path(tiny_model) / ".." / Path(tiny_model).name)
+    assert "is the model that this run starts from" in fails(
+        *UNLEARN, "--model.model", tiny_model, "--model.output", same, "--model.overwrite", "true"
+    )
+    assert stored(tiny_model)
+
+
+@pytest.mark.parametrize(("interval", "rate"), [("step", 0.0), ("epoch", 0.005)])
+def test_a_scheduler_steps_as_told(wagle: Any, tiny_model: str, interval: str, rate: float) -> None:
+    done = wagle(*UNLEARN, "--model.model", tiny_model, "--model.output", "out", "--model.lr_interval", interval,
+                 "--lr_scheduler", "CosineAnnealingLR", "--lr_scheduler.T_max", "2",
+                 "--trainer.limit_train_batches", "5")  # fmt: skip
+    assert done.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(rate)
 
 
 def test_failing_to_write_leaves_the_old_folder_whole(

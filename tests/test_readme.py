@@ -36,6 +36,18 @@ def test_examples_run(mine, wagle, tiny_model, tmp_path):
     assert module.metrics["forget/words"] >= 0
 
 
+def test_use_from_python_runs(tiny_model, tmp_path, monkeypatch):
+    """As printed, but on the tiny model, for two steps, and without the test, which the last line is."""
+    monkeypatch.chdir(tmp_path)
+    *_, code = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    short = {"runs/people/target": tiny_model, "max_epochs=2": "max_steps=2, logger=False, enable_checkpointing=False"}
+    for printed, here in short.items():
+        assert printed in code
+        code = code.replace(printed, here)
+    exec(code[: code.index("trainer.test(")], {})
+    assert (tmp_path / "runs/mine/model.safetensors").is_file()
+
+
 def test_every_command_of_the_readme_exists():
     from importlib import import_module
 

@@ -119,7 +119,8 @@ def load_tokenizer(name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
-        raise WagleError(f"tokenizer of {name!r} cannot be loaded: {first_line(error)}") from error
+        reason = "it has no tokenizer files" if "backend tokenizer" in str(error) else first_line(error)
+        raise WagleError(f"tokenizer of {name!r} cannot be loaded: {reason}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer

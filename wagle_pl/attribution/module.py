@@ -405,7 +405,7 @@ class AttributionModule(EvaluationModule):
             "forget_loss": type(self.forget_loss).__name__,
             "reduction": self.reduction,
             "rows": {stream: int(self._rows(stream)) for stream in self.streams},
-            "data": {name: data.describe(name) for name in ("forget", "retain")},
+            "data": {name: data.describe(name) for name in ("forget", "retain")} if hasattr(data, "describe") else {},
             "config": self.run_config,
         }
 

@@ -121,6 +121,8 @@ def _fault(row: Row, columns: tuple[str, ...]) -> Optional[str]:
         return None if right else f"label {label!r} is no index of its choices"
     if not _has_answer(row, columns):
         return f"{columns[-1]!r} is empty"
+    if columns == ("messages",) and row["messages"][-1]["role"] in ("system", "user"):
+        return f"the last of 'messages' is of the {row['messages'][-1]['role']}, where the answer must be"
     if columns == ("input_ids", "labels") and len(row["input_ids"]) != len(row["labels"]):
         return f"there are {len(row['input_ids'])} 'input_ids' and {len(row['labels'])} 'labels'"
     return None

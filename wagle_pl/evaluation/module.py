@@ -104,8 +104,8 @@ class EvaluationModule(L.LightningModule):
         super().__init__()
         if max_new_tokens < 1:
             raise WagleError(f"model.max_new_tokens must be at least 1, got {max_new_tokens}")
-        self.model_name = model
-        self.output = output
+        self.model_name = str(model)
+        self.output = None if output is None else str(output)
         self.overwrite = overwrite
         self.suite_name = suite
         self.compared = {"retrained": retrained, "target": target, "reference": reference}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
@@ -51,6 +51,8 @@ class FinetuneModule(EvaluationModule):
         train_on: ``all`` (forget and retain rows: the target model), ``retain`` (the retrained model) or ``forget``.
         warmup: linear warm-up: a share of all steps (below 1) or a number of steps. ``--lr_scheduler`` replaces it.
         decay: after warm-up, ``linear`` to zero or ``constant``.
+        lr_interval: when a scheduler given by ``--lr_scheduler`` steps: each ``epoch``, as in LightningCLI, or each
+            optimiser ``step``.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         kwargs: see :class:`EvaluationModule`.
     """
@@ -62,6 +64,7 @@ class FinetuneModule(EvaluationModule):
         train_on: Literal["all", "retain", "forget"] = "all",
         warmup: float = 0.1,
         decay: Literal["linear", "constant"] = "linear",
+        lr_interval: Literal["epoch", "step"] = "epoch",
         gradient_checkpointing: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -69,6 +72,7 @@ class FinetuneModule(EvaluationModule):
         self.streams = (train_on,)
         self.warmup = warmup
         self.decay = decay
+        self.lr_interval = lr_interval
         self.gradient_checkpointing = gradient_checkpointing
         #: Parameters -> optimiser, and optimiser -> scheduler; the command line sets them from ``--optimizer`` and
         #: ``--lr_scheduler``. Without a scheduler, ``warmup`` and ``decay`` apply.
@@ -89,6 +93,8 @@ class FinetuneModule(EvaluationModule):
         if stage == "fit":
             if not self.output:
                 raise WagleError("fit needs a folder for the model: give --model.output")
+            if Path(self.output).resolve() == Path(self.model_name).resolve():
+                raise WagleError(f"output {self.output} is the model that this run starts from: choose another folder")
             refuse_existing(Path(self.output), self.overwrite)
 
     def configure_model(self) -> None:
@@ -114,7 +120,8 @@ class FinetuneModule(EvaluationModule):
         optimizer = self.make_optimizer([p for p in self.lm.parameters() if p.requires_grad])
         if self.make_lr_scheduler is not None:
             scheduler = self.make_lr_scheduler(optimizer)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": _monitor(scheduler)}}
+            how = {"scheduler": scheduler, "monitor": _monitor(scheduler), "interval": self.lr_interval}
+            return {"optimizer": optimizer, "lr_scheduler": how}
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf") and (self.decay != "constant" or 0 < self.warmup < 1):
             raise WagleError("the run's steps are not known beforehand, and warm-up and decay are shares of them: give "
@@ -210,7 +217,7 @@ class FinetuneModule(EvaluationModule):
             "module": type(self).__name__,
             "base": self.model_name,
             "base_fingerprint": self.model_fingerprint,
-            "data": {name: data.describe(name) for name in ("forget", "retain")} if data is not None else {},
+            "data": {name: data.describe(name) for name in ("forget", "retain")} if hasattr(data, "describe") else {},
             "streams": list(self.streams),
             "steps": self.global_step,
             "seconds": round(time.monotonic() - self._started, 1),
@@ -268,7 +275,7 @@ class UnlearnModule(FinetuneModule):
         super().__init__(model=model, output=output, **kwargs)
         self.objective = resolve(Objective, objective, "objective")
         self.streams = self.objective.streams
-        self.mask_file = mask
+        self.mask_file = None if mask is None else str(mask)
         self.mask_modules = modules
         self.mask_layers = layers
         self.adapter = None if adapter is None else resolve(LoRA, adapter, "adapter")
@@ -351,8 +358,16 @@ class UnlearnModule(FinetuneModule):
     def configure_optimizers(self) -> Any:
         """The optimiser, made safe for frozen weights."""
         configured = super().configure_optimizers()
-        if self.mask is None:
-            return configured
+        if self.mask is not None:
+            self._protect([configured["optimizer"]])
+        return configured
+
+    def _protect(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Keep gradients and optimisers from moving frozen weights.
+
+        Raises:
+            WagleError: if an option cannot work under ZeRO.
+        """
         zero = is_zero(self.trainer.strategy)
         if self.clip_scope == "all" and zero:
             raise WagleError("clip_scope all needs every gradient whole at the step, which ZeRO does not keep: choose "
@@ -362,9 +377,8 @@ class UnlearnModule(FinetuneModule):
         if self.clip_scope == "selected":
             alone = self.trainer.world_size == 1 and not zero
             mask_gradients(self._masks, accumulated=alone)  # DDP and ZeRO reduce gradients as they come
-        if not zero:
-            self._guard(configured["optimizer"], self._masks)
-        return configured
+        for optimizer in () if zero else optimizers:
+            self._guard(optimizer, self._masks)
 
     def _guard(self, optimizer: torch.optim.Optimizer, masks: ParameterMasks) -> None:
         if guard(optimizer, masks):
@@ -399,7 +413,10 @@ class UnlearnModule(FinetuneModule):
             self._theta0 = FrozenCopy(self.lm)
 
     def on_fit_start(self) -> None:
-        """Compute, or find, what θ₀ says of the rows, as far as the objective needs it."""
+        """Protect frozen weights from an optimiser that a subclass configures; compute, or find, what θ₀ says of the
+        rows, as far as the objective needs it."""
+        if self.mask is not None and not self._masks:
+            self._protect(getattr(optimizer, "optimizer", optimizer) for optimizer in self.trainer.optimizers)
         if self.mask is not None and is_zero(self.trainer.strategy):
             self._guard_partitions()
         if self._theta0 is not None:
