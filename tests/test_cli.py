@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wagle_pl import WeightMask, cli
 from wagle_pl.data.rows import load_rows
+from wagle_pl.utilities import WagleError, atomic_path, refuse_existing, replaceable
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 UNLEARN = ("fit", "--model", "UnlearnModule", "--trainer.max_epochs", "2", "--trainer.enable_checkpointing", "false")
@@ -209,8 +210,41 @@ def test_an_existing_output_is_kept(wagle, fails, tiny_model, tmp_path):
     args = (*FINETUNE, "--model.model", tiny_model, "--model.output", "out")
     assert "output out exists already" in fails(*args)
     assert (tmp_path / "out/precious").read_text() == "x"
+    assert "output out is a folder of other things" in fails(*args, "--model.overwrite", "true")
+    assert (tmp_path / "out/precious").read_text() == "x"
+    (tmp_path / "out/precious").unlink()
     wagle(*args, "--model.overwrite", "true")
-    assert (tmp_path / "out/model.safetensors").exists() and not (tmp_path / "out/precious").exists()
+    (tmp_path / "out/of the old model").write_text("x")
+    wagle(*args, "--model.overwrite", "true")
+    assert (tmp_path / "out/model.safetensors").exists() and not (tmp_path / "out/of the old model").exists()
+
+
+def test_what_may_be_replaced(tmp_path):
+    files = {
+        "empty": {},
+        "model": {"config.json": "{}", "model.safetensors": ""},
+        "adapter": {"adapter_config.json": "{}", "adapter_model.safetensors": ""},
+        "record": {"wagle.json": "{}"},
+        "scores": {"index.json": '{"format": "wagle_pl.scores"}'},
+        "site": {"index.json": '{"pages": []}', "config.json": "{}"},
+        "list": {"index.json": "[1]"},
+        "damaged": {"index.json": "{"},
+        "runs": {"target/wagle.json": "{}"},
+        "masks": {"wagle.safetensors": ""},
+    }
+    for name, content in files.items():
+        (tmp_path / name).mkdir()
+        for file, text in content.items():
+            (tmp_path / name / file).parent.mkdir(exist_ok=True)
+            (tmp_path / name / file).write_text(text)
+    found = {name for name in files if replaceable(tmp_path / name)}
+    assert found == {"empty", "model", "adapter", "record", "scores"}
+    refuse_existing(tmp_path / "masks", True, kind="files")  # others stay as they are
+    with pytest.raises(WagleError, match=r"is a file, and a folder is to be written"):
+        refuse_existing(tmp_path / "runs/target/wagle.json", True, kind="folder")
+    with pytest.raises(WagleError, match=r"runs is a folder: name a file in it"), atomic_path(tmp_path / "runs") as new:
+        new.write_text("x")
+    assert (tmp_path / "runs/target/wagle.json").exists() and not list(tmp_path.glob(".runs*"))
 
 
 def test_a_mask_of_another_model_is_refused(wagle, fails, tiny_model):

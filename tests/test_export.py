@@ -179,7 +179,8 @@ def test_failing_to_write_leaves_the_old_folder_whole(
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "model.safetensors").write_text("the old one")
+    for file in ("config.json", "model.safetensors"):
+        (out / file).write_text("the old one")
 
     def full(self: Any, folder: Path, **_: Any) -> None:
         (Path(folder) / "model.safetensors").write_text("half a mo")
@@ -189,7 +190,7 @@ def test_failing_to_write_leaves_the_old_folder_whole(
     with pytest.raises(OSError, match="No space"):
         wagle(*UNLEARN, "--model.model", tiny_model, "--model.output", str(out),
               "--model.overwrite", "true")  # fmt: skip
-    assert [path.read_text() for path in out.iterdir()] == ["the old one"]
+    assert [path.read_text() for path in out.iterdir()] == ["the old one"] * 2
     assert [path.name for path in tmp_path.glob(".*") if path.name != ".references"] == []
 
 

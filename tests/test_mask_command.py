@@ -142,6 +142,19 @@ def test_outputs_are_not_replaced_unasked(mask: Any, refuses: Any) -> None:
     assert "x.png exists already" in refuses("plot", "a", "-o", "x")
 
 
+def test_a_file_never_replaces_a_folder(mask: Any, refuses: Any) -> None:
+    for name in ("b.pt", "x.png", "c.safetensors"):
+        Path("kept", name).mkdir(parents=True)
+        Path("kept", name, "precious").write_text("x")
+    for command in (
+        ["convert", "a.safetensors", "-o", "kept/b.pt"],
+        ["plot", "a", "-o", "kept/x.png"],
+        ["invert", "a", "-o", "kept/c"],
+    ):
+        assert "is a folder: name a file in it" in refuses(*command, "--overwrite")
+    assert len(list(Path("kept").glob("*/precious"))) == 3
+
+
 def test_convert_there_and_back(mask: Any, tiny_model: str, refuses: Any) -> None:
     lm = load_model(tiny_model)
     bools = draw(0.3, 4, parameter_shapes(lm))

@@ -251,6 +251,17 @@ def test_a_full_disk_leaves_the_old_result_whole(tmp_path: Path, monkeypatch: py
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_folder_of_other_things_is_never_replaced(tmp_path: Path) -> None:
+    old = base_tensors()
+    base, unlearned = write(tmp_path / "base", old), write(tmp_path / "unlearned", moved(old, 0.3, 1))
+    make_patch(base, unlearned, tmp_path / "patches/p.patch")
+    with pytest.raises(WagleError, match="patches is a folder: name a file in it"):
+        make_patch(base, unlearned, tmp_path / "patches", overwrite=True)
+    with pytest.raises(WagleError, match="patches is a folder of other things"):
+        apply_patch(base, tmp_path / "patches/p.patch", tmp_path / "patches", overwrite=True)
+    assert (tmp_path / "patches/p.patch").is_file()
+
+
 def test_peak_memory_is_that_of_a_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = {"big": torch.randn(2_000_000), "small": torch.randn(10)}
     new = {name: torch.where(torch.rand_like(t) < 0.2, t * 1.01, t) for name, t in old.items()}

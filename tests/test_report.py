@@ -267,6 +267,8 @@ def test_bad_input_is_one_line(runs, refused):
     assert "'modle_utility' is no measure of these runs" in line and "model_utility" in line
     Path("untested").mkdir()
     assert "nothing to report: untested" in refused("untested", "-o", "a.html")
+    Path("site.html").mkdir()
+    assert "site.html is a folder: name a file in it" in refused("masked", "-o", "site.html", "--overwrite")
     assert Path("there.html").read_text() == "mine" and not Path("a.html").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import os
 import platform
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar, Union
+from typing import Any, Literal, TypeVar, Union
 
 from wagle_pl import __version__
 
@@ -28,17 +29,66 @@ class WagleError(Exception):
     """
 
 
-def refuse_existing(path: Path, overwrite: bool, option: str = "--model.overwrite true") -> None:
-    """Raise :class:`WagleError` if ``path`` exists and may not be replaced; ``option`` is what would allow it."""
-    if path.exists() and not overwrite:
+def refuse_existing(
+    path: Path,
+    overwrite: bool,
+    option: str = "--model.overwrite true",
+    kind: Literal["file", "folder", "files"] = "file",
+) -> None:
+    """Refuse an output that may not be written, before any work is done.
+
+    What is replaced is gone, so ``overwrite`` is never taken to mean a folder of other things: it replaces a file by a
+    file, and a folder that is :func:`replaceable` by a folder.
+
+    Args:
+        path: the output.
+        overwrite: whether it may be replaced.
+        option: what would allow it, for the message.
+        kind: what will be written: a ``file``; a ``folder``, in place of the whole of one that is there; or ``files``
+            into a folder, where others stay as they are.
+
+    Raises:
+        WagleError: if ``path`` exists and may not be replaced, or is of the other kind.
+    """
+    if not path.exists():
+        return
+    if kind == "file" and path.is_dir():
+        raise WagleError(f"output {path} is a folder: name a file in it")
+    if not overwrite:
         raise WagleError(f"output {path} exists already; choose another or pass {option}")
+    if kind != "file" and not path.is_dir():
+        raise WagleError(f"output {path} is a file, and a folder is to be written: choose another")
+    if kind == "folder" and not replaceable(path):
+        raise WagleError(f"output {path} is a folder of other things, which would be lost: only one that is empty, or "
+                         "is a model, scores or a checkpoint, is replaced; choose another")  # fmt: skip
+
+
+def replaceable(folder: Path) -> bool:
+    """Whether a folder may be replaced as a whole: it is empty, or itself a model, scores or a checkpoint of ours.
+
+    Told by the files at its top, whose names the rooms that write them know too: the record or the adapter's
+    configuration of a model; a configuration beside weights; an index that says its format.
+    """
+    names = [path.name for path in folder.iterdir()]
+    weights = any(name.endswith((".safetensors", ".bin", ".gguf")) for name in names)
+    if not names or "wagle.json" in names or (weights and {"config.json", "adapter_config.json"} & set(names)):
+        return True
+    try:
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(index, dict) and str(index.get("format")).startswith("wagle_pl.")
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of ``path``; on success it takes the place of ``path``, on failure it is removed.
 
-    Works for a file and for a folder. A folder that is replaced stays whole until the new one is complete.
+    Works for a file and for a folder. A folder that is replaced stays whole until the new one is complete; a file never
+    replaces one.
+
+    Raises:
+        WagleError: if a file would take the place of a folder.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,6 +96,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     _remove(temporary)
     try:
         yield temporary
+        if path.is_dir() and not temporary.is_dir():
+            raise WagleError(f"output {path} is a folder: name a file in it")
         if path.is_dir() or (path.exists() and temporary.is_dir()):
             retired = path.with_name(f".{path.name}.{os.getpid()}.old")
             _remove(retired)

@@ -160,9 +160,12 @@ class AttributionModule(EvaluationModule):
         if stage == "fit":
             if not self.output:
                 raise WagleError("attribution needs a path for the mask: give --model.output")
-            refuse_existing(Path(self.output) if self.several else mask_path(self.output), self.overwrite)
-            if self.save_scores and not self.several:
-                refuse_existing(self._scores_path(self.specs[0].score), self.overwrite)
+            if self.several:
+                refuse_existing(Path(self.output), self.overwrite, kind="files")
+            else:
+                refuse_existing(mask_path(self.output), self.overwrite)
+            for spec in self.specs if self.save_scores else ():
+                refuse_existing(self._scores_path(spec.score), self.overwrite, kind="folder")
             if str(self.trainer.precision).startswith("16"):
                 raise WagleError(
                     "attribution needs trainer.precision 32-true, bf16-mixed or bf16-true: "

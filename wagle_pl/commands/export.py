@@ -13,7 +13,7 @@ def export(checkpoint: str, *, output: str, model: Optional[str] = None, overwri
             GGUF file, a folder of an adapter, a hub id.
         output: folder to write (-o).
         model: where the run's base model is, for configuration and tokenizer; needed only if it has moved.
-        overwrite: replace the output if it exists.
+        overwrite: replace an existing model folder; a folder of other things is left alone.
     """
     from wagle_pl.unlearning.export import export as write
 

@@ -27,7 +27,7 @@ def apply(base: str, patch: str, output: Optional[str] = None, overwrite: bool =
         base: folder of the patch's base model, or of that with patches applied that changed other weights.
         patch: patch file.
         output: folder to write (-o).
-        overwrite: replace an existing folder.
+        overwrite: replace an existing model folder; a folder of other things is left alone.
     """
     written = patches.apply_patch(base, patch, _needed(output), overwrite)
     print(f"{output}: fingerprint {written}")
@@ -40,7 +40,7 @@ def revert(unlearned: str, patch: str, output: Optional[str] = None, overwrite: 
         unlearned: folder of the unlearned model, or of a base model that the patch, among others, was applied to.
         patch: patch file.
         output: folder to write (-o).
-        overwrite: replace an existing folder.
+        overwrite: replace an existing model folder; a folder of other things is left alone.
     """
     written = patches.revert_patch(unlearned, patch, _needed(output), overwrite)
     print(f"{output}: fingerprint {written}")

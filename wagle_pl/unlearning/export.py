@@ -45,12 +45,12 @@ def export(path: str | Path, output: str | Path, model: Optional[str] = None, ov
             adapter, a hub id: these are loaded whole.
         output: folder to write, in Hugging Face format.
         model: where the run's base model is now, for configuration and tokenizer, if no longer where it was.
-        overwrite: replace an existing output.
+        overwrite: replace an existing model folder.
 
     Raises:
         WagleError: if there is no such checkpoint, it holds no language model's weights, or its base is gone.
     """
-    refuse_existing(Path(output), overwrite, "--overwrite true")
+    refuse_existing(Path(output), overwrite, "--overwrite true", kind="folder")
     path = Path(path)
     if path.is_dir() and (path / "index.json").is_file():
         stored = _of_shards(path)

@@ -95,7 +95,7 @@ class FinetuneModule(EvaluationModule):
                 raise WagleError("fit needs a folder for the model: give --model.output")
             if Path(self.output).resolve() == Path(self.model_name).resolve():
                 raise WagleError(f"output {self.output} is the model that this run starts from: choose another folder")
-            refuse_existing(Path(self.output), self.overwrite)
+            refuse_existing(Path(self.output), self.overwrite, kind="folder")
 
     def configure_model(self) -> None:
         """Load the model, and switch gradient checkpointing on if asked.

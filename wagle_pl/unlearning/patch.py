@@ -194,7 +194,7 @@ def apply_patch(model: str | Path, patch: str | Path, output: str | Path, overwr
         model: folder of the patch's base, or of that base with other patches applied that changed other words.
         patch: patch file.
         output: folder to write, with the files of ``model``.
-        overwrite: replace an existing folder.
+        overwrite: replace an existing model folder.
 
     Raises:
         WagleError: if the model is another one, or a word has been changed by a patch applied before.
@@ -213,7 +213,7 @@ def revert_patch(model: str | Path, patch: str | Path, output: str | Path, overw
 
 def _rewrite(folder: Path, patch: Patch, output: Path, overwrite: bool, source: str, target: str) -> str:
     """Write ``folder`` with the patch's words changed, whole or not at all; returns the result's fingerprint."""
-    refuse_existing(output, overwrite, "--overwrite")
+    refuse_existing(output, overwrite, "--overwrite", kind="folder")
     files = TensorFiles(folder)
     stack = _stack(folder, files, patch, source)
     for name, tensor in patch.tensors.items():
