@@ -157,12 +157,39 @@ def test_masks_of_a_configuration():
         ({"density": 0.2}, "names no mask"),
         ({"file": "nowhere.safetensors"}, "file nowhere.safetensors does not exist"),
         ({"score": "snip", "learning_rates": [-1]}, "learning_rates must be different numbers above 0"),
+        ({"score": "wagle", "reduction": "foo"}, 'masks: wagle: option "reduction": Expected a'),
+        ({"score": "wagle", "hessian": "foo"}, "'gauss_newton', 'fisher', 'hutchinson']. Got value: foo"),
+        ({"score": "magnitude", "hessian": "foo"}, 'masks: magnitude: option "hessian"'),
+        ({"score": "wagle", "forget_loss": "foo"}, 'masks: wagle: option "forget_loss"'),
+        ({"score": "wagle", "hessian_data": "foo"}, 'masks: wagle: option "hessian_data"'),
+        ({"score": "wagle", "gamma": "foo"}, 'masks: wagle: option "gamma"'),
+        ({"score": "wagle", "gamma": -1}, "gamma must be above 0"),
+        ({"score": "wagle", "gamma": 1, "hessian": "fisher"}, "gamma 1 is for hessian scalar, not for fisher"),
+        ({"score": "wagle", "hessian": "scalar"}, "hessian scalar needs a number: give gamma"),
+        ({"score": "wagle", "damping": "foo"}, 'masks: wagle: option "damping"'),
+        ({"score": "wagle", "hessian_samples": 0}, "hessian_samples must be above 0"),
+        ({"score": "wagle", "scope": "foo"}, 'masks: wagle: option "scope"'),
+        ({"score": "wagle", "include": "["}, "include '[' is no regular expression"),
+        ({"score": "wagle", "density": []}, "masks: density is an empty list"),
+        ({"score": "wagle", "density": "0.2"}, "density must lie in (0, 1], got 0.2"),
+        ({"file": 5}, "file must be the path of a mask, got 5"),
     ],
 )
 def test_a_mistaken_mask(entry, said):
     with pytest.raises(WagleError) as error:
         read_masks(["dense", entry])
     assert said in str(error.value)
+
+
+def test_options_written_as_text_are_the_same_numbers():
+    (plain,), (text,) = (read_masks([{"score": "wagle", "gamma": gamma}]) for gamma in (1e-6, "1e-6"))
+    assert plain.definition == text.definition and text.attribution["gamma"] == 1e-6
+
+
+def test_empty_grids():
+    for read, what in ((read_masks, "masks"), (read_objectives, "objectives")):
+        with pytest.raises(WagleError, match=f"{what} is an empty list"):
+            read([])
 
 
 def test_the_same_mask_twice():

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from wagle_pl.attribution import AttributionModule
-from wagle_pl.attribution.specs import MaskSpec
 from wagle_pl.masks import SUFFIX, WeightMask
 from wagle_pl.study.configured import digest
 from wagle_pl.study.grid import MaskChoice
@@ -55,11 +54,7 @@ def make_masks(
         module: options of :class:`AttributionModule`, ``model`` and ``output`` (the folder) among them.
         fit: runs a module on the study's data for an epoch.
     """
-    specs = []
-    for mask, name in zip(masks, names, strict=True):
-        density = mask.density if mask.density is not None else 0.5  # the score says itself how many
-        specs.append(MaskSpec(score=mask.make_score(), density=density, name=name, **mask.selection))
-    options = {k: v for k, v in options.items() if not (k == "hessian" and v == "scalar")}  # γ implies it
+    specs = [mask.spec(name) for mask, name in zip(masks, names, strict=True)]
     fit(AttributionModule(masks=specs, overwrite=True, **module, **options))
 
 

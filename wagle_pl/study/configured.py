@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar, Union
 
 from wagle_pl.utilities import WagleError, resolve
@@ -56,15 +58,51 @@ def make(base: type[T], entry: Entry, option: str, extra: tuple[str, ...] = ()) 
     if cls is None and "." not in name:
         return resolve(base, name, option)  # a message that names the classes there are
     cls = cls or _imported(base, name, option)
+    with _options_of(cls, f"{option} {name}") as parser:
+        return parser.instantiate_classes(parser.parse_object({"it": options})).it
+
+
+def typed(cls: type, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Options of a class of the suite's modules, of the types that its signature has.
+
+    A number that was written as text becomes one; all else stays as it was given, as it tells runs apart.
+
+    Args:
+        cls: the class.
+        given: some of its options.
+        where: they were given, for messages.
+
+    Raises:
+        WagleError: naming the option that the class does not have, or whose value is of another type.
+    """
+    with _options_of(cls, where) as parser:
+        found = parser.parse_object({"it": {"model": "", **given}}).it
+
+    def is_number(name: str) -> bool:
+        return isinstance(given[name], str) and isinstance(found[name], (int, float))
+
+    return {name: found[name] if is_number(name) else value for name, value in given.items()}
+
+
+@contextmanager
+def _options_of(cls: type, where: str) -> Iterator[Any]:
+    """A parser of the options of a class; what it says becomes a :class:`WagleError`."""
+    import jsonargparse
+
+    try:
+        yield _parser(cls)
+    except jsonargparse.ArgumentError as error:
+        what = " ".join(str(error).split()).replace("Group 'it'", cls.__name__).replace('Parser key "it.', 'option "')
+        raise WagleError(f"{where}: {what}") from None
+
+
+@cache
+def _parser(cls: type) -> Any:
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "it")
-    try:
-        return parser.instantiate_classes(parser.parse_object({"it": options})).it
-    except jsonargparse.ArgumentError as error:
-        what = " ".join(str(error).split()).replace("Group 'it'", cls.__name__).replace('Parser key "it.', 'option "')
-        raise WagleError(f"{option} {name}: {what}") from None
+    return parser
 
 
 def _known(base: type[T]) -> dict[str, type[T]]:

@@ -8,8 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional
 
+from wagle_pl.attribution import AttributionModule
 from wagle_pl.attribution.scores import Random, Score
-from wagle_pl.study.configured import Entry, definition, digest, make
+from wagle_pl.attribution.specs import MaskSpec
+from wagle_pl.study.configured import Entry, definition, digest, make, typed
 from wagle_pl.unlearning.adapters import LoRA
 from wagle_pl.unlearning.objectives import Objective
 from wagle_pl.utilities import WagleError
@@ -85,6 +87,15 @@ class MaskChoice:
         """The score of a mask by score."""
         return make(Score, self.score, "mask")
 
+    def spec(self, name: str) -> MaskSpec:
+        """What attribution is asked for.
+
+        Args:
+            name: of the mask's file.
+        """
+        density = self.density if self.density is not None else 0.5  # the score says itself how many
+        return MaskSpec(score=self.make_score(), density=density, name=name, **self.selection)
+
     def of_seed(self, seed: int) -> MaskChoice:
         """The mask that a run with this seed takes."""
         if not self.seeded:
@@ -158,8 +169,9 @@ def read_objectives(entries: Sequence[Entry]) -> list[ObjectiveChoice]:
     """Check the objectives of a configuration and name them: by ``name``, or by class.
 
     Raises:
-        WagleError: if one is unknown (naming those there are), or two would have the same name.
+        WagleError: if there are none, one is unknown (naming those there are), or two would have the same name.
     """
+    _some(entries, "objectives")
     found = []
     for entry in entries:
         made = make(Objective, entry, "objective", ("name",))
@@ -174,8 +186,10 @@ def read_masks(entries: Sequence[Entry]) -> list[MaskChoice]:
     """Check the masks of a configuration and name them; a list of densities makes a mask of each.
 
     Raises:
-        WagleError: if one is unknown (naming those there are), an option has no meaning, or two would be the same.
+        WagleError: if there are none, one is unknown (naming those there are), an option has no meaning, or two would
+            be the same.
     """
+    _some(entries, "masks")
     found = [choice for entry in entries for choice in _read_mask(entry)]
     _apart([choice.name for choice in found], "masks")
     seen: dict[str, str] = {}
@@ -221,6 +235,8 @@ def _adapter(name: Optional[str], value: Entry, own: Mapping[str, Any]) -> MaskC
 
 
 def _file(name: Optional[str], value: str, own: Mapping[str, Any]) -> MaskChoice:
+    if not isinstance(value, str):
+        raise WagleError(f"masks: file must be the path of a mask, got {value!r}")
     if not Path(value).is_file():
         raise WagleError(f"masks: file {value} does not exist")
     return MaskChoice(name or Path(value).stem, "file", file=str(value), **own)
@@ -231,6 +247,8 @@ def _of_score(name: Optional[str], options: dict[str, Any], own: Mapping[str, An
         score = make(Score, options["score"], "mask")
     except WagleError as error:
         raise WagleError(str(error).replace("choose one of", "choose one of dense, lora,")) from None
+    passed = {key: value for key, value in options.items() if key in {*SELECTION, *ATTRIBUTION} - {"density"}}
+    options |= typed(AttributionModule, passed, f"masks: {score.label}")
     if options.get("gamma", "auto") != "auto":
         options.setdefault("hessian", "scalar")
     selection = {key: options.get(key, default) for key, default in SELECTION.items()}
@@ -239,14 +257,26 @@ def _of_score(name: Optional[str], options: dict[str, Any], own: Mapping[str, An
     seeded = type(score) is Random and isinstance(options["score"], str)
     whole = type(score).share is not Score.share  # the score says itself how many
     base = MaskChoice("", "score", options["score"], None, selection, attribution, seeded=seeded, **own)
+    several = isinstance(densities, Sequence) and not isinstance(densities, str)
+    if several:
+        _some(densities, "masks: density")
     found = []
-    for density in [None] if whole else densities if isinstance(densities, Sequence) else [densities]:
+    for density in [None] if whole else densities if several else [densities]:
         if density is not None and (not isinstance(density, (int, float)) or not 0 < density <= 1):
             raise WagleError(f"masks: density must lie in (0, 1], got {density}")
         choice = replace(base, density=density)
         named = choice.described if name is None else name if density is None else f"{name} {density:g}"
+        _check_pass(choice, named)
         found.append(replace(choice, name=named))
     return found
+
+
+def _check_pass(choice: MaskChoice, name: str) -> None:
+    """Refuse options that have no meaning together, by making the pass that would make the mask alone."""
+    try:
+        AttributionModule(model="", masks=[choice.spec("mask")], **choice.relevant)
+    except WagleError as error:
+        raise WagleError(f"masks: {name}: {str(error).replace('--model.', '')}") from None
 
 
 def _extras(choice: MaskChoice) -> list[str]:
@@ -325,6 +355,11 @@ def runs(
                 for objective in objectives if rank < len(own) else ():
                     what = [shared, dict(objective.definition), mask.definition, own[rank], seed]
                     yield Run(objective, mask, own[rank], seed, digest(what))
+
+
+def _some(entries: Sequence[Any], what: str) -> None:
+    if not entries:
+        raise WagleError(f"{what} is an empty list: name one, or leave it out")
 
 
 def _apart(names: Sequence[str], what: str) -> None:

@@ -11,7 +11,7 @@ import lightning as L
 import torch
 
 from wagle_pl.evaluation import EvaluationModule
-from wagle_pl.study.configured import Entry, split
+from wagle_pl.study.configured import Entry, split, typed
 from wagle_pl.study.grid import MaskChoice, ObjectiveChoice
 from wagle_pl.unlearning import UnlearnModule, optim
 from wagle_pl.utilities import WagleError, silence, trainer_in_the_making
@@ -48,9 +48,14 @@ def check_module(given: Mapping[str, Any]) -> dict[str, Any]:
     """Options of :class:`UnlearnModule` that hold for all runs.
 
     Raises:
-        WagleError: if there is no such option, or the study sets it.
+        WagleError: if there is no such option, its value has no meaning, or the study sets it.
     """
-    return _checked("module", given, _names(UnlearnModule) - _OURS)
+    found = typed(UnlearnModule, _checked("module", given, _names(UnlearnModule) - _OURS), "--module")
+    try:
+        UnlearnModule(model="", **found)
+    except WagleError as error:
+        raise WagleError(f"--module: {str(error).removeprefix('model.')}") from None
+    return found
 
 
 def check_trainer(given: Mapping[str, Any]) -> dict[str, Any]:
