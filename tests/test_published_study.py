@@ -8,7 +8,7 @@ import pytest
 from wagle_pl.evaluation.tables import load_table
 from wagle_pl.report.study import by_objective
 from wagle_pl.study.summary import Compared, summarise
-from wagle_pl.study.text import cells
+from wagle_pl.study.text import shown
 
 STUDIES = sorted((Path(__file__).parents[1] / "configs").glob("*/study*.json"))
 
@@ -44,6 +44,5 @@ def test_the_readme_says_what_was_found(found, study):
     said = (study.parent / "README.md").read_text()
     for objective, arms in by_objective(found).items():
         assert f"### {objective}" in said
-        for arm in arms:
-            row = cells(arm)
-            assert f"| {row[0]} | {row[1]} | {row[2]} |" in said, row
+        for row in shown(arms)[1]:
+            assert f"| {' | '.join(row)} |" in said, row

@@ -6,7 +6,7 @@ from scipy import integrate, interpolate, stats
 
 from wagle_pl.study import envelope, mean_utility, paired, utility_at
 from wagle_pl.study.attribute import passes
-from wagle_pl.study.curves import Paired, Sample, at_equal_steps, sample, verdict
+from wagle_pl.study.curves import Pace, Paired, Sample, at_equal_steps, sample, verdict
 from wagle_pl.study.grid import middle_first, read_masks, read_objectives, runs
 from wagle_pl.study.run import test_points as points_of
 from wagle_pl.study.summary import Compared, summarise
@@ -46,17 +46,33 @@ def test_curves_against_numpy_and_scipy(seed):
 def test_two_arms_at_equal_steps_against_numpy(seed):
     rng = np.random.default_rng(seed)
     arm, dense = (
-        list(zip(rng.choice(99, n, replace=False).astype(float), rng.random(n), strict=True))
-        for n in rng.integers(1, 5, 2)
-    )
+        [Pace(*run) for run in zip(rng.permutation(n), rng.choice(99, n, replace=False).astype(float), rng.random(n),
+                                   strict=True)]
+        for n in rng.integers(1, 7, 2)
+    )  # fmt: skip
+
+    def faster(runs):
+        """Runs that took fewer steps than every run with a slower learning rate, in the order of steps."""
+        kept = [run for run in runs if all(run.steps < other.steps for other in runs if other.lr < run.lr)]
+        return zip(*sorted(run[1:] for run in kept), strict=True)
+
     found = at_equal_steps(arm, dense)
-    (xs, us), (zs, vs) = (zip(*sorted(points), strict=True) for points in (arm, dense))
+    (xs, us), (zs, vs) = faster(arm), faster(dense)
     last = min(max(xs), max(zs))
     if last < max(min(xs), min(zs)):
         assert found is None
     else:
         assert found == pytest.approx((last, np.interp(last, xs, us), np.interp(last, zs, vs)))
     assert at_equal_steps([], dense) is None and at_equal_steps(arm, []) is None
+
+
+def test_equal_steps_are_read_along_the_learning_rates():
+    """The bundled people, GradDiff, Wanda's fifth, seed 2: the fastest rate overshoots, in as many steps as another."""
+    arm = [Pace(0.004, 53.1, 0.642), Pace(0.0056, 53.8, 0.462), Pace(0.0028, 67.4, 0.72)]
+    dense = [Pace(0.001, 54.1, 0.8)]
+    expected = 0.642 + (54.1 - 53.1) / (67.4 - 53.1) * (0.72 - 0.642)  # not between 0.462 and 0.72
+    assert at_equal_steps(arm, dense) == pytest.approx((54.1, expected, 0.8))
+    assert at_equal_steps([Pace(1, 50.0, 0.7), Pace(2, 60.0, 0.3)], dense) is None  # nothing of the arm takes 54.1
 
 
 def test_a_run_that_remembers_again_is_read_along_its_envelope():

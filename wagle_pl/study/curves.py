@@ -89,26 +89,57 @@ def mean_utility(points: Points, low: float, high: float) -> Optional[float]:
     return sum((x1 - x0) * (u0 + u1) / 2 for (x0, u0), (x1, u1) in pieces) / (high - low)
 
 
-def at_equal_steps(arm: Points, dense: Points) -> Optional[tuple[float, float, float]]:
+class Pace(NamedTuple):
+    """How fast a run comes to the level.
+
+    Attributes:
+        lr: learning rate.
+        steps: to the level.
+        utility: there.
+    """
+
+    lr: float
+    steps: float
+    utility: float
+
+
+def over_rates(runs: Sequence[Pace]) -> list[tuple[float, float]]:
+    """(steps, utility) of an arm's runs from the fastest learning rate to the slowest, the steps growing all the way.
+
+    Faster learning rates take fewer steps, until they are so fast that the run overshoots: it keeps far less and saves
+    nothing. A run that took no fewer steps than one with a slower learning rate is therefore left out. Between it and
+    runs of other learning rates that happen to take about as many steps, a line would lead anywhere.
+
+    >>> over_rates([Pace(4e-3, 53.1, 0.64), Pace(5.6e-3, 53.8, 0.46), Pace(2.8e-3, 67.4, 0.72)])
+    [(53.1, 0.64), (67.4, 0.72)]
+    """
+    kept: list[tuple[float, float]] = []
+    for run in sorted(runs):
+        if not kept or run.steps < kept[-1][0]:
+            kept.append((run.steps, run.utility))
+    return kept[::-1]
+
+
+def at_equal_steps(arm: Sequence[Pace], dense: Sequence[Pace]) -> Optional[tuple[float, float, float]]:
     """Utilities of two arms whose runs come to the level in the same number of steps.
 
     Slower runs tend to keep more, whatever the mask, so the best runs of two arms differ by their speed too. Here both
-    arms are read, piecewise linear over their learning rates, at the largest number of steps that runs of both lie
-    around; None if there is none.
+    arms are read, piecewise linear over their learning rates (:func:`over_rates`), at the largest number of steps that
+    runs of both lie around; None if there is none.
 
     Args:
-        arm: (steps to the level, utility there), one a run that gets there.
+        arm: its runs of one seed that get to the level.
         dense: those of dense.
 
     Returns:
         The number of steps, the arm's utility, dense's.
 
-    >>> at_equal_steps([(20.0, 0.5), (60.0, 0.9)], [(10.0, 0.4), (40.0, 0.6)])
+    >>> at_equal_steps([Pace(2, 20.0, 0.5), Pace(1, 60.0, 0.9)], [Pace(2, 10.0, 0.4), Pace(1, 40.0, 0.6)])
     (40.0, 0.7, 0.6)
     """
     if not arm or not dense:
         return None
-    arm, dense = sorted(arm), sorted(dense)
+    arm, dense = over_rates(arm), over_rates(dense)
     steps = min(arm[-1][0], dense[-1][0])
     if steps < max(arm[0][0], dense[0][0]):
         return None

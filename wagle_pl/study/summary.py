@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
 
-from wagle_pl.study.curves import at_equal_steps, deepest, mean_utility, paired, sample, utility_at, verdict
+from wagle_pl.study.curves import Pace, at_equal_steps, deepest, mean_utility, paired, sample, utility_at, verdict
 from wagle_pl.utilities import WagleError
 
 Row = Mapping[str, Any]
@@ -226,8 +226,8 @@ def _equal_steps(runs: Sequence[Curve], dense: Sequence[Curve]) -> Optional[dict
     return {"difference": test.difference, "p": test.p, "n": test.n, "steps": statistics.fmean(steps)}
 
 
-def _paces(runs: Sequence[Curve], seed: int) -> list[tuple[float, float]]:
-    return [(run.steps, run.reached) for run in runs if run.seed == seed and run.reached is not None]
+def _paces(runs: Sequence[Curve], seed: int) -> list[Pace]:
+    return [Pace(run.lr, run.steps, run.reached) for run in runs if run.seed == seed and run.reached is not None]
 
 
 def _mean_curve(runs: Sequence[Curve], by: Compared, count: int = 33) -> list[tuple[float, float]]:

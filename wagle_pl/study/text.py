@@ -172,7 +172,8 @@ def about(summary: Entry) -> list[str]:
         "against dense: a tie is a difference within the larger of the two standard deviations, or of p 0.05 and more. "
         "p: paired t-test over seeds. difference: over the seeds of both.",
         "steps: to that level; slower runs tend to keep more, whatever the mask. equal steps: difference from dense "
-        "and p, where runs of both get there in as many steps, piecewise linear over learning rates.",
+        "and p, where runs of both get there in as many steps, piecewise linear over learning rates; a run that took "
+        "no fewer steps than one with a slower rate is left out.",
         "area: mean utility over forgetting, from the target to the level or to where arm or dense ends first; dense's "
         "over the same range beside it.",
     ]
