@@ -167,6 +167,28 @@ def test_references_as_given_as_tested_and_as_fine_tuned(runs):
     assert ["with other weights than the target" in " ".join(run.notes) for run in given.runs] == [False, True]
 
 
+def test_results_named_by_their_file_are_those_of_the_folder(runs, report):
+    """``--model.target target/test/metrics.json`` is the model that the run was made from."""
+    info = json.loads(Path("masked/test/metrics.info.json").read_text())
+    compared = {name: f"{name}/test/metrics.json" for name in ("target", "retrained")}
+    write_json(Path("masked/test/metrics.info.json"), {**info, "compared": compared})
+    root, _ = report("masked", "retrained", "target", "dense")
+    expected = {(run, name): value for run, metrics in runs.items() for name, value in metrics.items()}
+    assert numbers(root) == expected and "different target models" not in root.text
+    rows = next(section(root, "summary").all("tbody")).children
+    assert [row.children[0].text for row in rows] == ["target", "retrained", "1 masked", "2 dense"]
+    titles = [svg.children[0].text for svg in root.all("svg")]
+    assert "Truth ratios on forget, dense" in titles  # whose pages take the retrained model's from its tables
+    sources = gather(["masked"], target="target/test/metrics.json", retrained="retrained")
+    assert set(sources.target.tables) == {"forget", "retain"} and sources.target.lineage
+
+
+def test_what_tests_compared_with_comes_before_what_the_models_were_made_from(runs):
+    info = json.loads(Path("masked/test/metrics.info.json").read_text())
+    write_json(Path("masked/test/metrics.info.json"), {**info, "compared": {"target": "dense/test"}})
+    assert gather(["masked"]).target.metrics == runs["dense"]
+
+
 def test_a_published_result_file_stands_for_the_retrained_model(runs, report):
     result = to_result({"forget": records("secret", 0.1)})
     write_json(Path("published.json"), result)

@@ -207,11 +207,13 @@ def gather(
 
 
 def read_run(folder: Path, option: str = "run") -> Run:
-    """One run: a model folder with test results in it, or a folder of test results, or a result file.
+    """One run: a model folder with test results in it, or a folder of test results or its ``metrics.json``, or a result
+    file.
 
     Raises:
         WagleError: if it has no results.
     """
+    folder = _folder_of(folder)
     inside = folder / TEST_FOLDER
     results = inside if not (folder / METRICS_FILE).is_file() and inside.is_dir() else folder
     run = Run(_name_of(results), Results(results, option))
@@ -324,7 +326,8 @@ def _reference(sources: Sources, name: str, given: Optional[str]) -> Optional[Ru
     else:
         compared = [run.info.get("compared", {}).get(name) for run in sources.runs]
         bases = [run.last.get("base") for run in sources.runs if run.unlearned] if name == "target" else []
-        places = list(dict.fromkeys(place for place in (*compared, *bases) if place and Path(place).exists()))
+        found = [[place for place in places if place and Path(place).exists()] for places in (compared, bases)]
+        places = list(dict.fromkeys(found[0] or found[1]))  # the base of a run need not have been tested
         if not places and name == "retrained":
             places = [str(run.results.path) for run in sources.runs if _is_retrained(run)]
     if len(places) > 1 and len({_where(place) for place in places}) > 1:
@@ -349,9 +352,14 @@ def _reference(sources: Sources, name: str, given: Optional[str]) -> Optional[Ru
 
 
 def _where(place: str | Path) -> Path:
-    """A model folder and the folder of its test results are one place."""
-    path = Path(place).resolve()
+    """A model folder, the folder of its test results, and their ``metrics.json`` are one place."""
+    path = _folder_of(Path(place).resolve())
     return path / TEST_FOLDER if (path / TEST_FOLDER).is_dir() else path
+
+
+def _folder_of(place: Path) -> Path:
+    """The folder of results that their ``metrics.json`` stands for; any other place is itself."""
+    return place.parent if place.name == METRICS_FILE and place.is_file() else place
 
 
 def _is_retrained(run: Run) -> bool:
