@@ -18,12 +18,15 @@ from pages import Strict, report_page, section, write_runs
 
 from wagle_pl import cli
 from wagle_pl.evaluation.results import write_json
+from wagle_pl.evaluation.tables import load_table
 from wagle_pl.masks import WeightMask
 from wagle_pl.report.curves import study_overview
 from wagle_pl.report.html import shown
+from wagle_pl.report.reading import about
 from wagle_pl.report.sections import spaced
 from wagle_pl.report.study import arms_of, overview
 from wagle_pl.report.svg import COLOURS, inline_svg, page_style
+from wagle_pl.study.summary import compared_at
 
 
 @pytest.fixture
@@ -81,10 +84,10 @@ def test_a_study(study, report):
     assert {0.994, 0.61, 0.2, 0.6, 0.25} <= set(values)
     lines = [[cell.text for cell in line.children] for line in list(part.all("table"))[1].all("tr")]
     assert lines == [
-        ["mask", "utility at equal forgetting", "difference", "p", "verdict", "runs that reach it", "learning rates",
-         "steps to it", "difference at equal steps", "equal steps: p", "area", "area: difference", "area: p"],
-        ["wagle", "0.512 ± 0.01232 seeds", "0.00456", "n too small", "ties", "75% of 4", "1e-05 3e-05", "61.5",
-         "0.0321", "0.250", "0.555 ± 0.03212 seeds", "-0.00100", "0.432"],
+        ["mask", "utility", "reach", "against dense", "difference", "p", "equal steps", "equal steps: p",
+         "area", "area: difference", "area: p", "lr", "steps"],
+        ["wagle", "0.512 ± 0.01232 seeds", "75% of 4", "ties", "0.00456", "n too small", "0.0321", "0.250",
+         "0.555 ± 0.03212 seeds", "-0.00100", "0.432", "1e-05 3e-05", "61.5"],
         ["dense", "0.5081 seed", *["–"] * 11],
     ]  # fmt: skip
     assert {0.51234, 0.0123, 0.50789, 0.00456, 0.75, 0.5555, 0.0321, -0.001, 0.4321} <= set(values)
@@ -162,7 +165,7 @@ def test_a_study_at_another_level(published, report, level):
     tables = list(section(root, "study-0").all("table"))[1:]  # the first: target and retrained model
     objectives = list(dict.fromkeys(arm["objective"] for arm in told["headline"]))
     lines = {
-        (objective, line.children[0].text): line
+        (objective, line.children[0].text.removesuffix("*")): line
         for objective, table in zip(objectives, tables, strict=False)
         for line in table.all("tr")
     }
@@ -175,6 +178,28 @@ def test_a_study_at_another_level(published, report, level):
         assert found[:1] == ([pytest.approx(np.mean(expected), abs=1e-12)] if expected else [])
         assert found[1:] == ([pytest.approx(np.std(expected, ddof=1), abs=1e-12)] if len(expected) > 1 else [])
     assert level in {float(data.attributes["value"]) for data in section(root, "study-0").all("data")}
+
+
+def test_the_page_says_what_study_md_says(published, report):
+    """What makes a comparison unfair or unfinished, and the rules behind its words."""
+    told = json.loads((published / "study.json").read_text())
+    told |= {"runs": {"finished": 100, "planned": 942}, "nothing_to_unlearn": True}
+    told["headline"][0] |= {"diverged": 2, "model_utility": 0.7}
+    write_json(published / "study.json", told)
+    part = section(report(published)[0], "study-0")
+    assert "100 of 942 runs are finished." in part.text
+    assert [line.text for line in part.all("li")] == about(told)
+    for said in ("a tie is a difference within", "there is nothing to unlearn", "2 runs diverged", "*: tried with"):
+        assert said in part.text
+    names = [line.children[0].text for table in list(part.all("table"))[1:3] for line in table.all("tr")]
+    assert names.count("lora*") == 2 and "lora" not in names
+    other = compared_at(told, load_table(published / "study.parquet"), 0.05)
+    assert "nothing to unlearn" not in " ".join(about(other)) and "0.050, the level asked for" in about(other)[0]
+    ends = [
+        next(line for line in about({**told, "forget_level": at}) if "at their ends" in line).partition("ends: ")[2]
+        for at in (told["forget_level"], 0.05)
+    ]
+    assert ends == ["just past the level, as runs end there.", "not at equal forgetting."]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Optional
 from wagle_pl.masks import WeightMask
 from wagle_pl.report import curves
 from wagle_pl.report.html import Content, Markup, element, facts, note, number, shown, table
+from wagle_pl.report.reading import about, marked_name, progress
 from wagle_pl.report.sections import largest_share, mask_figure
 from wagle_pl.report.sources import Study
 from wagle_pl.report.svg import figure_element, inline_svg, page_style
@@ -16,10 +17,10 @@ from wagle_pl.utilities import WagleError
 
 MASKS = "masks"  # folder of a study
 HEADLINE = "headline"  # of study.json: utility at equal forgetting
+#: Called as in ``study.md``: what they mean stands in the same words below both.
 _COLUMNS = (
-    *("mask", "utility at equal forgetting", "difference", "p", "verdict", "runs that reach it"),
-    *("learning rates", "steps to it", "difference at equal steps", "equal steps: p"),
-    *("area", "area: difference", "area: p", "model utility at the end", "UE average", "UT average"),
+    *("mask", "utility", "seeds", "reach", "against dense", "difference", "p", "equal steps", "equal steps: p"),
+    *("area", "area: difference", "area: p", "lr", "steps", "MU", "UE", "UT"),
 )
 REFERENCES = ("target", "retrained")
 DENSE = "dense"  # the mask that selects everything: what the others are compared with
@@ -119,11 +120,12 @@ def _about(study: Study, runs: Mapping[str, Sequence[Row]]) -> Content:
 
 def _headline(study: Study) -> Content:
     """The study's own comparison: a row an arm."""
+    finished = progress(study.summary)
+    parts: list[Content] = [note(finished)] if finished else []
     if not study.summary.get(HEADLINE):
-        return note("The study has not compared its arms at equal forgetting yet.")
-    parts: list[Content] = []
+        return [*parts, note("The study has not compared its arms at equal forgetting yet.")]
     for objective, arms in by_objective(study.summary).items():
-        rows = [[str(arm.get("mask")), *_compared(arm)] for arm in arms]
+        rows = [[marked_name(arm), *_compared(arm)] for arm in arms]
         shown = [i for i in range(1, len(_COLUMNS)) if any(row[i] is not None for row in rows)]
         header = [_COLUMNS[0], *(_COLUMNS[i] for i in shown)]
         cells = [[row[0], *(number(None) if row[i] is None else row[i] for i in shown)] for row in rows]
@@ -132,11 +134,9 @@ def _headline(study: Study) -> Content:
     told = [" where ", study.forget, " is ", number(level)] if level is not None else None
     return [
         *parts,
-        note(f"Equal forgetting: {study.utility}", told, ", of the best learning rate of each seed; mean ± standard "
-             "deviation over seeds. Differences are from dense of the same objective, p of a paired test; at equal "
-             "steps: where runs of both come to that level in as many steps. Area: mean utility along the curve down "
-             "to it."),
-    ]  # fmt: skip
+        note(f"Equal forgetting: {study.utility}", told, ". Differences are from dense of the same objective."),
+        element("ul", *(element("li", line) for line in about(study.summary)), class_="note"),
+    ]
 
 
 def ranked(arms: Sequence[Mapping[str, Any]], sign: int) -> list[Mapping[str, Any]]:
@@ -204,17 +204,18 @@ def _compared(arm: Mapping[str, Any]) -> list[Content]:
     area, equal, reached = arm.get("area") or {}, arm.get("equal_steps") or {}, arm.get("reached")
     return [
         _spread(arm),
+        None if arm.get("seeds") is None else f"{arm.get('n')}/{arm['seeds']}",
+        None if reached is None else [number(reached, f"{reached:.0%}"), f" of {arm.get('runs')}"],
+        str(arm["verdict"]) if arm.get("verdict") else None,
         _number(arm.get("difference")),
         _number(arm.get("p")) or (str(arm["why"]) if arm.get("why") else None),
-        str(arm["verdict"]) if arm.get("verdict") else None,
-        None if reached is None else [number(reached, f"{reached:.0%}"), f" of {arm.get('runs')}"],
-        rates_of(arm) or None,
-        _number(arm.get("steps")),
         _number(equal.get("difference")),
         _number(equal.get("p")),
         _spread(area),
         _number(area.get("difference")),
         _number(area.get("p")),
+        rates_of(arm) or None,
+        _number(arm.get("steps")),
         _number(arm.get("model_utility")),
         _number(arm.get("ue_average")),
         _number(arm.get("ut_average")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Optional
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
@@ -32,6 +33,24 @@ def fields(values: Sequence[tuple[str, str]]) -> str:
     """
     width = max(len(name) for name, _ in values)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in values)
+
+
+def decimals(value: Optional[float], digits: int = 3) -> str:
+    """A number with ``digits`` decimals; a dash for None.
+
+    >>> decimals(0.12345), decimals(None)
+    ('0.123', '–')
+    """
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def count(number: int, what: str) -> str:
+    """A number of things.
+
+    >>> count(1, "run"), count(2, "run")
+    ('1 run', '2 runs')
+    """
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def percent(share: float) -> str:

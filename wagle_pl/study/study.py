@@ -19,6 +19,7 @@ from wagle_pl.evaluation import EvaluationModule, Observations, Results, find_su
 from wagle_pl.evaluation.results import write_json
 from wagle_pl.report.figures import save_figure
 from wagle_pl.report.study import overview
+from wagle_pl.report.text import count, decimals
 from wagle_pl.study import attribute, grid, options, text
 from wagle_pl.study.configured import Entry, digest, make
 from wagle_pl.study.run import (
@@ -165,12 +166,12 @@ class Study:
             runs = list(grid.runs(self.objectives, self.masks, self.rates, self.seeds, self.settings))
             self.planned = {run.id: run for run in runs}
             if self.join:
-                print(f"{text.count(self.table.join(self.join), 'run')} taken over from {', '.join(self.join)}")
+                print(f"{count(self.table.join(self.join), 'run')} taken over from {', '.join(self.join)}")
             self._adopt()
             wanted = [run for run in runs if self._selected(run)]
             todo = [run for run in wanted if run.id not in self.table.finished()]
             left = text.time_left(self._measured(), len(todo))
-            print(f"{self.folder}: {text.count(len(runs), 'run')}, {len(runs) - self._missing()} of them finished; "
+            print(f"{self.folder}: {count(len(runs), 'run')}, {len(runs) - self._missing()} of them finished; "
                   f"{len(todo)} to do{f', {left}' if left else ''}", flush=True)  # fmt: skip
             if self.hours != 0:
                 self._make_masks(todo)
@@ -209,7 +210,7 @@ class Study:
         measured = self._measured()
         for number, run in enumerate(todo, 1):
             if self.hours is not None and time.monotonic() - began > 3600 * self.hours:
-                left = text.count(len(todo) - number + 1, "run")
+                left = count(len(todo) - number + 1, "run")
                 print(f"{self.hours:g} h are over; the same command goes on with the {left} left", flush=True)
                 return
             print(f"[{number}/{len(todo)}] {run.name}: ", end="", flush=True)
@@ -288,7 +289,7 @@ class Study:
             self.shapes = models.parameter_shapes(module.lm)
         del module
         gc.collect()
-        print(f"{self.forget} {text.number(metrics.get(self.forget))}", flush=True)
+        print(f"{self.forget} {decimals(metrics.get(self.forget))}", flush=True)
         return fingerprint, metrics
 
     def _compare_by(self) -> Compared:
@@ -468,7 +469,7 @@ def _outcome(rows: Sequence[Mapping[str, Any]]) -> str:
     last = rows[-1]
     if last.get("note"):
         return str(last["note"])
-    return f"forget {text.number(last.get('forget'))}, utility {text.number(last.get('utility'))}"
+    return f"forget {decimals(last.get('forget'))}, utility {decimals(last.get('utility'))}"
 
 
 __all__ = ["Entry", "Study"]

@@ -7,13 +7,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
 
+from wagle_pl.report.reading import AT_END
 from wagle_pl.study.curves import Pace, at_equal_steps, deepest, mean_utility, paired, sample, utility_at, verdict
 from wagle_pl.utilities import WagleError
 
 Row = Mapping[str, Any]
-
-#: What is shown of the ends of runs, where a suite has it: TOFU's model utility, and the averages of WAGLE's tables.
-AT_END = ("model_utility", "ue_average", "ut_average")
 
 
 class Compared(NamedTuple):
@@ -181,7 +179,8 @@ def compared_at(found: Mapping[str, Any], rows: Sequence[Row], level: float) -> 
         course = f"from {by.target[by.forget]:.4g}, the target's" + (f", to {ends:.4g}" if ends is not None else "")
         raise WagleError(f"--forget_level {level:g} is outside of its runs, where {by.forget} goes {course}")
     own = {arm["mask"] for arm in found["headline"] if arm.get("own_learning_rates")}
-    return {**found, "headline": marked(summarise(rows, by), own), "forget_level": level, "level_of": "option"}
+    arms = marked(summarise(rows, by), own)
+    return {**found, "headline": arms, "forget_level": level, "level_of": "option", "nothing_to_unlearn": False}
 
 
 def _reached(best: Mapping[int, Curve]) -> dict[int, float]:

@@ -6,9 +6,9 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
+from wagle_pl.report.reading import AT_END, about, marked_name, progress
 from wagle_pl.report.study import by_objective, rates_of
-from wagle_pl.report.text import table
-from wagle_pl.study.summary import AT_END
+from wagle_pl.report.text import decimals, table
 
 Entry = Mapping[str, Any]
 
@@ -16,15 +16,6 @@ HEADER = (
     *("mask", "utility", "seeds", "reach", "against dense", "difference", "p", "equal steps", "area", "dense's"),
     *("lr", "steps", "MU", "UE", "UT"),
 )
-
-
-def number(value: Optional[float], digits: int = 3) -> str:
-    """A number with ``digits`` decimals; a dash for None.
-
-    >>> number(0.12345), number(None)
-    ('0.123', '–')
-    """
-    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def chance(p: float) -> str:
@@ -58,15 +49,6 @@ def duration(seconds: float) -> str:
     return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
 
 
-def count(number: int, what: str) -> str:
-    """A number of things.
-
-    >>> count(1, "run"), count(2, "run")
-    ('1 run', '2 runs')
-    """
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
 def time_left(measured: Sequence[float], runs: int) -> str:
     """How long the runs that are left will take, from those measured; empty without any."""
     return f"{duration(runs * sum(measured) / len(measured))} left" if measured and runs else ""
@@ -76,10 +58,10 @@ def cells(entry: Entry) -> list[str]:
     """One arm as a row under :data:`HEADER`."""
     spread = "" if entry["std"] is None else f" ± {entry['std']:.3f}"
     p = chance(entry["p"]) if entry["p"] is not None else entry["why"] or "–"
-    at_end = [number(entry[name]) for name in AT_END]
+    at_end = [decimals(entry[name]) for name in AT_END]
     area, equal = entry["area"], entry["equal_steps"]
     return [
-        entry["mask"] + ("*" if entry.get("own_learning_rates") else ""),
+        marked_name(entry),
         "–" if entry["mean"] is None else f"{entry['mean']:.3f}{spread}",
         f"{entry['n']}/{entry['seeds']}",
         f"{entry['reached']:.0%}",
@@ -88,10 +70,10 @@ def cells(entry: Entry) -> list[str]:
         p,
         signed(equal["difference"] if equal else None)
         + (f" (p {chance(equal['p'])})" if equal and equal["p"] is not None else ""),
-        number(area["mean"]),
-        number(area["dense"]),
+        decimals(area["mean"]),
+        decimals(area["dense"]),
         rates_of(entry),
-        number(entry["steps"], 0),
+        decimals(entry["steps"], 0),
         *at_end,
     ]
 
@@ -114,8 +96,7 @@ def console(summary: Entry) -> str:
 
 def markdown(summary: Entry) -> str:
     """The whole of ``study.md``."""
-    runs = summary["runs"]
-    lines = ["# Study", "", f"{runs['finished']} of {runs['planned']} runs are finished.", ""]
+    lines = ["# Study", "", progress(summary), ""]
     lines += [reference_table(summary), ""]
     for objective, arms in by_objective(summary).items():
         header, rows = shown(arms)
@@ -132,7 +113,7 @@ def reference_table(summary: Entry) -> str:
     lines = ["| model | " + " | ".join(names) + " |", "| --- | ---: | ---: |"]
     for model in ("target", "retrained"):
         if summary[model]:
-            lines.append(f"| {model} | " + " | ".join(number(summary[model].get(name)) for name in names) + " |")
+            lines.append(f"| {model} | " + " | ".join(decimals(summary[model].get(name)) for name in names) + " |")
     return "\n".join(lines)
 
 
@@ -151,45 +132,3 @@ def outcome(arms: Sequence[Entry]) -> str:
     if not order:
         return "There is nothing to compare with dense yet."
     return "Against dense: " + "; ".join(f"{word}: {', '.join(groups[word])}" for word in order) + "."
-
-
-def _where(summary: Entry) -> str:
-    if (summary["settings"] or {}).get("ends_at"):
-        return "just past the level, as runs end there"
-    return "not at equal forgetting"
-
-
-def about(summary: Entry) -> list[str]:
-    """What the columns mean."""
-    level = number(summary["forget_level"])
-    whose = "the retrained model's" if summary["level_of"] == "retrained" else "the level asked for"
-    lines = [
-        f"utility: {summary['utility']} where {summary['forget']} reaches {level}, {whose}; best learning rate of each "
-        "seed, mean ± standard deviation over seeds. Read from the curve through the run's test points, piecewise "
-        "linear, points at which the run has not forgotten more than before left out.",
-        "seeds: seeds that reach that level with some learning rate, of those finished. reach: share of all runs that "
-        "do. What never does has no utility at equal forgetting: nothing is extrapolated.",
-        "against dense: a tie is a difference within the larger of the two standard deviations, or of p 0.05 and more. "
-        "p: paired t-test over seeds. difference: over the seeds of both.",
-        "steps: to that level; slower runs tend to keep more, whatever the mask. equal steps: difference from dense "
-        "and p, where runs of both get there in as many steps, piecewise linear over learning rates; a run that took "
-        "no fewer steps than one with a slower rate is left out.",
-        "area: mean utility over forgetting, from the target to the level or to where arm or dense ends first; dense's "
-        "over the same range beside it.",
-    ]
-    arms = summary["headline"]
-    if summary["nothing_to_unlearn"]:
-        lines.insert(0, "The target is at that level already, or past it: there is nothing to unlearn.")
-    if any(arm[name] is not None for arm in arms for name in AT_END):
-        lines.append("MU: TOFU's model utility. UE, UT: averages of WAGLE's tables. Of the chosen runs at their ends: "
-                     f"{_where(summary)}.")  # fmt: skip
-    if any(arm.get("own_learning_rates") for arm in arms):
-        lines.append("*: tried with learning rates of its own.")
-    uneven = {arm["mask"] for arm in arms if arm["seeds"] and arm["runs"] != arms[0]["runs"]}
-    if uneven:
-        lines.append("Arms have different numbers of finished runs so far: wait for the rest before comparing.")
-    diverged = sum(arm["diverged"] for arm in arms)
-    if diverged:
-        what = count(diverged, "run")
-        lines.append(f"{what} diverged (loss NaN or infinite); what was tested before that counts.")
-    return lines
