@@ -189,6 +189,8 @@ def test_the_page_says_what_study_md_says(published, report):
     part = section(report(published)[0], "study-0")
     assert "100 of 942 runs are finished." in part.text
     assert [line.text for line in part.all("li")] == about(told)
+    assert "wait for the rest" in part.text  # LoRA has learning rates of its own: fewer runs even when all are finished
+    assert "wait for the rest" not in " ".join(about({**told, "runs": {"finished": 942, "planned": 942}}))
     for said in ("a tie is a difference within", "there is nothing to unlearn", "2 runs diverged", "*: tried with"):
         assert said in part.text
     names = [line.children[0].text for table in list(part.all("table"))[1:3] for line in table.all("tr")]

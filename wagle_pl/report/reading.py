@@ -63,8 +63,9 @@ def about(summary: Mapping[str, Any]) -> list[str]:
                      f"{_where(summary)}.")  # fmt: skip
     if any(arm.get("own_learning_rates") for arm in arms):
         lines.append(f"{MARK}: tried with learning rates of its own.")
-    uneven = {arm["mask"] for arm in arms if arm.get("seeds") and arm.get("runs") != arms[0].get("runs")}
-    if uneven:
+    runs = summary.get("runs") or {"finished": 0, "planned": 0}
+    uneven = len({arm.get("runs") for arm in arms if arm.get("seeds")}) > 1
+    if uneven and runs["finished"] < runs["planned"]:  # finished, they differ by learning rates of their own
         lines.append("Arms have different numbers of finished runs so far: wait for the rest before comparing.")
     diverged = sum(arm.get("diverged", 0) for arm in arms)
     if diverged:
