@@ -189,6 +189,15 @@ def test_what_tests_compared_with_comes_before_what_the_models_were_made_from(ru
     assert gather(["masked"]).target.metrics == runs["dense"]
 
 
+@pytest.mark.parametrize(("target", "other"), [(None, False), ("target", False), ("dense", False), ("retrained", True)])
+def test_a_second_request_is_shown_beside_the_model_before_any_of_them(runs, target, other):
+    steps = [step("UnlearnModule", base, objective={"class": "NPO"}) for base in ("target", "dense")]
+    write_run(Path("second"), 0.02, 0.6, [step("FinetuneModule", "base"), *steps])
+    sources = gather(["second"], target=target)
+    assert sources.target.metrics == runs[target or "dense"]
+    assert ["other weights than the target" in " ".join(run.notes) for run in sources.runs] == [other]
+
+
 def test_a_published_result_file_stands_for_the_retrained_model(runs, report):
     result = to_result({"forget": records("secret", 0.1)})
     write_json(Path("published.json"), result)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -367,10 +367,13 @@ def _is_retrained(run: Run) -> bool:
 
 
 def _check_target(sources: Sources) -> None:
-    """Say so if the target's results are of other weights than the runs were made from."""
+    """Say so if the target's results are of other weights than the runs were made from.
+
+    A model that was unlearned in several requests may be shown beside the model before any of them.
+    """
     if sources.target is None or sources.target.fingerprint is None:
         return
     for run in sources.runs:
-        base: Mapping[str, Any] = next((step for step in run.lineage if step.get("objective")), {})
-        if base.get("base_fingerprint") not in (None, sources.target.fingerprint):
+        bases = [step.get("base_fingerprint") for step in run.lineage if step.get("objective")]
+        if bases and not {None, sources.target.fingerprint} & set(bases):
             run.notes.append("it was made from a model with other weights than the target model that is shown")
