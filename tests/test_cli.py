@@ -187,6 +187,52 @@ def test_one_line_and_exit_code_2(fails, tiny_model, tmp_path, args, message):
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"base: 5", "base must name a file, or a list of files, that it builds on; got 5"),
+        (b"base: [5]", "base must name a file, or a list of files, that it builds on; got [5]"),
+        (b"base: {a: b.yaml}", "base must name a file"),
+        ("model: Zoë".encode("latin-1"), "c.yaml is not in UTF-8 (byte 9)"),
+    ],
+)
+def test_a_config_that_is_none(fails, tmp_path, content, message):
+    (tmp_path / "c.yaml").write_bytes(content)
+    assert message in fails("fit", "--config", tmp_path / "c.yaml", data=False)
+
+
+def test_paths_that_cannot_be(wagle, fails, tiny_model, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    args = (*FINETUNE, "--model.model", tiny_model, "--model.output")
+    assert "output file/x cannot be written: file is a file" in fails(*args, "file/x")
+    assert "checkpoint no.ckpt does not exist" in fails(*args, "out", "--ckpt_path", "no.ckpt")
+    assert "checkpoint file is damaged, or no checkpoint" in fails(*args, "out", "--ckpt_path", "file")
+    test = ("test", "--model", "EvaluationModule", "--model.model", tiny_model, "--model.output")
+    line = fails(*test, "file/x", "--model.max_new_tokens", "2")
+    assert "file/x" in line and "not a directory; look at the paths that were given" in line
+    assert (tmp_path / "file").read_text() == "x" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("no file by that name"),
+        FileNotFoundError(2, "No such file or directory", f"{sys.prefix}/lib/gone.json"),
+        BrokenPipeError(32, "Broken pipe", "pipe"),
+    ],
+)
+def test_an_error_of_the_suites_own_keeps_its_traceback(monkeypatch, error):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(cli, "run", fail)
+    with pytest.raises(OSError):
+        cli.main(["fit"])
+    monkeypatch.setattr(cli, "run", lambda _: subprocess.run(["no program of that name"]))
+    with pytest.raises(FileNotFoundError):
+        cli.main(["fit"])
+
+
 def test_bad_rows_name_file_and_row(fails, tiny_model, tmp_path):
     args = (*UNLEARN, "--model.model", tiny_model, "--model.output", "out", "--data.forget")
     empty = write_rows(tmp_path / "empty.jsonl", [])

@@ -142,6 +142,12 @@ def test_outputs_are_not_replaced_unasked(mask: Any, refuses: Any) -> None:
     assert "x.png exists already" in refuses("plot", "a", "-o", "x")
 
 
+def test_an_output_in_a_file_is_refused(mask: Any, refuses: Any) -> None:
+    Path("file").write_text("x")
+    for command in (["invert", "a", "-o", "file/x"], ["plot", "a", "-o", "file/x/y.png"]):
+        assert "cannot be written: file is a file; choose another" in refuses(*command)
+
+
 def test_a_file_never_replaces_a_folder(mask: Any, refuses: Any) -> None:
     for name in ("b.pt", "x.png", "c.safetensors"):
         Path("kept", name).mkdir(parents=True)

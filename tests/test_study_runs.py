@@ -56,6 +56,16 @@ def test_pieces_of_a_study_are_joined(tmp_path):
         RunTable(tmp_path / "d", {"steps": 4}).join([str(tmp_path / "b")])
 
 
+def test_a_damaged_table_is_named(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "b/study.parquet").write_bytes(b"no table")
+    with pytest.raises(WagleError, match=r"b/study.parquet cannot be read"):
+        RunTable(tmp_path / "b", {})
+    with pytest.raises(WagleError, match=r"b/study.parquet cannot be read"):
+        RunTable(tmp_path / "a", {}).join([str(tmp_path / "b")])
+
+
 def test_a_lock_of_another_host_stays(tmp_path):
     (tmp_path / LOCK_FILE).write_text(json.dumps({"pid": 1, "host": "elsewhere.invalid", "since": "then"}))
     with pytest.raises(WagleError, match=r"process 1 on elsewhere.invalid, since then.*delete"), locked(tmp_path):
@@ -334,6 +344,8 @@ def refused(capsys, *args):
         ({"module": {"decay": "foo"}}, '--module: option "decay": '),
         ({"module": {"max_new_tokens": 0}}, "--module: max_new_tokens must be at least 1, got 0"),
         ({"masks": []}, "masks is an empty list"),
+        ({"output": "study.yaml/x"}, "output study.yaml/x cannot be written: study.yaml is a file"),
+        ({"output": "study.yaml"}, "output study.yaml is a file, and a folder is to be written"),
         ({"objectives": []}, "objectives is an empty list"),
         ({"masks": [{"score": "wagle", "hessian": "foo"}]}, 'masks: wagle: option "hessian"'),
         ({"trainer": {"precision": "17-true"}}, "trainer: Precision '17-true' is invalid"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -37,7 +38,7 @@ def main(args: Optional[Sequence[str]] = None) -> None:
         else:
             run(expand_robustness(expand_bases(args)))
     except Exception as error:
-        mistake = _mistake_in(error)
+        mistake = _mistake_in(error) or _path_in(error)
         if mistake is None and not _lost_a_rank(error):
             raise
         if mistake is None:
@@ -86,6 +87,33 @@ def _mistake_in(error: Optional[BaseException]) -> Optional[WagleError]:
     while error is not None and not isinstance(error, WagleError):
         error = error.__cause__ or error.__context__
     return error
+
+
+#: What the operating system says of a path that the user can do something about.
+_ABOUT_PATHS = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC,
+     errno.ENAMETOOLONG}
+)  # fmt: skip
+
+
+def _path_in(error: Optional[BaseException]) -> Optional[WagleError]:
+    """What the operating system says of a path of the user's, if that is the error.
+
+    A file of an installed package, or a program that is not there, is no path that the user gave: of these the
+    traceback tells more.
+    """
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    if error is None or error.errno not in _ABOUT_PATHS or not isinstance(error.filename, (str, os.PathLike)):
+        return None
+    raised = error.__traceback__
+    while raised is not None and raised.tb_next is not None:
+        raised = raised.tb_next
+    from_a_program = raised is not None and raised.tb_frame.f_globals.get("__name__") == "subprocess"
+    path = Path(error.filename).absolute()
+    if from_a_program or any(path.is_relative_to(place) for place in (sys.prefix, Path(__file__).parent)):
+        return None
+    return WagleError(f"{error.filename}: {error.strerror.lower()}; look at the paths that were given")
 
 
 def _lost_a_rank(error: Optional[BaseException]) -> bool:
@@ -163,10 +191,16 @@ def layers(file: Path, above: tuple[Path, ...] = ()) -> list[Path]:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise WagleError(f"config file {file} is malformed: {error}") from None
+    except UnicodeDecodeError as error:
+        raise WagleError(f"config file {file} is not in UTF-8 (byte {error.start}): save it as such") from None
     if content is not None and not isinstance(content, dict):
         raise WagleError(f"config file {file} must hold options at its top level")
     bases = (content or {}).get("base") or []
     bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise WagleError(
+            f"config file {file}: base must name a file, or a list of files, that it builds on; got {bases}"
+        )
     return [layer for base in bases for layer in layers(file.parent / base, (*above, file))] + [file]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import zipfile
 from pathlib import Path
 from typing import Any, Optional
 
@@ -25,6 +26,10 @@ DESCRIPTION = (
     "Make a language model forget: fit fine-tunes, attributes or unlearns, as --model says; test measures. "
     f"Other commands, each with its own --help: {', '.join(f'wagle {name}' for name in COMMANDS)}."
 )
+
+
+#: Values of ``--ckpt_path`` that are no paths.
+_LIGHTNINGS_OWN = ("best", "last", "hpc", "registry")
 
 
 class WagleArgumentParser(OneLineErrors, LightningArgumentParser):
@@ -73,9 +78,19 @@ class WagleCLI(LightningCLI):
                 setattr(self.model, attribute, _Factory(init))
 
     def _check_checkpoint(self) -> None:
-        """Say how a checkpoint that ranks wrote is read, if this run cannot."""
+        """Refuse a checkpoint that is not there or not whole; say how one that ranks wrote is read, if this run cannot.
+
+        Lightning's own words (``best``, ``last``, ``hpc``, ``registry``) and addresses of other file systems are left
+        to Lightning.
+        """
         path = self._get(self.config, "ckpt_path")
-        if path and Path(path).is_dir() and not is_zero(self.trainer.strategy):
+        if not path or "://" in str(path) or str(path).partition(":")[0] in _LIGHTNINGS_OWN:
+            return
+        if not Path(path).exists():
+            raise WagleError(f"checkpoint {path} does not exist: give --ckpt_path a file or folder that a run wrote")
+        if Path(path).is_file() and not zipfile.is_zipfile(path):  # what torch.save writes; its end says what is in it
+            raise WagleError(f"checkpoint {path} is damaged, or no checkpoint: give --ckpt_path another")
+        if Path(path).is_dir() and not is_zero(self.trainer.strategy):
             raise WagleError(f"checkpoint {path} was written under DeepSpeed: add --trainer.strategy "
                              "deepspeed_stage_2 (any stage and number of devices will do), or turn it into a model "
                              "with wagle export")  # fmt: skip

@@ -48,8 +48,11 @@ def refuse_existing(
             into a folder, where others stay as they are.
 
     Raises:
-        WagleError: if ``path`` exists and may not be replaced, or is of the other kind.
+        WagleError: if ``path`` exists and may not be replaced, is of the other kind, or would lie in a file.
     """
+    above = next((parent for parent in path.parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise WagleError(f"output {path} cannot be written: {above} is a file; choose another")
     if not path.exists():
         return
     if kind == "file" and path.is_dir():

@@ -69,10 +69,11 @@ class RunTable:
         return len(self.finished()) - len(before)
 
     def _read(self, path: Path, advice: str) -> list[dict[str, Any]]:
+        rows = load_table(path)  # says so if the file cannot be read
         differing = _differing(table_key(path), json.loads(json.dumps(self.settings)))
         if differing:
             raise WagleError(f"{path} holds runs with other settings ({', '.join(differing)}): {advice}")
-        return load_table(path)
+        return rows
 
     def write(self) -> None:
         """Write the file, whole or not at all; every row has every column."""

@@ -35,7 +35,7 @@ from wagle_pl.study.run import (
 from wagle_pl.study.store import FIGURE_FILE, SUMMARY_FILE, TABLE_FILE, TEXT_FILE, RunTable, locked
 from wagle_pl.study.summary import Compared, marked, summarise
 from wagle_pl.unlearning.adapters import LoRA
-from wagle_pl.utilities import WagleError, atomic_path, silence
+from wagle_pl.utilities import WagleError, atomic_path, refuse_existing, silence
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +128,7 @@ class Study:
         join: Optional[list[str]] = None,
     ) -> None:
         self.target, self.retrained, self.folder = target, retrained, Path(output)
+        refuse_existing(self.folder, overwrite=True, kind="files")  # a study goes on in its folder
         if retrained is None and forget_level is None:
             raise WagleError("a study compares at a level of forgetting: give --retrained, the model trained without "
                              "the forget rows, or --forget_level")  # fmt: skip
