@@ -13,7 +13,9 @@ from conftest import write_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import wagle_pl
 from wagle_pl import WeightMask, cli
+from wagle_pl.commands import COMMANDS, SUMMARIES
 from wagle_pl.data.rows import load_rows
 from wagle_pl.utilities import WagleError, atomic_path, refuse_existing, replaceable
 
@@ -140,6 +142,35 @@ def test_help_documents_every_option(capsys, name):
     for option in options:
         text = " ".join(option.split())
         assert not re.match(r"\S+( \S+)? \((required|type)", text), text
+
+
+@pytest.mark.parametrize("args", [["--help"], ["-h"], ["--version"], [], ["bogus"], ["studdy"]])
+def test_what_there_is_is_told_without_libraries(args):
+    """Every command with a line on what it does; a mistake is named last, with exit code 2."""
+    code = "import sys; sys.modules.update(dict.fromkeys(['torch', 'lightning', 'jsonargparse'])); "
+    code += f"from wagle_pl.cli import main; main({args})"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    if args == ["--version"]:
+        assert ended.stdout == f"wagle {wagle_pl.__version__}\n" and ended.returncode == 0
+        return
+    help_ = bool(args) and args[0].startswith("-")
+    assert ended.returncode == (0 if help_ else 2)
+    told = {line.split()[0]: line for line in (ended.stdout or ended.stderr).splitlines() if line.startswith("  ")}
+    assert set(told) == {"fit", "test", "validate", "predict", *COMMANDS}
+    assert all(len(line.split()) > 4 for line in told.values())
+    said = {
+        "": "no command is given; choose one of fit, test",
+        "bogus": "there is no command 'bogus'; choose one of fit",
+        "studdy": "there is no command 'studdy': did you mean study?",
+    }
+    last = (ended.stderr or "\n").splitlines()[-1]
+    assert help_ or last.startswith(f"wagle: error: {said[''.join(args)]}")
+
+
+def test_the_commands_of_lightning_are_told_of():
+    from lightning.pytorch.cli import LightningCLI
+
+    assert set(SUMMARIES) == {*COMMANDS, *LightningCLI.subcommands()}
 
 
 def test_importing_the_package_needs_no_deepspeed():

@@ -9,13 +9,15 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Optional
 
 import yaml
 
-from wagle_pl.commands import COMMANDS, EXIT_BAD_INPUT, fail
+from wagle_pl import __version__
+from wagle_pl.commands import COMMANDS, EXIT_BAD_INPUT, SUMMARIES, fail, overview
 from wagle_pl.utilities import WagleError, first_line, ready_to_run
 
 
@@ -29,6 +31,7 @@ def main(args: Optional[Sequence[str]] = None) -> None:
         SystemExit: with code 2 on a mistake in the input, after one line that names it.
     """
     args = list(sys.argv[1:] if args is None else args)
+    _answer_at_once(args)
     quiet()
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that class paths of the user's own modules resolve
@@ -47,6 +50,27 @@ def main(args: Optional[Sequence[str]] = None) -> None:
         if _told_by_rank_zero():
             raise SystemExit(EXIT_BAD_INPUT) from None
         fail(str(mistake))
+
+
+def _answer_at_once(args: Sequence[str]) -> None:
+    """What needs no library: help, the version, and a command that there is not.
+
+    Raises:
+        SystemExit: if that is all there is to do.
+    """
+    first = args[0] if args else ""
+    if first in ("-h", "--help", "help"):
+        print(overview())
+        raise SystemExit(0)
+    if first == "--version":
+        print(f"wagle {__version__}")
+        raise SystemExit(0)
+    if first.startswith("-") or first in SUMMARIES:
+        return
+    print(overview(), file=sys.stderr)
+    mistake = f"there is no command {first!r}" if args else "no command is given"
+    near = get_close_matches(first, SUMMARIES, n=1)
+    fail(f"{mistake}: did you mean {near[0]}?" if near else f"{mistake}; choose one of {', '.join(SUMMARIES)}")
 
 
 def run(args: list[str]) -> Any:

@@ -20,6 +20,36 @@ COMMANDS = {
     "study": "wagle_pl.commands.study",
 }
 
+#: Every command -> what it does, in the order in which people need them.
+SUMMARIES = {
+    "fit": "fine-tune, attribute or unlearn a model, as --model says",
+    "test": "measure a model: what it has forgotten, what it has kept, what attacks bring back",
+    "mask": "look at masks, compare, combine, convert, make and draw them",
+    "study": "compare ways to unlearn one model, at equal forgetting",
+    "report": "show what runs and studies found, in one HTML file",
+    "plan": "say what memory, disk and work a run needs, before anyone rents a machine",
+    "patch": "ship what unlearning changed: make a patch of two models, apply it, revert it",
+    "export": "turn a checkpoint, or a model in another format, into a model folder",
+    "validate": "LightningCLI's own, for modules of yours",
+    "predict": "LightningCLI's own, for modules of yours",
+}
+
+
+def overview() -> str:
+    """What ``wagle --help`` says."""
+    width = max(map(len, SUMMARIES))
+    return "\n".join(
+        [
+            "usage: wagle COMMAND [OPTIONS]",
+            "",
+            "Make a language model forget chosen data while it keeps the rest.",
+            "",
+            *(f"  {name.ljust(width)}  {what}" for name, what in SUMMARIES.items()),
+            "",
+            "wagle COMMAND --help says more of each; wagle --version, which version this is.",
+        ]
+    )
+
 
 def fail(message: str, code: int = EXIT_BAD_INPUT) -> NoReturn:
     """Print one line and exit."""
