@@ -216,6 +216,18 @@ def test_select_refuses_a_broken_pattern(refuses: Any) -> None:
         assert "'(' is no regular expression" in refuses("select", "scores", "--density", "0.2", option, "(", "-o", "x")
 
 
+def test_a_bare_flag_leaves_the_next_argument_alone(mask: Any) -> None:
+    plain, listed = mask("info", "a"), mask("info", "a", "--tensors")
+    assert "tensor" in listed.replace(plain.strip(), "") and len(listed) > len(plain)
+    for flag in (["--tensors"], ["--tensors", "true"], ["--tensors=true"]):
+        assert mask("info", *flag, "a") == listed
+    for flag in (["--tensors", "False"], ["--tensors=false"]):
+        assert mask("info", *flag, "a") == plain
+    before = Path("b.safetensors").read_bytes()
+    mask("invert", "--overwrite", "a", "-o", "b")
+    assert Path("b.safetensors").read_bytes() != before
+
+
 def test_mistakes_are_one_line(refuses: Any) -> None:
     assert "does not exist" in refuses("info", "none")
     assert "output" in refuses("combine", "a", "and", "b")

@@ -306,7 +306,7 @@ def test_bad_input_is_one_line(runs, refused):
 def test_overwrite_and_a_write_that_fails(runs, report, monkeypatch):
     report("masked")
     before = Path("out.html").read_bytes()
-    report("dense", "--overwrite")
+    report("--overwrite", "dense")
     after = Path("out.html").read_bytes()
     assert after != before
 

@@ -296,6 +296,12 @@ def test_another_target_in_the_folder_of_a_study_is_refused(config, capsys, mode
 
 
 def test_in_pieces(config, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["study", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "'[NPO, dense, wagle 0.2]'" in said and "'[runs/one, runs/two]'" in said
+    study(config(objectives=["GradDiff", "PO"], steps=2, points=1), "--only", "PO", "--hours", "0")
+    assert "4 runs, 0 of them finished; 2 to do" in capsys.readouterr().out
     study(config(objectives=["GradDiff", "PO"], steps=2, points=1), "--only", "[PO, dense]")
     said = capsys.readouterr().out
     assert "4 runs, 0 of them finished; 1 to do" in said and "PO, dense" in said

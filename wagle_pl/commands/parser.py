@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Sequence
 from typing import Any, Optional
 
 from jsonargparse import ArgumentParser
@@ -35,4 +36,23 @@ class CommandParser(OneLineErrors):
             kwargs = {"type": str, "nargs": "+", "help": kwargs.get("help")}
         elif kwargs.get("type") is bool:
             kwargs |= {"nargs": "?", "const": True}
+            self._flags = {*getattr(self, "_flags", ()), *args}
         return super().add_argument(*args, **kwargs)
+
+    def parse_args(self, args: Optional[Sequence[str]] = None, *more: Any, **kwargs: Any) -> Any:
+        """Parse; what follows a bare flag is its value only if it is one."""
+        args = None if args is None else spelt_out(args, getattr(self, "_flags", ()))
+        return super().parse_args(args, *more, **kwargs)
+
+
+def spelt_out(args: Sequence[str], flags: Collection[str]) -> list[str]:
+    """Arguments with ``--flag`` as ``--flag=true`` where no value follows, so that it takes no other argument as such.
+
+    >>> spelt_out(["--overwrite", "runs", "--overwrite", "false"], {"--overwrite"})
+    ['--overwrite=true', 'runs', '--overwrite', 'false']
+    """
+
+    def is_bare(i: int) -> bool:
+        return args[i] in flags and (i + 1 == len(args) or args[i + 1].lower() not in ("true", "false"))
+
+    return [f"{argument}=true" if is_bare(i) else argument for i, argument in enumerate(args)]

@@ -86,11 +86,12 @@ class Study:
         module: options of UnlearnModule and of its tests, such as warmup, decay, suite, max_new_tokens,
             gradient_checkpointing, clip_scope.
         trainer: options of Lightning's Trainer, such as precision, accelerator, gradient_clip_val.
-        only: run only these objectives or masks (by the names that tables give them) in this sitting; the tables show
-            all that is finished.
+        only: run only these objectives or masks (by the names that tables give them) in this sitting, e.g. NPO or
+            '[NPO, dense, wagle 0.2]'; the tables show all that is finished.
         hours: start no new run after so many hours of this sitting; 0 only writes what the runs that are there tell.
         keep_models: keep every unlearned model, under models/<run>.
-        join: folders of the same study whose finished runs are taken over: pieces (only) that ran on other machines.
+        join: folders of the same study whose finished runs are taken over, e.g. '[runs/one, runs/two]': pieces (only)
+            that ran on other machines.
 
     Raises:
         WagleError: if an option has no meaning.
@@ -122,10 +123,10 @@ class Study:
         limit_test: Optional[int] = None,
         module: Optional[dict[str, Any]] = None,
         trainer: Optional[dict[str, Any]] = None,
-        only: Optional[list[str]] = None,
+        only: Optional[Union[list[str], str]] = None,
         hours: Optional[float] = None,
         keep_models: bool = False,
-        join: Optional[list[str]] = None,
+        join: Optional[Union[list[str], str]] = None,
     ) -> None:
         self.target, self.retrained, self.folder = target, retrained, Path(output)
         refuse_existing(self.folder, overwrite=True, kind="files")  # a study goes on in its folder
@@ -146,9 +147,9 @@ class Study:
         self.forget, self.utility, self.forget_level = forget, utility, forget_level
         self.module = options.check_module(module or {})
         self.trainer_options = options.check_trainer(trainer or {})
-        self.only = options.check_only(only or [], self.objectives, self.masks)
+        self.only = options.check_only(_several(only), self.objectives, self.masks)
         self.hours, self.keep_models = hours, keep_models
-        self.join = list(join or [])
+        self.join = _several(join)
         self.data = copy.copy(data)
         self.data.batch_size = batch_size or data.batch_size
         self.data.limit_test = limit_test or data.limit_test
@@ -463,6 +464,11 @@ class Study:
         with atomic_path(self.folder / TEXT_FILE) as temporary:
             temporary.write_text(text.markdown(found), encoding="utf-8")
         return found
+
+
+def _several(given: Optional[Union[list[str], str]]) -> list[str]:
+    """A list of names; one name is a list of one."""
+    return [given] if isinstance(given, str) else list(given or [])
 
 
 def _outcome(rows: Sequence[Mapping[str, Any]]) -> str:
