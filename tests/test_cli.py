@@ -1,6 +1,7 @@
 """The commands as a user types them: the whole pipeline, layered configurations, and one clear line for a mistake."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -322,6 +323,17 @@ def test_what_may_be_replaced(tmp_path):
     with pytest.raises(WagleError, match=r"runs is a folder: name a file in it"), atomic_path(tmp_path / "runs") as new:
         new.write_text("x")
     assert (tmp_path / "runs/target/wagle.json").exists() and not list(tmp_path.glob(".runs*"))
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "files"])
+def test_a_device_is_never_replaced(tmp_path, kind):
+    """A pipe stands for what the kernel makes: there are no devices to lose here."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(WagleError, match="pipe is neither a file nor a folder"):
+        refuse_existing(tmp_path / "pipe", True, kind=kind)
+    with pytest.raises(WagleError, match="pipe is neither a file nor a folder"), atomic_path(tmp_path / "pipe") as new:
+        new.write_text("x")
+    assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_mask_of_another_model_is_refused(wagle, fails, tiny_model):

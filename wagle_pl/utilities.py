@@ -55,6 +55,7 @@ def refuse_existing(
         raise WagleError(f"output {path} cannot be written: {above} is a file; choose another")
     if not path.exists():
         return
+    _check_kind(path)
     if kind == "file" and path.is_dir():
         raise WagleError(f"output {path} is a folder: name a file in it")
     if not overwrite:
@@ -88,12 +89,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of ``path``; on success it takes the place of ``path``, on failure it is removed.
 
     Works for a file and for a folder. A folder that is replaced stays whole until the new one is complete; a file never
-    replaces one.
+    replaces one, and neither replaces a device.
 
     Raises:
-        WagleError: if a file would take the place of a folder.
+        WagleError: if a file would take the place of a folder, or anything that of a device.
     """
     path = Path(path)
+    _check_kind(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     _remove(temporary)
@@ -115,6 +117,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         _remove(temporary)
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse devices, pipes and sockets: renaming a result to ``/dev/null`` would take it from the whole machine."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise WagleError(f"output {path} is neither a file nor a folder; choose another")
 
 
 def _remove(path: Path) -> None:
