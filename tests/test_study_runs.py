@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 
 from wagle_pl import WeightMask, cli
 from wagle_pl.data.people import bundled
-from wagle_pl.evaluation.tables import load_table
+from wagle_pl.evaluation.tables import load_table, write_table
 from wagle_pl.models import create_tiny_llama
 from wagle_pl.study import Study
 from wagle_pl.study.attribute import passes
 from wagle_pl.study.grid import runs
-from wagle_pl.study.store import LOCK_FILE, RunTable, locked
+from wagle_pl.study.store import LOCK_FILE, RunTable, has_runs, locked
 from wagle_pl.study.text import markdown
 from wagle_pl.utilities import WagleError
 
@@ -54,6 +54,25 @@ def test_pieces_of_a_study_are_joined(tmp_path):
         table.join([str(tmp_path / "nowhere")])
     with pytest.raises(WagleError, match=r"other settings \(steps\): it is another study"):
         RunTable(tmp_path / "d", {"steps": 4}).join([str(tmp_path / "b")])
+
+
+def test_a_table_without_runs_binds_nobody(tmp_path):
+    RunTable(tmp_path, {"steps": 3}).write()
+    assert not (tmp_path / "study.parquet").exists() and not has_runs(tmp_path)
+    write_table(tmp_path / "study.parquet", [], {"steps": 3})  # as earlier versions left it
+    assert RunTable(tmp_path, {"steps": 4}).rows == [] and not has_runs(tmp_path)
+    RunTable(tmp_path, {"steps": 4}).append([{"run": "x", "step": 1}])
+    assert has_runs(tmp_path)
+    with pytest.raises(WagleError, match=r"other settings \(steps\)"):
+        RunTable(tmp_path, {"steps": 3})
+
+
+def test_no_hours_leave_a_new_folder_free(config, models):
+    study(config(), "--hours", "0")
+    assert "0 of 2 runs are finished" in Path("out/study.md").read_text()
+    study(config(steps=2, points=1, masks=["dense"], limit_test=3, target=f"{models}/base"), "--hours", "0")
+    study(config(steps=2, points=1, masks=["dense"]))
+    assert [row["step"] for row in load_table(Path("out/study.parquet"))] == [2]
 
 
 def test_a_damaged_table_is_named(tmp_path):

@@ -26,7 +26,7 @@ COLUMNS = ("objective", "mask", "score", "density", "lr", "seed", "step", "run",
 
 
 class RunTable:
-    """One Parquet file: a row a run and test point.
+    """One Parquet file: a row a run and test point. It is there once there is a run.
 
     Args:
         folder: of the study.
@@ -71,15 +71,27 @@ class RunTable:
     def _read(self, path: Path, advice: str) -> list[dict[str, Any]]:
         rows = load_table(path)  # says so if the file cannot be read
         differing = _differing(table_key(path), json.loads(json.dumps(self.settings)))
-        if differing:
+        if rows and differing:  # without runs nothing depends on the settings
             raise WagleError(f"{path} holds runs with other settings ({', '.join(differing)}): {advice}")
         return rows
 
     def write(self) -> None:
-        """Write the file, whole or not at all; every row has every column."""
+        """Write the file, if there are runs, whole or not at all; every row has every column."""
+        if not self.rows:
+            return
         measures = sorted({name for row in self.rows for name in row} - set(COLUMNS))
         names = (*COLUMNS, *measures)
         write_table(self.path, [{name: row.get(name) for name in names} for row in self.rows], self.settings)
+
+
+def has_runs(folder: Path) -> bool:
+    """Whether a study's folder holds finished runs.
+
+    Raises:
+        WagleError: if its table cannot be read.
+    """
+    path = folder / TABLE_FILE
+    return path.is_file() and bool(load_table(path))
 
 
 def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

@@ -32,7 +32,7 @@ from wagle_pl.study.run import (
     rows_of,
     ungenerated,
 )
-from wagle_pl.study.store import FIGURE_FILE, SUMMARY_FILE, TABLE_FILE, TEXT_FILE, RunTable, locked
+from wagle_pl.study.store import FIGURE_FILE, SUMMARY_FILE, TEXT_FILE, RunTable, has_runs, locked
 from wagle_pl.study.summary import Compared, marked, summarise
 from wagle_pl.unlearning.adapters import LoRA
 from wagle_pl.utilities import WagleError, atomic_path, refuse_existing, silence
@@ -276,7 +276,7 @@ class Study:
         own = {k: v for k, v in self.module.items() if k in options.TEST_OPTIONS}
         own["retrained"] = str(self.folder / "retrained") if name == "target" and self.retrained else None
         generate = self.generate != "never"
-        fresh = not (self.folder / TABLE_FILE).is_file()  # later, other results are a sign of another study
+        fresh = not has_runs(self.folder)  # later, other results are a sign of another study
         module = EvaluationModule(
             model=model, output=str(self.folder / name), overwrite=fresh, generate=generate, **own
         )
