@@ -114,7 +114,22 @@ def test_layers_override_from_base_to_top(tmp_path):
     (tmp_path / "sub/c.yaml").write_text("base: [../b.yaml, ../a.yaml]\n")
     files = cli.expand_bases(["fit", f"--config={tmp_path}/sub/c.yaml", "--x", "2"])
     names = [Path(part).name for part in files if part.endswith(".yaml")]
-    assert names == ["a.yaml", "b.yaml", "a.yaml", "c.yaml"] and files[-2:] == ["--x", "2"]
+    assert names == ["a.yaml", "b.yaml", "c.yaml"] and files[-2:] == ["--x", "2"]
+
+
+def test_what_two_layers_build_on_undoes_neither(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, base in (("a", ""), ("b1", "base: a.yaml"), ("b2", "base: a.yaml"), ("c", "base: [b1.yaml, b2.yaml]")):
+        Path(f"{name}.yaml").write_text(base)
+
+    def read(*files):
+        """What is read, in order, for ``--config`` of each file."""
+        args = [part for file in files for part in ("--config", f"{file}.yaml")]
+        return [part.removesuffix(".yaml") for part in cli.expand_bases(args) if part != "--config"]
+
+    assert read("c") == ["a", "b1", "b2", "c"]
+    assert read("b1", "b2") == ["a", "b1", "b2"]
+    assert read("b1", "a") == ["a", "b1", "a"]  # as asked for
 
 
 @pytest.mark.parametrize(

@@ -185,12 +185,14 @@ def expand_bases(args: Sequence[str]) -> list[str]:
     """Replace ``--config FILE`` by the configurations FILE builds on, then FILE itself.
 
     A configuration names what it builds on in a top-level ``base`` key: a path, or a list of paths, relative to the
-    file. Later files override earlier ones, key by key, as repeated ``--config`` options do.
+    file. Later files override earlier ones, key by key, as repeated ``--config`` options do. What several build on is
+    read once, where it comes first: read again it would undo what was built on it.
 
     Raises:
         WagleError: if a file is missing, malformed, or builds on itself.
     """
     expanded: list[str] = []
+    read: set[Path] = set()
     rest = iter(args)
     for argument in rest:
         if argument in ("-c", "--config"):
@@ -200,13 +202,15 @@ def expand_bases(args: Sequence[str]) -> list[str]:
         else:
             expanded.append(argument)
             continue
-        for file in files:
+        *bases, own = files  # a file that is named here is read here, wherever else it was
+        for file in [*(base for base in bases if base.resolve() not in read), own]:
             expanded += ["--config", str(file)]
+        read |= {file.resolve() for file in files}
     return expanded
 
 
 def layers(file: Path, above: tuple[Path, ...] = ()) -> list[Path]:
-    """The configurations that ``file`` builds on, the most basic first, and ``file`` itself."""
+    """The configurations that ``file`` builds on, each once, the most basic first, and ``file`` itself."""
     if not file.is_file():
         raise WagleError(f"config file {file} does not exist" + (f" (named in {above[-1]})" if above else ""))
     if file.resolve() in [path.resolve() for path in above]:
@@ -225,7 +229,11 @@ def layers(file: Path, above: tuple[Path, ...] = ()) -> list[Path]:
         raise WagleError(
             f"config file {file}: base must name a file, or a list of files, that it builds on; got {bases}"
         )
-    return [layer for base in bases for layer in layers(file.parent / base, (*above, file))] + [file]
+    found: dict[Path, Path] = {}
+    for base in bases:
+        for layer in layers(file.parent / base, (*above, file)):
+            found.setdefault(layer.resolve(), layer)
+    return [*found.values(), file]
 
 
 def quiet() -> None:
