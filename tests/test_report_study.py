@@ -107,6 +107,17 @@ def test_a_study(study, report):
     assert "The study keeps no masks" in part.text
 
 
+def test_a_measure_that_a_study_has_not(study, report, capsys):
+    root, _ = report("study", "--forget", "forget/probability", "--utility", "model_utility")
+    assert section(root, "study-0")
+    for option, own in (("--forget", "forget/probability"), ("--utility", "model_utility")):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["report", "study", option, "nonsense", "-o", "other.html"])
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and not Path("other.html").exists()
+        assert f"{option} 'nonsense' is no measure of what is reported; choose one of {own}" in said
+
+
 def test_arms_of_a_study(study):
     arms = arms_of(reversed(study))
     assert len(arms) == 6 and all(len(runs) == 4 for runs in arms.values())

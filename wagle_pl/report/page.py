@@ -38,7 +38,8 @@ def write_report(
         overwrite: replace the output if it exists.
 
     Raises:
-        WagleError: if the output exists and may not be replaced, or a measure is in no run.
+        WagleError: if the output exists and may not be replaced, or a measure is in no run; without runs, if it is not
+            the study's.
     """
     output = Path(output)
     refuse_existing(output, overwrite, "--overwrite")
@@ -102,6 +103,11 @@ def _left_out(sources: Sources) -> list[Markup]:
 
 
 def _check_measure(sources: Sources, option: str, name: Optional[str]) -> None:
+    if name is None:
+        return
     known = dict.fromkeys(measure for run in sources.runs for measure in run.metrics)
-    if name is not None and known and name not in known:
-        raise WagleError(f"--{option} {name!r} is no measure of these runs; choose one of {', '.join(known)}")
+    if not sources.runs:  # a study's page has the study's own axes
+        known = dict.fromkeys(getattr(study, option) for study in sources.studies)
+    if name not in known:
+        what = "these runs" if sources.runs else "what is reported"
+        raise WagleError(f"--{option} {name!r} is no measure of {what}; choose one of {', '.join(known)}")
