@@ -270,6 +270,8 @@ def test_the_command_prints_a_plan(tiny_model, capsys):
         "0.50 h for 900,000 tokens",
     ):
         assert word in printed
+    run_command("--model", tiny_model, "--tokens", 900_000)
+    assert "unknown for 900,000 tokens: give --tokens_per_second too" in capsys.readouterr().out
     total = re.search(r"^total +(.*)$", printed, re.MULTILINE)[1].split()
     assert max(map(float, total)) == float(re.search(r"^peak +(\S+) GiB", printed, re.MULTILINE)[1])
 

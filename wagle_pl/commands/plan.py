@@ -66,7 +66,7 @@ def plan(
         accumulate_grad_batches: micro-batches a step.
         gradient_checkpointing: recompute activations in the backward pass.
         frozen_copy: the objective keeps a copy of the model before unlearning (KL, UNDIAL, hidden states).
-        tokens: of the whole run, over all streams and epochs, for an estimate of time.
+        tokens: of the whole run, over all streams and epochs, for an estimate of its time with tokens_per_second.
         tokens_per_second: what the devices together do, measured or known, for an estimate of time.
     """
     run = Run(
@@ -146,6 +146,8 @@ def work(shape: Architecture, run: Run, tokens: Optional[int], rate: Optional[fl
     if rate:
         whole = f"; {tokens / rate / 3600:.2f} h for {tokens:,} tokens" if tokens else ""
         lines.append(("time", f"{step_tokens(run) / rate:.3g} s a micro-batch{whole}, at {rate:g} tokens/s"))
+    elif tokens:
+        lines.append(("time", f"unknown for {tokens:,} tokens: give --tokens_per_second too"))
     return lines
 
 
