@@ -1,5 +1,7 @@
 """Studies: the mathematics of comparing at equal forgetting, the grid, and the summary of made-up runs."""
 
+import re
+
 import numpy as np
 import pytest
 from scipy import integrate, interpolate, stats
@@ -10,7 +12,7 @@ from wagle_pl.study.curves import Pace, Paired, Sample, at_equal_steps, sample, 
 from wagle_pl.study.grid import middle_first, read_masks, read_objectives, runs
 from wagle_pl.study.run import test_points as points_of
 from wagle_pl.study.summary import Compared, summarise
-from wagle_pl.study.text import HEADER, cells
+from wagle_pl.study.text import HEADER, cells, markdown
 from wagle_pl.utilities import WagleError
 
 # -- curves -----------------------------------------------------------------------------------------------------------
@@ -281,6 +283,20 @@ def test_equal_steps_by_hand():
     assert equal["p"] == pytest.approx(stats.ttest_rel([0.4, 0.41, 0.42], [0.4] * 3).pvalue)
     row = dict(zip(HEADER, cells(found["other"]), strict=True))
     assert row["equal steps"] == f"+0.010 (p {equal['p']:.3f})" and row["steps"] == "1"
+
+
+def test_a_bar_in_a_name_does_not_end_a_cell():
+    rows = made_up("dense", None, 1.0, {0: {1: ((0.6, 0.9), (0.1, 0.5))}})
+    rows += made_up("wagle include=q|k 0.2", "wagle", 0.2, {0: {1: ((0.6, 0.9), (0.1, 0.6))}})
+    summary = {"headline": summarise(rows, BY), "forget": BY.forget, "utility": BY.utility, "forget_level": BY.level}
+    summary |= {"target": BY.target, "retrained": {}, "runs": {"finished": 2, "planned": 2}}
+    text = markdown(summary)
+    tables = [line for line in text.splitlines() if line.startswith("| ")]
+    header, *arms = [
+        line for line in tables if not line.startswith(("| model", "| target", "| ---:", "| --- | ---: |"))
+    ]
+    bars = {len(re.findall(r"(?<!\\)\|", line)) for line in arms}
+    assert any("include=q\\|k" in line for line in arms) and bars == {header.count("|")}
 
 
 def test_a_measure_that_rises_and_a_utility_that_falls():

@@ -102,7 +102,7 @@ def markdown(summary: Entry) -> str:
         header, rows = shown(arms)
         lines += [f"## {objective}", "", "| " + " | ".join(header) + " |"]
         lines += ["| " + " | ".join("---" if i in (0, 4) else "---:" for i in range(len(header))) + " |"]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
         lines += ["", outcome(arms), ""]
     return "\n".join([*lines, "## How to read it", "", *(f"- {line}" for line in about(summary)), ""])
 
