@@ -272,11 +272,11 @@ class Study:
 
     def _evaluate(self, name: str, model: str) -> tuple[str, dict[str, float]]:
         """Fingerprint and measures of target or retrained model; tested once, then found in the study's folder."""
+        fresh = not has_runs(self.folder)  # later, other results are a sign of another study
         print(f"{name} model {model}: ", end="", flush=True)
         own = {k: v for k, v in self.module.items() if k in options.TEST_OPTIONS}
         own["retrained"] = str(self.folder / "retrained") if name == "target" and self.retrained else None
         generate = self.generate != "never"
-        fresh = not has_runs(self.folder)  # later, other results are a sign of another study
         module = EvaluationModule(
             model=model, output=str(self.folder / name), overwrite=fresh, generate=generate, **own
         )
