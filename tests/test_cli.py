@@ -148,6 +148,18 @@ def test_every_configuration_parses(file, capsys):
     assert printed["model"]["class_path"].startswith("wagle_pl.")
 
 
+def test_a_printed_configuration_runs_from_anywhere(tmp_path, capsys):
+    """What ``base`` named is in it, and is not looked for again."""
+    printed = []
+    for file in (CONFIGS / "people/unlearn_npo.yaml", tmp_path / "printed.yaml"):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["fit", "--config", str(file), "--print_config"])
+        assert exit_.value.code == 0
+        printed.append(capsys.readouterr().out)
+        (tmp_path / "printed.yaml").write_text(printed[-1])
+    assert printed[0] == printed[1] and "base:" not in printed[0]
+
+
 @pytest.mark.parametrize("name", ["UnlearnModule", "AttributionModule", "FinetuneModule", "EvaluationModule"])
 def test_help_documents_every_option(capsys, name):
     with pytest.raises(SystemExit) as exit_:

@@ -18,6 +18,7 @@ from wagle_pl.masks import WeightMask
 from wagle_pl.unlearning import UnlearnModule
 from wagle_pl.unlearning.card import forgotten
 from wagle_pl.unlearning.export import export
+from wagle_pl.utilities import atomic_path
 
 UNLEARN = ("fit", "--model", "UnlearnModule", "--model.objective", "GradDiff", "--trainer.max_steps", "2",
            "--trainer.enable_checkpointing", "false", "--optimizer", "MaskedAdamW",
@@ -257,7 +258,6 @@ def test_nothing_to_move_is_refused(fails: Any, tiny_model: str) -> None:
 
 @pytest.mark.parametrize("before", ["nothing", "a file", "a folder"])
 def test_a_folder_takes_the_place_of_what_was_there(tmp_path, before):
-    from wagle_pl.utilities import atomic_path
 
     place = tmp_path / "place"
     if before == "a file":
@@ -271,3 +271,15 @@ def test_a_folder_takes_the_place_of_what_was_there(tmp_path, before):
     assert [path.name for path in place.iterdir()] == ["new"] and [path.name for path in tmp_path.iterdir()] == [
         "place"
     ]
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "elsewhere/models").mkdir(parents=True)
+    (tmp_path / "elsewhere/models/old").write_text("old")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "elsewhere/models")
+    with atomic_path(link) as temporary:
+        temporary.mkdir()
+        (temporary / "new").write_text("new")
+    assert link.is_symlink() and [path.name for path in link.iterdir()] == ["new"]
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["models"]

@@ -35,6 +35,14 @@ _LIGHTNINGS_OWN = ("best", "last", "hpc", "registry")
 class WagleArgumentParser(OneLineErrors, LightningArgumentParser):
     """LightningCLI's parser with one-line errors."""
 
+    def dump(self, cfg: Any, *args: Any, **kwargs: Any) -> str:
+        """The configuration as YAML, to run again from anywhere: what ``base`` named is in it already."""
+        cfg = cfg.clone()
+        for options in (cfg, cfg.get(cfg.get("subcommand") or "")):
+            if options is not None:
+                options.pop("base", None)
+        return super().dump(cfg, *args, **kwargs)
+
 
 class WagleCLI(LightningCLI):
     """Commands ``fit``, ``validate``, ``test`` and ``predict`` over any LightningModule and LightningDataModule."""

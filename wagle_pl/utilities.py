@@ -95,6 +95,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         WagleError: if a file would take the place of a folder, or anything that of a device.
     """
     path = Path(path)
+    if path.is_symlink():
+        path = path.resolve()  # the link stays, and what it names is replaced
     _check_kind(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
