@@ -105,7 +105,7 @@ def test_a_large_csv_with_answers_of_many_lines(tmp_path):
         ("a.json.gz", b"no archive", r"a\.json\.gz cannot be read: Not a gzipped file"),
         (
             "a.json.gz",
-            gzip.compress(b'{"text": "a"}\n' * 999)[:-20],
+            gzip.compress(b'{"text": "a"}\n' * 999, mtime=0)[:-20],
             r"a\.json\.gz cannot be read: Compressed file ended",
         ),
         ("a.parquet", b"no table", r"a\.parquet cannot be read"),

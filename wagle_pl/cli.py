@@ -107,8 +107,11 @@ def run_command(name: str, args: list[str]) -> Any:
 
 
 def _mistake_in(error: Optional[BaseException]) -> Optional[WagleError]:
-    """The user's mistake behind an error: class instantiation and training loops wrap what they catch."""
+    """The user's mistake behind an error, Lightning's word for it included: class instantiation and training loops wrap
+    what they catch."""
     while error is not None and not isinstance(error, WagleError):
+        if type(error).__name__ == "MisconfigurationException":  # by name: Lightning may not be loaded
+            return WagleError(str(error))
         error = error.__cause__ or error.__context__
     return error
 
