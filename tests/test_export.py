@@ -167,6 +167,18 @@ def test_the_model_it_starts_from_is_no_output(fails: Any, tiny_model: str) -> N
     assert stored(tiny_model)
 
 
+@pytest.mark.parametrize("where", ["root", "checkpoints"])
+def test_nothing_is_kept_in_the_output(fails: Any, tiny_model: str, where: str) -> None:
+    """The model's folder would take the place of checkpoints and logs."""
+    inside = {
+        "root": ("--trainer.default_root_dir", "out"),
+        "checkpoints": ("--trainer.enable_checkpointing", "true", "--trainer.callbacks", "ModelCheckpoint",
+                        "--trainer.callbacks.dirpath", "out/checkpoints"),
+    }  # fmt: skip
+    message = fails(*UNLEARN, *inside[where], "--model.model", tiny_model, "--model.output", "out")
+    assert "lies in the output out" in message and not Path("out/model.safetensors").exists()
+
+
 @pytest.mark.parametrize(("interval", "rate"), [("step", 0.0), ("epoch", 0.005)])
 def test_a_scheduler_steps_as_told(wagle: Any, tiny_model: str, interval: str, rate: float) -> None:
     done = wagle(*UNLEARN, "--model.model", tiny_model, "--model.output", "out", "--model.lr_interval", interval,

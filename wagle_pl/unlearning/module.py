@@ -95,7 +95,19 @@ class FinetuneModule(EvaluationModule):
                 raise WagleError("fit needs a folder for the model: give --model.output")
             if Path(self.output).resolve() == Path(self.model_name).resolve():
                 raise WagleError(f"output {self.output} is the model that this run starts from: choose another folder")
+            self._refuse_what_would_be_lost()
             refuse_existing(Path(self.output), self.overwrite, kind="folder")
+
+    def _refuse_what_would_be_lost(self) -> None:
+        """Refuse checkpoints and logs within the output, which the model's folder replaces at the end."""
+        output = Path(self.output).resolve()
+        written = [("trainer.default_root_dir", self.trainer.default_root_dir)]
+        savers = self.trainer.checkpoint_callbacks
+        written += [("dirpath of checkpoints", getattr(saver, "dirpath", None)) for saver in savers]
+        for what, folder in written:
+            if folder and output in (Path(folder).resolve(), *Path(folder).resolve().parents):
+                raise WagleError(f"{what}: {folder} lies in the output {self.output}, which the model's folder will "
+                                 "replace: name another")  # fmt: skip
 
     def configure_model(self) -> None:
         """Load the model, and switch gradient checkpointing on if asked.
