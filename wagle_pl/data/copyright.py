@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Optional
 
-from wagle_pl.data.rows import Row, load_rows, readable
+from wagle_pl.data.rows import Row, load_rows, readable, spread
 from wagle_pl.data.sources import HubSet, need_columns
 from wagle_pl.data.suite import C4, WIKITEXT, SuiteDataModule
 from wagle_pl.utilities import WagleError
@@ -113,14 +113,3 @@ def read_book(source: str) -> list[Row]:
     if not text.strip():
         raise WagleError(f"data.book {source} has no text")
     return [{"text": text}]
-
-
-def spread(rows: list[Row], count: Optional[int]) -> list[Row]:
-    """``count`` of the rows, evenly spaced from the first on; all where there are no more, or for None.
-
-    >>> spread([{"text": t} for t in "abcdef"], 3)
-    [{'text': 'a'}, {'text': 'c'}, {'text': 'e'}]
-    """
-    if count is None or len(rows) <= count:
-        return rows
-    return [rows[number * len(rows) // count] for number in range(count)]

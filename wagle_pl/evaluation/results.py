@@ -19,6 +19,11 @@ INFO_FILE = "metrics.info.json"
 RESULT_FILE = "tofu_result.json"
 
 
+def folder_of(place: Path) -> Path:
+    """The folder of results that their ``metrics.json`` stands for; any other place is itself."""
+    return place.parent if place.name == METRICS_FILE and place.is_file() else place
+
+
 class Results:
     """What an earlier test found: a folder that ``wagle test`` wrote, its ``metrics.json``, or a TOFU result file.
 
@@ -33,9 +38,7 @@ class Results:
     """
 
     def __init__(self, path: str | Path, option: str = "model.retrained") -> None:
-        self.path = Path(path)
-        if self.path.name == METRICS_FILE and self.path.is_file():
-            self.path = self.path.parent
+        self.path = folder_of(Path(path))
         self.option = option
         self.metrics: dict[str, float] = {}
         self.tofu: Optional[Result] = None

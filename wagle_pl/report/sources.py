@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional
 
-from wagle_pl.evaluation.results import INFO_FILE, METRICS_FILE, Results, read_json
+from wagle_pl.evaluation.results import INFO_FILE, METRICS_FILE, Results, folder_of, read_json
 from wagle_pl.evaluation.robustness import ROBUSTNESS_FILE
 from wagle_pl.evaluation.sets import Table
 from wagle_pl.evaluation.suites import Info, Suite, find_suite
@@ -213,7 +213,7 @@ def read_run(folder: Path, option: str = "run") -> Run:
     Raises:
         WagleError: if it has no results.
     """
-    folder = _folder_of(folder)
+    folder = folder_of(folder)
     inside = folder / TEST_FOLDER
     results = inside if not (folder / METRICS_FILE).is_file() and inside.is_dir() else folder
     run = Run(_name_of(results), Results(results, option))
@@ -353,13 +353,8 @@ def _reference(sources: Sources, name: str, given: Optional[str]) -> Optional[Ru
 
 def _where(place: str | Path) -> Path:
     """A model folder, the folder of its test results, and their ``metrics.json`` are one place."""
-    path = _folder_of(Path(place).resolve())
+    path = folder_of(Path(place).resolve())
     return path / TEST_FOLDER if (path / TEST_FOLDER).is_dir() else path
-
-
-def _folder_of(place: Path) -> Path:
-    """The folder of results that their ``metrics.json`` stands for; any other place is itself."""
-    return place.parent if place.name == METRICS_FILE and place.is_file() else place
 
 
 def _is_retrained(run: Run) -> bool:
