@@ -115,6 +115,7 @@ class AttributionModule(EvaluationModule):
         self.reduction = reduction
         self.gradient_checkpointing = gradient_checkpointing
         self.jobs = self._plan()
+        self._within_step = False
         self._small: dict[str, Any] = {}
         self._unsynced = ExitStack()
         self.streams = tuple(dict.fromkeys((self.forget_loss.forget_streams[0], *(job.stream for job in self.jobs))))
@@ -233,7 +234,8 @@ class AttributionModule(EvaluationModule):
             if loss is not None:
                 self.log(f"train/{job.stream}_loss", loss, prog_bar=True)
                 total += loss.detach()
-        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch:
+        self._within_step = (batch_idx + 1) % self.trainer.accumulate_grad_batches != 0
+        if not self._within_step or self.trainer.is_last_batch:
             self._end_step()
         if is_zero(self.trainer.strategy):
             self.trainer.strategy.release()
@@ -241,6 +243,7 @@ class AttributionModule(EvaluationModule):
 
     def _end_step(self) -> None:
         """Let the Hessian take in the step that is over."""
+        self._within_step = False
         for job in self.jobs:
             if job.hessian:
                 job.hessian.end_step(self.sums)
@@ -255,7 +258,8 @@ class AttributionModule(EvaluationModule):
         self._unsynced.close()
         if self.trainer.fast_dev_run:
             return
-        self._end_step()  # of a run that time has ended within a step
+        if self._within_step:  # time has ended the run
+            self._end_step()
         if self.fingerprint() != self.model_fingerprint:
             raise WagleError("attribution moved a weight: the mask is not written; please report this")
         self._small = self.sums.small()
@@ -396,7 +400,6 @@ class AttributionModule(EvaluationModule):
         log.info("scores written to %s", path)
 
     def _made_by(self, curvature: Optional[DampedHessian]) -> dict[str, Any]:
-        data = self.trainer.datamodule
         return {
             "model": self.model_name,
             "model_fingerprint": self.model_fingerprint,
@@ -408,7 +411,7 @@ class AttributionModule(EvaluationModule):
             "forget_loss": type(self.forget_loss).__name__,
             "reduction": self.reduction,
             "rows": {stream: int(self._rows(stream)) for stream in self.streams},
-            "data": {name: data.describe(name) for name in ("forget", "retain")} if hasattr(data, "describe") else {},
+            "data": self.described_data,
             "config": self.run_config,
         }
 

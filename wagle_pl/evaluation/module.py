@@ -156,6 +156,12 @@ class EvaluationModule(L.LightningModule):
         return models.load_tokenizer(self.model_name)
 
     @property
+    def described_data(self) -> dict[str, str]:
+        """Where forget and retain rows come from, for records; empty if the data module does not say."""
+        data = self.trainer.datamodule
+        return {name: data.describe(name) for name in ("forget", "retain")} if hasattr(data, "describe") else {}
+
+    @property
     def results_folder(self) -> Path:
         """Where a test writes."""
         return Path(self.output) if self.output else Path(self.trainer.default_root_dir) / "test"

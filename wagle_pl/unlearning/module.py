@@ -33,6 +33,7 @@ from wagle_pl.unlearning.optim import (
 )
 from wagle_pl.unlearning.reference import FrozenCopy, References
 from wagle_pl.unlearning.resume import StepStart, random_state, rewind, set_random_state
+from wagle_pl.unlearning.schedules import lr_factor
 from wagle_pl.utilities import WagleError, describe, peak_memory, refuse_existing, resolve, versions
 
 log = logging.getLogger(__name__)
@@ -139,7 +140,7 @@ class FinetuneModule(EvaluationModule):
             raise WagleError("the run's steps are not known beforehand, and warm-up and decay are shares of them: give "
                              "--trainer.max_steps or --trainer.max_epochs (max_time may end it earlier), or "
                              "--model.decay constant with a --model.warmup of 0 or in steps")  # fmt: skip
-        factor = schedule(self.warmup, self.decay, steps)
+        factor = lr_factor(self.warmup, self.decay, steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -224,12 +225,11 @@ class FinetuneModule(EvaluationModule):
 
     def record(self) -> dict[str, Any]:
         """What made this model, for ``wagle.json`` and the model card."""
-        data = self.trainer.datamodule
         step = {
             "module": type(self).__name__,
             "base": self.model_name,
             "base_fingerprint": self.model_fingerprint,
-            "data": {name: data.describe(name) for name in ("forget", "retain")} if hasattr(data, "describe") else {},
+            "data": self.described_data,
             "streams": list(self.streams),
             "steps": self.global_step,
             "seconds": round(time.monotonic() - self._started, 1),
@@ -506,23 +506,6 @@ class UnlearnModule(FinetuneModule):
         record["lineage"][-1] |= {"objective": objective, "mask": mask, "verified": self._verified}
         record["lineage"][-1]["adapter"] = None if self.adapter is None else describe(self.adapter)
         return record
-
-
-def schedule(warmup: float, decay: str, steps: float) -> Callable[[int], float]:
-    """Learning-rate factor by step: linear warm-up, then linear decay to zero at ``steps``, or constant.
-
-    >>> factor = schedule(2, "linear", 6)
-    >>> [factor(step) for step in range(7)]
-    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
-    """
-    warm = round(warmup * steps) if 0 < warmup < 1 else round(warmup)
-
-    def factor(step: int) -> float:
-        if step < warm:
-            return (step + 1) / warm
-        return 1.0 if decay == "constant" else max(0.0, (steps - step) / max(1, steps - warm))
-
-    return factor
 
 
 def _monitor(scheduler: Any) -> str:

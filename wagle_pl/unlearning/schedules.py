@@ -1,9 +1,10 @@
-"""Weights of loss terms that change while a run goes on."""
+"""Weights of loss terms, and the learning rate, that change while a run goes on."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Literal, Union
 
 from wagle_pl.utilities import WagleError
@@ -82,3 +83,20 @@ def as_schedule(value: Weight, option: str) -> Schedule:
 def is_zero(value: Weight) -> bool:
     """Whether a weight is the constant 0, which leaves its term out."""
     return isinstance(value, (int, float)) and value == 0
+
+
+def lr_factor(warmup: float, decay: str, steps: float) -> Callable[[int], float]:
+    """Learning-rate factor by step: linear warm-up, then linear decay to zero at ``steps``, or constant.
+
+    >>> factor = lr_factor(2, "linear", 6)
+    >>> [factor(step) for step in range(7)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    warm = round(warmup * steps) if 0 < warmup < 1 else round(warmup)
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return 1.0 if decay == "constant" else max(0.0, (steps - step) / max(1, steps - warm))
+
+    return factor
