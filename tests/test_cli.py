@@ -247,6 +247,11 @@ def test_one_line_and_exit_code_2(fails, tiny_model, tmp_path, args, message):
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.safetensors").exists()
 
 
+def test_a_model_that_is_neither_a_folder_nor_on_the_hub(fails):
+    message = fails(*FINETUNE, "--model.model", "models/nowhere", "--model.output", "out")
+    assert "model 'models/nowhere' cannot be loaded: there is no such folder here, and asked of the hub: " in message
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -59,7 +59,7 @@ def load_model(
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **attention, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise WagleError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
+        raise WagleError(f"model {name!r} cannot be loaded: {_why_not(name, error)}") from error
     if "gguf_file" in options:  # the weights are plain once loaded, but saving refuses what looks quantised
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
@@ -84,7 +84,7 @@ def _load_sharded(name: str, attention: Mapping[str, str]) -> Any:
         model.tie_weights()
         model.generation_config = GenerationConfig.from_pretrained(source)
     except (OSError, ValueError, ImportError) as error:
-        raise WagleError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
+        raise WagleError(f"model {name!r} cannot be loaded: {_why_not(name, error)}") from error
     stored = TensorFiles(_folder_of(source))
     missing = [parameter for parameter, _ in model.named_parameters() if parameter not in stored.names]
     if missing:
@@ -119,7 +119,7 @@ def load_tokenizer(name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
-        reason = "it has no tokenizer files" if "backend tokenizer" in str(error) else first_line(error)
+        reason = "it has no tokenizer files" if "backend tokenizer" in str(error) else _why_not(name, error)
         raise WagleError(f"tokenizer of {name!r} cannot be loaded: {reason}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -223,6 +223,12 @@ def _merged(base: Any, folder: str) -> Any:
     except ImportError:
         raise WagleError(f"{folder} is an adapter, which needs peft: pip install 'wagle-pl[lora]'") from None
     return PeftModel.from_pretrained(base, folder).merge_and_unload().requires_grad_(True)
+
+
+def _why_not(name: str, error: BaseException) -> str:
+    """Why loading failed; of a name that is no path here, that the hub was asked."""
+    asked = "" if Path(name).exists() else "there is no such folder here, and asked of the hub: "
+    return asked + first_line(error)
 
 
 def locate(name: str) -> tuple[str, dict[str, str]]:
