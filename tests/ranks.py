@@ -101,6 +101,7 @@ def serve() -> None:
         try:
             done = cli.run(cli.expand_bases(args))
             answer["metrics"] = getattr(done.model, "metrics", None)
+            answer["logged"] = {name: value.item() for name, value in done.trainer.callback_metrics.items()}
         except Exception as error:
             mistake = cli._mistake_in(error)
             answer.update(code=1 if mistake is None else 2, error=str(mistake or error))

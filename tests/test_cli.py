@@ -226,7 +226,8 @@ def test_importing_the_package_needs_no_deepspeed():
         ((*UNLEARN, "--data.retain", "null"), "this run needs retain rows: give --data.retain"),
         ((*FINETUNE, "--trainer.max_epochs", "0.5"), "max_epochs"),
         ((*FINETUNE, "--trainer.max_epochs", "-1"), "the run's steps are not known beforehand"),
-        (("validate", "--model", "EvaluationModule"), "No `validation_step()` method defined"),
+        (("validate", "--model", "EvaluationModule"), "validate measures the test sets that data.val names"),
+        ((*UNLEARN, "--data.val", "[forget, kept]"), "data.val: there is no test set 'kept'; choose of forget, retain"),
         ((*UNLEARN, "--trainer.overfit_batches", "2"), "give --data.limit_forget and --data.limit_retain"),
         (
             (*UNLEARN, "--trainer.limit_train_batches", "1.5"),

@@ -444,3 +444,30 @@ def test_wagle_test_on_several_ranks(ranks: Ranks, wagle: Any, tiny_model: str, 
         assert found == pytest.approx(expected, rel=1e-4)
         assert pq.read_table(f"{name}/forget.parquet").to_pydict()["generation"] == texts["generation"]
         assert pq.read_table(f"{name}/mixed.parquet").to_pydict()["generation"].count(None) == 3
+
+
+def test_validation_on_several_ranks(run: Any, ranks: Ranks, wagle: Any, command: Any):
+    """A run that is validated makes the same model as one that is not, and its measures are those of one device."""
+    options = ["FinetuneModule", "--data.test_batch_size", "2", "--trainer.num_sanity_val_steps", "0"]
+    named = {"trainer.max_steps": 3, "trainer.log_every_n_steps": 1, "trainer.val_check_interval": 1}
+    for name in ("one", "ddp", "zero3"):
+        run(name, *options, output=f"{name}-alone", **named)
+    validated = [
+        *options,
+        "--data.val",
+        "[retain, forget]",
+        "--model.val_generate",
+        "true",
+        "--model.max_new_tokens",
+        "8",
+    ]
+    done = wagle(*command(*validated, "--model.output", "one", *strategy("one", 1), **named), data=False)
+    expected = {k: float(v) for k, v in done.trainer.callback_metrics.items() if k.startswith("val/")}
+    assert {"val/forget/probability", "val/forget/rougeL_recall", "val/retain/probability"} <= set(expected)
+    for name in ("ddp", "zero3"):
+        answers = ranks(*command(*validated, "--model.output", name, *strategy(name), **named))
+        for answer in answers:
+            assert {k: answer["logged"][k] for k in expected} == pytest.approx(expected, rel=5e-3)
+    for name in ("one", "ddp", "zero3"):
+        plain, watched = weights(Path(f"{name}-alone")), weights(Path(name))
+        assert all(torch.equal(plain[each], watched[each]) for each in plain)

@@ -30,7 +30,7 @@ SUMMARIES = {
     "plan": "say what memory, disk and work a run needs, before anyone rents a machine",
     "patch": "ship what unlearning changed: make a patch of two models, apply it, revert it",
     "export": "turn a checkpoint, or a model in another format, into a model folder",
-    "validate": "LightningCLI's own, for modules of yours",
+    "validate": "measure a model on some test sets, as fit does along the way",
     "predict": "LightningCLI's own, for modules of yours",
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from importlib import resources
@@ -52,6 +53,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
         holdout: rows of the same kind that no model has seen, likewise.
         test: test set name -> file or hub dataset. The names ``forget``, ``retain``, ``real_authors`` and
             ``world_facts`` have a meaning for the TOFU measures. None tests on the forget and the retain rows.
+        val: names of test sets that ``fit`` measures along the way, at each epoch's end or as
+            ``trainer.val_check_interval`` says; none when null.
         split: split of hub datasets.
         prompt_format: text of the prompt, with ``{question}``; None takes the tokenizer's chat template.
         answer_format: text of the answer, with ``{answer}``; goes with ``prompt_format``.
@@ -74,6 +77,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         retain: Optional[str] = None,
         holdout: Optional[str] = None,
         test: Optional[dict[str, str]] = None,
+        val: Optional[list[str]] = None,
         split: Optional[str] = None,
         prompt_format: Optional[str] = None,
         answer_format: Optional[str] = None,
@@ -99,6 +103,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
                 raise WagleError(f"data.{option} must be at least 1, got {value}; null uses all rows")
         self.sources = {"forget": forget, "retain": retain, "holdout": holdout}
         self.test_sources = test
+        self.val = val
         self.split = split
         self.prompt_format = prompt_format
         self.answer_format = answer_format
@@ -136,6 +141,18 @@ class ForgetRetainDataModule(L.LightningDataModule):
         if self.test_sources is not None:
             return list(self.test_sources)
         return [name for name in ("forget", "retain") if self.rows(name) is not None]
+
+    def val_names(self) -> list[str]:
+        """Names of the test sets that are measured along the way.
+
+        Raises:
+            WagleError: if one is no test set.
+        """
+        names = [] if self.val is None else self.test_names()
+        for name in self.val or ():
+            if name not in names:
+                raise WagleError(f"data.val: there is no test set {name!r}; choose of {', '.join(names)}")
+        return list(dict.fromkeys(self.val or ()))
 
     # -- rows and tokens ----------------------------------------------------------------------------------------------
 
@@ -303,6 +320,13 @@ class ForgetRetainDataModule(L.LightningDataModule):
     def test_dataloader(self) -> list[DataLoader]:
         """One loader a test set, in the order of :meth:`test_names`; see :class:`TestBatches`."""
         return [TestBatches(self, name).loader() for name in self.test_names()]
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """Likewise of :meth:`val_names`."""
+        names = self.val_names()
+        if not names:  # which is meant
+            warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
+        return [TestBatches(self, name).loader() for name in names]
 
     def build(self, stream: str, draw: Draw) -> dict[str, Any]:
         """One stream of one micro-batch."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache, cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from wagle_pl.evaluation.robustness.others import load_other, model_of, results_
 from wagle_pl.evaluation.sets import Table, Value
 from wagle_pl.evaluation.suites import Info, Observations, Suite, find_suite
 from wagle_pl.evaluation.tables import read_table, write_table
+from wagle_pl.evaluation.validation import GENERATED, Validation
 from wagle_pl.strategies import is_sharded
 from wagle_pl.utilities import WagleError, narrow_types_crawl
 
@@ -42,6 +43,10 @@ class EvaluationModule(L.LightningModule):
     keys as the files published with TOFU), and prints the measures beside those of ``target`` and ``retrained``. A test
     that was interrupted continues with the first test set that is not finished.
 
+    The test sets that ``data.val`` names are measured within ``fit`` too, when Lightning validates
+    (``trainer.val_check_interval``), and logged as ``val/<measure>``, which callbacks such as ``EarlyStopping`` can go
+    by.
+
     Args:
         model: hub id, folder in Hugging Face format or GGUF file of the model.
         output: folder for the results; ``<default_root_dir>/test`` when None.
@@ -55,6 +60,7 @@ class EvaluationModule(L.LightningModule):
         reference: results of a reference model, likewise, for the reference attack of membership inference.
         truth_ratio_form: ``geometric`` (TOFU's script) or ``arithmetic`` (its paper).
         generate: also generate answers; False saves most of the time and leaves out what is measured on them.
+        val_generate: also generate answers in validation.
         max_new_tokens: longest generation, where the benchmark fixes none; a book's continuations are generated to
             their own length at least.
         paraphrased_questions: ask forget and retain rows with their ``paraphrased_question`` too, as WAGLE's code does
@@ -90,6 +96,7 @@ class EvaluationModule(L.LightningModule):
         reference: Optional[str] = None,
         truth_ratio_form: Literal["geometric", "arithmetic"] = "geometric",
         generate: bool = True,
+        val_generate: bool = False,
         max_new_tokens: int = 200,
         paraphrased_questions: bool = False,
         toxicity_classifier: Optional[str] = None,
@@ -111,6 +118,7 @@ class EvaluationModule(L.LightningModule):
         self.compared = {"retrained": retrained, "target": target, "reference": reference}
         self.truth_ratio_form = truth_ratio_form
         self.generate = generate
+        self.val_generate = val_generate
         self.max_new_tokens = max_new_tokens
         self.paraphrased_questions = paraphrased_questions
         self.toxicity_classifier = toxicity_classifier
@@ -129,6 +137,7 @@ class EvaluationModule(L.LightningModule):
         self.general: dict[str, float] = {}
         self._tables: dict[str, Table] = {}
         self._results: dict[str, Results] = {}
+        self._validation: Optional[Validation] = None
         #: Recited test set -> its longest answer in tokens.
         self._longest: dict[str, int] = {}
         #: Measure -> what is known of it, where the suite does not know it.
@@ -181,7 +190,9 @@ class EvaluationModule(L.LightningModule):
         on_cpu = self.trainer.strategy.root_device.type == "cpu"
         if on_cpu and not str(self.trainer.precision).startswith(("32", "64")):
             _warn_of_narrow_types(str(self.trainer.precision))
-        if stage != "test":
+        if stage == "validate" and not self._val_names():
+            raise WagleError("validate measures the test sets that data.val names: give --data.val '[forget, retain]'")
+        if stage != "test" and not self._val_names():
             return
         log.info("measures are those of %s", type(self.suite).__name__)
         paths = {name: path for name, path in self.compared.items() if path is not None}
@@ -191,20 +202,27 @@ class EvaluationModule(L.LightningModule):
         for option in ("toxicity_classifier", "sentence_model"):
             if getattr(self, option) is not None:
                 classifiers.check_folder(getattr(self, option), f"model.{option}")
-        if self.gradient_norm and is_sharded(self.trainer.strategy):
+        if stage != "test":
+            self._check_rows(self._val_names())
+        elif self.gradient_norm and is_sharded(self.trainer.strategy):
             raise WagleError("model.gradient_norm needs the whole model on a device: it cannot be had under ZeRO-3")
 
     # -- test loop ----------------------------------------------------------------------------------------------------
 
-    def needs_of(self, name: str) -> frozenset[str]:
-        """What to observe of a test set: what the suite needs, as far as the options allow."""
-        needs = set(self.suite.needs_of(name, self._test_names))
+    def needs_of(self, name: str, among: Optional[Sequence[str]] = None) -> frozenset[str]:
+        """What to observe of a test set: what the suite needs, as far as the options allow.
+
+        Args:
+            name: of the test set.
+            among: the sets that are tested; those of the test when None.
+        """
+        needs = set(self.suite.needs_of(name, self._test_names if among is None else among))
         if self.paraphrased_questions and "alternatives" in needs and name in ("forget", "retain"):
             needs.add("paraphrased")
         if self.gradient_norm and "vocabulary" in needs:
             needs.add("gradient")
         if not self.generate:
-            needs -= {"generation", "reference", "paraphrased"}
+            needs -= GENERATED
         return frozenset(needs)
 
     def max_new_tokens_of(self, name: str) -> int:
@@ -225,7 +243,7 @@ class EvaluationModule(L.LightningModule):
         """Check what is compared with, and find the test sets that an earlier, interrupted test finished."""
         data = self.trainer.datamodule
         self._test_names = data.test_names()
-        self._check_rows()
+        self._check_rows(self._test_names)
         distributed.from_rank_zero(self._load_readers)
         self.trainer.test_loop.verbose = False  # its table would hold what ours does
         settings = {
@@ -245,9 +263,7 @@ class EvaluationModule(L.LightningModule):
         for name in self._tables:
             log.info("test set %s: found finished in %s", name, self.results_folder)
         self._partial: dict[str, list[Record]] = {n: [] for n in self._test_names if n not in self._tables}
-        self.observer = Observer(
-            self.lm, data.template, max_rows=data.test_batch_size, max_new_tokens=self.max_new_tokens, meets=self.meets
-        )
+        self.observer = self.make_observer()
         self.after.prepare(self.subject)
 
     def _key(self, name: str) -> dict[str, Any]:
@@ -279,10 +295,10 @@ class EvaluationModule(L.LightningModule):
     def _rows(self, name: str) -> list[dict[str, Any]]:
         return self.trainer.datamodule.rows(f"test/{name}")
 
-    def _check_rows(self) -> None:
+    def _check_rows(self, names: Sequence[str]) -> None:
         """Results to compare with must be on the same rows."""
         for option, results in self._results.items():
-            for name in self._test_names:
+            for name in names:
                 rows = [(question_of(row), answer_of(row)) for row in self._rows(name)]
                 differing = results.differing(name, rows)
                 if differing and option != "target":
@@ -299,12 +315,7 @@ class EvaluationModule(L.LightningModule):
         name = self._test_names[dataloader_idx]
         if name not in self._partial:
             return
-        header = self.suite.headers.get(name, "")
-        where = f"test set {name} ({self.trainer.datamodule.describe(f'test/{name}')}) row"
-        names = [f"{where} {row + 1}" for row in batch["rows"]]
-        needs, length = self.needs_of(name), self.max_new_tokens_of(name)
-        records = self.observer.observe(batch["examples"], needs, length, header, names)
-        self._partial[name] += [{"row": row, **record} for row, record in zip(batch["rows"], records, strict=True)]
+        self._partial[name] += self.observe_batch(self.observer, name, batch, self.needs_of(name))
         if batch_idx + 1 == self.trainer.num_test_batches[dataloader_idx]:
             self._finish_set(name)
 
@@ -313,18 +324,42 @@ class EvaluationModule(L.LightningModule):
         records = merge(self._partial.pop(name))
 
         def write() -> Table:
-            self._annotate(name, records)
-            write_table(self._path(name), records, self._keys[name])
+            write_table(self._path(name), self.annotated(name, records), self._keys[name])
             return records
 
         self._tables[name] = distributed.from_rank_zero(write)
 
-    def _annotate(self, name: str, table: Table) -> None:
-        """Let the other models read the generations."""
+    def make_observer(self) -> Observer:
+        """What runs the model, as it is now, on rows."""
+        data = self.trainer.datamodule
+        return Observer(
+            self.lm, data.template, max_rows=data.test_batch_size, max_new_tokens=self.max_new_tokens, meets=self.meets
+        )
+
+    def observe_batch(
+        self, observer: Observer, name: str, batch: Mapping[str, Any], needs: frozenset[str]
+    ) -> list[Record]:
+        """One record a row of a batch, with its number as ``row``.
+
+        Args:
+            observer: runs the model.
+            name: the test set.
+            batch: of its rows.
+            needs: what to observe.
+        """
+        header = self.suite.headers.get(name, "")
+        where = f"test set {name} ({self.trainer.datamodule.describe(f'test/{name}')}) row"
+        names = [f"{where} {row + 1}" for row in batch["rows"]]
+        records = observer.observe(batch["examples"], needs, self.max_new_tokens_of(name), header, names)
+        return [{"row": row, **record} for row, record in zip(batch["rows"], records, strict=True)]
+
+    def annotated(self, name: str, table: Table) -> Table:
+        """The table, once the other models have read its generations."""
         if self.toxicity_classifier is not None:
             classifiers.add_toxicity(table, self._classifier)
         if self.sentence_model is not None:
             classifiers.add_nearest(table, self._rows(name), self._embeddings)
+        return table
 
     def _load_readers(self) -> None:
         """Load the models that read the generations before there are any: what is wrong with them shows at once."""
@@ -340,6 +375,30 @@ class EvaluationModule(L.LightningModule):
     @cached_property
     def _embeddings(self) -> Any:
         return classifiers.SentenceModel(self.sentence_model or "")
+
+    # -- validation loop ----------------------------------------------------------------------------------------------
+
+    def _val_names(self) -> list[str]:
+        data = self.trainer.datamodule
+        return data.val_names() if hasattr(data, "val_names") else []
+
+    def on_validation_start(self) -> None:
+        """Make ready to observe, if there is what ``data.val`` names; loaders of another kind are left alone."""
+        names = self._val_names()
+        if self.val_generate:
+            distributed.from_rank_zero(self._load_readers)
+        self._validation = Validation(self, self.make_observer(), names, self.val_generate) if names else None
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Observe a batch of rows."""
+        if self._validation is not None:
+            self._validation.observe(batch, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the measures, unless this is Lightning's look at the first batches."""
+        if self._validation is not None and not self.trainer.sanity_checking:
+            self.log_dict(self._validation.measures(), sync_dist=True)
+        self._validation = None
 
     # -- measures -----------------------------------------------------------------------------------------------------
 
@@ -411,7 +470,7 @@ class EvaluationModule(L.LightningModule):
             lengths={name: self.max_new_tokens_of(name) for name in names},
             measures=self.measures,
             training=data.rows,
-            annotate=self._annotate,
+            annotate=self.annotated,
             tables=tables,
             sharded=is_sharded(self.trainer.strategy),
         )

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 
 from wagle_pl import distributed
-from wagle_pl.evaluation import Observer, Results, Undefined, observe_set
+from wagle_pl.evaluation import Results, Undefined, observe_set
+from wagle_pl.evaluation.validation import GENERATED
 from wagle_pl.unlearning import UnlearnModule
 from wagle_pl.utilities import WagleError
 
 Generate = Literal["end", "always", "never"]
 Along = Literal["all", "answers"]
 
-_GENERATED = frozenset({"generation", "reference", "paraphrased"})
 _ANSWERS = frozenset({"answer"})
 
 
@@ -106,18 +106,16 @@ class StudyRun(UnlearnModule):
         data = self.trainer.datamodule
         training = self.lm.training
         self.lm.eval()
-        observer = Observer(
-            self.lm, data.template, max_rows=data.test_batch_size, max_new_tokens=self.max_new_tokens, meets=self.meets
-        )
+        observer = self.make_observer()
         tables = {}
         with self.trainer.precision_plugin.forward_context():
             for name in self._test_names if lean is None else lean:
-                needs = self.needs_of(name) - (frozenset() if generate else _GENERATED)
+                needs = self.needs_of(name) - (frozenset() if generate else GENERATED)
                 needs = needs if lean is None else needs & _ANSWERS
                 length, header = self.max_new_tokens_of(name), self.suite.headers.get(name, "")
                 tables[name] = observe_set(observer, data.rows(f"test/{name}"), needs, length, header)
                 if generate:
-                    self._annotate(name, tables[name])
+                    self.annotated(name, tables[name])
         self.lm.train(training)
         return defined_only(self.measures(tables))
 

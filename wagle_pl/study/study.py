@@ -425,7 +425,7 @@ class Study:
     def _trainer(self, given: Optional[Mapping[str, Any]] = None, **own: Any) -> L.Trainer:
         with silence():
             return L.Trainer(
-                **{**(self.trainer_options if given is None else given), **own},
+                **{**(self.trainer_options if given is None else given), **own, "limit_val_batches": 0},
                 default_root_dir=str(self.folder),
                 logger=False,
                 enable_checkpointing=False,
