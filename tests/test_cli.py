@@ -238,6 +238,18 @@ def test_importing_the_package_needs_no_deepspeed():
             "trainer: You selected an invalid strategy name: `strategy='zero9'`",
         ),
         (("fit", "--config", "nowhere.yaml"), "config file nowhere.yaml does not exist"),
+        (
+            (
+                *FINETUNE,
+                "--trainer.callbacks",
+                "EarlyStopping",
+                "--trainer.callbacks.monitor",
+                "val/forgot",
+                "--trainer.max_epochs",
+                "1",
+            ),
+            "Early stopping conditioned on metric `val/forgot` which is not available",
+        ),
     ],
 )
 def test_one_line_and_exit_code_2(fails, tiny_model, tmp_path, args, message):
@@ -246,6 +258,14 @@ def test_one_line_and_exit_code_2(fails, tiny_model, tmp_path, args, message):
     )
     assert message in fails(*args, *model)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_logger_whose_library_is_not_there(fails, tiny_model, monkeypatch):
+    for name in ("_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"):
+        monkeypatch.setattr(f"lightning.fabric.loggers.tensorboard.{name}", False)
+    model = ("--model.model", tiny_model, "--model.output", "out")
+    message = fails(*FINETUNE, *model, "--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "logs")
+    assert "Neither `tensorboard` nor `tensorboardX` is available" in message
 
 
 def test_a_model_that_is_neither_a_folder_nor_on_the_hub(fails):

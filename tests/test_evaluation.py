@@ -256,12 +256,18 @@ def test_a_shortened_test_is_not_taken_for_a_whole_one(wagle, fails, tiny_model,
     assert "other tested rows" in fails(*args, "--trainer.fast_dev_run", "1")
 
 
-def test_other_settings_do_not_reuse_results(wagle, fails, tiny_model, test_sets):
+def test_other_settings_do_not_reuse_results(wagle, fails, tiny_model, test_sets, tmp_path):
     args = (*TEST, "--model.model", tiny_model, "--model.output", "out", *test_sets)
     wagle(*args)
     message = fails(*args, "--model.max_new_tokens", "5")
     assert "other generate" in message and "--model.overwrite true" in message
     wagle(*args, "--model.max_new_tokens", "5", "--model.overwrite", "true")
+    table = tmp_path / "out/retain.parquet"
+    for damaged in (table.read_bytes()[:-100], table.read_bytes()[:200] + bytes(200) + table.read_bytes()[400:]):
+        table.write_bytes(damaged)
+        message = fails(*args, "--model.max_new_tokens", "5")
+        assert "retain.parquet cannot be read: " in message and "--model.overwrite true" in message
+        wagle(*args, "--model.max_new_tokens", "5", "--model.overwrite", "true")
 
 
 def test_a_suite_with_another_header_does_not_reuse_results(wagle, fails, tiny_model, tmp_path):

@@ -106,14 +106,28 @@ def run_command(name: str, args: list[str]) -> Any:
     )
 
 
+#: What callbacks and loggers raise of options: a metric to monitor that nobody logs, a library that is not there.
+_LIGHTNINGS = (RuntimeError, ModuleNotFoundError)
+_PARTS = ("lightning.pytorch.callbacks.", "lightning.pytorch.loggers.", "lightning.fabric.loggers.")
+
+
 def _mistake_in(error: Optional[BaseException]) -> Optional[WagleError]:
     """The user's mistake behind an error, Lightning's word for it included: class instantiation and training loops wrap
     what they catch."""
     while error is not None and not isinstance(error, WagleError):
-        if type(error).__name__ == "MisconfigurationException":  # by name: Lightning may not be loaded
+        misconfigured = type(error).__name__ == "MisconfigurationException"  # by name: Lightning may not be loaded
+        if misconfigured or (isinstance(error, _LIGHTNINGS) and _raised_in(error).startswith(_PARTS)):
             return WagleError(str(error))
         error = error.__cause__ or error.__context__
     return error
+
+
+def _raised_in(error: BaseException) -> str:
+    """The module whose code raised an error; empty if it was not raised."""
+    raised = error.__traceback__
+    while raised is not None and raised.tb_next is not None:
+        raised = raised.tb_next
+    return "" if raised is None else raised.tb_frame.f_globals.get("__name__", "")
 
 
 #: What the operating system says of a path that the user can do something about.
@@ -133,12 +147,10 @@ def _path_in(error: Optional[BaseException]) -> Optional[WagleError]:
         error = error.__cause__
     if error is None or error.errno not in _ABOUT_PATHS or not isinstance(error.filename, (str, os.PathLike)):
         return None
-    raised = error.__traceback__
-    while raised is not None and raised.tb_next is not None:
-        raised = raised.tb_next
-    from_a_program = raised is not None and raised.tb_frame.f_globals.get("__name__") == "subprocess"
     path = Path(error.filename).absolute()
-    if from_a_program or any(path.is_relative_to(place) for place in (sys.prefix, Path(__file__).parent)):
+    if _raised_in(error) == "subprocess" or any(
+        path.is_relative_to(place) for place in (sys.prefix, Path(__file__).parent)
+    ):
         return None
     return WagleError(f"{error.filename}: {error.strerror.lower()}; look at the paths that were given")
 

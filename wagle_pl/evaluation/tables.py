@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
@@ -26,27 +28,33 @@ def read_table(path: Path, key: dict[str, Any], overwrite: bool = False) -> Opti
     """Rows of a table written with the same ``key``; None if there is none.
 
     Raises:
-        WagleError: if the file was written with another key and ``overwrite`` is False, naming what differs.
+        WagleError: if ``overwrite`` is False and the file is damaged, or written with another key, naming what differs.
     """
-    import pyarrow.parquet
-
     if not path.is_file():
         return None
-    written = table_key(path)
-    if written == key:
-        return pyarrow.parquet.read_table(path).to_pylist()
+    try:
+        written = table_key(path)
+        if written == key:
+            return load_table(path)
+        differ = ", ".join(sorted(name for name in {*written, *key} if written.get(name) != key.get(name)))
+        mistake = f"{path} holds results of another test (other {differ})"
+    except WagleError as error:
+        mistake = str(error)
     if overwrite:
         return None
-    differ = ", ".join(sorted(name for name in {*written, *key} if written.get(name) != key.get(name)))
-    raise WagleError(f"{path} holds results of another test (other {differ}); choose another --model.output or pass "
-                     "--model.overwrite true")  # fmt: skip
+    raise WagleError(f"{mistake}; choose another --model.output or pass --model.overwrite true")
 
 
 def table_key(path: Path) -> dict[str, Any]:
-    """What a table's rows depend on; empty if the file does not say."""
+    """What a table's rows depend on; empty if the file does not say.
+
+    Raises:
+        WagleError: if the file is no Parquet file.
+    """
     import pyarrow.parquet
 
-    return json.loads((pyarrow.parquet.read_schema(path).metadata or {}).get(_KEY, b"{}"))
+    with _readable(path):
+        return json.loads((pyarrow.parquet.read_schema(path).metadata or {}).get(_KEY, b"{}"))
 
 
 def load_table(path: Path) -> list[dict[str, Any]]:
@@ -55,10 +63,17 @@ def load_table(path: Path) -> list[dict[str, Any]]:
     Raises:
         WagleError: if the file is no Parquet file.
     """
-    import pyarrow
     import pyarrow.parquet
 
-    try:
+    with _readable(path):
         return pyarrow.parquet.read_table(path).to_pylist()
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise WagleError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
