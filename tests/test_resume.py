@@ -110,3 +110,38 @@ def test_a_checkpoint_at_any_batch_continues_to_the_same_bits(wagle, dropping_mo
         wagle(*args, "--model.output", "resumed", "--trainer.callbacks", "test_resume.SaveAt")
     wagle(*args, "--model.output", "resumed", "--ckpt_path", "middle.ckpt")
     assert same_bits("whole", "resumed")
+
+
+ADAPTER = ("--model.adapter", "LoRA", "--model.adapter.r", "2")
+
+
+@pytest.mark.parametrize("kind", ["finetune", "npo", "adapter"])
+def test_load_from_checkpoint(wagle, tiny_model, rows, kind):
+    """The module as Lightning gives it back has the weights that the run wrote, answers, and can be tested."""
+    import lightning as L
+
+    from wagle_pl import FinetuneModule, LoRA, UnlearnModule
+    from wagle_pl.data import ForgetRetainDataModule
+    from wagle_pl.utilities import WagleError
+
+    if kind == "npo":
+        wagle("fit", "--model", "AttributionModule", "--model.model", tiny_model, "--model.output", "mask")
+    args = arguments("npo" if kind == "npo" else "finetune" if kind == "finetune" else "po", tiny_model, 1)
+    args = (*args, *(ADAPTER if kind == "adapter" else ()))
+    wagle(*args, "--model.output", "out", "--trainer.callbacks.dirpath", "ckpt")
+    cls = FinetuneModule if kind == "finetune" else UnlearnModule
+    options = {"adapter": LoRA(r=2)} if kind == "adapter" else {}
+    module = cls.load_from_checkpoint("ckpt/last.ckpt", **options)
+    assert module.model_name == tiny_model
+    if kind != "adapter":
+        written, here = load_file("out/model.safetensors"), dict(module.lm.named_parameters())
+        assert all(torch.equal(written[name], here[name]) for name in here)
+    ids = module.tokenizer("Who?", return_tensors="pt").input_ids
+    assert module.lm.generate(ids, max_new_tokens=3, do_sample=False).shape[1] >= ids.shape[1]
+    trainer = L.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+    data = ForgetRetainDataModule(rows["forget"], rows["retain"])
+    trainer.test(module, data, verbose=False)
+    test = ("test", "--model", "EvaluationModule", "--model.model", "out", "--model.output", "tested")
+    assert module.metrics == pytest.approx(wagle(*test).model.metrics, rel=1e-4)
+    with pytest.raises(WagleError, match="the checkpoint as ckpt_path"):
+        trainer.fit(module, data)

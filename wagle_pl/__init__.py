@@ -12,6 +12,7 @@ _HOME = {
     "EvaluationModule": "evaluation",
     "FinetuneModule": "unlearning",
     "ForgetRetainDataModule": "data",
+    "LoRA": "unlearning",
     "MUSEDataModule": "data",
     "Objective": "unlearning",
     "PeopleDataModule": "data",

@@ -150,7 +150,7 @@ class EvaluationModule(L.LightningModule):
         if self.lm is None:
             self.lm = models.load_model(
                 self.model_name,
-                sharded=is_sharded(self.trainer.strategy),
+                sharded=self.sharded,
                 attn_implementation=self.attn_implementation,
             )
             self.model_fingerprint = self.fingerprint()
@@ -176,9 +176,19 @@ class EvaluationModule(L.LightningModule):
         return Path(self.output) if self.output else Path(self.trainer.default_root_dir) / "test"
 
     @property
+    def attached(self) -> bool:
+        """Whether there is a trainer; within ``load_from_checkpoint`` there is none."""
+        return self._trainer is not None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the strategy spreads the weights over ranks (ZeRO-3)."""
+        return self.attached and is_sharded(self.trainer.strategy)
+
+    @property
     def meets(self) -> bool:
         """Whether each of the model's passes is a meeting of all ranks, as its weights are spread over them."""
-        return is_sharded(self.trainer.strategy) and distributed.world_size() > 1
+        return self.sharded and distributed.world_size() > 1
 
     @cached_property
     def suite(self) -> Suite:
@@ -204,7 +214,7 @@ class EvaluationModule(L.LightningModule):
                 classifiers.check_folder(getattr(self, option), f"model.{option}")
         if stage != "test":
             self._check_rows(self._val_names())
-        elif self.gradient_norm and is_sharded(self.trainer.strategy):
+        elif self.gradient_norm and self.sharded:
             raise WagleError("model.gradient_norm needs the whole model on a device: it cannot be had under ZeRO-3")
 
     # -- test loop ----------------------------------------------------------------------------------------------------
@@ -445,9 +455,8 @@ class EvaluationModule(L.LightningModule):
 
     def _ability(self) -> Ability:
         """General ability, for its own sake and for the suite's averages."""
-        data, sharded = self.trainer.datamodule, is_sharded(self.trainer.strategy)
-        plugin = self.trainer.precision_plugin
-        found = self.after.ability(self.lm, data.tokenizer, data.test_batch_size, plugin, sharded)
+        data, plugin = self.trainer.datamodule, self.trainer.precision_plugin
+        found = self.after.ability(self.lm, data.tokenizer, data.test_batch_size, plugin, self.sharded)
         self.general |= found.general
         return found
 
@@ -472,7 +481,7 @@ class EvaluationModule(L.LightningModule):
             training=data.rows,
             annotate=self.annotated,
             tables=tables,
-            sharded=is_sharded(self.trainer.strategy),
+            sharded=self.sharded,
         )
 
     def _attack(self, tables: Mapping[str, Table]) -> Optional[Report]:
@@ -482,7 +491,7 @@ class EvaluationModule(L.LightningModule):
         plain = {name: self._metrics_of(name) for name in ("target", "retrained") if name in self._results}
         found = {name: model_of(path) for name, path in self.compared.items() if path is not None}
         others = {name: folder for name, folder in found.items() if folder is not None and name != "reference"}
-        if others and is_sharded(self.trainer.strategy):
+        if others and self.sharded:
             log.warning("under ZeRO-3 only this model is attacked, not %s", " and ".join(others))
             others = {}
 

@@ -16,7 +16,7 @@ from wagle_pl.evaluation.likelihood import forward_answers
 from wagle_pl.evaluation.module import EvaluationModule
 from wagle_pl.layers import expert_weights
 from wagle_pl.masks import WeightMask
-from wagle_pl.strategies import flat_masks, is_sharded, is_zero
+from wagle_pl.strategies import flat_masks, is_zero
 from wagle_pl.unlearning.adapters import LoRA
 from wagle_pl.unlearning.base import freeze_others, mask_matching
 from wagle_pl.unlearning.card import model_card
@@ -79,6 +79,7 @@ class FinetuneModule(EvaluationModule):
         #: ``--lr_scheduler``. Without a scheduler, ``warmup`` and ``decay`` apply.
         self.make_optimizer: Callable[[Any], torch.optim.Optimizer] = MaskedAdamW
         self.make_lr_scheduler: Optional[Callable[[torch.optim.Optimizer], Any]] = None
+        self._alone = False
         self._started = 0.0
         self._step_start: Optional[StepStart] = None
         self._random: Mapping[str, Tensor] = {}
@@ -92,6 +93,9 @@ class FinetuneModule(EvaluationModule):
         """Refuse an output that exists before any work is done."""
         super().setup(stage)
         if stage == "fit":
+            if self._alone:
+                raise WagleError("load_from_checkpoint gives a module to use and to test: to train on, make a new one "
+                                 "and give trainer.fit the checkpoint as ckpt_path")  # fmt: skip
             if not self.output:
                 raise WagleError("fit needs a folder for the model: give --model.output")
             if Path(self.output).resolve() == Path(self.model_name).resolve():
@@ -111,13 +115,16 @@ class FinetuneModule(EvaluationModule):
                                  "replace: name another")  # fmt: skip
 
     def configure_model(self) -> None:
-        """Load the model, and switch gradient checkpointing on if asked.
+        """Load the model, and switch gradient checkpointing on if asked; without a trainer, load it for use.
 
         Raises:
             WagleError: if the strategy cannot train a model of this kind.
         """
+        self._alone |= not self.attached
         super().configure_model()
-        several = self.trainer.training and len(self.streams) > 1 and is_sharded(self.trainer.strategy)
+        if not self.attached:
+            return
+        several = self.trainer.training and len(self.streams) > 1 and self.sharded
         if several and any(expert_weights(module) for module in self.lm.modules()):
             # an assertion of DeepSpeed's, in the middle of a backward pass over several forward passes (its issue 5321)
             raise WagleError(f"ZeRO-3 cannot train experts on {' and '.join(self.streams)} rows in one step: choose "
@@ -185,7 +192,8 @@ class FinetuneModule(EvaluationModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the random state, which dropout draws from, so that a resumed run equals an unbroken one; and what the
-        model is made from, for ``wagle export``. In the middle of a step, go back to its start."""
+        model is made from, for ``wagle export`` and ``load_from_checkpoint``. In the middle of a step, go back to its
+        start."""
         start = self._step_start
         begun = start is not None and start.step == self.global_step
         if begun:
@@ -193,6 +201,7 @@ class FinetuneModule(EvaluationModule):
         checkpoint.update(start.random if begun else random_state(self.device))
         dtype = str(next(self.lm.parameters()).dtype).removeprefix("torch.")
         checkpoint["model"] = {"name": self.model_name, "dtype": dtype, "record": self.record()}
+        checkpoint.setdefault(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).setdefault("model", self.model_name)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the random state back, when training starts."""
@@ -212,7 +221,7 @@ class FinetuneModule(EvaluationModule):
         if self.trainer.fast_dev_run:
             return
         record = self.record()
-        if is_sharded(self.trainer.strategy) or self.trainer.is_global_zero:
+        if self.sharded or self.trainer.is_global_zero:
             self.export(record)
         if self.trainer.is_global_zero:
             log.info("model written to %s", self.output)
@@ -313,7 +322,7 @@ class UnlearnModule(FinetuneModule):
             return
         self._check_strategy()
         super().configure_model()
-        fits = self.trainer.state.fn == "fit"
+        fits = self.attached and self.trainer.state.fn == "fit"
         if fits:
             self.objective.prepare(self.lm)
         self._restrict()
@@ -322,7 +331,7 @@ class UnlearnModule(FinetuneModule):
 
     def _check_strategy(self) -> None:
         """Refuse what needs parameters whole where ZeRO-3 spreads them over ranks."""
-        if not is_sharded(self.trainer.strategy):
+        if not self.sharded:
             return
         if self.adapter is not None:
             raise WagleError("an adapter does not work under ZeRO-3; use another stage")
@@ -344,7 +353,7 @@ class UnlearnModule(FinetuneModule):
         if self.clip_scope == "selected":
             for name, parameter in self.lm.named_parameters():
                 parameter.requires_grad_(self.mask.count(name) > 0)
-        if not is_zero(self.trainer.strategy):
+        if self.attached and not is_zero(self.trainer.strategy):
             self._remember_frozen()
 
     def _remember_frozen(self) -> None:
@@ -465,7 +474,7 @@ class UnlearnModule(FinetuneModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the references back."""
         super().on_load_checkpoint(checkpoint)
-        if checkpoint.get("mask") != self._mask_digest():
+        if self.attached and checkpoint.get("mask") != self._mask_digest():
             raise WagleError("the checkpoint is of a run with another mask: resume with that one, or start a new run")
         self._references.load_state_dict(checkpoint.get("references", {}))
 
