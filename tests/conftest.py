@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads cost more than they bring
 
+import torch
 from ranks import Ranks
+from safetensors.torch import load_file
 
 from wagle_pl import cli
 from wagle_pl.data.people import bundled
@@ -41,6 +44,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(create_tiny_llama(folder, texts, vocab_size=400, hidden_size=32, layers=2, heads=4))
 
 
+@pytest.fixture
+def dropping_model(tiny_model: str, tmp_path: Path) -> str:
+    """The tiny model with dropout in its attention."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "dropping"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.3}))
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Set name -> JSON-lines file: 11 forget rows, 17 retain rows, 5 test rows each, in TOFU's columns."""
@@ -58,6 +70,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     running = Ranks(tmp_path_factory.mktemp("ranks"))
     yield running
     running.stop()
+
+
+def same_bits(a: str, b: str) -> bool:
+    """Whether two model folders hold the same weights, bit for bit."""
+    first, second = load_file(f"{a}/model.safetensors"), load_file(f"{b}/model.safetensors")
+    return all(torch.equal(first[name].view(torch.int32), second[name].view(torch.int32)) for name in first)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:

@@ -1,11 +1,8 @@
 """Invariant 5: kill a run anywhere, resume from its last checkpoint, and the result has the same bits."""
 
-import json
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
+from conftest import same_bits
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
@@ -31,20 +28,6 @@ class SaveAt(Callback):
         if type(self).batches == 0:
             trainer.save_checkpoint("middle.ckpt")
             raise KeyboardInterrupt
-
-
-@pytest.fixture
-def dropping_model(tiny_model, tmp_path):
-    """The tiny model with dropout in its attention."""
-    folder = Path(shutil.copytree(tiny_model, tmp_path / "dropping"))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.3}))
-    return str(folder)
-
-
-def same_bits(a, b):
-    first, second = load_file(f"{a}/model.safetensors"), load_file(f"{b}/model.safetensors")
-    return all(torch.equal(first[name].view(torch.int32), second[name].view(torch.int32)) for name in first)
 
 
 def arguments(kind, model, accumulate):

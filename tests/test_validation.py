@@ -1,12 +1,11 @@
 """Validation within fit: it measures what a test measures, it changes nothing, and callbacks can go by it."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import same_bits
 from lightning.pytorch.callbacks import Callback
-from safetensors.torch import load_file
 
 UNLEARN = ("fit", "--model", "UnlearnModule", "--model.objective", "GradDiff", "--optimizer", "MaskedAdamW",
            "--optimizer.lr", "1e-2", "--data.batch_size", "3", "--trainer.max_epochs", "2",
@@ -23,23 +22,6 @@ class Watch(Callback):
         if not trainer.sanity_checking:
             named = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
             type(self).found.append((trainer.global_step, named))
-
-
-@pytest.fixture
-def dropping_model(tiny_model, tmp_path):
-    """The tiny model with dropout in its attention."""
-    folder = tmp_path / "dropping"
-    folder.mkdir()
-    for file in Path(tiny_model).iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.3}))
-    return str(folder)
-
-
-def same_bits(a, b):
-    first, second = load_file(f"{a}/model.safetensors"), load_file(f"{b}/model.safetensors")
-    return all(torch.equal(first[name].view(torch.int32), second[name].view(torch.int32)) for name in first)
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
