@@ -239,15 +239,7 @@ def test_importing_the_package_needs_no_deepspeed():
         ),
         (("fit", "--config", "nowhere.yaml"), "config file nowhere.yaml does not exist"),
         (
-            (
-                *FINETUNE,
-                "--trainer.callbacks",
-                "EarlyStopping",
-                "--trainer.callbacks.monitor",
-                "val/forgot",
-                "--trainer.max_epochs",
-                "1",
-            ),
+            (*FINETUNE, "--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/forgot"),
             "Early stopping conditioned on metric `val/forgot` which is not available",
         ),
     ],

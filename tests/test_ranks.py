@@ -452,22 +452,14 @@ def test_validation_on_several_ranks(run: Any, ranks: Ranks, wagle: Any, command
     named = {"trainer.max_steps": 3, "trainer.log_every_n_steps": 1, "trainer.val_check_interval": 1}
     for name in ("one", "ddp", "zero3"):
         run(name, *options, output=f"{name}-alone", **named)
-    validated = [
-        *options,
-        "--data.val",
-        "[retain, forget]",
-        "--model.val_generate",
-        "true",
-        "--model.max_new_tokens",
-        "8",
-    ]
-    done = wagle(*command(*validated, "--model.output", "one", *strategy("one", 1), **named), data=False)
+    watched = {**named, "data.val": "[retain, forget]", "model.val_generate": True, "model.max_new_tokens": 8}
+    done = wagle(*command(*options, "--model.output", "one", *strategy("one", 1), **watched), data=False)
     expected = {k: float(v) for k, v in done.trainer.callback_metrics.items() if k.startswith("val/")}
     assert {"val/forget/probability", "val/forget/rougeL_recall", "val/retain/probability"} <= set(expected)
     for name in ("ddp", "zero3"):
-        answers = ranks(*command(*validated, "--model.output", name, *strategy(name), **named))
+        answers = ranks(*command(*options, "--model.output", name, *strategy(name), **watched))
         for answer in answers:
             assert {k: answer["logged"][k] for k in expected} == pytest.approx(expected, rel=5e-3)
     for name in ("one", "ddp", "zero3"):
-        plain, watched = weights(Path(f"{name}-alone")), weights(Path(name))
-        assert all(torch.equal(plain[each], watched[each]) for each in plain)
+        plain, found = weights(Path(f"{name}-alone")), weights(Path(name))
+        assert all(torch.equal(plain[each], found[each]) for each in plain)

@@ -109,8 +109,7 @@ def test_load_from_checkpoint(wagle, tiny_model, rows, kind):
 
     if kind == "npo":
         wagle("fit", "--model", "AttributionModule", "--model.model", tiny_model, "--model.output", "mask")
-    args = arguments("npo" if kind == "npo" else "finetune" if kind == "finetune" else "po", tiny_model, 1)
-    args = (*args, *(ADAPTER if kind == "adapter" else ()))
+    args = arguments("po", tiny_model, 1) + ADAPTER if kind == "adapter" else arguments(kind, tiny_model, 1)
     wagle(*args, "--model.output", "out", "--trainer.callbacks.dirpath", "ckpt")
     cls = FinetuneModule if kind == "finetune" else UnlearnModule
     options = {"adapter": LoRA(r=2)} if kind == "adapter" else {}

@@ -148,9 +148,8 @@ def _path_in(error: Optional[BaseException]) -> Optional[WagleError]:
     if error is None or error.errno not in _ABOUT_PATHS or not isinstance(error.filename, (str, os.PathLike)):
         return None
     path = Path(error.filename).absolute()
-    if _raised_in(error) == "subprocess" or any(
-        path.is_relative_to(place) for place in (sys.prefix, Path(__file__).parent)
-    ):
+    installed = any(path.is_relative_to(place) for place in (sys.prefix, Path(__file__).parent))
+    if installed or _raised_in(error) == "subprocess":
         return None
     return WagleError(f"{error.filename}: {error.strerror.lower()}; look at the paths that were given")
 

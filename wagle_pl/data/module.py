@@ -148,11 +148,12 @@ class ForgetRetainDataModule(L.LightningDataModule):
         Raises:
             WagleError: if one is no test set.
         """
-        names = [] if self.val is None else self.test_names()
-        for name in self.val or ():
-            if name not in names:
-                raise WagleError(f"data.val: there is no test set {name!r}; choose of {', '.join(names)}")
-        return list(dict.fromkeys(self.val or ()))
+        names = list(dict.fromkeys(self.val or ()))
+        known = self.test_names() if names else []
+        for name in names:
+            if name not in known:
+                raise WagleError(f"data.val: there is no test set {name!r}; choose of {', '.join(known)}")
+        return names
 
     # -- rows and tokens ----------------------------------------------------------------------------------------------
 

@@ -20,14 +20,14 @@ from wagle_pl.evaluation.after import After
 from wagle_pl.evaluation.candidates import answer_of, question_of
 from wagle_pl.evaluation.comparison import comparison
 from wagle_pl.evaluation.functional import Undefined
-from wagle_pl.evaluation.observe import Observer, Record, merge
+from wagle_pl.evaluation.observe import GENERATED, Observer, Record, merge
 from wagle_pl.evaluation.results import INFO_FILE, METRICS_FILE, RESULT_FILE, Results, write_json
 from wagle_pl.evaluation.robustness import ROBUSTNESS_FILE, Attack, Report, Subject
 from wagle_pl.evaluation.robustness.others import load_other, model_of, results_of
-from wagle_pl.evaluation.sets import Table, Value
+from wagle_pl.evaluation.sets import Table, Value, defined_only
 from wagle_pl.evaluation.suites import Info, Observations, Suite, find_suite
 from wagle_pl.evaluation.tables import read_table, write_table
-from wagle_pl.evaluation.validation import GENERATED, Validation
+from wagle_pl.evaluation.validation import Validation
 from wagle_pl.strategies import is_sharded
 from wagle_pl.utilities import WagleError, narrow_types_crawl
 
@@ -200,9 +200,10 @@ class EvaluationModule(L.LightningModule):
         on_cpu = self.trainer.strategy.root_device.type == "cpu"
         if on_cpu and not str(self.trainer.precision).startswith(("32", "64")):
             _warn_of_narrow_types(str(self.trainer.precision))
-        if stage == "validate" and not self._val_names():
+        validated = [] if stage == "test" else self._val_names()
+        if stage == "validate" and not validated:
             raise WagleError("validate measures the test sets that data.val names: give --data.val '[forget, retain]'")
-        if stage != "test" and not self._val_names():
+        if stage != "test" and not validated:
             return
         log.info("measures are those of %s", type(self.suite).__name__)
         paths = {name: path for name, path in self.compared.items() if path is not None}
@@ -212,9 +213,8 @@ class EvaluationModule(L.LightningModule):
         for option in ("toxicity_classifier", "sentence_model"):
             if getattr(self, option) is not None:
                 classifiers.check_folder(getattr(self, option), f"model.{option}")
-        if stage != "test":
-            self._check_rows(self._val_names())
-        elif self.gradient_norm and self.sharded:
+        self._check_rows(validated)
+        if stage == "test" and self.gradient_norm and self.sharded:
             raise WagleError("model.gradient_norm needs the whole model on a device: it cannot be had under ZeRO-3")
 
     # -- test loop ----------------------------------------------------------------------------------------------------
@@ -395,9 +395,9 @@ class EvaluationModule(L.LightningModule):
     def on_validation_start(self) -> None:
         """Make ready to observe, if there is what ``data.val`` names; loaders of another kind are left alone."""
         names = self._val_names()
-        if self.val_generate:
+        if names and self.val_generate:
             distributed.from_rank_zero(self._load_readers)
-        self._validation = Validation(self, self.make_observer(), names, self.val_generate) if names else None
+        self._validation = Validation(self, names) if names else None
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Observe a batch of rows."""
@@ -419,7 +419,7 @@ class EvaluationModule(L.LightningModule):
         values = {**self.measures(tables), **ability.values}
         report = self._attack(tables)
         self._infos = dict(ability.infos)
-        self.metrics = {name: value for name, value in values.items() if not isinstance(value, Undefined)}
+        self.metrics = defined_only(values)
         self.undefined = {name: str(value) for name, value in values.items() if isinstance(value, Undefined)}
         if report is not None:
             self.metrics |= report.metrics()
@@ -507,8 +507,7 @@ class EvaluationModule(L.LightningModule):
         results = self._results[name]
         if results.metrics or results.tofu is None:
             return results.metrics
-        values = self.measures(results.tables)
-        return {name: value for name, value in values.items() if not isinstance(value, Undefined)}
+        return defined_only(self.measures(results.tables))
 
     def _write(self, tables: Mapping[str, Table]) -> None:
         infos = {name: self.info(name) for name in (*self.metrics, *self.undefined)}

@@ -40,6 +40,8 @@ NEEDS = frozenset(
         *("generation", "reference", "paraphrased", "gradient"),
     }
 )
+#: Of these, what needs generated answers.
+GENERATED = frozenset({"generation", "reference", "paraphrased"})
 Record = dict[str, Any]
 Found = dict[str, list[tuple[C.Named, Score]]]
 

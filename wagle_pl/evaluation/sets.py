@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Union
 
 import torch
@@ -14,6 +14,12 @@ from wagle_pl.evaluation.functional import Undefined
 
 Table = list[dict[str, Any]]
 Value = Union[float, Undefined]
+
+
+def defined_only(values: Mapping[str, Value]) -> dict[str, float]:
+    """The measures that have a number."""
+    return {name: float(value) for name, value in values.items() if not isinstance(value, Undefined)}
+
 
 MEMORISATION = ("exact_memorization", "extraction_strength")
 QUESTION = ("probability", "rougeL_recall", "rougeL_f1", "truth_ratio", *MEMORISATION)

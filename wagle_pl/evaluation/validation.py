@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 from wagle_pl import distributed
-from wagle_pl.evaluation.functional import Undefined
-from wagle_pl.evaluation.observe import Observer, Record, merge
-
-#: What needs generated answers.
-GENERATED = frozenset({"generation", "reference", "paraphrased"})
+from wagle_pl.evaluation.observe import GENERATED, Record, merge
+from wagle_pl.evaluation.sets import defined_only
 
 
 class Validation:
@@ -20,18 +18,15 @@ class Validation:
 
     Args:
         module: the module that is validated, an :class:`~wagle_pl.evaluation.EvaluationModule`.
-        observer: runs its model on rows.
         names: the test sets.
-        generate: also generate answers.
     """
 
-    def __init__(self, module: Any, observer: Observer, names: list[str], generate: bool) -> None:
+    def __init__(self, module: Any, names: list[str]) -> None:
         self.module = module
-        self.observer = observer
-        self.generate = generate
+        self.observer = module.make_observer()
         self.records: dict[str, list[Record]] = {name: [] for name in names}
         # a gradient norm would be added to the gradients of a step that has begun
-        left_out = frozenset({"gradient"}) if generate else GENERATED | {"gradient"}
+        left_out = frozenset({"gradient"}) if module.val_generate else GENERATED | {"gradient"}
         self.needs = {name: module.needs_of(name, names) - left_out for name in names}
 
     @torch.inference_mode(False)  # tensors made in inference mode and kept, by ZeRO-3 say, are of no use in training
@@ -47,9 +42,9 @@ class Validation:
 
     def measures(self) -> dict[str, float]:
         """``val/<measure>`` -> value, of those that are defined; a meeting of all ranks."""
+        module = self.module
         tables = {name: merge(records) for name, records in self.records.items()}
-        if self.generate:
-            for name in tables:
-                tables[name] = distributed.from_rank_zero(lambda name=name: self.module.annotated(name, tables[name]))
-        values = self.module.measures(tables)
-        return {f"val/{name}": float(value) for name, value in values.items() if not isinstance(value, Undefined)}
+        if module.val_generate:
+            read = {name: partial(module.annotated, name, table) for name, table in tables.items()}
+            tables = {name: distributed.from_rank_zero(annotate) for name, annotate in read.items()}
+        return {f"val/{name}": value for name, value in defined_only(module.measures(tables)).items()}

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 
 from wagle_pl import distributed
-from wagle_pl.evaluation import Results, Undefined, observe_set
-from wagle_pl.evaluation.validation import GENERATED
+from wagle_pl.evaluation import Results, observe_set
+from wagle_pl.evaluation.observe import GENERATED
+from wagle_pl.evaluation.sets import defined_only
 from wagle_pl.unlearning import UnlearnModule
 from wagle_pl.utilities import WagleError
 
@@ -129,11 +130,6 @@ class StudyRun(UnlearnModule):
         """Write the model if it is to be kept."""
         if self.keep:
             super().export(record)
-
-
-def defined_only(values: Mapping[str, Any]) -> dict[str, float]:
-    """The measures that have a number."""
-    return {name: float(value) for name, value in values.items() if not isinstance(value, Undefined)}
 
 
 def ungenerated(tables: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:

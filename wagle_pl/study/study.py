@@ -17,6 +17,7 @@ from wagle_pl import models
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.evaluation import EvaluationModule, Observations, Results, find_suite
 from wagle_pl.evaluation.results import write_json
+from wagle_pl.evaluation.sets import defined_only
 from wagle_pl.report.figures import save_figure
 from wagle_pl.report.study import overview
 from wagle_pl.report.text import count, decimals
@@ -27,7 +28,6 @@ from wagle_pl.study.run import (
     Diverged,
     StudyRun,
     answers_only,
-    defined_only,
     output_of,
     rows_of,
     ungenerated,
@@ -425,6 +425,7 @@ class Study:
     def _trainer(self, given: Optional[Mapping[str, Any]] = None, **own: Any) -> L.Trainer:
         with silence():
             return L.Trainer(
+                # a study has tests of its own, whatever data.val says
                 **{**(self.trainer_options if given is None else given), **own, "limit_val_batches": 0},
                 default_root_dir=str(self.folder),
                 logger=False,
