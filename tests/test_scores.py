@@ -180,17 +180,20 @@ def test_input_norms_leave_padding_out():
 
 
 class _Products(TorchFunctionMode):
-    """Notes Σ x² of what every matrix is multiplied with, by the place of the matrix in memory."""
+    """Notes Σ x² of what every matrix of `model` is multiplied with, by the place of the matrix in memory. Only theirs:
+    activations come and go, and a second one of another width may lie where the first one lay."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.squares: dict[int, Tensor] = {}
+        self.storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (nn.functional.linear, Tensor.matmul, Tensor.__matmul__, torch.matmul, torch.addmm):
             x, weight = args[1:3] if func is torch.addmm else args[:2]
-            found = x.detach().reshape(-1, x.shape[-1]).double().square().sum(0)
-            self.squares[weight.data_ptr()] = self.squares.get(weight.data_ptr(), 0) + found
+            if weight.untyped_storage().data_ptr() in self.storages:
+                found = x.detach().reshape(-1, x.shape[-1]).double().square().sum(0)
+                self.squares[weight.data_ptr()] = self.squares.get(weight.data_ptr(), 0) + found
         return func(*args, **(kwargs or {}))
 
 
@@ -217,7 +220,7 @@ def test_input_norms_of_other_layers(kind: str):
     with torch.no_grad(), watch_inputs(model, add) as about_to_run:
         about_to_run(mask)
         model(input_ids=ids, attention_mask=mask)
-    seen = _Products()
+    seen = _Products(model)
     with torch.no_grad(), seen:
         for row, real in zip(ids, mask, strict=True):
             model(input_ids=row[real.bool()][None])
