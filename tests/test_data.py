@@ -252,6 +252,18 @@ def test_a_training_batch(rows, tokenizer):
     assert sorted(torch.cat([batch["forget"]["row"] for batch in batches]).tolist()) == list(range(11))
 
 
+def test_batches_without_a_trainer_are_those_of_one_device(rows, tiny_model, tokenizer):
+    options = {"forget": rows["forget"], "retain": rows["retain"], "batch_size": 4}
+    data = ForgetRetainDataModule(**options, test_batch_size=3, tokenizer=tiny_model)
+    alone, trained = list(data.train_dataloader()), attach(ForgetRetainDataModule(**options), tokenizer)
+    for batch, other in zip(alone, trained.train_dataloader(), strict=True):
+        assert set(batch) == set(other) == {"forget", "retain"}
+        assert all(torch.equal(batch[name][key], other[name][key]) for name in other for key in other[name])
+    assert sorted(row for batch in data.test_dataloader()[0] for row in batch["rows"]) == list(range(11))
+    with pytest.raises(WagleError, match="without a Trainer needs a tokenizer: give data"):
+        ForgetRetainDataModule(**options).train_dataloader()
+
+
 def test_so_many_test_rows_with_and_without_test_files(rows):
     whole = load_rows(rows["forget"])
     for test in (None, {"forget": rows["forget"]}):

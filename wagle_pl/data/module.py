@@ -201,8 +201,15 @@ class ForgetRetainDataModule(L.LightningDataModule):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer named, or the model's."""
+        """The tokenizer named, or the model's.
+
+        Raises:
+            WagleError: if none is named and no Trainer knows a model.
+        """
         if self.tokenizer_name is None:
+            if self.trainer is None:
+                raise WagleError("a data module without a Trainer needs a tokenizer: give data.tokenizer, a hub id or "
+                                 "a folder")  # fmt: skip
             return self.trainer.lightning_module.tokenizer
         from wagle_pl.models import load_tokenizer
 
@@ -278,8 +285,19 @@ class ForgetRetainDataModule(L.LightningDataModule):
 
     # -- loaders ------------------------------------------------------------------------------------------------------
 
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Number of ranks that share the rows, and which this one is: 1 and 0 without a Trainer."""
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+    @property
+    def _module(self) -> Any:
+        return None if self.trainer is None else self.trainer.lightning_module
+
     def train_dataloader(self) -> ResumableLoader:
         """Micro-batches of the streams that the LightningModule names, for this rank.
+
+        Without a Trainer, to look at batches: of forget and retain rows, all of them.
 
         Raises:
             WagleError: if there are more ranks than rows, or the trainer wants other batches.
@@ -287,18 +305,18 @@ class ForgetRetainDataModule(L.LightningDataModule):
         if getattr(self.trainer, "overfit_batches", 0):
             raise WagleError("trainer.overfit_batches would draw batches of its own: give --data.limit_forget and "
                              "--data.limit_retain instead")  # fmt: skip
-        streams = getattr(self.trainer.lightning_module, "streams", ("forget", "retain"))
+        streams = getattr(self._module, "streams", ("forget", "retain"))
         sets = dict.fromkeys(ALIGNED.get(stream, stream) for stream in streams)
-        rows, ranks = len(self.tokens(next(iter(sets)))), self.trainer.world_size
+        rows, (ranks, rank) = len(self.tokens(next(iter(sets)))), self.ranks
         if ranks > rows:
             raise WagleError(f"{ranks} devices share {rows} {next(iter(sets))} rows: use at most {rows} devices "
                              "(--trainer.devices, --trainer.num_nodes), or give more rows")  # fmt: skip
         sampler = GlobalBatchSampler(
             {name: list(self.tokens(name)["length"]) for name in sets},
             self.batch_size,
-            self.trainer.accumulate_grad_batches,
-            self.trainer.world_size,
-            self.trainer.global_rank,
+            getattr(self.trainer, "accumulate_grad_batches", 1),
+            ranks,
+            rank,
             self.seed,
         )
         return ResumableLoader(_Batches(self, streams), sampler)
@@ -314,7 +332,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         lengths = list(self.tokens(ALIGNED.get(stream, stream))["length"])
         batches = token_batches(lengths, batch_size or self.test_batch_size)
         if shared:
-            batches = deal_batches(batches, self.trainer.world_size, self.trainer.global_rank)
+            batches = deal_batches(batches, *self.ranks)
         draws = [Draw(0, {ALIGNED.get(stream, stream): [(row, 1.0, 0) for row in rows]}) for rows in batches]
         return QuietLoader(_Batches(self, (stream,)), draws)
 
@@ -336,7 +354,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         name = ALIGNED.get(stream, stream)
         cell = draw.cells[name]
         if stream == "refusal":
-            fixed = "refusal" in getattr(self.trainer.lightning_module, "reference_streams", ())
+            fixed = "refusal" in getattr(self._module, "reference_streams", ())
             encoded = [self._refused(row, 0 if fixed else draw.epoch) for row, _, _ in cell]
         else:
             encoded = [self.tokens(name)[row] for row, _, _ in cell]
@@ -391,9 +409,7 @@ class TestBatches:
         """Batches for this rank, as many as for any other: a few may be another rank's too."""
         lengths = [_spoken(row) for row in self.rows]
         batches = token_batches(lengths, self.data.test_batch_size)
-        trainer = self.data.trainer
-        dealt = DealtBatches(deal_batches(batches, trainer.world_size, trainer.global_rank))
-        return QuietLoader(self, dealt)
+        return QuietLoader(self, DealtBatches(deal_batches(batches, *self.data.ranks)))
 
     def __len__(self) -> int:
         return len(self.rows)
