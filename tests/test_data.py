@@ -170,6 +170,15 @@ def test_chat_template_loss_on_the_answer_with_one_eos(tokenizer):
     assert encoded["input_ids"].count(tokenizer.eos_token_id) == 1
 
 
+def test_a_tokenizer_without_an_end_is_told(tiny_model, caplog):
+    endless = load_tokenizer(tiny_model)
+    endless.eos_token = None
+    row = {"question": "Who?", "answer": "Nobody."}
+    encoded = Template(endless, "Q: {question} ", "A: {answer}").encode(row)
+    assert endless.decode(encoded["input_ids"]) == "Q: Who? A: Nobody."
+    assert "no end-of-sequence token" in caplog.text
+
+
 def test_explicit_formats(tokenizer):
     template = Template(tokenizer, "### Question: {question}\n", "### Answer: {answer}")
     row = {"question": "Is {answer} a field?", "answer": "No."}

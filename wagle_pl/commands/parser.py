@@ -21,7 +21,8 @@ class OneLineErrors(ArgumentParser):
             option, name = unknown.groups()
             message = f"unknown class {name!r} for {option}: give a class path, or the name of a class of wagle_pl"
         if "is not accepted" in message:
-            message += " (a class comes before its options: --model CLASS --model.option VALUE)"
+            message += (" (a class, or the --config that names it, comes before its options: "
+                        "--model CLASS --model.option VALUE)")  # fmt: skip
         fail(message)
 
 

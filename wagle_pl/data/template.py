@@ -1,4 +1,4 @@
-"""From a row to tokens: prompt, answer, one end-of-sequence token, loss on the answer only.
+"""From a row to tokens: prompt, answer, one end-of-sequence token (if there is one), loss on the answer only.
 
 A row with ``continuation`` is two pieces of one text: no template stands around them. A row with ``partial`` is text
 that goes on after it: no end-of-sequence token.
@@ -6,11 +6,14 @@ that goes on after it: no end-of-sequence token.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Optional
 
 from wagle_pl.data.rows import Row, row_kind
 from wagle_pl.utilities import WagleError
+
+log = logging.getLogger(__name__)
 
 IGNORE = -100  # the label transformers and torch.nn.functional.cross_entropy leave out
 
@@ -54,6 +57,8 @@ class Template:
         ):
             if field not in text:
                 raise WagleError(f"{option} {text!r} must contain {field}")
+        if tokenizer.eos_token_id is None:
+            log.warning("the tokenizer has no end-of-sequence token (eos_token): answers are trained without an end")
 
     def identity(self) -> str:
         """Everything that decides the tokens, as text: part of the key under which tokenised rows are cached."""
