@@ -160,7 +160,7 @@ def config(models, tmp_path, monkeypatch):
     ("file", "arms", "count", "groups"),
     [
         ("tofu/study", 3 * 23, 3 * (22 * 7 + 3) * 3, 3),
-        ("tofu/study_po", 23, (22 * 7 + 3) * 3, 3),
+        ("tofu/study_po", 23, (22 * 8 + 3) * 3, 3),
         ("people/study", 3, 18, 1),
         ("people/study_full", 2 * 23, 2 * (22 * 7 + 3) * 3, 3),
         ("people/study_po", 23, (22 * 7 + 3) * 3, 3),
