@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,7 +16,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads cost more than they bring
 
+import numpy as np
 import torch
+from hypothesis import HealthCheck, settings
 from ranks import Ranks
 from safetensors.torch import load_file
 
@@ -24,6 +27,10 @@ from wagle_pl.data.people import bundled
 from wagle_pl.models import create_tiny_llama
 
 real_run = cli.run
+
+# the same examples everywhere, and none too slow: what a machine is busy with is no finding about the code
+settings.register_profile("wagle", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("wagle")
 
 TOFU = Path(__file__).parents[2] / "shared/data/tofu"
 TOFU_LOGS = Path(__file__).parents[2] / "shared/data/tofu_eval_logs"
@@ -34,6 +41,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "ranks" in getattr(item, "fixturenames", ()) or item.path.name == "test_strategies.py":
             item.add_marker(pytest.mark.xdist_group("ranks"))
+
+
+@pytest.fixture(autouse=True)
+def seeded(request: pytest.FixtureRequest) -> None:
+    """The same random numbers for a test, whichever ran before it in its process."""
+    torch.manual_seed(0)
+    for value in vars(getattr(request, "module", None) or object).values():
+        if isinstance(value, torch.Generator):
+            value.manual_seed(0)
+        elif isinstance(value, np.random.Generator):
+            value.bit_generator.state = type(value.bit_generator)(0).state
+
+
+@pytest.fixture
+def heard(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What the package logs, even where the command line keeps it to itself."""
+    cli.quiet()
+    monkeypatch.setattr(logging.getLogger("wagle_pl"), "propagate", True)
+    return caplog
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,12 @@ class Ranks:
     """
 
     def __init__(self, folder: Path, count: int = 2) -> None:
+        self.logs = [folder / f"rank-{rank}.log" for rank in range(count)]
+        self.start()
+
+    def start(self) -> None:
+        """Start them."""
+        count = len(self.logs)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -36,7 +42,6 @@ class Ranks:
                   "GROUP_RANK": "0", "DS_ACCELERATOR": "cpu",
                   "MALLOC_MMAP_THRESHOLD_": "131072",  # tensors that are freed leave the process: peaks can be compared
                   }  # fmt: skip
-        self.logs = [folder / f"rank-{rank}.log" for rank in range(count)]
         self.processes = [
             subprocess.Popen(
                 [sys.executable, __file__],
@@ -52,12 +57,15 @@ class Ranks:
         for process, answers in zip(self.processes, self.answers, strict=True):
             threading.Thread(target=_read, args=(process.stdout, answers), daemon=True).start()
 
-    def __call__(self, *args: Any, code: int = 0, timeout: float = 90) -> list[dict[str, Any]]:
-        """Run a command on all; returns each rank's answer.
+    def __call__(self, *args: Any, code: int = 0, timeout: float = 600) -> list[dict[str, Any]]:
+        """Run a command on all; returns each rank's answer. Those that have ended are started anew.
 
         Raises:
             AssertionError: if a rank ends with another exit code, or none does in time.
         """
+        if any(process.poll() is not None for process in self.processes):  # since an earlier test failed
+            self.stop()
+            self.start()
         for process in self.processes:
             process.stdin.write(json.dumps([os.getcwd(), *map(str, args)]) + "\n")
             process.stdin.flush()

@@ -42,12 +42,12 @@ def made(tmp_path: Path, tiny_model: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", SIZES)
-def test_a_mask_and_unlearning_within_it(wagle: Any, made: Any, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_mask_and_unlearning_within_it(wagle: Any, made: Any, kind: str, heard: pytest.LogCaptureFixture) -> None:
     model = made(kind)
     masks = "[{score: wagle, density: 0.3, name: wagle}, {score: wanda, density: 0.2, scope: row, name: wanda}]"
     wagle("fit", "--model", "AttributionModule", "--model.model", model, "--model.output", "masks", "--model.masks",
           masks, "--trainer.enable_checkpointing", "false")  # fmt: skip
-    assert ("wanda: " in caplog.text) == (kind == "Mamba")  # its state matrices and convolutions; experts are known
+    assert ("wanda: " in heard.text) == (kind == "Mamba")  # its state matrices and convolutions; experts are known
     wanda = WeightMask.load("masks/wanda")
     taken = {name: wanda[name].float() for name in wanda.shapes if INSIDE[kind] in name and "bias" not in name}
     assert taken and all(abs(bits.mean() - 0.2) < 0.02 for bits in taken.values())

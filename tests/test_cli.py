@@ -177,7 +177,7 @@ def test_what_there_is_is_told_without_libraries(args):
     """Every command with a line on what it does; a mistake is named last, with exit code 2."""
     code = "import sys; sys.modules.update(dict.fromkeys(['torch', 'lightning', 'jsonargparse'])); "
     code += f"from wagle_pl.cli import main; main({args})"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     if args == ["--version"]:
         assert ended.stdout == f"wagle {wagle_pl.__version__}\n" and ended.returncode == 0
         return
@@ -203,7 +203,7 @@ def test_the_commands_of_lightning_are_told_of():
 
 def test_importing_the_package_needs_no_deepspeed():
     code = "import sys; sys.modules['deepspeed'] = None; import wagle_pl.lightning_cli, wagle_pl.models"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=600)
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

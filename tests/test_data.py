@@ -170,13 +170,13 @@ def test_chat_template_loss_on_the_answer_with_one_eos(tokenizer):
     assert encoded["input_ids"].count(tokenizer.eos_token_id) == 1
 
 
-def test_a_tokenizer_without_an_end_is_told(tiny_model, caplog):
+def test_a_tokenizer_without_an_end_is_told(tiny_model, heard):
     endless = load_tokenizer(tiny_model)
     endless.eos_token = None
     row = {"question": "Who?", "answer": "Nobody."}
     encoded = Template(endless, "Q: {question} ", "A: {answer}").encode(row)
     assert endless.decode(encoded["input_ids"]) == "Q: Who? A: Nobody."
-    assert "no end-of-sequence token" in caplog.text
+    assert "no end-of-sequence token" in heard.text
 
 
 def test_explicit_formats(tokenizer):
@@ -307,7 +307,7 @@ def test_the_bundled_refusals_are_many_and_varied(rows):
     assert len({refusal.split()[0] for refusal in refusals}) > 30
 
 
-def test_overlap(tmp_path, rows, tokenizer, caplog):
+def test_overlap(tmp_path, rows, tokenizer):
     shared = load_rows(rows["retain"]) + load_rows(rows["forget"])[:3]
     retain = write_rows(tmp_path / "retain.jsonl", shared)
     kept = ForgetRetainDataModule(rows["forget"], retain, overlap="drop").rows("retain")

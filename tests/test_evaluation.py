@@ -1,7 +1,6 @@
 """Measures against independent computations, and the test loop."""
 
 import json
-import logging
 import math
 
 import numpy as np
@@ -207,16 +206,15 @@ def test_greedy_is_greedy_whatever_the_model_s_own_config_says(tiny_model):
     [("AVX2", "bf16-mixed", 1), ("AVX2", "32-true", 0), ("AVX512", "bf16-mixed", 0)],
 )
 def test_narrow_types_on_a_cpu_without_them_are_warned_of_once(
-    wagle, tiny_model, test_sets, monkeypatch, caplog, capability, precision, warned
+    wagle, tiny_model, test_sets, monkeypatch, heard, capability, precision, warned
 ):
-    monkeypatch.setattr(logging.getLogger("wagle_pl"), "propagate", True)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
     _warn_of_narrow_types.cache_clear()
     for output in ("first", "second"):
         options = ("--trainer.precision", precision, "--model.generate", "false")
         wagle(*TEST, "--model.model", tiny_model, "--model.output", output, *test_sets, *options)
-    records = {id(record) for record in caplog.records if "--trainer.precision 32-true" in record.getMessage()}
+    records = {id(record) for record in heard.records if "--trainer.precision 32-true" in record.getMessage()}
     assert len(records) == warned
 
 

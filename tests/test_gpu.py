@@ -25,7 +25,7 @@ def fit(tiny_model: str, rows: dict[str, str], *options: str) -> None:
                "--trainer.logger", "false", "--trainer.enable_progress_bar", "false", "--trainer.devices", "1",
                *options[1:]]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
 

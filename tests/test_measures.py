@@ -232,7 +232,7 @@ def test_two_processes_find_what_one_finds(tiny_model, rows, tmp_path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(command, **pipes) for command in commands]
     one = json.loads(json.dumps(find(0, 1, *arguments)))
-    outputs = [process.communicate(timeout=120) for process in processes]
+    outputs = [process.communicate(timeout=600) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     both = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
     assert both[0] == both[1] and both[0]["world"] == 2

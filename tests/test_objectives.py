@@ -235,7 +235,7 @@ def test_loss_and_gradient_equal_the_formula(name: str, rows: int, width: int, v
     gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
 
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
+    assert loss.item() == pytest.approx(expected.item(), rel=3e-6, abs=1e-5)  # its terms may be large and cancel
     for gradient, reference in zip(gradients, expected_gradients, strict=True):
         if reference is None or gradient is None:
             assert gradient is None or not gradient.any()

@@ -111,7 +111,10 @@ CASES = {
     "finetune": ("FinetuneModule", {}),
     "npo": ("UnlearnModule", {"model.objective": "NPO"}),
     "po": ("UnlearnModule", {"model.objective": "PO", "trainer.gradient_clip_val": 0.5, "optimizer.weight_decay": 0.1}),
-    "checkpointing": ("UnlearnModule", {"model.objective": "GradDiff", "model.gradient_checkpointing": True}),
+    "checkpointing": (  # five steps of it: differences grow from step to step
+        "UnlearnModule",
+        {"model.objective": "GradDiff", "model.gradient_checkpointing": True, "trainer.max_steps": 5},
+    ),
 }
 
 

@@ -1,7 +1,6 @@
 """Studies as a user runs them: from start to finish, stopped, grown, locked, and with mistakes in the input."""
 
 import json
-import logging
 import math
 import os
 import signal
@@ -397,10 +396,9 @@ def test_mistakes_that_the_model_shows(config, capsys, tmp_path):
     assert f"masks: mask {other}" in line and "another model" in line
 
 
-def test_a_target_that_does_not_know_the_rows(config, capsys, caplog, tiny_model, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("wagle_pl"), "propagate", True)
+def test_a_target_that_does_not_know_the_rows(config, capsys, heard, tiny_model):
     study(config(target=tiny_model, steps=1, points=1, masks=["dense"], forget_level=0.5))
     assert any("does not know the forget set" in record.message and "nothing to unlearn" in record.message
-               for record in caplog.records)  # fmt: skip
+               for record in heard.records)  # fmt: skip
     assert "there is nothing to unlearn" in Path("out/study.md").read_text()
     assert math.isclose(json.loads(Path("out/study.json").read_text())["forget_level"], 0.5)

@@ -154,18 +154,21 @@ def _path_in(error: Optional[BaseException]) -> Optional[WagleError]:
     return WagleError(f"{error.filename}: {error.strerror.lower()}; look at the paths that were given")
 
 
+_BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
 def _lost_a_rank(error: Optional[BaseException]) -> bool:
     """Whether an error says that a rank did not come to a meeting."""
     while error is not None:
         said = str(error)
         network = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
-        if network or any(words in said for words in ("Connection closed by peer", "Connection reset by peer")):
+        if network or any(words in said for words in _BROKEN):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
-def _told_by_rank_zero(seconds: float = 10.0) -> bool:
+def _told_by_rank_zero(seconds: float = 60.0) -> bool:
     """Whether the process that started this rank has ended meanwhile: with the same mistake, which it has told."""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         return False
