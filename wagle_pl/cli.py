@@ -154,7 +154,7 @@ def _path_in(error: Optional[BaseException]) -> Optional[WagleError]:
     return WagleError(f"{error.filename}: {error.strerror.lower()}; look at the paths that were given")
 
 
-_BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+_BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # in gloo's words
 
 
 def _lost_a_rank(error: Optional[BaseException]) -> bool:
@@ -162,13 +162,14 @@ def _lost_a_rank(error: Optional[BaseException]) -> bool:
     while error is not None:
         said = str(error)
         network = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
-        if network or any(words in said for words in _BROKEN):
+        ours = isinstance(error, OSError)  # a file or a pipe of this process, not gloo's
+        if network or (not ours and any(words in said for words in _BROKEN)):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
-def _told_by_rank_zero(seconds: float = 60.0) -> bool:
+def _told_by_rank_zero(seconds: float = 10.0) -> bool:
     """Whether the process that started this rank has ended meanwhile: with the same mistake, which it has told."""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         return False
