@@ -47,7 +47,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def seeded(request: pytest.FixtureRequest) -> None:
     """The same random numbers for a test, whichever ran before it in its process."""
     torch.manual_seed(0)
-    for value in vars(getattr(request, "module", None) or object).values():
+    module = getattr(request, "module", None)  # a doctest has none
+    for value in vars(module).values() if module else ():
         if isinstance(value, torch.Generator):
             value.manual_seed(0)
         elif isinstance(value, np.random.Generator):
@@ -55,11 +56,15 @@ def seeded(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture
-def heard(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """What the package logs, even where the command line keeps it to itself."""
+def heard(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What the package logs, once, though the command line keeps it from other loggers."""
     cli.quiet()
-    monkeypatch.setattr(logging.getLogger("wagle_pl"), "propagate", True)
-    return caplog
+    package = logging.getLogger("wagle_pl")
+    attached = caplog.handler in package.handlers  # by pytest, if the logger was like this before the test
+    package.addHandler(caplog.handler)
+    yield caplog
+    if not attached:
+        package.removeHandler(caplog.handler)
 
 
 @pytest.fixture(scope="session")
@@ -96,6 +101,13 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     running = Ranks(tmp_path_factory.mktemp("ranks"))
     yield running
     running.stop()
+
+
+def environment() -> dict[str, str]:
+    """Of a command typed in a shell: without what a strategy of another test has left in this process."""
+    left = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    own = {name: value for name, value in os.environ.items() if name not in left}
+    return {**own, "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 def same_bits(a: str, b: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -140,20 +139,12 @@ def section(root: Node, name: str) -> Node:
     return next(node for node in root.all("section") if node.attributes["id"] == f"{name}-section")
 
 
-def report_page(args: Any, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> tuple[Node, str]:
+def report_page(args: Any, capsys: pytest.CaptureFixture[str], heard: pytest.LogCaptureFixture) -> tuple[Node, str]:
     """Run ``wagle report <args> -o out.html``; return the page, and what was printed and logged."""
     capsys.readouterr()
-    caplog.clear()
-    cli.quiet()  # caplog hears loggers that do not propagate only if they were so before the test
-    package = logging.getLogger("wagle_pl")
-    heard = caplog.handler in package.handlers
-    package.addHandler(caplog.handler)
-    try:
-        cli.main(["report", *map(str, args), "-o", "out.html"])
-    finally:
-        if not heard:
-            package.removeHandler(caplog.handler)
-    said = capsys.readouterr().out + "\n".join(caplog.messages)
+    heard.clear()
+    cli.main(["report", *map(str, args), "-o", "out.html"])
+    said = capsys.readouterr().out + "\n".join(heard.messages)
     return read(Path("out.html").read_text(encoding="utf-8")), said
 
 

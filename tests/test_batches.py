@@ -19,7 +19,7 @@ counts = st.lists(st.integers(1, 90), min_size=1, max_size=70)
 
 
 @given(counts, counts, st.integers(1, 20), st.integers(0, 3), st.integers(0, 4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_an_epoch_sees_each_forget_row_once_and_as_many_retain_rows(forget, retain, size, seed, epoch):
     steps = epoch_batches({"forget": forget, "retain": retain}, size, seed, epoch)
     rows = np.concatenate([step["forget"] for step in steps])
@@ -31,7 +31,7 @@ def test_an_epoch_sees_each_forget_row_once_and_as_many_retain_rows(forget, reta
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 9))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_retain_stream_uses_every_row_equally_often(forget, retain, size):
     used = np.zeros(retain, dtype=int)
     for epoch in range(6):
@@ -42,7 +42,7 @@ def test_the_retain_stream_uses_every_row_equally_often(forget, retain, size):
 
 
 @given(st.integers(2, 60), st.integers(1, 12), st.integers(1, 9), st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_copies_of_a_row_are_spread_over_batches(forget, retain, size, epoch):
     """However few retain rows there are, a batch repeats one only when it has to; an epoch numbers the copies."""
     lengths = {"forget": [1] * forget, "retain": list(range(1, retain + 1))}
@@ -77,7 +77,7 @@ def test_weights_give_the_global_mean_however_the_batch_is_split(n, world, accum
 
 
 @given(st.integers(1, 50), st.integers(1, 4), st.integers(1, 3), st.integers(1, 4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_all_ranks_together_see_the_one_device_batches(n, batch_size, world, accumulate):
     lengths = {"forget": list(range(1, n + 1)), "retain": list(range(1, 12))}
 

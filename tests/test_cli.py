@@ -311,6 +311,17 @@ def test_an_error_of_the_suites_own_keeps_its_traceback(monkeypatch, error):
         cli.main(["fit"])
 
 
+@pytest.mark.parametrize("words", ["Connection closed by peer [127.0.0.1]:4", "writev [127.0.0.1]:4: Broken pipe"])
+def test_another_rank_that_is_gone_is_told_in_a_line(monkeypatch, capsys, words):
+    def fail(_):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(cli, "run", fail)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["fit"])
+    assert exit_.value.code == 1 and "another rank of this run has ended" in capsys.readouterr().err
+
+
 def test_bad_rows_name_file_and_row(fails, tiny_model, tmp_path):
     args = (*UNLEARN, "--model.model", tiny_model, "--model.output", "out", "--data.forget")
     empty = write_rows(tmp_path / "empty.jsonl", [])

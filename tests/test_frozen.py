@@ -121,12 +121,7 @@ def fit(module: Unlearn, folder: Path, steps: int, resume: str | None = None, **
     return trainer
 
 
-@settings(
-    max_examples=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    derandomize=True,
-)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     widths=st.lists(st.integers(3, 9), min_size=2, max_size=4),
     density=st.sampled_from([0.001, 0.05, 0.3, 0.5, 0.51, 0.8, 0.99, 1.0]),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import environment
 from safetensors.torch import load_file
 
 from wagle_pl.masks import WeightMask
@@ -24,8 +24,7 @@ def fit(tiny_model: str, rows: dict[str, str], *options: str) -> None:
                "--data", "ForgetRetainDataModule", "--data.forget", rows["forget"], "--data.retain", rows["retain"],
                "--trainer.logger", "false", "--trainer.enable_progress_bar", "false", "--trainer.devices", "1",
                *options[1:]]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
 

@@ -165,7 +165,7 @@ def test_results_say_what_they_were_made_from() -> None:
 # -- random masks -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=5), st.floats(0, 1), st.integers(0, 2**32))
 def test_random_bits_are_exactly_as_many(sizes: list[int], share: float, seed: int) -> None:
     named = {str(i): size for i, size in enumerate(sizes)}
@@ -317,7 +317,7 @@ def test_truncated_file(tmp_path: Path, keep: float) -> None:
         WeightMask.load(path)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(position=st.floats(0, 1, exclude_max=True), value=st.integers(1, 255))
 def test_a_damaged_header_is_an_error_of_ours_or_harmless(position: float, value: int, tmp_path_factory: Any) -> None:
     path = tmp_path_factory.getbasetemp() / "damaged.safetensors"

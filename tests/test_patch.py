@@ -76,7 +76,7 @@ def moved(tensors: Tensors, density: float, seed: int, avoid: Tensors | None = N
     return changed
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(
     dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float16, torch.float64, torch.int8]),
     density=st.sampled_from([0.0, 0.01, 0.3, 1.0]),

@@ -40,8 +40,8 @@ def test_use_from_python_runs(tiny_model, tmp_path, monkeypatch):
     """As printed, but on the tiny model, for two steps, and without the test, which the last line is."""
     monkeypatch.chdir(tmp_path)
     *_, code = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    here = "max_steps=2, accelerator='cpu', devices=1, logger=False, enable_checkpointing=False"
-    short = {"runs/people/target": tiny_model, "max_epochs=2": here}
+    steps = "max_steps=2, accelerator='cpu', devices=1, logger=False, enable_checkpointing=False"
+    short = {"runs/people/target": tiny_model, "max_epochs=2": steps}
     for printed, here in short.items():
         assert printed in code
         code = code.replace(printed, here)

@@ -134,7 +134,7 @@ def test_a_resumed_run_equals_an_unbroken_one(unlearn: Any, arguments: Any, fail
 # -- whole predictions ------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(n=st.integers(1, 8), vocabulary=st.integers(3, 60), k=st.integers(1, 70), seed=st.integers(0, 2**31))
 def test_top_k_misses_what_the_chain_rule_says(n: int, vocabulary: int, k: int, seed: int) -> None:
     """KL over k + 1 buckets = KL − t₀ · KL within the rest: never above the truth, and the error is known exactly."""

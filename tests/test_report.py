@@ -33,9 +33,9 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str,
 
 
 @pytest.fixture
-def report(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture):
+def report(capsys: pytest.CaptureFixture[str], heard: pytest.LogCaptureFixture):
     """See :func:`pages.report_page`."""
-    return lambda *args: report_page(args, capsys, caplog)
+    return lambda *args: report_page(args, capsys, heard)
 
 
 @pytest.fixture

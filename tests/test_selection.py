@@ -82,7 +82,7 @@ shapes_strategy = st.lists(
 )  # vectors, matrices and more
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     seed=st.integers(0, 2**32 - 1),
     shapes=shapes_strategy,

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import environment
 from ranks import Ranks
 from safetensors.torch import load_file
 
@@ -30,13 +31,6 @@ pytest.importorskip("deepspeed")
 def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Work in an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-
-def environment() -> dict[str, str]:
-    """Of a command typed in a shell: without what a strategy of another test has left in this process."""
-    left = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    own = {name: value for name, value in os.environ.items() if name not in left}
-    return {**own, "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 def typed(tiny_model: str, rows: dict[str, str], *options: Any, stage: int = 3) -> list[str]:

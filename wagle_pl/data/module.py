@@ -210,7 +210,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
             if self.trainer is None:
                 raise WagleError("a data module without a Trainer needs a tokenizer: give data.tokenizer, a hub id or "
                                  "a folder")  # fmt: skip
-            return self.trainer.lightning_module.tokenizer
+            return self._module.tokenizer
         from wagle_pl.models import load_tokenizer
 
         return load_tokenizer(self.tokenizer_name)
@@ -292,7 +292,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
 
     @property
     def _module(self) -> Any:
-        return None if self.trainer is None else self.trainer.lightning_module
+        """The module that is trained; None without a Trainer."""
+        return getattr(self.trainer, "lightning_module", None)
 
     def train_dataloader(self) -> ResumableLoader:
         """Micro-batches of the streams that the LightningModule names, for this rank.
@@ -307,7 +308,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
                              "--data.limit_retain instead")  # fmt: skip
         streams = getattr(self._module, "streams", ("forget", "retain"))
         sets = dict.fromkeys(ALIGNED.get(stream, stream) for stream in streams)
-        rows, (ranks, rank) = len(self.tokens(next(iter(sets)))), self.ranks
+        rows = len(self.tokens(next(iter(sets))))
+        ranks, rank = self.ranks
         if ranks > rows:
             raise WagleError(f"{ranks} devices share {rows} {next(iter(sets))} rows: use at most {rows} devices "
                              "(--trainer.devices, --trainer.num_nodes), or give more rows")  # fmt: skip
