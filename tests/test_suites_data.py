@@ -275,7 +275,7 @@ def test_muse_rows(muse, tiny_model, tokenizer):
     assert data.rows("test/members") == TEXTS[:2]  # whole: the benchmark scores them as they are
     prompt = tokenizer.decode(data.template.encode_prompt(data.rows("test/knowmem_forget")[0]))
     shots = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in QA[2:4])
-    assert prompt == shots + f"Question: {QA[0]['question']}\nAnswer:"
+    assert prompt == shots + f"Question: {QA[0]['question']}\nAnswer: "
     assert "context" not in data.rows("test/knowmem_retain")[0]  # no worked examples in the folder
     both = MUSEDataModule(folder=str(muse), retain_splits=["retain1", "retain2"], chunk_unit="characters")
     assert sum(row["text"].count("orchard") for row in both.rows("retain")) == 0

@@ -58,6 +58,12 @@ class ForgetRetainDataModule(L.LightningDataModule):
         split: split of hub datasets.
         prompt_format: text of the prompt, with ``{question}``; None takes the tokenizer's chat template.
         answer_format: text of the answer, with ``{answer}``; goes with ``prompt_format``.
+        generation_prefix: text after the prompt when generating, byte for byte; None takes what stands before
+            ``{answer}`` in ``answer_format``, without spaces at its end. Goes with ``prompt_format``.
+        system_prompt: content of a system message for the chat template, before every conversation that has none of
+            its own; None leaves it to the template.
+        chat_template_kwargs: variables for the chat template, e.g. ``{date_string: 26 Jul 2024}``. No template sees
+            today's date: ``date_string`` is ``10 Apr 2025``, as in OpenUnlearning, unless given here.
         max_length: longest sequence in tokens; longer rows are cut, with a warning that counts them.
         batch_size: pairs per device and step.
         test_batch_size: rows per device in a test batch.
@@ -81,6 +87,9 @@ class ForgetRetainDataModule(L.LightningDataModule):
         split: Optional[str] = None,
         prompt_format: Optional[str] = None,
         answer_format: Optional[str] = None,
+        generation_prefix: Optional[str] = None,
+        system_prompt: Optional[str] = None,
+        chat_template_kwargs: Optional[dict[str, Any]] = None,
         max_length: int = 512,
         batch_size: int = 8,
         test_batch_size: int = 32,
@@ -107,6 +116,9 @@ class ForgetRetainDataModule(L.LightningDataModule):
         self.split = split
         self.prompt_format = prompt_format
         self.answer_format = answer_format
+        self.generation_prefix = generation_prefix
+        self.system_prompt = system_prompt
+        self.chat_template_kwargs = chat_template_kwargs
         self.max_length = max_length
         self.batch_size = batch_size
         self.test_batch_size = test_batch_size
@@ -218,7 +230,15 @@ class ForgetRetainDataModule(L.LightningDataModule):
     @cached_property
     def template(self) -> Template:
         """Turns rows into tokens."""
-        return Template(self.tokenizer, self.prompt_format, self.answer_format, self.max_length)
+        return Template(
+            self.tokenizer,
+            self.prompt_format,
+            self.answer_format,
+            self.max_length,
+            self.generation_prefix,
+            self.system_prompt,
+            self.chat_template_kwargs,
+        )
 
     @cached_property
     def refusals(self) -> list[str]:

@@ -31,7 +31,8 @@ class MUSEDataModule(SuiteDataModule):
         chunk_size: longest chunk in ``chunk_unit``; the default fits 2,048 tokens.
         max_length: longest sequence in tokens.
         prompt_format: text of the prompt, with ``{question}``; the default is the benchmark's.
-        answer_format: text of the answer, with ``{answer}``; the default is the benchmark's.
+        answer_format: text of the answer, with ``{answer}``; the default is the benchmark's. What stands before
+            ``{answer}`` is given when generating, with the space at its end, as the benchmark does.
         kwargs: see :class:`wagle_pl.data.suite.SuiteDataModule`.
     """
 
@@ -50,6 +51,8 @@ class MUSEDataModule(SuiteDataModule):
         answer_format: Optional[str] = "Answer: {answer}",
         **kwargs: Any,
     ) -> None:
+        if answer_format is not None and kwargs.get("generation_prefix") is None:
+            kwargs["generation_prefix"] = answer_format.partition("{answer}")[0]
         super().__init__(
             chunk_size=chunk_size,
             max_length=max_length,

@@ -6,8 +6,13 @@ that goes on after it: no end-of-sequence token.
 
 from __future__ import annotations
 
+import datetime
+import inspect
+import json
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Optional
 
 from wagle_pl.data.rows import Row, row_kind
@@ -20,6 +25,11 @@ IGNORE = -100  # the label transformers and torch.nn.functional.cross_entropy le
 DEFAULT_PROMPT = "### Question: {question}\n"
 DEFAULT_ANSWER = "### Answer: {answer}"
 
+#: The date that chat templates see in place of today's: the one of OpenUnlearning's configurations.
+DATE = "10 Apr 2025"
+_DATE_FORMAT = "%d %b %Y"
+_CODE = re.compile(r"%[-_0^#]?[A-Za-z]")
+
 
 class Template:
     """Turns rows into token ids.
@@ -31,9 +41,16 @@ class Template:
         answer_format: text of the answer with ``{answer}``; what stands before ``{answer}`` is given when generating.
             None where a chat template makes the prompt: it writes the answer too.
         max_length: longest sequence in tokens; longer ones are cut at the end (the caller counts them).
+        generation_prefix: text after the prompt when generating, byte for byte; None takes what stands before
+            ``{answer}`` in ``answer_format``, without spaces at its end.
+        system_prompt: content of a system message before the conversation, unless a row's ``messages`` begin with one;
+            None adds none.
+        chat_template_kwargs: variables for the chat template. ``date_string`` is :data:`DATE` unless given, and a
+            template's clock (``strftime_now``) shows that date at midnight, never today's.
+        vocabulary: how many token ids the model knows; those of the tokenizer when None.
 
     Raises:
-        WagleError: if a format lacks its field, or would have no effect.
+        WagleError: if a format lacks its field, or an option would have no effect.
     """
 
     def __init__(
@@ -42,15 +59,42 @@ class Template:
         prompt_format: Optional[str] = None,
         answer_format: Optional[str] = None,
         max_length: int = 512,
+        generation_prefix: Optional[str] = None,
+        system_prompt: Optional[str] = None,
+        chat_template_kwargs: Optional[Mapping[str, Any]] = None,
+        vocabulary: Optional[int] = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.vocabulary = len(tokenizer) if vocabulary is None else vocabulary
         self.uses_chat_template = prompt_format is None and tokenizer.chat_template is not None
-        if self.uses_chat_template and answer_format is not None:
-            raise WagleError(f"answer_format {answer_format!r} has no effect beside the tokenizer's chat template: "
-                             "give prompt_format too, or leave both to the template (null)")  # fmt: skip
+        self.system_prompt = system_prompt
+        self.chat_template_kwargs = {"date_string": DATE, **(chat_template_kwargs or {})}
+        if self.uses_chat_template:
+            source = tokenizer.get_chat_template(tools=self.chat_template_kwargs.get("tools"))
+            self._chat_template = at_fixed_date(source, self.chat_template_kwargs["date_string"])
+            for option, text in (("answer_format", answer_format), ("generation_prefix", generation_prefix)):
+                if text is not None:
+                    raise WagleError(
+                        f"{option} {text!r} has no effect beside the tokenizer's chat template: "
+                        "give prompt_format too, or leave both to the template (null)"
+                    )
+            self._check_variables(chat_template_kwargs or {})
+            self._check_system_prompt()
+        else:
+            given = (("system_prompt", system_prompt), ("chat_template_kwargs", chat_template_kwargs))
+            for option, value in given:
+                if value is not None:
+                    why = "prompt_format, which takes its place" if prompt_format else "a tokenizer that has none"
+                    raise WagleError(
+                        f"{option} {value!r} is for a chat template and has no effect beside {why}: write "
+                        "the text into prompt_format, or leave the option out (null)"
+                    )
         self.prompt_format = prompt_format or DEFAULT_PROMPT
         self.answer_format = answer_format or DEFAULT_ANSWER
+        if generation_prefix is None:  # a space there is a token of its own, where training joins it to the first word
+            generation_prefix = self.answer_format.partition("{answer}")[0].rstrip(" ")
+        self.generation_prefix = generation_prefix
         for option, text, field in (
             ("prompt_format", self.prompt_format, "{question}"),
             ("answer_format", self.answer_format, "{answer}"),
@@ -60,11 +104,68 @@ class Template:
         if tokenizer.eos_token_id is None:
             log.warning("the tokenizer has no end-of-sequence token (eos_token): answers are trained without an end")
 
+    def _check_variables(self, given: Mapping[str, Any]) -> None:
+        """Refuse variables that the chat template does not read, or that rendering sets itself."""
+        taken = {"messages", "strftime_now", *inspect.signature(self.tokenizer.apply_chat_template).parameters}
+        for name, value in given.items():
+            if name in taken - {"tools", "documents"}:
+                raise WagleError(f"chat_template_kwargs cannot set {name}: it is not a variable of the chat template")
+            sets_clock = name == "date_string" and "strftime_now" in self._chat_template
+            if not sets_clock and not re.search(rf"\b{re.escape(name)}\b", self._chat_template):
+                raise WagleError(
+                    f"chat_template_kwargs: the chat template does not read {name!r}: check its spelling, "
+                    "or leave it out"
+                )
+            try:
+                json.dumps(value)
+            except TypeError:
+                raise WagleError(
+                    f"chat_template_kwargs: {name} must be a text, a number, true, false, null or a list "
+                    f"or dict of these, got {value!r}: quote it"
+                ) from None
+
+    def _check_system_prompt(self) -> None:
+        """Refuse a system prompt that the chat template ignores."""
+        if self.system_prompt is None:
+            return
+        text = self._chat([{"role": "user", "content": "?"}], add_generation_prompt=True)
+        if self.system_prompt.strip() not in text:
+            raise WagleError(
+                "system_prompt has no effect, the chat template ignores system messages: leave it out (null), or "
+                "write it into prompt_format"
+            )
+
     def identity(self) -> str:
         """Everything that decides the tokens, as text: part of the key under which tokenised rows are cached."""
         vocabulary = self.tokenizer.backend_tokenizer.to_str() if self.tokenizer.is_fast else repr(self.tokenizer)
-        formats = self.tokenizer.chat_template if self.uses_chat_template else (self.prompt_format, self.answer_format)
+        formats: Any = (self.prompt_format, self.answer_format, self.generation_prefix)
+        if self.uses_chat_template:
+            variables = json.dumps(self.chat_template_kwargs, sort_keys=True)
+            formats = (self._chat_template, self.system_prompt, variables)
         return repr((vocabulary, formats, self.max_length, self.tokenizer.eos_token_id))
+
+    @cached_property
+    def prompts(self) -> dict[str, Any]:
+        """What stands around questions and answers, for records and to compare: JSON-serialisable.
+
+        ``prompt`` and ``answer`` are the texts of a row, with ``{question}`` and ``{answer}`` where the row's own go
+        (None if the chat template refuses such a row); ``generation_prefix`` follows the prompt when generating.
+        """
+        try:
+            prompt, answer = self._texts({"question": "{question}", "answer": "{answer}"}, None)
+        except WagleError:
+            prompt = answer = None
+        if not self.uses_chat_template:
+            return {"prompt": prompt, "answer": answer, "generation_prefix": self.generation_prefix}
+        variables = dict(self.chat_template_kwargs)
+        if not re.search(r"\b(date_string|strftime_now)\b", self._chat_template):
+            del variables["date_string"]
+        return {
+            "prompt": prompt,
+            "answer": answer,
+            "system_prompt": self.system_prompt,
+            "chat_template_kwargs": variables,
+        }
 
     def encode(self, row: Row, answer: Optional[str] = None) -> dict[str, list[int]]:
         """Tokens of one row.
@@ -116,7 +217,7 @@ class Template:
         prompt, _ = self._texts(row, "" if kind == ("prompt",) else None)
         if self.uses_chat_template or row.get("continuation"):
             return self.tokenizer(prompt, add_special_tokens=self._adds_special_tokens(row))["input_ids"]
-        return self.tokenizer(prompt + self.answer_format.partition("{answer}")[0].rstrip(" "))["input_ids"]
+        return self.tokenizer(prompt + self.generation_prefix)["input_ids"]
 
     def _adds_special_tokens(self, row: Row) -> bool:
         """Whether the tokenizer adds its special tokens: a chat template writes its own."""
@@ -147,11 +248,17 @@ class Template:
     def _chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError  # transformers needs it for chat templates, and for nothing else
 
+        if self.system_prompt is not None and [message["role"] for message in messages[:1]] != ["system"]:
+            messages = [{"role": "system", "content": self.system_prompt}, *messages]
         try:
             return self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                chat_template=self._chat_template,
+                **self.chat_template_kwargs,
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:
             roles = ", ".join(str(message["role"]) for message in messages)
             raise WagleError(f"the chat template refuses messages of the roles {roles} ({error}); change the row, or "
                              "give prompt_format for rows with questions") from None  # fmt: skip
@@ -162,6 +269,49 @@ class Template:
         if eos is None:
             return ids
         return [*ids[: ids.index(eos)], eos] if eos in ids else [*ids, eos]
+
+
+def differing_prompts(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """How two :attr:`Template.prompts` differ, in a few words; empty if they do not, or if one is not known.
+
+    >>> differing_prompts({"prompt": "Q: {question}"}, {"prompt": "{question}"})
+    "prompt 'Q: {question}' there, '{question}' here"
+    """
+    if not there or not here:
+        return ""
+    names = [name for name in dict.fromkeys((*there, *here)) if there.get(name) != here.get(name)]
+    names = [name for name in names if name not in ("prompt", "answer")] or names  # the options say why those differ
+    return "; ".join(f"{name} {there.get(name)!r} there, {here.get(name)!r} here" for name in names)
+
+
+def at_fixed_date(chat_template: str, date: Any) -> str:
+    """A chat template whose clock, ``strftime_now``, shows midnight of a fixed day.
+
+    Args:
+        chat_template: Jinja source.
+        date: a day as in :data:`DATE`; anything else stands for that one where the template prints ``date_string``.
+
+    Raises:
+        WagleError: if the template reads the clock alone, and the date is not one.
+
+    >>> at_fixed_date("{{ messages }}", None)
+    '{{ messages }}'
+    """
+    if "strftime_now" not in chat_template:
+        return chat_template
+    try:
+        now = datetime.datetime.strptime(date, _DATE_FORMAT)
+    except (TypeError, ValueError):
+        if "date_string" not in chat_template:
+            raise WagleError(
+                f"chat_template_kwargs: date_string must be a day such as {DATE!r} for this chat template, "
+                f"which reads the clock, got {date!r}"
+            ) from None
+        now = datetime.datetime.strptime(DATE, _DATE_FORMAT)
+    codes = {f"%{letter}" for letter in "aAwdbBmyYHIpMSfzZjUWcxXGuV"} | set(_CODE.findall(chat_template))
+    shown = "".join(f" | replace({json.dumps(code)}, {json.dumps(now.strftime(code))})" for code in sorted(codes))
+    # a macro goes before the global function of that name; the line break behind a block is no part of the text
+    return f"{{% macro strftime_now(format) %}}{{{{ format{shown} }}}}{{% endmacro %}}\n{chat_template}"
 
 
 def _own_answer(row: Row) -> str:
