@@ -323,6 +323,19 @@ class WeightMask:
         """What made the mask, in a few words."""
         return describe_origin(self.metadata)
 
+    @property
+    def prompts(self) -> list[dict[str, Any]]:
+        """Prompts of the attributions that chose the weights, see :attr:`wagle_pl.data.template.Template.prompts`."""
+        found: list[dict[str, Any]] = []
+        waiting = [self.metadata]
+        while waiting:
+            metadata = waiting.pop(0)
+            if metadata.get("prompts") and metadata["prompts"] not in found:
+                found.append(metadata["prompts"])
+            if metadata.get("operation") != "random_like":  # which takes no more than the number of weights
+                waiting += metadata.get("of", ())
+        return found
+
     def check(self, shapes: Shapes, fingerprint: Optional[str] = None, where: Optional[str] = None) -> None:
         """Refuse a model this mask was not made for.
 

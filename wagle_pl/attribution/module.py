@@ -412,6 +412,7 @@ class AttributionModule(EvaluationModule):
             "reduction": self.reduction,
             "rows": {stream: int(self._rows(stream)) for stream in self.streams},
             "data": self.described_data,
+            "prompts": self.prompts,
             "config": self.run_config,
         }
 

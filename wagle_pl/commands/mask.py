@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
@@ -30,6 +31,7 @@ def info(file: str, *, tensors: bool = False) -> None:
         ("made by", mask.origin),
         ("model", mask.metadata.get("model") or "unknown"),
         ("fingerprint", (mask.metadata.get("model_fingerprint") or "none: not checked before use")[:28]),
+        *(("prompts", json.dumps(prompts, ensure_ascii=False)) for prompts in mask.prompts),
         ("weights", f"{mask.total:,} in {len(mask)} tensors"),
         ("selected", f"{mask.count():,}"),
         ("density", f"{mask.density:.6f}"),

@@ -14,6 +14,7 @@ from typing import Any, Literal, Optional, Union
 import lightning as L
 
 from wagle_pl import distributed, models
+from wagle_pl.data.template import differing_prompts
 from wagle_pl.evaluation import classifiers, tofu
 from wagle_pl.evaluation.ability import Ability
 from wagle_pl.evaluation.after import After
@@ -171,6 +172,13 @@ class EvaluationModule(L.LightningModule):
         return {name: data.describe(name) for name in ("forget", "retain")} if hasattr(data, "describe") else {}
 
     @property
+    def prompts(self) -> dict[str, Any]:
+        """What stands around questions and answers, see :attr:`wagle_pl.data.template.Template.prompts`, for records;
+        empty if the data module has no template."""
+        template = getattr(self.trainer.datamodule, "template", None)
+        return {} if template is None else template.prompts
+
+    @property
     def results_folder(self) -> Path:
         """Where a test writes."""
         return Path(self.output) if self.output else Path(self.trainer.default_root_dir) / "test"
@@ -306,8 +314,15 @@ class EvaluationModule(L.LightningModule):
         return self.trainer.datamodule.rows(f"test/{name}")
 
     def _check_rows(self, names: Sequence[str]) -> None:
-        """Results to compare with must be on the same rows."""
+        """Results to compare with must be on the same rows, asked with the same prompts."""
         for option, results in self._results.items():
+            if other := differing_prompts(results.prompts, self.prompts):
+                if option != "target":
+                    raise WagleError(
+                        f"model.{option}: {results.path} was tested with other prompts ({other}): test "
+                        "that model with these"
+                    )
+                log.warning("the target's results are of other prompts: %s", other)
             for name in names:
                 rows = [(question_of(row), answer_of(row)) for row in self._rows(name)]
                 differing = results.differing(name, rows)
@@ -519,6 +534,7 @@ class EvaluationModule(L.LightningModule):
             {
                 "model": self.model_name,
                 "suite": type(self.suite).__name__,
+                "prompts": self.prompts,
                 "compared": {name: path for name, path in self.compared.items() if path},
                 "measures": {name: vars(infos[name]) for name in self.metrics},
                 "undefined": {name: {**vars(infos[name]), "why": why} for name, why in self.undefined.items()},

@@ -42,6 +42,8 @@ class Results:
         self.option = option
         self.metrics: dict[str, float] = {}
         self.tofu: Optional[Result] = None
+        #: Prompts of the test, see :attr:`wagle_pl.data.template.Template.prompts`; empty if they are not known.
+        self.prompts: dict[str, Any] = {}
         if self.path.is_dir():
             self._read_folder()
         else:
@@ -55,6 +57,8 @@ class Results:
                              "first)")  # fmt: skip
         self.metrics = found.get(METRICS_FILE, {})
         self.tofu = found.get(RESULT_FILE)
+        info = self.path / INFO_FILE
+        self.prompts = read_json(info).get("prompts", {}) if info.is_file() else {}
 
     def _read_file(self) -> None:
         if not self.path.is_file():

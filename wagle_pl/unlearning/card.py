@@ -32,6 +32,9 @@ def model_card(record: Mapping[str, Any]) -> str:
     if len(forgotten(record)) > 1:
         sets = ", ".join(f"`{name}`" for name in forgotten(record))
         lines += ["", f"Forgotten so far: {sets}. Test all of them: a later run can bring an earlier set back."]
+    if last.get("prompts"):
+        prompts = yaml.safe_dump(last["prompts"], sort_keys=False, allow_unicode=True, width=1000).rstrip()
+        lines += ["", "## Prompts", "", "```yaml", prompts, "```"]
     if last["config"]:
         config = yaml.safe_dump(last["config"], sort_keys=False).rstrip()
         lines += ["", "## Configuration", "", "```yaml", config, "```"]

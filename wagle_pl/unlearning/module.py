@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wagle_pl import distributed, models
+from wagle_pl.data.template import differing_prompts
 from wagle_pl.evaluation.likelihood import forward_answers
 from wagle_pl.evaluation.module import EvaluationModule
 from wagle_pl.layers import expert_weights
@@ -239,6 +240,7 @@ class FinetuneModule(EvaluationModule):
             "base": self.model_name,
             "base_fingerprint": self.model_fingerprint,
             "data": self.described_data,
+            "prompts": self.prompts,
             "streams": list(self.streams),
             "steps": self.global_step,
             "seconds": round(time.monotonic() - self._started, 1),
@@ -367,6 +369,7 @@ class UnlearnModule(FinetuneModule):
         if self.mask_file is not None:
             mask = WeightMask.load(self.mask_file)
             mask.check(shapes, self.model_fingerprint, where=f"mask {self.mask_file}")
+            self._compare_prompts(mask)
         if self.mask_modules or self.mask_layers:
             made_for = {"model": self.model_name, "model_fingerprint": self.model_fingerprint}
             restriction = WeightMask.from_modules(shapes, self.mask_modules, self.mask_layers, made_for)
@@ -375,6 +378,19 @@ class UnlearnModule(FinetuneModule):
             own = mask_matching(shapes, self.objective.trainable, {"model_fingerprint": self.model_fingerprint})
             mask = own if mask is None else mask & own
         return mask
+
+    def _compare_prompts(self, mask: WeightMask) -> None:
+        """Warn of a mask that was made with other prompts than the rows of this run have."""
+        if not self.attached or self.trainer.state.fn != "fit":
+            return
+        for prompts in mask.prompts:
+            if other := differing_prompts(prompts, self.prompts):
+                log.warning(
+                    "mask %s was made with other prompts (%s): give both runs the same data.system_prompt, "
+                    "data.chat_template_kwargs and formats",
+                    self.mask_file,
+                    other,
+                )
 
     def configure_optimizers(self) -> Any:
         """The optimiser, made safe for frozen weights."""
