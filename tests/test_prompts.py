@@ -142,15 +142,15 @@ def test_a_system_prompt_that_a_template_leaves_out_is_refused(tiny_model):
     users = "{% for message in messages if message.role != 'system' %}{{ message.content }}{% endfor %}"
     with pytest.raises(WagleError, match="the chat template ignores system messages"):
         Template(with_template(tiny_model, users), system_prompt="Be brief.")
-    with pytest.raises(WagleError, match="system_prompt 'Be brief.' .* no effect beside a tokenizer that has none"):
+    with pytest.raises(WagleError, match=r"system_prompt 'Be brief.' .* no effect beside a tokenizer that has none"):
         Template(with_template(tiny_model, None), system_prompt="Be brief.")
 
 
 def test_what_a_template_cannot_print_is_told(tiny_model):
     template = Template(with_template(tiny_model, LLAMA_3), chat_template_kwargs={"date_string": None})
-    with pytest.raises(WagleError, match="the chat template refuses messages of the roles user .*concatenate"):
+    with pytest.raises(WagleError, match=r"the chat template refuses messages of the roles user .*concatenate"):
         template.encode(asked())
-    with pytest.raises(WagleError, match="date_string must be a day such as '10 Apr 2025' .* got 'Friday'"):
+    with pytest.raises(WagleError, match=r"date_string must be a day such as '10 Apr 2025' .* got 'Friday'"):
         Template(with_template(tiny_model, CLOCK), chat_template_kwargs={"date_string": "Friday"})
 
 
