@@ -22,7 +22,7 @@ from torch import Tensor
 
 from wagle_pl.bits import count_bits, filled_bits, pack_bits, random_bits, unpack_bits
 from wagle_pl.names import in_module, layer_of, module_label, module_type_of, parse_layers
-from wagle_pl.utilities import WagleError, atomic_path
+from wagle_pl.utilities import WagleError, absent, atomic_path
 
 FORMAT = "wagle_pl.mask"
 FORMAT_VERSION = 1
@@ -148,7 +148,7 @@ class WeightMask:
         """
         path = Path(path)
         if not path.is_file():
-            raise WagleError(f"mask file {path} does not exist")
+            raise absent("mask file", path)
         try:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
@@ -182,9 +182,14 @@ class WeightMask:
         Raises:
             WagleError: if the file is missing, is no mask, is of a newer format, is damaged or is cut short.
         """
-        path = mask_path(path)
+        given, path = Path(path), mask_path(path)
+        if not path.is_file() and given.is_file():
+            raise WagleError(
+                f"{given} is no {SUFFIX} file: for a mask that torch.save wrote, run wagle mask convert {given} -o "
+                f"{given.with_suffix(SUFFIX)}"
+            )
         if not path.is_file():
-            raise WagleError(f"mask file {path} does not exist")
+            raise absent("mask file", given if given.is_dir() else path)
         try:
             packed = _LazyTensors(path)
         except (SafetensorError, OSError) as error:

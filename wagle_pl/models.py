@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -12,14 +14,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from wagle_pl import distributed
+from wagle_pl.names import layer_of
 from wagle_pl.tensorfiles import DTYPES, INDEX_FILE, SINGLE_FILE, TensorFiles, write_tensors
-from wagle_pl.utilities import WagleError, atomic_path, first_line
+from wagle_pl.utilities import WagleError, absent, atomic_path, first_line, plainly_local
 
 CARD_FILE = "README.md"
 ADAPTER_FILE = "adapter_config.json"  # of a folder that holds an adapter and names its base
+MODEL_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # of files: no hub id ends so
 RECORD_FILE = "wagle.json"  # what made a folder of ours: machine-readable twin of the model card
 
 #: safetensors' names of dtypes -> torch's.
@@ -56,16 +61,63 @@ def load_model(
         return _merged(load_model(base, dtype, attn_implementation=attn_implementation), name)
     source, options = locate(name)
     dtype = dtype or torch.get_default_dtype()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **attention, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise WagleError(f"model {name!r} cannot be loaded: {_why_not(name, error)}") from error
+    with loading(f"model {name!r}", name), _without_report():
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **attention, **options
+        )
+    _check_found(name, model, found)
     if "gguf_file" in options:  # the weights are plain once loaded, but saving refuses what looks quantised
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     model.config.use_cache = False
     return model
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """No table of transformers' of weights that do not fit: what matters of it, :func:`_check_found` says."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _check_found(name: str, model: nn.Module, found: Mapping[str, Any]) -> None:
+    """Refuse weights that do not fit the configuration, which transformers would draw at random or leave out.
+
+    Args:
+        name: of the model.
+        model: as its configuration says.
+        found: ``missing_keys`` (names), ``mismatched_keys`` (name, shape stored, shape of the model) and
+            ``unexpected_keys`` (names stored; those of a layer beyond the model's are refused, others have no use).
+
+    Raises:
+        WagleError: naming the first weight that does not fit.
+    """
+    shapes = parameter_shapes(model)
+    layers = {_any_layer(weight): layer_of(weight) for weight in shapes}
+    beyond = [
+        n for n in found.get("unexpected_keys", ()) if n not in shapes and (layers.get(_any_layer(n)) is not None)
+    ]
+    fault = None
+    if mismatched := sorted(found.get("mismatched_keys", ())):
+        weight, stored, own = mismatched[0]
+        fault = f"{weight} has the shape {tuple(stored)} in its files and {tuple(own)} by its configuration"
+    elif missing := sorted(found.get("missing_keys", ())):
+        fault = f"its files lack {len(missing)} weights that its configuration has, such as {missing[0]}"
+    elif beyond:
+        fault = f"its files have {len(beyond)} weights that its configuration has no layer for, such as {min(beyond)}"
+    if fault:
+        raise WagleError(f"model {name!r} cannot be loaded: {fault}; check config.json, or get the model again")
+
+
+def _any_layer(weight: str) -> str:
+    """The name of a weight without its numbers: the same in every layer."""
+    return re.sub(r"\d+", "#", weight)
 
 
 def _load_sharded(name: str, attention: Mapping[str, str]) -> Any:
@@ -77,20 +129,21 @@ def _load_sharded(name: str, attention: Mapping[str, str]) -> Any:
     if options or _adapted(name) is not None:
         raise WagleError(f"ZeRO-3 reads models in safetensors; {name} is none: write it as a folder first with "
                          f"wagle export {name} -o FOLDER")  # fmt: skip
-    try:
+    with loading(f"model {name!r}", name):
         config = AutoConfig.from_pretrained(source)
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype(), **attention)
         model.tie_weights()
         model.generation_config = GenerationConfig.from_pretrained(source)
-    except (OSError, ValueError, ImportError) as error:
-        raise WagleError(f"model {name!r} cannot be loaded: {_why_not(name, error)}") from error
     stored = TensorFiles(_folder_of(source))
     missing = [parameter for parameter, _ in model.named_parameters() if parameter not in stored.names]
     if missing:
         raise WagleError(f"model {name!r} stores its weights under names other than its own (no {missing[0]}): for "
                          "ZeRO-3, load it once with transformers and write it by save_pretrained(FOLDER, "
                          "save_original_format=False), or take ZeRO-2")  # fmt: skip
+    shapes = parameter_shapes(model)
+    mismatched = [(n, stored.shape(n), shape) for n, shape in shapes.items() if stored.shape(n) != shape]
+    _check_found(name, model, {"mismatched_keys": mismatched, "unexpected_keys": stored.names})
     for parameter_name, parameter in model.named_parameters():
         assign(parameter, lambda name=parameter_name: stored.tensor(name))
     for buffer_name, buffer in model.named_buffers():
@@ -116,11 +169,8 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     source, options = locate(name)
-    try:
+    with loading(f"tokenizer of {name!r}", name):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        reason = "it has no tokenizer files" if "backend tokenizer" in str(error) else _why_not(name, error)
-        raise WagleError(f"tokenizer of {name!r} cannot be loaded: {reason}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
@@ -133,7 +183,8 @@ def checkpoint_dtype(name: str) -> Optional[torch.dtype]:
     if (base := _adapted(name)) is not None:
         return checkpoint_dtype(base)
     source, options = locate(name)
-    dtype = AutoConfig.from_pretrained(source, **options).dtype
+    with loading(f"configuration of model {name!r}", name):
+        dtype = AutoConfig.from_pretrained(source, **options).dtype
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
@@ -214,7 +265,8 @@ def _adapted(name: str) -> Optional[str]:
     file = Path(name) / ADAPTER_FILE
     if not file.is_file() or (Path(name) / "config.json").exists():
         return None
-    return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    with loading(f"adapter {name!r}", name):
+        return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
 def _merged(base: Any, folder: str) -> Any:
@@ -222,29 +274,79 @@ def _merged(base: Any, folder: str) -> Any:
         from peft import PeftModel
     except ImportError:
         raise WagleError(f"{folder} is an adapter, which needs peft: pip install 'wagle-pl[lora]'") from None
-    return PeftModel.from_pretrained(base, folder).merge_and_unload().requires_grad_(True)
+    with loading(f"adapter {folder!r}", folder):
+        return PeftModel.from_pretrained(base, folder).merge_and_unload().requires_grad_(True)
+
+
+@contextmanager
+def loading(what: str, name: str, how: str = "loaded") -> Iterator[None]:
+    """Say in one line why a model's files cannot be read: the libraries that do have exceptions of many classes for it.
+
+    Raises:
+        WagleError: naming ``what`` and the reason.
+    """
+    try:
+        yield
+    except (WagleError, MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise WagleError(f"{what} cannot be {how}: {_why_not(name, error)}") from error
 
 
 def _why_not(name: str, error: BaseException) -> str:
     """Why loading failed; of a name that is no path here, that the hub was asked."""
-    asked = "" if Path(name).exists() else "there is no such folder here, and asked of the hub: "
-    return asked + first_line(error)
+    if "backend tokenizer" in str(error):
+        return "it has no tokenizer files"
+    text = first_line(error)
+    if text.endswith(":"):  # what matters is below
+        text = " ".join(str(error).split())
+    if not isinstance(error, (OSError, ValueError, ImportError)):
+        text = f"{type(error).__name__}: {text}"
+    if not Path(name).exists():
+        return f"there is no such folder here, and asked of the hub: {text}"
+    if isinstance(error, SafetensorError):
+        try:
+            TensorFiles(name)
+        except WagleError as damaged:
+            return f"{damaged}; copy or download it again"
+    if not isinstance(error, ImportError) and _gguf_file(Path(name)) is not None:
+        return f"the GGUF file is damaged, cut short or of a kind that transformers does not read ({text})"
+    return text
 
 
 def locate(name: str) -> tuple[str, dict[str, str]]:
-    """What to give ``from_pretrained``: source and options."""
+    """What to give ``from_pretrained``: source and options. Only what may be a hub id is left for the hub.
+
+    Raises:
+        WagleError: if it is a path and there is no model.
+    """
     path = Path(name)
-    if path.suffix == ".gguf" and path.is_file():
-        return str(path.parent), {"gguf_file": path.name}
+    if (file := _gguf_file(path)) is not None:
+        return str(file.parent), {"gguf_file": file.name}
     if path.is_dir():
-        files = sorted(path.glob("*.gguf"))
-        if len(files) == 1 and not (path / "config.json").exists():
-            return str(path), {"gguf_file": files[0].name}
         if not (path / "config.json").exists() and _adapted(name) is None:
-            raise WagleError(f"model folder {name} has no config.json: it is no Hugging Face model folder")
-    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
-        raise WagleError(f"model folder {name} does not exist")
+            several = len(list(path.glob("*.gguf")))
+            what = f", but {several} .gguf files: name one" if several else ": it is no Hugging Face model folder"
+            raise WagleError(f"model folder {name} has no config.json{what}")
+    elif path.is_file():
+        raise WagleError(f"model {name} is a file: give the folder that holds config.json and the weights, or a .gguf")
+    elif plainly_local(name, MODEL_SUFFIXES):
+        raise absent("model file" if path.suffix == ".gguf" else "model folder", name, hub=True)
     return name, {}
+
+
+def _gguf_file(path: Path) -> Optional[Path]:
+    """The GGUF file that a path is, or that is the one model in a folder."""
+    if path.is_dir() and not (path / "config.json").exists():
+        files = list(path.glob("*.gguf"))
+        return files[0] if len(files) == 1 else None
+    return path if path.suffix == ".gguf" and path.is_file() else None
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """How many token ids a model knows, from 0 on."""
+    embeddings = model.get_input_embeddings()
+    return getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

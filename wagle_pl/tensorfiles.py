@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from wagle_pl.utilities import WagleError
+from wagle_pl.utilities import WagleError, absent
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -50,7 +50,7 @@ class TensorFile:
 
     def __init__(self, path: Path, what: str = "file") -> None:
         if not path.is_file():
-            raise WagleError(f"{what} {path} does not exist")
+            raise absent(what, path)
         try:
             with safe_open(path, framework="np"):  # checks header, offsets and size
                 pass
@@ -113,7 +113,7 @@ class TensorFiles:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise WagleError(f"model folder {folder} does not exist")
+            raise absent("model folder", folder)
         self.files = [TensorFile(self.folder / name, "weight file") for name in self._file_names()]
         self._file_of = {name: file for file in self.files for name in file.names}
 

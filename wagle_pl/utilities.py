@@ -67,6 +67,39 @@ def refuse_existing(
                          "is a model, scores or a checkpoint, is replaced; choose another")  # fmt: skip
 
 
+def plainly_local(name: str, suffixes: tuple[str, ...] = ()) -> bool:
+    """Whether a name can only be a path on this machine, so that the hub is not asked for it.
+
+    Hub ids are ``NAME`` or ``OWNER/NAME``. Anything deeper is a path, and so is what begins or ends like one, exists,
+    or lies in a folder that does.
+
+    Args:
+        name: what the user gave.
+        suffixes: endings of files, in lower case, that are paths too.
+    """
+    path = Path(name)
+    looks = path.is_absolute() or name.startswith((".", "~")) or name.endswith("/") or name.count("/") > 1
+    return looks or name.lower().endswith(suffixes) or path.exists() or ("/" in name and path.parent.is_dir())
+
+
+def absent(what: str, name: str | Path, hub: bool = False) -> WagleError:
+    """What to raise where a file or a folder is needed and is not there: says if one of the other kind is.
+
+    Args:
+        what: how to call it, e.g. ``data file``.
+        name: its path.
+        hub: whether a hub id would do too.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return WagleError(f"{what} {name} is a folder: name a file in it")
+    if path.exists():
+        return WagleError(f"{what} {name} is a file: name a folder")
+    near = hub and len(path.parts) == 2 and not str(name).startswith((".", "/", "~")) and path.parent.is_dir()
+    why = f" (there is a folder {path.parent} here, so it is not taken for a hub id)" if near else ""
+    return WagleError(f"{what} {name} does not exist{why}")
+
+
 def replaceable(folder: Path) -> bool:
     """Whether a folder may be replaced as a whole: it is empty, or itself a model, scores or a checkpoint of ours.
 

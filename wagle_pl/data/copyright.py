@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Optional
 from wagle_pl.data.rows import Row, load_rows, readable, spread
 from wagle_pl.data.sources import HubSet, need_columns
 from wagle_pl.data.suite import C4, WIKITEXT, SuiteDataModule
-from wagle_pl.utilities import WagleError
+from wagle_pl.utilities import WagleError, absent
 
 #: Where the hub has the book that the papers forget, in four texts, and questions about it and about the rest.
 HUB_BOOKS = "muse-bench/MUSE-Books"
@@ -107,7 +107,7 @@ def read_book(source: str) -> list[Row]:
     if path.suffix.lower() != ".txt":
         return load_rows(source)
     if not path.is_file():
-        raise WagleError(f"data.book {source} does not exist")
+        raise absent("data.book", source)
     with readable(path):
         text = path.read_text(encoding="utf-8-sig")
     if not text.strip():

@@ -10,7 +10,7 @@ from wagle_pl.data.chunks import chunk_rows, continuation
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.data.rows import Row, check_rows, load_rows, row_kind
 from wagle_pl.data.sources import HubSet, local_files, missing, need_columns, read_set
-from wagle_pl.utilities import WagleError
+from wagle_pl.utilities import WagleError, absent
 
 #: Tokens of ``max_length`` left free when texts are cut by tokens: special tokens, and a seam that tokenises anew.
 SPARE = 8
@@ -61,7 +61,7 @@ class SuiteDataModule(ForgetRetainDataModule):
             if value is not None and value < 1:
                 raise WagleError(f"data.{option} must be at least 1, got {value}")
         if folder is not None and not Path(folder).is_dir():
-            raise WagleError(f"data.folder {folder} does not exist")
+            raise absent("data.folder", folder)
         if chunk_size is not None and prompt_size is not None and prompt_size >= chunk_size:
             raise WagleError(f"data.prompt_size {prompt_size} leaves nothing of data.chunk_size {chunk_size} to follow")
         self.folder = folder

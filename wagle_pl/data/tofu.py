@@ -7,7 +7,7 @@ from typing import Any, Optional
 
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.data.rows import Row, load_rows
-from wagle_pl.utilities import WagleError
+from wagle_pl.utilities import WagleError, absent, plainly_local
 
 #: Official forget splits -> the retain split that completes each to the full set.
 RETAIN_OF = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
@@ -51,8 +51,8 @@ class TOFUDataModule(ForgetRetainDataModule):
         if source is None or "/" in source or "." in source:
             return super().load_rows(name)
         if not Path(self.path).is_dir():
-            if self.path.count("/") != 1 or self.path.startswith((".", "/")):
-                raise WagleError(f"TOFU folder {self.path} does not exist (data.path)")
+            if self.path.count("/") != 1 or plainly_local(self.path):
+                raise absent("TOFU folder (data.path)", self.path, hub=True)
             return load_rows(f"{self.path}:{source}")
         file = next((f for s in (".json", ".jsonl") if (f := Path(self.path) / f"{source}{s}").is_file()), None)
         if file is None:

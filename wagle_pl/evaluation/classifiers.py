@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wagle_pl.data.rows import Row
 from wagle_pl.evaluation.sets import Table
-from wagle_pl.utilities import WagleError, first_line
+from wagle_pl.utilities import WagleError, absent, first_line, plainly_local
 
 LONGEST = 512  # tokens of a text that a classifier reads, as SOUL's evaluation cuts them
 PARAPHRASED = "paraphrased_question_"
@@ -163,6 +163,5 @@ def check_folder(name: str, option: str) -> None:
     Raises:
         WagleError: if the folder is missing.
     """
-    local = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if local and not Path(name).is_dir():
-        raise WagleError(f"{option}: folder {name} does not exist")
+    if plainly_local(name) and not Path(name).is_dir():
+        raise absent(f"{option}: folder", name, hub=True)

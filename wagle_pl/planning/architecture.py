@@ -68,10 +68,8 @@ def architecture(name: str) -> Architecture:
     from wagle_pl import models
 
     source, options = models.locate(name)
-    try:
+    with models.loading(f"model {name!r}", name, "planned for"):
         config = AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        raise WagleError(f"model {name!r} cannot be planned for: {str(error).strip().splitlines()[0]}") from None
     try:
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(config)
