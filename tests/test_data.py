@@ -138,6 +138,17 @@ def test_a_missing_source_is_named():
         ({"question": "a", "answer": "  "}, "set row 2: 'answer' is empty"),
         ({"messages": [{"role": "user", "content": ""}]}, "set row 2: 'messages' is empty"),
         ({"input_ids": [1], "labels": []}, "set row 2: 'labels' is empty"),
+        ({"question": "a", "answer": None}, "set row 2: 'answer' is null: give a value, or leave the row out"),
+        ({"question": None, "answer": None}, "set row 2: 'question' and 'answer' are null"),
+        ({"question": "a", "answer": float("nan")}, "set row 2: 'answer' is nan, not a text: give it a value"),
+        ({"text": float("inf")}, "set row 2: 'text' is inf, not a text"),
+        (
+            {**QA[0], "perturbed_answer": ["b", float("nan")]},
+            r"set row 2: 'perturbed_answer' is \['b', nan\], not a text",
+        ),
+        ({"input_ids": [1, -3], "labels": [-100, 2]}, "set row 2: 'input_ids' has -3, which is no token id"),
+        ({"input_ids": [1, 3], "labels": [-1, 2]}, "set row 2: 'labels' has -1, which is no token id"),
+        ({"input_ids": ["a"], "labels": [1]}, "set row 2: 'input_ids' is no list of tokens"),
         ({"input_ids": [1, 2], "labels": [1]}, "set row 2: there are 2 'input_ids' and 1 'labels'"),
         ({"input_ids": 1, "labels": [1]}, "set row 2: 'input_ids' is no list of tokens"),
         ({"question": ["a"], "answer": "b"}, "set row 2: 'question' is a list, not a text"),
@@ -156,6 +167,24 @@ def test_a_missing_source_is_named():
 def test_a_bad_row_is_named(row, message):
     with pytest.raises(WagleError, match=message):
         check_rows([QA[0], row], "set")
+
+
+def test_nan_in_a_file_is_no_answer(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "Who?", "answer": "Nobody."}\n{"question": "What?", "answer": NaN}\n')
+    with pytest.raises(WagleError, match=r"forget set \(.*rows\.jsonl\) row 2: 'answer' is nan, not a text"):
+        ForgetRetainDataModule(str(path)).rows("forget")
+
+
+def test_repeated_forget_rows_are_told(tmp_path, heard):
+    rows = [*QA, {**QA[0], "answer": " Nobody. "}, QA[1], {"question": "Who?", "answer": "Somebody."}]
+    data = ForgetRetainDataModule(write_rows(tmp_path / "forget.jsonl", rows), write_rows(tmp_path / "r.jsonl", rows))
+    assert data.rows("forget") == rows and data.rows("retain")
+    assert "2 of 5 forget rows repeat earlier ones (rows 3, 4 of " in heard.text
+    assert heard.text.count("repeat earlier ones") == 1
+    heard.clear()
+    PeopleDataModule().rows("forget")
+    assert "repeat" not in heard.text
 
 
 # -- template ---------------------------------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ from wagle_pl.data.batches import (
     token_batches,
 )
 from wagle_pl.data.rows import Row, check_rows, load_rows, readable, row_key, row_kind, spread
-from wagle_pl.data.template import Template
-from wagle_pl.utilities import WagleError
+from wagle_pl.data.template import Template, check_ids
+from wagle_pl.utilities import WagleError, absent
 
 log = logging.getLogger(__name__)
 
@@ -187,12 +187,29 @@ class ForgetRetainDataModule(L.LightningDataModule):
             return None if trained is None else spread(trained, self.limit_test)
         rows = check_rows(rows, where=f"{name} set ({self.describe(name)})")
         rows = spread(rows, self.limit_test) if name.startswith("test/") else rows[: self.limits.get(name)]
+        if name == "forget":
+            self._warn_of_repeats(rows)
         return self._without_overlap(rows) if name == "retain" else rows
 
     def describe(self, name: str) -> str:
         """Where the rows of a set come from, for messages and the model card."""
         source = (self.test_sources or {}).get(name[5:]) if name.startswith("test/") else self.sources.get(name)
         return str(source or type(self).__name__)
+
+    def _warn_of_repeats(self, forget: list[Row]) -> None:
+        """Say how many forget rows are there twice, as they are attributed and forgotten twice."""
+        first: dict[str, int] = {}
+        repeats = [number for number, row in enumerate(forget, 1) if first.setdefault(row_key(row), number) != number]
+        if repeats:
+            shown = ", ".join(map(str, repeats[:5])) + (", ..." if len(repeats) > 5 else "")
+            log.warning(
+                "%d of %d forget rows repeat earlier ones (rows %s of %s) and weigh as much again: remove them, "
+                "unless that is meant",
+                len(repeats),
+                len(forget),
+                shown,
+                self.describe("forget"),
+            )
 
     def _without_overlap(self, retain: list[Row]) -> list[Row]:
         forget = {row_key(row) for row in self.rows("forget") or []}
@@ -250,7 +267,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         if self.refusals_file is None:
             text = resources.files("wagle_pl.data").joinpath("refusals.txt").read_text(encoding="utf-8")
         elif not Path(self.refusals_file).is_file():
-            raise WagleError(f"refusals file {self.refusals_file} does not exist")
+            raise absent("refusals file", self.refusals_file)
         else:
             with readable(Path(self.refusals_file)):
                 text = Path(self.refusals_file).read_text(encoding="utf-8-sig")
@@ -297,11 +314,28 @@ class ForgetRetainDataModule(L.LightningDataModule):
             )
         else:
             tokens = datasets.Dataset.from_list([encode(index) for index in range(len(rows))])
+        self._check_ids(name, tokens)
         cut = sum(length >= self.max_length for length in tokens["length"])
         if cut:
             log.warning("%d of %d %s rows reach max_length=%d tokens and are cut there", cut, len(rows), name,
                         self.max_length)  # fmt: skip
         return tokens
+
+    def _check_ids(self, name: str, tokens: Any) -> None:
+        """Refuse tokens that the model does not know, where there is a model."""
+        import pyarrow.compute
+
+        known = getattr(self._module, "vocabulary", None)
+        columns = [tokens.data.column(column) for column in ("input_ids", "labels")]
+        if known is None or all(
+            pyarrow.compute.max(pyarrow.compute.list_flatten(column)).as_py() < known for column in columns
+        ):
+            return
+        for row, (ids, labels) in enumerate(zip(tokens["input_ids"], tokens["labels"], strict=True), 1):
+            try:
+                check_ids([*ids, *labels], known)
+            except WagleError as error:
+                raise WagleError(f"{name} set ({self.describe(name)}) row {row}: {error}") from None
 
     # -- loaders ------------------------------------------------------------------------------------------------------
 

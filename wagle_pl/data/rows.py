@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import gzip
 import json
+import math
 import numbers
 import zlib
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Optional, TextIO
 
-from wagle_pl.utilities import WagleError
+from wagle_pl.utilities import WagleError, absent, plainly_local
 
 Row = dict[str, Any]
 
@@ -60,9 +61,11 @@ def load_rows(source: str, split: Optional[str] = None, limit: Optional[int] = N
     path = Path(source)
     if path.name.lower().endswith(READERS):
         if not path.is_file():
-            raise WagleError(f"data file {source} does not exist")
+            raise absent("data file", source)
         table = path.suffix.lower() in (".csv", ".parquet")
         rows = [as_texts(row) for row in (_read_table(path) if table else _read_json(path, limit))[:limit]]
+    elif path.is_dir() or (not path.exists() and plainly_local(source.partition(":")[0])):
+        raise absent("data source", source, hub=True)
     elif path.exists() or source.count("/") != 1:
         raise WagleError(
             f"data source {source!r} is neither a .json, .jsonl, .csv or .parquet file nor a hub dataset 'owner/name'"
@@ -92,6 +95,8 @@ def check_rows(rows: list[Row], where: str) -> list[Row]:
     for number, row in enumerate(rows, 1):
         columns = row_kind(row)
         if columns is None:
+            if nulls := _nulls(row):
+                raise WagleError(f"{where} row {number}: {nulls} null: give a value, or leave the row out")
             kinds = ", ".join("+".join(kind) for kind in COLUMNS)
             raise WagleError(f"{where} row {number} has columns {sorted(row)}; needed is one of: {kinds}")
         if fault := _fault(row, columns):
@@ -99,16 +104,31 @@ def check_rows(rows: list[Row], where: str) -> list[Row]:
     return rows
 
 
+def _nulls(row: Row) -> str:
+    """Which columns, with their verb, would make the row one of a kind if they were not None; empty if none would."""
+    for kind in COLUMNS:
+        if all(column in row for column in kind):
+            nulls = [repr(column) for column in kind if row[column] is None]
+            return f"{' and '.join(nulls)} {'is' if len(nulls) == 1 else 'are'}"
+    return ""
+
+
 def _fault(row: Row, columns: tuple[str, ...]) -> Optional[str]:
     """What is wrong with a row of a kind, None if nothing is."""
     for column in (*columns, *MORE_TEXTS, "perturbed_answer"):
         value = row.get(column)
+        if column in (*TEXTS, *MORE_TEXTS, *LISTS) and any(map(_is_nan, value if isinstance(value, list) else [value])):
+            return f"{column!r} is {value}, not a text: give it a value, or leave the row out"
         if column in (*TEXTS, *MORE_TEXTS) and not isinstance(value, (str, type(None))):
             return f"{column!r} is a {type(value).__name__}, not a text"
         if column in LISTS and value is not None and not _is_list_of(value, str):
             return f"{column!r} is no list of texts"
-        if column in ("input_ids", "labels") and not hasattr(value, "__len__"):
-            return f"{column!r} is no list of tokens"
+        if column in ("input_ids", "labels"):
+            if not hasattr(value, "__len__") or not all(isinstance(item, numbers.Integral) for item in value):
+                return f"{column!r} is no list of tokens"
+            lowest = -100 if column == "labels" else 0
+            if wrong := [item for item in value if item < 0 and item != lowest]:
+                return f"{column!r} has {wrong[0]}, which is no token id"
     if columns == ("messages",):
         messages = row["messages"]
         if not _is_list_of(messages, dict) or not all(
@@ -162,7 +182,12 @@ def as_texts(row: Row) -> Row:
 
 
 def _has_text(value: Any) -> bool:
-    return isinstance(value, (numbers.Number, datetime.date, datetime.time))
+    return isinstance(value, (numbers.Number, datetime.date, datetime.time)) and not _is_nan(value)
+
+
+def _is_nan(value: Any) -> bool:
+    """Whether a value is what JSON writes as NaN or Infinity."""
+    return isinstance(value, numbers.Real) and not math.isfinite(value)
 
 
 def _text(value: Any) -> str:

@@ -47,7 +47,6 @@ class Template:
             None adds none.
         chat_template_kwargs: variables for the chat template. ``date_string`` is :data:`DATE` unless given, and a
             template's clock (``strftime_now``) shows that date at midnight, never today's.
-        vocabulary: how many token ids the model knows; those of the tokenizer when None.
 
     Raises:
         WagleError: if a format lacks its field, or an option would have no effect.
@@ -62,11 +61,9 @@ class Template:
         generation_prefix: Optional[str] = None,
         system_prompt: Optional[str] = None,
         chat_template_kwargs: Optional[Mapping[str, Any]] = None,
-        vocabulary: Optional[int] = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.vocabulary = len(tokenizer) if vocabulary is None else vocabulary
         self.uses_chat_template = prompt_format is None and tokenizer.chat_template is not None
         self.system_prompt = system_prompt
         self.chat_template_kwargs = {"date_string": DATE, **(chat_template_kwargs or {})}
@@ -269,6 +266,23 @@ class Template:
         if eos is None:
             return ids
         return [*ids[: ids.index(eos)], eos] if eos in ids else [*ids, eos]
+
+
+def check_ids(ids: Sequence[int], known: int) -> None:
+    """Refuse tokens that a model has no embedding for: of another tokenizer than its own.
+
+    Args:
+        ids: token ids.
+        known: how many ids the model knows, from 0 on.
+
+    Raises:
+        WagleError: naming the first that it does not.
+    """
+    if max(ids, default=0) >= known:
+        token = next(token for token in ids if token >= known)
+        raise WagleError(
+            f"token id {token} is out of range: the model knows 0 to {known - 1}; take the model's own tokenizer"
+        )
 
 
 def differing_prompts(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:

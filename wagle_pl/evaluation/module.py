@@ -166,6 +166,11 @@ class EvaluationModule(L.LightningModule):
         return models.load_tokenizer(self.model_name)
 
     @property
+    def vocabulary(self) -> Optional[int]:
+        """How many token ids the model knows; None until it is loaded."""
+        return None if self.lm is None else models.vocabulary_size(self.lm)
+
+    @property
     def described_data(self) -> dict[str, str]:
         """Where forget and retain rows come from, for records; empty if the data module does not say."""
         data = self.trainer.datamodule

@@ -27,11 +27,12 @@ import torch
 from wagle_pl import distributed
 from wagle_pl.data.batches import deal_batches, token_batches
 from wagle_pl.data.rows import Row, row_kind
-from wagle_pl.data.template import IGNORE, Template
+from wagle_pl.data.template import IGNORE, Template, check_ids
 from wagle_pl.evaluation import candidates as C
 from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.generation import first_tokens, generate, gradient_norm
 from wagle_pl.evaluation.scoring import Passes, Score, score
+from wagle_pl.models import vocabulary_size
 from wagle_pl.utilities import WagleError
 
 NEEDS = frozenset(
@@ -85,6 +86,7 @@ class Observer:
     ) -> None:
         self.passes = Passes(lm, meets)
         self.template = template
+        self.vocabulary = vocabulary_size(lm)
         self.tokenizer = template.tokenizer
         self.max_rows = max_rows
         self.max_new_tokens = max_new_tokens
@@ -136,7 +138,10 @@ class Observer:
         """All that is scored of a row, and the prompt to generate from."""
         try:
             prompt = self.template.encode_prompt(row) if "generation" in want else []
-            return self._candidates(row, want, header), prompt
+            candidates = self._candidates(row, want, header)
+            for ids in (prompt, *(named.candidate.ids for named in candidates)):
+                check_ids(ids, self.vocabulary)
+            return candidates, prompt
         except WagleError as error:
             raise WagleError(f"{name}: {error}") from None
 
