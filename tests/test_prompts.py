@@ -107,6 +107,18 @@ def test_another_date_by_option(tiny_model, chat_template):
     assert other.identity() != default.identity() and other.prompts != default.prompts
 
 
+def test_prompts_that_stay_keep_their_identity(tiny_model):
+    """Studies and tests that are not finished go on, caches are found: only what changes the prompts makes others."""
+    tokenizer = load_tokenizer(tiny_model)
+    vocabulary, end = tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id
+    assert Template(tokenizer).identity() == repr((vocabulary, tokenizer.chat_template, 512, end))
+    formats = ("Q: {question}\n", "A: {answer}")
+    assert Template(tokenizer, *formats).identity() == repr((vocabulary, formats, 512, end))
+    others = [Template(tokenizer, *formats, generation_prefix="A: "), Template(tokenizer, system_prompt="Be brief.")]
+    others += [Template(with_template(tiny_model, LLAMA_3)), Template(with_template(tiny_model, CLOCK))]
+    assert len({other.identity() for other in (Template(tokenizer), Template(tokenizer, *formats), *others)}) == 6
+
+
 def test_a_row_s_own_system_message_stays(tiny_model):
     template = Template(load_tokenizer(tiny_model), system_prompt="Be brief.")
     messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody."}]
@@ -293,7 +305,7 @@ def test_results_of_other_prompts(wagle, fails, tiny_model, tmp_path, heard):
     assert json.loads((tmp_path / "brief/metrics.info.json").read_text())["prompts"]["system_prompt"] == "Be brief."
     line = fails(*test, "--model.output", "plain", "--model.retrained", "brief")
     assert "model.retrained: brief was tested with other prompts (system_prompt 'Be brief.' there, None here)" in line
-    assert "test that model with these" in line and not (tmp_path / "plain").exists()
+    assert "test that model with these, or give" in line and not (tmp_path / "plain").exists()
     wagle(*test, "--model.output", "plain", "--model.target", "brief")
     assert "the target's results are of other prompts: system_prompt 'Be brief.' there, None here" in heard.text
     wagle(*test, "--model.output", "brief_again", *SYSTEM, "--model.retrained", "brief")

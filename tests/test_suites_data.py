@@ -192,6 +192,8 @@ def test_new_kinds_of_rows(tokenizer):
     assert tokenizer.decode(template.encode_prompt({"prompt": "Go on"})) == "<|user|>Go on<|assistant|>"
     with pytest.raises(WagleError, match="no answer"):
         template.encode({"prompt": "Go on"})
+    with pytest.raises(WagleError, match="'response' is null"):
+        template.encode({"prompt": "Go on", "response": None})
 
 
 def test_continuations_stand_in_no_template(tokenizer):

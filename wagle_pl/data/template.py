@@ -77,6 +77,9 @@ class Template:
                         "give prompt_format too, or leave both to the template (null)"
                     )
             self._check_variables(chat_template_kwargs or {})
+            self._variables = dict(self.chat_template_kwargs)  # those that it reads
+            if not re.search(r"\b(date_string|strftime_now)\b", source):
+                del self._variables["date_string"]
             self._check_system_prompt()
         else:
             given = (("system_prompt", system_prompt), ("chat_template_kwargs", chat_template_kwargs))
@@ -89,8 +92,8 @@ class Template:
                     )
         self.prompt_format = prompt_format or DEFAULT_PROMPT
         self.answer_format = answer_format or DEFAULT_ANSWER
-        if generation_prefix is None:  # a space there is a token of its own, where training joins it to the first word
-            generation_prefix = self.answer_format.partition("{answer}")[0].rstrip(" ")
+        if generation_prefix is None:
+            generation_prefix = _prefix_of(self.answer_format)
         self.generation_prefix = generation_prefix
         for option, text, field in (
             ("prompt_format", self.prompt_format, "{question}"),
@@ -135,10 +138,13 @@ class Template:
     def identity(self) -> str:
         """Everything that decides the tokens, as text: part of the key under which tokenised rows are cached."""
         vocabulary = self.tokenizer.backend_tokenizer.to_str() if self.tokenizer.is_fast else repr(self.tokenizer)
-        formats: Any = (self.prompt_format, self.answer_format, self.generation_prefix)
+        formats: Any = (self.prompt_format, self.answer_format)
         if self.uses_chat_template:
-            variables = json.dumps(self.chat_template_kwargs, sort_keys=True)
-            formats = (self._chat_template, self.system_prompt, variables)
+            formats = self.tokenizer.chat_template
+            if self.system_prompt is not None or self._variables:
+                formats = (formats, self.system_prompt, json.dumps(self._variables, sort_keys=True))
+        elif self.generation_prefix != _prefix_of(self.answer_format):
+            formats = (*formats, self.generation_prefix)
         return repr((vocabulary, formats, self.max_length, self.tokenizer.eos_token_id))
 
     @cached_property
@@ -154,14 +160,11 @@ class Template:
             prompt = answer = None
         if not self.uses_chat_template:
             return {"prompt": prompt, "answer": answer, "generation_prefix": self.generation_prefix}
-        variables = dict(self.chat_template_kwargs)
-        if not re.search(r"\b(date_string|strftime_now)\b", self._chat_template):
-            del variables["date_string"]
         return {
             "prompt": prompt,
             "answer": answer,
             "system_prompt": self.system_prompt,
-            "chat_template_kwargs": variables,
+            "chat_template_kwargs": self._variables,
         }
 
     def encode(self, row: Row, answer: Optional[str] = None) -> dict[str, list[int]]:
@@ -268,6 +271,11 @@ class Template:
         return [*ids[: ids.index(eos)], eos] if eos in ids else [*ids, eos]
 
 
+def _prefix_of(answer_format: str) -> str:
+    """What is given of an answer when generating: without the space, which is one token with the first word."""
+    return answer_format.partition("{answer}")[0].rstrip(" ")
+
+
 def check_ids(ids: Sequence[int], known: int) -> None:
     """Refuse tokens that a model has no embedding for: of another tokenizer than its own.
 
@@ -337,6 +345,8 @@ def _own_answer(row: Row) -> str:
     kind = row_kind(row)
     if kind == ("question", "choices", "label"):
         return row["choices"][row["label"]]
+    if kind == ("prompt",) and "response" in row:
+        raise WagleError("'response' is null: such rows can be generated from, not trained on or scored")
     if kind in (("prompt",), None):
         raise WagleError("there is a prompt and no answer: such rows can be generated from, not trained on or scored")
     return row[kind[-1]]

@@ -56,7 +56,7 @@ class EvaluationModule(L.LightningModule):
             a :class:`~wagle_pl.evaluation.suites.Suite`; the data module's own when None.
         retrained: results of the model retrained without the forget set, which forget quality and privacy leakage
             compare with: folder of a test, its ``metrics.json``, a model's folder with a test in it, or a result file
-            published with TOFU.
+            published with TOFU. Of the same rows and prompts, as far as it says its prompts.
         target: results of the model before unlearning, likewise; shown beside this one's.
         reference: results of a reference model, likewise, for the reference attack of membership inference.
         truth_ratio_form: ``geometric`` (TOFU's script) or ``arithmetic`` (its paper).
@@ -318,16 +318,22 @@ class EvaluationModule(L.LightningModule):
     def _rows(self, name: str) -> list[dict[str, Any]]:
         return self.trainer.datamodule.rows(f"test/{name}")
 
-    def _check_rows(self, names: Sequence[str]) -> None:
-        """Results to compare with must be on the same rows, asked with the same prompts."""
+    def _check_prompts(self) -> None:
+        """Results to compare with must be of the same prompts."""
         for option, results in self._results.items():
-            if other := differing_prompts(results.prompts, self.prompts):
-                if option != "target":
-                    raise WagleError(
-                        f"model.{option}: {results.path} was tested with other prompts ({other}): test "
-                        "that model with these"
-                    )
+            other = differing_prompts(results.prompts, self.prompts)
+            if other and option != "target":
+                raise WagleError(
+                    f"model.{option}: {results.path} was tested with other prompts ({other}): test that model with "
+                    "these, or give this run those"
+                )
+            if other:
                 log.warning("the target's results are of other prompts: %s", other)
+
+    def _check_rows(self, names: Sequence[str]) -> None:
+        """Results to compare with must be on the same rows."""
+        self._check_prompts()
+        for option, results in self._results.items():
             for name in names:
                 rows = [(question_of(row), answer_of(row)) for row in self._rows(name)]
                 differing = results.differing(name, rows)

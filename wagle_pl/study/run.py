@@ -74,6 +74,7 @@ class StudyRun(UnlearnModule):
         self._test_names = self.trainer.datamodule.test_names()
         path = self.compared["retrained"]
         self._results = {} if path is None else {"retrained": Results(path)}
+        self._check_prompts()
         distributed.from_rank_zero(self._load_readers)
 
     def on_train_start(self) -> None:
