@@ -180,7 +180,8 @@ def test_repeated_forget_rows_are_told(tmp_path, heard):
     rows = [*QA, {**QA[0], "answer": " Nobody. "}, QA[1], {"question": "Who?", "answer": "Somebody."}]
     data = ForgetRetainDataModule(write_rows(tmp_path / "forget.jsonl", rows), write_rows(tmp_path / "r.jsonl", rows))
     assert data.rows("forget") == rows and data.rows("retain")
-    assert "2 of 5 forget rows repeat earlier ones (rows 3, 4 of " in heard.text
+    assert "2 of 5 forget rows repeat earlier ones and weigh as much again: remove them" in heard.text
+    assert "forget.jsonl, row 3, 4)" in heard.text
     assert heard.text.count("repeat earlier ones") == 1
     heard.clear()
     PeopleDataModule().rows("forget")

@@ -203,12 +203,12 @@ class ForgetRetainDataModule(L.LightningDataModule):
         if repeats:
             shown = ", ".join(map(str, repeats[:5])) + (", ..." if len(repeats) > 5 else "")
             log.warning(
-                "%d of %d forget rows repeat earlier ones (rows %s of %s) and weigh as much again: remove them, "
-                "unless that is meant",
+                "%d of %d forget rows repeat earlier ones and weigh as much again: remove them, unless that is meant "
+                "(%s, row %s)",
                 len(repeats),
                 len(forget),
-                shown,
                 self.describe("forget"),
+                shown,
             )
 
     def _without_overlap(self, retain: list[Row]) -> list[Row]:
