@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,7 @@ def test_weights_cut_short(copy, size):
     line = said(load_model, copy)
     assert line.startswith("model 'broken' cannot be loaded: weight file broken/model.safetensors is not a whole")
     assert line.endswith("; copy or download it again")
+    assert said(partial(load_model, sharded=True), copy).startswith("weight file broken/model.safetensors is not a")
 
 
 @pytest.mark.parametrize(
@@ -134,6 +136,7 @@ def test_weights_cut_short(copy, size):
 def test_a_configuration_that_disagrees_with_the_weights(copy, changes, message, capfd):
     configure(copy, **changes)
     assert message in said(load_model, copy)
+    assert message in said(partial(load_model, sharded=True), copy)
     assert "MISSING" not in capfd.readouterr().err
 
 

@@ -136,18 +136,18 @@ def _load_sharded(name: str, attention: Mapping[str, str]) -> Any:
         model.tie_weights()
         model.generation_config = GenerationConfig.from_pretrained(source)
     stored = TensorFiles(_folder_of(source))
-    missing = [parameter for parameter, _ in model.named_parameters() if parameter not in stored.names]
-    if missing:
+    shapes, names = parameter_shapes(model), set(stored.names)
+    missing = [weight for weight in shapes if weight not in names]
+    if missing and _any_layer(missing[0]) not in set(map(_any_layer, names)):
         raise WagleError(f"model {name!r} stores its weights under names other than its own (no {missing[0]}): for "
                          "ZeRO-3, load it once with transformers and write it by save_pretrained(FOLDER, "
                          "save_original_format=False), or take ZeRO-2")  # fmt: skip
-    shapes = parameter_shapes(model)
-    mismatched = [(n, stored.shape(n), shape) for n, shape in shapes.items() if stored.shape(n) != shape]
-    _check_found(name, model, {"mismatched_keys": mismatched, "unexpected_keys": stored.names})
+    mismatched = [(n, stored.shape(n), shape) for n, shape in shapes.items() if n in names and stored.shape(n) != shape]
+    _check_found(name, model, {"missing_keys": missing, "mismatched_keys": mismatched, "unexpected_keys": names})
     for parameter_name, parameter in model.named_parameters():
         assign(parameter, lambda name=parameter_name: stored.tensor(name))
     for buffer_name, buffer in model.named_buffers():
-        if buffer_name in stored.names:
+        if buffer_name in names:
             buffer.copy_(stored.tensor(buffer_name))
     model.config.use_cache = False
     return model.eval()
