@@ -12,7 +12,7 @@ from conftest import write_rows
 
 from wagle_pl import ForgetRetainDataModule, TOFUDataModule, WagleError, WeightMask
 from wagle_pl.data.rows import load_rows
-from wagle_pl.evaluation.classifiers import check_folder
+from wagle_pl.evaluation.classifiers import ToxicityClassifier, check_folder
 from wagle_pl.models import load_model, load_tokenizer
 from wagle_pl.planning.architecture import architecture
 
@@ -121,6 +121,8 @@ def test_weights_cut_short(copy, size):
     assert line.startswith("model 'broken' cannot be loaded: weight file broken/model.safetensors is not a whole")
     assert line.endswith("; copy or download it again")
     assert said(partial(load_model, sharded=True), copy).startswith("weight file broken/model.safetensors is not a")
+    line = said(ToxicityClassifier, copy)
+    assert line.startswith("model.toxicity_classifier 'broken' cannot be loaded: weight file broken/model.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from wagle_pl.data.rows import Row
 from wagle_pl.evaluation.sets import Table
-from wagle_pl.utilities import WagleError, absent, first_line, plainly_local
+from wagle_pl.models import loading
+from wagle_pl.utilities import WagleError, absent, plainly_local
 
 LONGEST = 512  # tokens of a text that a classifier reads, as SOUL's evaluation cuts them
 PARAPHRASED = "paraphrased_question_"
@@ -67,11 +68,9 @@ class ToxicityClassifier:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         check_folder(name, "model.toxicity_classifier")
-        try:
+        with loading(f"model.toxicity_classifier {name!r}", name):
             self.model = AutoModelForSequenceClassification.from_pretrained(name).eval().to(device or "cpu")
             self.tokenizer = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise WagleError(f"model.toxicity_classifier {name!r} cannot be loaded: {first_line(error)}") from error
         labels = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
         self.toxic = [0] if len(labels) == 1 else toxic_labels(labels)
         if not self.toxic:
@@ -109,10 +108,8 @@ class SentenceModel:
             raise WagleError(
                 "model.sentence_model needs sentence-transformers: pip install 'wagle-pl[embeddings]'"
             ) from None
-        try:
+        with loading(f"model.sentence_model {name!r}", name):
             self.model: Any = SentenceTransformer(name)
-        except (OSError, ValueError) as error:
-            raise WagleError(f"model.sentence_model {name!r} cannot be loaded: {first_line(error)}") from error
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(N, D) embeddings of N texts."""
