@@ -24,6 +24,7 @@ from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.evaluation.module import EvaluationModule
 from wagle_pl.layers import linear_weights, recompute_blocks
 from wagle_pl.masks import SUFFIX, WeightMask, mask_path
+from wagle_pl.resume import begin, keep_position, recount
 from wagle_pl.strategies import ZeRO, is_sharded, is_zero
 from wagle_pl.unlearning.objectives import NPO, PO, GradDiff
 from wagle_pl.utilities import WagleError, refuse_existing
@@ -116,6 +117,8 @@ class AttributionModule(EvaluationModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.jobs = self._plan()
         self._within_step = False
+        self._seen = (0, 0)  # the epoch, and how many of its micro-batches are in the sums
+        self._loaded = False  # a checkpoint, and the pass has not gone on yet
         self._small: dict[str, Any] = {}
         self._unsynced = ExitStack()
         self.streams = tuple(dict.fromkeys((self.forget_loss.forget_streams[0], *(job.stream for job in self.jobs))))
@@ -217,6 +220,8 @@ class AttributionModule(EvaluationModule):
 
     def on_train_start(self) -> None:
         """Attribute the model as it is used, without dropout; DDP need not average gradients that are summed here."""
+        begin(self.trainer)
+        self._loaded = False
         self.lm.eval()
         if isinstance(self.trainer.strategy.model, DistributedDataParallel):
             self._unsynced.enter_context(self.trainer.strategy.model.no_sync())
@@ -239,6 +244,7 @@ class AttributionModule(EvaluationModule):
             self._end_step()
         if is_zero(self.trainer.strategy):
             self.trainer.strategy.release()
+        self._seen = (epoch, batch_idx + 1)
         return total
 
     def _end_step(self) -> None:
@@ -252,6 +258,12 @@ class AttributionModule(EvaluationModule):
         """Nothing: the step has made its own backward passes."""
 
     # -- the masks ----------------------------------------------------------------------------------------------------
+
+    def on_fit_end(self) -> None:
+        """End a pass whose checkpoint holds all of it: Lightning runs no step, and leaves ``on_train_end`` out."""
+        if self._loaded:
+            self._loaded = False
+            self.on_train_end()
 
     def on_train_end(self) -> None:
         """Turn the sums into scores, the scores into masks, and write them."""
@@ -427,8 +439,16 @@ class AttributionModule(EvaluationModule):
             log.info("share selected by %s: %s", group, "  ".join(f"{k} {v:.3f}" for k, v in stats[group].items()))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the weights out: they are the model's own, unmoved."""
+        """Leave the weights out: they are the model's own, unmoved. Say which rows are in the sums."""
         checkpoint["state_dict"] = {}
+        if self._seen[1]:
+            keep_position(checkpoint, self.trainer, *self._seen)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Find the place where the pass goes on."""
+        if self.attached and self.trainer.training:
+            recount(checkpoint, self.trainer)
+            self._loaded = True
 
 
 def _hessian_kind(hessian: str, gamma: Union[float, str], needs: set[str]) -> str:

@@ -16,6 +16,7 @@ from wagle_pl.evaluation.likelihood import forward_answers
 from wagle_pl.evaluation.module import EvaluationModule
 from wagle_pl.layers import expert_weights
 from wagle_pl.masks import WeightMask
+from wagle_pl.resume import StepStart, begin, keep_position, random_state, recount, set_random_state
 from wagle_pl.strategies import flat_masks, is_zero
 from wagle_pl.unlearning.adapters import LoRA
 from wagle_pl.unlearning.base import freeze_others, mask_matching
@@ -32,7 +33,6 @@ from wagle_pl.unlearning.optim import (
     parameter_masks,
 )
 from wagle_pl.unlearning.reference import FrozenCopy, References
-from wagle_pl.unlearning.resume import StepStart, random_state, rewind, set_random_state
 from wagle_pl.unlearning.schedules import lr_factor
 from wagle_pl.utilities import WagleError, describe, peak_memory, refuse_existing, resolve, versions
 
@@ -83,6 +83,7 @@ class FinetuneModule(EvaluationModule):
         self._started = 0.0
         self._step_start: Optional[StepStart] = None
         self._random: Mapping[str, Tensor] = {}
+        self._loaded = False  # a checkpoint, and training has not gone on yet
 
     @property
     def results_folder(self) -> Path:
@@ -188,7 +189,7 @@ class FinetuneModule(EvaluationModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Remember where a step starts."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self._step_start = StepStart(batch_idx, self.global_step, random_state(self.device))
+            self._step_start = StepStart(self.current_epoch, batch_idx, self.global_step, random_state(self.device))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the random state, which dropout draws from, so that a resumed run equals an unbroken one; and what the
@@ -196,25 +197,34 @@ class FinetuneModule(EvaluationModule):
         start."""
         start = self._step_start
         begun = start is not None and start.step == self.global_step
-        if begun:
-            rewind(checkpoint["loops"], start.batch)
+        if start is not None:
+            done = start.batch if begun else start.batch + self.trainer.accumulate_grad_batches
+            keep_position(checkpoint, self.trainer, start.epoch, done)
         checkpoint.update(start.random if begun else random_state(self.device))
         dtype = str(next(self.lm.parameters()).dtype).removeprefix("torch.")
         checkpoint["model"] = {"name": self.model_name, "dtype": dtype, "record": self.record()}
         checkpoint.setdefault(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).setdefault("model", self.model_name)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the random state back, when training starts."""
+        """Find the place where the run goes on; take the random state back, when training starts."""
+        if self.attached and self.trainer.training:
+            recount(checkpoint, self.trainer)
+            self._loaded = True
         self._random = {key: checkpoint[key] for key in ("rng_state", "cuda_rng_state") if key in checkpoint}
 
     def on_train_start(self) -> None:
         """Start the clock and restore the random state of a checkpoint."""
-        self._started = time.monotonic()
+        self._started, self._loaded = time.monotonic(), False
         set_random_state(self._random, self.device)
-        # counting the steps made the loader before Lightning read the checkpoint: tell it only now where to go on
-        self.trainer.fit_loop._load_combined_loader_states()
+        begin(self.trainer)
 
     # -- export -------------------------------------------------------------------------------------------------------
+
+    def on_fit_end(self) -> None:
+        """End a run whose checkpoint holds all of it: Lightning trains no step, and leaves ``on_train_end`` out."""
+        if self._loaded:
+            self._started, self._loaded = time.monotonic(), False
+            self.on_train_end()
 
     def on_train_end(self) -> None:
         """Write the model folder."""
