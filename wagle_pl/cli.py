@@ -16,7 +16,7 @@ from typing import Any, Optional
 
 import yaml
 
-from wagle_pl import __version__
+from wagle_pl import __version__, stopping
 from wagle_pl.commands import COMMANDS, EXIT_BAD_INPUT, SUMMARIES, fail, overview
 from wagle_pl.utilities import WagleError, first_line, ready_to_run
 
@@ -28,10 +28,12 @@ def main(args: Optional[Sequence[str]] = None) -> None:
         args: command-line arguments; those of the process when None.
 
     Raises:
-        SystemExit: with code 2 on a mistake in the input, after one line that names it.
+        SystemExit: with code 2 on a mistake in the input, after one line that names it; with 128 + the number of a
+            signal that ended it.
     """
     args = list(sys.argv[1:] if args is None else args)
     _answer_at_once(args)
+    outer = stopping.install(dict.fromkeys(stopping.SIGNALS, stopping.exit_at_once))
     quiet()
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that class paths of the user's own modules resolve
@@ -50,6 +52,12 @@ def main(args: Optional[Sequence[str]] = None) -> None:
         if _told_by_rank_zero():
             raise SystemExit(EXIT_BAD_INPUT) from None
         fail(str(mistake))
+    except stopping.Stopped:
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # Lightning's first rank is killed if one it started ends before it
+            _told_by_rank_zero(60.0)
+        raise
+    finally:
+        stopping.install(outer)
 
 
 def _answer_at_once(args: Sequence[str]) -> None:
@@ -79,6 +87,7 @@ def run(args: list[str]) -> Any:
     from wagle_pl.lightning_cli import WagleCLI
 
     ready_to_run()
+    stopping.imported()
     try:
         return WagleCLI(args=args)
     finally:
@@ -92,6 +101,7 @@ def run_command(name: str, args: list[str]) -> Any:
     from wagle_pl.commands.parser import CommandParser
 
     module = import_module(COMMANDS[name])
+    stopping.imported()
     if args and args[0] in getattr(module, "SHORTHANDS", {}):
         args = [module.SHORTHANDS[args[0]], *args[1:]]
     if getattr(module, "LAYERED", False):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -17,6 +18,7 @@ import wagle_pl.data
 import wagle_pl.evaluation
 import wagle_pl.unlearning  # noqa: F401  the imports make the classes known by their short names
 from wagle_pl.attribution import AttributionModule
+from wagle_pl.callbacks import EpochCheckpoint, StopAtSignal
 from wagle_pl.commands import COMMANDS
 from wagle_pl.commands.parser import OneLineErrors
 from wagle_pl.strategies import is_zero
@@ -110,7 +112,7 @@ class WagleCLI(LightningCLI):
         self._dump_config()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """The Trainer of the options; attribution is one pass unless they say how long.
+        """The Trainer of the options, which a signal stops in good order; attribution is one pass unless they say more.
 
         Raises:
             WagleError: if Lightning refuses one of them.
@@ -119,8 +121,14 @@ class WagleCLI(LightningCLI):
         endless = options.get("max_epochs") is None and options.get("max_steps") in (None, -1)
         if endless and not options.get("max_time") and isinstance(self.model, AttributionModule):
             kwargs.setdefault("max_epochs", 1)  # Lightning's own default is 1000
+        callbacks = options.get("callbacks") or []
+        callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
+        if options.get("enable_checkpointing") is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
+            kwargs.setdefault("callbacks", [*callbacks, EpochCheckpoint()])  # in place of Lightning's own default
         with trainer_in_the_making():
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.append(StopAtSignal())  # the last: what the others keep is of the step that is done
+        return trainer
 
     def instantiate_classes(self) -> None:
         """Instantiate, and tell the module the run's whole configuration."""
