@@ -362,6 +362,38 @@ def test_attribution_resumes(ranks: Ranks, lone: Ranks, run: Any, command: Any, 
         assert same_masks(whole, Path("alone"))
 
 
+CUTS = {"one": (2, 4), "ddp": (4, 1), "zero2": (1, 4), "lone2": (4, 2)}  # batch size and accumulation of 8 rows
+
+
+@pytest.mark.parametrize("first, second", [("ddp", "one"), ("one", "ddp"), ("zero2", "lone2"), ("lone2", "zero2")])
+@pytest.mark.parametrize("module", ["UnlearnModule", "AttributionModule"])
+def test_another_cut_goes_on(
+    ranks: Ranks, lone: Ranks, wagle: Any, command: Any, mask: str, module: str, first: str, second: str
+):
+    """Two ranks' run goes on with one, and the other way, with other micro-batches: within an epoch and at its end."""
+
+    trains = module == "UnlearnModule"
+    adamw = ["--optimizer", "MaskedAdamW", "--optimizer.lr", "1e-3"]
+    kind = ["--model.objective", "GradDiff", "--model.mask", mask, *adamw] if trains else ["--model.masks", MASKS]
+
+    def fit(name: str, output: str, *more: str) -> Path:
+        size, accumulate = CUTS[name]
+        named = {"data.batch_size": size, "trainer.accumulate_grad_batches": accumulate}
+        named |= {"trainer.max_epochs": 3 if trains else 1, "trainer.max_steps": -1}
+        kept = strategy(name.replace("lone", "zero"), 1 if name in ("one", "lone2") else 2)
+        arguments = command(module, "--model.output", output, *kind, *more, *kept, **named)
+        if name == "one":
+            wagle(*arguments, data=False)
+        else:
+            (lone if name == "lone2" else ranks)(*arguments)
+        return Path(output)
+
+    whole = fit(first, "whole", *checkpointing(1, "kept"))
+    for step in (3, 4) if trains else (1,):
+        on = fit(second, f"on-{step}", "--ckpt_path", f"kept/step={step}.ckpt")
+        assert difference(weights(whole), weights(on)) < 1e-5 if trains else same_masks(whole, on)
+
+
 def test_a_checkpoint_without_a_shard(ranks: Ranks, run: Any, command: Any):
     run("zero3", "FinetuneModule", *checkpointing(2, "kept"), **{"trainer.max_steps": 2})
     os.remove("kept/step=2.ckpt/rank-00001-of-00002.safetensors")
