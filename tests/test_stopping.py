@@ -96,7 +96,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(command, signum, module):
     assert found == code, told
     assert f"wagle: {name}: the run stops after this step, with a checkpoint" in told
     assert "Traceback" not in told and "Exception ignored" not in told
-    (path,) = re.findall(rf"stopped by {name} after step 2; to go on, give the same command --ckpt_path (\S+)", told)
+    (path,) = re.findall(rf"stopped by {name} after step 2; to go on, add to the same command: --ckpt_path (\S+)", told)
     assert path == "checkpoints/stopped-step=2.ckpt"
     assert torch.load(path, weights_only=False)["global_step"] == 2
     assert not list(Path().glob("out*"))

@@ -110,9 +110,11 @@ class StopAtSignal(L.Callback):
             log.warning("stopped by %s; fast_dev_run writes no checkpoint", name)
             raise Stopped(signum)
         path = trainer.strategy.broadcast(self._path(trainer))
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         if self._requeue is None:
-            log.warning("stopped by %s after step %d; to go on, give the same command --ckpt_path %s", name, step, path)
+            log.warning(
+                "stopped by %s after step %d; to go on, add to the same command: --ckpt_path %s", name, step, path
+            )
         else:
             log.warning("stopped by %s after step %d; the same job goes on from %s by itself", name, step, path)
         if signum == self._requeue and trainer.is_global_zero:
