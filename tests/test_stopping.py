@@ -22,10 +22,8 @@ from wagle_pl.callbacks import EpochCheckpoint
 NAMES = {signal.SIGTERM: ("SIGTERM", 143), signal.SIGINT: ("SIGINT", 130)}
 
 
-class Slow:
-    """Code that a run imports: a step of training lasts long enough to be hit."""
-
-    CODE = """
+#: A callback that runs import: a step of training lasts long enough to be hit.
+SLOW = """
 import time
 from lightning.pytorch.callbacks import Callback
 
@@ -41,7 +39,7 @@ class Slow(Callback):
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: str, rows: dict[str, str]):
     """A fit as it is typed, in an empty folder, whose steps are slow."""
     monkeypatch.chdir(tmp_path)
-    Path("slow.py").write_text(Slow.CODE)
+    Path("slow.py").write_text(SLOW)
 
     def make(module: str, *options: Any, slow: bool = True) -> list[str]:
         kind = ["--model.objective", "GradDiff", "--trainer.max_epochs", "4"] if module == "UnlearnModule" else []
