@@ -8,11 +8,17 @@ import pytest
 from scipy.stats import hmean, ks_2samp
 
 from wagle_pl import WagleError
+from wagle_pl.data.batches import collate
+from wagle_pl.data.people import bundled
+from wagle_pl.data.template import Template
 from wagle_pl.evaluation import Observations, Results, Suite, Undefined, find_suite
 from wagle_pl.evaluation.comparison import arrow, comparison
+from wagle_pl.evaluation.observe import Observer, observe_set
+from wagle_pl.evaluation.robustness.weights import finetune_
 from wagle_pl.evaluation.suites import membership
 from wagle_pl.evaluation.tables import write_table
 from wagle_pl.evaluation.tofu import from_result, to_result
+from wagle_pl.models import load_model, load_tokenizer
 
 random = np.random.default_rng(0)
 
@@ -150,6 +156,49 @@ def test_retrained_results_from_folder_and_file(tofu_tables, tmp_path):
     losses = {name: column(tofu_tables[name], "nll") - column(other[name], "nll") for name in ("forget", "holdout")}
     assert found["forget/mia_reference"] == pytest.approx(np.mean(losses["forget"][:, None] < losses["holdout"]))
     assert "gradient_norm" in str(found["forget/mia_gradnorm"])
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model):
+    """Observations of ``members``, on which a model was trained until it knew them, and of ``nonmembers``."""
+    sets = {"members": bundled("forget")[::2], "nonmembers": bundled("forget")[1::2]}
+    untrained, lm = load_model(tiny_model).eval(), load_model(tiny_model).eval()
+    template = Template(load_tokenizer(tiny_model))
+    batch = collate([template.encode(row) for row in sets["members"]], template.tokenizer.pad_token_id)
+    finetune_(lm, [batch] * 60, 1e-2)
+    needs = membership.NEEDS | {"gradient", "text"}
+
+    def observed(model):
+        return {name: observe_set(Observer(model, template), part, needs) for name, part in sets.items()}
+
+    return observed(lm), observed(untrained)
+
+
+def as_results(tables, folder):
+    for name, table in tables.items():
+        write_table(folder / f"{name}.parquet", table, {})
+    (folder / "metrics.json").write_text("{}")
+    return Results(folder)
+
+
+@pytest.mark.parametrize("attack", membership.ATTACKS)
+def test_an_attack_recognises_members(trained, tmp_path, attack):
+    """Every score is low for a member: near 1 on a model that knows the members, near 0 with the sides exchanged."""
+    tables, untrained = trained
+    seen = Observations(tables, reference=as_results(untrained, tmp_path))
+    assert membership.auc(seen, "members", "nonmembers", attack) > 0.9
+    assert membership.auc(seen, "nonmembers", "members", attack) < 0.1
+    named = find_suite("generic").measures(seen)
+    assert named[f"members/mia_{attack}"] > 0.9
+
+
+def test_signs_of_what_is_made_of_attacks(trained, tmp_path):
+    tables, untrained = trained
+    leaked = membership.privacy_leakage(Observations(tables, as_results(untrained, tmp_path)), "members", "nonmembers")
+    assert leaked < -80  # MUSE: near -100, the model still shows what it saw
+    for forget, retain, value in (("nonmembers", "members", 1.0), ("members", "nonmembers", 0.0)):
+        seen = Observations({"forget": tables[forget], "retain": tables[retain]})
+        assert find_suite("tofu").measures(seen)["wagle/mia"] == pytest.approx(value, abs=0.1)  # 1: forgotten
 
 
 def test_results_that_cannot_be_read(tmp_path):

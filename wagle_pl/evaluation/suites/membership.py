@@ -40,7 +40,7 @@ def scores(table: Table, attack: str, reference: Optional[Table] = None) -> Tens
             raise Undefined("it needs the results of a reference model: give --model.reference")
         return found.nll() - SetMeasures(reference).nll()
     if attack == "gradnorm":
-        return -found.numbers("gradient_norm", "gradient norms (--model.gradient_norm true)")
+        return found.numbers("gradient_norm", "gradient norms (--model.gradient_norm true)")
     logprobs = [torch.tensor(row) for row in found.column("logprobs", "log-probabilities of tokens")]
     if attack == "min_k":
         return torch.tensor([F.min_k(row, K) for row in logprobs], dtype=torch.float64)
