@@ -158,6 +158,30 @@ def test_retrained_results_from_folder_and_file(tofu_tables, tmp_path):
     assert "gradient_norm" in str(found["forget/mia_gradnorm"])
 
 
+def test_results_are_matched_by_question(tofu_tables, tmp_path):
+    """Whatever their order, or if there are more of them; forget quality and the reference attack alike."""
+    other = {name: asked(9) for name in tofu_tables}
+    aligned = Observations(tofu_tables, *[as_results({n: t[:7] for n, t in other.items()}, tmp_path / "same")] * 2)
+    shuffled = Observations(tofu_tables, *[as_results({n: t[::-1] for n, t in other.items()}, tmp_path / "more")] * 2)
+    found = [find_suite("tofu").measures(seen) for seen in (aligned, shuffled)]
+    for name in ("forget_quality", "forget/mia_reference"):
+        assert found[0][name] == found[1][name], name
+    few = Observations(tofu_tables, *[as_results({n: t[1:6] for n, t in other.items()}, tmp_path / "few")] * 2)
+    for name in ("forget_quality", "forget/mia_reference"):
+        assert "is on other forget rows: it lacks 2 of 7" in str(find_suite("tofu").measures(few)[name])
+
+
+def test_forget_quality_of_tofu_s_script_is_marked_and_only_on_request(tofu_tables, tmp_path):
+    other = as_results({"forget": asked(9, question="Something else?")}, tmp_path)
+    suite = find_suite("tofu")
+    assert "tofu/forget_quality" not in suite.measures(Observations(tofu_tables, other))
+    found = suite.measures(Observations(tofu_tables, other, tofu_retrained=other))
+    sides = ratios(tofu_tables["forget"], "geometric"), ratios(other.table("forget"), "geometric")
+    assert found["tofu/forget_quality"] == pytest.approx(ks_2samp(*sides).pvalue)
+    assert "it lacks 7 of 7" in str(found["forget_quality"])
+    assert "no questions are compared (TOFU's script)" in suite.info("tofu/forget_quality").what
+
+
 @pytest.fixture(scope="module")
 def trained(tiny_model):
     """Observations of ``members``, on which a model was trained until it knew them, and of ``nonmembers``."""
@@ -175,6 +199,7 @@ def trained(tiny_model):
 
 
 def as_results(tables, folder):
+    folder.mkdir(exist_ok=True)
     for name, table in tables.items():
         write_table(folder / f"{name}.parquet", table, {})
     (folder / "metrics.json").write_text("{}")

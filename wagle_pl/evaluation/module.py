@@ -55,9 +55,11 @@ class EvaluationModule(L.LightningModule):
             a :class:`~wagle_pl.evaluation.suites.Suite`; the data module's own when None.
         retrained: results of the model retrained without the forget set, which forget quality and privacy leakage
             compare with: folder of a test, its ``metrics.json``, a model's folder with a test in it, or a result file
-            published with TOFU.
+            published with TOFU. It must be on the same rows, in any order.
         target: results of the model before unlearning, likewise; shown beside this one's.
         reference: results of a reference model, likewise, for the reference attack of membership inference.
+        tofu_retrained: results of the retrained model on whatever forget rows, likewise, for ``tofu/forget_quality``:
+            forget quality as TOFU's script has it, which does not compare the questions.
         truth_ratio_form: ``geometric`` (TOFU's script) or ``arithmetic`` (its paper).
         generate: also generate answers; False saves most of the time and leaves out what is measured on them.
         val_generate: also generate answers in validation.
@@ -94,6 +96,7 @@ class EvaluationModule(L.LightningModule):
         retrained: Optional[str] = None,
         target: Optional[str] = None,
         reference: Optional[str] = None,
+        tofu_retrained: Optional[str] = None,
         truth_ratio_form: Literal["geometric", "arithmetic"] = "geometric",
         generate: bool = True,
         val_generate: bool = False,
@@ -115,7 +118,9 @@ class EvaluationModule(L.LightningModule):
         self.output = None if output is None else str(output)
         self.overwrite = overwrite
         self.suite_name = suite
-        self.compared = {"retrained": retrained, "target": target, "reference": reference}
+        self.compared = {
+            "retrained": retrained, "target": target, "reference": reference, "tofu_retrained": tofu_retrained
+        }  # fmt: skip
         self.truth_ratio_form = truth_ratio_form
         self.generate = generate
         self.val_generate = val_generate
@@ -213,6 +218,9 @@ class EvaluationModule(L.LightningModule):
         for option in ("toxicity_classifier", "sentence_model"):
             if getattr(self, option) is not None:
                 classifiers.check_folder(getattr(self, option), f"model.{option}")
+        if "tofu_retrained" in self._results and "tofu/forget_quality" not in self.suite.infos:
+            name = type(self.suite).__name__
+            raise WagleError(f"model.tofu_retrained is for the suite tofu, the suite is {name}: leave it out")
         self._check_rows(validated)
         if stage == "test" and self.gradient_norm and self.sharded:
             raise WagleError("model.gradient_norm needs the whole model on a device: it cannot be had under ZeRO-3")
@@ -306,15 +314,22 @@ class EvaluationModule(L.LightningModule):
         return self.trainer.datamodule.rows(f"test/{name}")
 
     def _check_rows(self, names: Sequence[str]) -> None:
-        """Results to compare with must be on the same rows."""
+        """Results to compare with must be on the same rows, whatever their order."""
         for option, results in self._results.items():
             for name in names:
                 rows = [(question_of(row), answer_of(row)) for row in self._rows(name)]
                 differing = results.differing(name, rows)
-                if differing and option != "target":
-                    raise WagleError(f"model.{option}: {results.path} is on other {name} rows: {differing} differ")
-                if differing:
+                if option == "tofu_retrained":
+                    if name == "forget":
+                        there = len(results.tables.get(name, []))
+                        log.warning("tofu/forget_quality compares %d forget rows here with %d in %s; %d are the same",
+                                    len(rows), there, results.path, max(len(rows), there) - differing)  # fmt: skip
+                elif differing and option == "target":
                     log.warning("the target's results are on other %s rows: %d differ", name, differing)
+                elif differing:
+                    own = "; TOFU's own forget quality, which compares no rows, takes it as --model.tofu_retrained"
+                    raise WagleError(f"model.{option}: {results.path} is on other {name} rows: {differing} differ"
+                                     + (own if (option, name) == ("retrained", "forget") else ""))  # fmt: skip
 
     def _finished(self) -> dict[str, Table]:
         tables = {name: read_table(self._path(name), key, self.overwrite) for name, key in self._keys.items()}
@@ -442,6 +457,7 @@ class EvaluationModule(L.LightningModule):
             tables,
             retrained=self._results.get("retrained"),
             reference=self._results.get("reference"),
+            tofu_retrained=self._results.get("tofu_retrained"),
             truth_ratio_form=self.truth_ratio_form,
             general=self.general,
         )
@@ -489,8 +505,9 @@ class EvaluationModule(L.LightningModule):
         if not self.after.attacks:
             return None
         plain = {name: self._metrics_of(name) for name in ("target", "retrained") if name in self._results}
-        found = {name: model_of(path) for name, path in self.compared.items() if path is not None}
-        others = {name: folder for name, folder in found.items() if folder is not None and name != "reference"}
+        paths = {name: self.compared[name] for name in ("target", "retrained")}
+        found = {name: model_of(path) for name, path in paths.items() if path is not None}
+        others = {name: folder for name, folder in found.items() if folder is not None}
         if others and self.sharded:
             log.warning("under ZeRO-3 only this model is attacked, not %s", " and ".join(others))
             others = {}
