@@ -110,15 +110,14 @@ class WagleCLI(LightningCLI):
         self._dump_config()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """The Trainer of the options; attribution is one pass unless they say how long.
+        """The Trainer of the options; how long attribution takes is its module's affair if they do not say.
 
         Raises:
             WagleError: if Lightning refuses one of them.
         """
         options = self._get(self.config_init, "trainer", default={})
-        endless = options.get("max_epochs") is None and options.get("max_steps") in (None, -1)
-        if endless and not options.get("max_time") and isinstance(self.model, AttributionModule):
-            kwargs.setdefault("max_epochs", 1)  # Lightning's own default is 1000
+        if options.get("max_epochs") is None and isinstance(self.model, AttributionModule):
+            kwargs.setdefault("max_epochs", -1)  # or Lightning would tell of a default of its own
         with trainer_in_the_making():
             return super().instantiate_trainer(**kwargs)
 

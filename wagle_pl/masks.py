@@ -412,7 +412,9 @@ def describe_origin(metadata: Mapping[str, Any]) -> str:
     if operation:
         return f" {operation} ".join(parts) if len(parts) > 1 else f"{operation} {parts[0]}"
     if "score" in metadata:
-        return f"{metadata['score']}, density {metadata.get('density', 'unknown')}"
+        passes = metadata.get("passes", 1)
+        several = "" if passes == 1 else f", {passes:.4g} passes"
+        return f"{metadata['score']}, density {metadata.get('density', 'unknown')}{several}"
     return "unknown"
 
 

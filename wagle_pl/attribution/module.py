@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from math import prod
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
@@ -30,14 +30,21 @@ from wagle_pl.utilities import WagleError, refuse_existing
 
 log = logging.getLogger(__name__)
 
+#: ``Trainer.max_epochs`` where nobody gave it.
+LIGHTNINGS_EPOCHS = 1000
+
 FORGET_LOSSES = {"ce": GradDiff, "npo": NPO, "po": PO}
 
 
 class AttributionModule(EvaluationModule):
     """Scores every weight for unlearning and writes the mask of the highest-scoring share.
 
-    One epoch sees every forget row once and as many retain rows; only what the scores need is computed. Sums are in
-    fp32. No weight is moved: the run checks that at its end.
+    One pass, an epoch, sees every forget row once and as many retain rows; only what the scores need is computed. Sums
+    are in fp32. No weight is moved: the run checks that at its end.
+
+    One pass is made unless the Trainer is given a number of epochs or steps (its own default of 1000 epochs counts as
+    none given). A mask of several passes, or of part of one (``max_epochs``, ``max_steps``, ``limit_train_batches``,
+    ``max_time``), is warned of, and its metadata say so: ``passes``, and the ``rows`` seen of each stream.
 
     Args:
         model: hub id, folder in Hugging Face format or GGUF file of the target model.
@@ -116,6 +123,7 @@ class AttributionModule(EvaluationModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.jobs = self._plan()
         self._within_step = False
+        self._one_pass_planned = True
         self._small: dict[str, Any] = {}
         self._unsynced = ExitStack()
         self.streams = tuple(dict.fromkeys((self.forget_loss.forget_streams[0], *(job.stream for job in self.jobs))))
@@ -173,6 +181,20 @@ class AttributionModule(EvaluationModule):
                     "the loss scaling of fp16 would scale the sums"
                 )
             self._check_strategy()
+            self._set_length()
+
+    def _set_length(self) -> None:
+        """One pass is what it takes, unless the Trainer has been told otherwise.
+
+        Raises:
+            WagleError: if it has been told to take none.
+        """
+        trainer = self.trainer
+        for option in ("max_epochs", "max_steps", "limit_train_batches"):
+            if getattr(trainer, option) == 0:
+                raise WagleError(f"trainer.{option} 0 sees no row: leave it out for one pass over the forget rows")
+        if trainer.max_steps == -1 and trainer.max_epochs in (-1, LIGHTNINGS_EPOCHS):
+            trainer.fit_loop.max_epochs = 1
 
     def _check_strategy(self) -> None:
         """Refuse what cannot work with several ranks."""
@@ -200,7 +222,7 @@ class AttributionModule(EvaluationModule):
         seen = {id(weight) for weight, _ in linear_weights(self.lm)}
         seen |= {id(module.weight) for module in self.lm.modules() if isinstance(module, nn.Embedding)}
         unseen = [name for name, p in self.lm.named_parameters() if len(shapes[name]) > 1 and id(p) not in seen]
-        share = sum(prod(shapes[name]) for name in unseen) / sum(map(prod, shapes.values()))
+        share = sum(math.prod(shapes[name]) for name in unseen) / sum(map(math.prod, shapes.values()))
         if share > 0.01:
             log.warning("wanda: %.0f %% of the weights are in layers of unknown kinds (%s, ...): they score 0 and are "
                         "selected last", 100 * share, ", ".join(unseen[:3]))  # fmt: skip
@@ -217,9 +239,28 @@ class AttributionModule(EvaluationModule):
 
     def on_train_start(self) -> None:
         """Attribute the model as it is used, without dropout; DDP need not average gradients that are summed here."""
+        self._say_if_not_one_pass()
         self.lm.eval()
         if isinstance(self.trainer.strategy.model, DistributedDataParallel):
             self._unsynced.enter_context(self.trainer.strategy.model.no_sync())
+
+    def _say_if_not_one_pass(self) -> None:
+        """Warn, before the work, of options that make it several passes, or part of one."""
+        trainer = self.trainer
+        whole, each = len(trainer.train_dataloader), trainer.num_training_batches
+        epochs = math.inf if trainer.max_epochs == -1 else trainer.max_epochs
+        steps = math.inf if trainer.max_steps == -1 else trainer.max_steps * trainer.accumulate_grad_batches
+        self._one_pass_planned = min(epochs * each, steps) == whole
+        if self._one_pass_planned or trainer.fast_dev_run:
+            return
+        bounds = {
+            "max_epochs": epochs not in (1, math.inf) and epochs * each <= steps,
+            "max_steps": steps < epochs * each,
+            "limit_train_batches": each < whole and each <= steps,
+        }
+        options = ", ".join(f"trainer.{name} {getattr(trainer, name)}" for name, bound in bounds.items() if bound)
+        passes = min(epochs * each, steps) / whole
+        log.warning("attribution will take %.4g passes over the forget rows, not one (%s)", passes, options)
 
     # -- the pass -----------------------------------------------------------------------------------------------------
 
@@ -263,6 +304,9 @@ class AttributionModule(EvaluationModule):
         if self.fingerprint() != self.model_fingerprint:
             raise WagleError("attribution moved a weight: the mask is not written; please report this")
         self._small = self.sums.small()
+        if self._one_pass_planned and self.passes != 1:
+            log.warning("the mask is of %.4g passes over the %d forget rows, not of one: the run ended early",
+                        self.passes, self._forget_rows())  # fmt: skip
         curvature = self._curvature()
         groups: dict[Any, list[int]] = {}
         for number, spec in enumerate(self.specs):
@@ -367,6 +411,14 @@ class AttributionModule(EvaluationModule):
             w.h_diagonal, w.h_mean = part(curvature.plain(position)), curvature.mean
         return w
 
+    @property
+    def passes(self) -> float:
+        """How often the run saw the forget rows: 1 is each of them once."""
+        return self._rows(self.streams[0]) / self._forget_rows()
+
+    def _forget_rows(self) -> int:
+        return len(self.trainer.datamodule.rows("forget"))
+
     def _rows(self, stream: str) -> float:
         return self._small["counts"][f"{stream}_rows"]
 
@@ -410,6 +462,8 @@ class AttributionModule(EvaluationModule):
             "hessian_data": self.hessian_data,
             "forget_loss": type(self.forget_loss).__name__,
             "reduction": self.reduction,
+            "passes": self.passes,
+            "forget_rows": self._forget_rows(),
             "rows": {stream: int(self._rows(stream)) for stream in self.streams},
             "data": self.described_data,
             "config": self.run_config,
