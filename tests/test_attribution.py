@@ -18,10 +18,11 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from wagle_pl import WeightMask, cli, models
 from wagle_pl.attribution import AttributionModule, Score, mask_from_scores
 from wagle_pl.attribution.hessian import bartlett_loss, sample_labels
+from wagle_pl.attribution.passes import Draws
 from wagle_pl.attribution.stored import StoredScores
 from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.data import ForgetRetainDataModule
-from wagle_pl.utilities import WagleError
+from wagle_pl.utilities import WagleError, stable_seed
 
 Attribute = Callable[..., AttributionModule]
 
@@ -315,7 +316,7 @@ def test_auto_is_the_mean_of_the_gauss_newton_diagonal(attribute: Attribute):
         retain = batch["retain"]
         logits = module.lm(input_ids=retain["input_ids"], attention_mask=retain["attention_mask"]).logits
         labels = retain["labels"].masked_fill(retain["weight"][:, None] == 0, -100)
-        seeds = [hash((hash((0, 0, 1, row)), 0)) for row in retain["row"].tolist()]
+        seeds = [stable_seed(Draws(0, 0, 0, 1).of_row(row, 0), 0) for row in retain["row"].tolist()]
         drawn = sample_labels(logits, labels, seeds)
         again += sum(float(g.double().square().sum()) for g in gradients(module.lm, bartlett_loss(logits, drawn)))
     assert gamma == pytest.approx(again / 11 / models_size(module), rel=1e-3)

@@ -23,7 +23,7 @@ from wagle_pl.attribution.hessian import (
     sample_labels,
 )
 from wagle_pl.attribution.sums import GradientSums
-from wagle_pl.utilities import WagleError
+from wagle_pl.utilities import WagleError, stable_seed
 
 VOCABULARY = 5
 LABELS = torch.tensor([[-100, -100, 1, 4, 0], [-100, 3, 2, -100, -100], [-100, -100, -100, -100, 2]])
@@ -105,7 +105,7 @@ def estimate(estimator: Any, model: Toy, ids: Tensor, seed: int, by_row: bool = 
     sums = GradientSums(model.parameters())
     for part in torch.arange(len(ids)).split(1 if by_row else len(ids)):
         labels = LABELS[part]
-        seeds = [hash((seed, int(row))) for row in part]
+        seeds = [stable_seed(seed, int(row)) for row in part]
 
         def run(part: Tensor = part, labels: Tensor = labels) -> tuple[Tensor, Tensor]:
             logits = model(ids[part])

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from wagle_pl import distributed
 from wagle_pl.attribution.sums import GradientSums
-from wagle_pl.utilities import WagleError
+from wagle_pl.utilities import WagleError, stable_seed
 
 #: Name under which :class:`GradientSums` keeps the sum of the diagonal, and the sum of its mean.
 DIAGONAL, TRACE = "h", "h_trace"
@@ -111,7 +111,7 @@ class GaussNewton(Hessian):
         """One backward pass a draw."""
         for draw in range(self.samples):
             logits, _ = piece.forward()
-            drawn = sample_labels(logits, piece.labels, [hash((seed, draw)) for seed in piece.seeds])
+            drawn = sample_labels(logits, piece.labels, [stable_seed(seed, draw) for seed in piece.seeds])
             with sums.into(in_step=f"drawn {draw}"):
                 piece.backward(bartlett_loss(logits, drawn), last=draw + 1 == self.samples)
 
@@ -155,7 +155,7 @@ class Hutchinson(Hessian):
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
         used = [i for i, gradient in enumerate(gradients) if gradient is not None and gradient.requires_grad]
         for draw in range(self.samples):
-            probes = rademacher([parameters[i] for i in used], hash((piece.step_seed, draw)))
+            probes = rademacher([parameters[i] for i in used], stable_seed(piece.step_seed, draw))
             products = torch.autograd.grad(
                 [gradients[i] for i in used],
                 [parameters[i] for i in used],

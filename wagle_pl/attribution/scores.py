@@ -14,7 +14,6 @@ The pass collects what the scores of a run need and nothing else: one that needs
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from wagle_pl.masks import WeightMask
 from wagle_pl.names import in_module, layer_of, parse_layers
-from wagle_pl.utilities import WagleError
+from wagle_pl.utilities import WagleError, stable_seed
 
 #: What a score may need.
 COLLECTED = ("g_f", "g_r", "h", "h_diagonal", "fisher_f", "fisher_r", "activation")
@@ -250,8 +249,7 @@ class Random(Score):
 
     def __call__(self, w: WeightStatistics) -> Tensor:
         """Uniform in [0, 1)."""
-        digest = hashlib.sha256(f"{self.seed} {w.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        generator = torch.Generator().manual_seed(stable_seed(self.seed, w.name))
         return torch.rand(w.theta.shape, generator=generator).to(w.theta.device)
 
 
