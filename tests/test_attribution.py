@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from wagle_pl import WeightMask, cli, models
 from wagle_pl.attribution import AttributionModule, Score, mask_from_scores
-from wagle_pl.attribution.hessian import bartlett_loss, sample_labels
+from wagle_pl.attribution.hessian import ESTIMATORS, GaussNewton, bartlett_loss, sample_labels
 from wagle_pl.attribution.passes import Draws
 from wagle_pl.attribution.stored import StoredScores
 from wagle_pl.attribution.sums import GradientSums
@@ -357,6 +357,20 @@ def test_curvature_and_wagle_share_a_pass(attribute: Attribute):
     statistics = module._statistics(0, "x", next(module.lm.parameters()), both, curvature)
     assert statistics.h.dim() == 0 and float(statistics.h) == pytest.approx(curvature.mean)
     assert statistics.h_diagonal.dim() == 2
+
+
+def test_a_registered_hessian_is_an_option(attribute: Attribute, monkeypatch: pytest.MonkeyPatch):
+    """Of the command line as of Python."""
+
+    class Doubled(GaussNewton):
+        def end_step(self, sums: GradientSums) -> None:
+            super().end_step(sums)
+
+    attribute(hessian="gauss_newton", output="known")
+    monkeypatch.setitem(ESTIMATORS, "doubled", Doubled)
+    attribute(hessian="doubled")
+    assert WeightMask.load("mask").metadata["hessian"] == "doubled"
+    assert WeightMask.load("mask") == WeightMask.load("known")
 
 
 @pytest.mark.parametrize("data", ["forget", "holdout"])

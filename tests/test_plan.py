@@ -128,7 +128,7 @@ def test_sums_are_what_attribution_keeps(wagle, tiny_model, hessian):
     sums = done.trainer.optimizers[0]
     kept = sum(t.nbytes for where in (sums.sums, sums.step_sums) for tensors in where.values() for t in tensors)
     shape = architecture(tiny_model)
-    assert kept == memory.sums_per_weight(hessian) * shape.weights
+    assert kept == memory.sums_per_weight(Run("attribution", hessian=hessian)) * shape.weights
     size = Path("mask.safetensors").stat().st_size
     assert size == pytest.approx(disk_bytes(shape, Run("attribution", hessian=hessian))["mask"], abs=9000)  # header
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from wagle_pl import models
-from wagle_pl.attribution.hessian import DIAGONAL, ESTIMATORS, TRACE, DampedHessian, Fisher, Hessian
+from wagle_pl.attribution.hessian import DIAGONAL, TRACE, DampedHessian, Fisher, Hessian, estimator_of
 from wagle_pl.attribution.passes import Draws, Job, collect, count_rows
 from wagle_pl.attribution.scores import Score, WeightStatistics, positive
 from wagle_pl.attribution.selection import select_each
@@ -62,7 +62,8 @@ class AttributionModule(EvaluationModule):
         save_scores: keep the scores too, as ``bf16`` or ``fp32``, beside the mask in ``<mask or score>.scores``.
         hessian: what stands for the retain loss's Hessian diagonal: ``scalar`` (``gamma``), ``auto`` (the mean of a
             Gauss-Newton estimate), or one number a weight: ``gauss_newton`` (labels drawn from the model), ``fisher``
-            (squared gradients of single rows), ``hutchinson`` (random signs, double backward; the true Hessian).
+            (squared gradients of single rows), ``hutchinson`` (random signs, double backward; the true Hessian), or
+            another :class:`~wagle_pl.attribution.hessian.Hessian`: its class path, or its name in ``ESTIMATORS``.
         gamma: the scalar Hessian γ; a number implies ``hessian: scalar``, ``auto`` estimates it.
         damping: a diagonal ĥ is used as max(ĥ, 0) + damping × its mean.
         hessian_samples: draws for each step, for ``auto``, ``gauss_newton`` and ``hutchinson``.
@@ -91,7 +92,7 @@ class AttributionModule(EvaluationModule):
         exclude: Optional[str] = None,
         masks: Optional[list[MaskSpec]] = None,
         save_scores: Optional[Literal["bf16", "fp32"]] = None,
-        hessian: Literal["scalar", "auto", "gauss_newton", "fisher", "hutchinson"] = "auto",
+        hessian: str = "auto",
         gamma: Union[float, Literal["auto"]] = "auto",
         damping: float = 0.1,
         hessian_samples: int = 1,
@@ -114,6 +115,7 @@ class AttributionModule(EvaluationModule):
         self.needs = {need for spec in self.specs for need in spec.score.needs}
         self.save_scores = save_scores
         self.hessian = _hessian_kind(hessian, gamma, self.needs)
+        self._estimator: Optional[Hessian] = None
         self.gamma = gamma
         self.damping = positive("damping", damping)
         self.hessian_samples = int(positive("hessian_samples", hessian_samples))
@@ -132,12 +134,12 @@ class AttributionModule(EvaluationModule):
     def _plan(self) -> list[Job]:
         """What to collect from each stream."""
         needs, on = self.needs, self.hessian_data
-        estimator: Optional[Hessian] = None
-        if self.hessian != "scalar" and needs & {"h", "h_diagonal"}:
-            estimator = ESTIMATORS[self.hessian](
-                samples=self.hessian_samples, diagonal=self.hessian != "auto" or "h_diagonal" in needs
-            )
-        shared = isinstance(estimator, Fisher) and on == "retain"  # then F_r is the Hessian, collected once
+        kind = estimator_of(self.hessian)
+        if kind is not None and needs & {"h", "h_diagonal"}:
+            diagonal = self.hessian != "auto" or "h_diagonal" in needs
+            self._estimator = kind(samples=self.hessian_samples, diagonal=diagonal)
+        estimator = self._estimator
+        shared = type(estimator) is Fisher and on == "retain"  # then F_r is the Hessian, collected once
         self._diagonal = "fisher_r" if shared else DIAGONAL
         forget = Job(
             stream=self.forget_loss.forget_streams[0],
@@ -429,10 +431,10 @@ class AttributionModule(EvaluationModule):
         """h, if a score needs it."""
         if not self.needs & {"h", "h_diagonal"}:
             return None
-        if self.hessian == "scalar":
+        if self._estimator is None:
             return DampedHessian(float(self.gamma))
-        scale = self._scale(self.hessian_data) / (1 if self.hessian == "fisher" else self.hessian_samples)
-        if self.hessian == "auto" and "h_diagonal" not in self.needs:
+        scale = self._scale(self.hessian_data) / self._estimator.samples
+        if not self._estimator.diagonal:
             weights = sum(shard.total for shard in self.sums.shards)
             return DampedHessian(float(sum(self._small["vectors"][TRACE].values())) * scale / weights)
         return DampedHessian.of_diagonal(self.sums.buffers(self._diagonal), scale, self.damping)

@@ -58,7 +58,7 @@ def plan(
         precision: as trainer.precision: 32-true, bf16-mixed, bf16-true, 16-mixed or 16-true.
         accelerator: gpu; or cpu, where a device is a process.
         density: share of weights in the mask; 1 is unlearning without one.
-        hessian: of attribution: scalar, auto, gauss_newton, fisher or hutchinson.
+        hessian: of attribution, as model.hessian: scalar, auto, gauss_newton, fisher, hutchinson, or a class path.
         optimizer: MaskedAdamW, AdamW or SGD.
         weight_decay: of the optimiser; its own default when not given.
         batch_size: rows, or pairs of rows, a device and micro-batch.

@@ -93,10 +93,15 @@ def cache_bytes(model: Architecture, rows: int, length: int, computing: int) -> 
 # -- what each task keeps ---------------------------------------------------------------------------------------------
 
 
-def sums_per_weight(hessian: str) -> int:
+def sums_per_weight(run: Run) -> int:
     """Bytes of fp32 sums a weight: g_f, g_r; a draw's gradient while its step lasts; the diagonal, if one is kept."""
-    extra = {"scalar": 0, "auto": 1, "gauss_newton": 2, "fisher": 1, "hutchinson": 1}
-    return FP32 * (2 + extra[hessian])
+    diagonal = run.estimator is not None and run.hessian != "auto"
+    return FP32 * (2 + diagonal) + in_step_per_weight(run)
+
+
+def in_step_per_weight(run: Run) -> int:
+    """Bytes a weight of those sums that stand only while a step lasts."""
+    return FP32 * run.estimator.step_sums if run.estimator else 0
 
 
 def state_bytes(optimizer: str, selected: float, weights: float, width: int) -> float:
@@ -165,15 +170,15 @@ def attribution_parts(model: Architecture, run: Run) -> list[Part]:
         whole += FP32 * m + FP32 * m / ranks
     theta = 1 if w < FP32 or run.stage == 3 else 0
     parts = [
-        Part("sums of gradients", sums_per_weight(run.hessian) * n / ranks),
+        Part("sums of gradients", sums_per_weight(run) * n / ranks),
         Part("gradient of one tensor", whole, ("backward",)),
         Part("scores of one tensor", (4 + theta) * FP32 * m / ranks, ("end",)),
         Part("mask bits", n / 8, ("end",), "host" if run.accelerator == "gpu" else "device"),
     ]
     if run.stage == 0 and ranks > 1 and run.accelerator == "gpu":
         parts.append(Part("buckets of DDP, unused", n * w))  # on a CPU memory that is not touched is not there
-    if run.hessian == "hutchinson":
-        parts.append(Part("z, gradient and Hz", 3 * n * w, ("backward",)))
+    if run.estimator and run.estimator.temporaries:
+        parts.append(Part("tensors of the Hessian estimate", run.estimator.temporaries * n * w, ("backward",)))
     return parts
 
 
@@ -268,7 +273,7 @@ def pass_parts(model: Architecture, run: Run) -> list[Part]:
     """Activations and logits of the graphs that are alive together."""
     tokens = run.batch_size * run.max_length * run.streams
     activations = activation_bytes(model, tokens, run.computing, run.gradient_checkpointing)
-    again = run.task == "attribution" and run.hessian in ("auto", "gauss_newton") and run.stage < 3
+    again = run.estimator is not None and run.estimator.same_graph and run.stage < 3
     parts = [
         Part("activations", activations, ("forward", "backward") if again else ("forward",)),
         Part("logits", logit_bytes(model, tokens, run.computing), ("forward", "backward") if again else ("forward",)),

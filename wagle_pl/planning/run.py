@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Optional
+from typing import TYPE_CHECKING, NamedTuple, Optional
 
 from wagle_pl.utilities import WagleError
 
+if TYPE_CHECKING:
+    from wagle_pl.attribution.hessian import Hessian
+
 TASKS = ("attribution", "unlearning", "finetuning", "test")
 OPTIMIZERS = ("MaskedAdamW", "AdamW", "SGD")
-HESSIANS = ("scalar", "auto", "gauss_newton", "fisher", "hutchinson")
 #: Precision -> bytes of a weight in memory, bytes of what matrix products take and give.
 PRECISIONS = {"32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2), "16-mixed": (4, 2), "16-true": (2, 2)}
 
@@ -83,11 +85,13 @@ class Run:
     persistence: int = 100_000
 
     def __post_init__(self) -> None:
-        known = {"task": TASKS, "strategy": STRATEGIES, "precision": PRECISIONS, "hessian": HESSIANS,
-                 "optimizer": OPTIMIZERS, "accelerator": ("gpu", "cpu")}  # fmt: skip
+        known = {"task": TASKS, "strategy": STRATEGIES, "precision": PRECISIONS, "optimizer": OPTIMIZERS,
+                 "accelerator": ("gpu", "cpu")}  # fmt: skip
         for option, names in known.items():
             if getattr(self, option) not in names:
                 raise WagleError(f"unknown {option} {getattr(self, option)!r}; choose one of {', '.join(names)}")
+        if self.hessian != "auto":
+            _estimator(self.hessian)
         for option in ("devices", "batch_size", "max_length", "accumulate_grad_batches"):
             if getattr(self, option) < 1:
                 raise WagleError(f"{option} must be at least 1, got {getattr(self, option)}")
@@ -97,10 +101,22 @@ class Run:
             raise WagleError(f"weight_decay must not be below 0, got {self.weight_decay:g}")
         if self.task == "attribution" and self.precision.startswith("16"):
             raise WagleError("attribution runs in 32-true, bf16-mixed or bf16-true, not in fp16")
-        if self.task == "attribution" and self.hessian == "hutchinson" and self.stage == 3:
-            raise WagleError("hessian hutchinson needs whole parameters, which ZeRO-3 spreads: choose another stage")
+        if self.needs_whole_parameters and self.stage == 3:
+            raise WagleError(
+                f"hessian {self.hessian} needs whole parameters, which ZeRO-3 spreads: choose another stage"
+            )
         if self.frozen_copy and self.stage == 3:
             raise WagleError("a frozen copy of the model does not work under ZeRO-3; choose another stage")
+
+    @property
+    def estimator(self) -> Optional[type[Hessian]]:
+        """Of the Hessian diagonal; None where it is a given scalar, and of other tasks than attribution."""
+        return _estimator(self.hessian) if self.task == "attribution" else None
+
+    @property
+    def needs_whole_parameters(self) -> bool:
+        """Whether ZeRO-3, which spreads them over ranks, is out of the question for the estimator."""
+        return self.estimator is not None and not self.estimator.spreads
 
     @property
     def spread(self) -> Strategy:
@@ -139,9 +155,15 @@ class Run:
         return 2 if self.task == "unlearning" else 1
 
 
+def _estimator(hessian: str) -> Optional[type[Hessian]]:
+    from wagle_pl.attribution.hessian import estimator_of  # brings all that attribution runs with
+
+    return estimator_of(hessian)
+
+
 def choices(run: Run, devices: Sequence[int] = (1, 2, 4, 8)) -> Iterable[tuple[str, list[Run]]]:
     """(strategy, the run under it on each number of devices) for every strategy that works."""
     offload = ["zero3_offload"] if run.accelerator == "gpu" else []
-    whole = run.frozen_copy or (run.task == "attribution" and run.hessian == "hutchinson")
+    whole = run.frozen_copy or run.needs_whole_parameters
     for name in ["ddp", "zero1", "zero2", *(() if whole else ("zero3", *offload))]:
         yield name, [replace(run, strategy=name, devices=count) for count in devices]

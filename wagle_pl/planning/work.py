@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from wagle_pl.planning.architecture import Architecture
-from wagle_pl.planning.memory import FP32, selected_share, state_bytes, sums_per_weight
+from wagle_pl.planning.memory import FP32, in_step_per_weight, selected_share, state_bytes, sums_per_weight
 from wagle_pl.planning.run import Run
 
 
@@ -17,8 +17,7 @@ def disk_bytes(model: Architecture, run: Run) -> dict[str, float]:
     if run.task == "test":
         return {}
     if run.task == "attribution":
-        in_step = FP32 if run.hessian in ("auto", "gauss_newton") else 0
-        return {"mask": n / 8, "checkpoint": (sums_per_weight(run.hessian) - in_step) * n}
+        return {"mask": n / 8, "checkpoint": (sums_per_weight(run) - in_step_per_weight(run)) * n}
     if run.stage:
         checkpoint = FP32 * n + state_bytes(run.optimizer, 1, n, FP32)
     else:
@@ -43,9 +42,9 @@ def step_flops(model: Architecture, run: Run) -> float:
     if run.task == "test":
         return 2.0 * n * step_tokens(run)
     forward = backward = 1.0
-    if run.task == "attribution":
-        backward += {"auto": 0.5, "gauss_newton": 0.5, "hutchinson": 1.5}.get(run.hessian, 0)
-        forward += 0.5 if run.stage == 3 and run.hessian != "scalar" else 0
+    if run.estimator is not None:
+        backward += 0.5 * run.estimator.backward_passes
+        forward += 0.5 if run.stage == 3 else 0
     if run.gradient_checkpointing:
         forward += backward
     return (2 * forward + 4 * backward) * n * step_tokens(run)
