@@ -291,6 +291,51 @@ def test_a_score_of_ones_own(attribute: Attribute):
         attribute(score=f"{__name__}.WrongShape", output="other")
 
 
+class OfMatrices(Score):
+    """Right of matrices, wrong of vectors."""
+
+    needs = ("g_f", "g_r", "h", "h_diagonal", "fisher_f", "fisher_r", "activation")
+
+    def __call__(self, w):
+        seen = [w.g_f, w.g_r, w.h, w.h_diagonal, w.fisher_f, w.fisher_r]
+        seen += [] if w.activation is None else [w.activation]
+        values = w.theta + w.h_mean + sum(seen)
+        return values if w.theta.ndim > 1 else values[:1]
+
+
+class Integers(Score):
+    def __call__(self, w):
+        return (w.g_f * 1e6).long()
+
+
+class Text(Score):
+    def __call__(self, w):
+        return "high"
+
+
+class Chance(Score):
+    def __call__(self, w):
+        return torch.rand_like(w.g_f)
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        ("WrongShape", r"score WrongShape gave model\.embed_tokens\.weight shape \(400,\), the parameter's is"),
+        ("OfMatrices", r"score OfMatrices gave .*norm\.weight shape \(1,\), the parameter's is \(32,\)"),
+        ("Integers", r"score Integers gave model\.embed_tokens\.weight torch\.int64, not floating-point numbers"),
+        ("Text", r"score Text gave model\.embed_tokens\.weight a str, not a tensor"),
+        ("Chance", r"score Chance gave model\.embed_tokens\.weight other numbers when called again"),
+    ],
+)
+def test_a_score_is_tried_before_the_pass(
+    attribute: Attribute, monkeypatch: pytest.MonkeyPatch, score: str, message: str
+):
+    monkeypatch.setattr(AttributionModule, "training_step", lambda *_: pytest.fail("the pass has begun"))
+    with pytest.raises(WagleError, match=message):
+        attribute(score=f"{__name__}.{score}", hessian="gauss_newton")
+
+
 def test_a_score_may_work_in_place(attribute: Attribute, tiny_model: str):
     attribute(score=f"{__name__}.InPlace", output="in_place")
     attribute(score="snip", output="snip")

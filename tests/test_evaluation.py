@@ -19,10 +19,12 @@ from wagle_pl.evaluation import AnswerProbability, ForgetQuality, Observations, 
 from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.generation import generate
 from wagle_pl.evaluation.likelihood import forward_answers, sequence_logprobs, token_logprobs
-from wagle_pl.evaluation.module import _warn_of_narrow_types
-from wagle_pl.evaluation.observe import Observer, observe_set
+from wagle_pl.evaluation.module import EvaluationModule, _warn_of_narrow_types
+from wagle_pl.evaluation.observe import NEEDS, Observer, observe_set
+from wagle_pl.evaluation.suites import SUITES, Suite
 from wagle_pl.evaluation.tofu import load_result, tofu_forget_quality, tofu_model_utility
 from wagle_pl.models import load_model, load_tokenizer
+from wagle_pl.unlearning import UnlearnModule
 
 generator = torch.Generator().manual_seed(0)
 
@@ -408,6 +410,44 @@ def test_a_missing_retrained_result_is_said_before_any_work(fails, tiny_model):
 def test_bad_options_are_said_before_any_work(fails, tiny_model, tmp_path, options, message):
     assert message in fails(*TEST, "--model.model", tiny_model, "--model.output", "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+class Misspelt(Suite):
+    needs = {"forget": {"answer", "generations"}}  # noqa: RUF012
+
+
+class Elsewhere(Suite):
+    needs = {"forgotten": {"answer"}}  # noqa: RUF012
+
+    def measures(self, seen):
+        return {"one": 1.0}
+
+
+@pytest.mark.parametrize("command", ["test", "fit"])
+def test_a_suite_that_needs_what_there_is_not(wagle, fails, tiny_model, rows, tmp_path, monkeypatch, heard, command):
+    monkeypatch.setattr(EvaluationModule, "observe_batch", lambda *_: pytest.fail("rows were observed"))
+    monkeypatch.setattr(UnlearnModule, "training_step", lambda *_: pytest.fail("the model was trained"))
+    module = "EvaluationModule" if command == "test" else "UnlearnModule"
+    args = (command, "--model", module, "--model.model", tiny_model, "--model.output", "out", "--data.val", "[forget]")
+    message = fails(*args, "--model.suite", f"{__name__}.Misspelt")
+    assert "suite Misspelt needs 'generations' of the test set forget, which nothing observes" in message
+    assert "choose of alternatives, answer, " in message and not (tmp_path / "out").exists()
+
+
+def test_needs_of_a_set_that_there_is_not_are_said(wagle, tiny_model, heard):
+    suite = ("--model.suite", f"{__name__}.Elsewhere", "--model.generate", "false")
+    wagle(*TEST, "--model.model", tiny_model, "--data.limit_test", "2", *suite)
+    said = (
+        "suite Elsewhere says what it needs of the test set 'forgotten', which there is not: the test sets are forget"
+    )
+    assert said in heard.text
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_suites_need_what_is_observed(name):
+    suite = find_suite(name)
+    for each in {*suite.sets, *suite.needs, "forget", "holdout", "members", "nonmembers"}:
+        assert suite.needs_of(each, suite.sets) <= NEEDS
 
 
 # -- other kinds of rows ----------------------------------------------------------------------------------------------

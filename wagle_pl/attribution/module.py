@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from wagle_pl import models
 from wagle_pl.attribution.hessian import DIAGONAL, TRACE, DampedHessian, Fisher, Hessian, estimator_of
 from wagle_pl.attribution.passes import Draws, Job, collect, count_rows
-from wagle_pl.attribution.scores import Score, WeightStatistics, positive
+from wagle_pl.attribution.scores import Score, WeightStatistics, checked, positive, try_out
 from wagle_pl.attribution.selection import select_each
 from wagle_pl.attribution.specs import MaskSpec, check_labels, complete, name_masks
 from wagle_pl.attribution.stored import DTYPES, whole_mask, write_scores
@@ -219,6 +219,17 @@ class AttributionModule(EvaluationModule):
         for spec in self.specs:
             spec.score.share({name: shapes[name] for name in spec.taking_part(shapes)})
 
+    def _input_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Weight of a linear map -> shape of the activation norms that the pass will find for it."""
+        transposed = {id(weight): lies for weight, lies in linear_weights(self.lm)}
+        found = {}
+        for name, parameter in self.lm.named_parameters():
+            if id(parameter) in transposed:
+                *before, rows, columns = shapes[name]
+                along = (*before, rows, 1) if transposed[id(parameter)] else (*before, 1, columns)
+                found[name] = along if before or transposed[id(parameter)] else (columns,)
+        return found
+
     def _say_what_is_unseen(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Warn of matrices whose inputs are not watched, if they are a large part of the model."""
         seen = {id(weight) for weight, _ in linear_weights(self.lm)}
@@ -238,6 +249,14 @@ class AttributionModule(EvaluationModule):
     def sums(self) -> GradientSums:
         """Running sums of gradients."""
         return self.trainer.optimizers[0]
+
+    def on_fit_start(self) -> None:
+        """Try the scores on random numbers, before a pass is spent on one that is wrong."""
+        shapes = models.parameter_shapes(self.lm)
+        inputs, scalar = self._input_shapes(shapes), self.hessian in ("scalar", "auto")
+        for spec in self.specs:
+            part = {name: shapes[name] for name in spec.taking_part(shapes)}
+            try_out(spec.score, part, scalar, inputs, self.trainer.strategy.root_device)
 
     def on_train_start(self) -> None:
         """Attribute the model as it is used, without dropout; DDP need not average gradients that are summed here."""
@@ -364,16 +383,13 @@ class AttributionModule(EvaluationModule):
         With several ranks: the scores of this rank's rows; a meeting of all ranks.
 
         Raises:
-            WagleError: if the score returns another shape.
+            WagleError: if the score returns another shape, or no floating-point numbers.
         """
         for position, (name, parameter) in enumerate(self.lm.named_parameters()):
             if names is not None and name not in names:
                 continue
             statistics = self._statistics(position, name, parameter, score, curvature)
-            values = score(statistics).float()
-            if values.shape != statistics.theta.shape:
-                shapes = f"{tuple(values.shape)}, the parameter's is {tuple(statistics.theta.shape)}"
-                raise WagleError(f"score {type(score).__name__} gave {name} shape {shapes}")
+            values = checked(score, statistics)
             yield name, values if score.by_row else self.sums.shards[position].of(values)
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ from wagle_pl.evaluation.after import After
 from wagle_pl.evaluation.candidates import answer_of, question_of
 from wagle_pl.evaluation.comparison import comparison
 from wagle_pl.evaluation.functional import Undefined
-from wagle_pl.evaluation.observe import GENERATED, Observer, Record, merge
+from wagle_pl.evaluation.observe import GENERATED, NEEDS, Observer, Record, merge
 from wagle_pl.evaluation.results import INFO_FILE, METRICS_FILE, RESULT_FILE, Results, write_json
 from wagle_pl.evaluation.robustness import ROBUSTNESS_FILE, Attack, Report, Subject
 from wagle_pl.evaluation.robustness.others import load_other, model_of, results_of
@@ -221,6 +221,7 @@ class EvaluationModule(L.LightningModule):
         if "tofu_retrained" in self._results and "tofu/forget_quality" not in self.suite.infos:
             name = type(self.suite).__name__
             raise WagleError(f"model.tofu_retrained is for the suite tofu, the suite is {name}: leave it out")
+        self._check_needs(validated or self.trainer.datamodule.test_names())
         self._check_rows(validated)
         if stage == "test" and self.gradient_norm and self.sharded:
             raise WagleError("model.gradient_norm needs the whole model on a device: it cannot be had under ZeRO-3")
@@ -312,6 +313,19 @@ class EvaluationModule(L.LightningModule):
 
     def _rows(self, name: str) -> list[dict[str, Any]]:
         return self.trainer.datamodule.rows(f"test/{name}")
+
+    def _check_needs(self, names: Sequence[str]) -> None:
+        """What the suite needs must be something that is observed."""
+        suite = type(self.suite).__name__
+        for name in names:
+            unknown = sorted(set(self.suite.needs_of(name, names)) - NEEDS)
+            if unknown:
+                listed = ", ".join(map(repr, unknown))
+                raise WagleError(f"suite {suite} needs {listed} of the test set {name}, which nothing observes; choose "
+                                 f"of {', '.join(sorted(NEEDS))}")  # fmt: skip
+        for name in sorted(set(self.suite.needs) - set(self.suite.sets) - set(names)):
+            log.warning("suite %s says what it needs of the test set %r, which there is not: the test sets are %s",
+                        suite, name, ", ".join(names))  # fmt: skip
 
     def _check_rows(self, names: Sequence[str]) -> None:
         """Results to compare with must be on the same rows, whatever their order."""
