@@ -18,6 +18,7 @@ import wagle_pl
 from wagle_pl import WeightMask, cli
 from wagle_pl.commands import COMMANDS, SUMMARIES
 from wagle_pl.data.rows import load_rows
+from wagle_pl.unlearning import reference
 from wagle_pl.utilities import WagleError, atomic_path, refuse_existing, replaceable
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -94,10 +95,7 @@ def test_reference_logprobs_are_computed_once(wagle, tiny_model, tmp_path, monke
     args = (*UNLEARN, "--model.model", tiny_model, "--model.objective", "NPO")
     wagle(*args, "--model.output", "a")
     assert len(list((tmp_path / ".references").iterdir())) == 1
-    from wagle_pl.unlearning import module
-
-    if hasattr(module, "compute_reference"):
-        monkeypatch.setattr(module, "compute_reference", lambda *_: pytest.fail("computed a second time"))
+    monkeypatch.setattr(reference, "compute_reference", lambda *_: pytest.fail("computed a second time"))
     wagle(*args, "--model.output", "b")
     assert load_file("a/model.safetensors")["model.norm.weight"].equal(
         load_file("b/model.safetensors")["model.norm.weight"]

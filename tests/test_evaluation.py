@@ -21,7 +21,7 @@ from wagle_pl.evaluation.generation import generate
 from wagle_pl.evaluation.likelihood import forward_answers, sequence_logprobs, token_logprobs
 from wagle_pl.evaluation.module import EvaluationModule, _warn_of_narrow_types
 from wagle_pl.evaluation.observe import NEEDS, Observer, observe_set
-from wagle_pl.evaluation.suites import SUITES, Suite
+from wagle_pl.evaluation.suites import SUITES, Suite, attempt
 from wagle_pl.evaluation.tofu import load_result, tofu_forget_quality, tofu_model_utility
 from wagle_pl.models import load_model, load_tokenizer
 from wagle_pl.unlearning import UnlearnModule
@@ -502,9 +502,17 @@ def test_every_kind_of_row(kinds, tiny_model):
         assert record["logprobs"] == pytest.approx(logprobs(text).tolist(), abs=1e-4)
     every = torch.cat([logprobs(text) for text in texts])
     assert module.metrics["members/perplexity"] == pytest.approx(math.exp(-every.mean().item()), rel=1e-4)
-    assert 0 <= module.metrics["members/mia_min_k_plus_plus"] <= 1
+    standardised = {
+        name: [(np.array(r["logprobs"]) - r["vocabulary_mean"]) / r["vocabulary_std"] for r in tables[name]]
+        for name in ("members", "nonmembers")
+    }
+    lowest = {name: [-np.sort(z)[: int(0.4 * len(z))].mean() for z in rows] for name, rows in standardised.items()}
+    area = np.mean([[a < b for b in lowest["nonmembers"]] for a in lowest["members"]])
+    assert module.metrics["members/mia_min_k_plus_plus"] == pytest.approx(area)
     assert all(record["generation"] is not None for record in tables["prompts"])
-    assert "prompts/fluency" in module.metrics or "prompts/fluency" in module.undefined
+    entropies = [attempt(F.ngram_entropy, r["generation"]) for r in tables["prompts"] if r["generation"]]
+    fluent = [value for value in entropies if not isinstance(value, F.Undefined)]
+    assert module.metrics.get("prompts/fluency") == (pytest.approx(np.mean(fluent)) if fluent else None)
     assert "gradient_norm" in module.undefined["members/mia_gradnorm"]
 
 
