@@ -375,7 +375,7 @@ def refused(capsys, *args):
         ({"objectives": []}, "objectives is an empty list"),
         (
             {"masks": [{"score": "wagle", "hessian": "foo"}]},
-            "masks: wagle foo 0.2: unknown hessian 'foo'; choose",
+            'masks: wagle: option "hessian"',
         ),
         ({"trainer": {"precision": "17-true"}}, "trainer: Precision '17-true' is invalid"),
         ({"seeds": [1, 1]}, "seeds must be different numbers"),
