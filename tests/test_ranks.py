@@ -398,7 +398,7 @@ def test_nothing_to_export(run: Any, tiny_model: str, capsys: pytest.CaptureFixt
             cli.main(["export", f"{kept}/step=1.ckpt", "-o", "exported"])
         assert ended.value.code == 2 and "attribution moves none" in capsys.readouterr().err
     Path("torn.ckpt").write_bytes(b"PK")
-    for argument, said in (("torn.ckpt", "no whole checkpoint"), ("missing.ckpt", "does not exist")):
+    for argument, said in (("torn.ckpt", "is damaged, or no checkpoint"), ("missing.ckpt", "does not exist")):
         with pytest.raises(SystemExit):
             cli.main(["export", argument, "-o", "exported"])
         assert said in capsys.readouterr().err

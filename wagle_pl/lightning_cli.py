@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import zipfile
 from pathlib import Path
 from typing import Any, Optional
 
@@ -19,7 +18,7 @@ import wagle_pl.unlearning  # noqa: F401  the imports make the classes known by 
 from wagle_pl.attribution import AttributionModule
 from wagle_pl.commands import COMMANDS
 from wagle_pl.commands.parser import OneLineErrors
-from wagle_pl.strategies import is_zero
+from wagle_pl.strategies import is_zero, load_plain
 from wagle_pl.utilities import WagleError, trainer_in_the_making
 
 DESCRIPTION = (
@@ -86,7 +85,8 @@ class WagleCLI(LightningCLI):
                 setattr(self.model, attribute, _Factory(init))
 
     def _check_checkpoint(self) -> None:
-        """Refuse a checkpoint that is not there or not whole; say how one that ranks wrote is read, if this run cannot.
+        """Refuse a checkpoint that is not there, is not whole or would run code; say how one that ranks wrote is read,
+        if this run cannot.
 
         Lightning's own words (``best``, ``last``, ``hpc``, ``registry``) and addresses of other file systems are left
         to Lightning.
@@ -96,8 +96,8 @@ class WagleCLI(LightningCLI):
             return
         if not Path(path).exists():
             raise WagleError(f"checkpoint {path} does not exist: give --ckpt_path a file or folder that a run wrote")
-        if Path(path).is_file() and not zipfile.is_zipfile(path):  # what torch.save writes; its end says what is in it
-            raise WagleError(f"checkpoint {path} is damaged, or no checkpoint: give --ckpt_path another")
+        if Path(path).is_file() and self._get(self.config, "weights_only") is not False:  # the user vouches for it
+            load_plain(Path(path))
         if Path(path).is_dir() and not is_zero(self.trainer.strategy):
             raise WagleError(f"checkpoint {path} was written under DeepSpeed: add --trainer.strategy "
                              "deepspeed_stage_2 (any stage and number of devices will do), or turn it into a model "

@@ -12,6 +12,9 @@ It is written beside its place and renamed, so that it is whole or not there.
 from __future__ import annotations
 
 import json
+import pickle
+import re
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import cached_property, partial
@@ -26,7 +29,7 @@ from torch import Tensor, nn
 from wagle_pl import distributed, models
 from wagle_pl.strategies.fragments import Fragment
 from wagle_pl.tensorfiles import write_tensors
-from wagle_pl.utilities import WagleError, atomic_path
+from wagle_pl.utilities import WagleError, atomic_path, first_line
 
 FORMAT = "wagle_pl.checkpoint"
 FORMAT_VERSION = 1
@@ -176,6 +179,31 @@ def _index(spans: list[tuple], shapes: Mapping[str, tuple[int, ...]]) -> dict[st
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
+def load_plain(path: Path, what: Optional[str] = None) -> Any:
+    """What ``torch.save`` wrote, on the CPU, if it is tensors and plain data: nothing in the file is run.
+
+    Tensors are mapped into memory and read when they are used.
+
+    Args:
+        path: the file.
+        what: how to name it in a message; ``checkpoint <path>`` when None.
+
+    Raises:
+        WagleError: if the file is damaged, or holds any other object.
+    """
+    what = what or f"checkpoint {path}"
+    try:
+        return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        other = re.search(r"GLOBAL (\S+)", str(error))
+        if other:
+            raise WagleError(
+                f"{what} holds {other[1]}: only tensors and plain data are read, as anything else could run code; "
+                "give a checkpoint without it"
+            ) from None
+        raise WagleError(f"{what} is damaged, or no checkpoint: give another ({first_line(error)})") from None
+
+
 class ShardedCheckpoint:
     """A checkpoint folder, read a piece at a time.
 
@@ -215,7 +243,7 @@ class ShardedCheckpoint:
     @cached_property
     def common(self) -> dict[str, Any]:
         """What Lightning keeps."""
-        return torch.load(self.path / COMMON_FILE, map_location="cpu", weights_only=False)
+        return load_plain(self.path / COMMON_FILE, f"checkpoint {self.path}")
 
     def keys(self, prefix: str, name: str) -> list[str]:
         """The keys under a prefix (``state/``) that a parameter has, without the prefix."""

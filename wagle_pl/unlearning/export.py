@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from wagle_pl import models
 from wagle_pl.layers import is_linear, is_transposed
-from wagle_pl.strategies import ShardedCheckpoint
+from wagle_pl.strategies import ShardedCheckpoint, load_plain
 from wagle_pl.unlearning.card import model_card
 from wagle_pl.utilities import WagleError, refuse_existing
 
@@ -84,10 +83,7 @@ def _of_shards(path: Path) -> Stored:
 
 
 def _of_file(path: Path) -> Stored:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-    except (RuntimeError, OSError, pickle.UnpicklingError, EOFError) as error:
-        raise WagleError(f"{path} is no whole checkpoint: {str(error).splitlines()[0]}") from None
+    checkpoint = load_plain(path)
     state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
     state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
     if not state or "model" not in checkpoint:
