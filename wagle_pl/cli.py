@@ -34,7 +34,7 @@ def main(args: Optional[Sequence[str]] = None) -> None:
     _answer_at_once(args)
     quiet()
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # so that class paths of the user's own modules resolve
+        sys.path.append(os.getcwd())  # for class paths of the user's own modules; libraries of the same name come first
     try:
         if args and args[0] in COMMANDS:
             run_command(args[0], args[1:])

@@ -8,8 +8,8 @@ import logging
 import os
 import platform
 import resource
-import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -86,7 +86,8 @@ def replaceable(folder: Path) -> bool:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of ``path``; on success it takes the place of ``path``, on failure it is removed.
+    """Yield a temporary path beside ``path``; what is written there takes the place of ``path`` on success, and is
+    removed on failure.
 
     Works for a file and for a folder. A folder that is replaced stays whole until the new one is complete; a file never
     replaces one, and neither replaces a device.
@@ -99,39 +100,28 @@ def atomic_path(path: Path) -> Iterator[Path]:
         path = path.resolve()  # the link stays, and what it names is replaced
     _check_kind(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    _remove(temporary)
-    try:
+    # a folder made under a name that did not exist, of this process alone: nothing in it was there before
+    with tempfile.TemporaryDirectory(prefix=".wagle-", suffix=".tmp", dir=path.parent) as private:
+        temporary = Path(private) / path.name
+        retired = Path(private) / ("old" if path.name != "old" else "older")
         yield temporary
         if path.is_dir() and not temporary.is_dir():
             raise WagleError(f"output {path} is a folder: name a file in it")
         if path.is_dir() or (path.exists() and temporary.is_dir()):
-            retired = path.with_name(f".{path.name}.{os.getpid()}.old")
-            _remove(retired)
             os.replace(path, retired)
             try:
                 os.replace(temporary, path)
             except OSError:
                 os.replace(retired, path)
                 raise
-            _remove(retired)
         else:
             os.replace(temporary, path)
-    finally:
-        _remove(temporary)
 
 
 def _check_kind(path: Path) -> None:
     """Refuse devices, pipes and sockets: renaming a result to ``/dev/null`` would take it from the whole machine."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise WagleError(f"output {path} is neither a file nor a folder; choose another")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    elif path.exists():
-        path.unlink()
 
 
 def resolve(base: type[T], value: Union[T, str], option: str) -> T:
