@@ -333,6 +333,17 @@ def test_bad_rows_name_file_and_row(fails, tiny_model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "row", [{"input_ids": [5, 6], "labels": [5, -100]}, {"input_ids": [5], "labels": [5]}], ids=["first", "one"]
+)
+@pytest.mark.parametrize("module", [FINETUNE, ATTRIBUTE])
+def test_a_row_whose_only_label_is_its_first_token(fails, tiny_model, tmp_path, row, module):
+    """Nothing comes before the first token: the mean over no token would be NaN, and stop the run in its middle."""
+    bad = write_rows(tmp_path / "bad.jsonl", [{"input_ids": [5, 6], "labels": [-100, 6]}, row])
+    line = fails(*module, "--model.model", tiny_model, "--model.output", "out", "--data.forget", bad)
+    assert " row 2: its only label is its first token" in line
+
+
 def test_overlap_error(fails, tiny_model, rows, tmp_path):
     both = write_rows(tmp_path / "both.jsonl", load_rows(rows["retain"]) + load_rows(rows["forget"])[:2])
     args = (*UNLEARN, "--model.model", tiny_model, "--model.output", "out", "--data.retain", both)

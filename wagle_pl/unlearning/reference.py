@@ -105,7 +105,9 @@ class TopK:
 
 def _outside(logprobs: Tensor, ids: Tensor) -> Tensor:
     """(N,) log-probability of all tokens but ``ids``; no difference of nearly equal numbers is taken."""
-    return logprobs.scatter(1, ids, -torch.inf).logsumexp(-1)
+    others = logprobs.scatter(1, ids, -torch.inf)
+    none = (others == -torch.inf).all(-1)  # where logsumexp has no gradient
+    return others.masked_fill(none[:, None], 0.0).logsumexp(-1).masked_fill(none, -torch.inf)
 
 
 class FrozenCopy:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Optional
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -91,4 +92,17 @@ class HiddenMSE(RetainTerm):
 def kl_from_theta0(answers: Answers) -> Tensor:
     """(B,) (1/|y|) Σ_t KL(π₀ ‖ π) over the answer tokens of each row."""
     reference, current, _ = answers.buckets
-    return answers.mean_tokens(F.kl_div(current, reference, reduction="none", log_target=True).sum(-1))
+    return answers.mean_tokens(divergence(reference, current))
+
+
+def divergence(reference: Tensor, current: Tensor) -> Tensor:
+    """KL(π₀ ‖ π) of (..., K) log-probabilities, (...,); what has no probability under π₀ (padding of a vocabulary, with
+    logits of −∞) adds nothing."""
+    never = reference == -torch.inf
+    pair = (logprobs.masked_fill(never, 0.0) for logprobs in (current, reference))
+    return F.kl_div(*pair, reduction="none", log_target=True).sum(-1)
+
+
+def cross_entropy(target: Tensor, current: Tensor) -> Tensor:
+    """−Σ_v q(v) log π(v) of (..., K) probabilities q and log-probabilities, (...,); where q is 0 nothing is added."""
+    return -(target * current.masked_fill(target == 0, 0.0)).sum(-1)
