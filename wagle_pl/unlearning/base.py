@@ -75,6 +75,11 @@ class Objective:
         return tuple(dict.fromkeys(self.logits_at_theta0 + retain))
 
     @property
+    def whole_streams(self) -> tuple[str, ...]:
+        """Streams of which a term needs logits of every position."""
+        return ("retain",) if self.retains and self.retain.all_positions else ()
+
+    @property
     def needs_hidden_at_theta0(self) -> bool:
         """Whether hidden states at θ₀ are needed, which only a copy of the model gives."""
         return self.retains and bool(self.retain.hidden_layers)

@@ -151,9 +151,9 @@ class FinetuneModule(EvaluationModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def run_lm(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The model on one stream: (logits, labels), from the first answer token on."""
-        output, labels = forward_answers(self.lm, tensors)
+    def run_lm(self, tensors: Mapping[str, Tensor], whole: bool = False) -> tuple[Tensor, Tensor]:
+        """The model on one stream: (logits, labels), from the first answer token on, or of all positions."""
+        output, labels = forward_answers(self.lm, tensors, whole=whole)
         return output.logits, labels
 
     def losses(self, at: Streams) -> Losses:
@@ -310,6 +310,11 @@ class UnlearnModule(FinetuneModule):
         self._frozen: Optional[FrozenWeights] = None
         if top_k < 1:
             raise WagleError(f"model.top_k must be at least 1, got {top_k}")
+        if reference_logits == "top_k" and self.objective.whole_streams:
+            raise WagleError(
+                "reference_logits top_k keeps predictions of answer tokens only, and the retain term needs "
+                "those of every position: choose --model.reference_logits frozen_copy"
+            )
         self.reference_logits = reference_logits
         self.top_k = top_k
         self._references = References()
@@ -459,6 +464,7 @@ class UnlearnModule(FinetuneModule):
             top_k=self._references.top_k,
             progress=min(1.0, self.global_step / last) if last > 0 else 0.0,
             epoch=self.current_epoch,
+            whole=self.objective.whole_streams,
         )
 
     def losses(self, at: Streams) -> Losses:

@@ -63,7 +63,8 @@ class GradDiff(Objective):
 class GradAscent(GradDiff):
     """Gradient ascent on the forget rows alone (Jang et al. 2022, arXiv 2210.01504).
 
-    ℓ_f = −NLL(forget), and no retain term unless one is given: ``retain: kl`` makes TOFU's baseline "KL minimisation".
+    ℓ_f = −NLL(forget), and no retain term unless one is given: ``retain: kl`` makes TOFU's baseline "KL minimisation",
+    over answer tokens; with its ``positions: batch`` as TOFU's code has it.
 
     Args:
         retain: the retain term, see :class:`Objective`.

@@ -135,10 +135,12 @@ class FrozenCopy:
             mine.data = mine.data.to(device=its.device, dtype=its.dtype)
 
     @torch.no_grad()
-    def run(self, tensors: Mapping[str, Tensor], layers: Collection[int]) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
-        """Logits, their labels, and the outputs of some blocks, of one stream's tensors."""
+    def run(
+        self, tensors: Mapping[str, Tensor], layers: Collection[int], whole: bool = False
+    ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        """Logits (of all positions if ``whole``), their labels, and outputs of some blocks, of one stream's tensors."""
         with capture(self.lm, layers) as hidden:
-            output, labels = forward_answers(self.lm, tensors)
+            output, labels = forward_answers(self.lm, tensors, whole=whole)
         return output.logits, labels, hidden
 
 

@@ -6,7 +6,7 @@ objective.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, Literal, Optional
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,8 @@ class RetainTerm:
 
     #: Whether the term needs predictions at θ₀ of the retain rows.
     logits_at_theta0: bool = False
+    #: Whether the term needs logits of every position of the retain rows, not of the answers alone.
+    all_positions: bool = False
     #: Blocks whose outputs the term reads, now and at θ₀.
     hidden_layers: tuple[int, ...] = ()
 
@@ -44,12 +46,41 @@ class NLL(RetainTerm):
 
 
 class KL(RetainTerm):
-    """(1/|y|) Σ_t KL(π₀(·|x, y_<t) ‖ π(·|x, y_<t)): predict what θ₀ predicts (as in TOFU, arXiv 2401.06121)."""
+    """(1/|P|) Σ_{t∈P} KL(π₀(·|s_≤t) ‖ π(·|s_≤t)): predict what θ₀ predicts, at positions P of a row s of tokens.
+
+    TOFU (arXiv 2401.06121) and OpenUnlearning (arXiv 2506.12618) give no formula beyond that; their code averages over
+    every position of the padded batch, which is ``batch`` here.
+
+    Args:
+        positions: P. ``answer``: positions that predict an answer token. ``row``: every token of the row, of the prompt
+            as well and the last; this is the value of the reference code for a row that is not padded. ``batch``: every
+            position of the micro-batch, padding as well, as in the reference code: exactly its value, which depends on
+            what rows are padded together, so on how a batch is cut. (TOFU's code pads to a fixed length, that of
+            OpenUnlearning and this package to the longest row.)
+
+    Raises:
+        WagleError: if ``positions`` is none of these.
+    """
 
     logits_at_theta0 = True
 
+    def __init__(self, positions: Literal["answer", "row", "batch"] = "answer") -> None:
+        if positions not in ("answer", "row", "batch"):
+            raise WagleError(f"objective.retain.positions must be answer, row or batch, got {positions!r}")
+        self.positions = positions
+
+    @property
+    def all_positions(self) -> bool:
+        """Whether positions of the prompt count."""
+        return self.positions != "answer"
+
     def __call__(self, at: Streams) -> Tensor:
-        return kl_from_theta0(at["retain"])
+        answers = at["retain"]
+        if self.positions == "answer":
+            return kl_from_theta0(answers)
+        counted = answers.attention.bool() if self.positions == "row" else torch.ones_like(answers.labels).bool()
+        both = (logits.float().log_softmax(-1) for logits in (answers.theta0.logits, answers.logits))
+        return divergence(*both).masked_fill(~counted, 0.0).sum(-1) / counted.sum(-1)
 
 
 class NONE(RetainTerm):
