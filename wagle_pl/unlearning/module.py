@@ -268,7 +268,7 @@ class UnlearnModule(FinetuneModule):
         layers: only weights in these layers may move, e.g. ``3-7`` or ``0,2,5-9``; with a mask, those that both select.
         adapter: ``LoRA`` trains low-rank adapters in place of the weights; not together with a mask, modules or layers.
         clip_scope: whose gradient norm ``trainer.gradient_clip_val`` bounds: of the ``selected`` weights, or of ``all``
-            (dense gradients, kept until they are clipped).
+            (dense gradients, kept until they are clipped and then masked, as in WAGLE's code; not under ZeRO).
         verify: when to check that frozen weights are bit-identical to θ₀: at the ``end``, after each ``step``, or never
             (``off``).
         reference_logits: where predictions at θ₀ come from when a term needs them (``KL``, ``UNDIAL``, retain term
