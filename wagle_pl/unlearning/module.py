@@ -80,14 +80,16 @@ class FinetuneModule(EvaluationModule):
         self.make_optimizer: Callable[[Any], torch.optim.Optimizer] = MaskedAdamW
         self.make_lr_scheduler: Optional[Callable[[torch.optim.Optimizer], Any]] = None
         self._alone = False
+        self._fitted = False
         self._started = 0.0
         self._step_start: Optional[StepStart] = None
         self._random: Mapping[str, Tensor] = {}
 
     @property
     def results_folder(self) -> Path:
-        """Test results go beside the model's files."""
-        return Path(self.output) / "test" if self.output else super().results_folder
+        """Test results go beside the model's files, once there are any."""
+        written = self.output and Path(self.output).is_dir()
+        return Path(self.output if written else self.trainer.default_root_dir) / "test"
 
     def setup(self, stage: str) -> None:
         """Refuse an output that exists before any work is done."""
@@ -96,6 +98,9 @@ class FinetuneModule(EvaluationModule):
             if self._alone:
                 raise WagleError("load_from_checkpoint gives a module to use and to test: to train on, make a new one "
                                  "and give trainer.fit the checkpoint as ckpt_path")  # fmt: skip
+            if self._fitted:
+                raise WagleError(f"this module was trained already, and its weights are no longer those of "
+                                 f"{self.model_name}: to train again, make a new one")  # fmt: skip
             if not self.output:
                 raise WagleError("fit needs a folder for the model: give --model.output")
             if Path(self.output).resolve() == Path(self.model_name).resolve():
@@ -114,13 +119,21 @@ class FinetuneModule(EvaluationModule):
                 raise WagleError(f"{what}: {folder} lies in the output {self.output}, which the model's folder will "
                                  "replace: name another")  # fmt: skip
 
+    @property
+    def fits(self) -> bool:
+        """Whether the trainer is to train, rather than to validate or to test."""
+        return self.attached and self.trainer.state.fn == "fit"
+
     def configure_model(self) -> None:
-        """Load the model, and switch gradient checkpointing on if asked; without a trainer, load it for use.
+        """Load the model, and switch gradient checkpointing on if asked; without a trainer, load it for use. A fit
+        loads it anew: what a test before it has loaded may be a checkpoint, and in another precision.
 
         Raises:
             WagleError: if the strategy cannot train a model of this kind.
         """
         self._alone |= not self.attached
+        if self.fits:
+            self.lm, self._random, self._fitted = None, {}, True
         super().configure_model()
         if not self.attached:
             return
@@ -323,15 +336,15 @@ class UnlearnModule(FinetuneModule):
 
     def configure_model(self) -> None:
         """Load the model and the mask, check that they belong together, and freeze what the mask leaves out."""
-        if self.lm is not None:
+        if self.lm is not None and not self.fits:
             return
         self._check_strategy()
+        self._references = References()
         super().configure_model()
-        fits = self.attached and self.trainer.state.fn == "fit"
-        if fits:
+        if self.fits:
             self.objective.prepare(self.lm)
         self._restrict()
-        if fits:
+        if self.fits:
             self._copy_theta0()
 
     def _check_strategy(self) -> None:
