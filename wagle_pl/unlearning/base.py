@@ -109,11 +109,12 @@ class Objective:
         """``loss`` and its parts (``forget_loss``, ``retain_loss``, ``penalty``: those there are), scalars."""
         parts: dict[str, Tensor] = {}
         terms = []
+        name = f"objective {type(self).__name__}"
         if self.forget_streams:
-            parts["forget_loss"] = at.mean(self.forget_streams[0], self.forget_loss(at))
+            parts["forget_loss"] = at.mean(self.forget_streams[0], self.forget_loss(at), f"{name}, forget term")
             terms.append(self._forget_schedule(at.progress) * parts["forget_loss"])
         if self.retains:
-            parts["retain_loss"] = at.mean("retain", self.retain_loss(at))
+            parts["retain_loss"] = at.mean("retain", self.retain_loss(at), f"{name}, retain term")
             terms.append(self._retain_schedule(at.progress) * parts["retain_loss"])
         penalty = self.penalty(at)
         if penalty is not None:

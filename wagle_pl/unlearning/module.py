@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, Optional, Union
 
 import torch
@@ -31,7 +33,7 @@ from wagle_pl.unlearning.optim import (
     mask_whole_gradients,
     parameter_masks,
 )
-from wagle_pl.unlearning.reference import FrozenCopy, References
+from wagle_pl.unlearning.reference import FrozenCopy, References, predictions_of
 from wagle_pl.unlearning.resume import StepStart, random_state, rewind, set_random_state
 from wagle_pl.unlearning.schedules import lr_factor
 from wagle_pl.utilities import WagleError, describe, peak_memory, refuse_existing, resolve, versions
@@ -70,6 +72,8 @@ class FinetuneModule(EvaluationModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(model=model, output=output, **kwargs)
+        if not 0 <= warmup < float("inf"):
+            raise WagleError(f"model.warmup must be 0 or more, got {warmup:g}")
         self.streams = (train_on,)
         self.warmup = warmup
         self.decay = decay
@@ -101,6 +105,9 @@ class FinetuneModule(EvaluationModule):
             if self._fitted:
                 raise WagleError(f"this module was trained already, and its weights are no longer those of "
                                  f"{self.model_name}: to train again, make a new one")  # fmt: skip
+            clip = self.trainer.gradient_clip_val
+            if clip is not None and not clip >= 0:
+                raise WagleError(f"trainer.gradient_clip_val must be 0 or more, got {clip:g}")
             if not self.output:
                 raise WagleError("fit needs a folder for the model: give --model.output")
             if Path(self.output).resolve() == Path(self.model_name).resolve():
@@ -460,9 +467,40 @@ class UnlearnModule(FinetuneModule):
             self._guard_partitions()
         if self._theta0 is not None:
             self._theta0.match(self.lm)
+        self._try_objective()
         top_k = self.objective.theta0_streams if self.reference_logits == "top_k" else ()
         folder = Path(self.output).parent / ".references"
         self._references.prepare(self, folder, self.objective.references, top_k, self.top_k)
+
+    def _try_objective(self) -> None:
+        """Compute the objective on two rows, before the passes at θ₀ that it may need; nothing else changes.
+
+        Raises:
+            WagleError: if the loss, or one of its terms, has another shape than it must have.
+        """
+        data = self.trainer.datamodule
+        if not hasattr(data, "stream_loader"):
+            return
+        batches = {stream: next(iter(data.stream_loader(stream, batch_size=2)))[stream] for stream in self.streams}
+        batch = {s: {k: v.to(self.device) for k, v in tensors.items()} for s, tensors in batches.items()}
+        at = Streams(
+            batch,
+            self.run_lm,
+            {stream: torch.zeros(int(tensors["row"].max()) + 1) for stream, tensors in batch.items()},
+            lm=self.lm,
+            layers=self.objective.hidden_layers,
+            theta0=self._theta0 or SimpleNamespace(run=partial(predictions_of, self.lm)),
+            whole=self.objective.whole_streams,
+        )
+        random, training = random_state(self.device), self.lm.training
+        self.lm.eval()
+        with torch.set_grad_enabled(not self.sharded), self.trainer.precision_plugin.forward_context():
+            loss = self.objective(at)["loss"]
+        self.lm.train(training)
+        set_random_state(random, self.device)
+        if loss.shape:
+            raise WagleError(f"objective {type(self.objective).__name__}: loss must be a scalar, got shape "
+                             f"{tuple(loss.shape)}")  # fmt: skip
 
     def streams_of(self, batch: Mapping[str, Mapping[str, Tensor]]) -> Streams:
         """What the objective sees of one batch."""

@@ -134,14 +134,21 @@ class FrozenCopy:
         for mine, its in zip(self.lm.buffers(), lm.buffers(), strict=True):
             mine.data = mine.data.to(device=its.device, dtype=its.dtype)
 
-    @torch.no_grad()
     def run(
         self, tensors: Mapping[str, Tensor], layers: Collection[int], whole: bool = False
     ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         """Logits (of all positions if ``whole``), their labels, and outputs of some blocks, of one stream's tensors."""
-        with capture(self.lm, layers) as hidden:
-            output, labels = forward_answers(self.lm, tensors, whole=whole)
-        return output.logits, labels, hidden
+        return predictions_of(self.lm, tensors, layers, whole)
+
+
+@torch.no_grad()
+def predictions_of(
+    lm: Any, tensors: Mapping[str, Tensor], layers: Collection[int], whole: bool = False
+) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+    """What :meth:`FrozenCopy.run` returns, of any model."""
+    with capture(lm, layers) as hidden:
+        output, labels = forward_answers(lm, tensors, whole=whole)
+    return output.logits, labels, hidden
 
 
 # -- passes over a stream at θ₀ ---------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor
 from wagle_pl.evaluation.likelihood import token_logprobs
 from wagle_pl.unlearning.hidden import capture
 from wagle_pl.unlearning.reference import Buckets, FrozenCopy, TopK
+from wagle_pl.utilities import WagleError
 
 
 class Answers:
@@ -199,9 +200,24 @@ class Streams(Mapping[str, Answers]):
     def __len__(self) -> int:
         return len(self.batch)
 
-    def mean(self, stream: str, values: Tensor) -> Tensor:
-        """Weighted sum of (B,) values: the mean over the global batch once ranks and micro-batches are averaged."""
-        weight = self.batch[stream]["weight"].to(values.dtype)
+    def mean(self, stream: str, values: Tensor, what: str = "values") -> Tensor:
+        """Weighted sum of (B,) values: the mean over the global batch once ranks and micro-batches are averaged.
+
+        Args:
+            stream: whose rows the values are of.
+            values: (B,).
+            what: how to name them in a message.
+
+        Raises:
+            WagleError: if they have another shape.
+        """
+        weight = self.batch[stream]["weight"]
+        wanted = f"one number for each of {len(weight)} rows, shape {tuple(weight.shape)}"
+        if not isinstance(values, Tensor):
+            raise WagleError(f"{what}: must be a tensor, {wanted}, got {type(values).__name__}")
+        if values.shape != weight.shape:
+            raise WagleError(f"{what}: must be {wanted}, got shape {tuple(values.shape)}")
+        weight = weight.to(values.dtype)
         return (weight * values.masked_fill(weight == 0, 0.0)).sum()
 
 
