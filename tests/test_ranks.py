@@ -382,6 +382,26 @@ def test_export(run: Any, mask: str, name: str, capsys: pytest.CaptureFixture[st
     assert load_model("exported").generation_config.to_dict() == load_model(str(folder)).generation_config.to_dict()
 
 
+@pytest.mark.parametrize("module", ["UnlearnModule", "AttributionModule"])
+@pytest.mark.parametrize("name", ["ddp", "zero2", "zero3"])
+def test_a_checkpoint_of_the_end_gives_the_result(run: Any, name: str, module: str):
+    """With nothing left to train, a resumed run writes what the first wrote."""
+    options = ["--model.objective", "GradDiff"] if module == "UnlearnModule" else ["--model.hessian", "fisher"]
+    length = {
+        "trainer.max_steps": -1,
+        "trainer.max_epochs": 1,
+        "data.batch_size": 2,
+        "trainer.accumulate_grad_batches": 1,
+    }
+    folder = run(name, module, *options, *checkpointing(1, "kept"), **length)
+    last = max(Path("kept").iterdir(), key=lambda path: int(path.stem.partition("=")[2]))
+    again = run(name, module, *options, "--ckpt_path", last, output="again", **length)
+    if module == "UnlearnModule":
+        assert difference(weights(folder), weights(again)) == 0
+    else:
+        assert WeightMask.load(folder) == WeightMask.load(again)
+
+
 def test_export_merges_an_adapter(run: Any):
     pytest.importorskip("peft")
     options = ["--model.objective", "GradDiff", "--model.adapter", "LoRA", *checkpointing(2, "kept")]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from wagle_pl import models
+from wagle_pl import distributed, models, outputs
 from wagle_pl.attribution.hessian import DIAGONAL, ESTIMATORS, TRACE, DampedHessian, Fisher, Hessian
 from wagle_pl.attribution.passes import Draws, Job, collect, count_rows
 from wagle_pl.attribution.scores import Score, WeightStatistics, positive
@@ -24,7 +24,8 @@ from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.evaluation.module import EvaluationModule
 from wagle_pl.layers import linear_weights, recompute_blocks
 from wagle_pl.masks import SUFFIX, WeightMask, mask_path
-from wagle_pl.strategies import ZeRO, is_sharded, is_zero
+from wagle_pl.planning import Run, Size, disk_bytes
+from wagle_pl.strategies import ZeRO, is_sharded, is_zero, stage_of
 from wagle_pl.unlearning.objectives import NPO, PO, GradDiff
 from wagle_pl.utilities import WagleError, refuse_existing
 
@@ -161,10 +162,7 @@ class AttributionModule(EvaluationModule):
         if stage == "fit":
             if not self.output:
                 raise WagleError("attribution needs a path for the mask: give --model.output")
-            if self.several:
-                refuse_existing(Path(self.output), self.overwrite, kind="files")
-            else:
-                refuse_existing(mask_path(self.output), self.overwrite)
+            outputs.reserve(self._place, self.overwrite, "files" if self.several else "file")
             for spec in self.specs if self.save_scores else ():
                 refuse_existing(self._scores_path(spec.score), self.overwrite, kind="folder")
             if str(self.trainer.precision).startswith("16"):
@@ -173,6 +171,34 @@ class AttributionModule(EvaluationModule):
                     "the loss scaling of fp16 would scale the sums"
                 )
             self._check_strategy()
+
+    def teardown(self, stage: str) -> None:
+        """Let others write the output."""
+        if stage == "fit" and self.output:
+            outputs.release(self._place)
+
+    @property
+    def _place(self) -> Path:
+        """The mask's file, or the masks' folder."""
+        return Path(self.output) if self.several else mask_path(self.output)
+
+    def on_fit_start(self) -> None:
+        """Refuse a run that the disk has no room for."""
+        if not self.trainer.fast_dev_run:
+            distributed.from_rank_zero(lambda: outputs.check_space(self.planned_files()))
+
+    def planned_files(self) -> list[outputs.Planned]:
+        """What the run is going to write, at least."""
+        weights = sum(map(prod, models.parameter_shapes(self.lm).values()))
+        run = Run.about_to(
+            "attribution", str(self.trainer.precision), stage_of(self.trainer.strategy), hessian=self.hessian
+        )
+        files = disk_bytes(Size(weights, 0), run)
+        planned = [outputs.Planned("masks" if self.several else "mask", self._place, len(self.specs) * files["mask"])]
+        if self.save_scores:
+            scores = len({id(spec.score) for spec in self.specs}) * weights * DTYPES[self.save_scores].itemsize
+            planned.append(outputs.Planned("scores", self._place, scores))
+        return planned + outputs.planned_checkpoint(self.trainer, files["checkpoint"])
 
     def _check_strategy(self) -> None:
         """Refuse what cannot work with several ranks."""
@@ -217,6 +243,7 @@ class AttributionModule(EvaluationModule):
 
     def on_train_start(self) -> None:
         """Attribute the model as it is used, without dropout; DDP need not average gradients that are summed here."""
+        self._trained = True
         self.lm.eval()
         if isinstance(self.trainer.strategy.model, DistributedDataParallel):
             self._unsynced.enter_context(self.trainer.strategy.model.no_sync())
@@ -264,6 +291,8 @@ class AttributionModule(EvaluationModule):
             raise WagleError("attribution moved a weight: the mask is not written; please report this")
         self._small = self.sums.small()
         curvature = self._curvature()
+        checkpoint = outputs.last_checkpoint(self.trainer)
+        failed: list[str] = []
         groups: dict[Any, list[int]] = {}
         for number, spec in enumerate(self.specs):
             groups.setdefault(spec.passes, []).append(number)
@@ -271,12 +300,19 @@ class AttributionModule(EvaluationModule):
             for number, mask in zip(numbers, self._select(numbers, curvature), strict=True):
                 if mask is None:
                     continue
-                path = mask.save(self._mask_path(number))
+                path = self._mask_path(number)
                 self._report(mask, self.mask_names[number])
-                log.info("mask written to %s (density %.4f)", path, mask.density)
+                try:
+                    outputs.write_or_keep(mask.save, path, checkpoint)
+                except WagleError as error:  # the next mask may be kept, too
+                    failed.append(str(error))
+                else:
+                    log.info("mask written to %s (density %.4f)", path, mask.density)
         if self.save_scores:
             for score in {id(spec.score): spec.score for spec in self.specs}.values():
                 self._write_scores(score, curvature)
+        if failed:
+            raise WagleError("; ".join(failed))
 
     def _mask_path(self, number: int) -> Path:
         return Path(self.output) / f"{self.mask_names[number]}{SUFFIX}" if self.several else mask_path(self.output)
@@ -396,7 +432,13 @@ class AttributionModule(EvaluationModule):
             for _ in whole:
                 pass
             return
-        path = write_scores(self._scores_path(score), whole, shapes, made_by, DTYPES[self.save_scores])
+        path = self._scores_path(score)
+        outputs.write_or_keep(
+            lambda place: write_scores(place, whole, shapes, made_by, DTYPES[self.save_scores]),
+            path,
+            outputs.last_checkpoint(self.trainer),
+            again=False,
+        )
         log.info("scores written to %s", path)
 
     def _made_by(self, curvature: Optional[DampedHessian]) -> dict[str, Any]:

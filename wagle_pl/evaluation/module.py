@@ -135,6 +135,7 @@ class EvaluationModule(L.LightningModule):
         self.undefined: dict[str, str] = {}
         #: Measures of general ability found elsewhere, task -> accuracy; some suites average them.
         self.general: dict[str, float] = {}
+        self._trained = False
         self._tables: dict[str, Table] = {}
         self._results: dict[str, Results] = {}
         self._validation: Optional[Validation] = None
@@ -216,6 +217,12 @@ class EvaluationModule(L.LightningModule):
         self._check_rows(validated)
         if stage == "test" and self.gradient_norm and self.sharded:
             raise WagleError("model.gradient_norm needs the whole model on a device: it cannot be had under ZeRO-3")
+
+    def on_fit_end(self) -> None:
+        """Write the result of a run whose checkpoint left nothing to train: Lightning does not begin such a run."""
+        if self.trainer.ckpt_path and not self._trained:
+            log.info("the run of checkpoint %s had come to its end: its result is written", self.trainer.ckpt_path)
+            self.on_train_end()
 
     # -- test loop ----------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 from wagle_pl.utilities import WagleError
 
@@ -101,6 +101,14 @@ class Run:
             raise WagleError("hessian hutchinson needs whole parameters, which ZeRO-3 spreads: choose another stage")
         if self.frozen_copy and self.stage == 3:
             raise WagleError("a frozen copy of the model does not work under ZeRO-3; choose another stage")
+
+    @classmethod
+    def about_to(cls, task: str, precision: str, stage: int, **options: Any) -> Run:
+        """The plan of a run that is about to begin; what the plan does not know is taken for the least that it does."""
+        least = {"optimizer": (OPTIMIZERS, "SGD"), "hessian": (HESSIANS, "scalar")}
+        options = {k: v if k not in least or v in least[k][0] else least[k][1] for k, v in options.items()}
+        known = precision if precision in PRECISIONS else "16-true"
+        return cls(task, f"deepspeed_stage_{stage}" if stage else "ddp", precision=known, **options)
 
     @property
     def spread(self) -> Strategy:

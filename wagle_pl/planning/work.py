@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from wagle_pl.planning.architecture import Architecture
+from typing import Union
+
+from wagle_pl.planning.architecture import Architecture, Size
 from wagle_pl.planning.memory import FP32, selected_share, state_bytes, sums_per_weight
 from wagle_pl.planning.run import Run
 
 
-def disk_bytes(model: Architecture, run: Run) -> dict[str, float]:
+def disk_bytes(model: Union[Architecture, Size], run: Run) -> dict[str, float]:
     """Bytes of what a run writes: file -> size.
 
     A mask N / 8; a model N weights as it is stored; a checkpoint w N and the optimiser's state, under ZeRO 4 N of fp32

@@ -6,6 +6,9 @@ Importing this package makes Lightning's names ``deepspeed``, ``deepspeed_stage_
 
 from wagle_pl.strategies.checkpoint import ShardedCheckpoint, load_plain
 from wagle_pl.strategies.fragments import Fragment, flat_masks, fragments
-from wagle_pl.strategies.zero import ZeRO, is_sharded, is_zero
+from wagle_pl.strategies.zero import ZeRO, is_sharded, is_zero, stage_of
 
-__all__ = ["Fragment", "ShardedCheckpoint", "ZeRO", "flat_masks", "fragments", "is_sharded", "is_zero", "load_plain"]
+__all__ = [
+    "Fragment", "ShardedCheckpoint", "ZeRO", "flat_masks", "fragments", "is_sharded", "is_zero", "load_plain",
+    "stage_of",
+]  # fmt: skip

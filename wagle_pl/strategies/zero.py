@@ -44,6 +44,11 @@ def is_sharded(strategy: Any) -> bool:
     return is_zero(strategy) and strategy.zero_stage_3
 
 
+def stage_of(strategy: Any) -> int:
+    """The ZeRO stage of a strategy, 0 if it is none."""
+    return strategy.config.get("zero_optimization", {}).get("stage", 0) if is_zero(strategy) else 0
+
+
 class ZeRO(DeepSpeedStrategy):
     """DeepSpeed ZeRO, stage 1, 2 or 3, on GPUs, and on CPUs (gloo) for tests and small runs.
 

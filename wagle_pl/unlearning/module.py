@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, Optional, Union
@@ -13,12 +14,13 @@ from typing import Any, Literal, Optional, Union
 import torch
 from torch import Tensor
 
-from wagle_pl import distributed, models
+from wagle_pl import distributed, models, outputs
 from wagle_pl.evaluation.likelihood import forward_answers
 from wagle_pl.evaluation.module import EvaluationModule
 from wagle_pl.layers import expert_weights
 from wagle_pl.masks import WeightMask
-from wagle_pl.strategies import flat_masks, is_zero
+from wagle_pl.planning import Run, Size, disk_bytes
+from wagle_pl.strategies import flat_masks, is_zero, stage_of
 from wagle_pl.unlearning.adapters import LoRA
 from wagle_pl.unlearning.base import freeze_others, mask_matching
 from wagle_pl.unlearning.card import model_card
@@ -36,7 +38,7 @@ from wagle_pl.unlearning.optim import (
 from wagle_pl.unlearning.reference import FrozenCopy, References, predictions_of
 from wagle_pl.unlearning.resume import StepStart, random_state, rewind, set_random_state
 from wagle_pl.unlearning.schedules import lr_factor
-from wagle_pl.utilities import WagleError, describe, peak_memory, refuse_existing, resolve, versions
+from wagle_pl.utilities import WagleError, describe, peak_memory, resolve, versions
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +87,7 @@ class FinetuneModule(EvaluationModule):
         self.make_lr_scheduler: Optional[Callable[[torch.optim.Optimizer], Any]] = None
         self._alone = False
         self._fitted = False
-        self._started = 0.0
+        self._started = time.monotonic()
         self._step_start: Optional[StepStart] = None
         self._random: Mapping[str, Tensor] = {}
 
@@ -113,7 +115,33 @@ class FinetuneModule(EvaluationModule):
             if Path(self.output).resolve() == Path(self.model_name).resolve():
                 raise WagleError(f"output {self.output} is the model that this run starts from: choose another folder")
             self._refuse_what_would_be_lost()
-            refuse_existing(Path(self.output), self.overwrite, kind="folder")
+            outputs.reserve(Path(self.output), self.overwrite, kind="folder")
+
+    def teardown(self, stage: str) -> None:
+        """Let others write the output."""
+        if stage == "fit" and self.output:
+            outputs.release(Path(self.output))
+
+    def on_fit_start(self) -> None:
+        """Refuse a run that the disk has no room for."""
+        if not self.trainer.fast_dev_run:
+            distributed.from_rank_zero(lambda: outputs.check_space(self.planned_files()))
+
+    def planned_files(self) -> list[outputs.Planned]:
+        """What the run is going to write, at least."""
+        dtype = models.checkpoint_dtype(self.model_name) or torch.float32
+        size = Size(sum(map(prod, models.parameter_shapes(self.lm).values())), dtype.itemsize)
+        optimizer = next((type(optimizer).__name__ for optimizer in self.trainer.optimizers), "none")
+        files = disk_bytes(size, self.planned_run(optimizer))
+        return [
+            outputs.Planned("model", Path(self.output), files["model"]),
+            *outputs.planned_checkpoint(self.trainer, files["checkpoint"]),
+        ]
+
+    def planned_run(self, optimizer: str) -> Run:
+        """The run, as ``wagle plan`` knows it."""
+        stage = stage_of(self.trainer.strategy)
+        return Run.about_to("finetuning", str(self.trainer.precision), stage, optimizer=optimizer)
 
     def _refuse_what_would_be_lost(self) -> None:
         """Refuse checkpoints and logs within the output, which the model's folder replaces at the end."""
@@ -229,6 +257,7 @@ class FinetuneModule(EvaluationModule):
 
     def on_train_start(self) -> None:
         """Start the clock and restore the random state of a checkpoint."""
+        self._trained = True
         self._started = time.monotonic()
         set_random_state(self._random, self.device)
         # counting the steps made the loader before Lightning read the checkpoint: tell it only now where to go on
@@ -241,8 +270,14 @@ class FinetuneModule(EvaluationModule):
         if self.trainer.fast_dev_run:
             return
         record = self.record()
-        if self.sharded or self.trainer.is_global_zero:
+
+        def write(path: Path) -> None:
+            self.output = str(path)
             self.export(record)
+
+        if self.sharded or self.trainer.is_global_zero:
+            checkpoint = outputs.last_checkpoint(self.trainer)
+            outputs.write_or_keep(write, Path(self.output), checkpoint, again=not self.sharded)
         if self.trainer.is_global_zero:
             log.info("model written to %s", self.output)
 
@@ -461,6 +496,7 @@ class UnlearnModule(FinetuneModule):
     def on_fit_start(self) -> None:
         """Protect frozen weights from an optimiser that a subclass configures; compute, or find, what θ₀ says of the
         rows, as far as the objective needs it."""
+        super().on_fit_start()
         if self.mask is not None and not self._masks:
             self._protect(getattr(optimizer, "optimizer", optimizer) for optimizer in self.trainer.optimizers)
         if self.mask is not None and is_zero(self.trainer.strategy):
@@ -501,6 +537,13 @@ class UnlearnModule(FinetuneModule):
         if loss.shape:
             raise WagleError(f"objective {type(self.objective).__name__}: loss must be a scalar, got shape "
                              f"{tuple(loss.shape)}")  # fmt: skip
+
+    def planned_run(self, optimizer: str) -> Run:
+        """The run, as ``wagle plan`` knows it; an adapter's state is next to nothing."""
+        stage = stage_of(self.trainer.strategy)
+        density = 1.0 if self.mask is None else self.mask.density
+        optimizer = optimizer if self.adapter is None else "SGD"
+        return Run.about_to("unlearning", str(self.trainer.precision), stage, optimizer=optimizer, density=density)
 
     def streams_of(self, batch: Mapping[str, Mapping[str, Tensor]]) -> Streams:
         """What the objective sees of one batch."""
