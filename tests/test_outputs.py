@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -126,10 +127,21 @@ def test_a_process_that_ends_takes_its_lock_with_it(tmp_path: Path) -> None:
     assert "ZeroDivisionError" in ended.stderr and not list(tmp_path.iterdir())
 
 
-def test_a_lock_of_another_host_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_run_that_was_killed_on_another_host(
+    tmp_path: Path, heard: Any, monkeypatch: pytest.MonkeyPatch, locks: bool
+) -> None:
+    """A job that is queued again goes on elsewhere, if the disk knows that nobody holds the lock."""
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(95, "Operation not supported")))
     (tmp_path / ".out.lock").write_text(json.dumps({"pid": 1, "host": "elsewhere.invalid", "since": "then"}))
-    with pytest.raises(WagleError, match=r"process 1 on elsewhere\.invalid, since then.*delete .*\.out\.lock"):
+    if locks:
         outputs.reserve(tmp_path / "out", False, "file")
+        assert "took over the lock of a run that has ended (process 1 on elsewhere.invalid, since then)" in heard.text
+        outputs.release(tmp_path / "out")
+    else:
+        with pytest.raises(WagleError, match=r"process 1 on elsewhere\.invalid, since then.*delete .*\.out\.lock"):
+            outputs.reserve(tmp_path / "out", False, "file")
 
 
 # -- at the end -------------------------------------------------------------------------------------------------------

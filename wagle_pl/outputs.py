@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import os
 import shutil
 import socket
@@ -15,6 +16,8 @@ from typing import IO, Any, Literal, NamedTuple, Optional
 
 from wagle_pl import distributed
 from wagle_pl.utilities import WagleError, first_line, refuse_existing
+
+log = logging.getLogger(__name__)
 
 GIB = 1 << 30
 
@@ -32,31 +35,24 @@ class Lock:
         path: the file; its folder is made.
         busy: what to say if another holds it.
         advice: what to do then.
+        across_hosts: believe the operating system that a holder on another host has ended. (A job that is queued again
+            may go on elsewhere; but there are shared disks whose locks hold on one host only.)
 
     Attributes:
-        left: who was killed while holding it, on this host; None if nobody.
+        left: who was killed while holding it; None if nobody.
 
     Raises:
-        WagleError: if another process holds it, or one on another host did when it ended.
+        WagleError: if another process holds it, or may do.
     """
 
-    def __init__(self, path: Path, busy: str, advice: str) -> None:
-        import fcntl
-
+    def __init__(self, path: Path, busy: str, advice: str, across_hosts: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        while True:
-            self._file: IO[str] = path.open("a+", encoding="utf-8")
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                self._file.close()
-                raise WagleError(f"{busy} ({_holder(path)}): wait for it, or {advice}") from None
-            if path.exists() and os.path.samestat(os.fstat(self._file.fileno()), path.stat()):
-                break
-            self._file.close()  # another has ended, and removed the file, in the meantime
+        self._file, sure = _opened(path)
+        if self._file is None:
+            raise WagleError(f"{busy} ({_holder(path)}): wait for it, or {advice}")
         left, host = _read(path), socket.gethostname()
-        if left and left.get("host") != host:
+        if left and not (sure and (across_hosts or left.get("host") == host)):
             holder = _holder(path)
             self._file.close()
             raise WagleError(f"{busy} ({holder}), or ended without a word: if so, delete {path}")
@@ -76,6 +72,24 @@ class Lock:
         self._file.truncate()
         self._file.write(text)
         self._file.flush()
+
+
+def _opened(path: Path) -> tuple[Optional[IO[str]], bool]:
+    """The file, with the operating system's lock on it, and whether there was one to be had; None if it is held."""
+    import fcntl
+
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None, True
+        except OSError:  # a disk without locks: what the file says must do
+            return file, False
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file, True
+        file.close()  # another has ended, and removed the file, in the meantime
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -113,9 +127,12 @@ def _claim(output: Path) -> None:
     release(output)
     path = output.with_name(f".{output.name}.lock")
     try:
-        _claimed[output] = Lock(path, f"another run writes {output}", "choose another --model.output")
+        lock = Lock(path, f"another run writes {output}", "choose another --model.output", across_hosts=True)
     except OSError as error:
         raise WagleError(f"output {output} cannot be written ({error.strerror}): choose another") from None
+    _claimed[output] = lock
+    if lock.left:
+        log.warning("output %s: took over the lock of a run that has ended (%s)", output, lock.left)
 
 
 def release(output: Path) -> None:
