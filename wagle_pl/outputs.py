@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, Optional
 
+from lightning.pytorch import Callback
+
 from wagle_pl import distributed
 from wagle_pl.utilities import WagleError, first_line, refuse_existing
 
@@ -140,6 +142,17 @@ def release(output: Path) -> None:
     lock = _claimed.pop(output, None)
     if lock is not None:
         lock.release()
+
+
+class ReleaseOnFailure(Callback):
+    """Lets others write an output when the run fails: Lightning does not tear a module down then."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+
+    def on_exception(self, *_: Any) -> None:
+        """Release the output."""
+        release(self.output)
 
 
 @atexit.register

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -171,6 +172,10 @@ class AttributionModule(EvaluationModule):
                     "the loss scaling of fp16 would scale the sums"
                 )
             self._check_strategy()
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What lets others write the output when the run fails."""
+        return [outputs.ReleaseOnFailure(self._place)] if self.output else []
 
     def teardown(self, stage: str) -> None:
         """Let others write the output."""

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any, Literal, Optional, Union
 
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor
 
 from wagle_pl import distributed, models, outputs
@@ -116,6 +117,10 @@ class FinetuneModule(EvaluationModule):
                 raise WagleError(f"output {self.output} is the model that this run starts from: choose another folder")
             self._refuse_what_would_be_lost()
             outputs.reserve(Path(self.output), self.overwrite, kind="folder")
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What lets others write the output when the run fails."""
+        return [outputs.ReleaseOnFailure(Path(self.output))] if self.output else []
 
     def teardown(self, stage: str) -> None:
         """Let others write the output."""
