@@ -149,7 +149,7 @@ def resolve(base: type[T], value: Union[T, str], option: str) -> T:
     """
     if isinstance(value, base):
         return value
-    known = {_fold(cls.__name__): cls for cls in list(_subclasses(base)) or [base]}
+    known = {_fold(cls.__name__): cls for cls in list(subclasses(base)) or [base]}
     cls = known.get(_fold(value))
     if cls is None and "." in value:
         module, _, name = value.rpartition(".")
@@ -254,7 +254,8 @@ def _fold(name: str) -> str:
     return name.replace("_", "").lower()
 
 
-def _subclasses(base: type[T]) -> Iterator[type[T]]:
+def subclasses(base: type[T]) -> Iterator[type[T]]:
+    """All classes that derive from one, as far as they are imported."""
     for cls in base.__subclasses__():
         yield cls
-        yield from _subclasses(cls)
+        yield from subclasses(cls)
