@@ -18,7 +18,7 @@ import wagle_pl.evaluation
 import wagle_pl.unlearning  # noqa: F401  the imports make the classes known by their short names
 from wagle_pl.attribution import AttributionModule
 from wagle_pl.commands import COMMANDS
-from wagle_pl.commands.parser import OneLineErrors
+from wagle_pl.commands.parser import OneLineErrors, classes_first
 from wagle_pl.strategies import is_zero
 from wagle_pl.utilities import WagleError, trainer_in_the_making
 
@@ -27,6 +27,9 @@ DESCRIPTION = (
     f"Other commands, each with its own --help: {', '.join(f'wagle {name}' for name in COMMANDS)}."
 )
 
+
+#: Class that ``--optimizer.OPTION`` is of where no class is named: what the modules take by themselves.
+DEFAULT_OPTIMIZER = "MaskedAdamW"
 
 #: Values of ``--ckpt_path`` that are no paths.
 _LIGHTNINGS_OWN = ("best", "last", "hpc", "registry")
@@ -74,6 +77,15 @@ class WagleCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The key by which a configuration names those it builds on; used before parsing."""
         parser.add_argument("--base", type=Any, default=None, help="In a config file: config files it builds on.")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+        """Parse; a class may come after its options, and options of an optimiser may come without one."""
+        classes = {option.removesuffix(".help") for option in parser.options if option.endswith(".help")}
+        args = classes_first(args, classes)
+        named = any(argument.partition("=")[0] == "--optimizer" for argument in args)
+        if not named and any(argument.startswith("--optimizer.") for argument in args):
+            args[1:1] = ["--optimizer", DEFAULT_OPTIMIZER]  # a configuration's, which comes later, takes its place
+        super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
         """The configuration stands on its own: a checkpoint brings weights and progress, no options."""
@@ -134,9 +146,10 @@ class _Factory:
     def __init__(self, init: Any) -> None:
         self.init = init
 
-    def __call__(self, target: Any) -> Optimizer | LRScheduler:
+    def __call__(self, target: Any, **others: Any) -> Optimizer | LRScheduler:
         init = self.init.as_dict()
         module, _, name = init["class_path"].rpartition(".")
         cls = getattr(importlib.import_module(module), name)
         first = next(iter(inspect.signature(cls).parameters))  # whatever the class calls its target
-        return cls(target, **{k: v for k, v in (init.get("init_args") or {}).items() if k != first})
+        options = {**(init.get("init_args") or {}), **others}
+        return cls(target, **{k: v for k, v in options.items() if k != first})

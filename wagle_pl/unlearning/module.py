@@ -55,6 +55,7 @@ class FinetuneModule(EvaluationModule):
         lr_interval: when a scheduler given by ``--lr_scheduler`` steps: each ``epoch``, as in LightningCLI, or each
             optimiser ``step``.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        lr: learning rate of the optimiser, whichever it is; that of ``--optimizer`` when None.
         kwargs: see :class:`EvaluationModule`.
     """
 
@@ -67,17 +68,21 @@ class FinetuneModule(EvaluationModule):
         decay: Literal["linear", "constant"] = "linear",
         lr_interval: Literal["epoch", "step"] = "epoch",
         gradient_checkpointing: bool = False,
+        lr: Optional[float] = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model=model, output=output, **kwargs)
+        if lr is not None and not lr >= 0:
+            raise WagleError(f"model.lr must not be below 0, got {lr}")
+        self.lr = lr
         self.streams = (train_on,)
         self.warmup = warmup
         self.decay = decay
         self.lr_interval = lr_interval
         self.gradient_checkpointing = gradient_checkpointing
-        #: Parameters -> optimiser, and optimiser -> scheduler; the command line sets them from ``--optimizer`` and
-        #: ``--lr_scheduler``. Without a scheduler, ``warmup`` and ``decay`` apply.
-        self.make_optimizer: Callable[[Any], torch.optim.Optimizer] = MaskedAdamW
+        #: Parameters (and ``lr``, if that is given) -> optimiser, and optimiser -> scheduler; the command line sets
+        #: them from ``--optimizer`` and ``--lr_scheduler``. Without a scheduler, ``warmup`` and ``decay`` apply.
+        self.make_optimizer: Callable[..., torch.optim.Optimizer] = MaskedAdamW
         self.make_lr_scheduler: Optional[Callable[[torch.optim.Optimizer], Any]] = None
         self._alone = False
         self._started = 0.0
@@ -137,7 +142,8 @@ class FinetuneModule(EvaluationModule):
 
     def configure_optimizers(self) -> Any:
         """The optimiser over trainable parameters, with warm-up and decay by step."""
-        optimizer = self.make_optimizer([p for p in self.lm.parameters() if p.requires_grad])
+        options = {} if self.lr is None else {"lr": self.lr}
+        optimizer = self.make_optimizer([p for p in self.lm.parameters() if p.requires_grad], **options)
         if self.make_lr_scheduler is not None:
             scheduler = self.make_lr_scheduler(optimizer)
             how = {"scheduler": scheduler, "monitor": _monitor(scheduler), "interval": self.lr_interval}
