@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import lightning as L
+from lightning.fabric.utilities.seed import max_seed_value, min_seed_value
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -86,6 +87,17 @@ class WagleCLI(LightningCLI):
         if not named and any(argument.startswith("--optimizer.") for argument in args):
             args[1:1] = ["--optimizer", DEFAULT_OPTIMIZER]  # a configuration's, which comes later, takes its place
         super().parse_arguments(parser, args)
+
+    def _set_seed(self) -> None:
+        """Seed all generators.
+
+        Raises:
+            WagleError: if the seed is none.
+        """
+        seed = self._get(self.config, "seed_everything")
+        if not min_seed_value <= int(seed) <= max_seed_value:
+            raise WagleError(f"seed_everything must be in [{min_seed_value}, {max_seed_value}], got {seed}")
+        super()._set_seed()
 
     def _parse_ckpt_path(self) -> None:
         """The configuration stands on its own: a checkpoint brings weights and progress, no options."""

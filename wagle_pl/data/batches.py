@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from wagle_pl.data.template import IGNORE
+from wagle_pl.utilities import WagleError
 
 BUCKET = 32  # rows are sorted by length within this many global batches, so that a batch pads little
 
@@ -119,6 +120,9 @@ class GlobalBatchSampler(DistributedSampler):
         accumulate: micro-batches a step (``Trainer.accumulate_grad_batches``).
         world_size, rank: of the process group.
         seed: of the whole run.
+
+    Raises:
+        WagleError: if ``accumulate`` is below 1.
     """
 
     def __init__(
@@ -130,6 +134,8 @@ class GlobalBatchSampler(DistributedSampler):
         rank: int = 0,
         seed: int = 0,
     ) -> None:
+        if accumulate < 1:
+            raise WagleError(f"trainer.accumulate_grad_batches must be at least 1, got {accumulate}")
         self.lengths = lengths
         self.batch_size = batch_size
         self.accumulate = accumulate
