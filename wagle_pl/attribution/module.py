@@ -255,6 +255,7 @@ class AttributionModule(EvaluationModule):
 
     def on_train_end(self) -> None:
         """Turn the sums into scores, the scores into masks, and write them."""
+        super().on_train_end()
         self._unsynced.close()
         if self.trainer.fast_dev_run:
             return
@@ -428,6 +429,7 @@ class AttributionModule(EvaluationModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the weights out: they are the model's own, unmoved."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["state_dict"] = {}
 
 

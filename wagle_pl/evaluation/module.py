@@ -28,7 +28,7 @@ from wagle_pl.evaluation.sets import Table, Value, defined_only
 from wagle_pl.evaluation.suites import Info, Observations, Suite, find_suite
 from wagle_pl.evaluation.tables import read_table, write_table
 from wagle_pl.evaluation.validation import Validation
-from wagle_pl.strategies import is_sharded
+from wagle_pl.strategies import is_sharded, is_zero
 from wagle_pl.utilities import WagleError, narrow_types_crawl
 
 log = logging.getLogger(__name__)
@@ -135,6 +135,7 @@ class EvaluationModule(L.LightningModule):
         self.undefined: dict[str, str] = {}
         #: Measures of general ability found elsewhere, task -> accuracy; some suites average them.
         self.general: dict[str, float] = {}
+        self._trained = False
         self._tables: dict[str, Table] = {}
         self._results: dict[str, Results] = {}
         self._validation: Optional[Validation] = None
@@ -216,6 +217,66 @@ class EvaluationModule(L.LightningModule):
         self._check_rows(validated)
         if stage == "test" and self.gradient_norm and self.sharded:
             raise WagleError("model.gradient_norm needs the whole model on a device: it cannot be had under ZeRO-3")
+
+    # -- fit: what the modules that train have in common ---------------------------------------------------------------
+
+    def on_train_end(self) -> None:
+        """Note that training has come to its end; say so if nothing will be written, or if a callback has ended it."""
+        self._trained = True
+        if self.trainer.fast_dev_run:
+            log.info("fast_dev_run: this was a trial, and nothing is written")
+        for callback in self.trainer.early_stopping_callbacks:
+            reason = getattr(callback, "stopping_reason_message", None)
+            if reason:
+                log.info("stopped early, after step %d: %s", self.global_step, reason.strip())
+
+    def on_fit_end(self) -> None:
+        """Refuse to end without a result as if there were one.
+
+        Raises:
+            WagleError: if there was nothing to train on.
+        """
+        if self._trained:
+            self._trained = False
+            return
+        if self.trainer.ckpt_path:
+            raise WagleError(
+                f"nothing was trained or written: the checkpoint {self.trainer.ckpt_path} is of a run that had come to "
+                "its end; give a larger --trainer.max_epochs, leave --ckpt_path out, or make a model of it with "
+                "wagle export"
+            )
+        raise WagleError("nothing was trained or written: trainer.max_epochs, max_steps or limit_train_batches is 0")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say whose checkpoint it is."""
+        checkpoint["module"] = self._kind
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse what is no checkpoint of a run like this one.
+
+        Raises:
+            WagleError: if another module wrote it, or its weights are those of another model.
+        """
+        if not self.attached:
+            return
+        where = f"the checkpoint {self.trainer.ckpt_path}"
+        kind = checkpoint.get("module")
+        if self.trainer.state.fn == "fit" and kind != self._kind:
+            of = f"is of a run of {kind}" if kind else "does not say which module it is of"
+            raise WagleError(f"{where} {of}, and this run is one of {self._kind}: give --ckpt_path another")
+        if not self.strict_loading or is_zero(self.trainer.strategy):
+            return
+        there = {name: tensor.shape for name, tensor in checkpoint.get("state_dict", {}).items()}
+        here = {name: tensor.shape for name, tensor in self.state_dict().items()}
+        differing = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
+        if differing:
+            raise WagleError(f"{where} does not hold the weights of this model: {len(differing)} tensors are missing, "
+                             f"or of another shape, {differing[0]} for one")  # fmt: skip
+
+    @property
+    def _kind(self) -> str:
+        """The module of this package that it is, or derives from."""
+        return next(cls.__name__ for cls in type(self).__mro__ if cls.__module__.startswith("wagle_pl."))
 
     # -- test loop ----------------------------------------------------------------------------------------------------
 

@@ -200,6 +200,7 @@ class FinetuneModule(EvaluationModule):
         """Keep the random state, which dropout draws from, so that a resumed run equals an unbroken one; and what the
         model is made from, for ``wagle export`` and ``load_from_checkpoint``. In the middle of a step, go back to its
         start."""
+        super().on_save_checkpoint(checkpoint)
         start = self._step_start
         begun = start is not None and start.step == self.global_step
         if begun:
@@ -211,6 +212,7 @@ class FinetuneModule(EvaluationModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the random state back, when training starts."""
+        super().on_load_checkpoint(checkpoint)
         self._random = {key: checkpoint[key] for key in ("rng_state", "cuda_rng_state") if key in checkpoint}
 
     def on_train_start(self) -> None:
@@ -224,6 +226,7 @@ class FinetuneModule(EvaluationModule):
 
     def on_train_end(self) -> None:
         """Write the model folder."""
+        super().on_train_end()
         if self.trainer.fast_dev_run:
             return
         record = self.record()
