@@ -119,8 +119,9 @@ def test_layers_override_from_base_to_top(tmp_path):
 
 def test_what_two_layers_build_on_undoes_neither(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, base in (("a", ""), ("b1", "base: a.yaml"), ("b2", "base: a.yaml"), ("c", "base: [b1.yaml, b2.yaml]")):
-        Path(f"{name}.yaml").write_text(base)
+    bases = {"a": "[]", "b1": "a.yaml", "b2": "a.yaml", "c": "[b1.yaml, b2.yaml]"}
+    for name, base in bases.items():
+        Path(f"{name}.yaml").write_text(f"base: {base}")
 
     def read(*files):
         """What is read, in order, for ``--config`` of each file."""
