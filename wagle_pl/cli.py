@@ -12,7 +12,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Optional, TextIO
@@ -21,7 +20,7 @@ import yaml
 
 from wagle_pl import __version__
 from wagle_pl.commands import COMMANDS, EXIT_BAD_INPUT, SUMMARIES, fail, overview
-from wagle_pl.utilities import WagleError, first_line, ready_to_run
+from wagle_pl.utilities import WagleError, first_line, nearest, ready_to_run
 
 EXIT_UNREAD = 141  # as shells have it: 128 + SIGPIPE
 
@@ -100,8 +99,8 @@ def _answer_at_once(args: Sequence[str]) -> None:
         return
     print(overview(), file=sys.stderr)
     mistake = f"there is no command {first!r}" if args else "no command is given"
-    near = get_close_matches(first, SUMMARIES, n=1)
-    fail(f"{mistake}: did you mean {near[0]}?" if near else f"{mistake}; choose one of {', '.join(SUMMARIES)}")
+    near = nearest(first, SUMMARIES)
+    fail(f"{mistake}: did you mean {near}?" if near else f"{mistake}; choose one of {', '.join(SUMMARIES)}")
 
 
 def run(args: list[str]) -> Any:

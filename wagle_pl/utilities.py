@@ -11,11 +11,12 @@ import resource
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
+from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, Optional, TypeVar, Union
 
 from wagle_pl import __version__
 
@@ -159,11 +160,23 @@ def resolve(base: type[T], value: Union[T, str], option: str) -> T:
             raise WagleError(f"{option} {value!r} cannot be imported: {error}") from None
     if cls is None or not (isinstance(cls, type) and issubclass(cls, base)):
         names = ", ".join(sorted(c.__name__ for c in known.values() if c.__module__.startswith("wagle_pl")))
-        raise WagleError(f"unknown {option} {value!r}; choose one of {names}, or the class path of a {base.__name__}")
+        near = nearest(value, names.split(", "))
+        meant = f": did you mean {near}?" if near else ""
+        raise WagleError(f"unknown {option} {value!r}; choose one of {names}, or a class path{meant}")
     try:
         return cls()
     except TypeError as error:
         raise WagleError(f"{option} {value!r} needs arguments: {error}") from None
+
+
+def nearest(name: str, names: Collection[str]) -> Optional[str]:
+    """The one of some names that was probably meant, if any: case does not count.
+
+    >>> nearest("npoo", ["GradDiff", "NPO"])
+    'NPO'
+    """
+    folded = {other.lower(): other for other in sorted(names)}
+    return next((folded[found] for found in get_close_matches(name.lower(), folded, n=1)), None)
 
 
 def first_line(error: BaseException) -> str:

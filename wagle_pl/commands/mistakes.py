@@ -9,14 +9,13 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Collection, Iterable, Iterator
-from difflib import get_close_matches
 from functools import cache
 from pkgutil import resolve_name
 from typing import Any, NamedTuple, Optional
 
 from jsonargparse import ArgumentParser
 
-from wagle_pl.utilities import subclasses
+from wagle_pl.utilities import nearest, subclasses
 
 #: Types as jsonargparse names them -> as a user would.
 _TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
@@ -106,7 +105,7 @@ def _unknown_option(lines: list[_Line], given: str, options: Collection[str]) ->
         start = f"no class is named for {line.option}, so there is no option {where} yet: give {which}"
         return "; ".join([start, *has])
     known = _options_of(cls)
-    near = _near(option, known)
+    near = nearest(option, known)
     hints = [f"did you mean {near}?"] if near else []
     hints += has or [f"did you mean {other}?" for other in sorted(options) if other.endswith(f".{option}")]
     hints = hints or [f"it has {', '.join(known)}" if len(known) < 12 else f"see --{line.option}.help {cls.__name__}"]
@@ -122,7 +121,7 @@ def _unknown_class(lines: list[_Line], given: str, _: Collection[str]) -> Option
     if nested and line.option == line.keys[0]:  # an option of what is no class
         return f"{line.option} {found[1]!r} is no class, so it has no option {nested[1]!r}: name a class before it"
     known = [cls for base in line.bases for cls in subclasses(base)]
-    near = _near(found[1], {cls.__name__ for cls in known})
+    near = nearest(found[1], {cls.__name__ for cls in known})
     ours = sorted({cls.__name__ for cls in known if _is_ours(cls)})
     choices = f"choose one of {', '.join(ours)}, or give a class path" if ours else "give a class path"
     what = f"did you mean {near}?" if near else choices
@@ -176,7 +175,7 @@ def _outermost(message: str, options: Collection[str]) -> str:
     found = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
     if found:
         names = re.findall(r"[^', ]+", found[2])
-        near = _near(found[1], names)
+        near = nearest(found[1], names)
         what = f"did you mean {near}?" if near else f"choose one of {', '.join(names)}"
         return f"there is no command {found[1]!r}: {what}"
     found = re.search(r"the following arguments are required: (.*)", message)
@@ -189,7 +188,7 @@ def _outermost(message: str, options: Collection[str]) -> str:
 
 
 def _hint(option: str, options: Collection[str]) -> str:
-    near = _near(option, options)
+    near = nearest(option, options)
     return f"did you mean {near}?" if near else "--help lists all"
 
 
@@ -201,12 +200,6 @@ def _first(lines: Iterable[_Line], pattern: str) -> tuple[_Line, Optional[re.Mat
 
 def _depth(line: _Line) -> int:
     return len(line.above)
-
-
-def _near(name: str, names: Collection[str]) -> Optional[str]:
-    """The one of some names that was probably meant: case does not count."""
-    folded = {other.lower(): other for other in sorted(names)}
-    return next((folded[found] for found in get_close_matches(name.lower(), folded, n=1)), None)
 
 
 def _at(class_path: str) -> Any:
