@@ -231,21 +231,22 @@ class EvaluationModule(L.LightningModule):
                 log.info("stopped early, after step %d: %s", self.global_step, reason.strip())
 
     def on_fit_end(self) -> None:
-        """Refuse to end without a result as if there were one.
+        """Say why nothing is written, if there was nothing to train on.
 
         Raises:
-            WagleError: if there was nothing to train on.
+            WagleError: if that is so because the checkpoint to resume from is of a run that was complete.
         """
         if self._trained:
             self._trained = False
             return
-        if self.trainer.ckpt_path:
-            raise WagleError(
-                f"nothing was trained or written: the checkpoint {self.trainer.ckpt_path} is of a run that had come to "
-                "its end; give a larger --trainer.max_epochs, leave --ckpt_path out, or make a model of it with "
-                "wagle export"
-            )
-        raise WagleError("nothing was trained or written: trainer.max_epochs, max_steps or limit_train_batches is 0")
+        if not self.trainer.ckpt_path:
+            log.warning("nothing was trained, and nothing is written: trainer.max_epochs, max_steps or "
+                        "limit_train_batches is 0")  # fmt: skip
+            return
+        raise WagleError(
+            f"nothing was trained or written: the checkpoint {self.trainer.ckpt_path} is of a run that had come to its "
+            "end; give a larger --trainer.max_epochs, leave --ckpt_path out, or make a model of it with wagle export"
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say whose checkpoint it is."""
