@@ -77,9 +77,11 @@ def streams(data: Data, progress: float = 0.0) -> Streams:
         lm.layers[LAYER](tensors["hidden"])
         return tensors["logits"], tensors["labels"]
 
-    copy = SimpleNamespace(run=lambda t, layers: (t["logits0"], t["labels"], dict.fromkeys(layers, t["hidden0"])))
+    def at_theta0(t: Any) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        return t["logits0"], t["labels"], {LAYER: t["hidden0"]}
+
     references = {stream: torch.zeros(99).scatter(0, t["row"], t["reference"]) for stream, t in data.items()}
-    return Streams(data, run, references, lm, (LAYER,), copy, progress=progress, epoch=EPOCH)
+    return Streams(data, run, references, lm, (LAYER,), at_theta0, progress=progress, epoch=EPOCH)
 
 
 # -- the formulas, one row at a time, in float64 --------------------------------------------------------------------
@@ -451,7 +453,7 @@ trainer:
 def test_rmu_moves_the_matrices_near_its_block_alone(wagle: Any, tiny_model: str) -> None:
     done = wagle(*unlearn(tiny_model, "--model.objective", "RMU", "--model.objective.layer", "0"))
     assert moved(tiny_model) == {"model.layers.0.mlp.down_proj.weight"}
-    assert done.model._theta0 is not None
+    assert done.model._needs_theta0
     assert "bit-identical" in json.loads(Path("out/wagle.json").read_text())["lineage"][-1]["verified"]
 
 

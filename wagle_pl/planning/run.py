@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from wagle_pl.utilities import WagleError
 
 TASKS = ("attribution", "unlearning", "finetuning", "test")
-OPTIMIZERS = ("MaskedAdamW", "AdamW", "SGD")
+OPTIMIZERS = ("MaskedAdamW", "AdamW", "AdamW8bit", "SGD")
+VALUES = ("fp32", "split")
 HESSIANS = ("scalar", "auto", "gauss_newton", "fisher", "hutchinson")
 #: Precision -> bytes of a weight in memory, bytes of what matrix products take and give.
 PRECISIONS = {"32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2), "16-mixed": (4, 2), "16-true": (2, 2)}
@@ -54,7 +55,7 @@ class Run:
         density: d; 1 is unlearning without a mask.
         hessian: of attribution, as in ``model.hessian``.
         optimizer: one of :data:`OPTIMIZERS`.
-        weight_decay: of the optimiser; its own default when None.
+        values: as ``model.values``: how the weights that move are kept.
         batch_size: rows (or pairs of rows) a device and micro-batch.
         max_length: tokens a row.
         accumulate_grad_batches: micro-batches a step.
@@ -74,7 +75,7 @@ class Run:
     density: float = 0.2
     hessian: str = "auto"
     optimizer: str = "MaskedAdamW"
-    weight_decay: Optional[float] = None
+    values: str = "fp32"
     batch_size: int = 1
     max_length: int = 512
     accumulate_grad_batches: int = 1
@@ -84,7 +85,7 @@ class Run:
 
     def __post_init__(self) -> None:
         known = {"task": TASKS, "strategy": STRATEGIES, "precision": PRECISIONS, "hessian": HESSIANS,
-                 "optimizer": OPTIMIZERS, "accelerator": ("gpu", "cpu")}  # fmt: skip
+                 "optimizer": OPTIMIZERS, "values": VALUES, "accelerator": ("gpu", "cpu")}  # fmt: skip
         for option, names in known.items():
             if getattr(self, option) not in names:
                 raise WagleError(f"unknown {option} {getattr(self, option)!r}; choose one of {', '.join(names)}")
@@ -93,8 +94,9 @@ class Run:
                 raise WagleError(f"{option} must be at least 1, got {getattr(self, option)}")
         if not 0 < self.density <= 1:
             raise WagleError(f"density is the share of weights selected and must be in (0, 1], got {self.density:g}")
-        if self.weight_decay is not None and self.weight_decay < 0:
-            raise WagleError(f"weight_decay must not be below 0, got {self.weight_decay:g}")
+        alone = self.precision == "bf16-true" and self.devices == 1 and not self.stage
+        if self.values == "split" and not alone:
+            raise WagleError("values split is for precision bf16-true on one device without ZeRO: leave it at fp32")
         if self.task == "attribution" and self.precision.startswith("16"):
             raise WagleError("attribution runs in 32-true, bf16-mixed or bf16-true, not in fp16")
         if self.task == "attribution" and self.hessian == "hutchinson" and self.stage == 3:
@@ -129,11 +131,6 @@ class Run:
         return self.task == "unlearning" and self.density < 1
 
     @property
-    def decays(self) -> bool:
-        """Whether the optimiser decays weights; torch's AdamW does unless told otherwise."""
-        return bool(self.optimizer == "AdamW" if self.weight_decay is None else self.weight_decay)
-
-    @property
     def streams(self) -> int:
         """Streams of a batch whose graphs are alive together: unlearning's forget and retain rows."""
         return 2 if self.task == "unlearning" else 1
@@ -144,4 +141,4 @@ def choices(run: Run, devices: Sequence[int] = (1, 2, 4, 8)) -> Iterable[tuple[s
     offload = ["zero3_offload"] if run.accelerator == "gpu" else []
     whole = run.frozen_copy or (run.task == "attribution" and run.hessian == "hutchinson")
     for name in ["ddp", "zero1", "zero2", *(() if whole else ("zero3", *offload))]:
-        yield name, [replace(run, strategy=name, devices=count) for count in devices]
+        yield name, [replace(run, strategy=name, devices=count, values="fp32") for count in devices]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from wagle_pl.planning.architecture import Architecture
-from wagle_pl.planning.memory import FP32, selected_share, state_bytes, sums_per_weight
+from wagle_pl.planning.memory import FP32, moving, state_bytes, sums_per_weight
 from wagle_pl.planning.run import Run
 
 
 def disk_bytes(model: Architecture, run: Run) -> dict[str, float]:
     """Bytes of what a run writes: file -> size.
 
-    A mask N / 8; a model N weights as it is stored; a checkpoint w N and the optimiser's state, under ZeRO 4 N of fp32
-    weights and the state spread out over all of them; of attribution the sums that outlast a step.
+    A mask N / 8; a model N weights as it is stored; a checkpoint 4 bytes for each of the S weights that move, and the
+    optimiser's state; of attribution the sums that outlast a step.
     """
     n = model.weights
     if run.task == "test":
@@ -19,10 +19,7 @@ def disk_bytes(model: Architecture, run: Run) -> dict[str, float]:
     if run.task == "attribution":
         in_step = FP32 if run.hessian in ("auto", "gauss_newton") else 0
         return {"mask": n / 8, "checkpoint": (sums_per_weight(run.hessian) - in_step) * n}
-    if run.stage:
-        checkpoint = FP32 * n + state_bytes(run.optimizer, 1, n, FP32)
-    else:
-        checkpoint = run.width * n + state_bytes(run.optimizer, selected_share(run), n, run.width)
+    checkpoint = FP32 * moving(model, run) + state_bytes(run.optimizer, moving(model, run))
     return {"checkpoint": checkpoint, "model": n * model.stored}
 
 

@@ -5,7 +5,7 @@ Importing this package makes Lightning's names ``deepspeed``, ``deepspeed_stage_
 """
 
 from wagle_pl.strategies.checkpoint import ShardedCheckpoint
-from wagle_pl.strategies.fragments import Fragment, flat_masks, fragments
+from wagle_pl.strategies.fragments import Fragment, fragments
 from wagle_pl.strategies.zero import ZeRO, is_sharded, is_zero
 
-__all__ = ["Fragment", "ShardedCheckpoint", "ZeRO", "flat_masks", "fragments", "is_sharded", "is_zero"]
+__all__ = ["Fragment", "ShardedCheckpoint", "ZeRO", "fragments", "is_sharded", "is_zero"]

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import re
-from math import prod
 from typing import Any, Optional, Union
 
 from torch import Tensor, nn
 
-from wagle_pl.bits import filled_bits
-from wagle_pl.masks import Shapes, WeightMask
 from wagle_pl.unlearning.retain_terms import NONE, RetainTerm
 from wagle_pl.unlearning.schedules import Schedule, as_schedule, is_zero
 from wagle_pl.unlearning.streams import Streams
@@ -115,18 +112,6 @@ class Objective:
             parts["penalty"] = penalty
             terms.append(penalty)
         return {"loss": sum(terms[1:], start=terms[0]), **parts}
-
-
-def mask_matching(shapes: Shapes, pattern: str, made_for: dict[str, Any]) -> WeightMask:
-    """The mask of whole parameters: those whose names a regular expression matches, from any position.
-
-    Args:
-        shapes: parameter name -> shape of the model, in parameter order.
-        pattern: the regular expression, as in :attr:`Objective.trainable`.
-        made_for: the mask's metadata, of the model.
-    """
-    packed = {name: filled_bits(prod(shape), bool(re.search(pattern, name))) for name, shape in shapes.items()}
-    return WeightMask(packed, shapes, {**made_for, "operation": "modules", "modules": [f"matching {pattern}"]})
 
 
 def freeze_others(lm: nn.Module, pattern: Optional[str]) -> None:

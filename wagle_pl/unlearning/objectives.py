@@ -453,7 +453,7 @@ class FineTune(Objective):
 class L1Sparse(FineTune):
     """Fine-tuning towards a sparse model, which forgets more (Jia et al. 2023, arXiv 2304.04934).
 
-    ℓ = NLL(retain) + α ‖θ‖₁, over the parameter tensors that may move.
+    ℓ = NLL(retain) + α ‖θ‖₁, over the weights that may move.
 
     Args:
         alpha: α: a number, or a schedule as ``retain_weight`` is; the paper's decays to 0: ``linear:1e-5->0``.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wagle_pl.evaluation.likelihood import token_logprobs
 from wagle_pl.unlearning.hidden import capture
-from wagle_pl.unlearning.reference import Buckets, FrozenCopy, TopK
+from wagle_pl.unlearning.reference import Buckets, TopK
 
 
 class Answers:
@@ -134,7 +134,7 @@ class Streams(Mapping[str, Answers]):
         references: stream -> (rows of the set,) summed log-probabilities at θ₀.
         lm: the model that ``run`` runs; needed for ``layers`` and for objectives that read weights.
         layers: blocks whose output is kept.
-        theta0: a copy of the model at θ₀.
+        theta0: tensors of one stream -> (logits, labels, outputs of ``layers``) at θ₀.
         top_k: stream -> cached predictions at θ₀, in place of the copy's.
         progress: share of the run's steps that is done, 0 at the first and 1 at the last.
         epoch: counted from 0.
@@ -147,7 +147,7 @@ class Streams(Mapping[str, Answers]):
         references: Mapping[str, Tensor],
         lm: Any = None,
         layers: Collection[int] = (),
-        theta0: Optional[FrozenCopy] = None,
+        theta0: Optional[Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor, dict[int, Tensor]]]] = None,
         top_k: Optional[Mapping[str, TopK]] = None,
         progress: float = 0.0,
         epoch: int = 0,
@@ -181,7 +181,7 @@ class Streams(Mapping[str, Answers]):
         return self._answers[stream]
 
     def _at_theta0(self, tensors: Mapping[str, Tensor]) -> Answers:
-        logits, labels, hidden = self._theta0.run(tensors, self._layers)
+        logits, labels, hidden = self._theta0(tensors)
         return Answers(logits, labels, hidden=_answer_positions(hidden, labels))
 
     def __iter__(self):
