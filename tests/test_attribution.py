@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from wagle_pl import WeightMask, models
+from wagle_pl import WeightMask, cli, models
 from wagle_pl.attribution import AttributionModule, Score, mask_from_scores
-from wagle_pl.attribution.hessian import bartlett_loss, sample_labels
+from wagle_pl.attribution.hessian import ESTIMATORS, GaussNewton, bartlett_loss, sample_labels
+from wagle_pl.attribution.passes import Draws
 from wagle_pl.attribution.stored import StoredScores
 from wagle_pl.attribution.sums import GradientSums
-from wagle_pl.utilities import WagleError
+from wagle_pl.data import ForgetRetainDataModule
+from wagle_pl.utilities import WagleError, stable_seed
 
 Attribute = Callable[..., AttributionModule]
 
@@ -287,6 +291,51 @@ def test_a_score_of_ones_own(attribute: Attribute):
         attribute(score=f"{__name__}.WrongShape", output="other")
 
 
+class OfMatrices(Score):
+    """Right of matrices, wrong of vectors."""
+
+    needs = ("g_f", "g_r", "h", "h_diagonal", "fisher_f", "fisher_r", "activation")
+
+    def __call__(self, w):
+        seen = [w.g_f, w.g_r, w.h, w.h_diagonal, w.fisher_f, w.fisher_r]
+        seen += [] if w.activation is None else [w.activation]
+        values = w.theta + w.h_mean + sum(seen)
+        return values if w.theta.ndim > 1 else values[:1]
+
+
+class Integers(Score):
+    def __call__(self, w):
+        return (w.g_f * 1e6).long()
+
+
+class Text(Score):
+    def __call__(self, w):
+        return "high"
+
+
+class Chance(Score):
+    def __call__(self, w):
+        return torch.rand_like(w.g_f)
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        ("WrongShape", r"score WrongShape gave model\.embed_tokens\.weight shape \(400,\), the parameter's is"),
+        ("OfMatrices", r"score OfMatrices gave .*norm\.weight shape \(1,\), the parameter's is \(32,\)"),
+        ("Integers", r"score Integers gave model\.embed_tokens\.weight torch\.int64, not floating-point numbers"),
+        ("Text", r"score Text gave model\.embed_tokens\.weight a str, not a tensor"),
+        ("Chance", r"score Chance gave model\.embed_tokens\.weight other numbers when called again"),
+    ],
+)
+def test_a_score_is_tried_before_the_pass(
+    attribute: Attribute, monkeypatch: pytest.MonkeyPatch, score: str, message: str
+):
+    monkeypatch.setattr(AttributionModule, "training_step", lambda *_: pytest.fail("the pass has begun"))
+    with pytest.raises(WagleError, match=message):
+        attribute(score=f"{__name__}.{score}", hessian="gauss_newton")
+
+
 def test_a_score_may_work_in_place(attribute: Attribute, tiny_model: str):
     attribute(score=f"{__name__}.InPlace", output="in_place")
     attribute(score="snip", output="snip")
@@ -312,7 +361,7 @@ def test_auto_is_the_mean_of_the_gauss_newton_diagonal(attribute: Attribute):
         retain = batch["retain"]
         logits = module.lm(input_ids=retain["input_ids"], attention_mask=retain["attention_mask"]).logits
         labels = retain["labels"].masked_fill(retain["weight"][:, None] == 0, -100)
-        seeds = [hash((hash((0, 0, 1, row)), 0)) for row in retain["row"].tolist()]
+        seeds = [stable_seed(Draws(0, 0, 0, 1).of_row(row, 0), 0) for row in retain["row"].tolist()]
         drawn = sample_labels(logits, labels, seeds)
         again += sum(float(g.double().square().sum()) for g in gradients(module.lm, bartlett_loss(logits, drawn)))
     assert gamma == pytest.approx(again / 11 / models_size(module), rel=1e-3)
@@ -353,6 +402,20 @@ def test_curvature_and_wagle_share_a_pass(attribute: Attribute):
     statistics = module._statistics(0, "x", next(module.lm.parameters()), both, curvature)
     assert statistics.h.dim() == 0 and float(statistics.h) == pytest.approx(curvature.mean)
     assert statistics.h_diagonal.dim() == 2
+
+
+def test_a_registered_hessian_is_an_option(attribute: Attribute, monkeypatch: pytest.MonkeyPatch):
+    """Of the command line as of Python."""
+
+    class Doubled(GaussNewton):
+        def end_step(self, sums: GradientSums) -> None:
+            super().end_step(sums)
+
+    attribute(hessian="gauss_newton", output="known")
+    monkeypatch.setitem(ESTIMATORS, "doubled", Doubled)
+    attribute(hessian="doubled")
+    assert WeightMask.load("mask").metadata["hessian"] == "doubled"
+    assert WeightMask.load("mask") == WeightMask.load("known")
 
 
 @pytest.mark.parametrize("data", ["forget", "holdout"])
@@ -455,13 +518,115 @@ def test_tied_weights_are_in_the_mask_once(attribute: Attribute):
     assert "lm_head.weight" not in WeightMask.load("mask")
 
 
-@pytest.mark.parametrize(("length", "steps"), [((), 3), (("--trainer.max_steps", "4"), 4)])
-def test_one_pass_unless_told_otherwise(wagle: Any, tiny_model: str, length: tuple[str, ...], steps: int):
-    """Lightning's own default is 1000 epochs. Eleven rows, four a step."""
+@pytest.fixture
+def passing(tiny_model: str, rows: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Attribute from Python with options of the Trainer; returns it. Eleven rows, four a step: three steps a pass."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(score: str = "snip", **options: Any) -> L.Trainer:
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = L.Trainer(accelerator="cpu", devices=1, enable_model_summary=False, **quiet, **options)
+        data = ForgetRetainDataModule(rows["forget"], rows["retain"], batch_size=4)
+        trainer.fit(AttributionModule(tiny_model, "mask", score=score), data)
+        return trainer
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "length",
+    [
+        {},
+        {"max_epochs": -1},
+        {"max_epochs": 1},
+        {"max_time": "00:01:00:00"},
+        {"max_steps": 3},
+        {"limit_train_batches": 3},
+        {"max_epochs": -1, "max_steps": 3},
+    ],
+)
+def test_one_pass_unless_told_otherwise(passing: Any, heard: Any, length: dict[str, Any]):
+    """Lightning's own default is 1000 epochs, or no end where there is a max_time."""
+    assert passing(**length).global_step == 3
+    mask = WeightMask.load("mask")
+    assert mask.metadata["passes"] == 1 and mask.metadata["rows"]["forget"] == 11
+    assert mask.origin == "Snip, density 0.2"
+    assert not [
+        record for record in heard.records if record.levelno >= logging.WARNING and record.name.startswith("wagle_pl")
+    ]
+
+
+def is_our_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING and record.name.startswith("wagle_pl")
+
+
+@pytest.mark.parametrize(
+    ("length", "steps", "count", "reason"),
+    [
+        ({"max_epochs": 3}, 9, 33, "trainer.max_epochs 3"),
+        ({"max_steps": 4}, 4, None, "trainer.max_steps 4"),
+        ({"max_steps": 2}, 2, None, "trainer.max_steps 2"),
+        ({"max_epochs": 2, "max_steps": 1}, 1, None, "trainer.max_steps 1"),
+        ({"limit_train_batches": 2}, 2, None, "trainer.limit_train_batches 2"),
+        (
+            {"max_epochs": 2, "limit_train_batches": 0.67},
+            4,
+            None,
+            "trainer.max_epochs 2, trainer.limit_train_batches 0.67",
+        ),
+        ({"max_epochs": 5, "max_steps": 100}, 15, 55, "trainer.max_epochs 5"),
+    ],
+)
+def test_other_than_one_pass_is_said(
+    passing: Any, heard: Any, capsys: pytest.CaptureFixture[str], length: Any, steps: int, count: Any, reason: str
+):
+    assert passing(**length).global_step == steps
+    metadata = WeightMask.load("mask").metadata
+    seen = metadata["rows"]["forget"]
+    assert metadata["passes"] == pytest.approx(seen / 11) and seen == (count or seen) != 11
+    (warning,) = [
+        record.getMessage()
+        for record in heard.records
+        if record.levelno >= logging.WARNING and record.name.startswith("wagle_pl")
+    ]
+    assert "passes over the forget rows, not one" in warning and f"({reason})" in warning
+    capsys.readouterr()
+    cli.main(["mask", "info", "mask.safetensors"])
+    told = capsys.readouterr().out
+    assert f"{seen / 11:.4g} ({seen} rows seen, 11 forget rows)" in told
+    assert f"Snip, density 0.2, {seen / 11:.4g} passes" in told
+
+
+def test_an_end_that_nobody_planned_is_said_afterwards(passing: Any, heard: Any):
+    """A callback, or a time limit, that stops the run in its first pass."""
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            trainer.should_stop = True
+
+    passing(max_time="00:01:00:00", callbacks=[Stop()])
+    seen = WeightMask.load("mask").metadata["rows"]["forget"]
+    assert 0 < seen < 11
+    (warning,) = [
+        record.getMessage()
+        for record in heard.records
+        if record.levelno >= logging.WARNING and record.name.startswith("wagle_pl")
+    ]
+    assert f"the mask is of {seen / 11:.4g} passes over the 11 forget rows, not of one" in warning
+
+
+@pytest.mark.parametrize("option", ["max_epochs", "max_steps", "limit_train_batches"])
+def test_no_pass_at_all_is_refused(passing: Any, option: str):
+    with pytest.raises(WagleError, match="nothing was trained, so nothing is written"):
+        passing(**{option: 0})
+
+
+def test_the_command_line_takes_one_pass(wagle: Any, tiny_model: str, recwarn: pytest.WarningsRecorder):
     options = ("--model.output", "mask", "--model.score", "snip", "--data.batch_size", "4")
-    options += ("--trainer.enable_checkpointing", "false", *length)
-    cli = wagle("fit", "--model", "AttributionModule", "--model.model", tiny_model, *options)
-    assert cli.trainer.global_step == steps
+    made = wagle("fit", "--model", "AttributionModule", "--model.model", tiny_model, *options,
+                "--trainer.enable_checkpointing", "false")  # fmt: skip
+    assert made.trainer.global_step == 3
+    assert not [warning for warning in recwarn if "1000 epochs" in str(warning.message)]
 
 
 def test_two_epochs_see_each_row_twice(attribute: Attribute):

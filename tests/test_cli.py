@@ -18,6 +18,7 @@ import wagle_pl
 from wagle_pl import WeightMask, cli
 from wagle_pl.commands import COMMANDS, SUMMARIES
 from wagle_pl.data.rows import load_rows
+from wagle_pl.unlearning import reference
 from wagle_pl.utilities import WagleError, atomic_path, refuse_existing, replaceable
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -94,10 +95,7 @@ def test_reference_logprobs_are_computed_once(wagle, tiny_model, tmp_path, monke
     args = (*UNLEARN, "--model.model", tiny_model, "--model.objective", "NPO")
     wagle(*args, "--model.output", "a")
     assert len(list((tmp_path / ".references").iterdir())) == 1
-    from wagle_pl.unlearning import module
-
-    if hasattr(module, "compute_reference"):
-        monkeypatch.setattr(module, "compute_reference", lambda *_: pytest.fail("computed a second time"))
+    monkeypatch.setattr(reference, "compute_reference", lambda *_: pytest.fail("computed a second time"))
     wagle(*args, "--model.output", "b")
     assert load_file("a/model.safetensors")["model.norm.weight"].equal(
         load_file("b/model.safetensors")["model.norm.weight"]
@@ -119,8 +117,9 @@ def test_layers_override_from_base_to_top(tmp_path):
 
 def test_what_two_layers_build_on_undoes_neither(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, base in (("a", ""), ("b1", "base: a.yaml"), ("b2", "base: a.yaml"), ("c", "base: [b1.yaml, b2.yaml]")):
-        Path(f"{name}.yaml").write_text(base)
+    bases = {"a": "[]", "b1": "a.yaml", "b2": "a.yaml", "c": "[b1.yaml, b2.yaml]"}
+    for name, base in bases.items():
+        Path(f"{name}.yaml").write_text(f"base: {base}")
 
     def read(*files):
         """What is read, in order, for ``--config`` of each file."""
@@ -331,6 +330,17 @@ def test_bad_rows_name_file_and_row(fails, tiny_model, tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question"\n')
     assert "broken.jsonl line 2: malformed JSON" in fails(*args, tmp_path / "broken.jsonl")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "row", [{"input_ids": [5, 6], "labels": [5, -100]}, {"input_ids": [5], "labels": [5]}], ids=["first", "one"]
+)
+@pytest.mark.parametrize("module", [FINETUNE, ATTRIBUTE])
+def test_a_row_whose_only_label_is_its_first_token(fails, tiny_model, tmp_path, row, module):
+    """Nothing comes before the first token: the mean over no token would be NaN, and stop the run in its middle."""
+    bad = write_rows(tmp_path / "bad.jsonl", [{"input_ids": [5, 6], "labels": [-100, 6]}, row])
+    line = fails(*module, "--model.model", tiny_model, "--model.output", "out", "--data.forget", bad)
+    assert " row 2: its only label is its first token" in line
 
 
 def test_overlap_error(fails, tiny_model, rows, tmp_path):

@@ -112,6 +112,25 @@ def test_the_published_numbers():
     assert numbers("muse/llama2-7b/unlearn_npo.yaml") == (1e-5, 32, 10, None)
 
 
+@pytest.mark.parametrize("file", [f for f in MODELS if f.stem.startswith("unlearn_")], ids=ids)
+def test_clipping_is_that_of_the_papers_code(file):
+    """It clips the norm of all gradients, then masks (src/unlearn/base.py, ``clip_grad_norm_`` before
+    ``mask_gradient``); RMU's does not clip."""
+    content = merged(file)
+    clips = content["trainer"].get("gradient_clip_val") is not None
+    assert clips is not file.stem.endswith("rmu")
+    assert content["model"]["init_args"]["clip_scope"] == ("all" if clips else "selected")
+
+
+@pytest.mark.parametrize("readme", [CONFIGS / "README.md", CONFIGS.parent / "README.md"], ids=["configs", "top"])
+def test_commands_under_zero_clip_as_zero_can(readme):
+    """ZeRO keeps no whole gradients: the configurations' own clip_scope is refused there."""
+    assert "--model.clip_scope selected" in (CONFIGS / "tofu/llama2-7b-chat/unlearn.yaml").read_text()
+    text = readme.read_text().replace("\\\n", " ").replace("$U", "$S --model.clip_scope selected")
+    clipped = [line for line in text.splitlines() if re.search(r"/unlearn_.*(strategy/zero3\.yaml|\$S)", line)]
+    assert clipped and all("--model.clip_scope selected" in line for line in clipped)
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A few harmless rows in the places where WMDP and the book are looked for."""

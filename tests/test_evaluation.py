@@ -19,10 +19,12 @@ from wagle_pl.evaluation import AnswerProbability, ForgetQuality, Observations, 
 from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.generation import generate
 from wagle_pl.evaluation.likelihood import forward_answers, sequence_logprobs, token_logprobs
-from wagle_pl.evaluation.module import _warn_of_narrow_types
-from wagle_pl.evaluation.observe import Observer, observe_set
+from wagle_pl.evaluation.module import EvaluationModule, _warn_of_narrow_types
+from wagle_pl.evaluation.observe import NEEDS, Observer, observe_set
+from wagle_pl.evaluation.suites import SUITES, Suite, attempt
 from wagle_pl.evaluation.tofu import load_result, tofu_forget_quality, tofu_model_utility
 from wagle_pl.models import load_model, load_tokenizer
+from wagle_pl.unlearning import UnlearnModule
 
 generator = torch.Generator().manual_seed(0)
 
@@ -325,21 +327,69 @@ def test_retrained_results_on_other_rows_are_refused_before_any_work(wagle, fail
     assert "model.retrained: first is on other forget rows: 2 differ" in message
     assert not (tmp_path / "out").exists()
     published = fails(*args, "--model.retrained", "first/tofu_result.json")
-    assert "first/tofu_result.json is on other forget rows: 1 differ" in published
+    assert "first/tofu_result.json is on other forget rows: 2 differ" in published
+    assert "--model.tofu_retrained" in published
+
+
+def as_published(result, change=lambda question: question):
+    """A result as TOFU's authors publish theirs: prompts in place of questions, and rows in another order."""
+    log = result["eval_log_forget.json"]
+    order = sorted(log["avg_gt_loss"], key=int, reverse=True)
+    renamed = {name: {str(i): column[row] for i, row in enumerate(order)} for name, column in log.items()}
+    for said in renamed["generated_text"].values():
+        said[0] = f"[INST] {change(said[0])} [/INST]"
+    return {"eval_log_forget.json": renamed}
+
+
+def test_a_published_result_is_matched_by_its_questions(wagle, fails, tiny_model, rows, tmp_path, heard):
+    run = (*TEST, "--model.model", tiny_model, "--data.test", json.dumps({"forget": rows["forget_test"]}))
+    wagle(*run, "--model.output", "first")
+    result = (tmp_path / "first/tofu_result.json").read_text()
+    for name, change in (("same", str), ("other", lambda question: f"Not {question}")):
+        (tmp_path / f"{name}.json").write_text(json.dumps(as_published(json.loads(result), change)))
+    found = wagle(*run, "--model.output", "out", "--model.retrained", "same.json").model.metrics
+    assert found["forget_quality"] == 1.0 and "tofu/forget_quality" not in found
+    message = fails(*run, "--model.output", "no", "--model.retrained", "other.json")
+    assert "other.json is on other forget rows: 5 differ" in message and "--model.tofu_retrained" in message
+    module = wagle(*run, "--model.output", "asked", "--model.tofu_retrained", "other.json").model
+    assert module.metrics["tofu/forget_quality"] == 1.0
+    assert "give --model.retrained" in module.undefined["forget_quality"]
+    assert "compares 5 forget rows here with 5 in other.json; 0 are the same" in heard.text
+    info = json.loads((tmp_path / "asked/metrics.info.json").read_text())
+    assert "no questions are compared" in info["measures"]["tofu/forget_quality"]["what"]
+
+
+def log_of(rows, questions=str):
+    """A TOFU result with a few forget rows; row number n asks ``questions(n)``."""
+    nll = {str(row): 1.0 + row for row in rows}
+    said = {"generated_text": {str(row): [questions(row), "", "answer"] for row in rows}} if questions else {}
+    perturbed = {str(row): [1.0, 2.0] for row in rows}
+    log = {"avg_gt_loss": nll, "avg_paraphrased_loss": nll, "average_perturb_loss": perturbed, **said}
+    return {"eval_log_forget.json": log}
 
 
 def test_a_retrained_result_on_other_rows_is_refused():
-    def result(rows):
-        nll = {str(row): 1.0 for row in rows}
-        perturbed = {str(row): [1.0, 2.0] for row in rows}
-        return {
-            "eval_log_forget.json": {"avg_gt_loss": nll, "avg_paraphrased_loss": nll, "average_perturb_loss": perturbed}
-        }
-
-    with pytest.raises(WagleError, match="other forget rows: 3 differ"):
-        tofu_forget_quality(result(range(5)), result(range(2, 6)))
+    with pytest.raises(WagleError, match="other forget rows: 2 differ"):
+        tofu_forget_quality(log_of(range(5)), log_of(range(2, 6)))
     with pytest.raises(WagleError, match="the retrained result has none"):
-        tofu_forget_quality(result(range(5)), {})
+        tofu_forget_quality(log_of(range(5)), {})
+
+
+def test_forget_quality_goes_by_questions_and_not_by_row_numbers():
+    same = log_of(range(5), lambda row: f"[INST] {row} [/INST]")
+    shifted = log_of(range(5), lambda row: str(row + 200))  # row numbers 0 to 4, and none of the questions
+    moved = {"eval_log_forget.json": {k: {str(4 - int(row)): v for row, v in column.items()}
+                                      for k, column in same["eval_log_forget.json"].items()}}  # fmt: skip
+    for other in (same, moved):
+        assert tofu_forget_quality(log_of(range(5)), other) == 1.0
+    with pytest.raises(WagleError, match="other forget rows: 5 differ"):
+        tofu_forget_quality(log_of(range(5)), shifted)
+    with pytest.raises(WagleError, match="the retrained result does not hold its questions"):
+        tofu_forget_quality(log_of(range(5)), log_of(range(5), None))
+    for other in (shifted, log_of(range(5), None), log_of(range(9))):  # as TOFU's script has it
+        count = len(other["eval_log_forget.json"]["avg_gt_loss"])  # truth ratios grow with the row's number
+        expected = ks_2samp(range(5), range(count)).pvalue
+        assert tofu_forget_quality(log_of(range(5)), other, compare_rows=False) == pytest.approx(expected)
 
 
 def test_a_missing_retrained_result_is_said_before_any_work(fails, tiny_model):
@@ -360,6 +410,44 @@ def test_a_missing_retrained_result_is_said_before_any_work(fails, tiny_model):
 def test_bad_options_are_said_before_any_work(fails, tiny_model, tmp_path, options, message):
     assert message in fails(*TEST, "--model.model", tiny_model, "--model.output", "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+class Misspelt(Suite):
+    needs = {"forget": {"answer", "generations"}}  # noqa: RUF012
+
+
+class Elsewhere(Suite):
+    needs = {"forgotten": {"answer"}}  # noqa: RUF012
+
+    def measures(self, seen):
+        return {"one": 1.0}
+
+
+@pytest.mark.parametrize("command", ["test", "fit"])
+def test_a_suite_that_needs_what_there_is_not(wagle, fails, tiny_model, rows, tmp_path, monkeypatch, heard, command):
+    monkeypatch.setattr(EvaluationModule, "observe_batch", lambda *_: pytest.fail("rows were observed"))
+    monkeypatch.setattr(UnlearnModule, "training_step", lambda *_: pytest.fail("the model was trained"))
+    module = "EvaluationModule" if command == "test" else "UnlearnModule"
+    args = (command, "--model", module, "--model.model", tiny_model, "--model.output", "out", "--data.val", "[forget]")
+    message = fails(*args, "--model.suite", f"{__name__}.Misspelt")
+    assert "suite Misspelt needs 'generations' of the test set forget, which nothing observes" in message
+    assert "choose of alternatives, answer, " in message and not (tmp_path / "out").exists()
+
+
+def test_needs_of_a_set_that_there_is_not_are_said(wagle, tiny_model, heard):
+    suite = ("--model.suite", f"{__name__}.Elsewhere", "--model.generate", "false")
+    wagle(*TEST, "--model.model", tiny_model, "--data.limit_test", "2", *suite)
+    said = (
+        "suite Elsewhere says what it needs of the test set 'forgotten', which there is not: the test sets are forget"
+    )
+    assert said in heard.text
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_suites_need_what_is_observed(name):
+    suite = find_suite(name)
+    for each in {*suite.sets, *suite.needs, "forget", "holdout", "members", "nonmembers"}:
+        assert suite.needs_of(each, suite.sets) <= NEEDS
 
 
 # -- other kinds of rows ----------------------------------------------------------------------------------------------
@@ -414,9 +502,17 @@ def test_every_kind_of_row(kinds, tiny_model):
         assert record["logprobs"] == pytest.approx(logprobs(text).tolist(), abs=1e-4)
     every = torch.cat([logprobs(text) for text in texts])
     assert module.metrics["members/perplexity"] == pytest.approx(math.exp(-every.mean().item()), rel=1e-4)
-    assert 0 <= module.metrics["members/mia_min_k_plus_plus"] <= 1
+    standardised = {
+        name: [(np.array(r["logprobs"]) - r["vocabulary_mean"]) / r["vocabulary_std"] for r in tables[name]]
+        for name in ("members", "nonmembers")
+    }
+    lowest = {name: [-np.sort(z)[: int(0.4 * len(z))].mean() for z in rows] for name, rows in standardised.items()}
+    area = np.mean([[a < b for b in lowest["nonmembers"]] for a in lowest["members"]])
+    assert module.metrics["members/mia_min_k_plus_plus"] == pytest.approx(area)
     assert all(record["generation"] is not None for record in tables["prompts"])
-    assert "prompts/fluency" in module.metrics or "prompts/fluency" in module.undefined
+    entropies = [attempt(F.ngram_entropy, r["generation"]) for r in tables["prompts"] if r["generation"]]
+    fluent = [value for value in entropies if not isinstance(value, F.Undefined)]
+    assert module.metrics.get("prompts/fluency") == (pytest.approx(np.mean(fluent)) if fluent else None)
     assert "gradient_norm" in module.undefined["members/mia_gradnorm"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 
+from wagle_pl.attribution import AttributionModule
 from wagle_pl.attribution.hessian import (
     DIAGONAL,
     ESTIMATORS,
@@ -19,11 +21,15 @@ from wagle_pl.attribution.hessian import (
     GaussNewton,
     Hutchinson,
     Piece,
+    estimator_of,
     rademacher,
     sample_labels,
 )
+from wagle_pl.attribution.passes import Draws
 from wagle_pl.attribution.sums import GradientSums
-from wagle_pl.utilities import WagleError
+from wagle_pl.planning import Run
+from wagle_pl.planning.memory import sums_per_weight
+from wagle_pl.utilities import WagleError, stable_seed
 
 VOCABULARY = 5
 LABELS = torch.tensor([[-100, -100, 1, 4, 0], [-100, 3, 2, -100, -100], [-100, -100, -100, -100, 2]])
@@ -105,7 +111,7 @@ def estimate(estimator: Any, model: Toy, ids: Tensor, seed: int, by_row: bool = 
     sums = GradientSums(model.parameters())
     for part in torch.arange(len(ids)).split(1 if by_row else len(ids)):
         labels = LABELS[part]
-        seeds = [hash((seed, int(row))) for row in part]
+        seeds = [stable_seed(seed, int(row)) for row in part]
 
         def run(part: Tensor = part, labels: Tensor = labels) -> tuple[Tensor, Tensor]:
             logits = model(ids[part])
@@ -209,8 +215,54 @@ def test_damping_rule():
         DampedHessian(float("nan"))
 
 
-def test_every_option_has_an_estimator():
-    assert set(ESTIMATORS) == {"auto", "gauss_newton", "fisher", "hutchinson"}
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_every_estimator_is_an_option(name: str, toy: tuple[Toy, Tensor]):
+    """Of the module and of the plan, by its name; made as the module makes it, it sums what it says."""
+    assert estimator_of(name) is ESTIMATORS[name] is Run("attribution", hessian=name).estimator
+    module = AttributionModule("model", hessian=name, hessian_samples=3)
+    estimator = module._estimator
+    assert type(estimator) is ESTIMATORS[name]
+    model, ids = toy
+    sums = GradientSums(model.parameters())
+    for part in torch.arange(len(ids)).split(1 if estimator.per_example else len(ids)):
+        piece = Piece(lambda part=part: (model(ids[part]), row_losses(model(ids[part]), LABELS[part]).sum()),
+                      LABELS[part], part.tolist())  # fmt: skip
+        estimator.add(piece, sums)
+    assert len(sums.step_sums) == 3 * estimator.step_sums  # one a draw
+    estimator.end_step(sums)
+    assert set(sums.sums) == ({DIAGONAL} if estimator.diagonal else set())
+    found = [*sums.sums.get(DIAGONAL, []), *sums.vectors.get(TRACE, {}).values()]
+    assert sum(float(tensor.abs().sum()) for tensor in found) > 0
+
+
+def test_an_estimator_of_one_s_own(monkeypatch: pytest.MonkeyPatch):
+    class Mine(Hutchinson):
+        step_sums = 2
+
+    monkeypatch.setitem(ESTIMATORS, "mine", Mine)
+    for name in ("mine", f"{__name__}.Own"):
+        module = AttributionModule("model", hessian=name)
+        assert type(module.jobs[1].hessian) is estimator_of(name) in (Mine, Own)
+    assert sums_per_weight(Run("attribution", hessian="mine")) == 4 * (2 + 1 + 2)
+    for wrong in (lambda name: AttributionModule("model", hessian=name), lambda name: Run("attribution", hessian=name)):
+        with pytest.raises(WagleError, match=r"unknown hessian 'gausnewton'; choose one of scalar, auto, .*, mine, or"):
+            wrong("gausnewton")
+        with pytest.raises(WagleError, match="or a class path"):
+            wrong(f"{__name__}.Toy")
+
+
+class Own(Fisher):
+    """By class path."""
+
+
+def test_seeds_are_those_of_a_stated_hash():
+    """The same in every Python: what is drawn is part of a mask's definition."""
+    assert stable_seed(1, "a", -1) == int(hashlib.sha256(b"1 a -1").hexdigest()[:16], 16) >> 1
+    draws = Draws(seed=0, epoch=1, step=2, job=1)
+    assert draws.of_row(3, 0) == int(hashlib.sha256(b"row 0 1 1 3 0").hexdigest()[:16], 16) >> 1
+    assert draws.of_step() == int(hashlib.sha256(b"step 0 1 1 2").hexdigest()[:16], 16) >> 1
+    drawn = [sample_labels(torch.zeros(1, 9, 50), torch.zeros(1, 9).long(), [draws.of_row(row, 0)]) for row in (3, 4)]
+    assert not torch.equal(*drawn)
 
 
 # -- the sums -----------------------------------------------------------------------------------------------------

@@ -232,7 +232,7 @@ def test_mistakes_are_one_line(refuses: Any) -> None:
     assert "does not exist" in refuses("info", "none")
     assert "output" in refuses("combine", "a", "and", "b")
     assert "nor" in refuses("combine", "a", "nor", "b", "-o", "c")
-    assert "files" in refuses("compare")
+    assert "FILES must be given" in refuses("compare")
     WeightMask.from_bools(draw(0.5, 1), {"model_fingerprint": "e" * 64}).save("e")
     assert "mask a.safetensors was made for the model with fingerprint ffff" in refuses("compare", "a", "e")
     assert "fingerprint" in refuses("combine", "a", "or", "e", "-o", "c")

@@ -8,11 +8,17 @@ import pytest
 from scipy.stats import hmean, ks_2samp
 
 from wagle_pl import WagleError
+from wagle_pl.data.batches import collate
+from wagle_pl.data.people import bundled
+from wagle_pl.data.template import Template
 from wagle_pl.evaluation import Observations, Results, Suite, Undefined, find_suite
 from wagle_pl.evaluation.comparison import arrow, comparison
+from wagle_pl.evaluation.observe import Observer, observe_set
+from wagle_pl.evaluation.robustness.weights import finetune_
 from wagle_pl.evaluation.suites import membership
 from wagle_pl.evaluation.tables import write_table
 from wagle_pl.evaluation.tofu import from_result, to_result
+from wagle_pl.models import load_model, load_tokenizer
 
 random = np.random.default_rng(0)
 
@@ -150,6 +156,74 @@ def test_retrained_results_from_folder_and_file(tofu_tables, tmp_path):
     losses = {name: column(tofu_tables[name], "nll") - column(other[name], "nll") for name in ("forget", "holdout")}
     assert found["forget/mia_reference"] == pytest.approx(np.mean(losses["forget"][:, None] < losses["holdout"]))
     assert "gradient_norm" in str(found["forget/mia_gradnorm"])
+
+
+def test_results_are_matched_by_question(tofu_tables, tmp_path):
+    """Whatever their order, or if there are more of them; forget quality and the reference attack alike."""
+    other = {name: asked(9) for name in tofu_tables}
+    aligned = Observations(tofu_tables, *[as_results({n: t[:7] for n, t in other.items()}, tmp_path / "same")] * 2)
+    shuffled = Observations(tofu_tables, *[as_results({n: t[::-1] for n, t in other.items()}, tmp_path / "more")] * 2)
+    found = [find_suite("tofu").measures(seen) for seen in (aligned, shuffled)]
+    for name in ("forget_quality", "forget/mia_reference"):
+        assert found[0][name] == found[1][name], name
+    few = Observations(tofu_tables, *[as_results({n: t[1:6] for n, t in other.items()}, tmp_path / "few")] * 2)
+    for name in ("forget_quality", "forget/mia_reference"):
+        assert "is on other forget rows: it lacks 2 of 7" in str(find_suite("tofu").measures(few)[name])
+
+
+def test_forget_quality_of_tofu_s_script_is_marked_and_only_on_request(tofu_tables, tmp_path):
+    other = as_results({"forget": asked(9, question="Something else?")}, tmp_path)
+    suite = find_suite("tofu")
+    assert "tofu/forget_quality" not in suite.measures(Observations(tofu_tables, other))
+    found = suite.measures(Observations(tofu_tables, other, tofu_retrained=other))
+    sides = ratios(tofu_tables["forget"], "geometric"), ratios(other.table("forget"), "geometric")
+    assert found["tofu/forget_quality"] == pytest.approx(ks_2samp(*sides).pvalue)
+    assert "it lacks 7 of 7" in str(found["forget_quality"])
+    assert "no questions are compared (TOFU's script)" in suite.info("tofu/forget_quality").what
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model):
+    """Observations of ``members``, on which a model was trained until it knew them, and of ``nonmembers``."""
+    sets = {"members": bundled("forget")[::2], "nonmembers": bundled("forget")[1::2]}
+    untrained, lm = load_model(tiny_model).eval(), load_model(tiny_model).eval()
+    template = Template(load_tokenizer(tiny_model))
+    batch = collate([template.encode(row) for row in sets["members"]], template.tokenizer.pad_token_id)
+    finetune_(lm, [batch] * 60, 1e-2)
+    needs = membership.NEEDS | {"gradient", "text"}
+
+    def observed(model):
+        return {name: observe_set(Observer(model, template), part, needs) for name, part in sets.items()}
+
+    return observed(lm), observed(untrained)
+
+
+def as_results(tables, folder):
+    folder.mkdir(exist_ok=True)
+    for name, table in tables.items():
+        write_table(folder / f"{name}.parquet", table, {})
+    (folder / "metrics.json").write_text("{}")
+    return Results(folder)
+
+
+@pytest.mark.parametrize("attack", membership.ATTACKS)
+def test_an_attack_recognises_members(trained, tmp_path, attack):
+    """Every score is low for a member: near 1 on a model that knows the members, near 0 with the sides exchanged."""
+    tables, untrained = trained
+    seen = Observations(tables, reference=as_results(untrained, tmp_path))
+    assert membership.auc(seen, "members", "nonmembers", attack) > 0.9
+    assert membership.auc(seen, "nonmembers", "members", attack) < 0.1
+    named = find_suite("generic").measures(seen)
+    assert named[f"members/mia_{attack}"] > 0.9
+
+
+def test_signs_of_what_is_made_of_attacks(trained, tmp_path):
+    tables, untrained = trained
+    leaked = membership.privacy_leakage(Observations(tables, as_results(untrained, tmp_path)), "members", "nonmembers")
+    assert leaked < -80  # MUSE: near -100, the model still shows what it saw
+    for forget, retain, value in (("nonmembers", "members", 1.0), ("members", "nonmembers", 0.0)):
+        seen = Observations({"forget": tables[forget], "retain": tables[retain]})
+        assert find_suite("tofu").measures(seen)["wagle/mia"] == pytest.approx(value, abs=0.1)  # 1: forgotten
 
 
 def test_results_that_cannot_be_read(tmp_path):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from wagle_pl.data.batches import deal
 from wagle_pl.unlearning import objectives as o
 from wagle_pl.unlearning.objectives import Objective, Streams
+from wagle_pl.unlearning.reference import TopK
 from wagle_pl.unlearning.schedules import Schedule, as_schedule
 from wagle_pl.utilities import WagleError, describe
 
@@ -77,9 +78,11 @@ def streams(data: Data, progress: float = 0.0) -> Streams:
         lm.layers[LAYER](tensors["hidden"])
         return tensors["logits"], tensors["labels"]
 
-    copy = SimpleNamespace(run=lambda t, layers: (t["logits0"], t["labels"], dict.fromkeys(layers, t["hidden0"])))
+    def at_theta0(t: Any) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        return t["logits0"], t["labels"], {LAYER: t["hidden0"]}
+
     references = {stream: torch.zeros(99).scatter(0, t["row"], t["reference"]) for stream, t in data.items()}
-    return Streams(data, run, references, lm, (LAYER,), copy, progress=progress, epoch=EPOCH)
+    return Streams(data, run, references, lm, (LAYER,), at_theta0, progress=progress, epoch=EPOCH)
 
 
 # -- the formulas, one row at a time, in float64 --------------------------------------------------------------------
@@ -451,7 +454,7 @@ trainer:
 def test_rmu_moves_the_matrices_near_its_block_alone(wagle: Any, tiny_model: str) -> None:
     done = wagle(*unlearn(tiny_model, "--model.objective", "RMU", "--model.objective.layer", "0"))
     assert moved(tiny_model) == {"model.layers.0.mlp.down_proj.weight"}
-    assert done.model._theta0 is not None
+    assert done.model._needs_theta0
     assert "bit-identical" in json.loads(Path("out/wagle.json").read_text())["lineage"][-1]["verified"]
 
 
@@ -483,3 +486,35 @@ def test_mistakes_end_in_one_line(fails: Any, tiny_model: str, tmp_path: Path, r
     assert "row 1 has no question to refuse" in message("--model.objective", "PO", "--data.forget", texts)
     no_retain = ["--data", "ForgetRetainDataModule", "--data.forget", rows["forget"]]
     assert "this run needs retain rows: give --data.retain" in message(*no_retain, data=False)
+
+
+# -- numbers that would be NaN ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["kl", "undial", "ceu", "retain kl"])
+@pytest.mark.parametrize("top_k", [None, 2, 5, 8])
+def test_tokens_that_cannot_be_change_nothing(name: str, top_k: int | None) -> None:
+    """A vocabulary padded with logits of -inf gives the loss and the gradient of the vocabulary without the padding."""
+    data = random_data(3, 6, 7, seed=4)
+
+    def loss(padding: int) -> tuple[Tensor, Tensor]:
+        padded: Data = {}
+        for stream, tensors in data.items():
+            logits = {k: torch.nn.functional.pad(tensors[k], (0, padding), value=-math.inf)
+                      for k in ("logits", "logits0")}  # fmt: skip
+            padded[stream] = {**tensors, **logits}
+        stream = "retain" if name == "retain kl" else "forget"
+        now = padded[stream]["logits"].requires_grad_()
+        answers = streams(padded)[stream]
+        if top_k is not None:
+            mask = answers.mask
+            before = padded[stream]["logits0"][:, :-1][mask]
+            answers._top_k = TopK.of(before, answers.targets, mask.sum(-1), top_k)
+        objective = {"kl": o.KL, "undial": o.UNDIAL, "ceu": o.CEU, "retain kl": lambda: o.GradDiff(retain="kl")}[name]()
+        term = objective.retain_loss if name == "retain kl" else objective.forget_loss
+        values = term({stream: answers})
+        (gradient,) = torch.autograd.grad(values.sum(), now)
+        return values.detach(), gradient[..., :7]
+
+    for found, expected in zip(loss(4), loss(0), strict=True):
+        torch.testing.assert_close(found, expected)

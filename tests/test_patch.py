@@ -301,4 +301,39 @@ def test_commands_and_records(tmp_path: Path, tiny_model: str, capsys: pytest.Ca
         ["patch", "revert", str(tmp_path / "applied"), str(tmp_path / "forget.patch"), "-o", str(tmp_path / "back")]
     )
     assert same_bits(weights(tmp_path / "back"), weights(Path(tiny_model)))
-    assert "lineage" not in json.loads(before) or models.read_record(str(tmp_path / "back")) == json.loads(before)
+    assert "lineage" not in before
+    assert (tmp_path / "back/wagle.json").read_text() == before
+    assert (tmp_path / "back/README.md").read_text() == (Path(tiny_model) / "README.md").read_text()
+
+
+@pytest.mark.parametrize("files", [(), ("README.md",), ("wagle.json", "README.md")])
+def test_revert_gives_back_the_records_of_the_base(tmp_path: Path, files: tuple[str, ...]) -> None:
+    """Whatever the base says of itself comes back, and what it does not say does not appear, when the model to revert
+    was written by a run, which knows of none of it."""
+    base, new = write(tmp_path / "base", base_tensors()), moved(base_tensors(), 0.1, 1)
+    for name in files:
+        (base / name).write_text(json.dumps({"kind": "mine", "is": name}))
+    unlearned = write(tmp_path / "unlearned", new)
+    (unlearned / "wagle.json").write_text(json.dumps({"format_version": 1, "lineage": [{"module": "UnlearnModule"}]}))
+    (unlearned / "README.md").write_text("# Unlearned model\n")
+    make_patch(base, unlearned, tmp_path / "p.patch")
+    revert_patch(unlearned, tmp_path / "p.patch", tmp_path / "back")
+    for name in ("wagle.json", "README.md"):
+        before, after = base / name, tmp_path / "back" / name
+        if name in files:
+            assert after.read_text() == before.read_text()
+        else:
+            assert not after.exists()
+
+
+def test_a_patch_without_the_records_of_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An earlier version wrote none: what the model's record says beside its runs is kept."""
+    base, new = write(tmp_path / "base", base_tensors()), moved(base_tensors(), 0.1, 1)
+    (base / "wagle.json").write_text(json.dumps({"kind": "mine"}))
+    make_patch(base, write(tmp_path / "unlearned", new), tmp_path / "p.patch")
+    opened = Patch(tmp_path / "p.patch")
+    del opened.made_by["records"]
+    monkeypatch.setattr(patches, "Patch", lambda path: opened)
+    apply_patch(base, tmp_path / "p.patch", tmp_path / "applied")
+    revert_patch(tmp_path / "applied", tmp_path / "p.patch", tmp_path / "back")
+    assert models.read_record(str(tmp_path / "back")) == {"format_version": 1, "kind": "mine"}

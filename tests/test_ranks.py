@@ -160,6 +160,37 @@ def test_frozen_means_frozen(run: Any, tiny_model: str, mask: str, optimizer: li
         assert "bit-identical" in record["verified"]
 
 
+def test_frozen_means_frozen_with_a_communication_hook(run: Any, tiny_model: str, mask: str):
+    """PowerSGD changes all entries of the gradients that it is given."""
+    options = ["--model.objective", "GradDiff", "--model.mask", mask, "--optimizer", "AdamW", "--optimizer.lr", "1e-3",
+               "--optimizer.weight_decay", "0.1"]  # fmt: skip
+    folder = run("power.PowerSGD", "UnlearnModule", *options, output="power", **{"trainer.max_steps": 6})
+    assert frozen_moved(folder, tiny_model, WeightMask.load(mask)) == 0
+    assert difference(weights(Path(tiny_model)), weights(folder)) > 1e-3
+
+
+def test_precisions_and_strategies_move_selected_weights_alike(run: Any, tiny_model: str, mask: str):
+    """Values and state are fp32 in every one of them; what is computed in bf16 is a little off."""
+    options = ["--model.objective", "GradDiff", "--model.mask", mask, "--model.lr", "3e-4"]
+    options += ["--model.output_dtype", "float32"]
+    before, bits = weights(Path(tiny_model)), WeightMask.load(mask)
+
+    def update(name: str, precision: str, own: list[str] = options) -> Tensor:
+        named = {"trainer.precision": precision, "data.batch_size": 8 if name == "one" else 4}
+        after = weights(run(name, "UnlearnModule", *own, output=f"{name}-{precision}", **named))
+        return torch.cat([(after[n].double() - before[n].double())[bits[n]] for n in before])
+
+    exact = update("one", "32-true")
+    for name, precision in [("one", "bf16-true"), ("one", "bf16-mixed"), ("ddp", "bf16-true")]:
+        assert float(torch.nn.functional.cosine_similarity(update(name, precision), exact, dim=0)) > 0.98, (
+            name,
+            precision,
+        )
+    for name in ZERO:  # written in the dtype of the model
+        moved = update(name, "bf16-true", options[:-2])
+        assert float(torch.nn.functional.cosine_similarity(moved, exact, dim=0)) > 0.95, name
+
+
 @pytest.mark.parametrize("name", ZERO)
 def test_frozen_means_frozen_in_bf16(run: Any, tiny_model: str, mask: str, name: str):
     """Loading rounds the model's fp32 weights; what was frozen is written as it was stored."""
@@ -362,6 +393,38 @@ def test_attribution_resumes(ranks: Ranks, lone: Ranks, run: Any, command: Any, 
         assert same_masks(whole, Path("alone"))
 
 
+CUTS = {"one": (2, 4), "ddp": (4, 1), "zero2": (1, 4), "lone2": (4, 2)}  # batch size and accumulation of 8 rows
+
+
+@pytest.mark.parametrize("first, second", [("ddp", "one"), ("one", "ddp"), ("zero2", "lone2"), ("lone2", "zero2")])
+@pytest.mark.parametrize("module", ["UnlearnModule", "AttributionModule"])
+def test_another_cut_goes_on(
+    ranks: Ranks, lone: Ranks, wagle: Any, command: Any, mask: str, module: str, first: str, second: str
+):
+    """Two ranks' run goes on with one, and the other way, with other micro-batches: within an epoch and at its end."""
+
+    trains = module == "UnlearnModule"
+    adamw = ["--optimizer", "MaskedAdamW", "--optimizer.lr", "1e-3"]
+    kind = ["--model.objective", "GradDiff", "--model.mask", mask, *adamw] if trains else ["--model.masks", MASKS]
+
+    def fit(name: str, output: str, *more: str) -> Path:
+        size, accumulate = CUTS[name]
+        named = {"data.batch_size": size, "trainer.accumulate_grad_batches": accumulate}
+        named |= {"trainer.max_epochs": 3 if trains else 1, "trainer.max_steps": -1}
+        kept = strategy(name.replace("lone", "zero"), 1 if name in ("one", "lone2") else 2)
+        arguments = command(module, "--model.output", output, *kind, *more, *kept, **named)
+        if name == "one":
+            wagle(*arguments, data=False)
+        else:
+            (lone if name == "lone2" else ranks)(*arguments)
+        return Path(output)
+
+    whole = fit(first, "whole", *checkpointing(1, "kept"))
+    for step in (3, 4) if trains else (1,):
+        on = fit(second, f"on-{step}", "--ckpt_path", f"kept/step={step}.ckpt")
+        assert difference(weights(whole), weights(on)) < 1e-5 if trains else same_masks(whole, on)
+
+
 def test_a_checkpoint_without_a_shard(ranks: Ranks, run: Any, command: Any):
     run("zero3", "FinetuneModule", *checkpointing(2, "kept"), **{"trainer.max_steps": 2})
     os.remove("kept/step=2.ckpt/rank-00001-of-00002.safetensors")
@@ -382,6 +445,26 @@ def test_export(run: Any, mask: str, name: str, capsys: pytest.CaptureFixture[st
     assert load_model("exported").generation_config.to_dict() == load_model(str(folder)).generation_config.to_dict()
 
 
+@pytest.mark.parametrize("module", ["UnlearnModule", "AttributionModule"])
+@pytest.mark.parametrize("name", ["ddp", "zero2", "zero3"])
+def test_a_checkpoint_of_the_end_gives_the_result(run: Any, name: str, module: str):
+    """With nothing left to train, a resumed run writes what the first wrote."""
+    options = ["--model.objective", "GradDiff"] if module == "UnlearnModule" else ["--model.hessian", "fisher"]
+    length = {
+        "trainer.max_steps": -1,
+        "trainer.max_epochs": 1,
+        "data.batch_size": 2,
+        "trainer.accumulate_grad_batches": 1,
+    }
+    folder = run(name, module, *options, *checkpointing(1, "kept"), **length)
+    last = max(Path("kept").iterdir(), key=lambda path: int(path.stem.partition("=")[2]))
+    again = run(name, module, *options, "--ckpt_path", last, output="again", **length)
+    if module == "UnlearnModule":
+        assert difference(weights(folder), weights(again)) == 0
+    else:
+        assert WeightMask.load(folder) == WeightMask.load(again)
+
+
 def test_export_merges_an_adapter(run: Any):
     pytest.importorskip("peft")
     options = ["--model.objective", "GradDiff", "--model.adapter", "LoRA", *checkpointing(2, "kept")]
@@ -398,7 +481,7 @@ def test_nothing_to_export(run: Any, tiny_model: str, capsys: pytest.CaptureFixt
             cli.main(["export", f"{kept}/step=1.ckpt", "-o", "exported"])
         assert ended.value.code == 2 and "attribution moves none" in capsys.readouterr().err
     Path("torn.ckpt").write_bytes(b"PK")
-    for argument, said in (("torn.ckpt", "no whole checkpoint"), ("missing.ckpt", "does not exist")):
+    for argument, said in (("torn.ckpt", "is damaged, or no checkpoint"), ("missing.ckpt", "does not exist")):
         with pytest.raises(SystemExit):
             cli.main(["export", argument, "-o", "exported"])
         assert said in capsys.readouterr().err

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from wagle_pl import WeightMask, cli
+from wagle_pl.evaluation.tables import load_table
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -31,9 +32,11 @@ def test_examples_run(mine, wagle, tiny_model, tmp_path):
     assert type(module.objective).__name__ == "Flat" and module.global_step == 3
     assert (tmp_path / "out/model.safetensors").exists()
     test = ("test", *fit[1:3], "--trainer.logger", "false", "--data", "mine.Numbers", "--data.limit_test", "3")
-    options = ("--model.suite", "mine.Short", "--model.max_new_tokens", "4", "--model.output", "test")
+    options = ("--model.suite", "mine.Short", "--model.max_new_tokens", "24", "--model.output", "test")
     module = wagle(*test, "--model", "EvaluationModule", *model, *options, data=False).model
-    assert module.metrics["forget/words"] >= 0
+    said = [record["generation"].split() for record in load_table(tmp_path / "test/forget.parquet")]
+    assert len(said) == 3 and any(said)
+    assert module.metrics["forget/words"] == sum(map(len, said)) / 3
 
 
 def test_use_from_python_runs(tiny_model, tmp_path, monkeypatch):

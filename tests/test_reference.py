@@ -19,7 +19,7 @@ from wagle_pl import models
 from wagle_pl.data.people import bundled
 from wagle_pl.evaluation.likelihood import sequence_logprobs
 from wagle_pl.unlearning import UnlearnModule, reference
-from wagle_pl.unlearning.reference import FrozenCopy, TopK
+from wagle_pl.unlearning.reference import TopK
 
 OPTIONS = ["--data", "ForgetRetainDataModule", "--data.batch_size", "4", "--trainer.max_epochs", "2"]
 OPTIONS += ["--optimizer", "MaskedAdamW", "--optimizer.lr", "1e-3", "--trainer.accelerator", "cpu"]
@@ -125,7 +125,7 @@ def test_a_resumed_run_equals_an_unbroken_one(unlearn: Any, arguments: Any, fail
     if "DPO" in options:
         resume = ("--ckpt_path", checkpoint)
         message = fails(*arguments("no", *options, "--data.limit_forget", "10", *resume), data=False)
-        assert "checkpoint's reference probabilities of the forget rows are of other data" in message
+        assert "checkpoint's run had 11 forget rows, this one has 10" in message
         kl = ("--model.objective.retain", "kl", "--model.reference_logits", "top_k")
         message = fails(*arguments("no", "--model.objective", "NPO", *kl, *resume), data=False)
         assert "checkpoint has no reference" in message
@@ -181,23 +181,6 @@ def test_top_k_comes_near_the_frozen_copy(unlearn: Any) -> None:
     assert distance(all_but_one, exact) < 1e-4
     few, _ = unlearn("few", *options, *top_k, "64")
     assert 1e-6 < distance(few, exact) < 0.1
-
-
-def test_a_frozen_copy_shares_what_cannot_move(tiny_model: str) -> None:
-    lm = models.load_model(tiny_model)
-    before = {name: p.detach().clone() for name, p in lm.named_parameters()}
-    for name, parameter in lm.named_parameters():
-        parameter.requires_grad_("down_proj" in name)
-    copied = FrozenCopy(lm)
-    owned = [name for name, p in copied.lm.named_parameters() if p is not dict(lm.named_parameters())[name]]
-    assert len(owned) == 2 and all("down_proj" in name for name in owned)
-    with torch.no_grad():
-        for name in owned:
-            dict(lm.named_parameters())[name].add_(1.0)
-    assert all(torch.equal(p, before[name]) for name, p in copied.lm.named_parameters())
-    lm.bfloat16()
-    copied.match(lm)
-    assert {p.dtype for p in copied.lm.parameters()} == {torch.bfloat16}
 
 
 def test_hidden_states_are_those_of_the_block(tiny_model: str) -> None:

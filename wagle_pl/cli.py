@@ -5,20 +5,24 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 import sys
+import sysconfig
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, TextIO
 
 import yaml
 
-from wagle_pl import __version__
+from wagle_pl import __version__, stopping
 from wagle_pl.commands import COMMANDS, EXIT_BAD_INPUT, SUMMARIES, fail, overview
-from wagle_pl.utilities import WagleError, first_line, ready_to_run
+from wagle_pl.utilities import WagleError, first_line, nearest, ready_to_run
+
+EXIT_UNREAD = 141  # as shells have it: 128 + SIGPIPE
 
 
 def main(args: Optional[Sequence[str]] = None) -> None:
@@ -28,20 +32,48 @@ def main(args: Optional[Sequence[str]] = None) -> None:
         args: command-line arguments; those of the process when None.
 
     Raises:
-        SystemExit: with code 2 on a mistake in the input, after one line that names it.
+        SystemExit: with code 2 on a mistake in the input, after one line that names it; with 128 + the number of a
+            signal that ended it; with 141, as a shell has it of a command that SIGPIPE ended, when nobody reads what is
+            printed any more (``wagle ... | head -1``).
     """
-    args = list(sys.argv[1:] if args is None else args)
+    try:
+        try:
+            _main(list(sys.argv[1:] if args is None else args))
+        finally:
+            sys.stdout.flush()  # here, for at the interpreter's exit it is too late to tell
+    except BrokenPipeError:
+        unread = [stream for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
+        if not unread:
+            raise
+        for stream in unread:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise SystemExit(EXIT_UNREAD) from None
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Whether a stream writes to a pipe that nobody reads any more."""
+    try:
+        poll = select.poll()
+        poll.register(stream, 0)
+    except ValueError:  # it writes to no file
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _main(args: list[str]) -> None:
+    """Run a command, and tell of a mistake in one line."""
     _answer_at_once(args)
+    outer = stopping.install(dict.fromkeys(stopping.SIGNALS, stopping.exit_at_once))
     quiet()
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # so that class paths of the user's own modules resolve
+        sys.path.append(os.getcwd())  # for class paths of the user's own modules; libraries of the same name come first
     try:
         if args and args[0] in COMMANDS:
             run_command(args[0], args[1:])
         else:
             run(expand_robustness(expand_bases(args)))
     except Exception as error:
-        mistake = _mistake_in(error) or _path_in(error)
+        mistake = _mistake_in(error) or (None if _in_own_code(error) else _path_in(error))
         if mistake is None and not _lost_a_rank(error):
             raise
         if mistake is None:
@@ -50,6 +82,12 @@ def main(args: Optional[Sequence[str]] = None) -> None:
         if _told_by_rank_zero():
             raise SystemExit(EXIT_BAD_INPUT) from None
         fail(str(mistake))
+    except stopping.Stopped:
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # Lightning's first rank is killed if one it started ends before it
+            _told_by_rank_zero(60.0)
+        raise
+    finally:
+        stopping.install(outer)
 
 
 def _answer_at_once(args: Sequence[str]) -> None:
@@ -69,8 +107,8 @@ def _answer_at_once(args: Sequence[str]) -> None:
         return
     print(overview(), file=sys.stderr)
     mistake = f"there is no command {first!r}" if args else "no command is given"
-    near = get_close_matches(first, SUMMARIES, n=1)
-    fail(f"{mistake}: did you mean {near[0]}?" if near else f"{mistake}; choose one of {', '.join(SUMMARIES)}")
+    near = nearest(first, SUMMARIES)
+    fail(f"{mistake}: did you mean {near}?" if near else f"{mistake}; choose one of {', '.join(SUMMARIES)}")
 
 
 def run(args: list[str]) -> Any:
@@ -79,6 +117,7 @@ def run(args: list[str]) -> Any:
     from wagle_pl.lightning_cli import WagleCLI
 
     ready_to_run()
+    stopping.imported()
     try:
         return WagleCLI(args=args)
     finally:
@@ -92,6 +131,7 @@ def run_command(name: str, args: list[str]) -> Any:
     from wagle_pl.commands.parser import CommandParser
 
     module = import_module(COMMANDS[name])
+    stopping.imported()
     if args and args[0] in getattr(module, "SHORTHANDS", {}):
         args = [module.SHORTHANDS[args[0]], *args[1:]]
     if getattr(module, "LAYERED", False):
@@ -115,11 +155,32 @@ def _mistake_in(error: Optional[BaseException]) -> Optional[WagleError]:
     """The user's mistake behind an error, Lightning's word for it included: class instantiation and training loops wrap
     what they catch."""
     while error is not None and not isinstance(error, WagleError):
+        if _in_own_code(error):
+            return None
         misconfigured = type(error).__name__ == "MisconfigurationException"  # by name: Lightning may not be loaded
         if misconfigured or (isinstance(error, _LIGHTNINGS) and _raised_in(error).startswith(_PARTS)):
             return WagleError(str(error))
         error = error.__cause__ or error.__context__
     return error
+
+
+def _in_own_code(error: BaseException) -> bool:
+    """Whether an error came by code of the user's that Lightning called: a callback, a logger, a module.
+
+    Of these the traceback tells more than a line could.
+    """
+    called = False
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        called |= str(frame.f_globals.get("__name__", "")).startswith("lightning.")
+        if called and not _is_installed(frame.f_code.co_filename):
+            return True
+    return False
+
+
+def _is_installed(file: str) -> bool:
+    """Whether a file is this package's, Python's or another library's; code that has no file is, too."""
+    places = (str(Path(__file__).parent), sysconfig.get_path("stdlib"))
+    return file.startswith(("<", *places)) or "site-packages" in file or "dist-packages" in file
 
 
 def _raised_in(error: BaseException) -> str:
@@ -239,9 +300,11 @@ def layers(file: Path, above: tuple[Path, ...] = ()) -> list[Path]:
         raise WagleError(f"config file {file} is malformed: {error}") from None
     except UnicodeDecodeError as error:
         raise WagleError(f"config file {file} is not in UTF-8 (byte {error.start}): save it as such") from None
-    if content is not None and not isinstance(content, dict):
+    if content is None:
+        raise WagleError(f"config file {file} holds no options: write some, or leave it out")
+    if not isinstance(content, dict):
         raise WagleError(f"config file {file} must hold options at its top level")
-    bases = (content or {}).get("base") or []
+    bases = content.get("base") or []
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise WagleError(
@@ -270,6 +333,8 @@ def quiet() -> None:
         package.addHandler(handler)
         package.setLevel(logging.INFO)
         package.propagate = False
+    for name in _LIGHTNINGS_LOGS:
+        logging.getLogger(name).addFilter(_tells_something)
     for pattern in (
         ".*does not have many workers.*",
         ".*smaller than the logging interval.*",
@@ -282,6 +347,18 @@ def quiet() -> None:
         ".*sync_dist=True.*",  # what is logged is the same on all ranks
     ):
         warnings.filterwarnings("ignore", message=pattern)
+
+
+#: Lightning's logs that say, in every run, what a user has asked for or can see; and words of them.
+_LIGHTNINGS_LOGS = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
+_LIGHTNINGS_LOGS += ("lightning.fabric.utilities.seed",)
+_IDLE = ("GPU available", "TPU available", "LOCAL_RANK: ", "Seed set to", "💡 Tip", "Loading `train_dataloader`")
+_IDLE += ("`Trainer.fit` stopped: `max_",)
+
+
+def _tells_something(record: logging.LogRecord) -> bool:
+    """Whether a message of Lightning's is to be seen."""
+    return record.levelno > logging.INFO or not any(words in record.getMessage() for words in _IDLE)
 
 
 def _first_rank_speaks(record: logging.LogRecord) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import zipfile
 from pathlib import Path
 from typing import Any, Optional
 
 import lightning as L
+from lightning.fabric.utilities.seed import max_seed_value, min_seed_value
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -17,9 +18,10 @@ import wagle_pl.data
 import wagle_pl.evaluation
 import wagle_pl.unlearning  # noqa: F401  the imports make the classes known by their short names
 from wagle_pl.attribution import AttributionModule
+from wagle_pl.callbacks import EpochCheckpoint, StopAtSignal
 from wagle_pl.commands import COMMANDS
-from wagle_pl.commands.parser import OneLineErrors
-from wagle_pl.strategies import is_zero
+from wagle_pl.commands.parser import OneLineErrors, classes_first
+from wagle_pl.strategies import is_zero, load_plain
 from wagle_pl.utilities import WagleError, trainer_in_the_making
 
 DESCRIPTION = (
@@ -27,6 +29,9 @@ DESCRIPTION = (
     f"Other commands, each with its own --help: {', '.join(f'wagle {name}' for name in COMMANDS)}."
 )
 
+
+#: Class that ``--optimizer.OPTION`` is of where no class is named: what the modules take by themselves.
+DEFAULT_OPTIMIZER = "MaskedAdamW"
 
 #: Values of ``--ckpt_path`` that are no paths.
 _LIGHTNINGS_OWN = ("best", "last", "hpc", "registry")
@@ -75,6 +80,26 @@ class WagleCLI(LightningCLI):
         """The key by which a configuration names those it builds on; used before parsing."""
         parser.add_argument("--base", type=Any, default=None, help="In a config file: config files it builds on.")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+        """Parse; a class may come after its options, and options of an optimiser may come without one."""
+        classes = {option.removesuffix(".help") for option in parser.options if option.endswith(".help")}
+        args = classes_first(args, classes)
+        named = any(argument.partition("=")[0] == "--optimizer" for argument in args)
+        if not named and any(argument.startswith("--optimizer.") for argument in args):
+            args[1:1] = ["--optimizer", DEFAULT_OPTIMIZER]  # a configuration's, which comes later, takes its place
+        super().parse_arguments(parser, args)
+
+    def _set_seed(self) -> None:
+        """Seed all generators.
+
+        Raises:
+            WagleError: if the seed is none.
+        """
+        seed = self._get(self.config, "seed_everything")
+        if not min_seed_value <= int(seed) <= max_seed_value:
+            raise WagleError(f"seed_everything must be in [{min_seed_value}, {max_seed_value}], got {seed}")
+        super()._set_seed()
+
     def _parse_ckpt_path(self) -> None:
         """The configuration stands on its own: a checkpoint brings weights and progress, no options."""
 
@@ -86,7 +111,8 @@ class WagleCLI(LightningCLI):
                 setattr(self.model, attribute, _Factory(init))
 
     def _check_checkpoint(self) -> None:
-        """Refuse a checkpoint that is not there or not whole; say how one that ranks wrote is read, if this run cannot.
+        """Refuse a checkpoint that is not there, is not whole or would run code; say how one that ranks wrote is read,
+        if this run cannot.
 
         Lightning's own words (``best``, ``last``, ``hpc``, ``registry``) and addresses of other file systems are left
         to Lightning.
@@ -96,8 +122,8 @@ class WagleCLI(LightningCLI):
             return
         if not Path(path).exists():
             raise WagleError(f"checkpoint {path} does not exist: give --ckpt_path a file or folder that a run wrote")
-        if Path(path).is_file() and not zipfile.is_zipfile(path):  # what torch.save writes; its end says what is in it
-            raise WagleError(f"checkpoint {path} is damaged, or no checkpoint: give --ckpt_path another")
+        if Path(path).is_file() and self._get(self.config, "weights_only") is not False:  # the user vouches for it
+            load_plain(Path(path))
         if Path(path).is_dir() and not is_zero(self.trainer.strategy):
             raise WagleError(f"checkpoint {path} was written under DeepSpeed: add --trainer.strategy "
                              "deepspeed_stage_2 (any stage and number of devices will do), or turn it into a model "
@@ -110,17 +136,23 @@ class WagleCLI(LightningCLI):
         self._dump_config()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """The Trainer of the options; attribution is one pass unless they say how long.
+        """The Trainer of the options, which a signal stops in good order; how long attribution takes is its module's
+        affair if they do not say.
 
         Raises:
             WagleError: if Lightning refuses one of them.
         """
         options = self._get(self.config_init, "trainer", default={})
-        endless = options.get("max_epochs") is None and options.get("max_steps") in (None, -1)
-        if endless and not options.get("max_time") and isinstance(self.model, AttributionModule):
-            kwargs.setdefault("max_epochs", 1)  # Lightning's own default is 1000
+        if options.get("max_epochs") is None and isinstance(self.model, AttributionModule):
+            kwargs.setdefault("max_epochs", -1)  # or Lightning would tell of a default of its own
+        callbacks = options.get("callbacks") or []
+        callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
+        if options.get("enable_checkpointing") is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
+            kwargs.setdefault("callbacks", [*callbacks, EpochCheckpoint()])  # in place of Lightning's own default
         with trainer_in_the_making():
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.append(StopAtSignal())  # the last: what the others keep is of the step that is done
+        return trainer
 
     def instantiate_classes(self) -> None:
         """Instantiate, and tell the module the run's whole configuration."""
@@ -134,9 +166,10 @@ class _Factory:
     def __init__(self, init: Any) -> None:
         self.init = init
 
-    def __call__(self, target: Any) -> Optimizer | LRScheduler:
+    def __call__(self, target: Any, **others: Any) -> Optimizer | LRScheduler:
         init = self.init.as_dict()
         module, _, name = init["class_path"].rpartition(".")
         cls = getattr(importlib.import_module(module), name)
         first = next(iter(inspect.signature(cls).parameters))  # whatever the class calls its target
-        return cls(target, **{k: v for k, v in (init.get("init_args") or {}).items() if k != first})
+        options = {**(init.get("init_args") or {}), **others}
+        return cls(target, **{k: v for k, v in options.items() if k != first})

@@ -7,13 +7,16 @@ fingerprint of the model it belongs to. In memory it is the same bytes; a tensor
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import zipfile
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import reduce
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Optional, TypeVar
+from typing import Any, NamedTuple, Optional, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -290,6 +293,14 @@ class WeightMask:
         """Share of weights selected."""
         return self.count() / self.total
 
+    def digest(self) -> str:
+        """The mask as one name: SHA-256 over names, shapes and bits."""
+        digest = hashlib.sha256()
+        for name, shape in self.shapes.items():
+            digest.update(f"{name} {shape}\n".encode())
+            digest.update(memoryview(self.packed(name).numpy()))
+        return digest.hexdigest()
+
     def tally(self, group: Callable[[str], Key]) -> dict[Key, tuple[int, int]]:
         """``group(parameter name)`` -> (weights selected, weights), groups in parameter order."""
         counts: dict[Key, tuple[int, int]] = {}
@@ -412,6 +423,45 @@ class WeightMask:
         return {**known, "operation": operation, "of": [mask.metadata for mask in masks]}
 
 
+class Restriction(NamedTuple):
+    """What may move: the weights that all of these select; everything where all are None.
+
+    Attributes:
+        file: a mask file.
+        modules: modules, see :meth:`WeightMask.from_modules`.
+        layers: layers, likewise.
+        matching: a regular expression that finds names of parameters, from any position.
+    """
+
+    file: Optional[str] = None
+    modules: Optional[Sequence[str]] = None
+    layers: Optional[str] = None
+    matching: Optional[str] = None
+
+    def mask(self, shapes: Shapes, model: str, fingerprint: str) -> Optional[WeightMask]:
+        """The mask of a model; None if nothing is restricted.
+
+        Args:
+            shapes: parameter name -> shape of the model, in parameter order.
+            model: its name.
+            fingerprint: of its weights.
+
+        Raises:
+            WagleError: if the file is of another model, or a module or layer does not exist.
+        """
+        made_for, found = {"model": model, "model_fingerprint": fingerprint}, []
+        if self.file is not None:
+            found.append(WeightMask.load(self.file))
+            found[0].check(shapes, fingerprint, where=f"mask {self.file}")
+        if self.modules or self.layers:
+            found.append(WeightMask.from_modules(shapes, self.modules, self.layers, made_for))
+        if self.matching is not None:
+            bits = {n: filled_bits(prod(s), bool(re.search(self.matching, n))) for n, s in shapes.items()}
+            made_by = {"operation": "modules", "modules": [f"matching {self.matching}"]}
+            found.append(WeightMask(bits, shapes, {**made_for, **made_by}))
+        return reduce(lambda one, other: one & other, found) if found else None
+
+
 def describe_origin(metadata: Mapping[str, Any]) -> str:
     """What made a mask, in a few words, from its metadata.
 
@@ -430,7 +480,9 @@ def describe_origin(metadata: Mapping[str, Any]) -> str:
     if operation:
         return f" {operation} ".join(parts) if len(parts) > 1 else f"{operation} {parts[0]}"
     if "score" in metadata:
-        return f"{metadata['score']}, density {metadata.get('density', 'unknown')}"
+        passes = metadata.get("passes", 1)
+        several = "" if passes == 1 else f", {passes:.4g} passes"
+        return f"{metadata['score']}, density {metadata.get('density', 'unknown')}{several}"
     return "unknown"
 
 

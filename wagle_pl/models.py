@@ -229,13 +229,14 @@ class Originals:
         stored_as, loaded_as = self.dtype(weight), loaded_as or values.dtype
         if stored_as is None or not values.is_floating_point():
             return values
-        stored = None if _holds(loaded_as, stored_as) else self._read(weight)
+        stored = None if _holds(loaded_as, stored_as) else self.read(weight)
         if stored is None or stored.shape != values.shape:
             return values.to(stored_as)
         stored = stored.to(values.device)
         return torch.where(values == stored.to(loaded_as).to(values.dtype), stored, values.to(stored_as))
 
-    def _read(self, weight: str) -> Optional[Tensor]:
+    def read(self, weight: str) -> Optional[Tensor]:
+        """A weight as it is stored; None if there is none of that name."""
         return self._files.tensor(weight) if weight in self._names else self._loaded.get(weight)
 
     @cached_property
@@ -351,7 +352,12 @@ def vocabulary_size(model: nn.Module) -> int:
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Parameter name -> shape, in parameter order, tied weights once."""
-    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+    return shapes_of(model.named_parameters())
+
+
+def shapes_of(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of (name, parameter) pairs, whole where they are spread over ranks."""
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters}
 
 
 @contextmanager

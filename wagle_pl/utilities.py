@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import logging
 import os
 import platform
 import resource
-import shutil
 import sys
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
+from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, Optional, TypeVar, Union
 
 from wagle_pl import __version__
 
@@ -119,7 +121,8 @@ def replaceable(folder: Path) -> bool:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of ``path``; on success it takes the place of ``path``, on failure it is removed.
+    """Yield a temporary path beside ``path``; what is written there takes the place of ``path`` on success, and is
+    removed on failure.
 
     Works for a file and for a folder. A folder that is replaced stays whole until the new one is complete; a file never
     replaces one, and neither replaces a device.
@@ -132,39 +135,28 @@ def atomic_path(path: Path) -> Iterator[Path]:
         path = path.resolve()  # the link stays, and what it names is replaced
     _check_kind(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    _remove(temporary)
-    try:
+    # a folder made under a name that did not exist, of this process alone: nothing in it was there before
+    with tempfile.TemporaryDirectory(prefix=".wagle-", suffix=".tmp", dir=path.parent) as private:
+        temporary = Path(private) / path.name
+        retired = Path(private) / ("old" if path.name != "old" else "older")
         yield temporary
         if path.is_dir() and not temporary.is_dir():
             raise WagleError(f"output {path} is a folder: name a file in it")
         if path.is_dir() or (path.exists() and temporary.is_dir()):
-            retired = path.with_name(f".{path.name}.{os.getpid()}.old")
-            _remove(retired)
             os.replace(path, retired)
             try:
                 os.replace(temporary, path)
             except OSError:
                 os.replace(retired, path)
                 raise
-            _remove(retired)
         else:
             os.replace(temporary, path)
-    finally:
-        _remove(temporary)
 
 
 def _check_kind(path: Path) -> None:
     """Refuse devices, pipes and sockets: renaming a result to ``/dev/null`` would take it from the whole machine."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise WagleError(f"output {path} is neither a file nor a folder; choose another")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    elif path.exists():
-        path.unlink()
 
 
 def resolve(base: type[T], value: Union[T, str], option: str) -> T:
@@ -182,7 +174,7 @@ def resolve(base: type[T], value: Union[T, str], option: str) -> T:
     """
     if isinstance(value, base):
         return value
-    known = {_fold(cls.__name__): cls for cls in list(_subclasses(base)) or [base]}
+    known = {_fold(cls.__name__): cls for cls in list(subclasses(base)) or [base]}
     cls = known.get(_fold(value))
     if cls is None and "." in value:
         module, _, name = value.rpartition(".")
@@ -192,11 +184,23 @@ def resolve(base: type[T], value: Union[T, str], option: str) -> T:
             raise WagleError(f"{option} {value!r} cannot be imported: {error}") from None
     if cls is None or not (isinstance(cls, type) and issubclass(cls, base)):
         names = ", ".join(sorted(c.__name__ for c in known.values() if c.__module__.startswith("wagle_pl")))
-        raise WagleError(f"unknown {option} {value!r}; choose one of {names}, or the class path of a {base.__name__}")
+        near = nearest(value, names.split(", "))
+        meant = f": did you mean {near}?" if near else ""
+        raise WagleError(f"unknown {option} {value!r}; choose one of {names}, or a class path{meant}")
     try:
         return cls()
     except TypeError as error:
         raise WagleError(f"{option} {value!r} needs arguments: {error}") from None
+
+
+def nearest(name: str, names: Collection[str]) -> Optional[str]:
+    """The one of some names that was probably meant, if any: case does not count.
+
+    >>> nearest("npoo", ["GradDiff", "NPO"])
+    'NPO'
+    """
+    folded = {other.lower(): other for other in sorted(names)}
+    return next((folded[found] for found in get_close_matches(name.lower(), folded, n=1)), None)
 
 
 def first_line(error: BaseException) -> str:
@@ -283,11 +287,24 @@ def describe(value: Any) -> dict[str, Any]:
     return {"class": type(value).__name__, **scalars}
 
 
+def stable_seed(*parts: Any) -> int:
+    """A seed of 63 bits: the first eight bytes of the SHA-256 of the parts as text, separated by spaces, halved.
+
+    The same in every version of Python, which ``hash`` is not.
+
+    >>> stable_seed(0, "model.norm.weight")
+    3568567045360393619
+    """
+    digest = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
 def _fold(name: str) -> str:
     return name.replace("_", "").lower()
 
 
-def _subclasses(base: type[T]) -> Iterator[type[T]]:
+def subclasses(base: type[T]) -> Iterator[type[T]]:
+    """All classes that derive from one, as far as they are imported."""
     for cls in base.__subclasses__():
         yield cls
-        yield from _subclasses(cls)
+        yield from subclasses(cls)

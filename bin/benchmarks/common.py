@@ -200,14 +200,13 @@ def fit(
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,
-        precision=PRECISION,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=settings.scratch,
         callbacks=list(callbacks),
-        **options,
+        **{"precision": PRECISION, **options},
     )
     trainer.fit(module, datamodule=data)
 

@@ -1,4 +1,4 @@
-"""``bin/bench unlearning``: masked steps, cached references, optimiser state, and batches that pad little."""
+"""``bin/bench unlearning``: masked steps, precisions, cached references, optimiser state, batches that pad little."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from wagle_pl.attribution.selection import select
 from wagle_pl.bits import random_bits
 from wagle_pl.evaluation.likelihood import forward_answers, sequence_logprobs
 from wagle_pl.masks import WeightMask
+from wagle_pl.selected import SelectedWeights
 from wagle_pl.unlearning import MaskedAdamW, Streams, UnlearnModule
 
 LR, WEIGHT_DECAY = 3e-5, 0.01  # as in configs/tofu
@@ -47,6 +48,14 @@ class Unexported(UnlearnModule):
 
     def export(self, record: dict[str, Any]) -> None:
         """Leave it."""
+
+
+class Rounded(Unexported):
+    """Without fp32 values: in ``bf16-true`` values and state are bf16, and small steps are rounded away."""
+
+    def as_values(self, lm: nn.Module, **options: Any) -> SelectedWeights:
+        """Values in the dtype of the model."""
+        return SelectedWeights(lm, masters=False, **options)
 
 
 class SecondModel(Unexported):
@@ -71,6 +80,7 @@ KINDS: dict[str, tuple[type[UnlearnModule], str]] = {
     "GradDiff": (Unexported, "GradDiff"),
     "NPO": (Unexported, "NPO"),
     "NPO_second_model": (SecondModel, "NPO"),
+    "Rounded": (Rounded, "GradDiff"),
 }
 
 
@@ -80,13 +90,15 @@ def unlearn(
     mask: Optional[str] = None,
     callbacks: Sequence[L.Callback] = (),
     batch_size: Optional[int] = None,
+    lr: float = LR,
+    values: str = "fp32",
     **options: Any,
 ) -> BatchTimes:
     """One run with MaskedAdamW; returns the times of its steps."""
     cls, objective = KINDS[kind]
     output = str(Path(settings.scratch) / "run" / kind)
-    module = cls(model=settings.model, output=output, overwrite=True, objective=objective, mask=mask)
-    module.make_optimizer = partial(MaskedAdamW, lr=LR, weight_decay=WEIGHT_DECAY)
+    module = cls(model=settings.model, output=output, overwrite=True, objective=objective, mask=mask, values=values)
+    module.make_optimizer = partial(MaskedAdamW, lr=lr, weight_decay=WEIGHT_DECAY)
     times = BatchTimes()
     fit(module, settings, [times, *callbacks], batch_size, **options)
     return times
@@ -128,13 +140,69 @@ def measure_masked_step(settings: Settings) -> list[Result]:
     runs = alternate_warm(settings, sides)
     raw = {"step_seconds": step_seconds(runs), "objective": "GradDiff", "mask": "random"}
     return [
-        result(f"masked_step/density_{d:g}", step_ratio(runs[f"{d:g}"], runs["dense"]), 1.05, False, "x dense", raw)
-        for d in masks
+        result(f"masked_step/density_{d:g}", step_ratio(runs[f"{d:g}"], runs["dense"]), bar, False, "x dense", raw)
+        for d, bar in zip(masks, (1.0, 1.05), strict=True)
     ]
 
 
+class Update(L.Callback):
+    """What the values of selected weights have become less what they were, when training ends."""
+
+    def __init__(self) -> None:
+        self.start: dict[str, Tensor] = {}
+        self.update = torch.empty(0)
+
+    def on_train_start(self, trainer: L.Trainer, module: UnlearnModule) -> None:
+        """Remember the values."""
+        self.start = self._values(module)
+
+    def on_train_end(self, trainer: L.Trainer, module: UnlearnModule) -> None:
+        """Subtract them."""
+        values = self._values(module)
+        self.update = torch.cat([(values[name] - start).view(-1) for name, start in self.start.items()])
+        self.start.clear()
+
+    @staticmethod
+    def _values(module: UnlearnModule) -> dict[str, Tensor]:
+        tensors = module.selected.tensors.items()
+        return {name: t.value().float().clone() for name, t in tensors if t.values is not None}
+
+
+#: Name -> who runs, the precision, and how values are kept.
+PRECISIONS = {
+    "32-true": ("GradDiff", "32-true", "fp32"),
+    "bf16-mixed": ("GradDiff", "bf16-mixed", "fp32"),
+    "bf16-true": ("GradDiff", "bf16-true", "fp32"),
+    "bf16-true split": ("GradDiff", "bf16-true", "split"),
+    "bf16-true rounded": ("Rounded", "bf16-true", "fp32"),
+}
+
+
+def measure_precisions(settings: Settings) -> list[Result]:
+    """Row 2: the update of the same run in other precisions: share of selected weights moved, cosine with fp32's."""
+    table: dict[str, dict[str, Any]] = {}
+    for density, rates in ((0.2, (1e-6, 1e-5, 1e-4)), (0.95, (1e-5,))):
+        mask = write_mask(settings, density)
+        for lr in rates:
+            updates = {}
+            for name, (kind, precision, values) in PRECISIONS.items():
+                seen = Update()
+                steps = settings.rows // 2
+                unlearn(settings, kind, mask, [seen], 2, lr, values, precision=precision, max_steps=steps)
+                updates[name] = seen.update
+                exact = updates["32-true"]
+                table[f"density {density:g}, lr {lr:g}, {name}"] = {
+                    "moved": float((seen.update != 0).float().mean()),
+                    "cosine": float(torch.nn.functional.cosine_similarity(seen.update, exact, dim=0)),
+                    "length": float(seen.update.norm() / exact.norm()),
+                    "steps": steps,
+                }
+    worst = min(row["cosine"] for name, row in table.items() if not name.endswith("rounded"))
+    return [result("precisions", worst, 0.98, True, "cosine with fp32, the least", {"table": table})]
+
+
 def measure_npo_step(settings: Settings) -> list[Result]:
-    """Row 2: a step of NPO, references cached, against one of GradDiff, in the second epoch."""
+    """Row 3: a step of NPO, references cached, against one of GradDiff, in the second epoch."""
     sides = {kind: partial(unlearn, settings, kind, max_epochs=2) for kind in KINDS}
     runs = alternate_warm(settings, sides)
     second = step_ratio(runs["NPO_second_model"], runs["GradDiff"], epoch=1)
@@ -150,7 +218,7 @@ def unlearning_peak(settings: Settings, kind: str) -> int:
 
 
 def measure_npo_memory(settings: Settings) -> list[Result]:
-    """Row 3: peak memory of NPO runs against GradDiff runs, each in a process of its own."""
+    """Row 4: peak memory of NPO runs against GradDiff runs, each in a process of its own."""
 
     def side(kind: str) -> Any:
         return lambda: in_fresh_process(settings, "unlearning_peak", kind=kind)
@@ -167,10 +235,11 @@ class StateBytes(L.Callback):
     def __init__(self) -> None:
         self.bytes = 0
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Count state and whatever else it holds, such as indices; neither parameters nor the mask's own bits."""
+    def on_train_batch_end(self, trainer: L.Trainer, module: UnlearnModule, *_: Any) -> None:
+        """Count state and places of the values; not the values and their gradients."""
         (optimizer,) = trainer.optimizers
-        kept = {id(tensor): tensor for tensor in tensors_in(list(vars(optimizer).values()))}
+        places = [tensor.index for tensor in module.selected.tensors.values() if tensor.is_partial]
+        kept = {id(tensor): tensor for tensor in [*tensors_in(dict(optimizer.state)), *places]}
         self.bytes = sum(t.numel() * t.element_size() for t in kept.values() if not isinstance(t, nn.Parameter))
 
 
@@ -184,7 +253,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def measure_optimizer_state(settings: Settings) -> list[Result]:
-    """Row 4: bytes of MaskedAdamW's state at density 0.1 against dense."""
+    """Row 5: bytes of MaskedAdamW's state at density 0.1 against dense."""
     masks = {"dense": None, **{by: write_mask(settings, 0.1, by) for by in ("random", "magnitude")}}
     kept = {}
     for name, mask in masks.items():
@@ -194,13 +263,13 @@ def measure_optimizer_state(settings: Settings) -> list[Result]:
     raw = {
         "state_bytes": kept,
         "ratio_magnitude_mask": kept["magnitude"] / kept["dense"],
-        "counts": "state and indices",
+        "counts": "state and places of the values",
     }
     return [result("optimizer_state", kept["random"] / kept["dense"], 0.25, False, "x dense", raw)]
 
 
 def measure_padded(settings: Settings) -> list[Result]:
-    """Row 5: epochs over rows padded to their batch against rows padded to a fixed length, one at a time."""
+    """Row 6: epochs over rows padded to their batch against rows padded to a fixed length, one at a time."""
 
     def ours() -> float:
         times = unlearn(settings, batch_size=GLOBAL_BATCH, max_epochs=EPOCHS)
@@ -246,6 +315,7 @@ def padded_epochs(settings: Settings) -> dict[str, float]:
 
 ROWS = {
     "masked_step": measure_masked_step,
+    "precisions": measure_precisions,
     "npo_step": measure_npo_step,
     "npo_memory": measure_npo_memory,
     "optimizer_state": measure_optimizer_state,

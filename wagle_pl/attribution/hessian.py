@@ -2,7 +2,7 @@
 
 An estimator adds what one forward pass tells it to a running sum (one fp32 tensor a parameter, or only its mean). What
 it sums over rows is the diagonal for the *sum* of the rows' losses; the module divides by their number. To add an
-estimator, subclass :class:`Hessian` and enter it in :data:`ESTIMATORS`.
+estimator, subclass :class:`Hessian`; enter it in :data:`ESTIMATORS` to give it a short name, or name it by class path.
 
 The Hessian of a loss −log p(y|x) is H = G + R, where G = E_ŷ~p[∇log p(ŷ) ∇log p(ŷ)ᵀ], positive semi-definite, is the
 Gauss–Newton matrix (for this loss also the Fisher information), and R vanishes where the model fits its labels. The
@@ -11,7 +11,7 @@ Gauss–Newton matrix (for this loss also the Fisher information), and R vanishe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Optional
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from wagle_pl import distributed
 from wagle_pl.attribution.sums import GradientSums
-from wagle_pl.utilities import WagleError
+from wagle_pl.utilities import WagleError, resolve, stable_seed
 
 #: Name under which :class:`GradientSums` keeps the sum of the diagonal, and the sum of its mean.
 DIAGONAL, TRACE = "h", "h_trace"
@@ -84,6 +84,20 @@ class Hessian:
     #: Whether weights may be spread over ranks (ZeRO-3).
     spreads = True
 
+    # What one draw costs, for ``wagle plan``:
+
+    #: backward passes, beside the one for g_r;
+    backward_passes = 0
+
+    #: whether they go through its graph, whose activations then stay for them;
+    same_graph = False
+
+    #: fp32 sums of the model's size that stand while a step lasts, beside the diagonal;
+    step_sums = 0
+
+    #: tensors of the model's size and dtype that stand in a backward pass.
+    temporaries = 0
+
     def __init__(self, samples: int = 1, diagonal: bool = True) -> None:
         self.samples = samples
         self.diagonal = diagonal
@@ -107,11 +121,15 @@ class GaussNewton(Hessian):
     The gradient is that of the whole step, squared once: how a global batch is cut into micro-batches and ranks does
     not matter. Each draw needs, while a step lasts, one more tensor of the model's size."""
 
+    backward_passes = 1
+    same_graph = True
+    step_sums = 1
+
     def add(self, piece: Piece, sums: GradientSums) -> None:
         """One backward pass a draw."""
         for draw in range(self.samples):
             logits, _ = piece.forward()
-            drawn = sample_labels(logits, piece.labels, [hash((seed, draw)) for seed in piece.seeds])
+            drawn = sample_labels(logits, piece.labels, [stable_seed(seed, draw) for seed in piece.seeds])
             with sums.into(in_step=f"drawn {draw}"):
                 piece.backward(bartlett_loss(logits, drawn), last=draw + 1 == self.samples)
 
@@ -123,9 +141,17 @@ class GaussNewton(Hessian):
 
 class Fisher(Hessian):
     """Empirical Fisher: Σ_n (∇ℓ_n)², ℓ_n the loss of one row (its mean per token). Exact, never negative, and no
-    unbiased estimate of the Hessian (Kunstner et al. 2019, arXiv 1905.12558). Rows pass one at a time."""
+    unbiased estimate of the Hessian (Kunstner et al. 2019, arXiv 1905.12558). Rows pass one at a time.
+
+    Args:
+        samples: of no meaning, as nothing is drawn.
+        diagonal: see :class:`Hessian`.
+    """
 
     per_example = True
+
+    def __init__(self, samples: int = 1, diagonal: bool = True) -> None:
+        super().__init__(1, diagonal)
 
     def add(self, piece: Piece, sums: GradientSums) -> None:
         """Square the row's own gradient."""
@@ -141,6 +167,8 @@ class Hutchinson(Hessian):
     and the graph of the backward pass."""
 
     spreads = False
+    backward_passes = 3
+    temporaries = 3
 
     def forward_context(self) -> AbstractContextManager:
         """Fused attention has no second derivative."""
@@ -155,7 +183,7 @@ class Hutchinson(Hessian):
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
         used = [i for i, gradient in enumerate(gradients) if gradient is not None and gradient.requires_grad]
         for draw in range(self.samples):
-            probes = rademacher([parameters[i] for i in used], hash((piece.step_seed, draw)))
+            probes = rademacher([parameters[i] for i in used], stable_seed(piece.step_seed, draw))
             products = torch.autograd.grad(
                 [gradients[i] for i in used],
                 [parameters[i] for i in used],
@@ -168,12 +196,29 @@ class Hutchinson(Hessian):
                     sums.add(buffers, i, z.float().mul_(product.float()))
 
 
-ESTIMATORS: Mapping[str, type[Hessian]] = {
+#: ``model.hessian`` -> estimator; ``scalar`` has none, and ``auto`` keeps only the mean where no score needs more.
+ESTIMATORS: dict[str, type[Hessian]] = {
     "auto": GaussNewton,
     "gauss_newton": GaussNewton,
     "fisher": Fisher,
     "hutchinson": Hutchinson,
 }
+
+
+def estimator_of(hessian: str) -> Optional[type[Hessian]]:
+    """The estimator of a name in :data:`ESTIMATORS` or of a class path; None for ``scalar``.
+
+    Raises:
+        WagleError: listing the valid names.
+    """
+    if hessian == "scalar":
+        return None
+    if "." in hessian:
+        return type(resolve(Hessian, hessian, "hessian"))
+    if hessian not in ESTIMATORS:
+        names = ", ".join(("scalar", *ESTIMATORS))
+        raise WagleError(f"unknown hessian {hessian!r}; choose one of {names}, or the class path of a Hessian")
+    return ESTIMATORS[hessian]
 
 
 def sample_labels(logits: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from math import prod
@@ -10,13 +11,14 @@ from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from wagle_pl import models
-from wagle_pl.attribution.hessian import DIAGONAL, ESTIMATORS, TRACE, DampedHessian, Fisher, Hessian
+from wagle_pl import distributed, models, outputs
+from wagle_pl.attribution.hessian import DIAGONAL, TRACE, DampedHessian, Fisher, Hessian, estimator_of
 from wagle_pl.attribution.passes import Draws, Job, collect, count_rows
-from wagle_pl.attribution.scores import Score, WeightStatistics, positive
+from wagle_pl.attribution.scores import Score, WeightStatistics, checked, positive, try_out
 from wagle_pl.attribution.selection import select_each
 from wagle_pl.attribution.specs import MaskSpec, check_labels, complete, name_masks
 from wagle_pl.attribution.stored import DTYPES, whole_mask, write_scores
@@ -24,11 +26,16 @@ from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.evaluation.module import EvaluationModule
 from wagle_pl.layers import linear_weights, recompute_blocks
 from wagle_pl.masks import SUFFIX, WeightMask, mask_path
-from wagle_pl.strategies import ZeRO, is_sharded, is_zero
+from wagle_pl.planning import Run, Size, disk_bytes
+from wagle_pl.resume import begin, keep_position, recount
+from wagle_pl.strategies import ZeRO, is_sharded, is_zero, stage_of
 from wagle_pl.unlearning.objectives import NPO, PO, GradDiff
 from wagle_pl.utilities import WagleError, refuse_existing
 
 log = logging.getLogger(__name__)
+
+#: ``Trainer.max_epochs`` where nobody gave it.
+LIGHTNINGS_EPOCHS = 1000
 
 FORGET_LOSSES = {"ce": GradDiff, "npo": NPO, "po": PO}
 
@@ -36,8 +43,12 @@ FORGET_LOSSES = {"ce": GradDiff, "npo": NPO, "po": PO}
 class AttributionModule(EvaluationModule):
     """Scores every weight for unlearning and writes the mask of the highest-scoring share.
 
-    One epoch sees every forget row once and as many retain rows; only what the scores need is computed. Sums are in
-    fp32. No weight is moved: the run checks that at its end.
+    One pass, an epoch, sees every forget row once and as many retain rows; only what the scores need is computed. Sums
+    are in fp32. No weight is moved: the run checks that at its end.
+
+    One pass is made unless the Trainer is given a number of epochs or steps (its own default of 1000 epochs counts as
+    none given). A mask of several passes, or of part of one (``max_epochs``, ``max_steps``, ``limit_train_batches``,
+    ``max_time``), is warned of, and its metadata say so: ``passes``, and the ``rows`` seen of each stream.
 
     Args:
         model: hub id, folder in Hugging Face format or GGUF file of the target model.
@@ -55,7 +66,8 @@ class AttributionModule(EvaluationModule):
         save_scores: keep the scores too, as ``bf16`` or ``fp32``, beside the mask in ``<mask or score>.scores``.
         hessian: what stands for the retain loss's Hessian diagonal: ``scalar`` (``gamma``), ``auto`` (the mean of a
             Gauss-Newton estimate), or one number a weight: ``gauss_newton`` (labels drawn from the model), ``fisher``
-            (squared gradients of single rows), ``hutchinson`` (random signs, double backward; the true Hessian).
+            (squared gradients of single rows), ``hutchinson`` (random signs, double backward; the true Hessian), or
+            another :class:`~wagle_pl.attribution.hessian.Hessian`: its class path, or its name in ``ESTIMATORS``.
         gamma: the scalar Hessian γ; a number implies ``hessian: scalar``, ``auto`` estimates it.
         damping: a diagonal ĥ is used as max(ĥ, 0) + damping × its mean.
         hessian_samples: draws for each step, for ``auto``, ``gauss_newton`` and ``hutchinson``.
@@ -84,7 +96,7 @@ class AttributionModule(EvaluationModule):
         exclude: Optional[str] = None,
         masks: Optional[list[MaskSpec]] = None,
         save_scores: Optional[Literal["bf16", "fp32"]] = None,
-        hessian: Literal["scalar", "auto", "gauss_newton", "fisher", "hutchinson"] = "auto",
+        hessian: str = "auto",
         gamma: Union[float, Literal["auto"]] = "auto",
         damping: float = 0.1,
         hessian_samples: int = 1,
@@ -107,6 +119,7 @@ class AttributionModule(EvaluationModule):
         self.needs = {need for spec in self.specs for need in spec.score.needs}
         self.save_scores = save_scores
         self.hessian = _hessian_kind(hessian, gamma, self.needs)
+        self._estimator: Optional[Hessian] = None
         self.gamma = gamma
         self.damping = positive("damping", damping)
         self.hessian_samples = int(positive("hessian_samples", hessian_samples))
@@ -116,6 +129,8 @@ class AttributionModule(EvaluationModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.jobs = self._plan()
         self._within_step = False
+        self._seen = (0, 0)  # the epoch, and how many of its micro-batches are in the sums
+        self._one_pass_planned = True
         self._small: dict[str, Any] = {}
         self._unsynced = ExitStack()
         self.streams = tuple(dict.fromkeys((self.forget_loss.forget_streams[0], *(job.stream for job in self.jobs))))
@@ -124,12 +139,12 @@ class AttributionModule(EvaluationModule):
     def _plan(self) -> list[Job]:
         """What to collect from each stream."""
         needs, on = self.needs, self.hessian_data
-        estimator: Optional[Hessian] = None
-        if self.hessian != "scalar" and needs & {"h", "h_diagonal"}:
-            estimator = ESTIMATORS[self.hessian](
-                samples=self.hessian_samples, diagonal=self.hessian != "auto" or "h_diagonal" in needs
-            )
-        shared = isinstance(estimator, Fisher) and on == "retain"  # then F_r is the Hessian, collected once
+        kind = estimator_of(self.hessian)
+        if kind is not None and needs & {"h", "h_diagonal"}:
+            diagonal = self.hessian != "auto" or "h_diagonal" in needs
+            self._estimator = kind(samples=self.hessian_samples, diagonal=diagonal)
+        estimator = self._estimator
+        shared = type(estimator) is Fisher and on == "retain"  # then F_r is the Hessian, collected once
         self._diagonal = "fisher_r" if shared else DIAGONAL
         forget = Job(
             stream=self.forget_loss.forget_streams[0],
@@ -161,10 +176,7 @@ class AttributionModule(EvaluationModule):
         if stage == "fit":
             if not self.output:
                 raise WagleError("attribution needs a path for the mask: give --model.output")
-            if self.several:
-                refuse_existing(Path(self.output), self.overwrite, kind="files")
-            else:
-                refuse_existing(mask_path(self.output), self.overwrite)
+            outputs.reserve(self._place, self.overwrite, "files" if self.several else "file")
             for spec in self.specs if self.save_scores else ():
                 refuse_existing(self._scores_path(spec.score), self.overwrite, kind="folder")
             if str(self.trainer.precision).startswith("16"):
@@ -173,6 +185,40 @@ class AttributionModule(EvaluationModule):
                     "the loss scaling of fp16 would scale the sums"
                 )
             self._check_strategy()
+            self._set_length()
+
+    def _set_length(self) -> None:
+        """One pass is what it takes, unless the Trainer has been told otherwise."""
+        trainer = self.trainer
+        if trainer.max_steps == -1 and trainer.max_epochs in (-1, LIGHTNINGS_EPOCHS):
+            trainer.fit_loop.max_epochs = 1
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What lets others write the output when the run fails."""
+        return [outputs.ReleaseOnFailure(self._place)] if self.output else []
+
+    def teardown(self, stage: str) -> None:
+        """Let others write the output."""
+        if stage == "fit" and self.output:
+            outputs.release(self._place)
+
+    @property
+    def _place(self) -> Path:
+        """The mask's file, or the masks' folder."""
+        return Path(self.output) if self.several else mask_path(self.output)
+
+    def planned_files(self) -> list[outputs.Planned]:
+        """What the run is going to write, at least."""
+        weights = sum(map(prod, models.parameter_shapes(self.lm).values()))
+        run = Run.about_to(
+            "attribution", str(self.trainer.precision), stage_of(self.trainer.strategy), hessian=self.hessian
+        )
+        files = disk_bytes(Size(weights, 0), run)
+        planned = [outputs.Planned("masks" if self.several else "mask", self._place, len(self.specs) * files["mask"])]
+        if self.save_scores:
+            scores = len({id(spec.score) for spec in self.specs}) * weights * DTYPES[self.save_scores].itemsize
+            planned.append(outputs.Planned("scores", self._place, scores))
+        return planned + outputs.planned_checkpoint(self.trainer, files["checkpoint"])
 
     def _check_strategy(self) -> None:
         """Refuse what cannot work with several ranks."""
@@ -195,12 +241,23 @@ class AttributionModule(EvaluationModule):
         for spec in self.specs:
             spec.score.share({name: shapes[name] for name in spec.taking_part(shapes)})
 
+    def _input_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Weight of a linear map -> shape of the activation norms that the pass will find for it."""
+        transposed = {id(weight): lies for weight, lies in linear_weights(self.lm)}
+        found = {}
+        for name, parameter in self.lm.named_parameters():
+            if id(parameter) in transposed:
+                *before, rows, columns = shapes[name]
+                along = (*before, rows, 1) if transposed[id(parameter)] else (*before, 1, columns)
+                found[name] = along if before or transposed[id(parameter)] else (columns,)
+        return found
+
     def _say_what_is_unseen(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Warn of matrices whose inputs are not watched, if they are a large part of the model."""
         seen = {id(weight) for weight, _ in linear_weights(self.lm)}
         seen |= {id(module.weight) for module in self.lm.modules() if isinstance(module, nn.Embedding)}
         unseen = [name for name, p in self.lm.named_parameters() if len(shapes[name]) > 1 and id(p) not in seen]
-        share = sum(prod(shapes[name]) for name in unseen) / sum(map(prod, shapes.values()))
+        share = sum(math.prod(shapes[name]) for name in unseen) / sum(map(math.prod, shapes.values()))
         if share > 0.01:
             log.warning("wanda: %.0f %% of the weights are in layers of unknown kinds (%s, ...): they score 0 and are "
                         "selected last", 100 * share, ", ".join(unseen[:3]))  # fmt: skip
@@ -215,11 +272,42 @@ class AttributionModule(EvaluationModule):
         """Running sums of gradients."""
         return self.trainer.optimizers[0]
 
+    def on_fit_start(self) -> None:
+        """Refuse a run that the disk has no room for, and try the scores on random numbers, before a pass is spent on
+        one that is wrong."""
+        if not self.trainer.fast_dev_run:
+            distributed.from_rank_zero(lambda: outputs.check_space(self.planned_files()))
+        shapes = models.parameter_shapes(self.lm)
+        inputs, scalar = self._input_shapes(shapes), self.hessian in ("scalar", "auto")
+        for spec in self.specs:
+            part = {name: shapes[name] for name in spec.taking_part(shapes)}
+            try_out(spec.score, part, scalar, inputs, self.trainer.strategy.root_device)
+
     def on_train_start(self) -> None:
         """Attribute the model as it is used, without dropout; DDP need not average gradients that are summed here."""
+        begin(self.trainer)
+        self._say_if_not_one_pass()
         self.lm.eval()
         if isinstance(self.trainer.strategy.model, DistributedDataParallel):
             self._unsynced.enter_context(self.trainer.strategy.model.no_sync())
+
+    def _say_if_not_one_pass(self) -> None:
+        """Warn, before the work, of options that make it several passes, or part of one."""
+        trainer = self.trainer
+        whole, each = len(trainer.train_dataloader), trainer.num_training_batches
+        epochs = math.inf if trainer.max_epochs == -1 else trainer.max_epochs
+        steps = math.inf if trainer.max_steps == -1 else trainer.max_steps * trainer.accumulate_grad_batches
+        self._one_pass_planned = min(epochs * each, steps) == whole
+        if self._one_pass_planned or trainer.fast_dev_run:
+            return
+        bounds = {
+            "max_epochs": epochs not in (1, math.inf) and epochs * each <= steps,
+            "max_steps": steps < epochs * each,
+            "limit_train_batches": each < whole and each <= steps,
+        }
+        options = ", ".join(f"trainer.{name} {getattr(trainer, name)}" for name, bound in bounds.items() if bound)
+        passes = min(epochs * each, steps) / whole
+        log.warning("attribution will take %.4g passes over the forget rows, not one (%s)", passes, options)
 
     # -- the pass -----------------------------------------------------------------------------------------------------
 
@@ -239,6 +327,7 @@ class AttributionModule(EvaluationModule):
             self._end_step()
         if is_zero(self.trainer.strategy):
             self.trainer.strategy.release()
+        self._seen = (epoch, batch_idx + 1)
         return total
 
     def _end_step(self) -> None:
@@ -255,6 +344,7 @@ class AttributionModule(EvaluationModule):
 
     def on_train_end(self) -> None:
         """Turn the sums into scores, the scores into masks, and write them."""
+        super().on_train_end()
         self._unsynced.close()
         if self.trainer.fast_dev_run:
             return
@@ -263,7 +353,12 @@ class AttributionModule(EvaluationModule):
         if self.fingerprint() != self.model_fingerprint:
             raise WagleError("attribution moved a weight: the mask is not written; please report this")
         self._small = self.sums.small()
+        if self._one_pass_planned and self.passes != 1:
+            log.warning("the mask is of %.4g passes over the %d forget rows, not of one: the run ended early",
+                        self.passes, self._forget_rows())  # fmt: skip
         curvature = self._curvature()
+        checkpoint = outputs.last_checkpoint(self.trainer)
+        failed: list[str] = []
         groups: dict[Any, list[int]] = {}
         for number, spec in enumerate(self.specs):
             groups.setdefault(spec.passes, []).append(number)
@@ -271,12 +366,19 @@ class AttributionModule(EvaluationModule):
             for number, mask in zip(numbers, self._select(numbers, curvature), strict=True):
                 if mask is None:
                     continue
-                path = mask.save(self._mask_path(number))
+                path = self._mask_path(number)
                 self._report(mask, self.mask_names[number])
-                log.info("mask written to %s (density %.4f)", path, mask.density)
+                try:
+                    outputs.write_or_keep(mask.save, path, checkpoint)
+                except WagleError as error:  # the next mask may be kept, too
+                    failed.append(str(error))
+                else:
+                    log.info("mask written to %s (density %.4f)", path, mask.density)
         if self.save_scores:
             for score in {id(spec.score): spec.score for spec in self.specs}.values():
                 self._write_scores(score, curvature)
+        if failed:
+            raise WagleError("; ".join(failed))
 
     def _mask_path(self, number: int) -> Path:
         return Path(self.output) / f"{self.mask_names[number]}{SUFFIX}" if self.several else mask_path(self.output)
@@ -318,16 +420,13 @@ class AttributionModule(EvaluationModule):
         With several ranks: the scores of this rank's rows; a meeting of all ranks.
 
         Raises:
-            WagleError: if the score returns another shape.
+            WagleError: if the score returns another shape, or no floating-point numbers.
         """
         for position, (name, parameter) in enumerate(self.lm.named_parameters()):
             if names is not None and name not in names:
                 continue
             statistics = self._statistics(position, name, parameter, score, curvature)
-            values = score(statistics).float()
-            if values.shape != statistics.theta.shape:
-                shapes = f"{tuple(values.shape)}, the parameter's is {tuple(statistics.theta.shape)}"
-                raise WagleError(f"score {type(score).__name__} gave {name} shape {shapes}")
+            values = checked(score, statistics)
             yield name, values if score.by_row else self.sums.shards[position].of(values)
 
     @torch.no_grad()
@@ -367,6 +466,14 @@ class AttributionModule(EvaluationModule):
             w.h_diagonal, w.h_mean = part(curvature.plain(position)), curvature.mean
         return w
 
+    @property
+    def passes(self) -> float:
+        """How often the run saw the forget rows: 1 is each of them once."""
+        return self._rows(self.streams[0]) / self._forget_rows()
+
+    def _forget_rows(self) -> int:
+        return len(self.trainer.datamodule.rows("forget"))
+
     def _rows(self, stream: str) -> float:
         return self._small["counts"][f"{stream}_rows"]
 
@@ -377,10 +484,10 @@ class AttributionModule(EvaluationModule):
         """h, if a score needs it."""
         if not self.needs & {"h", "h_diagonal"}:
             return None
-        if self.hessian == "scalar":
+        if self._estimator is None:
             return DampedHessian(float(self.gamma))
-        scale = self._scale(self.hessian_data) / (1 if self.hessian == "fisher" else self.hessian_samples)
-        if self.hessian == "auto" and "h_diagonal" not in self.needs:
+        scale = self._scale(self.hessian_data) / self._estimator.samples
+        if not self._estimator.diagonal:
             weights = sum(shard.total for shard in self.sums.shards)
             return DampedHessian(float(sum(self._small["vectors"][TRACE].values())) * scale / weights)
         return DampedHessian.of_diagonal(self.sums.buffers(self._diagonal), scale, self.damping)
@@ -396,7 +503,13 @@ class AttributionModule(EvaluationModule):
             for _ in whole:
                 pass
             return
-        path = write_scores(self._scores_path(score), whole, shapes, made_by, DTYPES[self.save_scores])
+        path = self._scores_path(score)
+        outputs.write_or_keep(
+            lambda place: write_scores(place, whole, shapes, made_by, DTYPES[self.save_scores]),
+            path,
+            outputs.last_checkpoint(self.trainer),
+            again=False,
+        )
         log.info("scores written to %s", path)
 
     def _made_by(self, curvature: Optional[DampedHessian]) -> dict[str, Any]:
@@ -410,6 +523,8 @@ class AttributionModule(EvaluationModule):
             "hessian_data": self.hessian_data,
             "forget_loss": type(self.forget_loss).__name__,
             "reduction": self.reduction,
+            "passes": self.passes,
+            "forget_rows": self._forget_rows(),
             "rows": {stream: int(self._rows(stream)) for stream in self.streams},
             "data": self.described_data,
             "prompts": self.prompts,
@@ -428,8 +543,17 @@ class AttributionModule(EvaluationModule):
             log.info("share selected by %s: %s", group, "  ".join(f"{k} {v:.3f}" for k, v in stats[group].items()))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the weights out: they are the model's own, unmoved."""
+        """Leave the weights out: they are the model's own, unmoved. Say which rows are in the sums."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["state_dict"] = {}
+        if self._seen[1]:
+            keep_position(checkpoint, self.trainer, *self._seen)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Find the place where the pass goes on."""
+        super().on_load_checkpoint(checkpoint)
+        if self.attached and self.trainer.training:
+            recount(checkpoint, self.trainer)
 
 
 def _hessian_kind(hessian: str, gamma: Union[float, str], needs: set[str]) -> str:

@@ -20,7 +20,7 @@ from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.data.template import IGNORE
 from wagle_pl.evaluation.likelihood import forward_answers
 from wagle_pl.unlearning.objectives import Answers, Streams
-from wagle_pl.utilities import WagleError
+from wagle_pl.utilities import WagleError, stable_seed
 
 Batch = Mapping[str, Mapping[str, Tensor]]
 
@@ -83,12 +83,11 @@ class Draws:
 
     def of_row(self, row: int, occurrence: int) -> int:
         """Seed of one row's draws; each time that an epoch sees the row has its own, or a step's draws would add up."""
-        key = (self.seed, self.epoch, self.job, row)
-        return hash((*key, occurrence) if occurrence else key)
+        return stable_seed("row", self.seed, self.epoch, self.job, row, occurrence)
 
     def of_step(self) -> int:
         """Seed of the step's draws."""
-        return hash((self.seed, self.epoch, self.job, self.step, -1))
+        return stable_seed("step", self.seed, self.epoch, self.job, self.step)
 
 
 def collect(job: Job, batch: Batch, lm: Any, sums: GradientSums, draws: Draws) -> Optional[Tensor]:

@@ -14,19 +14,21 @@ The pass collects what the scores of a run need and nothing else: one that needs
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Optional
+from math import prod
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
 
 from wagle_pl.masks import WeightMask
 from wagle_pl.names import in_module, layer_of, parse_layers
-from wagle_pl.utilities import WagleError
+from wagle_pl.utilities import WagleError, stable_seed
+
+_LARGE = 1 << 20  # weights of a parameter on which a score is not tried if there is a smaller one
 
 #: What a score may need.
 COLLECTED = ("g_f", "g_r", "h", "h_diagonal", "fisher_f", "fisher_r", "activation")
@@ -92,6 +94,78 @@ class Score:
     def label(self) -> str:
         """Short name, for files: ``forget_retain_ratio`` of a ``ForgetRetainRatio``."""
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
+
+
+def checked(score: Score, w: WeightStatistics) -> Tensor:
+    """A score's numbers for one parameter, in fp32.
+
+    Raises:
+        WagleError: if they are no floating-point tensor of the parameter's shape.
+    """
+    shape, gave = tuple(w.theta.shape), f"score {type(score).__name__} gave {w.name}"
+    values = score(w)
+    if not isinstance(values, Tensor):
+        raise WagleError(f"{gave} a {type(values).__name__}, not a tensor of the parameter's shape {shape}")
+    if values.shape != shape:
+        raise WagleError(f"{gave} shape {tuple(values.shape)}, the parameter's is {shape}")
+    if not values.is_floating_point():
+        raise WagleError(f"{gave} {values.dtype}, not floating-point numbers")
+    return values.float()
+
+
+def try_out(
+    score: Score,
+    shapes: Mapping[str, Sequence[int]],
+    scalar: bool,
+    inputs: Mapping[str, Sequence[int]],
+    device: Union[torch.device, str] = "cpu",
+) -> None:
+    """Call a score on random numbers in the shapes of a matrix, a vector, ... of the model: before a pass is spent.
+
+    Args:
+        score: the score.
+        shapes: parameter name -> shape; of each number of dimensions the first that is not large is taken.
+        scalar: whether h is one number.
+        inputs: name of a linear map's weight -> shape of its ``activation``.
+        device: where the numbers are.
+
+    Raises:
+        WagleError: as :func:`checked`, or if the score gives other numbers when called again.
+    """
+    for dimensions in sorted({len(shape) for shape in shapes.values()}, reverse=True):
+        sizes = {name: prod(shape) for name, shape in shapes.items() if len(shape) == dimensions}
+        name = min(sizes, key=lambda name: sizes[name] if sizes[name] > _LARGE else 0)
+        made = [_random_statistics(score, name, shapes[name], scalar, inputs.get(name), device) for _ in range(2)]
+        first, again = (checked(score, w).nan_to_num() for w in made)
+        if not torch.equal(first, again):
+            raise WagleError(f"score {type(score).__name__} gave {name} other numbers when called again: a Score is "
+                             "called several times for each parameter and must give the same each time")  # fmt: skip
+
+
+def _random_statistics(
+    score: Score,
+    name: str,
+    shape: Sequence[int],
+    scalar: bool,
+    inputs: Optional[Sequence[int]],
+    device: Union[torch.device, str],
+) -> WeightStatistics:
+    """What a score needs of a parameter, as the pass will give it, of numbers that are the same each time."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def positive(shape: Sequence[int]) -> Tensor:
+        return torch.rand(tuple(shape), generator=generator, device=device, dtype=torch.float32) + 0.1
+
+    w = WeightStatistics(name, theta=positive(shape) - 0.6)
+    for field in score.needs:
+        if field in ("g_f", "g_r"):
+            setattr(w, field, positive(shape) - 0.6)
+        elif field == "activation":
+            w.activation = None if inputs is None else positive(inputs)
+        else:
+            setattr(w, field, positive(() if field == "h" and scalar else shape))
+    w.h_mean = 0.6 if "h_diagonal" in score.needs else None
+    return w
 
 
 class Wagle(Score):
@@ -250,8 +324,7 @@ class Random(Score):
 
     def __call__(self, w: WeightStatistics) -> Tensor:
         """Uniform in [0, 1)."""
-        digest = hashlib.sha256(f"{self.seed} {w.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        generator = torch.Generator().manual_seed(stable_seed(self.seed, w.name))
         return torch.rand(w.theta.shape, generator=generator).to(w.theta.device)
 
 

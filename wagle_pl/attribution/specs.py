@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 from wagle_pl.attribution.scores import COLLECTED, Score
@@ -129,10 +130,12 @@ def name_masks(specs: Sequence[MaskSpec]) -> list[str]:
     """File names: as given, or of score and density.
 
     Raises:
-        WagleError: if two masks would have the same.
+        WagleError: if two masks would have the same, or one is no plain file name.
     """
     names = [spec.name or _name(spec) for spec in specs]
     for name in names:
+        if name in (".", "..") or "\0" in name or Path(name).name != name:
+            raise WagleError(f"masks: name must be a file name without a folder, got {name!r}")
         if names.count(name) > 1:
             raise WagleError(f"two masks would be called {name!r}: give one of them a name")
     return names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
@@ -32,6 +33,7 @@ def info(file: str, *, tensors: bool = False) -> None:
         ("model", mask.metadata.get("model") or "unknown"),
         ("fingerprint", (mask.metadata.get("model_fingerprint") or "none: not checked before use")[:28]),
         *(("prompts", json.dumps(prompts, ensure_ascii=False)) for prompts in mask.prompts),
+        *_passes(mask.metadata),
         ("weights", f"{mask.total:,} in {len(mask)} tensors"),
         ("selected", f"{mask.count():,}"),
         ("density", f"{mask.density:.6f}"),
@@ -245,6 +247,14 @@ def _model(name: str) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
     model = load_model(name, torch.bfloat16)
     made_for = {"model": name, "model_fingerprint": fingerprint(model.named_parameters())}
     return parameter_shapes(model), made_for
+
+
+def _passes(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How much of the forget rows an attribution saw; nothing of other masks."""
+    if "passes" not in metadata:
+        return []
+    passes, rows = metadata["passes"], metadata["forget_rows"]
+    return [("passes", f"{passes:.4g} ({round(passes * rows):,} rows seen, {rows:,} forget rows)")]
 
 
 def _shares(group: str, tally: dict[str, tuple[int, int]]) -> str:

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Optional
 
 from jsonargparse import ArgumentParser
 
 from wagle_pl.commands import fail
+from wagle_pl.commands.mistakes import in_one_line
 
 
 class OneLineErrors(ArgumentParser):
-    """Says what is wrong in one line, and exits with code 2."""
+    """Says what is wrong in one line, and exits with code 2; takes no option by a part of its name."""
+
+    def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
 
     def error(self, message: str, ex: Optional[Exception] = None) -> Any:
-        """Print ``message``, shortened to what to do where jsonargparse's own is long, and exit with code 2."""
-        unknown = re.search(r'Parser key "([^"]+)".*Expected a dot import path string: (\S+)', message, re.DOTALL)
-        if unknown:
-            option, name = unknown.groups()
-            message = f"unknown class {name!r} for {option}: give a class path, or the name of a class of wagle_pl"
-        if "is not accepted" in message:
-            message += (" (a class, or the --config that names it, comes before its options: "
-                        "--model CLASS --model.option VALUE)")  # fmt: skip
-        fail(message)
+        """Print one line and exit with code 2; as parser of a class within another, raise for that one to tell all."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        fail(in_one_line(message, self.options))
+
+    @property
+    def options(self) -> set[str]:
+        """The options of this parser and its commands, with their dashes."""
+        commands = [action.choices for action in self._actions if isinstance(action.choices, Mapping)]
+        parsers = [parser for choices in commands for parser in choices.values()]
+        return set(self._option_string_actions).union(*(parser.options for parser in parsers))
 
 
 class CommandParser(OneLineErrors):
@@ -57,3 +62,32 @@ def spelt_out(args: Sequence[str], flags: Collection[str]) -> list[str]:
         return args[i] in flags and (i + 1 == len(args) or args[i + 1].lower() not in ("true", "false"))
 
     return [f"{argument}=true" if is_bare(i) else argument for i, argument in enumerate(args)]
+
+
+def classes_first(args: Sequence[str], classes: Collection[str]) -> list[str]:
+    """Arguments with ``--NAME CLASS`` before the options of NAME, which only the class gives a meaning to.
+
+    Args:
+        args: of the command line.
+        classes: the NAMEs, with dashes; what is below one may be another.
+
+    >>> args = ["fit", "--model.lr=2", "--config", "x", "--model", "A", "--model.top_k", "3"]
+    >>> classes_first(args, {"--model"})
+    ['fit', '--config', 'x', '--model', 'A', '--model.lr=2', '--model.top_k', '3']
+    """
+    options: list[list[str]] = []  # each with its value
+    for argument in args:
+        if options and not argument.startswith("--"):
+            options[-1].append(argument)
+        else:
+            options.append([argument])
+
+    def name_of(option: list[str]) -> str:
+        return option[0].partition("=")[0]
+
+    names = {name for name in map(name_of, options) if any(f"{name}.".startswith(f"{cls}.") for cls in classes)}
+    for name in sorted(names, key=lambda name: name.count(".")):
+        at = [name_of(option) for option in options].index(name)
+        early = [option for option in options[:at] if name_of(option).startswith(f"{name}.")]
+        options[: at + 1] = [*(option for option in options[:at] if option not in early), options[at], *early]
+    return [part for option in options for part in option]

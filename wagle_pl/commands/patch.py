@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Optional
 
 from wagle_pl.unlearning import patch as patches
@@ -29,6 +30,7 @@ def apply(base: str, patch: str, output: Optional[str] = None, overwrite: bool =
         output: folder to write (-o).
         overwrite: replace an existing model folder; a folder of other things is left alone.
     """
+    _check_order("apply", base, patch)
     written = patches.apply_patch(base, patch, _needed(output), overwrite)
     print(f"{output}: fingerprint {written}")
 
@@ -42,6 +44,7 @@ def revert(unlearned: str, patch: str, output: Optional[str] = None, overwrite: 
         output: folder to write (-o).
         overwrite: replace an existing model folder; a folder of other things is left alone.
     """
+    _check_order("revert", unlearned, patch)
     written = patches.revert_patch(unlearned, patch, _needed(output), overwrite)
     print(f"{output}: fingerprint {written}")
 
@@ -58,6 +61,12 @@ def info(patch: str, tensors: bool = False) -> None:
     if tensors:
         for name, tensor in opened.tensors.items():
             print(f"  {name}: {tensor['changed']:,} of shape {tuple(tensor['shape'])} {tensor['dtype']}")
+
+
+def _check_order(verb: str, model: str, patch: str) -> None:
+    """Refuse a patch in the model's place, and the model in its."""
+    if Path(patch).is_dir() and not Path(model).is_dir():
+        raise WagleError(f"the model's folder comes first, then the patch file: wagle patch {verb} {patch} {model}")
 
 
 def _needed(output: Optional[str]) -> str:

@@ -39,7 +39,7 @@ def plan(
     density: float = 0.2,
     hessian: str = "auto",
     optimizer: str = "MaskedAdamW",
-    weight_decay: Optional[float] = None,
+    values: str = "fp32",
     batch_size: int = 1,
     max_length: int = 512,
     accumulate_grad_batches: int = 1,
@@ -58,9 +58,9 @@ def plan(
         precision: as trainer.precision: 32-true, bf16-mixed, bf16-true, 16-mixed or 16-true.
         accelerator: gpu; or cpu, where a device is a process.
         density: share of weights in the mask; 1 is unlearning without one.
-        hessian: of attribution: scalar, auto, gauss_newton, fisher or hutchinson.
-        optimizer: MaskedAdamW, AdamW or SGD.
-        weight_decay: of the optimiser; its own default when not given.
+        hessian: of attribution, as model.hessian: scalar, auto, gauss_newton, fisher, hutchinson, or a class path.
+        optimizer: MaskedAdamW, AdamW, AdamW8bit (two moments of 8 bits) or SGD.
+        values: how the weights that move are kept: fp32, or split (bf16-true on one device), as model.values.
         batch_size: rows, or pairs of rows, a device and micro-batch.
         max_length: tokens a row, padding included.
         accumulate_grad_batches: micro-batches a step.
@@ -78,7 +78,7 @@ def plan(
         density=density,
         hessian=hessian,
         optimizer=optimizer,
-        weight_decay=weight_decay,
+        values=values,
         batch_size=batch_size,
         max_length=max_length,
         accumulate_grad_batches=accumulate_grad_batches,

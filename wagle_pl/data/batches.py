@@ -8,6 +8,7 @@ global batch exactly, however uneven the cut. A rank that runs short is padded w
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from wagle_pl.data.template import IGNORE
+from wagle_pl.utilities import WagleError
 
 BUCKET = 32  # rows are sorted by length within this many global batches, so that a batch pads little
 
@@ -82,13 +84,16 @@ def _shuffled_positions(positions: np.ndarray, n: int, seed: int, stream: int) -
     return rows
 
 
-def deal(rows: np.ndarray, world_size: int, accumulate: int, seen: Optional[Counter[int]] = None) -> list[list[Cell]]:
+def deal(
+    rows: np.ndarray, world_size: int, accumulate: int, seen: Optional[Counter[int]] = None, done: int = 0
+) -> list[list[Cell]]:
     """Cut one global batch into ``accumulate`` micro-batches for each of ``world_size`` ranks.
 
     Args:
         rows: of the batch.
         world_size, accumulate: into how many parts.
         seen: how often earlier batches of the epoch held each row; this batch's are added.
+        done: rows at the batch's beginning to leave out; the weights stay those of the whole batch.
 
     Returns:
         ``cells[micro_batch][rank]``, a list of (row, weight, occurrence). Over all cells the weights of one row add up
@@ -100,12 +105,31 @@ def deal(rows: np.ndarray, world_size: int, accumulate: int, seen: Optional[Coun
     for row in rows.tolist():
         dealt.append((row, weight, seen[row]))
         seen[row] += 1
-    bounds = np.cumsum([0, *(len(part) for part in np.array_split(rows, accumulate))])
     cells = []
-    for start, end in pairwise(bounds):
-        ranks = [dealt[start:end][rank::world_size] for rank in range(world_size)]
+    for start, end in pairwise(_bounds(len(rows), accumulate)):
+        ranks = [dealt[max(start, done) : end][rank::world_size] for rank in range(world_size)]
         cells.append([cell or [(int(rows[0]), 0.0, 0)] for cell in ranks])
     return cells
+
+
+def _bounds(rows: int, accumulate: int) -> list[int]:
+    """Where the micro-batches of a global batch begin, and where the last one ends."""
+    each, more = divmod(rows, accumulate)
+    return [micro * each + min(micro, more) for micro in range(accumulate + 1)]
+
+
+class Position(NamedTuple):
+    """A place in the run's sequence of global batches; it does not depend on how a global batch is cut.
+
+    Attributes:
+        epoch: counted from 0.
+        step: global batches of the epoch that are done.
+        rows: rows of the next global batch that are done.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    rows: int = 0
 
 
 class GlobalBatchSampler(DistributedSampler):
@@ -119,6 +143,9 @@ class GlobalBatchSampler(DistributedSampler):
         accumulate: micro-batches a step (``Trainer.accumulate_grad_batches``).
         world_size, rank: of the process group.
         seed: of the whole run.
+
+    Raises:
+        WagleError: if ``accumulate`` is below 1.
     """
 
     def __init__(
@@ -130,6 +157,8 @@ class GlobalBatchSampler(DistributedSampler):
         rank: int = 0,
         seed: int = 0,
     ) -> None:
+        if accumulate < 1:
+            raise WagleError(f"trainer.accumulate_grad_batches must be at least 1, got {accumulate}")
         self.lengths = lengths
         self.batch_size = batch_size
         self.accumulate = accumulate
@@ -137,7 +166,7 @@ class GlobalBatchSampler(DistributedSampler):
         self.rank = rank
         self.seed = seed
         self.epoch = 0
-        self.start = 0  # micro-batches of the first epoch to skip: the resume point
+        self.start = Position()  # where the next iteration begins, if it is of that epoch
 
     @property
     def global_batch(self) -> int:
@@ -149,13 +178,35 @@ class GlobalBatchSampler(DistributedSampler):
         return steps * self.accumulate
 
     def __iter__(self) -> Iterator[Draw]:
-        start, self.start = self.start, 0
-        batches = epoch_batches(self.lengths, self.global_batch, self.seed, self.epoch)
+        start = self.start if self.start.epoch == self.epoch else Position(self.epoch)
+        self.start = Position()
+        skipped = self.micro_batches(start)
         seen: dict[str, Counter[int]] = {stream: Counter() for stream in self.lengths}
-        for step, batch in enumerate(batches):
-            dealt = {s: deal(rows, self.world_size, self.accumulate, seen[s]) for s, rows in batch.items()}
-            for micro in range(max(0, start - step * self.accumulate), self.accumulate):
+        for step, batch in enumerate(self._epoch(self.epoch)):
+            done = start.rows if step == start.step else 0
+            dealt = {s: deal(rows, self.world_size, self.accumulate, seen[s], done) for s, rows in batch.items()}
+            for micro in range(max(0, skipped - step * self.accumulate), self.accumulate):
                 yield Draw(self.epoch, {stream: cells[micro][self.rank] for stream, cells in dealt.items()})
+
+    def position(self, epoch: int, micro_batches: int) -> Position:
+        """The place that an epoch has reached after some of its micro-batches."""
+        step, more = divmod(micro_batches, self.accumulate)
+        rows = _bounds(self._rows_of(epoch, step), self.accumulate)[more] if more else 0
+        return Position(epoch, step, rows)
+
+    def micro_batches(self, position: Position) -> int:
+        """How many micro-batches of its epoch lie wholly before a position."""
+        before = position.step * self.accumulate
+        if not position.rows:
+            return before
+        bounds = _bounds(self._rows_of(position.epoch, position.step), self.accumulate)
+        return before + min(bisect_right(bounds, position.rows), self.accumulate) - 1
+
+    def _epoch(self, epoch: int) -> list[dict[str, np.ndarray]]:
+        return epoch_batches(self.lengths, self.global_batch, self.seed, epoch)
+
+    def _rows_of(self, epoch: int, step: int) -> int:
+        return len(next(iter(self._epoch(epoch)[step].values())))
 
 
 class QuietLoader(DataLoader):
@@ -174,30 +225,99 @@ class QuietLoader(DataLoader):
 
 
 class ResumableLoader(QuietLoader):
-    """A loader over :class:`GlobalBatchSampler` that Lightning can put back in the middle of an epoch.
+    """A loader over :class:`GlobalBatchSampler` that goes on in the middle of an epoch, with the same global batches.
 
     ``state_dict`` counts the micro-batches handed out, which is what the loop has seen: there are no workers (rows are
-    tokenised already) and Lightning does not prefetch from a loader with a length.
+    tokenised already) and Lightning does not prefetch from a loader with a length. A module that knows better which of
+    them are done takes :meth:`state_at`.
+
+    Args:
+        dataset: maps a :class:`Draw` to a batch.
+        sampler: its draws.
+        digests: stream -> digest of its rows.
     """
 
-    def __init__(self, dataset: Any, sampler: GlobalBatchSampler) -> None:
+    def __init__(self, dataset: Any, sampler: GlobalBatchSampler, digests: Optional[Mapping[str, str]] = None) -> None:
         super().__init__(dataset, sampler)
-        self._handed_out = 0
+        self.digests = dict(digests or {})
+        self._handed_out: Optional[int] = None  # micro-batches of the sampler's epoch; None before the first
 
     def __iter__(self) -> Iterator[Any]:
-        self._handed_out = self.sampler.start
+        start = self.sampler.start
+        self._handed_out = self.sampler.micro_batches(start) if start.epoch == self.sampler.epoch else 0
         for batch in super().__iter__():
             self._handed_out += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the stream is, for a checkpoint: the epoch, and the batches of it handed out so far."""
-        return {"epoch": self.sampler.epoch, "batches": self._handed_out}
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run is, for a checkpoint; see :meth:`state_at`."""
+        if self._handed_out is None:
+            start, epoch = self.sampler.start, self.sampler.epoch
+            return self._state(start if start.epoch == epoch else Position(epoch))
+        return self.state_at(self.sampler.epoch, self._handed_out)
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on behind the last batch that was handed out when ``state`` was taken."""
+    def state_at(self, epoch: int, micro_batches: int, last: Optional[int] = None) -> dict[str, Any]:
+        """Where the run is after some micro-batches of an epoch, and what that place is a place in.
+
+        Args:
+            epoch: counted from 0.
+            micro_batches: of it that are done.
+            last: with how many the epoch ends; with all when None.
+        """
+        over = micro_batches >= (len(self.sampler) if last is None else min(last, len(self.sampler)))
+        return self._state(Position(epoch + 1) if over else self.sampler.position(epoch, micro_batches))
+
+    def _state(self, position: Position) -> dict[str, Any]:
+        sets = {s: {"rows": len(lengths), "digest": self.digests.get(s)} for s, lengths in self.sampler.lengths.items()}
+        return {
+            **position._asdict(),
+            "global_batch": self.sampler.global_batch,
+            "seed": self.sampler.seed,
+            "sets": sets,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken, however the global batch was cut there.
+
+        Raises:
+            WagleError: if it was taken of other global batches.
+        """
+        self.sampler.start = self.check(state)
         self.sampler.epoch = state["epoch"]
-        self.sampler.start = state["batches"] % len(self.sampler)  # an epoch that is over has nothing left to skip
+        self._handed_out = None
+
+    def check(self, state: Mapping[str, Any]) -> Position:
+        """The position that a state holds.
+
+        Raises:
+            WagleError: naming what differs, if the state was taken of other global batches than this loader's.
+        """
+        if "global_batch" not in state:
+            raise WagleError("the checkpoint does not say which global batches its run had seen (it is of an earlier "
+                             "version): start the run anew, or turn it into a model with wagle export")  # fmt: skip
+        here, sampler = self._state(Position()), self.sampler
+        if state["global_batch"] != here["global_batch"]:
+            cut = (f"{sampler.world_size} devices x data.batch_size {sampler.batch_size} x accumulate_grad_batches "
+                   f"{sampler.accumulate}")  # fmt: skip
+            raise WagleError(f"the checkpoint's run had a global batch of {state['global_batch']} rows, this one has "
+                             f"{here['global_batch']} ({cut}): choose them so that their product is "
+                             f"{state['global_batch']}")  # fmt: skip
+        if state["seed"] != here["seed"]:
+            raise WagleError(f"the checkpoint's run drew its rows with data.seed {state['seed']}, this one with "
+                             f"{here['seed']}: give --data.seed {state['seed']}")  # fmt: skip
+        if list(state["sets"]) != list(here["sets"]):
+            raise WagleError(f"the checkpoint's run drew from {' and '.join(state['sets'])} rows, this one draws from "
+                             f"{' and '.join(here['sets'])} rows: resume with the module and options it was started "
+                             "with")  # fmt: skip
+        for name, then in state["sets"].items():
+            now = here["sets"][name]
+            if then["rows"] != now["rows"]:
+                raise WagleError(f"the checkpoint's run had {then['rows']} {name} rows, this one has {now['rows']}: "
+                                 "resume with the data it was started with")  # fmt: skip
+            if then["digest"] != now["digest"]:
+                raise WagleError(f"the {name} rows are not those of the checkpoint's run (as many, but of another "
+                                 "content or order): resume with the data it was started with")  # fmt: skip
+        return Position(state["epoch"], state["step"], state["rows"])
 
 
 def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_id: int, left: bool = False) -> dict[str, Tensor]:

@@ -375,7 +375,11 @@ class ForgetRetainDataModule(L.LightningDataModule):
             rank,
             self.seed,
         )
-        return ResumableLoader(_Batches(self, streams), sampler)
+        return ResumableLoader(_Batches(self, streams), sampler, {name: self._digest(name) for name in sets})
+
+    def _digest(self, name: str) -> str:
+        """The rows of a set as one name, in their order."""
+        return hashlib.sha256(json.dumps(self.rows(name), default=str).encode()).hexdigest()[:16]
 
     def stream_loader(self, stream: str, batch_size: Optional[int] = None, shared: bool = False) -> DataLoader:
         """All rows of one stream once, in batches of similar length, each with its ``row``: for passes at θ₀.

@@ -178,8 +178,8 @@ class Template:
             ``input_ids`` and ``labels`` of equal length; labels are -100 on the prompt.
 
         Raises:
-            WagleError: if no answer token is left after cutting at ``max_length``, the row has no answer, or the chat
-                template refuses it.
+            WagleError: if no answer token that follows another is left after cutting at ``max_length``, the row has no
+                answer, or the chat template refuses it.
         """
         kind = row_kind(row)
         ends = answer is not None or not row.get("partial")
@@ -201,7 +201,10 @@ class Template:
             ids = prompt_ids + answer_ids
             labels = [IGNORE] * len(prompt_ids) + answer_ids
         ids, labels = ids[: self.max_length], labels[: self.max_length]
-        if all(label == IGNORE for label in labels):
+        if all(label == IGNORE for label in labels[1:]):
+            if labels and labels[0] != IGNORE:
+                raise WagleError("its only label is its first token, which no token before it predicts: give a longer "
+                                 "text, or a prompt before the answer")  # fmt: skip
             raise WagleError(f"no answer token is left within max_length={self.max_length} tokens; raise it")
         return {"input_ids": ids, "labels": labels}
 

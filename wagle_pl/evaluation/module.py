@@ -21,7 +21,7 @@ from wagle_pl.evaluation.after import After
 from wagle_pl.evaluation.candidates import answer_of, question_of
 from wagle_pl.evaluation.comparison import comparison
 from wagle_pl.evaluation.functional import Undefined
-from wagle_pl.evaluation.observe import GENERATED, Observer, Record, merge
+from wagle_pl.evaluation.observe import GENERATED, NEEDS, Observer, Record, merge
 from wagle_pl.evaluation.results import INFO_FILE, METRICS_FILE, RESULT_FILE, Results, write_json
 from wagle_pl.evaluation.robustness import ROBUSTNESS_FILE, Attack, Report, Subject
 from wagle_pl.evaluation.robustness.others import load_other, model_of, results_of
@@ -29,7 +29,7 @@ from wagle_pl.evaluation.sets import Table, Value, defined_only
 from wagle_pl.evaluation.suites import Info, Observations, Suite, find_suite
 from wagle_pl.evaluation.tables import read_table, write_table
 from wagle_pl.evaluation.validation import Validation
-from wagle_pl.strategies import is_sharded
+from wagle_pl.strategies import is_sharded, is_zero
 from wagle_pl.utilities import WagleError, narrow_types_crawl
 
 log = logging.getLogger(__name__)
@@ -56,9 +56,11 @@ class EvaluationModule(L.LightningModule):
             a :class:`~wagle_pl.evaluation.suites.Suite`; the data module's own when None.
         retrained: results of the model retrained without the forget set, which forget quality and privacy leakage
             compare with: folder of a test, its ``metrics.json``, a model's folder with a test in it, or a result file
-            published with TOFU. Of the same rows and prompts, as far as it says its prompts.
+            published with TOFU. Of the same rows, in any order, and prompts, as far as it says its prompts.
         target: results of the model before unlearning, likewise; shown beside this one's.
         reference: results of a reference model, likewise, for the reference attack of membership inference.
+        tofu_retrained: results of the retrained model on whatever forget rows, likewise, for ``tofu/forget_quality``:
+            forget quality as TOFU's script has it, which does not compare the questions.
         truth_ratio_form: ``geometric`` (TOFU's script) or ``arithmetic`` (its paper).
         generate: also generate answers; False saves most of the time and leaves out what is measured on them.
         val_generate: also generate answers in validation.
@@ -95,6 +97,7 @@ class EvaluationModule(L.LightningModule):
         retrained: Optional[str] = None,
         target: Optional[str] = None,
         reference: Optional[str] = None,
+        tofu_retrained: Optional[str] = None,
         truth_ratio_form: Literal["geometric", "arithmetic"] = "geometric",
         generate: bool = True,
         val_generate: bool = False,
@@ -116,7 +119,9 @@ class EvaluationModule(L.LightningModule):
         self.output = None if output is None else str(output)
         self.overwrite = overwrite
         self.suite_name = suite
-        self.compared = {"retrained": retrained, "target": target, "reference": reference}
+        self.compared = {
+            "retrained": retrained, "target": target, "reference": reference, "tofu_retrained": tofu_retrained
+        }  # fmt: skip
         self.truth_ratio_form = truth_ratio_form
         self.generate = generate
         self.val_generate = val_generate
@@ -136,6 +141,7 @@ class EvaluationModule(L.LightningModule):
         self.undefined: dict[str, str] = {}
         #: Measures of general ability found elsewhere, task -> accuracy; some suites average them.
         self.general: dict[str, float] = {}
+        self._trained = False
         self._tables: dict[str, Table] = {}
         self._results: dict[str, Results] = {}
         self._validation: Optional[Validation] = None
@@ -226,9 +232,76 @@ class EvaluationModule(L.LightningModule):
         for option in ("toxicity_classifier", "sentence_model"):
             if getattr(self, option) is not None:
                 classifiers.check_folder(getattr(self, option), f"model.{option}")
+        if "tofu_retrained" in self._results and "tofu/forget_quality" not in self.suite.infos:
+            name = type(self.suite).__name__
+            raise WagleError(f"model.tofu_retrained is for the suite tofu, the suite is {name}: leave it out")
+        self._check_needs(validated or self.trainer.datamodule.test_names())
         self._check_rows(validated)
         if stage == "test" and self.gradient_norm and self.sharded:
             raise WagleError("model.gradient_norm needs the whole model on a device: it cannot be had under ZeRO-3")
+
+    # -- fit: what the modules that train have in common ---------------------------------------------------------------
+
+    def on_train_end(self) -> None:
+        """Note that training has come to its end; say so if nothing will be written, or if a callback has ended it."""
+        self._trained = True
+        if self.trainer.fast_dev_run:
+            log.info("fast_dev_run: this was a trial, and nothing is written")
+        for callback in self.trainer.early_stopping_callbacks:
+            reason = getattr(callback, "stopping_reason_message", None)
+            if reason:
+                log.info("stopped early, after step %d: %s", self.global_step, reason.strip())
+
+    def on_fit_end(self) -> None:
+        """Write the result of a run whose checkpoint left nothing to train: Lightning does not begin such a run.
+
+        Raises:
+            WagleError: if the trainer was told to take no step.
+        """
+        if not self._trained and self.trainer.ckpt_path:
+            log.info("the run of checkpoint %s had come to its end: its result is written", self.trainer.ckpt_path)
+            self.on_train_end()
+        elif not self._trained:
+            raise WagleError(
+                "nothing was trained, so nothing is written: trainer.max_epochs, max_steps or limit_train_batches is 0"
+            )
+        self._trained = False
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say whose checkpoint it is."""
+        checkpoint["module"] = self._kind
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse what is no checkpoint of a run like this one.
+
+        Raises:
+            WagleError: if another module wrote it, or its weights are those of another model.
+        """
+        self.check_kind(checkpoint)
+        if not self.attached:
+            return
+        where = f"the checkpoint {self.trainer.ckpt_path}"
+        if not self.strict_loading or is_zero(self.trainer.strategy):
+            return
+        there = {name: tensor.shape for name, tensor in checkpoint.get("state_dict", {}).items()}
+        here = {name: tensor.shape for name, tensor in self.state_dict().items()}
+        differing = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
+        if differing:
+            raise WagleError(f"{where} does not hold the weights of this model: {len(differing)} tensors are missing, "
+                             f"or of another shape, {differing[0]} for one")  # fmt: skip
+
+    def check_kind(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse to train on from a checkpoint that another module wrote."""
+        kind = checkpoint.get("module")
+        if self.attached and self.trainer.state.fn == "fit" and kind != self._kind:
+            of = f"is of a run of {kind}" if kind else "does not say which module it is of"
+            raise WagleError(f"the checkpoint {self.trainer.ckpt_path} {of}, and this run is one of {self._kind}: give "
+                             "--ckpt_path another")  # fmt: skip
+
+    @property
+    def _kind(self) -> str:
+        """The module of this package that it is, or derives from."""
+        return next(cls.__name__ for cls in type(self).__mro__ if cls.__module__.startswith("wagle_pl."))
 
     # -- test loop ----------------------------------------------------------------------------------------------------
 
@@ -318,6 +391,19 @@ class EvaluationModule(L.LightningModule):
     def _rows(self, name: str) -> list[dict[str, Any]]:
         return self.trainer.datamodule.rows(f"test/{name}")
 
+    def _check_needs(self, names: Sequence[str]) -> None:
+        """What the suite needs must be something that is observed."""
+        suite = type(self.suite).__name__
+        for name in names:
+            unknown = sorted(set(self.suite.needs_of(name, names)) - NEEDS)
+            if unknown:
+                listed = ", ".join(map(repr, unknown))
+                raise WagleError(f"suite {suite} needs {listed} of the test set {name}, which nothing observes; choose "
+                                 f"of {', '.join(sorted(NEEDS))}")  # fmt: skip
+        for name in sorted(set(self.suite.needs) - set(self.suite.sets) - set(names)):
+            log.warning("suite %s says what it needs of the test set %r, which there is not: the test sets are %s",
+                        suite, name, ", ".join(names))  # fmt: skip
+
     def _check_prompts(self) -> None:
         """Results to compare with must be of the same prompts."""
         for option, results in self._results.items():
@@ -331,16 +417,23 @@ class EvaluationModule(L.LightningModule):
                 log.warning("the target's results are of other prompts: %s", other)
 
     def _check_rows(self, names: Sequence[str]) -> None:
-        """Results to compare with must be on the same rows."""
+        """Results to compare with must be on the same rows, whatever their order."""
         self._check_prompts()
         for option, results in self._results.items():
             for name in names:
                 rows = [(question_of(row), answer_of(row)) for row in self._rows(name)]
                 differing = results.differing(name, rows)
-                if differing and option != "target":
-                    raise WagleError(f"model.{option}: {results.path} is on other {name} rows: {differing} differ")
-                if differing:
+                if option == "tofu_retrained":
+                    if name == "forget":
+                        there = len(results.tables.get(name, []))
+                        log.warning("tofu/forget_quality compares %d forget rows here with %d in %s; %d are the same",
+                                    len(rows), there, results.path, max(len(rows), there) - differing)  # fmt: skip
+                elif differing and option == "target":
                     log.warning("the target's results are on other %s rows: %d differ", name, differing)
+                elif differing:
+                    own = "; TOFU's own forget quality, which compares no rows, takes it as --model.tofu_retrained"
+                    raise WagleError(f"model.{option}: {results.path} is on other {name} rows: {differing} differ"
+                                     + (own if (option, name) == ("retrained", "forget") else ""))  # fmt: skip
 
     def _finished(self) -> dict[str, Table]:
         tables = {name: read_table(self._path(name), key, self.overwrite) for name, key in self._keys.items()}
@@ -468,6 +561,7 @@ class EvaluationModule(L.LightningModule):
             tables,
             retrained=self._results.get("retrained"),
             reference=self._results.get("reference"),
+            tofu_retrained=self._results.get("tofu_retrained"),
             truth_ratio_form=self.truth_ratio_form,
             general=self.general,
         )
@@ -515,8 +609,9 @@ class EvaluationModule(L.LightningModule):
         if not self.after.attacks:
             return None
         plain = {name: self._metrics_of(name) for name in ("target", "retrained") if name in self._results}
-        found = {name: model_of(path) for name, path in self.compared.items() if path is not None}
-        others = {name: folder for name, folder in found.items() if folder is not None and name != "reference"}
+        paths = {name: self.compared[name] for name in ("target", "retrained")}
+        found = {name: model_of(path) for name, path in paths.items() if path is not None}
+        others = {name: folder for name, folder in found.items() if folder is not None}
         if others and self.sharded:
             log.warning("under ZeRO-3 only this model is attacked, not %s", " and ".join(others))
             others = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,31 @@ from wagle_pl.utilities import WagleError, atomic_path
 METRICS_FILE = "metrics.json"
 INFO_FILE = "metrics.info.json"
 RESULT_FILE = "tofu_result.json"
+
+
+def differing(rows: Sequence[tuple[str, str]], others: Sequence[tuple[str, str]]) -> int:
+    """How many rows of two test sets are not the same, whatever their order; of the side that has more of them.
+
+    Args:
+        rows: (question, answer) of each row of one.
+        others: of the other.
+
+    >>> differing([("Who?", "Ada"), ("Where?", "Arad")], [("Where?", "Arad"), ("Who?", "Ada")])
+    0
+    """
+    here, there = Counter(map(_key, rows)), Counter(map(_key, others))
+    return max((here - there).total(), (there - here).total())
+
+
+def rows_of(table: Table) -> list[tuple[str, str]]:
+    """(question, answer) of each record."""
+    return [(record["question"], record["answer"]) for record in table]
+
+
+def _key(row: tuple[str, str]) -> tuple[str, str]:
+    """What tells whether two rows are the same; published files keep no space around texts."""
+    question, answer = row
+    return question.strip(), answer.strip()
 
 
 def folder_of(place: Path) -> Path:
@@ -89,21 +115,28 @@ class Results:
             raise Undefined(f"{self.path} has no records of the test set {name!r}")
         return self.tables[name]
 
-    def differing(self, name: str, rows: Sequence[tuple[str, str]]) -> int:
-        """How many rows of a test set are not the same here; 0 if it has no such set.
+    def beside(self, name: str, table: Table) -> Table:
+        """The records of the rows of another table of a test set, in its order.
 
-        A published file puts its prompt around the questions: only the number of its rows is compared.
+        Raises:
+            Undefined: if there is none for one of them.
+        """
+        here = self.table(name)
+        found = dict(zip(map(_key, rows_of(here)), here, strict=True))
+        keys = [_key(row) for row in rows_of(table)]
+        missing = sum(key not in found for key in keys)
+        if missing:
+            raise Undefined(f"{self.path} is on other {name} rows: it lacks {missing} of {len(table)}")
+        return [found[key] for key in keys]
+
+    def differing(self, name: str, rows: Sequence[tuple[str, str]]) -> int:
+        """How many rows of a test set are not the same here, see :func:`differing`; 0 if it has no such set.
 
         Args:
             name: of the test set.
-            rows: (question, answer) of each row, in order.
+            rows: (question, answer) of each row.
         """
-        if name not in self.tables:
-            return 0
-        here = {record["row"]: (record["question"], record["answer"]) for record in self.tables[name]}
-        if self.tofu is not None and not self.path.is_dir():
-            return len(set(here) ^ set(range(len(rows))))
-        return sum(here.get(i) != row for i, row in enumerate(rows)) + sum(i >= len(rows) for i in here)
+        return differing(rows, rows_of(self.tables[name])) if name in self.tables else 0
 
 
 def read_json(path: Path) -> Any:

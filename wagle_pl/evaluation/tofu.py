@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.functional import Undefined
-from wagle_pl.evaluation.results import Results
+from wagle_pl.evaluation.results import Results, differing, rows_of
 from wagle_pl.evaluation.sets import SetMeasures
 from wagle_pl.evaluation.tofu_results import OPTION_SETS, RESULT_KEYS, Result, from_result, to_result
 from wagle_pl.utilities import WagleError
@@ -99,20 +99,32 @@ def model_utility(numbers: Sequence[float]) -> float:
     return F.harmonic_mean(torch.tensor(numbers, dtype=torch.float64)).item()
 
 
-def tofu_forget_quality(result: Result, retrained: Result, form: F.TruthRatioForm = "geometric") -> float:
+def tofu_forget_quality(
+    result: Result, retrained: Result, form: F.TruthRatioForm = "geometric", compare_rows: bool = True
+) -> float:
     """Forget quality: p-value of a Kolmogorov–Smirnov test between the forget rows' truth ratios of a model and of
     the retrained model (TOFU, section 2.2).
+
+    Args:
+        result: a TOFU result of the model.
+        retrained: of the retrained model.
+        form: of the truth ratio, see :func:`wagle_pl.evaluation.functional.truth_ratio`.
+        compare_rows: refuse results on other questions and answers, in whatever order they are. False gives TOFU's
+            own number: its script takes whatever forget rows each result holds.
 
     Raises:
         WagleError: if a side has no truth ratios, or the two hold other rows (with the number that differ).
     """
-    sides = []
+    sides, rows = [], []
     for side, label in ((result, "this"), (retrained, "the retrained")):
         ratios = truth_ratios(side, "forget", form) if RESULT_KEYS["forget"] in side else None
         if ratios is None:
             raise WagleError(f"forget quality needs perturbed answers on the forget set; {label} result has none")
-        sides.append((set(side[RESULT_KEYS["forget"]]["avg_gt_loss"]), ratios))
-    (rows, ratios), (retrained_rows, retrained_ratios) = sides
-    if rows != retrained_rows:
-        raise WagleError(f"the retrained model's result is on other forget rows: {len(rows ^ retrained_rows)} differ")
-    return F.ks_test(ratios, retrained_ratios)[1]
+        if compare_rows and not side[RESULT_KEYS["forget"]].get("generated_text"):
+            raise WagleError(f"forget quality compares questions; {label} result does not hold its questions "
+                             "(generated_text)")  # fmt: skip
+        sides.append(ratios)
+        rows.append(rows_of(from_result(side)["forget"]))
+    if compare_rows and (count := differing(*rows)):
+        raise WagleError(f"the retrained model's result is on other forget rows: {count} differ")
+    return F.ks_test(*sides)[1]

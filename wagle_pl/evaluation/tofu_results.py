@@ -6,6 +6,7 @@ A *result* is ``{file key: {measure: {row: value}}}``; the file keys are TOFU's 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,7 +72,10 @@ def _to_log(table: Table, options: bool) -> dict[str, dict[str, Any]]:
 
 
 def from_result(result: Result) -> dict[str, Table]:
-    """A TOFU result -> tables of records, as far as the result goes; the inverse of :func:`to_result`."""
+    """A TOFU result -> tables of records, as far as the result goes; the inverse of :func:`to_result`.
+
+    A published result has prompts where ours has questions: the question is taken out of TOFU's two prompt formats.
+    """
     names = {key: name for name, key in RESULT_KEYS.items()}
     return {names.get(key, key): _from_log(log) for key, log in result.items() if "avg_gt_loss" in log}
 
@@ -88,12 +92,26 @@ _COLUMNS = {
 }
 
 
+#: TOFU's prompts: of Llama-2, and of its other models.
+_PROMPT = re.compile(r"\[INST\] (.*) \[/INST\]|Question: (.*)\n", re.DOTALL)
+
+
+def _question_in(prompt: str) -> str:
+    """The question that a published prompt asks; any other text is itself.
+
+    >>> _question_in("[INST] Who wrote it? [/INST]"), _question_in("Question: Who?\\n"), _question_in("Who?")
+    ('Who wrote it?', 'Who?', 'Who?')
+    """
+    found = _PROMPT.fullmatch(prompt)
+    return next(filter(None, found.groups()), "") if found else prompt
+
+
 def _from_log(log: Mapping[str, Mapping[str, Any]]) -> Table:
     table = []
     for row in sorted(log["avg_gt_loss"], key=int):
         question, generation, answer = (log.get("generated_text") or {}).get(row, ("", None, ""))
         if generation is None and log.get("rougeL_recall", {}).get(row) is not None:
             generation = ""  # its scores were kept and its text was not
-        texts = {"row": int(row), "question": question, "answer": answer, "generation": generation}
+        texts = {"row": int(row), "question": _question_in(question), "answer": answer, "generation": generation}
         table.append(texts | {name: log.get(key, {}).get(row) for name, key in _COLUMNS.items()})
     return table

@@ -9,6 +9,13 @@ from wagle_pl.names import layer_of
 from wagle_pl.utilities import WagleError
 
 
+class Size(NamedTuple):
+    """All that the sizes of files need of a model: N, and bytes a weight on disk."""
+
+    weights: int
+    stored: int
+
+
 class Architecture(NamedTuple):
     """What the formulas need of a model.
 

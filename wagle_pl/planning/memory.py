@@ -4,7 +4,7 @@ A run passes *moments*, each of which needs its own :class:`Part` s; the dearest
 bytes, for one device, with
 
     N  weights          R  ranks           w  bytes a weight as the model computes with it
-    M  weights of the largest tensor       d  density of the mask
+    M  weights of the largest tensor       d  density of the mask; S = d N
     h  hidden size      q  size of all heads together     I  inner size of the MLP     L  blocks     V  vocabulary
 """
 
@@ -22,10 +22,8 @@ FP32 = 4
 BUCKET = 200_000_000
 #: Weights that ZeRO-3 keeps together on a rank at most, when it may (DeepSpeed's ``stage3_max_live_parameters``).
 LIVE = 1_000_000_000
-#: Bytes in a bucket of DDP's broadcast of the weights (torch's default).
+#: Bytes in a bucket of DDP's broadcast of the parameters (torch's default).
 BROADCAST = 250 << 20
-#: A tensor of which at most this share is selected keeps optimiser state for selected weights only.
-COMPACT_DENSITY = 0.5
 #: What interpreter and libraries take of a process on a CPU: measured, see ``bin/benchmarks/plan.py``.
 CPU_OVERHEAD = 600 << 20
 #: What CUDA context, cuBLAS and NCCL take of a GPU: assumed, not measured.
@@ -93,46 +91,36 @@ def cache_bytes(model: Architecture, rows: int, length: int, computing: int) -> 
 # -- what each task keeps ---------------------------------------------------------------------------------------------
 
 
-def sums_per_weight(hessian: str) -> int:
+def sums_per_weight(run: Run) -> int:
     """Bytes of fp32 sums a weight: g_f, g_r; a draw's gradient while its step lasts; the diagonal, if one is kept."""
-    extra = {"scalar": 0, "auto": 1, "gauss_newton": 2, "fisher": 1, "hutchinson": 1}
-    return FP32 * (2 + extra[hessian])
+    diagonal = run.estimator is not None and run.hessian != "auto"
+    return FP32 * (2 + diagonal) + in_step_per_weight(run)
 
 
-def state_bytes(optimizer: str, selected: float, weights: float, width: int) -> float:
-    """Optimiser state of ``weights`` numbers of ``width`` bytes, a share ``selected`` of which may move.
-
-    MaskedAdamW keeps an index (int32) and two moments of selected weights alone, d · (4 + 2w), where at most half is
-    selected, else two moments of all, 2w; AdamW 2w; SGD nothing.
-    """
-    if optimizer == "SGD":
-        return 0
-    if optimizer == "MaskedAdamW" and selected <= COMPACT_DENSITY:
-        return selected * weights * (4 + 2 * width)
-    return 2 * width * weights
+def in_step_per_weight(run: Run) -> int:
+    """Bytes a weight of those sums that stand only while a step lasts."""
+    return FP32 * run.estimator.step_sums if run.estimator else 0
 
 
-def step_bytes(run: Run, numbers: float, largest: float, width: int) -> float:
-    """What a step of the optimiser takes for a while, beside weights, gradients and state.
+def state_bytes(optimizer: str, numbers: float) -> float:
+    """Optimiser state of ``numbers`` values in fp32: two moments of 4 bytes, or of 1 (AdamW8bit); none (SGD)."""
+    return {"SGD": 0, "AdamW8bit": 2}.get(optimizer, 2 * FP32) * numbers
 
-    Args:
-        run: its optimiser, density and weight decay.
-        numbers: that the optimiser holds.
-        largest: of them in one tensor: all under ZeRO, where a partition is one.
-        width: bytes of each.
 
-    MaskedAdamW takes selected weights and gradients side by side, 2 d w, of a tensor of which at most half is selected;
-    another it decays a part at a time. AdamW on a GPU takes w of
-    all at once, and where its decay would move frozen weights a copy of all, w, and (1 + w) of one tensor to put them
-    back.
-    """
-    masked, decays = run.masked, run.decays
-    if run.optimizer == "MaskedAdamW":
-        return 2 * run.density * largest * width if selected_share(run) <= COMPACT_DENSITY else 0
-    at_once = width * numbers if run.optimizer == "AdamW" and run.accelerator == "gpu" else 0
-    if not (masked and decays):
-        return at_once
-    return width * numbers + max(at_once, (1 + width) * largest)
+def step_bytes(run: Run, numbers: float) -> float:
+    """What a step takes for a while, beside ``numbers`` values, gradients and state: torch's AdamW on a GPU 4 bytes of
+    all at once; the fused one (MaskedAdamW) nothing."""
+    return FP32 * numbers if run.optimizer == "AdamW" and run.accelerator == "gpu" else 0
+
+
+def moving(model: Architecture, run: Run) -> float:
+    """S, the weights that may move: d N."""
+    return model.weights * (run.density if run.masked else 1.0)
+
+
+def has_values(run: Run) -> bool:
+    """Whether what is trained stands beside the model's weights: selected ones, and fp32 values of narrower weights."""
+    return run.masked or (not run.stage and run.width < FP32)
 
 
 def weight_parts(model: Architecture, run: Run) -> list[Part]:
@@ -165,90 +153,110 @@ def attribution_parts(model: Architecture, run: Run) -> list[Part]:
         whole += FP32 * m + FP32 * m / ranks
     theta = 1 if w < FP32 or run.stage == 3 else 0
     parts = [
-        Part("sums of gradients", sums_per_weight(run.hessian) * n / ranks),
+        Part("sums of gradients", sums_per_weight(run) * n / ranks),
         Part("gradient of one tensor", whole, ("backward",)),
         Part("scores of one tensor", (4 + theta) * FP32 * m / ranks, ("end",)),
         Part("mask bits", n / 8, ("end",), "host" if run.accelerator == "gpu" else "device"),
     ]
     if run.stage == 0 and ranks > 1 and run.accelerator == "gpu":
         parts.append(Part("buckets of DDP, unused", n * w))  # on a CPU memory that is not touched is not there
-    if run.hessian == "hutchinson":
-        parts.append(Part("z, gradient and Hz", 3 * n * w, ("backward",)))
+    if run.estimator and run.estimator.temporaries:
+        parts.append(Part("tensors of the Hessian estimate", run.estimator.temporaries * n * w, ("backward",)))
     return parts
 
 
 def training_parts(model: Architecture, run: Run) -> list[Part]:
-    """Gradients, optimiser state and what the step needs."""
-    parts = _mask_parts(model, run)
+    """Values and their places, gradients, optimiser state, and what the step and the end need.
+
+    With S = d N weights that move (N without a mask), as long as not all of fp32 weights move: places of S values, 4 S
+    (int32), on every rank; the gradient of one dense tensor, w M, of which the selected entries are kept; at the end
+    one tensor's mask, a byte a weight, and a copy of the tensor for its digest.
+    """
+    s, m, w = moving(model, run), model.largest, run.width
+    parts = []
+    if run.masked:
+        if run.values != "split":
+            parts.append(Part("places of the values", FP32 * s, MOMENTS))
+        parts.append(Part("mask and digest of one tensor", (1 + w) * m, ("load", "end")))
+    if has_values(run):
+        parts.append(Part("gradient of one tensor", w * m, ("backward",)))
     if run.frozen_copy:
-        parts.append(Part("copy of θ₀", model.weights * run.width, MOMENTS))
+        parts.append(Part("values at θ₀", w * s, MOMENTS))
+        parts.append(Part("one tensor at θ₀", w * m if run.masked else 0, ("forward",)))
     return parts + (_zero_parts(model, run) if run.stage else _plain_parts(model, run))
 
 
-def selected_share(run: Run) -> float:
-    """d of what moves: all without a mask."""
-    return run.density if run.masked else 1.0
-
-
-def _mask_parts(model: Architecture, run: Run) -> list[Part]:
-    """N / 8, and N / R / 8 for flat partitions; a tensor's bits are unpacked, a byte each, when its gradient comes."""
-    if not run.masked:
-        return []
-    flat = model.weights / run.devices / 8 if run.stage else 0
-    unpacked = model.largest * (2 if run.accelerator == "gpu" else 1)
-    return [Part("mask bits", model.weights / 8 + flat), Part("mask of one tensor", unpacked, ("backward", "end"))]
-
-
 def _plain_parts(model: Architecture, run: Run) -> list[Part]:
-    """One device, or DDP: gradients N w, which stand until the next backward pass; DDP's buckets N w; state."""
-    w, n = run.width, model.weights
+    """One device, or DDP: values 4 S, gradients 4 S, which stand until the next backward pass, state, DDP's buckets.
+
+    fp32 weights that all move are values themselves. Values in halves are 2 S, N / 8 of mask bits, and gradients of one
+    micro-batch w S; a step joins those of one tensor: values and gradient 8 d M, their places 8 d M, and M of bits.
+    """
+    w, n, s, m = run.width, model.weights, moving(model, run), model.largest
+    halves = run.values == "split"
     parts = [
-        Part("gradients", n * w),
-        Part("optimiser state", state_bytes(run.optimizer, selected_share(run), n, w)),
-        Part("step", step_bytes(run, n, model.largest, w), ("step",)),
+        Part("gradients", (w if halves and run.accumulate_grad_batches == 1 else FP32) * s),
+        Part("optimiser state", state_bytes(run.optimizer, s)),
+        Part("step", step_bytes(run, m * s / n if halves else s), ("step",)),
         Part("export", n * model.stored if model.stored != w else 0, ("end",)),
     ]
+    if halves:
+        parts += [
+            Part("lower halves of the values", 2 * s, MOMENTS),
+            Part("mask bits", n / 8 if run.masked else 0, MOMENTS),
+            Part("values of one tensor", 2 * FP32 * m * s / n, ("step",)),
+            Part("places of one tensor", m + 8 * m * s / n if run.masked else 0, ("backward", "step")),
+        ]
+    elif has_values(run):
+        parts.append(Part("values", FP32 * s, MOMENTS))
     if run.devices > 1:
-        parts.append(Part("buckets of DDP", n * w))
-        parts.append(Part("broadcast of the weights", BROADCAST, ("load",)))
-    if model.tied:
-        parts.append(Part("gradient of one tensor", model.largest * w, ("backward",)))
+        parts.append(Part("buckets of DDP", FP32 * s))
+        parts.append(Part("broadcast of the values", min(BROADCAST, FP32 * s), ("load",)))
+    if model.tied and not has_values(run):
+        parts.append(Part("gradient of one tensor", m * w, ("backward",)))
     return parts
 
 
 def _zero_parts(model: Architecture, run: Run) -> list[Part]:
-    """ZeRO's flat partitions of N / R numbers, and its buckets of B = min(2e8, N) numbers.
+    """ZeRO's flat partitions of S / R numbers, and its buckets of B = min(2e8, S) numbers.
 
-    fp32 weights 4 N / R, also beside weights that are fp32. Buckets w B: under stages 1 and 2 two in turn (on a CPU the
-    second is untouched while one holds the model), under stage 3 one; one more is what is reduced, and under stage 3
-    gloo takes a copy of that. What earlier buckets left of the gradients, w (N - B) / R, stands while the last is
-    reduced (under stage 3 room for all of it, always), and so does the gradient that found the bucket full. Over
-    several micro-batches stage 1 keeps gradients whole, w N, stage 2 its part, w N / R. The step needs gradients in
-    fp32, 4 N / R, beside those, w N / R, or beside what the optimiser needs.
+    Beside the weights, with a mask: values w S (stage 3: w S / R), and under stage 3 the tensors that the values have
+    been written into, w N, or those of a block with checkpointing. fp32 values 4 S / R, also beside values that are
+    fp32. Buckets w B: under stages 1 and 2 two in turn (on a CPU the second is untouched while one holds all), under
+    stage 3 one; one more is what is reduced, and under stage 3 gloo takes a copy of that. What earlier buckets left of
+    the gradients, w (S - B) / R, stands while the last is reduced (under stage 3 room for all of it, always), and so
+    does the gradient that found the bucket full. Over several micro-batches stage 1 keeps gradients whole, w S, stage 2
+    its part, w S / R. The step needs gradients in fp32, 4 S / R, beside those, w S / R, or beside what the optimiser
+    needs.
     """
-    w, n, ranks, gpu = run.width, model.weights, run.devices, run.accelerator == "gpu"
-    share, spread = n / ranks, run.stage == 3
+    w, n, s, ranks, gpu = run.width, model.weights, moving(model, run), run.devices, run.accelerator == "gpu"
+    share, spread = s / ranks, run.stage == 3
     offloaded = "host" if run.spread.offload_optimizer else "device"
-    bucket, full = min(BUCKET, n), n > BUCKET
+    bucket, full = min(BUCKET, s), s > BUCKET
     buffers = 1 if spread or not (gpu or full) else 2
-    temporary = step_bytes(run, share, share, FP32)
+    temporary = step_bytes(run, share)
     parts = [
-        Part("fp32 weights", FP32 * share, MOMENTS, offloaded),
-        Part("optimiser state", state_bytes(run.optimizer, selected_share(run), share, FP32), RUNNING, offloaded),
+        Part("fp32 values", FP32 * share, MOMENTS, offloaded),
+        Part("optimiser state", state_bytes(run.optimizer, share), RUNNING, offloaded),
         Part("buckets", w * bucket * buffers, RUNNING if spread else ("backward",)),
         Part("bucket being reduced", w * bucket * (1 if gpu or not spread else 2), ("backward",)),
-        Part("gradient of one tensor", model.largest * w if full else 0, ("backward",)),
+        Part("gradient of one tensor", model.largest * w if full and not run.masked else 0, ("backward",)),
         Part("gradients of the step", FP32 * share, ("step",), offloaded),
         Part("step", temporary if spread else max(temporary, w * share), ("step",), offloaded),
     ]
+    if run.masked:
+        parts.append(Part("values", w * (share if spread else s), MOMENTS))
+    if spread and run.masked:
+        at_once = n / model.layers if run.gradient_checkpointing else n
+        parts.append(Part("weights with values", w * at_once, ("forward", "backward")))
     if spread:
         parts.append(Part("gradients", w * share, RUNNING, offloaded))
         parts.append(Part("one tensor, whole", 2 * model.largest * w, ("end",)))
     else:
         if run.accumulate_grad_batches > 1:
-            parts.append(Part("gradients so far", w * (n if run.stage == 1 else share), ("forward", "backward")))
-        parts.append(Part("gradients", w * (n - bucket) / ranks, ("backward",), offloaded))
-        parts.append(Part("flattening of the weights", n * w, ("load",)))
+            parts.append(Part("gradients so far", w * (s if run.stage == 1 else share), ("forward", "backward")))
+        parts.append(Part("gradients", w * (s - bucket) / ranks, ("backward",), offloaded))
+        parts.append(Part("flattening of the values", s * w, ("load",)))
         parts.append(Part("export", n * model.stored if model.stored != w else 0, ("end",)))
     return parts
 
@@ -268,7 +276,7 @@ def pass_parts(model: Architecture, run: Run) -> list[Part]:
     """Activations and logits of the graphs that are alive together."""
     tokens = run.batch_size * run.max_length * run.streams
     activations = activation_bytes(model, tokens, run.computing, run.gradient_checkpointing)
-    again = run.task == "attribution" and run.hessian in ("auto", "gauss_newton") and run.stage < 3
+    again = run.estimator is not None and run.estimator.same_graph and run.stage < 3
     parts = [
         Part("activations", activations, ("forward", "backward") if again else ("forward",)),
         Part("logits", logit_bytes(model, tokens, run.computing), ("forward", "backward") if again else ("forward",)),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from wagle_pl.utilities import WagleError
 
+if TYPE_CHECKING:
+    from wagle_pl.attribution.hessian import Hessian
+
 TASKS = ("attribution", "unlearning", "finetuning", "test")
-OPTIMIZERS = ("MaskedAdamW", "AdamW", "SGD")
-HESSIANS = ("scalar", "auto", "gauss_newton", "fisher", "hutchinson")
+OPTIMIZERS = ("MaskedAdamW", "AdamW", "AdamW8bit", "SGD")
+VALUES = ("fp32", "split")
 #: Precision -> bytes of a weight in memory, bytes of what matrix products take and give.
 PRECISIONS = {"32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2), "16-mixed": (4, 2), "16-true": (2, 2)}
 
@@ -54,7 +57,7 @@ class Run:
         density: d; 1 is unlearning without a mask.
         hessian: of attribution, as in ``model.hessian``.
         optimizer: one of :data:`OPTIMIZERS`.
-        weight_decay: of the optimiser; its own default when None.
+        values: as ``model.values``: how the weights that move are kept.
         batch_size: rows (or pairs of rows) a device and micro-batch.
         max_length: tokens a row.
         accumulate_grad_batches: micro-batches a step.
@@ -74,7 +77,7 @@ class Run:
     density: float = 0.2
     hessian: str = "auto"
     optimizer: str = "MaskedAdamW"
-    weight_decay: Optional[float] = None
+    values: str = "fp32"
     batch_size: int = 1
     max_length: int = 512
     accumulate_grad_batches: int = 1
@@ -83,24 +86,47 @@ class Run:
     persistence: int = 100_000
 
     def __post_init__(self) -> None:
-        known = {"task": TASKS, "strategy": STRATEGIES, "precision": PRECISIONS, "hessian": HESSIANS,
-                 "optimizer": OPTIMIZERS, "accelerator": ("gpu", "cpu")}  # fmt: skip
+        known = {"task": TASKS, "strategy": STRATEGIES, "precision": PRECISIONS,
+                 "optimizer": OPTIMIZERS, "values": VALUES, "accelerator": ("gpu", "cpu")}  # fmt: skip
         for option, names in known.items():
             if getattr(self, option) not in names:
                 raise WagleError(f"unknown {option} {getattr(self, option)!r}; choose one of {', '.join(names)}")
+        if self.hessian != "auto":
+            _estimator(self.hessian)
         for option in ("devices", "batch_size", "max_length", "accumulate_grad_batches"):
             if getattr(self, option) < 1:
                 raise WagleError(f"{option} must be at least 1, got {getattr(self, option)}")
         if not 0 < self.density <= 1:
             raise WagleError(f"density is the share of weights selected and must be in (0, 1], got {self.density:g}")
-        if self.weight_decay is not None and self.weight_decay < 0:
-            raise WagleError(f"weight_decay must not be below 0, got {self.weight_decay:g}")
+        alone = self.precision == "bf16-true" and self.devices == 1 and not self.stage
+        if self.values == "split" and not alone:
+            raise WagleError("values split is for precision bf16-true on one device without ZeRO: leave it at fp32")
         if self.task == "attribution" and self.precision.startswith("16"):
             raise WagleError("attribution runs in 32-true, bf16-mixed or bf16-true, not in fp16")
-        if self.task == "attribution" and self.hessian == "hutchinson" and self.stage == 3:
-            raise WagleError("hessian hutchinson needs whole parameters, which ZeRO-3 spreads: choose another stage")
+        if self.needs_whole_parameters and self.stage == 3:
+            raise WagleError(
+                f"hessian {self.hessian} needs whole parameters, which ZeRO-3 spreads: choose another stage"
+            )
         if self.frozen_copy and self.stage == 3:
             raise WagleError("a frozen copy of the model does not work under ZeRO-3; choose another stage")
+
+    @classmethod
+    def about_to(cls, task: str, precision: str, stage: int, **options: Any) -> Run:
+        """The plan of a run that is about to begin; what the plan does not know is taken for the least that it does."""
+        if options.get("optimizer", "SGD") not in OPTIMIZERS:
+            options["optimizer"] = "SGD"
+        known = precision if precision in PRECISIONS else "16-true"
+        return cls(task, f"deepspeed_stage_{stage}" if stage else "ddp", precision=known, **options)
+
+    @property
+    def estimator(self) -> Optional[type[Hessian]]:
+        """Of the Hessian diagonal; None where it is a given scalar, and of other tasks than attribution."""
+        return _estimator(self.hessian) if self.task == "attribution" else None
+
+    @property
+    def needs_whole_parameters(self) -> bool:
+        """Whether ZeRO-3, which spreads them over ranks, is out of the question for the estimator."""
+        return self.estimator is not None and not self.estimator.spreads
 
     @property
     def spread(self) -> Strategy:
@@ -129,19 +155,20 @@ class Run:
         return self.task == "unlearning" and self.density < 1
 
     @property
-    def decays(self) -> bool:
-        """Whether the optimiser decays weights; torch's AdamW does unless told otherwise."""
-        return bool(self.optimizer == "AdamW" if self.weight_decay is None else self.weight_decay)
-
-    @property
     def streams(self) -> int:
         """Streams of a batch whose graphs are alive together: unlearning's forget and retain rows."""
         return 2 if self.task == "unlearning" else 1
 
 
+def _estimator(hessian: str) -> Optional[type[Hessian]]:
+    from wagle_pl.attribution.hessian import estimator_of  # brings all that attribution runs with
+
+    return estimator_of(hessian)
+
+
 def choices(run: Run, devices: Sequence[int] = (1, 2, 4, 8)) -> Iterable[tuple[str, list[Run]]]:
     """(strategy, the run under it on each number of devices) for every strategy that works."""
     offload = ["zero3_offload"] if run.accelerator == "gpu" else []
-    whole = run.frozen_copy or (run.task == "attribution" and run.hessian == "hutchinson")
+    whole = run.frozen_copy or run.needs_whole_parameters
     for name in ["ddp", "zero1", "zero2", *(() if whole else ("zero3", *offload))]:
-        yield name, [replace(run, strategy=name, devices=count) for count in devices]
+        yield name, [replace(run, strategy=name, devices=count, values="fp32") for count in devices]

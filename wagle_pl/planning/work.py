@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from wagle_pl.planning.architecture import Architecture
-from wagle_pl.planning.memory import FP32, selected_share, state_bytes, sums_per_weight
+from typing import Union
+
+from wagle_pl.planning.architecture import Architecture, Size
+from wagle_pl.planning.memory import FP32, in_step_per_weight, moving, state_bytes, sums_per_weight
 from wagle_pl.planning.run import Run
 
 
-def disk_bytes(model: Architecture, run: Run) -> dict[str, float]:
+def disk_bytes(model: Union[Architecture, Size], run: Run) -> dict[str, float]:
     """Bytes of what a run writes: file -> size.
 
-    A mask N / 8; a model N weights as it is stored; a checkpoint w N and the optimiser's state, under ZeRO 4 N of fp32
-    weights and the state spread out over all of them; of attribution the sums that outlast a step.
+    A mask N / 8; a model N weights as it is stored; a checkpoint 4 bytes for each of the S weights that move, and the
+    optimiser's state; of attribution the sums that outlast a step.
     """
     n = model.weights
     if run.task == "test":
         return {}
     if run.task == "attribution":
-        in_step = FP32 if run.hessian in ("auto", "gauss_newton") else 0
-        return {"mask": n / 8, "checkpoint": (sums_per_weight(run.hessian) - in_step) * n}
-    if run.stage:
-        checkpoint = FP32 * n + state_bytes(run.optimizer, 1, n, FP32)
-    else:
-        checkpoint = run.width * n + state_bytes(run.optimizer, selected_share(run), n, run.width)
+        return {"mask": n / 8, "checkpoint": (sums_per_weight(run) - in_step_per_weight(run)) * n}
+    checkpoint = FP32 * moving(model, run) + state_bytes(run.optimizer, moving(model, run))
     return {"checkpoint": checkpoint, "model": n * model.stored}
 
 
@@ -43,9 +41,9 @@ def step_flops(model: Architecture, run: Run) -> float:
     if run.task == "test":
         return 2.0 * n * step_tokens(run)
     forward = backward = 1.0
-    if run.task == "attribution":
-        backward += {"auto": 0.5, "gauss_newton": 0.5, "hutchinson": 1.5}.get(run.hessian, 0)
-        forward += 0.5 if run.stage == 3 and run.hessian != "scalar" else 0
+    if run.estimator is not None:
+        backward += 0.5 * run.estimator.backward_passes
+        forward += 0.5 if run.stage == 3 else 0
     if run.gradient_checkpointing:
         forward += backward
     return (2 * forward + 4 * backward) * n * step_tokens(run)

@@ -4,8 +4,11 @@ number of ranks can read.
 Importing this package makes Lightning's names ``deepspeed``, ``deepspeed_stage_1`` and so on mean :class:`ZeRO`.
 """
 
-from wagle_pl.strategies.checkpoint import ShardedCheckpoint
-from wagle_pl.strategies.fragments import Fragment, flat_masks, fragments
-from wagle_pl.strategies.zero import ZeRO, is_sharded, is_zero
+from wagle_pl.strategies.checkpoint import ShardedCheckpoint, load_plain
+from wagle_pl.strategies.fragments import Fragment, fragments
+from wagle_pl.strategies.zero import ZeRO, is_sharded, is_zero, stage_of
 
-__all__ = ["Fragment", "ShardedCheckpoint", "ZeRO", "flat_masks", "fragments", "is_sharded", "is_zero"]
+__all__ = [
+    "Fragment", "ShardedCheckpoint", "ZeRO", "fragments", "is_sharded", "is_zero", "load_plain",
+    "stage_of",
+]  # fmt: skip

@@ -12,6 +12,9 @@ It is written beside its place and renamed, so that it is whole or not there.
 from __future__ import annotations
 
 import json
+import pickle
+import re
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import cached_property, partial
@@ -26,7 +29,7 @@ from torch import Tensor, nn
 from wagle_pl import distributed, models
 from wagle_pl.strategies.fragments import Fragment
 from wagle_pl.tensorfiles import write_tensors
-from wagle_pl.utilities import WagleError, atomic_path
+from wagle_pl.utilities import WagleError, atomic_path, first_line
 
 FORMAT = "wagle_pl.checkpoint"
 FORMAT_VERSION = 1
@@ -60,13 +63,12 @@ class Part(NamedTuple):
 
 def of_optimizer(optimizer: torch.optim.Optimizer, found: Iterable[Fragment]) -> Iterator[Part]:
     """Weights and optimiser state in this rank's flat partitions."""
-    spread = _Spread(optimizer)
     for fragment in found:
         yield Part(WEIGHT, *fragment[:3], torch.float32, partial(fragment.of, fragment.flat.detach()))
     for fragment in found:
         for key in tensor_states(optimizer, fragment.flat):
-            read = partial(lambda fragment, key: fragment.of(spread(fragment.flat, key)), fragment, key)
-            yield Part(f"state/{key}", *fragment[:3], optimizer.state[fragment.flat][key].dtype, read)
+            state = optimizer.state[fragment.flat][key]
+            yield Part(f"state/{key}", *fragment[:3], state.dtype, partial(fragment.of, state))
 
 
 def tensor_states(optimizer: torch.optim.Optimizer, flat: Tensor) -> list[str]:
@@ -75,25 +77,10 @@ def tensor_states(optimizer: torch.optim.Optimizer, flat: Tensor) -> list[str]:
     return [key for key, value in state.items() if torch.is_tensor(value) and value.dim()]
 
 
-class _Spread:
-    """State laid out like its flat partition; the last one asked for is kept, as fragments follow each other."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-        self._last: tuple[Any, Optional[Tensor]] = (None, None)
-
-    def __call__(self, flat: Tensor, key: str) -> Tensor:
-        if self._last[0] != (id(flat), key):
-            value = self._optimizer.state[flat][key]
-            spread = getattr(self._optimizer, "spread", lambda flat, value: value)
-            self._last = ((id(flat), key), spread(flat, value))
-        return self._last[1]
-
-
-def of_frozen(lm: nn.Module) -> Iterator[Part]:
-    """This rank's share of the parameters that no optimiser holds."""
+def of_frozen(parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[Part]:
+    """This rank's share of those (name, parameter) pairs that no optimiser holds."""
     ranks, rank = distributed.world_size(), distributed.rank()
-    for name, parameter in lm.named_parameters():
+    for name, parameter in parameters:
         if parameter.requires_grad:
             continue
         if hasattr(parameter, "ds_id"):
@@ -122,14 +109,14 @@ def single_states(optimizer: torch.optim.Optimizer, found: Iterable[Fragment]) -
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def save(path: Path, parts: Iterable[Part], common: Mapping[str, Any], lm: nn.Module) -> None:
+def save(path: Path, parts: Iterable[Part], common: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Write a checkpoint; a meeting of all ranks.
 
     Args:
         path: where to; replaced if it exists.
         parts: what this rank holds.
         common: what rank 0 writes for all.
-        lm: the model, for the shapes of its parameters.
+        shapes: parameter name -> shape of what is kept, whole.
 
     Raises:
         WagleError: if a rank cannot write its share: the checkpoint does not appear.
@@ -143,7 +130,7 @@ def save(path: Path, parts: Iterable[Part], common: Mapping[str, Any], lm: nn.Mo
         problems = [problem for problem in distributed.gather([_write(folder / file, parts)]) if problem]
         if problems:
             raise WagleError(f"checkpoint {path} cannot be written: {problems[0]}")
-        index = _index(distributed.gather(spans), models.parameter_shapes(lm))
+        index = _index(distributed.gather(spans), shapes)
         if rank == 0:
             torch.save(dict(common), folder / COMMON_FILE)
             (folder / INDEX_FILE).write_text(json.dumps(index) + "\n", encoding="utf-8")
@@ -174,6 +161,31 @@ def _index(spans: list[tuple], shapes: Mapping[str, tuple[int, ...]]) -> dict[st
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def load_plain(path: Path, what: Optional[str] = None) -> Any:
+    """What ``torch.save`` wrote, on the CPU, if it is tensors and plain data: nothing in the file is run.
+
+    Tensors are mapped into memory and read when they are used.
+
+    Args:
+        path: the file.
+        what: how to name it in a message; ``checkpoint <path>`` when None.
+
+    Raises:
+        WagleError: if the file is damaged, or holds any other object.
+    """
+    what = what or f"checkpoint {path}"
+    try:
+        return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        other = re.search(r"GLOBAL (\S+)", str(error))
+        if other:
+            raise WagleError(
+                f"{what} holds {other[1]}: only tensors and plain data are read, as anything else could run code; "
+                "give a checkpoint without it"
+            ) from None
+        raise WagleError(f"{what} is damaged, or no checkpoint: give another ({first_line(error)})") from None
 
 
 class ShardedCheckpoint:
@@ -215,7 +227,7 @@ class ShardedCheckpoint:
     @cached_property
     def common(self) -> dict[str, Any]:
         """What Lightning keeps."""
-        return torch.load(self.path / COMMON_FILE, map_location="cpu", weights_only=False)
+        return load_plain(self.path / COMMON_FILE, f"checkpoint {self.path}")
 
     def keys(self, prefix: str, name: str) -> list[str]:
         """The keys under a prefix (``state/``) that a parameter has, without the prefix."""
@@ -244,18 +256,19 @@ class ShardedCheckpoint:
         """A parameter, whole."""
         return self.read(WEIGHT, name, 0, prod(self.shapes[name])).view(self.shapes[name])
 
-    def load_weights(self, lm: nn.Module) -> None:
-        """Set a model's parameters, whole or spread over ranks, a tensor at a time.
+    def load_weights(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """Set (name, parameter) pairs, whole or spread over ranks, a tensor at a time.
 
         Raises:
-            WagleError: if the model has other parameters.
+            WagleError: if the checkpoint holds others.
         """
-        shapes = models.parameter_shapes(lm)
+        parameters = list(parameters)
+        shapes = models.shapes_of(parameters)
         if shapes != self.shapes:
             name = next(n for n in [*shapes, *self.shapes] if shapes.get(n) != self.shapes.get(n))
             raise WagleError(f"checkpoint {self.path} is of another model: {name} has shape {self.shapes.get(name)} "
                              f"there, {shapes.get(name)} here")  # fmt: skip
-        for name, parameter in lm.named_parameters():
+        for name, parameter in parameters:
             models.assign(parameter, lambda name=name: self.weight(name))
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, found: Iterable[Fragment]) -> None:
@@ -265,17 +278,14 @@ class ShardedCheckpoint:
         singles = common["single_states"]
         for group, stored in zip(optimizer.param_groups, common["param_groups"], strict=True):
             group.update(stored)
-        dense: dict[tuple[Tensor, str], Tensor] = {}
         for fragment in found:
             fragment.of(fragment.flat.data).copy_(self.read(WEIGHT, *fragment[:3]))
+            state = optimizer.state[fragment.flat]
             for key in self.keys("state/", fragment.name):
                 values = self.read(f"state/{key}", *fragment[:3])
-                if (fragment.flat, key) not in dense:
-                    dense[fragment.flat, key] = torch.zeros(fragment.flat.numel(), dtype=values.dtype)
-                fragment.of(dense[fragment.flat, key]).copy_(values)
-        gather = getattr(optimizer, "compact", lambda flat, values: values)
-        for (flat, key), values in dense.items():
-            optimizer.state[flat][key] = gather(flat, values.to(flat.device))
+                if key not in state:
+                    state[key] = torch.zeros(fragment.flat.numel(), dtype=values.dtype, device=fragment.flat.device)
+                fragment.of(state[key]).copy_(values)
         fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
         for fragment in found:
             device = fragment.flat.device if fused else None  # torch's own optimisers count on the CPU otherwise

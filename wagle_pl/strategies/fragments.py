@@ -12,9 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from wagle_pl.bits import pack_bits
-from wagle_pl.masks import WeightMask
-
 
 class Fragment(NamedTuple):
     """Numbers ``start`` to ``start + numel`` of a flattened parameter, which lie at ``at`` in ``flat``.
@@ -74,17 +71,3 @@ def _stage_1_2(optimizer: Any, name: str, parameter: nn.Parameter) -> Fragment |
     flats = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
     here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
     return Fragment(name, here.start, here.numel, flats[mapping.param_group_index], there.start)
-
-
-def flat_masks(found: Iterable[Fragment], mask: WeightMask) -> dict[Tensor, Tensor]:
-    """Flat tensor -> the packed bits of what is selected in it; padding between fragments is frozen."""
-    by_flat: dict[Tensor, list[Fragment]] = {}
-    for fragment in found:
-        by_flat.setdefault(fragment.flat, []).append(fragment)
-    packed = {}
-    for flat, parts in by_flat.items():
-        selected = torch.zeros(flat.numel(), dtype=torch.bool)
-        for part in parts:
-            part.of(selected).copy_(mask[part.name].reshape(-1)[part.start : part.start + part.numel])
-        packed[flat] = pack_bits(selected)
-    return packed

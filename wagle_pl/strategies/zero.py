@@ -19,6 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from wagle_pl import distributed, models
+from wagle_pl.selected import SUFFIX, load_values
 from wagle_pl.strategies import checkpoint as files
 from wagle_pl.strategies.fragments import fragments
 from wagle_pl.utilities import WagleError, first_line
@@ -42,6 +43,11 @@ def is_zero(strategy: Any) -> bool:
 def is_sharded(strategy: Any) -> bool:
     """Whether a strategy spreads the parameters themselves over the ranks (stage 3)."""
     return is_zero(strategy) and strategy.zero_stage_3
+
+
+def stage_of(strategy: Any) -> int:
+    """The ZeRO stage of a strategy, 0 if it is none."""
+    return strategy.config.get("zero_optimization", {}).get("stage", 0) if is_zero(strategy) else 0
 
 
 class ZeRO(DeepSpeedStrategy):
@@ -233,13 +239,16 @@ class ZeRO(DeepSpeedStrategy):
         common = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
         common["buffers"] = models.persistent_buffers(module.lm)
         if not self.moves_weights:
-            files.save(path, self.optimizers[0].parts(), {**common, "sums": self.optimizers[0].small()}, module.lm)
+            shapes = models.parameter_shapes(module.lm)
+            files.save(path, self.optimizers[0].parts(), {**common, "sums": self.optimizers[0].small()}, shapes)
             return
+        stored = list(module.stored_parameters())
         found = self.fragments()
         singles = distributed.gather(files.single_states(self.base_optimizer, found).items())
-        parts = [*files.of_optimizer(self.base_optimizer, found), *files.of_frozen(module.lm)]
+        parts = [*files.of_optimizer(self.base_optimizer, found), *files.of_frozen(stored)]
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.base_optimizer.param_groups]
-        files.save(path, parts, {**common, "single_states": dict(singles), "param_groups": groups}, module.lm)
+        common |= {"single_states": dict(singles), "param_groups": groups}
+        files.save(path, parts, common, models.shapes_of(stored))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: Optional[bool] = None) -> dict[str, Any]:
         """Take weights, and when fitting the optimiser's state, back from a folder that any number of ranks wrote."""
@@ -250,7 +259,10 @@ class ZeRO(DeepSpeedStrategy):
             if fits:
                 self.optimizers[0].load(stored)
             return stored.common
-        stored.load_weights(module.lm)
+        if not fits and any(name.endswith(SUFFIX) for name in stored.shapes):
+            load_values(module.lm, stored.shapes, stored.weight, module.mask)
+            return stored.common
+        stored.load_weights(module.stored_parameters())
         if fits:
             stored.load_optimizer(self.base_optimizer, self.fragments())
         return stored.common

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from wagle_pl.attribution import AttributionModule
+from wagle_pl.attribution.hessian import estimator_of
 from wagle_pl.attribution.scores import Random, Score
 from wagle_pl.attribution.specs import MaskSpec
 from wagle_pl.study.configured import Entry, definition, digest, make, typed
@@ -249,6 +250,10 @@ def _of_score(name: Optional[str], options: dict[str, Any], own: Mapping[str, An
         raise WagleError(str(error).replace("choose one of", "choose one of dense, lora,")) from None
     passed = {key: value for key, value in options.items() if key in {*SELECTION, *ATTRIBUTION} - {"density"}}
     options |= typed(AttributionModule, passed, f"masks: {score.label}")
+    try:
+        estimator_of(options.get("hessian", ATTRIBUTION["hessian"]))
+    except WagleError as error:
+        raise WagleError(f'masks: {score.label}: option "hessian": {error}') from None
     if options.get("gamma", "auto") != "auto":
         options.setdefault("hessian", "scalar")
     selection = {key: options.get(key, default) for key, default in SELECTION.items()}

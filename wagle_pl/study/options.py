@@ -18,6 +18,7 @@ from wagle_pl.utilities import WagleError, silence, trainer_in_the_making
 
 #: What the study sets itself, for every run.
 _OURS = {"model", "output", "overwrite", "objective", "mask", "adapter", "target", "retrained", "generate", "self"}
+_OURS |= {"lr"}  # of learning_rates
 _TRAINER = {
     *("max_steps", "max_epochs", "min_steps", "min_epochs", "max_time", "accumulate_grad_batches", "logger"),
     *(

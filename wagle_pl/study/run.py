@@ -11,6 +11,7 @@ from wagle_pl import distributed
 from wagle_pl.evaluation import Results, observe_set
 from wagle_pl.evaluation.observe import GENERATED
 from wagle_pl.evaluation.sets import defined_only
+from wagle_pl.outputs import Planned
 from wagle_pl.unlearning import UnlearnModule
 from wagle_pl.utilities import WagleError
 
@@ -121,11 +122,15 @@ class StudyRun(UnlearnModule):
         self.lm.train(training)
         return defined_only(self.measures(tables))
 
-    def _check_finite(self, losses: Any, batch: Any, batch_idx: int) -> None:
+    def _check_finite(self) -> None:
         try:
-            super()._check_finite(losses, batch, batch_idx)
+            super()._check_finite()
         except WagleError as error:
             raise Diverged(str(error)) from None
+
+    def planned_files(self) -> list[Planned]:
+        """What the run is going to write: the model if it is to be kept."""
+        return super().planned_files() if self.keep else []
 
     def export(self, record: dict[str, Any]) -> None:
         """Write the model if it is to be kept."""

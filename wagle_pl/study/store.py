@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
 from wagle_pl.evaluation.tables import load_table, table_key, write_table
+from wagle_pl.outputs import Lock
 from wagle_pl.utilities import WagleError
 
 TABLE_FILE = "study.parquet"
@@ -108,44 +106,8 @@ def locked(folder: Path) -> Iterator[Optional[str]]:
     Raises:
         WagleError: if a study works in the folder, on this host or on another.
     """
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    path, host = folder / LOCK_FILE, socket.gethostname()
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise WagleError(f"another study works in {folder} ({_holder(path)}): wait for it, or choose another "
-                             "--output") from None  # fmt: skip
-        left = _read(path)
-        if left and left.get("host") != host:
-            raise WagleError(f"another study works in {folder} ({_holder(path)}), or ended without a word: if so, "
-                             f"delete {path}")  # fmt: skip
-        message = f"took over the lock of a study that has ended ({_holder(path)})" if left else None
-        _write(file, json.dumps({"pid": os.getpid(), "host": host, "since": time.strftime("%Y-%m-%d %H:%M:%S")}))
-        try:
-            yield message
-        finally:
-            _write(file, "")
-
-
-def _write(file: Any, text: str) -> None:
-    file.seek(0)
-    file.truncate()
-    file.write(text)
-    file.flush()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    text = path.read_text(encoding="utf-8").strip()
+    lock = Lock(folder / LOCK_FILE, f"another study works in {folder}", "choose another --output")
     try:
-        found = json.loads(text) if text else {}
-    except json.JSONDecodeError:
-        found = {}
-    return found if isinstance(found, dict) else {}
-
-
-def _holder(path: Path) -> str:
-    found = _read(path)
-    return f"process {found.get('pid', 'unknown')} on {found.get('host', 'unknown')}, since {found.get('since', '?')}"
+        yield lock.left and f"took over the lock of a study that has ended ({lock.left})"
+    finally:
+        lock.release(remove=False)

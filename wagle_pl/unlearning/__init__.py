@@ -23,7 +23,7 @@ from wagle_pl.unlearning.objectives import (
     SimNPO,
     Streams,
 )
-from wagle_pl.unlearning.optim import MaskedAdamW, MaskedOptimizer, Sophia
+from wagle_pl.unlearning.optim import MaskedAdamW, Sophia
 from wagle_pl.unlearning.retain_terms import RetainTerm
 from wagle_pl.unlearning.schedules import Schedule
 
@@ -45,7 +45,6 @@ __all__ = [
     "L1Sparse",
     "LoRA",
     "MaskedAdamW",
-    "MaskedOptimizer",
     "Objective",
     "RandomLabel",
     "RetainTerm",

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import re
-from math import prod
 from typing import Any, Optional, Union
 
 from torch import Tensor, nn
 
-from wagle_pl.bits import filled_bits
-from wagle_pl.masks import Shapes, WeightMask
 from wagle_pl.unlearning.retain_terms import NONE, RetainTerm
 from wagle_pl.unlearning.schedules import Schedule, as_schedule, is_zero
 from wagle_pl.unlearning.streams import Streams
@@ -75,6 +72,11 @@ class Objective:
         return tuple(dict.fromkeys(self.logits_at_theta0 + retain))
 
     @property
+    def whole_streams(self) -> tuple[str, ...]:
+        """Streams of which a term needs logits of every position."""
+        return ("retain",) if self.retains and self.retain.all_positions else ()
+
+    @property
     def needs_hidden_at_theta0(self) -> bool:
         """Whether hidden states at θ₀ are needed, which only a copy of the model gives."""
         return self.retains and bool(self.retain.hidden_layers)
@@ -104,29 +106,18 @@ class Objective:
         """``loss`` and its parts (``forget_loss``, ``retain_loss``, ``penalty``: those there are), scalars."""
         parts: dict[str, Tensor] = {}
         terms = []
+        name = f"objective {type(self).__name__}"
         if self.forget_streams:
-            parts["forget_loss"] = at.mean(self.forget_streams[0], self.forget_loss(at))
+            parts["forget_loss"] = at.mean(self.forget_streams[0], self.forget_loss(at), f"{name}, forget term")
             terms.append(self._forget_schedule(at.progress) * parts["forget_loss"])
         if self.retains:
-            parts["retain_loss"] = at.mean("retain", self.retain_loss(at))
+            parts["retain_loss"] = at.mean("retain", self.retain_loss(at), f"{name}, retain term")
             terms.append(self._retain_schedule(at.progress) * parts["retain_loss"])
         penalty = self.penalty(at)
         if penalty is not None:
             parts["penalty"] = penalty
             terms.append(penalty)
         return {"loss": sum(terms[1:], start=terms[0]), **parts}
-
-
-def mask_matching(shapes: Shapes, pattern: str, made_for: dict[str, Any]) -> WeightMask:
-    """The mask of whole parameters: those whose names a regular expression matches, from any position.
-
-    Args:
-        shapes: parameter name -> shape of the model, in parameter order.
-        pattern: the regular expression, as in :attr:`Objective.trainable`.
-        made_for: the mask's metadata, of the model.
-    """
-    packed = {name: filled_bits(prod(shape), bool(re.search(pattern, name))) for name, shape in shapes.items()}
-    return WeightMask(packed, shapes, {**made_for, "operation": "modules", "modules": [f"matching {pattern}"]})
 
 
 def freeze_others(lm: nn.Module, pattern: Optional[str]) -> None:

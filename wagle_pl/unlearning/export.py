@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,9 @@ from torch import Tensor
 
 from wagle_pl import models
 from wagle_pl.layers import is_linear, is_transposed
-from wagle_pl.strategies import ShardedCheckpoint
+from wagle_pl.masks import Restriction
+from wagle_pl.selected import SUFFIX, place
+from wagle_pl.strategies import ShardedCheckpoint, load_plain
 from wagle_pl.unlearning.card import model_card
 from wagle_pl.utilities import WagleError, refuse_existing
 
@@ -29,22 +30,31 @@ class Stored(NamedTuple):
         read: gives one of them.
         about: what the run said of itself: ``name`` of its base model, the ``dtype`` it was loaded in, and the
             ``record`` of a model folder.
+        mask: what its mask was made of, if it had one: then the weights are values of selected weights.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, torch.dtype]
     read: Callable[[str], Tensor]
     about: Mapping[str, Any]
+    mask: Optional[Mapping[str, Any]] = None
 
 
-def export(path: str | Path, output: str | Path, model: Optional[str] = None, overwrite: bool = False) -> Path:
+def export(
+    path: str | Path,
+    output: str | Path,
+    model: Optional[str] = None,
+    mask: Optional[str] = None,
+    overwrite: bool = False,
+) -> Path:
     """Write a model folder from a checkpoint, or from a model in another format.
 
     Args:
         path: a checkpoint: a file, or a folder that ranks under DeepSpeed wrote; or a GGUF file, a folder of an
             adapter, a hub id: these are loaded whole.
         output: folder to write, in Hugging Face format.
-        model: where the run's base model is now, for configuration and tokenizer, if no longer where it was.
+        model: where the run's base model is now, if no longer where it was.
+        mask: where the run's mask file is now, if no longer where it was.
         overwrite: replace an existing model folder.
 
     Raises:
@@ -58,7 +68,23 @@ def export(path: str | Path, output: str | Path, model: Optional[str] = None, ov
         stored = _of_file(path)
     else:
         return _convert(str(path), output)
-    return _write(stored, path, output, model)
+    return _write(_with_names(stored), path, output, model, mask)
+
+
+def _with_names(stored: Stored) -> Stored:
+    """Without a mask, values under the names of the weights that they are."""
+    if stored.mask is not None:
+        return stored
+    names = {name.removesuffix(SUFFIX): name for name in stored.shapes}
+    shapes = {name: stored.shapes[own] for name, own in names.items()}
+    dtypes = {name: stored.dtypes[own] for name, own in names.items()}
+    return stored._replace(shapes=shapes, dtypes=dtypes, read=lambda name: _rounded(stored, names[name]))
+
+
+def _rounded(stored: Stored, name: str) -> Tensor:
+    """A tensor of a checkpoint; values in the dtype of the weights that the model computed with."""
+    tensor = stored.read(name)
+    return tensor.to(getattr(torch, stored.about["dtype"])) if name.endswith(SUFFIX) else tensor
 
 
 def _convert(name: str, output: str | Path) -> Path:
@@ -80,14 +106,12 @@ def _of_shards(path: Path) -> Stored:
     if "model" not in common or not checkpoint.pieces.get("weight"):
         raise WagleError(f"checkpoint {path} holds no weights: attribution moves none")
     dtypes = {**dict.fromkeys(checkpoint.shapes, torch.float32), **{n: b.dtype for n, b in buffers.items()}}
-    return Stored(shapes, dtypes, lambda n: buffers[n] if n in buffers else checkpoint.weight(n), common["model"])
+    return Stored(shapes, dtypes, lambda n: buffers[n] if n in buffers else checkpoint.weight(n), common["model"],
+                  common.get("mask"))  # fmt: skip
 
 
 def _of_file(path: Path) -> Stored:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-    except (RuntimeError, OSError, pickle.UnpicklingError, EOFError) as error:
-        raise WagleError(f"{path} is no whole checkpoint: {str(error).splitlines()[0]}") from None
+    checkpoint = load_plain(path)
     state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
     state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
     if not state or "model" not in checkpoint:
@@ -97,10 +121,11 @@ def _of_file(path: Path) -> Stored:
         first.setdefault((tensor.data_ptr(), tuple(tensor.shape)), name)  # tied weights are written once
     state = {name: state[name] for name in first.values()}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return Stored(shapes, {n: t.dtype for n, t in state.items()}, state.__getitem__, checkpoint["model"])
+    return Stored(shapes, {n: t.dtype for n, t in state.items()}, state.__getitem__, checkpoint["model"],
+                  checkpoint.get("mask"))  # fmt: skip
 
 
-def _write(stored: Stored, path: Path, output: str | Path, model: Optional[str]) -> Path:
+def _write(stored: Stored, path: Path, output: str | Path, model: Optional[str], mask: Optional[str]) -> Path:
     from transformers import AutoConfig, GenerationConfig
 
     base, record = model or stored.about["name"], stored.about["record"]
@@ -116,6 +141,8 @@ def _write(stored: Stored, path: Path, output: str | Path, model: Optional[str])
         generation = GenerationConfig.from_pretrained(source)
     except OSError:
         generation = None  # the model has none of its own
+    if stored.mask is not None:
+        stored = _with_frozen(stored, config, originals, mask)
     adapter = record["lineage"][-1].get("adapter")
     loaded_as = getattr(torch, stored.about.get("dtype", ""), None)
     transposed = _transposed(config) if adapter else set()
@@ -134,6 +161,45 @@ def _write(stored: Stored, path: Path, output: str | Path, model: Optional[str])
         del config.quantization_config
     return models.save_weights(weights, config, generation, tokenizer, output, model_card(record), record,
                                originals.default)  # fmt: skip
+
+
+def _with_frozen(stored: Stored, config: Any, originals: models.Originals, file: Optional[str]) -> Stored:
+    """All weights of a model, from the values of the selected ones and the base model.
+
+    Raises:
+        WagleError: if the base or the mask is not the one that the run had.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    shapes = models.parameter_shapes(model)
+    fingerprint = models.fingerprint((name, originals.read(name)) for name in shapes)
+    made_on = stored.about["fingerprint"]
+    if fingerprint != made_on:
+        raise WagleError(
+            f"the checkpoint is of a run on the model with fingerprint {made_on[:12]}, {originals.name} has "
+            f"{fingerprint[:12]}: say where the run's model is: --model"
+        )
+    made_of = {key: value for key, value in stored.mask.items() if key != "digest"}
+    restriction = Restriction(**made_of)
+    mask = restriction._replace(file=file or restriction.file).mask(shapes, originals.name, fingerprint)
+    if mask.digest() != stored.mask["digest"]:
+        raise WagleError(
+            f"mask {file or restriction.file} is not the one of the checkpoint's run: say where that is: --mask"
+        )
+    loaded_as = getattr(torch, stored.about["dtype"])
+
+    def read(name: str) -> Tensor:
+        if name in stored.shapes:
+            return stored.read(name)
+        dense, values = originals.read(name).to(loaded_as), f"{name}{SUFFIX}"
+        return place(dense, mask[name], _rounded(stored, values)) if values in stored.shapes else dense
+
+    shapes |= {name: shape for name, shape in stored.shapes.items() if not name.endswith(SUFFIX)}
+    dtypes = {name: stored.dtypes.get(name, loaded_as) for name in shapes}
+    return stored._replace(shapes=shapes, dtypes=dtypes, read=read)
 
 
 def _names(shapes: Mapping[str, Any]) -> dict[str, str]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from wagle_pl.unlearning.base import Objective
 from wagle_pl.unlearning.hidden import blocks, check_layer
-from wagle_pl.unlearning.retain_terms import RetainTerm, kl_from_theta0
+from wagle_pl.unlearning.retain_terms import RetainTerm, cross_entropy, kl_from_theta0
 from wagle_pl.unlearning.schedules import Schedule, as_schedule
 from wagle_pl.unlearning.streams import Answers, Streams
 from wagle_pl.utilities import WagleError
@@ -63,7 +63,8 @@ class GradDiff(Objective):
 class GradAscent(GradDiff):
     """Gradient ascent on the forget rows alone (Jang et al. 2022, arXiv 2210.01504).
 
-    ℓ_f = −NLL(forget), and no retain term unless one is given: ``retain: kl`` makes TOFU's baseline "KL minimisation".
+    ℓ_f = −NLL(forget), and no retain term unless one is given: ``retain: kl`` makes TOFU's baseline "KL minimisation",
+    over answer tokens; with its ``positions: batch`` as TOFU's code has it.
 
     Args:
         retain: the retain term, see :class:`Objective`.
@@ -286,7 +287,7 @@ class UNDIAL(Objective):
         answers = at["forget"]
         reference, current, label = answers.buckets
         lowered = reference - self.beta * F.one_hot(label, reference.shape[-1])
-        return answers.mean_tokens(-(lowered.softmax(-1) * current).sum(-1))
+        return answers.mean_tokens(cross_entropy(lowered.softmax(-1), current))
 
 
 class CEU(Objective):
@@ -314,7 +315,7 @@ class CEU(Objective):
         answers = at["forget"]
         logits = answers.predictions
         target = logits.detach().scatter(1, answers.targets[:, None], -torch.inf).softmax(-1)
-        values = -(target * logits.log_softmax(-1)).sum(-1)
+        values = cross_entropy(target, logits.log_softmax(-1))
         counted = (answers.mask.cumsum(-1) > self.skip_first)[answers.mask]
         kept = (answers.length - self.skip_first).clamp(min=1)
         return answers.mean_tokens(values * counted) * answers.length / kept
@@ -453,7 +454,7 @@ class FineTune(Objective):
 class L1Sparse(FineTune):
     """Fine-tuning towards a sparse model, which forgets more (Jia et al. 2023, arXiv 2304.04934).
 
-    ℓ = NLL(retain) + α ‖θ‖₁, over the parameter tensors that may move.
+    ℓ = NLL(retain) + α ‖θ‖₁, over the weights that may move.
 
     Args:
         alpha: α: a number, or a schedule as ``retain_weight`` is; the paper's decays to 0: ``linear:1e-5->0``.

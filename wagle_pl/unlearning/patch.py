@@ -35,6 +35,7 @@ from wagle_pl.utilities import WagleError, atomic_path, refuse_existing
 FORMAT = "wagle_pl.patch"
 FORMAT_VERSION = 1
 FRAME = 1 << 20  # words
+RECORDS = (models.RECORD_FILE, models.CARD_FILE)
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 _LENGTHS = struct.Struct("<QQ")
@@ -47,7 +48,8 @@ class Patch:
         base, unlearned: fingerprints of the two ends.
         tensors: name -> ``dtype``, ``shape``, ``changed`` (words) and ``base``, ``unlearned`` (SHA-256 of those words
             alone), for every tensor that changed.
-        made_by: names of both ends, and ``lineage``: the runs that led from one to the other.
+        made_by: names of both ends; ``lineage``, the runs that led from one to the other; and ``records``, what the
+            base says of itself: the text of its ``wagle.json`` and model card, as far as it has them.
 
     Args:
         path: the file.
@@ -126,7 +128,12 @@ def make_patch(base: str | Path, unlearned: str | Path, output: str | Path, over
     refuse_existing(output, overwrite, "--overwrite")
     old, new = TensorFiles(base), TensorFiles(unlearned)
     _same_layout(old, new)
-    made_by = {"base": str(base), "unlearned": str(unlearned), "lineage": _steps_between(base, unlearned)}
+    made_by = {
+        "base": str(base),
+        "unlearned": str(unlearned),
+        "lineage": _steps_between(base, unlearned),
+        "records": _records(Path(base)),
+    }
     digests = {"base": hashlib.sha256(), "unlearned": hashlib.sha256()}
     blank = "0" * 64
 
@@ -292,7 +299,14 @@ def _copy_other_files(folder: Path, target: Path) -> None:
 
 
 def _write_record(folder: Path, target: Path, patch: Patch, stack: Optional[list[str]], end: str, written: str) -> None:
-    """Bring ``wagle.json`` and the model card up to date: the runs a patch stands for come with it and go with it."""
+    """Bring ``wagle.json`` and the model card up to date: the runs a patch stands for come with it and go with it, and
+    the base is given back its own."""
+    if end == "base" and written == patch.base and "records" in patch.made_by:
+        for name in RECORDS:
+            (target / name).unlink(missing_ok=True)
+        for name, text in patch.made_by["records"].items():
+            (target / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+        return
     record = models.read_record(str(folder))
     runs, own = record.get("lineage", []), patch.made_by["lineage"]
     if end == "unlearned":
@@ -306,12 +320,21 @@ def _write_record(folder: Path, target: Path, patch: Patch, stack: Optional[list
     if not patches:
         del record["patched"]
     if not runs and not patches:
+        del record["lineage"]
         (target / models.RECORD_FILE).unlink(missing_ok=True)
+        if record.keys() - {"format_version"}:
+            (target / models.RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (target / models.CARD_FILE).write_text("Restored by `wagle patch revert`, bit for bit.\n", encoding="utf-8")
         return
     (target / models.RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if runs and "base" in runs[-1]:
         (target / models.CARD_FILE).write_text(model_card(record), encoding="utf-8")
+
+
+def _records(base: Path) -> dict[str, str]:
+    """Text of the files in which a model says what it is."""
+    files = [base / name for name in RECORDS]
+    return {file.name: file.read_bytes().decode("utf-8", "surrogateescape") for file in files if file.is_file()}
 
 
 def _steps_between(base: str | Path, unlearned: str | Path) -> list[dict[str, Any]]:

@@ -6,15 +6,14 @@ Three ways, from the cheapest to the dearest:
   is kept;
 * *top k*: for each answer token the k most probable tokens, the true one always among them, and the probability of all
   others as one bucket (KL, UNDIAL with ``reference_logits: top_k``): 8·k + 4 bytes a token, computed once;
-* *a frozen copy* of the model (whole predictions, and hidden states): one more forward pass a step, and memory for the
-  parameters that can move; all others are shared.
+* *a frozen copy* (whole predictions, and hidden states): one more forward pass a step through the model with the values
+  that its selected weights had at first (:meth:`wagle_pl.selected.SelectedWeights.at_theta0`).
 
 Sums and top k are kept in files named by what they depend on: model, tokens, precision.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from wagle_pl import distributed
 from wagle_pl.data.template import IGNORE
@@ -105,39 +104,19 @@ class TopK:
 
 def _outside(logprobs: Tensor, ids: Tensor) -> Tensor:
     """(N,) log-probability of all tokens but ``ids``; no difference of nearly equal numbers is taken."""
-    return logprobs.scatter(1, ids, -torch.inf).logsumexp(-1)
+    others = logprobs.scatter(1, ids, -torch.inf)
+    none = (others == -torch.inf).all(-1)  # where logsumexp has no gradient
+    return others.masked_fill(none[:, None], 0.0).logsumexp(-1).masked_fill(none, -torch.inf)
 
 
-class FrozenCopy:
-    """θ₀ beside the model that moves. Parameters that do not require gradients stay shared with it: they stay θ₀'s.
-
-    Args:
-        lm: the model, still at θ₀.
-
-    Raises:
-        WagleError: if its parameters are spread over ranks.
-    """
-
-    def __init__(self, lm: nn.Module) -> None:
-        if any(hasattr(parameter, "ds_id") for parameter in lm.parameters()):
-            raise WagleError("a frozen copy of the model does not work under ZeRO-3; use another stage, or "
-                             "--model.reference_logits top_k if no hidden states are needed")  # fmt: skip
-        shared = {id(parameter): parameter for parameter in lm.parameters() if not parameter.requires_grad}
-        self.lm = copy.deepcopy(lm, memo=shared).eval().requires_grad_(False)
-
-    def match(self, lm: nn.Module) -> None:
-        """Move to the device and dtype that the model has come to."""
-        for mine, its in zip(self.lm.parameters(), lm.parameters(), strict=True):
-            mine.data = mine.data.to(device=its.device, dtype=its.dtype)
-        for mine, its in zip(self.lm.buffers(), lm.buffers(), strict=True):
-            mine.data = mine.data.to(device=its.device, dtype=its.dtype)
-
-    @torch.no_grad()
-    def run(self, tensors: Mapping[str, Tensor], layers: Collection[int]) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
-        """Logits, their labels, and the outputs of some blocks, of one stream's tensors."""
-        with capture(self.lm, layers) as hidden:
-            output, labels = forward_answers(self.lm, tensors)
-        return output.logits, labels, hidden
+@torch.no_grad()
+def predictions_of(
+    lm: Any, tensors: Mapping[str, Tensor], layers: Collection[int], whole: bool = False
+) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+    """Logits of a model (of all positions if ``whole``), their labels, and outputs of some blocks, of one stream."""
+    with capture(lm, layers) as hidden:
+        output, labels = forward_answers(lm, tensors, whole=whole)
+    return output.logits, labels, hidden
 
 
 # -- passes over a stream at θ₀ ---------------------------------------------------------------------------------------

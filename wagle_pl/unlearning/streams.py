@@ -11,7 +11,8 @@ from torch import Tensor
 
 from wagle_pl.evaluation.likelihood import token_logprobs
 from wagle_pl.unlearning.hidden import capture
-from wagle_pl.unlearning.reference import Buckets, FrozenCopy, TopK
+from wagle_pl.unlearning.reference import Buckets, TopK
+from wagle_pl.utilities import WagleError
 
 
 class Answers:
@@ -26,6 +27,7 @@ class Answers:
         reference: (B,) summed log-probability at θ₀; None unless the objective lists the stream in ``references``.
         rows: (B,) index of each row in its set; None where it is not known.
         hidden: block -> (B, T, d), its output; the blocks that the objective names in ``hidden_layers``.
+        attention: (B, T), 0 where a row is padded; of a stream that the objective names in ``whole_streams``.
     """
 
     def __init__(
@@ -37,12 +39,14 @@ class Answers:
         hidden: Optional[Mapping[int, Tensor]] = None,
         theta0: Optional[Callable[[], Answers]] = None,
         top_k: Optional[TopK] = None,
+        attention: Optional[Tensor] = None,
     ) -> None:
         self.logits = logits
         self.labels = labels
         self.reference = reference
         self.rows = rows
         self.hidden = hidden or {}
+        self.attention = attention
         self._theta0 = theta0
         self._top_k = top_k
 
@@ -130,27 +134,30 @@ class Streams(Mapping[str, Answers]):
 
     Args:
         batch: stream -> tensors, as the data module makes them.
-        run: tensors of one stream -> (logits, labels).
+        run: tensors of one stream -> (logits, labels), from the first answer token on; with the keyword ``whole`` of
+            all positions.
         references: stream -> (rows of the set,) summed log-probabilities at θ₀.
         lm: the model that ``run`` runs; needed for ``layers`` and for objectives that read weights.
         layers: blocks whose output is kept.
-        theta0: a copy of the model at θ₀.
+        theta0: tensors of one stream (``whole`` for all positions) -> (logits, labels, outputs of ``layers``) at θ₀.
         top_k: stream -> cached predictions at θ₀, in place of the copy's.
         progress: share of the run's steps that is done, 0 at the first and 1 at the last.
         epoch: counted from 0.
+        whole: streams of which a term needs logits of every position.
     """
 
     def __init__(
         self,
         batch: Mapping[str, Mapping[str, Tensor]],
-        run: Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor]],
+        run: Callable[..., tuple[Tensor, Tensor]],
         references: Mapping[str, Tensor],
         lm: Any = None,
         layers: Collection[int] = (),
-        theta0: Optional[FrozenCopy] = None,
+        theta0: Optional[Callable[..., tuple[Tensor, Tensor, dict[int, Tensor]]]] = None,
         top_k: Optional[Mapping[str, TopK]] = None,
         progress: float = 0.0,
         epoch: int = 0,
+        whole: Collection[str] = (),
     ) -> None:
         self.batch = batch
         self.lm = lm
@@ -161,13 +168,15 @@ class Streams(Mapping[str, Answers]):
         self._layers = tuple(layers)
         self._theta0 = theta0
         self._top_k = top_k or {}
+        self._whole = frozenset(whole)
         self._answers: dict[str, Answers] = {}
 
     def __getitem__(self, stream: str) -> Answers:
         if stream not in self._answers:
             tensors = self.batch[stream]
+            options = {"whole": True} if stream in self._whole else {}
             with capture(self.lm, self._layers) as hidden:
-                logits, labels = self._run(tensors)
+                logits, labels = self._run(tensors, **options)
             reference, top_k = self._references.get(stream), self._top_k.get(stream)
             self._answers[stream] = Answers(
                 logits,
@@ -175,13 +184,14 @@ class Streams(Mapping[str, Answers]):
                 reference=None if reference is None else reference.to(logits.device)[tensors["row"]],
                 rows=tensors.get("row"),
                 hidden=_answer_positions(hidden, labels),
-                theta0=None if self._theta0 is None else partial(self._at_theta0, tensors),
+                theta0=None if self._theta0 is None else partial(self._at_theta0, tensors, options),
                 top_k=None if top_k is None else top_k.rows(tensors["row"]).to(logits.device),
+                attention=tensors.get("attention_mask") if options else None,
             )
         return self._answers[stream]
 
-    def _at_theta0(self, tensors: Mapping[str, Tensor]) -> Answers:
-        logits, labels, hidden = self._theta0.run(tensors, self._layers)
+    def _at_theta0(self, tensors: Mapping[str, Tensor], options: Mapping[str, bool]) -> Answers:
+        logits, labels, hidden = self._theta0(tensors, **options)
         return Answers(logits, labels, hidden=_answer_positions(hidden, labels))
 
     def __iter__(self):
@@ -190,9 +200,24 @@ class Streams(Mapping[str, Answers]):
     def __len__(self) -> int:
         return len(self.batch)
 
-    def mean(self, stream: str, values: Tensor) -> Tensor:
-        """Weighted sum of (B,) values: the mean over the global batch once ranks and micro-batches are averaged."""
-        weight = self.batch[stream]["weight"].to(values.dtype)
+    def mean(self, stream: str, values: Tensor, what: str = "values") -> Tensor:
+        """Weighted sum of (B,) values: the mean over the global batch once ranks and micro-batches are averaged.
+
+        Args:
+            stream: whose rows the values are of.
+            values: (B,).
+            what: how to name them in a message.
+
+        Raises:
+            WagleError: if they have another shape.
+        """
+        weight = self.batch[stream]["weight"]
+        wanted = f"one number for each of {len(weight)} rows, shape {tuple(weight.shape)}"
+        if not isinstance(values, Tensor):
+            raise WagleError(f"{what}: must be a tensor, {wanted}, got {type(values).__name__}")
+        if values.shape != weight.shape:
+            raise WagleError(f"{what}: must be {wanted}, got shape {tuple(values.shape)}")
+        weight = weight.to(values.dtype)
         return (weight * values.masked_fill(weight == 0, 0.0)).sum()
 
 

@@ -11,6 +11,7 @@ import torch
 from wagle_pl import distributed
 from wagle_pl.data.rows import Row
 from wagle_pl.data.template import Template
+from wagle_pl.evaluation.candidates import question_of
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.observe import Observer, Record, observe_set
 from wagle_pl.evaluation.robustness.finding import Finding
@@ -100,6 +101,8 @@ class Subject:
     def observe(self, name: str, asked: Asked, without: Collection[str] = frozenset()) -> Table:
         """Records of one test set, one a row number, in order; a meeting of all ranks.
 
+        A record has the question of the row it stands for, however that was asked: other results are found by it.
+
         Args:
             name: of the test set.
             asked: row number -> rows to ask in its place; of several the worst counts.
@@ -109,7 +112,8 @@ class Subject:
         needs = self.needs[name] - LEFT_OUT - set(without)
         header = self.suite.headers.get(name, "")
         records = observe_set(self.observer, [row for _, row in flat], needs, self.lengths[name], header)
-        return self.worst_of(name, [{**record, "row": i} for (i, _), record in zip(flat, records, strict=True)])
+        own = {i: {"row": i, "question": question_of(self.rows[name][i])} for i in asked}
+        return self.worst_of(name, [record | own[i] for (i, _), record in zip(flat, records, strict=True)])
 
     def worst_of(self, name: str, records: list[Record]) -> Table:
         """Annotate records of a test set, and keep the worst of each row; a meeting of all ranks."""

@@ -25,6 +25,7 @@ class Observations:
         reference: results of the reference model of the reference attack, if given.
         truth_ratio_form: ``geometric`` or ``arithmetic``.
         general: measures of general ability found elsewhere, name -> value.
+        tofu_retrained: results of the retrained model on whatever forget rows, for TOFU's own forget quality, if given.
     """
 
     tables: Mapping[str, Table]
@@ -32,6 +33,7 @@ class Observations:
     reference: Optional[Results] = None
     truth_ratio_form: TruthRatioForm = "geometric"
     general: Mapping[str, float] = field(default_factory=dict)
+    tofu_retrained: Optional[Results] = None
 
     def table(self, name: str) -> Table:
         """The records of a test set.

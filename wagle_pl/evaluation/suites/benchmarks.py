@@ -157,7 +157,7 @@ class DetoxSuite(Suite):
     """
 
     sets = ("prompts", "wikitext")
-    needs: ClassVar[Mapping[str, Collection[str]]] = {"prompts": {"generation", "toxicity"}}
+    needs: ClassVar[Mapping[str, Collection[str]]] = {"prompts": {"generation"}}
     forget_sets = ("forget", "prompts")
 
     def needs_of(self, name: str, names: Collection[str]) -> frozenset[str]:

@@ -24,7 +24,7 @@ def scores(table: Table, attack: str, reference: Optional[Table] = None) -> Tens
     Args:
         table: records of a test set.
         attack: one of :data:`ATTACKS`.
-        reference: a reference model's records of the same set, for ``reference``.
+        reference: a reference model's records of the same rows, for ``reference``.
 
     Raises:
         Undefined: if the records lack what the attack needs.
@@ -40,7 +40,7 @@ def scores(table: Table, attack: str, reference: Optional[Table] = None) -> Tens
             raise Undefined("it needs the results of a reference model: give --model.reference")
         return found.nll() - SetMeasures(reference).nll()
     if attack == "gradnorm":
-        return -found.numbers("gradient_norm", "gradient norms (--model.gradient_norm true)")
+        return found.numbers("gradient_norm", "gradient norms (--model.gradient_norm true)")
     logprobs = [torch.tensor(row) for row in found.column("logprobs", "log-probabilities of tokens")]
     if attack == "min_k":
         return torch.tensor([F.min_k(row, K) for row in logprobs], dtype=torch.float64)
@@ -57,8 +57,9 @@ def auc(seen: Observations, members: str, nonmembers: str, attack: str) -> float
     """
     sides = []
     for name in (members, nonmembers):
-        reference = seen.reference.table(name) if attack == "reference" and seen.reference else None
-        sides.append(scores(seen.table(name), attack, reference))
+        table = seen.table(name)
+        reference = seen.reference.beside(name, table) if attack == "reference" and seen.reference else None
+        sides.append(scores(table, attack, reference))
     return F.membership_auc(*sides)
 
 

@@ -10,7 +10,8 @@ import torch
 from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation import tofu
 from wagle_pl.evaluation.functional import Undefined
-from wagle_pl.evaluation.sets import MEMORISATION, SetMeasures, Value, attempt
+from wagle_pl.evaluation.results import Results
+from wagle_pl.evaluation.sets import MEMORISATION, SetMeasures, Table, Value, attempt
 from wagle_pl.evaluation.suites import membership
 from wagle_pl.evaluation.suites.base import Observations, Suite, defined, of_set
 from wagle_pl.evaluation.suites.catalogue import Info
@@ -21,17 +22,22 @@ WAGLE_K = 0.2  # WAGLE's code reports Min-10% to Min-60%; this is the Min-K% pap
 class TOFUSuite(Suite):
     """TOFU (arXiv 2401.06121) on ``forget``, ``retain``, ``real_authors`` and ``world_facts``.
 
-    Model utility and forget quality are TOFU's; exact memorisation, extraction strength, membership inference and
-    privacy leakage OpenUnlearning's (the last two against a test set ``holdout``). ``ue_average`` and ``ut_average``
-    are the averages of WAGLE's table 1 (arXiv 2410.17509), whose parts are here as ``wagle/…``: UE of forget quality
-    (as its code has it: the forget rows' truth ratios against the *retain rows'*, of the same model), membership
-    inference (forget against retain rows), 1 − forget accuracy and 1 − ROUGE-L; UT of accuracy and ROUGE-L on retain,
-    real authors and world facts. With sentence embeddings the accuracies are WAGLE's own, otherwise by likelihood;
-    with ``paraphrased`` observed, truth ratio and forget accuracy are asked with the paraphrased questions, as there.
+    Model utility and forget quality are TOFU's, forget quality of the same questions on both sides (on request
+    ``tofu/forget_quality`` beside it, of whatever rows the results hold, as TOFU's script has it); exact
+    memorisation, extraction strength, membership inference and privacy leakage OpenUnlearning's (the last two
+    against a test set ``holdout``). ``ue_average`` and ``ut_average`` are the averages of WAGLE's table 1 (arXiv
+    2410.17509), whose parts are here as ``wagle/…``: UE of forget quality (as its code has it: the forget rows'
+    truth ratios against the *retain rows'*, of the same model), membership inference (forget against retain rows),
+    1 − forget accuracy and 1 − ROUGE-L; UT of accuracy and ROUGE-L on retain, real authors and world facts. With
+    sentence embeddings the accuracies are WAGLE's own, otherwise by likelihood; with ``paraphrased`` observed,
+    truth ratio and forget accuracy are asked with the paraphrased questions, as there.
     """
 
     sets = ("forget", *tofu.UTILITY_SETS)
     infos: ClassVar[Mapping[str, Info]] = {
+        "tofu/forget_quality": Info("p-value", "higher",
+                                    "KS test of the forget rows' truth ratios against the retrained model's, whatever "
+                                    "rows the two results hold: no questions are compared (TOFU's script)"),
         "wagle/forget_quality": Info("p-value", "higher",
                                      "KS test of forget against retain rows' truth ratios, this model (WAGLE's code)"),
         "wagle/mia": Info("AUC, 0 to 1", "higher",
@@ -61,6 +67,8 @@ class TOFUSuite(Suite):
         found["model_utility"] = attempt(lambda: tofu.model_utility(defined(found, *parts)))
         if "forget" in seen.tables:
             found["forget_quality"] = attempt(_forget_quality, seen)
+            if seen.tofu_retrained is not None:
+                found["tofu/forget_quality"] = attempt(_tofu_forget_quality, seen, seen.tofu_retrained)
             if "holdout" in seen.tables:
                 found |= membership.measures(seen, "forget", "holdout")
             found |= self._wagle(seen, found)
@@ -102,9 +110,16 @@ class TOFUSuite(Suite):
 def _forget_quality(seen: Observations) -> float:
     if seen.retrained is None:
         raise Undefined("it compares with the retrained model: give --model.retrained")
-    sides = (seen.table("forget"), seen.retrained.table("forget"))
-    here, there = (SetMeasures(table, form=seen.truth_ratio_form).ratios() for table in sides)
-    return F.ks_test(here, there)[1]
+    here = seen.table("forget")
+    return _same_distribution(seen, here, seen.retrained.beside("forget", here))
+
+
+def _tofu_forget_quality(seen: Observations, retrained: Results) -> float:
+    return _same_distribution(seen, seen.table("forget"), retrained.table("forget"))
+
+
+def _same_distribution(seen: Observations, *sides: Table) -> float:
+    return F.ks_test(*(SetMeasures(table, form=seen.truth_ratio_form).ratios() for table in sides))[1]
 
 
 def _embedded(seen: Observations, name: str) -> bool:
