@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
 
@@ -14,3 +14,6 @@ class PowerSGD(DDPStrategy):
     def __init__(self, **kwargs: Any) -> None:
         state = PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2, min_compression_rate=0.1)
         super().__init__(ddp_comm_state=state, ddp_comm_hook=powerSGD_hook, **kwargs)
+
+
+StrategyRegistry.register("power_sgd", PowerSGD, description="DDP with PowerSGD", override=True)

@@ -96,6 +96,8 @@ def _read(stream: Any, answers: queue.Queue) -> None:
 
 def serve() -> None:
     """Be one of the processes."""
+    import power  # noqa: F401  registers a strategy by name
+
     from wagle_pl import cli, distributed
 
     distributed.leave = lambda: None  # the next command meets the same ranks

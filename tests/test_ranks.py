@@ -164,7 +164,7 @@ def test_frozen_means_frozen_with_a_communication_hook(run: Any, tiny_model: str
     """PowerSGD changes all entries of the gradients that it is given."""
     options = ["--model.objective", "GradDiff", "--model.mask", mask, "--optimizer", "AdamW", "--optimizer.lr", "1e-3",
                "--optimizer.weight_decay", "0.1"]  # fmt: skip
-    folder = run("power.PowerSGD", "UnlearnModule", *options, output="power", **{"trainer.max_steps": 6})
+    folder = run("power_sgd", "UnlearnModule", *options, output="power", **{"trainer.max_steps": 6})
     assert frozen_moved(folder, tiny_model, WeightMask.load(mask)) == 0
     assert difference(weights(Path(tiny_model)), weights(folder)) > 1e-3
 

@@ -1,4 +1,4 @@
-"""Peak memory of a rank, as ``wagle plan`` predicts it and as it is: two CPU processes, one case after the other.
+"""Peak memory of a rank, as ``wagle plan`` predicts it and as it is: one or two CPU processes, case after case.
 
     bin/bench plan [--model FOLDER] [--cases NAME,NAME] [--output FILE]
 
@@ -31,7 +31,7 @@ from wagle_pl.utilities import WagleError, atomic_path
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ("attribution", "unlearning")
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+STRATEGIES = ("one", "ddp", "zero1", "zero2", "zero3")
 PRECISIONS = ("32-true", "bf16-true")
 CASES = {f"{task}-{name}-{precision}": (task, name, precision) for precision, task, name in
          product(PRECISIONS, TASKS, STRATEGIES)}  # fmt: skip
@@ -70,19 +70,24 @@ class Peak(L.Callback):
             Path(self.answer).write_text(json.dumps(found), encoding="utf-8")
 
 
+def ranks_of(strategy: str) -> int:
+    """Processes of a case."""
+    return 1 if strategy == "one" else RANKS
+
+
 def command(task: str, strategy: str, precision: str, model: str, scratch: Path) -> list[str]:
     """Arguments of ``wagle fit`` for a case: a few short rows, three steps."""
     named: dict[str, Any] = {
         "data": "PeopleDataModule",
         "data.batch_size": ROWS,
-        "data.limit_forget": 3 * ROWS * RANKS,
-        "data.limit_retain": 3 * ROWS * RANKS,
+        "data.limit_forget": 3 * ROWS * ranks_of(strategy),
+        "data.limit_retain": 3 * ROWS * ranks_of(strategy),
         "trainer.accelerator": "cpu",
-        "trainer.devices": RANKS,
+        "trainer.devices": ranks_of(strategy),
         "trainer.precision": precision,
         "trainer.max_epochs": 1,
-        "trainer.strategy": "ddp" if strategy == "ddp" else "ZeRO",
-        **({} if strategy == "ddp" else {"trainer.strategy.stage": strategy[-1]}),
+        "trainer.strategy": {"one": "auto", "ddp": "ddp"}.get(strategy, "ZeRO"),
+        **({"trainer.strategy.stage": strategy[-1]} if strategy.startswith("zero") else {}),
         **{f"trainer.{name}": "false" for name in ("logger", "enable_checkpointing", "enable_progress_bar",
                                                    "enable_model_summary")},
         "trainer.callbacks+": "plan.Peak",
@@ -126,7 +131,8 @@ def compare(case: tuple[str, str, str], shape: planning.Architecture, model: str
     """Measured and predicted peak of a case, in bytes."""
     task, strategy, precision = case
     found = measure(case, model, scratch)
-    run = planning.Run(task, strategy, RANKS, precision, "cpu", DENSITY, batch_size=ROWS,
+    planned = "auto" if strategy == "one" else strategy
+    run = planning.Run(task, planned, ranks_of(strategy), precision, "cpu", DENSITY, batch_size=ROWS,
                        max_length=found["max_length"])  # fmt: skip
     moment, predicted = planning.peak(shape, run)
     return {"task": task, "strategy": strategy, "precision": precision, "measured": found["peak"],
