@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from wagle_pl import distributed
 from wagle_pl.bits import pack_bits, unpack_bits
+from wagle_pl.layers import is_linear
 from wagle_pl.masks import WeightMask
 from wagle_pl.models import assign, gathered
 
@@ -71,7 +72,7 @@ def put_(dense: Tensor, index: Tensor, values: Tensor) -> None:
     flat = dense.view(-1)
     chunk = CHUNK if dense.device.type == "cpu" else GPU_CHUNK
     for places, part in zip(index.split(chunk), values.split(chunk), strict=True):
-        flat.scatter_(0, places.long(), part.to(dense.dtype))
+        flat.put_(places.long(), part.to(dense.dtype))
 
 
 @torch.no_grad()
@@ -141,7 +142,8 @@ class SelectedTensor:
         self._index: Optional[Tensor] = None
         self._packed: Optional[Tensor] = None
         self._lower: Optional[Tensor] = None
-        self._written: Any = None
+        self._narrow: Optional[Tensor] = None
+        self._written: dict[torch.dtype, Any] = {}
         if selected is not None and not selected.any():
             parameter.requires_grad_(False)
             return
@@ -163,7 +165,7 @@ class SelectedTensor:
             values = values.new_empty(0)
         self.values = nn.Parameter(values)
         parameter.requires_grad_(False)
-        self._written = self._version()
+        self._written = {parameter.dtype: self._version()}
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -233,38 +235,59 @@ class SelectedTensor:
             dense.copy_(values)
 
     def _version(self) -> Any:
-        return self.values._version, self.values.data_ptr()
+        return None if self.values is None else (self.values._version, self.values.data_ptr())
 
     def changed(self) -> None:
         """Write the values before the dense tensor is read again: they may have changed without torch's knowledge."""
-        self._written = None
+        if self.values is not None:
+            self._written.clear()
+
+    def write(self) -> Tensor:
+        """Write the values into the dense tensor, if they have changed since it was last done; returns it."""
+        return self._updated(self.parameter)
 
     @torch.no_grad()
-    def write(self) -> None:
-        """Write the values into the dense tensor, if they have changed since it was last done."""
-        if self.values is None or self.is_plain or self.is_split or self._written == self._version():
-            return
-        self._put(self.parameter, self.values)
-        self._written = self._version()
+    def _updated(self, dense: Tensor) -> Tensor:
+        if self.values is not None and not self.is_plain and not self.is_split:
+            version = self._version()
+            if self._written.get(dense.dtype) != version:
+                self._put(dense, self.values)
+                self._written[dense.dtype] = version
+        return dense
+
+    def _for_autocast(self) -> Optional[Tensor]:
+        """The tensor in autocast's dtype, which it would make anew of a dense tensor in each forward pass; None where
+        there is no autocast, or nothing to cast."""
+        device = self.parameter.device.type
+        dtype = torch.get_autocast_dtype(device)
+        if not torch.is_autocast_enabled(device) or self.parameter.dtype != torch.float32 or dtype == torch.float32:
+            return None
+        if self._narrow is None or self._narrow.dtype != dtype:
+            self._narrow = self.write().detach().to(dtype)
+            self._written[dtype] = self._version()
+        return self._updated(self._narrow)
 
     # -- the forward and the backward pass ----------------------------------------------------------------------------
 
-    def weight(self) -> Tensor:
-        """What a layer computes with."""
+    def weight(self, multiplies: bool = False) -> Tensor:
+        """What a layer computes with; in autocast's dtype if all it does is to multiply matrices (``multiplies``)."""
         if self.at_theta0 and self.theta0 is not None:
             return self._with(self.theta0)
-        if self.is_plain or (self.values is None and not self.keeps_dense_gradient):
+        if self.is_plain:
             return self.parameter
         if self.is_sharded:
+            if self.values is None:
+                return self.parameter
             if self.parameter.numel() < self.parameter.ds_numel:
                 return self.parameter  # not gathered: somebody wants to know its dtype or device
             return _Select.apply(self.values, self._with(self.values.detach()), self)
-        self.write()
-        if not torch.is_grad_enabled():
-            return self.parameter
+        narrow = self._for_autocast() if multiplies else None
+        dense = self.write() if narrow is None else narrow
+        if not torch.is_grad_enabled() or (self.values is None and not self.keeps_dense_gradient):
+            return dense
         # a frozen tensor whose gradient is asked for needs something that requires one
         values = torch.zeros((), requires_grad=True) if self.values is None else self.values
-        return _Select.apply(values, self.parameter, self)
+        return _Select.apply(values, dense, self)
 
     def _with(self, values: Tensor) -> Tensor:
         """A new tensor with these values at the selected places."""
@@ -301,6 +324,7 @@ class SelectedTensor:
         if not self.is_plain and not self.is_sharded:
             self.parameter.data = fn(self.parameter.data)
         device = self.parameter.device
+        self._narrow = None
         for name in ("_index", "_packed", "_lower"):
             if getattr(self, name) is not None:
                 setattr(self, name, getattr(self, name).to(device))
@@ -318,7 +342,7 @@ class SelectedTensor:
         Args:
             dtype: of the dense tensor from now on; its own when None.
         """
-        self.at_theta0, self.keeps_dense_gradient = False, False
+        self.at_theta0, self.keeps_dense_gradient, self._narrow = False, False, None
         if self.is_sharded:
             if self.is_partial:
                 import deepspeed
@@ -545,8 +569,10 @@ def _hold(module: nn.Module, held: dict[str, SelectedTensor]) -> Callable[[], No
             self._parameters[name] = kept.get(name) if name in kept else self._parameters.pop(name)
         return self
 
+    multiplies = is_linear(module)
+
     def reader(leaf: str) -> property:
-        return property(lambda self: self.__dict__["_selected"][leaf].weight())
+        return property(lambda self: self.__dict__["_selected"][leaf].weight(multiplies and leaf == "weight"))
 
     members = {"_apply": apply, "__module__": own_class.__module__, **{leaf: reader(leaf) for leaf in held}}
     module.__dict__["_selected"] = held
