@@ -31,6 +31,17 @@ def unpack_bits(packed: Tensor, shape: Iterable[int]) -> Tensor:
     return ((packed.unsqueeze(1) & powers) != 0).view(-1)[: prod(shape)].view(shape)
 
 
+def places_of_bits(packed: Tensor, size: int) -> Tensor:
+    """(k,) int64 places of the set bits among ``size`` packed ones, in order, on the device of ``packed``.
+
+    >>> places_of_bits(torch.tensor([9], dtype=torch.uint8), 4)
+    tensor([0, 3])
+    """
+    if packed.device.type == "cpu":  # several times as fast as torch's nonzero
+        return torch.from_numpy(np.flatnonzero(np.unpackbits(packed.numpy(), count=size, bitorder="little")))
+    return unpack_bits(packed, (size,)).nonzero().view(-1)
+
+
 def count_bits(packed: Tensor) -> int:
     """Number of set bits in a packed ``uint8`` tensor."""
     counts = sum(torch.bincount(part, minlength=256) for part in packed.reshape(-1).cpu().split(CHUNK))

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from wagle_pl import distributed
-from wagle_pl.bits import pack_bits, unpack_bits
+from wagle_pl.bits import pack_bits, places_of_bits
 from wagle_pl.layers import is_linear
 from wagle_pl.masks import WeightMask
 from wagle_pl.models import assign, gathered
@@ -194,7 +194,7 @@ class SelectedTensor:
         """(selected,) places of the values in the flattened tensor, of which some are selected."""
         if self._index is not None:
             return self._index
-        return unpack_bits(self._packed, (self.parameter.numel(),)).nonzero().view(-1)
+        return places_of_bits(self._packed, self.parameter.numel())
 
     def taken(self, dense: Tensor, dtype: torch.dtype) -> Tensor:
         """A new tensor of the selected entries of a dense one, in a dtype."""
@@ -221,10 +221,14 @@ class SelectedTensor:
     @contextmanager
     def whole_values(self) -> Iterator[None]:
         """Split values and their gradient as ``values`` and ``values.grad``, in fp32, for an optimiser's step."""
+        if self._packed is not None:
+            self._index = self.index  # once for all of this
         self.values.data = self.value()
         self.values.grad, self.gradient = None if self.gradient is None else self.gradient.float(), None
         yield
         self.store(self.values.data)
+        if self._packed is not None:
+            self._index = None
         self.values.grad = None
         self.values.data = self.values.data.new_empty(0)
 
