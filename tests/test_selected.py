@@ -339,3 +339,29 @@ def test_gradients_of_halves_have_their_dtype(dtype: torch.dtype) -> None:
         model.down(torch.ones(2, 5, dtype=torch.bfloat16)).sum().backward()
         gradient = selected.tensors["down.weight"].gradient
         assert gradient.dtype == dtype and (gradient == 2 * step).all()
+
+
+@pytest.mark.parametrize("split", [None, torch.bfloat16])
+@pytest.mark.parametrize("package", ["bitsandbytes.optim", "torchao.optim"])
+def test_optimizers_with_state_of_eight_bits(package: str, split: torch.dtype | None) -> None:
+    make = pytest.importorskip(package).AdamW8bit
+    moved = {}
+    for name, kind, halves in (("exact", torch.optim.AdamW, None), ("low", make, split)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(256, 200), nn.Tanh(), nn.Linear(200, 64)).bfloat16()
+        mask = WeightMask.from_bools({n: torch.rand(p.shape) < 0.4 for n, p in model.named_parameters()})
+        before, inputs = weights(model), torch.randn(16, 256).bfloat16()
+        selected = SelectedWeights(model, mask, split=halves)
+        optimizer = kind(list(model.parameters()), lr=1e-3)
+        if halves is not None:
+            selected.step_by_tensor(optimizer)
+        for _ in range(6):
+            optimizer.zero_grad()
+            model(inputs).float().square().mean().backward()
+            optimizer.step()
+            selected.changed()
+        values = {n: t.value().clone() for n, t in selected.tensors.items()}
+        moved[name] = torch.cat([values[n].view(-1) - before[n][mask[n]].float() for n in values])
+        selected.release()
+        assert all(torch.equal(p[~mask[n]], before[n][~mask[n]]) for n, p in model.named_parameters())
+    assert torch.nn.functional.cosine_similarity(moved["exact"], moved["low"], dim=0) > 0.99
