@@ -191,6 +191,21 @@ def test_precisions_and_strategies_move_selected_weights_alike(run: Any, tiny_mo
         assert float(torch.nn.functional.cosine_similarity(moved, exact, dim=0)) > 0.95, name
 
 
+@pytest.mark.parametrize("name", ["zero1", "zero2"])
+def test_an_odd_number_of_selected_weights(run: Any, tiny_model: str, mask: str, name: str):
+    """DeepSpeed's buckets, no larger than what is trained, must hold an even number."""
+    bits = WeightMask.load(mask)
+    bools = {parameter: bits[parameter] for parameter in bits}
+    if bits.count() % 2 == 0:
+        first = next(parameter for parameter in bits if bits.count(parameter))
+        bools[first].view(-1)[int(bools[first].view(-1).int().argmax())] = False
+    odd = WeightMask.from_bools(bools)
+    assert odd.count() % 2
+    options = ["--model.objective", "GradDiff", "--model.mask", str(odd.save("odd"))]
+    folder = run(name, "UnlearnModule", *options, output="odd-out", **{"trainer.max_steps": 2})
+    assert frozen_moved(folder, tiny_model, odd) == 0
+
+
 @pytest.mark.parametrize("name", ZERO)
 def test_frozen_means_frozen_in_bf16(run: Any, tiny_model: str, mask: str, name: str):
     """Loading rounds the model's fp32 weights; what was frozen is written as it was stored."""

@@ -186,7 +186,7 @@ class ZeRO(DeepSpeedStrategy):
         weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
         for option in ("reduce_bucket_size", "allgather_bucket_size"):
             if isinstance(zero.get(option), int):
-                zero[option] = max(1024, min(zero[option], weights))
+                zero[option] = min(zero[option], -(-weights // 1024) * 1024)  # DeepSpeed wants an even number
         super()._initialize_deepspeed_train(model)
 
     @property
