@@ -262,9 +262,11 @@ def peak_memory() -> int:
 def ready_to_run() -> None:
     """What a command that runs models sets first: no progress bars of transformers', and DeepSpeed told of a CPU."""
     import torch
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     disable_progress_bar()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ or os.environ["TRANSFORMERS_VERBOSITY"] == "error":
+        set_verbosity_error()  # it may have been imported before the variable was set
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find this out
 
