@@ -280,8 +280,11 @@ class FinetuneModule(EvaluationModule):
         gradient_clip_val: Optional[float] = None,
         gradient_clip_algorithm: Optional[str] = None,
     ) -> None:
-        """Clip the gradients of the weights that move."""
-        if self.values != "split":
+        """Clip the gradients of the weights that move by their own norm or, if asked, by that of all weights."""
+        if self.selected.keeps_dense_gradients and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            self.selected.clip_by_dense_norm(gradient_clip_val, 1.0 if scaler is None else scaler.get_scale())
+        elif self.values != "split":
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val and gradient_clip_algorithm == "value":
             for _, gradient in self.selected.gradients():
@@ -619,19 +622,6 @@ class UnlearnModule(FinetuneModule):
                     self.mask_file,
                     other,
                 )
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: Optional[float] = None,
-        gradient_clip_algorithm: Optional[str] = None,
-    ) -> None:
-        """Clip the gradients of selected weights by their own norm or, if asked, by that of all weights."""
-        if self.selected.keeps_dense_gradients and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-            self.selected.clip_by_dense_norm(gradient_clip_val, 1.0 if scaler is None else scaler.get_scale())
-            return
-        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # -- θ₀ -----------------------------------------------------------------------------------------------------------
 
