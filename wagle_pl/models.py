@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from wagle_pl import distributed
 from wagle_pl.names import layer_of
 from wagle_pl.tensorfiles import DTYPES, INDEX_FILE, SINGLE_FILE, TensorFiles, write_tensors
-from wagle_pl.utilities import WagleError, absent, atomic_path, first_line, plainly_local
+from wagle_pl.utilities import WagleError, absent, atomic_path, errors_only, first_line, plainly_local
 
 CARD_FILE = "README.md"
 ADAPTER_FILE = "adapter_config.json"  # of a folder that holds an adapter and names its base
@@ -61,7 +60,7 @@ def load_model(
         return _merged(load_model(base, dtype, attn_implementation=attn_implementation), name)
     source, options = locate(name)
     dtype = dtype or torch.get_default_dtype()
-    with loading(f"model {name!r}", name), _without_report():
+    with loading(f"model {name!r}", name), errors_only("transformers.modeling_utils"):
         model, found = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **attention, **options
         )
@@ -72,18 +71,6 @@ def load_model(
             del model.config.quantization_config
     model.config.use_cache = False
     return model
-
-
-@contextmanager
-def _without_report() -> Iterator[None]:
-    """No table of transformers' of weights that do not fit: what matters of it, :func:`_check_found` says."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _check_found(name: str, model: nn.Module, found: Mapping[str, Any]) -> None:

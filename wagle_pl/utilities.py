@@ -221,6 +221,18 @@ def trainer_in_the_making() -> Iterator[None]:
 
 
 @contextmanager
+def errors_only(name: str) -> Iterator[None]:
+    """A library's logger, by name, says errors alone while inside."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
 def silence() -> Iterator[None]:
     """No reports, tables and library warnings while inside; the package's own warnings and all errors still show."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "wagle_pl")]

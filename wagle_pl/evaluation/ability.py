@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -18,7 +16,7 @@ from wagle_pl import distributed
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.sets import Value
 from wagle_pl.evaluation.suites.catalogue import Info
-from wagle_pl.utilities import WagleError
+from wagle_pl.utilities import WagleError, errors_only
 
 PREFIX = "ability"
 MISSING = "model.lm_eval needs lm-evaluation-harness: pip install 'wagle-pl[ability]'"
@@ -80,7 +78,7 @@ class Harness:
         for name in names:
             if "/" in name and not _is_task_name(name):
                 raise WagleError(f"model.lm_eval: folder {name} does not exist")
-        with _quiet():
+        with errors_only("lm_eval"):
             self.manager = TaskManager(include_path=folders or None, include_defaults=bool(names))
             for folder in folders:
                 own = TaskManager(include_path=folder, include_defaults=False)
@@ -113,7 +111,7 @@ class Harness:
         from lightning.pytorch.utilities.seed import isolate_rng
         from lm_eval import simple_evaluate
 
-        with _quiet(), isolate_rng():
+        with errors_only("lm_eval"), isolate_rng():
             wrapped = _wrap(lm, tokenizer, batch_size, shared=not sharded)
             try:
                 results = simple_evaluate(
@@ -180,15 +178,3 @@ class _Meeting:
 
 def _is_task_name(name: str) -> bool:
     return not (name.startswith((".", "/", "~")) or name.endswith("/"))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The harness tells what it does in many lines; its errors stay."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
