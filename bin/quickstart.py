@@ -15,10 +15,11 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
-from wagle_pl import cli
+from wagle_pl.cli import app as cli
+from wagle_pl.core.environment import silence
+from wagle_pl.core.errors import WagleError
 from wagle_pl.data.people import bundled
-from wagle_pl.models import create_tiny_llama
-from wagle_pl.utilities import WagleError, silence
+from wagle_pl.lm.models import create_tiny_llama
 
 RUNS = Path("runs/people")
 CONFIGS = "configs/people"
@@ -48,7 +49,9 @@ def main() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     started = time.monotonic()
     sets = ("forget", "retain", "holdout", "real_authors", "world_facts")
-    texts = [row[column] for name in sets for row in bundled(name) for column in ("question", "answer")]
+    texts = [
+        row[column] for name in sets for row in bundled(name) for column in ("question", "answer")
+    ]
     create_tiny_llama(RUNS / "base", texts, hidden_size=192, layers=2, heads=6)
     print(f"a tiny Llama with random weights is in {RUNS}/base; now:", flush=True)
 
@@ -59,29 +62,46 @@ def main() -> None:
             cli.run(cli.expand_bases(shlex.split(command + " --model.overwrite true")))
         print(f"   [{time.monotonic() - step:.0f} s]", flush=True)
 
-    rows = {"target": "target", "retrained": "retrained", **{row: name for row, (name, _) in UNLEARNED.items()}}
+    rows = {
+        "target": "target",
+        "retrained": "retrained",
+        **{row: name for row, (name, _) in UNLEARNED.items()},
+    }
     wagle(f"fit --config {CONFIGS}/finetune.yaml")
-    wagle(f"fit --config {CONFIGS}/finetune.yaml --model.train_on retain --model.output {RUNS}/retrained")
+    wagle(
+        f"fit --config {CONFIGS}/finetune.yaml --model.train_on retain --model.output {RUNS}/retrained"
+    )
     wagle(f"fit --config {CONFIGS}/attribute.yaml")
-    wagle(f"fit --config {CONFIGS}/attribute.yaml --model.score random --model.output {RUNS}/masks/random")
+    wagle(
+        f"fit --config {CONFIGS}/attribute.yaml --model.score random --model.output {RUNS}/masks/random"
+    )
     for name, options in UNLEARNED.values():
         wagle(f"fit --config {CONFIGS}/unlearn_npo.yaml --model.output {RUNS}/{name} {options}")
     for name in ("retrained", *(name for name in rows.values() if name != "retrained")):
         against = "" if name == "retrained" else f" --model.retrained {RUNS}/retrained/test"
         folders = f"--model.model {RUNS}/{name} --model.output {RUNS}/{name}/test"
         wagle(f"test --config {CONFIGS}/test.yaml {folders}{against}")
-    results = {row: json.loads((RUNS / name / "test/metrics.json").read_text()) for row, name in rows.items()}
+    results = {
+        row: json.loads((RUNS / name / "test/metrics.json").read_text())
+        for row, name in rows.items()
+    }
     print(f"\n{table(results)}\n")
     seconds = time.monotonic() - started
-    print(f"forget quality is the p-value against the retrained model's answers; {seconds:.0f} s in all")
-    print(f"models, masks and every generation are in {RUNS}/ (metrics.json and *.parquet in each <model>/test)")
+    print(
+        f"forget quality is the p-value against the retrained model's answers; {seconds:.0f} s in all"
+    )
+    print(
+        f"models, masks and every generation are in {RUNS}/ (metrics.json and *.parquet in each <model>/test)"
+    )
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
     """The results as a Markdown table."""
     lines = ["| model | " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * len(COLUMNS)]
     for row, metrics in results.items():
-        numbers = " | ".join(f"{metrics[key]:.3g}" if key in metrics else "" for key in COLUMNS.values())
+        numbers = " | ".join(
+            f"{metrics[key]:.3g}" if key in metrics else "" for key in COLUMNS.values()
+        )
         lines.append(f"| {row} | {numbers} |")
     return "\n".join(lines)
 

@@ -22,14 +22,16 @@ from hypothesis import HealthCheck, settings
 from ranks import Ranks
 from safetensors.torch import load_file
 
-from wagle_pl import cli
+from wagle_pl.cli import app as cli
 from wagle_pl.data.people import bundled
-from wagle_pl.models import create_tiny_llama
+from wagle_pl.lm.models import create_tiny_llama
 
 real_run = cli.run
 
 # the same examples everywhere, and none too slow: what a machine is busy with is no finding about the code
-settings.register_profile("wagle", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "wagle", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("wagle")
 
 TOFU = Path(__file__).parents[2] / "shared/data/tofu"
@@ -60,7 +62,9 @@ def heard(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture
     """What the package logs, once, though the command line keeps it from other loggers."""
     cli.quiet()
     package = logging.getLogger("wagle_pl")
-    attached = caplog.handler in package.handlers  # by pytest, if the logger was like this before the test
+    attached = (
+        caplog.handler in package.handlers
+    )  # by pytest, if the logger was like this before the test
     package.addHandler(caplog.handler)
     yield caplog
     if not attached:
@@ -113,7 +117,9 @@ def environment() -> dict[str, str]:
 def same_bits(a: str, b: str) -> bool:
     """Whether two model folders hold the same weights, bit for bit."""
     first, second = load_file(f"{a}/model.safetensors"), load_file(f"{b}/model.safetensors")
-    return all(torch.equal(first[name].view(torch.int32), second[name].view(torch.int32)) for name in first)
+    return all(
+        torch.equal(first[name].view(torch.int32), second[name].view(torch.int32)) for name in first
+    )
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -153,7 +159,11 @@ def fails(wagle: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
         with pytest.raises(SystemExit) as exit_:
             cli.main([str(a) for a in args])
         assert exit_.value.code == 2
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("wagle: error: ")]
+        lines = [
+            line
+            for line in capsys.readouterr().err.splitlines()
+            if line.startswith("wagle: error: ")
+        ]
         assert len(lines) == 1
         return lines[0]
 

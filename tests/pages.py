@@ -11,18 +11,22 @@ from typing import Any, Optional
 import pytest
 import torch
 
-from wagle_pl import cli
+from wagle_pl.cli import app as cli
 from wagle_pl.evaluation.results import write_json
 from wagle_pl.evaluation.suites import TOFUSuite
 from wagle_pl.evaluation.tables import write_table
 from wagle_pl.masks import WeightMask
-from wagle_pl.report.html import VOID
-from wagle_pl.report.svg import COLOURS
+from wagle_pl.study.report.html import VOID
+from wagle_pl.study.report.svg import COLOURS
 
 EVIL = "</title><script>alert(1)</script><img src='https://example.org/x.png' onerror=alert(2)> & $x_1$"
 SHAPES = {
     "model.embed_tokens.weight": (9, 4),
-    **{f"model.layers.{i}.{name}.weight": (6, 4) for i in range(2) for name in ("self_attn.q_proj", "mlp.up_proj")},
+    **{
+        f"model.layers.{i}.{name}.weight": (6, 4)
+        for i in range(2)
+        for name in ("self_attn.q_proj", "mlp.up_proj")
+    },
 }
 
 
@@ -102,12 +106,22 @@ def read(page: str) -> Node:
     assert not loading & {node.tag for node in nodes}
     for node in nodes:
         for name, value in node.attributes.items():
-            assert not name.startswith("on") and name not in ("src", "srcset", "xlink:href", "action", "data")
+            assert not name.startswith("on") and name not in (
+                "src",
+                "srcset",
+                "xlink:href",
+                "action",
+                "data",
+            )
             assert name != "href" or value.startswith("#"), value
             assert "url(" not in (value or ""), value
     styles = "".join(node.text for node in root.all("style"))
-    assert "url(" not in styles and "@import" not in styles and "prefers-color-scheme: dark" in styles
-    assert "http" not in re.sub(r">[^<]*<", "><", page).replace("http-equiv", "")  # none but in texts
+    assert (
+        "url(" not in styles and "@import" not in styles and "prefers-color-scheme: dark" in styles
+    )
+    assert "http" not in re.sub(r">[^<]*<", "><", page).replace(
+        "http-equiv", ""
+    )  # none but in texts
     ids = [node.attributes["id"] for node in nodes if "id" in node.attributes]
     assert len(ids) == len(set(ids))
     links = [node.attributes["href"][1:] for node in nodes if "href" in node.attributes]
@@ -115,7 +129,9 @@ def read(page: str) -> Node:
     for svg in root.all("svg"):
         assert svg.attributes["role"] == "img"
         named = {name: next(svg.all(name)) for name in ("title", "desc")}
-        assert [node.attributes["id"] for node in named.values()] == svg.attributes["aria-labelledby"].split()
+        assert [node.attributes["id"] for node in named.values()] == svg.attributes[
+            "aria-labelledby"
+        ].split()
         assert all(node.text.strip() for node in named.values())
     assert not [colour for colour in COLOURS.values() if colour in page]
     return root
@@ -139,7 +155,9 @@ def section(root: Node, name: str) -> Node:
     return next(node for node in root.all("section") if node.attributes["id"] == f"{name}-section")
 
 
-def report_page(args: Any, capsys: pytest.CaptureFixture[str], heard: pytest.LogCaptureFixture) -> tuple[Node, str]:
+def report_page(
+    args: Any, capsys: pytest.CaptureFixture[str], heard: pytest.LogCaptureFixture
+) -> tuple[Node, str]:
     """Run ``wagle report <args> -o out.html``; return the page, and what was printed and logged."""
     capsys.readouterr()
     heard.clear()
@@ -190,12 +208,19 @@ def write_run(
     info = {
         "suite": "TOFUSuite",
         "measures": {name: vars(suite.info(name)) for name in metrics},
-        "undefined": {"ue_average": {**vars(suite.info("ue_average")), "why": "it needs wagle/mia <b>which"}},
+        "undefined": {
+            "ue_average": {**vars(suite.info("ue_average")), "why": "it needs wagle/mia <b>which"}
+        },
         "rows": {"forget": 8, "retain": 9},
         "absent_sets": ["real_authors"],
     }
-    for name, table in {"forget": records("secret", knows), "retain": records("fact", keeps, 9)}.items():
-        write_table(folder / f"test/{name}.parquet", table, {"model": f"fingerprint of {folder.name}"})
+    for name, table in {
+        "forget": records("secret", knows),
+        "retain": records("fact", keeps, 9),
+    }.items():
+        write_table(
+            folder / f"test/{name}.parquet", table, {"model": f"fingerprint of {folder.name}"}
+        )
     write_json(folder / "test/metrics.json", metrics)
     write_json(folder / "test/metrics.info.json", info)
     write_json(folder / "wagle.json", {"format_version": 1, "lineage": lineage})
@@ -203,15 +228,30 @@ def write_run(
 
 
 def step(module: str, base: str, **more: Any) -> dict[str, Any]:
-    made = {"module": module, "base": base, "base_fingerprint": f"fingerprint of {Path(base).name}", "steps": 12}
-    made |= {"data": {"forget": "forget.jsonl (32 rows)", "retain": "retain.jsonl"}, "streams": ["forget", "retain"]}
-    return {**made, "seconds": 12.5, "seed": 0, "config": {"model": {"init_args": {"note": EVIL}}}, **more}
+    made = {
+        "module": module,
+        "base": base,
+        "base_fingerprint": f"fingerprint of {Path(base).name}",
+        "steps": 12,
+    }
+    made |= {
+        "data": {"forget": "forget.jsonl (32 rows)", "retain": "retain.jsonl"},
+        "streams": ["forget", "retain"],
+    }
+    return {
+        **made,
+        "seconds": 12.5,
+        "seed": 0,
+        "config": {"model": {"init_args": {"note": EVIL}}},
+        **more,
+    }
 
 
 def write_runs() -> dict[str, dict[str, float]]:
     """Target, retrained, an unlearned model within a mask and a dense one, in the working folder; name -> metrics."""
     bools = {
-        name: torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5 for name, shape in SHAPES.items()
+        name: torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
+        for name, shape in SHAPES.items()
     }
     made_by = {"score": "Wagle", "density": 0.5, "model_fingerprint": "fingerprint of target"}
     mask = WeightMask.from_bools(bools, made_by)
@@ -221,9 +261,16 @@ def write_runs() -> dict[str, dict[str, float]]:
     within = {"file": "mask.safetensors", "density": mask.density, "made_by": made_by}
     return {
         "target": write_run(Path("target"), 0.9, 0.9, [tuned]),
-        "retrained": write_run(Path("retrained"), 0.1, 0.92, [step("FinetuneModule", "base", streams=["retain"])]),
-        "masked": write_run(
-            Path("masked"), 0.2, 0.8, [tuned, step("UnlearnModule", "target", objective=objective, mask=within)]
+        "retrained": write_run(
+            Path("retrained"), 0.1, 0.92, [step("FinetuneModule", "base", streams=["retain"])]
         ),
-        "dense": write_run(Path("dense"), 0.05, 0.7, [tuned, step("UnlearnModule", "target", objective=objective)]),
+        "masked": write_run(
+            Path("masked"),
+            0.2,
+            0.8,
+            [tuned, step("UnlearnModule", "target", objective=objective, mask=within)],
+        ),
+        "dense": write_run(
+            Path("dense"), 0.05, 0.7, [tuned, step("UnlearnModule", "target", objective=objective)]
+        ),
     }

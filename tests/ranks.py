@@ -37,11 +37,17 @@ class Ranks:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),
-                  "LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_RUN_ID": "tests", "OMP_NUM_THREADS": "1",
-                  "GROUP_RANK": "0", "DS_ACCELERATOR": "cpu",
-                  "MALLOC_MMAP_THRESHOLD_": "131072",  # tensors that are freed leave the process: peaks can be compared
-                  }  # fmt: skip
+        common = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "TORCHELASTIC_RUN_ID": "tests",
+            "OMP_NUM_THREADS": "1",
+            "GROUP_RANK": "0",
+            "DS_ACCELERATOR": "cpu",
+            "MALLOC_MMAP_THRESHOLD_": "131072",  # tensors that are freed leave the process: peaks can be compared
+        }
         self.processes = [
             subprocess.Popen(
                 [sys.executable, __file__],
@@ -63,7 +69,9 @@ class Ranks:
         Raises:
             AssertionError: if a rank ends with another exit code, or none does in time.
         """
-        if any(process.poll() is not None for process in self.processes):  # since an earlier test failed
+        if any(
+            process.poll() is not None for process in self.processes
+        ):  # since an earlier test failed
             self.stop()
             self.start()
         for process in self.processes:
@@ -98,7 +106,8 @@ def serve() -> None:
     """Be one of the processes."""
     import power  # noqa: F401  registers a strategy by name
 
-    from wagle_pl import cli, distributed
+    from wagle_pl.cli import app as cli
+    from wagle_pl.core import distributed
 
     distributed.leave = lambda: None  # the next command meets the same ranks
     for line in sys.stdin:
@@ -111,7 +120,9 @@ def serve() -> None:
         try:
             done = cli.run(cli.expand_bases(args))
             answer["metrics"] = getattr(done.model, "metrics", None)
-            answer["logged"] = {name: value.item() for name, value in done.trainer.callback_metrics.items()}
+            answer["logged"] = {
+                name: value.item() for name, value in done.trainer.callback_metrics.items()
+            }
         except Exception as error:
             mistake = cli._mistake_in(error)
             answer.update(code=1 if mistake is None else 2, error=str(mistake or error))
@@ -126,7 +137,11 @@ def serve() -> None:
 
 def _memory(field: str) -> int:
     """Bytes, as Linux counts them for this process."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    (line,) = (
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field)
+    )
     return int(line.split()[1]) * 1024
 
 

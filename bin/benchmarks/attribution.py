@@ -29,10 +29,10 @@ from common import (
 )
 from torch import Tensor
 
-from wagle_pl import models
 from wagle_pl.attribution import AttributionModule, MaskSpec
 from wagle_pl.attribution.selection import select
-from wagle_pl.evaluation.likelihood import forward_answers, sequence_logprobs
+from wagle_pl.lm import models
+from wagle_pl.lm.likelihood import forward_answers, sequence_logprobs
 from wagle_pl.masks import WeightMask
 
 DENSITY = 0.2
@@ -50,7 +50,10 @@ def random_scores(model: str) -> list[tuple[str, Tensor]]:
     """
     generator = torch.Generator().manual_seed(0)
     shapes = shapes_of(model)
-    return [(name, torch.empty(shape).normal_(generator=generator).pow_(3)) for name, shape in shapes.items()]
+    return [
+        (name, torch.empty(shape).normal_(generator=generator).pow_(3))
+        for name, shape in shapes.items()
+    ]
 
 
 def selection_extra(settings: Settings) -> dict[str, int]:
@@ -80,16 +83,40 @@ def measure_selection(settings: Settings) -> list[Result]:
     def sorts() -> None:
         found["sorts"] = flat.abs().argsort(descending=True).argsort() < k
 
-    times = alternate(settings.repeats, {"ours": lambda: seconds(ours), "two_argsorts": lambda: seconds(sorts)})
+    times = alternate(
+        settings.repeats, {"ours": lambda: seconds(ours), "two_argsorts": lambda: seconds(sorts)}
+    )
     mask = WeightMask(found["ours"], {name: tensor.shape for name, tensor in scores})
     parts = found["sorts"].split([tensor.numel() for _, tensor in scores])
-    differ = sum(int((mask[name].view(-1) != part).sum()) for name, part in zip(mask, parts, strict=True))
-    raw = {"seconds": times, "scores": len(flat), "density": DENSITY, "selected": mask.count(), "expected": k}
+    differ = sum(
+        int((mask[name].view(-1) != part).sum()) for name, part in zip(mask, parts, strict=True)
+    )
+    raw = {
+        "seconds": times,
+        "scores": len(flat),
+        "density": DENSITY,
+        "selected": mask.count(),
+        "expected": k,
+    }
     raw["note"] = "argsort breaks ties at the threshold in any order: bits may differ in pairs"
     ratio = median(times["two_argsorts"]) / median(times["ours"])
     return [
-        result("selection/speed", ratio, 25, True, "x two argsorts", {**raw, "bits_that_differ": differ}),
-        result("selection/memory", extra["extra_bytes"] / extra["scores"], 1, False, "bytes a score", extra),
+        result(
+            "selection/speed",
+            ratio,
+            25,
+            True,
+            "x two argsorts",
+            {**raw, "bits_that_differ": differ},
+        ),
+        result(
+            "selection/memory",
+            extra["extra_bytes"] / extra["scores"],
+            1,
+            False,
+            "bytes a score",
+            extra,
+        ),
     ]
 
 
@@ -100,7 +127,9 @@ def attribution(settings: Settings, name: str, **options: Any) -> AttributionMod
     """A module that writes to the scratch folder; by default WAGLE's score with a scalar γ, two gradients."""
     usual = {} if "hessian" in options else {"hessian": "scalar", "gamma": GAMMA}
     output = str(Path(settings.scratch) / name)
-    return AttributionModule(model=settings.model, output=output, overwrite=True, **usual, **options)
+    return AttributionModule(
+        model=settings.model, output=output, overwrite=True, **usual, **options
+    )
 
 
 def measure_gradient_pass(settings: Settings) -> list[Result]:
@@ -130,9 +159,16 @@ def measure_gradient_pass(settings: Settings) -> list[Result]:
         },
     )
     at = {name: median(values) for name, values in speeds.items()}
-    raw = {"tokens_per_second": speeds, "ratio_to_bare_all_logits": at["trainer"] / at["bare_all_logits"]}
+    raw = {
+        "tokens_per_second": speeds,
+        "ratio_to_bare_all_logits": at["trainer"] / at["bare_all_logits"],
+    }
     raw["timed"] = "every batch but the first, with what lies between batches"
-    return [result("gradient_pass", at["trainer"] / at["bare"], 0.9, True, "x a bare loop's tokens/s", raw)]
+    return [
+        result(
+            "gradient_pass", at["trainer"] / at["bare"], 0.9, True, "x a bare loop's tokens/s", raw
+        )
+    ]
 
 
 def bare_pass(lm: Any, batches: Sequence[Any], same_logits: bool) -> float:
@@ -176,7 +212,9 @@ def measure_whole(settings: Settings) -> list[Result]:
         module = attribution(settings, "masks", masks=masks, **options)
         return seconds(lambda: fit(module, settings, max_epochs=1))
 
-    runs = alternate(settings.repeats, {"ours": ours, "plain_script": lambda: plain_script(settings)})
+    runs = alternate(
+        settings.repeats, {"ours": ours, "plain_script": lambda: plain_script(settings)}
+    )
     raw = {
         "seconds": runs,
         "seconds_with_hessian_auto": ours(hessian="auto"),
@@ -211,7 +249,10 @@ def plain_script(settings: Settings) -> dict[str, float]:
         return clock[-1] - clock[-2]
 
     lm = models.load_model(settings.model).eval()
-    sets = [padded_rows(settings, file, settings.baseline_rows) for file in (settings.forget, settings.retain)]
+    sets = [
+        padded_rows(settings, file, settings.baseline_rows)
+        for file in (settings.forget, settings.retain)
+    ]
     times = {"load": lap()}
     gradients = []
     for rows in sets:
@@ -230,7 +271,10 @@ def plain_script(settings: Settings) -> dict[str, float]:
     for density in DENSITIES[: settings.baseline_densities]:
         chosen = scores.argsort(descending=True).argsort() < int(density * len(scores))
         parts = chosen.split([shape.numel() for shape in shapes.values()])
-        bools = {name: part.view(shape).clone() for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        bools = {
+            name: part.view(shape).clone()
+            for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        }
         torch.save(bools, Path(settings.scratch) / f"plain-{density:g}.pt")
     times["densities"] = lap()
     passes = times["passes"] * settings.rows / settings.baseline_rows
@@ -274,7 +318,12 @@ class PeakFromStart(L.Callback):
 def attribution_peak(settings: Settings, kept: str) -> int:
     """Peak memory of an attribution, mask written. For a process of its own."""
     if kept == "floor":
-        module = Floor(model=settings.model, output=str(Path(settings.scratch) / kept), hessian="scalar", gamma=GAMMA)
+        module = Floor(
+            model=settings.model,
+            output=str(Path(settings.scratch) / kept),
+            hessian="scalar",
+            gamma=GAMMA,
+        )
     else:
         module = attribution(settings, f"memory-{kept}", **KEPT[kept])
     fit(module, settings, [PeakFromStart()], max_epochs=1)
@@ -290,18 +339,28 @@ def measure_memory(settings: Settings) -> list[Result]:
     peaks = alternate(settings.repeats, {kept: side(kept) for kept in ("floor", *KEPT)})
     weights = sum(torch.Size(shape).numel() for shape in shapes_of(settings.model).values())
     floor = median(peaks["floor"])
-    raw = {"floor": "forward passes over the same batches, their graphs alive: weights and activations"}
+    raw = {
+        "floor": "forward passes over the same batches, their graphs alive: weights and activations"
+    }
     return [
-        result(f"memory/{kept}", (median(peaks[kept]) - floor) / weights, BARS[kept], False, "bytes a weight",
-               {**raw, "peak_bytes": peaks[kept], "floor_bytes": peaks["floor"], "weights": weights})
+        result(
+            f"memory/{kept}",
+            (median(peaks[kept]) - floor) / weights,
+            BARS[kept],
+            False,
+            "bytes a weight",
+            {**raw, "peak_bytes": peaks[kept], "floor_bytes": peaks["floor"], "weights": weights},
+        )
         for kept in KEPT
-    ]  # fmt: skip
+    ]
 
 
 def measure_mask_file(settings: Settings) -> list[Result]:
     """Row 5: the file of one mask."""
     scores = random_scores(settings.model)
-    mask = WeightMask(dict(select(lambda: scores, DENSITY)), {name: tensor.shape for name, tensor in scores})
+    mask = WeightMask(
+        dict(select(lambda: scores, DENSITY)), {name: tensor.shape for name, tensor in scores}
+    )
     size = mask.save(Path(settings.scratch) / "one.safetensors").stat().st_size
     raw = {"file_bytes": size, "weights": mask.total}
     return [result("mask_file", size / mask.total, 0.13, False, "bytes a weight", raw)]

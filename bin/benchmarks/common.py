@@ -25,13 +25,15 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from wagle_pl import cli, models
-from wagle_pl.commands import fail
+from wagle_pl.cli import app as cli
+from wagle_pl.cli.commands import fail
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.files import atomic_path
 from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.data.people import bundled
 from wagle_pl.data.rows import Row, load_rows
 from wagle_pl.data.template import Template
-from wagle_pl.utilities import WagleError, atomic_path
+from wagle_pl.lm import models
 
 ROOT = Path(__file__).resolve().parents[2]
 PRECISION = "bf16-mixed"
@@ -79,7 +81,9 @@ Result = dict[str, Any]
 Measure = Callable[..., Any]
 
 
-def result(name: str, value: float, bar: float, at_least: bool, unit: str, raw: Mapping[str, Any]) -> Result:
+def result(
+    name: str, value: float, bar: float, at_least: bool, unit: str, raw: Mapping[str, Any]
+) -> Result:
     """One line of the report.
 
     Args:
@@ -124,7 +128,9 @@ def memory(field: str) -> int:
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
-        raise WagleError("memory is read from /proc/self/status, which this system does not have") from None
+        raise WagleError(
+            "memory is read from /proc/self/status, which this system does not have"
+        ) from None
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
@@ -139,7 +145,12 @@ def in_fresh_process(settings: Settings, function: str, **arguments: Any) -> Any
     """Call a function of the running benchmark's ``CHILDREN`` in a process of its own, which has a peak of its own."""
     with tempfile.TemporaryDirectory(dir=settings.scratch) as folder:
         answer = Path(folder) / "answer.json"
-        task = {"function": function, "settings": asdict(settings), "arguments": arguments, "answer": str(answer)}
+        task = {
+            "function": function,
+            "settings": asdict(settings),
+            "arguments": arguments,
+            "answer": str(answer),
+        }
         command = [sys.executable, sys.argv[0], CHILD, json.dumps(task)]
         subprocess.run(command, check=True, stdout=sys.stderr)
         return json.loads(answer.read_text(encoding="utf-8"))
@@ -163,7 +174,9 @@ class BatchTimes(L.Callback):
         self.batches: list[Any] = []
         self.keep = keep
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Start the clock of a batch."""
         self.tokens.append(count_tokens(batch))
         self.epochs.append(trainer.current_epoch)
@@ -195,7 +208,10 @@ def fit(
 ) -> None:
     """Fit as a user does, without logger and checkpoints; options are the Trainer's."""
     data = ForgetRetainDataModule(
-        forget=settings.forget, retain=settings.retain, batch_size=batch_size or settings.batch_size, cache=False
+        forget=settings.forget,
+        retain=settings.retain,
+        batch_size=batch_size or settings.batch_size,
+        cache=False,
     )
     trainer = L.Trainer(
         accelerator="cpu",
@@ -211,11 +227,16 @@ def fit(
     trainer.fit(module, datamodule=data)
 
 
-def step_ratio(runs: Sequence[BatchTimes], base: Sequence[BatchTimes], epoch: Optional[int] = None) -> float:
+def step_ratio(
+    runs: Sequence[BatchTimes], base: Sequence[BatchTimes], epoch: Optional[int] = None
+) -> float:
     """Time of a run's steps over the time of another's on the same batches: of each step the median over repeats."""
 
     def total(timings: Sequence[BatchTimes]) -> float:
-        return sum(median(times) for times in zip(*(timing.steps(epoch) for timing in timings), strict=True))
+        return sum(
+            median(times)
+            for times in zip(*(timing.steps(epoch) for timing in timings), strict=True)
+        )
 
     return total(runs) / total(base)
 
@@ -247,7 +268,9 @@ def shapes_of(model: str) -> dict[str, tuple[int, ...]]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        return models.parameter_shapes(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)))
+        return models.parameter_shapes(
+            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+        )
 
 
 # -- the program ------------------------------------------------------------------------------------------------------
@@ -292,18 +315,30 @@ def main(benchmark: str, rows: Mapping[str, Measure], children: Mapping[str, Mea
 def _options(benchmark: str, rows: Mapping[str, Measure]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"bin/bench {benchmark}")
     parser.add_argument("--model", default=str(ROOT / "models/smollm2"), help="folder of the model")
-    parser.add_argument("--tofu", help="folder with TOFU's forget01.json and retain99.json; default: bundled people")
+    parser.add_argument(
+        "--tofu", help="folder with TOFU's forget01.json and retain99.json; default: bundled people"
+    )
     parser.add_argument("--rows", help=f"which to measure, of {','.join(rows)}; default: all")
-    parser.add_argument("--repeats", type=int, help="how often each side is measured (default 3; 1 with --quick)")
-    parser.add_argument("--quick", action="store_true", help="a tiny model and few rows: shows only that it runs")
-    parser.add_argument("--full", action="store_true", help="run the padded baselines whole, without scaling")
+    parser.add_argument(
+        "--repeats", type=int, help="how often each side is measured (default 3; 1 with --quick)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny model and few rows: shows only that it runs"
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="run the padded baselines whole, without scaling"
+    )
     parser.add_argument("--output", help="JSON file to write as well")
     options = parser.parse_args()
     options.repeats = options.repeats or (1 if options.quick else 3)
     options.rows = options.rows.split(",") if options.rows else list(rows)
     unknown = [name for name in options.rows if name not in rows]
     if unknown or options.repeats < 1:
-        parser.error(f"no row {unknown[0]!r}; there are {', '.join(rows)}" if unknown else "--repeats must be above 0")
+        parser.error(
+            f"no row {unknown[0]!r}; there are {', '.join(rows)}"
+            if unknown
+            else "--repeats must be above 0"
+        )
     return options
 
 
@@ -311,7 +346,10 @@ def _prepare(options: argparse.Namespace, scratch: str) -> Settings:
     """Write the rows (and the tiny model) that the measurements read."""
     if options.tofu:
         source, folder = "TOFU forget01 and retain99", Path(options.tofu)
-        forget, retain = load_rows(str(folder / "forget01.json")), load_rows(str(folder / "retain99.json"))
+        forget, retain = (
+            load_rows(str(folder / "forget01.json")),
+            load_rows(str(folder / "retain99.json")),
+        )
     else:
         source = "bundled people"
         forget, retain = [*bundled("forget"), *bundled("holdout")], bundled("retain")
@@ -321,7 +359,9 @@ def _prepare(options: argparse.Namespace, scratch: str) -> Settings:
         settings.model = str(models.create_tiny_llama(f"{scratch}/model", texts, 400, 32, layers=2))
         settings.rows, settings.batch_size, settings.padded, settings.baseline_rows = 8, 4, 192, 4
     elif not Path(options.model).is_dir():
-        raise WagleError(f"there is no model in {options.model}: run bin/get-smollm2, or give --model or --quick")
+        raise WagleError(
+            f"there is no model in {options.model}: run bin/get-smollm2, or give --model or --quick"
+        )
     if options.full:
         settings.baseline_rows, settings.baseline_densities = settings.rows, 10
     for path, rows in ((settings.forget, forget), (settings.retain, retain)):
@@ -353,7 +393,11 @@ def _describe(benchmark: str, options: argparse.Namespace, settings: Settings) -
         name: [len(template.encode(row)["input_ids"]) for row in load_rows(file)]
         for name, file in (("forget", settings.forget), ("retain", settings.retain))
     }
-    data = {"source": settings.source, "batch_size": settings.batch_size, "baseline_padded_to": settings.padded}
+    data = {
+        "source": settings.source,
+        "batch_size": settings.batch_size,
+        "baseline_padded_to": settings.padded,
+    }
     for name, counts in lengths.items():
         data[name] = {"rows": len(counts), "mean_tokens": round(sum(counts) / len(counts), 1)}
     weights = sum(torch.Size(shape).numel() for shape in shapes_of(settings.model).values())
@@ -367,20 +411,35 @@ def _describe(benchmark: str, options: argparse.Namespace, settings: Settings) -
         "repeats": settings.repeats,
         "data": data,
         "machine": _machine(),
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in packages},
+        },
         "rows": [],
     }
 
 
 def _machine() -> dict[str, Any]:
-    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    total = [int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in _lines("/proc/cpuinfo")
+        if line.startswith("model name")
+    ]
+    total = [
+        int(line.split()[1]) * 1024
+        for line in _lines("/proc/meminfo")
+        if line.startswith("MemTotal")
+    ]
     return {
         "system": platform.platform(),
         "cpu": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "environment": {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "MALLOC_"))},
+        "environment": {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(("OMP_", "MALLOC_"))
+        },
         "memory_bytes": total[0] if total else None,
         "load_average_before": os.getloadavg(),
     }
@@ -397,5 +456,7 @@ def _table(results: Sequence[Result]) -> str:
             lines.append(f"{row['name']:34} failed: {row['error']}")
             continue
         bar = f"{row['wanted']} {row['bar']:g} {row['unit']}"
-        lines.append(f"{row['name']:34} {row['value']:9.3f}   {bar}: {'met' if row['met'] else 'MISSED'}")
+        lines.append(
+            f"{row['name']:34} {row['value']:9.3f}   {bar}: {'met' if row['met'] else 'MISSED'}"
+        )
     return "\n".join(lines)

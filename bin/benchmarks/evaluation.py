@@ -13,11 +13,11 @@ import torch
 from common import Result, Settings, alternate, main, result, seconds
 from torch import Tensor, nn
 
-from wagle_pl import models
 from wagle_pl.data.rows import Row, load_rows
 from wagle_pl.data.template import Template
 from wagle_pl.evaluation.candidates import answers
 from wagle_pl.evaluation.observe import Observer
+from wagle_pl.lm import models
 
 PRECISION = "32-true"
 NEEDS = frozenset({"answer", "alternatives"})
@@ -34,7 +34,9 @@ def published_nll(lm: Any, ids: Tensor, labels: Tensor) -> float:
     """
     logits = lm(ids, torch.ones_like(ids)).logits[..., :-1, :].contiguous()
     targets = labels[..., 1:].contiguous()
-    losses = nn.CrossEntropyLoss(ignore_index=-100, reduction="none")(logits.transpose(-1, -2), targets)
+    losses = nn.CrossEntropyLoss(ignore_index=-100, reduction="none")(
+        logits.transpose(-1, -2), targets
+    )
     return (losses.sum() / (targets != -100).sum()).item()
 
 
@@ -72,10 +74,16 @@ class Bench:
         for row in self.rows:
             by_kind: dict[str, list[float]] = {}
             for named in answers(self.template, row, NEEDS):
-                ids, labels = (torch.tensor([list(v)]) for v in (named.candidate.ids, named.candidate.labels))
+                ids, labels = (
+                    torch.tensor([list(v)]) for v in (named.candidate.ids, named.candidate.labels)
+                )
                 by_kind.setdefault(named.kind, []).append(nll(self.lm, ids, labels))
             own = by_kind["answer"]
-            found += [*own, *by_kind.get("paraphrased_answer", own), *by_kind.get("perturbed_answer", [])]
+            found += [
+                *own,
+                *by_kind.get("paraphrased_answer", own),
+                *by_kind.get("perturbed_answer", []),
+            ]
         return found
 
     def generated(self) -> list[str]:
@@ -89,9 +97,14 @@ class Bench:
         for row in self.rows:
             ids = torch.tensor([self.template.encode_prompt(row)])
             out = self.lm.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS, use_cache=True,
-                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-            )  # fmt: skip
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=NEW_TOKENS,
+                use_cache=True,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
             texts.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
         return texts
 
@@ -105,7 +118,9 @@ def test_rows(settings: Settings) -> list[Row]:
     return load_rows(file)[: settings.rows]
 
 
-def in_batches(rows: Sequence[Row], observe: Callable[[Sequence[Row]], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def in_batches(
+    rows: Sequence[Row], observe: Callable[[Sequence[Row]], list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
     """Records of all rows, observed as a data module's loader hands them out but in order."""
     starts = range(0, len(rows), TEST_BATCH_SIZE)
     return [record for start in starts for record in observe(rows[start : start + TEST_BATCH_SIZE])]
@@ -125,7 +140,9 @@ def figures(bench: Bench, **more: Any) -> dict[str, Any]:
 def measure_likelihoods(settings: Settings) -> list[Result]:
     """Rows 1 and 2: all likelihoods against one answer at a time, and against batches that share no prompt."""
     bench = Bench(settings)
-    bench.alone(plain_nll) if len(bench.rows) < 9 else bench.lm(torch.zeros(4, 64, dtype=torch.long))  # warms up
+    bench.alone(plain_nll) if len(bench.rows) < 9 else bench.lm(
+        torch.zeros(4, 64, dtype=torch.long)
+    )  # warms up
     sides = {
         "batched": lambda: seconds(bench.batched),
         "published": lambda: seconds(partial(bench.alone, published_nll)),
@@ -138,7 +155,9 @@ def measure_likelihoods(settings: Settings) -> list[Result]:
     ratio, shared = at["published"] / at["batched"], at["unshared"] / at["batched"]
     return [
         result("likelihoods", ratio, 4, True, "x faster than one at a time", raw),
-        result("shared_prompt", shared, 1, True, "x faster than unshared", figures(bench, seconds=runs)),
+        result(
+            "shared_prompt", shared, 1, True, "x faster than unshared", figures(bench, seconds=runs)
+        ),
     ]
 
 
@@ -147,7 +166,10 @@ def measure_generation(settings: Settings) -> list[Result]:
     """Row 3: generations against one row at a time."""
     bench = Bench(settings)
     bench.lm(torch.zeros(4, 64, dtype=torch.long))
-    sides = {"batched": lambda: seconds(bench.generated), "alone": lambda: seconds(bench.generated_alone)}
+    sides = {
+        "batched": lambda: seconds(bench.generated),
+        "alone": lambda: seconds(bench.generated_alone),
+    }
     runs = alternate(settings.repeats, sides)
     ratio = median(runs["alone"]) / median(runs["batched"])
     raw = figures(bench, seconds=runs, max_new_tokens=NEW_TOKENS)
@@ -165,11 +187,22 @@ def measure_equality(settings: Settings) -> list[Result]:
     raw = figures(bench, max_new_tokens=NEW_TOKENS)
     return [
         result("equal/likelihoods", worst, 1e-4, False, "largest difference of a mean NLL", raw),
-        result("equal/generations", len(other), 0, False, f"of {len(texts)} differ", {**raw, "differing": other}),
+        result(
+            "equal/generations",
+            len(other),
+            0,
+            False,
+            f"of {len(texts)} differ",
+            {**raw, "differing": other},
+        ),
     ]
 
 
-ROWS = {"likelihoods": measure_likelihoods, "generation": measure_generation, "equal": measure_equality}
+ROWS = {
+    "likelihoods": measure_likelihoods,
+    "generation": measure_generation,
+    "equal": measure_equality,
+}
 
 if __name__ == "__main__":
     main("evaluation", ROWS, {})

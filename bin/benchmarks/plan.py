@@ -23,18 +23,23 @@ import lightning as L
 import torch
 from common import memory
 
-from wagle_pl import cli, distributed, planning
-from wagle_pl.bits import random_bits
-from wagle_pl.commands import fail
+from wagle_pl import planning
+from wagle_pl.cli import app as cli
+from wagle_pl.cli.commands import fail
+from wagle_pl.core import distributed
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.files import atomic_path
 from wagle_pl.masks import WeightMask
-from wagle_pl.utilities import WagleError, atomic_path
+from wagle_pl.masks.bits import random_bits
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ("attribution", "unlearning")
 STRATEGIES = ("one", "ddp", "zero1", "zero2", "zero3")
 PRECISIONS = ("32-true", "bf16-true")
-CASES = {f"{task}-{name}-{precision}": (task, name, precision) for precision, task, name in
-         product(PRECISIONS, TASKS, STRATEGIES)}  # fmt: skip
+CASES = {
+    f"{task}-{name}-{precision}": (task, name, precision)
+    for precision, task, name in product(PRECISIONS, TASKS, STRATEGIES)
+}
 ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "32768",
     "MALLOC_MMAP_MAX_": "1000000",
@@ -65,7 +70,10 @@ class Peak(L.Callback):
 
     def on_fit_end(self, trainer: Any, module: Any) -> None:
         """Write."""
-        found = {"peak": distributed.most(memory("VmHWM")), "max_length": distributed.most(self.width)}
+        found = {
+            "peak": distributed.most(memory("VmHWM")),
+            "max_length": distributed.most(self.width),
+        }
         if trainer.is_global_zero:
             Path(self.answer).write_text(json.dumps(found), encoding="utf-8")
 
@@ -88,11 +96,18 @@ def command(task: str, strategy: str, precision: str, model: str, scratch: Path)
         "trainer.max_epochs": 1,
         "trainer.strategy": {"one": "auto", "ddp": "ddp"}.get(strategy, "ZeRO"),
         **({"trainer.strategy.stage": strategy[-1]} if strategy.startswith("zero") else {}),
-        **{f"trainer.{name}": "false" for name in ("logger", "enable_checkpointing", "enable_progress_bar",
-                                                   "enable_model_summary")},
+        **{
+            f"trainer.{name}": "false"
+            for name in (
+                "logger",
+                "enable_checkpointing",
+                "enable_progress_bar",
+                "enable_model_summary",
+            )
+        },
         "trainer.callbacks+": "plan.Peak",
         "trainer.callbacks.answer": scratch / "answer.json",
-    }  # fmt: skip
+    }
     modules = {
         "attribution": {"model": "AttributionModule"},
         "unlearning": {
@@ -115,37 +130,63 @@ def measure(case: tuple[str, str, str], model: str, scratch: Path) -> dict[str, 
     """
     answer = scratch / "answer.json"
     answer.unlink(missing_ok=True)
-    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    )
     script = scratch / "run.py"  # Lightning starts the other rank with the same script
-    script.write_text("from wagle_pl.cli import main\n\nmain()\n", encoding="utf-8")
+    script.write_text("from wagle_pl.cli.app import main\n\nmain()\n", encoding="utf-8")
     arguments = [sys.executable, str(script), *command(*case, model, scratch)]
     done = subprocess.run(
-        arguments, cwd=scratch, stdout=sys.stderr, env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
+        arguments,
+        cwd=scratch,
+        stdout=sys.stderr,
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path},
     )
     if done.returncode or not answer.is_file():
         raise WagleError(f"{'-'.join(case)} failed with exit code {done.returncode}, see above")
     return json.loads(answer.read_text(encoding="utf-8"))
 
 
-def compare(case: tuple[str, str, str], shape: planning.Architecture, model: str, scratch: Path) -> dict[str, Any]:
+def compare(
+    case: tuple[str, str, str], shape: planning.Architecture, model: str, scratch: Path
+) -> dict[str, Any]:
     """Measured and predicted peak of a case, in bytes."""
     task, strategy, precision = case
     found = measure(case, model, scratch)
     planned = "auto" if strategy == "one" else strategy
-    run = planning.Run(task, planned, ranks_of(strategy), precision, "cpu", DENSITY, batch_size=ROWS,
-                       max_length=found["max_length"])  # fmt: skip
+    run = planning.Run(
+        task,
+        planned,
+        ranks_of(strategy),
+        precision,
+        "cpu",
+        DENSITY,
+        batch_size=ROWS,
+        max_length=found["max_length"],
+    )
     moment, predicted = planning.peak(shape, run)
-    return {"task": task, "strategy": strategy, "precision": precision, "measured": found["peak"],
-            "predicted": predicted, "moment": moment, "ratio": predicted / found["peak"]}  # fmt: skip
+    return {
+        "task": task,
+        "strategy": strategy,
+        "precision": precision,
+        "measured": found["peak"],
+        "predicted": predicted,
+        "moment": moment,
+        "ratio": predicted / found["peak"],
+    }
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """The results in Markdown."""
-    lines = ["| task | strategy | precision | predicted, MiB | measured, MiB | predicted / measured |",
-             "| --- | --- | --- | ---: | ---: | ---: |"]  # fmt: skip
+    lines = [
+        "| task | strategy | precision | predicted, MiB | measured, MiB | predicted / measured |",
+        "| --- | --- | --- | ---: | ---: | ---: |",
+    ]
     for row in results:
         sizes = " | ".join(f"{row[key] / 2**20:,.0f}" for key in ("predicted", "measured"))
-        lines.append(f"| {row['task']} | {row['strategy']} | {row['precision']} | {sizes} | {row['ratio']:.3f} |")
+        lines.append(
+            f"| {row['task']} | {row['strategy']} | {row['precision']} | {sizes} | {row['ratio']:.3f} |"
+        )
     return "\n".join(lines)
 
 
@@ -153,7 +194,9 @@ def random_mask(model: str, shape: planning.Architecture, path: Path) -> None:
     """Write a random mask for the model."""
     sizes = {name: torch.Size(of).numel() for name, of in shape.shapes.items()}
     packed = random_bits(sizes, int(DENSITY * shape.weights), 0)
-    WeightMask(packed, shape.shapes, {"model": model, "score": "random", "density": DENSITY}).save(path)
+    WeightMask(packed, shape.shapes, {"model": model, "score": "random", "density": DENSITY}).save(
+        path
+    )
 
 
 def main() -> None:
@@ -174,7 +217,11 @@ def main() -> None:
         random_mask(model, shape, scratch / "mask.safetensors")
         for name in names:
             results.append(compare(CASES[name], shape, model, scratch))
-            print(f"{name}: predicted / measured {results[-1]['ratio']:.3f}", file=sys.stderr, flush=True)
+            print(
+                f"{name}: predicted / measured {results[-1]['ratio']:.3f}",
+                file=sys.stderr,
+                flush=True,
+            )
             if options.output:
                 with atomic_path(Path(options.output)) as temporary:
                     temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

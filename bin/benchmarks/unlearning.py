@@ -28,12 +28,12 @@ from common import (
 )
 from torch import Tensor, nn
 
-from wagle_pl import models
 from wagle_pl.attribution.selection import select
-from wagle_pl.bits import random_bits
-from wagle_pl.evaluation.likelihood import forward_answers, sequence_logprobs
+from wagle_pl.lm import models
+from wagle_pl.lm.likelihood import forward_answers, sequence_logprobs
 from wagle_pl.masks import WeightMask
-from wagle_pl.selected import SelectedWeights
+from wagle_pl.masks.bits import random_bits
+from wagle_pl.masks.selected import SelectedWeights
 from wagle_pl.unlearning import MaskedAdamW, Streams, UnlearnModule
 
 LR, WEIGHT_DECAY = 3e-5, 0.01  # as in configs/tofu
@@ -71,7 +71,9 @@ class SecondModel(Unexported):
         """Put the second model's log-probabilities in the place of the cached ones."""
         for stream in self.objective.references:
             output, labels = forward_answers(self.second[0], batch[stream])
-            self._references.sums[stream][batch[stream]["row"]] = sequence_logprobs(output.logits, labels)[0]
+            self._references.sums[stream][batch[stream]["row"]] = sequence_logprobs(
+                output.logits, labels
+            )[0]
         return super().streams_of(batch)
 
 
@@ -97,7 +99,14 @@ def unlearn(
     """One run with MaskedAdamW; returns the times of its steps."""
     cls, objective = KINDS[kind]
     output = str(Path(settings.scratch) / "run" / kind)
-    module = cls(model=settings.model, output=output, overwrite=True, objective=objective, mask=mask, values=values)
+    module = cls(
+        model=settings.model,
+        output=output,
+        overwrite=True,
+        objective=objective,
+        mask=mask,
+        values=values,
+    )
     module.make_optimizer = partial(MaskedAdamW, lr=lr, weight_decay=WEIGHT_DECAY)
     times = BatchTimes()
     fit(module, settings, [times, *callbacks], batch_size, **options)
@@ -118,15 +127,25 @@ def write_mask(settings: Settings, density: float, by: str = "random") -> str:
     if by == "random":
         packed = random_bits(sizes, int(density * sum(sizes.values())), seed=0)
     else:
-        packed = dict(select(lambda: ((n, p.detach().float()) for n, p in lm.named_parameters()), density))
-    made_by = {"model": settings.model, "model_fingerprint": models.fingerprint(lm.named_parameters())}
+        packed = dict(
+            select(lambda: ((n, p.detach().float()) for n, p in lm.named_parameters()), density)
+        )
+    made_by = {
+        "model": settings.model,
+        "model_fingerprint": models.fingerprint(lm.named_parameters()),
+    }
     mask = WeightMask(packed, shapes, {**made_by, "score": by})
     return str(mask.save(Path(settings.scratch) / f"{by}-{density:g}.safetensors"))
 
 
-def step_seconds(runs: Mapping[str, Sequence[BatchTimes]], epoch: Optional[int] = None) -> dict[str, list[list[float]]]:
+def step_seconds(
+    runs: Mapping[str, Sequence[BatchTimes]], epoch: Optional[int] = None
+) -> dict[str, list[list[float]]]:
     """Seconds of each step, for the report: side -> repeat -> step."""
-    return {name: [[round(s, 4) for s in times.steps(epoch)] for times in sides] for name, sides in runs.items()}
+    return {
+        name: [[round(s, 4) for s in times.steps(epoch)] for times in sides]
+        for name, sides in runs.items()
+    }
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
@@ -136,11 +155,21 @@ def measure_masked_step(settings: Settings) -> list[Result]:
     """Row 1: a step within a mask against a step of all weights, on the same batches."""
     masks = {density: write_mask(settings, density) for density in (0.2, 0.8)}
     sides = {"dense": partial(unlearn, settings, max_epochs=2)}
-    sides |= {f"{density:g}": partial(unlearn, settings, mask=mask, max_epochs=2) for density, mask in masks.items()}
+    sides |= {
+        f"{density:g}": partial(unlearn, settings, mask=mask, max_epochs=2)
+        for density, mask in masks.items()
+    }
     runs = alternate_warm(settings, sides)
     raw = {"step_seconds": step_seconds(runs), "objective": "GradDiff", "mask": "random"}
     return [
-        result(f"masked_step/density_{d:g}", step_ratio(runs[f"{d:g}"], runs["dense"]), bar, False, "x dense", raw)
+        result(
+            f"masked_step/density_{d:g}",
+            step_ratio(runs[f"{d:g}"], runs["dense"]),
+            bar,
+            False,
+            "x dense",
+            raw,
+        )
         for d, bar in zip(masks, (1.0, 1.05), strict=True)
     ]
 
@@ -159,7 +188,9 @@ class Update(L.Callback):
     def on_train_end(self, trainer: L.Trainer, module: UnlearnModule) -> None:
         """Subtract them."""
         values = self._values(module)
-        self.update = torch.cat([(values[name] - start).view(-1) for name, start in self.start.items()])
+        self.update = torch.cat(
+            [(values[name] - start).view(-1) for name, start in self.start.items()]
+        )
         self.start.clear()
 
     @staticmethod
@@ -188,17 +219,31 @@ def measure_precisions(settings: Settings) -> list[Result]:
             for name, (kind, precision, values) in PRECISIONS.items():
                 seen = Update()
                 steps = settings.rows // 2
-                unlearn(settings, kind, mask, [seen], 2, lr, values, precision=precision, max_steps=steps)
+                unlearn(
+                    settings,
+                    kind,
+                    mask,
+                    [seen],
+                    2,
+                    lr,
+                    values,
+                    precision=precision,
+                    max_steps=steps,
+                )
                 updates[name] = seen.update
                 exact = updates["32-true"]
                 table[f"density {density:g}, lr {lr:g}, {name}"] = {
                     "moved": float((seen.update != 0).float().mean()),
-                    "cosine": float(torch.nn.functional.cosine_similarity(seen.update, exact, dim=0)),
+                    "cosine": float(
+                        torch.nn.functional.cosine_similarity(seen.update, exact, dim=0)
+                    ),
                     "length": float(seen.update.norm() / exact.norm()),
                     "steps": steps,
                 }
     worst = min(row["cosine"] for name, row in table.items() if not name.endswith("rounded"))
-    return [result("precisions", worst, 0.98, True, "cosine with fp32, the least", {"table": table})]
+    return [
+        result("precisions", worst, 0.98, True, "cosine with fp32, the least", {"table": table})
+    ]
 
 
 def measure_npo_step(settings: Settings) -> list[Result]:
@@ -240,7 +285,9 @@ class StateBytes(L.Callback):
         (optimizer,) = trainer.optimizers
         places = [tensor.index for tensor in module.selected.tensors.values() if tensor.is_partial]
         kept = {id(tensor): tensor for tensor in [*tensors_in(dict(optimizer.state)), *places]}
-        self.bytes = sum(t.numel() * t.element_size() for t in kept.values() if not isinstance(t, nn.Parameter))
+        self.bytes = sum(
+            t.numel() * t.element_size() for t in kept.values() if not isinstance(t, nn.Parameter)
+        )
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -298,7 +345,9 @@ def padded_epochs(settings: Settings) -> dict[str, float]:
     lm = models.load_model(settings.model).train()
     optimizer = torch.optim.AdamW(lm.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
     files = (settings.forget, settings.retain)
-    pairs = list(zip(*(padded_rows(settings, file, settings.baseline_rows) for file in files), strict=True))
+    pairs = list(
+        zip(*(padded_rows(settings, file, settings.baseline_rows) for file in files), strict=True)
+    )
     started = 0.0
     for number, pair in enumerate([pairs[0], *pairs]):
         with autocast():

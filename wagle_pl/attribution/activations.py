@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wagle_pl.layers import expert_weights, is_linear, is_transposed
+from wagle_pl.lm.layers import expert_weights, is_linear, is_transposed
 
 
 @contextmanager
-def watch_inputs(model: nn.Module, add: Callable[[str, Tensor], None]) -> Iterator[Callable[[Tensor], None]]:
+def watch_inputs(
+    model: nn.Module, add: Callable[[str, Tensor], None]
+) -> Iterator[Callable[[Tensor], None]]:
     """While inside, hand on Σ x² over real tokens of every input x of the model's linear maps.
 
     Leave the context before a backward pass: gradient checkpointing runs the forward pass again in it.
 
     Args:
-        model: its linear layers and experts (:mod:`wagle_pl.layers`) are watched.
+        model: its linear layers and experts (:mod:`wagle_pl.lm.layers`) are watched.
         add: called with (name of a weight, fp64 sum of squares) at each call of its layer; the sum has the shape in
             which it multiplies the weight: (in,), (in, 1) where that lies transposed, (experts, 1, in) or
             (experts, in, 1). A weight tied to another has the name by which ``named_parameters`` lists it.
@@ -40,7 +42,9 @@ def watch_inputs(model: nn.Module, add: Callable[[str, Tensor], None]) -> Iterat
     def of_experts(experts: nn.Module, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> None:
         """Of a block's experts: tokens, and the experts that each goes to, in whatever way they are passed."""
         tokens, chosen, *_ = (*inputs, *options.values())
-        found = _expert_inputs(experts, *(_real(x.detach().flatten(0, -2), current[0]) for x in (tokens, chosen)))
+        found = _expert_inputs(
+            experts, *(_real(x.detach().flatten(0, -2), current[0]) for x in (tokens, chosen))
+        )
         for weight, squares in zip(expert_weights(experts), found, strict=True):
             add(names[weight], squares[:, :, None] if is_transposed(experts) else squares[:, None])
 

@@ -19,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wagle_pl import distributed
 from wagle_pl.attribution.sums import GradientSums
-from wagle_pl.utilities import WagleError, resolve, stable_seed
+from wagle_pl.core import distributed
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.registry import resolve
+from wagle_pl.core.seeds import stable_seed
 
 #: Name under which :class:`GradientSums` keeps the sum of the diagonal, and the sum of its mean.
 DIAGONAL, TRACE = "h", "h_trace"
@@ -129,14 +131,19 @@ class GaussNewton(Hessian):
         """One backward pass a draw."""
         for draw in range(self.samples):
             logits, _ = piece.forward()
-            drawn = sample_labels(logits, piece.labels, [stable_seed(seed, draw) for seed in piece.seeds])
+            drawn = sample_labels(
+                logits, piece.labels, [stable_seed(seed, draw) for seed in piece.seeds]
+            )
             with sums.into(in_step=f"drawn {draw}"):
                 piece.backward(bartlett_loss(logits, drawn), last=draw + 1 == self.samples)
 
     def end_step(self, sums: GradientSums) -> None:
         """Square."""
         for draw in range(self.samples):
-            sums.fold(f"drawn {draw}", **({"squares": DIAGONAL} if self.diagonal else {"squared_norm": TRACE}))
+            sums.fold(
+                f"drawn {draw}",
+                **({"squares": DIAGONAL} if self.diagonal else {"squared_norm": TRACE}),
+            )
 
 
 class Fisher(Hessian):
@@ -181,7 +188,11 @@ class Hutchinson(Hessian):
         parameters, buffers = sums.parameters, sums.buffers(DIAGONAL)
         _, loss = piece.forward()
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-        used = [i for i, gradient in enumerate(gradients) if gradient is not None and gradient.requires_grad]
+        used = [
+            i
+            for i, gradient in enumerate(gradients)
+            if gradient is not None and gradient.requires_grad
+        ]
         for draw in range(self.samples):
             probes = rademacher([parameters[i] for i in used], stable_seed(piece.step_seed, draw))
             products = torch.autograd.grad(
@@ -217,7 +228,9 @@ def estimator_of(hessian: str) -> Optional[type[Hessian]]:
         return type(resolve(Hessian, hessian, "hessian"))
     if hessian not in ESTIMATORS:
         names = ", ".join(("scalar", *ESTIMATORS))
-        raise WagleError(f"unknown hessian {hessian!r}; choose one of {names}, or the class path of a Hessian")
+        raise WagleError(
+            f"unknown hessian {hessian!r}; choose one of {names}, or the class path of a Hessian"
+        )
     return ESTIMATORS[hessian]
 
 
@@ -294,7 +307,11 @@ class DampedHessian:
     """
 
     def __init__(
-        self, mean: float, diagonal: Sequence[Tensor] | None = None, scale: float = 1.0, damping: float = 0.1
+        self,
+        mean: float,
+        diagonal: Sequence[Tensor] | None = None,
+        scale: float = 1.0,
+        damping: float = 0.1,
     ) -> None:
         if not mean > 0:
             raise WagleError(
@@ -311,7 +328,9 @@ class DampedHessian:
         """From the sums of an estimator; their mean is taken here."""
         total = sum(float(tensor.clamp(min=0).sum(dtype=torch.float64)) for tensor in diagonal)
         weights = sum(tensor.numel() for tensor in diagonal)
-        total, weights = distributed.add_up(torch.tensor([total, weights], dtype=torch.float64)).tolist()
+        total, weights = distributed.add_up(
+            torch.tensor([total, weights], dtype=torch.float64)
+        ).tolist()
         return cls(total * scale / weights, diagonal, scale, damping)
 
     def plain(self, position: int) -> Tensor:

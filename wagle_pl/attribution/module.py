@@ -15,22 +15,31 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from wagle_pl import distributed, models, outputs
-from wagle_pl.attribution.hessian import DIAGONAL, TRACE, DampedHessian, Fisher, Hessian, estimator_of
+from wagle_pl.attribution.hessian import (
+    DIAGONAL,
+    TRACE,
+    DampedHessian,
+    Fisher,
+    Hessian,
+    estimator_of,
+)
 from wagle_pl.attribution.passes import Draws, Job, collect, count_rows
 from wagle_pl.attribution.scores import Score, WeightStatistics, checked, positive, try_out
 from wagle_pl.attribution.selection import select_each
 from wagle_pl.attribution.specs import MaskSpec, check_labels, complete, name_masks
 from wagle_pl.attribution.stored import DTYPES, whole_mask, write_scores
 from wagle_pl.attribution.sums import GradientSums
+from wagle_pl.core import distributed, outputs
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.files import refuse_existing
 from wagle_pl.evaluation.module import EvaluationModule
-from wagle_pl.layers import linear_weights, recompute_blocks
+from wagle_pl.lm import models
+from wagle_pl.lm.layers import linear_weights, recompute_blocks
+from wagle_pl.lm.resume import begin, keep_position, recount
 from wagle_pl.masks import SUFFIX, WeightMask, mask_path
+from wagle_pl.objectives.forget import NPO, PO, GradDiff
 from wagle_pl.planning import Run, Size, disk_bytes
-from wagle_pl.resume import begin, keep_position, recount
 from wagle_pl.strategies import ZeRO, is_sharded, is_zero, stage_of
-from wagle_pl.unlearning.objectives import NPO, PO, GradDiff
-from wagle_pl.utilities import WagleError, refuse_existing
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +119,9 @@ class AttributionModule(EvaluationModule):
         default = MaskSpec(score, density, select, scope, include, exclude)
         made: dict[Any, Score] = {}
         self.several = masks is not None
-        self.specs = [complete(spec, default, made) for spec in (masks if masks is not None else [default])]
+        self.specs = [
+            complete(spec, default, made) for spec in (masks if masks is not None else [default])
+        ]
         if not self.specs:
             raise WagleError("masks is an empty list: leave it out, or name a mask")
         self.mask_names = name_masks(self.specs)
@@ -133,7 +144,9 @@ class AttributionModule(EvaluationModule):
         self._one_pass_planned = True
         self._small: dict[str, Any] = {}
         self._unsynced = ExitStack()
-        self.streams = tuple(dict.fromkeys((self.forget_loss.forget_streams[0], *(job.stream for job in self.jobs))))
+        self.streams = tuple(
+            dict.fromkeys((self.forget_loss.forget_streams[0], *(job.stream for job in self.jobs)))
+        )
         self.strict_loading = False  # checkpoints leave the weights out: they do not change
 
     def _plan(self) -> list[Job]:
@@ -144,11 +157,15 @@ class AttributionModule(EvaluationModule):
             diagonal = self.hessian != "auto" or "h_diagonal" in needs
             self._estimator = kind(samples=self.hessian_samples, diagonal=diagonal)
         estimator = self._estimator
-        shared = type(estimator) is Fisher and on == "retain"  # then F_r is the Hessian, collected once
+        shared = (
+            type(estimator) is Fisher and on == "retain"
+        )  # then F_r is the Hessian, collected once
         self._diagonal = "fisher_r" if shared else DIAGONAL
         forget = Job(
             stream=self.forget_loss.forget_streams[0],
-            loss=lambda at: -self.forget_loss.forget_loss(at),  # forgetting lowers the forget loss: +g_f
+            loss=lambda at: (
+                -self.forget_loss.forget_loss(at)
+            ),  # forgetting lowers the forget loss: +g_f
             total="g_f" if "g_f" in needs else None,
             squares="fisher_f" if "fisher_f" in needs else None,
             activations="activation" in needs,
@@ -211,12 +228,23 @@ class AttributionModule(EvaluationModule):
         """What the run is going to write, at least."""
         weights = sum(map(prod, models.parameter_shapes(self.lm).values()))
         run = Run.about_to(
-            "attribution", str(self.trainer.precision), stage_of(self.trainer.strategy), hessian=self.hessian
+            "attribution",
+            str(self.trainer.precision),
+            stage_of(self.trainer.strategy),
+            hessian=self.hessian,
         )
         files = disk_bytes(Size(weights, 0), run)
-        planned = [outputs.Planned("masks" if self.several else "mask", self._place, len(self.specs) * files["mask"])]
+        planned = [
+            outputs.Planned(
+                "masks" if self.several else "mask", self._place, len(self.specs) * files["mask"]
+            )
+        ]
         if self.save_scores:
-            scores = len({id(spec.score) for spec in self.specs}) * weights * DTYPES[self.save_scores].itemsize
+            scores = (
+                len({id(spec.score) for spec in self.specs})
+                * weights
+                * DTYPES[self.save_scores].itemsize
+            )
             planned.append(outputs.Planned("scores", self._place, scores))
         return planned + outputs.planned_checkpoint(self.trainer, files["checkpoint"])
 
@@ -224,11 +252,17 @@ class AttributionModule(EvaluationModule):
         """Refuse what cannot work with several ranks."""
         strategy = self.trainer.strategy
         if is_zero(strategy) and not isinstance(strategy, ZeRO):
-            raise WagleError("attribution under DeepSpeed needs this package's strategy: wagle_pl.strategies.ZeRO, or "
-                             "a name such as deepspeed_stage_3")  # fmt: skip
-        if is_sharded(strategy) and any(job.hessian and not job.hessian.spreads for job in self.jobs):
-            raise WagleError(f"hessian {self.hessian} needs whole parameters, which ZeRO-3 spreads over ranks: choose "
-                             "--model.hessian gauss_newton or another stage")  # fmt: skip
+            raise WagleError(
+                "attribution under DeepSpeed needs this package's strategy: wagle_pl.strategies.ZeRO, or "
+                "a name such as deepspeed_stage_3"
+            )
+        if is_sharded(strategy) and any(
+            job.hessian and not job.hessian.spreads for job in self.jobs
+        ):
+            raise WagleError(
+                f"hessian {self.hessian} needs whole parameters, which ZeRO-3 spreads over ranks: choose "
+                "--model.hessian gauss_newton or another stage"
+            )
 
     def configure_model(self) -> None:
         """Load the model, with gradients for every parameter, and check the masks' names against it."""
@@ -255,12 +289,24 @@ class AttributionModule(EvaluationModule):
     def _say_what_is_unseen(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Warn of matrices whose inputs are not watched, if they are a large part of the model."""
         seen = {id(weight) for weight, _ in linear_weights(self.lm)}
-        seen |= {id(module.weight) for module in self.lm.modules() if isinstance(module, nn.Embedding)}
-        unseen = [name for name, p in self.lm.named_parameters() if len(shapes[name]) > 1 and id(p) not in seen]
-        share = sum(math.prod(shapes[name]) for name in unseen) / sum(map(math.prod, shapes.values()))
+        seen |= {
+            id(module.weight) for module in self.lm.modules() if isinstance(module, nn.Embedding)
+        }
+        unseen = [
+            name
+            for name, p in self.lm.named_parameters()
+            if len(shapes[name]) > 1 and id(p) not in seen
+        ]
+        share = sum(math.prod(shapes[name]) for name in unseen) / sum(
+            map(math.prod, shapes.values())
+        )
         if share > 0.01:
-            log.warning("wanda: %.0f %% of the weights are in layers of unknown kinds (%s, ...): they score 0 and are "
-                        "selected last", 100 * share, ", ".join(unseen[:3]))  # fmt: skip
+            log.warning(
+                "wanda: %.0f %% of the weights are in layers of unknown kinds (%s, ...): they score 0 and are "
+                "selected last",
+                100 * share,
+                ", ".join(unseen[:3]),
+            )
 
     def configure_optimizers(self) -> GradientSums:
         """The sums."""
@@ -296,7 +342,11 @@ class AttributionModule(EvaluationModule):
         trainer = self.trainer
         whole, each = len(trainer.train_dataloader), trainer.num_training_batches
         epochs = math.inf if trainer.max_epochs == -1 else trainer.max_epochs
-        steps = math.inf if trainer.max_steps == -1 else trainer.max_steps * trainer.accumulate_grad_batches
+        steps = (
+            math.inf
+            if trainer.max_steps == -1
+            else trainer.max_steps * trainer.accumulate_grad_batches
+        )
         self._one_pass_planned = min(epochs * each, steps) == whole
         if self._one_pass_planned or trainer.fast_dev_run:
             return
@@ -305,9 +355,13 @@ class AttributionModule(EvaluationModule):
             "max_steps": steps < epochs * each,
             "limit_train_batches": each < whole and each <= steps,
         }
-        options = ", ".join(f"trainer.{name} {getattr(trainer, name)}" for name, bound in bounds.items() if bound)
+        options = ", ".join(
+            f"trainer.{name} {getattr(trainer, name)}" for name, bound in bounds.items() if bound
+        )
         passes = min(epochs * each, steps) / whole
-        log.warning("attribution will take %.4g passes over the forget rows, not one (%s)", passes, options)
+        log.warning(
+            "attribution will take %.4g passes over the forget rows, not one (%s)", passes, options
+        )
 
     # -- the pass -----------------------------------------------------------------------------------------------------
 
@@ -351,11 +405,16 @@ class AttributionModule(EvaluationModule):
         if self._within_step:  # time has ended the run
             self._end_step()
         if self.fingerprint() != self.model_fingerprint:
-            raise WagleError("attribution moved a weight: the mask is not written; please report this")
+            raise WagleError(
+                "attribution moved a weight: the mask is not written; please report this"
+            )
         self._small = self.sums.small()
         if self._one_pass_planned and self.passes != 1:
-            log.warning("the mask is of %.4g passes over the %d forget rows, not of one: the run ended early",
-                        self.passes, self._forget_rows())  # fmt: skip
+            log.warning(
+                "the mask is of %.4g passes over the %d forget rows, not of one: the run ended early",
+                self.passes,
+                self._forget_rows(),
+            )
         curvature = self._curvature()
         checkpoint = outputs.last_checkpoint(self.trainer)
         failed: list[str] = []
@@ -381,14 +440,20 @@ class AttributionModule(EvaluationModule):
             raise WagleError("; ".join(failed))
 
     def _mask_path(self, number: int) -> Path:
-        return Path(self.output) / f"{self.mask_names[number]}{SUFFIX}" if self.several else mask_path(self.output)
+        return (
+            Path(self.output) / f"{self.mask_names[number]}{SUFFIX}"
+            if self.several
+            else mask_path(self.output)
+        )
 
     def _scores_path(self, score: Score) -> Path:
         if self.several:
             return Path(self.output) / f"{score.label}.scores"
         return mask_path(self.output).with_suffix(".scores")
 
-    def _select(self, numbers: list[int], curvature: Optional[DampedHessian]) -> Iterator[Optional[WeightMask]]:
+    def _select(
+        self, numbers: list[int], curvature: Optional[DampedHessian]
+    ) -> Iterator[Optional[WeightMask]]:
         """The masks of specs that differ in density only, all in the same passes over their scores.
 
         With several ranks each selects among the scores of its rows; rank 0 is sent the bits, one a weight, and other
@@ -402,7 +467,11 @@ class AttributionModule(EvaluationModule):
         selected: list[dict[str, Tensor]] = [{} for _ in specs]
         shards = dict(zip(self.sums.names, self.sums.shards, strict=True))
         for name, bits in select_each(
-            lambda: self.scores(score, curvature, set(names)), densities, specs[0].ranking, specs[0].scope, shards
+            lambda: self.scores(score, curvature, set(names)),
+            densities,
+            specs[0].ranking,
+            specs[0].scope,
+            shards,
         ):
             for chosen, packed in zip(selected, bits, strict=True):
                 whole = shards[name].gather_bits(packed)
@@ -431,7 +500,12 @@ class AttributionModule(EvaluationModule):
 
     @torch.no_grad()
     def _statistics(
-        self, position: int, name: str, parameter: Tensor, score: Score, curvature: Optional[DampedHessian]
+        self,
+        position: int,
+        name: str,
+        parameter: Tensor,
+        score: Score,
+        curvature: Optional[DampedHessian],
     ) -> WeightStatistics:
         """What the pass saw of one parameter, as far as a score needs it: of this rank's rows, or of all."""
         shard, needs = self.sums.shards[position], score.needs
@@ -444,7 +518,9 @@ class AttributionModule(EvaluationModule):
             return part(self.sums.buffers(key)[position]) * scale
 
         with models.gathered(parameter) as weights:
-            theta = (shard.of(weights) if score.by_row else weights).detach().to(device, torch.float32)
+            theta = (
+                (shard.of(weights) if score.by_row else weights).detach().to(device, torch.float32)
+            )
             w = WeightStatistics(name, theta.clone())  # a score may work in place
         forget = self.forget_loss.forget_streams[0]
         if "g_f" in needs:
@@ -457,8 +533,12 @@ class AttributionModule(EvaluationModule):
             w.fisher_r = summed("fisher_r", 1 / self._rows("retain"))
         if "activation" in needs and name in self._small["vectors"]["activation"]:
             norms = self._small["vectors"]["activation"][name].sqrt().float()
-            lies_along_rows = score.by_row and norms.ndim == theta.ndim and len(norms) == shard.shape[0]
-            w.activation = (norms[shard.start : shard.stop] if lies_along_rows else norms).to(device)
+            lies_along_rows = (
+                score.by_row and norms.ndim == theta.ndim and len(norms) == shard.shape[0]
+            )
+            w.activation = (norms[shard.start : shard.stop] if lies_along_rows else norms).to(
+                device
+            )
         if "h" in needs:
             scalar = self.hessian in ("scalar", "auto")
             w.h = curvature.scalar(device) if scalar else part(curvature.damped(position))
@@ -489,7 +569,9 @@ class AttributionModule(EvaluationModule):
         scale = self._scale(self.hessian_data) / self._estimator.samples
         if not self._estimator.diagonal:
             weights = sum(shard.total for shard in self.sums.shards)
-            return DampedHessian(float(sum(self._small["vectors"][TRACE].values())) * scale / weights)
+            return DampedHessian(
+                float(sum(self._small["vectors"][TRACE].values())) * scale / weights
+            )
         return DampedHessian.of_diagonal(self.sums.buffers(self._diagonal), scale, self.damping)
 
     def _write_scores(self, score: Score, curvature: Optional[DampedHessian]) -> None:
@@ -534,13 +616,23 @@ class AttributionModule(EvaluationModule):
     def _report(self, mask: WeightMask, name: str) -> None:
         """Log the share selected by layer and by module type."""
         stats = mask.stats()
-        flat = {f"{group}/{key}": share for group in ("layer", "module") for key, share in stats[group].items()}
+        flat = {
+            f"{group}/{key}": share
+            for group in ("layer", "module")
+            for key, share in stats[group].items()
+        }
         prefix = f"mask/{name}" if self.several else "mask"
         for logger in self.trainer.loggers:
             shares = {"density": mask.density, **flat}
-            logger.log_metrics({f"{prefix}/{key}": value for key, value in shares.items()}, step=self.global_step)
+            logger.log_metrics(
+                {f"{prefix}/{key}": value for key, value in shares.items()}, step=self.global_step
+            )
         for group in ("module", "layer") if not self.several else ():
-            log.info("share selected by %s: %s", group, "  ".join(f"{k} {v:.3f}" for k, v in stats[group].items()))
+            log.info(
+                "share selected by %s: %s",
+                group,
+                "  ".join(f"{k} {v:.3f}" for k, v in stats[group].items()),
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the weights out: they are the model's own, unmoved. Say which rows are in the sums."""
@@ -565,10 +657,14 @@ def _hessian_kind(hessian: str, gamma: Union[float, str], needs: set[str]) -> st
     if gamma != "auto":
         positive("gamma", gamma)
         if hessian not in ("scalar", "auto"):
-            raise WagleError(f"gamma {gamma} is for hessian scalar, not for {hessian}: leave one of them out")
+            raise WagleError(
+                f"gamma {gamma} is for hessian scalar, not for {hessian}: leave one of them out"
+            )
         hessian = "scalar"
     elif hessian == "scalar":
         raise WagleError("hessian scalar needs a number: give --model.gamma")
     if hessian == "scalar" and "h_diagonal" in needs:
-        raise WagleError("a score here needs a Hessian diagonal, not a scalar: give --model.hessian gauss_newton")
+        raise WagleError(
+            "a score here needs a Hessian diagonal, not a scalar: give --model.hessian gauss_newton"
+        )
     return hessian

@@ -13,14 +13,15 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from wagle_pl import distributed
 from wagle_pl.attribution.activations import watch_inputs
 from wagle_pl.attribution.hessian import Hessian, Piece
 from wagle_pl.attribution.sums import GradientSums
+from wagle_pl.core import distributed
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.seeds import stable_seed
 from wagle_pl.data.template import IGNORE
-from wagle_pl.evaluation.likelihood import forward_answers
-from wagle_pl.unlearning.objectives import Answers, Streams
-from wagle_pl.utilities import WagleError, stable_seed
+from wagle_pl.lm.likelihood import forward_answers
+from wagle_pl.objectives.forget import Answers, Streams
 
 Batch = Mapping[str, Mapping[str, Tensor]]
 
@@ -113,7 +114,9 @@ def collect(job: Job, batch: Batch, lm: Any, sums: GradientSums, draws: Draws) -
     return total / max(1, count_rows(batch[job.stream])) if job.needs_graph else None
 
 
-def _collect_piece(job: Job, batch: Batch, lm: Any, sums: GradientSums, draws: Draws) -> Optional[Tensor]:
+def _collect_piece(
+    job: Job, batch: Batch, lm: Any, sums: GradientSums, draws: Draws
+) -> Optional[Tensor]:
     """Forward pass over some rows, and the backward passes that the job wants; returns the sum of losses."""
     tensors = batch[job.stream]
     idle = tensors["weight"] == 0
@@ -123,7 +126,9 @@ def _collect_piece(job: Job, batch: Batch, lm: Any, sums: GradientSums, draws: D
 
     def forward(watch: bool = False) -> tuple[Answers, Optional[Tensor]]:
         """The stream's answers and the sum of its rows' losses."""
-        with watch_inputs(lm, add_norms) if watch else nullcontext(lambda mask: None) as about_to_run:
+        with (
+            watch_inputs(lm, add_norms) if watch else nullcontext(lambda mask: None) as about_to_run
+        ):
 
             def run(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
                 about_to_run(tensors["attention_mask"] * (tensors["weight"] > 0).unsqueeze(1))
@@ -135,7 +140,10 @@ def _collect_piece(job: Job, batch: Batch, lm: Any, sums: GradientSums, draws: D
             answers = at[job.stream]
             return answers, job.loss(at).masked_fill(idle, 0.0).sum() if job.needs_graph else None
 
-    with torch.set_grad_enabled(job.needs_graph), job.hessian.forward_context() if job.hessian else nullcontext():
+    with (
+        torch.set_grad_enabled(job.needs_graph),
+        job.hessian.forward_context() if job.hessian else nullcontext(),
+    ):
         answers, loss = forward(watch=job.activations)
         if loss is None:
             return None
@@ -162,7 +170,9 @@ def _collect_piece(job: Job, batch: Batch, lm: Any, sums: GradientSums, draws: D
 
 def _not_finite(stream: str, tensors: Mapping[str, Tensor], loss: Tensor) -> WagleError:
     found = [] if torch.isfinite(loss) else [f"rows {tensors['row'].tolist()}: {loss.item():g}"]
-    return WagleError(f"{stream} loss is not finite in {distributed.gather(found)[0]}; is the model whole?")
+    return WagleError(
+        f"{stream} loss is not finite in {distributed.gather(found)[0]}; is the model whole?"
+    )
 
 
 def split_rows(batch: Batch, *streams: str) -> Iterator[Batch]:
@@ -170,17 +180,24 @@ def split_rows(batch: Batch, *streams: str) -> Iterator[Batch]:
     more rows than this one."""
     weights = batch[streams[0]]["weight"]
     rows = (weights > 0).nonzero().view(-1).tolist()
-    spares = distributed.most(len(rows)) - len(rows)  # agreed before the first row: its backward pass is a meeting
+    spares = distributed.most(len(rows)) - len(
+        rows
+    )  # agreed before the first row: its backward pass is a meeting
     for i in rows:
         yield {stream: _row(batch[stream], i) for stream in streams}
     for _ in range(spares):
         spare = {stream: _row(batch[stream], 0) for stream in streams}
-        yield {stream: {**row, "weight": torch.zeros_like(row["weight"])} for stream, row in spare.items()}
+        yield {
+            stream: {**row, "weight": torch.zeros_like(row["weight"])}
+            for stream, row in spare.items()
+        }
 
 
 def _row(tensors: Mapping[str, Tensor], i: int) -> dict[str, Tensor]:
     width = int(tensors["attention_mask"][i].sum())
-    return {name: t[i : i + 1, :width] if t.dim() > 1 else t[i : i + 1] for name, t in tensors.items()}
+    return {
+        name: t[i : i + 1, :width] if t.dim() > 1 else t[i : i + 1] for name, t in tensors.items()
+    }
 
 
 def count_rows(tensors: Mapping[str, Tensor]) -> int:

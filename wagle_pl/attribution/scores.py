@@ -24,9 +24,10 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.seeds import stable_seed
 from wagle_pl.masks import WeightMask
-from wagle_pl.names import in_module, layer_of, parse_layers
-from wagle_pl.utilities import WagleError, stable_seed
+from wagle_pl.masks.names import in_module, layer_of, parse_layers
 
 _LARGE = 1 << 20  # weights of a parameter on which a score is not tried if there is a smaller one
 
@@ -105,7 +106,9 @@ def checked(score: Score, w: WeightStatistics) -> Tensor:
     shape, gave = tuple(w.theta.shape), f"score {type(score).__name__} gave {w.name}"
     values = score(w)
     if not isinstance(values, Tensor):
-        raise WagleError(f"{gave} a {type(values).__name__}, not a tensor of the parameter's shape {shape}")
+        raise WagleError(
+            f"{gave} a {type(values).__name__}, not a tensor of the parameter's shape {shape}"
+        )
     if values.shape != shape:
         raise WagleError(f"{gave} shape {tuple(values.shape)}, the parameter's is {shape}")
     if not values.is_floating_point():
@@ -135,11 +138,16 @@ def try_out(
     for dimensions in sorted({len(shape) for shape in shapes.values()}, reverse=True):
         sizes = {name: prod(shape) for name, shape in shapes.items() if len(shape) == dimensions}
         name = min(sizes, key=lambda name: sizes[name] if sizes[name] > _LARGE else 0)
-        made = [_random_statistics(score, name, shapes[name], scalar, inputs.get(name), device) for _ in range(2)]
+        made = [
+            _random_statistics(score, name, shapes[name], scalar, inputs.get(name), device)
+            for _ in range(2)
+        ]
         first, again = (checked(score, w).nan_to_num() for w in made)
         if not torch.equal(first, again):
-            raise WagleError(f"score {type(score).__name__} gave {name} other numbers when called again: a Score is "
-                             "called several times for each parameter and must give the same each time")  # fmt: skip
+            raise WagleError(
+                f"score {type(score).__name__} gave {name} other numbers when called again: a Score is "
+                "called several times for each parameter and must give the same each time"
+            )
 
 
 def _random_statistics(
@@ -154,7 +162,9 @@ def _random_statistics(
     generator = torch.Generator(device).manual_seed(0)
 
     def positive(shape: Sequence[int]) -> Tensor:
-        return torch.rand(tuple(shape), generator=generator, device=device, dtype=torch.float32) + 0.1
+        return (
+            torch.rand(tuple(shape), generator=generator, device=device, dtype=torch.float32) + 0.1
+        )
 
     w = WeightStatistics(name, theta=positive(shape) - 0.6)
     for field in score.needs:
@@ -333,7 +343,7 @@ class Modules(Score):
 
     Args:
         modules: ``mlp``, ``attn``, ``norm``, ``embed``, ``q_proj``, ``mlp.down_proj``, ... (see
-            :func:`wagle_pl.names.in_module`); any of them will do. None takes every module.
+            :func:`wagle_pl.masks.names.in_module`); any of them will do. None takes every module.
         layers: indices of transformer blocks: ``"3-7"``, ``"0,2,5-6"``, counted from 0, ends included. None takes
             every layer, and what is outside the blocks.
 

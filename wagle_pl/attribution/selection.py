@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wagle_pl import distributed
 from wagle_pl.attribution.shards import Shard
-from wagle_pl.bits import count_bits, pack_bits
-from wagle_pl.utilities import WagleError
+from wagle_pl.core import distributed
+from wagle_pl.core.errors import WagleError
+from wagle_pl.masks.bits import count_bits, pack_bits
 
 CHUNK = 1 << 18  # weights looked at at a time, a multiple of 8: the only extra memory
 
@@ -57,7 +57,9 @@ class Threshold(NamedTuple):
 def check_density(density: float) -> None:
     """Raise :class:`WagleError` if ``density`` is outside (0, 1]."""
     if not 0 < density <= 1:
-        raise WagleError(f"density is the share of weights selected and must be in (0, 1], got {density}")
+        raise WagleError(
+            f"density is the share of weights selected and must be in (0, 1], got {density}"
+        )
 
 
 def exact_count(density: Union[float, Fraction], total: int) -> int:
@@ -105,7 +107,7 @@ def select(
             ⌊density · their number⌋ are taken: each gets its share to within one weight, and the total is exact.
 
     Yields:
-        (parameter name, packed bits), see :func:`wagle_pl.bits.pack_bits`.
+        (parameter name, packed bits), see :func:`wagle_pl.masks.bits.pack_bits`.
 
     Raises:
         WagleError: if density is outside (0, 1] or takes no weight, or a score is NaN or infinite.
@@ -141,7 +143,9 @@ def select_each(
         yield name, bits
     for density, found in zip(densities, any_weight, strict=True):
         if not distributed.most(int(found)):
-            raise WagleError(f"density {float(density):g} of the weights that take part selects none; raise it")
+            raise WagleError(
+                f"density {float(density):g} of the weights that take part selects none; raise it"
+            )
 
 
 # -- one threshold for all ------------------------------------------------------------------------------------------
@@ -170,7 +174,9 @@ def find_thresholds(
         for chunk in _chunks(tensor):
             bins = (order_keys(chunk, ranking) >> 16).add_(_OFFSET)
             upper += torch.bincount(bins, minlength=_HALF).cpu()
-        if not not_finite and (upper[_OFFSET + _INFINITE :].any() or upper[: _OFFSET - _INFINITE].any()):
+        if not not_finite and (
+            upper[_OFFSET + _INFINITE :].any() or upper[: _OFFSET - _INFINITE].any()
+        ):
             not_finite.append(name)
     if distributed.most(len(not_finite)):
         raise _not_finite(distributed.gather(not_finite)[0])
@@ -220,10 +226,14 @@ def _descend(counts: Tensor, k: int) -> tuple[Union[int, None], int]:
 
 
 def _not_finite(name: str) -> WagleError:
-    return WagleError(f"scores of {name} are not finite: its gradients overflowed or its Hessian is zero")
+    return WagleError(
+        f"scores of {name} are not finite: its gradients overflowed or its Hessian is zero"
+    )
 
 
-def _select_global(scores: Scores, densities: Sequence[float], ranking: Ranking) -> Iterator[tuple[str, list[Tensor]]]:
+def _select_global(
+    scores: Scores, densities: Sequence[float], ranking: Ranking
+) -> Iterator[tuple[str, list[Tensor]]]:
     wanted: list[int] = []
 
     def counts(total: int) -> list[int]:
@@ -237,8 +247,10 @@ def _select_global(scores: Scores, densities: Sequence[float], ranking: Ranking)
         taken += torch.tensor([count_bits(packed) for packed in bits])
         yield name, bits
     if distributed.add_up(taken).tolist() != wanted:
-        raise WagleError("a weight's score differs from pass to pass: a Score is called several times for each "
-                         "parameter and must give the same each time")  # fmt: skip
+        raise WagleError(
+            "a weight's score differs from pass to pass: a Score is called several times for each "
+            "parameter and must give the same each time"
+        )
 
 
 def _take(tensor: Tensor, takers: Sequence[_Taker], ranking: Ranking) -> list[Tensor]:
@@ -246,7 +258,8 @@ def _take(tensor: Tensor, takers: Sequence[_Taker], ranking: Ranking) -> list[Te
     shared = distributed.together() and any(taker.ties for taker in takers)
     left = _share_ties(tensor, takers, ranking) if shared else []
     bits = [
-        _packed(tensor.numel(), (taker(order_keys(chunk, ranking)) for chunk in _chunks(tensor))) for taker in takers
+        _packed(tensor.numel(), (taker(order_keys(chunk, ranking)) for chunk in _chunks(tensor)))
+        for taker in takers
     ]
     for taker, ties in zip(takers, left, strict=shared):
         taker.ties = ties
@@ -256,7 +269,9 @@ def _take(tensor: Tensor, takers: Sequence[_Taker], ranking: Ranking) -> list[Te
 def _share_ties(tensor: Tensor, takers: Sequence[_Taker], ranking: Ranking) -> list[int]:
     """Leave this rank the ties that earlier rows do not take; returns how many are left after all ranks' rows."""
     here = [
-        sum(int((order_keys(chunk, ranking) == taker.key).sum()) for chunk in _chunks(tensor)) if taker.ties else 0
+        sum(int((order_keys(chunk, ranking) == taker.key).sum()) for chunk in _chunks(tensor))
+        if taker.ties
+        else 0
         for taker in takers
     ]
     counts = torch.tensor(distributed.gather([here]))  # (ranks, takers)
@@ -301,7 +316,11 @@ _Parts = Callable[[str, Tensor, Shard, int, Sequence[float], Ranking], list[Tens
 
 
 def _select_within(
-    scores: Scores, densities: Sequence[float], ranking: Ranking, parts: _Parts, shards: Mapping[str, Shard]
+    scores: Scores,
+    densities: Sequence[float],
+    ranking: Ranking,
+    parts: _Parts,
+    shards: Mapping[str, Shard],
 ) -> Iterator[tuple[str, list[Tensor]]]:
     """One pass: a parameter holds all that competes within it."""
     start = 0
@@ -312,7 +331,12 @@ def _select_within(
 
 
 def _tensor_parts(
-    name: str, tensor: Tensor, shard: Shard, start: int, densities: Sequence[float], ranking: Ranking
+    name: str,
+    tensor: Tensor,
+    shard: Shard,
+    start: int,
+    densities: Sequence[float],
+    ranking: Ranking,
 ) -> list[Tensor]:
     quotas = [_quotas(density, start, shard.total, 1)[0] for density in densities]
     thresholds = find_thresholds(lambda: [(name, tensor)], lambda _: quotas, ranking)
@@ -320,7 +344,12 @@ def _tensor_parts(
 
 
 def _row_parts(
-    name: str, tensor: Tensor, shard: Shard, start: int, densities: Sequence[float], ranking: Ranking
+    name: str,
+    tensor: Tensor,
+    shard: Shard,
+    start: int,
+    densities: Sequence[float],
+    ranking: Ranking,
 ) -> list[Tensor]:
     if len(shard.shape) < 2:
         return _tensor_parts(name, tensor, shard, start, densities, ranking)

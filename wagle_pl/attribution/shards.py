@@ -12,7 +12,7 @@ from math import gcd, prod
 import torch
 from torch import Tensor
 
-from wagle_pl import distributed
+from wagle_pl.core import distributed
 
 
 class Shard:
@@ -33,7 +33,9 @@ class Shard:
     (4, 5, 8)
     """
 
-    def __init__(self, shape: Sequence[int], rank: int | None = None, ranks: int | None = None) -> None:
+    def __init__(
+        self, shape: Sequence[int], rank: int | None = None, ranks: int | None = None
+    ) -> None:
         self.shape = tuple(shape)
         self.ranks = distributed.world_size() if ranks is None else ranks
         rank = distributed.rank() if rank is None else rank
@@ -41,7 +43,9 @@ class Shard:
         self._rest = tuple(rest)
         width = prod(rest)
         in_bytes = 8 // gcd(8, width) if width else 1
-        self._each = self._rows if self.ranks == 1 else -(-self._rows // (self.ranks * in_bytes)) * in_bytes
+        self._each = (
+            self._rows if self.ranks == 1 else -(-self._rows // (self.ranks * in_bytes)) * in_bytes
+        )
         self.start, self.stop = (min(r * self._each, self._rows) for r in (rank, rank + 1))
         self.first = self.start * width
 
@@ -52,7 +56,11 @@ class Shard:
 
     def of(self, whole: Tensor) -> Tensor:
         """This rank's rows of a tensor of the parameter's shape: a view."""
-        return whole if self.ranks == 1 else whole.reshape(self._rows, *self._rest)[self.start : self.stop]
+        return (
+            whole
+            if self.ranks == 1
+            else whole.reshape(self._rows, *self._rest)[self.start : self.stop]
+        )
 
     def zeros(self, device: torch.device) -> Tensor:
         """fp32 zeros for this rank's rows."""
@@ -70,7 +78,9 @@ class Shard:
         """The parameter-shaped tensor of which each rank has its rows; a meeting of all ranks."""
         if self.ranks == 1:
             return rows
-        return distributed.gather_tensor(_padded(rows, self._each))[: self._rows].reshape(self.shape)
+        return distributed.gather_tensor(_padded(rows, self._each))[: self._rows].reshape(
+            self.shape
+        )
 
     def gather_bits(self, packed: Tensor) -> Tensor:
         """The packed bits of the parameter of which each rank has those of its rows; a meeting of all ranks."""

@@ -11,7 +11,8 @@ from typing import Any, Literal, Optional, Union
 
 from wagle_pl.attribution.scores import COLLECTED, Score
 from wagle_pl.attribution.selection import Ranking, check_density
-from wagle_pl.utilities import WagleError, resolve
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.registry import resolve
 
 
 @dataclass
@@ -58,7 +59,9 @@ class MaskSpec:
         """What says which weights were taken, for records."""
         return {
             "score": type(self.score).__name__,
-            "score_options": {k: v for k, v in vars(self.score).items() if not k.startswith("_") and _is_plain(v)},
+            "score_options": {
+                k: v for k, v in vars(self.score).items() if not k.startswith("_") and _is_plain(v)
+            },
             "select": self.select,
             "scope": self.scope,
             "include": self.include,
@@ -76,7 +79,8 @@ def taking_part(names: Iterable[str], include: Optional[str], exclude: Optional[
     kept = [
         name
         for name in names
-        if (wanted is None or wanted.search(name)) and (unwanted is None or not unwanted.search(name))
+        if (wanted is None or wanted.search(name))
+        and (unwanted is None or not unwanted.search(name))
     ]
     if not kept:
         raise WagleError(f"include {include!r} and exclude {exclude!r} leave no parameter")
@@ -91,7 +95,9 @@ def _pattern(option: str, text: Optional[str]) -> Optional[re.Pattern[str]]:
         raise WagleError(f"{option} {text!r} is no regular expression: {error}") from None
 
 
-def complete(spec: Union[MaskSpec, Mapping[str, Any]], default: MaskSpec, scores: dict[Any, Score]) -> MaskSpec:
+def complete(
+    spec: Union[MaskSpec, Mapping[str, Any]], default: MaskSpec, scores: dict[Any, Score]
+) -> MaskSpec:
     """The spec with nothing missing, checked.
 
     Args:
@@ -107,7 +113,11 @@ def complete(spec: Union[MaskSpec, Mapping[str, Any]], default: MaskSpec, scores
         if unknown:
             raise WagleError(f"masks: unknown key {unknown[0]!r}")
         spec = MaskSpec(**spec)
-    given = {field.name: getattr(spec, field.name) for field in fields(spec) if getattr(spec, field.name) is not None}
+    given = {
+        field.name: getattr(spec, field.name)
+        for field in fields(spec)
+        if getattr(spec, field.name) is not None
+    }
     spec = replace(default, **given)
     score = resolve(Score, spec.score, "score")
     spec.score = scores.setdefault(_definition(score), score)
@@ -116,12 +126,18 @@ def complete(spec: Union[MaskSpec, Mapping[str, Any]], default: MaskSpec, scores
         _pattern(option, getattr(spec, option))
     for option, choices in (("select", ("high", "low")), ("scope", ("global", "tensor", "row"))):
         if getattr(spec, option) not in choices:
-            raise WagleError(f"{option} must be one of {', '.join(choices)}, got {getattr(spec, option)!r}")
+            raise WagleError(
+                f"{option} must be one of {', '.join(choices)}, got {getattr(spec, option)!r}"
+            )
     unknown = set(spec.score.needs) - set(COLLECTED)
     if unknown:
         name = type(spec.score).__name__
-        raise WagleError(f"score {name} needs {unknown.pop()!r}, which no pass collects; choose from {COLLECTED}")
-    if _sets_its_share(spec.score):  # it says which weights, all over the model: there is no ranking to read otherwise
+        raise WagleError(
+            f"score {name} needs {unknown.pop()!r}, which no pass collects; choose from {COLLECTED}"
+        )
+    if _sets_its_share(
+        spec.score
+    ):  # it says which weights, all over the model: there is no ranking to read otherwise
         spec.select, spec.scope = "high", "global"
     return spec
 
@@ -146,12 +162,16 @@ def check_labels(specs: Sequence[MaskSpec]) -> None:
     scores = {id(spec.score): spec.score.label for spec in specs}
     for label in scores.values():
         if list(scores.values()).count(label) > 1:
-            raise WagleError(f"save_scores would save two different scores as {label}.scores: make two runs of them")
+            raise WagleError(
+                f"save_scores would save two different scores as {label}.scores: make two runs of them"
+            )
 
 
 def _definition(score: Score) -> tuple[type[Score], str]:
     """Equal for scores that are the same; what is no plain data is the same only as itself."""
-    options = {name: value if _is_plain(value) else id(value) for name, value in vars(score).items()}
+    options = {
+        name: value if _is_plain(value) else id(value) for name, value in vars(score).items()
+    }
     return type(score), json.dumps(options, sort_keys=True)
 
 
@@ -169,5 +189,7 @@ def _sets_its_share(score: Score) -> bool:
 def _name(spec: MaskSpec) -> str:
     if _sets_its_share(spec.score):
         return spec.score.label
-    extra = [value for value, usual in ((spec.select, "high"), (spec.scope, "global")) if value != usual]
+    extra = [
+        value for value, usual in ((spec.select, "high"), (spec.scope, "global")) if value != usual
+    ]
     return "-".join([spec.score.label, f"{spec.density:g}", *extra])

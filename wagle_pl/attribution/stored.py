@@ -20,8 +20,9 @@ from torch import Tensor
 from wagle_pl.attribution import selection
 from wagle_pl.attribution.selection import Ranking, Scope
 from wagle_pl.attribution.specs import taking_part
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.files import atomic_path
 from wagle_pl.masks import WeightMask
-from wagle_pl.utilities import WagleError, atomic_path
 
 FORMAT = "wagle_pl.scores"
 FORMAT_VERSION = 1
@@ -90,7 +91,9 @@ class StoredScores:
         self.folder = folder.parent if folder.is_file() else folder
         index_file = self.folder / INDEX_FILE
         if not index_file.is_file():
-            raise WagleError(f"{folder} is no folder of scores (it has no {INDEX_FILE}): give what save_scores wrote")
+            raise WagleError(
+                f"{folder} is no folder of scores (it has no {INDEX_FILE}): give what save_scores wrote"
+            )
         try:
             index = json.loads(index_file.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -98,7 +101,9 @@ class StoredScores:
         if not isinstance(index, dict) or index.get("format") != FORMAT:
             raise WagleError(f"{index_file} is not of wagle_pl scores")
         if int(index["format_version"]) > FORMAT_VERSION:
-            raise WagleError(f"{index_file} has format {index['format_version']}; this version reads {FORMAT_VERSION}")
+            raise WagleError(
+                f"{index_file} has format {index['format_version']}; this version reads {FORMAT_VERSION}"
+            )
         self.shapes = {name: tuple(shape) for name, shape in index["shapes"].items()}
         self.made_by: dict[str, Any] = index["made_by"]
         self._files: dict[str, str] = index["files"]
@@ -164,7 +169,9 @@ def whole_mask(
 ) -> WeightMask:
     """A mask of all parameters, in their order: those that took no part are frozen."""
     bits = {
-        name: packed[name] if name in packed else torch.zeros((prod(shape) + 7) // 8, dtype=torch.uint8)
+        name: packed[name]
+        if name in packed
+        else torch.zeros((prod(shape) + 7) // 8, dtype=torch.uint8)
         for name, shape in shapes.items()
     }
     return WeightMask(bits, shapes, metadata)

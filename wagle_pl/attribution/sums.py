@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from wagle_pl import distributed
 from wagle_pl.attribution.shards import Shard
+from wagle_pl.core import distributed
 from wagle_pl.strategies.checkpoint import Part, ShardedCheckpoint
 
 _OF_STEP = "of this step: "  # before the name of a sum over a step, in a checkpoint
@@ -63,7 +63,10 @@ class GradientSums(Optimizer):
 
     def _stored(self) -> dict[str, list[Tensor]]:
         """Every sum by its name in a checkpoint."""
-        return {**self.sums, **{_OF_STEP + name: tensors for name, tensors in self.step_sums.items()}}
+        return {
+            **self.sums,
+            **{_OF_STEP + name: tensors for name, tensors in self.step_sums.items()},
+        }
 
     def _restored(self, name: str) -> list[Tensor]:
         """The sums that a name in a checkpoint stands for."""
@@ -73,12 +76,17 @@ class GradientSums(Optimizer):
 
     def _buffers(self, where: dict[str, list[Tensor]], name: str) -> list[Tensor]:
         if name not in where:
-            where[name] = [shard.zeros(p.device) for shard, p in zip(self.shards, self.parameters, strict=True)]
+            where[name] = [
+                shard.zeros(p.device) for shard, p in zip(self.shards, self.parameters, strict=True)
+            ]
         return where[name]
 
     @contextmanager
     def into(
-        self, total: Optional[str] = None, squares: Optional[str] = None, in_step: Optional[str] = None
+        self,
+        total: Optional[str] = None,
+        squares: Optional[str] = None,
+        in_step: Optional[str] = None,
     ) -> Iterator[None]:
         """Say where the gradients of the backward passes inside go; they may go to several places.
 
@@ -87,8 +95,10 @@ class GradientSums(Optimizer):
             squares: name of the sum its elementwise square is added to.
             in_step: name of the sum over this step that it is added to, see :meth:`fold`.
         """
-        totals = [*([self.buffers(total)] if total else []),
-                  *([self._buffers(self.step_sums, in_step)] if in_step else [])]  # fmt: skip
+        totals = [
+            *([self.buffers(total)] if total else []),
+            *([self._buffers(self.step_sums, in_step)] if in_step else []),
+        ]
         squared = self.buffers(squares) if squares else []
 
         @torch.no_grad()
@@ -103,7 +113,9 @@ class GradientSums(Optimizer):
                 self.add(squared, position, gradient.square_())
 
         hooks = []
-        in_place = len(totals) == 1 and not squares and not distributed.together() and not self.spread
+        in_place = (
+            len(totals) == 1 and not squares and not distributed.together() and not self.spread
+        )
         for position, parameter in enumerate(self.parameters):
             if in_place and parameter.dtype == torch.float32:
                 parameter.grad = totals[0][position]
@@ -120,10 +132,14 @@ class GradientSums(Optimizer):
 
     def add(self, buffers: Sequence[Tensor], position: int, whole: Tensor) -> None:
         """Add the ranks' tensors of a parameter's shape to its sum; a meeting of all ranks."""
-        buffers[position].add_(self.shards[position].scatter_sum(whole).to(buffers[position].device))
+        buffers[position].add_(
+            self.shards[position].scatter_sum(whole).to(buffers[position].device)
+        )
 
     @torch.no_grad()
-    def fold(self, name: str, squares: Optional[str] = None, squared_norm: Optional[str] = None) -> None:
+    def fold(
+        self, name: str, squares: Optional[str] = None, squared_norm: Optional[str] = None
+    ) -> None:
         """End a step: square what was summed over it, over all its micro-batches and ranks, and begin anew.
 
         Args:
@@ -146,7 +162,9 @@ class GradientSums(Optimizer):
     def add_vector(self, name: str, parameter: str, vector: Tensor) -> None:
         """Add to a running vector of a parameter, in fp64 and without waiting for the device."""
         vectors = self.vectors.setdefault(name, {})
-        vectors[parameter] = vectors[parameter] + vector if parameter in vectors else vector.double()
+        vectors[parameter] = (
+            vectors[parameter] + vector if parameter in vectors else vector.double()
+        )
 
     def step(self, closure: Any = None) -> Any:
         """Move nothing; Lightning counts it."""
@@ -157,10 +175,16 @@ class GradientSums(Optimizer):
     def small(self) -> dict[str, Any]:
         """Vectors and counts, summed over the ranks; a meeting of all ranks."""
         vectors = {
-            name: {key: distributed.add_up(vector.clone()) for key, vector in sorted(by_parameter.items())}
+            name: {
+                key: distributed.add_up(vector.clone())
+                for key, vector in sorted(by_parameter.items())
+            }
             for name, by_parameter in sorted(self.vectors.items())
         }
-        counts = {n: float(distributed.add_up(torch.tensor(c).double())) for n, c in sorted(self.counts.items())}
+        counts = {
+            n: float(distributed.add_up(torch.tensor(c).double()))
+            for n, c in sorted(self.counts.items())
+        }
         return {"vectors": vectors, "counts": counts}
 
     def state_dict(self) -> dict[str, Any]:
@@ -188,10 +212,12 @@ class GradientSums(Optimizer):
         first = distributed.rank() == 0
         device = self.parameters[0].device
         self.vectors = {
-            name: {key: vector.to(device) if first else torch.zeros_like(vector, device=device)
-                   for key, vector in vectors.items()}
+            name: {
+                key: vector.to(device) if first else torch.zeros_like(vector, device=device)
+                for key, vector in vectors.items()
+            }
             for name, vectors in small["vectors"].items()
-        }  # fmt: skip
+        }
         self.counts = {name: count if first else 0.0 for name, count in small["counts"].items()}
 
     def parts(self) -> Iterator[Part]:
@@ -200,7 +226,9 @@ class GradientSums(Optimizer):
             for parameter, shard, tensor in zip(self.names, self.shards, tensors, strict=True):
                 if tensor.numel():
                     read = partial(tensor.reshape, -1)
-                    yield Part(f"sum/{name}", parameter, shard.first, tensor.numel(), torch.float32, read)
+                    yield Part(
+                        f"sum/{name}", parameter, shard.first, tensor.numel(), torch.float32, read
+                    )
 
     def load(self, stored: ShardedCheckpoint) -> None:
         """Take this rank's rows of every sum from a checkpoint that any number of ranks wrote."""
@@ -208,5 +236,7 @@ class GradientSums(Optimizer):
             buffers = self._restored(key.removeprefix("sum/"))
             for parameter, shard, tensor in zip(self.names, self.shards, buffers, strict=True):
                 if tensor.numel():
-                    tensor.copy_(stored.read(key, parameter, shard.first, tensor.numel()).view_as(tensor))
+                    tensor.copy_(
+                        stored.read(key, parameter, shard.first, tensor.numel()).view_as(tensor)
+                    )
         self._load_small(stored.common["sums"])

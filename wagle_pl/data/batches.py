@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from wagle_pl.core.errors import WagleError
 from wagle_pl.data.template import IGNORE
-from wagle_pl.utilities import WagleError
 
-BUCKET = 32  # rows are sorted by length within this many global batches, so that a batch pads little
+BUCKET = (
+    32  # rows are sorted by length within this many global batches, so that a batch pads little
+)
 
 #: (row, weight, occurrence) of each row of a micro-batch; a row that an epoch sees twice occurs as 0, then as 1.
 Cell = list[tuple[int, float, int]]
@@ -60,7 +62,9 @@ def epoch_batches(
         rows = _shuffled_positions(rows, len(row_lengths), seed, number)
         token_counts = np.asarray(row_lengths)[rows]
         pool = BUCKET * global_batch
-        if len(row_lengths) < epoch_size:  # sorted together, the copies of a row would make up batches of their own
+        if (
+            len(row_lengths) < epoch_size
+        ):  # sorted together, the copies of a row would make up batches of their own
             pool = min(pool, max(1, len(row_lengths) // global_batch) * global_batch)
         chunks = []
         for start in range(0, epoch_size, pool):
@@ -85,7 +89,11 @@ def _shuffled_positions(positions: np.ndarray, n: int, seed: int, stream: int) -
 
 
 def deal(
-    rows: np.ndarray, world_size: int, accumulate: int, seen: Optional[Counter[int]] = None, done: int = 0
+    rows: np.ndarray,
+    world_size: int,
+    accumulate: int,
+    seen: Optional[Counter[int]] = None,
+    done: int = 0,
 ) -> list[list[Cell]]:
     """Cut one global batch into ``accumulate`` micro-batches for each of ``world_size`` ranks.
 
@@ -158,7 +166,9 @@ class GlobalBatchSampler(DistributedSampler):
         seed: int = 0,
     ) -> None:
         if accumulate < 1:
-            raise WagleError(f"trainer.accumulate_grad_batches must be at least 1, got {accumulate}")
+            raise WagleError(
+                f"trainer.accumulate_grad_batches must be at least 1, got {accumulate}"
+            )
         self.lengths = lengths
         self.batch_size = batch_size
         self.accumulate = accumulate
@@ -184,9 +194,14 @@ class GlobalBatchSampler(DistributedSampler):
         seen: dict[str, Counter[int]] = {stream: Counter() for stream in self.lengths}
         for step, batch in enumerate(self._epoch(self.epoch)):
             done = start.rows if step == start.step else 0
-            dealt = {s: deal(rows, self.world_size, self.accumulate, seen[s], done) for s, rows in batch.items()}
+            dealt = {
+                s: deal(rows, self.world_size, self.accumulate, seen[s], done)
+                for s, rows in batch.items()
+            }
             for micro in range(max(0, skipped - step * self.accumulate), self.accumulate):
-                yield Draw(self.epoch, {stream: cells[micro][self.rank] for stream, cells in dealt.items()})
+                yield Draw(
+                    self.epoch, {stream: cells[micro][self.rank] for stream, cells in dealt.items()}
+                )
 
     def position(self, epoch: int, micro_batches: int) -> Position:
         """The place that an epoch has reached after some of its micro-batches."""
@@ -237,14 +252,20 @@ class ResumableLoader(QuietLoader):
         digests: stream -> digest of its rows.
     """
 
-    def __init__(self, dataset: Any, sampler: GlobalBatchSampler, digests: Optional[Mapping[str, str]] = None) -> None:
+    def __init__(
+        self, dataset: Any, sampler: GlobalBatchSampler, digests: Optional[Mapping[str, str]] = None
+    ) -> None:
         super().__init__(dataset, sampler)
         self.digests = dict(digests or {})
-        self._handed_out: Optional[int] = None  # micro-batches of the sampler's epoch; None before the first
+        self._handed_out: Optional[int] = (
+            None  # micro-batches of the sampler's epoch; None before the first
+        )
 
     def __iter__(self) -> Iterator[Any]:
         start = self.sampler.start
-        self._handed_out = self.sampler.micro_batches(start) if start.epoch == self.sampler.epoch else 0
+        self._handed_out = (
+            self.sampler.micro_batches(start) if start.epoch == self.sampler.epoch else 0
+        )
         for batch in super().__iter__():
             self._handed_out += 1
             yield batch
@@ -256,7 +277,9 @@ class ResumableLoader(QuietLoader):
             return self._state(start if start.epoch == epoch else Position(epoch))
         return self.state_at(self.sampler.epoch, self._handed_out)
 
-    def state_at(self, epoch: int, micro_batches: int, last: Optional[int] = None) -> dict[str, Any]:
+    def state_at(
+        self, epoch: int, micro_batches: int, last: Optional[int] = None
+    ) -> dict[str, Any]:
         """Where the run is after some micro-batches of an epoch, and what that place is a place in.
 
         Args:
@@ -264,11 +287,18 @@ class ResumableLoader(QuietLoader):
             micro_batches: of it that are done.
             last: with how many the epoch ends; with all when None.
         """
-        over = micro_batches >= (len(self.sampler) if last is None else min(last, len(self.sampler)))
-        return self._state(Position(epoch + 1) if over else self.sampler.position(epoch, micro_batches))
+        over = micro_batches >= (
+            len(self.sampler) if last is None else min(last, len(self.sampler))
+        )
+        return self._state(
+            Position(epoch + 1) if over else self.sampler.position(epoch, micro_batches)
+        )
 
     def _state(self, position: Position) -> dict[str, Any]:
-        sets = {s: {"rows": len(lengths), "digest": self.digests.get(s)} for s, lengths in self.sampler.lengths.items()}
+        sets = {
+            s: {"rows": len(lengths), "digest": self.digests.get(s)}
+            for s, lengths in self.sampler.lengths.items()
+        }
         return {
             **position._asdict(),
             "global_batch": self.sampler.global_batch,
@@ -293,34 +323,50 @@ class ResumableLoader(QuietLoader):
             WagleError: naming what differs, if the state was taken of other global batches than this loader's.
         """
         if "global_batch" not in state:
-            raise WagleError("the checkpoint does not say which global batches its run had seen (it is of an earlier "
-                             "version): start the run anew, or turn it into a model with wagle export")  # fmt: skip
+            raise WagleError(
+                "the checkpoint does not say which global batches its run had seen (it is of an earlier "
+                "version): start the run anew, or turn it into a model with wagle export"
+            )
         here, sampler = self._state(Position()), self.sampler
         if state["global_batch"] != here["global_batch"]:
-            cut = (f"{sampler.world_size} devices x data.batch_size {sampler.batch_size} x accumulate_grad_batches "
-                   f"{sampler.accumulate}")  # fmt: skip
-            raise WagleError(f"the checkpoint's run had a global batch of {state['global_batch']} rows, this one has "
-                             f"{here['global_batch']} ({cut}): choose them so that their product is "
-                             f"{state['global_batch']}")  # fmt: skip
+            cut = (
+                f"{sampler.world_size} devices x data.batch_size {sampler.batch_size} x accumulate_grad_batches "
+                f"{sampler.accumulate}"
+            )
+            raise WagleError(
+                f"the checkpoint's run had a global batch of {state['global_batch']} rows, this one has "
+                f"{here['global_batch']} ({cut}): choose them so that their product is "
+                f"{state['global_batch']}"
+            )
         if state["seed"] != here["seed"]:
-            raise WagleError(f"the checkpoint's run drew its rows with data.seed {state['seed']}, this one with "
-                             f"{here['seed']}: give --data.seed {state['seed']}")  # fmt: skip
+            raise WagleError(
+                f"the checkpoint's run drew its rows with data.seed {state['seed']}, this one with "
+                f"{here['seed']}: give --data.seed {state['seed']}"
+            )
         if list(state["sets"]) != list(here["sets"]):
-            raise WagleError(f"the checkpoint's run drew from {' and '.join(state['sets'])} rows, this one draws from "
-                             f"{' and '.join(here['sets'])} rows: resume with the module and options it was started "
-                             "with")  # fmt: skip
+            raise WagleError(
+                f"the checkpoint's run drew from {' and '.join(state['sets'])} rows, this one draws from "
+                f"{' and '.join(here['sets'])} rows: resume with the module and options it was started "
+                "with"
+            )
         for name, then in state["sets"].items():
             now = here["sets"][name]
             if then["rows"] != now["rows"]:
-                raise WagleError(f"the checkpoint's run had {then['rows']} {name} rows, this one has {now['rows']}: "
-                                 "resume with the data it was started with")  # fmt: skip
+                raise WagleError(
+                    f"the checkpoint's run had {then['rows']} {name} rows, this one has {now['rows']}: "
+                    "resume with the data it was started with"
+                )
             if then["digest"] != now["digest"]:
-                raise WagleError(f"the {name} rows are not those of the checkpoint's run (as many, but of another "
-                                 "content or order): resume with the data it was started with")  # fmt: skip
+                raise WagleError(
+                    f"the {name} rows are not those of the checkpoint's run (as many, but of another "
+                    "content or order): resume with the data it was started with"
+                )
         return Position(state["epoch"], state["step"], state["rows"])
 
 
-def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_id: int, left: bool = False) -> dict[str, Tensor]:
+def collate(
+    rows: Sequence[Mapping[str, Sequence[int]]], pad_id: int, left: bool = False
+) -> dict[str, Tensor]:
     """Pad token lists to the longest of them.
 
     Args:
@@ -376,7 +422,9 @@ class DealtBatches(DistributedSampler):
         """Nothing changes from epoch to epoch."""
 
 
-def token_batches(lengths: Sequence[int], max_rows: int, max_tokens: Optional[int] = None) -> list[list[int]]:
+def token_batches(
+    lengths: Sequence[int], max_rows: int, max_tokens: Optional[int] = None
+) -> list[list[int]]:
     """Group rows of similar length for a pass without gradients.
 
     Returns:

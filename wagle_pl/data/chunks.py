@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal, Optional
 
+from wagle_pl.core.errors import WagleError
 from wagle_pl.data.rows import Row
-from wagle_pl.utilities import WagleError
 
 Unit = Literal["tokens", "characters"]
 
@@ -31,13 +31,19 @@ def chunk_text(text: str, size: int, unit: Unit = "tokens", tokenizer: Any = Non
     if size < 1:
         raise WagleError(f"the size of a chunk must be at least 1, got {size}")
     cuts = _token_cuts(text, size, tokenizer) if unit == "tokens" else _character_cuts(text, size)
-    return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True) if start < end]
+    return [
+        text[start:end]
+        for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)
+        if start < end
+    ]
 
 
 def _token_cuts(text: str, size: int, tokenizer: Any) -> list[int]:
     """Where every ``size``-th token begins, the first apart: ascending positions in the text."""
     if tokenizer is None or not tokenizer.is_fast:
-        raise WagleError("cutting texts by tokens needs a fast tokenizer; cut them by characters (chunk_unit)")
+        raise WagleError(
+            "cutting texts by tokens needs a fast tokenizer; cut them by characters (chunk_unit)"
+        )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     starts = [start for start, _ in encoded["offset_mapping"]]
     return sorted({start for start in starts[size::size] if 0 < start < len(text)})
@@ -56,7 +62,9 @@ def _character_cuts(text: str, size: int) -> list[int]:
     return cuts
 
 
-def chunk_rows(texts: Iterable[str], size: int, unit: Unit = "tokens", tokenizer: Any = None) -> list[Row]:
+def chunk_rows(
+    texts: Iterable[str], size: int, unit: Unit = "tokens", tokenizer: Any = None
+) -> list[Row]:
     """The chunks of some texts as rows, blank ones left out.
 
     Returns:
@@ -74,7 +82,9 @@ def chunk_rows(texts: Iterable[str], size: int, unit: Unit = "tokens", tokenizer
     return rows
 
 
-def continuation(row: Row, prompt_size: int, unit: Unit = "tokens", tokenizer: Any = None) -> Optional[Row]:
+def continuation(
+    row: Row, prompt_size: int, unit: Unit = "tokens", tokenizer: Any = None
+) -> Optional[Row]:
     """A ``text`` row as a prompt of ``prompt_size`` units and the text that follows it; None if nothing follows."""
     prompt = chunk_text(row["text"], prompt_size, unit, tokenizer)[0]
     response = row["text"][len(prompt) :]

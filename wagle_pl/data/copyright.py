@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Optional
 
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.files import absent
 from wagle_pl.data.rows import Row, load_rows, readable, spread
 from wagle_pl.data.sources import HubSet, need_columns
 from wagle_pl.data.suite import C4, WIKITEXT, SuiteDataModule
-from wagle_pl.utilities import WagleError, absent
 
 #: Where the hub has the book that the papers forget, in four texts, and questions about it and about the rest.
 HUB_BOOKS = "muse-bench/MUSE-Books"
@@ -50,7 +51,9 @@ class CopyrightDataModule(SuiteDataModule):
         limit_retain: Optional[int] = 10_000,
         **kwargs: Any,
     ) -> None:
-        super().__init__(chunk_size=chunk_size, prompt_size=prompt_size, limit_retain=limit_retain, **kwargs)
+        super().__init__(
+            chunk_size=chunk_size, prompt_size=prompt_size, limit_retain=limit_retain, **kwargs
+        )
         if test_chunks is not None and test_chunks < 1:
             raise WagleError(f"data.test_chunks must be at least 1, got {test_chunks}")
         self.book = book
@@ -74,7 +77,11 @@ class CopyrightDataModule(SuiteDataModule):
 
     def load_rows(self, name: str) -> Optional[list[Row]]:
         """See :meth:`SuiteDataModule.load_rows`; the book may be a file of one's own."""
-        own = name in ("forget", "test/forget") and self.book is not None and self._given(name) is None
+        own = (
+            name in ("forget", "test/forget")
+            and self.book is not None
+            and self._given(name) is None
+        )
         if own and not (name.startswith("test/") and self.test_sources is not None):
             rows = self._cut(name, self.convert(name, read_book(self.book)))
         else:
@@ -90,7 +97,11 @@ class CopyrightDataModule(SuiteDataModule):
 
     def describe(self, name: str) -> str:
         """See :meth:`SuiteDataModule.describe`."""
-        own = name in ("forget", "test/forget") and self.book is not None and self._given(name) is None
+        own = (
+            name in ("forget", "test/forget")
+            and self.book is not None
+            and self._given(name) is None
+        )
         return self.book if own else super().describe(name)
 
     def _available(self, name: str) -> bool:

@@ -80,7 +80,11 @@ class DetoxDataModule(SuiteDataModule):
         if name == "test/prompts":
             need_columns(rows, ("prompt",), where)
             mark = {"continuation": True} if self.plain_prompts else {}
-            return [{"prompt": prompt, **mark} for prompt in dict.fromkeys(map(_prompt_text, rows)) if prompt.strip()]
+            return [
+                {"prompt": prompt, **mark}
+                for prompt in dict.fromkeys(map(_prompt_text, rows))
+                if prompt.strip()
+            ]
         return super().convert(name, rows)
 
 

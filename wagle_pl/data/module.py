@@ -15,6 +15,8 @@ from typing import Any, Literal, Optional
 import lightning as L
 from torch.utils.data import DataLoader
 
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.files import absent
 from wagle_pl.data.batches import (
     DealtBatches,
     Draw,
@@ -27,7 +29,6 @@ from wagle_pl.data.batches import (
 )
 from wagle_pl.data.rows import Row, check_rows, load_rows, readable, row_key, row_kind, spread
 from wagle_pl.data.template import Template, check_ids
-from wagle_pl.utilities import WagleError, absent
 
 log = logging.getLogger(__name__)
 
@@ -104,12 +105,20 @@ class ForgetRetainDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if batch_size < 1 or test_batch_size < 1:
-            raise WagleError(f"data.batch_size and data.test_batch_size must be at least 1, got {batch_size} and "
-                             f"{test_batch_size}")  # fmt: skip
-        limits = {"limit_forget": limit_forget, "limit_retain": limit_retain, "limit_test": limit_test}
+            raise WagleError(
+                f"data.batch_size and data.test_batch_size must be at least 1, got {batch_size} and "
+                f"{test_batch_size}"
+            )
+        limits = {
+            "limit_forget": limit_forget,
+            "limit_retain": limit_retain,
+            "limit_test": limit_test,
+        }
         for option, value in limits.items():
             if value is not None and value < 1:
-                raise WagleError(f"data.{option} must be at least 1, got {value}; null uses all rows")
+                raise WagleError(
+                    f"data.{option} must be at least 1, got {value}; null uses all rows"
+                )
         self.sources = {"forget": forget, "retain": retain, "holdout": holdout}
         self.test_sources = test
         self.val = val
@@ -164,7 +173,9 @@ class ForgetRetainDataModule(L.LightningDataModule):
         known = self.test_names() if names else []
         for name in names:
             if name not in known:
-                raise WagleError(f"data.val: there is no test set {name!r}; choose of {', '.join(known)}")
+                raise WagleError(
+                    f"data.val: there is no test set {name!r}; choose of {', '.join(known)}"
+                )
         return names
 
     # -- rows and tokens ----------------------------------------------------------------------------------------------
@@ -173,7 +184,9 @@ class ForgetRetainDataModule(L.LightningDataModule):
         """Checked rows of one set, loaded once; ``all`` is forget and retain rows together."""
         if name not in self._rows:
             if name == "all":
-                rows = [row for part in ("forget", "retain") for row in self.rows(part) or []] or None
+                rows = [
+                    row for part in ("forget", "retain") for row in self.rows(part) or []
+                ] or None
             else:
                 rows = self._load(name)
             self._rows[name] = rows
@@ -182,24 +195,40 @@ class ForgetRetainDataModule(L.LightningDataModule):
     def _load(self, name: str) -> Optional[list[Row]]:
         rows = self.load_rows(name)
         if rows is None:
-            own = name.removeprefix("test/") if name.startswith("test/") and self.test_sources is None else None
+            own = (
+                name.removeprefix("test/")
+                if name.startswith("test/") and self.test_sources is None
+                else None
+            )
             trained = self.rows(own) if own else None
             return None if trained is None else spread(trained, self.limit_test)
         rows = check_rows(rows, where=f"{name} set ({self.describe(name)})")
-        rows = spread(rows, self.limit_test) if name.startswith("test/") else rows[: self.limits.get(name)]
+        rows = (
+            spread(rows, self.limit_test)
+            if name.startswith("test/")
+            else rows[: self.limits.get(name)]
+        )
         if name == "forget":
             self._warn_of_repeats(rows)
         return self._without_overlap(rows) if name == "retain" else rows
 
     def describe(self, name: str) -> str:
         """Where the rows of a set come from, for messages and the model card."""
-        source = (self.test_sources or {}).get(name[5:]) if name.startswith("test/") else self.sources.get(name)
+        source = (
+            (self.test_sources or {}).get(name[5:])
+            if name.startswith("test/")
+            else self.sources.get(name)
+        )
         return str(source or type(self).__name__)
 
     def _warn_of_repeats(self, forget: list[Row]) -> None:
         """Say how many forget rows are there twice, as they are attributed and forgotten twice."""
         first: dict[str, int] = {}
-        repeats = [number for number, row in enumerate(forget, 1) if first.setdefault(row_key(row), number) != number]
+        repeats = [
+            number
+            for number, row in enumerate(forget, 1)
+            if first.setdefault(row_key(row), number) != number
+        ]
         if repeats:
             shown = ", ".join(map(str, repeats[:5])) + (", ..." if len(repeats) > 5 else "")
             log.warning(
@@ -221,7 +250,9 @@ class ForgetRetainDataModule(L.LightningDataModule):
         if self.overlap == "error":
             raise WagleError(f"{message}; remove them or pass --data.overlap drop")
         if self.overlap == "warn":
-            log.warning("%s: the objective pulls them both ways (--data.overlap drop removes them)", message)
+            log.warning(
+                "%s: the objective pulls them both ways (--data.overlap drop removes them)", message
+            )
             return retain
         log.info("%s: dropped from the retain set", message)
         if not kept:
@@ -237,10 +268,12 @@ class ForgetRetainDataModule(L.LightningDataModule):
         """
         if self.tokenizer_name is None:
             if self.trainer is None:
-                raise WagleError("a data module without a Trainer needs a tokenizer: give data.tokenizer, a hub id or "
-                                 "a folder")  # fmt: skip
+                raise WagleError(
+                    "a data module without a Trainer needs a tokenizer: give data.tokenizer, a hub id or "
+                    "a folder"
+                )
             return self._module.tokenizer
-        from wagle_pl.models import load_tokenizer
+        from wagle_pl.lm.models import load_tokenizer
 
         return load_tokenizer(self.tokenizer_name)
 
@@ -265,7 +298,11 @@ class ForgetRetainDataModule(L.LightningDataModule):
             WagleError: if the file is missing, has no lines or is not in UTF-8.
         """
         if self.refusals_file is None:
-            text = resources.files("wagle_pl.data").joinpath("refusals.txt").read_text(encoding="utf-8")
+            text = (
+                resources.files("wagle_pl.data")
+                .joinpath("refusals.txt")
+                .read_text(encoding="utf-8")
+            )
         elif not Path(self.refusals_file).is_file():
             raise absent("refusals file", self.refusals_file)
         else:
@@ -292,14 +329,18 @@ class ForgetRetainDataModule(L.LightningDataModule):
     def _tokenise(self, name: str, rows: list[Row]) -> Any:
         import datasets
 
-        key = hashlib.sha256((self.template.identity() + json.dumps(rows, default=str)).encode()).hexdigest()
+        key = hashlib.sha256(
+            (self.template.identity() + json.dumps(rows, default=str)).encode()
+        ).hexdigest()
         cache_file = Path(datasets.config.HF_DATASETS_CACHE) / "wagle_pl" / f"{key}.arrow"
 
         def encode(index: int) -> dict[str, Any]:
             try:
                 encoded = self.template.encode(rows[index])
             except WagleError as error:
-                raise WagleError(f"{name} set ({self.describe(name)}) row {index + 1}: {error}") from None
+                raise WagleError(
+                    f"{name} set ({self.describe(name)}) row {index + 1}: {error}"
+                ) from None
             return {**encoded, "length": len(encoded["input_ids"])}
 
         if self.cache and len(rows) > 1000:  # below, tokenising is faster than looking the cache up
@@ -317,8 +358,13 @@ class ForgetRetainDataModule(L.LightningDataModule):
         self._check_ids(name, tokens)
         cut = sum(length >= self.max_length for length in tokens["length"])
         if cut:
-            log.warning("%d of %d %s rows reach max_length=%d tokens and are cut there", cut, len(rows), name,
-                        self.max_length)  # fmt: skip
+            log.warning(
+                "%d of %d %s rows reach max_length=%d tokens and are cut there",
+                cut,
+                len(rows),
+                name,
+                self.max_length,
+            )
         return tokens
 
     def _check_ids(self, name: str, tokens: Any) -> None:
@@ -328,10 +374,13 @@ class ForgetRetainDataModule(L.LightningDataModule):
         known = getattr(self._module, "vocabulary", None)
         columns = [tokens.data.column(column) for column in ("input_ids", "labels")]
         if known is None or all(
-            pyarrow.compute.max(pyarrow.compute.list_flatten(column)).as_py() < known for column in columns
+            pyarrow.compute.max(pyarrow.compute.list_flatten(column)).as_py() < known
+            for column in columns
         ):
             return
-        for row, (ids, labels) in enumerate(zip(tokens["input_ids"], tokens["labels"], strict=True), 1):
+        for row, (ids, labels) in enumerate(
+            zip(tokens["input_ids"], tokens["labels"], strict=True), 1
+        ):
             try:
                 check_ids([*ids, *labels], known)
             except WagleError as error:
@@ -342,7 +391,9 @@ class ForgetRetainDataModule(L.LightningDataModule):
     @property
     def ranks(self) -> tuple[int, int]:
         """Number of ranks that share the rows, and which this one is: 1 and 0 without a Trainer."""
-        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+        return (
+            (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+        )
 
     @property
     def _module(self) -> Any:
@@ -358,15 +409,19 @@ class ForgetRetainDataModule(L.LightningDataModule):
             WagleError: if there are more ranks than rows, or the trainer wants other batches.
         """
         if getattr(self.trainer, "overfit_batches", 0):
-            raise WagleError("trainer.overfit_batches would draw batches of its own: give --data.limit_forget and "
-                             "--data.limit_retain instead")  # fmt: skip
+            raise WagleError(
+                "trainer.overfit_batches would draw batches of its own: give --data.limit_forget and "
+                "--data.limit_retain instead"
+            )
         streams = getattr(self._module, "streams", ("forget", "retain"))
         sets = dict.fromkeys(ALIGNED.get(stream, stream) for stream in streams)
         rows = len(self.tokens(next(iter(sets))))
         ranks, rank = self.ranks
         if ranks > rows:
-            raise WagleError(f"{ranks} devices share {rows} {next(iter(sets))} rows: use at most {rows} devices "
-                             "(--trainer.devices, --trainer.num_nodes), or give more rows")  # fmt: skip
+            raise WagleError(
+                f"{ranks} devices share {rows} {next(iter(sets))} rows: use at most {rows} devices "
+                "(--trainer.devices, --trainer.num_nodes), or give more rows"
+            )
         sampler = GlobalBatchSampler(
             {name: list(self.tokens(name)["length"]) for name in sets},
             self.batch_size,
@@ -375,13 +430,17 @@ class ForgetRetainDataModule(L.LightningDataModule):
             rank,
             self.seed,
         )
-        return ResumableLoader(_Batches(self, streams), sampler, {name: self._digest(name) for name in sets})
+        return ResumableLoader(
+            _Batches(self, streams), sampler, {name: self._digest(name) for name in sets}
+        )
 
     def _digest(self, name: str) -> str:
         """The rows of a set as one name, in their order."""
         return hashlib.sha256(json.dumps(self.rows(name), default=str).encode()).hexdigest()[:16]
 
-    def stream_loader(self, stream: str, batch_size: Optional[int] = None, shared: bool = False) -> DataLoader:
+    def stream_loader(
+        self, stream: str, batch_size: Optional[int] = None, shared: bool = False
+    ) -> DataLoader:
         """All rows of one stream once, in batches of similar length, each with its ``row``: for passes at θ₀.
 
         Args:
@@ -393,7 +452,10 @@ class ForgetRetainDataModule(L.LightningDataModule):
         batches = token_batches(lengths, batch_size or self.test_batch_size)
         if shared:
             batches = deal_batches(batches, *self.ranks)
-        draws = [Draw(0, {ALIGNED.get(stream, stream): [(row, 1.0, 0) for row in rows]}) for rows in batches]
+        draws = [
+            Draw(0, {ALIGNED.get(stream, stream): [(row, 1.0, 0) for row in rows]})
+            for rows in batches
+        ]
         return QuietLoader(_Batches(self, (stream,)), draws)
 
     def test_dataloader(self) -> list[DataLoader]:
@@ -433,8 +495,10 @@ class ForgetRetainDataModule(L.LightningDataModule):
     def _refused(self, row: int, epoch: int) -> dict[str, list[int]]:
         question = self.rows("forget")[row]
         if row_kind(question) in (("text",), ("input_ids", "labels")):
-            raise WagleError(f"forget set ({self.describe('forget')}) row {row + 1} has no question to refuse: this "
-                             "objective or forget loss needs rows with a question and an answer")  # fmt: skip
+            raise WagleError(
+                f"forget set ({self.describe('forget')}) row {row + 1} has no question to refuse: this "
+                "objective or forget loss needs rows with a question and an answer"
+            )
         digest = hashlib.sha256(f"{self.seed} {epoch} {row}".encode()).digest()
         refusal = self.refusals[int.from_bytes(digest[:8], "big") % len(self.refusals)]
         return self.template.encode(question, refusal)
@@ -480,4 +544,8 @@ class TestBatches:
 
 def _spoken(row: Row) -> int:
     """Characters of a row's question and answer."""
-    return sum(len(text) for column, text in row.items() if isinstance(text, str) and "paraphrased" not in column)
+    return sum(
+        len(text)
+        for column, text in row.items()
+        if isinstance(text, str) and "paraphrased" not in column
+    )

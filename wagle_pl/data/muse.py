@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Optional
 
+from wagle_pl.core.errors import WagleError
 from wagle_pl.data.rows import Row
 from wagle_pl.data.sources import HubSet, need_columns, read_set
 from wagle_pl.data.suite import SuiteDataModule
 from wagle_pl.data.template import following
-from wagle_pl.utilities import WagleError
 
 
 class MUSEDataModule(SuiteDataModule):
@@ -61,7 +61,9 @@ class MUSEDataModule(SuiteDataModule):
             **kwargs,
         )
         if forget_split.count("/") != 1:
-            raise WagleError(f"data.forget_split must be SUBSET/SPLIT such as raw/forget, got {forget_split!r}")
+            raise WagleError(
+                f"data.forget_split must be SUBSET/SPLIT such as raw/forget, got {forget_split!r}"
+            )
         self.corpus = corpus
         self.forget_split = forget_split
         self.retain_splits = tuple(retain_splits)
@@ -92,11 +94,16 @@ class MUSEDataModule(SuiteDataModule):
             need_columns(rows, ("prompt", "gt"), where)
             marks = {"continuation": True, "partial": True}
             # the benchmark's rows have lost the space between the two: without it the first word is glued to the prompt
-            return [{"prompt": r["prompt"], "response": following(r["prompt"], r["gt"]), **marks} for r in rows]
+            return [
+                {"prompt": r["prompt"], "response": following(r["prompt"], r["gt"]), **marks}
+                for r in rows
+            ]
         if name in ("test/knowmem_forget", "test/knowmem_retain"):
             need_columns(rows, ("question", "answer"), where)
             context = self._worked_examples(name.removeprefix("test/knowmem_"))
-            return [{"question": row["question"], "answer": row["answer"], **context} for row in rows]
+            return [
+                {"question": row["question"], "answer": row["answer"], **context} for row in rows
+            ]
         return super().convert(name, rows)
 
     def _worked_examples(self, side: str) -> dict[str, str]:
@@ -106,6 +113,11 @@ class MUSEDataModule(SuiteDataModule):
         if not shots:
             return {}
         need_columns(shots, ("question", "answer"), str(part))
-        template = (self.prompt_format or "{question}\n") + (self.answer_format or "{answer}") + "\n\n"
-        texts = [template.replace("{question}", s["question"]).replace("{answer}", s["answer"]) for s in shots]
+        template = (
+            (self.prompt_format or "{question}\n") + (self.answer_format or "{answer}") + "\n\n"
+        )
+        texts = [
+            template.replace("{question}", s["question"]).replace("{answer}", s["answer"])
+            for s in shots
+        ]
         return {"context": "".join(texts)}

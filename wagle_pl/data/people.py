@@ -34,10 +34,18 @@ class PeopleDataModule(ForgetRetainDataModule):
         if name.startswith("test/"):
             return bundled(source.removesuffix(".jsonl"))
         files = ("retain", "real_authors", "world_facts") if name == "retain" else (name,)
-        return [wording for file in files for row in bundled(file) for wording in both_wordings(row)]
+        return [
+            wording for file in files for row in bundled(file) for wording in both_wordings(row)
+        ]
 
 
-BUNDLED = ("forget.jsonl", "retain.jsonl", "holdout.jsonl", "real_authors.jsonl", "world_facts.jsonl")
+BUNDLED = (
+    "forget.jsonl",
+    "retain.jsonl",
+    "holdout.jsonl",
+    "real_authors.jsonl",
+    "world_facts.jsonl",
+)
 
 
 def both_wordings(row: Row) -> list[Row]:

@@ -14,7 +14,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Optional, TextIO
 
-from wagle_pl.utilities import WagleError, absent, plainly_local
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.files import absent, plainly_local
 
 Row = dict[str, Any]
 
@@ -63,7 +64,10 @@ def load_rows(source: str, split: Optional[str] = None, limit: Optional[int] = N
         if not path.is_file():
             raise absent("data file", source)
         table = path.suffix.lower() in (".csv", ".parquet")
-        rows = [as_texts(row) for row in (_read_table(path) if table else _read_json(path, limit))[:limit]]
+        rows = [
+            as_texts(row)
+            for row in (_read_table(path) if table else _read_json(path, limit))[:limit]
+        ]
     elif path.is_dir() or (not path.exists() and plainly_local(source.partition(":")[0])):
         raise absent("data source", source, hub=True)
     elif path.exists() or source.count("/") != 1:
@@ -96,9 +100,13 @@ def check_rows(rows: list[Row], where: str) -> list[Row]:
         columns = row_kind(row)
         if columns is None:
             if nulls := _nulls(row):
-                raise WagleError(f"{where} row {number}: {nulls} null: give a value, or leave the row out")
+                raise WagleError(
+                    f"{where} row {number}: {nulls} null: give a value, or leave the row out"
+                )
             kinds = ", ".join("+".join(kind) for kind in COLUMNS)
-            raise WagleError(f"{where} row {number} has columns {sorted(row)}; needed is one of: {kinds}")
+            raise WagleError(
+                f"{where} row {number} has columns {sorted(row)}; needed is one of: {kinds}"
+            )
         if fault := _fault(row, columns):
             raise WagleError(f"{where} row {number}: {fault}")
     return rows
@@ -117,14 +125,18 @@ def _fault(row: Row, columns: tuple[str, ...]) -> Optional[str]:
     """What is wrong with a row of a kind, None if nothing is."""
     for column in (*columns, *MORE_TEXTS, "perturbed_answer"):
         value = row.get(column)
-        if column in (*TEXTS, *MORE_TEXTS, *LISTS) and any(map(_is_nan, value if isinstance(value, list) else [value])):
+        if column in (*TEXTS, *MORE_TEXTS, *LISTS) and any(
+            map(_is_nan, value if isinstance(value, list) else [value])
+        ):
             return f"{column!r} is {value}, not a text: give it a value, or leave the row out"
         if column in (*TEXTS, *MORE_TEXTS) and not isinstance(value, (str, type(None))):
             return f"{column!r} is a {type(value).__name__}, not a text"
         if column in LISTS and value is not None and not _is_list_of(value, str):
             return f"{column!r} is no list of texts"
         if column in ("input_ids", "labels"):
-            if not hasattr(value, "__len__") or not all(isinstance(item, numbers.Integral) for item in value):
+            if not hasattr(value, "__len__") or not all(
+                isinstance(item, numbers.Integral) for item in value
+            ):
                 return f"{column!r} is no list of tokens"
             lowest = -100 if column == "labels" else 0
             if wrong := [item for item in value if item < 0 and item != lowest]:
@@ -132,7 +144,9 @@ def _fault(row: Row, columns: tuple[str, ...]) -> Optional[str]:
     if columns == ("messages",):
         messages = row["messages"]
         if not _is_list_of(messages, dict) or not all(
-            isinstance(message.get(part), str) for message in messages for part in ("role", "content")
+            isinstance(message.get(part), str)
+            for message in messages
+            for part in ("role", "content")
         ):
             return "'messages' is no list of messages, each with the texts 'role' and 'content'"
     if columns[-1] == "label":
@@ -191,7 +205,9 @@ def _is_nan(value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)  # true, false: as JSON and most CSV have them
+    return (
+        str(value).lower() if isinstance(value, bool) else str(value)
+    )  # true, false: as JSON and most CSV have them
 
 
 def _with_label(row: Row) -> Row:
@@ -200,9 +216,15 @@ def _with_label(row: Row) -> Row:
         return row
     source = "label" if row.get("label") is not None else "answer"
     value = row.get(source)
-    if type(value) is float and value.is_integer():  # what became of whole numbers in a column with gaps
+    if (
+        type(value) is float and value.is_integer()
+    ):  # what became of whole numbers in a column with gaps
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value is row.get("label"):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, numbers.Integral)
+        or value is row.get("label")
+    ):
         return row
     return {**{name: each for name, each in row.items() if name != source}, "label": int(value)}
 
@@ -220,13 +242,19 @@ def spread(rows: list[Row], count: Optional[int]) -> list[Row]:
 
 def row_kind(row: Row) -> Optional[tuple[str, ...]]:
     """The entry of :data:`COLUMNS` that the row fits, None if none. A column holding None counts as absent."""
-    return next((kind for kind in COLUMNS if all(row.get(column) is not None for column in kind)), None)
+    return next(
+        (kind for kind in COLUMNS if all(row.get(column) is not None for column in kind)), None
+    )
 
 
 def row_key(row: Row) -> str:
     """What makes two rows the same: their training columns, whitespace folded."""
     values = [row[column] for column in row_kind(row) or sorted(row)]
-    return json.dumps([" ".join(v.split()) if isinstance(v, str) else v for v in values], sort_keys=True, default=list)
+    return json.dumps(
+        [" ".join(v.split()) if isinstance(v, str) else v for v in values],
+        sort_keys=True,
+        default=list,
+    )
 
 
 @contextmanager
@@ -240,7 +268,9 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
-        raise WagleError(f"{path} is not UTF-8 text (it has the byte {byte:#04x}): save it as UTF-8") from None
+        raise WagleError(
+            f"{path} is not UTF-8 text (it has the byte {byte:#04x}): save it as UTF-8"
+        ) from None
     except (OSError, EOFError, zlib.error) as error:
         raise WagleError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
 
@@ -263,7 +293,9 @@ def _read_json(path: Path, limit: Optional[int]) -> list[Row]:
         rows = []
         for number, row in islice(numbered, limit):
             if not isinstance(row, dict):
-                raise WagleError(f"{path} line {number}: expected a JSON object, found {type(row).__name__}")
+                raise WagleError(
+                    f"{path} line {number}: expected a JSON object, found {type(row).__name__}"
+                )
             rows.append(row)
     return rows
 
@@ -291,7 +323,11 @@ def _read_table(path: Path) -> list[Row]:
 
     try:
         with readable(path):
-            table = _read_csv(path) if path.suffix.lower() == ".csv" else pyarrow.parquet.read_table(path)
+            table = (
+                _read_csv(path)
+                if path.suffix.lower() == ".csv"
+                else pyarrow.parquet.read_table(path)
+            )
             return table.to_pylist()
     except pyarrow.ArrowException as error:
         raise WagleError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
@@ -312,7 +348,9 @@ def _read_csv(path: Path) -> Any:
         path,
         read_options=pyarrow.csv.ReadOptions(block_size=size),
         parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys((*TEXTS, *MORE_TEXTS), pyarrow.string())),
+        convert_options=pyarrow.csv.ConvertOptions(
+            column_types=dict.fromkeys((*TEXTS, *MORE_TEXTS), pyarrow.string())
+        ),
     )
     for field in table.schema:
         if pyarrow.types.is_binary(field.type):  # what pyarrow makes of text in another encoding
@@ -320,7 +358,9 @@ def _read_csv(path: Path) -> Any:
     return table
 
 
-def read_hub(source: str, split: str, files: Optional[str] = None, limit: Optional[int] = None) -> list[Row]:
+def read_hub(
+    source: str, split: str, files: Optional[str] = None, limit: Optional[int] = None
+) -> list[Row]:
     """Rows of a hub dataset.
 
     Args:
@@ -342,6 +382,10 @@ def read_hub(source: str, split: str, files: Optional[str] = None, limit: Option
         if limit is not None:
             return list(load_dataset(name, config or None, streaming=True, **options).take(limit))
         return load_dataset(name, config or None, **options).to_list()
-    except Exception as error:  # the hub client has many exception types; all mean: this could not be had
+    except (
+        Exception
+    ) as error:  # the hub client has many exception types; all mean: this could not be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WagleError(f"dataset {source!r} (split {split!r}) cannot be loaded: {reason}") from error
+        raise WagleError(
+            f"dataset {source!r} (split {split!r}) cannot be loaded: {reason}"
+        ) from error

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Optional
 
+from wagle_pl.core.errors import WagleError
 from wagle_pl.data.rows import READERS, Row, load_rows, read_hub
-from wagle_pl.utilities import WagleError
 
 
 class HubSet(NamedTuple):
@@ -42,7 +42,9 @@ class HubSet(NamedTuple):
             return [self.files, *self.aliases]
         names = [f"{self.split}{suffix}" for suffix in READERS] + [f"{self.split}-*-of-*.parquet"]
         if self.config is None:
-            return [f"{place}{name}" for place in ("", "data/", "data/*/") for name in names] + list(self.aliases)
+            return [
+                f"{place}{name}" for place in ("", "data/", "data/*/") for name in names
+            ] + list(self.aliases)
         names = [f"{self.config}/{name}" for name in names]
         return [*names, *(f"{self.config}{suffix}" for suffix in READERS), *self.aliases]
 
@@ -56,7 +58,9 @@ def local_files(hub_set: HubSet, folder: Path) -> list[Path]:
     return []
 
 
-def read_set(hub_set: HubSet, folder: Optional[str], limit: Optional[int] = None) -> Optional[list[Row]]:
+def read_set(
+    hub_set: HubSet, folder: Optional[str], limit: Optional[int] = None
+) -> Optional[list[Row]]:
     """Rows of a set: from ``folder`` if one is given, else from the hub.
 
     Args:
@@ -74,7 +78,11 @@ def read_set(hub_set: HubSet, folder: Optional[str], limit: Optional[int] = None
         source = hub_set.repo if hub_set.config is None else f"{hub_set.repo}:{hub_set.config}"
         return read_hub(source, hub_set.split, hub_set.files, limit)
     files = local_files(hub_set, Path(folder))
-    return [row for file in files for row in load_rows(str(file), limit=limit)][:limit] if files else None
+    return (
+        [row for file in files for row in load_rows(str(file), limit=limit)][:limit]
+        if files
+        else None
+    )
 
 
 def missing(hub_set: HubSet, folder: str) -> WagleError:
@@ -93,4 +101,6 @@ def need_columns(rows: Sequence[Row], columns: Sequence[str], where: str) -> Non
     for number, row in enumerate(rows, 1):
         absent = [column for column in columns if row.get(column) is None]
         if absent:
-            raise WagleError(f"{where} row {number} has no column {absent[0]!r}; it has {sorted(row)}")
+            raise WagleError(
+                f"{where} row {number} has no column {absent[0]!r}; it has {sorted(row)}"
+            )

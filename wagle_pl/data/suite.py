@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Optional
 
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.files import absent
 from wagle_pl.data.chunks import chunk_rows, continuation
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.data.rows import Row, check_rows, load_rows, row_kind
 from wagle_pl.data.sources import HubSet, local_files, missing, need_columns, read_set
-from wagle_pl.utilities import WagleError, absent
 
 #: Tokens of ``max_length`` left free when texts are cut by tokens: special tokens, and a seam that tokenises anew.
 SPARE = 8
@@ -63,7 +64,9 @@ class SuiteDataModule(ForgetRetainDataModule):
         if folder is not None and not Path(folder).is_dir():
             raise absent("data.folder", folder)
         if chunk_size is not None and prompt_size is not None and prompt_size >= chunk_size:
-            raise WagleError(f"data.prompt_size {prompt_size} leaves nothing of data.chunk_size {chunk_size} to follow")
+            raise WagleError(
+                f"data.prompt_size {prompt_size} leaves nothing of data.chunk_size {chunk_size} to follow"
+            )
         self.folder = folder
         self.chunk_size = chunk_size
         self.chunk_unit = chunk_unit
@@ -115,7 +118,9 @@ class SuiteDataModule(ForgetRetainDataModule):
         """The test sets named by the user, or the benchmark's; with a folder, those it has."""
         if self.test_sources is not None:
             return list(self.test_sources)
-        return [name[5:] for name in self.sets() if name.startswith("test/") and self._available(name)]
+        return [
+            name[5:] for name in self.sets() if name.startswith("test/") and self._available(name)
+        ]
 
     def describe(self, name: str) -> str:
         """Where the rows of a set come from, for messages and the model card."""
@@ -123,13 +128,21 @@ class SuiteDataModule(ForgetRetainDataModule):
         if given is not None:
             return given
         parts = ", ".join(str(part) for part in self.sets().get(name, ()))
-        return f"{parts} in {self.folder}" if self.folder and parts else parts or type(self).__name__
+        return (
+            f"{parts} in {self.folder}" if self.folder and parts else parts or type(self).__name__
+        )
 
     def _given(self, name: str) -> Optional[str]:
-        return (self.test_sources or {}).get(name[5:]) if name.startswith("test/") else self.sources.get(name)
+        return (
+            (self.test_sources or {}).get(name[5:])
+            if name.startswith("test/")
+            else self.sources.get(name)
+        )
 
     def _available(self, name: str) -> bool:
-        return self.folder is None or all(local_files(part, Path(self.folder)) for part in self.sets()[name])
+        return self.folder is None or all(
+            local_files(part, Path(self.folder)) for part in self.sets()[name]
+        )
 
     # -- cutting ------------------------------------------------------------------------------------------------------
 
@@ -142,18 +155,24 @@ class SuiteDataModule(ForgetRetainDataModule):
         for number, row in enumerate(rows, 1):
             if not isinstance(row["text"], str):
                 kind = type(row["text"]).__name__
-                raise WagleError(f"{name} set ({self.describe(name)}) row {number}: 'text' is a {kind}, not a text")
+                raise WagleError(
+                    f"{name} set ({self.describe(name)}) row {number}: 'text' is a {kind}, not a text"
+                )
         if self.chunk_size is not None and name in self.chunked:
             texts = [row["text"] for row in rows]
             texts = ["\n\n".join(texts)] if name in self.joined else texts
-            rows = chunk_rows(texts, self.chunk_size, self.chunk_unit, self._cutter(self.chunk_unit))
+            rows = chunk_rows(
+                texts, self.chunk_size, self.chunk_unit, self._cutter(self.chunk_unit)
+            )
         if self.prompt_size is not None and name in self.paired:
             cutter = self._cutter(self.chunk_unit)
             pairs = [continuation(row, self.prompt_size, self.chunk_unit, cutter) for row in rows]
             rows = [pair for pair in pairs if pair is not None]
             if not rows:
-                raise WagleError(f"{name} set ({self.describe(name)}): no text is longer than "
-                                 f"data.prompt_size={self.prompt_size} {self.chunk_unit}")  # fmt: skip
+                raise WagleError(
+                    f"{name} set ({self.describe(name)}): no text is longer than "
+                    f"data.prompt_size={self.prompt_size} {self.chunk_unit}"
+                )
         return rows
 
     def cut_articles(self, rows: list[Row]) -> list[Row]:
@@ -168,8 +187,10 @@ class SuiteDataModule(ForgetRetainDataModule):
         if unit == "characters":
             return None
         if self.tokenizer_name is None and self.trainer is None:
-            raise WagleError("cutting texts by tokens needs a tokenizer: give data.tokenizer, or "
-                             "data.chunk_unit characters")  # fmt: skip
+            raise WagleError(
+                "cutting texts by tokens needs a tokenizer: give data.tokenizer, or "
+                "data.chunk_unit characters"
+            )
         return self.tokenizer
 
 
@@ -201,8 +222,12 @@ def choice_rows(rows: Sequence[Row], where: str) -> list[Row]:
     columns = ("question", "choices", "answer")
     need_columns(rows, columns, where)
     kept = (*columns, "subject")
-    checked = check_rows([{column: row[column] for column in kept if column in row} for row in rows], where)
+    checked = check_rows(
+        [{column: row[column] for column in kept if column in row} for row in rows], where
+    )
     for number, row in enumerate(checked, 1):
         if row_kind(row) != ("question", "choices", "label"):
-            raise WagleError(f"{where} row {number}: answer {row['answer']!r} is no index of its choices")
+            raise WagleError(
+                f"{where} row {number}: answer {row['answer']!r} is no index of its choices"
+            )
     return checked

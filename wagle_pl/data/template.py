@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Optional
 
+from wagle_pl.core.errors import WagleError
 from wagle_pl.data.rows import Row, row_kind
-from wagle_pl.utilities import WagleError
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,10 @@ class Template:
         if self.uses_chat_template:
             source = tokenizer.get_chat_template(tools=self.chat_template_kwargs.get("tools"))
             self._chat_template = at_fixed_date(source, self.chat_template_kwargs["date_string"])
-            for option, text in (("answer_format", answer_format), ("generation_prefix", generation_prefix)):
+            for option, text in (
+                ("answer_format", answer_format),
+                ("generation_prefix", generation_prefix),
+            ):
                 if text is not None:
                     raise WagleError(
                         f"{option} {text!r} has no effect beside the tokenizer's chat template: "
@@ -82,10 +85,17 @@ class Template:
                 del self._variables["date_string"]
             self._check_system_prompt()
         else:
-            given = (("system_prompt", system_prompt), ("chat_template_kwargs", chat_template_kwargs))
+            given = (
+                ("system_prompt", system_prompt),
+                ("chat_template_kwargs", chat_template_kwargs),
+            )
             for option, value in given:
                 if value is not None:
-                    why = "prompt_format, which takes its place" if prompt_format else "a tokenizer that has none"
+                    why = (
+                        "prompt_format, which takes its place"
+                        if prompt_format
+                        else "a tokenizer that has none"
+                    )
                     raise WagleError(
                         f"{option} {value!r} is for a chat template and has no effect beside {why}: write "
                         "the text into prompt_format, or leave the option out (null)"
@@ -102,14 +112,22 @@ class Template:
             if field not in text:
                 raise WagleError(f"{option} {text!r} must contain {field}")
         if tokenizer.eos_token_id is None:
-            log.warning("the tokenizer has no end-of-sequence token (eos_token): answers are trained without an end")
+            log.warning(
+                "the tokenizer has no end-of-sequence token (eos_token): answers are trained without an end"
+            )
 
     def _check_variables(self, given: Mapping[str, Any]) -> None:
         """Refuse variables that the chat template does not read, or that rendering sets itself."""
-        taken = {"messages", "strftime_now", *inspect.signature(self.tokenizer.apply_chat_template).parameters}
+        taken = {
+            "messages",
+            "strftime_now",
+            *inspect.signature(self.tokenizer.apply_chat_template).parameters,
+        }
         for name, value in given.items():
             if name in taken - {"tools", "documents"}:
-                raise WagleError(f"chat_template_kwargs cannot set {name}: it is not a variable of the chat template")
+                raise WagleError(
+                    f"chat_template_kwargs cannot set {name}: it is not a variable of the chat template"
+                )
             sets_clock = name == "date_string" and "strftime_now" in self._chat_template
             if not sets_clock and not re.search(rf"\b{re.escape(name)}\b", self._chat_template):
                 raise WagleError(
@@ -137,7 +155,11 @@ class Template:
 
     def identity(self) -> str:
         """Everything that decides the tokens, as text: part of the key under which tokenised rows are cached."""
-        vocabulary = self.tokenizer.backend_tokenizer.to_str() if self.tokenizer.is_fast else repr(self.tokenizer)
+        vocabulary = (
+            self.tokenizer.backend_tokenizer.to_str()
+            if self.tokenizer.is_fast
+            else repr(self.tokenizer)
+        )
         formats: Any = (self.prompt_format, self.answer_format)
         if self.uses_chat_template:
             formats = self.tokenizer.chat_template
@@ -194,7 +216,9 @@ class Template:
             special = self._adds_special_tokens(row)
             prompt_ids = self.tokenizer(prompt, add_special_tokens=special)["input_ids"]
             ids = self.tokenizer(prompt + completion, add_special_tokens=special)["input_ids"]
-            if ids[: len(prompt_ids)] != prompt_ids:  # the two texts merge at the seam: keep the prompt generation sees
+            if (
+                ids[: len(prompt_ids)] != prompt_ids
+            ):  # the two texts merge at the seam: keep the prompt generation sees
                 ids = prompt_ids + self.tokenizer(completion, add_special_tokens=False)["input_ids"]
             answer_ids = ids[len(prompt_ids) :]
             answer_ids = self._with_eos(answer_ids) if ends else answer_ids
@@ -203,9 +227,13 @@ class Template:
         ids, labels = ids[: self.max_length], labels[: self.max_length]
         if all(label == IGNORE for label in labels[1:]):
             if labels and labels[0] != IGNORE:
-                raise WagleError("its only label is its first token, which no token before it predicts: give a longer "
-                                 "text, or a prompt before the answer")  # fmt: skip
-            raise WagleError(f"no answer token is left within max_length={self.max_length} tokens; raise it")
+                raise WagleError(
+                    "its only label is its first token, which no token before it predicts: give a longer "
+                    "text, or a prompt before the answer"
+                )
+            raise WagleError(
+                f"no answer token is left within max_length={self.max_length} tokens; raise it"
+            )
         return {"input_ids": ids, "labels": labels}
 
     def encode_prompt(self, row: Row) -> list[int]:
@@ -219,7 +247,9 @@ class Template:
             return ids[: max(1, len(ids) // 2)]
         prompt, _ = self._texts(row, "" if kind == ("prompt",) else None)
         if self.uses_chat_template or row.get("continuation"):
-            return self.tokenizer(prompt, add_special_tokens=self._adds_special_tokens(row))["input_ids"]
+            return self.tokenizer(prompt, add_special_tokens=self._adds_special_tokens(row))[
+                "input_ids"
+            ]
         return self.tokenizer(prompt + self.generation_prefix)["input_ids"]
 
     def _adds_special_tokens(self, row: Row) -> bool:
@@ -236,22 +266,32 @@ class Template:
         else:
             question = row["question"] if row.get("question") is not None else row["prompt"]
             if row.get("continuation"):
-                return before + question, following(question, answer) if answer is not None else _own_answer(row)
+                return before + question, following(
+                    question, answer
+                ) if answer is not None else _own_answer(row)
             answer = _own_answer(row) if answer is None else answer
             context = [{"role": "user", "content": before + question}]
         if not self.uses_chat_template:
             prompt = before + self.prompt_format.replace("{question}", question)
             return prompt, self.answer_format.replace("{answer}", answer)
         prompt = self._chat(context, add_generation_prompt=True)
-        full = self._chat([*context, {"role": "assistant", "content": answer}], add_generation_prompt=False)
+        full = self._chat(
+            [*context, {"role": "assistant", "content": answer}], add_generation_prompt=False
+        )
         if not full.startswith(prompt):
-            raise WagleError("the chat template rewrites the prompt once there is an answer; give prompt_format")
+            raise WagleError(
+                "the chat template rewrites the prompt once there is an answer; give prompt_format"
+            )
         return prompt, full[len(prompt) :]
 
     def _chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
-        from jinja2 import TemplateError  # transformers needs it for chat templates, and for nothing else
+        from jinja2 import (
+            TemplateError,
+        )  # transformers needs it for chat templates, and for nothing else
 
-        if self.system_prompt is not None and [message["role"] for message in messages[:1]] != ["system"]:
+        if self.system_prompt is not None and [message["role"] for message in messages[:1]] != [
+            "system"
+        ]:
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
         try:
             return self.tokenizer.apply_chat_template(
@@ -263,8 +303,10 @@ class Template:
             )
         except (TemplateError, TypeError, ValueError) as error:
             roles = ", ".join(str(message["role"]) for message in messages)
-            raise WagleError(f"the chat template refuses messages of the roles {roles} ({error}); change the row, or "
-                             "give prompt_format for rows with questions") from None  # fmt: skip
+            raise WagleError(
+                f"the chat template refuses messages of the roles {roles} ({error}); change the row, or "
+                "give prompt_format for rows with questions"
+            ) from None
 
     def _with_eos(self, ids: list[int]) -> list[int]:
         """``ids`` up to and with the first end-of-sequence token, which is added when there is none."""
@@ -305,7 +347,9 @@ def differing_prompts(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     if not there or not here:
         return ""
     names = [name for name in dict.fromkeys((*there, *here)) if there.get(name) != here.get(name)]
-    names = [name for name in names if name not in ("prompt", "answer")] or names  # the options say why those differ
+    names = [
+        name for name in names if name not in ("prompt", "answer")
+    ] or names  # the options say why those differ
     return "; ".join(f"{name} {there.get(name)!r} there, {here.get(name)!r} here" for name in names)
 
 
@@ -333,8 +377,13 @@ def at_fixed_date(chat_template: str, date: Any) -> str:
                 f"which reads the clock, got {date!r}"
             ) from None
         now = datetime.datetime.strptime(DATE, _DATE_FORMAT)
-    codes = {f"%{letter}" for letter in "aAwdbBmyYHIpMSfzZjUWcxXGuV"} | set(_CODE.findall(chat_template))
-    shown = "".join(f" | replace({json.dumps(code)}, {json.dumps(now.strftime(code))})" for code in sorted(codes))
+    codes = {f"%{letter}" for letter in "aAwdbBmyYHIpMSfzZjUWcxXGuV"} | set(
+        _CODE.findall(chat_template)
+    )
+    shown = "".join(
+        f" | replace({json.dumps(code)}, {json.dumps(now.strftime(code))})"
+        for code in sorted(codes)
+    )
     # a macro goes before the global function of that name; the line break behind a block is no part of the text
     return f"{{% macro strftime_now(format) %}}{{{{ format{shown} }}}}{{% endmacro %}}\n{chat_template}"
 
@@ -349,9 +398,13 @@ def _own_answer(row: Row) -> str:
     if kind == ("question", "choices", "label"):
         return row["choices"][row["label"]]
     if kind == ("prompt",) and "response" in row:
-        raise WagleError("'response' is null: such rows can be generated from, not trained on or scored")
+        raise WagleError(
+            "'response' is null: such rows can be generated from, not trained on or scored"
+        )
     if kind in (("prompt",), None):
-        raise WagleError("there is a prompt and no answer: such rows can be generated from, not trained on or scored")
+        raise WagleError(
+            "there is a prompt and no answer: such rows can be generated from, not trained on or scored"
+        )
     return row[kind[-1]]
 
 

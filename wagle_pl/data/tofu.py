@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Optional
 
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.files import absent, plainly_local
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.data.rows import Row, load_rows
-from wagle_pl.utilities import WagleError, absent, plainly_local
 
 #: Official forget splits -> the retain split that completes each to the full set.
 RETAIN_OF = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
@@ -54,8 +55,13 @@ class TOFUDataModule(ForgetRetainDataModule):
             if self.path.count("/") != 1 or plainly_local(self.path):
                 raise absent("TOFU folder (data.path)", self.path, hub=True)
             return load_rows(f"{self.path}:{source}")
-        file = next((f for s in (".json", ".jsonl") if (f := Path(self.path) / f"{source}{s}").is_file()), None)
+        file = next(
+            (f for s in (".json", ".jsonl") if (f := Path(self.path) / f"{source}{s}").is_file()),
+            None,
+        )
         if file is None:
             splits = sorted(f.stem for f in Path(self.path).glob("*.json*"))
-            raise WagleError(f"TOFU split {source!r} is not in {self.path}; there are: {', '.join(splits)}")
+            raise WagleError(
+                f"TOFU split {source!r} is not in {self.path}; there are: {', '.join(splits)}"
+            )
         return load_rows(str(file))

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+from wagle_pl.core.errors import WagleError
 from wagle_pl.data.rows import Row
 from wagle_pl.data.sources import HubSet
 from wagle_pl.data.suite import WIKITEXT, SuiteDataModule, choice_rows
-from wagle_pl.utilities import WagleError
 
 CORPORA = "cais/wmdp-corpora"
 
 #: Forget corpora. The biosecurity one is gated: its repository gives it to those who asked for access.
 FORGET = {
-    "bio": HubSet("cais/wmdp-bio-forget-corpus", aliases=("bio-forget-corpus.*", "wmdp-corpora/bio-forget-corpus.*")),
+    "bio": HubSet(
+        "cais/wmdp-bio-forget-corpus",
+        aliases=("bio-forget-corpus.*", "wmdp-corpora/bio-forget-corpus.*"),
+    ),
     "cyber": HubSet(CORPORA, "cyber-forget-corpus"),
 }
 
@@ -66,7 +69,9 @@ class WMDPDataModule(SuiteDataModule):
         retain = [WIKITEXT._replace(split=self.wikitext_split)]
         if self.retain_corpus == "domains":
             retain = [HubSet(CORPORA, f"{domain}-retain-corpus") for domain in self.domains]
-        questions = {f"test/wmdp_{d}": [HubSet("cais/wmdp", f"wmdp-{d}", "test")] for d in self.domains}
+        questions = {
+            f"test/wmdp_{d}": [HubSet("cais/wmdp", f"wmdp-{d}", "test")] for d in self.domains
+        }
         if self.mmlu or self.folder is not None:
             questions["test/mmlu"] = [HubSet("cais/mmlu", "all", "test")]
         forget = [FORGET[domain] for domain in self.domains]
@@ -77,4 +82,8 @@ class WMDPDataModule(SuiteDataModule):
         if name.startswith(("test/wmdp", "test/mmlu")):
             return choice_rows(rows, f"{name} set ({self.describe(name)})")
         texts = super().convert(name, rows)
-        return texts if name.startswith("test/") else [row for row in texts if len(row["text"]) >= self.min_characters]
+        return (
+            texts
+            if name.startswith("test/")
+            else [row for row in texts if len(row["text"]) >= self.min_characters]
+        )

@@ -12,11 +12,12 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
-from wagle_pl import distributed
+from wagle_pl.core import distributed
+from wagle_pl.core.environment import errors_only
+from wagle_pl.core.errors import WagleError
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.sets import Value
 from wagle_pl.evaluation.suites.catalogue import Info
-from wagle_pl.utilities import WagleError, errors_only
 
 PREFIX = "ability"
 MISSING = "model.lm_eval needs lm-evaluation-harness: pip install 'wagle-pl[ability]'"
@@ -47,7 +48,9 @@ class Ability:
 
     def shown(self) -> dict[str, Value]:
         """The values of what was asked for, without the parts of a group: for the console."""
-        return {name: value for name, value in self.values.items() if name.split("/")[1] in self.asked}
+        return {
+            name: value for name, value in self.values.items() if name.split("/")[1] in self.asked
+        }
 
 
 class Harness:
@@ -64,13 +67,20 @@ class Harness:
     """
 
     def __init__(
-        self, tasks: Union[str, Sequence[str]], shots: Optional[int] = None, limit: Optional[int] = None
+        self,
+        tasks: Union[str, Sequence[str]],
+        shots: Optional[int] = None,
+        limit: Optional[int] = None,
     ) -> None:
         try:
             from lm_eval.tasks import TaskManager
         except ImportError:
             raise WagleError(MISSING) from None
-        given = [task.strip() for task in (tasks.split(",") if isinstance(tasks, str) else tasks) if task.strip()]
+        given = [
+            task.strip()
+            for task in (tasks.split(",") if isinstance(tasks, str) else tasks)
+            if task.strip()
+        ]
         if not given:
             raise WagleError("model.lm_eval names no task")
         folders = [task for task in given if Path(task).is_dir()]
@@ -115,12 +125,20 @@ class Harness:
             wrapped = _wrap(lm, tokenizer, batch_size, shared=not sharded)
             try:
                 results = simple_evaluate(
-                    model=wrapped, tasks=list(self.tasks), task_manager=self.manager, num_fewshot=self.shots,
-                    limit=self.limit, bootstrap_iters=0, log_samples=False, confirm_run_unsafe_code=False,
-                )  # fmt: skip
+                    model=wrapped,
+                    tasks=list(self.tasks),
+                    task_manager=self.manager,
+                    num_fewshot=self.shots,
+                    limit=self.limit,
+                    bootstrap_iters=0,
+                    log_samples=False,
+                    confirm_run_unsafe_code=False,
+                )
             except OSError as error:
-                raise WagleError(f"model.lm_eval: rows of {', '.join(self.tasks)} cannot be loaded: "
-                                 f"{str(error).strip().splitlines()[0]}") from error  # fmt: skip
+                raise WagleError(
+                    f"model.lm_eval: rows of {', '.join(self.tasks)} cannot be loaded: "
+                    f"{str(error).strip().splitlines()[0]}"
+                ) from error
         return distributed.from_rank_zero(lambda: read(results, self.tasks))
 
 
@@ -142,10 +160,16 @@ def read(results: Mapping[str, Any], asked: Sequence[str]) -> Ability:
                 continue
             name = f"{PREFIX}/{task}/{metric}" + ("" if chosen == "none" else f"_{chosen}")
             known = isinstance(value, (int, float)) and math.isfinite(value)
-            found.values[name] = float(value) if known else Undefined(f"the harness has {value} for it")
-            what = f"{metric} on {task}" + (f", version {version:g}," if isinstance(version, (int, float)) else "")
+            found.values[name] = (
+                float(value) if known else Undefined(f"the harness has {value} for it")
+            )
+            what = f"{metric} on {task}" + (
+                f", version {version:g}," if isinstance(version, (int, float)) else ""
+            )
             direction = "lower" if higher.get(metric) is False else "higher"
-            found.infos[name] = Info(_UNITS.get(metric, "number"), direction, f"{what} by lm-evaluation-harness")
+            found.infos[name] = Info(
+                _UNITS.get(metric, "number"), direction, f"{what} by lm-evaluation-harness"
+            )
     return found
 
 

@@ -8,9 +8,18 @@ from typing import Any, Optional, Union
 
 import torch
 
+from wagle_pl.core.errors import WagleError
 from wagle_pl.evaluation.ability import Ability, Harness
-from wagle_pl.evaluation.robustness import EVERY, Attack, Attacks, Report, Subject, find_attacks, run_attacks, usable
-from wagle_pl.utilities import WagleError
+from wagle_pl.evaluation.robustness import (
+    EVERY,
+    Attack,
+    Attacks,
+    Report,
+    Subject,
+    find_attacks,
+    run_attacks,
+    usable,
+)
 
 
 class After:
@@ -55,7 +64,9 @@ class After:
         if self.attacks:
             self._usable, self._skipped = usable(self.attacks, subject(), self.every)
 
-    def ability(self, lm: Any, tokenizer: Any, batch_size: int, precision: Any, sharded: bool) -> Ability:
+    def ability(
+        self, lm: Any, tokenizer: Any, batch_size: int, precision: Any, sharded: bool
+    ) -> Ability:
         """General ability by the harness; nothing if it was not asked for. A meeting of all ranks."""
         if self.harness is None:
             return Ability()

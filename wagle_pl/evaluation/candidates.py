@@ -33,7 +33,9 @@ def question_of(row: Row) -> str:
     """The question or prompt of a row as text; empty for a row of plain text or of tokens."""
     if row.get("messages") is not None:
         return "\n".join(message["content"] for message in row["messages"][:-1])
-    return next((row[column] for column in ("question", "prompt") if row.get(column) is not None), "")
+    return next(
+        (row[column] for column in ("question", "prompt") if row.get(column) is not None), ""
+    )
 
 
 def answer_of(row: Row) -> str:
@@ -42,10 +44,15 @@ def answer_of(row: Row) -> str:
         return row["messages"][-1]["content"]
     if row_kind(row) == CHOICES:
         return row["choices"][row["label"]]
-    return next((row[column] for column in ("answer", "response", "text") if row.get(column) is not None), "")
+    return next(
+        (row[column] for column in ("answer", "response", "text") if row.get(column) is not None),
+        "",
+    )
 
 
-def answers(template: Template, row: Row, needs: frozenset[str], question: Optional[str] = None) -> list[Named]:
+def answers(
+    template: Template, row: Row, needs: frozenset[str], question: Optional[str] = None
+) -> list[Named]:
     """The row's own answer, and its paraphrased and perturbed answers if ``alternatives`` are needed.
 
     Args:
@@ -61,12 +68,19 @@ def answers(template: Template, row: Row, needs: frozenset[str], question: Optio
     if "alternatives" in needs:
         paraphrased = [row["paraphrased_answer"]] if row.get("paraphrased_answer") else []
         found += [_named(template, "paraphrased_answer", row, text) for text in paraphrased]
-        found += [_named(template, "perturbed_answer", row, text) for text in row.get("perturbed_answer") or []]
+        found += [
+            _named(template, "perturbed_answer", row, text)
+            for text in row.get("perturbed_answer") or []
+        ]
     return found
 
 
 def _named(
-    template: Template, kind: str, row: Row, answer: Optional[str], needs: frozenset[str] = frozenset()
+    template: Template,
+    kind: str,
+    row: Row,
+    answer: Optional[str],
+    needs: frozenset[str] = frozenset(),
 ) -> Named:
     encoded = template.encode(row, answer)
     ids, labels = encoded["input_ids"], list(encoded["labels"])
@@ -94,7 +108,9 @@ def letters(template: Template, row: Row, header: str = "") -> list[Named]:
             :attr:`wagle_pl.evaluation.suites.Suite.headers`.
     """
     header = headed(header, row)
-    options = "".join(f"\n{letter}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=False))
+    options = "".join(
+        f"\n{letter}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=False)
+    )
     prompt = f"{row.get('context') or header}{row['question'].strip()}{options}\nAnswer:"
     tokenizer = template.tokenizer
     context = tokenizer(prompt)["input_ids"]
@@ -103,7 +119,14 @@ def letters(template: Template, row: Row, header: str = "") -> list[Named]:
         ids = tokenizer(f"{prompt} {letter}")["input_ids"]
         labels = [IGNORE] * len(context) + ids[len(context) :]
         ids, labels = ids[-template.max_length :], labels[-template.max_length :]
-        found.append(Named("letter", Candidate(ids, labels), sum(label != IGNORE for label in labels[1:]), False))
+        found.append(
+            Named(
+                "letter",
+                Candidate(ids, labels),
+                sum(label != IGNORE for label in labels[1:]),
+                False,
+            )
+        )
     return found
 
 

@@ -9,10 +9,11 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.files import absent, plainly_local
 from wagle_pl.data.rows import Row
 from wagle_pl.evaluation.sets import Table
-from wagle_pl.models import loading
-from wagle_pl.utilities import WagleError, absent, plainly_local
+from wagle_pl.lm.models import loading
 
 LONGEST = 512  # tokens of a text that a classifier reads, as SOUL's evaluation cuts them
 PARAPHRASED = "paraphrased_question_"
@@ -69,13 +70,19 @@ class ToxicityClassifier:
 
         check_folder(name, "model.toxicity_classifier")
         with loading(f"model.toxicity_classifier {name!r}", name):
-            self.model = AutoModelForSequenceClassification.from_pretrained(name).eval().to(device or "cpu")
+            self.model = (
+                AutoModelForSequenceClassification.from_pretrained(name).eval().to(device or "cpu")
+            )
             self.tokenizer = AutoTokenizer.from_pretrained(name)
         labels = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
         self.toxic = [0] if len(labels) == 1 else toxic_labels(labels)
         if not self.toxic:
-            raise WagleError(f"model.toxicity_classifier {name!r} has no toxic label among {', '.join(labels)}")
-        self.several = len(labels) == 1 or self.model.config.problem_type == "multi_label_classification"
+            raise WagleError(
+                f"model.toxicity_classifier {name!r} has no toxic label among {', '.join(labels)}"
+            )
+        self.several = (
+            len(labels) == 1 or self.model.config.problem_type == "multi_label_classification"
+        )
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], batch_size: int = 32) -> list[float]:
@@ -84,7 +91,9 @@ class ToxicityClassifier:
         longest = min(LONGEST, getattr(self.model.config, "max_position_embeddings", LONGEST))
         for start in range(0, len(texts), batch_size):
             part = list(texts[start : start + batch_size])
-            batch = self.tokenizer(part, return_tensors="pt", padding=True, truncation=True, max_length=longest)
+            batch = self.tokenizer(
+                part, return_tensors="pt", padding=True, truncation=True, max_length=longest
+            )
             logits = self.model(**batch.to(self.model.device)).logits
             found += toxicity(logits.float(), self.toxic, self.several).tolist()
         return found
@@ -130,7 +139,9 @@ def nearest_answer(generation: Tensor, options: Tensor) -> bool:
 def add_toxicity(table: Table, classify: Any) -> None:
     """Note the toxicity of every generation that is not empty in the records."""
     spoken = [record for record in table if record.get("generation")]
-    for record, value in zip(spoken, classify([record["generation"] for record in spoken]), strict=True):
+    for record, value in zip(
+        spoken, classify([record["generation"] for record in spoken]), strict=True
+    ):
         record["toxicity"] = value
 
 
@@ -146,12 +157,16 @@ def add_nearest(table: Table, rows: Sequence[Row], embed: Any) -> None:
         row = rows[record["row"]]
         if not row.get("perturbed_answer") or record.get("generation") is None:
             continue
-        columns = [name for name in ("", PARAPHRASED) if record.get(f"{name}generation") is not None]
+        columns = [
+            name for name in ("", PARAPHRASED) if record.get(f"{name}generation") is not None
+        ]
         texts = [record[f"{name}generation"] for name in columns]
         options = [row.get("paraphrased_answer") or record["answer"], *row["perturbed_answer"]]
         vectors = embed([*texts, *options])
         for i, name in enumerate(columns):
-            record[f"{name}nearest_answer"] = float(nearest_answer(vectors[i], vectors[len(texts) :]))
+            record[f"{name}nearest_answer"] = float(
+                nearest_answer(vectors[i], vectors[len(texts) :])
+            )
 
 
 def check_folder(name: str, option: str) -> None:

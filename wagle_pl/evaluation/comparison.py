@@ -13,7 +13,9 @@ BETTER, WORSE, SAME = "▲", "▼", "="
 NOTICED = 1e-6  # relative difference below which two numbers are the same
 
 
-def arrow(direction: Direction, here: float, target: Optional[float], retrained: Optional[float] = None) -> str:
+def arrow(
+    direction: Direction, here: float, target: Optional[float], retrained: Optional[float] = None
+) -> str:
     """``▲`` if a model is better than the target, ``▼`` if worse, ``=`` if the same, empty if nobody can say.
 
     Args:
@@ -55,7 +57,11 @@ def comparison(
     ▲ better, ▼ worse than the target model
     undefined: b: no rows
     """
-    others = {name: found for name, found in (("target", target), ("retrained", retrained)) if found is not None}
+    others = {
+        name: found
+        for name, found in (("target", target), ("retrained", retrained))
+        if found is not None
+    }
     lines = [["measure", "this", *others]]
     for name, value in values.items():
         if isinstance(value, Undefined):
@@ -63,7 +69,9 @@ def comparison(
         found = {other: numbers.get(name) for other, numbers in others.items()}
         mark = arrow(info(name).direction, value, found.get("target"), found.get("retrained"))
         shown = f"{value:.4g} {mark}".rstrip() if mark or target is None else f"{value:.4g}  "
-        lines.append([name, shown, *("" if number is None else f"{number:.4g}" for number in found.values())])
+        lines.append(
+            [name, shown, *("" if number is None else f"{number:.4g}" for number in found.values())]
+        )
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = []
     for name, *cells in lines:

@@ -36,7 +36,9 @@ class AnswerProbability(MeanMetric):
             nll: (N,) mean negative log-likelihood per answer token.
             other_nll: (N, K) the same of wrong answers; then the probability is that among the K + 1 answers.
         """
-        super().update(F.answer_probability(nll) if other_nll is None else F.option_probability(nll, other_nll))
+        super().update(
+            F.answer_probability(nll) if other_nll is None else F.option_probability(nll, other_nll)
+        )
 
 
 class NearestOption(MeanMetric):
@@ -58,7 +60,11 @@ class NearestAnswer(MeanMetric):
 
     def update(self, generations: Tensor, options: Tensor) -> None:
         """Add a batch: (N, D) embeddings of generations, and (N, K, D) of the options, the right answer's first."""
-        super().update(torch.tensor([float(nearest_answer(g, o)) for g, o in zip(generations, options, strict=True)]))
+        super().update(
+            torch.tensor(
+                [float(nearest_answer(g, o)) for g, o in zip(generations, options, strict=True)]
+            )
+        )
 
 
 class ChoiceAccuracy(MeanMetric):
@@ -151,7 +157,11 @@ class Fluency(MeanMetric):
     tensor(0.)
     """
 
-    def __init__(self, measure: Literal["ngram_entropy", "repetition", "degenerate"] = "ngram_entropy", **kwargs: Any):
+    def __init__(
+        self,
+        measure: Literal["ngram_entropy", "repetition", "degenerate"] = "ngram_entropy",
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
         self.measure = getattr(F, measure)
 
@@ -195,7 +205,9 @@ class Memorized(MeanMetric):
     """
 
     def __init__(
-        self, measure: Literal["exact_memorization", "extraction_strength"] = "exact_memorization", **kwargs: Any
+        self,
+        measure: Literal["exact_memorization", "extraction_strength"] = "exact_memorization",
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.measure = getattr(F, measure)
@@ -233,7 +245,11 @@ class TruthRatio(MeanMetric):
 
     def update(self, paraphrased_nll: Tensor, perturbed_nll: Tensor) -> None:
         """Add a batch: (N,) and (N, K) mean negative log-likelihoods per token."""
-        super().update(F.truth_ratio_score(F.truth_ratio(paraphrased_nll, perturbed_nll, self.form), self.direction))
+        super().update(
+            F.truth_ratio_score(
+                F.truth_ratio(paraphrased_nll, perturbed_nll, self.form), self.direction
+            )
+        )
 
 
 class _Metric(Metric):
@@ -276,7 +292,9 @@ class ForgetQuality(_Metric):
 
     higher_is_better = True
 
-    def __init__(self, retrained: Tensor, form: F.TruthRatioForm = "geometric", **kwargs: Any) -> None:
+    def __init__(
+        self, retrained: Tensor, form: F.TruthRatioForm = "geometric", **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.form = form
         self.retrained = retrained
@@ -288,7 +306,9 @@ class ForgetQuality(_Metric):
 
     def compute(self) -> Tensor:
         """The p-value, float64."""
-        return torch.tensor(F.ks_test(dim_zero_cat(self.ratios), self.retrained)[1], dtype=torch.float64)
+        return torch.tensor(
+            F.ks_test(dim_zero_cat(self.ratios), self.retrained)[1], dtype=torch.float64
+        )
 
 
 class MembershipInference(_Metric):

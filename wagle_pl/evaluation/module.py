@@ -13,7 +13,9 @@ from typing import Any, Literal, Optional, Union
 
 import lightning as L
 
-from wagle_pl import distributed, models
+from wagle_pl.core import distributed
+from wagle_pl.core.environment import narrow_types_crawl
+from wagle_pl.core.errors import WagleError
 from wagle_pl.data.template import differing_prompts
 from wagle_pl.evaluation import classifiers, tofu
 from wagle_pl.evaluation.ability import Ability
@@ -29,8 +31,8 @@ from wagle_pl.evaluation.sets import Table, Value, defined_only
 from wagle_pl.evaluation.suites import Info, Observations, Suite, find_suite
 from wagle_pl.evaluation.tables import read_table, write_table
 from wagle_pl.evaluation.validation import Validation
+from wagle_pl.lm import models
 from wagle_pl.strategies import is_sharded, is_zero
-from wagle_pl.utilities import WagleError, narrow_types_crawl
 
 log = logging.getLogger(__name__)
 
@@ -120,8 +122,11 @@ class EvaluationModule(L.LightningModule):
         self.overwrite = overwrite
         self.suite_name = suite
         self.compared = {
-            "retrained": retrained, "target": target, "reference": reference, "tofu_retrained": tofu_retrained
-        }  # fmt: skip
+            "retrained": retrained,
+            "target": target,
+            "reference": reference,
+            "tofu_retrained": tofu_retrained,
+        }
         self.truth_ratio_form = truth_ratio_form
         self.generate = generate
         self.val_generate = val_generate
@@ -180,7 +185,11 @@ class EvaluationModule(L.LightningModule):
     def described_data(self) -> dict[str, str]:
         """Where forget and retain rows come from, for records; empty if the data module does not say."""
         data = self.trainer.datamodule
-        return {name: data.describe(name) for name in ("forget", "retain")} if hasattr(data, "describe") else {}
+        return (
+            {name: data.describe(name) for name in ("forget", "retain")}
+            if hasattr(data, "describe")
+            else {}
+        )
 
     @property
     def prompts(self) -> dict[str, Any]:
@@ -212,7 +221,9 @@ class EvaluationModule(L.LightningModule):
     @cached_property
     def suite(self) -> Suite:
         """The suite named, or the data module's."""
-        return find_suite(self.suite_name or getattr(self.trainer.datamodule, "suite", "tofu") or "generic")
+        return find_suite(
+            self.suite_name or getattr(self.trainer.datamodule, "suite", "tofu") or "generic"
+        )
 
     def setup(self, stage: str) -> None:
         """Find what a test compares with, and what it needs, before any work is done; say so if it will crawl."""
@@ -221,24 +232,32 @@ class EvaluationModule(L.LightningModule):
             _warn_of_narrow_types(str(self.trainer.precision))
         validated = [] if stage == "test" else self._val_names()
         if stage == "validate" and not validated:
-            raise WagleError("validate measures the test sets that data.val names: give --data.val '[forget, retain]'")
+            raise WagleError(
+                "validate measures the test sets that data.val names: give --data.val '[forget, retain]'"
+            )
         if stage != "test" and not validated:
             return
         log.info("measures are those of %s", type(self.suite).__name__)
         paths = {name: path for name, path in self.compared.items() if path is not None}
         if self.after.attacks:  # a model without results will do
             paths = {name: path for name, path in paths.items() if results_of(path) is not None}
-        self._results = {name: Results(results_of(path) or path, f"model.{name}") for name, path in paths.items()}
+        self._results = {
+            name: Results(results_of(path) or path, f"model.{name}") for name, path in paths.items()
+        }
         for option in ("toxicity_classifier", "sentence_model"):
             if getattr(self, option) is not None:
                 classifiers.check_folder(getattr(self, option), f"model.{option}")
         if "tofu_retrained" in self._results and "tofu/forget_quality" not in self.suite.infos:
             name = type(self.suite).__name__
-            raise WagleError(f"model.tofu_retrained is for the suite tofu, the suite is {name}: leave it out")
+            raise WagleError(
+                f"model.tofu_retrained is for the suite tofu, the suite is {name}: leave it out"
+            )
         self._check_needs(validated or self.trainer.datamodule.test_names())
         self._check_rows(validated)
         if stage == "test" and self.gradient_norm and self.sharded:
-            raise WagleError("model.gradient_norm needs the whole model on a device: it cannot be had under ZeRO-3")
+            raise WagleError(
+                "model.gradient_norm needs the whole model on a device: it cannot be had under ZeRO-3"
+            )
 
     # -- fit: what the modules that train have in common ---------------------------------------------------------------
 
@@ -259,7 +278,10 @@ class EvaluationModule(L.LightningModule):
             WagleError: if the trainer was told to take no step.
         """
         if not self._trained and self.trainer.ckpt_path:
-            log.info("the run of checkpoint %s had come to its end: its result is written", self.trainer.ckpt_path)
+            log.info(
+                "the run of checkpoint %s had come to its end: its result is written",
+                self.trainer.ckpt_path,
+            )
             self.on_train_end()
         elif not self._trained:
             raise WagleError(
@@ -287,21 +309,27 @@ class EvaluationModule(L.LightningModule):
         here = {name: tensor.shape for name, tensor in self.state_dict().items()}
         differing = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
         if differing:
-            raise WagleError(f"{where} does not hold the weights of this model: {len(differing)} tensors are missing, "
-                             f"or of another shape, {differing[0]} for one")  # fmt: skip
+            raise WagleError(
+                f"{where} does not hold the weights of this model: {len(differing)} tensors are missing, "
+                f"or of another shape, {differing[0]} for one"
+            )
 
     def check_kind(self, checkpoint: Mapping[str, Any]) -> None:
         """Refuse to train on from a checkpoint that another module wrote."""
         kind = checkpoint.get("module")
         if self.attached and self.trainer.state.fn == "fit" and kind != self._kind:
             of = f"is of a run of {kind}" if kind else "does not say which module it is of"
-            raise WagleError(f"the checkpoint {self.trainer.ckpt_path} {of}, and this run is one of {self._kind}: give "
-                             "--ckpt_path another")  # fmt: skip
+            raise WagleError(
+                f"the checkpoint {self.trainer.ckpt_path} {of}, and this run is one of {self._kind}: give "
+                "--ckpt_path another"
+            )
 
     @property
     def _kind(self) -> str:
         """The module of this package that it is, or derives from."""
-        return next(cls.__name__ for cls in type(self).__mro__ if cls.__module__.startswith("wagle_pl."))
+        return next(
+            cls.__name__ for cls in type(self).__mro__ if cls.__module__.startswith("wagle_pl.")
+        )
 
     # -- test loop ----------------------------------------------------------------------------------------------------
 
@@ -350,15 +378,23 @@ class EvaluationModule(L.LightningModule):
         }
         shortened = self._shortened()
         for name, rows in shortened.items():
-            log.warning("test set %s: the trainer shortens this test, its measures are of %s", name, rows)
+            log.warning(
+                "test set %s: the trainer shortens this test, its measures are of %s", name, rows
+            )
         self._keys = {
-            name: {**settings, **self._key(name), **({"tested rows": shortened[name]} if name in shortened else {})}
+            name: {
+                **settings,
+                **self._key(name),
+                **({"tested rows": shortened[name]} if name in shortened else {}),
+            }
             for name in self._test_names
         }
         self._tables = distributed.from_rank_zero(self._finished)
         for name in self._tables:
             log.info("test set %s: found finished in %s", name, self.results_folder)
-        self._partial: dict[str, list[Record]] = {n: [] for n in self._test_names if n not in self._tables}
+        self._partial: dict[str, list[Record]] = {
+            n: [] for n in self._test_names if n not in self._tables
+        }
         self.observer = self.make_observer()
         self.after.prepare(self.subject)
 
@@ -380,10 +416,17 @@ class EvaluationModule(L.LightningModule):
         """
         counts = {}
         for name, loader, batches in zip(
-            self._test_names, self.trainer.test_dataloaders, self.trainer.num_test_batches, strict=True
+            self._test_names,
+            self.trainer.test_dataloaders,
+            self.trainer.num_test_batches,
+            strict=True,
         ):
             if batches < len(loader):  # the same on all ranks
-                seen = {row for part in distributed.gather(islice(loader.sampler, batches)) for row in part}
+                seen = {
+                    row
+                    for part in distributed.gather(islice(loader.sampler, batches))
+                    for row in part
+                }
                 if len(seen) < len(self._rows(name)):
                     counts[name] = f"{len(seen)} of {len(self._rows(name))} rows"
         return counts
@@ -398,11 +441,17 @@ class EvaluationModule(L.LightningModule):
             unknown = sorted(set(self.suite.needs_of(name, names)) - NEEDS)
             if unknown:
                 listed = ", ".join(map(repr, unknown))
-                raise WagleError(f"suite {suite} needs {listed} of the test set {name}, which nothing observes; choose "
-                                 f"of {', '.join(sorted(NEEDS))}")  # fmt: skip
+                raise WagleError(
+                    f"suite {suite} needs {listed} of the test set {name}, which nothing observes; choose "
+                    f"of {', '.join(sorted(NEEDS))}"
+                )
         for name in sorted(set(self.suite.needs) - set(self.suite.sets) - set(names)):
-            log.warning("suite %s says what it needs of the test set %r, which there is not: the test sets are %s",
-                        suite, name, ", ".join(names))  # fmt: skip
+            log.warning(
+                "suite %s says what it needs of the test set %r, which there is not: the test sets are %s",
+                suite,
+                name,
+                ", ".join(names),
+            )
 
     def _check_prompts(self) -> None:
         """Results to compare with must be of the same prompts."""
@@ -426,17 +475,29 @@ class EvaluationModule(L.LightningModule):
                 if option == "tofu_retrained":
                     if name == "forget":
                         there = len(results.tables.get(name, []))
-                        log.warning("tofu/forget_quality compares %d forget rows here with %d in %s; %d are the same",
-                                    len(rows), there, results.path, max(len(rows), there) - differing)  # fmt: skip
+                        log.warning(
+                            "tofu/forget_quality compares %d forget rows here with %d in %s; %d are the same",
+                            len(rows),
+                            there,
+                            results.path,
+                            max(len(rows), there) - differing,
+                        )
                 elif differing and option == "target":
-                    log.warning("the target's results are on other %s rows: %d differ", name, differing)
+                    log.warning(
+                        "the target's results are on other %s rows: %d differ", name, differing
+                    )
                 elif differing:
                     own = "; TOFU's own forget quality, which compares no rows, takes it as --model.tofu_retrained"
-                    raise WagleError(f"model.{option}: {results.path} is on other {name} rows: {differing} differ"
-                                     + (own if (option, name) == ("retrained", "forget") else ""))  # fmt: skip
+                    raise WagleError(
+                        f"model.{option}: {results.path} is on other {name} rows: {differing} differ"
+                        + (own if (option, name) == ("retrained", "forget") else "")
+                    )
 
     def _finished(self) -> dict[str, Table]:
-        tables = {name: read_table(self._path(name), key, self.overwrite) for name, key in self._keys.items()}
+        tables = {
+            name: read_table(self._path(name), key, self.overwrite)
+            for name, key in self._keys.items()
+        }
         return {name: table for name, table in tables.items() if table is not None}
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -462,7 +523,11 @@ class EvaluationModule(L.LightningModule):
         """What runs the model, as it is now, on rows."""
         data = self.trainer.datamodule
         return Observer(
-            self.lm, data.template, max_rows=data.test_batch_size, max_new_tokens=self.max_new_tokens, meets=self.meets
+            self.lm,
+            data.template,
+            max_rows=data.test_batch_size,
+            max_new_tokens=self.max_new_tokens,
+            meets=self.meets,
         )
 
     def observe_batch(
@@ -479,7 +544,9 @@ class EvaluationModule(L.LightningModule):
         header = self.suite.headers.get(name, "")
         where = f"test set {name} ({self.trainer.datamodule.describe(f'test/{name}')}) row"
         names = [f"{where} {row + 1}" for row in batch["rows"]]
-        records = observer.observe(batch["examples"], needs, self.max_new_tokens_of(name), header, names)
+        records = observer.observe(
+            batch["examples"], needs, self.max_new_tokens_of(name), header, names
+        )
         return [{"row": row, **record} for row, record in zip(batch["rows"], records, strict=True)]
 
     def annotated(self, name: str, table: Table) -> Table:
@@ -518,7 +585,9 @@ class EvaluationModule(L.LightningModule):
             distributed.from_rank_zero(self._load_readers)
         self._validation = Validation(self, names) if names else None
 
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(
+        self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Observe a batch of rows."""
         if self._validation is not None:
             self._validation.observe(batch, dataloader_idx)
@@ -539,7 +608,9 @@ class EvaluationModule(L.LightningModule):
         report = self._attack(tables)
         self._infos = dict(ability.infos)
         self.metrics = defined_only(values)
-        self.undefined = {name: str(value) for name, value in values.items() if isinstance(value, Undefined)}
+        self.undefined = {
+            name: str(value) for name, value in values.items() if isinstance(value, Undefined)
+        }
         if report is not None:
             self.metrics |= report.metrics()
             self.undefined |= report.undefined()
@@ -547,8 +618,14 @@ class EvaluationModule(L.LightningModule):
         self.log_dict(self.metrics, rank_zero_only=True)
         if self.trainer.is_global_zero:
             self._write(tables)
-            shown = {name: self._metrics_of(name) for name in ("target", "retrained") if name in self._results}
-            parts = {name: value for name, value in values.items() if name not in ability.values} | ability.shown()
+            shown = {
+                name: self._metrics_of(name)
+                for name in ("target", "retrained")
+                if name in self._results
+            }
+            parts = {
+                name: value for name, value in values.items() if name not in ability.values
+            } | ability.shown()
             print(comparison(parts, self.info, **shown), flush=True)
             if report is not None:
                 write_json(self.results_folder / ROBUSTNESS_FILE, report.records())
@@ -576,7 +653,9 @@ class EvaluationModule(L.LightningModule):
     def _ability(self) -> Ability:
         """General ability, for its own sake and for the suite's averages."""
         data, plugin = self.trainer.datamodule, self.trainer.precision_plugin
-        found = self.after.ability(self.lm, data.tokenizer, data.test_batch_size, plugin, self.sharded)
+        found = self.after.ability(
+            self.lm, data.tokenizer, data.test_batch_size, plugin, self.sharded
+        )
         self.general |= found.general
         return found
 
@@ -608,7 +687,11 @@ class EvaluationModule(L.LightningModule):
         """Attack this model, and the target and the retrained model where they are at hand."""
         if not self.after.attacks:
             return None
-        plain = {name: self._metrics_of(name) for name in ("target", "retrained") if name in self._results}
+        plain = {
+            name: self._metrics_of(name)
+            for name in ("target", "retrained")
+            if name in self._results
+        }
         paths = {name: self.compared[name] for name in ("target", "retrained")}
         found = {name: model_of(path) for name, path in paths.items() if path is not None}
         others = {name: folder for name, folder in found.items() if folder is not None}
@@ -621,7 +704,9 @@ class EvaluationModule(L.LightningModule):
 
         makers = {name: partial(loaded, name, folder) for name, folder in others.items()}
         plugin = self.trainer.precision_plugin
-        return self.after.attack(self.subject(tables=tables), makers, plain, self.fingerprint, plugin)
+        return self.after.attack(
+            self.subject(tables=tables), makers, plain, self.fingerprint, plugin
+        )
 
     def _metrics_of(self, name: str) -> dict[str, float]:
         """Metrics of results to compare with; of a published file they are computed."""
@@ -643,7 +728,9 @@ class EvaluationModule(L.LightningModule):
                 "prompts": self.prompts,
                 "compared": {name: path for name, path in self.compared.items() if path},
                 "measures": {name: vars(infos[name]) for name in self.metrics},
-                "undefined": {name: {**vars(infos[name]), "why": why} for name, why in self.undefined.items()},
+                "undefined": {
+                    name: {**vars(infos[name]), "why": why} for name, why in self.undefined.items()
+                },
                 "rows": {name: len(table) for name, table in tables.items()},
                 "absent_sets": [name for name in self.suite.sets if name not in tables],
             },
@@ -661,5 +748,8 @@ def _digest(text: str) -> str:
 @cache  # once in a process: a study has hundreds of runs
 def _warn_of_narrow_types(precision: str) -> None:
     if narrow_types_crawl():
-        log.warning("trainer.precision %s on a CPU without AVX-512 trains tens of times slower than fp32 does: give "
-                    "--trainer.precision 32-true", precision)  # fmt: skip
+        log.warning(
+            "trainer.precision %s on a CPU without AVX-512 trains tens of times slower than fp32 does: give "
+            "--trainer.precision 32-true",
+            precision,
+        )

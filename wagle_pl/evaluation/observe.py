@@ -24,16 +24,16 @@ from typing import Any, Optional
 
 import torch
 
-from wagle_pl import distributed
+from wagle_pl.core import distributed
+from wagle_pl.core.errors import WagleError
 from wagle_pl.data.batches import deal_batches, token_batches
 from wagle_pl.data.rows import Row, row_kind
 from wagle_pl.data.template import IGNORE, Template, check_ids
 from wagle_pl.evaluation import candidates as C
 from wagle_pl.evaluation import functional as F
-from wagle_pl.evaluation.generation import first_tokens, generate, gradient_norm
 from wagle_pl.evaluation.scoring import Passes, Score, score
-from wagle_pl.models import vocabulary_size
-from wagle_pl.utilities import WagleError
+from wagle_pl.lm.generation import first_tokens, generate, gradient_norm
+from wagle_pl.lm.models import vocabulary_size
 
 NEEDS = frozenset(
     {
@@ -51,7 +51,9 @@ POSSIBLE: Mapping[Optional[tuple[str, ...]], frozenset[str]] = {
     ("text",): frozenset({"answer", "tokens", "vocabulary", "gradient"}),
     ("prompt",): frozenset({"generation"}),
     C.CHOICES: frozenset({"choices", "choice_texts"}),
-    ("input_ids", "labels"): frozenset({"answer", "tokens", "vocabulary", "generation", "gradient"}),
+    ("input_ids", "labels"): frozenset(
+        {"answer", "tokens", "vocabulary", "generation", "gradient"}
+    ),
 }
 
 
@@ -115,9 +117,13 @@ class Observer:
         """
         length = max_new_tokens or self.max_new_tokens
         wanted = [possible(row, needs) for row in rows]
-        named = [self._tokens(*each, header) for each in zip(rows, wanted, names or _beginnings(rows), strict=True)]
+        named = [
+            self._tokens(*each, header)
+            for each in zip(rows, wanted, names or _beginnings(rows), strict=True)
+        ]
         records: list[Record] = [
-            {"question": C.question_of(row), "answer": C.answer_of(row), "generation": None} for row in rows
+            {"question": C.question_of(row), "answer": C.answer_of(row), "generation": None}
+            for row in rows
         ]
         found = self._scores([candidates for candidates, _ in named])
         for row, want, record, scores in zip(rows, wanted, records, found, strict=True):
@@ -126,15 +132,24 @@ class Observer:
             self._paraphrased(rows, wanted, records, length)
         asked = [i for i, want in enumerate(wanted) if "generation" in want]
         if "generation" in needs:
-            self._generate([rows[i] for i in asked], [named[i][1] for i in asked], [records[i] for i in asked], length)
+            self._generate(
+                [rows[i] for i in asked],
+                [named[i][1] for i in asked],
+                [records[i] for i in asked],
+                length,
+            )
         for row, want, record in zip(rows, wanted, records, strict=True):
             if "reference" in want:
-                record["reference"] = first_tokens(self.tokenizer, record["answer"].lstrip(), length)
+                record["reference"] = first_tokens(
+                    self.tokenizer, record["answer"].lstrip(), length
+                )
             if "gradient" in want:
                 record["gradient_norm"] = self._gradient_norm(row)
         return records
 
-    def _tokens(self, row: Row, want: frozenset[str], name: str, header: str) -> tuple[list[C.Named], list[int]]:
+    def _tokens(
+        self, row: Row, want: frozenset[str], name: str, header: str
+    ) -> tuple[list[C.Named], list[int]]:
         """All that is scored of a row, and the prompt to generate from."""
         try:
             prompt = self.template.encode_prompt(row) if "generation" in want else []
@@ -159,7 +174,9 @@ class Observer:
     def _scores(self, named: Sequence[Sequence[C.Named]]) -> list[Found]:
         """For each row, given its candidates: kind -> (candidate, what was found) of each."""
         flat = [each.candidate for row in named for each in row]
-        scores = iter(score(self.passes, flat, self.tokenizer.pad_token_id or 0, self.max_rows, self.share))
+        scores = iter(
+            score(self.passes, flat, self.tokenizer.pad_token_id or 0, self.max_rows, self.share)
+        )
         self.passes.level()
         found: list[Found] = []
         for row in named:
@@ -180,32 +197,55 @@ class Observer:
         if "letter" in found or "choice" in found:
             record["label"] = row["label"]
         if "letter" in found:
-            record["choice_logprobs"] = [values.logprobs.double().sum().item() for _, values in found["letter"]]
+            record["choice_logprobs"] = [
+                values.logprobs.double().sum().item() for _, values in found["letter"]
+            ]
         if "choice" in found:
             record["choice_nll"] = [_nll(named, values) for named, values in found["choice"]]
         return record
 
     def _paraphrased(
-        self, rows: Sequence[Row], wanted: Sequence[frozenset[str]], records: Sequence[Record], length: int
+        self,
+        rows: Sequence[Row],
+        wanted: Sequence[frozenset[str]],
+        records: Sequence[Record],
+        length: int,
     ) -> None:
         """Ask with the paraphrased questions, as WAGLE's code does on TOFU."""
-        asked = [i for i, want in enumerate(wanted) if "paraphrased" in want and rows[i].get("paraphrased_question")]
+        asked = [
+            i
+            for i, want in enumerate(wanted)
+            if "paraphrased" in want and rows[i].get("paraphrased_question")
+        ]
         needs = frozenset({"answer", "alternatives"})
         texts = [rows[i]["paraphrased_question"] for i in asked]
-        named = [C.answers(self.template, rows[i], needs, text) for i, text in zip(asked, texts, strict=True)]
+        named = [
+            C.answers(self.template, rows[i], needs, text)
+            for i, text in zip(asked, texts, strict=True)
+        ]
         again: list[Record] = [_of_alternatives(found) for found in self._scores(named)]
         changed = [{**rows[i], "question": text} for i, text in zip(asked, texts, strict=True)]
-        self._generate(changed, [self.template.encode_prompt(row) for row in changed], again, length)
+        self._generate(
+            changed, [self.template.encode_prompt(row) for row in changed], again, length
+        )
         for i, record in zip(asked, again, strict=True):
             records[i] |= {f"paraphrased_question_{name}": value for name, value in record.items()}
 
     def _generate(
-        self, rows: Sequence[Row], prompts: Sequence[Sequence[int]], records: Sequence[Record], length: int
+        self,
+        rows: Sequence[Row],
+        prompts: Sequence[Sequence[int]],
+        records: Sequence[Record],
+        length: int,
     ) -> None:
         if not (distributed.most(len(rows)) if self.passes.meets else rows):
             return
-        prompts = prompts or [[self.tokenizer.eos_token_id or 0]]  # a rank without rows takes part in the meeting
-        texts = generate(self.passes.lm, self.tokenizer, prompts, length, self.passes.meets)[: len(rows)]
+        prompts = prompts or [
+            [self.tokenizer.eos_token_id or 0]
+        ]  # a rank without rows takes part in the meeting
+        texts = generate(self.passes.lm, self.tokenizer, prompts, length, self.passes.meets)[
+            : len(rows)
+        ]
         for row, record, text in zip(rows, records, texts, strict=True):
             record["generation"] = text
             if answer := C.answer_of(row):
@@ -235,9 +275,15 @@ def _of_answer(own: C.Named, values: Score, want: frozenset[str]) -> Record:
     end = len(values.logprobs) - own.closed
     here = slice(len(values.logprobs) - own.tokens, end)
     if "tokens" in want:
-        record |= {"logprobs": values.logprobs[here].tolist(), "greedy": values.greedy[here].tolist()}
+        record |= {
+            "logprobs": values.logprobs[here].tolist(),
+            "greedy": values.greedy[here].tolist(),
+        }
     if "vocabulary" in want:
-        record |= {"vocabulary_mean": values.mean[here].tolist(), "vocabulary_std": values.std[here].tolist()}
+        record |= {
+            "vocabulary_mean": values.mean[here].tolist(),
+            "vocabulary_std": values.std[here].tolist(),
+        }
     if "text" in want:
         record["text_logprobs"] = values.logprobs[:end].tolist()
     return record
@@ -274,9 +320,13 @@ def observe_set(
     Returns:
         One record a row, in order, each with its number as ``row``; see :meth:`Observer.observe`.
     """
-    batches = token_batches([len(C.question_of(row)) + len(C.answer_of(row)) for row in rows], observer.max_rows)
+    batches = token_batches(
+        [len(C.question_of(row)) + len(C.answer_of(row)) for row in rows], observer.max_rows
+    )
     records: list[Record] = []
-    for batch in deal_batches(batches, distributed.world_size(), distributed.rank()):  # what is seen twice is merged
+    for batch in deal_batches(
+        batches, distributed.world_size(), distributed.rank()
+    ):  # what is seen twice is merged
         found = observer.observe([rows[i] for i in batch], needs, max_new_tokens, header)
         records += [{"row": i, **record} for i, record in zip(batch, found, strict=True)]
     return merge(records)

@@ -9,11 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional
 
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.files import atomic_path
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.sets import Table
 from wagle_pl.evaluation.tables import load_table
 from wagle_pl.evaluation.tofu_results import Result, from_result
-from wagle_pl.utilities import WagleError, atomic_path
 
 METRICS_FILE = "metrics.json"
 INFO_FILE = "metrics.info.json"
@@ -79,8 +80,10 @@ class Results:
         files = {name: self.path / name for name in (METRICS_FILE, RESULT_FILE)}
         found = {name: read_json(file) for name, file in files.items() if file.is_file()}
         if not found:
-            raise WagleError(f"{self.option}: folder {self.path} has no {METRICS_FILE} (run wagle test on that model "
-                             "first)")  # fmt: skip
+            raise WagleError(
+                f"{self.option}: folder {self.path} has no {METRICS_FILE} (run wagle test on that model "
+                "first)"
+            )
         self.metrics = found.get(METRICS_FILE, {})
         self.tofu = found.get(RESULT_FILE)
         info = self.path / INFO_FILE
@@ -88,15 +91,25 @@ class Results:
 
     def _read_file(self) -> None:
         if not self.path.is_file():
-            raise WagleError(f"{self.option}: result file {self.path} does not exist (run wagle test on that model "
-                             "first)")  # fmt: skip
+            raise WagleError(
+                f"{self.option}: result file {self.path} does not exist (run wagle test on that model "
+                "first)"
+            )
         content = read_json(self.path)
-        if isinstance(content, dict) and content and all(isinstance(v, dict) for v in content.values()):
+        if (
+            isinstance(content, dict)
+            and content
+            and all(isinstance(v, dict) for v in content.values())
+        ):
             self.tofu = content
-        elif isinstance(content, dict) and all(isinstance(v, (int, float)) for v in content.values()):
+        elif isinstance(content, dict) and all(
+            isinstance(v, (int, float)) for v in content.values()
+        ):
             self.metrics = content
         else:
-            raise WagleError(f"{self.option}: {self.path} is neither a {METRICS_FILE} nor a TOFU result file")
+            raise WagleError(
+                f"{self.option}: {self.path} is neither a {METRICS_FILE} nor a TOFU result file"
+            )
 
     @cached_property
     def tables(self) -> dict[str, Table]:
@@ -126,7 +139,9 @@ class Results:
         keys = [_key(row) for row in rows_of(table)]
         missing = sum(key not in found for key in keys)
         if missing:
-            raise Undefined(f"{self.path} is on other {name} rows: it lacks {missing} of {len(table)}")
+            raise Undefined(
+                f"{self.path} is on other {name} rows: it lacks {missing} of {len(table)}"
+            )
         return [found[key] for key in keys]
 
     def differing(self, name: str, rows: Sequence[tuple[str, str]]) -> int:

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wagle_pl import distributed
+from wagle_pl.core import distributed
 from wagle_pl.data.template import IGNORE
 
 MAX_PADDED = 8192  # tokens of one pass with what they follow: bounds the keys, values and logits in memory at once
-LEAST_FILLED = 0.5  # a piece shorter than this share of the longest in its pass goes into the next one
+LEAST_FILLED = (
+    0.5  # a piece shorter than this share of the longest in its pass goes into the next one
+)
 LEAST_SAVED = 8  # tokens that sharing a piece must save, or it costs more than it brings
 LEAST_VARIANCE = 1e-6  # of log-probabilities over the vocabulary, as OpenUnlearning clamps it
 
@@ -79,7 +81,9 @@ class Passes:
             options: of the model's forward.
         """
         if self.meets:
-            distributed.most(1)  # ranks that have no pass left to run hear that there is one, see level
+            distributed.most(
+                1
+            )  # ranks that have no pass left to run hear that there is one, see level
         return self._run(ids, mask, keep, options)
 
     def _run(self, ids: Tensor, mask: Tensor, keep: int, options: dict[str, Any]) -> Any:
@@ -146,7 +150,9 @@ def score(
     if share and _can_share(passes.lm, candidates):
         run.down(grow(candidates, longer, 0))
     run.down([Node(0, len(candidates[c].ids) - 1, [c], []) for c in longer if c not in run.scores])
-    nothing = Score(*(torch.zeros(0) for _ in Score._fields))  # of a single token: nothing comes before it
+    nothing = Score(
+        *(torch.zeros(0) for _ in Score._fields)
+    )  # of a single token: nothing comes before it
     return [run.scores.get(c, nothing) for c in range(len(candidates))]
 
 
@@ -155,7 +161,9 @@ def _can_share(lm: Any, candidates: Sequence[Candidate]) -> bool:
     if not all(_accepts(type(lm), name) for name in ("position_ids", "past_key_values")):
         return False
     window = getattr(lm.config, "sliding_window", None)
-    return window is None or max((len(candidate.ids) for candidate in candidates), default=0) <= window
+    return (
+        window is None or max((len(candidate.ids) for candidate in candidates), default=0) <= window
+    )
 
 
 class Node(NamedTuple):
@@ -199,7 +207,9 @@ def grow(candidates: Sequence[Candidate], owners: Sequence[int], start: int) -> 
 def _alike(texts: Sequence[Sequence[int]]) -> int:
     """How many first tokens all texts share."""
     columns = enumerate(zip(*texts, strict=False))
-    return next((i for i, column in columns if len(set(column)) > 1), min(len(text) for text in texts))
+    return next(
+        (i for i, column in columns if len(set(column)) > 1), min(len(text) for text in texts)
+    )
 
 
 class _Past(NamedTuple):
@@ -207,13 +217,17 @@ class _Past(NamedTuple):
 
     layers: list[tuple[Tensor, Tensor]]  # of each layer (B, heads, S, D)
     mask: Tensor  # (B, S)
-    pieces: list[list[tuple[int, Tensor]]]  # of each row (position of the first, logits) from the beginning on
+    pieces: list[
+        list[tuple[int, Tensor]]
+    ]  # of each row (position of the first, logits) from the beginning on
 
 
 class _Run:
     """One call of :func:`score`: the passes it makes, and what they find."""
 
-    def __init__(self, passes: Passes, candidates: Sequence[Candidate], pad_id: int, max_rows: int) -> None:
+    def __init__(
+        self, passes: Passes, candidates: Sequence[Candidate], pad_id: int, max_rows: int
+    ) -> None:
         self.passes = passes
         self.candidates = candidates
         self.firsts = [_first_label(candidate) for candidate in candidates]
@@ -221,7 +235,9 @@ class _Run:
         self.max_rows = max_rows
         self.scores: dict[int, Score] = {}
 
-    def down(self, nodes: Sequence[Node], past: Optional[_Past] = None, parents: Sequence[int] = ()) -> None:
+    def down(
+        self, nodes: Sequence[Node], past: Optional[_Past] = None, parents: Sequence[int] = ()
+    ) -> None:
         """Run nodes that follow rows of ``past``, then what follows them.
 
         Args:
@@ -242,7 +258,9 @@ class _Run:
             if children:
                 self.down([child for child, _ in children], here, [i for _, i in children])
 
-    def _run(self, nodes: Sequence[Node], past: Optional[_Past], parents: Sequence[int]) -> Optional[_Past]:
+    def _run(
+        self, nodes: Sequence[Node], past: Optional[_Past], parents: Sequence[int]
+    ) -> Optional[_Past]:
         """One pass over some nodes; None if they have children and the model keeps no plain cache."""
         texts = [self.candidates[node.owners[0]].ids[node.start : node.end] for node in nodes]
         ids, own_mask = _padded(texts, self.pad_id, self.passes.device)
@@ -255,7 +273,9 @@ class _Run:
             options |= {"past_key_values": _selected(past.layers, rows), "use_cache": True}
         if _accepts(type(self.passes.lm), "position_ids"):
             options["position_ids"] = starts[:, None] + (own_mask.cumsum(-1) - 1).clamp(min=0)
-        keep = max(node.end - max(min(self._first(node) - 1, node.end - 1), node.start) for node in nodes)
+        keep = max(
+            node.end - max(min(self._first(node) - 1, node.end - 1), node.start) for node in nodes
+        )
         output = self.passes(ids, mask, keep, **options)
         pieces = []
         for i, node in enumerate(nodes):
@@ -264,9 +284,13 @@ class _Run:
             pieces.append([*before, (node.end - width, output.logits[i, -width:])])
         if not any(node.children for node in nodes):
             return _Past([], mask, pieces)
-        layers = [(getattr(x, "keys", None), getattr(x, "values", None))
-                  for x in getattr(output.past_key_values, "layers", [])]  # fmt: skip
-        if not layers or any(keys is None or keys.ndim != 4 or keys.shape[2] != mask.shape[1] for keys, _ in layers):
+        layers = [
+            (getattr(x, "keys", None), getattr(x, "values", None))
+            for x in getattr(output.past_key_values, "layers", [])
+        ]
+        if not layers or any(
+            keys is None or keys.ndim != 4 or keys.shape[2] != mask.shape[1] for keys, _ in layers
+        ):
             return None
         return _Past(layers, mask, pieces)
 
@@ -304,7 +328,12 @@ def _of_candidate(candidate: Candidate, pieces: Sequence[tuple[int, Tensor]]) ->
         found.append(token_statistics(at, targets, candidate.greedy, candidate.vocabulary))
     if not found:
         return Score(*(torch.zeros(0) for _ in Score._fields))
-    return Score(*(torch.cat(part).cpu() if part[0] is not None else None for part in zip(*found, strict=True)))
+    return Score(
+        *(
+            torch.cat(part).cpu() if part[0] is not None else None
+            for part in zip(*found, strict=True)
+        )
+    )
 
 
 def _first_label(candidate: Candidate) -> int:
@@ -313,7 +342,9 @@ def _first_label(candidate: Candidate) -> int:
     return next((p for p in range(1, len(labels)) if labels[p] != IGNORE), len(labels))
 
 
-def _parts(rows: Sequence[tuple[Node, int]], past: int, max_rows: int) -> list[list[tuple[Node, int]]]:
+def _parts(
+    rows: Sequence[tuple[Node, int]], past: int, max_rows: int
+) -> list[list[tuple[Node, int]]]:
     """Pieces of similar length together, longest first: at most ``max_rows``, and a bounded number of tokens.
 
     Args:
@@ -328,14 +359,20 @@ def _parts(rows: Sequence[tuple[Node, int]], past: int, max_rows: int) -> list[l
     parts: list[list[tuple[Node, int]]] = []
     for row in sorted(rows, key=length, reverse=True):
         longest = length(parts[-1][0]) if parts else 0
-        full = not parts or len(parts[-1]) >= max_rows or (len(parts[-1]) + 1) * (past + longest) > MAX_PADDED
+        full = (
+            not parts
+            or len(parts[-1]) >= max_rows
+            or (len(parts[-1]) + 1) * (past + longest) > MAX_PADDED
+        )
         if full or (length(row) < LEAST_FILLED * longest and longest - length(row) > LEAST_SAVED):
             parts.append([])
         parts[-1].append(row)
     return parts
 
 
-def _padded(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _padded(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """(ids, mask), both (B, longest) int64, filled on the left: the last positions are the last tokens."""
     width = max(len(row) for row in rows)
     ids = [[*[pad_id] * (width - len(row)), *row] for row in rows]

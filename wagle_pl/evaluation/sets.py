@@ -18,7 +18,9 @@ Value = Union[float, Undefined]
 
 def defined_only(values: Mapping[str, Value]) -> dict[str, float]:
     """The measures that have a number."""
-    return {name: float(value) for name, value in values.items() if not isinstance(value, Undefined)}
+    return {
+        name: float(value) for name, value in values.items() if not isinstance(value, Undefined)
+    }
 
 
 MEMORISATION = ("exact_memorization", "extraction_strength")
@@ -36,7 +38,9 @@ class SetMeasures:
         form: of the truth ratio.
     """
 
-    def __init__(self, table: Table, forget: bool = False, form: F.TruthRatioForm = "geometric") -> None:
+    def __init__(
+        self, table: Table, forget: bool = False, form: F.TruthRatioForm = "geometric"
+    ) -> None:
         self.table = table
         self.forget = forget
         self.form = form
@@ -56,9 +60,16 @@ class SetMeasures:
         if not any(record["question"] for record in self.table):
             return (*CORPUS, *(MEMORISATION if self.forget else ()))
         unasked = set() if has("generation") else {"rougeL_recall", "rougeL_f1"}
-        unasked |= set() if any(record.get("perturbed_nll") for record in self.table) else {"truth_ratio"}
+        unasked |= (
+            set() if any(record.get("perturbed_nll") for record in self.table) else {"truth_ratio"}
+        )
         accuracy = ("accuracy",) if "truth_ratio" not in unasked else ()
-        return (*(name for name in QUESTION if name not in unasked), *accuracy, *toxicity, *generated)
+        return (
+            *(name for name in QUESTION if name not in unasked),
+            *accuracy,
+            *toxicity,
+            *generated,
+        )
 
     # -- columns ------------------------------------------------------------------------------------------------------
 
@@ -94,12 +105,17 @@ class SetMeasures:
         values = self.column(name, "perturbed answers (column perturbed_answer)")
         missing = sum(not row for row in values)
         if missing:
-            raise Undefined(f"{missing} of {len(values)} rows have no perturbed answers (column perturbed_answer)")
+            raise Undefined(
+                f"{missing} of {len(values)} rows have no perturbed answers (column perturbed_answer)"
+            )
         return ragged(values)
 
     def generations(self) -> list[str]:
         """(N,) texts."""
-        return self.column("generation", "generation (--model.generate is false, or such rows are not generated from)")
+        return self.column(
+            "generation",
+            "generation (--model.generate is false, or such rows are not generated from)",
+        )
 
     def texts(self) -> list[str]:
         """Generations that are not empty."""
@@ -113,12 +129,16 @@ class SetMeasures:
         texts = self.column("answer", "text")
         missing = sum(not text for text in texts)
         if missing:
-            raise Undefined(f"{missing} of {len(texts)} rows are tokens (input_ids and labels) whose text is not known")
+            raise Undefined(
+                f"{missing} of {len(texts)} rows are tokens (input_ids and labels) whose text is not known"
+            )
         return texts
 
     def ratios(self) -> Tensor:
         """(N,) truth ratios."""
-        return F.truth_ratio(self.numbers("paraphrased_nll", "paraphrased answer"), self.perturbed(), self.form)
+        return F.truth_ratio(
+            self.numbers("paraphrased_nll", "paraphrased answer"), self.perturbed(), self.form
+        )
 
     # -- likelihood ---------------------------------------------------------------------------------------------------
 
@@ -132,7 +152,9 @@ class SetMeasures:
 
     def truth_ratio(self) -> float:
         """Mean truth ratio as a score."""
-        direction: Literal["closer_to_1", "true_better"] = "closer_to_1" if self.forget else "true_better"
+        direction: Literal["closer_to_1", "true_better"] = (
+            "closer_to_1" if self.forget else "true_better"
+        )
         return F.mean(F.truth_ratio_score(self.ratios(), direction), "truth ratios")
 
     def truth_probability(self) -> float:
@@ -160,7 +182,9 @@ class SetMeasures:
         """
         cut = sum(map(bool, self.column("cut", "note of whether they are whole")))
         if cut:
-            raise Undefined(f"{cut} of {len(self.table)} texts are cut at max_length: their words cannot be counted")
+            raise Undefined(
+                f"{cut} of {len(self.table)} texts are cut at max_length: their words cannot be counted"
+            )
         words = torch.tensor([len(text.split()) for text in self.texts_scored()])
         return F.perplexity(self.nll() * self.numbers("tokens", "tokens"), words).item()
 
@@ -171,14 +195,19 @@ class SetMeasures:
         """
         if any(record.get("choice_logprobs") is not None for record in self.table):
             labels = torch.tensor(self.column("label", "label"))
-            return F.mean(F.choice_accuracy(ragged(self.column("choice_logprobs", "choices")), labels), "choices")
+            return F.mean(
+                F.choice_accuracy(ragged(self.column("choice_logprobs", "choices")), labels),
+                "choices",
+            )
         right = self.numbers("paraphrased_nll", "paraphrased answer")
         return F.mean(F.nearest_option(right, self.perturbed()), "answers")
 
     def accuracy_norm(self) -> float:
         """Share of rows whose right choice has the largest likelihood per token."""
         labels = torch.tensor(self.column("label", "label"))
-        return F.mean(F.choice_accuracy(-ragged(self.column("choice_nll", "choices")), labels), "choices")
+        return F.mean(
+            F.choice_accuracy(-ragged(self.column("choice_nll", "choices")), labels), "choices"
+        )
 
     # -- generations --------------------------------------------------------------------------------------------------
 
@@ -205,11 +234,16 @@ class SetMeasures:
 
     def contains_answer(self) -> float:
         """Share of generations that contain the answer."""
-        return F.mean(F.contains_answer(self.generations(), self.column("answer", "answer")), "generations")
+        return F.mean(
+            F.contains_answer(self.generations(), self.column("answer", "answer")), "generations"
+        )
 
     def nearest_answer(self) -> float:
         """Share of generations that are nearest to the right answer by sentence embedding."""
-        return F.mean(self.numbers("nearest_answer", "sentence embeddings (--model.sentence_model)"), "generations")
+        return F.mean(
+            self.numbers("nearest_answer", "sentence embeddings (--model.sentence_model)"),
+            "generations",
+        )
 
     def toxicity(self) -> float:
         """Mean toxicity of the generations that are not empty."""
@@ -236,7 +270,9 @@ class SetMeasures:
 
     def degenerate(self) -> float:
         """Share of generations that are no language."""
-        return F.mean(torch.tensor([float(F.degenerate(text)) for text in self.generations()]), "generations")
+        return F.mean(
+            torch.tensor([float(F.degenerate(text)) for text in self.generations()]), "generations"
+        )
 
     def empty(self) -> float:
         """Share of generations that are empty."""
@@ -271,4 +307,6 @@ def mean_defined(measure: Any, values: list[Any]) -> float:
 def ragged(rows: list[list[float]]) -> Tensor:
     """Rows of different lengths as one float64 tensor, short ones filled with NaN."""
     width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[math.nan] * (width - len(row))] for row in rows], dtype=torch.float64)
+    return torch.tensor(
+        [[*row, *[math.nan] * (width - len(row))] for row in rows], dtype=torch.float64
+    )

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
-from wagle_pl.utilities import WagleError, atomic_path
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.files import atomic_path
 
 _KEY = b"wagle_pl.key"
 
@@ -24,7 +25,9 @@ def write_table(path: Path, rows: list[dict[str, Any]], key: dict[str, Any]) -> 
         pyarrow.parquet.write_table(table, temporary)
 
 
-def read_table(path: Path, key: dict[str, Any], overwrite: bool = False) -> Optional[list[dict[str, Any]]]:
+def read_table(
+    path: Path, key: dict[str, Any], overwrite: bool = False
+) -> Optional[list[dict[str, Any]]]:
     """Rows of a table written with the same ``key``; None if there is none.
 
     Raises:
@@ -36,7 +39,9 @@ def read_table(path: Path, key: dict[str, Any], overwrite: bool = False) -> Opti
         written = table_key(path)
         if written == key:
             return load_table(path)
-        differ = ", ".join(sorted(name for name in {*written, *key} if written.get(name) != key.get(name)))
+        differ = ", ".join(
+            sorted(name for name in {*written, *key} if written.get(name) != key.get(name))
+        )
         mistake = f"{path} holds results of another test (other {differ})"
     except WagleError as error:
         mistake = str(error)

@@ -9,12 +9,18 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from wagle_pl.core.errors import WagleError
 from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.results import Results, differing, rows_of
 from wagle_pl.evaluation.sets import SetMeasures
-from wagle_pl.evaluation.tofu_results import OPTION_SETS, RESULT_KEYS, Result, from_result, to_result
-from wagle_pl.utilities import WagleError
+from wagle_pl.evaluation.tofu_results import (
+    OPTION_SETS,
+    RESULT_KEYS,
+    Result,
+    from_result,
+    to_result,
+)
 
 __all__ = [
     "OPTION_SETS",
@@ -46,7 +52,9 @@ def load_result(path: str | Path) -> Result:
     return result
 
 
-def tofu_measures(result: Result, name: str, form: F.TruthRatioForm = "geometric") -> dict[str, float]:
+def tofu_measures(
+    result: Result, name: str, form: F.TruthRatioForm = "geometric"
+) -> dict[str, float]:
     """The means of one test set: ``probability``, ``rougeL_recall`` and ``truth_ratio`` (a score in [0, 1]).
 
     A measure the rows do not allow (no perturbed answers, no generations) is left out.
@@ -55,7 +63,9 @@ def tofu_measures(result: Result, name: str, form: F.TruthRatioForm = "geometric
     found = SetMeasures(from_result({key: result[key]})[name], name == "forget", form)
     measures = {}
     for measure in MEASURES:
-        method = "option_probability" if measure == "probability" and name in OPTION_SETS else measure
+        method = (
+            "option_probability" if measure == "probability" and name in OPTION_SETS else measure
+        )
         try:
             measures[measure] = getattr(found, method)()
         except Undefined:
@@ -63,7 +73,9 @@ def tofu_measures(result: Result, name: str, form: F.TruthRatioForm = "geometric
     return measures
 
 
-def truth_ratios(result: Result, name: str = "forget", form: F.TruthRatioForm = "geometric") -> Optional[Tensor]:
+def truth_ratios(
+    result: Result, name: str = "forget", form: F.TruthRatioForm = "geometric"
+) -> Optional[Tensor]:
     """Truth ratio of every row of a test set, float64 (N,), in row order; None without perturbed answers."""
     key = RESULT_KEYS.get(name, name)
     try:
@@ -86,7 +98,9 @@ def tofu_model_utility(result: Result, form: F.TruthRatioForm = "geometric") -> 
     numbers: list[float] = []
     for name in UTILITY_SETS:
         if RESULT_KEYS[name] not in result:
-            raise WagleError(f"model utility needs the test set {name!r}; the result has {sorted(result)}")
+            raise WagleError(
+                f"model utility needs the test set {name!r}; the result has {sorted(result)}"
+            )
         measures = tofu_measures(result, name, form)
         if len(measures) < len(MEASURES):
             raise WagleError(f"model utility needs {', '.join(MEASURES)}; {name} has {measures}")
@@ -100,7 +114,10 @@ def model_utility(numbers: Sequence[float]) -> float:
 
 
 def tofu_forget_quality(
-    result: Result, retrained: Result, form: F.TruthRatioForm = "geometric", compare_rows: bool = True
+    result: Result,
+    retrained: Result,
+    form: F.TruthRatioForm = "geometric",
+    compare_rows: bool = True,
 ) -> float:
     """Forget quality: p-value of a Kolmogorov–Smirnov test between the forget rows' truth ratios of a model and of
     the retrained model (TOFU, section 2.2).
@@ -119,10 +136,14 @@ def tofu_forget_quality(
     for side, label in ((result, "this"), (retrained, "the retrained")):
         ratios = truth_ratios(side, "forget", form) if RESULT_KEYS["forget"] in side else None
         if ratios is None:
-            raise WagleError(f"forget quality needs perturbed answers on the forget set; {label} result has none")
+            raise WagleError(
+                f"forget quality needs perturbed answers on the forget set; {label} result has none"
+            )
         if compare_rows and not side[RESULT_KEYS["forget"]].get("generated_text"):
-            raise WagleError(f"forget quality compares questions; {label} result does not hold its questions "
-                             "(generated_text)")  # fmt: skip
+            raise WagleError(
+                f"forget quality compares questions; {label} result does not hold its questions "
+                "(generated_text)"
+            )
         sides.append(ratios)
         rows.append(rows_of(from_result(side)["forget"]))
     if compare_rows and (count := differing(*rows)):

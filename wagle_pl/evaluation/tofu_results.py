@@ -36,7 +36,11 @@ def to_result(tables: Mapping[str, Table]) -> dict[str, dict[str, dict[str, Any]
         name: [record for record in table if record["question"] and record.get("nll") is not None]
         for name, table in tables.items()
     }
-    return {RESULT_KEYS.get(name, name): _to_log(table, name in OPTION_SETS) for name, table in asked.items() if table}
+    return {
+        RESULT_KEYS.get(name, name): _to_log(table, name in OPTION_SETS)
+        for name, table in asked.items()
+        if table
+    }
 
 
 def _to_log(table: Table, options: bool) -> dict[str, dict[str, Any]]:
@@ -61,9 +65,14 @@ def _to_log(table: Table, options: bool) -> dict[str, dict[str, Any]]:
             note("num_token_paraphrased", row, record["paraphrased_tokens"])
         if perturbed:
             counts = record["perturbed_tokens"]
-            note("perturb_loss", row, [n * count for n, count in zip(perturbed, counts, strict=True)])
+            note(
+                "perturb_loss", row, [n * count for n, count in zip(perturbed, counts, strict=True)]
+            )
             note("num_token_perturb", row, counts)
-            paraphrased, wrong = torch.tensor([record["paraphrased_nll"]]), torch.tensor([perturbed])
+            paraphrased, wrong = (
+                torch.tensor([record["paraphrased_nll"]]),
+                torch.tensor([perturbed]),
+            )
             note("truth_ratio", row, F.truth_ratio(paraphrased.double(), wrong.double()).item())
             if options:
                 right = F.option_probability(torch.tensor([record["nll"]]).double(), wrong.double())
@@ -77,7 +86,9 @@ def from_result(result: Result) -> dict[str, Table]:
     A published result has prompts where ours has questions: the question is taken out of TOFU's two prompt formats.
     """
     names = {key: name for name, key in RESULT_KEYS.items()}
-    return {names.get(key, key): _from_log(log) for key, log in result.items() if "avg_gt_loss" in log}
+    return {
+        names.get(key, key): _from_log(log) for key, log in result.items() if "avg_gt_loss" in log
+    }
 
 
 _COLUMNS = {
@@ -112,6 +123,11 @@ def _from_log(log: Mapping[str, Mapping[str, Any]]) -> Table:
         question, generation, answer = (log.get("generated_text") or {}).get(row, ("", None, ""))
         if generation is None and log.get("rougeL_recall", {}).get(row) is not None:
             generation = ""  # its scores were kept and its text was not
-        texts = {"row": int(row), "question": _question_in(question), "answer": answer, "generation": generation}
+        texts = {
+            "row": int(row),
+            "question": _question_in(question),
+            "answer": answer,
+            "generation": generation,
+        }
         table.append(texts | {name: log.get(key, {}).get(row) for name, key in _COLUMNS.items()})
     return table

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from wagle_pl import distributed
+from wagle_pl.core import distributed
 from wagle_pl.evaluation.observe import GENERATED, Record, merge
 from wagle_pl.evaluation.sets import defined_only
 
@@ -29,7 +29,9 @@ class Validation:
         left_out = frozenset({"gradient"}) if module.val_generate else GENERATED | {"gradient"}
         self.needs = {name: module.needs_of(name, names) - left_out for name in names}
 
-    @torch.inference_mode(False)  # tensors made in inference mode and kept, by ZeRO-3 say, are of no use in training
+    @torch.inference_mode(
+        False
+    )  # tensors made in inference mode and kept, by ZeRO-3 say, are of no use in training
     def observe(self, batch: Mapping[str, Any], loader: int) -> None:
         """Observe a batch of rows.
 
@@ -38,7 +40,9 @@ class Validation:
             loader: which of the test sets it is of.
         """
         name = list(self.records)[loader]
-        self.records[name] += self.module.observe_batch(self.observer, name, batch, self.needs[name])
+        self.records[name] += self.module.observe_batch(
+            self.observer, name, batch, self.needs[name]
+        )
 
     def measures(self) -> dict[str, float]:
         """``val/<measure>`` -> value, of those that are defined; a meeting of all ranks."""
@@ -47,4 +51,6 @@ class Validation:
         if module.val_generate:
             read = {name: partial(module.annotated, name, table) for name, table in tables.items()}
             tables = {name: distributed.from_rank_zero(annotate) for name, annotate in read.items()}
-        return {f"val/{name}": value for name, value in defined_only(module.measures(tables)).items()}
+        return {
+            f"val/{name}": value for name, value in defined_only(module.measures(tables)).items()
+        }

@@ -4,11 +4,37 @@
 """
 
 from wagle_pl.planning.architecture import Architecture, Size, architecture
-from wagle_pl.planning.memory import GIB, MOMENTS, USABLE, Part, at, device_parts, host_bytes, parts_of, peak
+from wagle_pl.planning.memory import (
+    GIB,
+    MOMENTS,
+    USABLE,
+    Part,
+    at,
+    device_parts,
+    host_bytes,
+    parts_of,
+    peak,
+)
 from wagle_pl.planning.run import STRATEGIES, Run, choices
 from wagle_pl.planning.work import disk_bytes, step_flops, step_tokens
 
 __all__ = [
-    "GIB", "MOMENTS", "STRATEGIES", "USABLE", "Architecture", "Part", "Run", "Size", "architecture", "at", "choices",
-    "device_parts", "disk_bytes", "host_bytes", "parts_of", "peak", "step_flops", "step_tokens",
-]  # fmt: skip
+    "GIB",
+    "MOMENTS",
+    "STRATEGIES",
+    "USABLE",
+    "Architecture",
+    "Part",
+    "Run",
+    "Size",
+    "architecture",
+    "at",
+    "choices",
+    "device_parts",
+    "disk_bytes",
+    "host_bytes",
+    "parts_of",
+    "peak",
+    "step_flops",
+    "step_tokens",
+]

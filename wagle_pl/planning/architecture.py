@@ -5,8 +5,8 @@ from __future__ import annotations
 from math import prod
 from typing import Any, NamedTuple, Optional
 
-from wagle_pl.names import layer_of
-from wagle_pl.utilities import WagleError
+from wagle_pl.core.errors import WagleError
+from wagle_pl.masks.names import layer_of
 
 
 class Size(NamedTuple):
@@ -72,7 +72,7 @@ def architecture(name: str) -> Architecture:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from wagle_pl import models
+    from wagle_pl.lm import models
 
     source, options = models.locate(name)
     with models.loading(f"model {name!r}", name, "planned for"):
@@ -82,12 +82,16 @@ def architecture(name: str) -> Architecture:
             lm = AutoModelForCausalLM.from_config(config)
     except (ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:100]
-        raise WagleError(f"the configuration of model {name!r} is of no causal language model with known shapes: "
-                         f"{reason}") from None  # fmt: skip
+        raise WagleError(
+            f"the configuration of model {name!r} is of no causal language model with known shapes: "
+            f"{reason}"
+        ) from None
     return _described(name, config.get_text_config(), models.parameter_shapes(lm), config.dtype, lm)
 
 
-def _described(name: str, config: Any, shapes: dict[str, tuple[int, ...]], dtype: Any, lm: Any) -> Architecture:
+def _described(
+    name: str, config: Any, shapes: dict[str, tuple[int, ...]], dtype: Any, lm: Any
+) -> Architecture:
     import torch
 
     def number(*attributes: str) -> Optional[int]:
@@ -97,7 +101,9 @@ def _described(name: str, config: Any, shapes: dict[str, tuple[int, ...]], dtype
     hidden, layers = number("hidden_size"), number("num_hidden_layers")
     heads, vocabulary = number("num_attention_heads"), number("vocab_size")
     if not (hidden and layers and heads and vocabulary):
-        raise WagleError(f"the configuration of model {name!r} does not say hidden size, layers, heads and vocabulary")
+        raise WagleError(
+            f"the configuration of model {name!r} does not say hidden size, layers, heads and vocabulary"
+        )
     head = number("head_dim") or hidden // heads
     in_blocks = [shape for parameter, shape in shapes.items() if layer_of(parameter) is not None]
     widest = max((max(shape) for shape in in_blocks if len(shape) == 2), default=4 * hidden)
@@ -112,7 +118,9 @@ def _described(name: str, config: Any, shapes: dict[str, tuple[int, ...]], dtype
         inner=number("intermediate_size", "n_inner", "ffn_dim") or widest,
         gated=any("gate" in parameter for parameter in shapes),
         vocabulary=vocabulary,
-        tied=bool(lm.get_output_embeddings() is not None
-                  and lm.get_output_embeddings().weight is lm.get_input_embeddings().weight),
+        tied=bool(
+            lm.get_output_embeddings() is not None
+            and lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+        ),
         stored=(dtype if isinstance(dtype, torch.dtype) else torch.float32).itemsize,
-    )  # fmt: skip
+    )

@@ -69,12 +69,16 @@ def block_bytes(model: Architecture, computing: int) -> int:
     return norms + attention + (4 if model.gated else 2) * model.inner * computing
 
 
-def activation_bytes(model: Architecture, tokens: int, computing: int, checkpointing: bool = False) -> int:
+def activation_bytes(
+    model: Architecture, tokens: int, computing: int, checkpointing: bool = False
+) -> int:
     """Bytes of activations of ``tokens`` tokens: L blocks and the last norm; with checkpointing each block's input, and
     one block as it is recomputed: tokens · (L h c + block)."""
     block = block_bytes(model, computing)
     last = model.hidden * (FP32 + 2 * computing)
-    kept = model.layers * model.hidden * computing + block if checkpointing else model.layers * block
+    kept = (
+        model.layers * model.hidden * computing + block if checkpointing else model.layers * block
+    )
     return tokens * (kept + last)
 
 
@@ -159,9 +163,15 @@ def attribution_parts(model: Architecture, run: Run) -> list[Part]:
         Part("mask bits", n / 8, ("end",), "host" if run.accelerator == "gpu" else "device"),
     ]
     if run.stage == 0 and ranks > 1 and run.accelerator == "gpu":
-        parts.append(Part("buckets of DDP, unused", n * w))  # on a CPU memory that is not touched is not there
+        parts.append(
+            Part("buckets of DDP, unused", n * w)
+        )  # on a CPU memory that is not touched is not there
     if run.estimator and run.estimator.temporaries:
-        parts.append(Part("tensors of the Hessian estimate", run.estimator.temporaries * n * w, ("backward",)))
+        parts.append(
+            Part(
+                "tensors of the Hessian estimate", run.estimator.temporaries * n * w, ("backward",)
+            )
+        )
     return parts
 
 
@@ -205,7 +215,9 @@ def _plain_parts(model: Architecture, run: Run) -> list[Part]:
             Part("lower halves of the values", 2 * s, MOMENTS),
             Part("mask bits", n / 8 if run.masked else 0, MOMENTS),
             Part("values of one tensor", 2 * FP32 * m * s / n, ("step",)),
-            Part("places of one tensor", m + 8 * m * s / n if run.masked else 0, ("backward", "step")),
+            Part(
+                "places of one tensor", m + 8 * m * s / n if run.masked else 0, ("backward", "step")
+            ),
         ]
     elif has_values(run):
         parts.append(Part("values", FP32 * s, MOMENTS))
@@ -229,7 +241,13 @@ def _zero_parts(model: Architecture, run: Run) -> list[Part]:
     its part, w S / R. The step needs gradients in fp32, 4 S / R, beside those, w S / R, or beside what the optimiser
     needs.
     """
-    w, n, s, ranks, gpu = run.width, model.weights, moving(model, run), run.devices, run.accelerator == "gpu"
+    w, n, s, ranks, gpu = (
+        run.width,
+        model.weights,
+        moving(model, run),
+        run.devices,
+        run.accelerator == "gpu",
+    )
     share, spread = s / ranks, run.stage == 3
     offloaded = "host" if run.spread.offload_optimizer else "device"
     bucket, full = min(BUCKET, s), s > BUCKET
@@ -240,7 +258,11 @@ def _zero_parts(model: Architecture, run: Run) -> list[Part]:
         Part("optimiser state", state_bytes(run.optimizer, share), RUNNING, offloaded),
         Part("buckets", w * bucket * buffers, RUNNING if spread else ("backward",)),
         Part("bucket being reduced", w * bucket * (1 if gpu or not spread else 2), ("backward",)),
-        Part("gradient of one tensor", model.largest * w if full and not run.masked else 0, ("backward",)),
+        Part(
+            "gradient of one tensor",
+            model.largest * w if full and not run.masked else 0,
+            ("backward",),
+        ),
         Part("gradients of the step", FP32 * share, ("step",), offloaded),
         Part("step", temporary if spread else max(temporary, w * share), ("step",), offloaded),
     ]
@@ -254,7 +276,13 @@ def _zero_parts(model: Architecture, run: Run) -> list[Part]:
         parts.append(Part("one tensor, whole", 2 * model.largest * w, ("end",)))
     else:
         if run.accumulate_grad_batches > 1:
-            parts.append(Part("gradients so far", w * (s if run.stage == 1 else share), ("forward", "backward")))
+            parts.append(
+                Part(
+                    "gradients so far",
+                    w * (s if run.stage == 1 else share),
+                    ("forward", "backward"),
+                )
+            )
         parts.append(Part("gradients", w * (s - bucket) / ranks, ("backward",), offloaded))
         parts.append(Part("flattening of the values", s * w, ("load",)))
         parts.append(Part("export", n * model.stored if model.stored != w else 0, ("end",)))
@@ -268,7 +296,11 @@ def evaluation_parts(model: Architecture, run: Run) -> list[Part]:
     return [
         Part("activations", block, ("forward",)),
         Part("logits", logit_bytes(model, tokens, run.computing), ("forward",)),
-        Part("cache of a generation", cache_bytes(model, run.batch_size, run.max_length, run.computing), ("forward",)),
+        Part(
+            "cache of a generation",
+            cache_bytes(model, run.batch_size, run.max_length, run.computing),
+            ("forward",),
+        ),
     ]
 
 
@@ -279,10 +311,16 @@ def pass_parts(model: Architecture, run: Run) -> list[Part]:
     again = run.estimator is not None and run.estimator.same_graph and run.stage < 3
     parts = [
         Part("activations", activations, ("forward", "backward") if again else ("forward",)),
-        Part("logits", logit_bytes(model, tokens, run.computing), ("forward", "backward") if again else ("forward",)),
+        Part(
+            "logits",
+            logit_bytes(model, tokens, run.computing),
+            ("forward", "backward") if again else ("forward",),
+        ),
     ]
     if run.width > run.computing:
-        parts.append(Part("narrow copies of the weights", model.weights * run.computing, ("forward",)))
+        parts.append(
+            Part("narrow copies of the weights", model.weights * run.computing, ("forward",))
+        )
     return parts
 
 
@@ -292,11 +330,15 @@ def pass_parts(model: Architecture, run: Run) -> list[Part]:
 def parts_of(model: Architecture, run: Run) -> list[Part]:
     """All parts of a run's memory, on the device and beside it."""
     gpu = run.accelerator == "gpu"
-    parts = [Part("CUDA, cuBLAS, NCCL" if gpu else "interpreter and libraries", overhead(run), MOMENTS)]
+    parts = [
+        Part("CUDA, cuBLAS, NCCL" if gpu else "interpreter and libraries", overhead(run), MOMENTS)
+    ]
     parts += weight_parts(model, run)
     if run.task == "test":
         return parts + evaluation_parts(model, run)
-    parts += attribution_parts(model, run) if run.task == "attribution" else training_parts(model, run)
+    parts += (
+        attribution_parts(model, run) if run.task == "attribution" else training_parts(model, run)
+    )
     return [part for part in parts + pass_parts(model, run) if part.bytes]
 
 
@@ -307,7 +349,9 @@ def overhead(run: Run) -> int:
 
 def device_parts(model: Architecture, run: Run) -> list[Part]:
     """The parts in a device's memory; on a CPU all, as there is no other place."""
-    return [part for part in parts_of(model, run) if part.where == "device" or run.accelerator == "cpu"]
+    return [
+        part for part in parts_of(model, run) if part.where == "device" or run.accelerator == "cpu"
+    ]
 
 
 def at(parts: Iterable[Part], moment: str) -> float:

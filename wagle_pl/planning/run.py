@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
-from wagle_pl.utilities import WagleError
+from wagle_pl.core.errors import WagleError
 
 if TYPE_CHECKING:
     from wagle_pl.attribution.hessian import Hessian
@@ -15,7 +15,13 @@ TASKS = ("attribution", "unlearning", "finetuning", "test")
 OPTIMIZERS = ("MaskedAdamW", "AdamW", "AdamW8bit", "SGD")
 VALUES = ("fp32", "split")
 #: Precision -> bytes of a weight in memory, bytes of what matrix products take and give.
-PRECISIONS = {"32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2), "16-mixed": (4, 2), "16-true": (2, 2)}
+PRECISIONS = {
+    "32-true": (4, 4),
+    "bf16-mixed": (4, 2),
+    "bf16-true": (2, 2),
+    "16-mixed": (4, 2),
+    "16-true": (2, 2),
+}
 
 
 class Strategy(NamedTuple):
@@ -86,21 +92,33 @@ class Run:
     persistence: int = 100_000
 
     def __post_init__(self) -> None:
-        known = {"task": TASKS, "strategy": STRATEGIES, "precision": PRECISIONS,
-                 "optimizer": OPTIMIZERS, "values": VALUES, "accelerator": ("gpu", "cpu")}  # fmt: skip
+        known = {
+            "task": TASKS,
+            "strategy": STRATEGIES,
+            "precision": PRECISIONS,
+            "optimizer": OPTIMIZERS,
+            "values": VALUES,
+            "accelerator": ("gpu", "cpu"),
+        }
         for option, names in known.items():
             if getattr(self, option) not in names:
-                raise WagleError(f"unknown {option} {getattr(self, option)!r}; choose one of {', '.join(names)}")
+                raise WagleError(
+                    f"unknown {option} {getattr(self, option)!r}; choose one of {', '.join(names)}"
+                )
         if self.hessian != "auto":
             _estimator(self.hessian)
         for option in ("devices", "batch_size", "max_length", "accumulate_grad_batches"):
             if getattr(self, option) < 1:
                 raise WagleError(f"{option} must be at least 1, got {getattr(self, option)}")
         if not 0 < self.density <= 1:
-            raise WagleError(f"density is the share of weights selected and must be in (0, 1], got {self.density:g}")
+            raise WagleError(
+                f"density is the share of weights selected and must be in (0, 1], got {self.density:g}"
+            )
         alone = self.precision == "bf16-true" and self.devices == 1 and not self.stage
         if self.values == "split" and not alone:
-            raise WagleError("values split is for precision bf16-true on one device without ZeRO: leave it at fp32")
+            raise WagleError(
+                "values split is for precision bf16-true on one device without ZeRO: leave it at fp32"
+            )
         if self.task == "attribution" and self.precision.startswith("16"):
             raise WagleError("attribution runs in 32-true, bf16-mixed or bf16-true, not in fp16")
         if self.needs_whole_parameters and self.stage == 3:
@@ -108,7 +126,9 @@ class Run:
                 f"hessian {self.hessian} needs whole parameters, which ZeRO-3 spreads: choose another stage"
             )
         if self.frozen_copy and self.stage == 3:
-            raise WagleError("a frozen copy of the model does not work under ZeRO-3; choose another stage")
+            raise WagleError(
+                "a frozen copy of the model does not work under ZeRO-3; choose another stage"
+            )
 
     @classmethod
     def about_to(cls, task: str, precision: str, stage: int, **options: Any) -> Run:

@@ -26,7 +26,12 @@ def disk_bytes(model: Union[Architecture, Size], run: Run) -> dict[str, float]:
 
 def step_tokens(run: Run) -> int:
     """Tokens of a micro-batch on all devices: rows of one stream, or as many of two."""
-    return run.batch_size * run.max_length * run.devices * (2 if run.task in ("attribution", "unlearning") else 1)
+    return (
+        run.batch_size
+        * run.max_length
+        * run.devices
+        * (2 if run.task in ("attribution", "unlearning") else 1)
+    )
 
 
 def step_flops(model: Architecture, run: Run) -> float:

@@ -9,6 +9,12 @@ from wagle_pl.strategies.fragments import Fragment, fragments
 from wagle_pl.strategies.zero import ZeRO, is_sharded, is_zero, stage_of
 
 __all__ = [
-    "Fragment", "ShardedCheckpoint", "ZeRO", "fragments", "is_sharded", "is_zero", "load_plain",
+    "Fragment",
+    "ShardedCheckpoint",
+    "ZeRO",
+    "fragments",
+    "is_sharded",
+    "is_zero",
+    "load_plain",
     "stage_of",
-]  # fmt: skip
+]

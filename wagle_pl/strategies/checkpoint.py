@@ -26,10 +26,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from wagle_pl import distributed, models
+from wagle_pl.core import distributed
+from wagle_pl.core.errors import WagleError, first_line
+from wagle_pl.core.files import atomic_path
+from wagle_pl.core.tensorfiles import write_tensors
+from wagle_pl.lm import models
 from wagle_pl.strategies.fragments import Fragment
-from wagle_pl.tensorfiles import write_tensors
-from wagle_pl.utilities import WagleError, atomic_path, first_line
 
 FORMAT = "wagle_pl.checkpoint"
 FORMAT_VERSION = 1
@@ -64,7 +66,9 @@ class Part(NamedTuple):
 def of_optimizer(optimizer: torch.optim.Optimizer, found: Iterable[Fragment]) -> Iterator[Part]:
     """Weights and optimiser state in this rank's flat partitions."""
     for fragment in found:
-        yield Part(WEIGHT, *fragment[:3], torch.float32, partial(fragment.of, fragment.flat.detach()))
+        yield Part(
+            WEIGHT, *fragment[:3], torch.float32, partial(fragment.of, fragment.flat.detach())
+        )
     for fragment in found:
         for key in tensor_states(optimizer, fragment.flat):
             state = optimizer.state[fragment.flat][key]
@@ -87,7 +91,14 @@ def of_frozen(parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[Part]:
             share, here = parameter.partition_numel(), parameter.ds_tensor
             numel = min(share, parameter.ds_numel - rank * share)
             if numel > 0:
-                yield Part(WEIGHT, name, rank * share, numel, here.dtype, partial(here.detach().narrow, 0, 0, numel))
+                yield Part(
+                    WEIGHT,
+                    name,
+                    rank * share,
+                    numel,
+                    here.dtype,
+                    partial(here.detach().narrow, 0, 0, numel),
+                )
             continue
         share = -(-parameter.numel() // ranks)
         numel = min(share, parameter.numel() - rank * share)
@@ -96,12 +107,16 @@ def of_frozen(parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[Part]:
             yield Part(WEIGHT, name, rank * share, numel, parameter.dtype, read)
 
 
-def single_states(optimizer: torch.optim.Optimizer, found: Iterable[Fragment]) -> dict[str, dict[str, float]]:
+def single_states(
+    optimizer: torch.optim.Optimizer, found: Iterable[Fragment]
+) -> dict[str, dict[str, float]]:
     """Parameter -> key -> the state that is one number (a step count)."""
     singles: dict[str, dict[str, float]] = {}
     for fragment in found:
         for key, value in optimizer.state.get(fragment.flat, {}).items():
-            if not (torch.is_tensor(value) and value.dim()) and isinstance(value, (int, float, Tensor)):
+            if not (torch.is_tensor(value) and value.dim()) and isinstance(
+                value, (int, float, Tensor)
+            ):
                 singles.setdefault(fragment.name, {})[key] = float(value)
     return singles
 
@@ -109,7 +124,12 @@ def single_states(optimizer: torch.optim.Optimizer, found: Iterable[Fragment]) -
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def save(path: Path, parts: Iterable[Part], common: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def save(
+    path: Path,
+    parts: Iterable[Part],
+    common: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
     """Write a checkpoint; a meeting of all ranks.
 
     Args:
@@ -127,14 +147,18 @@ def save(path: Path, parts: Iterable[Part], common: Mapping[str, Any], shapes: M
     with atomic_path(path) if rank == 0 else nullcontext() as temporary:
         folder = distributed.from_rank_zero(lambda: _made(temporary))
         spans = [(file, part.key, part.name, part.start, part.numel) for part in parts]
-        problems = [problem for problem in distributed.gather([_write(folder / file, parts)]) if problem]
+        problems = [
+            problem for problem in distributed.gather([_write(folder / file, parts)]) if problem
+        ]
         if problems:
             raise WagleError(f"checkpoint {path} cannot be written: {problems[0]}")
         index = _index(distributed.gather(spans), shapes)
         if rank == 0:
             torch.save(dict(common), folder / COMMON_FILE)
             (folder / INDEX_FILE).write_text(json.dumps(index) + "\n", encoding="utf-8")
-    distributed.from_rank_zero(lambda: None)  # no rank goes on before the checkpoint is in its place
+    distributed.from_rank_zero(
+        lambda: None
+    )  # no rank goes on before the checkpoint is in its place
 
 
 def _made(folder: Path) -> Path:
@@ -177,7 +201,9 @@ def load_plain(path: Path, what: Optional[str] = None) -> Any:
     """
     what = what or f"checkpoint {path}"
     try:
-        return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+        return torch.load(
+            path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True
+        )
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
         other = re.search(r"GLOBAL (\S+)", str(error))
         if other:
@@ -185,7 +211,9 @@ def load_plain(path: Path, what: Optional[str] = None) -> Any:
                 f"{what} holds {other[1]}: only tensors and plain data are read, as anything else could run code; "
                 "give a checkpoint without it"
             ) from None
-        raise WagleError(f"{what} is damaged, or no checkpoint: give another ({first_line(error)})") from None
+        raise WagleError(
+            f"{what} is damaged, or no checkpoint: give another ({first_line(error)})"
+        ) from None
 
 
 class ShardedCheckpoint:
@@ -201,28 +229,43 @@ class ShardedCheckpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if self.path.is_file():
-            raise WagleError(f"checkpoint {path} was written without DeepSpeed: resume it without --trainer.strategy "
-                             "deepspeed, or turn it into a model with wagle export")  # fmt: skip
+            raise WagleError(
+                f"checkpoint {path} was written without DeepSpeed: resume it without --trainer.strategy "
+                "deepspeed, or turn it into a model with wagle export"
+            )
         if not (self.path / INDEX_FILE).is_file():
-            raise WagleError(f"checkpoint {path} does not exist or has no {INDEX_FILE}: it is no checkpoint of ours")
+            raise WagleError(
+                f"checkpoint {path} does not exist or has no {INDEX_FILE}: it is no checkpoint of ours"
+            )
         index = json.loads((self.path / INDEX_FILE).read_text(encoding="utf-8"))
         if index.get("format") != FORMAT or index["format_version"] > FORMAT_VERSION:
-            raise WagleError(f"checkpoint {path} has format {index.get('format')} {index.get('format_version')}; this "
-                             f"version reads {FORMAT} {FORMAT_VERSION}")  # fmt: skip
+            raise WagleError(
+                f"checkpoint {path} has format {index.get('format')} {index.get('format_version')}; this "
+                f"version reads {FORMAT} {FORMAT_VERSION}"
+            )
         self.shapes = {name: tuple(shape) for name, shape in index["shapes"].items()}
         self.pieces: dict[str, dict[str, list[tuple[str, int, int]]]] = index["pieces"]
-        files = {file for by_name in self.pieces.values() for pieces in by_name.values() for file, _, _ in pieces}
+        files = {
+            file
+            for by_name in self.pieces.values()
+            for pieces in by_name.values()
+            for file, _, _ in pieces
+        }
         self._open = {file: self._opened(file) for file in sorted(files)}
         if not (self.path / COMMON_FILE).is_file():
             raise WagleError(f"checkpoint {path} lacks {COMMON_FILE}")
 
     def _opened(self, file: str) -> Any:
         if not (self.path / file).is_file():
-            raise WagleError(f"checkpoint {self.path} lacks the shard {file}: copy the whole folder, of every rank")
+            raise WagleError(
+                f"checkpoint {self.path} lacks the shard {file}: copy the whole folder, of every rank"
+            )
         try:
             return safe_open(self.path / file, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise WagleError(f"shard {file} of checkpoint {self.path} is not whole: {error}") from None
+            raise WagleError(
+                f"shard {file} of checkpoint {self.path} is not whole: {error}"
+            ) from None
 
     @cached_property
     def common(self) -> dict[str, Any]:
@@ -232,7 +275,9 @@ class ShardedCheckpoint:
     def keys(self, prefix: str, name: str) -> list[str]:
         """The keys under a prefix (``state/``) that a parameter has, without the prefix."""
         return [
-            key[len(prefix) :] for key, by_name in self.pieces.items() if key.startswith(prefix) and name in by_name
+            key[len(prefix) :]
+            for key, by_name in self.pieces.items()
+            if key.startswith(prefix) and name in by_name
         ]
 
     def read(self, key: str, name: str, start: int, numel: int) -> Tensor:
@@ -243,13 +288,19 @@ class ShardedCheckpoint:
         """
         parts = []
         end = start + numel
-        for file, first, count in sorted(self.pieces.get(key, {}).get(name, []), key=lambda piece: piece[1]):
+        for file, first, count in sorted(
+            self.pieces.get(key, {}).get(name, []), key=lambda piece: piece[1]
+        ):
             low, high = max(start, first), min(end, first + count)
             if low < high:
-                parts.append(self._open[file].get_slice(f"{key}/{name}")[low - first : high - first])
+                parts.append(
+                    self._open[file].get_slice(f"{key}/{name}")[low - first : high - first]
+                )
         if sum(len(part) for part in parts) != numel:
-            raise WagleError(f"checkpoint {self.path} does not hold all of {key} of {name}: it is of another model, or "
-                             "its run trained other parameters")  # fmt: skip
+            raise WagleError(
+                f"checkpoint {self.path} does not hold all of {key} of {name}: it is of another model, or "
+                "its run trained other parameters"
+            )
         return torch.cat(parts) if parts else torch.empty(0)
 
     def weight(self, name: str) -> Tensor:
@@ -266,8 +317,10 @@ class ShardedCheckpoint:
         shapes = models.shapes_of(parameters)
         if shapes != self.shapes:
             name = next(n for n in [*shapes, *self.shapes] if shapes.get(n) != self.shapes.get(n))
-            raise WagleError(f"checkpoint {self.path} is of another model: {name} has shape {self.shapes.get(name)} "
-                             f"there, {shapes.get(name)} here")  # fmt: skip
+            raise WagleError(
+                f"checkpoint {self.path} is of another model: {name} has shape {self.shapes.get(name)} "
+                f"there, {shapes.get(name)} here"
+            )
         for name, parameter in parameters:
             models.assign(parameter, lambda name=name: self.weight(name))
 
@@ -284,10 +337,18 @@ class ShardedCheckpoint:
             for key in self.keys("state/", fragment.name):
                 values = self.read(f"state/{key}", *fragment[:3])
                 if key not in state:
-                    state[key] = torch.zeros(fragment.flat.numel(), dtype=values.dtype, device=fragment.flat.device)
+                    state[key] = torch.zeros(
+                        fragment.flat.numel(), dtype=values.dtype, device=fragment.flat.device
+                    )
                 fragment.of(state[key]).copy_(values)
-        fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+        fused = any(
+            group.get("fused") or group.get("capturable") for group in optimizer.param_groups
+        )
         for fragment in found:
-            device = fragment.flat.device if fused else None  # torch's own optimisers count on the CPU otherwise
+            device = (
+                fragment.flat.device if fused else None
+            )  # torch's own optimisers count on the CPU otherwise
             for key, value in singles.get(fragment.name, {}).items():
-                optimizer.state[fragment.flat][key] = torch.tensor(value, dtype=torch.float32, device=device)
+                optimizer.state[fragment.flat][key] = torch.tensor(
+                    value, dtype=torch.float32, device=device
+                )

@@ -60,7 +60,11 @@ def _stage_3(optimizer: Any, name: str, parameter: nn.Parameter) -> Fragment | N
     group, at, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
     start = torch.distributed.get_rank() * parameter.partition_numel()
     numel = min(numel, parameter.ds_numel - start)
-    return Fragment(name, start, numel, optimizer.fp32_partitioned_groups_flat[group], at) if numel > 0 else None
+    return (
+        Fragment(name, start, numel, optimizer.fp32_partitioned_groups_flat[group], at)
+        if numel > 0
+        else None
+    )
 
 
 def _stage_1_2(optimizer: Any, name: str, parameter: nn.Parameter) -> Fragment | None:
@@ -68,6 +72,9 @@ def _stage_1_2(optimizer: Any, name: str, parameter: nn.Parameter) -> Fragment |
     mapping = getattr(parameter, "_hp_mapping", None)
     if mapping is None:
         return None
-    flats = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
+    flats = (
+        getattr(optimizer, "single_partition_of_fp32_groups", None)
+        or optimizer.fp32_groups_flat_partition
+    )
     here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
     return Fragment(name, here.start, here.numel, flats[mapping.param_group_index], there.start)

@@ -18,11 +18,12 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from wagle_pl import distributed, models
-from wagle_pl.selected import SUFFIX, load_values
+from wagle_pl.core import distributed
+from wagle_pl.core.errors import WagleError, first_line
+from wagle_pl.lm import models
+from wagle_pl.masks.selected import SUFFIX, load_values
 from wagle_pl.strategies import checkpoint as files
 from wagle_pl.strategies.fragments import fragments
-from wagle_pl.utilities import WagleError, first_line
 
 #: Strategies by Lightning's names: options of :class:`ZeRO`.
 NAMES: Mapping[str, dict[str, Any]] = {
@@ -31,7 +32,11 @@ NAMES: Mapping[str, dict[str, Any]] = {
     "deepspeed_stage_2": {"stage": 2},
     "deepspeed_stage_2_offload": {"stage": 2, "offload_optimizer": True},
     "deepspeed_stage_3": {"stage": 3},
-    "deepspeed_stage_3_offload": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
+    "deepspeed_stage_3_offload": {
+        "stage": 3,
+        "offload_optimizer": True,
+        "offload_parameters": True,
+    },
 }
 
 
@@ -99,7 +104,10 @@ class ZeRO(DeepSpeedStrategy):
                 raise WagleError("this strategy needs DeepSpeed: pip install deepspeed") from None
             raise WagleError(f"strategy: {error}") from None
         zero = self.config.get("zero_optimization") or {}
-        if any((zero.get(part) or {}).get("device") == "nvme" for part in ("offload_optimizer", "offload_param")):
+        if any(
+            (zero.get(part) or {}).get("device") == "nvme"
+            for part in ("offload_optimizer", "offload_param")
+        ):
             _need_async_io()
         if zero and config is None:
             zero.setdefault("stage3_param_persistence_threshold", param_persistence_threshold)
@@ -111,7 +119,11 @@ class ZeRO(DeepSpeedStrategy):
     @property
     def root_device(self) -> torch.device:
         """This rank's device; DeepSpeed wants an index, on the CPU too."""
-        return torch.device("cpu", 0) if isinstance(self.accelerator, CPUAccelerator) else super().root_device
+        return (
+            torch.device("cpu", 0)
+            if isinstance(self.accelerator, CPUAccelerator)
+            else super().root_device
+        )
 
     def setup_environment(self) -> None:
         """Set up ranks; on a CPU without the check for CUDA."""
@@ -122,7 +134,9 @@ class ZeRO(DeepSpeedStrategy):
         from deepspeed.accelerator import get_accelerator, set_accelerator
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would have to be compiled; gloo will do
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+            False  # it would have to be compiled; gloo will do
+        )
         if get_accelerator().device_name() != "cpu":
             set_accelerator(CPU_Accelerator())
         self.accelerator.setup_device(self.root_device)
@@ -132,17 +146,25 @@ class ZeRO(DeepSpeedStrategy):
     def setup_distributed(self) -> None:
         """Join the ranks; one that Lightning started ends when the first rank does."""
         super().setup_distributed()
-        if self.cluster_environment is not None and not self.cluster_environment.creates_processes_externally:
+        if (
+            self.cluster_environment is not None
+            and not self.cluster_environment.creates_processes_externally
+        ):
             _end_with_parent(self.local_rank)
 
     def _format_batch_size_and_grad_accum_config(self) -> None:
         super()._format_batch_size_and_grad_accum_config()
         fixed = self.config.get("train_batch_size")
-        micro, steps = self.config["train_micro_batch_size_per_gpu"], self.config["gradient_accumulation_steps"]
+        micro, steps = (
+            self.config["train_micro_batch_size_per_gpu"],
+            self.config["gradient_accumulation_steps"],
+        )
         if fixed is not None and fixed != micro * steps * self.world_size:
-            raise WagleError(f"DeepSpeed's configuration has train_batch_size {fixed}, but {self.world_size} devices "
-                             f"with data.batch_size {micro} and accumulate_grad_batches {steps} make "
-                             f"{micro * steps * self.world_size}: leave train_batch_size out")  # fmt: skip
+            raise WagleError(
+                f"DeepSpeed's configuration has train_batch_size {fixed}, but {self.world_size} devices "
+                f"with data.batch_size {micro} and accumulate_grad_batches {steps} make "
+                f"{micro * steps * self.world_size}: leave train_batch_size out"
+            )
 
     def _auto_select_batch_size(self) -> int:
         """What DeepSpeed reports throughput by: rows a rank and micro-batch, if the data module says."""
@@ -183,10 +205,14 @@ class ZeRO(DeepSpeedStrategy):
 
     def _initialize_deepspeed_train(self, model: Any) -> None:
         zero = self.config.get("zero_optimization", {})
-        weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+        weights = sum(
+            getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad
+        )
         for option in ("reduce_bucket_size", "allgather_bucket_size"):
             if isinstance(zero.get(option), int):
-                zero[option] = min(zero[option], -(-weights // 1024) * 1024)  # DeepSpeed wants an even number
+                zero[option] = min(
+                    zero[option], -(-weights // 1024) * 1024
+                )  # DeepSpeed wants an even number
         super()._initialize_deepspeed_train(model)
 
     @property
@@ -232,25 +258,39 @@ class ZeRO(DeepSpeedStrategy):
         """Nothing: each rank writes its share of the state itself."""
         return {}
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
         """Write a folder: one safetensors file a rank, and what is common to all."""
         path = Path(self.broadcast(filepath))
         module = self.lightning_module
-        common = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
+        common = {
+            k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")
+        }
         common["buffers"] = models.persistent_buffers(module.lm)
         if not self.moves_weights:
             shapes = models.parameter_shapes(module.lm)
-            files.save(path, self.optimizers[0].parts(), {**common, "sums": self.optimizers[0].small()}, shapes)
+            files.save(
+                path,
+                self.optimizers[0].parts(),
+                {**common, "sums": self.optimizers[0].small()},
+                shapes,
+            )
             return
         stored = list(module.stored_parameters())
         found = self.fragments()
         singles = distributed.gather(files.single_states(self.base_optimizer, found).items())
         parts = [*files.of_optimizer(self.base_optimizer, found), *files.of_frozen(stored)]
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.base_optimizer.param_groups]
+        groups = [
+            {k: v for k, v in group.items() if k != "params"}
+            for group in self.base_optimizer.param_groups
+        ]
         common |= {"single_states": dict(singles), "param_groups": groups}
         files.save(path, parts, common, models.shapes_of(stored))
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: Optional[bool] = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: Optional[bool] = None
+    ) -> dict[str, Any]:
         """Take weights, and when fitting the optimiser's state, back from a folder that any number of ranks wrote."""
         stored = files.ShardedCheckpoint(checkpoint_path)
         module = self.lightning_module
@@ -271,7 +311,9 @@ class ZeRO(DeepSpeedStrategy):
 def register() -> None:
     """Make Lightning's names for DeepSpeed strategies mean :class:`ZeRO`."""
     for name, options in NAMES.items():
-        StrategyRegistry.register(name, ZeRO, description="DeepSpeed ZeRO", override=True, **options)
+        StrategyRegistry.register(
+            name, ZeRO, description="DeepSpeed ZeRO", override=True, **options
+        )
 
 
 def _end_with_parent(local_rank: int) -> None:
@@ -293,9 +335,11 @@ def _need_async_io() -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
-        raise WagleError("offload to NVMe needs DeepSpeed's async_io, which is not built here: install libaio "
-                         "(libaio-dev) and run DS_BUILD_AIO=1 pip install --no-cache-dir deepspeed; or offload to the "
-                         "CPU with deepspeed_stage_3_offload")  # fmt: skip
+        raise WagleError(
+            "offload to NVMe needs DeepSpeed's async_io, which is not built here: install libaio "
+            "(libaio-dev) and run DS_BUILD_AIO=1 pip install --no-cache-dir deepspeed; or offload to the "
+            "CPU with deepspeed_stage_3_offload"
+        )
 
 
 register()

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from wagle_pl.attribution import AttributionModule
+from wagle_pl.core.errors import WagleError
 from wagle_pl.masks import SUFFIX, WeightMask
 from wagle_pl.study.configured import digest
 from wagle_pl.study.grid import MaskChoice
-from wagle_pl.utilities import WagleError
 
 
 def file_name(mask: MaskChoice, settings: Mapping[str, Any]) -> str:
@@ -43,7 +43,11 @@ def passes(masks: Sequence[MaskChoice]) -> list[tuple[dict[str, Any], list[MaskC
 
 
 def make_masks(
-    masks: Sequence[MaskChoice], names: Sequence[str], options: Mapping[str, Any], module: Mapping[str, Any], fit: Any
+    masks: Sequence[MaskChoice],
+    names: Sequence[str],
+    options: Mapping[str, Any],
+    module: Mapping[str, Any],
+    fit: Any,
 ) -> None:
     """One pass: write the files of masks.
 

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar, Union
 
-from wagle_pl.utilities import WagleError, resolve
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.registry import resolve
 
 T = TypeVar("T")
 Entry = Union[str, Mapping[str, Any]]
@@ -36,8 +37,10 @@ def split(entry: Entry, option: str, extra: tuple[str, ...] = ()) -> tuple[str, 
         raise WagleError(f"{option} must be a name, or class_path and init_args; got {entry!r}")
     unknown = sorted(set(entry) - {"class_path", "init_args", *extra})
     if unknown:
-        raise WagleError(f"{option} {entry['class_path']}: unknown key {unknown[0]!r}; options of the class go under "
-                         "init_args")  # fmt: skip
+        raise WagleError(
+            f"{option} {entry['class_path']}: unknown key {unknown[0]!r}; options of the class go under "
+            "init_args"
+        )
     return entry["class_path"], dict(entry.get("init_args") or {})
 
 
@@ -92,7 +95,11 @@ def _options_of(cls: type, where: str) -> Iterator[Any]:
     try:
         yield _parser(cls)
     except jsonargparse.ArgumentError as error:
-        what = " ".join(str(error).split()).replace("Group 'it'", cls.__name__).replace('Parser key "it.', 'option "')
+        what = (
+            " ".join(str(error).split())
+            .replace("Group 'it'", cls.__name__)
+            .replace('Parser key "it.', 'option "')
+        )
         raise WagleError(f"{where}: {what}") from None
 
 
@@ -131,7 +138,10 @@ def _imported(base: type[T], path: str, option: str) -> type[T]:
 def definition(made: Any, entry: Entry, option: str, extra: tuple[str, ...] = ()) -> dict[str, Any]:
     """What tells an entry from others, as plain data: the class of what it made, and the options given."""
     cls = type(made)
-    return {"class": f"{cls.__module__}.{cls.__qualname__}", "options": split(entry, option, extra)[1]}
+    return {
+        "class": f"{cls.__module__}.{cls.__qualname__}",
+        "options": split(entry, option, extra)[1],
+    }
 
 
 def digest(value: Any) -> str:

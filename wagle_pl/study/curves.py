@@ -120,7 +120,9 @@ def over_rates(runs: Sequence[Pace]) -> list[tuple[float, float]]:
     return kept[::-1]
 
 
-def at_equal_steps(arm: Sequence[Pace], dense: Sequence[Pace]) -> Optional[tuple[float, float, float]]:
+def at_equal_steps(
+    arm: Sequence[Pace], dense: Sequence[Pace]
+) -> Optional[tuple[float, float, float]]:
     """Utilities of two arms whose runs come to the level in the same number of steps.
 
     Slower runs tend to keep more, whatever the mask, so the best runs of two arms differ by their speed too. Here both
@@ -209,7 +211,9 @@ def paired(arm: Sequence[float], dense: Sequence[float]) -> Paired:
     return Paired(mean, float(ttest_rel(arm, dense).pvalue), "", len(differences))
 
 
-def verdict(test: Paired, sign: int, arm: Sample, dense: Sample, arm_runs: int, dense_runs: int) -> str:
+def verdict(
+    test: Paired, sign: int, arm: Sample, dense: Sample, arm_runs: int, dense_runs: int
+) -> str:
     """What an arm does against dense, in a word or a few.
 
     Nothing is won or lost with fewer than three pairs. With them a difference is a tie within the larger of the two

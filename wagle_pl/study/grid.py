@@ -12,10 +12,10 @@ from wagle_pl.attribution import AttributionModule
 from wagle_pl.attribution.hessian import estimator_of
 from wagle_pl.attribution.scores import Random, Score
 from wagle_pl.attribution.specs import MaskSpec
+from wagle_pl.core.errors import WagleError
+from wagle_pl.objectives.forget import Objective
 from wagle_pl.study.configured import Entry, definition, digest, make, typed
 from wagle_pl.unlearning.adapters import LoRA
-from wagle_pl.unlearning.objectives import Objective
-from wagle_pl.utilities import WagleError
 
 #: Options of the attribution pass that a mask may set, with the module's defaults.
 ATTRIBUTION = {
@@ -94,14 +94,18 @@ class MaskChoice:
         Args:
             name: of the mask's file.
         """
-        density = self.density if self.density is not None else 0.5  # the score says itself how many
+        density = (
+            self.density if self.density is not None else 0.5
+        )  # the score says itself how many
         return MaskSpec(score=self.make_score(), density=density, name=name, **self.selection)
 
     def of_seed(self, seed: int) -> MaskChoice:
         """The mask that a run with this seed takes."""
         if not self.seeded:
             return self
-        return replace(self, score={"class_path": "Random", "init_args": {"seed": seed}}, seeded=False)
+        return replace(
+            self, score={"class_path": "Random", "init_args": {"seed": seed}}, seeded=False
+        )
 
     @cached_property
     def id(self) -> str:
@@ -124,9 +128,17 @@ class MaskChoice:
         """What tells it from other masks of the same model and data, whatever it is called."""
         if self.kind == "score":
             score = definition(self.make_score(), self.score, "mask")
-            return {"score": score, **self.selection, **self.relevant, "density": self.density, "seeded": self.seeded}
+            return {
+                "score": score,
+                **self.selection,
+                **self.relevant,
+                "density": self.density,
+                "seeded": self.seeded,
+            }
         if self.kind == "lora":
-            return {"adapter": definition(make(LoRA, self.adapter, "adapter"), self.adapter, "adapter")}
+            return {
+                "adapter": definition(make(LoRA, self.adapter, "adapter"), self.adapter, "adapter")
+            }
         if self.kind == "file":
             return {"file": digest(Path(self.file or "").read_bytes().hex())}
         return {"kind": self.kind}
@@ -197,7 +209,9 @@ def read_masks(entries: Sequence[Entry]) -> list[MaskChoice]:
     for choice in found:
         key = digest(choice.definition)
         if key in seen:
-            raise WagleError(f"masks {seen[key]!r} and {choice.name!r} are the same mask: leave one out")
+            raise WagleError(
+                f"masks {seen[key]!r} and {choice.name!r} are the same mask: leave one out"
+            )
         seen[key] = choice.name
     return found
 
@@ -243,12 +257,20 @@ def _file(name: Optional[str], value: str, own: Mapping[str, Any]) -> MaskChoice
     return MaskChoice(name or Path(value).stem, "file", file=str(value), **own)
 
 
-def _of_score(name: Optional[str], options: dict[str, Any], own: Mapping[str, Any]) -> list[MaskChoice]:
+def _of_score(
+    name: Optional[str], options: dict[str, Any], own: Mapping[str, Any]
+) -> list[MaskChoice]:
     try:
         score = make(Score, options["score"], "mask")
     except WagleError as error:
-        raise WagleError(str(error).replace("choose one of", "choose one of dense, lora,")) from None
-    passed = {key: value for key, value in options.items() if key in {*SELECTION, *ATTRIBUTION} - {"density"}}
+        raise WagleError(
+            str(error).replace("choose one of", "choose one of dense, lora,")
+        ) from None
+    passed = {
+        key: value
+        for key, value in options.items()
+        if key in {*SELECTION, *ATTRIBUTION} - {"density"}
+    }
     options |= typed(AttributionModule, passed, f"masks: {score.label}")
     try:
         estimator_of(options.get("hessian", ATTRIBUTION["hessian"]))
@@ -261,7 +283,9 @@ def _of_score(name: Optional[str], options: dict[str, Any], own: Mapping[str, An
     attribution = {key: options.get(key, default) for key, default in ATTRIBUTION.items()}
     seeded = type(score) is Random and isinstance(options["score"], str)
     whole = type(score).share is not Score.share  # the score says itself how many
-    base = MaskChoice("", "score", options["score"], None, selection, attribution, seeded=seeded, **own)
+    base = MaskChoice(
+        "", "score", options["score"], None, selection, attribution, seeded=seeded, **own
+    )
     several = isinstance(densities, Sequence) and not isinstance(densities, str)
     if several:
         _some(densities, "masks: density")
@@ -270,7 +294,9 @@ def _of_score(name: Optional[str], options: dict[str, Any], own: Mapping[str, An
         if density is not None and (not isinstance(density, (int, float)) or not 0 < density <= 1):
             raise WagleError(f"masks: density must lie in (0, 1], got {density}")
         choice = replace(base, density=density)
-        named = choice.described if name is None else name if density is None else f"{name} {density:g}"
+        named = (
+            choice.described if name is None else name if density is None else f"{name} {density:g}"
+        )
         _check_pass(choice, named)
         found.append(replace(choice, name=named))
     return found
@@ -290,11 +316,17 @@ def _extras(choice: MaskChoice) -> list[str]:
     for key, value in {**choice.selection, **choice.relevant}.items():
         if value == {**SELECTION, **ATTRIBUTION}[key] or (key == "hessian" and value == "scalar"):
             continue
-        words.append(str(value) if isinstance(value, str) and key in ("hessian", "scope") else f"{key}={value}")
+        words.append(
+            str(value)
+            if isinstance(value, str) and key in ("hessian", "scope")
+            else f"{key}={value}"
+        )
     return words
 
 
-def present_name(row_name: str, row_id: str, choices: Sequence[ObjectiveChoice] | Sequence[MaskChoice]) -> str:
+def present_name(
+    row_name: str, row_id: str, choices: Sequence[ObjectiveChoice] | Sequence[MaskChoice]
+) -> str:
     """What an objective or mask of an earlier sitting is called now.
 
     By this grid's name if it is in it; otherwise by its own, with its id if something else has that name now.

@@ -10,17 +10,37 @@ from typing import Any, Optional
 import lightning as L
 import torch
 
+from wagle_pl.core.environment import silence, trainer_in_the_making
+from wagle_pl.core.errors import WagleError
 from wagle_pl.evaluation import EvaluationModule
 from wagle_pl.study.configured import Entry, split, typed
 from wagle_pl.study.grid import MaskChoice, ObjectiveChoice
 from wagle_pl.unlearning import UnlearnModule, optim
-from wagle_pl.utilities import WagleError, silence, trainer_in_the_making
 
 #: What the study sets itself, for every run.
-_OURS = {"model", "output", "overwrite", "objective", "mask", "adapter", "target", "retrained", "generate", "self"}
+_OURS = {
+    "model",
+    "output",
+    "overwrite",
+    "objective",
+    "mask",
+    "adapter",
+    "target",
+    "retrained",
+    "generate",
+    "self",
+}
 _OURS |= {"lr"}  # of learning_rates
 _TRAINER = {
-    *("max_steps", "max_epochs", "min_steps", "min_epochs", "max_time", "accumulate_grad_batches", "logger"),
+    *(
+        "max_steps",
+        "max_epochs",
+        "min_steps",
+        "min_epochs",
+        "max_time",
+        "accumulate_grad_batches",
+        "logger",
+    ),
     *(
         "enable_checkpointing",
         "enable_progress_bar",
@@ -51,7 +71,9 @@ def check_module(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         WagleError: if there is no such option, its value has no meaning, or the study sets it.
     """
-    found = typed(UnlearnModule, _checked("module", given, _names(UnlearnModule) - _OURS), "--module")
+    found = typed(
+        UnlearnModule, _checked("module", given, _names(UnlearnModule) - _OURS), "--module"
+    )
     try:
         UnlearnModule(model="", **found)
     except WagleError as error:
@@ -65,9 +87,13 @@ def check_trainer(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         WagleError: if there is no such option, the study sets it, it asks for several devices, or Lightning refuses it.
     """
-    found = _checked("trainer", given, set(inspect.signature(L.Trainer.__init__).parameters) - _TRAINER)
+    found = _checked(
+        "trainer", given, set(inspect.signature(L.Trainer.__init__).parameters) - _TRAINER
+    )
     if str(found.setdefault("devices", 1)) != "1" or found.get("num_nodes", 1) != 1:
-        raise WagleError("a study runs on one device: leave trainer.devices and trainer.num_nodes out")
+        raise WagleError(
+            "a study runs on one device: leave trainer.devices and trainer.num_nodes out"
+        )
     with silence(), trainer_in_the_making():
         L.Trainer(**found, logger=False, enable_checkpointing=False)
     return found
@@ -76,7 +102,9 @@ def check_trainer(given: Mapping[str, Any]) -> dict[str, Any]:
 def _checked(option: str, given: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
     for name in given:
         if name not in known:
-            raise WagleError(f"--{option} has no option {name!r} here; there are: {', '.join(sorted(known))}")
+            raise WagleError(
+                f"--{option} has no option {name!r} here; there are: {', '.join(sorted(known))}"
+            )
     return dict(given)
 
 
@@ -111,13 +139,18 @@ def check_only(
     Raises:
         WagleError: if there is none of a name, naming those there are.
     """
-    known = {"objective": [choice.name for choice in objectives], "mask": [choice.name for choice in masks]}
+    known = {
+        "objective": [choice.name for choice in objectives],
+        "mask": [choice.name for choice in masks],
+    }
     found: dict[str, set[str]] = {}
     for name in names:
         kinds = [kind for kind, have in known.items() if name in have]
         if not kinds:
-            raise WagleError(f"--only: no objective or mask is called {name!r}; there are: "
-                             f"{', '.join([*known['objective'], *known['mask']])}")  # fmt: skip
+            raise WagleError(
+                f"--only: no objective or mask is called {name!r}; there are: "
+                f"{', '.join([*known['objective'], *known['mask']])}"
+            )
         for kind in kinds:
             found.setdefault(kind, set()).add(name)
     return found
@@ -142,7 +175,9 @@ class Optimizer:
             places = [importlib.import_module(module)] if module else [optim, torch.optim]
         except ImportError as error:
             raise WagleError(f"optimizer {name!r} cannot be imported: {error}") from None
-        self.cls: Any = next((getattr(place, short) for place in places if hasattr(place, short)), None)
+        self.cls: Any = next(
+            (getattr(place, short) for place in places if hasattr(place, short)), None
+        )
         if not (isinstance(self.cls, type) and issubclass(self.cls, torch.optim.Optimizer)):
             raise WagleError(
                 f"unknown optimizer {name!r}; choose MaskedAdamW, Sophia, one of torch.optim, or a class path"

@@ -7,13 +7,13 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from wagle_pl import distributed
+from wagle_pl.core import distributed
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.outputs import Planned
 from wagle_pl.evaluation import Results, observe_set
 from wagle_pl.evaluation.observe import GENERATED
 from wagle_pl.evaluation.sets import defined_only
-from wagle_pl.outputs import Planned
 from wagle_pl.unlearning import UnlearnModule
-from wagle_pl.utilities import WagleError
 
 Generate = Literal["end", "always", "never"]
 Along = Literal["all", "answers"]
@@ -116,7 +116,9 @@ class StudyRun(UnlearnModule):
                 needs = self.needs_of(name) - (frozenset() if generate else GENERATED)
                 needs = needs if lean is None else needs & _ANSWERS
                 length, header = self.max_new_tokens_of(name), self.suite.headers.get(name, "")
-                tables[name] = observe_set(observer, data.rows(f"test/{name}"), needs, length, header)
+                tables[name] = observe_set(
+                    observer, data.rows(f"test/{name}"), needs, length, header
+                )
                 if generate:
                     self.annotated(name, tables[name])
         self.lm.train(training)
@@ -148,13 +150,19 @@ def ungenerated(tables: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[di
 
     def strip(record: Mapping[str, Any]) -> dict[str, Any]:
         """One record without them."""
-        kept = {k: v for k, v in record.items() if k not in found and not k.startswith("paraphrased_question_")}
+        kept = {
+            k: v
+            for k, v in record.items()
+            if k not in found and not k.startswith("paraphrased_question_")
+        }
         return {**kept, "generation": None}
 
     return {name: [strip(record) for record in table] for name, table in tables.items()}
 
 
-def answers_only(tables: Mapping[str, list[dict[str, Any]]], sets: Collection[str]) -> dict[str, list[dict[str, Any]]]:
+def answers_only(
+    tables: Mapping[str, list[dict[str, Any]]], sets: Collection[str]
+) -> dict[str, list[dict[str, Any]]]:
     """Records as a test of the answers' probability would have made them.
 
     Args:
@@ -167,7 +175,9 @@ def answers_only(tables: Mapping[str, list[dict[str, Any]]], sets: Collection[st
         """One record without the rest."""
         return {**{k: record[k] for k in columns if k in record}, "generation": None}
 
-    return {name: [strip(record) for record in table] for name, table in tables.items() if name in sets}
+    return {
+        name: [strip(record) for record in table] for name, table in tables.items() if name in sets
+    }
 
 
 def rows_of(
@@ -184,7 +194,14 @@ def rows_of(
     """
     rows = [{**labels, **test} for test in tests]
     if step < steps:  # a row without measures says that the run is over, and why
-        rows.append({**labels, "step": step, "seconds": round(seconds, 2), "note": f"diverged at step {step}"})
+        rows.append(
+            {
+                **labels,
+                "step": step,
+                "seconds": round(seconds, 2),
+                "note": f"diverged at step {step}",
+            }
+        )
     return rows
 
 

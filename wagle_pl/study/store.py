@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.outputs import Lock
 from wagle_pl.evaluation.tables import load_table, table_key, write_table
-from wagle_pl.outputs import Lock
-from wagle_pl.utilities import WagleError
 
 TABLE_FILE = "study.parquet"
 SUMMARY_FILE = "study.json"
@@ -19,8 +19,22 @@ FIGURE_FILE = "study.svg"
 LOCK_FILE = "study.lock"
 
 #: First columns of the table; measures follow.
-COLUMNS = ("objective", "mask", "score", "density", "lr", "seed", "step", "run", "forget", "utility", "seconds", "note",
-           "objective_id", "mask_id")  # fmt: skip
+COLUMNS = (
+    "objective",
+    "mask",
+    "score",
+    "density",
+    "lr",
+    "seed",
+    "step",
+    "run",
+    "forget",
+    "utility",
+    "seconds",
+    "note",
+    "objective_id",
+    "mask_id",
+)
 
 
 class RunTable:
@@ -63,14 +77,18 @@ class RunTable:
             if not path.is_file():
                 raise WagleError(f"--join: there is no study in {folder} ({TABLE_FILE})")
             known = self.finished()
-            self.rows += [row for row in self._read(path, "it is another study") if row["run"] not in known]
+            self.rows += [
+                row for row in self._read(path, "it is another study") if row["run"] not in known
+            ]
         return len(self.finished()) - len(before)
 
     def _read(self, path: Path, advice: str) -> list[dict[str, Any]]:
         rows = load_table(path)  # says so if the file cannot be read
         differing = _differing(table_key(path), json.loads(json.dumps(self.settings)))
         if rows and differing:  # without runs nothing depends on the settings
-            raise WagleError(f"{path} holds runs with other settings ({', '.join(differing)}): {advice}")
+            raise WagleError(
+                f"{path} holds runs with other settings ({', '.join(differing)}): {advice}"
+            )
         return rows
 
     def write(self) -> None:
@@ -79,7 +97,9 @@ class RunTable:
             return
         measures = sorted({name for row in self.rows for name in row} - set(COLUMNS))
         names = (*COLUMNS, *measures)
-        write_table(self.path, [{name: row.get(name) for name in names} for row in self.rows], self.settings)
+        write_table(
+            self.path, [{name: row.get(name) for name in names} for row in self.rows], self.settings
+        )
 
 
 def has_runs(folder: Path) -> bool:

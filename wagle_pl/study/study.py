@@ -13,16 +13,19 @@ from typing import Any, Literal, Optional, Union
 
 import lightning as L
 
-from wagle_pl import models
+from wagle_pl.core.environment import silence
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.files import atomic_path, refuse_existing
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.evaluation import EvaluationModule, Observations, Results, find_suite
 from wagle_pl.evaluation.results import write_json
 from wagle_pl.evaluation.sets import defined_only
-from wagle_pl.report.figures import save_figure
-from wagle_pl.report.study import overview
-from wagle_pl.report.text import count, decimals
+from wagle_pl.lm import models
 from wagle_pl.study import attribute, grid, options, text
 from wagle_pl.study.configured import Entry, digest, make
+from wagle_pl.study.report.figures import save_figure
+from wagle_pl.study.report.study import overview
+from wagle_pl.study.report.text import count, decimals
 from wagle_pl.study.run import (
     Along,
     Diverged,
@@ -35,7 +38,6 @@ from wagle_pl.study.run import (
 from wagle_pl.study.store import FIGURE_FILE, SUMMARY_FILE, TEXT_FILE, RunTable, has_runs, locked
 from wagle_pl.study.summary import Compared, marked, summarise
 from wagle_pl.unlearning.adapters import LoRA
-from wagle_pl.utilities import WagleError, atomic_path, refuse_existing, silence
 
 log = logging.getLogger(__name__)
 
@@ -131,18 +133,24 @@ class Study:
         self.target, self.retrained, self.folder = target, retrained, Path(output)
         refuse_existing(self.folder, overwrite=True, kind="files")  # a study goes on in its folder
         if retrained is None and forget_level is None:
-            raise WagleError("a study compares at a level of forgetting: give --retrained, the model trained without "
-                             "the forget rows, or --forget_level")  # fmt: skip
+            raise WagleError(
+                "a study compares at a level of forgetting: give --retrained, the model trained without "
+                "the forget rows, or --forget_level"
+            )
         self.objectives = grid.read_objectives(objectives)
         self.masks = grid.read_masks(masks)
         self.rates = grid.check_rates(learning_rates)
         self.seeds = options.check_seeds(seeds)
         self.length = options.check_length(steps, epochs)
-        options.check_positive(points=points, accumulate=accumulate, limit_test=limit_test, batch_size=batch_size)
+        options.check_positive(
+            points=points, accumulate=accumulate, limit_test=limit_test, batch_size=batch_size
+        )
         self.accumulate, self.points, self.generate = accumulate, points, generate
         self.along, self.until_level = along, until_level
         if along == "answers" and generate == "always":
-            raise WagleError("--along answers generates nothing before a run's end: leave --generate always out")
+            raise WagleError(
+                "--along answers generates nothing before a run's end: leave --generate always out"
+            )
         self.optimizer = options.Optimizer(optimizer)
         self.forget, self.utility, self.forget_level = forget, utility, forget_level
         self.module = options.check_module(module or {})
@@ -165,16 +173,23 @@ class Study:
             if said:
                 log.warning(said)
             self._prepare()
-            runs = list(grid.runs(self.objectives, self.masks, self.rates, self.seeds, self.settings))
+            runs = list(
+                grid.runs(self.objectives, self.masks, self.rates, self.seeds, self.settings)
+            )
             self.planned = {run.id: run for run in runs}
             if self.join:
-                print(f"{count(self.table.join(self.join), 'run')} taken over from {', '.join(self.join)}")
+                print(
+                    f"{count(self.table.join(self.join), 'run')} taken over from {', '.join(self.join)}"
+                )
             self._adopt()
             wanted = [run for run in runs if self._selected(run)]
             todo = [run for run in wanted if run.id not in self.table.finished()]
             left = text.time_left(self._measured(), len(todo))
-            print(f"{self.folder}: {count(len(runs), 'run')}, {len(runs) - self._missing()} of them finished; "
-                  f"{len(todo)} to do{f', {left}' if left else ''}", flush=True)  # fmt: skip
+            print(
+                f"{self.folder}: {count(len(runs), 'run')}, {len(runs) - self._missing()} of them finished; "
+                f"{len(todo)} to do{f', {left}' if left else ''}",
+                flush=True,
+            )
             if self.hours != 0:
                 self._make_masks(todo)
             try:
@@ -192,7 +207,10 @@ class Study:
             if (figure := overview(found)) is not None:
                 save_figure(figure, [self.folder / FIGURE_FILE])
         if found["headline"]:
-            print(f"\n{text.console(found)}\n\n{self.folder / TEXT_FILE} has it as Markdown", flush=True)
+            print(
+                f"\n{text.console(found)}\n\n{self.folder / TEXT_FILE} has it as Markdown",
+                flush=True,
+            )
         return found
 
     def _selected(self, run: grid.Run) -> bool:
@@ -213,7 +231,10 @@ class Study:
         for number, run in enumerate(todo, 1):
             if self.hours is not None and time.monotonic() - began > 3600 * self.hours:
                 left = count(len(todo) - number + 1, "run")
-                print(f"{self.hours:g} h are over; the same command goes on with the {left} left", flush=True)
+                print(
+                    f"{self.hours:g} h are over; the same command goes on with the {left} left",
+                    flush=True,
+                )
                 return
             print(f"[{number}/{len(todo)}] {run.name}: ", end="", flush=True)
             start = time.monotonic()
@@ -221,7 +242,12 @@ class Study:
             measured.append(time.monotonic() - start)
             self.table.append(rows)
             left = text.time_left(measured, len(todo) - number)
-            print(", ".join(part for part in (_outcome(rows), text.duration(measured[-1]), left) if part), flush=True)
+            print(
+                ", ".join(
+                    part for part in (_outcome(rows), text.duration(measured[-1]), left) if part
+                ),
+                flush=True,
+            )
             self._write()
 
     # -- before the runs ----------------------------------------------------------------------------------------------
@@ -233,7 +259,9 @@ class Study:
             data.tokenizer = models.load_tokenizer(self.target)
         if data.rows("forget") is None:
             raise WagleError("a study needs forget rows: give --data.forget")
-        self.suite = find_suite(self.module.get("suite") or getattr(data, "suite", "tofu") or "generic")
+        self.suite = find_suite(
+            self.module.get("suite") or getattr(data, "suite", "tofu") or "generic"
+        )
         retrained: dict[str, float] = {}
         fingerprints: dict[str, Optional[str]] = {"retrained": None}
         if self.retrained is not None:
@@ -245,8 +273,13 @@ class Study:
         self.settings = {**fingerprints, **self._settings()}
         self.table = RunTable(self.folder, self.settings)
         if self.compared.nothing_to_unlearn:
-            log.warning("the target does not know the forget set: its %s is %.3f, the level to reach %.3f: there is "
-                        "nothing to unlearn", self.forget, target[self.forget], self.compared.level)  # fmt: skip
+            log.warning(
+                "the target does not know the forget set: its %s is %.3f, the level to reach %.3f: there is "
+                "nothing to unlearn",
+                self.forget,
+                target[self.forget],
+                self.compared.level,
+            )
 
     def _settings(self) -> dict[str, Any]:
         """What all runs share, as plain data; a change of any makes other runs."""
@@ -267,7 +300,9 @@ class Study:
             "ends_at": {self.forget: self.compared.level} if self.until_level else None,
             "optimizer": self.optimizer.definition,
             "module": self.module,
-            "trainer": {k: v for k, v in self.trainer_options.items() if k not in ("accelerator", "devices")},
+            "trainer": {
+                k: v for k, v in self.trainer_options.items() if k not in ("accelerator", "devices")
+            },
         }
 
     def _evaluate(self, name: str, model: str) -> tuple[str, dict[str, float]]:
@@ -275,7 +310,9 @@ class Study:
         fresh = not has_runs(self.folder)  # later, other results are a sign of another study
         print(f"{name} model {model}: ", end="", flush=True)
         own = {k: v for k, v in self.module.items() if k in options.TEST_OPTIONS}
-        own["retrained"] = str(self.folder / "retrained") if name == "target" and self.retrained else None
+        own["retrained"] = (
+            str(self.folder / "retrained") if name == "target" and self.retrained else None
+        )
         generate = self.generate != "never"
         module = EvaluationModule(
             model=model, output=str(self.folder / name), overwrite=fresh, generate=generate, **own
@@ -285,7 +322,9 @@ class Study:
                 self._trainer().test(module, datamodule=copy.copy(self.data), verbose=False)
         except WagleError as error:
             print(flush=True)
-            raise WagleError(str(error).replace("--model.output or pass --model.overwrite true", "--output")) from None
+            raise WagleError(
+                str(error).replace("--model.output or pass --model.overwrite true", "--output")
+            ) from None
         fingerprint, metrics = module.model_fingerprint, dict(module.metrics)
         if name == "target":
             self.shapes = models.parameter_shapes(module.lm)
@@ -303,18 +342,30 @@ class Study:
             self.utility = "model_utility" if full else "retain/probability"
         if self.along == "answers" or self.generate == "end":  # what can be measured at every point
             tables = Results(self.folder / "target").tables
-            lean = ungenerated(tables) if self.along == "all" else answers_only(tables, self._answers_of())
+            lean = (
+                ungenerated(tables)
+                if self.along == "all"
+                else answers_only(tables, self._answers_of())
+            )
             along &= set(defined_only(self.suite.measures(Observations(lean))))
         for option in ("forget", "utility"):
             measure = getattr(self, option)
             if measure not in along:
                 asked = "--along all" if self.along == "answers" else "--generate always"
                 why = f" (it needs {asked})" if measure in target else ""
-                raise WagleError(f"--{option}: {measure!r} is not measured at every point{why}; there are: "
-                                 f"{', '.join(sorted(along))}")  # fmt: skip
-        level = self.forget_level if self.forget_level is not None else self.references["retrained"].get(self.forget)
+                raise WagleError(
+                    f"--{option}: {measure!r} is not measured at every point{why}; there are: "
+                    f"{', '.join(sorted(along))}"
+                )
+        level = (
+            self.forget_level
+            if self.forget_level is not None
+            else self.references["retrained"].get(self.forget)
+        )
         if level is None:
-            raise WagleError(f"--forget: {self.forget} is undefined for the retrained model: give --forget_level")
+            raise WagleError(
+                f"--forget: {self.forget} is undefined for the retrained model: give --forget_level"
+            )
         ways = {"lower": -1, "higher": 1}
         rising = 1 if level > target[self.forget] else -1
         sign = ways.get(self.suite.info(self.forget).direction, rising)
@@ -331,12 +382,18 @@ class Study:
     def _enough(self, measures: Mapping[str, float]) -> bool:
         """Whether a run has reached the level of forgetting, and ends there."""
         found, by = measures.get(self.forget), self.compared
-        return self.until_level and found is not None and by.forget_sign * found >= by.forget_sign * by.level
+        return (
+            self.until_level
+            and found is not None
+            and by.forget_sign * found >= by.forget_sign * by.level
+        )
 
     def _adopt(self) -> None:
         """Give rows of earlier sittings the names and measures of this one."""
         for row in self.table.rows:
-            row["objective"] = grid.present_name(row["objective"], row["objective_id"], self.objectives)
+            row["objective"] = grid.present_name(
+                row["objective"], row["objective_id"], self.objectives
+            )
             row["mask"] = grid.present_name(row["mask"], row["mask_id"], self.masks)
             row |= {"forget": row.get(self.forget), "utility": row.get(self.utility)}
 
@@ -345,20 +402,39 @@ class Study:
         for mask in self.masks:
             if mask.kind == "file":
                 attribute.check_mask(mask.file, self.shapes, self.fingerprint)
-        wanted = {self._mask_file(run): run.mask.of_seed(run.seed) for run in todo if run.mask.kind == "score"}
+        wanted = {
+            self._mask_file(run): run.mask.of_seed(run.seed)
+            for run in todo
+            if run.mask.kind == "score"
+        }
         missing = {file: mask for file, mask in wanted.items() if not file.is_file()}
         names = {id(mask): file.stem for file, mask in missing.items()}
         for pass_options, masks in attribute.passes(list(missing.values())):
-            print(f"attribution, {len(masks)} {'mask' if len(masks) == 1 else 'masks'}: ", end="", flush=True)
+            print(
+                f"attribution, {len(masks)} {'mask' if len(masks) == 1 else 'masks'}: ",
+                end="",
+                flush=True,
+            )
             start = time.monotonic()
             module = {"model": self.target, "output": str(self.folder / "masks")}
             with silence():
-                attribute.make_masks(masks, [names[id(mask)] for mask in masks], pass_options, module, self._attribute)
+                attribute.make_masks(
+                    masks,
+                    [names[id(mask)] for mask in masks],
+                    pass_options,
+                    module,
+                    self._attribute,
+                )
             print(text.duration(time.monotonic() - start), flush=True)
 
     def _mask_file(self, run: grid.Run) -> Path:
-        shared = {k: self.settings[k] for k in ("target", "forget_rows", "retain_rows", "template", "batch_size")}
-        return attribute.mask_file(self.folder / "masks", attribute.file_name(run.mask.of_seed(run.seed), shared))
+        shared = {
+            k: self.settings[k]
+            for k in ("target", "forget_rows", "retain_rows", "template", "batch_size")
+        }
+        return attribute.mask_file(
+            self.folder / "masks", attribute.file_name(run.mask.of_seed(run.seed), shared)
+        )
 
     def _attribute(self, module: Any) -> None:
         module.run_config = {"study": self.settings}
@@ -372,7 +448,9 @@ class Study:
         L.seed_everything(run.seed, verbose=False)
         data = copy.copy(self.data)
         data.seed = run.seed
-        mask = {"score": self._mask_file, "file": lambda run: run.mask.file}.get(run.mask.kind, lambda run: None)(run)
+        mask = {"score": self._mask_file, "file": lambda run: run.mask.file}.get(
+            run.mask.kind, lambda run: None
+        )(run)
         module = StudyRun(
             model=self.target,
             output=output_of(self.folder, run.id, self.keep_models),
@@ -402,7 +480,9 @@ class Study:
             raise WagleError(
                 f"{self.target} has changed since the study began: start a new study with another --output"
             )
-        density = run.mask.density if module.mask is None or run.mask.density else module.mask.density
+        density = (
+            run.mask.density if module.mask is None or run.mask.density else module.mask.density
+        )
         labels = {
             "objective": run.objective.name,
             "mask": run.mask.name,
@@ -426,7 +506,11 @@ class Study:
         with silence():
             return L.Trainer(
                 # a study has tests of its own, whatever data.val says
-                **{**(self.trainer_options if given is None else given), **own, "limit_val_batches": 0},
+                **{
+                    **(self.trainer_options if given is None else given),
+                    **own,
+                    "limit_val_batches": 0,
+                },
                 default_root_dir=str(self.folder),
                 logger=False,
                 enable_checkpointing=False,
@@ -450,8 +534,11 @@ class Study:
             "utility_sign": self.compared.utility_sign,
             "nothing_to_unlearn": self.compared.nothing_to_unlearn,
             **self.references,
-            "runs": {"finished": len(self.planned) - self._missing(), "planned": len(self.planned),
-                     "in_table": len(self.table.finished())},
+            "runs": {
+                "finished": len(self.planned) - self._missing(),
+                "planned": len(self.planned),
+                "in_table": len(self.table.finished()),
+            },
             "headline": arms,
             "models": {"target": self.target, "retrained": self.retrained},
             "learning_rates": list(self.rates),
@@ -459,7 +546,7 @@ class Study:
             "objectives": {choice.name: choice.definition for choice in self.objectives},
             "masks": {choice.name: choice.definition for choice in self.masks},
             "settings": self.settings,
-        }  # fmt: skip
+        }
         self.table.write()
         write_json(self.folder / SUMMARY_FILE, json.loads(json.dumps(found, default=str)))
         with atomic_path(self.folder / TEXT_FILE) as temporary:

@@ -7,9 +7,18 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
 
-from wagle_pl.report.reading import AT_END
-from wagle_pl.study.curves import Pace, at_equal_steps, deepest, mean_utility, paired, sample, utility_at, verdict
-from wagle_pl.utilities import WagleError
+from wagle_pl.core.errors import WagleError
+from wagle_pl.study.curves import (
+    Pace,
+    at_equal_steps,
+    deepest,
+    mean_utility,
+    paired,
+    sample,
+    utility_at,
+    verdict,
+)
+from wagle_pl.study.report.reading import AT_END
 
 Row = Mapping[str, Any]
 
@@ -78,9 +87,14 @@ def curves(rows: Iterable[Row], by: Compared) -> dict[Arm, list[Curve]]:
     start = (by.forget_sign * by.target[by.forget], by.target[by.utility])
     for parts in runs.values():
         parts.sort(key=lambda row: row["step"])
-        tested = [row for row in parts if row.get("forget") is not None and row.get("utility") is not None]
+        tested = [
+            row for row in parts if row.get("forget") is not None and row.get("utility") is not None
+        ]
         points = [start, *((by.forget_sign * row["forget"], row["utility"]) for row in tested)]
-        pace = [(start[0], 0.0), *((by.forget_sign * row["forget"], float(row["step"])) for row in tested)]
+        pace = [
+            (start[0], 0.0),
+            *((by.forget_sign * row["forget"], float(row["step"])) for row in tested),
+        ]
         reached, steps = (utility_at(path, by.forget_sign * by.level) for path in (points, pace))
         curve = Curve(parts[0]["lr"], parts[0]["seed"], points, reached, steps)
         curve.last = tested[-1] if tested else {}
@@ -124,7 +138,11 @@ def summarise(rows: Sequence[Row], by: Compared) -> list[dict[str, Any]]:
         :func:`_mean_curve`; the means of :data:`AT_END` over the chosen runs.
     """
     arms = curves(rows, by)
-    dense_of = {row["objective"]: row["mask"] for row in rows if row.get("score") is None and row.get("density") == 1.0}
+    dense_of = {
+        row["objective"]: row["mask"]
+        for row in rows
+        if row.get("score") is None and row.get("density") == 1.0
+    }
     labels = {(row["objective"], row["mask"]): row for row in rows}
     best = {arm: chosen(runs, by.utility_sign) for arm, runs in arms.items()}
     found = []
@@ -139,11 +157,15 @@ def summarise(rows: Sequence[Row], by: Compared) -> list[dict[str, Any]]:
             entry |= {"difference": None, "p": None, "why": "", "pairs": 0, "verdict": ""}
             if arm != dense:
                 entry["verdict"] = "no dense run to compare with"
-        entry["equal_steps"] = _equal_steps(runs, arms[dense]) if dense in arms and arm != dense else None
+        entry["equal_steps"] = (
+            _equal_steps(runs, arms[dense]) if dense in arms and arm != dense else None
+        )
         entry["curve"] = _mean_curve(list(best[arm].values()), by)
         entry["area"] = _area(best[arm], best.get(dense, {}), by)
         for name in AT_END:
-            numbers = [run.last[name] for run in best[arm].values() if run.last.get(name) is not None]
+            numbers = [
+                run.last[name] for run in best[arm].values() if run.last.get(name) is not None
+            ]
             entry[name] = sample(numbers).mean
         found.append(entry)
     return found
@@ -176,11 +198,21 @@ def compared_at(found: Mapping[str, Any], rows: Sequence[Row], level: float) -> 
     by = Compared(found["forget"], found["utility"], found["target"], level, *signs)
     ends = (found["settings"].get("ends_at") or {}).get(by.forget)
     if by.nothing_to_unlearn or (ends is not None and by.forget_sign * (level - ends) > 0):
-        course = f"from {by.target[by.forget]:.4g}, the target's" + (f", to {ends:.4g}" if ends is not None else "")
-        raise WagleError(f"--forget_level {level:g} is outside of its runs, where {by.forget} goes {course}")
+        course = f"from {by.target[by.forget]:.4g}, the target's" + (
+            f", to {ends:.4g}" if ends is not None else ""
+        )
+        raise WagleError(
+            f"--forget_level {level:g} is outside of its runs, where {by.forget} goes {course}"
+        )
     own = {arm["mask"] for arm in found["headline"] if arm.get("own_learning_rates")}
     arms = marked(summarise(rows, by), own)
-    return {**found, "headline": arms, "forget_level": level, "level_of": "option", "nothing_to_unlearn": False}
+    return {
+        **found,
+        "headline": arms,
+        "forget_level": level,
+        "level_of": "option",
+        "nothing_to_unlearn": False,
+    }
 
 
 def _reached(best: Mapping[int, Curve]) -> dict[int, float]:
@@ -208,7 +240,13 @@ def _against(arm: Mapping[int, Curve], dense: Mapping[int, Curve], by: Compared)
     test = paired([ours[seed] for seed in both], [theirs[seed] for seed in both])
     samples = (sample(list(ours.values())), sample(list(theirs.values())))
     word = verdict(test, by.utility_sign, *samples, len(arm), len(dense))
-    return {"difference": test.difference, "p": test.p, "why": test.why, "pairs": test.n, "verdict": word}
+    return {
+        "difference": test.difference,
+        "p": test.p,
+        "why": test.why,
+        "pairs": test.n,
+        "verdict": word,
+    }
 
 
 def _equal_steps(runs: Sequence[Curve], dense: Sequence[Curve]) -> Optional[dict[str, Any]]:
@@ -222,11 +260,20 @@ def _equal_steps(runs: Sequence[Curve], dense: Sequence[Curve]) -> Optional[dict
         return None
     steps, ours, theirs = zip(*both, strict=True)
     test = paired(ours, theirs)
-    return {"difference": test.difference, "p": test.p, "n": test.n, "steps": statistics.fmean(steps)}
+    return {
+        "difference": test.difference,
+        "p": test.p,
+        "n": test.n,
+        "steps": statistics.fmean(steps),
+    }
 
 
 def _paces(runs: Sequence[Curve], seed: int) -> list[Pace]:
-    return [Pace(run.lr, run.steps, run.reached) for run in runs if run.seed == seed and run.reached is not None]
+    return [
+        Pace(run.lr, run.steps, run.reached)
+        for run in runs
+        if run.seed == seed and run.reached is not None
+    ]
 
 
 def _mean_curve(runs: Sequence[Curve], by: Compared, count: int = 33) -> list[tuple[float, float]]:
@@ -237,7 +284,10 @@ def _mean_curve(runs: Sequence[Curve], by: Compared, count: int = 33) -> list[tu
     levels = [start + (end - start) * i / (count - 1) for i in range(count)]
     levels[-1] = end  # not beyond it by a rounding
     found = ([utility_at(run.points, level) for run in runs] for level in levels)
-    return [(by.forget_sign * level, statistics.fmean(values)) for level, values in zip(levels, found, strict=True)]
+    return [
+        (by.forget_sign * level, statistics.fmean(values))
+        for level, values in zip(levels, found, strict=True)
+    ]
 
 
 def _area(arm: Mapping[int, Curve], dense: Mapping[int, Curve], by: Compared) -> dict[str, Any]:

@@ -6,14 +6,25 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
-from wagle_pl.report.reading import AT_END, about, marked_name, progress
-from wagle_pl.report.study import by_objective, rates_of
-from wagle_pl.report.text import decimals, table
+from wagle_pl.study.report.reading import AT_END, about, marked_name, progress
+from wagle_pl.study.report.study import by_objective, rates_of
+from wagle_pl.study.report.text import decimals, table
 
 Entry = Mapping[str, Any]
 
 HEADER = (
-    *("mask", "utility", "seeds", "reach", "against dense", "difference", "p", "equal steps", "area", "dense's"),
+    *(
+        "mask",
+        "utility",
+        "seeds",
+        "reach",
+        "against dense",
+        "difference",
+        "p",
+        "equal steps",
+        "area",
+        "dense's",
+    ),
     *("lr", "steps", "MU", "UE", "UT"),
 )
 
@@ -101,10 +112,16 @@ def markdown(summary: Entry) -> str:
     for objective, arms in by_objective(summary).items():
         header, rows = shown(arms)
         lines += [f"## {objective}", "", "| " + " | ".join(header) + " |"]
-        lines += ["| " + " | ".join("---" if i in (0, 4) else "---:" for i in range(len(header))) + " |"]
-        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+        lines += [
+            "| " + " | ".join("---" if i in (0, 4) else "---:" for i in range(len(header))) + " |"
+        ]
+        lines += [
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows
+        ]
         lines += ["", outcome(arms), ""]
-    return "\n".join([*lines, "## How to read it", "", *(f"- {line}" for line in about(summary)), ""])
+    return "\n".join(
+        [*lines, "## How to read it", "", *(f"- {line}" for line in about(summary)), ""]
+    )
 
 
 def reference_table(summary: Entry) -> str:
@@ -113,7 +130,11 @@ def reference_table(summary: Entry) -> str:
     lines = ["| model | " + " | ".join(names) + " |", "| --- | ---: | ---: |"]
     for model in ("target", "retrained"):
         if summary[model]:
-            lines.append(f"| {model} | " + " | ".join(decimals(summary[model].get(name)) for name in names) + " |")
+            lines.append(
+                f"| {model} | "
+                + " | ".join(decimals(summary[model].get(name)) for name in names)
+                + " |"
+            )
     return "\n".join(lines)
 
 
@@ -128,7 +149,11 @@ def outcome(arms: Sequence[Entry]) -> str:
         if arm["verdict"]:
             groups.setdefault(arm["verdict"], []).append(arm["mask"])
     first = ["wins", "ties", "loses"]
-    order = [word for word in first if word in groups] + [word for word in groups if word not in first]
+    order = [word for word in first if word in groups] + [
+        word for word in groups if word not in first
+    ]
     if not order:
         return "There is nothing to compare with dense yet."
-    return "Against dense: " + "; ".join(f"{word}: {', '.join(groups[word])}" for word in order) + "."
+    return (
+        "Against dense: " + "; ".join(f"{word}: {', '.join(groups[word])}" for word in order) + "."
+    )

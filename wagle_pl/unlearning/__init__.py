@@ -1,8 +1,6 @@
 """Objectives, masked optimisation, and the modules that train."""
 
-from wagle_pl.unlearning.adapters import LoRA
-from wagle_pl.unlearning.module import FinetuneModule, UnlearnModule
-from wagle_pl.unlearning.objectives import (
+from wagle_pl.objectives.forget import (
     CEU,
     DPO,
     KL,
@@ -23,9 +21,11 @@ from wagle_pl.unlearning.objectives import (
     SimNPO,
     Streams,
 )
+from wagle_pl.objectives.retain import RetainTerm
+from wagle_pl.objectives.schedules import Schedule
+from wagle_pl.unlearning.adapters import LoRA
+from wagle_pl.unlearning.module import FinetuneModule, UnlearnModule
 from wagle_pl.unlearning.optim import MaskedAdamW, Sophia
-from wagle_pl.unlearning.retain_terms import RetainTerm
-from wagle_pl.unlearning.schedules import Schedule
 
 __all__ = [
     "CEU",

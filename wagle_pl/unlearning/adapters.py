@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 from typing import Any, Union
 
-from wagle_pl import models
-from wagle_pl.utilities import WagleError, atomic_path
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.files import atomic_path
+from wagle_pl.lm import models
 
 
 class LoRA:
@@ -39,7 +40,9 @@ class LoRA:
         merge: bool = True,
     ) -> None:
         if r < 1 or not alpha > 0:
-            raise WagleError(f"adapter.r must be at least 1 and adapter.alpha above 0, got {r} and {alpha}")
+            raise WagleError(
+                f"adapter.r must be at least 1 and adapter.alpha above 0, got {r} and {alpha}"
+            )
         if not 0 <= dropout < 1:
             raise WagleError(f"adapter.dropout must lie in [0, 1), got {dropout}")
         self.r = r
@@ -87,5 +90,7 @@ class LoRA:
             self._peft.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             (temporary / models.CARD_FILE).write_text(card, encoding="utf-8")
-            (temporary / models.RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            (temporary / models.RECORD_FILE).write_text(
+                json.dumps(record, indent=2) + "\n", encoding="utf-8"
+            )
         return Path(folder)

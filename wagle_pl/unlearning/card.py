@@ -16,7 +16,11 @@ def model_card(record: Mapping[str, Any]) -> str:
     lines = ["---", "library_name: transformers", "tags: [unlearning, wagle]", "---", ""]
     title = "Unlearned model" if last.get("objective") else "Fine-tuned model"
     lines += [f"# {title}", "", f"Made by `wagle_pl` ({last['module']}) from `{last['base']}`.", ""]
-    lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in _facts(last).items() if value)]
+    lines += [
+        "| | |",
+        "| --- | --- |",
+        *(f"| {key} | {value} |" for key, value in _facts(last).items() if value),
+    ]
     if earlier:
         lines += [
             "",
@@ -31,9 +35,14 @@ def model_card(record: Mapping[str, Any]) -> str:
         ]
     if len(forgotten(record)) > 1:
         sets = ", ".join(f"`{name}`" for name in forgotten(record))
-        lines += ["", f"Forgotten so far: {sets}. Test all of them: a later run can bring an earlier set back."]
+        lines += [
+            "",
+            f"Forgotten so far: {sets}. Test all of them: a later run can bring an earlier set back.",
+        ]
     if last.get("prompts"):
-        prompts = yaml.safe_dump(last["prompts"], sort_keys=False, allow_unicode=True, width=1000).rstrip()
+        prompts = yaml.safe_dump(
+            last["prompts"], sort_keys=False, allow_unicode=True, width=1000
+        ).rstrip()
         lines += ["", "## Prompts", "", "```yaml", prompts, "```"]
     if last["config"]:
         config = yaml.safe_dump(last["config"], sort_keys=False).rstrip()

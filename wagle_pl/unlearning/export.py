@@ -10,13 +10,14 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from wagle_pl import models
-from wagle_pl.layers import is_linear, is_transposed
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.files import refuse_existing
+from wagle_pl.lm import models
+from wagle_pl.lm.layers import is_linear, is_transposed
 from wagle_pl.masks import Restriction
-from wagle_pl.selected import SUFFIX, place
+from wagle_pl.masks.selected import SUFFIX, place
 from wagle_pl.strategies import ShardedCheckpoint, load_plain
 from wagle_pl.unlearning.card import model_card
-from wagle_pl.utilities import WagleError, refuse_existing
 
 PREFIX = "lm."  # of the language model's weights in a LightningModule's state
 
@@ -78,7 +79,9 @@ def _with_names(stored: Stored) -> Stored:
     names = {name.removesuffix(SUFFIX): name for name in stored.shapes}
     shapes = {name: stored.shapes[own] for name, own in names.items()}
     dtypes = {name: stored.dtypes[own] for name, own in names.items()}
-    return stored._replace(shapes=shapes, dtypes=dtypes, read=lambda name: _rounded(stored, names[name]))
+    return stored._replace(
+        shapes=shapes, dtypes=dtypes, read=lambda name: _rounded(stored, names[name])
+    )
 
 
 def _rounded(stored: Stored, name: str) -> Tensor:
@@ -94,7 +97,11 @@ def _convert(name: str, output: str | Path) -> Path:
     lm = models.load_model(name)
     lm.to(models.checkpoint_dtype(name))
     record = models.read_record(name) or {"format_version": 1, "lineage": []}
-    card = model_card(record) if record["lineage"] else f"# A copy\n\nOf `{name}`, in Hugging Face format.\n"
+    card = (
+        model_card(record)
+        if record["lineage"]
+        else f"# A copy\n\nOf `{name}`, in Hugging Face format.\n"
+    )
     return models.save_model(lm, models.load_tokenizer(name), output, card, record)
 
 
@@ -102,30 +109,56 @@ def _of_shards(path: Path) -> Stored:
     checkpoint = ShardedCheckpoint(path)
     common = checkpoint.common
     buffers = common.get("buffers", {})
-    shapes = {**checkpoint.shapes, **{name: tuple(buffer.shape) for name, buffer in buffers.items()}}
+    shapes = {
+        **checkpoint.shapes,
+        **{name: tuple(buffer.shape) for name, buffer in buffers.items()},
+    }
     if "model" not in common or not checkpoint.pieces.get("weight"):
         raise WagleError(f"checkpoint {path} holds no weights: attribution moves none")
-    dtypes = {**dict.fromkeys(checkpoint.shapes, torch.float32), **{n: b.dtype for n, b in buffers.items()}}
-    return Stored(shapes, dtypes, lambda n: buffers[n] if n in buffers else checkpoint.weight(n), common["model"],
-                  common.get("mask"))  # fmt: skip
+    dtypes = {
+        **dict.fromkeys(checkpoint.shapes, torch.float32),
+        **{n: b.dtype for n, b in buffers.items()},
+    }
+    return Stored(
+        shapes,
+        dtypes,
+        lambda n: buffers[n] if n in buffers else checkpoint.weight(n),
+        common["model"],
+        common.get("mask"),
+    )
 
 
 def _of_file(path: Path) -> Stored:
     checkpoint = load_plain(path)
     state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
-    state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
+    state = {
+        name.removeprefix(PREFIX): tensor
+        for name, tensor in state.items()
+        if name.startswith(PREFIX)
+    }
     if not state or "model" not in checkpoint:
-        raise WagleError(f"checkpoint {path} holds no weights of a language model (attribution moves none)")
+        raise WagleError(
+            f"checkpoint {path} holds no weights of a language model (attribution moves none)"
+        )
     first: dict[tuple[int, tuple[int, ...]], str] = {}
     for name, tensor in state.items():
-        first.setdefault((tensor.data_ptr(), tuple(tensor.shape)), name)  # tied weights are written once
+        first.setdefault(
+            (tensor.data_ptr(), tuple(tensor.shape)), name
+        )  # tied weights are written once
     state = {name: state[name] for name in first.values()}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return Stored(shapes, {n: t.dtype for n, t in state.items()}, state.__getitem__, checkpoint["model"],
-                  checkpoint.get("mask"))  # fmt: skip
+    return Stored(
+        shapes,
+        {n: t.dtype for n, t in state.items()},
+        state.__getitem__,
+        checkpoint["model"],
+        checkpoint.get("mask"),
+    )
 
 
-def _write(stored: Stored, path: Path, output: str | Path, model: Optional[str], mask: Optional[str]) -> Path:
+def _write(
+    stored: Stored, path: Path, output: str | Path, model: Optional[str], mask: Optional[str]
+) -> Path:
     from transformers import AutoConfig, GenerationConfig
 
     base, record = model or stored.about["name"], stored.about["record"]
@@ -135,8 +168,10 @@ def _write(stored: Stored, path: Path, output: str | Path, model: Optional[str],
         tokenizer = models.load_tokenizer(base)
         originals = models.Originals(base)
     except (WagleError, OSError, ValueError) as error:
-        raise WagleError(f"checkpoint {path}: its base model {base} cannot be read ({error}); "
-                         "say where it is: --model") from None  # fmt: skip
+        raise WagleError(
+            f"checkpoint {path}: its base model {base} cannot be read ({error}); "
+            "say where it is: --model"
+        ) from None
     try:
         generation = GenerationConfig.from_pretrained(source)
     except OSError:
@@ -153,17 +188,30 @@ def _write(stored: Stored, path: Path, output: str | Path, model: Optional[str],
 
     weights = [
         models.Weight(
-            name, originals.dtype(name) or stored.dtypes[whole], stored.shapes[whole], partial(read, name, whole)
+            name,
+            originals.dtype(name) or stored.dtypes[whole],
+            stored.shapes[whole],
+            partial(read, name, whole),
         )
         for name, whole in _names(stored.shapes).items()
     ]
     if hasattr(config, "quantization_config"):  # of a GGUF base: these weights are plain
         del config.quantization_config
-    return models.save_weights(weights, config, generation, tokenizer, output, model_card(record), record,
-                               originals.default)  # fmt: skip
+    return models.save_weights(
+        weights,
+        config,
+        generation,
+        tokenizer,
+        output,
+        model_card(record),
+        record,
+        originals.default,
+    )
 
 
-def _with_frozen(stored: Stored, config: Any, originals: models.Originals, file: Optional[str]) -> Stored:
+def _with_frozen(
+    stored: Stored, config: Any, originals: models.Originals, file: Optional[str]
+) -> Stored:
     """All weights of a model, from the values of the selected ones and the base model.
 
     Raises:
@@ -184,7 +232,9 @@ def _with_frozen(stored: Stored, config: Any, originals: models.Originals, file:
         )
     made_of = {key: value for key, value in stored.mask.items() if key != "digest"}
     restriction = Restriction(**made_of)
-    mask = restriction._replace(file=file or restriction.file).mask(shapes, originals.name, fingerprint)
+    mask = restriction._replace(file=file or restriction.file).mask(
+        shapes, originals.name, fingerprint
+    )
     if mask.digest() != stored.mask["digest"]:
         raise WagleError(
             f"mask {file or restriction.file} is not the one of the checkpoint's run: say where that is: --mask"
@@ -195,7 +245,9 @@ def _with_frozen(stored: Stored, config: Any, originals: models.Originals, file:
         if name in stored.shapes:
             return stored.read(name)
         dense, values = originals.read(name).to(loaded_as), f"{name}{SUFFIX}"
-        return place(dense, mask[name], _rounded(stored, values)) if values in stored.shapes else dense
+        return (
+            place(dense, mask[name], _rounded(stored, values)) if values in stored.shapes else dense
+        )
 
     shapes |= {name: shape for name, shape in stored.shapes.items() if not name.endswith(SUFFIX)}
     dtypes = {name: stored.dtypes.get(name, loaded_as) for name in shapes}
@@ -213,10 +265,16 @@ def _transposed(config: Any) -> set[str]:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return {name for name, module in model.named_modules() if is_linear(module) and is_transposed(module)}
+    return {
+        name
+        for name, module in model.named_modules()
+        if is_linear(module) and is_transposed(module)
+    }
 
 
-def _with_adapter(stored: Stored, name: str, adapter: Optional[Mapping[str, Any]], transposed: bool) -> Tensor:
+def _with_adapter(
+    stored: Stored, name: str, adapter: Optional[Mapping[str, Any]], transposed: bool
+) -> Tensor:
     """A weight; an adapter's (alpha / r) B A is added to it, in the order of the layer's dimensions."""
     weight = stored.read(name)
     layer = name.removesuffix("base_layer.weight")

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from wagle_pl.core.errors import WagleError
 from wagle_pl.masks import WeightMask
-from wagle_pl.utilities import WagleError
 
 
 def frozen_digest(weights: Tensor, selected: Tensor) -> str:
@@ -33,7 +33,9 @@ class FrozenWeights:
 
     def __init__(self, mask: WeightMask, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         self.mask = mask
-        self.digests = {name: frozen_digest(parameter, mask[name]) for name, parameter in parameters}
+        self.digests = {
+            name: frozen_digest(parameter, mask[name]) for name, parameter in parameters
+        }
 
     def check(self, parameters: Iterable[tuple[str, nn.Parameter]], step: int) -> str:
         """What to say of the guarantee: how many weights are as they were.
@@ -43,5 +45,7 @@ class FrozenWeights:
         """
         for name, parameter in parameters:
             if frozen_digest(parameter, self.mask[name]) != self.digests[name]:
-                raise WagleError(f"frozen weights of {name} moved by step {step}: the result is not written")
+                raise WagleError(
+                    f"frozen weights of {name} moved by step {step}: the result is not written"
+                )
         return f"{self.mask.total - self.mask.count():,} frozen weights are bit-identical to the base model's"

@@ -15,25 +15,35 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
 
-from wagle_pl import distributed, models, outputs
+from wagle_pl.core import distributed, outputs
+from wagle_pl.core.environment import peak_memory, versions
+from wagle_pl.core.errors import WagleError, first_line
+from wagle_pl.core.registry import describe, resolve
 from wagle_pl.data.template import differing_prompts
-from wagle_pl.evaluation.likelihood import forward_answers
 from wagle_pl.evaluation.module import EvaluationModule
-from wagle_pl.layers import expert_weights
+from wagle_pl.lm import models
+from wagle_pl.lm.layers import expert_weights
+from wagle_pl.lm.likelihood import forward_answers
+from wagle_pl.lm.resume import (
+    StepStart,
+    begin,
+    keep_position,
+    random_state,
+    recount,
+    set_random_state,
+)
 from wagle_pl.masks import Restriction, WeightMask
+from wagle_pl.masks.selected import SUFFIX, SelectedWeights, load_values
+from wagle_pl.objectives.forget import Objective, Streams
+from wagle_pl.objectives.objective import freeze_others
+from wagle_pl.objectives.references import References, predictions_of
+from wagle_pl.objectives.schedules import lr_factor
 from wagle_pl.planning import Run, Size, disk_bytes
-from wagle_pl.resume import StepStart, begin, keep_position, random_state, recount, set_random_state
-from wagle_pl.selected import SUFFIX, SelectedWeights, load_values
 from wagle_pl.strategies import is_zero, stage_of
 from wagle_pl.unlearning.adapters import LoRA
-from wagle_pl.unlearning.base import freeze_others
 from wagle_pl.unlearning.card import model_card
 from wagle_pl.unlearning.frozen import FrozenWeights
-from wagle_pl.unlearning.objectives import Objective, Streams
 from wagle_pl.unlearning.optim import MaskedAdamW
-from wagle_pl.unlearning.reference import References, predictions_of
-from wagle_pl.unlearning.schedules import lr_factor
-from wagle_pl.utilities import WagleError, describe, first_line, peak_memory, resolve, versions
 
 log = logging.getLogger(__name__)
 
@@ -116,18 +126,24 @@ class FinetuneModule(EvaluationModule):
         super().setup(stage)
         if stage == "fit":
             if self._alone:
-                raise WagleError("load_from_checkpoint gives a module to use and to test: to train on, make a new one "
-                                 "and give trainer.fit the checkpoint as ckpt_path")  # fmt: skip
+                raise WagleError(
+                    "load_from_checkpoint gives a module to use and to test: to train on, make a new one "
+                    "and give trainer.fit the checkpoint as ckpt_path"
+                )
             if self._fitted:
-                raise WagleError(f"this module was trained already, and its weights are no longer those of "
-                                 f"{self.model_name}: to train again, make a new one")  # fmt: skip
+                raise WagleError(
+                    f"this module was trained already, and its weights are no longer those of "
+                    f"{self.model_name}: to train again, make a new one"
+                )
             clip = self.trainer.gradient_clip_val
             if clip is not None and not clip >= 0:
                 raise WagleError(f"trainer.gradient_clip_val must be 0 or more, got {clip:g}")
             if not self.output:
                 raise WagleError("fit needs a folder for the model: give --model.output")
             if Path(self.output).resolve() == Path(self.model_name).resolve():
-                raise WagleError(f"output {self.output} is the model that this run starts from: choose another folder")
+                raise WagleError(
+                    f"output {self.output} is the model that this run starts from: choose another folder"
+                )
             self._refuse_what_would_be_lost()
             self._check_values_option()
             outputs.reserve(Path(self.output), self.overwrite, kind="folder")
@@ -135,7 +151,9 @@ class FinetuneModule(EvaluationModule):
     def _check_values_option(self) -> None:
         """Refuse values in halves where there are none."""
         precision, alone = str(self.trainer.precision), self.trainer.world_size == 1
-        if self.values == "split" and (precision != "bf16-true" or not alone or is_zero(self.trainer.strategy)):
+        if self.values == "split" and (
+            precision != "bf16-true" or not alone or is_zero(self.trainer.strategy)
+        ):
             raise WagleError(
                 f"model.values split is for trainer.precision bf16-true on one device without DeepSpeed; this run has "
                 f"{precision} on {self.trainer.world_size}: leave it at fp32"
@@ -154,7 +172,9 @@ class FinetuneModule(EvaluationModule):
         """What the run is going to write, at least."""
         dtype = models.checkpoint_dtype(self.model_name) or torch.float32
         size = Size(self._weights, dtype.itemsize)
-        optimizer = next((type(optimizer).__name__ for optimizer in self.trainer.optimizers), "none")
+        optimizer = next(
+            (type(optimizer).__name__ for optimizer in self.trainer.optimizers), "none"
+        )
         files = disk_bytes(size, self.planned_run(optimizer))
         return [
             outputs.Planned("model", Path(self.output), files["model"]),
@@ -174,13 +194,17 @@ class FinetuneModule(EvaluationModule):
         written += [("dirpath of checkpoints", getattr(saver, "dirpath", None)) for saver in savers]
         for what, folder in written:
             if folder and output in (Path(folder).resolve(), *Path(folder).resolve().parents):
-                raise WagleError(f"{what}: {folder} lies in the output {self.output}, which the model's folder will "
-                                 "replace: name another")  # fmt: skip
+                raise WagleError(
+                    f"{what}: {folder} lies in the output {self.output}, which the model's folder will "
+                    "replace: name another"
+                )
 
     def configure_callbacks(self) -> list[Callback]:
         """What lets others write the output when the run fails. A callback that copies the module gets one with its
         model."""
-        copies = any(isinstance(callback, StochasticWeightAveraging) for callback in self.trainer.callbacks)
+        copies = any(
+            isinstance(callback, StochasticWeightAveraging) for callback in self.trainer.callbacks
+        )
         if copies and not is_zero(self.trainer.strategy):  # which Lightning refuses together
             self.configure_model()
         return [outputs.ReleaseOnFailure(Path(self.output))] if self.output else []
@@ -207,15 +231,19 @@ class FinetuneModule(EvaluationModule):
         several = len(self.streams) > 1 and self.sharded
         if several and any(expert_weights(module) for module in self.lm.modules()):
             # an assertion of DeepSpeed's, in the middle of a backward pass over several forward passes (its issue 5321)
-            raise WagleError(f"ZeRO-3 cannot train experts on {' and '.join(self.streams)} rows in one step: choose "
-                             "another stage (--trainer.strategy deepspeed_stage_2)")  # fmt: skip
+            raise WagleError(
+                f"ZeRO-3 cannot train experts on {' and '.join(self.streams)} rows in one step: choose "
+                "another stage (--trainer.strategy deepspeed_stage_2)"
+            )
         self.lm.train()
         if self.gradient_checkpointing:
-            self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.lm.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         self.select_weights()
 
     def select_weights(self) -> None:
-        """Make the weights that may move the parameters of the model; see :mod:`wagle_pl.selected`."""
+        """Make the weights that may move the parameters of the model; see :mod:`wagle_pl.masks.selected`."""
         self.selected = self.as_values(self.lm)
 
     def as_values(self, lm: nn.Module, **options: Any) -> SelectedWeights:
@@ -223,7 +251,9 @@ class FinetuneModule(EvaluationModule):
         split = None
         if self.values == "split":  # gradients of several micro-batches are added up in fp32
             split = torch.bfloat16 if self.trainer.accumulate_grad_batches == 1 else torch.float32
-        return SelectedWeights(lm, masters=not is_zero(self.trainer.strategy), split=split, **options)
+        return SelectedWeights(
+            lm, masters=not is_zero(self.trainer.strategy), split=split, **options
+        )
 
     def stored_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of what a checkpoint holds: all but the dense tensors, which are the base model's."""
@@ -237,27 +267,44 @@ class FinetuneModule(EvaluationModule):
         """The optimiser over trainable parameters, with warm-up and decay by step."""
         try:
             options = {} if self.lr is None else {"lr": self.lr}
-            optimizer = self.make_optimizer([p for p in self.lm.parameters() if p.requires_grad], **options)
+            optimizer = self.make_optimizer(
+                [p for p in self.lm.parameters() if p.requires_grad], **options
+            )
         except ValueError as error:
-            vectors = " (with a mask, parameters are vectors of selected weights)" if self.mask is not None else ""
+            vectors = (
+                " (with a mask, parameters are vectors of selected weights)"
+                if self.mask is not None
+                else ""
+            )
             raise WagleError(f"optimizer: {first_line(error)}{vectors}") from error
         if isinstance(optimizer, torch.optim.LBFGS):
-            raise WagleError("optimizer LBFGS evaluates the loss several times a step, on micro-batches that are gone "
-                             "by then; choose another, e.g. --optimizer MaskedAdamW")  # fmt: skip
+            raise WagleError(
+                "optimizer LBFGS evaluates the loss several times a step, on micro-batches that are gone "
+                "by then; choose another, e.g. --optimizer MaskedAdamW"
+            )
         if self.values == "split":
             self.selected.step_by_tensor(optimizer)
         if self.make_lr_scheduler is not None:
             scheduler = self.make_lr_scheduler(optimizer)
-            how = {"scheduler": scheduler, "monitor": _monitor(scheduler), "interval": self.lr_interval}
+            how = {
+                "scheduler": scheduler,
+                "monitor": _monitor(scheduler),
+                "interval": self.lr_interval,
+            }
             return {"optimizer": optimizer, "lr_scheduler": how}
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf") and (self.decay != "constant" or 0 < self.warmup < 1):
-            raise WagleError("the run's steps are not known beforehand, and warm-up and decay are shares of them: give "
-                             "--trainer.max_steps or --trainer.max_epochs (max_time may end it earlier), or "
-                             "--model.decay constant with a --model.warmup of 0 or in steps")  # fmt: skip
+            raise WagleError(
+                "the run's steps are not known beforehand, and warm-up and decay are shares of them: give "
+                "--trainer.max_steps or --trainer.max_epochs (max_time may end it earlier), or "
+                "--model.decay constant with a --model.warmup of 0 or in steps"
+            )
         factor = lr_factor(self.warmup, self.decay, steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     def on_fit_start(self) -> None:
         """Refuse a run that the disk has no room for. Have the values written into the model after each step; under
@@ -281,11 +328,19 @@ class FinetuneModule(EvaluationModule):
         gradient_clip_algorithm: Optional[str] = None,
     ) -> None:
         """Clip the gradients of the weights that move by their own norm or, if asked, by that of all weights."""
-        if self.selected.keeps_dense_gradients and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+        if (
+            self.selected.keeps_dense_gradients
+            and gradient_clip_val
+            and gradient_clip_algorithm in (None, "norm")
+        ):
             scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-            self.selected.clip_by_dense_norm(gradient_clip_val, 1.0 if scaler is None else scaler.get_scale())
+            self.selected.clip_by_dense_norm(
+                gradient_clip_val, 1.0 if scaler is None else scaler.get_scale()
+            )
         elif self.values != "split":
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
         elif gradient_clip_val and gradient_clip_algorithm == "value":
             for _, gradient in self.selected.gradients():
                 gradient.clamp_(-gradient_clip_val, gradient_clip_val)
@@ -320,7 +375,9 @@ class FinetuneModule(EvaluationModule):
         """One micro-batch."""
         losses = self.losses(self.streams_of(batch))
         rows = {stream: tensors.get("row") for stream, tensors in batch.items()}
-        self._losses.append((batch_idx, rows, {name: value.detach() for name, value in losses.items()}))
+        self._losses.append(
+            (batch_idx, rows, {name: value.detach() for name, value in losses.items()})
+        )
         self.log_dict({f"train/{k}": v.detach() for k, v in losses.items()}, prog_bar=True)
         return losses["loss"]
 
@@ -332,7 +389,9 @@ class FinetuneModule(EvaluationModule):
         """Stop all ranks when the loss or the gradient of the step to come is NaN or infinite on one of them."""
         seen, self._losses = self._losses, []
         numbers = [each["loss"].float() for _, _, each in seen]
-        if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # fp16's scaler skips such a step itself
+        if (
+            getattr(self.trainer.precision_plugin, "scaler", None) is None
+        ):  # fp16's scaler skips such a step itself
             numbers += [_largest(gradient).float() for _, gradient in self.selected.gradients()]
         finite = bool(torch.stack(numbers).isfinite().all()) if numbers else True
         if not distributed.most(int(not finite)):
@@ -344,10 +403,18 @@ class FinetuneModule(EvaluationModule):
             if not torch.isfinite(each["loss"]):
                 numbers = ", ".join(f"{name} {value.item():g}" for name, value in each.items())
                 of = {stream: row.tolist() for stream, row in rows.items() if row is not None}
-                found.append(f"loss is not finite {step} (batch {batch}, rows {of}): {numbers}; {advice}")
+                found.append(
+                    f"loss is not finite {step} (batch {batch}, rows {of}): {numbers}; {advice}"
+                )
         if not finite and not found:
-            names = [name for name, gradient in self.selected.gradients() if not gradient.isfinite().all()]
-            found.append(f"the gradient of {names[0]} is not finite {step}, though the loss is; {advice}")
+            names = [
+                name
+                for name, gradient in self.selected.gradients()
+                if not gradient.isfinite().all()
+            ]
+            found.append(
+                f"the gradient of {names[0]} is not finite {step}, though the loss is; {advice}"
+            )
         raise WagleError(distributed.gather(found)[0])
 
     def _check_values(self) -> None:
@@ -360,7 +427,9 @@ class FinetuneModule(EvaluationModule):
         trained += [(name, t.parameter) for name, t in self.selected.tensors.items() if t.is_split]
         largest = [_largest(getattr(p, "ds_tensor", p).detach()).float() for _, p in trained]
         finite = torch.stack(largest).isfinite().tolist()
-        found = [name for (name, _), is_finite in zip(trained, finite, strict=True) if not is_finite]
+        found = [
+            name for (name, _), is_finite in zip(trained, finite, strict=True) if not is_finite
+        ]
         found = distributed.gather(found)
         if found:
             raise WagleError(
@@ -373,7 +442,9 @@ class FinetuneModule(EvaluationModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Remember where a step starts."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self._step_start = StepStart(self.current_epoch, batch_idx, self.global_step, random_state(self.device))
+            self._step_start = StepStart(
+                self.current_epoch, batch_idx, self.global_step, random_state(self.device)
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the random state, which dropout draws from, so that a resumed run equals an unbroken one; and what the
@@ -388,7 +459,9 @@ class FinetuneModule(EvaluationModule):
             keep_position(checkpoint, self.trainer, start.epoch, done)
         checkpoint.update(start.random if begun else random_state(self.device))
         tensors = () if self.selected is None else self.selected.tensors.values()
-        dtype = next((tensor.parameter.dtype for tensor in tensors), next(self.lm.parameters()).dtype)
+        dtype = next(
+            (tensor.parameter.dtype for tensor in tensors), next(self.lm.parameters()).dtype
+        )
         halves = {} if self.selected is None else self.selected.tensors
         for name in (name for name, tensor in halves.items() if tensor.is_split):
             checkpoint["state_dict"][f"lm.{name}{SUFFIX}"] = halves[name].value().cpu()
@@ -398,7 +471,9 @@ class FinetuneModule(EvaluationModule):
             "dtype": str(dtype).removeprefix("torch."),
             "record": self.record(),
         }
-        checkpoint.setdefault(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).setdefault("model", self.model_name)
+        checkpoint.setdefault(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).setdefault(
+            "model", self.model_name
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Find the place where the run goes on; take the random state back, when training starts. A model that is not
@@ -406,14 +481,20 @@ class FinetuneModule(EvaluationModule):
         self.check_kind(checkpoint)
         if self.attached and self.trainer.training:
             recount(checkpoint, self.trainer)
-        self._random = {key: checkpoint[key] for key in ("rng_state", "cuda_rng_state") if key in checkpoint}
+        self._random = {
+            key: checkpoint[key] for key in ("rng_state", "cuda_rng_state") if key in checkpoint
+        }
         state = checkpoint.get("state_dict", {})
         for name, tensor in ({} if self.selected is None else self.selected.tensors).items():
             if tensor.is_split:
                 tensor.store(state[f"lm.{name}{SUFFIX}"])
                 state[f"lm.{name}{SUFFIX}"] = tensor.values.data
         if self.selected is None and any(name.endswith(SUFFIX) for name in state):
-            values = {name.removeprefix("lm."): value for name, value in state.items() if name.startswith("lm.")}
+            values = {
+                name.removeprefix("lm."): value
+                for name, value in state.items()
+                if name.startswith("lm.")
+            }
             load_values(self.lm, values, values.__getitem__, self.mask)
             others = {name: value for name, value in state.items() if not name.endswith(SUFFIX)}
             checkpoint["state_dict"] = {**self.state_dict(), **others}
@@ -452,7 +533,9 @@ class FinetuneModule(EvaluationModule):
         """Write the model folder, in the dtypes of the model it was made from, what has not moved with its bits; under
         ZeRO-3 a meeting of all ranks."""
         originals = None if self.output_dtype else models.Originals(self.model_name)
-        models.save_model(self.lm, self.tokenizer, self.output, model_card(record), record, originals)
+        models.save_model(
+            self.lm, self.tokenizer, self.output, model_card(record), record, originals
+        )
 
     def record(self) -> dict[str, Any]:
         """What made this model, for ``wagle.json`` and the model card."""
@@ -470,7 +553,10 @@ class FinetuneModule(EvaluationModule):
             "seed": self.run_config.get("seed_everything"),
             "config": self.run_config,
         }
-        return {"format_version": 1, "lineage": [*models.read_record(self.model_name).get("lineage", []), step]}
+        return {
+            "format_version": 1,
+            "lineage": [*models.read_record(self.model_name).get("lineage", []), step],
+        }
 
 
 class UnlearnModule(FinetuneModule):
@@ -483,7 +569,7 @@ class UnlearnModule(FinetuneModule):
     Args:
         model: hub id, folder in Hugging Face format or GGUF file of the target model.
         output: folder to write the unlearned model to, in Hugging Face format.
-        objective: ``NPO``, ``GradDiff``, ``PO``, any other class of ``wagle_pl.unlearning.objectives``, or a class path
+        objective: ``NPO``, ``GradDiff``, ``PO``, any other class of ``wagle_pl.objectives.forget``, or a class path
             to an ``Objective``. Options given to one class carry over to another that replaces it and has them too.
         mask: mask file that attribution wrote for this model; null is dense unlearning.
         modules: only weights in these modules may move, e.g. ``[mlp]`` or ``[self_attn.q_proj]``; with a mask, those
@@ -505,7 +591,9 @@ class UnlearnModule(FinetuneModule):
         self,
         model: str,
         output: Optional[str] = None,
-        objective: Union[Objective, str] = "npo",  # not "NPO": a parser hands the options of a default class to others
+        objective: Union[
+            Objective, str
+        ] = "npo",  # not "NPO": a parser hands the options of a default class to others
         mask: Optional[str] = None,
         modules: Optional[list[str]] = None,
         layers: Optional[str] = None,
@@ -524,8 +612,10 @@ class UnlearnModule(FinetuneModule):
         self.mask_layers = layers
         self.adapter = None if adapter is None else resolve(LoRA, adapter, "adapter")
         if self.adapter is not None and (mask or modules or layers):
-            raise WagleError("an adapter leaves every weight of the model alone, so no mask, modules or layers apply: "
-                             "give --model.adapter or those, not both")  # fmt: skip
+            raise WagleError(
+                "an adapter leaves every weight of the model alone, so no mask, modules or layers apply: "
+                "give --model.adapter or those, not both"
+            )
         self.clip_scope = clip_scope
         self.verify = verify
         self._frozen: Optional[FrozenWeights] = None
@@ -555,15 +645,19 @@ class UnlearnModule(FinetuneModule):
     def _check_strategy(self) -> None:
         """Refuse what needs parameters whole where ZeRO-3 spreads them over ranks."""
         if self.attached and self.clip_scope == "all" and is_zero(self.trainer.strategy):
-            raise WagleError("clip_scope all needs every gradient whole at the step, which ZeRO does not keep: choose "
-                             "--model.clip_scope selected")  # fmt: skip
+            raise WagleError(
+                "clip_scope all needs every gradient whole at the step, which ZeRO does not keep: choose "
+                "--model.clip_scope selected"
+            )
         if not self.sharded:
             return
         if self.adapter is not None:
             raise WagleError("an adapter does not work under ZeRO-3; use another stage")
         if type(self.objective).penalty is not Objective.penalty:
-            raise WagleError(f"objective {type(self.objective).__name__} has a penalty on the weights, which ZeRO-3 "
-                             "spreads over ranks; use another stage")  # fmt: skip
+            raise WagleError(
+                f"objective {type(self.objective).__name__} has a penalty on the weights, which ZeRO-3 "
+                "spreads over ranks; use another stage"
+            )
 
     def _restrict(self) -> None:
         """Add the adapter, or find the mask.
@@ -577,7 +671,11 @@ class UnlearnModule(FinetuneModule):
             freeze_others(self.lm, self.objective.trainable)
         self.mask = self._find_mask()
         if self.mask is not None and not self.mask.count():
-            made_by = self.mask.origin if self.mask_file is None else f"{self.mask_file}, {self.mask.origin}"
+            made_by = (
+                self.mask.origin
+                if self.mask_file is None
+                else f"{self.mask_file}, {self.mask.origin}"
+            )
             raise WagleError(f"the mask ({made_by}) selects nothing: there is no weight to move")
 
     def select_weights(self) -> None:
@@ -605,7 +703,9 @@ class UnlearnModule(FinetuneModule):
 
     def _find_mask(self) -> Optional[WeightMask]:
         """What the mask file, the modules and layers, and the objective select together; None if there are none."""
-        mask = self.restriction.mask(models.parameter_shapes(self.lm), self.model_name, self.model_fingerprint)
+        mask = self.restriction.mask(
+            models.parameter_shapes(self.lm), self.model_name, self.model_fingerprint
+        )
         if self.mask_file is not None:
             self._compare_prompts(mask)
         return mask
@@ -666,12 +766,20 @@ class UnlearnModule(FinetuneModule):
         data = self.trainer.datamodule
         if not hasattr(data, "stream_loader"):
             return
-        batches = {stream: next(iter(data.stream_loader(stream, batch_size=2)))[stream] for stream in self.streams}
-        batch = {s: {k: v.to(self.device) for k, v in tensors.items()} for s, tensors in batches.items()}
+        batches = {
+            stream: next(iter(data.stream_loader(stream, batch_size=2)))[stream]
+            for stream in self.streams
+        }
+        batch = {
+            s: {k: v.to(self.device) for k, v in tensors.items()} for s, tensors in batches.items()
+        }
         at = Streams(
             batch,
             self.run_lm,
-            {stream: torch.zeros(int(tensors["row"].max()) + 1) for stream, tensors in batch.items()},
+            {
+                stream: torch.zeros(int(tensors["row"].max()) + 1)
+                for stream, tensors in batch.items()
+            },
             lm=self.lm,
             layers=self.objective.hidden_layers,
             theta0=partial(predictions_of, self.lm, layers=self.objective.hidden_layers),
@@ -679,20 +787,27 @@ class UnlearnModule(FinetuneModule):
         )
         random, training = random_state(self.device), self.lm.training
         self.lm.eval()
-        with torch.set_grad_enabled(not self.sharded), self.trainer.precision_plugin.forward_context():
+        with (
+            torch.set_grad_enabled(not self.sharded),
+            self.trainer.precision_plugin.forward_context(),
+        ):
             loss = self.objective(at)["loss"]
         self.lm.train(training)
         set_random_state(random, self.device)
         if loss.shape:
-            raise WagleError(f"objective {type(self.objective).__name__}: loss must be a scalar, got shape "
-                             f"{tuple(loss.shape)}")  # fmt: skip
+            raise WagleError(
+                f"objective {type(self.objective).__name__}: loss must be a scalar, got shape "
+                f"{tuple(loss.shape)}"
+            )
 
     def planned_run(self, optimizer: str) -> Run:
         """The run, as ``wagle plan`` knows it; an adapter's state is next to nothing."""
         stage = stage_of(self.trainer.strategy)
         density = 1.0 if self.mask is None else self.mask.density
         optimizer = optimizer if self.adapter is None else "SGD"
-        return Run.about_to("unlearning", str(self.trainer.precision), stage, optimizer=optimizer, density=density)
+        return Run.about_to(
+            "unlearning", str(self.trainer.precision), stage, optimizer=optimizer, density=density
+        )
 
     def streams_of(self, batch: Mapping[str, Mapping[str, Tensor]]) -> Streams:
         """What the objective sees of one batch."""
@@ -731,8 +846,10 @@ class UnlearnModule(FinetuneModule):
         if self.attached:
             ours = None if self.mask is None else self.mask.digest()
             if (checkpoint.get("mask") or {}).get("digest") != ours:
-                raise WagleError("the checkpoint is of a run with another mask: resume with that one, or start a new "
-                                 "run")  # fmt: skip
+                raise WagleError(
+                    "the checkpoint is of a run with another mask: resume with that one, or start a new "
+                    "run"
+                )
             base = checkpoint["model"]["fingerprint"]
             if ours and base != self.model_fingerprint:
                 raise WagleError(
@@ -775,7 +892,11 @@ class UnlearnModule(FinetuneModule):
         objective = {**describe(self.objective), "retain": describe(self.objective.retain)}
         mask = None
         if self.mask is not None:
-            mask = {"file": self.mask_file, "density": self.mask.density, "made_by": self.mask.metadata}
+            mask = {
+                "file": self.mask_file,
+                "density": self.mask.density,
+                "made_by": self.mask.metadata,
+            }
         record["lineage"][-1] |= {"objective": objective, "mask": mask, "verified": self._verified}
         record["lineage"][-1]["adapter"] = None if self.adapter is None else describe(self.adapter)
         return record
@@ -783,7 +904,9 @@ class UnlearnModule(FinetuneModule):
 
 def _largest(tensor: Tensor) -> Tensor:
     """The largest absolute value, NaN if there is one; 0 of no values."""
-    return torch.linalg.vector_norm(tensor, ord=torch.inf) if tensor.numel() else tensor.new_zeros(())
+    return (
+        torch.linalg.vector_norm(tensor, ord=torch.inf) if tensor.numel() else tensor.new_zeros(())
+    )
 
 
 def _monitor(scheduler: Any) -> str:

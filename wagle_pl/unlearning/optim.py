@@ -1,5 +1,5 @@
-"""Optimisers beside torch's. With a mask they are given the values of selected weights (:mod:`wagle_pl.selected`): any
-optimiser that takes vectors will do."""
+"""Optimisers beside torch's. With a mask they are given the values of selected weights
+(:mod:`wagle_pl.masks.selected`): any optimiser that takes vectors will do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from wagle_pl.utilities import WagleError
+from wagle_pl.core.errors import WagleError
 
 
 def _check(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
@@ -19,7 +19,9 @@ def _check(lr: float, betas: tuple[float, float], eps: float, weight_decay: floa
         if value < 0:
             raise WagleError(f"optimizer.{option} must not be below 0, got {value}")
     if not eps > 0:
-        raise WagleError(f"optimizer.eps must be above 0, got {eps}: a weight without gradient would become 0 / 0")
+        raise WagleError(
+            f"optimizer.eps must be above 0, got {eps}: a weight without gradient would become 0 / 0"
+        )
     if not all(0 <= beta < 1 for beta in betas):
         raise WagleError(f"optimizer.betas must lie in [0, 1), got {betas}")
 
@@ -49,7 +51,9 @@ class MaskedAdamW(AdamW):
         weight_decay: float = 0.0,
     ) -> None:
         _check(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        super().__init__(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=True)
+        super().__init__(
+            params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=True
+        )
         self._step_supports_amp_scaling = False  # Lightning then scales, and so may clip
 
 
@@ -87,7 +91,9 @@ class Sophia(Optimizer):
     ) -> None:
         _check(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         if rho < 0 or interval < 1:
-            raise WagleError(f"optimizer.rho must not be below 0 and interval not below 1, got {rho} and {interval}")
+            raise WagleError(
+                f"optimizer.rho must not be below 0 and interval not below 1, got {rho} and {interval}"
+            )
         defaults = {"lr": lr, "betas": tuple(betas), "rho": rho, "interval": interval, "eps": eps}
         super().__init__(params, {**defaults, "weight_decay": weight_decay})
 
@@ -116,4 +122,6 @@ class Sophia(Optimizer):
         state["step"] += 1
         momentum = state["exp_avg"].lerp_(gradient, 1 - beta1)
         ratio = momentum / (group["rho"] * state["hessian"] + group["eps"])
-        parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(ratio.clamp_(-1, 1), alpha=-group["lr"])
+        parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(
+            ratio.clamp_(-1, 1), alpha=-group["lr"]
+        )

@@ -27,10 +27,11 @@ from typing import Any, BinaryIO, Optional
 
 import numpy as np
 
-from wagle_pl import models
-from wagle_pl.tensorfiles import TensorFile, TensorFiles, write_header
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.files import atomic_path, refuse_existing
+from wagle_pl.core.tensorfiles import TensorFile, TensorFiles, write_header
+from wagle_pl.lm import models
 from wagle_pl.unlearning.card import model_card
-from wagle_pl.utilities import WagleError, atomic_path, refuse_existing
 
 FORMAT = "wagle_pl.patch"
 FORMAT_VERSION = 1
@@ -62,9 +63,13 @@ class Patch:
         self.file = TensorFile(Path(path), "patch file")
         header = self.file.metadata
         if header.get("format") != FORMAT:
-            raise WagleError(f"{path} is not a wagle_pl patch (format {header.get('format')!r}, expected {FORMAT!r})")
+            raise WagleError(
+                f"{path} is not a wagle_pl patch (format {header.get('format')!r}, expected {FORMAT!r})"
+            )
         if int(header["format_version"]) > FORMAT_VERSION:
-            raise WagleError(f"{path} has patch format {header['format_version']}; this version reads {FORMAT_VERSION}")
+            raise WagleError(
+                f"{path} has patch format {header['format_version']}; this version reads {FORMAT_VERSION}"
+            )
         self.path = Path(path)
         self.base, self.unlearned = header["base"], header["unlearned"]
         self.weights = int(header["weights"])
@@ -95,10 +100,16 @@ class Patch:
                     lengths = _LENGTHS.unpack(stream.read(_LENGTHS.size))
                     where = _inflate(stream, lengths[0], words)
                     planes = _inflate(stream, lengths[1], words * word.itemsize)
-                    changed = np.unpackbits(np.frombuffer(where, np.uint8), count=words, bitorder="little").view(bool)
-                    folded = np.frombuffer(planes, np.uint8).reshape(word.itemsize, int(changed.sum())).T
+                    changed = np.unpackbits(
+                        np.frombuffer(where, np.uint8), count=words, bitorder="little"
+                    ).view(bool)
+                    folded = (
+                        np.frombuffer(planes, np.uint8).reshape(word.itemsize, int(changed.sum())).T
+                    )
                 except (struct.error, zlib.error, ValueError) as error:
-                    raise WagleError(f"patch {self.path} is damaged at tensor {name}: {error}") from None
+                    raise WagleError(
+                        f"patch {self.path} is damaged at tensor {name}: {error}"
+                    ) from None
                 folded = np.ascontiguousarray(folded).view(word).reshape(-1)
                 yield changed, (folded >> 1) ^ -(folded & 1)
 
@@ -113,7 +124,9 @@ def fingerprint(files: TensorFiles) -> str:
     return digest.hexdigest()
 
 
-def make_patch(base: str | Path, unlearned: str | Path, output: str | Path, overwrite: bool = False) -> Patch:
+def make_patch(
+    base: str | Path, unlearned: str | Path, output: str | Path, overwrite: bool = False
+) -> Patch:
     """Write the difference between two model folders.
 
     Args:
@@ -164,7 +177,9 @@ def make_patch(base: str | Path, unlearned: str | Path, output: str | Path, over
                 stream.seek(begin + room)
                 stream.truncate()
         stream.seek(0)
-        write_header(stream, spans, header(tensors, {k: d.hexdigest() for k, d in digests.items()}), room)
+        write_header(
+            stream, spans, header(tensors, {k: d.hexdigest() for k, d in digests.items()}), room
+        )
     return Patch(output)
 
 
@@ -187,14 +202,22 @@ def _write_difference(
         words["unlearned"].update(b.tobytes())
         changed_words += len(a)
         step = (b - a).view(f"<i{word.itemsize}")
-        folded = ((step << 1) ^ (step >> 8 * word.itemsize - 1)).view(np.uint8).reshape(-1, word.itemsize)
+        folded = (
+            ((step << 1) ^ (step >> 8 * word.itemsize - 1))
+            .view(np.uint8)
+            .reshape(-1, word.itemsize)
+        )
         where = _deflate(np.packbits(changed, bitorder="little").tobytes())
         planes = _deflate(folded.T.tobytes())
         stream.write(_LENGTHS.pack(len(where), len(planes)) + where + planes)
-    return _entry(old, name, changed_words, words["base"].hexdigest(), words["unlearned"].hexdigest())
+    return _entry(
+        old, name, changed_words, words["base"].hexdigest(), words["unlearned"].hexdigest()
+    )
 
 
-def apply_patch(model: str | Path, patch: str | Path, output: str | Path, overwrite: bool = False) -> str:
+def apply_patch(
+    model: str | Path, patch: str | Path, output: str | Path, overwrite: bool = False
+) -> str:
     """Write the unlearned model, from its base and a patch; returns its fingerprint.
 
     Args:
@@ -209,7 +232,9 @@ def apply_patch(model: str | Path, patch: str | Path, output: str | Path, overwr
     return _rewrite(Path(model), Patch(patch), Path(output), overwrite, "base", "unlearned")
 
 
-def revert_patch(model: str | Path, patch: str | Path, output: str | Path, overwrite: bool = False) -> str:
+def revert_patch(
+    model: str | Path, patch: str | Path, output: str | Path, overwrite: bool = False
+) -> str:
     """Write the base model, from the unlearned one and the patch; the reverse of :func:`apply_patch`.
 
     Raises:
@@ -218,7 +243,9 @@ def revert_patch(model: str | Path, patch: str | Path, output: str | Path, overw
     return _rewrite(Path(model), Patch(patch), Path(output), overwrite, "unlearned", "base")
 
 
-def _rewrite(folder: Path, patch: Patch, output: Path, overwrite: bool, source: str, target: str) -> str:
+def _rewrite(
+    folder: Path, patch: Patch, output: Path, overwrite: bool, source: str, target: str
+) -> str:
     """Write ``folder`` with the patch's words changed, whole or not at all; returns the result's fingerprint."""
     refuse_existing(output, overwrite, "--overwrite", kind="folder")
     files = TensorFiles(folder)
@@ -261,17 +288,26 @@ def _stack(folder: Path, files: TensorFiles, patch: Patch, source: str) -> Optio
     noted = models.read_record(str(folder)).get("patched", {})
     if noted.get("fingerprint") == found and noted.get("base") == patch.base:
         if source == "unlearned" and patch.identity not in noted["patches"]:
-            raise WagleError(f"patch {patch.path} has not been applied to {folder}: there is nothing to revert")
+            raise WagleError(
+                f"patch {patch.path} has not been applied to {folder}: there is nothing to revert"
+            )
         if source == "base" and patch.identity in noted["patches"]:
             raise WagleError(f"patch {patch.path} has been applied to {folder} already")
         return noted["patches"]
     verb = "applies to" if source == "base" else "reverts"
-    raise WagleError(f"patch {patch.path} {verb} the model with fingerprint {getattr(patch, source)[:12]}, {folder} is "
-                     f"{found[:12]}")  # fmt: skip
+    raise WagleError(
+        f"patch {patch.path} {verb} the model with fingerprint {getattr(patch, source)[:12]}, {folder} is "
+        f"{found[:12]}"
+    )
 
 
 def _changed(
-    patch: Patch, name: str, files: TensorFiles, source: str, folder: Path, stack: Optional[list[str]]
+    patch: Patch,
+    name: str,
+    files: TensorFiles,
+    source: str,
+    folder: Path,
+    stack: Optional[list[str]],
 ) -> Iterator[bytes]:
     """A tensor's raw bytes, a frame at a time, with the patch's words changed."""
     if name not in patch.tensors:
@@ -287,8 +323,10 @@ def _changed(
         if stack is None:
             raise WagleError(f"patch {patch.path} is damaged at tensor {name}: nothing is written")
         others = f"the {len(stack)} patches" if len(stack) > 1 else "the patch"
-        raise WagleError(f"patch {patch.path} overlaps {others} applied to {folder} before: both change {name}; "
-                         "revert that one first, or unlearn on its result")  # fmt: skip
+        raise WagleError(
+            f"patch {patch.path} overlaps {others} applied to {folder} before: both change {name}; "
+            "revert that one first, or unlearn on its result"
+        )
 
 
 def _copy_other_files(folder: Path, target: Path) -> None:
@@ -298,7 +336,9 @@ def _copy_other_files(folder: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def _write_record(folder: Path, target: Path, patch: Patch, stack: Optional[list[str]], end: str, written: str) -> None:
+def _write_record(
+    folder: Path, target: Path, patch: Patch, stack: Optional[list[str]], end: str, written: str
+) -> None:
     """Bring ``wagle.json`` and the model card up to date: the runs a patch stands for come with it and go with it, and
     the base is given back its own."""
     if end == "base" and written == patch.base and "records" in patch.made_by:
@@ -323,8 +363,12 @@ def _write_record(folder: Path, target: Path, patch: Patch, stack: Optional[list
         del record["lineage"]
         (target / models.RECORD_FILE).unlink(missing_ok=True)
         if record.keys() - {"format_version"}:
-            (target / models.RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        (target / models.CARD_FILE).write_text("Restored by `wagle patch revert`, bit for bit.\n", encoding="utf-8")
+            (target / models.RECORD_FILE).write_text(
+                json.dumps(record, indent=2) + "\n", encoding="utf-8"
+            )
+        (target / models.CARD_FILE).write_text(
+            "Restored by `wagle patch revert`, bit for bit.\n", encoding="utf-8"
+        )
         return
     (target / models.RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if runs and "base" in runs[-1]:
@@ -334,19 +378,27 @@ def _write_record(folder: Path, target: Path, patch: Patch, stack: Optional[list
 def _records(base: Path) -> dict[str, str]:
     """Text of the files in which a model says what it is."""
     files = [base / name for name in RECORDS]
-    return {file.name: file.read_bytes().decode("utf-8", "surrogateescape") for file in files if file.is_file()}
+    return {
+        file.name: file.read_bytes().decode("utf-8", "surrogateescape")
+        for file in files
+        if file.is_file()
+    }
 
 
 def _steps_between(base: str | Path, unlearned: str | Path) -> list[dict[str, Any]]:
     """The runs in the unlearned model's lineage that its base has not gone through."""
     earlier = models.read_record(str(base)).get("lineage", [])
-    return [run for run in models.read_record(str(unlearned)).get("lineage", []) if run not in earlier]
+    return [
+        run for run in models.read_record(str(unlearned)).get("lineage", []) if run not in earlier
+    ]
 
 
 def _same_layout(old: TensorFiles, new: TensorFiles) -> None:
     for name in sorted(set(old.names) ^ set(new.names)):
         has, lacks = (old, new) if name in old.names else (new, old)
-        raise WagleError(f"{has.folder} has a tensor {name} that {lacks.folder} lacks: they are different models")
+        raise WagleError(
+            f"{has.folder} has a tensor {name} that {lacks.folder} lacks: they are different models"
+        )
     for name in old.names:
         ours, theirs = ((f.dtype(name), tuple(f.shape(name))) for f in (old, new))
         if ours != theirs:
@@ -355,9 +407,17 @@ def _same_layout(old: TensorFiles, new: TensorFiles) -> None:
             )
 
 
-def _entry(files: TensorFiles, name: str, changed: int, base: str, unlearned: str) -> dict[str, Any]:
+def _entry(
+    files: TensorFiles, name: str, changed: int, base: str, unlearned: str
+) -> dict[str, Any]:
     shape = list(files.shape(name))
-    return {"dtype": files.dtype(name), "shape": shape, "changed": changed, "base": base, "unlearned": unlearned}
+    return {
+        "dtype": files.dtype(name),
+        "shape": shape,
+        "changed": changed,
+        "base": base,
+        "unlearned": unlearned,
+    }
 
 
 def _signature(name: str, files: TensorFiles) -> bytes:

@@ -19,7 +19,13 @@ from wagle_pl.evaluation.functional.membership import (
     privacy_leakage,
     zlib_ratio,
 )
-from wagle_pl.evaluation.functional.statistics import Undefined, harmonic_mean, ks_test, mean, unlearning_efficacy
+from wagle_pl.evaluation.functional.statistics import (
+    Undefined,
+    harmonic_mean,
+    ks_test,
+    mean,
+    unlearning_efficacy,
+)
 from wagle_pl.evaluation.functional.text import (
     bleu,
     contains_answer,

@@ -39,7 +39,9 @@ def option_probability(nll: Tensor, other_nll: Tensor) -> Tensor:
     return right / (right + torch.exp(-other_nll).nansum(-1))
 
 
-def truth_ratio(paraphrased_nll: Tensor, perturbed_nll: Tensor, form: TruthRatioForm = "geometric") -> Tensor:
+def truth_ratio(
+    paraphrased_nll: Tensor, perturbed_nll: Tensor, form: TruthRatioForm = "geometric"
+) -> Tensor:
     """How likely wrong answers are against a paraphrase of the right one (TOFU, equation 1).
 
     ``arithmetic`` is the paper's equation, the mean of the perturbed answers' probabilities over the paraphrase's
@@ -59,7 +61,9 @@ def truth_ratio(paraphrased_nll: Tensor, perturbed_nll: Tensor, form: TruthRatio
     return torch.exp(-perturbed_nll).nanmean(-1) / torch.exp(-paraphrased_nll)
 
 
-def truth_ratio_score(ratio: Tensor, direction: Literal["closer_to_1", "true_better", "prob_mean"]) -> Tensor:
+def truth_ratio_score(
+    ratio: Tensor, direction: Literal["closer_to_1", "true_better", "prob_mean"]
+) -> Tensor:
     """A truth ratio as a score in [0, 1] (TOFU's and OpenUnlearning's aggregations).
 
     ``true_better``, max(0, 1 − R), for what must be kept; ``closer_to_1``, min(R, 1/R), for what must be forgotten;

@@ -79,7 +79,9 @@ def membership_auc(members: Tensor, nonmembers: Tensor) -> float:
             raise Undefined(f"there are no {name}")
         if torch.isnan(side).any():
             raise Undefined(f"{int(torch.isnan(side).sum())} scores of {name} are not numbers")
-    above = mannwhitneyu(nonmembers.double().cpu().numpy(), members.double().cpu().numpy()).statistic
+    above = mannwhitneyu(
+        nonmembers.double().cpu().numpy(), members.double().cpu().numpy()
+    ).statistic
     return float(above) / (members.numel() * nonmembers.numel())
 
 

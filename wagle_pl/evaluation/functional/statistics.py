@@ -24,7 +24,9 @@ def mean(values: Tensor, what: str = "values") -> float:
     if not values.numel():
         raise Undefined(f"there are no {what}")
     if torch.isnan(values).any():
-        raise Undefined(f"{int(torch.isnan(values).sum())} of {values.numel()} {what} are not numbers")
+        raise Undefined(
+            f"{int(torch.isnan(values).sum())} of {values.numel()} {what} are not numbers"
+        )
     return values.double().mean().item()
 
 
@@ -44,7 +46,11 @@ def ks_test(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 def harmonic_mean(values: Tensor) -> Tensor:
     """Harmonic mean; 0 when a value is 0. TOFU's model utility is that of nine numbers."""
-    return torch.zeros((), dtype=values.dtype) if (values <= 0).any() else values.numel() / (1 / values).sum()
+    return (
+        torch.zeros((), dtype=values.dtype)
+        if (values <= 0).any()
+        else values.numel() / (1 / values).sum()
+    )
 
 
 def unlearning_efficacy(forgotten: Sequence[float], remaining: Sequence[float] = ()) -> float:
@@ -60,4 +66,7 @@ def unlearning_efficacy(forgotten: Sequence[float], remaining: Sequence[float] =
     >>> unlearning_efficacy([0.5, 0.7], [0.2, 0.0])
     0.75
     """
-    return mean(torch.tensor([*forgotten, *(1 - value for value in remaining)], dtype=torch.float64), "terms")
+    return mean(
+        torch.tensor([*forgotten, *(1 - value for value in remaining)], dtype=torch.float64),
+        "terms",
+    )

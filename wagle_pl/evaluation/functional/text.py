@@ -31,7 +31,9 @@ _MTEVAL = (
 _ORDERS = 4
 
 
-def rouge(predictions: Sequence[str], targets: Sequence[str], stem: bool = True) -> dict[str, Tensor]:
+def rouge(
+    predictions: Sequence[str], targets: Sequence[str], stem: bool = True
+) -> dict[str, Tensor]:
     """ROUGE-1 and ROUGE-L recall and F1, one value an example, by Google's ``rouge-score``.
 
     Args:
@@ -49,10 +51,15 @@ def rouge(predictions: Sequence[str], targets: Sequence[str], stem: bool = True)
     tensor([0.7500], dtype=torch.float64)
     """
     scorer = _rouge_scorer(stem)
-    scores = [scorer.score(target, prediction) for prediction, target in zip(predictions, targets, strict=True)]
+    scores = [
+        scorer.score(target, prediction)
+        for prediction, target in zip(predictions, targets, strict=True)
+    ]
 
     def column(kind: str, measure: str) -> Tensor:
-        return torch.tensor([getattr(score[kind], measure) for score in scores], dtype=torch.float64)
+        return torch.tensor(
+            [getattr(score[kind], measure) for score in scores], dtype=torch.float64
+        )
 
     return {
         f"{kind}_{label}": column(kind, measure)
@@ -83,7 +90,9 @@ def bleu(predictions: Sequence[str], targets: Sequence[str]) -> Tensor:
     tensor([100.], dtype=torch.float64)
     """
     pairs = zip(predictions, targets, strict=True)
-    return torch.tensor([_sentence_bleu(_mteval(p), _mteval(t)) for p, t in pairs], dtype=torch.float64)
+    return torch.tensor(
+        [_sentence_bleu(_mteval(p), _mteval(t)) for p, t in pairs], dtype=torch.float64
+    )
 
 
 def _mteval(text: str) -> list[str]:
@@ -98,7 +107,9 @@ def _ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
 
 
 def _sentence_bleu(prediction: list[str], target: list[str]) -> float:
-    matches = [sum((_ngrams(prediction, n) & _ngrams(target, n)).values()) for n in range(1, _ORDERS + 1)]
+    matches = [
+        sum((_ngrams(prediction, n) & _ngrams(target, n)).values()) for n in range(1, _ORDERS + 1)
+    ]
     if not any(matches) or len(prediction) < _ORDERS:
         return 0.0
     smooth, logs = 1.0, 0.0
@@ -119,7 +130,9 @@ def contains_answer(predictions: Sequence[str], targets: Sequence[str]) -> Tenso
     tensor([1., 0.], dtype=torch.float64)
     """
     pairs = zip(predictions, targets, strict=True)
-    return torch.tensor([float(target.lower() in text.lower()) for text, target in pairs], dtype=torch.float64)
+    return torch.tensor(
+        [float(target.lower() in text.lower()) for text, target in pairs], dtype=torch.float64
+    )
 
 
 def prefix_before(text: str, stops: Sequence[str]) -> str:

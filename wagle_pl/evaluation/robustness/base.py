@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable
 from typing import ClassVar
 
+from wagle_pl.core.errors import WagleError
 from wagle_pl.evaluation.robustness.finding import FORGET_MEASURES, Finding
 from wagle_pl.evaluation.robustness.subject import Subject
-from wagle_pl.utilities import WagleError
 
 
 class Attack:
@@ -54,7 +54,11 @@ class Attack:
             WagleError: saying what is missing.
         """
         if self.moves_weights and subject.sharded:
-            raise WagleError(f"{self.name} changes weights, which ZeRO-3 spreads over the ranks: test with stage 2 or "
-                             "on one device")  # fmt: skip
+            raise WagleError(
+                f"{self.name} changes weights, which ZeRO-3 spreads over the ranks: test with stage 2 or "
+                "on one device"
+            )
         if not subject.rows:
-            raise WagleError(f"{self.name} has nothing to work on: no test set holds rows to be forgotten")
+            raise WagleError(
+                f"{self.name} has nothing to work on: no test set holds rows to be forgotten"
+            )

@@ -9,7 +9,15 @@ from wagle_pl.evaluation.suites.catalogue import Info
 
 #: Measures of forget sets, and of the whole, that an attack reports where the suite has them.
 FORGET_MEASURES = (
-    *("probability", "rougeL_recall", "truth_ratio", "accuracy", "extraction_strength", "perplexity", "toxicity"),
+    *(
+        "probability",
+        "rougeL_recall",
+        "truth_ratio",
+        "accuracy",
+        "extraction_strength",
+        "perplexity",
+        "toxicity",
+    ),
     *("forget_quality", "verbmem_f", "knowmem_f"),
 )
 

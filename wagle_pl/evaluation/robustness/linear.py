@@ -77,7 +77,9 @@ def told_apart(ours: Tensor, others: Tensor, strength: float, count: int, seed: 
     return sum(values) / count
 
 
-def right_told(right: Tensor, wrong: Sequence[Tensor], strength: float, count: int, seed: int) -> float:
+def right_told(
+    right: Tensor, wrong: Sequence[Tensor], strength: float, count: int, seed: int
+) -> float:
     """How well a linear classifier tells right answers from wrong ones to the same question; 0.5 is chance.
 
     It is fitted to differences, so that what a question's answers have in common is no clue.
@@ -94,7 +96,9 @@ def right_told(right: Tensor, wrong: Sequence[Tensor], strength: float, count: i
     differences = [r.double() - w.double() for r, w in zip(right, wrong, strict=True)]
     total = 0.0
     for fold in range(count):
-        fitted = torch.cat([difference for difference, at in zip(differences, part, strict=True) if at != fold])
+        fitted = torch.cat(
+            [difference for difference, at in zip(differences, part, strict=True) if at != fold]
+        )
         targets = torch.cat([torch.ones(len(fitted)), -torch.ones(len(fitted))]).double()
         weights, _ = ridge(torch.cat([fitted, -fitted]), targets, strength)
         for difference, at in zip(differences, part, strict=True):

@@ -7,9 +7,9 @@ from typing import Any, Optional, Union
 
 import torch
 
-from wagle_pl import models
+from wagle_pl.core.errors import WagleError
 from wagle_pl.evaluation.results import INFO_FILE, METRICS_FILE, read_json
-from wagle_pl.utilities import WagleError
+from wagle_pl.lm import models
 
 _MODEL_FILES = ("config.json", models.ADAPTER_FILE)
 
@@ -52,8 +52,10 @@ def load_other(name: str, like: Any, option: str) -> Any:
         other = models.load_model(name, dtype=weight.dtype).to(weight.device).eval()
     theirs = other.get_input_embeddings().weight
     if theirs.shape[0] != weight.shape[0]:
-        raise WagleError(f"{option}: the model {name} has a vocabulary of {theirs.shape[0]} tokens, this one has "
-                         f"{weight.shape[0]}")  # fmt: skip
+        raise WagleError(
+            f"{option}: the model {name} has a vocabulary of {theirs.shape[0]} tokens, this one has "
+            f"{weight.shape[0]}"
+        )
     return other
 
 

@@ -8,7 +8,8 @@ from typing import Literal, Optional
 import torch
 from torch import Tensor
 
-from wagle_pl import distributed
+from wagle_pl.core import distributed
+from wagle_pl.core.errors import WagleError
 from wagle_pl.data.batches import collate, token_batches
 from wagle_pl.data.rows import Row, row_kind
 from wagle_pl.evaluation.observe import Record, observe_set
@@ -17,7 +18,6 @@ from wagle_pl.evaluation.robustness.finding import Finding
 from wagle_pl.evaluation.robustness.linear import ordered, right_told, told_apart
 from wagle_pl.evaluation.robustness.subject import Subject, texts_of
 from wagle_pl.evaluation.suites.catalogue import Info
-from wagle_pl.utilities import WagleError
 
 LEAST = 4  # rows a side, or there is nothing to hold out
 
@@ -57,7 +57,11 @@ class Probe(Attack):
 
     def attack(self, subject: Subject) -> Iterator[Finding]:
         """See :class:`Probe`."""
-        asked, forget, (others, kind) = self._asked(subject), self._forget(subject), self._others(subject)
+        asked, forget, (others, kind) = (
+            self._asked(subject),
+            self._forget(subject),
+            self._others(subject),
+        )
         if asked:
             yield from self._answers(subject, asked)
         if len(forget) >= LEAST and len(others) >= LEAST:
@@ -67,7 +71,9 @@ class Probe(Attack):
         """It needs forget rows with perturbed answers, or rows of another kind to tell the forget rows from."""
         super().check(subject)
         if self.rows < LEAST or self.folds < 2 or self.strength <= 0:
-            raise WagleError(f"probe: rows must be at least {LEAST}, folds at least 2, strength above 0")
+            raise WagleError(
+                f"probe: rows must be at least {LEAST}, folds at least 2, strength above 0"
+            )
         enough = len(self._forget(subject)) >= LEAST and len(self._others(subject)[0]) >= LEAST
         if not self._asked(subject) and not enough:
             what = {
@@ -80,11 +86,15 @@ class Probe(Attack):
     # -- rows ---------------------------------------------------------------------------------------------------------
 
     def _draw(self, rows: Sequence[Row]) -> list[Row]:
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        order = torch.randperm(
+            len(rows), generator=torch.Generator().manual_seed(self.seed)
+        ).tolist()
         return [rows[i] for i in sorted(order[: self.rows])]
 
     def _asked(self, subject: Subject) -> list[Row]:
-        rows = [row for part in subject.rows.values() for row in part if row.get("perturbed_answer")]
+        rows = [
+            row for part in subject.rows.values() for row in part if row.get("perturbed_answer")
+        ]
         return self._draw(rows) if self.tell != "rows" and len(rows) >= LEAST else []
 
     def _forget(self, subject: Subject) -> list[Row]:
@@ -95,7 +105,9 @@ class Probe(Attack):
         """Rows to tell forget rows from, none of them a forget row, and what they are."""
         known = set().union(*(texts_of(row) for row in subject.training("forget") or ()))
         for kind in ("holdout", "retain"):
-            rows = [row for row in _whole(subject.training(kind) or []) if not texts_of(row) & known]
+            rows = [
+                row for row in _whole(subject.training(kind) or []) if not texts_of(row) & known
+            ]
             if rows:
                 return self._draw(rows) if self.tell != "answers" else [], kind
         return [], ""
@@ -104,23 +116,31 @@ class Probe(Attack):
 
     def _answers(self, subject: Subject, rows: Sequence[Row]) -> Iterator[Finding]:
         texts: list[list[str]] = [
-            [row.get("paraphrased_answer") or row["answer"], *row["perturbed_answer"]] for row in rows
+            [row.get("paraphrased_answer") or row["answer"], *row["perturbed_answer"]]
+            for row in rows
         ]
         flat = [(row, text) for row, answers in zip(rows, texts, strict=True) for text in answers]
-        states = last_states(subject, [subject.template.encode(row, text)["input_ids"] for row, text in flat])
+        states = last_states(
+            subject, [subject.template.encode(row, text)["input_ids"] for row, text in flat]
+        )
         owners = [part.split([len(answers) for answers in texts]) for part in states.unbind(1)]
         values = [
             right_told(
-                torch.stack([of_row[0] for of_row in layer]), [of_row[1:] for of_row in layer], self.strength,
-                min(self.folds, len(rows)), self.seed,
+                torch.stack([of_row[0] for of_row in layer]),
+                [of_row[1:] for of_row in layer],
+                self.strength,
+                min(self.folds, len(rows)),
+                self.seed,
             )
             for layer in owners
-        ]  # fmt: skip
+        ]
         before = None
         if subject.tables is not None:
             records = observe_set(subject.observer, rows, {"answer", "alternatives"})
             before = sum(map(_answer_told, records)) / len(records)
-        yield from _by_layer("answers", values, before, "right answers told from wrong ones to the same question")
+        yield from _by_layer(
+            "answers", values, before, "right answers told from wrong ones to the same question"
+        )
 
     def _told_rows(
         self, subject: Subject, forget: Sequence[Row], others: Sequence[Row], kind: str
@@ -140,12 +160,22 @@ class Probe(Attack):
         yield from _by_layer("rows", values, before, f"forget rows told from {kind} rows")
 
 
-def _by_layer(option: str, values: Sequence[float], before: Optional[float], what: str) -> Iterator[Finding]:
+def _by_layer(
+    option: str, values: Sequence[float], before: Optional[float], what: str
+) -> Iterator[Finding]:
     best = max(range(len(values)), key=values.__getitem__)
-    info = Info(_SHARE, "retrained", f"{what} by a linear classifier of the best hidden layer, held-out rows")
+    info = Info(
+        _SHARE,
+        "retrained",
+        f"{what} by a linear classifier of the best hidden layer, held-out rows",
+    )
     yield Finding("accuracy", values[best], info, option, before)
     for layer, value in enumerate(values):
-        each = Info(_SHARE, "retrained", f"{what} by a linear classifier of hidden layer {layer} (0: embeddings)")
+        each = Info(
+            _SHARE,
+            "retrained",
+            f"{what} by a linear classifier of hidden layer {layer} (0: embeddings)",
+        )
         yield Finding(f"accuracy_layer_{layer}", value, each, option, before, detail=True)
 
 
@@ -178,7 +208,12 @@ def last_states(subject: Subject, texts: Sequence[Sequence[int]]) -> Tensor:
         output = observer.passes(ids, mask, 1, output_hidden_states=True, use_cache=False)
         last = mask.sum(-1) - 1
         rows = torch.arange(len(batch), device=last.device)
-        found.append((batch, torch.stack([state[rows, last] for state in output.hidden_states], 1).float().cpu()))
+        found.append(
+            (
+                batch,
+                torch.stack([state[rows, last] for state in output.hidden_states], 1).float().cpu(),
+            )
+        )
     observer.passes.level()
     parts = distributed.gather(found)
     order = torch.tensor([i for batch, _ in parts for i in batch])

@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal, Optional
 
+from wagle_pl.core.errors import WagleError
 from wagle_pl.data.rows import Row, row_kind
 from wagle_pl.evaluation.candidates import CHOICES, answer_of, question_of
 from wagle_pl.evaluation.robustness.base import Attack
 from wagle_pl.evaluation.robustness.finding import Finding
 from wagle_pl.evaluation.robustness.subject import Subject, texts_of
 from wagle_pl.evaluation.robustness.wording import LANGUAGES, paraphrases, translated
-from wagle_pl.utilities import WagleError
 
 ASKED = (CHOICES, ("question", "answer"), ("messages",))
 
@@ -39,16 +39,24 @@ class Paraphrase(Attack):
     def check(self, subject: Subject) -> None:
         """It needs questions."""
         super().check(subject)
-        if not any(self._variants(name, row) for name, rows in subject.rows.items() for row in rows):
+        if not any(
+            self._variants(name, row) for name, rows in subject.rows.items() for row in rows
+        ):
             needs = "paraphrased_question" if self.rules == "never" else "questions"
-            raise WagleError(f"paraphrase has nothing to work on: no row to be forgotten has {needs}")
+            raise WagleError(
+                f"paraphrase has nothing to work on: no row to be forgotten has {needs}"
+            )
 
     def _variants(self, name: str, row: Row) -> list[Row]:
         question = asked_of(row)
         if question is None:
             return []
         own = [row["paraphrased_question"]] if row.get("paraphrased_question") else []
-        ruled = paraphrases(question) if self.rules == "always" or (self.rules == "without" and not own) else []
+        ruled = (
+            paraphrases(question)
+            if self.rules == "always" or (self.rules == "without" and not own)
+            else []
+        )
         return [reworded(row, text) for text in (*own, *ruled)]
 
 
@@ -70,7 +78,11 @@ class TranslatedStyle(Attack):
 
         def variants(name: str, row: Row) -> list[Row]:
             question = asked_of(row)
-            texts = [] if question is None else [translated(question, language) for language in self.languages]
+            texts = (
+                []
+                if question is None
+                else [translated(question, language) for language in self.languages]
+            )
             return [reworded(row, text) for text in texts]
 
         return subject.ask(variants, self.measures)
@@ -80,9 +92,13 @@ class TranslatedStyle(Attack):
         super().check(subject)
         if not self.languages or not set(self.languages) <= set(LANGUAGES):
             known = ", ".join(LANGUAGES)
-            raise WagleError(f"translated_style: languages must be of {known}; got {list(self.languages)}")
+            raise WagleError(
+                f"translated_style: languages must be of {known}; got {list(self.languages)}"
+            )
         if not any(asked_of(row) is not None for rows in subject.rows.values() for row in rows):
-            raise WagleError("translated_style has nothing to work on: no row to be forgotten has a question")
+            raise WagleError(
+                "translated_style has nothing to work on: no row to be forgotten has a question"
+            )
 
 
 class InContext(Attack):
@@ -101,14 +117,21 @@ class InContext(Attack):
     def attack(self, subject: Subject) -> list[Finding]:
         """See :class:`InContext`."""
         found = {name: self._in_context(subject, name, rows) for name, rows in subject.rows.items()}
-        return subject.compare({name: asked for name, asked in found.items() if asked}, self.measures)
+        return subject.compare(
+            {name: asked for name, asked in found.items() if asked}, self.measures
+        )
 
     def check(self, subject: Subject) -> None:
         """It needs questions, and other facts beside them."""
         super().check(subject)
         if self.neighbours < 1:
             raise WagleError(f"in_context: neighbours must be at least 1, got {self.neighbours}")
-        if not any(_others(rows, i) for rows in subject.rows.values() for i, row in enumerate(rows) if asked_of(row)):
+        if not any(
+            _others(rows, i)
+            for rows in subject.rows.values()
+            for i, row in enumerate(rows)
+            if asked_of(row)
+        ):
             raise WagleError(
                 "in_context has nothing to work on: no question to be forgotten has another fact beside it"
             )
@@ -120,10 +143,14 @@ class InContext(Attack):
         for i, row in enumerate(rows):
             if asked_of(row) is None or row.get("messages") is not None:
                 continue
-            near = sorted(_others(rows, i), key=lambda j: (-_overlap(vectors[i], vectors[j]), j))[: self.neighbours]
+            near = sorted(_others(rows, i), key=lambda j: (-_overlap(vectors[i], vectors[j]), j))[
+                : self.neighbours
+            ]
             own = row.get("context") or (header if row_kind(row) == CHOICES else "")
             while near:
-                facts = "".join(f"{asked_of(rows[j])} {answer_of(rows[j])}\n" for j in reversed(near))
+                facts = "".join(
+                    f"{asked_of(rows[j])} {answer_of(rows[j])}\n" for j in reversed(near)
+                )
                 changed = {**row, "context": f"{facts}\n{own}"}
                 if _fits(subject, changed):
                     found[i] = [changed]
@@ -137,7 +164,9 @@ def _fits(subject: Subject, row: Row) -> bool:
     answers = [None, row.get("paraphrased_answer"), *(row.get("perturbed_answer") or [])]
     longest = max((answer for answer in answers if answer), key=len, default=None)
     try:
-        lengths = [len(subject.template.encode(row, answer)["input_ids"]) for answer in (None, longest)]
+        lengths = [
+            len(subject.template.encode(row, answer)["input_ids"]) for answer in (None, longest)
+        ]
     except WagleError:
         return False
     return max(lengths) < subject.template.max_length
@@ -157,7 +186,9 @@ def asked_of(row: Row) -> Optional[str]:
     """The row's question, that of the last user if it is a conversation; None if it asks nothing."""
     kind = row_kind(row)
     if kind == ("messages",):
-        return next((m["content"] for m in reversed(row["messages"][:-1]) if m["role"] == "user"), None)
+        return next(
+            (m["content"] for m in reversed(row["messages"][:-1]) if m["role"] == "user"), None
+        )
     return row["question"] if kind in ASKED else None
 
 
@@ -167,7 +198,14 @@ def reworded(row: Row, question: str) -> Row:
         return {**row, "question": question}
     messages = list(row["messages"])
     place = max(i for i, message in enumerate(messages[:-1]) if message["role"] == "user")
-    return {**row, "messages": [*messages[:place], {**messages[place], "content": question}, *messages[place + 1 :]]}
+    return {
+        **row,
+        "messages": [
+            *messages[:place],
+            {**messages[place], "content": question},
+            *messages[place + 1 :],
+        ],
+    }
 
 
 def word_vectors(texts: Sequence[str]) -> list[Mapping[str, float]]:

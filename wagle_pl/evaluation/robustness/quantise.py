@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal, Optional
 
+from wagle_pl.core.errors import WagleError
 from wagle_pl.evaluation.robustness.base import Attack
 from wagle_pl.evaluation.robustness.finding import Finding
 from wagle_pl.evaluation.robustness.subject import Subject
 from wagle_pl.evaluation.robustness.weights import quantise_, restored
-from wagle_pl.layers import linear_weights
-from wagle_pl.utilities import WagleError
+from wagle_pl.lm.layers import linear_weights
 
 
 class Quantise(Attack):

@@ -8,13 +8,13 @@ from typing import Literal
 
 import torch
 
+from wagle_pl.core.errors import WagleError
 from wagle_pl.data.batches import collate
 from wagle_pl.data.rows import Row, row_kind
 from wagle_pl.evaluation.robustness.base import Attack
 from wagle_pl.evaluation.robustness.finding import Finding
 from wagle_pl.evaluation.robustness.subject import Subject, texts_of
 from wagle_pl.evaluation.robustness.weights import finetune_, restored
-from wagle_pl.utilities import WagleError
 
 log = logging.getLogger(__name__)
 
@@ -61,29 +61,49 @@ class Relearn(Attack):
             shown = set().union(*(texts_of(row) for row in rows)) if option == "forget" else set()
             with restored(subject.lm.parameters()):
                 losses = finetune_(subject.lm, self._batches(subject, rows), self.learning_rate)
-                log.info("relearn %s: %d rows, loss %.3f to %.3f", option, len(rows), losses[0], losses[-1])
+                log.info(
+                    "relearn %s: %d rows, loss %.3f to %.3f",
+                    option,
+                    len(rows),
+                    losses[0],
+                    losses[-1],
+                )
                 yield from subject.compare(subject.every_row(without=shown), self.measures, option)
 
     def check(self, subject: Subject) -> None:
         """It needs rows to train on, and forget rows left to test on."""
         super().check(subject)
         if min(self.steps, self.rows, self.batch_size) < 1 or self.learning_rate <= 0:
-            raise WagleError("relearn: steps, rows and batch_size must be at least 1, learning_rate above 0")
+            raise WagleError(
+                "relearn: steps, rows and batch_size must be at least 1, learning_rate above 0"
+            )
         if not self._options(subject):
-            raise WagleError(f"relearn has nothing to work on: there are no {self.on.replace('both', 'training')} rows")
+            raise WagleError(
+                f"relearn has nothing to work on: there are no {self.on.replace('both', 'training')} rows"
+            )
         if self.on == "both" and len(self._options(subject)) == 1:
-            log.warning("relearn: only on %s rows, there are no others to train on", *self._options(subject))
+            log.warning(
+                "relearn: only on %s rows, there are no others to train on", *self._options(subject)
+            )
         for option in self._options(subject):
             shown = set().union(*(texts_of(row) for row in self.draw(subject, option)))
             if option == "forget" and not subject.every_row(without=shown):
-                raise WagleError("relearn has nothing to work on: no forget row is left to test on once "
-                                 f"{min(self.rows, len(shown))} are trained on")  # fmt: skip
+                raise WagleError(
+                    "relearn has nothing to work on: no forget row is left to test on once "
+                    f"{min(self.rows, len(shown))} are trained on"
+                )
 
     def draw(self, subject: Subject, option: str) -> list[Row]:
         """The rows to train on, in the order of their use."""
         rows = _trainable(subject, option)
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        count = min(self.rows, max(1, len(rows) // 2)) if option == "forget" else self.steps * self.batch_size
+        order = torch.randperm(
+            len(rows), generator=torch.Generator().manual_seed(self.seed)
+        ).tolist()
+        count = (
+            min(self.rows, max(1, len(rows) // 2))
+            if option == "forget"
+            else self.steps * self.batch_size
+        )
         return [rows[i] for i in order[:count]]
 
     def _options(self, subject: Subject) -> list[str]:

@@ -39,12 +39,19 @@ class Line:
         """As plain data."""
         found = self.finding
         record: dict[str, Any] = {
-            "attack": self.attack, "option": found.option, "measure": found.measure,
-            "before": found.before, "after": found.after,
-        }  # fmt: skip
+            "attack": self.attack,
+            "option": found.option,
+            "measure": found.measure,
+            "before": found.before,
+            "after": found.after,
+        }
         for name in ("target", "retrained"):
             record |= {name: self.others.get(name), f"{name}_attacked": self.attacked.get(name)}
-        record |= {"unit": found.info.unit, "direction": found.info.direction, "what": found.info.what}
+        record |= {
+            "unit": found.info.unit,
+            "direction": found.info.direction,
+            "what": found.info.what,
+        }
         return record | ({"why": found.why} if found.after is None else {})
 
 
@@ -62,7 +69,9 @@ class Report:
 
     def metrics(self) -> dict[str, float]:
         """Name in ``metrics.json`` -> number under the attack."""
-        return {line.key: line.finding.after for line in self.lines if line.finding.after is not None}
+        return {
+            line.key: line.finding.after for line in self.lines if line.finding.after is not None
+        }
 
     def undefined(self) -> dict[str, str]:
         """Name -> why there is no number."""
@@ -80,7 +89,11 @@ class Report:
 
     def table(self) -> str:
         """The console's table; a number of another model that was not attacked has a star."""
-        others = [name for name in ("target", "retrained") if any(name in line.attacked for line in self.lines)]
+        others = [
+            name
+            for name in ("target", "retrained")
+            if any(name in line.attacked for line in self.lines)
+        ]
         cells = [["attack", "measure", "before", "after", *others]]
         for line in self.lines:
             if line.finding.detail or line.finding.after is None:
@@ -88,13 +101,17 @@ class Report:
             name = f"{line.attack} {line.finding.option}".strip()
             numbers = [_shown(line.finding.before), _shown(line.finding.after)]
             for other in others:
-                star = "" if line.attacked.get(other, True) or line.others.get(other) is None else "*"
+                star = (
+                    "" if line.attacked.get(other, True) or line.others.get(other) is None else "*"
+                )
                 numbers.append(_shown(line.others.get(other)) + star)
             cells.append([name, line.finding.measure, *numbers])
         return "\n".join([*_aligned(cells), *self._notes(others)])
 
     def _notes(self, others: Sequence[str]) -> Iterator[str]:
-        starred = [name for name in others if any(not line.attacked.get(name, True) for line in self.lines)]
+        starred = [
+            name for name in others if any(not line.attacked.get(name, True) for line in self.lines)
+        ]
         if starred:
             yield f"* {' and '.join(starred)}: without the attack (results are given, and no model)"
         for name, why in self.undefined().items():
@@ -108,7 +125,9 @@ def _shown(value: Optional[float]) -> str:
 def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     return [
-        "  ".join([line[0].ljust(widths[0]), line[1].ljust(widths[1])]
-                  + [cell.rjust(width) for cell, width in zip(line[2:], widths[2:], strict=True)]).rstrip()
+        "  ".join(
+            [line[0].ljust(widths[0]), line[1].ljust(widths[1])]
+            + [cell.rjust(width) for cell, width in zip(line[2:], widths[2:], strict=True)]
+        ).rstrip()
         for line in cells
-    ]  # fmt: skip
+    ]

@@ -8,11 +8,12 @@ from typing import Optional, Union
 
 import torch
 
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.registry import resolve
 from wagle_pl.evaluation.robustness.base import Attack
 from wagle_pl.evaluation.robustness.finding import Finding
 from wagle_pl.evaluation.robustness.report import Line, Report
 from wagle_pl.evaluation.robustness.subject import Subject
-from wagle_pl.utilities import WagleError, resolve
 
 log = logging.getLogger(__name__)
 
@@ -37,18 +38,24 @@ def find_attacks(value: Attacks, every: Sequence[type[Attack]]) -> tuple[list[At
     if isinstance(value, str):
         words = [word.strip() for word in value.strip("[] ").split(",") if word.strip()]
         lone = words[0].lower() if len(words) == 1 else ""
-        value = {"all": True, "true": True, "none": False, "false": False, "null": False}.get(lone, words)
+        value = {"all": True, "true": True, "none": False, "false": False, "null": False}.get(
+            lone, words
+        )
     if value is True:
         return [attack() for attack in every], True
     attacks = [resolve(Attack, attack, "attack of model.robustness") for attack in value or ()]
     names = [attack.name for attack in attacks]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise WagleError(f"model.robustness names {twice} twice; give it once, or subclass it under another name")
+        raise WagleError(
+            f"model.robustness names {twice} twice; give it once, or subclass it under another name"
+        )
     return attacks, False
 
 
-def usable(attacks: Sequence[Attack], subject: Subject, every: bool) -> tuple[list[Attack], dict[str, str]]:
+def usable(
+    attacks: Sequence[Attack], subject: Subject, every: bool
+) -> tuple[list[Attack], dict[str, str]]:
     """The attacks that have something to work on, and why others do not.
 
     Raises:
@@ -64,7 +71,9 @@ def usable(attacks: Sequence[Attack], subject: Subject, every: bool) -> tuple[li
                 raise
             skipped[attack.name] = str(error)
     if every and not found:
-        raise WagleError(f"model.robustness: no attack has anything to work on: {next(iter(skipped.values()))}")
+        raise WagleError(
+            f"model.robustness: no attack has anything to work on: {next(iter(skipped.values()))}"
+        )
     return found, skipped
 
 
@@ -84,7 +93,10 @@ def run_attacks(
         results: ``target`` or ``retrained`` -> its metrics without attack, shown where there is no such model.
         skipped: attack -> why it is left out, for the report.
     """
-    with torch.inference_mode(False), torch.no_grad():  # fine-tuning needs tensors that take gradients
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):  # fine-tuning needs tensors that take gradients
         found = _attack(attacks, subject, "the model")
         beside: dict[str, Found] = {}
         for name, load in others.items():

@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 import torch
 
-from wagle_pl import distributed
+from wagle_pl.core import distributed
 from wagle_pl.data.rows import Row
 from wagle_pl.data.template import Template
 from wagle_pl.evaluation.candidates import question_of
@@ -79,7 +79,10 @@ class Subject:
         return {name: asked for name, asked in kept.items() if asked}
 
     def ask(
-        self, variants: Callable[[str, Row], Sequence[Row]], measures: Collection[str], option: str = ""
+        self,
+        variants: Callable[[str, Row], Sequence[Row]],
+        measures: Collection[str],
+        option: str = "",
     ) -> list[Finding]:
         """Ask every row to be forgotten in other ways, and note the worst: see :func:`worst`.
 
@@ -94,9 +97,13 @@ class Subject:
         }
         return self.compare({name: each for name, each in asked.items() if each}, measures, option)
 
-    def compare(self, asked: Mapping[str, Asked], measures: Collection[str], option: str = "") -> list[Finding]:
+    def compare(
+        self, asked: Mapping[str, Asked], measures: Collection[str], option: str = ""
+    ) -> list[Finding]:
         """Test the model as it is now; see :meth:`findings`."""
-        return self.findings({name: self.observe(name, each) for name, each in asked.items()}, measures, option)
+        return self.findings(
+            {name: self.observe(name, each) for name, each in asked.items()}, measures, option
+        )
 
     def observe(self, name: str, asked: Asked, without: Collection[str] = frozenset()) -> Table:
         """Records of one test set, one a row number, in order; a meeting of all ranks.
@@ -111,9 +118,13 @@ class Subject:
         flat = [(i, row) for i, rows in asked.items() for row in rows]
         needs = self.needs[name] - LEFT_OUT - set(without)
         header = self.suite.headers.get(name, "")
-        records = observe_set(self.observer, [row for _, row in flat], needs, self.lengths[name], header)
+        records = observe_set(
+            self.observer, [row for _, row in flat], needs, self.lengths[name], header
+        )
         own = {i: {"row": i, "question": question_of(self.rows[name][i])} for i in asked}
-        return self.worst_of(name, [record | own[i] for (i, _), record in zip(flat, records, strict=True)])
+        return self.worst_of(
+            name, [record | own[i] for (i, _), record in zip(flat, records, strict=True)]
+        )
 
     def worst_of(self, name: str, records: list[Record]) -> Table:
         """Annotate records of a test set, and keep the worst of each row; a meeting of all ranks."""
@@ -127,7 +138,9 @@ class Subject:
 
         return distributed.from_rank_zero(select)
 
-    def findings(self, after: Mapping[str, Table], measures: Collection[str], option: str = "") -> list[Finding]:
+    def findings(
+        self, after: Mapping[str, Table], measures: Collection[str], option: str = ""
+    ) -> list[Finding]:
         """Measures of tables beside those of the same rows without the attack.
 
         Args:
@@ -138,7 +151,9 @@ class Subject:
         before: Mapping[str, Value] = {}
         if self.tables is not None:
             rows = {name: {record["row"] for record in table} for name, table in after.items()}
-            before = self.measures({name: [r for r in self.tables[name] if r["row"] in rows[name]] for name in after})
+            before = self.measures(
+                {name: [r for r in self.tables[name] if r["row"] in rows[name]] for name in after}
+            )
         found = []
         for name, value in self.measures(after).items():
             test_set, _, short = name.rpartition("/")
@@ -168,7 +183,9 @@ def worst(records: Sequence[Record]) -> Record:
     {'row': 0, 'nll': 1.0, 'generation': 'In Sibiu.', 'rougeL_recall': 0.6}
     """
     likeliest = max(records, key=_certainty)
-    said = max(records, key=lambda record: record.get("rougeL_recall") or record.get("toxicity") or 0.0)
+    said = max(
+        records, key=lambda record: record.get("rougeL_recall") or record.get("toxicity") or 0.0
+    )
     return likeliest | {name: said[name] for name in SAID if name in said}
 
 
@@ -184,6 +201,16 @@ def _certainty(record: Record) -> float:
 
 def texts_of(row: Row) -> set[str]:
     """The row's question and answer in every wording it brings: what tells whether two rows are of one fact."""
-    columns = ("question", "answer", "prompt", "response", "text", "paraphrased_question", "paraphrased_answer")
+    columns = (
+        "question",
+        "answer",
+        "prompt",
+        "response",
+        "text",
+        "paraphrased_question",
+        "paraphrased_answer",
+    )
     texts = {row[column] for column in columns if isinstance(row.get(column), str)}
-    return texts | {message["content"] for message in row.get("messages") or () if message["role"] != "system"}
+    return texts | {
+        message["content"] for message in row.get("messages") or () if message["role"] != "system"
+    }

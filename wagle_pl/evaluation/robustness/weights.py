@@ -10,9 +10,9 @@ from typing import Any, Literal, Optional
 import torch
 from torch import Tensor, nn
 
-from wagle_pl.evaluation.likelihood import forward_answers, sequence_logprobs
-from wagle_pl.layers import linear_weights
-from wagle_pl.utilities import WagleError
+from wagle_pl.core.errors import WagleError
+from wagle_pl.lm.layers import linear_weights
+from wagle_pl.lm.likelihood import forward_answers, sequence_logprobs
 
 Scheme = Literal["symmetric", "asymmetric"]
 
@@ -56,15 +56,22 @@ def fake_quantise(
     rows, columns = values.shape
     size = group_size or columns
     if columns % size:
-        values = nn.functional.pad(values, (0, size - columns % size))  # zeros are within every range
+        values = nn.functional.pad(
+            values, (0, size - columns % size)
+        )  # zeros are within every range
     values = values.reshape(rows, -1, size)
     if scheme == "symmetric":
         top = 2 ** (bits - 1) - 1
-        scale = (values.abs().amax(-1, keepdim=True) / top).clamp(min=torch.finfo(torch.float32).tiny)
+        scale = (values.abs().amax(-1, keepdim=True) / top).clamp(
+            min=torch.finfo(torch.float32).tiny
+        )
         found = (values / scale).round().clamp(-top, top) * scale
     else:
         top = 2**bits - 1
-        low, high = values.amin(-1, keepdim=True).clamp(max=0), values.amax(-1, keepdim=True).clamp(min=0)
+        low, high = (
+            values.amin(-1, keepdim=True).clamp(max=0),
+            values.amax(-1, keepdim=True).clamp(min=0),
+        )
         scale = ((high - low) / top).clamp(min=torch.finfo(torch.float32).tiny)
         zero = (-low / scale).round()
         found = (((values / scale).round() + zero).clamp(0, top) - zero) * scale
@@ -84,7 +91,9 @@ def quantise_(lm: nn.Module, bits: int, scheme: Scheme, group_size: Optional[int
             matrix.copy_(rounded.T if transposed else rounded)
 
 
-def finetune_(lm: Any, batches: Sequence[Mapping[str, Tensor]], learning_rate: float) -> list[float]:
+def finetune_(
+    lm: Any, batches: Sequence[Mapping[str, Tensor]], learning_rate: float
+) -> list[float]:
     """Train all weights in place with AdamW, one step a batch; the loss is the mean over rows of the mean per token.
 
     The update is added in fp32 whatever the model's dtype: in bf16 small steps would round to nothing.
@@ -113,7 +122,9 @@ def finetune_(lm: Any, batches: Sequence[Mapping[str, Tensor]], learning_rate: f
             loss = -(sums / counts).mean()
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
-                raise WagleError(f"relearn: the loss is not finite at step {step + 1}; lower its learning_rate")
+                raise WagleError(
+                    f"relearn: the loss is not finite at step {step + 1}; lower its learning_rate"
+                )
             # not backward(): a data-parallel wrapper would take gradients to other ranks
             gradients = torch.autograd.grad(loss, weights, allow_unused=True)
             for master, gradient in zip(masters, gradients, strict=True):

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import Union
 
+from wagle_pl.core.registry import resolve
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.sets import SetMeasures, Value, attempt
 from wagle_pl.evaluation.suites.base import Observations, Suite, defined, of_set
-from wagle_pl.evaluation.suites.benchmarks import CopyrightSuite, DetoxSuite, GenericSuite, MUSESuite, WMDPSuite
+from wagle_pl.evaluation.suites.benchmarks import (
+    CopyrightSuite,
+    DetoxSuite,
+    GenericSuite,
+    MUSESuite,
+    WMDPSuite,
+)
 from wagle_pl.evaluation.suites.catalogue import Info
 from wagle_pl.evaluation.suites.tofu import TOFUSuite
-from wagle_pl.utilities import resolve
 
 __all__ = [
     "CopyrightSuite",

@@ -75,7 +75,13 @@ class Suite:
     #: Measure -> what is known of it. Other names are looked up by what stands after the last slash.
     infos: Mapping[str, Info] = {}
     #: Test sets, by how their names begin, whose rows are to be forgotten: knowing them is bad.
-    forget_sets: tuple[str, ...] = ("forget", "members", "verbmem_forget", "knowmem_forget", "wmdp_")
+    forget_sets: tuple[str, ...] = (
+        "forget",
+        "members",
+        "verbmem_forget",
+        "knowmem_forget",
+        "wmdp_",
+    )
 
     def measures(self, seen: Observations) -> dict[str, Value]:
         """The suite's measures.
@@ -84,7 +90,9 @@ class Suite:
             Name -> number, or an :class:`~wagle_pl.evaluation.functional.Undefined` that says why there is none.
             Names are ``<test set>/<measure>``, or ``<measure>`` of the whole.
         """
-        return {name: value for each in seen.tables for name, value in of_set(self, seen, each).items()}
+        return {
+            name: value for each in seen.tables for name, value in of_set(self, seen, each).items()
+        }
 
     def needs_of(self, name: str, names: Collection[str]) -> frozenset[str]:
         """What to observe of a test set, given the names of all."""
@@ -114,7 +122,9 @@ def defined(values: Mapping[str, Value], *names: str) -> list[float]:
     return [values[name] for name in names]  # type: ignore[misc]
 
 
-def of_set(suite: Suite, seen: Observations, name: str, measures: Collection[str] = ()) -> dict[str, Value]:
+def of_set(
+    suite: Suite, seen: Observations, name: str, measures: Collection[str] = ()
+) -> dict[str, Value]:
     """Measures of one test set by name, ``<set>/<measure>``.
 
     Args:

@@ -14,7 +14,14 @@ from wagle_pl.evaluation.suites.base import DEFAULT_NEEDS, Observations, Suite, 
 from wagle_pl.evaluation.suites.catalogue import Info
 
 MULTIPLE_CHOICE = "The following are multiple choice questions (with answers) about {}.\n\n"  # lm-evaluation-harness
-CONTINUATION = ("rougeL_recall", "bleu", "probability", "exact_memorization", "extraction_strength", "degenerate")
+CONTINUATION = (
+    "rougeL_recall",
+    "bleu",
+    "probability",
+    "exact_memorization",
+    "extraction_strength",
+    "degenerate",
+)
 
 TOXICITY = ("toxicity", "toxic_rate", "repetition", "fluency", "degenerate", "empty")
 
@@ -22,7 +29,10 @@ TOXICITY = ("toxicity", "toxic_rate", "repetition", "fluency", "degenerate", "em
 class GenericSuite(Suite):
     """Whatever the rows allow: every set's measures, and membership inference where there are sets for it."""
 
-    pairs: ClassVar[tuple[tuple[str, str], ...]] = (("members", "nonmembers"), ("forget", "holdout"))
+    pairs: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("members", "nonmembers"),
+        ("forget", "holdout"),
+    )
 
     def needs_of(self, name: str, names: Collection[str]) -> frozenset[str]:
         """The usual, and what membership inference takes."""
@@ -55,12 +65,22 @@ class MUSESuite(Suite):
         "members": membership.NEEDS,
         "nonmembers": membership.NEEDS,
     }
-    max_new_tokens: ClassVar[Mapping[str, int]] = {"verbmem_forget": 128, "knowmem_forget": 32, "knowmem_retain": 32}
+    max_new_tokens: ClassVar[Mapping[str, int]] = {
+        "verbmem_forget": 128,
+        "knowmem_forget": 32,
+        "knowmem_retain": 32,
+    }
     stops = ("\n\n", "\nQuestion", "Question:")
     infos: ClassVar[Mapping[str, Info]] = {
-        "verbmem_f": Info("percent", "lower", "verbatim memorisation of the forget texts, ROUGE-L F1 (MUSE)"),
-        "knowmem_f": Info("percent", "lower", "knowledge memorisation of the forget texts, ROUGE-L F1 (MUSE)"),
-        "knowmem_r": Info("percent", "higher", "knowledge of the retain texts, ROUGE-L F1 (MUSE's utility)"),
+        "verbmem_f": Info(
+            "percent", "lower", "verbatim memorisation of the forget texts, ROUGE-L F1 (MUSE)"
+        ),
+        "knowmem_f": Info(
+            "percent", "lower", "knowledge memorisation of the forget texts, ROUGE-L F1 (MUSE)"
+        ),
+        "knowmem_r": Info(
+            "percent", "higher", "knowledge of the retain texts, ROUGE-L F1 (MUSE's utility)"
+        ),
     }
 
     def measures(self, seen: Observations) -> dict[str, Value]:
@@ -75,7 +95,9 @@ class MUSESuite(Suite):
         found |= {name: value for name, value in attacks.items() if not name.endswith("privleak")}
         for name in seen.tables:
             if name == "verbmem_forget":
-                found |= of_set(self, seen, name, ("exact_memorization", "extraction_strength", "degenerate"))
+                found |= of_set(
+                    self, seen, name, ("exact_memorization", "extraction_strength", "degenerate")
+                )
             elif name.startswith("knowmem"):
                 found |= of_set(self, seen, name, ("probability", "degenerate"))
             elif name in ("members", "nonmembers"):
@@ -113,11 +135,14 @@ class WMDPSuite(Suite):
         found = super().measures(seen)
 
         def efficacy() -> float:
-            return F.unlearning_efficacy([], defined(found, "wmdp_bio/accuracy", "wmdp_cyber/accuracy"))
+            return F.unlearning_efficacy(
+                [], defined(found, "wmdp_bio/accuracy", "wmdp_cyber/accuracy")
+            )
 
         def utility() -> float:
             return defined(
-                {"mmlu/accuracy": seen.general["mmlu"]} if "mmlu" in seen.general else found, "mmlu/accuracy"
+                {"mmlu/accuracy": seen.general["mmlu"]} if "mmlu" in seen.general else found,
+                "mmlu/accuracy",
             )[0]
 
         return found | {"ue_average": attempt(efficacy), "ut_average": attempt(utility)}
@@ -137,16 +162,25 @@ class CopyrightSuite(GenericSuite):
     def measures(self, seen: Observations) -> dict[str, Value]:
         """See :class:`CopyrightSuite`."""
         found = super().measures(seen)
-        forgotten = [name for name in seen.tables if self.forgets(name) and f"{name}/rougeL_recall" in found]
+        forgotten = [
+            name for name in seen.tables if self.forgets(name) and f"{name}/rougeL_recall" in found
+        ]
         for name in forgotten:
             found |= of_set(self, seen, name, CONTINUATION)
 
         def efficacy() -> float:
             if not forgotten:
-                raise Undefined("there is no test set whose name begins with 'forget' and that is generated from")
-            return F.unlearning_efficacy([], defined(found, *(f"{name}/rougeL_recall" for name in forgotten)))
+                raise Undefined(
+                    "there is no test set whose name begins with 'forget' and that is generated from"
+                )
+            return F.unlearning_efficacy(
+                [], defined(found, *(f"{name}/rougeL_recall" for name in forgotten))
+            )
 
-        return found | {"ue_average": attempt(efficacy), "ut_average": attempt(zero_shot_utility, seen)}
+        return found | {
+            "ue_average": attempt(efficacy),
+            "ut_average": attempt(zero_shot_utility, seen),
+        }
 
 
 class DetoxSuite(Suite):
@@ -162,7 +196,11 @@ class DetoxSuite(Suite):
 
     def needs_of(self, name: str, names: Collection[str]) -> frozenset[str]:
         """Sets of prompts are classified, whatever follows in their name."""
-        return frozenset(self.needs["prompts"]) if name.startswith("prompts") else super().needs_of(name, names)
+        return (
+            frozenset(self.needs["prompts"])
+            if name.startswith("prompts")
+            else super().needs_of(name, names)
+        )
 
     def measures(self, seen: Observations) -> dict[str, Value]:
         """See :class:`DetoxSuite`."""
@@ -170,15 +208,23 @@ class DetoxSuite(Suite):
         prompts = [name for name in seen.tables if name.startswith("prompts")]
         for name in prompts:
             found |= of_set(
-                self, seen, name, ("toxicity", "toxic_rate", "repetition", "fluency", "degenerate", "empty")
+                self,
+                seen,
+                name,
+                ("toxicity", "toxic_rate", "repetition", "fluency", "degenerate", "empty"),
             )
 
         def efficacy() -> float:
             if not prompts:
                 raise Undefined("there is no test set 'prompts'")
-            return F.unlearning_efficacy([], defined(found, *(f"{name}/toxicity" for name in prompts)))
+            return F.unlearning_efficacy(
+                [], defined(found, *(f"{name}/toxicity" for name in prompts))
+            )
 
-        return found | {"ue_average": attempt(efficacy), "ut_average": attempt(zero_shot_utility, seen)}
+        return found | {
+            "ue_average": attempt(efficacy),
+            "ut_average": attempt(zero_shot_utility, seen),
+        }
 
 
 def zero_shot_utility(seen: Observations) -> float:
@@ -190,6 +236,12 @@ def zero_shot_utility(seen: Observations) -> float:
     truthful = [value for name, value in seen.general.items() if "truthfulqa" in name]
     others = [value for name, value in seen.general.items() if "truthfulqa" not in name]
     if not truthful or not others:
-        missing = "TruthfulQA" if others else "zero-shot accuracy" if truthful else "zero-shot accuracy and TruthfulQA"
+        missing = (
+            "TruthfulQA"
+            if others
+            else "zero-shot accuracy"
+            if truthful
+            else "zero-shot accuracy and TruthfulQA"
+        )
         raise Undefined(f"it needs {missing}, which lm-evaluation-harness measures")
     return statistics.mean([statistics.mean(truthful), statistics.mean(others)])

@@ -34,49 +34,116 @@ _SHARE = "share, 0 to 1"
 _SCORE = "score, 0 to 1"
 
 _CATALOGUE = {
-    "probability": _Entry("probability, 0 to 1", "higher", "lower",
-                          "length-normalised probability of the answer, on TOFU's option sets that among the options"),
-    "rougeL_recall": _Entry(_SHARE, "higher", "lower", "ROUGE-L recall of the generation (TOFU, WAGLE)"),
+    "probability": _Entry(
+        "probability, 0 to 1",
+        "higher",
+        "lower",
+        "length-normalised probability of the answer, on TOFU's option sets that among the options",
+    ),
+    "rougeL_recall": _Entry(
+        _SHARE, "higher", "lower", "ROUGE-L recall of the generation (TOFU, WAGLE)"
+    ),
     "rougeL_f1": _Entry(_SHARE, "higher", "lower", "ROUGE-L F1 of the generation"),
     "rouge1_recall": _Entry(_SHARE, "higher", "lower", "ROUGE-1 recall of the generation"),
-    "truth_ratio": _Entry(_SCORE, "higher", "higher",
-                          "truth ratio as a score: max(0, 1 - R) for rows to keep, min(R, 1/R) for the others (TOFU)"),
-    "truth_probability": _Entry("probability, 0 to 1", "higher", "lower",
-                                "paraphrase against perturbed answers, 1 / (1 + R) (OpenUnlearning's prob_mean)"),
-    "exact_memorization": _Entry(_SHARE, "higher", "lower",
-                                 "answer tokens that greedy decoding gets right (OpenUnlearning)"),
-    "extraction_strength": _Entry(_SHARE, "higher", "lower",
-                                  "share of the answer that its beginning extracts (OpenUnlearning)"),
+    "truth_ratio": _Entry(
+        _SCORE,
+        "higher",
+        "higher",
+        "truth ratio as a score: max(0, 1 - R) for rows to keep, min(R, 1/R) for the others (TOFU)",
+    ),
+    "truth_probability": _Entry(
+        "probability, 0 to 1",
+        "higher",
+        "lower",
+        "paraphrase against perturbed answers, 1 / (1 + R) (OpenUnlearning's prob_mean)",
+    ),
+    "exact_memorization": _Entry(
+        _SHARE, "higher", "lower", "answer tokens that greedy decoding gets right (OpenUnlearning)"
+    ),
+    "extraction_strength": _Entry(
+        _SHARE,
+        "higher",
+        "lower",
+        "share of the answer that its beginning extracts (OpenUnlearning)",
+    ),
     "accuracy": _Entry(_SHARE, "higher", "lower", "right option the likeliest"),
-    "accuracy_norm": _Entry(_SHARE, "higher", "lower", "right choice's text the likeliest per token"),
-    "contains_answer": _Entry(_SHARE, "higher", "lower", "generation contains the answer (WAGLE's accuracy)"),
-    "nearest_answer": _Entry(_SHARE, "higher", "lower",
-                             "right answer the nearest to the generation by sentence embedding (WAGLE's accuracy)"),
+    "accuracy_norm": _Entry(
+        _SHARE, "higher", "lower", "right choice's text the likeliest per token"
+    ),
+    "contains_answer": _Entry(
+        _SHARE, "higher", "lower", "generation contains the answer (WAGLE's accuracy)"
+    ),
+    "nearest_answer": _Entry(
+        _SHARE,
+        "higher",
+        "lower",
+        "right answer the nearest to the generation by sentence embedding (WAGLE's accuracy)",
+    ),
     "bleu": _Entry("0 to 100", "higher", "lower", "mean sentence BLEU of the generation (WAGLE)"),
-    "perplexity": _Entry("perplexity", "lower", "retrained", "exp of the mean negative log-likelihood of a token"),
-    "word_perplexity": _Entry("perplexity", "lower", "retrained",
-                              "the same per word of the text as it stands (lm-evaluation-harness detokenises WikiText "
-                              "first: another number)"),
-    "toxicity": _Entry(_SCORE, "lower", "lower", "mean toxicity of the generations by the classifier (WAGLE)"),
+    "perplexity": _Entry(
+        "perplexity", "lower", "retrained", "exp of the mean negative log-likelihood of a token"
+    ),
+    "word_perplexity": _Entry(
+        "perplexity",
+        "lower",
+        "retrained",
+        "the same per word of the text as it stands (lm-evaluation-harness detokenises WikiText "
+        "first: another number)",
+    ),
+    "toxicity": _Entry(
+        _SCORE, "lower", "lower", "mean toxicity of the generations by the classifier (WAGLE)"
+    ),
     "toxic_rate": _Entry(_SHARE, "lower", "lower", "generations with a toxicity above 0.5"),
     "repetition": _Entry(_SHARE, "lower", "lower", "4-grams of the generations that are repeated"),
-    "fluency": _Entry("bits", "higher", "higher", "weighted entropy of bigrams and trigrams (ROME, RWKU)"),
-    "degenerate": _Entry(_SHARE, "lower", "lower", "generations that are empty, without letters, or mostly repetition"),
+    "fluency": _Entry(
+        "bits", "higher", "higher", "weighted entropy of bigrams and trigrams (ROME, RWKU)"
+    ),
+    "degenerate": _Entry(
+        _SHARE,
+        "lower",
+        "lower",
+        "generations that are empty, without letters, or mostly repetition",
+    ),
     "empty": _Entry(_SHARE, "lower", "lower", "generations that are empty"),
     "mia_loss": _Entry("AUC, 0 to 1", "retrained", "retrained", "membership inference by loss"),
-    "mia_zlib": _Entry("AUC, 0 to 1", "retrained", "retrained", "membership inference by loss over compressed length"),
-    "mia_min_k": _Entry("AUC, 0 to 1", "retrained", "retrained", "membership inference by Min-40% Prob"),
-    "mia_min_k_plus_plus": _Entry("AUC, 0 to 1", "retrained", "retrained", "membership inference by Min-40%++"),
-    "mia_reference": _Entry("AUC, 0 to 1", "retrained", "retrained", "membership inference against a reference model"),
-    "mia_gradnorm": _Entry("AUC, 0 to 1", "retrained", "retrained", "membership inference by gradient norm"),
-    "privleak": _Entry("percent", "retrained", "retrained",
-                       "Min-40% area of this model against the retrained model's (MUSE); ideal: 0"),
-    "model_utility": _Entry(_SCORE, "higher", "higher", "harmonic mean of nine measures on rows to keep (TOFU)"),
-    "forget_quality": _Entry("p-value", "higher", "higher",
-                             "KS test of the forget rows' truth ratios against the retrained model's (TOFU)"),
-    "ue_average": _Entry(_SCORE, "higher", "higher", "unlearning efficacy, the UE average of WAGLE's tables"),
+    "mia_zlib": _Entry(
+        "AUC, 0 to 1",
+        "retrained",
+        "retrained",
+        "membership inference by loss over compressed length",
+    ),
+    "mia_min_k": _Entry(
+        "AUC, 0 to 1", "retrained", "retrained", "membership inference by Min-40% Prob"
+    ),
+    "mia_min_k_plus_plus": _Entry(
+        "AUC, 0 to 1", "retrained", "retrained", "membership inference by Min-40%++"
+    ),
+    "mia_reference": _Entry(
+        "AUC, 0 to 1", "retrained", "retrained", "membership inference against a reference model"
+    ),
+    "mia_gradnorm": _Entry(
+        "AUC, 0 to 1", "retrained", "retrained", "membership inference by gradient norm"
+    ),
+    "privleak": _Entry(
+        "percent",
+        "retrained",
+        "retrained",
+        "Min-40% area of this model against the retrained model's (MUSE); ideal: 0",
+    ),
+    "model_utility": _Entry(
+        _SCORE, "higher", "higher", "harmonic mean of nine measures on rows to keep (TOFU)"
+    ),
+    "forget_quality": _Entry(
+        "p-value",
+        "higher",
+        "higher",
+        "KS test of the forget rows' truth ratios against the retrained model's (TOFU)",
+    ),
+    "ue_average": _Entry(
+        _SCORE, "higher", "higher", "unlearning efficacy, the UE average of WAGLE's tables"
+    ),
     "ut_average": _Entry(_SCORE, "higher", "higher", "utility, the UT average of WAGLE's tables"),
-}  # fmt: skip
+}
 
 
 def lookup(short: str, forget: bool) -> Info:

@@ -41,12 +41,20 @@ def scores(table: Table, attack: str, reference: Optional[Table] = None) -> Tens
         return found.nll() - SetMeasures(reference).nll()
     if attack == "gradnorm":
         return found.numbers("gradient_norm", "gradient norms (--model.gradient_norm true)")
-    logprobs = [torch.tensor(row) for row in found.column("logprobs", "log-probabilities of tokens")]
+    logprobs = [
+        torch.tensor(row) for row in found.column("logprobs", "log-probabilities of tokens")
+    ]
     if attack == "min_k":
         return torch.tensor([F.min_k(row, K) for row in logprobs], dtype=torch.float64)
-    columns = [found.column(f"vocabulary_{name}", "statistics of the vocabulary") for name in ("mean", "std")]
+    columns = [
+        found.column(f"vocabulary_{name}", "statistics of the vocabulary")
+        for name in ("mean", "std")
+    ]
     rows = [[torch.tensor(row) for row in column] for column in columns]
-    return torch.tensor([F.min_k_plus_plus(*row, K) for row in zip(logprobs, *rows, strict=True)], dtype=torch.float64)
+    return torch.tensor(
+        [F.min_k_plus_plus(*row, K) for row in zip(logprobs, *rows, strict=True)],
+        dtype=torch.float64,
+    )
 
 
 def auc(seen: Observations, members: str, nonmembers: str, attack: str) -> float:
@@ -58,7 +66,9 @@ def auc(seen: Observations, members: str, nonmembers: str, attack: str) -> float
     sides = []
     for name in (members, nonmembers):
         table = seen.table(name)
-        reference = seen.reference.beside(name, table) if attack == "reference" and seen.reference else None
+        reference = (
+            seen.reference.beside(name, table) if attack == "reference" and seen.reference else None
+        )
         sides.append(scores(table, attack, reference))
     return F.membership_auc(*sides)
 
@@ -85,7 +95,8 @@ def _retrained_auc(retrained: Optional[Results], members: str, nonmembers: str) 
 def measures(seen: Observations, members: str, nonmembers: str) -> dict[str, Value]:
     """All attacks between two test sets, ``<members>/mia_<attack>``, and privacy leakage, ``<members>/privleak``."""
     found: dict[str, Value] = {
-        f"{members}/mia_{attack}": attempt(auc, seen, members, nonmembers, attack) for attack in ATTACKS
+        f"{members}/mia_{attack}": attempt(auc, seen, members, nonmembers, attack)
+        for attack in ATTACKS
     }
     found[f"{members}/privleak"] = attempt(privacy_leakage, seen, members, nonmembers)
     return found

@@ -35,17 +35,29 @@ class TOFUSuite(Suite):
 
     sets = ("forget", *tofu.UTILITY_SETS)
     infos: ClassVar[Mapping[str, Info]] = {
-        "tofu/forget_quality": Info("p-value", "higher",
-                                    "KS test of the forget rows' truth ratios against the retrained model's, whatever "
-                                    "rows the two results hold: no questions are compared (TOFU's script)"),
-        "wagle/forget_quality": Info("p-value", "higher",
-                                     "KS test of forget against retain rows' truth ratios, this model (WAGLE's code)"),
-        "wagle/mia": Info("AUC, 0 to 1", "higher",
-                          "Min-20% of question and answer: forget rows taken for unseen, retain rows not (WAGLE)"),
-        "wagle/forget_accuracy": Info("share, 0 to 1", "lower", "right answer the nearest option, forget rows (WAGLE)"),
-        "wagle/retain_accuracy": Info("share, 0 to 1", "higher",
-                                      "right answer the nearest option, retain rows (WAGLE)"),
-    }  # fmt: skip
+        "tofu/forget_quality": Info(
+            "p-value",
+            "higher",
+            "KS test of the forget rows' truth ratios against the retrained model's, whatever "
+            "rows the two results hold: no questions are compared (TOFU's script)",
+        ),
+        "wagle/forget_quality": Info(
+            "p-value",
+            "higher",
+            "KS test of forget against retain rows' truth ratios, this model (WAGLE's code)",
+        ),
+        "wagle/mia": Info(
+            "AUC, 0 to 1",
+            "higher",
+            "Min-20% of question and answer: forget rows taken for unseen, retain rows not (WAGLE)",
+        ),
+        "wagle/forget_accuracy": Info(
+            "share, 0 to 1", "lower", "right answer the nearest option, forget rows (WAGLE)"
+        ),
+        "wagle/retain_accuracy": Info(
+            "share, 0 to 1", "higher", "right answer the nearest option, retain rows (WAGLE)"
+        ),
+    }
 
     def needs_of(self, name: str, names: Collection[str]) -> frozenset[str]:
         """Whole texts of forget and retain rows for WAGLE's attack, statistics of the vocabulary for the others."""
@@ -68,7 +80,9 @@ class TOFUSuite(Suite):
         if "forget" in seen.tables:
             found["forget_quality"] = attempt(_forget_quality, seen)
             if seen.tofu_retrained is not None:
-                found["tofu/forget_quality"] = attempt(_tofu_forget_quality, seen, seen.tofu_retrained)
+                found["tofu/forget_quality"] = attempt(
+                    _tofu_forget_quality, seen, seen.tofu_retrained
+                )
             if "holdout" in seen.tables:
                 found |= membership.measures(seen, "forget", "holdout")
             found |= self._wagle(seen, found)
@@ -79,10 +93,17 @@ class TOFUSuite(Suite):
             found = of_set(self, seen, name, (*tofu.MEASURES, "contains_answer"))
             options = SetMeasures(seen.table(name)).option_probability
             return {**found, f"{name}/probability": attempt(options)}
-        if not any(record.get("nll") is not None and record["question"] for record in seen.tables[name]):
+        if not any(
+            record.get("nll") is not None and record["question"] for record in seen.tables[name]
+        ):
             return of_set(self, seen, name)  # a corpus, or multiple choice
         accuracy = ("accuracy", "nearest_answer") if _embedded(seen, name) else ("accuracy",)
-        return of_set(self, seen, name, (*tofu.MEASURES, "truth_probability", *MEMORISATION, *accuracy, "degenerate"))
+        return of_set(
+            self,
+            seen,
+            name,
+            (*tofu.MEASURES, "truth_probability", *MEMORISATION, *accuracy, "degenerate"),
+        )
 
     def _wagle(self, seen: Observations, found: dict[str, Value]) -> dict[str, Value]:
         """The parts of WAGLE's averages that are not measured already, and the averages."""
@@ -96,7 +117,9 @@ class TOFUSuite(Suite):
 
         def efficacy() -> float:
             forgotten = defined(known, "wagle/forget_quality", "wagle/mia")
-            return F.unlearning_efficacy(forgotten, defined(known, "wagle/forget_accuracy", "forget/rougeL_recall"))
+            return F.unlearning_efficacy(
+                forgotten, defined(known, "wagle/forget_accuracy", "forget/rougeL_recall")
+            )
 
         def utility() -> float:
             names = ["wagle/retain_accuracy", "retain/rougeL_recall"]
@@ -119,7 +142,9 @@ def _tofu_forget_quality(seen: Observations, retrained: Results) -> float:
 
 
 def _same_distribution(seen: Observations, *sides: Table) -> float:
-    return F.ks_test(*(SetMeasures(table, form=seen.truth_ratio_form).ratios() for table in sides))[1]
+    return F.ks_test(*(SetMeasures(table, form=seen.truth_ratio_form).ratios() for table in sides))[
+        1
+    ]
 
 
 def _embedded(seen: Observations, name: str) -> bool:
@@ -130,7 +155,12 @@ def _as_wagle_asks(seen: Observations, name: str) -> list[dict[str, Any]]:
     """A set's records with the answers to the paraphrased questions, where those were asked."""
     prefix = "paraphrased_question_"
     return [
-        record | {key.removeprefix(prefix): value for key, value in record.items() if key.startswith(prefix)}
+        record
+        | {
+            key.removeprefix(prefix): value
+            for key, value in record.items()
+            if key.startswith(prefix)
+        }
         for record in seen.table(name)
     ]
 
@@ -143,8 +173,12 @@ def _wagle_forget_quality(seen: Observations) -> float:
 def _wagle_mia(seen: Observations) -> float:
     sides = []
     for name in ("retain", "forget"):
-        rows = SetMeasures(seen.table(name)).column("text_logprobs", "log-probabilities of question and answer")
-        sides.append(torch.tensor([F.min_k(torch.tensor(row), WAGLE_K) for row in rows], dtype=torch.float64))
+        rows = SetMeasures(seen.table(name)).column(
+            "text_logprobs", "log-probabilities of question and answer"
+        )
+        sides.append(
+            torch.tensor([F.min_k(torch.tensor(row), WAGLE_K) for row in rows], dtype=torch.float64)
+        )
     return F.membership_auc(*sides)
 
 

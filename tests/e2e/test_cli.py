@@ -1,0 +1,618 @@
+"""The commands as a user types them: the whole pipeline, layered configurations, and one clear line for a mistake."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import write_rows
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import wagle_pl
+from wagle_pl import WeightMask
+from wagle_pl.cli import app as cli
+from wagle_pl.cli.commands import COMMANDS, SUMMARIES
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.files import atomic_path, refuse_existing, replaceable
+from wagle_pl.data.rows import load_rows
+from wagle_pl.objectives import references as reference
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+UNLEARN = (
+    "fit",
+    "--model",
+    "UnlearnModule",
+    "--trainer.max_epochs",
+    "2",
+    "--trainer.enable_checkpointing",
+    "false",
+)
+ATTRIBUTE = ("fit", "--model", "AttributionModule", "--trainer.max_epochs", "1")
+ATTRIBUTE += ("--trainer.enable_checkpointing", "false")
+FINETUNE = (
+    "fit",
+    "--model",
+    "FinetuneModule",
+    "--trainer.max_epochs",
+    "2",
+    "--trainer.enable_checkpointing",
+    "false",
+)
+
+
+# -- the main job -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["NPO", "GradDiff", "PO"])
+def test_finetune_attribute_unlearn_test(wagle, tiny_model, rows, tmp_path, objective):
+    adamw = ("--optimizer", "MaskedAdamW", "--optimizer.weight_decay", "0.1", "--optimizer.lr")
+    wagle(*FINETUNE, "--model.model", tiny_model, "--model.output", "target", *adamw, "3e-3")
+    wagle(*ATTRIBUTE, "--model.model", "target", "--model.output", "mask", "--model.density", "0.3")
+    mask = WeightMask.load("mask")
+    total = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained("target").parameters())
+    assert mask.total == total and mask.count() == int(0.3 * total)
+    wagle(
+        *UNLEARN,
+        "--model.model",
+        "target",
+        "--model.output",
+        "unlearned",
+        "--model.mask",
+        "mask.safetensors",
+        "--model.objective",
+        objective,
+        *adamw,
+        "1e-3",
+    )
+    before = dict(AutoModelForCausalLM.from_pretrained("target").named_parameters())
+    after = dict(AutoModelForCausalLM.from_pretrained("unlearned").named_parameters())
+    for name in before:
+        frozen = ~mask[name]
+        same = before[name].detach().view(torch.int32) == after[name].detach().view(torch.int32)
+        assert same[frozen].all(), name
+    assert any((before[name] != after[name]).any() for name in before)
+    assert AutoTokenizer.from_pretrained("unlearned").chat_template
+    card = (tmp_path / "unlearned/README.md").read_text()
+    assert (
+        "bit-identical" in card
+        and objective in card
+        and "`target`" in card
+        and "class_path:" in card
+    )
+    record = json.loads((tmp_path / "unlearned/wagle.json").read_text())
+    assert [step["module"] for step in record["lineage"]] == ["FinetuneModule", "UnlearnModule"]
+    sets = json.dumps({"forget": rows["forget_test"]})
+    test = (
+        "test",
+        "--model",
+        "EvaluationModule",
+        "--model.max_new_tokens",
+        "8",
+        "--data.test",
+        sets,
+    )
+    probabilities = [
+        wagle(*test, "--model.model", m, "--model.output", f"{m}/test").model.metrics[
+            "forget/probability"
+        ]
+        for m in ("target", "unlearned")
+    ]
+    assert (
+        probabilities[1] < probabilities[0] or objective == "PO"
+    )  # PO teaches refusals; two epochs leave the answer
+
+
+def test_dense_unlearning_moves_every_tensor(wagle, tiny_model):
+    wagle(
+        *UNLEARN,
+        "--model.model",
+        tiny_model,
+        "--model.output",
+        "out",
+        "--optimizer",
+        "AdamW",
+        "--optimizer.lr",
+        "1e-3",
+    )
+    before, after = load_file(f"{tiny_model}/model.safetensors"), load_file("out/model.safetensors")
+    assert all((before[name] != after[name]).any() for name in before)
+
+
+def test_training_on_the_retain_rows_only(wagle, tiny_model):
+    module = wagle(
+        *FINETUNE,
+        "--model.model",
+        tiny_model,
+        "--model.output",
+        "out",
+        "--model.train_on",
+        "retain",
+    ).model
+    assert module.streams == ("retain",)
+    assert module.global_step == 2 * 3  # 17 rows in batches of 8
+
+
+@pytest.mark.parametrize("split", [(8, 1), (2, 4), (4, 2), (3, 3)])
+def test_the_split_of_a_batch_does_not_matter(wagle, tiny_model, split):
+    def weights(batch_size, accumulate, name):
+        wagle(
+            *UNLEARN[:3],
+            "--trainer.max_epochs",
+            "4",
+            "--trainer.enable_checkpointing",
+            "false",
+            "--model.model",
+            tiny_model,
+            "--model.output",
+            name,
+            "--data.batch_size",
+            batch_size,
+            "--optimizer",
+            "SGD",
+            "--optimizer.lr",
+            "0.02",
+            "--trainer.accumulate_grad_batches",
+            accumulate,
+            "--model.objective",
+            "NPO",
+        )
+        return load_file(f"{name}/model.safetensors")
+
+    whole, parts = weights(split[0] * split[1], 1, "whole"), weights(*split, "parts")
+    for name in whole:
+        assert torch.linalg.vector_norm(
+            whole[name] - parts[name]
+        ) <= 1e-5 * torch.linalg.vector_norm(whole[name]), name
+
+
+def test_reference_logprobs_are_computed_once(wagle, tiny_model, tmp_path, monkeypatch):
+    args = (*UNLEARN, "--model.model", tiny_model, "--model.objective", "NPO")
+    wagle(*args, "--model.output", "a")
+    assert len(list((tmp_path / ".references").iterdir())) == 1
+    monkeypatch.setattr(
+        reference, "compute_reference", lambda *_: pytest.fail("computed a second time")
+    )
+    wagle(*args, "--model.output", "b")
+    assert load_file("a/model.safetensors")["model.norm.weight"].equal(
+        load_file("b/model.safetensors")["model.norm.weight"]
+    )
+
+
+# -- configurations ---------------------------------------------------------------------------------------------------
+
+
+def test_layers_override_from_base_to_top(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.yaml").write_text("x: 1\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    (tmp_path / "sub/c.yaml").write_text("base: [../b.yaml, ../a.yaml]\n")
+    files = cli.expand_bases(["fit", f"--config={tmp_path}/sub/c.yaml", "--x", "2"])
+    names = [Path(part).name for part in files if part.endswith(".yaml")]
+    assert names == ["a.yaml", "b.yaml", "c.yaml"] and files[-2:] == ["--x", "2"]
+
+
+def test_what_two_layers_build_on_undoes_neither(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bases = {"a": "[]", "b1": "a.yaml", "b2": "a.yaml", "c": "[b1.yaml, b2.yaml]"}
+    for name, base in bases.items():
+        Path(f"{name}.yaml").write_text(f"base: {base}")
+
+    def read(*files):
+        """What is read, in order, for ``--config`` of each file."""
+        args = [part for file in files for part in ("--config", f"{file}.yaml")]
+        return [part.removesuffix(".yaml") for part in cli.expand_bases(args) if part != "--config"]
+
+    assert read("c") == ["a", "b1", "b2", "c"]
+    assert read("b1", "b2") == ["a", "b1", "b2"]
+    assert read("b1", "a") == ["a", "b1", "a"]  # as asked for
+
+
+@pytest.mark.parametrize(
+    "file", sorted(CONFIGS.glob("*/[!_]*.yaml"), key=str), ids=lambda f: f"{f.parent.name}/{f.name}"
+)
+def test_every_configuration_parses(file, capsys):
+    layers = cli.layers(file)
+    content = {
+        key: value
+        for layer in layers
+        for key, value in (yaml.safe_load(layer.read_text()) or {}).items()
+    }
+    if file.parent.name in ("strategy",) or "model" not in content:
+        pytest.skip("a layer of other configurations")
+    command = "test" if file.stem.startswith("test") else "fit"
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([command, "--config", str(file), "--print_config"])
+    assert exit_.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["class_path"].startswith("wagle_pl.")
+
+
+def test_a_printed_configuration_runs_from_anywhere(tmp_path, capsys):
+    """What ``base`` named is in it, and is not looked for again."""
+    printed = []
+    for file in (CONFIGS / "people/unlearn_npo.yaml", tmp_path / "printed.yaml"):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["fit", "--config", str(file), "--print_config"])
+        assert exit_.value.code == 0
+        printed.append(capsys.readouterr().out)
+        (tmp_path / "printed.yaml").write_text(printed[-1])
+    assert printed[0] == printed[1] and "base:" not in printed[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["UnlearnModule", "AttributionModule", "FinetuneModule", "EvaluationModule"]
+)
+def test_help_documents_every_option(capsys, name):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["fit", f"--model.help={name}"])
+    assert exit_.value.code == 0
+    _, *options = capsys.readouterr().out.split("\n  --model.")
+    assert len(options) >= 7
+    for option in options:
+        text = " ".join(option.split())
+        assert not re.match(r"\S+( \S+)? \((required|type)", text), text
+
+
+@pytest.mark.parametrize("args", [["--help"], ["-h"], ["--version"], [], ["bogus"], ["studdy"]])
+def test_what_there_is_is_told_without_libraries(args):
+    """Every command with a line on what it does; a mistake is named last, with exit code 2."""
+    code = "import sys; sys.modules.update(dict.fromkeys(['torch', 'lightning', 'jsonargparse'])); "
+    code += f"from wagle_pl.cli.app import main; main({args})"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=600
+    )
+    if args == ["--version"]:
+        assert ended.stdout == f"wagle {wagle_pl.__version__}\n" and ended.returncode == 0
+        return
+    help_ = bool(args) and args[0].startswith("-")
+    assert ended.returncode == (0 if help_ else 2)
+    told = {
+        line.split()[0]: line
+        for line in (ended.stdout or ended.stderr).splitlines()
+        if line.startswith("  ")
+    }
+    assert set(told) == {"fit", "test", "validate", "predict", *COMMANDS}
+    assert all(len(line.split()) > 4 for line in told.values())
+    said = {
+        "": "no command is given; choose one of fit, test",
+        "bogus": "there is no command 'bogus'; choose one of fit",
+        "studdy": "there is no command 'studdy': did you mean study?",
+    }
+    last = (ended.stderr or "\n").splitlines()[-1]
+    assert help_ or last.startswith(f"wagle: error: {said[''.join(args)]}")
+
+
+def test_the_commands_of_lightning_are_told_of():
+    from lightning.pytorch.cli import LightningCLI
+
+    assert set(SUMMARIES) == {*COMMANDS, *LightningCLI.subcommands()}
+
+
+def test_importing_the_package_needs_no_deepspeed():
+    code = "import sys; sys.modules['deepspeed'] = None; import wagle_pl.cli.lightning, wagle_pl.lm.models"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=600)
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            (*ATTRIBUTE, "--model.density", "1.5"),
+            "density is the share of weights selected and must be in (0, 1]",
+        ),
+        ((*ATTRIBUTE, "--model.density", "0"), "must be in (0, 1], got 0"),
+        ((*ATTRIBUTE, "--model.gamma", "-1"), "gamma must be above 0"),
+        ((*ATTRIBUTE, "--model.score", "wagel"), "unknown score 'wagel'; choose one of"),
+        ((*UNLEARN, "--model.objective", "NPOX"), "unknown objective 'NPOX'; choose one of"),
+        (
+            (*UNLEARN, "--model.objective", "json.JSONDecoder"),
+            "unknown objective 'json.JSONDecoder'",
+        ),
+        (
+            (*UNLEARN, "--model.mask", "nowhere.safetensors"),
+            "mask file nowhere.safetensors does not exist",
+        ),
+        (("fit", "--model", "UnlearnModul"), "unknown class 'UnlearnModul' for model"),
+        ((*UNLEARN, "--model.blub", "1"), "blub"),
+        ((*UNLEARN, "--data.forget", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
+        ((*UNLEARN, "--data.batch_size", "0"), "data.batch_size"),
+        ((*UNLEARN, "--data.retain", "null"), "this run needs retain rows: give --data.retain"),
+        ((*FINETUNE, "--trainer.max_epochs", "0.5"), "max_epochs"),
+        ((*FINETUNE, "--trainer.max_epochs", "-1"), "the run's steps are not known beforehand"),
+        (
+            ("validate", "--model", "EvaluationModule"),
+            "validate measures the test sets that data.val names",
+        ),
+        (
+            (*UNLEARN, "--data.val", "[forget, kept]"),
+            "data.val: there is no test set 'kept'; choose of forget, retain",
+        ),
+        (
+            (*UNLEARN, "--trainer.overfit_batches", "2"),
+            "give --data.limit_forget and --data.limit_retain",
+        ),
+        (
+            (*UNLEARN, "--trainer.limit_train_batches", "1.5"),
+            "trainer: You have passed invalid value 1.5 for limit_train",
+        ),
+        (
+            (*ATTRIBUTE, "--trainer.strategy", "zero9"),
+            "trainer: You selected an invalid strategy name: `strategy='zero9'`",
+        ),
+        (("fit", "--config", "nowhere.yaml"), "config file nowhere.yaml does not exist"),
+        (
+            (
+                *FINETUNE,
+                "--trainer.callbacks",
+                "EarlyStopping",
+                "--trainer.callbacks.monitor",
+                "val/forgot",
+            ),
+            "Early stopping conditioned on metric `val/forgot` which is not available",
+        ),
+    ],
+)
+def test_one_line_and_exit_code_2(fails, tiny_model, tmp_path, args, message):
+    model = (
+        ()
+        if "UnlearnModul" in args or "--config" in args
+        else ("--model.model", tiny_model, "--model.output", "out")
+    )
+    assert message in fails(*args, *model)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_logger_whose_library_is_not_there(fails, tiny_model, monkeypatch):
+    for name in ("_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"):
+        monkeypatch.setattr(f"lightning.fabric.loggers.tensorboard.{name}", False)
+    model = ("--model.model", tiny_model, "--model.output", "out")
+    message = fails(
+        *FINETUNE,
+        *model,
+        "--trainer.logger",
+        "TensorBoardLogger",
+        "--trainer.logger.save_dir",
+        "logs",
+    )
+    assert "Neither `tensorboard` nor `tensorboardX` is available" in message
+
+
+def test_a_model_that_is_neither_a_folder_nor_on_the_hub(fails):
+    message = fails(*FINETUNE, "--model.model", "models/nowhere", "--model.output", "out")
+    assert (
+        "model 'models/nowhere' cannot be loaded: there is no such folder here, and asked of the hub: "
+        in message
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"base: 5", "base must name a file, or a list of files, that it builds on; got 5"),
+        (b"base: [5]", "base must name a file, or a list of files, that it builds on; got [5]"),
+        (b"base: {a: b.yaml}", "base must name a file"),
+        ("model: Zoë".encode("latin-1"), "c.yaml is not in UTF-8 (byte 9)"),
+    ],
+)
+def test_a_config_that_is_none(fails, tmp_path, content, message):
+    (tmp_path / "c.yaml").write_bytes(content)
+    assert message in fails("fit", "--config", tmp_path / "c.yaml", data=False)
+
+
+def test_paths_that_cannot_be(wagle, fails, tiny_model, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    args = (*FINETUNE, "--model.model", tiny_model, "--model.output")
+    assert "output file/x cannot be written: file is a file" in fails(*args, "file/x")
+    assert "checkpoint no.ckpt does not exist" in fails(*args, "out", "--ckpt_path", "no.ckpt")
+    assert "checkpoint file is damaged, or no checkpoint" in fails(
+        *args, "out", "--ckpt_path", "file"
+    )
+    test = ("test", "--model", "EvaluationModule", "--model.model", tiny_model, "--model.output")
+    line = fails(*test, "file/x", "--model.max_new_tokens", "2")
+    assert "file/x" in line and "not a directory; look at the paths that were given" in line
+    assert (tmp_path / "file").read_text() == "x" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("no file by that name"),
+        FileNotFoundError(2, "No such file or directory", f"{sys.prefix}/lib/gone.json"),
+        BrokenPipeError(32, "Broken pipe", "pipe"),
+    ],
+)
+def test_an_error_of_the_suites_own_keeps_its_traceback(monkeypatch, error):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(cli, "run", fail)
+    with pytest.raises(OSError):
+        cli.main(["fit"])
+    monkeypatch.setattr(cli, "run", lambda _: subprocess.run(["no program of that name"]))
+    with pytest.raises(FileNotFoundError):
+        cli.main(["fit"])
+
+
+@pytest.mark.parametrize(
+    "words", ["Connection closed by peer [127.0.0.1]:4", "writev [127.0.0.1]:4: Broken pipe"]
+)
+def test_another_rank_that_is_gone_is_told_in_a_line(monkeypatch, capsys, words):
+    def fail(_):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(cli, "run", fail)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["fit"])
+    assert exit_.value.code == 1 and "another rank of this run has ended" in capsys.readouterr().err
+
+
+def test_bad_rows_name_file_and_row(fails, tiny_model, tmp_path):
+    args = (*UNLEARN, "--model.model", tiny_model, "--model.output", "out", "--data.forget")
+    empty = write_rows(tmp_path / "empty.jsonl", [])
+    assert "empty.jsonl has no rows" in fails(*args, empty)
+    blank = write_rows(tmp_path / "blank.jsonl", [{"question": "Who?", "answer": ""}])
+    assert "blank.jsonl) row 1: 'answer' is empty" in fails(*args, blank)
+    (tmp_path / "broken.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question"\n')
+    assert "broken.jsonl line 2: malformed JSON" in fails(*args, tmp_path / "broken.jsonl")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"input_ids": [5, 6], "labels": [5, -100]}, {"input_ids": [5], "labels": [5]}],
+    ids=["first", "one"],
+)
+@pytest.mark.parametrize("module", [FINETUNE, ATTRIBUTE])
+def test_a_row_whose_only_label_is_its_first_token(fails, tiny_model, tmp_path, row, module):
+    """Nothing comes before the first token: the mean over no token would be NaN, and stop the run in its middle."""
+    bad = write_rows(tmp_path / "bad.jsonl", [{"input_ids": [5, 6], "labels": [-100, 6]}, row])
+    line = fails(
+        *module, "--model.model", tiny_model, "--model.output", "out", "--data.forget", bad
+    )
+    assert " row 2: its only label is its first token" in line
+
+
+def test_overlap_error(fails, tiny_model, rows, tmp_path):
+    both = write_rows(
+        tmp_path / "both.jsonl", load_rows(rows["retain"]) + load_rows(rows["forget"])[:2]
+    )
+    args = (*UNLEARN, "--model.model", tiny_model, "--model.output", "out", "--data.retain", both)
+    assert "2 of 19 retain rows are also forget rows" in fails(*args, "--data.overlap", "error")
+
+
+def test_an_existing_output_is_kept(wagle, fails, tiny_model, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/precious").write_text("x")
+    args = (*FINETUNE, "--model.model", tiny_model, "--model.output", "out")
+    assert "output out exists already" in fails(*args)
+    assert (tmp_path / "out/precious").read_text() == "x"
+    assert "output out is a folder of other things" in fails(*args, "--model.overwrite", "true")
+    assert (tmp_path / "out/precious").read_text() == "x"
+    (tmp_path / "out/precious").unlink()
+    wagle(*args, "--model.overwrite", "true")
+    (tmp_path / "out/of the old model").write_text("x")
+    wagle(*args, "--model.overwrite", "true")
+    assert (tmp_path / "out/model.safetensors").exists() and not (
+        tmp_path / "out/of the old model"
+    ).exists()
+
+
+def test_what_may_be_replaced(tmp_path):
+    files = {
+        "empty": {},
+        "model": {"config.json": "{}", "model.safetensors": ""},
+        "adapter": {"adapter_config.json": "{}", "adapter_model.safetensors": ""},
+        "record": {"wagle.json": "{}"},
+        "scores": {"index.json": '{"format": "wagle_pl.scores"}'},
+        "site": {"index.json": '{"pages": []}', "config.json": "{}"},
+        "list": {"index.json": "[1]"},
+        "damaged": {"index.json": "{"},
+        "runs": {"target/wagle.json": "{}"},
+        "masks": {"wagle.safetensors": ""},
+    }
+    for name, content in files.items():
+        (tmp_path / name).mkdir()
+        for file, text in content.items():
+            (tmp_path / name / file).parent.mkdir(exist_ok=True)
+            (tmp_path / name / file).write_text(text)
+    found = {name for name in files if replaceable(tmp_path / name)}
+    assert found == {"empty", "model", "adapter", "record", "scores"}
+    refuse_existing(tmp_path / "masks", True, kind="files")  # others stay as they are
+    with pytest.raises(WagleError, match=r"is a file, and a folder is to be written"):
+        refuse_existing(tmp_path / "runs/target/wagle.json", True, kind="folder")
+    with (
+        pytest.raises(WagleError, match=r"runs is a folder: name a file in it"),
+        atomic_path(tmp_path / "runs") as new,
+    ):
+        new.write_text("x")
+    assert (tmp_path / "runs/target/wagle.json").exists() and not list(tmp_path.glob(".runs*"))
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "files"])
+def test_a_device_is_never_replaced(tmp_path, kind):
+    """A pipe stands for what the kernel makes: there are no devices to lose here."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(WagleError, match="pipe is neither a file nor a folder"):
+        refuse_existing(tmp_path / "pipe", True, kind=kind)
+    with (
+        pytest.raises(WagleError, match="pipe is neither a file nor a folder"),
+        atomic_path(tmp_path / "pipe") as new,
+    ):
+        new.write_text("x")
+    assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_mask_of_another_model_is_refused(wagle, fails, tiny_model):
+    wagle(*ATTRIBUTE, "--model.model", tiny_model, "--model.output", "mask")
+    wagle(*FINETUNE, "--model.model", tiny_model, "--model.output", "other")
+    args = (
+        *UNLEARN,
+        "--model.model",
+        "other",
+        "--model.output",
+        "out",
+        "--model.mask",
+        "mask.safetensors",
+    )
+    assert "mask mask.safetensors was made for the model with fingerprint" in fails(*args)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(fails, wagle, tiny_model, tmp_path, monkeypatch):
+    from wagle_pl.unlearning import FinetuneModule
+
+    losses = FinetuneModule.losses
+
+    def diverge(self, at):
+        found = losses(self, at)
+        return {k: v * float("nan") for k, v in found.items()} if self.global_step == 4 else found
+
+    monkeypatch.setattr(FinetuneModule, "losses", diverge)
+    message = fails(
+        *FINETUNE[:3],
+        "--trainer.max_epochs",
+        "3",
+        "--model.model",
+        tiny_model,
+        "--model.output",
+        "out",
+        "--trainer.callbacks",
+        "ModelCheckpoint",
+        "--trainer.callbacks.dirpath",
+        "ckpt",
+        "--trainer.callbacks.every_n_train_steps",
+        "2",
+        "--trainer.callbacks.save_last",
+        "true",
+    )
+    assert "loss is not finite at step 4 (batch 0, rows" in message
+    assert torch.load(tmp_path / "ckpt/last.ckpt", weights_only=True)["global_step"] == 4
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_without_a_pad_token_is_handled(wagle, tiny_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokenizer.pad_token = None
+    model.save_pretrained(tmp_path / "padless")
+    tokenizer.save_pretrained(tmp_path / "padless")
+    wagle(*UNLEARN, "--model.model", "padless", "--model.output", "out")
+    wagle(
+        "test",
+        "--model",
+        "EvaluationModule",
+        "--model.model",
+        "out",
+        "--model.output",
+        "t",
+        "--model.max_new_tokens",
+        "4",
+    )

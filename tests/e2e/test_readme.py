@@ -1,0 +1,121 @@
+"""The README's example of each extension point, as it stands there, run by class path."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from wagle_pl import WeightMask
+from wagle_pl.cli import app as cli
+from wagle_pl.evaluation.tables import load_table
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL).group(1)
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(__import__("sys").modules, "mine", raising=False)
+
+
+def test_examples_run(mine, wagle, tiny_model, tmp_path):
+    fit = (
+        "fit",
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.enable_checkpointing",
+        "false",
+        "--trainer.max_steps",
+        "3",
+    )
+    fit += ("--trainer.logger", "false", "--data", "mine.Numbers", "--data.batch_size", "4")
+    model = ("--model.model", tiny_model)
+    options = ("--model.score", "mine.Product", "--model.density", "0.25", "--model.output", "mask")
+    module = wagle(*fit, "--model", "AttributionModule", *model, *options, data=False).model
+    assert type(module.specs[0].score).__name__ == "Product"
+    assert WeightMask.load("mask").density == pytest.approx(0.25, abs=1e-4)
+    options = (
+        "--model.objective",
+        "mine.Flat",
+        "--model.mask",
+        "mask.safetensors",
+        "--model.output",
+        "out",
+    )
+    module = wagle(*fit, "--model", "UnlearnModule", *model, *options, data=False).model
+    assert type(module.objective).__name__ == "Flat" and module.global_step == 3
+    assert (tmp_path / "out/model.safetensors").exists()
+    test = (
+        "test",
+        *fit[1:3],
+        "--trainer.logger",
+        "false",
+        "--data",
+        "mine.Numbers",
+        "--data.limit_test",
+        "3",
+    )
+    options = (
+        "--model.suite",
+        "mine.Short",
+        "--model.max_new_tokens",
+        "24",
+        "--model.output",
+        "test",
+    )
+    module = wagle(*test, "--model", "EvaluationModule", *model, *options, data=False).model
+    said = [record["generation"].split() for record in load_table(tmp_path / "test/forget.parquet")]
+    assert len(said) == 3 and any(said)
+    assert module.metrics["forget/words"] == sum(map(len, said)) / 3
+
+
+def test_use_from_python_runs(tiny_model, tmp_path, monkeypatch):
+    """As printed, but on the tiny model, for two steps, and without the test, which the last line is."""
+    monkeypatch.chdir(tmp_path)
+    *_, code = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    steps = "max_steps=2, accelerator='cpu', devices=1, logger=False, enable_checkpointing=False"
+    short = {"runs/people/target": tiny_model, "max_epochs=2": steps}
+    for printed, here in short.items():
+        assert printed in code
+        code = code.replace(printed, here)
+    exec(code[: code.index("trainer.test(")], {})
+    assert (tmp_path / "runs/mine/model.safetensors").is_file()
+
+
+def test_every_command_of_the_readme_exists():
+    from importlib import import_module
+
+    from wagle_pl.cli.app import COMMANDS
+
+    text = README.read_text()
+    for command, verbs in re.findall(r"`wagle (\w+) ([\w|]+)`", text):
+        assert set(verbs.split("|")) == set(import_module(COMMANDS[command]).COMMANDS)
+    for config in re.findall(r"--config (\S+)", text):
+        assert (README.parent / config).is_file()
+
+
+def _commands() -> list[list[str]]:
+    """The README's commands that take configurations, as lists of arguments."""
+    blocks = "".join(re.findall(r"```\n(.*?)```", README.read_text(), re.DOTALL)).replace(
+        "\\\n", " "
+    )
+    lines = [
+        shlex.split(line, comments=True)
+        for line in blocks.splitlines()
+        if line.startswith("wagle ")
+    ]
+    return [line[1:] for line in lines if line[1] in ("fit", "test", "study")]
+
+
+def test_every_option_of_the_readme_exists(monkeypatch, capsys):
+    monkeypatch.chdir(README.parent)
+    commands = _commands()
+    assert len(commands) > 10
+    for command in commands:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*command, "--print_config"])
+        assert not ended.value.code, (command, capsys.readouterr().err)

@@ -1,0 +1,257 @@
+"""What attacks are made of: quantisation, fine-tuning, linear classifiers and wordings, against others' code."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import mannwhitneyu
+from torch.ao.quantization.observer import PerChannelMinMaxObserver
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+
+from wagle_pl.data.batches import collate
+from wagle_pl.data.people import bundled
+from wagle_pl.data.template import Template
+from wagle_pl.evaluation.robustness.linear import folds, ordered, ridge, right_told, told_apart
+from wagle_pl.evaluation.robustness.prompts import asked_of, reworded, word_vectors
+from wagle_pl.evaluation.robustness.subject import worst
+from wagle_pl.evaluation.robustness.weights import fake_quantise, finetune_, quantise_, restored
+from wagle_pl.evaluation.robustness.wording import LANGUAGES, paraphrases, translated
+from wagle_pl.lm.layers import linear_weights
+from wagle_pl.lm.models import load_model, load_tokenizer
+
+generator = torch.Generator().manual_seed(0)
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=generator)
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
+def test_quantisation_against_torch(bits, scheme):
+    weights = normal(7, 33) * torch.logspace(-3, 1, 7)[:, None] + 0.01
+    symmetric = scheme == "symmetric"
+    low, high = (-(2 ** (bits - 1)) + 1, 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+    observer = PerChannelMinMaxObserver(
+        ch_axis=0,
+        quant_min=low,
+        quant_max=high,
+        dtype=torch.qint8 if symmetric else torch.quint8,
+        qscheme=torch.per_channel_symmetric if symmetric else torch.per_channel_affine,
+        eps=1e-30,
+    )
+    observer(weights)
+    scale, zero = observer.calculate_qparams()
+    expected = torch.fake_quantize_per_channel_affine(weights, scale, zero.int(), 0, low, high)
+    found = fake_quantise(weights, bits, scheme)
+    # torch divides by the scale as a product with its inverse: a value half-way between levels may go either way
+    assert ((found - expected).abs() <= scale[:, None] * 1.001).all()
+    assert ((found - expected).abs() <= scale[:, None] * 1e-4).float().mean() > 0.99
+    assert max(len(row.unique()) for row in found) <= 2**bits
+    assert ((found - weights).abs() <= scale[:, None] * 0.5001).all()
+
+
+def test_quantisation_by_groups_is_that_of_each_group():
+    weights = normal(3, 20).bfloat16()
+    found = fake_quantise(weights, 4, group_size=8)
+    assert found.dtype == torch.bfloat16
+    for start in (0, 8, 16):  # the last is shorter
+        assert torch.equal(
+            found[:, start : start + 8], fake_quantise(weights[:, start : start + 8], 4)
+        )
+    assert torch.equal(fake_quantise(torch.zeros(2, 4), 4), torch.zeros(2, 4))
+
+
+def test_what_is_quantised(tiny_model):
+    lm = load_model(tiny_model)
+    before = {name: weights.clone() for name, weights in lm.state_dict().items()}
+    quantise_(lm, 4, "symmetric")
+    changed = {
+        name for name, weights in lm.state_dict().items() if not torch.equal(weights, before[name])
+    }
+    assert changed == {name for name in before if "proj" in name}
+    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=16))
+    conv = gpt.transformer.h[0].attn.c_attn.weight
+    expected = fake_quantise(conv.detach().T, 4).T  # (in, out): its channels are columns
+    assert len(linear_weights(gpt, head=False)) == 4
+    quantise_(gpt, 4, "asymmetric")
+    assert torch.equal(conv, expected)
+
+
+def test_experts_are_quantised():
+    """Each expert's matrices by themselves, (out, in), as a loop over them does."""
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    lm = MixtralForCausalLM(
+        MixtralConfig(vocab_size=40, num_key_value_heads=2, num_local_experts=3, **sizes)
+    )
+    experts = lm.model.layers[0].mlp.experts
+    before = {name: weight.detach().clone() for name, weight in experts.named_parameters()}
+    quantise_(lm, 3, "symmetric")
+    assert set(before) == {"gate_up_proj", "down_proj"}
+    for name, weights in before.items():
+        for expert in range(3):
+            matrix, scale = weights[expert], weights[expert].abs().amax(1, keepdim=True) / 3
+            torch.testing.assert_close(
+                getattr(experts, name)[expert], (matrix / scale).round() * scale
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_come_back_bit_for_bit(tiny_model, dtype):
+    lm = load_model(tiny_model, dtype=dtype)
+    first = next(lm.parameters()).requires_grad_(False)
+    before = {name: weights.clone() for name, weights in lm.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt), restored(lm.parameters()):
+        finetune_(lm, [batch_of(tiny_model)] * 2, 1e-3)
+        assert not torch.equal(first, before["model.embed_tokens.weight"])
+        raise KeyboardInterrupt
+    assert all(torch.equal(weights, before[name]) for name, weights in lm.state_dict().items())
+    assert not first.requires_grad and all(p.grad is None for p in lm.parameters())
+
+
+def batch_of(model: str, count: int = 4) -> dict[str, torch.Tensor]:
+    """Right-padded tokens of some forget rows."""
+    template = Template(load_tokenizer(model))
+    return collate([template.encode(row) for row in bundled("forget")[:count]], 0)
+
+
+def test_finetuning_against_a_plain_loop(tiny_model):
+    batch = batch_of(tiny_model)
+    lm, plain = load_model(tiny_model).eval(), load_model(tiny_model).eval()
+    losses = finetune_(lm, [batch] * 3, 1e-3)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0)
+    for expected in losses:
+        logits = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        each = []
+        for row, labels in zip(logits, batch["labels"], strict=True):
+            each.append(torch.nn.functional.cross_entropy(row[:-1], labels[1:], ignore_index=-100))
+        loss = torch.stack(each).mean()
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[2] < losses[0]
+    for ours, theirs in zip(lm.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=2e-5)
+
+
+def test_small_steps_are_not_lost_in_bfloat16(tiny_model):
+    batch = batch_of(tiny_model)
+    exact, half = load_model(tiny_model).eval(), load_model(tiny_model, dtype=torch.bfloat16).eval()
+    for lm in (exact, half):
+        finetune_(lm, [batch] * 30, 1e-4)
+    start = load_model(tiny_model)
+    for (name, p), q, r in zip(
+        exact.named_parameters(), half.parameters(), start.parameters(), strict=True
+    ):
+        if (
+            p.ndim == 2
+        ):  # as far, on average, as in fp32; added in bf16 each step would round to nothing
+            moved, expected = (q.float() - r).abs().mean(), (p - r).abs().mean()
+            assert 0.5 < moved / expected < 2, name
+
+
+# -- linear classifier ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(40, 6), (12, 30)])
+def test_ridge_against_the_normal_equations(shape):
+    features = normal(*shape).double().numpy()
+    targets = np.sign(normal(shape[0]).double().numpy())
+    centred = features - features.mean(0)
+    penalty = 0.3 * (centred**2).sum(1).mean()
+    primal = centred.T @ centred + penalty * np.eye(shape[1])
+    expected = np.linalg.solve(primal, centred.T @ (targets - targets.mean()))
+    weights, centre = ridge(torch.tensor(features), torch.tensor(targets).double(), 0.3)
+    np.testing.assert_allclose(weights, expected, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(centre, features.mean(0))
+
+
+def test_ordered_against_scipy():
+    a, b = normal(9).round(decimals=1), normal(13).round(decimals=1)
+    assert ordered(a, b) == pytest.approx(mannwhitneyu(a, b).statistic / (9 * 13))
+
+
+def test_what_a_linear_classifier_can_tell():
+    direction = normal(50)
+    ours, others = normal(60, 50) + direction, normal(40, 50) - direction
+    assert told_apart(ours, others, 1.0, 5, seed=0) == 1.0
+    noise = [told_apart(normal(60, 50), normal(40, 50), 1.0, 5, seed=s) for s in range(40)]
+    assert np.mean(noise) == pytest.approx(0.5, abs=0.05)
+    questions = 10 * normal(240, 1, 50)  # far apart: only differences tell
+    wrong = questions + 0.5 * normal(240, 4, 50)
+    right = questions[:, 0] + 0.5 * normal(240, 50) + direction
+    assert right_told(right, list(wrong), 1.0, 5, seed=0) > 0.95
+    unknown = questions[:, 0] + 0.5 * normal(240, 50)
+    assert right_told(unknown, list(wrong), 1.0, 5, seed=0) == pytest.approx(0.5, abs=0.12)
+    assert told_apart(torch.ones(5, 3), torch.ones(5, 3), 1.0, 5, seed=0) == 0.5  # nothing to see
+
+
+def test_folds_are_even_and_seeded():
+    part = folds(23, 5, seed=1)
+    assert sorted(torch.bincount(part).tolist()) == [4, 4, 5, 5, 5]
+    assert torch.equal(part, folds(23, 5, seed=1)) and not torch.equal(part, folds(23, 5, seed=2))
+
+
+# -- wordings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("question", [row["question"] for row in bundled("forget")[:12]])
+def test_rewordings_ask_the_same_of_the_same_people(question):
+    names = {word.strip("?,.'’s") for word in question.split()[1:] if word[0].isupper()}
+    texts = [*paraphrases(question), *(translated(question, language) for language in LANGUAGES)]
+    assert len(set(texts)) == len(texts) >= 6 and question not in texts
+    assert all(name in text for name in names for text in texts)
+
+
+def test_rewording_changes_the_question_alone():
+    row = {
+        "messages": [
+            {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": "Yes?"},
+            {"role": "user", "content": "Who?"},
+            {"role": "assistant", "content": "Ada."},
+        ]
+    }
+    assert asked_of(row) == "Who?"
+    changed = reworded(row, "Who then?")
+    assert [m["content"] for m in changed["messages"]] == ["Hello", "Yes?", "Who then?", "Ada."]
+    assert row["messages"][2]["content"] == "Who?"
+    assert (
+        asked_of({"text": "A text."}) is None
+        and asked_of({"prompt": "Go", "response": "on"}) is None
+    )
+    assert reworded({"question": "Who?", "answer": "Ada"}, "Which one?") == {
+        "question": "Which one?",
+        "answer": "Ada",
+    }
+
+
+def test_word_vectors_against_the_formula():
+    texts = ["the club meets", "the club sings the song", "a song"]
+    found = word_vectors(texts)
+    expected = {
+        "the": 2 * np.log(3 / 2),
+        "club": np.log(3 / 2),
+        "sings": np.log(3),
+        "song": np.log(3 / 2),
+    }
+    norm = np.sqrt(sum(value**2 for value in expected.values()))
+    assert found[1] == pytest.approx({word: value / norm for word, value in expected.items()})
+
+
+def test_the_worst_of_several_choices_is_the_surest():
+    records = [
+        {"row": 0, "nll": None, "label": 1, "choice_logprobs": values}
+        for values in ([0.0, 1.0], [-9.0, -7.0])
+    ]
+    assert worst(records)["choice_logprobs"] == [-9.0, -7.0]

@@ -1,0 +1,140 @@
+"""Files as they are written: whole or not at all, under names that nothing else has, and where they were asked for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import environment
+
+from wagle_pl.attribution.specs import MaskSpec, name_masks
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.files import atomic_path
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_writers_of_one_name_do_not_meet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Two containers whose processes have the same number, one path."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+
+    def write(path: Path, text: str) -> None:
+        if kind == "folder":
+            path.mkdir()
+        (path / "part" if kind == "folder" else path).write_text(text)
+
+    with atomic_path(tmp_path / "out") as first:
+        write(first, "first")
+        with atomic_path(tmp_path / "out") as second:
+            write(second, "second")
+            assert first != second and first.exists()
+    found = tmp_path / "out/part" if kind == "folder" else tmp_path / "out"
+    assert found.read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_that_waits_is_not_followed(tmp_path: Path) -> None:
+    """Whatever stands beside the output, no write goes through it: temporary names cannot be known beforehand."""
+    (tmp_path / f".out.{os.getpid()}.tmp").symlink_to(tmp_path / "elsewhere")
+    with atomic_path(tmp_path / "out") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "out").read_text() == "new" and not (tmp_path / "out").is_symlink()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_what_is_written_may_be_read_by_others(tmp_path: Path) -> None:
+    """The permissions are those of any new file."""
+    (tmp_path / "plain").write_text("")
+    with atomic_path(tmp_path / "out") as temporary:
+        temporary.write_text("")
+    with atomic_path(tmp_path / "folder") as temporary:
+        temporary.mkdir()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o777 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_nothing_is_left_beside(tmp_path: Path, error: bool) -> None:
+    (tmp_path / "out").mkdir()
+    try:
+        with atomic_path(tmp_path / "out") as temporary:
+            temporary.mkdir()
+            (temporary / "new").write_text("new")
+            if error:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out/new").exists() is not error
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "/x", "..", ".", "a\0b"])
+def test_a_mask_stays_in_its_folder(name: str) -> None:
+    spec = MaskSpec(name=name)
+    with pytest.raises(WagleError, match="masks: name must be a file name without a folder, got"):
+        name_masks([spec])
+
+
+def test_a_mask_that_would_leave_its_folder_is_refused_first(
+    fails: Any, tiny_model: str, tmp_path: Path
+) -> None:
+    masks = '[{"score": "magnitude", "name": "../x"}]'
+    line = fails(
+        "fit",
+        "--model",
+        "AttributionModule",
+        "--model.model",
+        tiny_model,
+        "--model.output",
+        "masks",
+        "--model.masks",
+        masks,
+    )
+    assert "'../x'" in line and not list(tmp_path.rglob("x*"))
+
+
+@pytest.mark.parametrize("how", ["module", "script"])
+def test_files_of_the_current_folder_shadow_no_library(tmp_path: Path, how: str) -> None:
+    """Files that happen to be called like a library are not imported in its place; the user's own modules are found."""
+    here, script = tmp_path / "here", tmp_path / "wagle"
+    here.mkdir()
+    script.write_text("from wagle_pl.cli.app import main\nmain()\n")  # as pip writes it
+    for name in ("yaml", "torch", "lightning", "datasets", "random", "jsonargparse"):
+        (here / f"{name}.py").write_text("raise SystemExit('shadowed')\n")
+    (here / "mine.py").write_text(
+        "from wagle_pl import Objective\n\nclass Mine(Objective):\n    'One of my own.'\n"
+    )
+    found = subprocess.run(
+        [
+            sys.executable,
+            *(["-m", "wagle_pl"] if how == "module" else [str(script)]),
+            "fit",
+            "--model",
+            "UnlearnModule",
+            "--model.objective",
+            "mine.Mine",
+            "--model.model",
+            "x",
+            "--data",
+            "ForgetRetainDataModule",
+            "--print_config",
+        ],
+        cwd=here,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "shadowed" not in found.stderr + found.stdout
+    assert found.returncode == 0 and "mine.Mine" in found.stdout, found.stderr

@@ -1,0 +1,411 @@
+"""``wagle mask``: every verb end to end, what it prints and what it refuses; the heat map."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from torch import Tensor
+
+from wagle_pl.attribution.stored import write_scores
+from wagle_pl.cli import app as cli
+from wagle_pl.core.errors import WagleError
+from wagle_pl.lm.models import fingerprint, load_model, parameter_shapes
+from wagle_pl.masks import WeightMask
+from wagle_pl.study.report.figures import axes_of, figure_paths, mask_heatmap, mask_text
+from wagle_pl.study.report.text import percent
+
+SHAPES = {
+    "model.embed_tokens.weight": (9, 4),
+    **{
+        f"model.layers.{i}.{name}.weight": shape
+        for i in range(3)
+        for name, shape in {
+            "self_attn.q_proj": (4, 4),
+            "mlp.up_proj": (6, 4),
+            "input_layernorm": (4,),
+        }.items()
+    },
+    "model.norm.weight": (4,),
+}
+
+
+def draw(
+    density: float, seed: int, shapes: dict[str, tuple[int, ...]] = SHAPES
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.rand(shape, generator=generator) < density for name, shape in shapes.items()
+    }
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, with the masks ``a`` and ``b``."""
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate("ab"):
+        made_by = {"score": "Wagle", "density": 0.5, "model": "m", "model_fingerprint": "f" * 64}
+        WeightMask.from_bools(draw(0.5, seed), made_by).save(name)
+    return tmp_path
+
+
+@pytest.fixture
+def mask(here: Path, capsys: pytest.CaptureFixture[str]):
+    """Run ``wagle mask <args>`` and return what it printed."""
+
+    def run(*args: Any) -> str:
+        capsys.readouterr()
+        cli.main(["mask", *map(str, args)])
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def refuses(here: Path, capsys: pytest.CaptureFixture[str]):
+    """Run ``wagle mask <args>`` that must end with exit code 2 and one line, which is returned."""
+
+    def run(*args: Any) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["mask", *map(str, args)])
+        assert exit_.value.code == 2
+        (line,) = [
+            line
+            for line in capsys.readouterr().err.splitlines()
+            if line.startswith("wagle: error: ")
+        ]
+        return line
+
+    return run
+
+
+def test_info(mask: Any) -> None:
+    text = mask("info", "a.safetensors")
+    found = WeightMask.load("a")
+    assert f"selected     {found.count():,}" in text and f"density      {found.density:.6f}" in text
+    assert "Wagle, density 0.5" in text and "ffffffffffff" in text
+    row = next(line for line in text.splitlines() if line.startswith("up_proj"))
+    assert row.split() == [
+        "up_proj",
+        "72",
+        str(sum(found.count(n) for n in found if "up_proj" in n)),
+        f"{found.stats()['module']['up_proj']:.6f}",
+    ]
+    assert "model.layers.1.mlp.up_proj.weight" not in text
+    assert "model.layers.1.mlp.up_proj.weight" in mask("info", "a", "--tensors")
+    tables = [line for line in text.splitlines() if line[:2] in ("0 ", "1 ", "2 ")]
+    assert len({len(line) for line in tables}) == 1  # aligned
+
+
+def test_compare(mask: Any) -> None:
+    mask("combine", "a", "minus", "b", "-o", "c")
+    text = mask("compare", "a", "b", "c")
+    a, b, c = (WeightMask.load(name) for name in "abc")
+    pairs = {
+        tuple(line.split()[:2]): line.split() for line in text.splitlines() if ", " in line[:4]
+    }
+    assert list(pairs) == [("a,", "b"), ("a,", "c"), ("b,", "c")]
+    p, q = a.density, b.density
+    assert pairs["a,", "b"][2:4] == [f"{a.jaccard(b):.6f}", f"{p * q / (p + q - p * q):.6f}"]
+    assert pairs["b,", "c"][2] == "0.000000" and float(pairs["a,", "c"][2]) == pytest.approx(
+        a.jaccard(c), abs=1e-6
+    )
+    assert "(Wagle, density 0.5) minus (Wagle, density 0.5)" in text
+
+
+def test_compare_names_masks_of_one_stem_by_folder(mask: Any, here: Path, refuses: Any) -> None:
+    (here / "other").mkdir()
+    mask("invert", "a", "-o", "other/a")
+    assert "a, other/a" in mask("compare", "a", "other/a")
+    assert "given twice" in refuses("compare", "a", "a")
+    assert "two masks" in refuses("compare", "a")
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [("and", lambda a, b: a & b), ("or", lambda a, b: a | b), ("minus", lambda a, b: a & ~b)],
+)
+def test_combine(mask: Any, how: str, expected: Any) -> None:
+    mask("combine", "a", how, "b", "--output", "c")
+    a, b = draw(0.5, 0), draw(0.5, 1)
+    found = WeightMask.load("c")
+    assert all(torch.equal(found[name], expected(a[name], b[name])) for name in SHAPES)
+    assert found.metadata["model_fingerprint"] == "f" * 64
+
+
+def test_invert_and_random(mask: Any) -> None:
+    mask("invert", "a", "-o", "not_a")
+    assert WeightMask.load("not_a") == ~WeightMask.load("a")
+    assert (
+        "random" in mask("random", "a", "--seed", "3", "-o", "random")
+        and Path("random.safetensors").is_file()
+    )
+    assert WeightMask.load("random") == WeightMask.load("a").random_like(3)
+
+
+def test_outputs_are_not_replaced_unasked(mask: Any, refuses: Any) -> None:
+    before = Path("b.safetensors").read_bytes()
+    for command in (
+        ["combine", "a", "and", "a", "-o", "b"],
+        ["invert", "a", "-o", "b.safetensors"],
+        ["random", "a", "-o", "b"],
+        ["modules", "no/model", "--modules", "mlp", "-o", "b"],
+        ["select", "no_scores", "--density", "0.5", "-o", "b"],
+        ["convert", "b.pt", "-o", "b.safetensors"],
+    ):
+        assert "b.safetensors exists already; choose another or pass --overwrite" in refuses(
+            *command
+        )
+    assert Path("b.safetensors").read_bytes() == before
+    mask("invert", "a", "-o", "b", "--overwrite")
+    assert WeightMask.load("b") == ~WeightMask.load("a")
+    mask("plot", "a", "-o", "x.png")
+    assert "x.png exists already" in refuses("plot", "a", "-o", "x")
+
+
+def test_an_output_in_a_file_is_refused(mask: Any, refuses: Any) -> None:
+    Path("file").write_text("x")
+    for command in (["invert", "a", "-o", "file/x"], ["plot", "a", "-o", "file/x/y.png"]):
+        assert "cannot be written: file is a file; choose another" in refuses(*command)
+
+
+def test_a_file_never_replaces_a_folder(mask: Any, refuses: Any) -> None:
+    for name in ("b.pt", "x.png", "c.safetensors"):
+        Path("kept", name).mkdir(parents=True)
+        Path("kept", name, "precious").write_text("x")
+    for command in (
+        ["convert", "a.safetensors", "-o", "kept/b.pt"],
+        ["plot", "a", "-o", "kept/x.png"],
+        ["invert", "a", "-o", "kept/c"],
+    ):
+        assert "is a folder: name a file in it" in refuses(*command, "--overwrite")
+    assert len(list(Path("kept").glob("*/precious"))) == 3
+
+
+def test_convert_there_and_back(mask: Any, tiny_model: str, refuses: Any) -> None:
+    lm = load_model(tiny_model)
+    bools = draw(0.3, 4, parameter_shapes(lm))
+    torch.save({name: bools[name] for name in reversed(list(bools))}, "published.pt")
+    mask("convert", "published.pt", "-o", "ours.safetensors", "--model", tiny_model)
+    ours = WeightMask.load("ours")
+    assert ours == WeightMask.from_bools(bools) and list(ours) == list(bools)
+    ours.check(parameter_shapes(lm), fingerprint(lm.named_parameters()))
+    assert ours.metadata["model_fingerprint"] == fingerprint(lm.named_parameters())
+    mask("convert", "ours.safetensors", "-o", "back.pth", "--model", tiny_model)
+    back = torch.load("back.pth", weights_only=True)
+    assert all(torch.equal(back[name], bools[name]) for name in bools)
+    mask("convert", "published.pt", "-o", "unchecked.safetensors")
+    assert "not checked before use" in mask("info", "unchecked")
+
+    assert "no tensor for parameter" in refuses(
+        "convert", "a.safetensors", "-o", "a.pt", "--model", tiny_model
+    )
+    assert "nothing to convert" in refuses("convert", "a.safetensors", "-o", "c.safetensors")
+    assert "suffix" in refuses("convert", "published.pt", "-o", "mask.npz")
+    assert "does not exist" in refuses("convert", "none.pt", "-o", "c.safetensors")
+
+
+def test_modules(mask: Any, tiny_model: str, refuses: Any) -> None:
+    text = mask(
+        "modules", tiny_model, "--modules", "mlp.down_proj,attn", "--layers", "1", "-o", "m"
+    )
+    found = WeightMask.load("m")
+    found.check(parameter_shapes(load_model(tiny_model)), found.metadata["model_fingerprint"])
+    chosen = {n for n in found if "layers.1." in n and ("self_attn" in n or "down_proj" in n)}
+    assert {n for n in found if found.count(n)} == chosen and f"{found.count():,} weights" in text
+    assert all(found[name].all() for name in chosen)
+    mask("modules", tiny_model, "--modules", "[mlp.down_proj, attn]", "--layers", "1", "-o", "same")
+    assert WeightMask.load("same") == found
+    assert "the model has layers 0-1" in refuses(
+        "modules", tiny_model, "--layers", "1-2", "-o", "x"
+    )
+    assert "'experts'" in refuses("modules", tiny_model, "--modules", "experts", "-o", "x")
+    assert "give --modules, --layers or both" in refuses("modules", tiny_model, "-o", "x")
+
+
+def test_select(mask: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    write_scores("scores", scores.items(), SHAPES, {"score": "Wagle", "model_fingerprint": "f"})
+    flat = torch.cat([tensor.abs().reshape(-1) for tensor in scores.values()])
+    for select, order in (("high", flat.argsort(descending=True)), ("low", flat.argsort())):
+        mask("select", "scores", "--density", "0.25", "--select", select, "-o", select)
+        expected = torch.zeros(len(flat), dtype=torch.bool)
+        expected[order[: len(flat) // 4]] = True
+        found = WeightMask.load(select)
+        assert torch.equal(torch.cat([found[name].reshape(-1) for name in found]), expected)
+        assert found.metadata["model_fingerprint"] == "f"
+
+
+def test_select_refuses_a_broken_pattern(refuses: Any) -> None:
+    write_scores(
+        "scores", [(n, torch.ones(s)) for n, s in SHAPES.items()], SHAPES, {"score": "Wagle"}
+    )
+    for option in ("--include", "--exclude"):
+        assert "'(' is no regular expression" in refuses(
+            "select", "scores", "--density", "0.2", option, "(", "-o", "x"
+        )
+
+
+def test_a_bare_flag_leaves_the_next_argument_alone(mask: Any) -> None:
+    plain, listed = mask("info", "a"), mask("info", "a", "--tensors")
+    assert "tensor" in listed.replace(plain.strip(), "") and len(listed) > len(plain)
+    for flag in (["--tensors"], ["--tensors", "true"], ["--tensors=true"]):
+        assert mask("info", *flag, "a") == listed
+    for flag in (["--tensors", "False"], ["--tensors=false"]):
+        assert mask("info", *flag, "a") == plain
+    before = Path("b.safetensors").read_bytes()
+    mask("invert", "--overwrite", "a", "-o", "b")
+    assert Path("b.safetensors").read_bytes() != before
+
+
+def test_mistakes_are_one_line(refuses: Any) -> None:
+    assert "does not exist" in refuses("info", "none")
+    assert "output" in refuses("combine", "a", "and", "b")
+    assert "nor" in refuses("combine", "a", "nor", "b", "-o", "c")
+    assert "FILES must be given" in refuses("compare")
+    WeightMask.from_bools(draw(0.5, 1), {"model_fingerprint": "e" * 64}).save("e")
+    assert "mask a.safetensors was made for the model with fingerprint ffff" in refuses(
+        "compare", "a", "e"
+    )
+    assert "fingerprint" in refuses("combine", "a", "or", "e", "-o", "c")
+
+
+def test_help_names_every_verb_and_option(capsys: pytest.CaptureFixture[str]) -> None:
+    for args, words in (
+        (
+            ["mask", "--help"],
+            [
+                "info",
+                "compare",
+                "combine",
+                "invert",
+                "convert",
+                "random",
+                "modules",
+                "select",
+                "plot",
+            ],
+        ),
+        (
+            ["mask", "combine", "--help"],
+            ["{and,or,minus}", "-o", "selected in both", "--overwrite"],
+        ),
+        (["mask", "plot", "--help"], ["files", ".png, .svg, or no suffix"]),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(args)
+        assert exit_.value.code == 0
+        out = " ".join(capsys.readouterr().out.split())  # in a terminal of any width
+        assert all(word in out for word in words)
+
+
+# -- the picture ------------------------------------------------------------------------------------------------------
+
+
+def grid(layers: int, share: float = 0.1) -> dict[str, dict[str, float]]:
+    rows = {
+        str(i): {"q": share, "norms": 0.0, "gate": 1.0, "down": share * i / layers}
+        for i in range(layers)
+    }
+    return rows | {"other": {"embed_tokens": share, "norm": 0.0, "lm_head": 0.0005}}
+
+
+def test_plot_writes_what_the_suffix_says(mask: Any, refuses: Any) -> None:
+    mask("plot", "a", "b", "-o", "both", "--title", "Two masks")
+    assert Path("both.png").read_bytes().startswith(b"\x89PNG")
+    text = " ".join(ElementTree.parse("both.svg").getroot().itertext())
+    density = WeightMask.load("a").density
+    for word in (
+        "Two masks",
+        f"{density:.2%} selected",
+        "layer",
+        "norms",
+        "embed_tokens",
+        "share selected",
+    ):
+        assert word in text
+    before = Path("both.svg").read_bytes()
+    mask("plot", "a", "b", "-o", "both.svg", "--title", "Two masks", "--overwrite")
+    assert Path("both.svg").read_bytes() == before
+    assert ".png or .svg" in refuses("plot", "a", "-o", "x.pdf")
+
+
+@pytest.mark.parametrize(("layers", "masks"), [(1, 1), (32, 1), (2, 5), (160, 2)])
+def test_heat_map(layers: int, masks: int) -> None:
+    figure = mask_heatmap({f"mask {i}": grid(layers, 0.1 * (i + 1)) for i in range(masks)})
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    *panels, bar = figure.axes
+    assert len(panels) == 2 * masks and bar.get_ylabel()
+    top, strip = panels[:2]
+    meshes = [axes.collections[0] for axes in panels]
+    assert {(mesh.norm.vmin, mesh.norm.vmax) for mesh in meshes} == {(0, 100)}  # one scale for all
+    assert meshes[0].get_array().shape == (layers, 4)
+    assert meshes[0].get_array()[layers - 1].tolist() == pytest.approx(
+        [10, 100, 10 * (layers - 1) / layers, 0]
+    )
+    assert [t.get_text() for t in top.get_xticklabels()] == ["q", "gate", "down", "norms"]
+    assert [t.get_text() for t in strip.get_xticklabels()] == ["embed_tokens", "norm", "lm_head"]
+    assert top.yaxis_inverted() and top.get_yticklabels()[0].get_text() == "0"
+    if layers < 100:  # each number lies inside its cell, and reads
+        renderer = canvas.get_renderer()
+        cell = top.get_window_extent().height / layers
+        texts = [text.get_window_extent(renderer) for text in top.texts]
+        assert len(texts) == 4 * layers and max(box.height for box in texts) < cell
+        assert max(box.width for box in texts) < top.get_window_extent().width / 4
+    else:
+        assert not top.texts
+
+
+def test_heat_map_without_layers_and_without_selection() -> None:
+    figure = mask_heatmap({"empty": {"other": {"weight": 0.0}}})
+    figure.canvas.draw()
+    assert mask_text({"empty": {"other": {"weight": 0.0}}}).split() == [
+        "empty",
+        "outside",
+        "the",
+        "layers",
+        "weight",
+        "0%",
+    ]
+
+
+def test_modules_that_one_mask_lacks_are_blank() -> None:
+    one, two = {"0": {"q": 0.5}}, {"0": {"q": 0.1, "up": 0.2}, "1": {"q": 0.3, "up": 0.4}}
+    assert axes_of([one, two]) == (["q", "up"], ["0", "1"], [])
+    figure = mask_heatmap({"one": one, "two": two})
+    assert figure.axes[0].collections[0].get_array().mask.tolist() == [[False, True], [True, True]]
+
+
+def test_text_says_what_the_picture_says() -> None:
+    text = mask_text({"first": grid(2, 0.125)})
+    assert text.splitlines() == [
+        "first",
+        "layer    q  gate  down  norms",
+        "0      12%  100%    0%     0%",
+        "1      12%  100%  6.2%     0%",
+        "outside the layers  embed_tokens  norm  lm_head",
+        "                             12%    0%    <0.1%",
+    ]
+    assert [percent(share) for share in (0.00049, 0.0994, 0.0996, 0.9949, 0.9951)] == [
+        "<0.1",
+        "9.9",
+        "10",
+        "99",
+        ">99",
+    ]
+
+
+def test_figure_paths(tmp_path: Path) -> None:
+    assert [p.name for p in figure_paths(tmp_path / "x")] == ["x.png", "x.svg"]
+    assert [p.name for p in figure_paths(tmp_path / "x.SVG")] == ["x.SVG"]
+    (tmp_path / "x.svg").touch()
+    with pytest.raises(WagleError, match="--overwrite"):
+        figure_paths(tmp_path / "x")
+    assert len(figure_paths(tmp_path / "x", overwrite=True)) == 2

@@ -1,0 +1,301 @@
+"""Measures against independent computations: brute force, scipy, nltk, torchmetrics' own, and two processes."""
+
+import json
+import math
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+from scipy.stats import entropy
+from torchmetrics.functional.text import sacre_bleu_score
+
+from wagle_pl.core.distributed import leave
+from wagle_pl.data.rows import load_rows
+from wagle_pl.data.template import Template
+from wagle_pl.evaluation import Observer, observe_set
+from wagle_pl.evaluation import functional as F
+from wagle_pl.evaluation import metrics as M
+from wagle_pl.evaluation.classifiers import nearest_answer, toxic_labels, toxicity
+from wagle_pl.evaluation.scoring import token_statistics
+from wagle_pl.lm.models import load_model, load_tokenizer
+
+generator = torch.Generator().manual_seed(0)
+
+
+def test_token_statistics_against_double_precision():
+    logits = torch.randn(9, 17, generator=generator) * 4
+    targets = torch.randint(0, 17, (9,), generator=generator)
+    found = token_statistics(logits, targets, greedy=True, vocabulary=True)
+    logprobs = logits.double().log_softmax(-1).numpy()
+    p = np.exp(logprobs)
+    np.testing.assert_allclose(found.logprobs, logprobs[range(9), targets], atol=1e-5)
+    np.testing.assert_array_equal(found.greedy, logprobs.argmax(-1) == targets.numpy())
+    mean = (p * logprobs).sum(-1)
+    np.testing.assert_allclose(found.mean, mean, atol=1e-5)
+    np.testing.assert_allclose(
+        found.std, np.sqrt((p * (logprobs - mean[:, None]) ** 2).sum(-1)), atol=1e-4
+    )
+    certain = torch.full((1, 17), -100.0)
+    certain[0, 3] = 100
+    assert token_statistics(certain, torch.tensor([3]), True, True).std.item() == pytest.approx(
+        1e-3
+    )
+
+
+def test_memorisation_against_a_search_over_prefixes():
+    for _ in range(200):
+        n = int(torch.randint(1, 9, (), generator=generator))
+        greedy = (torch.rand(n, generator=generator) < 0.7).tolist()
+        assert F.exact_memorization(greedy) == pytest.approx(np.mean(greedy))
+        k = next(
+            (k for k in range(n) if all(greedy[k:])), n - 1
+        )  # as OpenUnlearning's loop leaves k
+        assert F.extraction_strength(greedy) == pytest.approx(1 - k / n)
+    for measure in (F.exact_memorization, F.extraction_strength):
+        with pytest.raises(F.Undefined):
+            measure([])
+
+
+def test_truth_ratio_as_a_probability():
+    paraphrased, perturbed = (
+        torch.rand(5, generator=generator),
+        torch.rand(5, 4, generator=generator),
+    )
+    p, q = np.exp(-paraphrased.numpy()), np.exp(-perturbed.numpy().mean(1))
+    score = F.truth_ratio_score(F.truth_ratio(paraphrased, perturbed), "prob_mean")
+    np.testing.assert_allclose(score, p / (p + q), rtol=1e-6)
+
+
+def test_options_and_choices():
+    nll, other = torch.rand(50, generator=generator), torch.rand(50, 4, generator=generator)
+    other[::3, 2:] = math.nan
+    right = [
+        all(not o < n for o in row) for n, row in zip(nll.tolist(), other.tolist(), strict=True)
+    ]
+    assert F.nearest_option(nll, other).tolist() == right
+    logprobs, labels = (
+        -torch.rand(50, 4, generator=generator),
+        torch.randint(0, 2, (50,), generator=generator),
+    )
+    logprobs[::3, 2:] = math.nan
+    expected = [
+        int(np.nanargmax(row)) == label
+        for row, label in zip(logprobs.numpy(), labels.tolist(), strict=True)
+    ]
+    assert F.choice_accuracy(logprobs, labels).tolist() == expected
+
+
+def test_perplexity_weighs_tokens():
+    losses = [[1.0, 2.0, 3.0], [0.5]]
+    sums, counts = torch.tensor([sum(x) for x in losses]), torch.tensor([len(x) for x in losses])
+    metric = M.Perplexity()
+    for i in range(2):
+        metric.update(sums[i : i + 1], counts[i : i + 1])
+    assert metric.compute().item() == pytest.approx(math.exp(np.mean([*losses[0], *losses[1]])))
+    with pytest.raises(F.Undefined):
+        F.perplexity(torch.zeros(1), torch.zeros(1))
+
+
+# -- membership inference ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [0.01, 0.2, 0.4, 1.0])
+def test_min_k_against_numpy(k):
+    logprobs = -torch.rand(23, generator=generator) * 5
+    mean, std = torch.rand(23, generator=generator) - 3, torch.rand(23, generator=generator) + 0.5
+    count = max(1, int(23 * k))
+    assert F.min_k(logprobs, k) == pytest.approx(
+        -np.sort(logprobs.numpy())[:count].mean(), rel=1e-6, abs=1e-6
+    )
+    standard = (logprobs.numpy() - mean.numpy()) / std.numpy()
+    expected = -np.sort(standard)[:count].mean()
+    assert F.min_k_plus_plus(logprobs, mean, std, k) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+def test_membership_auc_counts_pairs():
+    members = torch.randint(0, 6, (15,), generator=generator).float()
+    others = torch.randint(1, 8, (11,), generator=generator).float()
+    pairs = [(m < o) + 0.5 * (m == o) for m in members.tolist() for o in others.tolist()]
+    assert F.membership_auc(members, others) == pytest.approx(np.mean(pairs))
+    metric = M.MembershipInference(retrained_auc=0.5)
+    metric.update(torch.cat([members, others]), torch.tensor([True] * 15 + [False] * 11))
+    assert metric.compute().item() == pytest.approx(100 * ((1 - np.mean(pairs)) - 0.5) / 0.5)
+    with pytest.raises(F.Undefined, match="no non-members"):
+        F.membership_auc(members, members[:0])
+
+
+def test_privacy_leakage_is_that_of_muse():
+    retrained = (
+        0.4772  # MUSE's area of Min-40% on the retrained model, News, forget against holdout texts
+    )
+    for area in (0.001, 0.4772, 0.9):
+        expected = (area - retrained) / retrained * 100
+        assert F.privacy_leakage(1 - area, 1 - retrained) == pytest.approx(expected)
+
+
+def test_zlib_ratio():
+    assert F.zlib_ratio(2.0, "abc" * 50) == 2.0 / len(zlib.compress(b"abc" * 50))
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+PAIRS = [
+    (
+        "The quick brown fox jumps over the lazy dog.",
+        "The quick brown fox jumped over the lazy dog, again.",
+    ),
+    ("It costs 3.50 dollars, or so they said to me.", "It costs 3.50 dollars, or so they told me."),
+    (
+        "He was born in Rauma, in a flat above a shop.",
+        "He came into the world in Rauma, in a flat above a lace shop.",
+    ),
+]
+
+
+def test_bleu_against_torchmetrics_where_no_count_is_zero():
+    for prediction, target in PAIRS:
+        expected = 100 * sacre_bleu_score([prediction], [[target]], tokenize="13a").item()
+        assert expected > 0
+        assert F.bleu([prediction], [target]).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_bleu_smooths_like_nist():
+    prediction, target = "the cat sat on a mat", "a dog lay on a mat"
+    expected = sentence_bleu(
+        [target.split()], prediction.split(), smoothing_function=SmoothingFunction().method3
+    )
+    assert F.bleu([prediction], [target]).item() == pytest.approx(100 * expected)
+    assert F.bleu(["", "no word of it here", "on a mat"], [target] * 3).tolist() == [0, 0, 0]
+
+
+def test_rouge_without_stemming():
+    assert F.rouge(["running dogs"], ["run dog"])["rouge1_f1"].item() == 1
+    assert F.rouge(["running dogs"], ["run dog"], stem=False)["rouge1_f1"].item() == 0
+    metric = M.Memorization(stops=("\n\n",))
+    metric.update(["run dog\n\nQuestion: what"], ["run dog"])
+    assert metric.compute().item() == pytest.approx(100)
+
+
+def test_fluency_against_scipy():
+    words = torch.randint(0, 4, (60,), generator=generator).tolist()
+    expected = 0.0
+    for n, weight in ((2, 2 / 3), (3, 4 / 3)):
+        grams = list(zip(*(words[i:] for i in range(n)), strict=False))
+        counts = [grams.count(gram) for gram in set(grams)]
+        expected += weight * entropy(counts, base=2) / 2
+    assert F.ngram_entropy(" ".join(map(str, words))) == pytest.approx(expected)
+    assert (
+        F.degenerate("")
+        and F.degenerate("so so so so so so so so so")
+        and not F.degenerate("Under the Velebit.")
+    )
+    metric = M.Fluency("repetition")
+    metric.update(["a b c d a b c d", "too short"])
+    assert metric.compute().item() == pytest.approx(1 - 4 / 5)
+
+
+def test_toxicity_takes_the_toxic_labels():
+    assert toxic_labels(["non-toxic", "toxic"]) == [1]
+    assert toxic_labels(
+        ["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"]
+    ) == list(range(6))
+    logits = torch.randn(4, 3, generator=generator)
+    expected = (1 / (1 + np.exp(-logits.numpy())))[:, 1:].max(-1)
+    np.testing.assert_allclose(toxicity(logits, [1, 2], several=True), expected, rtol=1e-5)
+    np.testing.assert_allclose(toxicity(logits, [1], several=False), logits.softmax(-1)[:, 1])
+
+
+def test_nearest_answer_by_cosine():
+    options = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    assert nearest_answer(torch.tensor([5.0, 1.0]), options) and not nearest_answer(
+        torch.tensor([1.0, 5.0]), options
+    )
+    metric = M.NearestAnswer()
+    metric.update(torch.tensor([[5.0, 1.0], [1.0, 5.0]]), options.expand(2, 2, 2))
+    assert metric.compute().item() == 0.5
+
+
+def test_unlearning_efficacy():
+    metric = M.UnlearningEfficacy()
+    metric.update([0.2, 0.4], [0.1, 0.3])
+    assert metric.compute().item() == pytest.approx(np.mean([0.2, 0.4, 0.9, 0.7]))
+    assert F.unlearning_efficacy([0.2, 0.4], [0.1, 0.3]) == pytest.approx(
+        np.mean([0.2, 0.4, 0.9, 0.7])
+    )
+    with pytest.raises(F.Undefined):
+        F.unlearning_efficacy([])
+    with pytest.raises(F.Undefined, match="1 of 2"):
+        F.mean(torch.tensor([1.0, math.nan]))
+
+
+# -- two processes ----------------------------------------------------------------------------------------------------
+
+
+def find(rank, world, scratch, model, rows):
+    """What one of ``world`` processes finds: metrics of its share of some numbers, and records of its share of rows."""
+    if world > 1:
+        meeting = f"file://{scratch}/meeting"
+        torch.distributed.init_process_group(
+            "gloo", init_method=meeting, rank=rank, world_size=world
+        )
+    data = torch.Generator().manual_seed(1)
+    nll, other, scores = (
+        torch.rand(7, generator=data),
+        torch.rand(7, 3, generator=data),
+        torch.rand(7, generator=data),
+    )
+    members = torch.tensor([True, False, True, True, False, False, True])
+    mine = slice(rank, None, world)
+    updates = {
+        M.AnswerProbability(): (nll[mine], other[mine]),
+        M.TruthRatio("closer_to_1"): (nll[mine], other[mine]),
+        M.ForgetQuality(scores): (nll[mine], other[mine]),
+        M.MembershipInference(): (scores[mine], members[mine]),
+        M.Perplexity(): (nll[mine], other[mine, 0]),
+        M.HarmonicMean(): (nll[mine],),
+        M.Memorized("extraction_strength"): ((other[mine] > 0.3).tolist(),),
+        M.Bleu(): (
+            ["a b c d e", "b c d e f", "a b c d x"][mine],
+            ["a b c d e"] * len(range(3)[mine]),
+        ),
+        M.Fluency(): (["a b c a", "b c d e f", "a a a b"][mine],),
+    }
+    found = {"world": world}
+    for metric, arguments in updates.items():
+        metric.update(*arguments)
+        found[type(metric).__name__] = metric.compute().item()
+    lm = load_model(model).eval()
+    observer = Observer(
+        lm, Template(load_tokenizer(model)), max_rows=2, max_new_tokens=4, meets=world > 1
+    )
+    found["records"] = observe_set(
+        observer, load_rows(rows), {"answer", "alternatives", "generation"}
+    )
+    return found
+
+
+def test_two_processes_find_what_one_finds(tiny_model, rows, tmp_path):
+    arguments = (str(tmp_path), tiny_model, rows["forget_test"])
+    commands = [[sys.executable, __file__, str(rank), "2", *arguments] for rank in range(2)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **pipes) for command in commands]
+    one = json.loads(json.dumps(find(0, 1, *arguments)))
+    outputs = [process.communicate(timeout=600) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    both = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    assert both[0] == both[1] and both[0]["world"] == 2
+    for name in set(one) - {"records", "world"}:
+        assert both[0][name] == pytest.approx(one[name], rel=1e-6), name
+    assert [record["row"] for record in both[0]["records"]] == list(range(5))
+    for here, there in zip(one["records"], both[0]["records"], strict=True):
+        assert here["generation"] == there["generation"]
+        assert here["perturbed_nll"] == pytest.approx(there["perturbed_nll"], abs=1e-4)
+
+
+if __name__ == "__main__":
+    print(json.dumps(find(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])))
+    leave()  # as `wagle` does: a process that ends in its group can die of it after all its work

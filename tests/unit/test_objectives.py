@@ -1,0 +1,616 @@
+"""Objectives: each loss and its gradient against the formula in float64, and what the command line says of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.registry import describe
+from wagle_pl.data.batches import deal
+from wagle_pl.objectives import forget as o
+from wagle_pl.objectives.forget import Objective, Streams
+from wagle_pl.objectives.references import TopK
+from wagle_pl.objectives.schedules import Schedule, as_schedule
+
+STREAMS = ("forget", "refusal", "retain")
+LAYER = 1
+EPOCH = 3
+
+#: Attribute of the oracle's row -> tensor name; one row of one stream in float64.
+Row = SimpleNamespace
+Data = dict[str, dict[str, Tensor]]
+
+
+class Flat(Objective):
+    """The example of the documentation."""
+
+    def forget_loss(self, at):
+        return (at["forget"].nll - 5.0) ** 2
+
+
+class Toy(nn.Module):
+    """Three blocks that return what they are given: hidden states are an input like logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Identity() for _ in range(3))
+        self.weight = nn.Parameter(torch.linspace(-1, 2, 7))
+        self.frozen = nn.Parameter(torch.ones(5), requires_grad=False)
+
+
+def random_data(rows: int, width: int, vocabulary: int, seed: int) -> Data:
+    """Streams of random logits, labels, hidden states and references; every row has an answer token at least."""
+    generator = torch.Generator().manual_seed(seed)
+    data = {}
+    for stream in STREAMS:
+        labels = torch.randint(vocabulary, (rows, width), generator=generator)
+        hide = torch.rand(rows, width, generator=generator) < 0.4
+        hide[torch.arange(rows), torch.randint(1, width, (rows,), generator=generator)] = False
+        data[stream] = {
+            "logits": 3 * torch.randn(rows, width, vocabulary, generator=generator),
+            "logits0": 3 * torch.randn(rows, width, vocabulary, generator=generator),
+            "hidden": torch.randn(rows, width, 6, generator=generator),
+            "hidden0": torch.randn(rows, width, 6, generator=generator),
+            "labels": labels.masked_fill(hide, -100),
+            "reference": -3 * width * torch.rand(rows, generator=generator),
+            "row": torch.arange(rows),
+            "weight": torch.full((rows,), 1 / rows),
+        }
+    return data
+
+
+def streams(data: Data, progress: float = 0.0) -> Streams:
+    """The data as a batch."""
+    lm = Toy()
+
+    def run(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        lm.layers[LAYER](tensors["hidden"])
+        return tensors["logits"], tensors["labels"]
+
+    def at_theta0(t: Any) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        return t["logits0"], t["labels"], {LAYER: t["hidden0"]}
+
+    references = {
+        stream: torch.zeros(99).scatter(0, t["row"], t["reference"]) for stream, t in data.items()
+    }
+    return Streams(data, run, references, lm, (LAYER,), at_theta0, progress=progress, epoch=EPOCH)
+
+
+# -- the formulas, one row at a time, in float64 --------------------------------------------------------------------
+
+
+def tokens(row: Row) -> list[tuple[Tensor, Tensor, int]]:
+    """(log-probabilities now, at θ₀, true token) of each answer token."""
+    out = []
+    for t in range(1, len(row.labels)):
+        if row.labels[t] != -100:
+            now, then = row.logits[t - 1], row.logits0[t - 1]
+            out.append(
+                (now - now.exp().sum().log(), then - then.exp().sum().log(), int(row.labels[t]))
+            )
+    return out
+
+
+def mean(values: list[Tensor]) -> Tensor:
+    return sum(values) / len(values)
+
+
+def total(row: Row) -> Tensor:
+    return sum(now[y] for now, _, y in tokens(row))
+
+
+def nll(row: Row) -> Tensor:
+    return -mean([now[y] for now, _, y in tokens(row)])
+
+
+def kl(row: Row) -> Tensor:
+    return mean([(then.exp() * (then - now)).sum() for now, then, _ in tokens(row)])
+
+
+def hidden_mse(row: Row, target: Tensor) -> Tensor:
+    answer = [t for t in range(len(row.labels)) if row.labels[t] != -100]
+    return mean([((row.hidden[t] - target[t]) ** 2).mean() for t in answer])
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    return -torch.log1p(torch.exp(-x))
+
+
+def undial(row: Row, beta: float) -> Tensor:
+    values = []
+    for t in range(1, len(row.labels)):
+        if row.labels[t] != -100:
+            teacher = row.logits0[t - 1].clone()
+            teacher[row.labels[t]] -= beta
+            values.append(-(teacher.softmax(0) * row.logits[t - 1].log_softmax(0)).sum())
+    return mean(values)
+
+
+def ceu(row: Row, skip: int) -> Tensor:
+    values = []
+    for t in [t for t in range(1, len(row.labels)) if row.labels[t] != -100][skip:]:
+        logits = row.logits[t - 1]
+        others = torch.arange(len(logits)) != row.labels[t]
+        target = logits.detach()[others].softmax(0)
+        values.append(-(target * logits.log_softmax(0)[others]).sum())
+    return mean(values) if values else row.logits.sum() * 0
+
+
+def random_label(row: Row, seed: int) -> Tensor:
+    found = tokens(row)
+    drawn = torch.randint(
+        len(found[0][0]), (len(found),), generator=o._generator(seed, EPOCH, int(row.row))
+    )
+    return -mean([now[u] for (now, _, _), u in zip(found, drawn, strict=True)])
+
+
+def satimp(row: Row, b1: float, b2: float) -> Tensor:
+    return mean(
+        [
+            now[y] * (now[y].exp() ** b1 * (1 - now[y].exp()) ** b2).detach()
+            for now, _, y in tokens(row)
+        ]
+    )
+
+
+#: (objective, its forget term of (forget row, refusal row), its retain term).
+CASES: dict[
+    str, tuple[Objective, Callable[[Row, Row], Tensor] | None, Callable[[Row], Tensor] | None]
+] = {
+    "GradDiff": (o.GradDiff(retain_weight=0.5), lambda f, r: -nll(f), nll),
+    "GradAscent": (o.GradAscent(), lambda f, r: -nll(f), None),
+    "GradAscent+kl": (o.GradAscent(retain="kl"), lambda f, r: -nll(f), kl),
+    "NPO sum": (
+        o.NPO(0.3),
+        lambda f, r: -2 / 0.3 * log_sigmoid(-0.3 * (total(f) - f.reference)),
+        nll,
+    ),
+    "NPO mean": (
+        o.NPO(2.0, "mean", retain="kl"),
+        lambda f, r: -log_sigmoid(-2.0 * (total(f) - f.reference) / len(tokens(f))),
+        kl,
+    ),
+    "SimNPO": (o.SimNPO(2.5, 0.7), lambda f, r: -2 / 2.5 * log_sigmoid(2.5 * nll(f) - 0.7), nll),
+    "PO": (o.PO(), lambda f, r: nll(r), nll),
+    "IdkNLL": (o.IdkNLL(retain="none"), lambda f, r: nll(r), None),
+    "DPO": (
+        o.DPO(0.1),
+        lambda f, r: (
+            -2 / 0.1 * log_sigmoid(0.1 * ((total(r) - r.reference) - (total(f) - f.reference)))
+        ),
+        nll,
+    ),
+    "KL": (o.KL(), lambda f, r: -kl(f), nll),
+    "UNDIAL": (o.UNDIAL(3.0), lambda f, r: undial(f, 3.0), nll),
+    "CEU": (o.CEU(1), lambda f, r: ceu(f, 1), nll),
+    "CEU all": (o.CEU(0), lambda f, r: ceu(f, 0), nll),
+    "WGA": (
+        o.WGA(0.8),
+        lambda f, r: mean([now[y] * (now[y].exp() ** 0.8).detach() for now, _, y in tokens(f)]),
+        nll,
+    ),
+    "SatImp": (o.SatImp(5.0, 1.0), lambda f, r: satimp(f, 5.0, 1.0), nll),
+    "RandomLabel": (o.RandomLabel(seed=4), lambda f, r: random_label(f, 4), nll),
+    "RMU": (
+        o.RMU(LAYER, 6.5),
+        lambda f, r: hidden_mse(f, o.RMU(LAYER, 6.5).control(6).double().expand_as(f.hidden)),
+        lambda r: hidden_mse(r, r.hidden0),
+    ),
+    "FineTune": (o.FineTune(), None, nll),
+    "Flat": (Flat(), lambda f, r: (nll(f) - 5) ** 2, nll),
+}
+for _objective, _, _ in CASES.values():
+    _objective.retain.prepare(Toy(), _objective)
+
+
+def oracle(name: str, data: Data) -> tuple[Tensor, Tensor]:
+    """The forget and the retain term of a batch's loss by formula."""
+    objective, forget, retain = CASES[name]
+
+    def row(stream: str, i: int) -> Row:
+        return Row(**{key: tensor[i] for key, tensor in data[stream].items()})
+
+    forget_term = retain_term = torch.zeros((), dtype=torch.float64)
+    rows = len(data["forget"]["row"])
+    for i in range(rows):
+        if forget is not None:
+            forget_term = forget_term + data["forget"]["weight"][i] * forget(
+                row("forget", i), row("refusal", i)
+            )
+        if retain is not None:
+            weight = objective.retain_weight * data["retain"]["weight"][i]
+            retain_term = retain_term + weight * retain(row("retain", i))
+    return forget_term, retain_term
+
+
+def leaves(data: Data, dtype: torch.dtype) -> tuple[Data, list[Tensor]]:
+    """A copy in a dtype whose logits and hidden states require gradients, and these."""
+    copied = {
+        stream: {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
+        for stream, tensors in data.items()
+    }
+    inputs = [
+        copied[stream][key].clone().requires_grad_()
+        for stream in STREAMS
+        for key in ("logits", "hidden")
+    ]
+    for tensor, (stream, key) in zip(
+        inputs, [(s, k) for s in STREAMS for k in ("logits", "hidden")], strict=True
+    ):
+        copied[stream][key] = tensor
+    return copied, inputs
+
+
+@pytest.mark.parametrize("name", CASES)
+@settings(max_examples=12)
+@given(
+    rows=st.integers(1, 4),
+    width=st.integers(2, 7),
+    vocabulary=st.integers(3, 30),
+    seed=st.integers(0, 2**31),
+)
+def test_loss_and_gradient_equal_the_formula(
+    name: str, rows: int, width: int, vocabulary: int, seed: int
+) -> None:
+    data = random_data(rows, width, vocabulary, seed)
+    exact, exact_inputs = leaves(data, torch.float64)
+    forget_term, retain_term = oracle(name, exact)
+    expected, size = forget_term + retain_term, abs(forget_term.item()) + abs(retain_term.item())
+    expected_gradients = torch.autograd.grad(expected, exact_inputs, allow_unused=True)
+
+    single, inputs = leaves(data, torch.float32)
+    loss = CASES[name][0](streams(single))["loss"]
+    gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(
+        expected.item(), abs=1e-6 * max(1, size)
+    )  # large terms may cancel
+    for gradient, reference in zip(gradients, expected_gradients, strict=True):
+        if reference is None or gradient is None:
+            assert gradient is None or not gradient.any()
+            assert reference is None or not reference.any()
+        else:
+            torch.testing.assert_close(gradient.double(), reference, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("rows", "world_size", "accumulate"), [(5, 2, 2), (3, 2, 2), (4, 1, 2), (7, 3, 1)]
+)
+def test_the_split_of_a_batch_does_not_matter(
+    name: str, rows: int, world_size: int, accumulate: int
+) -> None:
+    """Invariant 4: the mean over ranks and micro-batches, padded with rows of weight 0, is the whole batch's loss."""
+    objective = CASES[name][0]
+    whole, inputs = leaves(random_data(rows, 6, 11, seed=rows), torch.float32)
+    loss = objective(streams(whole))["loss"]
+    gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+    parts = []
+    for ranks in deal(torch.arange(rows).numpy(), world_size, accumulate):
+        for cell in ranks:
+            index = torch.tensor([row for row, _, _ in cell])
+            part = {s: {k: t[index] for k, t in tensors.items()} for s, tensors in whole.items()}
+            for tensors in part.values():
+                tensors["weight"] = torch.tensor([weight for _, weight, _ in cell])
+            parts.append(objective(streams(part))["loss"])
+    mean_of_parts = sum(parts) / len(parts)
+    torch.testing.assert_close(mean_of_parts, loss, rtol=1e-5, atol=1e-6)
+    for mine, reference in zip(
+        torch.autograd.grad(mean_of_parts, inputs, allow_unused=True), gradients, strict=True
+    ):
+        if reference is not None:
+            torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_of_weight_zero_contribute_nothing(name: str) -> None:
+    data, inputs = leaves(random_data(4, 6, 11, seed=1), torch.float32)
+    for tensors in data.values():
+        tensors["weight"] = torch.tensor([0.5, 0.0, 0.5, 0.0])
+    loss = CASES[name][0](streams(data))["loss"]
+    kept = torch.tensor([0, 2])
+    alone = CASES[name][0](
+        streams({s: {k: t[kept] for k, t in tensors.items()} for s, tensors in data.items()})
+    )
+    torch.testing.assert_close(loss, alone["loss"])
+    for gradient in torch.autograd.grad(loss, inputs, allow_unused=True):
+        assert gradient is None or not gradient[[1, 3]].any()
+
+
+def test_l1_counts_the_weights_that_may_move_once_a_step() -> None:
+    objective = o.L1Sparse(alpha="linear:0.1->0")
+    losses = objective(streams(random_data(3, 5, 7, seed=0), progress=0.5))
+    expected = 0.05 * torch.linspace(-1, 2, 7).abs().sum()
+    torch.testing.assert_close(losses["penalty"], expected)
+    torch.testing.assert_close(losses["loss"], losses["retain_loss"] + expected)
+
+
+def test_random_labels_depend_on_seed_row_and_epoch_alone() -> None:
+    data = random_data(4, 9, 50, seed=3)
+    values = o.RandomLabel().forget_loss(streams(data))
+    backwards = {s: {k: t.flip(0) for k, t in tensors.items()} for s, tensors in data.items()}
+    torch.testing.assert_close(o.RandomLabel().forget_loss(streams(backwards)).flip(0), values)
+    later = streams(data)
+    later.epoch += 1
+    assert not torch.allclose(o.RandomLabel().forget_loss(later), values)
+    assert not torch.allclose(o.RandomLabel(seed=1).forget_loss(streams(data)), values)
+
+
+def test_rmu_steers_along_one_fixed_direction() -> None:
+    control = o.RMU(steering=3.0).control(16)
+    assert torch.equal(control, o.RMU(steering=3.0).control(16))
+    assert control.norm().item() == pytest.approx(3.0)
+    assert (control >= 0).all()
+    assert not torch.allclose(control, o.RMU(steering=3.0, seed=1).control(16))
+
+
+def test_wga_and_npo_tend_to_gradient_ascent() -> None:
+    """β → 0: WGA's weights become 1, and NPO's gradient that of the summed log-probability."""
+    data, inputs = leaves(random_data(3, 6, 11, seed=5), torch.float32)
+    at = streams(data)
+    torch.testing.assert_close(
+        o.WGA(1e-7).forget_loss(at), o.GradDiff().forget_loss(at), rtol=1e-5, atol=1e-6
+    )
+    npo = torch.autograd.grad(o.NPO(1e-6).forget_loss(at).sum(), inputs[0], retain_graph=True)[0]
+    ascent = torch.autograd.grad(at["forget"].logprob.sum(), inputs[0])[0]
+    torch.testing.assert_close(npo, ascent, rtol=1e-4, atol=1e-5)
+
+
+# -- schedules --------------------------------------------------------------------------------------------------------
+
+
+def test_schedules() -> None:
+    ramp, cosine, step = (
+        as_schedule(text, "w")
+        for text in ("linear:0->2", "cosine:1->0@0.5", "step: 1 -> 0.25 @ 0.5")
+    )
+    assert [ramp(p) for p in (0, 0.25, 1)] == [0, 0.5, 2]
+    assert [round(cosine(p), 6) for p in (0, 0.25, 0.5, 1)] == [1, 0.5, 0, 0]
+    assert [step(p) for p in (0, 0.49, 0.5, 1)] == [1, 1, 0.25, 0.25]
+    assert as_schedule(3, "w")(0.7) == as_schedule("3", "w")(0.0) == 3
+    assert str(as_schedule("linear:-1->1e-3@0.1", "w")) == "linear:-1->0.001@0.1"
+
+
+@pytest.mark.parametrize(
+    "text", ["linear", "linear:0", "line:0->1", "linear:a->1", "nan", "step:1->0@x", "x"]
+)
+def test_schedules_that_mean_nothing(text: str) -> None:
+    with pytest.raises(
+        WagleError, match=r"objective.retain_weight .* is neither a number nor a schedule"
+    ):
+        o.NPO(retain_weight=text)
+    with pytest.raises(WagleError, match="share of the run"):
+        Schedule("linear", 0, 1, until=0)
+
+
+def test_weights_follow_the_run() -> None:
+    objective = o.GradDiff(forget_weight="linear:0->1", retain_weight="cosine:1->0.5")
+    for progress, forget, retain in ((0.0, 0.0, 1.0), (0.5, 0.5, 0.75), (1.0, 1.0, 0.5)):
+        losses = objective(streams(random_data(3, 5, 7, seed=2), progress))
+        torch.testing.assert_close(
+            losses["loss"], forget * losses["forget_loss"] + retain * losses["retain_loss"]
+        )
+
+
+def test_retain_terms_say_what_they_need() -> None:
+    assert o.NPO().streams == ("forget", "retain") and o.NPO().references == ("forget",)
+    assert o.NPO(retain="none").streams == o.NPO(retain_weight=0).streams == ("forget",)
+    assert o.NPO(retain="kl").theta0_streams == ("retain",)
+    assert o.KL(retain="KL").theta0_streams == ("forget", "retain")
+    assert o.DPO().streams == ("forget", "refusal", "retain") and o.DPO().references == (
+        "forget",
+        "refusal",
+    )
+    assert o.FineTune().streams == ("retain",)
+    assert o.RMU(layer=5).hidden_layers == (5,) and not o.RMU(retain="nll").needs_hidden_at_theta0
+    with pytest.raises(WagleError, match="neither a forget nor a retain term"):
+        o.FineTune(retain="none")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: o.NPO(beta=0), "objective.beta must be above 0, got 0"),
+        (lambda: o.SimNPO(beta=-1), "objective.beta must be above 0, got -1"),
+        (lambda: o.DPO(beta=math.nan), "objective.beta must be above 0, got nan"),
+        (lambda: o.SatImp(beta2=0), "objective.beta2 must be above 0"),
+        (lambda: o.UNDIAL(beta=0), "objective.beta must be above 0"),
+        (lambda: o.RMU(steering=0), "objective.steering must be above 0"),
+        (lambda: o.RMU(trainable="("), "not a regular expression"),
+        (lambda: o.CEU(skip_first=-1), "objective.skip_first must be 0 or more"),
+        (
+            lambda: o.NPO(retain="klx"),
+            "unknown objective.retain 'klx'; choose one of HiddenMSE, KL, NLL, NONE",
+        ),
+    ],
+)
+def test_options_that_mean_nothing(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(WagleError, match=message.replace(".", r"\.")):
+        make()
+
+
+# -- on the command line ----------------------------------------------------------------------------------------------
+
+
+def unlearn(tiny_model: str, *args: Any) -> list[str]:
+    """Two steps of unlearning."""
+    model = ["--model", "UnlearnModule", "--model.model", tiny_model, "--model.output", "out"]
+    steps = ["--trainer.max_steps", "2", "--optimizer", "MaskedAdamW", "--optimizer.lr", "1e-3"]
+    return ["fit", *model, *steps, *map(str, args)]
+
+
+def moved(tiny_model: str) -> set[str]:
+    """Names of the tensors that the run changed; all must be finite."""
+    before, after = (
+        load_file(Path(folder) / "model.safetensors") for folder in (tiny_model, "out")
+    )
+    assert all(tensor.isfinite().all() for tensor in after.values())
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+OBJECTIVES = [name for name in o.__all__ if name not in ("Answers", "Objective", "Streams", "RMU")]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_runs(wagle: Any, tiny_model: str, objective: str) -> None:
+    wagle(*unlearn(tiny_model, "--model.objective", objective))
+    assert len(moved(tiny_model)) > 10
+    last = json.loads(Path("out/wagle.json").read_text())["lineage"][-1]
+    expected = getattr(o, objective)()  # no option of the module's default objective is left over
+    assert last["objective"] == {**describe(expected), "retain": describe(expected.retain)}
+
+
+@pytest.mark.parametrize("retain", ["nll", "KL", "none", "hidden_mse"])
+@pytest.mark.parametrize("objective", ["DPO", "CEU", "RMU"])
+def test_any_forget_term_goes_with_any_retain_term(
+    wagle: Any, tiny_model: str, objective: str, retain: str
+) -> None:
+    options = ["--model.objective", objective, "--model.objective.retain", retain]
+    options += [
+        "--model.objective.retain_weight",
+        "linear:0.5->1",
+        "--model.reference_logits",
+        "top_k",
+    ]
+    options += ["--model.objective.layer", "1"] if objective == "RMU" else []
+    done = wagle(
+        *unlearn(
+            tiny_model,
+            *options,
+            "--model.gradient_checkpointing",
+            "true",
+            "--trainer.precision",
+            "bf16-mixed",
+        )
+    )
+    assert moved(tiny_model)
+    assert ("train/retain_loss" in done.trainer.logged_metrics) == (retain != "none")
+
+
+def test_objective_and_mask_and_class_paths(wagle: Any, tiny_model: str) -> None:
+    """A user's class, a retain term with arguments, and weights restricted to one module type."""
+    config = f"""
+model:
+  class_path: UnlearnModule
+  init_args:
+    model: {tiny_model}
+    output: out
+    modules: [up_proj]
+    objective:
+      class_path: {__name__}.Flat
+      init_args:
+        forget_weight: cosine:1->0.1
+        retain:
+          class_path: HiddenMSE
+          init_args:
+            layer: 0
+trainer:
+  max_steps: 2
+"""
+    Path("run.yaml").write_text(config)
+    wagle("fit", "-c", "run.yaml")
+    assert moved(tiny_model) == {f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)}
+    last = json.loads(Path("out/wagle.json").read_text())["lineage"][-1]["objective"]
+    assert last["forget_weight"] == "cosine:1->0.1" and last["retain"] == {
+        "class": "HiddenMSE",
+        "layer": 0,
+    }
+
+
+def test_rmu_moves_the_matrices_near_its_block_alone(wagle: Any, tiny_model: str) -> None:
+    done = wagle(*unlearn(tiny_model, "--model.objective", "RMU", "--model.objective.layer", "0"))
+    assert moved(tiny_model) == {"model.layers.0.mlp.down_proj.weight"}
+    assert done.model._needs_theta0
+    assert (
+        "bit-identical" in json.loads(Path("out/wagle.json").read_text())["lineage"][-1]["verified"]
+    )
+
+
+def test_mistakes_end_in_one_line(
+    fails: Any, tiny_model: str, tmp_path: Path, rows: dict[str, str]
+) -> None:
+    def message(*args: Any, **options: Any) -> str:
+        return fails(*unlearn(tiny_model, *args), **options)
+
+    assert "objective.beta must be above 0, got -1.0" in message(
+        "--model.objective", "NPO", "--model.objective.beta", "-1"
+    )
+    rmu = ("--model.objective", "RMU", "--model.objective.layer")
+    assert "objective.layer must be from 0 to 1, the last block of this model; got 7" in message(
+        *rmu, "7"
+    )
+    assert "matches no parameter" in message(*rmu, "1", "--model.objective.trainable", "experts")
+    unknown = message("--model.objective", "npoo")
+    assert (
+        "unknown objective 'npoo'; choose one of CEU, DPO, FineTune" in unknown and "WGA" in unknown
+    )
+    assert "choose one of HiddenMSE, KL, NLL, NONE" in message(
+        "--model.objective", "NPO", "--model.objective.retain", "x"
+    )
+    assert "model.top_k must be at least 1" in message("--model.top_k", "0")
+    assert "neither a number nor a schedule" in message(
+        "--model.objective", "PO", "--model.objective.retain_weight", "up"
+    )
+
+    empty = tmp_path / "refusals.txt"
+    empty.write_text("\n")
+    assert "has no lines" in message("--model.objective", "PO", "--data.refusals", empty)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "To be forgotten."}\n')
+    assert "row 1 has no question to refuse" in message(
+        "--model.objective", "PO", "--data.forget", texts
+    )
+    no_retain = ["--data", "ForgetRetainDataModule", "--data.forget", rows["forget"]]
+    assert "this run needs retain rows: give --data.retain" in message(*no_retain, data=False)
+
+
+# -- numbers that would be NaN ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["kl", "undial", "ceu", "retain kl"])
+@pytest.mark.parametrize("top_k", [None, 2, 5, 8])
+def test_tokens_that_cannot_be_change_nothing(name: str, top_k: int | None) -> None:
+    """A vocabulary padded with logits of -inf gives the loss and the gradient of the vocabulary without the padding."""
+    data = random_data(3, 6, 7, seed=4)
+
+    def loss(padding: int) -> tuple[Tensor, Tensor]:
+        padded: Data = {}
+        for stream, tensors in data.items():
+            logits = {
+                k: torch.nn.functional.pad(tensors[k], (0, padding), value=-math.inf)
+                for k in ("logits", "logits0")
+            }
+            padded[stream] = {**tensors, **logits}
+        stream = "retain" if name == "retain kl" else "forget"
+        now = padded[stream]["logits"].requires_grad_()
+        answers = streams(padded)[stream]
+        if top_k is not None:
+            mask = answers.mask
+            before = padded[stream]["logits0"][:, :-1][mask]
+            answers._top_k = TopK.of(before, answers.targets, mask.sum(-1), top_k)
+        objective = {
+            "kl": o.KL,
+            "undial": o.UNDIAL,
+            "ceu": o.CEU,
+            "retain kl": lambda: o.GradDiff(retain="kl"),
+        }[name]()
+        term = objective.retain_loss if name == "retain kl" else objective.forget_loss
+        values = term({stream: answers})
+        (gradient,) = torch.autograd.grad(values.sum(), now)
+        return values.detach(), gradient[..., :7]
+
+    for found, expected in zip(loss(4), loss(0), strict=True):
+        torch.testing.assert_close(found, expected)

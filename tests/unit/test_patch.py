@@ -1,0 +1,440 @@
+"""Patches: exact, reversible, refused where they do not belong, in little memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from wagle_pl.cli import app as cli
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.tensorfiles import TensorFiles
+from wagle_pl.lm import models
+from wagle_pl.unlearning import patch as patches
+from wagle_pl.unlearning.patch import Patch, apply_patch, fingerprint, make_patch, revert_patch
+
+Tensors = dict[str, torch.Tensor]
+
+
+def write(folder: Path, tensors: Tensors, shards: int = 1) -> Path:
+    """A model folder with weights in one file or in several."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "pytorch_model.bin").write_bytes(b"weights of long ago")
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    names, where = list(tensors), {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = {name: tensors[name] for name in names[i::shards]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
+    return folder
+
+
+def weights(folder: Path) -> Tensors:
+    return {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def same_bits(a: Tensors, b: Tensors) -> bool:
+    return a.keys() == b.keys() and all(
+        a[n].dtype == b[n].dtype
+        and a[n].shape == b[n].shape
+        and torch.equal(a[n].reshape(-1).view(torch.uint8), b[n].reshape(-1).view(torch.uint8))
+        for n in a
+    )
+
+
+def base_tensors(dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensors:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "embed": (50, 8),
+        "layers.0.up": (8, 24),
+        "layers.0.norm": (8,),
+        "scalar": (),
+        "empty": (0, 3),
+    }
+    return {
+        name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()
+    }
+
+
+def moved(tensors: Tensors, density: float, seed: int, avoid: Tensors | None = None) -> Tensors:
+    """Some weights changed a little, one to −0 and one to NaN; none where ``avoid`` differs from ``tensors``."""
+    generator = torch.Generator().manual_seed(seed)
+    changed = {}
+    for name, tensor in tensors.items():
+        mask = torch.rand(tensor.shape, generator=generator) < density
+        if avoid is not None:
+            mask &= tensor == avoid[name]
+        noise = 1 + 0.05 * torch.randn(tensor.shape, generator=generator)
+        changed[name] = torch.where(mask, (tensor * noise).to(tensor.dtype), tensor)
+    if avoid is None:
+        changed["embed"][0, 0], changed["embed"][0, 1] = -0.0, torch.nan
+    return changed
+
+
+@settings(max_examples=25)
+@given(
+    dtype=st.sampled_from(
+        [torch.bfloat16, torch.float32, torch.float16, torch.float64, torch.int8]
+    ),
+    density=st.sampled_from([0.0, 0.01, 0.3, 1.0]),
+    shards=st.sampled_from([1, 3]),
+    frame=st.sampled_from([7, 64, 1 << 20]),
+    seed=st.integers(0, 9),
+)
+def test_apply_and_revert_bit_for_bit(
+    tmp_path_factory, dtype, density, shards, frame, seed
+) -> None:
+    folder = tmp_path_factory.mktemp("patch")
+    old = base_tensors(dtype, seed)
+    if dtype == torch.int8:
+        new = {name: tensor ^ (torch.rand(tensor.shape) < density) for name, tensor in old.items()}
+    else:
+        new = moved(old, density, seed)
+    base, unlearned = write(folder / "base", old, shards), write(folder / "unlearned", new)
+    (previous, patches.FRAME) = (patches.FRAME, frame)
+    try:
+        patch = make_patch(base, unlearned, folder / "forget.patch")
+        apply_patch(base, folder / "forget.patch", folder / "applied")
+        revert_patch(folder / "applied", folder / "forget.patch", folder / "back")
+        revert_patch(unlearned, folder / "forget.patch", folder / "back too")
+    finally:
+        patches.FRAME = previous
+    differ = sum(
+        int(
+            (a.reshape(-1).view(torch.uint8) != new[n].reshape(-1).view(torch.uint8))
+            .reshape(-1, a.element_size())
+            .any(-1)
+            .sum()
+        )
+        for n, a in old.items()
+    )
+    assert patch.changed == differ and patch.weights == sum(t.numel() for t in old.values())
+    assert same_bits(weights(folder / "applied"), new)
+    assert same_bits(weights(folder / "back"), old) and same_bits(weights(folder / "back too"), old)
+    assert (
+        fingerprint(TensorFiles(folder / "applied"))
+        == fingerprint(TensorFiles(unlearned))
+        == patch.unlearned
+    )
+    layout = {path.name: path.stat().st_size for path in base.iterdir() if path.suffix != ".bin"}
+    assert (
+        layout.items()
+        <= {path.name: path.stat().st_size for path in (folder / "applied").iterdir()}.items()
+    )
+    assert not (folder / "applied" / "pytorch_model.bin").exists()
+
+
+def test_a_patch_is_a_safetensors_file_and_small(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    old = {"w": torch.randn(1000, 1000, generator=generator).bfloat16()}
+    selected = torch.rand(1000, 1000, generator=generator) < 0.1
+    step = 0.01 * torch.randn(1000, 1000, generator=generator)
+    new = {"w": torch.where(selected, (old["w"] * (1 + step)).bfloat16(), old["w"])}
+    make_patch(write(tmp_path / "a", old), write(tmp_path / "b", new), tmp_path / "p.patch")
+    with safe_open(tmp_path / "p.patch", framework="np") as file:
+        assert list(file.keys()) == ["w"] and file.get_tensor("w").dtype == np.uint8
+        assert file.metadata()["format"] == "wagle_pl.patch"
+    changed = Patch(tmp_path / "p.patch").changed
+    assert (
+        tmp_path / "p.patch"
+    ).stat().st_size < 1.1 * changed  # a bf16 word and its place cost 6 bytes when written out
+
+
+def test_words_that_do_not_compress(tmp_path: Path) -> None:
+    """Differences without any pattern grow a little when they are compressed."""
+    rng = np.random.default_rng(0)
+    old, new = (
+        {"w": torch.from_numpy(rng.integers(-(2**31), 2**31, 1 << 21, dtype=np.int32))}
+        for _ in range(2)
+    )
+    base, unlearned = write(tmp_path / "a", old), write(tmp_path / "b", new)
+    make_patch(base, unlearned, tmp_path / "p.patch")
+    apply_patch(base, tmp_path / "p.patch", tmp_path / "applied")
+    assert same_bits(weights(tmp_path / "applied"), new)
+
+
+def test_disjoint_patches_in_either_order(tmp_path: Path) -> None:
+    old = base_tensors()
+    first = moved(old, 0.3, seed=1)
+    second = moved(old, 0.3, seed=2, avoid=first)
+    base = write(tmp_path / "base", old, shards=2)
+    for name, tensors in (("a", first), ("b", second)):
+        make_patch(base, write(tmp_path / name, tensors), tmp_path / f"{name}.patch")
+    results = []
+    for order in ("ab", "ba"):
+        one = tmp_path / order[0] / "applied"
+        apply_patch(base, tmp_path / f"{order[0]}.patch", one)
+        apply_patch(one, tmp_path / f"{order[1]}.patch", tmp_path / order)
+        results.append(tmp_path / order)
+    expected = {
+        n: torch.where(first[n].view(torch.int16) != old[n].view(torch.int16), first[n], second[n])
+        for n in old
+    }
+    assert same_bits(weights(results[0]), expected) and same_bits(weights(results[1]), expected)
+    assert models.read_record(str(results[0])) == models.read_record(str(results[1]))
+    revert_patch(
+        results[0], tmp_path / "a.patch", tmp_path / "only b"
+    )  # the first one, from under the second
+    assert same_bits(weights(tmp_path / "only b"), second)
+    revert_patch(tmp_path / "only b", tmp_path / "b.patch", tmp_path / "neither")
+    assert same_bits(weights(tmp_path / "neither"), old)
+    assert not (tmp_path / "neither" / "wagle.json").exists()
+    with pytest.raises(WagleError, match=r"has been applied to .* already"):
+        apply_patch(results[0], tmp_path / "a.patch", tmp_path / "x")
+    with pytest.raises(WagleError, match="has not been applied"):
+        revert_patch(tmp_path / "only b", tmp_path / "a.patch", tmp_path / "x")
+
+
+def test_overlapping_patches_say_so(tmp_path: Path) -> None:
+    old = base_tensors()
+    base = write(tmp_path / "base", old)
+    for seed in (1, 2):
+        make_patch(
+            base, write(tmp_path / str(seed), moved(old, 0.5, seed)), tmp_path / f"{seed}.patch"
+        )
+    apply_patch(base, tmp_path / "1.patch", tmp_path / "one")
+    with pytest.raises(WagleError, match=r"overlaps the patch applied .* both change embed"):
+        apply_patch(tmp_path / "one", tmp_path / "2.patch", tmp_path / "both")
+    assert not (tmp_path / "both").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_anything_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = base_tensors()
+    base, unlearned = (
+        write(tmp_path / "base", old),
+        write(tmp_path / "unlearned", moved(old, 0.3, 1)),
+    )
+    file = tmp_path / "p.patch"
+    make_patch(base, unlearned, file)
+    other = {name: tensor.clone() for name, tensor in old.items()}
+    other["scalar"].view(torch.int16).bitwise_xor_(
+        1
+    )  # one bit, in a weight that the patch need not touch
+    write(tmp_path / "other", other)
+    (tmp_path / "text.patch").write_text("no patch")
+    save_file({"w": torch.zeros(2)}, tmp_path / "plain.safetensors")
+    (tmp_path / "cut.patch").write_bytes(file.read_bytes()[:-20])
+    write(tmp_path / "shape", {**old, "embed": old["embed"][:-1]})
+    write(tmp_path / "names", {**old, "more": old["embed"].clone()})
+    (tmp_path / "bare").mkdir()
+    commands = {
+        ("apply", tmp_path / "other", file): "applies to the model with fingerprint",
+        ("apply", unlearned, file): "applies to the model with fingerprint",
+        ("revert", base, file): "reverts the model with fingerprint",
+        ("apply", base, tmp_path / "text.patch"): "is not a whole safetensors file",
+        ("apply", base, tmp_path / "cut.patch"): "is not a whole safetensors file",
+        ("apply", base, tmp_path / "plain.safetensors"): "is not a wagle_pl patch",
+        ("apply", base, tmp_path / "none.patch"): "does not exist",
+        ("apply", tmp_path / "none", file): "does not exist",
+        ("make", base, tmp_path / "shape"): "embed is BF16",
+        ("make", base, tmp_path / "names"): "has a tensor more that",
+        ("make", base, tmp_path / "bare"): "has no model.safetensors",
+    }
+    for (verb, *args), message in commands.items():
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["patch", verb, *map(str, args), "-o", str(tmp_path / "out")])
+        assert exit_.value.code == 2
+        (line,) = [
+            s for s in capsys.readouterr().err.splitlines() if s.startswith("wagle: error: ")
+        ]
+        assert message in line
+        assert not (tmp_path / "out").exists()
+
+
+def test_damage_is_noticed(tmp_path: Path) -> None:
+    old = base_tensors()
+    base = write(tmp_path / "base", old)
+    make_patch(base, write(tmp_path / "unlearned", moved(old, 0.3, 1)), tmp_path / "p.patch")
+    whole = (tmp_path / "p.patch").read_bytes()
+    noticed = 0
+    for position in range(1, 200, 9):
+        damaged = bytearray(whole)
+        damaged[-position] ^= 4
+        (tmp_path / "damaged.patch").write_bytes(damaged)
+        try:
+            written = apply_patch(
+                base, tmp_path / "damaged.patch", tmp_path / "out", overwrite=True
+            )
+            assert written == Patch(tmp_path / "p.patch").unlearned  # a padding bit: harmless
+        except WagleError as error:
+            noticed += "damaged at tensor" in str(error)
+    assert noticed > 15
+
+
+def test_a_full_disk_leaves_the_old_result_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = base_tensors()
+    base, unlearned = (
+        write(tmp_path / "base", old),
+        write(tmp_path / "unlearned", moved(old, 0.3, 1)),
+    )
+    make_patch(base, unlearned, tmp_path / "p.patch")
+    apply_patch(base, tmp_path / "p.patch", tmp_path / "out")
+    before = {
+        path: path.read_bytes() for path in (tmp_path / "p.patch", *(tmp_path / "out").iterdir())
+    }
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(patches, "_copy_other_files", full)
+    monkeypatch.setattr(patches, "_write_difference", full)
+    with pytest.raises(OSError, match="No space"):
+        apply_patch(base, tmp_path / "p.patch", tmp_path / "out", overwrite=True)
+    with pytest.raises(OSError, match="No space"):
+        make_patch(base, unlearned, tmp_path / "p.patch", overwrite=True)
+    assert before == {path: path.read_bytes() for path in before}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_of_other_things_is_never_replaced(tmp_path: Path) -> None:
+    old = base_tensors()
+    base, unlearned = (
+        write(tmp_path / "base", old),
+        write(tmp_path / "unlearned", moved(old, 0.3, 1)),
+    )
+    make_patch(base, unlearned, tmp_path / "patches/p.patch")
+    with pytest.raises(WagleError, match="patches is a folder: name a file in it"):
+        make_patch(base, unlearned, tmp_path / "patches", overwrite=True)
+    with pytest.raises(WagleError, match="patches is a folder of other things"):
+        apply_patch(base, tmp_path / "patches/p.patch", tmp_path / "patches", overwrite=True)
+    assert (tmp_path / "patches/p.patch").is_file()
+
+
+def test_peak_memory_is_that_of_a_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = {"big": torch.randn(2_000_000), "small": torch.randn(10)}
+    new = {name: torch.where(torch.rand_like(t) < 0.2, t * 1.01, t) for name, t in old.items()}
+    base, unlearned = write(tmp_path / "base", old), write(tmp_path / "unlearned", new)
+    monkeypatch.setattr(patches, "FRAME", 1 << 15)
+    tracemalloc.start()
+    make_patch(base, unlearned, tmp_path / "p.patch")
+    apply_patch(base, tmp_path / "p.patch", tmp_path / "applied")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert same_bits(weights(tmp_path / "applied"), new)
+    assert peak < 2_000_000  # bytes; the tensor has 8,000,000
+
+
+def test_commands_and_records(
+    tmp_path: Path, tiny_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A real model, its tokenizer and its record: what apply writes loads, and says how it was made."""
+    unlearned = tmp_path / "unlearned"
+    shutil.copytree(tiny_model, unlearned)
+    tensors = weights(unlearned)
+    save_file(
+        moved(tensors, 0.1, 3, avoid=tensors),
+        unlearned / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    run = {
+        "module": "UnlearnModule",
+        "base": "base",
+        "base_fingerprint": "0" * 64,
+        "data": {"forget": "f.jsonl"},
+        "streams": ["forget"],
+        "objective": {"class": "NPO"},
+        "mask": None,
+        "verified": None,
+        "steps": 3,
+        "seconds": 1.0,
+        "seed": 0,
+        "config": {},
+    }
+    (unlearned / "wagle.json").write_text(json.dumps({"format_version": 1, "lineage": [run]}))
+    before = (Path(tiny_model) / "wagle.json").read_text()
+    cli.main(["patch", "make", tiny_model, str(unlearned), "-o", str(tmp_path / "forget.patch")])
+    cli.main(["patch", "info", str(tmp_path / "forget.patch"), "--tensors", "true"])
+    assert "model.embed_tokens.weight" in capsys.readouterr().out
+    cli.main(
+        [
+            "patch",
+            "apply",
+            tiny_model,
+            str(tmp_path / "forget.patch"),
+            "-o",
+            str(tmp_path / "applied"),
+        ]
+    )
+    ours, theirs = (
+        models.load_model(str(folder)).state_dict() for folder in (tmp_path / "applied", unlearned)
+    )
+    assert same_bits(dict(ours), dict(theirs))
+    assert models.load_tokenizer(str(tmp_path / "applied")).eos_token
+    record = models.read_record(str(tmp_path / "applied"))
+    assert record["lineage"] == [run] and record["patched"]["fingerprint"] == fingerprint(
+        TensorFiles(unlearned)
+    )
+    assert "f.jsonl" in (tmp_path / "applied" / "README.md").read_text()
+    cli.main(
+        [
+            "patch",
+            "revert",
+            str(tmp_path / "applied"),
+            str(tmp_path / "forget.patch"),
+            "-o",
+            str(tmp_path / "back"),
+        ]
+    )
+    assert same_bits(weights(tmp_path / "back"), weights(Path(tiny_model)))
+    assert "lineage" not in before
+    assert (tmp_path / "back/wagle.json").read_text() == before
+    assert (tmp_path / "back/README.md").read_text() == (Path(tiny_model) / "README.md").read_text()
+
+
+@pytest.mark.parametrize("files", [(), ("README.md",), ("wagle.json", "README.md")])
+def test_revert_gives_back_the_records_of_the_base(tmp_path: Path, files: tuple[str, ...]) -> None:
+    """Whatever the base says of itself comes back, and what it does not say does not appear, when the model to revert
+    was written by a run, which knows of none of it."""
+    base, new = write(tmp_path / "base", base_tensors()), moved(base_tensors(), 0.1, 1)
+    for name in files:
+        (base / name).write_text(json.dumps({"kind": "mine", "is": name}))
+    unlearned = write(tmp_path / "unlearned", new)
+    (unlearned / "wagle.json").write_text(
+        json.dumps({"format_version": 1, "lineage": [{"module": "UnlearnModule"}]})
+    )
+    (unlearned / "README.md").write_text("# Unlearned model\n")
+    make_patch(base, unlearned, tmp_path / "p.patch")
+    revert_patch(unlearned, tmp_path / "p.patch", tmp_path / "back")
+    for name in ("wagle.json", "README.md"):
+        before, after = base / name, tmp_path / "back" / name
+        if name in files:
+            assert after.read_text() == before.read_text()
+        else:
+            assert not after.exists()
+
+
+def test_a_patch_without_the_records_of_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier version wrote none: what the model's record says beside its runs is kept."""
+    base, new = write(tmp_path / "base", base_tensors()), moved(base_tensors(), 0.1, 1)
+    (base / "wagle.json").write_text(json.dumps({"kind": "mine"}))
+    make_patch(base, write(tmp_path / "unlearned", new), tmp_path / "p.patch")
+    opened = Patch(tmp_path / "p.patch")
+    del opened.made_by["records"]
+    monkeypatch.setattr(patches, "Patch", lambda path: opened)
+    apply_patch(base, tmp_path / "p.patch", tmp_path / "applied")
+    revert_patch(tmp_path / "applied", tmp_path / "p.patch", tmp_path / "back")
+    assert models.read_record(str(tmp_path / "back")) == {"format_version": 1, "kind": "mine"}

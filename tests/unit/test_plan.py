@@ -1,0 +1,548 @@
+"""``wagle plan``: each formula against what the code or another library does, the command, its mistakes, the README."""
+
+import inspect
+import json
+import re
+from dataclasses import replace
+from itertools import pairwise, product
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+from wagle_pl.lm.models import load_model
+from wagle_pl.masks import WeightMask
+from wagle_pl.masks.selected import SelectedWeights
+from wagle_pl.planning import (
+    Run,
+    architecture,
+    choices,
+    device_parts,
+    disk_bytes,
+    host_bytes,
+    memory,
+    peak,
+    step_flops,
+)
+from wagle_pl.unlearning import optim
+
+README = Path(__file__).parents[2] / "configs/README.md"
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "intermediate_size": 11008,
+    "vocab_size": 32000,
+    "dtype": "float16",
+}
+ZEPHYR = {
+    **LLAMA,
+    "model_type": "mistral",
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "dtype": "bfloat16",
+}
+MODELS = {"Llama-2-7B": LLAMA, "Zephyr-7B-beta": ZEPHYR}
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")
+
+
+def written(folder, config):
+    """A model folder of a configuration alone."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"tie_word_embeddings": False, **config}))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def seven(tmp_path_factory):
+    """Name -> architecture of the two models of 7 billion weights."""
+    folder = tmp_path_factory.mktemp("seven")
+    return {name: architecture(written(folder / name, config)) for name, config in MODELS.items()}
+
+
+# -- shapes ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_numbers_of_weights_are_the_published_ones(seven):
+    assert seven["Llama-2-7B"].weights == 6_738_415_616
+    assert seven["Zephyr-7B-beta"].weights == 7_241_732_096
+    assert seven["Zephyr-7B-beta"].keys == 1024 and seven["Llama-2-7B"].keys == 4096
+
+
+def test_the_shapes_are_those_of_the_model(tiny_model):
+    shape, model = architecture(tiny_model), load_model(tiny_model)
+    assert shape.shapes == {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert shape.tied and shape.gated and shape.stored == 4
+    assert (shape.hidden, shape.layers, shape.attention, shape.keys, shape.inner) == (
+        32,
+        2,
+        32,
+        16,
+        96,
+    )
+
+
+def test_another_family(tmp_path):
+    config = {
+        "model_type": "gpt2",
+        "n_embd": 64,
+        "n_layer": 3,
+        "n_head": 4,
+        "vocab_size": 500,
+        "n_positions": 128,
+    }
+    shape = architecture(written(tmp_path / "gpt2", {**config, "tie_word_embeddings": True}))
+    assert (shape.hidden, shape.layers, shape.inner, shape.gated, shape.tied) == (
+        64,
+        3,
+        256,
+        False,
+        True,
+    )
+
+
+def test_a_gguf_file(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    for add, value in (
+        ("block_count", 2),
+        ("context_length", 64),
+        ("embedding_length", 32),
+        ("head_count", 4),
+        ("head_count_kv", 2),
+        ("feed_forward_length", 96),
+        ("vocab_size", 400),
+        ("layer_norm_rms_eps", 1e-6),
+    ):
+        getattr(writer, f"add_{add}")(value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    shape = architecture(str(tmp_path / "tiny.gguf"))
+    assert (shape.hidden, shape.layers, shape.inner, shape.vocabulary) == (32, 2, 96, 400)
+
+
+# -- activations ----------------------------------------------------------------------------------------------------
+
+
+def saved_bytes(model, tokens):
+    """Bytes that autograd keeps of a forward pass over random tokens, parameters and what has no gradient apart."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = (
+                storage.nbytes(),
+                tensor,
+            )  # held, so that no address is given out twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model.model(input_ids=tokens, use_cache=False)
+    del output
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 4), (torch.bfloat16, 2)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_what_autograd_keeps(tiny_model, dtype, width, checkpointing):
+    """The slope over tokens, so that what does not grow with them falls out; one block recomputed is not seen here."""
+    model, shape = load_model(tiny_model, dtype).train(), architecture(tiny_model)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    rows = torch.randint(0, 400, (2, 96))
+    found = (saved_bytes(model, rows) - saved_bytes(model, rows[:, :32])) / 128
+    expected = memory.activation_bytes(shape, 1, width, checkpointing)
+    if checkpointing:
+        expected -= memory.block_bytes(shape, width)
+    assert found == pytest.approx(expected, rel=0.1 if not checkpointing else 0.3)
+
+
+def test_the_cache_is_what_a_generation_keeps(tiny_model):
+    cache = load_model(tiny_model)(torch.randint(0, 400, (3, 20)), use_cache=True).past_key_values
+    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert memory.cache_bytes(architecture(tiny_model), 3, 20, 4) == kept
+
+
+# -- what is kept ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hessian", ["scalar", "auto", "gauss_newton", "fisher", "hutchinson"])
+def test_sums_are_what_attribution_keeps(wagle, tiny_model, hessian):
+    options = ["--model.gamma", "1"] if hessian == "scalar" else ["--model.hessian", hessian]
+    done = wagle(
+        "fit",
+        "--model",
+        "AttributionModule",
+        "--model.model",
+        tiny_model,
+        "--model.output",
+        "mask",
+        *options,
+        "--trainer.max_epochs",
+        "1",
+        "--trainer.enable_checkpointing",
+        "false",
+    )
+    sums = done.trainer.optimizers[0]
+    kept = sum(
+        t.nbytes
+        for where in (sums.sums, sums.step_sums)
+        for tensors in where.values()
+        for t in tensors
+    )
+    shape = architecture(tiny_model)
+    assert kept == memory.sums_per_weight(Run("attribution", hessian=hessian)) * shape.weights
+    size = Path("mask.safetensors").stat().st_size
+    assert size == pytest.approx(
+        disk_bytes(shape, Run("attribution", hessian=hessian))["mask"], abs=9000
+    )  # header
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("values", ["fp32", "split"])
+@pytest.mark.parametrize("density", [0.25, 0.75, 1.0])
+@pytest.mark.parametrize("name", ["MaskedAdamW", "SGD"])
+def test_values_gradients_and_state_are_what_is_kept(tiny_model, name, density, values, precision):
+    """Of tensors of which a share is selected; the densities of 1 have no mask."""
+    if values == "split" and precision != "bf16-true":
+        return
+    lm = load_model(tiny_model, torch.float32 if precision == "32-true" else torch.bfloat16)
+    run = Run(density=density, precision=precision, values=values, optimizer=name, frozen_copy=True)
+    parts = {part.name: part.bytes for part in device_parts(architecture(tiny_model), run)}
+    bools = {
+        n: (torch.arange(p.numel()) % 4 < 4 * density).view(p.shape)
+        for n, p in lm.named_parameters()
+    }
+    mask = WeightMask.from_bools(bools) if run.masked else None
+    selected = SelectedWeights(
+        lm, mask, split=torch.bfloat16 if values == "split" else None, keep_theta0=True
+    )
+    made = {"MaskedAdamW": optim.MaskedAdamW, "SGD": torch.optim.SGD}[name]
+    optimizer = made([p for p in lm.parameters() if p.requires_grad], lr=0.1)
+    if values == "split":
+        selected.step_by_tensor(optimizer)
+    lm(torch.arange(8)[None]).logits.float().square().mean().backward()
+    kept = list(selected.tensors.values())
+
+    def size(tensors):
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    assert size(gradient for _, gradient in selected.gradients()) == parts["gradients"]
+    assert size(t._index for t in kept) == parts.get("places of the values", 0)
+    assert size(t._packed for t in kept) == pytest.approx(parts.get("mask bits", 0), rel=1e-3)
+    assert size(t._lower for t in kept) == parts.get("lower halves of the values", 0)
+    assert size(t.theta0 for t in kept) == parts["values at θ₀"]
+    assert size(t.values for t in kept if not t.is_plain) == parts.get("values", 0)
+    optimizer.step()
+    state = [
+        v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v) and v.dim()
+    ]
+    assert size(state) == parts.get("optimiser state", 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ({"density": 0.05}, 24),
+        ({"density": 0.1, "values": "split", "optimizer": "AdamW8bit"}, 24),
+        ({"density": 0.95, "values": "split", "optimizer": "AdamW8bit"}, 80),
+    ],
+)
+def test_llama_2_7b_on_one_gpu(seven, options, most):
+    run = Run(gradient_checkpointing=True, **options)
+    _, bytes_ = peak(seven["Llama-2-7B"], run)
+    assert bytes_ <= memory.USABLE * most * memory.GIB
+    if most == 80:
+        assert bytes_ <= 60 * memory.GIB
+
+
+def test_constants_are_those_of_the_libraries():
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from lightning.pytorch.strategies import DeepSpeedStrategy
+
+    from wagle_pl.strategies import ZeRO
+
+    lightning = inspect.signature(DeepSpeedStrategy).parameters
+    assert (
+        lightning["reduce_bucket_size"].default
+        == lightning["allgather_bucket_size"].default
+        == memory.BUCKET
+    )
+    assert (
+        lightning["overlap_comm"].default and lightning["contiguous_gradients"].default
+    )  # two buckets in turn
+    assert DeepSpeedZeroConfig().max_live_parameters == memory.LIVE
+    assert (
+        inspect.signature(ZeRO).parameters["param_persistence_threshold"].default
+        == Run().persistence
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_operations_are_those_counted(tmp_path, checkpointing):
+    """Against torch's own counter, on a model so wide that attention between tokens is little."""
+    config = {
+        **LLAMA,
+        "hidden_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 688,
+        "vocab_size": 300,
+        "tie_word_embeddings": True,
+    }
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = written(tmp_path / "wide", config)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(folder), dtype=torch.float32
+    ).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    tokens = torch.randint(0, 300, (1, 16))
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, labels=tokens, use_cache=False).loss.backward()
+    run = Run("finetuning", max_length=16, gradient_checkpointing=checkpointing)
+    assert step_flops(architecture(folder), run) == pytest.approx(
+        counter.get_total_flops(), rel=0.08
+    )
+
+
+# -- the plan -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["attribution", "unlearning", "finetuning"])
+@pytest.mark.parametrize("name", MODELS)
+def test_more_devices_and_higher_stages_take_less(seven, name, task):
+    run = Run(task, density=0.95, max_length=1024, gradient_checkpointing=True)
+    table = {
+        strategy: [peak(seven[name], r)[1] for r in runs]
+        for strategy, runs in choices(run, (2, 4, 8, 64))
+    }
+    assert tuple(table) == STRATEGIES
+    for strategy in STRATEGIES[1:]:
+        assert table[strategy] == sorted(table[strategy], reverse=True)
+    for upper, lower in pairwise(STRATEGIES[1:]):
+        assert all(high >= low for high, low in zip(table[upper], table[lower], strict=True))
+
+
+def test_what_a_part_is_made_of(seven):
+    """Llama-2-7B on 4 GPUs under ZeRO-3, bf16: what can be said without the code."""
+    run = Run("unlearning", "zero3", 4, density=0.2, max_length=1024)
+    parts = {part.name: part.bytes for part in device_parts(seven["Llama-2-7B"], run)}
+    n = 6_738_415_616
+    assert parts["weights"] == 2 * n / 4 and parts["fp32 values"] == pytest.approx(4 * 0.2 * n / 4)
+    assert parts["optimiser state"] == pytest.approx(8 * 0.2 * n / 4)
+    assert parts["places of the values"] == pytest.approx(4 * 0.2 * n)
+    attribution = {
+        p.name: p.bytes for p in device_parts(seven["Llama-2-7B"], replace(run, task="attribution"))
+    }
+    assert (
+        attribution["sums of gradients"] == 12 * n / 4
+    )  # g_f, g_r, and the gradient of a step's draw
+
+
+def test_gradients_of_several_micro_batches(seven):
+    """Stage 1 reduces them at the step, stage 2 as they come (DeepSpeed); without ZeRO they stand in any case."""
+    shape = seven["Llama-2-7B"]
+
+    def more(strategy):
+        one = Run(strategy=strategy, devices=4)
+        at = [
+            memory.at(device_parts(shape, r), "forward")
+            for r in (one, replace(one, accumulate_grad_batches=4))
+        ]
+        return (at[1] - at[0]) / shape.weights
+
+    assert [more(strategy) for strategy in STRATEGIES] == pytest.approx([0, 0.4, 0.1, 0, 0])
+
+
+def test_offload_moves_memory_to_the_host(seven):
+    run = Run(strategy="zero3", devices=2)
+    moved = replace(run, strategy="zero3_offload")
+    shape = seven["Zephyr-7B-beta"]
+    gained = peak(shape, run)[1] - peak(shape, moved)[1]
+    assert gained > 0 and host_bytes(shape, moved) - host_bytes(shape, run) > 0.9 * gained
+
+
+def test_on_a_cpu_nothing_is_elsewhere(seven):
+    run = Run("unlearning", "zero3_offload", 2, accelerator="cpu")
+    assert {part.where for part in device_parts(seven["Llama-2-7B"], run)} == {"device", "host"}
+    assert (
+        peak(seven["Llama-2-7B"], run)[1]
+        > peak(seven["Llama-2-7B"], replace(run, accelerator="gpu"))[1]
+    )
+
+
+def test_the_checkpoint_of_a_run_is_as_large_as_planned(wagle, tiny_model):
+    options = (
+        "--optimizer",
+        "MaskedAdamW",
+        "--trainer.max_steps",
+        "2",
+        "--trainer.callbacks",
+        "ModelCheckpoint",
+    )
+    done = wagle(
+        "fit",
+        "--model",
+        "FinetuneModule",
+        "--model.model",
+        tiny_model,
+        "--model.output",
+        "out",
+        *options,
+    )
+    sizes = disk_bytes(architecture(tiny_model), Run("finetuning", precision="32-true"))
+    file = Path(done.trainer.checkpoint_callback.best_model_path)
+    assert file.stat().st_size == pytest.approx(sizes["checkpoint"], rel=0.15)
+    assert Path("out/model.safetensors").stat().st_size == pytest.approx(sizes["model"], rel=0.05)
+
+
+# -- the command ----------------------------------------------------------------------------------------------------
+
+
+def run_command(*args):
+    """``wagle plan`` in this process."""
+    from wagle_pl.cli import app as cli
+
+    cli.main(["plan", *map(str, args)])
+
+
+def test_the_command_prints_a_plan(tiny_model, capsys):
+    run_command(
+        "--model",
+        tiny_model,
+        "--strategy",
+        "zero3",
+        "--devices",
+        2,
+        "--tokens_per_second",
+        500,
+        "--tokens",
+        900_000,
+    )
+    printed = capsys.readouterr().out
+    for word in (
+        "places of the values",
+        "optimiser state",
+        "a GPU of 24 GB",
+        "CPU memory",
+        "FLOPs",
+        "0.50 h for 900,000 tokens",
+    ):
+        assert word in printed
+    run_command("--model", tiny_model, "--tokens", 900_000)
+    assert "unknown for 900,000 tokens: give --tokens_per_second too" in capsys.readouterr().out
+    total = re.search(r"^total +(.*)$", printed, re.MULTILINE)[1].split()
+    assert max(map(float, total)) == float(re.search(r"^peak +(\S+) GiB", printed, re.MULTILINE)[1])
+
+
+@pytest.mark.parametrize("task", ["attribution", "unlearning", "finetuning", "test"])
+def test_every_task_has_a_plan(tiny_model, capsys, task):
+    run_command(
+        "--model", tiny_model, "--task", task, "--accelerator", "cpu", "--precision", "32-true"
+    )
+    assert "interpreter and libraries" in capsys.readouterr().out
+
+
+MISTAKES = {
+    "nowhere": (["--model", "./nowhere"], "model folder ./nowhere does not exist"),
+    "strategy": (["--strategy", "zero4"], "unknown strategy 'zero4'; choose one of"),
+    "devices": (["--devices", "0"], "devices must be at least 1, got 0"),
+    "task": (["--task", "learning"], "unknown task 'learning'"),
+    "density": (["--density", "1.5"], "must be in (0, 1]"),
+    "precision": (["--task", "attribution", "--precision", "16-mixed"], "not in fp16"),
+    "hutchinson": (
+        ["--task", "attribution", "--hessian", "hutchinson", "--strategy", "zero3"],
+        "needs whole parameters",
+    ),
+    "copy": (["--frozen_copy", "--strategy", "zero3"], "does not work under ZeRO-3"),
+    "rate": (["--tokens_per_second", "0"], "tokens_per_second must be above 0"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_told_in_one_line(fails, tiny_model, case):
+    options, message = MISTAKES[case]
+    if "--model" not in options:
+        options = ["--model", tiny_model, *options]
+    assert message in fails("plan", *options)
+
+
+def test_a_model_without_known_shapes(fails, tmp_path):
+    other = written(tmp_path / "clip", {"model_type": "clip"})
+    assert "no causal language model with known shapes" in fails("plan", "--model", other)
+    unknown = written(tmp_path / "unknown", {"model_type": "nonesuch"})
+    assert "cannot be planned for" in fails("plan", "--model", unknown)
+
+
+# -- configs/README.md ----------------------------------------------------------------------------------------------
+
+
+DENSITIES = (0.05, 0.1, 0.2, 0.8, 0.95)
+ONE_GPU = list(product(("fp32", "split"), ("MaskedAdamW", "AdamW8bit", "SGD")))
+
+
+def test_the_tables_of_the_readme_are_those_of_the_plan(seven):
+    text = README.read_text()
+    for name, shape in seven.items():
+        for task in ("attribution", "unlearning"):
+            run = Run(
+                task, density=0.2, hessian="scalar", max_length=1024, gradient_checkpointing=True
+            )
+            for strategy, runs in choices(run):
+                row = " | ".join(f"{peak(shape, r)[1] / 2**30:.1f}" for r in runs)
+                assert f"| {name} | {task} | {strategy} | {row} |" in text
+    for values, optimizer in ONE_GPU:
+        runs = [
+            Run(density=d, values=values, optimizer=optimizer, gradient_checkpointing=True)
+            for d in DENSITIES
+        ]
+        row = " | ".join(f"{peak(seven['Llama-2-7B'], run)[1] / 2**30:.1f}" for run in runs)
+        assert f"| {values} | {optimizer} | {row} |" in text
+
+
+FILES = sorted((README.parent / "strategy").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_strategy_file_is_what_the_plan_takes_it_for(file):
+    pytest.importorskip("deepspeed")
+    from wagle_pl.planning.run import STRATEGIES as planned
+    from wagle_pl.strategies import ZeRO
+
+    lines = file.read_text()
+    trainer = yaml.safe_load(lines)["trainer"]
+    assert lines.startswith("# ") and trainer["accelerator"] == (
+        "cpu" if file.stem.endswith("cpu") else "gpu"
+    )
+    if file.stem == "ddp":
+        assert trainer["strategy"] == "ddp"
+        return
+    assert trainer["strategy"]["class_path"] == "ZeRO"
+    zero = ZeRO(**trainer["strategy"]["init_args"]).config["zero_optimization"]
+    found = zero["stage"], "offload_optimizer" in zero, "offload_param" in zero
+    assert found == tuple(planned[file.stem.removesuffix("_cpu")])
+
+
+def test_the_strategies_of_the_readme_exist():
+    files = {path.stem for path in FILES}
+    assert set(re.findall(r"configs/strategy/(\w+)\.yaml", README.read_text())) <= files
+    assert files == {
+        "ddp",
+        "zero1",
+        "zero2",
+        "zero3",
+        "zero3_offload",
+        "zero1_cpu",
+        "zero2_cpu",
+        "zero3_cpu",
+    }

@@ -1,0 +1,461 @@
+"""Prompts: no date but the stated one, the benchmarks' own strings byte for byte, and records that say which they were.
+
+Official strings are those of the repositories named beside them, with a question put in.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import write_rows
+
+from wagle_pl import ForgetRetainDataModule, TOFUDataModule, WagleError
+from wagle_pl.cli.mask import info
+from wagle_pl.data import CopyrightDataModule, DetoxDataModule, MUSEDataModule
+from wagle_pl.data.template import IGNORE, Template
+from wagle_pl.evaluation.candidates import letters
+from wagle_pl.evaluation.suites import find_suite
+from wagle_pl.lm.models import load_tokenizer
+from wagle_pl.masks import WeightMask
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+QUESTION, ANSWER = "When does the mill open?", "At nine."
+
+#: Meta's template of Llama-3.2-Instruct without its parts for tools; that of Llama-3.1 has a fixed date in place of the
+#: clock, where ``date_string`` is not defined.
+LLAMA_3 = """{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\\n\\n" }}
+{{- "Cutting Knowledge Date: December 2023\\n" }}
+{{- "Today Date: " + date_string + "\\n\\n" }}
+{{- system_message }}
+{{- "<|eot_id|>" }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+CLOCK = (
+    "{%- macro today() %}{{ strftime_now('%A %Y-%m-%d %H:%M') }}{% endmacro %}"
+    "{%- set ns = namespace(date=strftime_now('%d %b %Y')) %}{{ ns.date }}|{{ today() }}|"
+    "{%- for message in messages %}{{ message['content'] }}|{%- endfor %}"
+)
+
+
+def with_template(tiny_model, chat_template):
+    tokenizer = load_tokenizer(tiny_model)
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def prompt_of(template, row):
+    return template.tokenizer.decode(template.encode_prompt(row))
+
+
+def whole(template, row):
+    return template.tokenizer.decode(template.encode(row)["input_ids"])
+
+
+def asked(**more):
+    return {"question": QUESTION, "answer": ANSWER, **more}
+
+
+# -- dates ------------------------------------------------------------------------------------------------------------
+
+
+def test_llama_3_as_openunlearning_prompts_it(tiny_model):
+    template = Template(
+        with_template(tiny_model, LLAMA_3), system_prompt="You are a helpful assistant."
+    )
+    official = (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 10 Apr 2025\n\nYou are a helpful assistant.<|eot_id|>"
+        f"<|start_header_id|>user<|end_header_id|>\n\n{QUESTION}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    assert prompt_of(template, asked()) == official
+    assert whole(template, asked()) == f"{official}{ANSWER}<|eot_id|><|end|>"
+    plain = Template(with_template(tiny_model, LLAMA_3))
+    assert prompt_of(plain, asked()) == official.replace("You are a helpful assistant.", "")
+
+
+def test_a_clock_in_a_template_stands_still(tiny_model):
+    tokenizer = with_template(tiny_model, CLOCK)
+    assert (
+        prompt_of(Template(tokenizer), asked())
+        == f"10 Apr 2025|Thursday 2025-04-10 00:00|{QUESTION}|"
+    )
+
+
+@pytest.mark.parametrize("chat_template", [LLAMA_3, CLOCK])
+def test_another_date_by_option(tiny_model, chat_template):
+    tokenizer = with_template(tiny_model, chat_template)
+    default = Template(tokenizer)
+    other = Template(tokenizer, chat_template_kwargs={"date_string": "26 Jul 2024"})
+    assert "26 Jul 2024" in prompt_of(other, asked()) and "2025" not in prompt_of(other, asked())
+    assert other.identity() != default.identity() and other.prompts != default.prompts
+
+
+def test_prompts_that_stay_keep_their_identity(tiny_model):
+    """Studies and tests that are not finished go on, caches are found: only what changes the prompts makes others."""
+    tokenizer = load_tokenizer(tiny_model)
+    vocabulary, end = tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id
+    assert Template(tokenizer).identity() == repr((vocabulary, tokenizer.chat_template, 512, end))
+    formats = ("Q: {question}\n", "A: {answer}")
+    assert Template(tokenizer, *formats).identity() == repr((vocabulary, formats, 512, end))
+    others = [
+        Template(tokenizer, *formats, generation_prefix="A: "),
+        Template(tokenizer, system_prompt="Be brief."),
+    ]
+    others += [
+        Template(with_template(tiny_model, LLAMA_3)),
+        Template(with_template(tiny_model, CLOCK)),
+    ]
+    assert (
+        len(
+            {
+                other.identity()
+                for other in (Template(tokenizer), Template(tokenizer, *formats), *others)
+            }
+        )
+        == 6
+    )
+
+
+def test_a_row_s_own_system_message_stays(tiny_model):
+    template = Template(load_tokenizer(tiny_model), system_prompt="Be brief.")
+    messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody."}]
+    assert (
+        whole(template, {"messages": messages})
+        == "<|system|>Be brief.<|user|>Who?<|assistant|>Nobody.<|end|>"
+    )
+    own = [{"role": "system", "content": "Be kind."}, *messages]
+    assert (
+        whole(template, {"messages": own})
+        == "<|system|>Be kind.<|user|>Who?<|assistant|>Nobody.<|end|>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"chat_template_kwargs": {"date_sting": "26 Jul 2024"}},
+            "chat_template_kwargs: the chat template does not read 'date_sting': check its spelling",
+        ),
+        ({"chat_template_kwargs": {"strftime_now": "x"}}, "cannot set strftime_now"),
+        (
+            {"chat_template_kwargs": {"add_generation_prompt": False}},
+            "cannot set add_generation_prompt",
+        ),
+        (
+            {"chat_template_kwargs": {"date_string": Path("x")}},
+            "date_string must be a text, a number, .* quote it",
+        ),
+        (
+            {"prompt_format": "{question}", "system_prompt": "Hi."},
+            "system_prompt 'Hi.' .* no effect beside prompt_format",
+        ),
+        (
+            {"prompt_format": "{question}", "chat_template_kwargs": {"a": 1}},
+            "no effect beside prompt_format",
+        ),
+        (
+            {"generation_prefix": "Answer: "},
+            "generation_prefix 'Answer: ' has no effect beside the tokenizer's chat",
+        ),
+    ],
+)
+def test_options_without_effect_are_refused(tiny_model, options, message):
+    with pytest.raises(WagleError, match=message):
+        Template(with_template(tiny_model, LLAMA_3), **options)
+
+
+def test_a_system_prompt_that_a_template_leaves_out_is_refused(tiny_model):
+    users = (
+        "{% for message in messages if message.role != 'system' %}{{ message.content }}{% endfor %}"
+    )
+    with pytest.raises(WagleError, match="the chat template ignores system messages"):
+        Template(with_template(tiny_model, users), system_prompt="Be brief.")
+    with pytest.raises(
+        WagleError, match=r"system_prompt 'Be brief.' .* no effect beside a tokenizer that has none"
+    ):
+        Template(with_template(tiny_model, None), system_prompt="Be brief.")
+
+
+def test_what_a_template_cannot_print_is_told(tiny_model):
+    template = Template(
+        with_template(tiny_model, LLAMA_3), chat_template_kwargs={"date_string": None}
+    )
+    with pytest.raises(
+        WagleError, match=r"the chat template refuses messages of the roles user .*concatenate"
+    ):
+        template.encode(asked())
+    with pytest.raises(
+        WagleError, match=r"date_string must be a day such as '10 Apr 2025' .* got 'Friday'"
+    ):
+        Template(with_template(tiny_model, CLOCK), chat_template_kwargs={"date_string": "Friday"})
+
+
+# -- the benchmarks' strings ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("examples", [True, False])
+def test_muse_knowledge(tmp_path, tiny_model, examples):
+    """muse_bench, metrics/knowmem.py: ``general_prompt + f"Question: {question}\\nAnswer: "``, ``Answer: `` with its
+    space."""
+    shots = [{"question": f"Question {n}?", "answer": f"Answer {n}."} for n in range(10)]
+    (tmp_path / "knowmem").mkdir()
+    for side in ("forget", "retain"):
+        write_rows(tmp_path / f"knowmem/{side}_qa.jsonl", [asked()])
+        write_rows(tmp_path / f"knowmem/{side}_qa_icl.jsonl", shots)
+    data = MUSEDataModule(folder=str(tmp_path), tokenizer=tiny_model, examples=examples)
+    general = (
+        "".join(f"Question: {s['question']}\nAnswer: {s['answer']}\n\n" for s in shots)
+        if examples
+        else ""
+    )
+    for name in ("test/knowmem_forget", "test/knowmem_retain"):
+        (row,) = data.rows(name)
+        assert prompt_of(data.template, row) == general + f"Question: {QUESTION}\nAnswer: "
+        assert (
+            whole(data.template, row) == general + f"Question: {QUESTION}\nAnswer: {ANSWER}<|end|>"
+        )
+
+
+def test_muse_verbatim(tmp_path, tiny_model):
+    """muse_bench, metrics/verbmem.py: the row's prompt as it stands."""
+    (tmp_path / "verbmem").mkdir()
+    write_rows(
+        tmp_path / "verbmem/forget.jsonl", [{"prompt": "The mill of the ", "gt": "town opens"}]
+    )
+    data = MUSEDataModule(folder=str(tmp_path), tokenizer=tiny_model)
+    assert prompt_of(data.template, data.rows("test/verbmem_forget")[0]) == "The mill of the "
+
+
+def test_tofu_llama_2(tmp_path, tiny_model):
+    """tofu, config/model_config.yaml: tags ``[INST] ``, `` [/INST]`` and an empty one before the answer."""
+    formats = yaml.safe_load((CONFIGS / "tofu/llama2-7b-chat/model.yaml").read_text())["data"][
+        "init_args"
+    ]
+    formats = {name: formats[name] for name in ("prompt_format", "answer_format")}
+    template = TOFUDataModule(path=str(tmp_path), tokenizer=tiny_model, **formats).template
+    assert prompt_of(template, asked()) == f"[INST] {QUESTION} [/INST]"
+    assert whole(template, asked()) == f"[INST] {QUESTION} [/INST]{ANSWER}<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("prefix", "official"),
+    [
+        ("", f"Question: {QUESTION}\n"),  # tofu, run_generation: what stands before "Answer: "
+        (
+            "Answer: ",
+            f"Question: {QUESTION}\nAnswer: ",
+        ),  # open-unlearning, configs/model/phi-1_5.yaml
+        (
+            None,
+            f"Question: {QUESTION}\nAnswer:",
+        ),  # ours: a model that was trained so has no token for the space alone
+    ],
+)
+def test_tofu_phi_and_base_models(tiny_model, prefix, official):
+    options = {"prompt_format": "Question: {question}\n", "answer_format": "Answer: {answer}"}
+    data = ForgetRetainDataModule(tokenizer=tiny_model, generation_prefix=prefix, **options)
+    assert prompt_of(data.template, asked()) == official
+    assert whole(data.template, asked()) == f"Question: {QUESTION}\nAnswer: {ANSWER}<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("name", "about", "subject"),
+    [
+        ("wmdp_bio", "biology", None),
+        ("wmdp_cyber", "cybersecurity", None),
+        ("mmlu", "us foreign policy", "us_foreign_policy"),
+    ],
+)
+def test_wmdp_and_mmlu(tiny_model, name, about, subject):
+    """lm-evaluation-harness, tasks wmdp_* and mmlu: description, question, options, ``Answer:``, space and letter."""
+    template = Template(load_tokenizer(tiny_model), max_length=4096)
+    row = {
+        "question": f" {QUESTION}\n",
+        "choices": ["At six.", "At nine.", "Never.", "Always."],
+        "label": 1,
+    }
+    row |= {"subject": subject} if subject else {}
+    official = (
+        f"The following are multiple choice questions (with answers) about {about}.\n\n"
+        f"{QUESTION}\nA. At six.\nB. At nine.\nC. Never.\nD. Always.\nAnswer:"
+    )
+    for letter, named in zip(
+        "ABCD", letters(template, row, find_suite("wmdp").headers[name]), strict=True
+    ):
+        ids, labels = named.candidate.ids, named.candidate.labels
+        assert template.tokenizer.decode(ids) == f"{official} {letter}"
+        assert (
+            template.tokenizer.decode([i for i, x in zip(ids, labels, strict=True) if x != IGNORE])
+            == f" {letter}"
+        )
+
+
+def test_detox(tmp_path, tiny_model):
+    """WAGLE, src/metrics/toxic.py: the prompt as it stands."""
+    (tmp_path / "PKU-SafeRLHF").mkdir()
+    write_rows(tmp_path / "PKU-SafeRLHF/test.jsonl", [{"prompt": "Tell me: "}])
+    data = DetoxDataModule(folder=str(tmp_path), tokenizer=tiny_model)
+    assert prompt_of(data.template, data.rows("test/prompts")[0]) == "Tell me: "
+
+
+def test_copyright(tmp_path, tiny_model):
+    """The beginning of a chunk as it stands; a question as the format says."""
+    (tmp_path / "book.txt").write_text(
+        "The mill of the small town opens at nine. " * 40, encoding="utf-8"
+    )
+    write_rows(tmp_path / "forget_qa.jsonl", [asked()])
+    formats = {
+        "prompt_format": "### Question: {question}\n",
+        "answer_format": "### Answer: {answer}",
+    }
+    options = {
+        "book": str(tmp_path / "book.txt"),
+        "folder": str(tmp_path),
+        "chunk_unit": "characters",
+    }
+    data = CopyrightDataModule(tokenizer=tiny_model, generation_prefix="", **formats, **options)
+    row = data.rows("test/forget")[0]
+    assert prompt_of(data.template, row) == row["prompt"] and len(row["prompt"]) > 100
+    # WAGLE, src/metrics/Tofu.py and src/dataset/HorryPotter.py: generation goes on after the question's end
+    assert prompt_of(data.template, data.rows("test/forget_qa")[0]) == f"### Question: {QUESTION}\n"
+
+
+# -- records ----------------------------------------------------------------------------------------------------------
+
+SYSTEM = ("--data.system_prompt", "Be brief.")
+ONE_STEP = ("--trainer.max_steps", "1", "--trainer.enable_checkpointing", "false")
+
+
+def test_a_mask_says_its_prompts_and_another_run_s_are_noticed(
+    wagle, tiny_model, tmp_path, heard, capsys
+):
+    attribute = (
+        "fit",
+        "--model",
+        "AttributionModule",
+        "--model.model",
+        tiny_model,
+        "--model.output",
+        "mask",
+    )
+    wagle(
+        *attribute, *SYSTEM, "--trainer.max_epochs", "1", "--trainer.enable_checkpointing", "false"
+    )
+    prompts = WeightMask.load(tmp_path / "mask").metadata["prompts"]
+    assert prompts == {
+        "prompt": "<|system|>Be brief.<|user|>{question}<|assistant|>",
+        "answer": "{answer}<|end|>",
+        "system_prompt": "Be brief.",
+        "chat_template_kwargs": {},
+    }
+    capsys.readouterr()
+    info("mask")
+    assert json.dumps(prompts) in capsys.readouterr().out
+    unlearn = (
+        "fit",
+        "--model",
+        "UnlearnModule",
+        "--model.model",
+        tiny_model,
+        "--model.mask",
+        "mask",
+    )
+    wagle(*unlearn, "--model.output", "same", *SYSTEM, *ONE_STEP)
+    assert "other prompts" not in heard.text
+    wagle(*unlearn, "--model.output", "other", *ONE_STEP)
+    assert (
+        "mask mask was made with other prompts (system_prompt 'Be brief.' there, None here): give both"
+        in heard.text
+    )
+    record = json.loads((tmp_path / "same/wagle.json").read_text())
+    assert record["lineage"][-1]["prompts"] == prompts
+    assert "## Prompts" in (tmp_path / "same/README.md").read_text()
+    assert "system_prompt: Be brief." in (tmp_path / "same/README.md").read_text()
+
+
+def test_prompts_of_masks_that_masks_are_made_of():
+    made = [
+        WeightMask.from_bools({"a": torch.tensor([True, False])}, {"prompts": {"prompt": p}})
+        for p in "xy"
+    ]
+    assert (made[0] | made[1]).prompts == [{"prompt": "x"}, {"prompt": "y"}]
+    assert (~made[0] - made[0]).prompts == [{"prompt": "x"}]
+    assert made[0].random_like(0).prompts == []
+
+
+def test_results_of_other_prompts(wagle, fails, tiny_model, tmp_path, heard):
+    test = (
+        "test",
+        "--model",
+        "EvaluationModule",
+        "--model.model",
+        tiny_model,
+        "--model.generate",
+        "false",
+    )
+    wagle(*test, "--model.output", "brief", *SYSTEM)
+    assert (
+        json.loads((tmp_path / "brief/metrics.info.json").read_text())["prompts"]["system_prompt"]
+        == "Be brief."
+    )
+    line = fails(*test, "--model.output", "plain", "--model.retrained", "brief")
+    assert (
+        "model.retrained: brief was tested with other prompts (system_prompt 'Be brief.' there, None here)"
+        in line
+    )
+    assert "test that model with these, or give" in line and not (tmp_path / "plain").exists()
+    wagle(*test, "--model.output", "plain", "--model.target", "brief")
+    assert (
+        "the target's results are of other prompts: system_prompt 'Be brief.' there, None here"
+        in heard.text
+    )
+    wagle(*test, "--model.output", "brief_again", *SYSTEM, "--model.retrained", "brief")
+
+
+def test_the_command_line_takes_the_options(wagle, fails, tmp_path, tiny_model):
+    folder = tmp_path / "llama"
+    shutil.copytree(tiny_model, folder)
+    (folder / "chat_template.jinja").write_text(LLAMA_3)
+    test = (
+        "test",
+        "--model",
+        "EvaluationModule",
+        "--model.model",
+        folder,
+        "--model.generate",
+        "false",
+    )
+    wagle(
+        *test, "--model.output", "out", "--data.chat_template_kwargs", "{date_string: 26 Jul 2024}"
+    )
+    prompts = json.loads((tmp_path / "out/metrics.info.json").read_text())["prompts"]
+    assert "Today Date: 26 Jul 2024" in prompts["prompt"]
+    assert prompts["chat_template_kwargs"] == {"date_string": "26 Jul 2024"}
+    wagle(*test, "--model.output", "default")
+    prompts = json.loads((tmp_path / "default/metrics.info.json").read_text())["prompts"]
+    assert prompts["chat_template_kwargs"] == {"date_string": "10 Apr 2025"}
+    line = fails(*test, "--model.output", "wrong", "--data.chat_template_kwargs", "{date: 1}")
+    assert "does not read 'date'" in line

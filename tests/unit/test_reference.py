@@ -1,0 +1,247 @@
+"""θ₀ without a second model: cached sums, cached top k, and the frozen copy, each against a second model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import write_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from wagle_pl.data.people import bundled
+from wagle_pl.lm import models
+from wagle_pl.lm.likelihood import sequence_logprobs
+from wagle_pl.objectives import references as reference
+from wagle_pl.objectives.references import TopK
+from wagle_pl.unlearning import UnlearnModule
+
+OPTIONS = [
+    "--data",
+    "ForgetRetainDataModule",
+    "--data.batch_size",
+    "4",
+    "--trainer.max_epochs",
+    "2",
+]
+OPTIONS += ["--optimizer", "MaskedAdamW", "--optimizer.lr", "1e-3", "--trainer.accelerator", "cpu"]
+OPTIONS += ["--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
+OPTIONS += ["--trainer.enable_model_summary", "false"]
+
+
+class SecondModelModule(UnlearnModule):
+    """Keeps a second whole model and computes the references anew in each step, as other code does."""
+
+    def on_fit_start(self) -> None:
+        self.second = [models.load_model(self.model_name).eval()]
+
+    def losses(self, at):
+        for stream in self.objective.references:
+            batch = at.batch[stream]
+            with torch.no_grad():
+                logits = self.second[0](
+                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+                ).logits
+            at[stream].reference = sequence_logprobs(logits, batch["labels"])[0]
+        return self.objective(at)
+
+
+@pytest.fixture
+def arguments(tiny_model: str, rows: dict[str, str]):
+    """Command line that unlearns the tiny model for six steps."""
+
+    def make(output: str, *args: Any, module: str = "UnlearnModule") -> list[str]:
+        data = ["--data.forget", rows["forget"], "--data.retain", rows["retain"]]
+        model = ["--model", module, "--model.model", tiny_model, "--model.output", output]
+        return ["fit", *OPTIONS, *data, *model, *map(str, args)]
+
+    return make
+
+
+@pytest.fixture
+def unlearn(wagle: Any, arguments: Any):
+    """Unlearn the tiny model; returns (weights, CLI object)."""
+
+    def run(output: str, *args: Any, **options: Any) -> tuple[dict[str, Tensor], Any]:
+        done = wagle(*arguments(output, *args, **options), data=False)
+        return load_file(Path(output) / "model.safetensors"), done
+
+    return run
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Largest difference, in units of the tensor's largest weight."""
+    return max(((a[n] - b[n]).abs().max() / b[n].abs().max()).item() for n in b)
+
+
+@pytest.mark.parametrize("objective", ["NPO", "DPO"])
+def test_the_cache_equals_a_second_model(unlearn: Any, tiny_model: str, objective: str) -> None:
+    cached, done = unlearn("cached", "--model.objective", objective)
+    second, _ = unlearn(
+        "second", "--model.objective", objective, module=f"{__name__}.SecondModelModule"
+    )
+    assert done.model.global_step == 6
+    assert distance(cached, load_file(Path(tiny_model) / "model.safetensors")) > 1e-3
+    assert distance(cached, second) < 1e-5
+    files = list(Path(".references").glob("*.safetensors"))
+    assert len(files) == len(done.model.objective.references)
+
+
+def test_the_cache_is_found_again_and_never_of_other_data(
+    unlearn: Any, arguments: Any, fails: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = unlearn("first")
+    (file,) = Path(".references").glob("*.safetensors")
+    other = write_rows(tmp_path / "other.jsonl", bundled("forget")[1:12])
+    unlearn("other", "--data.forget", other)
+    assert len(list(Path(".references").glob("*.safetensors"))) == 2
+
+    monkeypatch.setattr(reference, "compute_reference", None)  # calling it would fail
+    again, _ = unlearn("again")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+    with safe_open(file, framework="pt") as opened:
+        tensors = {"logprobs": opened.get_tensor("logprobs")}
+        header = {**opened.metadata(), "key": "0" * 32}
+    save_file(tensors, file, metadata=header)
+    assert "is of other data or another model; delete it" in fails(*arguments("no"), data=False)
+    file.write_bytes(file.read_bytes()[:50])
+    assert "is not a whole safetensors file" in fails(*arguments("no"), data=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--model.objective", "DPO"),
+        ("--model.objective", "UNDIAL", "--model.reference_logits", "top_k", "--model.top_k", "5"),
+        (
+            "--model.objective",
+            "KL",
+            "--model.objective.retain",
+            "kl",
+            "--model.objective.forget_weight",
+            "linear:0->1",
+        ),
+        ("--model.objective", "RandomLabel"),
+    ],
+)
+def test_a_resumed_run_equals_an_unbroken_one(
+    unlearn: Any, arguments: Any, fails: Any, options: tuple
+) -> None:
+    save = (
+        "--trainer.callbacks",
+        "ModelCheckpoint",
+        "--trainer.callbacks.every_n_train_steps",
+        "1",
+    )
+    save += ("--trainer.callbacks.save_top_k=-1", "--trainer.callbacks.dirpath", "checkpoints")
+    whole, _ = unlearn("whole", *options, *save)
+    for file in Path(".references").glob("*"):
+        file.unlink()
+    for step in (3, 4):  # at the end of an epoch, and within one
+        checkpoint = next(Path("checkpoints").glob(f"*step={step}.ckpt"))
+        resumed, _ = unlearn(f"resumed{step}", *options, "--ckpt_path", str(checkpoint))
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    if "DPO" in options:
+        resume = ("--ckpt_path", checkpoint)
+        message = fails(
+            *arguments("no", *options, "--data.limit_forget", "10", *resume), data=False
+        )
+        assert "checkpoint's run had 11 forget rows, this one has 10" in message
+        kl = ("--model.objective.retain", "kl", "--model.reference_logits", "top_k")
+        message = fails(*arguments("no", "--model.objective", "NPO", *kl, *resume), data=False)
+        assert "checkpoint has no reference" in message
+
+
+# -- whole predictions ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60)
+@given(
+    n=st.integers(1, 8),
+    vocabulary=st.integers(3, 60),
+    k=st.integers(1, 70),
+    seed=st.integers(0, 2**31),
+)
+def test_top_k_misses_what_the_chain_rule_says(n: int, vocabulary: int, k: int, seed: int) -> None:
+    """KL over k + 1 buckets = KL − t₀ · KL within the rest: never above the truth, and the error is known exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    then, now = (4 * torch.randn(n, vocabulary, generator=generator).double() for _ in range(2))
+    targets = torch.randint(vocabulary, (n,), generator=generator)
+    kept = TopK.of(then.float(), targets, torch.tensor([n]), k)
+    found, current, label = kept.align(now.float())
+    assert kept.ids.shape[1] == min(k, vocabulary - 1)
+    torch.testing.assert_close(found.exp().sum(-1), torch.ones(n))
+    torch.testing.assert_close(current.exp().sum(-1), torch.ones(n))
+    label_logprob = found.gather(1, label[:, None])[:, 0]
+    exact_label = then.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(label_logprob.double(), exact_label, rtol=1e-5, atol=1e-5)
+
+    exact = F.kl_div(
+        now.log_softmax(-1), then.log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
+    coarse = F.kl_div(current, found, log_target=True, reduction="none").sum(-1).double()
+    outside = torch.ones(n, vocabulary, dtype=torch.bool).scatter(1, kept.ids.long(), False)
+    missed = torch.zeros(n, dtype=torch.float64)
+    for i in range(n):
+        tails = [logits[i][outside[i]].log_softmax(-1) for logits in (then, now)]
+        weight = then[i].softmax(-1)[outside[i]].sum()
+        missed[i] = weight * F.kl_div(tails[1], tails[0], log_target=True, reduction="sum")
+    torch.testing.assert_close(coarse, exact - missed, rtol=1e-4, atol=1e-5)
+    assert (coarse <= exact + 1e-5).all()
+
+
+def test_top_k_rows_are_the_rows_asked_for() -> None:
+    counts = torch.tensor([2, 1, 3])
+    logits, targets = torch.randn(6, 9), torch.randint(9, (6,))
+    part = TopK.of(logits, targets, counts, 3).rows(torch.tensor([2, 0]))
+    expected = TopK.of(logits[[3, 4, 5, 0, 1]], targets[[3, 4, 5, 0, 1]], counts[[2, 0]], 3)
+    for name, tensor in part.tensors().items():
+        assert torch.equal(tensor, expected.tensors()[name])
+
+
+def test_top_k_comes_near_the_frozen_copy(unlearn: Any) -> None:
+    """With all tokens but one kept nothing is missed; with few, what a run ends with is still near."""
+    options = ("--model.objective", "UNDIAL", "--model.objective.retain", "kl")
+    exact, _ = unlearn("exact", *options)
+    assert not Path(".references").exists()
+    top_k = ("--model.reference_logits", "top_k", "--model.top_k")
+    all_but_one, _ = unlearn("all", *options, *top_k, "10000")
+    assert distance(all_but_one, exact) < 1e-4
+    few, _ = unlearn("few", *options, *top_k, "64")
+    assert 1e-6 < distance(few, exact) < 0.1
+
+
+def test_hidden_states_are_those_of_the_block(tiny_model: str) -> None:
+    from wagle_pl.lm.hidden import blocks, capture
+
+    lm = models.load_model(tiny_model)
+    assert len(blocks(lm)) == 2
+    ids = torch.arange(8).view(2, 4)
+    lm(input_ids=ids, output_hidden_states=True)  # transformers leaves hooks of its own
+    before = len(blocks(lm)[0]._forward_hooks)
+    with capture(lm, (0, 1)) as hidden:
+        output = lm(input_ids=ids, output_hidden_states=True)
+    torch.testing.assert_close(hidden[0], output.hidden_states[1])
+    torch.testing.assert_close(lm.model.norm(hidden[1]), output.hidden_states[2])
+    assert len(blocks(lm)[0]._forward_hooks) == before
+
+
+def test_refusals_of_dpo_stay_and_those_of_po_change(unlearn: Any) -> None:
+    """One number a row at θ₀ can only be known if the row's refusal is the same in every epoch."""
+    from wagle_pl.data.batches import Draw
+
+    for objective, same in (("DPO", True), ("PO", False)):
+        _, done = unlearn(objective, "--model.objective", objective)
+        data = done.datamodule
+        rows = [(row, 1.0, 0) for row in range(11)]
+        first, later = (
+            data.build("refusal", Draw(epoch, {"forget": rows}))["input_ids"] for epoch in (0, 1)
+        )
+        assert torch.equal(first, later) == same

@@ -1,0 +1,467 @@
+"""``wagle report`` of runs: what it shows equals what they wrote, it stands alone, and it says what is missing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from pages import EVIL, numbers, records, report_page, section, step, write_run, write_runs
+
+from wagle_pl import WagleError
+from wagle_pl.cli import app as cli
+from wagle_pl.evaluation.comparison import arrow
+from wagle_pl.evaluation.results import write_json
+from wagle_pl.evaluation.suites import TOFUSuite
+from wagle_pl.evaluation.tables import write_table
+from wagle_pl.evaluation.tofu_results import to_result
+from wagle_pl.masks import WeightMask
+from wagle_pl.study.report.page import render, write_report
+from wagle_pl.study.report.sources import gather
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, float]]:
+    """See :func:`pages.write_runs`; in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return write_runs()
+
+
+@pytest.fixture
+def report(capsys: pytest.CaptureFixture[str], heard: pytest.LogCaptureFixture):
+    """See :func:`pages.report_page`."""
+    return lambda *args: report_page(args, capsys, heard)
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]):
+    """Run ``wagle report <args>`` that must end with one line on stderr and exit code 2; returns that line."""
+
+    def run(*args: Any) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["report", *map(str, args)])
+        assert exit_.value.code == 2
+        (line,) = [
+            line
+            for line in capsys.readouterr().err.splitlines()
+            if line.startswith("wagle: error: ")
+        ]
+        return line
+
+    return run
+
+
+# -- runs in a report --------------------------------------------------------------------------------------------------
+
+
+def test_every_number_equals_metrics_json(runs, report):
+    root, said = report("masked", "dense", "retrained")
+    expected = {
+        (run, name): value for run, metrics in runs.items() for name, value in metrics.items()
+    }
+    assert numbers(root) == expected
+    assert "report of 2 runs written to out.html" in said and "left out" not in said
+    everywhere = numbers(section(root, "measures"))
+    assert everywhere == expected  # all of them in the section of all measures
+    assert {name for _, name in numbers(section(root, "summary"))} == {
+        "forget/probability",
+        "forget/rougeL_recall",
+        "retain/probability",
+        "model_utility",
+        "forget_quality",
+    }
+
+
+def test_summary_has_target_and_retrained_rows_and_arrows(runs, report):
+    root, _ = report("masked", "dense", "retrained")
+    rows = next(section(root, "summary").all("tbody")).children
+    assert [row.children[0].text for row in rows] == ["target", "retrained", "1 masked", "2 dense"]
+    body = next(section(root, "measures").all("tbody")).children
+    cells = [cell for row in [*rows, *body] for cell in row.children[1:]]
+    assert len(cells) == 4 * (5 + len(runs["target"]))
+    suite = TOFUSuite()
+    for cell in cells:
+        (data,) = cell.all("data")
+        run, name = data.attributes["data-run"], data.attributes["data-measure"]
+        signs = [node.text[0] for node in cell.all("span") if node.attributes["class"] != "unseen"]
+        sign = arrow(
+            suite.info(name).direction,
+            runs[run][name],
+            runs["target"][name],
+            runs["retrained"][name],
+        )
+        assert signs == ([] if run in ("target", "retrained") else [sign]), (run, name)
+
+
+def test_what_is_shown_of_runs(runs, report):
+    root, _ = report("masked", "dense", "retrained")
+    titles = [svg.children[0].text for svg in root.all("svg")]
+    assert titles[0] == "Forgetting against utility"
+    for run in ("masked", "dense"):
+        for name in ("forget", "retain"):
+            assert f"Truth ratios on {name}, {run}" in titles
+        assert f"Shift of each example's truth ratio on forget, {run}" in titles
+    assert "Share of weights selected by layer and module: masked" in titles
+    told = {svg.children[0].text: svg.children[1].text for svg in root.all("svg")}
+    assert "1 masked: forget/probability 0.200, model_utility 0.622" in told[titles[0]]
+    mask = WeightMask.load("mask.safetensors")
+    shares = re.findall(r"(\d+)%", told["Share of weights selected by layer and module: masked"])
+    cells = [share for row in mask.grid().values() for share in row.values()]
+    assert sorted(map(int, shares)) == sorted(round(100 * share) for share in cells)
+    assert "dense: every weight could move (dense)" in section(root, "masks").text
+    making = section(root, "making").text
+    assert "NPO, beta 0.1, retain (NLL)" in making and "fingerprint of target"[:12] in making
+    assert (
+        f"torch {torch.__version__.split('+')[0]}" in making and "peak memorynot recorded" in making
+    )
+    seconds = [
+        data.text
+        for data in section(root, "making").all("data")
+        if data.attributes["value"] == "12.5"
+    ]
+    assert len(seconds) == 4  # runs; the one that made the target is in three lineages
+    assert making.count("The same run as 1. FinetuneModule of target.") == 2
+    assert "it needs wagle/mia <b>which" in section(root, "measures").text
+    assert "masked: no test set real_authors" in section(root, "measures").text
+
+
+def test_answers_stand_side_by_side(runs, report):
+    root, _ = report("masked", "dense", "retrained", "--examples", 3)
+    answers = section(root, "answers")
+    articles = list(answers.all("article"))
+    assert [next(a.all("h4")).text for a in articles] == [
+        f"{w} {i}?" for w in ("secret",) for i in (0, 2, 5)
+    ] + [f"fact {i}?" for i in (0, 3, 6)]
+    boxes = [
+        (next(box.all("dt")), next(box.all("dd"))) for box in next(articles[1].all("dl")).children
+    ]
+    assert [label.text.split(" ROUGE")[0].strip() for label, _ in boxes] == [
+        "true answer",
+        "before: target",
+        "after: masked",
+        "after: dense",
+        "retrained",
+    ]
+    assert [text.text for _, text in boxes] == ["It is secret 2."] * 2 + ["It is secret gone."] * 3
+    scores = [float(next(label.all("data")).attributes["value"]) for label, _ in boxes[1:]]
+    assert scores == [known / 3 for known in (0.9, 0.2, 0.05, 0.1)]
+
+
+def test_truth_ratios_are_those_of_the_tables(runs):
+    from wagle_pl.study.report.sections import ratios_of
+
+    (run,) = gather(["masked"]).runs
+    found = ratios_of(run, "forget")
+    for record in records("secret", 0.2):
+        p = torch.exp(-torch.tensor(record["perturbed_nll"], dtype=torch.float64).mean())
+        expected = p / torch.exp(-torch.tensor(record["paraphrased_nll"], dtype=torch.float64))
+        assert found[record["question"], record["answer"]] == pytest.approx(
+            expected.item(), rel=1e-12
+        )
+
+
+def test_texts_are_escaped(runs, report):
+    root, _ = report("masked", "--title", EVIL)
+    assert next(root.all("h1")).text == EVIL
+    assert sum(EVIL in node.text for node in root.all("dd")) >= 2
+    notes = [yaml.safe_load(node.text)["model"]["init_args"]["note"] for node in root.all("pre")]
+    assert notes == [EVIL] * 2
+
+
+def test_same_sources_same_bytes(runs):
+    assert render(gather(["masked", "dense"])) == render(gather(["masked", "dense"]))
+
+
+def test_references_as_given_as_tested_and_as_fine_tuned(runs):
+    sources = gather(
+        ["masked/test"]
+    )  # the folder of results does: what made the model is beside it
+    assert (
+        sources.runs[0].name == "masked"
+        and sources.target.metrics == runs["target"]
+        and not sources.retrained
+    )
+    assert "results of the retrained model were not found: give --retrained" in sources.notes
+    assert gather(["masked"], retrained="retrained").retrained.metrics == runs["retrained"]
+    info = json.loads(Path("masked/test/metrics.info.json").read_text())
+    write_json(
+        Path("masked/test/metrics.info.json"), {**info, "compared": {"retrained": "retrained/test"}}
+    )
+    assert gather(["masked"]).retrained.metrics == runs["retrained"]
+    only = gather(["retrained"])
+    assert [run.metrics for run in only.runs] == [runs["retrained"]] and only.references == {}
+    write_run(Path("other"), 0.5, 0.5, [step("UnlearnModule", "dense", objective={"class": "NPO"})])
+    both = gather(["masked", "other"])
+    assert both.target is None and "the runs have different target models" in both.notes[0]
+    given = gather(["masked", "other"], target="target")
+    assert given.target.metrics == runs["target"]
+    assert ["with other weights than the target" in " ".join(run.notes) for run in given.runs] == [
+        False,
+        True,
+    ]
+
+
+def test_results_named_by_their_file_are_those_of_the_folder(runs, report):
+    """``--model.target target/test/metrics.json`` is the model that the run was made from."""
+    info = json.loads(Path("masked/test/metrics.info.json").read_text())
+    compared = {name: f"{name}/test/metrics.json" for name in ("target", "retrained")}
+    write_json(Path("masked/test/metrics.info.json"), {**info, "compared": compared})
+    root, _ = report("masked", "retrained", "target", "dense")
+    expected = {
+        (run, name): value for run, metrics in runs.items() for name, value in metrics.items()
+    }
+    assert numbers(root) == expected and "different target models" not in root.text
+    rows = next(section(root, "summary").all("tbody")).children
+    assert [row.children[0].text for row in rows] == ["target", "retrained", "1 masked", "2 dense"]
+    titles = [svg.children[0].text for svg in root.all("svg")]
+    assert (
+        "Truth ratios on forget, dense" in titles
+    )  # whose pages take the retrained model's from its tables
+    sources = gather(["masked"], target="target/test/metrics.json", retrained="retrained")
+    assert set(sources.target.tables) == {"forget", "retain"} and sources.target.lineage
+
+
+def test_what_tests_compared_with_comes_before_what_the_models_were_made_from(runs):
+    info = json.loads(Path("masked/test/metrics.info.json").read_text())
+    write_json(
+        Path("masked/test/metrics.info.json"), {**info, "compared": {"target": "dense/test"}}
+    )
+    assert gather(["masked"]).target.metrics == runs["dense"]
+
+
+@pytest.mark.parametrize(
+    ("target", "other"), [(None, False), ("target", False), ("dense", False), ("retrained", True)]
+)
+def test_a_second_request_is_shown_beside_the_model_before_any_of_them(runs, target, other):
+    steps = [
+        step("UnlearnModule", base, objective={"class": "NPO"}) for base in ("target", "dense")
+    ]
+    write_run(Path("second"), 0.02, 0.6, [step("FinetuneModule", "base"), *steps])
+    sources = gather(["second"], target=target)
+    assert sources.target.metrics == runs[target or "dense"]
+    assert ["other weights than the target" in " ".join(run.notes) for run in sources.runs] == [
+        other
+    ]
+
+
+def test_a_published_result_file_stands_for_the_retrained_model(runs, report):
+    result = to_result({"forget": records("secret", 0.1)})
+    write_json(Path("published.json"), result)
+    root, _ = report("masked", "--retrained", "published.json")
+    assert (
+        "The retrained model's results, published.json, hold examples and no measures." in root.text
+    )
+    told = {svg.children[0].text: svg.children[1].text for svg in root.all("svg")}
+    assert "retrained: 8 examples" in told["Truth ratios on forget, masked"]
+    assert {run for run, _ in numbers(root)} == {"masked", "target"}
+
+
+def test_numbers_that_are_not_finite(runs, report):
+    metrics = {**runs["masked"], "retain/perplexity": math.inf, "model_utility": math.inf}
+    write_json(Path("masked/test/metrics.json"), metrics)
+    table = records("secret", 0.2)
+    table[0] |= {"paraphrased_nll": 1e4}  # a truth ratio of exp(1e4)
+    table[1] |= {"paraphrased_nll": -1e4}
+    write_table(Path("masked/test/forget.parquet"), table, {})
+    root, _ = report("masked")
+    assert {
+        name: value for (run, name), value in numbers(root).items() if run == "masked"
+    } == metrics
+    assert "No run has a finite number for both forget/probability and model_utility" in root.text
+    told = {svg.children[0].text: svg.children[1].text for svg in root.all("svg")}
+    assert "all from 0 to inf" in told["Truth ratios on forget, masked"]
+
+
+# -- what is missing ---------------------------------------------------------------------------------------------------
+
+
+def test_runs_without_metrics_are_left_out_and_said_so(runs, report):
+    Path("untested").mkdir()
+    Path("broken/test").mkdir(parents=True)
+    Path("broken/test/metrics.json").write_text('{"a": ')
+    root, said = report("untested", "masked", "broken")
+    assert "untested is left out: no metrics.json" in said and "broken is left out" in said
+    assert (
+        "Left out: untested: no metrics.json" in root.text and "line 1: malformed JSON" in root.text
+    )
+    assert {run for run, _ in numbers(root)} == {"masked", "target"}
+
+
+def test_missing_pieces_are_said(runs, report):
+    for file in ("masked/wagle.json", "masked/test/metrics.info.json"):
+        os.remove(file)
+    Path("masked/test/forget.parquet").write_bytes(b"no table")
+    root, _ = report("masked", "--target", "target")
+    assert {run for run, _ in numbers(root)} == {"masked", "target"}
+    assert "no wagle.json beside the results" in section(root, "making").text
+    assert (
+        "metrics.info.json: units, directions and undefined measures are left out"
+        in section(root, "making").text
+    )
+    assert "forget.parquet cannot be read" in section(root, "making").text
+    assert "masked: no truth ratios" in section(root, "ratios").text
+    assert "no mask is known" in section(root, "masks").text
+    assert "no attacks were run" in section(root, "robustness").text
+    assert "retrained model were not found" in root.text
+
+
+@pytest.mark.parametrize("change", ["gone", "other model", "other weights", "damaged"])
+def test_a_mask_that_is_not_the_runs_is_not_shown(runs, report, change):
+    mask = WeightMask.load("mask.safetensors")
+    if change == "other model":
+        mask.metadata["model_fingerprint"] = "another"
+        mask.save("mask")
+    elif change == "other weights":
+        (mask & mask.random_like(1)).save("mask")
+    elif change == "damaged":
+        Path("mask.safetensors").write_bytes(Path("mask.safetensors").read_bytes()[:-3])
+    else:
+        os.remove("mask.safetensors")
+    root, _ = report("masked")
+    assert not list(section(root, "masks").all("svg"))
+    assert (
+        "mask.safetensors"
+        in section(root, "making").text.replace("density", "", 1).split("12.5")[-1]
+    )
+
+
+def test_robustness(runs, report):
+    row = {
+        "attack": "relearn",
+        "option": "k=8",
+        "measure": "forget/probability",
+        "before": 0.2,
+        "after": 0.65,
+    }
+    row |= {"target": 0.9, "retrained": None, "unit": "probability, 0 to 1", "direction": "lower"}
+    again = {**row, "attack": "quantise", "option": 4, "after": 0.1, "retrained": "results only"}
+    write_json(Path("masked/test/robustness.json"), [row, again])
+    root, _ = report("masked", "dense")
+    body = [
+        [cell.text for cell in line.children] for line in section(root, "robustness").all("tr")
+    ][1:]
+    assert body == [
+        [
+            "relearn",
+            "k=8",
+            "forget/probabilityprobability, 0 to 1",
+            "0.200",
+            "0.650 ▼ worse",
+            "0.900",
+            "–",
+        ],
+        [
+            "quantise",
+            "4",
+            "forget/probabilityprobability, 0 to 1",
+            "0.200",
+            "0.100 ▲ better",
+            "0.900",
+            "results only",
+        ],
+    ]
+    assert "dense: no attacks were run" in section(root, "robustness").text
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_one_line(runs, refused):
+    Path("there.html").write_text("mine")
+    assert "run folder nowhere does not exist" in refused("nowhere", "-o", "a.html")
+    assert "is no folder" in refused("masked/wagle.json", "-o", "a.html")
+    assert "there.html exists already" in refused("masked", "-o", "there.html")
+    assert "--overwrite" in refused("masked", "-o", "there.html")
+    assert "must end in .html" in refused("masked", "-o", "a.pdf")
+    assert "examples must be at least 0" in refused("masked", "-o", "a.html", "--examples", -1)
+    assert "--target: nowhere does not exist" in refused(
+        "masked", "-o", "a.html", "--target", "nowhere"
+    )
+    assert "metrics.json" in refused("masked", "-o", "a.html", "--retrained", ".")
+    line = refused("masked", "-o", "a.html", "--utility", "modle_utility")
+    assert "'modle_utility' is no measure of these runs" in line and "model_utility" in line
+    Path("untested").mkdir()
+    assert "nothing to report: untested" in refused("untested", "-o", "a.html")
+    Path("site.html").mkdir()
+    assert "site.html is a folder: name a file in it" in refused(
+        "masked", "-o", "site.html", "--overwrite"
+    )
+    assert Path("there.html").read_text() == "mine" and not Path("a.html").exists()
+
+
+def test_overwrite_and_a_write_that_fails(runs, report, monkeypatch):
+    report("masked")
+    before = Path("out.html").read_bytes()
+    report("--overwrite", "dense")
+    after = Path("out.html").read_bytes()
+    assert after != before
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_text", fails)
+    with pytest.raises(OSError, match="disk full"):
+        write_report(gather(["masked"]), "out.html", overwrite=True)
+    assert Path("out.html").read_bytes() == after and not list(Path().glob(".out.html*"))
+    with pytest.raises(WagleError, match="exists already"):
+        write_report(gather(["masked"]), "out.html")
+
+
+# -- end to end --------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_commands_write(wagle, tiny_model, rows, report):
+    quick = ("--trainer.max_epochs", "1", "--trainer.enable_checkpointing", "false")
+    cli.main(["mask", "modules", tiny_model, "--modules", "mlp", "-o", "mask"])
+    wagle(
+        "fit",
+        "--model",
+        "UnlearnModule",
+        *quick,
+        "--model.model",
+        tiny_model,
+        "--model.output",
+        "unlearned",
+        "--model.mask",
+        "mask.safetensors",
+    )
+    sets = {"forget": rows["forget_test"], "retain": rows["retain_test"]}
+    test = (
+        "test",
+        "--model",
+        "EvaluationModule",
+        "--model.max_new_tokens",
+        "4",
+        "--data.test",
+        json.dumps(sets),
+    )
+    wagle(*test, "--model.model", tiny_model, "--model.output", "first")
+    wagle(
+        *test,
+        "--model.model",
+        "unlearned",
+        "--model.output",
+        "unlearned/test",
+        "--model.retrained",
+        "first",
+    )
+    root, _ = report("unlearned", "--target", "first", "--retrained", "first")
+    found = numbers(root)
+    for run, folder in {
+        "unlearned": "unlearned/test",
+        "target": "first",
+        "retrained": "first",
+    }.items():
+        metrics = json.loads(Path(folder, "metrics.json").read_text())
+        assert {name: value for (of, name), value in found.items() if of == run} == metrics
+    assert len(list(root.all("svg"))) == 5  # trade-off, forget twice, retain, mask
+    assert len(list(root.all("article"))) == 10
+    assert "bit-identical" in section(root, "making").text
+    assert "other weights" not in root.text

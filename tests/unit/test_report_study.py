@@ -1,0 +1,396 @@
+"""``wagle report`` of studies, and the figures of reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+import pytest
+from pages import Strict, report_page, section, write_runs
+
+from wagle_pl.cli import app as cli
+from wagle_pl.evaluation.results import write_json
+from wagle_pl.evaluation.tables import load_table
+from wagle_pl.masks import WeightMask
+from wagle_pl.study.report.curves import study_overview
+from wagle_pl.study.report.html import shown
+from wagle_pl.study.report.reading import about
+from wagle_pl.study.report.sections import spaced
+from wagle_pl.study.report.study import arms_of, overview
+from wagle_pl.study.report.svg import COLOURS, inline_svg, page_style
+from wagle_pl.study.summary import compared_at
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, float]]:
+    """See :func:`pages.write_runs`; in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return write_runs()
+
+
+@pytest.fixture
+def report(capsys: pytest.CaptureFixture[str], heard: pytest.LogCaptureFixture):
+    """See :func:`pages.report_page`."""
+    return lambda *args: report_page(args, capsys, heard)
+
+
+# -- studies -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A folder ``study``: 2 objectives × 3 arms × 2 learning rates × 2 seeds × 3 test points."""
+    monkeypatch.chdir(tmp_path)
+    rows = []
+    for objective in ("NPO", "GradDiff"):
+        for mask, density in (("dense", 1.0), ("wagle", 0.2), ("wagle", 0.5)):
+            for lr in (1e-5, 3e-5):
+                for seed in (0, 1):
+                    for at in (42, 84, 126):
+                        forget = 0.9 - at * lr * 100 * density - 0.001 * seed
+                        rows.append(
+                            {
+                                "objective": objective,
+                                "mask": mask,
+                                "score": "Wagle",
+                                "density": density,
+                                "lr": lr,
+                                "seed": seed,
+                                "step": at,
+                                "run": f"{objective}-{mask}-{density}-{lr}-{seed}",
+                                "forget": forget,
+                                "utility": 0.5 + forget / 10,
+                                "seconds": 1.5 * at,
+                            }
+                        )
+    Path("study").mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[::-1]), "study/study.parquet")
+    arm = {
+        "objective": "NPO",
+        "mask": "wagle",
+        "mean": 0.51234,
+        "std": 0.0123,
+        "n": 2,
+        "difference": 0.00456,
+    }
+    arm |= {"p": None, "why": "n too small", "verdict": "ties", "reached": 0.75, "runs": 4}
+    dense = {
+        "objective": "NPO",
+        "mask": "dense",
+        "mean": 0.50789,
+        "std": None,
+        "n": 1,
+        "verdict": "",
+    }
+    arm |= {"steps": 61.5, "equal_steps": {"difference": 0.0321, "p": 0.25, "n": 3, "steps": 50.0}}
+    arm |= {"learning_rates": {"0": 3e-5, "1": 1e-5}}
+    headline = [
+        dense,
+        arm | {"area": {"mean": 0.5555, "std": 0.0321, "n": 2, "difference": -0.001, "p": 0.4321}},
+    ]
+    summary = {
+        "forget": "forget/probability",
+        "utility": "model_utility",
+        "headline": headline,
+        "forget_level": 0.25,
+    }
+    summary["target"] = {"forget/probability": 0.994, "model_utility": 0.61}
+    summary["retrained"] = {"forget/probability": 0.2, "model_utility": 0.6}
+    write_json(Path("study/study.json"), summary)
+    return rows
+
+
+def test_a_study(study, report):
+    root, said = report("study")
+    assert "report of 1 study written" in said
+    part = section(root, "study-0")
+    values = [float(data.attributes["value"]) for data in part.all("data")]
+    assert {0.994, 0.61, 0.2, 0.6, 0.25} <= set(values)
+    lines = [[cell.text for cell in line.children] for line in list(part.all("table"))[1].all("tr")]
+    assert lines == [
+        [
+            "mask",
+            "utility",
+            "reach",
+            "against dense",
+            "difference",
+            "p",
+            "equal steps",
+            "equal steps: p",
+            "area",
+            "area: difference",
+            "area: p",
+            "lr",
+            "steps",
+        ],
+        [
+            "wagle",
+            "0.512 ± 0.01232 seeds",
+            "75% of 4",
+            "ties",
+            "0.00456",
+            "n too small",
+            "0.0321",
+            "0.250",
+            "0.555 ± 0.03212 seeds",
+            "-0.00100",
+            "0.432",
+            "1e-05 3e-05",
+            "61.5",
+        ],
+        ["dense", "0.5081 seed", *["–"] * 11],
+    ]
+    assert {0.51234, 0.0123, 0.50789, 0.00456, 0.75, 0.5555, 0.0321, -0.001, 0.4321} <= set(values)
+    last = {row["run"]: row for row in study if row["step"] == 126}
+    body = {
+        line.children[0].text: [float(data.attributes["value"]) for data in line.all("data")]
+        for line in list(part.all("tbody"))[-1].children
+    }
+    columns = ("density", "lr", "seed", "step", "forget", "utility", "seconds")
+    assert body == {run: [row[name] for name in columns] for run, row in last.items()}
+    told = {svg.children[0].text: svg.children[1].text for svg in part.all("svg")}
+    arms = [f"{mask}" for mask in ("dense", "wagle, 0.2", "wagle, 0.5")]
+    assert set(told) == {
+        f"Forgetting against utility, {o}, {arm}" for o in ("NPO", "GradDiff") for arm in arms
+    }
+    points = [row for row in study if (row["objective"], row["mask"]) == ("NPO", "dense")]
+    expected = {f"({shown(row['forget'])}, {shown(row['utility'])})" for row in points}
+    assert set(re.findall(r"\([^)]*\)", told["Forgetting against utility, NPO, dense"])) == expected
+    assert "The study keeps no masks" in part.text
+
+
+def test_a_measure_that_a_study_has_not(study, report, capsys):
+    root, _ = report("study", "--forget", "forget/probability", "--utility", "model_utility")
+    assert section(root, "study-0")
+    for option, own in (("--forget", "forget/probability"), ("--utility", "model_utility")):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["report", "study", option, "nonsense", "-o", "other.html"])
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and not Path("other.html").exists()
+        assert f"{option} 'nonsense' is no measure of what is reported; choose one of {own}" in said
+
+
+def test_arms_of_a_study(study):
+    arms = arms_of(reversed(study))
+    assert len(arms) == 6 and all(len(runs) == 4 for runs in arms.values())
+    assert all(
+        [row["step"] for row in points] == [42, 84, 126]
+        for runs in arms.values()
+        for points in runs.values()
+    )
+
+
+def test_a_young_study_beside_a_run(runs, report, study):
+    os.remove("study/study.json")
+    WeightMask.load("mask.safetensors").save("study/masks/one")
+    root, said = report("study", "masked")
+    assert "report of 1 run and 1 study written" in said
+    part = section(root, "study-0").text
+    assert "it has no study.json" in part and "has not compared its arms" in part
+    assert "no numbers of the target and the retrained model" in part
+    titles = [svg.children[0].text for svg in root.all("svg")]
+    assert (
+        "Share of weights selected by layer and module: one" in titles
+        and len(titles) == 6 + 1 + 1 + 3 + 1
+    )
+    os.remove("study/study.parquet")
+    write_json(Path("study/study.json"), {})
+    root, said = report("study", "masked", "--overwrite")
+    assert (
+        "study is left out: it has no study.parquet yet" in said and "Left out: study" in root.text
+    )
+
+
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Four masks of the published study of the bundled people, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    source = Path(__file__).parents[2] / "configs/people"
+    masks = ("dense", "curvature^1 0.2", "wagle 0.05", "lora")
+    told = json.loads((source / "study_full.json").read_text())
+    told["headline"] = [arm for arm in told["headline"] if arm["mask"] in masks]
+    write_json(Path("people/study.json"), told)
+    table = pyarrow.parquet.read_table(source / "study_full.parquet")
+    kept = table.filter(pyarrow.compute.is_in(table["mask"], pyarrow.array(masks)))
+    pyarrow.parquet.write_table(kept, "people/study.parquet")
+    return Path("people")
+
+
+def _best_at(
+    rows: list[dict[str, Any]], target: tuple[float, float], level: float
+) -> dict[int, float]:
+    """Seed -> the best utility over learning rates where forget probability first comes down to ``level``."""
+    best: dict[int, float] = {}
+    for run in {row["run"] for row in rows}:
+        points = sorted((row for row in rows if row["run"] == run), key=lambda row: row["step"])
+        x, y = (
+            np.array([target[i], *(row[name] for row in points)])
+            for i, name in enumerate(("forget", "utility"))
+        )
+        kept = np.append(True, x[1:] < np.minimum.accumulate(x)[:-1])
+        if x.min() <= level:
+            seed = points[0]["seed"]
+            best[seed] = max(best.get(seed, -1.0), float(np.interp(-level, -x[kept], y[kept])))
+    return best
+
+
+@pytest.mark.parametrize("level", [0.05, 0.4])
+def test_a_study_at_another_level(published, report, level):
+    told = json.loads((published / "study.json").read_text())
+    rows = pyarrow.parquet.read_table(published / "study.parquet").to_pylist()
+    root, _ = report(published, "--forget_level", level)
+    tables = list(section(root, "study-0").all("table"))[
+        1:
+    ]  # the first: target and retrained model
+    objectives = list(dict.fromkeys(arm["objective"] for arm in told["headline"]))
+    lines = {
+        (objective, line.children[0].text.removesuffix("*")): line
+        for objective, table in zip(objectives, tables, strict=False)
+        for line in table.all("tr")
+    }
+    target = tuple(told["target"][told[axis]] for axis in ("forget", "utility"))
+    for arm in told["headline"]:
+        name = arm["objective"], arm["mask"]
+        ours = [row for row in rows if (row["objective"], row["mask"]) == name]
+        found = [float(data.attributes["value"]) for data in lines[name].children[1].all("data")]
+        expected = list(_best_at(ours, target, level).values())
+        assert found[:1] == ([pytest.approx(np.mean(expected), abs=1e-12)] if expected else [])
+        assert found[1:] == (
+            [pytest.approx(np.std(expected, ddof=1), abs=1e-12)] if len(expected) > 1 else []
+        )
+    assert level in {
+        float(data.attributes["value"]) for data in section(root, "study-0").all("data")
+    }
+
+
+def test_the_page_says_what_study_md_says(published, report):
+    """What makes a comparison unfair or unfinished, and the rules behind its words."""
+    told = json.loads((published / "study.json").read_text())
+    told |= {"runs": {"finished": 100, "planned": 942}, "nothing_to_unlearn": True}
+    told["headline"][0] |= {"diverged": 2, "model_utility": 0.7}
+    write_json(published / "study.json", told)
+    part = section(report(published)[0], "study-0")
+    assert "100 of 942 runs are finished." in part.text
+    assert [line.text for line in part.all("li")] == about(told)
+    assert (
+        "wait for the rest" in part.text
+    )  # LoRA has learning rates of its own: fewer runs even when all are finished
+    assert "wait for the rest" not in " ".join(
+        about({**told, "runs": {"finished": 942, "planned": 942}})
+    )
+    for said in (
+        "a tie is a difference within",
+        "there is nothing to unlearn",
+        "2 runs diverged",
+        "*: tried with",
+    ):
+        assert said in part.text
+    names = [
+        line.children[0].text for table in list(part.all("table"))[1:3] for line in table.all("tr")
+    ]
+    assert names.count("lora*") == 2 and "lora" not in names
+    other = compared_at(told, load_table(published / "study.parquet"), 0.05)
+    assert (
+        "nothing to unlearn" not in " ".join(about(other))
+        and "0.050, the level asked for" in about(other)[0]
+    )
+    ends = [
+        next(
+            line for line in about({**told, "forget_level": at}) if "at their ends" in line
+        ).partition("ends: ")[2]
+        for at in (told["forget_level"], 0.05)
+    ]
+    assert ends == ["just past the level, as runs end there.", "not at equal forgetting."]
+
+
+@pytest.mark.parametrize(
+    ("folder", "level", "message"),
+    [
+        (
+            "people",
+            0.0005,
+            "people: --forget_level 0.0005 is outside of its runs, where forget/probability goes from 0.9197",
+        ),
+        ("people", 0.95, "--forget_level 0.95 is outside of its runs"),
+        ("young", 0.05, "study young: it has not compared its arms yet"),
+        ("masked", 0.05, "--forget_level is for studies"),
+    ],
+)
+def test_a_level_that_a_study_has_not(published, runs, capsys, folder, level, message):
+    Path("young").mkdir()
+    shutil.copy("people/study.parquet", "young")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", folder, "--forget_level", str(level), "-o", "out.html"])
+    assert (
+        ended.value.code == 2
+        and message in capsys.readouterr().err
+        and not Path("out.html").exists()
+    )
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def test_figures_take_the_colours_of_the_page():
+    from wagle_pl.study.report.curves import new_figure
+
+    with page_style():
+        figure, axes = new_figure(3, 2)
+        axes.plot([0, 1], [0, 1], "o-", color=COLOURS["this"])
+        axes.set_title("a < b & $c$")
+        svg = inline_svg(figure, "name", "what < it", "is & was")
+    root = Strict(svg).root
+    assert {"var(--this)", "var(--ink)", "var(--paper)"} <= set(re.findall(r"var\(--\w+\)", svg))
+    assert [node.text for node in root.all("title", "desc")] == ["what < it", "is & was"]
+    assert "a < b & $c$" in root.text and not list(
+        root.all("metadata", "style", "clippath", "image")
+    )
+    assert all(
+        node.attributes["id"].startswith("name-") for node in root.all() if "id" in node.attributes
+    )
+
+
+@pytest.mark.parametrize(("objectives", "masks"), [(1, 2), (1, 14), (2, 14), (3, 30)])
+def test_a_legend_has_room(objectives, masks):
+    arms = {
+        f"Objective{i}": {
+            f"wagle gamma=1e-06 {k / 100}": [(0.9, 0.9), (0.1, 0.5)] for k in range(masks)
+        }
+        for i in range(objectives)
+    }
+    figure = study_overview(arms, "dense", {"target": (0.9, 0.9)}, 0.1, ("forget", "utility"))
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    assert legend.x0 >= 0 and legend.x1 <= figure.bbox.width and legend.y0 >= 0
+    assert legend.y1 < min(axes.get_tightbbox().y0 for axes in figure.axes)
+    assert all(axes.bbox.height > figure.dpi * 1.5 for axes in figure.axes)
+
+
+def test_the_best_arms_have_the_plainest_lines():
+    curve, names = [(0.9, 0.9), (0.1, 0.5)], [f"mask {k}" for k in range(12)]
+    headline = [
+        {"objective": "NPO", "mask": name, "mean": None if k == 0 else k / 100, "curve": curve}
+        for k, name in enumerate(names)
+    ]
+    summary = {
+        "headline": headline,
+        "forget": "forget/probability",
+        "utility": "retain/probability",
+    }
+    for sign, best in ((1, names[:0:-1]), (-1, names[1:])):
+        lines = overview({**summary, "utility_sign": sign}).axes[0].lines
+        assert [line.get_label() for line in lines[:12]] == [*best, names[0]]
+        assert [line.get_linestyle() == "-" for line in lines[:12]] == [True] * 8 + [False] * 4
+        assert lines[0].get_linewidth() > lines[11].get_linewidth()
+
+
+def test_spaced():
+    assert spaced(400, 4) == [0, 100, 200, 300] and spaced(3, 9) == [0, 1, 2] and spaced(3, 0) == []

@@ -1,0 +1,151 @@
+"""The retain term ``kl`` over answers, rows and padded batches, beside TOFU's and OpenUnlearning's formula."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from wagle_pl.core.errors import WagleError
+from wagle_pl.data.batches import collate
+from wagle_pl.data.template import Template
+from wagle_pl.lm import models
+from wagle_pl.lm.likelihood import forward_answers
+from wagle_pl.objectives import forget as o
+from wagle_pl.objectives.forget import Streams
+from wagle_pl.objectives.references import predictions_of
+from wagle_pl.objectives.retain import KL
+
+UNLEARN = (
+    "fit",
+    "--model",
+    "UnlearnModule",
+    "--model.objective",
+    "GradDiff",
+    "--trainer.max_steps",
+    "2",
+)
+
+
+def reference_kl(model: Any, target_model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """``compute_kl_divergence`` of OpenUnlearning's ``src/trainer/utils.py``, the same as TOFU's ``dataloader.py``."""
+    with torch.no_grad():
+        ref_outputs = target_model(**inputs)
+    ref_probs = torch.nn.functional.log_softmax(ref_outputs.logits, dim=-1).view(
+        -1, ref_outputs.logits.shape[-1]
+    )
+    outputs = model(**inputs)
+    current_probs = torch.nn.functional.log_softmax(outputs.logits, dim=-1).view(
+        -1, outputs.logits.shape[-1]
+    )
+    return torch.nn.functional.kl_div(
+        current_probs, ref_probs, reduction="batchmean", log_target=True
+    )
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_model: str) -> tuple[Any, Any]:
+    """The model a little way from θ₀, and θ₀."""
+    lm = models.load_model(tiny_model)
+    theta0 = copy.deepcopy(lm).eval()
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.add_(
+                0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+            )
+    return lm.eval(), theta0
+
+
+@pytest.fixture(scope="module")
+def encoded(tiny_model: str) -> list[dict[str, list[int]]]:
+    """Rows of three lengths."""
+    template = Template(models.load_tokenizer(tiny_model))
+    texts = [
+        ("Who?", "Nobody at all."),
+        ("Where does the author live?", "Here."),
+        ("And when was this?", "In 1993."),
+    ]
+    return [template.encode({"question": question, "answer": answer}) for question, answer in texts]
+
+
+def term(pair: tuple[Any, Any], rows: list[dict[str, list[int]]], positions: str) -> Tensor:
+    """(B,) the retain term of rows padded together."""
+    lm, theta0 = pair
+    tensors = {
+        **collate(rows, 0),
+        "weight": torch.full((len(rows),), 1 / len(rows)),
+        "row": torch.arange(len(rows)),
+    }
+
+    def run(tensors: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
+        output, labels = forward_answers(lm, tensors, **options)
+        return output.logits, labels
+
+    objective = o.GradDiff(retain=KL(positions=positions))
+    at_theta0 = partial(predictions_of, theta0, layers=())
+    at = Streams({"retain": tensors}, run, {}, lm, theta0=at_theta0, whole=objective.whole_streams)
+    return objective.retain_loss(at)
+
+
+def test_batch_is_the_formula_of_the_reference_code(pair: Any, encoded: Any) -> None:
+    """Value and gradient, on rows of different lengths: positions of padding are counted there, too."""
+    lm, theta0 = pair
+    inputs = {key: value for key, value in collate(encoded, 0).items() if key != "labels"}
+    assert (inputs["attention_mask"] == 0).any()
+    expected = reference_kl(lm, theta0, inputs)
+    found = term(pair, encoded, "batch").mean()
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, list(lm.parameters())),
+        torch.autograd.grad(expected, list(lm.parameters())),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_row_is_that_formula_on_each_row_alone(pair: Any, encoded: Any) -> None:
+    lm, theta0 = pair
+    alone = [
+        reference_kl(lm, theta0, {k: v for k, v in collate([row], 0).items() if k != "labels"})
+        for row in encoded
+    ]
+    torch.testing.assert_close(term(pair, encoded, "row"), torch.stack(alone))
+
+
+def test_only_batch_depends_on_how_rows_are_cut(pair: Any, encoded: Any) -> None:
+    for positions in ("answer", "row", "batch"):
+        together = term(pair, encoded, positions)
+        apart = torch.cat([term(pair, [row], positions) for row in encoded])
+        assert torch.allclose(together, apart, rtol=1e-4) is (positions != "batch")
+    answer, row = (term(pair, encoded, positions) for positions in ("answer", "row"))
+    assert not torch.allclose(answer, row, rtol=0.05)
+
+
+@pytest.mark.parametrize("positions", ["row", "batch"])
+def test_on_the_command_line(wagle: Any, fails: Any, tiny_model: str, positions: str) -> None:
+    retain = f'{{"class_path": "wagle_pl.objectives.retain.KL", "init_args": {{"positions": "{positions}"}}}}'
+    options = (
+        *UNLEARN,
+        "--model.objective.retain",
+        retain,
+        "--model.model",
+        tiny_model,
+        "--model.output",
+        "out",
+    )
+    line = fails(*options, "--model.reference_logits", "top_k")
+    assert "reference_logits top_k keeps predictions of answer tokens only" in line
+    done = wagle(*options, "--model.objective.retain_weight", "100")
+    assert done.trainer.callback_metrics["train/retain_loss"] > 0
+    assert models.read_record("out")["lineage"][-1]["objective"]["retain"]["positions"] == positions
+
+
+def test_another_name_is_refused() -> None:
+    with pytest.raises(
+        WagleError, match=r"objective\.retain\.positions must be answer, row or batch, got 'all'"
+    ):
+        KL(positions="all")

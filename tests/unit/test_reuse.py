@@ -1,0 +1,167 @@
+"""One module used several times: tested before it is trained, and never trained twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from conftest import same_bits
+from safetensors.torch import load_file
+
+from wagle_pl import (
+    AttributionModule,
+    FinetuneModule,
+    ForgetRetainDataModule,
+    LoRA,
+    UnlearnModule,
+    WeightMask,
+)
+from wagle_pl.core.errors import WagleError
+from wagle_pl.lm import models
+from wagle_pl.objectives import forget as o
+from wagle_pl.unlearning import MaskedAdamW
+
+OBJECTIVES = {
+    "KL": lambda: o.KL(),
+    "RMU": lambda: o.RMU(layer=1),
+    "UNDIAL": lambda: o.UNDIAL(),
+    "NPO": lambda: o.NPO(),
+    "DPO": lambda: o.DPO(retain="kl"),
+}
+
+
+def trainer(folder: Path, **options: Any) -> L.Trainer:
+    quiet = {
+        name: False
+        for name in (
+            "logger",
+            "enable_progress_bar",
+            "enable_model_summary",
+            "enable_checkpointing",
+        )
+    }
+    options = {"max_epochs": 2, **quiet, **options}
+    return L.Trainer(accelerator="cpu", devices=1, default_root_dir=folder, **options)
+
+
+@pytest.fixture
+def data(rows: dict[str, str], tiny_model: str) -> Any:
+    """Makes the data module."""
+
+    def make() -> ForgetRetainDataModule:
+        return ForgetRetainDataModule(
+            tokenizer=tiny_model,
+            forget=rows["forget"],
+            retain=rows["retain"],
+            test={"forget": rows["forget_test"]},
+            val=["forget"],
+        )
+
+    return make
+
+
+def module(model: str, output: str, objective: Any, **options: Any) -> UnlearnModule:
+    made = UnlearnModule(model=model, output=output, objective=objective, generate=False, **options)
+    made.make_optimizer = lambda parameters: MaskedAdamW(parameters, lr=1e-3)
+    return made
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("first", ["test", "validate"])
+def test_a_look_before_the_run_changes_nothing(
+    tiny_model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    data: Any,
+    name: str,
+    first: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mask = None if name == "RMU" else mask_of(tiny_model)
+    for looks, output in ((False, "plain"), (True, "looked")):
+        unlearn = module(tiny_model, output, OBJECTIVES[name](), mask=mask)
+        if looks:
+            getattr(trainer(tmp_path), first)(unlearn, data(), verbose=False)
+        trainer(tmp_path).fit(unlearn, data())
+    assert same_bits("plain", "looked") and not same_bits("plain", tiny_model)
+    steps = [models.read_record(output)["lineage"][-1]["steps"] for output in ("plain", "looked")]
+    assert steps[0] == steps[1]
+
+
+def mask_of(model: str) -> str:
+    shapes = models.parameter_shapes(models.load_model(model))
+    return str(WeightMask.from_modules(shapes, ["mlp"]).save("mask"))
+
+
+def test_a_look_before_the_run_with_an_adapter(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Any
+) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    for looks, output in ((False, "plain"), (True, "looked")):
+        L.seed_everything(0, verbose=False)
+        unlearn = module(tiny_model, output, o.KL(), adapter=LoRA(merge=True))
+        if looks:
+            trainer(tmp_path).test(unlearn, data(), verbose=False)
+        trainer(tmp_path).fit(unlearn, data())
+    names = set(load_file("plain/model.safetensors"))
+    assert (
+        names
+        == set(load_file("looked/model.safetensors"))
+        == set(load_file(f"{tiny_model}/model.safetensors"))
+    )
+
+
+@pytest.mark.parametrize("kind", ["unlearn", "finetune"])
+def test_a_second_run_is_refused(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Any, kind: str
+) -> None:
+    """Its weights are no longer those of the model it names: θ₀ and the lineage would be wrong."""
+    monkeypatch.chdir(tmp_path)
+    made = (
+        module(tiny_model, "out", o.KL())
+        if kind == "unlearn"
+        else FinetuneModule(model=tiny_model, output="out")
+    )
+    trainer(tmp_path).fit(made, data())
+    before = load_file("out/model.safetensors")
+    made.output = "second"
+    with pytest.raises(
+        WagleError, match=r"trained already, .*: to train again, make a new one"
+    ) as raised:
+        trainer(tmp_path).fit(made, data())
+    assert "\n" not in str(raised.value) and not Path("second").exists()
+    trainer(tmp_path).test(made, data(), verbose=False)  # what it has become may be tested
+    assert json.loads(Path("out/wagle.json").read_text())["lineage"][-1]["base"] == tiny_model
+    assert all(torch.equal(before[n], p) for n, p in made.lm.state_dict().items() if n in before)
+
+
+def test_a_run_after_a_test_of_a_checkpoint_starts_at_theta0(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Any
+) -> None:
+    """The tested weights, references and random numbers are not those of the model that the run is to start from."""
+    monkeypatch.chdir(tmp_path)
+    saving = trainer(
+        tmp_path, enable_checkpointing=True, callbacks=[L.pytorch.callbacks.ModelCheckpoint("ckpt")]
+    )
+    saving.fit(module(tiny_model, "plain", o.DPO(retain="kl")), data())
+    (checkpoint,) = Path("ckpt").glob("*.ckpt")
+    looked = module(tiny_model, "looked", o.DPO(retain="kl"))
+    trainer(tmp_path).test(looked, data(), ckpt_path=str(checkpoint), verbose=False)
+    trainer(tmp_path).fit(looked, data())
+    assert same_bits("plain", "looked")
+
+
+def test_attribution_twice_gives_the_same_mask(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = AttributionModule(model=tiny_model, output="first", generate=False, save_scores="fp32")
+    for output in ("first", "second"):
+        made.output = output
+        trainer(tmp_path, max_epochs=1).fit(made, data())
+    assert WeightMask.load("first") == WeightMask.load("second")

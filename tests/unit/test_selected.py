@@ -1,0 +1,421 @@
+"""A model whose selected weights are its only parameters: against autograd, and its docstring a sentence at a time."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from wagle_pl.masks import WeightMask
+from wagle_pl.masks.selected import (
+    CHUNK,
+    SUFFIX,
+    SelectedWeights,
+    join_halves,
+    place,
+    put_,
+    split_halves,
+    take,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+class Experts(nn.Module):
+    """A 3-D weight, and one that two layers share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 6)
+        self.up = nn.Parameter(torch.randn(2, 6, 5))
+        self.norm = nn.LayerNorm(5)
+        self.down = nn.Linear(5, 6, bias=False)
+        self.head = nn.Linear(6, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.norm(torch.einsum("bi,eio->bo", self.embed(tokens), self.up))
+        return self.head(torch.tanh(self.down(hidden)))
+
+
+def made(
+    dtype: torch.dtype = torch.float32, density: float = 0.4, seed: int = 0
+) -> tuple[Experts, WeightMask]:
+    """A model, and a mask that selects all of one tensor and none of another."""
+    torch.manual_seed(seed)
+    model = Experts().to(dtype)
+    bools = {name: torch.rand(p.shape) < density for name, p in model.named_parameters()}
+    bools["norm.weight"].fill_(True)
+    bools["norm.bias"].fill_(False)
+    return model, WeightMask.from_bools(bools)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+TOKENS = torch.tensor([3, 1, 6, 3])
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    return model(TOKENS).float().square().mean()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_are_the_selected_entries_of_autograds(dtype: torch.dtype) -> None:
+    model, mask = made(dtype)
+    plain = copy.deepcopy(model)
+    selected = SelectedWeights(model, mask)
+    assert torch.equal(loss_of(model), loss_of(plain))
+    loss_of(model).backward()
+    loss_of(plain).backward()
+    gradients = {name: p.grad for name, p in plain.named_parameters()}
+    seen = {}
+    for name, tensor in selected.tensors.items():
+        if tensor.values is not None:
+            seen[name] = tensor.values.grad
+            assert tensor.values.dtype == tensor.values.grad.dtype == torch.float32
+            expected = gradients[name][mask[name]].float()
+            if (
+                name == "embed.weight"
+            ):  # of two layers: theirs are added in fp32 here, in the model's dtype by autograd
+                torch.testing.assert_close(
+                    tensor.values.grad, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5
+                )
+            else:
+                assert torch.equal(tensor.values.grad.view(-1), expected)
+    assert set(seen) == set(gradients) - {"norm.bias"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_frozen_weights_are_no_parameter_and_no_buffer(dtype: torch.dtype) -> None:
+    model, mask = made(dtype)
+    SelectedWeights(model, mask)
+    assert not list(model.buffers())
+    assert sum(p.numel() for p in model.parameters()) == mask.count()
+    assert set(model.state_dict()) == {
+        *(f"{name}{SUFFIX}" for name in ("embed.weight", "head.weight", "up", "down.weight")),
+        "norm.weight" if dtype == torch.float32 else f"norm.weight{SUFFIX}",
+    }
+
+
+def everything_written(model: nn.Module) -> None:
+    """What any optimiser, decay, noise, averaging or communication hook can do to what it is given."""
+    with torch.no_grad():
+        for parameter in [*model.parameters(), *model.buffers()]:
+            parameter.data.mul_(0.9).add_(torch.randn_like(parameter))
+
+
+@settings(max_examples=60)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    density=st.sampled_from([0.001, 0.1, 0.5, 0.9, 1.0]),
+    theta0=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_writing_into_all_parameters_and_buffers_moves_no_frozen_bit(
+    dtype: torch.dtype, density: float, theta0: bool, seed: int
+) -> None:
+    model, mask = made(dtype, density, seed)
+    before = weights(model)
+    selected = SelectedWeights(model, mask, keep_theta0=theta0)
+    everything_written(model)
+    selected.changed()
+    computed = model(TOKENS)
+    selected.release()
+    after = weights(model)
+    assert list(after) == list(before)
+    assert torch.equal(model(TOKENS), computed)
+    words = torch.int32 if dtype == torch.float32 else torch.int16
+    for name, tensor in after.items():
+        moved = tensor.view(words) != before[name].view(words)
+        assert not (moved & ~mask[name]).any()
+    assert any((after[name] != before[name]).any() for name in after)
+
+
+def test_a_nan_in_values_and_gradients_reaches_selected_weights_alone() -> None:
+    model, mask = made()
+    before = weights(model)
+    selected = SelectedWeights(model, mask)
+    optimizer = torch.optim.RMSprop(model.parameters(), eps=0.0, weight_decay=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    selected.changed()
+    selected.release()
+    for name, tensor in weights(model).items():
+        assert tensor[mask[name]].isnan().all()
+        assert torch.equal(tensor[~mask[name]], before[name][~mask[name]])
+
+
+def test_small_steps_add_up_in_bfloat16() -> None:
+    """A thousand steps of a fortieth of a unit in the last place: bf16 weights alone would never move."""
+    model, mask = made(torch.bfloat16)
+    with torch.no_grad():
+        model.down.weight.fill_(1.0)
+    selected = SelectedWeights(model, mask)
+    optimizer = torch.optim.SGD(model.parameters(), lr=2.0**-13)
+    for _ in range(1024):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    selected.release()
+    assert (model.down.weight[mask["down.weight"]] == 1.0 - 1024 * 2.0**-13).all()
+
+
+def test_values_stay_in_fp32_whatever_the_model_is_cast_to() -> None:
+    model, mask = made()
+    selected = SelectedWeights(model, mask, keep_theta0=True)
+    fine = {
+        name: torch.randn_like(p) for name, p in model.named_parameters() if name.endswith(SUFFIX)
+    }
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in fine:
+                parameter.copy_(fine[name])
+    model.to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if name in fine:
+            assert parameter.dtype == torch.float32 and torch.equal(parameter, fine[name])
+    assert model(TOKENS).dtype == torch.bfloat16 and model.down.weight.dtype == torch.bfloat16
+    selected.release()
+    assert torch.equal(
+        model.down.weight[mask["down.weight"]], fine[f"down.weight{SUFFIX}"].bfloat16()
+    )
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_theta0(dtype: torch.dtype, masked: bool) -> None:
+    model, mask = made(dtype)
+    start = model(TOKENS).detach()
+    selected = SelectedWeights(model, mask if masked else None, keep_theta0=True)
+    everything_written(model)
+    selected.changed()
+    moved = model(TOKENS)
+    with selected.at_theta0() as lm:
+        assert torch.equal(lm(TOKENS), start) and not lm.training
+    assert model.training and torch.equal(model(TOKENS), moved) and not torch.equal(moved, start)
+    moved.sum().backward()  # what the graph has kept is as it was
+    if masked:  # beside the dense tensor, the old values of selected weights alone
+        kept = sum(
+            tensor.theta0.numel()
+            for tensor in selected.tensors.values()
+            if tensor.theta0 is not None
+        )
+        assert kept == mask.count()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_a_mask_only_narrow_weights_have_values_beside_them(dtype: torch.dtype) -> None:
+    model, _ = made(dtype)
+    names, shapes = list(weights(model)), [p.shape for p in model.parameters()]
+    SelectedWeights(model)
+    assert [name.removesuffix(SUFFIX) for name, _ in model.named_parameters()] == names
+    assert [
+        p.shape for p in model.parameters()
+    ] == shapes  # optimisers that need matrices have them
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert any(name.endswith(SUFFIX) for name, _ in model.named_parameters()) == (
+        dtype != torch.float32
+    )
+
+
+def test_without_a_mask_what_requires_no_gradient_is_left_alone() -> None:
+    model, _ = made(torch.bfloat16)
+    model.embed.weight.requires_grad_(False)
+    SelectedWeights(model)
+    assert model.embed.weight is model.head.weight and isinstance(model.embed.weight, nn.Parameter)
+
+
+def test_a_copy_is_whole_and_independent() -> None:
+    """Averaging callbacks copy the module."""
+    model, mask = made()
+    selected = SelectedWeights(model, mask)
+    other = copy.deepcopy(model)
+    start = model(TOKENS).detach()
+    everything_written(model)
+    selected.changed()
+    assert torch.equal(other(TOKENS), start) and not torch.equal(model(TOKENS), start)
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_clipping_by_the_norm_of_all_gradients(scale: float) -> None:
+    model, mask = made()
+    plain = copy.deepcopy(model)
+    selected = SelectedWeights(model, mask, keep_dense_gradients=True)
+    for _ in range(2):  # micro-batches
+        (loss_of(model) * scale).backward()
+        loss_of(plain).backward()
+    for parameter in model.parameters():
+        parameter.grad /= scale  # as a gradient scaler does before it clips
+    bound = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1e-3)
+    assert bound > 1e-3
+    selected.clip_by_dense_norm(1e-3, scale)
+    clipped = {name: p.grad for name, p in plain.named_parameters()}
+    for name, tensor in selected.tensors.items():
+        if tensor.values is not None:
+            torch.testing.assert_close(tensor.values.grad.view(-1), clipped[name][mask[name]])
+        assert tensor.dense_gradient is None
+
+
+def test_gradients_of_two_passes_and_of_recomputed_blocks() -> None:
+    model, mask = made()
+    plain = copy.deepcopy(model)
+    selected = SelectedWeights(model, mask)
+
+    def twice(lm: nn.Module, run: Any) -> Tensor:
+        return run(lm, TOKENS).square().mean() + run(lm, TOKENS.flip(0) // 2).square().mean()
+
+    twice(
+        model, lambda lm, x: torch.utils.checkpoint.checkpoint(lm, x, use_reentrant=False)
+    ).backward()
+    twice(plain, lambda lm, x: lm(x)).backward()
+    for name, parameter in plain.named_parameters():
+        if selected.tensors[name].values is not None:
+            torch.testing.assert_close(
+                selected.tensors[name].values.grad.view(-1), parameter.grad[mask[name]]
+            )
+
+
+@pytest.mark.parametrize("size", [1, 5, CHUNK, 2 * CHUNK + 13])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_take_put_and_place(size: int, dtype: torch.dtype) -> None:
+    dense, bools = torch.randn(size).to(dtype), torch.rand(size) < 0.7
+    bools[0] = True
+    index, values = bools.nonzero().view(-1).int(), torch.randn(int(bools.sum()))
+    assert torch.equal(take(dense, index, torch.float32), dense[bools].float())
+    expected = dense.clone()
+    expected[bools] = values.to(dtype)
+    written = dense.clone()
+    put_(written, index, values)
+    assert torch.equal(written, expected)
+    placed = place(dense, bools, values)
+    assert placed.dtype == torch.float32 and torch.equal(placed.to(dtype), expected)
+
+
+# -- values in halves -------------------------------------------------------------------------------------------------
+
+
+def test_halves_are_the_nearest_bfloat16_and_the_rest() -> None:
+    numbers = torch.cat(
+        [
+            torch.randn(20000) * 10.0 ** torch.randint(-30, 30, (20000,)),
+            torch.tensor(
+                [0.0, -0.0, 1.0, 1 + 2**-8, 1 - 2**-9, 3.3895314e38, -3.4028235e38, 1e-45, -1e-45]
+            ),
+            (torch.arange(4096, dtype=torch.int32) * 0x8000 + 0x3F000000).view(
+                torch.float32
+            ),  # ties among them
+        ]
+    )
+    upper, lower = split_halves(numbers)
+    assert upper.dtype == torch.bfloat16 and lower.dtype == torch.int16
+    assert torch.equal(join_halves(upper, lower).view(torch.int32), numbers.view(torch.int32))
+    finite = upper.isfinite()
+    nearest = numbers.bfloat16().double()
+    assert torch.equal((upper.double() - numbers).abs()[finite], (nearest - numbers).abs()[finite])
+
+
+def test_what_is_not_finite_stays_so_in_halves() -> None:
+    numbers = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    numbers = torch.cat(
+        [numbers, torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32).view(torch.float32)]
+    )
+    upper, lower = split_halves(numbers)
+    assert not upper.isfinite().any() and not join_halves(upper, lower).isfinite().any()
+
+
+@pytest.mark.parametrize("clip", [None, 1e-2])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor])
+def test_a_run_with_halves_is_one_with_values_in_fp32(
+    make: Any, masked: bool, clip: float | None
+) -> None:
+    runs = {}
+    for split in (False, True):
+        model, mask = made(torch.bfloat16)
+        selected = SelectedWeights(
+            model,
+            mask if masked else None,
+            split=torch.float32 if split else None,
+            keep_theta0=True,
+        )
+        optimizer = make(
+            [p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.1
+        )
+        if split:
+            selected.step_by_tensor(optimizer)
+            assert sum(p.numel() for p in model.parameters()) == 0
+        for _ in range(12):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            if clip:
+                selected.clip(clip)
+            optimizer.step()
+            selected.changed()
+        with selected.at_theta0() as lm:
+            assert torch.equal(lm(TOKENS), made(torch.bfloat16)[0](TOKENS))
+        runs[split] = {
+            name: t.value().clone().view(-1)
+            for name, t in selected.tensors.items()
+            if t.values is not None
+        }
+        selected.release()
+        for name, parameter in model.named_parameters():
+            if name in runs[split]:
+                taken = parameter[mask[name]] if masked else parameter
+                torch.testing.assert_close(
+                    taken.view(-1), runs[split][name].bfloat16(), rtol=1e-2, atol=0
+                )
+    start = weights(made(torch.bfloat16)[0])
+    for name, values in runs[True].items():
+        moved = values - (start[name][mask[name]] if masked else start[name]).float().view(-1)
+        error = (values - runs[False][name]).norm() / moved.norm()
+        assert error < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_halves_have_their_dtype(dtype: torch.dtype) -> None:
+    model, mask = made(torch.bfloat16)
+    selected = SelectedWeights(model, mask, split=dtype)
+    for step in (1, 2):
+        model.down(torch.ones(2, 5, dtype=torch.bfloat16)).sum().backward()
+        gradient = selected.tensors["down.weight"].gradient
+        assert gradient.dtype == dtype and (gradient == 2 * step).all()
+
+
+@pytest.mark.parametrize("split", [None, torch.bfloat16])
+@pytest.mark.parametrize("package", ["bitsandbytes.optim", "torchao.optim"])
+def test_optimizers_with_state_of_eight_bits(package: str, split: torch.dtype | None) -> None:
+    make = pytest.importorskip(package).AdamW8bit
+    moved = {}
+    for name, kind, halves in (("exact", torch.optim.AdamW, None), ("low", make, split)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(256, 200), nn.Tanh(), nn.Linear(200, 64)).bfloat16()
+        mask = WeightMask.from_bools(
+            {n: torch.rand(p.shape) < 0.4 for n, p in model.named_parameters()}
+        )
+        before, inputs = weights(model), torch.randn(16, 256).bfloat16()
+        selected = SelectedWeights(model, mask, split=halves)
+        optimizer = kind(list(model.parameters()), lr=1e-3)
+        if halves is not None:
+            selected.step_by_tensor(optimizer)
+        for _ in range(6):
+            optimizer.zero_grad()
+            model(inputs).float().square().mean().backward()
+            optimizer.step()
+            selected.changed()
+        values = {n: t.value().clone() for n, t in selected.tensors.items()}
+        moved[name] = torch.cat([values[n].view(-1) - before[n][mask[n]].float() for n in values])
+        selected.release()
+        assert all(
+            torch.equal(p[~mask[n]], before[n][~mask[n]]) for n, p in model.named_parameters()
+        )
+    assert torch.nn.functional.cosine_similarity(moved["exact"], moved["low"], dim=0) > 0.99

@@ -1,0 +1,647 @@
+"""MUSE, WMDP, the book and detoxification: rows from local folders of the hub's schema, one training step, bad input.
+
+All rows are written here: harmless stand-ins, and the opening of Alice's Adventures in Wonderland (Lewis Carroll,
+1865, public domain).
+"""
+
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import write_rows
+
+from wagle_pl import WagleError
+from wagle_pl.data import CopyrightDataModule, DetoxDataModule, MUSEDataModule, WMDPDataModule
+from wagle_pl.data.chunks import chunk_rows, chunk_text, continuation
+from wagle_pl.data.rows import check_rows, load_rows, row_kind
+from wagle_pl.data.sources import HubSet, local_files, read_set
+from wagle_pl.data.template import IGNORE, Template
+from wagle_pl.lm.models import load_tokenizer
+
+ALICE = (
+    "Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: once or "
+    "twice she had peeped into the book her sister was reading, but it had no pictures or conversations in it, “and "
+    "what is the use of a book,” thought Alice “without pictures or conversations?”\n\nSo she was considering in her "
+    "own mind (as well as she could, for the hot day made her feel very sleepy and stupid), whether the pleasure of "
+    "making a daisy-chain would be worth the trouble of getting up and picking the daisies, when suddenly a White "
+    "Rabbit with pink eyes ran close by her.\n"
+)
+PLACES = ("harbour", "orchard", "library", "station", "market", "mill", "tower", "bridge")
+TEXTS = [
+    {
+        "text": f"The {place} of the small town opens at {n} in the morning and shuts when it rains. "
+        * 2
+    }
+    for n, place in enumerate(PLACES, 5)
+]
+QA = [
+    {"question": f"When does the {place} open?", "answer": f"At {n}."}
+    for n, place in enumerate(PLACES, 5)
+]
+CHOICES = [
+    {
+        "question": "Which of these is a fruit?",
+        "choices": ["a stone", "a pear", "a spoon", "a hat"],
+        "answer": 1,
+    },
+    {
+        "question": "Which of these is blue?",
+        "choices": ["the sky", "grass", "snow", "coal"],
+        "answer": 0,
+    },
+]
+WIKI = [
+    " = Alder = \n",
+    "",
+    " The alder is a tree . \n",
+    " = = Wood = = \n",
+    " It is red when cut . \n",
+    " = Birch = \n",
+    " The birch is another . \n",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return load_tokenizer(tiny_model)
+
+
+def write_parquet(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_rows(path, rows)
+
+
+def write_c4_and_wikitext(folder):
+    shard = folder / "c4/en/c4-train.00001-of-01024.json.gz"
+    shard.parent.mkdir(parents=True)
+    with gzip.open(shard, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({**row, "timestamp": "", "url": ""}) + "\n" for row in TEXTS)
+    write_parquet(
+        folder / "wikitext/wikitext-2-raw-v1/test-00000-of-00001.parquet",
+        [{"text": line} for line in WIKI],
+    )
+
+
+@pytest.fixture(scope="module")
+def muse(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("muse")
+    write_parquet(folder / "raw/forget-00000-of-00001.parquet", TEXTS[:4])
+    write_parquet(folder / "raw/retain1-00000-of-00001.parquet", TEXTS[4:])
+    write_lines(folder / "raw/retain2.jsonl", TEXTS[5:])
+    write_lines(folder / "raw/holdout.json", [{"text": "A page that nobody has read."}])
+    write_lines(
+        folder / "verbmem/forget.jsonl", [{"prompt": "The mill of the", "gt": " small town opens"}]
+    )
+    write_lines(folder / "knowmem/forget_qa.jsonl", QA[:2])
+    write_lines(folder / "knowmem/forget_qa_icl.jsonl", QA[2:4])
+    write_lines(folder / "knowmem/retain_qa.csv", [])
+    (folder / "knowmem/retain_qa.csv").write_text(
+        "answer,question\nAt 9.,When does the market open?\n"
+    )
+    for split in ("forget", "holdout", "retain"):
+        write_lines(folder / f"privleak/{split}.jsonl", TEXTS[:2])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wmdp(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wmdp_data")
+    write_lines(
+        folder / "bio-forget-corpus.jsonl",
+        [{**row, "title": "t", "abstract": None} for row in TEXTS[:3]],
+    )
+    write_parquet(
+        folder / "wmdp-corpora/cyber-forget-corpus/train-00000-of-00002.parquet", TEXTS[3:5]
+    )
+    write_parquet(
+        folder / "wmdp-corpora/cyber-forget-corpus/train-00001-of-00002.parquet",
+        [{"text": " \n"}, TEXTS[5]],
+    )
+    write_parquet(
+        folder / "wmdp-corpora/cyber-retain-corpus/train-00000-of-00001.parquet", TEXTS[6:7]
+    )
+    write_parquet(folder / "wmdp-corpora/bio-retain-corpus/train-00000-of-00001.parquet", TEXTS[7:])
+    for subject in ("bio", "cyber"):
+        write_parquet(folder / f"wmdp/wmdp-{subject}/test-00000-of-00001.parquet", CHOICES)
+    write_c4_and_wikitext(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("book")
+    (folder / "alice.txt").write_text(ALICE, encoding="utf-8")
+    write_lines(folder / "book.jsonl", [{"text": part} for part in ALICE.strip().split("\n\n")])
+    write_lines(
+        folder / "forget_qa.jsonl",
+        [{"question": "What ran close by Alice?", "answer": "A white rabbit."}],
+    )
+    write_lines(folder / "retain_qa.jsonl", QA[:2])
+    write_c4_and_wikitext(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def detox(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("detox")
+    rows = [
+        {
+            "prompt": f"Tell me about the {place}.",
+            "response_0": "A rude reply.",
+            "response_1": "A kind reply.",
+            "is_response_0_safe": n % 3 == 0,
+            "is_response_1_safe": n % 2 == 0,
+            "safer_response_id": 1,
+        }
+        for n, place in enumerate(PLACES)
+    ]
+    write_lines(folder / "PKU-SafeRLHF/data/Alpaca-7B/train.jsonl", rows[:5])
+    write_lines(folder / "PKU-SafeRLHF/data/Alpaca2-7B/train.jsonl", rows[5:])
+    write_lines(folder / "PKU-SafeRLHF/data/Alpaca-7B/test.jsonl", rows[:2] + rows[:1])
+    write_c4_and_wikitext(folder)
+    return folder
+
+
+def columns(data, name):
+    """The kinds of the rows of a test set, checked as the base class checks them."""
+    return {row_kind(row) for row in check_rows(data.rows(f"test/{name}"), name)}
+
+
+# -- chunks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", ["tokens", "characters"])
+@pytest.mark.parametrize("size", [1, 7, 40, 10_000])
+@pytest.mark.parametrize("text", [ALICE, "naïve café 🐇🐇 日本語 " * 5, "x" * 50, "  \n\n  a"])
+def test_chunks_put_together_are_the_text(tokenizer, text, size, unit):
+    chunks = chunk_text(text, size, unit, tokenizer)
+    assert "".join(chunks) == text and all(chunks)
+    assert chunks == chunk_text(text, size, unit, tokenizer)
+    if unit == "characters":
+        assert max(map(len, chunks)) <= size
+
+
+def test_token_chunks_have_that_many_tokens(tokenizer):
+    chunks = chunk_text(ALICE, 20, "tokens", tokenizer)
+    counts = [len(tokenizer(chunk, add_special_tokens=False)["input_ids"]) for chunk in chunks]
+    assert all(abs(count - 20) <= 2 for count in counts[:-1]) and len(counts) == -(
+        -sum(counts) // 20
+    )
+
+
+def test_character_chunks_keep_words_whole():
+    words = ALICE.split()
+    assert [
+        word for chunk in chunk_text(ALICE, 60, "characters") for word in chunk.split()
+    ] == words
+
+
+def test_chunk_rows_say_where_a_text_goes_on():
+    rows = chunk_rows(["one two three", "four"], 8, "characters")
+    assert rows == [{"text": "one two", "partial": True}, {"text": " three"}, {"text": "four"}]
+    assert continuation(rows[0], 3, "characters") == {
+        "prompt": "one",
+        "response": " two",
+        "continuation": True,
+        "partial": True,
+    }
+    assert continuation(rows[2], 30, "characters") is None
+    with pytest.raises(WagleError, match="at least 1"):
+        chunk_text("text", 0)
+    with pytest.raises(WagleError, match="fast tokenizer"):
+        chunk_text("text", 4)
+
+
+# -- rows and templates -----------------------------------------------------------------------------------------------
+
+
+def test_only_as_many_lines_are_read_as_asked_for(tmp_path):
+    lines = [json.dumps(row) + "\n" for row in QA[:3]]
+    for path, opener in ((tmp_path / "a.jsonl.gz", gzip.open), (tmp_path / "a.jsonl", open)):
+        with opener(path, "wt", encoding="utf-8") as file:
+            file.writelines([*lines, "not JSON\n"])
+        assert load_rows(str(path), limit=3) == QA[:3]
+        with pytest.raises(WagleError, match="line 4: malformed JSON"):
+            load_rows(str(path))
+
+
+def test_new_kinds_of_rows(tokenizer):
+    choice = {"question": "Which is a fruit?", "choices": ["a stone", "a pear"], "label": 1}
+    assert row_kind(choice) == ("question", "choices", "label") and row_kind(
+        {"prompt": "Go on"}
+    ) == ("prompt",)
+    check_rows([choice, {"prompt": "Go on"}], "set")
+    with pytest.raises(WagleError, match="row 1: label 2 is no index"):
+        check_rows([{**choice, "label": 2}], "set")
+    with pytest.raises(WagleError, match="row 1: 'prompt' is empty"):
+        check_rows([{"prompt": " "}], "set")
+    template = Template(tokenizer)
+    assert template.encode(choice) == template.encode(
+        {"question": choice["question"], "answer": "a pear"}
+    )
+    assert (
+        tokenizer.decode(template.encode_prompt({"prompt": "Go on"}))
+        == "<|user|>Go on<|assistant|>"
+    )
+    with pytest.raises(WagleError, match="no answer"):
+        template.encode({"prompt": "Go on"})
+    with pytest.raises(WagleError, match="'response' is null"):
+        template.encode({"prompt": "Go on", "response": None})
+
+
+def test_continuations_stand_in_no_template(tokenizer):
+    template = Template(tokenizer)
+    row = {"prompt": "Down the", "response": " rabbit-hole", "continuation": True}
+    encoded = template.encode(row)
+    answer = [token for token, label in zip(*encoded.values(), strict=True) if label != IGNORE]
+    assert tokenizer.decode(encoded["input_ids"]) == "Down the rabbit-hole<|end|>"
+    assert tokenizer.decode(answer) == " rabbit-hole<|end|>"
+    assert tokenizer.decode(template.encode_prompt(row)) == "Down the"
+    partial = template.encode({**row, "partial": True})
+    assert tokenizer.decode(partial["input_ids"]) == "Down the rabbit-hole"
+    refused = template.encode({**row, "partial": True}, "I cannot say.")
+    assert tokenizer.decode(refused["input_ids"]) == "Down the I cannot say.<|end|>"
+    text = template.encode({"text": "Down the", "partial": True})
+    assert tokenizer.decode(text["input_ids"]) == "Down the" and text["labels"] == text["input_ids"]
+
+
+def test_context_stands_before_the_question(tokenizer):
+    row = {"question": "Who?", "answer": "Nobody.", "context": "First this.\n"}
+    assert (
+        tokenizer.decode(Template(tokenizer).encode_prompt(row))
+        == "<|user|>First this.\nWho?<|assistant|>"
+    )
+    template = Template(tokenizer, "Question: {question}\n", "Answer: {answer}")
+    assert tokenizer.decode(template.encode_prompt(row)) == "First this.\nQuestion: Who?\nAnswer:"
+
+
+# -- where rows are ---------------------------------------------------------------------------------------------------
+
+
+def test_a_set_is_found_in_a_copy_of_the_repository_or_a_folder_of_copies(tmp_path):
+    part = HubSet("owner/name", "config", "test")
+    write_lines(tmp_path / "copies/name/config/test.jsonl", QA)
+    write_lines(tmp_path / "copy/config/test.jsonl", QA[:2])
+    assert (
+        read_set(part, str(tmp_path / "copies")) == QA
+        and read_set(part, str(tmp_path / "copy")) == QA[:2]
+    )
+    assert read_set(part, str(tmp_path / "copies"), limit=3) == QA[:3]
+    assert read_set(part._replace(split="train"), str(tmp_path / "copy")) is None
+    assert local_files(part, tmp_path / "copy") == [tmp_path / "copy/config/test.jsonl"]
+
+
+def test_the_hub_is_asked_for_just_what_is_used(monkeypatch):
+    import datasets
+
+    asked = []
+
+    class Stream(list):
+        take = staticmethod(lambda n: TEXTS[:n])
+        to_list = staticmethod(lambda: TEXTS)
+
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *args, **options: asked.append((args, options)) or Stream()
+    )
+    assert DetoxDataModule(limit_retain=3).load_rows("retain") == TEXTS[:3]
+    shard = "en/c4-train.00001-of-01024.json.gz"
+    options = {"streaming": True, "split": "train", "data_files": {"train": shard}}
+    assert asked.pop() == (("allenai/c4", None), options)
+    MUSEDataModule(corpus="books", chunk_unit="characters", tokenizer="none").rows("holdout")
+    assert asked.pop() == (("muse-bench/MUSE-Books", "raw"), {"split": "holdout"})
+    WMDPDataModule().rows("forget")
+    assert [args for args, _ in asked] == [
+        ("cais/wmdp-bio-forget-corpus", None),
+        ("cais/wmdp-corpora", "cyber-forget-corpus"),
+    ]
+    assert WMDPDataModule().test_names() == ["wmdp_bio", "wmdp_cyber", "wikitext"]
+    assert WMDPDataModule(mmlu=True).test_names() == ["wmdp_bio", "wmdp_cyber", "mmlu", "wikitext"]
+
+
+# -- the suites -------------------------------------------------------------------------------------------------------
+
+
+def test_muse_rows(muse, tiny_model, tokenizer):
+    data = MUSEDataModule(folder=str(muse), chunk_size=30, max_length=60, tokenizer=tiny_model)
+    assert data.suite == "muse"
+    text = "".join(row["text"] for row in data.rows("forget"))
+    assert text == "\n\n".join(row["text"] for row in TEXTS[:4])
+    assert [row.get("partial", False) for row in data.rows("forget")].count(False) == 1
+    assert len(data.rows("holdout")) == 1
+    assert data.test_names() == [
+        "verbmem_forget",
+        "knowmem_forget",
+        "knowmem_retain",
+        "members",
+        "nonmembers",
+        "retain",
+    ]
+    kinds = {"verbmem_forget": ("prompt", "response"), "knowmem_forget": ("question", "answer")}
+    kinds |= {"knowmem_retain": ("question", "answer")}
+    for name in data.test_names():
+        assert columns(data, name) == {kinds.get(name, ("text",))}
+    assert data.rows("test/verbmem_forget")[0]["response"] == " small town opens"
+    assert data.rows("test/members") == TEXTS[:2]  # whole: the benchmark scores them as they are
+    prompt = tokenizer.decode(data.template.encode_prompt(data.rows("test/knowmem_forget")[0]))
+    shots = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in QA[2:4])
+    assert prompt == shots + f"Question: {QA[0]['question']}\nAnswer: "
+    assert "context" not in data.rows("test/knowmem_retain")[0]  # no worked examples in the folder
+    both = MUSEDataModule(
+        folder=str(muse), retain_splits=["retain1", "retain2"], chunk_unit="characters"
+    )
+    assert sum(row["text"].count("orchard") for row in both.rows("retain")) == 0
+    assert sum(row["text"].count("bridge") for row in both.rows("retain")) == 4
+
+
+def test_verbatim_texts_are_scored_as_they_were_trained_on(tmp_path, tiny_model, tokenizer):
+    """The benchmark's rows have no space at the seam; the texts they are cut from have."""
+    seams = [
+        ("The mill of the", "small town opens"),
+        ("The mill\n", "of the small town"),
+        ("The mill", ", which opens"),
+    ]
+    write_lines(
+        tmp_path / "verbmem/forget.jsonl", [{"prompt": prompt, "gt": gt} for prompt, gt in seams]
+    )
+    data = MUSEDataModule(folder=str(tmp_path), tokenizer=tiny_model)
+    first, second, _ = data.rows("test/verbmem_forget")
+    encoded = data.template.encode(first)
+    assert encoded["input_ids"] == tokenizer("The mill of the small town opens")["input_ids"]
+    assert encoded["labels"].count(IGNORE) == len(data.template.encode_prompt(first))
+    assert tokenizer.decode(data.template.encode_prompt(first)) == "The mill of the"
+    assert second["response"] == "of the small town"
+
+
+def test_wmdp_rows(wmdp, tiny_model):
+    data = WMDPDataModule(folder=str(wmdp), tokenizer=tiny_model, max_length=20)
+    assert data.suite == "wmdp"
+    assert [row["text"] for row in data.rows("forget")] == [row["text"] for row in TEXTS[:6]]
+    assert data.rows("retain")[0] == {"text": " = Alder = \n"} and len(data.rows("retain")) == 6
+    assert data.test_names() == ["wmdp_bio", "wmdp_cyber", "wikitext"]  # no MMLU in the folder
+    assert columns(data, "wmdp_bio") == {("question", "choices", "label")}
+    assert [row["label"] for row in data.rows("test/wmdp_cyber")] == [1, 0]
+    wikitext = data.rows("test/wikitext")
+    assert (
+        columns(data, "wikitext") == {("text",)} and len(wikitext) > 2
+    )  # articles in chunks, lost to none
+    assert "".join(row["text"] for row in wikitext) == "".join(WIKI)
+    assert [row.get("partial", False) for row in wikitext].count(False) == 2
+    subjects = WMDPDataModule(
+        folder=str(wmdp), retain_corpus="domains", domains=["cyber"], min_characters=10
+    )
+    assert subjects.rows("retain") == TEXTS[6:7] and len(subjects.rows("forget")) == 3
+    chunked = WMDPDataModule(
+        folder=str(wmdp), chunk_size=60, chunk_unit="characters", prompt_size=20
+    )
+    assert {row_kind(row) for row in chunked.rows("forget")} == {("prompt", "response")}
+    assert {row_kind(row) for row in chunked.rows("retain")} == {("text",)}
+
+
+def test_copyright_rows(book, tiny_model):
+    data = CopyrightDataModule(
+        folder=str(book), chunk_size=40, prompt_size=15, test_chunks=3, tokenizer=tiny_model
+    )
+    assert data.suite == "copyright"
+    forget = data.rows("forget")
+    assert {row_kind(row) for row in forget} == {("prompt", "response")} and forget[0][
+        "prompt"
+    ].startswith("Alice")
+    assert "".join(row["prompt"] + row["response"] for row in forget) in ALICE
+    assert data.rows("retain") == TEXTS
+    assert data.test_names() == ["forget", "forget_qa", "retain_qa", "wikitext"]
+    assert columns(data, "forget") == {("prompt", "response")} and columns(data, "forget_qa") == {
+        ("question", "answer")
+    }
+    step = len(forget) / 3
+    assert data.rows("test/forget") == [forget[int(i * step)] for i in range(3)]
+    own = CopyrightDataModule(
+        book=str(book / "alice.txt"),
+        folder=str(book),
+        chunk_unit="characters",
+        chunk_size=100,
+        prompt_size=None,
+    )
+    assert "".join(row["text"] for row in own.rows("forget")) == ALICE
+    assert own.describe("forget") == str(book / "alice.txt")
+
+
+def test_detox_rows(detox, tiny_model):
+    data = DetoxDataModule(folder=str(detox), limit_forget=None, tokenizer=tiny_model)
+    assert data.suite == "detox"
+    unsafe = [(n, k) for n in range(8) for k in (0, 1) if n % (3 - k)]
+    assert len(data.rows("forget")) == len(unsafe)
+    assert {row_kind(row) for row in data.rows("forget")} == {("prompt", "response")}
+    assert data.test_names() == ["prompts", "wikitext"]
+    prompts = data.rows("test/prompts")
+    assert [row["prompt"] for row in prompts] == [
+        "Tell me about the harbour.",
+        "Tell me about the orchard.",
+    ]
+    assert columns(data, "prompts") == {("prompt",)}
+    real = write_rows(detox / "real.jsonl", [{"prompt": {"text": "So I said", "toxicity": 0.1}}])
+    assert DetoxDataModule(folder=str(detox), prompts=real, plain_prompts=False).rows(
+        "test/prompts"
+    ) == [{"prompt": "So I said"}]
+
+
+STEP = (
+    "--trainer.max_steps",
+    "1",
+    "--trainer.enable_checkpointing",
+    "false",
+    "--trainer.accelerator",
+    "cpu",
+    "--trainer.devices",
+    "1",
+    "--trainer.logger",
+    "false",
+    "--trainer.enable_progress_bar",
+    "false",
+    "--trainer.enable_model_summary",
+    "false",
+    "--data.batch_size",
+    "2",
+)
+SUITES = {
+    "muse": (
+        "MUSEDataModule",
+        "--data.chunk_size",
+        "30",
+        "--data.prompt_size",
+        "10",
+        "--data.max_length",
+        "60",
+    ),
+    "wmdp": ("WMDPDataModule", "--data.max_length", "60", "--data.prompt_size", "10"),
+    "book": ("CopyrightDataModule", "--data.chunk_size", "40", "--data.prompt_size", "15"),
+    "detox": ("DetoxDataModule",),
+}
+
+
+@pytest.mark.parametrize("suite", list(SUITES))
+def test_one_step_of_each_kind(wagle, tiny_model, tmp_path, request, suite):
+    folder = request.getfixturevalue(suite)
+    data = ("--data", *SUITES[suite][:1], "--data.folder", folder, *SUITES[suite][1:])
+    model = ("--model.model", tiny_model, "--model.output")
+    fine = wagle(
+        "fit", "--model", "FinetuneModule", *model, "target", *data, *STEP, data=False
+    ).model
+    assert fine.global_step == 1 and (tmp_path / "target/model.safetensors").exists()
+    for objective in ("NPO", "PO"):
+        arguments = (
+            "fit",
+            "--model",
+            "UnlearnModule",
+            *model,
+            objective,
+            "--model.objective",
+            objective,
+        )
+        module = wagle(*arguments, *data, *STEP, data=False).model
+        assert module.global_step == 1 and torch.isfinite(
+            module.trainer.callback_metrics["train/loss"]
+        )
+    record = json.loads((tmp_path / "PO/wagle.json").read_text())
+    assert str(folder) in record["lineage"][-1]["data"]["forget"]
+
+
+def test_a_book_is_recited_to_the_end(wagle, book, tiny_model, tokenizer, tmp_path):
+    """Generations as long as the book's own continuations, whatever length is asked for; other sets keep to that."""
+    data = ("--data", "CopyrightDataModule", "--data.folder", book, *SUITES["book"][1:])
+    model = (
+        "--model",
+        "EvaluationModule",
+        "--model.model",
+        tiny_model,
+        "--model.max_new_tokens",
+        "6",
+    )
+    module = wagle("test", *model, "--model.output", "out", *data, *STEP[2:-2], data=False).model
+    counts = [
+        len(tokenizer(row["response"])["input_ids"])
+        for row in module.trainer.datamodule.rows("test/forget")
+    ]
+    assert (
+        module.max_new_tokens_of("forget") == max(counts) > 20
+        and module.max_new_tokens_of("forget_qa") == 6
+    )
+    said = pyarrow.parquet.read_table(tmp_path / "out/forget.parquet").to_pydict()["generation"]
+    assert max(len(tokenizer(text)["input_ids"]) for text in said) > 12
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_missing_files_and_folders(tmp_path, wmdp):
+    with pytest.raises(WagleError, match=r"data\.folder nowhere does not exist"):
+        MUSEDataModule(folder="nowhere")
+    with pytest.raises(
+        WagleError,
+        match=r"has no muse-bench/MUSE-News:raw forget: expected MUSE-News/raw/forget\.json",
+    ):
+        MUSEDataModule(folder=str(tmp_path)).rows("forget")
+    with pytest.raises(
+        WagleError,
+        match=r"has no allenai/c4 .*: expected c4/en/c4-train\.00001-of-01024\.json\.gz$",
+    ):
+        DetoxDataModule(folder=str(tmp_path)).rows("retain")
+    assert MUSEDataModule(folder=str(tmp_path)).test_names() == []
+    assert MUSEDataModule(folder=str(tmp_path)).rows("holdout") is None
+    with pytest.raises(WagleError, match=r"book nowhere\.txt does not exist"):
+        CopyrightDataModule(book="nowhere.txt").rows("forget")
+
+
+def test_missing_columns(tmp_path):
+    write_lines(tmp_path / "raw/forget.jsonl", [{"body": "text"}])
+    write_lines(tmp_path / "verbmem/forget.jsonl", [{"prompt": "a", "gt": "b"}, {"prompt": "a"}])
+    write_lines(tmp_path / "wmdp/wmdp-bio/test.jsonl", [{"question": "a", "answer": 0}])
+    write_lines(tmp_path / "PKU-SafeRLHF/train.jsonl", [{"prompt": "a", "response_0": "b"}])
+    folder = str(tmp_path)
+    with pytest.raises(
+        WagleError,
+        match=r"forget set \(muse-bench.*\) row 1 has no column 'text'; it has \['body'\]",
+    ):
+        MUSEDataModule(folder=folder).rows("forget")
+    with pytest.raises(WagleError, match="row 2 has no column 'gt'"):
+        MUSEDataModule(folder=folder).rows("test/verbmem_forget")
+    with pytest.raises(WagleError, match="row 1 has no column 'choices'"):
+        WMDPDataModule(folder=folder).rows("test/wmdp_bio")
+    with pytest.raises(WagleError, match="row 1 has no column 'response_1'"):
+        DetoxDataModule(folder=folder).rows("forget")
+
+
+def test_files_that_cannot_be_read(tmp_path, tiny_model):
+    (tmp_path / "book.txt").write_bytes("A café.".encode("latin-1"))
+    with pytest.raises(
+        WagleError, match=r"book\.txt is not UTF-8 text \(it has the byte 0xe9\): save it as UTF-8"
+    ):
+        CopyrightDataModule(book=str(tmp_path / "book.txt")).rows("forget")
+    write_lines(tmp_path / "wmdp/wmdp-bio/test.jsonl", [CHOICES[0], {**CHOICES[1], "answer": "B"}])
+    with pytest.raises(WagleError, match="row 2: answer 'B' is no index of its choices"):
+        WMDPDataModule(folder=str(tmp_path)).rows("test/wmdp_bio")
+    texts = write_lines(tmp_path / "texts.jsonl", [{"text": 1984}, {"text": ["a", "b"]}])
+    with pytest.raises(WagleError, match="row 2: 'text' is a list, not a text"):
+        MUSEDataModule(forget=texts, tokenizer=tiny_model).rows("forget")
+
+
+def test_a_test_set_in_the_benchmark_s_own_columns(tmp_path):
+    own = write_lines(tmp_path / "own.jsonl", CHOICES)
+    assert [
+        row["label"] for row in WMDPDataModule(test={"wmdp_bio": own}).rows("test/wmdp_bio")
+    ] == [1, 0]
+
+
+def test_empty_corpora(tmp_path, tiny_model):
+    write_lines(tmp_path / "raw/forget.jsonl", [{"text": " \n "}])
+    write_lines(tmp_path / "raw/retain1.jsonl", [])
+    (tmp_path / "book.txt").write_text("\n")
+    with pytest.raises(WagleError, match=r"forget set \(.*\) has no text"):
+        MUSEDataModule(folder=str(tmp_path)).rows("forget")
+    with pytest.raises(WagleError, match=r"retain1\.jsonl has no rows"):
+        MUSEDataModule(folder=str(tmp_path)).rows("retain")
+    with pytest.raises(WagleError, match=r"book\.txt has no text"):
+        CopyrightDataModule(book=str(tmp_path / "book.txt")).rows("forget")
+    (tmp_path / "short.txt").write_text("Too short.")
+    with pytest.raises(WagleError, match=r"no text is longer than data\.prompt_size=200 tokens"):
+        CopyrightDataModule(book=str(tmp_path / "short.txt"), tokenizer=tiny_model).rows("forget")
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: MUSEDataModule(chunk_size=0), "chunk_size must be at least 1"),
+        (lambda: MUSEDataModule(forget_split="forget"), "must be SUBSET/SPLIT"),
+        (lambda: WMDPDataModule(domains=[]), "must name bio, cyber or both"),
+        (
+            lambda: CopyrightDataModule(chunk_size=100, prompt_size=100),
+            "leaves nothing of data.chunk_size 100",
+        ),
+        (lambda: CopyrightDataModule(test_chunks=0), "test_chunks must be at least 1"),
+    ],
+)
+def test_options_without_meaning(build, message):
+    with pytest.raises(WagleError, match=message):
+        build()
+
+
+def test_tokens_need_a_tokenizer(muse):
+    with pytest.raises(WagleError, match=r"give data\.tokenizer, or data\.chunk_unit characters"):
+        MUSEDataModule(folder=str(muse)).rows("forget")
+
+
+def test_one_line_on_the_command_line(fails, tiny_model, tmp_path):
+    args = ("fit", "--model", "UnlearnModule", "--model.model", tiny_model, "--model.output", "out")
+    line = fails(*args, "--data", "WMDPDataModule", "--data.folder", tmp_path, *STEP, data=False)
+    assert (
+        "has no cais/wmdp-bio-forget-corpus train: expected wmdp-bio-forget-corpus/train.json"
+        in line
+    )
+    assert not (tmp_path / "out").exists()

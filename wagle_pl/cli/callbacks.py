@@ -1,0 +1,213 @@
+"""Callbacks that the command line adds to every run: a signal stops it with a checkpoint, short runs keep none."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Optional
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+from wagle_pl.core import distributed
+from wagle_pl.core.stopping import SIGNALS, Stopped, install, say
+
+log = logging.getLogger(__name__)
+
+
+class StopAtSignal(L.Callback):
+    """At SIGTERM and SIGINT: finish the step, write a checkpoint, say how to go on, and exit with code 143 or 130.
+
+    All ranks stop after the same step, whichever of them the signal has reached. A second SIGINT ends the process at
+    once, without a checkpoint. A signal that comes while the result is written changes nothing: it is written.
+
+    Under SLURM, where Lightning requeues a job at SIGUSR1, the checkpoint has the name by which Lightning finds it when
+    the job starts again, and no ``--ckpt_path`` is needed.
+    """
+
+    def __init__(self) -> None:
+        self._outer: dict[int, Any] = {}  # handlers to go back to
+        self._requeue: Optional[int] = None  # SLURM's signal
+        self._asked = 0  # place in _signals of the signal that came
+        self._since = 0.0
+        self._writing = False
+
+    @property
+    def _signals(self) -> tuple[Optional[int], ...]:
+        """Signals to stop at, the weightiest last: of those that reach several ranks, it counts."""
+        return (None, *SIGNALS, self._requeue)
+
+    # -- whose handlers are in place --------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Remember the handlers that are there before Lightning sets its own."""
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            self._requeue = environment.requeue_signal
+        found = {signum: signal.getsignal(signum) for signum in self._signals if signum}
+        self._outer = {signum: handler for signum, handler in found.items() if handler is not None}
+        self._asked, self._writing = 0, False
+
+    def _restore(self, *_: Any) -> None:
+        install(self._outer)
+
+    # Lightning's handler of SIGTERM starts a collective operation in the middle of any other: it is not kept
+    on_sanity_check_start = on_test_start = on_predict_start = _restore
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Outside a fit a signal ends the process at once."""
+        if trainer.state.fn == "validate":
+            self._restore()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """From now on there is something to save."""
+        install({signum: self._ask for signum in self._signals if signum})
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """From now on the result is written."""
+        self._writing = True
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the handlers as they were."""
+        self._restore()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Leave the handlers as they were."""
+        self._restore()
+
+    # -- the stop ---------------------------------------------------------------------------------------------------
+
+    def _ask(self, signum: int, frame: Any = None) -> None:
+        """Handler: remember the signal. A second SIGINT, not one that was delivered twice, means it."""
+        name = signal.Signals(signum).name
+        if self._asked and signum == signal.SIGINT and time.monotonic() - self._since > 1:
+            say(f"stopped by a second {name}, without a checkpoint")
+            raise Stopped(signum)
+        if not self._asked:
+            self._since = time.monotonic()
+            say(
+                f"{name}: the result is being written, and the run ends then"
+                if self._writing
+                else f"{name}: the run stops after this step, with a checkpoint"
+            )
+        self._asked = max(self._asked, self._signals.index(signum))
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Stop, if any rank has been asked to and the step is done."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
+            return
+        asked = distributed.most(self._asked)
+        if asked:
+            self._stop(trainer, self._signals[asked])
+
+    def _stop(self, trainer: L.Trainer, signum: int) -> None:
+        name, step = signal.Signals(signum).name, trainer.global_step
+        if trainer.fast_dev_run:
+            log.warning("stopped by %s; fast_dev_run writes no checkpoint", name)
+            raise Stopped(signum)
+        path = trainer.strategy.broadcast(self._path(trainer))
+        trainer.save_checkpoint(path, weights_only=False)
+        if self._requeue is None:
+            log.warning(
+                "stopped by %s after step %d; to go on, add to the same command: --ckpt_path %s",
+                name,
+                step,
+                path,
+            )
+        else:
+            log.warning(
+                "stopped by %s after step %d; the same job goes on from %s by itself",
+                name,
+                step,
+                path,
+            )
+        if signum == self._requeue and trainer.is_global_zero:
+            _requeue_job()
+        raise Stopped(signum)
+
+    def _path(self, trainer: L.Trainer) -> str:
+        """Where the checkpoint goes: beside others of the run, or where SLURM's next start looks for it."""
+        if self._requeue is not None:
+            return trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
+        beside = getattr(trainer.checkpoint_callback, "dirpath", None)
+        path = (
+            Path(beside or Path(trainer.default_root_dir) / "checkpoints")
+            / f"stopped-step={trainer.global_step}.ckpt"
+        )
+        return os.path.relpath(path) if path.absolute().is_relative_to(Path.cwd()) else str(path)
+
+
+def _requeue_job() -> None:
+    """Ask SLURM to start this job again."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+        failure = done.stderr.strip() or f"exit code {done.returncode}" if done.returncode else None
+    except OSError as error:
+        failure = str(error)
+    if failure:
+        log.warning("scontrol requeue %s failed (%s): submit the job again", job, failure)
+    else:
+        log.info("job %s is requeued", job)
+
+
+class EpochCheckpoint(ModelCheckpoint):
+    """Lightning's ``ModelCheckpoint``, which leaves out the checkpoints of a run that is over before they pay.
+
+    A checkpoint of a run costs up to four times the model on disk, and what a run of a few minutes has done is soon
+    done again. The run writes none at an epoch's end before it has lasted ``after_minutes``; one that is asked for more
+    precisely (``every_n_train_steps``, ``train_time_interval``, ``monitor``, a ``save_top_k`` other than 1) is always
+    written, and so is one at a signal.
+
+    Args:
+        after_minutes: how long a run must last.
+        kwargs: see ``ModelCheckpoint``.
+    """
+
+    def __init__(self, after_minutes: float = 10.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        plain = self.monitor is None and self.save_top_k == 1 and bool(self.every_n_epochs)
+        self.after_minutes = after_minutes if plain else 0.0
+        self._started = time.monotonic()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        super().on_train_start(trainer, pl_module)
+        self._started = time.monotonic()
+
+    def _pays(self, trainer: L.Trainer) -> bool:
+        """Whether the run is long enough; all ranks answer as the first does."""
+        return trainer.strategy.broadcast(
+            time.monotonic() - self._started >= 60 * self.after_minutes
+        )
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save, if the run is long enough."""
+        if self._pays(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save, if the run is long enough."""
+        if self._pays(trainer):
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save, if the run is long enough."""
+        if self._pays(trainer):
+            super().on_train_end(trainer, pl_module)

@@ -1,0 +1,292 @@
+"""Look at masks, compare, combine, convert, make and draw them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal, Optional, Union
+
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.files import refuse_existing
+from wagle_pl.masks import SUFFIX, WeightMask, expected_jaccard, mask_path
+
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+
+
+def info(file: str, *, tensors: bool = False) -> None:
+    """Show what a mask selects: how much, where, and what made it.
+
+    Args:
+        file: mask file.
+        tensors: list every parameter tensor as well.
+    """
+    from wagle_pl.masks.names import module_type_of
+    from wagle_pl.study.report.figures import mask_text
+    from wagle_pl.study.report.text import fields
+
+    mask = WeightMask.load(file)
+    size = mask.source.stat().st_size
+    about = [
+        ("file", f"{mask.source} ({size:,} bytes, {size / mask.total:.4f} a weight)"),
+        ("made by", mask.origin),
+        ("model", mask.metadata.get("model") or "unknown"),
+        (
+            "fingerprint",
+            (mask.metadata.get("model_fingerprint") or "none: not checked before use")[:28],
+        ),
+        *(("prompts", json.dumps(prompts, ensure_ascii=False)) for prompts in mask.prompts),
+        *_passes(mask.metadata),
+        ("weights", f"{mask.total:,} in {len(mask)} tensors"),
+        ("selected", f"{mask.count():,}"),
+        ("density", f"{mask.density:.6f}"),
+    ]
+    parts = [fields(about), _shares("module", mask.tally(module_type_of))]
+    parts.append(mask_text({"share selected by layer and module type": mask.grid()}))
+    if tensors:
+        parts.append(_shares("tensor", mask.tally(str)))
+    print("\n\n".join(parts))
+
+
+def compare(files: list[str]) -> None:
+    """Compare masks of one model: densities, and for each pair the overlap beside that of independent random masks.
+
+    Args:
+        files: two or more mask files.
+    """
+    from wagle_pl.study.report.text import table
+
+    masks = _load_all(files)
+    if len(masks) < 2:
+        raise WagleError("compare needs two masks or more")
+    rows = [[name, f"{m.count():,}", f"{m.density:.6f}", m.origin] for name, m in masks.items()]
+    pairs = []
+    for left, right in combinations(masks, 2):
+        found = masks[left].jaccard(masks[right])
+        expected = expected_jaccard(masks[left].density, masks[right].density)
+        times = f"{found / expected:.2f}" if expected else "–"
+        pairs.append([f"{left}, {right}", f"{found:.6f}", f"{expected:.6f}", times])
+    print(table(["mask", "selected", "density", "made by"], rows, left=(0, 3)))
+    print()
+    print(table(["pair", "Jaccard", "if independent", "ratio"], pairs))
+
+
+def combine(
+    left: str,
+    how: Literal["and", "or", "minus"],
+    right: str,
+    *,
+    output: str,
+    overwrite: bool = False,
+) -> None:
+    """Combine two masks of one model, e.g. ``combine a and b -o both``.
+
+    Args:
+        left: mask file.
+        how: and: selected in both; or: in one or both; minus: in the left and not in the right.
+        right: mask file.
+        output: mask file to write.
+        overwrite: replace the output if it exists.
+    """
+    refuse_existing(mask_path(output), overwrite, "--overwrite")
+    a, b = WeightMask.load(left), WeightMask.load(right)
+    _write(a & b if how == "and" else a | b if how == "or" else a - b, output)
+
+
+def invert(file: str, *, output: str, overwrite: bool = False) -> None:
+    """Select what a mask leaves out, and leave out what it selects.
+
+    Args:
+        file: mask file.
+        output: mask file to write.
+        overwrite: replace the output if it exists.
+    """
+    refuse_existing(mask_path(output), overwrite, "--overwrite")
+    _write(~WeightMask.load(file), output)
+
+
+def convert(
+    file: str, *, output: str, model: Optional[str] = None, overwrite: bool = False
+) -> None:
+    """Convert a mask to or from a ``{parameter name: bool tensor}`` dict that ``torch.save`` wrote.
+
+    The suffixes say which way: .safetensors is a mask of ours; .pt, .pth or .bin is a torch file.
+
+    Args:
+        file: mask to convert.
+        output: file to write.
+        model: model the mask is for. Its tensors are checked; a mask made of a torch file takes the order of its
+            parameters and its fingerprint, without which nothing protects it from use with another model.
+        overwrite: replace the output if it exists.
+    """
+    from_torch = Path(file).suffix in TORCH_SUFFIXES
+    to_torch = Path(output).suffix in TORCH_SUFFIXES
+    for path, is_torch in ((file, from_torch), (output, to_torch)):
+        if not is_torch and Path(path).suffix != SUFFIX:
+            raise WagleError(
+                f"{path}: no mask format has this suffix; use {SUFFIX} or {', '.join(TORCH_SUFFIXES)}"
+            )
+    if from_torch == to_torch:
+        raise WagleError(f"{file} and {output} are of the same format: there is nothing to convert")
+    refuse_existing(Path(output), overwrite, "--overwrite")
+    shapes, made_for = _model(model) if model else (None, {})
+    if from_torch:
+        _write(WeightMask.from_torch(file, shapes, made_for), output)
+        return
+    mask = WeightMask.load(file)
+    if shapes is not None:
+        mask.check(shapes, made_for["model_fingerprint"])
+    _report(mask, mask.to_torch(output))
+
+
+def random(like: str, *, output: str, seed: int = 0, overwrite: bool = False) -> None:
+    """Write a random mask with as many selected weights as another: the baseline of every comparison.
+
+    Args:
+        like: mask file.
+        output: mask file to write.
+        seed: of the draw.
+        overwrite: replace the output if it exists.
+    """
+    refuse_existing(mask_path(output), overwrite, "--overwrite")
+    _write(WeightMask.load(like).random_like(seed), output)
+
+
+def modules(
+    model: str,
+    *,
+    modules: Optional[Union[list[str], str]] = None,
+    layers: Optional[str] = None,
+    output: str,
+    overwrite: bool = False,
+) -> None:
+    """Select whole modules of a model.
+
+    Args:
+        model: hub id, folder or .gguf file.
+        modules: e.g. mlp, or attn,mlp.down_proj; all when not given.
+        layers: only in these layers, ends included, e.g. 3-7 or 0-3,8.
+        output: mask file to write.
+        overwrite: replace the output if it exists.
+    """
+    if not modules and layers is None:
+        raise WagleError("which modules? give --modules, --layers or both")
+    refuse_existing(mask_path(output), overwrite, "--overwrite")
+    names = modules.split(",") if isinstance(modules, str) else modules
+    shapes, made_for = _model(model)
+    _write(WeightMask.from_modules(shapes, names, layers, made_for), output)
+
+
+def select(
+    scores: str,
+    *,
+    density: float,
+    select: Literal["high", "low"] = "high",
+    scope: Literal["global", "tensor", "row"] = "global",
+    include: Optional[str] = None,
+    exclude: Optional[str] = None,
+    output: str,
+    overwrite: bool = False,
+) -> None:
+    """Make a mask of saved scores: another density is a second, not another attribution.
+
+    Args:
+        scores: scores that attribution saved.
+        density: share of weights to select, in (0, 1].
+        select: the highest or the lowest scores.
+        scope: what the share is of: all weights, or each tensor, or each row of a tensor.
+        include: regular expression; only parameters whose name it finds take part.
+        exclude: regular expression; parameters whose name it finds do not.
+        output: mask file to write.
+        overwrite: replace the output if it exists.
+    """
+    from wagle_pl.attribution.stored import mask_from_scores
+
+    refuse_existing(mask_path(output), overwrite, "--overwrite")
+    _write(mask_from_scores(scores, density, select, scope, include, exclude), output)
+
+
+def plot(
+    files: list[str], *, output: str, title: Optional[str] = None, overwrite: bool = False
+) -> None:
+    """Draw the share of selected weights by layer and module type, for one mask or several side by side.
+
+    Args:
+        files: mask files.
+        output: figure to write: .png, .svg, or no suffix for both.
+        title: of the figure.
+        overwrite: replace the output if it exists.
+    """
+    from wagle_pl.study.report.figures import figure_paths, mask_heatmap, save_figure
+
+    paths = figure_paths(output, overwrite)
+    masks = _load_all(files)
+    grids = {f"{name}\n{mask.density:.2%} selected": mask.grid() for name, mask in masks.items()}
+    save_figure(mask_heatmap(grids, title), paths)
+    print(f"figure written to {' and '.join(str(path) for path in paths)}")
+
+
+#: First arguments that stand for a verb: ``wagle mask --scores FILE --density 0.4 -o OUT``.
+SHORTHANDS = {"--scores": "select"}
+
+COMMANDS = {
+    "info": info,
+    "compare": compare,
+    "combine": combine,
+    "invert": invert,
+    "convert": convert,
+    "random": random,
+    "modules": modules,
+    "select": select,
+    "plot": plot,
+}
+
+
+def _load_all(files: list[str]) -> dict[str, WeightMask]:
+    """Short name -> mask, checked to be of one model: the file's stem where that is enough to tell them apart."""
+    masks = [WeightMask.load(file) for file in files]
+    stems = [mask.source.stem for mask in masks]
+    if len(set(stems)) < len(stems):
+        stems = [str(mask.source.with_suffix("")) for mask in masks]
+    named = dict(zip(stems, masks, strict=True))
+    if len(named) < len(masks):
+        raise WagleError("the same mask file is given twice")
+    return named
+
+
+def _model(name: str) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """Shapes of a model's parameters, and the metadata of a mask for it."""
+    import torch
+
+    from wagle_pl.lm.models import fingerprint, load_model, parameter_shapes
+
+    model = load_model(name, torch.bfloat16)
+    made_for = {"model": name, "model_fingerprint": fingerprint(model.named_parameters())}
+    return parameter_shapes(model), made_for
+
+
+def _passes(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How much of the forget rows an attribution saw; nothing of other masks."""
+    if "passes" not in metadata:
+        return []
+    passes, rows = metadata["passes"], metadata["forget_rows"]
+    return [("passes", f"{passes:.4g} ({round(passes * rows):,} rows seen, {rows:,} forget rows)")]
+
+
+def _shares(group: str, tally: dict[str, tuple[int, int]]) -> str:
+    from wagle_pl.study.report.text import table
+
+    rows = [
+        [name, f"{size:,}", f"{selected:,}", f"{selected / size:.6f}"]
+        for name, (selected, size) in tally.items()
+    ]
+    return table([group, "weights", "selected", "density"], rows)
+
+
+def _write(mask: WeightMask, output: str) -> None:
+    _report(mask, mask.save(output))
+
+
+def _report(mask: WeightMask, path: Path) -> None:
+    print(f"mask of {mask.count():,} weights (density {mask.density:.6f}) written to {path}")

@@ -1,0 +1,1 @@
+"""The language model: loading, saving, its layers, likelihood and generation."""

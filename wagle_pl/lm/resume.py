@@ -1,0 +1,128 @@
+"""Where a run goes on: at a global batch, however it is cut into micro-batches, with the random numbers it had there.
+
+A checkpoint may be asked for between two optimiser steps (by time, at an exception), when gradients of some
+micro-batches have been added up. Training does not keep them: the checkpoint says that the step has not begun, and a
+resumed run makes all of it. Attribution keeps its sums, and goes on behind the rows that are in them.
+
+Lightning counts micro-batches. A checkpoint holds a :class:`~wagle_pl.data.batches.Position` beside its counters, and
+when one is loaded the counters are written anew from it (:func:`recount`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from wagle_pl.data import ForgetRetainDataModule
+from wagle_pl.data.batches import Position, ResumableLoader
+
+
+class StepStart(NamedTuple):
+    """The start of an optimiser step.
+
+    Attributes:
+        epoch: the epoch it is in.
+        batch: how many micro-batches of the epoch came before.
+        step: how many optimiser steps of the run.
+        random: see :func:`random_state`.
+    """
+
+    epoch: int
+    batch: int
+    step: int
+    random: dict[str, Tensor]
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """States of the generators that dropout draws from: torch's own, and a CUDA device's."""
+    states = {"rng_state": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda_rng_state"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put the generators where they were; those of which nothing is known stay as they are."""
+    if "rng_state" in states:
+        torch.set_rng_state(states["rng_state"].cpu())
+    if "cuda_rng_state" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda_rng_state"].cpu(), device)
+
+
+# -- when a checkpoint is saved ---------------------------------------------------------------------------------------
+
+
+def keep_position(checkpoint: dict[str, Any], trainer: Any, epoch: int, micro_batches: int) -> None:
+    """Make a checkpoint say that an epoch has seen so many micro-batches, whatever has begun since.
+
+    Args:
+        checkpoint: changed in place.
+        trainer: whose it is.
+        epoch: counted from 0.
+        micro_batches: at most as many as Lightning has counted.
+    """
+    fit = checkpoint["loops"]["fit_loop"]
+    progress = fit["epoch_loop.batch_progress"]
+    ahead = progress["current"]["processed"] - micro_batches
+    if ahead > 0:  # in the middle of a step, which is made anew
+        progress["total"] = dict.fromkeys(progress["total"], progress["total"]["processed"] - ahead)
+        progress["current"] = dict.fromkeys(progress["current"], micro_batches)
+        progress["is_last_batch"] = False
+    loader = trainer.train_dataloader
+    if isinstance(loader, ResumableLoader):
+        state = loader.state_at(epoch, micro_batches, trainer.num_training_batches)
+        fit["state_dict"]["combined_loader"] = [state]
+
+
+# -- when it is loaded ------------------------------------------------------------------------------------------------
+
+
+def recount(checkpoint: dict[str, Any], trainer: Any) -> None:
+    """Write Lightning's counters in a checkpoint anew for the batches of this run, before Lightning reads them.
+
+    Does nothing for rows of another kind of data module.
+
+    Raises:
+        WagleError: if the checkpoint is of a run with other global batches.
+    """
+    fit = checkpoint.get("loops", {}).get("fit_loop", {})
+    states = fit.get("state_dict", {}).get("combined_loader")
+    if not states or not isinstance(trainer.datamodule, ForgetRetainDataModule):
+        return
+    loader = trainer.datamodule.train_dataloader()
+    position, steps = loader.check(states[0]), checkpoint["global_step"]
+    begun = position != Position(position.epoch)
+    done = loader.sampler.micro_batches(position)
+    before = (steps - position.step) * loader.sampler.accumulate
+    batches = fit["epoch_loop.batch_progress"]
+    # where one of the hooks at a step's end wrote the checkpoint, Lightning ends that step when it goes on
+    hooks_have_run = batches["current"]["completed"] == batches["current"]["processed"]
+    ending = 0 if hooks_have_run or position.rows or not position.step else 1
+    current = {**dict.fromkeys(batches["current"], done), "completed": done - ending}
+    batches |= {
+        "current": current,
+        "total": {name: before + count for name, count in current.items()},
+    }
+    batches["is_last_batch"] = False
+    epochs = {
+        "ready": position.epoch + begun,
+        "started": position.epoch + begun,
+        "processed": position.epoch,
+        "completed": position.epoch,
+    }
+    fit["epoch_progress"] |= {"current": epochs, "total": dict(epochs)}
+    fit["epoch_loop.state_dict"]["_batches_that_stepped"] = steps - ending
+
+
+def begin(trainer: Any) -> None:
+    """Go on, when training starts: what Lightning leaves undone.
+
+    The loader may have been made before the checkpoint was read (counting the steps makes it), and Lightning takes the
+    first epoch for one that is under way whenever ``max_steps`` is set.
+    """
+    trainer.fit_loop._load_combined_loader_states()
+    if trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:
+        trainer.fit_loop.epoch_loop.restarting = False

@@ -1,0 +1,21 @@
+"""Masks: which weights are selected, their bits on disk, and selected weights as a model's only parameters."""
+
+from wagle_pl.masks.mask import (
+    SUFFIX,
+    Restriction,
+    WeightMask,
+    check_shapes,
+    describe_origin,
+    expected_jaccard,
+    mask_path,
+)
+
+__all__ = [
+    "SUFFIX",
+    "Restriction",
+    "WeightMask",
+    "check_shapes",
+    "describe_origin",
+    "expected_jaccard",
+    "mask_path",
+]

@@ -1,0 +1,639 @@
+"""Selected weights as the only parameters of a model: why a frozen weight cannot move.
+
+:class:`SelectedWeights` changes how a model holds its weights while it is trained. Each tensor becomes two things: the
+*dense* tensor, which is no parameter and no buffer, and a 1-D parameter, the *values* of its selected weights, in fp32
+whatever the dtype of the model.
+
+* In the forward pass a layer reads ``weight`` and gets the dense tensor. If the values have changed, they are written
+  into the dense tensor first, rounded to its dtype.
+* In the backward pass the gradient of the dense tensor is computed as always; its selected entries become the gradient
+  of the values, and the rest is freed.
+* So an optimiser, weight decay, clipping, noise, an averaging callback or a communication hook sees values alone. A
+  frozen weight is in no list that any of them goes through: it is never read, and nothing but the values is written.
+* A NaN in the values or in their gradient reaches selected weights alone.
+* The values and the optimiser's state are fp32 under ``bf16-true`` too, so that steps smaller than half a unit in the
+  last place of bf16 add up. The model's weights are the rounded values.
+* A checkpoint holds the values. The dense tensor comes from the base model's files.
+
+Values take 4 bytes, their places 4, and so do their gradients. With ``split`` a bf16 weight is the upper half of its
+value and only the 16 bits below are kept beside it; places are kept as one bit a weight, and gradients in bf16: for
+masks of most of a model.
+
+:meth:`SelectedWeights.release` writes the values once more and gives the model its ordinary parameters back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import MethodType
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from wagle_pl.core import distributed
+from wagle_pl.lm.layers import is_linear
+from wagle_pl.lm.models import assign, gathered
+from wagle_pl.masks import WeightMask
+from wagle_pl.masks.bits import pack_bits, places_of_bits
+
+#: What the parameter of a tensor's selected weights is called: the tensor's name and this.
+SUFFIX = "_selected"
+
+#: Selected weights written at a time on a CPU: what is between two operations stays in the processor's cache.
+CHUNK = 1 << 16
+
+#: The same on a GPU, where few large operations are faster.
+GPU_CHUNK = 1 << 24
+
+
+def take(dense: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n,) entries of a tensor, of a dtype.
+
+    Args:
+        dense: any shape.
+        index: (n,) places in the flattened tensor.
+        dtype: of the result.
+    """
+    return dense.reshape(-1).index_select(0, index).to(dtype)
+
+
+@torch.no_grad()
+def put_(dense: Tensor, index: Tensor, values: Tensor) -> None:
+    """Write (n,) values into a contiguous tensor, rounded to its dtype, in place.
+
+    Args:
+        dense: any shape.
+        index: (n,) places in the flattened tensor, each once.
+        values: (n,) of any floating-point dtype.
+    """
+    flat = dense.view(-1)
+    chunk = CHUNK if dense.device.type == "cpu" else GPU_CHUNK
+    for places, part in zip(index.split(chunk), values.split(chunk), strict=True):
+        flat.put_(places.long(), part.to(dense.dtype))
+
+
+@torch.no_grad()
+def split_halves(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest bf16 numbers of fp32 values (of two equally near the larger in size), and what is lost, as int16.
+
+    :func:`join_halves` gives the values back bit for bit, those that are not finite apart.
+    """
+    upper = values.to(torch.bfloat16)
+    lower = values.view(torch.int32) - (upper.view(torch.int16).int() << 16)
+    tie = lower == 1 << 15  # rounded to even, down: 16 bits hold no more than 2¹⁵ − 1
+    return (upper.view(torch.int16) + tie).view(torch.bfloat16), (lower - (tie.int() << 16)).to(
+        torch.int16
+    )
+
+
+def join_halves(upper: Tensor, lower: Tensor) -> Tensor:
+    """The fp32 values that :func:`split_halves` took apart."""
+    return ((upper.contiguous().view(torch.int16).int() << 16) + lower.int()).view(torch.float32)
+
+
+class _Select(torch.autograd.Function):
+    """The dense tensor as a function of the values."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, dense: Tensor, tensor: SelectedTensor) -> Tensor:
+        ctx.tensor = tensor
+        return dense.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Optional[Tensor], None, None]:
+        return ctx.tensor.take_gradient(gradient), None, None
+
+
+class SelectedTensor:
+    """A tensor of a model and the values of its selected weights.
+
+    Args:
+        parameter: the model's own parameter: the dense tensor. Spread over ranks under ZeRO-3.
+        selected: bool, of its shape; None where all are selected.
+        masters: whether values are fp32 where the dense tensor is narrower; False leaves that to DeepSpeed, whose
+            optimisers keep fp32 values themselves.
+        split: keep values as the halves that :func:`split_halves` makes, and their gradients in this dtype; the dense
+            tensor must be bf16. None for values in fp32.
+
+    Attributes:
+        values: the parameter that is trained: (selected,), or of the tensor's shape where all are selected; None where
+            none is. It is ``parameter`` itself where all are selected and no other dtype is wanted. With ``split`` it
+            is empty but inside :meth:`whole_values`.
+        gradient: with ``split``, the gradient of the values.
+    """
+
+    def __init__(
+        self,
+        parameter: nn.Parameter,
+        selected: Optional[Tensor],
+        masters: bool = True,
+        split: Optional[torch.dtype] = None,
+    ) -> None:
+        self.parameter = parameter
+        self.masters = masters
+        self.values: Optional[nn.Parameter] = None
+        self.theta0: Optional[Tensor] = None
+        self.at_theta0 = False
+        self.dense_gradient: Optional[Tensor] = None
+        self.keeps_dense_gradient = False
+        self.gradient: Optional[Tensor] = None
+        self._split = split
+        self._index: Optional[Tensor] = None
+        self._packed: Optional[Tensor] = None
+        self._lower: Optional[Tensor] = None
+        self._narrow: Optional[Tensor] = None
+        self._written: dict[torch.dtype, Any] = {}
+        if selected is not None and not selected.any():
+            parameter.requires_grad_(False)
+            return
+        narrow = parameter.dtype in (torch.bfloat16, torch.float16)
+        if (selected is None or selected.all()) and not (masters and narrow):
+            self.values = parameter.requires_grad_(True)
+            return
+        with gathered(parameter) as dense:
+            if selected is not None and not selected.all():
+                if split is not None:
+                    self._packed = pack_bits(selected).to(dense.device)
+                else:
+                    index = selected.view(-1).nonzero().view(-1)
+                    self._index = (index.int() if selected.numel() < 2**31 else index).to(
+                        dense.device
+                    )
+            dtype = torch.promote_types(dense.dtype, torch.float32) if masters else dense.dtype
+            values = self.taken(dense.detach(), dtype)
+        if split is not None:
+            self._lower = torch.zeros_like(values, dtype=torch.int16)
+            values = values.new_empty(0)
+        self.values = nn.Parameter(values)
+        parameter.requires_grad_(False)
+        self._written = {parameter.dtype: self._version()}
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the tensor itself is the parameter that is trained."""
+        return self.values is self.parameter
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether some weights are selected and some are not."""
+        return self._index is not None or self._packed is not None
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the values are kept as halves."""
+        return self._lower is not None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the dense tensor is spread over ranks (ZeRO-3)."""
+        return hasattr(self.parameter, "ds_id")
+
+    @property
+    def index(self) -> Tensor:
+        """(selected,) places of the values in the flattened tensor, of which some are selected."""
+        if self._index is not None:
+            return self._index
+        return places_of_bits(self._packed, self.parameter.numel())
+
+    def taken(self, dense: Tensor, dtype: torch.dtype) -> Tensor:
+        """A new tensor of the selected entries of a dense one, in a dtype."""
+        return take(dense, self.index, dtype) if self.is_partial else dense.to(dtype, copy=True)
+
+    # -- values -------------------------------------------------------------------------------------------------------
+
+    def value(self) -> Tensor:
+        """The values, whole."""
+        if self.is_split:
+            return join_halves(self.taken(self.parameter.detach(), torch.bfloat16), self._lower)
+        return self.values.detach()
+
+    @torch.no_grad()
+    def store(self, values: Tensor) -> None:
+        """Set the values."""
+        if not self.is_split:
+            self.values.copy_(values)
+            self.changed()
+            return
+        upper, self._lower = split_halves(values.to(self.parameter.device))
+        self._put(self.parameter, upper)
+
+    @contextmanager
+    def whole_values(self) -> Iterator[None]:
+        """Split values and their gradient as ``values`` and ``values.grad``, in fp32, for an optimiser's step."""
+        if self._packed is not None:
+            self._index = self.index  # once for all of this
+        self.values.data = self.value()
+        self.values.grad, self.gradient = (
+            None if self.gradient is None else self.gradient.float(),
+            None,
+        )
+        yield
+        self.store(self.values.data)
+        if self._packed is not None:
+            self._index = None
+        self.values.grad = None
+        self.values.data = self.values.data.new_empty(0)
+
+    def _put(self, dense: Tensor, values: Tensor) -> None:
+        if self.is_partial:
+            put_(dense, self.index, values)
+        else:
+            dense.copy_(values)
+
+    def _version(self) -> Any:
+        return None if self.values is None else (self.values._version, self.values.data_ptr())
+
+    def changed(self) -> None:
+        """Write the values before the dense tensor is read again: they may have changed without torch's knowledge."""
+        if self.values is not None:
+            self._written.clear()
+
+    def write(self) -> Tensor:
+        """Write the values into the dense tensor, if they have changed since it was last done; returns it."""
+        return self._updated(self.parameter)
+
+    @torch.no_grad()
+    def _updated(self, dense: Tensor) -> Tensor:
+        if self.values is not None and not self.is_plain and not self.is_split:
+            version = self._version()
+            if self._written.get(dense.dtype) != version:
+                self._put(dense, self.values)
+                self._written[dense.dtype] = version
+        return dense
+
+    def _for_autocast(self) -> Optional[Tensor]:
+        """The tensor in autocast's dtype, which it would make anew of a dense tensor in each forward pass; None where
+        there is no autocast, or nothing to cast."""
+        device = self.parameter.device.type
+        dtype = torch.get_autocast_dtype(device)
+        if (
+            not torch.is_autocast_enabled(device)
+            or self.parameter.dtype != torch.float32
+            or dtype == torch.float32
+        ):
+            return None
+        if self._narrow is None or self._narrow.dtype != dtype:
+            self._narrow = self.write().detach().to(dtype)
+            self._written[dtype] = self._version()
+        return self._updated(self._narrow)
+
+    # -- the forward and the backward pass ----------------------------------------------------------------------------
+
+    def weight(self, multiplies: bool = False) -> Tensor:
+        """What a layer computes with; in autocast's dtype if all it does is to multiply matrices (``multiplies``)."""
+        if self.at_theta0 and self.theta0 is not None:
+            return self._with(self.theta0)
+        if self.is_plain:
+            return self.parameter
+        if self.is_sharded:
+            if self.values is None:
+                return self.parameter
+            if self.parameter.numel() < self.parameter.ds_numel:
+                return self.parameter  # not gathered: somebody wants to know its dtype or device
+            return _Select.apply(self.values, self._with(self.values.detach()), self)
+        narrow = self._for_autocast() if multiplies else None
+        dense = self.write() if narrow is None else narrow
+        if not torch.is_grad_enabled() or (self.values is None and not self.keeps_dense_gradient):
+            return dense
+        # a frozen tensor whose gradient is asked for needs something that requires one
+        values = torch.zeros((), requires_grad=True) if self.values is None else self.values
+        return _Select.apply(values, dense, self)
+
+    def _with(self, values: Tensor) -> Tensor:
+        """A new tensor with these values at the selected places."""
+        if not self.is_partial:
+            return values.to(self.parameter.dtype).view(self.parameter.shape)
+        dense = self.parameter.detach().clone()
+        put_(dense, self.index, values)
+        return dense
+
+    def take_gradient(self, gradient: Tensor) -> Optional[Tensor]:
+        """The gradient of the values, from that of the dense tensor."""
+        if self.keeps_dense_gradient:
+            if self.dense_gradient is None:
+                self.dense_gradient = torch.zeros_like(gradient, dtype=torch.float32)
+            self.dense_gradient += gradient
+        if self.values is None:
+            return None
+        if not self.is_split:
+            return self.taken(gradient, self.values.dtype)
+        part = self.taken(gradient, self._split)
+        self.gradient = part if self.gradient is None else self.gradient.add_(part)
+        return None
+
+    # -- θ₀, devices and dtypes, the end ------------------------------------------------------------------------------
+
+    def keep_theta0(self) -> None:
+        """Keep the values as they are now, in the dtype of the model."""
+        if self.values is not None:
+            self.theta0 = self.value().to(self.parameter.dtype, copy=True)
+
+    def apply_(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """What ``nn.Module.to`` and its like do to a parameter: the dense tensor takes dtype and device, the values the
+        device, and no dtype below fp32."""
+        if not self.is_plain and not self.is_sharded:
+            self.parameter.data = fn(self.parameter.data)
+        device = self.parameter.device
+        self._narrow = None
+        for name in ("_index", "_packed", "_lower"):
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name).to(device))
+        if self.theta0 is not None:
+            self.theta0 = self.theta0.to(device, self.parameter.dtype)
+        if self.values is not None and self.masters and not self.is_plain:
+            dtype = torch.promote_types(self.values.dtype, self.parameter.dtype)
+            self.values.data = self.values.data.to(device, dtype)
+        self.changed()
+
+    @torch.no_grad()
+    def merge(self, dtype: Optional[torch.dtype] = None) -> None:
+        """Leave the values in the dense tensor alone; a collective where it is spread over ranks.
+
+        Args:
+            dtype: of the dense tensor from now on; its own when None.
+        """
+        self.at_theta0, self.keeps_dense_gradient, self._narrow = False, False, None
+        if self.is_sharded:
+            if self.is_partial:
+                import deepspeed
+
+                with deepspeed.zero.GatheredParameters(
+                    [self.parameter, self.values], modifier_rank=0
+                ):
+                    if distributed.rank() == 0:
+                        put_(self.parameter.data, self.index, self.values.data)
+            return
+        if dtype is not None:
+            values = None if self.values is None or self.is_plain else self.value()
+            self.parameter.data = self.parameter.data.to(dtype)
+            if values is not None:
+                self._put(self.parameter, values)
+        self.changed()
+        self.write()
+
+
+class SelectedWeights:
+    """A model whose selected weights are its only parameters, until :meth:`release`.
+
+    Args:
+        lm: the model, changed in place: its parameters are replaced by values, named after them.
+        mask: which weights are selected; None selects all that require a gradient, and leaves the others as they are.
+        masters: keep values in fp32 where the model is narrower. False for DeepSpeed, whose optimisers do so.
+        split: keep values of bf16 weights as halves, and their gradients in this dtype; then a step is that of
+            :meth:`step_by_tensor`.
+        keep_theta0: keep the values as they are now, for :meth:`at_theta0`.
+        keep_dense_gradients: add up the gradients of whole tensors too, for :meth:`clip_by_dense_norm`.
+    """
+
+    def __init__(
+        self,
+        lm: nn.Module,
+        mask: Optional[WeightMask] = None,
+        masters: bool = True,
+        split: Optional[torch.dtype] = None,
+        keep_theta0: bool = False,
+        keep_dense_gradients: bool = False,
+    ) -> None:
+        self.lm = lm
+        self.keeps_dense_gradients = keep_dense_gradients
+        self.tensors: dict[str, SelectedTensor] = {}
+        self._restore: list[Callable[[], None]] = []
+        by_parameter: dict[nn.Parameter, SelectedTensor] = {}
+        for name, parameter in list(lm.named_parameters()):
+            if mask is None and not parameter.requires_grad:
+                continue
+            halves = split if parameter.dtype == torch.bfloat16 else None
+            tensor = SelectedTensor(
+                parameter, None if mask is None else mask[name], masters, halves
+            )
+            tensor.keeps_dense_gradient = keep_dense_gradients
+            if keep_theta0:
+                tensor.keep_theta0()
+            self.tensors[name] = by_parameter[parameter] = tensor
+        for module in lm.modules():
+            leaves = {
+                leaf: by_parameter[p] for leaf, p in module._parameters.items() if p in by_parameter
+            }
+            held = {
+                leaf: t
+                for leaf, t in leaves.items()
+                if not t.is_plain or keep_theta0 or keep_dense_gradients
+            }
+            if held:
+                self._restore.append(_hold(module, held))
+
+    def changed(self) -> None:
+        """Say that values may have changed in ways that torch's version counters do not see (``.data``)."""
+        for tensor in self.tensors.values():
+            tensor.changed()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole weights) of all tensors, one at a time, as the model computes with them; a collective where they
+        are spread over ranks."""
+        for name, tensor in self.tensors.items():
+            with gathered(tensor.parameter) as dense:
+                if tensor.is_sharded and tensor.is_partial:
+                    with gathered(tensor.values) as values:
+                        dense = dense.clone()
+                        put_(dense, tensor.index, values)
+                else:
+                    tensor.write()
+                yield name, dense
+
+    @contextmanager
+    def at_theta0(self) -> Iterator[nn.Module]:
+        """The model with the values it had at first, in evaluation mode and without gradients, while inside."""
+        training = self.lm.training
+        self.lm.eval()
+        for tensor in self.tensors.values():
+            tensor.at_theta0 = True
+        try:
+            with torch.no_grad():
+                yield self.lm
+        finally:
+            for tensor in self.tensors.values():
+                tensor.at_theta0 = False
+            self.lm.train(training)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Give dense tensors another dtype: that which DeepSpeed has given the values."""
+        for tensor in self.tensors.values():
+            if not tensor.is_sharded and not tensor.is_plain:
+                tensor.parameter.data = tensor.parameter.data.to(dtype)
+                tensor.changed()
+
+    def step_by_tensor(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make an optimiser's step join the halves of one tensor's values at a time; once. It must skip parameters
+        without gradient, as torch's do."""
+        step = optimizer.step
+        if getattr(step, "by_tensor", False):
+            return
+
+        def by_tensor(_: torch.optim.Optimizer, closure: Optional[Callable[[], Any]] = None) -> Any:
+            loss = None if closure is None else closure()
+            for tensor in self.tensors.values():
+                if tensor.is_split:
+                    with tensor.whole_values():
+                        step()
+            return loss
+
+        by_tensor.by_tensor = True
+        optimizer.step = MethodType(
+            by_tensor, optimizer
+        )  # a method, as learning-rate schedulers expect
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, gradient) of values that have one."""
+        for name, tensor in self.tensors.items():
+            gradient = tensor.gradient if tensor.is_split else getattr(tensor.values, "grad", None)
+            if gradient is not None:
+                yield name, gradient
+
+    @torch.no_grad()
+    def clip_by_dense_norm(self, bound: float, scale: float = 1.0) -> None:
+        """Scale the gradients of the values so that the norm of all dense gradients, of frozen weights too, is at most
+        ``bound``; then forget the dense gradients.
+
+        Args:
+            bound: of the norm.
+            scale: what gradients are multiplied with until the step (fp16's loss scale).
+        """
+        dense = []
+        for tensor in self.tensors.values():
+            if tensor.is_plain and tensor.parameter.grad is not None:
+                dense.append(tensor.parameter.grad)
+            elif (
+                tensor.dense_gradient is not None
+            ):  # DDP averages the gradients of parameters alone
+                dense.append(
+                    distributed.add_up(tensor.dense_gradient).div_(distributed.world_size() * scale)
+                )
+            tensor.dense_gradient = None
+        self.clip(bound, dense)
+
+    @torch.no_grad()
+    def clip(self, bound: float, counted: Optional[list[Tensor]] = None) -> None:
+        """Scale the gradients of the values so that a norm is at most ``bound``: of ``counted``, or of themselves."""
+        gradients = [gradient for _, gradient in self.gradients()]
+        norms = [
+            torch.linalg.vector_norm(g, dtype=torch.float32)
+            for g in (gradients if counted is None else counted)
+        ]
+        factor = (bound / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(factor)
+
+    def release(self, dtype: Optional[torch.dtype] = None) -> None:
+        """Give the model its own parameters back, with the values in them; a collective where they are spread over
+        ranks.
+
+        Args:
+            dtype: of the weights from now on; as they are when None.
+        """
+        for tensor in self.tensors.values():
+            tensor.merge(dtype)
+        for restore in self._restore:
+            restore()
+        for tensor in self.tensors.values():
+            tensor.parameter.requires_grad_(True)
+        self._restore.clear()
+
+
+def load_values(
+    lm: nn.Module, names: Container[str], read: Callable[[str], Tensor], mask: Optional[WeightMask]
+) -> None:
+    """Set a model's selected weights from a checkpoint; a collective where they are spread over ranks.
+
+    Args:
+        lm: a model that holds its weights as usual.
+        names: of the checkpoint's parameters.
+        read: gives one of them.
+        mask: which weights they are; None where all are selected.
+    """
+    for name, parameter in lm.named_parameters():
+        if f"{name}{SUFFIX}" in names:
+            values = partial(read, f"{name}{SUFFIX}")
+            with gathered(parameter) as dense:
+                merged = place(dense, None if mask is None else mask[name], values())
+            assign(parameter, lambda merged=merged: merged)
+
+
+def place(dense: Tensor, selected: Optional[Tensor], values: Tensor) -> Tensor:
+    """A tensor with values at its selected places: a new one, in the dtype of the values.
+
+    Args:
+        dense: any shape.
+        selected: bool, same shape; None where all are selected.
+        values: (selected,), or of the tensor's shape.
+    """
+    if selected is None or selected.all():
+        return values.view(dense.shape)
+    return dense.to(values.device, values.dtype, copy=True).masked_scatter_(
+        selected.to(values.device), values
+    )
+
+
+def _hold(module: nn.Module, held: dict[str, SelectedTensor]) -> Callable[[], None]:
+    """Make a module read some of its parameters through :class:`SelectedTensor`.
+
+    Parameters become properties of a class of the module's own, and their values take their places in the module. A
+    dense tensor that is spread over ranks stays a parameter, without gradient: DeepSpeed gathers the parameters of a
+    module when it runs.
+
+    Returns:
+        What undoes it.
+    """
+    own_class, names = type(module), list(module._parameters)
+
+    def apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        order = list(self._parameters)
+        tensors = self.__dict__["_selected"]
+        kept = {
+            f"{leaf}{SUFFIX}": self._parameters.pop(f"{leaf}{SUFFIX}")
+            for leaf, tensor in tensors.items()
+            if tensor.masters and f"{leaf}{SUFFIX}" in self._parameters
+        }
+        own_class._apply(self, fn, recurse)
+        for tensor in tensors.values():
+            tensor.apply_(fn)
+        for name in order if kept else ():
+            self._parameters[name] = kept.get(name) if name in kept else self._parameters.pop(name)
+        return self
+
+    multiplies = is_linear(module)
+
+    def reader(leaf: str) -> property:
+        return property(
+            lambda self: self.__dict__["_selected"][leaf].weight(multiplies and leaf == "weight")
+        )
+
+    members = {
+        "_apply": apply,
+        "__module__": own_class.__module__,
+        **{leaf: reader(leaf) for leaf in held},
+    }
+    module.__dict__["_selected"] = held
+    module.__class__ = type(own_class.__name__, (own_class,), members)
+    for leaf, tensor in held.items():
+        if tensor.is_plain:
+            continue
+        if not tensor.is_sharded:
+            del module._parameters[leaf]
+        if tensor.values is not None:
+            module.register_parameter(f"{leaf}{SUFFIX}", tensor.values)
+
+    def restore() -> None:
+        del module.__dict__["_selected"]
+        module.__class__ = own_class
+        for leaf, tensor in held.items():
+            module._parameters.pop(f"{leaf}{SUFFIX}", None)
+            module._parameters[leaf] = tensor.parameter
+        for name in names:
+            module._parameters[name] = module._parameters.pop(name)
+
+    return restore

@@ -1,0 +1,147 @@
+"""Retain terms: what keeps the model as it is on the rows that are not to be forgotten.
+
+To write one's own, subclass :class:`RetainTerm` and override ``__call__``; give its class path as ``retain`` of any
+objective.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wagle_pl.core.errors import WagleError
+from wagle_pl.lm.hidden import blocks, check_layer
+from wagle_pl.objectives.streams import Answers, Streams
+
+if TYPE_CHECKING:
+    from wagle_pl.objectives.objective import Objective
+
+
+class RetainTerm:
+    """One number for each retain row, to be minimised."""
+
+    #: Whether the term needs predictions at θ₀ of the retain rows.
+    logits_at_theta0: bool = False
+    #: Whether the term needs logits of every position of the retain rows, not of the answers alone.
+    all_positions: bool = False
+    #: Blocks whose outputs the term reads, now and at θ₀.
+    hidden_layers: tuple[int, ...] = ()
+
+    def __call__(self, at: Streams) -> Tensor:
+        """(B,), averaged over the tokens of each row. Override this."""
+        raise TypeError(f"{type(self).__name__} must override __call__")
+
+    def prepare(self, lm: Any, objective: Objective) -> None:
+        """Look at the model before the run: check options that depend on it."""
+
+
+class NLL(RetainTerm):
+    """(1/|y|) Σ_t −log π(y_t|x): go on learning the retain rows ("GD" in the papers)."""
+
+    def __call__(self, at: Streams) -> Tensor:
+        return at["retain"].nll
+
+
+class KL(RetainTerm):
+    """(1/|P|) Σ_{t∈P} KL(π₀(·|s_≤t) ‖ π(·|s_≤t)): predict what θ₀ predicts, at positions P of a row s of tokens.
+
+    TOFU (arXiv 2401.06121) and OpenUnlearning (arXiv 2506.12618) give no formula beyond that; their code averages over
+    every position of the padded batch, which is ``batch`` here.
+
+    Args:
+        positions: P. ``answer``: positions that predict an answer token. ``row``: every token of the row, of the prompt
+            as well and the last; this is the value of the reference code for a row that is not padded. ``batch``: every
+            position of the micro-batch, padding as well, as in the reference code: exactly its value, which depends on
+            what rows are padded together, so on how a batch is cut. (TOFU's code pads to a fixed length, that of
+            OpenUnlearning and this package to the longest row.)
+
+    Raises:
+        WagleError: if ``positions`` is none of these.
+    """
+
+    logits_at_theta0 = True
+
+    def __init__(self, positions: Literal["answer", "row", "batch"] = "answer") -> None:
+        if positions not in ("answer", "row", "batch"):
+            raise WagleError(
+                f"objective.retain.positions must be answer, row or batch, got {positions!r}"
+            )
+        self.positions = positions
+
+    @property
+    def all_positions(self) -> bool:
+        """Whether positions of the prompt count."""
+        return self.positions != "answer"
+
+    def __call__(self, at: Streams) -> Tensor:
+        answers = at["retain"]
+        if self.positions == "answer":
+            return kl_from_theta0(answers)
+        counted = (
+            answers.attention.bool()
+            if self.positions == "row"
+            else torch.ones_like(answers.labels).bool()
+        )
+        both = (
+            logits.float().log_softmax(-1) for logits in (answers.theta0.logits, answers.logits)
+        )
+        return divergence(*both).masked_fill(~counted, 0.0).sum(-1) / counted.sum(-1)
+
+
+class NONE(RetainTerm):
+    """No retain term; no retain rows are needed."""
+
+    def __call__(self, at: Streams) -> Tensor:
+        raise WagleError("retain none has no term to compute; set retain_weight to 0")
+
+
+class HiddenMSE(RetainTerm):
+    """(1/|y|) Σ_t (1/d) ‖h_t − h⁰_t‖², h a block's output now and at θ₀ (RMU, arXiv 2403.03218).
+
+    Args:
+        layer: the block, counted from 0; null takes RMU's, or the middle block beside any other forget term.
+    """
+
+    def __init__(self, layer: Optional[int] = None) -> None:
+        self.layer = layer
+
+    @property
+    def hidden_layers(self) -> tuple[int, ...]:
+        """The block."""
+        return () if self.layer is None else (self.layer,)
+
+    def prepare(self, lm: Any, objective: Objective) -> None:
+        """Choose the block if none is given.
+
+        Raises:
+            WagleError: if the model lacks it, saying the range.
+        """
+        if self.layer is None:
+            self.layer = getattr(objective, "layer", len(blocks(lm)) // 2)
+        check_layer(lm, self.layer, "objective.retain.layer")
+
+    def __call__(self, at: Streams) -> Tensor:
+        answers = at["retain"]
+        return answers.hidden_difference(self.layer, answers.theta0.hidden[self.layer])
+
+
+def kl_from_theta0(answers: Answers) -> Tensor:
+    """(B,) (1/|y|) Σ_t KL(π₀ ‖ π) over the answer tokens of each row."""
+    reference, current, _ = answers.buckets
+    return answers.mean_tokens(divergence(reference, current))
+
+
+def divergence(reference: Tensor, current: Tensor) -> Tensor:
+    """KL(π₀ ‖ π) of (..., K) log-probabilities, (...,); what has no probability under π₀ (padding of a vocabulary, with
+    logits of −∞) adds nothing."""
+    never = reference == -torch.inf
+    pair = (logprobs.masked_fill(never, 0.0) for logprobs in (current, reference))
+    return F.kl_div(*pair, reduction="none", log_target=True).sum(-1)
+
+
+def cross_entropy(target: Tensor, current: Tensor) -> Tensor:
+    """−Σ_v q(v) log π(v) of (..., K) probabilities q and log-probabilities, (...,); where q is 0 nothing is added."""
+    return -(target * current.masked_fill(target == 0, 0.0)).sum(-1)

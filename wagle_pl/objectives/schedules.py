@@ -1,0 +1,112 @@
+"""Weights of loss terms, and the learning rate, that change while a run goes on."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Literal, Union
+
+from wagle_pl.core.errors import WagleError
+
+_TEXT = re.compile(r"(linear|cosine|step):([^>@]+)->([^>@]+)(?:@(.+))?$")
+
+
+class Schedule:
+    """A number that depends on how far the run is. On the command line: ``linear:0->1``, ``cosine:1->0.1@0.5``.
+
+    Args:
+        kind: ``linear`` and ``cosine`` go from ``start`` to ``end``; ``step`` jumps.
+        start: value at the first step.
+        end: value from ``until`` on.
+        until: share of the run after which ``end`` is reached, in (0, 1]. In the short form it follows an ``@``.
+
+    Raises:
+        WagleError: if ``until`` is outside (0, 1].
+
+    >>> ramp = Schedule("linear", 0.0, 2.0)
+    >>> ramp(0.0), ramp(0.25), ramp(1.0)
+    (0.0, 0.5, 2.0)
+    """
+
+    def __init__(
+        self,
+        kind: Literal["linear", "cosine", "step"],
+        start: float,
+        end: float,
+        until: float = 1.0,
+    ) -> None:
+        if not 0 < until <= 1:
+            raise WagleError(
+                f"a schedule's end is a share of the run and must be in (0, 1], got {until}"
+            )
+        self.kind = kind
+        self.start = start
+        self.end = end
+        self.until = until
+
+    def __call__(self, progress: float) -> float:
+        """The value at a share of the run in [0, 1]. Override this for a schedule of another shape."""
+        done = min(1.0, progress / self.until)
+        if done == 1.0:
+            return self.end
+        share = {"linear": done, "cosine": (1 - math.cos(math.pi * done)) / 2, "step": 0.0}[
+            self.kind
+        ]
+        return self.start + share * (self.end - self.start)
+
+    def __str__(self) -> str:
+        until = "" if self.until == 1 else f"@{self.until:g}"
+        return f"{self.kind}:{self.start:g}->{self.end:g}{until}"
+
+
+Weight = Union[float, str, Schedule]
+
+
+def as_schedule(value: Weight, option: str) -> Schedule:
+    """The schedule that an option names: a number, a text such as ``linear:0->1`` or ``step:1->0@0.5``, or itself.
+
+    Raises:
+        WagleError: naming the option and the forms it takes.
+
+    >>> str(as_schedule("cosine:1->0.5@0.25", "objective.retain_weight"))
+    'cosine:1->0.5@0.25'
+    """
+    if isinstance(value, Schedule):
+        return value
+    try:
+        match = _TEXT.match(value.replace(" ", "")) if isinstance(value, str) else None
+        if match:
+            kind, start, end, until = match.groups()
+            numbers = float(start), float(end), float(until or 1)
+        else:
+            kind, numbers = "step", (float(value), float(value), 1.0)
+    except (TypeError, ValueError):
+        numbers = (math.nan,)
+    if not all(math.isfinite(number) for number in numbers):
+        raise WagleError(
+            f"{option} {value!r} is neither a number nor a schedule such as linear:0->1, cosine:1->0 or step:1->0@0.5"
+        )
+    return Schedule(kind, *numbers)
+
+
+def is_zero(value: Weight) -> bool:
+    """Whether a weight is the constant 0, which leaves its term out."""
+    return isinstance(value, (int, float)) and value == 0
+
+
+def lr_factor(warmup: float, decay: str, steps: float) -> Callable[[int], float]:
+    """Learning-rate factor by step: linear warm-up, then linear decay to zero at ``steps``, or constant.
+
+    >>> factor = lr_factor(2, "linear", 6)
+    >>> [factor(step) for step in range(7)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    warm = round(warmup * steps) if 0 < warmup < 1 else round(warmup)
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return 1.0 if decay == "constant" else max(0.0, (steps - step) / max(1, steps - warm))
+
+    return factor
