@@ -22,9 +22,9 @@ def info(file: str, *, tensors: bool = False) -> None:
         file: mask file.
         tensors: list every parameter tensor as well.
     """
+    from wagle_pl.core.text import fields
     from wagle_pl.masks.names import module_type_of
     from wagle_pl.study.report.figures import mask_text
-    from wagle_pl.study.report.text import fields
 
     mask = WeightMask.load(file)
     size = mask.source.stat().st_size
@@ -55,7 +55,7 @@ def compare(files: list[str]) -> None:
     Args:
         files: two or more mask files.
     """
-    from wagle_pl.study.report.text import table
+    from wagle_pl.core.text import table
 
     masks = _load_all(files)
     if len(masks) < 2:
@@ -275,7 +275,7 @@ def _passes(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _shares(group: str, tally: dict[str, tuple[int, int]]) -> str:
-    from wagle_pl.study.report.text import table
+    from wagle_pl.core.text import table
 
     rows = [
         [name, f"{size:,}", f"{selected:,}", f"{selected / size:.6f}"]

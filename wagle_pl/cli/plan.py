@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, Optional
 
 from wagle_pl.core.errors import WagleError
+from wagle_pl.core.text import fields, table
 from wagle_pl.planning import (
     GIB,
     MOMENTS,
@@ -21,7 +22,6 @@ from wagle_pl.planning import (
     step_flops,
     step_tokens,
 )
-from wagle_pl.study.report.text import fields, table
 
 #: GPUs by their memory in GiB.
 SIZES = (24, 40, 80)

@@ -16,6 +16,7 @@ import lightning as L
 from wagle_pl.core.environment import silence
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path, refuse_existing
+from wagle_pl.core.text import count, decimals
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.evaluation import EvaluationModule, Observations, Results, find_suite
 from wagle_pl.evaluation.results import write_json
@@ -25,7 +26,6 @@ from wagle_pl.study import attribute, grid, options, text
 from wagle_pl.study.configured import Entry, digest, make
 from wagle_pl.study.report.figures import save_figure
 from wagle_pl.study.report.study import overview
-from wagle_pl.study.report.text import count, decimals
 from wagle_pl.study.run import (
     Along,
     Diverged,

@@ -6,9 +6,9 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
+from wagle_pl.core.text import decimals, table
 from wagle_pl.study.report.reading import AT_END, about, marked_name, progress
 from wagle_pl.study.report.study import by_objective, rates_of
-from wagle_pl.study.report.text import decimals, table
 
 Entry = Mapping[str, Any]
 

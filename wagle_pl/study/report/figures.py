@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path, refuse_existing
-from wagle_pl.study.report.text import percent, table
+from wagle_pl.core.text import percent, table
 
 #: Layer (``"0"``, ``"1"``, …, or ``"other"``) -> module -> share of its weights selected, in [0, 1].
 Grid = Mapping[str, Mapping[str, float]]

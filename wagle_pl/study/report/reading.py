@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from wagle_pl.study.report.text import count, decimals
+from wagle_pl.core.text import count, decimals
 
 #: What is shown of the ends of runs, where a suite has it: TOFU's model utility, and the averages of WAGLE's tables.
 AT_END = ("model_utility", "ue_average", "ut_average")

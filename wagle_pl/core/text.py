@@ -1,0 +1,91 @@
+"""Numbers, fields and tables as plain text, for the console and for Markdown files."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Optional
+
+
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = (0,)
+) -> str:
+    """A table with aligned columns, two spaces apart.
+
+    Args:
+        header: names of the columns.
+        rows: cells, as many in each row as in the header.
+        left: indices of the columns that are aligned to the left; the others are aligned to the right.
+
+    >>> print(table(["layer", "share"], [["0", "5.0%"], ["10", "12.5%"]]))
+    layer  share
+    0       5.0%
+    10     12.5%
+    """
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = (
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in (header, *rows)
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def fields(values: Sequence[tuple[str, str]]) -> str:
+    """Names and values, one pair a line, the values aligned.
+
+    >>> print(fields([("model", "tiny"), ("density", "5%")]))
+    model    tiny
+    density  5%
+    """
+    width = max(len(name) for name, _ in values)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in values)
+
+
+def markdown_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = (0,)
+) -> str:
+    r"""A table in Markdown; columns of ``left`` are aligned to the left, the others to the right.
+
+    >>> print(markdown_table(["arm", "p"], [["a|b", "0.1"]]))
+    | arm | p |
+    | --- | ---: |
+    | a\|b | 0.1 |
+    """
+    rule = ["---" if i in left else "---:" for i in range(len(header))]
+    escaped = ([cell.replace("|", "\\|") for cell in row] for row in (header, *rows))
+    first, *others = (f"| {' | '.join(row)} |" for row in escaped)
+    return "\n".join([first, f"| {' | '.join(rule)} |", *others])
+
+
+def decimals(value: Optional[float], digits: int = 3) -> str:
+    """A number with ``digits`` decimals; an en dash for None.
+
+    >>> decimals(0.12345), decimals(None)
+    ('0.123', '–')
+    """
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def count(number: int, what: str) -> str:
+    """A number of things, in the plural unless there is one.
+
+    >>> count(1, "run"), count(2, "run")
+    ('1 run', '2 runs')
+    """
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def percent(share: float) -> str:
+    """A share in percent, short; only exactly 0 and 1 are shown as 0 and 100.
+
+    >>> [percent(share) for share in (0, 0.0001, 0.0314, 0.5, 0.9999, 1)]
+    ['0', '<0.1', '3.1', '50', '>99', '100']
+    """
+    value = 100 * share
+    if value in (0, 100):
+        return f"{value:.0f}"
+    if value < 0.1:
+        return "<0.1"
+    return f"{value:.1f}" if value < 9.95 else f"{value:.0f}" if value < 99.5 else ">99"
