@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 
 class WagleError(Exception):
-    """A mistake in what the user gave (file, option, data). The message is one line: what, where, what to do.
+    """A mistake in what the user gave (file, option, data).
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints it in one line, without a traceback, and exits with code 2. Code that
+    catches one and knows better reads the fields instead of editing the text.
+
+    Args:
+        message: what is wrong; a whole sentence, or the rest of one that starts with ``option``.
+        option: dotted name of the option that is at fault, such as ``model.lr``.
+        hint: what to do about it.
+
+    >>> str(WagleError("must be at least 1, got 0", option="epochs", hint="give --epochs"))
+    'epochs must be at least 1, got 0; give --epochs'
     """
+
+    def __init__(self, message: str, option: Optional[str] = None, hint: Optional[str] = None):
+        super().__init__(message, option, hint)  # all of them, or pickling loses fields
+        self.message, self.option, self.hint = message, option, hint
+
+    def __str__(self) -> str:
+        start = f"{self.option} " if self.option else ""
+        return f"{start}{self.message}" + (f"; {self.hint}" if self.hint else "")
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says that is not empty; its class if it says nothing."""
+    """First non-empty line of an error's text; its class name if there is none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -43,7 +43,7 @@ def refuse_existing(
     if kind == "file" and path.is_dir():
         raise WagleError(f"output {path} is a folder: name a file in it")
     if not overwrite:
-        raise WagleError(f"output {path} exists already; choose another or pass {option}")
+        raise WagleError(f"output {path} exists already", hint=f"choose another or pass {option}")
     if kind != "file" and not path.is_dir():
         raise WagleError(f"output {path} is a file, and a folder is to be written: choose another")
     if kind == "folder" and not replaceable(path):

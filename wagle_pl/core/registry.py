@@ -1,57 +1,141 @@
-"""Classes by their names."""
+"""From a name, or a class path with options, to an object."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, Optional, TypeVar, Union
 
-from wagle_pl.core.errors import WagleError
+from wagle_pl.core.errors import WagleError, first_line
 
 T = TypeVar("T")
+Entry = Union[str, Mapping[str, Any]]
 
 
-def resolve(base: type[T], value: Union[T, str], option: str) -> T:
-    """The instance that an option names: given as an instance, a short name of a known subclass, or a class path.
-
-    Short names ignore case and underscores: ``npo``, ``NPO``; ``forget_retain_ratio``, ``ForgetRetainRatio``.
+def resolve(base: type[T], value: Union[T, Entry], option: str, also: Collection[str] = ()) -> T:
+    """The object that an option names.
 
     Args:
         base: the class it must derive from.
-        value: what the user gave.
-        option: its name, for the message.
+        value: an instance; a name, see :func:`find_class`; or a mapping with ``class_path`` and
+            ``init_args``.
+        option: its name, for errors.
+        also: other names that the caller accepts here, for errors.
+
+    Raises:
+        WagleError: if there is no such class, or it does not have the options.
+    """
+    if isinstance(value, base):
+        return value
+    name, given = split(value, option)
+    cls = find_class(base, name, option, also)
+    options = check_options(cls, given, f"{option} {name}") if given else {}
+    try:
+        return cls(**options)
+    except TypeError as error:
+        raise WagleError(f"{option} {name!r} needs arguments: {error}") from None
+
+
+def find_class(base: type[T], name: str, option: str, also: Collection[str] = ()) -> type[T]:
+    """The class that a name stands for: that of an imported subclass, or a class path.
+
+    Short names ignore case and underscores, and may leave out the base's name at their end:
+    ``npo``, ``forget_retain_ratio``, ``tofu`` for ``TOFUSuite``.
+
+    Args:
+        base, option, also: see :func:`resolve`.
+        name: what the user gave.
 
     Raises:
         WagleError: listing the valid names.
     """
-    if isinstance(value, base):
-        return value
-    known = {_fold(cls.__name__): cls for cls in list(subclasses(base)) or [base]}
-    cls = known.get(_fold(value))
-    if cls is None and "." in value:
-        module, _, name = value.rpartition(".")
-        try:
-            cls = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise WagleError(f"{option} {value!r} cannot be imported: {error}") from None
-    if cls is None or not (isinstance(cls, type) and issubclass(cls, base)):
-        names = ", ".join(
-            sorted(c.__name__ for c in known.values() if c.__module__.startswith("wagle_pl"))
-        )
-        near = nearest(value, names.split(", "))
-        meant = f": did you mean {near}?" if near else ""
+    classes = list(subclasses(base)) or [base]
+    short = {_fold(cls.__name__).removesuffix(_fold(base.__name__)): cls for cls in classes}
+    known = short | {_fold(cls.__name__): cls for cls in classes}
+    cls = known.get(_fold(name)) or ("." in name and _imported(name, option)) or None
+    if isinstance(cls, type) and issubclass(cls, base):
+        return cls
+    names = [*also, *sorted({c.__name__ for c in classes if c.__module__.startswith("wagle_pl")})]
+    near = nearest(name, names)
+    meant = f": did you mean {near}?" if near else ""
+    raise WagleError(
+        f"unknown {option} {name!r}; choose one of {', '.join(names)}, or a class path{meant}"
+    )
+
+
+def split(value: Entry, option: str, also: Collection[str] = ()) -> tuple[str, dict[str, Any]]:
+    """Class name and options of what a configuration names.
+
+    Args:
+        value: a name, or a mapping with ``class_path`` and ``init_args``.
+        option: its name, for errors.
+        also: other keys that the mapping may have.
+
+    Raises:
+        WagleError: if it has another form.
+
+    >>> split({"class_path": "NPO", "init_args": {"beta": 0.2}}, "objective")
+    ('NPO', {'beta': 0.2})
+    """
+    if isinstance(value, str):
+        return value, {}
+    if not isinstance(value, Mapping) or not isinstance(value.get("class_path"), str):
+        raise WagleError(f"{option} must be a name, or class_path and init_args; got {value!r}")
+    unknown = sorted(set(value) - {"class_path", "init_args", *also})
+    if unknown:
         raise WagleError(
-            f"unknown {option} {value!r}; choose one of {names}, or a class path{meant}"
+            f"{option} {value['class_path']}: unknown key {unknown[0]!r}; options of the class go "
+            "under init_args"
         )
-    try:
-        return cls()
-    except TypeError as error:
-        raise WagleError(f"{option} {value!r} needs arguments: {error}") from None
+    return value["class_path"], dict(value.get("init_args") or {})
+
+
+def check_options(cls: type, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Options of a class as its signature types them: numbers from text, objects from mappings.
+
+    Args:
+        cls: the class.
+        given: some of its options; the others may be missing.
+        where: they were given, for errors.
+
+    Raises:
+        WagleError: naming the option that the class does not have, or whose value is of another
+            type.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    names = option_names(cls)
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in names:
+            near = nearest(name, names)
+            hint = f"did you mean {near}?" if near else f"it has {', '.join(names)}"
+            raise WagleError(f"{where}: {cls.__name__} has no option {name!r}", hint=hint)
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(cls, "it", skip={*names} - {name}, instantiate=False)
+        try:
+            parsed = parser.parse_object({"it": {name: value}})
+            found[name] = parser.instantiate_classes(parsed).it[name]
+        except ArgumentError as error:
+            said = " ".join(str(error).split()).replace('Parser key "it.', 'option "')
+            raise WagleError(f"{where}: {said}") from None
+        except (TypeError, ValueError) as error:
+            raise WagleError(f'{where}: option "{name}": {first_line(error)}') from None
+    return found
+
+
+@cache
+def option_names(cls: type) -> tuple[str, ...]:
+    """Names of a class's options, those that it hands on to its bases among them."""
+    from jsonargparse import ArgumentParser
+
+    return tuple(ArgumentParser(exit_on_error=False).add_class_arguments(cls, fail_untyped=False))
 
 
 def nearest(name: str, names: Collection[str]) -> Optional[str]:
-    """The one of some names that was probably meant, if any: case does not count.
+    """The one of some names that was probably meant, if any; case does not count.
 
     >>> nearest("npoo", ["GradDiff", "NPO"])
     'NPO'
@@ -70,12 +154,20 @@ def describe(value: Any) -> dict[str, Any]:
     return {"class": type(value).__name__, **scalars}
 
 
-def _fold(name: str) -> str:
-    return name.replace("_", "").lower()
-
-
 def subclasses(base: type[T]) -> Iterator[type[T]]:
     """All classes that derive from one, as far as they are imported."""
     for cls in base.__subclasses__():
         yield cls
         yield from subclasses(cls)
+
+
+def _fold(name: str) -> str:
+    return name.replace("_", "").lower()
+
+
+def _imported(path: str, option: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise WagleError(f"{option} {path!r} cannot be imported: {error}") from None

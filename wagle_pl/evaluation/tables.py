@@ -47,7 +47,7 @@ def read_table(
         mistake = str(error)
     if overwrite:
         return None
-    raise WagleError(f"{mistake}; choose another --model.output or pass --model.overwrite true")
+    raise WagleError(mistake, hint="choose another --model.output or pass --model.overwrite true")
 
 
 def table_key(path: Path) -> dict[str, Any]:
