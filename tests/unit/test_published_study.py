@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from wagle_pl.evaluation.tables import load_table
-from wagle_pl.study.report.study import by_objective
 from wagle_pl.study.summary import Compared, summarise
-from wagle_pl.study.text import shown
+from wagle_pl.study.text import by_objective, shown
 
 STUDIES = sorted((Path(__file__).parents[2] / "configs").glob("*/study*.json"))
 

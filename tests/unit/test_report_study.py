@@ -22,11 +22,11 @@ from wagle_pl.evaluation.tables import load_table
 from wagle_pl.masks import WeightMask
 from wagle_pl.study.report.curves import study_overview
 from wagle_pl.study.report.html import shown
-from wagle_pl.study.report.reading import about
 from wagle_pl.study.report.sections import spaced
 from wagle_pl.study.report.study import arms_of, overview
 from wagle_pl.study.report.svg import COLOURS, inline_svg, page_style
 from wagle_pl.study.summary import compared_at
+from wagle_pl.study.text import about
 
 
 @pytest.fixture

@@ -18,9 +18,11 @@ from wagle_pl.study.curves import (
     utility_at,
     verdict,
 )
-from wagle_pl.study.report.reading import AT_END
 
 Row = Mapping[str, Any]
+
+#: What is shown of the ends of runs, where a suite has it: TOFU's model utility, and the averages of WAGLE's tables.
+AT_END = ("model_utility", "ue_average", "ut_average")
 
 
 class Compared(NamedTuple):

@@ -10,10 +10,10 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.masks import WeightMask
 from wagle_pl.study.report import curves
 from wagle_pl.study.report.html import Content, Markup, element, facts, note, number, shown, table
-from wagle_pl.study.report.reading import about, marked_name, progress
 from wagle_pl.study.report.sections import largest_share, mask_figure
 from wagle_pl.study.report.sources import Study
 from wagle_pl.study.report.svg import figure_element, inline_svg, page_style
+from wagle_pl.study.text import about, by_objective, marked_name, progress, ranked, rates_of
 
 MASKS = "masks"  # folder of a study
 HEADLINE = "headline"  # of study.json: utility at equal forgetting
@@ -165,34 +165,6 @@ def _headline(study: Study) -> Content:
         ),
         element("ul", *(element("li", line) for line in about(study.summary)), class_="note"),
     ]
-
-
-def ranked(arms: Sequence[Mapping[str, Any]], sign: int) -> list[Mapping[str, Any]]:
-    """The best utility at equal forgetting first, arms that never get there last.
-
-    Args:
-        arms: of a study's headline.
-        sign: 1 if more utility is better, −1 if less.
-    """
-
-    def place(arm: Mapping[str, Any]) -> tuple[bool, float, float]:
-        """Where an arm comes."""
-        mean = arm.get("mean")
-        return mean is None, -sign * (mean or 0.0), -arm.get("reached", 0.0)
-
-    return sorted(arms, key=place)
-
-
-def rates_of(arm: Mapping[str, Any]) -> str:
-    """The learning rates that were best for some seed."""
-    return " ".join(f"{rate:g}" for rate in sorted(set((arm.get("learning_rates") or {}).values())))
-
-
-def by_objective(summary: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """Objective -> its arms, ranked."""
-    arms, sign = summary[HEADLINE], summary.get("utility_sign", 1)
-    names = dict.fromkeys(arm["objective"] for arm in arms)
-    return {name: ranked([arm for arm in arms if arm["objective"] == name], sign) for name in names}
 
 
 def overview(summary: Mapping[str, Any]) -> Optional[Any]:
