@@ -109,7 +109,7 @@ def serve() -> None:
     from wagle_pl.cli import app as cli
     from wagle_pl.core import distributed
 
-    distributed.leave = lambda: None  # the next command meets the same ranks
+    distributed.shutdown = lambda: None  # the next command meets the same ranks
     for line in sys.stdin:
         folder, *args = json.loads(line)
         os.chdir(folder)

@@ -71,8 +71,8 @@ class Peak(L.Callback):
     def on_fit_end(self, trainer: Any, module: Any) -> None:
         """Write."""
         found = {
-            "peak": distributed.most(memory("VmHWM")),
-            "max_length": distributed.most(self.width),
+            "peak": distributed.all_reduce_max(memory("VmHWM")),
+            "max_length": distributed.all_reduce_max(self.width),
         }
         if trainer.is_global_zero:
             Path(self.answer).write_text(json.dumps(found), encoding="utf-8")

@@ -132,7 +132,7 @@ def test_ranks_share_the_rows(tiny_model, tasks, monkeypatch):
     lm, tokenizer = load_model(tiny_model).eval(), load_tokenizer(tiny_model)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    monkeypatch.setattr(distributed, "gather", lambda items: [*items, *items])
+    monkeypatch.setattr(distributed, "all_gather", lambda items: [*items, *items])
     wrapped = ability._wrap(lm, tokenizer, 4, shared=True)
     assert (wrapped.rank, wrapped.world_size) == (1, 2) and wrapped.model is lm
     assert wrapped.all_gather(torch.tensor(3)).tolist() == [3, 3]

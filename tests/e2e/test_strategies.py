@@ -314,8 +314,14 @@ def test_offload_to_disk_that_is_not_built(monkeypatch: pytest.MonkeyPatch):
 
 def test_alone_every_meeting_is_free():
     tensor = torch.arange(3)
-    assert not distributed.together() and (distributed.world_size(), distributed.rank()) == (1, 0)
-    assert distributed.gather(["a"]) == ["a"] and distributed.most(3) == 3
-    assert distributed.from_rank_zero(lambda: "x") == "x"
-    assert distributed.add_up(tensor) is tensor
-    assert distributed.scatter_sum(tensor) is tensor and distributed.gather_tensor(tensor) is tensor
+    assert not distributed.is_distributed() and (distributed.world_size(), distributed.rank()) == (
+        1,
+        0,
+    )
+    assert distributed.all_gather(["a"]) == ["a"] and distributed.all_reduce_max(3) == 3
+    assert distributed.on_rank_zero(lambda: "x") == "x"
+    assert distributed.all_reduce_sum(tensor) is tensor
+    assert (
+        distributed.reduce_scatter(tensor) is tensor
+        and distributed.all_gather_tensor(tensor) is tensor
+    )

@@ -13,7 +13,7 @@ from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from scipy.stats import entropy
 from torchmetrics.functional.text import sacre_bleu_score
 
-from wagle_pl.core.distributed import leave
+from wagle_pl.core.distributed import shutdown
 from wagle_pl.data.rows import load_rows
 from wagle_pl.data.template import Template
 from wagle_pl.evaluation import Observer, observe_set
@@ -298,4 +298,4 @@ def test_two_processes_find_what_one_finds(tiny_model, rows, tmp_path):
 
 if __name__ == "__main__":
     print(json.dumps(find(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])))
-    leave()  # as `wagle` does: a process that ends in its group can die of it after all its work
+    shutdown()  # as `wagle` does: a process that ends in its group can die of it after all its work

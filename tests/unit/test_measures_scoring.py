@@ -94,7 +94,9 @@ def test_all_ranks_run_as_many_passes(tiny_model, monkeypatch):
     passes.lm.register_forward_pre_hook(lambda *_: run.append(len(said)))
     others = iter([1] * 100)
     monkeypatch.setattr(
-        distributed, "most", lambda number: said.append(number) or max(number, next(others))
+        distributed,
+        "all_reduce_max",
+        lambda number: said.append(number) or max(number, next(others)),
     )
     with torch.no_grad():
         score(passes, random_candidates(1), pad_id=0, max_rows=4)

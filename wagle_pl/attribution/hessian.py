@@ -328,7 +328,7 @@ class DampedHessian:
         """From the sums of an estimator; their mean is taken here."""
         total = sum(float(tensor.clamp(min=0).sum(dtype=torch.float64)) for tensor in diagonal)
         weights = sum(tensor.numel() for tensor in diagonal)
-        total, weights = distributed.add_up(
+        total, weights = distributed.all_reduce_sum(
             torch.tensor([total, weights], dtype=torch.float64)
         ).tolist()
         return cls(total * scale / weights, diagonal, scale, damping)

@@ -322,7 +322,7 @@ class AttributionModule(EvaluationModule):
         """Refuse a run that the disk has no room for, and try the scores on random numbers, before a pass is spent on
         one that is wrong."""
         if not self.trainer.fast_dev_run:
-            distributed.from_rank_zero(lambda: outputs.check_space(self.planned_files()))
+            distributed.on_rank_zero(lambda: outputs.check_space(self.planned_files()))
         shapes = models.parameter_shapes(self.lm)
         inputs, scalar = self._input_shapes(shapes), self.hessian in ("scalar", "auto")
         for spec in self.specs:

@@ -147,7 +147,7 @@ def _collect_piece(
         answers, loss = forward(watch=job.activations)
         if loss is None:
             return None
-        if distributed.most(int(not torch.isfinite(loss))):
+        if distributed.all_reduce_max(int(not torch.isfinite(loss))):
             raise _not_finite(job.stream, tensors, loss)
         keeps = not sums.spread
         done: Optional[tuple[Tensor, Tensor]] = (answers.logits, loss)
@@ -171,7 +171,7 @@ def _collect_piece(
 def _not_finite(stream: str, tensors: Mapping[str, Tensor], loss: Tensor) -> WagleError:
     found = [] if torch.isfinite(loss) else [f"rows {tensors['row'].tolist()}: {loss.item():g}"]
     return WagleError(
-        f"{stream} loss is not finite in {distributed.gather(found)[0]}; is the model whole?"
+        f"{stream} loss is not finite in {distributed.all_gather(found)[0]}; is the model whole?"
     )
 
 
@@ -180,7 +180,7 @@ def split_rows(batch: Batch, *streams: str) -> Iterator[Batch]:
     more rows than this one."""
     weights = batch[streams[0]]["weight"]
     rows = (weights > 0).nonzero().view(-1).tolist()
-    spares = distributed.most(len(rows)) - len(
+    spares = distributed.all_reduce_max(len(rows)) - len(
         rows
     )  # agreed before the first row: its backward pass is a meeting
     for i in rows:

@@ -142,7 +142,7 @@ def select_each(
         any_weight = [found or bool(b.any()) for found, b in zip(any_weight, bits, strict=True)]
         yield name, bits
     for density, found in zip(densities, any_weight, strict=True):
-        if not distributed.most(int(found)):
+        if not distributed.all_reduce_max(int(found)):
             raise WagleError(
                 f"density {float(density):g} of the weights that take part selects none; raise it"
             )
@@ -155,7 +155,7 @@ def find_thresholds(
     scores: Scores,
     counts: Callable[[int], Sequence[int]],
     ranking: Ranking = HIGHEST,
-    reduce: Reduce = distributed.add_up,
+    reduce: Reduce = distributed.all_reduce_sum,
 ) -> list[Threshold]:
     """The key that parts the first k in the ranking from the rest, for several k, in two passes.
 
@@ -178,8 +178,8 @@ def find_thresholds(
             upper[_OFFSET + _INFINITE :].any() or upper[: _OFFSET - _INFINITE].any()
         ):
             not_finite.append(name)
-    if distributed.most(len(not_finite)):
-        raise _not_finite(distributed.gather(not_finite)[0])
+    if distributed.all_reduce_max(len(not_finite)):
+        raise _not_finite(distributed.all_gather(not_finite)[0])
     upper = reduce(upper)
     ks = counts(int(upper.sum()))
     places = [_descend(upper, k) for k in ks]
@@ -246,7 +246,7 @@ def _select_global(
         bits = _take(tensor, takers, ranking)
         taken += torch.tensor([count_bits(packed) for packed in bits])
         yield name, bits
-    if distributed.add_up(taken).tolist() != wanted:
+    if distributed.all_reduce_sum(taken).tolist() != wanted:
         raise WagleError(
             "a weight's score differs from pass to pass: a Score is called several times for each "
             "parameter and must give the same each time"
@@ -255,7 +255,7 @@ def _select_global(
 
 def _take(tensor: Tensor, takers: Sequence[_Taker], ranking: Ranking) -> list[Tensor]:
     """The packed bits of what each taker takes of this rank's rows of a parameter."""
-    shared = distributed.together() and any(taker.ties for taker in takers)
+    shared = distributed.is_distributed() and any(taker.ties for taker in takers)
     left = _share_ties(tensor, takers, ranking) if shared else []
     bits = [
         _packed(tensor.numel(), (taker(order_keys(chunk, ranking)) for chunk in _chunks(tensor)))
@@ -274,7 +274,7 @@ def _share_ties(tensor: Tensor, takers: Sequence[_Taker], ranking: Ranking) -> l
         else 0
         for taker in takers
     ]
-    counts = torch.tensor(distributed.gather([here]))  # (ranks, takers)
+    counts = torch.tensor(distributed.all_gather([here]))  # (ranks, takers)
     wanted = torch.tensor([taker.ties for taker in takers])
     allowed = (wanted - counts[: distributed.rank()].sum(0)).clamp(min=0)
     for taker, ties in zip(takers, allowed.tolist(), strict=True):
@@ -353,7 +353,7 @@ def _row_parts(
 ) -> list[Tensor]:
     if len(shard.shape) < 2:
         return _tensor_parts(name, tensor, shard, start, densities, ranking)
-    if distributed.most(int(not torch.isfinite(tensor).all())):
+    if distributed.all_reduce_max(int(not torch.isfinite(tensor).all())):
         raise _not_finite(name)
     width = shard.shape[-1]
     rows = tensor.numel() // max(1, width)

@@ -72,13 +72,13 @@ class Shard:
         if self.ranks == 1:
             return whole
         padded = _padded(whole.reshape(self._rows, *self._rest), self._each * self.ranks)
-        return distributed.scatter_sum(padded)[: self.stop - self.start]
+        return distributed.reduce_scatter(padded)[: self.stop - self.start]
 
     def gather(self, rows: Tensor) -> Tensor:
         """The parameter-shaped tensor of which each rank has its rows; a meeting of all ranks."""
         if self.ranks == 1:
             return rows
-        return distributed.gather_tensor(_padded(rows, self._each))[: self._rows].reshape(
+        return distributed.all_gather_tensor(_padded(rows, self._each))[: self._rows].reshape(
             self.shape
         )
 
@@ -87,7 +87,7 @@ class Shard:
         if self.ranks == 1:
             return packed
         share = self._each * prod(self._rest) // 8
-        whole = distributed.gather_tensor(_padded(packed.to(distributed.device()), share))
+        whole = distributed.all_gather_tensor(_padded(packed.to(distributed.device()), share))
         return whole[: (self.total + 7) // 8].cpu()
 
 

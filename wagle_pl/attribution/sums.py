@@ -114,7 +114,10 @@ class GradientSums(Optimizer):
 
         hooks = []
         in_place = (
-            len(totals) == 1 and not squares and not distributed.together() and not self.spread
+            len(totals) == 1
+            and not squares
+            and not distributed.is_distributed()
+            and not self.spread
         )
         for position, parameter in enumerate(self.parameters):
             if in_place and parameter.dtype == torch.float32:
@@ -176,13 +179,13 @@ class GradientSums(Optimizer):
         """Vectors and counts, summed over the ranks; a meeting of all ranks."""
         vectors = {
             name: {
-                key: distributed.add_up(vector.clone())
+                key: distributed.all_reduce_sum(vector.clone())
                 for key, vector in sorted(by_parameter.items())
             }
             for name, by_parameter in sorted(self.vectors.items())
         }
         counts = {
-            n: float(distributed.add_up(torch.tensor(c).double()))
+            n: float(distributed.all_reduce_sum(torch.tensor(c).double()))
             for n, c in sorted(self.counts.items())
         }
         return {"vectors": vectors, "counts": counts}
@@ -194,7 +197,7 @@ class GradientSums(Optimizer):
         for name, tensors in stored.items():
             for shard, tensor in zip(self.shards, tensors, strict=True):
                 whole = shard.gather(tensor)
-                if not distributed.together():
+                if not distributed.is_distributed():
                     sums[name].append(whole)
                 elif distributed.rank() == 0:
                     sums[name].append(whole.cpu())

@@ -135,7 +135,7 @@ def run(args: list[str]) -> Any:
     try:
         return WagleCLI(args=args)
     finally:
-        distributed.leave()
+        distributed.shutdown()
 
 
 def run_command(name: str, args: list[str]) -> Any:

@@ -110,7 +110,7 @@ class StopAtSignal(L.Callback):
         """Stop, if any rank has been asked to and the step is done."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
             return
-        asked = distributed.most(self._asked)
+        asked = distributed.all_reduce_max(self._asked)
         if asked:
             self._stop(trainer, self._signals[asked])
 

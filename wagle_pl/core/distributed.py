@@ -1,6 +1,7 @@
-"""Ranks that work together: a few words over ``torch.distributed``, each of which is free on one device.
+"""Collectives over ``torch.distributed`` that are no-ops in a run of one process.
 
-Every function here is a meeting of all ranks: all must call it, in the same order.
+Every function here but :func:`is_distributed`, :func:`world_size`, :func:`rank`, :func:`device` and
+:func:`shutdown` is a collective: all ranks must call it, in the same order.
 """
 
 from __future__ import annotations
@@ -14,45 +15,56 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+# torch 2.13 renamed these two
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-def together() -> bool:
-    """Whether there are other ranks."""
+
+def is_distributed() -> bool:
+    """Whether there is more than one rank."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def world_size() -> int:
-    """How many ranks there are."""
-    return dist.get_world_size() if together() else 1
+    """Number of ranks."""
+    return dist.get_world_size() if is_distributed() else 1
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
-    return dist.get_rank() if together() else 0
+    """This process's rank, from 0."""
+    return dist.get_rank() if is_distributed() else 0
 
 
-def gather(items: Iterable[T]) -> list[T]:
-    """The items of all ranks, in the order of ranks, on every rank. They are pickled on the way."""
+def device() -> torch.device:
+    """The device on which the process group expects tensors."""
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def all_gather(items: Iterable[T]) -> list[T]:
+    """The items of all ranks, rank 0's first. They are pickled, so keep them small."""
     items = list(items)
-    if not together():
+    if not is_distributed():
         return items
     parts: list[list[T]] = [[] for _ in range(world_size())]
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
 
 
-def from_rank_zero(make: Callable[[], T]) -> T:
-    """What ``make`` returns on rank 0, on every rank: for files that only rank 0 may see.
+def on_rank_zero(call: Callable[[], T]) -> T:
+    """Call a function on rank 0 and broadcast what it returns, e.g. for files only rank 0 sees.
 
     Raises:
-        Exception: on every rank what ``make`` raises on rank 0, so that none waits for it.
+        Exception: on every rank what ``call`` raises on rank 0, so that no rank waits forever.
     """
-    if not together():
-        return make()
+    if not is_distributed():
+        return call()
     answer: list[object] = [None, None]
     if rank() == 0:
         try:
-            answer[0] = make()
-        except Exception as error:  # handed on to all ranks below
+            answer[0] = call()
+        except Exception as error:  # raised on every rank below
             answer[1] = error
     dist.broadcast_object_list(answer, src=0)
     if isinstance(answer[1], Exception):
@@ -60,62 +72,57 @@ def from_rank_zero(make: Callable[[], T]) -> T:
     return answer[0]  # type: ignore[return-value]
 
 
-def most(number: int) -> int:
-    """The largest of the ranks' numbers: how many passes all must run, when a pass is a meeting (ZeRO-3)."""
-    if not together():
+def all_reduce_max(number: int) -> int:
+    """The largest of the ranks' numbers."""
+    if not is_distributed():
         return number
-    counts = torch.tensor(number, device=device())
-    dist.all_reduce(counts, op=dist.ReduceOp.MAX)
-    return int(counts)
+    largest = torch.tensor(number, device=device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
 
 
-def add_up(tensor: Tensor) -> Tensor:
-    """The sum of the ranks' tensors, in place and returned."""
-    if together():
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum of the ranks' tensors, written into ``tensor``, on whatever device it is, and returned."""
+    if is_distributed():
         here = tensor.to(device())
         dist.all_reduce(here)
         tensor.copy_(here)
     return tensor
 
 
-def scatter_sum(tensor: Tensor) -> Tensor:
+def reduce_scatter(tensor: Tensor) -> Tensor:
     """This rank's share of the sum of the ranks' tensors.
 
     Args:
-        tensor: its first dimension a multiple of the number of ranks; rank r gets the r-th part of it.
+        tensor: (R·n, …) with R ranks; rank r gets rows r·n to (r + 1)·n.
     """
-    if not together():
+    if not is_distributed():
         return tensor
-    tensor = tensor.contiguous()
     share = tensor.new_empty((len(tensor) // world_size(), *tensor.shape[1:]))
-    (_NEW_SCATTER or dist.reduce_scatter_tensor)(share, tensor)
+    _reduce_scatter(share, tensor.contiguous())
     return share
 
 
-def gather_tensor(share: Tensor) -> Tensor:
-    """The ranks' tensors, of one shape, one after the other along the first dimension, on every rank."""
-    if not together():
+def all_gather_tensor(share: Tensor) -> Tensor:
+    """The ranks' tensors, all of one shape (n, …), concatenated to (R·n, …)."""
+    if not is_distributed():
         return share
     whole = share.new_empty((len(share) * world_size(), *share.shape[1:]))
-    (_NEW_GATHER or dist.all_gather_into_tensor)(whole, share.contiguous())
+    _all_gather(whole, share.contiguous())
     return whole
 
 
-#: What torch calls the two from 2.13 on.
-_NEW_SCATTER = getattr(dist, "reduce_scatter_single", None)
-_NEW_GATHER = getattr(dist, "all_gather_single", None)
-
-
-def device() -> torch.device:
-    """Where the process group takes tensors from."""
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if dist.get_backend() == "nccl"
-        else torch.device("cpu")
-    )
-
-
-def leave() -> None:
-    """Leave the other ranks, at the end of a process; not a meeting."""
+def shutdown() -> None:
+    """Destroy the process group at the end of a process."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+# old names, until every module calls the new ones
+together, gather, from_rank_zero, most = is_distributed, all_gather, on_rank_zero, all_reduce_max
+add_up, scatter_sum, gather_tensor, leave = (
+    all_reduce_sum,
+    reduce_scatter,
+    all_gather_tensor,
+    shutdown,
+)

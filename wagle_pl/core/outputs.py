@@ -125,7 +125,7 @@ def reserve(output: Path, overwrite: bool, kind: Literal["file", "folder", "file
         WagleError: if it may not be written, another run is about to, or nothing can be written where it is to be.
     """
     refuse_existing(output, overwrite, kind=kind)
-    distributed.from_rank_zero(lambda: _claim(output))
+    distributed.on_rank_zero(lambda: _claim(output))
     refuse_existing(output, overwrite, kind=kind)  # another run may have written it a moment ago
 
 

@@ -139,7 +139,7 @@ class Harness:
                     f"model.lm_eval: rows of {', '.join(self.tasks)} cannot be loaded: "
                     f"{str(error).strip().splitlines()[0]}"
                 ) from error
-        return distributed.from_rank_zero(lambda: read(results, self.tasks))
+        return distributed.on_rank_zero(lambda: read(results, self.tasks))
 
 
 def read(results: Mapping[str, Any], asked: Sequence[str]) -> Ability:
@@ -189,11 +189,13 @@ class _Meeting:
 
     def gather(self, tensor: Tensor) -> Tensor:
         """The ranks' numbers, (ranks,)."""
-        return torch.stack([each.to(tensor.device) for each in distributed.gather([tensor.cpu()])])
+        return torch.stack(
+            [each.to(tensor.device) for each in distributed.all_gather([tensor.cpu()])]
+        )
 
     def wait_for_everyone(self) -> None:
         """Meet."""
-        distributed.gather([None])
+        distributed.all_gather([None])
 
     def unwrap_model(self, model: Any) -> Any:
         """The model itself."""

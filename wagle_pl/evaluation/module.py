@@ -368,7 +368,7 @@ class EvaluationModule(L.LightningModule):
         data = self.trainer.datamodule
         self._test_names = data.test_names()
         self._check_rows(self._test_names)
-        distributed.from_rank_zero(self._load_readers)
+        distributed.on_rank_zero(self._load_readers)
         self.trainer.test_loop.verbose = False  # its table would hold what ours does
         settings = {
             "model": self.fingerprint(),  # a checkpoint may have replaced the weights
@@ -389,7 +389,7 @@ class EvaluationModule(L.LightningModule):
             }
             for name in self._test_names
         }
-        self._tables = distributed.from_rank_zero(self._finished)
+        self._tables = distributed.on_rank_zero(self._finished)
         for name in self._tables:
             log.info("test set %s: found finished in %s", name, self.results_folder)
         self._partial: dict[str, list[Record]] = {
@@ -424,7 +424,7 @@ class EvaluationModule(L.LightningModule):
             if batches < len(loader):  # the same on all ranks
                 seen = {
                     row
-                    for part in distributed.gather(islice(loader.sampler, batches))
+                    for part in distributed.all_gather(islice(loader.sampler, batches))
                     for row in part
                 }
                 if len(seen) < len(self._rows(name)):
@@ -517,7 +517,7 @@ class EvaluationModule(L.LightningModule):
             write_table(self._path(name), self.annotated(name, records), self._keys[name])
             return records
 
-        self._tables[name] = distributed.from_rank_zero(write)
+        self._tables[name] = distributed.on_rank_zero(write)
 
     def make_observer(self) -> Observer:
         """What runs the model, as it is now, on rows."""
@@ -582,7 +582,7 @@ class EvaluationModule(L.LightningModule):
         """Make ready to observe, if there is what ``data.val`` names; loaders of another kind are left alone."""
         names = self._val_names()
         if names and self.val_generate:
-            distributed.from_rank_zero(self._load_readers)
+            distributed.on_rank_zero(self._load_readers)
         self._validation = Validation(self, names) if names else None
 
     def validation_step(

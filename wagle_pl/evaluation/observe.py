@@ -238,7 +238,7 @@ class Observer:
         records: Sequence[Record],
         length: int,
     ) -> None:
-        if not (distributed.most(len(rows)) if self.passes.meets else rows):
+        if not (distributed.all_reduce_max(len(rows)) if self.passes.meets else rows):
             return
         prompts = prompts or [
             [self.tokenizer.eos_token_id or 0]
@@ -303,7 +303,7 @@ def _of_alternatives(found: Found) -> Record:
 
 def merge(records: Sequence[Record]) -> list[Record]:
     """The records of all ranks, each row once, in order, all with the same columns; a meeting of all ranks."""
-    by_row = {record["row"]: record for record in distributed.gather(records)}
+    by_row = {record["row"]: record for record in distributed.all_gather(records)}
     columns = dict.fromkeys(name for record in by_row.values() for name in record)
     return [{name: by_row[row].get(name) for name in columns} for row in sorted(by_row)]
 

@@ -81,7 +81,7 @@ class Passes:
             options: of the model's forward.
         """
         if self.meets:
-            distributed.most(
+            distributed.all_reduce_max(
                 1
             )  # ranks that have no pass left to run hear that there is one, see level
         return self._run(ids, mask, keep, options)
@@ -94,7 +94,7 @@ class Passes:
     def level(self) -> None:
         """Run passes for nothing while other ranks still run theirs; for all ranks, when their passes are done."""
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        while self.meets and distributed.most(0):
+        while self.meets and distributed.all_reduce_max(0):
             self._run(token, torch.ones_like(token), 1, {"use_cache": False})
 
 

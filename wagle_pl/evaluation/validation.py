@@ -50,7 +50,7 @@ class Validation:
         tables = {name: merge(records) for name, records in self.records.items()}
         if module.val_generate:
             read = {name: partial(module.annotated, name, table) for name, table in tables.items()}
-            tables = {name: distributed.from_rank_zero(annotate) for name, annotate in read.items()}
+            tables = {name: distributed.on_rank_zero(annotate) for name, annotate in read.items()}
         return {
             f"val/{name}": value for name, value in defined_only(module.measures(tables)).items()
         }

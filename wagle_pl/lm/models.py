@@ -182,7 +182,7 @@ def _folder_of(source: str) -> Path:
     return (
         Path(source)
         if Path(source).is_dir()
-        else Path(distributed.from_rank_zero(lambda: _downloaded(source)))
+        else Path(distributed.on_rank_zero(lambda: _downloaded(source)))
     )
 
 

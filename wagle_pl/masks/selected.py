@@ -511,7 +511,9 @@ class SelectedWeights:
                 tensor.dense_gradient is not None
             ):  # DDP averages the gradients of parameters alone
                 dense.append(
-                    distributed.add_up(tensor.dense_gradient).div_(distributed.world_size() * scale)
+                    distributed.all_reduce_sum(tensor.dense_gradient).div_(
+                        distributed.world_size() * scale
+                    )
                 )
             tensor.dense_gradient = None
         self.clip(bound, dense)

@@ -161,7 +161,7 @@ def compute_reference(module: Any, stream: str) -> Tensor:
     values: dict[int, float] = {}
     for rows, logits, labels in _pass(module, stream):
         values.update(zip(rows, sequence_logprobs(logits, labels)[0].tolist(), strict=True))
-    values = dict(distributed.gather(values.items()))
+    values = dict(distributed.all_gather(values.items()))
     return torch.tensor([values[row] for row in range(len(values))])
 
 
@@ -174,7 +174,7 @@ def compute_top_k(module: Any, stream: str, k: int) -> TopK:
             torch.device("cpu")
         )
         found.update({row: batch.rows(torch.tensor([i])) for i, row in enumerate(rows)})
-    found = dict(distributed.gather(found.items()))
+    found = dict(distributed.all_gather(found.items()))
     ordered = [found[row] for row in range(len(found))]
     counts = torch.tensor([len(row.tail) for row in ordered])
     parts = (
@@ -287,7 +287,7 @@ class References:
                 )
             return self._stored[name]["tensors"]
         path = folder / f"{key}.safetensors"
-        tensors = distributed.from_rank_zero(lambda: load_reference(path, key, rows))
+        tensors = distributed.on_rank_zero(lambda: load_reference(path, key, rows))
         if tensors is None:
             if self._resumed:
                 raise WagleError(

@@ -145,20 +145,18 @@ def save(
     file = f"rank-{rank:05d}-of-{ranks:05d}.safetensors"
     parts = list(parts)
     with atomic_path(path) if rank == 0 else nullcontext() as temporary:
-        folder = distributed.from_rank_zero(lambda: _made(temporary))
+        folder = distributed.on_rank_zero(lambda: _made(temporary))
         spans = [(file, part.key, part.name, part.start, part.numel) for part in parts]
         problems = [
-            problem for problem in distributed.gather([_write(folder / file, parts)]) if problem
+            problem for problem in distributed.all_gather([_write(folder / file, parts)]) if problem
         ]
         if problems:
             raise WagleError(f"checkpoint {path} cannot be written: {problems[0]}")
-        index = _index(distributed.gather(spans), shapes)
+        index = _index(distributed.all_gather(spans), shapes)
         if rank == 0:
             torch.save(dict(common), folder / COMMON_FILE)
             (folder / INDEX_FILE).write_text(json.dumps(index) + "\n", encoding="utf-8")
-    distributed.from_rank_zero(
-        lambda: None
-    )  # no rank goes on before the checkpoint is in its place
+    distributed.on_rank_zero(lambda: None)  # no rank goes on before the checkpoint is in its place
 
 
 def _made(folder: Path) -> Path:

@@ -279,7 +279,7 @@ class ZeRO(DeepSpeedStrategy):
             return
         stored = list(module.stored_parameters())
         found = self.fragments()
-        singles = distributed.gather(files.single_states(self.base_optimizer, found).items())
+        singles = distributed.all_gather(files.single_states(self.base_optimizer, found).items())
         parts = [*files.of_optimizer(self.base_optimizer, found), *files.of_frozen(stored)]
         groups = [
             {k: v for k, v in group.items() if k != "params"}

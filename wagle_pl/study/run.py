@@ -76,7 +76,7 @@ class StudyRun(UnlearnModule):
         path = self.compared["retrained"]
         self._results = {} if path is None else {"retrained": Results(path)}
         self._check_prompts()
-        distributed.from_rank_zero(self._load_readers)
+        distributed.on_rank_zero(self._load_readers)
 
     def on_train_start(self) -> None:
         """Fix the points."""

@@ -319,7 +319,7 @@ class FinetuneModule(EvaluationModule):
             self.selected.cast(next(p.dtype for p in self.lm.parameters() if p.requires_grad))
         self._fitted = True
         if not self.trainer.fast_dev_run:
-            distributed.from_rank_zero(lambda: outputs.check_space(self.planned_files()))
+            distributed.on_rank_zero(lambda: outputs.check_space(self.planned_files()))
 
     def configure_gradient_clipping(
         self,
@@ -394,7 +394,7 @@ class FinetuneModule(EvaluationModule):
         ):  # fp16's scaler skips such a step itself
             numbers += [_largest(gradient).float() for _, gradient in self.selected.gradients()]
         finite = bool(torch.stack(numbers).isfinite().all()) if numbers else True
-        if not distributed.most(int(not finite)):
+        if not distributed.all_reduce_max(int(not finite)):
             return
         step = f"at step {self.global_step}"
         advice = "lower the learning rate. Checkpoints written so far are kept"
@@ -415,7 +415,7 @@ class FinetuneModule(EvaluationModule):
             found.append(
                 f"the gradient of {names[0]} is not finite {step}, though the loss is; {advice}"
             )
-        raise WagleError(distributed.gather(found)[0])
+        raise WagleError(distributed.all_gather(found)[0])
 
     def _check_values(self) -> None:
         """Refuse to write weights that are NaN or infinite.
@@ -430,7 +430,7 @@ class FinetuneModule(EvaluationModule):
         found = [
             name for (name, _), is_finite in zip(trained, finite, strict=True) if not is_finite
         ]
-        found = distributed.gather(found)
+        found = distributed.all_gather(found)
         if found:
             raise WagleError(
                 f"weights of {found[0]} are not finite at step {self.global_step}: they are not written. Resume from "

@@ -215,6 +215,6 @@ def last_states(subject: Subject, texts: Sequence[Sequence[int]]) -> Tensor:
             )
         )
     observer.passes.level()
-    parts = distributed.gather(found)
+    parts = distributed.all_gather(found)
     order = torch.tensor([i for batch, _ in parts for i in batch])
     return torch.cat([states for _, states in parts])[order.argsort()]

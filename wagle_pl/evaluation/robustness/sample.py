@@ -106,7 +106,7 @@ class Sample(Attack):
                     subject.lm, subject.template.tokenizer, [prompt], length, meets, **sampling
                 )
             found.append((place, texts))
-        by_place = dict(distributed.gather(found))
+        by_place = dict(distributed.all_gather(found))
         return [by_place[place] for place in range(len(rows))]
 
 

@@ -136,7 +136,7 @@ class Subject:
                 by_row.setdefault(record["row"], []).append(record)
             return [worst(by_row[row]) for row in sorted(by_row)]
 
-        return distributed.from_rank_zero(select)
+        return distributed.on_rank_zero(select)
 
     def findings(
         self, after: Mapping[str, Table], measures: Collection[str], option: str = ""
