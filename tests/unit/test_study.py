@@ -9,7 +9,7 @@ from scipy import integrate, interpolate, stats
 from wagle_pl.core.errors import WagleError
 from wagle_pl.study import envelope, mean_utility, paired, utility_at
 from wagle_pl.study.attribute import passes
-from wagle_pl.study.curves import Pace, Paired, Sample, at_equal_steps, sample, verdict
+from wagle_pl.study.curves import Pace, Paired, Spread, at_equal_steps, spread, verdict
 from wagle_pl.study.grid import middle_first, read_masks, read_objectives, runs
 from wagle_pl.study.run import test_points as points_of
 from wagle_pl.study.summary import Compared, summarise
@@ -108,14 +108,14 @@ def test_the_paired_test_is_scipys():
     assert paired(arm[:2], dense[:2])[1:] == (None, "n too small", 2)
     assert paired([0.5, 0.6, 0.7], [0.4, 0.5, 0.6])[1:] == (None, "no spread", 3)
     assert paired([], []) == (None, None, "no pairs", 0)
-    assert sample(arm).std == pytest.approx(np.std(arm, ddof=1)) and sample([1.0]) == (1.0, None, 1)
-    assert sample([]) == (None, None, 0)
+    assert spread(arm).std == pytest.approx(np.std(arm, ddof=1)) and spread([1.0]) == (1.0, None, 1)
+    assert spread([]) == (None, None, 0)
 
 
 def test_verdicts():
     def say(gain, arm=(0.9, 0.02, 3), dense=(0.9, 0.03, 3), runs=(3, 3), p=0.01, sign=1):
         pairs = 0 if gain is None else min(arm[2], dense[2])
-        return verdict(Paired(gain, p, "", pairs), sign, Sample(*arm), Sample(*dense), *runs)
+        return verdict(Paired(gain, p, "", pairs), sign, Spread(*arm), Spread(*dense), *runs)
 
     assert [say(gain) for gain in (0.031, 0.029, -0.029, -0.031)] == [
         "wins",

@@ -36,7 +36,7 @@ from wagle_pl.study.run import (
     ungenerated,
 )
 from wagle_pl.study.store import FIGURE_FILE, SUMMARY_FILE, TEXT_FILE, RunTable, has_runs, locked
-from wagle_pl.study.summary import Compared, marked, summarise
+from wagle_pl.study.summary import Compared, summarise
 from wagle_pl.unlearning.adapters import LoRA
 
 log = logging.getLogger(__name__)
@@ -523,7 +523,7 @@ class Study:
     def _write(self) -> dict[str, Any]:
         """Write ``study.json`` and ``study.md``."""
         own = {mask.name for mask in self.masks if mask.learning_rates}
-        arms = marked(summarise(self.table.rows, self.compared), own) if self.table.rows else []
+        arms = summarise(self.table.rows, self.compared, own) if self.table.rows else []
         found = {
             "format_version": FORMAT_VERSION,
             "forget": self.forget,

@@ -1,28 +1,31 @@
-"""What a study found: rows of its table -> every arm at equal forgetting, beside dense, as plain data."""
+"""What a study found: its table of runs -> every arm (an objective with a mask) at equal forgetting, beside dense."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import pandas as pd
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.study.curves import (
     Pace,
     at_equal_steps,
-    deepest,
+    envelope,
     mean_utility,
     paired,
-    sample,
+    spread,
     utility_at,
     verdict,
 )
 
 Row = Mapping[str, Any]
 
-#: What is shown of the ends of runs, where a suite has it: TOFU's model utility, and the averages of WAGLE's tables.
+#: Measures at the ends of runs, where a suite has them: TOFU's model utility, averages of WAGLE's tables.
 AT_END = ("model_utility", "ue_average", "ut_average")
+LABELS = ("objective", "mask", "score", "density")
+CURVE_POINTS = 33  # of an arm's mean curve
 
 
 class Compared(NamedTuple):
@@ -45,142 +48,118 @@ class Compared(NamedTuple):
     utility_sign: int = 1
 
     @property
+    def start(self) -> float:
+        """Progress of the target model."""
+        return self.forget_sign * self.target[self.forget]
+
+    @property
+    def end(self) -> float:
+        """Progress at the level."""
+        return self.forget_sign * self.level
+
+    @property
     def nothing_to_unlearn(self) -> bool:
         """Whether the target is at the level, or past it, already."""
-        return self.forget_sign * self.target[self.forget] >= self.forget_sign * self.level
+        return self.start >= self.end
 
 
-@dataclass
-class Curve:
-    """One run.
-
-    Attributes:
-        lr, seed: of the run.
-        points: (progress, utility) of the target model and of each test, in the order of steps.
-        reached: utility at the level; None if the run never reaches it.
-        steps: after how many steps it does, piecewise linear between tests; None if it never does.
-        last: the row of its last test; empty if it had none.
-        diverged: whether its loss became NaN.
-    """
-
-    lr: float
-    seed: int
-    points: list[tuple[float, float]]
-    reached: Optional[float]
-    steps: Optional[float]
-    last: Row = field(default_factory=dict)
-    diverged: bool = False
-
-
-Arm = tuple[str, str]  # objective, mask
-
-
-def curves(rows: Iterable[Row], by: Compared) -> dict[Arm, list[Curve]]:
-    """The runs of each arm.
-
-    Args:
-        rows: of the study's table.
-        by: what is compared.
-    """
-    runs: dict[str, list[Row]] = {}
-    for row in rows:
-        runs.setdefault(row["run"], []).append(row)
-    found: dict[Arm, list[Curve]] = {}
-    start = (by.forget_sign * by.target[by.forget], by.target[by.utility])
-    for parts in runs.values():
-        parts.sort(key=lambda row: row["step"])
-        tested = [
-            row for row in parts if row.get("forget") is not None and row.get("utility") is not None
-        ]
-        points = [start, *((by.forget_sign * row["forget"], row["utility"]) for row in tested)]
-        pace = [
-            (start[0], 0.0),
-            *((by.forget_sign * row["forget"], float(row["step"])) for row in tested),
-        ]
-        reached, steps = (utility_at(path, by.forget_sign * by.level) for path in (points, pace))
-        curve = Curve(parts[0]["lr"], parts[0]["seed"], points, reached, steps)
-        curve.last = tested[-1] if tested else {}
-        curve.diverged = any(str(row.get("note") or "").startswith("diverged") for row in parts)
-        found.setdefault((parts[0]["objective"], parts[0]["mask"]), []).append(curve)
-    return found
-
-
-def chosen(runs: Sequence[Curve], sign: int = 1) -> dict[int, Curve]:
-    """For each seed, the best run over learning rates: by utility at the level; if none reaches it, the one that comes
-    nearest.
-
-    Args:
-        runs: of one arm.
-        sign: 1 if more utility is better, −1 if less.
-    """
-    best: dict[int, Curve] = {}
-    for run in runs:
-        if run.seed not in best or _rank(run, sign) > _rank(best[run.seed], sign):
-            best[run.seed] = run
-    return dict(sorted(best.items()))
-
-
-def _rank(run: Curve, sign: int) -> tuple[bool, float]:
-    return (True, sign * run.reached) if run.reached is not None else (False, deepest(run.points))
-
-
-def summarise(rows: Sequence[Row], by: Compared) -> list[dict[str, Any]]:
-    """Every arm at equal forgetting, one plain dict an arm, in the order in which arms first appear.
+def run_table(rows: Sequence[Row], by: Compared) -> pd.DataFrame:
+    """One line a run.
 
     Args:
         rows: of the study's table.
         by: what is compared.
 
     Returns:
-        Dicts with ``objective``, ``mask``, ``score``, ``density``; ``mean``, ``std`` and ``n`` of utility at equal
-        forgetting over the seeds that reach it, and ``values``, seed -> utility; ``reached``, the share of runs that
-        do, of ``runs``; ``seeds``, how many are finished; ``learning_rates``, seed -> chosen; ``steps``, the mean
-        number of steps to the level; ``difference`` from dense over the seeds of both, its ``p`` or ``why`` there is
-        none, ``verdict``; ``equal_steps``, see :func:`_equal_steps`; ``area``, see :func:`_area`; ``curve``, see
-        :func:`_mean_curve`; the means of :data:`AT_END` over the chosen runs.
+        ``objective``, ``mask``, ``score``, ``density``, ``lr``, ``seed`` as in the table;
+        ``points``, (progress, utility) of the target model and of each test; ``deepest``, the
+        largest progress; ``reached``, the utility at the level, and ``steps`` to it (NaN if the run
+        never reaches it); ``diverged``; and :data:`AT_END` of the last test.
     """
-    arms = curves(rows, by)
-    dense_of = {
-        row["objective"]: row["mask"]
-        for row in rows
-        if row.get("score") is None and row.get("density") == 1.0
-    }
-    labels = {(row["objective"], row["mask"]): row for row in rows}
-    best = {arm: chosen(runs, by.utility_sign) for arm, runs in arms.items()}
+    tests: dict[str, list[Row]] = {row["run"]: [] for row in rows}
+    for row in sorted(rows, key=lambda row: row["step"]):
+        tests[row["run"]].append(row)
     found = []
-    for arm, runs in arms.items():
-        dense = (arm[0], dense_of.get(arm[0], ""))
-        entry: dict[str, Any] = {"objective": arm[0], "mask": arm[1]}
-        entry |= {name: labels[arm].get(name) for name in ("score", "density")}
-        entry |= _at_level(best[arm], runs)
-        if dense in arms and arm != dense:
-            entry |= _against(best[arm], best[dense], by)
-        else:
-            entry |= {"difference": None, "p": None, "why": "", "pairs": 0, "verdict": ""}
-            if arm != dense:
-                entry["verdict"] = "no dense run to compare with"
-        entry["equal_steps"] = (
-            _equal_steps(runs, arms[dense]) if dense in arms and arm != dense else None
+    for run in tests.values():
+        tested = [r for r in run if None not in (r.get("forget"), r.get("utility"))]
+        progress = [by.start, *(by.forget_sign * row["forget"] for row in tested)]
+        utilities = [by.target[by.utility], *(row["utility"] for row in tested)]
+        steps = [0.0, *(float(row["step"]) for row in tested)]
+        points = list(zip(progress, utilities, strict=True))
+        pace = list(zip(progress, steps, strict=True))
+        last = tested[-1] if tested else {}
+        found.append(
+            {
+                **{name: run[0].get(name) for name in (*LABELS, "lr", "seed")},
+                "points": points,
+                "deepest": max(progress),
+                "reached": utility_at(points, by.end),
+                "steps": utility_at(pace, by.end),
+                "diverged": any("diverged" in (row.get("note") or "") for row in run),
+                **{name: last.get(name) for name in AT_END},
+            }
         )
-        entry["curve"] = _mean_curve(list(best[arm].values()), by)
-        entry["area"] = _area(best[arm], best.get(dense, {}), by)
-        for name in AT_END:
-            numbers = [
-                run.last[name] for run in best[arm].values() if run.last.get(name) is not None
-            ]
-            entry[name] = sample(numbers).mean
-        found.append(entry)
-    return found
+    return pd.DataFrame(found).astype(dict.fromkeys(("reached", "steps", *AT_END), float))
 
 
-def marked(arms: Sequence[Mapping[str, Any]], own: Collection[str]) -> list[dict[str, Any]]:
-    """The arms, each with ``own_learning_rates``: whether its mask has learning rates of its own.
+def chosen(runs: pd.DataFrame, sign: int = 1) -> pd.DataFrame:
+    """The best run over learning rates of each seed: by utility at the level or, if none reaches it, by progress.
 
     Args:
-        arms: see :func:`summarise`.
-        own: masks that have.
+        runs: of one arm, see :func:`run_table`.
+        sign: 1 if more utility is better, −1 if less.
+
+    Returns:
+        Lines of ``runs``, by seed.
     """
-    return [{**arm, "own_learning_rates": arm["mask"] in own} for arm in arms]
+    rank = (sign * runs["reached"]).fillna(runs["deepest"])
+    ranked = runs.assign(reaches=runs["reached"].notna(), rank=rank).sort_values(
+        ["reaches", "rank"], ascending=False, kind="stable"
+    )
+    return ranked.drop_duplicates("seed").set_index("seed").sort_index()
+
+
+def summarise(
+    rows: Sequence[Row], by: Compared, own_rates: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Every arm at equal forgetting, one plain dict an arm, in the order in which arms first appear.
+
+    Args:
+        rows: of the study's table.
+        by: what is compared.
+        own_rates: masks that have learning rates of their own.
+
+    Returns:
+        Dicts with ``objective``, ``mask``, ``score``, ``density``; ``mean``, ``std`` and ``n`` of
+        utility at equal forgetting over the seeds that reach it, and ``values``, seed -> utility;
+        ``reached``, the share of runs that do, of ``runs``; ``diverged``, how many runs did;
+        ``seeds``, how many are finished; ``learning_rates``, seed -> chosen; ``steps``, the mean
+        number of steps to the level; ``difference`` from dense over the seeds of both, its ``p`` or
+        ``why`` there is none, ``pairs``, ``verdict``; ``equal_steps``, see :func:`_equal_steps`;
+        ``area``, see :func:`_area`; ``curve``, (forget measure, mean utility over seeds) from the
+        target to where the shallowest of the chosen runs ends; the means of :data:`AT_END`;
+        ``own_learning_rates``, whether the mask is one of ``own_rates``.
+    """
+    runs = run_table(rows, by)
+    arms = dict(iter(runs.groupby(["objective", "mask"], sort=False)))
+    best = {arm: chosen(own, by.utility_sign) for arm, own in arms.items()}
+    dense_runs = runs[runs["score"].isna() & (runs["density"] == 1.0)]
+    dense_of = {run.objective: (run.objective, run.mask) for run in dense_runs.itertuples()}
+    found = []
+    for arm, own in arms.items():
+        dense = dense_of.get(arm[0])
+        mine, theirs = best[arm], best.get(dense)
+        entry = {name: _plain(own[name].iloc[-1]) for name in LABELS}
+        entry |= _at_level(own, mine) | _against(mine, theirs if arm != dense else None, by)
+        if dense is None:
+            entry["verdict"] = "no dense run to compare with"
+        compared = dense not in (None, arm)
+        entry["equal_steps"] = _equal_steps(own, arms[dense]) if compared else None
+        entry["curve"] = _mean_curve(mine, by)
+        entry["area"] = _area(mine, theirs, by)
+        entry |= {name: _plain(mine[name].mean()) for name in AT_END}
+        found.append({**entry, "own_learning_rates": arm[1] in own_rates})
+    return found
 
 
 def compared_at(found: Mapping[str, Any], rows: Sequence[Row], level: float) -> dict[str, Any]:
@@ -192,134 +171,121 @@ def compared_at(found: Mapping[str, Any], rows: Sequence[Row], level: float) -> 
         level: value of the forget measure.
 
     Raises:
-        WagleError: if the study has not compared anything yet, the target is past that level, or runs ended before it.
+        WagleError: if the study has not compared anything yet, the target is past that level, or
+            runs ended before it.
     """
     if not found.get("headline"):
         raise WagleError("it has not compared its arms yet, at its own level or --forget_level")
     signs = found["forget_sign"], found["utility_sign"]
     by = Compared(found["forget"], found["utility"], found["target"], level, *signs)
     ends = (found["settings"].get("ends_at") or {}).get(by.forget)
-    if by.nothing_to_unlearn or (ends is not None and by.forget_sign * (level - ends) > 0):
-        course = f"from {by.target[by.forget]:.4g}, the target's" + (
-            f", to {ends:.4g}" if ends is not None else ""
-        )
+    if by.nothing_to_unlearn or (ends is not None and by.end > by.forget_sign * ends):
+        course = f"from {by.target[by.forget]:.4g}, the target's"
+        course += "" if ends is None else f", to {ends:.4g}"
         raise WagleError(
             f"--forget_level {level:g} is outside of its runs, where {by.forget} goes {course}"
         )
     own = {arm["mask"] for arm in found["headline"] if arm.get("own_learning_rates")}
-    arms = marked(summarise(rows, by), own)
+    compared = {"forget_level": level, "level_of": "option", "nothing_to_unlearn": False}
+    return {**found, **compared, "headline": summarise(rows, by, own)}
+
+
+def _plain(value: Any) -> Any:
+    """A value of a frame as it goes into JSON; None for what is missing."""
+    return None if pd.isna(value) else value.item() if isinstance(value, np.generic) else value
+
+
+def _at_level(runs: pd.DataFrame, best: pd.DataFrame) -> dict[str, Any]:
+    """Utility at the level over seeds, and how many runs and seeds get there."""
+    reached = best["reached"].dropna()
     return {
-        **found,
-        "headline": arms,
-        "forget_level": level,
-        "level_of": "option",
-        "nothing_to_unlearn": False,
-    }
-
-
-def _reached(best: Mapping[int, Curve]) -> dict[int, float]:
-    return {seed: run.reached for seed, run in best.items() if run.reached is not None}
-
-
-def _at_level(best: Mapping[int, Curve], runs: Sequence[Curve]) -> dict[str, Any]:
-    values = _reached(best)
-    return {
-        **sample(list(values.values()))._asdict(),
-        "values": {str(seed): value for seed, value in values.items()},
+        **spread(reached)._asdict(),
+        "values": {str(seed): value for seed, value in reached.items()},
         "runs": len(runs),
-        "reached": sum(run.reached is not None for run in runs) / len(runs),
-        "diverged": sum(run.diverged for run in runs),
+        "reached": float(runs["reached"].notna().mean()),
+        "diverged": int(runs["diverged"].sum()),
         "seeds": len(best),
-        "learning_rates": {str(seed): run.lr for seed, run in best.items()},
-        "steps": sample([run.steps for run in best.values() if run.steps is not None]).mean,
+        "learning_rates": {str(seed): lr for seed, lr in best["lr"].items()},
+        "steps": _plain(best["steps"].mean()),
     }
 
 
-def _against(arm: Mapping[int, Curve], dense: Mapping[int, Curve], by: Compared) -> dict[str, Any]:
-    """The paired comparison with dense of the same objective."""
-    ours, theirs = _reached(arm), _reached(dense)
-    both = sorted(set(ours) & set(theirs))
-    test = paired([ours[seed] for seed in both], [theirs[seed] for seed in both])
-    samples = (sample(list(ours.values())), sample(list(theirs.values())))
-    word = verdict(test, by.utility_sign, *samples, len(arm), len(dense))
+def _against(best: pd.DataFrame, dense: Optional[pd.DataFrame], by: Compared) -> dict[str, Any]:
+    """The paired comparison with dense of the same objective; empty fields without one."""
+    if dense is None:
+        return {"difference": None, "p": None, "why": "", "pairs": 0, "verdict": ""}
+    ours, theirs = (of["reached"].dropna() for of in (best, dense))
+    both = ours.index.intersection(theirs.index)
+    test = paired(ours[both], theirs[both])
+    samples = spread(ours), spread(theirs)
     return {
         "difference": test.difference,
         "p": test.p,
         "why": test.why,
         "pairs": test.n,
-        "verdict": word,
+        "verdict": verdict(test, by.utility_sign, *samples, len(best), len(dense)),
     }
 
 
-def _equal_steps(runs: Sequence[Curve], dense: Sequence[Curve]) -> Optional[dict[str, Any]]:
-    """The paired comparison with dense where both come to the level in the same number of steps, over the seeds whose
-    runs allow it (:func:`~wagle_pl.study.curves.at_equal_steps`): ``difference``, ``p``, ``n`` seeds, mean ``steps``.
+def _equal_steps(runs: pd.DataFrame, dense: pd.DataFrame) -> Optional[dict[str, Any]]:
+    """The paired comparison where both reach the level in the same number of steps.
+
+    Returns:
+        ``difference``, ``p``, ``n`` and mean ``steps`` over the seeds whose runs allow it, see
+        :func:`~wagle_pl.study.curves.at_equal_steps`; None if none does.
     """
-    seeds = sorted({run.seed for run in runs} & {run.seed for run in dense})
-    found = [at_equal_steps(_paces(runs, seed), _paces(dense, seed)) for seed in seeds]
+
+    def paces(of: pd.DataFrame) -> dict[int, list[Pace]]:
+        """Seed -> its runs that reach the level."""
+        there = of.dropna(subset="reached")
+        return {
+            seed: [Pace(*run) for run in own[["lr", "steps", "reached"]].itertuples(index=False)]
+            for seed, own in there.groupby("seed")
+        }
+
+    ours, theirs = paces(runs), paces(dense)
+    found = [at_equal_steps(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
     both = [each for each in found if each is not None]
     if not both:
         return None
-    steps, ours, theirs = zip(*both, strict=True)
-    test = paired(ours, theirs)
-    return {
-        "difference": test.difference,
-        "p": test.p,
-        "n": test.n,
-        "steps": statistics.fmean(steps),
-    }
+    steps, mine, other = zip(*both, strict=True)
+    test = paired(mine, other)
+    return {"difference": test.difference, "p": test.p, "n": test.n, "steps": spread(steps).mean}
 
 
-def _paces(runs: Sequence[Curve], seed: int) -> list[Pace]:
-    return [
-        Pace(run.lr, run.steps, run.reached)
-        for run in runs
-        if run.seed == seed and run.reached is not None
-    ]
+def _mean_curve(best: pd.DataFrame, by: Compared) -> list[tuple[float, float]]:
+    levels = np.linspace(by.start, best["deepest"].min(), CURVE_POINTS)
+    curves = [np.interp(levels, *np.transpose(envelope(points))) for points in best["points"]]
+    return list(
+        zip((by.forget_sign * levels).tolist(), np.mean(curves, axis=0).tolist(), strict=True)
+    )
 
 
-def _mean_curve(runs: Sequence[Curve], by: Compared, count: int = 33) -> list[tuple[float, float]]:
-    """(forget measure, mean utility over seeds) at evenly spaced levels, from the target to where the shallowest of the
-    runs ends.
-    """
-    start, end = runs[0].points[0][0], min(deepest(run.points) for run in runs)
-    levels = [start + (end - start) * i / (count - 1) for i in range(count)]
-    levels[-1] = end  # not beyond it by a rounding
-    found = ([utility_at(run.points, level) for run in runs] for level in levels)
-    return [
-        (by.forget_sign * level, statistics.fmean(values))
-        for level, values in zip(levels, found, strict=True)
-    ]
+def _area(best: pd.DataFrame, dense: Optional[pd.DataFrame], by: Compared) -> dict[str, Any]:
+    """Area under the curves of the chosen runs, over the range that arm and dense have in common.
 
-
-def _area(arm: Mapping[int, Curve], dense: Mapping[int, Curve], by: Compared) -> dict[str, Any]:
-    """Area under the forget–utility curve of the chosen runs, over the range that arm and dense have in common.
-
-    For each seed: from the target's forget measure to the level, or to where the shallower of the two ends.
+    For each seed: from the target's forget measure to the level, or to where the shallower of the
+    two ends.
 
     Returns:
-        ``mean``, ``std`` and ``n`` of the area (divided by the width of its range: a mean utility) over seeds;
-        ``dense``, the mean of dense over the same ranges; ``difference`` and ``p``, None for dense itself; ``to``, the
-        mean end of the ranges, as a value of the forget measure.
+        ``mean``, ``std`` and ``n`` of the area (divided by the width of its range: a mean utility)
+        over seeds; ``dense``, the mean of dense over the same ranges; ``difference`` and ``p``,
+        None for dense itself; ``to``, the mean end of the ranges, as a value of the forget measure.
     """
-    start, level = by.forget_sign * by.target[by.forget], by.forget_sign * by.level
-    ours, theirs, ends = [], [], []
-    for seed, run in arm.items():
-        other = dense.get(seed, run) if dense else run
-        if dense and seed not in dense:
-            continue
-        end = min(level, deepest(run.points), deepest(other.points))
-        pair = mean_utility(run.points, start, end), mean_utility(other.points, start, end)
+    beside = best if dense is None else dense
+    areas = []
+    for seed in best.index.intersection(beside.index):
+        ours, theirs = best.loc[seed], beside.loc[seed]
+        end = min(by.end, ours["deepest"], theirs["deepest"])
+        pair = [mean_utility(run["points"], by.start, end) for run in (ours, theirs)]
         if None not in pair:
-            ours.append(pair[0])
-            theirs.append(pair[1])
-            ends.append(by.forget_sign * end)
-    test = paired(ours, theirs) if dense and dense is not arm else None
-    found = sample(ours)
+            areas.append((*pair, by.forget_sign * end))
+    mine, other, ends = zip(*areas, strict=True) if areas else ((), (), ())
+    test = paired(mine, other) if dense is not None and dense is not best else None
     return {
-        **found._asdict(),
-        "dense": sample(theirs).mean if dense else None,
+        **spread(mine)._asdict(),
+        "dense": spread(other).mean if dense is not None else None,
         "difference": test.difference if test else None,
         "p": test.p if test else None,
-        "to": sample(ends).mean,
+        "to": spread(ends).mean,
     }
