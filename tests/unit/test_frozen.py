@@ -152,6 +152,23 @@ def fit(
     return trainer
 
 
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+def test_split_values_take_the_same_steps(optimizer: str, tmp_path: Path) -> None:
+    values = {}
+    for kept in ("fp32", "split"):
+        stack = Stack([5, 7, 4], 0).bfloat16()
+        module = Unlearn(stack, random_mask(stack, 0.5, 0), values=kept)
+        module.make_optimizer = lambda p: OPTIMIZERS[optimizer](p, 0.1)
+        if (optimizer, kept) == ("Adagrad", "split"):
+            with pytest.raises(WagleError, match=r"Adagrad makes its state before .*model.values"):
+                fit(module, tmp_path / kept, 3, precision="bf16-true")
+            return
+        fit(module, tmp_path / kept, 3, precision="bf16-true")
+        values[kept] = [weight.detach().float() for weight in stack.weights]
+    for fp32, split in zip(values["fp32"], values["split"], strict=True):
+        torch.testing.assert_close(split, fp32, rtol=0.01, atol=1e-3)
+
+
 @settings(
     max_examples=40,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -187,7 +204,8 @@ def test_frozen_weights_keep_their_bits(
     if clip:
         options |= {"gradient_clip_algorithm": clip[0], "gradient_clip_val": clip[1]}
     folder = tmp_path_factory.mktemp("fit")
-    values = values if precision == "bf16-true" else "fp32"
+    splits = precision == "bf16-true" and optimizer != "Adagrad"  # which is refused, see below
+    values = values if splits else "fp32"
 
     def module() -> tuple[Unlearn, dict[str, Tensor]]:
         stack = Stack(widths, seed).to(

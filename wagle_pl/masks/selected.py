@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from wagle_pl.core import distributed
+from wagle_pl.core.errors import WagleError
 from wagle_pl.lm.layers import is_linear
 from wagle_pl.lm.models import assign, gathered
 from wagle_pl.masks import WeightMask
@@ -469,10 +470,19 @@ class SelectedWeights:
 
     def step_by_tensor(self, optimizer: torch.optim.Optimizer) -> None:
         """Make an optimiser's step join the halves of one tensor's values at a time; once. It must skip parameters
-        without gradient, as torch's do."""
+        without gradient, as torch's do.
+
+        Raises:
+            WagleError: if it has state already: split values have no size while they are not joined.
+        """
         step = optimizer.step
         if getattr(step, "by_tensor", False):
             return
+        if optimizer.state:
+            raise WagleError(
+                f"optimizer {type(optimizer).__name__} makes its state before the first step, which "
+                "model.values split does not allow: choose --model.values fp32 or another optimizer"
+            )
 
         def by_tensor(_: torch.optim.Optimizer, closure: Optional[Callable[[], Any]] = None) -> Any:
             loss = None if closure is None else closure()
