@@ -13,7 +13,7 @@ from wagle_pl.study.curves import Pace, Paired, Spread, at_equal_steps, spread, 
 from wagle_pl.study.grid import middle_first, read_masks, read_objectives, runs
 from wagle_pl.study.run import test_points as points_of
 from wagle_pl.study.summary import Compared, summarise
-from wagle_pl.study.text import HEADER, cells, markdown
+from wagle_pl.study.text import cells, markdown
 
 # -- curves -----------------------------------------------------------------------------------------------------------
 
@@ -401,7 +401,7 @@ def test_equal_steps_by_hand():
     equal = found["other"]["equal_steps"]
     assert (equal["n"], equal["steps"]) == (3, 0) and equal["difference"] == pytest.approx(0.01)
     assert equal["p"] == pytest.approx(stats.ttest_rel([0.4, 0.41, 0.42], [0.4] * 3).pvalue)
-    row = dict(zip(HEADER, cells(found["other"]), strict=True))
+    row = cells(found["other"])
     assert row["equal steps"] == f"+0.010 (p {equal['p']:.3f})" and row["steps"] == "1"
 
 

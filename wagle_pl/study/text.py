@@ -1,4 +1,4 @@
-"""A study's findings for people: Markdown, console table, and how long there is to go."""
+"""A study's findings for people: ``study.md``, the console's tables, and how long there is to go."""
 
 from __future__ import annotations
 
@@ -6,26 +6,18 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
-from wagle_pl.core.text import count, decimals, table
+from wagle_pl.core.text import count, decimals, markdown_table, table
 from wagle_pl.study.summary import AT_END
 
-Entry = Mapping[str, Any]
+Arm = Mapping[str, Any]  # one of a summary's ``headline``
+Summary = Mapping[str, Any]  # content of ``study.json``
 
-HEADER = (
-    *(
-        "mask",
-        "utility",
-        "seeds",
-        "reach",
-        "against dense",
-        "difference",
-        "p",
-        "equal steps",
-        "area",
-        "dense's",
-    ),
-    *("lr", "steps", "MU", "UE", "UT"),
-)
+_LEFT = (0, 4)  # columns of words: mask, verdict
+_ALWAYS = 5  # columns shown even if they are empty
+MARK = "*"  # behind the name of a mask that has learning rates of its own
+
+
+# -- numbers ---------------------------------------------------------------------------------------
 
 
 def chance(p: float) -> str:
@@ -64,101 +56,18 @@ def time_left(measured: Sequence[float], runs: int) -> str:
     return f"{duration(runs * sum(measured) / len(measured))} left" if measured and runs else ""
 
 
-def cells(entry: Entry) -> list[str]:
-    """One arm as a row under :data:`HEADER`."""
-    spread = "" if entry["std"] is None else f" ± {entry['std']:.3f}"
-    p = chance(entry["p"]) if entry["p"] is not None else entry["why"] or "–"
-    at_end = [decimals(entry[name]) for name in AT_END]
-    area, equal = entry["area"], entry["equal_steps"]
-    return [
-        marked_name(entry),
-        "–" if entry["mean"] is None else f"{entry['mean']:.3f}{spread}",
-        f"{entry['n']}/{entry['seeds']}",
-        f"{entry['reached']:.0%}",
-        entry["verdict"] or "–",
-        signed(entry["difference"]),
-        p,
-        signed(equal["difference"] if equal else None)
-        + (f" (p {chance(equal['p'])})" if equal and equal["p"] is not None else ""),
-        decimals(area["mean"]),
-        decimals(area["dense"]),
-        rates_of(entry),
-        decimals(entry["steps"], 0),
-        *at_end,
-    ]
+# -- arms ------------------------------------------------------------------------------------------
 
 
-def shown(arms: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a table; columns that hold nothing are left out."""
-    rows = [cells(arm) for arm in arms]
-    kept = [i for i in range(len(HEADER)) if i < 5 or any(row[i] != "–" for row in rows)]
-    return [HEADER[i] for i in kept], [[row[i] for i in kept] for row in rows]
+def by_objective(summary: Summary) -> dict[str, list[Arm]]:
+    """Objective -> its arms, ranked."""
+    found: dict[str, list[Arm]] = {arm["objective"]: [] for arm in summary["headline"]}
+    for arm in ranked(summary["headline"], summary.get("utility_sign", 1)):
+        found[arm["objective"]].append(arm)
+    return found
 
 
-def console(summary: Entry) -> str:
-    """Tables for the console, with what wins, ties and loses."""
-    parts = []
-    for objective, arms in by_objective(summary).items():
-        parts.append(f"{objective}\n{table(*shown(arms), left=(0, 4))}\n{outcome(arms)}")
-    notes = [textwrap.fill(line, 110, subsequent_indent="  ") for line in about(summary)]
-    return "\n\n".join([*parts, "\n".join(notes)])
-
-
-def markdown(summary: Entry) -> str:
-    """The whole of ``study.md``."""
-    lines = ["# Study", "", progress(summary), ""]
-    lines += [reference_table(summary), ""]
-    for objective, arms in by_objective(summary).items():
-        header, rows = shown(arms)
-        lines += [f"## {objective}", "", "| " + " | ".join(header) + " |"]
-        lines += [
-            "| " + " | ".join("---" if i in (0, 4) else "---:" for i in range(len(header))) + " |"
-        ]
-        lines += [
-            "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows
-        ]
-        lines += ["", outcome(arms), ""]
-    return "\n".join(
-        [*lines, "## How to read it", "", *(f"- {line}" for line in about(summary)), ""]
-    )
-
-
-def reference_table(summary: Entry) -> str:
-    """Target and retrained model by the two measures."""
-    names = [summary["forget"], summary["utility"]]
-    lines = ["| model | " + " | ".join(names) + " |", "| --- | ---: | ---: |"]
-    for model in ("target", "retrained"):
-        if summary[model]:
-            lines.append(
-                f"| {model} | "
-                + " | ".join(decimals(summary[model].get(name)) for name in names)
-                + " |"
-            )
-    return "\n".join(lines)
-
-
-def outcome(arms: Sequence[Entry]) -> str:
-    """In a sentence: what wins, ties and loses against dense, and what cannot be said.
-
-    >>> outcome([{"mask": "wagle 0.2", "verdict": "wins"}, {"mask": "dense", "verdict": ""}])
-    'Against dense: wins: wagle 0.2.'
-    """
-    groups: dict[str, list[str]] = {}
-    for arm in arms:
-        if arm["verdict"]:
-            groups.setdefault(arm["verdict"], []).append(arm["mask"])
-    first = ["wins", "ties", "loses"]
-    order = [word for word in first if word in groups] + [
-        word for word in groups if word not in first
-    ]
-    if not order:
-        return "There is nothing to compare with dense yet."
-    return (
-        "Against dense: " + "; ".join(f"{word}: {', '.join(groups[word])}" for word in order) + "."
-    )
-
-
-def ranked(arms: Sequence[Mapping[str, Any]], sign: int) -> list[Mapping[str, Any]]:
+def ranked(arms: Sequence[Arm], sign: int) -> list[Arm]:
     """The best utility at equal forgetting first, arms that never get there last.
 
     Args:
@@ -166,31 +75,19 @@ def ranked(arms: Sequence[Mapping[str, Any]], sign: int) -> list[Mapping[str, An
         sign: 1 if more utility is better, −1 if less.
     """
 
-    def place(arm: Mapping[str, Any]) -> tuple[bool, float, float]:
-        """Where an arm comes."""
+    def place(arm: Arm) -> tuple[bool, float, float]:
         mean = arm.get("mean")
         return mean is None, -sign * (mean or 0.0), -arm.get("reached", 0.0)
 
     return sorted(arms, key=place)
 
 
-def by_objective(summary: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """Objective -> its arms, ranked."""
-    arms, sign = summary["headline"], summary.get("utility_sign", 1)
-    names = dict.fromkeys(arm["objective"] for arm in arms)
-    return {name: ranked([arm for arm in arms if arm["objective"] == name], sign) for name in names}
-
-
-def rates_of(arm: Mapping[str, Any]) -> str:
+def rates_of(arm: Arm) -> str:
     """The learning rates that were best for some seed."""
     return " ".join(f"{rate:g}" for rate in sorted(set((arm.get("learning_rates") or {}).values())))
 
 
-#: Behind the name of a mask that has learning rates of its own.
-MARK = "*"
-
-
-def marked_name(arm: Mapping[str, Any]) -> str:
+def marked_name(arm: Arm) -> str:
     """Name of an arm's mask, marked if it was tried with learning rates of its own.
 
     >>> marked_name({"mask": "lora", "own_learning_rates": True}), marked_name({"mask": "dense"})
@@ -199,7 +96,84 @@ def marked_name(arm: Mapping[str, Any]) -> str:
     return str(arm.get("mask")) + (MARK if arm.get("own_learning_rates") else "")
 
 
-def progress(summary: Mapping[str, Any]) -> str:
+def cells(arm: Arm) -> dict[str, str]:
+    """One arm as a row of the table: name of the column -> cell."""
+    std = "" if arm["std"] is None else f" ± {arm['std']:.3f}"
+    area, equal = arm["area"], arm["equal_steps"] or {"difference": None, "p": None}
+    equal_p = "" if equal["p"] is None else f" (p {chance(equal['p'])})"
+    return {
+        "mask": marked_name(arm),
+        "utility": "–" if arm["mean"] is None else f"{arm['mean']:.3f}{std}",
+        "seeds": f"{arm['n']}/{arm['seeds']}",
+        "reach": f"{arm['reached']:.0%}",
+        "against dense": arm["verdict"] or "–",
+        "difference": signed(arm["difference"]),
+        "p": chance(arm["p"]) if arm["p"] is not None else arm["why"] or "–",
+        "equal steps": signed(equal["difference"]) + equal_p,
+        "area": decimals(area["mean"]),
+        "dense's": decimals(area["dense"]),
+        "lr": rates_of(arm),
+        "steps": decimals(arm["steps"], 0),
+        **{name: decimals(arm[key]) for name, key in zip(("MU", "UE", "UT"), AT_END, strict=True)},
+    }
+
+
+def shown(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table; columns that hold nothing are left out."""
+    rows = [cells(arm) for arm in arms]
+    header = [
+        name
+        for i, name in enumerate(rows[0])
+        if i < _ALWAYS or any(row[name] != "–" for row in rows)
+    ]
+    return header, [[row[name] for name in header] for row in rows]
+
+
+def outcome(arms: Sequence[Arm]) -> str:
+    """In a sentence: what wins, ties and loses against dense, and what cannot be said.
+
+    >>> outcome([{"mask": "wagle 0.2", "verdict": "wins"}, {"mask": "dense", "verdict": ""}])
+    'Against dense: wins: wagle 0.2.'
+    """
+    groups: dict[str, list[str]] = {"wins": [], "ties": [], "loses": []}
+    for arm in arms:
+        groups.setdefault(arm["verdict"], []).append(arm["mask"])
+    said = [f"{word}: {', '.join(masks)}" for word, masks in groups.items() if word and masks]
+    return f"Against dense: {'; '.join(said)}." if said else _NOTHING_COMPARED
+
+
+_NOTHING_COMPARED = "There is nothing to compare with dense yet."
+
+
+# -- the whole -------------------------------------------------------------------------------------
+
+
+def console(summary: Summary) -> str:
+    """Tables for the console, with what wins, ties and loses."""
+    parts = [
+        f"{objective}\n{table(*shown(arms), left=_LEFT)}\n{outcome(arms)}"
+        for objective, arms in by_objective(summary).items()
+    ]
+    notes = [textwrap.fill(line, 110, subsequent_indent="  ") for line in about(summary)]
+    return "\n\n".join([*parts, "\n".join(notes)])
+
+
+def markdown(summary: Summary) -> str:
+    """Content of ``study.md``."""
+    names = [summary["forget"], summary["utility"]]
+    models = [
+        [model, *(decimals(summary[model].get(name)) for name in names)]
+        for model in ("target", "retrained")
+        if summary[model]
+    ]
+    parts = ["# Study", progress(summary), markdown_table(["model", *names], models)]
+    for objective, arms in by_objective(summary).items():
+        parts += [f"## {objective}", markdown_table(*shown(arms), left=_LEFT), outcome(arms)]
+    parts += ["## How to read it", "\n".join(f"- {line}" for line in about(summary))]
+    return "\n\n".join(parts) + "\n"
+
+
+def progress(summary: Summary) -> str:
     """How many runs there are of those planned; empty if the study does not say.
 
     >>> progress({"runs": {"finished": 100, "planned": 942}})
@@ -209,60 +183,45 @@ def progress(summary: Mapping[str, Any]) -> str:
     return f"{runs['finished']} of {runs['planned']} runs are finished." if runs else ""
 
 
-def about(summary: Mapping[str, Any]) -> list[str]:
-    """What the columns mean, and what to hold against the comparison, in whole sentences.
-
-    Args:
-        summary: content of ``study.json``.
-    """
-    level = decimals(summary.get("forget_level"))
-    whose = (
-        "the retrained model's" if summary.get("level_of") == "retrained" else "the level asked for"
-    )
+def about(summary: Summary) -> list[str]:
+    """What the columns mean, and what to hold against the comparison, in whole sentences."""
+    arms, forget, level = summary["headline"], summary["forget"], summary.get("forget_level")
+    retrained = summary.get("level_of") == "retrained"
+    whose = "the retrained model's" if retrained else "the level asked for"
     lines = [
-        f"utility: {summary['utility']} where {summary['forget']} reaches {level}, {whose}; best learning rate of each "
-        "seed, mean ± standard deviation over seeds. Read from the curve through the run's test points, piecewise "
-        "linear, points at which the run has not forgotten more than before left out.",
-        "seeds: seeds that reach that level with some learning rate, of those finished. reach: share of all runs that "
-        "do. What never does has no utility at equal forgetting: nothing is extrapolated.",
-        "against dense: a tie is a difference within the larger of the two standard deviations, or of p 0.05 and more. "
-        "p: paired t-test over seeds. difference: over the seeds of both.",
-        "steps: to that level; slower runs tend to keep more, whatever the mask. equal steps: difference from dense "
-        "and p, where runs of both get there in as many steps, piecewise linear over learning rates; a run that took "
-        "no fewer steps than one with a slower rate is left out.",
-        "area: mean utility over forgetting, from the target to the level or to where arm or dense ends first; dense's "
-        "over the same range.",
+        f"utility: {summary['utility']} where {forget} reaches {decimals(level)}, {whose}, with "
+        "the best learning rate of each seed; mean ± standard deviation over seeds. Read from the "
+        "curve through the run's test points by linear interpolation; points at which the run has "
+        "not forgotten more than before are left out.",
+        "seeds: seeds that reach that level with some learning rate, of those finished. reach: "
+        "share of all runs that do. An arm that never does has no utility at equal forgetting: "
+        "nothing is extrapolated.",
+        "against dense: a tie is a difference within the larger of the two standard deviations, "
+        "or one with p ≥ 0.05. p: paired t-test over seeds. difference: over the seeds of both.",
+        "steps: to that level; slower runs tend to keep more, whatever the mask. equal steps: "
+        "difference from dense, and its p, where runs of both get there in as many steps, "
+        "interpolated over learning rates; a run that took no fewer steps than one with a slower "
+        "rate is left out.",
+        "area: mean utility over forgetting, from the target to the level or to where arm or dense "
+        "ends first; dense's over the same range.",
     ]
-    arms = summary["headline"]
     if summary.get("nothing_to_unlearn"):
-        lines.insert(
-            0, "The target is at that level already, or past it: there is nothing to unlearn."
-        )
+        lines.insert(0, "The target is at that level already: there is nothing to unlearn.")
     if any(arm.get(name) is not None for arm in arms for name in AT_END):
+        ends = (summary.get("settings") or {}).get("ends_at") or {}
+        at_level = forget in ends and ends[forget] == level
+        where = "just past the level, as runs end there" if at_level else "not at equal forgetting"
         lines.append(
-            "MU: TOFU's model utility. UE, UT: averages of WAGLE's tables. Of the chosen runs at their ends: "
-            f"{_where(summary)}."
+            "MU: TOFU's model utility. UE, UT: averages of WAGLE's tables (unlearning efficacy, "
+            f"utility). Of the chosen runs at their ends: {where}."
         )
     if any(arm.get("own_learning_rates") for arm in arms):
         lines.append(f"{MARK}: tried with learning rates of its own.")
     runs = summary.get("runs") or {"finished": 0, "planned": 0}
     uneven = len({arm.get("runs") for arm in arms if arm.get("seeds")}) > 1
-    if (
-        uneven and runs["finished"] < runs["planned"]
-    ):  # finished, they differ by learning rates of their own
-        lines.append(
-            "Arms have different numbers of finished runs so far: wait for the rest before comparing."
-        )
-    diverged = sum(arm.get("diverged", 0) for arm in arms)
-    if diverged:
+    if uneven and runs["finished"] < runs["planned"]:  # not by learning rates of their own
+        lines.append("Arms have different numbers of finished runs so far: wait for the rest.")
+    if diverged := sum(arm.get("diverged", 0) for arm in arms):
         what = count(diverged, "run")
         lines.append(f"{what} diverged (loss NaN or infinite); what was tested before that counts.")
     return lines
-
-
-def _where(summary: Mapping[str, Any]) -> str:
-    """Where the ends of runs are, beside the level at which arms are compared."""
-    ends = (summary.get("settings") or {}).get("ends_at") or {}
-    if summary["forget"] in ends and ends[summary["forget"]] == summary.get("forget_level"):
-        return "just past the level, as runs end there"
-    return "not at equal forgetting"
