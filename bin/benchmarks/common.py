@@ -30,8 +30,9 @@ from wagle_pl.cli.commands import fail
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
 from wagle_pl.data import ForgetRetainDataModule
+from wagle_pl.data.example import Row, parse_rows
 from wagle_pl.data.people import bundled
-from wagle_pl.data.rows import Row, load_rows
+from wagle_pl.data.rows import load_rows
 from wagle_pl.data.template import Template
 from wagle_pl.lm import models
 
@@ -246,7 +247,7 @@ def padded_rows(settings: Settings, rows: str, count: int) -> list[dict[str, Ten
     tokenizer = models.load_tokenizer(settings.model)
     template = Template(tokenizer, None, None, settings.padded)
     batches = []
-    for row in load_rows(rows)[:count]:
+    for row in parse_rows(load_rows(rows)[:count], rows):
         encoded = template.encode(row)
         gap = settings.padded - len(encoded["input_ids"])
         filled = {
@@ -390,7 +391,7 @@ def _describe(benchmark: str, options: argparse.Namespace, settings: Settings) -
     """The report without its rows: what was measured on what."""
     template = Template(models.load_tokenizer(settings.model), None, None, settings.padded)
     lengths = {
-        name: [len(template.encode(row)["input_ids"]) for row in load_rows(file)]
+        name: [len(template.encode(row)["input_ids"]) for row in parse_rows(load_rows(file), file)]
         for name, file in (("forget", settings.forget), ("retain", settings.retain))
     }
     data = {

@@ -13,7 +13,8 @@ import torch
 from common import Result, Settings, alternate, main, result, seconds
 from torch import Tensor, nn
 
-from wagle_pl.data.rows import Row, load_rows
+from wagle_pl.data.example import Example, parse_rows
+from wagle_pl.data.rows import load_rows
 from wagle_pl.data.template import Template
 from wagle_pl.evaluation.candidates import answers
 from wagle_pl.evaluation.observe import Observer
@@ -109,17 +110,17 @@ class Bench:
         return texts
 
 
-def test_rows(settings: Settings) -> list[Row]:
+def test_rows(settings: Settings) -> list[Example]:
     """Forget rows with perturbed answers: TOFU's, beside the rows of ``--tofu``, or the bundled people's."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--tofu")
     folder = parser.parse_known_args()[0].tofu
     file = str(Path(folder) / "forget01_perturbed.json") if folder else settings.forget
-    return load_rows(file)[: settings.rows]
+    return parse_rows(load_rows(file)[: settings.rows], file)
 
 
 def in_batches(
-    rows: Sequence[Row], observe: Callable[[Sequence[Row]], list[dict[str, Any]]]
+    rows: Sequence[Example], observe: Callable[[Sequence[Example]], list[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
     """Records of all rows, observed as a data module's loader hands them out but in order."""
     starts = range(0, len(rows), TEST_BATCH_SIZE)

@@ -15,6 +15,7 @@ from conftest import write_rows
 
 from wagle_pl import WagleError
 from wagle_pl.data import WMDPDataModule
+from wagle_pl.data.example import Example
 from wagle_pl.evaluation import find_suite
 from wagle_pl.evaluation.ability import Harness, read
 from wagle_pl.evaluation.candidates import letters
@@ -186,7 +187,7 @@ def test_mmlu_is_asked_as_the_harness_asks(tmp_path, tiny_model):
         prompt = description + "Which is it?\nA. one\nB. two\nC. three\nD. four\nAnswer:"
         expected = [data.tokenizer(f"{prompt} {letter}")["input_ids"] for letter in "ABCD"]
         assert [named.candidate.ids for named in letters(data.template, row, header)] == expected
-    plain = letters(data.template, {**asked, "label": 1}, header)[0].candidate.ids
+    plain = letters(data.template, Example.of(asked), header)[0].candidate.ids
     assert (
         plain
         == data.tokenizer("Which is it?\nA. one\nB. two\nC. three\nD. four\nAnswer: A")["input_ids"]

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from wagle_pl import WagleError
 from wagle_pl.data import ForgetRetainDataModule
+from wagle_pl.data.example import parse_rows
 from wagle_pl.data.rows import load_rows
 from wagle_pl.data.template import Template
 from wagle_pl.evaluation import (
@@ -740,9 +741,9 @@ def test_rows_of_tokens(tiny_model):
     model, tokenizer = load_model(tiny_model).eval(), load_tokenizer(tiny_model)
     ids = tokenizer("Where does it meet? In a bakery in Sibiu.")["input_ids"]
     asked = {"input_ids": ids, "labels": [-100] * 4 + ids[4:-1] + [-100]}
-    rows = [{"input_ids": ids, "labels": ids}, asked]
+    rows = parse_rows([{"input_ids": ids, "labels": ids}, asked], "set")
     observer = Observer(model, Template(tokenizer), max_new_tokens=5)
-    assert observer.template.encode_prompt(asked) == ids[:4]
+    assert observer.template.encode_prompt(rows[1]) == ids[:4]
     table = observe_set(
         observer, rows, find_suite("generic").needs_of("members", ("members", "nonmembers"))
     )

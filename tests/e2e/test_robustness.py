@@ -13,13 +13,13 @@ from conftest import write_rows
 
 from wagle_pl import WagleError
 from wagle_pl.data.batches import collate
+from wagle_pl.data.example import parse_rows, raw_rows
 from wagle_pl.data.people import bundled
 from wagle_pl.data.rows import load_rows
 from wagle_pl.data.template import Template
 from wagle_pl.evaluation.robustness import EVERY, Attack, find_attacks, usable
 from wagle_pl.evaluation.robustness.others import model_of, results_of
 from wagle_pl.evaluation.robustness.relearn import Relearn
-from wagle_pl.evaluation.robustness.subject import texts_of
 from wagle_pl.evaluation.robustness.weights import finetune_, quantise_
 from wagle_pl.lm.models import fingerprint, load_model, load_tokenizer, save_model
 
@@ -100,9 +100,7 @@ class Shouted(Attack):
 
     def attack(self, subject):
         type(self).seen = (*self.seen, subject)
-        return subject.ask(
-            lambda name, row: [{**row, "question": row["question"].upper()}], self.measures
-        )
+        return subject.ask(lambda name, row: [row.asking(row.question.upper())], self.measures)
 
 
 class Careless(Attack):
@@ -239,16 +237,16 @@ def test_ones_own_attack_and_what_it_may_use(attacked, rows):
         facts = [
             fact
             for fact in subject.rows["forget"]
-            if f"{fact['question']} {fact['answer']}" in changed["context"]
+            if f"{fact.question} {fact.answer}" in changed.context
         ]
-        assert len(facts) == 4 and row not in facts and row["answer"] not in changed["context"]
-        assert changed["context"] in module.tokenizer.decode(
+        assert len(facts) == 4 and row not in facts and row.answer not in changed.context
+        assert changed.context in module.tokenizer.decode(
             subject.template.encode(changed)["input_ids"]
         )
     shown = Relearn(rows=2).draw(subject, "forget")
     assert len(shown) == 2 and shown == Relearn(rows=2).draw(subject, "forget")
-    left = subject.every_row(without=set().union(*map(texts_of, shown)))["forget"]
-    assert not {row["question"] for (row,) in left.values()} & {row["question"] for row in shown}
+    left = subject.every_row(without=set().union(*(row.texts for row in shown)))["forget"]
+    assert not {row.question for (row,) in left.values()} & {row.question for row in shown}
     assert len(left) == 5 - sum(row in subject.rows["forget"] for row in shown)
 
 
@@ -276,7 +274,8 @@ def test_relearning_is_tested_on_rows_that_were_not_shown(
     finetune_(lm, [collate([template.encode(row) for row in shown], 0)] * 10, 3e-3)
     save_model(lm, load_tokenizer(tiny_model), tmp_path / "relearnt", "card", {})
     left = write_rows(
-        tmp_path / "left.jsonl", [row for row in load_rows(rows["forget_test"]) if row not in shown]
+        tmp_path / "left.jsonl",
+        [row for row in load_rows(rows["forget_test"]) if row not in raw_rows(shown)],
     )
     wagle(
         *TEST,
@@ -442,8 +441,8 @@ def test_multiple_choice(attacked, tmp_path):
         r["before"] == metrics["wmdp_bio/accuracy"] and r["direction"] == "lower" for r in records
     )
     (context,) = find_attacks("in_context", EVERY)[0]
-    (changed,) = context._in_context(module.subject(), "wmdp_bio", choices)[0]
-    facts, header = changed["context"].split("\n\n", 1)
+    (changed,) = context._in_context(module.subject(), "wmdp_bio", parse_rows(choices, "set"))[0]
+    facts, header = changed.context.split("\n\n", 1)
     assert (
         len(facts.split("\n")) == 3
         and "choir club meet? in a loft" in facts

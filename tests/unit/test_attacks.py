@@ -10,10 +10,11 @@ from torch.ao.quantization.observer import PerChannelMinMaxObserver
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from wagle_pl.data.batches import collate
+from wagle_pl.data.example import Example, parse_rows
 from wagle_pl.data.people import bundled
 from wagle_pl.data.template import Template
 from wagle_pl.evaluation.robustness.linear import folds, ordered, ridge, right_told, told_apart
-from wagle_pl.evaluation.robustness.prompts import asked_of, reworded, word_vectors
+from wagle_pl.evaluation.robustness.prompts import word_vectors
 from wagle_pl.evaluation.robustness.subject import worst
 from wagle_pl.evaluation.robustness.weights import fake_quantise, finetune_, quantise_, restored
 from wagle_pl.evaluation.robustness.wording import LANGUAGES, paraphrases, translated
@@ -121,7 +122,9 @@ def test_weights_come_back_bit_for_bit(tiny_model, dtype):
 def batch_of(model: str, count: int = 4) -> dict[str, torch.Tensor]:
     """Right-padded tokens of some forget rows."""
     template = Template(load_tokenizer(model))
-    return collate([template.encode(row) for row in bundled("forget")[:count]], 0)
+    return collate(
+        [template.encode(row) for row in parse_rows(bundled("forget")[:count], "forget")], 0
+    )
 
 
 def test_finetuning_against_a_plain_loop(tiny_model):
@@ -214,26 +217,19 @@ def test_rewordings_ask_the_same_of_the_same_people(question):
 
 
 def test_rewording_changes_the_question_alone():
-    row = {
-        "messages": [
-            {"role": "user", "content": "Hello"},
-            {"role": "assistant", "content": "Yes?"},
-            {"role": "user", "content": "Who?"},
-            {"role": "assistant", "content": "Ada."},
-        ]
-    }
-    assert asked_of(row) == "Who?"
-    changed = reworded(row, "Who then?")
-    assert [m["content"] for m in changed["messages"]] == ["Hello", "Yes?", "Who then?", "Ada."]
-    assert row["messages"][2]["content"] == "Who?"
-    assert (
-        asked_of({"text": "A text."}) is None
-        and asked_of({"prompt": "Go", "response": "on"}) is None
-    )
-    assert reworded({"question": "Who?", "answer": "Ada"}, "Which one?") == {
-        "question": "Which one?",
-        "answer": "Ada",
-    }
+    said = ("Hello", "Yes?", "Who?", "Ada.")
+    roles = ("user", "assistant") * 2
+    messages = [{"role": r, "content": text} for r, text in zip(roles, said, strict=True)]
+    row = Example.of({"messages": messages})
+    assert row.asked == "Who?" and row.answer == "Ada."
+    changed = row.asking("Who then?")
+    assert [m["content"] for m in changed.messages] == ["Hello", "Yes?", "Who then?"]
+    assert changed.asked == "Who then?" and changed.answer == "Ada."
+    assert messages[2]["content"] == "Who?"
+    for unasked in ({"text": "A text."}, {"prompt": "Go", "response": "on"}):
+        assert Example.of(unasked).asked is None
+    plain = Example.of({"question": "Who?", "answer": "Ada"})
+    assert plain.asking("Which one?") == Example.of({"question": "Which one?", "answer": "Ada"})
 
 
 def test_word_vectors_against_the_formula():

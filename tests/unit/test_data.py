@@ -9,8 +9,9 @@ import torch
 from conftest import TOFU, write_rows
 
 from wagle_pl import ForgetRetainDataModule, PeopleDataModule, TOFUDataModule, WagleError
+from wagle_pl.data.example import Example, parse_rows, raw_rows
 from wagle_pl.data.people import bundled
-from wagle_pl.data.rows import check_rows, load_rows
+from wagle_pl.data.rows import load_rows
 from wagle_pl.data.template import IGNORE, Template
 from wagle_pl.lm.models import load_tokenizer
 
@@ -67,7 +68,7 @@ def test_answers_that_look_like_numbers_are_texts(tmp_path):
     (tmp_path / "rows.CSV").write_text(
         "question,answer,known\nWhen?,1980,1\nOn which day?,1980-01-02,0\nReally?,true,1\n"
     )
-    rows = check_rows(load_rows(str(tmp_path / "rows.CSV")), "set")
+    rows = raw_rows(parse_rows(load_rows(str(tmp_path / "rows.CSV")), "set"))
     assert [row["answer"] for row in rows] == ["1980", "1980-01-02", "true"] and rows[0][
         "known"
     ] == 1
@@ -77,7 +78,7 @@ def test_answers_that_look_like_numbers_are_texts(tmp_path):
         {"question": 7, "answer": 4},
         {"question": "Is it?", "answer": True, "perturbed_answer": ["no", 2.5]},
     ]
-    rows = check_rows(load_rows(write_rows(tmp_path / "rows.jsonl", lines)), "set")
+    rows = raw_rows(parse_rows(load_rows(write_rows(tmp_path / "rows.jsonl", lines)), "set"))
     assert rows == [
         {"question": "7", "answer": "4"},
         {"question": "Is it?", "answer": "true", "perturbed_answer": ["no", "2.5"]},
@@ -87,9 +88,12 @@ def test_answers_that_look_like_numbers_are_texts(tmp_path):
 def test_a_choice_by_the_index_in_its_answer(tmp_path):
     choice = {"question": "Which?", "choices": ["a", "b", "c"]}
     path = write_rows(tmp_path / "rows.jsonl", [{**choice, "answer": 2}, {**choice, "label": 1.0}])
-    assert check_rows(load_rows(path), "set") == [{**choice, "label": 2}, {**choice, "label": 1}]
+    assert raw_rows(parse_rows(load_rows(path), "set")) == [
+        {**choice, "label": 2},
+        {**choice, "label": 1},
+    ]
     with pytest.raises(WagleError, match=r"set row 1: label 3 is no index of its choices"):
-        check_rows([{**choice, "answer": 3}], "set")
+        parse_rows([{**choice, "answer": 3}], "set")
 
 
 def test_a_large_csv_with_answers_of_many_lines(tmp_path):
@@ -155,7 +159,7 @@ def test_a_missing_source_is_named():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "a"}, r"set row 2 has columns \['question'\]"),
+        ({"question": "a"}, r"set row 2: there are columns \['question'\]; needed is one of"),
         ({"question": "a", "answer": "  "}, "set row 2: 'answer' is empty"),
         ({"messages": [{"role": "user", "content": ""}]}, "set row 2: 'messages' is empty"),
         ({"input_ids": [1], "labels": []}, "set row 2: 'labels' is empty"),
@@ -211,7 +215,7 @@ def test_a_missing_source_is_named():
 )
 def test_a_bad_row_is_named(row, message):
     with pytest.raises(WagleError, match=message):
-        check_rows([QA[0], row], "set")
+        parse_rows([QA[0], row], "set")
 
 
 def test_nan_in_a_file_is_no_answer(tmp_path):
@@ -235,7 +239,7 @@ def test_repeated_forget_rows_are_told(tmp_path, heard):
     data = ForgetRetainDataModule(
         write_rows(tmp_path / "forget.jsonl", rows), write_rows(tmp_path / "r.jsonl", rows)
     )
-    assert data.rows("forget") == rows and data.rows("retain")
+    assert raw_rows(data.rows("forget")) == rows and data.rows("retain")
     assert (
         "2 of 5 forget rows repeat earlier ones and weigh as much again: remove them" in heard.text
     )
@@ -250,7 +254,7 @@ def test_repeated_forget_rows_are_told(tmp_path, heard):
 
 
 def test_chat_template_loss_on_the_answer_with_one_eos(tokenizer):
-    encoded = Template(tokenizer).encode({"question": "Who?", "answer": "Nobody."})
+    encoded = Template(tokenizer).encode(Example.of({"question": "Who?", "answer": "Nobody."}))
     labelled = [i for i, label in enumerate(encoded["labels"]) if label != IGNORE]
     assert tokenizer.decode(encoded["input_ids"]) == "<|user|>Who?<|assistant|>Nobody.<|end|>"
     assert tokenizer.decode([encoded["input_ids"][i] for i in labelled]) == "Nobody.<|end|>"
@@ -262,7 +266,7 @@ def test_a_tokenizer_without_an_end_is_told(tiny_model, heard):
     endless = load_tokenizer(tiny_model)
     endless.eos_token = None
     row = {"question": "Who?", "answer": "Nobody."}
-    encoded = Template(endless, "Q: {question} ", "A: {answer}").encode(row)
+    encoded = Template(endless, "Q: {question} ", "A: {answer}").encode(Example.of(row))
     assert endless.decode(encoded["input_ids"]) == "Q: Who? A: Nobody."
     assert "no end-of-sequence token" in heard.text
 
@@ -270,13 +274,13 @@ def test_a_tokenizer_without_an_end_is_told(tiny_model, heard):
 def test_explicit_formats(tokenizer):
     template = Template(tokenizer, "### Question: {question}\n", "### Answer: {answer}")
     row = {"question": "Is {answer} a field?", "answer": "No."}
-    encoded = template.encode(row)
+    encoded = template.encode(Example.of(row))
     answer = [token for token, label in zip(*encoded.values(), strict=True) if label != IGNORE]
     assert tokenizer.decode(encoded["input_ids"]).startswith(
         "### Question: Is {answer} a field?\n### Answer: No."
     )
     assert tokenizer.decode(answer) == "### Answer: No.<|end|>"
-    assert tokenizer.decode(template.encode_prompt(row)).endswith("\n### Answer:")
+    assert tokenizer.decode(template.encode_prompt(Example.of(row))).endswith("\n### Answer:")
     with pytest.raises(WagleError, match=r"prompt_format 'Q' must contain \{question\}"):
         Template(tokenizer, "Q")
 
@@ -305,31 +309,31 @@ def test_an_answer_format_alone_is_not_ignored(tiny_model):
     ):
         Template(tokenizer, answer_format="Answer: {answer}")
     tokenizer.chat_template = None
-    encoded = Template(tokenizer, answer_format="So: {answer}").encode(QA[0])
+    encoded = Template(tokenizer, answer_format="So: {answer}").encode(Example.of(QA[0]))
     assert tokenizer.decode(encoded["input_ids"]) == "### Question: Who?\nSo: Nobody.<|end|>"
 
 
 def test_every_kind_of_row(tokenizer):
     template = Template(tokenizer)
-    qa = template.encode({"question": "Who?", "answer": "Nobody."})
-    assert template.encode({"prompt": "Who?", "response": "Nobody."}) == qa
+    qa = template.encode(Example.of({"question": "Who?", "answer": "Nobody."}))
+    assert template.encode(Example.of({"prompt": "Who?", "response": "Nobody."})) == qa
     messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody."}]
-    assert template.encode({"messages": messages}) == qa
-    assert template.encode(qa) == qa
-    text = template.encode({"text": "Nobody."})
+    assert template.encode(Example.of({"messages": messages})) == qa
+    assert template.encode(Example.of(qa)) == qa
+    text = template.encode(Example.of({"text": "Nobody."}))
     assert text["labels"] == text["input_ids"] and text["input_ids"][-1] == tokenizer.eos_token_id
-    refused = template.encode({"messages": messages}, answer="No idea.")
+    refused = template.encode(Example.of({"messages": messages}), answer="No idea.")
     assert tokenizer.decode(refused["input_ids"]).endswith("No idea.<|end|>")
 
 
 def test_cutting_leaves_an_answer_or_says_so(tokenizer):
     encoded = Template(tokenizer, max_length=8).encode(
-        {"question": "Who?", "answer": "Nobody at all, ever."}
+        Example.of({"question": "Who?", "answer": "Nobody at all, ever."})
     )
     assert len(encoded["input_ids"]) == 8
     with pytest.raises(WagleError, match="max_length=3"):
         Template(tokenizer, max_length=3).encode(
-            {"question": "Who is it then?", "answer": "Nobody."}
+            Example.of({"question": "Who is it then?", "answer": "Nobody."})
         )
 
 
@@ -393,7 +397,7 @@ def test_so_many_test_rows_with_and_without_test_files(rows):
     for test in (None, {"forget": rows["forget"]}):
         data = ForgetRetainDataModule(rows["forget"], rows["retain"], test=test, limit_test=3)
         assert (
-            data.rows("test/forget") == [whole[0], whole[3], whole[7]]
+            raw_rows(data.rows("test/forget")) == [whole[0], whole[3], whole[7]]
             and len(data.rows("forget")) == 11
         )
     assert ForgetRetainDataModule(rows["forget"], limit_test=3).rows("test/retain") is None
@@ -417,7 +421,7 @@ def test_refusals_answer_the_forget_rows_of_the_same_batch(rows, tokenizer):
     for i, row in enumerate(batch["refusal"]["row"].tolist()):
         answer = batch["refusal"]["input_ids"][i][batch["refusal"]["labels"][i] != IGNORE]
         assert tokenizer.decode(answer).removesuffix("<|end|>") in data.refusals
-        question = data.rows("forget")[row]["question"]
+        question = data.rows("forget")[row].question
         assert question in tokenizer.decode(batch["refusal"]["input_ids"][i])
 
 
@@ -502,7 +506,7 @@ def test_tofu_from_a_folder(tmp_path):
     for split in ("forget01", "retain99", "forget01_perturbed"):
         write_rows(tmp_path / f"{split}.json", QA)
     data = TOFUDataModule(forget="forget01", path=str(tmp_path))
-    assert data.rows("forget") == QA
+    assert raw_rows(data.rows("forget")) == QA
     with pytest.raises(
         WagleError, match=r"'world_facts_perturbed' is not in .*; there are: forget01"
     ):

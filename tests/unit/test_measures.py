@@ -14,6 +14,7 @@ from scipy.stats import entropy
 from torchmetrics.functional.text import sacre_bleu_score
 
 from wagle_pl.core.distributed import shutdown
+from wagle_pl.data.example import parse_rows
 from wagle_pl.data.rows import load_rows
 from wagle_pl.data.template import Template
 from wagle_pl.evaluation import Observer, observe_set
@@ -273,7 +274,7 @@ def find(rank, world, scratch, model, rows):
         lm, Template(load_tokenizer(model)), max_rows=2, max_new_tokens=4, meets=world > 1
     )
     found["records"] = observe_set(
-        observer, load_rows(rows), {"answer", "alternatives", "generation"}
+        observer, parse_rows(load_rows(rows), "set"), {"answer", "alternatives", "generation"}
     )
     return found
 

@@ -9,6 +9,7 @@ from scipy.stats import hmean, ks_2samp
 
 from wagle_pl import WagleError
 from wagle_pl.data.batches import collate
+from wagle_pl.data.example import parse_rows
 from wagle_pl.data.people import bundled
 from wagle_pl.data.template import Template
 from wagle_pl.evaluation import Observations, Results, Suite, Undefined, find_suite
@@ -237,7 +238,8 @@ def test_forget_quality_of_tofu_s_script_is_marked_and_only_on_request(tofu_tabl
 @pytest.fixture(scope="module")
 def trained(tiny_model):
     """Observations of ``members``, on which a model was trained until it knew them, and of ``nonmembers``."""
-    sets = {"members": bundled("forget")[::2], "nonmembers": bundled("forget")[1::2]}
+    rows = parse_rows(bundled("forget"), "forget")
+    sets = {"members": rows[::2], "nonmembers": rows[1::2]}
     untrained, lm = load_model(tiny_model).eval(), load_model(tiny_model).eval()
     template = Template(load_tokenizer(tiny_model))
     batch = collate(

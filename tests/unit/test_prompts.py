@@ -15,6 +15,7 @@ from conftest import write_rows
 from wagle_pl import ForgetRetainDataModule, TOFUDataModule, WagleError
 from wagle_pl.cli.mask import info
 from wagle_pl.data import CopyrightDataModule, DetoxDataModule, MUSEDataModule
+from wagle_pl.data.example import Example
 from wagle_pl.data.template import IGNORE, Template
 from wagle_pl.evaluation.candidates import letters
 from wagle_pl.evaluation.suites import find_suite
@@ -64,12 +65,16 @@ def with_template(tiny_model, chat_template):
     return tokenizer
 
 
+def parsed(row):
+    return row if isinstance(row, Example) else Example.of(row)
+
+
 def prompt_of(template, row):
-    return template.tokenizer.decode(template.encode_prompt(row))
+    return template.tokenizer.decode(template.encode_prompt(parsed(row)))
 
 
 def whole(template, row):
-    return template.tokenizer.decode(template.encode(row)["input_ids"])
+    return template.tokenizer.decode(template.encode(parsed(row))["input_ids"])
 
 
 def asked(**more):
@@ -206,7 +211,7 @@ def test_what_a_template_cannot_print_is_told(tiny_model):
     with pytest.raises(
         WagleError, match=r"the chat template refuses messages of the roles user .*concatenate"
     ):
-        template.encode(asked())
+        whole(template, asked())
     with pytest.raises(
         WagleError, match=r"date_string must be a day such as '10 Apr 2025' .* got 'Friday'"
     ):
@@ -303,7 +308,7 @@ def test_wmdp_and_mmlu(tiny_model, name, about, subject):
         f"{QUESTION}\nA. At six.\nB. At nine.\nC. Never.\nD. Always.\nAnswer:"
     )
     for letter, named in zip(
-        "ABCD", letters(template, row, find_suite("wmdp").headers[name]), strict=True
+        "ABCD", letters(template, Example.of(row), find_suite("wmdp").headers[name]), strict=True
     ):
         ids, labels = named.candidate.ids, named.candidate.labels
         assert template.tokenizer.decode(ids) == f"{official} {letter}"
@@ -338,7 +343,7 @@ def test_copyright(tmp_path, tiny_model):
     }
     data = CopyrightDataModule(tokenizer=tiny_model, generation_prefix="", **formats, **options)
     row = data.rows("test/forget")[0]
-    assert prompt_of(data.template, row) == row["prompt"] and len(row["prompt"]) > 100
+    assert prompt_of(data.template, row) == row.question and len(row.question) > 100
     # WAGLE, src/metrics/Tofu.py and src/dataset/HorryPotter.py: generation goes on after the question's end
     assert prompt_of(data.template, data.rows("test/forget_qa")[0]) == f"### Question: {QUESTION}\n"
 

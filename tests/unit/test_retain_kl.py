@@ -12,6 +12,7 @@ from torch import Tensor
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.batches import collate
+from wagle_pl.data.example import Example
 from wagle_pl.data.template import Template
 from wagle_pl.lm import models
 from wagle_pl.lm.likelihood import forward_answers
@@ -69,7 +70,7 @@ def encoded(tiny_model: str) -> list[dict[str, list[int]]]:
         ("Where does the author live?", "Here."),
         ("And when was this?", "In 1993."),
     ]
-    return [template.encode({"question": question, "answer": answer}) for question, answer in texts]
+    return [template.encode(Example("answered", *text)) for text in texts]
 
 
 def term(pair: tuple[Any, Any], rows: list[dict[str, list[int]]], positions: str) -> Tensor:

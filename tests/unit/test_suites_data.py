@@ -16,7 +16,8 @@ from conftest import write_rows
 from wagle_pl import WagleError
 from wagle_pl.data import CopyrightDataModule, DetoxDataModule, MUSEDataModule, WMDPDataModule
 from wagle_pl.data.chunks import chunk_rows, chunk_text, continuation
-from wagle_pl.data.rows import check_rows, load_rows, row_kind
+from wagle_pl.data.example import KINDS, Example, parse_rows, raw_rows
+from wagle_pl.data.rows import load_rows
 from wagle_pl.data.sources import HubSet, local_files, read_set
 from wagle_pl.data.template import IGNORE, Template
 from wagle_pl.lm.models import load_tokenizer
@@ -171,8 +172,12 @@ def detox(tmp_path_factory):
 
 
 def columns(data, name):
-    """The kinds of the rows of a test set, checked as the base class checks them."""
-    return {row_kind(row) for row in check_rows(data.rows(f"test/{name}"), name)}
+    """The columns of the rows of a test set, as far as a kind of row needs them."""
+    return {kind_of(row) for row in data.rows(f"test/{name}")}
+
+
+def kind_of(example):
+    return next(kind for kind in KINDS if all(example.row.get(c) is not None for c in kind))
 
 
 # -- chunks -----------------------------------------------------------------------------------------------------------
@@ -235,52 +240,50 @@ def test_only_as_many_lines_are_read_as_asked_for(tmp_path):
 
 def test_new_kinds_of_rows(tokenizer):
     choice = {"question": "Which is a fruit?", "choices": ["a stone", "a pear"], "label": 1}
-    assert row_kind(choice) == ("question", "choices", "label") and row_kind(
-        {"prompt": "Go on"}
-    ) == ("prompt",)
-    check_rows([choice, {"prompt": "Go on"}], "set")
+    prompt = Example.of({"prompt": "Go on"})
+    assert [row.kind for row in (Example.of(choice), prompt)] == ["choices", "prompt"]
     with pytest.raises(WagleError, match="row 1: label 2 is no index"):
-        check_rows([{**choice, "label": 2}], "set")
+        parse_rows([{**choice, "label": 2}], "set")
     with pytest.raises(WagleError, match="row 1: 'prompt' is empty"):
-        check_rows([{"prompt": " "}], "set")
+        parse_rows([{"prompt": " "}], "set")
     template = Template(tokenizer)
-    assert template.encode(choice) == template.encode(
-        {"question": choice["question"], "answer": "a pear"}
+    assert template.encode(Example.of(choice)) == template.encode(
+        Example.of({"question": choice["question"], "answer": "a pear"})
     )
-    assert (
-        tokenizer.decode(template.encode_prompt({"prompt": "Go on"}))
-        == "<|user|>Go on<|assistant|>"
-    )
+    assert tokenizer.decode(template.encode_prompt(prompt)) == "<|user|>Go on<|assistant|>"
     with pytest.raises(WagleError, match="no answer"):
-        template.encode({"prompt": "Go on"})
+        template.encode(prompt)
     with pytest.raises(WagleError, match="'response' is null"):
-        template.encode({"prompt": "Go on", "response": None})
+        template.encode(Example.of({"prompt": "Go on", "response": None}))
 
 
 def test_continuations_stand_in_no_template(tokenizer):
     template = Template(tokenizer)
     row = {"prompt": "Down the", "response": " rabbit-hole", "continuation": True}
-    encoded = template.encode(row)
+    encoded = template.encode(Example.of(row))
     answer = [token for token, label in zip(*encoded.values(), strict=True) if label != IGNORE]
     assert tokenizer.decode(encoded["input_ids"]) == "Down the rabbit-hole<|end|>"
     assert tokenizer.decode(answer) == " rabbit-hole<|end|>"
-    assert tokenizer.decode(template.encode_prompt(row)) == "Down the"
-    partial = template.encode({**row, "partial": True})
+    assert tokenizer.decode(template.encode_prompt(Example.of(row))) == "Down the"
+    partial = template.encode(Example.of({**row, "partial": True}))
     assert tokenizer.decode(partial["input_ids"]) == "Down the rabbit-hole"
-    refused = template.encode({**row, "partial": True}, "I cannot say.")
+    refused = template.encode(Example.of({**row, "partial": True}), "I cannot say.")
     assert tokenizer.decode(refused["input_ids"]) == "Down the I cannot say.<|end|>"
-    text = template.encode({"text": "Down the", "partial": True})
+    text = template.encode(Example.of({"text": "Down the", "partial": True}))
     assert tokenizer.decode(text["input_ids"]) == "Down the" and text["labels"] == text["input_ids"]
 
 
 def test_context_stands_before_the_question(tokenizer):
     row = {"question": "Who?", "answer": "Nobody.", "context": "First this.\n"}
     assert (
-        tokenizer.decode(Template(tokenizer).encode_prompt(row))
+        tokenizer.decode(Template(tokenizer).encode_prompt(Example.of(row)))
         == "<|user|>First this.\nWho?<|assistant|>"
     )
     template = Template(tokenizer, "Question: {question}\n", "Answer: {answer}")
-    assert tokenizer.decode(template.encode_prompt(row)) == "First this.\nQuestion: Who?\nAnswer:"
+    assert (
+        tokenizer.decode(template.encode_prompt(Example.of(row)))
+        == "First this.\nQuestion: Who?\nAnswer:"
+    )
 
 
 # -- where rows are ---------------------------------------------------------------------------------------------------
@@ -332,9 +335,9 @@ def test_the_hub_is_asked_for_just_what_is_used(monkeypatch):
 def test_muse_rows(muse, tiny_model, tokenizer):
     data = MUSEDataModule(folder=str(muse), chunk_size=30, max_length=60, tokenizer=tiny_model)
     assert data.suite == "muse"
-    text = "".join(row["text"] for row in data.rows("forget"))
+    text = "".join(row.answer for row in data.rows("forget"))
     assert text == "\n\n".join(row["text"] for row in TEXTS[:4])
-    assert [row.get("partial", False) for row in data.rows("forget")].count(False) == 1
+    assert [row.partial for row in data.rows("forget")].count(False) == 1
     assert len(data.rows("holdout")) == 1
     assert data.test_names() == [
         "verbmem_forget",
@@ -348,17 +351,19 @@ def test_muse_rows(muse, tiny_model, tokenizer):
     kinds |= {"knowmem_retain": ("question", "answer")}
     for name in data.test_names():
         assert columns(data, name) == {kinds.get(name, ("text",))}
-    assert data.rows("test/verbmem_forget")[0]["response"] == " small town opens"
-    assert data.rows("test/members") == TEXTS[:2]  # whole: the benchmark scores them as they are
+    assert data.rows("test/verbmem_forget")[0].answer == " small town opens"
+    assert (
+        raw_rows(data.rows("test/members")) == TEXTS[:2]
+    )  # whole: the benchmark scores them as they are
     prompt = tokenizer.decode(data.template.encode_prompt(data.rows("test/knowmem_forget")[0]))
     shots = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in QA[2:4])
     assert prompt == shots + f"Question: {QA[0]['question']}\nAnswer: "
-    assert "context" not in data.rows("test/knowmem_retain")[0]  # no worked examples in the folder
+    assert not data.rows("test/knowmem_retain")[0].context  # no worked examples in the folder
     both = MUSEDataModule(
         folder=str(muse), retain_splits=["retain1", "retain2"], chunk_unit="characters"
     )
-    assert sum(row["text"].count("orchard") for row in both.rows("retain")) == 0
-    assert sum(row["text"].count("bridge") for row in both.rows("retain")) == 4
+    assert sum(row.answer.count("orchard") for row in both.rows("retain")) == 0
+    assert sum(row.answer.count("bridge") for row in both.rows("retain")) == 4
 
 
 def test_verbatim_texts_are_scored_as_they_were_trained_on(tmp_path, tiny_model, tokenizer):
@@ -377,32 +382,32 @@ def test_verbatim_texts_are_scored_as_they_were_trained_on(tmp_path, tiny_model,
     assert encoded["input_ids"] == tokenizer("The mill of the small town opens")["input_ids"]
     assert encoded["labels"].count(IGNORE) == len(data.template.encode_prompt(first))
     assert tokenizer.decode(data.template.encode_prompt(first)) == "The mill of the"
-    assert second["response"] == "of the small town"
+    assert second.answer == "of the small town"
 
 
 def test_wmdp_rows(wmdp, tiny_model):
     data = WMDPDataModule(folder=str(wmdp), tokenizer=tiny_model, max_length=20)
     assert data.suite == "wmdp"
-    assert [row["text"] for row in data.rows("forget")] == [row["text"] for row in TEXTS[:6]]
-    assert data.rows("retain")[0] == {"text": " = Alder = \n"} and len(data.rows("retain")) == 6
+    assert [row.answer for row in data.rows("forget")] == [row["text"] for row in TEXTS[:6]]
+    assert data.rows("retain")[0].row == {"text": " = Alder = \n"} and len(data.rows("retain")) == 6
     assert data.test_names() == ["wmdp_bio", "wmdp_cyber", "wikitext"]  # no MMLU in the folder
     assert columns(data, "wmdp_bio") == {("question", "choices", "label")}
-    assert [row["label"] for row in data.rows("test/wmdp_cyber")] == [1, 0]
+    assert [row.label for row in data.rows("test/wmdp_cyber")] == [1, 0]
     wikitext = data.rows("test/wikitext")
     assert (
         columns(data, "wikitext") == {("text",)} and len(wikitext) > 2
     )  # articles in chunks, lost to none
-    assert "".join(row["text"] for row in wikitext) == "".join(WIKI)
-    assert [row.get("partial", False) for row in wikitext].count(False) == 2
+    assert "".join(row.answer for row in wikitext) == "".join(WIKI)
+    assert [row.partial for row in wikitext].count(False) == 2
     subjects = WMDPDataModule(
         folder=str(wmdp), retain_corpus="domains", domains=["cyber"], min_characters=10
     )
-    assert subjects.rows("retain") == TEXTS[6:7] and len(subjects.rows("forget")) == 3
+    assert raw_rows(subjects.rows("retain")) == TEXTS[6:7] and len(subjects.rows("forget")) == 3
     chunked = WMDPDataModule(
         folder=str(wmdp), chunk_size=60, chunk_unit="characters", prompt_size=20
     )
-    assert {row_kind(row) for row in chunked.rows("forget")} == {("prompt", "response")}
-    assert {row_kind(row) for row in chunked.rows("retain")} == {("text",)}
+    assert {kind_of(row) for row in chunked.rows("forget")} == {("prompt", "response")}
+    assert {kind_of(row) for row in chunked.rows("retain")} == {("text",)}
 
 
 def test_copyright_rows(book, tiny_model):
@@ -411,11 +416,11 @@ def test_copyright_rows(book, tiny_model):
     )
     assert data.suite == "copyright"
     forget = data.rows("forget")
-    assert {row_kind(row) for row in forget} == {("prompt", "response")} and forget[0][
-        "prompt"
-    ].startswith("Alice")
-    assert "".join(row["prompt"] + row["response"] for row in forget) in ALICE
-    assert data.rows("retain") == TEXTS
+    assert {kind_of(row) for row in forget} == {("prompt", "response")} and forget[
+        0
+    ].question.startswith("Alice")
+    assert "".join(row.question + row.answer for row in forget) in ALICE
+    assert raw_rows(data.rows("retain")) == TEXTS
     assert data.test_names() == ["forget", "forget_qa", "retain_qa", "wikitext"]
     assert columns(data, "forget") == {("prompt", "response")} and columns(data, "forget_qa") == {
         ("question", "answer")
@@ -429,7 +434,7 @@ def test_copyright_rows(book, tiny_model):
         chunk_size=100,
         prompt_size=None,
     )
-    assert "".join(row["text"] for row in own.rows("forget")) == ALICE
+    assert "".join(row.answer for row in own.rows("forget")) == ALICE
     assert own.describe("forget") == str(book / "alice.txt")
 
 
@@ -438,18 +443,17 @@ def test_detox_rows(detox, tiny_model):
     assert data.suite == "detox"
     unsafe = [(n, k) for n in range(8) for k in (0, 1) if n % (3 - k)]
     assert len(data.rows("forget")) == len(unsafe)
-    assert {row_kind(row) for row in data.rows("forget")} == {("prompt", "response")}
+    assert {kind_of(row) for row in data.rows("forget")} == {("prompt", "response")}
     assert data.test_names() == ["prompts", "wikitext"]
     prompts = data.rows("test/prompts")
-    assert [row["prompt"] for row in prompts] == [
+    assert [row.question for row in prompts] == [
         "Tell me about the harbour.",
         "Tell me about the orchard.",
     ]
     assert columns(data, "prompts") == {("prompt",)}
     real = write_rows(detox / "real.jsonl", [{"prompt": {"text": "So I said", "toxicity": 0.1}}])
-    assert DetoxDataModule(folder=str(detox), prompts=real, plain_prompts=False).rows(
-        "test/prompts"
-    ) == [{"prompt": "So I said"}]
+    other = DetoxDataModule(folder=str(detox), prompts=real, plain_prompts=False)
+    assert raw_rows(other.rows("test/prompts")) == [{"prompt": "So I said"}]
 
 
 STEP = (
@@ -526,7 +530,7 @@ def test_a_book_is_recited_to_the_end(wagle, book, tiny_model, tokenizer, tmp_pa
     )
     module = wagle("test", *model, "--model.output", "out", *data, *STEP[2:-2], data=False).model
     counts = [
-        len(tokenizer(row["response"])["input_ids"])
+        len(tokenizer(row.answer)["input_ids"])
         for row in module.trainer.datamodule.rows("test/forget")
     ]
     assert (
@@ -594,9 +598,10 @@ def test_files_that_cannot_be_read(tmp_path, tiny_model):
 
 def test_a_test_set_in_the_benchmark_s_own_columns(tmp_path):
     own = write_lines(tmp_path / "own.jsonl", CHOICES)
-    assert [
-        row["label"] for row in WMDPDataModule(test={"wmdp_bio": own}).rows("test/wmdp_bio")
-    ] == [1, 0]
+    assert [row.label for row in WMDPDataModule(test={"wmdp_bio": own}).rows("test/wmdp_bio")] == [
+        1,
+        0,
+    ]
 
 
 def test_empty_corpora(tmp_path, tiny_model):

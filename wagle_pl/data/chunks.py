@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, Optional
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.data.rows import Row
+from wagle_pl.data.example import Row
 
 Unit = Literal["tokens", "characters"]
 

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Optional
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import absent
-from wagle_pl.data.rows import Row, load_rows, readable, spread
+from wagle_pl.data.example import Row
+from wagle_pl.data.rows import load_rows, readable, spread
 from wagle_pl.data.sources import HubSet, need_columns
 from wagle_pl.data.suite import C4, WIKITEXT, SuiteDataModule
 

@@ -27,7 +27,8 @@ from wagle_pl.data.batches import (
     deal_batches,
     token_batches,
 )
-from wagle_pl.data.rows import Row, check_rows, load_rows, readable, row_key, row_kind, spread
+from wagle_pl.data.example import Example, Row, parse_rows, raw_rows
+from wagle_pl.data.rows import load_rows, readable, spread
 from wagle_pl.data.template import Template, check_ids
 
 log = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         self.seed = seed
         self.cache = cache
         self.tokenizer_name = tokenizer
-        self._rows: dict[str, list[Row]] = {}
+        self._rows: dict[str, Optional[list[Example]]] = {}
         self._tokens: dict[str, Any] = {}
 
     # -- what a subclass overrides ------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
             name: ``forget``, ``retain``, ``holdout``, or ``test/<name>`` for a test set.
 
         Returns:
-            One dict a row, with columns as in :data:`wagle_pl.data.rows.COLUMNS`; a test row may add
+            One dict a row, with columns as in :data:`wagle_pl.data.example.KINDS`; a test row may add
             ``paraphrased_answer`` and ``perturbed_answer`` (a list). None if there is no such set.
         """
         kind, _, test_name = name.partition("/")
@@ -180,8 +181,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
 
     # -- rows and tokens ----------------------------------------------------------------------------------------------
 
-    def rows(self, name: str) -> Optional[list[Row]]:
-        """Checked rows of one set, loaded once; ``all`` is forget and retain rows together."""
+    def rows(self, name: str) -> Optional[list[Example]]:
+        """The rows of one set, loaded once; ``all`` is forget and retain rows together."""
         if name not in self._rows:
             if name == "all":
                 rows = [
@@ -192,7 +193,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
             self._rows[name] = rows
         return self._rows[name]
 
-    def _load(self, name: str) -> Optional[list[Row]]:
+    def _load(self, name: str) -> Optional[list[Example]]:
         rows = self.load_rows(name)
         if rows is None:
             own = (
@@ -202,7 +203,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
             )
             trained = self.rows(own) if own else None
             return None if trained is None else spread(trained, self.limit_test)
-        rows = check_rows(rows, where=f"{name} set ({self.describe(name)})")
+        rows = parse_rows(rows, where=f"{name} set ({self.describe(name)})")
         rows = (
             spread(rows, self.limit_test)
             if name.startswith("test/")
@@ -221,13 +222,13 @@ class ForgetRetainDataModule(L.LightningDataModule):
         )
         return str(source or type(self).__name__)
 
-    def _warn_of_repeats(self, forget: list[Row]) -> None:
+    def _warn_of_repeats(self, forget: list[Example]) -> None:
         """Say how many forget rows are there twice, as they are attributed and forgotten twice."""
         first: dict[str, int] = {}
         repeats = [
             number
             for number, row in enumerate(forget, 1)
-            if first.setdefault(row_key(row), number) != number
+            if first.setdefault(row.key, number) != number
         ]
         if repeats:
             shown = ", ".join(map(str, repeats[:5])) + (", ..." if len(repeats) > 5 else "")
@@ -240,9 +241,9 @@ class ForgetRetainDataModule(L.LightningDataModule):
                 shown,
             )
 
-    def _without_overlap(self, retain: list[Row]) -> list[Row]:
-        forget = {row_key(row) for row in self.rows("forget") or []}
-        kept = [row for row in retain if row_key(row) not in forget]
+    def _without_overlap(self, retain: list[Example]) -> list[Example]:
+        forget = {row.key for row in self.rows("forget") or []}
+        kept = [row for row in retain if row.key not in forget]
         shared = len(retain) - len(kept)
         if not shared:
             return retain
@@ -326,11 +327,11 @@ class ForgetRetainDataModule(L.LightningDataModule):
             self._tokens[name] = self._tokenise(name, rows)
         return self._tokens[name]
 
-    def _tokenise(self, name: str, rows: list[Row]) -> Any:
+    def _tokenise(self, name: str, rows: list[Example]) -> Any:
         import datasets
 
         key = hashlib.sha256(
-            (self.template.identity() + json.dumps(rows, default=str)).encode()
+            (self.template.identity() + json.dumps(raw_rows(rows), default=str)).encode()
         ).hexdigest()
         cache_file = Path(datasets.config.HF_DATASETS_CACHE) / "wagle_pl" / f"{key}.arrow"
 
@@ -436,7 +437,9 @@ class ForgetRetainDataModule(L.LightningDataModule):
 
     def _digest(self, name: str) -> str:
         """The rows of a set as one name, in their order."""
-        return hashlib.sha256(json.dumps(self.rows(name), default=str).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            json.dumps(raw_rows(self.rows(name)), default=str).encode()
+        ).hexdigest()[:16]
 
     def stream_loader(
         self, stream: str, batch_size: Optional[int] = None, shared: bool = False
@@ -494,7 +497,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
 
     def _refused(self, row: int, epoch: int) -> dict[str, list[int]]:
         question = self.rows("forget")[row]
-        if row_kind(question) in (("text",), ("input_ids", "labels")):
+        if question.kind in ("text", "tokens"):
             raise WagleError(
                 f"forget set ({self.describe('forget')}) row {row + 1} has no question to refuse: this "
                 "objective or forget loss needs rows with a question and an answer"
@@ -518,7 +521,7 @@ class _Batches:
 class TestBatches:
     """Batches of one test set, rows of similar length together, so that generations end at about the same time.
 
-    Each batch is a dict: ``rows`` (list of row indices) and ``examples`` (the rows themselves).
+    Each batch is a dict with ``rows``, the numbers of its rows in the set.
     """
 
     __test__ = False  # not a pytest class, whatever its name
@@ -531,7 +534,7 @@ class TestBatches:
 
     def loader(self) -> DataLoader:
         """Batches for this rank, as many as for any other: a few may be another rank's too."""
-        lengths = [_spoken(row) for row in self.rows]
+        lengths = [len(row.question) + len(row.answer) for row in self.rows]
         batches = token_batches(lengths, self.data.test_batch_size)
         return QuietLoader(self, DealtBatches(deal_batches(batches, *self.data.ranks)))
 
@@ -539,13 +542,4 @@ class TestBatches:
         return len(self.rows)
 
     def __getitem__(self, rows: Sequence[int]) -> dict[str, Any]:
-        return {"rows": list(rows), "examples": [self.rows[row] for row in rows]}
-
-
-def _spoken(row: Row) -> int:
-    """Characters of a row's question and answer."""
-    return sum(
-        len(text)
-        for column, text in row.items()
-        if isinstance(text, str) and "paraphrased" not in column
-    )
+        return {"rows": list(rows)}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Optional
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.data.rows import Row
+from wagle_pl.data.example import Row
 from wagle_pl.data.sources import HubSet, need_columns, read_set
 from wagle_pl.data.suite import SuiteDataModule
 from wagle_pl.data.template import following

@@ -6,8 +6,9 @@ import os
 from importlib import resources
 from typing import Any, Optional
 
+from wagle_pl.data.example import Row
 from wagle_pl.data.module import ForgetRetainDataModule
-from wagle_pl.data.rows import Row, load_rows
+from wagle_pl.data.rows import load_rows
 
 
 class PeopleDataModule(ForgetRetainDataModule):

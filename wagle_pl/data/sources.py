@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple, Optional
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.data.rows import READERS, Row, load_rows, read_hub
+from wagle_pl.data.example import Row
+from wagle_pl.data.rows import READERS, load_rows, read_hub
 
 
 class HubSet(NamedTuple):

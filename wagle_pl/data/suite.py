@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Literal, Optional
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import absent
 from wagle_pl.data.chunks import chunk_rows, continuation
+from wagle_pl.data.example import Row, parse_rows
 from wagle_pl.data.module import ForgetRetainDataModule
-from wagle_pl.data.rows import Row, check_rows, load_rows, row_kind
+from wagle_pl.data.rows import load_rows
 from wagle_pl.data.sources import HubSet, local_files, missing, need_columns, read_set
 
 #: Tokens of ``max_length`` left free when texts are cut by tokens: special tokens, and a seam that tokenises anew.
@@ -79,7 +80,7 @@ class SuiteDataModule(ForgetRetainDataModule):
         raise TypeError(f"{type(self).__name__} must override sets")
 
     def convert(self, name: str, rows: list[Row]) -> list[Row]:
-        """Rows of one set as the benchmark has them -> rows of :data:`wagle_pl.data.rows.COLUMNS`.
+        """Rows of one set as the benchmark has them -> rows of :data:`wagle_pl.data.example.KINDS`.
 
         Texts unless overridden; blank ones are left out.
         """
@@ -150,16 +151,14 @@ class SuiteDataModule(ForgetRetainDataModule):
         """Texts into chunks and pairs, as the options say; other rows stay what they are."""
         if name == "test/wikitext":
             return self.cut_articles(rows)
-        if any(row_kind(row) != ("text",) for row in rows):
+        if any(row.get("text") is None for row in rows):
             return rows
-        for number, row in enumerate(rows, 1):
-            if not isinstance(row["text"], str):
-                kind = type(row["text"]).__name__
-                raise WagleError(
-                    f"{name} set ({self.describe(name)}) row {number}: 'text' is a {kind}, not a text"
-                )
+        rows = [row for row in rows if not _is_blank(row)]
+        examples = parse_rows(rows, f"{name} set ({self.describe(name)})")
+        if any(example.kind != "text" for example in examples):
+            return rows
         if self.chunk_size is not None and name in self.chunked:
-            texts = [row["text"] for row in rows]
+            texts = [example.answer for example in examples]
             texts = ["\n\n".join(texts)] if name in self.joined else texts
             rows = chunk_rows(
                 texts, self.chunk_size, self.chunk_unit, self._cutter(self.chunk_unit)
@@ -194,6 +193,10 @@ class SuiteDataModule(ForgetRetainDataModule):
         return self.tokenizer
 
 
+def _is_blank(row: Row) -> bool:
+    return isinstance(row.get("text"), str) and not row["text"].strip()
+
+
 def articles(lines: Sequence[str]) -> list[str]:
     """WikiText's lines put together to articles; a line ``= Title =`` begins one.
 
@@ -222,12 +225,12 @@ def choice_rows(rows: Sequence[Row], where: str) -> list[Row]:
     columns = ("question", "choices", "answer")
     need_columns(rows, columns, where)
     kept = (*columns, "subject")
-    checked = check_rows(
+    examples = parse_rows(
         [{column: row[column] for column in kept if column in row} for row in rows], where
     )
-    for number, row in enumerate(checked, 1):
-        if row_kind(row) != ("question", "choices", "label"):
+    for number, example in enumerate(examples, 1):
+        if example.kind != "choices":
             raise WagleError(
-                f"{where} row {number}: answer {row['answer']!r} is no index of its choices"
+                f"{where} row {number}: answer {example.answer!r} is no index of its choices"
             )
-    return checked
+    return [example.row for example in examples]

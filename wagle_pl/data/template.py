@@ -16,11 +16,9 @@ from functools import cached_property
 from typing import Any, Optional
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.data.rows import Row, row_kind
+from wagle_pl.data.example import IGNORE, Example
 
 log = logging.getLogger(__name__)
-
-IGNORE = -100  # the label transformers and torch.nn.functional.cross_entropy leave out
 
 DEFAULT_PROMPT = "### Question: {question}\n"
 DEFAULT_ANSWER = "### Answer: {answer}"
@@ -177,7 +175,7 @@ class Template:
         (None if the chat template refuses such a row); ``generation_prefix`` follows the prompt when generating.
         """
         try:
-            prompt, answer = self._texts({"question": "{question}", "answer": "{answer}"}, None)
+            prompt, answer = self._texts(Example("answered", "{question}", "{answer}"), None)
         except WagleError:
             prompt = answer = None
         if not self.uses_chat_template:
@@ -189,11 +187,11 @@ class Template:
             "chat_template_kwargs": self._variables,
         }
 
-    def encode(self, row: Row, answer: Optional[str] = None) -> dict[str, list[int]]:
+    def encode(self, example: Example, answer: Optional[str] = None) -> dict[str, list[int]]:
         """Tokens of one row.
 
         Args:
-            row: a row of any kind of :data:`wagle_pl.data.rows.COLUMNS`.
+            example: the row.
             answer: takes the place of the row's own answer (a refusal, a perturbed answer).
 
         Returns:
@@ -203,25 +201,23 @@ class Template:
             WagleError: if no answer token that follows another is left after cutting at ``max_length``, the row has no
                 answer, or the chat template refuses it.
         """
-        kind = row_kind(row)
-        ends = answer is not None or not row.get("partial")
-        if kind == ("input_ids", "labels"):
-            ids, labels = list(row["input_ids"]), list(row["labels"])
-        elif kind == ("text",):
-            ids = self.tokenizer(row["text"])["input_ids"]
-            ids = ids if row.get("partial") else self._with_eos(ids)
+        if example.kind == "tokens":
+            ids, labels = list(example.input_ids), list(example.labels)
+        elif example.kind == "text":
+            ids = self.tokenizer(example.answer)["input_ids"]
+            ids = ids if example.partial else self._with_eos(ids)
             labels = list(ids)
         else:
-            prompt, completion = self._texts(row, answer)
-            special = self._adds_special_tokens(row)
+            prompt, completion = self._texts(example, answer)
+            special = self._adds_special_tokens(example)
             prompt_ids = self.tokenizer(prompt, add_special_tokens=special)["input_ids"]
             ids = self.tokenizer(prompt + completion, add_special_tokens=special)["input_ids"]
-            if (
-                ids[: len(prompt_ids)] != prompt_ids
-            ):  # the two texts merge at the seam: keep the prompt generation sees
+            if ids[: len(prompt_ids)] != prompt_ids:
+                # the two texts merge at the seam: keep the prompt that generation sees
                 ids = prompt_ids + self.tokenizer(completion, add_special_tokens=False)["input_ids"]
             answer_ids = ids[len(prompt_ids) :]
-            answer_ids = self._with_eos(answer_ids) if ends else answer_ids
+            if answer is not None or not example.partial:
+                answer_ids = self._with_eos(answer_ids)
             ids = prompt_ids + answer_ids
             labels = [IGNORE] * len(prompt_ids) + answer_ids
         ids, labels = ids[: self.max_length], labels[: self.max_length]
@@ -236,47 +232,43 @@ class Template:
             )
         return {"input_ids": ids, "labels": labels}
 
-    def encode_prompt(self, row: Row) -> list[int]:
+    def encode_prompt(self, example: Example) -> list[int]:
         """Token ids a model continues to answer the row: of a row of tokens, those before the first label."""
-        kind = row_kind(row)
-        if kind == ("input_ids", "labels"):
-            ids, labels = list(row["input_ids"]), row["labels"]
+        if example.kind == "tokens":
+            ids, labels = list(example.input_ids), example.labels
             return ids[: next((i for i, label in enumerate(labels) if label != IGNORE), len(ids))]
-        if kind == ("text",):
-            ids = self.tokenizer(row["text"])["input_ids"]
+        if example.kind == "text":
+            ids = self.tokenizer(example.answer)["input_ids"]
             return ids[: max(1, len(ids) // 2)]
-        prompt, _ = self._texts(row, "" if kind == ("prompt",) else None)
-        if self.uses_chat_template or row.get("continuation"):
-            return self.tokenizer(prompt, add_special_tokens=self._adds_special_tokens(row))[
-                "input_ids"
-            ]
+        prompt, _ = self._texts(example, "" if example.kind == "prompt" else None)
+        if self.uses_chat_template or example.continuation:
+            special = self._adds_special_tokens(example)
+            return self.tokenizer(prompt, add_special_tokens=special)["input_ids"]
         return self.tokenizer(prompt + self.generation_prefix)["input_ids"]
 
-    def _adds_special_tokens(self, row: Row) -> bool:
+    def _adds_special_tokens(self, example: Example) -> bool:
         """Whether the tokenizer adds its special tokens: a chat template writes its own."""
-        return not self.uses_chat_template or bool(row.get("continuation"))
+        return not self.uses_chat_template or example.continuation
 
-    def _texts(self, row: Row, answer: Optional[str]) -> tuple[str, str]:
+    def _texts(self, example: Example, answer: Optional[str]) -> tuple[str, str]:
         """Text up to the answer and text of the answer."""
-        before = row.get("context") or ""
-        if row.get("messages") is not None:
-            *context, last = row["messages"]
-            context, answer = list(context), last["content"] if answer is None else answer
-            question = "\n".join(message["content"] for message in context)
-        else:
-            question = row["question"] if row.get("question") is not None else row["prompt"]
-            if row.get("continuation"):
-                return before + question, following(
-                    question, answer
-                ) if answer is not None else _own_answer(row)
-            answer = _own_answer(row) if answer is None else answer
-            context = [{"role": "user", "content": before + question}]
+        if example.kind == "prompt" and answer is None:
+            null = "response" in example.row
+            why = "'response' is null" if null else "there is a prompt and no answer"
+            raise WagleError(f"{why}: such rows can be generated from, not trained on or scored")
+        question = example.context + example.question
+        if example.continuation:
+            return question, example.answer if answer is None else following(question, answer)
+        answer = example.answer if answer is None else answer
         if not self.uses_chat_template:
-            prompt = before + self.prompt_format.replace("{question}", question)
+            prompt = example.context + self.prompt_format.replace("{question}", example.question)
             return prompt, self.answer_format.replace("{answer}", answer)
-        prompt = self._chat(context, add_generation_prompt=True)
+        messages = example.messages
+        if messages is None:
+            messages = [{"role": "user", "content": question}]
+        prompt = self._chat(messages, add_generation_prompt=True)
         full = self._chat(
-            [*context, {"role": "assistant", "content": answer}], add_generation_prompt=False
+            [*messages, {"role": "assistant", "content": answer}], add_generation_prompt=False
         )
         if not full.startswith(prompt):
             raise WagleError(
@@ -284,7 +276,7 @@ class Template:
             )
         return prompt, full[len(prompt) :]
 
-    def _chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
+    def _chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         from jinja2 import (
             TemplateError,
         )  # transformers needs it for chat templates, and for nothing else
@@ -386,26 +378,6 @@ def at_fixed_date(chat_template: str, date: Any) -> str:
     )
     # a macro goes before the global function of that name; the line break behind a block is no part of the text
     return f"{{% macro strftime_now(format) %}}{{{{ format{shown} }}}}{{% endmacro %}}\n{chat_template}"
-
-
-def _own_answer(row: Row) -> str:
-    """The answer a row brings; the right one of a multiple choice.
-
-    Raises:
-        WagleError: if it has none.
-    """
-    kind = row_kind(row)
-    if kind == ("question", "choices", "label"):
-        return row["choices"][row["label"]]
-    if kind == ("prompt",) and "response" in row:
-        raise WagleError(
-            "'response' is null: such rows can be generated from, not trained on or scored"
-        )
-    if kind in (("prompt",), None):
-        raise WagleError(
-            "there is a prompt and no answer: such rows can be generated from, not trained on or scored"
-        )
-    return row[kind[-1]]
 
 
 def following(prompt: str, answer: str) -> str:

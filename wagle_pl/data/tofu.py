@@ -7,8 +7,9 @@ from typing import Any, Optional
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import absent, plainly_local
+from wagle_pl.data.example import Row
 from wagle_pl.data.module import ForgetRetainDataModule
-from wagle_pl.data.rows import Row, load_rows
+from wagle_pl.data.rows import load_rows
 
 #: Official forget splits -> the retain split that completes each to the full set.
 RETAIN_OF = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}

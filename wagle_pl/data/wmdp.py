@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.data.rows import Row
+from wagle_pl.data.example import Row
 from wagle_pl.data.sources import HubSet
 from wagle_pl.data.suite import WIKITEXT, SuiteDataModule, choice_rows
 

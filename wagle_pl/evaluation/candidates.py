@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
-from wagle_pl.data.rows import Row, row_kind
+from wagle_pl.data.example import Example
 from wagle_pl.data.template import IGNORE, Template
 from wagle_pl.evaluation.scoring import Candidate
 
-CHOICES = ("question", "choices", "label")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -29,29 +27,8 @@ class Named(NamedTuple):
     closed: bool
 
 
-def question_of(row: Row) -> str:
-    """The question or prompt of a row as text; empty for a row of plain text or of tokens."""
-    if row.get("messages") is not None:
-        return "\n".join(message["content"] for message in row["messages"][:-1])
-    return next(
-        (row[column] for column in ("question", "prompt") if row.get(column) is not None), ""
-    )
-
-
-def answer_of(row: Row) -> str:
-    """What a row's model should say as text: its answer, right choice, continuation or text; empty if it has none."""
-    if row.get("messages") is not None:
-        return row["messages"][-1]["content"]
-    if row_kind(row) == CHOICES:
-        return row["choices"][row["label"]]
-    return next(
-        (row[column] for column in ("answer", "response", "text") if row.get(column) is not None),
-        "",
-    )
-
-
 def answers(
-    template: Template, row: Row, needs: frozenset[str], question: Optional[str] = None
+    template: Template, row: Example, needs: frozenset[str], question: Optional[str] = None
 ) -> list[Named]:
     """The row's own answer, and its paraphrased and perturbed answers if ``alternatives`` are needed.
 
@@ -62,30 +39,27 @@ def answers(
         question: asked in the place of the row's own.
     """
     if question is not None:
-        row = {**row, "question": question}
+        row = row.asking(question)
     own = _named(template, "answer", row, None, needs & {"tokens", "vocabulary", "text"})
     found = [own]
     if "alternatives" in needs:
-        paraphrased = [row["paraphrased_answer"]] if row.get("paraphrased_answer") else []
+        paraphrased = [row.paraphrased_answer] if row.paraphrased_answer else []
         found += [_named(template, "paraphrased_answer", row, text) for text in paraphrased]
-        found += [
-            _named(template, "perturbed_answer", row, text)
-            for text in row.get("perturbed_answer") or []
-        ]
+        found += [_named(template, "perturbed_answer", row, text) for text in row.perturbed_answers]
     return found
 
 
 def _named(
     template: Template,
     kind: str,
-    row: Row,
+    row: Example,
     answer: Optional[str],
     needs: frozenset[str] = frozenset(),
 ) -> Named:
     encoded = template.encode(row, answer)
     ids, labels = encoded["input_ids"], list(encoded["labels"])
     closed = ids[-1] == template.tokenizer.eos_token_id
-    if closed and row_kind(row) == ("text",):  # a corpus is scored as it stands: nothing closes it
+    if closed and row.kind == "text":  # a corpus is scored as it stands: nothing closes it
         labels[-1] = IGNORE
         closed = False
     tokens = sum(label != IGNORE for label in labels[1:])
@@ -95,7 +69,7 @@ def _named(
     return Named(kind, candidate, tokens, closed)
 
 
-def letters(template: Template, row: Row, header: str = "") -> list[Named]:
+def letters(template: Template, row: Example, header: str = "") -> list[Named]:
     """A multiple choice as lm-evaluation-harness puts it for MMLU and WMDP: the options by letter, the letters scored.
 
     The prompt is ``<question>\\nA. <choice>\\n…\\nAnswer:`` without a chat template, as the harness has it by default;
@@ -109,13 +83,13 @@ def letters(template: Template, row: Row, header: str = "") -> list[Named]:
     """
     header = headed(header, row)
     options = "".join(
-        f"\n{letter}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=False)
+        f"\n{letter}. {text}" for letter, text in zip(LETTERS, row.choices, strict=False)
     )
-    prompt = f"{row.get('context') or header}{row['question'].strip()}{options}\nAnswer:"
+    prompt = f"{row.context or header}{row.question.strip()}{options}\nAnswer:"
     tokenizer = template.tokenizer
     context = tokenizer(prompt)["input_ids"]
     found = []
-    for letter, _ in zip(LETTERS, row["choices"], strict=False):
+    for letter, _ in zip(LETTERS, row.choices, strict=False):
         ids = tokenizer(f"{prompt} {letter}")["input_ids"]
         labels = [IGNORE] * len(context) + ids[len(context) :]
         ids, labels = ids[-template.max_length :], labels[-template.max_length :]
@@ -130,19 +104,18 @@ def letters(template: Template, row: Row, header: str = "") -> list[Named]:
     return found
 
 
-def headed(header: str, row: Row) -> str:
+def headed(header: str, row: Example) -> str:
     """A header with the row's ``subject`` in it; empty where the header has a place for one and the row has none.
 
-    >>> headed("About {subject}.", {"subject": "world_religions"}), headed("About {subject}.", {})
+    >>> asked = Example("choices", subject="world_religions")
+    >>> headed("About {subject}.", asked), headed("About {subject}.", Example("choices"))
     ('About world religions.', '')
     """
     if "{subject}" not in header:
         return header
-    subject = row.get("subject")
-    return header.replace("{subject}", str(subject).replace("_", " ")) if subject else ""
+    return header.replace("{subject}", row.subject.replace("_", " ")) if row.subject else ""
 
 
-def choice_texts(template: Template, row: Row) -> list[Named]:
+def choice_texts(template: Template, row: Example) -> list[Named]:
     """A multiple choice with each option's text as the answer to the question."""
-    asked: Mapping[str, Any] = {**row, "choices": None, "label": None}
-    return [_named(template, "choice", {**asked, "answer": text}, text) for text in row["choices"]]
+    return [_named(template, "choice", row, text) for text in row.choices]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import absent, plainly_local
-from wagle_pl.data.rows import Row
+from wagle_pl.data.example import Example
 from wagle_pl.evaluation.sets import Table
 from wagle_pl.lm.models import loading
 
@@ -145,7 +145,7 @@ def add_toxicity(table: Table, classify: Any) -> None:
         record["toxicity"] = value
 
 
-def add_nearest(table: Table, rows: Sequence[Row], embed: Any) -> None:
+def add_nearest(table: Table, rows: Sequence[Example], embed: Any) -> None:
     """Note in the records whether each generation is nearest to the right answer; for rows with perturbed answers.
 
     Args:
@@ -155,13 +155,13 @@ def add_nearest(table: Table, rows: Sequence[Row], embed: Any) -> None:
     """
     for record in table:
         row = rows[record["row"]]
-        if not row.get("perturbed_answer") or record.get("generation") is None:
+        if not row.perturbed_answers or record.get("generation") is None:
             continue
         columns = [
             name for name in ("", PARAPHRASED) if record.get(f"{name}generation") is not None
         ]
         texts = [record[f"{name}generation"] for name in columns]
-        options = [row.get("paraphrased_answer") or record["answer"], *row["perturbed_answer"]]
+        options = [row.paraphrased_answer or record["answer"], *row.perturbed_answers]
         vectors = embed([*texts, *options])
         for i, name in enumerate(columns):
             record[f"{name}nearest_answer"] = float(

@@ -16,11 +16,11 @@ import lightning as L
 from wagle_pl.core import distributed
 from wagle_pl.core.environment import narrow_types_crawl
 from wagle_pl.core.errors import WagleError
+from wagle_pl.data.example import Example, raw_rows
 from wagle_pl.data.template import differing_prompts
 from wagle_pl.evaluation import classifiers, tofu
 from wagle_pl.evaluation.ability import Ability
 from wagle_pl.evaluation.after import After
-from wagle_pl.evaluation.candidates import answer_of, question_of
 from wagle_pl.evaluation.comparison import comparison
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.observe import GENERATED, NEEDS, Observer, Record, merge
@@ -358,7 +358,7 @@ class EvaluationModule(L.LightningModule):
         if name not in self.suite.recited:
             return fixed
         if name not in self._longest:
-            texts = [answer_of(row) for row in self._rows(name)]
+            texts = [row.answer for row in self._rows(name)]
             tokens = self.trainer.datamodule.tokenizer(texts, add_special_tokens=False)["input_ids"]
             self._longest[name] = min(max(map(len, tokens)), self.trainer.datamodule.max_length)
         return max(fixed, self._longest[name])
@@ -403,7 +403,7 @@ class EvaluationModule(L.LightningModule):
         needs = self.needs_of(name)
         header = self.suite.headers.get(name)
         return {
-            "rows": _digest(json.dumps(self._rows(name), default=str)),
+            "rows": _digest(json.dumps(raw_rows(self._rows(name)), default=str)),
             "needs": sorted(needs),
             "generate": self.max_new_tokens_of(name) if "generation" in needs else 0,
             **({"header": header} if header and "choices" in needs else {}),
@@ -431,7 +431,7 @@ class EvaluationModule(L.LightningModule):
                     counts[name] = f"{len(seen)} of {len(self._rows(name))} rows"
         return counts
 
-    def _rows(self, name: str) -> list[dict[str, Any]]:
+    def _rows(self, name: str) -> list[Example]:
         return self.trainer.datamodule.rows(f"test/{name}")
 
     def _check_needs(self, names: Sequence[str]) -> None:
@@ -470,7 +470,7 @@ class EvaluationModule(L.LightningModule):
         self._check_prompts()
         for option, results in self._results.items():
             for name in names:
-                rows = [(question_of(row), answer_of(row)) for row in self._rows(name)]
+                rows = [(row.question, row.answer) for row in self._rows(name)]
                 differing = results.differing(name, rows)
                 if option == "tofu_retrained":
                     if name == "forget":
@@ -544,9 +544,8 @@ class EvaluationModule(L.LightningModule):
         header = self.suite.headers.get(name, "")
         where = f"test set {name} ({self.trainer.datamodule.describe(f'test/{name}')}) row"
         names = [f"{where} {row + 1}" for row in batch["rows"]]
-        records = observer.observe(
-            batch["examples"], needs, self.max_new_tokens_of(name), header, names
-        )
+        rows = [self._rows(name)[row] for row in batch["rows"]]
+        records = observer.observe(rows, needs, self.max_new_tokens_of(name), header, names)
         return [{"row": row, **record} for row, record in zip(batch["rows"], records, strict=True)]
 
     def annotated(self, name: str, table: Table) -> Table:

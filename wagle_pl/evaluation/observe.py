@@ -27,7 +27,7 @@ import torch
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.batches import deal_batches, token_batches
-from wagle_pl.data.rows import Row, row_kind
+from wagle_pl.data.example import Example
 from wagle_pl.data.template import IGNORE, Template, check_ids
 from wagle_pl.evaluation import candidates as C
 from wagle_pl.evaluation import functional as F
@@ -46,22 +46,19 @@ GENERATED = frozenset({"generation", "reference", "paraphrased"})
 Record = dict[str, Any]
 Found = dict[str, list[tuple[C.Named, Score]]]
 
-#: Needs that a kind of row can answer; other kinds (question and answer, prompt and response) answer all but choices.
-POSSIBLE: Mapping[Optional[tuple[str, ...]], frozenset[str]] = {
-    ("text",): frozenset({"answer", "tokens", "vocabulary", "gradient"}),
-    ("prompt",): frozenset({"generation"}),
-    C.CHOICES: frozenset({"choices", "choice_texts"}),
-    ("input_ids", "labels"): frozenset(
-        {"answer", "tokens", "vocabulary", "generation", "gradient"}
-    ),
+#: Needs that a kind of row can answer; a row that is ``answered`` can all but choices.
+POSSIBLE: Mapping[str, frozenset[str]] = {
+    "text": frozenset({"answer", "tokens", "vocabulary", "gradient"}),
+    "prompt": frozenset({"generation"}),
+    "choices": frozenset({"choices", "choice_texts"}),
+    "tokens": frozenset({"answer", "tokens", "vocabulary", "generation", "gradient"}),
 }
 
 
-def possible(row: Row, needs: Collection[str]) -> frozenset[str]:
+def possible(row: Example, needs: Collection[str]) -> frozenset[str]:
     """Those of ``needs`` that the row's kind can answer; tokens with a label on the first have no prompt to go on."""
-    kind = row_kind(row)
-    unprompted = kind == ("input_ids", "labels") and row["labels"][0] != IGNORE
-    found = frozenset(needs) & POSSIBLE.get(kind, NEEDS - {"choices", "choice_texts"})
+    unprompted = row.kind == "tokens" and row.labels[0] != IGNORE
+    found = frozenset(needs) & POSSIBLE.get(row.kind, NEEDS - {"choices", "choice_texts"})
     return found - {"generation"} if unprompted else found
 
 
@@ -97,7 +94,7 @@ class Observer:
     @torch.no_grad()
     def observe(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[Example],
         needs: Collection[str],
         max_new_tokens: Optional[int] = None,
         header: str = "",
@@ -122,8 +119,7 @@ class Observer:
             for each in zip(rows, wanted, names or _beginnings(rows), strict=True)
         ]
         records: list[Record] = [
-            {"question": C.question_of(row), "answer": C.answer_of(row), "generation": None}
-            for row in rows
+            {"question": row.question, "answer": row.answer, "generation": None} for row in rows
         ]
         found = self._scores([candidates for candidates, _ in named])
         for row, want, record, scores in zip(rows, wanted, records, found, strict=True):
@@ -148,7 +144,7 @@ class Observer:
         return records
 
     def _tokens(
-        self, row: Row, want: frozenset[str], name: str, header: str
+        self, row: Example, want: frozenset[str], name: str, header: str
     ) -> tuple[list[C.Named], list[int]]:
         """All that is scored of a row, and the prompt to generate from."""
         try:
@@ -160,7 +156,7 @@ class Observer:
         except WagleError as error:
             raise WagleError(f"{name}: {error}") from None
 
-    def _candidates(self, row: Row, want: frozenset[str], header: str) -> list[C.Named]:
+    def _candidates(self, row: Example, want: frozenset[str], header: str) -> list[C.Named]:
         """All that is scored of a row."""
         found = []
         if want & {"answer", "tokens", "vocabulary", "text", "alternatives"}:
@@ -185,7 +181,7 @@ class Observer:
                 found[-1].setdefault(each.kind, []).append((each, next(scores)))
         return found
 
-    def _scored(self, row: Row, want: frozenset[str], found: Found) -> Record:
+    def _scored(self, row: Example, want: frozenset[str], found: Found) -> Record:
         """Columns from what was scored of one row."""
         record: Record = {}
         if "answer" in found:
@@ -195,7 +191,7 @@ class Observer:
         if "alternatives" in want:
             record |= _of_alternatives(found)
         if "letter" in found or "choice" in found:
-            record["label"] = row["label"]
+            record["label"] = row.label
         if "letter" in found:
             record["choice_logprobs"] = [
                 values.logprobs.double().sum().item() for _, values in found["letter"]
@@ -206,7 +202,7 @@ class Observer:
 
     def _paraphrased(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[Example],
         wanted: Sequence[frozenset[str]],
         records: Sequence[Record],
         length: int,
@@ -215,16 +211,16 @@ class Observer:
         asked = [
             i
             for i, want in enumerate(wanted)
-            if "paraphrased" in want and rows[i].get("paraphrased_question")
+            if "paraphrased" in want and rows[i].paraphrased_question
         ]
         needs = frozenset({"answer", "alternatives"})
-        texts = [rows[i]["paraphrased_question"] for i in asked]
+        texts = [rows[i].paraphrased_question for i in asked]
         named = [
             C.answers(self.template, rows[i], needs, text)
             for i, text in zip(asked, texts, strict=True)
         ]
         again: list[Record] = [_of_alternatives(found) for found in self._scores(named)]
-        changed = [{**rows[i], "question": text} for i, text in zip(asked, texts, strict=True)]
+        changed = [rows[i].asking(text) for i, text in zip(asked, texts, strict=True)]
         self._generate(
             changed, [self.template.encode_prompt(row) for row in changed], again, length
         )
@@ -233,7 +229,7 @@ class Observer:
 
     def _generate(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[Example],
         prompts: Sequence[Sequence[int]],
         records: Sequence[Record],
         length: int,
@@ -248,19 +244,19 @@ class Observer:
         ]
         for row, record, text in zip(rows, records, texts, strict=True):
             record["generation"] = text
-            if answer := C.answer_of(row):
+            if answer := row.answer:
                 values = F.rouge([text], [answer])
                 record |= {name: values[name].item() for name in ("rouge1_recall", "rougeL_recall")}
 
-    def _gradient_norm(self, row: Row) -> float:
+    def _gradient_norm(self, row: Example) -> float:
         ((_, candidate, _, closed),) = C.answers(self.template, row, frozenset())
         labels = [*candidate.labels[:-1], IGNORE] if closed else candidate.labels
         return gradient_norm(self.passes.lm, candidate.ids, labels)
 
 
-def _beginnings(rows: Sequence[Row]) -> list[str]:
+def _beginnings(rows: Sequence[Example]) -> list[str]:
     """What to call rows whose numbers nobody gave."""
-    return [f"test row {(C.question_of(row) or C.answer_of(row))[:40]!r}" for row in rows]
+    return [f"test row {(row.question or row.answer)[:40]!r}" for row in rows]
 
 
 def _nll(named: C.Named, values: Score) -> Optional[float]:
@@ -310,7 +306,7 @@ def merge(records: Sequence[Record]) -> list[Record]:
 
 def observe_set(
     observer: Observer,
-    rows: Sequence[Row],
+    rows: Sequence[Example],
     needs: Collection[str],
     max_new_tokens: Optional[int] = None,
     header: str = "",
@@ -321,7 +317,7 @@ def observe_set(
         One record a row, in order, each with its number as ``row``; see :meth:`Observer.observe`.
     """
     batches = token_batches(
-        [len(C.question_of(row)) + len(C.answer_of(row)) for row in rows], observer.max_rows
+        [len(row.question) + len(row.answer) for row in rows], observer.max_rows
     )
     records: list[Record] = []
     for batch in deal_batches(

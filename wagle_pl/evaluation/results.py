@@ -35,7 +35,7 @@ def differing(rows: Sequence[tuple[str, str]], others: Sequence[tuple[str, str]]
     return max((here - there).total(), (there - here).total())
 
 
-def rows_of(table: Table) -> list[tuple[str, str]]:
+def raw_rows(table: Table) -> list[tuple[str, str]]:
     """(question, answer) of each record."""
     return [(record["question"], record["answer"]) for record in table]
 
@@ -135,8 +135,8 @@ class Results:
             Undefined: if there is none for one of them.
         """
         here = self.table(name)
-        found = dict(zip(map(_key, rows_of(here)), here, strict=True))
-        keys = [_key(row) for row in rows_of(table)]
+        found = dict(zip(map(_key, raw_rows(here)), here, strict=True))
+        keys = [_key(row) for row in raw_rows(table)]
         missing = sum(key not in found for key in keys)
         if missing:
             raise Undefined(
@@ -151,7 +151,7 @@ class Results:
             name: of the test set.
             rows: (question, answer) of each row.
         """
-        return differing(rows, rows_of(self.tables[name])) if name in self.tables else 0
+        return differing(rows, raw_rows(self.tables[name])) if name in self.tables else 0
 
 
 def read_json(path: Path) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from wagle_pl.core.errors import WagleError
 from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.functional import Undefined
-from wagle_pl.evaluation.results import Results, differing, rows_of
+from wagle_pl.evaluation.results import Results, differing, raw_rows
 from wagle_pl.evaluation.sets import SetMeasures
 from wagle_pl.evaluation.tofu_results import (
     OPTION_SETS,
@@ -145,7 +145,7 @@ def tofu_forget_quality(
                 "(generated_text)"
             )
         sides.append(ratios)
-        rows.append(rows_of(from_result(side)["forget"]))
+        rows.append(raw_rows(from_result(side)["forget"]))
     if compare_rows and (count := differing(*rows)):
         raise WagleError(f"the retrained model's result is on other forget rows: {count} differ")
     return F.ks_test(*sides)[1]

@@ -17,6 +17,7 @@ from wagle_pl.core.environment import silence
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path, refuse_existing
 from wagle_pl.core.text import count, decimals
+from wagle_pl.data.example import raw_rows
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.evaluation import EvaluationModule, Observations, Results, find_suite
 from wagle_pl.evaluation.results import write_json
@@ -284,10 +285,10 @@ class Study:
     def _settings(self) -> dict[str, Any]:
         """What all runs share, as plain data; a change of any makes other runs."""
         data = self.data
-        tests = {name: digest(data.rows(f"test/{name}")) for name in data.test_names()}
+        tests = {name: digest(raw_rows(data.rows(f"test/{name}"))) for name in data.test_names()}
         return {
-            "forget_rows": digest(data.rows("forget")),
-            "retain_rows": digest(data.rows("retain")),
+            "forget_rows": digest(raw_rows(data.rows("forget"))),
+            "retain_rows": digest(raw_rows(data.rows("retain"))),
             "template": digest(data.template.identity()),
             "refusals": digest(data.refusals),
             "test_rows": tests,

@@ -20,7 +20,7 @@ class Attack:
     ...     '''Questions in capital letters.'''
     ...
     ...     def attack(self, subject):
-    ...         loud = lambda name, row: [{**row, "question": row["question"].upper()}] if row.get("question") else []
+    ...         loud = lambda name, row: [row.asking(row.question.upper())] if row.question else []
     ...         return subject.ask(loud, self.measures)
     >>> Shouted().name
     'shouted'

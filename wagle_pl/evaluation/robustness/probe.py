@@ -11,12 +11,12 @@ from torch import Tensor
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.batches import collate, token_batches
-from wagle_pl.data.rows import Row, row_kind
+from wagle_pl.data.example import Example
 from wagle_pl.evaluation.observe import Record, observe_set
 from wagle_pl.evaluation.robustness.base import Attack
 from wagle_pl.evaluation.robustness.finding import Finding
 from wagle_pl.evaluation.robustness.linear import ordered, right_told, told_apart
-from wagle_pl.evaluation.robustness.subject import Subject, texts_of
+from wagle_pl.evaluation.robustness.subject import Subject
 from wagle_pl.evaluation.suites.catalogue import Info
 
 LEAST = 4  # rows a side, or there is nothing to hold out
@@ -85,39 +85,34 @@ class Probe(Attack):
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
-    def _draw(self, rows: Sequence[Row]) -> list[Row]:
+    def _draw(self, rows: Sequence[Example]) -> list[Example]:
         order = torch.randperm(
             len(rows), generator=torch.Generator().manual_seed(self.seed)
         ).tolist()
         return [rows[i] for i in sorted(order[: self.rows])]
 
-    def _asked(self, subject: Subject) -> list[Row]:
-        rows = [
-            row for part in subject.rows.values() for row in part if row.get("perturbed_answer")
-        ]
+    def _asked(self, subject: Subject) -> list[Example]:
+        rows = [row for part in subject.rows.values() for row in part if row.perturbed_answers]
         return self._draw(rows) if self.tell != "rows" and len(rows) >= LEAST else []
 
-    def _forget(self, subject: Subject) -> list[Row]:
+    def _forget(self, subject: Subject) -> list[Example]:
         rows = subject.training("forget") or [row for part in subject.rows.values() for row in part]
         return self._draw(_whole(rows)) if self.tell != "answers" else []
 
-    def _others(self, subject: Subject) -> tuple[list[Row], str]:
+    def _others(self, subject: Subject) -> tuple[list[Example], str]:
         """Rows to tell forget rows from, none of them a forget row, and what they are."""
-        known = set().union(*(texts_of(row) for row in subject.training("forget") or ()))
+        known = set().union(*(row.texts for row in subject.training("forget") or ()))
         for kind in ("holdout", "retain"):
-            rows = [
-                row for row in _whole(subject.training(kind) or []) if not texts_of(row) & known
-            ]
+            rows = [row for row in _whole(subject.training(kind) or []) if not row.texts & known]
             if rows:
                 return self._draw(rows) if self.tell != "answers" else [], kind
         return [], ""
 
     # -- findings -----------------------------------------------------------------------------------------------------
 
-    def _answers(self, subject: Subject, rows: Sequence[Row]) -> Iterator[Finding]:
+    def _answers(self, subject: Subject, rows: Sequence[Example]) -> Iterator[Finding]:
         texts: list[list[str]] = [
-            [row.get("paraphrased_answer") or row["answer"], *row["perturbed_answer"]]
-            for row in rows
+            [row.paraphrased_answer or row.answer, *row.perturbed_answers] for row in rows
         ]
         flat = [(row, text) for row, answers in zip(rows, texts, strict=True) for text in answers]
         states = last_states(
@@ -143,7 +138,7 @@ class Probe(Attack):
         )
 
     def _told_rows(
-        self, subject: Subject, forget: Sequence[Row], others: Sequence[Row], kind: str
+        self, subject: Subject, forget: Sequence[Example], others: Sequence[Example], kind: str
     ) -> Iterator[Finding]:
         ids = [subject.template.encode(row)["input_ids"] for row in (*forget, *others)]
         states = last_states(subject, ids)
@@ -185,9 +180,9 @@ def _answer_told(record: Record) -> float:
     return ordered(right, -torch.tensor(record["perturbed_nll"], dtype=torch.float64))
 
 
-def _whole(rows: Sequence[Row]) -> list[Row]:
+def _whole(rows: Sequence[Example]) -> list[Example]:
     """Rows with an answer or a text."""
-    return [row for row in rows if row_kind(row) != ("prompt",)]
+    return [row for row in rows if row.kind != "prompt"]
 
 
 @torch.no_grad()

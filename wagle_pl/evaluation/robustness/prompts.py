@@ -6,17 +6,15 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal, Optional
+from dataclasses import replace
+from typing import Literal
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.data.rows import Row, row_kind
-from wagle_pl.evaluation.candidates import CHOICES, answer_of, question_of
+from wagle_pl.data.example import Example
 from wagle_pl.evaluation.robustness.base import Attack
 from wagle_pl.evaluation.robustness.finding import Finding
-from wagle_pl.evaluation.robustness.subject import Subject, texts_of
+from wagle_pl.evaluation.robustness.subject import Subject
 from wagle_pl.evaluation.robustness.wording import LANGUAGES, paraphrases, translated
-
-ASKED = (CHOICES, ("question", "answer"), ("messages",))
 
 
 class Paraphrase(Attack):
@@ -47,17 +45,17 @@ class Paraphrase(Attack):
                 f"paraphrase has nothing to work on: no row to be forgotten has {needs}"
             )
 
-    def _variants(self, name: str, row: Row) -> list[Row]:
-        question = asked_of(row)
+    def _variants(self, name: str, row: Example) -> list[Example]:
+        question = row.asked
         if question is None:
             return []
-        own = [row["paraphrased_question"]] if row.get("paraphrased_question") else []
+        own = [row.paraphrased_question] if row.paraphrased_question else []
         ruled = (
             paraphrases(question)
             if self.rules == "always" or (self.rules == "without" and not own)
             else []
         )
-        return [reworded(row, text) for text in (*own, *ruled)]
+        return [row.asking(text) for text in (*own, *ruled)]
 
 
 class TranslatedStyle(Attack):
@@ -76,14 +74,14 @@ class TranslatedStyle(Attack):
     def attack(self, subject: Subject) -> list[Finding]:
         """See :class:`TranslatedStyle`."""
 
-        def variants(name: str, row: Row) -> list[Row]:
-            question = asked_of(row)
+        def variants(name: str, row: Example) -> list[Example]:
+            question = row.asked
             texts = (
                 []
                 if question is None
                 else [translated(question, language) for language in self.languages]
             )
-            return [reworded(row, text) for text in texts]
+            return [row.asking(text) for text in texts]
 
         return subject.ask(variants, self.measures)
 
@@ -95,7 +93,7 @@ class TranslatedStyle(Attack):
             raise WagleError(
                 f"translated_style: languages must be of {known}; got {list(self.languages)}"
             )
-        if not any(asked_of(row) is not None for rows in subject.rows.values() for row in rows):
+        if not any(row.asked is not None for rows in subject.rows.values() for row in rows):
             raise WagleError(
                 "translated_style has nothing to work on: no row to be forgotten has a question"
             )
@@ -130,28 +128,28 @@ class InContext(Attack):
             _others(rows, i)
             for rows in subject.rows.values()
             for i, row in enumerate(rows)
-            if asked_of(row)
+            if row.asked
         ):
             raise WagleError(
                 "in_context has nothing to work on: no question to be forgotten has another fact beside it"
             )
 
-    def _in_context(self, subject: Subject, name: str, rows: Sequence[Row]) -> dict[int, list[Row]]:
-        vectors = word_vectors([f"{question_of(row)} {answer_of(row)}" for row in rows])
+    def _in_context(
+        self, subject: Subject, name: str, rows: Sequence[Example]
+    ) -> dict[int, list[Example]]:
+        vectors = word_vectors([f"{row.question} {row.answer}" for row in rows])
         header = subject.suite.headers.get(name, "")
         found = {}
         for i, row in enumerate(rows):
-            if asked_of(row) is None or row.get("messages") is not None:
+            if row.asked is None or row.messages is not None:
                 continue
             near = sorted(_others(rows, i), key=lambda j: (-_overlap(vectors[i], vectors[j]), j))[
                 : self.neighbours
             ]
-            own = row.get("context") or (header if row_kind(row) == CHOICES else "")
+            own = row.context or (header if row.choices else "")
             while near:
-                facts = "".join(
-                    f"{asked_of(rows[j])} {answer_of(rows[j])}\n" for j in reversed(near)
-                )
-                changed = {**row, "context": f"{facts}\n{own}"}
+                facts = "".join(f"{rows[j].asked} {rows[j].answer}\n" for j in reversed(near))
+                changed = replace(row, context=f"{facts}\n{own}")
                 if _fits(subject, changed):
                     found[i] = [changed]
                     break
@@ -159,10 +157,10 @@ class InContext(Attack):
         return found
 
 
-def _fits(subject: Subject, row: Row) -> bool:
+def _fits(subject: Subject, row: Example) -> bool:
     """Whether prompt and every answer are within the longest sequence."""
-    answers = [None, row.get("paraphrased_answer"), *(row.get("perturbed_answer") or [])]
-    longest = max((answer for answer in answers if answer), key=len, default=None)
+    answers = [row.paraphrased_answer, *row.perturbed_answers]
+    longest = max(filter(None, answers), key=len, default=None)
     try:
         lengths = [
             len(subject.template.encode(row, answer)["input_ids"]) for answer in (None, longest)
@@ -172,40 +170,14 @@ def _fits(subject: Subject, row: Row) -> bool:
     return max(lengths) < subject.template.max_length
 
 
-def _others(rows: Sequence[Row], i: int) -> list[int]:
+def _others(rows: Sequence[Example], i: int) -> list[int]:
     """Rows with a question that are of another fact than row i."""
-    own = texts_of(rows[i]) | {answer_of(rows[i])}
+    own = rows[i].texts | {rows[i].answer}
     return [
         j
         for j, row in enumerate(rows)
-        if j != i and asked_of(row) is not None and not (texts_of(row) | {answer_of(row)}) & own
+        if j != i and row.asked is not None and not (row.texts | {row.answer}) & own
     ]
-
-
-def asked_of(row: Row) -> Optional[str]:
-    """The row's question, that of the last user if it is a conversation; None if it asks nothing."""
-    kind = row_kind(row)
-    if kind == ("messages",):
-        return next(
-            (m["content"] for m in reversed(row["messages"][:-1]) if m["role"] == "user"), None
-        )
-    return row["question"] if kind in ASKED else None
-
-
-def reworded(row: Row, question: str) -> Row:
-    """The row with another question."""
-    if row.get("messages") is None:
-        return {**row, "question": question}
-    messages = list(row["messages"])
-    place = max(i for i, message in enumerate(messages[:-1]) if message["role"] == "user")
-    return {
-        **row,
-        "messages": [
-            *messages[:place],
-            {**messages[place], "content": question},
-            *messages[place + 1 :],
-        ],
-    }
 
 
 def word_vectors(texts: Sequence[str]) -> list[Mapping[str, float]]:

@@ -10,10 +10,10 @@ import torch
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.batches import collate
-from wagle_pl.data.rows import Row, row_kind
+from wagle_pl.data.example import Example
 from wagle_pl.evaluation.robustness.base import Attack
 from wagle_pl.evaluation.robustness.finding import Finding
-from wagle_pl.evaluation.robustness.subject import Subject, texts_of
+from wagle_pl.evaluation.robustness.subject import Subject
 from wagle_pl.evaluation.robustness.weights import finetune_, restored
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Relearn(Attack):
         """See :class:`Relearn`."""
         for option in self._options(subject):
             rows = self.draw(subject, option)
-            shown = set().union(*(texts_of(row) for row in rows)) if option == "forget" else set()
+            shown = set().union(*(row.texts for row in rows)) if option == "forget" else set()
             with restored(subject.lm.parameters()):
                 losses = finetune_(subject.lm, self._batches(subject, rows), self.learning_rate)
                 log.info(
@@ -86,14 +86,14 @@ class Relearn(Attack):
                 "relearn: only on %s rows, there are no others to train on", *self._options(subject)
             )
         for option in self._options(subject):
-            shown = set().union(*(texts_of(row) for row in self.draw(subject, option)))
+            shown = set().union(*(row.texts for row in self.draw(subject, option)))
             if option == "forget" and not subject.every_row(without=shown):
                 raise WagleError(
                     "relearn has nothing to work on: no forget row is left to test on once "
                     f"{min(self.rows, len(shown))} are trained on"
                 )
 
-    def draw(self, subject: Subject, option: str) -> list[Row]:
+    def draw(self, subject: Subject, option: str) -> list[Example]:
         """The rows to train on, in the order of their use."""
         rows = _trainable(subject, option)
         order = torch.randperm(
@@ -110,7 +110,7 @@ class Relearn(Attack):
         wanted = ["forget", "retain"] if self.on == "both" else [self.on]
         return [option for option in wanted if _trainable(subject, option)]
 
-    def _batches(self, subject: Subject, rows: list[Row]) -> list[dict[str, torch.Tensor]]:
+    def _batches(self, subject: Subject, rows: list[Example]) -> list[dict[str, torch.Tensor]]:
         pad = subject.template.tokenizer.pad_token_id or 0
         encoded = [subject.template.encode(row) for row in rows]
         found = []
@@ -122,9 +122,9 @@ class Relearn(Attack):
         return found
 
 
-def _trainable(subject: Subject, option: str) -> list[Row]:
+def _trainable(subject: Subject, option: str) -> list[Example]:
     """Rows of a training stream that have an answer; without a forget stream those of the forget test sets."""
     rows = subject.training(option)
     if rows is None and option == "forget":
         rows = [row for part in subject.rows.values() for row in part]
-    return [row for row in rows or [] if row_kind(row) != ("prompt",)]
+    return [row for row in rows or [] if row.kind != "prompt"]

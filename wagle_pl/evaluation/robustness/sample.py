@@ -8,7 +8,7 @@ import torch
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
-from wagle_pl.data.rows import Row
+from wagle_pl.data.example import Example
 from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.observe import Record, possible
 from wagle_pl.evaluation.robustness.base import Attack
@@ -76,11 +76,11 @@ class Sample(Attack):
                 "(--model.generate false, or multiple choice)"
             )
 
-    def _generated(self, subject: Subject, name: str, row: Row) -> bool:
+    def _generated(self, subject: Subject, name: str, row: Example) -> bool:
         return "generation" in possible(row, subject.needs[name])
 
     def _sample(
-        self, subject: Subject, rows: list[Row], numbers: list[int], length: int
+        self, subject: Subject, rows: list[Example], numbers: list[int], length: int
     ) -> list[list[str]]:
         """Each row's samples, the rows shared among the ranks; a meeting of them."""
         sampling: dict[str, Any] = {

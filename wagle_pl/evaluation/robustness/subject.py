@@ -9,9 +9,8 @@ from typing import Any, Optional
 import torch
 
 from wagle_pl.core import distributed
-from wagle_pl.data.rows import Row
+from wagle_pl.data.example import Example
 from wagle_pl.data.template import Template
-from wagle_pl.evaluation.candidates import question_of
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.observe import Observer, Record, observe_set
 from wagle_pl.evaluation.robustness.finding import Finding
@@ -23,7 +22,7 @@ LEFT_OUT = frozenset({"gradient", "paraphrased", "vocabulary", "text"})
 SAID = ("generation", "rouge1_recall", "rougeL_recall", "toxicity", "nearest_answer")
 
 #: Row number -> the rows to ask in its place.
-Asked = Mapping[int, Sequence[Row]]
+Asked = Mapping[int, Sequence[Example]]
 
 
 @dataclass
@@ -47,11 +46,11 @@ class Subject:
     lm: Any
     observer: Observer
     suite: Suite
-    rows: Mapping[str, list[Row]]
+    rows: Mapping[str, list[Example]]
     needs: Mapping[str, frozenset[str]]
     lengths: Mapping[str, int]
     measures: Callable[[Mapping[str, Table]], Mapping[str, Value]]
-    training: Callable[[str], Optional[list[Row]]]
+    training: Callable[[str], Optional[list[Example]]]
     annotate: Callable[[str, Table], None] = lambda name, table: None
     tables: Optional[Mapping[str, Table]] = None
     sharded: bool = False
@@ -66,21 +65,23 @@ class Subject:
         """Where the model's inputs must be."""
         return self.observer.passes.device
 
-    def every_row(self, without: Collection[str] = frozenset()) -> dict[str, dict[int, list[Row]]]:
+    def every_row(
+        self, without: Collection[str] = frozenset()
+    ) -> dict[str, dict[int, list[Example]]]:
         """Test set -> row number -> the row, of all rows to be forgotten; sets left empty are left out.
 
         Args:
             without: texts; a row that has one of them, as question or answer, is left out.
         """
         kept = {
-            name: {i: [row] for i, row in enumerate(rows) if not texts_of(row) & set(without)}
+            name: {i: [row] for i, row in enumerate(rows) if not row.texts & set(without)}
             for name, rows in self.rows.items()
         }
         return {name: asked for name, asked in kept.items() if asked}
 
     def ask(
         self,
-        variants: Callable[[str, Row], Sequence[Row]],
+        variants: Callable[[str, Example], Sequence[Example]],
         measures: Collection[str],
         option: str = "",
     ) -> list[Finding]:
@@ -121,7 +122,7 @@ class Subject:
         records = observe_set(
             self.observer, [row for _, row in flat], needs, self.lengths[name], header
         )
-        own = {i: {"row": i, "question": question_of(self.rows[name][i])} for i in asked}
+        own = {i: {"row": i, "question": self.rows[name][i].question} for i in asked}
         return self.worst_of(
             name, [record | own[i] for (i, _), record in zip(flat, records, strict=True)]
         )
@@ -197,20 +198,3 @@ def _certainty(record: Record) -> float:
         if record.get(column) is not None:
             return (sign * torch.tensor(record[column])).log_softmax(-1)[record["label"]].item()
     return 0.0
-
-
-def texts_of(row: Row) -> set[str]:
-    """The row's question and answer in every wording it brings: what tells whether two rows are of one fact."""
-    columns = (
-        "question",
-        "answer",
-        "prompt",
-        "response",
-        "text",
-        "paraphrased_question",
-        "paraphrased_answer",
-    )
-    texts = {row[column] for column in columns if isinstance(row.get(column), str)}
-    return texts | {
-        message["content"] for message in row.get("messages") or () if message["role"] != "system"
-    }
