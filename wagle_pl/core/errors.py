@@ -29,6 +29,10 @@ class WagleError(Exception):
         return f"{start}{self.message}" + (f"; {self.hint}" if self.hint else "")
 
 
+class Diverged(WagleError):
+    """A loss or a gradient became NaN or infinite: training cannot go on."""
+
+
 def first_line(error: BaseException) -> str:
     """First non-empty line of an error's text; its class name if there is none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 
 from wagle_pl.core import distributed
-from wagle_pl.core.errors import WagleError
 from wagle_pl.core.outputs import Planned
 from wagle_pl.evaluation import Results, observe_set
 from wagle_pl.evaluation.observe import GENERATED
@@ -19,10 +18,6 @@ Generate = Literal["end", "always", "never"]
 Along = Literal["all", "answers"]
 
 _ANSWERS = frozenset({"answer"})
-
-
-class Diverged(WagleError):
-    """The loss became NaN or infinite: the run is over, the study goes on."""
 
 
 def test_points(steps: int, points: int) -> list[int]:
@@ -123,12 +118,6 @@ class StudyRun(UnlearnModule):
                     self.annotated(name, tables[name])
         self.lm.train(training)
         return defined_only(self.measures(tables))
-
-    def _check_finite(self) -> None:
-        try:
-            super()._check_finite()
-        except WagleError as error:
-            raise Diverged(str(error)) from None
 
     def planned_files(self) -> list[Planned]:
         """What the run is going to write: the model if it is to be kept."""

@@ -14,7 +14,7 @@ from typing import Any, Literal, Optional, Union
 import lightning as L
 
 from wagle_pl.core.environment import silence
-from wagle_pl.core.errors import WagleError
+from wagle_pl.core.errors import Diverged, WagleError
 from wagle_pl.core.files import atomic_path, refuse_existing
 from wagle_pl.core.text import count, decimals
 from wagle_pl.data.example import raw_rows
@@ -29,7 +29,6 @@ from wagle_pl.study.report.figures import save_figure
 from wagle_pl.study.report.study import overview
 from wagle_pl.study.run import (
     Along,
-    Diverged,
     StudyRun,
     answers_only,
     output_of,

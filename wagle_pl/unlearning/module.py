@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from wagle_pl.core import distributed, outputs
 from wagle_pl.core.environment import peak_memory, versions
-from wagle_pl.core.errors import WagleError, first_line
+from wagle_pl.core.errors import Diverged, WagleError, first_line
 from wagle_pl.core.registry import describe, resolve
 from wagle_pl.data.template import differing_prompts
 from wagle_pl.evaluation.module import EvaluationModule
@@ -415,7 +415,7 @@ class FinetuneModule(EvaluationModule):
             found.append(
                 f"the gradient of {names[0]} is not finite {step}, though the loss is; {advice}"
             )
-        raise WagleError(distributed.all_gather(found)[0])
+        raise Diverged(distributed.all_gather(found)[0])
 
     def _check_values(self) -> None:
         """Refuse to write weights that are NaN or infinite.
