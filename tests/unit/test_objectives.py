@@ -21,8 +21,8 @@ from wagle_pl.core.registry import describe
 from wagle_pl.data.batches import deal
 from wagle_pl.objectives import forget as o
 from wagle_pl.objectives.forget import Objective, Streams
-from wagle_pl.objectives.references import TopK
 from wagle_pl.objectives.schedules import Schedule, as_schedule
+from wagle_pl.objectives.top_k import TopK
 
 STREAMS = ("forget", "refusal", "retain")
 LAYER = 1
@@ -212,7 +212,7 @@ CASES: dict[
     "Flat": (Flat(), lambda f, r: (nll(f) - 5) ** 2, nll),
 }
 for _objective, _, _ in CASES.values():
-    _objective.retain.prepare(Toy(), _objective)
+    _objective.retain.prepare(Toy(), _objective.layer)
 
 
 def oracle(name: str, data: Data) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from wagle_pl.data.people import bundled
 from wagle_pl.lm import models
 from wagle_pl.lm.likelihood import sequence_logprobs
 from wagle_pl.objectives import references as reference
-from wagle_pl.objectives.references import TopK
+from wagle_pl.objectives.top_k import TopK
 from wagle_pl.unlearning import UnlearnModule
 
 OPTIONS = [
@@ -202,8 +202,8 @@ def test_top_k_rows_are_the_rows_asked_for() -> None:
     logits, targets = torch.randn(6, 9), torch.randint(9, (6,))
     part = TopK.of(logits, targets, counts, 3).rows(torch.tensor([2, 0]))
     expected = TopK.of(logits[[3, 4, 5, 0, 1]], targets[[3, 4, 5, 0, 1]], counts[[2, 0]], 3)
-    for name, tensor in part.tensors().items():
-        assert torch.equal(tensor, expected.tensors()[name])
+    for mine, theirs in zip(part, expected, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_top_k_comes_near_the_frozen_copy(unlearn: Any) -> None:
@@ -219,7 +219,7 @@ def test_top_k_comes_near_the_frozen_copy(unlearn: Any) -> None:
 
 
 def test_hidden_states_are_those_of_the_block(tiny_model: str) -> None:
-    from wagle_pl.lm.hidden import blocks, capture
+    from wagle_pl.lm.layers import blocks, capture
 
     lm = models.load_model(tiny_model)
     assert len(blocks(lm)) == 2

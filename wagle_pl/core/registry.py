@@ -52,12 +52,12 @@ def find_class(base: type[T], name: str, option: str, also: Collection[str] = ()
         WagleError: listing the valid names.
     """
     classes = list(subclasses(base)) or [base]
-    short = {_fold(cls.__name__).removesuffix(_fold(base.__name__)): cls for cls in classes}
-    known = short | {_fold(cls.__name__): cls for cls in classes}
+    short = {_fold(_name(cls)).removesuffix(_fold(base.__name__)): cls for cls in classes}
+    known = short | {_fold(_name(cls)): cls for cls in classes}
     cls = known.get(_fold(name)) or ("." in name and _imported(name, option)) or None
     if isinstance(cls, type) and issubclass(cls, base):
         return cls
-    names = [*also, *sorted({c.__name__ for c in classes if c.__module__.startswith("wagle_pl")})]
+    names = [*also, *sorted({_name(c) for c in classes if c.__module__.startswith("wagle_pl")})]
     near = nearest(name, names)
     meant = f": did you mean {near}?" if near else ""
     raise WagleError(
@@ -151,7 +151,7 @@ def describe(value: Any) -> dict[str, Any]:
         for k, v in vars(value).items()
         if not k.startswith("_") and isinstance(v, (str, int, float, bool))
     }
-    return {"class": type(value).__name__, **scalars}
+    return {"class": _name(type(value)), **scalars}
 
 
 def subclasses(base: type[T]) -> Iterator[type[T]]:
@@ -159,6 +159,11 @@ def subclasses(base: type[T]) -> Iterator[type[T]]:
     for cls in base.__subclasses__():
         yield cls
         yield from subclasses(cls)
+
+
+def _name(cls: type) -> str:
+    """What users call a class: a ``__qualname__`` of its own where its name is another class's."""
+    return cls.__qualname__.rpartition(".")[2]
 
 
 def _fold(name: str) -> str:

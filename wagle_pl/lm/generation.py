@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from wagle_pl.data.batches import collate
 from wagle_pl.lm.likelihood import sequence_logprobs
 
 
@@ -17,21 +18,22 @@ def generate(
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    meets: bool = False,
+    synced_gpus: bool = False,
     **sampling: Any,
 ) -> list[str]:
     """Continuations of prompts as text, greedy unless ``sampling`` says otherwise.
 
-    Of the model's own generation config only the tokens that end a text count, beside the tokenizer's: a chat model may
-    end its turn with another token than a text, and its penalties or its sampling are not what is measured.
+    Of the model's own generation config only the tokens that end a text count, beside the
+    tokenizer's: a chat model may end its turn with another token than a text, and its penalties or
+    its sampling are not what is measured.
 
     Args:
         lm: a Hugging Face causal language model, in evaluation mode.
         tokenizer: its tokenizer.
         prompts: token ids of each prompt.
         max_new_tokens: longest continuation.
-        meets: whether each of the model's passes is a meeting of all ranks (ZeRO-3): then all generate at the same
-            time, and none is done before all are. Otherwise a rank may generate while others do not.
+        synced_gpus: whether each forward pass is a collective (ZeRO-3): then all ranks generate at
+            the same time, and none is done before all are. Otherwise a rank may generate alone.
         sampling: options of ``GenerationConfig``, such as ``do_sample=True, temperature=0.8``; with
             ``num_return_sequences=n`` each prompt has n texts, one after the other.
 
@@ -40,13 +42,14 @@ def generate(
     """
     from transformers import GenerationConfig
 
-    pad_id = (
-        tokenizer.pad_token_id
-        if tokenizer.pad_token_id is not None
-        else tokenizer.eos_token_id or 0
-    )
-    batch = collate([{"input_ids": list(prompt)} for prompt in prompts], pad_id, left=True)
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None:
+        pad_id = tokenizer.eos_token_id or 0
     device = next(lm.parameters()).device
+    rows = [torch.tensor(list(prompt), device=device) for prompt in prompts]
+    padded = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids = padded(rows, padding_value=pad_id)
+    attention = padded([torch.ones_like(row) for row in rows])
     config = GenerationConfig(
         **{"do_sample": False, **sampling},
         max_new_tokens=max_new_tokens,
@@ -55,17 +58,19 @@ def generate(
         use_cache=True,
     )
     with _without_defaults(lm):
-        ids = lm.generate(
-            **{name: tensor.to(device) for name, tensor in batch.items()},
+        texts = lm.generate(
+            input_ids=ids,
+            attention_mask=attention,
             generation_config=config,
-            synced_gpus=meets,
+            synced_gpus=synced_gpus,
         )
-    new = ids[:, batch["input_ids"].shape[1] :]
+    new = texts[:, ids.shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new.cpu(), skip_special_tokens=True)]
 
 
 def stop_tokens(lm: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end a generation: those that the model's generation config lists, and the tokenizer's."""
+    """Tokens that end a generation: those that the model's generation config lists, and the
+    tokenizer's."""
     own = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
     listed = own if isinstance(own, (list, tuple)) else [own]
     return sorted({int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None})
@@ -73,7 +78,8 @@ def stop_tokens(lm: Any, tokenizer: Any) -> list[int]:
 
 @contextmanager
 def _without_defaults(lm: Any) -> Iterator[None]:
-    """Hide the model's generation config: ``generate`` takes from it whatever a config given leaves at None."""
+    """Hide the model's generation config: ``generate`` takes from it whatever a config given leaves
+    at None."""
     from transformers import GenerationConfig
 
     own = lm.generation_config
@@ -85,13 +91,15 @@ def _without_defaults(lm: Any) -> Iterator[None]:
 
 
 def first_tokens(tokenizer: Any, text: str, count: int) -> str:
-    """The beginning of a text, at most ``count`` tokens of it: what a generation of that length can match."""
+    """The beginning of a text, at most ``count`` tokens of it: what a generation of that length can
+    match."""
     ids = tokenizer(text)["input_ids"]
     return text if len(ids) <= count else tokenizer.decode(ids[:count], skip_special_tokens=True)
 
 
 def gradient_norm(lm: Any, ids: Sequence[int], labels: Sequence[int]) -> float:
-    """Mean over parameters of the L2 norm of the gradient of one text's mean token loss (arXiv 2402.17012).
+    """Mean over parameters of the L2 norm of the gradient of one text's mean token loss (arXiv
+    2402.17012).
 
     As OpenUnlearning's ``mia_gradnorm`` with p = 2. Works inside ``torch.inference_mode``.
 

@@ -1,14 +1,17 @@
-"""Parts of a model: its linear maps, however it stores them (``nn.Linear``, GPT-2's ``Conv1D``, experts in one tensor),
-and its blocks."""
+"""Parts of a model: its linear maps, however it stores them, its blocks and what these put out."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Optional
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from wagle_pl.core.errors import WagleError
 
 log = logging.getLogger(__name__)
 
@@ -21,17 +24,19 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a linear layer, or a block's experts, store weights as (in, out), not as (out, in)."""
+    """Whether a linear layer, or a block's experts, store weights as (in, out), not as (out,
+    in)."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))
 
 
 def expert_weights(module: nn.Module) -> Optional[tuple[nn.Parameter, nn.Parameter]]:
-    """(up, down) of a module that holds all experts of a block, each (experts, out, in) or (experts, in, out).
+    """(up, down) of a module that holds all experts of a block, each (experts, out, in) or
+    (experts, in, out).
 
-    ``up`` holds the gate too where there is one. None for other modules. Weights may be spread over ranks (ZeRO-3).
-    """
+    ``up`` holds the gate too where there is one. None for other modules. Weights may be spread over
+    ranks (ZeRO-3)."""
     up = getattr(module, "gate_up_proj", getattr(module, "up_proj", None))
     pair = (up, getattr(module, "down_proj", None))
     if not hasattr(module, "is_transposed") or not all(
@@ -63,21 +68,79 @@ def linear_weights(lm: Any, head: bool = True) -> list[tuple[nn.Parameter, bool]
 
 
 def recompute_blocks(lm: Any) -> None:
-    """Compute each block's activations again in the backward pass, and keep only what enters it; in place.
+    """Compute each block's activations again in the backward pass, and keep only what enters it; in
+    place.
 
-    This works in evaluation mode too. The switch that transformers has works in training mode alone, which would turn
-    dropout on.
+    This works in evaluation mode too. The switch that transformers has works in training mode
+    alone, which would turn dropout on.
 
     Args:
         lm: a Hugging Face causal language model.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    blocks = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not blocks:
+    found = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not found:
         log.warning(
-            "gradient_checkpointing: %s has no blocks that can be computed again; all activations are kept",
+            "gradient_checkpointing: %s has no blocks that can be computed again; all activations "
+            "are kept",
             type(lm).__name__,
         )
-    for block in blocks:
+    for block in found:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def blocks(lm: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of a model, first to last: its longest outermost ``nn.ModuleList``.
+
+    Raises:
+        WagleError: if it has none.
+    """
+    lists = {name: m for name, m in lm.named_modules() if isinstance(m, nn.ModuleList)}
+    outer = [m for name, m in lists.items() if not any(name.startswith(f"{n}.") for n in lists)]
+    if not outer:
+        raise WagleError(
+            f"no list of transformer blocks is found in a {type(lm).__name__}: hidden states need "
+            "one"
+        )
+    return list(max(outer, key=len))
+
+
+def check_layer(lm: nn.Module, layer: int, option: str) -> None:
+    """Refuse a block that a model lacks.
+
+    Raises:
+        WagleError: saying the range.
+    """
+    last = len(blocks(lm)) - 1
+    if not 0 <= layer <= last:
+        raise WagleError(
+            f"{option} must be from 0 to {last}, the last block of this model; got {layer}"
+        )
+
+
+@contextmanager
+def capture(lm: Any, layers: Collection[int]) -> Iterator[dict[int, Tensor]]:
+    """Keep the outputs of some blocks while the context lasts.
+
+    Args:
+        lm: a model; unused without layers.
+        layers: blocks, counted from 0.
+
+    Yields:
+        Block -> (B, T, d) output of its latest run; filled while the model runs.
+    """
+    hidden: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            hidden[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [blocks(lm)[layer].register_forward_hook(keep(layer)) for layer in layers]
+    try:
+        yield hidden
+    finally:
+        for handle in handles:
+            handle.remove()

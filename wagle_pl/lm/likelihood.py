@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from wagle_pl.data.template import IGNORE
+IGNORE = -100  #: the label where there is nothing to predict, as torch's ``cross_entropy`` has it
 
 
 def token_logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,8 @@ def token_logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     >>> logprobs.exp(), mask
     (tensor([[0.2500, 0.2500]]), tensor([[True, True]]))
     """
-    # the labels move, not the logits: a shifted or indexed view of those would be copied, forward and backward
+    # the labels move, not the logits: a shifted or indexed view of those would be copied, forward
+    # and backward
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
     losses = F.cross_entropy(
         logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none"
@@ -38,7 +39,8 @@ def token_logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sequence_logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed log-probability and number of labelled tokens of each row: ``(sum, count)``, both (B,)."""
+    """Summed log-probability and number of labelled tokens of each row: ``(sum, count)``, both
+    (B,)."""
     logprobs, mask = token_logprobs(logits, labels)
     return logprobs.sum(-1), mask.sum(-1)
 
@@ -46,9 +48,11 @@ def sequence_logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def forward_answers(
     model: Any, batch: Mapping[str, Tensor], whole: bool = False, **options: Any
 ) -> tuple[Any, Tensor]:
-    """Run a model on a batch, with logits only from the first position that predicts a label in any row.
+    """Run a model on a batch, with logits only from the first position that predicts a label in any
+    row.
 
-    The vocabulary projection of prompt tokens is never needed; on short answers it is a large part of the work.
+    The vocabulary projection of prompt tokens is never needed; on short answers it is a large part
+    of the work.
 
     Args:
         model: a Hugging Face causal language model.
@@ -57,7 +61,8 @@ def forward_answers(
         options: for the model's forward, such as ``output_hidden_states=True``.
 
     Returns:
-        ``(output, labels)``: the model's output and the labels that go with its logits, (B, T') with T' ≤ T.
+        ``(output, labels)``: the model's output and the labels that go with its logits, (B, T')
+        with T' ≤ T.
     """
     labels = batch["labels"]
     first = int((labels != IGNORE).any(0).int().argmax())

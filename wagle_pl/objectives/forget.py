@@ -7,15 +7,16 @@ To write one's own, subclass :class:`Objective` and override ``forget_loss``; gi
         def forget_loss(self, at):
             return (at["forget"].nll - 5.0) ** 2  # push the loss to 5, no further
 
-Every term returns one number an example, averaged over the tokens of that example and never over the tokens of a batch:
-that is what makes a step independent of how its batch is split. All are minimised: a term that ascends has the minus in
-it. π is the model, π₀ the target model, x a question, y its answer, r a refusal, |y| the answer's length in tokens.
-Where a paper averages over the tokens of a batch, the mean here is over the tokens of a row and then over rows.
-"""
+Every term returns one number an example, averaged over the tokens of that example and never over
+the tokens of a batch (where a paper does that, the mean here is over the tokens of a row and then
+over rows): so a step does not depend on how its batch is split. All are minimised: a term that
+ascends has the minus in it.
+
+π is the model, π₀ the target model, x a question, y its answer, r a refusal, |y| the answer's
+length in tokens, Δ the log-probability of a whole answer now minus that at θ₀."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 from typing import Any, Literal, Union
 
@@ -24,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.lm.hidden import blocks, check_layer
+from wagle_pl.core.seeds import stable_seed
+from wagle_pl.lm.layers import blocks, check_layer
 from wagle_pl.objectives.objective import Objective
 from wagle_pl.objectives.retain import RetainTerm, cross_entropy, kl_from_theta0
 from wagle_pl.objectives.schedules import Schedule, as_schedule
@@ -60,32 +62,27 @@ def _positive(value: float, option: str) -> float:
     return value
 
 
-# -- ascent on the answers --------------------------------------------------------------------------------------------
+# -- ascent on the answers -------------------------------------------------------------------------
 
 
 class GradDiff(Objective):
     """Gradient difference: ascend the loss of the forget rows, descend that of the retain rows.
 
-    ℓ = −NLL(forget) + λ NLL(retain) (Liu et al. 2022, arXiv 2203.12817; as in TOFU, arXiv 2401.06121).
-
-    Args:
-        kwargs: see :class:`Objective`; λ is its ``retain_weight``.
-    """
+    ℓ = −NLL(forget) + λ NLL(retain) (Liu et al. 2022, arXiv 2203.12817; as in TOFU, arXiv
+    2401.06121)."""
 
     def forget_loss(self, at: Streams) -> Tensor:
-        """−(1/|y|) Σ_t −log π(y_t|x)."""
         return -at["forget"].nll
 
 
 class GradAscent(GradDiff):
     """Gradient ascent on the forget rows alone (Jang et al. 2022, arXiv 2210.01504).
 
-    ℓ_f = −NLL(forget), and no retain term unless one is given: ``retain: kl`` makes TOFU's baseline "KL minimisation",
-    over answer tokens; with its ``positions: batch`` as TOFU's code has it.
+    ℓ_f = −NLL(forget), and no retain term unless one is given: ``retain: kl`` makes TOFU's baseline
+    "KL minimisation", over answer tokens; with its ``positions: batch`` as TOFU's code has it.
 
     Args:
-        retain: the retain term, see :class:`Objective`.
-        kwargs: see :class:`Objective`.
+        **kwargs: passed to :class:`Objective`.
     """
 
     def __init__(self, retain: Union[RetainTerm, str] = "none", **kwargs: Any) -> None:
@@ -93,16 +90,14 @@ class GradAscent(GradDiff):
 
 
 class WGA(Objective):
-    """Weighted gradient ascent: tokens that are still likely weigh more (Wang et al. 2025, arXiv 2502.19301).
+    """Weighted gradient ascent: tokens that are still likely weigh more (Wang et al. 2025, arXiv
+    2502.19301).
 
     ℓ_f = (1/|y|) Σ_t w_t log π(y_t|x), w_t = π(y_t|x)^β without gradient.
 
     Args:
         beta: β > 0; towards 0 the term becomes gradient ascent.
-        kwargs: see :class:`Objective`.
-
-    Raises:
-        WagleError: if β is not positive.
+        **kwargs: passed to :class:`Objective`.
     """
 
     def __init__(self, beta: float = 1.0, **kwargs: Any) -> None:
@@ -110,7 +105,6 @@ class WGA(Objective):
         self.beta = _positive(beta, "beta")
 
     def forget_loss(self, at: Streams) -> Tensor:
-        """(1/|y|) Σ_t π_t^β log π_t."""
         answers = at["forget"]
         logprobs = answers.token_logprobs
         return ((self.beta * logprobs.detach()).exp() * logprobs).sum(-1) / answers.length
@@ -124,10 +118,7 @@ class SatImp(Objective):
     Args:
         beta1: β₁ > 0, saturation: tokens that are already unlikely weigh less.
         beta2: β₂ > 0, importance: tokens that are nearly certain weigh less.
-        kwargs: see :class:`Objective`.
-
-    Raises:
-        WagleError: if β₁ or β₂ is not positive.
+        **kwargs: passed to :class:`Objective`.
     """
 
     def __init__(self, beta1: float = 5.0, beta2: float = 1.0, **kwargs: Any) -> None:
@@ -136,7 +127,6 @@ class SatImp(Objective):
         self.beta2 = _positive(beta2, "beta2")
 
     def forget_loss(self, at: Streams) -> Tensor:
-        """(1/|y|) Σ_t π_t^β₁ (1 − π_t)^β₂ log π_t."""
         answers = at["forget"]
         logprobs = answers.token_logprobs
         now = logprobs.detach()
@@ -144,22 +134,19 @@ class SatImp(Objective):
         return ((self.beta1 * now).exp() * importance * logprobs).sum(-1) / answers.length
 
 
-# -- preferences ------------------------------------------------------------------------------------------------------
+# -- preferences -----------------------------------------------------------------------------------
 
 
 class NPO(Objective):
     """Negative preference optimisation (Zhang et al. 2024, arXiv 2404.05868).
 
-    ℓ_f = −(2/β) log σ(−β log(π(y|x) / π₀(y|x))), bounded below where gradient ascent is not.
+    ℓ_f = −(2/β) log σ(−β Δ_y), bounded below where gradient ascent is not.
 
     Args:
         beta: β > 0; towards 0 the term becomes gradient ascent.
-        reduction: ``sum`` takes log-probabilities of whole answers, as the paper does; ``mean`` takes their mean per
-            token, as the code of WAGLE and MUSE does.
-        kwargs: see :class:`Objective`.
-
-    Raises:
-        WagleError: if β is not positive.
+        reduction: ``sum`` takes log-probabilities of whole answers, as the paper does; ``mean``
+            takes their mean per token, as the code of WAGLE and MUSE does.
+        **kwargs: passed to :class:`Objective`.
     """
 
     references = ("forget",)
@@ -172,7 +159,6 @@ class NPO(Objective):
         self.reduction = reduction
 
     def forget_loss(self, at: Streams) -> Tensor:
-        """−(2/β) log σ(−β Δ), Δ the log-probability now minus that at θ₀."""
         answers = at["forget"]
         change = answers.logprob - answers.reference
         if self.reduction == "mean":
@@ -181,18 +167,16 @@ class NPO(Objective):
 
 
 class SimNPO(Objective):
-    """Negative preference optimisation without a reference, by token (Fan et al. 2024, arXiv 2410.07163).
+    """Negative preference optimisation without a reference, by token (Fan et al. 2024, arXiv
+    2410.07163).
 
     ℓ_f = −(2/β) log σ(−(β/|y|) log π(y|x) − γ).
 
     Args:
         beta: β > 0.
-        gamma: margin γ inside the sigmoid. The code of the paper and of OpenUnlearning multiply theirs by β: their δ is
-            γ/β here.
-        kwargs: see :class:`Objective`.
-
-    Raises:
-        WagleError: if β is not positive.
+        gamma: margin γ inside the sigmoid. The code of the paper and of OpenUnlearning multiply
+            theirs by β: their δ is γ/β here.
+        **kwargs: passed to :class:`Objective`.
     """
 
     def __init__(self, beta: float = 2.5, gamma: float = 0.0, **kwargs: Any) -> None:
@@ -201,50 +185,42 @@ class SimNPO(Objective):
         self.gamma = gamma
 
     def forget_loss(self, at: Streams) -> Tensor:
-        """−(2/β) log σ(β NLL − γ), NLL the mean per token."""
         return -2 / self.beta * F.logsigmoid(self.beta * at["forget"].nll - self.gamma)
 
 
 class PO(Objective):
-    """Preference optimisation: answer the forget questions with a refusal (TOFU, arXiv 2401.06121, "IDK").
+    """Preference optimisation: answer the forget questions with a refusal (TOFU, arXiv 2401.06121,
+    "IDK").
 
     ℓ_f = NLL(refusal | forget question), a refusal drawn for each row and epoch.
-
-    Args:
-        kwargs: see :class:`Objective`.
     """
 
     forget_streams = ("refusal",)
 
     def forget_loss(self, at: Streams) -> Tensor:
-        """(1/|r|) Σ_t −log π(r_t|x)."""
         return at["refusal"].nll
 
 
 class IdkNLL(PO):
-    """OpenUnlearning's name (arXiv 2506.12618) for what is :class:`PO` here: refusals learnt, retain rows kept.
+    """OpenUnlearning's name (arXiv 2506.12618) for what is :class:`PO` here: refusals learnt,
+    retain rows kept.
 
     ℓ = NLL(refusal | forget question) + α NLL(retain), α the ``retain_weight``.
-
-    Args:
-        kwargs: see :class:`Objective`.
     """
 
 
 class DPO(Objective):
-    """Direct preference optimisation: the refusal is preferred over the true answer (Rafailov et al. 2023, arXiv
-    2305.18290; for unlearning in arXiv 2404.05868, with its factor 2/β).
+    """Direct preference optimisation: the refusal is preferred over the true answer (Rafailov et
+    al. 2023, arXiv 2305.18290; for unlearning in arXiv 2404.05868, with its factor 2/β).
 
-    ℓ_f = −(2/β) log σ(β [log(π(r|x) / π₀(r|x)) − log(π(y|x) / π₀(y|x))]).
+    ℓ_f = −(2/β) log σ(β (Δ_r − Δ_y)).
 
-    The refusal of a row is drawn once and stays the same in every epoch, so that one number a row is known at θ₀.
+    The refusal of a row is drawn once and stays the same in every epoch, so that one number a row
+    is known at θ₀.
 
     Args:
         beta: β > 0.
-        kwargs: see :class:`Objective`.
-
-    Raises:
-        WagleError: if β is not positive.
+        **kwargs: passed to :class:`Objective`.
     """
 
     forget_streams = ("forget", "refusal")
@@ -255,14 +231,11 @@ class DPO(Objective):
         self.beta = _positive(beta, "beta")
 
     def forget_loss(self, at: Streams) -> Tensor:
-        """−(2/β) log σ(β (Δ_refusal − Δ_answer)), Δ the log-probability now minus that at θ₀."""
-        change = {
-            stream: at[stream].logprob - at[stream].reference for stream in self.forget_streams
-        }
-        return -2 / self.beta * F.logsigmoid(self.beta * (change["refusal"] - change["forget"]))
+        refusal, answer = (at[s].logprob - at[s].reference for s in ("refusal", "forget"))
+        return -2 / self.beta * F.logsigmoid(self.beta * (refusal - answer))
 
 
-# -- targets for the predictions --------------------------------------------------------------------------------------
+# -- targets for the predictions -------------------------------------------------------------------
 
 
 class KL(Objective):
@@ -270,31 +243,24 @@ class KL(Objective):
 
     ℓ_f = −(1/|y|) Σ_t KL(π₀(·|x, y_<t) ‖ π(·|x, y_<t)).
 
-    At θ₀ the divergence is 0 and so is its gradient: the retain term makes the first move. (TOFU's baseline "KL
-    minimisation" is another thing: :class:`GradAscent` with ``retain: kl``.)
-
-    Args:
-        kwargs: see :class:`Objective`.
-    """
+    At θ₀ the divergence is 0 and so is its gradient: the retain term makes the first move. (TOFU's
+    baseline "KL minimisation" is another thing: :class:`GradAscent` with ``retain: kl``.)"""
 
     logits_at_theta0 = ("forget",)
 
     def forget_loss(self, at: Streams) -> Tensor:
-        """−(1/|y|) Σ_t KL(π₀ ‖ π)."""
         return -kl_from_theta0(at["forget"])
 
 
 class UNDIAL(Objective):
     """Self-distillation with adjusted logits (Dong et al. 2024, arXiv 2402.10052).
 
-    ℓ_f = −(1/|y|) Σ_t Σ_v q_t(v) log π(v|x, y_<t), q_t = softmax(z⁰_t − β·1[v = y_t]), z⁰ the logits at θ₀.
+    ℓ_f = −(1/|y|) Σ_t Σ_v q_t(v) log π(v|x, y_<t), q_t = softmax(z⁰_t − β·1[v = y_t]), z⁰ the
+    logits at θ₀.
 
     Args:
         beta: β > 0: how far the true token's logit is lowered.
-        kwargs: see :class:`Objective`.
-
-    Raises:
-        WagleError: if β is not positive.
+        **kwargs: passed to :class:`Objective`.
     """
 
     logits_at_theta0 = ("forget",)
@@ -304,7 +270,6 @@ class UNDIAL(Objective):
         self.beta = _positive(beta, "beta")
 
     def forget_loss(self, at: Streams) -> Tensor:
-        """−(1/|y|) Σ_t Σ_v q_t(v) log π_t(v)."""
         answers = at["forget"]
         reference, current, label = answers.buckets
         lowered = reference - self.beta * F.one_hot(label, reference.shape[-1])
@@ -312,17 +277,17 @@ class UNDIAL(Objective):
 
 
 class CEU(Objective):
-    """Cross-entropy unlearning: towards the model's own prediction without the true token (CE-U, arXiv 2503.01224).
+    """Cross-entropy unlearning: towards the model's own prediction without the true token (CE-U,
+    arXiv 2503.01224).
 
-    ℓ_f = −(1/|y|) Σ_t Σ_v q_t(v) log π(v|x, y_<t), q_t = softmax(z_t, the true token's logit at −∞) without gradient.
+    ℓ_f = −(1/|y|) Σ_t Σ_v q_t(v) log π(v|x, y_<t), q_t = softmax(z_t, the true token's logit at −∞)
+    without gradient.
 
     Args:
-        skip_first: leave out so many tokens at the start of each answer (the paper's footnote: they carry no
-            knowledge); the mean is over the others, and an answer without others counts as 0.
-        kwargs: see :class:`Objective`.
-
-    Raises:
-        WagleError: if ``skip_first`` is negative.
+        skip_first: leave out so many tokens at the start of each answer (the paper's footnote: they
+            carry no knowledge); the mean is over the others, and an answer without others counts as
+            0.
+        **kwargs: passed to :class:`Objective`.
     """
 
     def __init__(self, skip_first: int = 1, **kwargs: Any) -> None:
@@ -332,7 +297,6 @@ class CEU(Objective):
         self.skip_first = skip_first
 
     def forget_loss(self, at: Streams) -> Tensor:
-        """−(1/(|y| − skipped)) Σ_t Σ_v q_t(v) log π_t(v)."""
         answers = at["forget"]
         logits = answers.predictions
         target = logits.detach().scatter(1, answers.targets[:, None], -torch.inf).softmax(-1)
@@ -343,13 +307,15 @@ class CEU(Objective):
 
 
 class RandomLabel(Objective):
-    """Learn random tokens in place of the answer's (as SalUn's baseline, arXiv 2310.12508, did for classes).
+    """Learn random tokens in place of the answer's (as SalUn's baseline, arXiv 2310.12508, did for
+    classes).
 
-    ℓ_f = (1/|y|) Σ_t −log π(u_t|x, y_<t), u_t uniform over the vocabulary, drawn anew for each row and epoch.
+    ℓ_f = (1/|y|) Σ_t −log π(u_t|x, y_<t), u_t uniform over the vocabulary, drawn anew for each row
+    and epoch.
 
     Args:
         seed: of the draws.
-        kwargs: see :class:`Objective`.
+        **kwargs: passed to :class:`Objective`.
     """
 
     def __init__(self, seed: int = 0, **kwargs: Any) -> None:
@@ -357,7 +323,6 @@ class RandomLabel(Objective):
         self.seed = seed
 
     def forget_loss(self, at: Streams) -> Tensor:
-        """(1/|y|) Σ_t −log π(u_t|x, y_<t)."""
         answers = at["forget"]
         vocabulary = answers.logits.shape[-1]
         drawn = [
@@ -370,14 +335,14 @@ class RandomLabel(Objective):
 
 def _generator(*key: int) -> torch.Generator:
     """A generator that depends on the key alone: the same draws on any device, in any batch."""
-    digest = hashlib.sha256(" ".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator().manual_seed(stable_seed(*key))
 
 
-# -- hidden states ----------------------------------------------------------------------------------------------------
+# -- hidden states ---------------------------------------------------------------------------------
 
 
-#: A feed-forward part's way back to the hidden state, by the names it has in models here and there; experts' too.
+#: A feed-forward part's way back to the hidden state, by the names it has in models here and there;
+#: experts' too.
 _DOWN_PROJECTION = (
     r"(?:(?:mlp|ffn|feed_forward|block_sparse_moe)\.(?:\w+\.)*)?"
     r"(?:down_proj|c_proj|dense_4h_to_h|fc2|fc_out|w2)(?:\.|$)"
@@ -385,24 +350,23 @@ _DOWN_PROJECTION = (
 
 
 class RMU(Objective):
-    """Representation misdirection: steer a block's output to a random direction (Li et al. 2024, arXiv 2403.03218).
+    """Representation misdirection: steer a block's output to a random direction (Li et al. 2024,
+    arXiv 2403.03218).
 
-    ℓ_f = (1/|y|) Σ_t (1/d) ‖h_t − c·u‖², h the block's output (d numbers a token), u a fixed random unit vector with
-    entries of one sign. The retain term holds the same output where it was (``hidden_mse``).
+    ℓ_f = (1/|y|) Σ_t (1/d) ‖h_t − c·u‖², h the block's output (d numbers a token), u a fixed random
+    unit vector with entries of one sign. The retain term holds the same output where it was
+    (``hidden_mse``).
 
-    Only the matrices named by ``trainable`` move; by default the MLP's down-projection of the block and of the two
-    before it, as in the paper.
+    Only the matrices named by ``trainable`` move; by default the MLP's down-projection of the block
+    and of the two before it, as in the paper.
 
     Args:
         layer: the block, counted from 0.
         steering: c, length of the vector that is steered to.
         seed: of u.
-        trainable: regular expression that names of parameters must match (from any position) to be moved.
-        retain: the retain term, see :class:`Objective`.
-        kwargs: see :class:`Objective`.
-
-    Raises:
-        WagleError: if ``steering`` is not positive, or ``trainable`` is no regular expression.
+        trainable: regular expression that names of parameters must match (from any position) to be
+            moved.
+        **kwargs: passed to :class:`Objective`.
     """
 
     def __init__(
@@ -429,37 +393,27 @@ class RMU(Objective):
             ) from None
         self.trainable = trainable
 
-    @property
-    def hidden_layers(self) -> tuple[int, ...]:
-        """The block, and the retain term's if that is another."""
-        return tuple(dict.fromkeys((self.layer, *super().hidden_layers)))
-
     def prepare(self, lm: Any) -> None:
-        """Check the block.
+        """Look at the model before the run.
 
         Raises:
-            WagleError: if the model lacks it, saying the range; or if ``trainable`` matches no parameter.
+            WagleError: if it lacks the block, or ``trainable`` matches no parameter.
         """
         check_layer(lm, self.layer, "objective.layer")
         super().prepare(lm)
         if not any(re.search(self.trainable, name) for name, _ in lm.named_parameters()):
-            names = [
-                name
-                for name, parameter in blocks(lm)[self.layer].named_parameters()
-                if parameter.ndim > 1
-            ]
+            block = blocks(lm)[self.layer].named_parameters()
+            names = [name for name, parameter in block if parameter.ndim > 1]
             raise WagleError(
                 f"objective.trainable {self.trainable!r} matches no parameter of this model; block "
                 f"{self.layer} has {', '.join(names)}"
             )
 
     def forget_loss(self, at: Streams) -> Tensor:
-        """(1/|y|) Σ_t (1/d) ‖h_t − c·u‖²."""
         answers = at["forget"]
         hidden = answers.hidden[self.layer]
-        return answers.hidden_difference(
-            self.layer, self.control(hidden.shape[-1]).to(hidden.device)
-        )
+        control = self.control(hidden.shape[-1]).to(hidden.device)
+        return answers.hidden_difference(self.layer, control)
 
     def control(self, dimension: int) -> Tensor:
         """(d,) c·u in fp32, the same for one seed."""
@@ -467,19 +421,20 @@ class RMU(Objective):
         return self.steering * direction / torch.linalg.vector_norm(direction)
 
 
-# -- the retain rows alone --------------------------------------------------------------------------------------------
+# -- the retain rows alone -------------------------------------------------------------------------
 
 
 class FineTune(Objective):
-    """Go on training on the retain rows and trust that the rest fades (Golatkar et al. 2020, arXiv 1911.04933).
+    """Go on training on the retain rows and trust that the rest fades (Golatkar et al. 2020, arXiv
+    1911.04933).
 
     ℓ = NLL(retain). An epoch is one pass over the retain rows.
-
-    Args:
-        kwargs: see :class:`Objective`; there is no forget term.
     """
 
     forget_streams = ()
+
+    def forget_loss(self, at: Streams) -> Tensor:
+        raise TypeError("there is no forget term")
 
 
 class L1Sparse(FineTune):
@@ -488,8 +443,9 @@ class L1Sparse(FineTune):
     ℓ = NLL(retain) + α ‖θ‖₁, over the weights that may move.
 
     Args:
-        alpha: α: a number, or a schedule as ``retain_weight`` is; the paper's decays to 0: ``linear:1e-5->0``.
-        kwargs: see :class:`Objective`.
+        alpha: α: a number, or a schedule as ``retain_weight`` is; the paper's decays to 0:
+            ``linear:1e-5->0``.
+        **kwargs: passed to :class:`Objective`.
     """
 
     def __init__(self, alpha: Union[float, str, Schedule] = 1e-5, **kwargs: Any) -> None:
@@ -498,6 +454,5 @@ class L1Sparse(FineTune):
         self._alpha_schedule = as_schedule(alpha, "objective.alpha")
 
     def penalty(self, at: Streams) -> Tensor:
-        """α Σ |θ_i|."""
         norms = [p.abs().sum(dtype=torch.float32) for p in at.lm.parameters() if p.requires_grad]
         return self._alpha_schedule(at.progress) * torch.stack(norms).sum()

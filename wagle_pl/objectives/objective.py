@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
-import re
+from abc import ABC, abstractmethod
 from typing import Any, Optional, Union
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.registry import resolve
 from wagle_pl.objectives.retain import NONE, RetainTerm
-from wagle_pl.objectives.schedules import Schedule, as_schedule, is_zero
+from wagle_pl.objectives.schedules import Schedule, as_schedule
 from wagle_pl.objectives.streams import Streams
 
 
-class Objective:
+class Objective(ABC):
     """``forget_weight`` × forget term + ``retain_weight`` × retain term.
 
     Args:
-        forget_weight: factor of the forget term: a number, or a schedule over the run such as ``linear:0->1``,
-            ``cosine:1->0.1`` or ``step:1->0@0.5`` (from half of the steps on).
-        retain_weight: factor of the retain term, likewise; 0 leaves it out (no retain rows are needed then).
-        retain: the retain term: ``nll``, ``kl`` (to θ₀), ``hidden_mse`` (of a block, to θ₀), ``none``, or a class path
-            to a ``RetainTerm``.
+        forget_weight: factor of the forget term: a number, or a schedule over the run such as
+            ``linear:0->1``, ``cosine:1->0.1`` or ``step:1->0@0.5`` (from half of the steps on).
+        retain_weight: factor of the retain term, likewise; 0 leaves it out (no retain rows are
+            needed then).
+        retain: the retain term: ``nll``, ``kl`` (to θ₀), ``hidden_mse`` (of a block, to θ₀),
+            ``none``, or a class path to a :class:`~wagle_pl.objectives.RetainTerm`.
 
     Raises:
         WagleError: if an option has no meaning.
     """
 
-    #: Streams the forget term reads: ``forget``, ``refusal`` (the same rows, answered by a refusal).
+    #: Streams the forget term reads: ``forget``, ``refusal`` (the same rows, answered by a
+    #: refusal).
     forget_streams: tuple[str, ...] = ("forget",)
     #: Streams whose summed log-probabilities at θ₀ the forget term needs.
     references: tuple[str, ...] = ()
     #: Streams whose whole predictions (or hidden states) at θ₀ the forget term needs.
     logits_at_theta0: tuple[str, ...] = ()
+    #: The block whose output the forget term reads, if any.
+    layer: Optional[int] = None
     #: Regular expression that the names of parameters must match to be moved; None moves any.
     trainable: Optional[str] = None
 
@@ -55,8 +59,8 @@ class Objective:
 
     @property
     def retains(self) -> bool:
-        """Whether there is a retain term."""
-        return not is_zero(self.retain_weight)
+        """Whether there is a retain term: its weight is not the constant 0."""
+        return isinstance(self.retain_weight, (str, Schedule)) or self.retain_weight != 0
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -66,7 +70,8 @@ class Objective:
     @property
     def hidden_layers(self) -> tuple[int, ...]:
         """Blocks whose outputs a term reads; known once :meth:`prepare` has seen the model."""
-        return self.retain.hidden_layers if self.retains else ()
+        own = () if self.layer is None else (self.layer,)
+        return tuple(dict.fromkeys(own + (self.retain.hidden_layers if self.retains else ())))
 
     @property
     def theta0_streams(self) -> tuple[str, ...]:
@@ -91,11 +96,11 @@ class Objective:
             WagleError: if an option does not fit it.
         """
         if self.retains:
-            self.retain.prepare(lm, self)
+            self.retain.prepare(lm, self.layer)
 
+    @abstractmethod
     def forget_loss(self, at: Streams) -> Tensor:
-        """The forget term: (B,), one number for each row of the first forget stream. Override this."""
-        raise TypeError(f"{type(self).__name__} must override forget_loss")
+        """The forget term: (B,), one number for each row of the first forget stream."""
 
     def retain_loss(self, at: Streams) -> Tensor:
         """The retain term: (B,), one number for each retain row."""
@@ -106,7 +111,7 @@ class Objective:
         return None
 
     def __call__(self, at: Streams) -> dict[str, Tensor]:
-        """``loss`` and its parts (``forget_loss``, ``retain_loss``, ``penalty``: those there are), scalars."""
+        """``loss`` and its parts (``forget_loss``, ``retain_loss``, ``penalty``), scalars."""
         parts: dict[str, Tensor] = {}
         terms = []
         name = f"objective {type(self).__name__}"
@@ -123,18 +128,3 @@ class Objective:
             parts["penalty"] = penalty
             terms.append(penalty)
         return {"loss": sum(terms[1:], start=terms[0]), **parts}
-
-
-def freeze_others(lm: nn.Module, pattern: Optional[str]) -> None:
-    """Freeze the parameters whose names a regular expression does not match; None freezes none.
-
-    Raises:
-        WagleError: if nothing is left to move.
-    """
-    for name, parameter in lm.named_parameters():
-        if pattern is not None and not re.search(pattern, name):
-            parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in lm.parameters()):
-        raise WagleError(
-            f"the adapter has no weights in what the objective moves ({pattern}): adapt those modules"
-        )

@@ -1,26 +1,24 @@
 """Retain terms: what keeps the model as it is on the rows that are not to be forgotten.
 
-To write one's own, subclass :class:`RetainTerm` and override ``__call__``; give its class path as ``retain`` of any
-objective.
+To write one's own, subclass :class:`RetainTerm` and override ``__call__``; give its class path as
+``retain`` of any objective.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Optional
+from abc import ABC, abstractmethod
+from typing import Any, Literal, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.lm.hidden import blocks, check_layer
+from wagle_pl.lm.layers import blocks, check_layer
 from wagle_pl.objectives.streams import Answers, Streams
 
-if TYPE_CHECKING:
-    from wagle_pl.objectives.objective import Objective
 
-
-class RetainTerm:
+class RetainTerm(ABC):
     """One number for each retain row, to be minimised."""
 
     #: Whether the term needs predictions at θ₀ of the retain rows.
@@ -30,12 +28,17 @@ class RetainTerm:
     #: Blocks whose outputs the term reads, now and at θ₀.
     hidden_layers: tuple[int, ...] = ()
 
+    @abstractmethod
     def __call__(self, at: Streams) -> Tensor:
-        """(B,), averaged over the tokens of each row. Override this."""
-        raise TypeError(f"{type(self).__name__} must override __call__")
+        """(B,), averaged over the tokens of each row."""
 
-    def prepare(self, lm: Any, objective: Objective) -> None:
-        """Look at the model before the run: check options that depend on it."""
+    def prepare(self, lm: Any, layer: Optional[int] = None) -> None:  # noqa: B027  a hook
+        """Look at the model before the run: check options that depend on it.
+
+        Args:
+            lm: the model.
+            layer: the block whose output the forget term reads, if any.
+        """
 
 
 class NLL(RetainTerm):
@@ -45,22 +48,25 @@ class NLL(RetainTerm):
         return at["retain"].nll
 
 
-class KL(RetainTerm):
-    """(1/|P|) Σ_{t∈P} KL(π₀(·|s_≤t) ‖ π(·|s_≤t)): predict what θ₀ predicts, at positions P of a row s of tokens.
+class RetainKL(RetainTerm):
+    """(1/|P|) Σ_{t∈P} KL(π₀(·|s_≤t) ‖ π(·|s_≤t)), at positions P of a row s of tokens.
 
-    TOFU (arXiv 2401.06121) and OpenUnlearning (arXiv 2506.12618) give no formula beyond that; their code averages over
-    every position of the padded batch, which is ``batch`` here.
+    TOFU (arXiv 2401.06121) and OpenUnlearning (arXiv 2506.12618) give no formula beyond that; their
+    code averages over every position of the padded batch, which is ``batch`` here.
 
     Args:
-        positions: P. ``answer``: positions that predict an answer token. ``row``: every token of the row, of the prompt
-            as well and the last; this is the value of the reference code for a row that is not padded. ``batch``: every
-            position of the micro-batch, padding as well, as in the reference code: exactly its value, which depends on
-            what rows are padded together, so on how a batch is cut. (TOFU's code pads to a fixed length, that of
-            OpenUnlearning and this package to the longest row.)
+        positions: P. ``answer``: positions that predict an answer token. ``row``: every token of
+            the row, of the prompt as well and the last; this is the value of the reference code for
+            a row that is not padded. ``batch``: every position of the micro-batch, padding as well,
+            exactly as in the reference code: the value depends on what rows are padded together, so
+            on how a batch is cut. (TOFU's code pads to a fixed length, that of OpenUnlearning and
+            this package to the longest row.)
 
     Raises:
         WagleError: if ``positions`` is none of these.
     """
+
+    __qualname__ = "KL"  # the option's value; the name KL is that of an objective
 
     logits_at_theta0 = True
 
@@ -73,22 +79,22 @@ class KL(RetainTerm):
 
     @property
     def all_positions(self) -> bool:
-        """Whether positions of the prompt count."""
         return self.positions != "answer"
 
     def __call__(self, at: Streams) -> Tensor:
         answers = at["retain"]
         if self.positions == "answer":
             return kl_from_theta0(answers)
-        counted = (
-            answers.attention.bool()
-            if self.positions == "row"
-            else torch.ones_like(answers.labels).bool()
-        )
-        both = (
-            logits.float().log_softmax(-1) for logits in (answers.theta0.logits, answers.logits)
-        )
-        return divergence(*both).masked_fill(~counted, 0.0).sum(-1) / counted.sum(-1)
+        if self.positions == "row":
+            counted = answers.attention.bool()
+        else:
+            counted = torch.ones_like(answers.labels, dtype=torch.bool)
+        reference = answers.theta0.logits.float().log_softmax(-1)
+        values = divergence(reference, answers.logits.float().log_softmax(-1))
+        return values.masked_fill(~counted, 0.0).sum(-1) / counted.sum(-1)
+
+
+KL = RetainKL  # by its class path in configurations
 
 
 class NONE(RetainTerm):
@@ -99,10 +105,11 @@ class NONE(RetainTerm):
 
 
 class HiddenMSE(RetainTerm):
-    """(1/|y|) Σ_t (1/d) ‖h_t − h⁰_t‖², h a block's output now and at θ₀ (RMU, arXiv 2403.03218).
+    """(1/|y|) Σ_t (1/d) ‖h_t − h⁰_t‖², h a block's output, h⁰ that at θ₀ (RMU, arXiv 2403.03218).
 
     Args:
-        layer: the block, counted from 0; null takes RMU's, or the middle block beside any other forget term.
+        layer: the block, counted from 0; null takes that of the forget term (RMU), or the middle
+            one.
     """
 
     def __init__(self, layer: Optional[int] = None) -> None:
@@ -110,17 +117,16 @@ class HiddenMSE(RetainTerm):
 
     @property
     def hidden_layers(self) -> tuple[int, ...]:
-        """The block."""
         return () if self.layer is None else (self.layer,)
 
-    def prepare(self, lm: Any, objective: Objective) -> None:
+    def prepare(self, lm: Any, layer: Optional[int] = None) -> None:
         """Choose the block if none is given.
 
         Raises:
             WagleError: if the model lacks it, saying the range.
         """
         if self.layer is None:
-            self.layer = getattr(objective, "layer", len(blocks(lm)) // 2)
+            self.layer = len(blocks(lm)) // 2 if layer is None else layer
         check_layer(lm, self.layer, "objective.retain.layer")
 
     def __call__(self, at: Streams) -> Tensor:
@@ -135,13 +141,16 @@ def kl_from_theta0(answers: Answers) -> Tensor:
 
 
 def divergence(reference: Tensor, current: Tensor) -> Tensor:
-    """KL(π₀ ‖ π) of (..., K) log-probabilities, (...,); what has no probability under π₀ (padding of a vocabulary, with
-    logits of −∞) adds nothing."""
+    """(...,) KL(π₀ ‖ π) of (..., K) log-probabilities.
+
+    What has no probability under π₀ (padding of a vocabulary, with logits of −∞) adds nothing.
+    """
     never = reference == -torch.inf
     pair = (logprobs.masked_fill(never, 0.0) for logprobs in (current, reference))
     return F.kl_div(*pair, reduction="none", log_target=True).sum(-1)
 
 
 def cross_entropy(target: Tensor, current: Tensor) -> Tensor:
-    """−Σ_v q(v) log π(v) of (..., K) probabilities q and log-probabilities, (...,); where q is 0 nothing is added."""
+    """(...,) −Σ_v q(v) log π(v) of (..., K) probabilities q and log π; where q is 0 nothing is
+    added."""
     return -(target * current.masked_fill(target == 0, 0.0)).sum(-1)

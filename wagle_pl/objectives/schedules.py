@@ -1,10 +1,9 @@
-"""Weights of loss terms, and the learning rate, that change while a run goes on."""
+"""Weights of loss terms that change while a run goes on."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from typing import Literal, Union
 
 from wagle_pl.core.errors import WagleError
@@ -13,13 +12,14 @@ _TEXT = re.compile(r"(linear|cosine|step):([^>@]+)->([^>@]+)(?:@(.+))?$")
 
 
 class Schedule:
-    """A number that depends on how far the run is. On the command line: ``linear:0->1``, ``cosine:1->0.1@0.5``.
+    """A number that depends on how far the run is. On the command line: ``cosine:1->0.1@0.5``.
 
     Args:
         kind: ``linear`` and ``cosine`` go from ``start`` to ``end``; ``step`` jumps.
         start: value at the first step.
         end: value from ``until`` on.
-        until: share of the run after which ``end`` is reached, in (0, 1]. In the short form it follows an ``@``.
+        until: share of the run after which ``end`` is reached, in (0, 1]. In the short form it
+            follows an ``@``.
 
     Raises:
         WagleError: if ``until`` is outside (0, 1].
@@ -46,13 +46,13 @@ class Schedule:
         self.until = until
 
     def __call__(self, progress: float) -> float:
-        """The value at a share of the run in [0, 1]. Override this for a schedule of another shape."""
+        """The value at a share of the run in [0, 1]. Override this for a schedule of another
+        shape."""
         done = min(1.0, progress / self.until)
         if done == 1.0:
             return self.end
-        share = {"linear": done, "cosine": (1 - math.cos(math.pi * done)) / 2, "step": 0.0}[
-            self.kind
-        ]
+        cosine = (1 - math.cos(math.pi * done)) / 2
+        share = {"linear": done, "cosine": cosine, "step": 0.0}[self.kind]
         return self.start + share * (self.end - self.start)
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ Weight = Union[float, str, Schedule]
 
 
 def as_schedule(value: Weight, option: str) -> Schedule:
-    """The schedule that an option names: a number, a text such as ``linear:0->1`` or ``step:1->0@0.5``, or itself.
+    """The schedule of an option: a number, a text such as ``step:1->0@0.5``, or a schedule.
 
     Raises:
         WagleError: naming the option and the forms it takes.
@@ -74,39 +74,15 @@ def as_schedule(value: Weight, option: str) -> Schedule:
     """
     if isinstance(value, Schedule):
         return value
+    match = _TEXT.match(value.replace(" ", "")) if isinstance(value, str) else None
+    kind, start, end, until = match.groups() if match else ("step", value, value, None)
     try:
-        match = _TEXT.match(value.replace(" ", "")) if isinstance(value, str) else None
-        if match:
-            kind, start, end, until = match.groups()
-            numbers = float(start), float(end), float(until or 1)
-        else:
-            kind, numbers = "step", (float(value), float(value), 1.0)
+        numbers = float(start), float(end), float(until or 1)
     except (TypeError, ValueError):
         numbers = (math.nan,)
-    if not all(math.isfinite(number) for number in numbers):
+    if not all(map(math.isfinite, numbers)):
         raise WagleError(
-            f"{option} {value!r} is neither a number nor a schedule such as linear:0->1, cosine:1->0 or step:1->0@0.5"
+            f"{option} {value!r} is neither a number nor a schedule such as linear:0->1, "
+            "cosine:1->0 or step:1->0@0.5"
         )
     return Schedule(kind, *numbers)
-
-
-def is_zero(value: Weight) -> bool:
-    """Whether a weight is the constant 0, which leaves its term out."""
-    return isinstance(value, (int, float)) and value == 0
-
-
-def lr_factor(warmup: float, decay: str, steps: float) -> Callable[[int], float]:
-    """Learning-rate factor by step: linear warm-up, then linear decay to zero at ``steps``, or constant.
-
-    >>> factor = lr_factor(2, "linear", 6)
-    >>> [factor(step) for step in range(7)]
-    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
-    """
-    warm = round(warmup * steps) if 0 < warmup < 1 else round(warmup)
-
-    def factor(step: int) -> float:
-        if step < warm:
-            return (step + 1) / warm
-        return 1.0 if decay == "constant" else max(0.0, (steps - step) / max(1, steps - warm))
-
-    return factor

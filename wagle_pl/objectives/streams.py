@@ -1,4 +1,4 @@
-"""What an objective sees of a batch: :class:`Answers` of each of its :class:`Streams`, computed when asked for."""
+"""What an objective sees of a batch: the :class:`Answers` of each of its :class:`Streams`."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ import torch
 from torch import Tensor
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.lm.hidden import capture
-from wagle_pl.lm.likelihood import token_logprobs
-from wagle_pl.objectives.references import Buckets, TopK
+from wagle_pl.lm.layers import capture
+from wagle_pl.lm.likelihood import IGNORE, token_logprobs
+from wagle_pl.objectives.top_k import Buckets, TopK
 
 
 class Answers:
     """What a model says about the answers of one stream's batch, computed when asked for.
 
-    Below, B is the number of rows, T their length in tokens, V the vocabulary, and N the number of answer tokens of
-    the whole batch, row after row.
+    Below, B is the number of rows, T their length in tokens, V the vocabulary, and N the number of
+    answer tokens of the whole batch, row after row.
 
     Attributes:
         logits: (B, T, V).
         labels: (B, T), -100 where nothing is to be predicted.
-        reference: (B,) summed log-probability at θ₀; None unless the objective lists the stream in ``references``.
+        reference: (B,) summed log-probability at θ₀; None unless the objective lists the stream in
+            ``references``.
         rows: (B,) index of each row in its set; None where it is not known.
-        hidden: block -> (B, T, d), its output; the blocks that the objective names in ``hidden_layers``.
-        attention: (B, T), 0 where a row is padded; of a stream that the objective names in ``whole_streams``.
+        hidden: block -> (B, T, d), its output; the blocks that the objective names in
+            ``hidden_layers``.
+        attention: (B, T), 0 where a row is padded; of a stream that the objective names in
+            ``whole_streams``.
     """
 
     def __init__(
@@ -91,13 +94,10 @@ class Answers:
 
     def mean_tokens(self, values: Tensor) -> Tensor:
         """(N,) numbers, one an answer token -> (B,) their mean over each row."""
-        return self._on_grid(values).sum(-1) / self.length
-
-    def _on_grid(self, values: Tensor) -> Tensor:
         grid = torch.zeros(self.mask.shape, dtype=values.dtype, device=values.device)
-        return grid.masked_scatter(self.mask, values)
+        return grid.masked_scatter(self.mask, values).sum(-1) / self.length
 
-    # -- beside θ₀ ----------------------------------------------------------------------------------------------------
+    # -- beside θ₀ ---------------------------------------------------------------------------------
 
     @cached_property
     def theta0(self) -> Answers:
@@ -110,7 +110,7 @@ class Answers:
 
     @cached_property
     def buckets(self) -> Buckets:
-        """Predictions of each answer token at θ₀ and now, over the vocabulary or over the top k and the rest."""
+        """Predictions of each answer token at θ₀ and now, over the vocabulary or the top k."""
         if self._top_k is not None:
             return self._top_k.align(self.predictions)
         reference = self.theta0.predictions.log_softmax(-1)
@@ -127,7 +127,7 @@ class Answers:
             (B,) (1/|y|) Σ_t (1/d) ‖h_t − target_t‖², t over the answer tokens.
         """
         distance = (self.hidden[layer].float() - target.float()).square().mean(-1)
-        mask = self.labels != -100
+        mask = self.labels != IGNORE
         return distance.masked_fill(~mask, 0.0).sum(-1) / mask.sum(-1)
 
 
@@ -136,12 +136,13 @@ class Streams(Mapping[str, Answers]):
 
     Args:
         batch: stream -> tensors, as the data module makes them.
-        run: tensors of one stream -> (logits, labels), from the first answer token on; with the keyword ``whole`` of
-            all positions.
+        run: tensors of one stream -> (logits, labels), from the first answer token on; with the
+            keyword ``whole`` of all positions.
         references: stream -> (rows of the set,) summed log-probabilities at θ₀.
         lm: the model that ``run`` runs; needed for ``layers`` and for objectives that read weights.
         layers: blocks whose output is kept.
-        theta0: tensors of one stream (``whole`` for all positions) -> (logits, labels, outputs of ``layers``) at θ₀.
+        theta0: tensors of one stream (``whole`` for all positions) -> (logits, labels, outputs of
+            ``layers``) at θ₀.
         top_k: stream -> cached predictions at θ₀, in place of the copy's.
         progress: share of the run's steps that is done, 0 at the first and 1 at the last.
         epoch: counted from 0.
@@ -180,12 +181,12 @@ class Streams(Mapping[str, Answers]):
             with capture(self.lm, self._layers) as hidden:
                 logits, labels = self._run(tensors, **options)
             reference, top_k = self._references.get(stream), self._top_k.get(stream)
+            if reference is not None:
+                reference = reference.to(logits.device)[tensors["row"]]
             self._answers[stream] = Answers(
                 logits,
                 labels,
-                reference=None
-                if reference is None
-                else reference.to(logits.device)[tensors["row"]],
+                reference=reference,
                 rows=tensors.get("row"),
                 hidden=_answer_positions(hidden, labels),
                 theta0=None if self._theta0 is None else partial(self._at_theta0, tensors, options),
@@ -205,7 +206,9 @@ class Streams(Mapping[str, Answers]):
         return len(self.batch)
 
     def mean(self, stream: str, values: Tensor, what: str = "values") -> Tensor:
-        """Weighted sum of (B,) values: the mean over the global batch once ranks and micro-batches are averaged.
+        """Weighted sum of (B,) values.
+
+        Once ranks and micro-batches are averaged it is the mean over the global batch.
 
         Args:
             stream: whose rows the values are of.
@@ -226,7 +229,7 @@ class Streams(Mapping[str, Answers]):
 
 
 def _answer_positions(hidden: Mapping[int, Tensor], labels: Tensor) -> dict[int, Tensor]:
-    """Outputs of blocks cut to the positions that labels cover (leading prompt positions have no logits)."""
+    """Outputs of blocks, cut to the positions that labels cover: the prompt's have no logits."""
     return {
         layer: states[:, states.shape[1] - labels.shape[1] :] for layer, states in hidden.items()
     }

@@ -7,8 +7,9 @@ step, adapter in place.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
@@ -52,15 +53,16 @@ class LoRA:
         self.merge = merge
         self._peft: Any = None
 
-    def add(self, lm: Any, base: str) -> None:
+    def add(self, lm: Any, base: str, trainable: Optional[str] = None) -> None:
         """Put adapters into a model, in place, and freeze everything else.
 
         Args:
             lm: a Hugging Face model; its class and its calls stay as they are.
             base: hub id or folder that an adapter folder will name as its base.
+            trainable: regular expression that finds the names of what may move; None for all.
 
         Raises:
-            WagleError: if ``peft`` is missing, or no layer has the names given.
+            WagleError: if ``peft`` is missing, no layer has the names given, or nothing may move.
         """
         try:
             from peft import LoraConfig, get_peft_model
@@ -78,6 +80,14 @@ class LoRA:
             self._peft = get_peft_model(lm, config)
         except ValueError as error:
             raise WagleError(f"adapter.target_modules {self.target_modules}: {error}") from error
+        for name, parameter in lm.named_parameters():
+            if trainable is not None and not re.search(trainable, name):
+                parameter.requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in lm.parameters()):
+            raise WagleError(
+                f"the adapter has no weights in what the objective moves ({trainable}): adapt those "
+                "modules"
+            )
 
     def fold(self) -> None:
         """Add B A to the model's weights and take the adapters out: the model is one of its own kind again."""

@@ -35,9 +35,7 @@ from wagle_pl.lm.resume import (
 from wagle_pl.masks import Restriction, WeightMask
 from wagle_pl.masks.selected import SUFFIX, SelectedWeights, load_values
 from wagle_pl.objectives.forget import Objective, Streams
-from wagle_pl.objectives.objective import freeze_others
 from wagle_pl.objectives.references import References, predictions_of
-from wagle_pl.objectives.schedules import lr_factor
 from wagle_pl.planning import Run, Size, disk_bytes
 from wagle_pl.strategies import is_zero, stage_of
 from wagle_pl.unlearning.adapters import LoRA
@@ -667,8 +665,7 @@ class UnlearnModule(FinetuneModule):
         """
         self._restricted = True
         if self.adapter is not None:
-            self.adapter.add(self.lm, self.model_name)
-            freeze_others(self.lm, self.objective.trainable)
+            self.adapter.add(self.lm, self.model_name, self.objective.trainable)
         self.mask = self._find_mask()
         if self.mask is not None and not self.mask.count():
             made_by = (
@@ -755,7 +752,9 @@ class UnlearnModule(FinetuneModule):
     def _prepare_references(self) -> None:
         top_k = self.objective.theta0_streams if self.reference_logits == "top_k" else ()
         folder = Path(self.output).parent / ".references"
-        self._references.prepare(self, folder, self.objective.references, top_k, self.top_k)
+        self._references.prepare(
+            self, self.trainer.datamodule, folder, self.objective.references, top_k, self.top_k
+        )
 
     def _try_objective(self) -> None:
         """Compute the objective on two rows, before the passes at θ₀ that it may need; nothing else changes.
@@ -900,6 +899,23 @@ class UnlearnModule(FinetuneModule):
         record["lineage"][-1] |= {"objective": objective, "mask": mask, "verified": self._verified}
         record["lineage"][-1]["adapter"] = None if self.adapter is None else describe(self.adapter)
         return record
+
+
+def lr_factor(warmup: float, decay: str, steps: float) -> Callable[[int], float]:
+    """Learning-rate factor by step: linear warm-up, then linear decay to zero, or constant.
+
+    >>> factor = lr_factor(2, "linear", 6)
+    >>> [factor(step) for step in range(7)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    warm = round(warmup * steps) if 0 < warmup < 1 else round(warmup)
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return 1.0 if decay == "constant" else max(0.0, (steps - step) / max(1, steps - warm))
+
+    return factor
 
 
 def _largest(tensor: Tensor) -> Tensor:
