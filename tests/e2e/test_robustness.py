@@ -13,14 +13,22 @@ from conftest import write_rows
 
 from wagle_pl import WagleError
 from wagle_pl.data.batches import collate
-from wagle_pl.data.example import parse_rows, raw_rows
+from wagle_pl.data.example import raw_rows
 from wagle_pl.data.people import bundled
 from wagle_pl.data.rows import load_rows
 from wagle_pl.data.template import Template
-from wagle_pl.evaluation.robustness import EVERY, Attack, find_attacks, usable
-from wagle_pl.evaluation.robustness.others import model_of, results_of
-from wagle_pl.evaluation.robustness.relearn import Relearn
-from wagle_pl.evaluation.robustness.weights import finetune_, quantise_
+from wagle_pl.evaluation.attacks import (
+    EVERY,
+    Attack,
+    InContext,
+    Relearn,
+    find_attacks,
+    model_of,
+    results_of,
+    usable_attacks,
+)
+from wagle_pl.evaluation.attacks.subject import texts_of
+from wagle_pl.evaluation.attacks.weights import finetune_, quantise_
 from wagle_pl.lm.models import fingerprint, load_model, load_tokenizer, save_model
 
 generator = torch.Generator().manual_seed(0)
@@ -228,9 +236,7 @@ def test_ones_own_attack_and_what_it_may_use(attacked, rows):
         metrics["robustness/shouted/forget/probability"]
         == values(records)["shouted  forget/probability"]
     )
-    asked = find_attacks("in_context", EVERY)[0][0]._in_context(
-        subject, "forget", subject.rows["forget"]
-    )
+    asked = InContext().in_context(subject, "forget")
     assert sorted(asked) == list(range(5))
     for i, ((changed),) in asked.items():
         row = subject.rows["forget"][i]
@@ -245,7 +251,7 @@ def test_ones_own_attack_and_what_it_may_use(attacked, rows):
         )
     shown = Relearn(rows=2).draw(subject, "forget")
     assert len(shown) == 2 and shown == Relearn(rows=2).draw(subject, "forget")
-    left = subject.every_row(without=set().union(*(row.texts for row in shown)))["forget"]
+    left = subject.every_row(without=texts_of(shown))["forget"]
     assert not {row.question for (row,) in left.values()} & {row.question for row in shown}
     assert len(left) == 5 - sum(row in subject.rows["forget"] for row in shown)
 
@@ -440,8 +446,7 @@ def test_multiple_choice(attacked, tmp_path):
     assert all(
         r["before"] == metrics["wmdp_bio/accuracy"] and r["direction"] == "lower" for r in records
     )
-    (context,) = find_attacks("in_context", EVERY)[0]
-    (changed,) = context._in_context(module.subject(), "wmdp_bio", parse_rows(choices, "set"))[0]
+    (changed,) = InContext().in_context(module.subject(), "wmdp_bio")[0]
     facts, header = changed.context.split("\n\n", 1)
     assert (
         len(facts.split("\n")) == 3
@@ -463,7 +468,7 @@ def test_weights_spread_over_ranks_are_left_alone(attacked):
             WagleError, match=f"{attack.name} changes weights, which ZeRO-3 spreads over the ranks"
         ):
             attack.check(spread)
-    found, skipped = usable(find_attacks(True, EVERY)[0], spread, every=True)
+    found, skipped = usable_attacks(find_attacks(True, EVERY)[0], spread, every=True)
     assert [attack.name for attack in found] == [
         "paraphrase",
         "translated_style",

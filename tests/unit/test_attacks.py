@@ -6,18 +6,27 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import mannwhitneyu
-from torch.ao.quantization.observer import PerChannelMinMaxObserver
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from wagle_pl.data.batches import collate
 from wagle_pl.data.example import Example, parse_rows
 from wagle_pl.data.people import bundled
 from wagle_pl.data.template import Template
-from wagle_pl.evaluation.robustness.linear import folds, ordered, ridge, right_told, told_apart
-from wagle_pl.evaluation.robustness.prompts import word_vectors
-from wagle_pl.evaluation.robustness.subject import worst
-from wagle_pl.evaluation.robustness.weights import fake_quantise, finetune_, quantise_, restored
-from wagle_pl.evaluation.robustness.wording import LANGUAGES, paraphrases, translated
+from wagle_pl.evaluation.attacks.probing import (
+    folds_of,
+    order_answers,
+    ridge,
+    separate,
+    share_above,
+)
+from wagle_pl.evaluation.attacks.prompts import (
+    FRAMES,
+    paraphrases,
+    translated,
+    word_vectors,
+)
+from wagle_pl.evaluation.attacks.subject import worst
+from wagle_pl.evaluation.attacks.weights import fake_quantise, finetune_, quantise_, restored
 from wagle_pl.lm.layers import linear_weights
 from wagle_pl.lm.models import load_model, load_tokenizer
 
@@ -33,27 +42,24 @@ def normal(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("bits", [8, 4, 3])
 @pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
-def test_quantisation_against_torch(bits, scheme):
+def test_quantisation_against_the_formula(bits, scheme):
     weights = normal(7, 33) * torch.logspace(-3, 1, 7)[:, None] + 0.01
-    symmetric = scheme == "symmetric"
-    low, high = (-(2 ** (bits - 1)) + 1, 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
-    observer = PerChannelMinMaxObserver(
-        ch_axis=0,
-        quant_min=low,
-        quant_max=high,
-        dtype=torch.qint8 if symmetric else torch.quint8,
-        qscheme=torch.per_channel_symmetric if symmetric else torch.per_channel_affine,
-        eps=1e-30,
-    )
-    observer(weights)
-    scale, zero = observer.calculate_qparams()
-    expected = torch.fake_quantize_per_channel_affine(weights, scale, zero.int(), 0, low, high)
+    if scheme == "symmetric":
+        top = 2 ** (bits - 1) - 1
+        scale = weights.abs().amax(1, keepdim=True) / top
+        expected = (weights / scale).round().clamp(-top, top) * scale
+    else:
+        top = 2**bits - 1
+        low, high = weights.amin(1, keepdim=True).clamp(max=0), weights.amax(1, keepdim=True)
+        scale = (high.clamp(min=0) - low) / top
+        zero = (-low / scale).round()
+        expected = (((weights / scale).round() + zero).clamp(0, top) - zero) * scale
     found = fake_quantise(weights, bits, scheme)
-    # torch divides by the scale as a product with its inverse: a value half-way between levels may go either way
-    assert ((found - expected).abs() <= scale[:, None] * 1.001).all()
-    assert ((found - expected).abs() <= scale[:, None] * 1e-4).float().mean() > 0.99
+    # torch multiplies by the scale's inverse: a value half-way between levels may go either way
+    assert ((found - expected).abs() <= scale * 1.001).all()
+    assert ((found - expected).abs() <= scale * 1e-4).float().mean() > 0.99
     assert max(len(row.unique()) for row in found) <= 2**bits
-    assert ((found - weights).abs() <= scale[:, None] * 0.5001).all()
+    assert ((found - weights).abs() <= scale * 0.5001).all()
 
 
 def test_quantisation_by_groups_is_that_of_each_group():
@@ -174,35 +180,39 @@ def test_ridge_against_the_normal_equations(shape):
     penalty = 0.3 * (centred**2).sum(1).mean()
     primal = centred.T @ centred + penalty * np.eye(shape[1])
     expected = np.linalg.solve(primal, centred.T @ (targets - targets.mean()))
-    weights, centre = ridge(torch.tensor(features), torch.tensor(targets).double(), 0.3)
+    weights = ridge(torch.tensor(features), torch.tensor(targets).double(), 0.3)
     np.testing.assert_allclose(weights, expected, rtol=1e-8, atol=1e-10)
-    np.testing.assert_allclose(centre, features.mean(0))
 
 
-def test_ordered_against_scipy():
+def test_the_share_of_ordered_pairs_against_scipy():
     a, b = normal(9).round(decimals=1), normal(13).round(decimals=1)
-    assert ordered(a, b) == pytest.approx(mannwhitneyu(a, b).statistic / (9 * 13))
+    assert share_above(a[:, None] - b) == pytest.approx(mannwhitneyu(a, b).statistic / (9 * 13))
 
 
 def test_what_a_linear_classifier_can_tell():
     direction = normal(50)
-    ours, others = normal(60, 50) + direction, normal(40, 50) - direction
-    assert told_apart(ours, others, 1.0, 5, seed=0) == 1.0
-    noise = [told_apart(normal(60, 50), normal(40, 50), 1.0, 5, seed=s) for s in range(40)]
+    ours, others = normal(60, 50).double() + direction, normal(40, 50).double() - direction
+    assert separate(ours, others, 1.0, 5, seed=0) == 1.0
+    noise = [
+        separate(normal(60, 50).double(), normal(40, 50).double(), 1.0, 5, seed=s)
+        for s in range(40)
+    ]
     assert np.mean(noise) == pytest.approx(0.5, abs=0.05)
-    questions = 10 * normal(240, 1, 50)  # far apart: only differences tell
+    questions = 10 * normal(240, 1, 50).double()  # far apart: only differences tell
     wrong = questions + 0.5 * normal(240, 4, 50)
-    right = questions[:, 0] + 0.5 * normal(240, 50) + direction
-    assert right_told(right, list(wrong), 1.0, 5, seed=0) > 0.95
-    unknown = questions[:, 0] + 0.5 * normal(240, 50)
-    assert right_told(unknown, list(wrong), 1.0, 5, seed=0) == pytest.approx(0.5, abs=0.12)
-    assert told_apart(torch.ones(5, 3), torch.ones(5, 3), 1.0, 5, seed=0) == 0.5  # nothing to see
+    unknown = questions + 0.5 * normal(240, 1, 50)
+    right = unknown + direction
+    assert order_answers(list(right - wrong), 1.0, 5, seed=0) > 0.95
+    assert order_answers(list(unknown - wrong), 1.0, 5, seed=0) == pytest.approx(0.5, abs=0.12)
+    same = torch.ones(5, 3).double()
+    assert separate(same, same, 1.0, 5, seed=0) == 0.5  # nothing to see
 
 
 def test_folds_are_even_and_seeded():
-    part = folds(23, 5, seed=1)
+    part = folds_of(23, 5, seed=1)
     assert sorted(torch.bincount(part).tolist()) == [4, 4, 5, 5, 5]
-    assert torch.equal(part, folds(23, 5, seed=1)) and not torch.equal(part, folds(23, 5, seed=2))
+    assert torch.equal(part, folds_of(23, 5, seed=1))
+    assert not torch.equal(part, folds_of(23, 5, seed=2))
 
 
 # -- wordings ---------------------------------------------------------------------------------------------------------
@@ -211,7 +221,7 @@ def test_folds_are_even_and_seeded():
 @pytest.mark.parametrize("question", [row["question"] for row in bundled("forget")[:12]])
 def test_rewordings_ask_the_same_of_the_same_people(question):
     names = {word.strip("?,.'’s") for word in question.split()[1:] if word[0].isupper()}
-    texts = [*paraphrases(question), *(translated(question, language) for language in LANGUAGES)]
+    texts = [*paraphrases(question), *(translated(question, language) for language in FRAMES)]
     assert len(set(texts)) == len(texts) >= 6 and question not in texts
     assert all(name in text for name in names for text in texts)
 

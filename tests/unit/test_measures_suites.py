@@ -13,9 +13,9 @@ from wagle_pl.data.example import parse_rows
 from wagle_pl.data.people import bundled
 from wagle_pl.data.template import Template
 from wagle_pl.evaluation import Observations, Results, Suite, Undefined, find_suite
+from wagle_pl.evaluation.attacks.weights import finetune_
 from wagle_pl.evaluation.comparison import arrow, comparison
 from wagle_pl.evaluation.observe import Observer, observe_set
-from wagle_pl.evaluation.robustness.weights import finetune_
 from wagle_pl.evaluation.suites import membership
 from wagle_pl.evaluation.tables import write_table
 from wagle_pl.evaluation.tofu import from_result, to_result

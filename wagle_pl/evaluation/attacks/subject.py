@@ -1,8 +1,8 @@
-"""A model under attack, and what there is to attack it with."""
+"""A model under attack, and what an attack finds of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -13,34 +13,58 @@ from wagle_pl.data.example import Example
 from wagle_pl.data.template import Template
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.observe import Observer, Record, observe_set
-from wagle_pl.evaluation.robustness.finding import Finding
 from wagle_pl.evaluation.sets import Table, Value
 from wagle_pl.evaluation.suites.base import Suite
+from wagle_pl.evaluation.suites.catalogue import Info
 
-#: Not observed again under an attack: no measure that attacks report needs them.
-LEFT_OUT = frozenset({"gradient", "paraphrased", "vocabulary", "text"})
-SAID = ("generation", "rouge1_recall", "rougeL_recall", "toxicity", "nearest_answer")
+#: Needs that are not observed under an attack: none of the measures that attacks report uses them.
+NOT_OBSERVED = frozenset({"gradient", "paraphrased", "vocabulary", "text"})
+#: Columns of a record that belong to its generation.
+OF_GENERATION = ("generation", "rouge1_recall", "rougeL_recall", "toxicity", "nearest_answer")
 
-#: Row number -> the rows to ask in its place.
+#: Example number -> the rows to ask in its place.
 Asked = Mapping[int, Sequence[Example]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One number of one model under one attack.
+
+    Attributes:
+        measure: its name, as in ``metrics.json``.
+        after: under the attack; None if it is undefined.
+        info: unit, direction and meaning.
+        option: the variant of the attack, e.g. ``4bit``; empty if there is only one.
+        before: without the attack, on the same rows; None if it was not measured.
+        detail: left out of the console's table.
+        why: why ``after`` is undefined.
+    """
+
+    measure: str
+    after: Optional[float]
+    info: Info
+    option: str = ""
+    before: Optional[float] = None
+    detail: bool = False
+    why: str = ""
 
 
 @dataclass
 class Subject:
-    """A model under attack.
+    """A model under attack, and the data to attack it with.
 
     Attributes:
         lm: a Hugging Face causal language model, in evaluation mode.
         observer: runs it on rows.
         suite: the measures.
-        rows: test set -> its rows, of sets whose rows are to be forgotten.
+        rows: test set -> its rows, for the sets whose rows are to be forgotten.
         needs: test set -> what a test observes of it.
         lengths: test set -> longest generation in tokens.
         measures: tables of records -> the suite's measures.
         training: stream (``forget``, ``retain``, ``holdout``) -> its rows, None if there are none.
-        annotate: lets other models (a toxicity classifier) read a test set's records.
-        tables: test set -> its records without attack; None for a model that nobody asked about that.
-        sharded: whether the weights are spread over ranks.
+        annotate: lets other models (a toxicity classifier) read the records of a test set.
+        tables: test set -> its records without an attack; None if they were not observed.
+        sharded: whether the weights are sharded over the ranks (ZeRO-3).
     """
 
     lm: Any
@@ -57,24 +81,28 @@ class Subject:
 
     @property
     def template(self) -> Template:
-        """Makes tokens of rows, and brings the tokenizer."""
+        """Makes tokens of rows; has the tokenizer."""
         return self.observer.template
 
     @property
     def device(self) -> torch.device:
-        """Where the model's inputs must be."""
+        """Device of the model's inputs."""
         return self.observer.passes.device
 
-    def every_row(
-        self, without: Collection[str] = frozenset()
-    ) -> dict[str, dict[int, list[Example]]]:
-        """Test set -> row number -> the row, of all rows to be forgotten; sets left empty are left out.
+    @property
+    def forget_rows(self) -> list[Example]:
+        """All rows to be forgotten, of all test sets."""
+        return [row for rows in self.rows.values() for row in rows]
+
+    def every_row(self, without: Collection[str] = ()) -> dict[str, Asked]:
+        """All rows to be forgotten, asked as they are: an argument of :meth:`compare`.
 
         Args:
-            without: texts; a row that has one of them, as question or answer, is left out.
+            without: texts; a row with one of them as its question or answer is left out.
         """
+        left_out = set(without)
         kept = {
-            name: {i: [row] for i, row in enumerate(rows) if not row.texts & set(without)}
+            name: {i: [row] for i, row in enumerate(rows) if not row.texts & left_out}
             for name, rows in self.rows.items()
         }
         return {name: asked for name, asked in kept.items() if asked}
@@ -85,12 +113,12 @@ class Subject:
         measures: Collection[str],
         option: str = "",
     ) -> list[Finding]:
-        """Ask every row to be forgotten in other ways, and note the worst: see :func:`worst`.
+        """Ask every row to be forgotten in other ways, and keep the worst of each: see :func:`worst`.
 
         Args:
-            variants: (test set, row) -> the rows to ask in its place; none leaves the row out, before and after.
-            measures: which to report.
-            option: what to call it.
+            variants: (test set, row) -> the rows to ask in its place; a row without any is left out.
+            measures: see :meth:`findings`.
+            option: see :class:`Finding`.
         """
         asked = {
             name: {i: found for i, row in enumerate(rows) if (found := list(variants(name, row)))}
@@ -101,34 +129,32 @@ class Subject:
     def compare(
         self, asked: Mapping[str, Asked], measures: Collection[str], option: str = ""
     ) -> list[Finding]:
-        """Test the model as it is now; see :meth:`findings`."""
-        return self.findings(
-            {name: self.observe(name, each) for name, each in asked.items()}, measures, option
-        )
+        """Test the model as it is now on the rows ``asked`` of each test set; see :meth:`findings`."""
+        tables = {name: self.observe(name, each) for name, each in asked.items()}
+        return self.findings(tables, measures, option)
 
-    def observe(self, name: str, asked: Asked, without: Collection[str] = frozenset()) -> Table:
-        """Records of one test set, one a row number, in order; a meeting of all ranks.
+    def observe(self, name: str, asked: Asked, without: Collection[str] = ()) -> Table:
+        """Records of one test set, one a row number, in order. Collective: all ranks must call it.
 
-        A record has the question of the row it stands for, however that was asked: other results are found by it.
+        A record has the question of the row it stands for, however that was asked: results of other models are
+        matched by it.
 
         Args:
             name: of the test set.
-            asked: row number -> rows to ask in its place; of several the worst counts.
-            without: what not to observe though the suite needs it.
+            asked: row number -> rows to ask in its place; the worst of several counts.
+            without: needs of the suite that are not observed.
         """
         flat = [(i, row) for i, rows in asked.items() for row in rows]
-        needs = self.needs[name] - LEFT_OUT - set(without)
+        needs = self.needs[name] - NOT_OBSERVED - set(without)
         header = self.suite.headers.get(name, "")
-        records = observe_set(
-            self.observer, [row for _, row in flat], needs, self.lengths[name], header
-        )
-        own = {i: {"row": i, "question": self.rows[name][i].question} for i in asked}
-        return self.worst_of(
-            name, [record | own[i] for (i, _), record in zip(flat, records, strict=True)]
-        )
+        rows = [row for _, row in flat]
+        records = observe_set(self.observer, rows, needs, self.lengths[name], header)
+        for (i, _), record in zip(flat, records, strict=True):
+            record |= {"row": i, "question": self.rows[name][i].question}
+        return self.worst_of(name, records)
 
     def worst_of(self, name: str, records: list[Record]) -> Table:
-        """Annotate records of a test set, and keep the worst of each row; a meeting of all ranks."""
+        """Annotate records of a test set and keep the worst of each row. Collective: all ranks must call it."""
 
         def select() -> Table:
             self.annotate(name, records)
@@ -146,8 +172,8 @@ class Subject:
 
         Args:
             after: test set -> records under the attack.
-            measures: names without their test set.
-            option: what to call it.
+            measures: which measures to report, by their names without the test set.
+            option: see :class:`Finding`.
         """
         before: Mapping[str, Value] = {}
         if self.tables is not None:
@@ -161,10 +187,9 @@ class Subject:
             if short not in measures or (test_set and test_set not in after):
                 continue
             known, now = _number(before.get(name)), _number(value)
-            if known is None and now is None:
-                continue  # nobody can say, attacked or not
-            why = str(value) if now is None else ""
-            found.append(Finding(name, now, self.suite.info(name), option, known, why=why))
+            if known is not None or now is not None:
+                why = str(value) if now is None else ""
+                found.append(Finding(name, now, self.suite.info(name), option, known, why=why))
         return found
 
 
@@ -173,24 +198,22 @@ def _number(value: Optional[Value]) -> Optional[float]:
 
 
 def worst(records: Sequence[Record]) -> Record:
-    """Of several records of one row what gives most away: likelihoods of the one, generation of maybe another.
+    """The record that gives most away of several of one row; its generation may be that of another.
 
     The likelihoods are those of the wording under which the right answer is likeliest. The generation is the one with
-    the highest ROUGE-L recall, or, where there is no answer to compare with, the most toxic.
+    the highest ROUGE-L recall or, where there is no answer to compare with, the most toxic.
 
     >>> one = {"row": 0, "nll": 2.0, "generation": "In Sibiu.", "rougeL_recall": 0.6}
     >>> two = {"row": 0, "nll": 1.0, "generation": "In Arad.", "rougeL_recall": 0.3}
     >>> worst([one, two])
     {'row': 0, 'nll': 1.0, 'generation': 'In Sibiu.', 'rougeL_recall': 0.6}
     """
-    likeliest = max(records, key=_certainty)
-    said = max(
-        records, key=lambda record: record.get("rougeL_recall") or record.get("toxicity") or 0.0
-    )
-    return likeliest | {name: said[name] for name in SAID if name in said}
+    likeliest = max(records, key=_answer_logprob)
+    said = max(records, key=lambda r: r.get("rougeL_recall") or r.get("toxicity") or 0.0)
+    return likeliest | {name: said[name] for name in OF_GENERATION if name in said}
 
 
-def _certainty(record: Record) -> float:
+def _answer_logprob(record: Record) -> float:
     """Log-likelihood of the right answer, per token or among the choices."""
     if record.get("nll") is not None:
         return -record["nll"]
@@ -198,3 +221,8 @@ def _certainty(record: Record) -> float:
         if record.get(column) is not None:
             return (sign * torch.tensor(record[column])).log_softmax(-1)[record["label"]].item()
     return 0.0
+
+
+def texts_of(rows: Iterable[Example]) -> set[str]:
+    """Questions and answers of rows in every wording: rows that share one state the same fact."""
+    return {text for row in rows for text in row.texts}

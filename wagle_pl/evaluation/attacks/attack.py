@@ -1,0 +1,131 @@
+"""What an attack is, and which attacks a test runs."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, Optional, Union
+
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.registry import resolve
+from wagle_pl.evaluation.attacks.subject import Finding, Subject
+
+#: Measures of forget sets, and of the whole, that an attack reports where the suite has them.
+FORGET_MEASURES = (
+    *("probability", "rougeL_recall", "truth_ratio", "accuracy", "extraction_strength"),
+    *("perplexity", "toxicity", "forget_quality", "verbmem_f", "knowmem_f"),
+)
+
+
+class Attack(ABC):
+    """One way to bring forgotten knowledge back. Override :meth:`attack`, and :meth:`check` if it needs something.
+
+    An attack leaves the weights as they were, and draws random numbers from a seed of its own, so that it finds the
+    same again.
+
+    >>> class Shouted(Attack):
+    ...     '''Questions in capital letters.'''
+    ...
+    ...     def attack(self, subject):
+    ...         def loud(name, row):
+    ...             return [row.asking(row.asked.upper())] if row.asked else []
+    ...
+    ...         return subject.ask(loud, self.measures)
+    >>> Shouted().name
+    'shouted'
+    """
+
+    #: Which measures it reports.
+    measures: ClassVar[tuple[str, ...]] = FORGET_MEASURES
+    #: Whether it changes weights for a while, which is impossible where they are sharded (ZeRO-3).
+    moves_weights: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """The class's name in small letters and underscores."""
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
+
+    @abstractmethod
+    def attack(self, subject: Subject) -> Iterable[Finding]:
+        """Attack a model. Collective: all ranks must call it, and iterate over what it returns.
+
+        Returns:
+            The findings, in the same order for every model.
+        """
+
+    def check(self, subject: Subject) -> None:
+        """Refuse wrong options, and a model or data that cannot be attacked, before any work is done.
+
+        Raises:
+            WagleError: saying what is missing.
+        """
+        if self.moves_weights and subject.sharded:
+            raise WagleError(
+                f"{self.name} changes weights, which ZeRO-3 spreads over the ranks: test with stage 2 or "
+                "on one device"
+            )
+        if not subject.forget_rows:
+            raise self.unusable("no test set holds rows to be forgotten")
+
+    def unusable(self, why: str) -> WagleError:
+        """The error that the attack has nothing to work on."""
+        return WagleError(f"{self.name} has nothing to work on: {why}")
+
+
+#: Values of the option ``robustness``.
+Attacks = Optional[Union[bool, str, list[Union[Attack, str]]]]
+
+
+def find_attacks(value: Attacks, every: Sequence[type[Attack]]) -> tuple[list[Attack], bool]:
+    """The attacks that an option names.
+
+    Args:
+        value: a list of attacks, short names or class paths; the same as text with commas; ``all`` or True for every
+            attack; None, False or ``none`` for none.
+        every: the classes of ``all``.
+
+    Returns:
+        ``(attacks, all)``: with ``all`` an attack that has nothing to work on is left out, not refused.
+
+    Raises:
+        WagleError: listing the valid names.
+    """
+    if isinstance(value, str):
+        words = [word.strip() for word in value.strip("[] ").split(",") if word.strip()]
+        word = words[0].lower() if len(words) == 1 else ""
+        constants = {"all": True, "true": True, "none": False, "false": False, "null": False}
+        value = constants.get(word, words)
+    if value is True:
+        return [attack() for attack in every], True
+    attacks = [resolve(Attack, attack, "attack of model.robustness") for attack in value or ()]
+    names = [attack.name for attack in attacks]
+    for name in names:
+        if names.count(name) > 1:
+            raise WagleError(
+                f"model.robustness names {name} twice; give it once, or subclass it under another name"
+            )
+    return attacks, False
+
+
+def usable_attacks(
+    attacks: Sequence[Attack], subject: Subject, every: bool
+) -> tuple[list[Attack], dict[str, str]]:
+    """The attacks that have something to work on, and for the others (by name) why they have not.
+
+    Raises:
+        WagleError: for the first that has not, unless ``every`` attack was asked for at once; then if none has.
+    """
+    found, skipped = [], {}
+    for attack in attacks:
+        try:
+            attack.check(subject)
+            found.append(attack)
+        except WagleError as error:
+            if not every:
+                raise
+            skipped[attack.name] = str(error)
+    if every and not found:
+        why = next(iter(skipped.values()))
+        raise WagleError(f"model.robustness: no attack has anything to work on: {why}")
+    return found, skipped

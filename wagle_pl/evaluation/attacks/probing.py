@@ -1,0 +1,379 @@
+"""Attacks on what greedy decoding does not show: many samples, and probes of the hidden layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, Optional
+
+import torch
+from torch import Tensor
+
+from wagle_pl.core import distributed
+from wagle_pl.core.errors import WagleError
+from wagle_pl.data.batches import collate, deal_batches, token_batches
+from wagle_pl.data.example import Example
+from wagle_pl.evaluation import functional as F
+from wagle_pl.evaluation.attacks.attack import Attack
+from wagle_pl.evaluation.attacks.subject import Finding, Subject, texts_of
+from wagle_pl.evaluation.observe import Record, observe_set, possible
+from wagle_pl.evaluation.suites.catalogue import Info
+from wagle_pl.lm.generation import generate
+
+LEAST_ROWS = 4  # a side, or there is nothing to hold out
+
+
+class Sample(Attack):
+    """Sample many answers to each question and count the worst (arXiv 2410.03523).
+
+    The worst is the one with the highest ROUGE-L recall of the answer or, without an answer, the most toxic. Every
+    row's samples come from a seed of its own, so that neither batches nor ranks change them.
+
+    Args:
+        samples: answers to each question.
+        temperature: of the sampling; 1 is the model's own distribution.
+        top_p: sample from the most probable tokens that together have this probability.
+        seed: of the sampling.
+    """
+
+    measures = ("rougeL_recall", "toxicity", "toxic_rate", "verbmem_f", "knowmem_f")
+
+    def __init__(
+        self, samples: int = 10, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
+    ) -> None:
+        self.samples = samples
+        self.temperature = temperature
+        self.top_p = top_p
+        self.seed = seed
+
+    def attack(self, subject: Subject) -> list[Finding]:
+        """See :class:`Sample`."""
+        after = {}
+        for name, numbers in self._generated(subject).items():
+            asked = {i: [subject.rows[name][i]] for i in numbers}
+            known = subject.observe(name, asked, without={"generation"})
+            texts = self._sample(subject, name, numbers)
+            records = [
+                _with_generation(record, text)
+                for record, found in zip(known, texts, strict=True)
+                for text in found
+            ]
+            after[name] = subject.worst_of(name, records)
+        return subject.findings(after, self.measures)
+
+    def check(self, subject: Subject) -> None:
+        """It needs rows that a test generates from."""
+        super().check(subject)
+        if self.samples < 1 or self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise WagleError(
+                "sample: samples must be at least 1, temperature above 0, top_p in (0, 1]"
+            )
+        if not self._generated(subject):
+            raise self.unusable(
+                "no row to be forgotten is generated from (--model.generate false, or multiple choice)"
+            )
+
+    def _generated(self, subject: Subject) -> dict[str, list[int]]:
+        """Test set -> the numbers of its rows that are generated from, of sets that have any."""
+        found = {
+            name: [
+                i
+                for i, row in enumerate(rows)
+                if "generation" in possible(row, subject.needs[name])
+            ]
+            for name, rows in subject.rows.items()
+        }
+        return {name: numbers for name, numbers in found.items() if numbers}
+
+    def _sample(self, subject: Subject, name: str, numbers: list[int]) -> list[list[str]]:
+        """Each row's samples, the rows shared among the ranks. Collective: all ranks must call it."""
+        devices = [subject.device] if subject.device.type == "cuda" else []
+        found = []
+        for i in deal_batches(numbers, distributed.world_size(), distributed.rank()):
+            with torch.random.fork_rng(devices=devices):
+                torch.manual_seed(self.seed * 1_000_003 + i)
+                texts = generate(
+                    subject.lm,
+                    subject.template.tokenizer,
+                    [subject.template.encode_prompt(subject.rows[name][i])],
+                    subject.lengths[name],
+                    subject.observer.passes.meets,
+                    do_sample=True,
+                    temperature=self.temperature,
+                    top_p=self.top_p,
+                    top_k=0,
+                    num_return_sequences=self.samples,
+                )
+            found.append((i, texts))
+        by_number = dict(
+            distributed.all_gather(found)
+        )  # a row that two ranks had has the same samples
+        return [by_number[i] for i in numbers]
+
+
+def _with_generation(record: Record, text: str) -> Record:
+    """A record with another generation, and its ROUGE recall where there is an answer."""
+    found = {**record, "generation": text}
+    if record["answer"]:
+        values = F.rouge([text], [record["answer"]])
+        found |= {name: values[name].item() for name in ("rouge1_recall", "rougeL_recall")}
+    return found
+
+
+class Probe(Attack):
+    """A linear classifier on each hidden layer, at a text's last token (latent knowledge, arXiv 2402.16835, section 3).
+
+    ``answers``: the right answer (the paraphrased one, where there is one) to a forget row's question against its
+    perturbed answers. ``rows``: forget rows against ``holdout`` rows or, without any, against retain rows. Both are
+    the share of pairs that the classifier orders rightly on rows it was not fitted to (cross-validation over rows);
+    *before* is the same share by the model's own likelihoods: what it says. ``accuracy`` is that of the best layer,
+    which is above 0.5 by some chance: read it beside the retrained model's. Every layer has its own number too.
+
+    Args:
+        tell: ``answers``, ``rows``, or ``both``.
+        rows: at most so many of each side, drawn at random.
+        folds: of the cross-validation.
+        strength: of the ridge penalty, see :func:`ridge`.
+        seed: of the draw and the folds.
+    """
+
+    def __init__(
+        self,
+        tell: Literal["answers", "rows", "both"] = "both",
+        rows: int = 100,
+        folds: int = 5,
+        strength: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        self.tell = tell
+        self.rows = rows
+        self.folds = folds
+        self.strength = strength
+        self.seed = seed
+
+    def attack(self, subject: Subject) -> Iterator[Finding]:
+        """See :class:`Probe`."""
+        if rows := self._asked(subject):
+            yield from self._probe_answers(subject, rows)
+        forget, others, kind = self._sides(subject)
+        if forget:
+            yield from self._probe_rows(subject, forget, others, kind)
+
+    def check(self, subject: Subject) -> None:
+        """It needs forget rows with perturbed answers, or rows of another kind to tell the forget rows from."""
+        super().check(subject)
+        if self.rows < LEAST_ROWS or self.folds < 2 or self.strength <= 0:
+            raise WagleError(
+                f"probe: rows must be at least {LEAST_ROWS}, folds at least 2, strength above 0"
+            )
+        if not self._asked(subject) and not self._sides(subject)[0]:
+            what = {
+                "answers": "rows to be forgotten with perturbed answers",
+                "rows": "forget rows and as many holdout (--data.holdout) or retain rows",
+                "both": "rows to be forgotten with perturbed answers, nor as many holdout or retain rows",
+            }[self.tell]
+            raise self.unusable(f"there are no {LEAST_ROWS} {what}")
+
+    def _draw(self, rows: Sequence[Example]) -> list[Example]:
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))
+        return [rows[i] for i in sorted(order[: self.rows].tolist())]
+
+    def _asked(self, subject: Subject) -> list[Example]:
+        """Rows whose right and wrong answers are told apart; none if there are too few."""
+        rows = [row for row in subject.forget_rows if row.perturbed_answers]
+        return self._draw(rows) if self.tell != "rows" and len(rows) >= LEAST_ROWS else []
+
+    def _sides(self, subject: Subject) -> tuple[list[Example], list[Example], str]:
+        """Forget rows, rows to tell them from, and the stream of the latter; no rows if there are too few."""
+        stream = subject.training("forget") or []
+        known = texts_of(stream)
+        forget = self._draw(_answered(stream or subject.forget_rows))
+        for kind in ("holdout", "retain"):
+            rows = _answered(subject.training(kind) or [])
+            others = self._draw([row for row in rows if not row.texts & known])
+            if others:
+                enough = self.tell != "answers" and min(len(forget), len(others)) >= LEAST_ROWS
+                return (forget, others, kind) if enough else ([], [], kind)
+        return [], [], ""
+
+    def _probe_answers(self, subject: Subject, rows: Sequence[Example]) -> Iterator[Finding]:
+        answers = [[row.paraphrased_answer or row.answer, *row.perturbed_answers] for row in rows]
+        encode = subject.template.encode
+        texts = [
+            encode(row, text)["input_ids"]
+            for row, each in zip(rows, answers, strict=True)
+            for text in each
+        ]
+        sizes, folds = [len(each) for each in answers], min(self.folds, len(rows))
+        values = []
+        for layer in last_states(subject, texts).unbind(1):
+            differences = [of_row[:1] - of_row[1:] for of_row in layer.double().split(sizes)]
+            values.append(order_answers(differences, self.strength, folds, self.seed))
+        before = None
+        if subject.tables is not None:
+            records = observe_set(subject.observer, rows, {"answer", "alternatives"})
+            shares = [
+                share_above(torch.tensor(r["perturbed_nll"]).double() - r["paraphrased_nll"])
+                for r in records
+            ]
+            before = sum(shares) / len(shares)
+        what = "right answers told from wrong ones to the same question"
+        yield from _by_layer("answers", values, before, what)
+
+    def _probe_rows(
+        self, subject: Subject, forget: Sequence[Example], others: Sequence[Example], kind: str
+    ) -> Iterator[Finding]:
+        rows, count = [*forget, *others], len(forget)
+        states = last_states(subject, [subject.template.encode(row)["input_ids"] for row in rows])
+        folds = min(self.folds, count, len(others))
+        values = [
+            separate(
+                layer[:count].double(), layer[count:].double(), self.strength, folds, self.seed
+            )
+            for layer in states.unbind(1)
+        ]
+        before = None
+        if subject.tables is not None:
+            records = observe_set(subject.observer, rows, {"answer"})
+            nll = torch.tensor([record["nll"] for record in records], dtype=torch.float64)
+            before = share_above(nll[None, count:] - nll[:count, None])
+        yield from _by_layer("rows", values, before, f"forget rows told from {kind} rows")
+
+
+def _by_layer(
+    option: str, values: Sequence[float], before: Optional[float], what: str
+) -> Iterator[Finding]:
+    unit = "share of pairs, 0 to 1 (0.5 is chance)"
+    what = f"{what} by a linear classifier of"
+    info = Info(unit, "retrained", f"{what} the best hidden layer, held-out rows")
+    yield Finding("accuracy", max(values), info, option, before)
+    for layer, value in enumerate(values):
+        info = Info(unit, "retrained", f"{what} hidden layer {layer} (0: embeddings)")
+        yield Finding(f"accuracy_layer_{layer}", value, info, option, before, detail=True)
+
+
+def _answered(rows: Sequence[Example]) -> list[Example]:
+    """Rows with an answer or a text."""
+    return [row for row in rows if row.kind != "prompt"]
+
+
+@torch.no_grad()
+def last_states(subject: Subject, texts: Sequence[Sequence[int]]) -> Tensor:
+    """Hidden states at the last token of every text. Collective: all ranks must call it.
+
+    Args:
+        subject: the model.
+        texts: token ids of N texts.
+
+    Returns:
+        (N, layers + 1, D) float32 on the CPU; layer 0 are the embeddings.
+    """
+    observer = subject.observer
+    pad = subject.template.tokenizer.pad_token_id or 0
+    batches = token_batches([len(text) for text in texts], observer.max_rows)
+    found: list[tuple[list[int], Tensor]] = []
+    for batch in batches[distributed.rank() :: distributed.world_size()]:
+        tensors = collate([{"input_ids": list(texts[i])} for i in batch], pad)
+        ids, mask = (tensors[name].to(subject.device) for name in ("input_ids", "attention_mask"))
+        output = observer.passes(ids, mask, 1, output_hidden_states=True, use_cache=False)
+        last = mask.sum(-1) - 1
+        rows = torch.arange(len(batch), device=last.device)
+        states = torch.stack([state[rows, last] for state in output.hidden_states], 1)
+        found.append((batch, states.float().cpu()))
+    observer.passes.level()
+    parts = distributed.all_gather(found)
+    order = torch.tensor([i for batch, _ in parts for i in batch])
+    return torch.cat([states for _, states in parts])[order.argsort()]
+
+
+# -- linear classifiers -----------------------------------------------------------------------------------------------
+
+
+def ridge(features: Tensor, targets: Tensor, strength: float) -> Tensor:
+    """Weights of a least-squares classifier: minimise ‖y − ȳ − (X − x̄) w‖² + λ‖w‖², λ = strength · tr(K) / N.
+
+    Solved in its dual form, w = (X − x̄)ᵀ (K + λ I)⁻¹ (y − ȳ) with K = (X − x̄)(X − x̄)ᵀ, which costs N³, not D³.
+
+    Args:
+        features: (N, D), float64.
+        targets: (N,), +1 and −1.
+        strength: of the penalty, relative to the mean squared length of the centred features.
+
+    Returns:
+        (D,); the score of x is x · w, up to a constant. Zeros if all features are the same.
+    """
+    centred = features - features.mean(0)
+    kernel = centred @ centred.T
+    penalty = strength * kernel.diagonal().mean()
+    if penalty <= 0:
+        return torch.zeros_like(centred[0])
+    kernel.diagonal().add_(penalty)
+    return centred.T @ torch.linalg.solve(kernel, targets - targets.mean())
+
+
+def folds_of(rows: int, count: int, seed: int) -> Tensor:
+    """(rows,) number of each row's fold: ``count`` folds of about equal size, drawn at random."""
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    return torch.empty_like(order).scatter_(0, order, torch.arange(rows) % count)
+
+
+def share_above(values: Tensor) -> float:
+    """Share of numbers above 0, those equal to 0 by half. Of all differences of two sets of scores it is the area
+    under the ROC curve.
+
+    >>> share_above(torch.tensor([[1.0], [3.0]]) - torch.tensor([2.0, 1.0]))
+    0.625
+    """
+    half = torch.tensor(0.5, dtype=torch.float64)
+    return torch.heaviside(values.double(), half).mean().item()
+
+
+def separate(ours: Tensor, others: Tensor, strength: float, folds: int, seed: int) -> float:
+    """How well a linear classifier tells two sets of rows apart by cross-validation; 0.5 is chance.
+
+    Args:
+        ours: (N, D) features, float64.
+        others: (M, D).
+        strength: see :func:`ridge`.
+        folds: at most N and M.
+        seed: of the folds.
+
+    Returns:
+        Area under the ROC curve of the held-out rows' scores, the mean over folds.
+    """
+    sides = [(side, folds_of(len(side), folds, seed)) for side in (ours, others)]
+    areas = []
+    for fold in range(folds):
+        fitted = [side[part != fold] for side, part in sides]
+        weights = ridge(torch.cat(fitted), _signs(*map(len, fitted)), strength)
+        higher, lower = (side[part == fold] @ weights for side, part in sides)
+        areas.append(share_above(higher[:, None] - lower))
+    return sum(areas) / folds
+
+
+def order_answers(differences: Sequence[Tensor], strength: float, folds: int, seed: int) -> float:
+    """How well a linear classifier tells right answers from wrong ones to the same question; 0.5 is chance.
+
+    It is fitted to differences, so that what a question's answers have in common is no clue.
+
+    Args:
+        differences: of each row (K, D), the right answer's features minus those of each wrong one, float64.
+        strength: see :func:`ridge`.
+        folds: at most the number of rows; whole rows are held out.
+        seed: of the folds.
+
+    Returns:
+        Share of a held-out row's wrong answers that score lower than the right one, the mean over rows.
+    """
+    part = folds_of(len(differences), folds, seed).tolist()
+    shares = []
+    for fold in range(folds):
+        fitted = torch.cat([each for each, at in zip(differences, part, strict=True) if at != fold])
+        targets = _signs(len(fitted), len(fitted))
+        weights = ridge(torch.cat([fitted, -fitted]), targets, strength)
+        held_out = (each for each, at in zip(differences, part, strict=True) if at == fold)
+        shares += [share_above(each @ weights) for each in held_out]
+    return sum(shares) / len(shares)
+
+
+def _signs(ours: int, others: int) -> Tensor:
+    return torch.cat([torch.ones(ours), -torch.ones(others)]).double()

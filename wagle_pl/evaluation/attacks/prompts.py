@@ -1,0 +1,294 @@
+"""Attacks by other prompts: reworded questions, and neighbouring facts in the context."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from wagle_pl.core.errors import WagleError
+from wagle_pl.data.example import Example
+from wagle_pl.evaluation.attacks.attack import Attack
+from wagle_pl.evaluation.attacks.subject import Asked, Finding, Subject
+
+
+class Paraphrase(Attack):
+    """Ask the questions in other words: each row's ``paraphrased_question``, or by rule (arXiv 2402.16835, section 3).
+
+    The worst of a row's wordings counts: see :func:`.subject.worst`.
+
+    Args:
+        rules: reword by rule (see :func:`paraphrases`) ``never``, for rows ``without`` a ``paraphrased_question``, or
+            ``always``, in addition to it.
+    """
+
+    def __init__(self, rules: Literal["never", "without", "always"] = "without") -> None:
+        self.rules = rules
+
+    def attack(self, subject: Subject) -> list[Finding]:
+        """See :class:`Paraphrase`."""
+        return subject.ask(self._variants, self.measures)
+
+    def check(self, subject: Subject) -> None:
+        """It needs questions."""
+        super().check(subject)
+        if not any(self._variants("", row) for row in subject.forget_rows):
+            needed = "paraphrased_question" if self.rules == "never" else "questions"
+            raise self.unusable(f"no row to be forgotten has {needed}")
+
+    def _variants(self, name: str, row: Example) -> list[Example]:
+        if row.asked is None:
+            return []
+        texts = [row.paraphrased_question] if row.paraphrased_question else []
+        if self.rules == "always" or (self.rules == "without" and not texts):
+            texts += paraphrases(row.asked)
+        return [row.asking(text) for text in texts]
+
+
+class TranslatedStyle(Attack):
+    """Ask the questions as hasty translations have them (arXiv 2402.16835 asks in other languages).
+
+    By rule: the question is asked in the language, with its common words in it and all others in English. It needs no
+    translator, and is no translation. The answer is asked for in English. The worst of several languages counts.
+
+    Args:
+        languages: of ``es``, ``fr`` and ``de``.
+    """
+
+    def __init__(self, languages: Sequence[str] = ("es", "fr", "de")) -> None:
+        self.languages = tuple(languages)
+
+    def attack(self, subject: Subject) -> list[Finding]:
+        """See :class:`TranslatedStyle`."""
+
+        def variants(name: str, row: Example) -> list[Example]:
+            if row.asked is None:
+                return []
+            return [row.asking(translated(row.asked, each)) for each in self.languages]
+
+        return subject.ask(variants, self.measures)
+
+    def check(self, subject: Subject) -> None:
+        """It needs questions, and languages that it knows."""
+        super().check(subject)
+        if not self.languages or not set(self.languages) <= set(FRAMES):
+            raise WagleError(
+                f"translated_style: languages must be of {', '.join(FRAMES)}; got {list(self.languages)}"
+            )
+        if all(row.asked is None for row in subject.forget_rows):
+            raise self.unusable("no row to be forgotten has a question")
+
+
+class InContext(Attack):
+    """Put neighbouring facts of the forget set before each question (arXiv 2402.16835, 2407.00106).
+
+    Neighbours are the other rows of the test set with the most words in common (rare words count more), never one
+    with the same question or answer. As many are taken as fit ``data.max_length``.
+
+    Args:
+        neighbours: facts before each question.
+    """
+
+    def __init__(self, neighbours: int = 4) -> None:
+        self.neighbours = neighbours
+
+    def attack(self, subject: Subject) -> list[Finding]:
+        """See :class:`InContext`."""
+        asked = {name: self.in_context(subject, name) for name in subject.rows}
+        return subject.compare({name: each for name, each in asked.items() if each}, self.measures)
+
+    def check(self, subject: Subject) -> None:
+        """It needs questions, and other facts beside them."""
+        super().check(subject)
+        if self.neighbours < 1:
+            raise WagleError(f"in_context: neighbours must be at least 1, got {self.neighbours}")
+        sets = subject.rows.values()
+        if not any(row.asked and _others(rows, i) for rows in sets for i, row in enumerate(rows)):
+            raise self.unusable("no question to be forgotten has another fact beside it")
+
+    def in_context(self, subject: Subject, name: str) -> Asked:
+        """The rows of a test set with facts in their ``context``, nearest last, by row number; rows of chats and rows
+        too long for a single fact are left out."""
+        rows = subject.rows[name]
+        vectors = word_vectors([f"{row.question} {row.answer}" for row in rows])
+        found: dict[int, list[Example]] = {}
+        for i, row in enumerate(rows):
+            if row.asked is None or row.messages is not None:
+                continue
+            near = sorted(_others(rows, i), key=lambda j: (-_overlap(vectors[i], vectors[j]), j))
+            near = near[: self.neighbours]
+            own = row.context or (subject.suite.headers.get(name, "") if row.choices else "")
+            for count in range(len(near), 0, -1):
+                facts = [f"{rows[j].asked} {rows[j].answer}\n" for j in reversed(near[:count])]
+                changed = replace(row, context="".join(facts) + f"\n{own}")
+                if _fits(subject, changed):
+                    found[i] = [changed]
+                    break
+        return found
+
+
+def _fits(subject: Subject, row: Example) -> bool:
+    """Whether the prompt with every answer is within the longest sequence."""
+    longest = max((row.paraphrased_answer, *row.perturbed_answers), key=len) or None
+    try:
+        encoded = [subject.template.encode(row, answer) for answer in (None, longest)]
+    except WagleError:
+        return False
+    return max(len(each["input_ids"]) for each in encoded) < subject.template.max_length
+
+
+def _others(rows: Sequence[Example], i: int) -> list[int]:
+    """Rows with a question that state another fact than row i."""
+    own = rows[i].texts | {rows[i].answer}
+    return [
+        j
+        for j, row in enumerate(rows)
+        if j != i and row.asked is not None and not (row.texts | {row.answer}) & own
+    ]
+
+
+def word_vectors(texts: Sequence[str]) -> list[dict[str, float]]:
+    """TF-IDF of every text, of length 1: word -> count · log(N / texts with the word), where it is not 0."""
+    counts = [Counter(re.findall(r"\w+", text.lower())) for text in texts]
+    texts_with = Counter(word for count in counts for word in count)
+    found = []
+    for count in counts:
+        vector = {word: n * math.log(len(texts) / texts_with[word]) for word, n in count.items()}
+        norm = math.sqrt(sum(value * value for value in vector.values())) or 1.0
+        found.append({word: value / norm for word, value in vector.items() if value})
+    return found
+
+
+def _overlap(a: Mapping[str, float], b: Mapping[str, float]) -> float:
+    return sum(value * b[word] for word, value in a.items() if word in b)
+
+
+# -- rewording by rule ------------------------------------------------------------------------------------------------
+
+_COPULA = re.compile(
+    r"(what|who|where|when|which\b.*?|how)\s+(is|are|was|were)\s+(.+)", re.IGNORECASE | re.DOTALL
+)
+#: Words that say nothing about a fact.
+_STOP_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        """what who whom whose where when which why how
+        a an the of in on at by for from to with and or
+        is are was were be been do does did has have had can could would
+        that this there their his her its it he she they you me""",
+    )
+)
+_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
+
+#: Language -> a question asked in it.
+FRAMES = {
+    "es": "Responde en inglés, por favor: ¿{question}?",
+    "fr": "Répondez en anglais, s'il vous plaît : {question} ?",
+    "de": "Bitte auf Englisch antworten: {question}?",
+}
+#: Common words: English, then in the languages of :data:`FRAMES`; other words stay English.
+_DICTIONARY = (
+    ("what", "qué", "quoi", "was"),
+    ("who", "quién", "qui", "wer"),
+    ("whom", "quién", "qui", "wen"),
+    ("where", "dónde", "où", "wo"),
+    ("when", "cuándo", "quand", "wann"),
+    ("which", "cuál", "quel", "welches"),
+    ("why", "por qué", "pourquoi", "warum"),
+    ("how", "cómo", "comment", "wie"),
+    ("the", "el", "le", "die"),
+    ("a", "un", "un", "ein"),
+    ("an", "un", "un", "ein"),
+    ("of", "de", "de", "von"),
+    ("by", "por", "par", "von"),
+    ("on", "en", "sur", "auf"),
+    ("at", "en", "à", "bei"),
+    ("to", "a", "à", "zu"),
+    ("and", "y", "et", "und"),
+    ("or", "o", "ou", "oder"),
+    ("with", "con", "avec", "mit"),
+    ("from", "de", "de", "aus"),
+    ("for", "para", "pour", "für"),
+    ("in", "en", "dans", "in"),
+    ("is", "es", "est", "ist"),
+    ("are", "son", "sont", "sind"),
+    ("was", "fue", "était", "war"),
+    ("were", "fueron", "étaient", "waren"),
+    ("has", "tiene", "a", "hat"),
+    ("have", "tienen", "ont", "haben"),
+    ("does", "", "", "tut"),
+    ("do", "", "", "tun"),
+    ("did", "", "", "tat"),
+    ("his", "su", "son", "sein"),
+    ("her", "su", "sa", "ihr"),
+    ("their", "su", "leur", "ihr"),
+    ("name", "nombre", "nom", "Name"),
+    ("full", "completo", "complet", "voller"),
+    ("book", "libro", "livre", "Buch"),
+    ("books", "libros", "livres", "Bücher"),
+    ("author", "autor", "auteur", "Autor"),
+    ("born", "nacido", "né", "geboren"),
+    ("city", "ciudad", "ville", "Stadt"),
+    ("country", "país", "pays", "Land"),
+    ("year", "año", "année", "Jahr"),
+    ("father", "padre", "père", "Vater"),
+    ("mother", "madre", "mère", "Mutter"),
+    ("parents", "padres", "parents", "Eltern"),
+    ("work", "obra", "œuvre", "Werk"),
+    ("first", "primero", "premier", "erste"),
+    ("many", "muchos", "beaucoup", "viele"),
+)
+_TRANSLATIONS = {
+    language: {words[0]: words[i] for words in _DICTIONARY} for i, language in enumerate(FRAMES, 1)
+}
+
+
+def paraphrases(question: str) -> list[str]:
+    """Other wordings of an English question: asked by the way, asked politely, as an order, and as search words.
+
+    >>> for text in paraphrases("What is the full name of the author born in Kuwait City?"): print(text)
+    I have been wondering about something. What is the full name of the author born in Kuwait City?
+    Could you help me with this question: what is the full name of the author born in Kuwait City?
+    Tell me what the full name of the author born in Kuwait City is.
+    full name author born Kuwait City
+    """
+    text = question.strip()
+    bare = text.rstrip("?.! ")
+    found = [
+        f"I have been wondering about something. {text}",
+        f"Could you help me with this question: {_lower(bare)}?",
+    ]
+    if copula := _COPULA.fullmatch(bare):
+        word, verb, rest = copula.groups()
+        found.append(f"Tell me {_lower(word)} {rest} {verb}.")
+    words = [word for word in bare.split() if word.lower().strip("',.:;()\"") not in _STOP_WORDS]
+    if words and words != bare.split():
+        found.append(" ".join(words))
+    return found
+
+
+def translated(question: str, language: str) -> str:
+    """A question as a hasty translation has it: asked in another language, common words in it, the rest English.
+
+    Args:
+        question: in English.
+        language: one of :data:`FRAMES`.
+
+    >>> translated("Who was the father of Ada?", "es")
+    'Responde en inglés, por favor: ¿quién fue el padre de Ada?'
+    >>> translated("When did it open?", "de")
+    'Bitte auf Englisch antworten: wann tat it open?'
+    """
+    words = _TRANSLATIONS[language]
+    bare = _lower(question.strip().rstrip("?.! "))
+    changed = _WORD.sub(lambda match: words.get(match[0], match[0]), bare)
+    return FRAMES[language].replace("{question}", " ".join(changed.split()))
+
+
+def _lower(text: str) -> str:
+    """The text with a small first letter if its first word is a common word, not a name."""
+    first = text.split(maxsplit=1)[0] if text.split() else ""
+    return text[:1].lower() + text[1:] if first.lower() in _STOP_WORDS else text

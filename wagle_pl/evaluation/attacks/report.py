@@ -1,0 +1,221 @@
+"""Run attacks on a model, and on the target and the retrained model beside it, and report what they found."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.text import table
+from wagle_pl.evaluation.attacks.attack import Attack
+from wagle_pl.evaluation.attacks.subject import Finding, Subject
+from wagle_pl.evaluation.results import INFO_FILE, METRICS_FILE, read_json
+from wagle_pl.evaluation.suites.catalogue import Info
+from wagle_pl.lm import models
+
+log = logging.getLogger(__name__)
+
+ROBUSTNESS_FILE = "robustness.json"
+PREFIX = "robustness"
+#: The models that are shown beside the one under test.
+OTHERS = ("target", "retrained")
+
+
+@dataclass
+class AttackResult:
+    """One finding, and the same number of the other models.
+
+    Attributes:
+        attack: name of the attack.
+        finding: of the model under test.
+        others: ``target`` or ``retrained`` -> its number; None if it has none.
+        attacked: ``target`` or ``retrained`` -> whether that number is under the same attack.
+    """
+
+    attack: str
+    finding: Finding
+    others: dict[str, Optional[float]] = field(default_factory=dict)
+    attacked: dict[str, bool] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Its name in ``metrics.json``."""
+        name = f"{self.attack}_{self.finding.option}" if self.finding.option else self.attack
+        return f"{PREFIX}/{name}/{self.finding.measure}"
+
+    def record(self) -> dict[str, Any]:
+        """Its record in ``robustness.json``."""
+        found = self.finding
+        record: dict[str, Any] = {"attack": self.attack}
+        record |= {name: getattr(found, name) for name in ("option", "measure", "before", "after")}
+        for name in OTHERS:
+            record |= {name: self.others.get(name), f"{name}_attacked": self.attacked.get(name)}
+        record |= vars(found.info)
+        return record | ({"why": found.why} if found.after is None else {})
+
+
+@dataclass
+class RobustnessReport:
+    """What all attacks found.
+
+    Attributes:
+        results: in the order of the attacks.
+        skipped: attack -> why it had nothing to work on.
+    """
+
+    results: Sequence[AttackResult]
+    skipped: Mapping[str, str]
+
+    def metrics(self) -> dict[str, float]:
+        """Name in ``metrics.json`` -> number under the attack."""
+        return {
+            each.key: each.finding.after for each in self.results if each.finding.after is not None
+        }
+
+    def undefined(self) -> dict[str, str]:
+        """Name -> why there is no number."""
+        found = {each.key: each.finding.why for each in self.results if each.finding.after is None}
+        return found | {f"{PREFIX}/{name}": why for name, why in self.skipped.items()}
+
+    def infos(self) -> dict[str, Info]:
+        """Name -> unit, direction and meaning, for ``metrics.info.json``."""
+        skipped = {f"{PREFIX}/{name}": Info("", "retrained", "an attack") for name in self.skipped}
+        return {each.key: each.finding.info for each in self.results} | skipped
+
+    def records(self) -> list[dict[str, Any]]:
+        """The content of ``robustness.json``."""
+        return [each.record() for each in self.results]
+
+    def table(self) -> str:
+        """The console's table; a number of another model that was not attacked has a star."""
+        others = [name for name in OTHERS if any(name in each.attacked for each in self.results)]
+        rows = []
+        for each in self.results:
+            if each.finding.detail or each.finding.after is None:
+                continue
+            numbers = [_shown(each.finding.before), _shown(each.finding.after)]
+            for name in others:
+                value = each.others.get(name)
+                star = "" if value is None or each.attacked.get(name, True) else "*"
+                numbers.append(_shown(value) + star)
+            attack = f"{each.attack} {each.finding.option}".strip()
+            rows.append([attack, each.finding.measure, *numbers])
+        header = ["attack", "measure", "before", "after", *others]
+        return "\n".join([table(header, rows, left=(0, 1)), *self._notes(others)])
+
+    def _notes(self, others: Sequence[str]) -> Iterator[str]:
+        starred = [
+            name
+            for name in others
+            if any(not each.attacked.get(name, True) for each in self.results)
+        ]
+        if starred:
+            yield f"* {' and '.join(starred)}: without the attack (results are given, and no model)"
+        for name, why in self.undefined().items():
+            yield f"undefined: {name}: {why}"
+
+
+def _shown(value: Optional[float]) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def run_attacks(
+    attacks: Sequence[Attack],
+    subject: Subject,
+    others: Mapping[str, Callable[[], Subject]],
+    metrics: Mapping[str, Mapping[str, float]],
+    skipped: Mapping[str, str],
+) -> RobustnessReport:
+    """Attack a model, then each of the others, one in memory at a time. Collective: all ranks must call it.
+
+    Args:
+        attacks: all of them usable.
+        subject: the model under test.
+        others: ``target`` or ``retrained`` -> loads it.
+        metrics: ``target`` or ``retrained`` -> its metrics without attack, shown where there is no such model.
+        skipped: attack -> why it is left out.
+    """
+    # Fine-tuning needs tensors that take gradients, which those made in inference mode do not.
+    with torch.inference_mode(False), torch.no_grad():
+        found = _attack(attacks, subject, "the model")
+        beside = {
+            name: {
+                (attack, each.option, each.measure): each.after
+                for attack, each in _attack(attacks, load(), f"the {name} model")
+            }
+            for name, load in others.items()
+        }
+    results = [AttackResult(*each) for each in found]
+    for each in results:
+        measure = each.finding.measure
+        for name in OTHERS:
+            if name in beside:
+                value = beside[name].get((each.attack, each.finding.option, measure))
+                each.others[name], each.attacked[name] = value, True
+            elif name in metrics:
+                each.others[name], each.attacked[name] = metrics[name].get(measure), False
+    return RobustnessReport(results, skipped)
+
+
+def _attack(attacks: Sequence[Attack], subject: Subject, whose: str) -> list[tuple[str, Finding]]:
+    found = []
+    for attack in attacks:
+        log.info("attack on %s: %s", whose, attack.name)
+        found += [(attack.name, finding) for finding in attack.attack(subject)]
+    return found
+
+
+# -- the other models -------------------------------------------------------------------------------------------------
+
+
+def model_of(path: Union[str, Path]) -> Optional[str]:
+    """The model that a folder, or results in it, are of; None if that is unknown.
+
+    It is the folder itself, if it holds a model; the one above, if it holds one (``wagle fit`` and ``wagle test`` write
+    results into the model's folder); or the one that the results name, if it is a folder that still exists.
+
+    Args:
+        path: a model folder, a folder that ``wagle test`` wrote, or a file in one.
+    """
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    if Path(path).is_file() and Path(path).name != METRICS_FILE:
+        return None  # a published result file, wherever it lies
+    for place in (folder, folder.absolute().parent):
+        if _holds_model(place):
+            return str(place)
+    named = read_json(folder / INFO_FILE).get("model") if (folder / INFO_FILE).is_file() else None
+    return named if named is not None and _holds_model(Path(named)) else None
+
+
+def results_of(path: Union[str, Path]) -> Optional[Path]:
+    """Where the results of a path are: in a model's folder under ``test``; None for a model without any."""
+    folder = Path(path)
+    if not _holds_model(folder) or (folder / METRICS_FILE).is_file():
+        return folder
+    return folder / "test" if (folder / "test" / METRICS_FILE).is_file() else None
+
+
+def _holds_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.json", models.ADAPTER_FILE))
+
+
+def load_other(name: str, like: Any, option: str) -> Any:
+    """Load a model to compare with: in the dtype and on the device of ``like``, in evaluation mode.
+
+    Raises:
+        WagleError: if it cannot be loaded, or its vocabulary is another.
+    """
+    weight = like.get_input_embeddings().weight
+    with torch.inference_mode(False):  # so that it can be fine-tuned
+        other = models.load_model(name, dtype=weight.dtype).to(weight.device).eval()
+    theirs, ours = other.get_input_embeddings().weight.shape[0], weight.shape[0]
+    if theirs != ours:
+        raise WagleError(
+            f"{option}: the model {name} has a vocabulary of {theirs} tokens, this one has {ours}"
+        )
+    return other

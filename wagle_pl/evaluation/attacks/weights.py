@@ -1,0 +1,272 @@
+"""Attacks that change weights for a while: quantisation and a little fine-tuning."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import cycle, islice
+from typing import Any, Literal, Optional
+
+import torch
+from torch import Tensor, nn
+
+from wagle_pl.core.errors import WagleError
+from wagle_pl.data.batches import collate
+from wagle_pl.data.example import Example
+from wagle_pl.evaluation.attacks.attack import Attack
+from wagle_pl.evaluation.attacks.subject import Finding, Subject, texts_of
+from wagle_pl.lm.layers import linear_weights
+from wagle_pl.lm.likelihood import forward_answers, sequence_logprobs
+
+log = logging.getLogger(__name__)
+
+Scheme = Literal["symmetric", "asymmetric"]
+
+
+@contextmanager
+def restored(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Bring weights back, bit for bit, however the block ends. The copies are kept in CPU memory."""
+    kept = [(p, p.detach().to("cpu", copy=True), p.requires_grad, p.grad) for p in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, weights, requires_grad, gradient in kept:
+                parameter.data.copy_(weights)
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = gradient
+
+
+# -- quantisation -----------------------------------------------------------------------------------------------------
+
+
+class Quantise(Attack):
+    """Round the linear layers' weights to few bits, and test again: rounding may undo small updates (arXiv 2410.16454).
+
+    Weights only, per output channel, to the nearest level, and back to numbers: no special kernels, any device.
+
+    Args:
+        bits: each is tried.
+        scheme: ``symmetric`` or ``asymmetric`` levels, see :func:`fake_quantise`.
+        group_size: inputs that share a scale, e.g. 128; a whole output channel when null.
+    """
+
+    moves_weights = True
+
+    def __init__(
+        self,
+        bits: Sequence[int] = (8, 4),
+        scheme: Scheme = "asymmetric",
+        group_size: Optional[int] = None,
+    ) -> None:
+        self.bits = tuple(bits)
+        self.scheme = scheme
+        self.group_size = group_size
+
+    def attack(self, subject: Subject) -> Iterator[Finding]:
+        """See :class:`Quantise`."""
+        for bits in self.bits:
+            with restored(weight for weight, _ in linear_weights(subject.lm, head=False)):
+                quantise_(subject.lm, bits, self.scheme, self.group_size)
+                yield from subject.compare(subject.every_row(), self.measures, f"{bits}bit")
+
+    def check(self, subject: Subject) -> None:
+        """It needs whole weights, and options within their range."""
+        super().check(subject)
+        if not self.bits or not all(2 <= bits <= 16 for bits in self.bits):
+            raise WagleError(f"quantise: bits must be 2 to 16, got {list(self.bits)}")
+        if self.group_size is not None and self.group_size < 1:
+            raise WagleError(f"quantise: group_size must be at least 1, got {self.group_size}")
+
+
+def fake_quantise(
+    weights: Tensor, bits: int, scheme: Scheme = "asymmetric", group_size: Optional[int] = None
+) -> Tensor:
+    """Weights rounded to the nearest of 2^bits levels, per output channel, as numbers again.
+
+    Symmetric: s = max|w| / (2^(b−1) − 1), w' = s · clamp(round(w / s), ±(2^(b−1) − 1)).
+    Asymmetric: s = (max w − min w) / (2^b − 1) over a range that includes 0, z = round(−min w / s),
+    w' = s · (clamp(round(w / s) + z, 0, 2^b − 1) − z). Round-to-nearest (RTN), as in arXiv 2410.16454.
+
+    Args:
+        weights: (out, in); a row is a channel.
+        bits: 2 to 16.
+        scheme: see above.
+        group_size: number of neighbouring inputs that have a scale of their own; a whole row when None.
+
+    Returns:
+        (out, in), of the dtype of ``weights``.
+
+    >>> fake_quantise(torch.tensor([[-1.0, 0.2, 0.4, 1.0]]), bits=2, scheme="symmetric")
+    tensor([[-1.,  0.,  0.,  1.]])
+    """
+    rows, columns = weights.shape
+    size = group_size or columns
+    padded = nn.functional.pad(weights.float(), (0, -columns % size))  # 0 is in every range
+    groups = padded.reshape(-1, size)
+    least, greatest = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    if scheme == "symmetric":
+        top = 2 ** (bits - 1) - 1
+        bottom, scale = -top, torch.maximum(-least, greatest) / top
+    else:
+        top = 2**bits - 1
+        bottom, scale = 0, (greatest - least) / top
+    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
+    zero = torch.zeros_like(scale) if scheme == "symmetric" else (-least / scale).round()
+    found = torch.fake_quantize_per_channel_affine(groups, scale, zero.int(), 0, bottom, top)
+    return found.reshape(rows, -1)[:, :columns].to(weights.dtype)
+
+
+@torch.no_grad()
+def quantise_(lm: nn.Module, bits: int, scheme: Scheme, group_size: Optional[int] = None) -> None:
+    """Fake-quantise the weights of all linear maps of the blocks in place, one matrix at a time.
+
+    The output head is left out, as quantisers for language models leave it, and so are embeddings tied to it.
+    """
+    for weight, transposed in linear_weights(lm, head=False):
+        for matrix in weight.data if weight.ndim == 3 else (weight.data,):
+            channels = matrix.T if transposed else matrix
+            rounded = fake_quantise(channels, bits, scheme, group_size)
+            matrix.copy_(rounded.T if transposed else rounded)
+
+
+# -- fine-tuning ------------------------------------------------------------------------------------------------------
+
+
+class Relearn(Attack):
+    """Fine-tune a few steps on a few forget rows, or on retain rows only, and test again (arXiv 2406.13356).
+
+    Only forget rows that were *not* trained on, nor under another wording, are tested: what was never shown again and
+    comes back was hidden. Each rank trains the same steps on the same rows. Memory: a copy of the weights in CPU
+    memory, and 8 to 12 bytes a weight for AdamW.
+
+    Args:
+        on: ``forget`` rows, ``retain`` rows, or ``both``, one after the other, each from the model as it was.
+        steps: optimiser steps.
+        rows: number of forget rows to train on, drawn at random, at most half of them. Of retain rows every batch
+            takes new ones while there are any.
+        batch_size: rows a step.
+        learning_rate: of AdamW.
+        seed: of the draw.
+    """
+
+    moves_weights = True
+
+    def __init__(
+        self,
+        on: Literal["forget", "retain", "both"] = "both",
+        steps: int = 20,
+        rows: int = 8,
+        batch_size: int = 8,
+        learning_rate: float = 2e-5,
+        seed: int = 0,
+    ) -> None:
+        self.on = on
+        self.steps = steps
+        self.rows = rows
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.seed = seed
+
+    def attack(self, subject: Subject) -> Iterator[Finding]:
+        """See :class:`Relearn`."""
+        for option in self._options(subject):
+            rows = self.draw(subject, option)
+            shown = texts_of(rows) if option == "forget" else ()
+            with restored(subject.lm.parameters()):
+                losses = finetune_(subject.lm, self._batches(subject, rows), self.learning_rate)
+                log.info(
+                    "relearn %s: %d rows, loss %.3f to %.3f",
+                    *(option, len(rows), losses[0], losses[-1]),
+                )
+                yield from subject.compare(subject.every_row(without=shown), self.measures, option)
+
+    def check(self, subject: Subject) -> None:
+        """It needs rows to train on, and forget rows left to test on."""
+        super().check(subject)
+        if min(self.steps, self.rows, self.batch_size) < 1 or self.learning_rate <= 0:
+            raise WagleError(
+                "relearn: steps, rows and batch_size must be at least 1, learning_rate above 0"
+            )
+        options = self._options(subject)
+        if not options:
+            raise self.unusable(f"there are no {self.on.replace('both', 'training')} rows")
+        if self.on == "both" and len(options) == 1:
+            log.warning("relearn: only on %s rows, there are no others to train on", *options)
+        if "forget" in options:
+            shown = self.draw(subject, "forget")
+            if not subject.every_row(without=texts_of(shown)):
+                raise self.unusable(
+                    f"no forget row is left to test on once {len(shown)} are trained on"
+                )
+
+    def draw(self, subject: Subject, option: str) -> list[Example]:
+        """The rows to train on, in the order of their use."""
+        rows = _trainable(subject, option)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))
+        few = min(self.rows, max(1, len(rows) // 2))
+        count = few if option == "forget" else self.steps * self.batch_size
+        return [rows[i] for i in order[:count].tolist()]
+
+    def _options(self, subject: Subject) -> list[str]:
+        wanted = ["forget", "retain"] if self.on == "both" else [self.on]
+        return [option for option in wanted if _trainable(subject, option)]
+
+    def _batches(self, subject: Subject, rows: Sequence[Example]) -> Iterator[dict[str, Tensor]]:
+        encoded = cycle([subject.template.encode(row) for row in rows])
+        for _ in range(self.steps):
+            batch = list(islice(encoded, min(self.batch_size, len(rows))))
+            tensors = collate(batch, subject.template.tokenizer.pad_token_id or 0)
+            yield {name: tensor.to(subject.device) for name, tensor in tensors.items()}
+
+
+def _trainable(subject: Subject, option: str) -> list[Example]:
+    """Rows of a training stream that have an answer; without a forget stream those of the forget test sets."""
+    rows = subject.training(option)
+    if rows is None and option == "forget":
+        rows = subject.forget_rows
+    return [row for row in rows or [] if row.kind != "prompt"]
+
+
+def finetune_(
+    lm: Any, batches: Iterable[Mapping[str, Tensor]], learning_rate: float
+) -> list[float]:
+    """Train all weights in place with AdamW, one step a batch; the loss is the mean over rows of the mean per token.
+
+    Args:
+        lm: a model whose weights are whole on this device.
+        batches: ``input_ids``, ``attention_mask`` and ``labels``, each (B, T), on its device.
+        learning_rate: of AdamW, without decay.
+
+    Returns:
+        The loss before each step.
+
+    Raises:
+        WagleError: if a loss is not finite.
+    """
+    losses = []
+    with torch.inference_mode(False), torch.enable_grad():
+        weights = [p.requires_grad_() for p in lm.parameters() if p.is_floating_point()]
+        # The optimiser updates copies in fp32: added in bf16, small steps would round to nothing.
+        masters = [p if p.dtype == torch.float32 else p.detach().float() for p in weights]
+        optimizer = torch.optim.AdamW(masters, lr=learning_rate, weight_decay=0.0)
+        for step, batch in enumerate(batches, 1):
+            output, labels = forward_answers(lm, batch)
+            sums, counts = sequence_logprobs(output.logits, labels)
+            loss = -(sums / counts).mean()
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise WagleError(
+                    f"relearn: the loss is not finite at step {step}; lower its learning_rate"
+                )
+            # Not backward(): a data-parallel wrapper would all-reduce the gradients.
+            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+            for master, gradient in zip(masters, gradients, strict=True):
+                master.grad = None if gradient is None else gradient.to(master.dtype)
+            optimizer.step()
+            with torch.no_grad():
+                for master, weight in zip(masters, weights, strict=True):
+                    weight.copy_(master)
+    return losses
