@@ -16,9 +16,9 @@ from wagle_pl.evaluation.results import write_json
 from wagle_pl.evaluation.suites import TOFUSuite
 from wagle_pl.evaluation.tables import write_table
 from wagle_pl.masks import WeightMask
-from wagle_pl.study.report.html import VOID
-from wagle_pl.study.report.svg import COLOURS
+from wagle_pl.study.report.svg import PALETTE
 
+VOID = {"meta", "wbr"}
 EVIL = "</title><script>alert(1)</script><img src='https://example.org/x.png' onerror=alert(2)> & $x_1$"
 SHAPES = {
     "model.embed_tokens.weight": (9, 4),
@@ -133,7 +133,8 @@ def read(page: str) -> Node:
             "aria-labelledby"
         ].split()
         assert all(node.text.strip() for node in named.values())
-    assert not [colour for colour in COLOURS.values() if colour in page]
+    drawn = [node.attributes.get("style") or "" for svg in root.all("svg") for node in svg.all()]
+    assert not [style for style in drawn for colour in PALETTE.values() if colour in style]
     return root
 
 

@@ -157,7 +157,7 @@ def test_answers_stand_side_by_side(runs, report):
 def test_truth_ratios_are_those_of_the_tables(runs):
     from wagle_pl.study.report.sections import ratios_of
 
-    (run,) = gather(["masked"]).runs
+    (run,) = gather(["masked"]).models
     found = ratios_of(run, "forget")
     for record in records("secret", 0.2):
         p = torch.exp(-torch.tensor(record["perturbed_nll"], dtype=torch.float64).mean())
@@ -184,25 +184,33 @@ def test_references_as_given_as_tested_and_as_fine_tuned(runs):
         ["masked/test"]
     )  # the folder of results does: what made the model is beside it
     assert (
-        sources.runs[0].name == "masked"
-        and sources.target.metrics == runs["target"]
-        and not sources.retrained
+        sources.models[0].name == "masked"
+        and sources.references["target"].metrics == runs["target"]
+        and set(sources.references) == {"target"}
     )
     assert "results of the retrained model were not found: give --retrained" in sources.notes
-    assert gather(["masked"], retrained="retrained").retrained.metrics == runs["retrained"]
+    assert (
+        gather(["masked"], retrained="retrained").references["retrained"].metrics
+        == runs["retrained"]
+    )
     info = json.loads(Path("masked/test/metrics.info.json").read_text())
     write_json(
         Path("masked/test/metrics.info.json"), {**info, "compared": {"retrained": "retrained/test"}}
     )
-    assert gather(["masked"]).retrained.metrics == runs["retrained"]
+    assert gather(["masked"]).references["retrained"].metrics == runs["retrained"]
     only = gather(["retrained"])
-    assert [run.metrics for run in only.runs] == [runs["retrained"]] and only.references == {}
+    assert [run.metrics for run in only.models] == [runs["retrained"]] and only.references == {}
     write_run(Path("other"), 0.5, 0.5, [step("UnlearnModule", "dense", objective={"class": "NPO"})])
     both = gather(["masked", "other"])
-    assert both.target is None and "the runs have different target models" in both.notes[0]
+    assert (
+        set(both.references) == {"retrained"}
+        and "the runs have different target models" in both.notes[0]
+    )
     given = gather(["masked", "other"], target="target")
-    assert given.target.metrics == runs["target"]
-    assert ["with other weights than the target" in " ".join(run.notes) for run in given.runs] == [
+    assert given.references["target"].metrics == runs["target"]
+    assert [
+        "with other weights than the target" in " ".join(run.notes) for run in given.models
+    ] == [
         False,
         True,
     ]
@@ -225,7 +233,10 @@ def test_results_named_by_their_file_are_those_of_the_folder(runs, report):
         "Truth ratios on forget, dense" in titles
     )  # whose pages take the retrained model's from its tables
     sources = gather(["masked"], target="target/test/metrics.json", retrained="retrained")
-    assert set(sources.target.tables) == {"forget", "retain"} and sources.target.lineage
+    assert (
+        set(sources.references["target"].tables) == {"forget", "retain"}
+        and sources.references["target"].lineage
+    )
 
 
 def test_what_tests_compared_with_comes_before_what_the_models_were_made_from(runs):
@@ -233,7 +244,7 @@ def test_what_tests_compared_with_comes_before_what_the_models_were_made_from(ru
     write_json(
         Path("masked/test/metrics.info.json"), {**info, "compared": {"target": "dense/test"}}
     )
-    assert gather(["masked"]).target.metrics == runs["dense"]
+    assert gather(["masked"]).references["target"].metrics == runs["dense"]
 
 
 @pytest.mark.parametrize(
@@ -245,8 +256,8 @@ def test_a_second_request_is_shown_beside_the_model_before_any_of_them(runs, tar
     ]
     write_run(Path("second"), 0.02, 0.6, [step("FinetuneModule", "base"), *steps])
     sources = gather(["second"], target=target)
-    assert sources.target.metrics == runs[target or "dense"]
-    assert ["other weights than the target" in " ".join(run.notes) for run in sources.runs] == [
+    assert sources.references["target"].metrics == runs[target or "dense"]
+    assert ["other weights than the target" in " ".join(run.notes) for run in sources.models] == [
         other
     ]
 

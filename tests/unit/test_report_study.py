@@ -17,14 +17,13 @@ import pytest
 from pages import Strict, report_page, section, write_runs
 
 from wagle_pl.cli import app as cli
+from wagle_pl.core.text import short_number
 from wagle_pl.evaluation.results import write_json
 from wagle_pl.evaluation.tables import load_table
 from wagle_pl.masks import WeightMask
-from wagle_pl.study.report.curves import study_overview
-from wagle_pl.study.report.html import shown
-from wagle_pl.study.report.sections import spaced
-from wagle_pl.study.report.study import arms_of, overview
-from wagle_pl.study.report.svg import COLOURS, inline_svg, page_style
+from wagle_pl.study.report.curves import panels, study_overview
+from wagle_pl.study.report.study import overview
+from wagle_pl.study.report.svg import PALETTE, svg
 from wagle_pl.study.summary import compared_at
 from wagle_pl.study.text import about
 
@@ -51,7 +50,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
     monkeypatch.chdir(tmp_path)
     rows = []
     for objective in ("NPO", "GradDiff"):
-        for mask, density in (("dense", 1.0), ("wagle", 0.2), ("wagle", 0.5)):
+        for mask, density in (("dense", 1.0), ("wagle 0.2", 0.2), ("wagle 0.5", 0.5)):
             for lr in (1e-5, 3e-5):
                 for seed in (0, 1):
                     for at in (42, 84, 126):
@@ -157,12 +156,14 @@ def test_a_study(study, report):
     columns = ("density", "lr", "seed", "step", "forget", "utility", "seconds")
     assert body == {run: [row[name] for name in columns] for run, row in last.items()}
     told = {svg.children[0].text: svg.children[1].text for svg in part.all("svg")}
-    arms = [f"{mask}" for mask in ("dense", "wagle, 0.2", "wagle, 0.5")]
+    arms = [f"{mask}" for mask in ("dense", "wagle 0.2", "wagle 0.5")]
     assert set(told) == {
         f"Forgetting against utility, {o}, {arm}" for o in ("NPO", "GradDiff") for arm in arms
     }
     points = [row for row in study if (row["objective"], row["mask"]) == ("NPO", "dense")]
-    expected = {f"({shown(row['forget'])}, {shown(row['utility'])})" for row in points}
+    expected = {
+        f"({short_number(row['forget'])}, {short_number(row['utility'])})" for row in points
+    }
     assert set(re.findall(r"\([^)]*\)", told["Forgetting against utility, NPO, dense"])) == expected
     assert "The study keeps no masks" in part.text
 
@@ -176,16 +177,6 @@ def test_a_measure_that_a_study_has_not(study, report, capsys):
         said = capsys.readouterr().err
         assert ended.value.code == 2 and not Path("other.html").exists()
         assert f"{option} 'nonsense' is no measure of what is reported; choose one of {own}" in said
-
-
-def test_arms_of_a_study(study):
-    arms = arms_of(reversed(study))
-    assert len(arms) == 6 and all(len(runs) == 4 for runs in arms.values())
-    assert all(
-        [row["step"] for row in points] == [42, 84, 126]
-        for runs in arms.values()
-        for points in runs.values()
-    )
 
 
 def test_a_young_study_beside_a_run(runs, report, study):
@@ -340,15 +331,17 @@ def test_a_level_that_a_study_has_not(published, runs, capsys, folder, level, me
 
 
 def test_figures_take_the_colours_of_the_page():
-    from wagle_pl.study.report.curves import new_figure
-
-    with page_style():
-        figure, axes = new_figure(3, 2)
-        axes.plot([0, 1], [0, 1], "o-", color=COLOURS["this"])
+    def draw() -> Any:
+        figure, (axes,) = panels(3, 2)
+        axes.plot([0, 1], [0, 1], "o-", color=PALETTE["this"])
+        axes.plot([0, 1], [1, 0], color="#123456")
         axes.set_title("a < b & $c$")
-        svg = inline_svg(figure, "name", "what < it", "is & was")
-    root = Strict(svg).root
-    assert {"var(--this)", "var(--ink)", "var(--paper)"} <= set(re.findall(r"var\(--\w+\)", svg))
+        return figure
+
+    drawn = svg("name", "what < it", "is & was", draw)
+    root = Strict(drawn).root
+    assert {"var(--this)", "var(--ink)", "var(--paper)"} <= set(re.findall(r"var\(--\w+\)", drawn))
+    assert set(re.findall(r"#[0-9a-f]{6}\b", drawn)) == {"#123456"}
     assert [node.text for node in root.all("title", "desc")] == ["what < it", "is & was"]
     assert "a < b & $c$" in root.text and not list(
         root.all("metadata", "style", "clippath", "image")
@@ -390,7 +383,3 @@ def test_the_best_arms_have_the_plainest_lines():
         assert [line.get_label() for line in lines[:12]] == [*best, names[0]]
         assert [line.get_linestyle() == "-" for line in lines[:12]] == [True] * 8 + [False] * 4
         assert lines[0].get_linewidth() > lines[11].get_linewidth()
-
-
-def test_spaced():
-    assert spaced(400, 4) == [0, 100, 200, 300] and spaced(3, 9) == [0, 1, 2] and spaced(3, 0) == []

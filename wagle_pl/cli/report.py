@@ -44,6 +44,7 @@ def report(
     if examples < 0:
         raise WagleError(f"examples must be at least 0, got {examples}")
     refuse_existing(Path(output), overwrite, "--overwrite")
+    from wagle_pl.core.text import count
     from wagle_pl.study.report.page import write_report
     from wagle_pl.study.report.sources import gather
     from wagle_pl.study.summary import compared_at
@@ -57,11 +58,10 @@ def report(
         except WagleError as error:
             raise WagleError(f"study {study.folder}: {error}") from None
     path = write_report(sources, output, title, forget, utility, examples, overwrite)
-    counted = [(len(sources.runs), "run", "runs"), (len(sources.studies), "study", "studies")]
-    shown = " and ".join(
-        f"{count} {one if count == 1 else many}" for count, one, many in counted if count
-    )
-    print(f"report of {shown} written to {path}")
+    shown = [count(len(sources.models), "run")] if sources.models else []
+    if sources.studies:
+        shown.append(count(len(sources.studies), "study", "studies"))
+    print(f"report of {' and '.join(shown)} written to {path}")
 
 
 COMMANDS = report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Optional
 
@@ -68,13 +69,24 @@ def decimals(value: Optional[float], digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def count(number: int, what: str) -> str:
-    """A number of things, in the plural unless there is one.
+def short_number(value: float) -> str:
+    """A number with three significant digits; an integer, or one of 1000 and more, without decimals.
 
-    >>> count(1, "run"), count(2, "run")
-    ('1 run', '2 runs')
+    >>> [short_number(value) for value in (0.92, 2.72e-11, 12345.6, 40, 0.0, float("inf"))]
+    ['0.920', '2.72e-11', '12,346', '40', '0.00', 'inf']
     """
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+    if isinstance(value, int) or (math.isfinite(value) and abs(value) >= 999.5):
+        return f"{value:,.0f}"
+    return f"{value:#.3g}"
+
+
+def count(number: int, one: str, many: Optional[str] = None) -> str:
+    """A number of things; the plural is ``many``, or ``one`` with an s.
+
+    >>> count(1, "run"), count(2, "run"), count(2, "study", "studies")
+    ('1 run', '2 runs', '2 studies')
+    """
+    return f"{number} {one if number == 1 else many or f'{one}s'}"
 
 
 def percent(share: float) -> str:

@@ -1,37 +1,37 @@
-"""Curves and scatters of numbers that other rooms computed; drawn in the page's colours, see :mod:`report.svg`."""
+"""Figures of forgetting against utility, and of truth ratios."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
-from wagle_pl.study.report.svg import COLOURS
+from wagle_pl.study.report.svg import PALETTE
 
-#: What a model is to the others -> how its line is drawn; with the colour, so that no one needs to see colours.
-DASHES = {"target": (0, (5, 2)), "retrained": (0, (1.5, 1.5)), "this": "solid"}
-MARKERS = {"target": "s", "retrained": "D", "this": "o"}
+Point = tuple[float, float]
+Points = Sequence[Point]
 
-#: Lines that are told apart: a colour that is seen on a light and on a dark page, and a dash.
-_PALETTE = ("#d1495b", "#2a9d8f", "#3d7dd8", "#c77d1e", "#8e5bd0", "#5f9e3a", "#c2489b", "#8a7a55")
-_STROKES = ("solid", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))
-_SHAPES = ("o", "^", "s", "D", "v", "P", "X", "*")
-_ENDS = (
-    1e-6,
-    1e6,
-)  # truth ratios beyond are drawn here: 0 and infinity have no place on a logarithmic axis
-_LEGEND_HEIGHT = 0.5  # inches of a figure that its legend may take; it grows by the rest
+# What a model is has a line style and a marker beside its colour, so that the colour is not needed.
+_LINES = {"target": (0, (5, 2)), "retrained": (0, (1.5, 1.5)), "this": "solid"}
+_MARKERS = {"target": "s", "retrained": "D", "this": "o"}
 
-Points = Sequence[tuple[float, float]]
+_ARM_COLOURS = (  # visible on a light and on a dark page
+    *("#d1495b", "#2a9d8f", "#3d7dd8", "#c77d1e"),
+    *("#8e5bd0", "#5f9e3a", "#c2489b", "#8a7a55"),
+)
+_ARM_LINES = ("solid", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))
+_RUN_MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
+_RATIOS = (1e-6, 1e6)  # ends of the axes: a truth ratio can be 0 or infinite
+_LEGEND_HEIGHT = 0.5  # inches of a figure's height; a higher legend makes the figure higher
 
 
-class Marked(NamedTuple):
-    """A point of a forget–utility figure.
+class Model(NamedTuple):
+    """A point of :func:`forget_utility`.
 
     Attributes:
         x: forget measure.
         y: utility.
         role: ``target``, ``retrained`` or ``this``.
-        label: written beside or inside the point.
+        label: in the legend; of ``this``, within its point.
     """
 
     x: float
@@ -41,12 +41,12 @@ class Marked(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A run of a study.
+    """A run in :func:`study_panel`.
 
     Attributes:
-        points: (forget measure, utility) in the order of its steps.
-        label: what it is labelled by.
-        group: number of the label: lines of one group have one marker.
+        points: (forget measure, utility) of its tests.
+        label: in the legend.
+        group: lines of the same group have the same marker.
     """
 
     points: Points
@@ -54,237 +54,152 @@ class Line(NamedTuple):
     group: int = 0
 
 
-def new_figure(width: float, height: float) -> tuple[Any, Any]:
-    """An empty figure of ``width`` × ``height`` inches, and its axes."""
-    figure, (axes,) = new_panels(width, height, 1)
-    return figure, axes
-
-
-def new_panels(width: float, height: float, count: int) -> tuple[Any, list[Any]]:
-    """An empty figure of ``width`` × ``height`` inches, and the axes of so many panels side by side."""
+def panels(width: float, height: float, count: int = 1) -> tuple[Any, list[Any]]:
+    """A figure of ``width`` × ``height`` inches, and the axes of its panels, side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
-def forget_utility(points: Sequence[Marked], x_label: str, y_label: str) -> Any:
-    """Each model as a point; labels of the runs stand inside their points.
-
-    Args:
-        points: target and retrained model among them.
-        x_label: names the forget measure.
-        y_label: names the utility.
-    """
-    figure, axes = new_figure(4.8, 3.5)
-    for point in points:
-        colour = COLOURS[point.role]
-        if point.role == "this":
-            axes.plot(point.x, point.y, "o", color=colour, markersize=13, zorder=3)
-            axes.text(
-                point.x,
-                point.y,
-                point.label,
-                color=COLOURS["paper"],
-                ha="center",
-                va="center_baseline",
-                fontsize=8.5,
-                weight="bold",
-                zorder=4,
-            )
-        else:
-            axes.plot(
-                point.x,
-                point.y,
-                MARKERS[point.role],
-                color=colour,
-                markersize=9,
-                label=point.label,
-                zorder=3,
-            )
-    retrained = [point.x for point in points if point.role == "retrained"]
-    _level(axes, retrained[0] if retrained else None)
-    _spread(axes, points)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    if any(point.role != "this" for point in points):
-        _legend(figure)
+def forget_utility(models: Sequence[Model], x_label: str, y_label: str) -> Any:
+    """One point a model."""
+    figure, (axes,) = panels(4.8, 3.5)
+    for x, y, role, label in models:
+        style = {"marker": _MARKERS[role], "color": PALETTE[role], "linestyle": "none"}
+        if role != "this":
+            axes.plot(x, y, markersize=9, label=label, zorder=3, **style)
+            continue
+        axes.plot(x, y, markersize=13, zorder=3, **style)
+        text = {"color": PALETTE["paper"], "fontsize": 8.5, "weight": "bold", "zorder": 4}
+        axes.text(x, y, label, ha="center", va="center_baseline", **text)
+    _mark_level(axes, next((model.x for model in models if model.role == "retrained"), None))
+    _limit(axes, bounds_of([(model.x, model.y) for model in models]))
+    axes.set(xlabel=x_label, ylabel=y_label)
+    _add_legend(figure)
     return figure
 
 
 def study_overview(
     arms: Mapping[str, Mapping[str, Points]],
     first: str,
-    references: Mapping[str, tuple[float, float]],
+    references: Mapping[str, Point],
     level: Optional[float],
     labels: tuple[str, str],
 ) -> Any:
-    """A panel an objective, a line a mask: what all of a study comes to.
+    """One panel an objective, one line a mask.
 
     Args:
-        arms: objective -> mask -> (forget measure, utility) along the arm's curve; those that come first are drawn
-            plainest, later ones dashed and thinner.
+        arms: objective -> mask -> (forget measure, utility) along the arm's curve. The first eight masks have solid
+            lines, later ones dashed and thinner ones.
         first: the mask that the others are compared with.
         references: ``target`` and ``retrained`` -> their point.
         level: forget measure at which utilities are compared.
         labels: names of the forget measure and of the utility.
     """
-    figure, axes = new_panels(max(4.8, 3.8 * len(arms)), 3.9, len(arms))
+    figure, all_axes = panels(max(4.8, 3.8 * len(arms)), 3.9, len(arms))
     masks = [
-        mask
-        for mask in dict.fromkeys(mask for found in arms.values() for mask in found)
-        if mask != first
+        mask for mask in dict.fromkeys(m for found in arms.values() for m in found) if mask != first
     ]
-    bounds = bounds_of(
-        [p for found in arms.values() for line in found.values() for p in line]
-        + [*references.values()]
-    )
-    for panel, (objective, found) in zip(axes, arms.items(), strict=True):
+    curves = [points for found in arms.values() for points in found.values()]
+    bounds = bounds_of([*(point for points in curves for point in points), *references.values()])
+    for axes, (objective, found) in zip(all_axes, arms.items(), strict=True):
         for mask, points in found.items():
-            style = {"color": COLOURS["ink"], "linewidth": 2.2}
+            style: dict[str, Any] = {"color": PALETTE["ink"], "linewidth": 2.2}
             if mask != first:
-                turn, i = divmod(masks.index(mask), len(_PALETTE))
-                stroke, width = _STROKES[turn % len(_STROKES)], max(0.7, 1.6 - 0.4 * turn)
-                style = {"color": _PALETTE[i], "linestyle": stroke, "linewidth": width}
-            panel.plot(*zip(*points, strict=True), label=mask, **style)
-        for role, (x, y) in references.items():
-            panel.plot(x, y, MARKERS[role], color=COLOURS[role], markersize=7, label=role, zorder=4)
-        _level(panel, level)
-        panel.set_xlim(bounds[0], bounds[1])
-        panel.set_ylim(bounds[2], bounds[3])
-        panel.set_title(objective, fontsize=9)
-        panel.set_xlabel(labels[0])
-        panel.set_ylabel(labels[1])
-    _legend(figure, columns=4, size=7.5)
+                turn, i = divmod(masks.index(mask), len(_ARM_COLOURS))
+                style = {"color": _ARM_COLOURS[i], "linewidth": max(0.7, 1.6 - 0.4 * turn)}
+                style["linestyle"] = _ARM_LINES[turn % len(_ARM_LINES)]
+            axes.plot(*zip(*points, strict=True), label=mask, **style)
+        _add_references(axes, references, level)
+        _limit(axes, bounds)
+        axes.set_title(objective, fontsize=9)
+        axes.set(xlabel=labels[0], ylabel=labels[1])
+    _add_legend(figure, columns=4, size=7.5)
     return figure
 
 
 def study_panel(
     lines: Sequence[Line],
-    others: Sequence[Points],
-    references: Mapping[str, tuple[float, float]],
+    others: tuple[str, Sequence[Points]],
+    references: Mapping[str, Point],
     level: Optional[float],
     bounds: tuple[float, float, float, float],
     labels: tuple[str, str],
-    others_label: str,
 ) -> Any:
-    """The forget–utility curves of one arm before those of others.
+    """The runs of one arm, in front of those of others.
 
     Args:
-        lines: of the arm, one a run.
-        others: curves in the background.
+        lines: the arm's runs.
+        others: what the others are, and their curves.
         references: ``target`` and ``retrained`` -> their point; every curve starts at the target's.
         level: forget measure at which utilities are compared.
-        bounds: least x, greatest x, least y, greatest y, the same for all panels to compare.
+        bounds: of the axes, see :func:`bounds_of`; the same for all panels to compare.
         labels: names of the forget measure and of the utility.
-        others_label: what the others are.
     """
-    figure, axes = new_figure(3.6, 2.9)
+    figure, (axes,) = panels(3.6, 2.9)
     start = [references["target"]] if "target" in references else []
-    for i, points in enumerate(others):
-        axes.plot(
-            *zip(*start, *points, strict=True),
-            color=COLOURS["muted"],
-            linewidth=0.9,
-            alpha=0.6,
-            label=others_label if i == 0 else None,
-        )
-    told: set[str] = set()
-    for line in lines:
-        label = None if line.label in told else line.label
-        told.add(line.label)
-        marker = _SHAPES[line.group % len(_SHAPES)]
-        axes.plot(
-            *zip(*start, *line.points, strict=True),
-            marker=marker,
-            markersize=4,
-            linewidth=1.3,
-            color=COLOURS["this"],
-            label=label,
-        )
-    for role, (x, y) in references.items():
-        axes.plot(x, y, MARKERS[role], color=COLOURS[role], markersize=7, label=role, zorder=4)
-    _level(axes, level)
-    left, right, low, high = bounds
-    axes.set_xlim(left, right)
-    axes.set_ylim(low, high)
+    label: Optional[str]
+    label, curves = others
+    for points in curves:
+        style = {"color": PALETTE["muted"], "linewidth": 0.9, "alpha": 0.6}
+        axes.plot(*zip(*start, *points, strict=True), label=label, **style)
+        label = None  # one line of the legend
+    for points, label, group in lines:
+        marker = _RUN_MARKERS[group % len(_RUN_MARKERS)]
+        style = {"color": PALETTE["this"], "linewidth": 1.3, "marker": marker, "markersize": 4}
+        axes.plot(*zip(*start, *points, strict=True), label=label, **style)
+    _add_references(axes, references, level)
+    _limit(axes, bounds)
     axes.set_xlabel(labels[0], fontsize=8)
     axes.set_ylabel(labels[1], fontsize=8)
-    _legend(figure, columns=2, size=7.5)
+    _add_legend(figure, columns=2, size=7.5)
     return figure
 
 
-def distribution(values: Mapping[str, Sequence[float]], x_label: str) -> Any:
-    """Shares of examples with a truth ratio of at most x: the curves that forget quality compares.
+def distribution(ratios: Mapping[str, Sequence[float]]) -> Any:
+    """Share of examples whose truth ratio is at most x: the curves that forget quality compares.
 
     Args:
-        values: ``target``, ``retrained`` and ``this`` -> truth ratio of every example.
-        x_label: names the truth ratio.
+        ratios: ``target``, ``retrained`` and ``this`` -> truth ratio of every example.
     """
-    figure, axes = new_figure(3.9, 3.1)
-    for role, ratios in values.items():
-        kept = sorted(map(drawn, ratios))
-        shares = [i / len(kept) for i in range(len(kept) + 1)]
-        axes.step(
-            [kept[0], *kept],
-            shares,
-            where="post",
-            color=COLOURS[role],
-            linestyle=DASHES[role],
-            linewidth=1.6,
-            label=role,
-        )
-    _logarithmic(axes, "x", [ratio for ratios in values.values() for ratio in ratios])
-    axes.set_ylim(0, 1.02)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel("share of examples")
-    _legend(figure)
+    figure, (axes,) = panels(3.9, 3.1)
+    for role, found in ratios.items():
+        x = sorted(map(_in_axis, found))
+        shares = [i / len(x) for i in range(len(x) + 1)]
+        style = {"color": PALETTE[role], "linestyle": _LINES[role], "linewidth": 1.6}
+        axes.step([x[0], *x], shares, where="post", label=role, **style)
+    _make_logarithmic(axes, "x", [ratio for found in ratios.values() for ratio in found])
+    axes.set(xlabel="truth ratio", ylabel="share of examples", ylim=(0, 1.02))
+    _add_legend(figure)
     return figure
 
 
-def shift(pairs: Mapping[str, Points], x_label: str, y_label: str) -> Any:
-    """Every example: its truth ratio at the target model, and at the others.
+def shift(pairs: Mapping[str, Points]) -> Any:
+    """One point an example: its truth ratio at the target model, and after.
 
     Args:
         pairs: ``this`` and ``retrained`` -> (ratio at the target, ratio there) of each example.
-        x_label: names the target's ratio.
-        y_label: names the other's ratio.
     """
-    figure, axes = new_figure(3.9, 3.1)
-    everything = [drawn(value) for points in pairs.values() for point in points for value in point]
-    ends = (min(everything), max(everything))
-    axes.plot(ends, ends, color=COLOURS["muted"], linewidth=0.8)
+    figure, (axes,) = panels(3.9, 3.1)
+    values = [_in_axis(value) for points in pairs.values() for point in points for value in point]
+    ends = (min(values), max(values))
+    axes.plot(ends, ends, color=PALETTE["muted"], linewidth=0.8)
     for role, points in pairs.items():
-        x, y = zip(*((drawn(before), drawn(after)) for before, after in points), strict=True)
-        axes.plot(
-            x,
-            y,
-            MARKERS[role],
-            color=COLOURS[role],
-            markersize=4.5,
-            label=role,
-            linestyle="none",
-            markerfacecolor=COLOURS[role] if role == "this" else "none",
-        )
+        x, y = zip(*points, strict=True)
+        fill = PALETTE[role] if role == "this" else "none"
+        style = {"color": PALETTE[role], "linestyle": "none", "markerfacecolor": fill}
+        x, y = list(map(_in_axis, x)), list(map(_in_axis, y))
+        axes.plot(x, y, marker=_MARKERS[role], markersize=4.5, label=role, **style)
     for axis in "xy":
-        _logarithmic(axes, axis, everything)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    _legend(figure)
+        _make_logarithmic(axes, axis, values)
+    axes.set(xlabel="truth ratio, target", ylabel="truth ratio after")
+    _add_legend(figure)
     return figure
 
 
-def drawn(ratio: float) -> float:
-    """Where a truth ratio is drawn: at the nearest end of the axis if it lies beyond.
-
-    >>> drawn(0.0), drawn(0.5), drawn(float("inf"))
-    (1e-06, 0.5, 1000000.0)
-    """
-    return min(max(ratio, _ENDS[0]), _ENDS[1])
-
-
 def bounds_of(points: Points) -> tuple[float, float, float, float]:
-    """Least and greatest x and y, with a margin."""
+    """Least x, greatest x, least y and greatest y, with a margin."""
     ends: list[float] = []
     for values in zip(*points, strict=True):
         low, high = min(values), max(values)
@@ -293,22 +208,26 @@ def bounds_of(points: Points) -> tuple[float, float, float, float]:
     return tuple(ends)  # type: ignore[return-value]
 
 
-def _spread(axes: Any, points: Sequence[Marked]) -> None:
-    left, right, low, high = bounds_of([(point.x, point.y) for point in points])
-    axes.set_xlim(left, right)
-    axes.set_ylim(low, high)
+def _limit(axes: Any, bounds: tuple[float, float, float, float]) -> None:
+    axes.set(xlim=bounds[:2], ylim=bounds[2:])
 
 
-def _level(axes: Any, x: Optional[float]) -> None:
-    """The retrained model's forgetting: where utilities are to be compared."""
+def _add_references(axes: Any, references: Mapping[str, Point], level: Optional[float]) -> None:
+    for role, (x, y) in references.items():
+        style = {"marker": _MARKERS[role], "color": PALETTE[role], "linestyle": "none"}
+        axes.plot(x, y, markersize=7, label=role, zorder=4, **style)
+    _mark_level(axes, level)
+
+
+def _mark_level(axes: Any, x: Optional[float]) -> None:
+    """The forget measure at which utilities are to be compared, such as the retrained model's."""
     if x is not None:
-        axes.axvline(
-            x, color=COLOURS["retrained"], linestyle=DASHES["retrained"], linewidth=1, zorder=1
-        )
+        style = {"color": PALETTE["retrained"], "linestyle": _LINES["retrained"]}
+        axes.axvline(x, linewidth=1, zorder=1, **style)
 
 
-def _legend(figure: Any, columns: int = 3, size: float = 8.5) -> None:
-    """One legend of all panels, below them: so many columns, or as many as the figure is wide enough for."""
+def _add_legend(figure: Any, columns: int = 3, size: float = 8.5) -> None:
+    """One legend of all panels, below them, in as many of ``columns`` as the figure is wide enough for."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     shown = {
@@ -319,32 +238,30 @@ def _legend(figure: Any, columns: int = 3, size: float = 8.5) -> None:
     if not shown:
         return
     renderer = FigureCanvasAgg(figure).get_renderer()  # measures without laying the figure out
+    style = {"loc": "outside lower center", "fontsize": size, "handlelength": 2.2}
     for ncols in range(columns, 0, -1):
-        legend = figure.legend(
-            shown.values(),
-            shown.keys(),
-            loc="outside lower center",
-            ncols=ncols,
-            fontsize=size,
-            handlelength=2.2,
-        )
+        legend = figure.legend(shown.values(), shown.keys(), ncols=ncols, **style)
         box = legend.get_window_extent(renderer)
         if (
             ncols == 1 or box.width <= 0.92 * figure.bbox.width
-        ):  # text in an SVG is a little wider than measured here
+        ):  # a browser's text is a little wider
             break
         legend.remove()
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + max(0.0, box.height / figure.dpi - _LEGEND_HEIGHT))
 
 
-def _logarithmic(axes: Any, name: str, values: Sequence[float]) -> None:
-    """A logarithmic axis with plain numbers, which stay text a page can style."""
+def _in_axis(ratio: float) -> float:
+    return min(max(ratio, _RATIOS[0]), _RATIOS[1])
+
+
+def _make_logarithmic(axes: Any, name: str, ratios: Sequence[float]) -> None:
+    """A logarithmic axis whose labels are plain numbers, which an SVG keeps as text."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    getattr(axes, f"set_{name}scale")("log")
+    axes.set(**{f"{name}scale": "log"})
     axis = getattr(axes, f"{name}axis")
-    span = drawn(max(values)) / drawn(min(values))
+    span = _in_axis(max(ratios)) / _in_axis(min(ratios))
     axis.set_major_locator(LogLocator(subs=(1.0,) if span > 100 else (1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())

@@ -1,29 +1,35 @@
-"""The report: one HTML file that needs nothing else."""
+"""The report: one HTML file that needs nothing else, made of the templates in ``templates/``."""
 
 from __future__ import annotations
 
-from importlib import resources
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
+import yaml
+from markupsafe import Markup, escape
+
+from wagle_pl.core.environment import versions
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path, refuse_existing
-from wagle_pl.study.report.html import Content, Markup, element, note
-from wagle_pl.study.report.making import making
-from wagle_pl.study.report.sections import (
-    answers,
-    masks,
-    measures,
-    robustness,
-    summary,
-    tradeoff,
-    truth_ratios,
-)
+from wagle_pl.core.text import count, short_number
+from wagle_pl.evaluation.comparison import BETTER, SAME, WORSE, arrow
+from wagle_pl.masks import describe_origin
+from wagle_pl.study.report import sections, study
 from wagle_pl.study.report.sources import Sources
-from wagle_pl.study.report.study import study_section
 
-#: What comes before every page: nothing may be loaded, whatever a name or an answer in it says.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+#: Sections about models, each with a template of its name, and their headings.
+SECTIONS = {
+    "summary": "Summary",
+    "tradeoff": "Forgetting against utility",
+    "ratios": "Truth ratios",
+    "masks": "Masks",
+    "answers": "Answers",
+    "robustness": "Robustness",
+    "measures": "All measures",
+    "making": "How the models were made",
+}
 
 
 def write_report(
@@ -40,20 +46,28 @@ def write_report(
     Args:
         sources: what to show, see :func:`wagle_pl.study.report.sources.gather`.
         output: file to write.
-        title: of the page; made of the names of runs and studies when None.
-        forget: measure on the horizontal axis of the forget–utility figure; chosen by what the runs have when None.
+        title: of the page; made of the names of models and studies when None.
+        forget: measure on the horizontal axis of the forget–utility figure; see
+            :func:`wagle_pl.study.report.sections.tradeoff` when None.
         utility: measure on its vertical axis, likewise.
         examples: how many questions of each set to show answers to.
         overwrite: replace the output if it exists.
 
     Raises:
-        WagleError: if the output exists and may not be replaced, or a measure is in no run; without runs, if it is not
-            the study's.
+        WagleError: if the output exists and may not be replaced, or no model has a measure; without models, if it is
+            not the study's.
     """
     output = Path(output)
     refuse_existing(output, overwrite, "--overwrite")
-    for option, name in (("forget", forget), ("utility", utility)):
-        _check_measure(sources, option, name)
+    for axis, (option, measure) in enumerate((("forget", forget), ("utility", utility))):
+        known, what = sections.measure_names(sources.models), "these runs"
+        if not sources.models:  # the page of a study has the axes of the study
+            known, what = [each.axes[axis] for each in sources.studies], "what is reported"
+        if measure is not None and measure not in known:
+            choices = ", ".join(dict.fromkeys(known))
+            raise WagleError(
+                f"--{option} {measure!r} is no measure of {what}; choose one of {choices}"
+            )
     page = render(sources, title, forget, utility, examples)
     with atomic_path(output) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -68,64 +82,79 @@ def render(
     examples: int = 6,
 ) -> str:
     """The page as text, see :func:`write_report`."""
-    sections: list[tuple[str, str, Content]] = []
-    for i, study in enumerate(sources.studies):
-        sections.append((f"study-{i}", f"Study: {study.name}", study_section(study, i)))
-    if sources.runs:
-        sections += [
-            ("summary", "Summary", summary(sources)),
-            ("tradeoff", "Forgetting against utility", tradeoff(sources, forget, utility)),
-            ("ratios", "Truth ratios", truth_ratios(sources)),
-            ("masks", "Masks", masks(sources)),
-            ("answers", "Answers", answers(sources, examples)),
-            ("robustness", "Robustness", robustness(sources)),
-            ("measures", "All measures", measures(sources)),
-            ("making", "How the models were made", making(sources)),
-        ]
-    names = [study.name for study in sources.studies] + [run.name for run in sources.runs]
-    title = title or f"Unlearning report: {', '.join(names[:4])}{' …' if len(names) > 4 else ''}"
-    links = [element("a", heading, href=f"#{name}-section") for name, heading, _ in sections]
-    body = [
-        element("header", element("h1", title), element("nav", *links, aria_label="sections")),
-        element("main", *_left_out(sources), *(_section(*section) for section in sections)),
-    ]
-    head = [
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        element("title", title),
-        element(
-            "style",
-            Markup(
-                resources.files("wagle_pl.study.report")
-                .joinpath("style.css")
-                .read_text(encoding="utf-8")
-            ),
-        ),
-    ]
-    page = element("html", element("head", *head), element("body", *body), lang="en")
-    return f"<!DOCTYPE html>\n{page}\n"
-
-
-def _section(name: str, heading: str, content: Content) -> Markup:
-    return element("section", element("h2", heading), content, id=f"{name}-section")
-
-
-def _left_out(sources: Sources) -> list[Markup]:
-    """What was given or looked for, and is not shown."""
-    said = [note(f"Left out: {folder}: {why}.") for folder, why in sources.left_out]
-    return said + [note(f"{text[:1].upper()}{text[1:]}.") for text in sources.notes if sources.runs]
-
-
-def _check_measure(sources: Sources, option: str, name: Optional[str]) -> None:
-    if name is None:
-        return
-    known = dict.fromkeys(measure for run in sources.runs for measure in run.metrics)
-    if not sources.runs:  # a study's page has the study's own axes
-        known = dict.fromkeys(getattr(study, option) for study in sources.studies)
-    if name not in known:
-        what = "these runs" if sources.runs else "what is reported"
-        raise WagleError(
-            f"--{option} {name!r} is no measure of {what}; choose one of {', '.join(known)}"
+    names = [each.name for each in (*sources.studies, *sources.models)]
+    more = " …" if len(names) > 4 else ""
+    shown: dict[str, Any] = {}
+    if sources.models:
+        shown = sections.shown_of_models(sources, forget, utility, examples)
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            sources=sources,
+            title=title or f"Unlearning report: {', '.join(names[:4])}{more}",
+            studies=[
+                study.shown_of_study(each, f"study-{i}") for i, each in enumerate(sources.studies)
+            ],
+            sections=SECTIONS if sources.models else {},
+            directions=sections.DIRECTIONS,
+            versions=versions(),
+            **shown,
         )
+    )
+
+
+@cache
+def _environment() -> Any:
+    """The templates, and what they call beside Jinja's own."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("wagle_pl.study.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"BETTER": BETTER, "WORSE": WORSE, "SAME": SAME, "GIB": 2**30}
+    environment.filters |= {
+        "attack_sign": _attack_sign,
+        "breakable": _breakable,
+        "count": count,
+        "digits": repr,
+        "options": _options,
+        "origin": describe_origin,
+        "short_number": short_number,
+        "yaml": lambda config: yaml.safe_dump(config, sort_keys=False).rstrip(),
+    }
+    return environment
+
+
+def _attack_sign(row: Mapping[str, Any]) -> str:
+    """Whether a line of ``robustness.json`` is better after the attack."""
+    before, after, retrained = (
+        value if isinstance(value := row.get(name), (int, float)) else None
+        for name in ("before", "after", "retrained")
+    )
+    return "" if after is None else arrow(row.get("direction", "lower"), after, before, retrained)
+
+
+def _breakable(name: str) -> Markup:
+    """A measure's name that may break after a slash or an underscore."""
+    return Markup(str(escape(name)).replace("/", "/<wbr>").replace("_", "_<wbr>"))
+
+
+def _options(value: Any) -> str:
+    """Plain data in a line: the class first, then its options.
+
+    >>> _options({"class": "NPO", "beta": 0.1, "retain": {"class": "NLL"}})
+    'NPO, beta 0.1, retain (NLL)'
+    """
+    if not isinstance(value, Mapping):
+        return "" if value is None else str(value)
+    parts = [str(value["class"])] if "class" in value else []
+    for key, option in value.items():
+        nested = isinstance(option, Mapping)
+        if key != "class":
+            parts.append(f"{key} ({_options(option)})" if nested else f"{key} {option}")
+    return ", ".join(parts)

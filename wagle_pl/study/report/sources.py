@@ -1,4 +1,4 @@
-"""What runs and studies wrote, read for the report; whatever is missing is noted, never made up."""
+"""What a report shows, read from the folders of models and studies; what is missing is noted, never made up."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from wagle_pl.core.errors import WagleError
+from wagle_pl.evaluation.comparison import arrow
 from wagle_pl.evaluation.results import INFO_FILE, METRICS_FILE, Results, folder_of, read_json
 from wagle_pl.evaluation.robustness import ROBUSTNESS_FILE
 from wagle_pl.evaluation.sets import Table
@@ -17,20 +18,22 @@ from wagle_pl.evaluation.suites import Info, Suite, find_suite
 from wagle_pl.evaluation.tables import load_table, table_key
 from wagle_pl.lm.models import RECORD_FILE
 from wagle_pl.masks import WeightMask
+from wagle_pl.study.store import SUMMARY_FILE, TABLE_FILE
 
 log = logging.getLogger(__name__)
 
-STUDY_TABLE, STUDY_FILE = "study.parquet", "study.json"
-TEST_FOLDER = "test"  # of a model folder, where its test results are
+TEST_FOLDER = "test"  # of a model folder, with its test results
 
 
 @dataclass
-class Run:
-    """One model's test results, and what made the model.
+class ReportedModel:
+    """A model's test results, and the record of what made the model.
 
     Attributes:
-        name: how the report calls it.
-        results: what the test wrote.
+        name: in the report.
+        results: of the test.
+        role: ``target`` or ``retrained``; ``this`` for a model that is compared with them.
+        number: among the models compared, from 1; 0 for target and retrained.
         info: content of ``metrics.info.json``; empty without one.
         record: content of the model folder's ``wagle.json``; empty without one.
         robustness: rows of ``robustness.json``; empty without one.
@@ -39,6 +42,8 @@ class Run:
 
     name: str
     results: Results
+    role: str = "this"
+    number: int = 0
     info: dict[str, Any] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
     robustness: list[dict[str, Any]] = field(default_factory=list)
@@ -46,23 +51,18 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Name -> number, as in ``metrics.json``."""
+        """Measure -> number, from ``metrics.json``."""
         return self.results.metrics
 
     @property
     def lineage(self) -> list[dict[str, Any]]:
         """The runs that made the model, oldest first."""
-        return list(self.record.get("lineage", ()))
+        return self.record.get("lineage") or []
 
     @property
     def last(self) -> dict[str, Any]:
         """The run that made the model; empty if unknown."""
         return self.lineage[-1] if self.lineage else {}
-
-    @property
-    def unlearned(self) -> bool:
-        """Whether an objective made the model forget."""
-        return bool(self.last.get("objective"))
 
     @cached_property
     def tables(self) -> dict[str, Table]:
@@ -73,23 +73,24 @@ class Run:
             self.notes.append(str(error))
             return {}
 
+    @property
+    def sets(self) -> list[str]:
+        """Names of the test sets, in the order of the test."""
+        return list(self.info.get("rows") or self.tables)
+
     @cached_property
     def fingerprint(self) -> Optional[str]:
-        """Of the model that was tested, from its tables; None if they do not say."""
-        import pyarrow
-
-        for file in (
-            sorted(self.results.path.glob("*.parquet")) if self.results.path.is_dir() else ()
-        ):
+        """Of the model that was tested; None if its tables do not say."""
+        for file in sorted(self.results.path.glob("*.parquet")):
             try:
                 return table_key(file).get("model")
-            except (pyarrow.ArrowInvalid, OSError, ValueError):
+            except (WagleError, ValueError):
                 return None  # what is wrong with the file is said where its rows are needed
         return None
 
     @cached_property
     def suite(self) -> Suite:
-        """The suite that measured; a general one where the sidecar does not say, or names a class of the user's."""
+        """The suite that measured; a general one where that is not known, or is a class of the user's."""
         try:
             return find_suite(self.info.get("suite", "generic"))
         except WagleError:
@@ -103,20 +104,42 @@ class Run:
     @property
     def undefined(self) -> dict[str, str]:
         """Measures without a number -> why."""
-        return {
-            name: str(found.get("why", ""))
-            for name, found in self.info.get("undefined", {}).items()
-        }
+        found = self.info.get("undefined", {})
+        return {name: about.get("why", "") for name, about in found.items()}
+
+    @cached_property
+    def mask(self) -> Optional[WeightMask]:
+        """The mask it was unlearned within, if its file is there and unchanged; if not, :attr:`notes` say why."""
+        made = self.last.get("mask")
+        if not made:
+            return None
+        if not made.get("file"):
+            self.notes.append("its mask has no file (it was made from modules and layers)")
+            return None
+        try:
+            mask = WeightMask.load(made["file"])
+            ours, theirs = self.last.get("base_fingerprint"), mask.metadata.get("model_fingerprint")
+            if ours and theirs and ours != theirs:
+                raise WagleError(f"mask {made['file']} is now one for another model")
+            if (
+                mask.density < made["density"]
+            ):  # a mask restricted to modules has less than its file
+                raise WagleError(f"mask {made['file']} has changed since the run")
+            mask.grid()  # reads all of it: a damaged file shows here
+        except WagleError as error:
+            self.notes.append(str(error))
+            return None
+        return mask
 
 
 @dataclass
-class Study:
-    """A grid of runs over one target model.
+class StudyResults:
+    """What a study has written.
 
     Attributes:
-        name: how the report calls it.
+        name: in the report.
         folder: of the study.
-        rows: of ``study.parquet``, one a run and test point.
+        rows: of ``study.parquet``, one for each test of each run.
         summary: content of ``study.json``; empty without one.
         notes: what is missing or cannot be read, in words.
     """
@@ -128,22 +151,22 @@ class Study:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def forget(self) -> str:
-        """Name of the forget measure."""
-        return str(self.summary.get("forget", "forget measure"))
+    def axes(self) -> tuple[str, str]:
+        """Names of the forget measure and of the utility measure."""
+        return (
+            self.summary.get("forget", "forget measure"),
+            self.summary.get("utility", "utility"),
+        )
 
     @property
-    def utility(self) -> str:
-        """Name of the utility measure."""
-        return str(self.summary.get("utility", "utility"))
-
-    def reference(self, name: str) -> dict[str, float]:
-        """Measures of ``target`` or ``retrained``; the forget and the utility measure also as such."""
-        found = dict(self.summary.get(name) or {})
-        for column, measure in (("forget", self.forget), ("utility", self.utility)):
-            if measure in found:
-                found.setdefault(column, found[measure])
-        return found
+    def references(self) -> dict[str, tuple[float, float]]:
+        """``target`` and ``retrained`` -> forget measure and utility, as far as the study has both."""
+        found = {name: self.summary.get(name) or {} for name in ("target", "retrained")}
+        return {
+            name: tuple(values[axis] for axis in self.axes)
+            for name, values in found.items()
+            if all(axis in values for axis in self.axes)
+        }
 
 
 @dataclass
@@ -151,141 +174,114 @@ class Sources:
     """All that a report shows.
 
     Attributes:
-        runs: in the order given, target and retrained left out.
+        models: in the order given, target and retrained left out.
         studies: in the order given.
-        target, retrained: what the runs are compared with.
+        references: ``target`` and ``retrained`` -> what the models are compared with, as far as known.
         left_out: (folder, why) of what was given and is not shown.
         notes: about target and retrained, in words.
     """
 
-    runs: list[Run] = field(default_factory=list)
-    studies: list[Study] = field(default_factory=list)
-    target: Optional[Run] = None
-    retrained: Optional[Run] = None
+    models: list[ReportedModel] = field(default_factory=list)
+    studies: list[StudyResults] = field(default_factory=list)
+    references: dict[str, ReportedModel] = field(default_factory=dict)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
-    def references(self) -> dict[str, Run]:
-        """``target`` and ``retrained``, as far as there are such."""
-        pairs = {"target": self.target, "retrained": self.retrained}
-        return {name: run for name, run in pairs.items() if run is not None}
+    def everyone(self) -> list[ReportedModel]:
+        """Target, retrained, then the models."""
+        return [*self.references.values(), *self.models]
 
-    @property
-    def everyone(self) -> list[Run]:
-        """Target, retrained, then the runs."""
-        return [*self.references.values(), *self.runs]
+    def sign(self, model: ReportedModel, measure: str) -> str:
+        """Whether a model is better than the target, see :func:`wagle_pl.evaluation.comparison.arrow`."""
+        value = model.metrics.get(measure)
+        if value is None or model.role != "this":
+            return ""
+        found = {role: other.metrics.get(measure) for role, other in self.references.items()}
+        direction = model.about(measure).direction
+        return arrow(direction, value, found.get("target"), found.get("retrained"))
 
 
 def gather(
-    folders: Sequence[str],
-    target: Optional[str] = None,
-    retrained: Optional[str] = None,
-    tell: bool = True,
+    folders: Sequence[str], target: Optional[str] = None, retrained: Optional[str] = None
 ) -> Sources:
-    """Read runs and studies.
+    """Read models and studies.
 
     Args:
         folders: of models with test results in them, of test results, or of studies.
-        target: results of the target model; when None, those of the model that the runs were made from.
-        retrained: results of the retrained model; when None, what the runs' tests compared with, or the one of the
-            folders whose model was fine-tuned on retain rows only.
-        tell: warn of what is left out.
+        target: results of the target model; when None, what the tests compared with, or those of the model that the
+            others were made from.
+        retrained: results of the retrained model; when None, what the tests compared with, or the one of the folders
+            whose model was fine-tuned on retain rows only.
 
     Raises:
         WagleError: if a folder does not exist, or nothing is left to report.
     """
     sources = Sources()
     for folder in dict.fromkeys(folders):
-        _read_one(Path(folder), sources)
-    if tell:
-        for folder, why in sources.left_out:
-            log.warning("%s is left out: %s", folder, why)
-    if not sources.runs and not sources.studies:
+        _read_folder(Path(folder), sources)
+    for folder, why in sources.left_out:
+        log.warning("%s is left out: %s", folder, why)
+    if not sources.models and not sources.studies:
         folder, why = sources.left_out[0]
         raise WagleError(f"nothing to report: {folder} has no results ({why})")
-    _name_apart(sources.runs)
-    sources.target = _reference(sources, "target", target)
-    sources.retrained = _reference(sources, "retrained", retrained)
-    if (
-        not sources.runs and not sources.studies
-    ):  # all that was given is compared with: show it as it is
-        sources.runs = list(sources.references.values())
-        sources.target = sources.retrained = None
+    names = [model.name for model in sources.models]
+    for model in sources.models:
+        if names.count(model.name) > 1:
+            model.name = str(model.results.path)
+    for role, given in (("target", target), ("retrained", retrained)):
+        _find_reference(sources, role, given)
+    if not sources.models and not sources.studies:  # the references are all that was given
+        sources.models, sources.references = sources.everyone, {}
+    for number, model in enumerate(sources.models, 1):
+        model.role, model.number = "this", number
     _check_target(sources)
     return sources
 
 
-def read_run(folder: Path, option: str = "run") -> Run:
-    """One run: a model folder with test results in it, or a folder of test results or its ``metrics.json``, or a result
-    file.
+def read_model(folder: Path, option: str = "run") -> ReportedModel:
+    """One model: its folder with test results in it, a folder of test results or its ``metrics.json``, or a TOFU
+    result file.
 
     Raises:
         WagleError: if it has no results.
     """
     folder = folder_of(folder)
-    inside = folder / TEST_FOLDER
-    results = inside if not (folder / METRICS_FILE).is_file() and inside.is_dir() else folder
-    run = Run(_name_of(results), Results(results, option))
+    results = folder if (folder / METRICS_FILE).is_file() else _tests_of(folder)
+    resolved = results.resolve()
+    name = resolved.parent.name if resolved.name == TEST_FOLDER else resolved.stem
+    model = ReportedModel(name, Results(results, option))
     if not results.is_dir():
-        return run
-    run.info = _optional(run, results / INFO_FILE, dict, "units, directions and undefined measures")
-    run.robustness = _optional(run, results / ROBUSTNESS_FILE, list)
-    model = next(
-        (each for each in (folder, results.parent) if (each / RECORD_FILE).is_file()), None
-    )
-    if model is not None:
-        run.record = _optional(run, model / RECORD_FILE, dict)
-    if not run.lineage:
-        run.notes.append(f"no {RECORD_FILE} beside the results says what made the model")
-    return run
+        return model
+    lost = "units, directions and undefined measures"
+    model.info = _read_optional(results / INFO_FILE, {}, model.notes, lost)
+    model.robustness = _read_optional(results / ROBUSTNESS_FILE, [], model.notes)
+    for place in (folder, results.parent):
+        if (place / RECORD_FILE).is_file():
+            model.record = _read_optional(place / RECORD_FILE, {}, model.notes)
+            break
+    if not model.lineage:
+        model.notes.append(f"no {RECORD_FILE} beside the results says what made the model")
+    return model
 
 
-def read_study(folder: Path) -> Study:
+def read_study(folder: Path) -> StudyResults:
     """One study.
 
     Raises:
         WagleError: if it has no table of runs.
     """
-    if not (folder / STUDY_TABLE).is_file():
-        raise WagleError(f"it has no {STUDY_TABLE} yet")
-    study = Study(folder.resolve().name, folder, load_table(folder / STUDY_TABLE))
-    study.summary = _optional(
-        study, folder / STUDY_FILE, dict, "its comparison at equal forgetting"
-    )
+    if not (folder / TABLE_FILE).is_file():
+        raise WagleError(f"it has no {TABLE_FILE} yet")
+    study = StudyResults(folder.resolve().name, folder, load_table(folder / TABLE_FILE))
     if not study.rows:
-        raise WagleError(f"its {STUDY_TABLE} has no rows yet")
+        raise WagleError(f"its {TABLE_FILE} has no rows yet")
+    lost = "its comparison at equal forgetting"
+    study.summary = _read_optional(folder / SUMMARY_FILE, {}, study.notes, lost)
     return study
 
 
-def mask_of(run: Run) -> Optional[WeightMask]:
-    """The mask a run unlearned within, as far as its file is still there and unchanged.
-
-    Returns:
-        None if there is none; :attr:`Run.notes` then say why.
-    """
-    made = run.last.get("mask")
-    if not made:
-        return None
-    if not made.get("file"):
-        run.notes.append("its mask has no file (it was made from modules and layers)")
-        return None
-    try:
-        mask = WeightMask.load(made["file"])
-        expected, found = run.last.get("base_fingerprint"), mask.metadata.get("model_fingerprint")
-        if expected and found and expected != found:
-            raise WagleError(f"mask {made['file']} is now one for another model")
-        # a mask restricted to modules has a lower density than its file
-        if mask.density < made["density"]:
-            raise WagleError(f"mask {made['file']} has changed since the run")
-        mask.grid()  # read it all: a damaged file shows here
-    except WagleError as error:
-        run.notes.append(str(error))
-        return None
-    return mask
-
-
-def _read_one(folder: Path, sources: Sources) -> None:
+def _read_folder(folder: Path, sources: Sources) -> None:
     if not folder.exists():
         raise WagleError(f"run folder {folder} does not exist")
     if not folder.is_dir():
@@ -294,116 +290,101 @@ def _read_one(folder: Path, sources: Sources) -> None:
             "study folder"
         )
     try:
-        if (folder / STUDY_TABLE).is_file() or (folder / STUDY_FILE).is_file():
+        if (folder / TABLE_FILE).is_file() or (folder / SUMMARY_FILE).is_file():
             sources.studies.append(read_study(folder))
             return
-        run = read_run(folder)
-        if not run.metrics:
+        model = read_model(folder)
+        if not model.metrics:
             raise WagleError(f"it has no {METRICS_FILE} with numbers")
-        sources.runs.append(run)
+        sources.models.append(model)
     except WagleError as error:
-        why = str(error).removeprefix(f"run: folder {folder} has no")
-        sources.left_out.append((str(folder), why if why == str(error) else f"no{why}"))
+        why = str(error).removeprefix(f"run: folder {folder} has ")
+        sources.left_out.append((str(folder), why))
 
 
-def _optional(owner: Run | Study, file: Path, kind: type, lost: str = "") -> Any:
-    """Content of a JSON file that may be missing; what is lost without it is noted."""
+def _read_optional(file: Path, empty: Any, notes: list[str], lost: str = "") -> Any:
+    """Content of a JSON file, or ``empty``; a file of another kind, or what is lost without one, is noted."""
     try:
         content = read_json(file) if file.is_file() else None
     except WagleError as error:
-        owner.notes.append(str(error))
-        return kind()
-    if content is None and lost:
-        owner.notes.append(f"it has no {file.name}: {lost} are left out")
-    elif content is not None and not isinstance(content, kind):
-        owner.notes.append(
-            f"{file} is no JSON {'object' if kind is dict else 'list'}: it is left out"
-        )
-    return content if isinstance(content, kind) else kind()
+        notes.append(str(error))
+        return empty
+    if isinstance(content, type(empty)):
+        return content
+    if content is not None:
+        kind = "object" if empty == {} else "list"
+        notes.append(f"{file} is no JSON {kind}: it is left out")
+    elif lost:
+        notes.append(f"it has no {file.name}: {lost} are left out")
+    return empty
 
 
-def _name_of(results: Path) -> str:
-    results = results.resolve()
-    return results.parent.name if results.name == TEST_FOLDER else results.stem
-
-
-def _name_apart(runs: list[Run]) -> None:
-    """Runs of one name are called by their folders."""
-    names = [run.name for run in runs]
-    for run in runs:
-        if names.count(run.name) > 1:
-            run.name = str(run.results.path)
-
-
-def _reference(sources: Sources, name: str, given: Optional[str]) -> Optional[Run]:
-    """Target or retrained model: as given, or as the runs say; taken out of the runs if it is among them."""
-    if given is not None:
-        if not Path(given).exists():
-            raise WagleError(f"--{name}: {given} does not exist")
-        places = [given]
-    else:
-        compared = [run.info.get("compared", {}).get(name) for run in sources.runs]
-        bases = (
-            [run.last.get("base") for run in sources.runs if run.unlearned]
-            if name == "target"
-            else []
-        )
-        found = [
-            [place for place in places if place and Path(place).exists()]
-            for places in (compared, bases)
-        ]
-        places = list(
-            dict.fromkeys(found[0] or found[1])
-        )  # the base of a run need not have been tested
-        if not places and name == "retrained":
-            places = [str(run.results.path) for run in sources.runs if _is_retrained(run)]
-    if len(places) > 1 and len({_where(place) for place in places}) > 1:
+def _find_reference(sources: Sources, role: str, given: Optional[str]) -> None:
+    """Set the target or retrained model, as given or as the models' tests and records say."""
+    if given is not None and not Path(given).exists():
+        raise WagleError(f"--{role}: {given} does not exist")
+    places = [given] if given is not None else _candidates(sources.models, role)
+    if len({_tests_of(Path(place).resolve()) for place in places}) > 1:
         sources.notes.append(
-            f"the runs have different {name} models ({', '.join(places)}): none is shown; choose with "
-            f"--{name}"
+            f"the runs have different {role} models ({', '.join(places)}): none is shown; choose with "
+            f"--{role}"
         )
-        return None
+        return
     if not places:
-        sources.notes.append(f"results of the {name} model were not found: give --{name}")
-        return None
+        sources.notes.append(f"results of the {role} model were not found: give --{role}")
+        return
     try:
-        found = read_run(Path(places[0]), f"--{name}")
+        found = read_model(Path(places[0]), f"--{role}")
     except WagleError as error:
         if given is not None:
             raise
-        sources.notes.append(f"the {name} model has no results: {error}")
-        return None
-    sources.runs = [
-        run for run in sources.runs if _where(run.results.path) != _where(found.results.path)
-    ]
-    found.name = name
+        sources.notes.append(f"the {role} model has no results: {error}")
+        return
+    place = _tests_of(found.results.path.resolve())
+    others = [m for m in sources.models if _tests_of(m.results.path.resolve()) != place]
+    sources.models = others
+    found.name = found.role = role
+    sources.references[role] = found
     if not found.metrics:
         sources.notes.append(
-            f"the {name} model's results, {found.results.path}, hold examples and no measures"
+            f"the {role} model's results, {found.results.path}, hold examples and no measures"
         )
-    return found
 
 
-def _where(place: str | Path) -> Path:
-    """A model folder, the folder of its test results, and their ``metrics.json`` are one place."""
-    path = folder_of(Path(place).resolve())
-    return path / TEST_FOLDER if (path / TEST_FOLDER).is_dir() else path
+def _candidates(models: Sequence[ReportedModel], role: str) -> list[str]:
+    """Where results of the target or retrained model may be, from the first source that knows of one."""
+    compared = [model.info.get("compared", {}).get(role) for model in models]
+    if role == "target":
+        others = [model.last.get("base") for model in models if model.last.get("objective")]
+    else:
+        others = [str(model.results.path) for model in models if _is_retrained(model)]
+    for places in (compared, others):  # the base of a model need not have been tested
+        if known := [place for place in dict.fromkeys(places) if place and Path(place).exists()]:
+            return known
+    return []
 
 
-def _is_retrained(run: Run) -> bool:
-    return run.last.get("module") == "FinetuneModule" and run.last.get("streams") == ["retain"]
+def _tests_of(folder: Path) -> Path:
+    """Where the test results of a model folder are; a folder of results, or their ``metrics.json``, is its own."""
+    folder = folder_of(folder)
+    return folder / TEST_FOLDER if (folder / TEST_FOLDER).is_dir() else folder
+
+
+def _is_retrained(model: ReportedModel) -> bool:
+    return model.last.get("module") == "FinetuneModule" and model.last.get("streams") == ["retain"]
 
 
 def _check_target(sources: Sources) -> None:
-    """Say so if the target's results are of other weights than the runs were made from.
+    """Note which models were made from other weights than the target's.
 
-    A model that was unlearned in several requests may be shown beside the model before any of them.
+    A model that was unlearned in several requests may be compared with the model before any of them.
     """
-    if sources.target is None or sources.target.fingerprint is None:
+    target = sources.references.get("target")
+    if target is None or target.fingerprint is None:
         return
-    for run in sources.runs:
-        bases = [step.get("base_fingerprint") for step in run.lineage if step.get("objective")]
-        if bases and not {None, sources.target.fingerprint} & set(bases):
-            run.notes.append(
+    for model in sources.models:
+        bases = [step.get("base_fingerprint") for step in model.lineage if step.get("objective")]
+        if bases and not {None, target.fingerprint} & set(bases):
+            model.notes.append(
                 "it was made from a model with other weights than the target model that is shown"
             )

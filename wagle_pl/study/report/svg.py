@@ -1,83 +1,80 @@
-"""Matplotlib figures as SVG inside a page: they take the page's colours and fonts, and say in words what they show."""
+"""Matplotlib figures as elements of a page: in its colours, light or dark, with a text alternative."""
 
 from __future__ import annotations
 
 import io
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-from wagle_pl.study.report.html import Content, Markup, element
+from markupsafe import Markup
 
-#: Role -> the colour a figure is drawn in; the page gives each role a colour a mode (``--ink`` … in style.css).
-COLOURS = {
-    "ink": "#010203",
-    "muted": "#040506",
-    "line": "#070809",
-    "paper": "#0a0b0c",
-    "target": "#0d0e0f",
-    "retrained": "#101112",
-    "this": "#131415",
+#: Colours that figures are drawn in. In a page each becomes the variable of that name in ``style.css``, which has a
+#: light and a dark value; so that nothing else is replaced, no other colour of a figure may be among them.
+PALETTE = {
+    "ink": "#1b2430",
+    "muted": "#5d6b7c",
+    "line": "#dde3ea",
+    "paper": "#fefefe",
+    "target": "#a34a00",
+    "retrained": "#00725c",
+    "this": "#1a5fb4",
 }
 
-_SVG = "{http://www.w3.org/2000/svg}"
+#: matplotlib's settings for the figures of a page.
+STYLE: dict[str, Any] = {
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), PALETTE["ink"]
+    ),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor"), PALETTE["paper"]),
+    "axes.edgecolor": PALETTE["muted"],
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 9,
+    "grid.color": PALETTE["line"],
+    "legend.frameon": False,
+    "text.parse_math": False,  # a dollar in a name is a dollar
+}
+
+#: matplotlib's settings for SVG files: text stays text, and the same figure makes the same bytes.
+SVG = {"svg.hashsalt": "wagle_pl", "svg.fonttype": "none"}
+
+_VARIABLES = {colour: f"var(--{role})" for role, colour in PALETTE.items()}
+_NAMESPACE = "{http://www.w3.org/2000/svg}"
 _LINK = "{http://www.w3.org/1999/xlink}href"
-_SMALLEST = 0.7  # of its size: what is smaller cannot be read; it scrolls instead
-_PLACES = {"d", "x", "y"}
-_LONG = re.compile(r"-?\d+\.\d{3,}(?!\d*e)")
-_FONT = re.compile(r"font:\s*(?:(?:normal|bold|italic|\d{3})\s+)*([\d.]+px)[^;]*")
+_SMALLEST = 0.7  # of its size: a narrower page scrolls the figure, as smaller text is not readable
 
 
-@contextmanager
-def page_style() -> Iterator[None]:
-    """Figures made inside are drawn in the page's colours."""
-    from matplotlib import rc_context
-
-    ink, paper = COLOURS["ink"], COLOURS["paper"]
-    colours = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
-    colours |= {
-        "axes.edgecolor": COLOURS["muted"],
-        "figure.facecolor": paper,
-        "axes.facecolor": paper,
-    }
-    colours |= {
-        "grid.color": COLOURS["line"],
-        "savefig.facecolor": paper,
-        "legend.facecolor": paper,
-    }
-    spines = {f"axes.spines.{side}": False for side in ("top", "right")}
-    plain = {"text.parse_math": False}  # a dollar in a name is a dollar
-    with rc_context(
-        {**colours, **spines, "legend.frameon": False, "font.size": 9, "axes.grid": True, **plain}
-    ):
-        yield
-
-
-def inline_svg(figure: Any, name: str, title: str, description: str) -> Markup:
-    """A figure as an ``<svg>`` element with a text alternative.
+def svg(
+    name: str, title: str, description: str, draw: Callable[..., Any], *arguments: Any
+) -> Markup:
+    """A figure as an ``<svg>`` element.
 
     Args:
-        figure: a ``matplotlib.figure.Figure`` made inside :func:`page_style`.
-        name: prefix of the ids inside, different for each figure of a page.
-        title: what it is.
+        name: prefix of the ids inside, another for each figure of a page.
+        title: what the figure is.
         description: what it shows, in words and numbers.
+        draw: makes the ``matplotlib.figure.Figure`` out of ``arguments``; called with the settings of a page.
     """
     from matplotlib import rc_context
 
     buffer = io.StringIO()
-    with rc_context({"svg.hashsalt": "wagle_pl", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with rc_context(STYLE | SVG):
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        draw(*arguments).savefig(buffer, format="svg", metadata=metadata)
     root = ElementTree.fromstring(buffer.getvalue())
+    links = dict.fromkeys(node.attrib[_LINK][1:] for node in root.iter() if _LINK in node.attrib)
+    ids = {link: f"{name}-{i}" for i, link in enumerate(links)}
+    for node in root.iter():
+        _simplify(node, ids)
     width = float(root.get("width", "0").removesuffix("pt")) * 4 / 3
-    _strip(root)
-    _rename(root, name)
     root.attrib = {
         "viewBox": root.get("viewBox", ""),
         "role": "img",
         "aria-labelledby": f"{name}-title {name}-desc",
-        "style": f"max-width: {width:.0f}px; min-width: {_SMALLEST * width:.0f}px; stroke-linejoin: round",
+        "style": f"max-width: {width:.0f}px; min-width: {_SMALLEST * width:.0f}px",
     }
     for tag, text in (("desc", description), ("title", title)):
         told = ElementTree.Element(tag, {"id": f"{name}-{tag}"})
@@ -86,48 +83,33 @@ def inline_svg(figure: Any, name: str, title: str, description: str) -> Markup:
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
-def figure_element(svg: Markup, caption: Content, heading: bool = False) -> Markup:
-    """A figure with its caption below it, or above it as a heading."""
-    told = element("figcaption", caption)
-    return (
-        element("figure", told, svg, class_="headed") if heading else element("figure", svg, told)
-    )
+def _simplify(node: ElementTree.Element, ids: dict[str, str]) -> None:
+    """Remove from an element what a page has no use for; use the page's colours, and ``ids`` where they are needed."""
+    for child in list(node):
+        if child.tag in (f"{_NAMESPACE}style", f"{_NAMESPACE}clipPath"):
+            node.remove(child)  # nothing is drawn outside of the axes
+    styles = {child.get("style") if child.tag == f"{_NAMESPACE}use" else None for child in node}
+    if len(styles) == 1 and None not in styles:  # the markers of a line: one style for all
+        node.set("style", styles.pop())
+        for child in node:
+            del child.attrib["style"]
+    node.tag, node.tail = node.tag.removeprefix(_NAMESPACE), None
+    if node.text and node.text.isspace():
+        node.text = None
+    node.attrib.pop("clip-path", None)
+    if node.get("transform", "").startswith("rotate(-0 "):
+        del node.attrib["transform"]
+    if _LINK in node.attrib:
+        node.set("href", f"#{ids[node.attrib.pop(_LINK)[1:]]}")
+    if (own := node.attrib.pop("id", None)) in ids:
+        node.set("id", ids[own])
+    for key in {"d", "x", "y"} & node.attrib.keys():
+        short = re.sub(r"-?\d+\.\d{3,}", _rounded, node.attrib[key])
+        node.set(key, re.sub(r"\s+", " ", short).strip())
+    if "style" in node.attrib:
+        style = re.sub(r"; font-family: [^;]*", "", node.attrib["style"])  # the page's own
+        node.set("style", re.sub("#[0-9a-f]{6}", lambda c: _VARIABLES.get(c[0], c[0]), style))
 
 
-def _strip(root: ElementTree.Element) -> None:
-    """Take out what a page has no use for: metadata, style sheets, clip paths (nothing is drawn outside the axes)."""
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag == f"{_SVG}defs" and child.find(f"{_SVG}style") is not None:
-                child.remove(child.find(f"{_SVG}style"))
-            if child.tag in (f"{_SVG}clipPath",) or child.tag.endswith("metadata"):
-                parent.remove(child)
-    for node in root.iter():
-        node.attrib.pop("clip-path", None)
-        node.tag = node.tag.removeprefix(_SVG)
-        if _LINK in node.attrib:
-            node.set("href", node.attrib.pop(_LINK))
-        for key in _PLACES & node.attrib.keys():
-            node.set(key, _LONG.sub(lambda found: f"{float(found[0]):.2f}", node.attrib[key]))
-        if "style" in node.attrib:
-            node.set("style", _page_colours(_FONT.sub(r"font-size: \1", node.attrib["style"])))
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag == "defs" and len(child) == 0:
-                parent.remove(child)
-
-
-def _rename(root: ElementTree.Element, name: str) -> None:
-    """Keep only ids that something refers to, and make them the figure's own."""
-    used = {node.get("href", "")[1:] for node in root.iter()}
-    for node in root.iter():
-        if "href" in node.attrib:
-            node.set("href", f"#{name}-{node.attrib['href'][1:]}")
-        if (own := node.attrib.pop("id", None)) in used:
-            node.set("id", f"{name}-{own}")
-
-
-def _page_colours(style: str) -> str:
-    for role, colour in COLOURS.items():
-        style = style.replace(colour, f"var(--{role})")
-    return style
+def _rounded(number: re.Match[str]) -> str:
+    return f"{round(float(number[0]), 2):g}"
