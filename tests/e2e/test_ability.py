@@ -134,11 +134,11 @@ def test_ranks_share_the_rows(tiny_model, tasks, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     monkeypatch.setattr(distributed, "all_gather", lambda items: [*items, *items])
-    wrapped = ability._wrap(lm, tokenizer, 4, shared=True)
+    wrapped = ability.wrap(lm, tokenizer, 4, share=True)
     assert (wrapped.rank, wrapped.world_size) == (1, 2) and wrapped.model is lm
     assert wrapped.all_gather(torch.tensor(3)).tolist() == [3, 3]
     wrapped.barrier()
-    alone = ability._wrap(lm, tokenizer, 4, shared=False)
+    alone = ability.wrap(lm, tokenizer, 4, share=False)
     assert (alone.rank, alone.world_size) == (0, 1)
 
 

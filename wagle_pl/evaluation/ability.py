@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
-from torch import Tensor
 
 from wagle_pl.core import distributed
 from wagle_pl.core.environment import errors_only
@@ -20,9 +19,7 @@ from wagle_pl.evaluation.sets import Value
 from wagle_pl.evaluation.suites.catalogue import Info
 
 PREFIX = "ability"
-MISSING = "model.lm_eval needs lm-evaluation-harness: pip install 'wagle-pl[ability]'"
-
-_UNITS = {"acc": "share, 0 to 1", "acc_norm": "share, 0 to 1", "exact_match": "share, 0 to 1"}
+SHARES = ("acc", "acc_norm", "exact_match")
 
 
 @dataclass
@@ -30,8 +27,9 @@ class Ability:
     """What the harness measured.
 
     Attributes:
-        values: ``ability/<task>/<metric>`` -> number, or an Undefined that says why there is none. A filter of the
-            harness other than its default is part of the metric: ``exact_match_strict-match``.
+        values: ``ability/<task>/<metric>`` -> number, or an Undefined that says why there is none.
+            A filter of the harness other than its default is part of the metric:
+            ``exact_match_strict-match``.
         infos: the same names -> unit, direction and meaning.
         asked: the names of the tasks and groups that were asked for.
     """
@@ -57,8 +55,8 @@ class Harness:
     """lm-evaluation-harness with some of its tasks.
 
     Args:
-        tasks: names of tasks, groups or tags of the harness, or folders with one's own task YAMLs (then all of the
-            folder's groups, or tasks if it has no group); as text with commas too.
+        tasks: names of tasks, groups or tags of the harness, or folders with one's own task YAMLs
+            (all of the folder's groups, or tasks if it has no group); as text with commas too.
         shots: worked examples before each question; the task's own number when None.
         limit: only the first so many rows of each task, for trials.
 
@@ -75,18 +73,17 @@ class Harness:
         try:
             from lm_eval.tasks import TaskManager
         except ImportError:
-            raise WagleError(MISSING) from None
-        given = [
-            task.strip()
-            for task in (tasks.split(",") if isinstance(tasks, str) else tasks)
-            if task.strip()
-        ]
+            raise WagleError(
+                "model.lm_eval needs lm-evaluation-harness: pip install 'wagle-pl[ability]'"
+            ) from None
+        given = tasks.split(",") if isinstance(tasks, str) else tasks
+        given = [task.strip() for task in given if task.strip()]
         if not given:
             raise WagleError("model.lm_eval names no task")
         folders = [task for task in given if Path(task).is_dir()]
         names = [task for task in given if task not in folders]
         for name in names:
-            if "/" in name and not _is_task_name(name):
+            if name.startswith((".", "/", "~")) or name.endswith("/"):
                 raise WagleError(f"model.lm_eval: folder {name} does not exist")
         with errors_only("lm_eval"):
             self.manager = TaskManager(include_path=folders or None, include_defaults=bool(names))
@@ -106,26 +103,25 @@ class Harness:
         self.limit = limit
 
     def measure(self, lm: Any, tokenizer: Any, batch_size: int, sharded: bool = False) -> Ability:
-        """Run the tasks; a meeting of all ranks.
+        """Run the tasks. Collective: all ranks must call it.
 
         Args:
             lm: a Hugging Face causal language model, in evaluation mode.
             tokenizer: its tokenizer.
             batch_size: sequences in a pass.
-            sharded: whether each pass is a meeting of all ranks (ZeRO-3): then all run every row, otherwise they share
-                the rows.
+            sharded: whether each forward pass is collective (ZeRO-3): then all ranks run every row,
+                otherwise they share the rows.
 
         Raises:
-            WagleError: if the rows of a task cannot be had.
+            WagleError: if the rows of a task cannot be loaded.
         """
         from lightning.pytorch.utilities.seed import isolate_rng
         from lm_eval import simple_evaluate
 
         with errors_only("lm_eval"), isolate_rng():
-            wrapped = _wrap(lm, tokenizer, batch_size, shared=not sharded)
             try:
                 results = simple_evaluate(
-                    model=wrapped,
+                    model=wrap(lm, tokenizer, batch_size, share=not sharded),
                     tasks=list(self.tasks),
                     task_manager=self.manager,
                     num_fewshot=self.shots,
@@ -142,65 +138,50 @@ class Harness:
         return distributed.on_rank_zero(lambda: read(results, self.tasks))
 
 
+def wrap(lm: Any, tokenizer: Any, batch_size: int, share: bool) -> Any:
+    """The model as the harness takes it; with ``share`` the ranks share the rows of a task."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Shared(HFLM):
+        """Ranks by torch.distributed, where the harness would start ``accelerate``."""
+
+        rank = property(lambda self: distributed.rank())
+        world_size = property(lambda self: distributed.world_size())
+
+        def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+            parts = distributed.all_gather([tensor.cpu()])
+            return torch.stack([part.to(tensor.device) for part in parts])
+
+        def barrier(self) -> None:
+            distributed.all_gather([None])
+
+    kind = Shared if share else HFLM
+    return kind(pretrained=lm, tokenizer=tokenizer, batch_size=batch_size)
+
+
 def read(results: Mapping[str, Any], asked: Sequence[str]) -> Ability:
     """What ``lm_eval.simple_evaluate`` returned, by our names; standard errors are left out.
 
-    >>> found = read({"results": {"quiz": {"alias": "quiz", "acc,none": 0.5, "acc_stderr,none": 0.1}},
-    ...               "higher_is_better": {"quiz": {"acc": True}}, "versions": {"quiz": 1.0}}, ["quiz"])
-    >>> found.values, found.infos["ability/quiz/acc"].direction, found.general
-    ({'ability/quiz/acc': 0.5}, 'higher', {'quiz': 0.5})
+    >>> results = {"results": {"quiz": {"alias": "quiz", "acc,none": 0.5, "acc_stderr,none": 0.1}}}
+    >>> read(results, ["quiz"]).values
+    {'ability/quiz/acc': 0.5}
     """
     found = Ability(asked=tuple(asked))
     for task, numbers in results["results"].items():
         higher = results.get("higher_is_better", {}).get(task, {})
         version = results.get("versions", {}).get(task)
+        versioned = f", version {version:g}," if isinstance(version, (int, float)) else ""
         for key, value in numbers.items():
             metric, _, chosen = key.partition(",")
             if not chosen or metric.endswith("_stderr") or isinstance(value, str):
                 continue
             name = f"{PREFIX}/{task}/{metric}" + ("" if chosen == "none" else f"_{chosen}")
             known = isinstance(value, (int, float)) and math.isfinite(value)
-            found.values[name] = (
-                float(value) if known else Undefined(f"the harness has {value} for it")
-            )
-            what = f"{metric} on {task}" + (
-                f", version {version:g}," if isinstance(version, (int, float)) else ""
-            )
-            direction = "lower" if higher.get(metric) is False else "higher"
+            undefined = Undefined(f"the harness has {value} for it")
+            found.values[name] = float(value) if known else undefined
             found.infos[name] = Info(
-                _UNITS.get(metric, "number"), direction, f"{what} by lm-evaluation-harness"
+                "share, 0 to 1" if metric in SHARES else "number",
+                "lower" if higher.get(metric) is False else "higher",
+                f"{metric} on {task}{versioned} by lm-evaluation-harness",
             )
     return found
-
-
-def _wrap(lm: Any, tokenizer: Any, batch_size: int, shared: bool) -> Any:
-    """The model as the harness takes it."""
-    from lm_eval.models.huggingface import HFLM
-
-    wrapped = HFLM(pretrained=lm, tokenizer=tokenizer, batch_size=batch_size)
-    if shared and distributed.world_size() > 1:
-        wrapped._rank, wrapped._world_size = distributed.rank(), distributed.world_size()
-        wrapped.accelerator = _Meeting()
-    return wrapped
-
-
-class _Meeting:
-    """What the harness takes from ``accelerate`` when ranks share the rows."""
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """The ranks' numbers, (ranks,)."""
-        return torch.stack(
-            [each.to(tensor.device) for each in distributed.all_gather([tensor.cpu()])]
-        )
-
-    def wait_for_everyone(self) -> None:
-        """Meet."""
-        distributed.all_gather([None])
-
-    def unwrap_model(self, model: Any) -> Any:
-        """The model itself."""
-        return model
-
-
-def _is_task_name(name: str) -> bool:
-    return not (name.startswith((".", "/", "~")) or name.endswith("/"))

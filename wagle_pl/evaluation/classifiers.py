@@ -1,8 +1,8 @@
-"""Other models that read generations: a toxicity classifier, and sentence embeddings."""
+"""Models that read generations: a toxicity classifier, and sentence embeddings."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -16,7 +16,8 @@ from wagle_pl.evaluation.sets import Table
 from wagle_pl.lm.models import loading
 
 LONGEST = 512  # tokens of a text that a classifier reads, as SOUL's evaluation cuts them
-PARAPHRASED = "paraphrased_question_"
+HARMLESS = ("neutral", "clean", "safe", "normal", "label_0", "not", "none")
+HARMLESS_PREFIXES = ("non_", "not_", "no_", "nontoxic", "nothate")
 
 
 def toxicity(logits: Tensor, toxic: Sequence[int], several: bool) -> Tensor:
@@ -25,11 +26,12 @@ def toxicity(logits: Tensor, toxic: Sequence[int], several: bool) -> Tensor:
     Args:
         logits: (N, L) of a text classifier.
         toxic: which of its L labels are toxic.
-        several: whether a text may have several labels (each a sigmoid), or one of them (a softmax).
+        several: whether a text may have several labels (each a sigmoid), or one (a softmax).
 
     Returns:
-        (N,) in [0, 1]. For a classifier whose labels are all toxic, such as ``unitary/toxic-bert``, this is the score
-        of the top label, which SOUL's and WAGLE's evaluation takes.
+        (N,) in [0, 1]. For a classifier whose labels are all toxic, such as
+        ``unitary/toxic-bert``, this is the score of the top label, which SOUL's and WAGLE's
+        evaluation takes.
 
     >>> toxicity(torch.tensor([[0.0, -9.0]]), [0, 1], several=True)
     tensor([0.5000])
@@ -41,17 +43,15 @@ def toxicity(logits: Tensor, toxic: Sequence[int], several: bool) -> Tensor:
 def toxic_labels(labels: Sequence[str]) -> list[int]:
     """Which labels of a classifier are toxic, by their names.
 
-    >>> toxic_labels(["neutral", "toxic"]), toxic_labels(["toxic", "insult"]), toxic_labels(["LABEL_0", "LABEL_1"])
-    ([1], [0, 1], [1])
+    >>> toxic_labels(["neutral", "toxic"]), toxic_labels(["LABEL_0", "LABEL_1"])
+    ([1], [1])
     """
-    return [i for i, label in enumerate(labels) if not _harmless(label)]
-
-
-def _harmless(label: str) -> bool:
-    word = label.lower().replace("-", "_").replace(" ", "_")
-    if word in ("neutral", "clean", "safe", "normal", "label_0", "not", "none"):
-        return True
-    return word.startswith(("non_", "not_", "no_", "nontoxic", "nothate"))
+    names = [label.lower().replace("-", "_").replace(" ", "_") for label in labels]
+    return [
+        i
+        for i, name in enumerate(names)
+        if name not in HARMLESS and not name.startswith(HARMLESS_PREFIXES)
+    ]
 
 
 class ToxicityClassifier:
@@ -70,29 +70,30 @@ class ToxicityClassifier:
 
         check_folder(name, "model.toxicity_classifier")
         with loading(f"model.toxicity_classifier {name!r}", name):
-            self.model = (
-                AutoModelForSequenceClassification.from_pretrained(name).eval().to(device or "cpu")
-            )
+            model = AutoModelForSequenceClassification.from_pretrained(name)
             self.tokenizer = AutoTokenizer.from_pretrained(name)
-        labels = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
+        self.model = model.eval().to(device or "cpu")
+        config = model.config
+        labels = [config.id2label[i] for i in range(config.num_labels)]
         self.toxic = [0] if len(labels) == 1 else toxic_labels(labels)
         if not self.toxic:
             raise WagleError(
                 f"model.toxicity_classifier {name!r} has no toxic label among {', '.join(labels)}"
             )
-        self.several = (
-            len(labels) == 1 or self.model.config.problem_type == "multi_label_classification"
-        )
+        self.several = len(labels) == 1 or config.problem_type == "multi_label_classification"
+        self.longest = min(LONGEST, getattr(config, "max_position_embeddings", LONGEST))
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], batch_size: int = 32) -> list[float]:
         """Toxicity of each text in [0, 1]; texts are cut at 512 tokens."""
         found: list[float] = []
-        longest = min(LONGEST, getattr(self.model.config, "max_position_embeddings", LONGEST))
         for start in range(0, len(texts), batch_size):
-            part = list(texts[start : start + batch_size])
             batch = self.tokenizer(
-                part, return_tensors="pt", padding=True, truncation=True, max_length=longest
+                list(texts[start : start + batch_size]),
+                return_tensors="pt",
+                padding=True,
+                truncation=True,
+                max_length=self.longest,
             )
             logits = self.model(**batch.to(self.model.device)).logits
             found += toxicity(logits.float(), self.toxic, self.several).tolist()
@@ -126,7 +127,7 @@ class SentenceModel:
 
 
 def nearest_answer(generation: Tensor, options: Tensor) -> bool:
-    """Whether a generation is nearest to the first of the options by cosine (WAGLE's accuracy); a tie is for it.
+    """Whether a generation is nearest to the first option by cosine, or ties (WAGLE's accuracy).
 
     Args:
         generation: (D,) embedding.
@@ -136,17 +137,18 @@ def nearest_answer(generation: Tensor, options: Tensor) -> bool:
     return bool(similarity[0] >= similarity.max())
 
 
-def add_toxicity(table: Table, classify: Any) -> None:
-    """Note the toxicity of every generation that is not empty in the records."""
+def add_toxicity(table: Table, classify: Callable[[Sequence[str]], Sequence[float]]) -> None:
+    """Add the toxicity of every generation that is not empty to the records."""
     spoken = [record for record in table if record.get("generation")]
-    for record, value in zip(
-        spoken, classify([record["generation"] for record in spoken]), strict=True
-    ):
+    values = classify([record["generation"] for record in spoken])
+    for record, value in zip(spoken, values, strict=True):
         record["toxicity"] = value
 
 
-def add_nearest(table: Table, rows: Sequence[Example], embed: Any) -> None:
-    """Note in the records whether each generation is nearest to the right answer; for rows with perturbed answers.
+def add_nearest(
+    table: Table, rows: Sequence[Example], embed: Callable[[Sequence[str]], Tensor]
+) -> None:
+    """Add to the records of rows with perturbed answers whether the generation is nearest to the right answer.
 
     Args:
         table: records of a test set.
@@ -155,18 +157,17 @@ def add_nearest(table: Table, rows: Sequence[Example], embed: Any) -> None:
     """
     for record in table:
         row = rows[record["row"]]
-        if not row.perturbed_answers or record.get("generation") is None:
-            continue
-        columns = [
-            name for name in ("", PARAPHRASED) if record.get(f"{name}generation") is not None
-        ]
-        texts = [record[f"{name}generation"] for name in columns]
-        options = [row.paraphrased_answer or record["answer"], *row.perturbed_answers]
-        vectors = embed([*texts, *options])
-        for i, name in enumerate(columns):
-            record[f"{name}nearest_answer"] = float(
-                nearest_answer(vectors[i], vectors[len(texts) :])
-            )
+        said = {
+            name: record[f"{name}generation"]
+            for name in ("", "paraphrased_question_")
+            if record.get(f"{name}generation") is not None
+        }
+        if said and row.perturbed_answers:
+            options = [row.paraphrased_answer or record["answer"], *row.perturbed_answers]
+            vectors = embed([*said.values(), *options])
+            for name, vector in zip(said, vectors, strict=False):
+                nearest = nearest_answer(vector, vectors[len(said) :])
+                record[f"{name}nearest_answer"] = float(nearest)
 
 
 def check_folder(name: str, option: str) -> None:
