@@ -17,6 +17,7 @@ from wagle_pl.core.errors import WagleError
 
 MODULE = ("fit", "--trainer.enable_checkpointing", "false", "--trainer.max_epochs", "1", "--model")
 UNLEARN, ATTRIBUTE = (*MODULE, "UnlearnModule"), (*MODULE, "AttributionModule")
+TEST = (*MODULE, "EvaluationModule")
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
@@ -62,11 +63,11 @@ UNLEARN, ATTRIBUTE = (*MODULE, "UnlearnModule"), (*MODULE, "AttributionModule")
             "no class is named for model, so there is no option model.lr yet: give --model ",
         ),
         (
-            (*UNLEARN, "--model.robustness", "[{class_path: Quantise, init_args: {bit: 4}}]"),
+            (*TEST, "--model.robustness", "[{class_path: Quantise, init_args: {bit: 4}}]"),
             "Quantise has no option 'bit' (option model.robustness.bit): did you mean bits?",
         ),
         (
-            (*UNLEARN, "--model.robustness", "[{class_path: Quantis}]"),
+            (*TEST, "--model.robustness", "[{class_path: Quantis}]"),
             "'Quantis' for model.robustness: did you mean Q",
         ),
         (
@@ -83,7 +84,7 @@ UNLEARN, ATTRIBUTE = (*MODULE, "UnlearnModule"), (*MODULE, "AttributionModule")
             "unknown objective 'NPOX'; choose one of CEU, DPO",
         ),
         ((*UNLEARN, "--model.objective", "NPOX"), "or a class path: did you mean NPO?"),
-        ((*UNLEARN, "--model.robustness", "relearnn"), "did you mean Relearn?"),
+        ((*TEST, "--model.robustness", "relearnn"), "did you mean Relearn?"),
         (
             (*UNLEARN, "--data", "TOFU"),
             "unknown class 'TOFU' for data: choose one of CopyrightDataModule, ",

@@ -18,6 +18,7 @@ from wagle_pl.data.rows import load_rows
 from wagle_pl.data.template import Template
 from wagle_pl.evaluation import (
     AnswerProbability,
+    Evaluate,
     ForgetQuality,
     Observations,
     Rouge,
@@ -25,13 +26,13 @@ from wagle_pl.evaluation import (
     find_suite,
 )
 from wagle_pl.evaluation import functional as F
-from wagle_pl.evaluation.module import EvaluationModule, _warn_of_narrow_types
 from wagle_pl.evaluation.observe import NEEDS, Observer, observe_set
 from wagle_pl.evaluation.suites import SUITES, Suite, attempt
 from wagle_pl.evaluation.tofu import load_result, tofu_forget_quality, tofu_model_utility
 from wagle_pl.lm.generation import generate
 from wagle_pl.lm.likelihood import forward_answers, sequence_logprobs, token_logprobs
 from wagle_pl.lm.models import load_model, load_tokenizer
+from wagle_pl.lm.module import warn_of_narrow_types
 from wagle_pl.unlearning import UnlearnModule
 
 generator = torch.Generator().manual_seed(0)
@@ -264,7 +265,7 @@ def test_narrow_types_on_a_cpu_without_them_are_warned_of_once(
 ):
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
-    _warn_of_narrow_types.cache_clear()
+    warn_of_narrow_types.cache_clear()
     for output in ("first", "second"):
         options = ("--trainer.precision", precision, "--model.generate", "false")
         wagle(*TEST, "--model.model", tiny_model, "--model.output", output, *test_sets, *options)
@@ -274,24 +275,22 @@ def test_narrow_types_on_a_cpu_without_them_are_warned_of_once(
 def test_an_interrupted_test_continues_with_the_next_set(
     wagle, tiny_model, test_sets, tmp_path, monkeypatch
 ):
-    from wagle_pl.evaluation import EvaluationModule
-
     args = (*TEST, "--model.model", tiny_model, "--model.output", "out", *test_sets)
-    finish, scored = EvaluationModule._finish_set, []
+    finish, scored = Evaluate._finish_set, []
 
     def interrupted(self, name):
         if name == "real_authors":
             raise KeyboardInterrupt
         finish(self, name)
 
-    monkeypatch.setattr(EvaluationModule, "_finish_set", interrupted)
+    monkeypatch.setattr(Evaluate, "_finish_set", interrupted)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         wagle(*args)
     assert (
         not (tmp_path / "out/metrics.json").exists() and (tmp_path / "out/retain.parquet").exists()
     )
     monkeypatch.setattr(
-        EvaluationModule,
+        Evaluate,
         "_finish_set",
         lambda self, name: (scored.append(name), finish(self, name)),
     )
@@ -563,7 +562,7 @@ def test_a_missing_retrained_result_is_said_before_any_work(fails, tiny_model):
             ("--model.sentence_model", "/no/where"),
             "model.sentence_model: folder /no/where does not exist",
         ),
-        (("--model.max_new_tokens", "0"), "model.max_new_tokens must be at least 1, got 0"),
+        (("--model.max_new_tokens", "0"), "max_new_tokens must be at least 1, got 0"),
     ],
 )
 def test_bad_options_are_said_before_any_work(fails, tiny_model, tmp_path, options, message):
@@ -586,9 +585,7 @@ class Elsewhere(Suite):
 def test_a_suite_that_needs_what_there_is_not(
     wagle, fails, tiny_model, rows, tmp_path, monkeypatch, heard, command
 ):
-    monkeypatch.setattr(
-        EvaluationModule, "observe_batch", lambda *_: pytest.fail("rows were observed")
-    )
+    monkeypatch.setattr(Evaluate, "observe_batch", lambda *_: pytest.fail("rows were observed"))
     monkeypatch.setattr(
         UnlearnModule, "training_step", lambda *_: pytest.fail("the model was trained")
     )
@@ -604,7 +601,14 @@ def test_a_suite_that_needs_what_there_is_not(
         "--data.val",
         "[forget]",
     )
-    message = fails(*args, "--model.suite", f"{__name__}.Misspelt")
+    if command == "test":
+        suite = ("--model.suite", f"{__name__}.Misspelt")
+    else:
+        suite = (
+            "--trainer.callbacks+=Evaluate",
+            f"--trainer.callbacks.suite={__name__}.Misspelt",
+        )
+    message = fails(*args, *suite)
     assert (
         "suite Misspelt needs 'generations' of the test set forget, which nothing observes"
         in message

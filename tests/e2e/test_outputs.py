@@ -140,7 +140,7 @@ def test_a_second_run_into_an_output(
         overwrite,
     )
     hold = (
-        "import sys, time; from pathlib import Path; from wagle_pl import outputs\n"
+        "import sys, time; from pathlib import Path; from wagle_pl.core import outputs\n"
         "outputs.reserve(Path(sys.argv[1]), True, 'file'); print('held', flush=True); time.sleep(60)"
     )
     first = subprocess.Popen(
@@ -174,7 +174,10 @@ def test_a_run_after_one_that_failed_in_the_same_process(
 
 
 def test_a_process_that_ends_takes_its_lock_with_it(tmp_path: Path) -> None:
-    code = "from pathlib import Path; from wagle_pl import outputs; outputs.reserve(Path('out'), False, 'file'); 1 / 0"
+    code = (
+        "from pathlib import Path; from wagle_pl.core import outputs\n"
+        "outputs.reserve(Path('out'), False, 'file'); 1 / 0"
+    )
     ended = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

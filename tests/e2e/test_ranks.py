@@ -874,8 +874,9 @@ def test_validation_on_several_ranks(run: Any, ranks: Ranks, wagle: Any, command
     watched = {
         **named,
         "data.val": "[retain, forget]",
-        "model.val_generate": True,
-        "model.max_new_tokens": 8,
+        "trainer.callbacks": "Evaluate",
+        "trainer.callbacks.val_generate": True,
+        "trainer.callbacks.max_new_tokens": 8,
     }
     done = wagle(
         *command(*options, "--model.output", "one", *strategy("one", 1), **watched), data=False

@@ -152,6 +152,7 @@ def test_load_from_checkpoint(wagle, tiny_model, rows, kind):
     from wagle_pl import FinetuneModule, LoRA, UnlearnModule
     from wagle_pl.core.errors import WagleError
     from wagle_pl.data import ForgetRetainDataModule
+    from wagle_pl.evaluation import Evaluate
 
     if kind == "npo":
         wagle(
@@ -179,7 +180,11 @@ def test_load_from_checkpoint(wagle, tiny_model, rows, kind):
     ids = module.tokenizer("Who?", return_tensors="pt").input_ids
     assert module.lm.generate(ids, max_new_tokens=3, do_sample=False).shape[1] >= ids.shape[1]
     trainer = L.Trainer(
-        logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False
+        callbacks=[evaluate := Evaluate()],
+        logger=False,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
     )
     data = ForgetRetainDataModule(rows["forget"], rows["retain"])
     trainer.test(module, data, verbose=False)
@@ -192,6 +197,6 @@ def test_load_from_checkpoint(wagle, tiny_model, rows, kind):
         "--model.output",
         "tested",
     )
-    assert module.metrics == pytest.approx(wagle(*test).model.metrics, rel=1e-4)
+    assert evaluate.metrics == pytest.approx(wagle(*test).model.metrics, rel=1e-4)
     with pytest.raises(WagleError, match="the checkpoint as ckpt_path"):
         trainer.fit(module, data)

@@ -446,14 +446,14 @@ def test_multiple_choice(attacked, tmp_path):
     assert all(
         r["before"] == metrics["wmdp_bio/accuracy"] and r["direction"] == "lower" for r in records
     )
-    (changed,) = InContext().in_context(module.subject(), "wmdp_bio")[0]
+    (changed,) = InContext().in_context(module.evaluation.subject(), "wmdp_bio")[0]
     facts, header = changed.context.split("\n\n", 1)
     assert (
         len(facts.split("\n")) == 3
         and "choir club meet? in a loft" in facts
         and "chess" not in facts
     )
-    assert header == module.suite.headers["wmdp_bio"]
+    assert header == module.evaluation.suite.headers["wmdp_bio"]
 
 
 # -- ranks ------------------------------------------------------------------------------------------------------------

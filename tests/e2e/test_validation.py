@@ -53,9 +53,10 @@ def test_it_changes_nothing_and_measures_what_a_test_measures(wagle, dropping_mo
     wagle(*common, "--model.output", "plain")
     watch = (
         "--trainer.callbacks+=test_validation.Watch",
-        "--model.val_generate",
+        "--trainer.callbacks+=Evaluate",
+        "--trainer.callbacks.val_generate",
         "true",
-        "--model.max_new_tokens",
+        "--trainer.callbacks.max_new_tokens",
         "6",
     )
     wagle(*common, *WATCH, *watch, "--model.output", "watched")

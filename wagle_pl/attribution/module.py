@@ -32,9 +32,9 @@ from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.core import distributed, outputs
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing
-from wagle_pl.evaluation.module import EvaluationModule
 from wagle_pl.lm import models
 from wagle_pl.lm.layers import linear_weights, recompute_blocks
+from wagle_pl.lm.module import LanguageModule
 from wagle_pl.lm.resume import begin, keep_position, recount
 from wagle_pl.masks import SUFFIX, WeightMask, mask_path
 from wagle_pl.objectives.forget import NPO, PO, GradDiff
@@ -49,7 +49,7 @@ LIGHTNINGS_EPOCHS = 1000
 FORGET_LOSSES = {"ce": GradDiff, "npo": NPO, "po": PO}
 
 
-class AttributionModule(EvaluationModule):
+class AttributionModule(LanguageModule):
     """Scores every weight for unlearning and writes the mask of the highest-scoring share.
 
     One pass, an epoch, sees every forget row once and as many retain rows; only what the scores need is computed. Sums
@@ -84,7 +84,7 @@ class AttributionModule(EvaluationModule):
         forget_loss: whose gradient g_f is: ``ce`` (negative log-likelihood), ``npo`` or ``po`` (refusals).
         reduction: of the two gradients over examples: ``mean``, or ``sum`` as the paper's code has it.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
-        kwargs: see :class:`EvaluationModule`.
+        **kwargs: passed to :class:`~wagle_pl.lm.module.LanguageModule`.
 
     Raises:
         WagleError: if an option has no meaning.
@@ -181,11 +181,6 @@ class AttributionModule(EvaluationModule):
         if estimator and on != "retain":
             jobs.append(Job(stream=on, loss=lambda at: at[on].nll, hessian=estimator))
         return [job for job in jobs if job.needs_graph or job.activations]
-
-    @property
-    def results_folder(self) -> Path:
-        """Test results never go where the mask is."""
-        return Path(self.trainer.default_root_dir) / "test"
 
     def setup(self, stage: str) -> None:
         """Refuse an output that exists before any work is done."""

@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import wagle_pl.data
-import wagle_pl.evaluation
 import wagle_pl.unlearning  # noqa: F401  the imports make the classes known by their short names
 from wagle_pl.attribution import AttributionModule
 from wagle_pl.cli.callbacks import EpochCheckpoint, StopAtSignal
@@ -23,6 +22,8 @@ from wagle_pl.cli.commands import COMMANDS
 from wagle_pl.cli.parser import OneLineErrors, classes_first
 from wagle_pl.core.environment import trainer_in_the_making
 from wagle_pl.core.errors import WagleError
+from wagle_pl.evaluation import Evaluate, EvaluationModule
+from wagle_pl.lm.module import LanguageModule
 from wagle_pl.strategies import is_zero, load_plain
 
 DESCRIPTION = (
@@ -172,9 +173,14 @@ class WagleCLI(LightningCLI):
         if options.get("enable_checkpointing") is not False and not any(
             isinstance(c, Checkpoint) for c in callbacks
         ):
-            kwargs.setdefault(
-                "callbacks", [*callbacks, EpochCheckpoint()]
-            )  # in place of Lightning's own default
+            callbacks.append(EpochCheckpoint())  # in place of Lightning's own default
+        if (
+            isinstance(self.model, LanguageModule)
+            and not isinstance(self.model, EvaluationModule)
+            and not any(isinstance(c, Evaluate) for c in callbacks)
+        ):
+            callbacks.insert(0, Evaluate())
+        kwargs.setdefault("callbacks", callbacks)
         with trainer_in_the_making():
             trainer = super().instantiate_trainer(**kwargs)
         trainer.callbacks.append(

@@ -1,5 +1,6 @@
-"""Measures, suites, and the test loop every module shares."""
+"""Measures, suites, and the callback that tests and validates every module."""
 
+from wagle_pl.evaluation.evaluate import Evaluate
 from wagle_pl.evaluation.metrics import AnswerProbability, ForgetQuality, Rouge, TruthRatio
 from wagle_pl.evaluation.module import EvaluationModule
 from wagle_pl.evaluation.observe import Observer, observe_set
@@ -9,6 +10,7 @@ from wagle_pl.evaluation.tofu import tofu_forget_quality, tofu_measures, tofu_mo
 
 __all__ = [
     "AnswerProbability",
+    "Evaluate",
     "EvaluationModule",
     "ForgetQuality",
     "Observations",

@@ -12,7 +12,7 @@ import torch
 
 from wagle_pl.core.environment import silence, trainer_in_the_making
 from wagle_pl.core.errors import WagleError
-from wagle_pl.evaluation import EvaluationModule
+from wagle_pl.evaluation import Evaluate, EvaluationModule
 from wagle_pl.study.configured import Entry, split, typed
 from wagle_pl.study.grid import MaskChoice, ObjectiveChoice
 from wagle_pl.unlearning import UnlearnModule, optim
@@ -61,24 +61,34 @@ def _names(cls: type) -> set[str]:
     return found - {"kwargs"}
 
 
-#: Options of a test that hold for target and retrained model too.
-TEST_OPTIONS = _names(EvaluationModule) - _OURS
+#: Options of the tests, along a run and of target and retrained model.
+TEST_OPTIONS = _names(Evaluate) - _OURS
+#: Options that hold for target and retrained model too.
+SHARED_OPTIONS = TEST_OPTIONS | _names(EvaluationModule) - _OURS
+
+
+def split_module(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of ``--module``: those of :class:`UnlearnModule`, and those of its tests."""
+    tests = {name: value for name, value in given.items() if name in TEST_OPTIONS}
+    return {name: value for name, value in given.items() if name not in tests}, tests
 
 
 def check_module(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of :class:`UnlearnModule` that hold for all runs.
+    """Options of :class:`UnlearnModule` and of its tests that hold for all runs.
 
     Raises:
         WagleError: if there is no such option, its value has no meaning, or the study sets it.
     """
-    found = typed(
-        UnlearnModule, _checked("module", given, _names(UnlearnModule) - _OURS), "--module"
-    )
+    _checked("module", given, _names(UnlearnModule) - _OURS | TEST_OPTIONS)
+    own, tests = split_module(given)
+    own = typed(UnlearnModule, own, "--module")
+    tests = typed(EvaluationModule, tests, "--module")
     try:
-        UnlearnModule(model="", **found)
+        UnlearnModule(model="", **own)
+        Evaluate(**tests)
     except WagleError as error:
         raise WagleError(f"--module: {str(error).removeprefix('model.')}") from None
-    return found
+    return {name: {**own, **tests}[name] for name in given}
 
 
 def check_trainer(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,8 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from wagle_pl.core import distributed
 from wagle_pl.core.outputs import Planned
-from wagle_pl.evaluation import Results, observe_set
+from wagle_pl.evaluation import Evaluate
 from wagle_pl.evaluation.observe import GENERATED
 from wagle_pl.evaluation.sets import defined_only
 from wagle_pl.unlearning import UnlearnModule
@@ -39,8 +38,8 @@ class StudyRun(UnlearnModule):
             all sets, all that the suite measures.
         enough: ends the run where it is true of the measures of a test; that is then the last.
         keep: write the unlearned model to ``output``.
-        retrained: results of the retrained model, which some measures compare with.
-        kwargs: see :class:`UnlearnModule`.
+        evaluation: options of :class:`~wagle_pl.evaluation.Evaluate`.
+        **kwargs: passed to :class:`UnlearnModule`.
     """
 
     def __init__(
@@ -50,10 +49,12 @@ class StudyRun(UnlearnModule):
         answers_of: Optional[Collection[str]] = None,
         enough: Callable[[Mapping[str, float]], bool] = lambda measures: False,
         keep: bool = False,
-        retrained: Optional[str] = None,
+        evaluation: Optional[Mapping[str, Any]] = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(generate=generate != "never", retrained=retrained, **kwargs)
+        super().__init__(**kwargs)
+        self.evaluate = Evaluate(generate=generate != "never", **(evaluation or {}))
+        self.evaluate.options = "module"
         self.points = points
         self.generates = generate
         self.answers_of = answers_of
@@ -67,11 +68,7 @@ class StudyRun(UnlearnModule):
     def on_fit_start(self) -> None:
         """Make ready for tests before there is anything to lose."""
         super().on_fit_start()
-        self._test_names = self.trainer.datamodule.test_names()
-        path = self.compared["retrained"]
-        self._results = {} if path is None else {"retrained": Results(path)}
-        self._check_prompts()
-        distributed.on_rank_zero(self._load_readers)
+        self.evaluate.prepare(self.trainer, self)
 
     def on_train_start(self) -> None:
         """Fix the points."""
@@ -101,23 +98,16 @@ class StudyRun(UnlearnModule):
         """
         lean = None if last else self.answers_of
         generate = self.generates == "always" or (last and self.generates == "end")
-        data = self.trainer.datamodule
         training = self.lm.training
         self.lm.eval()
-        observer = self.make_observer()
         tables = {}
         with self.trainer.precision_plugin.forward_context():
-            for name in self._test_names if lean is None else lean:
-                needs = self.needs_of(name) - (frozenset() if generate else GENERATED)
+            for name in self.trainer.datamodule.test_names() if lean is None else lean:
+                needs = self.evaluate.needs_of(name) - (frozenset() if generate else GENERATED)
                 needs = needs if lean is None else needs & _ANSWERS
-                length, header = self.max_new_tokens_of(name), self.suite.headers.get(name, "")
-                tables[name] = observe_set(
-                    observer, data.rows(f"test/{name}"), needs, length, header
-                )
-                if generate:
-                    self.annotated(name, tables[name])
+                tables[name] = self.evaluate.observe_now(name, needs)
         self.lm.train(training)
-        return defined_only(self.measures(tables))
+        return defined_only(self.evaluate.measures(tables))
 
     def planned_files(self) -> list[Planned]:
         """What the run is going to write: the model if it is to be kept."""

@@ -309,7 +309,7 @@ class Study:
         """Fingerprint and measures of target or retrained model; tested once, then found in the study's folder."""
         fresh = not has_runs(self.folder)  # later, other results are a sign of another study
         print(f"{name} model {model}: ", end="", flush=True)
-        own = {k: v for k, v in self.module.items() if k in options.TEST_OPTIONS}
+        own = {k: v for k, v in self.module.items() if k in options.SHARED_OPTIONS}
         own["retrained"] = (
             str(self.folder / "retrained") if name == "target" and self.retrained else None
         )
@@ -463,8 +463,11 @@ class Study:
             answers_of=self._answers_of(),
             enough=self._enough,
             keep=self.keep_models,
-            retrained=str(self.folder / "retrained") if self.retrained else None,
-            **self.module,
+            evaluation={
+                **options.split_module(self.module)[1],
+                "retrained": str(self.folder / "retrained") if self.retrained else None,
+            },
+            **options.split_module(self.module)[0],
         )
         module.make_optimizer = self.optimizer.at(run.lr)
         module.run_config = {"study": self.settings, "run": run.name}

@@ -20,10 +20,10 @@ from wagle_pl.core.environment import peak_memory, versions
 from wagle_pl.core.errors import Diverged, WagleError, first_line
 from wagle_pl.core.registry import describe, resolve
 from wagle_pl.data.template import differing_prompts
-from wagle_pl.evaluation.module import EvaluationModule
 from wagle_pl.lm import models
 from wagle_pl.lm.layers import expert_weights
 from wagle_pl.lm.likelihood import forward_answers
+from wagle_pl.lm.module import LanguageModule
 from wagle_pl.lm.resume import (
     StepStart,
     begin,
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 Losses = dict[str, Tensor]
 
 
-class FinetuneModule(EvaluationModule):
+class FinetuneModule(LanguageModule):
     """Supervised fine-tuning on answers: makes the target model, and the retrained model it is compared with.
 
     The loss is the mean over examples of the mean negative log-likelihood per answer token.
@@ -68,7 +68,7 @@ class FinetuneModule(EvaluationModule):
         output_dtype: ``float32`` writes the model's folder with values as they are trained; null rounds them to the
             dtype of the base model.
         lr: learning rate of the optimiser, whichever it is; that of ``--optimizer`` when None.
-        kwargs: see :class:`EvaluationModule`.
+        **kwargs: passed to :class:`~wagle_pl.lm.module.LanguageModule`.
     """
 
     def __init__(
@@ -206,11 +206,6 @@ class FinetuneModule(EvaluationModule):
         if copies and not is_zero(self.trainer.strategy):  # which Lightning refuses together
             self.configure_model()
         return [outputs.ReleaseOnFailure(Path(self.output))] if self.output else []
-
-    @property
-    def fits(self) -> bool:
-        """Whether the trainer is to train, rather than to validate or to test."""
-        return self.attached and self.trainer.state.fn == "fit"
 
     def configure_model(self) -> None:
         """Load the model and, to train it, make its selected weights its parameters. A fit loads it anew: what a test

@@ -1,0 +1,242 @@
+"""``LanguageModule``: a causal language model in Lightning, the base of every module of this package."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Optional, Protocol
+
+import lightning as L
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from wagle_pl.core import distributed
+from wagle_pl.core.environment import narrow_types_crawl
+from wagle_pl.core.errors import WagleError
+from wagle_pl.lm import models
+from wagle_pl.strategies import is_sharded, is_zero
+
+log = logging.getLogger(__name__)
+
+
+class Evaluation(Protocol):
+    """What observes test rows; :class:`wagle_pl.evaluation.Evaluate` is one."""
+
+    def test_batch(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int) -> None:
+        """Observe one batch of the test loop."""
+
+    def validation_batch(self, batch: Mapping[str, Any], dataloader_idx: int) -> None:
+        """Observe one batch of the validation loop."""
+
+
+class LanguageModule(L.LightningModule):
+    """Loads a causal language model and says, in checkpoints and records, what it is.
+
+    Test and validation batches go to :attr:`evaluation`, which :class:`wagle_pl.evaluation.Evaluate` sets; they pass
+    through this module's steps so that the precision plugin and the strategy (DeepSpeed) see them.
+
+    Args:
+        model: hub id, folder in Hugging Face format or GGUF file of the model.
+        output: what the run writes.
+        overwrite: replace an existing output.
+        attn_implementation: what computes attention, as transformers names it: ``sdpa``, ``eager``,
+            ``flash_attention_2``, ...; transformers' own choice when None. On a CPU ``eager`` trains short rows faster.
+    """
+
+    #: Streams of a training batch, see :class:`wagle_pl.data.ForgetRetainDataModule`.
+    streams: tuple[str, ...] = ("forget", "retain")
+
+    def __init__(
+        self,
+        model: str,
+        output: Optional[str] = None,
+        overwrite: bool = False,
+        attn_implementation: Optional[str] = None,
+    ) -> None:
+        super().__init__()
+        self.model_name = str(model)
+        self.output = None if output is None else str(output)
+        self.overwrite = overwrite
+        self.attn_implementation = attn_implementation
+        self.lm: Optional[PreTrainedModel] = None
+        #: Observes test and validation batches; without one they are skipped.
+        self.evaluation: Optional[Evaluation] = None
+        #: The whole configuration of the run, for records; the command line fills it.
+        self.run_config: dict[str, Any] = {}
+        self._trained = False
+
+    # -- model --------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Warn of a precision that crawls on this CPU."""
+        on_cpu = self.trainer.strategy.root_device.type == "cpu"
+        if on_cpu and not str(self.trainer.precision).startswith(("32", "64")):
+            warn_of_narrow_types(str(self.trainer.precision))
+
+    def configure_model(self) -> None:
+        """Load the model once, in the precision of the trainer."""
+        if self.lm is None:
+            self.lm = models.load_model(
+                self.model_name,
+                sharded=self.sharded,
+                attn_implementation=self.attn_implementation,
+            )
+            self.model_fingerprint = self.fingerprint()
+
+    def fingerprint(self) -> str:
+        """Digest of the weights as they are now, wherever they are. Collective: all ranks must call it."""
+        return models.fingerprint(models.whole(self.lm.named_parameters()))
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return models.load_tokenizer(self.model_name)
+
+    @property
+    def vocabulary(self) -> Optional[int]:
+        """Number of token ids that the model knows; None until it is loaded."""
+        return None if self.lm is None else models.vocabulary_size(self.lm)
+
+    @property
+    def attached(self) -> bool:
+        """Whether there is a trainer; within ``load_from_checkpoint`` there is none."""
+        try:
+            return self.trainer is not None
+        except RuntimeError:
+            return False
+
+    @property
+    def fits(self) -> bool:
+        """Whether the trainer is to train, rather than to validate or to test."""
+        return self.attached and self.trainer.state.fn == "fit"
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the strategy spreads the weights over ranks (ZeRO-3)."""
+        return self.attached and is_sharded(self.trainer.strategy)
+
+    @property
+    def synced_gpus(self) -> bool:
+        """Whether each forward pass is collective, as the weights are spread over several ranks."""
+        return self.sharded and distributed.world_size() > 1
+
+    # -- records ------------------------------------------------------------------------------------------------------
+
+    @property
+    def described_data(self) -> dict[str, str]:
+        """Where forget and retain rows come from; empty if the data module does not say."""
+        data = self.trainer.datamodule
+        return (
+            {name: data.describe(name) for name in ("forget", "retain")}
+            if hasattr(data, "describe")
+            else {}
+        )
+
+    @property
+    def prompts(self) -> dict[str, Any]:
+        """What stands around questions and answers, see :attr:`wagle_pl.data.template.Template.prompts`; empty if the
+        data module has no template."""
+        template = getattr(self.trainer.datamodule, "template", None)
+        return {} if template is None else template.prompts
+
+    # -- test and validation ------------------------------------------------------------------------------------------
+
+    @property
+    def results_folder(self) -> Path:
+        """Where a test writes."""
+        return Path(self.trainer.default_root_dir) / "test"
+
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Observe a batch of test rows."""
+        if self.evaluation is not None:
+            self.evaluation.test_batch(batch, batch_idx, dataloader_idx)
+
+    def validation_step(
+        self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Observe a batch of validation rows."""
+        if self.evaluation is not None:
+            self.evaluation.validation_batch(batch, dataloader_idx)
+
+    # -- fit ----------------------------------------------------------------------------------------------------------
+
+    def on_train_end(self) -> None:
+        """Note that training has come to its end; log if nothing will be written, or if a callback has ended it."""
+        self._trained = True
+        if self.trainer.fast_dev_run:
+            log.info("fast_dev_run: this was a trial, and nothing is written")
+        for callback in self.trainer.early_stopping_callbacks:
+            reason = getattr(callback, "stopping_reason_message", None)
+            if reason:
+                log.info("stopped early, after step %d: %s", self.global_step, reason.strip())
+
+    def on_fit_end(self) -> None:
+        """Write the result of a run whose checkpoint left nothing to train: Lightning does not begin such a run.
+
+        Raises:
+            WagleError: if the trainer was to take no step.
+        """
+        if not self._trained and self.trainer.ckpt_path:
+            log.info(
+                "the run of checkpoint %s had come to its end: its result is written",
+                self.trainer.ckpt_path,
+            )
+            self.on_train_end()
+        elif not self._trained:
+            raise WagleError(
+                "nothing was trained, so nothing is written: trainer.max_epochs, max_steps or limit_train_batches is 0"
+            )
+        self._trained = False
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note which module wrote the checkpoint."""
+        checkpoint["module"] = self._kind
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse what is no checkpoint of a run like this one.
+
+        Raises:
+            WagleError: if another module wrote it, or its weights are those of another model.
+        """
+        self.check_kind(checkpoint)
+        if not self.attached or not self.strict_loading or is_zero(self.trainer.strategy):
+            return
+        there = {name: tensor.shape for name, tensor in checkpoint.get("state_dict", {}).items()}
+        here = {name: tensor.shape for name, tensor in self.state_dict().items()}
+        differing = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
+        if differing:
+            raise WagleError(
+                f"the checkpoint {self.trainer.ckpt_path} does not hold the weights of this model: "
+                f"{len(differing)} tensors are missing, or of another shape, {differing[0]} for one"
+            )
+
+    def check_kind(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse to train on from a checkpoint that another module wrote."""
+        kind = checkpoint.get("module")
+        if self.fits and kind != self._kind:
+            of = f"is of a run of {kind}" if kind else "does not say which module it is of"
+            raise WagleError(
+                f"the checkpoint {self.trainer.ckpt_path} {of}, and this run is one of {self._kind}: give "
+                "--ckpt_path another"
+            )
+
+    @property
+    def _kind(self) -> str:
+        """The class of this package that the module is, or derives from."""
+        return next(
+            cls.__name__ for cls in type(self).__mro__ if cls.__module__.startswith("wagle_pl.")
+        )
+
+
+@cache  # once in a process: a study has hundreds of runs
+def warn_of_narrow_types(precision: str) -> None:
+    """Warn, on a CPU without AVX-512, of a precision in which it is slow."""
+    if narrow_types_crawl():
+        log.warning(
+            "trainer.precision %s on a CPU without AVX-512 trains tens of times slower than fp32 does: give "
+            "--trainer.precision 32-true",
+            precision,
+        )
