@@ -8,10 +8,9 @@ from scipy import integrate, interpolate, stats
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.study import envelope, mean_utility, paired, utility_at
-from wagle_pl.study.attribute import passes
+from wagle_pl.study.along import steps_of_tests
 from wagle_pl.study.curves import Pace, Paired, Spread, at_equal_steps, spread, verdict
-from wagle_pl.study.grid import middle_first, read_masks, read_objectives, runs
-from wagle_pl.study.run import test_points as points_of
+from wagle_pl.study.grid import middle_first, passes, read_masks, read_objectives, runs
 from wagle_pl.study.summary import Compared, summarise
 from wagle_pl.study.text import cells, markdown
 
@@ -139,9 +138,9 @@ def test_verdicts():
 
 def test_points_along_a_run():
     assert (
-        points_of(126, 3) == [42, 84, 126]
-        and points_of(3, 5) == [1, 2, 3]
-        and points_of(7, 1) == [7]
+        steps_of_tests(126, 3) == [42, 84, 126]
+        and steps_of_tests(3, 5) == [1, 2, 3]
+        and steps_of_tests(7, 1) == [7]
     )
 
 
@@ -216,7 +215,7 @@ def test_masks_of_a_configuration():
     ]
     assert [mask.density for mask in masks[:3]] == [1.0, None, 0.2]
     draws = [masks[2].of_seed(seed) for seed in (0, 1)]
-    assert [draw.make_score().seed for draw in draws] == [0, 1] and draws[0].definition != draws[
+    assert [draw.score.seed for draw in draws] == [0, 1] and draws[0].definition != draws[
         1
     ].definition
     grouped = passes([mask.of_seed(0) for mask in masks if mask.kind == "score"])
@@ -229,11 +228,14 @@ def test_masks_of_a_configuration():
     [
         ("wagel", "unknown mask 'wagel'; choose one of dense, lora, Curvature"),
         ({"score": "wagle", "densty": 0.2}, "unknown key 'densty'; there are score"),
-        ({"score": "wagle", "density": [0.2, 1.5]}, "density must lie in (0, 1], got 1.5"),
+        (
+            {"score": "wagle", "density": [0.2, 1.5]},
+            "masks: wagle 1.5: density is the share of weights selected and must be in (0, 1]",
+        ),
         ({"score": "dense", "density": 0.2}, "dense has no option 'density'"),
         (
             {"adapter": {"class_path": "LoRA", "init_args": {"rank": 3}}},
-            "does not accept option 'rank'",
+            "adapter LoRA: LoRA has no option 'rank'; it has r, alpha",
         ),
         ({"density": 0.2}, "names no mask"),
         ({"file": "nowhere.safetensors"}, "file nowhere.safetensors does not exist"),
@@ -243,7 +245,7 @@ def test_masks_of_a_configuration():
         ),
         ({"score": "wagle", "reduction": "foo"}, 'masks: wagle: option "reduction": Expected a'),
         ({"score": "wagle", "hessian": "foo"}, "unknown hessian 'foo'; choose one of scalar, auto"),
-        ({"score": "magnitude", "hessian": "foo"}, 'masks: magnitude: option "hessian"'),
+        ({"score": "magnitude", "hessian": "foo"}, "masks: magnitude 0.2: unknown hessian 'foo'"),
         ({"score": "wagle", "forget_loss": "foo"}, 'masks: wagle: option "forget_loss"'),
         ({"score": "wagle", "hessian_data": "foo"}, 'masks: wagle: option "hessian_data"'),
         ({"score": "wagle", "gamma": "foo"}, 'masks: wagle: option "gamma"'),
@@ -252,13 +254,16 @@ def test_masks_of_a_configuration():
             {"score": "wagle", "gamma": 1, "hessian": "fisher"},
             "gamma 1 is for hessian scalar, not for fisher",
         ),
-        ({"score": "wagle", "hessian": "scalar"}, "hessian scalar needs a number: give gamma"),
+        (
+            {"score": "wagle", "hessian": "scalar"},
+            "masks: wagle 0.2: hessian scalar needs a number",
+        ),
         ({"score": "wagle", "damping": "foo"}, 'masks: wagle: option "damping"'),
         ({"score": "wagle", "hessian_samples": 0}, "hessian_samples must be above 0"),
         ({"score": "wagle", "scope": "foo"}, 'masks: wagle: option "scope"'),
         ({"score": "wagle", "include": "["}, "include '[' is no regular expression"),
         ({"score": "wagle", "density": []}, "masks: density is an empty list"),
-        ({"score": "wagle", "density": "0.2"}, "density must lie in (0, 1], got 0.2"),
+        ({"score": "wagle", "density": "most"}, 'masks: wagle: option "density": Expected a'),
         ({"file": 5}, "file must be the path of a mask, got 5"),
     ],
 )
@@ -282,7 +287,7 @@ def test_empty_grids():
 
 
 def test_the_same_mask_twice():
-    with pytest.raises(WagleError, match="are the same mask"):
+    with pytest.raises(WagleError, match="are the same: leave one out"):
         read_masks(["wagle", {"score": "Wagle", "density": 0.2, "name": "other"}])
     with pytest.raises(WagleError, match="two objectives are called 'NPO'"):
         read_objectives(["NPO", {"class_path": "NPO", "init_args": {"beta": 1.0}}])

@@ -4,69 +4,83 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Any, Optional, Union
 
 import lightning as L
+import torch
 
-from wagle_pl.core.environment import silence
+from wagle_pl.attribution import AttributionModule
+from wagle_pl.core.environment import silence, trainer_in_the_making
 from wagle_pl.core.errors import Diverged, WagleError
 from wagle_pl.core.files import atomic_path, refuse_existing
+from wagle_pl.core.registry import Entry, check_options, find_class, option_names, split
 from wagle_pl.core.text import count, decimals
 from wagle_pl.data.example import raw_rows
 from wagle_pl.data.module import ForgetRetainDataModule
-from wagle_pl.evaluation import EvaluationModule, Observations, Results, find_suite
+from wagle_pl.evaluation import Evaluate, EvaluationModule, Observations, Results, find_suite
 from wagle_pl.evaluation.results import write_json
 from wagle_pl.evaluation.sets import defined_only
 from wagle_pl.lm import models
-from wagle_pl.study import attribute, grid, options, text
-from wagle_pl.study.configured import Entry, digest, make
+from wagle_pl.masks import SUFFIX, WeightMask
+from wagle_pl.study import grid, text
+from wagle_pl.study.along import Along, EvaluateAlong, Generate, UnkeptModule, as_before_the_end
 from wagle_pl.study.report.figures import save_figure
 from wagle_pl.study.report.study import overview
-from wagle_pl.study.run import (
-    Along,
-    StudyRun,
-    answers_only,
-    output_of,
-    rows_of,
-    ungenerated,
-)
 from wagle_pl.study.store import FIGURE_FILE, SUMMARY_FILE, TEXT_FILE, RunTable, has_runs, locked
 from wagle_pl.study.summary import Compared, summarise
-from wagle_pl.unlearning.adapters import LoRA
+from wagle_pl.unlearning import UnlearnModule
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 
+#: Options of modules and trainer that the study sets itself, for every run.
+_OURS = {"model", "output", "overwrite", "objective", "mask", "adapter", "lr"}
+_OURS |= {"target", "retrained", "generate"}
+_TEST_OPTIONS = {*option_names(Evaluate)} - _OURS
+_MODULE_OPTIONS = {*option_names(UnlearnModule)} - _OURS | _TEST_OPTIONS
+_TRAINER_OPTIONS = {*inspect.signature(L.Trainer).parameters} - {
+    *("max_steps", "max_epochs", "min_steps", "min_epochs", "max_time", "accumulate_grad_batches"),
+    *("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"),
+    *("default_root_dir", "fast_dev_run", "limit_val_batches"),
+}
+
 
 class Study:
-    """A grid of objectives, masks, learning rates and seeds over one target model; every run is tested along its way,
-    and arms (an objective with a mask) are compared at equal forgetting.
+    """A grid of objectives, masks, learning rates and seeds over one target model.
 
-    The output folder holds ``study.parquet`` (a row a run and test point), what was found as ``study.json``,
-    ``study.md`` and ``study.svg``, the masks, and the results of target and retrained model. A study that was stopped
-    goes on where it was when it is started again; a grid that has grown runs only what is new.
+    Every run is tested along its way, and arms (an objective with a mask) are compared at equal
+    forgetting.
 
-    The target model is loaded anew for each run: that takes seconds where a run takes minutes, needs no second copy of
-    the weights in memory, and leaves nothing of the run before.
+    The output folder holds ``study.parquet`` (a row a run and test point), what was found as
+    ``study.json``, ``study.md`` and ``study.svg``, the masks, and the results of target and
+    retrained model. A study that was stopped goes on where it was when it is started again; a grid
+    that has grown runs only what is new.
+
+    The target model is loaded anew for each run: that takes seconds where a run takes minutes,
+    needs no second copy of the weights in memory, and leaves nothing of the run before.
 
     Args:
         target: hub id, folder or GGUF file of the model that is to forget.
         output: folder of the study.
         data: the data module: class_path and init_args, or --data CLASS --data.option VALUE.
-        retrained: the model trained without the forget rows; its forget measure is the level at which utilities are
-            compared. Needed unless forget_level is given.
-        objectives: names (NPO, GradDiff, PO, ...), or class_path and init_args, with a name where one class is there
-            twice.
-        masks: dense, lora, a score (wagle, random, magnitude, ...), or options: score, density (a list makes a mask of
-            each), select, scope, include, exclude, hessian, gamma, damping, hessian_samples, hessian_data, forget_loss,
-            reduction as attribution has them; or adapter (class_path and init_args of a LoRA); or file, a mask file;
-            and name, and learning_rates in place of the study's. A random mask is drawn anew for every seed.
+        retrained: the model trained without the forget rows; its forget measure is the level at
+            which utilities are compared. Needed unless forget_level is given.
+        objectives: names (NPO, GradDiff, PO, ...), or class_path and init_args, with a name where
+            one class is there twice.
+        masks: dense, lora, a score (wagle, random, magnitude, ...), or options: score, density (a
+            list makes a mask of each), select, scope, include, exclude, hessian, gamma, damping,
+            hessian_samples, hessian_data, forget_loss, reduction as attribution has them; or
+            adapter (class_path and init_args of a LoRA); or file, a mask file; and name, and
+            learning_rates in place of the study's. A random mask is drawn anew for every seed.
         learning_rates: the same for every mask.
         seeds: of the order of rows, of refusals, and of dropout.
         steps: optimiser steps of a run.
@@ -75,25 +89,28 @@ class Study:
         accumulate: micro-batches a step.
         optimizer: name, or class_path and init_args; its lr comes from learning_rates.
         points: how many times a run is tested along its way, the last time at its end.
-        along: what tests before the last one measure: all the suite has, or only the probability of the answers of the
-            test sets that forget and utility name, which takes a small part of the time.
-        until_level: a run ends at the first test that finds the level of forgetting reached. What comes after is in
-            neither of the two comparisons; curves then end there.
+        along: what tests before the last one measure: all the suite has, or only the probability of
+            the answers of the test sets that forget and utility name, which takes a small part of
+            the time.
+        until_level: a run ends at the first test that finds the level of forgetting reached. What
+            comes after is in neither of the two comparisons; curves then end there.
         forget: forget measure, as <test set>/<measure>.
-        utility: utility measure. When not given: model_utility if every test generates and the suite has it, else
-            retain/probability.
-        forget_level: value of the forget measure at which utilities are compared, in place of the retrained model's.
+        utility: utility measure. When not given: model_utility if every test generates and the
+            suite has it, else retain/probability.
+        forget_level: value of the forget measure at which utilities are compared, in place of the
+            retrained model's.
         generate: whether tests also generate answers: always, at the end of a run only, or never.
         limit_test: rows of each test set.
-        module: options of UnlearnModule and of its tests, such as warmup, decay, suite, max_new_tokens,
-            gradient_checkpointing, clip_scope.
+        module: options of UnlearnModule and of Evaluate, such as warmup, decay, suite,
+            max_new_tokens, gradient_checkpointing, clip_scope.
         trainer: options of Lightning's Trainer, such as precision, accelerator, gradient_clip_val.
-        only: run only these objectives or masks (by the names that tables give them) in this sitting, e.g. NPO or
-            '[NPO, dense, wagle 0.2]'; the tables show all that is finished.
-        hours: start no new run after so many hours of this sitting; 0 only writes what the runs that are there tell.
+        only: run only these objectives or masks (by the names that tables give them) in this
+            sitting, e.g. NPO or '[NPO, dense, wagle 0.2]'; the tables show all that is finished.
+        hours: start no new run after so many hours of this sitting; 0 only writes what the runs
+            that are there tell.
         keep_models: keep every unlearned model, under models/<run>.
-        join: folders of the same study whose finished runs are taken over, e.g. '[runs/one, runs/two]': pieces (only)
-            that ran on other machines.
+        join: folders of the same study whose finished runs are taken over, e.g.
+            '[runs/one, runs/two]': pieces (only) that ran on other machines.
 
     Raises:
         WagleError: if an option has no meaning.
@@ -121,7 +138,7 @@ class Study:
         forget: str = "forget/probability",
         utility: Optional[str] = None,
         forget_level: Optional[float] = None,
-        generate: Literal["end", "always", "never"] = "end",
+        generate: Generate = "end",
         limit_test: Optional[int] = None,
         module: Optional[dict[str, Any]] = None,
         trainer: Optional[dict[str, Any]] = None,
@@ -134,60 +151,70 @@ class Study:
         refuse_existing(self.folder, overwrite=True, kind="files")  # a study goes on in its folder
         if retrained is None and forget_level is None:
             raise WagleError(
-                "a study compares at a level of forgetting: give --retrained, the model trained without "
-                "the forget rows, or --forget_level"
+                "a study compares at a level of forgetting: give --retrained, the model trained "
+                "without the forget rows, or --forget_level"
             )
         self.objectives = grid.read_objectives(objectives)
         self.masks = grid.read_masks(masks)
         self.rates = grid.check_rates(learning_rates)
-        self.seeds = options.check_seeds(seeds)
-        self.length = options.check_length(steps, epochs)
-        options.check_positive(
-            points=points, accumulate=accumulate, limit_test=limit_test, batch_size=batch_size
-        )
-        self.accumulate, self.points, self.generate = accumulate, points, generate
-        self.along, self.until_level = along, until_level
+        self.seeds = list(seeds)
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise WagleError(f"seeds must be different numbers, got {self.seeds}")
+        if steps is not None and epochs is not None:
+            raise WagleError("give --steps or --epochs, not both")
+        numbers = {"points": points, "accumulate": accumulate, "limit_test": limit_test}
+        numbers |= {"batch_size": batch_size, "steps": steps, "epochs": epochs}
+        for name, value in numbers.items():
+            if value is not None and value < 1:
+                raise WagleError(f"must be at least 1, got {value}", option=f"--{name}")
         if along == "answers" and generate == "always":
             raise WagleError(
                 "--along answers generates nothing before a run's end: leave --generate always out"
             )
-        self.optimizer = options.Optimizer(optimizer)
+        self.length = {"max_epochs": epochs or 5} if steps is None else {"max_steps": steps}
+        self.accumulate, self.points, self.generate = accumulate, points, generate
+        self.along, self.until_level = along, until_level
         self.forget, self.utility, self.forget_level = forget, utility, forget_level
-        self.module = options.check_module(module or {})
-        self.trainer_options = options.check_trainer(trainer or {})
-        self.only = options.check_only(_several(only), self.objectives, self.masks)
+        self.optimizer = _read_optimizer(optimizer)
+        self.module, self.tests = _read_module(module or {})
+        self.trainer_options = _read_trainer(trainer or {})
+        self.only = {only} if isinstance(only, str) else set(only or ())
+        names = [choice.name for choice in (*self.objectives, *self.masks)]
+        for name in sorted(self.only - {*names}):
+            raise WagleError(
+                f"--only: no objective or mask is called {name!r}; there are: {', '.join(names)}"
+            )
         self.hours, self.keep_models = hours, keep_models
-        self.join = _several(join)
+        self.join = [join] if isinstance(join, str) else list(join or [])
         self.data = copy.copy(data)
         self.data.batch_size = batch_size or data.batch_size
         self.data.limit_test = limit_test or data.limit_test
 
-    # -- the whole ----------------------------------------------------------------------------------------------------
+    # -- the whole ---------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
         """Run what is not finished, and return what was found (the content of ``study.json``)."""
-        models.locate(self.target)
-        if self.retrained is not None:
-            models.locate(self.retrained)
-        with locked(self.folder) as said:
-            if said:
-                log.warning(said)
+        for model in (self.target, self.retrained):
+            if model is not None:
+                models.locate(model)
+        with locked(self.folder) as taken_over:
+            if taken_over:
+                log.warning(taken_over)
             self._prepare()
             runs = list(
                 grid.runs(self.objectives, self.masks, self.rates, self.seeds, self.settings)
             )
-            self.planned = {run.id: run for run in runs}
+            self.planned = {run.id for run in runs}
             if self.join:
-                print(
-                    f"{count(self.table.join(self.join), 'run')} taken over from {', '.join(self.join)}"
-                )
-            self._adopt()
-            wanted = [run for run in runs if self._selected(run)]
-            todo = [run for run in wanted if run.id not in self.table.finished()]
+                joined = count(self.table.join(self.join), "run")
+                print(f"{joined} taken over from {', '.join(self.join)}")
+            self._name_as_now()
+            finished = self.table.finished()
+            todo = [run for run in runs if run.id not in finished and self._is_wanted(run)]
             left = text.time_left(self._measured(), len(todo))
             print(
-                f"{self.folder}: {count(len(runs), 'run')}, {len(runs) - self._missing()} of them finished; "
-                f"{len(todo)} to do{f', {left}' if left else ''}",
+                f"{self.folder}: {count(len(runs), 'run')}, {len(runs) - self._missing()} of them "
+                f"finished; {len(todo)} to do{f', {left}' if left else ''}",
                 flush=True,
             )
             if self.hours != 0:
@@ -195,13 +222,8 @@ class Study:
             try:
                 self._work(todo)
             except (KeyboardInterrupt, SystemExit):
-                print(
-                    f"\nstopped; the same command goes on ({self._missing()} of {len(runs)} runs are missing)",
-                    flush=True,
-                )
-                raise
-            except Exception:
-                print(flush=True)  # the line of the run that failed
+                missing = f"{self._missing()} of {len(runs)} runs are missing"
+                print(f"stopped; the same command goes on ({missing})", flush=True)
                 raise
             found = self._write()
             if (figure := overview(found)) is not None:
@@ -213,21 +235,31 @@ class Study:
             )
         return found
 
-    def _selected(self, run: grid.Run) -> bool:
-        names = {"objective": run.objective.name, "mask": run.mask.name}
-        return all(names[kind] in chosen for kind, chosen in self.only.items())
+    def _is_wanted(self, run: grid.Run) -> bool:
+        """Whether ``only`` names the run's objective and mask, or none of the objectives or masks."""
+        pairs = (run.objective, self.objectives), (run.mask, self.masks)
+        return all(
+            choice.name in self.only or self.only.isdisjoint(each.name for each in choices)
+            for choice, choices in pairs
+        )
 
     def _missing(self) -> int:
-        return len(set(self.planned) - self.table.finished())
+        return len(self.planned - self.table.finished())
 
     def _measured(self) -> list[float]:
         """Seconds that each finished run took."""
         return list({row["run"]: row["seconds"] for row in self.table.rows}.values())
 
+    def _name_as_now(self) -> None:
+        """Give rows of earlier sittings the names and measures of this one."""
+        for row in self.table.rows:
+            for kind, choices in (("objective", self.objectives), ("mask", self.masks)):
+                row[kind] = grid.present_name(row[kind], row[f"{kind}_id"], choices)
+            row |= {"forget": row.get(self.forget), "utility": row.get(self.utility)}
+
     def _work(self, todo: Sequence[grid.Run]) -> None:
         """The runs, one after the other."""
-        began = time.monotonic()
-        measured = self._measured()
+        began, measured = time.monotonic(), self._measured()
         for number, run in enumerate(todo, 1):
             if self.hours is not None and time.monotonic() - began > 3600 * self.hours:
                 left = count(len(todo) - number + 1, "run")
@@ -236,21 +268,19 @@ class Study:
                     flush=True,
                 )
                 return
-            print(f"[{number}/{len(todo)}] {run.name}: ", end="", flush=True)
             start = time.monotonic()
-            rows = self._run(run)
+            with _announced(f"[{number}/{len(todo)}] {run.name}"):
+                rows = self._run(run)
             measured.append(time.monotonic() - start)
             self.table.append(rows)
+            forget, utility = (decimals(rows[-1].get(name)) for name in ("forget", "utility"))
+            outcome = rows[-1].get("note") or f"forget {forget}, utility {utility}"
             left = text.time_left(measured, len(todo) - number)
-            print(
-                ", ".join(
-                    part for part in (_outcome(rows), text.duration(measured[-1]), left) if part
-                ),
-                flush=True,
-            )
+            said = [outcome, text.duration(measured[-1]), *([left] if left else [])]
+            print(", ".join(said), flush=True)
             self._write()
 
-    # -- before the runs ----------------------------------------------------------------------------------------------
+    # -- before the runs ---------------------------------------------------------------------------
 
     def _prepare(self) -> None:
         """Everything that all runs share; what is wrong with the input shows here."""
@@ -260,37 +290,39 @@ class Study:
         if data.rows("forget") is None:
             raise WagleError("a study needs forget rows: give --data.forget")
         self.suite = find_suite(
-            self.module.get("suite") or getattr(data, "suite", "tofu") or "generic"
+            self.tests.get("suite") or getattr(data, "suite", "tofu") or "generic"
         )
-        retrained: dict[str, float] = {}
         fingerprints: dict[str, Optional[str]] = {"retrained": None}
-        if self.retrained is not None:
-            fingerprints["retrained"], retrained = self._evaluate("retrained", self.retrained)
-        fingerprints["target"], target = self._evaluate("target", self.target)
-        self.references = {"target": target, "retrained": retrained}
+        self.references: dict[str, dict[str, float]] = {"target": {}, "retrained": {}}
+        for name, model in (("retrained", self.retrained), ("target", self.target)):
+            if model is not None:
+                fingerprints[name], self.references[name] = self._evaluate(name, model)
         self.fingerprint = fingerprints["target"]
         self.compared = self._compare_by()
         self.settings = {**fingerprints, **self._settings()}
         self.table = RunTable(self.folder, self.settings)
         if self.compared.nothing_to_unlearn:
             log.warning(
-                "the target does not know the forget set: its %s is %.3f, the level to reach %.3f: there is "
-                "nothing to unlearn",
+                "the target does not know the forget set: its %s is %.3f, the level to reach "
+                "%.3f: there is nothing to unlearn",
                 self.forget,
-                target[self.forget],
+                self.references["target"][self.forget],
                 self.compared.level,
             )
 
     def _settings(self) -> dict[str, Any]:
         """What all runs share, as plain data; a change of any makes other runs."""
         data = self.data
-        tests = {name: digest(raw_rows(data.rows(f"test/{name}"))) for name in data.test_names()}
+
+        def rows(name: str) -> str:
+            return grid.digest(raw_rows(data.rows(name)))
+
         return {
-            "forget_rows": digest(raw_rows(data.rows("forget"))),
-            "retain_rows": digest(raw_rows(data.rows("retain"))),
-            "template": digest(data.template.identity()),
-            "refusals": digest(data.refusals),
-            "test_rows": tests,
+            "forget_rows": rows("forget"),
+            "retain_rows": rows("retain"),
+            "template": grid.digest(data.template.identity()),
+            "refusals": grid.digest(data.refusals),
+            "test_rows": {name: rows(f"test/{name}") for name in data.test_names()},
             "batch_size": data.batch_size,
             "accumulate": self.accumulate,
             "length": self.length,
@@ -298,8 +330,10 @@ class Study:
             "generate": self.generate,
             "along": self._answers_of() or "all",
             "ends_at": {self.forget: self.compared.level} if self.until_level else None,
-            "optimizer": self.optimizer.definition,
-            "module": self.module,
+            "optimizer": grid.definition(
+                torch.optim.Optimizer, self.optimizer.func, self.optimizer.keywords
+            ),
+            "module": {**self.module, **self.tests},
             "trainer": {
                 k: v for k, v in self.trainer_options.items() if k not in ("accelerator", "devices")
             },
@@ -307,24 +341,22 @@ class Study:
 
     def _evaluate(self, name: str, model: str) -> tuple[str, dict[str, float]]:
         """Fingerprint and measures of target or retrained model; tested once, then found in the study's folder."""
-        fresh = not has_runs(self.folder)  # later, other results are a sign of another study
-        print(f"{name} model {model}: ", end="", flush=True)
-        own = {k: v for k, v in self.module.items() if k in options.SHARED_OPTIONS}
-        own["retrained"] = (
-            str(self.folder / "retrained") if name == "target" and self.retrained else None
-        )
-        generate = self.generate != "never"
+        given = {**self.module, **self.tests}
         module = EvaluationModule(
-            model=model, output=str(self.folder / name), overwrite=fresh, generate=generate, **own
+            model=model,
+            output=str(self.folder / name),
+            overwrite=not has_runs(self.folder),  # later, other results are a sign of another study
+            generate=self.generate != "never",
+            retrained=self._retrained_results() if name == "target" else None,
+            **{k: v for k, v in given.items() if k in option_names(EvaluationModule)},
         )
         try:
-            with silence():
+            with _announced(f"{name} model {model}"), silence():
                 self._trainer().test(module, datamodule=copy.copy(self.data), verbose=False)
         except WagleError as error:
-            print(flush=True)
-            raise WagleError(
-                str(error).replace("--model.output or pass --model.overwrite true", "--output")
-            ) from None
+            if not error.hint:
+                raise
+            raise WagleError(error.message, error.option, hint="choose another --output") from None
         fingerprint, metrics = module.model_fingerprint, dict(module.metrics)
         if name == "target":
             self.shapes = models.parameter_shapes(module.lm)
@@ -333,44 +365,45 @@ class Study:
         print(f"{self.forget} {decimals(metrics.get(self.forget))}", flush=True)
         return fingerprint, metrics
 
+    def _retrained_results(self) -> Optional[str]:
+        return None if self.retrained is None else str(self.folder / "retrained")
+
     def _compare_by(self) -> Compared:
         """The measures and the level, checked."""
         target = self.references["target"]
-        along = set(target)
         if self.utility is None:
-            full = self.along == "all" and self.generate == "always" and "model_utility" in along
+            full = self.along == "all" and self.generate == "always" and "model_utility" in target
             self.utility = "model_utility" if full else "retain/probability"
-        if self.along == "answers" or self.generate == "end":  # what can be measured at every point
+        along = set(target)
+        if self.along == "answers" or self.generate == "end":
             tables = Results(self.folder / "target").tables
-            lean = (
-                ungenerated(tables)
-                if self.along == "all"
-                else answers_only(tables, self._answers_of())
-            )
-            along &= set(defined_only(self.suite.measures(Observations(lean))))
-        for option in ("forget", "utility"):
-            measure = getattr(self, option)
+            observed = Observations(as_before_the_end(tables, self._answers_of()))
+            along &= set(defined_only(self.suite.measures(observed)))
+        for option, measure in (("--forget", self.forget), ("--utility", self.utility)):
             if measure not in along:
                 asked = "--along all" if self.along == "answers" else "--generate always"
                 why = f" (it needs {asked})" if measure in target else ""
                 raise WagleError(
-                    f"--{option}: {measure!r} is not measured at every point{why}; there are: "
+                    f"{option}: {measure!r} is not measured at every point{why}; there are: "
                     f"{', '.join(sorted(along))}"
                 )
-        level = (
-            self.forget_level
-            if self.forget_level is not None
-            else self.references["retrained"].get(self.forget)
-        )
+        level = self.forget_level
+        if level is None:
+            level = self.references["retrained"].get(self.forget)
         if level is None:
             raise WagleError(
                 f"--forget: {self.forget} is undefined for the retrained model: give --forget_level"
             )
-        ways = {"lower": -1, "higher": 1}
-        rising = 1 if level > target[self.forget] else -1
-        sign = ways.get(self.suite.info(self.forget).direction, rising)
-        better = ways.get(self.suite.info(self.utility).direction, 1)
-        return Compared(self.forget, self.utility, target, level, sign, better)
+        signs = {"lower": -1, "higher": 1}
+        rises = 1 if level > target[self.forget] else -1
+        return Compared(
+            self.forget,
+            self.utility,
+            target,
+            level,
+            signs.get(self.suite.info(self.forget).direction, rises),
+            signs.get(self.suite.info(self.utility).direction, 1),
+        )
 
     def _answers_of(self) -> Optional[list[str]]:
         """The test sets of the two measures, if tests along the way are of their answers alone."""
@@ -379,117 +412,98 @@ class Study:
         measured = {measure.partition("/")[0] for measure in (self.forget, self.utility)}
         return [name for name in self.data.test_names() if name in measured]
 
-    def _enough(self, measures: Mapping[str, float]) -> bool:
-        """Whether a run has reached the level of forgetting, and ends there."""
-        found, by = measures.get(self.forget), self.compared
-        return (
-            self.until_level
-            and found is not None
-            and by.forget_sign * found >= by.forget_sign * by.level
-        )
-
-    def _adopt(self) -> None:
-        """Give rows of earlier sittings the names and measures of this one."""
-        for row in self.table.rows:
-            row["objective"] = grid.present_name(
-                row["objective"], row["objective_id"], self.objectives
-            )
-            row["mask"] = grid.present_name(row["mask"], row["mask_id"], self.masks)
-            row |= {"forget": row.get(self.forget), "utility": row.get(self.utility)}
+    # -- masks -------------------------------------------------------------------------------------
 
     def _make_masks(self, todo: Sequence[grid.Run]) -> None:
         """The masks that the runs need and that are not there yet, in as few passes as can be."""
         for mask in self.masks:
             if mask.kind == "file":
-                attribute.check_mask(mask.file, self.shapes, self.fingerprint)
-        wanted = {
-            self._mask_file(run): run.mask.of_seed(run.seed)
-            for run in todo
-            if run.mask.kind == "score"
-        }
-        missing = {file: mask for file, mask in wanted.items() if not file.is_file()}
-        names = {id(mask): file.stem for file, mask in missing.items()}
-        for pass_options, masks in attribute.passes(list(missing.values())):
-            print(
-                f"attribution, {len(masks)} {'mask' if len(masks) == 1 else 'masks'}: ",
-                end="",
-                flush=True,
-            )
+                where = f"masks: mask {mask.entry}"
+                WeightMask.load(mask.entry).check(self.shapes, self.fingerprint, where=where)
+        missing = {}
+        for run in todo:
+            if run.mask.kind == "score" and not self._mask_file(run).is_file():
+                missing[self._mask_file(run).stem] = run.mask.of_seed(run.seed)
+        names = {id(mask): name for name, mask in missing.items()}
+        for pass_options, masks in grid.passes(list(missing.values())):
             start = time.monotonic()
-            module = {"model": self.target, "output": str(self.folder / "masks")}
-            with silence():
-                attribute.make_masks(
-                    masks,
-                    [names[id(mask)] for mask in masks],
-                    pass_options,
-                    module,
-                    self._attribute,
+            with _announced(f"attribution, {count(len(masks), 'mask')}"), silence():
+                module = AttributionModule(
+                    model=self.target,
+                    output=str(self.folder / "masks"),
+                    overwrite=True,
+                    masks=[mask.spec(names[id(mask)]) for mask in masks],
+                    **pass_options,
                 )
+                module.run_config = {"study": self.settings}
+                trainer = self._trainer(max_epochs=1, gradient_clip_val=None)
+                trainer.fit(module, datamodule=copy.copy(self.data))
             print(text.duration(time.monotonic() - start), flush=True)
 
-    def _mask_file(self, run: grid.Run) -> Path:
-        shared = {
-            k: self.settings[k]
-            for k in ("target", "forget_rows", "retain_rows", "template", "batch_size")
-        }
-        return attribute.mask_file(
-            self.folder / "masks", attribute.file_name(run.mask.of_seed(run.seed), shared)
-        )
+    def _mask_file(self, run: grid.Run) -> Optional[Path]:
+        """The mask of a run; None where all weights move."""
+        if run.mask.kind == "file":
+            return Path(run.mask.entry)
+        if run.mask.kind != "score":
+            return None
+        names = ("target", "forget_rows", "retain_rows", "template", "batch_size")
+        shared = {name: self.settings[name] for name in names}
+        name = run.mask.of_seed(run.seed).file_name(shared)
+        return self.folder / "masks" / f"{name}{SUFFIX}"
 
-    def _attribute(self, module: Any) -> None:
-        module.run_config = {"study": self.settings}
-        plain = {k: v for k, v in self.trainer_options.items() if not k.startswith("gradient_clip")}
-        self._trainer(plain, max_epochs=1).fit(module, datamodule=copy.copy(self.data))
-
-    # -- a run --------------------------------------------------------------------------------------------------------
+    # -- a run -------------------------------------------------------------------------------------
 
     def _run(self, run: grid.Run) -> list[dict[str, Any]]:
-        """Unlearn and test; the run's rows."""
+        """Unlearn and test; the run's rows of the table."""
         L.seed_everything(run.seed, verbose=False)
         data = copy.copy(self.data)
         data.seed = run.seed
-        mask = {"score": self._mask_file, "file": lambda run: run.mask.file}.get(
-            run.mask.kind, lambda run: None
-        )(run)
-        module = StudyRun(
+        mask = self._mask_file(run)
+        # beside the references at θ₀, which all runs share
+        output = self.folder / "models" / run.id if self.keep_models else self.folder / run.id
+        module = (UnlearnModule if self.keep_models else UnkeptModule)(
             model=self.target,
-            output=output_of(self.folder, run.id, self.keep_models),
+            output=str(output),
             overwrite=True,
             objective=run.objective.make(),
             mask=None if mask is None else str(mask),
-            adapter=make(LoRA, run.mask.adapter, "adapter") if run.mask.kind == "lora" else None,
-            points=self.points,
-            generate=self.generate,
-            answers_of=self._answers_of(),
-            enough=self._enough,
-            keep=self.keep_models,
-            evaluation={
-                **options.split_module(self.module)[1],
-                "retrained": str(self.folder / "retrained") if self.retrained else None,
-            },
-            **options.split_module(self.module)[0],
+            adapter=run.mask.adapter(),
+            **self.module,
         )
-        module.make_optimizer = self.optimizer.at(run.lr)
+        module.make_optimizer = partial(self.optimizer, lr=run.lr)
         module.run_config = {"study": self.settings, "run": run.name}
-        trainer = self._trainer(accumulate_grad_batches=self.accumulate, **self.length)
-        start = time.monotonic()
-        ended = False
+        evaluate = Evaluate(
+            generate=self.generate != "never", retrained=self._retrained_results(), **self.tests
+        )
+        along = EvaluateAlong(
+            evaluate, self.points, self.generate, self._answers_of(), self._is_enough
+        )
+        trainer = self._trainer(
+            accumulate_grad_batches=self.accumulate, callbacks=[along], **self.length
+        )
+        start, diverged = time.monotonic(), False
         with silence():
             try:
                 trainer.fit(module, datamodule=data)
             except Diverged:
-                ended = True
+                diverged = True
         if module.model_fingerprint != self.fingerprint:
             raise WagleError(
-                f"{self.target} has changed since the study began: start a new study with another --output"
+                f"{self.target} has changed since the study began: start a new study with another "
+                "--output"
             )
-        density = (
-            run.mask.density if module.mask is None or run.mask.density else module.mask.density
-        )
+        density = run.mask.density
+        if density is None and module.mask is not None:
+            density = module.mask.density
+        tests = along.tests
+        if diverged:  # a row without measures says that the run is over, and why
+            step, seconds = module.global_step, round(time.monotonic() - start, 2)
+            note = f"diverged at step {step}"
+            tests = [*tests, {"step": step, "seconds": seconds, "note": note}]
         labels = {
             "objective": run.objective.name,
             "mask": run.mask.name,
-            "score": run.mask.score_name,
+            "score": None if run.mask.score is None else run.mask.score.label,
             "density": density,
             "lr": run.lr,
             "seed": run.seed,
@@ -497,52 +511,52 @@ class Study:
             "objective_id": run.objective.id,
             "mask_id": run.mask.id,
         }
-        step = module.global_step
-        rows = rows_of(module.tests, labels, step, step + ended, time.monotonic() - start)
-        for row in rows:
-            row |= {"forget": row.get(self.forget), "utility": row.get(self.utility)}
-        del module, trainer
+        del module, trainer, along, evaluate
         gc.collect()
-        return rows
+        return [
+            {**labels, **test, "forget": test.get(self.forget), "utility": test.get(self.utility)}
+            for test in tests
+        ]
 
-    def _trainer(self, given: Optional[Mapping[str, Any]] = None, **own: Any) -> L.Trainer:
+    def _is_enough(self, measures: Mapping[str, float]) -> bool:
+        """Whether a run has reached the level of forgetting, and ends there."""
+        found, by = measures.get(self.forget), self.compared
+        return self.until_level and found is not None and by.forget_sign * found >= by.end
+
+    def _trainer(self, **own: Any) -> L.Trainer:
         with silence():
             return L.Trainer(
-                # a study has tests of its own, whatever data.val says
-                **{
-                    **(self.trainer_options if given is None else given),
-                    **own,
-                    "limit_val_batches": 0,
-                },
+                **{**self.trainer_options, **own},
                 default_root_dir=str(self.folder),
+                limit_val_batches=0,  # a study has tests of its own, whatever data.val says
                 logger=False,
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
             )
 
-    # -- what was found -----------------------------------------------------------------------------------------------
+    # -- what was found ----------------------------------------------------------------------------
 
     def _write(self) -> dict[str, Any]:
-        """Write ``study.json`` and ``study.md``."""
-        own = {mask.name for mask in self.masks if mask.learning_rates}
-        arms = summarise(self.table.rows, self.compared, own) if self.table.rows else []
+        """Write the table, ``study.json`` and ``study.md``."""
+        rows, by = self.table.rows, self.compared
+        own_rates = {mask.name for mask in self.masks if mask.learning_rates}
         found = {
             "format_version": FORMAT_VERSION,
             "forget": self.forget,
             "utility": self.utility,
-            "forget_level": self.compared.level,
+            "forget_level": by.level,
             "level_of": "option" if self.forget_level is not None else "retrained",
-            "forget_sign": self.compared.forget_sign,
-            "utility_sign": self.compared.utility_sign,
-            "nothing_to_unlearn": self.compared.nothing_to_unlearn,
+            "forget_sign": by.forget_sign,
+            "utility_sign": by.utility_sign,
+            "nothing_to_unlearn": by.nothing_to_unlearn,
             **self.references,
             "runs": {
                 "finished": len(self.planned) - self._missing(),
                 "planned": len(self.planned),
                 "in_table": len(self.table.finished()),
             },
-            "headline": arms,
+            "headline": summarise(rows, by, own_rates) if rows else [],
             "models": {"target": self.target, "retrained": self.retrained},
             "learning_rates": list(self.rates),
             "seeds": list(self.seeds),
@@ -557,17 +571,80 @@ class Study:
         return found
 
 
-def _several(given: Optional[Union[list[str], str]]) -> list[str]:
-    """A list of names; one name is a list of one."""
-    return [given] if isinstance(given, str) else list(given or [])
+@contextmanager
+def _announced(work: str) -> Iterator[None]:
+    """Print what is being done; what came of it is to be printed on the same line."""
+    print(f"{work}: ", end="", flush=True)
+    try:
+        yield
+    except BaseException:
+        print(flush=True)
+        raise
 
 
-def _outcome(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A finished run in a few words: what its last test found."""
-    last = rows[-1]
-    if last.get("note"):
-        return str(last["note"])
-    return f"forget {decimals(last.get('forget'))}, utility {decimals(last.get('utility'))}"
+# -- options of a study that are another class's ---------------------------------------------------
 
 
-__all__ = ["Entry", "Study"]
+def _read_optimizer(entry: Entry) -> partial[torch.optim.Optimizer]:
+    """The optimiser of all runs, without its learning rate.
+
+    Raises:
+        WagleError: if there is no such class, or it does not have the options.
+    """
+    name, options = split(entry, "optimizer")
+    if "lr" in options:
+        raise WagleError("optimizer.lr comes from --learning_rates: leave it out")
+    cls = getattr(torch.optim, name, None)  # other libraries have classes of the same names
+    if not isinstance(cls, type):
+        cls = find_class(torch.optim.Optimizer, name, "optimizer")
+    check_options(cls, options, f"optimizer {name}")
+    made = partial(cls, **options)
+    try:
+        made([torch.nn.Parameter(torch.zeros(1))], lr=1e-5)
+    except (TypeError, ValueError) as error:
+        raise WagleError(f"optimizer {name}: {error}") from None
+    return made
+
+
+def _read_module(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of :class:`UnlearnModule`, and of :class:`Evaluate`, that hold for all runs.
+
+    Raises:
+        WagleError: if there is no such option, its value has no meaning, or the study sets it.
+    """
+    _refuse_others("--module", given, _MODULE_OPTIONS)
+    tests = {name: value for name, value in given.items() if name in _TEST_OPTIONS}
+    module = {name: value for name, value in given.items() if name not in tests}
+    module = grid.typed(UnlearnModule, module, "--module")
+    tests = grid.typed(Evaluate, tests, "--module")
+    try:
+        UnlearnModule(model="", **module)
+        Evaluate(**tests)
+    except WagleError as error:
+        raise WagleError(f"--module: {error}") from None
+    return module, tests
+
+
+def _read_trainer(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of Lightning's Trainer that hold for all runs.
+
+    Raises:
+        WagleError: if there is no such option, the study sets it, it asks for several devices, or
+            Lightning refuses it.
+    """
+    _refuse_others("--trainer", given, _TRAINER_OPTIONS)
+    found = {"devices": 1, **given}
+    if str(found["devices"]) != "1" or found.get("num_nodes", 1) != 1:
+        raise WagleError(
+            "a study runs on one device: leave trainer.devices and trainer.num_nodes out"
+        )
+    with silence(), trainer_in_the_making():
+        L.Trainer(**found, logger=False, enable_checkpointing=False)
+    return found
+
+
+def _refuse_others(option: str, given: Mapping[str, Any], known: set[str]) -> None:
+    for name in given:
+        if name not in known:
+            there = ", ".join(sorted(known))
+            raise WagleError(f"{option} has no option {name!r} here; there are: {there}")
