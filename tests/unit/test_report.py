@@ -298,9 +298,10 @@ def test_runs_without_metrics_are_left_out_and_said_so(runs, report):
     Path("broken/test").mkdir(parents=True)
     Path("broken/test/metrics.json").write_text('{"a": ')
     root, said = report("untested", "masked", "broken")
-    assert "untested is left out: no metrics.json" in said and "broken is left out" in said
+    assert "untested is left out: it has no metrics.json" in said and "broken is left out" in said
     assert (
-        "Left out: untested: no metrics.json" in root.text and "line 1: malformed JSON" in root.text
+        "Left out: untested: it has no metrics.json" in root.text
+        and "line 1: malformed JSON" in root.text
     )
     assert {run for run, _ in numbers(root)} == {"masked", "target"}
 

@@ -29,12 +29,15 @@ def report(
     Args:
         runs: folders: models with test results in them, test results, or studies.
         output: HTML file to write.
-        target: results of the model before unlearning; those of the model that the runs were made from when not given.
-        retrained: results of the model retrained without the forget set; what the tests compared with, or the one of
-            the folders that was fine-tuned on retain rows only, when not given.
-        forget: measure on the horizontal axis of the forget-utility figure, such as forget/probability.
+        target: results of the model before unlearning; those of the model that the runs were made
+            from when not given.
+        retrained: results of the model retrained without the forget set; what the tests compared
+            with, or the one of the folders that was fine-tuned on retain rows only, when not given.
+        forget: measure on the horizontal axis of the forget-utility figure, such as
+            forget/probability.
         utility: measure on its vertical axis, such as model_utility.
-        forget_level: value of the forget measure at which a study's arms are compared, in place of the study's own.
+        forget_level: value of the forget measure at which a study's arms are compared, in place of
+            the study's own.
         examples: how many questions of each set to show answers to.
         title: of the page.
         overwrite: replace the output if it exists.

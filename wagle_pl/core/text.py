@@ -15,7 +15,8 @@ def table(
     Args:
         header: names of the columns.
         rows: cells, as many in each row as in the header.
-        left: indices of the columns that are aligned to the left; the others are aligned to the right.
+        left: indices of the columns that are aligned to the left; the others are aligned to the
+            right.
 
     >>> print(table(["layer", "share"], [["0", "5.0%"], ["10", "12.5%"]]))
     layer  share
@@ -70,7 +71,7 @@ def decimals(value: Optional[float], digits: int = 3) -> str:
 
 
 def short_number(value: float) -> str:
-    """A number with three significant digits; an integer, or one of 1000 and more, without decimals.
+    """A number with three significant digits; integers and numbers of 1000 and more as a whole.
 
     >>> [short_number(value) for value in (0.92, 2.72e-11, 12345.6, 40, 0.0, float("inf"))]
     ['0.920', '2.72e-11', '12,346', '40', '0.00', 'inf']

@@ -25,33 +25,20 @@ _LEGEND_HEIGHT = 0.5  # inches of a figure's height; a higher legend makes the f
 
 
 class Model(NamedTuple):
-    """A point of :func:`forget_utility`.
+    """A point of :func:`forget_utility`."""
 
-    Attributes:
-        x: forget measure.
-        y: utility.
-        role: ``target``, ``retrained`` or ``this``.
-        label: in the legend; of ``this``, within its point.
-    """
-
-    x: float
-    y: float
-    role: str
-    label: str
+    x: float  # forget measure
+    y: float  # utility
+    role: str  # target, retrained or this
+    label: str  # in the legend; of "this", within its point
 
 
 class Line(NamedTuple):
-    """A run in :func:`study_panel`.
+    """A run in :func:`study_panel`."""
 
-    Attributes:
-        points: (forget measure, utility) of its tests.
-        label: in the legend.
-        group: lines of the same group have the same marker.
-    """
-
-    points: Points
-    label: str
-    group: int = 0
+    points: Points  # (forget measure, utility) of its tests
+    label: str  # in the legend
+    group: int = 0  # lines of the same group have the same marker
 
 
 def panels(width: float, height: float, count: int = 1) -> tuple[Any, list[Any]]:
@@ -90,8 +77,8 @@ def study_overview(
     """One panel an objective, one line a mask.
 
     Args:
-        arms: objective -> mask -> (forget measure, utility) along the arm's curve. The first eight masks have solid
-            lines, later ones dashed and thinner ones.
+        arms: objective -> mask -> (forget measure, utility) along the arm's curve. The first eight
+            masks have solid lines, later ones dashed and thinner ones.
         first: the mask that the others are compared with.
         references: ``target`` and ``retrained`` -> their point.
         level: forget measure at which utilities are compared.
@@ -227,7 +214,7 @@ def _mark_level(axes: Any, x: Optional[float]) -> None:
 
 
 def _add_legend(figure: Any, columns: int = 3, size: float = 8.5) -> None:
-    """One legend of all panels, below them, in as many of ``columns`` as the figure is wide enough for."""
+    """One legend of all panels, below them, with as many of ``columns`` as there is room for."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     shown = {

@@ -12,7 +12,7 @@ from wagle_pl.core.files import atomic_path, refuse_existing
 from wagle_pl.core.text import percent, table
 from wagle_pl.study.report.svg import SVG
 
-#: Layer (``"0"``, ``"1"``, …, or ``"other"``) -> module -> share of its weights selected, in [0, 1];
+#: Layer (``"0"``, ``"1"``, …, or ``"other"``) -> module -> share of its weights selected in [0, 1],
 #: see :meth:`wagle_pl.masks.mask.WeightMask.grid`.
 Grid = Mapping[str, Mapping[str, float]]
 
@@ -32,15 +32,16 @@ _TICKS = (0.01, 0.1, 0.5, 1, 2, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
 def mask_heatmap(
     grids: Mapping[str, Grid], title: Optional[str] = None, scale_to: Optional[float] = None
 ) -> Any:
-    """Heat map of the share of selected weights by layer × module type, one panel a mask, one colour scale for all.
+    """Heat map of the share of selected weights by layer × module type.
 
-    What lies outside the layers (embeddings, final norm, output head) is in a row of its own below. Cells of modules
-    that a layer lacks are grey.
+    One panel a mask, with one colour scale for all. What lies outside the layers (embeddings, final
+    norm, output head) is in a row of its own below. Cells of modules that a layer lacks are grey.
 
     Args:
         grids: title of the panel -> shares.
         title: of the figure.
-        scale_to: share at the end of the colour scale, to compare figures; the largest share when None.
+        scale_to: share at the end of the colour scale, to compare figures; the largest share when
+            None.
 
     Returns:
         A ``matplotlib.figure.Figure``.
@@ -61,7 +62,7 @@ def mask_heatmap(
     if title is None:
         title = "Share of selected weights (%) by layer and module type"
     figure.suptitle(title, fontsize=11)
-    # The square root distinguishes the shares of a sparse mask beside a few cells that are selected nearly whole.
+    # The square root keeps small shares apart even if a few cells are selected nearly whole.
     scale = PowerNorm(0.5, 0, 100 * (scale_to or largest_share(grids.values())))
     outer = figure.add_gridspec(down, across + 1, width_ratios=[*[width] * across, 0.14])
     for i, (name, grid) in enumerate(grids.items()):
@@ -81,7 +82,7 @@ def mask_heatmap(
             axes[-1].set_yticks([])
             axes[-1].set_xlabel("outside the layers", fontsize=8)
     _draw_bar(figure, figure.add_subplot(outer[:, -1]), scale)
-    figure.draw_without_rendering()  # lay it out once: a layout of its own for each file would differ between them
+    figure.draw_without_rendering()  # lay it out once, or each file saved has another layout
     figure.set_layout_engine("none")
     return figure
 
@@ -107,7 +108,7 @@ def mask_text(grids: Mapping[str, Grid]) -> str:
 
 
 def axes_of(grids: Collection[Grid]) -> tuple[list[str], list[str], list[str]]:
-    """Modules of the layers (norms last), layers in order, and modules outside of them, of all grids together."""
+    """Modules of the layers (norms last), layers, and modules outside of them, of all grids."""
     inside = [(layer, grid[layer]) for grid in grids for layer in grid if layer != _OUTSIDE]
     modules = dict.fromkeys(module for _, shares in inside for module in shares)
     outside = dict.fromkeys(module for grid in grids for module in grid.get(_OUTSIDE, ()))
@@ -138,7 +139,7 @@ def figure_paths(output: str | Path, overwrite: bool = False) -> list[Path]:
 
 
 def save_figure(figure: Any, paths: Sequence[Path]) -> None:
-    """Write a figure to each path in the format of its suffix, whole or not at all; the same figure, the same bytes."""
+    """Write a figure to each path, in the format of its suffix; the same figure, the same bytes."""
     from matplotlib import rc_context
 
     for path in paths:

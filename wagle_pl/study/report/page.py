@@ -18,6 +18,7 @@ from wagle_pl.evaluation.comparison import BETTER, SAME, WORSE, arrow
 from wagle_pl.masks import describe_origin
 from wagle_pl.study.report import sections, study
 from wagle_pl.study.report.sources import Sources
+from wagle_pl.unlearning.card import forgotten
 
 #: Sections about models, each with a template of its name, and their headings.
 SECTIONS = {
@@ -48,14 +49,14 @@ def write_report(
         output: file to write.
         title: of the page; made of the names of models and studies when None.
         forget: measure on the horizontal axis of the forget–utility figure; see
-            :func:`wagle_pl.study.report.sections.tradeoff` when None.
+            :func:`wagle_pl.study.report.sections.tradeoff_measures` when None.
         utility: measure on its vertical axis, likewise.
         examples: how many questions of each set to show answers to.
         overwrite: replace the output if it exists.
 
     Raises:
-        WagleError: if the output exists and may not be replaced, or no model has a measure; without models, if it is
-            not the study's.
+        WagleError: if the output exists and may not be replaced, or no model has a measure; without
+            models, if it is not the study's.
     """
     output = Path(output)
     refuse_existing(output, overwrite, "--overwrite")
@@ -122,6 +123,7 @@ def _environment() -> Any:
         "breakable": _breakable,
         "count": count,
         "digits": repr,
+        "forgotten": lambda model: forgotten(model.record) if model.lineage else [],
         "options": _options,
         "origin": describe_origin,
         "short_number": short_number,

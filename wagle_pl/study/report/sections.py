@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple, Optional, Union
 
 from markupsafe import Markup
@@ -12,11 +14,11 @@ from wagle_pl.core.text import short_number
 from wagle_pl.data.rows import spread
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.sets import SetMeasures
+from wagle_pl.masks import WeightMask
 from wagle_pl.study.report import curves
 from wagle_pl.study.report.figures import largest_share, mask_heatmap, mask_text
 from wagle_pl.study.report.sources import ReportedModel, Sources
 from wagle_pl.study.report.svg import svg
-from wagle_pl.unlearning.card import forgotten
 
 DIRECTIONS = {
     "higher": "higher is better",
@@ -24,6 +26,9 @@ DIRECTIONS = {
     "retrained": "best at the retrained model's",
 }
 _UTILITIES = ("model_utility", "ut_average")
+
+Models = Sequence[ReportedModel]
+Ratios = dict[tuple[str, str], float]  # (question, answer) -> truth ratio
 
 
 class Figure(NamedTuple):
@@ -36,55 +41,75 @@ class Figure(NamedTuple):
 def shown_of_models(
     sources: Sources, forget: Optional[str], utility: Optional[str], examples: int
 ) -> dict[str, Any]:
-    """What the templates of the sections about models are given, see the functions of these names."""
+    """What the templates of the sections about models are given."""
     return {
         "lead_measures": lead_measures(sources.models),
         "measures": measure_names(sources.everyone),
         "tradeoff": tradeoff(sources, forget, utility),
         "truth_ratios": truth_ratios(sources),
-        "masks": masks(sources),
+        "heatmaps": heatmaps(
+            {m.name: m.mask for m in sources.models if m.mask is not None}, "mask"
+        ),
         "answers": answers(sources, examples),
-        "lineages": lineages(sources),
+        "same_runs": same_runs(sources.everyone),
     }
 
 
-def measure_names(models: Sequence[ReportedModel]) -> list[str]:
-    """Every measure of the models once, in their order."""
-    return list(dict.fromkeys(name for model in models for name in model.metrics))
+def measure_names(models: Models, sets: Optional[Collection[str]] = None) -> list[str]:
+    """Every measure of the models once, in their order; those of some test sets if given."""
+    names = dict.fromkeys(name for model in models for name in model.metrics)
+    return [name for name in names if sets is None or name.rpartition("/")[0] in sets]
 
 
-def lead_measures(models: Sequence[ReportedModel]) -> list[str]:
-    """Measures for a summary: two of each set to be forgotten, one of the first set to be kept, and those that belong
-    to no set."""
-    names = measure_names(models)
+def test_sets(models: Models, forgotten: bool) -> list[str]:
+    """Names of the test sets that are, or are not, to be forgotten; retain sets first."""
+    names = dict.fromkeys(name for model in models for name in model.sets)
+    found = [name for name in names if models[0].suite.forgets(name) == forgotten]
+    return sorted(found, key=lambda name: not name.startswith("retain"))
 
-    def of_set(test_set: str) -> list[str]:
-        return [name for name in names if name.rpartition("/")[0] == test_set]
 
-    forgotten, kept = _forgotten_and_kept(models)
-    kept = [name for name in kept if of_set(name)]
-    leading = [name for test_set in forgotten for name in of_set(test_set)[:2]]
-    leading += [name for test_set in kept[:1] for name in of_set(test_set)[:1]]
-    return leading + [name for name in names if "/" not in name]
+def telling_sets(model: ReportedModel) -> list[str]:
+    """The test sets that are to be forgotten, and the first one that is not."""
+    return [*test_sets([model], True), *test_sets([model], False)[:1]]
+
+
+def lead_measures(models: Models) -> list[str]:
+    """Measures of a summary: two of each set to forget, one of the sets to keep, all of no set."""
+    forgotten = (measure_names(models, [name])[:2] for name in test_sets(models, True))
+    kept = (measure_names(models, [name]) for name in test_sets(models, False))
+    return [*chain(*forgotten), *[*chain(*kept)][:1], *measure_names(models, [""])]
+
+
+def tradeoff_measures(models: Models) -> tuple[Optional[str], Optional[str]]:
+    """Measures of the forget–utility figure; None where there is none.
+
+    The first measure of a set to be forgotten that is better when lower; and model utility, the UT
+    average, or the first measure of a set to be kept, preferably one that is better when higher.
+    """
+
+    def of_sets(forgotten: bool, direction: str) -> list[str]:
+        names = measure_names(models, test_sets(models, forgotten))
+        return [name for name in names if models[0].about(name).direction == direction]
+
+    whole = [name for name in _UTILITIES if name in measure_names(models)]
+    utilities = [*whole, *of_sets(False, "higher"), *of_sets(False, "lower")]
+    return next(iter(of_sets(True, "lower")), None), next(iter(utilities), None)
 
 
 def tradeoff(sources: Sources, forget: Optional[str], utility: Optional[str]) -> Union[Figure, str]:
-    """Every model as a point of forget measure and utility, or why there is no such figure.
+    """Every model as a point, or why there is no such figure.
 
     Args:
         sources: of the report.
-        forget: measure on the horizontal axis; when None, the first of a set to be forgotten that is better when lower.
-        utility: measure on the vertical axis; when None, model utility, the UT average, or the first measure of a set
-            to be kept, preferably one that is better when higher.
+        forget: measure on the horizontal axis, see :func:`tradeoff_measures` when None.
+        utility: measure on the vertical axis, likewise.
     """
-    models = sources.models
-    forget = forget or next(iter(_measures_of_sets(models, True, "lower")), None)
-    kept = [*_measures_of_sets(models, False, "higher"), *_measures_of_sets(models, False, "lower")]
-    whole = [name for name in _UTILITIES if name in measure_names(models)]
-    utility = utility or next(iter([*whole, *kept]), None)
+    usual = tradeoff_measures(sources.models)
+    forget, utility = forget or usual[0], utility or usual[1]
     if forget is None or utility is None:
         lacks = "forgetting" if forget is None else "utility"
-        return f"The runs have no measure of {lacks}: no curve. Choose one with --forget and --utility."
+        advice = "Choose one with --forget and --utility."
+        return f"The runs have no measure of {lacks}: no curve. {advice}"
     points, told = [], []
     for model in sources.everyone:
         x, y = (model.metrics.get(name, math.inf) for name in (forget, utility))
@@ -95,54 +120,49 @@ def tradeoff(sources: Sources, forget: Optional[str], utility: Optional[str]) ->
             told.append(f"{name}: {forget} {short_number(x)}, {utility} {short_number(y)}")
     if not any(point.role == "this" for point in points):
         return f"No run has a finite number for both {forget} and {utility}: no curve."
-    labels = [f"{m} ({DIRECTIONS[models[0].about(m).direction]})" for m in (forget, utility)]
+    about = sources.models[0].about
+    labels = [f"{name} ({DIRECTIONS[about(name).direction]})" for name in (forget, utility)]
     title = "Forgetting against utility"
     drawn = svg("tradeoff", title, "; ".join(told), curves.forget_utility, points, *labels)
-    level = "The dotted line is the retrained model's forgetting."
-    dotted = level if "retrained" in sources.references else ""
-    return Figure(drawn, f"Numbers are the runs of the summary. {dotted}")
+    caption = "Numbers are the runs of the summary."
+    if "retrained" in sources.references:
+        caption += " The dotted line is the retrained model's forgetting."
+    return Figure(drawn, caption)
 
 
 def truth_ratios(sources: Sources) -> list[tuple[ReportedModel, list[Union[Figure, str]]]]:
-    """For each model, the truth ratios of its sets to be forgotten and of one to be kept."""
+    """For each model, figures of the truth ratios of its :func:`telling_sets`."""
     found = []
     for model in sources.models:
         figures: list[Union[Figure, str]] = []
-        for test_set in _telling_sets(model):
+        for test_set in telling_sets(model):
             roles = {**sources.references, "this": model}
             ratios = {role: ratios_of(other, test_set) for role, other in roles.items()}
             if ratios["this"]:
                 name = f"ratio-{model.number}-{len(figures)}"
-                figures += _ratio_figures(name, model, test_set, ratios)
+                figures.append(_distribution(name, test_set, model.name, ratios))
+                if model.suite.forgets(test_set):
+                    figures.append(_shift(name, test_set, model.name, ratios))
         found.append((model, figures))
     return found
 
 
-def ratios_of(model: ReportedModel, test_set: str) -> dict[tuple[str, str], float]:
-    """(question, answer) -> truth ratio of the examples of a set that have one; empty if none has."""
+def ratios_of(model: ReportedModel, test_set: str) -> Ratios:
+    """Truth ratios of the examples of a set that have one; empty if none has."""
     records = model.tables.get(test_set, [])
     try:
         ratios = SetMeasures(records).ratios().tolist()
     except Undefined:
         return {}
-    return {
-        (record["question"], record["answer"]): ratio
-        for record, ratio in zip(records, ratios, strict=True)
-        if not math.isnan(ratio)
-    }
+    keys = ((record["question"], record["answer"]) for record in records)
+    return {key: ratio for key, ratio in zip(keys, ratios, strict=True) if not math.isnan(ratio)}
 
 
-def masks(sources: Sources) -> list[tuple[ReportedModel, Optional[Markup]]]:
-    """For each model, the heat map of its mask; None without one."""
-    found = heatmaps({m.name: m.mask for m in sources.models if m.mask is not None}, "mask")
-    return [(model, found.get(model.name)) for model in sources.models]
-
-
-def heatmaps(masks: dict[str, Any], name: str) -> dict[str, Markup]:
-    """Heat maps of masks, on one colour scale.
+def heatmaps(masks: dict[str, WeightMask], name: str) -> dict[str, Markup]:
+    """Title -> heat map of each mask, all on one colour scale.
 
     Args:
-        masks: title -> :class:`~wagle_pl.masks.WeightMask`.
+        masks: title -> mask.
         name: prefix of the names of the figures.
     """
     grids = {title: mask.grid() for title, mask in masks.items()}
@@ -155,140 +175,71 @@ def heatmaps(masks: dict[str, Any], name: str) -> dict[str, Markup]:
     return found
 
 
-class Said(NamedTuple):
-    """What one model says to a question.
+def answers(sources: Sources, count: int) -> dict[str, dict[str, Any]]:
+    """What all models say to the same questions.
 
-    Attributes:
-        label: names the model.
-        role: of the model.
-        record: of the question; None if the model was not asked.
+    Returns:
+        Test set -> ``asked``, how many questions there are; ``models``, (label, model) of each;
+        ``chosen``, ``count`` of the questions -> label -> record, of the models that were asked.
     """
-
-    label: str
-    role: str
-    record: Optional[dict[str, Any]]
-
-
-class AnswersOfSet(NamedTuple):
-    """Answers of all models to questions of a test set.
-
-    Attributes:
-        test_set: its name.
-        count: how many questions were asked.
-        chosen: some of them, with the true answer if it is known, and what each model says.
-    """
-
-    test_set: str
-    count: int
-    chosen: list[tuple[str, Optional[str], list[Said]]]
-
-
-def answers(sources: Sources, count: int) -> list[AnswersOfSet]:
-    """What the models say to the same ``count`` questions of each set."""
     target, retrained = (sources.references.get(role) for role in ("target", "retrained"))
-    asked = [("before: target", target), *((f"after: {m.name}", m) for m in sources.models)]
-    asked = [(label, m) for label, m in (*asked, ("retrained", retrained)) if m is not None]
-    sets = dict.fromkeys(name for model in sources.models for name in _telling_sets(model))
-    found = []
-    for test_set in sets:
-        records = {label: _generations(model, test_set) for label, model in asked}
-        questions = next(
-            (list(records[label]) for label, m in asked if m.number and records[label]), []
-        )
-        chosen = []
-        for question in spread(questions, count):
-            said = [Said(label, m.role, records[label].get(question)) for label, m in asked]
-            answers = (each.record["answer"] for each in said if each.record)
-            chosen.append((question, next(filter(None, answers), None), said))
-        found.append(AnswersOfSet(test_set, len(questions), chosen))
+    after = [(f"after: {model.name}", model) for model in sources.models]
+    models = [("before: target", target), *after, ("retrained", retrained)]
+    models = [(label, model) for label, model in models if model is not None]
+    found = {}
+    for test_set in dict.fromkeys(name for m in sources.models for name in telling_sets(m)):
+        records = {label: model.generations(test_set) for label, model in models}
+        asked = next((list(records[label]) for label, _ in after if records[label]), [])
+        chosen = {
+            question: {label: said[question] for label, said in records.items() if question in said}
+            for question in spread(asked, count)
+        }
+        found[test_set] = {"asked": len(asked), "models": models, "chosen": chosen}
     return found
 
 
-class Lineage(NamedTuple):
-    """How a model was made.
-
-    Attributes:
-        model: the model.
-        runs: that made it, oldest first: name, record, and which run of an earlier model it is, if any.
-        forgotten: names of all forget sets.
-    """
-
-    model: ReportedModel
-    runs: list[tuple[str, dict[str, Any], Optional[str]]]
-    forgotten: list[str]
-
-
-def lineages(sources: Sources) -> list[Lineage]:
-    """How each model was made."""
+def same_runs(models: Models) -> dict[tuple[str, int], str]:
+    """(name of a model, number of a run in its lineage) -> the same run of an earlier model."""
     known: list[tuple[dict[str, Any], str]] = []
-    found = []
-    for model in sources.everyone:
-        steps = []
-        for i, record in enumerate(model.lineage, 1):
-            name = f"{i}. {record.get('module', 'run')}"
-            earlier = next((owner for other, owner in known if other == record), None)
-            known.append((record, f"{name} of {model.name}"))
-            steps.append((name, record, earlier))
-        found.append(Lineage(model, steps, forgotten(model.record) if steps else []))
+    found = {}
+    for model in models:
+        for i, run in enumerate(model.lineage, 1):
+            if earlier := next((name for other, name in known if other == run), None):
+                found[model.name, i] = earlier
+            known.append((run, f"{i}. {run.get('module', 'run')} of {model.name}"))
     return found
 
 
-def _forgotten_and_kept(models: Sequence[ReportedModel]) -> tuple[list[str], list[str]]:
-    """Names of the test sets to be forgotten, and of those to be kept, a retain set first."""
-    sets = list(dict.fromkeys(name for model in models for name in model.sets))
-    forgotten = [name for name in sets if models[0].suite.forgets(name)]
-    kept = [name for name in sets if name not in forgotten]
-    return forgotten, sorted(kept, key=lambda name: not name.startswith("retain"))
-
-
-def _telling_sets(model: ReportedModel) -> list[str]:
-    forgotten, kept = _forgotten_and_kept([model])
-    return forgotten + kept[:1]
-
-
-def _measures_of_sets(
-    models: Sequence[ReportedModel], forgotten: bool, direction: str
-) -> list[str]:
-    """Measures of test sets that are, or are not, to be forgotten, and that are better when lower or higher."""
-    sets = [s for model in models for s in model.sets if models[0].suite.forgets(s) == forgotten]
-    names = (name for name in measure_names(models) if name.rpartition("/")[0] in sets)
-    return [name for name in names if models[0].about(name).direction == direction]
-
-
-def _ratio_figures(
-    name: str, model: ReportedModel, test_set: str, ratios: dict[str, dict[Any, float]]
-) -> list[Union[Figure, str]]:
-    """Distribution of the truth ratios of a set; if it is to be forgotten, also the shift of each example."""
+def _distribution(name: str, test_set: str, model: str, ratios: Mapping[str, Ratios]) -> Figure:
     found = {role: list(values.values()) for role, values in ratios.items() if values}
     told = "; ".join(
         f"{role}: {len(values)} examples, half of them at or below "
-        f"{sorted(values)[(len(values) - 1) // 2]:.3g}, all from {min(values):.3g} to {max(values):.3g}"
+        f"{statistics.median_low(values):.3g}, all from {min(values):.3g} to {max(values):.3g}"
         for role, values in found.items()
     )
-    title = f"Truth ratios on {test_set}, {model.name}"
-    drawn = svg(name, title, told, curves.distribution, found)
-    figures: list[Union[Figure, str]] = [
-        Figure(drawn, f"{test_set}: share of examples up to each ratio")
-    ]
-    if not model.suite.forgets(test_set):
-        return figures
+    drawn = svg(name, f"Truth ratios on {test_set}, {model}", told, curves.distribution, found)
+    return Figure(drawn, f"{test_set}: share of examples up to each ratio")
+
+
+def _shift(
+    name: str, test_set: str, model: str, ratios: Mapping[str, Ratios]
+) -> Union[Figure, str]:
+    """Truth ratio of each example before and after, or why there is no such figure."""
     before = ratios.get("target", {})
     pairs = {
-        role: [(before[key], after) for key, after in ratios.get(role, {}).items() if key in before]
+        role: points
         for role in ("this", "retrained")
+        if (
+            points := [
+                (before[k], after) for k, after in ratios.get(role, {}).items() if k in before
+            ]
+        )
     }
-    pairs = {role: points for role, points in pairs.items() if points}
     if "this" not in pairs:
-        lacks = "no shift, as the target's results hold none of these examples."
-        return [*figures, f"{test_set}: {lacks}"]
-    larger = sum(after > at_target for at_target, after in pairs["this"])
-    told = f"{larger} of {len(pairs['this'])} examples have a larger truth ratio than at the target model"
-    title = f"Shift of each example's truth ratio on {test_set}, {model.name}"
+        return f"{test_set}: no shift, as the target's results hold none of these examples."
+    larger = sum(after > ratio for ratio, after in pairs["this"])
+    share = f"{larger} of {len(pairs['this'])} examples"
+    told = f"{share} have a larger truth ratio than at the target model"
+    title = f"Shift of each example's truth ratio on {test_set}, {model}"
     drawn = svg(f"{name}-shift", title, told, curves.shift, pairs)
-    return [*figures, Figure(drawn, f"{test_set}: {told}; those above the line")]
-
-
-def _generations(model: ReportedModel, test_set: str) -> dict[str, dict[str, Any]]:
-    """Question -> record of those that the model answered."""
-    records = model.tables.get(test_set, [])
-    return {r["question"]: r for r in records if r.get("generation") is not None}
+    return Figure(drawn, f"{test_set}: {told}; those above the line")

@@ -1,9 +1,9 @@
-"""What a report shows, read from the folders of models and studies; what is missing is noted, never made up."""
+"""What a report shows, read from folders; what is missing is noted, never made up."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,27 +27,16 @@ TEST_FOLDER = "test"  # of a model folder, with its test results
 
 @dataclass
 class ReportedModel:
-    """A model's test results, and the record of what made the model.
-
-    Attributes:
-        name: in the report.
-        results: of the test.
-        role: ``target`` or ``retrained``; ``this`` for a model that is compared with them.
-        number: among the models compared, from 1; 0 for target and retrained.
-        info: content of ``metrics.info.json``; empty without one.
-        record: content of the model folder's ``wagle.json``; empty without one.
-        robustness: rows of ``robustness.json``; empty without one.
-        notes: what is missing or cannot be read, in words.
-    """
+    """A model's test results, and the record of what made the model."""
 
     name: str
     results: Results
-    role: str = "this"
-    number: int = 0
-    info: dict[str, Any] = field(default_factory=dict)
-    record: dict[str, Any] = field(default_factory=dict)
-    robustness: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    role: str = "this"  # target, retrained, or this: one that is compared with them
+    number: int = 0  # from 1 among the models that are compared
+    info: dict[str, Any] = field(default_factory=dict)  # metrics.info.json, if there is one
+    record: dict[str, Any] = field(default_factory=dict)  # wagle.json of the model, likewise
+    robustness: list[dict[str, Any]] = field(default_factory=list)  # robustness.json, likewise
+    notes: list[str] = field(default_factory=list)  # what is missing or cannot be read
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -73,6 +62,11 @@ class ReportedModel:
             self.notes.append(str(error))
             return {}
 
+    def generations(self, test_set: str) -> dict[str, dict[str, Any]]:
+        """Question -> record of those that the model answered."""
+        records = self.tables.get(test_set, [])
+        return {row["question"]: row for row in records if row.get("generation") is not None}
+
     @property
     def sets(self) -> list[str]:
         """Names of the test sets, in the order of the test."""
@@ -90,7 +84,7 @@ class ReportedModel:
 
     @cached_property
     def suite(self) -> Suite:
-        """The suite that measured; a general one where that is not known, or is a class of the user's."""
+        """The suite that measured; a general one where that is unknown or a user's class."""
         try:
             return find_suite(self.info.get("suite", "generic"))
         except WagleError:
@@ -109,7 +103,7 @@ class ReportedModel:
 
     @cached_property
     def mask(self) -> Optional[WeightMask]:
-        """The mask it was unlearned within, if its file is there and unchanged; if not, :attr:`notes` say why."""
+        """The mask it was unlearned within; if it is gone or has changed, :attr:`notes` say so."""
         made = self.last.get("mask")
         if not made:
             return None
@@ -134,58 +128,35 @@ class ReportedModel:
 
 @dataclass
 class StudyResults:
-    """What a study has written.
-
-    Attributes:
-        name: in the report.
-        folder: of the study.
-        rows: of ``study.parquet``, one for each test of each run.
-        summary: content of ``study.json``; empty without one.
-        notes: what is missing or cannot be read, in words.
-    """
+    """What a study has written."""
 
     name: str
     folder: Path
-    rows: list[dict[str, Any]]
-    summary: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    rows: list[dict[str, Any]]  # study.parquet: one for each test of each run
+    summary: dict[str, Any]  # study.json; empty without one
+    notes: list[str]  # what is missing or cannot be read
 
     @property
     def axes(self) -> tuple[str, str]:
         """Names of the forget measure and of the utility measure."""
-        return (
-            self.summary.get("forget", "forget measure"),
-            self.summary.get("utility", "utility"),
-        )
+        found = self.summary
+        return found.get("forget", "forget measure"), found.get("utility", "utility")
 
     @property
     def references(self) -> dict[str, tuple[float, float]]:
-        """``target`` and ``retrained`` -> forget measure and utility, as far as the study has both."""
-        found = {name: self.summary.get(name) or {} for name in ("target", "retrained")}
-        return {
-            name: tuple(values[axis] for axis in self.axes)
-            for name, values in found.items()
-            if all(axis in values for axis in self.axes)
-        }
+        """See :func:`reference_points`."""
+        return reference_points(self.summary, self.axes)
 
 
 @dataclass
 class Sources:
-    """All that a report shows.
+    """All that a report shows."""
 
-    Attributes:
-        models: in the order given, target and retrained left out.
-        studies: in the order given.
-        references: ``target`` and ``retrained`` -> what the models are compared with, as far as known.
-        left_out: (folder, why) of what was given and is not shown.
-        notes: about target and retrained, in words.
-    """
-
-    models: list[ReportedModel] = field(default_factory=list)
+    models: list[ReportedModel] = field(default_factory=list)  # without target and retrained
     studies: list[StudyResults] = field(default_factory=list)
-    references: dict[str, ReportedModel] = field(default_factory=dict)
-    left_out: list[tuple[str, str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    references: dict[str, ReportedModel] = field(default_factory=dict)  # target, retrained
+    left_out: list[tuple[str, str]] = field(default_factory=list)  # folder, and why
+    notes: list[str] = field(default_factory=list)  # about target and retrained
 
     @property
     def everyone(self) -> list[ReportedModel]:
@@ -193,13 +164,30 @@ class Sources:
         return [*self.references.values(), *self.models]
 
     def sign(self, model: ReportedModel, measure: str) -> str:
-        """Whether a model is better than the target, see :func:`wagle_pl.evaluation.comparison.arrow`."""
+        """Whether a model is better than the target, as an arrow."""
         value = model.metrics.get(measure)
         if value is None or model.role != "this":
             return ""
         found = {role: other.metrics.get(measure) for role, other in self.references.items()}
         direction = model.about(measure).direction
         return arrow(direction, value, found.get("target"), found.get("retrained"))
+
+
+def reference_points(
+    summary: Mapping[str, Any], axes: tuple[str, str]
+) -> dict[str, tuple[float, float]]:
+    """``target`` and ``retrained`` -> forget measure and utility, where a study has both.
+
+    Args:
+        summary: content of ``study.json``.
+        axes: names of the two measures.
+    """
+    found = {role: summary.get(role) or {} for role in ("target", "retrained")}
+    return {
+        role: (metrics[axes[0]], metrics[axes[1]])
+        for role, metrics in found.items()
+        if axes[0] in metrics and axes[1] in metrics
+    }
 
 
 def gather(
@@ -209,10 +197,10 @@ def gather(
 
     Args:
         folders: of models with test results in them, of test results, or of studies.
-        target: results of the target model; when None, what the tests compared with, or those of the model that the
-            others were made from.
-        retrained: results of the retrained model; when None, what the tests compared with, or the one of the folders
-            whose model was fine-tuned on retain rows only.
+        target: results of the target model; when None, what the tests compared with, or those of
+            the model that the others were made from.
+        retrained: results of the retrained model; when None, what the tests compared with, or the
+            one of the folders whose model was fine-tuned on retain rows only.
 
     Raises:
         WagleError: if a folder does not exist, or nothing is left to report.
@@ -240,8 +228,12 @@ def gather(
 
 
 def read_model(folder: Path, option: str = "run") -> ReportedModel:
-    """One model: its folder with test results in it, a folder of test results or its ``metrics.json``, or a TOFU
-    result file.
+    """One model.
+
+    Args:
+        folder: of the model with test results in it, or of test results, or their ``metrics.json``,
+            or a TOFU result file.
+        option: that named it, for messages.
 
     Raises:
         WagleError: if it has no results.
@@ -273,12 +265,12 @@ def read_study(folder: Path) -> StudyResults:
     """
     if not (folder / TABLE_FILE).is_file():
         raise WagleError(f"it has no {TABLE_FILE} yet")
-    study = StudyResults(folder.resolve().name, folder, load_table(folder / TABLE_FILE))
-    if not study.rows:
+    rows, notes = load_table(folder / TABLE_FILE), []
+    if not rows:
         raise WagleError(f"its {TABLE_FILE} has no rows yet")
     lost = "its comparison at equal forgetting"
-    study.summary = _read_optional(folder / SUMMARY_FILE, {}, study.notes, lost)
-    return study
+    summary = _read_optional(folder / SUMMARY_FILE, {}, notes, lost)
+    return StudyResults(folder.resolve().name, folder, rows, summary, notes)
 
 
 def _read_folder(folder: Path, sources: Sources) -> None:
@@ -286,37 +278,30 @@ def _read_folder(folder: Path, sources: Sources) -> None:
         raise WagleError(f"run folder {folder} does not exist")
     if not folder.is_dir():
         raise WagleError(
-            f"{folder} is no folder: give a model folder with test results in it, a results folder or a "
-            "study folder"
+            f"{folder} is no folder: give a model folder with test results in it, a results folder "
+            "or a study folder"
         )
     try:
         if (folder / TABLE_FILE).is_file() or (folder / SUMMARY_FILE).is_file():
             sources.studies.append(read_study(folder))
-            return
-        model = read_model(folder)
-        if not model.metrics:
-            raise WagleError(f"it has no {METRICS_FILE} with numbers")
-        sources.models.append(model)
+        elif (_tests_of(folder) / METRICS_FILE).is_file():
+            sources.models.append(read_model(folder))
+        else:
+            raise WagleError(f"it has no {METRICS_FILE}", hint="run wagle test on that model first")
     except WagleError as error:
-        why = str(error).removeprefix(f"run: folder {folder} has ")
-        sources.left_out.append((str(folder), why))
+        sources.left_out.append((str(folder), str(error)))
 
 
 def _read_optional(file: Path, empty: Any, notes: list[str], lost: str = "") -> Any:
-    """Content of a JSON file, or ``empty``; a file of another kind, or what is lost without one, is noted."""
+    """Content of a JSON file; ``empty`` without one, or if it is damaged, which is noted."""
+    if not file.is_file():
+        notes += [f"it has no {file.name}: {lost} are left out"] if lost else []
+        return empty
     try:
-        content = read_json(file) if file.is_file() else None
+        return read_json(file)
     except WagleError as error:
         notes.append(str(error))
         return empty
-    if isinstance(content, type(empty)):
-        return content
-    if content is not None:
-        kind = "object" if empty == {} else "list"
-        notes.append(f"{file} is no JSON {kind}: it is left out")
-    elif lost:
-        notes.append(f"it has no {file.name}: {lost} are left out")
-    return empty
 
 
 def _find_reference(sources: Sources, role: str, given: Optional[str]) -> None:
@@ -326,8 +311,8 @@ def _find_reference(sources: Sources, role: str, given: Optional[str]) -> None:
     places = [given] if given is not None else _candidates(sources.models, role)
     if len({_tests_of(Path(place).resolve()) for place in places}) > 1:
         sources.notes.append(
-            f"the runs have different {role} models ({', '.join(places)}): none is shown; choose with "
-            f"--{role}"
+            f"the runs have different {role} models ({', '.join(places)}): none is shown; "
+            f"choose with --{role}"
         )
         return
     if not places:
@@ -341,8 +326,8 @@ def _find_reference(sources: Sources, role: str, given: Optional[str]) -> None:
         sources.notes.append(f"the {role} model has no results: {error}")
         return
     place = _tests_of(found.results.path.resolve())
-    others = [m for m in sources.models if _tests_of(m.results.path.resolve()) != place]
-    sources.models = others
+    models = sources.models
+    sources.models = [m for m in models if _tests_of(m.results.path.resolve()) != place]
     found.name = found.role = role
     sources.references[role] = found
     if not found.metrics:
@@ -352,7 +337,7 @@ def _find_reference(sources: Sources, role: str, given: Optional[str]) -> None:
 
 
 def _candidates(models: Sequence[ReportedModel], role: str) -> list[str]:
-    """Where results of the target or retrained model may be, from the first source that knows of one."""
+    """Where results of the target or retrained model may be."""
     compared = [model.info.get("compared", {}).get(role) for model in models]
     if role == "target":
         others = [model.last.get("base") for model in models if model.last.get("objective")]
@@ -365,7 +350,7 @@ def _candidates(models: Sequence[ReportedModel], role: str) -> list[str]:
 
 
 def _tests_of(folder: Path) -> Path:
-    """Where the test results of a model folder are; a folder of results, or their ``metrics.json``, is its own."""
+    """The folder of test results within a model folder; any other folder is itself."""
     folder = folder_of(folder)
     return folder / TEST_FOLDER if (folder / TEST_FOLDER).is_dir() else folder
 
@@ -377,7 +362,8 @@ def _is_retrained(model: ReportedModel) -> bool:
 def _check_target(sources: Sources) -> None:
     """Note which models were made from other weights than the target's.
 
-    A model that was unlearned in several requests may be compared with the model before any of them.
+    A model that was unlearned in several requests may be compared with the model before any of
+    them.
     """
     target = sources.references.get("target")
     if target is None or target.fingerprint is None:

@@ -1,4 +1,4 @@
-"""What the section about a study shows: its comparison at equal forgetting, and the curves of its runs."""
+"""What the section about a study shows: comparison at equal forgetting, curves, masks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from wagle_pl.core.text import short_number
 from wagle_pl.masks import WeightMask
 from wagle_pl.study.report import curves
 from wagle_pl.study.report.sections import heatmaps
-from wagle_pl.study.report.sources import StudyResults
+from wagle_pl.study.report.sources import StudyResults, reference_points
 from wagle_pl.study.report.svg import svg
-from wagle_pl.study.text import about, by_objective, marked_name, progress, ranked, rates_of
+from wagle_pl.study.text import about, by_objective, marked_name, progress, rates_of
 
 #: Columns of the table of all runs.
 _SHOWN = (
@@ -71,7 +71,7 @@ def settings(study: StudyResults) -> dict[str, str]:
 
 
 def compared(arm: Mapping[str, Any]) -> dict[str, Any]:
-    """An arm of ``study.json`` by the columns of its table, named as in ``study.md``; None where there is nothing."""
+    """An arm of ``study.json`` by columns of ``study.md``; None where there is nothing."""
     area, equal_steps = arm.get("area") or {}, arm.get("equal_steps") or {}
     return {
         "utility": arm if arm.get("mean") is not None else None,
@@ -97,33 +97,29 @@ def overview(summary: Mapping[str, Any]) -> Optional[Any]:
     """The mean curve of each arm as a ``matplotlib.figure.Figure``; None if no arm has one yet.
 
     Args:
-        summary: content of ``study.json``. The arms with the best utility at equal forgetting have the plainest lines.
+        summary: content of ``study.json``. The arms with the best utility at equal forgetting have
+            the plainest lines.
     """
-    found = [arm for arm in summary.get("headline") or [] if arm.get("curve")]
-    arms: dict[str, dict[str, Any]] = {arm["objective"]: {} for arm in found}
-    for arm in ranked(found, summary.get("utility_sign", 1)):
-        arms[arm["objective"]][arm["mask"]] = arm["curve"]
+    arms: dict[str, dict[str, Any]] = {}
+    for objective, ranking in by_objective(summary).items() if summary.get("headline") else ():
+        curved = {arm["mask"]: arm["curve"] for arm in ranking if arm.get("curve")}
+        arms |= {objective: curved} if curved else {}
     if not arms:
         return None
     axes = (summary["forget"], summary["utility"])
-    points = {
-        role: tuple((summary.get(role) or {}).get(name) for name in axes)
-        for role in ("target", "retrained")
-    }
-    references = {role: point for role, point in points.items() if None not in point}
+    references = reference_points(summary, axes)
     return curves.study_overview(arms, DENSE, references, summary.get("forget_level"), axes)
 
 
 def overview_svg(study: StudyResults, name: str) -> Optional[Markup]:
     """:func:`overview` as an element of the page."""
     arms = [arm for arm in study.summary.get("headline") or [] if arm.get("curve")]
-    if not arms:
-        return None
+    ends = ((arm, _pair(arm["curve"][0]), _pair(arm["curve"][-1])) for arm in arms)
     told = ". ".join(
-        f"{arm['objective']}, {arm['mask']}: from {_pair(arm['curve'][0])} to {_pair(arm['curve'][-1])}"
-        for arm in arms
+        f"{arm['objective']}, {arm['mask']}: from {start} to {end}" for arm, start, end in ends
     )
-    return svg(f"{name}-overview", "Mean curve of each arm", told, overview, study.summary)
+    what = "Mean curve of each arm"
+    return svg(f"{name}-overview", what, told, overview, study.summary) if arms else None
 
 
 def runs_of(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -137,20 +133,20 @@ def runs_of(rows: Iterable[Row]) -> dict[str, list[Row]]:
 def arm_panels(
     study: StudyResults, runs: Mapping[str, Sequence[Row]], name: str
 ) -> dict[str, dict[str, Markup]]:
-    """Objective -> mask -> figure of its runs, on the same axes for one objective; without arms that have no test with
-    both measures yet."""
+    """Objective -> mask -> figure of its runs; all of one objective have the same axes."""
     rates = sorted({row["lr"] for row in study.rows if row.get("lr") is not None})
     arms: dict[str, dict[str, list[curves.Line]]] = {}
     for run in runs.values():
         by_mask = arms.setdefault(str(run[0].get("objective")), {})
         if line := _line(run, rates):
             by_mask.setdefault(str(run[0].get("mask")), []).append(line)
-    retrained = study.references.get("retrained", (None,))[0]
+    references = study.references
+    retrained = references.get("retrained", (None,))[0]
     level = study.summary.get("forget_level", retrained)
     found: dict[str, dict[str, Markup]] = {}
     for i, (objective, by_mask) in enumerate(arms.items()):
         points = [point for lines in by_mask.values() for line in lines for point in line.points]
-        bounds = curves.bounds_of([*points, *study.references.values()])
+        bounds = curves.bounds_of([*points, *references.values()])
         found[objective] = {}
         for j, (mask, lines) in enumerate(by_mask.items()):
             lines = sorted(lines, key=attrgetter("group"))
@@ -159,7 +155,7 @@ def arm_panels(
                 f"{line.label}: {', '.join(map(_pair, line.points))}" for line in lines
             )
             others = _background(by_mask, mask)
-            drawing = (lines, others, study.references, level, bounds, study.axes)
+            drawing = (lines, others, references, level, bounds, study.axes)
             figure = svg(f"{name}-{i}-{j}", title, told, curves.study_panel, *drawing)
             found[objective][mask] = figure
     return found

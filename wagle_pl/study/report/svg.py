@@ -1,4 +1,4 @@
-"""Matplotlib figures as elements of a page: in its colours, light or dark, with a text alternative."""
+"""Matplotlib figures as elements of a page: in its colours, and with a text alternative."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-#: Colours that figures are drawn in. In a page each becomes the variable of that name in ``style.css``, which has a
-#: light and a dark value; so that nothing else is replaced, no other colour of a figure may be among them.
+#: Colours that figures are drawn in. In a page each is replaced by the variable of that name in
+#: ``style.css``, which has a light and a dark value; nothing else may be drawn in these colours.
 PALETTE = {
     "ink": "#1b2430",
     "muted": "#5d6b7c",
@@ -56,7 +56,8 @@ def svg(
         name: prefix of the ids inside, another for each figure of a page.
         title: what the figure is.
         description: what it shows, in words and numbers.
-        draw: makes the ``matplotlib.figure.Figure`` out of ``arguments``; called with the settings of a page.
+        draw: makes the ``matplotlib.figure.Figure`` out of ``arguments``; called with the settings
+            of a page.
     """
     from matplotlib import rc_context
 
@@ -84,7 +85,7 @@ def svg(
 
 
 def _simplify(node: ElementTree.Element, ids: dict[str, str]) -> None:
-    """Remove from an element what a page has no use for; use the page's colours, and ``ids`` where they are needed."""
+    """Remove what a page has no use for; use the page's colours, and ``ids`` where needed."""
     for child in list(node):
         if child.tag in (f"{_NAMESPACE}style", f"{_NAMESPACE}clipPath"):
             node.remove(child)  # nothing is drawn outside of the axes
