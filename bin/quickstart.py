@@ -19,7 +19,7 @@ from wagle_pl.cli import app as cli
 from wagle_pl.core.environment import silence
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.people import bundled
-from wagle_pl.lm.models import create_tiny_llama
+from wagle_pl.lm.tiny import create_tiny_llama
 
 RUNS = Path("runs/people")
 CONFIGS = "configs/people"

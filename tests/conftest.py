@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from wagle_pl.cli import app as cli
 from wagle_pl.data.people import bundled
-from wagle_pl.lm.models import create_tiny_llama
+from wagle_pl.lm.tiny import create_tiny_llama
 
 real_run = cli.run
 

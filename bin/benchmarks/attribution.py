@@ -33,6 +33,7 @@ from wagle_pl.attribution import AttributionModule, MaskSpec
 from wagle_pl.attribution.selection import select
 from wagle_pl.lm import models
 from wagle_pl.lm.likelihood import forward_answers, sequence_logprobs
+from wagle_pl.lm.weights import fingerprint
 from wagle_pl.masks import WeightMask
 
 DENSITY = 0.2
@@ -139,12 +140,12 @@ def measure_gradient_pass(settings: Settings) -> list[Result]:
     that lets the model compute its loss over all positions is reported beside it.
     """
     lm = models.load_model(settings.model)
-    fingerprint = models.fingerprint(lm.named_parameters())
+    name = fingerprint(lm.named_parameters())
     batches: list[Any] = []
 
     def trainer() -> float:
         module = attribution(settings, "pass")
-        module.lm, module.model_fingerprint = lm, fingerprint
+        module.lm, module.model_fingerprint = lm, name
         times = BatchTimes(keep=True)
         fit(module, settings, [times], max_epochs=1)
         batches[:] = times.batches

@@ -35,6 +35,8 @@ from wagle_pl.data.people import bundled
 from wagle_pl.data.rows import load_rows
 from wagle_pl.data.template import Template
 from wagle_pl.lm import models
+from wagle_pl.lm.tiny import create_tiny_llama
+from wagle_pl.lm.weights import parameter_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 PRECISION = "bf16-mixed"
@@ -269,9 +271,7 @@ def shapes_of(model: str) -> dict[str, tuple[int, ...]]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        return models.parameter_shapes(
-            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-        )
+        return parameter_shapes(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)))
 
 
 # -- the program ------------------------------------------------------------------------------------------------------
@@ -357,7 +357,7 @@ def _prepare(options: argparse.Namespace, scratch: str) -> Settings:
     settings = Settings(options.model, scratch, source, options.repeats)
     if options.quick:
         texts = [row[column] for row in forget for column in ("question", "answer")]
-        settings.model = str(models.create_tiny_llama(f"{scratch}/model", texts, 400, 32, layers=2))
+        settings.model = str(create_tiny_llama(f"{scratch}/model", texts, 400, 32, layers=2))
         settings.rows, settings.batch_size, settings.padded, settings.baseline_rows = 8, 4, 192, 4
     elif not Path(options.model).is_dir():
         raise WagleError(

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from wagle_pl.attribution.selection import select
 from wagle_pl.lm import models
 from wagle_pl.lm.likelihood import forward_answers, sequence_logprobs
+from wagle_pl.lm.weights import fingerprint, parameter_shapes
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import random_bits
 from wagle_pl.masks.selected import SelectedWeights
@@ -122,7 +123,7 @@ def alternate_warm(settings: Settings, sides: Mapping[str, Any]) -> dict[str, li
 def write_mask(settings: Settings, density: float, by: str = "random") -> str:
     """A mask file for the model: weights at random, or the largest ones (uneven over tensors, as real masks are)."""
     lm = models.load_model(settings.model)
-    shapes = models.parameter_shapes(lm)
+    shapes = parameter_shapes(lm)
     sizes = {name: prod(shape) for name, shape in shapes.items()}
     if by == "random":
         packed = random_bits(sizes, int(density * sum(sizes.values())), seed=0)
@@ -132,7 +133,7 @@ def write_mask(settings: Settings, density: float, by: str = "random") -> str:
         )
     made_by = {
         "model": settings.model,
-        "model_fingerprint": models.fingerprint(lm.named_parameters()),
+        "model_fingerprint": fingerprint(lm.named_parameters()),
     }
     mask = WeightMask(packed, shapes, {**made_by, "score": by})
     return str(mask.save(Path(settings.scratch) / f"{by}-{density:g}.safetensors"))

@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
 from wagle_pl.lm import models
+from wagle_pl.lm.saving import read_record, save_model
+from wagle_pl.lm.weights import fingerprint, parameter_shapes
 from wagle_pl.masks import WeightMask
 from wagle_pl.unlearning import UnlearnModule
 from wagle_pl.unlearning.card import forgotten
@@ -54,16 +56,14 @@ def random_mask(folder: str, density: float, path: str, seed: int = 0) -> Weight
         name: torch.rand(p.shape, generator=generator) < density
         for name, p in lm.named_parameters()
     }
-    mask = WeightMask.from_bools(
-        bools, {"model_fingerprint": models.fingerprint(lm.named_parameters())}
-    )
+    mask = WeightMask.from_bools(bools, {"model_fingerprint": fingerprint(lm.named_parameters())})
     mask.save(path)
     return mask
 
 
 def in_bfloat16(folder: str, target: Path) -> str:
     lm = models.load_model(folder, torch.bfloat16)
-    return str(models.save_model(lm, models.load_tokenizer(folder), target, "", {}))
+    return str(save_model(lm, models.load_tokenizer(folder), target, "", {}))
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_from_python_with_paths_and_plain_data(tiny_model: str, tmp_path: Path) 
         default_root_dir=tmp_path,
     )
     trainer.fit(module, Plain())
-    record = models.read_record(str(tmp_path / "out"))["lineage"][-1]
+    record = read_record(str(tmp_path / "out"))["lineage"][-1]
     assert (record["base"], record["steps"], record["data"]) == (tiny_model, 2, {})
 
 
@@ -340,7 +340,7 @@ def test_a_chain_of_requests_keeps_its_lineage(
         "--data.test",
         f"{{now: {second}, before: {rows['forget_test']}}}",
     )
-    record = models.read_record("second")
+    record = read_record("second")
     one, two = record["lineage"][-2:]
     assert forgotten(record) == [rows["forget"], second]
     assert (one["mask"]["file"], two["mask"]["file"]) == ("mask1.safetensors", "mask2.safetensors")
@@ -383,14 +383,14 @@ def test_restriction_by_module_and_layer(
         assert not (differ & ~cli.model.mask[name]).any()
         if with_mask:
             assert not (differ & ~mask[name]).any()
-    assert models.read_record("out")["lineage"][-1]["mask"]["density"] == cli.model.mask.density
+    assert read_record("out")["lineage"][-1]["mask"]["density"] == cli.model.mask.density
 
 
 def test_nothing_to_move_is_refused(fails: Any, tiny_model: str) -> None:
     options = (*UNLEARN, "--model.model", tiny_model, "--model.output", "out")
     bools = {
         n: torch.zeros(s, dtype=torch.bool)
-        for n, s in models.parameter_shapes(models.load_model(tiny_model)).items()
+        for n, s in parameter_shapes(models.load_model(tiny_model)).items()
     }
     WeightMask.from_bools(bools).save("empty.safetensors")
     assert "selects nothing" in fails(*options, "--model.mask", "empty.safetensors")

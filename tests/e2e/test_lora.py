@@ -14,6 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.lm import models
+from wagle_pl.lm.saving import read_record
+from wagle_pl.lm.weights import parameter_shapes
 from wagle_pl.masks import WeightMask
 from wagle_pl.unlearning import LoRA, UnlearnModule
 from wagle_pl.unlearning.export import export
@@ -60,7 +62,7 @@ def test_merged_model_is_base_plus_adapter(wagle: Any, tiny_model: str, objectiv
     )  # never embeddings, norms or the output layer
     for name in changed:
         assert torch.linalg.matrix_rank(merged[name] - base[name], rtol=1e-3) <= 2
-    record = models.read_record("out")["lineage"][-1]
+    record = read_record("out")["lineage"][-1]
     assert (
         record["adapter"]["class"] == "LoRA"
         and record["adapter"]["r"] == 2
@@ -198,10 +200,10 @@ def test_resume_equals_the_uninterrupted_run(wagle: Any, tiny_model: str) -> Non
 def test_a_mask_file_is_not_needed_to_know(tiny_model: str) -> None:
     """Adapters put new parameters into the model: a mask of the plain model is for the plain model."""
     lm = models.load_model(tiny_model)
-    mask = WeightMask.from_modules(models.parameter_shapes(lm), ["mlp"])
+    mask = WeightMask.from_modules(parameter_shapes(lm), ["mlp"])
     LoRA().add(lm, tiny_model)
     with pytest.raises(WagleError, match="another model"):
-        mask.check(models.parameter_shapes(lm))
+        mask.check(parameter_shapes(lm))
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "[attn.c_proj]"])

@@ -29,7 +29,9 @@ from wagle_pl.evaluation.attacks import (
 )
 from wagle_pl.evaluation.attacks.subject import texts_of
 from wagle_pl.evaluation.attacks.weights import finetune_, quantise_
-from wagle_pl.lm.models import fingerprint, load_model, load_tokenizer, save_model
+from wagle_pl.lm.models import load_model, load_tokenizer
+from wagle_pl.lm.saving import save_model
+from wagle_pl.lm.weights import fingerprint
 
 generator = torch.Generator().manual_seed(0)
 

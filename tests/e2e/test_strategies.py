@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
-from wagle_pl.lm.models import create_tiny_llama
+from wagle_pl.lm.tiny import create_tiny_llama
 from wagle_pl.masks import WeightMask
 from wagle_pl.strategies import ZeRO
 

@@ -26,6 +26,7 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.core.seeds import stable_seed
 from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.lm import models
+from wagle_pl.lm.weights import parameter_shapes
 
 Attribute = Callable[..., AttributionModule]
 
@@ -591,7 +592,7 @@ def test_scores_are_kept_for_another_density(attribute: Attribute):
     attribute(gamma=1.0, density=0.37, output="other")
     mask = mask_from_scores("mask.scores", 0.37)
     assert mask == WeightMask.load("other")
-    mask.check(models.parameter_shapes(module.lm), module.model_fingerprint)
+    mask.check(parameter_shapes(module.lm), module.model_fingerprint)
     stored = dict(StoredScores("mask.scores").stream())
     assert all(
         torch.equal(stored[n], s)

@@ -19,8 +19,9 @@ from wagle_pl.cli import app as cli
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.tensorfiles import TensorFiles
 from wagle_pl.lm import models
+from wagle_pl.lm.saving import read_record
 from wagle_pl.unlearning import patch as patches
-from wagle_pl.unlearning.patch import Patch, apply_patch, fingerprint, make_patch, revert_patch
+from wagle_pl.unlearning.patch import Patch, apply_patch, digest_of, make_patch, revert_patch
 
 Tensors = dict[str, torch.Tensor]
 
@@ -132,8 +133,8 @@ def test_apply_and_revert_bit_for_bit(
     assert same_bits(weights(folder / "applied"), new)
     assert same_bits(weights(folder / "back"), old) and same_bits(weights(folder / "back too"), old)
     assert (
-        fingerprint(TensorFiles(folder / "applied"))
-        == fingerprint(TensorFiles(unlearned))
+        digest_of(TensorFiles(folder / "applied"))
+        == digest_of(TensorFiles(unlearned))
         == patch.unlearned
     )
     layout = {path.name: path.stat().st_size for path in base.iterdir() if path.suffix != ".bin"}
@@ -191,7 +192,7 @@ def test_disjoint_patches_in_either_order(tmp_path: Path) -> None:
         for n in old
     }
     assert same_bits(weights(results[0]), expected) and same_bits(weights(results[1]), expected)
-    assert models.read_record(str(results[0])) == models.read_record(str(results[1]))
+    assert read_record(str(results[0])) == read_record(str(results[1]))
     revert_patch(
         results[0], tmp_path / "a.patch", tmp_path / "only b"
     )  # the first one, from under the second
@@ -238,9 +239,9 @@ def test_anything_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     write(tmp_path / "names", {**old, "more": old["embed"].clone()})
     (tmp_path / "bare").mkdir()
     commands = {
-        ("apply", tmp_path / "other", file): "applies to the model with fingerprint",
-        ("apply", unlearned, file): "applies to the model with fingerprint",
-        ("revert", base, file): "reverts the model with fingerprint",
+        ("apply", tmp_path / "other", file): "applies to the model with digest",
+        ("apply", unlearned, file): "applies to the model with digest",
+        ("revert", base, file): "reverts the model with digest",
         ("apply", base, tmp_path / "text.patch"): "is not a whole safetensors file",
         ("apply", base, tmp_path / "cut.patch"): "is not a whole safetensors file",
         ("apply", base, tmp_path / "plain.safetensors"): "is not a wagle_pl patch",
@@ -382,8 +383,8 @@ def test_commands_and_records(
     )
     assert same_bits(dict(ours), dict(theirs))
     assert models.load_tokenizer(str(tmp_path / "applied")).eos_token
-    record = models.read_record(str(tmp_path / "applied"))
-    assert record["lineage"] == [run] and record["patched"]["fingerprint"] == fingerprint(
+    record = read_record(str(tmp_path / "applied"))
+    assert record["lineage"] == [run] and record["patched"]["fingerprint"] == digest_of(
         TensorFiles(unlearned)
     )
     assert "f.jsonl" in (tmp_path / "applied" / "README.md").read_text()
@@ -437,4 +438,4 @@ def test_a_patch_without_the_records_of_its_base(
     monkeypatch.setattr(patches, "Patch", lambda path: opened)
     apply_patch(base, tmp_path / "p.patch", tmp_path / "applied")
     revert_patch(tmp_path / "applied", tmp_path / "p.patch", tmp_path / "back")
-    assert models.read_record(str(tmp_path / "back")) == {"format_version": 1, "kind": "mine"}
+    assert read_record(str(tmp_path / "back")) == {"format_version": 1, "kind": "mine"}

@@ -16,6 +16,7 @@ from wagle_pl.data.example import Example
 from wagle_pl.data.template import Template
 from wagle_pl.lm import models
 from wagle_pl.lm.likelihood import forward_answers
+from wagle_pl.lm.saving import read_record
 from wagle_pl.objectives import forget as o
 from wagle_pl.objectives.forget import Streams
 from wagle_pl.objectives.references import predictions_of
@@ -142,7 +143,7 @@ def test_on_the_command_line(wagle: Any, fails: Any, tiny_model: str, positions:
     assert "reference_logits top_k keeps predictions of answer tokens only" in line
     done = wagle(*options, "--model.objective.retain_weight", "100")
     assert done.trainer.callback_metrics["train/retain_loss"] > 0
-    assert models.read_record("out")["lineage"][-1]["objective"]["retain"]["positions"] == positions
+    assert read_record("out")["lineage"][-1]["objective"]["retain"]["positions"] == positions
 
 
 def test_another_name_is_refused() -> None:

@@ -22,6 +22,8 @@ from wagle_pl import (
 )
 from wagle_pl.core.errors import WagleError
 from wagle_pl.lm import models
+from wagle_pl.lm.saving import read_record
+from wagle_pl.lm.weights import parameter_shapes
 from wagle_pl.objectives import forget as o
 from wagle_pl.unlearning import MaskedAdamW
 
@@ -88,12 +90,12 @@ def test_a_look_before_the_run_changes_nothing(
             getattr(trainer(tmp_path), first)(unlearn, data(), verbose=False)
         trainer(tmp_path).fit(unlearn, data())
     assert same_bits("plain", "looked") and not same_bits("plain", tiny_model)
-    steps = [models.read_record(output)["lineage"][-1]["steps"] for output in ("plain", "looked")]
+    steps = [read_record(output)["lineage"][-1]["steps"] for output in ("plain", "looked")]
     assert steps[0] == steps[1]
 
 
 def mask_of(model: str) -> str:
-    shapes = models.parameter_shapes(models.load_model(model))
+    shapes = parameter_shapes(models.load_model(model))
     return str(WeightMask.from_modules(shapes, ["mlp"]).save("mask"))
 
 

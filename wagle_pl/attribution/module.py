@@ -32,10 +32,10 @@ from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.core import distributed, outputs
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing
-from wagle_pl.lm import models
 from wagle_pl.lm.layers import linear_weights, recompute_blocks
 from wagle_pl.lm.module import LanguageModule
 from wagle_pl.lm.resume import begin, keep_position, recount
+from wagle_pl.lm.weights import gathered, parameter_shapes
 from wagle_pl.masks import SUFFIX, WeightMask, mask_path
 from wagle_pl.objectives.forget import NPO, PO, GradDiff
 from wagle_pl.planning import Run, Size, disk_bytes
@@ -221,7 +221,7 @@ class AttributionModule(LanguageModule):
 
     def planned_files(self) -> list[outputs.Planned]:
         """What the run is going to write, at least."""
-        weights = sum(map(prod, models.parameter_shapes(self.lm).values()))
+        weights = sum(map(prod, parameter_shapes(self.lm).values()))
         run = Run.about_to(
             "attribution",
             str(self.trainer.precision),
@@ -264,7 +264,7 @@ class AttributionModule(LanguageModule):
         super().configure_model()
         if self.gradient_checkpointing:
             recompute_blocks(self.lm)
-        shapes = models.parameter_shapes(self.lm)
+        shapes = parameter_shapes(self.lm)
         if "activation" in self.needs:
             self._say_what_is_unseen(shapes)
         for spec in self.specs:
@@ -318,7 +318,7 @@ class AttributionModule(LanguageModule):
         one that is wrong."""
         if not self.trainer.fast_dev_run:
             distributed.on_rank_zero(lambda: outputs.check_space(self.planned_files()))
-        shapes = models.parameter_shapes(self.lm)
+        shapes = parameter_shapes(self.lm)
         inputs, scalar = self._input_shapes(shapes), self.hessian in ("scalar", "auto")
         for spec in self.specs:
             part = {name: shapes[name] for name in spec.taking_part(shapes)}
@@ -455,7 +455,7 @@ class AttributionModule(LanguageModule):
         ranks' masks are None.
         """
         specs = [self.specs[number] for number in numbers]
-        score, shapes = specs[0].score, models.parameter_shapes(self.lm)
+        score, shapes = specs[0].score, parameter_shapes(self.lm)
         names = specs[0].taking_part(shapes)
         share = score.share({name: shapes[name] for name in names})
         densities = [spec.density if share is None else share for spec in specs]
@@ -512,7 +512,7 @@ class AttributionModule(LanguageModule):
         def summed(key: str, scale: float) -> Tensor:
             return part(self.sums.buffers(key)[position]) * scale
 
-        with models.gathered(parameter) as weights:
+        with gathered(parameter) as weights:
             theta = (
                 (shard.of(weights) if score.by_row else weights).detach().to(device, torch.float32)
             )
@@ -573,7 +573,7 @@ class AttributionModule(LanguageModule):
         spec = next(spec for spec in self.specs if spec.score is score)
         options = {key: spec.options()[key] for key in ("score", "score_options")}
         made_by = {**self._made_by(curvature), **options, "absolute": not score.signed}
-        shapes = models.parameter_shapes(self.lm)
+        shapes = parameter_shapes(self.lm)
         shards = dict(zip(self.sums.names, self.sums.shards, strict=True))
         whole = ((name, shards[name].gather(rows)) for name, rows in self.scores(score, curvature))
         if not self.trainer.is_global_zero:

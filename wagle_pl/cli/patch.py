@@ -32,7 +32,7 @@ def apply(base: str, patch: str, output: Optional[str] = None, overwrite: bool =
     """
     _check_order("apply", base, patch)
     written = patches.apply_patch(base, patch, _needed(output), overwrite)
-    print(f"{output}: fingerprint {written}")
+    print(f"{output}: digest {written}")
 
 
 def revert(
@@ -48,7 +48,7 @@ def revert(
     """
     _check_order("revert", unlearned, patch)
     written = patches.revert_patch(unlearned, patch, _needed(output), overwrite)
-    print(f"{output}: fingerprint {written}")
+    print(f"{output}: digest {written}")
 
 
 def info(patch: str, tensors: bool = False) -> None:

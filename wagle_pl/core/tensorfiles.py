@@ -1,19 +1,20 @@
-"""Safetensors files as bytes: read and written a block at a time, so that no tensor need fit in memory.
+"""Safetensors files as bytes: no tensor need fit in memory.
 
-The format: the length of the header (``uint64``, little-endian), the header (JSON: name -> ``dtype``, ``shape``,
-``data_offsets``, and ``__metadata__``; spaces may follow), then the tensors' bytes without gaps.
+The format: the length of the header (``uint64``, little-endian), the header (JSON: name -> ``dtype``,
+``shape``, ``data_offsets``, and ``__metadata__``; spaces may follow), then the tensors' bytes without
+gaps.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -23,14 +24,18 @@ from wagle_pl.core.files import absent
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
-#: Bytes a number, of every dtype whose numbers are whole bytes.
-WIDTHS = {
-    **dict.fromkeys(
-        ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1
-    ),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
-    **dict.fromkeys(("I32", "U32", "F32"), 4),
-    **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
+#: torch's dtypes as the format names them.
+DTYPES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
 }
 
 _LENGTH = struct.Struct("<Q")
@@ -40,7 +45,7 @@ class TensorFile:
     """One safetensors file.
 
     Attributes:
-        names: of its tensors, in the order of their bytes.
+        names: of its tensors.
         metadata: text by key.
 
     Args:
@@ -61,16 +66,11 @@ class TensorFile:
             raise WagleError(f"{what} {path} is not a whole safetensors file: {error}") from None
         self.path = path
         with open(path, "rb") as stream:
-            self._head = stream.read(_LENGTH.size)
-            self._head += stream.read(*_LENGTH.unpack(self._head))
-        entries: dict[str, Any] = json.loads(self._head[_LENGTH.size :])
-        self.metadata: dict[str, str] = entries.pop("__metadata__", {})
-        self.names = sorted(entries, key=lambda name: entries[name]["data_offsets"])
-        self._entries = entries
-
-    def head(self) -> bytes:
-        """Everything before the first tensor's bytes."""
-        return self._head
+            (length,) = _LENGTH.unpack(stream.read(_LENGTH.size))
+            self._entries: dict[str, Any] = json.loads(stream.read(length))
+        self._start = _LENGTH.size + length
+        self.metadata: dict[str, str] = self._entries.pop("__metadata__", {})
+        self.names = list(self._entries)
 
     def dtype(self, name: str) -> str:
         """A tensor's dtype, as the format names it."""
@@ -80,29 +80,24 @@ class TensorFile:
         """A tensor's shape."""
         return tuple(self._entries[name]["shape"])
 
-    @staticmethod
-    def width(dtype: str) -> int:
-        """Bytes a number.
+    def offset(self, name: str) -> int:
+        """Where in the file a tensor's bytes begin."""
+        return self._start + self._entries[name]["data_offsets"][0]
+
+    def words(self, name: str) -> np.ndarray:
+        """A tensor's numbers as unsigned integers of their width, mapped into memory, read-only.
 
         Raises:
-            WagleError: if a number is no whole number of bytes, or the dtype unknown.
+            WagleError: if a number is no whole number of bytes, or of more than eight.
         """
-        if dtype not in WIDTHS:
-            raise WagleError(f"tensors of dtype {dtype} cannot be read bit by bit")
-        return WIDTHS[dtype]
-
-    def open(self, name: str) -> BinaryIO:
-        """A buffered stream of one tensor's bytes."""
-        return io.BufferedReader(
-            _Span(self.path, len(self._head), *self._entries[name]["data_offsets"])
-        )
-
-    def blocks(self, name: str, numbers: int) -> Iterator[bytes]:
-        """A tensor's bytes, in blocks of ``numbers`` numbers; the last may be shorter."""
-        size = numbers * self.width(self.dtype(name))
-        with self.open(name) as stream:
-            while block := stream.read(size):
-                yield block
+        begin, end = self._entries[name]["data_offsets"]
+        count = prod(self.shape(name))
+        width, rest = divmod(end - begin, max(count, 1))
+        if count and (rest or width not in (1, 2, 4, 8)):
+            raise WagleError(f"tensors of dtype {self.dtype(name)} cannot be read bit by bit")
+        if not count:
+            return np.empty(0, np.uint8)
+        return np.memmap(self.path, f"<u{width}", "r", self.offset(name), (count,))
 
 
 class TensorFiles:
@@ -112,26 +107,26 @@ class TensorFiles:
         folder: in Hugging Face format.
 
     Raises:
-        WagleError: if there is no such folder, it has no safetensors weights, or a shard is missing.
+        WagleError: if there is no such folder, it has no safetensors weights, or lacks a shard.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise absent("model folder", folder)
-        self.files = [TensorFile(self.folder / name, "weight file") for name in self._file_names()]
-        self._file_of = {name: file for file in self.files for name in file.names}
-
-    def _file_names(self) -> list[str]:
         index = self.folder / INDEX_FILE
         if index.is_file():
-            return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if not (self.folder / SINGLE_FILE).is_file():
+            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = sorted(set(places.values()))
+        elif (self.folder / SINGLE_FILE).is_file():
+            files = [SINGLE_FILE]
+        else:
             raise WagleError(
-                f"model folder {self.folder} has no {SINGLE_FILE} and no {INDEX_FILE}: give a folder with "
-                "safetensors weights"
+                f"model folder {self.folder} has no {SINGLE_FILE} and no {INDEX_FILE}: give a "
+                "folder with safetensors weights"
             )
-        return [SINGLE_FILE]
+        self.files = [TensorFile(self.folder / name, "weight file") for name in files]
+        self._file_of = {name: file for file in self.files for name in file.names}
 
     @property
     def names(self) -> list[str]:
@@ -139,16 +134,16 @@ class TensorFiles:
         return list(self._file_of)
 
     def dtype(self, name: str) -> str:
-        """A tensor's dtype, as the format names it."""
+        """See :meth:`TensorFile.dtype`."""
         return self._file_of[name].dtype(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape."""
+        """See :meth:`TensorFile.shape`."""
         return self._file_of[name].shape(name)
 
-    def blocks(self, name: str, numbers: int) -> Iterator[bytes]:
-        """A tensor's bytes, in blocks of ``numbers`` numbers; the last may be shorter."""
-        return self._file_of[name].blocks(name, numbers)
+    def words(self, name: str) -> np.ndarray:
+        """See :meth:`TensorFile.words`."""
+        return self._file_of[name].words(name)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor, on the CPU."""
@@ -158,43 +153,23 @@ class TensorFiles:
 
 def write_header(
     stream: BinaryIO,
-    spans: Mapping[str, tuple[str, Sequence[int], tuple[int, int]]],
+    spans: Mapping[str, tuple[str, Sequence[int], int]],
     metadata: Mapping[str, str],
-    room: int = 0,
-) -> int:
-    """Write the header of a safetensors file where the stream stands.
+) -> None:
+    """Write the header of a safetensors file.
 
     Args:
-        stream: to write to.
-        spans: name -> dtype, shape, and where its bytes begin and end after the header.
+        stream: to write to; the tensors' bytes follow, in this order.
+        spans: name -> dtype, shape and number of bytes.
         metadata: text by key.
-        room: bytes to fill, at least; a header can be written again with what was not known before, in the room of one
-            at least as long.
-
-    Returns:
-        Bytes written.
     """
-    entries = {
-        n: {"dtype": d, "shape": list(s), "data_offsets": list(o)} for n, (d, s, o) in spans.items()
-    }
-    text = json.dumps({"__metadata__": dict(metadata), **entries}).encode()
-    size = max(room - _LENGTH.size, -(-len(text) // 8) * 8)
-    return stream.write(_LENGTH.pack(size) + text.ljust(size))
-
-
-#: torch's dtypes as the format names them.
-DTYPES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-}
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape, size) in spans.items():
+        begin, end = end, end + size
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries).encode()
+    stream.write(_LENGTH.pack(-(-len(text) // 8) * 8) + text.ljust(-(-len(text) // 8) * 8))
 
 
 def write_tensors(
@@ -210,35 +185,9 @@ def write_tensors(
         metadata: text by key.
     """
     tensors = list(tensors)
-    spans, end = {}, 0
-    for name, dtype, shape, _ in tensors:
-        begin, end = end, end + prod(shape) * dtype.itemsize
-        spans[name] = (DTYPES[dtype], shape, (begin, end))
+    spans = {n: (DTYPES[d], shape, prod(shape) * d.itemsize) for n, d, shape, _ in tensors}
     with open(path, "wb") as stream:
         write_header(stream, spans, metadata)
         for _, dtype, _, read in tensors:
             values = read().detach().to(dtype).contiguous().cpu().reshape(-1)
             stream.write(memoryview(values.view(torch.uint8).numpy()))
-        stream.flush()
-
-
-class _Span(io.RawIOBase):
-    """A part of a file as a stream of its own."""
-
-    def __init__(self, path: Path, start: int, begin: int, end: int) -> None:
-        self._stream = open(path, "rb", buffering=0)  # noqa: SIM115  closed with this one
-        self._stream.seek(start + begin)
-        self._left = end - begin
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")[: self._left]
-        count = self._stream.readinto(view) if len(view) else 0
-        self._left -= count
-        return count
-
-    def close(self) -> None:
-        self._stream.close()
-        super().close()

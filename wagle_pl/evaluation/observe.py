@@ -33,7 +33,7 @@ from wagle_pl.evaluation import candidates as C
 from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.scoring import Passes, Score, score
 from wagle_pl.lm.generation import first_tokens, generate, gradient_norm
-from wagle_pl.lm.models import vocabulary_size
+from wagle_pl.lm.weights import vocabulary_size
 
 NEEDS = frozenset(
     {

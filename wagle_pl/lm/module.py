@@ -15,6 +15,7 @@ from wagle_pl.core import distributed
 from wagle_pl.core.environment import narrow_types_crawl
 from wagle_pl.core.errors import WagleError
 from wagle_pl.lm import models
+from wagle_pl.lm.weights import fingerprint, iter_gathered, vocabulary_size
 from wagle_pl.strategies import is_sharded, is_zero
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ class LanguageModule(L.LightningModule):
 
     def fingerprint(self) -> str:
         """Digest of the weights as they are now, wherever they are. Collective: all ranks must call it."""
-        return models.fingerprint(models.whole(self.lm.named_parameters()))
+        return fingerprint(iter_gathered(self.lm.named_parameters()))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -96,7 +97,7 @@ class LanguageModule(L.LightningModule):
     @property
     def vocabulary(self) -> Optional[int]:
         """Number of token ids that the model knows; None until it is loaded."""
-        return None if self.lm is None else models.vocabulary_size(self.lm)
+        return None if self.lm is None else vocabulary_size(self.lm)
 
     @property
     def attached(self) -> bool:

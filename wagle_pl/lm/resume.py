@@ -1,12 +1,13 @@
-"""Where a run goes on: at a global batch, however it is cut into micro-batches, with the random numbers it had there.
+"""Where a run goes on: at a global batch, however it is cut into micro-batches, with the random
+numbers it had there.
 
-A checkpoint may be asked for between two optimiser steps (by time, at an exception), when gradients of some
-micro-batches have been added up. Training does not keep them: the checkpoint says that the step has not begun, and a
-resumed run makes all of it. Attribution keeps its sums, and goes on behind the rows that are in them.
+A checkpoint may be asked for between two optimiser steps (by time, at an exception), when gradients
+of some micro-batches have been added up. Training does not keep them: the checkpoint says that the
+step has not begun, and a resumed run makes all of it. Attribution keeps its sums, and goes on
+behind the rows that are in them.
 
-Lightning counts micro-batches. A checkpoint holds a :class:`~wagle_pl.data.batches.Position` beside its counters, and
-when one is loaded the counters are written anew from it (:func:`recount`).
-"""
+Lightning counts micro-batches. A checkpoint holds a :class:`~wagle_pl.data.batches.Position` beside
+its counters, and when one is loaded the counters are written anew from it (:func:`recount`)."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None
         torch.cuda.set_rng_state(states["cuda_rng_state"].cpu(), device)
 
 
-# -- when a checkpoint is saved ---------------------------------------------------------------------------------------
+# -- when a checkpoint is saved --------------------------------------------------------------------
 
 
 def keep_position(checkpoint: dict[str, Any], trainer: Any, epoch: int, micro_batches: int) -> None:
@@ -77,11 +78,12 @@ def keep_position(checkpoint: dict[str, Any], trainer: Any, epoch: int, micro_ba
         fit["state_dict"]["combined_loader"] = [state]
 
 
-# -- when it is loaded ------------------------------------------------------------------------------------------------
+# -- when it is loaded -----------------------------------------------------------------------------
 
 
 def recount(checkpoint: dict[str, Any], trainer: Any) -> None:
-    """Write Lightning's counters in a checkpoint anew for the batches of this run, before Lightning reads them.
+    """Write Lightning's counters in a checkpoint anew for the batches of this run, before Lightning
+    reads them.
 
     Does nothing for rows of another kind of data module.
 
@@ -98,7 +100,8 @@ def recount(checkpoint: dict[str, Any], trainer: Any) -> None:
     done = loader.sampler.micro_batches(position)
     before = (steps - position.step) * loader.sampler.accumulate
     batches = fit["epoch_loop.batch_progress"]
-    # where one of the hooks at a step's end wrote the checkpoint, Lightning ends that step when it goes on
+    # where one of the hooks at a step's end wrote the checkpoint, Lightning ends that step when it
+    # goes on
     hooks_have_run = batches["current"]["completed"] == batches["current"]["processed"]
     ending = 0 if hooks_have_run or position.rows or not position.step else 1
     current = {**dict.fromkeys(batches["current"], done), "completed": done - ending}
@@ -120,9 +123,8 @@ def recount(checkpoint: dict[str, Any], trainer: Any) -> None:
 def begin(trainer: Any) -> None:
     """Go on, when training starts: what Lightning leaves undone.
 
-    The loader may have been made before the checkpoint was read (counting the steps makes it), and Lightning takes the
-    first epoch for one that is under way whenever ``max_steps`` is set.
-    """
+    The loader may have been made before the checkpoint was read (counting the steps makes it), and
+    Lightning takes the first epoch for one that is under way whenever ``max_steps`` is set."""
     trainer.fit_loop._load_combined_loader_states()
     if trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:
         trainer.fit_loop.epoch_loop.restarting = False

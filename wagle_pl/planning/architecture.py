@@ -73,6 +73,7 @@ def architecture(name: str) -> Architecture:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from wagle_pl.lm import models
+    from wagle_pl.lm.weights import parameter_shapes
 
     source, options = models.locate(name)
     with models.loading(f"model {name!r}", name, "planned for"):
@@ -86,7 +87,7 @@ def architecture(name: str) -> Architecture:
             f"the configuration of model {name!r} is of no causal language model with known shapes: "
             f"{reason}"
         ) from None
-    return _described(name, config.get_text_config(), models.parameter_shapes(lm), config.dtype, lm)
+    return _described(name, config.get_text_config(), parameter_shapes(lm), config.dtype, lm)
 
 
 def _described(

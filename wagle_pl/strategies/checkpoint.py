@@ -30,7 +30,7 @@ from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.files import atomic_path
 from wagle_pl.core.tensorfiles import write_tensors
-from wagle_pl.lm import models
+from wagle_pl.lm.weights import assign, shapes_of
 from wagle_pl.strategies.fragments import Fragment
 
 FORMAT = "wagle_pl.checkpoint"
@@ -312,7 +312,7 @@ class ShardedCheckpoint:
             WagleError: if the checkpoint holds others.
         """
         parameters = list(parameters)
-        shapes = models.shapes_of(parameters)
+        shapes = shapes_of(parameters)
         if shapes != self.shapes:
             name = next(n for n in [*shapes, *self.shapes] if shapes.get(n) != self.shapes.get(n))
             raise WagleError(
@@ -320,7 +320,7 @@ class ShardedCheckpoint:
                 f"there, {shapes.get(name)} here"
             )
         for name, parameter in parameters:
-            models.assign(parameter, lambda name=name: self.weight(name))
+            assign(parameter, lambda name=name: self.weight(name))
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, found: Iterable[Fragment]) -> None:
         """Set the fp32 weights, the state in this rank's flat partitions, and the options (learning rate, ...)."""

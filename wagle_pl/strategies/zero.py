@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError, first_line
-from wagle_pl.lm import models
+from wagle_pl.lm.weights import parameter_shapes, persistent_buffers, shapes_of
 from wagle_pl.masks.selected import SUFFIX, load_values
 from wagle_pl.strategies import checkpoint as files
 from wagle_pl.strategies.fragments import fragments
@@ -267,9 +267,9 @@ class ZeRO(DeepSpeedStrategy):
         common = {
             k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")
         }
-        common["buffers"] = models.persistent_buffers(module.lm)
+        common["buffers"] = persistent_buffers(module.lm)
         if not self.moves_weights:
-            shapes = models.parameter_shapes(module.lm)
+            shapes = parameter_shapes(module.lm)
             files.save(
                 path,
                 self.optimizers[0].parts(),
@@ -286,7 +286,7 @@ class ZeRO(DeepSpeedStrategy):
             for group in self.base_optimizer.param_groups
         ]
         common |= {"single_states": dict(singles), "param_groups": groups}
-        files.save(path, parts, common, models.shapes_of(stored))
+        files.save(path, parts, common, shapes_of(stored))
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: Optional[bool] = None

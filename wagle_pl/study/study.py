@@ -29,6 +29,7 @@ from wagle_pl.evaluation import Evaluate, EvaluationModule, Observations, Result
 from wagle_pl.evaluation.results import write_json
 from wagle_pl.evaluation.sets import defined_only
 from wagle_pl.lm import models
+from wagle_pl.lm.weights import parameter_shapes
 from wagle_pl.masks import SUFFIX, WeightMask
 from wagle_pl.study import grid, text
 from wagle_pl.study.along import Along, EvaluateAlong, Generate, UnkeptModule, as_before_the_end
@@ -359,7 +360,7 @@ class Study:
             raise WagleError(error.message, error.option, hint="choose another --output") from None
         fingerprint, metrics = module.model_fingerprint, dict(module.metrics)
         if name == "target":
-            self.shapes = models.parameter_shapes(module.lm)
+            self.shapes = parameter_shapes(module.lm)
         del module
         gc.collect()
         print(f"{self.forget} {decimals(metrics.get(self.forget))}", flush=True)

@@ -6,14 +6,12 @@ step, adapter in place.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any, Optional, Union
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.files import atomic_path
-from wagle_pl.lm import models
+from wagle_pl.lm.saving import model_folder
 
 
 class LoRA:
@@ -95,12 +93,6 @@ class LoRA:
 
     def save(self, tokenizer: Any, folder: str | Path, card: str, record: dict[str, Any]) -> Path:
         """Write a folder of just the adapter, with tokenizer, model card and record; whole or not at all."""
-        with atomic_path(Path(folder)) as temporary:
-            temporary.mkdir()
+        with model_folder(folder, tokenizer, card, record) as temporary:
             self._peft.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            (temporary / models.CARD_FILE).write_text(card, encoding="utf-8")
-            (temporary / models.RECORD_FILE).write_text(
-                json.dumps(record, indent=2) + "\n", encoding="utf-8"
-            )
         return Path(folder)

@@ -14,6 +14,8 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing
 from wagle_pl.lm import models
 from wagle_pl.lm.layers import is_linear, is_transposed
+from wagle_pl.lm.saving import Originals, Weight, read_record, save_model, save_weights
+from wagle_pl.lm.weights import fingerprint, parameter_shapes
 from wagle_pl.masks import Restriction
 from wagle_pl.masks.selected import SUFFIX, place
 from wagle_pl.strategies import ShardedCheckpoint, load_plain
@@ -96,13 +98,13 @@ def _convert(name: str, output: str | Path) -> Path:
         raise WagleError(f"checkpoint {name} does not exist")
     lm = models.load_model(name)
     lm.to(models.checkpoint_dtype(name))
-    record = models.read_record(name) or {"format_version": 1, "lineage": []}
+    record = read_record(name) or {"format_version": 1, "lineage": []}
     card = (
         model_card(record)
         if record["lineage"]
         else f"# A copy\n\nOf `{name}`, in Hugging Face format.\n"
     )
-    return models.save_model(lm, models.load_tokenizer(name), output, card, record)
+    return save_model(lm, models.load_tokenizer(name), output, card, record)
 
 
 def _of_shards(path: Path) -> Stored:
@@ -166,7 +168,7 @@ def _write(
         source, options = models.locate(base)
         config = AutoConfig.from_pretrained(source, **options)
         tokenizer = models.load_tokenizer(base)
-        originals = models.Originals(base)
+        originals = Originals(base)
     except (WagleError, OSError, ValueError) as error:
         raise WagleError(
             f"checkpoint {path}: its base model {base} cannot be read ({error}); "
@@ -187,7 +189,7 @@ def _write(
         return originals.restore(name, values, loaded_as)
 
     weights = [
-        models.Weight(
+        Weight(
             name,
             originals.dtype(name) or stored.dtypes[whole],
             stored.shapes[whole],
@@ -197,10 +199,9 @@ def _write(
     ]
     if hasattr(config, "quantization_config"):  # of a GGUF base: these weights are plain
         del config.quantization_config
-    return models.save_weights(
+    return save_weights(
         weights,
-        config,
-        generation,
+        (config, generation),
         tokenizer,
         output,
         model_card(record),
@@ -209,9 +210,7 @@ def _write(
     )
 
 
-def _with_frozen(
-    stored: Stored, config: Any, originals: models.Originals, file: Optional[str]
-) -> Stored:
+def _with_frozen(stored: Stored, config: Any, originals: Originals, file: Optional[str]) -> Stored:
     """All weights of a model, from the values of the selected ones and the base model.
 
     Raises:
@@ -222,19 +221,17 @@ def _with_frozen(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
-    shapes = models.parameter_shapes(model)
-    fingerprint = models.fingerprint((name, originals.read(name)) for name in shapes)
+    shapes = parameter_shapes(model)
+    found = fingerprint((name, originals.read(name)) for name in shapes)
     made_on = stored.about["fingerprint"]
-    if fingerprint != made_on:
+    if found != made_on:
         raise WagleError(
             f"the checkpoint is of a run on the model with fingerprint {made_on[:12]}, {originals.name} has "
-            f"{fingerprint[:12]}: say where the run's model is: --model"
+            f"{found[:12]}: say where the run's model is: --model"
         )
     made_of = {key: value for key, value in stored.mask.items() if key != "digest"}
     restriction = Restriction(**made_of)
-    mask = restriction._replace(file=file or restriction.file).mask(
-        shapes, originals.name, fingerprint
-    )
+    mask = restriction._replace(file=file or restriction.file).mask(shapes, originals.name, found)
     if mask.digest() != stored.mask["digest"]:
         raise WagleError(
             f"mask {file or restriction.file} is not the one of the checkpoint's run: say where that is: --mask"

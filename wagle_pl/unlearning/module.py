@@ -32,6 +32,8 @@ from wagle_pl.lm.resume import (
     recount,
     set_random_state,
 )
+from wagle_pl.lm.saving import Originals, read_record, save_model
+from wagle_pl.lm.weights import parameter_shapes
 from wagle_pl.masks import Restriction, WeightMask
 from wagle_pl.masks.selected import SUFFIX, SelectedWeights, load_values
 from wagle_pl.objectives.forget import Objective, Streams
@@ -220,7 +222,7 @@ class FinetuneModule(LanguageModule):
         super().configure_model()
         if not self.fits or self.selected is not None:
             return
-        self._weights = sum(map(prod, models.parameter_shapes(self.lm).values()))
+        self._weights = sum(map(prod, parameter_shapes(self.lm).values()))
         several = len(self.streams) > 1 and self.sharded
         if several and any(expert_weights(module) for module in self.lm.modules()):
             # an assertion of DeepSpeed's, in the middle of a backward pass over several forward passes (its issue 5321)
@@ -525,10 +527,8 @@ class FinetuneModule(LanguageModule):
     def export(self, record: dict[str, Any]) -> None:
         """Write the model folder, in the dtypes of the model it was made from, what has not moved with its bits; under
         ZeRO-3 a meeting of all ranks."""
-        originals = None if self.output_dtype else models.Originals(self.model_name)
-        models.save_model(
-            self.lm, self.tokenizer, self.output, model_card(record), record, originals
-        )
+        originals = None if self.output_dtype else Originals(self.model_name)
+        save_model(self.lm, self.tokenizer, self.output, model_card(record), record, originals)
 
     def record(self) -> dict[str, Any]:
         """What made this model, for ``wagle.json`` and the model card."""
@@ -548,7 +548,7 @@ class FinetuneModule(LanguageModule):
         }
         return {
             "format_version": 1,
-            "lineage": [*models.read_record(self.model_name).get("lineage", []), step],
+            "lineage": [*read_record(self.model_name).get("lineage", []), step],
         }
 
 
@@ -696,7 +696,7 @@ class UnlearnModule(FinetuneModule):
     def _find_mask(self) -> Optional[WeightMask]:
         """What the mask file, the modules and layers, and the objective select together; None if there are none."""
         mask = self.restriction.mask(
-            models.parameter_shapes(self.lm), self.model_name, self.model_fingerprint
+            parameter_shapes(self.lm), self.model_name, self.model_fingerprint
         )
         if self.mask_file is not None:
             self._compare_prompts(mask)
@@ -852,7 +852,7 @@ class UnlearnModule(FinetuneModule):
                 )
         elif checkpoint.get("mask"):
             stored = {key: value for key, value in checkpoint["mask"].items() if key != "digest"}
-            shapes = models.parameter_shapes(self.lm)
+            shapes = parameter_shapes(self.lm)
             self.mask = Restriction(**stored).mask(shapes, self.model_name, self.model_fingerprint)
         super().on_load_checkpoint(checkpoint)
         self._references.load_state_dict(checkpoint.get("references", {}))

@@ -1,16 +1,19 @@
 """Patches: the difference of an unlearned model to its base, exact, small, and reversible.
 
-A patch holds, for every tensor that changed, which words changed and by how much: the new word minus the old one, both
-taken as integers modulo 2ʷ. So applying adds and reverting subtracts, exactly, whatever the bits mean. Fingerprints of
-both ends, SHA-256 over the raw bytes of all tensors, are checked before a result takes its place.
+A patch holds, for every tensor that changed, which words changed and by how much: the new word minus
+the old one, both taken as integers modulo 2ʷ. So applying adds and reverting subtracts, exactly,
+whatever the bits mean. Digests of both ends, SHA-256 over the raw bytes of all tensors, are checked
+before a result takes its place.
 
-A patch may also go on a model that other patches of the same base have changed, as long as they changed other words:
-the record of such a model (``wagle.json``) names its base and its patches, and its own fingerprint vouches for it.
+A patch may also go on a model that other patches of the same base have changed, as long as they
+changed other words: the record of such a model (``wagle.json``) names its base and its patches, and
+its own digest vouches for it.
 
-On disk a patch is a safetensors file with one ``uint8`` tensor for each changed tensor: frames of up to 2²⁰ words, each
-two lengths (``uint64``, little-endian) and two zlib streams: the bits that tell which words changed (lowest first), and
-the differences d of those, as 2d or −2d − 1 (a small step of a float is a small d), byte planes apart, so that whole
-planes are zero. Everything is read and written a frame at a time.
+On disk a patch is a safetensors file with one ``uint8`` tensor for each changed tensor: frames of up
+to 2²⁰ words, each two lengths (``uint64``, little-endian) and two zlib streams: the bits that tell
+which words changed (lowest first), and the differences d of those, as 2d or −2d − 1 (a small step of
+a float is a small d), byte planes apart, so that whole planes are zero. Everything is read and
+written a frame at a time.
 """
 
 from __future__ import annotations
@@ -19,26 +22,28 @@ import hashlib
 import json
 import shutil
 import struct
+import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Optional
+from typing import Any, BinaryIO, Literal, Optional
 
 import numpy as np
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path, refuse_existing
 from wagle_pl.core.tensorfiles import TensorFile, TensorFiles, write_header
-from wagle_pl.lm import models
+from wagle_pl.lm.saving import CARD_FILE, RECORD_FILE, read_record
 from wagle_pl.unlearning.card import model_card
 
 FORMAT = "wagle_pl.patch"
 FORMAT_VERSION = 1
 FRAME = 1 << 20  # words
-RECORDS = (models.RECORD_FILE, models.CARD_FILE)
+RECORDS = (RECORD_FILE, CARD_FILE)
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
+End = Literal["base", "unlearned"]
 _LENGTHS = struct.Struct("<QQ")
 
 
@@ -46,11 +51,11 @@ class Patch:
     """An open patch file.
 
     Attributes:
-        base, unlearned: fingerprints of the two ends.
-        tensors: name -> ``dtype``, ``shape``, ``changed`` (words) and ``base``, ``unlearned`` (SHA-256 of those words
-            alone), for every tensor that changed.
-        made_by: names of both ends; ``lineage``, the runs that led from one to the other; and ``records``, what the
-            base says of itself: the text of its ``wagle.json`` and model card, as far as it has them.
+        base, unlearned: digests of the two ends, see :func:`digest_of`.
+        tensors: name -> ``dtype``, ``shape``, ``changed`` (words) and ``base``, ``unlearned``
+            (SHA-256 of those words alone), for every tensor that changed.
+        made_by: names of both ends; ``lineage``, the runs that led from one to the other; and
+            ``records``, the text of the base's ``wagle.json`` and model card, as far as it has them.
 
     Args:
         path: the file.
@@ -64,11 +69,13 @@ class Patch:
         header = self.file.metadata
         if header.get("format") != FORMAT:
             raise WagleError(
-                f"{path} is not a wagle_pl patch (format {header.get('format')!r}, expected {FORMAT!r})"
+                f"{path} is not a wagle_pl patch (format {header.get('format')!r}, expected "
+                f"{FORMAT!r})"
             )
         if int(header["format_version"]) > FORMAT_VERSION:
             raise WagleError(
-                f"{path} has patch format {header['format_version']}; this version reads {FORMAT_VERSION}"
+                f"{path} has patch format {header['format_version']}; this version reads "
+                f"{FORMAT_VERSION}"
             )
         self.path = Path(path)
         self.base, self.unlearned = header["base"], header["unlearned"]
@@ -86,42 +93,53 @@ class Patch:
         """What the patch does, as one name: the same for every file that does the same."""
         return hashlib.sha256(f"{self.base} {self.unlearned}".encode()).hexdigest()
 
-    def frames(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(changed, differences) a frame: bool of its words, and unlearned − base of the changed ones, modulo 2ʷ.
+    def frames(self, name: str, word: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(changed, differences) of each frame of a tensor.
+
+        Args:
+            name: of the tensor.
+            word: unsigned integer of the width w of its numbers.
+
+        Yields:
+            Bool, which words changed; and unlearned − base of those, modulo 2ʷ.
 
         Raises:
             WagleError: if the file is damaged.
         """
-        tensor = self.tensors[name]
-        word = _word(tensor["dtype"])
-        with self.file.open(name) as stream:
-            for words in _frame_sizes(prod(tensor["shape"])):
-                try:
-                    lengths = _LENGTHS.unpack(stream.read(_LENGTHS.size))
-                    where = _inflate(stream, lengths[0], words)
-                    planes = _inflate(stream, lengths[1], words * word.itemsize)
-                    changed = np.unpackbits(
-                        np.frombuffer(where, np.uint8), count=words, bitorder="little"
-                    ).view(bool)
-                    folded = (
-                        np.frombuffer(planes, np.uint8).reshape(word.itemsize, int(changed.sum())).T
-                    )
-                except (struct.error, zlib.error, ValueError) as error:
-                    raise WagleError(
-                        f"patch {self.path} is damaged at tensor {name}: {error}"
-                    ) from None
-                folded = np.ascontiguousarray(folded).view(word).reshape(-1)
-                yield changed, (folded >> 1) ^ -(folded & 1)
+        total, data, at = prod(self.tensors[name]["shape"]), self.file.words(name), _LENGTHS.size
+        for start in range(0, total, FRAME):
+            words = min(FRAME, total - start)
+            try:
+                lengths = _LENGTHS.unpack(data[at - _LENGTHS.size : at].tobytes())
+                where = _inflate(data[at : at + lengths[0]], words)
+                at += lengths[0]
+                planes = _inflate(data[at : at + lengths[1]], words * word.itemsize)
+                at += lengths[1] + _LENGTHS.size
+                bits = np.frombuffer(where, np.uint8)
+                changed = np.unpackbits(bits, count=words, bitorder="little").view(bool)
+                bytes_ = np.frombuffer(planes, np.uint8).reshape(word.itemsize, changed.sum())
+            except (struct.error, zlib.error, ValueError) as error:
+                raise WagleError(
+                    f"patch {self.path} is damaged at tensor {name}: {error}"
+                ) from None
+            folded = np.ascontiguousarray(bytes_.T).view(word).reshape(-1)
+            yield changed, (folded >> 1) ^ -(folded & 1)
 
 
-def fingerprint(files: TensorFiles) -> str:
-    """SHA-256 over names, dtypes, shapes and raw bytes of all tensors of a folder, in the order of their names."""
+def digest_of(files: TensorFiles) -> str:
+    """SHA-256 over names, dtypes, shapes and raw bytes of all tensors, in the order of their names.
+
+    Unlike :func:`wagle_pl.lm.weights.fingerprint`, it changes with the dtype and with every bit.
+    """
     digest = hashlib.sha256()
     for name in sorted(files.names):
         digest.update(_signature(name, files))
-        for block in files.blocks(name, FRAME):
-            digest.update(block)
+        for frame in _frames(files.words(name)):
+            digest.update(frame)
     return digest.hexdigest()
+
+
+# -- making ----------------------------------------------------------------------------------------
 
 
 def make_patch(
@@ -135,99 +153,113 @@ def make_patch(
         overwrite: replace an existing file.
 
     Raises:
-        WagleError: if a folder has no safetensors files, or names, shapes or dtypes differ (naming the first).
+        WagleError: if a folder has no safetensors files, or names, shapes or dtypes differ.
     """
-    output = Path(output)
+    output, base, unlearned = Path(output), Path(base), Path(unlearned)
     refuse_existing(output, overwrite, "--overwrite")
     old, new = TensorFiles(base), TensorFiles(unlearned)
-    _same_layout(old, new)
+    _check_layout(old, new)
+    earlier = read_record(str(base)).get("lineage", [])
+    later = read_record(str(unlearned)).get("lineage", [])
+    records = {file: base / file for file in RECORDS if (base / file).is_file()}
     made_by = {
         "base": str(base),
         "unlearned": str(unlearned),
-        "lineage": _steps_between(base, unlearned),
-        "records": _records(Path(base)),
+        "lineage": [run for run in later if run not in earlier],
+        "records": {
+            file: path.read_bytes().decode("utf-8", "surrogateescape")
+            for file, path in records.items()
+        },
     }
-    digests = {"base": hashlib.sha256(), "unlearned": hashlib.sha256()}
-    blank = "0" * 64
-
-    def header(tensors: Mapping[str, Any], ends: Mapping[str, str]) -> dict[str, str]:
-        weights = sum(prod(old.shape(name)) for name in old.names)
-        return {
+    tensors: dict[str, Any] = {}
+    spans: dict[str, tuple[str, list[int], int]] = {}
+    ends = {"base": hashlib.sha256(), "unlearned": hashlib.sha256()}
+    with (
+        atomic_path(output) as temporary,
+        open(temporary, "wb") as stream,
+        tempfile.TemporaryFile(dir=temporary.parent) as frames,
+    ):
+        for name in sorted(old.names):
+            begin = frames.tell()
+            entry = _write_difference(frames, name, old, new, ends)
+            if entry["changed"]:
+                tensors[name] = entry
+                spans[name] = ("U8", [frames.tell() - begin], frames.tell() - begin)
+            else:
+                frames.seek(begin)
+                frames.truncate()
+        header = {
             "format": FORMAT,
             "format_version": str(FORMAT_VERSION),
-            **ends,
-            "weights": str(weights),
+            **{end: digest.hexdigest() for end, digest in ends.items()},
+            "weights": str(sum(prod(old.shape(name)) for name in old.names)),
             "tensors": json.dumps(tensors),
             "made_by": json.dumps(made_by),
         }
-
-    largest = {n: _entry(old, n, prod(old.shape(n)), blank, blank) for n in old.names}
-    offsets = {n: ("U8", [2**63], (2**63, 2**63)) for n in old.names}
-    with atomic_path(output) as temporary, open(temporary, "wb") as stream:
-        room = write_header(stream, offsets, header(largest, {"base": blank, "unlearned": blank}))
-        tensors: dict[str, Any] = {}
-        spans: dict[str, tuple[str, list[int], tuple[int, int]]] = {}
-        for name in sorted(old.names):
-            begin = stream.tell() - room
-            entry = _write_difference(stream, name, old, new, digests)
-            end = stream.tell() - room
-            if entry["changed"]:
-                tensors[name], spans[name] = entry, ("U8", [end - begin], (begin, end))
-            else:
-                stream.seek(begin + room)
-                stream.truncate()
-        stream.seek(0)
-        write_header(
-            stream, spans, header(tensors, {k: d.hexdigest() for k, d in digests.items()}), room
-        )
+        write_header(stream, spans, header)
+        frames.seek(0)
+        shutil.copyfileobj(frames, stream)
     return Patch(output)
 
 
 def _write_difference(
-    stream: BinaryIO, name: str, old: TensorFiles, new: TensorFiles, digests: Mapping[str, Any]
+    stream: BinaryIO, name: str, old: TensorFiles, new: TensorFiles, ends: dict[End, Any]
 ) -> dict[str, Any]:
-    """Write one tensor's frames; returns its entry. ``digests`` take both ends' bytes in."""
-    word = _word(old.dtype(name))
-    words = {"base": hashlib.sha256(), "unlearned": hashlib.sha256()}
-    changed_words = 0
-    for files, digest in ((old, digests["base"]), (new, digests["unlearned"])):
-        digest.update(_signature(name, files))
-    for before, after in zip(old.blocks(name, FRAME), new.blocks(name, FRAME), strict=True):
-        digests["base"].update(before)
-        digests["unlearned"].update(after)
-        a, b = np.frombuffer(before, word), np.frombuffer(after, word)
-        changed = a != b
-        a, b = a[changed], b[changed]
-        words["base"].update(a.tobytes())
-        words["unlearned"].update(b.tobytes())
-        changed_words += len(a)
-        step = (b - a).view(f"<i{word.itemsize}")
-        folded = (
-            ((step << 1) ^ (step >> 8 * word.itemsize - 1))
-            .view(np.uint8)
-            .reshape(-1, word.itemsize)
-        )
+    """Write one tensor's frames; returns its entry. ``ends`` are updated with both ends' bytes."""
+    digests = {"base": hashlib.sha256(), "unlearned": hashlib.sha256()}
+    count = 0
+    for files, end in ((old, "base"), (new, "unlearned")):
+        ends[end].update(_signature(name, files))
+    for before, after in zip(_frames(old.words(name)), _frames(new.words(name)), strict=True):
+        changed = before != after
+        moved = {"base": before[changed], "unlearned": after[changed]}
+        for end, whole in (("base", before), ("unlearned", after)):
+            ends[end].update(whole)
+            digests[end].update(moved[end])
+        count += len(moved["base"])
+        width = before.itemsize
+        step = (moved["unlearned"] - moved["base"]).view(f"<i{width}")
+        folded = (step << 1) ^ (step >> 8 * width - 1)
         where = _deflate(np.packbits(changed, bitorder="little").tobytes())
-        planes = _deflate(folded.T.tobytes())
+        planes = _deflate(folded.view(np.uint8).reshape(-1, width).T.tobytes())
         stream.write(_LENGTHS.pack(len(where), len(planes)) + where + planes)
-    return _entry(
-        old, name, changed_words, words["base"].hexdigest(), words["unlearned"].hexdigest()
-    )
+    return {
+        "dtype": old.dtype(name),
+        "shape": list(old.shape(name)),
+        "changed": count,
+        **{end: digest.hexdigest() for end, digest in digests.items()},
+    }
+
+
+def _check_layout(old: TensorFiles, new: TensorFiles) -> None:
+    for name in sorted(set(old.names) ^ set(new.names)):
+        has, lacks = (old, new) if name in old.names else (new, old)
+        raise WagleError(
+            f"{has.folder} has a tensor {name} that {lacks.folder} lacks: they are different models"
+        )
+    for name in old.names:
+        ours, theirs = (f"{files.dtype(name)} {files.shape(name)}" for files in (old, new))
+        if ours != theirs:
+            raise WagleError(f"{name} is {ours} in {old.folder} and {theirs} in {new.folder}")
+
+
+# -- applying and reverting ------------------------------------------------------------------------
 
 
 def apply_patch(
     model: str | Path, patch: str | Path, output: str | Path, overwrite: bool = False
 ) -> str:
-    """Write the unlearned model, from its base and a patch; returns its fingerprint.
+    """Write the unlearned model, from its base and a patch; returns its digest.
 
     Args:
-        model: folder of the patch's base, or of that base with other patches applied that changed other words.
+        model: folder of the patch's base, or of that base with other patches applied that changed
+            other words.
         patch: patch file.
         output: folder to write, with the files of ``model``.
         overwrite: replace an existing model folder.
 
     Raises:
-        WagleError: if the model is another one, or a word has been changed by a patch applied before.
+        WagleError: if the model is another one, or a word has been changed by a patch before.
     """
     return _rewrite(Path(model), Patch(patch), Path(output), overwrite, "base", "unlearned")
 
@@ -235,7 +267,7 @@ def apply_patch(
 def revert_patch(
     model: str | Path, patch: str | Path, output: str | Path, overwrite: bool = False
 ) -> str:
-    """Write the base model, from the unlearned one and the patch; the reverse of :func:`apply_patch`.
+    """Write the base model, from the unlearned one and the patch; reverses :func:`apply_patch`.
 
     Raises:
         WagleError: if the patch is not in the model.
@@ -244,48 +276,70 @@ def revert_patch(
 
 
 def _rewrite(
-    folder: Path, patch: Patch, output: Path, overwrite: bool, source: str, target: str
+    folder: Path, patch: Patch, output: Path, overwrite: bool, source: End, target: End
 ) -> str:
-    """Write ``folder`` with the patch's words changed, whole or not at all; returns the result's fingerprint."""
+    """Write ``folder`` with the patch's words changed, whole or not at all; returns its digest."""
     refuse_existing(output, overwrite, "--overwrite", kind="folder")
     files = TensorFiles(folder)
     stack = _stack(folder, files, patch, source)
     for name, tensor in patch.tensors.items():
-        if name not in files.names or (files.dtype(name), list(files.shape(name))) != (
-            tensor["dtype"],
-            tensor["shape"],
-        ):
+        layout = (tensor["dtype"], tuple(tensor["shape"]))
+        if name not in files.names or (files.dtype(name), files.shape(name)) != layout:
             raise WagleError(
-                f"patch {patch.path} changes {name}, which {folder} lacks or has in another shape or dtype"
+                f"patch {patch.path} changes {name}, which {folder} lacks or has in another shape "
+                "or dtype"
             )
     with atomic_path(output) as temporary:
         temporary.mkdir()
         for file in files.files:
-            with open(temporary / file.path.name, "wb") as stream:
-                stream.write(file.head())
-                for name in file.names:
-                    for block in _changed(patch, name, files, source, folder, stack):
-                        stream.write(block)
+            shutil.copyfile(file.path, temporary / file.path.name)
+            with open(temporary / file.path.name, "r+b") as stream:
+                for name in sorted(patch.tensors.keys() & set(file.names)):
+                    stream.seek(file.offset(name))
+                    if _change(stream, patch, name, file.words(name), source):
+                        continue
+                    if stack is None:
+                        raise WagleError(
+                            f"patch {patch.path} is damaged at tensor {name}: nothing is written"
+                        )
+                    others = f"the {len(stack)} patches" if len(stack) > 1 else "the patch"
+                    raise WagleError(
+                        f"patch {patch.path} overlaps {others} applied to {folder} before: both "
+                        f"change {name}; revert that one first, or unlearn on its result"
+                    )
         _copy_other_files(folder, temporary)
-        written = fingerprint(TensorFiles(temporary))
+        written = digest_of(TensorFiles(temporary))
         if stack is None and written != getattr(patch, target):
             raise WagleError(
-                f"patch {patch.path} is damaged: it makes another model than it should; nothing is written"
+                f"patch {patch.path} is damaged: it makes another model than it should; nothing is "
+                "written"
             )
         _write_record(folder, temporary, patch, stack, target, written)
     return written
 
 
-def _stack(folder: Path, files: TensorFiles, patch: Patch, source: str) -> Optional[list[str]]:
-    """Patches already in a model whose record vouches for it; None when the model is the patch's own end.
+def _change(stream: BinaryIO, patch: Patch, name: str, words: np.ndarray, source: End) -> bool:
+    """Write a tensor with the patch's words changed; returns if these were as the patch has them."""
+    digest = hashlib.sha256()
+    frames = patch.frames(name, words.dtype)
+    for frame, (changed, step) in zip(_frames(words), frames, strict=True):
+        digest.update(frame[changed])
+        result = np.array(frame)
+        result[changed] += step if source == "base" else -step
+        stream.write(result)
+    return digest.hexdigest() == patch.tensors[name][source]
+
+
+def _stack(folder: Path, files: TensorFiles, patch: Patch, source: End) -> Optional[list[str]]:
+    """Patches that a model's record vouches for; None when the model is the patch's own end.
 
     Raises:
         WagleError: if it is neither.
     """
-    found = fingerprint(files)
-    if found == getattr(patch, source):
+    found, end = digest_of(files), getattr(patch, source)
+    if found == end:
         return None
-    noted = models.read_record(str(folder)).get("patched", {})
+    noted = read_record(str(folder)).get("patched", {})
     if noted.get("fingerprint") == found and noted.get("base") == patch.base:
         if source == "unlearned" and patch.identity not in noted["patches"]:
             raise WagleError(
@@ -296,156 +350,76 @@ def _stack(folder: Path, files: TensorFiles, patch: Patch, source: str) -> Optio
         return noted["patches"]
     verb = "applies to" if source == "base" else "reverts"
     raise WagleError(
-        f"patch {patch.path} {verb} the model with fingerprint {getattr(patch, source)[:12]}, {folder} is "
-        f"{found[:12]}"
+        f"patch {patch.path} {verb} the model with digest {end[:12]}, {folder} is {found[:12]}"
     )
 
 
-def _changed(
-    patch: Patch,
-    name: str,
-    files: TensorFiles,
-    source: str,
-    folder: Path,
-    stack: Optional[list[str]],
-) -> Iterator[bytes]:
-    """A tensor's raw bytes, a frame at a time, with the patch's words changed."""
-    if name not in patch.tensors:
-        yield from files.blocks(name, FRAME)
-        return
-    word, digest = _word(files.dtype(name)), hashlib.sha256()
-    for block, (changed, step) in zip(files.blocks(name, FRAME), patch.frames(name), strict=True):
-        words = np.frombuffer(block, word).copy()
-        digest.update(words[changed].tobytes())
-        words[changed] += step if source == "base" else -step
-        yield words.tobytes()
-    if digest.hexdigest() != patch.tensors[name][source]:
-        if stack is None:
-            raise WagleError(f"patch {patch.path} is damaged at tensor {name}: nothing is written")
-        others = f"the {len(stack)} patches" if len(stack) > 1 else "the patch"
-        raise WagleError(
-            f"patch {patch.path} overlaps {others} applied to {folder} before: both change {name}; "
-            "revert that one first, or unlearn on its result"
-        )
-
-
 def _copy_other_files(folder: Path, target: Path) -> None:
-    """Copy what holds no weights: configuration, tokenizer, index. (Stray weights would bring the forgotten back.)"""
+    """Copy configuration, tokenizer, index: stray weights would bring the forgotten back."""
     for path in folder.iterdir():
         if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
             shutil.copyfile(path, target / path.name)
 
 
 def _write_record(
-    folder: Path, target: Path, patch: Patch, stack: Optional[list[str]], end: str, written: str
+    folder: Path, target: Path, patch: Patch, stack: Optional[list[str]], end: End, written: str
 ) -> None:
-    """Bring ``wagle.json`` and the model card up to date: the runs a patch stands for come with it and go with it, and
-    the base is given back its own."""
+    """Bring ``wagle.json`` and the model card up to date.
+
+    The runs a patch stands for come with it and go with it; the base is given back its own records.
+    """
     if end == "base" and written == patch.base and "records" in patch.made_by:
         for name in RECORDS:
             (target / name).unlink(missing_ok=True)
         for name, text in patch.made_by["records"].items():
             (target / name).write_bytes(text.encode("utf-8", "surrogateescape"))
         return
-    record = models.read_record(str(folder))
-    runs, own = record.get("lineage", []), patch.made_by["lineage"]
+    record = {"format_version": 1, **read_record(str(folder))}
+    runs, own = record.pop("lineage", []), patch.made_by["lineage"]
     if end == "unlearned":
-        patches = sorted([*(stack or ()), patch.identity])
-        runs = runs + own
+        runs, patches = runs + own, sorted([*(stack or ()), patch.identity])
     else:
-        patches = [identity for identity in stack or () if identity != patch.identity]
         runs = [run for run in runs if run not in own]
-    record = {"format_version": 1, **record, "lineage": runs}
-    record["patched"] = {"base": patch.base, "patches": patches, "fingerprint": written}
-    if not patches:
-        del record["patched"]
-    if not runs and not patches:
-        del record["lineage"]
-        (target / models.RECORD_FILE).unlink(missing_ok=True)
-        if record.keys() - {"format_version"}:
-            (target / models.RECORD_FILE).write_text(
-                json.dumps(record, indent=2) + "\n", encoding="utf-8"
-            )
-        (target / models.CARD_FILE).write_text(
-            "Restored by `wagle patch revert`, bit for bit.\n", encoding="utf-8"
-        )
-        return
-    (target / models.RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        patches = [identity for identity in stack or () if identity != patch.identity]
+    record.pop("patched", None)
+    if runs or patches:
+        record["lineage"] = runs
+    if patches:
+        record["patched"] = {"base": patch.base, "patches": patches, "fingerprint": written}
+    if record.keys() - {"format_version"}:
+        text = json.dumps(record, indent=2) + "\n"
+        (target / RECORD_FILE).write_text(text, encoding="utf-8")
+    else:
+        (target / RECORD_FILE).unlink(missing_ok=True)
     if runs and "base" in runs[-1]:
-        (target / models.CARD_FILE).write_text(model_card(record), encoding="utf-8")
+        (target / CARD_FILE).write_text(model_card(record), encoding="utf-8")
+    elif not runs and not patches:
+        text = "Restored by `wagle patch revert`, bit for bit.\n"
+        (target / CARD_FILE).write_text(text, encoding="utf-8")
 
 
-def _records(base: Path) -> dict[str, str]:
-    """Text of the files in which a model says what it is."""
-    files = [base / name for name in RECORDS]
-    return {
-        file.name: file.read_bytes().decode("utf-8", "surrogateescape")
-        for file in files
-        if file.is_file()
-    }
-
-
-def _steps_between(base: str | Path, unlearned: str | Path) -> list[dict[str, Any]]:
-    """The runs in the unlearned model's lineage that its base has not gone through."""
-    earlier = models.read_record(str(base)).get("lineage", [])
-    return [
-        run for run in models.read_record(str(unlearned)).get("lineage", []) if run not in earlier
-    ]
-
-
-def _same_layout(old: TensorFiles, new: TensorFiles) -> None:
-    for name in sorted(set(old.names) ^ set(new.names)):
-        has, lacks = (old, new) if name in old.names else (new, old)
-        raise WagleError(
-            f"{has.folder} has a tensor {name} that {lacks.folder} lacks: they are different models"
-        )
-    for name in old.names:
-        ours, theirs = ((f.dtype(name), tuple(f.shape(name))) for f in (old, new))
-        if ours != theirs:
-            raise WagleError(
-                f"{name} is {ours[0]} {ours[1]} in {old.folder} and {theirs[0]} {theirs[1]} in {new.folder}"
-            )
-
-
-def _entry(
-    files: TensorFiles, name: str, changed: int, base: str, unlearned: str
-) -> dict[str, Any]:
-    shape = list(files.shape(name))
-    return {
-        "dtype": files.dtype(name),
-        "shape": shape,
-        "changed": changed,
-        "base": base,
-        "unlearned": unlearned,
-    }
+# -- bytes -----------------------------------------------------------------------------------------
 
 
 def _signature(name: str, files: TensorFiles) -> bytes:
     return f"{name} {files.dtype(name)} {list(files.shape(name))}\n".encode()
 
 
-def _word(dtype: str) -> np.dtype:
-    """An unsigned integer as wide as a safetensors dtype."""
-    return np.dtype(f"<u{TensorFile.width(dtype)}")
+def _frames(words: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(words), FRAME):
+        yield words[start : start + FRAME]
 
 
 def _deflate(data: bytes) -> bytes:
-    """Compress; run lengths and a Huffman code are all there is to gain, and several times faster than matching."""
+    """Compress by run lengths and a Huffman code: as small here as matching, and much faster."""
     deflater = zlib.compressobj(6, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)
     return deflater.compress(data) + deflater.flush()
 
 
-def _inflate(stream: BinaryIO, length: int, most: int) -> bytes:
-    """Decompress the next ``length`` bytes into ``most`` at most, whatever a damaged file claims."""
-    if length > most + most // 8 + 1024:  # what does not compress grows: by about a 300th
-        raise ValueError(f"a frame of {length} bytes")
+def _inflate(data: np.ndarray, bound: int) -> bytes:
+    """Decompress to ``bound`` bytes at most, whatever a damaged file claims."""
     inflater = zlib.decompressobj()
-    inflated = inflater.decompress(stream.read(length), most)
+    inflated = inflater.decompress(data, bound)
     if not inflater.eof:
         raise ValueError("a frame that does not end")
     return inflated
-
-
-def _frame_sizes(words: int) -> Iterator[int]:
-    for start in range(0, words, FRAME):
-        yield min(FRAME, words - start)

@@ -16,7 +16,7 @@ from wagle_pl.evaluation.robustness import ROBUSTNESS_FILE
 from wagle_pl.evaluation.sets import Table
 from wagle_pl.evaluation.suites import Info, Suite, find_suite
 from wagle_pl.evaluation.tables import load_table, table_key
-from wagle_pl.lm.models import RECORD_FILE
+from wagle_pl.lm.saving import RECORD_FILE
 from wagle_pl.masks import WeightMask
 from wagle_pl.study.store import SUMMARY_FILE, TABLE_FILE
 

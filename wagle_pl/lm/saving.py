@@ -1,0 +1,241 @@
+"""Model folders: written whole or not at all, in the dtypes that their weights came in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import torch
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
+from torch import Tensor, nn
+
+from wagle_pl.core import distributed
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.files import atomic_path
+from wagle_pl.core.tensorfiles import DTYPES, INDEX_FILE, TensorFiles, write_tensors
+from wagle_pl.lm.models import checkpoint_dtype, load_model, weights_folder
+from wagle_pl.lm.weights import gathered, iter_gathered, persistent_buffers
+
+CARD_FILE = "README.md"
+RECORD_FILE = "wagle.json"  # what made a folder of ours: machine-readable twin of the model card
+
+#: safetensors' names of dtypes -> torch's.
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+
+
+def read_record(name: str) -> dict[str, Any]:
+    """The record of a folder of ours; empty for any other model."""
+    file = Path(name) / RECORD_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+class Originals:
+    """The weights that a model was loaded from, in the dtypes they are stored in.
+
+    Loading may round them: float16 in memory as bfloat16, say. What has not moved since is then
+    written as it was stored, so that frozen weights keep their bits in the file too.
+
+    Args:
+        name: of the model, as :func:`~wagle_pl.lm.models.load_model` takes it.
+
+    Attributes:
+        default: the dtype that the model's configuration names, None if it names none.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.default = checkpoint_dtype(name)
+        try:
+            folder = weights_folder(name)
+            self._files = None if folder is None else TensorFiles(folder)
+        except (WagleError, OSError):  # its weights are in another format
+            self._files = None
+        self._names = frozenset(() if self._files is None else self._files.names)
+
+    def dtype(self, weight: str) -> Optional[torch.dtype]:
+        """The dtype a weight is stored in; the model's if its files lack a weight of this name."""
+        if weight not in self._names:
+            return self.default
+        stored = TORCH_DTYPES.get(self._files.dtype(weight))
+        return stored if stored is not None and stored.is_floating_point else self.default
+
+    @torch.no_grad()
+    def restore(
+        self, weight: str, values: Tensor, loaded_as: Optional[torch.dtype] = None
+    ) -> Tensor:
+        """A weight's values as they are to be stored.
+
+        Args:
+            weight: its name.
+            values: of any floating-point dtype; others are returned as they are.
+            loaded_as: the dtype that the stored ones were loaded in; that of ``values`` when None.
+
+        Returns:
+            Values in the dtype they were stored in; the stored ones wherever ``values`` are what
+            loading made of these.
+        """
+        stored_as, loaded_as = self.dtype(weight), loaded_as or values.dtype
+        if stored_as is None or not values.is_floating_point():
+            return values
+        exact = torch.promote_types(loaded_as, stored_as) == loaded_as  # loading rounded nothing
+        stored = None if exact else self.read(weight)
+        if stored is None or stored.shape != values.shape:
+            return values.to(stored_as)
+        stored = stored.to(values.device)
+        same = values == stored.to(loaded_as).to(values.dtype)
+        return torch.where(same, stored, values.to(stored_as))
+
+    def read(self, weight: str) -> Optional[Tensor]:
+        """A weight as it is stored; None if there is none of that name."""
+        return self._files.tensor(weight) if weight in self._names else self._loaded.get(weight)
+
+    @cached_property
+    def _loaded(self) -> dict[str, Tensor]:
+        """The whole model, for weights that its files keep under other names."""
+        return dict(load_model(self.name, self.default).state_dict())
+
+
+class Weight(NamedTuple):
+    """A tensor to be written, read when its turn has come."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+@contextmanager
+def model_folder(
+    folder: str | Path,
+    tokenizer: Any,
+    card: str,
+    record: dict[str, Any],
+    dtype: Optional[torch.dtype] = None,
+) -> Iterator[Path]:
+    """A temporary folder for a model's weights and configuration, which then takes its place.
+
+    Args:
+        folder: where to; replaced if it exists (the caller has asked for it).
+        tokenizer: written too.
+        card: Markdown text of ``README.md``.
+        record: JSON-serialisable; written as ``wagle.json``.
+        dtype: what the configuration is to say of the weights; what it says when None.
+    """
+    with atomic_path(Path(folder)) as temporary:
+        temporary.mkdir()
+        yield temporary
+        file = temporary / "config.json"
+        if file.exists():
+            config = json.loads(file.read_text(encoding="utf-8")) | {"use_cache": True}
+            if dtype is not None:  # transformers writes the one in memory, not that of the files
+                config["dtype"] = str(dtype).removeprefix("torch.")
+            file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        tokenizer.save_pretrained(temporary)
+        (temporary / CARD_FILE).write_text(card, encoding="utf-8")
+        (temporary / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    folder: str | Path,
+    card: str,
+    record: dict[str, Any],
+    originals: Optional[Originals] = None,
+) -> Path:
+    """Write a folder that ``from_pretrained`` loads; a collective if the weights are sharded.
+
+    Args:
+        model: a Hugging Face model.
+        tokenizer, folder, card, record: see :func:`model_folder`.
+        originals: what the model was loaded from, which says the dtypes in the file, and keeps the
+            bits of what has not moved; dtypes are those in memory when None.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return _save_sharded(model, tokenizer, folder, card, record, originals)
+    state_dict = dict(model.state_dict())
+    if originals is not None:
+        restored: dict[Any, Tensor] = {}  # tied weights stay one tensor, and so are saved once
+        for name, tensor in state_dict.items():
+            key = (tensor.data_ptr(), tensor.shape) if tensor.numel() else name
+            if key not in restored:
+                restored[key] = originals.restore(name, tensor)
+            state_dict[name] = restored[key]
+    dtype = None if originals is None else originals.default
+    with model_folder(folder, tokenizer, card, record, dtype) as temporary:
+        model.save_pretrained(temporary, state_dict=state_dict)
+    return Path(folder)
+
+
+def _save_sharded(
+    model: Any,
+    tokenizer: Any,
+    folder: str | Path,
+    card: str,
+    record: dict[str, Any],
+    originals: Optional[Originals] = None,
+) -> Path:
+    """:func:`save_model` under ZeRO-3: rank 0 writes a tensor at a time."""
+
+    def read(name: str, parameter: nn.Parameter) -> Tensor:
+        with gathered(parameter) as weights:
+            values = weights if originals is None else originals.restore(name, weights)
+            return values.to("cpu", copy=True)  # the gathered ones are gone in a moment
+
+    parameters, weights = dict(model.named_parameters()), []
+    for name, parameter in parameters.items():
+        dtype = (None if originals is None else originals.dtype(name)) or parameter.dtype
+        shape = tuple(parameter.ds_shape)
+        weights.append(Weight(name, dtype, shape, partial(read, name, parameter)))
+    for name, buffer in persistent_buffers(model).items():
+        weights.append(Weight(name, buffer.dtype, tuple(buffer.shape), buffer.clone))
+    if distributed.rank():  # gather what rank 0 writes, in the same order
+        names = [name for names in _plan(weights).filename_to_tensors.values() for name in names]
+        for _ in iter_gathered((name, parameters[name]) for name in names if name in parameters):
+            pass
+        return Path(folder)
+    model.config.architectures = [type(model).__name__]
+    dtype = None if originals is None else originals.default
+    configs = (model.config, model.generation_config)
+    return save_weights(weights, configs, tokenizer, folder, card, record, dtype)
+
+
+def save_weights(
+    weights: Sequence[Weight],
+    configs: Sequence[Any],
+    tokenizer: Any,
+    folder: str | Path,
+    card: str,
+    record: dict[str, Any],
+    dtype: Optional[torch.dtype] = None,
+) -> Path:
+    """Write a model folder from weights that are read one at a time, in files of 5 GB at most.
+
+    Args:
+        weights: all of the model's, tied ones once.
+        configs: the model's configurations; None stands for one that it does not have.
+        tokenizer, folder, card, record, dtype: see :func:`model_folder`.
+    """
+    plan = _plan(weights)
+    by_name = {weight.name: weight for weight in weights}
+    with model_folder(folder, tokenizer, card, record, dtype) as temporary:
+        for file, names in plan.filename_to_tensors.items():
+            write_tensors(temporary / file, [by_name[name] for name in names], {"format": "pt"})
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            text = json.dumps(index, indent=2) + "\n"
+            (temporary / INDEX_FILE).write_text(text, encoding="utf-8")
+        for config in configs:
+            if config is not None:
+                config.save_pretrained(temporary)
+    return Path(folder)
+
+
+def _plan(weights: Sequence[Weight]) -> StateDictSplit:
+    """Which file holds which weights."""
+    layout = {w.name: torch.empty(w.shape, dtype=w.dtype, device="meta") for w in weights}
+    return split_torch_state_dict_into_shards(layout, max_shard_size="5GB")
