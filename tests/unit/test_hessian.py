@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 
 from wagle_pl.attribution import AttributionModule
+from wagle_pl.attribution.collect import Draws
 from wagle_pl.attribution.hessian import (
     DIAGONAL,
     ESTIMATORS,
@@ -25,7 +26,6 @@ from wagle_pl.attribution.hessian import (
     rademacher,
     sample_labels,
 )
-from wagle_pl.attribution.passes import Draws
 from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.seeds import stable_seed

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
@@ -15,6 +14,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from wagle_pl.attribution.collect import Draws, Job, add_batch, end_step
 from wagle_pl.attribution.hessian import (
     DIAGONAL,
     TRACE,
@@ -23,7 +23,6 @@ from wagle_pl.attribution.hessian import (
     Hessian,
     estimator_of,
 )
-from wagle_pl.attribution.passes import Draws, Job, collect, count_rows
 from wagle_pl.attribution.scores import Score, WeightStatistics, checked, positive, try_out
 from wagle_pl.attribution.selection import select_each
 from wagle_pl.attribution.specs import MaskSpec, check_labels, complete, name_masks
@@ -143,7 +142,7 @@ class AttributionModule(LanguageModule):
         self._seen = (0, 0)  # the epoch, and how many of its micro-batches are in the sums
         self._one_pass_planned = True
         self._small: dict[str, Any] = {}
-        self._unsynced = ExitStack()
+        self._stored_sums: Optional[dict[str, Any]] = None  # of the checkpoint that is resumed
         self.streams = tuple(
             dict.fromkeys((self.forget_loss.forget_streams[0], *(job.stream for job in self.jobs)))
         )
@@ -262,6 +261,7 @@ class AttributionModule(LanguageModule):
     def configure_model(self) -> None:
         """Load the model, with gradients for every parameter, and check the masks' names against it."""
         super().configure_model()
+        self.sums = GradientSums.of(self.lm)
         if self.gradient_checkpointing:
             recompute_blocks(self.lm)
         shapes = parameter_shapes(self.lm)
@@ -303,15 +303,8 @@ class AttributionModule(LanguageModule):
                 ", ".join(unseen[:3]),
             )
 
-    def configure_optimizers(self) -> GradientSums:
-        """The sums."""
-        names, parameters = zip(*self.lm.named_parameters(), strict=True)
-        return GradientSums(parameters, names)
-
-    @property
-    def sums(self) -> GradientSums:
-        """Running sums of gradients."""
-        return self.trainer.optimizers[0]
+    def configure_optimizers(self) -> None:
+        """No weight moves: there is nothing to optimise."""
 
     def on_fit_start(self) -> None:
         """Refuse a run that the disk has no room for, and try the scores on random numbers, before a pass is spent on
@@ -327,10 +320,17 @@ class AttributionModule(LanguageModule):
     def on_train_start(self) -> None:
         """Attribute the model as it is used, without dropout; DDP need not average gradients that are summed here."""
         begin(self.trainer)
+        self._restore_sums()
         self._say_if_not_one_pass()
         self.lm.eval()
         if isinstance(self.trainer.strategy.model, DistributedDataParallel):
-            self._unsynced.enter_context(self.trainer.strategy.model.no_sync())
+            self.trainer.strategy.model.require_backward_grad_sync = False
+
+    def _restore_sums(self) -> None:
+        """Take the sums of the checkpoint that is resumed, once the model is on its device."""
+        if self._stored_sums is not None:
+            self.sums.load_state_dict(self._stored_sums)
+        self._stored_sums = None
 
     def _say_if_not_one_pass(self) -> None:
         """Warn, before the work, of options that make it several passes, or part of one."""
@@ -362,41 +362,30 @@ class AttributionModule(LanguageModule):
 
     def training_step(self, batch: Mapping[str, Mapping[str, Tensor]], batch_idx: int) -> Tensor:
         """Add one micro-batch to the sums."""
-        seed, epoch, step = self.trainer.datamodule.seed, self.current_epoch, self.global_step
-        for stream, tensors in batch.items():
-            self.sums.count(f"{stream}_rows", count_rows(tensors))
-        total = torch.zeros((), device=self.device)
-        for number, job in enumerate(self.jobs):
-            loss = collect(job, batch, self.lm, self.sums, Draws(seed, epoch, step, number))
-            if loss is not None:
-                self.log(f"train/{job.stream}_loss", loss, prog_bar=True)
-                total += loss.detach()
+        draws = Draws(self.trainer.datamodule.seed, self.current_epoch, self.global_step)
+        losses = add_batch(self.lm, batch, self.jobs, self.sums, draws)
+        self.log_dict({f"train/{s}_loss": loss for s, loss in losses.items()}, prog_bar=True)
         self._within_step = (batch_idx + 1) % self.trainer.accumulate_grad_batches != 0
         if not self._within_step or self.trainer.is_last_batch:
             self._end_step()
         if is_zero(self.trainer.strategy):
             self.trainer.strategy.release()
-        self._seen = (epoch, batch_idx + 1)
-        return total
+        self._seen = (self.current_epoch, batch_idx + 1)
+        # Lightning takes the gradient of what a step returns: here of nothing but the number itself
+        return torch.zeros((), device=self.device, requires_grad=True)
 
     def _end_step(self) -> None:
-        """Let the Hessian take in the step that is over."""
         self._within_step = False
-        for job in self.jobs:
-            if job.hessian:
-                job.hessian.end_step(self.sums)
-
-    def backward(self, loss: Tensor, *_: Any, **__: Any) -> None:
-        """Nothing: the step has made its own backward passes."""
+        end_step(self.jobs, self.sums)
 
     # -- the masks ----------------------------------------------------------------------------------------------------
 
     def on_train_end(self) -> None:
         """Turn the sums into scores, the scores into masks, and write them."""
         super().on_train_end()
-        self._unsynced.close()
         if self.trainer.fast_dev_run:
             return
+        self._restore_sums()  # of a run that had nothing left to collect
         if self._within_step:  # time has ended the run
             self._end_step()
         if self.fingerprint() != self.model_fingerprint:
@@ -633,14 +622,18 @@ class AttributionModule(LanguageModule):
         """Leave the weights out: they are the model's own, unmoved. Say which rows are in the sums."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["state_dict"] = {}
+        if not is_zero(self.trainer.strategy):  # there each rank writes its own part
+            checkpoint["sums"] = self.sums.state_dict()
         if self._seen[1]:
             keep_position(checkpoint, self.trainer, *self._seen)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Find the place where the pass goes on."""
+        """Take the sums back, and find the place where the pass goes on."""
         super().on_load_checkpoint(checkpoint)
         if self.attached and self.trainer.training:
             recount(checkpoint, self.trainer)
+            if not is_zero(self.trainer.strategy):  # which has read each rank's part by now
+                self._stored_sums = checkpoint["sums"]
 
 
 def _hessian_kind(hessian: str, gamma: Union[float, str], needs: set[str]) -> str:

@@ -1,19 +1,17 @@
-"""``GradientSums``: running fp32 sums of gradients and of their squares, dressed as an optimiser that moves nothing.
+"""``GradientSums``: running fp32 sums of gradients and of their squares.
 
-As an optimiser it gives Lightning what it counts steps by and saves in checkpoints, so that attribution resumes like
-training does. With several ranks each keeps its rows of every sum (:class:`~wagle_pl.attribution.shards.Shard`).
+With several ranks each keeps its rows of every sum (:class:`~wagle_pl.attribution.shards.Shard`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from wagle_pl.attribution.shards import Shard
 from wagle_pl.core import distributed
@@ -22,39 +20,40 @@ from wagle_pl.strategies.checkpoint import Part, ShardedCheckpoint
 _OF_STEP = "of this step: "  # before the name of a sum over a step, in a checkpoint
 
 
-class GradientSums(Optimizer):
-    """Sums by name, one fp32 tensor a parameter and name, made when first used: four bytes a weight and name.
+class GradientSums:
+    """Sums by name: one fp32 tensor a parameter and name, made when first used, 4 bytes a weight and name.
 
-    For fp32 parameters on one device a sum of gradients *is* the gradient autograd accumulates into, so adding up costs
-    nothing and no second buffer exists. Gradients of narrower parameters, of several ranks, and those to be squared,
-    are taken as soon as one parameter's is whole, added in fp32, and freed before the next parameter's.
+    On one device the sum of fp32 parameters' gradients is the tensor that autograd accumulates into: no second buffer
+    exists. Gradients of narrower parameters, of several ranks, and those to be squared are taken as soon as one
+    parameter's is whole, added in fp32, and freed before the next parameter's.
 
     Args:
-        params: the parameters.
+        parameters: of the model, in order.
         names: their names, for checkpoints of shards.
     """
 
-    def __init__(self, params: Any, names: Sequence[str] = ()) -> None:
-        super().__init__(params, {})
+    def __init__(self, parameters: Iterable[nn.Parameter], names: Sequence[str] = ()) -> None:
+        self.parameters = list(parameters)
         self.names = list(names)
         self.shards = [Shard(getattr(p, "ds_shape", p.shape)) for p in self.parameters]
+        #: Sums over the run: name -> this rank's rows of each parameter's.
         self.sums: dict[str, list[Tensor]] = {}
-        #: Sums over one step, not over the run; they are zero between steps, and kept by checkpoints within one.
+        #: Sums over one step, zero between steps; checkpoints keep them within one.
         self.step_sums: dict[str, list[Tensor]] = {}
-        #: Running fp64 vectors and numbers of a parameter that do not have its shape: name -> parameter -> this rank's
-        #: part of the sum.
+        #: fp64 vectors and numbers that do not have the parameter's shape: name -> parameter -> this rank's part.
         self.vectors: dict[str, dict[str, Tensor]] = {}
-        #: Small running numbers that belong to the sums (counts of examples, of batches, ...): this rank's part.
+        #: Counts of examples, of batches, ...: this rank's part.
         self.counts: dict[str, float] = {}
 
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """The parameters, in order."""
-        return [parameter for group in self.param_groups for parameter in group["params"]]
+    @classmethod
+    def of(cls, lm: nn.Module) -> GradientSums:
+        """For all parameters of a model."""
+        names, parameters = zip(*lm.named_parameters(), strict=True)
+        return cls(parameters, names)
 
     @property
-    def spread(self) -> bool:
-        """Whether the parameters themselves are spread over ranks (ZeRO-3)."""
+    def sharded(self) -> bool:
+        """Whether the parameters themselves are sharded over ranks (ZeRO-3)."""
         return any(hasattr(parameter, "ds_id") for parameter in self.parameters)
 
     def buffers(self, name: str) -> list[Tensor]:
@@ -88,11 +87,13 @@ class GradientSums(Optimizer):
         squares: Optional[str] = None,
         in_step: Optional[str] = None,
     ) -> Iterator[None]:
-        """Say where the gradients of the backward passes inside go; they may go to several places.
+        """Where the gradient of the one backward pass inside goes; it may go to several places.
+
+        With several ranks it is collective, whichever parameters have a gradient on which rank.
 
         Args:
-            total: name of the sum each backward pass's gradient is added to.
-            squares: name of the sum its elementwise square is added to.
+            total: name of the sum that the gradient is added to.
+            squares: name of the sum that its elementwise square is added to.
             in_step: name of the sum over this step that it is added to, see :meth:`fold`.
         """
         totals = [
@@ -100,11 +101,13 @@ class GradientSums(Optimizer):
             *([self._buffers(self.step_sums, in_step)] if in_step else []),
         ]
         squared = self.buffers(squares) if squares else []
+        distributed_run = distributed.is_distributed()
+        # ranks reduce in one order, which is nearly that in which a backward pass finds gradients
+        left = list(range(len(self.parameters))) if distributed_run else []
+        waiting: dict[int, Tensor] = {}
 
-        @torch.no_grad()
-        def take(position: int, parameter: nn.Parameter) -> None:
-            """Add one parameter's gradient, whole now, to where it goes, and free it."""
-            gradient, parameter.grad = parameter.grad.float(), None
+        def add(position: int, gradient: Tensor) -> None:
+            gradient = gradient.float()
             if totals:
                 shared = self.shards[position].scatter_sum(gradient)
                 for buffers in totals:
@@ -112,13 +115,18 @@ class GradientSums(Optimizer):
             if squares:
                 self.add(squared, position, gradient.square_())
 
+        @torch.no_grad()
+        def take(position: int, parameter: nn.Parameter) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            if not distributed_run:
+                return add(position, gradient)
+            waiting[position] = gradient
+            while left and left[-1] in waiting:
+                position = left.pop()
+                add(position, waiting.pop(position))
+
         hooks = []
-        in_place = (
-            len(totals) == 1
-            and not squares
-            and not distributed.is_distributed()
-            and not self.spread
-        )
+        in_place = len(totals) == 1 and not squares and not distributed_run and not self.sharded
         for position, parameter in enumerate(self.parameters):
             if in_place and parameter.dtype == torch.float32:
                 parameter.grad = totals[0][position]
@@ -127,14 +135,22 @@ class GradientSums(Optimizer):
                 hooks.append(parameter.register_post_accumulate_grad_hook(partial(take, position)))
         try:
             yield
+            for position in reversed(left):  # some rank may have a gradient that this one has not
+                found = waiting.pop(position, None)
+                with torch.no_grad():
+                    add(position, self._zeros(position) if found is None else found)
         finally:
             for hook in hooks:
                 hook.remove()
             for parameter in self.parameters:
                 parameter.grad = None
 
+    def _zeros(self, position: int) -> Tensor:
+        parameter = self.parameters[position]
+        return torch.zeros(self.shards[position].shape, device=parameter.device)
+
     def add(self, buffers: Sequence[Tensor], position: int, whole: Tensor) -> None:
-        """Add the ranks' tensors of a parameter's shape to its sum; a meeting of all ranks."""
+        """Add the ranks' tensors of a parameter's shape to its sum; collective."""
         buffers[position].add_(
             self.shards[position].scatter_sum(whole).to(buffers[position].device)
         )
@@ -176,7 +192,7 @@ class GradientSums(Optimizer):
     # -- over all ranks, and on disk ----------------------------------------------------------------------------------
 
     def small(self) -> dict[str, Any]:
-        """Vectors and counts, summed over the ranks; a meeting of all ranks."""
+        """Vectors and counts, summed over the ranks; collective."""
         vectors = {
             name: {
                 key: distributed.all_reduce_sum(vector.clone())

@@ -14,7 +14,7 @@ from typing import Any, Literal, Optional
 
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -190,7 +190,8 @@ class ZeRO(DeepSpeedStrategy):
         fits = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         if fits and not self.moves_weights:
             self._initialize_deepspeed_inference(self.model)
-            self.optimizers = [self.lightning_module.configure_optimizers()]
+            # of a module without optimisers: a mock of Lightning's
+            Strategy.setup_optimizers(self, self.lightning_module.trainer)
             return
         try:
             super().init_deepspeed()
@@ -230,9 +231,8 @@ class ZeRO(DeepSpeedStrategy):
         return fragments(self.zero_optimizer, self.lightning_module.lm.named_parameters())
 
     def backward(self, closure_loss: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        """DeepSpeed's backward pass; the module's own if it moves no weights."""
+        """DeepSpeed's backward pass; none if the module moves no weights."""
         if not self.moves_weights:
-            self.lightning_module.backward(closure_loss)
             return closure_loss
         # Lightning has divided by the number of micro-batches already
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
@@ -272,8 +272,8 @@ class ZeRO(DeepSpeedStrategy):
             shapes = parameter_shapes(module.lm)
             files.save(
                 path,
-                self.optimizers[0].parts(),
-                {**common, "sums": self.optimizers[0].small()},
+                module.sums.parts(),
+                {**common, "sums": module.sums.small()},
                 shapes,
             )
             return
@@ -297,7 +297,7 @@ class ZeRO(DeepSpeedStrategy):
         fits = module.trainer.state.fn == TrainerFn.FITTING
         if not self.moves_weights:
             if fits:
-                self.optimizers[0].load(stored)
+                module.sums.load(stored)
             return stored.common
         if not fits and any(name.endswith(SUFFIX) for name in stored.shapes):
             load_values(module.lm, stored.shapes, stored.weight, module.mask)
