@@ -154,7 +154,7 @@ def test_sum_is_the_sum_of_single_gradients(attribute: Attribute, batch_size: in
     module = attribute(gamma=1.0, reduction="sum", score="snip", **{"data.batch_size": batch_size})
     total = add(plain_gradients(module, "forget"))
     for i, (name, parameter) in enumerate(module.lm.named_parameters()):
-        scores = dict(module.scores(module.specs[0].score, None, {name}))
+        scores = dict(module.collected.scores(module.specs[0].score, {name}))
         torch.testing.assert_close(scores[name], parameter * total[i], rtol=1e-3, atol=1e-7)
 
 
@@ -255,7 +255,7 @@ def test_fisher_sums_are_of_single_rows(attribute: Attribute):
     assert_close(sums["g_f"], add(forget))
     assert_close(sums["g_r"], add(retain))
     h = torch.cat([t.reshape(-1) for t in sums["fisher_r"]]) / 11
-    curvature = module._curvature()
+    curvature = module.collected.hessian
     torch.testing.assert_close(
         curvature.damped(0).reshape(-1), h[: curvature.plain(0).numel()] + 0.1 * h.mean()
     )
@@ -478,10 +478,10 @@ def test_curvature_and_wagle_share_a_pass(attribute: Attribute):
     """With ``auto`` one takes the diagonal and the other its mean."""
     module = attribute(masks=[{"score": "curvature"}, {"score": "wagle"}])
     assert set(module.kept.sums) == {"g_f", "g_r", "h"}
-    curvature = module._curvature()
+    curvature = module.collected.hessian
     both = Score()
     both.needs = ("h", "h_diagonal")
-    statistics = module._statistics(0, "x", next(module.lm.parameters()), both, curvature)
+    statistics = module.collected._statistics(0, "x", next(module.lm.parameters()), both)
     assert statistics.h.dim() == 0 and float(statistics.h) == pytest.approx(curvature.mean)
     assert statistics.h_diagonal.dim() == 2
 
@@ -592,16 +592,13 @@ def test_scores_are_kept_for_another_density(attribute: Attribute):
     assert mask == WeightMask.load("other")
     mask.check(parameter_shapes(module.lm), module.model_fingerprint)
     stored = dict(StoredScores("mask.scores").stream())
-    assert all(
-        torch.equal(stored[n], s)
-        for n, s in module.scores(module.specs[0].score, module._curvature())
-    )
+    assert all(torch.equal(stored[n], s) for n, s in module.collected.scores(module.specs[0].score))
 
 
 def test_signed_scores_are_ranked_with_their_sign(attribute: Attribute):
     module = attribute(score="signed", gamma=1.0, density=0.2, save_scores="bf16")
     mask = WeightMask.load("mask")
-    scores = dict(module.scores(module.specs[0].score, module._curvature()))
+    scores = dict(module.collected.scores(module.specs[0].score))
     values = torch.cat([scores[n].reshape(-1) for n in mask.names])
     taken = torch.cat([mask[n].reshape(-1) for n in mask.names])
     assert values[taken].min() >= values[~taken].max()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
@@ -15,18 +15,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from wagle_pl.attribution.collect import Draws, Job, add_batch, end_step
-from wagle_pl.attribution.hessian import (
-    DIAGONAL,
-    TRACE,
-    DampedHessian,
-    Fisher,
-    Hessian,
-    estimator_of,
-)
-from wagle_pl.attribution.scores import Score, WeightStatistics, checked, positive, try_out
-from wagle_pl.attribution.selection import select_each
+from wagle_pl.attribution.hessian import DIAGONAL, Fisher, Hessian, estimator_of
+from wagle_pl.attribution.scores import Score, positive, try_out
+from wagle_pl.attribution.scoring import Collected
 from wagle_pl.attribution.specs import MaskSpec, check_labels, complete, name_masks
-from wagle_pl.attribution.stored import DTYPES, whole_mask, write_scores
+from wagle_pl.attribution.stored import DTYPES, write_scores
 from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.core import distributed, outputs
 from wagle_pl.core.errors import WagleError
@@ -34,7 +27,7 @@ from wagle_pl.core.files import refuse_existing
 from wagle_pl.lm.layers import linear_weights, recompute_blocks
 from wagle_pl.lm.module import LanguageModule
 from wagle_pl.lm.resume import begin, keep_position, recount
-from wagle_pl.lm.weights import gathered, parameter_shapes
+from wagle_pl.lm.weights import parameter_shapes
 from wagle_pl.masks import SUFFIX, WeightMask, mask_path
 from wagle_pl.objectives.forget import NPO, PO, GradDiff
 from wagle_pl.planning import Run, Size, disk_bytes
@@ -141,7 +134,7 @@ class AttributionModule(LanguageModule):
         self._within_step = False
         self._seen = (0, 0)  # the epoch, and how many of its micro-batches are in the sums
         self._one_pass_planned = True
-        self._small: dict[str, Any] = {}
+        self.collected: Optional[Collected] = None  # once the pass has ended
         self._stored_sums: Optional[dict[str, Any]] = None  # of the checkpoint that is resumed
         self.streams = tuple(
             dict.fromkeys((self.forget_loss.forget_streams[0], *(job.stream for job in self.jobs)))
@@ -392,25 +385,27 @@ class AttributionModule(LanguageModule):
             raise WagleError(
                 "attribution moved a weight: the mask is not written; please report this"
             )
-        self._small = self.sums.small()
-        if self._one_pass_planned and self.passes != 1:
+        self.collected = self._collected()
+        passes = self.collected.rows(self.streams[0]) / self._forget_rows()
+        if self._one_pass_planned and passes != 1:
             log.warning(
                 "the mask is of %.4g passes over the %d forget rows, not of one: the run ended early",
-                self.passes,
+                passes,
                 self._forget_rows(),
             )
-        curvature = self._curvature()
+        metadata = self._metadata(passes)
         checkpoint = outputs.last_checkpoint(self.trainer)
         failed: list[str] = []
-        groups: dict[Any, list[int]] = {}
-        for number, spec in enumerate(self.specs):
-            groups.setdefault(spec.passes, []).append(number)
-        for numbers in groups.values():
-            for number, mask in zip(numbers, self._select(numbers, curvature), strict=True):
+        same_passes: dict[Any, list[tuple[str, MaskSpec]]] = {}
+        for name, spec in zip(self.mask_names, self.specs, strict=True):
+            same_passes.setdefault(spec.passes, []).append((name, spec))
+        for group in same_passes.values():
+            masks = self.collected.masks([spec for _, spec in group], metadata)
+            for (name, _), mask in zip(group, masks, strict=True):
                 if mask is None:
                     continue
-                path = self._mask_path(number)
-                self._report(mask, self.mask_names[number])
+                path = Path(self.output) / f"{name}{SUFFIX}" if self.several else self._place
+                self._report(mask, name)
                 try:
                     outputs.write_or_keep(mask.save, path, checkpoint)
                 except WagleError as error:  # the next mask may be kept, too
@@ -418,167 +413,56 @@ class AttributionModule(LanguageModule):
                 else:
                     log.info("mask written to %s (density %.4f)", path, mask.density)
         if self.save_scores:
-            for score in {id(spec.score): spec.score for spec in self.specs}.values():
-                self._write_scores(score, curvature)
+            for spec in {id(spec.score): spec for spec in self.specs}.values():
+                self._write_scores(spec, metadata)
         if failed:
             raise WagleError("; ".join(failed))
 
-    def _mask_path(self, number: int) -> Path:
-        return (
-            Path(self.output) / f"{self.mask_names[number]}{SUFFIX}"
-            if self.several
-            else mask_path(self.output)
+    def _collected(self) -> Collected:
+        h: Optional[Union[Hessian, float]] = None
+        if self.needs & {"h", "h_diagonal"}:
+            h = float(self.gamma) if self._estimator is None else self._estimator
+        return Collected(
+            self.lm,
+            self.sums,
+            forget=self.forget_loss.forget_streams[0],
+            mean=self.reduction == "mean",
+            hessian=h,
+            hessian_stream=self.hessian_data,
+            diagonal=self._diagonal,
+            scalar=self.hessian in ("scalar", "auto"),
+            damping=self.damping,
+            device=self.device,
         )
 
     def _scores_path(self, score: Score) -> Path:
         if self.several:
             return Path(self.output) / f"{score.label}.scores"
-        return mask_path(self.output).with_suffix(".scores")
-
-    def _select(
-        self, numbers: list[int], curvature: Optional[DampedHessian]
-    ) -> Iterator[Optional[WeightMask]]:
-        """The masks of specs that differ in density only, all in the same passes over their scores.
-
-        With several ranks each selects among the scores of its rows; rank 0 is sent the bits, one a weight, and other
-        ranks' masks are None.
-        """
-        specs = [self.specs[number] for number in numbers]
-        score, shapes = specs[0].score, parameter_shapes(self.lm)
-        names = specs[0].taking_part(shapes)
-        share = score.share({name: shapes[name] for name in names})
-        densities = [spec.density if share is None else share for spec in specs]
-        selected: list[dict[str, Tensor]] = [{} for _ in specs]
-        shards = dict(zip(self.sums.names, self.sums.shards, strict=True))
-        for name, bits in select_each(
-            lambda: self.scores(score, curvature, set(names)),
-            densities,
-            specs[0].ranking,
-            specs[0].scope,
-            shards,
-        ):
-            for chosen, packed in zip(selected, bits, strict=True):
-                whole = shards[name].gather_bits(packed)
-                if self.trainer.is_global_zero:
-                    chosen[name] = whole
-        for spec, density, packed in zip(specs, densities, selected, strict=True):
-            made_by = {**self._made_by(curvature), **spec.options(), "density": float(density)}
-            yield whole_mask(packed, shapes, made_by) if self.trainer.is_global_zero else None
-
-    def scores(
-        self, score: Score, curvature: Optional[DampedHessian], names: Optional[set[str]] = None
-    ) -> Iterator[tuple[str, Tensor]]:
-        """(parameter name, fp32 scores in its shape) of all parameters or of some, computed one parameter at a time.
-
-        With several ranks: the scores of this rank's rows; a meeting of all ranks.
-
-        Raises:
-            WagleError: if the score returns another shape, or no floating-point numbers.
-        """
-        for position, (name, parameter) in enumerate(self.lm.named_parameters()):
-            if names is not None and name not in names:
-                continue
-            statistics = self._statistics(position, name, parameter, score, curvature)
-            values = checked(score, statistics)
-            yield name, values if score.by_row else self.sums.shards[position].of(values)
-
-    @torch.no_grad()
-    def _statistics(
-        self,
-        position: int,
-        name: str,
-        parameter: Tensor,
-        score: Score,
-        curvature: Optional[DampedHessian],
-    ) -> WeightStatistics:
-        """What the pass saw of one parameter, as far as a score needs it: of this rank's rows, or of all."""
-        shard, needs = self.sums.shards[position], score.needs
-        device = self.device
-
-        def part(rows: Tensor) -> Tensor:
-            return (rows if score.by_row else shard.gather(rows)).to(device)
-
-        def summed(key: str, scale: float) -> Tensor:
-            return part(self.sums.buffers(key)[position]) * scale
-
-        with gathered(parameter) as weights:
-            theta = (
-                (shard.of(weights) if score.by_row else weights).detach().to(device, torch.float32)
-            )
-            w = WeightStatistics(name, theta.clone())  # a score may work in place
-        forget = self.forget_loss.forget_streams[0]
-        if "g_f" in needs:
-            w.g_f = summed("g_f", self._scale(forget))
-        if "g_r" in needs:
-            w.g_r = summed("g_r", self._scale("retain"))
-        if "fisher_f" in needs:
-            w.fisher_f = summed("fisher_f", 1 / self._rows(forget))
-        if "fisher_r" in needs:
-            w.fisher_r = summed("fisher_r", 1 / self._rows("retain"))
-        if "activation" in needs and name in self._small["vectors"]["activation"]:
-            norms = self._small["vectors"]["activation"][name].sqrt().float()
-            lies_along_rows = (
-                score.by_row and norms.ndim == theta.ndim and len(norms) == shard.shape[0]
-            )
-            w.activation = (norms[shard.start : shard.stop] if lies_along_rows else norms).to(
-                device
-            )
-        if "h" in needs:
-            scalar = self.hessian in ("scalar", "auto")
-            w.h = curvature.scalar(device) if scalar else part(curvature.damped(position))
-        if "h_diagonal" in needs:
-            w.h_diagonal, w.h_mean = part(curvature.plain(position)), curvature.mean
-        return w
-
-    @property
-    def passes(self) -> float:
-        """How often the run saw the forget rows: 1 is each of them once."""
-        return self._rows(self.streams[0]) / self._forget_rows()
+        return self._place.with_suffix(".scores")
 
     def _forget_rows(self) -> int:
         return len(self.trainer.datamodule.rows("forget"))
 
-    def _rows(self, stream: str) -> float:
-        return self._small["counts"][f"{stream}_rows"]
-
-    def _scale(self, stream: str) -> float:
-        return 1.0 if self.reduction == "sum" else 1.0 / self._rows(stream)
-
-    def _curvature(self) -> Optional[DampedHessian]:
-        """h, if a score needs it."""
-        if not self.needs & {"h", "h_diagonal"}:
-            return None
-        if self._estimator is None:
-            return DampedHessian(float(self.gamma))
-        scale = self._scale(self.hessian_data) / self._estimator.samples
-        if not self._estimator.diagonal:
-            weights = sum(shard.total for shard in self.sums.shards)
-            return DampedHessian(
-                float(sum(self._small["vectors"][TRACE].values())) * scale / weights
-            )
-        return DampedHessian.of_diagonal(self.sums.buffers(self._diagonal), scale, self.damping)
-
-    def _write_scores(self, score: Score, curvature: Optional[DampedHessian]) -> None:
-        spec = next(spec for spec in self.specs if spec.score is score)
+    def _write_scores(self, spec: MaskSpec, metadata: dict[str, Any]) -> None:
         options = {key: spec.options()[key] for key in ("score", "score_options")}
-        made_by = {**self._made_by(curvature), **options, "absolute": not score.signed}
-        shapes = parameter_shapes(self.lm)
-        shards = dict(zip(self.sums.names, self.sums.shards, strict=True))
-        whole = ((name, shards[name].gather(rows)) for name, rows in self.scores(score, curvature))
+        made_by = {**metadata, **options, "absolute": not spec.score.signed}
+        whole = self.collected.whole_scores(spec.score)
         if not self.trainer.is_global_zero:
             for _ in whole:
                 pass
             return
-        path = self._scores_path(score)
+        path, dtype = self._scores_path(spec.score), DTYPES[self.save_scores]
         outputs.write_or_keep(
-            lambda place: write_scores(place, whole, shapes, made_by, DTYPES[self.save_scores]),
+            lambda place: write_scores(place, whole, self.collected.shapes, made_by, dtype),
             path,
             outputs.last_checkpoint(self.trainer),
             again=False,
         )
         log.info("scores written to %s", path)
 
-    def _made_by(self, curvature: Optional[DampedHessian]) -> dict[str, Any]:
+    def _metadata(self, passes: float) -> dict[str, Any]:
+        """What made the mask, for its file."""
+        curvature = self.collected.hessian
         return {
             "model": self.model_name,
             "model_fingerprint": self.model_fingerprint,
@@ -589,9 +473,9 @@ class AttributionModule(LanguageModule):
             "hessian_data": self.hessian_data,
             "forget_loss": type(self.forget_loss).__name__,
             "reduction": self.reduction,
-            "passes": self.passes,
+            "passes": passes,
             "forget_rows": self._forget_rows(),
-            "rows": {stream: int(self._rows(stream)) for stream in self.streams},
+            "rows": {stream: int(self.collected.rows(stream)) for stream in self.streams},
             "data": self.described_data,
             "prompts": self.prompts,
             "config": self.run_config,
@@ -600,23 +484,15 @@ class AttributionModule(LanguageModule):
     def _report(self, mask: WeightMask, name: str) -> None:
         """Log the share selected by layer and by module type."""
         stats = mask.stats()
-        flat = {
-            f"{group}/{key}": share
-            for group in ("layer", "module")
-            for key, share in stats[group].items()
-        }
         prefix = f"mask/{name}" if self.several else "mask"
+        shares = {f"{prefix}/density": mask.density}
+        for group in ("layer", "module"):
+            shares |= {f"{prefix}/{group}/{key}": v for key, v in stats[group].items()}
+            if not self.several:
+                parts = "  ".join(f"{key} {share:.3f}" for key, share in stats[group].items())
+                log.info("share selected by %s: %s", group, parts)
         for logger in self.trainer.loggers:
-            shares = {"density": mask.density, **flat}
-            logger.log_metrics(
-                {f"{prefix}/{key}": value for key, value in shares.items()}, step=self.global_step
-            )
-        for group in ("module", "layer") if not self.several else ():
-            log.info(
-                "share selected by %s: %s",
-                group,
-                "  ".join(f"{k} {v:.3f}" for k, v in stats[group].items()),
-            )
+            logger.log_metrics(shares, step=self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the weights out: they are the model's own, unmoved. Say which rows are in the sums."""
