@@ -11,7 +11,7 @@ from typing import Any, Optional
 import pytest
 import torch
 
-from wagle_pl.cli import app as cli
+from wagle_pl.cli.report import report
 from wagle_pl.evaluation.results import write_json
 from wagle_pl.evaluation.suites import TOFUSuite
 from wagle_pl.evaluation.tables import write_table
@@ -30,7 +30,7 @@ SHAPES = {
 }
 
 
-# -- a strict reader of pages ------------------------------------------------------------------------------------------
+# -- a strict reader of pages ----------------------------------------------------------------------
 
 
 class Node:
@@ -157,17 +157,20 @@ def section(root: Node, name: str) -> Node:
 
 
 def report_page(
-    args: Any, capsys: pytest.CaptureFixture[str], heard: pytest.LogCaptureFixture
+    capsys: pytest.CaptureFixture[str],
+    heard: pytest.LogCaptureFixture,
+    *runs: Any,
+    **options: Any,
 ) -> tuple[Node, str]:
-    """Run ``wagle report <args> -o out.html``; return the page, and what was printed and logged."""
+    """What ``wagle report RUNS -o out.html`` does: the page, and what was printed and logged."""
     capsys.readouterr()
     heard.clear()
-    cli.main(["report", *map(str, args), "-o", "out.html"])
+    report(list(map(str, runs)), **{"output": "out.html", **options})
     said = capsys.readouterr().out + "\n".join(heard.messages)
     return read(Path("out.html").read_text(encoding="utf-8")), said
 
 
-# -- runs --------------------------------------------------------------------------------------------------------------
+# -- runs ------------------------------------------------------------------------------------------
 
 
 def records(prefix: str, known: float, count: int = 8) -> list[dict[str, Any]]:
@@ -249,7 +252,7 @@ def step(module: str, base: str, **more: Any) -> dict[str, Any]:
 
 
 def write_runs() -> dict[str, dict[str, float]]:
-    """Target, retrained, an unlearned model within a mask and a dense one, in the working folder; name -> metrics."""
+    """Target, retrained, a model unlearned within a mask and a dense one; name -> metrics."""
     bools = {
         name: torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
         for name, shape in SHAPES.items()

@@ -1,4 +1,4 @@
-"""``wagle report`` of runs: what it shows equals what they wrote, it stands alone, and it says what is missing."""
+"""A report of runs shows what they wrote, stands alone, and says what is missing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import yaml
 from pages import EVIL, numbers, records, report_page, section, step, write_run, write_runs
 
 from wagle_pl import WagleError
-from wagle_pl.cli import app as cli
 from wagle_pl.evaluation.comparison import arrow
 from wagle_pl.evaluation.results import write_json
 from wagle_pl.evaluation.suites import TOFUSuite
@@ -36,29 +36,22 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str,
 @pytest.fixture
 def report(capsys: pytest.CaptureFixture[str], heard: pytest.LogCaptureFixture):
     """See :func:`pages.report_page`."""
-    return lambda *args: report_page(args, capsys, heard)
+    return partial(report_page, capsys, heard)
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]):
-    """Run ``wagle report <args>`` that must end with one line on stderr and exit code 2; returns that line."""
+def refused(report):
+    """What is wrong with arguments of a report."""
 
-    def run(*args: Any) -> str:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            cli.main(["report", *map(str, args)])
-        assert exit_.value.code == 2
-        (line,) = [
-            line
-            for line in capsys.readouterr().err.splitlines()
-            if line.startswith("wagle: error: ")
-        ]
-        return line
+    def run(*runs: Any, **options: Any) -> str:
+        with pytest.raises(WagleError) as error:
+            report(*runs, **options)
+        return str(error.value)
 
     return run
 
 
-# -- runs in a report --------------------------------------------------------------------------------------------------
+# -- runs in a report ------------------------------------------------------------------------------
 
 
 def test_every_number_equals_metrics_json(runs, report):
@@ -133,7 +126,7 @@ def test_what_is_shown_of_runs(runs, report):
 
 
 def test_answers_stand_side_by_side(runs, report):
-    root, _ = report("masked", "dense", "retrained", "--examples", 3)
+    root, _ = report("masked", "dense", "retrained", examples=3)
     answers = section(root, "answers")
     articles = list(answers.all("article"))
     assert [next(a.all("h4")).text for a in articles] == [
@@ -168,7 +161,7 @@ def test_truth_ratios_are_those_of_the_tables(runs):
 
 
 def test_texts_are_escaped(runs, report):
-    root, _ = report("masked", "--title", EVIL)
+    root, _ = report("masked", title=EVIL)
     assert next(root.all("h1")).text == EVIL
     assert sum(EVIL in node.text for node in root.all("dd")) >= 2
     notes = [yaml.safe_load(node.text)["model"]["init_args"]["note"] for node in root.all("pre")]
@@ -265,7 +258,7 @@ def test_a_second_request_is_shown_beside_the_model_before_any_of_them(runs, tar
 def test_a_published_result_file_stands_for_the_retrained_model(runs, report):
     result = to_result({"forget": records("secret", 0.1)})
     write_json(Path("published.json"), result)
-    root, _ = report("masked", "--retrained", "published.json")
+    root, _ = report("masked", retrained="published.json")
     assert (
         "The retrained model's results, published.json, hold examples and no measures." in root.text
     )
@@ -290,7 +283,7 @@ def test_numbers_that_are_not_finite(runs, report):
     assert "all from 0 to inf" in told["Truth ratios on forget, masked"]
 
 
-# -- what is missing ---------------------------------------------------------------------------------------------------
+# -- what is missing -------------------------------------------------------------------------------
 
 
 def test_runs_without_metrics_are_left_out_and_said_so(runs, report):
@@ -310,7 +303,7 @@ def test_missing_pieces_are_said(runs, report):
     for file in ("masked/wagle.json", "masked/test/metrics.info.json"):
         os.remove(file)
     Path("masked/test/forget.parquet").write_bytes(b"no table")
-    root, _ = report("masked", "--target", "target")
+    root, _ = report("masked", target="target")
     assert {run for run, _ in numbers(root)} == {"masked", "target"}
     assert "no wagle.json beside the results" in section(root, "making").text
     assert (
@@ -382,36 +375,33 @@ def test_robustness(runs, report):
     assert "dense: no attacks were run" in section(root, "robustness").text
 
 
-# -- bad input ---------------------------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------
 
 
-def test_bad_input_is_one_line(runs, refused):
+def test_bad_input_is_refused(runs, refused):
     Path("there.html").write_text("mine")
-    assert "run folder nowhere does not exist" in refused("nowhere", "-o", "a.html")
-    assert "is no folder" in refused("masked/wagle.json", "-o", "a.html")
-    assert "there.html exists already" in refused("masked", "-o", "there.html")
-    assert "--overwrite" in refused("masked", "-o", "there.html")
-    assert "must end in .html" in refused("masked", "-o", "a.pdf")
-    assert "examples must be at least 0" in refused("masked", "-o", "a.html", "--examples", -1)
-    assert "--target: nowhere does not exist" in refused(
-        "masked", "-o", "a.html", "--target", "nowhere"
-    )
-    assert "metrics.json" in refused("masked", "-o", "a.html", "--retrained", ".")
-    line = refused("masked", "-o", "a.html", "--utility", "modle_utility")
+    assert "run folder nowhere does not exist" in refused("nowhere")
+    assert "is no folder" in refused("masked/wagle.json")
+    line = refused("masked", output="there.html")
+    assert "there.html exists already" in line and "--overwrite" in line
+    assert "must end in .html" in refused("masked", output="a.pdf")
+    assert "examples must be at least 0" in refused("masked", examples=-1)
+    assert "--target: nowhere does not exist" in refused("masked", target="nowhere")
+    assert "metrics.json" in refused("masked", retrained=".")
+    line = refused("masked", utility="modle_utility")
     assert "'modle_utility' is no measure of these runs" in line and "model_utility" in line
     Path("untested").mkdir()
-    assert "nothing to report: untested" in refused("untested", "-o", "a.html")
+    assert "nothing to report: untested" in refused("untested")
     Path("site.html").mkdir()
-    assert "site.html is a folder: name a file in it" in refused(
-        "masked", "-o", "site.html", "--overwrite"
-    )
-    assert Path("there.html").read_text() == "mine" and not Path("a.html").exists()
+    line = refused("masked", output="site.html", overwrite=True)
+    assert "site.html is a folder: name a file in it" in line
+    assert Path("there.html").read_text() == "mine" and not Path("out.html").exists()
 
 
 def test_overwrite_and_a_write_that_fails(runs, report, monkeypatch):
     report("masked")
     before = Path("out.html").read_bytes()
-    report("--overwrite", "dense")
+    report("dense", overwrite=True)
     after = Path("out.html").read_bytes()
     assert after != before
 
@@ -424,56 +414,3 @@ def test_overwrite_and_a_write_that_fails(runs, report, monkeypatch):
     assert Path("out.html").read_bytes() == after and not list(Path().glob(".out.html*"))
     with pytest.raises(WagleError, match="exists already"):
         write_report(gather(["masked"]), "out.html")
-
-
-# -- end to end --------------------------------------------------------------------------------------------------------
-
-
-def test_what_the_commands_write(wagle, tiny_model, rows, report):
-    quick = ("--trainer.max_epochs", "1", "--trainer.enable_checkpointing", "false")
-    cli.main(["mask", "modules", tiny_model, "--modules", "mlp", "-o", "mask"])
-    wagle(
-        "fit",
-        "--model",
-        "UnlearnModule",
-        *quick,
-        "--model.model",
-        tiny_model,
-        "--model.output",
-        "unlearned",
-        "--model.mask",
-        "mask.safetensors",
-    )
-    sets = {"forget": rows["forget_test"], "retain": rows["retain_test"]}
-    test = (
-        "test",
-        "--model",
-        "EvaluationModule",
-        "--model.max_new_tokens",
-        "4",
-        "--data.test",
-        json.dumps(sets),
-    )
-    wagle(*test, "--model.model", tiny_model, "--model.output", "first")
-    wagle(
-        *test,
-        "--model.model",
-        "unlearned",
-        "--model.output",
-        "unlearned/test",
-        "--model.retrained",
-        "first",
-    )
-    root, _ = report("unlearned", "--target", "first", "--retrained", "first")
-    found = numbers(root)
-    for run, folder in {
-        "unlearned": "unlearned/test",
-        "target": "first",
-        "retrained": "first",
-    }.items():
-        metrics = json.loads(Path(folder, "metrics.json").read_text())
-        assert {name: value for (of, name), value in found.items() if of == run} == metrics
-    assert len(list(root.all("svg"))) == 5  # trade-off, forget twice, retain, mask
-    assert len(list(root.all("article"))) == 10
-    assert "bit-identical" in section(root, "making").text
-    assert "other weights" not in root.text

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pyarrow.parquet
 import pytest
 from pages import Strict, report_page, section, write_runs
 
-from wagle_pl.cli import app as cli
+from wagle_pl import WagleError
 from wagle_pl.core.text import short_number
 from wagle_pl.evaluation.results import write_json
 from wagle_pl.evaluation.tables import load_table
@@ -38,10 +39,10 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str,
 @pytest.fixture
 def report(capsys: pytest.CaptureFixture[str], heard: pytest.LogCaptureFixture):
     """See :func:`pages.report_page`."""
-    return lambda *args: report_page(args, capsys, heard)
+    return partial(report_page, capsys, heard)
 
 
-# -- studies -----------------------------------------------------------------------------------------------------------
+# -- studies ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -168,15 +169,14 @@ def test_a_study(study, report):
     assert "The study keeps no masks" in part.text
 
 
-def test_a_measure_that_a_study_has_not(study, report, capsys):
-    root, _ = report("study", "--forget", "forget/probability", "--utility", "model_utility")
+def test_a_measure_that_a_study_has_not(study, report):
+    root, _ = report("study", forget="forget/probability", utility="model_utility")
     assert section(root, "study-0")
-    for option, own in (("--forget", "forget/probability"), ("--utility", "model_utility")):
-        with pytest.raises(SystemExit) as ended:
-            cli.main(["report", "study", option, "nonsense", "-o", "other.html"])
-        said = capsys.readouterr().err
-        assert ended.value.code == 2 and not Path("other.html").exists()
-        assert f"{option} 'nonsense' is no measure of what is reported; choose one of {own}" in said
+    for option, own in (("forget", "forget/probability"), ("utility", "model_utility")):
+        message = f"--{option} 'nonsense' is no measure of what is reported; choose one of {own}"
+        with pytest.raises(WagleError, match=message):
+            report("study", **{option: "nonsense", "output": "other.html"})
+    assert not Path("other.html").exists()
 
 
 def test_a_young_study_beside_a_run(runs, report, study):
@@ -194,7 +194,7 @@ def test_a_young_study_beside_a_run(runs, report, study):
     )
     os.remove("study/study.parquet")
     write_json(Path("study/study.json"), {})
-    root, said = report("study", "masked", "--overwrite")
+    root, said = report("study", "masked", overwrite=True)
     assert (
         "study is left out: it has no study.parquet yet" in said and "Left out: study" in root.text
     )
@@ -218,7 +218,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def _best_at(
     rows: list[dict[str, Any]], target: tuple[float, float], level: float
 ) -> dict[int, float]:
-    """Seed -> the best utility over learning rates where forget probability first comes down to ``level``."""
+    """Seed -> the best utility over learning rates where forgetting first reaches ``level``."""
     best: dict[int, float] = {}
     for run in {row["run"] for row in rows}:
         points = sorted((row for row in rows if row["run"] == run), key=lambda row: row["step"])
@@ -237,7 +237,7 @@ def _best_at(
 def test_a_study_at_another_level(published, report, level):
     told = json.loads((published / "study.json").read_text())
     rows = pyarrow.parquet.read_table(published / "study.parquet").to_pylist()
-    root, _ = report(published, "--forget_level", level)
+    root, _ = report(published, forget_level=level)
     tables = list(section(root, "study-0").all("table"))[
         1:
     ]  # the first: target and retrained model
@@ -308,26 +308,22 @@ def test_the_page_says_what_study_md_says(published, report):
         (
             "people",
             0.0005,
-            "people: --forget_level 0.0005 is outside of its runs, where forget/probability goes from 0.9197",
+            "people: --forget_level 0.0005 is outside of its runs, where forget/probability goes",
         ),
         ("people", 0.95, "--forget_level 0.95 is outside of its runs"),
         ("young", 0.05, "study young: it has not compared its arms yet"),
         ("masked", 0.05, "--forget_level is for studies"),
     ],
 )
-def test_a_level_that_a_study_has_not(published, runs, capsys, folder, level, message):
+def test_a_level_that_a_study_has_not(published, runs, report, folder, level, message):
     Path("young").mkdir()
     shutil.copy("people/study.parquet", "young")
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["report", folder, "--forget_level", str(level), "-o", "out.html"])
-    assert (
-        ended.value.code == 2
-        and message in capsys.readouterr().err
-        and not Path("out.html").exists()
-    )
+    with pytest.raises(WagleError, match=message):
+        report(folder, forget_level=level)
+    assert not Path("out.html").exists()
 
 
-# -- figures -----------------------------------------------------------------------------------------------------------
+# -- figures ---------------------------------------------------------------------------------------
 
 
 def test_figures_take_the_colours_of_the_page():
