@@ -50,15 +50,33 @@ CHUNK = 1 << 16
 GPU_CHUNK = 1 << 24
 
 
-def take(dense: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n,) entries of a tensor, of a dtype.
+def _chunk(tensor: Tensor) -> int:
+    return CHUNK if tensor.device.type == "cpu" else GPU_CHUNK
+
+
+@torch.no_grad()
+def take_(out: Tensor, dense: Tensor, index: Tensor, add: bool = False) -> Tensor:
+    """Write the (n,) entries of a tensor into ``out``, or add them to it; returns ``out``.
+
+    The entries pass through one small buffer: memory that is new in every step costs more than the copy.
 
     Args:
+        out: (n,), of any floating-point dtype.
         dense: any shape.
         index: (n,) places in the flattened tensor.
-        dtype: of the result.
+        add: whether to add.
     """
-    return dense.reshape(-1).index_select(0, index).to(dtype)
+    flat, chunk = dense.reshape(-1), _chunk(dense)
+    buffer = flat.new_empty(min(chunk, len(index)))
+    for part, places in zip(out.split(chunk), index.split(chunk), strict=True):
+        taken = torch.index_select(flat, 0, places, out=buffer[: len(places)])
+        part.add_(taken) if add else part.copy_(taken)
+    return out
+
+
+def take(dense: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n,) entries of a tensor, of a dtype: see :func:`take_`."""
+    return take_(dense.new_empty(index.shape, dtype=dtype), dense, index)
 
 
 @torch.no_grad()
@@ -70,10 +88,9 @@ def put_(dense: Tensor, index: Tensor, values: Tensor) -> None:
         index: (n,) places in the flattened tensor, each once.
         values: (n,) of any floating-point dtype.
     """
-    flat = dense.view(-1)
-    chunk = CHUNK if dense.device.type == "cpu" else GPU_CHUNK
+    flat, chunk = dense.view(-1), _chunk(dense)
     for places, part in zip(index.split(chunk), values.split(chunk), strict=True):
-        flat.put_(places.long(), part.to(dense.dtype))
+        flat.index_copy_(0, places.long(), part.to(dense.dtype))
 
 
 @torch.no_grad()
@@ -118,6 +135,7 @@ class SelectedTensor:
             optimisers keep fp32 values themselves.
         split: keep values as the halves that :func:`split_halves` makes, and their gradients in this dtype; the dense
             tensor must be bf16. None for values in fp32.
+        in_place: see :class:`SelectedWeights`.
 
     Attributes:
         values: the parameter that is trained: (selected,), or of the tensor's shape where all are selected; None where
@@ -132,9 +150,11 @@ class SelectedTensor:
         selected: Optional[Tensor],
         masters: bool = True,
         split: Optional[torch.dtype] = None,
+        in_place: bool = False,
     ) -> None:
         self.parameter = parameter
         self.masters = masters
+        self.in_place = in_place
         self.values: Optional[nn.Parameter] = None
         self.theta0: Optional[Tensor] = None
         self.at_theta0 = False
@@ -145,6 +165,7 @@ class SelectedTensor:
         self._index: Optional[Tensor] = None
         self._packed: Optional[Tensor] = None
         self._lower: Optional[Tensor] = None
+        self._buffer: Optional[Tensor] = None
         self._narrow: Optional[Tensor] = None
         self._written: dict[torch.dtype, Any] = {}
         if selected is not None and not selected.any():
@@ -204,6 +225,11 @@ class SelectedTensor:
     def taken(self, dense: Tensor, dtype: torch.dtype) -> Tensor:
         """A new tensor of the selected entries of a dense one, in a dtype."""
         return take(dense, self.index, dtype) if self.is_partial else dense.to(dtype, copy=True)
+
+    def _take_(self, out: Tensor, dense: Tensor, add: bool = False) -> Tensor:
+        if self.is_partial:
+            return take_(out, dense, self.index, add)
+        return out.add_(dense) if add else out.copy_(dense)
 
     # -- values -------------------------------------------------------------------------------------------------------
 
@@ -321,10 +347,17 @@ class SelectedTensor:
             self.dense_gradient += gradient
         if self.values is None:
             return None
-        if not self.is_split:
+        if self.is_split and self.gradient is None:
+            self.gradient = self.taken(gradient, self._split)
+        elif self.is_split:
+            self._take_(self.gradient, gradient, add=True)
+        elif not self.in_place:
             return self.taken(gradient, self.values.dtype)
-        part = self.taken(gradient, self._split)
-        self.gradient = part if self.gradient is None else self.gradient.add_(part)
+        elif self.values.grad is None:
+            self._buffer = torch.empty_like(self.values) if self._buffer is None else self._buffer
+            self.values.grad = self._take_(self._buffer, gradient)
+        else:
+            self._take_(self.values.grad, gradient, add=True)
         return None
 
     # -- θ₀, devices and dtypes, the end ------------------------------------------------------------------------------
@@ -340,7 +373,7 @@ class SelectedTensor:
         if not self.is_plain and not self.is_sharded:
             self.parameter.data = fn(self.parameter.data)
         device = self.parameter.device
-        self._narrow = None
+        self._narrow = self._buffer = None
         for name in ("_index", "_packed", "_lower"):
             if getattr(self, name) is not None:
                 setattr(self, name, getattr(self, name).to(device))
@@ -358,7 +391,8 @@ class SelectedTensor:
         Args:
             dtype: of the dense tensor from now on; its own when None.
         """
-        self.at_theta0, self.keeps_dense_gradient, self._narrow = False, False, None
+        self.at_theta0, self.keeps_dense_gradient = False, False
+        self._narrow = self._buffer = None
         if self.is_sharded:
             if self.is_partial:
                 import deepspeed
@@ -387,6 +421,8 @@ class SelectedWeights:
         masters: keep values in fp32 where the model is narrower. False for DeepSpeed, whose optimisers do so.
         split: keep values of bf16 weights as halves, and their gradients in this dtype; then a step is that of
             :meth:`step_by_tensor`.
+        in_place: write the gradients of the values into one buffer, and add those of further backward passes there,
+            without autograd's knowledge: faster, on one device, where no hook waits for them (DDP, DeepSpeed).
         keep_theta0: keep the values as they are now, for :meth:`at_theta0`.
         keep_dense_gradients: add up the gradients of whole tensors too, for :meth:`clip_by_dense_norm`.
     """
@@ -397,6 +433,7 @@ class SelectedWeights:
         mask: Optional[WeightMask] = None,
         masters: bool = True,
         split: Optional[torch.dtype] = None,
+        in_place: bool = False,
         keep_theta0: bool = False,
         keep_dense_gradients: bool = False,
     ) -> None:
@@ -410,7 +447,7 @@ class SelectedWeights:
                 continue
             halves = split if parameter.dtype == torch.bfloat16 else None
             tensor = SelectedTensor(
-                parameter, None if mask is None else mask[name], masters, halves
+                parameter, None if mask is None else mask[name], masters, halves, in_place
             )
             tensor.keeps_dense_gradient = keep_dense_gradients
             if keep_theta0:
