@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -370,6 +372,18 @@ def test_wga_and_npo_tend_to_gradient_ascent() -> None:
 
 
 # -- schedules --------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_freed_without_the_garbage_collector() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        at = streams(random_data(2, 4, 5, 0))
+        logits = weakref.ref(at["forget"].logits)
+        del at
+        assert logits() is None
+    finally:
+        gc.enable()
 
 
 def test_schedules() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -282,6 +283,31 @@ def test_gradients_of_two_passes_and_of_recomputed_blocks() -> None:
             torch.testing.assert_close(
                 selected.tensors[name].values.grad.view(-1), parameter.grad[mask[name]]
             )
+
+
+def test_gradients_in_place_are_autograds_step_after_step() -> None:
+    (model, mask), (other, _) = made(), made()
+    sides = [(lm, SelectedWeights(lm, mask)) for lm in (model, other)]
+    buffers = []
+    for step in range(2):
+        for lm, selected in sides:
+            lm.zero_grad()
+            for part in range(2):  # micro-batches of two streams
+                x = (TOKENS + step + part) % 5
+                loss = lm(x).square().mean() + lm(x.flip(0) // 2).square().mean()
+                with selected.gradients_in_place() if lm is model else nullcontext():
+                    loss.backward()
+        for name, tensor in sides[0][1].tensors.items():
+            if tensor.values is not None:
+                torch.testing.assert_close(
+                    tensor.values.grad, sides[1][1].tensors[name].values.grad
+                )
+                buffers += [] if tensor.is_plain else [tensor.values.grad.data_ptr()]
+    assert len(buffers) == 2 * len(set(buffers))  # no new memory in the second step
+    before = {name: gradient.clone() for name, gradient in sides[0][1].gradients()}
+    values = [p for p in model.parameters() if p.requires_grad]
+    assert all(g is not None for g in torch.autograd.grad(loss_of(model), values))
+    assert all(torch.equal(gradient, before[name]) for name, gradient in sides[0][1].gradients())
 
 
 @pytest.mark.parametrize("size", [1, 5, CHUNK, 2 * CHUNK + 13])

@@ -135,7 +135,6 @@ class SelectedTensor:
             optimisers keep fp32 values themselves.
         split: keep values as the halves that :func:`split_halves` makes, and their gradients in this dtype; the dense
             tensor must be bf16. None for values in fp32.
-        in_place: see :class:`SelectedWeights`.
 
     Attributes:
         values: the parameter that is trained: (selected,), or of the tensor's shape where all are selected; None where
@@ -150,11 +149,10 @@ class SelectedTensor:
         selected: Optional[Tensor],
         masters: bool = True,
         split: Optional[torch.dtype] = None,
-        in_place: bool = False,
     ) -> None:
         self.parameter = parameter
         self.masters = masters
-        self.in_place = in_place
+        self.in_place = False
         self.values: Optional[nn.Parameter] = None
         self.theta0: Optional[Tensor] = None
         self.at_theta0 = False
@@ -421,8 +419,6 @@ class SelectedWeights:
         masters: keep values in fp32 where the model is narrower. False for DeepSpeed, whose optimisers do so.
         split: keep values of bf16 weights as halves, and their gradients in this dtype; then a step is that of
             :meth:`step_by_tensor`.
-        in_place: write the gradients of the values into one buffer, and add those of further backward passes there,
-            without autograd's knowledge: faster, on one device, where no hook waits for them (DDP, DeepSpeed).
         keep_theta0: keep the values as they are now, for :meth:`at_theta0`.
         keep_dense_gradients: add up the gradients of whole tensors too, for :meth:`clip_by_dense_norm`.
     """
@@ -433,7 +429,6 @@ class SelectedWeights:
         mask: Optional[WeightMask] = None,
         masters: bool = True,
         split: Optional[torch.dtype] = None,
-        in_place: bool = False,
         keep_theta0: bool = False,
         keep_dense_gradients: bool = False,
     ) -> None:
@@ -447,7 +442,7 @@ class SelectedWeights:
                 continue
             halves = split if parameter.dtype == torch.bfloat16 else None
             tensor = SelectedTensor(
-                parameter, None if mask is None else mask[name], masters, halves, in_place
+                parameter, None if mask is None else mask[name], masters, halves
             )
             tensor.keeps_dense_gradient = keep_dense_gradients
             if keep_theta0:
@@ -497,6 +492,18 @@ class SelectedWeights:
             for tensor in self.tensors.values():
                 tensor.at_theta0 = False
             self.lm.train(training)
+
+    @contextmanager
+    def gradients_in_place(self) -> Iterator[None]:
+        """While inside, backward passes add to ``values.grad`` themselves, in a buffer that lasts from step to step,
+        and give autograd nothing: faster, where no hook (DDP's, DeepSpeed's) waits for gradients."""
+        for tensor in self.tensors.values():
+            tensor.in_place = True
+        try:
+            yield
+        finally:
+            for tensor in self.tensors.values():
+                tensor.in_place = False
 
     def cast(self, dtype: torch.dtype) -> None:
         """Give dense tensors another dtype: that which DeepSpeed has given the values."""

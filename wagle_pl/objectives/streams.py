@@ -189,15 +189,11 @@ class Streams(Mapping[str, Answers]):
                 reference=reference,
                 rows=tensors.get("row"),
                 hidden=_answer_positions(hidden, labels),
-                theta0=None if self._theta0 is None else partial(self._at_theta0, tensors, options),
+                theta0=self._theta0 and partial(_at_theta0, self._theta0, tensors, options),
                 top_k=None if top_k is None else top_k.rows(tensors["row"]).to(logits.device),
                 attention=tensors.get("attention_mask") if options else None,
             )
         return self._answers[stream]
-
-    def _at_theta0(self, tensors: Mapping[str, Tensor], options: Mapping[str, bool]) -> Answers:
-        logits, labels, hidden = self._theta0(tensors, **options)
-        return Answers(logits, labels, hidden=_answer_positions(hidden, labels))
 
     def __iter__(self):
         return iter(self.batch)
@@ -226,6 +222,16 @@ class Streams(Mapping[str, Answers]):
             raise WagleError(f"{what}: must be {wanted}, got shape {tuple(values.shape)}")
         weight = weight.to(values.dtype)
         return (weight * values.masked_fill(weight == 0, 0.0)).sum()
+
+
+def _at_theta0(
+    run: Callable[..., tuple[Tensor, Tensor, dict[int, Tensor]]],
+    tensors: Mapping[str, Tensor],
+    options: Mapping[str, bool],
+) -> Answers:
+    # no method of Streams: answers would keep alive what keeps them, with the graph of the batch
+    logits, labels, hidden = run(tensors, **options)
+    return Answers(logits, labels, hidden=_answer_positions(hidden, labels))
 
 
 def _answer_positions(hidden: Mapping[int, Tensor], labels: Tensor) -> dict[int, Tensor]:
