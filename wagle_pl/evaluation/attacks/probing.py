@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal, Optional
 
 import torch
@@ -14,7 +15,7 @@ from wagle_pl.data.batches import collate, deal_batches, token_batches
 from wagle_pl.data.example import Example
 from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.attacks.attack import Attack
-from wagle_pl.evaluation.attacks.subject import Finding, Subject, texts_of
+from wagle_pl.evaluation.attacks.subject import Asked, Finding, Subject, texts_of
 from wagle_pl.evaluation.observe import Record, observe_set, possible
 from wagle_pl.evaluation.suites.catalogue import Info
 from wagle_pl.lm.generation import generate
@@ -22,6 +23,7 @@ from wagle_pl.lm.generation import generate
 LEAST_ROWS = 4  # a side, or there is nothing to hold out
 
 
+@dataclass(eq=False)
 class Sample(Attack):
     """Sample many answers to each question and count the worst (arXiv 2410.03523).
 
@@ -37,21 +39,17 @@ class Sample(Attack):
 
     measures = ("rougeL_recall", "toxicity", "toxic_rate", "verbmem_f", "knowmem_f")
 
-    def __init__(
-        self, samples: int = 10, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
-    ) -> None:
-        self.samples = samples
-        self.temperature = temperature
-        self.top_p = top_p
-        self.seed = seed
+    samples: int = 10
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
 
     def attack(self, subject: Subject) -> list[Finding]:
         """See :class:`Sample`."""
         after = {}
-        for name, numbers in self._generated(subject).items():
-            asked = {i: [subject.rows[name][i]] for i in numbers}
+        for name, asked in self._generated(subject).items():
             known = subject.observe(name, asked, without={"generation"})
-            texts = self._sample(subject, name, numbers)
+            texts = self._sample(subject, name, list(asked))
             records = [
                 _with_generation(record, text)
                 for record, found in zip(known, texts, strict=True)
@@ -72,17 +70,13 @@ class Sample(Attack):
                 "no row to be forgotten is generated from (--model.generate false, or multiple choice)"
             )
 
-    def _generated(self, subject: Subject) -> dict[str, list[int]]:
-        """Test set -> the numbers of its rows that are generated from, of sets that have any."""
-        found = {
-            name: [
-                i
-                for i, row in enumerate(rows)
-                if "generation" in possible(row, subject.needs[name])
-            ]
-            for name, rows in subject.rows.items()
-        }
-        return {name: numbers for name, numbers in found.items() if numbers}
+    def _generated(self, subject: Subject) -> dict[str, Asked]:
+        """The rows that a test generates from."""
+
+        def generated(name: str, row: Example) -> list[Example]:
+            return [row] if "generation" in possible(row, subject.needs[name]) else []
+
+        return subject.asked(generated)
 
     def _sample(self, subject: Subject, name: str, numbers: list[int]) -> list[list[str]]:
         """Each row's samples, the rows shared among the ranks. Collective: all ranks must call it."""
@@ -119,6 +113,7 @@ def _with_generation(record: Record, text: str) -> Record:
     return found
 
 
+@dataclass(eq=False)
 class Probe(Attack):
     """A linear classifier on each hidden layer, at a text's last token (latent knowledge, arXiv 2402.16835, section 3).
 
@@ -136,19 +131,11 @@ class Probe(Attack):
         seed: of the draw and the folds.
     """
 
-    def __init__(
-        self,
-        tell: Literal["answers", "rows", "both"] = "both",
-        rows: int = 100,
-        folds: int = 5,
-        strength: float = 1.0,
-        seed: int = 0,
-    ) -> None:
-        self.tell = tell
-        self.rows = rows
-        self.folds = folds
-        self.strength = strength
-        self.seed = seed
+    tell: Literal["answers", "rows", "both"] = "both"
+    rows: int = 100
+    folds: int = 5
+    strength: float = 1.0
+    seed: int = 0
 
     def attack(self, subject: Subject) -> Iterator[Finding]:
         """See :class:`Probe`."""

@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from wagle_pl.core.errors import WagleError
@@ -15,6 +15,7 @@ from wagle_pl.evaluation.attacks.attack import Attack
 from wagle_pl.evaluation.attacks.subject import Asked, Finding, Subject
 
 
+@dataclass(eq=False)
 class Paraphrase(Attack):
     """Ask the questions in other words: each row's ``paraphrased_question``, or by rule (arXiv 2402.16835, section 3).
 
@@ -25,8 +26,7 @@ class Paraphrase(Attack):
             ``always``, in addition to it.
     """
 
-    def __init__(self, rules: Literal["never", "without", "always"] = "without") -> None:
-        self.rules = rules
+    rules: Literal["never", "without", "always"] = "without"
 
     def attack(self, subject: Subject) -> list[Finding]:
         """See :class:`Paraphrase`."""
@@ -48,6 +48,7 @@ class Paraphrase(Attack):
         return [row.asking(text) for text in texts]
 
 
+@dataclass(eq=False)
 class TranslatedStyle(Attack):
     """Ask the questions as hasty translations have them (arXiv 2402.16835 asks in other languages).
 
@@ -58,8 +59,7 @@ class TranslatedStyle(Attack):
         languages: of ``es``, ``fr`` and ``de``.
     """
 
-    def __init__(self, languages: Sequence[str] = ("es", "fr", "de")) -> None:
-        self.languages = tuple(languages)
+    languages: Sequence[str] = ("es", "fr", "de")
 
     def attack(self, subject: Subject) -> list[Finding]:
         """See :class:`TranslatedStyle`."""
@@ -82,6 +82,7 @@ class TranslatedStyle(Attack):
             raise self.unusable("no row to be forgotten has a question")
 
 
+@dataclass(eq=False)
 class InContext(Attack):
     """Put neighbouring facts of the forget set before each question (arXiv 2402.16835, 2407.00106).
 
@@ -92,8 +93,7 @@ class InContext(Attack):
         neighbours: facts before each question.
     """
 
-    def __init__(self, neighbours: int = 4) -> None:
-        self.neighbours = neighbours
+    neighbours: int = 4
 
     def attack(self, subject: Subject) -> list[Finding]:
         """See :class:`InContext`."""

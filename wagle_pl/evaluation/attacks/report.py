@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -13,7 +13,7 @@ import torch
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.text import table
 from wagle_pl.evaluation.attacks.attack import Attack
-from wagle_pl.evaluation.attacks.subject import Finding, Subject
+from wagle_pl.evaluation.attacks.subject import OTHERS, PREFIX, Finding, Subject
 from wagle_pl.evaluation.results import INFO_FILE, METRICS_FILE, read_json
 from wagle_pl.evaluation.suites.catalogue import Info
 from wagle_pl.lm import models
@@ -21,42 +21,6 @@ from wagle_pl.lm import models
 log = logging.getLogger(__name__)
 
 ROBUSTNESS_FILE = "robustness.json"
-PREFIX = "robustness"
-#: The models that are shown beside the one under test.
-OTHERS = ("target", "retrained")
-
-
-@dataclass
-class AttackResult:
-    """One finding, and the same number of the other models.
-
-    Attributes:
-        attack: name of the attack.
-        finding: of the model under test.
-        others: ``target`` or ``retrained`` -> its number; None if it has none.
-        attacked: ``target`` or ``retrained`` -> whether that number is under the same attack.
-    """
-
-    attack: str
-    finding: Finding
-    others: dict[str, Optional[float]] = field(default_factory=dict)
-    attacked: dict[str, bool] = field(default_factory=dict)
-
-    @property
-    def key(self) -> str:
-        """Its name in ``metrics.json``."""
-        name = f"{self.attack}_{self.finding.option}" if self.finding.option else self.attack
-        return f"{PREFIX}/{name}/{self.finding.measure}"
-
-    def record(self) -> dict[str, Any]:
-        """Its record in ``robustness.json``."""
-        found = self.finding
-        record: dict[str, Any] = {"attack": self.attack}
-        record |= {name: getattr(found, name) for name in ("option", "measure", "before", "after")}
-        for name in OTHERS:
-            record |= {name: self.others.get(name), f"{name}_attacked": self.attacked.get(name)}
-        record |= vars(found.info)
-        return record | ({"why": found.why} if found.after is None else {})
 
 
 @dataclass
@@ -64,60 +28,56 @@ class RobustnessReport:
     """What all attacks found.
 
     Attributes:
-        results: in the order of the attacks.
+        findings: in the order of the attacks.
         skipped: attack -> why it had nothing to work on.
     """
 
-    results: Sequence[AttackResult]
+    findings: Sequence[Finding]
     skipped: Mapping[str, str]
 
     def metrics(self) -> dict[str, float]:
         """Name in ``metrics.json`` -> number under the attack."""
-        return {
-            each.key: each.finding.after for each in self.results if each.finding.after is not None
-        }
+        return {each.key: each.after for each in self.findings if each.after is not None}
 
     def undefined(self) -> dict[str, str]:
         """Name -> why there is no number."""
-        found = {each.key: each.finding.why for each in self.results if each.finding.after is None}
+        found = {each.key: each.why for each in self.findings if each.after is None}
         return found | {f"{PREFIX}/{name}": why for name, why in self.skipped.items()}
 
     def infos(self) -> dict[str, Info]:
         """Name -> unit, direction and meaning, for ``metrics.info.json``."""
         skipped = {f"{PREFIX}/{name}": Info("", "retrained", "an attack") for name in self.skipped}
-        return {each.key: each.finding.info for each in self.results} | skipped
+        return {each.key: each.info for each in self.findings} | skipped
 
     def records(self) -> list[dict[str, Any]]:
         """The content of ``robustness.json``."""
-        return [each.record() for each in self.results]
+        return [each.record() for each in self.findings]
 
     def table(self) -> str:
         """The console's table; a number of another model that was not attacked has a star."""
-        others = [name for name in OTHERS if any(name in each.attacked for each in self.results)]
+        others = [name for name in OTHERS if any(name in each.attacked for each in self.findings)]
         rows = []
-        for each in self.results:
-            if each.finding.detail or each.finding.after is None:
+        for each in self.findings:
+            if each.detail or each.after is None:
                 continue
-            numbers = [_shown(each.finding.before), _shown(each.finding.after)]
+            cells = [f"{each.attack} {each.option}".strip(), each.measure]
+            cells += [_shown(each.before), _shown(each.after)]
             for name in others:
-                value = each.others.get(name)
-                star = "" if value is None or each.attacked.get(name, True) else "*"
-                numbers.append(_shown(value) + star)
-            attack = f"{each.attack} {each.finding.option}".strip()
-            rows.append([attack, each.finding.measure, *numbers])
+                value = _shown(each.others.get(name))
+                cells.append(value if each.attacked.get(name, True) or not value else f"{value}*")
+            rows.append(cells)
         header = ["attack", "measure", "before", "after", *others]
-        return "\n".join([table(header, rows, left=(0, 1)), *self._notes(others)])
-
-    def _notes(self, others: Sequence[str]) -> Iterator[str]:
+        lines = [table(header, rows, left=(0, 1))]
         starred = [
             name
             for name in others
-            if any(not each.attacked.get(name, True) for each in self.results)
+            if any(not each.attacked.get(name, True) for each in self.findings)
         ]
         if starred:
-            yield f"* {' and '.join(starred)}: without the attack (results are given, and no model)"
-        for name, why in self.undefined().items():
-            yield f"undefined: {name}: {why}"
+            names = " and ".join(starred)
+            lines.append(f"* {names}: without the attack (results are given, and no model)")
+        lines += [f"undefined: {name}: {why}" for name, why in self.undefined().items()]
+        return "\n".join(lines)
 
 
 def _shown(value: Optional[float]) -> str:
@@ -144,29 +104,23 @@ def run_attacks(
     with torch.inference_mode(False), torch.no_grad():
         found = _attack(attacks, subject, "the model")
         beside = {
-            name: {
-                (attack, each.option, each.measure): each.after
-                for attack, each in _attack(attacks, load(), f"the {name} model")
-            }
+            name: {each.key: each.after for each in _attack(attacks, load(), f"the {name} model")}
             for name, load in others.items()
         }
-    results = [AttackResult(*each) for each in found]
-    for each in results:
-        measure = each.finding.measure
-        for name in OTHERS:
-            if name in beside:
-                value = beside[name].get((each.attack, each.finding.option, measure))
-                each.others[name], each.attacked[name] = value, True
-            elif name in metrics:
-                each.others[name], each.attacked[name] = metrics[name].get(measure), False
+    results = []
+    for each in found:
+        numbers = {name: values.get(each.measure) for name, values in metrics.items()}
+        numbers |= {name: values.get(each.key) for name, values in beside.items()}
+        attacked = {name: name in beside for name in numbers}
+        results.append(replace(each, others=numbers, attacked=attacked))
     return RobustnessReport(results, skipped)
 
 
-def _attack(attacks: Sequence[Attack], subject: Subject, whose: str) -> list[tuple[str, Finding]]:
+def _attack(attacks: Sequence[Attack], subject: Subject, whose: str) -> list[Finding]:
     found = []
     for attack in attacks:
         log.info("attack on %s: %s", whose, attack.name)
-        found += [(attack.name, finding) for finding in attack.attack(subject)]
+        found += [replace(each, attack=attack.name) for each in attack.attack(subject)]
     return found
 
 

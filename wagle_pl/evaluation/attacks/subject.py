@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
@@ -17,6 +17,9 @@ from wagle_pl.evaluation.sets import Table, Value
 from wagle_pl.evaluation.suites.base import Suite
 from wagle_pl.evaluation.suites.catalogue import Info
 
+PREFIX = "robustness"
+#: The models that are shown beside the one under test.
+OTHERS = ("target", "retrained")
 #: Needs that are not observed under an attack: none of the measures that attacks report uses them.
 NOT_OBSERVED = frozenset({"gradient", "paraphrased", "vocabulary", "text"})
 #: Columns of a record that belong to its generation.
@@ -24,11 +27,13 @@ OF_GENERATION = ("generation", "rouge1_recall", "rougeL_recall", "toxicity", "ne
 
 #: Example number -> the rows to ask in its place.
 Asked = Mapping[int, Sequence[Example]]
+#: (test set, row) -> the rows to ask in its place.
+Variants = Callable[[str, Example], Sequence[Example]]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One number of one model under one attack.
+    """One number of one model under one attack; :func:`.report.run_attacks` adds those of other models.
 
     Attributes:
         measure: its name, as in ``metrics.json``.
@@ -38,6 +43,9 @@ class Finding:
         before: without the attack, on the same rows; None if it was not measured.
         detail: left out of the console's table.
         why: why ``after`` is undefined.
+        attack: name of the attack.
+        others: ``target`` or ``retrained`` -> its number, None if it has none.
+        attacked: ``target`` or ``retrained`` -> whether that number is under the same attack.
     """
 
     measure: str
@@ -47,6 +55,23 @@ class Finding:
     before: Optional[float] = None
     detail: bool = False
     why: str = ""
+    attack: str = ""
+    others: Mapping[str, Optional[float]] = field(default_factory=dict)
+    attacked: Mapping[str, bool] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Its name in ``metrics.json``."""
+        name = f"{self.attack}_{self.option}" if self.option else self.attack
+        return f"{PREFIX}/{name}/{self.measure}"
+
+    def record(self) -> dict[str, Any]:
+        """Its record in ``robustness.json``."""
+        names = ("attack", "option", "measure", "before", "after")
+        record = {name: getattr(self, name) for name in names}
+        for name in OTHERS:
+            record |= {name: self.others.get(name), f"{name}_attacked": self.attacked.get(name)}
+        return record | vars(self.info) | ({"why": self.why} if self.after is None else {})
 
 
 @dataclass
@@ -100,19 +125,17 @@ class Subject:
         Args:
             without: texts; a row with one of them as its question or answer is left out.
         """
-        left_out = set(without)
-        kept = {
-            name: {i: [row] for i, row in enumerate(rows) if not row.texts & left_out}
+        return self.asked(lambda name, row: [] if row.texts & set(without) else [row])
+
+    def asked(self, variants: Variants) -> dict[str, Asked]:
+        """What ``variants`` puts in the place of each row to be forgotten, without rows and sets left empty."""
+        found = {
+            name: {i: asked for i, row in enumerate(rows) if (asked := list(variants(name, row)))}
             for name, rows in self.rows.items()
         }
-        return {name: asked for name, asked in kept.items() if asked}
+        return {name: asked for name, asked in found.items() if asked}
 
-    def ask(
-        self,
-        variants: Callable[[str, Example], Sequence[Example]],
-        measures: Collection[str],
-        option: str = "",
-    ) -> list[Finding]:
+    def ask(self, variants: Variants, measures: Collection[str], option: str = "") -> list[Finding]:
         """Ask every row to be forgotten in other ways, and keep the worst of each: see :func:`worst`.
 
         Args:
@@ -120,11 +143,7 @@ class Subject:
             measures: see :meth:`findings`.
             option: see :class:`Finding`.
         """
-        asked = {
-            name: {i: found for i, row in enumerate(rows) if (found := list(variants(name, row)))}
-            for name, rows in self.rows.items()
-        }
-        return self.compare({name: each for name, each in asked.items() if each}, measures, option)
+        return self.compare(self.asked(variants), measures, option)
 
     def compare(
         self, asked: Mapping[str, Asked], measures: Collection[str], option: str = ""

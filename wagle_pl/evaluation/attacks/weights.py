@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any, Literal, Optional
 
@@ -42,6 +43,7 @@ def restored(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 # -- quantisation -----------------------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class Quantise(Attack):
     """Round the linear layers' weights to few bits, and test again: rounding may undo small updates (arXiv 2410.16454).
 
@@ -55,15 +57,9 @@ class Quantise(Attack):
 
     moves_weights = True
 
-    def __init__(
-        self,
-        bits: Sequence[int] = (8, 4),
-        scheme: Scheme = "asymmetric",
-        group_size: Optional[int] = None,
-    ) -> None:
-        self.bits = tuple(bits)
-        self.scheme = scheme
-        self.group_size = group_size
+    bits: Sequence[int] = (8, 4)
+    scheme: Scheme = "asymmetric"
+    group_size: Optional[int] = None
 
     def attack(self, subject: Subject) -> Iterator[Finding]:
         """See :class:`Quantise`."""
@@ -135,6 +131,7 @@ def quantise_(lm: nn.Module, bits: int, scheme: Scheme, group_size: Optional[int
 # -- fine-tuning ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class Relearn(Attack):
     """Fine-tune a few steps on a few forget rows, or on retain rows only, and test again (arXiv 2406.13356).
 
@@ -154,21 +151,12 @@ class Relearn(Attack):
 
     moves_weights = True
 
-    def __init__(
-        self,
-        on: Literal["forget", "retain", "both"] = "both",
-        steps: int = 20,
-        rows: int = 8,
-        batch_size: int = 8,
-        learning_rate: float = 2e-5,
-        seed: int = 0,
-    ) -> None:
-        self.on = on
-        self.steps = steps
-        self.rows = rows
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.seed = seed
+    on: Literal["forget", "retain", "both"] = "both"
+    steps: int = 20
+    rows: int = 8
+    batch_size: int = 8
+    learning_rate: float = 2e-5
+    seed: int = 0
 
     def attack(self, subject: Subject) -> Iterator[Finding]:
         """See :class:`Relearn`."""
