@@ -54,23 +54,23 @@ def test_how_attacks_are_named():
         "probe",
     ]
     for value in (True, "all", "true"):
-        attacks, every = find_attacks(value, EVERY)
+        attacks, every = find_attacks(value)
         assert [attack.name for attack in attacks] == names and every
     for value in (None, False, "none", []):
-        assert find_attacks(value, EVERY) == ([], False)
+        assert find_attacks(value) == ([], False)
     for value in (
         "TranslatedStyle, in_context",
         "[translated_style,InContext]",
         ["translated_style", "in_context"],
     ):
-        assert [attack.name for attack in find_attacks(value, EVERY)[0]] == [
+        assert [attack.name for attack in find_attacks(value)[0]] == [
             "translated_style",
             "in_context",
         ]
     own = Relearn(steps=3)
-    assert find_attacks([own], EVERY)[0] == [own]
+    assert find_attacks([own])[0] == [own]
     with pytest.raises(WagleError, match=r"'relern'; choose one of InContext, .*TranslatedStyle"):
-        find_attacks(["relern"], EVERY)
+        find_attacks(["relern"])
 
 
 def test_where_models_and_results_are(tiny_model, tmp_path):
@@ -465,12 +465,12 @@ def test_weights_spread_over_ranks_are_left_alone(attacked):
     Shouted.seen = ()
     attacked(["test_robustness.Shouted"])
     spread = replace(Shouted.seen[0], sharded=True)
-    for attack in find_attacks("relearn,quantise", EVERY)[0]:
+    for attack in find_attacks("relearn,quantise")[0]:
         with pytest.raises(
             WagleError, match=f"{attack.name} changes weights, which ZeRO-3 spreads over the ranks"
         ):
             attack.check(spread)
-    found, skipped = usable_attacks(find_attacks(True, EVERY)[0], spread, every=True)
+    found, skipped = usable_attacks(find_attacks(True)[0], spread, every=True)
     assert [attack.name for attack in found] == [
         "paraphrase",
         "translated_style",

@@ -61,7 +61,8 @@ class Harness:
         limit: only the first so many rows of each task, for trials.
 
     Raises:
-        WagleError: if the harness is not installed, or a task is unknown.
+        WagleError: if a number is out of its range, the harness is not installed, or a task is
+            unknown.
     """
 
     def __init__(
@@ -70,6 +71,9 @@ class Harness:
         shots: Optional[int] = None,
         limit: Optional[int] = None,
     ) -> None:
+        for name, value, least in (("shots", shots, 0), ("limit", limit, 1)):
+            if value is not None and value < least:
+                raise WagleError(f"model.lm_eval_{name} must be at least {least}, got {value}")
         try:
             from lm_eval.tasks import TaskManager
         except ImportError:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -20,16 +21,18 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.data.example import Example, raw_rows
 from wagle_pl.data.template import differing_prompts
 from wagle_pl.evaluation import classifiers, tofu
-from wagle_pl.evaluation.ability import Ability
-from wagle_pl.evaluation.after import After
+from wagle_pl.evaluation.ability import Ability, Harness
 from wagle_pl.evaluation.attacks import (
     ROBUSTNESS_FILE,
     Attack,
     RobustnessReport,
     Subject,
+    find_attacks,
     load_other,
     model_of,
     results_of,
+    run_attacks,
+    usable_attacks,
 )
 from wagle_pl.evaluation.comparison import comparison
 from wagle_pl.evaluation.functional import Undefined
@@ -82,7 +85,7 @@ class Evaluate(Callback):
         gradient_norm: observe gradient norms for membership inference: a backward pass for each such row.
         robustness: attacks that try to bring forgotten knowledge back, after the test: ``all``, or a list of
             ``Relearn``, ``Quantise``, ``Paraphrase``, ``TranslatedStyle``, ``InContext``, ``Sample``, ``Probe`` or
-            class paths, each with its options if any; see :mod:`wagle_pl.evaluation.robustness`. ``target`` and
+            class paths, each with its options if any; see :mod:`wagle_pl.evaluation.attacks`. ``target`` and
             ``retrained`` are attacked too where they are, or lie in, a model's folder. Written to ``robustness.json``.
         lm_eval: tasks of lm-evaluation-harness (an extra) for general ability, e.g. ``[mmlu, arc_easy]``, or folders
             with task YAMLs.
@@ -127,7 +130,11 @@ class Evaluate(Callback):
         self.toxicity_classifier = toxicity_classifier
         self.sentence_model = sentence_model
         self.gradient_norm = gradient_norm
-        self.after = After(robustness, lm_eval, lm_eval_shots, lm_eval_limit)
+        self.attacks, self._every_attack = find_attacks(robustness)
+        self._skipped_attacks: dict[str, str] = {}
+        self.lm_eval = lm_eval
+        self.lm_eval_shots = lm_eval_shots
+        self.lm_eval_limit = lm_eval_limit
         #: Where the options are given, for messages.
         self.options = "trainer.callbacks"
         #: Numbers of the last test, as in ``metrics.json``.
@@ -206,7 +213,7 @@ class Evaluate(Callback):
     def _read_results(self) -> None:
         """Results to compare with."""
         paths = {name: path for name, path in self.compared.items() if path is not None}
-        if self.after.attacks:  # a model without results will do
+        if self.attacks:  # a model without results will do
             paths = {name: path for name, path in paths.items() if results_of(path) is not None}
         self._results = {
             name: Results(results_of(path) or path, f"{self.options}.{name}")
@@ -276,7 +283,12 @@ class Evaluate(Callback):
             log.info("test set %s: found finished in %s", name, self.results_folder)
         self._partial = {name: [] for name in self._names if name not in self._tables}
         self.observer = self.make_observer()
-        self.after.prepare(self.subject)
+        if self.lm_eval is not None:
+            self._harness = Harness(self.lm_eval, self.lm_eval_shots, self.lm_eval_limit)
+        if self.attacks:
+            self._usable_attacks, self._skipped_attacks = usable_attacks(
+                self.attacks, self.subject(), self._every_attack
+            )
 
     def _key(self, name: str) -> dict[str, Any]:
         """What a set's table depends on, besides the model."""
@@ -507,9 +519,10 @@ class Evaluate(Callback):
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:
         """Compute the measures from the tables, write and print them."""
         tables = {name: self._tables[name] for name in self._names}
-        ability = self._ability()
+        with _as_in_test_steps(trainer.precision_plugin):
+            ability = self._ability()
+            report = self._attack(tables)
         values = {**self.measures(tables), **ability.values}
-        report = self._attack(tables)
         self._infos = dict(ability.infos)
         self.metrics = defined_only(values)
         self.undefined = {
@@ -555,10 +568,12 @@ class Evaluate(Callback):
     # -- general ability and attacks ----------------------------------------------------------------------------------
 
     def _ability(self) -> Ability:
-        """General ability, for its own sake and for the suite's averages."""
-        data, plugin = self.data, self._trainer.precision_plugin
-        found = self.after.ability(
-            self._module.lm, data.tokenizer, data.test_batch_size, plugin, self._module.sharded
+        """General ability, for its own sake and for the suite's averages; nothing if it was not asked for."""
+        if self.lm_eval is None:
+            return Ability()
+        data, module = self.data, self._module
+        found = self._harness.measure(
+            module.lm, data.tokenizer, data.test_batch_size, module.sharded
         )
         self.general |= found.general
         return found
@@ -588,7 +603,7 @@ class Evaluate(Callback):
 
     def _attack(self, tables: Mapping[str, Table]) -> Optional[RobustnessReport]:
         """Attack this model, and the target and the retrained model where they are at hand."""
-        if not self.after.attacks:
+        if not self.attacks:
             return None
         plain = {
             name: self._metrics_of(name)
@@ -606,10 +621,8 @@ class Evaluate(Callback):
             return self.subject(load_other(folder, self._module.lm, f"{self.options}.{name}"))
 
         makers = {name: partial(loaded, name, folder) for name, folder in others.items()}
-        plugin = self._trainer.precision_plugin
-        return self.after.attack(
-            self.subject(tables=tables), makers, plain, self._module.fingerprint, plugin
-        )
+        subject = self.subject(tables=tables)
+        return run_attacks(self._usable_attacks, subject, makers, plain, self._skipped_attacks)
 
     def _metrics_of(self, name: str) -> dict[str, float]:
         """Metrics of results to compare with; of a published file they are computed."""
@@ -651,3 +664,18 @@ class Evaluate(Callback):
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _as_in_test_steps(precision: Any) -> Iterator[None]:
+    """Run a model in the precision of the test steps.
+
+    Autocast keeps no copies of weights meanwhile: those of weights that an attack changes would be stale.
+    """
+    cached = torch.is_autocast_cache_enabled()
+    with precision.test_step_context():
+        torch.set_autocast_cache_enabled(False)
+        try:
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(cached)

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from wagle_pl.evaluation.attacks.attack import (
-    FORGET_MEASURES,
-    Attack,
-    Attacks,
-    find_attacks,
-    usable_attacks,
-)
+from wagle_pl.evaluation.attacks.attack import FORGET_MEASURES, Attack
 from wagle_pl.evaluation.attacks.probing import Probe, Sample
 from wagle_pl.evaluation.attacks.prompts import InContext, Paraphrase, TranslatedStyle
 from wagle_pl.evaluation.attacks.report import (
+    EVERY,
     ROBUSTNESS_FILE,
+    Attacks,
     RobustnessReport,
+    find_attacks,
     load_other,
     model_of,
     results_of,
     run_attacks,
+    usable_attacks,
 )
 from wagle_pl.evaluation.attacks.subject import Finding, Subject
 from wagle_pl.evaluation.attacks.weights import Quantise, Relearn
-
-#: What ``--model.robustness all`` runs.
-EVERY = (Relearn, Quantise, Paraphrase, TranslatedStyle, InContext, Sample, Probe)
 
 __all__ = [
     "EVERY",

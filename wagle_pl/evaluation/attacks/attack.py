@@ -1,14 +1,13 @@
-"""What an attack is, and which attacks a test runs."""
+"""What an attack is."""
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import ClassVar, Optional, Union
+from collections.abc import Iterable
+from typing import ClassVar
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.registry import resolve
 from wagle_pl.evaluation.attacks.subject import Finding, Subject
 
 #: Measures of forget sets, and of the whole, that an attack reports where the suite has them.
@@ -71,61 +70,3 @@ class Attack(ABC):
     def unusable(self, why: str) -> WagleError:
         """The error that the attack has nothing to work on."""
         return WagleError(f"{self.name} has nothing to work on: {why}")
-
-
-#: Values of the option ``robustness``.
-Attacks = Optional[Union[bool, str, list[Union[Attack, str]]]]
-
-
-def find_attacks(value: Attacks, every: Sequence[type[Attack]]) -> tuple[list[Attack], bool]:
-    """The attacks that an option names.
-
-    Args:
-        value: a list of attacks, short names or class paths; the same as text with commas; ``all`` or True for every
-            attack; None, False or ``none`` for none.
-        every: the classes of ``all``.
-
-    Returns:
-        ``(attacks, all)``: with ``all`` an attack that has nothing to work on is left out, not refused.
-
-    Raises:
-        WagleError: listing the valid names.
-    """
-    if isinstance(value, str):
-        words = [word.strip() for word in value.strip("[] ").split(",") if word.strip()]
-        word = words[0].lower() if len(words) == 1 else ""
-        constants = {"all": True, "true": True, "none": False, "false": False, "null": False}
-        value = constants.get(word, words)
-    if value is True:
-        return [attack() for attack in every], True
-    attacks = [resolve(Attack, attack, "attack of model.robustness") for attack in value or ()]
-    names = [attack.name for attack in attacks]
-    for name in names:
-        if names.count(name) > 1:
-            raise WagleError(
-                f"model.robustness names {name} twice; give it once, or subclass it under another name"
-            )
-    return attacks, False
-
-
-def usable_attacks(
-    attacks: Sequence[Attack], subject: Subject, every: bool
-) -> tuple[list[Attack], dict[str, str]]:
-    """The attacks that have something to work on, and for the others (by name) why they have not.
-
-    Raises:
-        WagleError: for the first that has not, unless ``every`` attack was asked for at once; then if none has.
-    """
-    found, skipped = [], {}
-    for attack in attacks:
-        try:
-            attack.check(subject)
-            found.append(attack)
-        except WagleError as error:
-            if not every:
-                raise
-            skipped[attack.name] = str(error)
-    if every and not found:
-        why = next(iter(skipped.values()))
-        raise WagleError(f"model.robustness: no attack has anything to work on: {why}")
-    return found, skipped

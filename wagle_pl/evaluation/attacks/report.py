@@ -1,4 +1,4 @@
-"""Run attacks on a model, and on the target and the retrained model beside it, and report what they found."""
+"""Choose attacks, run them on a model and on those it is compared with, and report what they found."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from typing import Any, Optional, Union
 import torch
 
 from wagle_pl.core.errors import WagleError
+from wagle_pl.core.registry import resolve
 from wagle_pl.core.text import table
 from wagle_pl.evaluation.attacks.attack import Attack
+from wagle_pl.evaluation.attacks.probing import Probe, Sample
+from wagle_pl.evaluation.attacks.prompts import InContext, Paraphrase, TranslatedStyle
 from wagle_pl.evaluation.attacks.subject import OTHERS, PREFIX, Finding, Subject
+from wagle_pl.evaluation.attacks.weights import Quantise, Relearn
 from wagle_pl.evaluation.results import INFO_FILE, METRICS_FILE, read_json
 from wagle_pl.evaluation.suites.catalogue import Info
 from wagle_pl.lm import models
@@ -21,6 +25,64 @@ from wagle_pl.lm import models
 log = logging.getLogger(__name__)
 
 ROBUSTNESS_FILE = "robustness.json"
+
+#: The attacks of ``all``, in the order in which they run.
+EVERY = (Relearn, Quantise, Paraphrase, TranslatedStyle, InContext, Sample, Probe)
+#: Values of the option ``robustness``.
+Attacks = Optional[Union[bool, str, list[Union[Attack, str]]]]
+
+
+def find_attacks(value: Attacks) -> tuple[list[Attack], bool]:
+    """The attacks that an option names.
+
+    Args:
+        value: a list of attacks, short names or class paths; the same as text with commas; ``all``
+            or True for every attack; None, False or ``none`` for none.
+
+    Returns:
+        ``(attacks, all)``: with ``all`` an attack that has nothing to work on is left out, not refused.
+
+    Raises:
+        WagleError: listing the valid names.
+    """
+    if isinstance(value, str):
+        words = [word.strip() for word in value.strip("[] ").split(",") if word.strip()]
+        word = words[0].lower() if len(words) == 1 else ""
+        constants = {"all": True, "true": True, "none": False, "false": False, "null": False}
+        value = constants.get(word, words)
+    if value is True:
+        return [attack() for attack in EVERY], True
+    attacks = [resolve(Attack, attack, "attack of model.robustness") for attack in value or ()]
+    names = [attack.name for attack in attacks]
+    for name in names:
+        if names.count(name) > 1:
+            raise WagleError(
+                f"model.robustness names {name} twice; give it once, or subclass it under another name"
+            )
+    return attacks, False
+
+
+def usable_attacks(
+    attacks: Sequence[Attack], subject: Subject, every: bool
+) -> tuple[list[Attack], dict[str, str]]:
+    """The attacks that have something to work on, and for the others (by name) why they have not.
+
+    Raises:
+        WagleError: for the first that has not, unless ``every`` attack was asked for at once; then if none has.
+    """
+    found, skipped = [], {}
+    for attack in attacks:
+        try:
+            attack.check(subject)
+            found.append(attack)
+        except WagleError as error:
+            if not every:
+                raise
+            skipped[attack.name] = str(error)
+    if every and not found:
+        why = next(iter(skipped.values()))
+        raise WagleError(f"model.robustness: no attack has anything to work on: {why}")
+    return found, skipped
 
 
 @dataclass
@@ -99,10 +161,17 @@ def run_attacks(
         others: ``target`` or ``retrained`` -> loads it.
         metrics: ``target`` or ``retrained`` -> its metrics without attack, shown where there is no such model.
         skipped: attack -> why it is left out.
+
+    Raises:
+        RuntimeError: if an attack did not restore the weights.
     """
+    before = _fingerprint(subject)
     # Fine-tuning needs tensors that take gradients, which those made in inference mode do not.
     with torch.inference_mode(False), torch.no_grad():
         found = _attack(attacks, subject, "the model")
+        if _fingerprint(subject) != before:
+            names = ", ".join(type(attack).__name__ for attack in attacks)
+            raise RuntimeError(f"one of the attacks {names} left the model's weights changed")
         beside = {
             name: {each.key: each.after for each in _attack(attacks, load(), f"the {name} model")}
             for name, load in others.items()
@@ -122,6 +191,10 @@ def _attack(attacks: Sequence[Attack], subject: Subject, whose: str) -> list[Fin
         log.info("attack on %s: %s", whose, attack.name)
         found += [replace(each, attack=attack.name) for each in attack.attack(subject)]
     return found
+
+
+def _fingerprint(subject: Subject) -> str:
+    return models.fingerprint(models.whole(subject.lm.named_parameters()))
 
 
 # -- the other models -------------------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 from wagle_pl.core.errors import WagleError
+from wagle_pl.evaluation.attacks import ROBUSTNESS_FILE
 from wagle_pl.evaluation.comparison import arrow
 from wagle_pl.evaluation.results import INFO_FILE, METRICS_FILE, Results, folder_of, read_json
-from wagle_pl.evaluation.robustness import ROBUSTNESS_FILE
 from wagle_pl.evaluation.sets import Table
 from wagle_pl.evaluation.suites import Info, Suite, find_suite
 from wagle_pl.evaluation.tables import load_table, table_key
