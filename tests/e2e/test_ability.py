@@ -101,7 +101,7 @@ def test_a_local_task_in_a_test(wagle, tiny_model, rows, tasks, tmp_path, capsys
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert metrics["ability/wagle_quiz/acc"] == pytest.approx(accuracy(tiny_model, ROWS))
     assert 0 < metrics["ability/wagle_quiz/acc"] < 1
-    assert module.general == {"wagle_quiz": metrics["ability/wagle_quiz/acc"]}
+    assert module.evaluation.general == {"wagle_quiz": metrics["ability/wagle_quiz/acc"]}
     info = json.loads((tmp_path / "out/metrics.info.json").read_text())["measures"]
     assert info["ability/wagle_quiz/acc"]["unit"] == "share, 0 to 1"
     assert info["ability/wagle_quiz/acc"]["direction"] == "higher"
