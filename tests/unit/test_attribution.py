@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from wagle_pl import WeightMask
-from wagle_pl.attribution import AttributionModule, Score, mask_from_scores
-from wagle_pl.attribution.collect import Draws
-from wagle_pl.attribution.hessian import ESTIMATORS, GaussNewton, bartlett_loss, sample_labels
+from wagle_pl.attribution import AttributionModule, Gradient, Score, mask_from_scores
+from wagle_pl.attribution.collect import Draws, Job, collect
+from wagle_pl.attribution.hessian import GaussNewton, bartlett_loss, sample_labels
+from wagle_pl.attribution.scoring import Collected
 from wagle_pl.attribution.stored import StoredScores
 from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.cli import app as cli
@@ -146,6 +147,25 @@ def test_a_weight_that_moved_is_noticed(attribute: Attribute, monkeypatch: pytes
     with pytest.raises(WagleError, match="moved a weight"):
         attribute()
     assert not Path("mask.safetensors").exists()
+
+
+def test_a_pass_without_a_trainer(tiny_model: str):
+    """The sums of a plain model and plain batches are autograd's, and give scores and masks."""
+    lm = models.load_model(tiny_model).train()
+    rows = torch.randint(2, 400, (6, 9), generator=torch.Generator().manual_seed(0))
+    batches = [{"forget": {"input_ids": ids, "labels": ids}} for ids in rows.split(2)]
+    sums = collect(lm, batches, [Job("forget", total="g_f")])
+    assert lm.training and sums.counts == {"forget_rows": 6}
+    lm.eval()
+    loss = sum(lm(input_ids=row[None], labels=row[None]).loss for row in rows)
+    truth = torch.autograd.grad(loss, list(lm.parameters()))
+    for found, expected in zip(sums.sums["g_f"], truth, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+    collected = Collected(lm, sums)
+    for (_, scores), expected in zip(collected.scores(Gradient()), truth, strict=True):
+        torch.testing.assert_close(scores, expected.abs() / 6, rtol=1e-3, atol=1e-6)
+    mask = collected.mask("gradient", density=0.1)
+    assert mask.count() == sum(p.numel() for p in lm.parameters()) // 10
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -486,7 +506,7 @@ def test_curvature_and_wagle_share_a_pass(attribute: Attribute):
     assert statistics.h_diagonal.dim() == 2
 
 
-def test_a_registered_hessian_is_an_option(attribute: Attribute, monkeypatch: pytest.MonkeyPatch):
+def test_a_hessian_of_one_s_own_is_an_option(attribute: Attribute):
     """Of the command line as of Python."""
 
     class Doubled(GaussNewton):
@@ -494,7 +514,6 @@ def test_a_registered_hessian_is_an_option(attribute: Attribute, monkeypatch: py
             super().end_step(sums)
 
     attribute(hessian="gauss_newton", output="known")
-    monkeypatch.setitem(ESTIMATORS, "doubled", Doubled)
     attribute(hessian="doubled")
     assert WeightMask.load("mask").metadata["hessian"] == "doubled"
     assert WeightMask.load("mask") == WeightMask.load("known")

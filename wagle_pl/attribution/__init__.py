@@ -1,5 +1,6 @@
 """Scores, Hessian estimates, exact selection, and the module that runs the pass."""
 
+from wagle_pl.attribution.collect import Job, collect
 from wagle_pl.attribution.module import AttributionModule
 from wagle_pl.attribution.scores import (
     Curvature,
@@ -16,15 +17,18 @@ from wagle_pl.attribution.scores import (
     Wanda,
     WeightStatistics,
 )
+from wagle_pl.attribution.scoring import Collected
 from wagle_pl.attribution.specs import MaskSpec
 from wagle_pl.attribution.stored import mask_from_scores
 
 __all__ = [
     "AttributionModule",
+    "Collected",
     "Curvature",
     "FisherRatio",
     "ForgetRetainRatio",
     "Gradient",
+    "Job",
     "Magnitude",
     "MaskSpec",
     "Modules",
@@ -35,5 +39,6 @@ __all__ = [
     "Wagle",
     "Wanda",
     "WeightStatistics",
+    "collect",
     "mask_from_scores",
 ]

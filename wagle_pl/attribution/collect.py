@@ -4,6 +4,7 @@ Rows go through the model together, or one at a time where squares of single row
 
     sums = collect(lm, batches, [Job("forget", total="g_f"), Job("retain", total="g_r")])
     g_f = sums.sums["g_f"]  # one fp32 tensor a parameter, in the order of lm.parameters()
+    mask = Collected(lm, sums).mask("forget_retain_ratio", density=0.2)
 """
 
 from __future__ import annotations

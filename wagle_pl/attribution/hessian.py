@@ -2,7 +2,7 @@
 
 An estimator adds what one forward pass tells it to a running sum (one fp32 tensor a parameter, or only its mean). What
 it sums over rows is the diagonal for the *sum* of the rows' losses; the module divides by their number. To add an
-estimator, subclass :class:`Hessian`; enter it in :data:`ESTIMATORS` to give it a short name, or name it by class path.
+estimator, subclass :class:`Hessian` and name it, or its class path, as ``--model.hessian``.
 
 The Hessian of a loss −log p(y|x) is H = G + R, where G = E_ŷ~p[∇log p(ŷ) ∇log p(ŷ)ᵀ], positive semi-definite, is the
 Gauss–Newton matrix (for this loss also the Fisher information), and R vanishes where the model fits its labels. The
@@ -22,7 +22,7 @@ from torch import Tensor
 from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.registry import resolve
+from wagle_pl.core.registry import find_class
 from wagle_pl.core.seeds import stable_seed
 
 #: Name under which :class:`GradientSums` keeps the sum of the diagonal, and the sum of its mean.
@@ -207,31 +207,17 @@ class Hutchinson(Hessian):
                     sums.add(buffers, i, z.float().mul_(product.float()))
 
 
-#: ``model.hessian`` -> estimator; ``scalar`` has none, and ``auto`` keeps only the mean where no score needs more.
-ESTIMATORS: dict[str, type[Hessian]] = {
-    "auto": GaussNewton,
-    "gauss_newton": GaussNewton,
-    "fisher": Fisher,
-    "hutchinson": Hutchinson,
-}
-
-
 def estimator_of(hessian: str) -> Optional[type[Hessian]]:
-    """The estimator of a name in :data:`ESTIMATORS` or of a class path; None for ``scalar``.
+    """The estimator that ``model.hessian`` names; None for ``scalar``.
 
     Raises:
         WagleError: listing the valid names.
     """
     if hessian == "scalar":
         return None
-    if "." in hessian:
-        return type(resolve(Hessian, hessian, "hessian"))
-    if hessian not in ESTIMATORS:
-        names = ", ".join(("scalar", *ESTIMATORS))
-        raise WagleError(
-            f"unknown hessian {hessian!r}; choose one of {names}, or the class path of a Hessian"
-        )
-    return ESTIMATORS[hessian]
+    if hessian == "auto":  # only its mean is kept where no score needs more
+        return GaussNewton
+    return find_class(Hessian, hessian, "hessian", also=("auto", "scalar"))
 
 
 def sample_labels(logits: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:

@@ -68,7 +68,7 @@ class AttributionModule(LanguageModule):
         hessian: what stands for the retain loss's Hessian diagonal: ``scalar`` (``gamma``), ``auto`` (the mean of a
             Gauss-Newton estimate), or one number a weight: ``gauss_newton`` (labels drawn from the model), ``fisher``
             (squared gradients of single rows), ``hutchinson`` (random signs, double backward; the true Hessian), or
-            another :class:`~wagle_pl.attribution.hessian.Hessian`: its class path, or its name in ``ESTIMATORS``.
+            another :class:`~wagle_pl.attribution.hessian.Hessian`, by name or class path.
         gamma: the scalar Hessian γ; a number implies ``hessian: scalar``, ``auto`` estimates it.
         damping: a diagonal ĥ is used as max(ĥ, 0) + damping × its mean.
         hessian_samples: draws for each step, for ``auto``, ``gauss_newton`` and ``hutchinson``.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from wagle_pl.attribution.hessian import DIAGONAL, TRACE, DampedHessian, Hessian
 from wagle_pl.attribution.scores import Score, WeightStatistics, checked
 from wagle_pl.attribution.selection import select_each
-from wagle_pl.attribution.specs import MaskSpec
+from wagle_pl.attribution.specs import MaskSpec, complete
 from wagle_pl.attribution.stored import whole_mask
 from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.core import distributed
@@ -127,6 +127,14 @@ class Collected:
         """(parameter name, its scores), of all ranks' rows."""
         for (name, rows), shard in zip(self.scores(score), self.sums.shards, strict=True):
             yield name, shard.gather(rows)
+
+    def mask(
+        self, score: Union[Score, str] = "wagle", density: float = 0.2, **options: Any
+    ) -> Optional[WeightMask]:
+        """The mask of one score; options are those of :class:`~wagle_pl.attribution.MaskSpec`."""
+        default = MaskSpec(score, density, select="high", scope="global")
+        (mask,) = self.masks([complete(MaskSpec(**options), default, {})], {})
+        return mask
 
     def masks(
         self, specs: Sequence[MaskSpec], metadata: dict[str, Any]
