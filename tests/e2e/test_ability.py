@@ -183,7 +183,7 @@ def test_mmlu_is_asked_as_the_harness_asks(tmp_path, tiny_model):
     )
     data = WMDPDataModule(folder=str(tmp_path), tokenizer=tiny_model)
     header = find_suite("wmdp").headers["mmlu"]
-    for row, description in zip(data.rows("test/mmlu"), described.values(), strict=True):
+    for row, description in zip(data.test_examples("mmlu"), described.values(), strict=True):
         prompt = description + "Which is it?\nA. one\nB. two\nC. three\nD. four\nAnswer:"
         expected = [data.tokenizer(f"{prompt} {letter}")["input_ids"] for letter in "ABCD"]
         assert [named.candidate.ids for named in letters(data.template, row, header)] == expected

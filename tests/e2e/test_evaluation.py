@@ -660,8 +660,8 @@ KINDS = {
 class Kinds(ForgetRetainDataModule):
     """Test sets of every kind."""
 
-    def load_rows(self, name):
-        return KINDS[name[5:]] if name.startswith("test/") else super().load_rows(name)
+    def test_rows(self, name):
+        return KINDS[name]
 
     def test_names(self):
         return list(KINDS)

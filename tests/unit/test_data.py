@@ -153,7 +153,7 @@ def test_a_missing_source_is_named():
     with pytest.raises(WagleError, match=r"nowhere\.json does not exist"):
         load_rows("nowhere.json")
     with pytest.raises(WagleError, match="neither"):
-        load_rows("rows.txt")
+        load_rows("rows.xml")
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_nan_in_a_file_is_no_answer(tmp_path):
     with pytest.raises(
         WagleError, match=r"forget set \(.*rows\.jsonl\) row 2: 'answer' is nan, not a text"
     ):
-        ForgetRetainDataModule(str(path)).rows("forget")
+        ForgetRetainDataModule(str(path)).examples("forget")
 
 
 def test_repeated_forget_rows_are_told(tmp_path, heard):
@@ -239,14 +239,14 @@ def test_repeated_forget_rows_are_told(tmp_path, heard):
     data = ForgetRetainDataModule(
         write_rows(tmp_path / "forget.jsonl", rows), write_rows(tmp_path / "r.jsonl", rows)
     )
-    assert raw_rows(data.rows("forget")) == rows and data.rows("retain")
+    assert raw_rows(data.examples("forget")) == rows and data.examples("retain")
     assert (
         "2 of 5 forget rows repeat earlier ones and weigh as much again: remove them" in heard.text
     )
     assert "forget.jsonl, row 3, 4)" in heard.text
     assert heard.text.count("repeat earlier ones") == 1
     heard.clear()
-    PeopleDataModule().rows("forget")
+    PeopleDataModule().examples("forget")
     assert "repeat" not in heard.text
 
 
@@ -340,15 +340,8 @@ def test_cutting_leaves_an_answer_or_says_so(tokenizer):
 # -- data modules -----------------------------------------------------------------------------------------------------
 
 
-class FakeTrainer:
-    accumulate_grad_batches, world_size, global_rank = 1, 1, 0
-
-    def __init__(self, streams=("forget", "retain"), tokenizer=None):
-        self.lightning_module = type("M", (), {"streams": streams, "tokenizer": tokenizer})()
-
-
 def attach(data, tokenizer, streams=("forget", "retain")):
-    data.trainer = FakeTrainer(streams, tokenizer)
+    data.serve(streams, tokenizer=lambda: tokenizer)
     return data
 
 
@@ -397,10 +390,11 @@ def test_so_many_test_rows_with_and_without_test_files(rows):
     for test in (None, {"forget": rows["forget"]}):
         data = ForgetRetainDataModule(rows["forget"], rows["retain"], test=test, limit_test=3)
         assert (
-            raw_rows(data.rows("test/forget")) == [whole[0], whole[3], whole[7]]
-            and len(data.rows("forget")) == 11
+            raw_rows(data.test_examples("forget")) == [whole[0], whole[3], whole[7]]
+            and len(data.examples("forget")) == 11
         )
-    assert ForgetRetainDataModule(rows["forget"], limit_test=3).rows("test/retain") is None
+    with pytest.raises(WagleError, match="test set 'retain' has no rows"):
+        ForgetRetainDataModule(rows["forget"], limit_test=3).test_examples("retain")
 
 
 @pytest.mark.parametrize("option", ["limit_forget", "limit_retain", "limit_test"])
@@ -421,7 +415,7 @@ def test_refusals_answer_the_forget_rows_of_the_same_batch(rows, tokenizer):
     for i, row in enumerate(batch["refusal"]["row"].tolist()):
         answer = batch["refusal"]["input_ids"][i][batch["refusal"]["labels"][i] != IGNORE]
         assert tokenizer.decode(answer).removesuffix("<|end|>") in data.refusals
-        question = data.rows("forget")[row].question
+        question = data.examples("forget")[row].question
         assert question in tokenizer.decode(batch["refusal"]["input_ids"][i])
 
 
@@ -434,11 +428,13 @@ def test_the_bundled_refusals_are_many_and_varied(rows):
 def test_overlap(tmp_path, rows, tokenizer):
     shared = load_rows(rows["retain"]) + load_rows(rows["forget"])[:3]
     retain = write_rows(tmp_path / "retain.jsonl", shared)
-    kept = ForgetRetainDataModule(rows["forget"], retain, overlap="drop").rows("retain")
+    kept = ForgetRetainDataModule(rows["forget"], retain, overlap="drop").examples("retain")
     assert len(kept) == 17
     with pytest.raises(WagleError, match="3 of 20 retain rows are also forget rows"):
-        ForgetRetainDataModule(rows["forget"], retain, overlap="error").rows("retain")
-    assert len(ForgetRetainDataModule(rows["forget"], retain, overlap="warn").rows("retain")) == 20
+        ForgetRetainDataModule(rows["forget"], retain, overlap="error").examples("retain")
+    assert (
+        len(ForgetRetainDataModule(rows["forget"], retain, overlap="warn").examples("retain")) == 20
+    )
 
 
 def test_cut_rows_are_counted(rows, tokenizer, monkeypatch):
@@ -448,20 +444,6 @@ def test_cut_rows_are_counted(rows, tokenizer, monkeypatch):
     )
     attach(ForgetRetainDataModule(rows["forget"], max_length=40), tokenizer).tokens("forget")
     assert len(messages) == 1 and "11 forget rows reach max_length=40" in messages[0]
-
-
-def test_tokenised_rows_are_cached_on_disk(tmp_path, tokenizer, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    path = write_rows(
-        tmp_path / "rows.jsonl",
-        [{"question": f"Number {i}?", "answer": "Yes."} for i in range(1200)],
-    )
-    first = attach(ForgetRetainDataModule(path), tokenizer).tokens("forget")
-    monkeypatch.setattr(Template, "encode", lambda *_: pytest.fail("tokenised a second time"))
-    second = attach(ForgetRetainDataModule(path), tokenizer).tokens("forget")
-    assert second["input_ids"] == first["input_ids"]
 
 
 def test_the_bundled_people():
@@ -484,10 +466,10 @@ def test_the_bundled_people():
 
 def test_people_streams_say_each_fact_twice(tokenizer):
     data = attach(PeopleDataModule(), tokenizer, ("all",))
-    assert len(data.rows("forget")) == 2 * len(bundled("forget"))
-    assert len(data.rows("all")) == len(data.rows("forget")) + len(data.rows("retain"))
+    assert len(data.examples("forget")) == 2 * len(bundled("forget"))
+    assert len(data.examples("all")) == len(data.examples("forget")) + len(data.examples("retain"))
     assert data.test_names() == ["forget", "retain", "real_authors", "world_facts"]
-    assert len(data.rows("test/forget")) == len(bundled("forget"))
+    assert len(data.test_examples("forget")) == len(bundled("forget"))
 
 
 @pytest.mark.skipif(not TOFU.is_dir(), reason="the TOFU data is not here")
@@ -497,8 +479,8 @@ def test_people_streams_say_each_fact_twice(tokenizer):
 )
 def test_tofu_official_splits(forget, sizes):
     data = TOFUDataModule(forget=forget, path=str(TOFU), overlap="error")
-    assert (len(data.rows("forget")), len(data.rows("retain"))) == sizes
-    tests = {name: len(data.rows(f"test/{name}")) for name in data.test_names()}
+    assert (len(data.examples("forget")), len(data.examples("retain"))) == sizes
+    tests = {name: len(data.test_examples(f"{name}")) for name in data.test_names()}
     assert tests == {"forget": sizes[0], "retain": 400, "real_authors": 100, "world_facts": 117}
 
 
@@ -506,19 +488,19 @@ def test_tofu_from_a_folder(tmp_path):
     for split in ("forget01", "retain99", "forget01_perturbed"):
         write_rows(tmp_path / f"{split}.json", QA)
     data = TOFUDataModule(forget="forget01", path=str(tmp_path))
-    assert raw_rows(data.rows("forget")) == QA
+    assert raw_rows(data.examples("forget")) == QA
     with pytest.raises(
         WagleError, match=r"'world_facts_perturbed' is not in .*; there are: forget01"
     ):
-        data.rows("test/world_facts")
+        data.test_examples("world_facts")
     with pytest.raises(WagleError, match="does not exist"):
-        TOFUDataModule(forget="forget01", path="./nowhere").rows("forget")
+        TOFUDataModule(forget="forget01", path="./nowhere").examples("forget")
 
 
 def test_one_method_brings_rows_of_another_kind(tokenizer):
     class Numbers(ForgetRetainDataModule):
-        def load_rows(self, name):
-            return [{"question": f"{name} {i}?", "answer": str(i)} for i in range(4)]
+        def train_rows(self, stream):
+            return [{"question": f"{stream} {i}?", "answer": str(i)} for i in range(4)]
 
     batch = next(iter(attach(Numbers(batch_size=2), tokenizer).train_dataloader()))
     assert "forget" in tokenizer.decode(batch["forget"]["input_ids"][0])

@@ -89,7 +89,9 @@ def test_data_that_is_plainly_a_path(copy, no_hub, tmp_path):
     assert said(load_rows, "broken") == "data source broken is a folder: name a file in it"
     assert said(load_rows, "./rows") == "data source ./rows does not exist"
     assert said(load_rows, "rows.json") == "data file rows.json is a folder: name a file in it"
-    assert said(lambda path: TOFUDataModule(path=path).rows("forget"), "broken/tofu").startswith(
+    assert said(
+        lambda path: TOFUDataModule(path=path).examples("forget"), "broken/tofu"
+    ).startswith(
         "TOFU folder (data.path) broken/tofu does not exist (there is a folder broken here"
     )
     assert said(lambda name: check_folder(name, "model.sentence_model"), "broken/mini").startswith(

@@ -584,7 +584,7 @@ def test_mistakes_end_in_one_line(
     assert "has no lines" in message("--model.objective", "PO", "--data.refusals", empty)
     texts = tmp_path / "texts.jsonl"
     texts.write_text('{"text": "To be forgotten."}\n')
-    assert "row 1 has no question to refuse" in message(
+    assert "row 1: there is no question to refuse" in message(
         "--model.objective", "PO", "--data.forget", texts
     )
     no_retain = ["--data", "ForgetRetainDataModule", "--data.forget", rows["forget"]]

@@ -236,8 +236,8 @@ def test_muse_knowledge(tmp_path, tiny_model, examples):
         if examples
         else ""
     )
-    for name in ("test/knowmem_forget", "test/knowmem_retain"):
-        (row,) = data.rows(name)
+    for name in ("knowmem_forget", "knowmem_retain"):
+        (row,) = data.test_examples(name)
         assert prompt_of(data.template, row) == general + f"Question: {QUESTION}\nAnswer: "
         assert (
             whole(data.template, row) == general + f"Question: {QUESTION}\nAnswer: {ANSWER}<|end|>"
@@ -251,7 +251,7 @@ def test_muse_verbatim(tmp_path, tiny_model):
         tmp_path / "verbmem/forget.jsonl", [{"prompt": "The mill of the ", "gt": "town opens"}]
     )
     data = MUSEDataModule(folder=str(tmp_path), tokenizer=tiny_model)
-    assert prompt_of(data.template, data.rows("test/verbmem_forget")[0]) == "The mill of the "
+    assert prompt_of(data.template, data.test_examples("verbmem_forget")[0]) == "The mill of the "
 
 
 def test_tofu_llama_2(tmp_path, tiny_model):
@@ -323,7 +323,7 @@ def test_detox(tmp_path, tiny_model):
     (tmp_path / "PKU-SafeRLHF").mkdir()
     write_rows(tmp_path / "PKU-SafeRLHF/test.jsonl", [{"prompt": "Tell me: "}])
     data = DetoxDataModule(folder=str(tmp_path), tokenizer=tiny_model)
-    assert prompt_of(data.template, data.rows("test/prompts")[0]) == "Tell me: "
+    assert prompt_of(data.template, data.test_examples("prompts")[0]) == "Tell me: "
 
 
 def test_copyright(tmp_path, tiny_model):
@@ -342,10 +342,13 @@ def test_copyright(tmp_path, tiny_model):
         "chunk_unit": "characters",
     }
     data = CopyrightDataModule(tokenizer=tiny_model, generation_prefix="", **formats, **options)
-    row = data.rows("test/forget")[0]
+    row = data.test_examples("forget")[0]
     assert prompt_of(data.template, row) == row.question and len(row.question) > 100
     # WAGLE, src/metrics/Tofu.py and src/dataset/HorryPotter.py: generation goes on after the question's end
-    assert prompt_of(data.template, data.rows("test/forget_qa")[0]) == f"### Question: {QUESTION}\n"
+    assert (
+        prompt_of(data.template, data.test_examples("forget_qa")[0])
+        == f"### Question: {QUESTION}\n"
+    )
 
 
 # -- records ----------------------------------------------------------------------------------------------------------

@@ -17,8 +17,7 @@ from wagle_pl import WagleError
 from wagle_pl.data import CopyrightDataModule, DetoxDataModule, MUSEDataModule, WMDPDataModule
 from wagle_pl.data.chunks import chunk_rows, chunk_text, continuation
 from wagle_pl.data.example import KINDS, Example, parse_rows, raw_rows
-from wagle_pl.data.rows import load_rows
-from wagle_pl.data.sources import HubSet, local_files, read_set
+from wagle_pl.data.rows import HubSet, load_rows, local_files, read_set
 from wagle_pl.data.template import IGNORE, Template
 from wagle_pl.lm.models import load_tokenizer
 
@@ -173,7 +172,7 @@ def detox(tmp_path_factory):
 
 def columns(data, name):
     """The columns of the rows of a test set, as far as a kind of row needs them."""
-    return {kind_of(row) for row in data.rows(f"test/{name}")}
+    return {kind_of(row) for row in data.test_examples(f"{name}")}
 
 
 def kind_of(example):
@@ -314,13 +313,13 @@ def test_the_hub_is_asked_for_just_what_is_used(monkeypatch):
     monkeypatch.setattr(
         datasets, "load_dataset", lambda *args, **options: asked.append((args, options)) or Stream()
     )
-    assert DetoxDataModule(limit_retain=3).load_rows("retain") == TEXTS[:3]
+    assert DetoxDataModule(limit_retain=3).train_rows("retain") == TEXTS[:3]
     shard = "en/c4-train.00001-of-01024.json.gz"
     options = {"streaming": True, "split": "train", "data_files": {"train": shard}}
     assert asked.pop() == (("allenai/c4", None), options)
-    MUSEDataModule(corpus="books", chunk_unit="characters", tokenizer="none").rows("holdout")
+    MUSEDataModule(corpus="books", chunk_unit="characters", tokenizer="none").examples("holdout")
     assert asked.pop() == (("muse-bench/MUSE-Books", "raw"), {"split": "holdout"})
-    WMDPDataModule().rows("forget")
+    WMDPDataModule().examples("forget")
     assert [args for args, _ in asked] == [
         ("cais/wmdp-bio-forget-corpus", None),
         ("cais/wmdp-corpora", "cyber-forget-corpus"),
@@ -335,10 +334,10 @@ def test_the_hub_is_asked_for_just_what_is_used(monkeypatch):
 def test_muse_rows(muse, tiny_model, tokenizer):
     data = MUSEDataModule(folder=str(muse), chunk_size=30, max_length=60, tokenizer=tiny_model)
     assert data.suite == "muse"
-    text = "".join(row.answer for row in data.rows("forget"))
+    text = "".join(row.answer for row in data.examples("forget"))
     assert text == "\n\n".join(row["text"] for row in TEXTS[:4])
-    assert [row.partial for row in data.rows("forget")].count(False) == 1
-    assert len(data.rows("holdout")) == 1
+    assert [row.partial for row in data.examples("forget")].count(False) == 1
+    assert len(data.examples("holdout")) == 1
     assert data.test_names() == [
         "verbmem_forget",
         "knowmem_forget",
@@ -351,19 +350,19 @@ def test_muse_rows(muse, tiny_model, tokenizer):
     kinds |= {"knowmem_retain": ("question", "answer")}
     for name in data.test_names():
         assert columns(data, name) == {kinds.get(name, ("text",))}
-    assert data.rows("test/verbmem_forget")[0].answer == " small town opens"
+    assert data.test_examples("verbmem_forget")[0].answer == " small town opens"
     assert (
-        raw_rows(data.rows("test/members")) == TEXTS[:2]
+        raw_rows(data.test_examples("members")) == TEXTS[:2]
     )  # whole: the benchmark scores them as they are
-    prompt = tokenizer.decode(data.template.encode_prompt(data.rows("test/knowmem_forget")[0]))
+    prompt = tokenizer.decode(data.template.encode_prompt(data.test_examples("knowmem_forget")[0]))
     shots = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in QA[2:4])
     assert prompt == shots + f"Question: {QA[0]['question']}\nAnswer: "
-    assert not data.rows("test/knowmem_retain")[0].context  # no worked examples in the folder
+    assert not data.test_examples("knowmem_retain")[0].context  # no worked examples in the folder
     both = MUSEDataModule(
         folder=str(muse), retain_splits=["retain1", "retain2"], chunk_unit="characters"
     )
-    assert sum(row.answer.count("orchard") for row in both.rows("retain")) == 0
-    assert sum(row.answer.count("bridge") for row in both.rows("retain")) == 4
+    assert sum(row.answer.count("orchard") for row in both.examples("retain")) == 0
+    assert sum(row.answer.count("bridge") for row in both.examples("retain")) == 4
 
 
 def test_verbatim_texts_are_scored_as_they_were_trained_on(tmp_path, tiny_model, tokenizer):
@@ -377,7 +376,7 @@ def test_verbatim_texts_are_scored_as_they_were_trained_on(tmp_path, tiny_model,
         tmp_path / "verbmem/forget.jsonl", [{"prompt": prompt, "gt": gt} for prompt, gt in seams]
     )
     data = MUSEDataModule(folder=str(tmp_path), tokenizer=tiny_model)
-    first, second, _ = data.rows("test/verbmem_forget")
+    first, second, _ = data.test_examples("verbmem_forget")
     encoded = data.template.encode(first)
     assert encoded["input_ids"] == tokenizer("The mill of the small town opens")["input_ids"]
     assert encoded["labels"].count(IGNORE) == len(data.template.encode_prompt(first))
@@ -388,12 +387,15 @@ def test_verbatim_texts_are_scored_as_they_were_trained_on(tmp_path, tiny_model,
 def test_wmdp_rows(wmdp, tiny_model):
     data = WMDPDataModule(folder=str(wmdp), tokenizer=tiny_model, max_length=20)
     assert data.suite == "wmdp"
-    assert [row.answer for row in data.rows("forget")] == [row["text"] for row in TEXTS[:6]]
-    assert data.rows("retain")[0].row == {"text": " = Alder = \n"} and len(data.rows("retain")) == 6
+    assert [row.answer for row in data.examples("forget")] == [row["text"] for row in TEXTS[:6]]
+    assert (
+        data.examples("retain")[0].row == {"text": " = Alder = \n"}
+        and len(data.examples("retain")) == 6
+    )
     assert data.test_names() == ["wmdp_bio", "wmdp_cyber", "wikitext"]  # no MMLU in the folder
     assert columns(data, "wmdp_bio") == {("question", "choices", "label")}
-    assert [row.label for row in data.rows("test/wmdp_cyber")] == [1, 0]
-    wikitext = data.rows("test/wikitext")
+    assert [row.label for row in data.test_examples("wmdp_cyber")] == [1, 0]
+    wikitext = data.test_examples("wikitext")
     assert (
         columns(data, "wikitext") == {("text",)} and len(wikitext) > 2
     )  # articles in chunks, lost to none
@@ -402,12 +404,15 @@ def test_wmdp_rows(wmdp, tiny_model):
     subjects = WMDPDataModule(
         folder=str(wmdp), retain_corpus="domains", domains=["cyber"], min_characters=10
     )
-    assert raw_rows(subjects.rows("retain")) == TEXTS[6:7] and len(subjects.rows("forget")) == 3
+    assert (
+        raw_rows(subjects.examples("retain")) == TEXTS[6:7]
+        and len(subjects.examples("forget")) == 3
+    )
     chunked = WMDPDataModule(
         folder=str(wmdp), chunk_size=60, chunk_unit="characters", prompt_size=20
     )
-    assert {kind_of(row) for row in chunked.rows("forget")} == {("prompt", "response")}
-    assert {kind_of(row) for row in chunked.rows("retain")} == {("text",)}
+    assert {kind_of(row) for row in chunked.examples("forget")} == {("prompt", "response")}
+    assert {kind_of(row) for row in chunked.examples("retain")} == {("text",)}
 
 
 def test_copyright_rows(book, tiny_model):
@@ -415,18 +420,18 @@ def test_copyright_rows(book, tiny_model):
         folder=str(book), chunk_size=40, prompt_size=15, test_chunks=3, tokenizer=tiny_model
     )
     assert data.suite == "copyright"
-    forget = data.rows("forget")
+    forget = data.examples("forget")
     assert {kind_of(row) for row in forget} == {("prompt", "response")} and forget[
         0
     ].question.startswith("Alice")
     assert "".join(row.question + row.answer for row in forget) in ALICE
-    assert raw_rows(data.rows("retain")) == TEXTS
+    assert raw_rows(data.examples("retain")) == TEXTS
     assert data.test_names() == ["forget", "forget_qa", "retain_qa", "wikitext"]
     assert columns(data, "forget") == {("prompt", "response")} and columns(data, "forget_qa") == {
         ("question", "answer")
     }
     step = len(forget) / 3
-    assert data.rows("test/forget") == [forget[int(i * step)] for i in range(3)]
+    assert data.test_examples("forget") == [forget[int(i * step)] for i in range(3)]
     own = CopyrightDataModule(
         book=str(book / "alice.txt"),
         folder=str(book),
@@ -434,7 +439,7 @@ def test_copyright_rows(book, tiny_model):
         chunk_size=100,
         prompt_size=None,
     )
-    assert "".join(row.answer for row in own.rows("forget")) == ALICE
+    assert "".join(row.answer for row in own.examples("forget")) == ALICE
     assert own.describe("forget") == str(book / "alice.txt")
 
 
@@ -442,10 +447,10 @@ def test_detox_rows(detox, tiny_model):
     data = DetoxDataModule(folder=str(detox), limit_forget=None, tokenizer=tiny_model)
     assert data.suite == "detox"
     unsafe = [(n, k) for n in range(8) for k in (0, 1) if n % (3 - k)]
-    assert len(data.rows("forget")) == len(unsafe)
-    assert {kind_of(row) for row in data.rows("forget")} == {("prompt", "response")}
+    assert len(data.examples("forget")) == len(unsafe)
+    assert {kind_of(row) for row in data.examples("forget")} == {("prompt", "response")}
     assert data.test_names() == ["prompts", "wikitext"]
-    prompts = data.rows("test/prompts")
+    prompts = data.test_examples("prompts")
     assert [row.question for row in prompts] == [
         "Tell me about the harbour.",
         "Tell me about the orchard.",
@@ -453,7 +458,7 @@ def test_detox_rows(detox, tiny_model):
     assert columns(data, "prompts") == {("prompt",)}
     real = write_rows(detox / "real.jsonl", [{"prompt": {"text": "So I said", "toxicity": 0.1}}])
     other = DetoxDataModule(folder=str(detox), prompts=real, plain_prompts=False)
-    assert raw_rows(other.rows("test/prompts")) == [{"prompt": "So I said"}]
+    assert raw_rows(other.test_examples("prompts")) == [{"prompt": "So I said"}]
 
 
 STEP = (
@@ -531,11 +536,11 @@ def test_a_book_is_recited_to_the_end(wagle, book, tiny_model, tokenizer, tmp_pa
     module = wagle("test", *model, "--model.output", "out", *data, *STEP[2:-2], data=False).model
     counts = [
         len(tokenizer(row.answer)["input_ids"])
-        for row in module.trainer.datamodule.rows("test/forget")
+        for row in module.trainer.datamodule.test_examples("forget")
     ]
     assert (
-        module.max_new_tokens_of("forget") == max(counts) > 20
-        and module.max_new_tokens_of("forget_qa") == 6
+        module.evaluation.max_new_tokens_of("forget") == max(counts) > 20
+        and module.evaluation.max_new_tokens_of("forget_qa") == 6
     )
     said = pyarrow.parquet.read_table(tmp_path / "out/forget.parquet").to_pydict()["generation"]
     assert max(len(tokenizer(text)["input_ids"]) for text in said) > 12
@@ -551,16 +556,16 @@ def test_missing_files_and_folders(tmp_path, wmdp):
         WagleError,
         match=r"has no muse-bench/MUSE-News:raw forget: expected MUSE-News/raw/forget\.json",
     ):
-        MUSEDataModule(folder=str(tmp_path)).rows("forget")
+        MUSEDataModule(folder=str(tmp_path)).examples("forget")
     with pytest.raises(
         WagleError,
         match=r"has no allenai/c4 .*: expected c4/en/c4-train\.00001-of-01024\.json\.gz$",
     ):
-        DetoxDataModule(folder=str(tmp_path)).rows("retain")
+        DetoxDataModule(folder=str(tmp_path)).examples("retain")
     assert MUSEDataModule(folder=str(tmp_path)).test_names() == []
-    assert MUSEDataModule(folder=str(tmp_path)).rows("holdout") is None
-    with pytest.raises(WagleError, match=r"book nowhere\.txt does not exist"):
-        CopyrightDataModule(book="nowhere.txt").rows("forget")
+    assert MUSEDataModule(folder=str(tmp_path)).examples("holdout") is None
+    with pytest.raises(WagleError, match=r"data file nowhere\.txt does not exist"):
+        CopyrightDataModule(book="nowhere.txt").examples("forget")
 
 
 def test_missing_columns(tmp_path):
@@ -573,13 +578,13 @@ def test_missing_columns(tmp_path):
         WagleError,
         match=r"forget set \(muse-bench.*\) row 1 has no column 'text'; it has \['body'\]",
     ):
-        MUSEDataModule(folder=folder).rows("forget")
+        MUSEDataModule(folder=folder).examples("forget")
     with pytest.raises(WagleError, match="row 2 has no column 'gt'"):
-        MUSEDataModule(folder=folder).rows("test/verbmem_forget")
+        MUSEDataModule(folder=folder).test_examples("verbmem_forget")
     with pytest.raises(WagleError, match="row 1 has no column 'choices'"):
-        WMDPDataModule(folder=folder).rows("test/wmdp_bio")
+        WMDPDataModule(folder=folder).test_examples("wmdp_bio")
     with pytest.raises(WagleError, match="row 1 has no column 'response_1'"):
-        DetoxDataModule(folder=folder).rows("forget")
+        DetoxDataModule(folder=folder).examples("forget")
 
 
 def test_files_that_cannot_be_read(tmp_path, tiny_model):
@@ -587,18 +592,20 @@ def test_files_that_cannot_be_read(tmp_path, tiny_model):
     with pytest.raises(
         WagleError, match=r"book\.txt is not UTF-8 text \(it has the byte 0xe9\): save it as UTF-8"
     ):
-        CopyrightDataModule(book=str(tmp_path / "book.txt")).rows("forget")
+        CopyrightDataModule(book=str(tmp_path / "book.txt")).examples("forget")
     write_lines(tmp_path / "wmdp/wmdp-bio/test.jsonl", [CHOICES[0], {**CHOICES[1], "answer": "B"}])
     with pytest.raises(WagleError, match="row 2: answer 'B' is no index of its choices"):
-        WMDPDataModule(folder=str(tmp_path)).rows("test/wmdp_bio")
+        WMDPDataModule(folder=str(tmp_path)).test_examples("wmdp_bio")
     texts = write_lines(tmp_path / "texts.jsonl", [{"text": 1984}, {"text": ["a", "b"]}])
     with pytest.raises(WagleError, match="row 2: 'text' is a list, not a text"):
-        MUSEDataModule(forget=texts, tokenizer=tiny_model).rows("forget")
+        MUSEDataModule(forget=texts, tokenizer=tiny_model).examples("forget")
 
 
 def test_a_test_set_in_the_benchmark_s_own_columns(tmp_path):
     own = write_lines(tmp_path / "own.jsonl", CHOICES)
-    assert [row.label for row in WMDPDataModule(test={"wmdp_bio": own}).rows("test/wmdp_bio")] == [
+    assert [
+        row.label for row in WMDPDataModule(test={"wmdp_bio": own}).test_examples("wmdp_bio")
+    ] == [
         1,
         0,
     ]
@@ -609,14 +616,16 @@ def test_empty_corpora(tmp_path, tiny_model):
     write_lines(tmp_path / "raw/retain1.jsonl", [])
     (tmp_path / "book.txt").write_text("\n")
     with pytest.raises(WagleError, match=r"forget set \(.*\) has no text"):
-        MUSEDataModule(folder=str(tmp_path)).rows("forget")
+        MUSEDataModule(folder=str(tmp_path)).examples("forget")
     with pytest.raises(WagleError, match=r"retain1\.jsonl has no rows"):
-        MUSEDataModule(folder=str(tmp_path)).rows("retain")
-    with pytest.raises(WagleError, match=r"book\.txt has no text"):
-        CopyrightDataModule(book=str(tmp_path / "book.txt")).rows("forget")
+        MUSEDataModule(folder=str(tmp_path)).examples("retain")
+    with pytest.raises(WagleError, match=r"book\.txt has no rows"):
+        CopyrightDataModule(book=str(tmp_path / "book.txt")).examples("forget")
     (tmp_path / "short.txt").write_text("Too short.")
     with pytest.raises(WagleError, match=r"no text is longer than data\.prompt_size=200 tokens"):
-        CopyrightDataModule(book=str(tmp_path / "short.txt"), tokenizer=tiny_model).rows("forget")
+        CopyrightDataModule(book=str(tmp_path / "short.txt"), tokenizer=tiny_model).examples(
+            "forget"
+        )
 
 
 @pytest.mark.parametrize(
@@ -639,7 +648,7 @@ def test_options_without_meaning(build, message):
 
 def test_tokens_need_a_tokenizer(muse):
     with pytest.raises(WagleError, match=r"give data\.tokenizer, or data\.chunk_unit characters"):
-        MUSEDataModule(folder=str(muse)).rows("forget")
+        MUSEDataModule(folder=str(muse)).examples("forget")
 
 
 def test_one_line_on_the_command_line(fails, tiny_model, tmp_path):

@@ -441,7 +441,7 @@ class AttributionModule(LanguageModule):
         return self._place.with_suffix(".scores")
 
     def _forget_rows(self) -> int:
-        return len(self.trainer.datamodule.rows("forget"))
+        return len(self.trainer.datamodule.examples("forget"))
 
     def _write_scores(self, spec: MaskSpec, metadata: dict[str, Any]) -> None:
         options = {key: spec.options()[key] for key in ("score", "score_options")}

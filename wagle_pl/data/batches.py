@@ -20,11 +20,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.data.template import IGNORE
+from wagle_pl.data.example import IGNORE
 
-BUCKET = (
-    32  # rows are sorted by length within this many global batches, so that a batch pads little
-)
+#: Rows are sorted by length within this many global batches, so that a batch pads little.
+BUCKET = 32
 
 #: (row, weight, occurrence) of each row of a micro-batch; a row that an epoch sees twice occurs as 0, then as 1.
 Cell = list[tuple[int, float, int]]
@@ -36,6 +35,9 @@ class Draw(NamedTuple):
 
     epoch: int
     cells: dict[str, Cell]
+
+
+# -- global batches, and their cut ------------------------------------------------------------------------------------
 
 
 def epoch_batches(
@@ -55,27 +57,23 @@ def epoch_batches(
         One dict a step: stream -> row indices. Only one step of an epoch may be smaller than ``global_batch``.
     """
     epoch_size = len(next(iter(lengths.values())))
-    order = None
-    steps: list[dict[str, np.ndarray]] = []
+    positions = np.arange(epoch * epoch_size, (epoch + 1) * epoch_size)
+    order = np.random.default_rng((seed, epoch)).permutation(-(-epoch_size // global_batch))
+    steps: list[dict[str, np.ndarray]] = [{} for _ in order]
     for number, (stream, row_lengths) in enumerate(lengths.items()):
-        rows = np.arange(epoch * epoch_size, (epoch + 1) * epoch_size)
-        rows = _shuffled_positions(rows, len(row_lengths), seed, number)
+        rows = _shuffled_positions(positions, len(row_lengths), seed, number)
         token_counts = np.asarray(row_lengths)[rows]
         pool = BUCKET * global_batch
-        if (
-            len(row_lengths) < epoch_size
-        ):  # sorted together, the copies of a row would make up batches of their own
+        if len(row_lengths) < epoch_size:
+            # sorted together, the copies of a row would make up batches of their own
             pool = min(pool, max(1, len(row_lengths) // global_batch) * global_batch)
-        chunks = []
-        for start in range(0, epoch_size, pool):
-            part, counts = rows[start : start + pool], token_counts[start : start + pool]
-            part = part[np.argsort(counts, kind="stable")]
-            chunks += [part[i : i + global_batch] for i in range(0, len(part), global_batch)]
-        if order is None:
-            order = np.random.default_rng((seed, epoch)).permutation(len(chunks))
-            steps = [{} for _ in chunks]
-        for step, chunk in zip(steps, order, strict=True):
-            step[stream] = chunks[chunk]
+        by_length = [
+            start + np.argsort(token_counts[start : start + pool], kind="stable")
+            for start in range(0, epoch_size, pool)
+        ]
+        rows = rows[np.concatenate(by_length)]
+        for step, chunk in zip(steps, order * global_batch, strict=True):
+            step[stream] = rows[chunk : chunk + global_batch]
     return steps
 
 
@@ -124,6 +122,9 @@ def _bounds(rows: int, accumulate: int) -> list[int]:
     """Where the micro-batches of a global batch begin, and where the last one ends."""
     each, more = divmod(rows, accumulate)
     return [micro * each + min(micro, more) for micro in range(accumulate + 1)]
+
+
+# -- samplers and loaders ---------------------------------------------------------------------------------------------
 
 
 class Position(NamedTuple):
@@ -199,29 +200,28 @@ class GlobalBatchSampler(DistributedSampler):
                 for s, rows in batch.items()
             }
             for micro in range(max(0, skipped - step * self.accumulate), self.accumulate):
-                yield Draw(
-                    self.epoch, {stream: cells[micro][self.rank] for stream, cells in dealt.items()}
-                )
+                cells = {stream: cells[micro][self.rank] for stream, cells in dealt.items()}
+                yield Draw(self.epoch, cells)
 
     def position(self, epoch: int, micro_batches: int) -> Position:
         """The place that an epoch has reached after some of its micro-batches."""
         step, more = divmod(micro_batches, self.accumulate)
-        rows = _bounds(self._rows_of(epoch, step), self.accumulate)[more] if more else 0
-        return Position(epoch, step, rows)
+        return Position(epoch, step, self._bounds_of(epoch, step)[more] if more else 0)
 
     def micro_batches(self, position: Position) -> int:
         """How many micro-batches of its epoch lie wholly before a position."""
         before = position.step * self.accumulate
         if not position.rows:
             return before
-        bounds = _bounds(self._rows_of(position.epoch, position.step), self.accumulate)
+        bounds = self._bounds_of(position.epoch, position.step)
         return before + min(bisect_right(bounds, position.rows), self.accumulate) - 1
 
     def _epoch(self, epoch: int) -> list[dict[str, np.ndarray]]:
         return epoch_batches(self.lengths, self.global_batch, self.seed, epoch)
 
-    def _rows_of(self, epoch: int, step: int) -> int:
-        return len(next(iter(self._epoch(epoch)[step].values())))
+    def _bounds_of(self, epoch: int, step: int) -> list[int]:
+        rows = len(next(iter(self._epoch(epoch)[step].values())))
+        return _bounds(rows, self.accumulate)
 
 
 class QuietLoader(DataLoader):
@@ -257,9 +257,8 @@ class ResumableLoader(QuietLoader):
     ) -> None:
         super().__init__(dataset, sampler)
         self.digests = dict(digests or {})
-        self._handed_out: Optional[int] = (
-            None  # micro-batches of the sampler's epoch; None before the first
-        )
+        #: Micro-batches of the sampler's epoch; None before the first.
+        self._handed_out: Optional[int] = None
 
     def __iter__(self) -> Iterator[Any]:
         start = self.sampler.start
@@ -287,9 +286,8 @@ class ResumableLoader(QuietLoader):
             micro_batches: of it that are done.
             last: with how many the epoch ends; with all when None.
         """
-        over = micro_batches >= (
-            len(self.sampler) if last is None else min(last, len(self.sampler))
-        )
+        end = len(self.sampler) if last is None else min(last, len(self.sampler))
+        over = micro_batches >= end
         return self._state(
             Position(epoch + 1) if over else self.sampler.position(epoch, micro_batches)
         )
@@ -324,30 +322,26 @@ class ResumableLoader(QuietLoader):
         """
         if "global_batch" not in state:
             raise WagleError(
-                "the checkpoint does not say which global batches its run had seen (it is of an earlier "
-                "version): start the run anew, or turn it into a model with wagle export"
+                "the checkpoint does not say which global batches its run had seen (it is of an earlier version): "
+                "start the run anew, or turn it into a model with wagle export"
             )
         here, sampler = self._state(Position()), self.sampler
         if state["global_batch"] != here["global_batch"]:
-            cut = (
-                f"{sampler.world_size} devices x data.batch_size {sampler.batch_size} x accumulate_grad_batches "
-                f"{sampler.accumulate}"
-            )
             raise WagleError(
                 f"the checkpoint's run had a global batch of {state['global_batch']} rows, this one has "
-                f"{here['global_batch']} ({cut}): choose them so that their product is "
+                f"{here['global_batch']} ({sampler.world_size} devices x data.batch_size {sampler.batch_size} x "
+                f"accumulate_grad_batches {sampler.accumulate}): choose them so that their product is "
                 f"{state['global_batch']}"
             )
         if state["seed"] != here["seed"]:
             raise WagleError(
-                f"the checkpoint's run drew its rows with data.seed {state['seed']}, this one with "
-                f"{here['seed']}: give --data.seed {state['seed']}"
+                f"the checkpoint's run drew its rows with data.seed {state['seed']}, this one with {here['seed']}: "
+                f"give --data.seed {state['seed']}"
             )
         if list(state["sets"]) != list(here["sets"]):
             raise WagleError(
                 f"the checkpoint's run drew from {' and '.join(state['sets'])} rows, this one draws from "
-                f"{' and '.join(here['sets'])} rows: resume with the module and options it was started "
-                "with"
+                f"{' and '.join(here['sets'])} rows: resume with the module and options it was started with"
             )
         for name, then in state["sets"].items():
             now = here["sets"][name]
@@ -358,48 +352,10 @@ class ResumableLoader(QuietLoader):
                 )
             if then["digest"] != now["digest"]:
                 raise WagleError(
-                    f"the {name} rows are not those of the checkpoint's run (as many, but of another "
-                    "content or order): resume with the data it was started with"
+                    f"the {name} rows are not those of the checkpoint's run (as many, but of another content or "
+                    "order): resume with the data it was started with"
                 )
         return Position(state["epoch"], state["step"], state["rows"])
-
-
-def collate(
-    rows: Sequence[Mapping[str, Sequence[int]]], pad_id: int, left: bool = False
-) -> dict[str, Tensor]:
-    """Pad token lists to the longest of them.
-
-    Args:
-        rows: each with ``input_ids`` and, optionally, ``labels`` of the same length.
-        pad_id: token that fills ``input_ids``; labels are filled with -100.
-        left: pad on the left, as generation needs.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` and, if given, ``labels``: int64 tensors of shape (rows, longest).
-    """
-    width = max(len(row["input_ids"]) for row in rows)
-
-    def padded(values: Sequence[int], fill: int) -> list[int]:
-        gap = [fill] * (width - len(values))
-        return [*gap, *values] if left else [*values, *gap]
-
-    batch = {
-        "input_ids": torch.tensor([padded(row["input_ids"], pad_id) for row in rows]),
-        "attention_mask": torch.tensor([padded([1] * len(row["input_ids"]), 0) for row in rows]),
-    }
-    if "labels" in rows[0]:
-        batch["labels"] = torch.tensor([padded(row["labels"], IGNORE) for row in rows])
-    return batch
-
-
-def deal_batches(batches: Sequence[T], world_size: int, rank: int) -> list[T]:
-    """Whole batches for one rank, dealt in turn; every rank gets as many, so some batches go to two.
-
-    >>> deal_batches("abc", 2, 0), deal_batches("abc", 2, 1)
-    (['a', 'c'], ['b', 'a'])
-    """
-    each = -(-len(batches) // world_size)
-    return [batches[i % len(batches)] for i in range(rank, each * world_size, world_size)]
 
 
 class DealtBatches(DistributedSampler):
@@ -422,21 +378,52 @@ class DealtBatches(DistributedSampler):
         """Nothing changes from epoch to epoch."""
 
 
-def token_batches(
-    lengths: Sequence[int], max_rows: int, max_tokens: Optional[int] = None
-) -> list[list[int]]:
-    """Group rows of similar length for a pass without gradients.
+def deal_batches(batches: Sequence[T], world_size: int, rank: int) -> list[T]:
+    """Whole batches for one rank, dealt in turn; every rank gets as many, so some batches go to two.
+
+    >>> deal_batches("abc", 2, 0), deal_batches("abc", 2, 1)
+    (['a', 'c'], ['b', 'a'])
+    """
+    each = -(-len(batches) // world_size)
+    return [batches[i % len(batches)] for i in range(rank, each * world_size, world_size)]
+
+
+def token_batches(lengths: Sequence[int], max_rows: int) -> list[list[int]]:
+    """Indices of rows in batches of at most ``max_rows`` of similar length: longest first, so that running out of
+    memory shows at once."""
+    rows = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return [rows[start : start + max_rows] for start in range(0, len(rows), max_rows)]
+
+
+# -- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def collate(
+    rows: Sequence[Mapping[str, Sequence[int]]], pad_id: int, left: bool = False
+) -> dict[str, Tensor]:
+    """Pad token lists to the longest of them.
+
+    Args:
+        rows: each with ``input_ids`` and, optionally, ``labels`` of the same length.
+        pad_id: token that fills ``input_ids``; labels are filled with -100.
+        left: pad on the left, as generation needs.
 
     Returns:
-        Lists of at most ``max_rows`` row indices whose padded size is at most ``max_tokens``, longest first (so that
-        running out of memory shows at once).
+        ``input_ids``, ``attention_mask`` and, if given, ``labels``: int64 tensors of shape (rows, longest).
     """
-    batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        full = not batches or len(batches[-1]) == max_rows
-        if not full and max_tokens is not None:
-            full = lengths[batches[-1][0]] * (len(batches[-1]) + 1) > max_tokens
-        if full:
-            batches.append([])
-        batches[-1].append(row)
-    return batches
+    lengths = [len(row["input_ids"]) for row in rows]
+    width = max(lengths)
+
+    def padded(values: Sequence[Any], fill: int) -> Tensor:
+        batch = torch.full((len(rows), width), fill)
+        for row, length, ids in zip(batch, lengths, values, strict=True):
+            row[width - length if left else 0 :][:length] = torch.as_tensor(ids)
+        return batch
+
+    batch = {
+        "input_ids": padded([row["input_ids"] for row in rows], pad_id),
+        "attention_mask": padded([torch.ones(length) for length in lengths], 0),
+    }
+    if "labels" in rows[0]:
+        batch["labels"] = padded([row["labels"] for row in rows], IGNORE)
+    return batch

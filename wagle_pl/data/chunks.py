@@ -92,3 +92,19 @@ def continuation(
         return None
     kept = {column: value for column, value in row.items() if column != "text"}
     return {"prompt": prompt, "response": response, "continuation": True, **kept}
+
+
+def articles(lines: Iterable[str]) -> list[str]:
+    """WikiText's lines put together to articles; a line ``= Title =`` begins one.
+
+    >>> articles([" = A = \\n", "One.\\n", " = = Part = = \\n", "", " = B = \\n", "Two.\\n"])
+    [' = A = \\nOne.\\n = = Part = = \\n', ' = B = \\nTwo.\\n']
+    """
+    found = [""]
+    for line in lines:
+        words = line.split()
+        title = len(words) > 2 and words[0] == words[-1] == "=" and "=" not in (words[1], words[-2])
+        if title and found[-1]:
+            found.append("")
+        found[-1] += line
+    return [text for text in found if text.strip()]

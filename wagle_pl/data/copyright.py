@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, ClassVar, Optional
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.files import absent
-from wagle_pl.data.example import Row
-from wagle_pl.data.rows import load_rows, readable, spread
-from wagle_pl.data.sources import HubSet, need_columns
-from wagle_pl.data.suite import C4, WIKITEXT, SuiteDataModule
+from wagle_pl.data.rows import HubSet
+from wagle_pl.data.suite import ARTICLES, C4, Source, SuiteDataModule, questions
 
 #: Where the hub has the book that the papers forget, in four texts, and questions about it and about the rest.
 HUB_BOOKS = "muse-bench/MUSE-Books"
@@ -35,13 +31,10 @@ class CopyrightDataModule(SuiteDataModule):
         prompt_size: how much of a chunk is the prompt. Null makes rows of whole chunks, to fine-tune a target on.
         test_chunks: so many chunks, spread evenly over the book, make the test set ``forget``; null takes all.
         limit_retain: documents of C4 to use, from the start of the shard that the papers' code takes.
-        kwargs: see :class:`wagle_pl.data.suite.SuiteDataModule`.
+        **kwargs: passed to :class:`wagle_pl.data.suite.SuiteDataModule`.
     """
 
     suite: ClassVar[str] = "copyright"
-    joined: ClassVar[frozenset[str]] = frozenset({"forget", "test/forget"})
-    chunked: ClassVar[frozenset[str]] = frozenset({"forget", "test/forget"})
-    paired: ClassVar[frozenset[str]] = frozenset({"forget", "test/forget"})
 
     def __init__(
         self,
@@ -57,71 +50,24 @@ class CopyrightDataModule(SuiteDataModule):
         )
         if test_chunks is not None and test_chunks < 1:
             raise WagleError(f"data.test_chunks must be at least 1, got {test_chunks}")
-        self.book = book
+        self.book = Source(
+            [HubSet(HUB_BOOKS, "raw", "forget", aliases=("book.*",))],
+            file=book,
+            joined=True,
+            chunked=True,
+            paired=True,
+        )
         self.test_chunks = test_chunks
 
-    def sets(self) -> Mapping[str, Sequence[HubSet]]:
-        """See :meth:`SuiteDataModule.sets`."""
-        book = HubSet(HUB_BOOKS, "raw", "forget", aliases=("book.*",))
-        return {
-            "forget": [book],
-            "retain": [C4],
-            "test/forget": [book],
-            "test/forget_qa": [HubSet(HUB_BOOKS, "knowmem", "forget_qa", aliases=("forget_qa.*",))],
-            "test/retain_qa": [HubSet(HUB_BOOKS, "knowmem", "retain_qa", aliases=("retain_qa.*",))],
-            "test/wikitext": [WIKITEXT],
+    def sets(self) -> Mapping[str, Source]:
+        """The book, and C4 as far as it is used."""
+        return {"forget": self.book, "retain": Source([C4], limit=self.limits["retain"])}
+
+    def tests(self) -> Mapping[str, Source]:
+        """Chunks of the book, questions, and WikiText."""
+        asked = {
+            name: Source([HubSet(HUB_BOOKS, "knowmem", name, aliases=(f"{name}.*",))], questions)
+            for name in ("forget_qa", "retain_qa")
         }
-
-    def limit(self, name: str) -> Optional[int]:
-        """C4 is read as far as it is used."""
-        return self.limits["retain"] if name == "retain" else None
-
-    def load_rows(self, name: str) -> Optional[list[Row]]:
-        """See :meth:`SuiteDataModule.load_rows`; the book may be a file of one's own."""
-        own = (
-            name in ("forget", "test/forget")
-            and self.book is not None
-            and self._given(name) is None
-        )
-        if own and not (name.startswith("test/") and self.test_sources is not None):
-            rows = self._cut(name, self.convert(name, read_book(self.book)))
-        else:
-            rows = super().load_rows(name)
-        return spread(rows, self.test_chunks) if rows and name == "test/forget" else rows
-
-    def convert(self, name: str, rows: list[Row]) -> list[Row]:
-        """See :meth:`SuiteDataModule.convert`."""
-        if not name.endswith("_qa"):
-            return super().convert(name, rows)
-        need_columns(rows, ("question", "answer"), f"{name} set ({self.describe(name)})")
-        return [{"question": row["question"], "answer": row["answer"]} for row in rows]
-
-    def describe(self, name: str) -> str:
-        """See :meth:`SuiteDataModule.describe`."""
-        own = (
-            name in ("forget", "test/forget")
-            and self.book is not None
-            and self._given(name) is None
-        )
-        return self.book if own else super().describe(name)
-
-    def _available(self, name: str) -> bool:
-        return (name == "test/forget" and self.book is not None) or super()._available(name)
-
-
-def read_book(source: str) -> list[Row]:
-    """A text file as one row, or the rows of a file.
-
-    Raises:
-        WagleError: if the file is missing, empty or not in UTF-8.
-    """
-    path = Path(source)
-    if path.suffix.lower() != ".txt":
-        return load_rows(source)
-    if not path.is_file():
-        raise absent("data.book", source)
-    with readable(path):
-        text = path.read_text(encoding="utf-8-sig")
-    if not text.strip():
-        raise WagleError(f"data.book {source} has no text")
-    return [{"text": text}]
+        forget = self.book._replace(count=self.test_chunks)
+        return {"forget": forget, **asked, "wikitext": ARTICLES}

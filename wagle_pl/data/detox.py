@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Optional
 
 from wagle_pl.data.example import Row
-from wagle_pl.data.sources import HubSet, need_columns
-from wagle_pl.data.suite import C4, WIKITEXT, SuiteDataModule
+from wagle_pl.data.rows import HubSet
+from wagle_pl.data.suite import ARTICLES, C4, Source, SuiteDataModule, need_columns
 
 SAFE_RLHF = "PKU-Alignment/PKU-SafeRLHF"
 
@@ -28,11 +28,10 @@ class DetoxDataModule(SuiteDataModule):
             template.
         limit_forget: unsafe answers to use, from the start; the papers' code draws 200.
         limit_retain: documents of C4 to use, from the start of the shard that the papers' code takes.
-        kwargs: see :class:`wagle_pl.data.suite.SuiteDataModule`.
+        **kwargs: passed to :class:`wagle_pl.data.suite.SuiteDataModule`.
     """
 
     suite: ClassVar[str] = "detox"
-    paired: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self,
@@ -46,54 +45,30 @@ class DetoxDataModule(SuiteDataModule):
         self.prompts = prompts
         self.plain_prompts = plain_prompts
 
-    def sets(self) -> Mapping[str, Sequence[HubSet]]:
-        """See :meth:`SuiteDataModule.sets`."""
+    def sets(self) -> Mapping[str, Source]:
+        """Unsafe answers, and C4 as far as it is used."""
         return {
-            "forget": [HubSet(SAFE_RLHF, None, "train")],
-            "retain": [C4],
-            "test/prompts": [HubSet(SAFE_RLHF, None, "test")],
-            "test/wikitext": [WIKITEXT],
+            "forget": Source([HubSet(SAFE_RLHF, None, "train")], unsafe_answers, chunked=True),
+            "retain": Source([C4], limit=self.limits["retain"], chunked=True),
+            "holdout": Source(chunked=True),
         }
 
-    def limit(self, name: str) -> Optional[int]:
-        """C4 is read as far as it is used."""
-        return self.limits["retain"] if name == "retain" else None
+    def tests(self) -> Mapping[str, Source]:
+        """Prompts, and WikiText."""
+        parts = [HubSet(SAFE_RLHF, None, "test")]
+        prompts = Source(parts, self._prompts, self.prompts, converts_given=True)
+        return {"prompts": prompts, "wikitext": ARTICLES}
 
-    def _given(self, name: str) -> Optional[str]:
-        own = self.prompts if name == "test/prompts" and self.test_sources is None else None
-        return own or super()._given(name)
-
-    def _available(self, name: str) -> bool:
-        return self._given(name) is not None or super()._available(name)
-
-    def load_rows(self, name: str) -> Optional[list[Row]]:
-        """See :meth:`SuiteDataModule.load_rows`."""
-        rows = super().load_rows(name)
-        given = name == "test/prompts" and rows is not None and self._given(name) is not None
-        return self.convert(name, rows) if given else rows
-
-    def convert(self, name: str, rows: list[Row]) -> list[Row]:
-        """See :meth:`SuiteDataModule.convert`."""
-        where = f"{name} set ({self.describe(name)})"
-        if name == "forget":
-            return unsafe_answers(rows, where)
-        if name == "test/prompts":
-            need_columns(rows, ("prompt",), where)
-            mark = {"continuation": True} if self.plain_prompts else {}
-            return [
-                {"prompt": prompt, **mark}
-                for prompt in dict.fromkeys(map(_prompt_text, rows))
-                if prompt.strip()
-            ]
-        return super().convert(name, rows)
+    def _prompts(self, rows: Sequence[Row], where: str) -> list[Row]:
+        """Each prompt once; RealToxicityPrompts has a dict in the column, other sets a text."""
+        need_columns(rows, ("prompt",), where)
+        prompts = [p["text"] if isinstance(p := row["prompt"], dict) else p for row in rows]
+        mark = {"continuation": True} if self.plain_prompts else {}
+        return [{"prompt": prompt, **mark} for prompt in dict.fromkeys(prompts) if prompt.strip()]
 
 
 def unsafe_answers(rows: Sequence[Row], where: str) -> list[Row]:
-    """Rows of PKU-SafeRLHF (two answers each) -> one ``prompt`` and ``response`` for each answer judged unsafe.
-
-    Raises:
-        WagleError: naming ``where`` and the row if a column is missing.
-    """
+    """Rows of PKU-SafeRLHF (two answers each) -> ``prompt`` and ``response`` for each answer judged unsafe."""
     columns = ("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe")
     need_columns(rows, columns, where)
     return [
@@ -102,9 +77,3 @@ def unsafe_answers(rows: Sequence[Row], where: str) -> list[Row]:
         for number in (0, 1)
         if not row[f"is_response_{number}_safe"] and row[f"response_{number}"].strip()
     ]
-
-
-def _prompt_text(row: Row) -> str:
-    """RealToxicityPrompts has a dict in the column, other sets a text."""
-    prompt: Any = row["prompt"]
-    return prompt["text"] if isinstance(prompt, dict) else prompt

@@ -6,14 +6,16 @@ import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Optional
 
 import lightning as L
+import numpy as np
+import torch
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import absent
@@ -33,24 +35,24 @@ from wagle_pl.data.template import Template, check_ids
 
 log = logging.getLogger(__name__)
 
-#: Streams made from other streams' rows: name -> the stream whose rows (and draws) they use.
+#: Streams made from another stream's rows: name -> the stream whose rows (and draws) they use.
 ALIGNED = {"refusal": "forget"}
+REFUSALS = Path(__file__).parent / "refusals.txt"
 
 
 class ForgetRetainDataModule(L.LightningDataModule):
     """Forget and retain rows for attribution and unlearning, and named test sets.
 
     A training batch is a dict of streams, by default ``{"forget": {...}, "retain": {...}}``; the LightningModule names
-    the streams it wants in its ``streams`` attribute: ``forget``, ``retain``, ``all`` (both, for fine-tuning),
-    ``holdout``, and ``refusal`` (the forget rows of the same batch with a refusal as answer, another in every epoch
-    unless the module names the stream in ``reference_streams``). The first stream sets the epoch's length. Each
-    stream holds ``input_ids``, ``attention_mask``, ``labels`` (int64, rows × longest row), ``weight`` (float, rows; see
-    :mod:`wagle_pl.data.batches`) and ``row`` (int64, index in its set).
+    those it wants by :meth:`serve`: ``forget``, ``retain``, ``all`` (both, for fine-tuning), ``holdout``, and
+    ``refusal`` (the forget rows of the same batch with a refusal as answer). The first stream sets the epoch's length.
+    Each stream holds ``input_ids``, ``attention_mask``, ``labels`` (int64, rows × longest row), ``weight`` (float,
+    rows; see :mod:`wagle_pl.data.batches`), ``row`` (int64, index in its set) and ``occurrence``.
 
-    To bring rows of another kind, override :meth:`load_rows`.
+    To bring rows of another source, override :meth:`train_rows`, and :meth:`test_rows` for test sets of your own.
 
     Args:
-        forget: rows to forget: a .json, .jsonl, .csv or .parquet file, or a hub dataset ``owner/name[:config]``.
+        forget: rows to forget: a .json, .jsonl, .csv, .parquet or .txt file, or a hub dataset ``owner/name[:config]``.
         retain: rows to keep, likewise.
         holdout: rows of the same kind that no model has seen, likewise.
         test: test set name -> file or hub dataset. The names ``forget``, ``retain``, ``real_authors`` and
@@ -75,7 +77,6 @@ class ForgetRetainDataModule(L.LightningDataModule):
         overlap: what to do when forget rows are among the retain rows: ``error``, ``warn`` or ``drop`` them there.
         refusals: text file with one refusal a line, for preference objectives; None takes the bundled list.
         seed: of the order of rows and the choice of refusals.
-        cache: keep tokenised rows on disk (in the ``datasets`` cache) for the next run.
         tokenizer: hub id or folder; None takes the model's.
     """
 
@@ -101,7 +102,6 @@ class ForgetRetainDataModule(L.LightningDataModule):
         overlap: Literal["error", "warn", "drop"] = "warn",
         refusals: Optional[str] = None,
         seed: int = 0,
-        cache: bool = True,
         tokenizer: Optional[str] = None,
     ) -> None:
         super().__init__()
@@ -110,15 +110,11 @@ class ForgetRetainDataModule(L.LightningDataModule):
                 f"data.batch_size and data.test_batch_size must be at least 1, got {batch_size} and "
                 f"{test_batch_size}"
             )
-        limits = {
-            "limit_forget": limit_forget,
-            "limit_retain": limit_retain,
-            "limit_test": limit_test,
-        }
-        for option, value in limits.items():
+        self.limits = {"forget": limit_forget, "retain": limit_retain, "test": limit_test}
+        for name, value in self.limits.items():
             if value is not None and value < 1:
                 raise WagleError(
-                    f"data.{option} must be at least 1, got {value}; null uses all rows"
+                    f"data.limit_{name} must be at least 1, got {value}; null uses all rows"
                 )
         self.sources = {"forget": forget, "retain": retain, "holdout": holdout}
         self.test_sources = test
@@ -132,37 +128,113 @@ class ForgetRetainDataModule(L.LightningDataModule):
         self.max_length = max_length
         self.batch_size = batch_size
         self.test_batch_size = test_batch_size
-        self.limits = {"forget": limit_forget, "retain": limit_retain}
-        self.limit_test = limit_test
         self.overlap = overlap
         self.refusals_file = refusals
         self.seed = seed
-        self.cache = cache
         self.tokenizer_name = tokenizer
-        self._rows: dict[str, Optional[list[Example]]] = {}
-        self._tokens: dict[str, Any] = {}
+        self._examples: dict[str, Optional[list[Example]]] = {}
+        self._test_examples: dict[str, Optional[list[Example]]] = {}
+        self._tokens: dict[str, list[dict[str, np.ndarray]]] = {}
+        self.serve()
+
+    def serve(
+        self,
+        streams: Sequence[str] = ("forget", "retain"),
+        repeatable: Collection[str] = (),
+        vocabulary: Optional[int] = None,
+        tokenizer: Optional[Callable[[], PreTrainedTokenizerBase]] = None,
+    ) -> None:
+        """Say what training batches are to hold. A LightningModule calls this before it asks for loaders.
+
+        Args:
+            streams: of a training batch, the one that sets the epoch's length first.
+            repeatable: of these, those that must be the same in every epoch: else each epoch draws other refusals.
+            vocabulary: how many token ids the model knows; rows with others are refused. None checks nothing.
+            tokenizer: loads the model's, which is used unless ``data.tokenizer`` names one.
+        """
+        self.streams = tuple(streams)
+        self.repeatable = frozenset(repeatable)
+        self.vocabulary = vocabulary
+        self.model_tokenizer = tokenizer
 
     # -- what a subclass overrides ------------------------------------------------------------------------------------
 
-    def load_rows(self, name: str) -> Optional[list[Row]]:
-        """Rows of one set; override to read another kind of source.
+    def train_rows(self, stream: str) -> Optional[list[Row]]:
+        """Rows of a training stream.
 
         Args:
-            name: ``forget``, ``retain``, ``holdout``, or ``test/<name>`` for a test set.
+            stream: ``forget``, ``retain`` or ``holdout``.
 
         Returns:
-            One dict a row, with columns as in :data:`wagle_pl.data.example.KINDS`; a test row may add
-            ``paraphrased_answer`` and ``perturbed_answer`` (a list). None if there is no such set.
+            One dict a row, with columns as in :data:`wagle_pl.data.example.KINDS`. None if there are none.
         """
-        kind, _, test_name = name.partition("/")
-        source = (self.test_sources or {}).get(test_name) if kind == "test" else self.sources[name]
-        return None if source is None else load_rows(source, self.split)
+        source = self.sources[stream]
+        return None if source is None else self.load(source)
+
+    def test_rows(self, name: str) -> Optional[list[Row]]:
+        """Rows of a test set, which may add ``paraphrased_answer``, ``perturbed_answer`` (a list) and other columns.
+
+        Returns:
+            One dict a row. None takes the training rows of that name.
+        """
+        source = (self.test_sources or {}).get(name)
+        return None if source is None else self.load(source)
 
     def test_names(self) -> list[str]:
         """Names of the test sets."""
         if self.test_sources is not None:
             return list(self.test_sources)
-        return [name for name in ("forget", "retain") if self.rows(name) is not None]
+        return [name for name in ("forget", "retain") if self.examples(name) is not None]
+
+    def load(self, source: str) -> list[Row]:
+        """Rows of one source, as the options ``forget``, ``retain``, ``holdout`` and ``test`` name it."""
+        return load_rows(source, self.split)
+
+    def describe(self, stream: str) -> str:
+        """Where the rows of a training stream come from, for messages and the model card."""
+        return str(self.sources.get(stream) or type(self).__name__)
+
+    def describe_test(self, name: str) -> str:
+        """Where the rows of a test set come from, for messages."""
+        return str((self.test_sources or {}).get(name) or type(self).__name__)
+
+    # -- rows ---------------------------------------------------------------------------------------------------------
+
+    def examples(self, stream: str) -> Optional[list[Example]]:
+        """Rows of a training stream, read once; ``all`` is forget and retain rows together. None if there are none."""
+        if stream not in self._examples:
+            self._examples[stream] = self._read(stream)
+        return self._examples[stream]
+
+    def _read(self, stream: str) -> Optional[list[Example]]:
+        if stream == "all":
+            return [e for part in ("forget", "retain") for e in self.examples(part) or []] or None
+        rows = self.train_rows(stream)
+        if rows is None:
+            return None
+        examples = parse_rows(rows, self._place(stream))[: self.limits.get(stream)]
+        if stream == "forget":
+            self._warn_of_repeats(examples)
+        return self._without_overlap(examples) if stream == "retain" else examples
+
+    def test_examples(self, name: str) -> list[Example]:
+        """Rows of a test set, read once.
+
+        Raises:
+            WagleError: if there are none.
+        """
+        if name not in self._test_examples:
+            rows = self.test_rows(name)
+            if rows is not None:
+                where = f"test set {name} ({self.describe_test(name)})"
+                examples: Optional[list[Example]] = parse_rows(rows, where)
+            else:
+                streams = self.sources if self.test_sources is None else ()
+                examples = self.examples(name) if name in streams else None
+            if examples is None:
+                raise WagleError(f"test set {name!r} has no rows: give its file under data.test")
+            self._test_examples[name] = spread(examples, self.limits["test"])
+        return self._test_examples[name]
 
     def val_names(self) -> list[str]:
         """Names of the test sets that are measured along the way.
@@ -179,75 +251,33 @@ class ForgetRetainDataModule(L.LightningDataModule):
                 )
         return names
 
-    # -- rows and tokens ----------------------------------------------------------------------------------------------
-
-    def rows(self, name: str) -> Optional[list[Example]]:
-        """The rows of one set, loaded once; ``all`` is forget and retain rows together."""
-        if name not in self._rows:
-            if name == "all":
-                rows = [
-                    row for part in ("forget", "retain") for row in self.rows(part) or []
-                ] or None
-            else:
-                rows = self._load(name)
-            self._rows[name] = rows
-        return self._rows[name]
-
-    def _load(self, name: str) -> Optional[list[Example]]:
-        rows = self.load_rows(name)
-        if rows is None:
-            own = (
-                name.removeprefix("test/")
-                if name.startswith("test/") and self.test_sources is None
-                else None
-            )
-            trained = self.rows(own) if own else None
-            return None if trained is None else spread(trained, self.limit_test)
-        rows = parse_rows(rows, where=f"{name} set ({self.describe(name)})")
-        rows = (
-            spread(rows, self.limit_test)
-            if name.startswith("test/")
-            else rows[: self.limits.get(name)]
-        )
-        if name == "forget":
-            self._warn_of_repeats(rows)
-        return self._without_overlap(rows) if name == "retain" else rows
-
-    def describe(self, name: str) -> str:
-        """Where the rows of a set come from, for messages and the model card."""
-        source = (
-            (self.test_sources or {}).get(name[5:])
-            if name.startswith("test/")
-            else self.sources.get(name)
-        )
-        return str(source or type(self).__name__)
+    def _place(self, stream: str) -> str:
+        return f"{stream} set ({self.describe(stream)})"
 
     def _warn_of_repeats(self, forget: list[Example]) -> None:
-        """Say how many forget rows are there twice, as they are attributed and forgotten twice."""
-        first: dict[str, int] = {}
-        repeats = [
-            number
-            for number, row in enumerate(forget, 1)
-            if first.setdefault(row.key, number) != number
-        ]
+        """Rows that are there twice are attributed and forgotten twice."""
+        seen: set[str] = set()
+        repeats = []
+        for number, example in enumerate(forget, 1):
+            if example.key in seen:
+                repeats.append(number)
+            seen.add(example.key)
         if repeats:
-            shown = ", ".join(map(str, repeats[:5])) + (", ..." if len(repeats) > 5 else "")
             log.warning(
                 "%d of %d forget rows repeat earlier ones and weigh as much again: remove them, unless that is meant "
                 "(%s, row %s)",
                 len(repeats),
                 len(forget),
                 self.describe("forget"),
-                shown,
+                ", ".join(map(str, repeats[:5])) + (", ..." if len(repeats) > 5 else ""),
             )
 
     def _without_overlap(self, retain: list[Example]) -> list[Example]:
-        forget = {row.key for row in self.rows("forget") or []}
-        kept = [row for row in retain if row.key not in forget]
-        shared = len(retain) - len(kept)
-        if not shared:
+        forget = {example.key for example in self.examples("forget") or []}
+        kept = [example for example in retain if example.key not in forget]
+        if len(kept) == len(retain):
             return retain
-        message = f"{shared} of {len(retain)} retain rows are also forget rows"
+        message = f"{len(retain) - len(kept)} of {len(retain)} retain rows are also forget rows"
         if self.overlap == "error":
             raise WagleError(f"{message}; remove them or pass --data.overlap drop")
         if self.overlap == "warn":
@@ -260,23 +290,24 @@ class ForgetRetainDataModule(L.LightningDataModule):
             raise WagleError(f"{message}: nothing is left to retain")
         return kept
 
+    # -- tokens -------------------------------------------------------------------------------------------------------
+
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer named, or the model's.
 
         Raises:
-            WagleError: if none is named and no Trainer knows a model.
+            WagleError: if there is neither.
         """
-        if self.tokenizer_name is None:
-            if self.trainer is None:
-                raise WagleError(
-                    "a data module without a Trainer needs a tokenizer: give data.tokenizer, a hub id or "
-                    "a folder"
-                )
-            return self._module.tokenizer
-        from wagle_pl.lm.models import load_tokenizer
+        if self.tokenizer_name is not None:
+            from wagle_pl.lm.models import load_tokenizer
 
-        return load_tokenizer(self.tokenizer_name)
+            return load_tokenizer(self.tokenizer_name)
+        if self.model_tokenizer is None:
+            raise WagleError(
+                "a data module without a Trainer needs a tokenizer: give data.tokenizer, a hub id or a folder"
+            )
+        return self.model_tokenizer()
 
     @cached_property
     def template(self) -> Template:
@@ -298,94 +329,57 @@ class ForgetRetainDataModule(L.LightningDataModule):
         Raises:
             WagleError: if the file is missing, has no lines or is not in UTF-8.
         """
-        if self.refusals_file is None:
-            text = (
-                resources.files("wagle_pl.data")
-                .joinpath("refusals.txt")
-                .read_text(encoding="utf-8")
-            )
-        elif not Path(self.refusals_file).is_file():
-            raise absent("refusals file", self.refusals_file)
-        else:
-            with readable(Path(self.refusals_file)):
-                text = Path(self.refusals_file).read_text(encoding="utf-8-sig")
+        path = REFUSALS if self.refusals_file is None else Path(self.refusals_file)
+        if not path.is_file():
+            raise absent("refusals file", str(path))
+        with readable(path):
+            text = path.read_text(encoding="utf-8-sig")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         if not lines:
-            raise WagleError(f"refusals file {self.refusals_file} has no lines")
+            raise WagleError(f"refusals file {path} has no lines")
         return lines
 
-    def tokens(self, name: str) -> Any:
-        """Tokenised rows of a set: a ``datasets.Dataset`` with ``input_ids`` and ``labels``; made once and cached.
+    def tokens(self, stream: str) -> list[dict[str, np.ndarray]]:
+        """``input_ids`` and ``labels`` (int32, equally long) of each row of a training stream, made once.
 
         Raises:
-            WagleError: if there is no such set, or a row loses its whole answer to ``max_length``.
+            WagleError: if there are no rows, one loses its whole answer to ``max_length``, or the model does not know
+                one of its tokens.
         """
-        if name not in self._tokens:
-            rows = self.rows(name)
-            if rows is None:
-                raise WagleError(f"this run needs {name} rows: give --data.{name}")
-            self._tokens[name] = self._tokenise(name, rows)
-        return self._tokens[name]
+        if stream not in self._tokens:
+            examples = self.examples(stream)
+            if examples is None:
+                raise WagleError(f"this run needs {stream} rows: give --data.{stream}")
+            self._tokens[stream] = [self._encode(stream, row) for row in range(len(examples))]
+            lengths = self._lengths(stream)
+            if cut := sum(length >= self.max_length for length in lengths):
+                log.warning(
+                    "%d of %d %s rows reach max_length=%d tokens and are cut there",
+                    cut,
+                    len(lengths),
+                    stream,
+                    self.max_length,
+                )
+        return self._tokens[stream]
 
-    def _tokenise(self, name: str, rows: list[Example]) -> Any:
-        import datasets
-
-        key = hashlib.sha256(
-            (self.template.identity() + json.dumps(raw_rows(rows), default=str)).encode()
-        ).hexdigest()
-        cache_file = Path(datasets.config.HF_DATASETS_CACHE) / "wagle_pl" / f"{key}.arrow"
-
-        def encode(index: int) -> dict[str, Any]:
-            try:
-                encoded = self.template.encode(rows[index])
-            except WagleError as error:
+    def _encode(self, stream: str, row: int, answer: Optional[str] = None) -> dict[str, np.ndarray]:
+        """Tokens of one row, with its own answer or another."""
+        example = self.examples(stream)[row]
+        try:
+            if answer is not None and example.kind in ("text", "tokens"):
                 raise WagleError(
-                    f"{name} set ({self.describe(name)}) row {index + 1}: {error}"
-                ) from None
-            return {**encoded, "length": len(encoded["input_ids"])}
+                    "there is no question to refuse: this objective or forget loss needs rows with a question and "
+                    "an answer"
+                )
+            encoded = self.template.encode(example, answer)
+            if self.vocabulary is not None:
+                check_ids([*encoded["input_ids"], *encoded["labels"]], self.vocabulary)
+        except WagleError as error:
+            raise WagleError(f"{self._place(stream)} row {row + 1}: {error}") from None
+        return {name: np.array(ids, dtype=np.int32) for name, ids in encoded.items()}
 
-        if self.cache and len(rows) > 1000:  # below, tokenising is faster than looking the cache up
-            cache_file.parent.mkdir(parents=True, exist_ok=True)
-            indices = datasets.Dataset.from_dict({"index": range(len(rows))})
-            tokens = indices.map(
-                lambda row: encode(row["index"]),
-                cache_file_name=str(cache_file),
-                new_fingerprint=key[:32],
-                remove_columns="index",
-                desc=f"tokenise {name}",
-            )
-        else:
-            tokens = datasets.Dataset.from_list([encode(index) for index in range(len(rows))])
-        self._check_ids(name, tokens)
-        cut = sum(length >= self.max_length for length in tokens["length"])
-        if cut:
-            log.warning(
-                "%d of %d %s rows reach max_length=%d tokens and are cut there",
-                cut,
-                len(rows),
-                name,
-                self.max_length,
-            )
-        return tokens
-
-    def _check_ids(self, name: str, tokens: Any) -> None:
-        """Refuse tokens that the model does not know, where there is a model."""
-        import pyarrow.compute
-
-        known = getattr(self._module, "vocabulary", None)
-        columns = [tokens.data.column(column) for column in ("input_ids", "labels")]
-        if known is None or all(
-            pyarrow.compute.max(pyarrow.compute.list_flatten(column)).as_py() < known
-            for column in columns
-        ):
-            return
-        for row, (ids, labels) in enumerate(
-            zip(tokens["input_ids"], tokens["labels"], strict=True), 1
-        ):
-            try:
-                check_ids([*ids, *labels], known)
-            except WagleError as error:
-                raise WagleError(f"{name} set ({self.describe(name)}) row {row}: {error}") from None
+    def _lengths(self, stream: str) -> list[int]:
+        return [len(tokens["input_ids"]) for tokens in self.tokens(stream)]
 
     # -- loaders ------------------------------------------------------------------------------------------------------
 
@@ -396,15 +390,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
             (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
         )
 
-    @property
-    def _module(self) -> Any:
-        """The module that is trained; None without a Trainer."""
-        return getattr(self.trainer, "lightning_module", None)
-
     def train_dataloader(self) -> ResumableLoader:
-        """Micro-batches of the streams that the LightningModule names, for this rank.
-
-        Without a Trainer, to look at batches: of forget and retain rows, all of them.
+        """Micro-batches of the streams of :meth:`serve`, for this rank. Without a Trainer, those of one device.
 
         Raises:
             WagleError: if there are more ranks than rows, or the trainer wants other batches.
@@ -414,32 +401,25 @@ class ForgetRetainDataModule(L.LightningDataModule):
                 "trainer.overfit_batches would draw batches of its own: give --data.limit_forget and "
                 "--data.limit_retain instead"
             )
-        streams = getattr(self._module, "streams", ("forget", "retain"))
-        sets = dict.fromkeys(ALIGNED.get(stream, stream) for stream in streams)
-        rows = len(self.tokens(next(iter(sets))))
-        ranks, rank = self.ranks
-        if ranks > rows:
+        sets = dict.fromkeys(ALIGNED.get(stream, stream) for stream in self.streams)
+        lengths = {name: self._lengths(name) for name in sets}
+        first, (world_size, rank) = next(iter(sets)), self.ranks
+        if world_size > len(lengths[first]):
             raise WagleError(
-                f"{ranks} devices share {rows} {next(iter(sets))} rows: use at most {rows} devices "
-                "(--trainer.devices, --trainer.num_nodes), or give more rows"
+                f"{world_size} devices share {len(lengths[first])} {first} rows: use at most "
+                f"{len(lengths[first])} devices (--trainer.devices, --trainer.num_nodes), or give more rows"
             )
+        accumulate = getattr(self.trainer, "accumulate_grad_batches", 1)
         sampler = GlobalBatchSampler(
-            {name: list(self.tokens(name)["length"]) for name in sets},
-            self.batch_size,
-            getattr(self.trainer, "accumulate_grad_batches", 1),
-            ranks,
-            rank,
-            self.seed,
+            lengths, self.batch_size, accumulate, world_size, rank, self.seed
         )
-        return ResumableLoader(
-            _Batches(self, streams), sampler, {name: self._digest(name) for name in sets}
-        )
+        digests = {name: self._digest(name) for name in sets}
+        return ResumableLoader(_Batches(self, self.streams), sampler, digests)
 
-    def _digest(self, name: str) -> str:
-        """The rows of a set as one name, in their order."""
-        return hashlib.sha256(
-            json.dumps(raw_rows(self.rows(name)), default=str).encode()
-        ).hexdigest()[:16]
+    def _digest(self, stream: str) -> str:
+        """The rows of a stream as one name, in their order."""
+        rows = json.dumps(raw_rows(self.examples(stream)), default=str)
+        return hashlib.sha256(rows.encode()).hexdigest()[:16]
 
     def stream_loader(
         self, stream: str, batch_size: Optional[int] = None, shared: bool = False
@@ -451,43 +431,50 @@ class ForgetRetainDataModule(L.LightningDataModule):
             batch_size: rows a batch; ``test_batch_size`` when None.
             shared: this rank's batches only, as many as any other rank's.
         """
-        lengths = list(self.tokens(ALIGNED.get(stream, stream))["length"])
-        batches = token_batches(lengths, batch_size or self.test_batch_size)
+        name = ALIGNED.get(stream, stream)
+        batches = token_batches(self._lengths(name), batch_size or self.test_batch_size)
         if shared:
             batches = deal_batches(batches, *self.ranks)
-        draws = [
-            Draw(0, {ALIGNED.get(stream, stream): [(row, 1.0, 0) for row in rows]})
-            for rows in batches
-        ]
+        draws = [Draw(0, {name: [(row, 1.0, 0) for row in rows]}) for rows in batches]
         return QuietLoader(_Batches(self, (stream,)), draws)
 
     def test_dataloader(self) -> list[DataLoader]:
-        """One loader a test set, in the order of :meth:`test_names`; see :class:`TestBatches`."""
-        return [TestBatches(self, name).loader() for name in self.test_names()]
+        """One loader a test set, in the order of :meth:`test_names`. Each batch is a dict with ``rows``, the numbers of
+        its rows in the set; rows of similar length are together, so that generations end at about the same time."""
+        return [self._test_loader(name) for name in self.test_names()]
 
     def val_dataloader(self) -> list[DataLoader]:
         """Likewise of :meth:`val_names`."""
         names = self.val_names()
         if not names:  # which is meant
             warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
-        return [TestBatches(self, name).loader() for name in names]
+        return [self._test_loader(name) for name in names]
+
+    def _test_loader(self, name: str) -> DataLoader:
+        lengths = [
+            len(e.context) + len(e.question) + len(e.answer) for e in self.test_examples(name)
+        ]
+        batches = deal_batches(token_batches(lengths, self.test_batch_size), *self.ranks)
+        return QuietLoader(_RowNumbers(), DealtBatches(batches))
 
     def build(self, stream: str, draw: Draw) -> dict[str, Any]:
         """One stream of one micro-batch."""
-        import torch
-
         name = ALIGNED.get(stream, stream)
-        cell = draw.cells[name]
+        rows, weights, occurrences = zip(*draw.cells[name], strict=True)
         if stream == "refusal":
-            fixed = "refusal" in getattr(self._module, "reference_streams", ())
-            encoded = [self._refused(row, 0 if fixed else draw.epoch) for row, _, _ in cell]
+            epoch = 0 if stream in self.repeatable else draw.epoch
+            encoded = [self._encode(name, row, self._refusal(row, epoch)) for row in rows]
         else:
-            encoded = [self.tokens(name)[row] for row, _, _ in cell]
-        batch = collate(encoded, self.pad_id)
-        batch["weight"] = torch.tensor([weight for _, weight, _ in cell])
-        batch["row"] = torch.tensor([row for row, _, _ in cell])
-        batch["occurrence"] = torch.tensor([occurrence for _, _, occurrence in cell])
-        return batch
+            encoded = [self.tokens(name)[row] for row in rows]
+        columns = {"weight": weights, "row": rows, "occurrence": occurrences}
+        return {
+            **collate(encoded, self.pad_id),
+            **{column: torch.tensor(values) for column, values in columns.items()},
+        }
+
+    def _refusal(self, row: int, epoch: int) -> str:
+        digest = hashlib.sha256(f"{self.seed} {epoch} {row}".encode()).digest()
+        return self.refusals[int.from_bytes(digest[:8], "big") % len(self.refusals)]
 
     @property
     def pad_id(self) -> int:
@@ -495,20 +482,9 @@ class ForgetRetainDataModule(L.LightningDataModule):
         pad = self.tokenizer.pad_token_id
         return pad if pad is not None else self.tokenizer.eos_token_id or 0
 
-    def _refused(self, row: int, epoch: int) -> dict[str, list[int]]:
-        question = self.rows("forget")[row]
-        if question.kind in ("text", "tokens"):
-            raise WagleError(
-                f"forget set ({self.describe('forget')}) row {row + 1} has no question to refuse: this "
-                "objective or forget loss needs rows with a question and an answer"
-            )
-        digest = hashlib.sha256(f"{self.seed} {epoch} {row}".encode()).digest()
-        refusal = self.refusals[int.from_bytes(digest[:8], "big") % len(self.refusals)]
-        return self.template.encode(question, refusal)
-
 
 class _Batches:
-    """Map-style dataset whose keys are :class:`Draw`."""
+    """Maps a :class:`Draw` to a training batch."""
 
     def __init__(self, data: ForgetRetainDataModule, streams: Sequence[str]) -> None:
         self.data = data
@@ -518,28 +494,8 @@ class _Batches:
         return {stream: self.data.build(stream, draw) for stream in self.streams}
 
 
-class TestBatches:
-    """Batches of one test set, rows of similar length together, so that generations end at about the same time.
-
-    Each batch is a dict with ``rows``, the numbers of its rows in the set.
-    """
-
-    __test__ = False  # not a pytest class, whatever its name
-
-    def __init__(self, data: ForgetRetainDataModule, name: str) -> None:
-        self.data = data
-        self.rows = data.rows(f"test/{name}")
-        if self.rows is None:
-            raise WagleError(f"test set {name!r} has no rows: give its file under data.test")
-
-    def loader(self) -> DataLoader:
-        """Batches for this rank, as many as for any other: a few may be another rank's too."""
-        lengths = [len(row.question) + len(row.answer) for row in self.rows]
-        batches = token_batches(lengths, self.data.test_batch_size)
-        return QuietLoader(self, DealtBatches(deal_batches(batches, *self.data.ranks)))
-
-    def __len__(self) -> int:
-        return len(self.rows)
+class _RowNumbers:
+    """Maps the row numbers of a test batch to the batch."""
 
     def __getitem__(self, rows: Sequence[int]) -> dict[str, Any]:
         return {"rows": list(rows)}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal, Optional
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.example import Row
-from wagle_pl.data.sources import HubSet, need_columns, read_set
-from wagle_pl.data.suite import SuiteDataModule
+from wagle_pl.data.rows import HubSet, read_set
+from wagle_pl.data.suite import Source, SuiteDataModule, need_columns, questions
 from wagle_pl.data.template import following
 
 
@@ -33,11 +34,10 @@ class MUSEDataModule(SuiteDataModule):
         prompt_format: text of the prompt, with ``{question}``; the default is the benchmark's.
         answer_format: text of the answer, with ``{answer}``; the default is the benchmark's. What stands before
             ``{answer}`` is given when generating, with the space at its end, as the benchmark does.
-        kwargs: see :class:`wagle_pl.data.suite.SuiteDataModule`.
+        **kwargs: passed to :class:`wagle_pl.data.suite.SuiteDataModule`.
     """
 
     suite: ClassVar[str] = "muse"
-    joined: ClassVar[frozenset[str]] = frozenset({"forget", "retain", "holdout"})
 
     def __init__(
         self,
@@ -67,57 +67,54 @@ class MUSEDataModule(SuiteDataModule):
         self.corpus = corpus
         self.forget_split = forget_split
         self.retain_splits = tuple(retain_splits)
-        self.examples = examples
+        self.worked_examples = examples
 
-    def sets(self) -> Mapping[str, Sequence[HubSet]]:
-        """See :meth:`SuiteDataModule.sets`."""
-        subset, _, split = self.forget_split.partition("/")
+    def sets(self) -> Mapping[str, Source]:
+        """Texts of the splits, each one text in parts."""
+        texts = Source(joined=True, chunked=True)
         return {
-            "forget": [self._part(subset, split)],
-            "retain": [self._part("raw", split) for split in self.retain_splits],
-            "holdout": [self._part("raw", "holdout")],
-            "test/verbmem_forget": [self._part("verbmem", "forget")],
-            "test/knowmem_forget": [self._part("knowmem", "forget_qa")],
-            "test/knowmem_retain": [self._part("knowmem", "retain_qa")],
-            "test/members": [self._part("privleak", "forget")],
-            "test/nonmembers": [self._part("privleak", "holdout")],
-            "test/retain": [self._part("privleak", "retain")],
+            "forget": texts._replace(parts=[self._part(self.forget_split)], paired=True),
+            "retain": texts._replace(parts=[self._part(f"raw/{s}") for s in self.retain_splits]),
+            "holdout": texts._replace(parts=[self._part("raw/holdout")]),
         }
 
-    def _part(self, subset: str, split: str) -> HubSet:
-        return HubSet(f"muse-bench/MUSE-{self.corpus.capitalize()}", subset, split)
+    def tests(self) -> Mapping[str, Source]:
+        """The benchmark's six sets."""
+        return {
+            "verbmem_forget": Source([self._part("verbmem/forget")], _continuations),
+            **{
+                f"knowmem_{side}": Source(
+                    [self._part(f"knowmem/{side}_qa")], partial(self._questions, side)
+                )
+                for side in ("forget", "retain")
+            },
+            "members": Source([self._part("privleak/forget")]),
+            "nonmembers": Source([self._part("privleak/holdout")]),
+            "retain": Source([self._part("privleak/retain")]),
+        }
 
-    def convert(self, name: str, rows: list[Row]) -> list[Row]:
-        """See :meth:`SuiteDataModule.convert`."""
-        where = f"{name} set ({self.describe(name)})"
-        if name == "test/verbmem_forget":
-            need_columns(rows, ("prompt", "gt"), where)
-            marks = {"continuation": True, "partial": True}
-            # the benchmark's rows have lost the space between the two: without it the first word is glued to the prompt
-            return [
-                {"prompt": r["prompt"], "response": following(r["prompt"], r["gt"]), **marks}
-                for r in rows
-            ]
-        if name in ("test/knowmem_forget", "test/knowmem_retain"):
-            need_columns(rows, ("question", "answer"), where)
-            context = self._worked_examples(name.removeprefix("test/knowmem_"))
-            return [
-                {"question": row["question"], "answer": row["answer"], **context} for row in rows
-            ]
-        return super().convert(name, rows)
+    def _part(self, name: str) -> HubSet:
+        return HubSet(f"muse-bench/MUSE-{self.corpus.capitalize()}", *name.split("/"))
 
-    def _worked_examples(self, side: str) -> dict[str, str]:
-        """The column ``context`` of the questions on one side (``forget`` or ``retain``); none if there are none."""
-        part = self._part("knowmem", f"{side}_qa_icl")
-        shots = read_set(part, self.folder) if self.examples else None
+    def _questions(self, side: str, rows: Sequence[Row], where: str) -> list[Row]:
+        """Questions after the worked examples of their side (``forget`` or ``retain``), where there are some."""
+        part = self._part(f"knowmem/{side}_qa_icl")
+        shots = read_set(part, self.folder) if self.worked_examples else None
         if not shots:
-            return {}
-        need_columns(shots, ("question", "answer"), str(part))
-        template = (
-            (self.prompt_format or "{question}\n") + (self.answer_format or "{answer}") + "\n\n"
+            return questions(rows, where)
+        form = (self.prompt_format or "{question}\n") + (self.answer_format or "{answer}") + "\n\n"
+        context = "".join(
+            form.replace("{question}", shot["question"]).replace("{answer}", shot["answer"])
+            for shot in questions(shots, str(part))
         )
-        texts = [
-            template.replace("{question}", s["question"]).replace("{answer}", s["answer"])
-            for s in shots
-        ]
-        return {"context": "".join(texts)}
+        return [{**row, "context": context} for row in questions(rows, where)]
+
+
+def _continuations(rows: Sequence[Row], where: str) -> list[Row]:
+    """The benchmark's rows have lost the space at the seam: without it the first word is glued to the prompt."""
+    need_columns(rows, ("prompt", "gt"), where)
+    marks = {"continuation": True, "partial": True}
+    return [
+        {"prompt": row["prompt"], "response": following(row["prompt"], row["gt"]), **marks}
+        for row in rows
+    ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from importlib import resources
+from pathlib import Path
 from typing import Any, Optional
 
 from wagle_pl.data.example import Row
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.data.rows import load_rows
+
+TEST_SETS = ("forget", "retain", "real_authors", "world_facts")
 
 
 class PeopleDataModule(ForgetRetainDataModule):
@@ -19,45 +20,30 @@ class PeopleDataModule(ForgetRetainDataModule):
     set says each fact twice, as question and answer and as their paraphrases.
 
     Args:
-        kwargs: see :class:`ForgetRetainDataModule`.
+        **kwargs: passed to :class:`ForgetRetainDataModule`.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        names = ("forget", "retain", "real_authors", "world_facts")
-        self.test_sources = self.test_sources or {name: f"{name}.jsonl" for name in names}
+        self.test_sources = self.test_sources or {name: str(_file(name)) for name in TEST_SETS}
 
-    def load_rows(self, name: str) -> Optional[list[Row]]:
-        """Rows of one bundled file, or of a file given in its place."""
-        source = self.test_sources.get(name[5:]) if name.startswith("test/") else self.sources[name]
-        if source is not None and not (name.startswith("test/") and source in BUNDLED):
-            return super().load_rows(name)
-        if name.startswith("test/"):
-            return bundled(source.removesuffix(".jsonl"))
-        files = ("retain", "real_authors", "world_facts") if name == "retain" else (name,)
+    def train_rows(self, stream: str) -> Optional[list[Row]]:
+        """Both wordings of each row of the bundled files, or the rows of a file given in their place."""
+        if self.sources[stream] is not None:
+            return super().train_rows(stream)
+        files = ("retain", "real_authors", "world_facts") if stream == "retain" else (stream,)
         return [
-            wording for file in files for row in bundled(file) for wording in both_wordings(row)
+            {"question": row[f"{wording}question"], "answer": row[f"{wording}answer"]}
+            for file in files
+            for row in bundled(file)
+            for wording in ("", "paraphrased_")
         ]
-
-
-BUNDLED = (
-    "forget.jsonl",
-    "retain.jsonl",
-    "holdout.jsonl",
-    "real_authors.jsonl",
-    "world_facts.jsonl",
-)
-
-
-def both_wordings(row: Row) -> list[Row]:
-    """The fact of a row as its question and answer, and as their paraphrases."""
-    return [
-        {"question": row["question"], "answer": row["answer"]},
-        {"question": row["paraphrased_question"], "answer": row["paraphrased_answer"]},
-    ]
 
 
 def bundled(name: str) -> list[Row]:
     """Rows of one bundled file: ``forget``, ``retain``, ``holdout``, ``real_authors`` or ``world_facts``."""
-    with resources.as_file(resources.files("wagle_pl.data") / "samples" / f"{name}.jsonl") as path:
-        return load_rows(os.fspath(path))
+    return load_rows(str(_file(name)))
+
+
+def _file(name: str) -> Path:
+    return Path(__file__).parent / "samples" / f"{name}.jsonl"

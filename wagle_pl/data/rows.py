@@ -9,23 +9,23 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Optional, TextIO, TypeVar
+from typing import Any, NamedTuple, Optional, TypeVar
 
-from wagle_pl.core.errors import WagleError
+from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.files import absent, plainly_local
 from wagle_pl.data.example import OPTIONAL_TEXTS, TEXTS, Row, as_texts
 
 T = TypeVar("T")
 
-READERS = (".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".jsonl.gz")
+READERS = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".json.gz", ".jsonl.gz")
 
 
 def load_rows(source: str, split: Optional[str] = None, limit: Optional[int] = None) -> list[Row]:
     """Read the rows of a local file or of a hub dataset.
 
     Args:
-        source: a path ending in ``.json``, ``.jsonl`` (either may be followed by ``.gz``), ``.csv`` or ``.parquet``, or
-            a hub dataset as ``owner/name`` or ``owner/name:config``.
+        source: a path ending in ``.json``, ``.jsonl`` (either may be followed by ``.gz``), ``.csv``, ``.parquet`` or
+            ``.txt`` (one row, ``text``), or a hub dataset as ``owner/name`` or ``owner/name:config``.
         split: the split of a hub dataset; ``train`` when None.
         limit: read only the first so many rows: no more of JSON lines or of a hub dataset is read than that.
 
@@ -40,19 +40,18 @@ def load_rows(source: str, split: Optional[str] = None, limit: Optional[int] = N
     if path.name.lower().endswith(READERS):
         if not path.is_file():
             raise absent("data file", source)
-        table = path.suffix.lower() in (".csv", ".parquet")
-        rows = [
-            as_texts(row)
-            for row in (_read_table(path) if table else _read_json(path, limit))[:limit]
-        ]
+        with readable(path):
+            rows = [as_texts(row) for row in islice(_read(path), limit)]
     elif path.is_dir() or (not path.exists() and plainly_local(source.partition(":")[0])):
         raise absent("data source", source, hub=True)
     elif path.exists() or source.count("/") != 1:
         raise WagleError(
-            f"data source {source!r} is neither a .json, .jsonl, .csv or .parquet file nor a hub dataset 'owner/name'"
+            f"data source {source!r} is neither a file of the kinds {', '.join(READERS[:5])} nor a hub dataset "
+            "'owner/name'"
         )
     else:
-        rows = read_hub(source, split or "train", limit=limit)
+        name, _, config = source.partition(":")
+        rows = read_hub(HubSet(name, config or None, split or "train"), limit)
     if not rows:
         raise WagleError(f"data file {source} has no rows")
     return rows
@@ -67,6 +66,9 @@ def spread(rows: list[T], count: Optional[int]) -> list[T]:
     if count is None or count >= len(rows):
         return rows
     return [rows[i * len(rows) // count] for i in range(count)]
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -87,117 +89,162 @@ def readable(path: Path) -> Iterator[None]:
         raise WagleError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
 
 
-def _open_text(path: Path) -> TextIO:
-    """A text file, unpacked if its name says so; only a line feed ends a line."""
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="\n")
-    return path.open(encoding="utf-8-sig", newline="\n")
+def _read(path: Path) -> Iterable[Row]:
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".parquet"):
+        return _read_table(path)
+    if suffix == ".txt":
+        text = path.read_text(encoding="utf-8-sig")
+        return [{"text": text}] if text.strip() else []
+    return _read_json(path)
 
 
-def _read_json(path: Path, limit: Optional[int]) -> list[Row]:
-    with readable(path), _open_text(path) as file:
+def _read_json(path: Path) -> Iterator[Row]:
+    """Rows of JSON lines or of one JSON list; only a line feed ends a line."""
+    unpack = gzip.open if path.suffix.lower() == ".gz" else open
+    with unpack(path, "rt", encoding="utf-8-sig", newline="\n") as file:
         lines = enumerate(file, 1)
-        number, line = next(((n, text) for n, text in lines if text.strip()), (1, ""))
-        if line.lstrip().startswith("["):
-            numbered = _json_list(path, "\n" * (number - 1) + line + file.read())
+        first = next(((n, line) for n, line in lines if line.strip()), (1, ""))
+        if first[1].lstrip().startswith("["):
+            text = "\n" * (first[0] - 1) + first[1] + file.read()
+            numbered: Iterable[tuple[int, Any]] = enumerate(_json(path, text), 1)
         else:
-            numbered = _json_lines(path, chain([(number, line)], lines))
-        rows = []
-        for number, row in islice(numbered, limit):
+            filled = ((n, line) for n, line in chain([first], lines) if line.strip())
+            numbered = ((n, _json(path, line, n)) for n, line in filled)
+        for number, row in numbered:
             if not isinstance(row, dict):
                 raise WagleError(
                     f"{path} line {number}: expected a JSON object, found {type(row).__name__}"
                 )
-            rows.append(row)
-    return rows
+            yield row
 
 
-def _json_list(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+def _json(path: Path, text: str, line: Optional[int] = None) -> Any:
     try:
-        yield from enumerate(json.loads(text), 1)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise WagleError(f"{path} line {error.lineno}: malformed JSON: {error.msg}") from None
-
-
-def _json_lines(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of every line that is not blank."""
-    for number, line in lines:
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise WagleError(f"{path} line {number}: malformed JSON: {error.msg}") from None
+        line = error.lineno if line is None else line
+        raise WagleError(f"{path} line {line}: malformed JSON: {error.msg}") from None
 
 
 def _read_table(path: Path) -> list[Row]:
+    """Rows of a CSV or Parquet file; a CSV's columns of texts are texts, whatever their cells look like."""
     import pyarrow
+    import pyarrow.csv
     import pyarrow.parquet
 
     try:
-        with readable(path):
-            table = (
-                _read_csv(path)
-                if path.suffix.lower() == ".csv"
-                else pyarrow.parquet.read_table(path)
-            )
-            return table.to_pylist()
+        if path.suffix.lower() == ".parquet":
+            return pyarrow.parquet.read_table(path).to_pylist()
+        # one block: a column's type is that of all its cells, and a cell may be as long as a book
+        size = min(max(path.stat().st_size + 1, 1 << 20), (1 << 31) - 1)
+        types = dict.fromkeys((*TEXTS, *OPTIONAL_TEXTS), pyarrow.string())
+        table = pyarrow.csv.read_csv(
+            path,
+            read_options=pyarrow.csv.ReadOptions(block_size=size),
+            parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+            convert_options=pyarrow.csv.ConvertOptions(column_types=types),
+        )
     except pyarrow.ArrowException as error:
         raise WagleError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    for column in table.schema:
+        if pyarrow.types.is_binary(column.type):  # what pyarrow makes of text in another encoding
+            raise WagleError(f"{path} is not UTF-8 text (column {column.name!r}): save it as UTF-8")
+    return table.to_pylist()
 
 
-def _read_csv(path: Path) -> Any:
-    """A CSV file as a table whose columns of texts are texts, whatever their cells look like.
-
-    Raises:
-        WagleError: if a column is not in UTF-8.
-    """
-    import pyarrow
-    import pyarrow.csv
-
-    # one block: a column's type is that of all its cells, and a cell may be as long as a book
-    size = min(max(path.stat().st_size + 1, 1 << 20), (1 << 31) - 1)
-    table = pyarrow.csv.read_csv(
-        path,
-        read_options=pyarrow.csv.ReadOptions(block_size=size),
-        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys((*TEXTS, *OPTIONAL_TEXTS), pyarrow.string())
-        ),
-    )
-    for field in table.schema:
-        if pyarrow.types.is_binary(field.type):  # what pyarrow makes of text in another encoding
-            raise WagleError(f"{path} is not UTF-8 text (column {field.name!r}): save it as UTF-8")
-    return table
+# -- hub datasets -----------------------------------------------------------------------------------------------------
 
 
-def read_hub(
-    source: str, split: str, files: Optional[str] = None, limit: Optional[int] = None
-) -> list[Row]:
-    """Rows of a hub dataset.
+class HubSet(NamedTuple):
+    """One split of one configuration of a hub dataset.
 
-    Args:
-        source: ``owner/name`` or ``owner/name:config``.
+    Attributes:
+        repo: ``owner/name``.
+        config: configuration; None for a dataset with just one.
         split: of the dataset.
-        files: path of one file in the repository, to be read in place of the whole split.
-        limit: stream, and stop after so many rows.
+        file: path of one file in the repository, to be read in place of the whole split.
+        aliases: other names, with wildcards, under which a folder may have it.
+    """
+
+    repo: str
+    config: Optional[str] = None
+    split: str = "train"
+    file: Optional[str] = None
+    aliases: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.repo}{f':{self.config}' if self.config else ''} {self.file or self.split}"
+
+    @property
+    def short_name(self) -> str:
+        """The repository without its owner: the name of its local copy."""
+        return self.repo.rpartition("/")[2]
+
+    @property
+    def patterns(self) -> list[str]:
+        """Where the rows may be in a copy of the repository, the likeliest first."""
+        if self.file is not None:
+            return [self.file, *self.aliases]
+        names = [f"{self.split}{suffix}" for suffix in READERS] + [f"{self.split}-*-of-*.parquet"]
+        if self.config is None:
+            places = ("", "data/", "data/*/")
+            return [f"{place}{name}" for place in places for name in names] + list(self.aliases)
+        names = [f"{self.config}/{name}" for name in names]
+        return [*names, *(f"{self.config}{suffix}" for suffix in READERS), *self.aliases]
+
+    def missing(self, folder: str) -> WagleError:
+        """What to raise where a folder lacks the set."""
+        first = f"{self.short_name}/{self.patterns[0]}"
+        kinds = "" if self.file else " (.jsonl, .csv and .parquet will do)"
+        return WagleError(f"data.folder {folder} has no {self}: expected {first}{kinds}")
+
+
+def read_hub(hub_set: HubSet, limit: Optional[int] = None) -> list[Row]:
+    """Rows of a hub dataset; with a limit, it is streamed no further.
 
     Raises:
         WagleError: if it cannot be had.
     """
     from datasets import load_dataset
 
-    name, _, config = source.partition(":")
-    options: dict[str, Any] = {"split": split}
-    if files is not None:
-        options["data_files"] = {split: files}
+    options: dict[str, Any] = {"split": hub_set.split}
+    if hub_set.file is not None:
+        options["data_files"] = {hub_set.split: hub_set.file}
     try:
-        if limit is not None:
-            return list(load_dataset(name, config or None, streaming=True, **options).take(limit))
-        return load_dataset(name, config or None, **options).to_list()
-    except (
-        Exception
-    ) as error:  # the hub client has many exception types; all mean: this could not be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if limit is None:
+            return load_dataset(hub_set.repo, hub_set.config, **options).to_list()
+        streamed = load_dataset(hub_set.repo, hub_set.config, streaming=True, **options)
+        return list(streamed.take(limit))
+    except Exception as error:  # the client has many types; all mean: this could not be had
+        name = f"{hub_set.repo}:{hub_set.config}" if hub_set.config else hub_set.repo
         raise WagleError(
-            f"dataset {source!r} (split {split!r}) cannot be loaded: {reason}"
+            f"dataset {name!r} (split {hub_set.split!r}) cannot be loaded: {first_line(error)}"
         ) from error
+
+
+def local_files(hub_set: HubSet, folder: Path) -> list[Path]:
+    """The files of a set in ``folder``, which holds copies of repositories by their short names, or is one itself."""
+    for root in (folder / hub_set.short_name, folder):
+        for pattern in hub_set.patterns:
+            if files := sorted(root.glob(pattern)):
+                return files
+    return []
+
+
+def read_set(
+    hub_set: HubSet, folder: Optional[str], limit: Optional[int] = None
+) -> Optional[list[Row]]:
+    """Rows of a set: from a folder if one is given, without touching the network, else from the hub.
+
+    Returns:
+        The first ``limit`` rows; None if the folder does not have the set.
+
+    Raises:
+        WagleError: if a file is malformed or empty, or the hub cannot give the set.
+    """
+    if folder is None:
+        return read_hub(hub_set, limit)
+    files = local_files(hub_set, Path(folder))
+    rows = [row for file in files for row in load_rows(str(file), limit=limit)]
+    return rows[:limit] if files else None

@@ -1,29 +1,90 @@
-"""``SuiteDataModule``: what the benchmarks made of hub datasets and long texts have in common."""
+"""``SuiteDataModule``: a benchmark as a table of sources."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Optional
+from typing import Any, ClassVar, Literal, NamedTuple, Optional
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import absent
-from wagle_pl.data.chunks import chunk_rows, continuation
-from wagle_pl.data.example import Row, parse_rows
+from wagle_pl.data.chunks import articles, chunk_rows, continuation
+from wagle_pl.data.example import Example, Row, parse_rows
 from wagle_pl.data.module import ForgetRetainDataModule
-from wagle_pl.data.rows import load_rows
-from wagle_pl.data.sources import HubSet, local_files, missing, need_columns, read_set
+from wagle_pl.data.rows import HubSet, load_rows, local_files, read_set, spread
 
 #: Tokens of ``max_length`` left free when texts are cut by tokens: special tokens, and a seam that tokenises anew.
 SPARE = 8
 
+
+def texts(rows: Sequence[Row], where: str) -> list[Row]:
+    """Rows with a ``text``, the blank ones left out."""
+    need_columns(rows[:1], ("text",), where)
+    return [{"text": row["text"]} for row in rows if str(row.get("text") or "").strip()]
+
+
+def questions(rows: Sequence[Row], where: str) -> list[Row]:
+    """Rows with ``question`` and ``answer``, and nothing else of them."""
+    need_columns(rows, ("question", "answer"), where)
+    return [{"question": row["question"], "answer": row["answer"]} for row in rows]
+
+
+def choices(rows: Sequence[Row], where: str) -> list[Row]:
+    """Multiple choices with the right one's index in ``answer``; MMLU's ``subject`` is kept.
+
+    Raises:
+        WagleError: naming ``where`` and the row if a column is missing, or the answer is no index.
+    """
+    columns = ("question", "choices", "answer", "subject")
+    need_columns(rows, columns[:3], where)
+    kept = [{column: row[column] for column in columns if column in row} for row in rows]
+    examples = parse_rows(kept, where)
+    for number, example in enumerate(examples, 1):
+        if example.kind != "choices":
+            raise WagleError(
+                f"{where} row {number}: answer {example.answer!r} is no index of its choices"
+            )
+    return [example.row for example in examples]
+
+
+class Source(NamedTuple):
+    """Where the rows of one set of a benchmark are, and what becomes of them.
+
+    Attributes:
+        parts: of hub repositories, put one after the other.
+        convert: (rows as the benchmark has them, what to call the set) -> rows of :data:`~wagle_pl.data.example.KINDS`.
+        file: a file or hub dataset of the user's, in place of the parts.
+        converts_given: convert also what an option of the data module gives in place of the set.
+        limit: read at most so many rows: for corpora that nobody reads whole.
+        count: take so many of the rows, evenly spaced.
+        joined: the texts are one text in parts: put together before they are cut.
+        chunked: cut the texts into chunks, if ``chunk_size`` says so.
+        paired: make prompt and continuation of each, if ``prompt_size`` says so.
+        articles: the texts are lines of WikiText: put together to articles, in chunks that fit ``max_length``.
+    """
+
+    parts: Sequence[HubSet] = ()
+    convert: Callable[[list[Row], str], list[Row]] = texts
+    file: Optional[str] = None
+    converts_given: bool = False
+    limit: Optional[int] = None
+    count: Optional[int] = None
+    joined: bool = False
+    chunked: bool = False
+    paired: bool = False
+    articles: bool = False
+
+
 WIKITEXT = HubSet("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
 #: The shard of C4 that the SOUL and WAGLE papers' code reads.
 C4 = HubSet("allenai/c4", None, "train", "en/c4-train.00001-of-01024.json.gz")
+#: WikiText's test articles, for perplexity.
+ARTICLES = Source([WIKITEXT], articles=True)
 
 
-class SuiteDataModule(ForgetRetainDataModule):
-    """A benchmark whose rows are parts of hub datasets. Subclasses say which in :meth:`sets`.
+class SuiteDataModule(ForgetRetainDataModule, ABC):
+    """A benchmark whose rows are parts of hub datasets. Subclasses say which in :meth:`sets` and :meth:`tests`.
 
     With ``folder`` everything is read from local files of the same names and columns, and a test set whose file is
     absent is left out. ``forget``, ``retain``, ``holdout`` and ``test`` replace parts of the benchmark by files of
@@ -38,17 +99,11 @@ class SuiteDataModule(ForgetRetainDataModule):
         chunk_unit: ``tokens`` of the tokenizer, or ``characters`` (then words stay whole).
         prompt_size: each forget row becomes a prompt of so many units and the text that follows, on which alone the
             loss is; null takes the loss on the whole text. Objectives with refusals (PO, DPO) need it.
-        kwargs: see :class:`ForgetRetainDataModule`.
+        **kwargs: passed to :class:`ForgetRetainDataModule`.
     """
 
     #: Name under which evaluation finds the suite's measures.
     suite: ClassVar[str] = ""
-    #: Sets whose texts are one text in parts: put together before they are cut.
-    joined: ClassVar[frozenset[str]] = frozenset()
-    #: Sets whose texts are cut into chunks.
-    chunked: ClassVar[frozenset[str]] = frozenset({"forget", "retain", "holdout"})
-    #: Sets whose chunks become prompt and continuation.
-    paired: ClassVar[frozenset[str]] = frozenset({"forget"})
 
     def __init__(
         self,
@@ -73,164 +128,129 @@ class SuiteDataModule(ForgetRetainDataModule):
         self.chunk_unit = chunk_unit
         self.prompt_size = prompt_size
 
-    # -- what a benchmark says ----------------------------------------------------------------------------------------
+    @abstractmethod
+    def sets(self) -> Mapping[str, Source]:
+        """Training stream (``forget``, ``retain``, ``holdout``) -> where its rows are."""
 
-    def sets(self) -> Mapping[str, Sequence[HubSet]]:
-        """Set name (``forget``, ``retain``, ``holdout``, ``test/<name>``) -> the parts it is made of."""
-        raise TypeError(f"{type(self).__name__} must override sets")
-
-    def convert(self, name: str, rows: list[Row]) -> list[Row]:
-        """Rows of one set as the benchmark has them -> rows of :data:`wagle_pl.data.example.KINDS`.
-
-        Texts unless overridden; blank ones are left out.
-        """
-        need_columns(rows[:1], ("text",), f"{name} set ({self.describe(name)})")
-        return [{"text": row["text"]} for row in rows if str(row.get("text") or "").strip()]
-
-    def limit(self, name: str) -> Optional[int]:
-        """How many rows of a set to read at most: for corpora that nobody reads whole."""
-        return None
+    @abstractmethod
+    def tests(self) -> Mapping[str, Source]:
+        """Test set -> where its rows are."""
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
-    def load_rows(self, name: str) -> Optional[list[Row]]:
+    def train_rows(self, stream: str) -> Optional[list[Row]]:
         """Rows of a part of the benchmark, or of what replaces it; texts cut as asked."""
-        given = self._given(name)
-        if given is not None:
-            return self._cut(name, load_rows(given, self.split))
-        if name.startswith("test/") and self.test_sources is not None:
-            return None
-        rows: list[Row] = []
-        for part in self.sets().get(name, ()):
-            found = read_set(part, self.folder, self.limit(name))
-            if found is None:
-                if name in ("forget", "retain"):
-                    raise missing(part, str(self.folder))
-                return None
-            rows += found
-        if name not in self.sets():
-            return None
-        rows = self.convert(name, rows)
-        if not rows:
-            raise WagleError(f"{name} set ({self.describe(name)}) has no text")
-        return self._cut(name, rows)
+        source, given = self.sets().get(stream, Source()), self.sources[stream]
+        return self._rows(source, given, self._place(stream), required=stream != "holdout")
+
+    def test_rows(self, name: str) -> Optional[list[Row]]:
+        """Likewise of a test set."""
+        given = (self.test_sources or {}).get(name)
+        where = f"test set {name} ({self.describe_test(name)})"
+        return self._rows(self.tests().get(name, Source()), given, where)
 
     def test_names(self) -> list[str]:
         """The test sets named by the user, or the benchmark's; with a folder, those it has."""
         if self.test_sources is not None:
             return list(self.test_sources)
         return [
-            name[5:] for name in self.sets() if name.startswith("test/") and self._available(name)
+            name
+            for name, source in self.tests().items()
+            if self.folder is None
+            or source.file is not None
+            or all(local_files(part, Path(self.folder)) for part in source.parts)
         ]
 
-    def describe(self, name: str) -> str:
-        """Where the rows of a set come from, for messages and the model card."""
-        given = self._given(name)
-        if given is not None:
-            return given
-        parts = ", ".join(str(part) for part in self.sets().get(name, ()))
-        return (
-            f"{parts} in {self.folder}" if self.folder and parts else parts or type(self).__name__
-        )
+    def describe(self, stream: str) -> str:
+        """Where the rows of a training stream come from, for messages and the model card."""
+        return self.sources.get(stream) or self._described(self.sets().get(stream))
 
-    def _given(self, name: str) -> Optional[str]:
-        return (
-            (self.test_sources or {}).get(name[5:])
-            if name.startswith("test/")
-            else self.sources.get(name)
-        )
+    def describe_test(self, name: str) -> str:
+        """Where the rows of a test set come from, for messages."""
+        return (self.test_sources or {}).get(name) or self._described(self.tests().get(name))
 
-    def _available(self, name: str) -> bool:
-        return self.folder is None or all(
-            local_files(part, Path(self.folder)) for part in self.sets()[name]
-        )
+    def _described(self, source: Optional[Source]) -> str:
+        if source is None:
+            return type(self).__name__
+        parts = ", ".join(map(str, source.parts))
+        place = f" in {self.folder}" if self.folder and parts else ""
+        return source.file or f"{parts}{place}" or type(self).__name__
 
-    # -- cutting ------------------------------------------------------------------------------------------------------
+    def _rows(
+        self, source: Source, given: Optional[str], where: str, required: bool = False
+    ) -> Optional[list[Row]]:
+        rows: list[Row] = []
+        file = given or source.file
+        if file is not None:
+            rows = load_rows(file, self.split)
+        elif not source.parts:
+            return None
+        else:
+            for part in source.parts:
+                found = read_set(part, self.folder, source.limit)
+                if found is None and required:
+                    raise part.missing(str(self.folder))
+                if found is None:
+                    return None
+                rows += found
+        if given is None or source.converts_given:
+            rows = source.convert(rows, where)
+            if not rows:
+                raise WagleError(f"{where} has no text")
+        if all(row.get("text") is not None for row in rows):
+            rows = self._cut(source, parse_rows(filter(_is_filled, rows), where), where)
+        return spread(rows, source.count)
 
-    def _cut(self, name: str, rows: list[Row]) -> list[Row]:
-        """Texts into chunks and pairs, as the options say; other rows stay what they are."""
-        if name == "test/wikitext":
-            return self.cut_articles(rows)
-        if any(row.get("text") is None for row in rows):
-            return rows
-        rows = [row for row in rows if not _is_blank(row)]
-        examples = parse_rows(rows, f"{name} set ({self.describe(name)})")
+    def _cut(self, source: Source, examples: Sequence[Example], where: str) -> list[Row]:
+        """Texts into chunks and pairs, as the source and the options say; other rows stay what they are."""
+        rows = [example.row for example in examples]
         if any(example.kind != "text" for example in examples):
             return rows
-        if self.chunk_size is not None and name in self.chunked:
-            texts = [example.answer for example in examples]
-            texts = ["\n\n".join(texts)] if name in self.joined else texts
+        whole = [example.answer for example in examples]
+        if source.articles:
+            by_words = self.chunk_size is not None and self.chunk_unit == "characters"
+            size = self.chunk_size if by_words else max(1, self.max_length - SPARE)
+            unit = "characters" if by_words else "tokens"
+            return chunk_rows(articles(whole), size, unit, self._cutter(unit))
+        if self.chunk_size is not None and source.chunked:
+            whole = ["\n\n".join(whole)] if source.joined else whole
             rows = chunk_rows(
-                texts, self.chunk_size, self.chunk_unit, self._cutter(self.chunk_unit)
+                whole, self.chunk_size, self.chunk_unit, self._cutter(self.chunk_unit)
             )
-        if self.prompt_size is not None and name in self.paired:
+        if self.prompt_size is not None and source.paired:
             cutter = self._cutter(self.chunk_unit)
-            pairs = [continuation(row, self.prompt_size, self.chunk_unit, cutter) for row in rows]
+            pairs = (continuation(row, self.prompt_size, self.chunk_unit, cutter) for row in rows)
             rows = [pair for pair in pairs if pair is not None]
             if not rows:
                 raise WagleError(
-                    f"{name} set ({self.describe(name)}): no text is longer than "
-                    f"data.prompt_size={self.prompt_size} {self.chunk_unit}"
+                    f"{where}: no text is longer than data.prompt_size={self.prompt_size} {self.chunk_unit}"
                 )
         return rows
-
-    def cut_articles(self, rows: list[Row]) -> list[Row]:
-        """Lines of WikiText as articles, in chunks that fit ``max_length``, for perplexity."""
-        texts = articles([row["text"] for row in rows])
-        if self.chunk_size is not None and self.chunk_unit == "characters":
-            return chunk_rows(texts, self.chunk_size, "characters")
-        return chunk_rows(texts, max(1, self.max_length - SPARE), "tokens", self._cutter("tokens"))
 
     def _cutter(self, unit: str) -> Any:
         """The tokenizer, where texts are cut by tokens."""
         if unit == "characters":
             return None
-        if self.tokenizer_name is None and self.trainer is None:
+        if self.tokenizer_name is None and self.model_tokenizer is None:
             raise WagleError(
-                "cutting texts by tokens needs a tokenizer: give data.tokenizer, or "
-                "data.chunk_unit characters"
+                "cutting texts by tokens needs a tokenizer: give data.tokenizer, or data.chunk_unit characters"
             )
         return self.tokenizer
 
 
-def _is_blank(row: Row) -> bool:
-    return isinstance(row.get("text"), str) and not row["text"].strip()
+def _is_filled(row: Row) -> bool:
+    return not isinstance(row["text"], str) or bool(row["text"].strip())
 
 
-def articles(lines: Sequence[str]) -> list[str]:
-    """WikiText's lines put together to articles; a line ``= Title =`` begins one.
-
-    >>> articles([" = A = \\n", "One.\\n", " = = Part = = \\n", "", " = B = \\n", "Two.\\n"])
-    [' = A = \\nOne.\\n = = Part = = \\n', ' = B = \\nTwo.\\n']
-    """
-    found: list[list[str]] = [[]]
-    for line in lines:
-        words = line.split()
-        title = len(words) > 2 and words[0] == words[-1] == "=" and "=" not in (words[1], words[-2])
-        if title and found[-1]:
-            found.append([])
-        found[-1].append(line)
-    texts = ["".join(part) for part in found]
-    return [text for text in texts if text.strip()]
-
-
-def choice_rows(rows: Sequence[Row], where: str) -> list[Row]:
-    """Multiple-choice rows with the right one's index in ``answer`` -> ``question``, ``choices``, ``label``.
-
-    MMLU's ``subject`` is kept.
+def need_columns(rows: Sequence[Row], columns: Sequence[str], where: str) -> None:
+    """Check that every row has some columns, other than None.
 
     Raises:
-        WagleError: naming ``where`` and the row if a column is missing, or the answer is no index.
+        WagleError: naming ``where``, the row (counted from 1) and what it has.
     """
-    columns = ("question", "choices", "answer")
-    need_columns(rows, columns, where)
-    kept = (*columns, "subject")
-    examples = parse_rows(
-        [{column: row[column] for column in kept if column in row} for row in rows], where
-    )
-    for number, example in enumerate(examples, 1):
-        if example.kind != "choices":
-            raise WagleError(
-                f"{where} row {number}: answer {example.answer!r} is no index of its choices"
-            )
-    return [example.row for example in examples]
+    for number, row in enumerate(rows, 1):
+        for column in columns:
+            if row.get(column) is None:
+                raise WagleError(
+                    f"{where} row {number} has no column {column!r}; it has {sorted(row)}"
+                )

@@ -25,8 +25,6 @@ DEFAULT_ANSWER = "### Answer: {answer}"
 
 #: The date that chat templates see in place of today's: the one of OpenUnlearning's configurations.
 DATE = "10 Apr 2025"
-_DATE_FORMAT = "%d %b %Y"
-_CODE = re.compile(r"%[-_0^#]?[A-Za-z]")
 
 
 class Template:
@@ -63,71 +61,46 @@ class Template:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.uses_chat_template = prompt_format is None and tokenizer.chat_template is not None
-        self.system_prompt = system_prompt
-        self.chat_template_kwargs = {"date_string": DATE, **(chat_template_kwargs or {})}
-        if self.uses_chat_template:
-            source = tokenizer.get_chat_template(tools=self.chat_template_kwargs.get("tools"))
-            self._chat_template = at_fixed_date(source, self.chat_template_kwargs["date_string"])
-            for option, text in (
-                ("answer_format", answer_format),
-                ("generation_prefix", generation_prefix),
-            ):
-                if text is not None:
-                    raise WagleError(
-                        f"{option} {text!r} has no effect beside the tokenizer's chat template: "
-                        "give prompt_format too, or leave both to the template (null)"
-                    )
-            self._check_variables(chat_template_kwargs or {})
-            self._variables = dict(self.chat_template_kwargs)  # those that it reads
-            if not re.search(r"\b(date_string|strftime_now)\b", source):
-                del self._variables["date_string"]
-            self._check_system_prompt()
-        else:
-            given = (
-                ("system_prompt", system_prompt),
-                ("chat_template_kwargs", chat_template_kwargs),
-            )
-            for option, value in given:
-                if value is not None:
-                    why = (
-                        "prompt_format, which takes its place"
-                        if prompt_format
-                        else "a tokenizer that has none"
-                    )
-                    raise WagleError(
-                        f"{option} {value!r} is for a chat template and has no effect beside {why}: write "
-                        "the text into prompt_format, or leave the option out (null)"
-                    )
         self.prompt_format = prompt_format or DEFAULT_PROMPT
         self.answer_format = answer_format or DEFAULT_ANSWER
-        if generation_prefix is None:
-            generation_prefix = _prefix_of(self.answer_format)
         self.generation_prefix = generation_prefix
-        for option, text, field in (
-            ("prompt_format", self.prompt_format, "{question}"),
-            ("answer_format", self.answer_format, "{answer}"),
-        ):
-            if field not in text:
-                raise WagleError(f"{option} {text!r} must contain {field}")
+        if generation_prefix is None:
+            self.generation_prefix = _prefix_of(self.answer_format)
+        self.system_prompt = system_prompt
+        #: Variables that the chat template reads.
+        self.variables: dict[str, Any] = {}
+        if self.uses_chat_template:
+            given = {"answer_format": answer_format, "generation_prefix": generation_prefix}
+            advice = "give prompt_format too, or leave both to the template (null)"
+            _refuse(given, "has no effect beside the tokenizer's chat template", advice)
+            self._set_variables(chat_template_kwargs or {})
+            self._check_system_prompt()
+        else:
+            given = {"system_prompt": system_prompt, "chat_template_kwargs": chat_template_kwargs}
+            place = "prompt_format, which takes its place" if prompt_format else None
+            why = f"is for a chat template and has no effect beside {place or 'a tokenizer that has none'}"
+            _refuse(given, why, "write the text into prompt_format, or leave the option out (null)")
+        for option, field in (("prompt_format", "{question}"), ("answer_format", "{answer}")):
+            if field not in getattr(self, option):
+                raise WagleError(f"{option} {getattr(self, option)!r} must contain {field}")
         if tokenizer.eos_token_id is None:
             log.warning(
                 "the tokenizer has no end-of-sequence token (eos_token): answers are trained without an end"
             )
 
-    def _check_variables(self, given: Mapping[str, Any]) -> None:
-        """Refuse variables that the chat template does not read, or that rendering sets itself."""
-        taken = {
-            "messages",
-            "strftime_now",
-            *inspect.signature(self.tokenizer.apply_chat_template).parameters,
-        }
+    def _set_variables(self, given: Mapping[str, Any]) -> None:
+        """Refuse variables that the chat template does not read, or that rendering sets itself; stop its clock."""
+        variables = {"date_string": DATE, **given}
+        source = self.tokenizer.get_chat_template(tools=variables.get("tools"))
+        reads_clock = "strftime_now" in source
+        own = inspect.signature(self.tokenizer.apply_chat_template).parameters
         for name, value in given.items():
-            if name in taken - {"tools", "documents"}:
+            if name in {"messages", "strftime_now", *own} - {"tools", "documents"}:
                 raise WagleError(
                     f"chat_template_kwargs cannot set {name}: it is not a variable of the chat template"
                 )
-            sets_clock = name == "date_string" and "strftime_now" in self._chat_template
-            if not sets_clock and not re.search(rf"\b{re.escape(name)}\b", self._chat_template):
+            sets_clock = name == "date_string" and reads_clock
+            if not sets_clock and not re.search(rf"\b{re.escape(name)}\b", source):
                 raise WagleError(
                     f"chat_template_kwargs: the chat template does not read {name!r}: check its spelling, "
                     "or leave it out"
@@ -139,6 +112,12 @@ class Template:
                     f"chat_template_kwargs: {name} must be a text, a number, true, false, null or a list "
                     f"or dict of these, got {value!r}: quote it"
                 ) from None
+        reads_date = re.search(r"\bdate_string\b", source) is not None
+        now = _day(variables["date_string"], needed=reads_clock and not reads_date)
+        self._chat_template = at_fixed_date(source, now) if reads_clock else source
+        if not reads_clock and not reads_date:
+            del variables["date_string"]
+        self.variables = variables
 
     def _check_system_prompt(self) -> None:
         """Refuse a system prompt that the chat template ignores."""
@@ -152,7 +131,7 @@ class Template:
             )
 
     def identity(self) -> str:
-        """Everything that decides the tokens, as text: part of the key under which tokenised rows are cached."""
+        """Everything that decides the tokens, as text, for digests."""
         vocabulary = (
             self.tokenizer.backend_tokenizer.to_str()
             if self.tokenizer.is_fast
@@ -161,8 +140,8 @@ class Template:
         formats: Any = (self.prompt_format, self.answer_format)
         if self.uses_chat_template:
             formats = self.tokenizer.chat_template
-            if self.system_prompt is not None or self._variables:
-                formats = (formats, self.system_prompt, json.dumps(self._variables, sort_keys=True))
+            if self.system_prompt is not None or self.variables:
+                formats = (formats, self.system_prompt, json.dumps(self.variables, sort_keys=True))
         elif self.generation_prefix != _prefix_of(self.answer_format):
             formats = (*formats, self.generation_prefix)
         return repr((vocabulary, formats, self.max_length, self.tokenizer.eos_token_id))
@@ -184,7 +163,7 @@ class Template:
             "prompt": prompt,
             "answer": answer,
             "system_prompt": self.system_prompt,
-            "chat_template_kwargs": self._variables,
+            "chat_template_kwargs": self.variables,
         }
 
     def encode(self, example: Example, answer: Optional[str] = None) -> dict[str, list[int]]:
@@ -277,27 +256,25 @@ class Template:
         return prompt, full[len(prompt) :]
 
     def _chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
-        from jinja2 import (
-            TemplateError,
-        )  # transformers needs it for chat templates, and for nothing else
+        """Messages as the chat template renders them."""
+        from jinja2 import TemplateError  # which transformers needs for chat templates alone
 
-        if self.system_prompt is not None and [message["role"] for message in messages[:1]] != [
-            "system"
-        ]:
+        roles = [message["role"] for message in messages]
+        if self.system_prompt is not None and roles[:1] != ["system"]:
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
+            roles = ["system", *roles]
         try:
             return self.tokenizer.apply_chat_template(
                 list(messages),
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 chat_template=self._chat_template,
-                **self.chat_template_kwargs,
+                **self.variables,
             )
         except (TemplateError, TypeError, ValueError) as error:
-            roles = ", ".join(str(message["role"]) for message in messages)
             raise WagleError(
-                f"the chat template refuses messages of the roles {roles} ({error}); change the row, or "
-                "give prompt_format for rows with questions"
+                f"the chat template refuses messages of the roles {', '.join(roles)} ({error}); change the "
+                "row, or give prompt_format for rows with questions"
             ) from None
 
     def _with_eos(self, ids: list[int]) -> list[int]:
@@ -308,9 +285,45 @@ class Template:
         return [*ids[: ids.index(eos)], eos] if eos in ids else [*ids, eos]
 
 
+def _refuse(given: Mapping[str, Any], why: str, advice: str) -> None:
+    """Refuse options that would have no effect."""
+    for option, value in given.items():
+        if value is not None:
+            raise WagleError(f"{option} {value!r} {why}: {advice}")
+
+
 def _prefix_of(answer_format: str) -> str:
     """What is given of an answer when generating: without the space, which is one token with the first word."""
     return answer_format.partition("{answer}")[0].rstrip(" ")
+
+
+def _day(date: Any, needed: bool) -> datetime.datetime:
+    """Midnight of a day as in :data:`DATE`; of that one where another text will do, as nothing else shows the day."""
+    try:
+        return datetime.datetime.strptime(date, "%d %b %Y")
+    except (TypeError, ValueError):
+        if needed:
+            raise WagleError(
+                f"chat_template_kwargs: date_string must be a day such as {DATE!r} for this chat template, "
+                f"which reads the clock, got {date!r}"
+            ) from None
+        return datetime.datetime.strptime(DATE, "%d %b %Y")
+
+
+def at_fixed_date(chat_template: str, now: datetime.datetime) -> str:
+    """A chat template whose clock, ``strftime_now``, shows ``now``: transformers passes it no function of one's own.
+
+    >>> at_fixed_date("{{ strftime_now('%d') }}", datetime.datetime(2025, 4, 10)).endswith("('%d') }}")
+    True
+    """
+    codes = {f"%{letter}" for letter in "aAwdbBmyYHIpMSfzZjUWcxXGuV"}
+    codes |= set(re.findall(r"%[-_0^#]?[A-Za-z]", chat_template))
+    shown = "".join(
+        f" | replace({json.dumps(code)}, {json.dumps(now.strftime(code))})"
+        for code in sorted(codes)
+    )
+    # a macro goes before the global function of that name; the line break behind a block is no part of the text
+    return f"{{% macro strftime_now(format) %}}{{{{ format{shown} }}}}{{% endmacro %}}\n{chat_template}"
 
 
 def check_ids(ids: Sequence[int], known: int) -> None:
@@ -343,41 +356,6 @@ def differing_prompts(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
         name for name in names if name not in ("prompt", "answer")
     ] or names  # the options say why those differ
     return "; ".join(f"{name} {there.get(name)!r} there, {here.get(name)!r} here" for name in names)
-
-
-def at_fixed_date(chat_template: str, date: Any) -> str:
-    """A chat template whose clock, ``strftime_now``, shows midnight of a fixed day.
-
-    Args:
-        chat_template: Jinja source.
-        date: a day as in :data:`DATE`; anything else stands for that one where the template prints ``date_string``.
-
-    Raises:
-        WagleError: if the template reads the clock alone, and the date is not one.
-
-    >>> at_fixed_date("{{ messages }}", None)
-    '{{ messages }}'
-    """
-    if "strftime_now" not in chat_template:
-        return chat_template
-    try:
-        now = datetime.datetime.strptime(date, _DATE_FORMAT)
-    except (TypeError, ValueError):
-        if "date_string" not in chat_template:
-            raise WagleError(
-                f"chat_template_kwargs: date_string must be a day such as {DATE!r} for this chat template, "
-                f"which reads the clock, got {date!r}"
-            ) from None
-        now = datetime.datetime.strptime(DATE, _DATE_FORMAT)
-    codes = {f"%{letter}" for letter in "aAwdbBmyYHIpMSfzZjUWcxXGuV"} | set(
-        _CODE.findall(chat_template)
-    )
-    shown = "".join(
-        f" | replace({json.dumps(code)}, {json.dumps(now.strftime(code))})"
-        for code in sorted(codes)
-    )
-    # a macro goes before the global function of that name; the line break behind a block is no part of the text
-    return f"{{% macro strftime_now(format) %}}{{{{ format{shown} }}}}{{% endmacro %}}\n{chat_template}"
 
 
 def following(prompt: str, answer: str) -> str:

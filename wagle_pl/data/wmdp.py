@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.example import Row
-from wagle_pl.data.sources import HubSet
-from wagle_pl.data.suite import WIKITEXT, SuiteDataModule, choice_rows
+from wagle_pl.data.rows import HubSet
+from wagle_pl.data.suite import ARTICLES, WIKITEXT, Source, SuiteDataModule, choices, texts
 
 CORPORA = "cais/wmdp-corpora"
 
@@ -41,7 +41,7 @@ class WMDPDataModule(SuiteDataModule):
             perplexity on the test set ``wikitext`` is on retain rows: take ``train`` where that number matters.
         min_characters: shorter texts are left out of the training rows; blank ones always are.
         mmlu: test on MMLU too (14,042 questions). With a folder it is tested if it is there.
-        kwargs: see :class:`wagle_pl.data.suite.SuiteDataModule`.
+        **kwargs: passed to :class:`wagle_pl.data.suite.SuiteDataModule`.
     """
 
     suite: ClassVar[str] = "wmdp"
@@ -64,26 +64,24 @@ class WMDPDataModule(SuiteDataModule):
         self.min_characters = min_characters
         self.mmlu = mmlu
 
-    def sets(self) -> Mapping[str, Sequence[HubSet]]:
-        """See :meth:`SuiteDataModule.sets`."""
+    def sets(self) -> Mapping[str, Source]:
+        """The documents of the forget corpora; lines of WikiText, or the retain corpora."""
         retain = [WIKITEXT._replace(split=self.wikitext_split)]
         if self.retain_corpus == "domains":
             retain = [HubSet(CORPORA, f"{domain}-retain-corpus") for domain in self.domains]
-        questions = {
-            f"test/wmdp_{d}": [HubSet("cais/wmdp", f"wmdp-{d}", "test")] for d in self.domains
-        }
-        if self.mmlu or self.folder is not None:
-            questions["test/mmlu"] = [HubSet("cais/mmlu", "all", "test")]
         forget = [FORGET[domain] for domain in self.domains]
-        return {"forget": forget, "retain": retain, **questions, "test/wikitext": [WIKITEXT]}
+        return {
+            "forget": Source(forget, self._long_texts, chunked=True, paired=True),
+            "retain": Source(retain, self._long_texts, chunked=True),
+            "holdout": Source(chunked=True),
+        }
 
-    def convert(self, name: str, rows: list[Row]) -> list[Row]:
-        """See :meth:`SuiteDataModule.convert`."""
-        if name.startswith(("test/wmdp", "test/mmlu")):
-            return choice_rows(rows, f"{name} set ({self.describe(name)})")
-        texts = super().convert(name, rows)
-        return (
-            texts
-            if name.startswith("test/")
-            else [row for row in texts if len(row["text"]) >= self.min_characters]
-        )
+    def tests(self) -> Mapping[str, Source]:
+        """Questions of the domains, MMLU and WikiText."""
+        hubs = {f"wmdp_{d}": HubSet("cais/wmdp", f"wmdp-{d}", "test") for d in self.domains}
+        if self.mmlu or self.folder is not None:
+            hubs["mmlu"] = HubSet("cais/mmlu", "all", "test")
+        return {**{n: Source([hub], choices) for n, hub in hubs.items()}, "wikitext": ARTICLES}
+
+    def _long_texts(self, rows: Sequence[Row], where: str) -> list[Row]:
+        return [row for row in texts(rows, where) if len(row["text"]) >= self.min_characters]

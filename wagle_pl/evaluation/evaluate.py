@@ -186,6 +186,7 @@ class Evaluate(Callback):
         """Find what a test compares with, and what it needs, before any work is done."""
         self.attach(trainer, pl_module)
         pl_module.evaluation = self
+        pl_module.serve()  # the module's own setup comes after this one
         validated = [] if stage == "test" else self._val_names()
         if stage == "validate" and not validated:
             raise WagleError(
@@ -324,7 +325,7 @@ class Evaluate(Callback):
         return counts
 
     def _rows(self, name: str) -> list[Example]:
-        return self.data.rows(f"test/{name}")
+        return self.data.test_examples(name)
 
     def _check_needs(self, names: Sequence[str]) -> None:
         """What the suite needs must be something that is observed."""
@@ -447,7 +448,7 @@ class Evaluate(Callback):
             needs: what to observe.
         """
         header = self.suite.headers.get(name, "")
-        where = f"test set {name} ({self.data.describe(f'test/{name}')}) row"
+        where = f"test set {name} ({self.data.describe_test(name)}) row"
         names = [f"{where} {row + 1}" for row in batch["rows"]]
         rows = [self._rows(name)[row] for row in batch["rows"]]
         records = observer.observe(rows, needs, self.max_new_tokens_of(name), header, names)
@@ -595,7 +596,7 @@ class Evaluate(Callback):
             needs={name: self.needs_of(name) for name in names},
             lengths={name: self.max_new_tokens_of(name) for name in names},
             measures=self.measures,
-            training=self.data.rows,
+            training=self.data.examples,
             annotate=self.annotated,
             tables=tables,
             sharded=self._module.sharded,

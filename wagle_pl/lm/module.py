@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Optional, Protocol
+from typing import Any, Optional, Protocol, runtime_checkable
 
 import lightning as L
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wagle_pl.core import distributed
@@ -31,6 +32,28 @@ class Evaluation(Protocol):
         """Observe one batch of the validation loop."""
 
 
+@runtime_checkable
+class StreamData(Protocol):
+    """What a module asks of its data module; :class:`wagle_pl.data.ForgetRetainDataModule` is one."""
+
+    def serve(
+        self,
+        streams: Sequence[str],
+        repeatable: Collection[str],
+        vocabulary: Optional[int],
+        tokenizer: Callable[[], PreTrainedTokenizerBase],
+    ) -> None:
+        """Say which streams a training batch is to hold, for which model."""
+
+    def stream_loader(
+        self, stream: str, batch_size: Optional[int] = None, shared: bool = False
+    ) -> DataLoader:
+        """All rows of a stream once."""
+
+    def describe(self, stream: str) -> str:
+        """Where the rows of a stream come from."""
+
+
 class LanguageModule(L.LightningModule):
     """Loads a causal language model and says, in checkpoints and records, what it is.
 
@@ -47,6 +70,8 @@ class LanguageModule(L.LightningModule):
 
     #: Streams of a training batch, see :class:`wagle_pl.data.ForgetRetainDataModule`.
     streams: tuple[str, ...] = ("forget", "retain")
+    #: Streams that must be the same in every epoch, as something is known of their rows beforehand.
+    reference_streams: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -70,7 +95,8 @@ class LanguageModule(L.LightningModule):
     # -- model --------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Warn of a precision that crawls on this CPU."""
+        """Tell the data module what is wanted of it; warn of a precision that crawls on this CPU."""
+        self.serve()
         on_cpu = self.trainer.strategy.root_device.type == "cpu"
         if on_cpu and not str(self.trainer.precision).startswith(("32", "64")):
             warn_of_narrow_types(str(self.trainer.precision))
@@ -84,6 +110,20 @@ class LanguageModule(L.LightningModule):
                 attn_implementation=self.attn_implementation,
             )
             self.model_fingerprint = self.fingerprint()
+            self.serve()
+
+    @property
+    def data(self) -> Optional[StreamData]:
+        """The data module; None where loaders or a data module of another kind bring the batches."""
+        data = self.trainer.datamodule if self.attached else None
+        return data if isinstance(data, StreamData) else None
+
+    def serve(self) -> None:
+        """Tell the data module which streams this module wants, and of the model what is known by now."""
+        if self.data is not None:
+            self.data.serve(
+                self.streams, self.reference_streams, self.vocabulary, lambda: self.tokenizer
+            )
 
     def fingerprint(self) -> str:
         """Digest of the weights as they are now, wherever they are. Collective: all ranks must call it."""
@@ -127,12 +167,8 @@ class LanguageModule(L.LightningModule):
     @property
     def described_data(self) -> dict[str, str]:
         """Where forget and retain rows come from; empty if the data module does not say."""
-        data = self.trainer.datamodule
-        return (
-            {name: data.describe(name) for name in ("forget", "retain")}
-            if hasattr(data, "describe")
-            else {}
-        )
+        names = () if self.data is None else ("forget", "retain")
+        return {name: self.data.describe(name) for name in names}
 
     @property
     def prompts(self) -> dict[str, Any]:

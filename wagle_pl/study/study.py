@@ -23,7 +23,7 @@ from wagle_pl.core.errors import Diverged, WagleError
 from wagle_pl.core.files import atomic_path, refuse_existing
 from wagle_pl.core.registry import Entry, check_options, find_class, option_names, split
 from wagle_pl.core.text import count, decimals
-from wagle_pl.data.example import raw_rows
+from wagle_pl.data.example import Example, raw_rows
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.evaluation import Evaluate, EvaluationModule, Observations, Results, find_suite
 from wagle_pl.evaluation.results import write_json
@@ -286,9 +286,8 @@ class Study:
     def _prepare(self) -> None:
         """Everything that all runs share; what is wrong with the input shows here."""
         data = self.data
-        if data.tokenizer_name is None:
-            data.tokenizer = models.load_tokenizer(self.target)
-        if data.rows("forget") is None:
+        data.serve(tokenizer=lambda: models.load_tokenizer(self.target))
+        if data.examples("forget") is None:
             raise WagleError("a study needs forget rows: give --data.forget")
         self.suite = find_suite(
             self.tests.get("suite") or getattr(data, "suite", "tofu") or "generic"
@@ -315,15 +314,15 @@ class Study:
         """What all runs share, as plain data; a change of any makes other runs."""
         data = self.data
 
-        def rows(name: str) -> str:
-            return grid.digest(raw_rows(data.rows(name)))
+        def rows(examples: Optional[list[Example]]) -> str:
+            return grid.digest(raw_rows(examples))
 
         return {
-            "forget_rows": rows("forget"),
-            "retain_rows": rows("retain"),
+            "forget_rows": rows(data.examples("forget")),
+            "retain_rows": rows(data.examples("retain")),
             "template": grid.digest(data.template.identity()),
             "refusals": grid.digest(data.refusals),
-            "test_rows": {name: rows(f"test/{name}") for name in data.test_names()},
+            "test_rows": {name: rows(data.test_examples(name)) for name in data.test_names()},
             "batch_size": data.batch_size,
             "accumulate": self.accumulate,
             "length": self.length,
