@@ -1,1 +1,1 @@
-"""Figures and text tables of numbers that other rooms computed."""
+"""The report of models and studies: reads results, draws figures, fills templates."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any, Optional
 
 from markupsafe import Markup
@@ -126,23 +126,24 @@ def runs_of(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Run -> its tests in the order of its steps."""
     runs: dict[str, list[Row]] = {}
     for row in rows:
-        runs.setdefault(str(row.get("run")), []).append(row)
-    return {run: sorted(tests, key=lambda row: row.get("step") or 0) for run, tests in runs.items()}
+        runs.setdefault(row["run"], []).append(row)
+    return {run: sorted(tests, key=itemgetter("step")) for run, tests in runs.items()}
 
 
 def arm_panels(
     study: StudyResults, runs: Mapping[str, Sequence[Row]], name: str
 ) -> dict[str, dict[str, Markup]]:
     """Objective -> mask -> figure of its runs; all of one objective have the same axes."""
-    rates = sorted({row["lr"] for row in study.rows if row.get("lr") is not None})
+    rates = sorted({row["lr"] for row in study.rows})
     arms: dict[str, dict[str, list[curves.Line]]] = {}
     for run in runs.values():
-        by_mask = arms.setdefault(str(run[0].get("objective")), {})
-        if line := _line(run, rates):
-            by_mask.setdefault(str(run[0].get("mask")), []).append(line)
+        rate, by_mask = run[0]["lr"], arms.setdefault(run[0]["objective"], {})
+        pairs = [(test.get("forget"), test.get("utility")) for test in run]
+        if points := [pair for pair in pairs if None not in pair and all(map(math.isfinite, pair))]:
+            line = curves.Line(points, f"lr {rate:g}", rates.index(rate))
+            by_mask.setdefault(run[0]["mask"], []).append(line)
     references = study.references
-    retrained = references.get("retrained", (None,))[0]
-    level = study.summary.get("forget_level", retrained)
+    level = study.summary.get("forget_level", references.get("retrained", (None,))[0])
     found: dict[str, dict[str, Markup]] = {}
     for i, (objective, by_mask) in enumerate(arms.items()):
         points = [point for lines in by_mask.values() for line in lines for point in line.points]
@@ -172,17 +173,6 @@ def masks(study: StudyResults) -> tuple[dict[str, WeightMask], list[str]]:
         except WagleError as error:
             unread.append(str(error))
     return found, unread
-
-
-def _line(run: Sequence[Row], rates: Sequence[float]) -> Optional[curves.Line]:
-    """A run's curve, without tests that lack a number; None if no test has both."""
-    pairs = [(row.get("forget"), row.get("utility")) for row in run]
-    points = [pair for pair in pairs if all(v is not None and math.isfinite(v) for v in pair)]
-    if not points:
-        return None
-    rate = run[0].get("lr")
-    label, group = ("runs", 0) if rate is None else (f"lr {rate:g}", rates.index(rate))
-    return curves.Line(points, label, group)
 
 
 def _background(
