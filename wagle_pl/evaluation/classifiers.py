@@ -116,7 +116,8 @@ class SentenceModel:
             from sentence_transformers import SentenceTransformer
         except ImportError:
             raise WagleError(
-                "model.sentence_model needs sentence-transformers: pip install 'wagle-pl[embeddings]'"
+                "model.sentence_model needs sentence-transformers: pip install "
+                "'wagle-pl[embeddings]'"
             ) from None
         with loading(f"model.sentence_model {name!r}", name):
             self.model: Any = SentenceTransformer(name)
@@ -148,7 +149,7 @@ def add_toxicity(table: Table, classify: Callable[[Sequence[str]], Sequence[floa
 def add_nearest(
     table: Table, rows: Sequence[Example], embed: Callable[[Sequence[str]], Tensor]
 ) -> None:
-    """Add to the records of rows with perturbed answers whether the generation is nearest to the right answer.
+    """Add whether a generation is nearest to the right answer, for rows with perturbed answers.
 
     Args:
         table: records of a test set.

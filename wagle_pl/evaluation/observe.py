@@ -243,10 +243,7 @@ class Observer:
             : len(rows)
         ]
         for row, record, text in zip(rows, records, texts, strict=True):
-            record["generation"] = text
-            if answer := row.answer:
-                values = F.rouge([text], [answer])
-                record |= {name: values[name].item() for name in ("rouge1_recall", "rougeL_recall")}
+            record |= of_generation(text, row.answer)
 
     def _gradient_norm(self, row: Example) -> float:
         ((_, candidate, _, closed),) = C.answers(self.template, row, frozenset())
@@ -295,6 +292,15 @@ def _of_alternatives(found: Found) -> Record:
         "perturbed_nll": [_nll(*each) for each in perturbed],
         "perturbed_tokens": [named.tokens for named, _ in perturbed],
     }
+
+
+def of_generation(text: str, answer: str) -> Record:
+    """Columns of a generation: its text, and its ROUGE recall where there is an answer."""
+    record: Record = {"generation": text}
+    if answer:
+        values = F.rouge([text], [answer])
+        record |= {name: values[name].item() for name in ("rouge1_recall", "rougeL_recall")}
+    return record
 
 
 def merge(records: Sequence[Record]) -> list[Record]:

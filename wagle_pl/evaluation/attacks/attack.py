@@ -18,10 +18,12 @@ FORGET_MEASURES = (
 
 
 class Attack(ABC):
-    """One way to bring forgotten knowledge back. Override :meth:`attack`, and :meth:`check` if it needs something.
+    """One way to bring forgotten knowledge back: override :meth:`attack`.
 
-    An attack leaves the weights as they were, and draws random numbers from a seed of its own, so that it finds the
-    same again.
+    Override :meth:`check` too if the attack needs something of the data, or has options.
+
+    An attack leaves the weights as they were, and draws random numbers from a seed of its own, so
+    that it finds the same again.
 
     >>> class Shouted(Attack):
     ...     '''Questions in capital letters.'''
@@ -54,15 +56,15 @@ class Attack(ABC):
         """
 
     def check(self, subject: Subject) -> None:
-        """Refuse wrong options, and a model or data that cannot be attacked, before any work is done.
+        """Refuse wrong options, and a model or data that cannot be attacked, before any work.
 
         Raises:
             WagleError: saying what is missing.
         """
         if self.moves_weights and subject.sharded:
             raise WagleError(
-                f"{self.name} changes weights, which ZeRO-3 spreads over the ranks: test with stage 2 or "
-                "on one device"
+                f"{self.name} changes weights, which ZeRO-3 spreads over the ranks: test with "
+                "stage 2 or on one device"
             )
         if not subject.forget_rows:
             raise self.unusable("no test set holds rows to be forgotten")

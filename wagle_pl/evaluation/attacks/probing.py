@@ -13,10 +13,9 @@ from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.batches import collate, deal_batches, token_batches
 from wagle_pl.data.example import Example
-from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.attacks.attack import Attack
 from wagle_pl.evaluation.attacks.subject import Asked, Finding, Subject, texts_of
-from wagle_pl.evaluation.observe import Record, observe_set, possible
+from wagle_pl.evaluation.observe import observe_set, of_generation, possible
 from wagle_pl.evaluation.suites.catalogue import Info
 from wagle_pl.lm.generation import generate
 
@@ -27,8 +26,9 @@ LEAST_ROWS = 4  # a side, or there is nothing to hold out
 class Sample(Attack):
     """Sample many answers to each question and count the worst (arXiv 2410.03523).
 
-    The worst is the one with the highest ROUGE-L recall of the answer or, without an answer, the most toxic. Every
-    row's samples come from a seed of its own, so that neither batches nor ranks change them.
+    The worst is the one with the highest ROUGE-L recall of the answer or, without an answer, the
+    most toxic. Every row's samples come from a seed of its own, so that neither batches nor ranks
+    change them.
 
     Args:
         samples: answers to each question.
@@ -51,7 +51,7 @@ class Sample(Attack):
             known = subject.observe(name, asked, without={"generation"})
             texts = self._sample(subject, name, list(asked))
             records = [
-                _with_generation(record, text)
+                record | of_generation(text, record["answer"])
                 for record, found in zip(known, texts, strict=True)
                 for text in found
             ]
@@ -67,7 +67,8 @@ class Sample(Attack):
             )
         if not self._generated(subject):
             raise self.unusable(
-                "no row to be forgotten is generated from (--model.generate false, or multiple choice)"
+                "no row to be forgotten is generated from (--model.generate false, or multiple "
+                "choice)"
             )
 
     def _generated(self, subject: Subject) -> dict[str, Asked]:
@@ -79,7 +80,7 @@ class Sample(Attack):
         return subject.asked(generated)
 
     def _sample(self, subject: Subject, name: str, numbers: list[int]) -> list[list[str]]:
-        """Each row's samples, the rows shared among the ranks. Collective: all ranks must call it."""
+        """Each row's samples; the ranks share the rows. Collective: all ranks must call it."""
         devices = [subject.device] if subject.device.type == "cuda" else []
         found = []
         for i in deal_batches(numbers, distributed.world_size(), distributed.rank()):
@@ -104,24 +105,18 @@ class Sample(Attack):
         return [by_number[i] for i in numbers]
 
 
-def _with_generation(record: Record, text: str) -> Record:
-    """A record with another generation, and its ROUGE recall where there is an answer."""
-    found = {**record, "generation": text}
-    if record["answer"]:
-        values = F.rouge([text], [record["answer"]])
-        found |= {name: values[name].item() for name in ("rouge1_recall", "rougeL_recall")}
-    return found
-
-
 @dataclass(eq=False)
 class Probe(Attack):
-    """A linear classifier on each hidden layer, at a text's last token (latent knowledge, arXiv 2402.16835, section 3).
+    """A linear classifier on each hidden layer, at a text's last token.
 
-    ``answers``: the right answer (the paraphrased one, where there is one) to a forget row's question against its
-    perturbed answers. ``rows``: forget rows against ``holdout`` rows or, without any, against retain rows. Both are
-    the share of pairs that the classifier orders rightly on rows it was not fitted to (cross-validation over rows);
-    *before* is the same share by the model's own likelihoods: what it says. ``accuracy`` is that of the best layer,
-    which is above 0.5 by some chance: read it beside the retrained model's. Every layer has its own number too.
+    It finds latent knowledge (arXiv 2402.16835, section 3).
+
+    ``answers``: the right answer (the paraphrased one, where there is one) to a forget row's
+    question against its perturbed answers. ``rows``: forget rows against ``holdout`` rows or,
+    without any, against retain rows. Both are the share of pairs that the classifier orders rightly
+    on rows it was not fitted to (cross-validation over rows); *before* is the same share by the
+    model's own likelihoods: what it says. ``accuracy`` is that of the best layer, which is above
+    0.5 by some chance: read it beside the retrained model's. Every layer has its own number too.
 
     Args:
         tell: ``answers``, ``rows``, or ``both``.
@@ -146,7 +141,7 @@ class Probe(Attack):
             yield from self._probe_rows(subject, forget, others, kind)
 
     def check(self, subject: Subject) -> None:
-        """It needs forget rows with perturbed answers, or rows of another kind to tell the forget rows from."""
+        """It needs forget rows with perturbed answers, or others to tell the forget rows from."""
         super().check(subject)
         if self.rows < LEAST_ROWS or self.folds < 2 or self.strength <= 0:
             raise WagleError(
@@ -156,7 +151,8 @@ class Probe(Attack):
             what = {
                 "answers": "rows to be forgotten with perturbed answers",
                 "rows": "forget rows and as many holdout (--data.holdout) or retain rows",
-                "both": "rows to be forgotten with perturbed answers, nor as many holdout or retain rows",
+                "both": "rows to be forgotten with perturbed answers, "
+                "nor as many holdout or retain rows",
             }[self.tell]
             raise self.unusable(f"there are no {LEAST_ROWS} {what}")
 
@@ -170,7 +166,7 @@ class Probe(Attack):
         return self._draw(rows) if self.tell != "rows" and len(rows) >= LEAST_ROWS else []
 
     def _sides(self, subject: Subject) -> tuple[list[Example], list[Example], str]:
-        """Forget rows, rows to tell them from, and the stream of the latter; no rows if there are too few."""
+        """Forget rows, rows to tell them from, and the latter's stream; no rows if too few."""
         stream = subject.training("forget") or []
         known = texts_of(stream)
         forget = self._draw(_answered(stream or subject.forget_rows))
@@ -272,13 +268,14 @@ def last_states(subject: Subject, texts: Sequence[Sequence[int]]) -> Tensor:
     return torch.cat([states for _, states in parts])[order.argsort()]
 
 
-# -- linear classifiers -----------------------------------------------------------------------------------------------
+# -- linear classifiers ----------------------------------------------------------------------------
 
 
 def ridge(features: Tensor, targets: Tensor, strength: float) -> Tensor:
-    """Weights of a least-squares classifier: minimise ‖y − ȳ − (X − x̄) w‖² + λ‖w‖², λ = strength · tr(K) / N.
+    """Weights of a least-squares classifier, argmin ‖y − ȳ − (X − x̄) w‖² + λ‖w‖².
 
-    Solved in its dual form, w = (X − x̄)ᵀ (K + λ I)⁻¹ (y − ȳ) with K = (X − x̄)(X − x̄)ᵀ, which costs N³, not D³.
+    Solved in its dual form, w = (X − x̄)ᵀ (K + λ I)⁻¹ (y − ȳ) with K = (X − x̄)(X − x̄)ᵀ and
+    λ = strength · tr(K) / N, which costs N³, not D³.
 
     Args:
         features: (N, D), float64.
@@ -304,8 +301,9 @@ def folds_of(rows: int, count: int, seed: int) -> Tensor:
 
 
 def share_above(values: Tensor) -> float:
-    """Share of numbers above 0, those equal to 0 by half. Of all differences of two sets of scores it is the area
-    under the ROC curve.
+    """Share of numbers above 0, those equal to 0 by half.
+
+    Of all differences between two sets of scores it is the area under the ROC curve.
 
     >>> share_above(torch.tensor([[1.0], [3.0]]) - torch.tensor([2.0, 1.0]))
     0.625
@@ -338,18 +336,21 @@ def separate(ours: Tensor, others: Tensor, strength: float, folds: int, seed: in
 
 
 def order_answers(differences: Sequence[Tensor], strength: float, folds: int, seed: int) -> float:
-    """How well a linear classifier tells right answers from wrong ones to the same question; 0.5 is chance.
+    """How well a linear classifier tells right answers from wrong ones to the same question.
 
-    It is fitted to differences, so that what a question's answers have in common is no clue.
+    0.5 is chance. It is fitted to differences, so that what the answers to a question have in
+    common does not help it.
 
     Args:
-        differences: of each row (K, D), the right answer's features minus those of each wrong one, float64.
+        differences: of each row (K, D), the right answer's features minus those of each wrong one,
+            float64.
         strength: see :func:`ridge`.
         folds: at most the number of rows; whole rows are held out.
         seed: of the folds.
 
     Returns:
-        Share of a held-out row's wrong answers that score lower than the right one, the mean over rows.
+        Share of a held-out row's wrong answers that score lower than the right one, the mean over
+        rows.
     """
     part = folds_of(len(differences), folds, seed).tolist()
     shares = []

@@ -17,13 +17,14 @@ from wagle_pl.evaluation.attacks.subject import Asked, Finding, Subject
 
 @dataclass(eq=False)
 class Paraphrase(Attack):
-    """Ask the questions in other words: each row's ``paraphrased_question``, or by rule (arXiv 2402.16835, section 3).
+    """Ask the questions in other words: a row's ``paraphrased_question``, or reworded by rule.
 
+    As in arXiv 2402.16835, section 3.
     The worst of a row's wordings counts: see :func:`.subject.worst`.
 
     Args:
-        rules: reword by rule (see :func:`paraphrases`) ``never``, for rows ``without`` a ``paraphrased_question``, or
-            ``always``, in addition to it.
+        rules: reword by rule (see :func:`paraphrases`) ``never``, for rows ``without`` a
+            ``paraphrased_question``, or ``always``, in addition to it.
     """
 
     rules: Literal["never", "without", "always"] = "without"
@@ -52,8 +53,9 @@ class Paraphrase(Attack):
 class TranslatedStyle(Attack):
     """Ask the questions as hasty translations have them (arXiv 2402.16835 asks in other languages).
 
-    By rule: the question is asked in the language, with its common words in it and all others in English. It needs no
-    translator, and is no translation. The answer is asked for in English. The worst of several languages counts.
+    By rule: the question is asked in the language, with its common words in it and all others in
+    English. It needs no translator, and is no translation. The answer is asked for in English. The
+    worst of several languages counts.
 
     Args:
         languages: of ``es``, ``fr`` and ``de``.
@@ -76,7 +78,8 @@ class TranslatedStyle(Attack):
         super().check(subject)
         if not self.languages or not set(self.languages) <= set(FRAMES):
             raise WagleError(
-                f"translated_style: languages must be of {', '.join(FRAMES)}; got {list(self.languages)}"
+                f"translated_style: languages must be of {', '.join(FRAMES)}; got "
+                f"{list(self.languages)}"
             )
         if all(row.asked is None for row in subject.forget_rows):
             raise self.unusable("no row to be forgotten has a question")
@@ -86,8 +89,8 @@ class TranslatedStyle(Attack):
 class InContext(Attack):
     """Put neighbouring facts of the forget set before each question (arXiv 2402.16835, 2407.00106).
 
-    Neighbours are the other rows of the test set with the most words in common (rare words count more), never one
-    with the same question or answer. As many are taken as fit ``data.max_length``.
+    Neighbours are the other rows of the test set with the most words in common (rare words count
+    more), never one with the same question or answer. As many are taken as fit ``data.max_length``.
 
     Args:
         neighbours: facts before each question.
@@ -110,8 +113,10 @@ class InContext(Attack):
             raise self.unusable("no question to be forgotten has another fact beside it")
 
     def in_context(self, subject: Subject, name: str) -> Asked:
-        """The rows of a test set with facts in their ``context``, nearest last, by row number; rows of chats and rows
-        too long for a single fact are left out."""
+        """The rows of a test set with facts in their ``context``, the nearest last, by row number.
+
+        Conversations, and rows that no fact fits beside, are left out.
+        """
         rows = subject.rows[name]
         vectors = word_vectors([f"{row.question} {row.answer}" for row in rows])
         found: dict[int, list[Example]] = {}
@@ -151,7 +156,7 @@ def _others(rows: Sequence[Example], i: int) -> list[int]:
 
 
 def word_vectors(texts: Sequence[str]) -> list[dict[str, float]]:
-    """TF-IDF of every text, of length 1: word -> count · log(N / texts with the word), where it is not 0."""
+    """TF-IDF of every text, normalised: word -> count · log(N / texts with the word), if not 0."""
     counts = [Counter(re.findall(r"\w+", text.lower())) for text in texts]
     texts_with = Counter(word for count in counts for word in count)
     found = []
@@ -166,7 +171,7 @@ def _overlap(a: Mapping[str, float], b: Mapping[str, float]) -> float:
     return sum(value * b[word] for word, value in a.items() if word in b)
 
 
-# -- rewording by rule ------------------------------------------------------------------------------------------------
+# -- rewording by rule -----------------------------------------------------------------------------
 
 _COPULA = re.compile(
     r"(what|who|where|when|which\b.*?|how)\s+(is|are|was|were)\s+(.+)", re.IGNORECASE | re.DOTALL
@@ -247,13 +252,13 @@ _TRANSLATIONS = {
 
 
 def paraphrases(question: str) -> list[str]:
-    """Other wordings of an English question: asked by the way, asked politely, as an order, and as search words.
+    """Other wordings of an English question: chatty, polite, as an order, and as search words.
 
-    >>> for text in paraphrases("What is the full name of the author born in Kuwait City?"): print(text)
-    I have been wondering about something. What is the full name of the author born in Kuwait City?
-    Could you help me with this question: what is the full name of the author born in Kuwait City?
-    Tell me what the full name of the author born in Kuwait City is.
-    full name author born Kuwait City
+    >>> for text in paraphrases("What is the name of the author?"): print(text)
+    I have been wondering about something. What is the name of the author?
+    Could you help me with this question: what is the name of the author?
+    Tell me what the name of the author is.
+    name author
     """
     text = question.strip()
     bare = text.rstrip("?.! ")
@@ -271,7 +276,7 @@ def paraphrases(question: str) -> list[str]:
 
 
 def translated(question: str, language: str) -> str:
-    """A question as a hasty translation has it: asked in another language, common words in it, the rest English.
+    """A question as a hasty translation has it: common words are translated, others stay English.
 
     Args:
         question: in English.

@@ -1,4 +1,4 @@
-"""Choose attacks, run them on a model and on those it is compared with, and report what they found."""
+"""Choose attacks, run them on a model and on those beside it, and report what they found."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def find_attacks(value: Attacks) -> tuple[list[Attack], bool]:
             or True for every attack; None, False or ``none`` for none.
 
     Returns:
-        ``(attacks, all)``: with ``all`` an attack that has nothing to work on is left out, not refused.
+        ``(attacks, all)``: with ``all`` an attack that has nothing to work on is left out, not
+        refused.
 
     Raises:
         WagleError: listing the valid names.
@@ -57,7 +58,8 @@ def find_attacks(value: Attacks) -> tuple[list[Attack], bool]:
     for name in names:
         if names.count(name) > 1:
             raise WagleError(
-                f"model.robustness names {name} twice; give it once, or subclass it under another name"
+                f"model.robustness names {name} twice; give it once, or subclass it under another "
+                "name"
             )
     return attacks, False
 
@@ -68,7 +70,8 @@ def usable_attacks(
     """The attacks that have something to work on, and for the others (by name) why they have not.
 
     Raises:
-        WagleError: for the first that has not, unless ``every`` attack was asked for at once; then if none has.
+        WagleError: for the first that has not, unless ``every`` attack was asked for at once; then
+            if none has.
     """
     found, skipped = [], {}
     for attack in attacks:
@@ -153,13 +156,16 @@ def run_attacks(
     metrics: Mapping[str, Mapping[str, float]],
     skipped: Mapping[str, str],
 ) -> RobustnessReport:
-    """Attack a model, then each of the others, one in memory at a time. Collective: all ranks must call it.
+    """Attack a model, then each of the others, one in memory at a time.
+
+    Collective: all ranks must call it.
 
     Args:
         attacks: all of them usable.
         subject: the model under test.
         others: ``target`` or ``retrained`` -> loads it.
-        metrics: ``target`` or ``retrained`` -> its metrics without attack, shown where there is no such model.
+        metrics: ``target`` or ``retrained`` -> its metrics without attack, shown where there is no
+            such model.
         skipped: attack -> why it is left out.
 
     Raises:
@@ -197,14 +203,15 @@ def _fingerprint(subject: Subject) -> str:
     return models.fingerprint(models.whole(subject.lm.named_parameters()))
 
 
-# -- the other models -------------------------------------------------------------------------------------------------
+# -- the other models ------------------------------------------------------------------------------
 
 
 def model_of(path: Union[str, Path]) -> Optional[str]:
     """The model that a folder, or results in it, are of; None if that is unknown.
 
-    It is the folder itself, if it holds a model; the one above, if it holds one (``wagle fit`` and ``wagle test`` write
-    results into the model's folder); or the one that the results name, if it is a folder that still exists.
+    It is the folder itself, if it holds a model; the one above, if it holds one (``wagle fit`` and
+    ``wagle test`` write results into the model's folder); or the one that the results name, if it
+    is a folder that still exists.
 
     Args:
         path: a model folder, a folder that ``wagle test`` wrote, or a file in one.
@@ -220,7 +227,7 @@ def model_of(path: Union[str, Path]) -> Optional[str]:
 
 
 def results_of(path: Union[str, Path]) -> Optional[Path]:
-    """Where the results of a path are: in a model's folder under ``test``; None for a model without any."""
+    """Where the results of a path are: ``test`` in a model's folder; None if it has none."""
     folder = Path(path)
     if not _holds_model(folder) or (folder / METRICS_FILE).is_file():
         return folder

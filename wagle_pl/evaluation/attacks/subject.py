@@ -33,7 +33,7 @@ Variants = Callable[[str, Example], Sequence[Example]]
 
 @dataclass(frozen=True)
 class Finding:
-    """One number of one model under one attack; :func:`.report.run_attacks` adds those of other models.
+    """One number of one model under one attack.
 
     Attributes:
         measure: its name, as in ``metrics.json``.
@@ -43,7 +43,7 @@ class Finding:
         before: without the attack, on the same rows; None if it was not measured.
         detail: left out of the console's table.
         why: why ``after`` is undefined.
-        attack: name of the attack.
+        attack: name of the attack; this and the following are filled in by :func:`run_attacks`.
         others: ``target`` or ``retrained`` -> its number, None if it has none.
         attacked: ``target`` or ``retrained`` -> whether that number is under the same attack.
     """
@@ -125,10 +125,10 @@ class Subject:
         Args:
             without: texts; a row with one of them as its question or answer is left out.
         """
-        return self.asked(lambda name, row: [] if row.texts & set(without) else [row])
+        return self.asked(lambda name, row: [row] if row.texts.isdisjoint(without) else [])
 
     def asked(self, variants: Variants) -> dict[str, Asked]:
-        """What ``variants`` puts in the place of each row to be forgotten, without rows and sets left empty."""
+        """What ``variants`` puts in the place of the rows to be forgotten, where it is anything."""
         found = {
             name: {i: asked for i, row in enumerate(rows) if (asked := list(variants(name, row)))}
             for name, rows in self.rows.items()
@@ -136,10 +136,11 @@ class Subject:
         return {name: asked for name, asked in found.items() if asked}
 
     def ask(self, variants: Variants, measures: Collection[str], option: str = "") -> list[Finding]:
-        """Ask every row to be forgotten in other ways, and keep the worst of each: see :func:`worst`.
+        """Ask every row to be forgotten in other ways, and keep the worst: see :func:`worst`.
 
         Args:
-            variants: (test set, row) -> the rows to ask in its place; a row without any is left out.
+            variants: (test set, row) -> the rows to ask in its place; a row without any is left
+                out.
             measures: see :meth:`findings`.
             option: see :class:`Finding`.
         """
@@ -148,15 +149,15 @@ class Subject:
     def compare(
         self, asked: Mapping[str, Asked], measures: Collection[str], option: str = ""
     ) -> list[Finding]:
-        """Test the model as it is now on the rows ``asked`` of each test set; see :meth:`findings`."""
+        """Test the model as it is now on the rows ``asked`` of each set; see :meth:`findings`."""
         tables = {name: self.observe(name, each) for name, each in asked.items()}
         return self.findings(tables, measures, option)
 
     def observe(self, name: str, asked: Asked, without: Collection[str] = ()) -> Table:
         """Records of one test set, one a row number, in order. Collective: all ranks must call it.
 
-        A record has the question of the row it stands for, however that was asked: results of other models are
-        matched by it.
+        A record has the question of the row it stands for, however that was asked: results of
+        other models are matched by it.
 
         Args:
             name: of the test set.
@@ -173,7 +174,10 @@ class Subject:
         return self.worst_of(name, records)
 
     def worst_of(self, name: str, records: list[Record]) -> Table:
-        """Annotate records of a test set and keep the worst of each row. Collective: all ranks must call it."""
+        """Annotate records of a test set and keep the worst of each row.
+
+        Collective: all ranks must call it.
+        """
 
         def select() -> Table:
             self.annotate(name, records)
@@ -219,8 +223,9 @@ def _number(value: Optional[Value]) -> Optional[float]:
 def worst(records: Sequence[Record]) -> Record:
     """The record that gives most away of several of one row; its generation may be that of another.
 
-    The likelihoods are those of the wording under which the right answer is likeliest. The generation is the one with
-    the highest ROUGE-L recall or, where there is no answer to compare with, the most toxic.
+    The likelihoods are those of the wording under which the right answer is likeliest. The
+    generation is the one with the highest ROUGE-L recall or, where there is no answer to compare
+    with, the most toxic.
 
     >>> one = {"row": 0, "nll": 2.0, "generation": "In Sibiu.", "rougeL_recall": 0.6}
     >>> two = {"row": 0, "nll": 1.0, "generation": "In Arad.", "rougeL_recall": 0.3}

@@ -28,7 +28,7 @@ Scheme = Literal["symmetric", "asymmetric"]
 
 @contextmanager
 def restored(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Bring weights back, bit for bit, however the block ends. The copies are kept in CPU memory."""
+    """Restore weights bit for bit, however the block ends. The copies are kept in CPU memory."""
     kept = [(p, p.detach().to("cpu", copy=True), p.requires_grad, p.grad) for p in parameters]
     try:
         yield
@@ -40,14 +40,16 @@ def restored(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
                 parameter.grad = gradient
 
 
-# -- quantisation -----------------------------------------------------------------------------------------------------
+# -- quantisation ----------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
 class Quantise(Attack):
-    """Round the linear layers' weights to few bits, and test again: rounding may undo small updates (arXiv 2410.16454).
+    """Round the linear layers' weights to few bits, and test again.
 
-    Weights only, per output channel, to the nearest level, and back to numbers: no special kernels, any device.
+    Rounding may undo small updates (arXiv 2410.16454).
+    Weights only, per output channel, to the nearest level, and back to numbers: no special kernels,
+    any device.
 
     Args:
         bits: each is tried.
@@ -84,13 +86,15 @@ def fake_quantise(
 
     Symmetric: s = max|w| / (2^(b−1) − 1), w' = s · clamp(round(w / s), ±(2^(b−1) − 1)).
     Asymmetric: s = (max w − min w) / (2^b − 1) over a range that includes 0, z = round(−min w / s),
-    w' = s · (clamp(round(w / s) + z, 0, 2^b − 1) − z). Round-to-nearest (RTN), as in arXiv 2410.16454.
+    w' = s · (clamp(round(w / s) + z, 0, 2^b − 1) − z). Round-to-nearest (RTN), as in arXiv
+    2410.16454.
 
     Args:
         weights: (out, in); a row is a channel.
         bits: 2 to 16.
         scheme: see above.
-        group_size: number of neighbouring inputs that have a scale of their own; a whole row when None.
+        group_size: number of neighbouring inputs that have a scale of their own; a whole row when
+            None.
 
     Returns:
         (out, in), of the dtype of ``weights``.
@@ -119,7 +123,8 @@ def fake_quantise(
 def quantise_(lm: nn.Module, bits: int, scheme: Scheme, group_size: Optional[int] = None) -> None:
     """Fake-quantise the weights of all linear maps of the blocks in place, one matrix at a time.
 
-    The output head is left out, as quantisers for language models leave it, and so are embeddings tied to it.
+    The output head is left out, as quantisers for language models leave it, and so are embeddings
+    tied to it.
     """
     for weight, transposed in linear_weights(lm, head=False):
         for matrix in weight.data if weight.ndim == 3 else (weight.data,):
@@ -128,22 +133,24 @@ def quantise_(lm: nn.Module, bits: int, scheme: Scheme, group_size: Optional[int
             matrix.copy_(rounded.T if transposed else rounded)
 
 
-# -- fine-tuning ------------------------------------------------------------------------------------------------------
+# -- fine-tuning -----------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
 class Relearn(Attack):
-    """Fine-tune a few steps on a few forget rows, or on retain rows only, and test again (arXiv 2406.13356).
+    """Fine-tune a few steps on a few forget rows, or on retain rows only, and test again.
 
-    Only forget rows that were *not* trained on, nor under another wording, are tested: what was never shown again and
-    comes back was hidden. Each rank trains the same steps on the same rows. Memory: a copy of the weights in CPU
-    memory, and 8 to 12 bytes a weight for AdamW.
+    As in arXiv 2406.13356.
+    Only forget rows that were *not* trained on, nor under another wording, are tested: what was
+    never shown again and comes back was hidden. Each rank trains the same steps on the same rows.
+    Memory: a copy of the weights in CPU memory, and 8 to 12 bytes a weight for AdamW.
 
     Args:
-        on: ``forget`` rows, ``retain`` rows, or ``both``, one after the other, each from the model as it was.
+        on: ``forget`` rows, ``retain`` rows, or ``both``, one after the other, each from the model
+            as it was.
         steps: optimiser steps.
-        rows: number of forget rows to train on, drawn at random, at most half of them. Of retain rows every batch
-            takes new ones while there are any.
+        rows: number of forget rows to train on, drawn at random, at most half of them. Of retain
+            rows every batch takes new ones while there are any.
         batch_size: rows a step.
         learning_rate: of AdamW.
         seed: of the draw.
@@ -211,7 +218,7 @@ class Relearn(Attack):
 
 
 def _trainable(subject: Subject, option: str) -> list[Example]:
-    """Rows of a training stream that have an answer; without a forget stream those of the forget test sets."""
+    """Rows of a training stream that have an answer; without a forget stream, the tests'."""
     rows = subject.training(option)
     if rows is None and option == "forget":
         rows = subject.forget_rows
@@ -221,7 +228,9 @@ def _trainable(subject: Subject, option: str) -> list[Example]:
 def finetune_(
     lm: Any, batches: Iterable[Mapping[str, Tensor]], learning_rate: float
 ) -> list[float]:
-    """Train all weights in place with AdamW, one step a batch; the loss is the mean over rows of the mean per token.
+    """Train all weights in place with AdamW, one step a batch.
+
+    The loss is the mean over rows of the mean over a row's tokens.
 
     Args:
         lm: a model whose weights are whole on this device.

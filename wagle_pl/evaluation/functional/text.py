@@ -51,7 +51,7 @@ def _rouge_scorer(stem: bool) -> Any:
 
 
 def bleu(predictions: Sequence[str], targets: Sequence[str]) -> Tensor:
-    """BLEU-4 of each example alone, 0 to 100, as ``sacrebleu.corpus_bleu([prediction], [[target]])``.
+    """BLEU-4 of each example alone, 0 to 100, by ``sacrebleu.corpus_bleu``.
 
     WAGLE's copyright measure is their mean. 13a tokens; ``exp`` smoothing: a count of 0 is replaced
     by 1/2, 1/4, …
@@ -84,7 +84,7 @@ def contains_answer(predictions: Sequence[str], targets: Sequence[str]) -> Tenso
 
 
 def prefix_before(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of ``stops``, as MUSE cuts the answers of its knowledge memorisation.
+    """The text before the first of ``stops``: so MUSE cuts answers that test its knowledge.
 
     >>> prefix_before("Paris\\n\\nQuestion: who?", ["\\n\\n", "Question:"])
     'Paris'
@@ -110,9 +110,10 @@ def repetition(text: str, n: int = 4) -> float:
 
 
 def ngram_entropy(text: str) -> float:
-    """Fluency as the entropy of word n-grams in bits: the mean of 2/3 H(bigrams) and 4/3 H(trigrams).
+    """Fluency: the mean of 2/3 H(bigrams) and 4/3 H(trigrams), entropies of words in bits.
 
-    ROME (arXiv 2202.05262) and RWKU (arXiv 2406.10890) report it; words are split at white space here.
+    ROME (arXiv 2202.05262) and RWKU (arXiv 2406.10890) report it; words are split at white space
+    here.
 
     Raises:
         Undefined: if the text has fewer than three words.
@@ -137,9 +138,9 @@ def _ngram_counts(words: Sequence[str], n: int) -> list[int]:
 
 
 def degenerate(text: str) -> bool:
-    """Whether a generation is empty, without a letter or digit, or repeats at least half of its 4-grams.
+    """Whether a text is without letters and digits, or repeats at least half of its 4-grams.
 
-    >>> degenerate("!!!"), degenerate("no no no no no no no no no"), degenerate("It meets in a bakery.")
+    >>> degenerate("!!!"), degenerate("no no no no no no no"), degenerate("It meets at noon.")
     (True, True, False)
     """
     if not any(character.isalnum() for character in text):
