@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from wagle_pl.cli.report import report
-from wagle_pl.evaluation.results import write_json
+from wagle_pl.evaluation.results import write_json, write_table
 from wagle_pl.evaluation.suites import TOFUSuite
-from wagle_pl.evaluation.tables import write_table
 from wagle_pl.masks import WeightMask
 from wagle_pl.study.report.svg import PALETTE
 

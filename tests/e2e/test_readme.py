@@ -8,7 +8,7 @@ import pytest
 
 from wagle_pl import WeightMask
 from wagle_pl.cli import app as cli
-from wagle_pl.evaluation.tables import load_table
+from wagle_pl.evaluation.results import load_table
 
 README = Path(__file__).parents[2] / "README.md"
 

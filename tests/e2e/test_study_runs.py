@@ -18,7 +18,7 @@ from wagle_pl import WeightMask
 from wagle_pl.cli import app as cli
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.people import bundled
-from wagle_pl.evaluation.tables import load_table, write_table
+from wagle_pl.evaluation.results import load_table, write_table
 from wagle_pl.lm.tiny import create_tiny_llama
 from wagle_pl.study import Study
 from wagle_pl.study.grid import passes, runs

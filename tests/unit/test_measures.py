@@ -1,4 +1,4 @@
-"""Measures against independent computations: brute force, scipy, nltk, torchmetrics' own, and two processes."""
+"""Measures against independent computations: brute force, scipy, nltk, torchmetrics, and two processes."""
 
 import json
 import math
@@ -17,9 +17,8 @@ from wagle_pl.core.distributed import shutdown
 from wagle_pl.data.example import parse_rows
 from wagle_pl.data.rows import load_rows
 from wagle_pl.data.template import Template
-from wagle_pl.evaluation import Observer, observe_set
+from wagle_pl.evaluation import MEASURES, Observer, Records, observe_set
 from wagle_pl.evaluation import functional as F
-from wagle_pl.evaluation import metrics as M
 from wagle_pl.evaluation.classifiers import nearest_answer, toxic_labels, toxicity
 from wagle_pl.evaluation.scoring import token_statistics
 from wagle_pl.lm.models import load_model, load_tokenizer
@@ -93,10 +92,8 @@ def test_options_and_choices():
 def test_perplexity_weighs_tokens():
     losses = [[1.0, 2.0, 3.0], [0.5]]
     sums, counts = torch.tensor([sum(x) for x in losses]), torch.tensor([len(x) for x in losses])
-    metric = M.Perplexity()
-    for i in range(2):
-        metric.update(sums[i : i + 1], counts[i : i + 1])
-    assert metric.compute().item() == pytest.approx(math.exp(np.mean([*losses[0], *losses[1]])))
+    expected = math.exp(np.mean([*losses[0], *losses[1]]))
+    assert F.perplexity(sums, counts).item() == pytest.approx(expected)
     with pytest.raises(F.Undefined):
         F.perplexity(torch.zeros(1), torch.zeros(1))
 
@@ -122,9 +119,6 @@ def test_membership_auc_counts_pairs():
     others = torch.randint(1, 8, (11,), generator=generator).float()
     pairs = [(m < o) + 0.5 * (m == o) for m in members.tolist() for o in others.tolist()]
     assert F.membership_auc(members, others) == pytest.approx(np.mean(pairs))
-    metric = M.MembershipInference(retrained_auc=0.5)
-    metric.update(torch.cat([members, others]), torch.tensor([True] * 15 + [False] * 11))
-    assert metric.compute().item() == pytest.approx(100 * ((1 - np.mean(pairs)) - 0.5) / 0.5)
     with pytest.raises(F.Undefined, match="no non-members"):
         F.membership_auc(members, members[:0])
 
@@ -176,9 +170,6 @@ def test_bleu_smooths_like_nist():
 def test_rouge_without_stemming():
     assert F.rouge(["running dogs"], ["run dog"])["rouge1_f1"].item() == 1
     assert F.rouge(["running dogs"], ["run dog"], stem=False)["rouge1_f1"].item() == 0
-    metric = M.Memorization(stops=("\n\n",))
-    metric.update(["run dog\n\nQuestion: what"], ["run dog"])
-    assert metric.compute().item() == pytest.approx(100)
 
 
 def test_fluency_against_scipy():
@@ -194,9 +185,8 @@ def test_fluency_against_scipy():
         and F.degenerate("so so so so so so so so so")
         and not F.degenerate("Under the Velebit.")
     )
-    metric = M.Fluency("repetition")
-    metric.update(["a b c d a b c d", "too short"])
-    assert metric.compute().item() == pytest.approx(1 - 4 / 5)
+    rows = Records([{"generation": "a b c d a b c d"}, {"generation": "too short"}])
+    assert MEASURES["repetition"].compute(rows) == pytest.approx(1 - 4 / 5)
 
 
 def test_toxicity_takes_the_toxic_labels():
@@ -215,15 +205,9 @@ def test_nearest_answer_by_cosine():
     assert nearest_answer(torch.tensor([5.0, 1.0]), options) and not nearest_answer(
         torch.tensor([1.0, 5.0]), options
     )
-    metric = M.NearestAnswer()
-    metric.update(torch.tensor([[5.0, 1.0], [1.0, 5.0]]), options.expand(2, 2, 2))
-    assert metric.compute().item() == 0.5
 
 
 def test_unlearning_efficacy():
-    metric = M.UnlearningEfficacy()
-    metric.update([0.2, 0.4], [0.1, 0.3])
-    assert metric.compute().item() == pytest.approx(np.mean([0.2, 0.4, 0.9, 0.7]))
     assert F.unlearning_efficacy([0.2, 0.4], [0.1, 0.3]) == pytest.approx(
         np.mean([0.2, 0.4, 0.9, 0.7])
     )
@@ -237,46 +221,19 @@ def test_unlearning_efficacy():
 
 
 def find(rank, world, scratch, model, rows):
-    """What one of ``world`` processes finds: metrics of its share of some numbers, and records of its share of rows."""
+    """Records of a set's rows, observed by one of ``world`` processes."""
     if world > 1:
         meeting = f"file://{scratch}/meeting"
         torch.distributed.init_process_group(
             "gloo", init_method=meeting, rank=rank, world_size=world
         )
-    data = torch.Generator().manual_seed(1)
-    nll, other, scores = (
-        torch.rand(7, generator=data),
-        torch.rand(7, 3, generator=data),
-        torch.rand(7, generator=data),
-    )
-    members = torch.tensor([True, False, True, True, False, False, True])
-    mine = slice(rank, None, world)
-    updates = {
-        M.AnswerProbability(): (nll[mine], other[mine]),
-        M.TruthRatio("closer_to_1"): (nll[mine], other[mine]),
-        M.ForgetQuality(scores): (nll[mine], other[mine]),
-        M.MembershipInference(): (scores[mine], members[mine]),
-        M.Perplexity(): (nll[mine], other[mine, 0]),
-        M.HarmonicMean(): (nll[mine],),
-        M.Memorized("extraction_strength"): ((other[mine] > 0.3).tolist(),),
-        M.Bleu(): (
-            ["a b c d e", "b c d e f", "a b c d x"][mine],
-            ["a b c d e"] * len(range(3)[mine]),
-        ),
-        M.Fluency(): (["a b c a", "b c d e f", "a a a b"][mine],),
-    }
-    found = {"world": world}
-    for metric, arguments in updates.items():
-        metric.update(*arguments)
-        found[type(metric).__name__] = metric.compute().item()
     lm = load_model(model).eval()
     observer = Observer(
         lm, Template(load_tokenizer(model)), max_rows=2, max_new_tokens=4, meets=world > 1
     )
-    found["records"] = observe_set(
+    return observe_set(
         observer, parse_rows(load_rows(rows), "set"), {"answer", "alternatives", "generation"}
     )
-    return found
 
 
 def test_two_processes_find_what_one_finds(tiny_model, rows, tmp_path):
@@ -288,11 +245,9 @@ def test_two_processes_find_what_one_finds(tiny_model, rows, tmp_path):
     outputs = [process.communicate(timeout=600) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     both = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
-    assert both[0] == both[1] and both[0]["world"] == 2
-    for name in set(one) - {"records", "world"}:
-        assert both[0][name] == pytest.approx(one[name], rel=1e-6), name
-    assert [record["row"] for record in both[0]["records"]] == list(range(5))
-    for here, there in zip(one["records"], both[0]["records"], strict=True):
+    assert both[0] == both[1]
+    assert [record["row"] for record in both[0]] == list(range(5))
+    for here, there in zip(one, both[0], strict=True):
         assert here["generation"] == there["generation"]
         assert here["perturbed_nll"] == pytest.approx(there["perturbed_nll"], abs=1e-4)
 

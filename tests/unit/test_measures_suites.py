@@ -15,10 +15,9 @@ from wagle_pl.data.template import Template
 from wagle_pl.evaluation import Observations, Results, Suite, Undefined, find_suite
 from wagle_pl.evaluation.attacks.weights import finetune_
 from wagle_pl.evaluation.comparison import arrow, comparison
+from wagle_pl.evaluation.measures import MEASURES, MEMBERSHIP_NEEDS, SCORES
 from wagle_pl.evaluation.observe import Observer, observe_set
-from wagle_pl.evaluation.suites import membership
-from wagle_pl.evaluation.tables import write_table
-from wagle_pl.evaluation.tofu import from_result, to_result
+from wagle_pl.evaluation.results import from_result, to_result, write_table
 from wagle_pl.lm.models import load_model, load_tokenizer
 
 random = np.random.default_rng(0)
@@ -52,6 +51,10 @@ def asked(count, **columns):
             record | {name: v[row] if isinstance(v, list) else v for name, v in columns.items()}
         )
     return table
+
+
+def area(attack, *arguments):
+    return MEASURES[f"mia_{attack}"].compute(*arguments)
 
 
 TOFU_SETS = ("forget", "retain", "real_authors", "world_facts")
@@ -186,9 +189,7 @@ def test_retrained_results_from_folder_and_file(tofu_tables, tmp_path):
     for path in (tmp_path, tmp_path / "metrics.json", tmp_path / "published.json"):
         found = find_suite("tofu").measures(Observations(tofu_tables, Results(path)))
         assert found["forget_quality"] == pytest.approx(expected)
-    areas = [
-        membership.auc(Observations(t), "forget", "holdout", "min_k") for t in (tofu_tables, other)
-    ]
+    areas = [area("min_k", Observations(t), "forget", "holdout") for t in (tofu_tables, other)]
     found = find_suite("tofu").measures(
         Observations(tofu_tables, Results(tmp_path), Results(tmp_path))
     )
@@ -246,7 +247,7 @@ def trained(tiny_model):
         [template.encode(row) for row in sets["members"]], template.tokenizer.pad_token_id
     )
     finetune_(lm, [batch] * 60, 1e-2)
-    needs = membership.NEEDS | {"gradient", "text"}
+    needs = MEMBERSHIP_NEEDS | {"gradient", "text"}
 
     def observed(model):
         return {
@@ -264,20 +265,20 @@ def as_results(tables, folder):
     return Results(folder)
 
 
-@pytest.mark.parametrize("attack", membership.ATTACKS)
+@pytest.mark.parametrize("attack", SCORES)
 def test_an_attack_recognises_members(trained, tmp_path, attack):
     """Every score is low for a member: near 1 on a model that knows the members, near 0 with the sides exchanged."""
     tables, untrained = trained
     seen = Observations(tables, reference=as_results(untrained, tmp_path))
-    assert membership.auc(seen, "members", "nonmembers", attack) > 0.9
-    assert membership.auc(seen, "nonmembers", "members", attack) < 0.1
+    assert area(attack, seen, "members", "nonmembers") > 0.9
+    assert area(attack, seen, "nonmembers", "members") < 0.1
     named = find_suite("generic").measures(seen)
     assert named[f"members/mia_{attack}"] > 0.9
 
 
 def test_signs_of_what_is_made_of_attacks(trained, tmp_path):
     tables, untrained = trained
-    leaked = membership.privacy_leakage(
+    leaked = MEASURES["privleak"].compute(
         Observations(tables, as_results(untrained, tmp_path)), "members", "nonmembers"
     )
     assert leaked < -80  # MUSE: near -100, the model still shows what it saw

@@ -9,7 +9,7 @@ from wagle_pl import WagleError
 from wagle_pl.data.rows import load_rows
 from wagle_pl.evaluation import tofu_forget_quality, tofu_model_utility
 from wagle_pl.evaluation.functional import ks_test
-from wagle_pl.evaluation.tofu import truth_ratios
+from wagle_pl.evaluation.published import truth_ratios
 
 pytestmark = pytest.mark.skipif(
     not TOFU_LOGS.is_dir(), reason="published result files are not here"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from wagle_pl.evaluation.tables import load_table
+from wagle_pl.evaluation.results import load_table
 from wagle_pl.study.summary import Compared, summarise
 from wagle_pl.study.text import by_objective, shown
 

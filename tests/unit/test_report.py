@@ -17,10 +17,8 @@ from pages import EVIL, numbers, records, report_page, section, step, write_run,
 
 from wagle_pl import WagleError
 from wagle_pl.evaluation.comparison import arrow
-from wagle_pl.evaluation.results import write_json
+from wagle_pl.evaluation.results import to_result, write_json, write_table
 from wagle_pl.evaluation.suites import TOFUSuite
-from wagle_pl.evaluation.tables import write_table
-from wagle_pl.evaluation.tofu_results import to_result
 from wagle_pl.masks import WeightMask
 from wagle_pl.study.report.page import render, write_report
 from wagle_pl.study.report.sources import gather

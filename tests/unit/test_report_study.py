@@ -19,8 +19,7 @@ from pages import Strict, report_page, section, write_runs
 
 from wagle_pl import WagleError
 from wagle_pl.core.text import short_number
-from wagle_pl.evaluation.results import write_json
-from wagle_pl.evaluation.tables import load_table
+from wagle_pl.evaluation.results import load_table, write_json
 from wagle_pl.masks import WeightMask
 from wagle_pl.study.report.curves import panels, study_overview
 from wagle_pl.study.report.study import overview

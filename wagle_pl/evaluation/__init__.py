@@ -1,26 +1,27 @@
 """Measures, suites, and the callback that tests and validates every module."""
 
 from wagle_pl.evaluation.evaluate import Evaluate
-from wagle_pl.evaluation.metrics import AnswerProbability, ForgetQuality, Rouge, TruthRatio
+from wagle_pl.evaluation.functional import Undefined
+from wagle_pl.evaluation.measures import MEASURES, Info, Observations, Records, measure
 from wagle_pl.evaluation.module import EvaluationModule
 from wagle_pl.evaluation.observe import Observer, observe_set
+from wagle_pl.evaluation.published import tofu_forget_quality, tofu_measures, tofu_model_utility
 from wagle_pl.evaluation.results import Results
-from wagle_pl.evaluation.suites import Observations, Suite, Undefined, find_suite
-from wagle_pl.evaluation.tofu import tofu_forget_quality, tofu_measures, tofu_model_utility
+from wagle_pl.evaluation.suites import Suite, find_suite
 
 __all__ = [
-    "AnswerProbability",
+    "MEASURES",
     "Evaluate",
     "EvaluationModule",
-    "ForgetQuality",
+    "Info",
     "Observations",
     "Observer",
+    "Records",
     "Results",
-    "Rouge",
     "Suite",
-    "TruthRatio",
     "Undefined",
     "find_suite",
+    "measure",
     "observe_set",
     "tofu_forget_quality",
     "tofu_measures",

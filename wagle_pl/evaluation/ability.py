@@ -15,8 +15,7 @@ from wagle_pl.core import distributed
 from wagle_pl.core.environment import errors_only
 from wagle_pl.core.errors import WagleError
 from wagle_pl.evaluation.functional import Undefined
-from wagle_pl.evaluation.sets import Value
-from wagle_pl.evaluation.suites.catalogue import Info
+from wagle_pl.evaluation.measures import Info, Value
 
 PREFIX = "ability"
 SHARES = ("acc", "acc_norm", "exact_match")

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Optional
 
 from wagle_pl.evaluation.functional import Undefined
-from wagle_pl.evaluation.sets import Value
-from wagle_pl.evaluation.suites.catalogue import Direction, Info
+from wagle_pl.evaluation.measures import Direction, Info, Value
 
 BETTER, WORSE, SAME = "▲", "▼", "="
 NOTICED = 1e-6  # relative difference below which two numbers are the same
@@ -19,7 +18,7 @@ def arrow(
     """``▲`` if a model is better than the target, ``▼`` if worse, ``=`` if the same, empty if nobody can say.
 
     Args:
-        direction: what is better, see :class:`~wagle_pl.evaluation.suites.catalogue.Info`.
+        direction: what is better, see :class:`~wagle_pl.evaluation.measures.Info`.
         here: the measure of the model.
         target: of the model before unlearning.
         retrained: of the model that never saw the forget rows; what ``retrained`` compares with.

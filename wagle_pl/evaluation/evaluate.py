@@ -20,7 +20,7 @@ from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.example import Example, raw_rows
 from wagle_pl.data.template import differing_prompts
-from wagle_pl.evaluation import classifiers, tofu
+from wagle_pl.evaluation import classifiers
 from wagle_pl.evaluation.ability import Ability, Harness
 from wagle_pl.evaluation.attacks import (
     ROBUSTNESS_FILE,
@@ -36,11 +36,20 @@ from wagle_pl.evaluation.attacks import (
 )
 from wagle_pl.evaluation.comparison import comparison
 from wagle_pl.evaluation.functional import Undefined
+from wagle_pl.evaluation.measures import Info, Observations, Value, defined_only
 from wagle_pl.evaluation.observe import GENERATED, NEEDS, Observer, Record, merge, observe_set
-from wagle_pl.evaluation.results import INFO_FILE, METRICS_FILE, RESULT_FILE, Results, write_json
-from wagle_pl.evaluation.sets import Table, Value, defined_only
-from wagle_pl.evaluation.suites import Info, Observations, Suite, find_suite
-from wagle_pl.evaluation.tables import read_table, write_table
+from wagle_pl.evaluation.results import (
+    INFO_FILE,
+    METRICS_FILE,
+    RESULT_FILE,
+    Results,
+    Table,
+    read_table,
+    to_result,
+    write_json,
+    write_table,
+)
+from wagle_pl.evaluation.suites import Suite, TOFUSuite, find_suite
 from wagle_pl.lm.module import LanguageModule
 
 log = logging.getLogger(__name__)
@@ -199,7 +208,7 @@ class Evaluate(Callback):
         for option in ("toxicity_classifier", "sentence_model"):
             if getattr(self, option) is not None:
                 classifiers.check_folder(getattr(self, option), f"{self.options}.{option}")
-        if "tofu_retrained" in self._results and "tofu/forget_quality" not in self.suite.infos:
+        if "tofu_retrained" in self._results and not isinstance(self.suite, TOFUSuite):
             name = type(self.suite).__name__
             raise WagleError(
                 f"{self.options}.tofu_retrained is for the suite tofu, the suite is {name}: leave it out"
@@ -634,7 +643,7 @@ class Evaluate(Callback):
 
     def _write(self, tables: Mapping[str, Table]) -> None:
         infos = {name: self.info(name) for name in (*self.metrics, *self.undefined)}
-        result = tofu.to_result(tables)
+        result = to_result(tables)
         if result:
             write_json(self.results_folder / RESULT_FILE, result)
         write_json(

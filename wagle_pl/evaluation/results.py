@@ -1,58 +1,54 @@
-"""Results of a test, ours or published ones: read to compare with, and written whole."""
+"""Results of a test as files: read to compare with, ours or published ones, and written whole.
+
+A *table* has the records of a test set, one a row; on disk it is a Parquet file that says what it
+depends on. A *TOFU result* is ``{file key: {measure: {row: value}}}``, the form that TOFU's authors
+publish results in; the file keys are theirs (:data:`RESULT_KEYS`).
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional
 
-from wagle_pl.core.errors import WagleError
+import torch
+
+from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.files import atomic_path
+from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.functional import Undefined
-from wagle_pl.evaluation.sets import Table
-from wagle_pl.evaluation.tables import load_table
-from wagle_pl.evaluation.tofu_results import Result, from_result
 
 METRICS_FILE = "metrics.json"
 INFO_FILE = "metrics.info.json"
 RESULT_FILE = "tofu_result.json"
 
+Table = list[dict[str, Any]]
+Pair = tuple[str, str]
+Result = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
-def differing(rows: Sequence[tuple[str, str]], others: Sequence[tuple[str, str]]) -> int:
-    """How many rows of two test sets are not the same, whatever their order; of the side that has more of them.
-
-    Args:
-        rows: (question, answer) of each row of one.
-        others: of the other.
-
-    >>> differing([("Who?", "Ada"), ("Where?", "Arad")], [("Where?", "Arad"), ("Who?", "Ada")])
-    0
-    """
-    here, there = Counter(map(_key, rows)), Counter(map(_key, others))
-    return max((here - there).total(), (there - here).total())
-
-
-def raw_rows(table: Table) -> list[tuple[str, str]]:
-    """(question, answer) of each record."""
-    return [(record["question"], record["answer"]) for record in table]
+#: Test set name -> its key in a TOFU result file.
+RESULT_KEYS = {
+    "forget": "eval_log_forget.json",
+    "retain": "eval_log.json",
+    "real_authors": "eval_real_author_wo_options.json",
+    "world_facts": "eval_real_world_wo_options.json",
+}
+#: Test sets whose probability is that among the options.
+OPTION_SETS = ("real_authors", "world_facts")
 
 
-def _key(row: tuple[str, str]) -> tuple[str, str]:
-    """What tells whether two rows are the same; published files keep no space around texts."""
-    question, answer = row
-    return question.strip(), answer.strip()
-
-
-def folder_of(place: Path) -> Path:
-    """The folder of results that their ``metrics.json`` stands for; any other place is itself."""
-    return place.parent if place.name == METRICS_FILE and place.is_file() else place
+# -- earlier tests ------------------------------------------------------------------------------
 
 
 class Results:
-    """What an earlier test found: a folder that ``wagle test`` wrote, its ``metrics.json``, or a TOFU result file.
+    """What an earlier test found: a folder that ``wagle test`` wrote, its ``metrics.json``, or a
+    TOFU result file.
 
     A ``metrics.json`` stands for the folder it lies in, whose tables hold what comparisons need.
 
@@ -69,7 +65,7 @@ class Results:
         self.option = option
         self.metrics: dict[str, float] = {}
         self.tofu: Optional[Result] = None
-        #: Prompts of the test, see :attr:`wagle_pl.data.template.Template.prompts`; empty if they are not known.
+        #: Of the test, see :attr:`wagle_pl.data.template.Template.prompts`; empty if not known.
         self.prompts: dict[str, Any] = {}
         if self.path.is_dir():
             self._read_folder()
@@ -77,34 +73,28 @@ class Results:
             self._read_file()
 
     def _read_folder(self) -> None:
-        files = {name: self.path / name for name in (METRICS_FILE, RESULT_FILE)}
+        files = {name: self.path / name for name in (METRICS_FILE, RESULT_FILE, INFO_FILE)}
         found = {name: read_json(file) for name, file in files.items() if file.is_file()}
-        if not found:
+        if METRICS_FILE not in found and RESULT_FILE not in found:
             raise WagleError(
-                f"{self.option}: folder {self.path} has no {METRICS_FILE} (run wagle test on that model "
-                "first)"
+                f"{self.option}: folder {self.path} has no {METRICS_FILE} (run wagle test on that "
+                "model first)"
             )
         self.metrics = found.get(METRICS_FILE, {})
         self.tofu = found.get(RESULT_FILE)
-        info = self.path / INFO_FILE
-        self.prompts = read_json(info).get("prompts", {}) if info.is_file() else {}
+        self.prompts = found.get(INFO_FILE, {}).get("prompts", {})
 
     def _read_file(self) -> None:
         if not self.path.is_file():
             raise WagleError(
-                f"{self.option}: result file {self.path} does not exist (run wagle test on that model "
-                "first)"
+                f"{self.option}: result file {self.path} does not exist (run wagle test on that "
+                "model first)"
             )
         content = read_json(self.path)
-        if (
-            isinstance(content, dict)
-            and content
-            and all(isinstance(v, dict) for v in content.values())
-        ):
+        values = content.values() if isinstance(content, dict) else [None]
+        if content and all(isinstance(value, dict) for value in values):
             self.tofu = content
-        elif isinstance(content, dict) and all(
-            isinstance(v, (int, float)) for v in content.values()
-        ):
+        elif all(isinstance(value, (int, float)) for value in values):
             self.metrics = content
         else:
             raise WagleError(
@@ -135,23 +125,41 @@ class Results:
             Undefined: if there is none for one of them.
         """
         here = self.table(name)
-        found = dict(zip(map(_key, raw_rows(here)), here, strict=True))
-        keys = [_key(row) for row in raw_rows(table)]
-        missing = sum(key not in found for key in keys)
-        if missing:
+        found = dict(zip(pairs_of(here), here, strict=True))
+        pairs = pairs_of(table)
+        if missing := sum(pair not in found for pair in pairs):
             raise Undefined(
                 f"{self.path} is on other {name} rows: it lacks {missing} of {len(table)}"
             )
-        return [found[key] for key in keys]
+        return [found[pair] for pair in pairs]
 
-    def differing(self, name: str, rows: Sequence[tuple[str, str]]) -> int:
-        """How many rows of a test set are not the same here, see :func:`differing`; 0 if it has no such set.
+    def differing(self, name: str, pairs: Sequence[Pair]) -> int:
+        """How many rows of a test set are not the same here, see :func:`differing`; 0 if it has no
+        such set."""
+        pairs = [(question.strip(), answer.strip()) for question, answer in pairs]
+        return differing(pairs, pairs_of(self.tables[name])) if name in self.tables else 0
 
-        Args:
-            name: of the test set.
-            rows: (question, answer) of each row.
-        """
-        return differing(rows, raw_rows(self.tables[name])) if name in self.tables else 0
+
+def pairs_of(table: Table) -> list[Pair]:
+    """(question, answer) of each record: what tells rows apart. Published files keep no space
+    around texts."""
+    return [(record["question"].strip(), record["answer"].strip()) for record in table]
+
+
+def differing(pairs: Sequence[Pair], others: Sequence[Pair]) -> int:
+    """How many rows of two test sets are not the same, whatever their order; of the side that has
+    more of them.
+
+    >>> differing([("Who?", "Ada"), ("Where?", "Arad")], [("Where?", "Arad"), ("Who?", "Ada")])
+    0
+    """
+    here, there = Counter(pairs), Counter(others)
+    return max((here - there).total(), (there - here).total())
+
+
+def folder_of(place: Path) -> Path:
+    """The folder of results that their ``metrics.json`` stands for; any other place is itself."""
+    return place.parent if place.name == METRICS_FILE and place.is_file() else place
 
 
 def read_json(path: Path) -> Any:
@@ -170,3 +178,185 @@ def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+# -- tables -------------------------------------------------------------------------------------
+
+_KEY = b"wagle_pl.key"
+
+
+def write_table(path: Path, rows: Table, key: Mapping[str, Any]) -> None:
+    """Write records as Parquet, with ``key``, what they depend on, in the file's metadata."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist(rows)
+    table = table.replace_schema_metadata({_KEY: json.dumps(key, sort_keys=True)})
+    with atomic_path(path) as temporary:
+        pyarrow.parquet.write_table(table, temporary)
+
+
+def read_table(path: Path, key: Mapping[str, Any], overwrite: bool = False) -> Optional[Table]:
+    """Records of a table written with the same ``key``; None if there is none.
+
+    Raises:
+        WagleError: if ``overwrite`` is False and the file is damaged, or written with another key,
+            naming what differs.
+    """
+    if not path.is_file():
+        return None
+    try:
+        written = table_key(path)
+        if written == key:
+            return load_table(path)
+        differ = sorted(name for name in {*written, *key} if written.get(name) != key.get(name))
+        mistake = f"{path} holds results of another test (other {', '.join(differ)})"
+    except WagleError as error:
+        mistake = str(error)
+    if overwrite:
+        return None
+    raise WagleError(mistake, hint="choose another --model.output or pass --model.overwrite true")
+
+
+def table_key(path: Path) -> dict[str, Any]:
+    """What a table's records depend on; empty if the file does not say.
+
+    Raises:
+        WagleError: if the file is no Parquet file.
+    """
+    import pyarrow.parquet
+
+    with _readable(path):
+        return json.loads((pyarrow.parquet.read_schema(path).metadata or {}).get(_KEY, b"{}"))
+
+
+def load_table(path: Path) -> Table:
+    """Records of a table, whatever made it.
+
+    Raises:
+        WagleError: if the file is no Parquet file.
+    """
+    import pyarrow.parquet
+
+    with _readable(path):
+        return pyarrow.parquet.read_table(path).to_pylist()
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise WagleError(f"{path} cannot be read: {first_line(error)}") from None
+
+
+# -- TOFU's result files ------------------------------------------------------------------------
+
+
+def to_result(tables: Mapping[str, Table]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Tables of records (see :mod:`wagle_pl.evaluation.observe`) -> a TOFU result; sets that TOFU
+    does not have keep their name.
+
+    Rows without a question and a scored answer are left out, and sets of no other rows.
+    """
+    asked = {
+        name: [record for record in table if record["question"] and record.get("nll") is not None]
+        for name, table in tables.items()
+    }
+    return {
+        RESULT_KEYS.get(name, name): _to_log(table, name in OPTION_SETS)
+        for name, table in asked.items()
+        if table
+    }
+
+
+def _to_log(table: Table, options: bool) -> dict[str, dict[str, Any]]:
+    columns: dict[str, dict[str, Any]] = {}
+    for record in table:
+        for name, value in _to_row(record, options).items():
+            columns.setdefault(name, {})[str(record["row"])] = value
+    return columns
+
+
+def _to_row(record: Mapping[str, Any], options: bool) -> dict[str, Any]:
+    """One record under TOFU's names."""
+    perturbed = record.get("perturbed_nll") or []
+    row = {
+        "avg_gt_loss": record["nll"],
+        "gt_loss": record["nll"] * record["tokens"],
+        "num_token_gt": record["tokens"],
+        "generated_text": [record["question"], record["generation"], record["answer"]],
+        "rouge1_recall": record.get("rouge1_recall"),
+        "rougeL_recall": record.get("rougeL_recall"),
+        "average_perturb_loss": perturbed,
+    }
+    if record.get("paraphrased_nll") is not None:
+        row["avg_paraphrased_loss"] = record["paraphrased_nll"]
+        row["paraphrased_loss"] = record["paraphrased_nll"] * record["paraphrased_tokens"]
+        row["num_token_paraphrased"] = record["paraphrased_tokens"]
+    if not perturbed:
+        return row
+    counts = record["perturbed_tokens"]
+    row["perturb_loss"] = [n * count for n, count in zip(perturbed, counts, strict=True)]
+    row["num_token_perturb"] = counts
+    wrong = torch.tensor([perturbed]).double()
+    paraphrased = torch.tensor([record["paraphrased_nll"]]).double()
+    row["truth_ratio"] = F.truth_ratio(paraphrased, wrong).item()
+    if options:
+        right = F.option_probability(torch.tensor([record["nll"]]).double(), wrong)
+        row["normalized_gt_loss"] = -math.log(max(right.item(), 1e-300))
+    return row
+
+
+def from_result(result: Result) -> dict[str, Table]:
+    """A TOFU result -> tables of records, as far as the result goes; the inverse of
+    :func:`to_result`.
+
+    A published result has prompts where ours has questions: the question is taken out of TOFU's two
+    prompt formats.
+    """
+    names = {key: name for name, key in RESULT_KEYS.items()}
+    return {
+        names.get(key, key): _from_log(log) for key, log in result.items() if "avg_gt_loss" in log
+    }
+
+
+#: Column of a record -> TOFU's name of it.
+_COLUMNS = {
+    "nll": "avg_gt_loss",
+    "tokens": "num_token_gt",
+    "paraphrased_nll": "avg_paraphrased_loss",
+    "paraphrased_tokens": "num_token_paraphrased",
+    "perturbed_nll": "average_perturb_loss",
+    "perturbed_tokens": "num_token_perturb",
+    "rouge1_recall": "rouge1_recall",
+    "rougeL_recall": "rougeL_recall",
+}
+
+
+def _from_log(log: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = []
+    for row in sorted(log["avg_gt_loss"], key=int):
+        question, generation, answer = (log.get("generated_text") or {}).get(row, ("", None, ""))
+        if generation is None and log.get("rougeL_recall", {}).get(row) is not None:
+            generation = ""  # its scores were kept and its text was not
+        record = {"row": int(row), "question": _question_in(question), "answer": answer}
+        record["generation"] = generation
+        table.append(record | {name: log.get(key, {}).get(row) for name, key in _COLUMNS.items()})
+    return table
+
+
+#: TOFU's prompts: of Llama-2, and of its other models.
+_PROMPT = re.compile(r"\[INST\] (.*) \[/INST\]|Question: (.*)\n", re.DOTALL)
+
+
+def _question_in(prompt: str) -> str:
+    """The question that a published prompt asks; any other text is itself.
+
+    >>> _question_in("[INST] Who wrote it? [/INST]"), _question_in("Question: Who?\\n")
+    ('Who wrote it?', 'Who?')
+    """
+    found = _PROMPT.fullmatch(prompt)
+    return next(filter(None, found.groups()), "") if found else prompt

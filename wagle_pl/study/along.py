@@ -11,8 +11,9 @@ from lightning.pytorch.callbacks import Callback
 
 from wagle_pl.core.outputs import Planned
 from wagle_pl.evaluation import Evaluate
+from wagle_pl.evaluation.measures import defined_only
 from wagle_pl.evaluation.observe import GENERATED
-from wagle_pl.evaluation.sets import Table, defined_only
+from wagle_pl.evaluation.results import Table
 from wagle_pl.unlearning import UnlearnModule
 
 Generate = Literal["end", "always", "never"]

@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.outputs import Lock
-from wagle_pl.evaluation.tables import load_table, table_key, write_table
+from wagle_pl.evaluation.results import load_table, table_key, write_table
 
 TABLE_FILE = "study.parquet"
 SUMMARY_FILE = "study.json"

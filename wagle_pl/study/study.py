@@ -26,8 +26,8 @@ from wagle_pl.core.text import count, decimals
 from wagle_pl.data.example import Example, raw_rows
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.evaluation import Evaluate, EvaluationModule, Observations, Results, find_suite
+from wagle_pl.evaluation.measures import defined_only
 from wagle_pl.evaluation.results import write_json
-from wagle_pl.evaluation.sets import defined_only
 from wagle_pl.lm import models
 from wagle_pl.lm.weights import parameter_shapes
 from wagle_pl.masks import SUFFIX, WeightMask

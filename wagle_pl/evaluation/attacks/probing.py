@@ -15,8 +15,8 @@ from wagle_pl.data.batches import collate, deal_batches, token_batches
 from wagle_pl.data.example import Example
 from wagle_pl.evaluation.attacks.attack import Attack
 from wagle_pl.evaluation.attacks.subject import Asked, Finding, Subject, texts_of
+from wagle_pl.evaluation.measures import Info
 from wagle_pl.evaluation.observe import observe_set, of_generation, possible
-from wagle_pl.evaluation.suites.catalogue import Info
 from wagle_pl.lm.generation import generate
 
 LEAST_ROWS = 4  # a side, or there is nothing to hold out

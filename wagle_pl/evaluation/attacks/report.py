@@ -18,8 +18,8 @@ from wagle_pl.evaluation.attacks.probing import Probe, Sample
 from wagle_pl.evaluation.attacks.prompts import InContext, Paraphrase, TranslatedStyle
 from wagle_pl.evaluation.attacks.subject import OTHERS, PREFIX, Finding, Subject
 from wagle_pl.evaluation.attacks.weights import Quantise, Relearn
+from wagle_pl.evaluation.measures import Info
 from wagle_pl.evaluation.results import INFO_FILE, METRICS_FILE, read_json
-from wagle_pl.evaluation.suites.catalogue import Info
 from wagle_pl.lm import models
 
 log = logging.getLogger(__name__)

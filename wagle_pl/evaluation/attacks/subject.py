@@ -12,10 +12,10 @@ from wagle_pl.core import distributed
 from wagle_pl.data.example import Example
 from wagle_pl.data.template import Template
 from wagle_pl.evaluation.functional import Undefined
+from wagle_pl.evaluation.measures import Info, Value
 from wagle_pl.evaluation.observe import Observer, Record, observe_set
-from wagle_pl.evaluation.sets import Table, Value
-from wagle_pl.evaluation.suites.base import Suite
-from wagle_pl.evaluation.suites.catalogue import Info
+from wagle_pl.evaluation.results import Table
+from wagle_pl.evaluation.suites import Suite
 
 PREFIX = "robustness"
 #: The models that are shown beside the one under test.

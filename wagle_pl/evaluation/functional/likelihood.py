@@ -1,16 +1,73 @@
-"""Measures from log-probabilities of tokens and answers."""
+"""Measures from log-probabilities of tokens and answers, and what measures have in common."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from wagle_pl.evaluation.functional.statistics import Undefined
-
 TruthRatioForm = Literal["geometric", "arithmetic"]
+
+
+class Undefined(ValueError):
+    """A measure that the data do not define; the message says why. It is reported as such, never as 0 or NaN."""
+
+
+def mean(values: Tensor, what: str = "values") -> float:
+    """Mean of a tensor of any shape.
+
+    Raises:
+        Undefined: if there are no values, or one is NaN.
+
+    >>> mean(torch.tensor([1.0, 2.0]))
+    1.5
+    """
+    if not values.numel():
+        raise Undefined(f"there are no {what}")
+    if torch.isnan(values).any():
+        raise Undefined(
+            f"{int(torch.isnan(values).sum())} of {values.numel()} {what} are not numbers"
+        )
+    return values.double().mean().item()
+
+
+def ks_test(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Two-sample Kolmogorov–Smirnov test: (statistic, p-value). The p-value of two truth-ratio samples, those of an
+    unlearned and of a retrained model, is TOFU's forget quality.
+
+    Args:
+        a: (N,) one sample.
+        b: (M,) the other.
+    """
+    from scipy.stats import ks_2samp
+
+    result = ks_2samp(a.double().cpu().numpy(), b.double().cpu().numpy())
+    return float(result.statistic), float(result.pvalue)
+
+
+def unlearning_efficacy(forgotten: Sequence[float], remaining: Sequence[float] = ()) -> float:
+    """UE average of WAGLE's tables (arXiv 2410.17509, table 1): the mean of measures that grow with forgetting.
+
+    Args:
+        forgotten: measures in [0, 1] that grow as the model forgets (forget quality, membership inference).
+        remaining: measures in [0, 1] of what it still knows (forget accuracy, ROUGE-L); one minus each enters.
+
+    Raises:
+        Undefined: if there are none.
+
+    >>> unlearning_efficacy([0.5, 0.7], [0.2, 0.0])
+    0.75
+    """
+    return mean(
+        torch.tensor([*forgotten, *(1 - value for value in remaining)], dtype=torch.float64),
+        "terms",
+    )
+
+
+# -- answers ------------------------------------------------------------------------------------
 
 
 def answer_probability(nll: Tensor) -> Tensor:
@@ -164,3 +221,99 @@ def perplexity(nll_sum: Tensor, count: Tensor) -> Tensor:
     if not count.sum():
         raise Undefined("there is no token to predict")
     return torch.exp(nll_sum.sum() / count.sum())
+
+
+# -- membership inference: was a text among the training data? A low score says yes ---------------
+
+
+def zlib_ratio(nll: float, text: str) -> float:
+    """Mean negative log-likelihood over the length of the compressed text in bytes (Carlini et al. 2021).
+
+    Args:
+        nll: mean negative log-likelihood per token.
+        text: the text.
+    """
+    return nll / len(zlib.compress(text.encode("utf-8")))
+
+
+def min_k(logprobs: Tensor, k: float = 0.2) -> float:
+    """Min-K% Prob: minus the mean of the share ``k`` of smallest token log-probabilities (arXiv 2310.16789).
+
+    Args:
+        logprobs: (T,) log-probabilities of a text's tokens.
+        k: in (0, 1]; at least one token is taken.
+
+    Raises:
+        Undefined: if there are no tokens.
+
+    >>> min_k(torch.tensor([-1.0, -2.0, -3.0, -4.0]), 0.5)
+    3.5
+    """
+    if not logprobs.numel():
+        raise Undefined("the text has no token to predict")
+    count = max(1, int(logprobs.numel() * k))
+    return -logprobs.double().sort().values[:count].mean().item()
+
+
+def min_k_plus_plus(logprobs: Tensor, mean: Tensor, std: Tensor, k: float = 0.2) -> float:
+    """Min-K%++: as Min-K% Prob, of log-probabilities standardised by those of the whole vocabulary (arXiv 2404.02936).
+
+    Args:
+        logprobs: (T,) log-probabilities of a text's tokens.
+        mean: (T,) mean of the vocabulary's log-probabilities at each token, under the model's own distribution.
+        std: (T,) their standard deviation.
+        k: in (0, 1]; at least one token is taken.
+
+    Raises:
+        Undefined: if there are no tokens.
+    """
+    return min_k((logprobs - mean) / std, k)
+
+
+def membership_auc(members: Tensor, nonmembers: Tensor) -> float:
+    """How well scores tell members: P(member's score < non-member's) + ½ P(equal), the area under the ROC curve.
+
+    1: members are recognised; 0.5: guessing. MUSE's ``forget_holdout`` areas are 1 minus this.
+
+    Args:
+        members: (N,) scores, low for a member.
+        nonmembers: (M,) scores.
+
+    Raises:
+        Undefined: if a side is empty or holds NaN.
+
+    >>> membership_auc(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 3.0]))
+    0.875
+    """
+    from scipy.stats import mannwhitneyu
+
+    for side, name in ((members, "members"), (nonmembers, "non-members")):
+        if not side.numel():
+            raise Undefined(f"there are no {name}")
+        if torch.isnan(side).any():
+            raise Undefined(f"{int(torch.isnan(side).sum())} scores of {name} are not numbers")
+    above = mannwhitneyu(
+        nonmembers.double().cpu().numpy(), members.double().cpu().numpy()
+    ).statistic
+    return float(above) / (members.numel() * nonmembers.numel())
+
+
+def privacy_leakage(auc: float, retrained_auc: float) -> float:
+    """MUSE's PrivLeak in percent: how the area of an attack differs from that on the retrained model.
+
+    With MUSE's areas, a = 1 − ``auc``: (a − a_retrained) / a_retrained · 100. 0 is ideal; below 0, near −100, the model
+    still shows that it saw the forget data; above 0, it shows that they were removed.
+
+    Args:
+        auc: of the model, see :func:`membership_auc`.
+        retrained_auc: of the retrained model.
+
+    Raises:
+        Undefined: if the retrained model's attack is perfect: nothing to compare with.
+
+    >>> privacy_leakage(0.75, 0.5)
+    -50.0
+    """
+    if retrained_auc == 1:
+        raise Undefined("membership in the forget set is told perfectly on the retrained model")
+    return ((1 - auc) - (1 - retrained_auc)) / (1 - retrained_auc) * 100

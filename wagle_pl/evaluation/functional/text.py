@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wagle_pl.evaluation.functional.statistics import Undefined
+from wagle_pl.evaluation.functional.likelihood import Undefined
 
 
 def rouge(

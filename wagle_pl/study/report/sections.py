@@ -13,7 +13,7 @@ from markupsafe import Markup
 from wagle_pl.core.text import short_number
 from wagle_pl.data.rows import spread
 from wagle_pl.evaluation.functional import Undefined
-from wagle_pl.evaluation.sets import SetMeasures
+from wagle_pl.evaluation.measures import Records
 from wagle_pl.masks import WeightMask
 from wagle_pl.study.report import curves
 from wagle_pl.study.report.figures import largest_share, mask_heatmap, mask_text
@@ -151,7 +151,7 @@ def ratios_of(model: ReportedModel, test_set: str) -> Ratios:
     """Truth ratios of the examples of a set that have one; empty if none has."""
     records = model.tables.get(test_set, [])
     try:
-        ratios = SetMeasures(records).ratios().tolist()
+        ratios = Records(records).truth_ratios().tolist()
     except Undefined:
         return {}
     keys = ((record["question"], record["answer"]) for record in records)

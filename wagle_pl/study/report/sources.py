@@ -12,10 +12,18 @@ from typing import Any, Optional
 from wagle_pl.core.errors import WagleError
 from wagle_pl.evaluation.attacks import ROBUSTNESS_FILE
 from wagle_pl.evaluation.comparison import arrow
-from wagle_pl.evaluation.results import INFO_FILE, METRICS_FILE, Results, folder_of, read_json
-from wagle_pl.evaluation.sets import Table
-from wagle_pl.evaluation.suites import Info, Suite, find_suite
-from wagle_pl.evaluation.tables import load_table, table_key
+from wagle_pl.evaluation.measures import Info
+from wagle_pl.evaluation.results import (
+    INFO_FILE,
+    METRICS_FILE,
+    Results,
+    Table,
+    folder_of,
+    load_table,
+    read_json,
+    table_key,
+)
+from wagle_pl.evaluation.suites import Suite, find_suite
 from wagle_pl.lm.saving import RECORD_FILE
 from wagle_pl.masks import WeightMask
 from wagle_pl.study.store import SUMMARY_FILE, TABLE_FILE

@@ -1,0 +1,598 @@
+"""Measures of test sets: each is one function, registered with its unit, direction and needs.
+
+A measure of one test set is a function of its :class:`Records`; a suite lists it by name. To add
+one, write it here or beside a suite of your own:
+
+>>> @measure("words", keep="higher", forget="lower", needs={"generation"})
+... def spoken_words(rows):
+...     '''Mean length of the generations.'''
+...     return F.mean(torch.tensor([len(text.split()) for text in rows.generations()]).double())
+>>> attempt(spoken_words, Records([{"generation": "It meets in Sibiu."}]))
+4.0
+>>> MEASURES.pop("spoken_words").info(forget=True)
+Info(unit='words', direction='lower', what='mean length of the generations')
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Optional, Union
+
+import torch
+from torch import Tensor
+
+from wagle_pl.evaluation import functional as F
+from wagle_pl.evaluation.functional import Undefined
+from wagle_pl.evaluation.results import Results, Table
+
+Value = Union[float, Undefined]
+Direction = Literal["higher", "lower", "retrained"]
+
+MEMORISATION = ("exact_memorization", "extraction_strength")
+QUESTION = ("probability", "rougeL_recall", "rougeL_f1", "truth_ratio", *MEMORISATION)
+GENERATED = ("repetition", "fluency", "degenerate")
+CORPUS = ("perplexity", "word_perplexity")
+
+#: Column of a record, see :mod:`wagle_pl.evaluation.observe` -> its values in words, for messages.
+COLUMNS = {
+    "answer": "answer",
+    "choice_logprobs": "choices",
+    "choice_nll": "choices",
+    "cut": "note of whether they are whole",
+    "generation": ("generation (--model.generate is false, or such rows are not generated from)"),
+    "gradient_norm": "gradient norms (--model.gradient_norm true)",
+    "greedy": "greedy flags",
+    "logprobs": "log-probabilities of tokens",
+    "nearest_answer": "sentence embeddings (--model.sentence_model)",
+    "nll": "answer to score",
+    "paraphrased_nll": "paraphrased answer",
+    "perturbed_nll": "perturbed answers (column perturbed_answer)",
+    "reference": "answer to compare with",
+    "rouge1_recall": "answer to compare with",
+    "rougeL_recall": "answer to compare with",
+    "text_logprobs": "log-probabilities of question and answer",
+    "vocabulary_mean": "statistics of the vocabulary",
+    "vocabulary_std": "statistics of the vocabulary",
+}
+
+
+@dataclass(frozen=True)
+class Info:
+    """What is known of a measure, for the sidecar of ``metrics.json``.
+
+    Attributes:
+        unit: of the number.
+        direction: what is better: ``higher``, ``lower``, or nearer to the ``retrained`` model's
+            value.
+        what: the measure in words, with its source.
+    """
+
+    unit: str
+    direction: Direction
+    what: str
+
+
+class Measure(NamedTuple):
+    """A registered measure.
+
+    Attributes:
+        compute: makes the number, or raises :class:`Undefined`.
+        unit: of the number.
+        keep: what is better on rows to keep, and for a measure of the whole.
+        forget: what is better on rows to be forgotten.
+        what: the measure in words, with its source.
+        needs: what must be observed of the rows, see :mod:`wagle_pl.evaluation.observe`.
+    """
+
+    compute: Callable[..., float]
+    unit: str
+    keep: Direction
+    forget: Direction
+    what: str
+    needs: frozenset[str]
+
+    def info(self, forget: bool) -> Info:
+        """What is known of it, on rows to be forgotten or to keep."""
+        return Info(self.unit, self.forget if forget else self.keep, self.what)
+
+
+#: Name without test set -> measure.
+MEASURES: dict[str, Measure] = {}
+
+
+def measure(
+    unit: str,
+    keep: Direction,
+    forget: Optional[Direction] = None,
+    needs: Collection[str] = (),
+    name: Optional[str] = None,
+) -> Callable[[Callable[..., float]], Callable[..., float]]:
+    """Register a function as a measure; the first paragraph of its docstring says what it is.
+
+    Args:
+        unit, keep, forget, needs: see :class:`Measure`; ``forget`` is as ``keep`` when None.
+        name: of the measure; the function's when None.
+    """
+
+    def register(compute: Callable[..., float]) -> Callable[..., float]:
+        what = " ".join((compute.__doc__ or "").split("\n\n")[0].split()).removesuffix(".")
+        if what.split()[0][1:].replace("-", "").isalpha() and what[1].islower():
+            what = what[0].lower() + what[1:]
+        MEASURES[name or compute.__name__] = Measure(
+            compute, unit, keep, forget or keep, what, frozenset(needs)
+        )
+        return compute
+
+    return register
+
+
+def lookup(name: str, forget: bool = False) -> Info:
+    """What is known of a measure by its name without the test set."""
+    found = MEASURES.get(name)
+    unknown = Info("number", "lower" if forget else "higher", name.replace("_", " "))
+    return unknown if found is None else found.info(forget)
+
+
+def needs_of(names: Iterable[str]) -> frozenset[str]:
+    """All that some measures need."""
+    return frozenset().union(*(MEASURES[name].needs for name in names))
+
+
+def attempt(make: Callable[..., float], *arguments: Any, **options: Any) -> Value:
+    """What ``make`` returns, or the :class:`Undefined` it raises.
+
+    >>> attempt(lambda: 1.0), attempt(F.exact_memorization, [])
+    (1.0, Undefined('the answer has no token but the end-of-sequence token'))
+    """
+    try:
+        return make(*arguments, **options)
+    except Undefined as undefined:
+        return undefined
+
+
+def defined_only(values: Mapping[str, Value]) -> dict[str, float]:
+    """The measures that have a number."""
+    return {
+        name: float(value) for name, value in values.items() if not isinstance(value, Undefined)
+    }
+
+
+def defined(values: Mapping[str, Value], *names: str) -> list[float]:
+    """The numbers of measures that another is made of.
+
+    Raises:
+        Undefined: naming the first that is missing or undefined, and why.
+    """
+    for name in names:
+        if name not in values:
+            raise Undefined(f"it needs {name}, which is not measured")
+        if isinstance(values[name], Undefined):
+            raise Undefined(f"it needs {name}: {values[name]}")
+    return [values[name] for name in names]
+
+
+# -- what measures are made of ------------------------------------------------------------------
+
+
+@dataclass
+class Observations:
+    """What a test saw.
+
+    Attributes:
+        tables: test set -> its records, one a row in order, see
+            :mod:`wagle_pl.evaluation.observe`.
+        retrained: results of the model retrained without the forget set, if given.
+        reference: results of the reference model of the reference attack, if given.
+        truth_ratio_form: ``geometric`` or ``arithmetic``.
+        general: measures of general ability found elsewhere, name -> value.
+        tofu_retrained: results of the retrained model on whatever forget rows, for TOFU's own
+            forget quality, if given.
+    """
+
+    tables: Mapping[str, Table]
+    retrained: Optional[Results] = None
+    reference: Optional[Results] = None
+    truth_ratio_form: F.TruthRatioForm = "geometric"
+    general: Mapping[str, float] = field(default_factory=dict)
+    tofu_retrained: Optional[Results] = None
+
+    def table(self, name: str) -> Table:
+        """The records of a test set.
+
+        Raises:
+            Undefined: if there is no such test set.
+        """
+        if name not in self.tables:
+            raise Undefined(f"there is no test set {name!r}")
+        return self.tables[name]
+
+    def records(self, name: str, forget: bool = False) -> Records:
+        """The same by column; ``forget``: whether the rows are to be forgotten."""
+        return Records(self.table(name), forget, self.truth_ratio_form, name, self.reference)
+
+
+@dataclass
+class Records:
+    """The records of one test set, by column.
+
+    Attributes:
+        table: its records.
+        forget: whether the rows are to be forgotten.
+        form: of the truth ratio.
+        name: of the test set.
+        reference: results of the reference model of the reference attack, if given.
+    """
+
+    table: Table
+    forget: bool = False
+    form: F.TruthRatioForm = "geometric"
+    name: str = ""
+    reference: Optional[Results] = None
+
+    def has(self, column: str) -> bool:
+        """Whether any row has a value in a column."""
+        return any(record.get(column) is not None for record in self.table)
+
+    def column(self, name: str) -> list[Any]:
+        """A column.
+
+        Raises:
+            Undefined: if rows lack it, with their number.
+        """
+        what = COLUMNS.get(name, name)
+        if not self.table:
+            raise Undefined("the test set has no rows")
+        missing = sum(record.get(name) is None for record in self.table)
+        if missing == len(self.table):
+            raise Undefined(f"its rows have no {what}")
+        if missing:
+            raise Undefined(f"{missing} of {len(self.table)} rows have no {what}")
+        return [record[name] for record in self.table]
+
+    def numbers(self, name: str) -> Tensor:
+        """A column of numbers, float64 (N,)."""
+        return torch.tensor(self.column(name), dtype=torch.float64)
+
+    def perturbed(self) -> Tensor:
+        """(N, K) negative log-likelihoods of the perturbed answers; NaN where a row has fewer."""
+        values = self.column("perturbed_nll")
+        if missing := sum(not row for row in values):
+            what = COLUMNS["perturbed_nll"]
+            raise Undefined(f"{missing} of {len(values)} rows have no {what}")
+        return ragged(values)
+
+    def truth_ratios(self) -> Tensor:
+        """(N,) truth ratios."""
+        return F.truth_ratio(self.numbers("paraphrased_nll"), self.perturbed(), self.form)
+
+    def generations(self) -> list[str]:
+        """(N,) texts."""
+        return self.column("generation")
+
+    def spoken(self) -> list[str]:
+        """Generations that are not empty."""
+        texts = [text for text in self.generations() if text]
+        if not texts:
+            raise Undefined(f"all {len(self.table)} generations are empty")
+        return texts
+
+    def scored_texts(self) -> list[str]:
+        """(N,) the texts whose likelihood is known: answers, continuations, texts."""
+        texts = self.column("answer")
+        if missing := sum(not text for text in texts):
+            raise Undefined(
+                f"{missing} of {len(texts)} rows are tokens (input_ids and labels) whose text is "
+                "not known"
+            )
+        return texts
+
+    def toxicities(self) -> Tensor:
+        """Toxicity of the generations that are not empty."""
+        self.spoken()
+        values = [record.get("toxicity") for record in self.table if record["generation"]]
+        if None in values:
+            raise Undefined("there is no toxicity classifier: give --model.toxicity_classifier")
+        return torch.tensor(values, dtype=torch.float64)
+
+
+def usual(rows: Records) -> tuple[str, ...]:
+    """Measures that the kind of rows, and what was observed of them, allow."""
+    generated = GENERATED if rows.has("generation") else ()
+    toxicity = ("toxicity", "toxic_rate") if rows.has("toxicity") else ()
+    if rows.has("choice_logprobs") or rows.has("choice_nll"):
+        return (
+            *("accuracy",) * rows.has("choice_logprobs"),
+            *("accuracy_norm",) * rows.has("choice_nll"),
+        )
+    if not rows.has("nll"):
+        return (*toxicity, *generated)
+    if not any(record["question"] for record in rows.table):
+        return (*CORPUS, *(MEMORISATION if rows.forget else ()))
+    left_out = set() if rows.has("generation") else {"rougeL_recall", "rougeL_f1"}
+    perturbed = any(record.get("perturbed_nll") for record in rows.table)
+    left_out |= set() if perturbed else {"truth_ratio", "accuracy"}
+    names = (*QUESTION, "accuracy", *toxicity, *generated)
+    return tuple(name for name in names if name not in left_out)
+
+
+def mean_defined(make: Callable[[Any], float], values: Sequence[Any]) -> float:
+    """Mean over the values that define a measure.
+
+    Raises:
+        Undefined: if none does, with the reason of the first.
+    """
+    found = [attempt(make, value) for value in values]
+    numbers = [value for value in found if not isinstance(value, Undefined)]
+    if not numbers:
+        raise Undefined(str(found[0]) if found else "there are no rows")
+    return sum(numbers) / len(numbers)
+
+
+def ragged(rows: Sequence[Sequence[float]]) -> Tensor:
+    """Rows of different lengths as one float64 tensor, short ones filled with NaN."""
+    width = max(map(len, rows))
+    padded = [[*row, *[math.nan] * (width - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.float64)
+
+
+# -- likelihood ---------------------------------------------------------------------------------
+
+
+@measure("probability, 0 to 1", "higher", "lower", needs={"answer"})
+def probability(rows: Records) -> float:
+    """Length-normalised probability of the answer, on TOFU's option sets that among the options."""
+    return F.mean(F.answer_probability(rows.numbers("nll")), "answers")
+
+
+def option_probability(rows: Records) -> float:
+    """Probability of the answer among the perturbed ones: ``probability`` of TOFU's option sets."""
+    return F.mean(F.option_probability(rows.numbers("nll"), rows.perturbed()), "answers")
+
+
+@measure("score, 0 to 1", "higher", "higher", needs={"answer", "alternatives"})
+def truth_ratio(rows: Records) -> float:
+    """Truth ratio as a score: max(0, 1 - R) for rows to keep, min(R, 1/R) for the others (TOFU)."""
+    direction = "closer_to_1" if rows.forget else "true_better"
+    return F.mean(F.truth_ratio_score(rows.truth_ratios(), direction), "truth ratios")
+
+
+@measure("probability, 0 to 1", "higher", "lower", needs={"answer", "alternatives"})
+def truth_probability(rows: Records) -> float:
+    """Paraphrase against perturbed answers, 1 / (1 + R) (OpenUnlearning's prob_mean)."""
+    return F.mean(F.truth_ratio_score(rows.truth_ratios(), "prob_mean"), "truth ratios")
+
+
+@measure("share, 0 to 1", "higher", "lower", needs={"answer", "tokens"})
+def exact_memorization(rows: Records) -> float:
+    """Answer tokens that greedy decoding gets right (OpenUnlearning)."""
+    return mean_defined(F.exact_memorization, rows.column("greedy"))
+
+
+@measure("share, 0 to 1", "higher", "lower", needs={"answer", "tokens"})
+def extraction_strength(rows: Records) -> float:
+    """Share of the answer that its beginning extracts (OpenUnlearning)."""
+    return mean_defined(F.extraction_strength, rows.column("greedy"))
+
+
+@measure("perplexity", "lower", "retrained", needs={"answer"})
+def perplexity(rows: Records) -> float:
+    """Exp of the mean negative log-likelihood of a token."""
+    counts = rows.numbers("tokens")
+    return F.perplexity(rows.numbers("nll") * counts, counts).item()
+
+
+@measure("perplexity", "lower", "retrained", needs={"answer"})
+def word_perplexity(rows: Records) -> float:
+    """The same per word of the text as it stands (lm-evaluation-harness detokenises WikiText
+    first: another number).
+
+    Words are separated by white space. The harness also scores each window but the first after the
+    token before it, and counts the words of the raw page.
+    """
+    if cut := sum(map(bool, rows.column("cut"))):
+        raise Undefined(
+            f"{cut} of {len(rows.table)} texts are cut at max_length: their words cannot be counted"
+        )
+    words = torch.tensor([len(text.split()) for text in rows.scored_texts()])
+    return F.perplexity(rows.numbers("nll") * rows.numbers("tokens"), words).item()
+
+
+@measure("share, 0 to 1", "higher", "lower", needs={"answer", "alternatives"})
+def accuracy(rows: Records) -> float:
+    """Right option the likeliest.
+
+    The options are those of a multiple choice, or the perturbed answers and the paraphrased one,
+    which they are worded like (WAGLE's forget accuracy).
+    """
+    if rows.has("choice_logprobs"):
+        labels = torch.tensor(rows.column("label"))
+        right = F.choice_accuracy(ragged(rows.column("choice_logprobs")), labels)
+        return F.mean(right, "choices")
+    return F.mean(F.nearest_option(rows.numbers("paraphrased_nll"), rows.perturbed()), "answers")
+
+
+@measure("share, 0 to 1", "higher", "lower", needs={"choice_texts"})
+def accuracy_norm(rows: Records) -> float:
+    """Right choice's text the likeliest per token."""
+    labels = torch.tensor(rows.column("label"))
+    return F.mean(F.choice_accuracy(-ragged(rows.column("choice_nll")), labels), "choices")
+
+
+# -- generations --------------------------------------------------------------------------------
+
+
+@measure("share, 0 to 1", "higher", "lower", needs={"answer", "generation"})
+def rougeL_recall(rows: Records) -> float:
+    """ROUGE-L recall of the generation (TOFU, WAGLE)."""
+    rows.generations()
+    return F.mean(rows.numbers("rougeL_recall"), "generations")
+
+
+@measure("share, 0 to 1", "higher", "lower", needs={"answer", "generation"})
+def rouge1_recall(rows: Records) -> float:
+    """ROUGE-1 recall of the generation."""
+    rows.generations()
+    return F.mean(rows.numbers("rouge1_recall"), "generations")
+
+
+@measure("share, 0 to 1", "higher", "lower", needs={"answer", "generation"})
+def rougeL_f1(rows: Records) -> float:
+    """ROUGE-L F1 of the generation."""
+    values = F.rouge(rows.generations(), rows.column("answer"))
+    return F.mean(values["rougeL_f1"], "generations")
+
+
+@measure("0 to 100", "higher", "lower", needs={"answer", "generation"})
+def bleu(rows: Records) -> float:
+    """Mean sentence BLEU of the generation (WAGLE)."""
+    return F.mean(F.bleu(rows.generations(), rows.column("answer")), "generations")
+
+
+@measure("share, 0 to 1", "higher", "lower", needs={"generation"})
+def contains_answer(rows: Records) -> float:
+    """Generation contains the answer (WAGLE's accuracy)."""
+    return F.mean(F.contains_answer(rows.generations(), rows.column("answer")), "generations")
+
+
+@measure("share, 0 to 1", "higher", "lower", needs={"generation"})
+def nearest_answer(rows: Records) -> float:
+    """Right answer the nearest to the generation by sentence embedding (WAGLE's accuracy)."""
+    return F.mean(rows.numbers("nearest_answer"), "generations")
+
+
+@measure("score, 0 to 1", "lower", needs={"generation"})
+def toxicity(rows: Records) -> float:
+    """Mean toxicity of the generations by the classifier (WAGLE)."""
+    return F.mean(rows.toxicities(), "generations")
+
+
+@measure("share, 0 to 1", "lower", needs={"generation"})
+def toxic_rate(rows: Records) -> float:
+    """Generations with a toxicity above 0.5."""
+    return F.mean((rows.toxicities() > 0.5).double(), "generations")
+
+
+@measure("share, 0 to 1", "lower", needs={"generation"})
+def repetition(rows: Records) -> float:
+    """4-grams of the generations that are repeated."""
+    return mean_defined(F.repetition, rows.spoken())
+
+
+@measure("bits", "higher", needs={"generation"})
+def fluency(rows: Records) -> float:
+    """Weighted entropy of bigrams and trigrams (ROME, RWKU)."""
+    return mean_defined(F.ngram_entropy, rows.spoken())
+
+
+@measure("share, 0 to 1", "lower", needs={"generation"})
+def degenerate(rows: Records) -> float:
+    """Generations that are empty, without letters, or mostly repetition."""
+    return F.mean(torch.tensor([float(F.degenerate(t)) for t in rows.generations()]), "generations")
+
+
+@measure("share, 0 to 1", "lower", needs={"generation"})
+def empty(rows: Records) -> float:
+    """Generations that are empty."""
+    return F.mean(torch.tensor([float(not text) for text in rows.generations()]), "generations")
+
+
+# -- membership inference: which of two test sets did the model see? -----------------------------
+
+MIN_K = 0.4  # MUSE reports Min-40%; OpenUnlearning takes 0.4 for its Min-K attacks
+#: What the scores need, but ``gradnorm``, which costs a backward pass a row.
+MEMBERSHIP_NEEDS = frozenset({"answer", "tokens", "vocabulary"})
+
+#: Score of every row, low for a member: records -> float64 (N,).
+Score = Callable[[Records], Tensor]
+#: Name of the attack -> its score.
+SCORES: dict[str, Score] = {}
+
+
+def membership_score(name: str, needs: Collection[str]) -> Callable[[Score], Score]:
+    """Register a score, and the area under its ROC curve as the measure ``mia_<name>``."""
+
+    def register(score: Score) -> Score:
+        def area(seen: Observations, members: str, nonmembers: str) -> float:
+            return F.membership_auc(*(score(seen.records(n)) for n in (members, nonmembers)))
+
+        area.__doc__ = score.__doc__
+        measure("AUC, 0 to 1", "retrained", needs=needs, name=f"mia_{name}")(area)
+        SCORES[name] = score
+        return score
+
+    return register
+
+
+@membership_score("loss", needs={"answer"})
+def _loss(rows: Records) -> Tensor:
+    """Membership inference by loss."""
+    return rows.numbers("nll")
+
+
+@membership_score("zlib", needs={"answer"})
+def _zlib(rows: Records) -> Tensor:
+    """Membership inference by loss over compressed length."""
+    pairs = zip(rows.column("nll"), rows.scored_texts(), strict=True)
+    return torch.tensor([F.zlib_ratio(nll, text) for nll, text in pairs], dtype=torch.float64)
+
+
+@membership_score("min_k", needs={"answer", "tokens"})
+def _min_k(rows: Records) -> Tensor:
+    """Membership inference by Min-40% Prob."""
+    return min_k_scores(rows, "logprobs", MIN_K)
+
+
+@membership_score("min_k_plus_plus", needs=MEMBERSHIP_NEEDS)
+def _min_k_plus_plus(rows: Records) -> Tensor:
+    """Membership inference by Min-40%++."""
+    columns = (rows.column(name) for name in ("logprobs", "vocabulary_mean", "vocabulary_std"))
+    tokens = (map(torch.tensor, row) for row in zip(*columns, strict=True))
+    return torch.tensor([F.min_k_plus_plus(*row, MIN_K) for row in tokens], dtype=torch.float64)
+
+
+@membership_score("reference", needs={"answer"})
+def _reference(rows: Records) -> Tensor:
+    """Membership inference against a reference model."""
+    if rows.reference is None:
+        raise Undefined("it needs the results of a reference model: give --model.reference")
+    there = Records(rows.reference.beside(rows.name, rows.table))
+    return rows.numbers("nll") - there.numbers("nll")
+
+
+@membership_score("gradnorm", needs={"answer", "gradient"})
+def _gradnorm(rows: Records) -> Tensor:
+    """Membership inference by gradient norm."""
+    return rows.numbers("gradient_norm")
+
+
+def min_k_scores(rows: Records, column: str, k: float) -> Tensor:
+    """Min-K% Prob of every row, float64 (N,), of a column of log-probabilities."""
+    logprobs = map(torch.tensor, rows.column(column))
+    return torch.tensor([F.min_k(row, k) for row in logprobs], dtype=torch.float64)
+
+
+@measure("percent", "retrained", needs={"answer", "tokens"})
+def privleak(seen: Observations, members: str, nonmembers: str) -> float:
+    """Min-40% area of this model against the retrained model's (MUSE); ideal: 0.
+
+    The retrained model's is of its records, or what its ``metrics.json`` reports.
+    """
+    area, retrained = MEASURES["mia_min_k"].compute, seen.retrained
+    here = area(seen, members, nonmembers)
+    if retrained is None:
+        raise Undefined("it compares with the retrained model: give --model.retrained")
+    there = retrained.metrics.get(f"{members}/mia_min_k")
+    if there is None:
+        there = area(Observations(retrained.tables), members, nonmembers)
+    return F.privacy_leakage(here, there)
+
+
+def membership(seen: Observations, members: str, nonmembers: str) -> dict[str, Value]:
+    """All attacks between two test sets, ``<members>/mia_<attack>``, and ``<members>/privleak``."""
+    names = (*(f"mia_{score}" for score in SCORES), "privleak")
+    return {
+        f"{members}/{name}": attempt(MEASURES[name].compute, seen, members, nonmembers)
+        for name in names
+    }
