@@ -13,7 +13,7 @@ from wagle_pl import Objective
 from wagle_pl.core.errors import WagleError
 from wagle_pl.objectives import forget as o
 from wagle_pl.unlearning import UnlearnModule
-from wagle_pl.unlearning import module as unlearn_module
+from wagle_pl.unlearning import unlearn as unlearn_module
 
 UNLEARN = ("fit", "--model", "UnlearnModule", "--trainer.max_steps", "2", "--model.output", "out")
 

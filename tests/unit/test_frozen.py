@@ -88,13 +88,8 @@ class Unlearn(UnlearnModule):
     def configure_model(self) -> None:
         if self.lm is None:
             self.lm, self.model_fingerprint = self.stack, "of the stack"
+            self.mask, self._restricted = self.given_mask, True
             self.select_weights()
-
-    def _find_mask(self) -> WeightMask:
-        return self.given_mask
-
-    def _prepare_references(self) -> None:
-        """There are none."""
 
     def planned_files(self) -> list[Any]:
         """Nothing is written."""

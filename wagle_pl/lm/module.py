@@ -1,4 +1,5 @@
-"""``LanguageModule``: a causal language model in Lightning, the base of every module of this package."""
+"""``LanguageModule``: a causal language model in Lightning, the base of every module of this
+package."""
 
 from __future__ import annotations
 
@@ -57,15 +58,17 @@ class StreamData(Protocol):
 class LanguageModule(L.LightningModule):
     """Loads a causal language model and says, in checkpoints and records, what it is.
 
-    Test and validation batches go to :attr:`evaluation`, which :class:`wagle_pl.evaluation.Evaluate` sets; they pass
-    through this module's steps so that the precision plugin and the strategy (DeepSpeed) see them.
+    Test and validation batches go to :attr:`evaluation`, which
+    :class:`wagle_pl.evaluation.Evaluate` sets; they pass through this module's steps so that the
+    precision plugin and the strategy (DeepSpeed) see them.
 
     Args:
         model: hub id, folder in Hugging Face format or GGUF file of the model.
         output: what the run writes.
         overwrite: replace an existing output.
         attn_implementation: what computes attention, as transformers names it: ``sdpa``, ``eager``,
-            ``flash_attention_2``, ...; transformers' own choice when None. On a CPU ``eager`` trains short rows faster.
+            ``flash_attention_2``, ...; transformers' own choice when None. On a CPU ``eager``
+            trains short rows faster.
     """
 
     #: Streams of a training batch, see :class:`wagle_pl.data.ForgetRetainDataModule`.
@@ -92,7 +95,7 @@ class LanguageModule(L.LightningModule):
         self.run_config: dict[str, Any] = {}
         self._trained = False
 
-    # -- model --------------------------------------------------------------------------------------------------------
+    # -- model -------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         """Tell the data module what is wanted of it; warn of a precision that crawls on this CPU."""
@@ -126,7 +129,8 @@ class LanguageModule(L.LightningModule):
             )
 
     def fingerprint(self) -> str:
-        """Digest of the weights as they are now, wherever they are. Collective: all ranks must call it."""
+        """Digest of the weights as they are now, wherever they are. Collective: all ranks must call
+        it."""
         return fingerprint(iter_gathered(self.lm.named_parameters()))
 
     @cached_property
@@ -162,7 +166,7 @@ class LanguageModule(L.LightningModule):
         """Whether each forward pass is collective, as the weights are spread over several ranks."""
         return self.sharded and distributed.world_size() > 1
 
-    # -- records ------------------------------------------------------------------------------------------------------
+    # -- records -----------------------------------------------------------------------------------
 
     @property
     def described_data(self) -> dict[str, str]:
@@ -172,12 +176,13 @@ class LanguageModule(L.LightningModule):
 
     @property
     def prompts(self) -> dict[str, Any]:
-        """What stands around questions and answers, see :attr:`wagle_pl.data.template.Template.prompts`; empty if the
-        data module has no template."""
+        """What stands around questions and answers, see
+        :attr:`wagle_pl.data.template.Template.prompts`; empty if the data module has no
+        template."""
         template = getattr(self.trainer.datamodule, "template", None)
         return {} if template is None else template.prompts
 
-    # -- test and validation ------------------------------------------------------------------------------------------
+    # -- test and validation -----------------------------------------------------------------------
 
     @property
     def results_folder(self) -> Path:
@@ -196,10 +201,11 @@ class LanguageModule(L.LightningModule):
         if self.evaluation is not None:
             self.evaluation.validation_batch(batch, dataloader_idx)
 
-    # -- fit ----------------------------------------------------------------------------------------------------------
+    # -- fit ---------------------------------------------------------------------------------------
 
     def on_train_end(self) -> None:
-        """Note that training has come to its end; log if nothing will be written, or if a callback has ended it."""
+        """Note that training has come to its end; log if nothing will be written, or if a callback
+        has ended it."""
         self._trained = True
         if self.trainer.fast_dev_run:
             log.info("fast_dev_run: this was a trial, and nothing is written")
@@ -209,7 +215,8 @@ class LanguageModule(L.LightningModule):
                 log.info("stopped early, after step %d: %s", self.global_step, reason.strip())
 
     def on_fit_end(self) -> None:
-        """Write the result of a run whose checkpoint left nothing to train: Lightning does not begin such a run.
+        """Write the result of a run whose checkpoint left nothing to train: Lightning does not
+        begin such a run.
 
         Raises:
             WagleError: if the trainer was to take no step.
@@ -226,7 +233,7 @@ class LanguageModule(L.LightningModule):
             )
         self._trained = False
 
-    # -- checkpoints --------------------------------------------------------------------------------------------------
+    # -- checkpoints -------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note which module wrote the checkpoint."""

@@ -1,5 +1,4 @@
-"""Where a run goes on: at a global batch, however it is cut into micro-batches, with the random
-numbers it had there.
+"""Where a run goes on: at a global batch, however it is cut into micro-batches.
 
 A checkpoint may be asked for between two optimiser steps (by time, at an exception), when gradients
 of some micro-batches have been added up. Training does not keep them: the checkpoint says that the
@@ -7,7 +6,13 @@ step has not begun, and a resumed run makes all of it. Attribution keeps its sum
 behind the rows that are in them.
 
 Lightning counts micro-batches. A checkpoint holds a :class:`~wagle_pl.data.batches.Position` beside
-its counters, and when one is loaded the counters are written anew from it (:func:`recount`)."""
+its counters, and when one is loaded the counters are written anew from it (:func:`recount`).
+
+This is the one module that knows how Lightning lays out its loops in a checkpoint, and the only one
+to call a private method of Lightning's (``_load_combined_loader_states``, in :func:`begin`): it has
+no public way to load a loader's state after the loader was made. tests/unit/test_libraries.py fails
+first when any of this changes.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +21,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from wagle_pl.data import ForgetRetainDataModule
-from wagle_pl.data.batches import Position, ResumableLoader
 
 
 class StepStart(NamedTuple):
@@ -73,7 +75,7 @@ def keep_position(checkpoint: dict[str, Any], trainer: Any, epoch: int, micro_ba
         progress["current"] = dict.fromkeys(progress["current"], micro_batches)
         progress["is_last_batch"] = False
     loader = trainer.train_dataloader
-    if isinstance(loader, ResumableLoader):
+    if hasattr(loader, "state_at"):
         state = loader.state_at(epoch, micro_batches, trainer.num_training_batches)
         fit["state_dict"]["combined_loader"] = [state]
 
@@ -82,40 +84,31 @@ def keep_position(checkpoint: dict[str, Any], trainer: Any, epoch: int, micro_ba
 
 
 def recount(checkpoint: dict[str, Any], trainer: Any) -> None:
-    """Write Lightning's counters in a checkpoint anew for the batches of this run, before Lightning
-    reads them.
+    """Write Lightning's counters in a checkpoint anew for this run's batches, before they are read.
 
-    Does nothing for rows of another kind of data module.
+    Does nothing where the rows are those of another kind of data module.
 
     Raises:
         WagleError: if the checkpoint is of a run with other global batches.
     """
     fit = checkpoint.get("loops", {}).get("fit_loop", {})
     states = fit.get("state_dict", {}).get("combined_loader")
-    if not states or not isinstance(trainer.datamodule, ForgetRetainDataModule):
+    if not states or not hasattr(trainer.datamodule, "stream_loader"):
         return
     loader = trainer.datamodule.train_dataloader()
     position, steps = loader.check(states[0]), checkpoint["global_step"]
-    begun = position != Position(position.epoch)
+    begun = bool(position.step or position.rows)
     done = loader.sampler.micro_batches(position)
     before = (steps - position.step) * loader.sampler.accumulate
     batches = fit["epoch_loop.batch_progress"]
-    # where one of the hooks at a step's end wrote the checkpoint, Lightning ends that step when it
-    # goes on
+    # written by a hook at a step's end: Lightning ends that step when it goes on
     hooks_have_run = batches["current"]["completed"] == batches["current"]["processed"]
     ending = 0 if hooks_have_run or position.rows or not position.step else 1
     current = {**dict.fromkeys(batches["current"], done), "completed": done - ending}
-    batches |= {
-        "current": current,
-        "total": {name: before + count for name, count in current.items()},
-    }
-    batches["is_last_batch"] = False
-    epochs = {
-        "ready": position.epoch + begun,
-        "started": position.epoch + begun,
-        "processed": position.epoch,
-        "completed": position.epoch,
-    }
+    total = {name: before + count for name, count in current.items()}
+    batches |= {"current": current, "total": total, "is_last_batch": False}
+    epochs = dict.fromkeys(("ready", "started"), position.epoch + begun)
+    epochs |= dict.fromkeys(("processed", "completed"), position.epoch)
     fit["epoch_progress"] |= {"current": epochs, "total": dict(epochs)}
     fit["epoch_loop.state_dict"]["_batches_that_stepped"] = steps - ending
 
@@ -124,7 +117,8 @@ def begin(trainer: Any) -> None:
     """Go on, when training starts: what Lightning leaves undone.
 
     The loader may have been made before the checkpoint was read (counting the steps makes it), and
-    Lightning takes the first epoch for one that is under way whenever ``max_steps`` is set."""
+    Lightning takes the first epoch for one that is under way whenever ``max_steps`` is set.
+    """
     trainer.fit_loop._load_combined_loader_states()
     if trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:
         trainer.fit_loop.epoch_loop.restarting = False

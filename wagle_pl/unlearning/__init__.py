@@ -1,57 +1,17 @@
-"""Objectives, masked optimisation, and the modules that train."""
+"""The modules that train, and what they minimise."""
 
-from wagle_pl.objectives.forget import (
-    CEU,
-    DPO,
-    KL,
-    NPO,
-    PO,
-    RMU,
-    UNDIAL,
-    WGA,
-    Answers,
-    FineTune,
-    GradAscent,
-    GradDiff,
-    IdkNLL,
-    L1Sparse,
-    Objective,
-    RandomLabel,
-    SatImp,
-    SimNPO,
-    Streams,
-)
-from wagle_pl.objectives.retain import RetainTerm
-from wagle_pl.objectives.schedules import Schedule
+from wagle_pl import objectives
+from wagle_pl.objectives import *  # noqa: F403
 from wagle_pl.unlearning.adapters import LoRA
-from wagle_pl.unlearning.module import FinetuneModule, UnlearnModule
+from wagle_pl.unlearning.finetune import FinetuneModule
 from wagle_pl.unlearning.optim import MaskedAdamW, Sophia
+from wagle_pl.unlearning.unlearn import UnlearnModule
 
 __all__ = [
-    "CEU",
-    "DPO",
-    "KL",
-    "NPO",
-    "PO",
-    "RMU",
-    "UNDIAL",
-    "WGA",
-    "Answers",
-    "FineTune",
+    *objectives.__all__,
     "FinetuneModule",
-    "GradAscent",
-    "GradDiff",
-    "IdkNLL",
-    "L1Sparse",
     "LoRA",
     "MaskedAdamW",
-    "Objective",
-    "RandomLabel",
-    "RetainTerm",
-    "SatImp",
-    "Schedule",
-    "SimNPO",
     "Sophia",
-    "Streams",
     "UnlearnModule",
 ]

@@ -1,8 +1,8 @@
-"""Adapters: unlearning that trains a few new weights and leaves every weight of the model alone (a baseline).
+"""Adapters: unlearning that trains a few new weights and leaves every weight of the model alone (a
+baseline).
 
-An adapter that has not been trained adds exactly nothing, so log-probabilities at θ₀ may be computed before the first
-step, adapter in place.
-"""
+An adapter that has not been trained adds exactly nothing, so log-probabilities at θ₀ may be
+computed before the first step, adapter in place."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from wagle_pl.lm.saving import model_folder
 
 
 class LoRA:
-    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), through ``peft``: W x + (alpha / r) B A x.
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), through ``peft``: W x + (alpha / r) B A
+    x.
 
     Args:
         r: rank of B A.
         alpha: the adapter's output is scaled by alpha / r.
         dropout: of the adapter's input while training.
-        target_modules: names (or endings of names) of the linear layers adapted; ``all-linear`` takes all but the
-            output layer.
-        merge: at the end add B A to the weights and write a whole model; False writes a folder of just the adapter,
-            which stands for the merged model wherever ``peft`` is installed and the base is where it was.
+        target_modules: names (or endings of names) of the linear layers adapted; ``all-linear``
+            takes all but the output layer.
+        merge: at the end add B A to the weights and write a whole model; False writes a folder of
+            just the adapter, which stands for the merged model wherever ``peft`` is installed and
+            the base is where it was.
 
     Raises:
         WagleError: if an option has no meaning.
@@ -88,11 +90,13 @@ class LoRA:
             )
 
     def fold(self) -> None:
-        """Add B A to the model's weights and take the adapters out: the model is one of its own kind again."""
+        """Add B A to the model's weights and take the adapters out: the model is one of its own
+        kind again."""
         self._peft.merge_and_unload()
 
     def save(self, tokenizer: Any, folder: str | Path, card: str, record: dict[str, Any]) -> Path:
-        """Write a folder of just the adapter, with tokenizer, model card and record; whole or not at all."""
+        """Write a folder of just the adapter, with tokenizer, model card and record; whole or not
+        at all."""
         with model_folder(folder, tokenizer, card, record) as temporary:
             self._peft.save_pretrained(temporary)
         return Path(folder)

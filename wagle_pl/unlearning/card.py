@@ -11,7 +11,8 @@ from wagle_pl.masks import describe_origin
 
 
 def model_card(record: Mapping[str, Any]) -> str:
-    """Markdown model card from a record (``wagle.json``), whose ``lineage`` lists the runs that made the model."""
+    """Markdown model card from a record (``wagle.json``), whose ``lineage`` lists the runs that
+    made the model."""
     *earlier, last = record["lineage"]
     lines = ["---", "library_name: transformers", "tags: [unlearning, wagle]", "---", ""]
     title = "Unlearned model" if last.get("objective") else "Fine-tuned model"

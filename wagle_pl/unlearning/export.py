@@ -31,9 +31,10 @@ class Stored(NamedTuple):
         shapes: name -> shape.
         dtypes: name -> dtype.
         read: gives one of them.
-        about: what the run said of itself: ``name`` of its base model, the ``dtype`` it was loaded in, and the
-            ``record`` of a model folder.
-        mask: what its mask was made of, if it had one: then the weights are values of selected weights.
+        about: what the run said of itself: ``name`` of its base model, the ``dtype`` it was loaded
+            in, and the ``record`` of a model folder.
+        mask: what its mask was made of, if it had one: then the weights are values of selected
+            weights.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -53,15 +54,16 @@ def export(
     """Write a model folder from a checkpoint, or from a model in another format.
 
     Args:
-        path: a checkpoint: a file, or a folder that ranks under DeepSpeed wrote; or a GGUF file, a folder of an
-            adapter, a hub id: these are loaded whole.
+        path: a checkpoint: a file, or a folder that ranks under DeepSpeed wrote; or a GGUF file, a
+            folder of an adapter, a hub id: these are loaded whole.
         output: folder to write, in Hugging Face format.
         model: where the run's base model is now, if no longer where it was.
         mask: where the run's mask file is now, if no longer where it was.
         overwrite: replace an existing model folder.
 
     Raises:
-        WagleError: if there is no such checkpoint, it holds no language model's weights, or its base is gone.
+        WagleError: if there is no such checkpoint, it holds no language model's weights, or its
+            base is gone.
     """
     refuse_existing(Path(output), overwrite, "--overwrite true", kind="folder")
     path = Path(path)
@@ -272,7 +274,8 @@ def _transposed(config: Any) -> set[str]:
 def _with_adapter(
     stored: Stored, name: str, adapter: Optional[Mapping[str, Any]], transposed: bool
 ) -> Tensor:
-    """A weight; an adapter's (alpha / r) B A is added to it, in the order of the layer's dimensions."""
+    """A weight; an adapter's (alpha / r) B A is added to it, in the order of the layer's
+    dimensions."""
     weight = stored.read(name)
     layer = name.removesuffix("base_layer.weight")
     if layer == name or f"{layer}lora_A.default.weight" not in stored.shapes:

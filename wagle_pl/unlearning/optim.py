@@ -9,6 +9,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from wagle_pl.core.errors import WagleError
 
@@ -27,7 +28,8 @@ def _check(lr: float, betas: tuple[float, float], eps: float, weight_decay: floa
 
 
 class MaskedAdamW(AdamW):
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101): torch's, fused, with this package's defaults.
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101): torch's, fused, with this package's
+    defaults.
 
     m ← β₁m + (1 − β₁)g, v ← β₂v + (1 − β₂)g², θ ← (1 − ηλ)θ − η m̂ / (√v̂ + ε).
 
@@ -58,12 +60,14 @@ class MaskedAdamW(AdamW):
 
 
 class Sophia(Optimizer):
-    """Clipped second-order steps (Liu et al. 2023, arXiv 2305.14342), as in SOUL (Jia et al. 2024, arXiv 2404.18239).
+    """Clipped second-order steps (Liu et al. 2023, arXiv 2305.14342), as in SOUL (Jia et al. 2024,
+    arXiv 2404.18239).
 
-    m ← β₁m + (1 − β₁)g; every ``interval`` steps h ← β₂h + (1 − β₂)ĥ; θ ← (1 − ηλ)θ − η clip(m / (ρh + ε), ±1), so no
-    weight moves further than η a step. ĥ is the square of the step's own gradient: one backward pass a step and any
-    objective. (The paper's Gauss–Newton–Bartlett estimate B ĝ² has the gradient ĝ of labels drawn from the model in its
-    place; the batch size B, a constant factor, is part of ρ here.) ĥ falls with the square of a loss's scale, m in
+    m ← β₁m + (1 − β₁)g; every ``interval`` steps h ← β₂h + (1 − β₂)ĥ; θ ← (1 − ηλ)θ − η clip(m /
+    (ρh + ε), ±1), so no weight moves further than η a step. ĥ is the square of the step's own
+    gradient: one backward pass a step and any objective. (The paper's Gauss–Newton–Bartlett
+    estimate B ĝ² has the gradient ĝ of labels drawn from the model in its place; the batch size B,
+    a constant factor, is part of ρ here.) ĥ falls with the square of a loss's scale, m in
     proportion: when the loss is rescaled, ρ has to be.
 
     Args:
@@ -125,3 +129,43 @@ class Sophia(Optimizer):
         parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(
             ratio.clamp_(-1, 1), alpha=-group["lr"]
         )
+
+
+def lr_factor(warmup: float, decay: str, steps: float) -> Callable[[int], float]:
+    """Learning-rate factor by step: linear warm-up, then linear decay to zero, or constant.
+
+    Unlike transformers' schedule of that name, the first step is not wasted on a rate of 0.
+
+    >>> factor = lr_factor(2, "linear", 6)
+    >>> [factor(step) for step in range(7)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    warm = round(warmup * steps) if 0 < warmup < 1 else round(warmup)
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return 1.0 if decay == "constant" else max(0.0, (steps - step) / max(1, steps - warm))
+
+    return factor
+
+
+def warmup_and_decay(optimizer: Optimizer, warmup: float, decay: str, steps: float) -> LambdaLR:
+    """The scheduler of :func:`lr_factor`.
+
+    Args:
+        optimizer: whose learning rate it sets.
+        warmup: a share of the steps (below 1) or a number of steps.
+        decay: ``linear`` or ``constant``.
+        steps: of the run; infinite if they are not known.
+
+    Raises:
+        WagleError: if they are not known and have to be.
+    """
+    if steps == float("inf") and (decay != "constant" or 0 < warmup < 1):
+        raise WagleError(
+            "the run's steps are not known beforehand, and warm-up and decay are shares of them: "
+            "give --trainer.max_steps or --trainer.max_epochs (max_time may end it earlier), or "
+            "--model.decay constant with a --model.warmup of 0 or in steps"
+        )
+    return LambdaLR(optimizer, lr_factor(warmup, decay, steps))

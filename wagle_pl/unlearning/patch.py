@@ -1,20 +1,19 @@
 """Patches: the difference of an unlearned model to its base, exact, small, and reversible.
 
-A patch holds, for every tensor that changed, which words changed and by how much: the new word minus
-the old one, both taken as integers modulo 2ʷ. So applying adds and reverting subtracts, exactly,
-whatever the bits mean. Digests of both ends, SHA-256 over the raw bytes of all tensors, are checked
-before a result takes its place.
+A patch holds, for every tensor that changed, which words changed and by how much: the new word
+minus the old one, both taken as integers modulo 2ʷ. So applying adds and reverting subtracts,
+exactly, whatever the bits mean. Digests of both ends, SHA-256 over the raw bytes of all tensors,
+are checked before a result takes its place.
 
 A patch may also go on a model that other patches of the same base have changed, as long as they
 changed other words: the record of such a model (``wagle.json``) names its base and its patches, and
 its own digest vouches for it.
 
-On disk a patch is a safetensors file with one ``uint8`` tensor for each changed tensor: frames of up
-to 2²⁰ words, each two lengths (``uint64``, little-endian) and two zlib streams: the bits that tell
-which words changed (lowest first), and the differences d of those, as 2d or −2d − 1 (a small step of
-a float is a small d), byte planes apart, so that whole planes are zero. Everything is read and
-written a frame at a time.
-"""
+On disk a patch is a safetensors file with one ``uint8`` tensor for each changed tensor: frames of
+up to 2²⁰ words, each two lengths (``uint64``, little-endian) and two zlib streams: the bits that
+tell which words changed (lowest first), and the differences d of those, as 2d or −2d − 1 (a small
+step of a float is a small d), byte planes apart, so that whole planes are zero. Everything is read
+and written a frame at a time."""
 
 from __future__ import annotations
 
@@ -55,7 +54,8 @@ class Patch:
         tensors: name -> ``dtype``, ``shape``, ``changed`` (words) and ``base``, ``unlearned``
             (SHA-256 of those words alone), for every tensor that changed.
         made_by: names of both ends; ``lineage``, the runs that led from one to the other; and
-            ``records``, the text of the base's ``wagle.json`` and model card, as far as it has them.
+            ``records``, the text of the base's ``wagle.json`` and model card, as far as it has
+            them.
 
     Args:
         path: the file.
@@ -319,7 +319,8 @@ def _rewrite(
 
 
 def _change(stream: BinaryIO, patch: Patch, name: str, words: np.ndarray, source: End) -> bool:
-    """Write a tensor with the patch's words changed; returns if these were as the patch has them."""
+    """Write a tensor with the patch's words changed; returns if these were as the patch has
+    them."""
     digest = hashlib.sha256()
     frames = patch.frames(name, words.dtype)
     for frame, (changed, step) in zip(_frames(words), frames, strict=True):

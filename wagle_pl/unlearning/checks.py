@@ -1,0 +1,140 @@
+"""What is refused: before a run, options; before a step and before a file, NaN and infinity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from wagle_pl.core import distributed
+from wagle_pl.core.errors import Diverged, WagleError
+from wagle_pl.strategies import is_zero
+
+if TYPE_CHECKING:
+    from wagle_pl.unlearning.finetune import FinetuneModule
+
+
+def check_run(module: FinetuneModule) -> None:
+    """Refuse options of a module and of its trainer that cannot work, before any work is done.
+
+    Raises:
+        WagleError: naming the option.
+    """
+    if module._from_checkpoint:
+        raise WagleError(
+            "load_from_checkpoint gives a module to use and to test: to train on, make a new "
+            "one and give trainer.fit the checkpoint as ckpt_path"
+        )
+    if module._fitted:
+        raise WagleError(
+            "this module was trained already, and its weights are no longer those of "
+            f"{module.model_name}: to train again, make a new one"
+        )
+    trainer = module.trainer
+    if trainer.gradient_clip_val is not None and not trainer.gradient_clip_val >= 0:
+        raise WagleError(
+            f"trainer.gradient_clip_val must be 0 or more, got {trainer.gradient_clip_val:g}"
+        )
+    if not module.output:
+        raise WagleError("fit needs a folder for the model: give --model.output")
+    output = Path(module.output).resolve()
+    if output == Path(module.model_name).resolve():
+        raise WagleError(
+            f"output {module.output} is the model that this run starts from: choose another folder"
+        )
+    written = [("trainer.default_root_dir", trainer.default_root_dir)]
+    for saver in trainer.checkpoint_callbacks:
+        written.append(("dirpath of checkpoints", getattr(saver, "dirpath", None)))
+    for what, folder in written:
+        if folder and output in (Path(folder).resolve(), *Path(folder).resolve().parents):
+            raise WagleError(
+                f"{what}: {folder} lies in the output {module.output}, which the model's folder "
+                "will replace: name another"
+            )
+    zero, precision = is_zero(trainer.strategy), str(trainer.precision)
+    split_works = precision == "bf16-true" and trainer.world_size == 1 and not zero
+    if module.values == "split" and not split_works:
+        raise WagleError(
+            "model.values split is for trainer.precision bf16-true on one device without "
+            f"DeepSpeed; this run has {precision} on {trainer.world_size}: leave it at fp32"
+        )
+    if module.output_dtype and zero:
+        raise WagleError(
+            "model.output_dtype does not work under DeepSpeed, whose optimisers hold the fp32 "
+            "values: leave it out"
+        )
+
+
+class MicroBatch(NamedTuple):
+    """One micro-batch of a step: its index in the epoch, its rows by stream, and its losses."""
+
+    index: int
+    rows: dict[str, Tensor]
+    losses: dict[str, Tensor]
+
+    def said(self) -> str:
+        """Which rows they were, and the numbers."""
+        rows = {stream: row.tolist() for stream, row in self.rows.items()}
+        numbers = ", ".join(f"{name} {value.item():g}" for name, value in self.losses.items())
+        return f"(batch {self.index}, rows {rows}): {numbers}"
+
+
+def check_step(batches: Iterable[MicroBatch], gradients: Mapping[str, Tensor], step: int) -> None:
+    """Refuse a step whose losses or gradients are not finite, with one synchronisation. Collective.
+
+    Args:
+        batches: the step's, on this rank.
+        gradients: name -> gradient; empty leaves them to fp16's scaler, which skips such a step.
+        step: for the message.
+
+    Raises:
+        Diverged: on all ranks, naming the rows, or a parameter.
+    """
+    numbers = [batch.losses["loss"].float() for batch in batches]
+    numbers += [_largest(gradient) for gradient in gradients.values()]
+    finite = bool(torch.stack(numbers).isfinite().all()) if numbers else True
+    if not distributed.all_reduce_max(int(not finite)):
+        return
+    advice = "lower the learning rate. Checkpoints written so far are kept"
+    found = [
+        f"loss is not finite at step {step} {batch.said()}; {advice}"
+        for batch in batches
+        if not torch.isfinite(batch.losses["loss"])
+    ]
+    if not finite and not found:
+        name = next(name for name, g in gradients.items() if not g.isfinite().all())
+        found = [
+            f"the gradient of {name} is not finite at step {step}, though the loss is; {advice}"
+        ]
+    raise Diverged(distributed.all_gather(found)[0])
+
+
+def check_weights(weights: Mapping[str, Tensor], step: int) -> None:
+    """Refuse to write weights that are not finite. Collective.
+
+    Args:
+        weights: name -> what this rank holds of it.
+        step: for the message.
+
+    Raises:
+        WagleError: naming a tensor.
+    """
+    finite = torch.stack([_largest(weight.detach()) for weight in weights.values()]).isfinite()
+    found = [name for name, good in zip(weights, finite.tolist(), strict=True) if not good]
+    found = distributed.all_gather(found)
+    if found:
+        raise WagleError(
+            f"weights of {found[0]} are not finite at step {step}: they are not written. Resume "
+            "from an earlier checkpoint with a lower learning rate"
+        )
+
+
+def _largest(tensor: Tensor) -> Tensor:
+    """The largest absolute value in fp32, NaN if there is one; 0 of no values."""
+    if not tensor.numel():
+        return torch.zeros((), device=tensor.device)
+    low, high = torch.aminmax(tensor)  # many times as fast as a norm
+    return torch.maximum(high, -low).float()

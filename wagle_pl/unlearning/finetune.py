@@ -1,0 +1,426 @@
+"""``FinetuneModule``: makes target and retrained models, and is what unlearning extends."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from math import prod
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from wagle_pl.core import distributed, outputs
+from wagle_pl.core.environment import peak_memory, versions
+from wagle_pl.core.errors import WagleError, first_line
+from wagle_pl.lm import resume
+from wagle_pl.lm.layers import expert_weights
+from wagle_pl.lm.likelihood import forward_answers
+from wagle_pl.lm.models import checkpoint_dtype
+from wagle_pl.lm.module import LanguageModule
+from wagle_pl.lm.saving import Originals, read_record, save_model
+from wagle_pl.lm.weights import parameter_shapes
+from wagle_pl.masks import WeightMask
+from wagle_pl.masks.selected import SUFFIX, SelectedWeights, load_values
+from wagle_pl.objectives import Streams
+from wagle_pl.planning import Run, Size, disk_bytes
+from wagle_pl.strategies import is_zero, stage_of
+from wagle_pl.unlearning.card import model_card
+from wagle_pl.unlearning.checks import MicroBatch, check_run, check_step, check_weights
+from wagle_pl.unlearning.optim import MaskedAdamW, warmup_and_decay
+
+log = logging.getLogger(__name__)
+
+Batch = Mapping[str, Mapping[str, Tensor]]
+
+
+class FinetuneModule(LanguageModule):
+    """Supervised fine-tuning on answers: makes the target model, and the retrained model.
+
+    The loss is the mean over examples of the mean negative log-likelihood per answer token.
+
+    Args:
+        model: hub id, folder in Hugging Face format or GGUF file of the model to start from.
+        output: folder to write the model to, in Hugging Face format.
+        train_on: ``all`` (forget and retain rows: the target model), ``retain`` (the retrained
+            model) or ``forget``.
+        warmup: linear warm-up: a share of all steps (below 1) or a number of steps.
+            ``--lr_scheduler`` replaces it.
+        decay: after warm-up, ``linear`` to zero or ``constant``.
+        lr_interval: when a scheduler given by ``--lr_scheduler`` steps: each ``epoch``, as in
+            LightningCLI, or each optimiser ``step``.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, about a
+            third more time.
+        values: how the weights that move are kept under ``bf16-true``: ``fp32`` beside the model's
+            own, 16 to 20 bytes a weight with AdamW; or ``split``: only the 16 bits that bf16 lacks,
+            and gradients in bf16, 12 bytes, or 6 with an optimiser of 8 bits, at the price of some
+            speed, on one device.
+        output_dtype: ``float32`` writes the model's folder with values as they are trained; null
+            rounds them to the dtype of the base model.
+        lr: learning rate of the optimiser, whichever it is; that of ``--optimizer`` when None.
+        **kwargs: passed to :class:`~wagle_pl.lm.module.LanguageModule`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        output: Optional[str] = None,
+        train_on: Literal["all", "retain", "forget"] = "all",
+        warmup: float = 0.1,
+        decay: Literal["linear", "constant"] = "linear",
+        lr_interval: Literal["epoch", "step"] = "epoch",
+        gradient_checkpointing: bool = False,
+        values: Literal["fp32", "split"] = "fp32",
+        output_dtype: Optional[Literal["float32"]] = None,
+        lr: Optional[float] = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model=model, output=output, **kwargs)
+        if lr is not None and not lr >= 0:
+            raise WagleError(f"model.lr must not be below 0, got {lr}")
+        if not 0 <= warmup < float("inf"):
+            raise WagleError(f"model.warmup must be 0 or more, got {warmup:g}")
+        self.lr = lr
+        self.streams = (train_on,)
+        self.values = values
+        self.output_dtype = None if output_dtype is None else torch.float32
+        self.warmup = warmup
+        self.decay = decay
+        self.lr_interval = lr_interval
+        self.gradient_checkpointing = gradient_checkpointing
+        #: Parameters (and ``lr``, if that is given) -> optimiser, and optimiser -> scheduler; the
+        #: command line sets them from ``--optimizer`` and ``--lr_scheduler``. Without a scheduler,
+        #: ``warmup`` and ``decay`` apply.
+        self.make_optimizer: Callable[..., Optimizer] = MaskedAdamW
+        self.make_lr_scheduler: Optional[Callable[[Optimizer], Any]] = None
+        #: While it is trained: the model's weights as values and dense tensors.
+        self.selected: Optional[SelectedWeights] = None
+        #: Selected weights of the model; None where all may move.
+        self.mask: Optional[WeightMask] = None
+        self._from_checkpoint = False
+        self._fitted = False
+        self._started = time.monotonic()
+        self._step: list[MicroBatch] = []
+        self._step_start: Optional[resume.StepStart] = None
+        self._random: Mapping[str, Tensor] = {}
+
+    # -- before the run --------------------------------------------------------------------------
+
+    @property
+    def results_folder(self) -> Path:
+        """Test results go beside the model's files, once there are any."""
+        written = self.output and Path(self.output).is_dir()
+        return Path(self.output if written else self.trainer.default_root_dir) / "test"
+
+    def setup(self, stage: str) -> None:
+        """Refuse options that cannot work and an output that exists, before any work is done."""
+        super().setup(stage)
+        if stage == "fit":
+            check_run(self)
+            outputs.reserve(Path(self.output), self.overwrite, kind="folder")
+
+    def teardown(self, stage: str) -> None:
+        """Let others write the output."""
+        if stage == "fit" and self.output:
+            outputs.release(Path(self.output))
+
+    def planned_files(self) -> list[outputs.Planned]:
+        """What the run is going to write, at least."""
+        dtype = checkpoint_dtype(self.model_name) or torch.float32
+        weights = sum(map(prod, self._shapes.values()))
+        optimizer = next((type(o).__name__ for o in self.trainer.optimizers), "none")
+        files = disk_bytes(Size(weights, dtype.itemsize), self.planned_run(optimizer))
+        return [
+            outputs.Planned("model", Path(self.output), files["model"]),
+            *outputs.planned_checkpoint(self.trainer, files["checkpoint"]),
+        ]
+
+    def planned_run(self, optimizer: str) -> Run:
+        """The run, as ``wagle plan`` knows it."""
+        stage = stage_of(self.trainer.strategy)
+        return Run.about_to("finetuning", str(self.trainer.precision), stage, optimizer=optimizer)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What lets others write the output when the run fails."""
+        copies = any(isinstance(c, StochasticWeightAveraging) for c in self.trainer.callbacks)
+        if copies and not is_zero(self.trainer.strategy):  # which Lightning refuses together
+            self.configure_model()  # the callback copies the module, and is to find a model in it
+        return [outputs.ReleaseOnFailure(Path(self.output))] if self.output else []
+
+    def configure_model(self) -> None:
+        """Load the model and, to train it, make its selected weights its parameters.
+
+        A fit loads it anew: a test before it may have loaded a checkpoint, in another precision.
+
+        Raises:
+            WagleError: if the strategy cannot train a model of this kind.
+        """
+        self._from_checkpoint |= not self.attached
+        if self.fits and self.selected is None:
+            self.lm, self._random = None, {}
+        super().configure_model()
+        if not self.fits or self.selected is not None:
+            return
+        self._shapes = parameter_shapes(self.lm)
+        several = len(self.streams) > 1 and self.sharded
+        if several and any(expert_weights(module) for module in self.lm.modules()):
+            # an assertion in DeepSpeed's backward pass over several forward passes (its issue 5321)
+            raise WagleError(
+                f"ZeRO-3 cannot train experts on {' and '.join(self.streams)} rows in one step: "
+                "choose another stage (--trainer.strategy deepspeed_stage_2)"
+            )
+        self.lm.train()
+        if self.gradient_checkpointing:
+            options = {"use_reentrant": False}
+            self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        self.select_weights()
+
+    def select_weights(self, **options: Any) -> None:
+        """Make the weights that may move the parameters of the model.
+
+        Args:
+            **options: passed to :class:`~wagle_pl.masks.selected.SelectedWeights`.
+        """
+        split = None
+        if self.values == "split":  # gradients of several micro-batches are added up in fp32
+            split = torch.bfloat16 if self.trainer.accumulate_grad_batches == 1 else torch.float32
+        masters = not is_zero(self.trainer.strategy)
+        self.selected = SelectedWeights(self.lm, masters=masters, split=split, **options)
+
+    # -- optimisation ------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimiser over trainable parameters, with warm-up and decay by step."""
+        options = {} if self.lr is None else {"lr": self.lr}
+        try:
+            trained = [p for p in self.lm.parameters() if p.requires_grad]
+            optimizer = self.make_optimizer(trained, **options)
+        except ValueError as error:
+            vectors = " (with a mask, parameters are vectors of selected weights)"
+            said = vectors if self.mask is not None else ""
+            raise WagleError(f"optimizer: {first_line(error)}{said}") from error
+        if isinstance(optimizer, LBFGS):
+            raise WagleError(
+                "optimizer LBFGS evaluates the loss several times a step, on micro-batches that "
+                "are gone by then; choose another, e.g. --optimizer MaskedAdamW"
+            )
+        if self.values == "split":
+            self.selected.step_by_tensor(optimizer)
+        if self.make_lr_scheduler is None:
+            steps = self.trainer.estimated_stepping_batches
+            scheduler = warmup_and_decay(optimizer, self.warmup, self.decay, steps)
+            how = {"scheduler": scheduler, "interval": "step"}
+        else:
+            scheduler = self.make_lr_scheduler(optimizer)
+            monitor = getattr(scheduler, "monitor", "train/loss")
+            how = {"scheduler": scheduler, "monitor": monitor, "interval": self.lr_interval}
+        return {"optimizer": optimizer, "lr_scheduler": how}
+
+    def on_fit_start(self) -> None:
+        """Have the values written into the model after each step; check the room on the disk."""
+        strategy = self.trainer.strategy
+        optimizers = [strategy.base_optimizer] if is_zero(strategy) else self.trainer.optimizers
+        for optimizer in (getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers):
+            optimizer.register_step_post_hook(lambda *_: self.selected.changed())
+            if self.values == "split":
+                self.selected.step_by_tensor(optimizer)
+        if is_zero(strategy):  # the dtype that DeepSpeed computes with
+            self.selected.cast(next(p.dtype for p in self.lm.parameters() if p.requires_grad))
+        self._fitted = True
+        if not self.trainer.fast_dev_run:
+            distributed.on_rank_zero(lambda: outputs.check_space(self.planned_files()))
+
+    def on_train_start(self) -> None:
+        """Start the clock and restore the random state of a checkpoint."""
+        self._started = time.monotonic()
+        resume.set_random_state(self._random, self.device)
+        self.selected.changed()  # a checkpoint may have brought others
+        resume.begin(self.trainer)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Remember where a step starts."""
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            random = resume.random_state(self.device)
+            self._step_start = resume.StepStart(
+                self.current_epoch, batch_idx, self.global_step, random
+            )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One micro-batch."""
+        losses = self.losses(self.streams_of(batch))
+        noted = {name: value.detach() for name, value in losses.items()}
+        rows = {stream: t["row"] for stream, t in batch.items() if t.get("row") is not None}
+        self._step.append(MicroBatch(batch_idx, rows, noted))
+        self.log_dict({f"train/{name}": value for name, value in noted.items()}, prog_bar=True)
+        return losses["loss"]
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """The backward pass; on one device the streams' gradients are added up in place."""
+        alone = isinstance(self.trainer.strategy, SingleDeviceStrategy)
+        with self.selected.gradients_in_place() if alone else nullcontext():
+            super().backward(loss, *args, **kwargs)
+
+    def streams_of(self, batch: Batch) -> Streams:
+        """What the losses see of one batch."""
+        return Streams(batch, self.run_lm, {})
+
+    def losses(self, at: Streams) -> dict[str, Tensor]:
+        """Losses of one batch; ``loss`` is minimised."""
+        (stream,) = self.streams
+        return {"loss": at.mean(stream, at[stream].nll)}
+
+    def run_lm(self, tensors: Mapping[str, Tensor], whole: bool = False) -> tuple[Tensor, Tensor]:
+        """(logits, labels) of one stream, from the first answer token on, or of all positions."""
+        output, labels = forward_answers(self.lm, tensors, whole=whole)
+        return output.logits, labels
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Stop before a step that would spoil the weights."""
+        step, self._step = self._step, []
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        check_step(step, {} if scaled else dict(self.selected.gradients()), self.global_step)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: Optional[float] = None,
+        gradient_clip_algorithm: Optional[str] = None,
+    ) -> None:
+        """Clip the gradients of the weights that move by their norm or, if asked, by that of
+        all."""
+        bound, selected = gradient_clip_val, self.selected
+        by_norm = gradient_clip_algorithm in (None, "norm")
+        if bound and by_norm and selected.keeps_dense_gradients:
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            selected.clip_by_dense_norm(bound, 1.0 if scaler is None else scaler.get_scale())
+        elif self.values != "split":
+            super().configure_gradient_clipping(optimizer, bound, gradient_clip_algorithm)
+        elif bound and by_norm:
+            selected.clip(bound)
+        elif bound:
+            for _, gradient in selected.gradients():
+                gradient.clamp_(-bound, bound)
+
+    def on_validation_epoch_start(self) -> None:
+        """Write the values anew: a callback may have put averages in their place."""
+        if self.selected is not None:
+            self.selected.changed()
+
+    on_validation_end = on_validation_epoch_start  # and back
+
+    # -- checkpoints -------------------------------------------------------------------------------
+
+    def stored_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of what a checkpoint holds: all but dense tensors of the base model."""
+        dense = () if self.selected is None else self.selected.tensors.values()
+        left_out = {id(tensor.parameter) for tensor in dense if not tensor.is_plain}
+        return ((name, p) for name, p in self.lm.named_parameters() if id(p) not in left_out)
+
+    def check_weights(self) -> None:
+        """Refuse to write weights that are not finite. Collective."""
+        trained = {name: p for name, p in self.lm.named_parameters() if p.requires_grad}
+        trained |= {name: tensor.parameter for name, tensor in self._split()}
+        here = {name: getattr(p, "ds_tensor", p) for name, p in trained.items()}
+        check_weights(here, self.global_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the random state, which dropout draws from, and what the model is made from.
+
+        In the middle of a step, go back to its start.
+        """
+        super().on_save_checkpoint(checkpoint)
+        self.check_weights()
+        start = self._step_start
+        begun = start is not None and start.step == self.global_step
+        if start is not None:
+            done = start.batch if begun else start.batch + self.trainer.accumulate_grad_batches
+            resume.keep_position(checkpoint, self.trainer, start.epoch, done)
+        checkpoint.update(start.random if begun else resume.random_state(self.device))
+        for name, tensor in self._split():
+            checkpoint["state_dict"][f"lm.{name}{SUFFIX}"] = tensor.value().cpu()
+        dense = () if self.selected is None else self.selected.tensors.values()
+        parameters = (*(tensor.parameter for tensor in dense), *self.lm.parameters())
+        checkpoint["model"] = {
+            "name": self.model_name,
+            "fingerprint": self.model_fingerprint,
+            "dtype": str(parameters[0].dtype).removeprefix("torch."),
+            "record": self.record(),
+        }
+        options = checkpoint.setdefault(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        options.setdefault("model", self.model_name)  # for load_from_checkpoint
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Find the place where the run goes on; a model that is not trained takes the values."""
+        self.check_kind(checkpoint)
+        if self.attached and self.trainer.training:
+            resume.recount(checkpoint, self.trainer)
+        known = ("rng_state", "cuda_rng_state")
+        self._random = {key: checkpoint[key] for key in known if key in checkpoint}
+        state = checkpoint.get("state_dict", {})
+        for name, tensor in self._split():
+            tensor.store(state[f"lm.{name}{SUFFIX}"])
+            state[f"lm.{name}{SUFFIX}"] = tensor.values.data
+        if self.selected is None and any(name.endswith(SUFFIX) for name in state):
+            values = {n.removeprefix("lm."): v for n, v in state.items() if n.startswith("lm.")}
+            load_values(self.lm, values, values.__getitem__, self.mask)
+            others = {name: value for name, value in state.items() if not name.endswith(SUFFIX)}
+            checkpoint["state_dict"] = {**self.state_dict(), **others}
+        super().on_load_checkpoint(checkpoint)
+
+    def _split(self) -> list[tuple[str, Any]]:
+        """(name, tensor) of those whose values are kept as halves."""
+        tensors = {} if self.selected is None else self.selected.tensors
+        return [(name, tensor) for name, tensor in tensors.items() if tensor.is_split]
+
+    # -- the result --------------------------------------------------------------------------------
+
+    def on_train_end(self) -> None:
+        """Write the model folder."""
+        self.check_weights()
+        self.selected.release(self.output_dtype)
+        self.selected = None
+        super().on_train_end()
+        if self.trainer.fast_dev_run:
+            return
+        record = self.record()
+
+        def write(path: Path) -> None:
+            self.output = str(path)
+            self.export(record)
+
+        if self.sharded or self.trainer.is_global_zero:
+            checkpoint = outputs.last_checkpoint(self.trainer)
+            outputs.write_or_keep(write, Path(self.output), checkpoint, again=not self.sharded)
+        if self.trainer.is_global_zero:
+            log.info("model written to %s", self.output)
+
+    def export(self, record: dict[str, Any]) -> None:
+        """Write the model folder, what has not moved with its bits. Collective under ZeRO-3."""
+        originals = None if self.output_dtype else Originals(self.model_name)
+        save_model(self.lm, self.tokenizer, self.output, model_card(record), record, originals)
+
+    def record(self) -> dict[str, Any]:
+        """What made this model, for ``wagle.json`` and the model card."""
+        step = {
+            "module": type(self).__name__,
+            "base": self.model_name,
+            "base_fingerprint": self.model_fingerprint,
+            "data": self.described_data,
+            "prompts": self.prompts,
+            "streams": list(self.streams),
+            "steps": self.global_step,
+            "seconds": round(time.monotonic() - self._started, 1),
+            "peak_memory_bytes": peak_memory(),
+            "versions": versions(),
+            "seed": self.run_config.get("seed_everything"),
+            "config": self.run_config,
+        }
+        earlier = read_record(self.model_name).get("lineage", [])
+        return {"format_version": 1, "lineage": [*earlier, step]}

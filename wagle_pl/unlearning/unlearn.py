@@ -1,0 +1,367 @@
+"""``UnlearnModule``: makes a model forget."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Optional, Union
+
+import torch
+from torch import Tensor
+
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.registry import describe, resolve
+from wagle_pl.data.template import differing_prompts
+from wagle_pl.lm.resume import random_state, set_random_state
+from wagle_pl.lm.weights import parameter_shapes
+from wagle_pl.masks import Restriction
+from wagle_pl.objectives import Objective, Streams
+from wagle_pl.objectives.references import References, predictions_of
+from wagle_pl.planning import Run
+from wagle_pl.strategies import is_zero, stage_of
+from wagle_pl.unlearning.adapters import LoRA
+from wagle_pl.unlearning.card import model_card
+from wagle_pl.unlearning.finetune import Batch, FinetuneModule
+from wagle_pl.unlearning.frozen import FrozenWeights
+
+log = logging.getLogger(__name__)
+
+
+class UnlearnModule(FinetuneModule):
+    """Unlearning: minimise an objective while only the selected weights may move.
+
+    Frozen weights stay bit-identical to the starting model whatever the optimiser; the run checks
+    that at its end. Log-probabilities at θ₀ that an objective needs are computed once, kept in
+    ``.references`` beside the output, and reused by later runs on the same model and data.
+
+    Args:
+        model: hub id, folder in Hugging Face format or GGUF file of the target model.
+        output: folder to write the unlearned model to, in Hugging Face format.
+        objective: ``NPO``, ``GradDiff``, ``PO``, any other class of
+            :mod:`wagle_pl.objectives.forget`, or a class path to an
+            :class:`~wagle_pl.objectives.Objective`. Options given to one class carry over to
+            another that replaces it and has them too.
+        mask: mask file that attribution wrote for this model; null is dense unlearning.
+        modules: only weights in these modules may move, e.g. ``[mlp]`` or ``[self_attn.q_proj]``;
+            with a mask, those that both select.
+        layers: only weights in these layers may move, e.g. ``3-7`` or ``0,2,5-9``; with a mask,
+            those that both select.
+        adapter: ``LoRA`` trains low-rank adapters in place of the weights; not together with a
+            mask, modules or layers.
+        clip_scope: whose gradient norm ``trainer.gradient_clip_val`` bounds: of the ``selected``
+            weights, or of ``all`` (dense gradients, kept until they are clipped and then masked, as
+            in WAGLE's code; not under ZeRO).
+        verify: when to check that frozen weights are bit-identical to θ₀: at the ``end``, after
+            each ``step``, or never (``off``).
+        reference_logits: where predictions at θ₀ come from when a term needs them (``KL``,
+            ``UNDIAL``, retain term ``kl``): ``frozen_copy`` is exact, at the price of a forward
+            pass a step and of memory for the parameters that move; ``top_k`` computes them once and
+            keeps the most probable tokens and the rest as one bucket.
+        top_k: how many tokens ``reference_logits: top_k`` keeps.
+        **kwargs: passed to :class:`FinetuneModule`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        output: Optional[str] = None,
+        # not "NPO": a parser hands the options of a default class to others
+        objective: Union[Objective, str] = "npo",
+        mask: Optional[str] = None,
+        modules: Optional[list[str]] = None,
+        layers: Optional[str] = None,
+        adapter: Optional[Union[LoRA, str]] = None,
+        clip_scope: Literal["selected", "all"] = "selected",
+        verify: Literal["end", "step", "off"] = "end",
+        reference_logits: Literal["frozen_copy", "top_k"] = "frozen_copy",
+        top_k: int = 64,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model=model, output=output, **kwargs)
+        self.objective = resolve(Objective, objective, "objective")
+        self.streams = self.objective.streams
+        self.mask_file = None if mask is None else str(mask)
+        self.mask_modules = modules
+        self.mask_layers = layers
+        self.adapter = None if adapter is None else resolve(LoRA, adapter, "adapter")
+        if self.adapter is not None and (mask or modules or layers):
+            raise WagleError(
+                "an adapter leaves every weight of the model alone, so no mask, modules or layers "
+                "apply: give --model.adapter or those, not both"
+            )
+        self.clip_scope = clip_scope
+        self.verify = verify
+        if top_k < 1:
+            raise WagleError(f"model.top_k must be at least 1, got {top_k}")
+        if reference_logits == "top_k" and self.objective.whole_streams:
+            raise WagleError(
+                "reference_logits top_k keeps predictions of answer tokens only, and the retain "
+                "term needs those of every position: choose --model.reference_logits frozen_copy"
+            )
+        self.reference_logits = reference_logits
+        self.top_k = top_k
+        self._references = References()
+        self._restricted = False
+        self._frozen: Optional[FrozenWeights] = None
+        self._verified: Optional[str] = None
+
+    # -- what may move -----------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load the model and find its mask, which a checkpoint's values need in a test too."""
+        if self.lm is None or (self.fits and self.selected is None):
+            self._check_strategy()
+            self._references, self._restricted = References(), False
+        super().configure_model()
+        if self.selected is None and not self._restricted:
+            self._restrict()
+
+    def _check_strategy(self) -> None:
+        """Refuse what needs parameters whole where ZeRO-3 spreads them over ranks."""
+        if self.attached and self.clip_scope == "all" and is_zero(self.trainer.strategy):
+            raise WagleError(
+                "clip_scope all needs every gradient whole at the step, which ZeRO does not keep: "
+                "choose --model.clip_scope selected"
+            )
+        if not self.sharded:
+            return
+        if self.adapter is not None:
+            raise WagleError("an adapter does not work under ZeRO-3; use another stage")
+        if type(self.objective).penalty is not Objective.penalty:
+            raise WagleError(
+                f"objective {type(self.objective).__name__} has a penalty on the weights, which "
+                "ZeRO-3 spreads over ranks; use another stage"
+            )
+
+    def _restrict(self) -> None:
+        """Add the adapter, or find the mask.
+
+        Raises:
+            WagleError: if nothing is left to move.
+        """
+        self._restricted = True
+        if self.adapter is not None:
+            self.adapter.add(self.lm, self.model_name, self.objective.trainable)
+        shapes = parameter_shapes(self.lm)
+        self.mask = self.restriction.mask(shapes, self.model_name, self.model_fingerprint)
+        if self.mask is None:
+            return
+        if self.mask_file is not None and self.fits:
+            self._compare_prompts()
+        if not self.mask.count():
+            file = "" if self.mask_file is None else f"{self.mask_file}, "
+            raise WagleError(
+                f"the mask ({file}{self.mask.origin}) selects nothing: there is no weight to move"
+            )
+
+    @property
+    def restriction(self) -> Restriction:
+        """What the mask is made of: its file, modules and layers, and what the objective moves."""
+        pattern = None if self.adapter is not None else self.objective.trainable
+        return Restriction(self.mask_file, self.mask_modules, self.mask_layers, pattern)
+
+    def _compare_prompts(self) -> None:
+        """Warn of a mask that was made with other prompts than the rows of this run have."""
+        for prompts in self.mask.prompts:
+            if other := differing_prompts(prompts, self.prompts):
+                log.warning(
+                    "mask %s was made with other prompts (%s): give both runs the same "
+                    "data.system_prompt, data.chat_template_kwargs and formats",
+                    self.mask_file,
+                    other,
+                )
+
+    def select_weights(self, **options: Any) -> None:
+        """Make the selected weights the parameters, and keep θ₀ if a term needs it."""
+        self.objective.prepare(self.lm)
+        if self._needs_theta0 and self.sharded:
+            raise WagleError(
+                "a frozen copy of the model does not work under ZeRO-3; use another stage, or "
+                "--model.reference_logits top_k if no hidden states are needed"
+            )
+        if not self._restricted:
+            self._restrict()
+        super().select_weights(
+            mask=self.mask,
+            keep_theta0=self._needs_theta0,
+            keep_dense_gradients=self.clip_scope == "all" and self.mask is not None,
+            **options,
+        )
+
+    def planned_run(self, optimizer: str) -> Run:
+        """The run, as ``wagle plan`` knows it; an adapter's state is next to nothing."""
+        stage = stage_of(self.trainer.strategy)
+        density = 1.0 if self.mask is None else self.mask.density
+        optimizer = optimizer if self.adapter is None else "SGD"
+        precision = str(self.trainer.precision)
+        return Run.about_to("unlearning", precision, stage, optimizer=optimizer, density=density)
+
+    # -- the objective, and θ₀ ---------------------------------------------------------------------
+
+    @property
+    def reference_streams(self) -> tuple[str, ...]:
+        """Streams of which θ₀ gives one number a row: they have the same rows in every epoch."""
+        return self.objective.references
+
+    @property
+    def _needs_theta0(self) -> bool:
+        """Whether a term needs whole predictions, or hidden states, at θ₀."""
+        exact = bool(self.objective.theta0_streams) and self.reference_logits == "frozen_copy"
+        return exact or self.objective.needs_hidden_at_theta0
+
+    def on_fit_start(self) -> None:
+        """Take the digests of frozen weights, try the objective, and ask θ₀ about the rows."""
+        super().on_fit_start()
+        if self.mask is not None and self.verify != "off":
+            self._frozen = FrozenWeights(self.mask, self.selected.weights())
+        self._try_objective()
+        objective = self.objective
+        self._references.prepare(
+            self,
+            self.trainer.datamodule,
+            Path(self.output).parent / ".references",
+            objective.references,
+            objective.theta0_streams if self.reference_logits == "top_k" else (),
+            self.top_k,
+        )
+
+    def _try_objective(self) -> None:
+        """Compute the objective on two rows, before θ₀ is asked about all; nothing else changes.
+
+        Raises:
+            WagleError: if the loss, or one of its terms, has another shape than it must have.
+        """
+        data = self.trainer.datamodule
+        if not hasattr(data, "stream_loader"):
+            return
+        batch, sums = {}, {}
+        for stream in self.streams:
+            tensors = next(iter(data.stream_loader(stream, batch_size=2)))[stream]
+            batch[stream] = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+            sums[stream] = torch.zeros(int(tensors["row"].max()) + 1)
+        layers = self.objective.hidden_layers
+        at = Streams(
+            batch,
+            self.run_lm,
+            sums,
+            lm=self.lm,
+            layers=layers,
+            theta0=partial(predictions_of, self.lm, layers=layers),
+            whole=self.objective.whole_streams,
+        )
+        random, training = random_state(self.device), self.lm.training
+        self.lm.eval()
+        context = self.trainer.precision_plugin.forward_context()
+        with torch.set_grad_enabled(not self.sharded), context:
+            loss = self.objective(at)["loss"]
+        self.lm.train(training)
+        set_random_state(random, self.device)
+        if loss.shape:
+            raise WagleError(
+                f"objective {type(self.objective).__name__}: loss must be a scalar, got shape "
+                f"{tuple(loss.shape)}"
+            )
+
+    def streams_of(self, batch: Batch) -> Streams:
+        """What the objective sees of one batch."""
+        last = self.trainer.estimated_stepping_batches - 1
+        return Streams(
+            batch,
+            self.run_lm,
+            self._references.sums,
+            lm=self.lm,
+            layers=self.objective.hidden_layers,
+            theta0=self._run_at_theta0 if self._needs_theta0 else None,
+            top_k=self._references.top_k,
+            progress=min(1.0, self.global_step / last) if last > 0 else 0.0,
+            epoch=self.current_epoch,
+            whole=self.objective.whole_streams,
+        )
+
+    def _run_at_theta0(
+        self, tensors: Mapping[str, Tensor], whole: bool = False
+    ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        """See :func:`~wagle_pl.objectives.references.predictions_of`."""
+        with self.selected.at_theta0() as lm:
+            return predictions_of(lm, tensors, self.objective.hidden_layers, whole)
+
+    def losses(self, at: Streams) -> dict[str, Tensor]:
+        """The objective's losses."""
+        return self.objective(at)
+
+    # -- checkpoints -------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the references: a resumed run no longer has θ₀ to compute them from."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["references"] = self._references.state_dict()
+        if self.mask is not None:
+            checkpoint["mask"] = {"digest": self.mask.digest(), **self.restriction._asdict()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the references back.
+
+        Raises:
+            WagleError: if the checkpoint is of a run with another mask, or on another model.
+        """
+        self.check_kind(checkpoint)
+        stored = dict(checkpoint.get("mask") or {})
+        digest = stored.pop("digest", None)
+        if self.attached:
+            if digest != (None if self.mask is None else self.mask.digest()):
+                raise WagleError(
+                    "the checkpoint is of a run with another mask: resume with that one, or start "
+                    "a new run"
+                )
+            base = checkpoint["model"]["fingerprint"]
+            if digest and base != self.model_fingerprint:
+                raise WagleError(
+                    f"the checkpoint is of a run on the model with fingerprint {base[:12]}, this "
+                    f"one has {self.model_fingerprint[:12]}: give --model.model the model it began "
+                    "with"
+                )
+        elif digest:
+            shapes = parameter_shapes(self.lm)
+            self.mask = Restriction(**stored).mask(shapes, self.model_name, self.model_fingerprint)
+        super().on_load_checkpoint(checkpoint)
+        self._references.load_state_dict(checkpoint.get("references", {}))
+
+    # -- the guarantee, and the result -------------------------------------------------------------
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Check the guarantee after each step, if asked."""
+        if self._frozen is not None and self.verify == "step":
+            self._frozen.check(self.selected.weights(), self.global_step)
+
+    def on_train_end(self) -> None:
+        """Check the guarantee, then write the model folder."""
+        if self._frozen is not None:
+            self._verified = self._frozen.check(self.selected.weights(), self.global_step)
+            log.info("verified: %s", self._verified)
+        super().on_train_end()
+
+    def export(self, record: dict[str, Any]) -> None:
+        """Write the model folder, or that of the adapter."""
+        if self.adapter is not None and not self.adapter.merge:
+            self.adapter.save(self.tokenizer, self.output, model_card(record), record)
+            return
+        if self.adapter is not None:
+            self.adapter.fold()
+        super().export(record)
+
+    def record(self) -> dict[str, Any]:
+        """What made this model; adds objective, mask, adapter and the guarantee."""
+        record = super().record()
+        mask = None
+        if self.mask is not None:
+            made_by = {"density": self.mask.density, "made_by": self.mask.metadata}
+            mask = {"file": self.mask_file, **made_by}
+        record["lineage"][-1] |= {
+            "objective": {**describe(self.objective), "retain": describe(self.objective.retain)},
+            "mask": mask,
+            "verified": self._verified,
+            "adapter": None if self.adapter is None else describe(self.adapter),
+        }
+        return record
