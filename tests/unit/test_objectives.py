@@ -614,7 +614,7 @@ def test_tokens_that_cannot_be_change_nothing(name: str, top_k: int | None) -> N
         if top_k is not None:
             mask = answers.mask
             before = padded[stream]["logits0"][:, :-1][mask]
-            answers._top_k = TopK.of(before, answers.targets, mask.sum(-1), top_k)
+            answers.top_k = TopK.of(before, answers.targets, mask.sum(-1), top_k)
         objective = {
             "kl": o.KL,
             "undial": o.UNDIAL,

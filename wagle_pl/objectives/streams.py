@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Optional
 
@@ -15,43 +16,30 @@ from wagle_pl.lm.likelihood import IGNORE, token_logprobs
 from wagle_pl.objectives.top_k import Buckets, TopK
 
 
+@dataclass(eq=False)
 class Answers:
     """What a model says about the answers of one stream's batch, computed when asked for.
 
-    Below, B is the number of rows, T their length in tokens, V the vocabulary, and N the number of
-    answer tokens of the whole batch, row after row.
-
-    Attributes:
-        logits: (B, T, V).
-        labels: (B, T), -100 where nothing is to be predicted.
-        reference: (B,) summed log-probability at θ₀; None unless the objective lists the stream in
-            ``references``.
-        rows: (B,) index of each row in its set; None where it is not known.
-        hidden: block -> (B, T, d), its output; the blocks that the objective names in
-            ``hidden_layers``.
-        attention: (B, T), 0 where a row is padded; of a stream that the objective names in
-            ``whole_streams``.
+    B is the number of rows, T their length in tokens, V the vocabulary, and N the number of answer
+    tokens of the whole batch, row after row.
     """
 
-    def __init__(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        reference: Optional[Tensor] = None,
-        rows: Optional[Tensor] = None,
-        hidden: Optional[Mapping[int, Tensor]] = None,
-        theta0: Optional[Callable[[], Answers]] = None,
-        top_k: Optional[TopK] = None,
-        attention: Optional[Tensor] = None,
-    ) -> None:
-        self.logits = logits
-        self.labels = labels
-        self.reference = reference
-        self.rows = rows
-        self.hidden = hidden or {}
-        self.attention = attention
-        self._theta0 = theta0
-        self._top_k = top_k
+    #: (B, T, V).
+    logits: Tensor
+    #: (B, T), -100 where nothing is to be predicted.
+    labels: Tensor
+    #: (B,) summed log-probability at θ₀; of streams that the objective lists in ``references``.
+    reference: Optional[Tensor] = None
+    #: (B,) index of each row in its set, where it is known.
+    rows: Optional[Tensor] = None
+    #: Block -> (B, T, d), its output; of those that the objective names in ``hidden_layers``.
+    hidden: Mapping[int, Tensor] = field(default_factory=dict)
+    #: Gives the same answers at θ₀, see :attr:`theta0`.
+    run_theta0: Optional[Callable[[], Answers]] = None
+    #: Predictions at θ₀ in its place, see :attr:`buckets`.
+    top_k: Optional[TopK] = None
+    #: (B, T), 0 where a row is padded; of streams that the objective names in ``whole_streams``.
+    attention: Optional[Tensor] = None
 
     @cached_property
     def _tokens(self) -> tuple[Tensor, Tensor]:
@@ -97,105 +85,86 @@ class Answers:
         grid = torch.zeros(self.mask.shape, dtype=values.dtype, device=values.device)
         return grid.masked_scatter(self.mask, values).sum(-1) / self.length
 
-    # -- beside θ₀ ---------------------------------------------------------------------------------
-
     @cached_property
     def theta0(self) -> Answers:
         """The same answers at θ₀, from the frozen copy, without gradients."""
-        if self._theta0 is None:
+        if self.run_theta0 is None:
             raise TypeError(
                 "there is no copy of θ₀ here: name the stream in the objective's logits_at_theta0"
             )
-        return self._theta0()
+        return self.run_theta0()
 
     @cached_property
     def buckets(self) -> Buckets:
         """Predictions of each answer token at θ₀ and now, over the vocabulary or the top k."""
-        if self._top_k is not None:
-            return self._top_k.align(self.predictions)
+        if self.top_k is not None:
+            return self.top_k.align(self.predictions)
         reference = self.theta0.predictions.log_softmax(-1)
         return Buckets(reference, self.predictions.log_softmax(-1), self.targets)
 
     def hidden_difference(self, layer: int, target: Tensor) -> Tensor:
-        """Squared distance of a block's output from a target, a dimension and answer token.
+        """(B,) (1/|y|) Σ_t (1/d) ‖h_t − target_t‖², t over the answer tokens.
 
         Args:
-            layer: the block, counted from 0.
+            layer: the block whose output h is, counted from 0.
             target: what broadcasts to (B, T, d).
-
-        Returns:
-            (B,) (1/|y|) Σ_t (1/d) ‖h_t − target_t‖², t over the answer tokens.
         """
         distance = (self.hidden[layer].float() - target.float()).square().mean(-1)
         mask = self.labels != IGNORE
         return distance.masked_fill(~mask, 0.0).sum(-1) / mask.sum(-1)
 
 
+@dataclass(eq=False)
 class Streams(Mapping[str, Answers]):
-    """Streams of one batch; the model runs on a stream when an objective first asks for it.
+    """Streams of one batch; the model runs on a stream when an objective first asks for it."""
 
-    Args:
-        batch: stream -> tensors, as the data module makes them.
-        run: tensors of one stream -> (logits, labels), from the first answer token on; with the
-            keyword ``whole`` of all positions.
-        references: stream -> (rows of the set,) summed log-probabilities at θ₀.
-        lm: the model that ``run`` runs; needed for ``layers`` and for objectives that read weights.
-        layers: blocks whose output is kept.
-        theta0: tensors of one stream (``whole`` for all positions) -> (logits, labels, outputs of
-            ``layers``) at θ₀.
-        top_k: stream -> cached predictions at θ₀, in place of the copy's.
-        progress: share of the run's steps that is done, 0 at the first and 1 at the last.
-        epoch: counted from 0.
-        whole: streams of which a term needs logits of every position.
-    """
-
-    def __init__(
-        self,
-        batch: Mapping[str, Mapping[str, Tensor]],
-        run: Callable[..., tuple[Tensor, Tensor]],
-        references: Mapping[str, Tensor],
-        lm: Any = None,
-        layers: Collection[int] = (),
-        theta0: Optional[Callable[..., tuple[Tensor, Tensor, dict[int, Tensor]]]] = None,
-        top_k: Optional[Mapping[str, TopK]] = None,
-        progress: float = 0.0,
-        epoch: int = 0,
-        whole: Collection[str] = (),
-    ) -> None:
-        self.batch = batch
-        self.lm = lm
-        self.progress = progress
-        self.epoch = epoch
-        self._run = run
-        self._references = references
-        self._layers = tuple(layers)
-        self._theta0 = theta0
-        self._top_k = top_k or {}
-        self._whole = frozenset(whole)
-        self._answers: dict[str, Answers] = {}
+    #: Stream -> tensors, as the data module makes them.
+    batch: Mapping[str, Mapping[str, Tensor]]
+    #: Tensors of one stream -> (logits, labels), from the first answer token on; with the keyword
+    #: ``whole`` of all positions.
+    run: Callable[..., tuple[Tensor, Tensor]]
+    #: Stream -> (rows of the set,) summed log-probabilities at θ₀.
+    references: Mapping[str, Tensor]
+    #: The model that ``run`` runs; needed for ``layers`` and by objectives that read weights.
+    lm: Any = None
+    #: Blocks whose output is kept.
+    layers: Collection[int] = ()
+    #: Tensors of one stream (``whole``: as above) -> (logits, labels, outputs of ``layers``) at θ₀.
+    theta0: Optional[Callable[..., tuple[Tensor, Tensor, dict[int, Tensor]]]] = None
+    #: Stream -> predictions at θ₀, in place of the copy's.
+    top_k: Mapping[str, TopK] = field(default_factory=dict)
+    #: Share of the run's steps that is done, 0 at the first and 1 at the last.
+    progress: float = 0.0
+    #: Counted from 0.
+    epoch: int = 0
+    #: Streams of which a term needs logits of every position.
+    whole: Collection[str] = ()
+    _answers: dict[str, Answers] = field(default_factory=dict, init=False)
 
     def __getitem__(self, stream: str) -> Answers:
         if stream not in self._answers:
             tensors = self.batch[stream]
-            options = {"whole": True} if stream in self._whole else {}
-            with capture(self.lm, self._layers) as hidden:
-                logits, labels = self._run(tensors, **options)
-            reference, top_k = self._references.get(stream), self._top_k.get(stream)
+            options = {"whole": True} if stream in self.whole else {}
+            with capture(self.lm, self.layers) as hidden:
+                logits, labels = self.run(tensors, **options)
+            reference, top_k = self.references.get(stream), self.top_k.get(stream)
             if reference is not None:
                 reference = reference.to(logits.device)[tensors["row"]]
+            if top_k is not None:
+                top_k = top_k.rows(tensors["row"]).to(logits.device)
             self._answers[stream] = Answers(
                 logits,
                 labels,
-                reference=reference,
+                reference,
                 rows=tensors.get("row"),
                 hidden=_answer_positions(hidden, labels),
-                theta0=self._theta0 and partial(_at_theta0, self._theta0, tensors, options),
-                top_k=None if top_k is None else top_k.rows(tensors["row"]).to(logits.device),
+                run_theta0=self.theta0 and partial(_at_theta0, self.theta0, tensors, options),
+                top_k=top_k,
                 attention=tensors.get("attention_mask") if options else None,
             )
         return self._answers[stream]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self.batch)
 
     def __len__(self) -> int:
@@ -236,6 +205,5 @@ def _at_theta0(
 
 def _answer_positions(hidden: Mapping[int, Tensor], labels: Tensor) -> dict[int, Tensor]:
     """Outputs of blocks, cut to the positions that labels cover: the prompt's have no logits."""
-    return {
-        layer: states[:, states.shape[1] - labels.shape[1] :] for layer, states in hidden.items()
-    }
+    width = labels.shape[1]
+    return {layer: states[:, states.shape[1] - width :] for layer, states in hidden.items()}

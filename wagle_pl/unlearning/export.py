@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing
@@ -73,25 +73,31 @@ def export(
         stored = _of_file(path)
     else:
         return _convert(str(path), output)
-    return _write(_with_names(stored), path, output, model, mask)
+    base, record = model or stored.about["name"], stored.about["record"]
+    try:
+        configs = _configs(base)
+        tokenizer, originals = models.load_tokenizer(base), Originals(base)
+    except (WagleError, OSError, ValueError) as error:
+        raise WagleError(
+            f"checkpoint {path}: its base model {base} cannot be read ({error}); say where it is: "
+            "--model"
+        ) from None
+    with torch.device("meta"):
+        lm = _skeleton(configs[0])
+    stored = _as_weights(stored) if stored.mask is None else _all(stored, lm, originals, mask)
+    if adapter := record["lineage"][-1].get("adapter"):
+        stored = _with_adapter(stored, adapter["alpha"] / adapter["r"], lm)
+    loaded_as = getattr(torch, stored.about.get("dtype", ""), None)
 
+    def read(name: str) -> Tensor:
+        return originals.restore(name, stored.read(name), loaded_as)
 
-def _with_names(stored: Stored) -> Stored:
-    """Without a mask, values under the names of the weights that they are."""
-    if stored.mask is not None:
-        return stored
-    names = {name.removesuffix(SUFFIX): name for name in stored.shapes}
-    shapes = {name: stored.shapes[own] for name, own in names.items()}
-    dtypes = {name: stored.dtypes[own] for name, own in names.items()}
-    return stored._replace(
-        shapes=shapes, dtypes=dtypes, read=lambda name: _rounded(stored, names[name])
-    )
-
-
-def _rounded(stored: Stored, name: str) -> Tensor:
-    """A tensor of a checkpoint; values in the dtype of the weights that the model computed with."""
-    tensor = stored.read(name)
-    return tensor.to(getattr(torch, stored.about["dtype"])) if name.endswith(SUFFIX) else tensor
+    weights = [
+        Weight(name, originals.dtype(name) or stored.dtypes[name], shape, partial(read, name))
+        for name, shape in stored.shapes.items()
+    ]
+    card = model_card(record)
+    return save_weights(weights, configs, tokenizer, output, card, record, originals.default)
 
 
 def _convert(name: str, output: str | Path) -> Path:
@@ -101,32 +107,48 @@ def _convert(name: str, output: str | Path) -> Path:
     lm = models.load_model(name)
     lm.to(models.checkpoint_dtype(name))
     record = read_record(name) or {"format_version": 1, "lineage": []}
-    card = (
-        model_card(record)
-        if record["lineage"]
-        else f"# A copy\n\nOf `{name}`, in Hugging Face format.\n"
-    )
+    card = f"# A copy\n\nOf `{name}`, in Hugging Face format.\n"
+    if record["lineage"]:
+        card = model_card(record)
     return save_model(lm, models.load_tokenizer(name), output, card, record)
+
+
+def _configs(base: str) -> tuple[Any, Any]:
+    """A model's configuration and that of its generations, None if it has none."""
+    from transformers import AutoConfig, GenerationConfig
+
+    source, options = models.locate(base)
+    config = AutoConfig.from_pretrained(source, **options)
+    if hasattr(config, "quantization_config"):  # of a GGUF base: these weights are plain
+        del config.quantization_config
+    try:
+        return config, GenerationConfig.from_pretrained(source)
+    except OSError:
+        return config, None
+
+
+def _skeleton(config: Any) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    lm = AutoModelForCausalLM.from_config(config)
+    lm.tie_weights()
+    return lm
+
+
+# -- what a checkpoint holds -----------------------------------------------------------------------
 
 
 def _of_shards(path: Path) -> Stored:
     checkpoint = ShardedCheckpoint(path)
     common = checkpoint.common
-    buffers = common.get("buffers", {})
-    shapes = {
-        **checkpoint.shapes,
-        **{name: tuple(buffer.shape) for name, buffer in buffers.items()},
-    }
     if "model" not in common or not checkpoint.pieces.get("weight"):
         raise WagleError(f"checkpoint {path} holds no weights: attribution moves none")
-    dtypes = {
-        **dict.fromkeys(checkpoint.shapes, torch.float32),
-        **{n: b.dtype for n, b in buffers.items()},
-    }
+    buffers: dict[str, Tensor] = common.get("buffers", {})
+    dtypes = dict.fromkeys(checkpoint.shapes, torch.float32)
     return Stored(
-        shapes,
-        dtypes,
-        lambda n: buffers[n] if n in buffers else checkpoint.weight(n),
+        checkpoint.shapes | {name: tuple(buffer.shape) for name, buffer in buffers.items()},
+        dtypes | {name: buffer.dtype for name, buffer in buffers.items()},
+        lambda name: buffers[name] if name in buffers else checkpoint.weight(name),
         common["model"],
         common.get("mask"),
     )
@@ -135,108 +157,66 @@ def _of_shards(path: Path) -> Stored:
 def _of_file(path: Path) -> Stored:
     checkpoint = load_plain(path)
     state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
-    state = {
-        name.removeprefix(PREFIX): tensor
-        for name, tensor in state.items()
-        if name.startswith(PREFIX)
-    }
+    state = {n.removeprefix(PREFIX): t for n, t in state.items() if n.startswith(PREFIX)}
     if not state or "model" not in checkpoint:
         raise WagleError(
             f"checkpoint {path} holds no weights of a language model (attribution moves none)"
         )
     first: dict[tuple[int, tuple[int, ...]], str] = {}
-    for name, tensor in state.items():
-        first.setdefault(
-            (tensor.data_ptr(), tuple(tensor.shape)), name
-        )  # tied weights are written once
+    for name, tensor in state.items():  # tied weights are written once
+        first.setdefault((tensor.data_ptr(), tuple(tensor.shape)), name)
     state = {name: state[name] for name in first.values()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     return Stored(
-        shapes,
-        {n: t.dtype for n, t in state.items()},
+        {name: tuple(tensor.shape) for name, tensor in state.items()},
+        {name: tensor.dtype for name, tensor in state.items()},
         state.__getitem__,
         checkpoint["model"],
         checkpoint.get("mask"),
     )
 
 
-def _write(
-    stored: Stored, path: Path, output: str | Path, model: Optional[str], mask: Optional[str]
-) -> Path:
-    from transformers import AutoConfig, GenerationConfig
+# -- from values to weights ------------------------------------------------------------------------
 
-    base, record = model or stored.about["name"], stored.about["record"]
-    try:
-        source, options = models.locate(base)
-        config = AutoConfig.from_pretrained(source, **options)
-        tokenizer = models.load_tokenizer(base)
-        originals = Originals(base)
-    except (WagleError, OSError, ValueError) as error:
-        raise WagleError(
-            f"checkpoint {path}: its base model {base} cannot be read ({error}); "
-            "say where it is: --model"
-        ) from None
-    try:
-        generation = GenerationConfig.from_pretrained(source)
-    except OSError:
-        generation = None  # the model has none of its own
-    if stored.mask is not None:
-        stored = _with_frozen(stored, config, originals, mask)
-    adapter = record["lineage"][-1].get("adapter")
-    loaded_as = getattr(torch, stored.about.get("dtype", ""), None)
-    transposed = _transposed(config) if adapter else set()
 
-    def read(name: str, whole: str) -> Tensor:
-        values = _with_adapter(stored, whole, adapter, name.removesuffix(".weight") in transposed)
-        return originals.restore(name, values, loaded_as)
+def _rounded(stored: Stored, name: str) -> Tensor:
+    """A tensor of a checkpoint; values in the dtype of the weights that the model computed with."""
+    tensor = stored.read(name)
+    return tensor.to(getattr(torch, stored.about["dtype"])) if name.endswith(SUFFIX) else tensor
 
-    weights = [
-        Weight(
-            name,
-            originals.dtype(name) or stored.dtypes[whole],
-            stored.shapes[whole],
-            partial(read, name, whole),
-        )
-        for name, whole in _names(stored.shapes).items()
-    ]
-    if hasattr(config, "quantization_config"):  # of a GGUF base: these weights are plain
-        del config.quantization_config
-    return save_weights(
-        weights,
-        (config, generation),
-        tokenizer,
-        output,
-        model_card(record),
-        record,
-        originals.default,
+
+def _as_weights(stored: Stored) -> Stored:
+    """Without a mask: values under the names of the weights that they are."""
+    names = {name.removesuffix(SUFFIX): name for name in stored.shapes}
+    return stored._replace(
+        shapes={name: stored.shapes[own] for name, own in names.items()},
+        dtypes={name: stored.dtypes[own] for name, own in names.items()},
+        read=lambda name: _rounded(stored, names[name]),
     )
 
 
-def _with_frozen(stored: Stored, config: Any, originals: Originals, file: Optional[str]) -> Stored:
+def _all(stored: Stored, lm: nn.Module, originals: Originals, file: Optional[str]) -> Stored:
     """All weights of a model, from the values of the selected ones and the base model.
 
     Raises:
         WagleError: if the base or the mask is not the one that the run had.
     """
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
-    shapes = parameter_shapes(model)
-    found = fingerprint((name, originals.read(name)) for name in shapes)
-    made_on = stored.about["fingerprint"]
+    shapes = parameter_shapes(lm)
+    found, made_on = (
+        fingerprint((name, originals.read(name)) for name in shapes),
+        stored.about["fingerprint"],
+    )
     if found != made_on:
         raise WagleError(
-            f"the checkpoint is of a run on the model with fingerprint {made_on[:12]}, {originals.name} has "
-            f"{found[:12]}: say where the run's model is: --model"
+            f"the checkpoint is of a run on the model with fingerprint {made_on[:12]}, "
+            f"{originals.name} has {found[:12]}: say where the run's model is: --model"
         )
-    made_of = {key: value for key, value in stored.mask.items() if key != "digest"}
-    restriction = Restriction(**made_of)
-    mask = restriction._replace(file=file or restriction.file).mask(shapes, originals.name, found)
+    restriction = Restriction(**{k: v for k, v in stored.mask.items() if k != "digest"})
+    restriction = restriction._replace(file=file or restriction.file)
+    mask = restriction.mask(shapes, originals.name, found)
     if mask.digest() != stored.mask["digest"]:
         raise WagleError(
-            f"mask {file or restriction.file} is not the one of the checkpoint's run: say where that is: --mask"
+            f"mask {restriction.file} is not the one of the checkpoint's run: say where that is: "
+            "--mask"
         )
     loaded_as = getattr(torch, stored.about["dtype"])
 
@@ -244,42 +224,33 @@ def _with_frozen(stored: Stored, config: Any, originals: Originals, file: Option
         if name in stored.shapes:
             return stored.read(name)
         dense, values = originals.read(name).to(loaded_as), f"{name}{SUFFIX}"
-        return (
-            place(dense, mask[name], _rounded(stored, values)) if values in stored.shapes else dense
-        )
+        if values not in stored.shapes:
+            return dense
+        return place(dense, mask[name], _rounded(stored, values))
 
     shapes |= {name: shape for name, shape in stored.shapes.items() if not name.endswith(SUFFIX)}
     dtypes = {name: stored.dtypes.get(name, loaded_as) for name in shapes}
     return stored._replace(shapes=shapes, dtypes=dtypes, read=read)
 
 
-def _names(shapes: Mapping[str, Any]) -> dict[str, str]:
-    """Names in the model folder -> names in the checkpoint, without those of an adapter."""
-    return {name.replace(".base_layer.", "."): name for name in shapes if ".lora_" not in name}
+def _with_adapter(stored: Stored, scale: float, lm: nn.Module) -> Stored:
+    """The weights with an adapter's ``scale`` B A added, and without the adapter."""
+    names = {n.replace(".base_layer.", "."): n for n in stored.shapes if ".lora_" not in n}
+    modules = dict(lm.named_modules())
 
+    def read(name: str) -> Tensor:
+        own = names[name]
+        weight, layer = stored.read(own), own.removesuffix("base_layer.weight")
+        if f"{layer}lora_A.default.weight" not in stored.shapes:
+            return weight
+        a, b = (stored.read(f"{layer}lora_{part}.default.weight").float() for part in "AB")
+        module = modules[name.removesuffix(".weight")]
+        transposed = is_linear(module) and is_transposed(module)
+        product = (b @ a) * scale
+        return weight.float() + (product.T if transposed else product)
 
-def _transposed(config: Any) -> set[str]:
-    """Names of the linear layers that store their weights as (in, out)."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return {
-        name
-        for name, module in model.named_modules()
-        if is_linear(module) and is_transposed(module)
-    }
-
-
-def _with_adapter(
-    stored: Stored, name: str, adapter: Optional[Mapping[str, Any]], transposed: bool
-) -> Tensor:
-    """A weight; an adapter's (alpha / r) B A is added to it, in the order of the layer's
-    dimensions."""
-    weight = stored.read(name)
-    layer = name.removesuffix("base_layer.weight")
-    if layer == name or f"{layer}lora_A.default.weight" not in stored.shapes:
-        return weight
-    a, b = (stored.read(f"{layer}lora_{part}.default.weight").float() for part in "AB")
-    product = (b @ a) * (adapter["alpha"] / adapter["r"])
-    return weight.float() + (product.T if transposed else product)
+    return stored._replace(
+        shapes={name: stored.shapes[own] for name, own in names.items()},
+        dtypes={name: stored.dtypes[own] for name, own in names.items()},
+        read=read,
+    )
