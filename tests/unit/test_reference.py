@@ -242,6 +242,7 @@ def test_refusals_of_dpo_stay_and_those_of_po_change(unlearn: Any) -> None:
         data = done.datamodule
         rows = [(row, 1.0, 0) for row in range(11)]
         first, later = (
-            data.build("refusal", Draw(epoch, {"forget": rows}))["input_ids"] for epoch in (0, 1)
+            data.build(["refusal"], Draw(epoch, {"forget": rows}))["refusal"]["input_ids"]
+            for epoch in (0, 1)
         )
         assert torch.equal(first, later) == same

@@ -1,23 +1,23 @@
-"""Which rows make up which batch, as a function of (seed, epoch, step) alone, and how rows become tensors.
+"""Which rows make up which batch, and how rows become tensors.
 
-One optimiser step sees one *global batch*. Its rows are fixed here without knowing how many ranks or micro-batches will
-share them; only :func:`deal` cuts it up. Every row carries a weight such that adding ``weight x loss`` within a
-micro-batch, then averaging over micro-batches and ranks (as Lightning, DDP and DeepSpeed do), gives the mean over the
-global batch exactly, however uneven the cut. A rank that runs short is padded with a row of weight 0.
+One optimiser step sees one *global batch*, a function of (seed, epoch, step) alone: its rows are fixed
+without knowing how many ranks or micro-batches will share them; only :func:`deal` cuts it up. Every row
+carries a weight such that adding ``weight x loss`` within a micro-batch, then averaging over
+micro-batches and ranks (as Lightning, DDP and DeepSpeed do), gives the mean over the global batch
+exactly, however uneven the cut. A rank that runs short is padded with a row of weight 0.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, Optional, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.example import IGNORE
@@ -25,7 +25,8 @@ from wagle_pl.data.example import IGNORE
 #: Rows are sorted by length within this many global batches, so that a batch pads little.
 BUCKET = 32
 
-#: (row, weight, occurrence) of each row of a micro-batch; a row that an epoch sees twice occurs as 0, then as 1.
+#: (row, weight, occurrence) of each row of a micro-batch; a row that an epoch sees twice occurs as 0,
+#: then as 1.
 Cell = list[tuple[int, float, int]]
 T = TypeVar("T")
 
@@ -37,7 +38,7 @@ class Draw(NamedTuple):
     cells: dict[str, Cell]
 
 
-# -- global batches, and their cut ------------------------------------------------------------------------------------
+# -- global batches, and their cut -----------------------------------------------------------------
 
 
 def epoch_batches(
@@ -46,15 +47,16 @@ def epoch_batches(
     """The global batches of one epoch.
 
     Args:
-        lengths: stream -> token count of each of its rows. The first stream sets the epoch: each of its rows appears
-            once. Every other stream is drawn beside it, as many rows a step, walking through its own shuffles without
-            a break between epochs, so that every row is used equally often.
+        lengths: stream -> token count of each of its rows. The first stream sets the epoch: each of
+            its rows appears once. Every other stream is drawn beside it, as many rows a step, walking
+            through its own shuffles without a break between epochs, so that every row is used
+            equally often.
         global_batch: rows a step.
         seed: of the whole run.
         epoch: counted from 0.
 
     Returns:
-        One dict a step: stream -> row indices. Only one step of an epoch may be smaller than ``global_batch``.
+        One dict a step: stream -> row indices. Only one step may be smaller than ``global_batch``.
     """
     epoch_size = len(next(iter(lengths.values())))
     positions = np.arange(epoch * epoch_size, (epoch + 1) * epoch_size)
@@ -102,8 +104,9 @@ def deal(
         done: rows at the batch's beginning to leave out; the weights stay those of the whole batch.
 
     Returns:
-        ``cells[micro_batch][rank]``, a list of (row, weight, occurrence). Over all cells the weights of one row add up
-        to ``accumulate * world_size / len(rows)`` for each time it occurs; an empty cell holds one row of weight 0.
+        ``cells[micro_batch][rank]``, a list of (row, weight, occurrence). Over all cells the weights
+        of one row add up to ``accumulate * world_size / len(rows)`` for each time it occurs; an empty
+        cell holds one row of weight 0.
     """
     weight = world_size * accumulate / len(rows)
     seen = Counter() if seen is None else seen
@@ -124,11 +127,8 @@ def _bounds(rows: int, accumulate: int) -> list[int]:
     return [micro * each + min(micro, more) for micro in range(accumulate + 1)]
 
 
-# -- samplers and loaders ---------------------------------------------------------------------------------------------
-
-
 class Position(NamedTuple):
-    """A place in the run's sequence of global batches; it does not depend on how a global batch is cut.
+    """A place in the run's sequence of global batches, however these are cut.
 
     Attributes:
         epoch: counted from 0.
@@ -141,10 +141,8 @@ class Position(NamedTuple):
     rows: int = 0
 
 
-class GlobalBatchSampler(DistributedSampler):
+class GlobalBatchSampler:
     """Yields this rank's :class:`Draw` for every micro-batch of an epoch.
-
-    Subclasses torch's sampler so that Lightning sets the epoch and adds no sampler of its own.
 
     Args:
         lengths: see :func:`epoch_batches`.
@@ -183,6 +181,10 @@ class GlobalBatchSampler(DistributedSampler):
     def global_batch(self) -> int:
         """Rows a step over all ranks and micro-batches."""
         return self.batch_size * self.accumulate * self.world_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw this epoch next; Lightning calls it."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         steps = -(-len(next(iter(self.lengths.values()))) // self.global_batch)
@@ -224,57 +226,94 @@ class GlobalBatchSampler(DistributedSampler):
         return _bounds(rows, self.accumulate)
 
 
-class QuietLoader(DataLoader):
-    """A DataLoader over batches that are fixed already, which leaves torch's random numbers alone.
+# -- batches of similar length, each seen once -----------------------------------------------------
 
-    Every iterator draws a seed for workers; from torch's own generator, it would shift the dropout of a run that goes
-    on in the middle of an epoch, or that finds what another had to compute first.
+
+def token_batches(lengths: Sequence[int], max_rows: int) -> list[list[int]]:
+    """Row indices in batches of at most ``max_rows`` of similar length.
+
+    The longest come first, so that running out of memory shows at once.
+    """
+    rows = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return [rows[start : start + max_rows] for start in range(0, len(rows), max_rows)]
+
+
+def deal_batches(batches: Sequence[T], world_size: int, rank: int) -> list[T]:
+    """Whole batches for one rank, dealt in turn; every rank gets as many, so some batches go to two.
+
+    >>> deal_batches("abc", 2, 0), deal_batches("abc", 2, 1)
+    (['a', 'c'], ['b', 'a'])
+    """
+    each = -(-len(batches) // world_size)
+    return [batches[i % len(batches)] for i in range(rank, each * world_size, world_size)]
+
+
+# -- loaders ---------------------------------------------------------------------------------------
+
+
+class Loader:
+    """Batches that are fixed beforehand, built one by one.
+
+    No DataLoader: there is nothing for workers to do, as rows are tokenised already, and each of its
+    iterators would draw a seed from torch's generator, which shifts the dropout of a resumed run.
+    Lightning adds no sampler to it.
 
     Args:
-        dataset: maps what the sampler gives to a batch.
-        sampler: its keys.
+        sampler: this rank's batches, in some short form.
+        build: makes a batch of one.
     """
 
-    def __init__(self, dataset: Any, sampler: Any) -> None:
-        super().__init__(dataset, sampler=sampler, batch_size=None, generator=torch.Generator())
+    batch_sampler = None  # Lightning looks for it where there is a sampler
+
+    def __init__(self, sampler: Iterable[T], build: Callable[[T], Any]) -> None:
+        self.sampler = sampler
+        self.build = build
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.build, self.sampler)
 
 
-class ResumableLoader(QuietLoader):
-    """A loader over :class:`GlobalBatchSampler` that goes on in the middle of an epoch, with the same global batches.
+class ResumableLoader(Loader):
+    """Goes on in the middle of an epoch, with the same global batches however they are cut.
 
-    ``state_dict`` counts the micro-batches handed out, which is what the loop has seen: there are no workers (rows are
-    tokenised already) and Lightning does not prefetch from a loader with a length. A module that knows better which of
-    them are done takes :meth:`state_at`.
+    ``state_dict`` counts the micro-batches handed out, which is what the loop has seen: Lightning does
+    not prefetch from a loader with a length. A module that knows better takes :meth:`state_at`.
 
     Args:
-        dataset: maps a :class:`Draw` to a batch.
-        sampler: its draws.
+        sampler: draws.
+        build: makes a batch of one.
         digests: stream -> digest of its rows.
     """
 
+    sampler: GlobalBatchSampler
+
     def __init__(
-        self, dataset: Any, sampler: GlobalBatchSampler, digests: Optional[Mapping[str, str]] = None
+        self,
+        sampler: GlobalBatchSampler,
+        build: Callable[[Draw], Any],
+        digests: Optional[Mapping[str, str]] = None,
     ) -> None:
-        super().__init__(dataset, sampler)
+        super().__init__(sampler, build)
         self.digests = dict(digests or {})
         #: Micro-batches of the sampler's epoch; None before the first.
         self._handed_out: Optional[int] = None
 
     def __iter__(self) -> Iterator[Any]:
-        start = self.sampler.start
-        self._handed_out = (
-            self.sampler.micro_batches(start) if start.epoch == self.sampler.epoch else 0
-        )
+        start, epoch = self.sampler.start, self.sampler.epoch
+        self._handed_out = self.sampler.micro_batches(start) if start.epoch == epoch else 0
         for batch in super().__iter__():
             self._handed_out += 1
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run is, for a checkpoint; see :meth:`state_at`."""
+        start, epoch = self.sampler.start, self.sampler.epoch
         if self._handed_out is None:
-            start, epoch = self.sampler.start, self.sampler.epoch
             return self._state(start if start.epoch == epoch else Position(epoch))
-        return self.state_at(self.sampler.epoch, self._handed_out)
+        return self.state_at(epoch, self._handed_out)
 
     def state_at(
         self, epoch: int, micro_batches: int, last: Optional[int] = None
@@ -287,21 +326,19 @@ class ResumableLoader(QuietLoader):
             last: with how many the epoch ends; with all when None.
         """
         end = len(self.sampler) if last is None else min(last, len(self.sampler))
-        over = micro_batches >= end
-        return self._state(
-            Position(epoch + 1) if over else self.sampler.position(epoch, micro_batches)
-        )
+        if micro_batches >= end:
+            return self._state(Position(epoch + 1))
+        return self._state(self.sampler.position(epoch, micro_batches))
 
     def _state(self, position: Position) -> dict[str, Any]:
-        sets = {
-            s: {"rows": len(lengths), "digest": self.digests.get(s)}
-            for s, lengths in self.sampler.lengths.items()
-        }
         return {
             **position._asdict(),
             "global_batch": self.sampler.global_batch,
             "seed": self.sampler.seed,
-            "sets": sets,
+            "sets": {
+                name: {"rows": len(lengths), "digest": self.digests.get(name)}
+                for name, lengths in self.sampler.lengths.items()
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -318,84 +355,48 @@ class ResumableLoader(QuietLoader):
         """The position that a state holds.
 
         Raises:
-            WagleError: naming what differs, if the state was taken of other global batches than this loader's.
+            WagleError: naming what differs, if it was taken of other global batches than these.
         """
         if "global_batch" not in state:
             raise WagleError(
-                "the checkpoint does not say which global batches its run had seen (it is of an earlier version): "
-                "start the run anew, or turn it into a model with wagle export"
+                "the checkpoint does not say which global batches its run had seen (it is of an "
+                "earlier version): start the run anew, or turn it into a model with wagle export"
             )
         here, sampler = self._state(Position()), self.sampler
         if state["global_batch"] != here["global_batch"]:
             raise WagleError(
-                f"the checkpoint's run had a global batch of {state['global_batch']} rows, this one has "
-                f"{here['global_batch']} ({sampler.world_size} devices x data.batch_size {sampler.batch_size} x "
-                f"accumulate_grad_batches {sampler.accumulate}): choose them so that their product is "
-                f"{state['global_batch']}"
+                f"the checkpoint's run had a global batch of {state['global_batch']} rows, this one "
+                f"has {here['global_batch']} ({sampler.world_size} devices x data.batch_size "
+                f"{sampler.batch_size} x accumulate_grad_batches {sampler.accumulate}): choose them "
+                f"so that their product is {state['global_batch']}"
             )
         if state["seed"] != here["seed"]:
             raise WagleError(
-                f"the checkpoint's run drew its rows with data.seed {state['seed']}, this one with {here['seed']}: "
-                f"give --data.seed {state['seed']}"
+                f"the checkpoint's run drew its rows with data.seed {state['seed']}, this one with "
+                f"{here['seed']}: give --data.seed {state['seed']}"
             )
         if list(state["sets"]) != list(here["sets"]):
             raise WagleError(
-                f"the checkpoint's run drew from {' and '.join(state['sets'])} rows, this one draws from "
-                f"{' and '.join(here['sets'])} rows: resume with the module and options it was started with"
+                f"the checkpoint's run drew from {' and '.join(state['sets'])} rows, this one draws "
+                f"from {' and '.join(here['sets'])} rows: resume with the module and options it was "
+                "started with"
             )
         for name, then in state["sets"].items():
             now = here["sets"][name]
             if then["rows"] != now["rows"]:
                 raise WagleError(
-                    f"the checkpoint's run had {then['rows']} {name} rows, this one has {now['rows']}: "
-                    "resume with the data it was started with"
+                    f"the checkpoint's run had {then['rows']} {name} rows, this one has "
+                    f"{now['rows']}: resume with the data it was started with"
                 )
             if then["digest"] != now["digest"]:
                 raise WagleError(
-                    f"the {name} rows are not those of the checkpoint's run (as many, but of another content or "
-                    "order): resume with the data it was started with"
+                    f"the {name} rows are not those of the checkpoint's run (as many, but of another "
+                    "content or order): resume with the data it was started with"
                 )
         return Position(state["epoch"], state["step"], state["rows"])
 
 
-class DealtBatches(DistributedSampler):
-    """Batches of row indices that are this rank's already; a subclass of torch's sampler so that Lightning adds none.
-
-    Args:
-        batches: see :func:`deal_batches`.
-    """
-
-    def __init__(self, batches: Sequence[Sequence[int]]) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Sequence[int]]:
-        return iter(self.batches)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Nothing changes from epoch to epoch."""
-
-
-def deal_batches(batches: Sequence[T], world_size: int, rank: int) -> list[T]:
-    """Whole batches for one rank, dealt in turn; every rank gets as many, so some batches go to two.
-
-    >>> deal_batches("abc", 2, 0), deal_batches("abc", 2, 1)
-    (['a', 'c'], ['b', 'a'])
-    """
-    each = -(-len(batches) // world_size)
-    return [batches[i % len(batches)] for i in range(rank, each * world_size, world_size)]
-
-
-def token_batches(lengths: Sequence[int], max_rows: int) -> list[list[int]]:
-    """Indices of rows in batches of at most ``max_rows`` of similar length: longest first, so that running out of
-    memory shows at once."""
-    rows = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    return [rows[start : start + max_rows] for start in range(0, len(rows), max_rows)]
-
-
-# -- tensors ----------------------------------------------------------------------------------------------------------
+# -- tensors ---------------------------------------------------------------------------------------
 
 
 def collate(

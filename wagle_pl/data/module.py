@@ -7,23 +7,21 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Optional
 
 import lightning as L
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import absent
 from wagle_pl.data.batches import (
-    DealtBatches,
     Draw,
     GlobalBatchSampler,
-    QuietLoader,
+    Loader,
     ResumableLoader,
     collate,
     deal_batches,
@@ -414,7 +412,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
             lengths, self.batch_size, accumulate, world_size, rank, self.seed
         )
         digests = {name: self._digest(name) for name in sets}
-        return ResumableLoader(_Batches(self, self.streams), sampler, digests)
+        return ResumableLoader(sampler, partial(self.build, self.streams), digests)
 
     def _digest(self, stream: str) -> str:
         """The rows of a stream as one name, in their order."""
@@ -423,7 +421,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
 
     def stream_loader(
         self, stream: str, batch_size: Optional[int] = None, shared: bool = False
-    ) -> DataLoader:
+    ) -> Loader:
         """All rows of one stream once, in batches of similar length, each with its ``row``: for passes at θ₀.
 
         Args:
@@ -436,29 +434,32 @@ class ForgetRetainDataModule(L.LightningDataModule):
         if shared:
             batches = deal_batches(batches, *self.ranks)
         draws = [Draw(0, {name: [(row, 1.0, 0) for row in rows]}) for rows in batches]
-        return QuietLoader(_Batches(self, (stream,)), draws)
+        return Loader(draws, partial(self.build, (stream,)))
 
-    def test_dataloader(self) -> list[DataLoader]:
+    def test_dataloader(self) -> list[Loader]:
         """One loader a test set, in the order of :meth:`test_names`. Each batch is a dict with ``rows``, the numbers of
         its rows in the set; rows of similar length are together, so that generations end at about the same time."""
         return [self._test_loader(name) for name in self.test_names()]
 
-    def val_dataloader(self) -> list[DataLoader]:
+    def val_dataloader(self) -> list[Loader]:
         """Likewise of :meth:`val_names`."""
         names = self.val_names()
         if not names:  # which is meant
             warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
         return [self._test_loader(name) for name in names]
 
-    def _test_loader(self, name: str) -> DataLoader:
+    def _test_loader(self, name: str) -> Loader:
         lengths = [
             len(e.context) + len(e.question) + len(e.answer) for e in self.test_examples(name)
         ]
         batches = deal_batches(token_batches(lengths, self.test_batch_size), *self.ranks)
-        return QuietLoader(_RowNumbers(), DealtBatches(batches))
+        return Loader(batches, lambda rows: {"rows": rows})
 
-    def build(self, stream: str, draw: Draw) -> dict[str, Any]:
-        """One stream of one micro-batch."""
+    def build(self, streams: Sequence[str], draw: Draw) -> dict[str, dict[str, torch.Tensor]]:
+        """The streams of one micro-batch."""
+        return {stream: self._build(stream, draw) for stream in streams}
+
+    def _build(self, stream: str, draw: Draw) -> dict[str, torch.Tensor]:
         name = ALIGNED.get(stream, stream)
         rows, weights, occurrences = zip(*draw.cells[name], strict=True)
         if stream == "refusal":
@@ -481,21 +482,3 @@ class ForgetRetainDataModule(L.LightningDataModule):
         """Token that fills short rows (masked out everywhere)."""
         pad = self.tokenizer.pad_token_id
         return pad if pad is not None else self.tokenizer.eos_token_id or 0
-
-
-class _Batches:
-    """Maps a :class:`Draw` to a training batch."""
-
-    def __init__(self, data: ForgetRetainDataModule, streams: Sequence[str]) -> None:
-        self.data = data
-        self.streams = tuple(streams)
-
-    def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        return {stream: self.data.build(stream, draw) for stream in self.streams}
-
-
-class _RowNumbers:
-    """Maps the row numbers of a test batch to the batch."""
-
-    def __getitem__(self, rows: Sequence[int]) -> dict[str, Any]:
-        return {"rows": list(rows)}

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Optional, TypeVar
 
 from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.files import absent, plainly_local
-from wagle_pl.data.example import OPTIONAL_TEXTS, TEXTS, Row, as_texts
+from wagle_pl.data.example import OPTIONAL_TEXTS, TEXTS, Row
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ def load_rows(source: str, split: Optional[str] = None, limit: Optional[int] = N
         if not path.is_file():
             raise absent("data file", source)
         with readable(path):
-            rows = [as_texts(row) for row in islice(_read(path), limit)]
+            rows = list(islice(_read(path), limit))
     elif path.is_dir() or (not path.exists() and plainly_local(source.partition(":")[0])):
         raise absent("data source", source, hub=True)
     elif path.exists() or source.count("/") != 1:

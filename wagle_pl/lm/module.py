@@ -4,13 +4,12 @@ package."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Optional, Protocol, runtime_checkable
 
 import lightning as L
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wagle_pl.core import distributed
@@ -48,7 +47,7 @@ class StreamData(Protocol):
 
     def stream_loader(
         self, stream: str, batch_size: Optional[int] = None, shared: bool = False
-    ) -> DataLoader:
+    ) -> Iterable[Mapping[str, Any]]:
         """All rows of a stream once."""
 
     def describe(self, stream: str) -> str:
