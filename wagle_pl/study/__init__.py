@@ -1,4 +1,4 @@
-"""Studies: objectives, masks, learning rates and seeds over one target model, compared at equal forgetting."""
+"""Studies: ways to unlearn one model, compared at equal forgetting."""
 
 from wagle_pl.study.curves import envelope, mean_utility, paired, utility_at
 from wagle_pl.study.study import Study

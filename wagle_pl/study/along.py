@@ -33,7 +33,7 @@ class EvaluateAlong(Callback):
     Args:
         evaluate: what observes and measures.
         points: how many tests, the last at the run's end.
-        generate: whether tests also generate answers: ``always``, at the ``end`` only, or ``never``.
+        generate: whether tests also generate answers: ``always``, at the ``end``, or ``never``.
         answers_of: test sets; tests before the last one observe their answers' probability and
             nothing else. None: all sets, all that the suite measures.
         enough: ends the run where it is true of the measures of a test; that is then the last.

@@ -2,8 +2,8 @@
 
 A run that is tested along its way is a *curve*: points (x, u) in the order of its steps, the target
 model first. u is the utility. x is *progress*: the forget measure, with its sign chosen so that x
-grows as the model forgets. Between two points the utility is interpolated linearly; beyond the last
-it is unknown and never extrapolated.
+grows as the model forgets. A *level* is a value of x. Between two points the utility is
+interpolated linearly; beyond the last it is unknown and never extrapolated.
 """
 
 from __future__ import annotations
@@ -26,9 +26,6 @@ def envelope(points: Points) -> list[tuple[float, float]]:
     A run may remember again for a while. Without those points, every level is reached once: between
     the last record below it and the first record above it.
 
-    Args:
-        points: (x, u) in the order of steps.
-
     >>> envelope([(0.0, 1.0), (0.5, 0.8), (0.4, 0.9), (0.7, 0.6)])
     [(0.0, 1.0), (0.5, 0.8), (0.7, 0.6)]
     """
@@ -37,11 +34,9 @@ def envelope(points: Points) -> list[tuple[float, float]]:
 
 
 def utility_at(points: Points, level: float) -> Optional[float]:
-    """Utility where the envelope first reaches a level of progress; None if it never does.
+    """Utility where the envelope first reaches a level; None if it never does.
 
-    Args:
-        points: (x, u) in the order of steps.
-        level: of x. If the first point is past it already, its utility is returned.
+    A level that the first point has passed already has the first point's utility.
 
     >>> round(utility_at([(0.0, 1.0), (0.5, 0.8), (1.0, 0.4)], 0.75), 9)
     0.6
@@ -53,16 +48,9 @@ def utility_at(points: Points, level: float) -> Optional[float]:
 
 
 def mean_utility(points: Points, low: float, high: float) -> Optional[float]:
-    """Area under the envelope between two levels of progress, divided by their distance.
+    """Area under the envelope between two levels, divided by their distance: a mean utility.
 
-    Args:
-        points: (x, u) in the order of steps.
-        low: level at which the range begins.
-        high: level at which it ends.
-
-    Returns:
-        A utility, averaged over forgetting; None if the curve does not cover the range, or the
-        range is empty.
+    None if the curve does not cover the range, or the range is empty.
 
     >>> mean_utility([(0.0, 1.0), (1.0, 0.0)], 0.0, 0.5)
     0.75
@@ -108,13 +96,14 @@ def at_equal_steps(
     largest number of steps that runs of both lie around.
 
     Args:
-        arm: its runs of one seed that reach the level.
-        dense: those of dense.
+        arm: its runs of one seed, those that reach the level.
+        dense: likewise of dense.
 
     Returns:
         The number of steps, the arm's utility, dense's; None if there is no such number.
 
-    >>> at_equal_steps([Pace(2, 20.0, 0.5), Pace(1, 60.0, 0.9)], [Pace(2, 10.0, 0.4), Pace(1, 40.0, 0.6)])
+    >>> dense = [Pace(2, 10.0, 0.4), Pace(1, 40.0, 0.6)]
+    >>> at_equal_steps([Pace(2, 20.0, 0.5), Pace(1, 60.0, 0.9)], dense)
     (40.0, 0.7, 0.6)
     """
     if not arm or not dense:
@@ -127,10 +116,7 @@ def at_equal_steps(
 
 
 class Spread(NamedTuple):
-    """Numbers of one arm over seeds: mean, standard deviation (n − 1), how many.
-
-    The mean of none and the deviation of fewer than two are None.
-    """
+    """Numbers over seeds; the mean of none and the deviation of fewer than two are None."""
 
     mean: Optional[float]
     std: Optional[float]
@@ -138,39 +124,27 @@ class Spread(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean and standard deviation over seeds.
+    """Mean and standard deviation (n − 1 in the denominator) over seeds.
 
     >>> spread([1.0, 3.0])
     Spread(mean=2.0, std=1.4142135623730951, n=2)
     """
     n = len(values)
-    return Spread(
-        float(np.mean(values)) if n else None, float(np.std(values, ddof=1)) if n > 1 else None, n
-    )
+    mean = float(np.mean(values)) if n else None
+    return Spread(mean, float(np.std(values, ddof=1)) if n > 1 else None, n)
 
 
 class Paired(NamedTuple):
-    """A paired comparison of an arm with dense.
+    """A paired comparison of an arm with dense."""
 
-    Attributes:
-        difference: mean of arm − dense over the pairs; None without pairs.
-        p: two-sided p-value of the paired t-test; None where there is none.
-        why: why there is no p-value; empty if there is one.
-        n: number of pairs.
-    """
-
-    difference: Optional[float]
-    p: Optional[float]
-    why: str
-    n: int
+    difference: Optional[float]  # mean of arm − dense over the pairs; None without pairs
+    p: Optional[float]  # two-sided, of the paired t-test; None where there is none
+    why: str  # why there is no p-value; empty if there is one
+    n: int  # number of pairs
 
 
 def paired(arm: Sequence[float], dense: Sequence[float]) -> Paired:
-    """Paired t-test (scipy's ``ttest_rel``) of numbers of the same seeds.
-
-    Args:
-        arm: one number a seed.
-        dense: those of dense, the same seeds in the same order.
+    """Paired t-test (scipy's ``ttest_rel``) of numbers of the same seeds in the same order.
 
     >>> paired([0.75, 0.5], [0.5, 0.5])
     Paired(difference=0.125, p=None, why='n too small', n=2)
@@ -200,10 +174,8 @@ def verdict(
     Args:
         test: the paired comparison.
         sign: 1 if more utility is better, −1 if less.
-        arm: utility at equal forgetting of the arm.
-        dense: the same of dense.
-        arm_seeds: seeds of the arm that are finished.
-        dense_seeds: seeds of dense that are finished.
+        arm, dense: their utilities at equal forgetting.
+        arm_seeds, dense_seeds: how many of their seeds are finished.
 
     >>> verdict(Paired(0.05, 0.01, "", 3), 1, Spread(0.9, 0.01, 3), Spread(0.85, 0.02, 3), 3, 3)
     'wins'

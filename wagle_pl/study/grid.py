@@ -1,4 +1,4 @@
-"""The grid of a study: objectives × masks × learning rates × seeds, checked, named, and put in order."""
+"""The grid of a study: objectives × masks × learning rates × seeds, checked, named, in order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Literal, NamedTuple, Optional
 
 import torch
 
@@ -18,8 +18,9 @@ from wagle_pl.attribution import AttributionModule
 from wagle_pl.attribution.scores import Random, Score
 from wagle_pl.attribution.specs import MaskSpec
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.registry import Entry, check_options, resolve, split
+from wagle_pl.core.registry import Entry, resolve, split
 from wagle_pl.objectives.forget import Objective
+from wagle_pl.study.options import typed
 from wagle_pl.unlearning.adapters import LoRA
 
 #: Options of the attribution pass, and of the choice among scores, that a mask may set.
@@ -49,34 +50,21 @@ def digest(value: Any) -> str:
 
 
 def definition(base: type, cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells a configured object from others, as plain data: its class and the options given."""
+    """What tells an object from others, as plain data: its class and the options given."""
     own = cls.__module__.startswith("wagle_pl.")
     path = f"{_RECORDED[base] if own else cls.__module__}.{cls.__qualname__}"
     return {"class": path, "options": dict(options)}
 
 
-def typed(cls: type, given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Options of a class, checked; numbers written as text become numbers, all else stays as given."""
-    found = check_options(cls, given, where)
-    as_text = {name for name, value in found.items() if isinstance(value, (int, float))}
-    as_text = {name for name in as_text if isinstance(given[name], str)}
-    return {name: found[name] if name in as_text else value for name, value in given.items()}
-
-
 # -- choices ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ObjectiveChoice:
-    """An objective of the grid.
-
-    Attributes:
-        name: how tables call it.
-        entry: how the configuration describes it.
-    """
+    """An objective of the grid: how tables call it, how the configuration describes it."""
 
     name: str
-    entry: Entry = field(compare=False)
+    entry: Entry
 
     def make(self) -> Objective:
         """A new instance for a run."""
@@ -93,29 +81,18 @@ class ObjectiveChoice:
         return digest(self.definition)[:8]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MaskChoice:
-    """A mask of the grid, or what stands in its place.
+    """A mask of the grid, or what stands in its place."""
 
-    Attributes:
-        name: how tables call it, density included.
-        kind: ``dense``, ``adapter``, ``file`` or ``score``.
-        entry: how the configuration describes the score or adapter; the path of a mask file.
-        density: share of weights that may move; None where it is not known beforehand.
-        selection: :data:`SELECTION` of a mask by score, complete.
-        attribution: :data:`ATTRIBUTION` of a mask by score, complete.
-        learning_rates: its own in place of the study's.
-        seeded: whether each seed of the study draws its own mask: a random score without a seed.
-    """
-
-    name: str
-    kind: str
-    entry: Entry = field(compare=False, default="")
-    density: Optional[float] = None
-    selection: Mapping[str, Any] = field(compare=False, default_factory=dict)
-    attribution: Mapping[str, Any] = field(compare=False, default_factory=dict)
-    learning_rates: Optional[tuple[float, ...]] = None
-    seeded: bool = False
+    name: str  # how tables call it, density included
+    kind: Literal["dense", "adapter", "file", "score"]
+    entry: Entry  # how the configuration describes the score or adapter; path of a mask file
+    density: Optional[float] = None  # share of weights that may move; None where it is not known
+    learning_rates: Optional[tuple[float, ...]] = None  # its own in place of the study's
+    selection: Mapping[str, Any] = field(default_factory=dict)  # SELECTION, complete
+    attribution: Mapping[str, Any] = field(default_factory=dict)  # ATTRIBUTION, complete
+    seeded: bool = False  # each seed draws its own mask: a random score without a seed
 
     @cached_property
     def score(self) -> Optional[Score]:
@@ -127,22 +104,14 @@ class MaskChoice:
         return resolve(LoRA, self.entry, "adapter") if self.kind == "adapter" else None
 
     def spec(self, name: str) -> MaskSpec:
-        """What attribution is asked for.
-
-        Args:
-            name: of the mask's file.
-        """
+        """What attribution is asked for, to write it to a file of that name."""
         density = 0.5 if self.density is None else self.density  # None: the score sets its share
-        score = resolve(Score, self.entry, "mask")
-        return MaskSpec(score=score, density=density, name=name, **self.selection)
+        return MaskSpec(score=self.score, density=density, name=name, **self.selection)
 
     def of_seed(self, seed: int) -> MaskChoice:
         """The mask that a run with this seed takes."""
-        if not self.seeded:
-            return self
-        return replace(
-            self, entry={"class_path": "Random", "init_args": {"seed": seed}}, seeded=False
-        )
+        drawn = {"class_path": "Random", "init_args": {"seed": seed}}
+        return replace(self, entry=drawn, seeded=False) if self.seeded else self
 
     @cached_property
     def definition(self) -> dict[str, Any]:
@@ -191,11 +160,7 @@ class MaskChoice:
         return " ".join(words if self.density is None else [*words, f"{self.density:g}"])
 
     def file_name(self, settings: Mapping[str, Any]) -> str:
-        """Name of the file of a mask by score: readable, and unique for model, rows and options.
-
-        Args:
-            settings: what attribution depends on besides the mask's own options.
-        """
+        """Name of the file of a mask by score, unique for it and ``settings``: model and rows."""
         readable = re.sub(r"[^A-Za-z0-9.=-]+", "-", self.described)
         return f"{readable}-{digest([dict(settings), self.definition])[:8]}"
 
@@ -221,11 +186,7 @@ def passes(masks: Sequence[MaskChoice]) -> list[tuple[dict[str, Any], list[MaskC
 
 
 def read_objectives(entries: Sequence[Entry]) -> list[ObjectiveChoice]:
-    """Objectives of a configuration, checked and named: by ``name``, or by class.
-
-    Raises:
-        WagleError: if there are none, one is unknown, or two would have the same name.
-    """
+    """Objectives of a configuration, named by ``name`` or by class."""
     found = []
     for entry in _some(entries, "objectives"):
         name, plain = None, entry
@@ -239,12 +200,7 @@ def read_objectives(entries: Sequence[Entry]) -> list[ObjectiveChoice]:
 
 
 def read_masks(entries: Sequence[Entry]) -> list[MaskChoice]:
-    """Masks of a configuration, checked and named; a list of densities makes a mask of each.
-
-    Raises:
-        WagleError: if there are none, one is unknown, an option has no meaning, or two would be the
-            same.
-    """
+    """Masks of a configuration; a list of densities makes a mask of each."""
     found = [choice for entry in _some(entries, "masks") for choice in _read_mask(entry)]
     _refuse_twins([choice.name for choice in found], "masks")
     seen: dict[str, str] = {}
@@ -286,8 +242,7 @@ def _read_mask(entry: Entry) -> list[MaskChoice]:
         if not Path(what).is_file():
             raise WagleError(f"masks: file {what} does not exist")
         usual = Path(what).stem
-    density = 1.0 if kind == "dense" else None
-    return [MaskChoice(name or usual, kind, what, density, learning_rates=rates)]
+    return [MaskChoice(name or usual, kind, what, 1.0 if kind == "dense" else None, rates)]
 
 
 def _score_masks(
@@ -306,16 +261,14 @@ def _score_masks(
     complete = DEFAULTS | given
     found = []
     for each in _some(densities, "masks: density"):
-        choice = MaskChoice(
-            "",
-            "score",
-            entry,
-            None if each is None else typed(AttributionModule, {"density": each}, where)["density"],
+        if each is not None:
+            each = typed(AttributionModule, {"density": each}, where)["density"]
+        options = (
             {key: complete[key] for key in SELECTION},
             {key: complete[key] for key in ATTRIBUTION},
-            rates,
-            seeded=type(score) is Random and isinstance(entry, str),
         )
+        seeded = type(score) is Random and isinstance(entry, str)
+        choice = MaskChoice("", "score", entry, each, rates, *options, seeded)
         end = "" if choice.density is None else f" {choice.density:g}"
         choice = replace(choice, name=choice.described if name is None else name + end)
         try:  # refuses options that have no meaning together
@@ -327,11 +280,7 @@ def _score_masks(
 
 
 def check_rates(rates: Sequence[float]) -> tuple[float, ...]:
-    """Learning rates as numbers.
-
-    Raises:
-        WagleError: if there are none, one is not above 0, or one is there twice.
-    """
+    """Learning rates as numbers."""
     try:
         found = tuple(float(rate) for rate in rates)
     except (TypeError, ValueError):
@@ -354,22 +303,14 @@ def _refuse_twins(names: Sequence[str], what: str) -> None:
 
 
 def present_name(
-    row_name: str, row_id: str, choices: Sequence[ObjectiveChoice] | Sequence[MaskChoice]
+    name: str, id: str, choices: Sequence[ObjectiveChoice] | Sequence[MaskChoice]
 ) -> str:
-    """What an objective or mask of an earlier sitting is called now.
+    """What an objective or mask of an earlier sitting, by its name then, is called now.
 
-    By this grid's name if it is in it; otherwise by its own, with its id if something else has that
-    name now.
-
-    Args:
-        row_name: its name then.
-        row_id: its id.
-        choices: the grid's objectives or masks.
+    As in this grid if it is in it; otherwise as before, with its id if another has that name now.
     """
     names = {choice.id: choice.name for choice in choices}
-    if row_id in names:
-        return names[row_id]
-    return f"{row_name} ({row_id[:4]})" if row_name in names.values() else row_name
+    return names.get(id) or (f"{name} ({id[:4]})" if name in names.values() else name)
 
 
 # -- runs ------------------------------------------------------------------------------------------
@@ -391,31 +332,48 @@ class Run:
         return f"{self.objective.name}, {self.mask.name}, lr {self.lr:g}, seed {self.seed}"
 
 
-def runs(
-    objectives: Sequence[ObjectiveChoice],
-    masks: Sequence[MaskChoice],
-    rates: Sequence[float],
-    seeds: Sequence[int],
-    settings: Mapping[str, Any],
-) -> Iterator[Run]:
-    """All runs, in an order in which a study that is cut off early is balanced.
+class Grid(NamedTuple):
+    """What runs are made of; masks with learning rates of their own do not take ``rates``."""
 
-    The first seed over all arms before the second; within a seed the middle learning rate over all
-    arms before the next; within these the masks as listed.
+    objectives: list[ObjectiveChoice]
+    masks: list[MaskChoice]
+    rates: tuple[float, ...]
+    seeds: list[int]
 
-    Args:
-        objectives, masks, seeds: of the grid.
-        rates: learning rates; a mask's own take their place by rank.
-        settings: what all runs share.
-    """
-    shared = digest(settings)
-    for seed in seeds:
-        for rank in range(max(len(mask.learning_rates or rates) for mask in masks)):
-            for mask in masks:
-                own = middle_first(mask.learning_rates or rates)
-                for objective in objectives if rank < len(own) else ():
-                    what = [shared, objective.definition, mask.definition, own[rank], seed]
-                    yield Run(objective, mask, own[rank], seed, digest(what))
+    @classmethod
+    def of(
+        cls,
+        objectives: Sequence[Entry],
+        masks: Sequence[Entry],
+        rates: Sequence[float],
+        seeds: Sequence[int],
+    ) -> Grid:
+        """The grid of a configuration.
+
+        Raises:
+            WagleError: if one of them is empty, unknown, without meaning, or there twice.
+        """
+        if not seeds or len(set(seeds)) < len(seeds):
+            raise WagleError(f"seeds must be different numbers, got {list(seeds)}")
+        return cls(read_objectives(objectives), read_masks(masks), check_rates(rates), list(seeds))
+
+    def runs(self, settings: Mapping[str, Any]) -> Iterator[Run]:
+        """All runs, in an order in which a study that is cut off early is balanced.
+
+        The first seed over all arms before the second; within a seed the middle learning rate over
+        all arms before the next; within these the masks as listed.
+
+        Args:
+            settings: what all runs share, in their ids.
+        """
+        shared = digest(settings)
+        for seed in self.seeds:
+            for rank in range(max(len(mask.learning_rates or self.rates) for mask in self.masks)):
+                for mask in self.masks:
+                    own = middle_first(mask.learning_rates or self.rates)
+                    for objective in self.objectives if rank < len(own) else ():
+                        what = [shared, objective.definition, mask.definition, own[rank], seed]
+                        yield Run(objective, mask, own[rank], seed, digest(what))
 
 
 def middle_first(rates: Sequence[float]) -> list[float]:

@@ -1,4 +1,4 @@
-"""What a study keeps in its folder: the table of runs, and the lock that keeps a second study out."""
+"""What a study keeps in its folder: its files, the table of runs, a lock against a second study."""
 
 from __future__ import annotations
 
@@ -20,20 +20,8 @@ LOCK_FILE = "study.lock"
 
 #: First columns of the table; measures follow.
 COLUMNS = (
-    "objective",
-    "mask",
-    "score",
-    "density",
-    "lr",
-    "seed",
-    "step",
-    "run",
-    "forget",
-    "utility",
-    "seconds",
-    "note",
-    "objective_id",
-    "mask_id",
+    *("objective", "mask", "score", "density", "lr", "seed", "step", "run", "forget", "utility"),
+    *("seconds", "note", "objective_id", "mask_id"),
 )
 
 
@@ -42,7 +30,7 @@ class RunTable:
 
     Args:
         folder: of the study.
-        settings: what all its runs share, JSON-serialisable; a folder holds runs of one setting only.
+        settings: what all its runs share, as plain data.
 
     Raises:
         WagleError: if the folder holds runs with other settings, naming those that differ.
@@ -50,11 +38,10 @@ class RunTable:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.path = folder / TABLE_FILE
-        self.settings = dict(settings)
+        self.settings = json.loads(json.dumps(settings))
         self.rows: list[dict[str, Any]] = []
-        if not self.path.is_file():
-            return
-        self.rows = self._read(self.path, "choose another --output")
+        if self.path.is_file():
+            self.rows = self._read(self.path, "choose another --output")
 
     def finished(self) -> set[str]:
         """Ids of the runs in the table."""
@@ -73,33 +60,28 @@ class RunTable:
         """
         before = self.finished()
         for folder in folders:
-            path = Path(folder) / TABLE_FILE
+            path, known = Path(folder) / TABLE_FILE, self.finished()
             if not path.is_file():
                 raise WagleError(f"--join: there is no study in {folder} ({TABLE_FILE})")
-            known = self.finished()
-            self.rows += [
-                row for row in self._read(path, "it is another study") if row["run"] not in known
-            ]
+            theirs = self._read(path, "it is another study")
+            self.rows += [row for row in theirs if row["run"] not in known]
         return len(self.finished()) - len(before)
 
-    def _read(self, path: Path, advice: str) -> list[dict[str, Any]]:
-        rows = load_table(path)  # says so if the file cannot be read
-        differing = _differing(table_key(path), json.loads(json.dumps(self.settings)))
+    def _read(self, path: Path, hint: str) -> list[dict[str, Any]]:
+        rows, ours, theirs = load_table(path), self.settings, table_key(path)
+        differing = sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k))
         if rows and differing:  # without runs nothing depends on the settings
             raise WagleError(
-                f"{path} holds runs with other settings ({', '.join(differing)}): {advice}"
+                f"{path} holds runs with other settings ({', '.join(differing)}): {hint}"
             )
         return rows
 
     def write(self) -> None:
         """Write the file, if there are runs, whole or not at all; every row has every column."""
-        if not self.rows:
-            return
-        measures = sorted({name for row in self.rows for name in row} - set(COLUMNS))
-        names = (*COLUMNS, *measures)
-        write_table(
-            self.path, [{name: row.get(name) for name in names} for row in self.rows], self.settings
-        )
+        names = [*COLUMNS, *sorted({name for row in self.rows for name in row} - set(COLUMNS))]
+        rows = [{name: row.get(name) for name in names} for row in self.rows]
+        if rows:
+            write_table(self.path, rows, self.settings)
 
 
 def has_runs(folder: Path) -> bool:
@@ -112,16 +94,15 @@ def has_runs(folder: Path) -> bool:
     return path.is_file() and bool(load_table(path))
 
 
-def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    return sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
-
-
 @contextmanager
 def locked(folder: Path) -> Iterator[Optional[str]]:
-    """Keep other studies out of a folder while inside; yields what was said of a lock that was left behind, or None.
+    """Keep other studies out of a folder while inside.
 
-    The lock is held by the operating system and ends with the process. The file says who holds it (process, host); it
-    stays behind, empty, after a study that ended well.
+    The lock is held by the operating system and ends with the process. The file says who holds it
+    (process, host); it stays behind, empty, after a study that ended well.
+
+    Yields:
+        What to say of a lock that a killed study has left behind; None without one.
 
     Raises:
         WagleError: if a study works in the folder, on this host or on another.

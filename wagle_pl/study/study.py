@@ -1,15 +1,15 @@
-"""``Study``: runs a grid of unlearning runs over one target model, and compares them at equal forgetting."""
+"""``Study``: a grid of unlearning runs over one target model, compared at equal forgetting."""
 
 from __future__ import annotations
 
 import copy
 import gc
-import inspect
 import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -18,21 +18,23 @@ import lightning as L
 import torch
 
 from wagle_pl.attribution import AttributionModule
-from wagle_pl.core.environment import silence, trainer_in_the_making
+from wagle_pl.core.environment import silence
 from wagle_pl.core.errors import Diverged, WagleError
 from wagle_pl.core.files import atomic_path, refuse_existing
-from wagle_pl.core.registry import Entry, check_options, find_class, option_names, split
+from wagle_pl.core.registry import option_names
 from wagle_pl.core.text import count, decimals
 from wagle_pl.data.example import Example, raw_rows
 from wagle_pl.data.module import ForgetRetainDataModule
-from wagle_pl.evaluation import Evaluate, EvaluationModule, Observations, Results, find_suite
+from wagle_pl.evaluation import Evaluate, EvaluationModule, Observations, Results
 from wagle_pl.evaluation.measures import defined_only
 from wagle_pl.evaluation.results import write_json
 from wagle_pl.lm import models
 from wagle_pl.lm.weights import parameter_shapes
 from wagle_pl.masks import SUFFIX, WeightMask
-from wagle_pl.study import grid, text
+from wagle_pl.study import text
 from wagle_pl.study.along import Along, EvaluateAlong, Generate, UnkeptModule, as_before_the_end
+from wagle_pl.study.grid import Grid, Run, definition, digest, passes, present_name
+from wagle_pl.study.options import read_module, read_optimizer, read_trainer
 from wagle_pl.study.report.figures import save_figure
 from wagle_pl.study.report.study import overview
 from wagle_pl.study.store import FIGURE_FILE, SUMMARY_FILE, TEXT_FILE, RunTable, has_runs, locked
@@ -40,21 +42,12 @@ from wagle_pl.study.summary import Compared, summarise
 from wagle_pl.unlearning import UnlearnModule
 
 log = logging.getLogger(__name__)
+_say = partial(print, flush=True)
 
 FORMAT_VERSION = 1
 
-#: Options of modules and trainer that the study sets itself, for every run.
-_OURS = {"model", "output", "overwrite", "objective", "mask", "adapter", "lr"}
-_OURS |= {"target", "retrained", "generate"}
-_TEST_OPTIONS = {*option_names(Evaluate)} - _OURS
-_MODULE_OPTIONS = {*option_names(UnlearnModule)} - _OURS | _TEST_OPTIONS
-_TRAINER_OPTIONS = {*inspect.signature(L.Trainer).parameters} - {
-    *("max_steps", "max_epochs", "min_steps", "min_epochs", "max_time", "accumulate_grad_batches"),
-    *("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"),
-    *("default_root_dir", "fast_dev_run", "limit_val_batches"),
-}
 
-
+@dataclass(kw_only=True, eq=False)
 class Study:
     """A grid of objectives, masks, learning rates and seeds over one target model.
 
@@ -107,8 +100,8 @@ class Study:
         trainer: options of Lightning's Trainer, such as precision, accelerator, gradient_clip_val.
         only: run only these objectives or masks (by the names that tables give them) in this
             sitting, e.g. NPO or '[NPO, dense, wagle 0.2]'; the tables show all that is finished.
-        hours: start no new run after so many hours of this sitting; 0 only writes what the runs
-            that are there tell.
+        hours: start no new run after so many hours of this sitting; 0 only writes the tables of the
+            runs that are there.
         keep_models: keep every unlearned model, under models/<run>.
         join: folders of the same study whose finished runs are taken over, e.g.
             '[runs/one, runs/two]': pieces (only) that ran on other machines.
@@ -117,79 +110,72 @@ class Study:
         WagleError: if an option has no meaning.
     """
 
-    def __init__(
-        self,
-        *,
-        target: str,
-        output: str,
-        data: ForgetRetainDataModule,
-        retrained: Optional[str] = None,
-        objectives: Sequence[Union[str, dict[str, Any]]] = ("GradDiff", "NPO", "PO"),
-        masks: Sequence[Union[str, dict[str, Any]]] = ("dense", "random", "magnitude", "wagle"),
-        learning_rates: Sequence[float] = (1e-5, 3e-5, 1e-4),
-        seeds: Sequence[int] = (0, 1, 2),
-        steps: Optional[int] = None,
-        epochs: Optional[int] = None,
-        batch_size: Optional[int] = None,
-        accumulate: int = 1,
-        optimizer: Union[str, dict[str, Any]] = "MaskedAdamW",
-        points: int = 4,
-        along: Along = "all",
-        until_level: bool = False,
-        forget: str = "forget/probability",
-        utility: Optional[str] = None,
-        forget_level: Optional[float] = None,
-        generate: Generate = "end",
-        limit_test: Optional[int] = None,
-        module: Optional[dict[str, Any]] = None,
-        trainer: Optional[dict[str, Any]] = None,
-        only: Optional[Union[list[str], str]] = None,
-        hours: Optional[float] = None,
-        keep_models: bool = False,
-        join: Optional[Union[list[str], str]] = None,
-    ) -> None:
-        self.target, self.retrained, self.folder = target, retrained, Path(output)
+    target: str
+    output: str
+    data: ForgetRetainDataModule
+    retrained: Optional[str] = None
+    objectives: Sequence[Union[str, dict[str, Any]]] = ("GradDiff", "NPO", "PO")
+    masks: Sequence[Union[str, dict[str, Any]]] = ("dense", "random", "magnitude", "wagle")
+    learning_rates: Sequence[float] = (1e-5, 3e-5, 1e-4)
+    seeds: Sequence[int] = (0, 1, 2)
+    steps: Optional[int] = None
+    epochs: Optional[int] = None
+    batch_size: Optional[int] = None
+    accumulate: int = 1
+    optimizer: Union[str, dict[str, Any]] = "MaskedAdamW"
+    points: int = 4
+    along: Along = "all"
+    until_level: bool = False
+    forget: str = "forget/probability"
+    utility: Optional[str] = None
+    forget_level: Optional[float] = None
+    generate: Generate = "end"
+    limit_test: Optional[int] = None
+    module: Optional[dict[str, Any]] = None
+    trainer: Optional[dict[str, Any]] = None
+    only: Optional[Union[list[str], str]] = None
+    hours: Optional[float] = None
+    keep_models: bool = False
+    join: Optional[Union[list[str], str]] = None
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.output)
         refuse_existing(self.folder, overwrite=True, kind="files")  # a study goes on in its folder
-        if retrained is None and forget_level is None:
+        if self.retrained is None and self.forget_level is None:
             raise WagleError(
                 "a study compares at a level of forgetting: give --retrained, the model trained "
                 "without the forget rows, or --forget_level"
             )
-        self.objectives = grid.read_objectives(objectives)
-        self.masks = grid.read_masks(masks)
-        self.rates = grid.check_rates(learning_rates)
-        self.seeds = list(seeds)
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise WagleError(f"seeds must be different numbers, got {self.seeds}")
-        if steps is not None and epochs is not None:
+        self.grid = Grid.of(self.objectives, self.masks, self.learning_rates, self.seeds)
+        if self.steps is not None and self.epochs is not None:
             raise WagleError("give --steps or --epochs, not both")
-        numbers = {"points": points, "accumulate": accumulate, "limit_test": limit_test}
-        numbers |= {"batch_size": batch_size, "steps": steps, "epochs": epochs}
-        for name, value in numbers.items():
+        for name in ("points", "accumulate", "limit_test", "batch_size", "steps", "epochs"):
+            value = getattr(self, name)
             if value is not None and value < 1:
                 raise WagleError(f"must be at least 1, got {value}", option=f"--{name}")
-        if along == "answers" and generate == "always":
+        if self.along == "answers" and self.generate == "always":
             raise WagleError(
                 "--along answers generates nothing before a run's end: leave --generate always out"
             )
-        self.length = {"max_epochs": epochs or 5} if steps is None else {"max_steps": steps}
-        self.accumulate, self.points, self.generate = accumulate, points, generate
-        self.along, self.until_level = along, until_level
-        self.forget, self.utility, self.forget_level = forget, utility, forget_level
-        self.optimizer = _read_optimizer(optimizer)
-        self.module, self.tests = _read_module(module or {})
-        self.trainer_options = _read_trainer(trainer or {})
-        self.only = {only} if isinstance(only, str) else set(only or ())
-        names = [choice.name for choice in (*self.objectives, *self.masks)]
-        for name in sorted(self.only - {*names}):
-            raise WagleError(
-                f"--only: no objective or mask is called {name!r}; there are: {', '.join(names)}"
-            )
-        self.hours, self.keep_models = hours, keep_models
-        self.join = [join] if isinstance(join, str) else list(join or [])
-        self.data = copy.copy(data)
-        self.data.batch_size = batch_size or data.batch_size
-        self.data.limit_test = limit_test or data.limit_test
+        self._length = {"max_steps": self.steps} if self.steps else {"max_epochs": self.epochs or 5}
+        self._optimizer = read_optimizer(self.optimizer)
+        self._module, self._tests = read_module(self.module or {})
+        self._trainer_options = read_trainer(self.trainer or {})
+        self.only, self.join = (
+            [names] if isinstance(names, str) else list(names or ())
+            for names in (self.only, self.join)
+        )
+        names = [choice.name for choice in (*self.grid.objectives, *self.grid.masks)]
+        for name in self.only:
+            if name not in names:
+                there = ", ".join(names)
+                raise WagleError(
+                    f"--only: no objective or mask is called {name!r}; there are: {there}"
+                )
+        self.data = copy.copy(self.data)
+        self.data.batch_size = self.batch_size or self.data.batch_size
+        limit = self.limit_test or self.data.limits["test"]
+        self.data.limits = {**self.data.limits, "test": limit}
 
     # -- the whole ---------------------------------------------------------------------------------
 
@@ -202,21 +188,18 @@ class Study:
             if taken_over:
                 log.warning(taken_over)
             self._prepare()
-            runs = list(
-                grid.runs(self.objectives, self.masks, self.rates, self.seeds, self.settings)
-            )
+            runs = list(self.grid.runs(self.settings))
             self.planned = {run.id for run in runs}
             if self.join:
                 joined = count(self.table.join(self.join), "run")
-                print(f"{joined} taken over from {', '.join(self.join)}")
+                _say(f"{joined} taken over from {', '.join(self.join)}")
             self._name_as_now()
             finished = self.table.finished()
             todo = [run for run in runs if run.id not in finished and self._is_wanted(run)]
             left = text.time_left(self._measured(), len(todo))
-            print(
+            _say(
                 f"{self.folder}: {count(len(runs), 'run')}, {len(runs) - self._missing()} of them "
-                f"finished; {len(todo)} to do{f', {left}' if left else ''}",
-                flush=True,
+                f"finished; {len(todo)} to do{f', {left}' if left else ''}"
             )
             if self.hours != 0:
                 self._make_masks(todo)
@@ -224,23 +207,20 @@ class Study:
                 self._work(todo)
             except (KeyboardInterrupt, SystemExit):
                 missing = f"{self._missing()} of {len(runs)} runs are missing"
-                print(f"stopped; the same command goes on ({missing})", flush=True)
+                _say(f"stopped; the same command goes on ({missing})")
                 raise
             found = self._write()
             if (figure := overview(found)) is not None:
                 save_figure(figure, [self.folder / FIGURE_FILE])
         if found["headline"]:
-            print(
-                f"\n{text.console(found)}\n\n{self.folder / TEXT_FILE} has it as Markdown",
-                flush=True,
-            )
+            _say(f"\n{text.console(found)}\n\n{self.folder / TEXT_FILE} has it as Markdown")
         return found
 
-    def _is_wanted(self, run: grid.Run) -> bool:
-        """Whether ``only`` names the run's objective and mask, or none of the objectives or masks."""
-        pairs = (run.objective, self.objectives), (run.mask, self.masks)
+    def _is_wanted(self, run: Run) -> bool:
+        """Whether ``only`` names the run's objective and mask, or none of their kind."""
+        pairs = (run.objective, self.grid.objectives), (run.mask, self.grid.masks)
         return all(
-            choice.name in self.only or self.only.isdisjoint(each.name for each in choices)
+            choice.name in self.only or not any(each.name in self.only for each in choices)
             for choice, choices in pairs
         )
 
@@ -254,20 +234,17 @@ class Study:
     def _name_as_now(self) -> None:
         """Give rows of earlier sittings the names and measures of this one."""
         for row in self.table.rows:
-            for kind, choices in (("objective", self.objectives), ("mask", self.masks)):
-                row[kind] = grid.present_name(row[kind], row[f"{kind}_id"], choices)
+            for kind, choices in (("objective", self.grid.objectives), ("mask", self.grid.masks)):
+                row[kind] = present_name(row[kind], row[f"{kind}_id"], choices)
             row |= {"forget": row.get(self.forget), "utility": row.get(self.utility)}
 
-    def _work(self, todo: Sequence[grid.Run]) -> None:
+    def _work(self, todo: Sequence[Run]) -> None:
         """The runs, one after the other."""
         began, measured = time.monotonic(), self._measured()
         for number, run in enumerate(todo, 1):
             if self.hours is not None and time.monotonic() - began > 3600 * self.hours:
                 left = count(len(todo) - number + 1, "run")
-                print(
-                    f"{self.hours:g} h are over; the same command goes on with the {left} left",
-                    flush=True,
-                )
+                _say(f"{self.hours:g} h are over; the same command goes on with the {left} left")
                 return
             start = time.monotonic()
             with _announced(f"[{number}/{len(todo)}] {run.name}"):
@@ -278,7 +255,7 @@ class Study:
             outcome = rows[-1].get("note") or f"forget {forget}, utility {utility}"
             left = text.time_left(measured, len(todo) - number)
             said = [outcome, text.duration(measured[-1]), *([left] if left else [])]
-            print(", ".join(said), flush=True)
+            _say(", ".join(said))
             self._write()
 
     # -- before the runs ---------------------------------------------------------------------------
@@ -289,9 +266,6 @@ class Study:
         data.serve(tokenizer=lambda: models.load_tokenizer(self.target))
         if data.examples("forget") is None:
             raise WagleError("a study needs forget rows: give --data.forget")
-        self.suite = find_suite(
-            self.tests.get("suite") or getattr(data, "suite", "tofu") or "generic"
-        )
         fingerprints: dict[str, Optional[str]] = {"retrained": None}
         self.references: dict[str, dict[str, float]] = {"target": {}, "retrained": {}}
         for name, model in (("retrained", self.retrained), ("target", self.target)):
@@ -314,34 +288,36 @@ class Study:
         """What all runs share, as plain data; a change of any makes other runs."""
         data = self.data
 
-        def rows(examples: Optional[list[Example]]) -> str:
-            return grid.digest(raw_rows(examples))
+        def rows(examples: Optional[Sequence[Example]]) -> str:
+            return digest(raw_rows(examples))
 
         return {
             "forget_rows": rows(data.examples("forget")),
             "retain_rows": rows(data.examples("retain")),
-            "template": grid.digest(data.template.identity()),
-            "refusals": grid.digest(data.refusals),
+            "template": digest(data.template.identity()),
+            "refusals": digest(data.refusals),
             "test_rows": {name: rows(data.test_examples(name)) for name in data.test_names()},
             "batch_size": data.batch_size,
             "accumulate": self.accumulate,
-            "length": self.length,
+            "length": self._length,
             "points": self.points,
             "generate": self.generate,
             "along": self._answers_of() or "all",
             "ends_at": {self.forget: self.compared.level} if self.until_level else None,
-            "optimizer": grid.definition(
-                torch.optim.Optimizer, self.optimizer.func, self.optimizer.keywords
+            "optimizer": definition(
+                torch.optim.Optimizer, self._optimizer.func, self._optimizer.keywords
             ),
-            "module": {**self.module, **self.tests},
+            "module": {**self._module, **self._tests},
             "trainer": {
-                k: v for k, v in self.trainer_options.items() if k not in ("accelerator", "devices")
+                k: v
+                for k, v in self._trainer_options.items()
+                if k not in ("accelerator", "devices")
             },
         }
 
     def _evaluate(self, name: str, model: str) -> tuple[str, dict[str, float]]:
-        """Fingerprint and measures of target or retrained model; tested once, then found in the study's folder."""
-        given = {**self.module, **self.tests}
+        """Fingerprint and measures of target or retrained model, which is tested once."""
+        given = {**self._module, **self._tests}
         module = EvaluationModule(
             model=model,
             output=str(self.folder / name),
@@ -359,10 +335,9 @@ class Study:
             raise WagleError(error.message, error.option, hint="choose another --output") from None
         fingerprint, metrics = module.model_fingerprint, dict(module.metrics)
         if name == "target":
+            self.suite = module.evaluation.suite
             self.shapes = parameter_shapes(module.lm)
-        del module
-        gc.collect()
-        print(f"{self.forget} {decimals(metrics.get(self.forget))}", flush=True)
+        _say(f"{self.forget} {decimals(metrics.get(self.forget))}")
         return fingerprint, metrics
 
     def _retrained_results(self) -> Optional[str]:
@@ -414,9 +389,9 @@ class Study:
 
     # -- masks -------------------------------------------------------------------------------------
 
-    def _make_masks(self, todo: Sequence[grid.Run]) -> None:
+    def _make_masks(self, todo: Sequence[Run]) -> None:
         """The masks that the runs need and that are not there yet, in as few passes as can be."""
-        for mask in self.masks:
+        for mask in self.grid.masks:
             if mask.kind == "file":
                 where = f"masks: mask {mask.entry}"
                 WeightMask.load(mask.entry).check(self.shapes, self.fingerprint, where=where)
@@ -425,7 +400,7 @@ class Study:
             if run.mask.kind == "score" and not self._mask_file(run).is_file():
                 missing[self._mask_file(run).stem] = run.mask.of_seed(run.seed)
         names = {id(mask): name for name, mask in missing.items()}
-        for pass_options, masks in grid.passes(list(missing.values())):
+        for pass_options, masks in passes(list(missing.values())):
             start = time.monotonic()
             with _announced(f"attribution, {count(len(masks), 'mask')}"), silence():
                 module = AttributionModule(
@@ -438,9 +413,9 @@ class Study:
                 module.run_config = {"study": self.settings}
                 trainer = self._trainer(max_epochs=1, gradient_clip_val=None)
                 trainer.fit(module, datamodule=copy.copy(self.data))
-            print(text.duration(time.monotonic() - start), flush=True)
+            _say(text.duration(time.monotonic() - start))
 
-    def _mask_file(self, run: grid.Run) -> Optional[Path]:
+    def _mask_file(self, run: Run) -> Optional[Path]:
         """The mask of a run; None where all weights move."""
         if run.mask.kind == "file":
             return Path(run.mask.entry)
@@ -453,7 +428,7 @@ class Study:
 
     # -- a run -------------------------------------------------------------------------------------
 
-    def _run(self, run: grid.Run) -> list[dict[str, Any]]:
+    def _run(self, run: Run) -> list[dict[str, Any]]:
         """Unlearn and test; the run's rows of the table."""
         L.seed_everything(run.seed, verbose=False)
         data = copy.copy(self.data)
@@ -468,18 +443,18 @@ class Study:
             objective=run.objective.make(),
             mask=None if mask is None else str(mask),
             adapter=run.mask.adapter(),
-            **self.module,
+            **self._module,
         )
-        module.make_optimizer = partial(self.optimizer, lr=run.lr)
+        module.make_optimizer = partial(self._optimizer, lr=run.lr)
         module.run_config = {"study": self.settings, "run": run.name}
         evaluate = Evaluate(
-            generate=self.generate != "never", retrained=self._retrained_results(), **self.tests
+            generate=self.generate != "never", retrained=self._retrained_results(), **self._tests
         )
         along = EvaluateAlong(
             evaluate, self.points, self.generate, self._answers_of(), self._is_enough
         )
         trainer = self._trainer(
-            accumulate_grad_batches=self.accumulate, callbacks=[along], **self.length
+            accumulate_grad_batches=self.accumulate, callbacks=[along], **self._length
         )
         start, diverged = time.monotonic(), False
         with silence():
@@ -511,8 +486,6 @@ class Study:
             "objective_id": run.objective.id,
             "mask_id": run.mask.id,
         }
-        del module, trainer, along, evaluate
-        gc.collect()
         return [
             {**labels, **test, "forget": test.get(self.forget), "utility": test.get(self.utility)}
             for test in tests
@@ -524,9 +497,10 @@ class Study:
         return self.until_level and found is not None and by.forget_sign * found >= by.end
 
     def _trainer(self, **own: Any) -> L.Trainer:
+        gc.collect()  # the model of the trainer before is in reference cycles
         with silence():
             return L.Trainer(
-                **{**self.trainer_options, **own},
+                **{**self._trainer_options, **own},
                 default_root_dir=str(self.folder),
                 limit_val_batches=0,  # a study has tests of its own, whatever data.val says
                 logger=False,
@@ -540,7 +514,7 @@ class Study:
     def _write(self) -> dict[str, Any]:
         """Write the table, ``study.json`` and ``study.md``."""
         rows, by = self.table.rows, self.compared
-        own_rates = {mask.name for mask in self.masks if mask.learning_rates}
+        own_rates = {mask.name for mask in self.grid.masks if mask.learning_rates}
         found = {
             "format_version": FORMAT_VERSION,
             "forget": self.forget,
@@ -558,10 +532,10 @@ class Study:
             },
             "headline": summarise(rows, by, own_rates) if rows else [],
             "models": {"target": self.target, "retrained": self.retrained},
-            "learning_rates": list(self.rates),
+            "learning_rates": list(self.grid.rates),
             "seeds": list(self.seeds),
-            "objectives": {choice.name: choice.definition for choice in self.objectives},
-            "masks": {choice.name: choice.definition for choice in self.masks},
+            "objectives": {choice.name: choice.definition for choice in self.grid.objectives},
+            "masks": {choice.name: choice.definition for choice in self.grid.masks},
             "settings": self.settings,
         }
         self.table.write()
@@ -574,77 +548,9 @@ class Study:
 @contextmanager
 def _announced(work: str) -> Iterator[None]:
     """Print what is being done; what came of it is to be printed on the same line."""
-    print(f"{work}: ", end="", flush=True)
+    _say(f"{work}: ", end="")
     try:
         yield
     except BaseException:
-        print(flush=True)
+        _say()
         raise
-
-
-# -- options of a study that are another class's ---------------------------------------------------
-
-
-def _read_optimizer(entry: Entry) -> partial[torch.optim.Optimizer]:
-    """The optimiser of all runs, without its learning rate.
-
-    Raises:
-        WagleError: if there is no such class, or it does not have the options.
-    """
-    name, options = split(entry, "optimizer")
-    if "lr" in options:
-        raise WagleError("optimizer.lr comes from --learning_rates: leave it out")
-    cls = getattr(torch.optim, name, None)  # other libraries have classes of the same names
-    if not isinstance(cls, type):
-        cls = find_class(torch.optim.Optimizer, name, "optimizer")
-    check_options(cls, options, f"optimizer {name}")
-    made = partial(cls, **options)
-    try:
-        made([torch.nn.Parameter(torch.zeros(1))], lr=1e-5)
-    except (TypeError, ValueError) as error:
-        raise WagleError(f"optimizer {name}: {error}") from None
-    return made
-
-
-def _read_module(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of :class:`UnlearnModule`, and of :class:`Evaluate`, that hold for all runs.
-
-    Raises:
-        WagleError: if there is no such option, its value has no meaning, or the study sets it.
-    """
-    _refuse_others("--module", given, _MODULE_OPTIONS)
-    tests = {name: value for name, value in given.items() if name in _TEST_OPTIONS}
-    module = {name: value for name, value in given.items() if name not in tests}
-    module = grid.typed(UnlearnModule, module, "--module")
-    tests = grid.typed(Evaluate, tests, "--module")
-    try:
-        UnlearnModule(model="", **module)
-        Evaluate(**tests)
-    except WagleError as error:
-        raise WagleError(f"--module: {error}") from None
-    return module, tests
-
-
-def _read_trainer(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of Lightning's Trainer that hold for all runs.
-
-    Raises:
-        WagleError: if there is no such option, the study sets it, it asks for several devices, or
-            Lightning refuses it.
-    """
-    _refuse_others("--trainer", given, _TRAINER_OPTIONS)
-    found = {"devices": 1, **given}
-    if str(found["devices"]) != "1" or found.get("num_nodes", 1) != 1:
-        raise WagleError(
-            "a study runs on one device: leave trainer.devices and trainer.num_nodes out"
-        )
-    with silence(), trainer_in_the_making():
-        L.Trainer(**found, logger=False, enable_checkpointing=False)
-    return found
-
-
-def _refuse_others(option: str, given: Mapping[str, Any], known: set[str]) -> None:
-    for name in given:
-        if name not in known:
-            there = ", ".join(sorted(known))
-            raise WagleError(f"{option} has no option {name!r} here; there are: {there}")

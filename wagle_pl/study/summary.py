@@ -1,4 +1,7 @@
-"""What a study found: its table of runs -> every arm (an objective with a mask) at equal forgetting, beside dense."""
+"""What a study found: every arm (an objective with a mask) at equal forgetting, beside dense.
+
+Functions take ``rows``, those of the study's table, and ``by``, what arms are compared by.
+"""
 
 from __future__ import annotations
 
@@ -22,30 +25,21 @@ from wagle_pl.study.curves import (
 
 Row = Mapping[str, Any]
 
-#: Measures at the ends of runs, where a suite has them: TOFU's model utility, averages of WAGLE's tables.
+#: Measures at the ends of runs, where a suite has them: TOFU's and those of WAGLE's tables.
 AT_END = ("model_utility", "ue_average", "ut_average")
 LABELS = ("objective", "mask", "score", "density")
 CURVE_POINTS = 33  # of an arm's mean curve
 
 
 class Compared(NamedTuple):
-    """What arms are compared by.
-
-    Attributes:
-        forget: forget measure.
-        utility: utility measure.
-        target: measures of the target model; every curve starts there.
-        level: value of the forget measure at which utilities are compared.
-        forget_sign: −1 if the forget measure falls as a model forgets, 1 if it rises.
-        utility_sign: 1 if more utility is better, −1 if less (a perplexity).
-    """
+    """What arms are compared by: two measures, and the level of forgetting."""
 
     forget: str
     utility: str
-    target: Mapping[str, float]
-    level: float
-    forget_sign: int = -1
-    utility_sign: int = 1
+    target: Mapping[str, float]  # measures of the target model; every curve starts there
+    level: float  # value of the forget measure at which utilities are compared
+    forget_sign: int = -1  # 1 if the forget measure rises as a model forgets
+    utility_sign: int = 1  # −1 if less utility is better (a perplexity)
 
     @property
     def start(self) -> float:
@@ -65,10 +59,6 @@ class Compared(NamedTuple):
 
 def run_table(rows: Sequence[Row], by: Compared) -> pd.DataFrame:
     """One line a run.
-
-    Args:
-        rows: of the study's table.
-        by: what is compared.
 
     Returns:
         ``objective``, ``mask``, ``score``, ``density``, ``lr``, ``seed`` as in the table;
@@ -103,14 +93,12 @@ def run_table(rows: Sequence[Row], by: Compared) -> pd.DataFrame:
 
 
 def chosen(runs: pd.DataFrame, sign: int = 1) -> pd.DataFrame:
-    """The best run over learning rates of each seed: by utility at the level or, if none reaches it, by progress.
+    """Of an arm's runs, the best of each seed: by utility at the level or, if none reaches it, by
+    progress.
 
     Args:
-        runs: of one arm, see :func:`run_table`.
+        runs: see :func:`run_table`.
         sign: 1 if more utility is better, −1 if less.
-
-    Returns:
-        Lines of ``runs``, by seed.
     """
     rank = (sign * runs["reached"]).fillna(runs["deepest"])
     ranked = runs.assign(reaches=runs["reached"].notna(), rank=rank).sort_values(
@@ -122,11 +110,10 @@ def chosen(runs: pd.DataFrame, sign: int = 1) -> pd.DataFrame:
 def summarise(
     rows: Sequence[Row], by: Compared, own_rates: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """Every arm at equal forgetting, one plain dict an arm, in the order in which arms first appear.
+    """Every arm at equal forgetting, in the order in which arms first appear.
 
     Args:
-        rows: of the study's table.
-        by: what is compared.
+        rows, by: see the head of this module.
         own_rates: masks that have learning rates of their own.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A study's findings for people: ``study.md``, the console's tables, and how long there is to go."""
+"""A study's findings for people: ``study.md``, the console's tables, the time left."""
 
 from __future__ import annotations
 
