@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from wagle_pl.data.example import Example, parse_rows
 from wagle_pl.data.rows import load_rows
 from wagle_pl.data.template import Template
-from wagle_pl.evaluation.candidates import answers
-from wagle_pl.evaluation.observe import Observer
+from wagle_pl.evaluation.observe import Observer, answers
 from wagle_pl.lm import models
 
 PRECISION = "32-true"

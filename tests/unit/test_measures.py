@@ -229,7 +229,7 @@ def find(rank, world, scratch, model, rows):
         )
     lm = load_model(model).eval()
     observer = Observer(
-        lm, Template(load_tokenizer(model)), max_rows=2, max_new_tokens=4, meets=world > 1
+        lm, Template(load_tokenizer(model)), max_rows=2, max_new_tokens=4, synced_gpus=world > 1
     )
     return observe_set(
         observer, parse_rows(load_rows(rows), "set"), {"answer", "alternatives", "generation"}

@@ -89,7 +89,7 @@ def test_all_ranks_run_as_many_passes(tiny_model, monkeypatch):
     """A rank that is done joins the passes of one that is not, each announced before it is run."""
     from wagle_pl.core import distributed
 
-    passes = Passes(load_model(tiny_model).eval(), meets=True)
+    passes = Passes(load_model(tiny_model).eval(), synced_gpus=True)
     run, said = [], []
     passes.lm.register_forward_pre_hook(lambda *_: run.append(len(said)))
     others = iter([1] * 100)

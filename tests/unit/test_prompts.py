@@ -17,7 +17,7 @@ from wagle_pl.cli.mask import info
 from wagle_pl.data import CopyrightDataModule, DetoxDataModule, MUSEDataModule
 from wagle_pl.data.example import Example
 from wagle_pl.data.template import IGNORE, Template
-from wagle_pl.evaluation.candidates import letters
+from wagle_pl.evaluation.observe import letters
 from wagle_pl.evaluation.suites import find_suite
 from wagle_pl.lm.models import load_tokenizer
 from wagle_pl.masks import WeightMask

@@ -1,21 +1,86 @@
-"""The console's table: measures of a model beside those of the target and of the retrained model."""
+"""A model beside others: results must be comparable, and are shown in one table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Optional
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Optional
 
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.text import table
+from wagle_pl.data.template import differing_prompts
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.measures import Direction, Info, Value
+from wagle_pl.evaluation.results import Results
+
+log = logging.getLogger(__name__)
 
 BETTER, WORSE, SAME = "▲", "▼", "="
 NOTICED = 1e-6  # relative difference below which two numbers are the same
 
 
+def check_prompts(results: Mapping[str, Results], prompts: Mapping[str, Any]) -> None:
+    """Results to compare with must be of the same prompts; of the target's it is only warned.
+
+    Args:
+        results: ``retrained``, ``target``, … -> results.
+        prompts: of this test.
+
+    Raises:
+        WagleError: naming what differs.
+    """
+    for option, found in results.items():
+        other = differing_prompts(found.prompts, prompts)
+        if other and option != "target":
+            raise WagleError(
+                f"{found.option}: {found.path} was tested with other prompts ({other}): test that "
+                "model with these, or give this run those"
+            )
+        if other:
+            log.warning("the target's results are of other prompts: %s", other)
+
+
+def check_rows(
+    results: Mapping[str, Results], name: str, rows: Sequence[tuple[str, str]], instead: str
+) -> None:
+    """Results to compare with must be on the same rows, whatever their order; of the target's it is
+    only warned.
+
+    Args:
+        results: ``retrained``, ``target``, … -> results.
+        name: of the test set.
+        rows: (question, answer) of each of its rows.
+        instead: option that takes a retrained model's results on other rows.
+
+    Raises:
+        WagleError: saying how many differ.
+    """
+    for option, found in results.items():
+        differing = found.differing(name, rows)
+        if option == "tofu_retrained" and name == "forget":
+            there = len(found.tables.get(name, []))
+            log.warning(
+                "tofu/forget_quality compares %d forget rows here with %d in %s; %d are the same",
+                len(rows),
+                there,
+                found.path,
+                max(len(rows), there) - differing,
+            )
+        elif differing and option == "target":
+            log.warning("the target's results are on other %s rows: %d differ", name, differing)
+        elif differing and option != "tofu_retrained":
+            hint = f"TOFU's own forget quality, which compares no rows, takes it as --{instead}"
+            raise WagleError(
+                f"{found.option}: {found.path} is on other {name} rows: {differing} differ",
+                hint=hint if (option, name) == ("retrained", "forget") else None,
+            )
+
+
 def arrow(
     direction: Direction, here: float, target: Optional[float], retrained: Optional[float] = None
 ) -> str:
-    """``▲`` if a model is better than the target, ``▼`` if worse, ``=`` if the same, empty if nobody can say.
+    """``▲`` if a model is better than the target, ``▼`` if worse, ``=`` if the same, empty if that
+    is not known.
 
     Args:
         direction: what is better, see :class:`~wagle_pl.evaluation.measures.Info`.
@@ -31,7 +96,7 @@ def arrow(
     if abs(here - target) <= NOTICED * max(abs(here), abs(target)):
         return SAME
     if direction == "retrained":
-        return BETTER if abs(here - retrained) < abs(target - retrained) else WORSE  # type: ignore[operator]
+        return BETTER if abs(here - retrained) < abs(target - retrained) else WORSE
     return BETTER if (here > target) == (direction == "higher") else WORSE
 
 
@@ -41,41 +106,36 @@ def comparison(
     target: Optional[Mapping[str, float]] = None,
     retrained: Optional[Mapping[str, float]] = None,
 ) -> str:
-    """The table as text: measure, this, then target and retrained where given; undefined measures below it.
+    """The table as text: measure, this, then target and retrained where given; undefined measures
+    below it.
 
     Args:
-        values: of the model; an :class:`~wagle_pl.evaluation.functional.Undefined` where there is no number.
+        values: of the model; an :class:`~wagle_pl.evaluation.functional.Undefined` where there is
+            no number.
         info: measure -> what is known of it.
         target: measures of the target model.
         retrained: measures of the retrained model.
 
-    >>> print(comparison({"a": 1.0, "b": Undefined("no rows")}, lambda name: Info("", "higher", ""), {"a": 0.5}))
+    >>> values = {"a": 1.0, "b": Undefined("no rows")}
+    >>> print(comparison(values, lambda name: Info("", "higher", ""), {"a": 0.5}))
     measure  this  target
     a         1 ▲     0.5
     <BLANKLINE>
     ▲ better, ▼ worse than the target model
     undefined: b: no rows
     """
-    others = {
-        name: found
-        for name, found in (("target", target), ("retrained", retrained))
-        if found is not None
-    }
-    lines = [["measure", "this", *others]]
+    beside = {"target": target, "retrained": retrained}
+    others = {name: found for name, found in beside.items() if found is not None}
+    rows = []
     for name, value in values.items():
         if isinstance(value, Undefined):
             continue
         found = {other: numbers.get(name) for other, numbers in others.items()}
         mark = arrow(info(name).direction, value, found.get("target"), found.get("retrained"))
         shown = f"{value:.4g} {mark}".rstrip() if mark or target is None else f"{value:.4g}  "
-        lines.append(
-            [name, shown, *("" if number is None else f"{number:.4g}" for number in found.values())]
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = []
-    for name, *cells in lines:
-        padded = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        text.append("  ".join([name.ljust(widths[0]), *padded]).rstrip())
+        numbers = ("" if number is None else f"{number:.4g}" for number in found.values())
+        rows.append([name, shown, *numbers])
+    text = [table(["measure", "this", *others], rows)]
     if target is not None:
         text += ["", f"{BETTER} better, {WORSE} worse than the target model"]
     for name, value in values.items():

@@ -18,8 +18,7 @@ from lightning.pytorch.callbacks import Callback
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
-from wagle_pl.data.example import Example, raw_rows
-from wagle_pl.data.template import differing_prompts
+from wagle_pl.data.example import raw_rows
 from wagle_pl.evaluation import classifiers
 from wagle_pl.evaluation.ability import Ability, Harness
 from wagle_pl.evaluation.attacks import (
@@ -34,7 +33,7 @@ from wagle_pl.evaluation.attacks import (
     run_attacks,
     usable_attacks,
 )
-from wagle_pl.evaluation.comparison import comparison
+from wagle_pl.evaluation.comparison import check_prompts, check_rows, comparison
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.measures import Info, Observations, Value, defined_only
 from wagle_pl.evaluation.observe import GENERATED, NEEDS, Observer, Record, merge, observe_set
@@ -58,47 +57,57 @@ log = logging.getLogger(__name__)
 class Evaluate(Callback):
     """Observes test sets, measures them as a suite says, and reports.
 
-    ``trainer.test`` runs the model once on every row of every test set of the data module. It writes, into the
-    module's ``results_folder``, one Parquet table a test set (every row with its values and generation),
-    ``metrics.json`` (flat, one number a key), ``metrics.info.json`` (unit and direction of each, and why others are
-    undefined) and ``tofu_result.json`` (the same keys as the files published with TOFU), and prints the measures
-    beside those of ``target`` and ``retrained``. A test that was interrupted continues with the first test set that
-    is not finished.
+    ``trainer.test`` runs the model once on every row of every test set of the data module. It
+    writes, into the module's ``results_folder``, one Parquet table a test set (every row with its
+    values and generation), ``metrics.json`` (flat, one number a key), ``metrics.info.json`` (unit
+    and direction of each, and why others are undefined) and ``tofu_result.json`` (the same keys as
+    the files published with TOFU), and prints the measures beside those of ``target`` and
+    ``retrained``. A test that was interrupted continues with the first test set that is not
+    finished.
 
-    ``trainer.validate``, and ``trainer.fit`` whenever it validates (``val_check_interval``), measure the test sets
-    that ``data.val`` names and log them as ``val/<measure>``, which callbacks such as ``EarlyStopping`` can go by.
+    ``trainer.validate``, and ``trainer.fit`` whenever it validates (``val_check_interval``),
+    measure the test sets that ``data.val`` names and log them as ``val/<measure>``, which callbacks
+    such as ``EarlyStopping`` can go by.
 
     The module must be a :class:`~wagle_pl.lm.module.LanguageModule`.
 
     Args:
-        suite: which measures: ``tofu``, ``muse``, ``wmdp``, ``copyright``, ``detox``, ``generic`` or the class path of
-            a :class:`~wagle_pl.evaluation.suites.Suite`; the data module's own when None.
-        retrained: results of the model retrained without the forget set, which forget quality and privacy leakage
-            compare with: folder of a test, its ``metrics.json``, a model's folder with a test in it, or a result file
-            published with TOFU. Of the same rows, in any order, and prompts, as far as it says its prompts.
+        suite: which measures: ``tofu``, ``muse``, ``wmdp``, ``copyright``, ``detox``, ``generic``
+            or the class path of a :class:`~wagle_pl.evaluation.suites.Suite`; the data module's own
+            when None.
+        retrained: results of the model retrained without the forget set, which forget quality and
+            privacy leakage compare with: folder of a test, its ``metrics.json``, a model's folder
+            with a test in it, or a result file published with TOFU. Of the same rows, in any order,
+            and prompts, as far as it says its prompts.
         target: results of the model before unlearning, likewise; shown beside this one's.
-        reference: results of a reference model, likewise, for the reference attack of membership inference.
-        tofu_retrained: results of the retrained model on whatever forget rows, likewise, for ``tofu/forget_quality``:
-            forget quality as TOFU's script has it, which does not compare the questions.
+        reference: results of a reference model, likewise, for the reference attack of membership
+            inference.
+        tofu_retrained: results of the retrained model on whatever forget rows, likewise, for
+            ``tofu/forget_quality``: forget quality as TOFU's script has it, which does not compare
+            the questions.
         truth_ratio_form: ``geometric`` (TOFU's script) or ``arithmetic`` (its paper).
-        generate: also generate answers; False saves most of the time and leaves out what is measured on them.
+        generate: also generate answers; False saves most of the time and leaves out what is
+            measured on them.
         val_generate: also generate answers in validation.
-        max_new_tokens: longest generation, where the benchmark fixes none; a book's continuations are generated to
-            their own length at least.
-        paraphrased_questions: ask forget and retain rows with their ``paraphrased_question`` too, as WAGLE's code does
-            for its forget quality and accuracy on TOFU.
-        toxicity_classifier: folder or hub id of a text classifier that reads the generations, such as
-            ``unitary/toxic-bert``.
-        sentence_model: folder or hub id of a sentence-transformers model for accuracies by the nearest answer; WAGLE
-            takes ``paraphrase-MiniLM-L6-v2``. By likelihood alone when None.
-        gradient_norm: observe gradient norms for membership inference: a backward pass for each such row.
-        robustness: attacks that try to bring forgotten knowledge back, after the test: ``all``, or a list of
-            ``Relearn``, ``Quantise``, ``Paraphrase``, ``TranslatedStyle``, ``InContext``, ``Sample``, ``Probe`` or
-            class paths, each with its options if any; see :mod:`wagle_pl.evaluation.attacks`. ``target`` and
-            ``retrained`` are attacked too where they are, or lie in, a model's folder. Written to ``robustness.json``.
-        lm_eval: tasks of lm-evaluation-harness (an extra) for general ability, e.g. ``[mmlu, arc_easy]``, or folders
-            with task YAMLs.
-        lm_eval_shots: worked examples before each of its questions; the task's own number when None.
+        max_new_tokens: longest generation, where the benchmark fixes none; a book's continuations
+            are generated to their own length at least.
+        paraphrased_questions: ask forget and retain rows with their ``paraphrased_question`` too,
+            as WAGLE's code does for its forget quality and accuracy on TOFU.
+        toxicity_classifier: folder or hub id of a text classifier that reads the generations, such
+            as ``unitary/toxic-bert``.
+        sentence_model: folder or hub id of a sentence-transformers model for accuracies by the
+            nearest answer; WAGLE takes ``paraphrase-MiniLM-L6-v2``. By likelihood alone when None.
+        gradient_norm: observe gradient norms for membership inference: a backward pass for each
+            such row.
+        robustness: attacks that try to bring forgotten knowledge back, after the test: ``all``, or
+            a list of ``Relearn``, ``Quantise``, ``Paraphrase``, ``TranslatedStyle``, ``InContext``,
+            ``Sample``, ``Probe`` or class paths, each with its options if any; see
+            :mod:`wagle_pl.evaluation.attacks`. ``target`` and ``retrained`` are attacked too where
+            they are, or lie in, a model's folder. Written to ``robustness.json``.
+        lm_eval: tasks of lm-evaluation-harness (an extra) for general ability, e.g. ``[mmlu,
+            arc_easy]``, or folders with task YAMLs.
+        lm_eval_shots: worked examples before each of its questions; the task's own number when
+            None.
         lm_eval_limit: only the first so many rows of each of its tasks.
     """
 
@@ -164,22 +173,56 @@ class Evaluate(Callback):
         #: Measure -> what is known of it, where the suite does not know it.
         self._infos: dict[str, Info] = {}
 
-    # -- before any work ----------------------------------------------------------------------------------------------
+    # -- before any work --------------------------------------------------------------------------
 
-    def attach(self, trainer: L.Trainer, module: LanguageModule) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: LanguageModule, stage: str) -> None:
+        """Find what a test compares with, and what it needs, before any work is done."""
+        self._attach(trainer, pl_module)
+        pl_module.evaluation = self
+        pl_module.serve()  # the module's own setup comes after this one
+        names = self.data.test_names() if stage == "test" else self._val_names()
+        if stage == "validate" and not names:
+            raise WagleError(
+                "validate measures the test sets that data.val names: give "
+                "--data.val '[forget, retain]'"
+            )
+        if not names and stage != "test":
+            return
+        suite = type(self.suite).__name__
+        log.info("measures are those of %s", suite)
+        self._read_results()
+        for option in ("toxicity_classifier", "sentence_model"):
+            if getattr(self, option) is not None:
+                classifiers.check_folder(getattr(self, option), f"{self.options}.{option}")
+        if "tofu_retrained" in self._results and not isinstance(self.suite, TOFUSuite):
+            raise WagleError(
+                f"{self.options}.tofu_retrained is for the suite tofu, the suite is {suite}: leave "
+                "it out"
+            )
+        check_needs(self.suite, names)
+        check_prompts(self._results, pl_module.prompts)
+        if stage != "test":
+            self._check_rows(names)
+        elif self.gradient_norm and pl_module.sharded:
+            raise WagleError(
+                f"{self.options}.gradient_norm needs the whole model on a device: it cannot be had "
+                "under ZeRO-3"
+            )
+
+    def prepare(self, trainer: L.Trainer, module: LanguageModule) -> None:
+        """Make ready for :meth:`observe_now`, before there is anything to lose."""
+        self._attach(trainer, module)
+        self._names = self.data.test_names()
+        self._read_results()
+        check_prompts(self._results, module.prompts)
+        distributed.on_rank_zero(self._load_readers)
+
+    def _attach(self, trainer: L.Trainer, module: LanguageModule) -> None:
         """Observe this module's model on the trainer's data from now on."""
         if trainer is not self._trainer:
             self.__dict__.pop("suite", None)
             self._longest.clear()
         self._trainer, self._module = trainer, module
-
-    def prepare(self, trainer: L.Trainer, module: LanguageModule) -> None:
-        """Make ready for :meth:`observe_now`, before there is anything to lose."""
-        self.attach(trainer, module)
-        self._names = self.data.test_names()
-        self._read_results()
-        self._check_prompts()
-        distributed.on_rank_zero(self._load_readers)
 
     @property
     def data(self) -> Any:
@@ -191,238 +234,52 @@ class Evaluate(Callback):
         """The suite named, or the data module's."""
         return find_suite(self.suite_name or getattr(self.data, "suite", "tofu") or "generic")
 
-    def setup(self, trainer: L.Trainer, pl_module: LanguageModule, stage: str) -> None:
-        """Find what a test compares with, and what it needs, before any work is done."""
-        self.attach(trainer, pl_module)
-        pl_module.evaluation = self
-        pl_module.serve()  # the module's own setup comes after this one
-        validated = [] if stage == "test" else self._val_names()
-        if stage == "validate" and not validated:
-            raise WagleError(
-                "validate measures the test sets that data.val names: give --data.val '[forget, retain]'"
-            )
-        if stage != "test" and not validated:
-            return
-        log.info("measures are those of %s", type(self.suite).__name__)
-        self._read_results()
-        for option in ("toxicity_classifier", "sentence_model"):
-            if getattr(self, option) is not None:
-                classifiers.check_folder(getattr(self, option), f"{self.options}.{option}")
-        if "tofu_retrained" in self._results and not isinstance(self.suite, TOFUSuite):
-            name = type(self.suite).__name__
-            raise WagleError(
-                f"{self.options}.tofu_retrained is for the suite tofu, the suite is {name}: leave it out"
-            )
-        self._check_needs(validated or self.data.test_names())
-        self._check_rows(validated)
-        if stage == "test" and self.gradient_norm and pl_module.sharded:
-            raise WagleError(
-                f"{self.options}.gradient_norm needs the whole model on a device: it cannot be had under ZeRO-3"
-            )
+    @property
+    def results_folder(self) -> Path:
+        """Where a test writes."""
+        return self._module.results_folder
 
     def _read_results(self) -> None:
         """Results to compare with."""
         paths = {name: path for name, path in self.compared.items() if path is not None}
+        found = {name: results_of(path) for name, path in paths.items()}
         if self.attacks:  # a model without results will do
-            paths = {name: path for name, path in paths.items() if results_of(path) is not None}
+            paths = {name: path for name, path in paths.items() if found[name] is not None}
         self._results = {
-            name: Results(results_of(path) or path, f"{self.options}.{name}")
+            name: Results(found[name] or path, f"{self.options}.{name}")
             for name, path in paths.items()
         }
 
-    # -- test loop ----------------------------------------------------------------------------------------------------
+    def _check_rows(self, names: Sequence[str]) -> None:
+        for name in names:
+            rows = [(row.question, row.answer) for row in self.data.test_examples(name)]
+            check_rows(self._results, name, rows, f"{self.options}.tofu_retrained")
 
-    def needs_of(self, name: str, among: Optional[Sequence[str]] = None) -> frozenset[str]:
-        """What to observe of a test set: what the suite needs, as far as the options allow.
+    # -- observing --------------------------------------------------------------------------------
 
-        Args:
-            name: of the test set.
-            among: the sets that are tested; those of the loop when None.
-        """
-        needs = set(self.suite.needs_of(name, self._names if among is None else among))
+    def needs_of(self, name: str) -> frozenset[str]:
+        """What to observe of a test set: what the suite needs, as far as the options allow."""
+        needs = set(self.suite.needs_of(name, self._names))
         if self.paraphrased_questions and "alternatives" in needs and name in ("forget", "retain"):
             needs.add("paraphrased")
         if self.gradient_norm and "vocabulary" in needs:
             needs.add("gradient")
-        if not self.generate:
-            needs -= GENERATED
-        return frozenset(needs)
+        return frozenset(needs if self.generate else needs - GENERATED)
 
     def max_new_tokens_of(self, name: str) -> int:
         """The longest generation from a test set's rows: the benchmark's, or ``max_new_tokens``.
 
-        Of a set that is recited it is the longest answer's length if that is more, within the data's ``max_length``.
+        Of a set that is recited it is the longest answer's length if that is more, within the
+        data's ``max_length``.
         """
         fixed = self.suite.max_new_tokens.get(name, self.max_new_tokens)
         if name not in self.suite.recited:
             return fixed
         if name not in self._longest:
-            texts = [row.answer for row in self._rows(name)]
+            texts = [row.answer for row in self.data.test_examples(name)]
             tokens = self.data.tokenizer(texts, add_special_tokens=False)["input_ids"]
             self._longest[name] = min(max(map(len, tokens)), self.data.max_length)
         return max(fixed, self._longest[name])
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:
-        """Check what is compared with, and find the test sets that an earlier, interrupted test finished."""
-        data = self.data
-        self._names = data.test_names()
-        self._check_rows(self._names)
-        distributed.on_rank_zero(self._load_readers)
-        trainer.test_loop.verbose = False  # its table would hold what ours does
-        settings = {
-            "model": pl_module.fingerprint(),  # a checkpoint may have replaced the weights
-            "template": _digest(data.template.identity()),
-            "precision": str(trainer.precision),
-            "classifiers": [self.toxicity_classifier, self.sentence_model],
-        }
-        shortened = self._shortened()
-        for name, rows in shortened.items():
-            log.warning(
-                "test set %s: the trainer shortens this test, its measures are of %s", name, rows
-            )
-        self._keys = {
-            name: {
-                **settings,
-                **self._key(name),
-                **({"tested rows": shortened[name]} if name in shortened else {}),
-            }
-            for name in self._names
-        }
-        self._tables = distributed.on_rank_zero(self._finished)
-        for name in self._tables:
-            log.info("test set %s: found finished in %s", name, self.results_folder)
-        self._partial = {name: [] for name in self._names if name not in self._tables}
-        self.observer = self.make_observer()
-        if self.lm_eval is not None:
-            self._harness = Harness(self.lm_eval, self.lm_eval_shots, self.lm_eval_limit)
-        if self.attacks:
-            self._usable_attacks, self._skipped_attacks = usable_attacks(
-                self.attacks, self.subject(), self._every_attack
-            )
-
-    def _key(self, name: str) -> dict[str, Any]:
-        """What a set's table depends on, besides the model."""
-        needs = self.needs_of(name)
-        header = self.suite.headers.get(name)
-        return {
-            "rows": _digest(json.dumps(raw_rows(self._rows(name)), default=str)),
-            "needs": sorted(needs),
-            "generate": self.max_new_tokens_of(name) if "generation" in needs else 0,
-            **({"header": header} if header and "choices" in needs else {}),
-        }
-
-    def _shortened(self) -> dict[str, str]:
-        """Test set -> how many of its rows are tested, where the trainer's limits leave some out; a meeting.
-
-        Batches are of rows of similar length, the longest first: the number says which rows they are.
-        """
-        counts = {}
-        for name, loader, batches in zip(
-            self._names,
-            self._trainer.test_dataloaders,
-            self._trainer.num_test_batches,
-            strict=True,
-        ):
-            if batches < len(loader):  # the same on all ranks
-                seen = {
-                    row
-                    for part in distributed.all_gather(islice(loader.sampler, batches))
-                    for row in part
-                }
-                if len(seen) < len(self._rows(name)):
-                    counts[name] = f"{len(seen)} of {len(self._rows(name))} rows"
-        return counts
-
-    def _rows(self, name: str) -> list[Example]:
-        return self.data.test_examples(name)
-
-    def _check_needs(self, names: Sequence[str]) -> None:
-        """What the suite needs must be something that is observed."""
-        suite = type(self.suite).__name__
-        for name in names:
-            unknown = sorted(set(self.suite.needs_of(name, names)) - NEEDS)
-            if unknown:
-                listed = ", ".join(map(repr, unknown))
-                raise WagleError(
-                    f"suite {suite} needs {listed} of the test set {name}, which nothing observes; choose "
-                    f"of {', '.join(sorted(NEEDS))}"
-                )
-        for name in sorted(set(self.suite.needs) - set(self.suite.sets) - set(names)):
-            log.warning(
-                "suite %s says what it needs of the test set %r, which there is not: the test sets are %s",
-                suite,
-                name,
-                ", ".join(names),
-            )
-
-    def _check_prompts(self) -> None:
-        """Results to compare with must be of the same prompts."""
-        for option, results in self._results.items():
-            other = differing_prompts(results.prompts, self._module.prompts)
-            if other and option != "target":
-                raise WagleError(
-                    f"{self.options}.{option}: {results.path} was tested with other prompts "
-                    f"({other}): test that model with these, or give this run those"
-                )
-            if other:
-                log.warning("the target's results are of other prompts: %s", other)
-
-    def _check_rows(self, names: Sequence[str]) -> None:
-        """Results to compare with must be on the same rows, whatever their order."""
-        self._check_prompts()
-        for option, results in self._results.items():
-            for name in names:
-                rows = [(row.question, row.answer) for row in self._rows(name)]
-                differing = results.differing(name, rows)
-                if option == "tofu_retrained":
-                    if name == "forget":
-                        there = len(results.tables.get(name, []))
-                        log.warning(
-                            "tofu/forget_quality compares %d forget rows here with %d in %s; %d are the same",
-                            len(rows),
-                            there,
-                            results.path,
-                            max(len(rows), there) - differing,
-                        )
-                elif differing and option == "target":
-                    log.warning(
-                        "the target's results are on other %s rows: %d differ", name, differing
-                    )
-                elif differing:
-                    own = (
-                        "; TOFU's own forget quality, which compares no rows, takes it as "
-                        f"--{self.options}.tofu_retrained"
-                    )
-                    raise WagleError(
-                        f"{self.options}.{option}: {results.path} is on other {name} rows: {differing} differ"
-                        + (own if (option, name) == ("retrained", "forget") else "")
-                    )
-
-    def _finished(self) -> dict[str, Table]:
-        tables = {
-            name: read_table(self._path(name), key, self._module.overwrite)
-            for name, key in self._keys.items()
-        }
-        return {name: table for name, table in tables.items() if table is not None}
-
-    def test_batch(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int) -> None:
-        """Observe a batch of test rows; the last one of a set writes its table."""
-        name = self._names[dataloader_idx]
-        if name not in self._partial:
-            return
-        self._partial[name] += self.observe_batch(self.observer, name, batch, self.needs_of(name))
-        if batch_idx + 1 == self._trainer.num_test_batches[dataloader_idx]:
-            self._finish_set(name)
-
-    def _finish_set(self, name: str) -> None:
-        """Bring all ranks' records of one test set together and write its table."""
-        records = merge(self._partial.pop(name))
-
-        def write() -> Table:
-            write_table(self._path(name), self.annotated(name, records), self._keys[name])
-            return records
-
-        self._tables[name] = distributed.on_rank_zero(write)
 
     def make_observer(self, lm: Any = None) -> Observer:
         """What runs the module's model, as it is now, or another model, on rows."""
@@ -431,48 +288,54 @@ class Evaluate(Callback):
             self.data.template,
             max_rows=self.data.test_batch_size,
             max_new_tokens=self.max_new_tokens,
-            meets=self._module.synced_gpus,
+            synced_gpus=self._module.synced_gpus,
         )
 
+    def observe_batch(
+        self, name: str, numbers: Sequence[int], needs: frozenset[str]
+    ) -> list[Record]:
+        """Records of some rows of a test set, each with its number as ``row``.
+
+        Args:
+            name: of the test set.
+            numbers: of the rows.
+            needs: what to observe.
+        """
+        rows = [self.data.test_examples(name)[number] for number in numbers]
+        where = f"test set {name} ({self.data.describe_test(name)}) row"
+        records = self.observer.observe(
+            rows,
+            needs,
+            self.max_new_tokens_of(name),
+            self.suite.headers.get(name, ""),
+            [f"{where} {number + 1}" for number in numbers],
+        )
+        return [{"row": row, **record} for row, record in zip(numbers, records, strict=True)]
+
     def observe_now(self, name: str, needs: frozenset[str]) -> Table:
-        """Records of a whole test set outside a loop. Collective: all ranks must call it.
+        """Records of a whole test set outside Lightning's loops. Collective: all ranks must call
+        it.
 
         Args:
             name: of the test set.
             needs: what to observe.
         """
-        length, header = self.max_new_tokens_of(name), self.suite.headers.get(name, "")
-        table = observe_set(self.make_observer(), self._rows(name), needs, length, header)
+        rows, header = self.data.test_examples(name), self.suite.headers.get(name, "")
+        length = self.max_new_tokens_of(name)
+        table = observe_set(self.make_observer(), rows, needs, length, header)
         return self.annotated(name, table) if "generation" in needs else table
-
-    def observe_batch(
-        self, observer: Observer, name: str, batch: Mapping[str, Any], needs: frozenset[str]
-    ) -> list[Record]:
-        """One record a row of a batch, with its number as ``row``.
-
-        Args:
-            observer: runs the model.
-            name: the test set.
-            batch: of its rows.
-            needs: what to observe.
-        """
-        header = self.suite.headers.get(name, "")
-        where = f"test set {name} ({self.data.describe_test(name)}) row"
-        names = [f"{where} {row + 1}" for row in batch["rows"]]
-        rows = [self._rows(name)[row] for row in batch["rows"]]
-        records = observer.observe(rows, needs, self.max_new_tokens_of(name), header, names)
-        return [{"row": row, **record} for row, record in zip(batch["rows"], records, strict=True)]
 
     def annotated(self, name: str, table: Table) -> Table:
         """The table, once the other models have read its generations."""
         if self.toxicity_classifier is not None:
             classifiers.add_toxicity(table, self._classifier)
         if self.sentence_model is not None:
-            classifiers.add_nearest(table, self._rows(name), self._embeddings)
+            classifiers.add_nearest(table, self.data.test_examples(name), self._embeddings)
         return table
 
     def _load_readers(self) -> None:
-        """Load the models that read the generations before there are any: what is wrong with them shows at once."""
+        """Load the models that read the generations before there are any: what is wrong with them
+        shows at once."""
         if self.toxicity_classifier is not None:
             self._classifier  # noqa: B018
         if self.sentence_model is not None:
@@ -486,45 +349,105 @@ class Evaluate(Callback):
     def _embeddings(self) -> Any:
         return classifiers.SentenceModel(self.sentence_model or "")
 
-    # -- validation loop ----------------------------------------------------------------------------------------------
+    # -- test loop --------------------------------------------------------------------------------
 
-    def _val_names(self) -> list[str]:
-        data = self.data
-        return data.val_names() if hasattr(data, "val_names") else []
+    def on_test_start(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:
+        """Check what is compared with, and find the test sets that an earlier, interrupted test
+        finished."""
+        self._names = self.data.test_names()
+        self._check_rows(self._names)
+        distributed.on_rank_zero(self._load_readers)
+        trainer.test_loop.verbose = False  # its table would hold what ours does
+        shortened = self._shortened()
+        for name, rows in shortened.items():
+            log.warning(
+                "test set %s: the trainer shortens this test, its measures are of %s", name, rows
+            )
+        self._keys = self._table_keys(shortened)
+        self._tables = distributed.on_rank_zero(self._finished)
+        for name in self._tables:
+            log.info("test set %s: found finished in %s", name, self.results_folder)
+        self._partial = {name: [] for name in self._names if name not in self._tables}
+        self.observer = self.make_observer()
+        if self.lm_eval is not None:
+            self._harness = Harness(self.lm_eval, self.lm_eval_shots, self.lm_eval_limit)
+        if self.attacks:
+            self._usable_attacks, self._skipped_attacks = usable_attacks(
+                self.attacks, self.subject(), self._every_attack
+            )
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:
-        """Make ready to observe what ``data.val`` names; loaders of another kind are left alone."""
-        self._names = self._val_names()
-        self._partial = {name: [] for name in self._names}
-        if self._names and self.val_generate:
-            distributed.on_rank_zero(self._load_readers)
-        if self._names:
-            self.observer = self.make_observer()
+    def _table_keys(self, shortened: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+        """Test set -> what its table depends on."""
+        settings = {
+            "model": self._module.fingerprint(),  # a checkpoint may have replaced the weights
+            "template": _digest(self.data.template.identity()),
+            "precision": str(self._trainer.precision),
+            "classifiers": [self.toxicity_classifier, self.sentence_model],
+        }
+        keys: dict[str, dict[str, Any]] = {}
+        for name in self._names:
+            needs, header = self.needs_of(name), self.suite.headers.get(name)
+            rows = json.dumps(raw_rows(self.data.test_examples(name)), default=str)
+            keys[name] = {
+                **settings,
+                "rows": _digest(rows),
+                "needs": sorted(needs),
+                "generate": self.max_new_tokens_of(name) if "generation" in needs else 0,
+                **({"header": header} if header and "choices" in needs else {}),
+                **({"tested rows": shortened[name]} if name in shortened else {}),
+            }
+        return keys
 
-    # tensors made in inference mode and kept, by ZeRO-3 say, are of no use in training
-    @torch.inference_mode(False)
-    def validation_batch(self, batch: Mapping[str, Any], dataloader_idx: int) -> None:
-        """Observe a batch of validation rows."""
-        if not self._names:
-            return
-        # a gradient norm would be added to the gradients of a step that has begun
-        left_out = frozenset({"gradient"}) | (frozenset() if self.val_generate else GENERATED)
+    def _shortened(self) -> dict[str, str]:
+        """Test set -> how many of its rows are tested, where the trainer's limits leave some out.
+        Collective: all ranks must call it.
+
+        Batches are of rows of similar length, the longest first: the number says which rows they
+        are.
+        """
+        counts = {}
+        loops = zip(
+            self._names,
+            self._trainer.test_dataloaders,
+            self._trainer.num_test_batches,
+            strict=True,
+        )
+        for name, loader, batches in loops:
+            if batches < len(loader):  # the same on all ranks
+                parts = distributed.all_gather(islice(loader.sampler, batches))
+                seen = {row for part in parts for row in part}
+                if len(seen) < (total := len(self.data.test_examples(name))):
+                    counts[name] = f"{len(seen)} of {total} rows"
+        return counts
+
+    def _finished(self) -> dict[str, Table]:
+        found = {
+            name: read_table(self._path(name), key, self._module.overwrite)
+            for name, key in self._keys.items()
+        }
+        return {name: table for name, table in found.items() if table is not None}
+
+    def _path(self, name: str) -> Path:
+        return self.results_folder / f"{name}.parquet"
+
+    def test_batch(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int) -> None:
+        """Observe a batch of test rows; the last one of a set writes its table."""
         name = self._names[dataloader_idx]
-        needs = self.needs_of(name) - left_out
-        self._partial[name] += self.observe_batch(self.observer, name, batch, needs)
+        if name not in self._partial:
+            return
+        self._partial[name] += self.observe_batch(name, batch["rows"], self.needs_of(name))
+        if batch_idx + 1 == self._trainer.num_test_batches[dataloader_idx]:
+            self._finish_set(name)
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:
-        """Log the measures, unless this is Lightning's look at the first batches."""
-        if self._names and not trainer.sanity_checking:
-            tables = {name: merge(records) for name, records in self._partial.items()}
-            if self.val_generate:
-                read = {name: partial(self.annotated, name, tables[name]) for name in tables}
-                tables = {name: distributed.on_rank_zero(read[name]) for name in tables}
-            values = defined_only(self.measures(tables))
-            self.log_dict({f"val/{name}": value for name, value in values.items()}, sync_dist=True)
-        self._names, self._partial = [], {}
+    def _finish_set(self, name: str) -> None:
+        """Bring all ranks' records of one test set together and write its table."""
+        records = merge(self._partial.pop(name))
 
-    # -- measures -----------------------------------------------------------------------------------------------------
+        def write() -> Table:
+            write_table(self._path(name), self.annotated(name, records), self._keys[name])
+            return records
+
+        self._tables[name] = distributed.on_rank_zero(write)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:
         """Compute the measures from the tables, write and print them."""
@@ -535,29 +458,21 @@ class Evaluate(Callback):
         values = {**self.measures(tables), **ability.values}
         self._infos = dict(ability.infos)
         self.metrics = defined_only(values)
-        self.undefined = {
-            name: str(value) for name, value in values.items() if isinstance(value, Undefined)
-        }
+        self.undefined = {k: str(v) for k, v in values.items() if isinstance(v, Undefined)}
         if report is not None:
             self.metrics |= report.metrics()
             self.undefined |= report.undefined()
             self._infos |= report.infos()
         self.log_dict(self.metrics, rank_zero_only=True)
-        if trainer.is_global_zero:
-            self._write(tables)
-            shown = {
-                name: self._metrics_of(name)
-                for name in ("target", "retrained")
-                if name in self._results
-            }
-            parts = {
-                name: value for name, value in values.items() if name not in ability.values
-            } | ability.shown()
-            print(comparison(parts, self.info, **shown), flush=True)
-            if report is not None:
-                write_json(self.results_folder / ROBUSTNESS_FILE, report.records())
-                print(f"\n{report.table()}", flush=True)
-            log.info("test results are in %s", self.results_folder)
+        if not trainer.is_global_zero:
+            return
+        self._write(tables)
+        shown = {k: v for k, v in values.items() if k not in ability.values} | ability.shown()
+        print(comparison(shown, self.info, **self._others()), flush=True)
+        if report is not None:
+            write_json(self.results_folder / ROBUSTNESS_FILE, report.records())
+            print(f"\n{report.table()}", flush=True)
+        log.info("test results are in %s", self.results_folder)
 
     def measures(self, tables: Mapping[str, Table]) -> dict[str, Value]:
         """The suite's measures of some records; an Undefined where there is no number."""
@@ -575,10 +490,81 @@ class Evaluate(Callback):
         """What is known of a measure by its name."""
         return self._infos.get(measure) or self.suite.info(measure)
 
-    # -- general ability and attacks ----------------------------------------------------------------------------------
+    def _others(self) -> dict[str, dict[str, float]]:
+        """Metrics of ``target`` and ``retrained``, where their results are given; of a published
+        file they are computed."""
+        found = {}
+        for name in ("target", "retrained"):
+            if name in self._results:
+                results = self._results[name]
+                known = results.metrics or results.tofu is None
+                found[name] = (
+                    results.metrics if known else defined_only(self.measures(results.tables))
+                )
+        return found
+
+    def _write(self, tables: Mapping[str, Table]) -> None:
+        about = {name: vars(self.info(name)) for name in (*self.metrics, *self.undefined)}
+        if result := to_result(tables):
+            write_json(self.results_folder / RESULT_FILE, result)
+        write_json(
+            self.results_folder / INFO_FILE,
+            {
+                "model": self._module.model_name,
+                "suite": type(self.suite).__name__,
+                "prompts": self._module.prompts,
+                "compared": {name: path for name, path in self.compared.items() if path},
+                "measures": {name: about[name] for name in self.metrics},
+                "undefined": {
+                    name: {**about[name], "why": why} for name, why in self.undefined.items()
+                },
+                "rows": {name: len(table) for name, table in tables.items()},
+                "absent_sets": [name for name in self.suite.sets if name not in tables],
+            },
+        )
+        write_json(self.results_folder / METRICS_FILE, self.metrics)
+
+    # -- validation loop --------------------------------------------------------------------------
+
+    def _val_names(self) -> list[str]:
+        return self.data.val_names() if hasattr(self.data, "val_names") else []
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:
+        """Make ready to observe what ``data.val`` names; loaders of another kind are left alone."""
+        self._names = self._val_names()
+        self._partial = {name: [] for name in self._names}
+        if self._names and self.val_generate:
+            distributed.on_rank_zero(self._load_readers)
+        if self._names:
+            self.observer = self.make_observer()
+
+    # tensors made in inference mode and kept, by ZeRO-3 say, are of no use in training
+    @torch.inference_mode(False)
+    def validation_batch(self, batch: Mapping[str, Any], dataloader_idx: int) -> None:
+        """Observe a batch of validation rows."""
+        if not self._names:
+            return
+        name = self._names[dataloader_idx]
+        # a gradient norm would be added to the gradients of a step that has begun
+        needs = self.needs_of(name) - {"gradient"} - (set() if self.val_generate else GENERATED)
+        self._partial[name] += self.observe_batch(name, batch["rows"], needs)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:
+        """Log the measures, unless this is Lightning's look at the first batches."""
+        if self._names and not trainer.sanity_checking:
+            tables = {name: merge(records) for name, records in self._partial.items()}
+            if self.val_generate:
+                read = {name: partial(self.annotated, name, tables[name]) for name in tables}
+                tables = {name: distributed.on_rank_zero(read[name]) for name in tables}
+            values = defined_only(self.measures(tables))
+            self.log_dict({f"val/{name}": value for name, value in values.items()}, sync_dist=True)
+        self._names, self._partial = [], {}
+
+    # -- general ability and attacks --------------------------------------------------------------
 
     def _ability(self) -> Ability:
-        """General ability, for its own sake and for the suite's averages; nothing if it was not asked for."""
+        """General ability, for its own sake and for the suite's averages; nothing if it was not
+        asked for."""
         if self.lm_eval is None:
             return Ability()
         data, module = self.data, self._module
@@ -601,7 +587,7 @@ class Evaluate(Callback):
             lm,
             self.make_observer(lm),
             self.suite,
-            rows={name: self._rows(name) for name in names},
+            rows={name: self.data.test_examples(name) for name in names},
             needs={name: self.needs_of(name) for name in names},
             lengths={name: self.max_new_tokens_of(name) for name in names},
             measures=self.measures,
@@ -615,11 +601,6 @@ class Evaluate(Callback):
         """Attack this model, and the target and the retrained model where they are at hand."""
         if not self.attacks:
             return None
-        plain = {
-            name: self._metrics_of(name)
-            for name in ("target", "retrained")
-            if name in self._results
-        }
         paths = {name: self.compared[name] for name in ("target", "retrained")}
         found = {name: model_of(path) for name, path in paths.items() if path is not None}
         others = {name: folder for name, folder in found.items() if folder is not None}
@@ -630,46 +611,36 @@ class Evaluate(Callback):
         def loaded(name: str, folder: str) -> Subject:
             return self.subject(load_other(folder, self._module.lm, f"{self.options}.{name}"))
 
-        makers = {name: partial(loaded, name, folder) for name, folder in others.items()}
-        subject = self.subject(tables=tables)
-        return run_attacks(self._usable_attacks, subject, makers, plain, self._skipped_attacks)
-
-    def _metrics_of(self, name: str) -> dict[str, float]:
-        """Metrics of results to compare with; of a published file they are computed."""
-        results = self._results[name]
-        if results.metrics or results.tofu is None:
-            return results.metrics
-        return defined_only(self.measures(results.tables))
-
-    def _write(self, tables: Mapping[str, Table]) -> None:
-        infos = {name: self.info(name) for name in (*self.metrics, *self.undefined)}
-        result = to_result(tables)
-        if result:
-            write_json(self.results_folder / RESULT_FILE, result)
-        write_json(
-            self.results_folder / INFO_FILE,
-            {
-                "model": self._module.model_name,
-                "suite": type(self.suite).__name__,
-                "prompts": self._module.prompts,
-                "compared": {name: path for name, path in self.compared.items() if path},
-                "measures": {name: vars(infos[name]) for name in self.metrics},
-                "undefined": {
-                    name: {**vars(infos[name]), "why": why} for name, why in self.undefined.items()
-                },
-                "rows": {name: len(table) for name, table in tables.items()},
-                "absent_sets": [name for name in self.suite.sets if name not in tables],
-            },
+        return run_attacks(
+            self._usable_attacks,
+            self.subject(tables=tables),
+            {name: partial(loaded, name, folder) for name, folder in others.items()},
+            self._others(),
+            self._skipped_attacks,
         )
-        write_json(self.results_folder / METRICS_FILE, self.metrics)
 
-    @property
-    def results_folder(self) -> Path:
-        """Where a test writes."""
-        return self._module.results_folder
 
-    def _path(self, name: str) -> Path:
-        return self.results_folder / f"{name}.parquet"
+def check_needs(suite: Suite, names: Sequence[str]) -> None:
+    """What a suite needs of the test sets must be something that is observed.
+
+    Raises:
+        WagleError: naming what is not.
+    """
+    title = type(suite).__name__
+    for name in names:
+        if unknown := sorted(set(suite.needs_of(name, names)) - NEEDS):
+            raise WagleError(
+                f"suite {title} needs {', '.join(map(repr, unknown))} of the test set {name}, which "
+                f"nothing observes; choose of {', '.join(sorted(NEEDS))}"
+            )
+    for name in sorted(set(suite.needs) - set(suite.sets) - set(names)):
+        log.warning(
+            "suite %s says what it needs of the test set %r, which there is not: the test sets are "
+            "%s",
+            title,
+            name,
+            ", ".join(names),
+        )
 
 
 def _digest(text: str) -> str:
@@ -680,7 +651,8 @@ def _digest(text: str) -> str:
 def _as_in_test_steps(precision: Any) -> Iterator[None]:
     """Run a model in the precision of the test steps.
 
-    Autocast keeps no copies of weights meanwhile: those of weights that an attack changes would be stale.
+    Autocast keeps no copies of weights meanwhile: those of weights that an attack changes would be
+    stale.
     """
     cached = torch.is_autocast_cache_enabled()
     with precision.test_step_context():

@@ -1,39 +1,44 @@
-"""Observe test rows: run the model on each once, and note all that the measures need in one record a row.
+"""Observe test rows: run the model on each once, and note all that the measures need in one record
+a row.
 
-What can be *needed* of a row; measures are computed from the records afterwards, by :mod:`wagle_pl.evaluation.suites`:
+What can be *needed* of a row; measures are computed from the records afterwards, see
+:mod:`wagle_pl.evaluation.measures`:
 
-==================== ================================================================================================
-``answer``           ``nll`` (mean over the answer's tokens, the closing end-of-sequence token included) and ``tokens``
-``tokens``           of the answer (without that token) or text: ``logprobs`` and ``greedy``, one a token
-``vocabulary``       ``vocabulary_mean`` and ``vocabulary_std`` of the log-probabilities at each of those tokens
-``text``             ``text_logprobs``: of prompt and answer together
-``alternatives``     ``paraphrased_nll`` and ``perturbed_nll``, where the row has such answers
-``choices``          ``choice_logprobs``: of the letters of a multiple choice
-``choice_texts``     ``choice_nll``: mean over the tokens of each choice as the answer
-``generation``       ``generation``: what the model says, greedily
-``reference``        ``reference``: as much of the answer as a generation can match (MUSE)
-``paraphrased``      ``alternatives`` and ``generation`` again, asked with the row's ``paraphrased_question``
-``gradient``         ``gradient_norm``: needs a backward pass a row
-==================== ================================================================================================
+================= ==============================================================================
+``answer``        ``nll`` (mean over the answer's tokens, the closing end-of-sequence token
+                  included) and ``tokens``
+``tokens``        of the answer (without that token) or text: ``logprobs`` and ``greedy``, one a
+                  token
+``vocabulary``    ``vocabulary_mean`` and ``vocabulary_std`` of the log-probabilities at each of
+                  those tokens
+``text``          ``text_logprobs``: of prompt and answer together
+``alternatives``  ``paraphrased_nll`` and ``perturbed_nll``, where the row has such answers
+``choices``       ``choice_logprobs``: of the letters of a multiple choice
+``choice_texts``  ``choice_nll``: mean over the tokens of each choice as the answer
+``generation``    ``generation``: what the model says, greedily
+``reference``     ``reference``: as much of the answer as a generation can match (MUSE)
+``paraphrased``   ``alternatives`` and ``generation`` again, asked with the row's
+                  ``paraphrased_question``
+``gradient``      ``gradient_norm``: needs a backward pass a row
+================= ==============================================================================
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.batches import deal_batches, token_batches
-from wagle_pl.data.example import Example
-from wagle_pl.data.template import IGNORE, Template, check_ids
-from wagle_pl.evaluation import candidates as C
+from wagle_pl.data.example import IGNORE, Example
+from wagle_pl.data.template import Template, check_ids
 from wagle_pl.evaluation import functional as F
-from wagle_pl.evaluation.scoring import Passes, Score, score
+from wagle_pl.evaluation.scoring import Candidate, Passes, Score, score
 from wagle_pl.lm.generation import first_tokens, generate, gradient_norm
-from wagle_pl.lm.weights import vocabulary_size
+from wagle_pl.lm.models import vocabulary_size
 
 NEEDS = frozenset(
     {
@@ -43,9 +48,6 @@ NEEDS = frozenset(
 )
 #: Of these, what needs generated answers.
 GENERATED = frozenset({"generation", "reference", "paraphrased"})
-Record = dict[str, Any]
-Found = dict[str, list[tuple[C.Named, Score]]]
-
 #: Needs that a kind of row can answer; a row that is ``answered`` can all but choices.
 POSSIBLE: Mapping[str, frozenset[str]] = {
     "text": frozenset({"answer", "tokens", "vocabulary", "gradient"}),
@@ -53,13 +55,122 @@ POSSIBLE: Mapping[str, frozenset[str]] = {
     "choices": frozenset({"choices", "choice_texts"}),
     "tokens": frozenset({"answer", "tokens", "vocabulary", "generation", "gradient"}),
 }
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+Record = dict[str, Any]
 
 
 def possible(row: Example, needs: Collection[str]) -> frozenset[str]:
-    """Those of ``needs`` that the row's kind can answer; tokens with a label on the first have no prompt to go on."""
+    """Those of ``needs`` that the row's kind can answer; tokens with a label on the first have no
+    prompt to go on."""
     unprompted = row.kind == "tokens" and row.labels[0] != IGNORE
     found = frozenset(needs) & POSSIBLE.get(row.kind, NEEDS - {"choices", "choice_texts"})
     return found - {"generation"} if unprompted else found
+
+
+# -- from a row to the token sequences that are scored for it -----------------------------------
+
+
+class Scored(NamedTuple):
+    """A token sequence of a row, to be scored.
+
+    Attributes:
+        kind: ``answer``, ``paraphrased_answer``, ``perturbed_answer``, ``letter`` or ``choice``.
+        candidate: what is scored.
+        tokens: how many of its scored tokens, the last ones, are the answer's.
+        closed: whether the last of them is the end-of-sequence token that closes an answer.
+    """
+
+    kind: str
+    candidate: Candidate
+    tokens: int
+    closed: bool = False
+
+    def nll(self, found: Score) -> Optional[float]:
+        """Mean negative log-likelihood per token of the answer; None if it has no token."""
+        answer = found.logprobs[len(found.logprobs) - self.tokens :]
+        return -answer.double().mean().item() if self.tokens else None
+
+
+#: kind -> (sequence, what was found) of each of a row's.
+Found = dict[str, list[tuple[Scored, Score]]]
+
+
+def answers(template: Template, row: Example, needs: Collection[str]) -> list[Scored]:
+    """The row's own answer, and its paraphrased and perturbed ones if ``alternatives`` are needed.
+
+    Args:
+        template: makes tokens of rows.
+        row: of any kind that has an answer.
+        needs: what to observe.
+    """
+    found = [_answer(template, "answer", row, None, needs)]
+    if "alternatives" in needs:
+        if row.paraphrased_answer:
+            found.append(_answer(template, "paraphrased_answer", row, row.paraphrased_answer))
+        found += [
+            _answer(template, "perturbed_answer", row, text) for text in row.perturbed_answers
+        ]
+    return found
+
+
+def _answer(
+    template: Template, kind: str, row: Example, answer: Optional[str], needs: Collection[str] = ()
+) -> Scored:
+    encoded = template.encode(row, answer)
+    ids, labels = encoded["input_ids"], list(encoded["labels"])
+    closed = ids[-1] == template.tokenizer.eos_token_id
+    if closed and row.kind == "text":  # a corpus is scored as it stands: nothing closes it
+        labels[-1] = IGNORE
+        closed = False
+    tokens = sum(label != IGNORE for label in labels[1:])
+    if "text" in needs:
+        labels = list(ids)
+    candidate = Candidate(ids, labels, greedy="tokens" in needs, vocabulary="vocabulary" in needs)
+    return Scored(kind, candidate, tokens, closed)
+
+
+def letters(template: Template, row: Example, header: str = "") -> list[Scored]:
+    """A multiple choice as lm-evaluation-harness puts it for MMLU and WMDP: the options by letter,
+    the letters scored.
+
+    The prompt is ``<question>\\nA. <choice>\\n…\\nAnswer:`` without a chat template, as the harness
+    has it by default; a prompt longer than the template's ``max_length`` loses its beginning.
+
+    Args:
+        template: brings the tokenizer and the longest sequence.
+        row: a multiple choice; its ``context`` stands before the question.
+        header: text that stands before, if the row has no ``context``; see
+            :attr:`wagle_pl.evaluation.suites.Suite.headers`.
+    """
+    choices = list(zip(LETTERS, row.choices, strict=False))
+    options = "".join(f"\n{letter}. {text}" for letter, text in choices)
+    before = row.context or headed(header, row)
+    prompt = f"{before}{row.question.strip()}{options}\nAnswer:"
+    start = len(template.tokenizer(prompt)["input_ids"])
+    found = []
+    for letter, _ in choices:
+        ids = template.tokenizer(f"{prompt} {letter}")["input_ids"]
+        labels = ([IGNORE] * start + ids[start:])[-template.max_length :]
+        tokens = sum(label != IGNORE for label in labels[1:])
+        found.append(Scored("letter", Candidate(ids[-template.max_length :], labels), tokens))
+    return found
+
+
+def headed(header: str, row: Example) -> str:
+    """A header with the row's ``subject`` in it; empty where the header has a place for one and the
+    row has none.
+
+    >>> asked = Example("choices", subject="world_religions")
+    >>> headed("About {subject}.", asked), headed("About {subject}.", Example("choices"))
+    ('About world religions.', '')
+    """
+    if "{subject}" not in header:
+        return header
+    return header.replace("{subject}", row.subject.replace("_", " ")) if row.subject else ""
+
+
+# -- running the model --------------------------------------------------------------------------
 
 
 class Observer:
@@ -70,7 +181,7 @@ class Observer:
         template: makes tokens of rows, and brings the tokenizer.
         max_rows: most sequences in one forward pass.
         max_new_tokens: longest generation.
-        meets: whether other ranks run the model at the same time, and each pass is a meeting (ZeRO-3).
+        synced_gpus: whether each forward pass is collective (ZeRO-3).
         share: compute what a row's answers have in common once.
     """
 
@@ -80,10 +191,10 @@ class Observer:
         template: Template,
         max_rows: int = 16,
         max_new_tokens: int = 200,
-        meets: bool = False,
+        synced_gpus: bool = False,
         share: bool = True,
     ) -> None:
-        self.passes = Passes(lm, meets)
+        self.passes = Passes(lm, synced_gpus)
         self.template = template
         self.vocabulary = vocabulary_size(lm)
         self.tokenizer = template.tokenizer
@@ -100,11 +211,12 @@ class Observer:
         header: str = "",
         names: Sequence[str] = (),
     ) -> list[Record]:
-        """One record a row, in their order. Under ZeRO-3 a meeting of all ranks.
+        """One record a row, in their order. Collective under ZeRO-3: all ranks must call it.
 
         Args:
             rows: test rows of any kind.
-            needs: what to observe, see the head of this module; what a row's kind cannot answer is left out.
+            needs: what to observe, see the head of this module; what a row's kind cannot answer is
+                left out.
             max_new_tokens: longest generation of these rows, where it differs from the observer's.
             header: text before each multiple choice without a ``context``.
             names: what to call each row in messages.
@@ -114,74 +226,62 @@ class Observer:
         """
         length = max_new_tokens or self.max_new_tokens
         wanted = [possible(row, needs) for row in rows]
-        named = [
-            self._tokens(*each, header)
-            for each in zip(rows, wanted, names or _beginnings(rows), strict=True)
+        names = names or [f"test row {(row.question or row.answer)[:40]!r}" for row in rows]
+        made = [self._tokens(*each, header) for each in zip(rows, wanted, names, strict=True)]
+        found = self._scores([sequences for sequences, _ in made])
+        records = [
+            {"question": row.question, "answer": row.answer, "generation": None}
+            | self._columns(row, want, scores)
+            for row, want, scores in zip(rows, wanted, found, strict=True)
         ]
-        records: list[Record] = [
-            {"question": row.question, "answer": row.answer, "generation": None} for row in rows
-        ]
-        found = self._scores([candidates for candidates, _ in named])
-        for row, want, record, scores in zip(rows, wanted, records, found, strict=True):
-            record |= self._scored(row, want, scores)
         if "paraphrased" in needs:
             self._paraphrased(rows, wanted, records, length)
-        asked = [i for i, want in enumerate(wanted) if "generation" in want]
         if "generation" in needs:
-            self._generate(
-                [rows[i] for i in asked],
-                [named[i][1] for i in asked],
-                [records[i] for i in asked],
-                length,
-            )
+            asked = [i for i, want in enumerate(wanted) if "generation" in want]
+            texts = self._generate([made[i][1] for i in asked], length)
+            for i, text in zip(asked, texts, strict=True):
+                records[i] |= of_generation(text, rows[i].answer)
         for row, want, record in zip(rows, wanted, records, strict=True):
             if "reference" in want:
-                record["reference"] = first_tokens(
-                    self.tokenizer, record["answer"].lstrip(), length
-                )
+                text = record["answer"].lstrip()
+                record["reference"] = first_tokens(self.tokenizer, text, length)
             if "gradient" in want:
                 record["gradient_norm"] = self._gradient_norm(row)
         return records
 
     def _tokens(
         self, row: Example, want: frozenset[str], name: str, header: str
-    ) -> tuple[list[C.Named], list[int]]:
+    ) -> tuple[list[Scored], list[int]]:
         """All that is scored of a row, and the prompt to generate from."""
+        found: list[Scored] = []
         try:
             prompt = self.template.encode_prompt(row) if "generation" in want else []
-            candidates = self._candidates(row, want, header)
-            for ids in (prompt, *(named.candidate.ids for named in candidates)):
+            if want & {"answer", "tokens", "vocabulary", "text", "alternatives"}:
+                found += answers(self.template, row, want)
+            if "choices" in want:
+                found += letters(self.template, row, header)
+            if "choice_texts" in want:
+                found += [_answer(self.template, "choice", row, text) for text in row.choices]
+            for ids in (prompt, *(each.candidate.ids for each in found)):
                 check_ids(ids, self.vocabulary)
-            return candidates, prompt
         except WagleError as error:
             raise WagleError(f"{name}: {error}") from None
+        return found, prompt
 
-    def _candidates(self, row: Example, want: frozenset[str], header: str) -> list[C.Named]:
-        """All that is scored of a row."""
-        found = []
-        if want & {"answer", "tokens", "vocabulary", "text", "alternatives"}:
-            found += C.answers(self.template, row, want)
-        if "choices" in want:
-            found += C.letters(self.template, row, header)
-        if "choice_texts" in want:
-            found += C.choice_texts(self.template, row)
-        return found
-
-    def _scores(self, named: Sequence[Sequence[C.Named]]) -> list[Found]:
-        """For each row, given its candidates: kind -> (candidate, what was found) of each."""
-        flat = [each.candidate for row in named for each in row]
-        scores = iter(
-            score(self.passes, flat, self.tokenizer.pad_token_id or 0, self.max_rows, self.share)
-        )
+    def _scores(self, rows: Sequence[Sequence[Scored]]) -> list[Found]:
+        """What is found of the sequences of each row."""
+        flat = [each.candidate for row in rows for each in row]
+        pad_id = self.tokenizer.pad_token_id or 0
+        scores = iter(score(self.passes, flat, pad_id, self.max_rows, self.share))
         self.passes.level()
         found: list[Found] = []
-        for row in named:
+        for row in rows:
             found.append({})
             for each in row:
                 found[-1].setdefault(each.kind, []).append((each, next(scores)))
         return found
 
-    def _scored(self, row: Example, want: frozenset[str], found: Found) -> Record:
+    def _columns(self, row: Example, want: frozenset[str], found: Found) -> Record:
         """Columns from what was scored of one row."""
         record: Record = {}
         if "answer" in found:
@@ -193,11 +293,10 @@ class Observer:
         if "letter" in found or "choice" in found:
             record["label"] = row.label
         if "letter" in found:
-            record["choice_logprobs"] = [
-                values.logprobs.double().sum().item() for _, values in found["letter"]
-            ]
+            sums = [values.logprobs.double().sum().item() for _, values in found["letter"]]
+            record["choice_logprobs"] = sums
         if "choice" in found:
-            record["choice_nll"] = [_nll(named, values) for named, values in found["choice"]]
+            record["choice_nll"] = [each.nll(values) for each, values in found["choice"]]
         return record
 
     def _paraphrased(
@@ -208,89 +307,62 @@ class Observer:
         length: int,
     ) -> None:
         """Ask with the paraphrased questions, as WAGLE's code does on TOFU."""
-        asked = [
-            i
+        asked = {
+            i: rows[i].asking(rows[i].paraphrased_question)
             for i, want in enumerate(wanted)
             if "paraphrased" in want and rows[i].paraphrased_question
-        ]
-        needs = frozenset({"answer", "alternatives"})
-        texts = [rows[i].paraphrased_question for i in asked]
-        named = [
-            C.answers(self.template, rows[i], needs, text)
-            for i, text in zip(asked, texts, strict=True)
-        ]
-        again: list[Record] = [_of_alternatives(found) for found in self._scores(named)]
-        changed = [rows[i].asking(text) for i, text in zip(asked, texts, strict=True)]
-        self._generate(
-            changed, [self.template.encode_prompt(row) for row in changed], again, length
+        }
+        found = self._scores(
+            [answers(self.template, row, {"alternatives"}) for row in asked.values()]
         )
-        for i, record in zip(asked, again, strict=True):
-            records[i] |= {f"paraphrased_question_{name}": value for name, value in record.items()}
+        prompts = [self.template.encode_prompt(row) for row in asked.values()]
+        texts = self._generate(prompts, length)
+        for (i, row), scores, text in zip(asked.items(), found, texts, strict=True):
+            again = _of_alternatives(scores) | of_generation(text, row.answer)
+            records[i] |= {f"paraphrased_question_{name}": value for name, value in again.items()}
 
-    def _generate(
-        self,
-        rows: Sequence[Example],
-        prompts: Sequence[Sequence[int]],
-        records: Sequence[Record],
-        length: int,
-    ) -> None:
-        if not (distributed.all_reduce_max(len(rows)) if self.passes.meets else rows):
-            return
-        prompts = prompts or [
-            [self.tokenizer.eos_token_id or 0]
-        ]  # a rank without rows takes part in the meeting
-        texts = generate(self.passes.lm, self.tokenizer, prompts, length, self.passes.meets)[
-            : len(rows)
-        ]
-        for row, record, text in zip(rows, records, texts, strict=True):
-            record |= of_generation(text, row.answer)
+    def _generate(self, prompts: Sequence[Sequence[int]], length: int) -> list[str]:
+        """What the model says after each prompt."""
+        synced = self.passes.synced_gpus
+        if not (distributed.all_reduce_max(len(prompts)) if synced else prompts):
+            return []
+        # a rank without rows takes part in the collective passes
+        asked = prompts or [[self.tokenizer.eos_token_id or 0]]
+        texts = generate(self.passes.lm, self.tokenizer, asked, length, synced)
+        return texts[: len(prompts)]
 
     def _gradient_norm(self, row: Example) -> float:
-        ((_, candidate, _, closed),) = C.answers(self.template, row, frozenset())
-        labels = [*candidate.labels[:-1], IGNORE] if closed else candidate.labels
-        return gradient_norm(self.passes.lm, candidate.ids, labels)
+        (own,) = answers(self.template, row, ())
+        ids, labels = own.candidate.ids, own.candidate.labels
+        return gradient_norm(self.passes.lm, ids, [*labels[:-1], IGNORE] if own.closed else labels)
 
 
-def _beginnings(rows: Sequence[Example]) -> list[str]:
-    """What to call rows whose numbers nobody gave."""
-    return [f"test row {(row.question or row.answer)[:40]!r}" for row in rows]
-
-
-def _nll(named: C.Named, values: Score) -> Optional[float]:
-    """Mean negative log-likelihood per token of an answer; None if it has no token."""
-    answer = values.logprobs[len(values.logprobs) - named.tokens :]
-    return -answer.double().mean().item() if named.tokens else None
-
-
-def _of_answer(own: C.Named, values: Score, want: frozenset[str]) -> Record:
+def _of_answer(own: Scored, values: Score, want: frozenset[str]) -> Record:
     """Columns of the row's own answer."""
-    record: Record = {"nll": _nll(own, values), "tokens": own.tokens}
+    record: Record = {"nll": own.nll(values), "tokens": own.tokens}
     end = len(values.logprobs) - own.closed
     here = slice(len(values.logprobs) - own.tokens, end)
     if "tokens" in want:
-        record |= {
-            "logprobs": values.logprobs[here].tolist(),
-            "greedy": values.greedy[here].tolist(),
-        }
+        record["logprobs"] = values.logprobs[here].tolist()
+        record["greedy"] = values.greedy[here].tolist()
     if "vocabulary" in want:
-        record |= {
-            "vocabulary_mean": values.mean[here].tolist(),
-            "vocabulary_std": values.std[here].tolist(),
-        }
+        record["vocabulary_mean"] = values.mean[here].tolist()
+        record["vocabulary_std"] = values.std[here].tolist()
     if "text" in want:
         record["text_logprobs"] = values.logprobs[:end].tolist()
     return record
 
 
 def _of_alternatives(found: Found) -> Record:
-    """Columns of paraphrased and perturbed answers; without a paraphrase the own answer stands for it."""
-    (first, *_) = found.get("paraphrased_answer", found["answer"])
+    """Columns of paraphrased and perturbed answers; without a paraphrase the own answer stands for
+    it."""
+    (first, values), *_ = found.get("paraphrased_answer", found["answer"])
     perturbed = found.get("perturbed_answer", [])
     return {
-        "paraphrased_nll": _nll(*first),
-        "paraphrased_tokens": first[0].tokens,
-        "perturbed_nll": [_nll(*each) for each in perturbed],
-        "perturbed_tokens": [named.tokens for named, _ in perturbed],
+        "paraphrased_nll": first.nll(values),
+        "paraphrased_tokens": first.tokens,
+        "perturbed_nll": [each.nll(values) for each, values in perturbed],
+        "perturbed_tokens": [each.tokens for each, _ in perturbed],
     }
 
 
@@ -304,7 +376,8 @@ def of_generation(text: str, answer: str) -> Record:
 
 
 def merge(records: Sequence[Record]) -> list[Record]:
-    """The records of all ranks, each row once, in order, all with the same columns; a meeting of all ranks."""
+    """The records of all ranks, each row once, in order, all with the same columns. Collective: all
+    ranks must call it."""
     by_row = {record["row"]: record for record in distributed.all_gather(records)}
     columns = dict.fromkeys(name for record in by_row.values() for name in record)
     return [{name: by_row[row].get(name) for name in columns} for row in sorted(by_row)]
@@ -317,18 +390,17 @@ def observe_set(
     max_new_tokens: Optional[int] = None,
     header: str = "",
 ) -> list[Record]:
-    """Observe all rows of a set outside a test loop, shared among the ranks; a meeting of them.
+    """Observe all rows of a set outside a test loop, shared among the ranks. Collective: all ranks
+    must call it.
 
     Returns:
         One record a row, in order, each with its number as ``row``; see :meth:`Observer.observe`.
     """
-    batches = token_batches(
-        [len(row.question) + len(row.answer) for row in rows], observer.max_rows
-    )
+    lengths = [len(row.question) + len(row.answer) for row in rows]
+    batches = token_batches(lengths, observer.max_rows)
     records: list[Record] = []
-    for batch in deal_batches(
-        batches, distributed.world_size(), distributed.rank()
-    ):  # what is seen twice is merged
+    # a rank may see rows that another sees too, so that all have as many batches
+    for batch in deal_batches(batches, distributed.world_size(), distributed.rank()):
         found = observer.observe([rows[i] for i in batch], needs, max_new_tokens, header)
         records += [{"row": i, **record} for i, record in zip(batch, found, strict=True)]
     return merge(records)

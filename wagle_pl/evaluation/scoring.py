@@ -1,4 +1,5 @@
-"""Score many token sequences with few forward passes: sorted by length, and a prompt they share computed once."""
+"""Score many token sequences with few forward passes: sorted by length, and a prompt that they
+share computed once."""
 
 from __future__ import annotations
 
@@ -14,10 +15,8 @@ from torch import Tensor
 from wagle_pl.core import distributed
 from wagle_pl.data.template import IGNORE
 
-MAX_PADDED = 8192  # tokens of one pass with what they follow: bounds the keys, values and logits in memory at once
-LEAST_FILLED = (
-    0.5  # a piece shorter than this share of the longest in its pass goes into the next one
-)
+MAX_PADDED = 8192  # tokens of a pass with those they follow: bounds keys, values and logits
+LEAST_FILLED = 0.5  # a piece shorter than this share of the longest in its pass goes into the next
 LEAST_SAVED = 8  # tokens that sharing a piece must save, or it costs more than it brings
 LEAST_VARIANCE = 1e-6  # of log-probabilities over the vocabulary, as OpenUnlearning clamps it
 
@@ -54,17 +53,20 @@ class Score(NamedTuple):
     std: Optional[Tensor] = None
 
 
+NOTHING = Score(*(torch.zeros(0) for _ in Score._fields))
+
+
 class Passes:
-    """Forward passes of a model, counted: under ZeRO-3 every pass is a meeting of all ranks.
+    """Forward passes of a model. Under ZeRO-3 each is collective, so ranks say when they run one.
 
     Args:
         lm: a Hugging Face causal language model.
-        meets: whether every pass is a meeting; see :meth:`level`.
+        synced_gpus: whether every pass is collective; see :meth:`level`.
     """
 
-    def __init__(self, lm: Any, meets: bool = False) -> None:
+    def __init__(self, lm: Any, synced_gpus: bool = False) -> None:
         self.lm = lm
-        self.meets = meets
+        self.synced_gpus = synced_gpus
 
     @property
     def device(self) -> torch.device:
@@ -78,12 +80,10 @@ class Passes:
             ids: (B, T) tokens.
             mask: (B, S) of the attention, S ≥ T where there is a past.
             keep: logits are needed at the last so many positions only. They may be given at all.
-            options: of the model's forward.
+            **options: of the model's forward.
         """
-        if self.meets:
-            distributed.all_reduce_max(
-                1
-            )  # ranks that have no pass left to run hear that there is one, see level
+        if self.synced_gpus:  # tells ranks in `level` that there is a pass to take part in
+            distributed.all_reduce_max(1)
         return self._run(ids, mask, keep, options)
 
     def _run(self, ids: Tensor, mask: Tensor, keep: int, options: dict[str, Any]) -> Any:
@@ -92,9 +92,10 @@ class Passes:
         return self.lm(input_ids=ids, attention_mask=mask, **options)
 
     def level(self) -> None:
-        """Run passes for nothing while other ranks still run theirs; for all ranks, when their passes are done."""
+        """Take part in the passes that other ranks still run. Collective: all ranks must call it
+        when their own passes are done."""
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        while self.meets and distributed.all_reduce_max(0):
+        while self.synced_gpus and distributed.all_reduce_max(0):
             self._run(token, torch.ones_like(token), 1, {"use_cache": False})
 
 
@@ -112,8 +113,9 @@ def token_statistics(logits: Tensor, targets: Tensor, greedy: bool, vocabulary: 
         greedy, vocabulary: what to find besides log-probabilities, see :class:`Candidate`.
 
     Returns:
-        Float32 tensors on the logits' device. With p the model's distribution over the vocabulary at a token, ``mean``
-        is Σ p log p and ``std`` the root of Σ p (log p)² − mean² (at least 1e-6), as in Min-K%++ (arXiv 2404.02936).
+        Float32 tensors on the logits' device. With p the model's distribution over the vocabulary
+        at a token, ``mean`` is Σ p log p and ``std`` the root of Σ p (log p)² − mean² (at least
+        1e-6), as in Min-K%++ (arXiv 2404.02936).
     """
     logits = logits.float()
     found = Score(-F.cross_entropy(logits, targets, reduction="none"))
@@ -138,9 +140,10 @@ def score(
         candidates: what to score.
         pad_id: token that fills short rows; masked out.
         max_rows: most sequences in a pass.
-        share: compute the tokens that candidates begin with in common once, and go on from their keys and values: the
-            system prompt of all, the question of its answers, the words that its wrong answers have in common. Needs a
-            model with a plain cache; others are scored whole.
+        share: compute the tokens that candidates begin with in common once, and go on from their
+            keys and values: the system prompt of all, the question of its answers, the words that
+            its wrong answers have in common. Needs a model with a plain cache; others are scored
+            whole.
 
     Returns:
         One score a candidate, in order.
@@ -150,10 +153,8 @@ def score(
     if share and _can_share(passes.lm, candidates):
         run.down(grow(candidates, longer, 0))
     run.down([Node(0, len(candidates[c].ids) - 1, [c], []) for c in longer if c not in run.scores])
-    nothing = Score(
-        *(torch.zeros(0) for _ in Score._fields)
-    )  # of a single token: nothing comes before it
-    return [run.scores.get(c, nothing) for c in range(len(candidates))]
+    # nothing comes before a single token
+    return [run.scores.get(c, NOTHING) for c in range(len(candidates))]
 
 
 def _can_share(lm: Any, candidates: Sequence[Candidate]) -> bool:
@@ -161,9 +162,7 @@ def _can_share(lm: Any, candidates: Sequence[Candidate]) -> bool:
     if not all(_accepts(type(lm), name) for name in ("position_ids", "past_key_values")):
         return False
     window = getattr(lm.config, "sliding_window", None)
-    return (
-        window is None or max((len(candidate.ids) for candidate in candidates), default=0) <= window
-    )
+    return window is None or all(len(candidate.ids) <= window for candidate in candidates)
 
 
 class Node(NamedTuple):
@@ -207,9 +206,7 @@ def grow(candidates: Sequence[Candidate], owners: Sequence[int], start: int) -> 
 def _alike(texts: Sequence[Sequence[int]]) -> int:
     """How many first tokens all texts share."""
     columns = enumerate(zip(*texts, strict=False))
-    return next(
-        (i for i, column in columns if len(set(column)) > 1), min(len(text) for text in texts)
-    )
+    return next((i for i, column in columns if len(set(column)) > 1), min(map(len, texts)))
 
 
 class _Past(NamedTuple):
@@ -217,9 +214,7 @@ class _Past(NamedTuple):
 
     layers: list[tuple[Tensor, Tensor]]  # of each layer (B, heads, S, D)
     mask: Tensor  # (B, S)
-    pieces: list[
-        list[tuple[int, Tensor]]
-    ]  # of each row (position of the first, logits) from the beginning on
+    pieces: list[list[tuple[int, Tensor]]]  # of each row (position of the first, logits), in order
 
 
 class _Run:
@@ -273,8 +268,10 @@ class _Run:
             options |= {"past_key_values": _selected(past.layers, rows), "use_cache": True}
         if _accepts(type(self.passes.lm), "position_ids"):
             options["position_ids"] = starts[:, None] + (own_mask.cumsum(-1) - 1).clamp(min=0)
+        firsts = [min(self.firsts[owner] for owner in node.owners) for node in nodes]
         keep = max(
-            node.end - max(min(self._first(node) - 1, node.end - 1), node.start) for node in nodes
+            node.end - max(min(first - 1, node.end - 1), node.start)
+            for node, first in zip(nodes, firsts, strict=True)
         )
         output = self.passes(ids, mask, keep, **options)
         pieces = []
@@ -284,19 +281,12 @@ class _Run:
             pieces.append([*before, (node.end - width, output.logits[i, -width:])])
         if not any(node.children for node in nodes):
             return _Past([], mask, pieces)
-        layers = [
-            (getattr(x, "keys", None), getattr(x, "values", None))
-            for x in getattr(output.past_key_values, "layers", [])
-        ]
-        if not layers or any(
-            keys is None or keys.ndim != 4 or keys.shape[2] != mask.shape[1] for keys, _ in layers
-        ):
-            return None
-        return _Past(layers, mask, pieces)
-
-    def _first(self, node: Node) -> int:
-        """Position of the first token that is scored of any candidate through a node."""
-        return min(self.firsts[owner] for owner in node.owners)
+        cached = getattr(output.past_key_values, "layers", [])
+        layers = [(getattr(x, "keys", None), getattr(x, "values", None)) for x in cached]
+        width = mask.shape[1]
+        if layers and all(k is not None and k.ndim == 4 and k.shape[2] == width for k, _ in layers):
+            return _Past(layers, mask, pieces)
+        return None
 
 
 def _selected(layers: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> Any:
@@ -327,13 +317,9 @@ def _of_candidate(candidate: Candidate, pieces: Sequence[tuple[int, Tensor]]) ->
             at = at[torch.tensor(places, device=logits.device) - places[0]]
         found.append(token_statistics(at, targets, candidate.greedy, candidate.vocabulary))
     if not found:
-        return Score(*(torch.zeros(0) for _ in Score._fields))
-    return Score(
-        *(
-            torch.cat(part).cpu() if part[0] is not None else None
-            for part in zip(*found, strict=True)
-        )
-    )
+        return NOTHING
+    columns = zip(*found, strict=True)
+    return Score(*(None if part[0] is None else torch.cat(part).cpu() for part in columns))
 
 
 def _first_label(candidate: Candidate) -> int:
@@ -345,7 +331,8 @@ def _first_label(candidate: Candidate) -> int:
 def _parts(
     rows: Sequence[tuple[Node, int]], past: int, max_rows: int
 ) -> list[list[tuple[Node, int]]]:
-    """Pieces of similar length together, longest first: at most ``max_rows``, and a bounded number of tokens.
+    """Pieces of similar length together, longest first: at most ``max_rows``, and a bounded number
+    of tokens.
 
     Args:
         rows: pieces, and the row of the past that each follows.
@@ -358,12 +345,8 @@ def _parts(
 
     parts: list[list[tuple[Node, int]]] = []
     for row in sorted(rows, key=length, reverse=True):
-        longest = length(parts[-1][0]) if parts else 0
-        full = (
-            not parts
-            or len(parts[-1]) >= max_rows
-            or (len(parts[-1]) + 1) * (past + longest) > MAX_PADDED
-        )
+        count, longest = (len(parts[-1]), length(parts[-1][0])) if parts else (max_rows, 0)
+        full = count >= max_rows or (count + 1) * (past + longest) > MAX_PADDED
         if full or (length(row) < LEAST_FILLED * longest and longest - length(row) > LEAST_SAVED):
             parts.append([])
         parts[-1].append(row)

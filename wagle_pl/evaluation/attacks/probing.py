@@ -91,7 +91,7 @@ class Sample(Attack):
                     subject.template.tokenizer,
                     [subject.template.encode_prompt(subject.rows[name][i])],
                     subject.lengths[name],
-                    subject.observer.passes.meets,
+                    subject.observer.passes.synced_gpus,
                     do_sample=True,
                     temperature=self.temperature,
                     top_p=self.top_p,
