@@ -24,6 +24,7 @@ import torch
 from common import memory
 
 from wagle_pl import planning
+from wagle_pl.attribution.hessian import estimator_of
 from wagle_pl.cli import app as cli
 from wagle_pl.cli.commands import fail
 from wagle_pl.core import distributed
@@ -154,7 +155,7 @@ def compare(
     task, strategy, precision = case
     found = measure(case, model, scratch)
     planned = "auto" if strategy == "one" else strategy
-    run = planning.Run(
+    run = planning.PlannedRun(
         task,
         planned,
         ranks_of(strategy),
@@ -163,6 +164,7 @@ def compare(
         DENSITY,
         batch_size=ROWS,
         max_length=found["max_length"],
+        estimator=estimator_of("auto") if task == "attribution" else None,
     )
     moment, predicted = planning.peak(shape, run)
     return {

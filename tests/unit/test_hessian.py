@@ -28,7 +28,7 @@ from wagle_pl.attribution.hessian import (
 from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.seeds import stable_seed
-from wagle_pl.planning import Run
+from wagle_pl.planning import PlannedRun
 from wagle_pl.planning.memory import sums_per_weight
 
 VOCABULARY = 5
@@ -236,7 +236,7 @@ ESTIMATORS = {
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_every_estimator_is_an_option(name: str, toy: tuple[Toy, Tensor]):
     """Of the module and of the plan, by its name; made as the module makes it, it sums what it says."""
-    assert estimator_of(name) is ESTIMATORS[name] is Run("attribution", hessian=name).estimator
+    assert estimator_of(name) is ESTIMATORS[name]
     module = AttributionModule("model", hessian=name, hessian_samples=3)
     estimator = module._estimator
     assert type(estimator) is ESTIMATORS[name]
@@ -263,10 +263,12 @@ def test_an_estimator_of_one_s_own():
     for name in ("mine", f"{__name__}.Own"):
         module = AttributionModule("model", hessian=name)
         assert type(module.jobs[1].hessian) is estimator_of(name) in (Mine, Own)
-    assert sums_per_weight(Run("attribution", hessian="mine")) == 4 * (2 + 1 + 2)
+    assert sums_per_weight(PlannedRun("attribution", estimator=Mine, diagonal=True)) == 4 * (
+        2 + 1 + 2
+    )
     for wrong in (
         lambda name: AttributionModule("model", hessian=name),
-        lambda name: Run("attribution", hessian=name),
+        estimator_of,
     ):
         with pytest.raises(
             WagleError,

@@ -12,11 +12,12 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
+from wagle_pl.attribution.hessian import estimator_of
 from wagle_pl.lm.models import load_model
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.selected import SelectedWeights
 from wagle_pl.planning import (
-    Run,
+    PlannedRun,
     architecture,
     choices,
     device_parts,
@@ -198,11 +199,11 @@ def test_sums_are_what_attribution_keeps(wagle, tiny_model, hessian):
         for t in tensors
     )
     shape = architecture(tiny_model)
-    assert kept == memory.sums_per_weight(Run("attribution", hessian=hessian)) * shape.weights
+    diagonal = hessian not in ("scalar", "auto")
+    run = PlannedRun("attribution", estimator=estimator_of(hessian), diagonal=diagonal)
+    assert kept == memory.sums_per_weight(run) * shape.weights
     size = Path("mask.safetensors").stat().st_size
-    assert size == pytest.approx(
-        disk_bytes(shape, Run("attribution", hessian=hessian))["mask"], abs=9000
-    )  # header
+    assert size == pytest.approx(disk_bytes(shape, run)["mask"], abs=9000)  # header
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
@@ -214,7 +215,9 @@ def test_values_gradients_and_state_are_what_is_kept(tiny_model, name, density, 
     if values == "split" and precision != "bf16-true":
         return
     lm = load_model(tiny_model, torch.float32 if precision == "32-true" else torch.bfloat16)
-    run = Run(density=density, precision=precision, values=values, optimizer=name, frozen_copy=True)
+    run = PlannedRun(
+        density=density, precision=precision, values=values, optimizer=name, frozen_copy=True
+    )
     parts = {part.name: part.bytes for part in device_parts(architecture(tiny_model), run)}
     bools = {
         n: (torch.arange(p.numel()) % 4 < 4 * density).view(p.shape)
@@ -256,7 +259,7 @@ def test_values_gradients_and_state_are_what_is_kept(tiny_model, name, density, 
     ],
 )
 def test_llama_2_7b_on_one_gpu(seven, options, most):
-    run = Run(gradient_checkpointing=True, **options)
+    run = PlannedRun(gradient_checkpointing=True, **options)
     _, bytes_ = peak(seven["Llama-2-7B"], run)
     assert bytes_ <= memory.USABLE * most * memory.GIB
     if most == 80:
@@ -282,7 +285,7 @@ def test_constants_are_those_of_the_libraries():
     assert DeepSpeedZeroConfig().max_live_parameters == memory.LIVE
     assert (
         inspect.signature(ZeRO).parameters["param_persistence_threshold"].default
-        == Run().persistence
+        == PlannedRun().persistence
     )
 
 
@@ -309,7 +312,7 @@ def test_operations_are_those_counted(tmp_path, checkpointing):
     tokens = torch.randint(0, 300, (1, 16))
     with FlopCounterMode(display=False) as counter:
         model(tokens, labels=tokens, use_cache=False).loss.backward()
-    run = Run("finetuning", max_length=16, gradient_checkpointing=checkpointing)
+    run = PlannedRun("finetuning", max_length=16, gradient_checkpointing=checkpointing)
     assert step_flops(architecture(folder), run) == pytest.approx(
         counter.get_total_flops(), rel=0.08
     )
@@ -321,7 +324,10 @@ def test_operations_are_those_counted(tmp_path, checkpointing):
 @pytest.mark.parametrize("task", ["attribution", "unlearning", "finetuning"])
 @pytest.mark.parametrize("name", MODELS)
 def test_more_devices_and_higher_stages_take_less(seven, name, task):
-    run = Run(task, density=0.95, max_length=1024, gradient_checkpointing=True)
+    kind = estimator_of("auto") if task == "attribution" else None
+    run = PlannedRun(
+        task, density=0.95, estimator=kind, max_length=1024, gradient_checkpointing=True
+    )
     table = {
         strategy: [peak(seven[name], r)[1] for r in runs]
         for strategy, runs in choices(run, (2, 4, 8, 64))
@@ -335,15 +341,14 @@ def test_more_devices_and_higher_stages_take_less(seven, name, task):
 
 def test_what_a_part_is_made_of(seven):
     """Llama-2-7B on 4 GPUs under ZeRO-3, bf16: what can be said without the code."""
-    run = Run("unlearning", "zero3", 4, density=0.2, max_length=1024)
+    run = PlannedRun("unlearning", "zero3", 4, density=0.2, max_length=1024)
     parts = {part.name: part.bytes for part in device_parts(seven["Llama-2-7B"], run)}
     n = 6_738_415_616
     assert parts["weights"] == 2 * n / 4 and parts["fp32 values"] == pytest.approx(4 * 0.2 * n / 4)
     assert parts["optimiser state"] == pytest.approx(8 * 0.2 * n / 4)
     assert parts["places of the values"] == pytest.approx(4 * 0.2 * n)
-    attribution = {
-        p.name: p.bytes for p in device_parts(seven["Llama-2-7B"], replace(run, task="attribution"))
-    }
+    run = replace(run, task="attribution", estimator=estimator_of("auto"))
+    attribution = {part.name: part.bytes for part in device_parts(seven["Llama-2-7B"], run)}
     assert (
         attribution["sums of gradients"] == 12 * n / 4
     )  # g_f, g_r, and the gradient of a step's draw
@@ -354,7 +359,7 @@ def test_gradients_of_several_micro_batches(seven):
     shape = seven["Llama-2-7B"]
 
     def more(strategy):
-        one = Run(strategy=strategy, devices=4)
+        one = PlannedRun(strategy=strategy, devices=4)
         at = [
             memory.at(device_parts(shape, r), "forward")
             for r in (one, replace(one, accumulate_grad_batches=4))
@@ -365,7 +370,7 @@ def test_gradients_of_several_micro_batches(seven):
 
 
 def test_offload_moves_memory_to_the_host(seven):
-    run = Run(strategy="zero3", devices=2)
+    run = PlannedRun(strategy="zero3", devices=2)
     moved = replace(run, strategy="zero3_offload")
     shape = seven["Zephyr-7B-beta"]
     gained = peak(shape, run)[1] - peak(shape, moved)[1]
@@ -373,7 +378,7 @@ def test_offload_moves_memory_to_the_host(seven):
 
 
 def test_on_a_cpu_nothing_is_elsewhere(seven):
-    run = Run("unlearning", "zero3_offload", 2, accelerator="cpu")
+    run = PlannedRun("unlearning", "zero3_offload", 2, accelerator="cpu")
     assert {part.where for part in device_parts(seven["Llama-2-7B"], run)} == {"device", "host"}
     assert (
         peak(seven["Llama-2-7B"], run)[1]
@@ -400,7 +405,7 @@ def test_the_checkpoint_of_a_run_is_as_large_as_planned(wagle, tiny_model):
         "out",
         *options,
     )
-    sizes = disk_bytes(architecture(tiny_model), Run("finetuning", precision="32-true"))
+    sizes = disk_bytes(architecture(tiny_model), PlannedRun("finetuning", precision="32-true"))
     file = Path(done.trainer.checkpoint_callback.best_model_path)
     assert file.stat().st_size == pytest.approx(sizes["checkpoint"], rel=0.15)
     assert Path("out/model.safetensors").stat().st_size == pytest.approx(sizes["model"], rel=0.05)
@@ -495,15 +500,13 @@ def test_the_tables_of_the_readme_are_those_of_the_plan(seven):
     text = README.read_text()
     for name, shape in seven.items():
         for task in ("attribution", "unlearning"):
-            run = Run(
-                task, density=0.2, hessian="scalar", max_length=1024, gradient_checkpointing=True
-            )
+            run = PlannedRun(task, density=0.2, max_length=1024, gradient_checkpointing=True)
             for strategy, runs in choices(run):
                 row = " | ".join(f"{peak(shape, r)[1] / 2**30:.1f}" for r in runs)
                 assert f"| {name} | {task} | {strategy} | {row} |" in text
     for values, optimizer in ONE_GPU:
         runs = [
-            Run(density=d, values=values, optimizer=optimizer, gradient_checkpointing=True)
+            PlannedRun(density=d, values=values, optimizer=optimizer, gradient_checkpointing=True)
             for d in DENSITIES
         ]
         row = " | ".join(f"{peak(seven['Llama-2-7B'], run)[1] / 2**30:.1f}" for run in runs)
@@ -516,7 +519,7 @@ FILES = sorted((README.parent / "strategy").glob("*.yaml"))
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_strategy_file_is_what_the_plan_takes_it_for(file):
     pytest.importorskip("deepspeed")
-    from wagle_pl.planning.run import STRATEGIES as planned
+    from wagle_pl.planning.planned import STRATEGIES as planned
     from wagle_pl.strategies import ZeRO
 
     lines = file.read_text()

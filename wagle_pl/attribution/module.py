@@ -30,7 +30,7 @@ from wagle_pl.lm.resume import begin, keep_position, recount
 from wagle_pl.lm.weights import parameter_shapes
 from wagle_pl.masks import SUFFIX, WeightMask, mask_path
 from wagle_pl.objectives.forget import NPO, PO, GradDiff
-from wagle_pl.planning import Run, Size, disk_bytes
+from wagle_pl.planning import PlannedRun, Size, disk_bytes
 from wagle_pl.strategies import ZeRO, is_sharded, is_zero, stage_of
 
 log = logging.getLogger(__name__)
@@ -214,11 +214,12 @@ class AttributionModule(LanguageModule):
     def planned_files(self) -> list[outputs.Planned]:
         """What the run is going to write, at least."""
         weights = sum(map(prod, parameter_shapes(self.lm).values()))
-        run = Run.about_to(
+        run = PlannedRun.about_to(
             "attribution",
             str(self.trainer.precision),
             stage_of(self.trainer.strategy),
-            hessian=self.hessian,
+            estimator=estimator_of(self.hessian),
+            diagonal=self.hessian not in ("auto", "scalar"),
         )
         files = disk_bytes(Size(weights, 0), run)
         planned = [

@@ -11,7 +11,7 @@ from wagle_pl.planning import (
     MOMENTS,
     USABLE,
     Architecture,
-    Run,
+    PlannedRun,
     architecture,
     at,
     choices,
@@ -69,14 +69,19 @@ def plan(
         tokens: of the whole run, over all streams and epochs, for an estimate of its time with tokens_per_second.
         tokens_per_second: what the devices together do, measured or known, for an estimate of time.
     """
-    run = Run(
+    from wagle_pl.attribution.hessian import estimator_of  # brings all that attribution runs with
+
+    named = estimator_of(hessian)
+    estimator = named if task == "attribution" else None
+    run = PlannedRun(
         task=task,
         strategy=strategy,
         devices=devices,
         precision=precision,
         accelerator=accelerator,
         density=density,
-        hessian=hessian,
+        estimator=estimator,
+        diagonal=estimator is not None and hessian != "auto",
         optimizer=optimizer,
         values=values,
         batch_size=batch_size,
@@ -122,7 +127,7 @@ def smallest(size: float) -> Optional[int]:
     return next((gpu for gpu in SIZES if size <= USABLE * gpu * GIB), None)
 
 
-def memory_table(shape: Architecture, run: Run) -> str:
+def memory_table(shape: Architecture, run: PlannedRun) -> str:
     """A device's memory by part and moment, in GiB; the dearest moment stands in stars."""
     parts = device_parts(shape, run)
     moment, _ = peak(shape, run)
@@ -132,7 +137,7 @@ def memory_table(shape: Architecture, run: Run) -> str:
     return table([f"GiB a {device}", *(f"*{m}*" if m == moment else m for m in MOMENTS)], rows)
 
 
-def needs(shape: Architecture, run: Run) -> list[tuple[str, str]]:
+def needs(shape: Architecture, run: PlannedRun) -> list[tuple[str, str]]:
     """Peak, the GPU it fits, CPU memory and disk."""
     moment, most = peak(shape, run)
     lines = [("peak", f"{gib(most)} GiB, moment: {moment}")]
@@ -146,7 +151,7 @@ def needs(shape: Architecture, run: Run) -> list[tuple[str, str]]:
 
 
 def work(
-    shape: Architecture, run: Run, tokens: Optional[int], rate: Optional[float]
+    shape: Architecture, run: PlannedRun, tokens: Optional[int], rate: Optional[float]
 ) -> list[tuple[str, str]]:
     """Operations of a micro-batch on all devices together, and how long it takes if the rate is known."""
     lines = [
@@ -165,10 +170,10 @@ def work(
     return lines
 
 
-def choice_table(shape: Architecture, run: Run) -> str:
+def choice_table(shape: Architecture, run: PlannedRun) -> str:
     """Peak of the same run under every strategy on several numbers of devices, and the smallest GPU that it fits."""
 
-    def cell(choice: Run) -> str:
+    def cell(choice: PlannedRun) -> str:
         _, most = peak(shape, choice)
         return f"{gib(most)} ({smallest(most) or '-'})" if run.accelerator == "gpu" else gib(most)
 

@@ -15,7 +15,7 @@ from wagle_pl.planning.memory import (
     parts_of,
     peak,
 )
-from wagle_pl.planning.run import STRATEGIES, Run, choices
+from wagle_pl.planning.planned import STRATEGIES, PlannedRun, choices
 from wagle_pl.planning.work import disk_bytes, step_flops, step_tokens
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
     "USABLE",
     "Architecture",
     "Part",
-    "Run",
+    "PlannedRun",
     "Size",
     "architecture",
     "at",

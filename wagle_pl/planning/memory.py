@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from wagle_pl.planning.architecture import Architecture
-from wagle_pl.planning.run import Run
+from wagle_pl.planning.planned import PlannedRun
 
 GIB = 1 << 30
 FP32 = 4
@@ -95,13 +95,12 @@ def cache_bytes(model: Architecture, rows: int, length: int, computing: int) -> 
 # -- what each task keeps ---------------------------------------------------------------------------------------------
 
 
-def sums_per_weight(run: Run) -> int:
+def sums_per_weight(run: PlannedRun) -> int:
     """Bytes of fp32 sums a weight: g_f, g_r; a draw's gradient while its step lasts; the diagonal, if one is kept."""
-    diagonal = run.estimator is not None and run.hessian != "auto"
-    return FP32 * (2 + diagonal) + in_step_per_weight(run)
+    return FP32 * (2 + run.diagonal) + in_step_per_weight(run)
 
 
-def in_step_per_weight(run: Run) -> int:
+def in_step_per_weight(run: PlannedRun) -> int:
     """Bytes a weight of those sums that stand only while a step lasts."""
     return FP32 * run.estimator.step_sums if run.estimator else 0
 
@@ -111,23 +110,23 @@ def state_bytes(optimizer: str, numbers: float) -> float:
     return {"SGD": 0, "AdamW8bit": 2}.get(optimizer, 2 * FP32) * numbers
 
 
-def step_bytes(run: Run, numbers: float) -> float:
+def step_bytes(run: PlannedRun, numbers: float) -> float:
     """What a step takes for a while, beside ``numbers`` values, gradients and state: torch's AdamW on a GPU 4 bytes of
     all at once; the fused one (MaskedAdamW) nothing."""
     return FP32 * numbers if run.optimizer == "AdamW" and run.accelerator == "gpu" else 0
 
 
-def moving(model: Architecture, run: Run) -> float:
+def moving(model: Architecture, run: PlannedRun) -> float:
     """S, the weights that may move: d N."""
     return model.weights * (run.density if run.masked else 1.0)
 
 
-def has_values(run: Run) -> bool:
+def has_values(run: PlannedRun) -> bool:
     """Whether what is trained stands beside the model's weights: selected ones, and fp32 values of narrower weights."""
     return run.masked or (not run.stage and run.width < FP32)
 
 
-def weight_parts(model: Architecture, run: Run) -> list[Part]:
+def weight_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     """N w; N w / R under ZeRO-3, with the small tensors that stay whole and those a pass has brought together."""
     w, n = run.width, model.weights
     if run.stage < 3:
@@ -141,7 +140,7 @@ def weight_parts(model: Architecture, run: Run) -> list[Part]:
     ]
 
 
-def attribution_parts(model: Architecture, run: Run) -> list[Part]:
+def attribution_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     """Sums, and the scores of one tensor.
 
     A gradient stands for one tensor at a time: w M (twice where it is embedding and output matrix), 4 M in fp32 if it
@@ -175,7 +174,7 @@ def attribution_parts(model: Architecture, run: Run) -> list[Part]:
     return parts
 
 
-def training_parts(model: Architecture, run: Run) -> list[Part]:
+def training_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     """Values and their places, gradients, optimiser state, and what the step and the end need.
 
     With S = d N weights that move (N without a mask), as long as not all of fp32 weights move: places of S values, 4 S
@@ -196,7 +195,7 @@ def training_parts(model: Architecture, run: Run) -> list[Part]:
     return parts + (_zero_parts(model, run) if run.stage else _plain_parts(model, run))
 
 
-def _plain_parts(model: Architecture, run: Run) -> list[Part]:
+def _plain_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     """One device, or DDP: values 4 S, gradients 4 S, which stand until the next backward pass, state, DDP's buckets.
 
     fp32 weights that all move are values themselves. Values in halves are 2 S, N / 8 of mask bits, and gradients of one
@@ -229,7 +228,7 @@ def _plain_parts(model: Architecture, run: Run) -> list[Part]:
     return parts
 
 
-def _zero_parts(model: Architecture, run: Run) -> list[Part]:
+def _zero_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     """ZeRO's flat partitions of S / R numbers, and its buckets of B = min(2e8, S) numbers.
 
     Beside the weights, with a mask: values w S (stage 3: w S / R), and under stage 3 the tensors that the values have
@@ -289,7 +288,7 @@ def _zero_parts(model: Architecture, run: Run) -> list[Part]:
     return parts
 
 
-def evaluation_parts(model: Architecture, run: Run) -> list[Part]:
+def evaluation_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     """One block's activations, logits, and the cache of a generation as long as the rows."""
     tokens = run.batch_size * run.max_length
     block = block_bytes(model, run.computing) * tokens
@@ -304,7 +303,7 @@ def evaluation_parts(model: Architecture, run: Run) -> list[Part]:
     ]
 
 
-def pass_parts(model: Architecture, run: Run) -> list[Part]:
+def pass_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     """Activations and logits of the graphs that are alive together."""
     tokens = run.batch_size * run.max_length * run.streams
     activations = activation_bytes(model, tokens, run.computing, run.gradient_checkpointing)
@@ -327,7 +326,7 @@ def pass_parts(model: Architecture, run: Run) -> list[Part]:
 # -- the plan ---------------------------------------------------------------------------------------------------------
 
 
-def parts_of(model: Architecture, run: Run) -> list[Part]:
+def parts_of(model: Architecture, run: PlannedRun) -> list[Part]:
     """All parts of a run's memory, on the device and beside it."""
     gpu = run.accelerator == "gpu"
     parts = [
@@ -342,12 +341,12 @@ def parts_of(model: Architecture, run: Run) -> list[Part]:
     return [part for part in parts + pass_parts(model, run) if part.bytes]
 
 
-def overhead(run: Run) -> int:
+def overhead(run: PlannedRun) -> int:
     """Bytes that any run takes."""
     return GPU_OVERHEAD if run.accelerator == "gpu" else CPU_OVERHEAD
 
 
-def device_parts(model: Architecture, run: Run) -> list[Part]:
+def device_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     """The parts in a device's memory; on a CPU all, as there is no other place."""
     return [
         part for part in parts_of(model, run) if part.where == "device" or run.accelerator == "cpu"
@@ -359,13 +358,13 @@ def at(parts: Iterable[Part], moment: str) -> float:
     return sum(part.bytes for part in parts if moment in part.moments)
 
 
-def peak(model: Architecture, run: Run) -> tuple[str, float]:
+def peak(model: Architecture, run: PlannedRun) -> tuple[str, float]:
     """The dearest moment, and a device's memory then."""
     parts = device_parts(model, run)
     return max(((moment, at(parts, moment)) for moment in MOMENTS), key=lambda pair: pair[1])
 
 
-def host_bytes(model: Architecture, run: Run) -> float:
+def host_bytes(model: Architecture, run: PlannedRun) -> float:
     """CPU memory of one rank of a run on GPUs: libraries, what is offloaded, the mask, and while loading the model as
     it is stored (under ZeRO-3 one tensor of it)."""
     parts = [part for part in parts_of(model, run) if part.where == "host"]

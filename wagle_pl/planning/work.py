@@ -6,10 +6,10 @@ from typing import Union
 
 from wagle_pl.planning.architecture import Architecture, Size
 from wagle_pl.planning.memory import FP32, in_step_per_weight, moving, state_bytes, sums_per_weight
-from wagle_pl.planning.run import Run
+from wagle_pl.planning.planned import PlannedRun
 
 
-def disk_bytes(model: Union[Architecture, Size], run: Run) -> dict[str, float]:
+def disk_bytes(model: Union[Architecture, Size], run: PlannedRun) -> dict[str, float]:
     """Bytes of what a run writes: file -> size.
 
     A mask N / 8; a model N weights as it is stored; a checkpoint 4 bytes for each of the S weights that move, and the
@@ -24,7 +24,7 @@ def disk_bytes(model: Union[Architecture, Size], run: Run) -> dict[str, float]:
     return {"checkpoint": checkpoint, "model": n * model.stored}
 
 
-def step_tokens(run: Run) -> int:
+def step_tokens(run: PlannedRun) -> int:
     """Tokens of a micro-batch on all devices: rows of one stream, or as many of two."""
     return (
         run.batch_size
@@ -34,7 +34,7 @@ def step_tokens(run: Run) -> int:
     )
 
 
-def step_flops(model: Architecture, run: Run) -> float:
+def step_flops(model: Architecture, run: PlannedRun) -> float:
     """Floating-point operations of a micro-batch on all devices, without those of attention between tokens.
 
     2 N' a token forward and 4 N' backward (Kaplan et al. 2020, arXiv 2001.08361): 6 N' of training. N' is N without an

@@ -30,7 +30,7 @@ from wagle_pl.lm.weights import parameter_shapes
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.selected import SUFFIX, SelectedWeights, load_values
 from wagle_pl.objectives import Streams
-from wagle_pl.planning import Run, Size, disk_bytes
+from wagle_pl.planning import PlannedRun, Size, disk_bytes
 from wagle_pl.strategies import is_zero, stage_of
 from wagle_pl.unlearning.card import model_card
 from wagle_pl.unlearning.checks import MicroBatch, check_run, check_step, check_weights
@@ -142,10 +142,10 @@ class FinetuneModule(LanguageModule):
             *outputs.planned_checkpoint(self.trainer, files["checkpoint"]),
         ]
 
-    def planned_run(self, optimizer: str) -> Run:
+    def planned_run(self, optimizer: str) -> PlannedRun:
         """The run, as ``wagle plan`` knows it."""
         stage = stage_of(self.trainer.strategy)
-        return Run.about_to("finetuning", str(self.trainer.precision), stage, optimizer=optimizer)
+        return PlannedRun.about_to("finetuning", str(self.trainer.precision), stage, optimizer=optimizer)
 
     def configure_callbacks(self) -> list[Callback]:
         """What lets others write the output when the run fails."""

@@ -19,7 +19,7 @@ from wagle_pl.lm.weights import parameter_shapes
 from wagle_pl.masks import Restriction
 from wagle_pl.objectives import Objective, Streams
 from wagle_pl.objectives.references import References, predictions_of
-from wagle_pl.planning import Run
+from wagle_pl.planning import PlannedRun
 from wagle_pl.strategies import is_zero, stage_of
 from wagle_pl.unlearning.adapters import LoRA
 from wagle_pl.unlearning.card import model_card
@@ -190,13 +190,13 @@ class UnlearnModule(FinetuneModule):
             **options,
         )
 
-    def planned_run(self, optimizer: str) -> Run:
+    def planned_run(self, optimizer: str) -> PlannedRun:
         """The run, as ``wagle plan`` knows it; an adapter's state is next to nothing."""
         stage = stage_of(self.trainer.strategy)
         density = 1.0 if self.mask is None else self.mask.density
         optimizer = optimizer if self.adapter is None else "SGD"
         precision = str(self.trainer.precision)
-        return Run.about_to("unlearning", precision, stage, optimizer=optimizer, density=density)
+        return PlannedRun.about_to("unlearning", precision, stage, optimizer=optimizer, density=density)
 
     # -- the objective, and θ₀ ---------------------------------------------------------------------
 

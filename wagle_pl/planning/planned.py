@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Protocol
 
 from wagle_pl.core.errors import WagleError
-
-if TYPE_CHECKING:
-    from wagle_pl.attribution.hessian import Hessian
 
 TASKS = ("attribution", "unlearning", "finetuning", "test")
 OPTIMIZERS = ("MaskedAdamW", "AdamW", "AdamW8bit", "SGD")
@@ -50,8 +47,27 @@ STRATEGIES = {
 }
 
 
+class HessianCost(Protocol):
+    """What the formulas ask of an estimator of the Hessian diagonal; a class of
+    :mod:`wagle_pl.attribution.hessian` answers it.
+
+    Attributes:
+        spreads: whether it works with parameters spread over ranks (ZeRO-3).
+        backward_passes: beside those of the two losses.
+        same_graph: whether one of them goes through the graph of the retain loss.
+        step_sums: fp32 sums of the model's size that stand while a step lasts.
+        temporaries: tensors of the model's size and dtype that stand during a backward pass.
+    """
+
+    spreads: bool
+    backward_passes: int
+    same_graph: bool
+    step_sums: int
+    temporaries: int
+
+
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """What is planned.
 
     Attributes:
@@ -61,7 +77,8 @@ class Run:
         precision: as ``trainer.precision``.
         accelerator: ``gpu`` or ``cpu``.
         density: d; 1 is unlearning without a mask.
-        hessian: of attribution, as in ``model.hessian``.
+        estimator: of the Hessian diagonal, in attribution; None where it is a given scalar.
+        diagonal: whether attribution keeps the diagonal, and not only its mean.
         optimizer: one of :data:`OPTIMIZERS`.
         values: as ``model.values``: how the weights that move are kept.
         batch_size: rows (or pairs of rows) a device and micro-batch.
@@ -81,7 +98,8 @@ class Run:
     precision: str = "bf16-true"
     accelerator: str = "gpu"
     density: float = 0.2
-    hessian: str = "auto"
+    estimator: Optional[HessianCost] = None
+    diagonal: bool = False
     optimizer: str = "MaskedAdamW"
     values: str = "fp32"
     batch_size: int = 1
@@ -105,8 +123,6 @@ class Run:
                 raise WagleError(
                     f"unknown {option} {getattr(self, option)!r}; choose one of {', '.join(names)}"
                 )
-        if self.hessian != "auto":
-            _estimator(self.hessian)
         for option in ("devices", "batch_size", "max_length", "accumulate_grad_batches"):
             if getattr(self, option) < 1:
                 raise WagleError(f"{option} must be at least 1, got {getattr(self, option)}")
@@ -123,7 +139,7 @@ class Run:
             raise WagleError("attribution runs in 32-true, bf16-mixed or bf16-true, not in fp16")
         if self.needs_whole_parameters and self.stage == 3:
             raise WagleError(
-                f"hessian {self.hessian} needs whole parameters, which ZeRO-3 spreads: choose another stage"
+                "this Hessian estimate needs whole parameters, which ZeRO-3 shards: choose another stage"
             )
         if self.frozen_copy and self.stage == 3:
             raise WagleError(
@@ -131,17 +147,12 @@ class Run:
             )
 
     @classmethod
-    def about_to(cls, task: str, precision: str, stage: int, **options: Any) -> Run:
+    def about_to(cls, task: str, precision: str, stage: int, **options: Any) -> PlannedRun:
         """The plan of a run that is about to begin; what the plan does not know is taken for the least that it does."""
         if options.get("optimizer", "SGD") not in OPTIMIZERS:
             options["optimizer"] = "SGD"
         known = precision if precision in PRECISIONS else "16-true"
         return cls(task, f"deepspeed_stage_{stage}" if stage else "ddp", precision=known, **options)
-
-    @property
-    def estimator(self) -> Optional[type[Hessian]]:
-        """Of the Hessian diagonal; None where it is a given scalar, and of other tasks than attribution."""
-        return _estimator(self.hessian) if self.task == "attribution" else None
 
     @property
     def needs_whole_parameters(self) -> bool:
@@ -180,13 +191,9 @@ class Run:
         return 2 if self.task == "unlearning" else 1
 
 
-def _estimator(hessian: str) -> Optional[type[Hessian]]:
-    from wagle_pl.attribution.hessian import estimator_of  # brings all that attribution runs with
-
-    return estimator_of(hessian)
-
-
-def choices(run: Run, devices: Sequence[int] = (1, 2, 4, 8)) -> Iterable[tuple[str, list[Run]]]:
+def choices(
+    run: PlannedRun, devices: Sequence[int] = (1, 2, 4, 8)
+) -> Iterable[tuple[str, list[PlannedRun]]]:
     """(strategy, the run under it on each number of devices) for every strategy that works."""
     offload = ["zero3_offload"] if run.accelerator == "gpu" else []
     whole = run.frozen_copy or run.needs_whole_parameters
