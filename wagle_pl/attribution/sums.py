@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from wagle_pl.attribution.shards import Shard
 from wagle_pl.core import distributed
-from wagle_pl.strategies.checkpoint import Part, ShardedCheckpoint
+from wagle_pl.strategies.checkpoint import Piece, ShardedCheckpoint
 
 _OF_STEP = "of this step: "  # before the name of a sum over a step, in a checkpoint
 
@@ -239,13 +239,13 @@ class GradientSums:
         }
         self.counts = {name: count if first else 0.0 for name, count in small["counts"].items()}
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[Piece]:
         """This rank's rows of every sum, for a checkpoint of shards."""
         for name, tensors in self._stored().items():
             for parameter, shard, tensor in zip(self.names, self.shards, tensors, strict=True):
                 if tensor.numel():
                     read = partial(tensor.reshape, -1)
-                    yield Part(
+                    yield Piece(
                         f"sum/{name}", parameter, shard.first, tensor.numel(), torch.float32, read
                     )
 

@@ -1,20 +1,10 @@
-"""DeepSpeed ZeRO as this package needs it: on CPUs too, for modules that move no weights, with checkpoints that any
-number of ranks can read.
+"""DeepSpeed ZeRO: on CPUs too, and with checkpoints that any number of ranks can read.
 
-Importing this package makes Lightning's names ``deepspeed``, ``deepspeed_stage_1`` and so on mean :class:`ZeRO`.
+Importing this package makes Lightning's names ``deepspeed``, ``deepspeed_stage_1`` and so on mean
+:class:`ZeRO`.
 """
 
 from wagle_pl.strategies.checkpoint import ShardedCheckpoint, load_plain
-from wagle_pl.strategies.fragments import Fragment, fragments
 from wagle_pl.strategies.zero import ZeRO, is_sharded, is_zero, stage_of
 
-__all__ = [
-    "Fragment",
-    "ShardedCheckpoint",
-    "ZeRO",
-    "fragments",
-    "is_sharded",
-    "is_zero",
-    "load_plain",
-    "stage_of",
-]
+__all__ = ["ShardedCheckpoint", "ZeRO", "is_sharded", "is_zero", "load_plain", "stage_of"]

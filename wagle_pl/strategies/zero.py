@@ -1,4 +1,5 @@
-"""``ZeRO``: Lightning's DeepSpeed strategy, for CPUs and attribution too, with checkpoints for any number of ranks."""
+"""``ZeRO``: Lightning's DeepSpeed strategy, for CPUs and attribution too, with checkpoints for any
+number of ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -23,34 +24,20 @@ from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.lm.weights import parameter_shapes, persistent_buffers, shapes_of
 from wagle_pl.masks.selected import SUFFIX, load_values
 from wagle_pl.strategies import checkpoint as files
-from wagle_pl.strategies.fragments import fragments
-
-#: Strategies by Lightning's names: options of :class:`ZeRO`.
-NAMES: Mapping[str, dict[str, Any]] = {
-    "deepspeed": {},
-    "deepspeed_stage_1": {"stage": 1},
-    "deepspeed_stage_2": {"stage": 2},
-    "deepspeed_stage_2_offload": {"stage": 2, "offload_optimizer": True},
-    "deepspeed_stage_3": {"stage": 3},
-    "deepspeed_stage_3_offload": {
-        "stage": 3,
-        "offload_optimizer": True,
-        "offload_parameters": True,
-    },
-}
+from wagle_pl.strategies import internals
 
 
-def is_zero(strategy: Any) -> bool:
+def is_zero(strategy: Strategy) -> bool:
     """Whether a strategy is DeepSpeed's, whatever the stage."""
     return isinstance(strategy, DeepSpeedStrategy)
 
 
-def is_sharded(strategy: Any) -> bool:
-    """Whether a strategy spreads the parameters themselves over the ranks (stage 3)."""
+def is_sharded(strategy: Strategy) -> bool:
+    """Whether a strategy shards the parameters themselves over the ranks (stage 3)."""
     return is_zero(strategy) and strategy.zero_stage_3
 
 
-def stage_of(strategy: Any) -> int:
+def stage_of(strategy: Strategy) -> int:
     """The ZeRO stage of a strategy, 0 if it is none."""
     return strategy.config.get("zero_optimization", {}).get("stage", 0) if is_zero(strategy) else 0
 
@@ -61,9 +48,10 @@ class ZeRO(DeepSpeedStrategy):
     What it adds to Lightning's :class:`~lightning.pytorch.strategies.DeepSpeedStrategy`:
 
     * the CPU, with ``--trainer.accelerator cpu --trainer.devices 2``;
-    * modules that move no weights (attribute ``moves_weights`` False): no optimiser state is made for them;
-    * checkpoints of safetensors shards, whole or not at all, which any number of ranks and any stage resumes from and
-      ``wagle export`` turns into a model (:mod:`wagle_pl.strategies.checkpoint`);
+    * modules that move no weights (attribute ``moves_weights`` False): no optimiser is made;
+    * checkpoints of safetensors shards, whole or not at all, which any number of ranks and any
+      stage resumes from and ``wagle export`` turns into a model
+      (:mod:`wagle_pl.strategies.checkpoint`);
     * torch's optimisers with offload: nothing has to be compiled;
     * communication buffers no larger than the model.
 
@@ -71,10 +59,10 @@ class ZeRO(DeepSpeedStrategy):
         stage: 1 shards the optimiser's state, 2 gradients too, 3 parameters too.
         offload_optimizer: keep the optimiser's state, and step, in CPU memory.
         offload_parameters: keep parameters in CPU memory (stage 3).
-        param_persistence_threshold: parameters of fewer numbers stay whole on every rank (stage 3).
+        param_persistence_threshold: smaller parameters stay whole on every rank (stage 3).
         config: a DeepSpeed configuration, or the path of one in JSON, in place of all other options.
         logging_level: of DeepSpeed's own messages, as in Python's ``logging``.
-        kwargs: see Lightning's strategy.
+        **kwargs: passed to :class:`~lightning.pytorch.strategies.DeepSpeedStrategy`.
 
     Raises:
         WagleError: if DeepSpeed is not installed, or an option of it cannot work.
@@ -104,131 +92,106 @@ class ZeRO(DeepSpeedStrategy):
                 raise WagleError("this strategy needs DeepSpeed: pip install deepspeed") from None
             raise WagleError(f"strategy: {error}") from None
         zero = self.config.get("zero_optimization") or {}
-        if any(
-            (zero.get(part) or {}).get("device") == "nvme"
-            for part in ("offload_optimizer", "offload_param")
-        ):
-            _need_async_io()
+        offloads = [zero.get(part) or {} for part in ("offload_optimizer", "offload_param")]
+        if any(offload.get("device") == "nvme" for offload in offloads):
+            internals.check_async_io()
         if zero and config is None:
             zero.setdefault("stage3_param_persistence_threshold", param_persistence_threshold)
             # torch's own optimisers are vectorised on CPUs; DeepSpeed's has to be compiled
             self.config.setdefault("zero_force_ds_cpu_optimizer", False)
 
-    # -- environment --------------------------------------------------------------------------------------------------
+    # -- environment -------------------------------------------------------------------------------
 
     @property
     def root_device(self) -> torch.device:
         """This rank's device; DeepSpeed wants an index, on the CPU too."""
-        return (
-            torch.device("cpu", 0)
-            if isinstance(self.accelerator, CPUAccelerator)
-            else super().root_device
-        )
+        on_cpu = isinstance(self.accelerator, CPUAccelerator)
+        return torch.device("cpu", 0) if on_cpu else super().root_device
 
     def setup_environment(self) -> None:
-        """Set up ranks; on a CPU without the check for CUDA."""
-        if not isinstance(self.accelerator, CPUAccelerator):
-            super().setup_environment()
-            return
-        import deepspeed.ops
-        from deepspeed.accelerator import get_accelerator, set_accelerator
-        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+        """Set up ranks, on a CPU without the check for CUDA, and complete DeepSpeed's configuration.
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-            False  # it would have to be compiled; gloo will do
-        )
-        if get_accelerator().device_name() != "cpu":
-            set_accelerator(CPU_Accelerator())
-        self.accelerator.setup_device(self.root_device)
-        self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices))]
-        self.setup_distributed()
+        Raises:
+            WagleError: if a ``train_batch_size`` in the configuration is not the run's.
+        """
+        if isinstance(self.accelerator, CPUAccelerator):
+            internals.use_cpu()
+            self.accelerator.setup_device(self.root_device)
+            devices = range(len(self.parallel_devices))
+            self.parallel_devices = [torch.device("cpu", i) for i in devices]
+            self.setup_distributed()
+        else:
+            super().setup_environment()
+        trainer = self.lightning_module.trainer
+        steps = trainer.accumulate_grad_batches
+        # without it Lightning would look for a loader, which is not made yet
+        rows = getattr(trainer.datamodule, "batch_size", None) or 1
+        rows = self.config.setdefault("train_micro_batch_size_per_gpu", rows)
+        fixed = self.config.get("train_batch_size")
+        if fixed is not None and fixed != rows * steps * self.world_size:
+            raise WagleError(
+                f"DeepSpeed's configuration has train_batch_size {fixed}, but {self.world_size} "
+                f"devices with data.batch_size {rows} and accumulate_grad_batches {steps} make "
+                f"{rows * steps * self.world_size}: leave train_batch_size out"
+            )
 
     def setup_distributed(self) -> None:
         """Join the ranks; one that Lightning started ends when the first rank does."""
         super().setup_distributed()
-        if (
-            self.cluster_environment is not None
-            and not self.cluster_environment.creates_processes_externally
-        ):
+        cluster = self.cluster_environment
+        if cluster is not None and not cluster.creates_processes_externally:
             _end_with_parent(self.local_rank)
-
-    def _format_batch_size_and_grad_accum_config(self) -> None:
-        super()._format_batch_size_and_grad_accum_config()
-        fixed = self.config.get("train_batch_size")
-        micro, steps = (
-            self.config["train_micro_batch_size_per_gpu"],
-            self.config["gradient_accumulation_steps"],
-        )
-        if fixed is not None and fixed != micro * steps * self.world_size:
-            raise WagleError(
-                f"DeepSpeed's configuration has train_batch_size {fixed}, but {self.world_size} devices "
-                f"with data.batch_size {micro} and accumulate_grad_batches {steps} make "
-                f"{micro * steps * self.world_size}: leave train_batch_size out"
-            )
-
-    def _auto_select_batch_size(self) -> int:
-        """What DeepSpeed reports throughput by: rows a rank and micro-batch, if the data module says."""
-        return getattr(self.lightning_module.trainer.datamodule, "batch_size", None) or 1
 
     @contextmanager
     def model_sharded_context(self) -> Generator[None, None, None]:
-        """Parameters made inside are spread over the ranks at once (stage 3)."""
-        import torch._dynamo  # noqa: F401  its first import does not work inside: the context replaces torch's functions
+        """Parameters made inside are sharded over the ranks at once (stage 3)."""
+        # its first import does not work inside: the context replaces torch's functions
+        import torch._dynamo  # noqa: F401
 
         with super().model_sharded_context():
             yield
 
-    # -- the engine ---------------------------------------------------------------------------------------------------
+    # -- the engine --------------------------------------------------------------------------------
 
     @property
     def moves_weights(self) -> bool:
-        """Whether the module trains: one that only looks at gradients needs no optimiser of DeepSpeed's."""
+        """Whether the module trains: one that only looks at gradients needs no optimiser."""
         return getattr(self.lightning_module, "moves_weights", True)
 
     def init_deepspeed(self) -> None:
         """Make the engine."""
         fits = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         if fits and not self.moves_weights:
-            self._initialize_deepspeed_inference(self.model)
+            internals.make_engine_without_optimizer(self)
             # of a module without optimisers: a mock of Lightning's
             Strategy.setup_optimizers(self, self.lightning_module.trainer)
             return
+        zero = self.config.get("zero_optimization", {})
+        for option in ("reduce_bucket_size", "allgather_bucket_size") if fits else ():
+            if isinstance(zero.get(option), int):  # DeepSpeed wants an even number
+                weights = -(-internals.parameter_count(self.model) // 1024) * 1024
+                zero[option] = min(zero[option], weights)
         try:
             super().init_deepspeed()
         except (RuntimeError, subprocess.CalledProcessError) as error:
             if any(word in str(error).lower() for word in ("jit load", "build", "compil", "ninja")):
                 raise WagleError(
-                    f"DeepSpeed has to build a part of itself and cannot ({first_line(error)}): install a compiler "
-                    "and ninja, then DS_BUILD_CPU_ADAM=1 pip install --no-cache-dir deepspeed; or use an optimizer "
-                    "that needs no building, e.g. --optimizer MaskedAdamW"
+                    f"DeepSpeed has to build a part of itself and cannot ({first_line(error)}): "
+                    "install a compiler and ninja, then DS_BUILD_CPU_ADAM=1 pip install "
+                    "--no-cache-dir deepspeed; or use an optimizer that needs no building, e.g. "
+                    "--optimizer MaskedAdamW"
                 ) from error
             raise
 
-    def _initialize_deepspeed_train(self, model: Any) -> None:
-        zero = self.config.get("zero_optimization", {})
-        weights = sum(
-            getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad
-        )
-        for option in ("reduce_bucket_size", "allgather_bucket_size"):
-            if isinstance(zero.get(option), int):
-                zero[option] = min(
-                    zero[option], -(-weights // 1024) * 1024
-                )  # DeepSpeed wants an even number
-        super()._initialize_deepspeed_train(model)
-
-    @property
-    def zero_optimizer(self) -> Any:
-        """DeepSpeed's optimiser around ours."""
-        return self.deepspeed_engine.optimizer
-
     @property
     def base_optimizer(self) -> torch.optim.Optimizer:
-        """The optimiser that the module configured."""
+        """The optimiser that the module configured, inside DeepSpeed's."""
         return self.deepspeed_engine.basic_optimizer
 
-    def fragments(self) -> list[Any]:
+    def fragments(self) -> list[internals.Fragment]:
         """What this rank's optimiser holds of which parameter of the language model."""
-        return fragments(self.zero_optimizer, self.lightning_module.lm.named_parameters())
+        named = self.lightning_module.lm.named_parameters()
+        return internals.fragments(self.deepspeed_engine.optimizer, named)
 
     def backward(self, closure_loss: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         """DeepSpeed's backward pass; none if the module moves no weights."""
@@ -244,11 +207,10 @@ class ZeRO(DeepSpeedStrategy):
         return super().optimizer_step(optimizer, closure, model, **kwargs)
 
     def release(self) -> None:
-        """Give back parameters that a backward pass of the module's own left whole on every rank (stage 3)."""
-        if self.zero_stage_3:
-            self.deepspeed_engine.optimizer.partition_all_parameters()
+        """Shard parameters again that a backward pass of the module's own left whole (stage 3)."""
+        internals.shard_again(self)
 
-    # -- checkpoints --------------------------------------------------------------------------------------------------
+    # -- checkpoints -------------------------------------------------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Nothing: each rank writes its share of the weights itself."""
@@ -262,62 +224,46 @@ class ZeRO(DeepSpeedStrategy):
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
         """Write a folder: one safetensors file a rank, and what is common to all."""
-        path = Path(self.broadcast(filepath))
-        module = self.lightning_module
-        common = {
-            k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")
-        }
+        path, module = Path(self.broadcast(filepath)), self.lightning_module
+        left_out = ("state_dict", "optimizer_states")
+        common = {key: value for key, value in checkpoint.items() if key not in left_out}
         common["buffers"] = persistent_buffers(module.lm)
         if not self.moves_weights:
-            shapes = parameter_shapes(module.lm)
-            files.save(
-                path,
-                module.sums.parts(),
-                {**common, "sums": module.sums.small()},
-                shapes,
-            )
+            common["sums"] = module.sums.small()
+            files.save(path, module.sums.parts(), common, parameter_shapes(module.lm))
             return
-        stored = list(module.stored_parameters())
-        found = self.fragments()
-        singles = distributed.all_gather(files.single_states(self.base_optimizer, found).items())
-        parts = [*files.of_optimizer(self.base_optimizer, found), *files.of_frozen(stored)]
-        groups = [
-            {k: v for k, v in group.items() if k != "params"}
-            for group in self.base_optimizer.param_groups
+        stored, optimizer = list(module.stored_parameters()), self.base_optimizer
+        held = self.fragments()
+        pieces = [*files.of_optimizer(optimizer, held), *files.of_frozen(stored)]
+        singles = distributed.all_gather(files.single_states(optimizer, held).items())
+        common["single_states"] = dict(singles)
+        common["param_groups"] = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
         ]
-        common |= {"single_states": dict(singles), "param_groups": groups}
-        files.save(path, parts, common, shapes_of(stored))
+        files.save(path, pieces, common, shapes_of(stored))
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: Optional[bool] = None
     ) -> dict[str, Any]:
-        """Take weights, and when fitting the optimiser's state, back from a folder that any number of ranks wrote."""
-        stored = files.ShardedCheckpoint(checkpoint_path)
-        module = self.lightning_module
+        """Read weights and, when fitting, the optimiser's state, from a folder that any number of
+        ranks wrote."""
+        stored, module = files.ShardedCheckpoint(checkpoint_path), self.lightning_module
         fits = module.trainer.state.fn == TrainerFn.FITTING
         if not self.moves_weights:
             if fits:
                 module.sums.load(stored)
-            return stored.common
-        if not fits and any(name.endswith(SUFFIX) for name in stored.shapes):
+        elif not fits and any(name.endswith(SUFFIX) for name in stored.shapes):
             load_values(module.lm, stored.shapes, stored.weight, module.mask)
-            return stored.common
-        stored.load_weights(module.stored_parameters())
-        if fits:
-            stored.load_optimizer(self.base_optimizer, self.fragments())
+        else:
+            stored.load_weights(module.stored_parameters())
+            if fits:
+                stored.load_optimizer(self.base_optimizer, self.fragments())
         return stored.common
 
 
-def register() -> None:
-    """Make Lightning's names for DeepSpeed strategies mean :class:`ZeRO`."""
-    for name, options in NAMES.items():
-        StrategyRegistry.register(
-            name, ZeRO, description="DeepSpeed ZeRO", override=True, **options
-        )
-
-
 def _end_with_parent(local_rank: int) -> None:
-    """End this process when the one that started it has ended: it may be waiting for it in a collective operation."""
+    """End this process when the one that started it has ended: it may wait for it in a collective."""
     if local_rank == 0:
         return
     parent = os.getppid()
@@ -325,21 +271,23 @@ def _end_with_parent(local_rank: int) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
-        time.sleep(5)  # an error that has to be told first
+        time.sleep(5)  # an error that has to be printed first
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _need_async_io() -> None:
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible(verbose=False):
-        raise WagleError(
-            "offload to NVMe needs DeepSpeed's async_io, which is not built here: install libaio "
-            "(libaio-dev) and run DS_BUILD_AIO=1 pip install --no-cache-dir deepspeed; or offload to the "
-            "CPU with deepspeed_stage_3_offload"
-        )
-
-
-register()
+#: Lightning's names for DeepSpeed strategies mean :class:`ZeRO`.
+for _name, _options in {
+    "deepspeed": {},
+    "deepspeed_stage_1": {"stage": 1},
+    "deepspeed_stage_2": {"stage": 2},
+    "deepspeed_stage_2_offload": {"stage": 2, "offload_optimizer": True},
+    "deepspeed_stage_3": {"stage": 3},
+    "deepspeed_stage_3_offload": {
+        "stage": 3,
+        "offload_optimizer": True,
+        "offload_parameters": True,
+    },
+}.items():
+    StrategyRegistry.register(_name, ZeRO, "DeepSpeed ZeRO", override=True, **_options)

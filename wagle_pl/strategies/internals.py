@@ -1,0 +1,139 @@
+"""What this package takes from the inside of DeepSpeed and of Lightning's strategy around it.
+
+Neither offers these in public, so each stands here, once, with its reason;
+``tests/unit/test_internals.py`` fails first when a new version moves one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Optional
+
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor, nn
+
+from wagle_pl.core import distributed
+from wagle_pl.core.errors import WagleError
+
+
+class Fragment(NamedTuple):
+    """Numbers ``start`` to ``start + numel`` of a flattened parameter, which lie at ``at`` in ``flat``.
+
+    Under ZeRO an optimiser sees *flat* fp32 partitions: this rank's share of all parameters, end to
+    end and without names. A fragment says which numbers of which parameter lie where.
+
+    Attributes:
+        name: of the parameter.
+        start: first number of the flattened parameter.
+        numel: how many.
+        flat: the optimiser's fp32 tensor.
+        at: where in ``flat`` they begin.
+    """
+
+    name: str
+    start: int
+    numel: int
+    flat: Tensor
+    at: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The fragment in ``flat``, or in another tensor laid out like it: a view."""
+        return flat.narrow(0, self.at, self.numel)
+
+
+def fragments(optimizer: Any, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[Fragment]:
+    """The fragments that this rank's ZeRO optimiser holds.
+
+    ``deepspeed.utils.safe_get_full_fp32_param`` and its like gather whole parameters on every rank;
+    a checkpoint of shards needs the ranks' own parts.
+
+    Args:
+        optimizer: what ``deepspeed.initialize`` returns, of ZeRO 1, 2 or 3.
+        parameters: (name, parameter) pairs; those that are not trained have no fragment.
+    """
+    trained = ((name, parameter) for name, parameter in parameters if parameter.requires_grad)
+    found = (
+        (_stage_3 if hasattr(parameter, "ds_id") else _stage_1_2)(optimizer, name, parameter)
+        for name, parameter in trained
+    )
+    return [fragment for fragment in found if fragment is not None]
+
+
+def _stage_3(optimizer: Any, name: str, parameter: nn.Parameter) -> Optional[Fragment]:
+    """Every parameter is cut into equal parts, one a rank; the last may be padded, or all padding."""
+    group, at, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    start, here = share_of(parameter)
+    flat = optimizer.fp32_partitioned_groups_flat[group]
+    return Fragment(name, start, len(here), flat, at) if len(here) else None
+
+
+def _stage_1_2(optimizer: Any, name: str, parameter: nn.Parameter) -> Optional[Fragment]:
+    """All parameters end to end are cut into equal parts: a rank holds some whole, at most two cut."""
+    mapping = getattr(parameter, "_hp_mapping", None)
+    if mapping is None:
+        return None
+    flats = getattr(optimizer, "single_partition_of_fp32_groups", None)
+    flats = flats or optimizer.fp32_groups_flat_partition  # of BF16_Optimizer
+    here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return Fragment(name, here.start, here.numel, flats[mapping.param_group_index], there.start)
+
+
+def share_of(parameter: nn.Parameter) -> tuple[int, Tensor]:
+    """(start, values) of this rank's share of a flattened parameter, padding left out.
+
+    Under ZeRO-3 the share that it holds, which no public call returns without gathering; otherwise
+    an equal cut of the whole.
+    """
+    rank = distributed.rank()
+    if hasattr(parameter, "ds_id"):
+        size, whole, here = parameter.partition_numel(), parameter.ds_numel, parameter.ds_tensor
+        start = min(rank * size, whole)
+        return start, here.detach()[: min(size, whole - start)]
+    size = -(-parameter.numel() // distributed.world_size())
+    start = min(rank * size, parameter.numel())
+    return start, parameter.detach().reshape(-1)[start : start + size]
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Weights of a module that are trained, whole although ZeRO-3 may have sharded them."""
+    trained = (p for p in module.parameters() if p.requires_grad)
+    return sum(getattr(p, "ds_numel", p.numel()) for p in trained)
+
+
+def use_cpu() -> None:
+    """Make DeepSpeed run on the CPU, which it otherwise decides from the machine at import."""
+    import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    # its own all-reduce would have to be compiled; gloo will do
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if get_accelerator().device_name() != "cpu":
+        set_accelerator(CPU_Accelerator())
+
+
+def make_engine_without_optimizer(strategy: DeepSpeedStrategy) -> None:
+    """What Lightning does to test, while it fits: a module that moves no weights needs no optimiser."""
+    strategy._initialize_deepspeed_inference(strategy.model)
+
+
+def shard_again(strategy: DeepSpeedStrategy) -> None:
+    """Release parameters that a backward pass outside the engine left gathered (stage 3)."""
+    if strategy.zero_stage_3:
+        strategy.deepspeed_engine.optimizer.partition_all_parameters()
+
+
+def check_async_io() -> None:
+    """Refuse offload to NVMe where DeepSpeed cannot do it.
+
+    Raises:
+        WagleError: if its extension is not built; DeepSpeed itself fails in the middle of a run.
+    """
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise WagleError(
+            "offload to NVMe needs DeepSpeed's async_io, which is not built here: install libaio "
+            "(libaio-dev) and run DS_BUILD_AIO=1 pip install --no-cache-dir deepspeed; or offload "
+            "to the CPU with deepspeed_stage_3_offload"
+        )
