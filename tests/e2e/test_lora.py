@@ -16,7 +16,7 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.lm import models
 from wagle_pl.lm.saving import read_record
 from wagle_pl.lm.weights import parameter_shapes
-from wagle_pl.masks import WeightMask
+from wagle_pl.masks import Restriction
 from wagle_pl.unlearning import LoRA, UnlearnModule
 from wagle_pl.unlearning.export import export
 
@@ -200,7 +200,7 @@ def test_resume_equals_the_uninterrupted_run(wagle: Any, tiny_model: str) -> Non
 def test_a_mask_file_is_not_needed_to_know(tiny_model: str) -> None:
     """Adapters put new parameters into the model: a mask of the plain model is for the plain model."""
     lm = models.load_model(tiny_model)
-    mask = WeightMask.from_modules(parameter_shapes(lm), ["mlp"])
+    mask = Restriction(modules=["mlp"]).mask(parameter_shapes(lm))
     LoRA().add(lm, tiny_model)
     with pytest.raises(WagleError, match="another model"):
         mask.check(parameter_shapes(lm))

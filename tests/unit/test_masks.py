@@ -16,7 +16,7 @@ from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.masks import WeightMask, bits, describe_origin, expected_jaccard
+from wagle_pl.masks import Restriction, WeightMask, bits, describe_origin, expected_jaccard
 from wagle_pl.masks import mask as masks
 from wagle_pl.masks.bits import count_bits, filled_bits, pack_bits, random_bits, unpack_bits
 from wagle_pl.masks.names import in_module, layer_of, module_label, parse_layers
@@ -256,7 +256,7 @@ def test_random_like_spreads_over_all_tensors_in_chunks(monkeypatch: pytest.Monk
     ],
 )
 def test_modules(modules: list[str], layers: str, selected: Any) -> None:
-    mask = WeightMask.from_modules(LLAMA, modules, layers, {"model": "m", "model_fingerprint": "f"})
+    mask = Restriction(modules=modules, layers=layers).mask(LLAMA, "m", "f")
     assert same(mask, {name: torch.full(shape, selected(name)) for name, shape in LLAMA.items()})
     assert mask.metadata["model_fingerprint"] == "f"
     assert layers is None or layers in mask.origin
@@ -279,7 +279,7 @@ def test_modules(modules: list[str], layers: str, selected: Any) -> None:
 )
 def test_modules_that_do_not_exist(modules: list[str], layers: str, message: str) -> None:
     with pytest.raises(WagleError, match=message):
-        WeightMask.from_modules(LLAMA, modules, layers)
+        Restriction(modules=modules, layers=layers).mask(LLAMA)
 
 
 def test_names_of_other_families() -> None:
@@ -337,10 +337,16 @@ def test_file_round_trip_is_lazy(tmp_path: Path) -> None:
 def test_loading_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = as_mask(random_bools(LLAMA)).save(tmp_path / "mask")
     read: list[str] = []
-    get = masks._LazyTensors.__getitem__
-    monkeypatch.setattr(
-        masks._LazyTensors, "__getitem__", lambda self, name: read.append(name) or get(self, name)
-    )
+
+    class Recording:
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self.file = safe_open(*args, **options)
+
+        def get_tensor(self, name: str) -> Tensor:
+            read.append(name)
+            return self.file.get_tensor(name)
+
+    monkeypatch.setattr(masks, "safe_open", Recording)
     mask = WeightMask.load(path)
     mask.check(LLAMA)
     assert read == []

@@ -24,6 +24,7 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.lm import models
 from wagle_pl.lm.saving import read_record
 from wagle_pl.lm.weights import parameter_shapes
+from wagle_pl.masks import Restriction
 from wagle_pl.objectives import forget as o
 from wagle_pl.unlearning import MaskedAdamW
 
@@ -96,7 +97,7 @@ def test_a_look_before_the_run_changes_nothing(
 
 def mask_of(model: str) -> str:
     shapes = parameter_shapes(models.load_model(model))
-    return str(WeightMask.from_modules(shapes, ["mlp"]).save("mask"))
+    return str(Restriction(modules=["mlp"]).mask(shapes).save("mask"))
 
 
 def test_a_look_before_the_run_with_an_adapter(

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.seeds import stable_seed
-from wagle_pl.masks import WeightMask
-from wagle_pl.masks.names import in_module, layer_of, parse_layers
+from wagle_pl.masks import Restriction
+from wagle_pl.masks.names import parse_layers
 
 _LARGE = 1 << 20  # weights of a parameter on which a score is not tried if there is a smaller one
 
@@ -359,7 +359,9 @@ class Modules(Score):
             raise WagleError("score Modules needs modules, layers or both")
         self.modules = modules
         self.layers = layers
-        self._layers = None if layers is None else parse_layers(layers)
+        self._restriction = Restriction(modules=modules, layers=layers)
+        if layers is not None:
+            parse_layers(layers)  # refuses what cannot be read
 
     @property
     def label(self) -> str:
@@ -369,8 +371,7 @@ class Modules(Score):
 
     def takes(self, name: str) -> bool:
         """Whether a parameter is inside."""
-        inside = not self.modules or any(in_module(name, module) for module in self.modules)
-        return inside and (self._layers is None or layer_of(name) in self._layers)
+        return self._restriction.takes(name)
 
     def __call__(self, w: WeightStatistics) -> Tensor:
         """1 or 0."""
@@ -382,7 +383,7 @@ class Modules(Score):
         Raises:
             WagleError: if the model lacks a module or a layer, naming those it has.
         """
-        mask = WeightMask.from_modules(shapes, self.modules, self.layers)
+        mask = self._restriction.mask(shapes)
         return Fraction(mask.count(), mask.total)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Optional, Union
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing
-from wagle_pl.masks import SUFFIX, WeightMask, expected_jaccard, mask_path
+from wagle_pl.masks import SUFFIX, Restriction, WeightMask, expected_jaccard, mask_path
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
@@ -175,7 +175,9 @@ def modules(
     refuse_existing(mask_path(output), overwrite, "--overwrite")
     names = modules.split(",") if isinstance(modules, str) else modules
     shapes, made_for = _model(model)
-    _write(WeightMask.from_modules(shapes, names, layers, made_for), output)
+    restriction = Restriction(modules=names, layers=layers)
+    mask = restriction.mask(shapes, made_for["model"], made_for["model_fingerprint"])
+    _write(mask, output)
 
 
 def select(

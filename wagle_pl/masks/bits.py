@@ -1,4 +1,5 @@
-"""Bits of weights packed into bytes: eight weights a byte, lowest index in the lowest bit, padding bits 0."""
+"""Bits of weights packed into bytes: eight weights a byte, lowest index in the lowest bit, padding
+bits 0."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 20  # bytes counted, weights drawn at a time; a multiple of 8
+CHUNK = 1 << 20  # weights drawn at a time; a multiple of 8
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -32,7 +33,8 @@ def unpack_bits(packed: Tensor, shape: Iterable[int]) -> Tensor:
 
 
 def places_of_bits(packed: Tensor, size: int) -> Tensor:
-    """(k,) int64 places of the set bits among ``size`` packed ones, in order, on the device of ``packed``.
+    """(k,) int64 places of the set bits among ``size`` packed ones, in order, on the device of
+    ``packed``.
 
     >>> places_of_bits(torch.tensor([9], dtype=torch.uint8), 4)
     tensor([0, 3])
@@ -46,14 +48,12 @@ def places_of_bits(packed: Tensor, size: int) -> Tensor:
 
 def count_bits(packed: Tensor) -> int:
     """Number of set bits in a packed ``uint8`` tensor."""
-    counts = sum(
-        torch.bincount(part, minlength=256) for part in packed.reshape(-1).cpu().split(CHUNK)
-    )
-    return int((counts * _BITS_IN_BYTE).sum())
+    return int(np.bitwise_count(packed.cpu().numpy()).sum(dtype=np.int64))
 
 
 def filled_bits(size: int, value: bool) -> Tensor:
-    """Packed bits of ``size`` weights, all alike; the padding bits of the last byte are 0 as everywhere."""
+    """Packed bits of ``size`` weights, all alike; the padding bits of the last byte are 0 as
+    everywhere."""
     packed = torch.full(((size + 7) // 8,), 255 if value else 0, dtype=torch.uint8)
     if value and size % 8:
         packed[-1] = (1 << size % 8) - 1
@@ -63,9 +63,9 @@ def filled_bits(size: int, value: bool) -> Tensor:
 def random_bits(sizes: Mapping[str, int], k: int, seed: int) -> dict[str, Tensor]:
     """Packed bits of exactly ``k`` weights, every set of ``k`` of them equally likely.
 
-    Each weight is drawn on its own with probability k / N; then the few too many (or too few) are taken back (or
-    added), uniformly among those selected (or not). Given their number the drawn are uniform, so the result is too.
-    Beyond the bits this needs O(CHUNK + √N) memory.
+    Each weight is drawn on its own with probability k / N; then the few too many (or too few) are
+    taken back (or added), uniformly among those selected (or not). Given their number the drawn are
+    uniform, so the result is too. Beyond the bits this needs O(CHUNK + √N) memory.
 
     Args:
         sizes: parameter name -> number of weights.
@@ -97,6 +97,3 @@ def random_bits(sizes: Mapping[str, int], k: int, seed: int) -> dict[str, Tensor
         piece[:] = np.packbits(bits, bitorder="little")
         ranks = ranks[here:] - len(eligible)
     return {name: torch.from_numpy(bits) for name, bits in packed.items()}
-
-
-_BITS_IN_BYTE = torch.tensor([bin(byte).count("1") for byte in range(256)])

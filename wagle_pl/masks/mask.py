@@ -1,32 +1,32 @@
 """``WeightMask``: which weights of one model are selected, as a value.
 
-A mask is a bit for every weight of every parameter tensor (tied weights once). On disk it is a safetensors file with
-one ``uint8`` tensor a parameter (see :mod:`wagle_pl.masks.bits`) and, in the metadata, the shapes, what made it and the
-fingerprint of the model it belongs to. In memory it is the same bytes; a tensor is unpacked when asked for.
+A mask is a bit for every weight of every parameter tensor (tied weights once). On disk it is a
+safetensors file with one ``uint8`` tensor a parameter (see :mod:`wagle_pl.masks.bits`) and, in the
+metadata, the shapes, what made it and the fingerprint of the model it belongs to. In memory it is
+the same bytes; a tensor is unpacked when asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 import zipfile
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from functools import reduce
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple, Optional, TypeVar
+from typing import Any, Optional, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import absent, atomic_path
+from wagle_pl.core.tensorfiles import TensorFile
 from wagle_pl.masks.bits import count_bits, filled_bits, pack_bits, random_bits, unpack_bits
-from wagle_pl.masks.names import in_module, layer_of, module_label, module_type_of, parse_layers
+from wagle_pl.masks.names import layer_of, module_label, module_type_of
 
 FORMAT = "wagle_pl.mask"
 FORMAT_VERSION = 1
@@ -37,7 +37,8 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def expected_jaccard(density: float, other: float) -> float:
-    """Jaccard overlap to expect of two independent random masks: pq / (p + q − pq), in the limit of many weights."""
+    """Jaccard overlap to expect of two independent random masks: pq / (p + q − pq), in the limit of
+    many weights."""
     both = density * other
     return both / (density + other - both) if both else 0.0
 
@@ -53,7 +54,8 @@ def check_shapes(ours: Shapes, theirs: Shapes, where: str, what: str) -> None:
     for name in theirs:
         if name not in ours:
             raise WagleError(
-                f"{where} has no tensor for parameter {name} of {what}: it was made for another model"
+                f"{where} has no tensor for parameter {name} of {what}: it was made for another "
+                "model"
             )
     for name, shape in ours.items():
         if name not in theirs:
@@ -68,10 +70,11 @@ class WeightMask:
     """A bit for every weight of a model: selected (may move) or frozen.
 
     Args:
-        packed: parameter name -> ``uint8`` tensor of ``ceil(n / 8)`` bytes (see :func:`pack_bits`), in the model's
-            parameter order.
+        packed: parameter name -> ``uint8`` tensor of ``ceil(n / 8)`` bytes (see :func:`pack_bits`),
+            in the model's parameter order.
         shapes: parameter name -> shape, same names and order.
-        metadata: what made the mask; JSON-serialisable. ``model_fingerprint`` is checked before use.
+        metadata: what made the mask; JSON-serialisable. ``model_fingerprint`` is checked before
+            use.
 
     Raises:
         WagleError: if names differ or a tensor has the wrong number of bytes.
@@ -90,14 +93,15 @@ class WeightMask:
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.metadata = dict(metadata or {})
         self.source: Optional[Path] = None
-        self._packed = packed
+        self._read: Callable[[str], Tensor] = packed.__getitem__
         self._counts: dict[str, int] = {}
         if set(packed) != set(self.shapes):
             raise WagleError(
-                f"mask tensors and shapes differ in names: {sorted(set(packed) ^ set(self.shapes))[:3]}"
+                "mask tensors and shapes differ in names: "
+                f"{sorted(set(packed) ^ set(self.shapes))[:3]}"
             )
 
-    # -- make ---------------------------------------------------------------------------------------------------------
+    # -- make --------------------------------------------------------------------------------------
 
     @classmethod
     def from_bools(
@@ -111,68 +115,19 @@ class WeightMask:
         )
 
     @classmethod
-    def from_modules(
-        cls,
-        shapes: Shapes,
-        modules: Optional[Sequence[str]] = None,
-        layers: Optional[str] = None,
-        metadata: Optional[dict[str, Any]] = None,
-    ) -> WeightMask:
-        """The mask of whole modules.
-
-        Args:
-            shapes: parameter name -> shape of the model, in parameter order.
-            modules: e.g. ``["mlp"]``, ``["attn"]``, ``["mlp.down_proj"]``, see :func:`in_module`; all when None.
-            layers: only those in these layers, see :func:`parse_layers`; in all, and outside the layers, when None.
-            metadata: of the model: ``model`` and ``model_fingerprint``.
-
-        Raises:
-            WagleError: if a module or a layer does not exist (naming those that do), or nothing is left.
-        """
-        chosen = parse_layers(layers) if layers is not None else frozenset()
-        for module in modules or ():
-            if not any(in_module(name, module) for name in shapes):
-                parts = dict.fromkeys(
-                    p for n in shapes for p in n.split(".")[:-1] if not p.isdigit()
-                )
-                raise WagleError(
-                    f"no parameter lies in a module {module!r}; the model has {', '.join(parts)}"
-                )
-        missing = chosen - {layer_of(name) for name in shapes}
-        if missing:
-            last = max(
-                (layer for name in shapes if (layer := layer_of(name)) is not None), default=None
-            )
-            has = "no numbered layers" if last is None else f"layers 0-{last}"
-            raise WagleError(
-                f"layers {layers}: there is no layer {min(missing)}, the model has {has}"
-            )
-
-        def selects(name: str) -> bool:
-            inside = not modules or any(in_module(name, module) for module in modules)
-            return inside and (layers is None or layer_of(name) in chosen)
-
-        packed = {name: filled_bits(prod(shape), selects(name)) for name, shape in shapes.items()}
-        made_by = {"operation": "modules", "modules": list(modules or ()), "layers": layers}
-        mask = cls(packed, shapes, {**(metadata or {}), **made_by})
-        if not mask.count():
-            raise WagleError(
-                f"modules {', '.join(modules or ())} have no weights in layers {layers}: nothing is selected"
-            )
-        return mask
-
-    @classmethod
     def from_torch(
         cls,
         path: str | Path,
         shapes: Optional[Shapes] = None,
         metadata: Optional[dict[str, Any]] = None,
     ) -> WeightMask:
-        """The mask of a ``{name: bool tensor}`` dict that ``torch.save`` wrote; 0 and 1 of other dtypes do as well.
+        """The mask of a ``{name: bool tensor}`` dict that ``torch.save`` wrote; 0 and 1 of other
+        dtypes do as well.
 
         Args:
             path: the file; read without unpickling code (``weights_only``).
-            shapes: parameter name -> shape of the model it is for, checked; those of the file when None.
+            shapes: parameter name -> shape of the model it is for, checked; those of the file when
+                None.
             metadata: of the model: ``model`` and ``model_fingerprint``.
 
         Raises:
@@ -221,31 +176,30 @@ class WeightMask:
             packed, self.shapes, self._made_from("random_like", self) | {"seed": seed}
         )
 
-    # -- files --------------------------------------------------------------------------------------------------------
+    # -- files -------------------------------------------------------------------------------------
 
     @classmethod
     def load(cls, path: str | Path) -> WeightMask:
         """Open a mask file. Tensors are read when they are asked for (memory-mapped).
 
         Raises:
-            WagleError: if the file is missing, is no mask, is of a newer format, is damaged or is cut short.
+            WagleError: if the file is missing, is no mask, is of a newer format, is damaged or is
+                cut short.
         """
         given, path = Path(path), mask_path(path)
         if not path.is_file() and given.is_file():
             raise WagleError(
-                f"{given} is no {SUFFIX} file: for a mask that torch.save wrote, run wagle mask convert {given} -o "
-                f"{given.with_suffix(SUFFIX)}"
+                f"{given} is no {SUFFIX} file: for a mask that torch.save wrote, run wagle mask "
+                f"convert {given} -o {given.with_suffix(SUFFIX)}"
             )
-        if not path.is_file():
-            raise absent("mask file", given if given.is_dir() else path)
-        try:
-            packed = _LazyTensors(path)
-        except (SafetensorError, OSError) as error:
-            raise WagleError(f"{path} is not a whole safetensors file: {error}") from None
-        header = packed.metadata
+        if given.is_dir():
+            raise absent("mask file", given)
+        file = TensorFile(path, "mask file")
+        header = file.metadata
         if header.get("format") != FORMAT:
             raise WagleError(
-                f"{path} is not a wagle_pl mask (format {header.get('format')!r}, expected {FORMAT!r})"
+                f"{path} is not a wagle_pl mask (format {header.get('format')!r}, expected "
+                f"{FORMAT!r})"
             )
         try:
             version = int(header["format_version"])
@@ -260,16 +214,18 @@ class WeightMask:
                 f"{path} has mask format {version}; this version reads {FORMAT_VERSION}"
             )
         for name, shape in shapes.items():
-            if packed.layout(name) != ("U8", [(prod(shape) + 7) // 8]):
+            size = (prod(shape) + 7) // 8
+            if name not in file.names or (file.dtype(name), file.shape(name)) != ("U8", (size,)):
                 raise WagleError(
                     f"{path} is damaged: the bits of {name} do not fit its shape {tuple(shape)}"
                 )
-        mask = cls(packed, shapes, made_by)
-        mask.source = path
+        mask = cls(dict.fromkeys(file.names), shapes, made_by)
+        mask.source, mask._read = path, safe_open(path, framework="pt").get_tensor
         return mask
 
     def save(self, path: str | Path) -> Path:
-        """Write the mask file (``.safetensors`` is added when missing), whole or not at all; return its path."""
+        """Write the mask file (``.safetensors`` is added when missing), whole or not at all; return
+        its path."""
         path = mask_path(path)
         header = {
             "format": FORMAT,
@@ -284,13 +240,14 @@ class WeightMask:
     def to_torch(self, path: str | Path) -> Path:
         """Write a ``{name: bool tensor}`` dict with ``torch.save``, whole or not at all.
 
-        The format wants a byte a weight, in the file and in memory meanwhile, and keeps no record of what made it.
+        The format wants a byte a weight, in the file and in memory meanwhile, and keeps no record
+        of what made it.
         """
         with atomic_path(Path(path)) as temporary:
             torch.save({name: self[name] for name in self.names}, temporary)
         return Path(path)
 
-    # -- look ---------------------------------------------------------------------------------------------------------
+    # -- look --------------------------------------------------------------------------------------
 
     @property
     def names(self) -> list[str]:
@@ -299,14 +256,15 @@ class WeightMask:
 
     def packed(self, name: str) -> Tensor:
         """The packed bits of one parameter, ``uint8`` of ``ceil(n / 8)`` bytes."""
-        tensor = self._packed[name]
+        tensor = self._read(name)
         expected = (prod(self.shapes[name]) + 7) // 8
         if tensor.numel() != expected:
             raise WagleError(f"mask tensor {name} has {tensor.numel()} bytes, expected {expected}")
         padded = prod(self.shapes[name]) % 8
         if padded and int(tensor[-1]) >> padded:
             raise WagleError(
-                f"{self.label}, tensor {name}: bits beyond the last weight are set; the mask is damaged"
+                f"{self.label}, tensor {name}: bits beyond the last weight are set; the mask is "
+                "damaged"
             )
         return tensor
 
@@ -378,7 +336,8 @@ class WeightMask:
         }
 
     def grid(self) -> dict[str, dict[str, float]]:
-        """Share selected as ``{layer: {module label: share}}``; what lies outside the layers is in ``other``."""
+        """Share selected as ``{layer: {module label: share}}``; what lies outside the layers is in
+        ``other``."""
 
         def cell(name: str) -> tuple[str, str]:
             layer, module = _layer_key(name), module_type_of(name)
@@ -401,7 +360,8 @@ class WeightMask:
 
     @property
     def prompts(self) -> list[dict[str, Any]]:
-        """Prompts of the attributions that chose the weights, see :attr:`wagle_pl.data.template.Template.prompts`."""
+        """Prompts of the attributions that chose the weights, see
+        :attr:`wagle_pl.data.template.Template.prompts`."""
         found: list[dict[str, Any]] = []
         waiting = [self.metadata]
         while waiting:
@@ -432,11 +392,11 @@ class WeightMask:
         made_for = self.metadata.get("model_fingerprint")
         if fingerprint and made_for and fingerprint != made_for:
             raise WagleError(
-                f"{where} was made for the model with fingerprint {made_for[:12]}, this one is {fingerprint[:12]}: "
-                "same shapes, other weights; run attribution on this model"
+                f"{where} was made for the model with fingerprint {made_for[:12]}, this one is "
+                f"{fingerprint[:12]}: same shapes, other weights; run attribution on this model"
             )
 
-    # -- set algebra, a tensor of bytes at a time ---------------------------------------------------------------------
+    # -- set algebra, a tensor of bytes at a time --------------------------------------------------
 
     def __and__(self, other: WeightMask) -> WeightMask:
         """Selected in both."""
@@ -488,7 +448,8 @@ class WeightMask:
 
     @staticmethod
     def _made_from(operation: str, *masks: WeightMask) -> dict[str, Any]:
-        """Metadata of a result: the model the operands share, the operation, and what made the operands."""
+        """Metadata of a result: the model the operands share, the operation, and what made the
+        operands."""
         known = {
             k: m.metadata[k]
             for m in reversed(masks)
@@ -496,48 +457,6 @@ class WeightMask:
             if m.metadata.get(k)
         }
         return {**known, "operation": operation, "of": [mask.metadata for mask in masks]}
-
-
-class Restriction(NamedTuple):
-    """What may move: the weights that all of these select; everything where all are None.
-
-    Attributes:
-        file: a mask file.
-        modules: modules, see :meth:`WeightMask.from_modules`.
-        layers: layers, likewise.
-        matching: a regular expression that finds names of parameters, from any position.
-    """
-
-    file: Optional[str] = None
-    modules: Optional[Sequence[str]] = None
-    layers: Optional[str] = None
-    matching: Optional[str] = None
-
-    def mask(self, shapes: Shapes, model: str, fingerprint: str) -> Optional[WeightMask]:
-        """The mask of a model; None if nothing is restricted.
-
-        Args:
-            shapes: parameter name -> shape of the model, in parameter order.
-            model: its name.
-            fingerprint: of its weights.
-
-        Raises:
-            WagleError: if the file is of another model, or a module or layer does not exist.
-        """
-        made_for, found = {"model": model, "model_fingerprint": fingerprint}, []
-        if self.file is not None:
-            found.append(WeightMask.load(self.file))
-            found[0].check(shapes, fingerprint, where=f"mask {self.file}")
-        if self.modules or self.layers:
-            found.append(WeightMask.from_modules(shapes, self.modules, self.layers, made_for))
-        if self.matching is not None:
-            bits = {
-                n: filled_bits(prod(s), bool(re.search(self.matching, n)))
-                for n, s in shapes.items()
-            }
-            made_by = {"operation": "modules", "modules": [f"matching {self.matching}"]}
-            found.append(WeightMask(bits, shapes, {**made_for, **made_by}))
-        return reduce(lambda one, other: one & other, found) if found else None
 
 
 def describe_origin(metadata: Mapping[str, Any]) -> str:
@@ -573,33 +492,6 @@ def _as_bool(tensor: Tensor, name: str, path: Path) -> Tensor:
     if tensor.dtype != torch.bool and not ((tensor == 0) | (tensor == 1)).all():
         raise WagleError(f"{path}: {name} holds other values than 0 and 1: it is no mask")
     return tensor.bool()
-
-
-class _LazyTensors(Mapping):
-    """Tensors of a safetensors file, read when asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = safe_open(path, framework="pt")
-        self.metadata = self._file.metadata() or {}
-        self._names = set(self._file.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._file.get_tensor(name)
-
-    def layout(self, name: str) -> Optional[tuple[str, list[int]]]:
-        """(dtype, shape) of a tensor, unread; None if there is none."""
-        if name not in self._names:
-            return None
-        view = self._file.get_slice(name)
-        return view.get_dtype(), view.get_shape()
-
-    def __iter__(self):
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def mask_path(path: str | Path) -> Path:

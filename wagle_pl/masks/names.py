@@ -30,10 +30,11 @@ def layer_of(name: str) -> Optional[int]:
 
 
 def module_type_of(name: str) -> str:
-    """The name of the module a parameter belongs to, without its position; its own if it is no ``weight`` or ``bias``.
+    """The name of the module a parameter belongs to, without its position; its own if it is no
+    ``weight`` or ``bias``.
 
-    >>> [module_type_of(f"model.layers.7.mlp.{name}") for name in ("up_proj.weight", "experts.down_proj")]
-    ['up_proj', 'down_proj']
+    >>> module_type_of("model.layers.7.mlp.up_proj.weight"), module_type_of("mlp.experts.down_proj")
+    ('up_proj', 'down_proj')
     """
     *before, last = name.split(".")
     return before[-1] if before and last in ("weight", "bias") else last
@@ -53,10 +54,11 @@ def module_label(module_type: str) -> str:
 
 
 def in_module(name: str, module: str) -> bool:
-    """Whether a parameter lies in a module, named by one or more neighbouring parts of the parameter's name.
+    """Whether a parameter lies in a module, named by one or more neighbouring parts of the
+    parameter's name.
 
-    ``attn``, ``mlp``, ``norm`` and ``embed`` stand for what the model calls these; so do short names
-    (:func:`module_label`).
+    ``attn``, ``mlp``, ``norm`` and ``embed`` stand for what the model calls these; so do short
+    names (:func:`module_label`).
 
     >>> name = "model.layers.7.mlp.down_proj.weight"
     >>> [in_module(name, m) for m in ("mlp", "down_proj", "mlp.down", "attn", "down_proj.mlp")]

@@ -1,25 +1,27 @@
 """Selected weights as the only parameters of a model: why a frozen weight cannot move.
 
-:class:`SelectedWeights` changes how a model holds its weights while it is trained. Each tensor becomes two things: the
-*dense* tensor, which is no parameter and no buffer, and a 1-D parameter, the *values* of its selected weights, in fp32
-whatever the dtype of the model.
+:class:`SelectedWeights` changes how a model holds its weights while it is trained. Each tensor
+becomes two things: the *dense* tensor, which is no parameter and no buffer, and a 1-D parameter,
+the *values* of its selected weights, in fp32 whatever the dtype of the model.
 
-* In the forward pass a layer reads ``weight`` and gets the dense tensor. If the values have changed, they are written
-  into the dense tensor first, rounded to its dtype.
-* In the backward pass the gradient of the dense tensor is computed as always; its selected entries become the gradient
-  of the values, and the rest is freed.
-* So an optimiser, weight decay, clipping, noise, an averaging callback or a communication hook sees values alone. A
-  frozen weight is in no list that any of them goes through: it is never read, and nothing but the values is written.
+* In the forward pass a layer reads ``weight`` and gets the dense tensor. If the values have
+  changed, they are written into the dense tensor first, rounded to its dtype.
+* In the backward pass the gradient of the dense tensor is computed as always; its selected entries
+  become the gradient of the values, and the rest is freed.
+* So an optimiser, weight decay, clipping, noise, an averaging callback or a communication hook sees
+  values alone. A frozen weight is in no list that any of them goes through: it is never read, and
+  nothing but the values is written.
 * A NaN in the values or in their gradient reaches selected weights alone.
-* The values and the optimiser's state are fp32 under ``bf16-true`` too, so that steps smaller than half a unit in the
-  last place of bf16 add up. The model's weights are the rounded values.
+* The values and the optimiser's state are fp32 under ``bf16-true`` too, so that steps smaller than
+  half a unit in the last place of bf16 add up. The model's weights are the rounded values.
 * A checkpoint holds the values. The dense tensor comes from the base model's files.
 
-Values take 4 bytes, their places 4, and so do their gradients. With ``split`` a bf16 weight is the upper half of its
-value and only the 16 bits below are kept beside it; places are kept as one bit a weight, and gradients in bf16: for
-masks of most of a model.
+Values take 4 bytes, their places 4, and so do their gradients. With ``split`` a bf16 weight is the
+upper half of its value and only the 16 bits below are kept beside it; places are kept as one bit a
+weight, and gradients in bf16: for masks of most of a model.
 
-:meth:`SelectedWeights.release` writes the values once more and gives the model its ordinary parameters back.
+:meth:`SelectedWeights.release` writes the values once more and gives the model its ordinary
+parameters back.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ from wagle_pl.masks.bits import pack_bits, places_of_bits
 #: What the parameter of a tensor's selected weights is called: the tensor's name and this.
 SUFFIX = "_selected"
 
-#: Selected weights written at a time on a CPU: what is between two operations stays in the processor's cache.
+#: Selected weights written at a time on a CPU: what is between two operations stays in the
+#: processor's cache.
 CHUNK = 1 << 16
 
 #: The same on a GPU, where few large operations are faster.
@@ -58,7 +61,7 @@ def _chunk(tensor: Tensor) -> int:
 def take_(out: Tensor, dense: Tensor, index: Tensor, add: bool = False) -> Tensor:
     """Write the (n,) entries of a tensor into ``out``, or add them to it; returns ``out``.
 
-    The entries pass through one small buffer: memory that is new in every step costs more than the copy.
+    They pass through one small buffer: memory that is new in every step costs more than the copy.
 
     Args:
         out: (n,), of any floating-point dtype.
@@ -95,7 +98,8 @@ def put_(dense: Tensor, index: Tensor, values: Tensor) -> None:
 
 @torch.no_grad()
 def split_halves(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest bf16 numbers of fp32 values (of two equally near the larger in size), and what is lost, as int16.
+    """The nearest bf16 numbers of fp32 values (of two equally near the larger in size), and what is
+    lost, as int16.
 
     :func:`join_halves` gives the values back bit for bit, those that are not finite apart.
     """
@@ -131,15 +135,15 @@ class SelectedTensor:
     Args:
         parameter: the model's own parameter: the dense tensor. Spread over ranks under ZeRO-3.
         selected: bool, of its shape; None where all are selected.
-        masters: whether values are fp32 where the dense tensor is narrower; False leaves that to DeepSpeed, whose
-            optimisers keep fp32 values themselves.
-        split: keep values as the halves that :func:`split_halves` makes, and their gradients in this dtype; the dense
-            tensor must be bf16. None for values in fp32.
+        masters: whether values are fp32 where the dense tensor is narrower; False leaves that to
+            DeepSpeed, whose optimisers keep fp32 values themselves.
+        split: keep values as the halves that :func:`split_halves` makes, and their gradients in
+            this dtype; the dense tensor must be bf16. None for values in fp32.
 
     Attributes:
-        values: the parameter that is trained: (selected,), or of the tensor's shape where all are selected; None where
-            none is. It is ``parameter`` itself where all are selected and no other dtype is wanted. With ``split`` it
-            is empty but inside :meth:`whole_values`.
+        values: the parameter that is trained: (selected,), or of the tensor's shape where all are
+            selected; None where none is. It is ``parameter`` itself where all are selected and no
+            other dtype is wanted. With ``split`` it is empty but inside :meth:`whole_values`.
         gradient: with ``split``, the gradient of the values.
     """
 
@@ -191,7 +195,7 @@ class SelectedTensor:
         parameter.requires_grad_(False)
         self._written = {parameter.dtype: self._version()}
 
-    # -- what it is ---------------------------------------------------------------------------------------------------
+    # -- what it is --------------------------------------------------------------------------------
 
     @property
     def is_plain(self) -> bool:
@@ -229,7 +233,7 @@ class SelectedTensor:
             return take_(out, dense, self.index, add)
         return out.add_(dense) if add else out.copy_(dense)
 
-    # -- values -------------------------------------------------------------------------------------------------------
+    # -- values ------------------------------------------------------------------------------------
 
     def value(self) -> Tensor:
         """The values, whole."""
@@ -249,7 +253,8 @@ class SelectedTensor:
 
     @contextmanager
     def whole_values(self) -> Iterator[None]:
-        """Split values and their gradient as ``values`` and ``values.grad``, in fp32, for an optimiser's step."""
+        """Split values and their gradient as ``values`` and ``values.grad``, in fp32, for an
+        optimiser's step."""
         if self._packed is not None:
             self._index = self.index  # once for all of this
         self.values.data = self.value()
@@ -274,12 +279,14 @@ class SelectedTensor:
         return None if self.values is None else (self.values._version, self.values.data_ptr())
 
     def changed(self) -> None:
-        """Write the values before the dense tensor is read again: they may have changed without torch's knowledge."""
+        """Write the values before the dense tensor is read again: they may have changed without
+        torch's knowledge."""
         if self.values is not None:
             self._written.clear()
 
     def write(self) -> Tensor:
-        """Write the values into the dense tensor, if they have changed since it was last done; returns it."""
+        """Write the values into the dense tensor, if they have changed since it was last done;
+        returns it."""
         return self._updated(self.parameter)
 
     @torch.no_grad()
@@ -292,8 +299,8 @@ class SelectedTensor:
         return dense
 
     def _for_autocast(self) -> Optional[Tensor]:
-        """The tensor in autocast's dtype, which it would make anew of a dense tensor in each forward pass; None where
-        there is no autocast, or nothing to cast."""
+        """The tensor in autocast's dtype, which it would make anew of a dense tensor in each
+        forward pass; None where there is no autocast, or nothing to cast."""
         device = self.parameter.device.type
         dtype = torch.get_autocast_dtype(device)
         if (
@@ -307,10 +314,11 @@ class SelectedTensor:
             self._written[dtype] = self._version()
         return self._updated(self._narrow)
 
-    # -- the forward and the backward pass ----------------------------------------------------------------------------
+    # -- the forward and the backward pass ---------------------------------------------------------
 
     def weight(self, multiplies: bool = False) -> Tensor:
-        """What a layer computes with; in autocast's dtype if all it does is to multiply matrices (``multiplies``)."""
+        """What a layer computes with; in autocast's dtype if all it does is to multiply matrices
+        (``multiplies``)."""
         if self.at_theta0 and self.theta0 is not None:
             return self._with(self.theta0)
         if self.is_plain:
@@ -358,7 +366,7 @@ class SelectedTensor:
             self._take_(self.values.grad, gradient, add=True)
         return None
 
-    # -- θ₀, devices and dtypes, the end ------------------------------------------------------------------------------
+    # -- θ₀, devices and dtypes, the end -----------------------------------------------------------
 
     def keep_theta0(self) -> None:
         """Keep the values as they are now, in the dtype of the model."""
@@ -366,8 +374,8 @@ class SelectedTensor:
             self.theta0 = self.value().to(self.parameter.dtype, copy=True)
 
     def apply_(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """What ``nn.Module.to`` and its like do to a parameter: the dense tensor takes dtype and device, the values the
-        device, and no dtype below fp32."""
+        """What ``nn.Module.to`` and its like do to a parameter: the dense tensor takes dtype and
+        device, the values the device, and no dtype below fp32."""
         if not self.is_plain and not self.is_sharded:
             self.parameter.data = fn(self.parameter.data)
         device = self.parameter.device
@@ -415,12 +423,15 @@ class SelectedWeights:
 
     Args:
         lm: the model, changed in place: its parameters are replaced by values, named after them.
-        mask: which weights are selected; None selects all that require a gradient, and leaves the others as they are.
-        masters: keep values in fp32 where the model is narrower. False for DeepSpeed, whose optimisers do so.
-        split: keep values of bf16 weights as halves, and their gradients in this dtype; then a step is that of
-            :meth:`step_by_tensor`.
+        mask: which weights are selected; None selects all that require a gradient, and leaves the
+            others as they are.
+        masters: keep values in fp32 where the model is narrower. False for DeepSpeed, whose
+            optimisers do so.
+        split: keep values of bf16 weights as halves, and their gradients in this dtype; then a step
+            is that of :meth:`step_by_tensor`.
         keep_theta0: keep the values as they are now, for :meth:`at_theta0`.
-        keep_dense_gradients: add up the gradients of whole tensors too, for :meth:`clip_by_dense_norm`.
+        keep_dense_gradients: add up the gradients of whole tensors too, for
+            :meth:`clip_by_dense_norm`.
     """
 
     def __init__(
@@ -461,13 +472,14 @@ class SelectedWeights:
                 self._restore.append(_hold(module, held))
 
     def changed(self) -> None:
-        """Say that values may have changed in ways that torch's version counters do not see (``.data``)."""
+        """Say that values may have changed in ways that torch's version counters do not see
+        (``.data``)."""
         for tensor in self.tensors.values():
             tensor.changed()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole weights) of all tensors, one at a time, as the model computes with them; a collective where they
-        are spread over ranks."""
+        """(name, whole weights) of all tensors, one at a time, as the model computes with them; a
+        collective where they are spread over ranks."""
         for name, tensor in self.tensors.items():
             with gathered(tensor.parameter) as dense:
                 if tensor.is_sharded and tensor.is_partial:
@@ -480,7 +492,8 @@ class SelectedWeights:
 
     @contextmanager
     def at_theta0(self) -> Iterator[nn.Module]:
-        """The model with the values it had at first, in evaluation mode and without gradients, while inside."""
+        """The model with the values it had at first, in evaluation mode and without gradients,
+        while inside."""
         training = self.lm.training
         self.lm.eval()
         for tensor in self.tensors.values():
@@ -495,8 +508,9 @@ class SelectedWeights:
 
     @contextmanager
     def gradients_in_place(self) -> Iterator[None]:
-        """While inside, backward passes add to ``values.grad`` themselves, in a buffer that lasts from step to step,
-        and give autograd nothing: faster, where no hook (DDP's, DeepSpeed's) waits for gradients."""
+        """While inside, backward passes add to ``values.grad`` themselves, in a buffer that lasts
+        from step to step, and give autograd nothing: faster, where no hook (DDP's, DeepSpeed's)
+        waits for gradients."""
         for tensor in self.tensors.values():
             tensor.in_place = True
         try:
@@ -513,19 +527,20 @@ class SelectedWeights:
                 tensor.changed()
 
     def step_by_tensor(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make an optimiser's step join the halves of one tensor's values at a time; once. It must skip parameters
-        without gradient, as torch's do.
+        """Make an optimiser's step join the halves of one tensor's values at a time; once. It must
+        skip parameters without gradient, as torch's do.
 
         Raises:
-            WagleError: if it has state already: split values have no size while they are not joined.
+            WagleError: if it has state already, of the values' size, which split values lack.
         """
         step = optimizer.step
         if getattr(step, "by_tensor", False):
             return
         if optimizer.state:
             raise WagleError(
-                f"optimizer {type(optimizer).__name__} makes its state before the first step, which "
-                "model.values split does not allow: choose --model.values fp32 or another optimizer"
+                f"optimizer {type(optimizer).__name__} makes its state before the first step, "
+                "which model.values split does not allow: choose --model.values fp32 or another "
+                "optimizer"
             )
 
         def by_tensor(_: torch.optim.Optimizer, closure: Optional[Callable[[], Any]] = None) -> Any:
@@ -537,9 +552,8 @@ class SelectedWeights:
             return loss
 
         by_tensor.by_tensor = True
-        optimizer.step = MethodType(
-            by_tensor, optimizer
-        )  # a method, as learning-rate schedulers expect
+        # a method, as learning-rate schedulers expect
+        optimizer.step = MethodType(by_tensor, optimizer)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(name, gradient) of values that have one."""
@@ -550,8 +564,8 @@ class SelectedWeights:
 
     @torch.no_grad()
     def clip_by_dense_norm(self, bound: float, scale: float = 1.0) -> None:
-        """Scale the gradients of the values so that the norm of all dense gradients, of frozen weights too, is at most
-        ``bound``; then forget the dense gradients.
+        """Scale the gradients of the values so that the norm of all dense gradients, of frozen
+        weights too, is at most ``bound``; then forget the dense gradients.
 
         Args:
             bound: of the norm.
@@ -561,32 +575,27 @@ class SelectedWeights:
         for tensor in self.tensors.values():
             if tensor.is_plain and tensor.parameter.grad is not None:
                 dense.append(tensor.parameter.grad)
-            elif (
-                tensor.dense_gradient is not None
-            ):  # DDP averages the gradients of parameters alone
-                dense.append(
-                    distributed.all_reduce_sum(tensor.dense_gradient).div_(
-                        distributed.world_size() * scale
-                    )
-                )
+            elif tensor.dense_gradient is not None:
+                # DDP averages the gradients of parameters alone
+                total = distributed.all_reduce_sum(tensor.dense_gradient)
+                dense.append(total.div_(distributed.world_size() * scale))
             tensor.dense_gradient = None
         self.clip(bound, dense)
 
     @torch.no_grad()
     def clip(self, bound: float, counted: Optional[list[Tensor]] = None) -> None:
-        """Scale the gradients of the values so that a norm is at most ``bound``: of ``counted``, or of themselves."""
+        """Scale the gradients of the values so that a norm is at most ``bound``: of ``counted``, or
+        of themselves."""
         gradients = [gradient for _, gradient in self.gradients()]
-        norms = [
-            torch.linalg.vector_norm(g, dtype=torch.float32)
-            for g in (gradients if counted is None else counted)
-        ]
+        counted = gradients if counted is None else counted
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in counted]
         factor = (bound / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1.0)
         for gradient in gradients:
             gradient.mul_(factor)
 
     def release(self, dtype: Optional[torch.dtype] = None) -> None:
-        """Give the model its own parameters back, with the values in them; a collective where they are spread over
-        ranks.
+        """Give the model its own parameters back, with the values in them; a collective where they
+        are spread over ranks.
 
         Args:
             dtype: of the weights from now on; as they are when None.
@@ -603,7 +612,8 @@ class SelectedWeights:
 def load_values(
     lm: nn.Module, names: Container[str], read: Callable[[str], Tensor], mask: Optional[WeightMask]
 ) -> None:
-    """Set a model's selected weights from a checkpoint; a collective where they are spread over ranks.
+    """Set a model's selected weights from a checkpoint; a collective where they are spread over
+    ranks.
 
     Args:
         lm: a model that holds its weights as usual.
@@ -637,9 +647,9 @@ def place(dense: Tensor, selected: Optional[Tensor], values: Tensor) -> Tensor:
 def _hold(module: nn.Module, held: dict[str, SelectedTensor]) -> Callable[[], None]:
     """Make a module read some of its parameters through :class:`SelectedTensor`.
 
-    Parameters become properties of a class of the module's own, and their values take their places in the module. A
-    dense tensor that is spread over ranks stays a parameter, without gradient: DeepSpeed gathers the parameters of a
-    module when it runs.
+    Parameters become properties of a class of the module's own, and their values take their places
+    in the module. A dense tensor that is sharded stays a parameter, without gradient: DeepSpeed
+    gathers the parameters of a module when it runs.
 
     Returns:
         What undoes it.

@@ -84,8 +84,8 @@ def architecture(name: str) -> Architecture:
     except (ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:100]
         raise WagleError(
-            f"the configuration of model {name!r} is of no causal language model with known shapes: "
-            f"{reason}"
+            f"the configuration of model {name!r} is of no causal language model with known "
+            f"shapes: {reason}"
         ) from None
     return _described(name, config.get_text_config(), parameter_shapes(lm), config.dtype, lm)
 
@@ -103,7 +103,8 @@ def _described(
     heads, vocabulary = number("num_attention_heads"), number("vocab_size")
     if not (hidden and layers and heads and vocabulary):
         raise WagleError(
-            f"the configuration of model {name!r} does not say hidden size, layers, heads and vocabulary"
+            f"the configuration of model {name!r} does not say hidden size, layers, heads and "
+            "vocabulary"
         )
     head = number("head_dim") or hidden // heads
     in_blocks = [shape for parameter, shape in shapes.items() if layer_of(parameter) is not None]

@@ -1,11 +1,11 @@
 """A device's memory, part by part.
 
-A run passes *moments*, each of which needs its own :class:`Part` s; the dearest moment is the peak. Formulas are in
-bytes, for one device, with
+A run passes *moments*, each of which needs its own :class:`Part` s; the dearest moment is the peak.
+Formulas are in bytes, for one device, with
 
-    N  weights          R  ranks           w  bytes a weight as the model computes with it
-    M  weights of the largest tensor       d  density of the mask; S = d N
-    h  hidden size      q  size of all heads together     I  inner size of the MLP     L  blocks     V  vocabulary
+    N  weights          R  ranks           w  bytes a weight as the model computes with it M
+    weights of the largest tensor       d  density of the mask; S = d N h  hidden size      q  size
+    of all heads together     I  inner size of the MLP     L  blocks     V  vocabulary
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ GIB = 1 << 30
 FP32 = 4
 #: Numbers in a bucket of DeepSpeed's, if the model has as many (Lightning's default).
 BUCKET = 200_000_000
-#: Weights that ZeRO-3 keeps together on a rank at most, when it may (DeepSpeed's ``stage3_max_live_parameters``).
+#: Weights that ZeRO-3 keeps together on a rank at most, when it may (DeepSpeed's
+#: ``stage3_max_live_parameters``).
 LIVE = 1_000_000_000
 #: Bytes in a bucket of DDP's broadcast of the parameters (torch's default).
 BROADCAST = 250 << 20
-#: What interpreter and libraries take of a process on a CPU: measured, see ``bin/benchmarks/plan.py``.
+#: What interpreter and libraries take of a process on a CPU: measured, see
+#: ``bin/benchmarks/plan.py``.
 CPU_OVERHEAD = 600 << 20
 #: What CUDA context, cuBLAS and NCCL take of a GPU: assumed, not measured.
 GPU_OVERHEAD = 1 << 30
@@ -51,18 +53,20 @@ class Part(NamedTuple):
     where: str = "device"
 
 
-# -- activations ------------------------------------------------------------------------------------------------------
+# -- activations -----------------------------------------------------------------------------------
 
 
 def block_bytes(model: Architecture, computing: int) -> int:
-    """Bytes a token that a block keeps for its backward pass, with attention that keeps no T × T matrix.
+    """Bytes a token that a block keeps for its backward pass, with attention that keeps no T × T
+    matrix.
 
         2 h (4 + 2c) + 4 q c + (4 or 2) I c + 4 heads
 
-    Two norms keep their input in fp32, what they normalised and what they give; attention keeps queries, keys, values
-    (repeated for every head) and its output, and one fp32 number a head; a gated MLP keeps gate, its activation, up and
-    their product (one without a gate: two). c is the width of an activation. In the manner of Korthikanti et al. 2022
-    (arXiv 2205.05198), for the Llama block.
+    Two norms keep their input in fp32, what they normalised and what they give; attention keeps
+    queries, keys, values (repeated for every head) and its output, and one fp32 number a head; a
+    gated MLP keeps gate, its activation, up and their product (one without a gate: two). c is the
+    width of an activation. In the manner of Korthikanti et al. 2022 (arXiv 2205.05198), for the
+    Llama block.
     """
     norms = 2 * model.hidden * (FP32 + 2 * computing)
     attention = 4 * model.attention * computing + FP32 * model.heads
@@ -72,8 +76,8 @@ def block_bytes(model: Architecture, computing: int) -> int:
 def activation_bytes(
     model: Architecture, tokens: int, computing: int, checkpointing: bool = False
 ) -> int:
-    """Bytes of activations of ``tokens`` tokens: L blocks and the last norm; with checkpointing each block's input, and
-    one block as it is recomputed: tokens · (L h c + block)."""
+    """Bytes of activations of ``tokens`` tokens: L blocks and the last norm; with checkpointing
+    each block's input, and one block as it is recomputed: tokens · (L h c + block)."""
     block = block_bytes(model, computing)
     last = model.hidden * (FP32 + 2 * computing)
     kept = (
@@ -83,7 +87,8 @@ def activation_bytes(
 
 
 def logit_bytes(model: Architecture, tokens: int, computing: int, backward: bool = True) -> int:
-    """tokens · V · (c + 4): the logits, and their fp32 log-softmax; 4 more for its gradient, in the backward pass."""
+    """tokens · V · (c + 4): the logits, and their fp32 log-softmax; 4 more for its gradient, in the
+    backward pass."""
     return tokens * model.vocabulary * (computing + FP32 + (FP32 if backward else 0))
 
 
@@ -92,11 +97,12 @@ def cache_bytes(model: Architecture, rows: int, length: int, computing: int) -> 
     return 2 * model.layers * model.keys * rows * length * computing
 
 
-# -- what each task keeps ---------------------------------------------------------------------------------------------
+# -- what each task keeps --------------------------------------------------------------------------
 
 
 def sums_per_weight(run: PlannedRun) -> int:
-    """Bytes of fp32 sums a weight: g_f, g_r; a draw's gradient while its step lasts; the diagonal, if one is kept."""
+    """Bytes of fp32 sums a weight: g_f, g_r; a draw's gradient while its step lasts; the diagonal,
+    if one is kept."""
     return FP32 * (2 + run.diagonal) + in_step_per_weight(run)
 
 
@@ -106,13 +112,14 @@ def in_step_per_weight(run: PlannedRun) -> int:
 
 
 def state_bytes(optimizer: str, numbers: float) -> float:
-    """Optimiser state of ``numbers`` values in fp32: two moments of 4 bytes, or of 1 (AdamW8bit); none (SGD)."""
+    """Optimiser state of ``numbers`` values in fp32: two moments of 4 bytes, or of 1 (AdamW8bit);
+    none (SGD)."""
     return {"SGD": 0, "AdamW8bit": 2}.get(optimizer, 2 * FP32) * numbers
 
 
 def step_bytes(run: PlannedRun, numbers: float) -> float:
-    """What a step takes for a while, beside ``numbers`` values, gradients and state: torch's AdamW on a GPU 4 bytes of
-    all at once; the fused one (MaskedAdamW) nothing."""
+    """What a step takes for a while, beside ``numbers`` values, gradients and state: torch's AdamW
+    on a GPU 4 bytes of all at once; the fused one (MaskedAdamW) nothing."""
     return FP32 * numbers if run.optimizer == "AdamW" and run.accelerator == "gpu" else 0
 
 
@@ -122,12 +129,14 @@ def moving(model: Architecture, run: PlannedRun) -> float:
 
 
 def has_values(run: PlannedRun) -> bool:
-    """Whether what is trained stands beside the model's weights: selected ones, and fp32 values of narrower weights."""
+    """Whether what is trained stands beside the model's weights: selected ones, and fp32 values of
+    narrower weights."""
     return run.masked or (not run.stage and run.width < FP32)
 
 
 def weight_parts(model: Architecture, run: PlannedRun) -> list[Part]:
-    """N w; N w / R under ZeRO-3, with the small tensors that stay whole and those a pass has brought together."""
+    """N w; N w / R under ZeRO-3, with the small tensors that stay whole and those a pass has
+    brought together."""
     w, n = run.width, model.weights
     if run.stage < 3:
         return [Part("weights", n * w, MOMENTS)]
@@ -143,10 +152,12 @@ def weight_parts(model: Architecture, run: PlannedRun) -> list[Part]:
 def attribution_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     """Sums, and the scores of one tensor.
 
-    A gradient stands for one tensor at a time: w M (twice where it is embedding and output matrix), 4 M in fp32 if it
-    is narrower, and with several ranks 4 M to add it up in and 4 M / R of the sum. On one device an fp32 gradient is
-    added to its sum in place. Scores of a tensor's rows need five fp32 tensors of them. A Gauss–Newton draw makes a
-    second backward pass through the same graph, so its activations stay during the first (not under ZeRO-3).
+    A gradient stands for one tensor at a time: w M (twice where it is embedding and output matrix),
+        4 M in fp32 if it
+    is narrower, and with several ranks 4 M to add it up in and 4 M / R of the sum. On one device an
+    fp32 gradient is added to its sum in place. Scores of a tensor's rows need five fp32 tensors of
+    them. A Gauss–Newton draw makes a second backward pass through the same graph, so its
+    activations stay during the first (not under ZeRO-3).
     """
     w, n, m, ranks = run.width, model.weights, model.largest, run.devices
     whole = (2 if model.tied else 1) * w * m
@@ -177,9 +188,10 @@ def attribution_parts(model: Architecture, run: PlannedRun) -> list[Part]:
 def training_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     """Values and their places, gradients, optimiser state, and what the step and the end need.
 
-    With S = d N weights that move (N without a mask), as long as not all of fp32 weights move: places of S values, 4 S
-    (int32), on every rank; the gradient of one dense tensor, w M, of which the selected entries are kept; at the end
-    one tensor's mask, a byte a weight, and a copy of the tensor for its digest.
+    With S = d N weights that move (N without a mask), as long as not all of fp32 weights move:
+    places of S values, 4 S (int32), on every rank; the gradient of one dense tensor, w M, of which
+    the selected entries are kept; at the end one tensor's mask, a byte a weight, and a copy of the
+    tensor for its digest.
     """
     s, m, w = moving(model, run), model.largest, run.width
     parts = []
@@ -196,10 +208,12 @@ def training_parts(model: Architecture, run: PlannedRun) -> list[Part]:
 
 
 def _plain_parts(model: Architecture, run: PlannedRun) -> list[Part]:
-    """One device, or DDP: values 4 S, gradients 4 S, which stand until the next backward pass, state, DDP's buckets.
+    """One device, or DDP: values 4 S, gradients 4 S, which stand until the next backward pass,
+    state, DDP's buckets.
 
-    fp32 weights that all move are values themselves. Values in halves are 2 S, N / 8 of mask bits, and gradients of one
-    micro-batch w S; a step joins those of one tensor: values and gradient 8 d M, their places 8 d M, and M of bits.
+    fp32 weights that all move are values themselves. Values in halves are 2 S, N / 8 of mask bits,
+    and gradients of one micro-batch w S; a step joins those of one tensor: values and gradient 8 d
+    M, their places 8 d M, and M of bits.
     """
     w, n, s, m = run.width, model.weights, moving(model, run), model.largest
     halves = run.values == "split"
@@ -231,14 +245,18 @@ def _plain_parts(model: Architecture, run: PlannedRun) -> list[Part]:
 def _zero_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     """ZeRO's flat partitions of S / R numbers, and its buckets of B = min(2e8, S) numbers.
 
-    Beside the weights, with a mask: values w S (stage 3: w S / R), and under stage 3 the tensors that the values have
-    been written into, w N, or those of a block with checkpointing. fp32 values 4 S / R, also beside values that are
-    fp32. Buckets w B: under stages 1 and 2 two in turn (on a CPU the second is untouched while one holds all), under
-    stage 3 one; one more is what is reduced, and under stage 3 gloo takes a copy of that. What earlier buckets left of
-    the gradients, w (S - B) / R, stands while the last is reduced (under stage 3 room for all of it, always), and so
-    does the gradient that found the bucket full. Over several micro-batches stage 1 keeps gradients whole, w S, stage 2
-    its part, w S / R. The step needs gradients in fp32, 4 S / R, beside those, w S / R, or beside what the optimiser
-    needs.
+    Beside the weights, with a mask: values w S (stage 3: w S / R), and under stage 3 the tensors
+        that
+    the values have been written into, which a graph keeps: w N a stream, or with checkpointing
+        those
+    of a block and of the output matrix of each stream. fp32 values 4 S / R, also beside values that
+    are fp32. Buckets w B: under stages 1 and 2 two in turn (on a CPU the second is untouched while
+    one holds all), under stage 3 one; one more is what is reduced, and under stage 3 gloo takes a
+    copy of that. What earlier buckets left of the gradients, w (S - B) / R, stands while the last
+    is reduced (under stage 3 room for all of it, always), and so does the gradient that found the
+    bucket full. Over several micro-batches stage 1 keeps gradients whole, w S, stage 2 its part, w
+    S / R. The step needs gradients in fp32, 4 S / R, beside those, w S / R, or beside what the
+    optimiser needs.
     """
     w, n, s, ranks, gpu = (
         run.width,
@@ -268,7 +286,8 @@ def _zero_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     if run.masked:
         parts.append(Part("values", w * (share if spread else s), MOMENTS))
     if spread and run.masked:
-        at_once = n / model.layers if run.gradient_checkpointing else n
+        heads = run.streams * model.largest
+        at_once = n / model.layers + heads if run.gradient_checkpointing else run.streams * n
         parts.append(Part("weights with values", w * at_once, ("forward", "backward")))
     if spread:
         parts.append(Part("gradients", w * share, RUNNING, offloaded))
@@ -323,7 +342,7 @@ def pass_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     return parts
 
 
-# -- the plan ---------------------------------------------------------------------------------------------------------
+# -- the plan --------------------------------------------------------------------------------------
 
 
 def parts_of(model: Architecture, run: PlannedRun) -> list[Part]:
@@ -365,8 +384,8 @@ def peak(model: Architecture, run: PlannedRun) -> tuple[str, float]:
 
 
 def host_bytes(model: Architecture, run: PlannedRun) -> float:
-    """CPU memory of one rank of a run on GPUs: libraries, what is offloaded, the mask, and while loading the model as
-    it is stored (under ZeRO-3 one tensor of it)."""
+    """CPU memory of one rank of a run on GPUs: libraries, what is offloaded, the mask, and while
+    loading the model as it is stored (under ZeRO-3 one tensor of it)."""
     parts = [part for part in parts_of(model, run) if part.where == "host"]
     loading = model.stored * (model.largest if run.stage == 3 else model.weights)
     return CPU_OVERHEAD + max(loading, *(at(parts, moment) for moment in MOMENTS))

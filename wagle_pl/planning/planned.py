@@ -85,7 +85,8 @@ class PlannedRun:
         max_length: tokens a row.
         accumulate_grad_batches: micro-batches a step.
         gradient_checkpointing: recompute activations in the backward pass.
-        frozen_copy: keep θ₀ beside the model (``reference_logits: frozen_copy`` with a term that needs it).
+        frozen_copy: keep θ₀ beside the model (``reference_logits: frozen_copy`` with a term that
+            needs it).
         persistence: ``param_persistence_threshold`` of ZeRO-3.
 
     Raises:
@@ -128,18 +129,21 @@ class PlannedRun:
                 raise WagleError(f"{option} must be at least 1, got {getattr(self, option)}")
         if not 0 < self.density <= 1:
             raise WagleError(
-                f"density is the share of weights selected and must be in (0, 1], got {self.density:g}"
+                "density is the share of weights selected and must be in (0, 1], got "
+                f"{self.density:g}"
             )
         alone = self.precision == "bf16-true" and self.devices == 1 and not self.stage
         if self.values == "split" and not alone:
             raise WagleError(
-                "values split is for precision bf16-true on one device without ZeRO: leave it at fp32"
+                "values split is for precision bf16-true on one device without ZeRO: leave it at "
+                "fp32"
             )
         if self.task == "attribution" and self.precision.startswith("16"):
             raise WagleError("attribution runs in 32-true, bf16-mixed or bf16-true, not in fp16")
         if self.needs_whole_parameters and self.stage == 3:
             raise WagleError(
-                "this Hessian estimate needs whole parameters, which ZeRO-3 shards: choose another stage"
+                "this Hessian estimate needs whole parameters, which ZeRO-3 shards: choose another "
+                "stage"
             )
         if self.frozen_copy and self.stage == 3:
             raise WagleError(
@@ -148,7 +152,8 @@ class PlannedRun:
 
     @classmethod
     def about_to(cls, task: str, precision: str, stage: int, **options: Any) -> PlannedRun:
-        """The plan of a run that is about to begin; what the plan does not know is taken for the least that it does."""
+        """The plan of a run that is about to begin; what the plan does not know is taken for the
+        least that it does."""
         if options.get("optimizer", "SGD") not in OPTIMIZERS:
             options["optimizer"] = "SGD"
         known = precision if precision in PRECISIONS else "16-true"
@@ -156,7 +161,8 @@ class PlannedRun:
 
     @property
     def needs_whole_parameters(self) -> bool:
-        """Whether ZeRO-3, which spreads them over ranks, is out of the question for the estimator."""
+        """Whether ZeRO-3, which spreads them over ranks, is out of the question for the
+        estimator."""
         return self.estimator is not None and not self.estimator.spreads
 
     @property
@@ -187,7 +193,8 @@ class PlannedRun:
 
     @property
     def streams(self) -> int:
-        """Streams of a batch whose graphs are alive together: unlearning's forget and retain rows."""
+        """Streams of a batch whose graphs are alive together: unlearning's forget and retain
+        rows."""
         return 2 if self.task == "unlearning" else 1
 
 

@@ -12,8 +12,8 @@ from wagle_pl.planning.planned import PlannedRun
 def disk_bytes(model: Union[Architecture, Size], run: PlannedRun) -> dict[str, float]:
     """Bytes of what a run writes: file -> size.
 
-    A mask N / 8; a model N weights as it is stored; a checkpoint 4 bytes for each of the S weights that move, and the
-    optimiser's state; of attribution the sums that outlast a step.
+    A mask N / 8; a model N weights as it is stored; a checkpoint 4 bytes for each of the S weights
+    that move, and the optimiser's state; of attribution the sums that outlast a step.
     """
     n = model.weights
     if run.task == "test":
@@ -35,12 +35,13 @@ def step_tokens(run: PlannedRun) -> int:
 
 
 def step_flops(model: Architecture, run: PlannedRun) -> float:
-    """Floating-point operations of a micro-batch on all devices, without those of attention between tokens.
+    """Floating-point operations of a micro-batch on all devices, without those of attention between
+    tokens.
 
-    2 N' a token forward and 4 N' backward (Kaplan et al. 2020, arXiv 2001.08361): 6 N' of training. N' is N without an
-    embedding that is not the output matrix too. Checkpointing adds a forward pass. Attribution estimates a Hessian on
-    half of its tokens (the retain rows): one more backward pass for a draw (under ZeRO-3 and a forward pass), three for
-    Hutchinson's, none for the Fisher.
+    2 N' a token forward and 4 N' backward (Kaplan et al. 2020, arXiv 2001.08361): 6 N' of training.
+    N' is N without an embedding that is not the output matrix too. Checkpointing adds a forward
+    pass. Attribution estimates a Hessian on half of its tokens (the retain rows): one more backward
+    pass for a draw (under ZeRO-3 and a forward pass), three for Hutchinson's, none for the Fisher.
     """
     n = model.weights - (0 if model.tied else model.vocabulary * model.hidden)
     if run.task == "test":

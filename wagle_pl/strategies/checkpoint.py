@@ -4,7 +4,7 @@ A folder::
 
     index.json                         shapes; which file holds which numbers of which parameter
     rank-00000-of-00002.safetensors    what this rank holds: weights (fp32 if trained), state
-    common.ckpt                        what Lightning keeps: progress, callbacks, schedulers, options
+    common.ckpt                        what Lightning keeps: progress, callbacks, schedulers
 
 It is written beside its place and renamed, so that it is whole or not there.
 """

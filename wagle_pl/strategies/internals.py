@@ -17,7 +17,8 @@ from wagle_pl.core.errors import WagleError
 
 
 class Fragment(NamedTuple):
-    """Numbers ``start`` to ``start + numel`` of a flattened parameter, which lie at ``at`` in ``flat``.
+    """Numbers ``start`` to ``start + numel`` of a flattened parameter, which lie at ``at`` in
+    ``flat``.
 
     Under ZeRO an optimiser sees *flat* fp32 partitions: this rank's share of all parameters, end to
     end and without names. A fragment says which numbers of which parameter lie where.
@@ -60,7 +61,8 @@ def fragments(optimizer: Any, parameters: Iterable[tuple[str, nn.Parameter]]) ->
 
 
 def _stage_3(optimizer: Any, name: str, parameter: nn.Parameter) -> Optional[Fragment]:
-    """Every parameter is cut into equal parts, one a rank; the last may be padded, or all padding."""
+    """Every parameter is cut into equal parts, one a rank; the last may be padded, or all
+    padding."""
     group, at, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
     start, here = share_of(parameter)
     flat = optimizer.fp32_partitioned_groups_flat[group]
@@ -68,7 +70,8 @@ def _stage_3(optimizer: Any, name: str, parameter: nn.Parameter) -> Optional[Fra
 
 
 def _stage_1_2(optimizer: Any, name: str, parameter: nn.Parameter) -> Optional[Fragment]:
-    """All parameters end to end are cut into equal parts: a rank holds some whole, at most two cut."""
+    """All parameters end to end are cut into equal parts: a rank holds some whole, at most two
+    cut."""
     mapping = getattr(parameter, "_hp_mapping", None)
     if mapping is None:
         return None
@@ -113,7 +116,8 @@ def use_cpu() -> None:
 
 
 def make_engine_without_optimizer(strategy: DeepSpeedStrategy) -> None:
-    """What Lightning does to test, while it fits: a module that moves no weights needs no optimiser."""
+    """What Lightning does to test, while it fits: a module that moves no weights needs no
+    optimiser."""
     strategy._initialize_deepspeed_inference(strategy.model)
 
 

@@ -60,7 +60,8 @@ class ZeRO(DeepSpeedStrategy):
         offload_optimizer: keep the optimiser's state, and step, in CPU memory.
         offload_parameters: keep parameters in CPU memory (stage 3).
         param_persistence_threshold: smaller parameters stay whole on every rank (stage 3).
-        config: a DeepSpeed configuration, or the path of one in JSON, in place of all other options.
+        config: a DeepSpeed configuration, or the path of one in JSON, in place of all other
+            options.
         logging_level: of DeepSpeed's own messages, as in Python's ``logging``.
         **kwargs: passed to :class:`~lightning.pytorch.strategies.DeepSpeedStrategy`.
 
@@ -109,7 +110,8 @@ class ZeRO(DeepSpeedStrategy):
         return torch.device("cpu", 0) if on_cpu else super().root_device
 
     def setup_environment(self) -> None:
-        """Set up ranks, on a CPU without the check for CUDA, and complete DeepSpeed's configuration.
+        """Set up ranks, on a CPU without the check for CUDA, and complete DeepSpeed's
+        configuration.
 
         Raises:
             WagleError: if a ``train_batch_size`` in the configuration is not the run's.
@@ -263,7 +265,8 @@ class ZeRO(DeepSpeedStrategy):
 
 
 def _end_with_parent(local_rank: int) -> None:
-    """End this process when the one that started it has ended: it may wait for it in a collective."""
+    """End this process when the one that started it has ended: it may wait for it in a
+    collective."""
     if local_rank == 0:
         return
     parent = os.getppid()

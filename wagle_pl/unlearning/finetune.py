@@ -145,7 +145,9 @@ class FinetuneModule(LanguageModule):
     def planned_run(self, optimizer: str) -> PlannedRun:
         """The run, as ``wagle plan`` knows it."""
         stage = stage_of(self.trainer.strategy)
-        return PlannedRun.about_to("finetuning", str(self.trainer.precision), stage, optimizer=optimizer)
+        return PlannedRun.about_to(
+            "finetuning", str(self.trainer.precision), stage, optimizer=optimizer
+        )
 
     def configure_callbacks(self) -> list[Callback]:
         """What lets others write the output when the run fails."""

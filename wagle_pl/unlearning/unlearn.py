@@ -196,7 +196,9 @@ class UnlearnModule(FinetuneModule):
         density = 1.0 if self.mask is None else self.mask.density
         optimizer = optimizer if self.adapter is None else "SGD"
         precision = str(self.trainer.precision)
-        return PlannedRun.about_to("unlearning", precision, stage, optimizer=optimizer, density=density)
+        return PlannedRun.about_to(
+            "unlearning", precision, stage, optimizer=optimizer, density=density
+        )
 
     # -- the objective, and θ₀ ---------------------------------------------------------------------
 

@@ -1,0 +1,104 @@
+"""``Restriction``: only these weights, by mask file, module, layer and name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from math import prod
+from typing import NamedTuple, Optional
+
+from wagle_pl.core.errors import WagleError
+from wagle_pl.masks.bits import filled_bits
+from wagle_pl.masks.mask import WeightMask
+from wagle_pl.masks.names import in_module, layer_of, parse_layers
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+class Restriction(NamedTuple):
+    """Only the weights that all of these select; every weight where all are None.
+
+    Attributes:
+        file: a mask file.
+        modules: whole modules, e.g. ``["mlp"]`` or ``["mlp.down_proj"]``, see :func:`in_module`.
+        layers: only in these layers, see :func:`parse_layers`.
+        matching: a regular expression that finds names of parameters, from any position.
+
+    >>> Restriction(modules=["mlp"], layers="3-7").takes("model.layers.7.mlp.up_proj.weight")
+    True
+    """
+
+    file: Optional[str] = None
+    modules: Optional[Sequence[str]] = None
+    layers: Optional[str] = None
+    matching: Optional[str] = None
+
+    def takes(self, name: str) -> bool:
+        """Whether modules, layers and pattern select a parameter, by its name.
+
+        Raises:
+            WagleError: if the layers cannot be read.
+        """
+        return (
+            (not self.modules or any(in_module(name, module) for module in self.modules))
+            and (self.layers is None or layer_of(name) in parse_layers(self.layers))
+            and (self.matching is None or re.search(self.matching, name) is not None)
+        )
+
+    def mask(
+        self, shapes: Shapes, model: Optional[str] = None, fingerprint: Optional[str] = None
+    ) -> Optional[WeightMask]:
+        """The mask of a model; None if nothing is restricted.
+
+        Args:
+            shapes: parameter name -> shape of the model, in parameter order.
+            model: its name.
+            fingerprint: of its weights.
+
+        Raises:
+            WagleError: if the file is of another model, a module or layer does not exist (naming
+                those that do), or modules and layers have nothing in common.
+        """
+        found = []
+        if self.file is not None:
+            found.append(WeightMask.load(self.file))
+            found[0].check(shapes, fingerprint, where=f"mask {self.file}")
+        made_for = {} if model is None else {"model": model, "model_fingerprint": fingerprint}
+        made_for |= {"operation": "modules"}
+        if self.modules or self.layers:
+            self._check_names(shapes)
+            about = {"modules": list(self.modules or ()), "layers": self.layers}
+            inside = self._replace(matching=None)
+            found.append(_whole_tensors(shapes, inside, made_for | about))
+            if not found[-1].count():
+                raise WagleError(
+                    f"modules {', '.join(self.modules or ())} have no weights in layers "
+                    f"{self.layers}: nothing is selected"
+                )
+        if self.matching is not None:
+            about = {"modules": [f"matching {self.matching}"]}
+            pattern = Restriction(matching=self.matching)
+            found.append(_whole_tensors(shapes, pattern, made_for | about))
+        return reduce(lambda one, other: one & other, found) if found else None
+
+    def _check_names(self, shapes: Shapes) -> None:
+        for module in self.modules or ():
+            if not any(in_module(name, module) for name in shapes):
+                parts = (p for n in shapes for p in n.split(".")[:-1] if not p.isdigit())
+                raise WagleError(
+                    f"no parameter lies in a module {module!r}; the model has "
+                    f"{', '.join(dict.fromkeys(parts))}"
+                )
+        chosen = frozenset() if self.layers is None else parse_layers(self.layers)
+        there = {layer_of(name) for name in shapes} - {None}
+        if missing := chosen - there:
+            has = f"layers 0-{max(there)}" if there else "no numbered layers"
+            raise WagleError(
+                f"layers {self.layers}: there is no layer {min(missing)}, the model has {has}"
+            )
+
+
+def _whole_tensors(shapes: Shapes, where: Restriction, metadata: dict[str, object]) -> WeightMask:
+    bits = {name: filled_bits(prod(shape), where.takes(name)) for name, shape in shapes.items()}
+    return WeightMask(bits, shapes, metadata)
