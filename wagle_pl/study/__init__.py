@@ -1,6 +1,16 @@
 """Studies: ways to unlearn one model, compared at equal forgetting."""
 
+from typing import Any
+
 from wagle_pl.study.curves import envelope, mean_utility, paired, utility_at
-from wagle_pl.study.study import Study
 
 __all__ = ["Study", "envelope", "mean_utility", "paired", "utility_at"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``Study`` when it is first used: reports need no Lightning."""
+    if name == "Study":
+        from wagle_pl.study.study import Study
+
+        return Study
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
