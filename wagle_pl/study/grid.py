@@ -50,7 +50,7 @@ def digest(value: Any) -> str:
 
 
 def definition(base: type, cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells an object from others, as plain data: its class and the options given."""
+    """What distinguishes an object, as plain data: its class and the options given."""
     own = cls.__module__.startswith("wagle_pl.")
     path = f"{_RECORDED[base] if own else cls.__module__}.{cls.__qualname__}"
     return {"class": path, "options": dict(options)}
@@ -72,7 +72,7 @@ class ObjectiveChoice:
 
     @cached_property
     def definition(self) -> dict[str, Any]:
-        """What tells it from others, whatever it is called."""
+        """What distinguishes it, whatever it is called."""
         return definition(Objective, type(self.make()), split(self.entry, "objective")[1])
 
     @cached_property
@@ -115,7 +115,7 @@ class MaskChoice:
 
     @cached_property
     def definition(self) -> dict[str, Any]:
-        """What tells it from other masks of the same model and data, whatever it is called."""
+        """What distinguishes it among masks of the same model and data, whatever it is called."""
         if self.kind == "file":
             return {"file": digest(Path(str(self.entry)).read_bytes().hex())}
         if self.kind == "dense":
@@ -330,6 +330,21 @@ class Run:
     def name(self) -> str:
         """For people."""
         return f"{self.objective.name}, {self.mask.name}, lr {self.lr:g}, seed {self.seed}"
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """The columns of its rows in the study's table."""
+        return {
+            "objective": self.objective.name,
+            "mask": self.mask.name,
+            "score": None if self.mask.score is None else self.mask.score.label,
+            "density": self.mask.density,
+            "lr": self.lr,
+            "seed": self.seed,
+            "run": self.id,
+            "objective_id": self.objective.id,
+            "mask_id": self.mask.id,
+        }
 
 
 class Grid(NamedTuple):

@@ -433,6 +433,40 @@ class Study:
         L.seed_everything(run.seed, verbose=False)
         data = copy.copy(self.data)
         data.seed = run.seed
+        module = self._unlearning(run)
+        evaluate = Evaluate(
+            generate=self.generate != "never", retrained=self._retrained_results(), **self._tests
+        )
+        along = EvaluateAlong(
+            evaluate, self.points, self.generate, self._answers_of(), self._is_enough
+        )
+        trainer = self._trainer(
+            accumulate_grad_batches=self.accumulate, callbacks=[along], **self._length
+        )
+        start, tests = time.monotonic(), along.tests
+        with silence():
+            try:
+                trainer.fit(module, datamodule=data)
+            except Diverged:  # a row without measures says that the run is over, and why
+                step, seconds = module.global_step, round(time.monotonic() - start, 2)
+                note = f"diverged at step {step}"
+                tests.append({"step": step, "seconds": seconds, "note": note})
+        if module.model_fingerprint != self.fingerprint:
+            raise WagleError(
+                f"{self.target} has changed since the study began: start a new study with another "
+                "--output"
+            )
+        density = run.mask.density
+        if density is None and module.mask is not None:
+            density = module.mask.density
+        labels = {**run.labels, "density": density}
+        return [
+            {**labels, **test, "forget": test.get(self.forget), "utility": test.get(self.utility)}
+            for test in tests
+        ]
+
+    def _unlearning(self, run: Run) -> UnlearnModule:
+        """The module of a run."""
         mask = self._mask_file(run)
         # beside the references at θ₀, which all runs share
         output = self.folder / "models" / run.id if self.keep_models else self.folder / run.id
@@ -447,49 +481,7 @@ class Study:
         )
         module.make_optimizer = partial(self._optimizer, lr=run.lr)
         module.run_config = {"study": self.settings, "run": run.name}
-        evaluate = Evaluate(
-            generate=self.generate != "never", retrained=self._retrained_results(), **self._tests
-        )
-        along = EvaluateAlong(
-            evaluate, self.points, self.generate, self._answers_of(), self._is_enough
-        )
-        trainer = self._trainer(
-            accumulate_grad_batches=self.accumulate, callbacks=[along], **self._length
-        )
-        start, diverged = time.monotonic(), False
-        with silence():
-            try:
-                trainer.fit(module, datamodule=data)
-            except Diverged:
-                diverged = True
-        if module.model_fingerprint != self.fingerprint:
-            raise WagleError(
-                f"{self.target} has changed since the study began: start a new study with another "
-                "--output"
-            )
-        density = run.mask.density
-        if density is None and module.mask is not None:
-            density = module.mask.density
-        tests = along.tests
-        if diverged:  # a row without measures says that the run is over, and why
-            step, seconds = module.global_step, round(time.monotonic() - start, 2)
-            note = f"diverged at step {step}"
-            tests = [*tests, {"step": step, "seconds": seconds, "note": note}]
-        labels = {
-            "objective": run.objective.name,
-            "mask": run.mask.name,
-            "score": None if run.mask.score is None else run.mask.score.label,
-            "density": density,
-            "lr": run.lr,
-            "seed": run.seed,
-            "run": run.id,
-            "objective_id": run.objective.id,
-            "mask_id": run.mask.id,
-        }
-        return [
-            {**labels, **test, "forget": test.get(self.forget), "utility": test.get(self.utility)}
-            for test in tests
-        ]
+        return module
 
     def _is_enough(self, measures: Mapping[str, float]) -> bool:
         """Whether a run has reached the level of forgetting, and ends there."""
