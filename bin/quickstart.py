@@ -1,6 +1,6 @@
-"""The main job on the embedded default: target, retrained and three unlearned models, compared in one table.
+"""The main job on the bundled data: target, retrained and three unlearned models in one table.
 
-Every line it prints is a command that can be typed; they run in one process here, which saves the imports.
+Every line it prints is a command that can be typed; here they run in one process, to import once.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from transformers.utils.logging import disable_progress_bar
 from wagle_pl.cli import app as cli
 from wagle_pl.core.environment import silence
 from wagle_pl.core.errors import WagleError
+from wagle_pl.core.text import markdown_table
 from wagle_pl.data.people import bundled
 from wagle_pl.lm.tiny import create_tiny_llama
 
 RUNS = Path("runs/people")
-CONFIGS = "configs/people"
 
 #: Row of the table -> options that make it differ from the configuration.
 UNLEARNED = {
@@ -59,7 +59,7 @@ def main() -> None:
         step = time.monotonic()
         print(f"  wagle {command}", end="", flush=True)
         with contextlib.nullcontext() if verbose else silence():
-            cli.run(cli.expand_bases(shlex.split(command + " --model.overwrite true")))
+            cli.run(shlex.split(command + " --model.overwrite true"))
         print(f"   [{time.monotonic() - step:.0f} s]", flush=True)
 
     rows = {
@@ -67,20 +67,18 @@ def main() -> None:
         "retrained": "retrained",
         **{row: name for row, (name, _) in UNLEARNED.items()},
     }
-    wagle(f"fit --config {CONFIGS}/finetune.yaml")
-    wagle(
-        f"fit --config {CONFIGS}/finetune.yaml --model.train_on retain --model.output {RUNS}/retrained"
-    )
-    wagle(f"fit --config {CONFIGS}/attribute.yaml")
-    wagle(
-        f"fit --config {CONFIGS}/attribute.yaml --model.score random --model.output {RUNS}/masks/random"
-    )
+    attribute = "fit --config people/data --config task/attribute"
+    wagle("fit --config people/finetune")
+    wagle(f"fit --config people/finetune --model.train_on retain --model.output {RUNS}/retrained")
+    wagle(attribute)
+    wagle(f"{attribute} --model.score random --model.output {RUNS}/masks/random")
     for name, options in UNLEARNED.values():
-        wagle(f"fit --config {CONFIGS}/unlearn_npo.yaml --model.output {RUNS}/{name} {options}")
+        wagle(f"fit --config people/unlearn --model.output {RUNS}/{name} {options}")
     for name in ("retrained", *(name for name in rows.values() if name != "retrained")):
         against = "" if name == "retrained" else f" --model.retrained {RUNS}/retrained/test"
         folders = f"--model.model {RUNS}/{name} --model.output {RUNS}/{name}/test"
-        wagle(f"test --config {CONFIGS}/test.yaml {folders}{against}")
+        test = "test --config people/data --config task/test --model.max_new_tokens 40"
+        wagle(f"{test} {folders}{against}")
     results = {
         row: json.loads((RUNS / name / "test/metrics.json").read_text())
         for row, name in rows.items()
@@ -88,22 +86,22 @@ def main() -> None:
     print(f"\n{table(results)}\n")
     seconds = time.monotonic() - started
     print(
-        f"forget quality is the p-value against the retrained model's answers; {seconds:.0f} s in all"
+        "forget quality is the p-value against the retrained model's answers; "
+        f"{seconds:.0f} s in all"
     )
     print(
-        f"models, masks and every generation are in {RUNS}/ (metrics.json and *.parquet in each <model>/test)"
+        f"models, masks and every generation are in {RUNS}/ (metrics.json and *.parquet in each "
+        "<model>/test)"
     )
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
     """The results as a Markdown table."""
-    lines = ["| model | " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * len(COLUMNS)]
-    for row, metrics in results.items():
-        numbers = " | ".join(
-            f"{metrics[key]:.3g}" if key in metrics else "" for key in COLUMNS.values()
-        )
-        lines.append(f"| {row} | {numbers} |")
-    return "\n".join(lines)
+    rows = [
+        [name, *(f"{found[key]:.3g}" if key in found else "" for key in COLUMNS.values())]
+        for name, found in results.items()
+    ]
+    return markdown_table(["model", *COLUMNS], rows)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 
 from wagle_pl import WeightMask
 from wagle_pl.cli import app as cli
+from wagle_pl.cli.configs import find
 from wagle_pl.evaluation.results import load_table
 
 README = Path(__file__).parents[2] / "README.md"
@@ -95,7 +96,7 @@ def test_every_command_of_the_readme_exists():
     for command, verbs in re.findall(r"`wagle (\w+) ([\w|]+)`", text):
         assert set(verbs.split("|")) == set(import_module(COMMANDS[command]).COMMANDS)
     for config in re.findall(r"--config (\S+)", text):
-        assert (README.parent / config).is_file()
+        assert find(config).is_file()
 
 
 def _commands() -> list[list[str]]:

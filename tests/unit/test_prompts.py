@@ -256,7 +256,7 @@ def test_muse_verbatim(tmp_path, tiny_model):
 
 def test_tofu_llama_2(tmp_path, tiny_model):
     """tofu, config/model_config.yaml: tags ``[INST] ``, `` [/INST]`` and an empty one before the answer."""
-    formats = yaml.safe_load((CONFIGS / "tofu/llama2-7b-chat/model.yaml").read_text())["data"][
+    formats = yaml.safe_load((CONFIGS / "tofu/llama2-7b-chat.yaml").read_text())["data"][
         "init_args"
     ]
     formats = {name: formats[name] for name in ("prompt_format", "answer_format")}

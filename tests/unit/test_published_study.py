@@ -10,10 +10,12 @@ from wagle_pl.evaluation.results import load_table
 from wagle_pl.study.summary import Compared, summarise
 from wagle_pl.study.text import by_objective, shown
 
-STUDIES = sorted((Path(__file__).parents[2] / "configs").glob("*/study*.json"))
+STUDIES = sorted((Path(__file__).parents[2] / "configs").glob("*/results/study*.json"))
 
 
-@pytest.fixture(scope="module", params=STUDIES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.fixture(
+    scope="module", params=STUDIES, ids=lambda path: f"{path.parents[1].name}/{path.stem}"
+)
 def study(request):
     return request.param
 
@@ -53,7 +55,7 @@ def test_the_comparison_follows_from_the_table(found, study):
 
 
 def test_the_readme_says_what_was_found(found, study):
-    said = (study.parent / "README.md").read_text()
+    said = (study.parents[1] / "README.md").read_text()
     for objective, arms in by_objective(found).items():
         assert f"### {objective}" in said
         for row in shown(arms)[1]:

@@ -203,7 +203,7 @@ def test_a_young_study_beside_a_run(runs, report, study):
 def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Four masks of the published study of the bundled people, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    source = Path(__file__).parents[2] / "configs/people"
+    source = Path(__file__).parents[2] / "configs/people/results"
     masks = ("dense", "curvature^1 0.2", "wagle 0.05", "lora")
     told = json.loads((source / "study_full.json").read_text())
     told["headline"] = [arm for arm in told["headline"] if arm["mask"] in masks]
