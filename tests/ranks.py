@@ -107,6 +107,7 @@ def serve() -> None:
     import power  # noqa: F401  registers a strategy by name
 
     from wagle_pl.cli import app as cli
+    from wagle_pl.cli.failures import mistake
     from wagle_pl.core import distributed
 
     distributed.shutdown = lambda: None  # the next command meets the same ranks
@@ -118,15 +119,15 @@ def serve() -> None:
         before = _memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         try:
-            done = cli.run(cli.expand_bases(args))
+            done = cli.run(args)
             answer["metrics"] = getattr(done.model, "metrics", None)
             answer["logged"] = {
                 name: value.item() for name, value in done.trainer.callback_metrics.items()
             }
         except Exception as error:
-            mistake = cli._mistake_in(error)
-            answer.update(code=1 if mistake is None else 2, error=str(mistake or error))
-            if mistake is None:
+            said = mistake(error)
+            answer.update(code=1 if said is None else 2, error=said or str(error))
+            if said is None:
                 import traceback
 
                 traceback.print_exc()

@@ -1,7 +1,25 @@
-"""Weight-attribution-guided unlearning of language models (WAGLE, arXiv 2410.17509) on PyTorch Lightning."""
+"""Unlearning of language models guided by weight attribution (WAGLE), on PyTorch Lightning."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wagle_pl.attribution import AttributionModule, Score
+    from wagle_pl.core.errors import WagleError
+    from wagle_pl.data import (
+        CopyrightDataModule,
+        DetoxDataModule,
+        ForgetRetainDataModule,
+        MUSEDataModule,
+        PeopleDataModule,
+        TOFUDataModule,
+        WMDPDataModule,
+    )
+    from wagle_pl.evaluation import Evaluate, EvaluationModule, Suite
+    from wagle_pl.masks import WeightMask
+    from wagle_pl.objectives import Objective
+    from wagle_pl.strategies import ZeRO
+    from wagle_pl.unlearning import FinetuneModule, LoRA, UnlearnModule
 
 __version__ = "0.1.0"
 
@@ -9,6 +27,7 @@ _HOME = {
     "AttributionModule": "attribution",
     "CopyrightDataModule": "data",
     "DetoxDataModule": "data",
+    "Evaluate": "evaluation",
     "EvaluationModule": "evaluation",
     "FinetuneModule": "unlearning",
     "ForgetRetainDataModule": "data",
@@ -26,7 +45,28 @@ _HOME = {
     "ZeRO": "strategies",
 }
 
-__all__ = [*_HOME, "__version__"]
+__all__ = [
+    "AttributionModule",
+    "CopyrightDataModule",
+    "DetoxDataModule",
+    "Evaluate",
+    "EvaluationModule",
+    "FinetuneModule",
+    "ForgetRetainDataModule",
+    "LoRA",
+    "MUSEDataModule",
+    "Objective",
+    "PeopleDataModule",
+    "Score",
+    "Suite",
+    "TOFUDataModule",
+    "UnlearnModule",
+    "WMDPDataModule",
+    "WagleError",
+    "WeightMask",
+    "ZeRO",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -34,3 +74,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"wagle_pl.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -458,7 +458,7 @@ def test_nothing_to_do_is_said(fails, tiny_model, args):
 def test_own_rows_have_a_configuration_that_leaves_nothing_undefined(
     wagle, tiny_model, rows, tmp_path, capsys
 ):
-    own = Path(__file__).parents[2] / "configs/own"
+    own = ("--config", "own/data", "--config")
     given = (
         "--trainer.accelerator",
         "cpu",
@@ -469,11 +469,13 @@ def test_own_rows_have_a_configuration_that_leaves_nothing_undefined(
     )
     given += ("--data.retain", rows["retain"], "--trainer.callbacks", "null")
     model = ("--model.model", tiny_model)
-    wagle("fit", "--config", own / "attribute.yaml", *given, *model, data=False)
+    wagle("fit", *own, "task/attribute", *given, *model, data=False)
     wagle(
         "fit",
+        *own,
+        "task/unlearn",
         "--config",
-        own / "unlearn.yaml",
+        "method/npo",
         *given,
         *model,
         "--trainer.max_epochs",
@@ -481,10 +483,7 @@ def test_own_rows_have_a_configuration_that_leaves_nothing_undefined(
         data=False,
     )
     capsys.readouterr()
-    done = wagle(
-        "test", "--config", own / "test.yaml", *given, "--model.max_new_tokens", "8", data=False
-    )
-    assert type(done.model.suite).__name__ == "GenericSuite"
+    done = wagle("test", *own, "task/test", *given, "--model.max_new_tokens", "8", data=False)
     assert "forget/probability" in done.model.metrics
     undefined = [
         line for line in capsys.readouterr().out.splitlines() if line.startswith("undefined")

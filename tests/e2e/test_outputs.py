@@ -23,7 +23,7 @@ from wagle_pl import WeightMask
 from wagle_pl.core import outputs
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.outputs import Planned, check_space
-from wagle_pl.lm import models
+from wagle_pl.lm import saving
 from wagle_pl.masks import mask as masks
 
 KINDS = {
@@ -235,7 +235,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Any:
 
         return save
 
-    for module in (masks, models):
+    for module in (masks, saving):
         monkeypatch.setattr(module, "atomic_path", guarded(module.atomic_path))
     return make
 

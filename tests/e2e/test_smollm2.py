@@ -9,12 +9,12 @@ from conftest import TOFU, write_rows
 from safetensors import safe_open
 
 from wagle_pl import WeightMask
-from wagle_pl.core.environment import narrow_types_crawl
+from wagle_pl.core.environment import half_precision_is_slow
 from wagle_pl.data.people import bundled
 from wagle_pl.data.rows import load_rows
 
 SMOLLM2 = Path(__file__).parents[2] / "models/smollm2"
-PRECISION = "32-true" if narrow_types_crawl() else "bf16-mixed"
+PRECISION = "32-true" if half_precision_is_slow() else "bf16-mixed"
 
 pytestmark = [
     pytest.mark.slow,

@@ -324,7 +324,9 @@ def test_a_short_run_leaves_no_checkpoint_unless_asked(wagle, tiny_model, option
 
 
 def test_a_long_run_keeps_its_checkpoint(wagle, tiny_model, monkeypatch):
-    monkeypatch.setattr(EpochCheckpoint, "_pays", lambda self, trainer: trainer.current_epoch >= 1)
+    monkeypatch.setattr(
+        EpochCheckpoint, "_is_due", lambda self, trainer: trainer.current_epoch >= 1
+    )
     wagle(
         "fit",
         "--model",

@@ -312,7 +312,7 @@ def test_offload_to_disk_that_is_not_built(monkeypatch: pytest.MonkeyPatch):
 # -- words over torch.distributed ---------------------------------------------------------------------------------
 
 
-def test_alone_every_meeting_is_free():
+def test_collectives_are_no_ops_in_one_process():
     tensor = torch.arange(3)
     assert not distributed.is_distributed() and (distributed.world_size(), distributed.rank()) == (
         1,

@@ -1,4 +1,4 @@
-"""Callbacks that the command line adds to every run: a signal stops it with a checkpoint, short runs keep none."""
+"""Callbacks of every run of the command line: a stop at a signal, checkpoints of long runs."""
 
 from __future__ import annotations
 
@@ -21,43 +21,43 @@ log = logging.getLogger(__name__)
 
 
 class StopAtSignal(L.Callback):
-    """At SIGTERM and SIGINT: finish the step, write a checkpoint, say how to go on, and exit with code 143 or 130.
+    """At SIGTERM or SIGINT: finish the step, write a checkpoint, say how to go on, exit.
 
-    All ranks stop after the same step, whichever of them the signal has reached. A second SIGINT ends the process at
-    once, without a checkpoint. A signal that comes while the result is written changes nothing: it is written.
+    The exit code is 143 or 130. All ranks stop after the same step, whichever of them the signal
+    reached. A second SIGINT ends the process at once, without a checkpoint. A signal that comes
+    while the result is written changes nothing: it is written.
 
-    Under SLURM, where Lightning requeues a job at SIGUSR1, the checkpoint has the name by which Lightning finds it when
-    the job starts again, and no ``--ckpt_path`` is needed.
+    Under SLURM, where Lightning queues a job again at SIGUSR1, the checkpoint has the name by which
+    Lightning finds it when the job starts again, and no ``--ckpt_path`` is needed.
     """
 
     def __init__(self) -> None:
         self._outer: dict[int, Any] = {}  # handlers to go back to
         self._requeue: Optional[int] = None  # SLURM's signal
-        self._asked = 0  # place in _signals of the signal that came
+        self._asked = 0  # index in _signals of the signal that came
         self._since = 0.0
         self._writing = False
 
     @property
     def _signals(self) -> tuple[Optional[int], ...]:
-        """Signals to stop at, the weightiest last: of those that reach several ranks, it counts."""
+        """Signals to stop at; where ranks got different ones, the last of them counts."""
         return (None, *SIGNALS, self._requeue)
 
-    # -- whose handlers are in place --------------------------------------------------------------------------------
+    # -- handlers --------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Remember the handlers that are there before Lightning sets its own."""
-        environment = trainer._accelerator_connector.cluster_environment
-        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-            self._requeue = environment.requeue_signal
+        """Remember the handlers before Lightning sets its own."""
+        self._requeue = _requeue_signal(trainer)
         found = {signum: signal.getsignal(signum) for signum in self._signals if signum}
         self._outer = {signum: handler for signum, handler in found.items() if handler is not None}
         self._asked, self._writing = 0, False
 
-    def _restore(self, *_: Any) -> None:
+    def _restore(self, *_: Any, **__: Any) -> None:
+        """Drop Lightning's handlers: its SIGTERM starts a collective in the middle of any other."""
         install(self._outer)
 
-    # Lightning's handler of SIGTERM starts a collective operation in the middle of any other: it is not kept
     on_sanity_check_start = on_test_start = on_predict_start = _restore
+    teardown = on_exception = _restore
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Outside a fit a signal ends the process at once."""
@@ -72,20 +72,10 @@ class StopAtSignal(L.Callback):
         """From now on the result is written."""
         self._writing = True
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the handlers as they were."""
-        self._restore()
-
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
-        """Leave the handlers as they were."""
-        self._restore()
-
-    # -- the stop ---------------------------------------------------------------------------------------------------
+    # -- the stop --------------------------------------------------------------------------------
 
     def _ask(self, signum: int, frame: Any = None) -> None:
-        """Handler: remember the signal. A second SIGINT, not one that was delivered twice, means it."""
+        """Handler: remember the signal; a second SIGINT, not one delivered twice, stops at once."""
         name = signal.Signals(signum).name
         if self._asked and signum == signal.SIGINT and time.monotonic() - self._since > 1:
             say(f"stopped by a second {name}, without a checkpoint")
@@ -121,34 +111,40 @@ class StopAtSignal(L.Callback):
             raise Stopped(signum)
         path = trainer.strategy.broadcast(self._path(trainer))
         trainer.save_checkpoint(path, weights_only=False)
-        if self._requeue is None:
-            log.warning(
-                "stopped by %s after step %d; to go on, add to the same command: --ckpt_path %s",
-                name,
-                step,
-                path,
-            )
-        else:
-            log.warning(
-                "stopped by %s after step %d; the same job goes on from %s by itself",
-                name,
-                step,
-                path,
-            )
+        then = f"to go on, add to the same command: --ckpt_path {path}"
+        if self._requeue is not None:
+            then = f"the same job goes on from {path} by itself"
+        log.warning("stopped by %s after step %d; %s", name, step, then)
         if signum == self._requeue and trainer.is_global_zero:
             _requeue_job()
         raise Stopped(signum)
 
     def _path(self, trainer: L.Trainer) -> str:
-        """Where the checkpoint goes: beside others of the run, or where SLURM's next start looks for it."""
+        """Path of the checkpoint: beside others of the run, or where SLURM's next start looks."""
         if self._requeue is not None:
-            return trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
+            return _requeue_path(trainer)
         beside = getattr(trainer.checkpoint_callback, "dirpath", None)
-        path = (
-            Path(beside or Path(trainer.default_root_dir) / "checkpoints")
-            / f"stopped-step={trainer.global_step}.ckpt"
-        )
+        folder = Path(beside or Path(trainer.default_root_dir) / "checkpoints")
+        path = folder / f"stopped-step={trainer.global_step}.ckpt"
         return os.path.relpath(path) if path.absolute().is_relative_to(Path.cwd()) else str(path)
+
+
+def _requeue_signal(trainer: L.Trainer) -> Optional[int]:
+    """SLURM's signal to queue the job again; None elsewhere.
+
+    Private to Lightning: a strategy of one device does not say in which environment it runs.
+    """
+    environment = trainer._accelerator_connector.cluster_environment
+    requeues = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
+    return environment.requeue_signal if requeues else None
+
+
+def _requeue_path(trainer: L.Trainer) -> str:
+    """The path at which Lightning looks for a checkpoint when SLURM starts the job again.
+
+    Private to Lightning, which has no other name for it.
+    """
+    return trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
 
 
 def _requeue_job() -> None:
@@ -168,16 +164,16 @@ def _requeue_job() -> None:
 
 
 class EpochCheckpoint(ModelCheckpoint):
-    """Lightning's ``ModelCheckpoint``, which leaves out the checkpoints of a run that is over before they pay.
+    """Lightning's ``ModelCheckpoint``, but none at an epoch's end in the first minutes of a run.
 
-    A checkpoint of a run costs up to four times the model on disk, and what a run of a few minutes has done is soon
-    done again. The run writes none at an epoch's end before it has lasted ``after_minutes``; one that is asked for more
-    precisely (``every_n_train_steps``, ``train_time_interval``, ``monitor``, a ``save_top_k`` other than 1) is always
-    written, and so is one at a signal.
+    A checkpoint takes up to four times the model on disk, and what a run of a few minutes has done
+    is soon done again. One that is asked for more precisely (``every_n_train_steps``,
+    ``train_time_interval``, ``monitor``, a ``save_top_k`` other than 1) is always written, and so
+    is one at a signal.
 
     Args:
-        after_minutes: how long a run must last.
-        kwargs: see ``ModelCheckpoint``.
+        after_minutes: how long a run must have lasted.
+        **kwargs: passed to ``ModelCheckpoint``.
     """
 
     def __init__(self, after_minutes: float = 10.0, **kwargs: Any) -> None:
@@ -191,23 +187,22 @@ class EpochCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._started = time.monotonic()
 
-    def _pays(self, trainer: L.Trainer) -> bool:
-        """Whether the run is long enough; all ranks answer as the first does."""
-        return trainer.strategy.broadcast(
-            time.monotonic() - self._started >= 60 * self.after_minutes
-        )
+    def _is_due(self, trainer: L.Trainer) -> bool:
+        """Whether the run has lasted long enough; collective, rank 0's clock counts."""
+        passed = time.monotonic() - self._started
+        return trainer.strategy.broadcast(passed >= 60 * self.after_minutes)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save, if the run is long enough."""
-        if self._pays(trainer):
+        """Save, if it is due."""
+        if self._is_due(trainer):
             super().on_train_epoch_end(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save, if the run is long enough."""
-        if self._pays(trainer):
+        """Save, if it is due."""
+        if self._is_due(trainer):
             super().on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save, if the run is long enough."""
-        if self._pays(trainer):
+        """Save, if it is due."""
+        if self._is_due(trainer):
             super().on_train_end(trainer, pl_module)

@@ -1,6 +1,7 @@
-"""The commands beside ``fit`` and ``test``: one module a command, thin functions that parse and compute nothing.
+"""Names and summaries of all commands; imports nothing, so that ``wagle --help`` is instant.
 
-A module's ``COMMANDS`` maps a verb to a function; its signature and docstring make the options and their help.
+Those beside LightningCLI's are a module each. Its ``COMMANDS`` maps a verb to a function, whose
+signature and docstring make the options and their help.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-EXIT_BAD_INPUT = 2
+EXIT_MISTAKE = 2
 
 #: Command -> the module whose ``COMMANDS`` (verb -> function) it offers.
 COMMANDS = {
@@ -27,7 +28,7 @@ SUMMARIES = {
     "mask": "look at masks, compare, combine, convert, make and draw them",
     "study": "compare ways to unlearn one model, at equal forgetting",
     "report": "show what runs and studies found, in one HTML file",
-    "plan": "say what memory, disk and work a run needs, before anyone rents a machine",
+    "plan": "estimate the memory, disk and work of a run, before you rent a machine",
     "patch": "ship what unlearning changed: make a patch of two models, apply it, revert it",
     "export": "turn a checkpoint, or a model in another format, into a model folder",
     "validate": "measure a model on some test sets, as fit does along the way",
@@ -36,7 +37,7 @@ SUMMARIES = {
 
 
 def overview() -> str:
-    """What ``wagle --help`` says."""
+    """The text of ``wagle --help``."""
     width = max(map(len, SUMMARIES))
     return "\n".join(
         [
@@ -46,12 +47,12 @@ def overview() -> str:
             "",
             *(f"  {name.ljust(width)}  {what}" for name, what in SUMMARIES.items()),
             "",
-            "wagle COMMAND --help says more of each; wagle --version, which version this is.",
+            "wagle COMMAND --help lists its options; wagle --version prints the version.",
         ]
     )
 
 
-def fail(message: str, code: int = EXIT_BAD_INPUT) -> NoReturn:
+def fail(message: str, code: int = EXIT_MISTAKE) -> NoReturn:
     """Print one line and exit."""
     print(f"wagle: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)

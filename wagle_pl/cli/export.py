@@ -16,8 +16,8 @@ def export(
     """Turn a checkpoint into a model folder in Hugging Face format, on one CPU, a tensor at a time.
 
     Args:
-        checkpoint: file or folder that a run wrote, with any strategy and any number of devices; or a model to copy: a
-            GGUF file, a folder of an adapter, a hub id.
+        checkpoint: file or folder that a run wrote, with any strategy and any number of devices;
+            or a model to copy: a GGUF file, a folder of an adapter, a hub id.
         output: folder to write (-o).
         model: where the run's base model is; needed only if it has moved.
         mask: where the run's mask is; needed only if it has moved.

@@ -10,6 +10,7 @@ from typing import Any, Literal, Optional, Union
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing
+from wagle_pl.core.text import fields, table
 from wagle_pl.masks import SUFFIX, Restriction, WeightMask, expected_jaccard, mask_path
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
@@ -22,7 +23,6 @@ def info(file: str, *, tensors: bool = False) -> None:
         file: mask file.
         tensors: list every parameter tensor as well.
     """
-    from wagle_pl.core.text import fields
     from wagle_pl.masks.names import module_type_of
     from wagle_pl.study.report.figures import mask_text
 
@@ -50,13 +50,11 @@ def info(file: str, *, tensors: bool = False) -> None:
 
 
 def compare(files: list[str]) -> None:
-    """Compare masks of one model: densities, and for each pair the overlap beside that of independent random masks.
+    """Compare masks of one model: densities, and overlaps beside those of independent masks.
 
     Args:
         files: two or more mask files.
     """
-    from wagle_pl.core.text import table
-
     masks = _load_all(files)
     if len(masks) < 2:
         raise WagleError("compare needs two masks or more")
@@ -89,7 +87,7 @@ def combine(
         output: mask file to write.
         overwrite: replace the output if it exists.
     """
-    refuse_existing(mask_path(output), overwrite, "--overwrite")
+    _check_output(output, overwrite)
     a, b = WeightMask.load(left), WeightMask.load(right)
     _write(a & b if how == "and" else a | b if how == "or" else a - b, output)
 
@@ -102,7 +100,7 @@ def invert(file: str, *, output: str, overwrite: bool = False) -> None:
         output: mask file to write.
         overwrite: replace the output if it exists.
     """
-    refuse_existing(mask_path(output), overwrite, "--overwrite")
+    _check_output(output, overwrite)
     _write(~WeightMask.load(file), output)
 
 
@@ -116,8 +114,8 @@ def convert(
     Args:
         file: mask to convert.
         output: file to write.
-        model: model the mask is for. Its tensors are checked; a mask made of a torch file takes the order of its
-            parameters and its fingerprint, without which nothing protects it from use with another model.
+        model: model the mask is for. Its tensors are checked; a mask made of a torch file takes the
+            order of its parameters and its fingerprint, without which any model may use the mask.
         overwrite: replace the output if it exists.
     """
     from_torch = Path(file).suffix in TORCH_SUFFIXES
@@ -125,7 +123,8 @@ def convert(
     for path, is_torch in ((file, from_torch), (output, to_torch)):
         if not is_torch and Path(path).suffix != SUFFIX:
             raise WagleError(
-                f"{path}: no mask format has this suffix; use {SUFFIX} or {', '.join(TORCH_SUFFIXES)}"
+                f"{path}: no mask format has this suffix; use {SUFFIX} or "
+                f"{', '.join(TORCH_SUFFIXES)}"
             )
     if from_torch == to_torch:
         raise WagleError(f"{file} and {output} are of the same format: there is nothing to convert")
@@ -141,7 +140,7 @@ def convert(
 
 
 def random(like: str, *, output: str, seed: int = 0, overwrite: bool = False) -> None:
-    """Write a random mask with as many selected weights as another: the baseline of every comparison.
+    """Write a random mask with as many selected weights as another, to compare with.
 
     Args:
         like: mask file.
@@ -149,7 +148,7 @@ def random(like: str, *, output: str, seed: int = 0, overwrite: bool = False) ->
         seed: of the draw.
         overwrite: replace the output if it exists.
     """
-    refuse_existing(mask_path(output), overwrite, "--overwrite")
+    _check_output(output, overwrite)
     _write(WeightMask.load(like).random_like(seed), output)
 
 
@@ -171,8 +170,8 @@ def modules(
         overwrite: replace the output if it exists.
     """
     if not modules and layers is None:
-        raise WagleError("which modules? give --modules, --layers or both")
-    refuse_existing(mask_path(output), overwrite, "--overwrite")
+        raise WagleError("no modules are named: give --modules, --layers or both")
+    _check_output(output, overwrite)
     names = modules.split(",") if isinstance(modules, str) else modules
     shapes, made_for = _model(model)
     restriction = Restriction(modules=names, layers=layers)
@@ -205,14 +204,14 @@ def select(
     """
     from wagle_pl.attribution.stored import mask_from_scores
 
-    refuse_existing(mask_path(output), overwrite, "--overwrite")
+    _check_output(output, overwrite)
     _write(mask_from_scores(scores, density, select, scope, include, exclude), output)
 
 
 def plot(
     files: list[str], *, output: str, title: Optional[str] = None, overwrite: bool = False
 ) -> None:
-    """Draw the share of selected weights by layer and module type, for one mask or several side by side.
+    """Draw the share of selected weights by layer and module type, of masks side by side.
 
     Args:
         files: mask files.
@@ -246,7 +245,7 @@ COMMANDS = {
 
 
 def _load_all(files: list[str]) -> dict[str, WeightMask]:
-    """Short name -> mask, checked to be of one model: the file's stem where that is enough to tell them apart."""
+    """Masks by name: the file's stem where that tells them apart, else its path."""
     masks = [WeightMask.load(file) for file in files]
     stems = [mask.source.stem for mask in masks]
     if len(set(stems)) < len(stems):
@@ -278,13 +277,15 @@ def _passes(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _shares(group: str, tally: dict[str, tuple[int, int]]) -> str:
-    from wagle_pl.core.text import table
-
     rows = [
         [name, f"{size:,}", f"{selected:,}", f"{selected / size:.6f}"]
         for name, (selected, size) in tally.items()
     ]
     return table([group, "weights", "selected", "density"], rows)
+
+
+def _check_output(output: str, overwrite: bool) -> None:
+    refuse_existing(mask_path(output), overwrite, "--overwrite")
 
 
 def _write(mask: WeightMask, output: str) -> None:

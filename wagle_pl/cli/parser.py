@@ -1,4 +1,4 @@
-"""Parsers of the command line: mistakes in one line; for the commands beside LightningCLI's, what people type."""
+"""Parsers of the command line: errors in one line, options in any order, bare flags."""
 
 from __future__ import annotations
 
@@ -8,17 +8,26 @@ from typing import Any, Optional
 from jsonargparse import ArgumentParser
 
 from wagle_pl.cli.commands import fail
-from wagle_pl.cli.mistakes import in_one_line
+from wagle_pl.core.mistakes import in_one_line
 
 
 class OneLineErrors(ArgumentParser):
-    """Says what is wrong in one line, and exits with code 2; takes no option by a part of its name."""
+    """Prints one line and exits with code 2 on a mistake; takes no abbreviated options."""
 
     def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
 
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        """Add an argument; ``--config`` gets a help text that mentions names and repetition."""
+        if "--config" in args:
+            kwargs["help"] = (
+                "YAML file, or the name of one that comes with the package, such as tofu/finetune; "
+                "may be repeated, and later ones override earlier ones."
+            )
+        return super().add_argument(*args, **kwargs)
+
     def error(self, message: str, ex: Optional[Exception] = None) -> Any:
-        """Print one line and exit with code 2; as parser of a class within another, raise for that one to tell all."""
+        """Print one line and exit; a parser within another raises, and the outer one prints."""
         if not self.exit_on_error:
             super().error(message, ex)
         fail(in_one_line(message, self.options))
@@ -26,15 +35,14 @@ class OneLineErrors(ArgumentParser):
     @property
     def options(self) -> set[str]:
         """The options of this parser and its commands, with their dashes."""
-        commands = [
-            action.choices for action in self._actions if isinstance(action.choices, Mapping)
-        ]
-        parsers = [parser for choices in commands for parser in choices.values()]
+        choices = (action.choices for action in self._actions)
+        commands = [found for found in choices if isinstance(found, Mapping)]
+        parsers = [parser for found in commands for parser in found.values()]
         return set(self._option_string_actions).union(*(parser.options for parser in parsers))
 
 
 class CommandParser(OneLineErrors):
-    """Parser of a function: ``-o`` is ``--output``, a bare ``--flag`` is true, ``files`` and ``runs`` are many."""
+    """Parser of a function: ``-o`` is ``--output``, ``--flag`` is true, lists take many words."""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         """Add an argument as the function's signature has it, but for these three."""
@@ -44,32 +52,33 @@ class CommandParser(OneLineErrors):
             kwargs = {"type": str, "nargs": "+", "help": kwargs.get("help")}
         elif kwargs.get("type") is bool:
             kwargs |= {"nargs": "?", "const": True}
-            self._flags = {*getattr(self, "_flags", ()), *args}
+            self._flags = {
+                *getattr(self, "_flags", ()),
+                *args,
+            }  # jsonargparse's groups come here too
         return super().add_argument(*args, **kwargs)
 
     def parse_args(self, args: Optional[Sequence[str]] = None, *more: Any, **kwargs: Any) -> Any:
-        """Parse; what follows a bare flag is its value only if it is one."""
-        args = None if args is None else spelt_out(args, getattr(self, "_flags", ()))
+        """Parse; what follows a bare flag is its value only if it is true or false."""
+        args = None if args is None else with_values(args, getattr(self, "_flags", ()))
         return super().parse_args(args, *more, **kwargs)
 
 
-def spelt_out(args: Sequence[str], flags: Collection[str]) -> list[str]:
-    """Arguments with ``--flag`` as ``--flag=true`` where no value follows, so that it takes no other argument as such.
+def with_values(args: Sequence[str], flags: Collection[str]) -> list[str]:
+    """Arguments with ``--flag=true`` for each ``--flag`` that no value follows.
 
-    >>> spelt_out(["--overwrite", "runs", "--overwrite", "false"], {"--overwrite"})
+    >>> with_values(["--overwrite", "runs", "--overwrite", "false"], {"--overwrite"})
     ['--overwrite=true', 'runs', '--overwrite', 'false']
     """
-
-    def is_bare(i: int) -> bool:
-        return args[i] in flags and (
-            i + 1 == len(args) or args[i + 1].lower() not in ("true", "false")
-        )
-
-    return [f"{argument}=true" if is_bare(i) else argument for i, argument in enumerate(args)]
+    following = [*(argument.lower() for argument in args[1:]), ""]
+    return [
+        f"{argument}=true" if argument in flags and after not in ("true", "false") else argument
+        for argument, after in zip(args, following, strict=False)
+    ]
 
 
 def classes_first(args: Sequence[str], classes: Collection[str]) -> list[str]:
-    """Arguments with ``--NAME CLASS`` before the options of NAME, which only the class gives a meaning to.
+    """Arguments with ``--NAME CLASS`` before the options of NAME, which need to know the class.
 
     Args:
         args: of the command line.
@@ -86,20 +95,14 @@ def classes_first(args: Sequence[str], classes: Collection[str]) -> list[str]:
         else:
             options.append([argument])
 
-    def name_of(option: list[str]) -> str:
+    def name(option: list[str]) -> str:
         return option[0].partition("=")[0]
 
-    names = {
-        name
-        for name in map(name_of, options)
-        if any(f"{name}.".startswith(f"{cls}.") for cls in classes)
-    }
-    for name in sorted(names, key=lambda name: name.count(".")):
-        at = [name_of(option) for option in options].index(name)
-        early = [option for option in options[:at] if name_of(option).startswith(f"{name}.")]
-        options[: at + 1] = [
-            *(option for option in options[:at] if option not in early),
-            options[at],
-            *early,
-        ]
+    given = {name(option) for option in options}
+    named = [n for n in given if any(f"{n}.".startswith(f"{cls}.") for cls in classes)]
+    for cls in sorted(named, key=lambda n: n.count(".")):
+        at = [name(option) for option in options].index(cls)
+        early = [option for option in options[:at] if name(option).startswith(f"{cls}.")]
+        kept = [option for option in options[:at] if option not in early]
+        options[: at + 1] = [*kept, options[at], *early]
     return [part for option in options for part in option]

@@ -18,20 +18,20 @@ def make(base: str, unlearned: str, output: Optional[str] = None, overwrite: boo
         output: patch file to write (-o).
         overwrite: replace an existing file.
     """
-    _tell(patches.make_patch(base, unlearned, _needed(output), overwrite))
+    _print_summary(patches.make_patch(base, unlearned, _given(output), overwrite))
 
 
 def apply(base: str, patch: str, output: Optional[str] = None, overwrite: bool = False) -> None:
     """Turn the base model into the unlearned one, bit for bit.
 
     Args:
-        base: folder of the patch's base model, or of that with patches applied that changed other weights.
+        base: folder of the patch's base model, or of that with patches that changed other weights.
         patch: patch file.
         output: folder to write (-o).
         overwrite: replace an existing model folder; a folder of other things is left alone.
     """
     _check_order("apply", base, patch)
-    written = patches.apply_patch(base, patch, _needed(output), overwrite)
+    written = patches.apply_patch(base, patch, _given(output), overwrite)
     print(f"{output}: digest {written}")
 
 
@@ -41,13 +41,13 @@ def revert(
     """Turn the unlearned model back into the base model, bit for bit.
 
     Args:
-        unlearned: folder of the unlearned model, or of a base model that the patch, among others, was applied to.
+        unlearned: folder of the unlearned model, or of one with this patch among others.
         patch: patch file.
         output: folder to write (-o).
         overwrite: replace an existing model folder; a folder of other things is left alone.
     """
     _check_order("revert", unlearned, patch)
-    written = patches.revert_patch(unlearned, patch, _needed(output), overwrite)
+    written = patches.revert_patch(unlearned, patch, _given(output), overwrite)
     print(f"{output}: digest {written}")
 
 
@@ -59,36 +59,34 @@ def info(patch: str, tensors: bool = False) -> None:
         tensors: also list the tensors it changes.
     """
     opened = patches.Patch(patch)
-    _tell(opened)
-    if tensors:
-        for name, tensor in opened.tensors.items():
-            print(
-                f"  {name}: {tensor['changed']:,} of shape {tuple(tensor['shape'])} {tensor['dtype']}"
-            )
+    _print_summary(opened)
+    for name, tensor in opened.tensors.items() if tensors else ():
+        shape = tuple(tensor["shape"])
+        print(f"  {name}: {tensor['changed']:,} of shape {shape} {tensor['dtype']}")
 
 
 def _check_order(verb: str, model: str, patch: str) -> None:
-    """Refuse a patch in the model's place, and the model in its."""
     if Path(patch).is_dir() and not Path(model).is_dir():
         raise WagleError(
-            f"the model's folder comes first, then the patch file: wagle patch {verb} {patch} {model}"
+            "the model's folder comes first, then the patch file: "
+            f"wagle patch {verb} {patch} {model}"
         )
 
 
-def _needed(output: Optional[str]) -> str:
+def _given(output: Optional[str]) -> str:
     if not output:
-        raise WagleError("where to? give -o PATH")
+        raise WagleError("no output is given: add -o PATH")
     return output
 
 
-def _tell(patch: patches.Patch) -> None:
-    size = patch.path.stat().st_size
+def _print_summary(patch: patches.Patch) -> None:
     share = patch.changed / max(1, patch.weights)
-    print(f"{patch.path}: {size:,} bytes")
+    print(f"{patch.path}: {patch.path.stat().st_size:,} bytes")
     print(f"  base       {patch.base}  ({patch.made_by['base']})")
     print(f"  unlearned  {patch.unlearned}  ({patch.made_by['unlearned']})")
     print(
-        f"  changes {patch.changed:,} of {patch.weights:,} weights ({share:.4%}) in {len(patch.tensors)} tensors"
+        f"  changes {patch.changed:,} of {patch.weights:,} weights ({share:.4%}) "
+        f"in {len(patch.tensors)} tensors"
     )
 
 

@@ -82,7 +82,7 @@ def all_reduce_max(number: int) -> int:
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum of the ranks' tensors, written into ``tensor``, on whatever device it is, and returned."""
+    """Sum of the ranks' tensors, written into ``tensor``, on any device, and returned."""
     if is_distributed():
         here = tensor.to(device())
         dist.all_reduce(here)
@@ -116,13 +116,3 @@ def shutdown() -> None:
     """Destroy the process group at the end of a process."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-
-
-# old names, until every module calls the new ones
-together, gather, from_rank_zero, most = is_distributed, all_gather, on_rank_zero, all_reduce_max
-add_up, scatter_sum, gather_tensor, leave = (
-    all_reduce_sum,
-    reduce_scatter,
-    all_gather_tensor,
-    shutdown,
-)

@@ -1,4 +1,4 @@
-"""The process: versions of libraries, its memory, warnings."""
+"""The process: versions of libraries, its memory, what libraries print."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ import resource
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout, suppress
 from importlib.metadata import PackageNotFoundError, version
 
 from wagle_pl import __version__
 from wagle_pl.core.errors import WagleError, first_line
 
+#: What results may depend on, beside this package.
+_LIBRARIES = ("torch", "lightning", "transformers", "deepspeed", "peft")
+
 
 @contextmanager
-def trainer_in_the_making() -> Iterator[None]:
-    """Around the making of a Trainer: what Lightning says of its options becomes a :class:`WagleError`."""
+def trainer_errors() -> Iterator[None]:
+    """Turn what Lightning raises of a Trainer's options into a :class:`WagleError`."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     try:
@@ -28,41 +31,36 @@ def trainer_in_the_making() -> Iterator[None]:
 
 
 @contextmanager
-def errors_only(name: str) -> Iterator[None]:
-    """A library's logger, by name, says errors alone while inside."""
+def log_level(name: str, level: int) -> Iterator[None]:
+    """Set the level of the logger of a name while inside."""
     logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    before = logger.level
+    logger.setLevel(level)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.setLevel(before)
+
+
+def errors_only(name: str) -> AbstractContextManager[None]:
+    """The logger of a name logs errors only while inside."""
+    return log_level(name, logging.ERROR)
 
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """No reports, tables and library warnings while inside; the package's own warnings and all errors still show."""
-    loggers = [
-        logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "wagle_pl")
-    ]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    with warnings.catch_warnings(), redirect_stdout(None):
+    """No output, no log below WARNING and no Python warnings while inside."""
+    with ExitStack() as stack:
+        for name in ("lightning.pytorch", "lightning.fabric", "wagle_pl"):
+            stack.enter_context(log_level(name, logging.WARNING))
+        stack.enter_context(warnings.catch_warnings())
+        stack.enter_context(redirect_stdout(None))
         warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
-#: What results may depend on, beside this package.
-_LIBRARIES = ("torch", "lightning", "transformers", "deepspeed", "peft")
+        yield
 
 
 def versions() -> dict[str, str]:
-    """Name -> version of this package, Python and the libraries that results may depend on, as far as installed."""
+    """Versions, by name, of this package, Python, and the libraries that results depend on."""
     found = {"wagle_pl": __version__, "python": platform.python_version()}
     for name in _LIBRARIES:
         with suppress(PackageNotFoundError):
@@ -71,7 +69,7 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory() -> int:
-    """Bytes this process has held at most: on the GPU where there is one, otherwise resident in memory."""
+    """Peak bytes of this process: on the GPU if there is one, otherwise resident in memory."""
     import torch
 
     if torch.cuda.is_available():
@@ -80,28 +78,23 @@ def peak_memory() -> int:
     return kilobytes if sys.platform == "darwin" else 1024 * kilobytes
 
 
-def ready_to_run() -> None:
-    """What a command that runs models sets first: no progress bars of transformers', and DeepSpeed told of a CPU."""
+def prepare_libraries() -> None:
+    """Before a command runs models: quiet transformers, and tell DeepSpeed of a CPU."""
     import torch
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     disable_progress_bar()
-    if (
-        "TRANSFORMERS_VERBOSITY" not in os.environ
-        or os.environ["TRANSFORMERS_VERBOSITY"] == "error"
-    ):
+    if os.environ.get("TRANSFORMERS_VERBOSITY", "error") == "error":
         set_verbosity_error()  # it may have been imported before the variable was set
     if not torch.cuda.is_available():
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # DeepSpeed warns when it has to find this out
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns if it must find this out
 
 
-def narrow_types_crawl() -> bool:
-    """Whether torch multiplies matrices of bf16 and fp16 on this machine's CPU without instructions made for it.
+def half_precision_is_slow() -> bool:
+    """Whether this machine's CPU multiplies matrices of bf16 and fp16 in plain loops.
 
-    So it does on x86 CPUs without AVX-512, in plain loops: on one of them (AMD Milan) a training step of SmolLM2-135M
-    in bf16-mixed took 35 times that in 32-true.
+    True of x86 CPUs without AVX-512: on one (AMD Milan) a training step of SmolLM2-135M in
+    bf16-mixed took 35 times as long as in 32-true.
     """
     import torch
 

@@ -21,18 +21,19 @@ def refuse_existing(
 ) -> None:
     """Refuse an output that may not be written, before any work is done.
 
-    What is replaced is gone, so ``overwrite`` is never taken to mean a folder of other things: it replaces a file by a
-    file, and a folder that is :func:`replaceable` by a folder.
+    ``overwrite`` replaces a file by a file, and by a folder only a folder that is
+    :func:`replaceable`: what is replaced is gone.
 
     Args:
         path: the output.
         overwrite: whether it may be replaced.
-        option: what would allow it, for the message.
-        kind: what will be written: a ``file``; a ``folder``, in place of the whole of one that is there; or ``files``
+        option: what would allow it, for the error.
+        kind: what will be written: a ``file``; a ``folder``, in place of a whole one; or ``files``
             into a folder, where others stay as they are.
 
     Raises:
-        WagleError: if ``path`` exists and may not be replaced, is of the other kind, or would lie in a file.
+        WagleError: if ``path`` exists and may not be replaced, is of the other kind, or would lie
+            in a file.
     """
     above = next((parent for parent in path.parents if parent.exists()), None)
     if above is not None and not above.is_dir():
@@ -48,30 +49,41 @@ def refuse_existing(
         raise WagleError(f"output {path} is a file, and a folder is to be written: choose another")
     if kind == "folder" and not replaceable(path):
         raise WagleError(
-            f"output {path} is a folder of other things, which would be lost: only one that is empty, or "
-            "is a model, scores or a checkpoint, is replaced; choose another"
+            f"output {path} is a folder of other things, which would be lost: only one that is "
+            "empty, or is a model, scores or a checkpoint, is replaced; choose another"
         )
 
 
-def plainly_local(name: str, suffixes: tuple[str, ...] = ()) -> bool:
-    """Whether a name can only be a path on this machine, so that the hub is not asked for it.
+def replaceable(folder: Path) -> bool:
+    """Whether a folder is empty, or itself a model, scores or a checkpoint of this package."""
+    names = {path.name for path in folder.iterdir()}
+    weights = any(name.endswith((".safetensors", ".bin", ".gguf")) for name in names)
+    configured = bool(names & {"config.json", "adapter_config.json"})
+    if not names or "wagle.json" in names or (weights and configured):
+        return True
+    try:
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(index, dict) and str(index.get("format")).startswith("wagle_pl.")
 
-    Hub ids are ``NAME`` or ``OWNER/NAME``. Anything deeper is a path, and so is what begins or ends like one, exists,
-    or lies in a folder that does.
+
+def plainly_local(name: str, suffixes: tuple[str, ...] = ()) -> bool:
+    """Whether a name can only be a local path, so that the hub need not be asked.
+
+    Hub ids are ``NAME`` or ``OWNER/NAME``. A path is what is deeper, begins or ends like one,
+    exists, or lies in a folder that does.
 
     Args:
         name: what the user gave.
         suffixes: endings of files, in lower case, that are paths too.
     """
     path = Path(name)
-    looks = (
+    return (
         path.is_absolute()
         or name.startswith((".", "~"))
         or name.endswith("/")
         or name.count("/") > 1
-    )
-    return (
-        looks
         or name.lower().endswith(suffixes)
         or path.exists()
         or ("/" in name and path.parent.is_dir())
@@ -79,7 +91,7 @@ def plainly_local(name: str, suffixes: tuple[str, ...] = ()) -> bool:
 
 
 def absent(what: str, name: str | Path, hub: bool = False) -> WagleError:
-    """What to raise where a file or a folder is needed and is not there: says if one of the other kind is.
+    """The error to raise where a file or folder is missing, or one is found in the other's place.
 
     Args:
         what: how to call it, e.g. ``data file``.
@@ -91,74 +103,46 @@ def absent(what: str, name: str | Path, hub: bool = False) -> WagleError:
         return WagleError(f"{what} {name} is a folder: name a file in it")
     if path.exists():
         return WagleError(f"{what} {name} is a file: name a folder")
-    near = (
-        hub
-        and len(path.parts) == 2
-        and not str(name).startswith((".", "/", "~"))
-        and path.parent.is_dir()
-    )
-    why = (
-        f" (there is a folder {path.parent} here, so it is not taken for a hub id)" if near else ""
-    )
+    like_an_id = len(path.parts) == 2 and not str(name).startswith((".", "/", "~"))
+    why = ""
+    if hub and like_an_id and path.parent.is_dir():
+        why = f" (there is a folder {path.parent} here, so it is not taken for a hub id)"
     return WagleError(f"{what} {name} does not exist{why}")
-
-
-def replaceable(folder: Path) -> bool:
-    """Whether a folder may be replaced as a whole: it is empty, or itself a model, scores or a checkpoint of ours.
-
-    Told by the files at its top, whose names the rooms that write them know too: the record or the adapter's
-    configuration of a model; a configuration beside weights; an index that says its format.
-    """
-    names = [path.name for path in folder.iterdir()]
-    weights = any(name.endswith((".safetensors", ".bin", ".gguf")) for name in names)
-    if (
-        not names
-        or "wagle.json" in names
-        or (weights and {"config.json", "adapter_config.json"} & set(names))
-    ):
-        return True
-    try:
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(index, dict) and str(index.get("format")).startswith("wagle_pl.")
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; what is written there takes the place of ``path`` on success, and is
-    removed on failure.
+    """Yield a temporary path whose file or folder replaces ``path`` on success, else is removed.
 
-    Works for a file and for a folder. A folder that is replaced stays whole until the new one is complete; a file never
-    replaces one, and neither replaces a device.
+    A folder that is replaced stays whole until the new one is complete.
 
     Raises:
-        WagleError: if a file would take the place of a folder, or anything that of a device.
+        WagleError: if a file would replace a folder, or anything a device.
     """
     path = Path(path)
     if path.is_symlink():
         path = path.resolve()  # the link stays, and what it names is replaced
     _check_kind(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # a folder made under a name that did not exist, of this process alone: nothing in it was there before
+    # in a new folder of this process alone: nothing in it was there before
     with tempfile.TemporaryDirectory(prefix=".wagle-", suffix=".tmp", dir=path.parent) as private:
         temporary = Path(private) / path.name
         retired = Path(private) / ("old" if path.name != "old" else "older")
         yield temporary
         if path.is_dir() and not temporary.is_dir():
             raise WagleError(f"output {path} is a folder: name a file in it")
-        if path.is_dir() or (path.exists() and temporary.is_dir()):
-            os.replace(path, retired)
-            try:
-                os.replace(temporary, path)
-            except OSError:
-                os.replace(retired, path)
-                raise
-        else:
+        if not path.is_dir() and not (path.exists() and temporary.is_dir()):
             os.replace(temporary, path)
+            return
+        os.replace(path, retired)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            os.replace(retired, path)
+            raise
 
 
 def _check_kind(path: Path) -> None:
-    """Refuse devices, pipes and sockets: renaming a result to ``/dev/null`` would take it from the whole machine."""
+    """Refuse devices and pipes: a rename to ``/dev/null`` would take it from the whole machine."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise WagleError(f"output {path} is neither a file nor a folder; choose another")

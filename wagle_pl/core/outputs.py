@@ -1,4 +1,4 @@
-"""The output of a run: one run at a time writes it, it is tried before the work, and at the end nothing is lost."""
+"""A run's output: tried before the work, written by one run at a time, never lost at the end."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, Optional
 
@@ -25,24 +26,25 @@ log = logging.getLogger(__name__)
 GIB = 1 << 30
 
 
-# -- one writer at a time ---------------------------------------------------------------------------------------------
+# -- one writer at a time ------------------------------------------------------------------------
 
 
 class Lock:
-    """A file that one process holds, through the operating system: it is free again when the process has ended.
+    """A file that one process holds through the operating system, until that process ends.
 
-    The file says who holds it (process, host, since when). What it still says when nobody holds it was left by a
-    process that was killed.
+    Not ``filelock``, whose releases for Python 3.10 empty the file when another process tries to
+    take it: this one says who holds it (process, host, since when), and what it still says when
+    nobody holds it was left by a process that was killed.
 
     Args:
         path: the file; its folder is made.
-        busy: what to say if another holds it.
-        advice: what to do then.
-        across_hosts: believe the operating system that a holder on another host has ended. (A job that is queued again
-            may go on elsewhere; but there are shared disks whose locks hold on one host only.)
+        busy: start of the error if another process holds it.
+        advice: end of that error, what to do.
+        across_hosts: trust the operating system that a holder on another host has ended. (A job
+            that is queued again may run elsewhere; but some shared disks lock within one host.)
 
     Attributes:
-        left: who was killed while holding it; None if nobody.
+        left: who was killed while holding it, or None.
 
     Raises:
         WagleError: if another process holds it, or may do.
@@ -51,23 +53,19 @@ class Lock:
     def __init__(self, path: Path, busy: str, advice: str, across_hosts: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._file, sure = _opened(path)
+        self._file, sure = _locked(path)
         if self._file is None:
             raise WagleError(f"{busy} ({_holder(path)}): wait for it, or {advice}")
         left, host = _read(path), socket.gethostname()
         if left and not (sure and (across_hosts or left.get("host") == host)):
-            holder = _holder(path)
             self._file.close()
-            raise WagleError(f"{busy} ({holder}), or ended without a word: if so, delete {path}")
+            raise WagleError(f"{busy} ({_holder(path)}), or was killed: if so, delete {path}")
         self.left = _holder(path) if left else None
-        self._write(
-            json.dumps(
-                {"pid": os.getpid(), "host": host, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-            )
-        )
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._write(json.dumps({"pid": os.getpid(), "host": host, "since": since}))
 
     def release(self, remove: bool = True) -> None:
-        """Let others have it; the file is removed, or stays behind empty."""
+        """Let others take it; the file is removed, or stays behind empty."""
         if remove:
             self.path.unlink(missing_ok=True)
         else:
@@ -81,8 +79,8 @@ class Lock:
         self._file.flush()
 
 
-def _opened(path: Path) -> tuple[Optional[IO[str]], bool]:
-    """The file, with the operating system's lock on it, and whether there was one to be had; None if it is held."""
+def _locked(path: Path) -> tuple[Optional[IO[str]], bool]:
+    """The locked file, None if another process holds it; and whether this disk has locks."""
     import fcntl
 
     while True:
@@ -92,69 +90,74 @@ def _opened(path: Path) -> tuple[Optional[IO[str]], bool]:
         except BlockingIOError:
             file.close()
             return None, True
-        except OSError:  # a disk without locks: what the file says must do
+        except OSError:  # a disk without locks: only the file's content says who holds it
             return file, False
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file, True
-        file.close()  # another has ended, and removed the file, in the meantime
+        file.close()  # its last holder has removed it in the meantime
 
 
 def _read(path: Path) -> dict[str, Any]:
-    text = path.read_text(encoding="utf-8").strip()
     try:
-        found = json.loads(text) if text else {}
-    except json.JSONDecodeError:
-        found = {}
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:  # empty
+        return {}
     return found if isinstance(found, dict) else {}
 
 
 def _holder(path: Path) -> str:
     found = _read(path)
-    return f"process {found.get('pid', 'unknown')} on {found.get('host', 'unknown')}, since {found.get('since', '?')}"
+    unknown = {"pid": "unknown", "host": "unknown", "since": "?"}
+    return "process {pid} on {host}, since {since}".format(**{**unknown, **found})
 
 
-#: Outputs that runs of this process write; a run that failed may be followed by another in the same process.
-_claimed: dict[Path, Lock] = {}
+#: Locks on the outputs of this process's runs: one that failed may be followed by another.
+_locks: dict[Path, Lock] = {}
 
 
 def reserve(output: Path, overwrite: bool, kind: Literal["file", "folder", "files"]) -> None:
-    """Refuse an output that may not be written (see :func:`refuse_existing`), and keep other runs from writing it until
-    :func:`release`, or the end of this process; a meeting of all ranks.
+    """Keep other runs from writing an output until :func:`release`, or this process's end.
+
+    Collective: all ranks must call it. See :func:`~wagle_pl.core.files.refuse_existing`.
 
     Raises:
-        WagleError: if it may not be written, another run is about to, or nothing can be written where it is to be.
+        WagleError: if it may not be written, another run is about to, or its folder cannot be
+            written to.
     """
     refuse_existing(output, overwrite, kind=kind)
-    distributed.on_rank_zero(lambda: _claim(output))
+    distributed.on_rank_zero(lambda: _reserve(output))
     refuse_existing(output, overwrite, kind=kind)  # another run may have written it a moment ago
 
 
-def _claim(output: Path) -> None:
-    """The lock is a hidden file beside the output: this tries, too, whether anything can be written there."""
+def _reserve(output: Path) -> None:
     release(output)
     path = output.with_name(f".{output.name}.lock")
+    busy, advice = f"another run writes {output}", "choose another --model.output"
     try:
-        lock = Lock(
-            path, f"another run writes {output}", "choose another --model.output", across_hosts=True
-        )
+        lock = _locks[output] = Lock(path, busy, advice, across_hosts=True)
     except OSError as error:
         raise WagleError(
             f"output {output} cannot be written ({error.strerror}): choose another"
         ) from None
-    _claimed[output] = lock
     if lock.left:
         log.warning("output %s: took over the lock of a run that has ended (%s)", output, lock.left)
 
 
 def release(output: Path) -> None:
-    """Let others write an output, if this process had claimed it."""
-    lock = _claimed.pop(output, None)
+    """Let other runs write an output, if this process has reserved it."""
+    lock = _locks.pop(output, None)
     if lock is not None:
         lock.release()
 
 
+@atexit.register
+def _release_all() -> None:
+    for output in list(_locks):
+        release(output)
+
+
 class ReleaseOnFailure(Callback):
-    """Lets others write an output when the run fails: Lightning does not tear a module down then."""
+    """Releases an output when the run fails, where Lightning does not call ``teardown``."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
@@ -164,17 +167,11 @@ class ReleaseOnFailure(Callback):
         release(self.output)
 
 
-@atexit.register
-def _release_all() -> None:
-    for output in list(_claimed):
-        release(output)
-
-
-# -- room on the disk -------------------------------------------------------------------------------------------------
+# -- room on the disk ----------------------------------------------------------------------------
 
 
 class Planned(NamedTuple):
-    """A file, or folder, that a run is going to write: what it is, where, and its size in bytes."""
+    """A file or folder that a run is going to write, and its size in bytes."""
 
     what: str
     path: Path
@@ -191,10 +188,8 @@ def check_space(files: Iterable[Planned]) -> None:
     for file in files:
         disks.setdefault(_existing(file.path).stat().st_dev, []).append(file)
     for written in disks.values():
-        free, needed = (
-            shutil.disk_usage(_existing(written[0].path)).free,
-            sum(file.size for file in written),
-        )
+        free = shutil.disk_usage(_existing(written[0].path)).free
+        needed = sum(file.size for file in written)
         if needed > free:
             parts = ", ".join(f"{file.what} {_size(file.size)}" for file in written)
             raise WagleError(
@@ -204,13 +199,10 @@ def check_space(files: Iterable[Planned]) -> None:
 
 
 def planned_checkpoint(trainer: Any, size: float) -> list[Planned]:
-    """One checkpoint of a trainer's, if it writes any to a disk."""
-    folders = [getattr(saver, "dirpath", None) for saver in trainer.checkpoint_callbacks]
-    return [
-        Planned("checkpoint", Path(folder), size)
-        for folder in folders
-        if folder and "://" not in str(folder)
-    ][:1]
+    """The checkpoint of ``size`` bytes that a Trainer keeps, if it keeps any on a disk."""
+    folders = (getattr(saver, "dirpath", None) for saver in trainer.checkpoint_callbacks)
+    local = [Path(folder) for folder in folders if folder and "://" not in str(folder)]
+    return [Planned("checkpoint", folder, size) for folder in local[:1]]
 
 
 def _existing(path: Path) -> Path:
@@ -222,19 +214,19 @@ def _size(number: float) -> str:
     return f"{number / GIB:.2f} GiB" if number >= GIB / 100 else f"{number / (1 << 20):.2f} MiB"
 
 
-# -- the end ----------------------------------------------------------------------------------------------------------
+# -- the end -------------------------------------------------------------------------------------
 
 
 def write_or_keep(
     write: Callable[[Path], Any], output: Path, checkpoint: Optional[str], again: bool = True
 ) -> None:
-    """Write the result of a run; where that fails, say in one line where the result is.
+    """Write the result of a run; where that fails, name in one line where the result is.
 
     Args:
         write: writes it to a path, whole or not at all.
         output: where to.
-        checkpoint: from which a resumed run comes to the same result, if there is one.
-        again: whether ``write`` may be called a second time, for another place.
+        checkpoint: one from which a resumed run comes to the same result, or None.
+        again: whether ``write`` may be called a second time, for the folder of temporary files.
 
     Raises:
         WagleError: if it could not be written to ``output``.
@@ -245,39 +237,35 @@ def write_or_keep(
         write(output)
         return
     except (OSError, SafetensorError) as error:
-        failed = f"output {output} cannot be written ({_reason(error)})"
+        reason = getattr(error, "strerror", None) or first_line(error)
+    failed = f"output {output} cannot be written ({reason})"
     if checkpoint:
         raise WagleError(
             f"{failed}: make room, or choose another --model.output, and run the same command with "
             f"--ckpt_path {checkpoint}"
         )
-    kept = _written_elsewhere(write, output.name) if again else None
-    if kept is None:
-        raise WagleError(f"{failed}: there is no checkpoint, and the result is lost")
-    raise WagleError(f"{failed}: it is in {kept}, move it from there")
+    if again and (kept := _written_elsewhere(write, output.name)):
+        raise WagleError(f"{failed}: it is in {kept}, move it from there")
+    raise WagleError(f"{failed}: there is no checkpoint, and the result is lost")
 
 
 def _written_elsewhere(write: Callable[[Path], Any], name: str) -> Optional[Path]:
-    """Write a result where temporary files go, often another disk; where it is, or None if that fails, too."""
+    """Write a result into a new folder of temporary files; its path, or None if that fails too."""
     from safetensors import SafetensorError
 
-    folder: Optional[Path] = None
-    try:
+    with suppress(OSError, SafetensorError):
         folder = Path(tempfile.mkdtemp(prefix="wagle-"))
-        write(folder / name)
-    except (OSError, SafetensorError):
-        if folder is not None:
+        try:
+            write(folder / name)
+        except BaseException:
             shutil.rmtree(folder)
-        return None
-    return folder / name
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or first_line(error)
+            raise
+        return folder / name
+    return None
 
 
 def last_checkpoint(trainer: Any) -> Optional[str]:
-    """The checkpoint that a trainer wrote last; None if there is none."""
+    """The checkpoint that a Trainer wrote last, or None."""
     for saver in trainer.checkpoint_callbacks:
         for path in (getattr(saver, name, "") for name in ("last_model_path", "best_model_path")):
             if path and Path(path).exists():

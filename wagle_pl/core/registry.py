@@ -106,6 +106,8 @@ def check_options(cls: type, given: Mapping[str, Any], where: str) -> dict[str, 
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
+    from wagle_pl.core.mistakes import in_one_line
+
     names = option_names(cls)
     found: dict[str, Any] = {}
     for name, value in given.items():
@@ -117,12 +119,13 @@ def check_options(cls: type, given: Mapping[str, Any], where: str) -> dict[str, 
         parser.add_class_arguments(cls, "it", skip={*names} - {name}, instantiate=False)
         try:
             parsed = parser.parse_object({"it": {name: value}})
-            found[name] = parser.instantiate_classes(parsed).it[name]
+            instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+            found[name] = instantiate(parsed).it[name]
         except ArgumentError as error:
-            said = " ".join(str(error).split()).replace('Parser key "it.', 'option "')
+            said = in_one_line(str(error)).replace("it.", "", 1)
             raise WagleError(f"{where}: {said}") from None
         except (TypeError, ValueError) as error:
-            raise WagleError(f'{where}: option "{name}": {first_line(error)}') from None
+            raise WagleError(f"{where}: {name}: {first_line(error)}") from None
     return found
 
 

@@ -13,7 +13,7 @@ import lightning as L
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wagle_pl.core import distributed
-from wagle_pl.core.environment import narrow_types_crawl
+from wagle_pl.core.environment import half_precision_is_slow
 from wagle_pl.core.errors import WagleError
 from wagle_pl.lm import models
 from wagle_pl.lm.weights import fingerprint, iter_gathered, vocabulary_size
@@ -277,7 +277,7 @@ class LanguageModule(L.LightningModule):
 @cache  # once in a process: a study has hundreds of runs
 def warn_of_narrow_types(precision: str) -> None:
     """Warn, on a CPU without AVX-512, of a precision in which it is slow."""
-    if narrow_types_crawl():
+    if half_precision_is_slow():
         log.warning(
             "trainer.precision %s on a CPU without AVX-512 trains tens of times slower than fp32 does: give "
             "--trainer.precision 32-true",

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from wagle_pl.core.environment import silence, trainer_in_the_making
+from wagle_pl.core.environment import silence, trainer_errors
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.registry import Entry, check_options, find_class, option_names, split
 from wagle_pl.evaluation import Evaluate
@@ -81,7 +81,7 @@ def read_trainer(given: Mapping[str, Any]) -> dict[str, Any]:
         raise WagleError(
             "a study runs on one device: leave trainer.devices and trainer.num_nodes out"
         )
-    with silence(), trainer_in_the_making():
+    with silence(), trainer_errors():
         L.Trainer(**found, logger=False, enable_checkpointing=False)
     return found
 
