@@ -18,6 +18,7 @@ from wagle_pl.data.rows import load_rows
 from wagle_pl.data.template import Template
 from wagle_pl.evaluation import Evaluate, Observations, Records, find_suite
 from wagle_pl.evaluation import functional as F
+from wagle_pl.evaluation.classifiers import ToxicityClassifier
 from wagle_pl.evaluation.measures import attempt, option_probability, truth_ratio
 from wagle_pl.evaluation.observe import NEEDS, Observer, observe_set
 from wagle_pl.evaluation.published import load_result, tofu_forget_quality, tofu_model_utility
@@ -822,3 +823,13 @@ def test_toxicity_by_a_local_classifier(kinds, tiny_model, tmp_path):
             expected.append(classifier(**ids).logits.softmax(-1)[0, 1].item())
         assert record["toxicity"] == pytest.approx(expected[-1], abs=1e-5)
     assert module.metrics["prompts/toxicity"] == pytest.approx(np.mean(expected), abs=1e-5)
+    classifier.config.problem_type = "multi_label_classification"  # any number of labels at once
+    classifier.save_pretrained(tmp_path / "classifier")
+    texts = [record["generation"] for record in tables["prompts"]]
+    for text, found in zip(
+        texts, ToxicityClassifier(str(tmp_path / "classifier"))(texts), strict=True
+    ):
+        ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=64)
+        with torch.no_grad():
+            either = classifier(**ids).logits.sigmoid()[0, 1].item()
+        assert found == pytest.approx(either, abs=1e-5)

@@ -19,7 +19,7 @@ from wagle_pl.data.rows import load_rows
 from wagle_pl.data.template import Template
 from wagle_pl.evaluation import MEASURES, Observer, Records, observe_set
 from wagle_pl.evaluation import functional as F
-from wagle_pl.evaluation.classifiers import nearest_answer, toxic_labels, toxicity
+from wagle_pl.evaluation.classifiers import nearest_answer, toxic_labels
 from wagle_pl.evaluation.scoring import token_statistics
 from wagle_pl.lm.models import load_model, load_tokenizer
 
@@ -189,15 +189,10 @@ def test_fluency_against_scipy():
     assert MEASURES["repetition"].compute(rows) == pytest.approx(1 - 4 / 5)
 
 
-def test_toxicity_takes_the_toxic_labels():
-    assert toxic_labels(["non-toxic", "toxic"]) == [1]
-    assert toxic_labels(
-        ["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"]
-    ) == list(range(6))
-    logits = torch.randn(4, 3, generator=generator)
-    expected = (1 / (1 + np.exp(-logits.numpy())))[:, 1:].max(-1)
-    np.testing.assert_allclose(toxicity(logits, [1, 2], several=True), expected, rtol=1e-5)
-    np.testing.assert_allclose(toxicity(logits, [1], several=False), logits.softmax(-1)[:, 1])
+def test_which_labels_are_toxic():
+    assert toxic_labels(["non-toxic", "toxic"]) == ["toxic"]
+    every = ["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"]
+    assert toxic_labels(every) == every
 
 
 def test_nearest_answer_by_cosine():

@@ -20,42 +20,28 @@ HARMLESS = ("neutral", "clean", "safe", "normal", "label_0", "not", "none")
 HARMLESS_PREFIXES = ("non_", "not_", "no_", "nontoxic", "nothate")
 
 
-def toxicity(logits: Tensor, toxic: Sequence[int], several: bool) -> Tensor:
-    """Toxicity of each text: the largest probability of a toxic label.
-
-    Args:
-        logits: (N, L) of a text classifier.
-        toxic: which of its L labels are toxic.
-        several: whether a text may have several labels (each a sigmoid), or one (a softmax).
-
-    Returns:
-        (N,) in [0, 1]. For a classifier whose labels are all toxic, such as
-        ``unitary/toxic-bert``, this is the score of the top label, which SOUL's and WAGLE's
-        evaluation takes.
-
-    >>> toxicity(torch.tensor([[0.0, -9.0]]), [0, 1], several=True)
-    tensor([0.5000])
-    """
-    probabilities = logits.sigmoid() if several else logits.softmax(-1)
-    return probabilities[:, list(toxic)].max(-1).values
-
-
-def toxic_labels(labels: Sequence[str]) -> list[int]:
-    """Which labels of a classifier are toxic, by their names.
+def toxic_labels(labels: Sequence[str]) -> list[str]:
+    """Those of a classifier's labels that say toxic; its only label does.
 
     >>> toxic_labels(["neutral", "toxic"]), toxic_labels(["LABEL_0", "LABEL_1"])
-    ([1], [1])
+    (['toxic'], ['LABEL_1'])
     """
-    names = [label.lower().replace("-", "_").replace(" ", "_") for label in labels]
+    if len(labels) == 1:
+        return list(labels)
+    names = {label: label.lower().replace("-", "_").replace(" ", "_") for label in labels}
     return [
-        i
-        for i, name in enumerate(names)
+        label
+        for label, name in names.items()
         if name not in HARMLESS and not name.startswith(HARMLESS_PREFIXES)
     ]
 
 
 class ToxicityClassifier:
-    """A text classifier from a local folder or the hub.
+    """Toxicity of texts, by a text classifier from a local folder or the hub.
+
+    It is the largest probability of a toxic label. For a classifier whose labels are all toxic,
+    such as ``unitary/toxic-bert``, this is the score of the top label, which SOUL's and WAGLE's
+    evaluation takes.
 
     Args:
         name: folder or hub id.
@@ -66,38 +52,38 @@ class ToxicityClassifier:
     """
 
     def __init__(self, name: str, device: Optional[torch.device] = None) -> None:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import (
+            AutoModelForSequenceClassification,
+            AutoTokenizer,
+            TextClassificationPipeline,
+        )
 
         check_folder(name, "model.toxicity_classifier")
         with loading(f"model.toxicity_classifier {name!r}", name):
             model = AutoModelForSequenceClassification.from_pretrained(name)
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
-        self.model = model.eval().to(device or "cpu")
+            tokenizer = AutoTokenizer.from_pretrained(name)
         config = model.config
         labels = [config.id2label[i] for i in range(config.num_labels)]
-        self.toxic = [0] if len(labels) == 1 else toxic_labels(labels)
+        self.toxic = toxic_labels(labels)
         if not self.toxic:
             raise WagleError(
                 f"model.toxicity_classifier {name!r} has no toxic label among {', '.join(labels)}"
             )
-        self.several = len(labels) == 1 or config.problem_type == "multi_label_classification"
-        self.longest = min(LONGEST, getattr(config, "max_position_embeddings", LONGEST))
+        several = len(labels) == 1 or config.problem_type == "multi_label_classification"
+        self.classify = TextClassificationPipeline(
+            model=model,
+            tokenizer=tokenizer,
+            device=device,
+            top_k=None,
+            function_to_apply="sigmoid" if several else "softmax",
+            truncation=True,
+            max_length=min(LONGEST, getattr(config, "max_position_embeddings", LONGEST)),
+        )
 
-    @torch.no_grad()
     def __call__(self, texts: Sequence[str], batch_size: int = 32) -> list[float]:
         """Toxicity of each text in [0, 1]; texts are cut at 512 tokens."""
-        found: list[float] = []
-        for start in range(0, len(texts), batch_size):
-            batch = self.tokenizer(
-                list(texts[start : start + batch_size]),
-                return_tensors="pt",
-                padding=True,
-                truncation=True,
-                max_length=self.longest,
-            )
-            logits = self.model(**batch.to(self.model.device)).logits
-            found += toxicity(logits.float(), self.toxic, self.several).tolist()
-        return found
+        found = self.classify(list(texts), batch_size=batch_size) if texts else []
+        return [max(x["score"] for x in text if x["label"] in self.toxic) for text in found]
 
 
 class SentenceModel:

@@ -25,7 +25,7 @@ NOT_OBSERVED = frozenset({"gradient", "paraphrased", "vocabulary", "text"})
 #: Columns of a record that belong to its generation.
 OF_GENERATION = ("generation", "rouge1_recall", "rougeL_recall", "toxicity", "nearest_answer")
 
-#: Example number -> the rows to ask in its place.
+#: Row number -> the rows to ask in its place.
 Asked = Mapping[int, Sequence[Example]]
 #: (test set, row) -> the rows to ask in its place.
 Variants = Callable[[str, Example], Sequence[Example]]
