@@ -16,13 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from wagle_pl.attribution.collect import Draws, Job, add_batch, end_step
 from wagle_pl.attribution.hessian import DIAGONAL, Fisher, Hessian, estimator_of
-from wagle_pl.attribution.scores import Score, positive, try_out
+from wagle_pl.attribution.scores import Score, try_out
 from wagle_pl.attribution.scoring import Collected
 from wagle_pl.attribution.specs import MaskSpec, check_labels, complete, name_masks
 from wagle_pl.attribution.stored import DTYPES, write_scores
 from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.core import distributed, outputs
-from wagle_pl.core.errors import WagleError
+from wagle_pl.core.errors import WagleError, check_positive
 from wagle_pl.core.files import refuse_existing
 from wagle_pl.lm.layers import linear_weights, recompute_blocks
 from wagle_pl.lm.module import LanguageModule
@@ -124,8 +124,8 @@ class AttributionModule(LanguageModule):
         self.hessian = _hessian_kind(hessian, gamma, self.needs)
         self._estimator: Optional[Hessian] = None
         self.gamma = gamma
-        self.damping = positive("damping", damping)
-        self.hessian_samples = int(positive("hessian_samples", hessian_samples))
+        self.damping = check_positive(damping, "damping")
+        self.hessian_samples = int(check_positive(hessian_samples, "hessian_samples"))
         self.hessian_data = hessian_data
         self.forget_loss = FORGET_LOSSES[forget_loss]()
         self.reduction = reduction
@@ -520,7 +520,7 @@ def _hessian_kind(hessian: str, gamma: Union[float, str], needs: set[str]) -> st
         WagleError: if they contradict each other, or the scores.
     """
     if gamma != "auto":
-        positive("gamma", gamma)
+        check_positive(gamma, "gamma")
         if hessian not in ("scalar", "auto"):
             raise WagleError(
                 f"gamma {gamma} is for hessian scalar, not for {hessian}: leave one of them out"

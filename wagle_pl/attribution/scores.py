@@ -24,7 +24,7 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
-from wagle_pl.core.errors import WagleError
+from wagle_pl.core.errors import WagleError, check_positive
 from wagle_pl.core.seeds import stable_seed
 from wagle_pl.masks import Restriction
 from wagle_pl.masks.names import parse_layers
@@ -226,7 +226,7 @@ class ForgetRetainRatio(Score):
     needs = ("g_f", "g_r")
 
     def __init__(self, eps: float = 1e-12) -> None:
-        self.eps = positive("eps", eps)
+        self.eps = check_positive(eps, "eps")
 
     def __call__(self, w: WeightStatistics) -> Tensor:
         """|g_f| / (|g_r| + ε)."""
@@ -245,7 +245,7 @@ class FisherRatio(Score):
     needs = ("fisher_f", "fisher_r")
 
     def __init__(self, eps: float = 1e-20) -> None:
-        self.eps = positive("eps", eps)
+        self.eps = check_positive(eps, "eps")
 
     def __call__(self, w: WeightStatistics) -> Tensor:
         """F_f / (F_r + ε)."""
@@ -270,8 +270,8 @@ class Curvature(Score):
     needs = ("g_f", "h_diagonal")
 
     def __init__(self, damping_ratio: float = 0.1, power: float = 0.5) -> None:
-        self.damping_ratio = positive("damping_ratio", damping_ratio)
-        self.power = positive("power", power)
+        self.damping_ratio = check_positive(damping_ratio, "damping_ratio")
+        self.power = check_positive(power, "power")
 
     def __call__(self, w: WeightStatistics) -> Tensor:
         """|g_f| / (h + damping_ratio · mean h)^power."""
@@ -385,10 +385,3 @@ class Modules(Score):
         """
         mask = self._restriction.mask(shapes)
         return Fraction(mask.count(), mask.total)
-
-
-def positive(name: str, value: float) -> float:
-    """The value, if it is above 0; a :class:`WagleError` otherwise."""
-    if not value > 0:
-        raise WagleError(f"{name} must be above 0, got {value}")
-    return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Optional
 
-from wagle_pl.core.errors import WagleError
+from wagle_pl.core.errors import check_positive
 from wagle_pl.core.text import fields, table
 from wagle_pl.planning import (
     GIB,
@@ -91,8 +91,8 @@ def plan(
         frozen_copy=frozen_copy,
     )
     for option, value in (("tokens", tokens), ("tokens_per_second", tokens_per_second)):
-        if value is not None and value <= 0:
-            raise WagleError(f"{option} must be above 0, got {value:g}")
+        if value is not None:
+            check_positive(value, option)
     shape = architecture(model)
     checkpointing = ", checkpointing" if gradient_checkpointing else ""
     about = [

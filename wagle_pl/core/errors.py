@@ -33,6 +33,20 @@ class Diverged(WagleError):
     """A loss or a gradient became NaN or infinite: training cannot go on."""
 
 
+def check_positive(value: float, option: str) -> float:
+    """The value, if it is above 0.
+
+    Raises:
+        WagleError: naming the option, if it is not.
+
+    >>> check_positive(0.5, "eps")
+    0.5
+    """
+    if not value > 0:
+        raise WagleError(f"must be above 0, got {value}", option=option)
+    return value
+
+
 def first_line(error: BaseException) -> str:
     """First non-empty line of an error's text; its class name if there is none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wagle_pl.core.errors import WagleError
+from wagle_pl.core.errors import WagleError, check_positive
 from wagle_pl.core.seeds import stable_seed
 from wagle_pl.lm.layers import blocks, check_layer
 from wagle_pl.objectives.objective import Objective
@@ -53,13 +53,6 @@ __all__ = [
     "SimNPO",
     "Streams",
 ]
-
-
-def _positive(value: float, option: str) -> float:
-    """Refuse a number that is not above 0."""
-    if not value > 0:
-        raise WagleError(f"objective.{option} must be above 0, got {value}")
-    return value
 
 
 # -- ascent on the answers -------------------------------------------------------------------------
@@ -102,7 +95,7 @@ class WGA(Objective):
 
     def __init__(self, beta: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.beta = _positive(beta, "beta")
+        self.beta = check_positive(beta, "objective.beta")
 
     def forget_loss(self, at: Streams) -> Tensor:
         answers = at["forget"]
@@ -123,8 +116,8 @@ class SatImp(Objective):
 
     def __init__(self, beta1: float = 5.0, beta2: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.beta1 = _positive(beta1, "beta1")
-        self.beta2 = _positive(beta2, "beta2")
+        self.beta1 = check_positive(beta1, "objective.beta1")
+        self.beta2 = check_positive(beta2, "objective.beta2")
 
     def forget_loss(self, at: Streams) -> Tensor:
         answers = at["forget"]
@@ -155,7 +148,7 @@ class NPO(Objective):
         self, beta: float = 0.1, reduction: Literal["sum", "mean"] = "sum", **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        self.beta = _positive(beta, "beta")
+        self.beta = check_positive(beta, "objective.beta")
         self.reduction = reduction
 
     def forget_loss(self, at: Streams) -> Tensor:
@@ -181,7 +174,7 @@ class SimNPO(Objective):
 
     def __init__(self, beta: float = 2.5, gamma: float = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.beta = _positive(beta, "beta")
+        self.beta = check_positive(beta, "objective.beta")
         self.gamma = gamma
 
     def forget_loss(self, at: Streams) -> Tensor:
@@ -228,7 +221,7 @@ class DPO(Objective):
 
     def __init__(self, beta: float = 0.1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.beta = _positive(beta, "beta")
+        self.beta = check_positive(beta, "objective.beta")
 
     def forget_loss(self, at: Streams) -> Tensor:
         refusal, answer = (at[s].logprob - at[s].reference for s in ("refusal", "forget"))
@@ -267,7 +260,7 @@ class UNDIAL(Objective):
 
     def __init__(self, beta: float = 10.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.beta = _positive(beta, "beta")
+        self.beta = check_positive(beta, "objective.beta")
 
     def forget_loss(self, at: Streams) -> Tensor:
         answers = at["forget"]
@@ -380,7 +373,7 @@ class RMU(Objective):
     ) -> None:
         super().__init__(retain=retain, **kwargs)
         self.layer = layer
-        self.steering = _positive(steering, "steering")
+        self.steering = check_positive(steering, "objective.steering")
         self.seed = seed
         if trainable == "auto":
             near = "|".join(str(block) for block in range(max(0, layer - 2), layer + 1))
