@@ -1,10 +1,10 @@
 """Which rows make up which batch, and how rows become tensors.
 
-One optimiser step sees one *global batch*, a function of (seed, epoch, step) alone: its rows are fixed
-without knowing how many ranks or micro-batches will share them; only :func:`deal` cuts it up. Every row
-carries a weight such that adding ``weight x loss`` within a micro-batch, then averaging over
-micro-batches and ranks (as Lightning, DDP and DeepSpeed do), gives the mean over the global batch
-exactly, however uneven the cut. A rank that runs short is padded with a row of weight 0.
+One optimiser step sees one *global batch*, a function of (seed, epoch, step) alone: its rows are
+fixed without knowing how many ranks or micro-batches will share them; only :func:`deal` cuts it up.
+Every row carries a weight such that adding ``weight x loss`` within a micro-batch, then averaging
+over micro-batches and ranks (as Lightning, DDP and DeepSpeed do), gives the mean over the global
+batch exactly, however uneven the cut. A rank that runs short is padded with a row of weight 0.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from wagle_pl.data.example import IGNORE
 #: Rows are sorted by length within this many global batches, so that a batch pads little.
 BUCKET = 32
 
-#: (row, weight, occurrence) of each row of a micro-batch; a row that an epoch sees twice occurs as 0,
-#: then as 1.
+#: (row, weight, occurrence) of each row of a micro-batch; a row that an epoch sees twice occurs as
+#: 0, then as 1.
 Cell = list[tuple[int, float, int]]
 T = TypeVar("T")
 
@@ -48,9 +48,9 @@ def epoch_batches(
 
     Args:
         lengths: stream -> token count of each of its rows. The first stream sets the epoch: each of
-            its rows appears once. Every other stream is drawn beside it, as many rows a step, walking
-            through its own shuffles without a break between epochs, so that every row is used
-            equally often.
+            its rows appears once. Every other stream is drawn beside it, as many rows a step,
+            walking through its own shuffles without a break between epochs, so that every row is
+            used equally often.
         global_batch: rows a step.
         seed: of the whole run.
         epoch: counted from 0.
@@ -104,9 +104,9 @@ def deal(
         done: rows at the batch's beginning to leave out; the weights stay those of the whole batch.
 
     Returns:
-        ``cells[micro_batch][rank]``, a list of (row, weight, occurrence). Over all cells the weights
-        of one row add up to ``accumulate * world_size / len(rows)`` for each time it occurs; an empty
-        cell holds one row of weight 0.
+        ``cells[micro_batch][rank]``, a list of (row, weight, occurrence). Over all cells the
+        weights of one row add up to ``accumulate * world_size / len(rows)`` for each time it
+        occurs; an empty cell holds one row of weight 0.
     """
     weight = world_size * accumulate / len(rows)
     seen = Counter() if seen is None else seen
@@ -239,7 +239,7 @@ def token_batches(lengths: Sequence[int], max_rows: int) -> list[list[int]]:
 
 
 def deal_batches(batches: Sequence[T], world_size: int, rank: int) -> list[T]:
-    """Whole batches for one rank, dealt in turn; every rank gets as many, so some batches go to two.
+    """Whole batches for one rank, dealt in turn: as many for each, so some batches go to two.
 
     >>> deal_batches("abc", 2, 0), deal_batches("abc", 2, 1)
     (['a', 'c'], ['b', 'a'])
@@ -254,7 +254,8 @@ def deal_batches(batches: Sequence[T], world_size: int, rank: int) -> list[T]:
 class Loader:
     """Batches that are fixed beforehand, built one by one.
 
-    No DataLoader: there is nothing for workers to do, as rows are tokenised already, and each of its
+    No DataLoader: there is nothing for workers to do, as rows are tokenised already, and each of
+        its
     iterators would draw a seed from torch's generator, which shifts the dropout of a resumed run.
     Lightning adds no sampler to it.
 
@@ -279,8 +280,9 @@ class Loader:
 class ResumableLoader(Loader):
     """Goes on in the middle of an epoch, with the same global batches however they are cut.
 
-    ``state_dict`` counts the micro-batches handed out, which is what the loop has seen: Lightning does
-    not prefetch from a loader with a length. A module that knows better takes :meth:`state_at`.
+    ``state_dict`` counts the micro-batches handed out, which is what the loop has seen: Lightning
+    does not prefetch from a loader with a length. A module that knows better takes
+    :meth:`state_at`.
 
     Args:
         sampler: draws.
@@ -365,10 +367,10 @@ class ResumableLoader(Loader):
         here, sampler = self._state(Position()), self.sampler
         if state["global_batch"] != here["global_batch"]:
             raise WagleError(
-                f"the checkpoint's run had a global batch of {state['global_batch']} rows, this one "
-                f"has {here['global_batch']} ({sampler.world_size} devices x data.batch_size "
-                f"{sampler.batch_size} x accumulate_grad_batches {sampler.accumulate}): choose them "
-                f"so that their product is {state['global_batch']}"
+                f"the checkpoint's run had a global batch of {state['global_batch']} rows, this "
+                f"one has {here['global_batch']} ({sampler.world_size} devices x data.batch_size "
+                f"{sampler.batch_size} x accumulate_grad_batches {sampler.accumulate}): choose "
+                f"them so that their product is {state['global_batch']}"
             )
         if state["seed"] != here["seed"]:
             raise WagleError(
@@ -377,9 +379,9 @@ class ResumableLoader(Loader):
             )
         if list(state["sets"]) != list(here["sets"]):
             raise WagleError(
-                f"the checkpoint's run drew from {' and '.join(state['sets'])} rows, this one draws "
-                f"from {' and '.join(here['sets'])} rows: resume with the module and options it was "
-                "started with"
+                f"the checkpoint's run drew from {' and '.join(state['sets'])} rows, this one "
+                f"draws from {' and '.join(here['sets'])} rows: resume with the module and options "
+                "it was started with"
             )
         for name, then in state["sets"].items():
             now = here["sets"][name]
@@ -390,8 +392,8 @@ class ResumableLoader(Loader):
                 )
             if then["digest"] != now["digest"]:
                 raise WagleError(
-                    f"the {name} rows are not those of the checkpoint's run (as many, but of another "
-                    "content or order): resume with the data it was started with"
+                    f"the {name} rows are not those of the checkpoint's run (as many, but of "
+                    "another content or order): resume with the data it was started with"
                 )
         return Position(state["epoch"], state["step"], state["rows"])
 
@@ -410,7 +412,8 @@ def collate(
         left: pad on the left, as generation needs.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and, if given, ``labels``: int64 tensors of shape (rows, longest).
+        ``input_ids``, ``attention_mask`` and, if given, ``labels``: int64 tensors of shape (rows,
+        longest).
     """
     lengths = [len(row["input_ids"]) for row in rows]
     width = max(lengths)

@@ -17,9 +17,10 @@ def chunk_text(text: str, size: int, unit: Unit = "tokens", tokenizer: Any = Non
     Args:
         text: the text.
         size: longest piece, in ``unit``.
-        unit: ``tokens`` cuts where a token of the whole text begins, every ``size`` tokens (without special tokens; a
-            piece tokenised alone may differ at its ends by a token or two). ``characters`` cuts before the last
-            white space that keeps the piece within ``size``, so that words stay whole where they fit.
+        unit: ``tokens`` cuts where a token of the whole text begins, every ``size`` tokens (without
+            special tokens; a piece tokenised alone may differ at its ends by a token or two).
+            ``characters`` cuts before the last white space that keeps the piece within ``size``, so
+            that words stay whole where they fit.
         tokenizer: a fast Hugging Face tokenizer, for ``tokens``.
 
     Raises:
@@ -85,7 +86,7 @@ def chunk_rows(
 def continuation(
     row: Row, prompt_size: int, unit: Unit = "tokens", tokenizer: Any = None
 ) -> Optional[Row]:
-    """A ``text`` row as a prompt of ``prompt_size`` units and the text that follows it; None if nothing follows."""
+    """A ``text`` row as a prompt of ``prompt_size`` units and what follows; None if nothing does."""
     prompt = chunk_text(row["text"], prompt_size, unit, tokenizer)[0]
     response = row["text"][len(prompt) :]
     if not prompt.strip() or not response.strip():

@@ -1,4 +1,4 @@
-"""A book to forget: continuations and questions ("Who's Harry Potter?", arXiv 2310.02238; as in SOUL and WAGLE)."""
+"""A book to forget ("Who's Harry Potter?", arXiv 2310.02238), as in SOUL and WAGLE."""
 
 from __future__ import annotations
 
@@ -9,28 +9,34 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.data.rows import HubSet
 from wagle_pl.data.suite import ARTICLES, C4, Source, SuiteDataModule, questions
 
-#: Where the hub has the book that the papers forget, in four texts, and questions about it and about the rest.
+#: Where the hub has the book that the papers forget, in four texts, and questions about it and
+#: about the rest.
 HUB_BOOKS = "muse-bench/MUSE-Books"
 
 
 class CopyrightDataModule(SuiteDataModule):
     """A book in chunks to forget, web text (C4) to keep.
 
-    The papers' book is under copyright: they name it and give no file. ``book`` is a file of one's own; without it the
-    Harry Potter books of MUSE-Books are taken from the hub, or from the folder. Each chunk is a prompt and its
-    continuation, as in the papers. Test sets: ``forget`` (continuations: BLEU, ROUGE), ``forget_qa`` and ``retain_qa``
-    (question and answer), ``wikitext`` (articles in chunks, for perplexity).
+    The papers' book is under copyright: they name it and give no file. ``book`` is a file of one's
+    own; without it the Harry Potter books of MUSE-Books are taken from the hub, or from the folder.
+    Each chunk is a prompt and its continuation, as in the papers. Test sets: ``forget``
+    (continuations: BLEU, ROUGE), ``forget_qa`` and ``retain_qa`` (question and answer),
+    ``wikitext`` (articles in chunks, for perplexity).
 
-    A folder may hold ``book.txt`` (or ``.jsonl``, ``.parquet``, … with a column ``text``), ``forget_qa.jsonl``,
-    ``retain_qa.jsonl`` (``question`` and ``answer``), and copies of ``allenai/c4``, ``Salesforce/wikitext`` and
-    ``muse-bench/MUSE-Books`` by their names without owner.
+    A folder may hold ``book.txt`` (or ``.jsonl``, ``.parquet``, … with a column ``text``),
+    ``forget_qa.jsonl``, ``retain_qa.jsonl`` (``question`` and ``answer``), and copies of
+    ``allenai/c4``, ``Salesforce/wikitext`` and ``muse-bench/MUSE-Books`` by their names without
+    owner.
 
     Args:
         book: text file, or file of rows with ``text``.
         chunk_size: longest chunk in ``chunk_unit``, prompt and continuation together.
-        prompt_size: how much of a chunk is the prompt. Null makes rows of whole chunks, to fine-tune a target on.
-        test_chunks: so many chunks, spread evenly over the book, make the test set ``forget``; null takes all.
-        limit_retain: documents of C4 to use, from the start of the shard that the papers' code takes.
+        prompt_size: how much of a chunk is the prompt. Null makes rows of whole chunks, to
+            fine-tune a target on.
+        test_chunks: so many chunks, spread evenly over the book, make the test set ``forget``; null
+            takes all.
+        limit_retain: documents of C4 to use, from the start of the shard that the papers' code
+            takes.
         **kwargs: passed to :class:`wagle_pl.data.suite.SuiteDataModule`.
     """
 

@@ -15,19 +15,22 @@ SAFE_RLHF = "PKU-Alignment/PKU-SafeRLHF"
 class DetoxDataModule(SuiteDataModule):
     """PKU-SafeRLHF's unsafe answers to forget, web text (C4) to keep.
 
-    Forget rows are prompts of the training split with each answer that was judged unsafe (prompt and response). Test
-    sets: ``prompts`` (of the test split, each once; to generate from) and ``wikitext`` (articles in chunks, for
-    perplexity). Other prompts, e.g. ``allenai/real-toxicity-prompts``: give ``prompts``.
+    Forget rows are prompts of the training split with each answer that was judged unsafe (prompt
+    and response). Test sets: ``prompts`` (of the test split, each once; to generate from) and
+    ``wikitext`` (articles in chunks, for perplexity). Other prompts, e.g.
+    ``allenai/real-toxicity-prompts``: give ``prompts``.
 
-    A folder holds copies of ``PKU-Alignment/PKU-SafeRLHF``, ``allenai/c4`` and ``Salesforce/wikitext`` by their names
-    without owner.
+    A folder holds copies of ``PKU-Alignment/PKU-SafeRLHF``, ``allenai/c4`` and
+    ``Salesforce/wikitext`` by their names without owner.
 
     Args:
-        prompts: file or hub dataset of prompts to test on, in a column ``prompt`` (a text, or a dict with ``text``).
-        plain_prompts: generate from the prompt as it stands, as the papers' code does, not from prompt_format or chat
-            template.
+        prompts: file or hub dataset of prompts to test on, in a column ``prompt`` (a text, or a
+            dict with ``text``).
+        plain_prompts: generate from the prompt as it stands, as the papers' code does, not from
+            prompt_format or chat template.
         limit_forget: unsafe answers to use, from the start; the papers' code draws 200.
-        limit_retain: documents of C4 to use, from the start of the shard that the papers' code takes.
+        limit_retain: documents of C4 to use, from the start of the shard that the papers' code
+            takes.
         **kwargs: passed to :class:`wagle_pl.data.suite.SuiteDataModule`.
     """
 
@@ -68,7 +71,7 @@ class DetoxDataModule(SuiteDataModule):
 
 
 def unsafe_answers(rows: Sequence[Row], where: str) -> list[Row]:
-    """Rows of PKU-SafeRLHF (two answers each) -> ``prompt`` and ``response`` for each answer judged unsafe."""
+    """``prompt`` and ``response`` for each answer (of two a row) that was judged unsafe."""
     columns = ("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe")
     need_columns(rows, columns, where)
     return [

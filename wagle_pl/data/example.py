@@ -1,4 +1,4 @@
-"""The canonical row: whatever columns a file has, each row is parsed once into an :class:`Example`."""
+"""The canonical row: whatever columns a file has, a row is parsed once into an :class:`Example`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ Kind = Literal["answered", "choices", "text", "prompt", "tokens"]
 
 IGNORE = -100  # the label transformers and torch.nn.functional.cross_entropy leave out
 
-#: Columns that hold a text, and columns that hold a list of texts; any row may have the optional ones.
+#: Columns that hold a text, and columns that hold a list of texts; any row may have the optional
+#: ones.
 TEXTS = ("question", "answer", "prompt", "response", "text")
 OPTIONAL_TEXTS = ("context", "paraphrased_question", "paraphrased_answer")
 LISTS = ("choices", "perturbed_answer")
@@ -28,8 +29,9 @@ class Example:
     """One row, ready to be made into tokens. A text that the row does not have is empty.
 
     Attributes:
-        kind: ``answered`` (a question, prompt or conversation with its answer), ``choices`` (multiple
-            choice), ``text`` (loss on all of it), ``prompt`` (to generate from) or ``tokens``.
+        kind: ``answered`` (a question, prompt or conversation with its answer), ``choices``
+            (multiple choice), ``text`` (loss on all of it), ``prompt`` (to generate from) or
+            ``tokens``.
         question: what is asked, the prompt, or the messages before the answer, one a line.
         answer: the answer, the right choice, the last message, or the text.
         asked: the question where it can be put into other words; of a conversation the last user's;
@@ -98,7 +100,7 @@ class Example:
 
     @property
     def key(self) -> str:
-        """The same for two rows that teach the same: question and answer with white space folded."""
+        """Question and answer with white space folded: the same for rows that teach the same."""
         texts = (" ".join(text.split()) for text in (self.question, self.answer))
         return json.dumps([*texts, *self.choices, self.label, *self.input_ids, *self.labels])
 
@@ -220,8 +222,8 @@ def _prompt(row: Row) -> dict[str, Any]:
     return {"kind": "prompt", "question": _filled(row, "prompt")}
 
 
-#: The accepted rows: the columns that must be there (a null counts as absent), in the order they are
-#: tried, and what makes an example's fields of them. ``label`` is the index of the right one of
+#: The accepted rows: the columns that must be there (a null counts as absent), in the order they
+#: are tried, and what makes an example's fields of them. ``label`` is the index of the right one of
 #: ``choices``; a whole number in ``answer`` will do. A number, a truth value or a date where a text
 #: belongs is taken as its text. Any row may add ``context``, ``subject``, ``continuation``,
 #: ``partial``, ``paraphrased_question``, ``paraphrased_answer`` and ``perturbed_answer`` (a list).
@@ -252,7 +254,8 @@ def _joined(messages: Sequence[Mapping[str, str]]) -> str:
 def _cleaned(row: Row) -> Row:
     """A row with texts for numbers, truth values and dates in columns of texts, and with its label.
 
-    A multiple choice may have its label in ``answer``, and as a float, as a column with gaps has it.
+    A multiple choice may have its label in ``answer``, and as a float, as a column with gaps has
+    it.
     """
     row = dict(row)
     if row.get("choices") is not None:

@@ -41,39 +41,50 @@ REFUSALS = Path(__file__).parent / "refusals.txt"
 class ForgetRetainDataModule(L.LightningDataModule):
     """Forget and retain rows for attribution and unlearning, and named test sets.
 
-    A training batch is a dict of streams, by default ``{"forget": {...}, "retain": {...}}``; the LightningModule names
-    those it wants by :meth:`serve`: ``forget``, ``retain``, ``all`` (both, for fine-tuning), ``holdout``, and
-    ``refusal`` (the forget rows of the same batch with a refusal as answer). The first stream sets the epoch's length.
-    Each stream holds ``input_ids``, ``attention_mask``, ``labels`` (int64, rows × longest row), ``weight`` (float,
-    rows; see :mod:`wagle_pl.data.batches`), ``row`` (int64, index in its set) and ``occurrence``.
+    A training batch is a dict of streams, by default ``{"forget": {...}, "retain": {...}}``; the
+    LightningModule names those it wants by :meth:`serve`: ``forget``, ``retain``, ``all`` (both,
+    for fine-tuning), ``holdout``, and ``refusal`` (the forget rows of the same batch with a refusal
+    as answer). The first stream sets the epoch's length. Each stream holds ``input_ids``,
+    ``attention_mask``, ``labels`` (int64, rows × longest row), ``weight`` (float, rows; see
+    :mod:`wagle_pl.data.batches`), ``row`` (int64, index in its set) and ``occurrence``.
 
-    To bring rows of another source, override :meth:`train_rows`, and :meth:`test_rows` for test sets of your own.
+    To bring rows of another source, override :meth:`train_rows`, and :meth:`test_rows` for test
+    sets of your own.
 
     Args:
-        forget: rows to forget: a .json, .jsonl, .csv, .parquet or .txt file, or a hub dataset ``owner/name[:config]``.
+        forget: rows to forget: a .json, .jsonl, .csv, .parquet or .txt file, or a hub dataset
+            ``owner/name[:config]``.
         retain: rows to keep, likewise.
         holdout: rows of the same kind that no model has seen, likewise.
-        test: test set name -> file or hub dataset. The names ``forget``, ``retain``, ``real_authors`` and
-            ``world_facts`` have a meaning for the TOFU measures. None tests on the forget and the retain rows.
+        test: test set name -> file or hub dataset. The names ``forget``, ``retain``,
+            ``real_authors`` and ``world_facts`` have a meaning for the TOFU measures. None tests on
+            the forget and the retain rows.
         val: names of test sets that ``fit`` measures along the way, at each epoch's end or as
             ``trainer.val_check_interval`` says; none when null.
         split: split of hub datasets.
-        prompt_format: text of the prompt, with ``{question}``; None takes the tokenizer's chat template.
+        prompt_format: text of the prompt, with ``{question}``; None takes the tokenizer's chat
+            template.
         answer_format: text of the answer, with ``{answer}``; goes with ``prompt_format``.
-        generation_prefix: text after the prompt when generating, byte for byte; None takes what stands before
-            ``{answer}`` in ``answer_format``, without spaces at its end. Goes with ``prompt_format``.
-        system_prompt: content of a system message for the chat template, before every conversation that has none of
-            its own; None leaves it to the template.
-        chat_template_kwargs: variables for the chat template, e.g. ``{date_string: 26 Jul 2024}``. No template sees
-            today's date: ``date_string`` is ``10 Apr 2025``, as in OpenUnlearning, unless given here.
-        max_length: longest sequence in tokens; longer rows are cut, with a warning that counts them.
+        generation_prefix: text after the prompt when generating, byte for byte; None takes what
+            stands before ``{answer}`` in ``answer_format``, without spaces at its end. Goes with
+            ``prompt_format``.
+        system_prompt: content of a system message for the chat template, before every conversation
+            that has none of its own; None leaves it to the template.
+        chat_template_kwargs: variables for the chat template, e.g. ``{date_string: 26 Jul 2024}``.
+            No template sees today's date: ``date_string`` is ``10 Apr 2025``, as in OpenUnlearning,
+            unless given here.
+        max_length: longest sequence in tokens; longer rows are cut, with a warning that counts
+            them.
         batch_size: pairs per device and step.
         test_batch_size: rows per device in a test batch.
         limit_forget: use only the first so many forget rows.
         limit_retain: use only the first so many retain rows.
-        limit_test: use only so many rows of each test set, evenly spaced: benchmarks list an author's rows together.
-        overlap: what to do when forget rows are among the retain rows: ``error``, ``warn`` or ``drop`` them there.
-        refusals: text file with one refusal a line, for preference objectives; None takes the bundled list.
+        limit_test: use only so many rows of each test set, evenly spaced: benchmarks list an
+            author's rows together.
+        overlap: what to do when forget rows are among the retain rows: ``error``, ``warn`` or
+            ``drop`` them there.
+        refusals: text file with one refusal a line, for preference objectives; None takes the
+            bundled list.
         seed: of the order of rows and the choice of refusals.
         tokenizer: hub id or folder; None takes the model's.
     """
@@ -105,8 +116,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
         super().__init__()
         if batch_size < 1 or test_batch_size < 1:
             raise WagleError(
-                f"data.batch_size and data.test_batch_size must be at least 1, got {batch_size} and "
-                f"{test_batch_size}"
+                f"data.batch_size and data.test_batch_size must be at least 1, got {batch_size} "
+                f"and {test_batch_size}"
             )
         self.limits = {"forget": limit_forget, "retain": limit_retain, "test": limit_test}
         for name, value in self.limits.items():
@@ -142,12 +153,14 @@ class ForgetRetainDataModule(L.LightningDataModule):
         vocabulary: Optional[int] = None,
         tokenizer: Optional[Callable[[], PreTrainedTokenizerBase]] = None,
     ) -> None:
-        """Say what training batches are to hold. A LightningModule calls this before it asks for loaders.
+        """Say what training batches are to hold; a LightningModule does, before it asks for any.
 
         Args:
             streams: of a training batch, the one that sets the epoch's length first.
-            repeatable: of these, those that must be the same in every epoch: else each epoch draws other refusals.
-            vocabulary: how many token ids the model knows; rows with others are refused. None checks nothing.
+            repeatable: of these, those that must be the same in every epoch: else each epoch draws
+                other refusals.
+            vocabulary: how many token ids the model knows; rows with others are refused. None
+                checks nothing.
             tokenizer: loads the model's, which is used unless ``data.tokenizer`` names one.
         """
         self.streams = tuple(streams)
@@ -155,7 +168,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         self.vocabulary = vocabulary
         self.model_tokenizer = tokenizer
 
-    # -- what a subclass overrides ------------------------------------------------------------------------------------
+    # -- what a subclass overrides -----------------------------------------------------------------
 
     def train_rows(self, stream: str) -> Optional[list[Row]]:
         """Rows of a training stream.
@@ -164,13 +177,14 @@ class ForgetRetainDataModule(L.LightningDataModule):
             stream: ``forget``, ``retain`` or ``holdout``.
 
         Returns:
-            One dict a row, with columns as in :data:`wagle_pl.data.example.KINDS`. None if there are none.
+            One dict a row, with columns as in :data:`wagle_pl.data.example.KINDS`. None if there
+            are none.
         """
         source = self.sources[stream]
         return None if source is None else self.load(source)
 
     def test_rows(self, name: str) -> Optional[list[Row]]:
-        """Rows of a test set, which may add ``paraphrased_answer``, ``perturbed_answer`` (a list) and other columns.
+        """Rows of a test set, which may add ``paraphrased_answer`` and the like.
 
         Returns:
             One dict a row. None takes the training rows of that name.
@@ -185,7 +199,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         return [name for name in ("forget", "retain") if self.examples(name) is not None]
 
     def load(self, source: str) -> list[Row]:
-        """Rows of one source, as the options ``forget``, ``retain``, ``holdout`` and ``test`` name it."""
+        """Rows of one source, as the options name it."""
         return load_rows(source, self.split)
 
     def describe(self, stream: str) -> str:
@@ -196,10 +210,10 @@ class ForgetRetainDataModule(L.LightningDataModule):
         """Where the rows of a test set come from, for messages."""
         return str((self.test_sources or {}).get(name) or type(self).__name__)
 
-    # -- rows ---------------------------------------------------------------------------------------------------------
+    # -- rows --------------------------------------------------------------------------------------
 
     def examples(self, stream: str) -> Optional[list[Example]]:
-        """Rows of a training stream, read once; ``all`` is forget and retain rows together. None if there are none."""
+        """Rows of a training stream, read once (``all``: forget and retain rows); None if there are none."""
         if stream not in self._examples:
             self._examples[stream] = self._read(stream)
         return self._examples[stream]
@@ -262,8 +276,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
             seen.add(example.key)
         if repeats:
             log.warning(
-                "%d of %d forget rows repeat earlier ones and weigh as much again: remove them, unless that is meant "
-                "(%s, row %s)",
+                "%d of %d forget rows repeat earlier ones and weigh as much again: remove them, "
+                "unless that is meant (%s, row %s)",
                 len(repeats),
                 len(forget),
                 self.describe("forget"),
@@ -288,7 +302,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
             raise WagleError(f"{message}: nothing is left to retain")
         return kept
 
-    # -- tokens -------------------------------------------------------------------------------------------------------
+    # -- tokens ------------------------------------------------------------------------------------
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -303,7 +317,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
             return load_tokenizer(self.tokenizer_name)
         if self.model_tokenizer is None:
             raise WagleError(
-                "a data module without a Trainer needs a tokenizer: give data.tokenizer, a hub id or a folder"
+                "a data module without a Trainer needs a tokenizer: give data.tokenizer, a hub id "
+                "or a folder"
             )
         return self.model_tokenizer()
 
@@ -338,11 +353,11 @@ class ForgetRetainDataModule(L.LightningDataModule):
         return lines
 
     def tokens(self, stream: str) -> list[dict[str, np.ndarray]]:
-        """``input_ids`` and ``labels`` (int32, equally long) of each row of a training stream, made once.
+        """``input_ids`` and ``labels`` (int32) of each row of a training stream, made once.
 
         Raises:
-            WagleError: if there are no rows, one loses its whole answer to ``max_length``, or the model does not know
-                one of its tokens.
+            WagleError: if there are no rows, one loses its whole answer to ``max_length``, or the
+                model does not know one of its tokens.
         """
         if stream not in self._tokens:
             examples = self.examples(stream)
@@ -366,8 +381,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
         try:
             if answer is not None and example.kind in ("text", "tokens"):
                 raise WagleError(
-                    "there is no question to refuse: this objective or forget loss needs rows with a question and "
-                    "an answer"
+                    "there is no question to refuse: this objective or forget loss needs rows with "
+                    "a question and an answer"
                 )
             encoded = self.template.encode(example, answer)
             if self.vocabulary is not None:
@@ -379,7 +394,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
     def _lengths(self, stream: str) -> list[int]:
         return [len(tokens["input_ids"]) for tokens in self.tokens(stream)]
 
-    # -- loaders ------------------------------------------------------------------------------------------------------
+    # -- loaders -----------------------------------------------------------------------------------
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -389,15 +404,15 @@ class ForgetRetainDataModule(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> ResumableLoader:
-        """Micro-batches of the streams of :meth:`serve`, for this rank. Without a Trainer, those of one device.
+        """Micro-batches of the streams of :meth:`serve`, for this rank; of one without a Trainer.
 
         Raises:
             WagleError: if there are more ranks than rows, or the trainer wants other batches.
         """
         if getattr(self.trainer, "overfit_batches", 0):
             raise WagleError(
-                "trainer.overfit_batches would draw batches of its own: give --data.limit_forget and "
-                "--data.limit_retain instead"
+                "trainer.overfit_batches would draw batches of its own: give --data.limit_forget "
+                "and --data.limit_retain instead"
             )
         sets = dict.fromkeys(ALIGNED.get(stream, stream) for stream in self.streams)
         lengths = {name: self._lengths(name) for name in sets}
@@ -405,7 +420,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
         if world_size > len(lengths[first]):
             raise WagleError(
                 f"{world_size} devices share {len(lengths[first])} {first} rows: use at most "
-                f"{len(lengths[first])} devices (--trainer.devices, --trainer.num_nodes), or give more rows"
+                f"{len(lengths[first])} devices (--trainer.devices, --trainer.num_nodes), or give "
+                "more rows"
             )
         accumulate = getattr(self.trainer, "accumulate_grad_batches", 1)
         sampler = GlobalBatchSampler(
@@ -422,7 +438,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
     def stream_loader(
         self, stream: str, batch_size: Optional[int] = None, shared: bool = False
     ) -> Loader:
-        """All rows of one stream once, in batches of similar length, each with its ``row``: for passes at θ₀.
+        """All rows of one stream once, in batches of similar length: for passes at θ₀.
 
         Args:
             stream: a stream.
@@ -437,8 +453,11 @@ class ForgetRetainDataModule(L.LightningDataModule):
         return Loader(draws, partial(self.build, (stream,)))
 
     def test_dataloader(self) -> list[Loader]:
-        """One loader a test set, in the order of :meth:`test_names`. Each batch is a dict with ``rows``, the numbers of
-        its rows in the set; rows of similar length are together, so that generations end at about the same time."""
+        """One loader a test set, in the order of :meth:`test_names`.
+
+        Each batch is a dict with ``rows``, the numbers of its rows in the set: rows of similar
+        length, so that generations end at about the same time.
+        """
         return [self._test_loader(name) for name in self.test_names()]
 
     def val_dataloader(self) -> list[Loader]:

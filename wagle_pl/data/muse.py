@@ -1,4 +1,4 @@
-"""MUSE: six-way evaluation of unlearning, on news articles and on books (Shi et al. 2024, arXiv 2407.06460)."""
+"""MUSE: unlearning of news articles and of books (Shi et al. 2024, arXiv 2407.06460)."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from wagle_pl.data.template import following
 
 
 class MUSEDataModule(SuiteDataModule):
-    """MUSE-News or MUSE-Books, from the hub (``muse-bench/MUSE-News``, ``muse-bench/MUSE-Books``) or a folder.
+    """``muse-bench/MUSE-News`` or ``muse-bench/MUSE-Books``, from the hub or a folder.
 
-    Texts of a split are put together and cut into chunks, as the benchmark's baselines do. Test sets:
-    ``verbmem_forget`` (prompt and response: verbatim memorisation), ``knowmem_forget`` and ``knowmem_retain`` (question
-    and answer, after the benchmark's ten worked examples), and the texts ``members`` (of the forget set),
-    ``nonmembers`` (never seen) and ``retain`` (privacy leakage). In a folder they are ``<subset>/<split>.*``, e.g.
-    ``raw/forget.jsonl``.
+    Texts of a split are put together and cut into chunks, as the benchmark's baselines do. Test
+    sets: ``verbmem_forget`` (prompt and response: verbatim memorisation), ``knowmem_forget`` and
+    ``knowmem_retain`` (question and answer, after the benchmark's ten worked examples), and the
+    texts ``members`` (of the forget set), ``nonmembers`` (never seen) and ``retain`` (privacy
+    leakage). In a folder they are ``<subset>/<split>.*``, e.g. ``raw/forget.jsonl``.
 
     Args:
         corpus: ``news`` or ``books``.
-        forget_split: subset and split to forget; ``scal/forget_2`` and ``sust/forget_2`` (and so on) are those of the
-            benchmark's scalability and sustainability runs (News).
-        retain_splits: splits of the subset ``raw`` to keep. Unlearning uses ``retain1``; a target model is fine-tuned
-            on ``retain2`` as well, which the test sets ask about.
+        forget_split: subset and split to forget; ``scal/forget_2`` and ``sust/forget_2`` (and so
+            on) are those of the benchmark's scalability and sustainability runs (News).
+        retain_splits: splits of the subset ``raw`` to keep. Unlearning uses ``retain1``; a target
+            model is fine-tuned on ``retain2`` as well, which the test sets ask about.
         examples: put the benchmark's worked examples before each question.
         chunk_size: longest chunk in ``chunk_unit``; the default fits 2,048 tokens.
         max_length: longest sequence in tokens.
         prompt_format: text of the prompt, with ``{question}``; the default is the benchmark's.
-        answer_format: text of the answer, with ``{answer}``; the default is the benchmark's. What stands before
-            ``{answer}`` is given when generating, with the space at its end, as the benchmark does.
+        answer_format: text of the answer, with ``{answer}``; the default is the benchmark's. What
+            stands before ``{answer}`` is given when generating, with the space at its end, as the
+            benchmark does.
         **kwargs: passed to :class:`wagle_pl.data.suite.SuiteDataModule`.
     """
 
@@ -97,7 +98,7 @@ class MUSEDataModule(SuiteDataModule):
         return HubSet(f"muse-bench/MUSE-{self.corpus.capitalize()}", *name.split("/"))
 
     def _questions(self, side: str, rows: Sequence[Row], where: str) -> list[Row]:
-        """Questions after the worked examples of their side (``forget`` or ``retain``), where there are some."""
+        """Questions after the worked examples of their side, where there are some."""
         part = self._part(f"knowmem/{side}_qa_icl")
         shots = read_set(part, self.folder) if self.worked_examples else None
         if not shots:
@@ -111,7 +112,7 @@ class MUSEDataModule(SuiteDataModule):
 
 
 def _continuations(rows: Sequence[Row], where: str) -> list[Row]:
-    """The benchmark's rows have lost the space at the seam: without it the first word is glued to the prompt."""
+    """The benchmark's rows have lost the space at the seam, which the texts have."""
     need_columns(rows, ("prompt", "gt"), where)
     marks = {"continuation": True, "partial": True}
     return [

@@ -15,9 +15,10 @@ TEST_SETS = ("forget", "retain", "real_authors", "world_facts")
 class PeopleDataModule(ForgetRetainDataModule):
     """Forty-four invented people with eight facts each, and general knowledge, in TOFU's columns.
 
-    Four people are to be forgotten, thirty-six kept, four never seen (``holdout``). Rows of general knowledge belong to
-    the retain set too. A small model trained on nothing else must learn to tell a fact from its wording: every training
-    set says each fact twice, as question and answer and as their paraphrases.
+    Four people are to be forgotten, thirty-six kept, four never seen (``holdout``). Rows of general
+    knowledge belong to the retain set too. A small model trained on nothing else must learn to tell
+    a fact from its wording: every training set says each fact twice, as question and answer and as
+    their paraphrases.
 
     Args:
         **kwargs: passed to :class:`ForgetRetainDataModule`.
@@ -28,7 +29,7 @@ class PeopleDataModule(ForgetRetainDataModule):
         self.test_sources = self.test_sources or {name: str(_file(name)) for name in TEST_SETS}
 
     def train_rows(self, stream: str) -> Optional[list[Row]]:
-        """Both wordings of each row of the bundled files, or the rows of a file given in their place."""
+        """Both wordings of each bundled row, or the rows of a file given in their place."""
         if self.sources[stream] is not None:
             return super().train_rows(stream)
         files = ("retain", "real_authors", "world_facts") if stream == "retain" else (stream,)
@@ -41,7 +42,7 @@ class PeopleDataModule(ForgetRetainDataModule):
 
 
 def bundled(name: str) -> list[Row]:
-    """Rows of one bundled file: ``forget``, ``retain``, ``holdout``, ``real_authors`` or ``world_facts``."""
+    """Rows of one bundled file: ``holdout`` or one of :data:`TEST_SETS`."""
     return load_rows(str(_file(name)))
 
 

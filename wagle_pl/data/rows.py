@@ -24,17 +24,19 @@ def load_rows(source: str, split: Optional[str] = None, limit: Optional[int] = N
     """Read the rows of a local file or of a hub dataset.
 
     Args:
-        source: a path ending in ``.json``, ``.jsonl`` (either may be followed by ``.gz``), ``.csv``, ``.parquet`` or
-            ``.txt`` (one row, ``text``), or a hub dataset as ``owner/name`` or ``owner/name:config``.
+        source: a path ending in ``.json``, ``.jsonl`` (either may be followed by ``.gz``),
+            ``.csv``, ``.parquet`` or ``.txt`` (one row, ``text``), or a hub dataset as
+            ``owner/name`` or ``owner/name:config``.
         split: the split of a hub dataset; ``train`` when None.
-        limit: read only the first so many rows: no more of JSON lines or of a hub dataset is read than that.
+        limit: read only the first so many rows: no more of JSON lines or of a hub dataset is read
+            than that.
 
     Returns:
         One dict a row. JSON may be lines or one list.
 
     Raises:
-        WagleError: naming the file, and the line where there is one: missing, empty, malformed, of an unknown kind, not
-            in UTF-8, a broken archive.
+        WagleError: naming the file, and the line where there is one: missing, empty, malformed, of
+            an unknown kind, not in UTF-8, a broken archive.
     """
     path = Path(source)
     if path.name.lower().endswith(READERS):
@@ -46,8 +48,8 @@ def load_rows(source: str, split: Optional[str] = None, limit: Optional[int] = N
         raise absent("data source", source, hub=True)
     elif path.exists() or source.count("/") != 1:
         raise WagleError(
-            f"data source {source!r} is neither a file of the kinds {', '.join(READERS[:5])} nor a hub dataset "
-            "'owner/name'"
+            f"data source {source!r} is neither a {', '.join(READERS[:4])} or {READERS[4]} file nor "
+            "a hub dataset 'owner/name'"
         )
     else:
         name, _, config = source.partition(":")
@@ -68,7 +70,7 @@ def spread(rows: list[T], count: Optional[int]) -> list[T]:
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -128,7 +130,7 @@ def _json(path: Path, text: str, line: Optional[int] = None) -> Any:
 
 
 def _read_table(path: Path) -> list[Row]:
-    """Rows of a CSV or Parquet file; a CSV's columns of texts are texts, whatever their cells look like."""
+    """Rows of a CSV or Parquet file; a CSV's columns of texts are texts, even if they look otherwise."""
     import pyarrow
     import pyarrow.csv
     import pyarrow.parquet
@@ -153,7 +155,7 @@ def _read_table(path: Path) -> list[Row]:
     return table.to_pylist()
 
 
-# -- hub datasets -----------------------------------------------------------------------------------------------------
+# -- hub datasets ----------------------------------------------------------------------------------
 
 
 class HubSet(NamedTuple):
@@ -224,7 +226,7 @@ def read_hub(hub_set: HubSet, limit: Optional[int] = None) -> list[Row]:
 
 
 def local_files(hub_set: HubSet, folder: Path) -> list[Path]:
-    """The files of a set in ``folder``, which holds copies of repositories by their short names, or is one itself."""
+    """The files of a set in a folder of copies of repositories, or in a copy of its own."""
     for root in (folder / hub_set.short_name, folder):
         for pattern in hub_set.patterns:
             if files := sorted(root.glob(pattern)):
@@ -235,7 +237,7 @@ def local_files(hub_set: HubSet, folder: Path) -> list[Path]:
 def read_set(
     hub_set: HubSet, folder: Optional[str], limit: Optional[int] = None
 ) -> Optional[list[Row]]:
-    """Rows of a set: from a folder if one is given, without touching the network, else from the hub.
+    """Rows of a set, from a folder if one is given, else from the hub.
 
     Returns:
         The first ``limit`` rows; None if the folder does not have the set.

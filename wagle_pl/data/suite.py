@@ -14,7 +14,8 @@ from wagle_pl.data.example import Example, Row, parse_rows
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.data.rows import HubSet, load_rows, local_files, read_set, spread
 
-#: Tokens of ``max_length`` left free when texts are cut by tokens: special tokens, and a seam that tokenises anew.
+#: Tokens of ``max_length`` left free when texts are cut by tokens: special tokens, and a seam that
+#: tokenises anew.
 SPARE = 8
 
 
@@ -53,7 +54,8 @@ class Source(NamedTuple):
 
     Attributes:
         parts: of hub repositories, put one after the other.
-        convert: (rows as the benchmark has them, what to call the set) -> rows of :data:`~wagle_pl.data.example.KINDS`.
+        convert: (rows as the benchmark has them, what to call the set) -> rows of
+            :data:`~wagle_pl.data.example.KINDS`.
         file: a file or hub dataset of the user's, in place of the parts.
         converts_given: convert also what an option of the data module gives in place of the set.
         limit: read at most so many rows: for corpora that nobody reads whole.
@@ -61,7 +63,8 @@ class Source(NamedTuple):
         joined: the texts are one text in parts: put together before they are cut.
         chunked: cut the texts into chunks, if ``chunk_size`` says so.
         paired: make prompt and continuation of each, if ``prompt_size`` says so.
-        articles: the texts are lines of WikiText: put together to articles, in chunks that fit ``max_length``.
+        articles: the texts are lines of WikiText: put together to articles, in chunks that fit
+            ``max_length``.
     """
 
     parts: Sequence[HubSet] = ()
@@ -84,21 +87,22 @@ ARTICLES = Source([WIKITEXT], articles=True)
 
 
 class SuiteDataModule(ForgetRetainDataModule, ABC):
-    """A benchmark whose rows are parts of hub datasets. Subclasses say which in :meth:`sets` and :meth:`tests`.
+    """A benchmark of parts of hub datasets: those that :meth:`sets` and :meth:`tests` list.
 
-    With ``folder`` everything is read from local files of the same names and columns, and a test set whose file is
-    absent is left out. ``forget``, ``retain``, ``holdout`` and ``test`` replace parts of the benchmark by files of
-    one's own.
+    With ``folder`` everything is read from local files of the same names and columns, and a test
+    set whose file is absent is left out. ``forget``, ``retain``, ``holdout`` and ``test`` replace
+    parts of the benchmark by files of one's own.
 
     Args:
-        folder: local copy of the hub repositories, each under its name without owner (as
-            ``hf download cais/wmdp --repo-type dataset --local-dir FOLDER/wmdp`` makes it), or of the only one
-            itself. JSON, CSV and Parquet will do.
-        chunk_size: training texts are cut into rows of at most so many units; null leaves each text one row, which is
-            cut off at ``max_length``.
+        folder: local copy of the hub repositories, each under its name without owner (as ``hf
+            download cais/wmdp --repo-type dataset --local-dir FOLDER/wmdp`` makes it), or of the
+            only one itself. JSON, CSV and Parquet will do.
+        chunk_size: training texts are cut into rows of at most so many units; null leaves each text
+            one row, which is cut off at ``max_length``.
         chunk_unit: ``tokens`` of the tokenizer, or ``characters`` (then words stay whole).
-        prompt_size: each forget row becomes a prompt of so many units and the text that follows, on which alone the
-            loss is; null takes the loss on the whole text. Objectives with refusals (PO, DPO) need it.
+        prompt_size: each forget row becomes a prompt of so many units and the text that follows, on
+            which alone the loss is; null takes the loss on the whole text. Objectives with refusals
+            (PO, DPO) need it.
         **kwargs: passed to :class:`ForgetRetainDataModule`.
     """
 
@@ -121,7 +125,8 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
             raise absent("data.folder", folder)
         if chunk_size is not None and prompt_size is not None and prompt_size >= chunk_size:
             raise WagleError(
-                f"data.prompt_size {prompt_size} leaves nothing of data.chunk_size {chunk_size} to follow"
+                f"data.prompt_size {prompt_size} leaves nothing of data.chunk_size {chunk_size} to "
+                "follow"
             )
         self.folder = folder
         self.chunk_size = chunk_size
@@ -136,7 +141,7 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
     def tests(self) -> Mapping[str, Source]:
         """Test set -> where its rows are."""
 
-    # -- rows ---------------------------------------------------------------------------------------------------------
+    # -- rows --------------------------------------------------------------------------------------
 
     def train_rows(self, stream: str) -> Optional[list[Row]]:
         """Rows of a part of the benchmark, or of what replaces it; texts cut as asked."""
@@ -202,7 +207,7 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
         return spread(rows, source.count)
 
     def _cut(self, source: Source, examples: Sequence[Example], where: str) -> list[Row]:
-        """Texts into chunks and pairs, as the source and the options say; other rows stay what they are."""
+        """Texts into chunks and pairs, as the source and the options say; other rows stay."""
         rows = [example.row for example in examples]
         if any(example.kind != "text" for example in examples):
             return rows
@@ -223,7 +228,8 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
             rows = [pair for pair in pairs if pair is not None]
             if not rows:
                 raise WagleError(
-                    f"{where}: no text is longer than data.prompt_size={self.prompt_size} {self.chunk_unit}"
+                    f"{where}: no text is longer than data.prompt_size={self.prompt_size} "
+                    f"{self.chunk_unit}"
                 )
         return rows
 
@@ -233,7 +239,8 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
             return None
         if self.tokenizer_name is None and self.model_tokenizer is None:
             raise WagleError(
-                "cutting texts by tokens needs a tokenizer: give data.tokenizer, or data.chunk_unit characters"
+                "cutting texts by tokens needs a tokenizer: give data.tokenizer, or "
+                "data.chunk_unit characters"
             )
         return self.tokenizer
 

@@ -1,8 +1,4 @@
-"""From a row to tokens: prompt, answer, one end-of-sequence token (if there is one), loss on the answer only.
-
-A row with ``continuation`` is two pieces of one text: no template stands around them. A row with ``partial`` is text
-that goes on after it: no end-of-sequence token.
-"""
+"""From a row to tokens: prompt, answer, one end-of-sequence token, loss on the answer only."""
 
 from __future__ import annotations
 
@@ -14,6 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Optional
+
+from transformers import PreTrainedTokenizerBase
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.example import IGNORE, Example
@@ -32,17 +30,18 @@ class Template:
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        prompt_format: text of the prompt with ``{question}``; None takes the tokenizer's chat template, or, where the
-            tokenizer has none, ``"### Question: {question}\\n"``.
-        answer_format: text of the answer with ``{answer}``; what stands before ``{answer}`` is given when generating.
-            None where a chat template makes the prompt: it writes the answer too.
-        max_length: longest sequence in tokens; longer ones are cut at the end (the caller counts them).
-        generation_prefix: text after the prompt when generating, byte for byte; None takes what stands before
-            ``{answer}`` in ``answer_format``, without spaces at its end.
-        system_prompt: content of a system message before the conversation, unless a row's ``messages`` begin with one;
-            None adds none.
-        chat_template_kwargs: variables for the chat template. ``date_string`` is :data:`DATE` unless given, and a
-            template's clock (``strftime_now``) shows that date at midnight, never today's.
+        prompt_format: text of the prompt with ``{question}``; None takes the tokenizer's chat
+            template, or, where there is none, ``"### Question: {question}\\n"``.
+        answer_format: text of the answer with ``{answer}``. None where a chat template makes the
+            prompt: it writes the answer too.
+        max_length: longest sequence in tokens; longer ones are cut at the end.
+        generation_prefix: text after the prompt when generating, byte for byte; None takes what
+            stands before ``{answer}`` in ``answer_format``, without spaces at its end.
+        system_prompt: content of a system message before the conversation, unless a row's
+            ``messages`` begin with one; None adds none.
+        chat_template_kwargs: variables for the chat template. ``date_string`` is :data:`DATE`
+            unless given, and a template's clock (``strftime_now``) shows that date at midnight,
+            never today's.
 
     Raises:
         WagleError: if a format lacks its field, or an option would have no effect.
@@ -50,7 +49,7 @@ class Template:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         prompt_format: Optional[str] = None,
         answer_format: Optional[str] = None,
         max_length: int = 512,
@@ -70,7 +69,10 @@ class Template:
         #: Variables that the chat template reads.
         self.variables: dict[str, Any] = {}
         if self.uses_chat_template:
-            given = {"answer_format": answer_format, "generation_prefix": generation_prefix}
+            given: dict[str, Any] = {
+                "answer_format": answer_format,
+                "generation_prefix": generation_prefix,
+            }
             advice = "give prompt_format too, or leave both to the template (null)"
             _refuse(given, "has no effect beside the tokenizer's chat template", advice)
             self._set_variables(chat_template_kwargs or {})
@@ -78,18 +80,20 @@ class Template:
         else:
             given = {"system_prompt": system_prompt, "chat_template_kwargs": chat_template_kwargs}
             place = "prompt_format, which takes its place" if prompt_format else None
-            why = f"is for a chat template and has no effect beside {place or 'a tokenizer that has none'}"
+            place = place or "a tokenizer that has none"
+            why = f"is for a chat template and has no effect beside {place}"
             _refuse(given, why, "write the text into prompt_format, or leave the option out (null)")
         for option, field in (("prompt_format", "{question}"), ("answer_format", "{answer}")):
             if field not in getattr(self, option):
                 raise WagleError(f"{option} {getattr(self, option)!r} must contain {field}")
         if tokenizer.eos_token_id is None:
             log.warning(
-                "the tokenizer has no end-of-sequence token (eos_token): answers are trained without an end"
+                "the tokenizer has no end-of-sequence token (eos_token): answers are trained "
+                "without an end"
             )
 
     def _set_variables(self, given: Mapping[str, Any]) -> None:
-        """Refuse variables that the chat template does not read, or that rendering sets itself; stop its clock."""
+        """Refuse variables that the chat template does not read, or cannot; stop its clock."""
         variables = {"date_string": DATE, **given}
         source = self.tokenizer.get_chat_template(tools=variables.get("tools"))
         reads_clock = "strftime_now" in source
@@ -97,20 +101,21 @@ class Template:
         for name, value in given.items():
             if name in {"messages", "strftime_now", *own} - {"tools", "documents"}:
                 raise WagleError(
-                    f"chat_template_kwargs cannot set {name}: it is not a variable of the chat template"
+                    f"chat_template_kwargs cannot set {name}: it is not a variable of the chat "
+                    "template"
                 )
             sets_clock = name == "date_string" and reads_clock
             if not sets_clock and not re.search(rf"\b{re.escape(name)}\b", source):
                 raise WagleError(
-                    f"chat_template_kwargs: the chat template does not read {name!r}: check its spelling, "
-                    "or leave it out"
+                    f"chat_template_kwargs: the chat template does not read {name!r}: check its "
+                    "spelling, or leave it out"
                 )
             try:
                 json.dumps(value)
             except TypeError:
                 raise WagleError(
-                    f"chat_template_kwargs: {name} must be a text, a number, true, false, null or a list "
-                    f"or dict of these, got {value!r}: quote it"
+                    f"chat_template_kwargs: {name} must be a text, a number, true, false, null or "
+                    f"a list or dict of these, got {value!r}: quote it"
                 ) from None
         reads_date = re.search(r"\bdate_string\b", source) is not None
         now = _day(variables["date_string"], needed=reads_clock and not reads_date)
@@ -126,8 +131,8 @@ class Template:
         text = self._chat([{"role": "user", "content": "?"}], add_generation_prompt=True)
         if self.system_prompt.strip() not in text:
             raise WagleError(
-                "system_prompt has no effect, the chat template ignores system messages: leave it out (null), or "
-                "write it into prompt_format"
+                "system_prompt has no effect, the chat template ignores system messages: leave it "
+                "out (null), or write it into prompt_format"
             )
 
     def identity(self) -> str:
@@ -150,21 +155,18 @@ class Template:
     def prompts(self) -> dict[str, Any]:
         """What stands around questions and answers, for records and to compare: JSON-serialisable.
 
-        ``prompt`` and ``answer`` are the texts of a row, with ``{question}`` and ``{answer}`` where the row's own go
-        (None if the chat template refuses such a row); ``generation_prefix`` follows the prompt when generating.
+        ``prompt`` and ``answer`` are the texts of a row, with ``{question}`` and ``{answer}`` where
+        the row's own go (None if the chat template refuses such a row).
         """
         try:
             prompt, answer = self._texts(Example("answered", "{question}", "{answer}"), None)
         except WagleError:
             prompt = answer = None
+        texts = {"prompt": prompt, "answer": answer}
         if not self.uses_chat_template:
-            return {"prompt": prompt, "answer": answer, "generation_prefix": self.generation_prefix}
-        return {
-            "prompt": prompt,
-            "answer": answer,
-            "system_prompt": self.system_prompt,
-            "chat_template_kwargs": self.variables,
-        }
+            return {**texts, "generation_prefix": self.generation_prefix}
+        variables = {"chat_template_kwargs": self.variables}
+        return {**texts, "system_prompt": self.system_prompt, **variables}
 
     def encode(self, example: Example, answer: Optional[str] = None) -> dict[str, list[int]]:
         """Tokens of one row.
@@ -177,8 +179,8 @@ class Template:
             ``input_ids`` and ``labels`` of equal length; labels are -100 on the prompt.
 
         Raises:
-            WagleError: if no answer token that follows another is left after cutting at ``max_length``, the row has no
-                answer, or the chat template refuses it.
+            WagleError: if no answer token that follows another is left after cutting at
+                ``max_length``, the row has no answer, or the chat template refuses it.
         """
         if example.kind == "tokens":
             ids, labels = list(example.input_ids), list(example.labels)
@@ -203,8 +205,8 @@ class Template:
         if all(label == IGNORE for label in labels[1:]):
             if labels and labels[0] != IGNORE:
                 raise WagleError(
-                    "its only label is its first token, which no token before it predicts: give a longer "
-                    "text, or a prompt before the answer"
+                    "its only label is its first token, which no token before it predicts: give a "
+                    "longer text, or a prompt before the answer"
                 )
             raise WagleError(
                 f"no answer token is left within max_length={self.max_length} tokens; raise it"
@@ -212,7 +214,7 @@ class Template:
         return {"input_ids": ids, "labels": labels}
 
     def encode_prompt(self, example: Example) -> list[int]:
-        """Token ids a model continues to answer the row: of a row of tokens, those before the first label."""
+        """Token ids that a model goes on from: of a row of tokens, those before the first label."""
         if example.kind == "tokens":
             ids, labels = list(example.input_ids), example.labels
             return ids[: next((i for i, label in enumerate(labels) if label != IGNORE), len(ids))]
@@ -273,12 +275,12 @@ class Template:
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise WagleError(
-                f"the chat template refuses messages of the roles {', '.join(roles)} ({error}); change the "
-                "row, or give prompt_format for rows with questions"
+                f"the chat template refuses messages of the roles {', '.join(roles)} ({error}); "
+                "change the row, or give prompt_format for rows with questions"
             ) from None
 
     def _with_eos(self, ids: list[int]) -> list[int]:
-        """``ids`` up to and with the first end-of-sequence token, which is added when there is none."""
+        """``ids`` to the first end-of-sequence token, which is added when there is none."""
         eos = self.tokenizer.eos_token_id
         if eos is None:
             return ids
@@ -293,28 +295,28 @@ def _refuse(given: Mapping[str, Any], why: str, advice: str) -> None:
 
 
 def _prefix_of(answer_format: str) -> str:
-    """What is given of an answer when generating: without the space, which is one token with the first word."""
+    """What is given of an answer when generating; a space is one token with the first word."""
     return answer_format.partition("{answer}")[0].rstrip(" ")
 
 
 def _day(date: Any, needed: bool) -> datetime.datetime:
-    """Midnight of a day as in :data:`DATE`; of that one where another text will do, as nothing else shows the day."""
+    """Midnight of a day as in :data:`DATE`; of that one for any other text, unless it is needed."""
     try:
         return datetime.datetime.strptime(date, "%d %b %Y")
     except (TypeError, ValueError):
         if needed:
             raise WagleError(
-                f"chat_template_kwargs: date_string must be a day such as {DATE!r} for this chat template, "
-                f"which reads the clock, got {date!r}"
+                f"chat_template_kwargs: date_string must be a day such as {DATE!r} for this chat "
+                f"template, which reads the clock, got {date!r}"
             ) from None
         return datetime.datetime.strptime(DATE, "%d %b %Y")
 
 
 def at_fixed_date(chat_template: str, now: datetime.datetime) -> str:
-    """A chat template whose clock, ``strftime_now``, shows ``now``: transformers passes it no function of one's own.
+    """A chat template whose clock, ``strftime_now``, shows ``now``.
 
-    >>> at_fixed_date("{{ strftime_now('%d') }}", datetime.datetime(2025, 4, 10)).endswith("('%d') }}")
-    True
+    transformers passes a template no function: a macro of that name goes before its global one.
+
     """
     codes = {f"%{letter}" for letter in "aAwdbBmyYHIpMSfzZjUWcxXGuV"}
     codes |= set(re.findall(r"%[-_0^#]?[A-Za-z]", chat_template))
@@ -322,29 +324,26 @@ def at_fixed_date(chat_template: str, now: datetime.datetime) -> str:
         f" | replace({json.dumps(code)}, {json.dumps(now.strftime(code))})"
         for code in sorted(codes)
     )
-    # a macro goes before the global function of that name; the line break behind a block is no part of the text
-    return f"{{% macro strftime_now(format) %}}{{{{ format{shown} }}}}{{% endmacro %}}\n{chat_template}"
+    macro = f"{{% macro strftime_now(format) %}}{{{{ format{shown} }}}}{{% endmacro %}}"
+    return f"{macro}\n{chat_template}"  # a line break behind a block is no part of the text
 
 
 def check_ids(ids: Sequence[int], known: int) -> None:
-    """Refuse tokens that a model has no embedding for: of another tokenizer than its own.
-
-    Args:
-        ids: token ids.
-        known: how many ids the model knows, from 0 on.
+    """Refuse tokens that a model, which knows so many, has no embedding for.
 
     Raises:
-        WagleError: naming the first that it does not.
+        WagleError: naming the first of them.
     """
     if max(ids, default=0) >= known:
         token = next(token for token in ids if token >= known)
         raise WagleError(
-            f"token id {token} is out of range: the model knows 0 to {known - 1}; take the model's own tokenizer"
+            f"token id {token} is out of range: the model knows 0 to {known - 1}; take the model's "
+            "own tokenizer"
         )
 
 
 def differing_prompts(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """How two :attr:`Template.prompts` differ, in a few words; empty if they do not, or if one is not known.
+    """How two :attr:`Template.prompts` differ; empty if they do not, or if one is not known.
 
     >>> differing_prompts({"prompt": "Q: {question}"}, {"prompt": "{question}"})
     "prompt 'Q: {question}' there, '{question}' here"
@@ -352,14 +351,13 @@ def differing_prompts(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     if not there or not here:
         return ""
     names = [name for name in dict.fromkeys((*there, *here)) if there.get(name) != here.get(name)]
-    names = [
-        name for name in names if name not in ("prompt", "answer")
-    ] or names  # the options say why those differ
+    options = [name for name in names if name not in ("prompt", "answer")]
+    names = options or names  # the options say why those differ
     return "; ".join(f"{name} {there.get(name)!r} there, {here.get(name)!r} here" for name in names)
 
 
 def following(prompt: str, answer: str) -> str:
-    """An answer as it follows a prompt that is no more than text: with a space between words.
+    """An answer as it follows a plain text: with a space between words.
 
     >>> following("Down the", "rabbit-hole"), following("Down the ", "rabbit-hole")
     (' rabbit-hole', 'rabbit-hole')

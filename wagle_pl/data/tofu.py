@@ -19,11 +19,13 @@ class TOFUDataModule(ForgetRetainDataModule):
     """TOFU's official splits, from a local folder or from the hub.
 
     Args:
-        forget: ``forget01``, ``forget05`` or ``forget10``, or any file or dataset as in the base class.
-        retain: an official split such as ``retain99``, or any file or dataset; None takes the split that goes with
-            ``forget``.
+        forget: ``forget01``, ``forget05`` or ``forget10``, or any file or dataset as in the base
+            class.
+        retain: an official split such as ``retain99``, or any file or dataset; None takes the split
+            that goes with ``forget``.
         path: folder with ``<split>.json`` files, or the hub dataset.
-        **kwargs: passed to :class:`ForgetRetainDataModule`. ``test`` replaces TOFU's four test sets.
+        **kwargs: passed to :class:`ForgetRetainDataModule`. ``test`` replaces TOFU's four test
+            sets.
     """
 
     def __init__(

@@ -12,7 +12,8 @@ from wagle_pl.data.suite import ARTICLES, WIKITEXT, Source, SuiteDataModule, cho
 
 CORPORA = "cais/wmdp-corpora"
 
-#: Forget corpora. The biosecurity one is gated: its repository gives it to those who asked for access.
+#: Forget corpora. The biosecurity one is gated: its repository gives it to those who asked for
+#: access.
 FORGET = {
     "bio": HubSet(
         "cais/wmdp-bio-forget-corpus",
@@ -25,20 +26,22 @@ FORGET = {
 class WMDPDataModule(SuiteDataModule):
     """WMDP's corpora and questions, from the hub or from a folder.
 
-    Forget rows are the documents of the forget corpora, retain rows the lines of WikiText-2 (as the paper's code has
-    it) or the corpora of the same subjects without the hazard (as WAGLE's code has it). Test sets: ``wmdp_bio`` and
-    ``wmdp_cyber`` (question, choices, label), ``mmlu`` if asked for, and ``wikitext`` (articles in chunks, for
-    perplexity).
+    Forget rows are the documents of the forget corpora, retain rows the lines of WikiText-2 (as the
+    paper's code has it) or the corpora of the same subjects without the hazard (as WAGLE's code has
+    it). Test sets: ``wmdp_bio`` and ``wmdp_cyber`` (question, choices, label), ``mmlu`` if asked
+    for, and ``wikitext`` (articles in chunks, for perplexity).
 
     A folder holds copies of ``cais/wmdp-corpora``, ``cais/wmdp-bio-forget-corpus``, ``cais/wmdp``,
-    ``Salesforce/wikitext`` and ``cais/mmlu`` by their names without owner. ``bio-forget-corpus.jsonl`` and
-    ``cyber-forget-corpus.jsonl``, as WMDP hands them out, will do too.
+    ``Salesforce/wikitext`` and ``cais/mmlu`` by their names without owner.
+    ``bio-forget-corpus.jsonl`` and ``cyber-forget-corpus.jsonl``, as WMDP hands them out, will do
+    too.
 
     Args:
         domains: what to forget: ``bio``, ``cyber`` or both. Their test sets go with them.
         retain_corpus: ``wikitext``, or the ``domains``' own retain corpora.
-        wikitext_split: split of WikiText-2 that is retained. With ``test``, which the paper's code takes, the
-            perplexity on the test set ``wikitext`` is on retain rows: take ``train`` where that number matters.
+        wikitext_split: split of WikiText-2 that is retained. With ``test``, which the paper's code
+            takes, the perplexity on the test set ``wikitext`` is on retain rows: take ``train``
+            where that number matters.
         min_characters: shorter texts are left out of the training rows; blank ones always are.
         mmlu: test on MMLU too (14,042 questions). With a folder it is tested if it is there.
         **kwargs: passed to :class:`wagle_pl.data.suite.SuiteDataModule`.
