@@ -9,6 +9,7 @@ import torch
 from conftest import TOFU, write_rows
 
 from wagle_pl import ForgetRetainDataModule, PeopleDataModule, TOFUDataModule, WagleError
+from wagle_pl.data import SuiteDataModule
 from wagle_pl.data.example import Example, parse_rows, raw_rows
 from wagle_pl.data.people import bundled
 from wagle_pl.data.rows import load_rows
@@ -495,6 +496,15 @@ def test_tofu_from_a_folder(tmp_path):
         data.test_examples("world_facts")
     with pytest.raises(WagleError, match="does not exist"):
         TOFUDataModule(forget="forget01", path="./nowhere").examples("forget")
+
+
+def test_a_benchmark_without_its_table_fails_at_construction():
+    class Nothing(SuiteDataModule):
+        def sets(self):
+            return {}
+
+    with pytest.raises(TypeError, match="abstract method '?tests"):
+        Nothing()
 
 
 def test_one_method_brings_rows_of_another_kind(tokenizer):

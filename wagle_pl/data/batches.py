@@ -128,31 +128,18 @@ def _bounds(rows: int, accumulate: int) -> list[int]:
 
 
 class Position(NamedTuple):
-    """A place in the run's sequence of global batches, however these are cut.
-
-    Attributes:
-        epoch: counted from 0.
-        step: global batches of the epoch that are done.
-        rows: rows of the next global batch that are done.
-    """
+    """A place in the run's sequence of global batches, however these are cut."""
 
     epoch: int = 0
-    step: int = 0
-    rows: int = 0
+    step: int = 0  # global batches of the epoch that are done
+    rows: int = 0  # rows of the next global batch that are done
 
 
 class GlobalBatchSampler:
     """Yields this rank's :class:`Draw` for every micro-batch of an epoch.
 
-    Args:
-        lengths: see :func:`epoch_batches`.
-        batch_size: rows per rank and micro-batch.
-        accumulate: micro-batches a step (``Trainer.accumulate_grad_batches``).
-        world_size, rank: of the process group.
-        seed: of the whole run.
-
-    Raises:
-        WagleError: if ``accumulate`` is below 1.
+    ``lengths`` and ``seed`` are those of :func:`epoch_batches`; ``batch_size`` counts the rows per
+    rank and micro-batch, ``accumulate`` the micro-batches a step.
     """
 
     def __init__(
@@ -261,7 +248,7 @@ class Loader:
 
     Args:
         sampler: this rank's batches, in some short form.
-        build: makes a batch of one.
+        build: makes a batch of its short form.
     """
 
     batch_sampler = None  # Lightning looks for it where there is a sampler
@@ -284,10 +271,7 @@ class ResumableLoader(Loader):
     does not prefetch from a loader with a length. A module that knows better takes
     :meth:`state_at`.
 
-    Args:
-        sampler: draws.
-        build: makes a batch of one.
-        digests: stream -> digest of its rows.
+    Its states hold ``digests``, one of the rows of each stream.
     """
 
     sampler: GlobalBatchSampler
@@ -322,10 +306,7 @@ class ResumableLoader(Loader):
     ) -> dict[str, Any]:
         """Where the run is after some micro-batches of an epoch, and what that place is a place in.
 
-        Args:
-            epoch: counted from 0.
-            micro_batches: of it that are done.
-            last: with how many the epoch ends; with all when None.
+        The epoch ends with ``last`` of them; with all when None.
         """
         end = len(self.sampler) if last is None else min(last, len(self.sampler))
         if micro_batches >= end:

@@ -86,7 +86,7 @@ def chunk_rows(
 def continuation(
     row: Row, prompt_size: int, unit: Unit = "tokens", tokenizer: Any = None
 ) -> Optional[Row]:
-    """A ``text`` row as a prompt of ``prompt_size`` units and what follows; None if nothing does."""
+    """A ``text`` row as a prompt of ``prompt_size`` units and what follows; None if none does."""
     prompt = chunk_text(row["text"], prompt_size, unit, tokenizer)[0]
     response = row["text"][len(prompt) :]
     if not prompt.strip() or not response.strip():

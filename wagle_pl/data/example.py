@@ -26,45 +26,29 @@ LISTS = ("choices", "perturbed_answer")
 
 @dataclass(frozen=True)
 class Example:
-    """One row, ready to be made into tokens. A text that the row does not have is empty.
+    """One row, ready to be made into tokens. A text that the row does not have is empty."""
 
-    Attributes:
-        kind: ``answered`` (a question, prompt or conversation with its answer), ``choices``
-            (multiple choice), ``text`` (loss on all of it), ``prompt`` (to generate from) or
-            ``tokens``.
-        question: what is asked, the prompt, or the messages before the answer, one a line.
-        answer: the answer, the right choice, the last message, or the text.
-        asked: the question where it can be put into other words; of a conversation the last user's;
-            None of a prompt, a text or tokens.
-        messages: of a conversation, those before the answer: dicts with ``role`` and ``content``.
-        choices: of a multiple choice.
-        label: index of its right choice.
-        input_ids, labels: of a row of tokens, equally long; labels are -100 where there is no loss.
-        context: text before the question, e.g. worked examples.
-        paraphrased_question, paraphrased_answer: the same in other words.
-        perturbed_answers: wrong answers of the same form.
-        subject: of the question, e.g. ``world_religions`` (MMLU).
-        continuation: the answer continues the prompt word by word, without a template.
-        partial: the text goes on after the row, which gets no end-of-sequence token.
-        row: all columns as the file has them, for digests and error messages.
-    """
-
+    #: ``answered`` (a question, prompt or conversation with its answer), ``choices`` (multiple
+    #: choice), ``text`` (loss on all of it), ``prompt`` (to generate from) or ``tokens``.
     kind: Kind
-    question: str = ""
-    answer: str = ""
+    question: str = ""  # or the prompt, or the messages before the answer, one a line
+    answer: str = ""  # or the right choice, the last message, or the text
+    #: The question where it can be put into other words; of a conversation the last user's.
     asked: Optional[str] = None
+    #: Of a conversation, those before the answer: dicts with ``role`` and ``content``.
     messages: Optional[Sequence[Mapping[str, str]]] = None
     choices: Sequence[str] = ()
-    label: Optional[int] = None
+    label: Optional[int] = None  # index of the right choice
     input_ids: Sequence[int] = ()
-    labels: Sequence[int] = ()
-    context: str = ""
+    labels: Sequence[int] = ()  # as many, -100 where there is no loss
+    context: str = ""  # text before the question, e.g. worked examples
     paraphrased_question: str = ""
     paraphrased_answer: str = ""
-    perturbed_answers: Sequence[str] = ()
-    subject: str = ""
-    continuation: bool = False
-    partial: bool = False
+    perturbed_answers: Sequence[str] = ()  # wrong answers of the same form
+    subject: str = ""  # of the question, e.g. ``world_religions`` (MMLU)
+    continuation: bool = False  # the answer continues the prompt, without a template
+    partial: bool = False  # the text goes on after the row: no end-of-sequence token
+    #: All columns as the file has them, for digests and error messages.
     row: Row = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod

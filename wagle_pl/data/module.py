@@ -142,7 +142,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         self.seed = seed
         self.tokenizer_name = tokenizer
         self._examples: dict[str, Optional[list[Example]]] = {}
-        self._test_examples: dict[str, Optional[list[Example]]] = {}
+        self._test_examples: dict[str, list[Example]] = {}
         self._tokens: dict[str, list[dict[str, np.ndarray]]] = {}
         self.serve()
 
@@ -213,7 +213,10 @@ class ForgetRetainDataModule(L.LightningDataModule):
     # -- rows --------------------------------------------------------------------------------------
 
     def examples(self, stream: str) -> Optional[list[Example]]:
-        """Rows of a training stream, read once (``all``: forget and retain rows); None if there are none."""
+        """Rows of a training stream, read once; None if there are none.
+
+        Those of ``all`` are the forget and the retain rows.
+        """
         if stream not in self._examples:
             self._examples[stream] = self._read(stream)
         return self._examples[stream]
@@ -237,12 +240,11 @@ class ForgetRetainDataModule(L.LightningDataModule):
         """
         if name not in self._test_examples:
             rows = self.test_rows(name)
+            examples: Optional[list[Example]] = None
             if rows is not None:
-                where = f"test set {name} ({self.describe_test(name)})"
-                examples: Optional[list[Example]] = parse_rows(rows, where)
-            else:
-                streams = self.sources if self.test_sources is None else ()
-                examples = self.examples(name) if name in streams else None
+                examples = parse_rows(rows, f"test set {name} ({self.describe_test(name)})")
+            elif self.test_sources is None and name in self.sources:
+                examples = self.examples(name)
             if examples is None:
                 raise WagleError(f"test set {name!r} has no rows: give its file under data.test")
             self._test_examples[name] = spread(examples, self.limits["test"])
@@ -377,14 +379,14 @@ class ForgetRetainDataModule(L.LightningDataModule):
 
     def _encode(self, stream: str, row: int, answer: Optional[str] = None) -> dict[str, np.ndarray]:
         """Tokens of one row, with its own answer or another."""
-        example = self.examples(stream)[row]
+        template, example = self.template, self.examples(stream)[row]
         try:
             if answer is not None and example.kind in ("text", "tokens"):
                 raise WagleError(
                     "there is no question to refuse: this objective or forget loss needs rows with "
                     "a question and an answer"
                 )
-            encoded = self.template.encode(example, answer)
+            encoded = template.encode(example, answer)
             if self.vocabulary is not None:
                 check_ids([*encoded["input_ids"], *encoded["labels"]], self.vocabulary)
         except WagleError as error:
@@ -399,9 +401,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
     @property
     def ranks(self) -> tuple[int, int]:
         """Number of ranks that share the rows, and which this one is: 1 and 0 without a Trainer."""
-        return (
-            (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
-        )
+        trainer = self.trainer
+        return (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
 
     def train_dataloader(self) -> ResumableLoader:
         """Micro-batches of the streams of :meth:`serve`, for this rank; of one without a Trainer.

@@ -48,8 +48,8 @@ def load_rows(source: str, split: Optional[str] = None, limit: Optional[int] = N
         raise absent("data source", source, hub=True)
     elif path.exists() or source.count("/") != 1:
         raise WagleError(
-            f"data source {source!r} is neither a {', '.join(READERS[:4])} or {READERS[4]} file nor "
-            "a hub dataset 'owner/name'"
+            f"data source {source!r} is neither a file of a known kind ({', '.join(READERS)}) nor a "
+            "hub dataset 'owner/name'"
         )
     else:
         name, _, config = source.partition(":")
@@ -130,7 +130,7 @@ def _json(path: Path, text: str, line: Optional[int] = None) -> Any:
 
 
 def _read_table(path: Path) -> list[Row]:
-    """Rows of a CSV or Parquet file; a CSV's columns of texts are texts, even if they look otherwise."""
+    """Rows of a CSV or Parquet file; a CSV's columns of texts are texts, whatever they look like."""
     import pyarrow
     import pyarrow.csv
     import pyarrow.parquet
@@ -159,21 +159,13 @@ def _read_table(path: Path) -> list[Row]:
 
 
 class HubSet(NamedTuple):
-    """One split of one configuration of a hub dataset.
+    """One split of one configuration of a hub dataset."""
 
-    Attributes:
-        repo: ``owner/name``.
-        config: configuration; None for a dataset with just one.
-        split: of the dataset.
-        file: path of one file in the repository, to be read in place of the whole split.
-        aliases: other names, with wildcards, under which a folder may have it.
-    """
-
-    repo: str
-    config: Optional[str] = None
+    repo: str  # ``owner/name``
+    config: Optional[str] = None  # None for a dataset with just one
     split: str = "train"
-    file: Optional[str] = None
-    aliases: tuple[str, ...] = ()
+    file: Optional[str] = None  # one file in the repository, in place of the whole split
+    aliases: tuple[str, ...] = ()  # other names, with wildcards, that a folder may have for it
 
     def __str__(self) -> str:
         return f"{self.repo}{f':{self.config}' if self.config else ''} {self.file or self.split}"

@@ -50,33 +50,19 @@ def choices(rows: Sequence[Row], where: str) -> list[Row]:
 
 
 class Source(NamedTuple):
-    """Where the rows of one set of a benchmark are, and what becomes of them.
+    """Where the rows of one set of a benchmark are, and what becomes of them."""
 
-    Attributes:
-        parts: of hub repositories, put one after the other.
-        convert: (rows as the benchmark has them, what to call the set) -> rows of
-            :data:`~wagle_pl.data.example.KINDS`.
-        file: a file or hub dataset of the user's, in place of the parts.
-        converts_given: convert also what an option of the data module gives in place of the set.
-        limit: read at most so many rows: for corpora that nobody reads whole.
-        count: take so many of the rows, evenly spaced.
-        joined: the texts are one text in parts: put together before they are cut.
-        chunked: cut the texts into chunks, if ``chunk_size`` says so.
-        paired: make prompt and continuation of each, if ``prompt_size`` says so.
-        articles: the texts are lines of WikiText: put together to articles, in chunks that fit
-            ``max_length``.
-    """
-
-    parts: Sequence[HubSet] = ()
+    parts: Sequence[HubSet] = ()  # put one after the other
+    #: (rows as the benchmark has them, what to call the set) -> rows of :data:`.example.KINDS`
     convert: Callable[[list[Row], str], list[Row]] = texts
-    file: Optional[str] = None
-    converts_given: bool = False
-    limit: Optional[int] = None
-    count: Optional[int] = None
-    joined: bool = False
-    chunked: bool = False
-    paired: bool = False
-    articles: bool = False
+    file: Optional[str] = None  # the user's own, in place of the parts
+    converts_given: bool = False  # convert also what an option gives in place of the set
+    limit: Optional[int] = None  # read at most so many rows: of corpora that nobody reads whole
+    count: Optional[int] = None  # take so many of the rows, evenly spaced
+    joined: bool = False  # the texts are one text in parts: put together before they are cut
+    chunked: bool = False  # cut the texts into chunks, if ``chunk_size`` says so
+    paired: bool = False  # make prompt and continuation of each, if ``prompt_size`` says so
+    articles: bool = False  # lines of WikiText: put together, in chunks that fit ``max_length``
 
 
 WIKITEXT = HubSet("Salesforce/wikitext", "wikitext-2-raw-v1", "test")

@@ -28,20 +28,10 @@ DATE = "10 Apr 2025"
 class Template:
     """Turns rows into token ids.
 
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        prompt_format: text of the prompt with ``{question}``; None takes the tokenizer's chat
-            template, or, where there is none, ``"### Question: {question}\\n"``.
-        answer_format: text of the answer with ``{answer}``. None where a chat template makes the
-            prompt: it writes the answer too.
-        max_length: longest sequence in tokens; longer ones are cut at the end.
-        generation_prefix: text after the prompt when generating, byte for byte; None takes what
-            stands before ``{answer}`` in ``answer_format``, without spaces at its end.
-        system_prompt: content of a system message before the conversation, unless a row's
-            ``messages`` begin with one; None adds none.
-        chat_template_kwargs: variables for the chat template. ``date_string`` is :data:`DATE`
-            unless given, and a template's clock (``strftime_now``) shows that date at midnight,
-            never today's.
+    The options are those of :class:`wagle_pl.data.ForgetRetainDataModule`. Without a
+    ``prompt_format`` and a chat template, the formats are :data:`DEFAULT_PROMPT` and
+    :data:`DEFAULT_ANSWER`. A chat template's clock (``strftime_now``) shows midnight of
+    ``date_string``, never today's.
 
     Raises:
         WagleError: if a format lacks its field, or an option would have no effect.
