@@ -503,7 +503,7 @@ def test_a_benchmark_without_its_table_fails_at_construction():
         def sets(self):
             return {}
 
-    with pytest.raises(TypeError, match="abstract method '?tests"):
+    with pytest.raises(TypeError, match=r"abstract method '?tests"):
         Nothing()
 
 

@@ -48,8 +48,8 @@ def load_rows(source: str, split: Optional[str] = None, limit: Optional[int] = N
         raise absent("data source", source, hub=True)
     elif path.exists() or source.count("/") != 1:
         raise WagleError(
-            f"data source {source!r} is neither a file of a known kind ({', '.join(READERS)}) nor a "
-            "hub dataset 'owner/name'"
+            f"data source {source!r} is neither a file of a known kind ({', '.join(READERS)}) nor "
+            "a hub dataset 'owner/name'"
         )
     else:
         name, _, config = source.partition(":")
@@ -130,7 +130,7 @@ def _json(path: Path, text: str, line: Optional[int] = None) -> Any:
 
 
 def _read_table(path: Path) -> list[Row]:
-    """Rows of a CSV or Parquet file; a CSV's columns of texts are texts, whatever they look like."""
+    """Rows of a CSV or Parquet file; texts of a CSV are texts, whatever they look like."""
     import pyarrow
     import pyarrow.csv
     import pyarrow.parquet
