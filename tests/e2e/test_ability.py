@@ -126,7 +126,7 @@ def test_the_model_is_left_as_it_was(tiny_model, tasks):
 
 @needs_harness
 def test_ranks_share_the_rows(tiny_model, tasks, monkeypatch):
-    """Each of two ranks runs its rows; what they meet with is played by hand, one rank after the other."""
+    """Rank 1 of 2 takes its rows; the collectives are stubs."""
     from wagle_pl.core import distributed
     from wagle_pl.evaluation import ability
 

@@ -255,7 +255,7 @@ def test_word_vectors_against_the_formula():
     assert found[1] == pytest.approx({word: value / norm for word, value in expected.items()})
 
 
-def test_the_worst_of_several_choices_is_the_surest():
+def test_the_worst_of_several_wordings_has_the_likeliest_choice():
     records = [
         {"row": 0, "nll": None, "label": 1, "choice_logprobs": values}
         for values in ([0.0, 1.0], [-9.0, -7.0])

@@ -99,24 +99,21 @@ class Sample(Attack):
                     num_return_sequences=self.samples,
                 )
             found.append((i, texts))
-        by_number = dict(
-            distributed.all_gather(found)
-        )  # a row that two ranks had has the same samples
-        return [by_number[i] for i in numbers]
+        samples = dict(distributed.all_gather(found))  # two ranks sample the same of one row
+        return [samples[i] for i in numbers]
 
 
 @dataclass(eq=False)
 class Probe(Attack):
-    """A linear classifier on each hidden layer, at a text's last token.
+    """Find latent knowledge by a linear classifier on each hidden layer, at a text's last token.
 
-    It finds latent knowledge (arXiv 2402.16835, section 3).
-
-    ``answers``: the right answer (the paraphrased one, where there is one) to a forget row's
-    question against its perturbed answers. ``rows``: forget rows against ``holdout`` rows or,
-    without any, against retain rows. Both are the share of pairs that the classifier orders rightly
-    on rows it was not fitted to (cross-validation over rows); *before* is the same share by the
-    model's own likelihoods: what it says. ``accuracy`` is that of the best layer, which is above
-    0.5 by some chance: read it beside the retrained model's. Every layer has its own number too.
+    As in arXiv 2402.16835, section 3. ``answers``: the right answer (the paraphrased one, where
+    there is one) to a forget row's question against its perturbed answers. ``rows``: forget rows
+    against ``holdout`` rows or, without any, against retain rows. Both are the share of pairs that
+    the classifier orders rightly on rows it was not fitted to (cross-validation over rows);
+    *before* is the same share by the model's own likelihoods. ``accuracy`` is that of the best
+    layer, which is above 0.5 by some chance: read it beside the retrained model's. Every layer has
+    its own number too.
 
     Args:
         tell: ``answers``, ``rows``, or ``both``.
@@ -134,7 +131,7 @@ class Probe(Attack):
 
     def attack(self, subject: Subject) -> Iterator[Finding]:
         """See :class:`Probe`."""
-        if rows := self._asked(subject):
+        if rows := self._answer_rows(subject):
             yield from self._probe_answers(subject, rows)
         forget, others, kind = self._sides(subject)
         if forget:
@@ -147,7 +144,7 @@ class Probe(Attack):
             raise WagleError(
                 f"probe: rows must be at least {LEAST_ROWS}, folds at least 2, strength above 0"
             )
-        if not self._asked(subject) and not self._sides(subject)[0]:
+        if not self._answer_rows(subject) and not self._sides(subject)[0]:
             what = {
                 "answers": "rows to be forgotten with perturbed answers",
                 "rows": "forget rows and as many holdout (--data.holdout) or retain rows",
@@ -160,7 +157,7 @@ class Probe(Attack):
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))
         return [rows[i] for i in sorted(order[: self.rows].tolist())]
 
-    def _asked(self, subject: Subject) -> list[Example]:
+    def _answer_rows(self, subject: Subject) -> list[Example]:
         """Rows whose right and wrong answers are told apart; none if there are too few."""
         rows = [row for row in subject.forget_rows if row.perturbed_answers]
         return self._draw(rows) if self.tell != "rows" and len(rows) >= LEAST_ROWS else []

@@ -47,9 +47,8 @@ def restored(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 class Quantise(Attack):
     """Round the linear layers' weights to few bits, and test again.
 
-    Rounding may undo small updates (arXiv 2410.16454).
-    Weights only, per output channel, to the nearest level, and back to numbers: no special kernels,
-    any device.
+    Rounding may undo small updates (arXiv 2410.16454). Weights only, per output channel, to the
+    nearest level, and back to floating point: no special kernels, any device.
 
     Args:
         bits: each is tried.
@@ -82,7 +81,7 @@ class Quantise(Attack):
 def fake_quantise(
     weights: Tensor, bits: int, scheme: Scheme = "asymmetric", group_size: Optional[int] = None
 ) -> Tensor:
-    """Weights rounded to the nearest of 2^bits levels, per output channel, as numbers again.
+    """Weights rounded to the nearest of 2^bits levels, per output channel, in floating point.
 
     Symmetric: s = max|w| / (2^(b−1) − 1), w' = s · clamp(round(w / s), ±(2^(b−1) − 1)).
     Asymmetric: s = (max w − min w) / (2^b − 1) over a range that includes 0, z = round(−min w / s),
