@@ -132,6 +132,7 @@ class AttributionModule(LanguageModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.jobs = self._plan()
         self._within_step = False
+        self._loader_state: Optional[dict[str, Any]] = None
         self._seen = (0, 0)  # the epoch, and how many of its micro-batches are in the sums
         self._one_pass_planned = True
         self.collected: Optional[Collected] = None  # once the pass has ended
@@ -313,7 +314,7 @@ class AttributionModule(LanguageModule):
 
     def on_train_start(self) -> None:
         """Attribute the model as it is used, without dropout; DDP need not average gradients that are summed here."""
-        begin(self.trainer)
+        begin(self.trainer, self._loader_state)
         self._restore_sums()
         self._say_if_not_one_pass()
         self.lm.eval()
@@ -508,7 +509,7 @@ class AttributionModule(LanguageModule):
         """Take the sums back, and find the place where the pass goes on."""
         super().on_load_checkpoint(checkpoint)
         if self.attached and self.trainer.training:
-            recount(checkpoint, self.trainer)
+            self._loader_state = recount(checkpoint, self.data)
             if not is_zero(self.trainer.strategy):  # which has read each rank's part by now
                 self._stored_sums = checkpoint["sums"]
 

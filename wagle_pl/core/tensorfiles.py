@@ -1,9 +1,8 @@
 """Safetensors files as bytes: no tensor need fit in memory.
 
-The format: the length of the header (``uint64``, little-endian), the header (JSON: name -> ``dtype``,
-``shape``, ``data_offsets``, and ``__metadata__``; spaces may follow), then the tensors' bytes without
-gaps.
-"""
+The format: the length of the header (``uint64``, little-endian), the header (JSON: name ->
+``dtype``, ``shape``, ``data_offsets``, and ``__metadata__``; spaces may follow), then the tensors'
+bytes without gaps."""
 
 from __future__ import annotations
 

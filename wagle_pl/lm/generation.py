@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from wagle_pl.lm.likelihood import sequence_logprobs
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 def generate(
-    lm: Any,
-    tokenizer: Any,
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     synced_gpus: bool = False,
@@ -68,7 +71,7 @@ def generate(
     return [text.strip() for text in tokenizer.batch_decode(new.cpu(), skip_special_tokens=True)]
 
 
-def stop_tokens(lm: Any, tokenizer: Any) -> list[int]:
+def stop_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end a generation: those that the model's generation config lists, and the
     tokenizer's."""
     own = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
@@ -77,7 +80,7 @@ def stop_tokens(lm: Any, tokenizer: Any) -> list[int]:
 
 
 @contextmanager
-def _without_defaults(lm: Any) -> Iterator[None]:
+def _without_defaults(lm: PreTrainedModel) -> Iterator[None]:
     """Hide the model's generation config: ``generate`` takes from it whatever a config given leaves
     at None."""
     from transformers import GenerationConfig
@@ -90,14 +93,14 @@ def _without_defaults(lm: Any) -> Iterator[None]:
         lm.generation_config = own
 
 
-def first_tokens(tokenizer: Any, text: str, count: int) -> str:
+def first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> str:
     """The beginning of a text, at most ``count`` tokens of it: what a generation of that length can
     match."""
     ids = tokenizer(text)["input_ids"]
     return text if len(ids) <= count else tokenizer.decode(ids[:count], skip_special_tokens=True)
 
 
-def gradient_norm(lm: Any, ids: Sequence[int], labels: Sequence[int]) -> float:
+def gradient_norm(lm: PreTrainedModel, ids: Sequence[int], labels: Sequence[int]) -> float:
     """Mean over parameters of the L2 norm of the gradient of one text's mean token loss (arXiv
     2402.17012).
 

@@ -6,12 +6,16 @@ import logging
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from wagle_pl.core.errors import WagleError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +54,7 @@ def expert_weights(module: nn.Module) -> Optional[tuple[nn.Parameter, nn.Paramet
     )
 
 
-def linear_weights(lm: Any, head: bool = True) -> list[tuple[nn.Parameter, bool]]:
+def linear_weights(lm: PreTrainedModel, head: bool = True) -> list[tuple[nn.Parameter, bool]]:
     """Weights of all linear maps, each once, with whether it lies transposed.
 
     Args:
@@ -67,7 +71,7 @@ def linear_weights(lm: Any, head: bool = True) -> list[tuple[nn.Parameter, bool]
     return list(found.values())
 
 
-def recompute_blocks(lm: Any) -> None:
+def recompute_blocks(lm: PreTrainedModel) -> None:
     """Compute each block's activations again in the backward pass, and keep only what enters it; in
     place.
 
@@ -120,7 +124,7 @@ def check_layer(lm: nn.Module, layer: int, option: str) -> None:
 
 
 @contextmanager
-def capture(lm: Any, layers: Collection[int]) -> Iterator[dict[int, Tensor]]:
+def capture(lm: PreTrainedModel, layers: Collection[int]) -> Iterator[dict[int, Tensor]]:
     """Keep the outputs of some blocks while the context lasts.
 
     Args:

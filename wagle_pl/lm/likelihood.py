@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 IGNORE = -100  #: the label where there is nothing to predict, as torch's ``cross_entropy`` has it
 
@@ -46,7 +50,7 @@ def sequence_logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward_answers(
-    model: Any, batch: Mapping[str, Tensor], whole: bool = False, **options: Any
+    model: PreTrainedModel, batch: Mapping[str, Tensor], whole: bool = False, **options: Any
 ) -> tuple[Any, Tensor]:
     """Run a model on a batch, with logits only from the first position that predicts a label in any
     row.

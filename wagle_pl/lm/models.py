@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +20,10 @@ from wagle_pl.core.files import absent, plainly_local
 from wagle_pl.core.tensorfiles import INDEX_FILE, TensorFiles
 from wagle_pl.lm.weights import assign, parameter_shapes
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
 ADAPTER_FILE = "adapter_config.json"  # of a folder that holds an adapter and names its base
 #: Endings of files: no hub id ends so.
 MODEL_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -30,7 +34,7 @@ def load_model(
     dtype: Optional[torch.dtype] = None,
     sharded: bool = False,
     attn_implementation: Optional[str] = None,
-) -> Any:
+) -> PreTrainedModel:
     """Load a causal language model for training or testing.
 
     Args:
@@ -118,7 +122,7 @@ def _any_layer(weight: str) -> str:
     return re.sub(r"\.\d+(?=\.)", ".#", weight)
 
 
-def _load_sharded(name: str, attention: Mapping[str, str]) -> Any:
+def _load_sharded(name: str, attention: Mapping[str, str]) -> PreTrainedModel:
     """Make the model without weights, then fill it from safetensors files, a tensor at a time."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
@@ -176,7 +180,7 @@ def weights_folder(name: str) -> Optional[str]:
     return snapshot_download(source, allow_patterns=["*.safetensors", INDEX_FILE])
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer, by the model's name; one without a pad token pads with EOS."""
     from transformers import AutoTokenizer
 
@@ -209,7 +213,7 @@ def _adapted(name: str) -> Optional[str]:
         return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
-def _merged(base: Any, folder: str) -> Any:
+def _merged(base: PreTrainedModel, folder: str) -> PreTrainedModel:
     try:
         from peft import PeftModel
     except ImportError:
@@ -291,21 +295,3 @@ def _gguf_file(path: Path) -> Optional[Path]:
         files = list(path.glob("*.gguf"))
         return files[0] if len(files) == 1 else None
     return path if path.suffix == ".gguf" and path.is_file() else None
-
-
-_MOVED = {
-    **dict.fromkeys(("RECORD_FILE", "CARD_FILE", "read_record", "save_model"), "saving"),
-    **dict.fromkeys(("Originals", "Weight", "save_weights"), "saving"),
-    **dict.fromkeys(("shapes_of", "gathered", "persistent_buffers", "fingerprint"), "weights"),
-    **dict.fromkeys(("vocabulary_size", "iter_gathered"), "weights"),
-    "create_tiny_llama": "tiny",
-}
-
-
-def __getattr__(name: str) -> Any:  # until every module imports from where things are
-    import importlib
-
-    name = {"whole": "iter_gathered"}.get(name, name)
-    if name in _MOVED:
-        return getattr(importlib.import_module(f"wagle_pl.lm.{_MOVED[name]}"), name)
-    raise AttributeError(name)

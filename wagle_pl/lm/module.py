@@ -34,7 +34,8 @@ class Evaluation(Protocol):
 
 @runtime_checkable
 class StreamData(Protocol):
-    """What a module asks of its data module; :class:`wagle_pl.data.ForgetRetainDataModule` is one."""
+    """What a module asks of its data module; :class:`wagle_pl.data.ForgetRetainDataModule` is
+    one."""
 
     def serve(
         self,
@@ -49,6 +50,9 @@ class StreamData(Protocol):
         self, stream: str, batch_size: Optional[int] = None, shared: bool = False
     ) -> Iterable[Mapping[str, Any]]:
         """All rows of a stream once."""
+
+    def train_dataloader(self) -> Any:
+        """This rank's micro-batches, which know their place in the run, see ``lm.resume``."""
 
     def describe(self, stream: str) -> str:
         """Where the rows of a stream come from."""
@@ -97,7 +101,8 @@ class LanguageModule(L.LightningModule):
     # -- model -------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Tell the data module what is wanted of it; warn of a precision that crawls on this CPU."""
+        """Tell the data module what is wanted of it; warn of a precision that crawls on this
+        CPU."""
         self.serve()
         on_cpu = self.trainer.strategy.root_device.type == "cpu"
         if on_cpu and not str(self.trainer.precision).startswith(("32", "64")):
@@ -116,12 +121,14 @@ class LanguageModule(L.LightningModule):
 
     @property
     def data(self) -> Optional[StreamData]:
-        """The data module; None where loaders or a data module of another kind bring the batches."""
+        """The data module; None where loaders or a data module of another kind bring the
+        batches."""
         data = self.trainer.datamodule if self.attached else None
         return data if isinstance(data, StreamData) else None
 
     def serve(self) -> None:
-        """Tell the data module which streams this module wants, and of the model what is known by now."""
+        """Tell the data module which streams this module wants, and of the model what is known by
+        now."""
         if self.data is not None:
             self.data.serve(
                 self.streams, self.reference_streams, self.vocabulary, lambda: self.tokenizer
@@ -228,7 +235,8 @@ class LanguageModule(L.LightningModule):
             self.on_train_end()
         elif not self._trained:
             raise WagleError(
-                "nothing was trained, so nothing is written: trainer.max_epochs, max_steps or limit_train_batches is 0"
+                "nothing was trained, so nothing is written: trainer.max_epochs, max_steps or "
+                "limit_train_batches is 0"
             )
         self._trained = False
 
@@ -262,8 +270,8 @@ class LanguageModule(L.LightningModule):
         if self.fits and kind != self._kind:
             of = f"is of a run of {kind}" if kind else "does not say which module it is of"
             raise WagleError(
-                f"the checkpoint {self.trainer.ckpt_path} {of}, and this run is one of {self._kind}: give "
-                "--ckpt_path another"
+                f"the checkpoint {self.trainer.ckpt_path} {of}, and this run is one of "
+                f"{self._kind}: give --ckpt_path another"
             )
 
     @property
@@ -279,7 +287,7 @@ def warn_of_narrow_types(precision: str) -> None:
     """Warn, on a CPU without AVX-512, of a precision in which it is slow."""
     if half_precision_is_slow():
         log.warning(
-            "trainer.precision %s on a CPU without AVX-512 trains tens of times slower than fp32 does: give "
-            "--trainer.precision 32-true",
+            "trainer.precision %s on a CPU without AVX-512 trains tens of times slower than fp32 "
+            "does: give --trainer.precision 32-true",
             precision,
         )

@@ -8,19 +8,21 @@ behind the rows that are in them.
 Lightning counts micro-batches. A checkpoint holds a :class:`~wagle_pl.data.batches.Position` beside
 its counters, and when one is loaded the counters are written anew from it (:func:`recount`).
 
-This is the one module that knows how Lightning lays out its loops in a checkpoint, and the only one
-to call a private method of Lightning's (``_load_combined_loader_states``, in :func:`begin`): it has
-no public way to load a loader's state after the loader was made. tests/unit/test_libraries.py fails
-first when any of this changes.
+This is the one module that knows how Lightning lays out its loops in a checkpoint;
+tests/unit/test_checkpoint_layout.py fails first when that changes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
+import lightning as L
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from wagle_pl.lm.module import StreamData
 
 
 class StepStart(NamedTuple):
@@ -58,7 +60,9 @@ def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None
 # -- when a checkpoint is saved --------------------------------------------------------------------
 
 
-def keep_position(checkpoint: dict[str, Any], trainer: Any, epoch: int, micro_batches: int) -> None:
+def keep_position(
+    checkpoint: dict[str, Any], trainer: L.Trainer, epoch: int, micro_batches: int
+) -> None:
     """Make a checkpoint say that an epoch has seen so many micro-batches, whatever has begun since.
 
     Args:
@@ -83,19 +87,22 @@ def keep_position(checkpoint: dict[str, Any], trainer: Any, epoch: int, micro_ba
 # -- when it is loaded -----------------------------------------------------------------------------
 
 
-def recount(checkpoint: dict[str, Any], trainer: Any) -> None:
+def recount(checkpoint: dict[str, Any], data: Optional[StreamData]) -> Optional[dict[str, Any]]:
     """Write Lightning's counters in a checkpoint anew for this run's batches, before they are read.
 
-    Does nothing where the rows are those of another kind of data module.
+    Does nothing without ``data``: where loaders are the user's own.
+
+    Returns:
+        The loader's state, for :func:`begin`.
 
     Raises:
         WagleError: if the checkpoint is of a run with other global batches.
     """
     fit = checkpoint.get("loops", {}).get("fit_loop", {})
     states = fit.get("state_dict", {}).get("combined_loader")
-    if not states or not hasattr(trainer.datamodule, "stream_loader"):
-        return
-    loader = trainer.datamodule.train_dataloader()
+    if not states or data is None:
+        return None
+    loader = data.train_dataloader()
     position, steps = loader.check(states[0]), checkpoint["global_step"]
     begun = bool(position.step or position.rows)
     done = loader.sampler.micro_batches(position)
@@ -111,14 +118,20 @@ def recount(checkpoint: dict[str, Any], trainer: Any) -> None:
     epochs |= dict.fromkeys(("processed", "completed"), position.epoch)
     fit["epoch_progress"] |= {"current": epochs, "total": dict(epochs)}
     fit["epoch_loop.state_dict"]["_batches_that_stepped"] = steps - ending
+    return states[0]
 
 
-def begin(trainer: Any) -> None:
+def begin(trainer: L.Trainer, loader_state: Optional[Mapping[str, Any]] = None) -> None:
     """Go on, when training starts: what Lightning leaves undone.
 
     The loader may have been made before the checkpoint was read (counting the steps makes it), and
     Lightning takes the first epoch for one that is under way whenever ``max_steps`` is set.
+
+    Args:
+        trainer: whose run it is.
+        loader_state: what :func:`recount` returned, if a checkpoint was loaded.
     """
-    trainer.fit_loop._load_combined_loader_states()
+    if loader_state is not None:
+        trainer.train_dataloader.load_state_dict(loader_state)
     if trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:
         trainer.fit_loop.epoch_loop.restarting = False

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import torch
 from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
@@ -19,6 +19,10 @@ from wagle_pl.core.files import atomic_path
 from wagle_pl.core.tensorfiles import DTYPES, INDEX_FILE, TensorFiles, write_tensors
 from wagle_pl.lm.models import checkpoint_dtype, load_model, weights_folder
 from wagle_pl.lm.weights import gathered, iter_gathered, persistent_buffers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 CARD_FILE = "README.md"
 RECORD_FILE = "wagle.json"  # what made a folder of ours: machine-readable twin of the model card
@@ -111,7 +115,7 @@ class Weight(NamedTuple):
 @contextmanager
 def model_folder(
     folder: str | Path,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     card: str,
     record: dict[str, Any],
     dtype: Optional[torch.dtype] = None,
@@ -140,8 +144,8 @@ def model_folder(
 
 
 def save_model(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
     card: str,
     record: dict[str, Any],
@@ -172,8 +176,8 @@ def save_model(
 
 
 def _save_sharded(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
     card: str,
     record: dict[str, Any],
@@ -207,7 +211,7 @@ def _save_sharded(
 def save_weights(
     weights: Sequence[Weight],
     configs: Sequence[Any],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
     card: str,
     record: dict[str, Any],

@@ -18,7 +18,7 @@ length in tokens, Δ the log-probability of a whole answer now minus that at θ�
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,10 @@ from wagle_pl.objectives.objective import Objective
 from wagle_pl.objectives.retain import RetainTerm, cross_entropy, kl_from_theta0
 from wagle_pl.objectives.schedules import Schedule, as_schedule
 from wagle_pl.objectives.streams import Answers, Streams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 __all__ = [
     "CEU",
@@ -386,7 +390,7 @@ class RMU(Objective):
             ) from None
         self.trainable = trainable
 
-    def prepare(self, lm: Any) -> None:
+    def prepare(self, lm: PreTrainedModel) -> None:
         """Look at the model before the run.
 
         Raises:

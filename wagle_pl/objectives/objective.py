@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Optional, Union
+from typing import TYPE_CHECKING, Optional, Union
 
 from torch import Tensor
 
@@ -12,6 +12,9 @@ from wagle_pl.core.registry import resolve
 from wagle_pl.objectives.retain import NONE, RetainTerm
 from wagle_pl.objectives.schedules import Schedule, as_schedule
 from wagle_pl.objectives.streams import Streams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Objective(ABC):
@@ -89,7 +92,7 @@ class Objective(ABC):
         """Whether hidden states at θ₀ are needed, which only a copy of the model gives."""
         return self.retains and bool(self.retain.hidden_layers)
 
-    def prepare(self, lm: Any) -> None:
+    def prepare(self, lm: PreTrainedModel) -> None:
         """Look at the model before the run.
 
         Raises:

@@ -19,7 +19,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,12 +33,18 @@ from wagle_pl.lm.layers import capture
 from wagle_pl.lm.likelihood import IGNORE, forward_answers, sequence_logprobs
 from wagle_pl.objectives.top_k import TopK
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from wagle_pl.lm.module import LanguageModule, StreamData
+
+
 FORMAT = "wagle_pl.reference"
 
 
 @torch.no_grad()
 def predictions_of(
-    lm: Any, tensors: Mapping[str, Tensor], layers: Collection[int], whole: bool = False
+    lm: PreTrainedModel, tensors: Mapping[str, Tensor], layers: Collection[int], whole: bool = False
 ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
     """What a model says of one stream's tensors.
 
@@ -50,7 +56,9 @@ def predictions_of(
     return output.logits, labels, hidden
 
 
-def _pass(module: Any, data: Any, stream: str) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+def _pass(
+    module: LanguageModule, data: StreamData, stream: str
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """(rows, logits, labels) of this rank's batches of a stream, without dropout.
 
     Every row is some rank's, and a few may be two ranks'.
@@ -65,7 +73,7 @@ def _pass(module: Any, data: Any, stream: str) -> Iterator[tuple[list[int], Tens
     module.lm.train(training)
 
 
-def compute_reference(module: Any, data: Any, stream: str) -> Tensor:
+def compute_reference(module: LanguageModule, data: StreamData, stream: str) -> Tensor:
     """(rows,) float32: summed answer log-probability of each row under the current weights.
 
     Args:
@@ -80,7 +88,7 @@ def compute_reference(module: Any, data: Any, stream: str) -> Tensor:
     return torch.tensor([values[row] for row in range(len(values))])
 
 
-def compute_top_k(module: Any, data: Any, stream: str, k: int) -> TopK:
+def compute_top_k(module: LanguageModule, data: StreamData, stream: str, k: int) -> TopK:
     """Top-k predictions of every answer token under the current weights, on the CPU."""
     found: dict[int, TopK] = {}
     for rows, logits, labels in _pass(module, data, stream):
@@ -93,7 +101,7 @@ def compute_top_k(module: Any, data: Any, stream: str, k: int) -> TopK:
 
 
 def reference_key(
-    fingerprint: str, data: Any, stream: str, precision: str, kind: str
+    fingerprint: str, data: StreamData, stream: str, precision: str, kind: str
 ) -> tuple[str, int]:
     """What the predictions of a stream at θ₀ depend on, as one name; and the number of rows."""
     tokens: dict[int, str] = {}
@@ -151,8 +159,8 @@ class References:
 
     def prepare(
         self,
-        module: Any,
-        data: Any,
+        module: LanguageModule,
+        data: StreamData,
         folder: Path,
         sums: Collection[str],
         top_k: Collection[str],
@@ -187,8 +195,8 @@ class References:
 
     def _get(
         self,
-        module: Any,
-        data: Any,
+        module: LanguageModule,
+        data: StreamData,
         folder: Path,
         stream: str,
         kind: str,

@@ -7,7 +7,7 @@ To write one's own, subclass :class:`RetainTerm` and override ``__call__``; give
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal, Optional
+from typing import TYPE_CHECKING, Literal, Optional
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from torch import Tensor
 from wagle_pl.core.errors import WagleError
 from wagle_pl.lm.layers import blocks, check_layer
 from wagle_pl.objectives.streams import Answers, Streams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class RetainTerm(ABC):
@@ -32,7 +35,9 @@ class RetainTerm(ABC):
     def __call__(self, at: Streams) -> Tensor:
         """(B,), averaged over the tokens of each row."""
 
-    def prepare(self, lm: Any, layer: Optional[int] = None) -> None:  # noqa: B027  a hook
+    def prepare(  # noqa: B027  a hook
+        self, lm: PreTrainedModel, layer: Optional[int] = None
+    ) -> None:
         """Look at the model before the run: check options that depend on it.
 
         Args:
@@ -119,7 +124,7 @@ class HiddenMSE(RetainTerm):
     def hidden_layers(self) -> tuple[int, ...]:
         return () if self.layer is None else (self.layer,)
 
-    def prepare(self, lm: Any, layer: Optional[int] = None) -> None:
+    def prepare(self, lm: PreTrainedModel, layer: Optional[int] = None) -> None:
         """Choose the block if none is given.
 
         Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.lm.layers import capture
 from wagle_pl.lm.likelihood import IGNORE, token_logprobs
 from wagle_pl.objectives.top_k import Buckets, TopK
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(eq=False)
@@ -126,7 +129,7 @@ class Streams(Mapping[str, Answers]):
     #: Stream -> (rows of the set,) summed log-probabilities at θ₀.
     references: Mapping[str, Tensor]
     #: The model that ``run`` runs; needed for ``layers`` and by objectives that read weights.
-    lm: Any = None
+    lm: Optional[PreTrainedModel] = None
     #: Blocks whose output is kept.
     layers: Collection[int] = ()
     #: Tensors of one stream (``whole``: as above) -> (logits, labels, outputs of ``layers``) at θ₀.

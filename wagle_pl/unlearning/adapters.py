@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.lm.saving import model_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class LoRA:
@@ -53,7 +56,7 @@ class LoRA:
         self.merge = merge
         self._peft: Any = None
 
-    def add(self, lm: Any, base: str, trainable: Optional[str] = None) -> None:
+    def add(self, lm: PreTrainedModel, base: str, trainable: Optional[str] = None) -> None:
         """Put adapters into a model, in place, and freeze everything else.
 
         Args:
@@ -85,8 +88,8 @@ class LoRA:
                 parameter.requires_grad_(False)
         if not any(parameter.requires_grad for parameter in lm.parameters()):
             raise WagleError(
-                f"the adapter has no weights in what the objective moves ({trainable}): adapt those "
-                "modules"
+                f"the adapter has no weights in what the objective moves ({trainable}): adapt "
+                "those modules"
             )
 
     def fold(self) -> None:
@@ -94,7 +97,13 @@ class LoRA:
         kind again."""
         self._peft.merge_and_unload()
 
-    def save(self, tokenizer: Any, folder: str | Path, card: str, record: dict[str, Any]) -> Path:
+    def save(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: str | Path,
+        card: str,
+        record: dict[str, Any],
+    ) -> Path:
         """Write a folder of just the adapter, with tokenizer, model card and record; whole or not
         at all."""
         with model_folder(folder, tokenizer, card, record) as temporary:

@@ -11,50 +11,46 @@ from wagle_pl.masks import describe_origin
 
 
 def model_card(record: Mapping[str, Any]) -> str:
-    """Markdown model card from a record (``wagle.json``), whose ``lineage`` lists the runs that
-    made the model."""
+    """Markdown model card from a record (``wagle.json``), whose ``lineage`` lists the runs."""
     *earlier, last = record["lineage"]
-    lines = ["---", "library_name: transformers", "tags: [unlearning, wagle]", "---", ""]
     title = "Unlearned model" if last.get("objective") else "Fine-tuned model"
-    lines += [f"# {title}", "", f"Made by `wagle_pl` ({last['module']}) from `{last['base']}`.", ""]
-    lines += [
-        "| | |",
-        "| --- | --- |",
-        *(f"| {key} | {value} |" for key, value in _facts(last).items() if value),
+    parts = [
+        "---\nlibrary_name: transformers\ntags: [unlearning, wagle]\n---",
+        f"# {title}",
+        f"Made by `wagle_pl` ({last['module']}) from `{last['base']}`.",
+        _table(["", ""], [[key, value] for key, value in _facts(last).items() if value]),
     ]
     if earlier:
-        lines += [
-            "",
-            "## Lineage",
-            "",
-            "| run | made from | forget set | retain set | mask |",
-            "| --- | --- | --- | --- | --- |",
+        runs = [
+            [f"{number}. {run['module']}", f"`{run['base']}`"]
+            + [f"`{run['data'][s]}`" if run["data"].get(s) else "" for s in ("forget", "retain")]
+            + [_mask(run)]
+            for number, run in enumerate(record["lineage"], 1)
         ]
-        lines += [
-            f"| {i}. {run['module']} | `{run['base']}` | {_set(run, 'forget')} | {_set(run, 'retain')} | {_mask(run)} |"
-            for i, run in enumerate(record["lineage"], 1)
-        ]
+        header = ["run", "made from", "forget set", "retain set", "mask"]
+        parts += ["## Lineage", _table(header, runs)]
     if len(forgotten(record)) > 1:
         sets = ", ".join(f"`{name}`" for name in forgotten(record))
-        lines += [
-            "",
-            f"Forgotten so far: {sets}. Test all of them: a later run can bring an earlier set back.",
-        ]
-    if last.get("prompts"):
-        prompts = yaml.safe_dump(
-            last["prompts"], sort_keys=False, allow_unicode=True, width=1000
-        ).rstrip()
-        lines += ["", "## Prompts", "", "```yaml", prompts, "```"]
-    if last["config"]:
-        config = yaml.safe_dump(last["config"], sort_keys=False).rstrip()
-        lines += ["", "## Configuration", "", "```yaml", config, "```"]
-    return "\n".join(lines) + "\n"
+        parts.append(
+            f"Forgotten so far: {sets}. Test all of them: a later run can bring an earlier set "
+            "back."
+        )
+    for heading, key in (("Prompts", "prompts"), ("Configuration", "config")):
+        if last.get(key):
+            text = yaml.safe_dump(last[key], sort_keys=False, allow_unicode=True, width=1000)
+            parts += [f"## {heading}", f"```yaml\n{text.rstrip()}\n```"]
+    return "\n\n".join(parts) + "\n"
 
 
 def forgotten(record: Mapping[str, Any]) -> list[str]:
     """The forget sets of every unlearning run in a record, oldest first, each once."""
     sets = [run["data"].get("forget") for run in record["lineage"] if run.get("objective")]
     return list(dict.fromkeys(name for name in sets if name))
+
+
+def _table(header: list[str], rows: list[list[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,13 +66,8 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
     if run.get("adapter"):
         facts["Adapter"] = run["adapter"]
     elif run.get("objective"):
-        facts["Mask"] = _mask(run)
-        facts["Guarantee"] = run.get("verified") or "not checked"
+        facts |= {"Mask": _mask(run), "Guarantee": run.get("verified") or "not checked"}
     return facts
-
-
-def _set(run: Mapping[str, Any], name: str) -> str:
-    return f"`{run['data'][name]}`" if run["data"].get(name) else ""
 
 
 def _mask(run: Mapping[str, Any]) -> str:

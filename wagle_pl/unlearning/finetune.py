@@ -110,6 +110,7 @@ class FinetuneModule(LanguageModule):
         self._step: list[MicroBatch] = []
         self._step_start: Optional[resume.StepStart] = None
         self._random: Mapping[str, Tensor] = {}
+        self._loader_state: Optional[dict[str, Any]] = None
 
     # -- before the run --------------------------------------------------------------------------
 
@@ -166,7 +167,7 @@ class FinetuneModule(LanguageModule):
         """
         self._from_checkpoint |= not self.attached
         if self.fits and self.selected is None:
-            self.lm, self._random = None, {}
+            self.lm, self._random, self._loader_state = None, {}, None
         super().configure_model()
         if not self.fits or self.selected is not None:
             return
@@ -244,7 +245,7 @@ class FinetuneModule(LanguageModule):
         self._started = time.monotonic()
         resume.set_random_state(self._random, self.device)
         self.selected.changed()  # a checkpoint may have brought others
-        resume.begin(self.trainer)
+        resume.begin(self.trainer, self._loader_state)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Remember where a step starts."""
@@ -362,7 +363,7 @@ class FinetuneModule(LanguageModule):
         """Find the place where the run goes on; a model that is not trained takes the values."""
         self.check_kind(checkpoint)
         if self.attached and self.trainer.training:
-            resume.recount(checkpoint, self.trainer)
+            self._loader_state = resume.recount(checkpoint, self.data)
         known = ("rng_state", "cuda_rng_state")
         self._random = {key: checkpoint[key] for key in known if key in checkpoint}
         state = checkpoint.get("state_dict", {})

@@ -50,4 +50,5 @@ class FrozenWeights:
                 raise WagleError(
                     f"frozen weights of {name} moved by step {step}: the result is not written"
                 )
-        return f"{self.mask.total - self.mask.count():,} frozen weights are bit-identical to the base model's"
+        frozen = self.mask.total - self.mask.count()
+        return f"{frozen:,} frozen weights are bit-identical to the base model's"

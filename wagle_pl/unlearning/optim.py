@@ -21,7 +21,8 @@ def _check(lr: float, betas: tuple[float, float], eps: float, weight_decay: floa
             raise WagleError(f"optimizer.{option} must not be below 0, got {value}")
     if not eps > 0:
         raise WagleError(
-            f"optimizer.eps must be above 0, got {eps}: a weight without gradient would become 0 / 0"
+            f"optimizer.eps must be above 0, got {eps}: a weight without gradient would become "
+            "0 / 0"
         )
     if not all(0 <= beta < 1 for beta in betas):
         raise WagleError(f"optimizer.betas must lie in [0, 1), got {betas}")
@@ -96,7 +97,8 @@ class Sophia(Optimizer):
         _check(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         if rho < 0 or interval < 1:
             raise WagleError(
-                f"optimizer.rho must not be below 0 and interval not below 1, got {rho} and {interval}"
+                "optimizer.rho must not be below 0 and interval not below 1, got "
+                f"{rho} and {interval}"
             )
         defaults = {"lr": lr, "betas": tuple(betas), "rho": rho, "interval": interval, "eps": eps}
         super().__init__(params, {**defaults, "weight_decay": weight_decay})

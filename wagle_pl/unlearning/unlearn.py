@@ -222,7 +222,7 @@ class UnlearnModule(FinetuneModule):
         objective = self.objective
         self._references.prepare(
             self,
-            self.trainer.datamodule,
+            self.data,
             Path(self.output).parent / ".references",
             objective.references,
             objective.theta0_streams if self.reference_logits == "top_k" else (),
@@ -235,12 +235,11 @@ class UnlearnModule(FinetuneModule):
         Raises:
             WagleError: if the loss, or one of its terms, has another shape than it must have.
         """
-        data = self.trainer.datamodule
-        if not hasattr(data, "stream_loader"):
+        if self.data is None:
             return
         batch, sums = {}, {}
         for stream in self.streams:
-            tensors = next(iter(data.stream_loader(stream, batch_size=2)))[stream]
+            tensors = next(iter(self.data.stream_loader(stream, batch_size=2)))[stream]
             batch[stream] = {name: tensor.to(self.device) for name, tensor in tensors.items()}
             sums[stream] = torch.zeros(int(tensors["row"].max()) + 1)
         layers = self.objective.hidden_layers
