@@ -16,21 +16,10 @@ from wagle_pl.data.example import Example
 from wagle_pl.data.template import Template
 from wagle_pl.lm import models
 from wagle_pl.lm.likelihood import forward_answers
-from wagle_pl.lm.saving import read_record
 from wagle_pl.objectives import forget as o
 from wagle_pl.objectives.forget import Streams
 from wagle_pl.objectives.references import predictions_of
 from wagle_pl.objectives.retain import KL
-
-UNLEARN = (
-    "fit",
-    "--model",
-    "UnlearnModule",
-    "--model.objective",
-    "GradDiff",
-    "--trainer.max_steps",
-    "2",
-)
 
 
 def reference_kl(model: Any, target_model: Any, inputs: dict[str, Tensor]) -> Tensor:
@@ -125,25 +114,6 @@ def test_only_batch_depends_on_how_rows_are_cut(pair: Any, encoded: Any) -> None
         assert torch.allclose(together, apart, rtol=1e-4) is (positions != "batch")
     answer, row = (term(pair, encoded, positions) for positions in ("answer", "row"))
     assert not torch.allclose(answer, row, rtol=0.05)
-
-
-@pytest.mark.parametrize("positions", ["row", "batch"])
-def test_on_the_command_line(wagle: Any, fails: Any, tiny_model: str, positions: str) -> None:
-    retain = f'{{"class_path": "wagle_pl.objectives.retain.KL", "init_args": {{"positions": "{positions}"}}}}'
-    options = (
-        *UNLEARN,
-        "--model.objective.retain",
-        retain,
-        "--model.model",
-        tiny_model,
-        "--model.output",
-        "out",
-    )
-    line = fails(*options, "--model.reference_logits", "top_k")
-    assert "reference_logits top_k keeps predictions of answer tokens only" in line
-    done = wagle(*options, "--model.objective.retain_weight", "100")
-    assert done.trainer.callback_metrics["train/retain_loss"] > 0
-    assert read_record("out")["lineage"][-1]["objective"]["retain"]["positions"] == positions
 
 
 def test_another_name_is_refused() -> None:
