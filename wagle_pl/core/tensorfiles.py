@@ -2,7 +2,8 @@
 
 The format: the length of the header (``uint64``, little-endian), the header (JSON: name ->
 ``dtype``, ``shape``, ``data_offsets``, and ``__metadata__``; spaces may follow), then the tensors'
-bytes without gaps."""
+bytes without gaps.
+"""
 
 from __future__ import annotations
 

@@ -72,8 +72,7 @@ def generate(
 
 
 def stop_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a generation: those that the model's generation config lists, and the
-    tokenizer's."""
+    """Tokens that end a generation, by the model's generation config and the tokenizer."""
     own = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
     listed = own if isinstance(own, (list, tuple)) else [own]
     return sorted({int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None})
@@ -81,8 +80,7 @@ def stop_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
 
 @contextmanager
 def _without_defaults(lm: PreTrainedModel) -> Iterator[None]:
-    """Hide the model's generation config: ``generate`` takes from it whatever a config given leaves
-    at None."""
+    """Hide the model's generation config, which fills in what a given config leaves at None."""
     from transformers import GenerationConfig
 
     own = lm.generation_config
@@ -94,15 +92,13 @@ def _without_defaults(lm: PreTrainedModel) -> Iterator[None]:
 
 
 def first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> str:
-    """The beginning of a text, at most ``count`` tokens of it: what a generation of that length can
-    match."""
+    """The first ``count`` tokens of a text: what a generation of that length can match."""
     ids = tokenizer(text)["input_ids"]
     return text if len(ids) <= count else tokenizer.decode(ids[:count], skip_special_tokens=True)
 
 
 def gradient_norm(lm: PreTrainedModel, ids: Sequence[int], labels: Sequence[int]) -> float:
-    """Mean over parameters of the L2 norm of the gradient of one text's mean token loss (arXiv
-    2402.17012).
+    """Mean over parameters of the L2 norm of the gradient of a text's loss (arXiv 2402.17012).
 
     As OpenUnlearning's ``mia_gradnorm`` with p = 2. Works inside ``torch.inference_mode``.
 

@@ -28,19 +28,18 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a linear layer, or a block's experts, store weights as (in, out), not as (out,
-    in)."""
+    """Whether a linear layer, or a block's experts, stores weights as (in, out)."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))
 
 
 def expert_weights(module: nn.Module) -> Optional[tuple[nn.Parameter, nn.Parameter]]:
-    """(up, down) of a module that holds all experts of a block, each (experts, out, in) or
-    (experts, in, out).
+    """(up, down) of a module with all experts of a block, each (experts, out, in) or transposed.
 
     ``up`` holds the gate too where there is one. None for other modules. Weights may be spread over
-    ranks (ZeRO-3)."""
+    ranks (ZeRO-3).
+    """
     up = getattr(module, "gate_up_proj", getattr(module, "up_proj", None))
     pair = (up, getattr(module, "down_proj", None))
     if not hasattr(module, "is_transposed") or not all(
@@ -72,8 +71,7 @@ def linear_weights(lm: PreTrainedModel, head: bool = True) -> list[tuple[nn.Para
 
 
 def recompute_blocks(lm: PreTrainedModel) -> None:
-    """Compute each block's activations again in the backward pass, and keep only what enters it; in
-    place.
+    """Recompute each block's activations in the backward pass; in place.
 
     This works in evaluation mode too. The switch that transformers has works in training mode
     alone, which would turn dropout on.

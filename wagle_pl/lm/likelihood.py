@@ -43,8 +43,7 @@ def token_logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sequence_logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed log-probability and number of labelled tokens of each row: ``(sum, count)``, both
-    (B,)."""
+    """(B,) summed log-probability of each row's labelled tokens, and (B,) their number."""
     logprobs, mask = token_logprobs(logits, labels)
     return logprobs.sum(-1), mask.sum(-1)
 
@@ -52,8 +51,7 @@ def sequence_logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def forward_answers(
     model: PreTrainedModel, batch: Mapping[str, Tensor], whole: bool = False, **options: Any
 ) -> tuple[Any, Tensor]:
-    """Run a model on a batch, with logits only from the first position that predicts a label in any
-    row.
+    """Run a model on a batch, with logits from the first position that predicts a label on.
 
     The vocabulary projection of prompt tokens is never needed; on short answers it is a large part
     of the work.

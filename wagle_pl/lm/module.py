@@ -1,5 +1,4 @@
-"""``LanguageModule``: a causal language model in Lightning, the base of every module of this
-package."""
+"""``LanguageModule``: a causal language model in Lightning, the base of all modules here."""
 
 from __future__ import annotations
 
@@ -34,8 +33,7 @@ class Evaluation(Protocol):
 
 @runtime_checkable
 class StreamData(Protocol):
-    """What a module asks of its data module; :class:`wagle_pl.data.ForgetRetainDataModule` is
-    one."""
+    """What a module asks of its data module, :class:`wagle_pl.data.ForgetRetainDataModule`."""
 
     def serve(
         self,
@@ -127,16 +125,14 @@ class LanguageModule(L.LightningModule):
         return data if isinstance(data, StreamData) else None
 
     def serve(self) -> None:
-        """Tell the data module which streams this module wants, and of the model what is known by
-        now."""
+        """Tell the data module which streams this module wants, and what is known of the model."""
         if self.data is not None:
             self.data.serve(
                 self.streams, self.reference_streams, self.vocabulary, lambda: self.tokenizer
             )
 
     def fingerprint(self) -> str:
-        """Digest of the weights as they are now, wherever they are. Collective: all ranks must call
-        it."""
+        """Digest of the weights as they are now. Collective: all ranks must call it."""
         return fingerprint(iter_gathered(self.lm.named_parameters()))
 
     @cached_property
@@ -210,8 +206,7 @@ class LanguageModule(L.LightningModule):
     # -- fit ---------------------------------------------------------------------------------------
 
     def on_train_end(self) -> None:
-        """Note that training has come to its end; log if nothing will be written, or if a callback
-        has ended it."""
+        """Note that training is over; log if nothing is written, or if a callback has ended it."""
         self._trained = True
         if self.trainer.fast_dev_run:
             log.info("fast_dev_run: this was a trial, and nothing is written")
@@ -221,8 +216,7 @@ class LanguageModule(L.LightningModule):
                 log.info("stopped early, after step %d: %s", self.global_step, reason.strip())
 
     def on_fit_end(self) -> None:
-        """Write the result of a run whose checkpoint left nothing to train: Lightning does not
-        begin such a run.
+        """Write the result of a run whose checkpoint left nothing to train, which is not begun.
 
         Raises:
             WagleError: if the trainer was to take no step.

@@ -1,5 +1,4 @@
-"""A model's weights, whole or sharded over ranks (ZeRO-3): their shapes, their values, their
-name."""
+"""A model's weights, whole or sharded over ranks (ZeRO-3): shapes, values, fingerprint."""
 
 from __future__ import annotations
 

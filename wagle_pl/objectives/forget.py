@@ -12,8 +12,10 @@ the tokens of a batch (where a paper does that, the mean here is over the tokens
 over rows): so a step does not depend on how its batch is split. All are minimised: a term that
 ascends has the minus in it.
 
-π is the model, π₀ the target model, x a question, y its answer, r a refusal, |y| the answer's
-length in tokens, Δ the log-probability of a whole answer now minus that at θ₀."""
+What options a class does not list are those of :class:`Objective`. π is the model, π₀ the target
+model, x a question, y its answer, r a refusal, |y| the answer's length in tokens, Δ the
+log-probability of a whole answer now minus that at θ₀.
+"""
 
 from __future__ import annotations
 
@@ -63,10 +65,11 @@ __all__ = [
 
 
 class GradDiff(Objective):
-    """Gradient difference: ascend the loss of the forget rows, descend that of the retain rows.
+    """Gradient difference: ascend the forget rows' loss, descend the retain rows'.
 
     ℓ = −NLL(forget) + λ NLL(retain) (Liu et al. 2022, arXiv 2203.12817; as in TOFU, arXiv
-    2401.06121)."""
+    2401.06121).
+    """
 
     def forget_loss(self, at: Streams) -> Tensor:
         return -at["forget"].nll
@@ -77,9 +80,6 @@ class GradAscent(GradDiff):
 
     ℓ_f = −NLL(forget), and no retain term unless one is given: ``retain: kl`` makes TOFU's baseline
     "KL minimisation", over answer tokens; with its ``positions: batch`` as TOFU's code has it.
-
-    Args:
-        **kwargs: passed to :class:`Objective`.
     """
 
     def __init__(self, retain: Union[RetainTerm, str] = "none", **kwargs: Any) -> None:
@@ -87,14 +87,12 @@ class GradAscent(GradDiff):
 
 
 class WGA(Objective):
-    """Weighted gradient ascent: tokens that are still likely weigh more (Wang et al. 2025, arXiv
-    2502.19301).
+    """Weighted gradient ascent (Wang et al. 2025, arXiv 2502.19301): likely tokens weigh more.
 
     ℓ_f = (1/|y|) Σ_t w_t log π(y_t|x), w_t = π(y_t|x)^β without gradient.
 
     Args:
         beta: β > 0; towards 0 the term becomes gradient ascent.
-        **kwargs: passed to :class:`Objective`.
     """
 
     def __init__(self, beta: float = 1.0, **kwargs: Any) -> None:
@@ -115,7 +113,6 @@ class SatImp(Objective):
     Args:
         beta1: β₁ > 0, saturation: tokens that are already unlikely weigh less.
         beta2: β₂ > 0, importance: tokens that are nearly certain weigh less.
-        **kwargs: passed to :class:`Objective`.
     """
 
     def __init__(self, beta1: float = 5.0, beta2: float = 1.0, **kwargs: Any) -> None:
@@ -143,7 +140,6 @@ class NPO(Objective):
         beta: β > 0; towards 0 the term becomes gradient ascent.
         reduction: ``sum`` takes log-probabilities of whole answers, as the paper does; ``mean``
             takes their mean per token, as the code of WAGLE and MUSE does.
-        **kwargs: passed to :class:`Objective`.
     """
 
     references = ("forget",)
@@ -164,8 +160,7 @@ class NPO(Objective):
 
 
 class SimNPO(Objective):
-    """Negative preference optimisation without a reference, by token (Fan et al. 2024, arXiv
-    2410.07163).
+    """NPO without a reference, by token (Fan et al. 2024, arXiv 2410.07163).
 
     ℓ_f = −(2/β) log σ(−(β/|y|) log π(y|x) − γ).
 
@@ -173,7 +168,6 @@ class SimNPO(Objective):
         beta: β > 0.
         gamma: margin γ inside the sigmoid. The code of the paper and of OpenUnlearning multiply
             theirs by β: their δ is γ/β here.
-        **kwargs: passed to :class:`Objective`.
     """
 
     def __init__(self, beta: float = 2.5, gamma: float = 0.0, **kwargs: Any) -> None:
@@ -186,8 +180,7 @@ class SimNPO(Objective):
 
 
 class PO(Objective):
-    """Preference optimisation: answer the forget questions with a refusal (TOFU, arXiv 2401.06121,
-    "IDK").
+    """Preference optimisation: refusals as answers (TOFU, arXiv 2401.06121, "IDK").
 
     ℓ_f = NLL(refusal | forget question), a refusal drawn for each row and epoch.
     """
@@ -199,25 +192,22 @@ class PO(Objective):
 
 
 class IdkNLL(PO):
-    """OpenUnlearning's name (arXiv 2506.12618) for what is :class:`PO` here: refusals learnt,
-    retain rows kept.
+    """What is :class:`PO` here, by its name in OpenUnlearning (arXiv 2506.12618).
 
     ℓ = NLL(refusal | forget question) + α NLL(retain), α the ``retain_weight``.
     """
 
 
 class DPO(Objective):
-    """Direct preference optimisation: the refusal is preferred over the true answer (Rafailov et
-    al. 2023, arXiv 2305.18290; for unlearning in arXiv 2404.05868, with its factor 2/β).
+    """Direct preference optimisation of a refusal over the answer (arXiv 2305.18290).
 
     ℓ_f = −(2/β) log σ(β (Δ_r − Δ_y)).
 
-    The refusal of a row is drawn once and stays the same in every epoch, so that one number a row
-    is known at θ₀.
+    The factor is that of arXiv 2404.05868. The refusal of a row is drawn once and stays the same in
+    every epoch, so that one number a row is known at θ₀.
 
     Args:
         beta: β > 0.
-        **kwargs: passed to :class:`Objective`.
     """
 
     forget_streams = ("forget", "refusal")
@@ -241,7 +231,8 @@ class KL(Objective):
     ℓ_f = −(1/|y|) Σ_t KL(π₀(·|x, y_<t) ‖ π(·|x, y_<t)).
 
     At θ₀ the divergence is 0 and so is its gradient: the retain term makes the first move. (TOFU's
-    baseline "KL minimisation" is another thing: :class:`GradAscent` with ``retain: kl``.)"""
+    baseline "KL minimisation" is another thing: :class:`GradAscent` with ``retain: kl``.)
+    """
 
     logits_at_theta0 = ("forget",)
 
@@ -257,7 +248,6 @@ class UNDIAL(Objective):
 
     Args:
         beta: β > 0: how far the true token's logit is lowered.
-        **kwargs: passed to :class:`Objective`.
     """
 
     logits_at_theta0 = ("forget",)
@@ -274,8 +264,7 @@ class UNDIAL(Objective):
 
 
 class CEU(Objective):
-    """Cross-entropy unlearning: towards the model's own prediction without the true token (CE-U,
-    arXiv 2503.01224).
+    """Cross-entropy to the model's own prediction without the true token (arXiv 2503.01224).
 
     ℓ_f = −(1/|y|) Σ_t Σ_v q_t(v) log π(v|x, y_<t), q_t = softmax(z_t, the true token's logit at −∞)
     without gradient.
@@ -284,7 +273,6 @@ class CEU(Objective):
         skip_first: leave out so many tokens at the start of each answer (the paper's footnote: they
             carry no knowledge); the mean is over the others, and an answer without others counts as
             0.
-        **kwargs: passed to :class:`Objective`.
     """
 
     def __init__(self, skip_first: int = 1, **kwargs: Any) -> None:
@@ -304,15 +292,13 @@ class CEU(Objective):
 
 
 class RandomLabel(Objective):
-    """Learn random tokens in place of the answer's (as SalUn's baseline, arXiv 2310.12508, did for
-    classes).
+    """Learn random tokens as the answer, as SalUn's baseline does for classes (arXiv 2310.12508).
 
     ℓ_f = (1/|y|) Σ_t −log π(u_t|x, y_<t), u_t uniform over the vocabulary, drawn anew for each row
     and epoch.
 
     Args:
         seed: of the draws.
-        **kwargs: passed to :class:`Objective`.
     """
 
     def __init__(self, seed: int = 0, **kwargs: Any) -> None:
@@ -347,8 +333,7 @@ _DOWN_PROJECTION = (
 
 
 class RMU(Objective):
-    """Representation misdirection: steer a block's output to a random direction (Li et al. 2024,
-    arXiv 2403.03218).
+    """Representation misdirection of a block's output (Li et al. 2024, arXiv 2403.03218).
 
     ℓ_f = (1/|y|) Σ_t (1/d) ‖h_t − c·u‖², h the block's output (d numbers a token), u a fixed random
     unit vector with entries of one sign. The retain term holds the same output where it was
@@ -363,7 +348,6 @@ class RMU(Objective):
         seed: of u.
         trainable: regular expression that names of parameters must match (from any position) to be
             moved.
-        **kwargs: passed to :class:`Objective`.
     """
 
     def __init__(
@@ -422,8 +406,7 @@ class RMU(Objective):
 
 
 class FineTune(Objective):
-    """Go on training on the retain rows and trust that the rest fades (Golatkar et al. 2020, arXiv
-    1911.04933).
+    """Train on the retain rows, and trust that the rest fades (arXiv 1911.04933).
 
     ℓ = NLL(retain). An epoch is one pass over the retain rows.
     """
@@ -442,7 +425,6 @@ class L1Sparse(FineTune):
     Args:
         alpha: α: a number, or a schedule as ``retain_weight`` is; the paper's decays to 0:
             ``linear:1e-5->0``.
-        **kwargs: passed to :class:`Objective`.
     """
 
     def __init__(self, alpha: Union[float, str, Schedule] = 1e-5, **kwargs: Any) -> None:

@@ -1,6 +1,6 @@
 """What θ₀ says, for objectives that compare with it.
 
-Three ways, from the cheapest to the dearest:
+Three ways, the cheapest first:
 
 * *sums*: one log-probability a row (NPO, DPO): constants, computed once before the first step, so
   that no second model is kept;

@@ -156,6 +156,5 @@ def divergence(reference: Tensor, current: Tensor) -> Tensor:
 
 
 def cross_entropy(target: Tensor, current: Tensor) -> Tensor:
-    """(...,) −Σ_v q(v) log π(v) of (..., K) probabilities q and log π; where q is 0 nothing is
-    added."""
+    """(...,) −Σ_v q(v) log π(v) of (..., K) q and log π; where q is 0 nothing is added."""
     return -(target * current.masked_fill(target == 0, 0.0)).sum(-1)

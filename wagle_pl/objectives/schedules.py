@@ -46,8 +46,7 @@ class Schedule:
         self.until = until
 
     def __call__(self, progress: float) -> float:
-        """The value at a share of the run in [0, 1]. Override this for a schedule of another
-        shape."""
+        """The value at a share of the run in [0, 1]; override this for another shape."""
         done = min(1.0, progress / self.until)
         if done == 1.0:
             return self.end

@@ -1,8 +1,8 @@
-"""Adapters: unlearning that trains a few new weights and leaves every weight of the model alone (a
-baseline).
+"""Adapters: a baseline that trains a few new weights and leaves those of the model alone.
 
 An adapter that has not been trained adds exactly nothing, so log-probabilities at θ₀ may be
-computed before the first step, adapter in place."""
+computed before the first step, adapter in place.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 
 class LoRA:
-    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), through ``peft``: W x + (alpha / r) B A
-    x.
+    """Low-rank adapters W x + (alpha / r) B A x, through ``peft`` (arXiv 2106.09685).
 
     Args:
         r: rank of B A.
@@ -93,8 +92,7 @@ class LoRA:
             )
 
     def fold(self) -> None:
-        """Add B A to the model's weights and take the adapters out: the model is one of its own
-        kind again."""
+        """Add B A to the model's weights and take the adapters out."""
         self._peft.merge_and_unload()
 
     def save(
@@ -104,8 +102,7 @@ class LoRA:
         card: str,
         record: dict[str, Any],
     ) -> Path:
-        """Write a folder of just the adapter, with tokenizer, model card and record; whole or not
-        at all."""
+        """Write a folder of just the adapter, with tokenizer, model card and record."""
         with model_folder(folder, tokenizer, card, record) as temporary:
             self._peft.save_pretrained(temporary)
         return Path(folder)

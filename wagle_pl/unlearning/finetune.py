@@ -296,8 +296,7 @@ class FinetuneModule(LanguageModule):
         gradient_clip_val: Optional[float] = None,
         gradient_clip_algorithm: Optional[str] = None,
     ) -> None:
-        """Clip the gradients of the weights that move by their norm or, if asked, by that of
-        all."""
+        """Clip the gradients of what moves by their own norm or, if asked, by that of all."""
         bound, selected = gradient_clip_val, self.selected
         by_norm = gradient_clip_algorithm in (None, "norm")
         if bound and by_norm and selected.keeps_dense_gradients:

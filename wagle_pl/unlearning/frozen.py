@@ -13,8 +13,7 @@ from wagle_pl.masks import WeightMask
 
 
 def frozen_digest(weights: Tensor, selected: Tensor) -> str:
-    """SHA-256 of a tensor's bits with the selected weights set to zero: it changes when a frozen
-    bit does.
+    """SHA-256 of a tensor's bits with the selected weights set to zero.
 
     Args:
         weights: any shape and dtype.
@@ -25,8 +24,7 @@ def frozen_digest(weights: Tensor, selected: Tensor) -> str:
 
 
 class FrozenWeights:
-    """What the frozen weights were; a tensor at a time, about a second for a billion bytes of
-    weights.
+    """Digests of the frozen weights of every tensor; about a second for a gigabyte of weights.
 
     Args:
         mask: selected weights.

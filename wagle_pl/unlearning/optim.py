@@ -1,5 +1,8 @@
-"""Optimisers beside torch's. With a mask they are given the values of selected weights
-(:mod:`wagle_pl.masks.selected`): any optimiser that takes vectors will do."""
+"""Optimisers and schedules beside torch's.
+
+With a mask an optimiser is given the values of selected weights (:mod:`wagle_pl.masks.selected`):
+any that takes vectors will do.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +32,7 @@ def _check(lr: float, betas: tuple[float, float], eps: float, weight_decay: floa
 
 
 class MaskedAdamW(AdamW):
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101): torch's, fused, with this package's
-    defaults.
+    """torch's AdamW, fused (Loshchilov & Hutter 2019, arXiv 1711.05101).
 
     m ← β₁m + (1 − β₁)g, v ← β₂v + (1 − β₂)g², θ ← (1 − ηλ)θ − η m̂ / (√v̂ + ε).
 
@@ -61,8 +63,7 @@ class MaskedAdamW(AdamW):
 
 
 class Sophia(Optimizer):
-    """Clipped second-order steps (Liu et al. 2023, arXiv 2305.14342), as in SOUL (Jia et al. 2024,
-    arXiv 2404.18239).
+    """Clipped second-order steps (arXiv 2305.14342), as in SOUL (arXiv 2404.18239).
 
     m ← β₁m + (1 − β₁)g; every ``interval`` steps h ← β₂h + (1 − β₂)ĥ; θ ← (1 − ηλ)θ − η clip(m /
     (ρh + ε), ±1), so no weight moves further than η a step. ĥ is the square of the step's own

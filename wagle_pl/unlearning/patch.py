@@ -13,7 +13,8 @@ On disk a patch is a safetensors file with one ``uint8`` tensor for each changed
 up to 2²⁰ words, each two lengths (``uint64``, little-endian) and two zlib streams: the bits that
 tell which words changed (lowest first), and the differences d of those, as 2d or −2d − 1 (a small
 step of a float is a small d), byte planes apart, so that whole planes are zero. Everything is read
-and written a frame at a time."""
+and written a frame at a time.
+"""
 
 from __future__ import annotations
 
@@ -319,8 +320,7 @@ def _rewrite(
 
 
 def _change(stream: BinaryIO, patch: Patch, name: str, words: np.ndarray, source: End) -> bool:
-    """Write a tensor with the patch's words changed; returns if these were as the patch has
-    them."""
+    """Write a tensor with the patch's words changed; returns if these were what they should be."""
     digest = hashlib.sha256()
     frames = patch.frames(name, words.dtype)
     for frame, (changed, step) in zip(_frames(words), frames, strict=True):
