@@ -29,6 +29,7 @@ from wagle_pl.cli import app as cli
 from wagle_pl.cli.commands import fail
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
+from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.data.example import Row, parse_rows
 from wagle_pl.data.people import bundled
@@ -36,7 +37,6 @@ from wagle_pl.data.rows import load_rows
 from wagle_pl.data.template import Template
 from wagle_pl.lm import models
 from wagle_pl.lm.tiny import create_tiny_llama
-from wagle_pl.lm.weights import parameter_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 PRECISION = "bf16-mixed"

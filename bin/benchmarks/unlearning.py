@@ -29,9 +29,9 @@ from common import (
 from torch import Tensor, nn
 
 from wagle_pl.attribution.selection import select
+from wagle_pl.core.weights import fingerprint, parameter_shapes
 from wagle_pl.lm import models
 from wagle_pl.lm.likelihood import forward_answers, sequence_logprobs
-from wagle_pl.lm.weights import fingerprint, parameter_shapes
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import random_bits
 from wagle_pl.masks.selected import SelectedWeights

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
+from wagle_pl.core.weights import fingerprint, parameter_shapes
 from wagle_pl.lm import models
 from wagle_pl.lm.saving import read_record, save_model
-from wagle_pl.lm.weights import fingerprint, parameter_shapes
 from wagle_pl.masks import WeightMask
 from wagle_pl.unlearning import UnlearnModule
 from wagle_pl.unlearning.card import forgotten

@@ -13,9 +13,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from wagle_pl.core.errors import WagleError
+from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.lm import models
 from wagle_pl.lm.saving import read_record
-from wagle_pl.lm.weights import parameter_shapes
 from wagle_pl.masks import Restriction
 from wagle_pl.unlearning import LoRA, UnlearnModule
 from wagle_pl.unlearning.export import export

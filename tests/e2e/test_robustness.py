@@ -12,6 +12,7 @@ import torch
 from conftest import write_rows
 
 from wagle_pl import WagleError
+from wagle_pl.core.weights import fingerprint
 from wagle_pl.data.batches import collate
 from wagle_pl.data.example import raw_rows
 from wagle_pl.data.people import bundled
@@ -31,7 +32,6 @@ from wagle_pl.evaluation.attacks.subject import texts_of
 from wagle_pl.evaluation.attacks.weights import finetune_, quantise_
 from wagle_pl.lm.models import load_model, load_tokenizer
 from wagle_pl.lm.saving import save_model
-from wagle_pl.lm.weights import fingerprint
 
 generator = torch.Generator().manual_seed(0)
 

@@ -25,9 +25,9 @@ from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.cli import app as cli
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.seeds import stable_seed
+from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.lm import models
-from wagle_pl.lm.weights import parameter_shapes
 
 Attribute = Callable[..., AttributionModule]
 

@@ -15,8 +15,8 @@ from wagle_pl.attribution.stored import write_scores
 from wagle_pl.cli import app as cli
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.text import percent
+from wagle_pl.core.weights import fingerprint, parameter_shapes
 from wagle_pl.lm.models import load_model
-from wagle_pl.lm.weights import fingerprint, parameter_shapes
 from wagle_pl.masks import WeightMask
 from wagle_pl.study.report.figures import axes_of, figure_paths, mask_heatmap, mask_text
 

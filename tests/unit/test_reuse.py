@@ -21,9 +21,9 @@ from wagle_pl import (
     WeightMask,
 )
 from wagle_pl.core.errors import WagleError
+from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.lm import models
 from wagle_pl.lm.saving import read_record
-from wagle_pl.lm.weights import parameter_shapes
 from wagle_pl.masks import Restriction
 from wagle_pl.objectives import forget as o
 from wagle_pl.unlearning import MaskedAdamW

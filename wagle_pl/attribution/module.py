@@ -24,10 +24,10 @@ from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.core import distributed, outputs
 from wagle_pl.core.errors import WagleError, check_positive
 from wagle_pl.core.files import refuse_existing
+from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.lm.layers import linear_weights, recompute_blocks
 from wagle_pl.lm.module import LanguageModule
 from wagle_pl.lm.resume import begin, keep_position, recount
-from wagle_pl.lm.weights import parameter_shapes
 from wagle_pl.masks import SUFFIX, WeightMask, mask_path
 from wagle_pl.objectives.forget import NPO, PO, GradDiff
 from wagle_pl.planning import PlannedRun, Size, disk_bytes

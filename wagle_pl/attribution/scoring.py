@@ -15,7 +15,7 @@ from wagle_pl.attribution.specs import MaskSpec, complete
 from wagle_pl.attribution.stored import whole_mask
 from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.core import distributed
-from wagle_pl.lm import models
+from wagle_pl.core.weights import gathered, parameter_shapes
 from wagle_pl.masks import WeightMask
 
 
@@ -49,7 +49,7 @@ class Collected:
         device: Optional[torch.device] = None,
     ) -> None:
         self.lm, self.sums, self.device = lm, sums, device
-        self.shapes = models.parameter_shapes(lm)
+        self.shapes = parameter_shapes(lm)
         small = sums.small()
         self.counts, self.vectors = small["counts"], small["vectors"]
         self._streams = {"f": forget, "r": "retain"}
@@ -101,7 +101,7 @@ class Collected:
         def part(rows: Tensor) -> Tensor:
             return (rows if score.by_row else shard.gather(rows)).to(device)
 
-        with models.gathered(parameter) as weights:
+        with gathered(parameter) as weights:
             theta = shard.of(weights) if score.by_row else weights
             # a copy, since a score may work in place
             theta = theta.detach().to(device, torch.float32, copy=True)

@@ -260,8 +260,8 @@ def _model(name: str) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
     """Shapes of a model's parameters, and the metadata of a mask for it."""
     import torch
 
+    from wagle_pl.core.weights import fingerprint, parameter_shapes
     from wagle_pl.lm.models import load_model
-    from wagle_pl.lm.weights import fingerprint, parameter_shapes
 
     model = load_model(name, torch.bfloat16)
     made_for = {"model": name, "model_fingerprint": fingerprint(model.named_parameters())}

@@ -18,7 +18,7 @@ from wagle_pl.core.environment import errors_only
 from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.files import absent, plainly_local
 from wagle_pl.core.tensorfiles import INDEX_FILE, TensorFiles
-from wagle_pl.lm.weights import assign, parameter_shapes
+from wagle_pl.core.weights import assign, parameter_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -295,3 +295,9 @@ def _gguf_file(path: Path) -> Optional[Path]:
         files = list(path.glob("*.gguf"))
         return files[0] if len(files) == 1 else None
     return path if path.suffix == ".gguf" and path.is_file() else None
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """How many token ids a Hugging Face model knows, from 0 on."""
+    embeddings = model.get_input_embeddings()
+    return getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wagle_pl.core import distributed
 from wagle_pl.core.environment import half_precision_is_slow
 from wagle_pl.core.errors import WagleError
+from wagle_pl.core.weights import fingerprint, iter_gathered
 from wagle_pl.lm import models
-from wagle_pl.lm.weights import fingerprint, iter_gathered, vocabulary_size
+from wagle_pl.lm.models import vocabulary_size
 from wagle_pl.strategies import is_sharded, is_zero
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
 from wagle_pl.core.tensorfiles import DTYPES, INDEX_FILE, TensorFiles, write_tensors
+from wagle_pl.core.weights import gathered, iter_gathered, persistent_buffers
 from wagle_pl.lm.models import checkpoint_dtype, load_model, weights_folder
-from wagle_pl.lm.weights import gathered, iter_gathered, persistent_buffers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -37,8 +37,8 @@ from torch import Tensor, nn
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
+from wagle_pl.core.weights import assign, gathered
 from wagle_pl.lm.layers import is_linear
-from wagle_pl.lm.weights import assign, gathered
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import pack_bits, places_of_bits
 

@@ -72,8 +72,8 @@ def architecture(name: str) -> Architecture:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from wagle_pl.core.weights import parameter_shapes
     from wagle_pl.lm import models
-    from wagle_pl.lm.weights import parameter_shapes
 
     source, options = models.locate(name)
     with models.loading(f"model {name!r}", name, "planned for"):

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError, first_line
-from wagle_pl.lm.weights import parameter_shapes, persistent_buffers, shapes_of
+from wagle_pl.core.weights import parameter_shapes, persistent_buffers, shapes_of
 from wagle_pl.masks.selected import SUFFIX, load_values
 from wagle_pl.strategies import checkpoint as files
 from wagle_pl.strategies import internals

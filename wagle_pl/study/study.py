@@ -23,13 +23,13 @@ from wagle_pl.core.errors import Diverged, WagleError
 from wagle_pl.core.files import atomic_path, refuse_existing
 from wagle_pl.core.registry import option_names
 from wagle_pl.core.text import count, decimals
+from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.data.example import Example, raw_rows
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.evaluation import Evaluate, EvaluationModule, Observations, Results
 from wagle_pl.evaluation.measures import defined_only
 from wagle_pl.evaluation.results import write_json
 from wagle_pl.lm import models
-from wagle_pl.lm.weights import parameter_shapes
 from wagle_pl.masks import SUFFIX, WeightMask
 from wagle_pl.study import text
 from wagle_pl.study.along import Along, EvaluateAlong, Generate, UnkeptModule, as_before_the_end

@@ -20,13 +20,13 @@ from torch.optim import LBFGS, Optimizer
 from wagle_pl.core import distributed, outputs
 from wagle_pl.core.environment import peak_memory, versions
 from wagle_pl.core.errors import WagleError, first_line
+from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.lm import resume
 from wagle_pl.lm.layers import expert_weights
 from wagle_pl.lm.likelihood import forward_answers
 from wagle_pl.lm.models import checkpoint_dtype
 from wagle_pl.lm.module import LanguageModule
 from wagle_pl.lm.saving import Originals, read_record, save_model
-from wagle_pl.lm.weights import parameter_shapes
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.selected import SUFFIX, SelectedWeights, load_values
 from wagle_pl.objectives import Streams

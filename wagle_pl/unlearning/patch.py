@@ -130,7 +130,7 @@ class Patch:
 def digest_of(files: TensorFiles) -> str:
     """SHA-256 over names, dtypes, shapes and raw bytes of all tensors, in the order of their names.
 
-    Unlike :func:`wagle_pl.lm.weights.fingerprint`, it changes with the dtype and with every bit.
+    Unlike :func:`wagle_pl.core.weights.fingerprint`, it changes with the dtype and with every bit.
     """
     digest = hashlib.sha256()
     for name in sorted(files.names):

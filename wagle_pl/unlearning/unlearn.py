@@ -13,9 +13,9 @@ from torch import Tensor
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.registry import describe, resolve
+from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.data.template import differing_prompts
 from wagle_pl.lm.resume import random_state, set_random_state
-from wagle_pl.lm.weights import parameter_shapes
 from wagle_pl.masks import Restriction
 from wagle_pl.objectives import Objective, Streams
 from wagle_pl.objectives.references import References, predictions_of

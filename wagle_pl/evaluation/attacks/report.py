@@ -13,6 +13,7 @@ import torch
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.registry import resolve
 from wagle_pl.core.text import table
+from wagle_pl.core.weights import fingerprint, iter_gathered
 from wagle_pl.evaluation.attacks.attack import Attack
 from wagle_pl.evaluation.attacks.probing import Probe, Sample
 from wagle_pl.evaluation.attacks.prompts import InContext, Paraphrase, TranslatedStyle
@@ -200,7 +201,7 @@ def _attack(attacks: Sequence[Attack], subject: Subject, whose: str) -> list[Fin
 
 
 def _fingerprint(subject: Subject) -> str:
-    return models.fingerprint(models.whole(subject.lm.named_parameters()))
+    return fingerprint(iter_gathered(subject.lm.named_parameters()))
 
 
 # -- the other models ------------------------------------------------------------------------------
