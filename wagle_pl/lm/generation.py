@@ -49,10 +49,10 @@ def generate(
     if pad_id is None:
         pad_id = tokenizer.eos_token_id or 0
     device = next(lm.parameters()).device
-    rows = [torch.tensor(list(prompt), device=device) for prompt in prompts]
+    rows = [torch.tensor(list(prompt)) for prompt in prompts]
     padded = partial(pad_sequence, batch_first=True, padding_side="left")
-    ids = padded(rows, padding_value=pad_id)
-    attention = padded([torch.ones_like(row) for row in rows])
+    ids = padded(rows, padding_value=pad_id).to(device)
+    attention = padded([torch.ones_like(row) for row in rows]).to(device)
     config = GenerationConfig(
         **{"do_sample": False, **sampling},
         max_new_tokens=max_new_tokens,

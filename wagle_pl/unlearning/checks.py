@@ -23,12 +23,12 @@ def check_run(module: FinetuneModule) -> None:
     Raises:
         WagleError: naming the option.
     """
-    if module._from_checkpoint:
+    if module.from_checkpoint:
         raise WagleError(
             "load_from_checkpoint gives a module to use and to test: to train on, make a new "
             "one and give trainer.fit the checkpoint as ckpt_path"
         )
-    if module._fitted:
+    if module.fitted:
         raise WagleError(
             "this module was trained already, and its weights are no longer those of "
             f"{module.model_name}: to train again, make a new one"

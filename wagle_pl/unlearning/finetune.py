@@ -104,8 +104,8 @@ class FinetuneModule(LanguageModule):
         self.selected: Optional[SelectedWeights] = None
         #: Selected weights of the model; None where all may move.
         self.mask: Optional[WeightMask] = None
-        self._from_checkpoint = False
-        self._fitted = False
+        #: Whether ``load_from_checkpoint`` made it, and whether it was trained: then it cannot be.
+        self.from_checkpoint = self.fitted = False
         self._started = time.monotonic()
         self._step: list[MicroBatch] = []
         self._step_start: Optional[resume.StepStart] = None
@@ -165,7 +165,7 @@ class FinetuneModule(LanguageModule):
         Raises:
             WagleError: if the strategy cannot train a model of this kind.
         """
-        self._from_checkpoint |= not self.attached
+        self.from_checkpoint |= not self.attached
         if self.fits and self.selected is None:
             self.lm, self._random, self._loader_state = None, {}, None
         super().configure_model()
@@ -236,7 +236,7 @@ class FinetuneModule(LanguageModule):
                 self.selected.step_by_tensor(optimizer)
         if is_zero(strategy):  # the dtype that DeepSpeed computes with
             self.selected.cast(next(p.dtype for p in self.lm.parameters() if p.requires_grad))
-        self._fitted = True
+        self.fitted = True
         if not self.trainer.fast_dev_run:
             distributed.on_rank_zero(lambda: outputs.check_space(self.planned_files()))
 

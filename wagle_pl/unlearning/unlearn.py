@@ -242,16 +242,8 @@ class UnlearnModule(FinetuneModule):
             tensors = next(iter(self.data.stream_loader(stream, batch_size=2)))[stream]
             batch[stream] = {name: tensor.to(self.device) for name, tensor in tensors.items()}
             sums[stream] = torch.zeros(int(tensors["row"].max()) + 1)
-        layers = self.objective.hidden_layers
-        at = Streams(
-            batch,
-            self.run_lm,
-            sums,
-            lm=self.lm,
-            layers=layers,
-            theta0=partial(predictions_of, self.lm, layers=layers),
-            whole=self.objective.whole_streams,
-        )
+        theta0 = partial(predictions_of, self.lm, layers=self.objective.hidden_layers)
+        at = self._streams(batch, sums, theta0)
         random, training = random_state(self.device), self.lm.training
         self.lm.eval()
         context = self.trainer.precision_plugin.forward_context()
@@ -267,18 +259,23 @@ class UnlearnModule(FinetuneModule):
 
     def streams_of(self, batch: Batch) -> Streams:
         """What the objective sees of one batch."""
-        last = self.trainer.estimated_stepping_batches - 1
-        return Streams(
+        references, last = self._references, self.trainer.estimated_stepping_batches - 1
+        return self._streams(
             batch,
-            self.run_lm,
-            self._references.sums,
-            lm=self.lm,
-            layers=self.objective.hidden_layers,
+            references.sums,
             theta0=self._run_at_theta0 if self._needs_theta0 else None,
-            top_k=self._references.top_k,
+            top_k=references.top_k,
             progress=min(1.0, self.global_step / last) if last > 0 else 0.0,
             epoch=self.current_epoch,
-            whole=self.objective.whole_streams,
+        )
+
+    def _streams(
+        self, batch: Batch, sums: Mapping[str, Tensor], theta0: Any, **now: Any
+    ) -> Streams:
+        """Streams with what the objective asks for; see :class:`~wagle_pl.objectives.Streams`."""
+        layers, whole = self.objective.hidden_layers, self.objective.whole_streams
+        return Streams(
+            batch, self.run_lm, sums, self.lm, layers=layers, theta0=theta0, whole=whole, **now
         )
 
     def _run_at_theta0(
