@@ -108,17 +108,17 @@ def study_overview(
 
 def study_panel(
     lines: Sequence[Line],
-    others: tuple[str, Sequence[Points]],
+    dense: Sequence[Points],
     references: Mapping[str, Point],
     level: Optional[float],
     bounds: tuple[float, float, float, float],
     labels: tuple[str, str],
 ) -> Any:
-    """The runs of one arm, in front of those of others.
+    """The runs of one arm, in front of those of dense.
 
     Args:
         lines: the arm's runs.
-        others: what the others are, and their curves.
+        dense: curves of the runs of the same objective without a mask.
         references: ``target`` and ``retrained`` -> their point; every curve starts at the target's.
         level: forget measure at which utilities are compared.
         bounds: of the axes, see :func:`bounds_of`; the same for all panels to compare.
@@ -126,16 +126,14 @@ def study_panel(
     """
     figure, (axes,) = panels(3.6, 2.9)
     start = [references["target"]] if "target" in references else []
-    label: Optional[str]
-    label, curves = others
-    for points in curves:
+    for points in dense:
         style = {"color": PALETTE["muted"], "linewidth": 0.9, "alpha": 0.6}
-        axes.plot(*zip(*start, *points, strict=True), label=label, **style)
-        label = None  # one line of the legend
+        axes.plot(*zip(*start, *points, strict=True), label="dense", **style)
     for points, label, group in lines:
         marker = _RUN_MARKERS[group % len(_RUN_MARKERS)]
+        every = len(points) // 8 + 1  # marks on few points: a study has thousands
         style = {"color": PALETTE["this"], "linewidth": 1.3, "marker": marker, "markersize": 4}
-        axes.plot(*zip(*start, *points, strict=True), label=label, **style)
+        axes.plot(*zip(*start, *points, strict=True), label=label, markevery=every, **style)
     _add_references(axes, references, level)
     _limit(axes, bounds)
     axes.set_xlabel(labels[0], fontsize=8)

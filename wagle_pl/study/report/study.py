@@ -155,8 +155,8 @@ def arm_panels(
             told = ". ".join(
                 f"{line.label}: {', '.join(map(_pair, line.points))}" for line in lines
             )
-            others = _background(by_mask, mask)
-            drawing = (lines, others, references, level, bounds, study.axes)
+            dense = [line.points for line in by_mask.get(DENSE, ()) if mask != DENSE]
+            drawing = (lines, dense, references, level, bounds, study.axes)
             figure = svg(f"{name}-{i}-{j}", title, told, curves.study_panel, *drawing)
             found[objective][mask] = figure
     return found
@@ -173,16 +173,6 @@ def masks(study: StudyResults) -> tuple[dict[str, WeightMask], list[str]]:
         except WagleError as error:
             unread.append(str(error))
     return found, unread
-
-
-def _background(
-    by_mask: Mapping[str, Sequence[curves.Line]], mask: str
-) -> tuple[str, list[curves.Points]]:
-    """The dense runs behind those of a mask; behind the dense ones all others."""
-    dense = DENSE in by_mask and mask != DENSE
-    behind = [DENSE] if dense else [other for other in by_mask if other != mask]
-    points = [line.points for other in behind for line in by_mask[other]]
-    return (DENSE if dense else "the others"), points
 
 
 def _pair(point: Sequence[float]) -> str:
