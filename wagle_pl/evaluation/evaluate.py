@@ -630,8 +630,8 @@ def check_needs(suite: Suite, names: Sequence[str]) -> None:
     for name in names:
         if unknown := sorted(set(suite.needs_of(name, names)) - NEEDS):
             raise WagleError(
-                f"suite {title} needs {', '.join(map(repr, unknown))} of the test set {name}, which "
-                f"nothing observes; choose of {', '.join(sorted(NEEDS))}"
+                f"suite {title} needs {', '.join(map(repr, unknown))} of the test set {name}, "
+                f"which nothing observes; choose of {', '.join(sorted(NEEDS))}"
             )
     for name in sorted(set(suite.needs) - set(suite.sets) - set(names)):
         log.warning(

@@ -28,7 +28,8 @@ class Candidate(NamedTuple):
         ids: its tokens.
         labels: the same where a token is to be scored, -100 elsewhere. The first token cannot be.
         greedy: also say whether each scored token is the most probable one.
-        vocabulary: also give mean and standard deviation of the vocabulary's log-probabilities at each.
+        vocabulary: also give mean and standard deviation of the vocabulary's log-probabilities at
+            each.
     """
 
     ids: Sequence[int]
@@ -38,12 +39,14 @@ class Candidate(NamedTuple):
 
 
 class Score(NamedTuple):
-    """What :func:`score` finds of one candidate: float32 tensors on the CPU, one value a scored token, in order.
+    """What :func:`score` finds of one candidate: float32 tensors on the CPU, one value a scored
+    token, in order.
 
     Attributes:
         logprobs: (T,) log-probabilities.
         greedy: (T,) bool, or None if not asked for.
-        mean: (T,) mean of the vocabulary's log-probabilities under the model's distribution, or None.
+        mean: (T,) mean of the vocabulary's log-probabilities under the model's distribution, or
+            None.
         std: (T,) their standard deviation, or None.
     """
 
@@ -185,7 +188,8 @@ def grow(candidates: Sequence[Candidate], owners: Sequence[int], start: int) -> 
 
     A candidate's last token predicts nothing and is in no node.
 
-    >>> texts = [Candidate(ids, ids) for ids in ([*range(9), 20, 0], [*range(9), 21, 0], [30, 31, 32])]
+    >>> texts = ([*range(9), 20, 0], [*range(9), 21, 0], [30, 31, 32])
+    >>> texts = [Candidate(ids, ids) for ids in texts]
     >>> [(node.start, node.end, node.owners) for node in grow(texts, [0, 1, 2], 0)]
     [(0, 9, [0, 1]), (0, 2, [2])]
     """
@@ -256,7 +260,8 @@ class _Run:
     def _run(
         self, nodes: Sequence[Node], past: Optional[_Past], parents: Sequence[int]
     ) -> Optional[_Past]:
-        """One pass over some nodes; None if they have children and the model keeps no plain cache."""
+        """One pass over some nodes; None if they have children and the model keeps no plain
+        cache."""
         texts = [self.candidates[node.owners[0]].ids[node.start : node.end] for node in nodes]
         ids, own_mask = _padded(texts, self.pad_id, self.passes.device)
         starts = torch.tensor([node.start for node in nodes], device=ids.device)
@@ -304,7 +309,8 @@ def _of_candidate(candidate: Candidate, pieces: Sequence[tuple[int, Tensor]]) ->
 
     Args:
         candidate: the sequence.
-        pieces: (position of the first, logits (T, V)) in order of position; logits at p predict token p + 1.
+        pieces: (position of the first, logits (T, V)) in order of position; logits at p predict
+            token p + 1.
     """
     found: list[Score] = []
     for start, logits in pieces:
@@ -356,7 +362,8 @@ def _parts(
 def _padded(
     rows: Sequence[Sequence[int]], pad_id: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(ids, mask), both (B, longest) int64, filled on the left: the last positions are the last tokens."""
+    """(ids, mask), both (B, longest) int64, filled on the left: the last positions are the last
+    tokens."""
     width = max(len(row) for row in rows)
     ids = [[*[pad_id] * (width - len(row)), *row] for row in rows]
     mask = [[*[0] * (width - len(row)), *[1] * len(row)] for row in rows]

@@ -400,8 +400,8 @@ class WMDPSuite(Averages, Suite):
     """WMDP (arXiv 2403.03218): accuracy of multiple choice by letter, as lm-evaluation-harness
     measures it, and MMLU.
 
-    ``ue_average`` is the mean of 1 − accuracy on ``wmdp_bio`` and ``wmdp_cyber``, ``ut_average`` the
-    accuracy on MMLU (WAGLE, table 2): of the test set ``mmlu``, or of the harness.
+    ``ue_average`` is the mean of 1 − accuracy on ``wmdp_bio`` and ``wmdp_cyber``, ``ut_average``
+    the accuracy on MMLU (WAGLE, table 2): of the test set ``mmlu``, or of the harness.
     """
 
     sets = ("wmdp_bio", "wmdp_cyber", "mmlu", "wikitext")
@@ -430,12 +430,13 @@ class WMDPSuite(Averages, Suite):
 
 
 class CopyrightSuite(Averages, GenericSuite):
-    """Removal of a book (WAGLE's and SOUL's WHP): continuations of its text, and questions about it.
+    """Removal of a book (WAGLE's and SOUL's WHP): continuations of its text, and questions about
+    it.
 
-    ``ue_average`` is the mean of 1 − ROUGE-L recall over the sets whose names begin with ``forget``;
-    ``ut_average`` the mean of zero-shot accuracy and TruthfulQA, which lm-evaluation-harness
-    measures. BLEU and perplexity are reported beside them: they are no shares, and no average of
-    them is one.
+    ``ue_average`` is the mean of 1 − ROUGE-L recall over the sets whose names begin with
+    ``forget``; ``ut_average`` the mean of zero-shot accuracy and TruthfulQA, which
+    lm-evaluation-harness measures. BLEU and perplexity are reported beside them: they are no
+    shares, and no average of them is one.
     """
 
     sets = ("forget", "forget_qa", "retain_qa", "wikitext")

@@ -13,7 +13,8 @@ TruthRatioForm = Literal["geometric", "arithmetic"]
 
 
 class Undefined(ValueError):
-    """A measure that the data do not define; the message says why. It is reported as such, never as 0 or NaN."""
+    """A measure that the data do not define; the message says why. It is reported as such, never as
+    0 or NaN."""
 
 
 def mean(values: Tensor, what: str = "values") -> float:
@@ -35,8 +36,8 @@ def mean(values: Tensor, what: str = "values") -> float:
 
 
 def ks_test(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Two-sample Kolmogorov–Smirnov test: (statistic, p-value). The p-value of two truth-ratio samples, those of an
-    unlearned and of a retrained model, is TOFU's forget quality.
+    """Two-sample Kolmogorov–Smirnov test: (statistic, p-value). The p-value of two truth-ratio
+    samples, those of an unlearned and of a retrained model, is TOFU's forget quality.
 
     Args:
         a: (N,) one sample.
@@ -49,11 +50,14 @@ def ks_test(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 
 def unlearning_efficacy(forgotten: Sequence[float], remaining: Sequence[float] = ()) -> float:
-    """UE average of WAGLE's tables (arXiv 2410.17509, table 1): the mean of measures that grow with forgetting.
+    """UE average of WAGLE's tables (arXiv 2410.17509, table 1): the mean of measures that grow with
+    forgetting.
 
     Args:
-        forgotten: measures in [0, 1] that grow as the model forgets (forget quality, membership inference).
-        remaining: measures in [0, 1] of what it still knows (forget accuracy, ROUGE-L); one minus each enters.
+        forgotten: measures in [0, 1] that grow as the model forgets (forget quality, membership
+            inference).
+        remaining: measures in [0, 1] of what it still knows (forget accuracy, ROUGE-L); one minus
+            each enters.
 
     Raises:
         Undefined: if there are none.
@@ -71,7 +75,8 @@ def unlearning_efficacy(forgotten: Sequence[float], remaining: Sequence[float] =
 
 
 def answer_probability(nll: Tensor) -> Tensor:
-    """Length-normalised probability of an answer, P(a|q)^(1/|a|) (TOFU, arXiv 2401.06121, section 2.2).
+    """Length-normalised probability of an answer, P(a|q)^(1/|a|) (TOFU, arXiv 2401.06121, section
+    2.2).
 
     Args:
         nll: mean negative log-likelihood per answer token, any shape.
@@ -83,7 +88,8 @@ def answer_probability(nll: Tensor) -> Tensor:
 
 
 def option_probability(nll: Tensor, other_nll: Tensor) -> Tensor:
-    """Probability of the right answer among its alternatives: p / (p + Σ p_i) of length-normalised probabilities.
+    """Probability of the right answer among its alternatives: p / (p + Σ p_i) of length-normalised
+    probabilities.
 
     Args:
         nll: (N,) mean negative log-likelihood per token of the right answers.
@@ -101,12 +107,13 @@ def truth_ratio(
 ) -> Tensor:
     """How likely wrong answers are against a paraphrase of the right one (TOFU, equation 1).
 
-    ``arithmetic`` is the paper's equation, the mean of the perturbed answers' probabilities over the paraphrase's
-    probability; ``geometric``, as TOFU's aggregation script has it, takes the mean of their losses. Small: the model
-    prefers the truth. About 1: it does not know.
+    ``arithmetic`` is the paper's equation, the mean of the perturbed answers' probabilities over
+    the paraphrase's probability; ``geometric``, as TOFU's aggregation script has it, takes the mean
+    of their losses. Small: the model prefers the truth. About 1: it does not know.
 
     Args:
-        paraphrased_nll: (N,) mean negative log-likelihood per token of the paraphrased right answer.
+        paraphrased_nll: (N,) mean negative log-likelihood per token of the paraphrased right
+            answer.
         perturbed_nll: (N, K) the same of the wrong answers; NaN where a row has fewer than K.
         form: ``geometric`` or ``arithmetic``.
 
@@ -123,8 +130,9 @@ def truth_ratio_score(
 ) -> Tensor:
     """A truth ratio as a score in [0, 1] (TOFU's and OpenUnlearning's aggregations).
 
-    ``true_better``, max(0, 1 − R), for what must be kept; ``closer_to_1``, min(R, 1/R), for what must be forgotten;
-    ``prob_mean``, 1 / (1 + R), the probability of the paraphrase against the perturbed answers.
+    ``true_better``, max(0, 1 − R), for what must be kept; ``closer_to_1``, min(R, 1/R), for what
+    must be forgotten; ``prob_mean``, 1 / (1 + R), the probability of the paraphrase against the
+    perturbed answers.
     """
     if direction == "true_better":
         return torch.clamp(1 - ratio, min=0)
@@ -134,10 +142,11 @@ def truth_ratio_score(
 
 
 def nearest_option(nll: Tensor, other_nll: Tensor) -> Tensor:
-    """Whether the right answer is the likeliest of the options, by length-normalised likelihood; 1 or 0 a row.
+    """Whether the right answer is the likeliest of the options, by length-normalised likelihood; 1
+    or 0 a row.
 
-    WAGLE's forget accuracy with the likelihood in the place of a sentence embedding. A tie goes to the right answer,
-    as in WAGLE's code (``max(scores) == scores[0]``).
+    WAGLE's forget accuracy with the likelihood in the place of a sentence embedding. A tie goes to
+    the right answer, as in WAGLE's code (``max(scores) == scores[0]``).
 
     Args:
         nll: (N,) mean negative log-likelihood per token of the right answers.
@@ -150,7 +159,8 @@ def nearest_option(nll: Tensor, other_nll: Tensor) -> Tensor:
 
 
 def choice_accuracy(logprobs: Tensor, label: Tensor) -> Tensor:
-    """Whether the right choice has the largest log-probability; 1 or 0 a row (lm-evaluation-harness's ``acc``).
+    """Whether the right choice has the largest log-probability; 1 or 0 a row
+    (lm-evaluation-harness's ``acc``).
 
     Args:
         logprobs: (N, K) summed log-probability of each choice; NaN where a row has fewer than K.
@@ -163,10 +173,11 @@ def choice_accuracy(logprobs: Tensor, label: Tensor) -> Tensor:
 
 
 def exact_memorization(greedy: Sequence[bool]) -> float:
-    """Share of an answer's tokens that greedy decoding gets right, each after the true tokens before it.
+    """Share of an answer's tokens that greedy decoding gets right, each after the true tokens
+    before it.
 
-    Tirumala et al. 2022 (arXiv 2205.10770), as OpenUnlearning's ``exact_memorization`` has it: the closing
-    end-of-sequence token is left out.
+    Tirumala et al. 2022 (arXiv 2205.10770), as OpenUnlearning's ``exact_memorization`` has it: the
+    closing end-of-sequence token is left out.
 
     Args:
         greedy: for each token whether it has the largest probability.
@@ -183,11 +194,12 @@ def exact_memorization(greedy: Sequence[bool]) -> float:
 
 
 def extraction_strength(greedy: Sequence[bool]) -> float:
-    """How little of an answer suffices for greedy decoding to give the rest: 1 − k/n, with k the shortest prefix after
-    which all n − k tokens are right.
+    """How little of an answer suffices for greedy decoding to give the rest: 1 − k/n, with k the
+    shortest prefix after which all n − k tokens are right.
 
-    Carlini et al. 2021, as OpenUnlearning's ``extraction_strength`` has it: tokens are predicted after the true ones
-    before them, the closing end-of-sequence token is left out, and k is at most n − 1, so that the least value is 1/n.
+    Carlini et al. 2021, as OpenUnlearning's ``extraction_strength`` has it: tokens are predicted
+    after the true ones before them, the closing end-of-sequence token is left out, and k is at most
+    n − 1, so that the least value is 1/n.
 
     Args:
         greedy: for each token whether it has the largest probability.
@@ -206,7 +218,8 @@ def extraction_strength(greedy: Sequence[bool]) -> float:
 
 
 def perplexity(nll_sum: Tensor, count: Tensor) -> Tensor:
-    """Perplexity of a corpus: exp of all its negative log-likelihood over its number of tokens (or words).
+    """Perplexity of a corpus: exp of all its negative log-likelihood over its number of tokens (or
+    words).
 
     Args:
         nll_sum: (N,) summed negative log-likelihood of each text.
@@ -227,7 +240,8 @@ def perplexity(nll_sum: Tensor, count: Tensor) -> Tensor:
 
 
 def zlib_ratio(nll: float, text: str) -> float:
-    """Mean negative log-likelihood over the length of the compressed text in bytes (Carlini et al. 2021).
+    """Mean negative log-likelihood over the length of the compressed text in bytes (Carlini et al.
+    2021).
 
     Args:
         nll: mean negative log-likelihood per token.
@@ -237,7 +251,8 @@ def zlib_ratio(nll: float, text: str) -> float:
 
 
 def min_k(logprobs: Tensor, k: float = 0.2) -> float:
-    """Min-K% Prob: minus the mean of the share ``k`` of smallest token log-probabilities (arXiv 2310.16789).
+    """Min-K% Prob: minus the mean of the share ``k`` of smallest token log-probabilities (arXiv
+    2310.16789).
 
     Args:
         logprobs: (T,) log-probabilities of a text's tokens.
@@ -256,11 +271,13 @@ def min_k(logprobs: Tensor, k: float = 0.2) -> float:
 
 
 def min_k_plus_plus(logprobs: Tensor, mean: Tensor, std: Tensor, k: float = 0.2) -> float:
-    """Min-K%++: as Min-K% Prob, of log-probabilities standardised by those of the whole vocabulary (arXiv 2404.02936).
+    """Min-K%++: as Min-K% Prob, of log-probabilities standardised by those of the whole vocabulary
+    (arXiv 2404.02936).
 
     Args:
         logprobs: (T,) log-probabilities of a text's tokens.
-        mean: (T,) mean of the vocabulary's log-probabilities at each token, under the model's own distribution.
+        mean: (T,) mean of the vocabulary's log-probabilities at each token, under the model's own
+            distribution.
         std: (T,) their standard deviation.
         k: in (0, 1]; at least one token is taken.
 
@@ -271,7 +288,8 @@ def min_k_plus_plus(logprobs: Tensor, mean: Tensor, std: Tensor, k: float = 0.2)
 
 
 def membership_auc(members: Tensor, nonmembers: Tensor) -> float:
-    """How well scores tell members: P(member's score < non-member's) + ½ P(equal), the area under the ROC curve.
+    """How well scores tell members: P(member's score < non-member's) + ½ P(equal), the area under
+    the ROC curve.
 
     1: members are recognised; 0.5: guessing. MUSE's ``forget_holdout`` areas are 1 minus this.
 
@@ -299,10 +317,12 @@ def membership_auc(members: Tensor, nonmembers: Tensor) -> float:
 
 
 def privacy_leakage(auc: float, retrained_auc: float) -> float:
-    """MUSE's PrivLeak in percent: how the area of an attack differs from that on the retrained model.
+    """MUSE's PrivLeak in percent: how the area of an attack differs from that on the retrained
+    model.
 
-    With MUSE's areas, a = 1 − ``auc``: (a − a_retrained) / a_retrained · 100. 0 is ideal; below 0, near −100, the model
-    still shows that it saw the forget data; above 0, it shows that they were removed.
+    With MUSE's areas, a = 1 − ``auc``: (a − a_retrained) / a_retrained · 100. 0 is ideal; below 0,
+    near −100, the model still shows that it saw the forget data; above 0, it shows that they were
+    removed.
 
     Args:
         auc: of the model, see :func:`membership_auc`.
