@@ -455,7 +455,7 @@ def test_multiple_choice(attacked, tmp_path):
         and "choir club meet? in a loft" in facts
         and "chess" not in facts
     )
-    assert header == module.evaluation.suite.headers["wmdp_bio"]
+    assert header == module.evaluation.active_suite.headers["wmdp_bio"]
 
 
 # -- ranks ------------------------------------------------------------------------------------------------------------

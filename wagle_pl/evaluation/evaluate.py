@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -33,6 +34,7 @@ from wagle_pl.evaluation.attacks import (
     run_attacks,
     usable_attacks,
 )
+from wagle_pl.evaluation.attacks.subject import OTHERS
 from wagle_pl.evaluation.comparison import check_prompts, check_rows, comparison
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.measures import Info, Observations, Value, defined_only
@@ -54,6 +56,7 @@ from wagle_pl.lm.module import LanguageModule
 log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False, repr=False)
 class Evaluate(Callback):
     """Observes test sets, measures them as a suite says, and reports.
 
@@ -111,48 +114,29 @@ class Evaluate(Callback):
         lm_eval_limit: only the first so many rows of each of its tasks.
     """
 
-    def __init__(
-        self,
-        suite: Optional[str] = None,
-        retrained: Optional[str] = None,
-        target: Optional[str] = None,
-        reference: Optional[str] = None,
-        tofu_retrained: Optional[str] = None,
-        truth_ratio_form: Literal["geometric", "arithmetic"] = "geometric",
-        generate: bool = True,
-        val_generate: bool = False,
-        max_new_tokens: int = 200,
-        paraphrased_questions: bool = False,
-        toxicity_classifier: Optional[str] = None,
-        sentence_model: Optional[str] = None,
-        gradient_norm: bool = False,
-        robustness: Optional[Union[bool, str, list[Union[Attack, str]]]] = None,
-        lm_eval: Optional[Union[str, list[str]]] = None,
-        lm_eval_shots: Optional[int] = None,
-        lm_eval_limit: Optional[int] = None,
-    ) -> None:
-        if max_new_tokens < 1:
-            raise WagleError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        self.suite_name = suite
-        self.compared = {
-            "retrained": retrained,
-            "target": target,
-            "reference": reference,
-            "tofu_retrained": tofu_retrained,
-        }
-        self.truth_ratio_form = truth_ratio_form
-        self.generate = generate
-        self.val_generate = val_generate
-        self.max_new_tokens = max_new_tokens
-        self.paraphrased_questions = paraphrased_questions
-        self.toxicity_classifier = toxicity_classifier
-        self.sentence_model = sentence_model
-        self.gradient_norm = gradient_norm
-        self.attacks, self._every_attack = find_attacks(robustness)
+    suite: Optional[str] = None
+    retrained: Optional[str] = None
+    target: Optional[str] = None
+    reference: Optional[str] = None
+    tofu_retrained: Optional[str] = None
+    truth_ratio_form: Literal["geometric", "arithmetic"] = "geometric"
+    generate: bool = True
+    val_generate: bool = False
+    max_new_tokens: int = 200
+    paraphrased_questions: bool = False
+    toxicity_classifier: Optional[str] = None
+    sentence_model: Optional[str] = None
+    gradient_norm: bool = False
+    robustness: Optional[Union[bool, str, list[Union[Attack, str]]]] = None
+    lm_eval: Optional[Union[str, list[str]]] = None
+    lm_eval_shots: Optional[int] = None
+    lm_eval_limit: Optional[int] = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise WagleError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        self.attacks, self._every_attack = find_attacks(self.robustness)
         self._skipped_attacks: dict[str, str] = {}
-        self.lm_eval = lm_eval
-        self.lm_eval_shots = lm_eval_shots
-        self.lm_eval_limit = lm_eval_limit
         #: Where the options are given, for messages.
         self.options = "trainer.callbacks"
         #: Numbers of the last test, as in ``metrics.json``.
@@ -162,6 +146,7 @@ class Evaluate(Callback):
         #: Measures of general ability found elsewhere, task -> accuracy; some suites average them.
         self.general: dict[str, float] = {}
         self._trainer: Optional[L.Trainer] = None
+        self._suite: Optional[Suite] = None
         #: Sets that are being tested or validated, in the order of the loaders.
         self._names: list[str] = []
         self._results: dict[str, Results] = {}
@@ -188,18 +173,18 @@ class Evaluate(Callback):
             )
         if not names and stage != "test":
             return
-        suite = type(self.suite).__name__
+        suite = type(self.active_suite).__name__
         log.info("measures are those of %s", suite)
         self._read_results()
         for option in ("toxicity_classifier", "sentence_model"):
             if getattr(self, option) is not None:
                 classifiers.check_folder(getattr(self, option), f"{self.options}.{option}")
-        if "tofu_retrained" in self._results and not isinstance(self.suite, TOFUSuite):
+        if "tofu_retrained" in self._results and not isinstance(self.active_suite, TOFUSuite):
             raise WagleError(
                 f"{self.options}.tofu_retrained is for the suite tofu, the suite is {suite}: leave "
                 "it out"
             )
-        check_needs(self.suite, names)
+        check_needs(self.active_suite, names)
         check_prompts(self._results, pl_module.prompts)
         if stage != "test":
             self._check_rows(names)
@@ -220,7 +205,7 @@ class Evaluate(Callback):
     def _attach(self, trainer: L.Trainer, module: LanguageModule) -> None:
         """Observe this module's model on the trainer's data from now on."""
         if trainer is not self._trainer:
-            self.__dict__.pop("suite", None)
+            self._suite = None
             self._longest.clear()
         self._trainer, self._module = trainer, module
 
@@ -229,10 +214,19 @@ class Evaluate(Callback):
         """The data module."""
         return self._trainer.datamodule
 
-    @cached_property
-    def suite(self) -> Suite:
+    @property
+    def active_suite(self) -> Suite:
         """The suite named, or the data module's."""
-        return find_suite(self.suite_name or getattr(self.data, "suite", "tofu") or "generic")
+        if self._suite is None:
+            name = self.suite or getattr(self.data, "suite", "tofu") or "generic"
+            self._suite = find_suite(name)
+        return self._suite
+
+    @property
+    def compared(self) -> dict[str, str]:
+        """Name of each option that names results to compare with -> what it names."""
+        names = ("retrained", "target", "reference", "tofu_retrained")
+        return {name: str(path) for name in names if (path := getattr(self, name)) is not None}
 
     @property
     def results_folder(self) -> Path:
@@ -241,14 +235,11 @@ class Evaluate(Callback):
 
     def _read_results(self) -> None:
         """Results to compare with."""
-        paths = {name: path for name, path in self.compared.items() if path is not None}
-        found = {name: results_of(path) for name, path in paths.items()}
-        if self.attacks:  # a model without results will do
-            paths = {name: path for name, path in paths.items() if found[name] is not None}
-        self._results = {
-            name: Results(found[name] or path, f"{self.options}.{name}")
-            for name, path in paths.items()
-        }
+        self._results = {}
+        for name, path in self.compared.items():
+            found = results_of(path)
+            if found is not None or not self.attacks:  # which a model without results will do for
+                self._results[name] = Results(found or path, f"{self.options}.{name}")
 
     def _check_rows(self, names: Sequence[str]) -> None:
         for name in names:
@@ -259,7 +250,7 @@ class Evaluate(Callback):
 
     def needs_of(self, name: str) -> frozenset[str]:
         """What to observe of a test set: what the suite needs, as far as the options allow."""
-        needs = set(self.suite.needs_of(name, self._names))
+        needs = set(self.active_suite.needs_of(name, self._names))
         if self.paraphrased_questions and "alternatives" in needs and name in ("forget", "retain"):
             needs.add("paraphrased")
         if self.gradient_norm and "vocabulary" in needs:
@@ -272,8 +263,8 @@ class Evaluate(Callback):
         Of a set that is recited it is the longest answer's length if that is more, within the
         data's ``max_length``.
         """
-        fixed = self.suite.max_new_tokens.get(name, self.max_new_tokens)
-        if name not in self.suite.recited:
+        fixed = self.active_suite.max_new_tokens.get(name, self.max_new_tokens)
+        if name not in self.active_suite.recited:
             return fixed
         if name not in self._longest:
             texts = [row.answer for row in self.data.test_examples(name)]
@@ -307,7 +298,7 @@ class Evaluate(Callback):
             rows,
             needs,
             self.max_new_tokens_of(name),
-            self.suite.headers.get(name, ""),
+            self.active_suite.headers.get(name, ""),
             [f"{where} {number + 1}" for number in numbers],
         )
         return [{"row": row, **record} for row, record in zip(numbers, records, strict=True)]
@@ -320,7 +311,7 @@ class Evaluate(Callback):
             name: of the test set.
             needs: what to observe.
         """
-        rows, header = self.data.test_examples(name), self.suite.headers.get(name, "")
+        rows, header = self.data.test_examples(name), self.active_suite.headers.get(name, "")
         length = self.max_new_tokens_of(name)
         table = observe_set(self.make_observer(), rows, needs, length, header)
         return self.annotated(name, table) if "generation" in needs else table
@@ -386,7 +377,7 @@ class Evaluate(Callback):
         }
         keys: dict[str, dict[str, Any]] = {}
         for name in self._names:
-            needs, header = self.needs_of(name), self.suite.headers.get(name)
+            needs, header = self.needs_of(name), self.active_suite.headers.get(name)
             rows = json.dumps(raw_rows(self.data.test_examples(name)), default=str)
             keys[name] = {
                 **settings,
@@ -484,17 +475,17 @@ class Evaluate(Callback):
             truth_ratio_form=self.truth_ratio_form,
             general=self.general,
         )
-        return self.suite.measures(seen)
+        return self.active_suite.measures(seen)
 
     def info(self, measure: str) -> Info:
         """What is known of a measure by its name."""
-        return self._infos.get(measure) or self.suite.info(measure)
+        return self._infos.get(measure) or self.active_suite.info(measure)
 
     def _others(self) -> dict[str, dict[str, float]]:
         """Metrics of ``target`` and ``retrained``, where their results are given; of a published
         file they are computed."""
         found = {}
-        for name in ("target", "retrained"):
+        for name in OTHERS:
             if name in self._results:
                 results = self._results[name]
                 known = results.metrics or results.tofu is None
@@ -511,15 +502,15 @@ class Evaluate(Callback):
             self.results_folder / INFO_FILE,
             {
                 "model": self._module.model_name,
-                "suite": type(self.suite).__name__,
+                "suite": type(self.active_suite).__name__,
                 "prompts": self._module.prompts,
-                "compared": {name: path for name, path in self.compared.items() if path},
+                "compared": self.compared,
                 "measures": {name: about[name] for name in self.metrics},
                 "undefined": {
                     name: {**about[name], "why": why} for name, why in self.undefined.items()
                 },
                 "rows": {name: len(table) for name, table in tables.items()},
-                "absent_sets": [name for name in self.suite.sets if name not in tables],
+                "absent_sets": [name for name in self.active_suite.sets if name not in tables],
             },
         )
         write_json(self.results_folder / METRICS_FILE, self.metrics)
@@ -581,12 +572,12 @@ class Evaluate(Callback):
             lm: the model; this one when None.
             tables: test set -> its records without attack, if they are known.
         """
-        names = [name for name in self._names if self.suite.forgets(name)]
+        names = [name for name in self._names if self.active_suite.forgets(name)]
         lm = self._module.lm if lm is None else lm
         return Subject(
             lm,
             self.make_observer(lm),
-            self.suite,
+            self.active_suite,
             rows={name: self.data.test_examples(name) for name in names},
             needs={name: self.needs_of(name) for name in names},
             lengths={name: self.max_new_tokens_of(name) for name in names},
@@ -601,8 +592,7 @@ class Evaluate(Callback):
         """Attack this model, and the target and the retrained model where they are at hand."""
         if not self.attacks:
             return None
-        paths = {name: self.compared[name] for name in ("target", "retrained")}
-        found = {name: model_of(path) for name, path in paths.items() if path is not None}
+        found = {name: model_of(path) for name, path in self.compared.items() if name in OTHERS}
         others = {name: folder for name, folder in found.items() if folder is not None}
         if others and self._module.sharded:
             log.warning("under ZeRO-3 only this model is attacked, not %s", " and ".join(others))
