@@ -1,4 +1,4 @@
-"""Say what memory, disk and work a run needs, before anyone rents a machine."""
+"""Estimate the memory, disk and work of a run, before you rent a machine."""
 
 from __future__ import annotations
 
@@ -48,26 +48,30 @@ def plan(
     tokens: Optional[int] = None,
     tokens_per_second: Optional[float] = None,
 ) -> None:
-    """Say what memory, disk and work a run needs. Reads the model's configuration; no weights, and runs nothing.
+    """Estimate the memory, disk and work of a run from the model's configuration alone.
 
     Args:
         model: hub id, folder in Hugging Face format, or GGUF file.
         task: attribution, unlearning, finetuning or test.
-        strategy: auto (one device, or DDP), ddp, zero1, zero2, zero3, zero3_offload, or Lightning's names for them.
+        strategy: auto (one device, or DDP), ddp, zero1, zero2, zero3, zero3_offload, or Lightning's
+            names for them.
         devices: how many share the run, over all machines.
         precision: as trainer.precision: 32-true, bf16-mixed, bf16-true, 16-mixed or 16-true.
         accelerator: gpu; or cpu, where a device is a process.
         density: share of weights in the mask; 1 is unlearning without one.
-        hessian: of attribution, as model.hessian: scalar, auto, gauss_newton, fisher, hutchinson, or a class path.
+        hessian: of attribution, as model.hessian: scalar, auto, gauss_newton, fisher, hutchinson,
+            or a class path.
         optimizer: MaskedAdamW, AdamW, AdamW8bit (two moments of 8 bits) or SGD.
-        values: how the weights that move are kept: fp32, or split (bf16-true on one device), as model.values.
+        values: how the weights that move are kept, as model.values: fp32, or split (bf16-true on
+            one device).
         batch_size: rows, or pairs of rows, a device and micro-batch.
         max_length: tokens a row, padding included.
         accumulate_grad_batches: micro-batches a step.
         gradient_checkpointing: recompute activations in the backward pass.
-        frozen_copy: the objective keeps a copy of the model before unlearning (KL, UNDIAL, hidden states).
-        tokens: of the whole run, over all streams and epochs, for an estimate of its time with tokens_per_second.
-        tokens_per_second: what the devices together do, measured or known, for an estimate of time.
+        frozen_copy: the objective keeps a copy of the model before unlearning (KL, UNDIAL, hidden
+            states).
+        tokens: of the whole run, over all streams and epochs, to estimate its time.
+        tokens_per_second: measured throughput of all devices together, to estimate its time.
     """
     from wagle_pl.attribution.hessian import estimator_of  # brings all that attribution runs with
 
@@ -99,8 +103,8 @@ def plan(
         ("model", f"{model}: {shape.weights:,} weights, {shape.largest:,} in the largest tensor"),
         (
             "run",
-            f"{task}, {strategy} on {devices} x {accelerator}, {precision}, {batch_size} x {max_length} tokens a "
-            f"stream{checkpointing}",
+            f"{task}, {strategy} on {devices} x {accelerator}, {precision}, "
+            f"{batch_size} x {max_length} tokens a stream{checkpointing}",
         ),
     ]
     sums = [*needs(shape, run), *work(shape, run, tokens, tokens_per_second)]
@@ -128,7 +132,7 @@ def smallest(size: float) -> Optional[int]:
 
 
 def memory_table(shape: Architecture, run: PlannedRun) -> str:
-    """A device's memory by part and moment, in GiB; the dearest moment stands in stars."""
+    """A device's memory by part and moment, in GiB; the peak's moment stands in stars."""
     parts = device_parts(shape, run)
     moment, _ = peak(shape, run)
     rows = [[p.name, *(gib(p.bytes) if m in p.moments else "" for m in MOMENTS)] for p in parts]
@@ -139,10 +143,10 @@ def memory_table(shape: Architecture, run: PlannedRun) -> str:
 
 def needs(shape: Architecture, run: PlannedRun) -> list[tuple[str, str]]:
     """Peak, the GPU it fits, CPU memory and disk."""
-    moment, most = peak(shape, run)
-    lines = [("peak", f"{gib(most)} GiB, moment: {moment}")]
+    moment, size = peak(shape, run)
+    lines = [("peak", f"{gib(size)} GiB, moment: {moment}")]
     if run.accelerator == "gpu":
-        fits = smallest(most)
+        fits = smallest(size)
         found = f"a GPU of {fits} GB" if fits else f"no GPU of {', '.join(map(str, SIZES))} GB"
         lines.append(("fits", f"{found} ({1 - USABLE:.0%} are left to fragmentation)"))
         lines.append(("CPU memory", f"{gib(host_bytes(shape, run))} GiB a rank"))
@@ -153,29 +157,23 @@ def needs(shape: Architecture, run: PlannedRun) -> list[tuple[str, str]]:
 def work(
     shape: Architecture, run: PlannedRun, tokens: Optional[int], rate: Optional[float]
 ) -> list[tuple[str, str]]:
-    """Operations of a micro-batch on all devices together, and how long it takes if the rate is known."""
-    lines = [
-        (
-            "work",
-            f"{step_flops(shape, run):.3g} FLOPs a micro-batch of {step_tokens(run):,} tokens, all devices",
-        )
-    ]
+    """Operations of a micro-batch on all devices, and its time if the throughput is known."""
+    flops, step = step_flops(shape, run), step_tokens(run)
+    lines = [("work", f"{flops:.3g} FLOPs a micro-batch of {step:,} tokens, all devices")]
     if rate:
         whole = f"; {tokens / rate / 3600:.2f} h for {tokens:,} tokens" if tokens else ""
-        lines.append(
-            ("time", f"{step_tokens(run) / rate:.3g} s a micro-batch{whole}, at {rate:g} tokens/s")
-        )
+        lines.append(("time", f"{step / rate:.3g} s a micro-batch{whole}, at {rate:g} tokens/s"))
     elif tokens:
         lines.append(("time", f"unknown for {tokens:,} tokens: give --tokens_per_second too"))
     return lines
 
 
 def choice_table(shape: Architecture, run: PlannedRun) -> str:
-    """Peak of the same run under every strategy on several numbers of devices, and the smallest GPU that it fits."""
+    """Peak of the run under every strategy and number of devices, and the GPU that it fits."""
 
     def cell(choice: PlannedRun) -> str:
-        _, most = peak(shape, choice)
-        return f"{gib(most)} ({smallest(most) or '-'})" if run.accelerator == "gpu" else gib(most)
+        _, size = peak(shape, choice)
+        return f"{gib(size)} ({smallest(size) or '-'})" if run.accelerator == "gpu" else gib(size)
 
     rows = [[name, *map(cell, runs)] for name, runs in choices(run, COUNTS)]
     what = "GiB a GPU (the smallest that fits, GB)" if run.accelerator == "gpu" else "GiB a process"
