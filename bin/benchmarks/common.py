@@ -214,7 +214,6 @@ def fit(
         forget=settings.forget,
         retain=settings.retain,
         batch_size=batch_size or settings.batch_size,
-        cache=False,
     )
     trainer = L.Trainer(
         accelerator="cpu",

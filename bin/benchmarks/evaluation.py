@@ -130,7 +130,7 @@ def figures(bench: Bench, **more: Any) -> dict[str, Any]:
     """What every row of the report tells of its run."""
     sample = bench.rows[0]
     own = {"precision": PRECISION, "rows": len(bench.rows), "test_batch_size": TEST_BATCH_SIZE}
-    return {**own, "perturbed_answers": len(sample.get("perturbed_answer") or []), **more}
+    return {**own, "perturbed_answers": len(sample.perturbed_answers), **more}
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------

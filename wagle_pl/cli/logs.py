@@ -23,6 +23,7 @@ _WARNINGS = (
     ".*module\\(s\\) in eval mode at the start of training.*",  # as attribution wants it
     ".*DeepSpeed handles gradient clipping internally.*",
     ".*torch.distributed.*is deprecated.*",  # of DeepSpeed's calls
+    ".*configure_optimizers.*returned .None.*",  # attribution trains nothing
     ".*sync_dist=True.*",  # what is logged is the same on all ranks
 )
 #: Lightning's loggers that say in every run what the user has asked for, and how they begin.
