@@ -110,20 +110,20 @@ def tradeoff(sources: Sources, forget: Optional[str], utility: Optional[str]) ->
         lacks = "forgetting" if forget is None else "utility"
         advice = "Choose one with --forget and --utility."
         return f"The runs have no measure of {lacks}: no curve. {advice}"
-    points, told = [], []
+    points, lines = [], []
     for model in sources.everyone:
         x, y = (model.metrics.get(name, math.inf) for name in (forget, utility))
         if math.isfinite(x) and math.isfinite(y):
             label = str(model.number or model.name)
             points.append(curves.Model(x, y, model.role, label))
             name = f"{label} {model.name}" if model.number else label
-            told.append(f"{name}: {forget} {short_number(x)}, {utility} {short_number(y)}")
+            lines.append(f"{name}: {forget} {short_number(x)}, {utility} {short_number(y)}")
     if not any(point.role == "this" for point in points):
         return f"No run has a finite number for both {forget} and {utility}: no curve."
     about = sources.models[0].about
     labels = [f"{name} ({DIRECTIONS[about(name).direction]})" for name in (forget, utility)]
     title = "Forgetting against utility"
-    drawn = svg("tradeoff", title, "; ".join(told), curves.forget_utility, points, *labels)
+    drawn = svg("tradeoff", title, "; ".join(lines), curves.forget_utility, points, *labels)
     caption = "Numbers are the runs of the summary."
     if "retrained" in sources.references:
         caption += " The dotted line is the retrained model's forgetting."
@@ -212,12 +212,14 @@ def same_runs(models: Models) -> dict[tuple[str, int], str]:
 
 def _distribution(name: str, test_set: str, model: str, ratios: Mapping[str, Ratios]) -> Figure:
     found = {role: list(values.values()) for role, values in ratios.items() if values}
-    told = "; ".join(
+    description = "; ".join(
         f"{role}: {len(values)} examples, half of them at or below "
         f"{statistics.median_low(values):.3g}, all from {min(values):.3g} to {max(values):.3g}"
         for role, values in found.items()
     )
-    drawn = svg(name, f"Truth ratios on {test_set}, {model}", told, curves.distribution, found)
+    drawn = svg(
+        name, f"Truth ratios on {test_set}, {model}", description, curves.distribution, found
+    )
     return Figure(drawn, f"{test_set}: share of examples up to each ratio")
 
 
@@ -239,7 +241,7 @@ def _shift(
         return f"{test_set}: no shift, as the target's results hold none of these examples."
     larger = sum(after > ratio for ratio, after in pairs["this"])
     share = f"{larger} of {len(pairs['this'])} examples"
-    told = f"{share} have a larger truth ratio than at the target model"
+    description = f"{share} have a larger truth ratio than at the target model"
     title = f"Shift of each example's truth ratio on {test_set}, {model}"
-    drawn = svg(f"{name}-shift", title, told, curves.shift, pairs)
-    return Figure(drawn, f"{test_set}: {told}; those above the line")
+    drawn = svg(f"{name}-shift", title, description, curves.shift, pairs)
+    return Figure(drawn, f"{test_set}: {description}; those above the line")

@@ -123,9 +123,8 @@ class ReportedModel:
             ours, theirs = self.last.get("base_fingerprint"), mask.metadata.get("model_fingerprint")
             if ours and theirs and ours != theirs:
                 raise WagleError(f"mask {made['file']} is now one for another model")
-            if (
-                mask.density < made["density"]
-            ):  # a mask restricted to modules has less than its file
+            # a mask restricted to modules has a lower density than its file
+            if mask.density < made["density"]:
                 raise WagleError(f"mask {made['file']} has changed since the run")
             mask.grid()  # reads all of it: a damaged file shows here
         except WagleError as error:

@@ -115,11 +115,11 @@ def overview_svg(study: StudyResults, name: str) -> Optional[Markup]:
     """:func:`overview` as an element of the page."""
     arms = [arm for arm in study.summary.get("headline") or [] if arm.get("curve")]
     ends = ((arm, _pair(arm["curve"][0]), _pair(arm["curve"][-1])) for arm in arms)
-    told = ". ".join(
+    description = ". ".join(
         f"{arm['objective']}, {arm['mask']}: from {start} to {end}" for arm, start, end in ends
     )
     what = "Mean curve of each arm"
-    return svg(f"{name}-overview", what, told, overview, study.summary) if arms else None
+    return svg(f"{name}-overview", what, description, overview, study.summary) if arms else None
 
 
 def runs_of(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -152,12 +152,12 @@ def arm_panels(
         for j, (mask, lines) in enumerate(by_mask.items()):
             lines = sorted(lines, key=attrgetter("group"))
             title = f"Forgetting against utility, {objective}, {mask}"
-            told = ". ".join(
+            description = ". ".join(
                 f"{line.label}: {', '.join(map(_pair, line.points))}" for line in lines
             )
             dense = [line.points for line in by_mask.get(DENSE, ()) if mask != DENSE]
             drawing = (lines, dense, references, level, bounds, study.axes)
-            figure = svg(f"{name}-{i}-{j}", title, told, curves.study_panel, *drawing)
+            figure = svg(f"{name}-{i}-{j}", title, description, curves.study_panel, *drawing)
             found[objective][mask] = figure
     return found
 

@@ -78,9 +78,9 @@ def svg(
         "style": f"max-width: {width:.0f}px; min-width: {_SMALLEST * width:.0f}px",
     }
     for tag, text in (("desc", description), ("title", title)):
-        told = ElementTree.Element(tag, {"id": f"{name}-{tag}"})
-        told.text = text
-        root.insert(0, told)
+        element = ElementTree.Element(tag, {"id": f"{name}-{tag}"})
+        element.text = text
+        root.insert(0, element)
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
