@@ -6,6 +6,7 @@ All rows are written here: harmless stand-ins, and the opening of Alice's Advent
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -186,15 +187,15 @@ def kind_of(example):
 @pytest.mark.parametrize("size", [1, 7, 40, 10_000])
 @pytest.mark.parametrize("text", [ALICE, "naïve café 🐇🐇 日本語 " * 5, "x" * 50, "  \n\n  a"])
 def test_chunks_put_together_are_the_text(tokenizer, text, size, unit):
-    chunks = chunk_text(text, size, unit, tokenizer)
+    chunks = chunk_text(text, size, tokenizer if unit == "tokens" else None)
     assert "".join(chunks) == text and all(chunks)
-    assert chunks == chunk_text(text, size, unit, tokenizer)
+    assert chunks == chunk_text(text, size, tokenizer if unit == "tokens" else None)
     if unit == "characters":
         assert max(map(len, chunks)) <= size
 
 
 def test_token_chunks_have_that_many_tokens(tokenizer):
-    chunks = chunk_text(ALICE, 20, "tokens", tokenizer)
+    chunks = chunk_text(ALICE, 20, tokenizer)
     counts = [len(tokenizer(chunk, add_special_tokens=False)["input_ids"]) for chunk in chunks]
     assert all(abs(count - 20) <= 2 for count in counts[:-1]) and len(counts) == -(
         -sum(counts) // 20
@@ -203,25 +204,23 @@ def test_token_chunks_have_that_many_tokens(tokenizer):
 
 def test_character_chunks_keep_words_whole():
     words = ALICE.split()
-    assert [
-        word for chunk in chunk_text(ALICE, 60, "characters") for word in chunk.split()
-    ] == words
+    assert [word for chunk in chunk_text(ALICE, 60) for word in chunk.split()] == words
 
 
 def test_chunk_rows_say_where_a_text_goes_on():
-    rows = chunk_rows(["one two three", "four"], 8, "characters")
+    rows = chunk_rows(["one two three", "four"], 8)
     assert rows == [{"text": "one two", "partial": True}, {"text": " three"}, {"text": "four"}]
-    assert continuation(rows[0], 3, "characters") == {
+    assert continuation(rows[0], 3) == {
         "prompt": "one",
         "response": " two",
         "continuation": True,
         "partial": True,
     }
-    assert continuation(rows[2], 30, "characters") is None
+    assert continuation(rows[2], 30) is None
     with pytest.raises(WagleError, match="at least 1"):
         chunk_text("text", 0)
     with pytest.raises(WagleError, match="fast tokenizer"):
-        chunk_text("text", 4)
+        chunk_text("text", 4, SimpleNamespace(is_fast=False))
 
 
 # -- rows and templates -----------------------------------------------------------------------------------------------

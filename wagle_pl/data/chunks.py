@@ -3,51 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, Optional
+from itertools import pairwise
+from typing import Optional
+
+from transformers import PreTrainedTokenizerBase
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.example import Row
 
-Unit = Literal["tokens", "characters"]
 
-
-def chunk_text(text: str, size: int, unit: Unit = "tokens", tokenizer: Any = None) -> list[str]:
+def chunk_text(
+    text: str, size: int, tokenizer: Optional[PreTrainedTokenizerBase] = None
+) -> list[str]:
     """Cut a text into pieces that put together give the text again.
 
     Args:
         text: the text.
-        size: longest piece, in ``unit``.
-        unit: ``tokens`` cuts where a token of the whole text begins, every ``size`` tokens (without
-            special tokens; a piece tokenised alone may differ at its ends by a token or two).
-            ``characters`` cuts before the last white space that keeps the piece within ``size``, so
+        size: longest piece, in tokens or, without a tokenizer, in characters.
+        tokenizer: a fast one: a cut is where a token of the whole text begins, every ``size``
+            tokens (without special tokens; a piece tokenised alone may differ at its ends by one or
+            two). None cuts before the last white space that keeps the piece within ``size``, so
             that words stay whole where they fit.
-        tokenizer: a fast Hugging Face tokenizer, for ``tokens``.
 
     Raises:
-        WagleError: if ``size`` is below 1, or ``tokens`` are asked for without a fast tokenizer.
+        WagleError: if ``size`` is below 1, or the tokenizer is not fast.
 
-    >>> chunk_text("Down the rabbit-hole", 9, "characters")
+    >>> chunk_text("Down the rabbit-hole", 9)
     ['Down the', ' rabbit-h', 'ole']
     """
     if size < 1:
         raise WagleError(f"the size of a chunk must be at least 1, got {size}")
-    cuts = _token_cuts(text, size, tokenizer) if unit == "tokens" else _character_cuts(text, size)
-    return [
-        text[start:end]
-        for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)
-        if start < end
-    ]
-
-
-def _token_cuts(text: str, size: int, tokenizer: Any) -> list[int]:
-    """Where every ``size``-th token begins, the first apart: ascending positions in the text."""
-    if tokenizer is None or not tokenizer.is_fast:
+    if tokenizer is None:
+        cuts = _character_cuts(text, size)
+    elif not tokenizer.is_fast:
         raise WagleError(
             "cutting texts by tokens needs a fast tokenizer; cut them by characters (chunk_unit)"
         )
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    starts = [start for start, _ in encoded["offset_mapping"]]
-    return sorted({start for start in starts[size::size] if 0 < start < len(text)})
+    else:
+        encoded = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        starts = {start for start, _ in encoded["offset_mapping"][size::size]}
+        cuts = sorted(start for start in starts if 0 < start < len(text))
+    return [text[i:j] for i, j in pairwise([0, *cuts, len(text)]) if i < j]
 
 
 def _character_cuts(text: str, size: int) -> list[int]:
@@ -64,7 +62,7 @@ def _character_cuts(text: str, size: int) -> list[int]:
 
 
 def chunk_rows(
-    texts: Iterable[str], size: int, unit: Unit = "tokens", tokenizer: Any = None
+    texts: Iterable[str], size: int, tokenizer: Optional[PreTrainedTokenizerBase] = None
 ) -> list[Row]:
     """The chunks of some texts as rows, blank ones left out.
 
@@ -73,7 +71,7 @@ def chunk_rows(
     """
     rows: list[Row] = []
     for text in texts:
-        chunks = chunk_text(text, size, unit, tokenizer)
+        chunks = chunk_text(text, size, tokenizer)
         last = len(chunks) - 1
         rows += [
             {"text": chunk, "partial": True} if number < last else {"text": chunk}
@@ -84,10 +82,10 @@ def chunk_rows(
 
 
 def continuation(
-    row: Row, prompt_size: int, unit: Unit = "tokens", tokenizer: Any = None
+    row: Row, prompt_size: int, tokenizer: Optional[PreTrainedTokenizerBase] = None
 ) -> Optional[Row]:
-    """A ``text`` row as a prompt of ``prompt_size`` units and what follows; None if none does."""
-    prompt = chunk_text(row["text"], prompt_size, unit, tokenizer)[0]
+    """A ``text`` row as a prompt of that size and what follows; None if none does."""
+    prompt = chunk_text(row["text"], prompt_size, tokenizer)[0]
     response = row["text"][len(prompt) :]
     if not prompt.strip() or not response.strip():
         return None

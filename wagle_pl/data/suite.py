@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Optional
 
+from transformers import PreTrainedTokenizerBase
+
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import absent
 from wagle_pl.data.chunks import articles, chunk_rows, continuation
@@ -199,18 +201,16 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
             return rows
         whole = [example.answer for example in examples]
         if source.articles:
-            by_words = self.chunk_size is not None and self.chunk_unit == "characters"
-            size = self.chunk_size if by_words else max(1, self.max_length - SPARE)
-            unit = "characters" if by_words else "tokens"
-            return chunk_rows(articles(whole), size, unit, self._cutter(unit))
+            if self.chunk_size is not None and self.chunk_unit == "characters":
+                return chunk_rows(articles(whole), self.chunk_size)
+            size = max(1, self.max_length - SPARE)
+            return chunk_rows(articles(whole), size, self._cutter("tokens"))
         if self.chunk_size is not None and source.chunked:
             whole = ["\n\n".join(whole)] if source.joined else whole
-            rows = chunk_rows(
-                whole, self.chunk_size, self.chunk_unit, self._cutter(self.chunk_unit)
-            )
+            rows = chunk_rows(whole, self.chunk_size, self._cutter(self.chunk_unit))
         if self.prompt_size is not None and source.paired:
             cutter = self._cutter(self.chunk_unit)
-            pairs = (continuation(row, self.prompt_size, self.chunk_unit, cutter) for row in rows)
+            pairs = (continuation(row, self.prompt_size, cutter) for row in rows)
             rows = [pair for pair in pairs if pair is not None]
             if not rows:
                 raise WagleError(
@@ -219,7 +219,7 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
                 )
         return rows
 
-    def _cutter(self, unit: str) -> Any:
+    def _cutter(self, unit: str) -> Optional[PreTrainedTokenizerBase]:
         """The tokenizer, where texts are cut by tokens."""
         if unit == "characters":
             return None
