@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import Optional
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Optional
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.example import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def chunk_text(

@@ -9,12 +9,11 @@ import warnings
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import TYPE_CHECKING, Any, Literal, Optional
 
 import lightning as L
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import absent
@@ -30,6 +29,9 @@ from wagle_pl.data.batches import (
 from wagle_pl.data.example import Example, Row, parse_rows, raw_rows
 from wagle_pl.data.rows import load_rows, readable, spread
 from wagle_pl.data.template import Template, check_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Optional
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Optional
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import absent
@@ -15,6 +13,9 @@ from wagle_pl.data.chunks import articles, chunk_rows, continuation
 from wagle_pl.data.example import Example, Row, parse_rows
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.data.rows import HubSet, load_rows, local_files, read_set, spread
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 #: Tokens of ``max_length`` left free when texts are cut by tokens: special tokens, and a seam that
 #: tokenises anew.

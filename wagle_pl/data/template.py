@@ -9,12 +9,13 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Optional
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, Optional
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.example import IGNORE, Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
