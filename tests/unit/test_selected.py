@@ -13,16 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from wagle_pl.masks import WeightMask
-from wagle_pl.masks.selected import (
-    CHUNK,
-    SUFFIX,
-    SelectedWeights,
-    join_halves,
-    place,
-    put_,
-    split_halves,
-    take,
-)
+from wagle_pl.masks.selected import SUFFIX, SelectedWeights
+from wagle_pl.masks.values import CHUNK, join_halves, place, put_, split_halves, take
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

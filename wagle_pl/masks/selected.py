@@ -41,79 +41,10 @@ from wagle_pl.core.weights import assign, gathered
 from wagle_pl.lm.layers import is_linear
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import pack_bits, places_of_bits
+from wagle_pl.masks.values import join_halves, place, put_, split_halves, take, take_
 
 #: What the parameter of a tensor's selected weights is called: the tensor's name and this.
 SUFFIX = "_selected"
-
-#: Selected weights written at a time on a CPU: what is between two operations stays in the
-#: processor's cache.
-CHUNK = 1 << 16
-
-#: The same on a GPU, where few large operations are faster.
-GPU_CHUNK = 1 << 24
-
-
-def _chunk(tensor: Tensor) -> int:
-    return CHUNK if tensor.device.type == "cpu" else GPU_CHUNK
-
-
-@torch.no_grad()
-def take_(out: Tensor, dense: Tensor, index: Tensor, add: bool = False) -> Tensor:
-    """Write the (n,) entries of a tensor into ``out``, or add them to it; returns ``out``.
-
-    They pass through one small buffer: memory that is new in every step costs more than the copy.
-
-    Args:
-        out: (n,), of any floating-point dtype.
-        dense: any shape.
-        index: (n,) places in the flattened tensor.
-        add: whether to add.
-    """
-    flat, chunk = dense.reshape(-1), _chunk(dense)
-    buffer = flat.new_empty(min(chunk, len(index)))
-    for part, places in zip(out.split(chunk), index.split(chunk), strict=True):
-        taken = torch.index_select(flat, 0, places, out=buffer[: len(places)])
-        part.add_(taken) if add else part.copy_(taken)
-    return out
-
-
-def take(dense: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n,) entries of a tensor, of a dtype: see :func:`take_`."""
-    return take_(dense.new_empty(index.shape, dtype=dtype), dense, index)
-
-
-@torch.no_grad()
-def put_(dense: Tensor, index: Tensor, values: Tensor) -> None:
-    """Write (n,) values into a contiguous tensor, rounded to its dtype, in place.
-
-    Args:
-        dense: any shape.
-        index: (n,) places in the flattened tensor, each once.
-        values: (n,) of any floating-point dtype.
-    """
-    flat, chunk = dense.view(-1), _chunk(dense)
-    for places, part in zip(index.split(chunk), values.split(chunk), strict=True):
-        flat.index_copy_(0, places.long(), part.to(dense.dtype))
-
-
-@torch.no_grad()
-def split_halves(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest bf16 numbers of fp32 values (of two equally near the larger in size), and what is
-    lost, as int16.
-
-    :func:`join_halves` gives the values back bit for bit, those that are not finite apart.
-    """
-    upper = values.to(torch.bfloat16)
-    lower = values.view(torch.int32) - (upper.view(torch.int16).int() << 16)
-    tie = lower == 1 << 15  # rounded to even, down: 16 bits hold no more than 2¹⁵ − 1
-    return (upper.view(torch.int16) + tie).view(torch.bfloat16), (lower - (tie.int() << 16)).to(
-        torch.int16
-    )
-
-
-def join_halves(upper: Tensor, lower: Tensor) -> Tensor:
-    """The fp32 values that :func:`split_halves` took apart."""
-    return ((upper.contiguous().view(torch.int16).int() << 16) + lower.int()).view(torch.float32)
 
 
 class _Select(torch.autograd.Function):
@@ -182,10 +113,8 @@ class SelectedTensor:
                 if split is not None:
                     self._packed = pack_bits(selected).to(dense.device)
                 else:
-                    index = selected.view(-1).nonzero().view(-1)
-                    self._index = (index.int() if selected.numel() < 2**31 else index).to(
-                        dense.device
-                    )
+                    index = selected.view(-1).nonzero().view(-1).to(dense.device)
+                    self._index = index.int() if selected.numel() < 2**31 else index
             dtype = torch.promote_types(dense.dtype, torch.float32) if masters else dense.dtype
             values = self.taken(dense.detach(), dtype)
         if split is not None:
@@ -258,10 +187,8 @@ class SelectedTensor:
         if self._packed is not None:
             self._index = self.index  # once for all of this
         self.values.data = self.value()
-        self.values.grad, self.gradient = (
-            None if self.gradient is None else self.gradient.float(),
-            None,
-        )
+        self.values.grad = None if self.gradient is None else self.gradient.float()
+        self.gradient = None
         yield
         self.store(self.values.data)
         if self._packed is not None:
@@ -627,21 +554,6 @@ def load_values(
             with gathered(parameter) as dense:
                 merged = place(dense, None if mask is None else mask[name], values())
             assign(parameter, lambda merged=merged: merged)
-
-
-def place(dense: Tensor, selected: Optional[Tensor], values: Tensor) -> Tensor:
-    """A tensor with values at its selected places: a new one, in the dtype of the values.
-
-    Args:
-        dense: any shape.
-        selected: bool, same shape; None where all are selected.
-        values: (selected,), or of the tensor's shape.
-    """
-    if selected is None or selected.all():
-        return values.view(dense.shape)
-    return dense.to(values.device, values.dtype, copy=True).masked_scatter_(
-        selected.to(values.device), values
-    )
 
 
 def _hold(module: nn.Module, held: dict[str, SelectedTensor]) -> Callable[[], None]:

@@ -17,7 +17,8 @@ from wagle_pl.lm import models
 from wagle_pl.lm.layers import is_linear, is_transposed
 from wagle_pl.lm.saving import Originals, Weight, read_record, save_model, save_weights
 from wagle_pl.masks import Restriction
-from wagle_pl.masks.selected import SUFFIX, place
+from wagle_pl.masks.selected import SUFFIX
+from wagle_pl.masks.values import place
 from wagle_pl.strategies import ShardedCheckpoint, load_plain
 from wagle_pl.unlearning.card import model_card
 

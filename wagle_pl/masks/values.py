@@ -1,0 +1,92 @@
+"""Selected entries of a tensor: taken, put back, and kept as halves. Pure functions of tensors."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+#: Selected weights written at a time on a CPU: what is between two operations stays in the
+#: processor's cache.
+CHUNK = 1 << 16
+
+#: The same on a GPU, where few large operations are faster.
+GPU_CHUNK = 1 << 24
+
+
+def _chunk(tensor: Tensor) -> int:
+    return CHUNK if tensor.device.type == "cpu" else GPU_CHUNK
+
+
+@torch.no_grad()
+def take_(out: Tensor, dense: Tensor, index: Tensor, add: bool = False) -> Tensor:
+    """Write the (n,) entries of a tensor into ``out``, or add them to it; returns ``out``.
+
+    They pass through one small buffer: memory that is new in every step costs more than the copy.
+
+    Args:
+        out: (n,), of any floating-point dtype.
+        dense: any shape.
+        index: (n,) places in the flattened tensor.
+        add: whether to add.
+    """
+    flat, chunk = dense.reshape(-1), _chunk(dense)
+    buffer = flat.new_empty(min(chunk, len(index)))
+    for part, places in zip(out.split(chunk), index.split(chunk), strict=True):
+        taken = torch.index_select(flat, 0, places, out=buffer[: len(places)])
+        part.add_(taken) if add else part.copy_(taken)
+    return out
+
+
+def take(dense: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n,) entries of a tensor, of a dtype: see :func:`take_`."""
+    return take_(dense.new_empty(index.shape, dtype=dtype), dense, index)
+
+
+@torch.no_grad()
+def put_(dense: Tensor, index: Tensor, values: Tensor) -> None:
+    """Write (n,) values into a contiguous tensor, rounded to its dtype, in place.
+
+    Args:
+        dense: any shape.
+        index: (n,) places in the flattened tensor, each once.
+        values: (n,) of any floating-point dtype.
+    """
+    flat, chunk = dense.view(-1), _chunk(dense)
+    for places, part in zip(index.split(chunk), values.split(chunk), strict=True):
+        flat.index_copy_(0, places.long(), part.to(dense.dtype))
+
+
+@torch.no_grad()
+def split_halves(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest bf16 numbers of fp32 values (of two equally near the larger in size), and what is
+    lost, as int16.
+
+    :func:`join_halves` gives the values back bit for bit, those that are not finite apart.
+    """
+    upper = values.to(torch.bfloat16)
+    lower = values.view(torch.int32) - (upper.view(torch.int16).int() << 16)
+    tie = lower == 1 << 15  # rounded to even, down: 16 bits hold no more than 2¹⁵ − 1
+    upper = (upper.view(torch.int16) + tie).view(torch.bfloat16)
+    return upper, (lower - (tie.int() << 16)).to(torch.int16)
+
+
+def join_halves(upper: Tensor, lower: Tensor) -> Tensor:
+    """The fp32 values that :func:`split_halves` took apart."""
+    return ((upper.contiguous().view(torch.int16).int() << 16) + lower.int()).view(torch.float32)
+
+
+def place(dense: Tensor, selected: Optional[Tensor], values: Tensor) -> Tensor:
+    """A tensor with values at its selected places: a new one, in the dtype of the values.
+
+    Args:
+        dense: any shape.
+        selected: bool, same shape; None where all are selected.
+        values: (selected,), or of the tensor's shape.
+    """
+    if selected is None or selected.all():
+        return values.view(dense.shape)
+    return dense.to(values.device, values.dtype, copy=True).masked_scatter_(
+        selected.to(values.device), values
+    )
