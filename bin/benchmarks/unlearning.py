@@ -284,11 +284,10 @@ class StateBytes(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: UnlearnModule, *_: Any) -> None:
         """Count state and places of the values; not the values and their gradients."""
         (optimizer,) = trainer.optimizers
-        places = [tensor.index for tensor in module.selected.tensors.values() if tensor.is_partial]
-        kept = {id(tensor): tensor for tensor in [*tensors_in(dict(optimizer.state)), *places]}
-        self.bytes = sum(
-            t.numel() * t.element_size() for t in kept.values() if not isinstance(t, nn.Parameter)
-        )
+        kept = {id(tensor): tensor for tensor in tensors_in(dict(optimizer.state))}
+        self.bytes = sum(t.nbytes for t in kept.values() if not isinstance(t, nn.Parameter))
+        partial = [t for t in module.selected.tensors.values() if t.is_partial]
+        self.bytes += sum(4 * tensor.count for tensor in partial)  # int32
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

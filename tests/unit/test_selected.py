@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from wagle_pl.masks import WeightMask
+from wagle_pl.masks.bits import iter_places, pack_bits
 from wagle_pl.masks.selected import SUFFIX, SelectedWeights
-from wagle_pl.masks.values import CHUNK, join_halves, place, put_, split_halves, take
+from wagle_pl.masks.values import CHUNK, join_halves, place, put_, split_halves, take_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -308,11 +309,13 @@ def test_take_put_and_place(size: int, dtype: torch.dtype) -> None:
     dense, bools = torch.randn(size).to(dtype), torch.rand(size) < 0.7
     bools[0] = True
     index, values = bools.nonzero().view(-1).int(), torch.randn(int(bools.sum()))
-    assert torch.equal(take(dense, index, torch.float32), dense[bools].float())
+    for places in (index.split(CHUNK), iter_places(pack_bits(bools), size, CHUNK)):
+        taken = take_(torch.empty_like(values), dense, places)
+        assert torch.equal(taken, dense[bools].float())
     expected = dense.clone()
     expected[bools] = values.to(dtype)
     written = dense.clone()
-    put_(written, index, values)
+    put_(written, iter_places(pack_bits(bools), size, CHUNK // 2), values)
     assert torch.equal(written, expected)
     placed = place(dense, bools, values)
     assert placed.dtype == torch.float32 and torch.equal(placed.to(dtype), expected)

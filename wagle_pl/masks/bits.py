@@ -3,7 +3,7 @@ bits 0."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 
 import numpy as np
@@ -44,6 +44,13 @@ def places_of_bits(packed: Tensor, size: int) -> Tensor:
             np.flatnonzero(np.unpackbits(packed.numpy(), count=size, bitorder="little"))
         )
     return unpack_bits(packed, (size,)).nonzero().view(-1)
+
+
+def iter_places(packed: Tensor, size: int, chunk: int) -> Iterator[Tensor]:
+    """The same in pieces, of about ``chunk`` weights each: 8 bytes a place would be much at once."""
+    for start in range(0, size, 8 * (chunk // 8)):
+        piece = packed[start // 8 : (start + 8 * (chunk // 8)) // 8]
+        yield places_of_bits(piece, min(8 * len(piece), size - start)) + start
 
 
 def count_bits(packed: Tensor) -> int:

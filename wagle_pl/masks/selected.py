@@ -26,7 +26,7 @@ parameters back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import MethodType
@@ -40,8 +40,8 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.core.weights import assign, gathered
 from wagle_pl.lm.layers import is_linear
 from wagle_pl.masks import WeightMask
-from wagle_pl.masks.bits import pack_bits, places_of_bits
-from wagle_pl.masks.values import join_halves, place, put_, split_halves, take, take_
+from wagle_pl.masks.bits import iter_places, pack_bits
+from wagle_pl.masks.values import chunk_of, join_halves, place, put_, split_halves, take_
 
 #: What the parameter of a tensor's selected weights is called: the tensor's name and this.
 SUFFIX = "_selected"
@@ -75,6 +75,7 @@ class SelectedTensor:
         values: the parameter that is trained: (selected,), or of the tensor's shape where all are
             selected; None where none is. It is ``parameter`` itself where all are selected and no
             other dtype is wanted. With ``split`` it is empty but inside :meth:`whole_values`.
+        count: how many weights are selected.
         gradient: with ``split``, the gradient of the values.
     """
 
@@ -101,6 +102,7 @@ class SelectedTensor:
         self._buffer: Optional[Tensor] = None
         self._narrow: Optional[Tensor] = None
         self._written: dict[torch.dtype, Any] = {}
+        self.count = parameter.numel() if selected is None else int(selected.sum())
         if selected is not None and not selected.any():
             parameter.requires_grad_(False)
             return
@@ -146,29 +148,36 @@ class SelectedTensor:
         """Whether the dense tensor is spread over ranks (ZeRO-3)."""
         return hasattr(self.parameter, "ds_id")
 
-    @property
-    def index(self) -> Tensor:
-        """(selected,) places of the values in the flattened tensor, of which some are selected."""
+    def places(self) -> Iterable[Tensor]:
+        """Places of the values in the flattened tensor, piece by piece; it must be partial."""
+        chunk = chunk_of(self.parameter)
         if self._index is not None:
-            return self._index
-        return places_of_bits(self._packed, self.parameter.numel())
+            return self._index.split(chunk)
+        return iter_places(self._packed, self.parameter.numel(), chunk)
 
     def taken(self, dense: Tensor, dtype: torch.dtype) -> Tensor:
         """A new tensor of the selected entries of a dense one, in a dtype."""
-        return take(dense, self.index, dtype) if self.is_partial else dense.to(dtype, copy=True)
+        if not self.is_partial:
+            return dense.to(dtype, copy=True)
+        return self._take_(dense.new_empty(self.count, dtype=dtype), dense)
 
     def _take_(self, out: Tensor, dense: Tensor, add: bool = False) -> Tensor:
         if self.is_partial:
-            return take_(out, dense, self.index, add)
+            return take_(out, dense, self.places(), add)
         return out.add_(dense) if add else out.copy_(dense)
 
     # -- values ------------------------------------------------------------------------------------
 
     def value(self) -> Tensor:
         """The values, whole."""
-        if self.is_split:
-            return join_halves(self.taken(self.parameter.detach(), torch.bfloat16), self._lower)
-        return self.values.detach()
+        if not self.is_split:
+            return self.values.detach()
+        upper = self.taken(self.parameter.detach(), torch.bfloat16)
+        values, chunk = torch.empty_like(upper, dtype=torch.float32), chunk_of(upper)
+        pieces = (tensor.view(-1).split(chunk) for tensor in (values, upper, self._lower))
+        for part, high, low in zip(*pieces, strict=True):
+            part.copy_(join_halves(high, low))
+        return values
 
     @torch.no_grad()
     def store(self, values: Tensor) -> None:
@@ -177,28 +186,29 @@ class SelectedTensor:
             self.values.copy_(values)
             self.changed()
             return
-        upper, self._lower = split_halves(values.to(self.parameter.device))
+        values = values.to(self.parameter.device).view(self._lower.shape)
+        upper, chunk = torch.empty_like(values, dtype=torch.bfloat16), chunk_of(values)
+        pieces = (tensor.view(-1).split(chunk) for tensor in (values, upper, self._lower))
+        for part, high, low in zip(*pieces, strict=True):
+            for half, new in zip((high, low), split_halves(part), strict=True):
+                half.copy_(new)
         self._put(self.parameter, upper)
 
     @contextmanager
     def whole_values(self) -> Iterator[None]:
         """Split values and their gradient as ``values`` and ``values.grad``, in fp32, for an
         optimiser's step."""
-        if self._packed is not None:
-            self._index = self.index  # once for all of this
         self.values.data = self.value()
         self.values.grad = None if self.gradient is None else self.gradient.float()
         self.gradient = None
         yield
         self.store(self.values.data)
-        if self._packed is not None:
-            self._index = None
         self.values.grad = None
         self.values.data = self.values.data.new_empty(0)
 
     def _put(self, dense: Tensor, values: Tensor) -> None:
         if self.is_partial:
-            put_(dense, self.index, values)
+            put_(dense, self.places(), values)
         else:
             dense.copy_(values)
 
@@ -269,7 +279,7 @@ class SelectedTensor:
         if not self.is_partial:
             return values.to(self.parameter.dtype).view(self.parameter.shape)
         dense = self.parameter.detach().clone()
-        put_(dense, self.index, values)
+        put_(dense, self.places(), values)
         return dense
 
     def take_gradient(self, gradient: Tensor) -> Optional[Tensor]:
@@ -334,7 +344,7 @@ class SelectedTensor:
                     [self.parameter, self.values], modifier_rank=0
                 ):
                     if distributed.rank() == 0:
-                        put_(self.parameter.data, self.index, self.values.data)
+                        put_(self.parameter.data, self.places(), self.values.data)
             return
         if dtype is not None:
             values = None if self.values is None or self.is_plain else self.value()
@@ -412,7 +422,7 @@ class SelectedWeights:
                 if tensor.is_sharded and tensor.is_partial:
                     with gathered(tensor.values) as values:
                         dense = dense.clone()
-                        put_(dense, tensor.index, values)
+                        put_(dense, tensor.places(), values)
                 else:
                     tensor.write()
                 yield name, dense

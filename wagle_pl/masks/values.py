@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Optional
 
 import torch
@@ -15,47 +16,45 @@ CHUNK = 1 << 16
 GPU_CHUNK = 1 << 24
 
 
-def _chunk(tensor: Tensor) -> int:
+def chunk_of(tensor: Tensor) -> int:
+    """How many selected weights to handle at a time."""
     return CHUNK if tensor.device.type == "cpu" else GPU_CHUNK
 
 
 @torch.no_grad()
-def take_(out: Tensor, dense: Tensor, index: Tensor, add: bool = False) -> Tensor:
-    """Write the (n,) entries of a tensor into ``out``, or add them to it; returns ``out``.
+def take_(out: Tensor, dense: Tensor, places: Iterable[Tensor], add: bool = False) -> Tensor:
+    """Write entries of a tensor into ``out``, or add them to it; returns ``out``.
 
     They pass through one small buffer: memory that is new in every step costs more than the copy.
 
     Args:
         out: (n,), of any floating-point dtype.
         dense: any shape.
-        index: (n,) places in the flattened tensor.
+        places: n places in the flattened tensor, in one or several pieces.
         add: whether to add.
     """
-    flat, chunk = dense.reshape(-1), _chunk(dense)
-    buffer = flat.new_empty(min(chunk, len(index)))
-    for part, places in zip(out.split(chunk), index.split(chunk), strict=True):
-        taken = torch.index_select(flat, 0, places, out=buffer[: len(places)])
+    flat, start, buffer = dense.reshape(-1), 0, dense.new_empty(0)
+    for index in places:
+        part, start = out[start : start + len(index)], start + len(index)
+        buffer = buffer if len(index) <= len(buffer) else flat.new_empty(len(index))
+        taken = torch.index_select(flat, 0, index, out=buffer[: len(index)])
         part.add_(taken) if add else part.copy_(taken)
     return out
 
 
-def take(dense: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n,) entries of a tensor, of a dtype: see :func:`take_`."""
-    return take_(dense.new_empty(index.shape, dtype=dtype), dense, index)
-
-
 @torch.no_grad()
-def put_(dense: Tensor, index: Tensor, values: Tensor) -> None:
+def put_(dense: Tensor, places: Iterable[Tensor], values: Tensor) -> None:
     """Write (n,) values into a contiguous tensor, rounded to its dtype, in place.
 
     Args:
         dense: any shape.
-        index: (n,) places in the flattened tensor, each once.
+        places: n places in the flattened tensor, each once, in one or several pieces.
         values: (n,) of any floating-point dtype.
     """
-    flat, chunk = dense.view(-1), _chunk(dense)
-    for places, part in zip(index.split(chunk), values.split(chunk), strict=True):
-        flat.index_copy_(0, places.long(), part.to(dense.dtype))
+    flat, start = dense.view(-1), 0
+    for index in places:
+        part, start = values[start : start + len(index)], start + len(index)
+        flat.index_copy_(0, index.long(), part.to(dense.dtype))
 
 
 @torch.no_grad()

@@ -213,7 +213,7 @@ def _plain_parts(model: Architecture, run: PlannedRun) -> list[Part]:
 
     fp32 weights that all move are values themselves. Values in halves are 2 S, N / 8 of mask bits,
     and gradients of one micro-batch w S; a step joins those of one tensor: values and gradient 8 d
-    M, their places 8 d M, and M of bits.
+    M, and the upper halves, 2 d M.
     """
     w, n, s, m = run.width, model.weights, moving(model, run), model.largest
     halves = run.values == "split"
@@ -227,10 +227,7 @@ def _plain_parts(model: Architecture, run: PlannedRun) -> list[Part]:
         parts += [
             Part("lower halves of the values", 2 * s, MOMENTS),
             Part("mask bits", n / 8 if run.masked else 0, MOMENTS),
-            Part("values of one tensor", 2 * FP32 * m * s / n, ("step",)),
-            Part(
-                "places of one tensor", m + 8 * m * s / n if run.masked else 0, ("backward", "step")
-            ),
+            Part("values of one tensor", (2 * FP32 + 2) * m * s / n, ("step",)),
         ]
     elif has_values(run):
         parts.append(Part("values", FP32 * s, MOMENTS))
