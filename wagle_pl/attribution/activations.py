@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wagle_pl.lm.layers import expert_weights, is_linear, is_transposed
+from wagle_pl.core.weights import is_linear
+from wagle_pl.lm.layers import expert_weights, is_transposed
 
 
 @contextmanager

@@ -24,6 +24,13 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return shapes_of(model.named_parameters())
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer with a ``weight`` of its own."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     """The buffers that belong to a model's files."""
     names = model.state_dict().keys()

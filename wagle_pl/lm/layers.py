@@ -12,19 +12,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from wagle_pl.core.errors import WagleError
+from wagle_pl.core.weights import is_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 log = logging.getLogger(__name__)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer with a ``weight`` of its own."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, (nn.Linear, Conv1D))
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -37,8 +37,7 @@ from torch import Tensor, nn
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.weights import assign, gathered
-from wagle_pl.lm.layers import is_linear
+from wagle_pl.core.weights import assign, gathered, is_linear
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import iter_places, pack_bits
 from wagle_pl.masks.values import chunk_of, join_halves, place, put_, split_halves, take_

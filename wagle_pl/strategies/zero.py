@@ -22,7 +22,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.weights import parameter_shapes, persistent_buffers, shapes_of
-from wagle_pl.masks.selected import SUFFIX, load_values
 from wagle_pl.strategies import checkpoint as files
 from wagle_pl.strategies import internals
 
@@ -255,12 +254,11 @@ class ZeRO(DeepSpeedStrategy):
         if not self.moves_weights:
             if fits:
                 module.sums.load(stored)
-        elif not fits and any(name.endswith(SUFFIX) for name in stored.shapes):
-            load_values(module.lm, stored.shapes, stored.weight, module.mask)
-        else:
+        elif fits:
             stored.load_weights(module.stored_parameters())
-            if fits:
-                stored.load_optimizer(self.base_optimizer, self.fragments())
+            stored.load_optimizer(self.base_optimizer, self.fragments())
+        else:
+            module.load_stored(stored)
         return stored.common
 
 

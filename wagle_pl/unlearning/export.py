@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing
-from wagle_pl.core.weights import fingerprint, parameter_shapes
+from wagle_pl.core.weights import fingerprint, is_linear, parameter_shapes
 from wagle_pl.lm import models
-from wagle_pl.lm.layers import is_linear, is_transposed
+from wagle_pl.lm.layers import is_transposed
 from wagle_pl.lm.saving import Originals, Weight, read_record, save_model, save_weights
 from wagle_pl.masks import Restriction
 from wagle_pl.masks.selected import SUFFIX

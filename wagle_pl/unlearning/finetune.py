@@ -31,7 +31,7 @@ from wagle_pl.masks import WeightMask
 from wagle_pl.masks.selected import SUFFIX, SelectedWeights, load_values
 from wagle_pl.objectives import Streams
 from wagle_pl.planning import PlannedRun, Size, disk_bytes
-from wagle_pl.strategies import is_zero, stage_of
+from wagle_pl.strategies import ShardedCheckpoint, is_zero, stage_of
 from wagle_pl.unlearning.card import model_card
 from wagle_pl.unlearning.checks import MicroBatch, check_run, check_step, check_weights
 from wagle_pl.unlearning.optim import MaskedAdamW, warmup_and_decay
@@ -324,6 +324,13 @@ class FinetuneModule(LanguageModule):
         dense = () if self.selected is None else self.selected.tensors.values()
         left_out = {id(tensor.parameter) for tensor in dense if not tensor.is_plain}
         return ((name, p) for name, p in self.lm.named_parameters() if id(p) not in left_out)
+
+    def load_stored(self, stored: ShardedCheckpoint) -> None:
+        """Use the weights of a checkpoint that ranks wrote. Collective: all ranks must call it."""
+        if any(name.endswith(SUFFIX) for name in stored.shapes):
+            load_values(self.lm, stored.shapes, stored.weight, self.mask)
+        else:
+            stored.load_weights(self.stored_parameters())
 
     def check_weights(self) -> None:
         """Refuse to write weights that are not finite. Collective."""
