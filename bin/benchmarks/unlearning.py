@@ -34,7 +34,6 @@ from wagle_pl.lm import models
 from wagle_pl.lm.likelihood import forward_answers, sequence_logprobs
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import random_bits
-from wagle_pl.masks.selected import SelectedWeights
 from wagle_pl.unlearning import MaskedAdamW, Streams, UnlearnModule
 
 LR, WEIGHT_DECAY = 3e-5, 0.01  # as in configs/tofu
@@ -54,9 +53,9 @@ class Unexported(UnlearnModule):
 class Rounded(Unexported):
     """Without fp32 values: in ``bf16-true`` values and state are bf16, and small steps are rounded away."""
 
-    def as_values(self, lm: nn.Module, **options: Any) -> SelectedWeights:
+    def select_weights(self, **options: Any) -> None:
         """Values in the dtype of the model."""
-        return SelectedWeights(lm, masters=False, **options)
+        super().select_weights(masters=False, **options)
 
 
 class SecondModel(Unexported):

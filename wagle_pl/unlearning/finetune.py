@@ -194,8 +194,8 @@ class FinetuneModule(LanguageModule):
         split = None
         if self.values == "split":  # gradients of several micro-batches are added up in fp32
             split = torch.bfloat16 if self.trainer.accumulate_grad_batches == 1 else torch.float32
-        masters = not is_zero(self.trainer.strategy)
-        self.selected = SelectedWeights(self.lm, masters=masters, split=split, **options)
+        options = {"masters": not is_zero(self.trainer.strategy), "split": split, **options}
+        self.selected = SelectedWeights(self.lm, **options)
 
     # -- optimisation ------------------------------------------------------------------------------
 

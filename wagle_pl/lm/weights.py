@@ -1,3 +1,0 @@
-"""Moved to :mod:`wagle_pl.core.weights`; this alias goes once nothing imports it from here."""
-
-from wagle_pl.core.weights import *  # noqa: F403
