@@ -58,6 +58,7 @@ class Harness:
             (all of the folder's groups, or tasks if it has no group); as text with commas too.
         shots: worked examples before each question; the task's own number when None.
         limit: only the first so many rows of each task, for trials.
+        option: name of the option that asks for the tasks, for errors.
 
     Raises:
         WagleError: if a number is out of its range, the harness is not installed, or a task is
@@ -69,41 +70,43 @@ class Harness:
         tasks: Union[str, Sequence[str]],
         shots: Optional[int] = None,
         limit: Optional[int] = None,
+        option: str = "model.lm_eval",
     ) -> None:
         for name, value, least in (("shots", shots, 0), ("limit", limit, 1)):
             if value is not None and value < least:
-                raise WagleError(f"model.lm_eval_{name} must be at least {least}, got {value}")
+                raise WagleError(f"{option}_{name} must be at least {least}, got {value}")
         try:
             from lm_eval.tasks import TaskManager
         except ImportError:
             raise WagleError(
-                "model.lm_eval needs lm-evaluation-harness: pip install 'wagle-pl[ability]'"
+                f"{option} needs lm-evaluation-harness: pip install 'wagle-pl[ability]'"
             ) from None
         given = tasks.split(",") if isinstance(tasks, str) else tasks
         given = [task.strip() for task in given if task.strip()]
         if not given:
-            raise WagleError("model.lm_eval names no task")
+            raise WagleError(f"{option} names no task")
         folders = [task for task in given if Path(task).is_dir()]
         names = [task for task in given if task not in folders]
         for name in names:
             if name.startswith((".", "/", "~")) or name.endswith("/"):
-                raise WagleError(f"model.lm_eval: folder {name} does not exist")
+                raise WagleError(f"{option}: folder {name} does not exist")
         with errors_only("lm_eval"):
             self.manager = TaskManager(include_path=folders or None, include_defaults=bool(names))
             for folder in folders:
                 own = TaskManager(include_path=folder, include_defaults=False)
                 found = own.all_groups or own.all_subtasks
                 if not found:
-                    raise WagleError(f"model.lm_eval: folder {folder} has no task YAML")
+                    raise WagleError(f"{option}: folder {folder} has no task YAML")
                 names += found
         for name in names:
             if not self.manager.match_tasks([name]):
                 near = difflib.get_close_matches(name, self.manager.all_tasks, 3)
                 hint = f"; did you mean {' or '.join(near)}?" if near else ""
-                raise WagleError(f"model.lm_eval: lm-evaluation-harness has no task {name!r}{hint}")
+                raise WagleError(f"{option}: lm-evaluation-harness has no task {name!r}{hint}")
         self.tasks = tuple(dict.fromkeys(self.manager.match_tasks(names)))
         self.shots = shots
         self.limit = limit
+        self.option = option
 
     def measure(self, lm: Any, tokenizer: Any, batch_size: int, sharded: bool = False) -> Ability:
         """Run the tasks. Collective: all ranks must call it.
@@ -135,7 +138,7 @@ class Harness:
                 )
             except OSError as error:
                 raise WagleError(
-                    f"model.lm_eval: rows of {', '.join(self.tasks)} cannot be loaded: "
+                    f"{self.option}: rows of {', '.join(self.tasks)} cannot be loaded: "
                     f"{str(error).strip().splitlines()[0]}"
                 ) from error
         return distributed.on_rank_zero(lambda: read(results, self.tasks))

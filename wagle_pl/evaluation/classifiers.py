@@ -46,29 +46,33 @@ class ToxicityClassifier:
     Args:
         name: folder or hub id.
         device: where it runs.
+        option: name of the option that asks for it, for errors.
 
     Raises:
         WagleError: if there is no such classifier, or none of its labels is toxic.
     """
 
-    def __init__(self, name: str, device: Optional[torch.device] = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        device: Optional[torch.device] = None,
+        option: str = "model.toxicity_classifier",
+    ) -> None:
         from transformers import (
             AutoModelForSequenceClassification,
             AutoTokenizer,
             TextClassificationPipeline,
         )
 
-        check_folder(name, "model.toxicity_classifier")
-        with loading(f"model.toxicity_classifier {name!r}", name):
+        check_folder(name, option)
+        with loading(f"{option} {name!r}", name):
             model = AutoModelForSequenceClassification.from_pretrained(name)
             tokenizer = AutoTokenizer.from_pretrained(name)
         config = model.config
         labels = [config.id2label[i] for i in range(config.num_labels)]
         self.toxic = toxic_labels(labels)
         if not self.toxic:
-            raise WagleError(
-                f"model.toxicity_classifier {name!r} has no toxic label among {', '.join(labels)}"
-            )
+            raise WagleError(f"{option} {name!r} has no toxic label among {', '.join(labels)}")
         several = len(labels) == 1 or config.problem_type == "multi_label_classification"
         self.classify = TextClassificationPipeline(
             model=model,
@@ -91,21 +95,21 @@ class SentenceModel:
 
     Args:
         name: folder or hub id; WAGLE takes ``paraphrase-MiniLM-L6-v2``.
+        option: name of the option that asks for it, for errors.
 
     Raises:
         WagleError: if the library is not installed, or there is no such model.
     """
 
-    def __init__(self, name: str) -> None:
-        check_folder(name, "model.sentence_model")
+    def __init__(self, name: str, option: str = "model.sentence_model") -> None:
+        check_folder(name, option)
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError:
             raise WagleError(
-                "model.sentence_model needs sentence-transformers: pip install "
-                "'wagle-pl[embeddings]'"
+                f"{option} needs sentence-transformers: pip install 'wagle-pl[embeddings]'"
             ) from None
-        with loading(f"model.sentence_model {name!r}", name):
+        with loading(f"{option} {name!r}", name):
             self.model: Any = SentenceTransformer(name)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:

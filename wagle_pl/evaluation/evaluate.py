@@ -334,11 +334,15 @@ class Evaluate(Callback):
 
     @cached_property
     def _classifier(self) -> Any:
-        return classifiers.ToxicityClassifier(self.toxicity_classifier or "", self._module.device)
+        option = f"{self.options}.toxicity_classifier"
+        name, device = self.toxicity_classifier or "", self._module.device
+        return classifiers.ToxicityClassifier(name, device, option)
 
     @cached_property
     def _embeddings(self) -> Any:
-        return classifiers.SentenceModel(self.sentence_model or "")
+        return classifiers.SentenceModel(
+            self.sentence_model or "", f"{self.options}.sentence_model"
+        )
 
     # -- test loop --------------------------------------------------------------------------------
 
@@ -361,7 +365,9 @@ class Evaluate(Callback):
         self._partial = {name: [] for name in self._names if name not in self._tables}
         self.observer = self.make_observer()
         if self.lm_eval is not None:
-            self._harness = Harness(self.lm_eval, self.lm_eval_shots, self.lm_eval_limit)
+            self._harness = Harness(
+                self.lm_eval, self.lm_eval_shots, self.lm_eval_limit, f"{self.options}.lm_eval"
+            )
         if self.attacks:
             self._usable_attacks, self._skipped_attacks = usable_attacks(
                 self.attacks, self.subject(), self._every_attack
