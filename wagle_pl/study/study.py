@@ -335,7 +335,7 @@ class Study:
             raise WagleError(error.message, error.option, hint="choose another --output") from None
         fingerprint, metrics = module.model_fingerprint, dict(module.metrics)
         if name == "target":
-            self.suite = module.evaluation.suite
+            self.suite = module.evaluation.active_suite
             self.shapes = parameter_shapes(module.lm)
         _say(f"{self.forget} {decimals(metrics.get(self.forget))}")
         return fingerprint, metrics
