@@ -472,7 +472,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
 
     def _test_loader(self, name: str) -> Loader:
         lengths = [
-            len(e.context) + len(e.question) + len(e.answer) for e in self.test_examples(name)
+            sum(len(v) for k, v in e.row.items() if isinstance(v, str) and "paraphrased" not in k)
+            for e in self.test_examples(name)
         ]
         batches = deal_batches(token_batches(lengths, self.test_batch_size), *self.ranks)
         return Loader(batches, lambda rows: {"rows": rows})
