@@ -47,7 +47,7 @@ def places_of_bits(packed: Tensor, size: int) -> Tensor:
 
 
 def iter_places(packed: Tensor, size: int, chunk: int) -> Iterator[Tensor]:
-    """The same in pieces, of about ``chunk`` weights each: 8 bytes a place would be much at once."""
+    """The same in pieces, of about ``chunk`` weights each: a place takes 8 bytes."""
     for start in range(0, size, 8 * (chunk // 8)):
         piece = packed[start // 8 : (start + 8 * (chunk // 8)) // 8]
         yield places_of_bits(piece, min(8 * len(piece), size - start)) + start

@@ -18,7 +18,7 @@ the *values* of its selected weights, in fp32 whatever the dtype of the model.
 
 Values take 4 bytes, their places 4, and so do their gradients. With ``split`` a bf16 weight is the
 upper half of its value and only the 16 bits below are kept beside it; places are kept as one bit a
-weight, and gradients in bf16: for masks of most of a model.
+weight, and gradients in bf16: for masks that select nearly all of a model.
 
 :meth:`SelectedWeights.release` writes the values once more and gives the model its ordinary
 parameters back.
@@ -144,7 +144,7 @@ class SelectedTensor:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the dense tensor is spread over ranks (ZeRO-3)."""
+        """Whether the dense tensor is sharded over ranks (ZeRO-3)."""
         return hasattr(self.parameter, "ds_id")
 
     def places(self) -> Iterable[Tensor]:
@@ -328,7 +328,7 @@ class SelectedTensor:
 
     @torch.no_grad()
     def merge(self, dtype: Optional[torch.dtype] = None) -> None:
-        """Leave the values in the dense tensor alone; a collective where it is spread over ranks.
+        """Leave the values in the dense tensor alone; a collective where it is sharded.
 
         Args:
             dtype: of the dense tensor from now on; its own when None.
@@ -415,7 +415,7 @@ class SelectedWeights:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name, whole weights) of all tensors, one at a time, as the model computes with them; a
-        collective where they are spread over ranks."""
+        collective where they are sharded."""
         for name, tensor in self.tensors.items():
             with gathered(tensor.parameter) as dense:
                 if tensor.is_sharded and tensor.is_partial:
@@ -531,7 +531,7 @@ class SelectedWeights:
 
     def release(self, dtype: Optional[torch.dtype] = None) -> None:
         """Give the model its own parameters back, with the values in them; a collective where they
-        are spread over ranks.
+        are sharded.
 
         Args:
             dtype: of the weights from now on; as they are when None.
@@ -548,8 +548,7 @@ class SelectedWeights:
 def load_values(
     lm: nn.Module, names: Container[str], read: Callable[[str], Tensor], mask: Optional[WeightMask]
 ) -> None:
-    """Set a model's selected weights from a checkpoint; a collective where they are spread over
-    ranks.
+    """Set a model's selected weights from a checkpoint; a collective where they are sharded.
 
     Args:
         lm: a model that holds its weights as usual.

@@ -1,11 +1,13 @@
 """A device's memory, part by part.
 
-A run passes *moments*, each of which needs its own :class:`Part` s; the dearest moment is the peak.
-Formulas are in bytes, for one device, with
+A run passes through *moments*, each of which needs its own parts (:class:`Part`); its peak is the
+largest sum of a moment's parts. Formulas are in bytes, for one device, with
 
-    N  weights          R  ranks           w  bytes a weight as the model computes with it M
-    weights of the largest tensor       d  density of the mask; S = d N h  hidden size      q  size
-    of all heads together     I  inner size of the MLP     L  blocks     V  vocabulary
+    N  weights                          R  ranks
+    M  weights of the largest tensor    w  bytes a weight as the model computes with it
+    d  density of the mask; S = d N     q  size of all heads together
+    h  hidden size                      I  inner size of the MLP
+    L  blocks                           V  vocabulary
 """
 
 from __future__ import annotations
@@ -375,7 +377,7 @@ def at(parts: Iterable[Part], moment: str) -> float:
 
 
 def peak(model: Architecture, run: PlannedRun) -> tuple[str, float]:
-    """The dearest moment, and a device's memory then."""
+    """The moment at which a device needs the most memory, and how much."""
     parts = device_parts(model, run)
     return max(((moment, at(parts, moment)) for moment in MOMENTS), key=lambda pair: pair[1])
 

@@ -52,7 +52,7 @@ class HessianCost(Protocol):
     :mod:`wagle_pl.attribution.hessian` answers it.
 
     Attributes:
-        spreads: whether it works with parameters spread over ranks (ZeRO-3).
+        spreads: whether it works with parameters that are sharded (ZeRO-3).
         backward_passes: beside those of the two losses.
         same_graph: whether one of them goes through the graph of the retain loss.
         step_sums: fp32 sums of the model's size that stand while a step lasts.
