@@ -302,10 +302,11 @@ class Floor(AttributionModule):
         """Run every stream forward; the graph goes with the loss."""
         for tensors in batch.values():
             answer_loss(self.lm, tensors)
-        return torch.zeros(())
+        return torch.zeros((), requires_grad=True)  # Lightning takes its gradient
 
     def on_train_end(self) -> None:
-        """There is nothing to write."""
+        """Write nothing."""
+        super(AttributionModule, self).on_train_end()
 
 
 class PeakFromStart(L.Callback):
