@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from pkgutil import resolve_name
 from typing import Any, NamedTuple, Optional
 
-from wagle_pl.core.registry import nearest, option_names, subclasses
+from wagle_pl.core.lookup import nearest, option_names, subclasses
 
 #: Types as jsonargparse names them -> in words.
 _TYPES = {

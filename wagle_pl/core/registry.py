@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection, Iterator, Mapping
-from difflib import get_close_matches
-from functools import cache
-from typing import Any, Optional, TypeVar, Union
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar, Union
 
 from wagle_pl.core.errors import WagleError, first_line
+from wagle_pl.core.lookup import nearest, option_names, subclasses
+from wagle_pl.core.mistakes import in_one_line
 
 T = TypeVar("T")
 Entry = Union[str, Mapping[str, Any]]
@@ -106,8 +106,6 @@ def check_options(cls: type, given: Mapping[str, Any], where: str) -> dict[str, 
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
-    from wagle_pl.core.mistakes import in_one_line
-
     names = option_names(cls)
     found: dict[str, Any] = {}
     for name, value in given.items():
@@ -129,24 +127,6 @@ def check_options(cls: type, given: Mapping[str, Any], where: str) -> dict[str, 
     return found
 
 
-@cache
-def option_names(cls: type) -> tuple[str, ...]:
-    """Names of a class's options, those that it hands on to its bases among them."""
-    from jsonargparse import ArgumentParser
-
-    return tuple(ArgumentParser(exit_on_error=False).add_class_arguments(cls, fail_untyped=False))
-
-
-def nearest(name: str, names: Collection[str]) -> Optional[str]:
-    """The one of some names that was probably meant, if any; case does not count.
-
-    >>> nearest("npoo", ["GradDiff", "NPO"])
-    'NPO'
-    """
-    folded = {other.lower(): other for other in sorted(names)}
-    return next((folded[found] for found in get_close_matches(name.lower(), folded, n=1)), None)
-
-
 def describe(value: Any) -> dict[str, Any]:
     """A configurable object as plain data: its class name and its public scalar attributes."""
     scalars = {
@@ -155,13 +135,6 @@ def describe(value: Any) -> dict[str, Any]:
         if not k.startswith("_") and isinstance(v, (str, int, float, bool))
     }
     return {"class": _name(type(value)), **scalars}
-
-
-def subclasses(base: type[T]) -> Iterator[type[T]]:
-    """All classes that derive from one, as far as they are imported."""
-    for cls in base.__subclasses__():
-        yield cls
-        yield from subclasses(cls)
 
 
 def _name(cls: type) -> str:
