@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from wagle_pl import (
     AttributionModule,
+    Evaluate,
     FinetuneModule,
     ForgetRetainDataModule,
     LoRA,
@@ -47,7 +48,7 @@ def trainer(folder: Path, **options: Any) -> L.Trainer:
             "enable_checkpointing",
         )
     }
-    options = {"max_epochs": 2, **quiet, **options}
+    options = {"max_epochs": 2, **quiet, "callbacks": Evaluate(generate=False), **options}
     return L.Trainer(accelerator="cpu", devices=1, default_root_dir=folder, **options)
 
 
@@ -68,7 +69,7 @@ def data(rows: dict[str, str], tiny_model: str) -> Any:
 
 
 def module(model: str, output: str, objective: Any, **options: Any) -> UnlearnModule:
-    made = UnlearnModule(model=model, output=output, objective=objective, generate=False, **options)
+    made = UnlearnModule(model=model, output=output, objective=objective, **options)
     made.make_optimizer = lambda parameters: MaskedAdamW(parameters, lr=1e-3)
     return made
 
@@ -163,7 +164,7 @@ def test_attribution_twice_gives_the_same_mask(
     tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    made = AttributionModule(model=tiny_model, output="first", generate=False, save_scores="fp32")
+    made = AttributionModule(model=tiny_model, output="first", save_scores="fp32")
     for output in ("first", "second"):
         made.output = output
         trainer(tmp_path, max_epochs=1).fit(made, data())

@@ -101,7 +101,16 @@ class LanguageModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Tell the data module what is wanted of it; warn of a precision that crawls on this
-        CPU."""
+        CPU.
+
+        Raises:
+            WagleError: if there is to be a test, and nothing that observes it.
+        """
+        if stage in ("test", "validate") and self.evaluation is None:
+            raise WagleError(
+                f"nothing observes the rows of this {stage}",
+                hint="give the Trainer the callback wagle_pl.Evaluate()",
+            )
         self.serve()
         on_cpu = self.trainer.strategy.root_device.type == "cpu"
         if on_cpu and not str(self.trainer.precision).startswith(("32", "64")):
