@@ -501,7 +501,7 @@ def test_curvature_and_wagle_share_a_pass(attribute: Attribute):
     curvature = module.collected.hessian
     both = Score()
     both.needs = ("h", "h_diagonal")
-    statistics = module.collected._statistics(0, "x", next(module.lm.parameters()), both)
+    statistics = module.collected.statistics(0, both)
     assert statistics.h.dim() == 0 and float(statistics.h) == pytest.approx(curvature.mean)
     assert statistics.h_diagonal.dim() == 2
 

@@ -20,7 +20,7 @@ from wagle_pl.attribution.hessian import (
     Fisher,
     GaussNewton,
     Hutchinson,
-    Piece,
+    MicroBatch,
     estimator_of,
     rademacher,
     sample_labels,
@@ -123,7 +123,7 @@ def estimate(
             logits = model(ids[part])
             return logits, row_losses(logits, labels).sum()
 
-        estimator.add(Piece(run, labels, seeds, seed), sums)
+        estimator.add(MicroBatch(run, labels, seeds, seed), sums)
     estimator.end_step(sums)
     return sums
 
@@ -238,12 +238,12 @@ def test_every_estimator_is_an_option(name: str, toy: tuple[Toy, Tensor]):
     """Of the module and of the plan, by its name; made as the module makes it, it sums what it says."""
     assert estimator_of(name) is ESTIMATORS[name]
     module = AttributionModule("model", hessian=name, hessian_samples=3)
-    estimator = module._estimator
+    estimator = module.estimator
     assert type(estimator) is ESTIMATORS[name]
     model, ids = toy
     sums = GradientSums(model.parameters())
     for part in torch.arange(len(ids)).split(1 if estimator.per_example else len(ids)):
-        piece = Piece(
+        piece = MicroBatch(
             lambda part=part: (model(ids[part]), row_losses(model(ids[part]), LABELS[part]).sum()),
             LABELS[part],
             part.tolist(),

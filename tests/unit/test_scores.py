@@ -147,7 +147,7 @@ LLAMA = {
 )
 def test_modules(modules, layers, count: int):
     score = A.Modules(modules, layers)
-    inside = [name for name in LLAMA if score.takes(name)]
+    inside = [name for name in LLAMA if score(A.WeightStatistics(name, torch.zeros(1)))]
     assert len(inside) == count
     for name, shape in LLAMA.items():
         assert torch.equal(
@@ -413,7 +413,7 @@ def test_include_and_exclude(names: list[str]):
     spec = MaskSpec(include="mlp|attn", exclude="down$")
     wanted = [name for name in names if name in ("mlp.up", "attn.q")]
     if wanted:
-        assert spec.taking_part(names) == wanted
+        assert spec.eligible(names) == wanted
     else:
         with pytest.raises(WagleError, match="leave no parameter"):
-            spec.taking_part(names)
+            spec.eligible(names)

@@ -1,47 +1,51 @@
-"""Norms of what enters linear layers, seen through forward pre-hooks."""
+"""Norms of the inputs of linear layers, collected by forward pre-hooks."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wagle_pl.core.weights import is_linear
-from wagle_pl.lm.layers import expert_weights, is_transposed
+from wagle_pl.core.weights import is_linear, parameter_shapes
+from wagle_pl.lm.layers import expert_weights, is_transposed, linear_weights
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
 def watch_inputs(
     model: nn.Module, add: Callable[[str, Tensor], None]
 ) -> Iterator[Callable[[Tensor], None]]:
-    """While inside, hand on Σ x² over real tokens of every input x of the model's linear maps.
+    """Context that reports Σ x² over real tokens of every input x of the model's linear layers.
 
-    Leave the context before a backward pass: gradient checkpointing runs the forward pass again in it.
+    Leave it before a backward pass: gradient checkpointing runs the forward pass again there.
 
     Args:
         model: its linear layers and experts (:mod:`wagle_pl.lm.layers`) are watched.
-        add: called with (name of a weight, fp64 sum of squares) at each call of its layer; the sum has the shape in
-            which it multiplies the weight: (in,), (in, 1) where that lies transposed, (experts, 1, in) or
-            (experts, in, 1). A weight tied to another has the name by which ``named_parameters`` lists it.
+        add: called with (name of a weight, fp64 sum of squares) at each call of its layer; the sum
+            broadcasts with the weight: (in,), (in, 1) where that is stored transposed,
+            (experts, 1, in) or (experts, in, 1). A tied weight has the name under which
+            ``named_parameters`` lists it.
 
     Yields:
-        A function that takes the (B, T) attention mask of the batch about to run. A layer that is run on the last
-        positions only, as the vocabulary projection is, is given the last columns of it. An input of another shape
-        (tokens dealt to experts) counts whole.
+        A function that takes the (B, T) attention mask of the batch about to run. A layer that is
+        run on the last positions only, as the vocabulary projection is, uses its last columns. An
+        input of another shape (tokens dispatched to experts) counts whole.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     current: list[Tensor] = []
 
     def of_layer(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Of a layer with one weight."""
         squares = _real(inputs[0].detach(), current[0]).double().square().sum(0)
         add(names[layer.weight], squares[:, None] if is_transposed(layer) else squares)
 
     def of_experts(experts: nn.Module, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> None:
-        """Of a block's experts: tokens, and the experts that each goes to, in whatever way they are passed."""
+        # tokens, and the experts that each is dispatched to, in whatever way they are passed
         tokens, chosen, *_ = (*inputs, *options.values())
         found = _expert_inputs(
             experts, *(_real(x.detach().flatten(0, -2), current[0]) for x in (tokens, chosen))
@@ -63,7 +67,8 @@ def watch_inputs(
 
 
 def _real(x: Tensor, mask: Tensor) -> Tensor:
-    """(N, d) tokens of ``x``, (B, T', d) or (B · T, d), that ``mask``, (B, T), keeps; all of other shapes."""
+    """(N, d) tokens of ``x``, (B, T', d) or (B · T, d), that ``mask``, (B, T), keeps; all of other
+    shapes."""
     if x.dim() == 3 and x.shape[0] == mask.shape[0] and x.shape[1] <= mask.shape[1]:
         x = x[mask[:, mask.shape[1] - x.shape[1] :].bool()]
     elif x.dim() == 2 and x.shape[0] == mask.numel():
@@ -73,14 +78,14 @@ def _real(x: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _expert_inputs(experts: Any, tokens: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of squares of what enters each expert's two maps: (experts, in) of ``up``, (experts, in) of ``down``.
+    """(experts, in) sums of squares of the inputs of each expert's two maps, ``up`` and ``down``.
 
     The second input is computed again, as transformers does between the two.
 
     Args:
         experts: the module.
         tokens: (N, d) its input.
-        chosen: (N, k) which experts each token goes to.
+        chosen: (N, k) experts of each token.
     """
     up, _ = expert_weights(experts)
     before, between = [], []
@@ -94,3 +99,37 @@ def _expert_inputs(experts: Any, tokens: Tensor, chosen: Tensor) -> tuple[Tensor
         before.append(x.double().square().sum(0))
         between.append(hidden.double().square().sum(0))
     return torch.stack(before), torch.stack(between)
+
+
+def input_shapes(lm: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name of a linear layer's weight -> shape of the norms that :func:`watch_inputs` finds."""
+    transposed = {id(weight): flag for weight, flag in linear_weights(lm)}
+    shapes, found = parameter_shapes(lm), {}
+    for name, parameter in lm.named_parameters():
+        if id(parameter) in transposed:
+            *experts, rows, columns = shapes[name]
+            if transposed[id(parameter)]:
+                found[name] = (*experts, rows, 1)
+            else:
+                found[name] = (*experts, 1, columns) if experts else (columns,)
+    return found
+
+
+def warn_of_unwatched(lm: nn.Module) -> None:
+    """Warn of matrices whose inputs are not watched, if they are more than 1 % of the weights."""
+    watched = {id(weight) for weight, _ in linear_weights(lm)}
+    watched |= {id(module.weight) for module in lm.modules() if isinstance(module, nn.Embedding)}
+    shapes = parameter_shapes(lm)
+    unwatched = [
+        name
+        for name, parameter in lm.named_parameters()
+        if len(shapes[name]) > 1 and id(parameter) not in watched
+    ]
+    share = sum(prod(shapes[name]) for name in unwatched) / sum(map(prod, shapes.values()))
+    if share > 0.01:
+        log.warning(
+            "wanda: %.0f %% of the weights are in layers of unknown kinds (%s, ...): they score 0 "
+            "and are selected last",
+            100 * share,
+            ", ".join(unwatched[:3]),
+        )

@@ -1,6 +1,7 @@
 """The gradient pass: what to collect from which stream of a batch, and the loop that collects it.
 
-Rows go through the model together, or one at a time where squares of single rows' gradients are wanted::
+Rows pass through the model together, or one at a time where squared gradients of single rows are
+needed::
 
     sums = collect(lm, batches, [Job("forget", total="g_f"), Job("retain", total="g_r")])
     g_f = sums.sums["g_f"]  # one fp32 tensor a parameter, in the order of lm.parameters()
@@ -9,23 +10,26 @@ Rows go through the model together, or one at a time where squares of single row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Optional
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 
 from wagle_pl.attribution.activations import watch_inputs
-from wagle_pl.attribution.hessian import Hessian, Piece
+from wagle_pl.attribution.hessian import DIAGONAL, Fisher, Hessian, MicroBatch
 from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.seeds import stable_seed
 from wagle_pl.data.template import IGNORE
 from wagle_pl.lm.likelihood import forward_answers
+from wagle_pl.objectives.objective import Objective
 from wagle_pl.objectives.streams import Answers, Streams
 
 Batch = Mapping[str, Mapping[str, Tensor]]
@@ -37,11 +41,12 @@ class Job:
 
     Attributes:
         stream: its name.
-        loss: streams -> (B,) losses whose gradients are collected; a row's mean negative log-likelihood when None.
-        total: name of the sum of gradients, if wanted.
-        squares: name of the sum of squared gradients of single rows, if wanted.
-        hessian: estimator to feed, if wanted.
-        activations: collect norms of what enters linear layers.
+        loss: streams -> (B,) losses whose gradients are collected; a row's mean negative
+            log-likelihood when None.
+        total: name of the sum of gradients, if needed.
+        squares: name of the sum of squared gradients of single rows, if needed.
+        hessian: Hessian estimator that runs on the stream, if any.
+        activations: collect norms of the inputs of linear layers.
     """
 
     stream: str
@@ -53,17 +58,68 @@ class Job:
 
     @property
     def needs_graph(self) -> bool:
-        """Whether a backward pass will follow."""
+        """Whether it runs a backward pass."""
         return bool(self.total or self.squares or self.hessian)
 
     @property
     def per_example(self) -> bool:
-        """Whether rows go one at a time."""
+        """Whether rows pass one at a time."""
         return bool(self.squares or (self.hessian and self.hessian.per_example))
 
-    def losses(self, at: Streams) -> Tensor:
-        """(B,) losses."""
-        return at[self.stream].nll if self.loss is None else self.loss(at)
+
+def jobs_for(
+    needs: Collection[str],
+    forget: Objective,
+    hessian: Optional[Hessian] = None,
+    hessian_stream: str = "retain",
+) -> tuple[list[Job], str]:
+    """The jobs that collect what scores need, and the name of the sum that holds the Hessian
+    diagonal.
+
+    Args:
+        needs: see :data:`wagle_pl.attribution.scores.COLLECTED`.
+        forget: objective whose forget loss g_f is of.
+        hessian: estimator of h.
+        hessian_stream: the rows that it runs on.
+    """
+    needs = set(needs)
+    # the empirical Fisher of the retain rows is fisher_r: it is collected once
+    shared = type(hessian) is Fisher and hessian_stream == "retain"
+    jobs = [
+        Job(
+            forget.forget_streams[0],
+            loss=lambda at: -forget.forget_loss(at),  # forgetting decreases the forget loss: +g_f
+            total="g_f" if "g_f" in needs else None,
+            squares="fisher_f" if "fisher_f" in needs else None,
+            activations="activation" in needs,
+        ),
+        Job(
+            "retain",
+            total="g_r" if "g_r" in needs else None,
+            squares="fisher_r" if "fisher_r" in needs or shared else None,
+            hessian=hessian if hessian_stream == "retain" and not shared else None,
+        ),
+    ]
+    if hessian and hessian_stream != "retain":
+        jobs.append(Job(hessian_stream, hessian=hessian))
+    wanted = [job for job in jobs if job.needs_graph or job.activations]
+    return wanted, "fisher_r" if shared else DIAGONAL
+
+
+def planned_passes(trainer: L.Trainer) -> tuple[float, list[str]]:
+    """Passes over the forget rows that a Trainer is going to make, and the options that make them
+    more or fewer than one."""
+    whole, each = len(trainer.train_dataloader), trainer.num_training_batches
+    epochs = math.inf if trainer.max_epochs == -1 else trainer.max_epochs
+    steps = trainer.max_steps * trainer.accumulate_grad_batches
+    steps = math.inf if trainer.max_steps == -1 else steps
+    bounds = {
+        "max_epochs": epochs not in (1, math.inf) and epochs * each <= steps,
+        "max_steps": steps < epochs * each,
+        "limit_train_batches": each < whole and each <= steps,
+    }
+    options = [f"trainer.{name} {getattr(trainer, name)}" for name in bounds if bounds[name]]
+    return min(epochs * each, steps) / whole, options
 
 
 class AtTheta0(Streams):
@@ -77,11 +133,11 @@ class AtTheta0(Streams):
 
 
 class Draws(NamedTuple):
-    """Seeds of what is drawn: for a row, whatever batch it is in; for a step, whatever part of it a rank has.
+    """Seeds for what is drawn at a point of a run, independent of how its batches are split.
 
     Attributes:
         seed: of the run.
-        epoch, step: where the run is.
+        epoch, step: of the run.
         job: the job's number.
     """
 
@@ -91,7 +147,7 @@ class Draws(NamedTuple):
     job: int = 0
 
     def of_row(self, row: int, occurrence: int) -> int:
-        """Seed of one row's draws; each time that an epoch has the row gets its own, or draws would be repeated."""
+        """Seed of a row's draws; repetitions of a row in an epoch draw independently."""
         return stable_seed("row", self.seed, self.epoch, self.job, row, occurrence)
 
     def of_step(self) -> int:
@@ -102,13 +158,16 @@ class Draws(NamedTuple):
 def collect(
     lm: nn.Module, batches: Iterable[Batch], jobs: Sequence[Job], seed: int = 0
 ) -> GradientSums:
-    """Sum over batches what jobs want of a model's gradients; no weight moves. Collective with several ranks.
+    """Sum what jobs ask of a model's gradients over batches; no weight moves.
+
+    Collective: all ranks must call it.
 
     Args:
         lm: a Hugging Face causal language model.
-        batches: stream -> (B, T) ``input_ids`` and ``labels`` (-100 where nothing is predicted); ``attention_mask``,
-            if rows are padded; ``weight`` (B,), 0 for rows that only fill the batch; ``row`` (B,), a row's number,
-            which seeds what is drawn for it. Each batch is a step of the Hessian estimate.
+        batches: stream -> (B, T) ``input_ids`` and ``labels`` (-100 where nothing is predicted);
+            ``attention_mask``, if rows are padded; ``weight`` (B,), 0 for rows that only fill the
+            batch; ``row`` (B,), a row's number, which seeds what is drawn for it. Each batch is a
+            step of the Hessian estimate.
         jobs: what to collect.
         seed: of what is drawn.
 
@@ -121,47 +180,49 @@ def collect(
     sums, training = GradientSums.of(lm), lm.training
     lm.eval()
     for step, batch in enumerate(batches):
-        whole = {stream: with_defaults(tensors, step) for stream, tensors in batch.items()}
-        add_batch(lm, whole, jobs, sums, Draws(seed, step=step))
+        complete = {stream: _with_defaults(tensors, step) for stream, tensors in batch.items()}
+        add_batch(lm, complete, jobs, sums, Draws(seed, step=step))
         end_step(jobs, sums)
     lm.train(training)
     return sums
 
 
-def with_defaults(tensors: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
-    """A batch with the columns that a user may leave out."""
+def _with_defaults(tensors: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+    """A batch with the optional columns filled in."""
     ids = tensors["input_ids"]
     count = torch.arange(len(ids), device=ids.device)
-    given = {
+    optional = {
         "attention_mask": torch.ones_like(ids),
         "weight": torch.ones_like(count, dtype=torch.float32),
         "row": count + step * len(ids),
         "occurrence": torch.zeros_like(count),
     }
-    return given | dict(tensors)
+    return optional | dict(tensors)
 
 
 def add_batch(
     lm: nn.Module, batch: Batch, jobs: Sequence[Job], sums: GradientSums, draws: Draws
 ) -> dict[str, Tensor]:
-    """Add one micro-batch to the sums; collective.
+    """Add one micro-batch to the sums. Collective: all ranks must call it.
 
     Returns:
         Stream -> mean loss of its rows, where one was computed.
     """
-    for stream, tensors in batch.items():
-        sums.count(f"{stream}_rows", count_rows(tensors))
+    counts = {stream: int((tensors["weight"] > 0).sum()) for stream, tensors in batch.items()}
+    for stream, count in counts.items():
+        sums.count(f"{stream}_rows", count)
     losses = {}
     for number, job in enumerate(jobs):
-        rows = split_rows(batch, job.stream) if job.per_example else [batch]
-        found = [_add_rows(lm, part, job, sums, draws._replace(job=number)) for part in rows]
+        rows = split_rows(batch[job.stream]) if job.per_example else ()
+        parts = ({job.stream: row} for row in rows) if job.per_example else [batch]
+        found = [_add_rows(lm, part, job, sums, draws._replace(job=number)) for part in parts]
         if job.needs_graph:
-            losses[job.stream] = sum(found, torch.zeros(())) / max(1, count_rows(batch[job.stream]))
+            losses[job.stream] = sum(found, torch.zeros(())) / max(1, counts[job.stream])
     return losses
 
 
 def end_step(jobs: Sequence[Job], sums: GradientSums) -> None:
-    """Let Hessian estimators take in a step all of whose micro-batches have been added."""
+    """Let Hessian estimators finish a step, once all its micro-batches have been added."""
     for job in jobs:
         if job.hessian:
             job.hessian.end_step(sums)
@@ -170,7 +231,7 @@ def end_step(jobs: Sequence[Job], sums: GradientSums) -> None:
 def _add_rows(
     lm: nn.Module, batch: Batch, job: Job, sums: GradientSums, draws: Draws
 ) -> Optional[Tensor]:
-    """Forward pass over some rows, and the backward passes that the job wants; returns the sum of losses."""
+    """Forward pass over some rows and the job's backward passes; returns the sum of losses."""
     tensors = batch[job.stream]
     idle = tensors["weight"] == 0
 
@@ -181,7 +242,7 @@ def _add_rows(
 
             def run(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
                 about_to_run(tensors["attention_mask"] * (tensors["weight"] > 0).unsqueeze(1))
-                # activations count at every token: where answers begin in a batch depends on its other rows
+                # activations count at every token: where answers begin depends on other rows
                 output, labels = forward_answers(lm, tensors, whole=watch)
                 return output.logits, labels
 
@@ -189,63 +250,58 @@ def _add_rows(
             answers = at[job.stream]
             if not job.needs_graph:
                 return answers, None
-            return answers, job.losses(at).masked_fill(idle, 0.0).sum()
+            losses = answers.nll if job.loss is None else job.loss(at)
+            return answers, losses.masked_fill(idle, 0.0).sum()
 
+    hessian = job.hessian
     with (
         torch.set_grad_enabled(job.needs_graph),
-        job.hessian.forward_context() if job.hessian else nullcontext(),
+        hessian.forward_context() if hessian else nullcontext(),
     ):
         answers, loss = forward(watch=job.activations)
         if loss is None:
             return None
-        if distributed.all_reduce_max(int(not torch.isfinite(loss))):
-            raise _not_finite(job.stream, tensors, loss)
-        keeps = not sums.sharded
+        _check_finite(job.stream, tensors, loss)
+        reusable = not sums.sharded
         done: Optional[tuple[Tensor, Tensor]] = (answers.logits, loss)
         if job.total or job.squares:
             with sums.into(job.total, squares=job.squares):
-                loss.backward(retain_graph=job.hessian is not None and keeps)
-            done = done if keeps else None
-        if job.hessian:
+                loss.backward(retain_graph=hessian is not None and reusable)
+            done = done if reusable else None
+        if hessian:
 
             def again() -> tuple[Tensor, Tensor]:
                 answers, loss = forward()
                 return answers.logits, loss
 
             labels = answers.labels.masked_fill(idle.unsqueeze(1), IGNORE)
-            copies = zip(tensors["row"].tolist(), tensors["occurrence"].tolist(), strict=True)
-            seeds = [draws.of_row(row, occurrence) for row, occurrence in copies]
-            job.hessian.add(Piece(again, labels, seeds, draws.of_step(), done, keeps), sums)
+            rows = zip(tensors["row"].tolist(), tensors["occurrence"].tolist(), strict=True)
+            seeds = [draws.of_row(row, occurrence) for row, occurrence in rows]
+            hessian.add(MicroBatch(again, labels, seeds, draws.of_step(), done, reusable), sums)
     return loss.detach()
 
 
-def _not_finite(stream: str, tensors: Mapping[str, Tensor], loss: Tensor) -> WagleError:
-    found = [] if torch.isfinite(loss) else [f"rows {tensors['row'].tolist()}: {loss.item():g}"]
-    return WagleError(
-        f"{stream} loss is not finite in {distributed.all_gather(found)[0]}; is the model whole?"
-    )
+def _check_finite(stream: str, tensors: Mapping[str, Tensor], loss: Tensor) -> None:
+    """Raise :class:`WagleError` if the loss of any rank is NaN or infinite. Collective."""
+    if distributed.all_reduce_max(int(not torch.isfinite(loss))):
+        here = [] if torch.isfinite(loss) else [f"rows {tensors['row'].tolist()}: {loss.item():g}"]
+        found = distributed.all_gather(here)[0]
+        raise WagleError(f"{stream} loss is not finite in {found}; is the model whole?")
 
 
-def split_rows(batch: Batch, stream: str) -> Iterator[Batch]:
-    """Batches of one row each, without padding, as many on every rank: rows of weight 0 are left out, and given again
-    where another rank has more rows than this one."""
-    tensors = batch[stream]
+def split_rows(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Batches of one row each, without padding and rows of weight 0.
+
+    As many on every rank, as their backward passes are collective: a rank with fewer rows repeats
+    one with weight 0.
+    """
     rows = (tensors["weight"] > 0).nonzero().view(-1).tolist()
-    # agreed before the first row: its backward pass is collective
     missing = distributed.all_reduce_max(len(rows)) - len(rows)
-    for i in rows:
-        yield {stream: _row(tensors, i)}
-    for _ in range(missing):
-        yield {stream: {**_row(tensors, 0), "weight": torch.zeros_like(tensors["weight"][:1])}}
-
-
-def _row(tensors: Mapping[str, Tensor], i: int) -> dict[str, Tensor]:
-    width = int(tensors["attention_mask"][i].sum())
-    return {
-        name: t[i : i + 1, :width] if t.dim() > 1 else t[i : i + 1] for name, t in tensors.items()
-    }
-
-
-def count_rows(tensors: Mapping[str, Tensor]) -> int:
-    """Rows of a stream that count: those whose weight is not 0."""
-    return int((tensors["weight"] > 0).sum())
+    for number, i in enumerate([*rows, *[0] * missing]):
+        width = int(tensors["attention_mask"][i].sum())
+        row = {
+            name: t[i : i + 1, :width] if t.dim() > 1 else t[i : i + 1]
+            for name, t in tensors.items()
+        }
+        idle = number >= len(rows)
+        yield {**row, "weight": torch.zeros_like(row["weight"])} if idle else row

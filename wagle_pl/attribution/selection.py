@@ -1,13 +1,15 @@
-"""Exact selection of the highest-ranked share of weights: no sort of N, no gather of N, no second copy of N.
+"""Exact selection of the highest-ranked share of N weights, without a sort, gather or copy of N.
 
-A float's bits, read as an integer, order like the float. Two passes of counting, over the upper and then the lower
-sixteen bits, find the exact value of the k-th in order; a last pass writes the bits. Counts of several ranks or shards
-add up, so the same code serves any of them, and several densities share their passes.
+The bits of a float, read as an integer, order like the float. Two passes of counting, over the
+upper and then the lower sixteen bits, find the exact value of the k-th in order; a last pass writes
+the bits. Counts of several ranks add up, and several densities share their passes.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, NamedTuple, Optional, Union
 
@@ -15,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wagle_pl.attribution.shards import Shard
+from wagle_pl.attribution.sums import Shard
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.masks.bits import count_bits, pack_bits
 
-CHUNK = 1 << 18  # weights looked at at a time, a multiple of 8: the only extra memory
+CHUNK = 1 << 18  # weights processed at a time, a multiple of 8: the only extra memory
 
 _HALF = 1 << 16
 _OFFSET = _HALF // 2  # the upper half of a key is signed; bins count from 0
@@ -29,12 +31,9 @@ _NONE = 2**31 - 1  # a key above that of any finite score
 
 Scope = Literal["global", "tensor", "row"]
 
-#: (parameter name, its float32 scores in its shape) for every parameter that takes part, in parameter order. Called
-#: once a pass; every time the same. With several ranks each gives the scores of its rows.
+#: (parameter name, its float32 scores in its shape) for every eligible parameter, in parameter
+#: order. Called once a pass and the same each time. With several ranks each gives its own rows.
 Scores = Callable[[], Iterable[tuple[str, Tensor]]]
-
-#: Adds up int64 counts over ranks; the identity on one device.
-Reduce = Callable[[Tensor], Tensor]
 
 
 class Ranking(NamedTuple):
@@ -47,19 +46,38 @@ class Ranking(NamedTuple):
 HIGHEST = Ranking()
 
 
-class Threshold(NamedTuple):
-    """Weights whose key is above ``key`` are taken, and the first ``ties`` of those with just this key."""
-
-    key: int
-    ties: int
-
-
 def check_density(density: float) -> None:
     """Raise :class:`WagleError` if ``density`` is outside (0, 1]."""
     if not 0 < density <= 1:
         raise WagleError(
-            f"density is the share of weights selected and must be in (0, 1], got {density}"
+            f"is the share of weights selected and must be in (0, 1], got {density}",
+            option="density",
         )
+
+
+def check_pattern(option: str, pattern: Optional[str]) -> None:
+    """Raise :class:`WagleError` if an option is not a regular expression."""
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise WagleError(f"{pattern!r} is no regular expression: {error}", option) from None
+
+
+def eligible_names(
+    names: Iterable[str], include: Optional[str], exclude: Optional[str]
+) -> list[str]:
+    """Names in which ``include`` is found and ``exclude`` is not.
+
+    Raises:
+        WagleError: if none is left, or one of the two is not a regular expression.
+    """
+    check_pattern("include", include)
+    check_pattern("exclude", exclude)
+    kept = [name for name in names if include is None or re.search(include, name)]
+    kept = [name for name in kept if exclude is None or not re.search(exclude, name)]
+    if not kept:
+        raise WagleError(f"include {include!r} and exclude {exclude!r} leave no parameter")
+    return kept
 
 
 def exact_count(density: Union[float, Fraction], total: int) -> int:
@@ -73,13 +91,15 @@ def exact_count(density: Union[float, Fraction], total: int) -> int:
 
 
 def order_keys(scores: Tensor, ranking: Ranking = HIGHEST) -> Tensor:
-    """int32 keys that order as the ranking says: what is to be taken first has the largest; equal scores, equal keys.
+    """int32 keys in the order of the ranking: the largest is selected first, and equal scores have
+    equal keys.
 
     Args:
         scores: float32, any shape.
         ranking: the order.
 
-    >>> order_keys(torch.tensor([-2.0, 1.0])).argmax(), order_keys(torch.tensor([-2.0, 1.0]), Ranking(False)).argmax()
+    >>> scores = torch.tensor([-2.0, 1.0])
+    >>> order_keys(scores).argmax(), order_keys(scores, Ranking(absolute=False)).argmax()
     (tensor(0), tensor(1))
     """
     if ranking.absolute:
@@ -91,26 +111,26 @@ def order_keys(scores: Tensor, ranking: Ranking = HIGHEST) -> Tensor:
 
 
 def select(
-    scores: Scores,
-    density: float,
-    ranking: Ranking = HIGHEST,
-    scope: Scope = "global",
+    scores: Scores, density: float, ranking: Ranking = HIGHEST, scope: Scope = "global"
 ) -> Iterator[tuple[str, Tensor]]:
-    """Take exactly ⌊density · N⌋ weights, the first in the ranking; ties go to the lowest index in parameter order.
+    """Select exactly ⌊density · N⌋ weights, the first in the ranking; ties go to the lowest index
+    in parameter order.
 
     Args:
-        scores: of the N weights that take part.
+        scores: of the N eligible weights.
         density: share of weights, in (0, 1].
-        ranking: largest absolute value first, unless said otherwise.
-        scope: what competes: all weights (``global``), those of a tensor, or those of a ``row`` (a vector along the
-            last dimension). Of the weights up to the end of each tensor or row, in parameter order, exactly
-            ⌊density · their number⌋ are taken: each gets its share to within one weight, and the total is exact.
+        ranking: largest absolute value first by default.
+        scope: what competes: all weights (``global``), those of a ``tensor``, or those of a ``row``
+            (a vector along the last dimension). Of the weights up to the end of each tensor or row,
+            in parameter order, exactly ⌊density · their number⌋ are selected: each gets its share
+            to within one weight, and the total is exact.
 
     Yields:
         (parameter name, packed bits), see :func:`wagle_pl.masks.bits.pack_bits`.
 
     Raises:
-        WagleError: if density is outside (0, 1] or takes no weight, or a score is NaN or infinite.
+        WagleError: if density is outside (0, 1] or selects no weight, or a score is NaN or
+            infinite.
     """
     for name, (bits,) in select_each(scores, [density], ranking, scope):
         yield name, bits
@@ -127,41 +147,58 @@ def select_each(
 
     Args:
         scores, densities, ranking, scope: see :func:`select`.
-        shards: with several ranks, which rows of each parameter this one scores; then the bits are of those rows, and
-            all ranks must iterate together.
+        shards: with several ranks, which rows of each parameter this one scores; the bits are of
+            those rows. Iteration is then collective.
     """
     for density in densities:
         check_density(density)
     if scope == "global":
-        selected = _select_global(scores, densities, ranking)
-    else:
-        parts = _tensor_parts if scope == "tensor" else _row_parts
-        selected = _select_within(scores, densities, ranking, parts, shards or {})
-    any_weight = [False] * len(densities)
-    for name, bits in selected:
-        any_weight = [found or bool(b.any()) for found, b in zip(any_weight, bits, strict=True)]
-        yield name, bits
-    for density, found in zip(densities, any_weight, strict=True):
-        if not distributed.all_reduce_max(int(found)):
+        return _select_global(scores, densities, ranking)
+    return _select_within(scores, densities, ranking, scope == "row", shards or {})
+
+
+def _wanted(densities: Sequence[float], total: int) -> list[int]:
+    """How many of all weights each density selects."""
+    wanted = [exact_count(density, total) for density in densities]
+    for density, count in zip(densities, wanted, strict=True):
+        if not count:
             raise WagleError(
-                f"density {float(density):g} of the weights that take part selects none; raise it"
+                f"density {float(density):g} of the eligible weights selects none", hint="raise it"
             )
+    return wanted
 
 
-# -- one threshold for all ------------------------------------------------------------------------------------------
+# -- one threshold for all weights -----------------------------------------------------------------
+
+
+@dataclass
+class Threshold:
+    """Selects keys above ``key``, and the first ``ties`` of those equal to it."""
+
+    key: int
+    ties: int
+
+    def take(self, keys: Tensor) -> Tensor:
+        """Which keys are selected, chunk after chunk in parameter order; counts down the ties."""
+        taken = keys > self.key
+        if self.ties:
+            equal = (keys == self.key).nonzero().view(-1)[: self.ties]
+            taken[equal] = True
+            self.ties -= len(equal)
+        return taken
 
 
 def find_thresholds(
     scores: Scores,
     counts: Callable[[int], Sequence[int]],
     ranking: Ranking = HIGHEST,
-    reduce: Reduce = distributed.all_reduce_sum,
+    reduce: Callable[[Tensor], Tensor] = distributed.all_reduce_sum,
 ) -> list[Threshold]:
-    """The key that parts the first k in the ranking from the rest, for several k, in two passes.
+    """Thresholds of the first k in the ranking, for several k, in two passes.
 
     Args:
         scores: of the weights that compete.
-        counts: number of weights -> the numbers k to take, each from 0 to that number.
+        counts: number of weights -> the numbers k to select, each from 0 to that number.
         ranking: their order.
         reduce: adds up int64 counts over shards.
 
@@ -174,12 +211,9 @@ def find_thresholds(
         for chunk in _chunks(tensor):
             bins = (order_keys(chunk, ranking) >> 16).add_(_OFFSET)
             upper += torch.bincount(bins, minlength=_HALF).cpu()
-        if not not_finite and (
-            upper[_OFFSET + _INFINITE :].any() or upper[: _OFFSET - _INFINITE].any()
-        ):
-            not_finite.append(name)
-    if distributed.all_reduce_max(len(not_finite)):
-        raise _not_finite(distributed.all_gather(not_finite)[0])
+        if upper[_OFFSET + _INFINITE :].any() or upper[: _OFFSET - _INFINITE].any():
+            not_finite = not_finite or [name]
+    _check_finite(not_finite)
     upper = reduce(upper)
     ks = counts(int(upper.sum()))
     places = [_descend(upper, k) for k in ks]
@@ -215,8 +249,9 @@ def _at(values: Tensor, mask: Tensor) -> Tensor:
     return values[mask]
 
 
-def _descend(counts: Tensor, k: int) -> tuple[Union[int, None], int]:
-    """The bin in which the k-th from the top lies (None if k is 0), and how many lie in higher bins."""
+def _descend(counts: Tensor, k: int) -> tuple[Optional[int], int]:
+    """The bin in which the k-th from the top lies (None if k is 0), and how many lie in higher
+    bins."""
     if k == 0:
         return None, 0
     from_top = counts.flip(0).cumsum(0)
@@ -225,10 +260,12 @@ def _descend(counts: Tensor, k: int) -> tuple[Union[int, None], int]:
     return len(counts) - 1 - position, above
 
 
-def _not_finite(name: str) -> WagleError:
-    return WagleError(
-        f"scores of {name} are not finite: its gradients overflowed or its Hessian is zero"
-    )
+def _check_finite(not_finite: Sequence[str]) -> None:
+    """Raise :class:`WagleError` if any rank names a parameter. Collective."""
+    if names := distributed.all_gather(not_finite):
+        raise WagleError(
+            f"scores of {names[0]} are not finite: its gradients overflowed or its Hessian is zero"
+        )
 
 
 def _select_global(
@@ -237,68 +274,50 @@ def _select_global(
     wanted: list[int] = []
 
     def counts(total: int) -> list[int]:
-        wanted[:] = [exact_count(density, total) for density in densities]
+        wanted.extend(_wanted(densities, total))
         return wanted
 
-    takers = [_Taker(threshold) for threshold in find_thresholds(scores, counts, ranking)]
-    taken = torch.zeros(len(takers), dtype=torch.int64)
+    thresholds = find_thresholds(scores, counts, ranking)
+    taken = torch.zeros(len(densities), dtype=torch.int64)
     for name, tensor in scores():
-        bits = _take(tensor, takers, ranking)
+        bits = _take(tensor, thresholds, ranking)
         taken += torch.tensor([count_bits(packed) for packed in bits])
         yield name, bits
     if distributed.all_reduce_sum(taken).tolist() != wanted:
         raise WagleError(
-            "a weight's score differs from pass to pass: a Score is called several times for each "
-            "parameter and must give the same each time"
+            "a weight's score differs from pass to pass",
+            hint="a Score is called several times for each parameter and must return the same each "
+            "time",
         )
 
 
-def _take(tensor: Tensor, takers: Sequence[_Taker], ranking: Ranking) -> list[Tensor]:
-    """The packed bits of what each taker takes of this rank's rows of a parameter."""
-    shared = distributed.is_distributed() and any(taker.ties for taker in takers)
-    left = _share_ties(tensor, takers, ranking) if shared else []
+def _take(tensor: Tensor, thresholds: Sequence[Threshold], ranking: Ranking) -> list[Tensor]:
+    """The packed bits of what each threshold selects of this rank's rows of a parameter."""
+    wanted = torch.tensor([threshold.ties for threshold in thresholds])
+    after = None
+    if distributed.is_distributed() and wanted.any():  # ties of lower ranks' rows come first
+        here = [
+            sum(int((order_keys(chunk, ranking) == t.key).sum()) for chunk in _chunks(tensor))
+            if t.ties
+            else 0
+            for t in thresholds
+        ]
+        counts = torch.tensor(distributed.all_gather([here]))  # (ranks, thresholds)
+        before, after = counts[: distributed.rank()].sum(0), wanted - counts.sum(0)
+        for threshold, ties in zip(thresholds, (wanted - before).tolist(), strict=True):
+            threshold.ties = max(0, ties)
     bits = [
-        _packed(tensor.numel(), (taker(order_keys(chunk, ranking)) for chunk in _chunks(tensor)))
-        for taker in takers
+        _packed(tensor.numel(), (t.take(order_keys(chunk, ranking)) for chunk in _chunks(tensor)))
+        for t in thresholds
     ]
-    for taker, ties in zip(takers, left, strict=shared):
-        taker.ties = ties
+    if after is not None:
+        for threshold, ties in zip(thresholds, after.tolist(), strict=True):
+            threshold.ties = max(0, ties)
     return bits
 
 
-def _share_ties(tensor: Tensor, takers: Sequence[_Taker], ranking: Ranking) -> list[int]:
-    """Leave this rank the ties that earlier rows do not take; returns how many are left after all ranks' rows."""
-    here = [
-        sum(int((order_keys(chunk, ranking) == taker.key).sum()) for chunk in _chunks(tensor))
-        if taker.ties
-        else 0
-        for taker in takers
-    ]
-    counts = torch.tensor(distributed.all_gather([here]))  # (ranks, takers)
-    wanted = torch.tensor([taker.ties for taker in takers])
-    allowed = (wanted - counts[: distributed.rank()].sum(0)).clamp(min=0)
-    for taker, ties in zip(takers, allowed.tolist(), strict=True):
-        taker.ties = ties
-    return (wanted - counts.sum(0)).clamp(min=0).tolist()
-
-
-class _Taker:
-    """Says which keys are taken, chunk after chunk in parameter order; counts down the ties."""
-
-    def __init__(self, threshold: Threshold) -> None:
-        self.key, self.ties = threshold
-
-    def __call__(self, keys: Tensor) -> Tensor:
-        taken = keys > self.key
-        if self.ties:
-            equal = (keys == self.key).nonzero().view(-1)[: self.ties]
-            taken[equal] = True
-            self.ties -= len(equal)
-        return taken
-
-
 def _packed(weights: int, parts: Iterable[Tensor]) -> Tensor:
-    """The packed bits of bool tensors that follow each other; all but the last hold whole bytes."""
+    """The packed bits of consecutive bool tensors; all but the last hold whole bytes."""
     packed = torch.empty((weights + 7) // 8, dtype=torch.uint8)
     start = 0
     for part in parts:
@@ -308,89 +327,65 @@ def _packed(weights: int, parts: Iterable[Tensor]) -> Tensor:
     return packed
 
 
-# -- a quota for every tensor or row ----------------------------------------------------------------------------------
-
-#: (name, scores, shard, weights before the parameter in parameter order, densities, ranking) -> packed bits for each
-#: density.
-_Parts = Callable[[str, Tensor, Shard, int, Sequence[float], Ranking], list[Tensor]]
+# -- a quota for every tensor or row ---------------------------------------------------------------
 
 
 def _select_within(
     scores: Scores,
     densities: Sequence[float],
     ranking: Ranking,
-    parts: _Parts,
+    by_row: bool,
     shards: Mapping[str, Shard],
 ) -> Iterator[tuple[str, list[Tensor]]]:
-    """One pass: a parameter holds all that competes within it."""
+    """In one pass over the parameters, as each holds all that competes within it."""
     start = 0
     for name, tensor in scores():
         shard = shards[name] if name in shards else Shard(tensor.shape, 0, 1)
-        yield name, parts(name, tensor, shard, start, densities, ranking)
+        if by_row and len(shard.shape) > 1:
+            _check_finite([] if torch.isfinite(tensor).all() else [name])
+            width = shard.shape[-1]
+            rows = tensor.reshape(-1, width) if tensor.numel() else tensor.new_zeros(0, width)
+            first = start + shard.first
+            yield (
+                name,
+                [
+                    _select_rows(rows, _quotas(density, first, width, len(rows)), ranking)
+                    for density in densities
+                ],
+            )
+        else:
+            quotas = [int(_quotas(density, start, shard.total, 1)) for density in densities]
+            yield name, _select_tensor(name, tensor, quotas, ranking)
         start += shard.total
+    _wanted(densities, start)
 
 
-def _tensor_parts(
-    name: str,
-    tensor: Tensor,
-    shard: Shard,
-    start: int,
-    densities: Sequence[float],
-    ranking: Ranking,
+def _select_tensor(
+    name: str, tensor: Tensor, quotas: Sequence[int], ranking: Ranking
 ) -> list[Tensor]:
-    quotas = [_quotas(density, start, shard.total, 1)[0] for density in densities]
+    """Packed bits of the first k weights of a tensor, for each k of ``quotas``."""
     thresholds = find_thresholds(lambda: [(name, tensor)], lambda _: quotas, ranking)
-    return _take(tensor, [_Taker(threshold) for threshold in thresholds], ranking)
+    return _take(tensor, thresholds, ranking)
 
 
-def _row_parts(
-    name: str,
-    tensor: Tensor,
-    shard: Shard,
-    start: int,
-    densities: Sequence[float],
-    ranking: Ranking,
-) -> list[Tensor]:
-    if len(shard.shape) < 2:
-        return _tensor_parts(name, tensor, shard, start, densities, ranking)
-    if distributed.all_reduce_max(int(not torch.isfinite(tensor).all())):
-        raise _not_finite(name)
-    width = shard.shape[-1]
-    rows = tensor.numel() // max(1, width)
-    if not rows:
-        return [torch.zeros(0, dtype=torch.uint8) for _ in densities]
-    matrix = tensor.reshape(rows, width)
-    block = max(8, CHUNK // width // 8 * 8)  # whole bytes, wherever a row ends
-    bits = []
-    for density in densities:
-        quotas = torch.from_numpy(_quotas(density, start + shard.first, width, rows))
-
-        def taken(quotas: Tensor = quotas) -> Iterator[Tensor]:
-            for first in range(0, rows, block):
-                part = matrix[first : first + block].float()
-                yield take_in_rows(order_keys(part, ranking), quotas[first : first + block])
-
-        bits.append(_packed(tensor.numel(), taken()))
-    return bits
+def _select_rows(rows: Tensor, quotas: Tensor, ranking: Ranking) -> Tensor:
+    """Packed bits of the first weights of each of the rows, (R, C), as many as quotas, (R,), say."""
+    block = max(8, CHUNK // max(1, rows.shape[1]) // 8 * 8)  # whole bytes, wherever a row ends
+    parts = zip(rows.split(block), quotas.split(block), strict=True)
+    keys = ((order_keys(part.float(), ranking), quota) for part, quota in parts)
+    return _packed(rows.numel(), (_take_in_rows(*each) for each in keys))
 
 
-def _quotas(density: float, start: int, width: int, rows: int) -> np.ndarray:
-    """How many weights each of several rows in sequence gets: the floors of the running total, differenced."""
+def _quotas(density: float, start: int, width: int, rows: int) -> Tensor:
+    """(rows,) quotas of consecutive rows: differences of the floors of the running total."""
     share = Fraction(str(density))
     ends = [exact_count(share, start + width * row) for row in range(rows + 1)]
-    return np.diff(np.array(ends, dtype=np.int64)).clip(max=width)
+    return torch.from_numpy(np.diff(np.array(ends, dtype=np.int64)).clip(max=width))
 
 
-def take_in_rows(keys: Tensor, quotas: Tensor) -> Tensor:
-    """The largest keys of every row.
-
-    Args:
-        keys: (R, C) int32.
-        quotas: (R,) int64, how many to take, 0 to C; ties go to the lowest column.
-
-    Returns:
-        (R, C) bool.
-    """
+def _take_in_rows(keys: Tensor, quotas: Tensor) -> Tensor:
+    """(R, C) bool: the ``quotas``, (R,), largest keys, (R, C), of every row; ties go to the lowest
+    column."""
     taken = torch.zeros(keys.shape, dtype=torch.bool, device=keys.device)
     quotas = quotas.to(keys.device)
     for quota in quotas.unique().tolist():

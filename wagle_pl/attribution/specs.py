@@ -1,31 +1,31 @@
-"""``MaskSpec``: one mask to write, as a user asks for it."""
+"""``MaskSpec``: the options of one mask."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 from wagle_pl.attribution.scores import COLLECTED, Score
-from wagle_pl.attribution.selection import Ranking, check_density
+from wagle_pl.attribution.selection import Ranking, check_density, check_pattern, eligible_names
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.registry import resolve
 
 
 @dataclass
 class MaskSpec:
-    """One mask to write from the pass; what is None is taken from the module's option of the same name.
+    """One mask to write from the pass; what is None defaults to the module's option of that name.
 
     Args:
         score: class, short name or class path of a ``Score``.
-        density: share of weights selected, in (0, 1], of those that take part.
+        density: share of the eligible weights that is selected, in (0, 1].
         select: the ``high`` or the ``low`` end of the ranking.
-        scope: weights compete over the whole model (``global``), within each ``tensor``, or within each ``row``.
-        include: regular expression; only parameters whose name it finds take part.
-        exclude: regular expression; parameters whose name it finds do not.
+        scope: weights compete over the whole model (``global``), within each ``tensor``, or within
+            each ``row``.
+        include: regular expression; only parameters in whose name it is found are eligible.
+        exclude: regular expression; parameters in whose name it is found are not.
         name: of the mask's file; score and density when None.
     """
 
@@ -39,29 +39,41 @@ class MaskSpec:
 
     @property
     def ranking(self) -> Ranking:
-        """The order in which its weights are taken."""
+        """The order in which its weights are selected."""
         return Ranking(absolute=not self.score.signed, low=self.select == "low")
 
     @property
     def passes(self) -> tuple[Any, ...]:
-        """Specs equal in this can be selected in the same passes."""
+        """Specs equal in this are selected in the same passes over the scores."""
         return id(self.score), self.select, self.scope, self.include, self.exclude
 
-    def taking_part(self, names: Iterable[str]) -> list[str]:
+    @property
+    def sets_share(self) -> bool:
+        """Whether the score itself decides how many weights are selected."""
+        return type(self.score).share is not Score.share
+
+    @property
+    def default_name(self) -> str:
+        """Score and density, and select and scope where they are not the default."""
+        if self.sets_share:
+            return self.score.label
+        extra = [value for value in (self.select, self.scope) if value not in ("high", "global")]
+        return "-".join([self.score.label, f"{self.density:g}", *extra])
+
+    def eligible(self, names: Iterable[str]) -> list[str]:
         """The parameters whose weights compete.
 
         Raises:
             WagleError: if there are none.
         """
-        return taking_part(names, self.include, self.exclude)
+        return eligible_names(names, self.include, self.exclude)
 
     def options(self) -> dict[str, Any]:
-        """What says which weights were taken, for records."""
+        """What determines which weights are selected, for metadata."""
+        options = vars(self.score).items()
         return {
             "score": type(self.score).__name__,
-            "score_options": {
-                k: v for k, v in vars(self.score).items() if not k.startswith("_") and _is_plain(v)
-            },
+            "score_options": {k: v for k, v in options if k[0] != "_" and _is_plain(v)},
             "select": self.select,
             "scope": self.scope,
             "include": self.include,
@@ -69,41 +81,15 @@ class MaskSpec:
         }
 
 
-def taking_part(names: Iterable[str], include: Optional[str], exclude: Optional[str]) -> list[str]:
-    """Names that ``include`` finds and ``exclude`` does not; None finds everything, or nothing.
-
-    Raises:
-        WagleError: if none is left, or one of them is no regular expression.
-    """
-    wanted, unwanted = _pattern("include", include), _pattern("exclude", exclude)
-    kept = [
-        name
-        for name in names
-        if (wanted is None or wanted.search(name))
-        and (unwanted is None or not unwanted.search(name))
-    ]
-    if not kept:
-        raise WagleError(f"include {include!r} and exclude {exclude!r} leave no parameter")
-    return kept
-
-
-def _pattern(option: str, text: Optional[str]) -> Optional[re.Pattern[str]]:
-    """An option compiled, None if it is None; raises :class:`WagleError` if it is no regular expression."""
-    try:
-        return None if text is None else re.compile(text)
-    except re.error as error:
-        raise WagleError(f"{option} {text!r} is no regular expression: {error}") from None
-
-
 def complete(
     spec: Union[MaskSpec, Mapping[str, Any]], default: MaskSpec, scores: dict[Any, Score]
 ) -> MaskSpec:
-    """The spec with nothing missing, checked.
+    """The spec with every option set and checked.
 
     Args:
         spec: what the user gave.
         default: the module's own options.
-        scores: scores seen so far, so that specs of equal scores share one (and its passes).
+        scores: scores made so far, so that specs with equal scores share one (and its passes).
 
     Raises:
         WagleError: if an option has no meaning.
@@ -113,83 +99,70 @@ def complete(
         if unknown:
             raise WagleError(f"masks: unknown key {unknown[0]!r}")
         spec = MaskSpec(**spec)
-    given = {
-        field.name: getattr(spec, field.name)
-        for field in fields(spec)
-        if getattr(spec, field.name) is not None
-    }
-    spec = replace(default, **given)
-    score = resolve(Score, spec.score, "score")
-    spec.score = scores.setdefault(_definition(score), score)
+    spec = replace(default, **{k: v for k, v in vars(spec).items() if v is not None})
+    spec.score = resolve(Score, spec.score, "score")
+    options = {k: v if _is_plain(v) else id(v) for k, v in vars(spec.score).items()}
+    key = type(spec.score), json.dumps(options, sort_keys=True)
+    spec.score = scores.setdefault(key, spec.score)
     check_density(spec.density)
-    for option in ("include", "exclude"):
-        _pattern(option, getattr(spec, option))
+    check_pattern("include", spec.include)
+    check_pattern("exclude", spec.exclude)
     for option, choices in (("select", ("high", "low")), ("scope", ("global", "tensor", "row"))):
-        if getattr(spec, option) not in choices:
-            raise WagleError(
-                f"{option} must be one of {', '.join(choices)}, got {getattr(spec, option)!r}"
-            )
+        value = getattr(spec, option)
+        if value not in choices:
+            raise WagleError(f"must be one of {', '.join(choices)}, got {value!r}", option)
     unknown = set(spec.score.needs) - set(COLLECTED)
     if unknown:
-        name = type(spec.score).__name__
         raise WagleError(
-            f"score {name} needs {unknown.pop()!r}, which no pass collects; choose from {COLLECTED}"
+            f"score {type(spec.score).__name__} needs {unknown.pop()!r}, which no pass collects; "
+            f"choose from {COLLECTED}"
         )
-    if _sets_its_share(
-        spec.score
-    ):  # it says which weights, all over the model: there is no ranking to read otherwise
+    if spec.sets_share:  # the score selects whole modules: there is no ranking to choose
         spec.select, spec.scope = "high", "global"
     return spec
+
+
+def complete_all(
+    specs: Sequence[Union[MaskSpec, Mapping[str, Any]]], default: MaskSpec
+) -> list[MaskSpec]:
+    """:func:`complete` of several specs, of which there must be at least one."""
+    if not specs:
+        raise WagleError("is an empty list", option="masks", hint="leave it out, or name a mask")
+    scores: dict[Any, Score] = {}
+    return [complete(spec, default, scores) for spec in specs]
 
 
 def name_masks(specs: Sequence[MaskSpec]) -> list[str]:
     """File names: as given, or of score and density.
 
     Raises:
-        WagleError: if two masks would have the same, or one is no plain file name.
+        WagleError: if two masks would have the same, or one is not a plain file name.
     """
-    names = [spec.name or _name(spec) for spec in specs]
+    names = [spec.name or spec.default_name for spec in specs]
     for name in names:
         if name in (".", "..") or "\0" in name or Path(name).name != name:
             raise WagleError(f"masks: name must be a file name without a folder, got {name!r}")
         if names.count(name) > 1:
-            raise WagleError(f"two masks would be called {name!r}: give one of them a name")
+            raise WagleError(
+                f"two masks would be called {name!r}", hint="give one of them a name of its own"
+            )
     return names
 
 
 def check_labels(specs: Sequence[MaskSpec]) -> None:
     """Raise :class:`WagleError` if two different scores would be saved under one name."""
-    scores = {id(spec.score): spec.score.label for spec in specs}
-    for label in scores.values():
-        if list(scores.values()).count(label) > 1:
+    labels = list({id(spec.score): spec.score.label for spec in specs}.values())
+    for label in labels:
+        if labels.count(label) > 1:
             raise WagleError(
-                f"save_scores would save two different scores as {label}.scores: make two runs of them"
+                f"would save two different scores as {label}.scores",
+                option="save_scores",
+                hint="make two runs of them",
             )
 
 
-def _definition(score: Score) -> tuple[type[Score], str]:
-    """Equal for scores that are the same; what is no plain data is the same only as itself."""
-    options = {
-        name: value if _is_plain(value) else id(value) for name, value in vars(score).items()
-    }
-    return type(score), json.dumps(options, sort_keys=True)
-
-
 def _is_plain(value: Any) -> bool:
-    """Whether a value can go into a record as it is."""
+    """Whether a value can be written to JSON as it is."""
     if isinstance(value, (list, tuple)):
         return all(_is_plain(item) for item in value)
     return value is None or isinstance(value, (str, int, float, bool))
-
-
-def _sets_its_share(score: Score) -> bool:
-    return type(score).share is not Score.share
-
-
-def _name(spec: MaskSpec) -> str:
-    if _sets_its_share(spec.score):
-        return spec.score.label
-    extra = [
-        value for value, usual in ((spec.select, "high"), (spec.scope, "global")) if value != usual
-    ]
-    return "-".join([spec.score.label, f"{spec.density:g}", *extra])

@@ -1,7 +1,7 @@
-"""Scores on disk, so that another density is a matter of seconds and not of another pass.
+"""Scores on disk, so that a mask of another density takes seconds and not another pass.
 
-A folder of safetensors shards, one tensor a parameter, and ``index.json``, which says what made them, for which model,
-and which shard holds which parameter.
+A folder with a safetensors file, one tensor a parameter, and ``index.json``: what made them, for
+which model, and which file holds which parameter.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import Any, Optional
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from wagle_pl.attribution import selection
-from wagle_pl.attribution.selection import Ranking, Scope
-from wagle_pl.attribution.specs import taking_part
+from wagle_pl.attribution.selection import Ranking, Scope, eligible_names
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
+from wagle_pl.core.tensorfiles import write_tensors
 from wagle_pl.masks import WeightMask
+from wagle_pl.masks.bits import filled_bits
 
 FORMAT = "wagle_pl.scores"
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
+SCORES_FILE = "scores-00001.safetensors"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-SHARD_BYTES = 1 << 30
 
 
 def write_scores(
@@ -37,41 +37,26 @@ def write_scores(
     shapes: Mapping[str, tuple[int, ...]],
     made_by: dict[str, Any],
     dtype: torch.dtype = torch.float32,
-    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write a folder of scores, a shard at a time; whole or not at all.
+    """Write a folder of scores, a tensor at a time and atomically.
 
     Args:
-        folder: where to; replaced if it exists (the caller has asked for it).
-        scores: (parameter name, scores of its shape) of every parameter, in order.
+        folder: replaced if it exists.
+        scores: (parameter name, scores of its shape) of every parameter, in the order of shapes.
         shapes: parameter name -> shape.
-        made_by: JSON-serialisable; ``model_fingerprint`` and ``absolute`` (ranked by absolute value) are used again.
+        made_by: JSON-serialisable; :func:`mask_from_scores` reads ``model_fingerprint`` and
+            ``absolute`` (ranked by absolute value).
         dtype: of the file. In bf16 weights whose scores differ by less than 1/256 may tie.
-        shard_bytes: a shard is closed when it holds this much.
     """
     header = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
-    header |= {"shapes": json.dumps(shapes), "made_by": json.dumps(made_by)}
+    metadata = header | {"shapes": json.dumps(shapes), "made_by": json.dumps(made_by)}
+    remaining = iter(scores)
+    tensors = [(name, dtype, shape, lambda: next(remaining)[1]) for name, shape in shapes.items()]
     with atomic_path(Path(folder)) as temporary:
         temporary.mkdir()
-        places: dict[str, str] = {}
-        shard: dict[str, Tensor] = {}
-        size = 0
-
-        def close() -> None:
-            file = f"scores-{len(set(places.values())) + 1:05d}.safetensors"
-            save_file(shard, temporary / file, metadata=header)
-            places.update(dict.fromkeys(shard, file))
-            shard.clear()
-
-        for name, tensor in scores:
-            shard[name] = tensor.to(dtype).cpu().contiguous()
-            size += shard[name].numel() * shard[name].element_size()
-            if size >= shard_bytes:
-                close()
-                size = 0
-        if shard:
-            close()
-        index = {**header, "shapes": shapes, "made_by": made_by, "files": places}
+        write_tensors(temporary / SCORES_FILE, tensors, metadata)
+        files = dict.fromkeys(shapes, SCORES_FILE)
+        index = {**header, "shapes": shapes, "made_by": made_by, "files": files}
         (temporary / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return Path(folder)
 
@@ -92,7 +77,8 @@ class StoredScores:
         index_file = self.folder / INDEX_FILE
         if not index_file.is_file():
             raise WagleError(
-                f"{folder} is no folder of scores (it has no {INDEX_FILE}): give what save_scores wrote"
+                f"{folder} is no folder of scores (it has no {INDEX_FILE})",
+                hint="give what save_scores wrote",
             )
         try:
             index = json.loads(index_file.read_text(encoding="utf-8"))
@@ -102,7 +88,8 @@ class StoredScores:
             raise WagleError(f"{index_file} is not of wagle_pl scores")
         if int(index["format_version"]) > FORMAT_VERSION:
             raise WagleError(
-                f"{index_file} has format {index['format_version']}; this version reads {FORMAT_VERSION}"
+                f"{index_file} has format {index['format_version']}; this version reads "
+                f"{FORMAT_VERSION}"
             )
         self.shapes = {name: tuple(shape) for name, shape in index["shapes"].items()}
         self.made_by: dict[str, Any] = index["made_by"]
@@ -112,17 +99,16 @@ class StoredScores:
         """(parameter name, float32 scores), of all parameters or of some, in order.
 
         Raises:
-            WagleError: if a shard is missing or cut short.
+            WagleError: if a file is missing or truncated.
         """
-        opened, handle = None, None
         for name in self.shapes if names is None else names:
-            file = self._files[name]
+            path = self.folder / self._files[name]
             try:
-                if file != opened:
-                    opened, handle = file, safe_open(self.folder / file, framework="pt")
-                yield name, handle.get_tensor(name).float()
+                with safe_open(path, framework="pt") as file:
+                    scores = file.get_tensor(name).float()
             except (SafetensorError, OSError) as error:
-                raise WagleError(f"{self.folder / file} is missing or not whole: {error}") from None
+                raise WagleError(f"{path} is missing or not whole: {error}") from None
+            yield name, scores
 
 
 def mask_from_scores(
@@ -133,45 +119,34 @@ def mask_from_scores(
     include: Optional[str] = None,
     exclude: Optional[str] = None,
 ) -> WeightMask:
-    """The mask of stored scores at another density: what the pass itself would have written, if they are in fp32.
+    """The mask of stored scores at another density: that of the pass itself if they are in fp32.
 
     Args:
         path: folder of scores.
-        density: share of the weights that take part, in (0, 1].
+        density: share of the eligible weights, in (0, 1].
         select: the ``high`` or the ``low`` end of the ranking.
         scope: what competes, see :func:`wagle_pl.attribution.selection.select`.
-        include: regular expression; only parameters whose name it finds take part.
-        exclude: regular expression; parameters whose name it finds do not.
+        include: regular expression; only parameters in whose name it is found are eligible.
+        exclude: regular expression; parameters in whose name it is found are not.
 
     Raises:
         WagleError: if there are no scores there, or an option has no meaning.
     """
     if select not in ("high", "low"):
-        raise WagleError(f"select must be high or low, got {select!r}")
+        raise WagleError(f"must be high or low, got {select!r}", option="select")
     stored = StoredScores(path)
-    names = taking_part(stored.shapes, include, exclude)
+    names = eligible_names(stored.shapes, include, exclude)
     ranking = Ranking(stored.made_by.get("absolute", True), low=select == "low")
-    selected = selection.select(lambda: stored.stream(names), density, ranking, scope)
-    metadata = {
-        **stored.made_by,
-        "density": density,
-        "select": select,
-        "scope": scope,
-        "include": include,
-        "exclude": exclude,
-    }
-    metadata.pop("absolute", None)
-    return whole_mask(dict(selected), stored.shapes, metadata)
+    chosen = selection.select(lambda: stored.stream(names), density, ranking, scope)
+    made_by = {key: value for key, value in stored.made_by.items() if key != "absolute"}
+    options = {"density": density, "select": select, "scope": scope}
+    options |= {"include": include, "exclude": exclude}
+    return whole_mask(dict(chosen), stored.shapes, made_by | options)
 
 
 def whole_mask(
     packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], metadata: dict[str, Any]
 ) -> WeightMask:
-    """A mask of all parameters, in their order: those that took no part are frozen."""
-    bits = {
-        name: packed[name]
-        if name in packed
-        else torch.zeros((prod(shape) + 7) // 8, dtype=torch.uint8)
-        for name, shape in shapes.items()
-    }
-    return WeightMask(bits, shapes, metadata)
+    """A mask of all parameters, in their order: those that were not eligible are frozen."""
+    frozen = {n: filled_bits(prod(shape), False) for n, shape in shapes.items() if n not in packed}
+    return WeightMask({name: {**frozen, **packed}[name] for name in shapes}, shapes, metadata)

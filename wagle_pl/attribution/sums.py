@@ -1,35 +1,113 @@
-"""``GradientSums``: running fp32 sums of gradients and of their squares.
-
-With several ranks each keeps its rows of every sum (:class:`~wagle_pl.attribution.shards.Shard`).
-"""
+"""Running fp32 sums of gradients and of their squares, sharded over ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from math import gcd, prod
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
-from wagle_pl.attribution.shards import Shard
 from wagle_pl.core import distributed
 from wagle_pl.strategies.checkpoint import Piece, ShardedCheckpoint
 
-_OF_STEP = "of this step: "  # before the name of a sum over a step, in a checkpoint
+_OF_STEP = "of this step: "  # before the name of a step's sum, in a checkpoint
+
+
+class Shard:
+    """This rank's rows of a parameter: all of them on one device.
+
+    Whole rows, so that a score that looks along a row needs no weights of other ranks; and as many
+    that their bits fill whole bytes, so that packed masks can be concatenated.
+
+    Args:
+        shape: of the parameter. The rows of a vector are its numbers.
+        rank: this rank; from the process group when None.
+        ranks: how many there are.
+
+    Attributes:
+        shape: of the parameter.
+        total: number of its weights.
+        start, stop: the rows.
+        first: index of the first weight in the flattened parameter.
+
+    >>> shard = Shard((5, 2), rank=1, ranks=2)
+    >>> shard.start, shard.stop, shard.first
+    (4, 5, 8)
+    """
+
+    def __init__(
+        self, shape: Sequence[int], rank: Optional[int] = None, ranks: Optional[int] = None
+    ) -> None:
+        self.shape = tuple(shape)
+        self.ranks = distributed.world_size() if ranks is None else ranks
+        rank = distributed.rank() if rank is None else rank
+        rows, *rest = self.shape or (1,)
+        width = prod(rest)
+        per_byte = 8 // gcd(8, width) if width else 1
+        self._by_row = (rows, *rest)
+        self._each = rows if self.ranks == 1 else -(-rows // (self.ranks * per_byte)) * per_byte
+        self.start, self.stop = (min(r * self._each, rows) for r in (rank, rank + 1))
+        self.first, self.total = self.start * width, rows * width
+
+    def of(self, whole: Tensor) -> Tensor:
+        """This rank's rows of a tensor of the parameter's shape: a view."""
+        if self.ranks == 1:
+            return whole
+        return whole.reshape(self._by_row)[self.start : self.stop]
+
+    def zeros(self, device: torch.device) -> Tensor:
+        """fp32 zeros for this rank's rows."""
+        mine = (self.stop - self.start, *self._by_row[1:])
+        shape = self.shape if self.ranks == 1 else mine
+        return torch.zeros(shape, dtype=torch.float32, device=device)
+
+    def scatter_sum(self, whole: Tensor) -> Tensor:
+        """Reduce-scatter of tensors in the parameter's shape. Collective: all ranks must call
+        it."""
+        if self.ranks == 1:
+            return whole
+        padded = _padded(whole.reshape(self._by_row), self._each * self.ranks)
+        return distributed.reduce_scatter(padded)[: self.stop - self.start]
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """All-gather of the ranks' rows, in the parameter's shape. Collective: all ranks must call
+        it."""
+        if self.ranks == 1:
+            return rows
+        whole = distributed.all_gather_tensor(_padded(rows, self._each))
+        return whole[: self._by_row[0]].reshape(self.shape)
+
+    def gather_bits(self, packed: Tensor) -> Tensor:
+        """All-gather of the packed bits of the ranks' rows. Collective: all ranks must call it."""
+        if self.ranks == 1:
+            return packed
+        share = self._each * prod(self._by_row[1:]) // 8
+        whole = distributed.all_gather_tensor(_padded(packed.to(distributed.device()), share))
+        return whole[: (self.total + 7) // 8].cpu()
+
+
+def _padded(tensor: Tensor, rows: int) -> Tensor:
+    """The tensor with rows of zeros appended."""
+    if len(tensor) == rows:
+        return tensor
+    return torch.cat([tensor, tensor.new_zeros((rows - len(tensor), *tensor.shape[1:]))])
 
 
 class GradientSums:
-    """Sums by name: one fp32 tensor a parameter and name, made when first used, 4 bytes a weight and name.
+    """Named sums: one fp32 tensor per parameter and name, created on first use; 4 bytes a weight.
 
-    On one device the sum of fp32 parameters' gradients is the tensor that autograd accumulates into: no second buffer
-    exists. Gradients of narrower parameters, of several ranks, and those to be squared are taken as soon as one
-    parameter's is whole, added in fp32, and freed before the next parameter's.
+    With several ranks each keeps its :class:`Shard` of every sum. On one device, gradients of fp32
+    parameters are accumulated by autograd into the sum itself, without a second buffer. Other
+    gradients (of narrower parameters, of several ranks, or to be squared) are added in fp32 as soon
+    as one parameter's is complete, and freed before the next.
 
     Args:
         parameters: of the model, in order.
-        names: their names, for checkpoints of shards.
+        names: their names, for sharded checkpoints.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], names: Sequence[str] = ()) -> None:
@@ -38,47 +116,33 @@ class GradientSums:
         self.shards = [Shard(getattr(p, "ds_shape", p.shape)) for p in self.parameters]
         #: Sums over the run: name -> this rank's rows of each parameter's.
         self.sums: dict[str, list[Tensor]] = {}
-        #: Sums over one step, zero between steps; checkpoints keep them within one.
+        #: Sums over one optimiser step, zero between steps.
         self.step_sums: dict[str, list[Tensor]] = {}
-        #: fp64 vectors and numbers that do not have the parameter's shape: name -> parameter -> this rank's part.
+        #: fp64 vectors that do not have the parameter's shape: name -> parameter -> this rank's.
         self.vectors: dict[str, dict[str, Tensor]] = {}
-        #: Counts of examples, of batches, ...: this rank's part.
+        #: Numbers of rows: this rank's.
         self.counts: dict[str, float] = {}
 
     @classmethod
     def of(cls, lm: nn.Module) -> GradientSums:
-        """For all parameters of a model."""
+        """Empty sums for all parameters of a model."""
         names, parameters = zip(*lm.named_parameters(), strict=True)
         return cls(parameters, names)
 
     @property
     def sharded(self) -> bool:
-        """Whether the parameters themselves are sharded over ranks (ZeRO-3)."""
+        """Whether the parameters themselves are sharded (ZeRO-3)."""
         return any(hasattr(parameter, "ds_id") for parameter in self.parameters)
 
-    def buffers(self, name: str) -> list[Tensor]:
-        """The sums of one name, in parameter order: this rank's rows of each."""
-        return self._buffers(self.sums, name)
+    def buffers(self, name: str, in_step: bool = False) -> list[Tensor]:
+        """The sums of one name, over the run or over the step, in parameter order."""
+        sums = self.step_sums if in_step else self.sums
+        if name not in sums:
+            devices = (parameter.device for parameter in self.parameters)
+            sums[name] = [s.zeros(device) for s, device in zip(self.shards, devices, strict=True)]
+        return sums[name]
 
-    def _stored(self) -> dict[str, list[Tensor]]:
-        """Every sum by its name in a checkpoint."""
-        return {
-            **self.sums,
-            **{_OF_STEP + name: tensors for name, tensors in self.step_sums.items()},
-        }
-
-    def _restored(self, name: str) -> list[Tensor]:
-        """The sums that a name in a checkpoint stands for."""
-        if name.startswith(_OF_STEP):
-            return self._buffers(self.step_sums, name.removeprefix(_OF_STEP))
-        return self.buffers(name)
-
-    def _buffers(self, where: dict[str, list[Tensor]], name: str) -> list[Tensor]:
-        if name not in where:
-            where[name] = [
-                shard.zeros(p.device) for shard, p in zip(self.shards, self.parameters, strict=True)
-            ]
-        return where[name]
+    # -- while the pass runs -----------------------------------------------------------------------
 
     @contextmanager
     def into(
@@ -87,23 +151,21 @@ class GradientSums:
         squares: Optional[str] = None,
         in_step: Optional[str] = None,
     ) -> Iterator[None]:
-        """Where the gradient of the one backward pass inside goes; it may go to several places.
+        """Context of one backward pass, whose gradient is added to one or several sums.
 
-        With several ranks it is collective, whichever parameters have a gradient on which rank.
+        Collective: all ranks must enter it, whichever parameters have a gradient on which rank.
 
         Args:
             total: name of the sum that the gradient is added to.
             squares: name of the sum that its elementwise square is added to.
             in_step: name of the sum over this step that it is added to, see :meth:`fold`.
         """
-        totals = [
-            *([self.buffers(total)] if total else []),
-            *([self._buffers(self.step_sums, in_step)] if in_step else []),
-        ]
+        totals = [self.buffers(total)] if total else []
+        totals += [self.buffers(in_step, in_step=True)] if in_step else []
         squared = self.buffers(squares) if squares else []
-        distributed_run = distributed.is_distributed()
-        # ranks reduce in one order, which is nearly that in which a backward pass finds gradients
-        left = list(range(len(self.parameters))) if distributed_run else []
+        several_ranks = distributed.is_distributed()
+        # all ranks reduce in this order, which is nearly that in which backward finishes gradients
+        left = list(range(len(self.parameters))) if several_ranks else []
         waiting: dict[int, Tensor] = {}
 
         def add(position: int, gradient: Tensor) -> None:
@@ -118,7 +180,7 @@ class GradientSums:
         @torch.no_grad()
         def take(position: int, parameter: nn.Parameter) -> None:
             gradient, parameter.grad = parameter.grad, None
-            if not distributed_run:
+            if not several_ranks:
                 return add(position, gradient)
             waiting[position] = gradient
             while left and left[-1] in waiting:
@@ -126,7 +188,7 @@ class GradientSums:
                 add(position, waiting.pop(position))
 
         hooks = []
-        in_place = len(totals) == 1 and not squares and not distributed_run and not self.sharded
+        in_place = len(totals) == 1 and not squares and not several_ranks and not self.sharded
         for position, parameter in enumerate(self.parameters):
             if in_place and parameter.dtype == torch.float32:
                 parameter.grad = totals[0][position]
@@ -135,36 +197,35 @@ class GradientSums:
                 hooks.append(parameter.register_post_accumulate_grad_hook(partial(take, position)))
         try:
             yield
-            for position in reversed(left):  # some rank may have a gradient that this one has not
+            for position in reversed(left):  # other ranks may have gradients that this one has not
                 found = waiting.pop(position, None)
+                if found is None:
+                    shape = self.shards[position].shape
+                    found = torch.zeros(shape, device=self.parameters[position].device)
                 with torch.no_grad():
-                    add(position, self._zeros(position) if found is None else found)
+                    add(position, found)
         finally:
             for hook in hooks:
                 hook.remove()
             for parameter in self.parameters:
                 parameter.grad = None
 
-    def _zeros(self, position: int) -> Tensor:
-        parameter = self.parameters[position]
-        return torch.zeros(self.shards[position].shape, device=parameter.device)
-
     def add(self, buffers: Sequence[Tensor], position: int, whole: Tensor) -> None:
-        """Add the ranks' tensors of a parameter's shape to its sum; collective."""
-        buffers[position].add_(
-            self.shards[position].scatter_sum(whole).to(buffers[position].device)
-        )
+        """Add the ranks' tensors of one parameter's shape to a sum. Collective: all ranks must call
+        it."""
+        mine = self.shards[position].scatter_sum(whole)
+        buffers[position].add_(mine.to(buffers[position].device))
 
     @torch.no_grad()
     def fold(
         self, name: str, squares: Optional[str] = None, squared_norm: Optional[str] = None
     ) -> None:
-        """End a step: square what was summed over it, over all its micro-batches and ranks, and begin anew.
+        """End a step: square the sum over all its micro-batches and ranks, and reset it.
 
         Args:
             name: of the sum over the step.
-            squares: name of the sum its elementwise square is added to.
-            squared_norm: name of the vectors each parameter's squared norm is added to (one number each).
+            squares: name of the sum that its elementwise square is added to.
+            squared_norm: name of the vectors that each parameter's squared norm is added to.
         """
         for position, gradient in enumerate(self.step_sums.get(name, [])):
             if squares:
@@ -175,42 +236,44 @@ class GradientSums:
             gradient.zero_()
 
     def count(self, name: str, amount: float) -> None:
-        """Add to a running number."""
+        """Add to a count."""
         self.counts[name] = self.counts.get(name, 0) + amount
 
     def add_vector(self, name: str, parameter: str, vector: Tensor) -> None:
-        """Add to a running vector of a parameter, in fp64 and without waiting for the device."""
+        """Add to a vector of a parameter, in fp64 and without synchronising with the device."""
         vectors = self.vectors.setdefault(name, {})
-        vectors[parameter] = (
-            vectors[parameter] + vector if parameter in vectors else vector.double()
-        )
+        before = vectors.get(parameter)
+        vectors[parameter] = vector.double() if before is None else before + vector
 
-    def step(self, closure: Any = None) -> Any:
-        """Move nothing; Lightning counts it."""
-        return closure() if closure is not None else None
-
-    # -- over all ranks, and on disk ----------------------------------------------------------------------------------
+    # -- over all ranks, and in checkpoints --------------------------------------------------------
 
     def small(self) -> dict[str, Any]:
-        """Vectors and counts, summed over the ranks; collective."""
+        """Vectors and counts, summed over ranks. Collective: all ranks must call it."""
+        total = distributed.all_reduce_sum
         vectors = {
-            name: {
-                key: distributed.all_reduce_sum(vector.clone())
-                for key, vector in sorted(by_parameter.items())
-            }
+            name: {key: total(vector.clone()) for key, vector in sorted(by_parameter.items())}
             for name, by_parameter in sorted(self.vectors.items())
         }
         counts = {
-            n: float(distributed.all_reduce_sum(torch.tensor(c).double()))
-            for n, c in sorted(self.counts.items())
+            name: float(total(torch.tensor(count).double()))
+            for name, count in sorted(self.counts.items())
         }
         return {"vectors": vectors, "counts": counts}
 
+    def _stored(self) -> dict[str, list[Tensor]]:
+        """Every sum by its name in a checkpoint."""
+        return self.sums | {_OF_STEP + name: sums for name, sums in self.step_sums.items()}
+
+    def _restored(self, name: str) -> list[Tensor]:
+        """The buffers of a name in a checkpoint."""
+        return self.buffers(name.removeprefix(_OF_STEP), in_step=name.startswith(_OF_STEP))
+
     def state_dict(self) -> dict[str, Any]:
-        """Sums, vectors and counts, whole, where they are on one device, and on the CPU of rank 0 if there are more."""
-        stored = self._stored()
-        sums: dict[str, list[Tensor]] = {name: [] for name in stored}
-        for name, tensors in stored.items():
+        """Whole sums, vectors and counts; with several ranks on the CPU of rank 0. Collective: all
+        ranks must call it."""
+        sums: dict[str, list[Tensor]] = {}
+        for name, tensors in self._stored().items():
+            sums[name] = []
             for shard, tensor in zip(self.shards, tensors, strict=True):
                 whole = shard.gather(tensor)
                 if not distributed.is_distributed():
@@ -220,14 +283,14 @@ class GradientSums:
         return {"sums": sums, **self.small()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take sums, vectors and counts, to this device, without a change of dtype."""
+        """Restore what :meth:`state_dict` gave, on the device of the parameters."""
         for name, tensors in state_dict["sums"].items():
             for shard, mine, whole in zip(self.shards, self._restored(name), tensors, strict=True):
                 mine.copy_(shard.of(whole))
         self._load_small(state_dict)
 
     def _load_small(self, small: dict[str, Any]) -> None:
-        """Rank 0 goes on from what all ranks had together."""
+        """Restore vectors and counts on rank 0; other ranks start at zero, as they are summed."""
         first = distributed.rank() == 0
         device = self.parameters[0].device
         self.vectors = {
@@ -240,22 +303,19 @@ class GradientSums:
         self.counts = {name: count if first else 0.0 for name, count in small["counts"].items()}
 
     def parts(self) -> Iterator[Piece]:
-        """This rank's rows of every sum, for a checkpoint of shards."""
+        """This rank's rows of every sum, for a sharded checkpoint."""
         for name, tensors in self._stored().items():
             for parameter, shard, tensor in zip(self.names, self.shards, tensors, strict=True):
-                if tensor.numel():
+                if size := tensor.numel():
                     read = partial(tensor.reshape, -1)
-                    yield Piece(
-                        f"sum/{name}", parameter, shard.first, tensor.numel(), torch.float32, read
-                    )
+                    yield Piece(f"sum/{name}", parameter, shard.first, size, torch.float32, read)
 
     def load(self, stored: ShardedCheckpoint) -> None:
-        """Take this rank's rows of every sum from a checkpoint that any number of ranks wrote."""
+        """Restore this rank's rows from a checkpoint that any number of ranks wrote."""
         for key in stored.pieces:
             buffers = self._restored(key.removeprefix("sum/"))
             for parameter, shard, tensor in zip(self.names, self.shards, buffers, strict=True):
-                if tensor.numel():
-                    tensor.copy_(
-                        stored.read(key, parameter, shard.first, tensor.numel()).view_as(tensor)
-                    )
+                if size := tensor.numel():
+                    rows = stored.read(key, parameter, shard.first, size)
+                    tensor.copy_(rows.view_as(tensor))
         self._load_small(stored.common["sums"])

@@ -52,14 +52,14 @@ class HessianCost(Protocol):
     :mod:`wagle_pl.attribution.hessian` answers it.
 
     Attributes:
-        spreads: whether it works with parameters that are sharded (ZeRO-3).
+        shardable: whether it works with sharded parameters (ZeRO-3).
         backward_passes: beside those of the two losses.
         same_graph: whether one of them goes through the graph of the retain loss.
         step_sums: fp32 sums of the model's size that stand while a step lasts.
         temporaries: tensors of the model's size and dtype that stand during a backward pass.
     """
 
-    spreads: bool
+    shardable: bool
     backward_passes: int
     same_graph: bool
     step_sums: int
@@ -163,7 +163,7 @@ class PlannedRun:
     def needs_whole_parameters(self) -> bool:
         """Whether ZeRO-3, which spreads them over ranks, is out of the question for the
         estimator."""
-        return self.estimator is not None and not self.estimator.spreads
+        return self.estimator is not None and not self.estimator.shardable
 
     @property
     def spread(self) -> Strategy:
