@@ -1,4 +1,4 @@
-"""What the tests share: a tiny model, a few rows, and the command line in this process."""
+"""What the tests share: a tiny model, a few rows, small benchmark_folders."""
 
 from __future__ import annotations
 
@@ -16,33 +16,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads cost more than they bring
 
+import benchmark_folders
 import numpy as np
 import torch
+from helpers import TOFU_LOGS, write_rows
 from hypothesis import HealthCheck, settings
-from ranks import Ranks
-from safetensors.torch import load_file
 
 from wagle_pl.cli import app as cli
 from wagle_pl.data.people import bundled
 from wagle_pl.lm.tiny import create_tiny_llama
-
-real_run = cli.run
 
 # the same examples everywhere, and none too slow: what a machine is busy with is no finding about the code
 settings.register_profile(
     "wagle", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("wagle")
-
-TOFU = Path(__file__).parents[2] / "shared/data/tofu"
-TOFU_LOGS = Path(__file__).parents[2] / "shared/data/tofu_eval_logs"
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start processes of their own run one after the other, in one of pytest's processes."""
-    for item in items:
-        if "ranks" in getattr(item, "fixturenames", ()) or item.path.name == "test_strategies.py":
-            item.add_marker(pytest.mark.xdist_group("ranks"))
 
 
 @pytest.fixture(autouse=True)
@@ -100,71 +88,33 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    """Two processes that run commands together, for the whole session."""
-    running = Ranks(tmp_path_factory.mktemp("ranks"))
-    yield running
-    running.stop()
+def published() -> dict[str, Any]:
+    """Name of a model -> the result file published for it with TOFU."""
+    return {
+        name: json.loads((TOFU_LOGS / f"llama2-7b_{name}.json").read_text())
+        for name in ("full", "retain90")
+    }
 
 
-def environment() -> dict[str, str]:
-    """Of a command typed in a shell: without what a strategy of another test has left in this process."""
-    left = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    own = {name: value for name, value in os.environ.items() if name not in left}
-    return {**own, "PYTHONPATH": str(Path(__file__).parents[1])}
+@pytest.fixture(scope="session")
+def muse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See :func:`benchmark_folders.muse`."""
+    return benchmark_folders.muse(tmp_path_factory.mktemp("muse"))
 
 
-def same_bits(a: str, b: str) -> bool:
-    """Whether two model folders hold the same weights, bit for bit."""
-    first, second = load_file(f"{a}/model.safetensors"), load_file(f"{b}/model.safetensors")
-    return all(
-        torch.equal(first[name].view(torch.int32), second[name].view(torch.int32)) for name in first
-    )
+@pytest.fixture(scope="session")
+def wmdp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See :func:`benchmark_folders.wmdp`."""
+    return benchmark_folders.wmdp(tmp_path_factory.mktemp("wmdp_data"))
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
-    """Write JSON lines; return the path."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
+@pytest.fixture(scope="session")
+def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See :func:`benchmark_folders.book`."""
+    return benchmark_folders.book(tmp_path_factory.mktemp("book"))
 
 
-@pytest.fixture
-def wagle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: dict[str, str]):
-    """Run ``wagle <args>`` in this process and in an empty folder; returns the CLI object of a fit or test.
-
-    ``data=True`` adds the shared rows, and quiet CPU trainer options.
-    """
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args: Any, data: bool = True) -> Any:
-        command, *options = [str(a) for a in args]
-        if data:
-            files = ["--data.forget", rows["forget"], "--data.retain", rows["retain"]]
-            quiet = ["enable_progress_bar", "enable_model_summary", "logger"]
-            trainer = ["--trainer.accelerator", "cpu", "--trainer.devices", "1"]
-            trainer += [part for name in quiet for part in (f"--trainer.{name}", "false")]
-            options = ["--data", "ForgetRetainDataModule", *files, *trainer, *options]
-        return real_run([command, *options])
-
-    return run
-
-
-@pytest.fixture
-def fails(wagle: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run ``wagle <args>`` that must end with one line on stderr and exit code 2; returns that line."""
-
-    def run(*args: Any, data: bool = True) -> str:
-        capsys.readouterr()
-        monkeypatch.setattr(cli, "run", lambda arguments: wagle(*arguments, data=data))
-        with pytest.raises(SystemExit) as exit_:
-            cli.main([str(a) for a in args])
-        assert exit_.value.code == 2
-        lines = [
-            line
-            for line in capsys.readouterr().err.splitlines()
-            if line.startswith("wagle: error: ")
-        ]
-        assert len(lines) == 1
-        return lines[0]
-
-    return run
+@pytest.fixture(scope="session")
+def detox(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See :func:`benchmark_folders.detox`."""
+    return benchmark_folders.detox(tmp_path_factory.mktemp("detox"))

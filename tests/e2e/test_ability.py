@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import write_rows
+from helpers import write_rows
 
 from wagle_pl import WagleError
 from wagle_pl.data import WMDPDataModule

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import write_rows
+from helpers import write_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -599,3 +599,22 @@ def test_a_tokenizer_without_a_pad_token_is_handled(wagle, tiny_model, tmp_path)
         "--model.max_new_tokens",
         "4",
     )
+
+
+TOKENS = [
+    {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
+    {"input_ids": [5, 6, 9999], "labels": [-100, 6, 7]},
+]
+
+
+def test_a_token_that_the_model_does_not_know(fails, tiny_model, tmp_path):
+    rows = write_rows(tmp_path / "tokens.jsonl", TOKENS)
+    model = ("--model.model", tiny_model, "--model.output", "out")
+    line = fails(
+        "fit", "--model", "UnlearnModule", *model, "--data.forget", rows, "--trainer.max_steps", "1"
+    )
+    assert "tokens.jsonl) row 2: token id 9999 is out of range: the model knows 0 to " in line
+    line = fails(
+        "test", "--model", "EvaluationModule", *model, "--data.test", json.dumps({"mine": rows})
+    )
+    assert "tokens.jsonl) row 2: token id 9999 is out of range: the model knows 0 to " in line

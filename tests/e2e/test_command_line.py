@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from conftest import environment
+from helpers import environment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 
@@ -491,3 +491,39 @@ def test_own_rows_have_a_configuration_that_leaves_nothing_undefined(
     assert all(
         line.endswith("generations are empty") for line in undefined
     )  # the model of this test says nothing
+
+
+@pytest.mark.parametrize("how", ["module", "script"])
+def test_files_of_the_current_folder_shadow_no_library(tmp_path: Path, how: str) -> None:
+    """Files that happen to be called like a library are not imported in its place; the user's own modules are found."""
+    here, script = tmp_path / "here", tmp_path / "wagle"
+    here.mkdir()
+    script.write_text("from wagle_pl.cli.app import main\nmain()\n")  # as pip writes it
+    for name in ("yaml", "torch", "lightning", "datasets", "random", "jsonargparse"):
+        (here / f"{name}.py").write_text("raise SystemExit('shadowed')\n")
+    (here / "mine.py").write_text(
+        "from wagle_pl import Objective\n\nclass Mine(Objective):\n    'One of my own.'\n"
+    )
+    found = subprocess.run(
+        [
+            sys.executable,
+            *(["-m", "wagle_pl"] if how == "module" else [str(script)]),
+            "fit",
+            "--model",
+            "UnlearnModule",
+            "--model.objective",
+            "mine.Mine",
+            "--model.model",
+            "x",
+            "--data",
+            "ForgetRetainDataModule",
+            "--print_config",
+        ],
+        cwd=here,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "shadowed" not in found.stderr + found.stdout
+    assert found.returncode == 0 and "mine.Mine" in found.stdout, found.stderr

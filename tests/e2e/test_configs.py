@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import write_rows
+from helpers import write_rows
 from lightning import LightningDataModule, LightningModule
 
 from wagle_pl.cli import app as cli

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_rows
+from helpers import write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import write_rows
+from helpers import write_rows
 from scipy.stats import ks_2samp
 from transformers import GenerationConfig
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import environment
+from helpers import environment
 from safetensors.torch import load_file
 
 from wagle_pl.masks import WeightMask

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import environment, same_bits
+from helpers import environment, same_bits
 from safetensors import SafetensorError
 
 from wagle_pl import WeightMask
@@ -325,3 +325,21 @@ def test_when_nothing_can_be_written_anywhere(fails: Any, tiny_model: str, full:
         "out",
     )
     assert line.endswith("there is no checkpoint, and the result is lost")
+
+
+def test_a_mask_that_would_leave_its_folder_is_refused_first(
+    fails: Any, tiny_model: str, tmp_path: Path
+) -> None:
+    masks = '[{"score": "magnitude", "name": "../x"}]'
+    line = fails(
+        "fit",
+        "--model",
+        "AttributionModule",
+        "--model.model",
+        tiny_model,
+        "--model.output",
+        "masks",
+        "--model.masks",
+        masks,
+    )
+    assert "'../x'" in line and not list(tmp_path.rglob("x*"))

@@ -846,12 +846,14 @@ def test_wagle_test_on_several_ranks(
     texts = pq.read_table("one/forget.parquet").to_pydict()
     assert expected and len(texts["generation"]) == 5
     for name in STRATEGIES:
-        ranks(*common, "--model.output", name, *strategy(name))
+        here, there = ranks(*common, "--model.output", name, *strategy(name))
+        assert here["metrics"] == there["metrics"]
         found = json.loads((Path(name) / "metrics.json").read_text())
         assert found == pytest.approx(expected, rel=1e-4)
-        assert (
-            pq.read_table(f"{name}/forget.parquet").to_pydict()["generation"] == texts["generation"]
-        )
+        records = pq.read_table(f"{name}/forget.parquet").to_pydict()
+        assert records["row"] == list(range(5)) and records["generation"] == texts["generation"]
+        for mine, reference in zip(records["perturbed_nll"], texts["perturbed_nll"], strict=True):
+            assert mine == pytest.approx(reference, abs=1e-4)
         assert pq.read_table(f"{name}/mixed.parquet").to_pydict()["generation"].count(None) == 3
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_rows
+from helpers import write_rows
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers import TOFU, TOFU_LOGS, cut_log, write_rows
 from pages import numbers, read, section
 
 from wagle_pl.cli import app as cli
+from wagle_pl.data.rows import load_rows
 
 
 def test_what_the_commands_write(wagle, tiny_model, rows, capsys):
@@ -71,3 +73,33 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2
     assert said == ["wagle: error: run folder nowhere does not exist"]
+
+
+@pytest.mark.skipif(not TOFU_LOGS.is_dir(), reason="published result files are not here")
+def test_the_published_log_beside_our_rows(published, wagle, fails, tiny_model, tmp_path):
+    """Rows 0 to 199 of ``forget10`` and 200 rows of the log that are none of them; then those that are."""
+    for name, count in (("cut", 200), ("whole", 300)):
+        (tmp_path / f"{name}.json").write_text(
+            json.dumps(cut_log(published["retain90"], range(count)))
+        )
+    run = (
+        "test",
+        "--model",
+        "EvaluationModule",
+        "--model.model",
+        tiny_model,
+        "--model.generate",
+        "false",
+    )
+    rows = load_rows(str(TOFU / "forget10_perturbed.json"))
+    forget = write_rows(tmp_path / "rows.jsonl", rows[:200])
+    test = ("--data.test", json.dumps({"forget": forget}))
+    message = fails(*run, *test, "--model.output", "out", "--model.retrained", "cut.json")
+    assert "cut.json is on other forget rows: 200 differ" in message
+    asked = {
+        said[0].removeprefix("[INST] ").removesuffix(" [/INST]")
+        for said in published["retain90"]["eval_log_forget.json"]["generated_text"].values()
+    }
+    write_rows(tmp_path / "rows.jsonl", [row for row in rows if row["question"] in asked])
+    module = wagle(*run, *test, "--model.output", "out", "--model.retrained", "whole.json").model
+    assert 0 <= module.metrics["forget_quality"] < 0.1

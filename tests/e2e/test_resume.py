@@ -1,10 +1,19 @@
 """Invariant 5: kill a run anywhere, resume from its last checkpoint, and the result has the same bits."""
 
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from conftest import same_bits
+from helpers import same_bits, trapped
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
+
+from wagle_pl.core.errors import WagleError
+from wagle_pl.unlearning import FinetuneModule
+from wagle_pl.unlearning.export import export
 
 
 class KillAt(Callback):
@@ -200,3 +209,30 @@ def test_load_from_checkpoint(wagle, tiny_model, rows, kind):
     assert evaluate.metrics == pytest.approx(wagle(*test).model.metrics, rel=1e-4)
     with pytest.raises(WagleError, match="the checkpoint as ckpt_path"):
         trainer.fit(module, data)
+
+
+FIT = ("fit", "--model", "FinetuneModule", "--trainer.max_steps", "1")
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle"])
+def test_a_checkpoint_file(wagle: Any, fails: Any, tiny_model: str, kind: str) -> None:
+    keep = (
+        "--trainer.callbacks",
+        "ModelCheckpoint",
+        "--trainer.callbacks.dirpath",
+        "ckpt",
+        "--trainer.callbacks.filename",
+        "one",
+    )
+    wagle(*FIT, *keep, "--model.model", tiny_model, "--model.output", "out")
+    shutil.rmtree("out")
+    path = trapped(Path("ckpt/one.ckpt"), kind)
+    with pytest.raises(
+        WagleError, match=r"ckpt/one.ckpt (holds posix.mkdir|is damaged, or no checkpoint)"
+    ):
+        export(path, "exported")
+    line = fails(*FIT, "--model.model", tiny_model, "--model.output", "out", "--ckpt_path", path)
+    assert "ckpt/one.ckpt" in line
+    with pytest.raises((WagleError, pickle.UnpicklingError)):
+        FinetuneModule.load_from_checkpoint(path)
+    assert not any(Path(name).exists() for name in ("trapped", "exported", "out"))

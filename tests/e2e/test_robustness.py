@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_rows
+from helpers import write_rows
 
 from wagle_pl import WagleError
 from wagle_pl.core.weights import fingerprint

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOFU, write_rows
+from helpers import TOFU, write_rows
 from safetensors import safe_open
 
 from wagle_pl import WeightMask

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import environment
+from helpers import environment
 from safetensors.torch import load_file
 
 from wagle_pl.cli.callbacks import EpochCheckpoint

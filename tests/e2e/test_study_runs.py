@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import real_run, write_rows
+from helpers import write_rows
 from safetensors.torch import load_file
 
 from wagle_pl import WeightMask
 from wagle_pl.cli import app as cli
+from wagle_pl.cli.app import run as real_run
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.people import bundled
 from wagle_pl.evaluation.results import load_table, write_table

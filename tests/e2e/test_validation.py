@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import same_bits
+from helpers import same_bits
 from lightning.pytorch.callbacks import Callback
 
 UNLEARN = (

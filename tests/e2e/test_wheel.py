@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import environment
+from helpers import environment
 
 ROOT = Path(__file__).parents[2]
 

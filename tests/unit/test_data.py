@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import TOFU, write_rows
+from helpers import TOFU, write_rows
 
 from wagle_pl import ForgetRetainDataModule, PeopleDataModule, TOFUDataModule, WagleError
 from wagle_pl.data import SuiteDataModule

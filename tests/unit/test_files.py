@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import environment
 
 from wagle_pl.attribution.specs import MaskSpec, name_masks
 from wagle_pl.core.errors import WagleError
@@ -84,57 +80,3 @@ def test_a_mask_stays_in_its_folder(name: str) -> None:
     spec = MaskSpec(name=name)
     with pytest.raises(WagleError, match="masks: name must be a file name without a folder, got"):
         name_masks([spec])
-
-
-def test_a_mask_that_would_leave_its_folder_is_refused_first(
-    fails: Any, tiny_model: str, tmp_path: Path
-) -> None:
-    masks = '[{"score": "magnitude", "name": "../x"}]'
-    line = fails(
-        "fit",
-        "--model",
-        "AttributionModule",
-        "--model.model",
-        tiny_model,
-        "--model.output",
-        "masks",
-        "--model.masks",
-        masks,
-    )
-    assert "'../x'" in line and not list(tmp_path.rglob("x*"))
-
-
-@pytest.mark.parametrize("how", ["module", "script"])
-def test_files_of_the_current_folder_shadow_no_library(tmp_path: Path, how: str) -> None:
-    """Files that happen to be called like a library are not imported in its place; the user's own modules are found."""
-    here, script = tmp_path / "here", tmp_path / "wagle"
-    here.mkdir()
-    script.write_text("from wagle_pl.cli.app import main\nmain()\n")  # as pip writes it
-    for name in ("yaml", "torch", "lightning", "datasets", "random", "jsonargparse"):
-        (here / f"{name}.py").write_text("raise SystemExit('shadowed')\n")
-    (here / "mine.py").write_text(
-        "from wagle_pl import Objective\n\nclass Mine(Objective):\n    'One of my own.'\n"
-    )
-    found = subprocess.run(
-        [
-            sys.executable,
-            *(["-m", "wagle_pl"] if how == "module" else [str(script)]),
-            "fit",
-            "--model",
-            "UnlearnModule",
-            "--model.objective",
-            "mine.Mine",
-            "--model.model",
-            "x",
-            "--data",
-            "ForgetRetainDataModule",
-            "--print_config",
-        ],
-        cwd=here,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "shadowed" not in found.stderr + found.stdout
-    assert found.returncode == 0 and "mine.Mine" in found.stdout, found.stderr

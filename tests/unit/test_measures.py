@@ -1,9 +1,6 @@
-"""Measures against independent computations: brute force, scipy, nltk, torchmetrics, and two processes."""
+"""Measures against independent computations: brute force, scipy, nltk, torchmetrics."""
 
-import json
 import math
-import subprocess
-import sys
 import zlib
 
 import numpy as np
@@ -13,15 +10,10 @@ from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from scipy.stats import entropy
 from torchmetrics.functional.text import sacre_bleu_score
 
-from wagle_pl.core.distributed import shutdown
-from wagle_pl.data.example import parse_rows
-from wagle_pl.data.rows import load_rows
-from wagle_pl.data.template import Template
-from wagle_pl.evaluation import MEASURES, Observer, Records, observe_set
+from wagle_pl.evaluation import MEASURES, Records
 from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.classifiers import nearest_answer, toxic_labels
 from wagle_pl.evaluation.scoring import token_statistics
-from wagle_pl.lm.models import load_model, load_tokenizer
 
 generator = torch.Generator().manual_seed(0)
 
@@ -210,43 +202,3 @@ def test_unlearning_efficacy():
         F.unlearning_efficacy([])
     with pytest.raises(F.Undefined, match="1 of 2"):
         F.mean(torch.tensor([1.0, math.nan]))
-
-
-# -- two processes ----------------------------------------------------------------------------------------------------
-
-
-def find(rank, world, scratch, model, rows):
-    """Records of a set's rows, observed by one of ``world`` processes."""
-    if world > 1:
-        meeting = f"file://{scratch}/meeting"
-        torch.distributed.init_process_group(
-            "gloo", init_method=meeting, rank=rank, world_size=world
-        )
-    lm = load_model(model).eval()
-    observer = Observer(
-        lm, Template(load_tokenizer(model)), max_rows=2, max_new_tokens=4, synced_gpus=world > 1
-    )
-    return observe_set(
-        observer, parse_rows(load_rows(rows), "set"), {"answer", "alternatives", "generation"}
-    )
-
-
-def test_two_processes_find_what_one_finds(tiny_model, rows, tmp_path):
-    arguments = (str(tmp_path), tiny_model, rows["forget_test"])
-    commands = [[sys.executable, __file__, str(rank), "2", *arguments] for rank in range(2)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, **pipes) for command in commands]
-    one = json.loads(json.dumps(find(0, 1, *arguments)))
-    outputs = [process.communicate(timeout=600) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    both = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
-    assert both[0] == both[1]
-    assert [record["row"] for record in both[0]] == list(range(5))
-    for here, there in zip(one, both[0], strict=True):
-        assert here["generation"] == there["generation"]
-        assert here["perturbed_nll"] == pytest.approx(there["perturbed_nll"], abs=1e-4)
-
-
-if __name__ == "__main__":
-    print(json.dumps(find(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])))
-    shutdown()  # as `wagle` does: a process that ends in its group can die of it after all its work

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
-from conftest import write_rows
 
 from wagle_pl import ForgetRetainDataModule, TOFUDataModule, WagleError, WeightMask
 from wagle_pl.data.rows import load_rows
@@ -228,21 +227,3 @@ def test_a_damaged_gguf_file(tmp_path, spoil):
 
 
 # -- on the command line ----------------------------------------------------------------------------------------------
-
-TOKENS = [
-    {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
-    {"input_ids": [5, 6, 9999], "labels": [-100, 6, 7]},
-]
-
-
-def test_a_token_that_the_model_does_not_know(fails, tiny_model, tmp_path):
-    rows = write_rows(tmp_path / "tokens.jsonl", TOKENS)
-    model = ("--model.model", tiny_model, "--model.output", "out")
-    line = fails(
-        "fit", "--model", "UnlearnModule", *model, "--data.forget", rows, "--trainer.max_steps", "1"
-    )
-    assert "tokens.jsonl) row 2: token id 9999 is out of range: the model knows 0 to " in line
-    line = fails(
-        "test", "--model", "EvaluationModule", *model, "--data.test", json.dumps({"mine": rows})
-    )
-    assert "tokens.jsonl) row 2: token id 9999 is out of range: the model knows 0 to " in line

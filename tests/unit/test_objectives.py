@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -11,14 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.batches import deal
 from wagle_pl.objectives import forget as o
-from wagle_pl.objectives.forget import Objective, Streams
+from wagle_pl.objectives.forget import RMU, Objective, Streams
 from wagle_pl.objectives.retain import RetainTerm
 from wagle_pl.objectives.schedules import Schedule, as_schedule
 from wagle_pl.objectives.top_k import TopK
@@ -496,3 +499,35 @@ def test_tokens_that_cannot_be_change_nothing(name: str, top_k: int | None) -> N
 
     for found, expected in zip(loss(4), loss(0), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "moved"),
+    [
+        ("Mistral", {"num_hidden_layers": 4}, "model.layers.{}.mlp.down_proj.weight"),
+        ("GPT2", {"n_layer": 4}, "transformer.h.{}.mlp.c_proj"),
+        ("GPTJ", {"n_layer": 4}, "transformer.h.{}.mlp.fc_out"),
+        ("GPTNeoX", {"num_hidden_layers": 4}, "gpt_neox.layers.{}.mlp.dense_4h_to_h"),
+        ("OPT", {"num_hidden_layers": 4}, "model.decoder.layers.{}.fc2"),
+        ("Mpt", {"n_layers": 4}, "transformer.blocks.{}.ffn.down_proj"),
+        ("Falcon", {"num_hidden_layers": 4}, "transformer.h.{}.mlp.dense_4h_to_h"),
+        ("Mixtral", {"num_hidden_layers": 4}, "model.layers.{}.mlp.experts.down_proj"),
+        ("Qwen2Moe", {"num_hidden_layers": 4}, "model.layers.{}.mlp."),
+    ],
+)
+def test_rmu_finds_the_down_projections(kind: str, sizes: dict[str, int], moved: str) -> None:
+    """Of blocks 1 to 3 and of no other, by the names that models have for them."""
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**sizes))
+    objective = RMU(layer=3)
+    objective.prepare(lm)
+    found = {name for name, _ in lm.named_parameters() if re.search(objective.trainable, name)}
+    assert {
+        name for name in found if not name.startswith(tuple(moved.format(i) for i in (1, 2, 3)))
+    } == set()
+    assert all(any(name.startswith(moved.format(i)) for name in found) for i in (1, 2, 3))
+    if kind == "Qwen2Moe":
+        assert {name.split("mlp.")[1] for name in found} == {
+            "experts.down_proj",
+            "shared_expert.down_proj.weight",
+        }

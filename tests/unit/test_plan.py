@@ -1,7 +1,6 @@
-"""``wagle plan``: each formula against what the code or another library does, the command, its mistakes, the README."""
+"""``wagle plan``: each formula against what the code or another library does; the README."""
 
 import inspect
-import json
 import re
 from dataclasses import replace
 from itertools import pairwise, product
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers import write_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from wagle_pl.attribution.hessian import estimator_of
@@ -21,7 +21,6 @@ from wagle_pl.planning import (
     architecture,
     choices,
     device_parts,
-    disk_bytes,
     host_bytes,
     memory,
     peak,
@@ -50,18 +49,13 @@ MODELS = {"Llama-2-7B": LLAMA, "Zephyr-7B-beta": ZEPHYR}
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")
 
 
-def written(folder, config):
-    """A model folder of a configuration alone."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"tie_word_embeddings": False, **config}))
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def seven(tmp_path_factory):
     """Name -> architecture of the two models of 7 billion weights."""
     folder = tmp_path_factory.mktemp("seven")
-    return {name: architecture(written(folder / name, config)) for name, config in MODELS.items()}
+    return {
+        name: architecture(write_config(folder / name, config)) for name, config in MODELS.items()
+    }
 
 
 # -- shapes ---------------------------------------------------------------------------------------------------------
@@ -95,7 +89,7 @@ def test_another_family(tmp_path):
         "vocab_size": 500,
         "n_positions": 128,
     }
-    shape = architecture(written(tmp_path / "gpt2", {**config, "tie_word_embeddings": True}))
+    shape = architecture(write_config(tmp_path / "gpt2", {**config, "tie_word_embeddings": True}))
     assert (shape.hidden, shape.layers, shape.inner, shape.gated, shape.tied) == (
         64,
         3,
@@ -172,38 +166,6 @@ def test_the_cache_is_what_a_generation_keeps(tiny_model):
 
 
 # -- what is kept ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("hessian", ["scalar", "auto", "gauss_newton", "fisher", "hutchinson"])
-def test_sums_are_what_attribution_keeps(wagle, tiny_model, hessian):
-    options = ["--model.gamma", "1"] if hessian == "scalar" else ["--model.hessian", hessian]
-    done = wagle(
-        "fit",
-        "--model",
-        "AttributionModule",
-        "--model.model",
-        tiny_model,
-        "--model.output",
-        "mask",
-        *options,
-        "--trainer.max_epochs",
-        "1",
-        "--trainer.enable_checkpointing",
-        "false",
-    )
-    sums = done.model.sums
-    kept = sum(
-        t.nbytes
-        for where in (sums.sums, sums.step_sums)
-        for tensors in where.values()
-        for t in tensors
-    )
-    shape = architecture(tiny_model)
-    diagonal = hessian not in ("scalar", "auto")
-    run = PlannedRun("attribution", estimator=estimator_of(hessian), diagonal=diagonal)
-    assert kept == memory.sums_per_weight(run) * shape.weights
-    size = Path("mask.safetensors").stat().st_size
-    assert size == pytest.approx(disk_bytes(shape, run)["mask"], abs=9000)  # header
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
@@ -303,7 +265,7 @@ def test_operations_are_those_counted(tmp_path, checkpointing):
     }
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = written(tmp_path / "wide", config)
+    folder = write_config(tmp_path / "wide", config)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.from_pretrained(folder), dtype=torch.float32
     ).train()
@@ -386,107 +348,7 @@ def test_on_a_cpu_nothing_is_elsewhere(seven):
     )
 
 
-def test_the_checkpoint_of_a_run_is_as_large_as_planned(wagle, tiny_model):
-    options = (
-        "--optimizer",
-        "MaskedAdamW",
-        "--trainer.max_steps",
-        "2",
-        "--trainer.callbacks",
-        "ModelCheckpoint",
-    )
-    done = wagle(
-        "fit",
-        "--model",
-        "FinetuneModule",
-        "--model.model",
-        tiny_model,
-        "--model.output",
-        "out",
-        *options,
-    )
-    sizes = disk_bytes(architecture(tiny_model), PlannedRun("finetuning", precision="32-true"))
-    file = Path(done.trainer.checkpoint_callback.best_model_path)
-    assert file.stat().st_size == pytest.approx(sizes["checkpoint"], rel=0.15)
-    assert Path("out/model.safetensors").stat().st_size == pytest.approx(sizes["model"], rel=0.05)
-
-
 # -- the command ----------------------------------------------------------------------------------------------------
-
-
-def run_command(*args):
-    """``wagle plan`` in this process."""
-    from wagle_pl.cli import app as cli
-
-    cli.main(["plan", *map(str, args)])
-
-
-def test_the_command_prints_a_plan(tiny_model, capsys):
-    run_command(
-        "--model",
-        tiny_model,
-        "--strategy",
-        "zero3",
-        "--devices",
-        2,
-        "--tokens_per_second",
-        500,
-        "--tokens",
-        900_000,
-    )
-    printed = capsys.readouterr().out
-    for word in (
-        "places of the values",
-        "optimiser state",
-        "a GPU of 24 GB",
-        "CPU memory",
-        "FLOPs",
-        "0.50 h for 900,000 tokens",
-    ):
-        assert word in printed
-    run_command("--model", tiny_model, "--tokens", 900_000)
-    assert "unknown for 900,000 tokens: give --tokens_per_second too" in capsys.readouterr().out
-    total = re.search(r"^total +(.*)$", printed, re.MULTILINE)[1].split()
-    assert max(map(float, total)) == float(re.search(r"^peak +(\S+) GiB", printed, re.MULTILINE)[1])
-
-
-@pytest.mark.parametrize("task", ["attribution", "unlearning", "finetuning", "test"])
-def test_every_task_has_a_plan(tiny_model, capsys, task):
-    run_command(
-        "--model", tiny_model, "--task", task, "--accelerator", "cpu", "--precision", "32-true"
-    )
-    assert "interpreter and libraries" in capsys.readouterr().out
-
-
-MISTAKES = {
-    "nowhere": (["--model", "./nowhere"], "model folder ./nowhere does not exist"),
-    "strategy": (["--strategy", "zero4"], "unknown strategy 'zero4'; choose one of"),
-    "devices": (["--devices", "0"], "devices must be at least 1, got 0"),
-    "task": (["--task", "learning"], "unknown task 'learning'"),
-    "density": (["--density", "1.5"], "must be in (0, 1]"),
-    "precision": (["--task", "attribution", "--precision", "16-mixed"], "not in fp16"),
-    "hutchinson": (
-        ["--task", "attribution", "--hessian", "hutchinson", "--strategy", "zero3"],
-        "needs whole parameters",
-    ),
-    "copy": (["--frozen_copy", "--strategy", "zero3"], "does not work under ZeRO-3"),
-    "rate": (["--tokens_per_second", "0"], "tokens_per_second must be above 0"),
-}
-
-
-@pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes_are_told_in_one_line(fails, tiny_model, case):
-    options, message = MISTAKES[case]
-    if "--model" not in options:
-        options = ["--model", tiny_model, *options]
-    assert message in fails("plan", *options)
-
-
-def test_a_model_without_known_shapes(fails, tmp_path):
-    other = written(tmp_path / "clip", {"model_type": "clip"})
-    assert "no causal language model with known shapes" in fails("plan", "--model", other)
-    unknown = written(tmp_path / "unknown", {"model_type": "nonesuch"})
-    assert "cannot be planned for" in fails("plan", "--model", unknown)
 
 
 # -- configs/README.md ----------------------------------------------------------------------------------------------

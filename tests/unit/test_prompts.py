@@ -3,17 +3,14 @@
 Official strings are those of the repositories named beside them, with a question put in.
 """
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import write_rows
+from helpers import LLAMA_3, write_rows
 
 from wagle_pl import ForgetRetainDataModule, TOFUDataModule, WagleError
-from wagle_pl.cli.mask import info
 from wagle_pl.data import CopyrightDataModule, DetoxDataModule, MUSEDataModule
 from wagle_pl.data.example import Example
 from wagle_pl.data.template import IGNORE, Template
@@ -25,33 +22,6 @@ from wagle_pl.masks import WeightMask
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUESTION, ANSWER = "When does the mill open?", "At nine."
 
-#: Meta's template of Llama-3.2-Instruct without its parts for tools; that of Llama-3.1 has a fixed date in place of the
-#: clock, where ``date_string`` is not defined.
-LLAMA_3 = """{%- if not date_string is defined %}
-    {%- if strftime_now is defined %}
-        {%- set date_string = strftime_now("%d %b %Y") %}
-    {%- else %}
-        {%- set date_string = "26 Jul 2024" %}
-    {%- endif %}
-{%- endif %}
-{%- if messages[0]['role'] == 'system' %}
-    {%- set system_message = messages[0]['content']|trim %}
-    {%- set messages = messages[1:] %}
-{%- else %}
-    {%- set system_message = "" %}
-{%- endif %}
-{{- "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\\n\\n" }}
-{{- "Cutting Knowledge Date: December 2023\\n" }}
-{{- "Today Date: " + date_string + "\\n\\n" }}
-{{- system_message }}
-{{- "<|eot_id|>" }}
-{%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
-{%- endif %}
-"""
 CLOCK = (
     "{%- macro today() %}{{ strftime_now('%A %Y-%m-%d %H:%M') }}{% endmacro %}"
     "{%- set ns = namespace(date=strftime_now('%d %b %Y')) %}{{ ns.date }}|{{ today() }}|"
@@ -353,56 +323,6 @@ def test_copyright(tmp_path, tiny_model):
 
 # -- records ----------------------------------------------------------------------------------------------------------
 
-SYSTEM = ("--data.system_prompt", "Be brief.")
-ONE_STEP = ("--trainer.max_steps", "1", "--trainer.enable_checkpointing", "false")
-
-
-def test_a_mask_says_its_prompts_and_another_run_s_are_noticed(
-    wagle, tiny_model, tmp_path, heard, capsys
-):
-    attribute = (
-        "fit",
-        "--model",
-        "AttributionModule",
-        "--model.model",
-        tiny_model,
-        "--model.output",
-        "mask",
-    )
-    wagle(
-        *attribute, *SYSTEM, "--trainer.max_epochs", "1", "--trainer.enable_checkpointing", "false"
-    )
-    prompts = WeightMask.load(tmp_path / "mask").metadata["prompts"]
-    assert prompts == {
-        "prompt": "<|system|>Be brief.<|user|>{question}<|assistant|>",
-        "answer": "{answer}<|end|>",
-        "system_prompt": "Be brief.",
-        "chat_template_kwargs": {},
-    }
-    capsys.readouterr()
-    info("mask")
-    assert json.dumps(prompts) in capsys.readouterr().out
-    unlearn = (
-        "fit",
-        "--model",
-        "UnlearnModule",
-        "--model.model",
-        tiny_model,
-        "--model.mask",
-        "mask",
-    )
-    wagle(*unlearn, "--model.output", "same", *SYSTEM, *ONE_STEP)
-    assert "other prompts" not in heard.text
-    wagle(*unlearn, "--model.output", "other", *ONE_STEP)
-    assert (
-        "mask mask was made with other prompts (system_prompt 'Be brief.' there, None here): give both"
-        in heard.text
-    )
-    record = json.loads((tmp_path / "same/wagle.json").read_text())
-    assert record["lineage"][-1]["prompts"] == prompts
-    assert "## Prompts" in (tmp_path / "same/README.md").read_text()
-    assert "system_prompt: Be brief." in (tmp_path / "same/README.md").read_text()
-
 
 def test_prompts_of_masks_that_masks_are_made_of():
     made = [
@@ -412,58 +332,3 @@ def test_prompts_of_masks_that_masks_are_made_of():
     assert (made[0] | made[1]).prompts == [{"prompt": "x"}, {"prompt": "y"}]
     assert (~made[0] - made[0]).prompts == [{"prompt": "x"}]
     assert made[0].random_like(0).prompts == []
-
-
-def test_results_of_other_prompts(wagle, fails, tiny_model, tmp_path, heard):
-    test = (
-        "test",
-        "--model",
-        "EvaluationModule",
-        "--model.model",
-        tiny_model,
-        "--model.generate",
-        "false",
-    )
-    wagle(*test, "--model.output", "brief", *SYSTEM)
-    assert (
-        json.loads((tmp_path / "brief/metrics.info.json").read_text())["prompts"]["system_prompt"]
-        == "Be brief."
-    )
-    line = fails(*test, "--model.output", "plain", "--model.retrained", "brief")
-    assert (
-        "model.retrained: brief was tested with other prompts (system_prompt 'Be brief.' there, None here)"
-        in line
-    )
-    assert "test that model with these, or give" in line and not (tmp_path / "plain").exists()
-    wagle(*test, "--model.output", "plain", "--model.target", "brief")
-    assert (
-        "the target's results are of other prompts: system_prompt 'Be brief.' there, None here"
-        in heard.text
-    )
-    wagle(*test, "--model.output", "brief_again", *SYSTEM, "--model.retrained", "brief")
-
-
-def test_the_command_line_takes_the_options(wagle, fails, tmp_path, tiny_model):
-    folder = tmp_path / "llama"
-    shutil.copytree(tiny_model, folder)
-    (folder / "chat_template.jinja").write_text(LLAMA_3)
-    test = (
-        "test",
-        "--model",
-        "EvaluationModule",
-        "--model.model",
-        folder,
-        "--model.generate",
-        "false",
-    )
-    wagle(
-        *test, "--model.output", "out", "--data.chat_template_kwargs", "{date_string: 26 Jul 2024}"
-    )
-    prompts = json.loads((tmp_path / "out/metrics.info.json").read_text())["prompts"]
-    assert "Today Date: 26 Jul 2024" in prompts["prompt"]
-    assert prompts["chat_template_kwargs"] == {"date_string": "26 Jul 2024"}
-    wagle(*test, "--model.output", "default")
-    prompts = json.loads((tmp_path / "default/metrics.info.json").read_text())["prompts"]
-    assert prompts["chat_template_kwargs"] == {"date_string": "10 Apr 2025"}
-    line = fails(*test, "--model.output", "wrong", "--data.chat_template_kwargs", "{date: 1}")
-    assert "does not read 'date'" in line

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from conftest import same_bits
+from helpers import same_bits
 from safetensors.torch import load_file
 
 from wagle_pl import (

@@ -1,18 +1,12 @@
-"""MUSE, WMDP, the book and detoxification: rows from local folders of the hub's schema, one training step, bad input.
-
-All rows are written here: harmless stand-ins, and the opening of Alice's Adventures in Wonderland (Lewis Carroll,
-1865, public domain).
-"""
+"""MUSE, WMDP, the book and detoxification: rows from local folders of the hub's schema, and bad input."""
 
 import gzip
 import json
 from types import SimpleNamespace
 
-import pyarrow
-import pyarrow.parquet
 import pytest
-import torch
-from conftest import write_rows
+from benchmark_folders import ALICE, CHOICES, QA, TEXTS, WIKI, write_lines
+from helpers import write_rows
 
 from wagle_pl import WagleError
 from wagle_pl.data import CopyrightDataModule, DetoxDataModule, MUSEDataModule, WMDPDataModule
@@ -22,153 +16,10 @@ from wagle_pl.data.rows import HubSet, load_rows, local_files, read_set
 from wagle_pl.data.template import IGNORE, Template
 from wagle_pl.lm.models import load_tokenizer
 
-ALICE = (
-    "Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: once or "
-    "twice she had peeped into the book her sister was reading, but it had no pictures or conversations in it, “and "
-    "what is the use of a book,” thought Alice “without pictures or conversations?”\n\nSo she was considering in her "
-    "own mind (as well as she could, for the hot day made her feel very sleepy and stupid), whether the pleasure of "
-    "making a daisy-chain would be worth the trouble of getting up and picking the daisies, when suddenly a White "
-    "Rabbit with pink eyes ran close by her.\n"
-)
-PLACES = ("harbour", "orchard", "library", "station", "market", "mill", "tower", "bridge")
-TEXTS = [
-    {
-        "text": f"The {place} of the small town opens at {n} in the morning and shuts when it rains. "
-        * 2
-    }
-    for n, place in enumerate(PLACES, 5)
-]
-QA = [
-    {"question": f"When does the {place} open?", "answer": f"At {n}."}
-    for n, place in enumerate(PLACES, 5)
-]
-CHOICES = [
-    {
-        "question": "Which of these is a fruit?",
-        "choices": ["a stone", "a pear", "a spoon", "a hat"],
-        "answer": 1,
-    },
-    {
-        "question": "Which of these is blue?",
-        "choices": ["the sky", "grass", "snow", "coal"],
-        "answer": 0,
-    },
-]
-WIKI = [
-    " = Alder = \n",
-    "",
-    " The alder is a tree . \n",
-    " = = Wood = = \n",
-    " It is red when cut . \n",
-    " = Birch = \n",
-    " The birch is another . \n",
-]
-
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model):
     return load_tokenizer(tiny_model)
-
-
-def write_parquet(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-
-
-def write_lines(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_rows(path, rows)
-
-
-def write_c4_and_wikitext(folder):
-    shard = folder / "c4/en/c4-train.00001-of-01024.json.gz"
-    shard.parent.mkdir(parents=True)
-    with gzip.open(shard, "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps({**row, "timestamp": "", "url": ""}) + "\n" for row in TEXTS)
-    write_parquet(
-        folder / "wikitext/wikitext-2-raw-v1/test-00000-of-00001.parquet",
-        [{"text": line} for line in WIKI],
-    )
-
-
-@pytest.fixture(scope="module")
-def muse(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("muse")
-    write_parquet(folder / "raw/forget-00000-of-00001.parquet", TEXTS[:4])
-    write_parquet(folder / "raw/retain1-00000-of-00001.parquet", TEXTS[4:])
-    write_lines(folder / "raw/retain2.jsonl", TEXTS[5:])
-    write_lines(folder / "raw/holdout.json", [{"text": "A page that nobody has read."}])
-    write_lines(
-        folder / "verbmem/forget.jsonl", [{"prompt": "The mill of the", "gt": " small town opens"}]
-    )
-    write_lines(folder / "knowmem/forget_qa.jsonl", QA[:2])
-    write_lines(folder / "knowmem/forget_qa_icl.jsonl", QA[2:4])
-    write_lines(folder / "knowmem/retain_qa.csv", [])
-    (folder / "knowmem/retain_qa.csv").write_text(
-        "answer,question\nAt 9.,When does the market open?\n"
-    )
-    for split in ("forget", "holdout", "retain"):
-        write_lines(folder / f"privleak/{split}.jsonl", TEXTS[:2])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def wmdp(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wmdp_data")
-    write_lines(
-        folder / "bio-forget-corpus.jsonl",
-        [{**row, "title": "t", "abstract": None} for row in TEXTS[:3]],
-    )
-    write_parquet(
-        folder / "wmdp-corpora/cyber-forget-corpus/train-00000-of-00002.parquet", TEXTS[3:5]
-    )
-    write_parquet(
-        folder / "wmdp-corpora/cyber-forget-corpus/train-00001-of-00002.parquet",
-        [{"text": " \n"}, TEXTS[5]],
-    )
-    write_parquet(
-        folder / "wmdp-corpora/cyber-retain-corpus/train-00000-of-00001.parquet", TEXTS[6:7]
-    )
-    write_parquet(folder / "wmdp-corpora/bio-retain-corpus/train-00000-of-00001.parquet", TEXTS[7:])
-    for subject in ("bio", "cyber"):
-        write_parquet(folder / f"wmdp/wmdp-{subject}/test-00000-of-00001.parquet", CHOICES)
-    write_c4_and_wikitext(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def book(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("book")
-    (folder / "alice.txt").write_text(ALICE, encoding="utf-8")
-    write_lines(folder / "book.jsonl", [{"text": part} for part in ALICE.strip().split("\n\n")])
-    write_lines(
-        folder / "forget_qa.jsonl",
-        [{"question": "What ran close by Alice?", "answer": "A white rabbit."}],
-    )
-    write_lines(folder / "retain_qa.jsonl", QA[:2])
-    write_c4_and_wikitext(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def detox(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("detox")
-    rows = [
-        {
-            "prompt": f"Tell me about the {place}.",
-            "response_0": "A rude reply.",
-            "response_1": "A kind reply.",
-            "is_response_0_safe": n % 3 == 0,
-            "is_response_1_safe": n % 2 == 0,
-            "safer_response_id": 1,
-        }
-        for n, place in enumerate(PLACES)
-    ]
-    write_lines(folder / "PKU-SafeRLHF/data/Alpaca-7B/train.jsonl", rows[:5])
-    write_lines(folder / "PKU-SafeRLHF/data/Alpaca2-7B/train.jsonl", rows[5:])
-    write_lines(folder / "PKU-SafeRLHF/data/Alpaca-7B/test.jsonl", rows[:2] + rows[:1])
-    write_c4_and_wikitext(folder)
-    return folder
 
 
 def columns(data, name):
@@ -460,91 +311,6 @@ def test_detox_rows(detox, tiny_model):
     assert raw_rows(other.test_examples("prompts")) == [{"prompt": "So I said"}]
 
 
-STEP = (
-    "--trainer.max_steps",
-    "1",
-    "--trainer.enable_checkpointing",
-    "false",
-    "--trainer.accelerator",
-    "cpu",
-    "--trainer.devices",
-    "1",
-    "--trainer.logger",
-    "false",
-    "--trainer.enable_progress_bar",
-    "false",
-    "--trainer.enable_model_summary",
-    "false",
-    "--data.batch_size",
-    "2",
-)
-SUITES = {
-    "muse": (
-        "MUSEDataModule",
-        "--data.chunk_size",
-        "30",
-        "--data.prompt_size",
-        "10",
-        "--data.max_length",
-        "60",
-    ),
-    "wmdp": ("WMDPDataModule", "--data.max_length", "60", "--data.prompt_size", "10"),
-    "book": ("CopyrightDataModule", "--data.chunk_size", "40", "--data.prompt_size", "15"),
-    "detox": ("DetoxDataModule",),
-}
-
-
-@pytest.mark.parametrize("suite", list(SUITES))
-def test_one_step_of_each_kind(wagle, tiny_model, tmp_path, request, suite):
-    folder = request.getfixturevalue(suite)
-    data = ("--data", *SUITES[suite][:1], "--data.folder", folder, *SUITES[suite][1:])
-    model = ("--model.model", tiny_model, "--model.output")
-    fine = wagle(
-        "fit", "--model", "FinetuneModule", *model, "target", *data, *STEP, data=False
-    ).model
-    assert fine.global_step == 1 and (tmp_path / "target/model.safetensors").exists()
-    for objective in ("NPO", "PO"):
-        arguments = (
-            "fit",
-            "--model",
-            "UnlearnModule",
-            *model,
-            objective,
-            "--model.objective",
-            objective,
-        )
-        module = wagle(*arguments, *data, *STEP, data=False).model
-        assert module.global_step == 1 and torch.isfinite(
-            module.trainer.callback_metrics["train/loss"]
-        )
-    record = json.loads((tmp_path / "PO/wagle.json").read_text())
-    assert str(folder) in record["lineage"][-1]["data"]["forget"]
-
-
-def test_a_book_is_recited_to_the_end(wagle, book, tiny_model, tokenizer, tmp_path):
-    """Generations as long as the book's own continuations, whatever length is asked for; other sets keep to that."""
-    data = ("--data", "CopyrightDataModule", "--data.folder", book, *SUITES["book"][1:])
-    model = (
-        "--model",
-        "EvaluationModule",
-        "--model.model",
-        tiny_model,
-        "--model.max_new_tokens",
-        "6",
-    )
-    module = wagle("test", *model, "--model.output", "out", *data, *STEP[2:-2], data=False).model
-    counts = [
-        len(tokenizer(row.answer)["input_ids"])
-        for row in module.trainer.datamodule.test_examples("forget")
-    ]
-    assert (
-        module.evaluation.max_new_tokens_of("forget") == max(counts) > 20
-        and module.evaluation.max_new_tokens_of("forget_qa") == 6
-    )
-    said = pyarrow.parquet.read_table(tmp_path / "out/forget.parquet").to_pydict()["generation"]
-    assert max(len(tokenizer(text)["input_ids"]) for text in said) > 12
-
-
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -648,13 +414,3 @@ def test_options_without_meaning(build, message):
 def test_tokens_need_a_tokenizer(muse):
     with pytest.raises(WagleError, match=r"give data\.tokenizer, or data\.chunk_unit characters"):
         MUSEDataModule(folder=str(muse)).examples("forget")
-
-
-def test_one_line_on_the_command_line(fails, tiny_model, tmp_path):
-    args = ("fit", "--model", "UnlearnModule", "--model.model", tiny_model, "--model.output", "out")
-    line = fails(*args, "--data", "WMDPDataModule", "--data.folder", tmp_path, *STEP, data=False)
-    assert (
-        "has no cais/wmdp-bio-forget-corpus train: expected wmdp-bio-forget-corpus/train.json"
-        in line
-    )
-    assert not (tmp_path / "out").exists()

@@ -1,0 +1,158 @@
+"""Folders of small benchmarks, in the hub's schemas.
+
+All rows are written here: harmless stand-ins, and the opening of Alice's Adventures in Wonderland (Lewis Carroll,
+1865, public domain).
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+from helpers import write_rows
+
+ALICE = (
+    "Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: once or "
+    "twice she had peeped into the book her sister was reading, but it had no pictures or conversations in it, “and "
+    "what is the use of a book,” thought Alice “without pictures or conversations?”\n\nSo she was considering in her "
+    "own mind (as well as she could, for the hot day made her feel very sleepy and stupid), whether the pleasure of "
+    "making a daisy-chain would be worth the trouble of getting up and picking the daisies, when suddenly a White "
+    "Rabbit with pink eyes ran close by her.\n"
+)
+PLACES = ("harbour", "orchard", "library", "station", "market", "mill", "tower", "bridge")
+TEXTS = [
+    {
+        "text": f"The {place} of the small town opens at {n} in the morning and shuts when it rains. "
+        * 2
+    }
+    for n, place in enumerate(PLACES, 5)
+]
+QA = [
+    {"question": f"When does the {place} open?", "answer": f"At {n}."}
+    for n, place in enumerate(PLACES, 5)
+]
+CHOICES = [
+    {
+        "question": "Which of these is a fruit?",
+        "choices": ["a stone", "a pear", "a spoon", "a hat"],
+        "answer": 1,
+    },
+    {
+        "question": "Which of these is blue?",
+        "choices": ["the sky", "grass", "snow", "coal"],
+        "answer": 0,
+    },
+]
+WIKI = [
+    " = Alder = \n",
+    "",
+    " The alder is a tree . \n",
+    " = = Wood = = \n",
+    " It is red when cut . \n",
+    " = Birch = \n",
+    " The birch is another . \n",
+]
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a table; make its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> str:
+    """Write JSON lines; make their folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_rows(path, rows)
+
+
+def write_c4_and_wikitext(folder: Path) -> None:
+    """A shard of C4, and WikiText-2."""
+    shard = folder / "c4/en/c4-train.00001-of-01024.json.gz"
+    shard.parent.mkdir(parents=True)
+    with gzip.open(shard, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({**row, "timestamp": "", "url": ""}) + "\n" for row in TEXTS)
+    write_parquet(
+        folder / "wikitext/wikitext-2-raw-v1/test-00000-of-00001.parquet",
+        [{"text": line} for line in WIKI],
+    )
+
+
+def muse(folder: Path) -> Path:
+    """MUSE's corpora of texts and of questions."""
+    write_parquet(folder / "raw/forget-00000-of-00001.parquet", TEXTS[:4])
+    write_parquet(folder / "raw/retain1-00000-of-00001.parquet", TEXTS[4:])
+    write_lines(folder / "raw/retain2.jsonl", TEXTS[5:])
+    write_lines(folder / "raw/holdout.json", [{"text": "A page that nobody has read."}])
+    write_lines(
+        folder / "verbmem/forget.jsonl", [{"prompt": "The mill of the", "gt": " small town opens"}]
+    )
+    write_lines(folder / "knowmem/forget_qa.jsonl", QA[:2])
+    write_lines(folder / "knowmem/forget_qa_icl.jsonl", QA[2:4])
+    write_lines(folder / "knowmem/retain_qa.csv", [])
+    (folder / "knowmem/retain_qa.csv").write_text(
+        "answer,question\nAt 9.,When does the market open?\n"
+    )
+    for split in ("forget", "holdout", "retain"):
+        write_lines(folder / f"privleak/{split}.jsonl", TEXTS[:2])
+    return folder
+
+
+def wmdp(folder: Path) -> Path:
+    """WMDP's corpora, its questions, C4 and WikiText."""
+    write_lines(
+        folder / "bio-forget-corpus.jsonl",
+        [{**row, "title": "t", "abstract": None} for row in TEXTS[:3]],
+    )
+    write_parquet(
+        folder / "wmdp-corpora/cyber-forget-corpus/train-00000-of-00002.parquet", TEXTS[3:5]
+    )
+    write_parquet(
+        folder / "wmdp-corpora/cyber-forget-corpus/train-00001-of-00002.parquet",
+        [{"text": " \n"}, TEXTS[5]],
+    )
+    write_parquet(
+        folder / "wmdp-corpora/cyber-retain-corpus/train-00000-of-00001.parquet", TEXTS[6:7]
+    )
+    write_parquet(folder / "wmdp-corpora/bio-retain-corpus/train-00000-of-00001.parquet", TEXTS[7:])
+    for subject in ("bio", "cyber"):
+        write_parquet(folder / f"wmdp/wmdp-{subject}/test-00000-of-00001.parquet", CHOICES)
+    write_c4_and_wikitext(folder)
+    return folder
+
+
+def book(folder: Path) -> Path:
+    """A book, questions on it, C4 and WikiText."""
+    (folder / "alice.txt").write_text(ALICE, encoding="utf-8")
+    write_lines(folder / "book.jsonl", [{"text": part} for part in ALICE.strip().split("\n\n")])
+    write_lines(
+        folder / "forget_qa.jsonl",
+        [{"question": "What ran close by Alice?", "answer": "A white rabbit."}],
+    )
+    write_lines(folder / "retain_qa.jsonl", QA[:2])
+    write_c4_and_wikitext(folder)
+    return folder
+
+
+def detox(folder: Path) -> Path:
+    """PKU-SafeRLHF, C4 and WikiText."""
+    rows = [
+        {
+            "prompt": f"Tell me about the {place}.",
+            "response_0": "A rude reply.",
+            "response_1": "A kind reply.",
+            "is_response_0_safe": n % 3 == 0,
+            "is_response_1_safe": n % 2 == 0,
+            "safer_response_id": 1,
+        }
+        for n, place in enumerate(PLACES)
+    ]
+    write_lines(folder / "PKU-SafeRLHF/data/Alpaca-7B/train.jsonl", rows[:5])
+    write_lines(folder / "PKU-SafeRLHF/data/Alpaca2-7B/train.jsonl", rows[5:])
+    write_lines(folder / "PKU-SafeRLHF/data/Alpaca-7B/test.jsonl", rows[:2] + rows[:1])
+    write_c4_and_wikitext(folder)
+    return folder

@@ -1,0 +1,98 @@
+"""Functions that tests of several rooms share."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+TOFU = Path(__file__).parents[2] / "shared/data/tofu"
+TOFU_LOGS = Path(__file__).parents[2] / "shared/data/tofu_eval_logs"
+
+#: Meta's template of Llama-3.2-Instruct without its parts for tools; that of Llama-3.1 has a fixed date in place of the
+#: clock, where ``date_string`` is not defined.
+LLAMA_3 = """{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\\n\\n" }}
+{{- "Cutting Knowledge Date: December 2023\\n" }}
+{{- "Today Date: " + date_string + "\\n\\n" }}
+{{- system_message }}
+{{- "<|eot_id|>" }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> str:
+    """A model folder of a configuration alone."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"tie_word_embeddings": False, **config}))
+    return str(folder)
+
+
+def cut_log(result: dict[str, Any], numbers: Any) -> dict[str, Any]:
+    """A published result of TOFU, cut to these rows of its forget set."""
+    log = result["eval_log_forget.json"]
+    return {
+        "eval_log_forget.json": {
+            k: {str(n): column[str(n)] for n in numbers} for k, column in log.items()
+        }
+    }
+
+
+class Trap:
+    """What is unpickled into a call of ``os.mkdir("trapped")``."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("trapped",)
+
+
+def trapped(path: Path, kind: str) -> Path:
+    """The checkpoint with a trap in it: in torch's own container, or as a plain pickle."""
+    content = {**torch.load(path, weights_only=True), "more": Trap()}
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
+    return path
+
+
+def environment() -> dict[str, str]:
+    """Of a command typed in a shell: without what a strategy of another test has left in this process."""
+    left = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    own = {name: value for name, value in os.environ.items() if name not in left}
+    return {**own, "PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+def same_bits(a: str, b: str) -> bool:
+    """Whether two model folders hold the same weights, bit for bit."""
+    first, second = load_file(f"{a}/model.safetensors"), load_file(f"{b}/model.safetensors")
+    return all(
+        torch.equal(first[name].view(torch.int32), second[name].view(torch.int32)) for name in first
+    )
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    """Write JSON lines; return the path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
