@@ -287,7 +287,7 @@ def test_attribution_goes_on_with_another_cut(wagle, tiny_model, first, saved_af
     masks = ("--model.masks", json.dumps([{"score": score} for score in ("wagle", "fisher_ratio")]))
     masks += ("--model.hessian", "gauss_newton")
     whole = wagle(*options("AttributionModule", tiny_model, "whole", *first, *masks)).model
-    counts = whole._small["counts"]
+    counts = whole.collected.counts
     before = interrupted(
         wagle, saved_after, *options("AttributionModule", tiny_model, "resumed", *first, *masks)
     )
@@ -297,7 +297,7 @@ def test_attribution_goes_on_with_another_cut(wagle, tiny_model, first, saved_af
     )
     resumed = wagle(*args).model
     assert sorted(before + Watch.rows) == list(range(11))
-    assert resumed._small["counts"] == counts
+    assert resumed.collected.counts == counts
     names = [path.name for path in Path("whole").glob("*.safetensors")]
     assert len(names) == 2
     assert all(
