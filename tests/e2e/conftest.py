@@ -15,9 +15,11 @@ real_run = cli.run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start processes of their own run one after the other, in one of pytest's processes."""
+    """Tests on two processes run one after the other, in one of pytest's processes; two files in the other."""
     for item in items:
-        if "ranks" in getattr(item, "fixturenames", ()) or item.path.name == "test_strategies.py":
+        if item.path.name in ("test_strategies.py", "test_stopping.py"):
+            item.add_marker(pytest.mark.xdist_group("strategies"))
+        elif "ranks" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("ranks"))
 
 
