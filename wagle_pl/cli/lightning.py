@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,7 @@ import lightning as L
 import yaml
 from lightning.fabric.utilities.seed import max_seed_value, min_seed_value
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.cli import (
-    LightningArgumentParser,
-    LightningCLI,
-    SaveConfigCallback,
-    instantiate_class,
-)
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import wagle_pl.data
 import wagle_pl.unlearning  # noqa: F401  the imports make the classes known by their short names
@@ -166,7 +163,11 @@ def _maker(init: dict[str, Any]) -> Callable[..., Any]:
     """What makes an object of a class path and options, its first argument given later."""
 
     def make(target: Any, **others: Any) -> Any:
+        module, _, name = init["class_path"].rpartition(".")
+        cls = getattr(import_module(module), name)
         options = {**(init.get("init_args") or {}), **others}
-        return instantiate_class(target, {**init, "init_args": options})
+        first = next(iter(inspect.signature(cls).parameters))  # DeepSpeed's is not called params
+        options.pop(first, None)
+        return cls(target, **options)
 
     return make
