@@ -156,7 +156,10 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_split_of_a_batch_does_not_matter(run: Any, wagle: Any, case: str):
-    """One device 1 x 8, accumulation 4 x 2, two devices 2 x 4, ZeRO with accumulation 2 x 2 x 2: the same weights."""
+    """One device 1 x 8, accumulation 4 x 2, two devices 2 x 4, ZeRO with accumulation 2 x 2 x 2: the same weights.
+
+    Every strategy is tried without accumulation on NPO; what is accumulated is cut across devices too.
+    """
     module, named = CASES[case]
     options = ["--optimizer", "MaskedAdamW", "--optimizer.lr", "1e-3"]
     if "model.objective" in named:
@@ -172,13 +175,9 @@ def test_the_split_of_a_batch_does_not_matter(run: Any, wagle: Any, case: str):
         **{"data.batch_size": 2, "trainer.accumulate_grad_batches": 4},
     )
     assert difference(alone, weights(accumulated)) < 1e-5
-    for name in STRATEGIES:
-        assert (
-            difference(
-                alone, weights(run(name, module, *options, **named, **{"data.batch_size": 4}))
-            )
-            < 1e-5
-        )
+    for name in STRATEGIES if case == "npo" else ["zero1"]:
+        folder = run(name, module, *options, **named, **{"data.batch_size": 4})
+        assert difference(alone, weights(folder)) < 1e-5
     for name in ("ddp", "zero2", "zero3"):
         folder = run(
             name,
@@ -530,6 +529,8 @@ def test_resume(run: Any, mask: str, name: str, optimizer: str):
         **named,
     )
     assert difference(whole, weights(resumed)) == 0
+    if optimizer == "AdamW":  # its state is that of MaskedAdamW, under the same names
+        return
     other = "zero1" if name == "zero3" else "zero3"
     crossed = run(
         other,

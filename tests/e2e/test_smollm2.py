@@ -32,10 +32,10 @@ def test_attribute_unlearn_and_test_a_real_model(wagle, tmp_path):
     else:
         forget, retain = bundled("forget"), bundled("retain")
     files = [
-        write_rows(tmp_path / f"{name}.jsonl", rows[:6])
+        write_rows(tmp_path / f"{name}.jsonl", rows[:4])
         for name, rows in (("f", forget), ("r", retain))
     ]
-    data = ("--data.forget", files[0], "--data.retain", files[1], "--data.batch_size", "3")
+    data = ("--data.forget", files[0], "--data.retain", files[1], "--data.batch_size", "2")
     trainer = (
         "--trainer.max_epochs",
         "1",
@@ -67,7 +67,7 @@ def test_attribute_unlearn_and_test_a_real_model(wagle, tmp_path):
         "--trainer.max_epochs",
         "3",
         "--trainer.max_steps",
-        "5",
+        "4",
         "--optimizer",
         "MaskedAdamW",
         "--optimizer.lr",
@@ -75,7 +75,7 @@ def test_attribute_unlearn_and_test_a_real_model(wagle, tmp_path):
     )
     out = ("--model.output", "out", "--model.mask", "mask.safetensors")
     module = wagle(*fit, "--model", "UnlearnModule", *model, *out, *data, *steps).model
-    assert module.global_step == 5
+    assert module.global_step == 4
     moved = 0
     with (
         safe_open(SMOLLM2 / "model.safetensors", "pt") as base,
@@ -97,7 +97,7 @@ def test_attribute_unlearn_and_test_a_real_model(wagle, tmp_path):
         "--trainer.precision",
         PRECISION,
         "--model.max_new_tokens",
-        "16",
+        "8",
     )
     probability = {}
     for name in (str(SMOLLM2), "out"):
