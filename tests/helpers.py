@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 TOFU = Path(__file__).parents[2] / "shared/data/tofu"
 TOFU_LOGS = Path(__file__).parents[2] / "shared/data/tofu_eval_logs"
@@ -84,9 +85,22 @@ def environment() -> dict[str, str]:
     return {**own, "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
+def weights(folder: Path | str) -> dict[str, Tensor]:
+    """What an exported model holds."""
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    """The largest relative difference of a tensor."""
+    assert left.keys() == right.keys()
+    return max(
+        float((left[n].double() - right[n].double()).norm() / left[n].double().norm()) for n in left
+    )
+
+
 def same_bits(a: str, b: str) -> bool:
     """Whether two model folders hold the same weights, bit for bit."""
-    first, second = load_file(f"{a}/model.safetensors"), load_file(f"{b}/model.safetensors")
+    first, second = weights(a), weights(b)
     return all(
         torch.equal(first[name].view(torch.int32), second[name].view(torch.int32)) for name in first
     )

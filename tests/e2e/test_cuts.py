@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import write_rows
+from helpers import difference, weights, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
-from safetensors.torch import load_file
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.batches import GlobalBatchSampler, ResumableLoader
@@ -169,11 +168,6 @@ def interrupted(wagle: Any, save: int, *args: Any) -> list[int]:
     return Watch.rows
 
 
-def difference(left: str, right: str) -> float:
-    a, b = load_file(f"{left}/model.safetensors"), load_file(f"{right}/model.safetensors")
-    return max(float((a[n].double() - b[n].double()).norm() / a[n].double().norm()) for n in a)
-
-
 STOPS = [  # batch size and accumulation, micro-batches until the stop, batch size and accumulation from then on
     ((1, 4), 8, (2, 2)),
     ((2, 2), 4, (1, 4)),
@@ -213,7 +207,7 @@ def test_training_goes_on_with_another_cut(wagle, tiny_model, first, saved_after
     assert resumed.global_step == whole.global_step == (7 if limit else 9)
     assert resumed.current_epoch == whole.current_epoch
     assert Watch.validated == [step for step in validated if step > steps]
-    assert difference("whole", "resumed") < 1e-5
+    assert difference(weights("whole"), weights("resumed")) < 1e-5
 
 
 @pytest.mark.parametrize("limit", [(), ("--trainer.max_steps", "7")], ids=["epochs", "steps"])
@@ -234,7 +228,7 @@ def test_a_run_that_is_stopped_often(wagle, tiny_model, limit):
     wagle(
         *options("UnlearnModule", tiny_model, "out", 2, 2, *limit, *resume)
     )  # nothing is left to do but to write
-    assert not Watch.rows and difference("whole", "out") < 1e-5
+    assert not Watch.rows and difference(weights("whole"), weights("out")) < 1e-5
 
 
 @pytest.mark.parametrize("kept", ["epoch=0-step=3.ckpt", "epoch=1-step=5.ckpt"])
@@ -268,7 +262,7 @@ def test_more_steps_after_the_end(wagle, tiny_model, kept):
     )
     done = int(kept[-6])
     assert Counter(Watch.rows) == Counter(expected[sum(sizes[:done]) :])
-    assert difference("whole", "long") < 1e-5
+    assert difference(weights("whole"), weights("long")) < 1e-5
 
 
 @pytest.mark.parametrize(

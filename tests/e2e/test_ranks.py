@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import difference, weights, write_rows
 from ranks import Ranks
-from safetensors.torch import load_file
 from torch import Tensor
 
 from wagle_pl.cli import app as cli
@@ -20,15 +20,10 @@ from wagle_pl.lm.models import load_model
 from wagle_pl.masks import WeightMask
 
 pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 STRATEGIES = ["ddp", "zero1", "zero2", "zero3"]
 ZERO = STRATEGIES[1:]
-
-
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work in an empty folder."""
-    monkeypatch.chdir(tmp_path)
 
 
 def strategy(name: str, devices: int = 2) -> list[str]:
@@ -99,19 +94,6 @@ def run(ranks: Ranks, wagle: Any, command: Any) -> Callable[..., Any]:
         return Path(output)
 
     return fit
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    """What an exported model holds."""
-    return load_file(folder / "model.safetensors")
-
-
-def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    """The largest relative difference of a tensor."""
-    assert left.keys() == right.keys()
-    return max(
-        float((left[n].double() - right[n].double()).norm() / left[n].double().norm()) for n in left
-    )
 
 
 def frozen_moved(folder: Path, tiny_model: str, mask: WeightMask) -> int:
@@ -803,14 +785,12 @@ def test_wagle_test_on_several_ranks(
         1:
     ]:  # one row has more candidates than others: ranks run different numbers of passes
         del row["perturbed_answer"]
-    Path("uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in uneven))
+    write_rows(Path("uneven.jsonl"), uneven)
     asked = [{"question": row["question"], "answer": row["answer"]} for row in uneven[:3]]
     mixed = [
         {"text": "Nobody asks about such a text, and nobody says more of it. " * 9}
     ] * 3 + asked
-    Path("mixed.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in mixed)
-    )  # one rank generates alone
+    write_rows(Path("mixed.jsonl"), mixed)  # one rank generates alone
     sets = json.dumps(
         {
             "forget": rows["forget_test"],

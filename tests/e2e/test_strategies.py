@@ -25,12 +25,7 @@ from wagle_pl.masks import WeightMask
 from wagle_pl.strategies import ZeRO
 
 pytest.importorskip("deepspeed")
-
-
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work in an empty folder."""
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def typed(tiny_model: str, rows: dict[str, str], *options: Any, stage: int = 3) -> list[str]:

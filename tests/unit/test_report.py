@@ -6,14 +6,13 @@ import json
 import math
 import os
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from pages import EVIL, numbers, records, report_page, section, step, write_run, write_runs
+from pages import EVIL, numbers, records, section, step, write_run
 
 from wagle_pl import WagleError
 from wagle_pl.evaluation.comparison import arrow
@@ -22,19 +21,6 @@ from wagle_pl.evaluation.suites import TOFUSuite
 from wagle_pl.masks import WeightMask
 from wagle_pl.study.report.page import render, write_report
 from wagle_pl.study.report.sources import gather
-
-
-@pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, float]]:
-    """See :func:`pages.write_runs`; in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    return write_runs()
-
-
-@pytest.fixture
-def report(capsys: pytest.CaptureFixture[str], heard: pytest.LogCaptureFixture):
-    """See :func:`pages.report_page`."""
-    return partial(report_page, capsys, heard)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 import pytest
-from pages import Strict, report_page, section, write_runs
+from pages import Strict, section
 
 from wagle_pl import WagleError
 from wagle_pl.core.text import short_number
@@ -26,20 +25,6 @@ from wagle_pl.study.report.study import overview
 from wagle_pl.study.report.svg import PALETTE, svg
 from wagle_pl.study.summary import compared_at
 from wagle_pl.study.text import about
-
-
-@pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, float]]:
-    """See :func:`pages.write_runs`; in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    return write_runs()
-
-
-@pytest.fixture
-def report(capsys: pytest.CaptureFixture[str], heard: pytest.LogCaptureFixture):
-    """See :func:`pages.report_page`."""
-    return partial(report_page, capsys, heard)
-
 
 # -- studies ---------------------------------------------------------------------------------------
 
