@@ -505,15 +505,17 @@ MIN_K = 0.4  # MUSE reports Min-40%; OpenUnlearning takes 0.4 for its Min-K atta
 MEMBERSHIP_NEEDS = frozenset({"answer", "tokens", "vocabulary"})
 
 #: Score of every row, low for a member: records -> float64 (N,).
-Score = Callable[[Records], Tensor]
+MembershipScore = Callable[[Records], Tensor]
 #: Name of the attack -> its score.
-SCORES: dict[str, Score] = {}
+SCORES: dict[str, MembershipScore] = {}
 
 
-def membership_score(name: str, needs: Collection[str]) -> Callable[[Score], Score]:
+def membership_score(
+    name: str, needs: Collection[str]
+) -> Callable[[MembershipScore], MembershipScore]:
     """Register a score, and the area under its ROC curve as the measure ``mia_<name>``."""
 
-    def register(score: Score) -> Score:
+    def register(score: MembershipScore) -> MembershipScore:
         def area(seen: Observations, members: str, nonmembers: str) -> float:
             return F.membership_auc(*(score(seen.records(n)) for n in (members, nonmembers)))
 

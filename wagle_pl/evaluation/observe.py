@@ -36,7 +36,7 @@ from wagle_pl.data.batches import deal_batches, token_batches
 from wagle_pl.data.example import IGNORE, Example
 from wagle_pl.data.template import Template, check_ids
 from wagle_pl.evaluation import functional as F
-from wagle_pl.evaluation.scoring import Candidate, Passes, Score, score
+from wagle_pl.evaluation.scoring import Candidate, Passes, TokenScores, score
 from wagle_pl.lm.generation import first_tokens, generate, gradient_norm
 from wagle_pl.lm.models import vocabulary_size
 
@@ -86,14 +86,14 @@ class Scored(NamedTuple):
     tokens: int
     closed: bool = False
 
-    def nll(self, found: Score) -> Optional[float]:
+    def nll(self, found: TokenScores) -> Optional[float]:
         """Mean negative log-likelihood per token of the answer; None if it has no token."""
         answer = found.logprobs[len(found.logprobs) - self.tokens :]
         return -answer.double().mean().item() if self.tokens else None
 
 
 #: kind -> (sequence, what was found) of each of a row's.
-Found = dict[str, list[tuple[Scored, Score]]]
+Found = dict[str, list[tuple[Scored, TokenScores]]]
 
 
 def answers(template: Template, row: Example, needs: Collection[str]) -> list[Scored]:
@@ -337,7 +337,7 @@ class Observer:
         return gradient_norm(self.passes.lm, ids, [*labels[:-1], IGNORE] if own.closed else labels)
 
 
-def _of_answer(own: Scored, values: Score, want: frozenset[str]) -> Record:
+def _of_answer(own: Scored, values: TokenScores, want: frozenset[str]) -> Record:
     """Columns of the row's own answer."""
     record: Record = {"nll": own.nll(values), "tokens": own.tokens}
     end = len(values.logprobs) - own.closed

@@ -38,7 +38,7 @@ class Candidate(NamedTuple):
     vocabulary: bool = False
 
 
-class Score(NamedTuple):
+class TokenScores(NamedTuple):
     """What :func:`score` finds of one candidate: float32 tensors on the CPU, one value a scored
     token, in order.
 
@@ -56,7 +56,7 @@ class Score(NamedTuple):
     std: Optional[Tensor] = None
 
 
-NOTHING = Score(*(torch.zeros(0) for _ in Score._fields))
+NOTHING = TokenScores(*(torch.zeros(0) for _ in TokenScores._fields))
 
 
 class Passes:
@@ -107,7 +107,9 @@ def _accepts(model_class: type, argument: str) -> bool:
     return argument in signature(model_class.forward).parameters
 
 
-def token_statistics(logits: Tensor, targets: Tensor, greedy: bool, vocabulary: bool) -> Score:
+def token_statistics(
+    logits: Tensor, targets: Tensor, greedy: bool, vocabulary: bool
+) -> TokenScores:
     """What the model thought of each token of one text.
 
     Args:
@@ -121,7 +123,7 @@ def token_statistics(logits: Tensor, targets: Tensor, greedy: bool, vocabulary: 
         1e-6), as in Min-K%++ (arXiv 2404.02936).
     """
     logits = logits.float()
-    found = Score(-F.cross_entropy(logits, targets, reduction="none"))
+    found = TokenScores(-F.cross_entropy(logits, targets, reduction="none"))
     if greedy:
         found = found._replace(greedy=logits.argmax(-1) == targets)
     if vocabulary:
@@ -135,7 +137,7 @@ def token_statistics(logits: Tensor, targets: Tensor, greedy: bool, vocabulary: 
 
 def score(
     passes: Passes, candidates: Sequence[Candidate], pad_id: int, max_rows: int, share: bool = True
-) -> list[Score]:
+) -> list[TokenScores]:
     """Score every candidate.
 
     Args:
@@ -232,7 +234,7 @@ class _Run:
         self.firsts = [_first_label(candidate) for candidate in candidates]
         self.pad_id = pad_id
         self.max_rows = max_rows
-        self.scores: dict[int, Score] = {}
+        self.scores: dict[int, TokenScores] = {}
 
     def down(
         self, nodes: Sequence[Node], past: Optional[_Past] = None, parents: Sequence[int] = ()
@@ -304,7 +306,7 @@ def _selected(layers: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> Any:
     return cache
 
 
-def _of_candidate(candidate: Candidate, pieces: Sequence[tuple[int, Tensor]]) -> Score:
+def _of_candidate(candidate: Candidate, pieces: Sequence[tuple[int, Tensor]]) -> TokenScores:
     """The statistics of a candidate's labelled tokens.
 
     Args:
@@ -312,7 +314,7 @@ def _of_candidate(candidate: Candidate, pieces: Sequence[tuple[int, Tensor]]) ->
         pieces: (position of the first, logits (T, V)) in order of position; logits at p predict
             token p + 1.
     """
-    found: list[Score] = []
+    found: list[TokenScores] = []
     for start, logits in pieces:
         places = [p for p in range(start, start + len(logits)) if candidate.labels[p + 1] != IGNORE]
         if not places:
@@ -325,7 +327,7 @@ def _of_candidate(candidate: Candidate, pieces: Sequence[tuple[int, Tensor]]) ->
     if not found:
         return NOTHING
     columns = zip(*found, strict=True)
-    return Score(*(None if part[0] is None else torch.cat(part).cpu() for part in columns))
+    return TokenScores(*(None if part[0] is None else torch.cat(part).cpu() for part in columns))
 
 
 def _first_label(candidate: Candidate) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar, Union
 
@@ -117,7 +118,7 @@ class Suite:
         )
 
 
-class Averages:
+class Averages(ABC):
     """Beside a suite: the two averages of WAGLE's tables (arXiv 2410.17509)."""
 
     def averages(self, seen: Observations, found: Mapping[str, Value]) -> dict[str, Value]:
@@ -127,10 +128,10 @@ class Averages:
             "ut_average": attempt(self.utility, seen, found),
         }
 
+    @abstractmethod
     @measure("score, 0 to 1", "higher", name="ue_average")
     def efficacy(self, seen: Observations, found: Mapping[str, Value]) -> float:
         """Unlearning efficacy, the UE average of WAGLE's tables."""
-        raise NotImplementedError
 
     @measure("score, 0 to 1", "higher", name="ut_average")
     def utility(self, seen: Observations, found: Mapping[str, Value]) -> float:

@@ -68,7 +68,7 @@ def check_run(module: FinetuneModule) -> None:
         )
 
 
-class MicroBatch(NamedTuple):
+class StepLosses(NamedTuple):
     """One micro-batch of a step: its index in the epoch, its rows by stream, and its losses."""
 
     index: int
@@ -82,7 +82,7 @@ class MicroBatch(NamedTuple):
         return f"(batch {self.index}, rows {rows}): {numbers}"
 
 
-def check_step(batches: Iterable[MicroBatch], gradients: Mapping[str, Tensor], step: int) -> None:
+def check_step(batches: Iterable[StepLosses], gradients: Mapping[str, Tensor], step: int) -> None:
     """Refuse a step whose losses or gradients are not finite, with one synchronisation. Collective.
 
     Args:

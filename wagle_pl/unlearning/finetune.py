@@ -33,7 +33,7 @@ from wagle_pl.objectives import Streams
 from wagle_pl.planning import PlannedRun, Size, disk_bytes
 from wagle_pl.strategies import ShardedCheckpoint, is_zero, stage_of
 from wagle_pl.unlearning.card import model_card
-from wagle_pl.unlearning.checks import MicroBatch, check_run, check_step, check_weights
+from wagle_pl.unlearning.checks import StepLosses, check_run, check_step, check_weights
 from wagle_pl.unlearning.optim import MaskedAdamW, warmup_and_decay
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class FinetuneModule(LanguageModule):
         #: Whether ``load_from_checkpoint`` made it, and whether it was trained: then it cannot be.
         self.from_checkpoint = self.fitted = False
         self._started = time.monotonic()
-        self._step: list[MicroBatch] = []
+        self._step: list[StepLosses] = []
         self._step_start: Optional[resume.StepStart] = None
         self._random: Mapping[str, Tensor] = {}
         self._loader_state: Optional[dict[str, Any]] = None
@@ -260,7 +260,7 @@ class FinetuneModule(LanguageModule):
         losses = self.losses(self.streams_of(batch))
         noted = {name: value.detach() for name, value in losses.items()}
         rows = {stream: t["row"] for stream, t in batch.items() if t.get("row") is not None}
-        self._step.append(MicroBatch(batch_idx, rows, noted))
+        self._step.append(StepLosses(batch_idx, rows, noted))
         self.log_dict({f"train/{name}": value for name, value in noted.items()}, prog_bar=True)
         return losses["loss"]
 
