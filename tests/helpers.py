@@ -44,6 +44,12 @@ LLAMA_3 = """{%- if not date_string is defined %}
 """
 
 
+def data_options(rows: dict[str, str]) -> list[str]:
+    """Command-line options for the shared forget and retain rows."""
+    files = ["--data.forget", rows["forget"], "--data.retain", rows["retain"]]
+    return ["--data", "ForgetRetainDataModule", *files]
+
+
 def write_config(folder: Path, config: dict[str, Any]) -> str:
     """A model folder of a configuration alone."""
     folder.mkdir()

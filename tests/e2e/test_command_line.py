@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from helpers import environment
+from helpers import data_options, environment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 
@@ -198,12 +198,7 @@ def test_a_class_may_come_after_its_options(wagle, tiny_model, rows):
         "fit",
         "--data.batch_size",
         "4",
-        "--data",
-        "ForgetRetainDataModule",
-        "--data.forget",
-        rows["forget"],
-        "--data.retain",
-        rows["retain"],
+        *data_options(rows),
         "--model.objective.beta",
         "0.3",
         "--model.lr=1e-4",

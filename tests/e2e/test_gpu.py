@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import environment
+from helpers import data_options, environment
 from safetensors.torch import load_file
 
 from wagle_pl.masks import WeightMask
@@ -38,12 +38,7 @@ def fit(tiny_model: str, rows: dict[str, str], *options: str) -> None:
         options[0],
         "--model.model",
         tiny_model,
-        "--data",
-        "ForgetRetainDataModule",
-        "--data.forget",
-        rows["forget"],
-        "--data.retain",
-        rows["retain"],
+        *data_options(rows),
         "--trainer.logger",
         "false",
         "--trainer.enable_progress_bar",

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import difference, weights, write_rows
+from helpers import data_options, difference, weights, write_rows
 from ranks import Ranks
 from torch import Tensor
 
@@ -53,14 +53,7 @@ def command(tiny_model: str, rows: dict[str, str]) -> Callable[..., list[str]]:
             for part in (f"--trainer.{name}", "false")
         ]
         named = {"trainer.max_steps": 10, "trainer.max_epochs": 20, **named}
-        files = [
-            "--data",
-            "ForgetRetainDataModule",
-            "--data.forget",
-            rows["forget"],
-            "--data.retain",
-            rows["retain"],
-        ]
+        files = data_options(rows)
         given = [part for name, value in named.items() for part in (f"--{name}", str(value))]
         return [
             "fit",
@@ -807,12 +800,7 @@ def test_wagle_test_on_several_ranks(
         tiny_model,
         "--model.max_new_tokens",
         "12",
-        "--data",
-        "ForgetRetainDataModule",
-        "--data.forget",
-        rows["forget"],
-        "--data.retain",
-        rows["retain"],
+        *data_options(rows),
         "--data.test",
         sets,
         "--data.test_batch_size",

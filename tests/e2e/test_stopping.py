@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import difference, environment, weights
+from helpers import data_options, difference, environment, weights
 from safetensors.torch import load_file
 
 from wagle_pl.cli.callbacks import EpochCheckpoint
@@ -47,14 +47,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: str, ro
             if module == "UnlearnModule"
             else []
         )
-        data = [
-            "--data",
-            "ForgetRetainDataModule",
-            "--data.forget",
-            rows["forget"],
-            "--data.retain",
-            rows["retain"],
-        ]
+        data = data_options(rows)
         quiet = [
             "--trainer.logger",
             "false",

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import environment
+from helpers import data_options, environment
 from ranks import Ranks
 from safetensors.torch import load_file
 
@@ -35,14 +35,7 @@ def typed(tiny_model: str, rows: dict[str, str], *options: Any, stage: int = 3) 
         for name in ("enable_progress_bar", "enable_model_summary", "logger")
         for part in (f"--trainer.{name}", "false")
     ]
-    data = [
-        "--data",
-        "ForgetRetainDataModule",
-        "--data.forget",
-        rows["forget"],
-        "--data.retain",
-        rows["retain"],
-    ]
+    data = data_options(rows)
     devices = [
         "--trainer.accelerator",
         "cpu",
@@ -215,12 +208,7 @@ def test_no_rank_holds_the_whole_model(ranks: Ranks, tiny_model: str, rows: dict
         "AttributionModule",
         "--model.output",
         "mask",
-        "--data",
-        "ForgetRetainDataModule",
-        "--data.forget",
-        rows["forget"],
-        "--data.retain",
-        rows["retain"],
+        *data_options(rows),
         "--trainer.accelerator",
         "cpu",
         "--trainer.devices",
