@@ -8,9 +8,9 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-#: Selected weights written at a time on a CPU: what is between two operations stays in the
-#: processor's cache.
-CHUNK = 1 << 16
+#: Selected weights handled at a time on a CPU: few enough for the processor's cache, and enough
+#: for two threads to share (a quarter of this takes 1.2 times as long).
+CHUNK = 1 << 18
 
 #: The same on a GPU, where few large operations are faster.
 GPU_CHUNK = 1 << 24
