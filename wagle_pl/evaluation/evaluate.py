@@ -22,11 +22,10 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.data.example import raw_rows
 from wagle_pl.evaluation import classifiers
 from wagle_pl.evaluation.ability import Ability, Harness
-from wagle_pl.evaluation.attacks import (
+from wagle_pl.evaluation.attacks.attack import OTHERS, Attack, Subject
+from wagle_pl.evaluation.attacks.report import (
     ROBUSTNESS_FILE,
-    Attack,
     RobustnessReport,
-    Subject,
     find_attacks,
     load_other,
     model_of,
@@ -34,7 +33,6 @@ from wagle_pl.evaluation.attacks import (
     run_attacks,
     usable_attacks,
 )
-from wagle_pl.evaluation.attacks.subject import OTHERS
 from wagle_pl.evaluation.comparison import check_prompts, check_rows, comparison
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.measures import Info, Observations, Value, defined_only

@@ -1,29 +1,221 @@
-"""What an attack is."""
+"""What an attack is, what it works on (:class:`Subject`), and what it finds."""
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import ClassVar
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Optional
 
+import torch
+
+from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
-from wagle_pl.evaluation.attacks.subject import Finding, Subject
+from wagle_pl.data.example import Example
+from wagle_pl.data.template import Template
+from wagle_pl.evaluation.functional import Undefined
+from wagle_pl.evaluation.measures import Info, Value
+from wagle_pl.evaluation.observe import Observer, Record, observe_set
+from wagle_pl.evaluation.results import Table
+from wagle_pl.evaluation.suites import Suite
 
+PREFIX = "robustness"
+#: The models that are shown beside the one under test.
+OTHERS = ("target", "retrained")
 #: Measures of forget sets, and of the whole, that an attack reports where the suite has them.
 FORGET_MEASURES = (
     *("probability", "rougeL_recall", "truth_ratio", "accuracy", "extraction_strength"),
     *("perplexity", "toxicity", "forget_quality", "verbmem_f", "knowmem_f"),
 )
+#: Needs that are not observed under an attack: none of those measures uses them.
+NOT_OBSERVED = frozenset({"gradient", "paraphrased", "vocabulary", "text"})
+#: Columns of a record that belong to its generation.
+OF_GENERATION = ("generation", "rouge1_recall", "rougeL_recall", "toxicity", "nearest_answer")
+
+#: Row number -> the rows to ask in its place.
+Asked = Mapping[int, Sequence[Example]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One number of one model under one attack.
+
+    Attributes:
+        measure: its name, as in ``metrics.json``.
+        after: under the attack; None if it is undefined.
+        info: unit, direction and meaning.
+        option: the variant of the attack, e.g. ``4bit``; empty if there is only one.
+        before: without the attack, on the same rows; None if it was not measured.
+        detail: left out of the console's table.
+        why: why ``after`` is undefined.
+        attack: name of the attack; this and the following are filled in by :func:`run_attacks`.
+        others: ``target`` or ``retrained`` -> its number, None if it has none.
+        attacked: ``target`` or ``retrained`` -> whether that number is under the same attack.
+    """
+
+    measure: str
+    after: Optional[float]
+    info: Info
+    option: str = ""
+    before: Optional[float] = None
+    detail: bool = False
+    why: str = ""
+    attack: str = ""
+    others: Mapping[str, Optional[float]] = field(default_factory=dict)
+    attacked: Mapping[str, bool] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Its name in ``metrics.json``."""
+        name = f"{self.attack}_{self.option}" if self.option else self.attack
+        return f"{PREFIX}/{name}/{self.measure}"
+
+    def record(self) -> dict[str, Any]:
+        """Its record in ``robustness.json``."""
+        names = ("attack", "option", "measure", "before", "after")
+        record = {name: getattr(self, name) for name in names}
+        for name in OTHERS:
+            record |= {name: self.others.get(name), f"{name}_attacked": self.attacked.get(name)}
+        return record | vars(self.info) | ({"why": self.why} if self.after is None else {})
+
+
+@dataclass
+class Subject:
+    """A model under attack, and the data to attack it with.
+
+    Attributes:
+        lm: a Hugging Face causal language model, in evaluation mode.
+        observer: runs it on rows.
+        suite: the measures.
+        rows: test set -> its rows, for the sets whose rows are to be forgotten.
+        needs: test set -> what a test observes of it.
+        lengths: test set -> longest generation in tokens.
+        measures: tables of records -> the suite's measures.
+        training: stream (``forget``, ``retain``, ``holdout``) -> its rows, None if there are none.
+        annotate: lets other models (a toxicity classifier) read the records of a test set.
+        tables: test set -> its records without an attack; None if they were not observed.
+        sharded: whether the weights are sharded over the ranks (ZeRO-3).
+    """
+
+    lm: Any
+    observer: Observer
+    suite: Suite
+    rows: Mapping[str, list[Example]]
+    needs: Mapping[str, frozenset[str]]
+    lengths: Mapping[str, int]
+    measures: Callable[[Mapping[str, Table]], Mapping[str, Value]]
+    training: Callable[[str], Optional[list[Example]]]
+    annotate: Callable[[str, Table], None] = lambda name, table: None
+    tables: Optional[Mapping[str, Table]] = None
+    sharded: bool = False
+
+    @property
+    def template(self) -> Template:
+        """Makes tokens of rows; has the tokenizer."""
+        return self.observer.template
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model's inputs."""
+        return self.observer.passes.device
+
+    @property
+    def forget_rows(self) -> list[Example]:
+        """All rows to be forgotten, of all test sets."""
+        return [row for rows in self.rows.values() for row in rows]
+
+    def asked(self, variants: Callable[[str, Example], Sequence[Example]]) -> dict[str, Asked]:
+        """What ``variants`` of (test set, row) puts in each row's place, where it is anything."""
+        found = {
+            name: {i: asked for i, row in enumerate(rows) if (asked := list(variants(name, row)))}
+            for name, rows in self.rows.items()
+        }
+        return {name: asked for name, asked in found.items() if asked}
+
+    def every_row(self, without: Collection[str] = ()) -> dict[str, Asked]:
+        """All rows to be forgotten as they are, except those with a text of ``without``."""
+        return self.asked(lambda name, row: [row] if row.texts.isdisjoint(without) else [])
+
+    def ask(
+        self,
+        variants: Callable[[str, Example], Sequence[Example]],
+        measures: Collection[str],
+        option: str = "",
+    ) -> list[Finding]:
+        """Ask every row in other ways and keep the worst: see :meth:`asked` and :func:`worst`."""
+        return self.compare(self.asked(variants), measures, option)
+
+    def compare(
+        self, asked: Mapping[str, Asked], measures: Collection[str], option: str = ""
+    ) -> list[Finding]:
+        """Test the model as it is now on the rows ``asked`` of each set; see :meth:`findings`."""
+        tables = {name: self.observe(name, each) for name, each in asked.items()}
+        return self.findings(tables, measures, option)
+
+    def observe(self, name: str, asked: Asked, without: Collection[str] = ()) -> Table:
+        """Records of one test set, the worst of each row number. Collective.
+
+        A record has the question of the row it stands for, however that was asked: results of
+        other models are matched by it. Needs of the suite in ``without`` are not observed.
+        """
+        numbers = [i for i, rows in asked.items() for _ in rows]
+        rows = [row for rows in asked.values() for row in rows]
+        needs = self.needs[name] - NOT_OBSERVED - set(without)
+        header = self.suite.headers.get(name, "")
+        records = observe_set(self.observer, rows, needs, self.lengths[name], header)
+        for i, record in zip(numbers, records, strict=True):
+            record |= {"row": i, "question": self.rows[name][i].question}
+        return self.worst_of(name, records)
+
+    def worst_of(self, name: str, records: list[Record]) -> Table:
+        """Annotate records of a test set and keep the worst of each row. Collective."""
+
+        def select() -> Table:
+            self.annotate(name, records)
+            by_row: dict[int, list[Record]] = {}
+            for record in records:
+                by_row.setdefault(record["row"], []).append(record)
+            return [worst(by_row[row]) for row in sorted(by_row)]
+
+        return distributed.on_rank_zero(select)
+
+    def findings(
+        self, after: Mapping[str, Table], measures: Collection[str], option: str = ""
+    ) -> list[Finding]:
+        """Measures of tables beside those of the same rows without the attack.
+
+        Args:
+            after: test set -> records under the attack.
+            measures: which measures to report, by their names without the test set.
+            option: see :class:`Finding`.
+        """
+        before: Mapping[str, Value] = {}
+        if self.tables is not None:
+            rows = {name: {record["row"] for record in table} for name, table in after.items()}
+            before = self.measures(
+                {name: [r for r in self.tables[name] if r["row"] in rows[name]] for name in after}
+            )
+        found = []
+        for name, value in self.measures(after).items():
+            test_set, _, short = name.rpartition("/")
+            if short not in measures or (test_set and test_set not in after):
+                continue
+            known, now = (
+                None if each is None or isinstance(each, Undefined) else float(each)
+                for each in (before.get(name), value)
+            )
+            if known is not None or now is not None:
+                why = str(value) if now is None else ""
+                found.append(Finding(name, now, self.suite.info(name), option, known, why=why))
+        return found
 
 
 class Attack(ABC):
     """One way to bring forgotten knowledge back: override :meth:`attack`.
 
-    Override :meth:`check` too if the attack needs something of the data, or has options.
-
-    An attack leaves the weights as they were, and draws random numbers from a seed of its own, so
-    that it finds the same again.
+    Override :meth:`check` too if the attack needs something of the data, or has options. An attack
+    leaves the weights as they were, and draws random numbers from a seed of its own.
 
     >>> class Shouted(Attack):
     ...     '''Questions in capital letters.'''
@@ -49,11 +241,7 @@ class Attack(ABC):
 
     @abstractmethod
     def attack(self, subject: Subject) -> Iterable[Finding]:
-        """Attack a model. Collective: all ranks must call it, and iterate over what it returns.
-
-        Returns:
-            The findings, in the same order for every model.
-        """
+        """The findings, in the same order for every model. Collective, to the last of them."""
 
     def check(self, subject: Subject) -> None:
         """Refuse wrong options, and a model or data that cannot be attacked, before any work.
@@ -72,3 +260,35 @@ class Attack(ABC):
     def unusable(self, why: str) -> WagleError:
         """The error that the attack has nothing to work on."""
         return WagleError(f"{self.name} has nothing to work on: {why}")
+
+
+def worst(records: Sequence[Record]) -> Record:
+    """The record that gives most away of several of one row; its generation may be that of another.
+
+    The likelihoods are those of the wording under which the right answer is likeliest. The
+    generation is the one with the highest ROUGE-L recall or, where there is no answer to compare
+    with, the most toxic.
+
+    >>> one = {"row": 0, "nll": 2.0, "generation": "In Sibiu.", "rougeL_recall": 0.6}
+    >>> two = {"row": 0, "nll": 1.0, "generation": "In Arad.", "rougeL_recall": 0.3}
+    >>> worst([one, two])
+    {'row': 0, 'nll': 1.0, 'generation': 'In Sibiu.', 'rougeL_recall': 0.6}
+    """
+
+    def answer_logprob(record: Record) -> float:
+        if record.get("nll") is not None:
+            return -record["nll"]
+        for column, sign in (("choice_logprobs", 1), ("choice_nll", -1)):
+            if record.get(column) is not None:
+                logprobs = (sign * torch.tensor(record[column])).log_softmax(-1)
+                return logprobs[record["label"]].item()
+        return 0.0
+
+    said = max(records, key=lambda r: r.get("rougeL_recall") or r.get("toxicity") or 0.0)
+    likeliest = max(records, key=answer_logprob)
+    return likeliest | {name: said[name] for name in OF_GENERATION if name in said}
+
+
+def texts_of(rows: Iterable[Example]) -> set[str]:
+    """Questions and answers of rows in every wording: rows that share one state the same fact."""
+    return {text for row in rows for text in row.texts}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Optional
 
@@ -13,8 +13,7 @@ from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.batches import collate, deal_batches, token_batches
 from wagle_pl.data.example import Example
-from wagle_pl.evaluation.attacks.attack import Attack
-from wagle_pl.evaluation.attacks.subject import Asked, Finding, Subject, texts_of
+from wagle_pl.evaluation.attacks.attack import Asked, Attack, Finding, Subject, texts_of
 from wagle_pl.evaluation.measures import Info
 from wagle_pl.evaluation.observe import observe_set, of_generation, possible
 from wagle_pl.lm.generation import generate
@@ -73,14 +72,12 @@ class Sample(Attack):
 
     def _generated(self, subject: Subject) -> dict[str, Asked]:
         """The rows that a test generates from."""
-
-        def generated(name: str, row: Example) -> list[Example]:
-            return [row] if "generation" in possible(row, subject.needs[name]) else []
-
-        return subject.asked(generated)
+        return subject.asked(
+            lambda name, row: [row] if "generation" in possible(row, subject.needs[name]) else []
+        )
 
     def _sample(self, subject: Subject, name: str, numbers: list[int]) -> list[list[str]]:
-        """Each row's samples; the ranks share the rows. Collective: all ranks must call it."""
+        """Each row's samples; the ranks share the rows. Collective."""
         devices = [subject.device] if subject.device.type == "cuda" else []
         found = []
         for i in deal_batches(numbers, distributed.world_size(), distributed.rank()):
@@ -109,7 +106,7 @@ class Probe(Attack):
 
     As in arXiv 2402.16835, section 3. ``answers``: the right answer (the paraphrased one, where
     there is one) to a forget row's question against its perturbed answers. ``rows``: forget rows
-    against ``holdout`` rows or, without any, against retain rows. Both are the share of pairs that
+    against ``holdout`` rows or, without enough, against retain rows. Both are the share of pairs that
     the classifier orders rightly on rows it was not fitted to (cross-validation over rows);
     *before* is the same share by the model's own likelihoods. ``accuracy`` is that of the best
     layer, which is above 0.5 by some chance: read it beside the retrained model's. Every layer has
@@ -133,9 +130,9 @@ class Probe(Attack):
         """See :class:`Probe`."""
         if rows := self._answer_rows(subject):
             yield from self._probe_answers(subject, rows)
-        forget, others, kind = self._sides(subject)
+        forget, others, stream = self._sides(subject)
         if forget:
-            yield from self._probe_rows(subject, forget, others, kind)
+            yield from self._probe_rows(subject, forget, others, stream)
 
     def check(self, subject: Subject) -> None:
         """It needs forget rows with perturbed answers, or others to tell the forget rows from."""
@@ -164,30 +161,25 @@ class Probe(Attack):
 
     def _sides(self, subject: Subject) -> tuple[list[Example], list[Example], str]:
         """Forget rows, rows to tell them from, and the latter's stream; no rows if too few."""
-        stream = subject.training("forget") or []
-        known = texts_of(stream)
-        forget = self._draw(_answered(stream or subject.forget_rows))
-        for kind in ("holdout", "retain"):
-            rows = _answered(subject.training(kind) or [])
+        trained = subject.training("forget") or []
+        known = texts_of(trained)
+        forget = self._draw([r for r in trained or subject.forget_rows if r.kind != "prompt"])
+        for stream in ("holdout", "retain") if self.tell != "answers" else ():
+            rows = [row for row in subject.training(stream) or [] if row.kind != "prompt"]
             others = self._draw([row for row in rows if not row.texts & known])
-            if others:
-                enough = self.tell != "answers" and min(len(forget), len(others)) >= LEAST_ROWS
-                return (forget, others, kind) if enough else ([], [], kind)
+            if min(len(forget), len(others)) >= LEAST_ROWS:
+                return forget, others, stream
         return [], [], ""
 
     def _probe_answers(self, subject: Subject, rows: Sequence[Example]) -> Iterator[Finding]:
         answers = [[row.paraphrased_answer or row.answer, *row.perturbed_answers] for row in rows]
-        encode = subject.template.encode
-        texts = [
-            encode(row, text)["input_ids"]
-            for row, each in zip(rows, answers, strict=True)
-            for text in each
-        ]
-        sizes, folds = [len(each) for each in answers], min(self.folds, len(rows))
-        values = []
-        for layer in last_states(subject, texts).unbind(1):
-            differences = [of_row[:1] - of_row[1:] for of_row in layer.double().split(sizes)]
-            values.append(order_answers(differences, self.strength, folds, self.seed))
+        texts = [(row, text) for row, own in zip(rows, answers, strict=True) for text in own]
+        sizes, folds = [len(own) for own in answers], min(self.folds, len(rows))
+
+        def order(layer: Tensor) -> float:
+            differences = [of_row[:1] - of_row[1:] for of_row in layer.split(sizes)]
+            return order_answers(differences, self.strength, folds, self.seed)
+
         before = None
         if subject.tables is not None:
             records = observe_set(subject.observer, rows, {"answer", "alternatives"})
@@ -197,31 +189,37 @@ class Probe(Attack):
             ]
             before = sum(shares) / len(shares)
         what = "right answers told from wrong ones to the same question"
-        yield from _by_layer("answers", values, before, what)
+        yield from _by_layer(subject, texts, order, "answers", before, what)
 
     def _probe_rows(
-        self, subject: Subject, forget: Sequence[Example], others: Sequence[Example], kind: str
+        self, subject: Subject, forget: list[Example], others: list[Example], stream: str
     ) -> Iterator[Finding]:
-        rows, count = [*forget, *others], len(forget)
-        states = last_states(subject, [subject.template.encode(row)["input_ids"] for row in rows])
-        folds = min(self.folds, count, len(others))
-        values = [
-            separate(
-                layer[:count].double(), layer[count:].double(), self.strength, folds, self.seed
-            )
-            for layer in states.unbind(1)
-        ]
+        count, folds = len(forget), min(self.folds, len(forget), len(others))
+
+        def tell(layer: Tensor) -> float:
+            return separate(layer[:count], layer[count:], self.strength, folds, self.seed)
+
         before = None
         if subject.tables is not None:
-            records = observe_set(subject.observer, rows, {"answer"})
+            records = observe_set(subject.observer, [*forget, *others], {"answer"})
             nll = torch.tensor([record["nll"] for record in records], dtype=torch.float64)
             before = share_above(nll[None, count:] - nll[:count, None])
-        yield from _by_layer("rows", values, before, f"forget rows told from {kind} rows")
+        texts = [(row, None) for row in (*forget, *others)]
+        what = f"forget rows told from {stream} rows"
+        yield from _by_layer(subject, texts, tell, "rows", before, what)
 
 
 def _by_layer(
-    option: str, values: Sequence[float], before: Optional[float], what: str
+    subject: Subject,
+    texts: Sequence[tuple[Example, Optional[str]]],
+    classify: Callable[[Tensor], float],
+    option: str,
+    before: Optional[float],
+    what: str,
 ) -> Iterator[Finding]:
+    """What a classifier finds in the states of each layer at the end of rows with answers."""
+    states = last_states(subject, [subject.template.encode(*text)["input_ids"] for text in texts])
+    values = [classify(layer.double()) for layer in states.unbind(1)]
     unit = "share of pairs, 0 to 1 (0.5 is chance)"
     what = f"{what} by a linear classifier of"
     info = Info(unit, "retrained", f"{what} the best hidden layer, held-out rows")
@@ -231,21 +229,12 @@ def _by_layer(
         yield Finding(f"accuracy_layer_{layer}", value, info, option, before, detail=True)
 
 
-def _answered(rows: Sequence[Example]) -> list[Example]:
-    """Rows with an answer or a text."""
-    return [row for row in rows if row.kind != "prompt"]
-
-
 @torch.no_grad()
 def last_states(subject: Subject, texts: Sequence[Sequence[int]]) -> Tensor:
-    """Hidden states at the last token of every text. Collective: all ranks must call it.
-
-    Args:
-        subject: the model.
-        texts: token ids of N texts.
+    """Hidden states at the last token of every text, given as token ids. Collective.
 
     Returns:
-        (N, layers + 1, D) float32 on the CPU; layer 0 are the embeddings.
+        (texts, layers + 1, D) float32 on the CPU; layer 0 are the embeddings.
     """
     observer = subject.observer
     pad = subject.template.tokenizer.pad_token_id or 0
@@ -269,18 +258,15 @@ def last_states(subject: Subject, texts: Sequence[Sequence[int]]) -> Tensor:
 
 
 def ridge(features: Tensor, targets: Tensor, strength: float) -> Tensor:
-    """Weights of a least-squares classifier, argmin ‖y − ȳ − (X − x̄) w‖² + λ‖w‖².
+    """Weights (D,) of a least-squares classifier, argmin ‖y − ȳ − (X − x̄) w‖² + λ‖w‖².
 
     Solved in its dual form, w = (X − x̄)ᵀ (K + λ I)⁻¹ (y − ȳ) with K = (X − x̄)(X − x̄)ᵀ and
-    λ = strength · tr(K) / N, which costs N³, not D³.
+    λ = strength · tr(K) / N, which costs N³, not D³. Zeros if all features are the same.
 
     Args:
         features: (N, D), float64.
         targets: (N,), +1 and −1.
         strength: of the penalty, relative to the mean squared length of the centred features.
-
-    Returns:
-        (D,); the score of x is x · w, up to a constant. Zeros if all features are the same.
     """
     centred = features - features.mean(0)
     kernel = centred @ centred.T
@@ -298,9 +284,7 @@ def folds_of(rows: int, count: int, seed: int) -> Tensor:
 
 
 def share_above(values: Tensor) -> float:
-    """Share of numbers above 0, those equal to 0 by half.
-
-    Of all differences between two sets of scores it is the area under the ROC curve.
+    """Share of numbers above 0, those equal to 0 by half: of differences, the area under the ROC.
 
     >>> share_above(torch.tensor([[1.0], [3.0]]) - torch.tensor([2.0, 1.0]))
     0.625
@@ -310,17 +294,9 @@ def share_above(values: Tensor) -> float:
 
 
 def separate(ours: Tensor, others: Tensor, strength: float, folds: int, seed: int) -> float:
-    """How well a linear classifier tells two sets of rows apart by cross-validation; 0.5 is chance.
+    """How well :func:`ridge` tells rows (N, D) from rows (M, D), in float64; 0.5 is chance.
 
-    Args:
-        ours: (N, D) features, float64.
-        others: (M, D).
-        strength: see :func:`ridge`.
-        folds: at most N and M.
-        seed: of the folds.
-
-    Returns:
-        Area under the ROC curve of the held-out rows' scores, the mean over folds.
+    It is the area under the ROC curve of held-out rows' scores, the mean over at most N and M folds.
     """
     sides = [(side, folds_of(len(side), folds, seed)) for side in (ours, others)]
     areas = []
@@ -333,21 +309,17 @@ def separate(ours: Tensor, others: Tensor, strength: float, folds: int, seed: in
 
 
 def order_answers(differences: Sequence[Tensor], strength: float, folds: int, seed: int) -> float:
-    """How well a linear classifier tells right answers from wrong ones to the same question.
+    """How well :func:`ridge` tells right answers from wrong ones; 0.5 is chance.
 
-    0.5 is chance. It is fitted to differences, so that what the answers to a question have in
-    common does not help it.
+    It is the share of a row's wrong answers that score lower than the right one when the row is
+    held out, the mean over rows. What the answers to a question have in common does not help.
 
     Args:
-        differences: of each row (K, D), the right answer's features minus those of each wrong one,
-            float64.
+        differences: of each row (K, D), float64: the right answer's features minus those of each
+            wrong one.
         strength: see :func:`ridge`.
-        folds: at most the number of rows; whole rows are held out.
+        folds: at most the number of rows.
         seed: of the folds.
-
-    Returns:
-        Share of a held-out row's wrong answers that score lower than the right one, the mean over
-        rows.
     """
     part = folds_of(len(differences), folds, seed).tolist()
     shares = []

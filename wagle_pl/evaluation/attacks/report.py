@@ -14,10 +14,9 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.core.registry import resolve
 from wagle_pl.core.text import table
 from wagle_pl.core.weights import fingerprint, iter_gathered
-from wagle_pl.evaluation.attacks.attack import Attack
+from wagle_pl.evaluation.attacks.attack import OTHERS, PREFIX, Attack, Finding, Subject
 from wagle_pl.evaluation.attacks.probing import Probe, Sample
 from wagle_pl.evaluation.attacks.prompts import InContext, Paraphrase, TranslatedStyle
-from wagle_pl.evaluation.attacks.subject import OTHERS, PREFIX, Finding, Subject
 from wagle_pl.evaluation.attacks.weights import Quantise, Relearn
 from wagle_pl.evaluation.measures import Info
 from wagle_pl.evaluation.results import INFO_FILE, METRICS_FILE, read_json
@@ -49,9 +48,8 @@ def find_attacks(value: Attacks) -> tuple[list[Attack], bool]:
     """
     if isinstance(value, str):
         words = [word.strip() for word in value.strip("[] ").split(",") if word.strip()]
-        word = words[0].lower() if len(words) == 1 else ""
         constants = {"all": True, "true": True, "none": False, "false": False, "null": False}
-        value = constants.get(word, words)
+        value = constants.get(",".join(words).lower(), words)
     if value is True:
         return [attack() for attack in EVERY], True
     attacks = [resolve(Attack, attack, "attack of model.robustness") for attack in value or ()]
@@ -91,12 +89,7 @@ def usable_attacks(
 
 @dataclass
 class RobustnessReport:
-    """What all attacks found.
-
-    Attributes:
-        findings: in the order of the attacks.
-        skipped: attack -> why it had nothing to work on.
-    """
+    """What all attacks found, in their order, and why those that are ``skipped`` found nothing."""
 
     findings: Sequence[Finding]
     skipped: Mapping[str, str]
@@ -122,32 +115,23 @@ class RobustnessReport:
     def table(self) -> str:
         """The console's table; a number of another model that was not attacked has a star."""
         others = [name for name in OTHERS if any(name in each.attacked for each in self.findings)]
-        rows = []
+        rows, starred = [], {}
         for each in self.findings:
-            if each.detail or each.after is None:
-                continue
-            cells = [f"{each.attack} {each.option}".strip(), each.measure]
-            cells += [_shown(each.before), _shown(each.after)]
-            for name in others:
-                value = _shown(each.others.get(name))
-                cells.append(value if each.attacked.get(name, True) or not value else f"{value}*")
-            rows.append(cells)
+            numbers = [each.before, each.after, *(each.others.get(name) for name in others)]
+            cells = ["" if number is None else f"{number:.4g}" for number in numbers]
+            for i, name in enumerate(others, 2):
+                if not each.attacked.get(name, True):
+                    starred[name] = True
+                    cells[i] = cells[i] and f"{cells[i]}*"
+            if not each.detail and each.after is not None:
+                rows.append([f"{each.attack} {each.option}".strip(), each.measure, *cells])
         header = ["attack", "measure", "before", "after", *others]
         lines = [table(header, rows, left=(0, 1))]
-        starred = [
-            name
-            for name in others
-            if any(not each.attacked.get(name, True) for each in self.findings)
-        ]
         if starred:
             names = " and ".join(starred)
             lines.append(f"* {names}: without the attack (results are given, and no model)")
         lines += [f"undefined: {name}: {why}" for name, why in self.undefined().items()]
         return "\n".join(lines)
-
-
-def _shown(value: Optional[float]) -> str:
-    return "" if value is None else f"{value:.4g}"
 
 
 def run_attacks(
@@ -157,9 +141,7 @@ def run_attacks(
     metrics: Mapping[str, Mapping[str, float]],
     skipped: Mapping[str, str],
 ) -> RobustnessReport:
-    """Attack a model, then each of the others, one in memory at a time.
-
-    Collective: all ranks must call it.
+    """Attack a model, then each of the others, one in memory at a time. Collective.
 
     Args:
         attacks: all of them usable.
@@ -172,15 +154,23 @@ def run_attacks(
     Raises:
         RuntimeError: if an attack did not restore the weights.
     """
-    before = _fingerprint(subject)
+
+    def attack_all(subject: Subject, whose: str) -> list[Finding]:
+        found = []
+        for attack in attacks:
+            log.info("attack on %s: %s", whose, attack.name)
+            found += [replace(each, attack=attack.name) for each in attack.attack(subject)]
+        return found
+
+    before = fingerprint(iter_gathered(subject.lm.named_parameters()))
     # Fine-tuning needs tensors that take gradients, which those made in inference mode do not.
     with torch.inference_mode(False), torch.no_grad():
-        found = _attack(attacks, subject, "the model")
-        if _fingerprint(subject) != before:
+        found = attack_all(subject, "the model")
+        if fingerprint(iter_gathered(subject.lm.named_parameters())) != before:
             names = ", ".join(type(attack).__name__ for attack in attacks)
             raise RuntimeError(f"one of the attacks {names} left the model's weights changed")
         beside = {
-            name: {each.key: each.after for each in _attack(attacks, load(), f"the {name} model")}
+            name: {each.key: each.after for each in attack_all(load(), f"the {name} model")}
             for name, load in others.items()
         }
     results = []
@@ -192,18 +182,6 @@ def run_attacks(
     return RobustnessReport(results, skipped)
 
 
-def _attack(attacks: Sequence[Attack], subject: Subject, whose: str) -> list[Finding]:
-    found = []
-    for attack in attacks:
-        log.info("attack on %s: %s", whose, attack.name)
-        found += [replace(each, attack=attack.name) for each in attack.attack(subject)]
-    return found
-
-
-def _fingerprint(subject: Subject) -> str:
-    return fingerprint(iter_gathered(subject.lm.named_parameters()))
-
-
 # -- the other models ------------------------------------------------------------------------------
 
 
@@ -212,14 +190,12 @@ def model_of(path: Union[str, Path]) -> Optional[str]:
 
     It is the folder itself, if it holds a model; the one above, if it holds one (``wagle fit`` and
     ``wagle test`` write results into the model's folder); or the one that the results name, if it
-    is a folder that still exists.
-
-    Args:
-        path: a model folder, a folder that ``wagle test`` wrote, or a file in one.
+    is a folder that still exists. Of a published result file it is unknown, wherever that lies.
     """
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    if Path(path).is_file() and Path(path).name != METRICS_FILE:
-        return None  # a published result file, wherever it lies
+    path = Path(path)
+    if path.is_file() and path.name != METRICS_FILE:
+        return None
+    folder = path if path.is_dir() else path.parent
     for place in (folder, folder.absolute().parent):
         if _holds_model(place):
             return str(place)

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.batches import collate
 from wagle_pl.data.example import Example
-from wagle_pl.evaluation.attacks.attack import Attack
-from wagle_pl.evaluation.attacks.subject import Finding, Subject, texts_of
+from wagle_pl.evaluation.attacks.attack import Attack, Finding, Subject, texts_of
 from wagle_pl.lm.layers import linear_weights
 from wagle_pl.lm.likelihood import forward_answers, sequence_logprobs
 
@@ -45,10 +44,10 @@ def restored(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 @dataclass(eq=False)
 class Quantise(Attack):
-    """Round the linear layers' weights to few bits, and test again.
+    """Round the linear layers' weights to few bits, which may undo small updates, and test again.
 
-    Rounding may undo small updates (arXiv 2410.16454). Weights only, per output channel, to the
-    nearest level, and back to floating point: no special kernels, any device.
+    Weights only, per output channel, to the nearest level, and back to floating point: no special
+    kernels, any device (arXiv 2410.16454).
 
     Args:
         bits: each is tried.
@@ -81,19 +80,17 @@ class Quantise(Attack):
 def fake_quantise(
     weights: Tensor, bits: int, scheme: Scheme = "asymmetric", group_size: Optional[int] = None
 ) -> Tensor:
-    """Weights rounded to the nearest of 2^bits levels, per output channel, in floating point.
+    """Weights rounded to the nearest of 2^bits levels (RTN, arXiv 2410.16454), in floating point.
 
     Symmetric: s = max|w| / (2^(b−1) − 1), w' = s · clamp(round(w / s), ±(2^(b−1) − 1)).
     Asymmetric: s = (max w − min w) / (2^b − 1) over a range that includes 0, z = round(−min w / s),
-    w' = s · (clamp(round(w / s) + z, 0, 2^b − 1) − z). Round-to-nearest (RTN), as in arXiv
-    2410.16454.
+    w' = s · (clamp(round(w / s) + z, 0, 2^b − 1) − z).
 
     Args:
         weights: (out, in); a row is a channel.
         bits: 2 to 16.
         scheme: see above.
-        group_size: number of neighbouring inputs that have a scale of their own; a whole row when
-            None.
+        group_size: neighbouring inputs that have a scale of their own; a whole row when None.
 
     Returns:
         (out, in), of the dtype of ``weights``.
@@ -120,10 +117,9 @@ def fake_quantise(
 
 @torch.no_grad()
 def quantise_(lm: nn.Module, bits: int, scheme: Scheme, group_size: Optional[int] = None) -> None:
-    """Fake-quantise the weights of all linear maps of the blocks in place, one matrix at a time.
+    """Fake-quantise the weights of the blocks' linear maps in place, one matrix at a time.
 
-    The output head is left out, as quantisers for language models leave it, and so are embeddings
-    tied to it.
+    As in quantisers for language models, not the output head, nor embeddings tied to it.
     """
     for weight, transposed in linear_weights(lm, head=False):
         for matrix in weight.data if weight.ndim == 3 else (weight.data,):
@@ -137,19 +133,17 @@ def quantise_(lm: nn.Module, bits: int, scheme: Scheme, group_size: Optional[int
 
 @dataclass(eq=False)
 class Relearn(Attack):
-    """Fine-tune a few steps on a few forget rows, or on retain rows only, and test again.
+    """Fine-tune a few steps on forget rows, or on retain rows only, and test (arXiv 2406.13356).
 
-    As in arXiv 2406.13356.
     Only forget rows that were *not* trained on, nor under another wording, are tested: what was
     never shown again and comes back was hidden. Each rank trains the same steps on the same rows.
     Memory: a copy of the weights in CPU memory, and 8 to 12 bytes a weight for AdamW.
 
     Args:
-        on: ``forget`` rows, ``retain`` rows, or ``both``, one after the other, each from the model
-            as it was.
+        on: ``forget`` rows, ``retain`` rows, or ``both``, each from the model as it was.
         steps: optimiser steps.
-        rows: number of forget rows to train on, drawn at random, at most half of them. Of retain
-            rows every batch takes new ones while there are any.
+        rows: forget rows to train on, drawn at random, at most half of them; of retain rows every
+            batch takes new ones while there are any.
         batch_size: rows a step.
         learning_rate: of AdamW.
         seed: of the draw.
@@ -171,10 +165,8 @@ class Relearn(Attack):
             shown = texts_of(rows) if option == "forget" else ()
             with restored(subject.lm.parameters()):
                 losses = finetune_(subject.lm, self._batches(subject, rows), self.learning_rate)
-                log.info(
-                    "relearn %s: %d rows, loss %.3f to %.3f",
-                    *(option, len(rows), losses[0], losses[-1]),
-                )
+                trained = f"{len(rows)} rows, loss {losses[0]:.3f} to {losses[-1]:.3f}"
+                log.info("relearn %s: %s", option, trained)
                 yield from subject.compare(subject.every_row(without=shown), self.measures, option)
 
     def check(self, subject: Subject) -> None:
@@ -227,14 +219,14 @@ def _trainable(subject: Subject, option: str) -> list[Example]:
 def finetune_(
     lm: Any, batches: Iterable[Mapping[str, Tensor]], learning_rate: float
 ) -> list[float]:
-    """Train all weights in place with AdamW, one step a batch.
+    """Train all weights in place with AdamW, without decay, one step a batch.
 
     The loss is the mean over rows of the mean over a row's tokens.
 
     Args:
         lm: a model whose weights are whole on this device.
         batches: ``input_ids``, ``attention_mask`` and ``labels``, each (B, T), on its device.
-        learning_rate: of AdamW, without decay.
+        learning_rate: of AdamW.
 
     Returns:
         The loss before each step.

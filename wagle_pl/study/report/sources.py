@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.evaluation.attacks import ROBUSTNESS_FILE
+from wagle_pl.evaluation.attacks.report import ROBUSTNESS_FILE
 from wagle_pl.evaluation.comparison import arrow
 from wagle_pl.evaluation.measures import Info
 from wagle_pl.evaluation.results import (
