@@ -15,7 +15,7 @@ from wagle_pl.cli.failures import failure, parent_ended
 from wagle_pl.cli.logs import quiet
 from wagle_pl.core import stopping
 from wagle_pl.core.environment import prepare_libraries
-from wagle_pl.core.lookup import nearest
+from wagle_pl.core.registry import nearest
 
 EXIT_UNREAD = 141  # as shells have it: 128 + SIGPIPE
 

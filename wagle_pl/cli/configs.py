@@ -10,7 +10,7 @@ from typing import Any, Optional
 import yaml
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.lookup import nearest
+from wagle_pl.core.registry import nearest
 
 _PACKAGE = Path(__file__).parents[1]
 #: Where ``--config NAME`` looks: in the installed package, or beside it in a checkout.

@@ -1,7 +1,6 @@
 """Collectives over ``torch.distributed`` that are no-ops in a run of one process.
 
-Every function here but :func:`is_distributed`, :func:`world_size`, :func:`rank`, :func:`device` and
-:func:`shutdown` is a collective: all ranks must call it, in the same order.
+All ranks must call a collective, and in the same order.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def device() -> torch.device:
 
 
 def all_gather(items: Iterable[T]) -> list[T]:
-    """The items of all ranks, rank 0's first. They are pickled, so keep them small."""
+    """Collective: the items of all ranks, rank 0's first. They are pickled, so keep them small."""
     items = list(items)
     if not is_distributed():
         return items
@@ -53,18 +52,14 @@ def all_gather(items: Iterable[T]) -> list[T]:
 
 
 def on_rank_zero(call: Callable[[], T]) -> T:
-    """Call a function on rank 0 and broadcast what it returns, e.g. for files only rank 0 sees.
-
-    Raises:
-        Exception: on every rank what ``call`` raises on rank 0, so that no rank waits forever.
-    """
+    """Collective: call a function on rank 0, and return or raise on every rank what it does."""
     if not is_distributed():
         return call()
     answer: list[object] = [None, None]
     if rank() == 0:
         try:
             answer[0] = call()
-        except Exception as error:  # raised on every rank below
+        except Exception as error:  # raised on every rank, so that none waits forever
             answer[1] = error
     dist.broadcast_object_list(answer, src=0)
     if isinstance(answer[1], Exception):
@@ -73,7 +68,7 @@ def on_rank_zero(call: Callable[[], T]) -> T:
 
 
 def all_reduce_max(number: int) -> int:
-    """The largest of the ranks' numbers."""
+    """Collective: the largest of the ranks' numbers."""
     if not is_distributed():
         return number
     largest = torch.tensor(number, device=device())
@@ -82,7 +77,8 @@ def all_reduce_max(number: int) -> int:
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum of the ranks' tensors, written into ``tensor``, on any device, and returned."""
+    """Collective: sum of the ranks' tensors, written into ``tensor`` on any device, and
+    returned."""
     if is_distributed():
         here = tensor.to(device())
         dist.all_reduce(here)
@@ -91,11 +87,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def reduce_scatter(tensor: Tensor) -> Tensor:
-    """This rank's share of the sum of the ranks' tensors.
-
-    Args:
-        tensor: (R·n, …) with R ranks; rank r gets rows r·n to (r + 1)·n.
-    """
+    """Collective: of the sum of the ranks' (R·n, …) tensors, rank r's rows r·n to (r + 1)·n."""
     if not is_distributed():
         return tensor
     share = tensor.new_empty((len(tensor) // world_size(), *tensor.shape[1:]))
@@ -104,7 +96,7 @@ def reduce_scatter(tensor: Tensor) -> Tensor:
 
 
 def all_gather_tensor(share: Tensor) -> Tensor:
-    """The ranks' tensors, all of one shape (n, …), concatenated to (R·n, …)."""
+    """Collective: the ranks' (n, …) tensors concatenated to (R·n, …)."""
     if not is_distributed():
         return share
     whole = share.new_empty((len(share) * world_size(), *share.shape[1:]))

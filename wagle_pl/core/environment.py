@@ -9,14 +9,11 @@ import resource
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from importlib.metadata import PackageNotFoundError, version
 
 from wagle_pl import __version__
 from wagle_pl.core.errors import WagleError, first_line
-
-#: What results may depend on, beside this package.
-_LIBRARIES = ("torch", "lightning", "transformers", "deepspeed", "peft")
 
 
 @contextmanager
@@ -31,8 +28,8 @@ def trainer_errors() -> Iterator[None]:
 
 
 @contextmanager
-def log_level(name: str, level: int) -> Iterator[None]:
-    """Set the level of the logger of a name while inside."""
+def errors_only(name: str, level: int = logging.ERROR) -> Iterator[None]:
+    """The logger of a name logs errors only (or from another level) while inside."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(level)
@@ -42,17 +39,12 @@ def log_level(name: str, level: int) -> Iterator[None]:
         logger.setLevel(before)
 
 
-def errors_only(name: str) -> AbstractContextManager[None]:
-    """The logger of a name logs errors only while inside."""
-    return log_level(name, logging.ERROR)
-
-
 @contextmanager
 def silence() -> Iterator[None]:
     """No output, no log below WARNING and no Python warnings while inside."""
     with ExitStack() as stack:
         for name in ("lightning.pytorch", "lightning.fabric", "wagle_pl"):
-            stack.enter_context(log_level(name, logging.WARNING))
+            stack.enter_context(errors_only(name, logging.WARNING))
         stack.enter_context(warnings.catch_warnings())
         stack.enter_context(redirect_stdout(None))
         warnings.simplefilter("ignore")
@@ -62,7 +54,7 @@ def silence() -> Iterator[None]:
 def versions() -> dict[str, str]:
     """Versions, by name, of this package, Python, and the libraries that results depend on."""
     found = {"wagle_pl": __version__, "python": platform.python_version()}
-    for name in _LIBRARIES:
+    for name in ("torch", "lightning", "transformers", "deepspeed", "peft"):
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
@@ -91,10 +83,9 @@ def prepare_libraries() -> None:
 
 
 def half_precision_is_slow() -> bool:
-    """Whether this machine's CPU multiplies matrices of bf16 and fp16 in plain loops.
+    """Whether this machine's CPU multiplies bf16 and fp16 in plain loops: x86 without AVX-512.
 
-    True of x86 CPUs without AVX-512: on one (AMD Milan) a training step of SmolLM2-135M in
-    bf16-mixed took 35 times as long as in 32-true.
+    On an AMD Milan a training step of SmolLM2-135M took 35 times as long as in 32-true.
     """
     import torch
 

@@ -6,10 +6,7 @@ from typing import Optional
 
 
 class WagleError(Exception):
-    """A mistake in what the user gave (file, option, data).
-
-    The command line prints it in one line, without a traceback, and exits with code 2. Code that
-    catches one and knows better reads the fields instead of editing the text.
+    """A mistake in what the user gave; the command line prints it in one line and exits with 2.
 
     Args:
         message: what is wrong; a whole sentence, or the rest of one that starts with ``option``.
@@ -34,14 +31,7 @@ class Diverged(WagleError):
 
 
 def check_positive(value: float, option: str) -> float:
-    """The value, if it is above 0.
-
-    Raises:
-        WagleError: naming the option, if it is not.
-
-    >>> check_positive(0.5, "eps")
-    0.5
-    """
+    """The value of an option; a :class:`WagleError` if it is not above 0."""
     if not value > 0:
         raise WagleError(f"must be above 0, got {value}", option=option)
     return value

@@ -21,26 +21,23 @@ def refuse_existing(
 ) -> None:
     """Refuse an output that may not be written, before any work is done.
 
-    ``overwrite`` replaces a file by a file, and by a folder only a folder that is
-    :func:`replaceable`: what is replaced is gone.
-
     Args:
         path: the output.
-        overwrite: whether it may be replaced.
+        overwrite: whether it may be replaced: a file by a file, a :func:`replaceable` folder by a
+            folder.
         option: what would allow it, for the error.
         kind: what will be written: a ``file``; a ``folder``, in place of a whole one; or ``files``
             into a folder, where others stay as they are.
 
     Raises:
-        WagleError: if ``path`` exists and may not be replaced, is of the other kind, or would lie
-            in a file.
+        WagleError: if ``path`` may not be replaced, is of the other kind, or would lie in a file.
     """
     above = next((parent for parent in path.parents if parent.exists()), None)
     if above is not None and not above.is_dir():
         raise WagleError(f"output {path} cannot be written: {above} is a file; choose another")
     if not path.exists():
         return
-    _check_kind(path)
+    _refuse_device(path)
     if kind == "file" and path.is_dir():
         raise WagleError(f"output {path} is a folder: name a file in it")
     if not overwrite:
@@ -71,12 +68,8 @@ def replaceable(folder: Path) -> bool:
 def plainly_local(name: str, suffixes: tuple[str, ...] = ()) -> bool:
     """Whether a name can only be a local path, so that the hub need not be asked.
 
-    Hub ids are ``NAME`` or ``OWNER/NAME``. A path is what is deeper, begins or ends like one,
-    exists, or lies in a folder that does.
-
-    Args:
-        name: what the user gave.
-        suffixes: endings of files, in lower case, that are paths too.
+    Hub ids are ``NAME`` or ``OWNER/NAME``. A path is what is deeper, begins or ends like one (with
+    one of the ``suffixes``, in lower case), exists, or lies in a folder that does.
     """
     path = Path(name)
     return (
@@ -91,13 +84,8 @@ def plainly_local(name: str, suffixes: tuple[str, ...] = ()) -> bool:
 
 
 def absent(what: str, name: str | Path, hub: bool = False) -> WagleError:
-    """The error to raise where a file or folder is missing, or one is found in the other's place.
-
-    Args:
-        what: how to call it, e.g. ``data file``.
-        name: its path.
-        hub: whether a hub id would do too.
-    """
+    """The error to raise where a file or folder (``what``, e.g. ``data file``) is missing, or one
+    is found in the other's place; ``hub`` if a hub id would do too."""
     path = Path(name)
     if path.is_dir():
         return WagleError(f"{what} {name} is a folder: name a file in it")
@@ -122,7 +110,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     path = Path(path)
     if path.is_symlink():
         path = path.resolve()  # the link stays, and what it names is replaced
-    _check_kind(path)
+    _refuse_device(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # in a new folder of this process alone: nothing in it was there before
     with tempfile.TemporaryDirectory(prefix=".wagle-", suffix=".tmp", dir=path.parent) as private:
@@ -131,18 +119,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         if path.is_dir() and not temporary.is_dir():
             raise WagleError(f"output {path} is a folder: name a file in it")
-        if not path.is_dir() and not (path.exists() and temporary.is_dir()):
-            os.replace(temporary, path)
-            return
-        os.replace(path, retired)
+        if path.exists() and temporary.is_dir():  # only a rename of two steps replaces a folder
+            os.replace(path, retired)
         try:
             os.replace(temporary, path)
         except OSError:
-            os.replace(retired, path)
+            if retired.exists():
+                os.replace(retired, path)
             raise
 
 
-def _check_kind(path: Path) -> None:
-    """Refuse devices and pipes: a rename to ``/dev/null`` would take it from the whole machine."""
+def _refuse_device(path: Path) -> None:
+    """A rename to ``/dev/null`` would take it from the whole machine."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise WagleError(f"output {path} is neither a file nor a folder; choose another")

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from pkgutil import resolve_name
 from typing import Any, NamedTuple, Optional
 
-from wagle_pl.core.lookup import nearest, option_names, subclasses
+from wagle_pl.core.registry import nearest, option_names, subclasses
 
 #: Types as jsonargparse names them -> in words.
 _TYPES = {
@@ -61,6 +61,13 @@ class _Line(NamedTuple):
         types = ["", *self.found_above(r"Subtypes: \[(.*)\]$")][-1]
         named = map(_named, re.findall(r"\w+(?:\.\w+)+", types))
         return [base for base in named if isinstance(base, type)]
+
+    def owners(self, option: str, but: Any = None) -> str:
+        """Which classes ``have it``, of ours that may be chosen and of another than one."""
+        others = {sub: None for base in self.bases for sub in subclasses(base) if sub is not but}
+        found = [sub.__name__ for sub in others if _is_ours(sub) and option in option_names(sub)]
+        names = list(dict.fromkeys(found))
+        return f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} it" if names else ""
 
 
 def in_one_line(message: str, options: Collection[str] = ()) -> str:
@@ -117,13 +124,11 @@ def _unknown_option(lines: list[_Line], value: str, options: Collection[str]) ->
         return f"{line.option} takes class_path and init_args, and nothing else"
     if cls in line.bases and any(subclasses(cls)):
         return _no_class(line, option)
-    owners = _owners(line, option, cls)
-    hints = [f"{', '.join(owners)} {'has' if len(owners) == 1 else 'have'} it"] if owners else []
     known = option_names(cls)
-    elsewhere = [other for other in sorted(options) if other.endswith(f".{option}")]
     near = nearest(option, known)
-    if near:
-        hints.insert(0, f"did you mean {near}?")
+    hints = [f"did you mean {near}?"] if near else []
+    hints += filter(None, [line.owners(option, but=cls)])
+    elsewhere = [other for other in sorted(options) if other.endswith(f".{option}")]
     hints = hints or [f"did you mean {other}?" for other in elsewhere]
     all_of_them = f"it has {', '.join(known)}"
     if len(known) >= 12:
@@ -132,23 +137,14 @@ def _unknown_option(lines: list[_Line], value: str, options: Collection[str]) ->
     return f"{said}: {'; '.join(hints) or all_of_them}"
 
 
-def _owners(line: _Line, option: str, cls: Any = None) -> list[str]:
-    """Other classes that may be chosen at a place and have an option."""
-    others = [sub for base in line.bases for sub in subclasses(base) if sub is not cls]
-    names = (sub.__name__ for sub in others if _is_ours(sub) and option in option_names(sub))
-    return list(dict.fromkeys(names))
-
-
 def _no_class(line: _Line, option: str) -> str:
     """An option of a class that has yet to be named."""
-    owners = _owners(line, option)
-    said = (
+    owners = line.owners(option)
+    example = re.split("[, ]", owners)[0] or "CLASS"
+    return (
         f"no class is named for {line.option}, so there is no option {line.option}.{option} yet: "
-        f"give --{line.option} {owners[0] if owners else 'CLASS'}, or a --config that names one, "
-        "before it"
-    )
-    has = f"; {', '.join(owners)} {'has' if len(owners) == 1 else 'have'} it" if owners else ""
-    return said + has
+        f"give --{line.option} {example}, or a --config that names one, before it"
+    ) + (f"; {owners}" if owners else "")
 
 
 def _unknown_class(lines: list[_Line], value: str) -> Optional[str]:
@@ -160,7 +156,7 @@ def _unknown_class(lines: list[_Line], value: str) -> Optional[str]:
     if found is None:
         return None
     nested = re.match(r"NestedArg\(key='([\w.]+)'", value)
-    if nested and line.option == line.keys[0]:  # an option of what is no class
+    if nested and len(line.keys) == 1:  # an option of what is no class
         return (
             f"{line.option} {found[1]!r} is no class, so it has no option {nested[1]!r}: "
             "name a class before it"
@@ -175,11 +171,9 @@ def _unknown_class(lines: list[_Line], value: str) -> Optional[str]:
 
 def _incomplete_class(lines: list[_Line]) -> Optional[str]:
     """A class path that cannot be imported, or a class that lacks an argument."""
-    below = [
-        line for line in lines if line.above and line.above[-1].startswith("Problem with given")
-    ]
-    line = below[0] if below else _Line("Parser key")
-    if line.text.startswith("Parser key"):
+    problem = "Problem with given"
+    line = next((x for x in lines if x.above and x.above[-1].startswith(problem)), _Line())
+    if not line.text or line.text.startswith("Parser key"):
         return None
     missing = re.match(r"the following arguments are required: (.*)", line.text)
     if not missing:
@@ -211,21 +205,21 @@ def _wrong_type(lines: list[_Line]) -> Optional[str]:
 def _outside_classes(message: str, options: Collection[str]) -> str:
     """A command or an option that does not exist or is missing; else the message itself."""
 
-    def unknown(option: str) -> str:
-        near = nearest(option, options)
-        return f"did you mean {near}?" if near else "--help lists all"
+    def meant(name: str, names: Collection[str], otherwise: str) -> str:
+        near = nearest(name, names)
+        return f"did you mean {near}?" if near else otherwise
 
     if found := re.search(r"unrecognized arguments: (--[\w.]+)", message):
-        return f"there is no option {found[1]}: {unknown(found[1])}"
+        return f"there is no option {found[1]}: {meant(found[1], options, '--help lists all')}"
     if found := re.search(r"Subcommand '\w+' does not accept option '([\w.]+)'", message):
         group = f"--{found[1].partition('.')[0]}"
         known = any(option.startswith(f"{group}.") for option in options)
-        return f"there is no option {found[1]}: {unknown(f'--{found[1]}' if known else group)}"
+        hint = meant(f"--{found[1]}" if known else group, options, "--help lists all")
+        return f"there is no option {found[1]}: {hint}"
     if found := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
         names = re.findall(r"[^', ]+", found[2])
-        near = nearest(found[1], names)
-        what = f"did you mean {near}?" if near else f"choose one of {', '.join(names)}"
-        return f"there is no command {found[1]!r}: {what}"
+        hint = meant(found[1], names, f"choose one of {', '.join(names)}")
+        return f"there is no command {found[1]!r}: {hint}"
     if found := re.search(r"the following arguments are required: (.*)", message):
         names = [name.rpartition(".")[2] for name in found[1].split(", ")]
         if f"--{names[0]}" in options:

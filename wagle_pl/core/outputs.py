@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, Optional
 
 from lightning.pytorch import Callback
+from safetensors import SafetensorError
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError, first_line
@@ -32,9 +33,8 @@ GIB = 1 << 30
 class Lock:
     """A file that one process holds through the operating system, until that process ends.
 
-    Not ``filelock``, whose releases for Python 3.10 empty the file when another process tries to
-    take it: this one says who holds it (process, host, since when), and what it still says when
-    nobody holds it was left by a process that was killed.
+    Unlike ``filelock`` (whose releases for Python 3.10 empty the file at every attempt) it says who
+    holds it; what it says when nobody holds it was left by a process that was killed.
 
     Args:
         path: the file; its folder is made.
@@ -54,13 +54,19 @@ class Lock:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._file, sure = _locked(path)
+        try:
+            left = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:  # empty
+            left = {}
+        unknown = {"pid": "unknown", "host": "unknown", "since": "?"}
+        holder = "process {pid} on {host}, since {since}".format(**{**unknown, **left})
         if self._file is None:
-            raise WagleError(f"{busy} ({_holder(path)}): wait for it, or {advice}")
-        left, host = _read(path), socket.gethostname()
+            raise WagleError(f"{busy} ({holder}): wait for it, or {advice}")
+        host = socket.gethostname()
         if left and not (sure and (across_hosts or left.get("host") == host)):
             self._file.close()
-            raise WagleError(f"{busy} ({_holder(path)}), or was killed: if so, delete {path}")
-        self.left = _holder(path) if left else None
+            raise WagleError(f"{busy} ({holder}), or was killed: if so, delete {path}")
+        self.left = holder if left else None
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         self._write(json.dumps({"pid": os.getpid(), "host": host, "since": since}))
 
@@ -97,20 +103,6 @@ def _locked(path: Path) -> tuple[Optional[IO[str]], bool]:
         file.close()  # its last holder has removed it in the meantime
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:  # empty
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _holder(path: Path) -> str:
-    found = _read(path)
-    unknown = {"pid": "unknown", "host": "unknown", "since": "?"}
-    return "process {pid} on {host}, since {since}".format(**{**unknown, **found})
-
-
 #: Locks on the outputs of this process's runs: one that failed may be followed by another.
 _locks: dict[Path, Lock] = {}
 
@@ -124,30 +116,30 @@ def reserve(output: Path, overwrite: bool, kind: Literal["file", "folder", "file
         WagleError: if it may not be written, another run is about to, or its folder cannot be
             written to.
     """
+
+    def lock() -> None:
+        release(output)
+        path, busy = output.with_name(f".{output.name}.lock"), f"another run writes {output}"
+        try:
+            held = Lock(path, busy, "choose another --model.output", across_hosts=True)
+        except OSError as error:
+            raise WagleError(
+                f"output {output} cannot be written ({error.strerror}): choose another"
+            ) from None
+        _locks[output] = held
+        if held.left:
+            message = "output %s: took over the lock of a run that has ended (%s)"
+            log.warning(message, output, held.left)
+
     refuse_existing(output, overwrite, kind=kind)
-    distributed.on_rank_zero(lambda: _reserve(output))
+    distributed.on_rank_zero(lock)
     refuse_existing(output, overwrite, kind=kind)  # another run may have written it a moment ago
-
-
-def _reserve(output: Path) -> None:
-    release(output)
-    path = output.with_name(f".{output.name}.lock")
-    busy, advice = f"another run writes {output}", "choose another --model.output"
-    try:
-        lock = _locks[output] = Lock(path, busy, advice, across_hosts=True)
-    except OSError as error:
-        raise WagleError(
-            f"output {output} cannot be written ({error.strerror}): choose another"
-        ) from None
-    if lock.left:
-        log.warning("output %s: took over the lock of a run that has ended (%s)", output, lock.left)
 
 
 def release(output: Path) -> None:
     """Let other runs write an output, if this process has reserved it."""
-    lock = _locks.pop(output, None)
-    if lock is not None:
-        lock.release()
+    if output in _locks:
+        _locks.pop(output).release()
 
 
 @atexit.register
@@ -231,8 +223,6 @@ def write_or_keep(
     Raises:
         WagleError: if it could not be written to ``output``.
     """
-    from safetensors import SafetensorError
-
     try:
         write(output)
         return
@@ -244,24 +234,16 @@ def write_or_keep(
             f"{failed}: make room, or choose another --model.output, and run the same command with "
             f"--ckpt_path {checkpoint}"
         )
-    if again and (kept := _written_elsewhere(write, output.name)):
-        raise WagleError(f"{failed}: it is in {kept}, move it from there")
+    if again:
+        with suppress(OSError, SafetensorError):
+            kept = Path(tempfile.mkdtemp(prefix="wagle-")) / output.name
+            try:
+                write(kept)
+            except BaseException:
+                shutil.rmtree(kept.parent)
+                raise
+            raise WagleError(f"{failed}: it is in {kept}, move it from there")
     raise WagleError(f"{failed}: there is no checkpoint, and the result is lost")
-
-
-def _written_elsewhere(write: Callable[[Path], Any], name: str) -> Optional[Path]:
-    """Write a result into a new folder of temporary files; its path, or None if that fails too."""
-    from safetensors import SafetensorError
-
-    with suppress(OSError, SafetensorError):
-        folder = Path(tempfile.mkdtemp(prefix="wagle-"))
-        try:
-            write(folder / name)
-        except BaseException:
-            shutil.rmtree(folder)
-            raise
-        return folder / name
-    return None
 
 
 def last_checkpoint(trainer: Any) -> Optional[str]:

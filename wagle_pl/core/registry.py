@@ -1,17 +1,42 @@
-"""From a name, or a class path with options, to an object."""
+"""From a name, or a class path with options, to a class, its options and an object."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection, Mapping
-from typing import Any, TypeVar, Union
+from collections.abc import Collection, Iterator, Mapping
+from difflib import get_close_matches
+from functools import cache
+from typing import Any, Optional, TypeVar, Union
 
 from wagle_pl.core.errors import WagleError, first_line
-from wagle_pl.core.lookup import nearest, option_names, subclasses
-from wagle_pl.core.mistakes import in_one_line
 
 T = TypeVar("T")
 Entry = Union[str, Mapping[str, Any]]
+
+
+def nearest(name: str, names: Collection[str]) -> Optional[str]:
+    """The one of some names that was probably meant, if any; case does not count.
+
+    >>> nearest("npoo", ["GradDiff", "NPO"])
+    'NPO'
+    """
+    folded = {other.lower(): other for other in sorted(names)}
+    return next((folded[found] for found in get_close_matches(name.lower(), folded, n=1)), None)
+
+
+def subclasses(base: type[T]) -> Iterator[type[T]]:
+    """All classes that derive from one, as far as they are imported."""
+    for cls in base.__subclasses__():
+        yield cls
+        yield from subclasses(cls)
+
+
+@cache
+def option_names(cls: type) -> tuple[str, ...]:
+    """Names of a class's options, those that it hands on to its bases among them."""
+    from jsonargparse import ArgumentParser
+
+    return tuple(ArgumentParser(exit_on_error=False).add_class_arguments(cls, fail_untyped=False))
 
 
 def resolve(base: type[T], value: Union[T, Entry], option: str, also: Collection[str] = ()) -> T:
@@ -39,22 +64,20 @@ def resolve(base: type[T], value: Union[T, Entry], option: str, also: Collection
 
 
 def find_class(base: type[T], name: str, option: str, also: Collection[str] = ()) -> type[T]:
-    """The class that a name stands for: that of an imported subclass, or a class path.
+    """The imported subclass of a name, or what a class path names; arguments as :func:`resolve`.
 
     Short names ignore case and underscores, and may leave out the base's name at their end:
     ``npo``, ``forget_retain_ratio``, ``tofu`` for ``TOFUSuite``.
-
-    Args:
-        base, option, also: see :func:`resolve`.
-        name: what the user gave.
-
-    Raises:
-        WagleError: listing the valid names.
     """
     classes = list(subclasses(base)) or [base]
     short = {_fold(_name(cls)).removesuffix(_fold(base.__name__)): cls for cls in classes}
-    known = short | {_fold(_name(cls)): cls for cls in classes}
-    cls = known.get(_fold(name)) or ("." in name and _imported(name, option)) or None
+    cls: Any = (short | {_fold(_name(cls)): cls for cls in classes}).get(_fold(name))
+    if cls is None and "." in name:
+        module, _, attribute = name.rpartition(".")
+        try:
+            cls = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise WagleError(f"{option} {name!r} cannot be imported: {error}") from None
     if isinstance(cls, type) and issubclass(cls, base):
         return cls
     names = [*also, *sorted({_name(c) for c in classes if c.__module__.startswith("wagle_pl")})]
@@ -66,15 +89,7 @@ def find_class(base: type[T], name: str, option: str, also: Collection[str] = ()
 
 
 def split(value: Entry, option: str, also: Collection[str] = ()) -> tuple[str, dict[str, Any]]:
-    """Class name and options of what a configuration names.
-
-    Args:
-        value: a name, or a mapping with ``class_path`` and ``init_args``.
-        option: its name, for errors.
-        also: other keys that the mapping may have.
-
-    Raises:
-        WagleError: if it has another form.
+    """Class name and options of what a configuration names, which may have ``also`` other keys.
 
     >>> split({"class_path": "NPO", "init_args": {"beta": 0.2}}, "objective")
     ('NPO', {'beta': 0.2})
@@ -93,18 +108,16 @@ def split(value: Entry, option: str, also: Collection[str] = ()) -> tuple[str, d
 
 
 def check_options(cls: type, given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Options of a class as its signature types them: numbers from text, objects from mappings.
-
-    Args:
-        cls: the class.
-        given: some of its options; the others may be missing.
-        where: they were given, for errors.
+    """Some options of a class as its signature types them: numbers from text, objects from
+    mappings.
 
     Raises:
-        WagleError: naming the option that the class does not have, or whose value is of another
-            type.
+        WagleError: with ``where`` they were given and the option that the class does not have, or
+            whose value is of another type.
     """
     from jsonargparse import ArgumentError, ArgumentParser
+
+    from wagle_pl.core.mistakes import in_one_line
 
     names = option_names(cls)
     found: dict[str, Any] = {}
@@ -130,9 +143,9 @@ def check_options(cls: type, given: Mapping[str, Any], where: str) -> dict[str, 
 def describe(value: Any) -> dict[str, Any]:
     """A configurable object as plain data: its class name and its public scalar attributes."""
     scalars = {
-        k: v
-        for k, v in vars(value).items()
-        if not k.startswith("_") and isinstance(v, (str, int, float, bool))
+        name: attribute
+        for name, attribute in vars(value).items()
+        if not name.startswith("_") and isinstance(attribute, (str, int, float, bool))
     }
     return {"class": _name(type(value)), **scalars}
 
@@ -144,11 +157,3 @@ def _name(cls: type) -> str:
 
 def _fold(name: str) -> str:
     return name.replace("_", "").lower()
-
-
-def _imported(path: str, option: str) -> Any:
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise WagleError(f"{option} {path!r} cannot be imported: {error}") from None

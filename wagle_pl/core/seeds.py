@@ -7,9 +7,7 @@ from typing import Any
 
 
 def stable_seed(*parts: Any) -> int:
-    """A seed of 63 bits, the same in every version of Python, which ``hash`` is not.
-
-    It is half of the first eight bytes of the SHA-256 of the parts as text, separated by spaces.
+    """A seed of 63 bits, from the SHA-256 of the parts as text; ``hash`` differs between versions.
 
     >>> stable_seed(0, "model.norm.weight")
     3568567045360393619

@@ -8,14 +8,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any, Optional
 
 #: What a terminal, a scheduler or a container sends to end a process.
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-Handler = Callable[[int, Optional[FrameType]], Any]
 
 
 class Stopped(SystemExit):
@@ -32,11 +30,7 @@ def exit_at_once(signum: int, frame: Optional[FrameType] = None) -> None:
 
 
 def raise_stopped(signum: int, frame: Optional[FrameType] = None) -> None:
-    """Handler while there is nothing to save: unfinished files are removed on the way out.
-
-    Raises:
-        Stopped: always.
-    """
+    """Handler while there is nothing to save: unfinished files are removed on the way out."""
     say(f"stopped by {signal.Signals(signum).name}")
     raise Stopped(signum)
 
@@ -50,8 +44,8 @@ def say(message: str) -> None:
 def install(handlers: Mapping[int, Any]) -> dict[int, Any]:
     """Set handlers of signals; returns those that were there, to be set again.
 
-    Signals that the process ignores (``nohup``, a background job) stay ignored, and outside the
-    main thread nothing is set.
+    Signals that the process ignores (``nohup``, a background job) stay ignored; outside the main
+    thread nothing is set.
     """
     if threading.current_thread() is not threading.main_thread():
         return {}

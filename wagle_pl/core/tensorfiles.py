@@ -44,13 +44,13 @@ _LENGTH = struct.Struct("<Q")
 class TensorFile:
     """One safetensors file.
 
-    Attributes:
-        names: of its tensors.
-        metadata: text by key.
-
     Args:
         path: the file.
         what: how to name it in a message.
+
+    Attributes:
+        names: of its tensors.
+        metadata: text by key.
 
     Raises:
         WagleError: if it is missing or no whole safetensors file.
@@ -92,11 +92,11 @@ class TensorFile:
         """
         begin, end = self._entries[name]["data_offsets"]
         count = prod(self.shape(name))
-        width, rest = divmod(end - begin, max(count, 1))
-        if count and (rest or width not in (1, 2, 4, 8)):
-            raise WagleError(f"tensors of dtype {self.dtype(name)} cannot be read bit by bit")
         if not count:
             return np.empty(0, np.uint8)
+        width, rest = divmod(end - begin, count)
+        if rest or width not in (1, 2, 4, 8):
+            raise WagleError(f"tensors of dtype {self.dtype(name)} cannot be read bit by bit")
         return np.memmap(self.path, f"<u{width}", "r", self.offset(name), (count,))
 
 
@@ -105,6 +105,10 @@ class TensorFiles:
 
     Args:
         folder: in Hugging Face format.
+
+    Attributes:
+        names: of all tensors.
+        files: one or several :class:`TensorFile`.
 
     Raises:
         WagleError: if there is no such folder, it has no safetensors weights, or lacks a shard.
@@ -127,22 +131,17 @@ class TensorFiles:
             )
         self.files = [TensorFile(self.folder / name, "weight file") for name in files]
         self._file_of = {name: file for file in self.files for name in file.names}
+        self.names = list(self._file_of)
 
-    @property
-    def names(self) -> list[str]:
-        """Names of all tensors."""
-        return list(self._file_of)
+    # of the file that holds a tensor
 
     def dtype(self, name: str) -> str:
-        """See :meth:`TensorFile.dtype`."""
         return self._file_of[name].dtype(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """See :meth:`TensorFile.shape`."""
         return self._file_of[name].shape(name)
 
     def words(self, name: str) -> np.ndarray:
-        """See :meth:`TensorFile.words`."""
         return self._file_of[name].words(name)
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -156,10 +155,10 @@ def write_header(
     spans: Mapping[str, tuple[str, Sequence[int], int]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write the header of a safetensors file.
+    """Write the header of a safetensors file; the tensors' bytes follow, in the order of ``spans``.
 
     Args:
-        stream: to write to; the tensors' bytes follow, in this order.
+        stream: to write to.
         spans: name -> dtype, shape and number of bytes.
         metadata: text by key.
     """
@@ -169,7 +168,8 @@ def write_header(
         begin, end = end, end + size
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(entries).encode()
-    stream.write(_LENGTH.pack(-(-len(text) // 8) * 8) + text.ljust(-(-len(text) // 8) * 8))
+    text += b" " * (-len(text) % 8)
+    stream.write(_LENGTH.pack(len(text)) + text)
 
 
 def write_tensors(
@@ -177,13 +177,7 @@ def write_tensors(
     tensors: Iterable[tuple[str, torch.dtype, Sequence[int], Callable[[], torch.Tensor]]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a safetensors file, a tensor at a time.
-
-    Args:
-        path: the file.
-        tensors: name, dtype, shape, and what gives the tensor when its turn has come.
-        metadata: text by key.
-    """
+    """Write a safetensors file: name, dtype, shape, and what gives the tensor in its turn."""
     tensors = list(tensors)
     spans = {n: (DTYPES[d], shape, prod(shape) * d.itemsize) for n, d, shape, _ in tensors}
     with open(path, "wb") as stream:

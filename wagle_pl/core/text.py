@@ -6,17 +6,11 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Optional
 
+Rows = Sequence[Sequence[str]]
 
-def table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = (0,)
-) -> str:
-    """A table with aligned columns, two spaces apart.
 
-    Args:
-        header: names of the columns.
-        rows: cells, as many in each row as in the header.
-        left: indices of the columns that are aligned to the left; the others are aligned to the
-            right.
+def table(header: Sequence[str], rows: Rows, left: Collection[int] = (0,)) -> str:
+    """A table with aligned columns; those of ``left`` to the left, the others to the right.
 
     >>> print(table(["layer", "share"], [["0", "5.0%"], ["10", "12.5%"]]))
     layer  share
@@ -24,30 +18,18 @@ def table(
     10     12.5%
     """
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = (
-        "  ".join(
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in (header, *rows)
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    sides = ["<" if i in left else ">" for i in range(len(header))]
+    line = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
+    return "\n".join(line.format(*row).rstrip() for row in (header, *rows))
 
 
 def fields(values: Sequence[tuple[str, str]]) -> str:
-    """Names and values, one pair a line, the values aligned.
-
-    >>> print(fields([("model", "tiny"), ("density", "5%")]))
-    model    tiny
-    density  5%
-    """
+    """Names and values, one pair a line, the values aligned."""
     width = max(len(name) for name, _ in values)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in values)
 
 
-def markdown_table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = (0,)
-) -> str:
+def markdown_table(header: Sequence[str], rows: Rows, left: Collection[int] = (0,)) -> str:
     r"""A table in Markdown; columns of ``left`` are aligned to the left, the others to the right.
 
     >>> print(markdown_table(["arm", "p"], [["a|b", "0.1"]]))
@@ -56,17 +38,12 @@ def markdown_table(
     | a\|b | 0.1 |
     """
     rule = ["---" if i in left else "---:" for i in range(len(header))]
-    escaped = ([cell.replace("|", "\\|") for cell in row] for row in (header, *rows))
-    first, *others = (f"| {' | '.join(row)} |" for row in escaped)
-    return "\n".join([first, f"| {' | '.join(rule)} |", *others])
+    first, *others = ([cell.replace("|", "\\|") for cell in row] for row in (header, *rows))
+    return "\n".join(f"| {' | '.join(row)} |" for row in (first, rule, *others))
 
 
 def decimals(value: Optional[float], digits: int = 3) -> str:
-    """A number with ``digits`` decimals; an en dash for None.
-
-    >>> decimals(0.12345), decimals(None)
-    ('0.123', '–')
-    """
+    """A number with ``digits`` decimals; an en dash for None."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 
@@ -82,11 +59,7 @@ def short_number(value: float) -> str:
 
 
 def count(number: int, one: str, many: Optional[str] = None) -> str:
-    """A number of things; the plural is ``many``, or ``one`` with an s.
-
-    >>> count(1, "run"), count(2, "run"), count(2, "study", "studies")
-    ('1 run', '2 runs', '2 studies')
-    """
+    """A number of things; the plural is ``many``, or ``one`` with an s."""
     return f"{number} {one if number == 1 else many or f'{one}s'}"
 
 

@@ -38,14 +38,18 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def gathered(parameter: nn.Parameter) -> Iterator[Tensor]:
-    """A parameter's weights, whole, while inside; a collective if it is sharded."""
+def gathered(parameter: nn.Parameter, from_rank_zero: bool = False) -> Iterator[Tensor]:
+    """A parameter's weights, whole, while inside; a collective if it is sharded.
+
+    Changes are kept if ``from_rank_zero``: those of rank 0.
+    """
     if not hasattr(parameter, "ds_id"):
         yield parameter.data
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters([parameter]):
+    rank = 0 if from_rank_zero else None
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=rank):
         yield parameter.data
 
 
@@ -58,30 +62,18 @@ def iter_gathered(parameters: NamedParameters) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def assign(parameter: nn.Parameter, read: Callable[[], Tensor]) -> None:
-    """Set a parameter's weights; a collective, in which rank 0 reads, if it is sharded.
-
-    Args:
-        parameter: of any dtype.
-        read: gives the whole tensor.
-    """
-    if not hasattr(parameter, "ds_id"):
-        parameter.data.copy_(read())
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-        if distributed.rank() == 0:
-            parameter.data.copy_(read())
+    """Set a parameter to the whole tensor that ``read`` gives; a collective, in which rank 0
+    reads, if it is sharded."""
+    with gathered(parameter, from_rank_zero=True) as weights:
+        if not hasattr(parameter, "ds_id") or distributed.rank() == 0:
+            weights.copy_(read())
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Name a model by its content: SHA-256 over names, shapes and values.
+    """Name a model by its content: SHA-256 over names, shapes and values in parameter order.
 
     Values are rounded to bfloat16 first, so that a checkpoint has one fingerprint whether it is
     loaded in bfloat16 or in float32.
-
-    Args:
-        tensors: (name, tensor) pairs in parameter order, e.g. ``model.named_parameters()``.
     """
     digest = hashlib.sha256()
     for name, tensor in tensors:

@@ -1,12 +1,10 @@
 """Checkpoints that many ranks write, each its share, and any number of ranks reads.
 
-A folder::
+A folder, written beside its place and renamed, so that it is whole or not there::
 
     index.json                         shapes; which file holds which numbers of which parameter
     rank-00000-of-00002.safetensors    what this rank holds: weights (fp32 if trained), state
     common.ckpt                        what Lightning keeps: progress, callbacks, schedulers
-
-It is written beside its place and renamed, so that it is whole or not there.
 """
 
 from __future__ import annotations
@@ -106,10 +104,10 @@ def save(
     common: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Write a checkpoint. Collective: all ranks must call it.
+    """Write a checkpoint, replacing one that exists. Collective: all ranks must call it.
 
     Args:
-        path: where to; replaced if it exists.
+        path: where to.
         pieces: what this rank holds.
         common: what rank 0 writes for all.
         shapes: parameter name -> shape of what is kept, whole.
@@ -119,12 +117,18 @@ def save(
     """
     rank, ranks = distributed.rank(), distributed.world_size()
     file, pieces = f"rank-{rank:05d}-of-{ranks:05d}.safetensors", list(pieces)
+    tensors = [(f"{p.key}/{p.name}", p.dtype, (p.numel,), p.read) for p in pieces]
+    problem = []
     with atomic_path(path) if rank == 0 else nullcontext() as temporary:
         folder = distributed.on_rank_zero(lambda: temporary.mkdir() or temporary)
-        spans = [(file, piece.key, piece.name, piece.start, piece.numel) for piece in pieces]
-        problems = distributed.all_gather(_write(folder / file, pieces))
-        if problems:
+        try:
+            header = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
+            write_tensors(folder / file, tensors, header)
+        except OSError as error:
+            problem = [f"rank {rank}: {error}"]
+        if problems := distributed.all_gather(problem):
             raise WagleError(f"checkpoint {path} cannot be written: {problems[0]}")
+        spans = [(file, piece.key, piece.name, piece.start, piece.numel) for piece in pieces]
         index: dict[str, dict[str, list[Any]]] = {}
         for where, key, name, start, numel in distributed.all_gather(spans):
             index.setdefault(key, {}).setdefault(name, []).append([where, start, numel])
@@ -136,17 +140,6 @@ def save(
     distributed.on_rank_zero(lambda: None)  # no rank goes on before the checkpoint is in its place
 
 
-def _write(path: Path, pieces: list[Piece]) -> list[str]:
-    """Write one rank's file; what went wrong, if anything did."""
-    header = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
-    tensors = [(f"{p.key}/{p.name}", p.dtype, (p.numel,), p.read) for p in pieces]
-    try:
-        write_tensors(path, tensors, header)
-    except OSError as error:
-        return [f"rank {distributed.rank()}: {error}"]
-    return []
-
-
 # -- reading ---------------------------------------------------------------------------------------
 
 
@@ -155,33 +148,25 @@ def load_plain(path: Path, what: Optional[str] = None) -> Any:
 
     Tensors are mapped into memory and read when they are used.
 
-    Args:
-        path: the file.
-        what: how to name it in a message; ``checkpoint <path>`` when None.
-
     Raises:
-        WagleError: if the file is damaged, or holds any other object.
+        WagleError: naming ``what`` (``checkpoint <path>``), if the file is damaged, or holds any
+            other object.
     """
     what, mapped = what or f"checkpoint {path}", zipfile.is_zipfile(path)
     try:
         return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        other = re.search(r"GLOBAL (\S+)", str(error))
-        if other:
-            raise WagleError(
+        said = f"{what} is damaged, or no checkpoint: give another ({first_line(error)})"
+        if other := re.search(r"GLOBAL (\S+)", str(error)):
+            said = (
                 f"{what} holds {other[1]}: only tensors and plain data are read, as anything else "
                 "could run code; give a checkpoint without it"
-            ) from None
-        raise WagleError(
-            f"{what} is damaged, or no checkpoint: give another ({first_line(error)})"
-        ) from None
+            )
+        raise WagleError(said) from None
 
 
 class ShardedCheckpoint:
     """A checkpoint folder, read a piece at a time.
-
-    Args:
-        path: the folder.
 
     Raises:
         WagleError: if it is no such folder, or a shard is missing (named).
@@ -208,33 +193,26 @@ class ShardedCheckpoint:
         self.shapes = {name: tuple(shape) for name, shape in index["shapes"].items()}
         self.pieces: dict[str, dict[str, list[tuple[str, int, int]]]] = index["pieces"]
         by_parameter = [where for by_name in self.pieces.values() for where in by_name.values()]
-        files = sorted({file for where in by_parameter for file, _, _ in where})
-        self._open = {file: self._opened(file) for file in files}
+        self._open: dict[str, safe_open] = {}
+        for file in sorted({file for where in by_parameter for file, _, _ in where}):
+            if not (self.path / file).is_file():
+                raise WagleError(
+                    f"checkpoint {path} lacks the shard {file}: copy the whole folder, of every "
+                    "rank"
+                )
+            try:
+                self._open[file] = safe_open(self.path / file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise WagleError(
+                    f"shard {file} of checkpoint {path} is not whole: {error}"
+                ) from None
         if not (self.path / COMMON_FILE).is_file():
             raise WagleError(f"checkpoint {path} lacks {COMMON_FILE}")
-
-    def _opened(self, file: str) -> safe_open:
-        if not (self.path / file).is_file():
-            raise WagleError(
-                f"checkpoint {self.path} lacks the shard {file}: copy the whole folder, of every "
-                "rank"
-            )
-        try:
-            return safe_open(self.path / file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise WagleError(
-                f"shard {file} of checkpoint {self.path} is not whole: {error}"
-            ) from None
 
     @cached_property
     def common(self) -> dict[str, Any]:
         """What Lightning keeps."""
         return load_plain(self.path / COMMON_FILE, f"checkpoint {self.path}")
-
-    def keys(self, prefix: str, name: str) -> list[str]:
-        """The keys under a prefix (``state/``) that a parameter has, without the prefix."""
-        found = (key for key, by_name in self.pieces.items() if name in by_name)
-        return [key.removeprefix(prefix) for key in found if key.startswith(prefix)]
 
     def read(self, key: str, name: str, start: int, numel: int) -> Tensor:
         """(numel,) consecutive numbers, from however many shards they lie in.
@@ -279,20 +257,20 @@ class ShardedCheckpoint:
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, held: Iterable[Fragment]) -> None:
         """Set the fp32 weights and the state in this rank's flat partitions, and the options."""
-        common = self.common
-        for group, stored in zip(optimizer.param_groups, common["param_groups"], strict=True):
-            group.update(stored)
         groups = optimizer.param_groups
+        for group, options in zip(groups, self.common["param_groups"], strict=True):
+            group.update(options)
         # torch's own optimisers count steps on the CPU unless they are fused
         fused = any(group.get("fused") or group.get("capturable") for group in groups)
         for fragment in held:
             flat, state = fragment.flat, optimizer.state[fragment.flat]
             fragment.of(flat.data).copy_(self.read(WEIGHT, *fragment[:3]))
-            for key in self.keys("state/", fragment.name):
-                values = self.read(f"state/{key}", *fragment[:3])
-                if key not in state:
-                    state[key] = torch.zeros(len(flat), dtype=values.dtype, device=flat.device)
-                fragment.of(state[key]).copy_(values)
-            for key, value in common["single_states"].get(fragment.name, {}).items():
+            for stored, by_name in self.pieces.items():
+                if stored.startswith("state/") and fragment.name in by_name:
+                    values, key = self.read(stored, *fragment[:3]), stored.removeprefix("state/")
+                    if key not in state:
+                        state[key] = torch.zeros(len(flat), dtype=values.dtype, device=flat.device)
+                    fragment.of(state[key]).copy_(values)
+            for key, value in self.common["single_states"].get(fragment.name, {}).items():
                 device = flat.device if fused else None
                 state[key] = torch.tensor(value, dtype=torch.float32, device=device)

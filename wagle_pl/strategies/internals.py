@@ -7,7 +7,7 @@ Neither offers these in public, so each stands here, once, with its reason;
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
@@ -17,18 +17,10 @@ from wagle_pl.core.errors import WagleError
 
 
 class Fragment(NamedTuple):
-    """Numbers ``start`` to ``start + numel`` of a flattened parameter, which lie at ``at`` in
-    ``flat``.
+    """Numbers ``start`` to ``start + numel`` of a flattened parameter, at ``at`` in ``flat``.
 
     Under ZeRO an optimiser sees *flat* fp32 partitions: this rank's share of all parameters, end to
-    end and without names. A fragment says which numbers of which parameter lie where.
-
-    Attributes:
-        name: of the parameter.
-        start: first number of the flattened parameter.
-        numel: how many.
-        flat: the optimiser's fp32 tensor.
-        at: where in ``flat`` they begin.
+    end and without names.
     """
 
     name: str
@@ -43,42 +35,30 @@ class Fragment(NamedTuple):
 
 
 def fragments(optimizer: Any, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[Fragment]:
-    """The fragments that this rank's ZeRO optimiser holds.
+    """The fragments of (name, parameter) pairs that this rank's ZeRO optimiser holds.
 
     ``deepspeed.utils.safe_get_full_fp32_param`` and its like gather whole parameters on every rank;
     a checkpoint of shards needs the ranks' own parts.
-
-    Args:
-        optimizer: what ``deepspeed.initialize`` returns, of ZeRO 1, 2 or 3.
-        parameters: (name, parameter) pairs; those that are not trained have no fragment.
     """
-    trained = ((name, parameter) for name, parameter in parameters if parameter.requires_grad)
-    found = (
-        (_stage_3 if hasattr(parameter, "ds_id") else _stage_1_2)(optimizer, name, parameter)
-        for name, parameter in trained
-    )
-    return [fragment for fragment in found if fragment is not None]
-
-
-def _stage_3(optimizer: Any, name: str, parameter: nn.Parameter) -> Optional[Fragment]:
-    """Every parameter is cut into equal parts, one a rank; the last may be padded, or all
-    padding."""
-    group, at, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    start, here = share_of(parameter)
-    flat = optimizer.fp32_partitioned_groups_flat[group]
-    return Fragment(name, start, len(here), flat, at) if len(here) else None
-
-
-def _stage_1_2(optimizer: Any, name: str, parameter: nn.Parameter) -> Optional[Fragment]:
-    """All parameters end to end are cut into equal parts: a rank holds some whole, at most two
-    cut."""
-    mapping = getattr(parameter, "_hp_mapping", None)
-    if mapping is None:
-        return None
-    flats = getattr(optimizer, "single_partition_of_fp32_groups", None)
-    flats = flats or optimizer.fp32_groups_flat_partition  # of BF16_Optimizer
-    here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-    return Fragment(name, here.start, here.numel, flats[mapping.param_group_index], there.start)
+    found = []
+    for name, parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        if hasattr(parameter, "ds_id"):
+            # stage 3: every parameter is cut into equal parts, the last may be all padding
+            group, at, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start, here = share_of(parameter)
+            if len(here):
+                flat = optimizer.fp32_partitioned_groups_flat[group]
+                found.append(Fragment(name, start, len(here), flat, at))
+        elif (mapping := getattr(parameter, "_hp_mapping", None)) is not None:
+            # stages 1 and 2: all parameters end to end are cut; a rank holds at most two in part
+            flats = getattr(optimizer, "single_partition_of_fp32_groups", None)
+            flats = flats or optimizer.fp32_groups_flat_partition  # of BF16_Optimizer
+            here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+            flat = flats[mapping.param_group_index]
+            found.append(Fragment(name, here.start, here.numel, flat, there.start))
+    return found
 
 
 def share_of(parameter: nn.Parameter) -> tuple[int, Tensor]:
@@ -97,12 +77,6 @@ def share_of(parameter: nn.Parameter) -> tuple[int, Tensor]:
     return start, parameter.detach().reshape(-1)[start : start + size]
 
 
-def parameter_count(module: nn.Module) -> int:
-    """Weights of a module that are trained, whole although ZeRO-3 may have sharded them."""
-    trained = (p for p in module.parameters() if p.requires_grad)
-    return sum(getattr(p, "ds_numel", p.numel()) for p in trained)
-
-
 def use_cpu() -> None:
     """Make DeepSpeed run on the CPU, which it otherwise decides from the machine at import."""
     import deepspeed.ops
@@ -116,8 +90,7 @@ def use_cpu() -> None:
 
 
 def make_engine_without_optimizer(strategy: DeepSpeedStrategy) -> None:
-    """What Lightning does to test, while it fits: a module that moves no weights needs no
-    optimiser."""
+    """What Lightning does to test, while it fits: a module that moves no weights needs no more."""
     strategy._initialize_deepspeed_inference(strategy.model)
 
 
@@ -128,11 +101,8 @@ def shard_again(strategy: DeepSpeedStrategy) -> None:
 
 
 def check_async_io() -> None:
-    """Refuse offload to NVMe where DeepSpeed cannot do it.
-
-    Raises:
-        WagleError: if its extension is not built; DeepSpeed itself fails in the middle of a run.
-    """
+    """Refuse offload to NVMe where DeepSpeed's extension for it is not built: it would fail in the
+    middle of a run."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):

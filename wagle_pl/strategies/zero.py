@@ -49,8 +49,7 @@ class ZeRO(DeepSpeedStrategy):
     * the CPU, with ``--trainer.accelerator cpu --trainer.devices 2``;
     * modules that move no weights (attribute ``moves_weights`` False): no optimiser is made;
     * checkpoints of safetensors shards, whole or not at all, which any number of ranks and any
-      stage resumes from and ``wagle export`` turns into a model
-      (:mod:`wagle_pl.strategies.checkpoint`);
+      stage resumes from (:mod:`wagle_pl.strategies.checkpoint`);
     * torch's optimisers with offload: nothing has to be compiled;
     * communication buffers no larger than the model.
 
@@ -109,8 +108,7 @@ class ZeRO(DeepSpeedStrategy):
         return torch.device("cpu", 0) if on_cpu else super().root_device
 
     def setup_environment(self) -> None:
-        """Set up ranks, on a CPU without the check for CUDA, and complete DeepSpeed's
-        configuration.
+        """Set up ranks, on a CPU without the check for CUDA, and complete DeepSpeed's options.
 
         Raises:
             WagleError: if a ``train_batch_size`` in the configuration is not the run's.
@@ -128,20 +126,30 @@ class ZeRO(DeepSpeedStrategy):
         # without it Lightning would look for a loader, which is not made yet
         rows = getattr(trainer.datamodule, "batch_size", None) or 1
         rows = self.config.setdefault("train_micro_batch_size_per_gpu", rows)
-        fixed = self.config.get("train_batch_size")
-        if fixed is not None and fixed != rows * steps * self.world_size:
+        fixed, batch = self.config.get("train_batch_size"), rows * steps * self.world_size
+        if fixed not in (None, batch):
             raise WagleError(
                 f"DeepSpeed's configuration has train_batch_size {fixed}, but {self.world_size} "
                 f"devices with data.batch_size {rows} and accumulate_grad_batches {steps} make "
-                f"{rows * steps * self.world_size}: leave train_batch_size out"
+                f"{batch}: leave train_batch_size out"
             )
 
     def setup_distributed(self) -> None:
-        """Join the ranks; one that Lightning started ends when the first rank does."""
+        """Join the ranks; one that Lightning started ends when the first rank does, instead of
+        waiting for it in a collective."""
         super().setup_distributed()
         cluster = self.cluster_environment
-        if cluster is not None and not cluster.creates_processes_externally:
-            _end_with_parent(self.local_rank)
+        if cluster is None or cluster.creates_processes_externally or self.local_rank == 0:
+            return
+        parent = os.getppid()
+
+        def watch() -> None:
+            while os.getppid() == parent:
+                time.sleep(1)
+            time.sleep(5)  # an error that has to be printed first
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
 
     @contextmanager
     def model_sharded_context(self) -> Generator[None, None, None]:
@@ -168,10 +176,11 @@ class ZeRO(DeepSpeedStrategy):
             Strategy.setup_optimizers(self, self.lightning_module.trainer)
             return
         zero = self.config.get("zero_optimization", {})
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        weights = sum(getattr(p, "ds_numel", p.numel()) for p in trained)
         for option in ("reduce_bucket_size", "allgather_bucket_size") if fits else ():
             if isinstance(zero.get(option), int):  # DeepSpeed wants an even number
-                weights = -(-internals.parameter_count(self.model) // 1024) * 1024
-                zero[option] = min(zero[option], weights)
+                zero[option] = min(zero[option], -(-weights // 1024) * 1024)
         try:
             super().init_deepspeed()
         except (RuntimeError, subprocess.CalledProcessError) as error:
@@ -247,8 +256,7 @@ class ZeRO(DeepSpeedStrategy):
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: Optional[bool] = None
     ) -> dict[str, Any]:
-        """Read weights and, when fitting, the optimiser's state, from a folder that any number of
-        ranks wrote."""
+        """Read weights and, when fitting, the optimiser's state, whoever wrote the folder."""
         stored, module = files.ShardedCheckpoint(checkpoint_path), self.lightning_module
         fits = module.trainer.state.fn == TrainerFn.FITTING
         if not self.moves_weights:
@@ -260,22 +268,6 @@ class ZeRO(DeepSpeedStrategy):
         else:
             module.load_stored(stored)
         return stored.common
-
-
-def _end_with_parent(local_rank: int) -> None:
-    """End this process when the one that started it has ended: it may wait for it in a
-    collective."""
-    if local_rank == 0:
-        return
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        time.sleep(5)  # an error that has to be printed first
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 #: Lightning's names for DeepSpeed strategies mean :class:`ZeRO`.

@@ -11,8 +11,7 @@ import torch
 
 from wagle_pl.core.environment import silence, trainer_errors
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.lookup import option_names
-from wagle_pl.core.registry import Entry, check_options, find_class, split
+from wagle_pl.core.registry import Entry, check_options, find_class, option_names, split
 from wagle_pl.evaluation import Evaluate
 from wagle_pl.unlearning import UnlearnModule
 

@@ -21,7 +21,7 @@ from wagle_pl.attribution import AttributionModule
 from wagle_pl.core.environment import silence
 from wagle_pl.core.errors import Diverged, WagleError
 from wagle_pl.core.files import atomic_path, refuse_existing
-from wagle_pl.core.lookup import option_names
+from wagle_pl.core.registry import option_names
 from wagle_pl.core.text import count, decimals
 from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.data.example import Example, raw_rows
