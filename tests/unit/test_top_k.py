@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from wagle_pl.lm.layers import blocks, capture
 from wagle_pl.lm.models import load_model
-from wagle_pl.objectives.top_k import TopK
+from wagle_pl.objectives.references import TopK
 
 
 @settings(max_examples=60)

@@ -2,7 +2,7 @@
 
 from wagle_pl.objectives import forget
 from wagle_pl.objectives.forget import *  # noqa: F403
+from wagle_pl.objectives.objective import Schedule
 from wagle_pl.objectives.retain import RetainTerm
-from wagle_pl.objectives.schedules import Schedule
 
 __all__ = [*forget.__all__, "RetainTerm", "Schedule"]

@@ -3,9 +3,12 @@
 To write one's own, subclass :class:`Objective` and override ``forget_loss``; give its class path as
 ``--model.objective``::
 
+    @dataclass
     class Flat(Objective):
+        target: float = 5.0
+
         def forget_loss(self, at):
-            return (at["forget"].nll - 5.0) ** 2  # push the loss to 5, no further
+            return (at["forget"].nll - self.target) ** 2  # push the loss there, no further
 
 Every term returns one number an example, averaged over the tokens of that example and never over
 the tokens of a batch (where a paper does that, the mean here is over the tokens of a row and then
@@ -20,18 +23,18 @@ log-probability of a whole answer now minus that at θ₀.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Literal, Union
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wagle_pl.core.errors import WagleError, check_positive
+from wagle_pl.core.errors import WagleError
 from wagle_pl.core.seeds import stable_seed
 from wagle_pl.lm.layers import blocks, check_layer
-from wagle_pl.objectives.objective import Objective
+from wagle_pl.objectives.objective import Objective, Weight, as_schedule, positive
 from wagle_pl.objectives.retain import RetainTerm, cross_entropy, kl_from_theta0
-from wagle_pl.objectives.schedules import Schedule, as_schedule
 from wagle_pl.objectives.streams import Answers, Streams
 
 if TYPE_CHECKING:
@@ -75,6 +78,7 @@ class GradDiff(Objective):
         return -at["forget"].nll
 
 
+@dataclass
 class GradAscent(GradDiff):
     """Gradient ascent on the forget rows alone (Jang et al. 2022, arXiv 2210.01504).
 
@@ -82,10 +86,10 @@ class GradAscent(GradDiff):
     "KL minimisation", over answer tokens; with its ``positions: batch`` as TOFU's code has it.
     """
 
-    def __init__(self, retain: Union[RetainTerm, str] = "none", **kwargs: Any) -> None:
-        super().__init__(retain=retain, **kwargs)
+    retain: Union[RetainTerm, str] = "none"
 
 
+@dataclass
 class WGA(Objective):
     """Weighted gradient ascent (Wang et al. 2025, arXiv 2502.19301): likely tokens weigh more.
 
@@ -95,9 +99,7 @@ class WGA(Objective):
         beta: β > 0; towards 0 the term becomes gradient ascent.
     """
 
-    def __init__(self, beta: float = 1.0, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.beta = check_positive(beta, "objective.beta")
+    beta: float = positive(1.0)
 
     def forget_loss(self, at: Streams) -> Tensor:
         answers = at["forget"]
@@ -105,6 +107,7 @@ class WGA(Objective):
         return ((self.beta * logprobs.detach()).exp() * logprobs).sum(-1) / answers.length
 
 
+@dataclass
 class SatImp(Objective):
     """Ascent weighted by saturation and importance (Yang et al. 2025, arXiv 2505.11953).
 
@@ -115,10 +118,8 @@ class SatImp(Objective):
         beta2: β₂ > 0, importance: tokens that are nearly certain weigh less.
     """
 
-    def __init__(self, beta1: float = 5.0, beta2: float = 1.0, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.beta1 = check_positive(beta1, "objective.beta1")
-        self.beta2 = check_positive(beta2, "objective.beta2")
+    beta1: float = positive(5.0)
+    beta2: float = positive(1.0)
 
     def forget_loss(self, at: Streams) -> Tensor:
         answers = at["forget"]
@@ -131,6 +132,7 @@ class SatImp(Objective):
 # -- preferences -----------------------------------------------------------------------------------
 
 
+@dataclass
 class NPO(Objective):
     """Negative preference optimisation (Zhang et al. 2024, arXiv 2404.05868).
 
@@ -144,12 +146,8 @@ class NPO(Objective):
 
     references = ("forget",)
 
-    def __init__(
-        self, beta: float = 0.1, reduction: Literal["sum", "mean"] = "sum", **kwargs: Any
-    ) -> None:
-        super().__init__(**kwargs)
-        self.beta = check_positive(beta, "objective.beta")
-        self.reduction = reduction
+    beta: float = positive(0.1)
+    reduction: Literal["sum", "mean"] = "sum"
 
     def forget_loss(self, at: Streams) -> Tensor:
         answers = at["forget"]
@@ -159,6 +157,7 @@ class NPO(Objective):
         return -2 / self.beta * F.logsigmoid(-self.beta * change)
 
 
+@dataclass
 class SimNPO(Objective):
     """NPO without a reference, by token (Fan et al. 2024, arXiv 2410.07163).
 
@@ -170,10 +169,8 @@ class SimNPO(Objective):
             theirs by β: their δ is γ/β here.
     """
 
-    def __init__(self, beta: float = 2.5, gamma: float = 0.0, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.beta = check_positive(beta, "objective.beta")
-        self.gamma = gamma
+    beta: float = positive(2.5)
+    gamma: float = 0.0
 
     def forget_loss(self, at: Streams) -> Tensor:
         return -2 / self.beta * F.logsigmoid(self.beta * at["forget"].nll - self.gamma)
@@ -198,13 +195,13 @@ class IdkNLL(PO):
     """
 
 
+@dataclass
 class DPO(Objective):
     """Direct preference optimisation of a refusal over the answer (arXiv 2305.18290).
 
-    ℓ_f = −(2/β) log σ(β (Δ_r − Δ_y)).
+    ℓ_f = −(2/β) log σ(β (Δ_r − Δ_y)), with the factor of arXiv 2404.05868.
 
-    The factor is that of arXiv 2404.05868. The refusal of a row is drawn once and stays the same in
-    every epoch, so that one number a row is known at θ₀.
+    The refusal of a row is the same in every epoch, so that one number a row is known at θ₀.
 
     Args:
         beta: β > 0.
@@ -213,9 +210,7 @@ class DPO(Objective):
     forget_streams = ("forget", "refusal")
     references = ("forget", "refusal")
 
-    def __init__(self, beta: float = 0.1, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.beta = check_positive(beta, "objective.beta")
+    beta: float = positive(0.1)
 
     def forget_loss(self, at: Streams) -> Tensor:
         refusal, answer = (at[s].logprob - at[s].reference for s in ("refusal", "forget"))
@@ -240,6 +235,7 @@ class KL(Objective):
         return -kl_from_theta0(at["forget"])
 
 
+@dataclass
 class UNDIAL(Objective):
     """Self-distillation with adjusted logits (Dong et al. 2024, arXiv 2402.10052).
 
@@ -252,9 +248,7 @@ class UNDIAL(Objective):
 
     logits_at_theta0 = ("forget",)
 
-    def __init__(self, beta: float = 10.0, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.beta = check_positive(beta, "objective.beta")
+    beta: float = positive(10.0)
 
     def forget_loss(self, at: Streams) -> Tensor:
         answers = at["forget"]
@@ -263,6 +257,7 @@ class UNDIAL(Objective):
         return answers.mean_tokens(cross_entropy(lowered.softmax(-1), current))
 
 
+@dataclass
 class CEU(Objective):
     """Cross-entropy to the model's own prediction without the true token (arXiv 2503.01224).
 
@@ -271,15 +266,15 @@ class CEU(Objective):
 
     Args:
         skip_first: leave out so many tokens at the start of each answer (the paper's footnote: they
-            carry no knowledge); the mean is over the others, and an answer without others counts as
-            0.
+            carry no knowledge); an answer without others counts as 0.
     """
 
-    def __init__(self, skip_first: int = 1, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if skip_first < 0:
-            raise WagleError(f"objective.skip_first must be 0 or more, got {skip_first}")
-        self.skip_first = skip_first
+    skip_first: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.skip_first < 0:
+            raise WagleError(f"objective.skip_first must be 0 or more, got {self.skip_first}")
 
     def forget_loss(self, at: Streams) -> Tensor:
         answers = at["forget"]
@@ -291,6 +286,7 @@ class CEU(Objective):
         return answers.mean_tokens(values * counted) * answers.length / kept
 
 
+@dataclass
 class RandomLabel(Objective):
     """Learn random tokens as the answer, as SalUn's baseline does for classes (arXiv 2310.12508).
 
@@ -301,9 +297,7 @@ class RandomLabel(Objective):
         seed: of the draws.
     """
 
-    def __init__(self, seed: int = 0, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.seed = seed
+    seed: int = 0
 
     def forget_loss(self, at: Streams) -> Tensor:
         answers = at["forget"]
@@ -324,14 +318,15 @@ def _generator(*key: int) -> torch.Generator:
 # -- hidden states ---------------------------------------------------------------------------------
 
 
-#: A feed-forward part's way back to the hidden state, by the names it has in models here and there;
-#: experts' too.
+#: A feed-forward part's way back to the hidden state, by the names that models have for it; experts'
+#: too.
 _DOWN_PROJECTION = (
     r"(?:(?:mlp|ffn|feed_forward|block_sparse_moe)\.(?:\w+\.)*)?"
     r"(?:down_proj|c_proj|dense_4h_to_h|fc2|fc_out|w2)(?:\.|$)"
 )
 
 
+@dataclass
 class RMU(Objective):
     """Representation misdirection of a block's output (Li et al. 2024, arXiv 2403.03218).
 
@@ -339,47 +334,33 @@ class RMU(Objective):
     unit vector with entries of one sign. The retain term holds the same output where it was
     (``hidden_mse``).
 
-    Only the matrices named by ``trainable`` move; by default the MLP's down-projection of the block
-    and of the two before it, as in the paper.
-
     Args:
         layer: the block, counted from 0.
         steering: c, length of the vector that is steered to.
         seed: of u.
-        trainable: regular expression that names of parameters must match (from any position) to be
-            moved.
+        trainable: regular expression; only parameters in whose name it is found move. ``auto``, as
+            in the paper: the MLP's down-projection of the block and of the two before it.
     """
 
-    def __init__(
-        self,
-        layer: int = 7,
-        steering: float = 20.0,
-        seed: int = 0,
-        trainable: str = "auto",
-        retain: Union[RetainTerm, str] = "hidden_mse",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(retain=retain, **kwargs)
-        self.layer = layer
-        self.steering = check_positive(steering, "objective.steering")
-        self.seed = seed
-        if trainable == "auto":
-            near = "|".join(str(block) for block in range(max(0, layer - 2), layer + 1))
-            trainable = rf"\.(?:layers|h|blocks)\.(?:{near})\.{_DOWN_PROJECTION}"
+    layer: int = 7
+    steering: float = positive(20.0)
+    seed: int = 0
+    trainable: str = field(default="auto", kw_only=True)
+    retain: Union[RetainTerm, str] = field(default="hidden_mse", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.trainable == "auto":
+            near = "|".join(str(i) for i in range(max(0, self.layer - 2), self.layer + 1))
+            self.trainable = rf"\.(?:layers|h|blocks)\.(?:{near})\.{_DOWN_PROJECTION}"
         try:
-            re.compile(trainable)
+            re.compile(self.trainable)
         except re.error as error:
             raise WagleError(
-                f"objective.trainable {trainable!r} is not a regular expression: {error}"
+                f"objective.trainable {self.trainable!r} is not a regular expression: {error}"
             ) from None
-        self.trainable = trainable
 
     def prepare(self, lm: PreTrainedModel) -> None:
-        """Look at the model before the run.
-
-        Raises:
-            WagleError: if it lacks the block, or ``trainable`` matches no parameter.
-        """
         check_layer(lm, self.layer, "objective.layer")
         super().prepare(lm)
         if not any(re.search(self.trainable, name) for name, _ in lm.named_parameters()):
@@ -417,20 +398,21 @@ class FineTune(Objective):
         raise TypeError("there is no forget term")
 
 
+@dataclass
 class L1Sparse(FineTune):
     """Fine-tuning towards a sparse model, which forgets more (Jia et al. 2023, arXiv 2304.04934).
 
     ℓ = NLL(retain) + α ‖θ‖₁, over the weights that may move.
 
     Args:
-        alpha: α: a number, or a schedule as ``retain_weight`` is; the paper's decays to 0:
-            ``linear:1e-5->0``.
+        alpha: α: a number, or a schedule; the paper's decays to 0: ``linear:1e-5->0``.
     """
 
-    def __init__(self, alpha: Union[float, str, Schedule] = 1e-5, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.alpha = alpha
-        self._alpha_schedule = as_schedule(alpha, "objective.alpha")
+    alpha: Weight = 1e-5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._alpha_schedule = as_schedule(self.alpha, "objective.alpha")
 
     def penalty(self, at: Streams) -> Tensor:
         norms = [p.abs().sum(dtype=torch.float32) for p in at.lm.parameters() if p.requires_grad]

@@ -1,22 +1,99 @@
-"""``Objective``: what every forget term has in common."""
+"""``Objective``: what every forget term has in common, and weights that change during a run."""
 
 from __future__ import annotations
 
+import math
+import re
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Optional, Union
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional, Union
 
 from torch import Tensor
 
-from wagle_pl.core.errors import WagleError
+from wagle_pl.core.errors import WagleError, check_positive
 from wagle_pl.core.registry import resolve
 from wagle_pl.objectives.retain import NONE, RetainTerm
-from wagle_pl.objectives.schedules import Schedule, as_schedule
 from wagle_pl.objectives.streams import Streams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class Schedule:
+    """A number that depends on how far the run is. On the command line: ``cosine:1->0.1@0.5``.
+
+    Args:
+        kind: ``linear`` and ``cosine`` go from ``start`` to ``end``; ``step`` jumps.
+        start: value at the first step.
+        end: value from ``until`` on.
+        until: share of the run after which ``end`` is reached, in (0, 1].
+
+    Raises:
+        WagleError: if ``until`` is outside (0, 1].
+
+    >>> ramp = Schedule("linear", 0.0, 2.0)
+    >>> ramp(0.0), ramp(0.25), ramp(1.0)
+    (0.0, 0.5, 2.0)
+    """
+
+    def __init__(
+        self,
+        kind: Literal["linear", "cosine", "step"],
+        start: float,
+        end: float,
+        until: float = 1.0,
+    ) -> None:
+        if not 0 < until <= 1:
+            raise WagleError(
+                f"a schedule's end is a share of the run and must be in (0, 1], got {until}"
+            )
+        self.kind = kind
+        self.start = start
+        self.end = end
+        self.until = until
+
+    def __call__(self, progress: float) -> float:
+        """The value at a share of the run in [0, 1]; override this for another shape."""
+        done = min(1.0, progress / self.until)
+        if done == 1.0:
+            return self.end
+        cosine = (1 - math.cos(math.pi * done)) / 2
+        share = {"linear": done, "cosine": cosine, "step": 0.0}[self.kind]
+        return self.start + share * (self.end - self.start)
+
+
+Weight = Union[float, str, Schedule]
+
+
+def as_schedule(value: Weight, option: str) -> Schedule:
+    """The schedule of an option: a number, a text such as ``step:1->0@0.5``, or a schedule.
+
+    Raises:
+        WagleError: naming the option and the forms it takes.
+    """
+    if isinstance(value, Schedule):
+        return value
+    text = str(value).replace(" ", "")
+    match = re.fullmatch(r"(linear|cosine|step):([^>@]+)->([^>@]+)(?:@(.+))?", text)
+    kind, start, end, until = match.groups() if match else ("step", text, text, None)
+    try:
+        numbers = [float(start), float(end), float(until or 1)]
+    except ValueError:
+        numbers = [math.nan]
+    if not all(map(math.isfinite, numbers)):
+        raise WagleError(
+            f"{option} {value!r} is neither a number nor a schedule such as linear:0->1, "
+            "cosine:1->0 or step:1->0@0.5"
+        )
+    return Schedule(kind, *numbers)
+
+
+def positive(default: float) -> Any:
+    """Default of an option that must be above 0: ``beta: float = positive(0.1)``."""
+    return field(default=default, metadata={"positive": True})
+
+
+@dataclass(kw_only=True)
 class Objective(ABC):
     """``forget_weight`` × forget term + ``retain_weight`` × retain term.
 
@@ -32,28 +109,29 @@ class Objective(ABC):
         WagleError: if an option has no meaning.
     """
 
-    #: Streams the forget term reads: ``forget``, ``refusal`` (the same rows, answered by a
-    #: refusal).
-    forget_streams: tuple[str, ...] = ("forget",)
+    #: Streams that the forget term reads: ``forget``, or ``refusal`` (the same rows, refused).
+    forget_streams: ClassVar[tuple[str, ...]] = ("forget",)
     #: Streams whose summed log-probabilities at θ₀ the forget term needs.
-    references: tuple[str, ...] = ()
+    references: ClassVar[tuple[str, ...]] = ()
     #: Streams whose whole predictions (or hidden states) at θ₀ the forget term needs.
-    logits_at_theta0: tuple[str, ...] = ()
+    logits_at_theta0: ClassVar[tuple[str, ...]] = ()
     #: The block whose output the forget term reads, if any.
-    layer: Optional[int] = None
+    layer: ClassVar[Optional[int]] = None
     #: Regular expression that the names of parameters must match to be moved; None moves any.
-    trainable: Optional[str] = None
+    trainable: ClassVar[Optional[str]] = None
 
-    def __init__(
-        self,
-        forget_weight: Union[float, str, Schedule] = 1.0,
-        retain_weight: Union[float, str, Schedule] = 1.0,
-        retain: Union[RetainTerm, str] = "nll",
-    ) -> None:
-        self.retain = resolve(RetainTerm, retain, "objective.retain")
-        self.forget_weight = forget_weight
-        self.retain_weight = 0.0 if isinstance(self.retain, NONE) else retain_weight
-        self._forget_schedule = as_schedule(forget_weight, "objective.forget_weight")
+    forget_weight: Weight = 1.0
+    retain_weight: Weight = 1.0
+    retain: Union[RetainTerm, str] = "nll"
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            if option.metadata.get("positive"):
+                check_positive(getattr(self, option.name), f"objective.{option.name}")
+        self.retain = resolve(RetainTerm, self.retain, "objective.retain")
+        if isinstance(self.retain, NONE):
+            self.retain_weight = 0.0
+        self._forget_schedule = as_schedule(self.forget_weight, "objective.forget_weight")
         self._retain_schedule = as_schedule(self.retain_weight, "objective.retain_weight")
         if not self.streams:
             raise WagleError(
@@ -115,19 +193,15 @@ class Objective(ABC):
 
     def __call__(self, at: Streams) -> dict[str, Tensor]:
         """``loss`` and its parts (``forget_loss``, ``retain_loss``, ``penalty``), scalars."""
-        parts: dict[str, Tensor] = {}
-        terms = []
-        name = f"objective {type(self).__name__}"
+        name, parts, terms = f"objective {type(self).__name__}", {}, []
         if self.forget_streams:
-            parts["forget_loss"] = at.mean(
-                self.forget_streams[0], self.forget_loss(at), f"{name}, forget term"
-            )
+            stream, values = self.forget_streams[0], self.forget_loss(at)
+            parts["forget_loss"] = at.mean(stream, values, f"{name}, forget term")
             terms.append(self._forget_schedule(at.progress) * parts["forget_loss"])
         if self.retains:
             parts["retain_loss"] = at.mean("retain", self.retain_loss(at), f"{name}, retain term")
             terms.append(self._retain_schedule(at.progress) * parts["retain_loss"])
-        penalty = self.penalty(at)
-        if penalty is not None:
+        if (penalty := self.penalty(at)) is not None:
             parts["penalty"] = penalty
             terms.append(penalty)
-        return {"loss": sum(terms[1:], start=terms[0]), **parts}
+        return {"loss": sum(terms), **parts}

@@ -1,11 +1,9 @@
-"""What θ₀ says, for objectives that compare with it.
+"""What θ₀ says, for objectives that compare with it, in one of three ways, the cheapest first:
 
-Three ways, the cheapest first:
-
-* *sums*: one log-probability a row (NPO, DPO): constants, computed once before the first step, so
-  that no second model is kept;
-* *top k*: see :mod:`wagle_pl.objectives.top_k` (KL, UNDIAL with ``reference_logits: top_k``),
-  likewise computed once;
+* *sums* (NPO, DPO): one log-probability a row, computed once before the first step, so that no
+  second model is kept;
+* *top k* (KL, UNDIAL with ``reference_logits: top_k``): the most probable tokens of each answer
+  token, :class:`TopK`, likewise computed once;
 * *a frozen copy* (whole predictions, and hidden states): one more forward pass a step through the
   model with the values that its selected weights had at first
   (:meth:`wagle_pl.masks.selected.SelectedWeights.at_theta0`).
@@ -17,9 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,8 +29,8 @@ from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
 from wagle_pl.lm.layers import capture
-from wagle_pl.lm.likelihood import IGNORE, forward_answers, sequence_logprobs
-from wagle_pl.objectives.top_k import TopK
+from wagle_pl.lm.likelihood import forward_answers
+from wagle_pl.objectives.streams import Answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,108 +38,125 @@ if TYPE_CHECKING:
     from wagle_pl.lm.module import LanguageModule, StreamData
 
 
-FORMAT = "wagle_pl.reference"
-
-
 @torch.no_grad()
 def predictions_of(
     lm: PreTrainedModel, tensors: Mapping[str, Tensor], layers: Collection[int], whole: bool = False
 ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
-    """What a model says of one stream's tensors.
-
-    Returns:
-        Logits (of all positions if ``whole``), their labels, and outputs of the blocks ``layers``.
-    """
+    """A model's logits on one stream's tensors (of all positions if ``whole``), their labels, and
+    the outputs of the blocks ``layers``."""
     with capture(lm, layers) as hidden:
         output, labels = forward_answers(lm, tensors, whole=whole)
     return output.logits, labels, hidden
 
 
-def _pass(
-    module: LanguageModule, data: StreamData, stream: str
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """(rows, logits, labels) of this rank's batches of a stream, without dropout.
+class TopK(NamedTuple):
+    """The k most probable tokens of many rows' answer tokens at θ₀, and the rest as one bucket.
 
-    Every row is some rank's, and a few may be two ranks'.
+    The true token is always among the k, first. A divergence KL(π₀ ‖ π) over the k + 1 buckets is a
+    lower bound of the true one; what it misses is t₀ · KL of the two predictions *within* the rest,
+    where t₀ is the probability of the rest at θ₀. (Chain rule of the divergence.)
+
+    Attributes:
+        ids: (N, k) int32 tokens; N the number of answer tokens, row after row.
+        logprobs: (N, k) fp32, their log-probabilities.
+        tail: (N,) fp32, log-probability of all other tokens together.
+        offsets: (rows + 1,) int64, where each row begins.
     """
+
+    ids: Tensor
+    logprobs: Tensor
+    tail: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, targets: Tensor, counts: Tensor, k: int) -> TopK:
+        """The top k, V − 1 at most, of (N, V) logits.
+
+        Args:
+            logits: (N, V).
+            targets: (N,) the true tokens.
+            counts: (rows,) how many tokens each row has.
+            k: how many to keep.
+        """
+        logprobs = logits.float().log_softmax(-1)
+        k = min(k, logits.shape[-1] - 1)
+        ids = logprobs.scatter(1, targets[:, None], 1.0).topk(k, -1).indices  # the true token first
+        return cls(ids.int(), logprobs.gather(1, ids), _outside(logprobs, ids), _offsets(counts))
+
+    @classmethod
+    def cat(cls, parts: list[TopK]) -> TopK:
+        """Rows of several, in this order."""
+        ids, logprobs, tail, _ = map(torch.cat, zip(*parts, strict=True))
+        counts = torch.cat([part.offsets.diff() for part in parts])
+        return cls(ids, logprobs, tail, _offsets(counts))
+
+    def rows(self, index: Tensor) -> TopK:
+        """The predictions of some rows, in this order."""
+        spans = [slice(self.offsets[i], self.offsets[i + 1]) for i in index.tolist()]
+        counts = self.offsets.diff()[index.to(self.offsets.device)]
+        parts = (torch.cat([tensor[span] for span in spans]) for tensor in self[:3])
+        return TopK(*parts, _offsets(counts))
+
+    def to(self, device: torch.device | str) -> TopK:
+        """The same on a device."""
+        return TopK(*(tensor.to(device) for tensor in self))
+
+    def align(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """These predictions beside those of (N, V) logits, see :attr:`Answers.buckets`."""
+        logprobs, ids = logits.log_softmax(-1), self.ids.long()
+        reference = torch.cat([self.logprobs, self.tail[:, None]], -1)
+        current = torch.cat([logprobs.gather(1, ids), _outside(logprobs, ids)[:, None]], -1)
+        return reference, current, ids.new_zeros(len(ids))
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _outside(logprobs: Tensor, ids: Tensor) -> Tensor:
+    """(N,) log-probability of all tokens but ``ids``, without cancellation."""
+    others = logprobs.scatter(1, ids, -torch.inf)
+    none = (others == -torch.inf).all(-1)  # where logsumexp has no gradient
+    return others.masked_fill(none[:, None], 0.0).logsumexp(-1).masked_fill(none, -torch.inf)
+
+
+def compute_reference(module: LanguageModule, data: StreamData, stream: str) -> dict[str, Tensor]:
+    """``logprobs``, (rows,) float32: each row's summed answer log-probability as the weights are.
+
+    Collective: all ranks must call it.
+    """
+    sums = _of_rows(module, data, stream, lambda answers: answers.logprob.tolist())
+    return {"logprobs": torch.tensor(sums)}
+
+
+def compute_top_k(
+    module: LanguageModule, data: StreamData, stream: str, k: int
+) -> dict[str, Tensor]:
+    """Fields of a :class:`TopK` of every answer token as the weights are, on the CPU. Collective."""
+
+    def of_batch(answers: Answers) -> list[TopK]:
+        found = TopK.of(answers.predictions, answers.targets, answers.length, k).to("cpu")
+        return [found.rows(torch.tensor([i])) for i in range(len(answers.labels))]
+
+    return TopK.cat(_of_rows(module, data, stream, of_batch))._asdict()
+
+
+def _of_rows(
+    module: LanguageModule, data: StreamData, stream: str, of_batch: Callable[[Answers], list[Any]]
+) -> list[Any]:
+    """What ``of_batch`` finds for each row of a stream, without dropout; ranks share the rows."""
+    found: dict[int, Any] = {}
     training = module.lm.training
     module.lm.eval()
     with torch.no_grad(), module.trainer.precision_plugin.forward_context():
         for batch in data.stream_loader(stream, shared=True):
-            tensors = {k: v.to(module.device) for k, v in batch[stream].items()}
+            tensors = {name: tensor.to(module.device) for name, tensor in batch[stream].items()}
             output, labels = forward_answers(module.lm, tensors)
-            yield tensors["row"].tolist(), output.logits, labels
+            values = of_batch(Answers(output.logits, labels))
+            found.update(zip(tensors["row"].tolist(), values, strict=True))
     module.lm.train(training)
-
-
-def compute_reference(module: LanguageModule, data: StreamData, stream: str) -> Tensor:
-    """(rows,) float32: summed answer log-probability of each row under the current weights.
-
-    Args:
-        module: a :class:`~wagle_pl.lm.module.LanguageModule` with a trainer.
-        data: gives the rows: :meth:`wagle_pl.data.ForgetRetainDataModule.stream_loader`.
-        stream: which.
-    """
-    values: dict[int, float] = {}
-    for rows, logits, labels in _pass(module, data, stream):
-        values.update(zip(rows, sequence_logprobs(logits, labels)[0].tolist(), strict=True))
-    values = dict(distributed.all_gather(values.items()))
-    return torch.tensor([values[row] for row in range(len(values))])
-
-
-def compute_top_k(module: LanguageModule, data: StreamData, stream: str, k: int) -> TopK:
-    """Top-k predictions of every answer token under the current weights, on the CPU."""
-    found: dict[int, TopK] = {}
-    for rows, logits, labels in _pass(module, data, stream):
-        mask = labels[:, 1:] != IGNORE
-        batch = TopK.of(logits[:, :-1][mask], labels[:, 1:][mask], mask.sum(-1), k)
-        batch = batch.to(torch.device("cpu"))
-        found.update({row: batch.rows(torch.tensor([i])) for i, row in enumerate(rows)})
     found = dict(distributed.all_gather(found.items()))
-    return TopK.cat([found[row] for row in range(len(found))])
-
-
-def reference_key(
-    fingerprint: str, data: StreamData, stream: str, precision: str, kind: str
-) -> tuple[str, int]:
-    """What the predictions of a stream at θ₀ depend on, as one name; and the number of rows."""
-    tokens: dict[int, str] = {}
-    for batch in data.stream_loader(stream):
-        columns = (batch[stream][c] for c in ("row", "input_ids", "labels", "attention_mask"))
-        for row, ids, labels, mask in zip(*columns, strict=True):
-            tokens[int(row)] = json.dumps([ids[mask > 0].tolist(), labels[mask > 0].tolist()])
-    digest = hashlib.sha256(f"{fingerprint} {stream} {precision} {kind}".encode())
-    for row in range(len(tokens)):
-        digest.update(tokens[row].encode())
-    return digest.hexdigest()[:32], len(tokens)
-
-
-def load_reference(path: Path, key: str, rows: int) -> Optional[dict[str, Tensor]]:
-    """The tensors stored under ``key``; None if there are none.
-
-    Raises:
-        WagleError: if the file is cut short, or not what its name says.
-    """
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-    except (SafetensorError, OSError) as error:
-        raise WagleError(
-            f"reference cache {path} is not a whole safetensors file ({error}); delete it"
-        ) from None
-    if metadata.get("key") != key or metadata.get("rows") != str(rows):
-        raise WagleError(f"reference cache {path} is of other data or another model; delete it")
-    return tensors
-
-
-def save_reference(path: Path, key: str, rows: int, tensors: Mapping[str, Tensor]) -> None:
-    """Store tensors under ``key``, whole or not at all."""
-    header = {"format": FORMAT, "format_version": "1", "key": key, "rows": str(rows)}
-    with atomic_path(path) as temporary:
-        save_file(dict(tensors), temporary, metadata=header)
+    return [found[row] for row in range(len(found))]
 
 
 class References:
@@ -166,66 +182,44 @@ class References:
         top_k: Collection[str],
         k: int,
     ) -> None:
-        """Make everything ready.
+        """Take what is needed from the checkpoint or a file, or compute it. Collective.
 
         Args:
-            module, data: see :func:`compute_reference`.
+            module: has a trainer.
+            data: gives the rows.
             folder: where the files are.
             sums: streams whose sums are needed.
-            top_k: streams whose top k are needed.
+            top_k: streams whose top ``k`` are needed.
             k: how many tokens.
 
         Raises:
             WagleError: if a checkpoint's are of other data, or it has none and θ₀ is gone.
         """
-
-        def sums_of(stream: str) -> dict[str, Tensor]:
-            return {"logprobs": compute_reference(module, data, stream)}
-
-        def top_k_of(stream: str) -> dict[str, Tensor]:
-            return compute_top_k(module, data, stream, k)._asdict()
-
-        for stream in sums:
-            found = self._get(module, data, folder, stream, "sum", sums_of)
-            self.sums[stream] = found["logprobs"]
-        for stream in top_k:
-            self.top_k[stream] = TopK(
-                **self._get(module, data, folder, stream, f"top {k}", top_k_of)
-            )
-
-    def _get(
-        self,
-        module: LanguageModule,
-        data: StreamData,
-        folder: Path,
-        stream: str,
-        kind: str,
-        compute: Callable[[str], dict[str, Tensor]],
-    ) -> dict[str, Tensor]:
-        """Tensors of the checkpoint, of a file, or computed now."""
-        precision = str(module.trainer.precision)
-        key, rows = reference_key(module.model_fingerprint, data, stream, precision, kind)
-        name = f"{stream} {kind}"
-        if name in self._stored:
-            if self._stored[name]["key"] != key:
+        jobs = [(stream, "sum", compute_reference) for stream in sums]
+        jobs += [(stream, f"top {k}", partial(compute_top_k, k=k)) for stream in top_k]
+        for stream, kind, compute in jobs:
+            about = f"{module.model_fingerprint} {stream} {module.trainer.precision} {kind}"
+            key, name = _digest(about, data, stream), f"{stream} {kind}"
+            if name not in self._stored:
+                path = folder / f"{key}.safetensors"
+                tensors = distributed.on_rank_zero(partial(_load, path, key))
+                if tensors is None and self._resumed:
+                    raise WagleError(
+                        f"the checkpoint has no reference log-probabilities of the {stream} rows, "
+                        "and the model has moved since: start the run anew"
+                    )
+                if tensors is None:
+                    tensors = compute(module, data, stream)
+                    distributed.on_rank_zero(partial(_save, path, key, tensors))
+                self._stored[name] = {"key": key, "tensors": tensors}
+            elif self._stored[name]["key"] != key:
                 raise WagleError(
                     f"the checkpoint's reference probabilities of the {stream} rows are of other "
                     "data, another model or precision: resume with what the run began with"
                 )
-            return self._stored[name]["tensors"]
-        path = folder / f"{key}.safetensors"
-        tensors = distributed.on_rank_zero(lambda: load_reference(path, key, rows))
-        if tensors is None:
-            if self._resumed:
-                raise WagleError(
-                    f"the checkpoint has no reference log-probabilities of the {stream} rows, and "
-                    "the model has moved since: start the run anew"
-                )
-            tensors = compute(stream)
-            if distributed.rank() == 0:
-                save_reference(path, key, rows, tensors)
-        self._stored[name] = {"key": key, "tensors": tensors}
-        return tensors
+        tensors_of = {name: stored["tensors"] for name, stored in self._stored.items()}
+        self.sums = {stream: tensors_of[f"{stream} sum"]["logprobs"] for stream in sums}
+        self.top_k = {stream: TopK(**tensors_of[f"{stream} top {k}"]) for stream in top_k}
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """What was used, by stream and kind; with it a resumed run needs no θ₀."""
@@ -235,3 +229,41 @@ class References:
         """Take what a checkpoint kept; from now on nothing is computed: the weights have moved."""
         self._stored = dict(state)
         self._resumed = True
+
+
+def _digest(about: str, data: StreamData, stream: str) -> str:
+    """What predictions of a stream depend on, as one name: ``about``, and the rows' tokens."""
+    tokens: dict[int, str] = {}
+    for batch in data.stream_loader(stream):
+        columns = (batch[stream][c] for c in ("row", "input_ids", "labels", "attention_mask"))
+        for row, ids, labels, mask in zip(*columns, strict=True):
+            tokens[int(row)] = json.dumps([ids[mask > 0].tolist(), labels[mask > 0].tolist()])
+    text = about + "".join(tokens[row] for row in range(len(tokens)))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _load(path: Path, key: str) -> Optional[dict[str, Tensor]]:
+    """The tensors of a file, if there is one.
+
+    Raises:
+        WagleError: if it is cut short, or not what its name says.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = (file.metadata() or {}).get("key")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise WagleError(
+            f"reference cache {path} is not a whole safetensors file ({error}); delete it"
+        ) from None
+    if stored != key:
+        raise WagleError(f"reference cache {path} is of other data or another model; delete it")
+    return tensors
+
+
+def _save(path: Path, key: str, tensors: dict[str, Tensor]) -> None:
+    header = {"format": "wagle_pl.reference", "format_version": "1", "key": key}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=header)

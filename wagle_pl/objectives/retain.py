@@ -7,6 +7,7 @@ To write one's own, subclass :class:`RetainTerm` and override ``__call__``; give
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Optional
 
 import torch
@@ -35,15 +36,8 @@ class RetainTerm(ABC):
     def __call__(self, at: Streams) -> Tensor:
         """(B,), averaged over the tokens of each row."""
 
-    def prepare(  # noqa: B027  a hook
-        self, lm: PreTrainedModel, layer: Optional[int] = None
-    ) -> None:
-        """Look at the model before the run: check options that depend on it.
-
-        Args:
-            lm: the model.
-            layer: the block whose output the forget term reads, if any.
-        """
+    def prepare(self, lm: PreTrainedModel, layer: Optional[int] = None) -> None:  # noqa: B027
+        """Look at the model, and at the block that the forget term reads, before the run."""
 
 
 class NLL(RetainTerm):
@@ -53,34 +47,39 @@ class NLL(RetainTerm):
         return at["retain"].nll
 
 
+class NONE(RetainTerm):
+    """No retain term; no retain rows are needed."""
+
+    def __call__(self, at: Streams) -> Tensor:
+        raise WagleError("retain none has no term to compute; set retain_weight to 0")
+
+
+@dataclass
 class RetainKL(RetainTerm):
     """(1/|P|) Σ_{t∈P} KL(π₀(·|s_≤t) ‖ π(·|s_≤t)), at positions P of a row s of tokens.
 
     TOFU (arXiv 2401.06121) and OpenUnlearning (arXiv 2506.12618) give no formula beyond that; their
-    code averages over every position of the padded batch, which is ``batch`` here.
+    code averages over every position of the padded batch, which is ``batch`` here. (TOFU's code
+    pads to a fixed length, that of OpenUnlearning and this package to the longest row.)
 
     Args:
-        positions: P. ``answer``: positions that predict an answer token. ``row``: every token of
-            the row, of the prompt as well and the last; this is the value of the reference code for
-            a row that is not padded. ``batch``: every position of the micro-batch, padding as well,
-            exactly as in the reference code: the value depends on what rows are padded together, so
-            on how a batch is cut. (TOFU's code pads to a fixed length, that of OpenUnlearning and
-            this package to the longest row.)
-
-    Raises:
-        WagleError: if ``positions`` is none of these.
+        positions: ``answer``: P are the positions that predict an answer token. ``row``: every
+            token of the row, the prompt's as well: the reference code's value for a row that is not
+            padded. ``batch``: padding as well, exactly as in the reference code: the value depends
+            on how a batch is cut.
     """
 
     __qualname__ = "KL"  # the option's value; the name KL is that of an objective
-
     logits_at_theta0 = True
 
-    def __init__(self, positions: Literal["answer", "row", "batch"] = "answer") -> None:
-        if positions not in ("answer", "row", "batch"):
+    positions: Literal["answer", "row", "batch"] = "answer"
+
+    def __post_init__(self) -> None:
+        if self.positions not in ("answer", "row", "batch"):
             raise WagleError(
-                f"objective.retain.positions must be answer, row or batch, got {positions!r}"
+                f"must be answer, row or batch, got {self.positions!r}",
+                option="objective.retain.positions",
             )
-        self.positions = positions
 
     @property
     def all_positions(self) -> bool:
@@ -90,10 +89,9 @@ class RetainKL(RetainTerm):
         answers = at["retain"]
         if self.positions == "answer":
             return kl_from_theta0(answers)
-        if self.positions == "row":
-            counted = answers.attention.bool()
-        else:
-            counted = torch.ones_like(answers.labels, dtype=torch.bool)
+        counted = answers.attention.bool()
+        if self.positions == "batch":
+            counted = torch.ones_like(counted)
         reference = answers.theta0.logits.float().log_softmax(-1)
         values = divergence(reference, answers.logits.float().log_softmax(-1))
         return values.masked_fill(~counted, 0.0).sum(-1) / counted.sum(-1)
@@ -102,13 +100,7 @@ class RetainKL(RetainTerm):
 KL = RetainKL  # by its class path in configurations
 
 
-class NONE(RetainTerm):
-    """No retain term; no retain rows are needed."""
-
-    def __call__(self, at: Streams) -> Tensor:
-        raise WagleError("retain none has no term to compute; set retain_weight to 0")
-
-
+@dataclass
 class HiddenMSE(RetainTerm):
     """(1/|y|) Σ_t (1/d) ‖h_t − h⁰_t‖², h a block's output, h⁰ that at θ₀ (RMU, arXiv 2403.03218).
 
@@ -117,19 +109,13 @@ class HiddenMSE(RetainTerm):
             one.
     """
 
-    def __init__(self, layer: Optional[int] = None) -> None:
-        self.layer = layer
+    layer: Optional[int] = None
 
     @property
     def hidden_layers(self) -> tuple[int, ...]:
         return () if self.layer is None else (self.layer,)
 
     def prepare(self, lm: PreTrainedModel, layer: Optional[int] = None) -> None:
-        """Choose the block if none is given.
-
-        Raises:
-            WagleError: if the model lacks it, saying the range.
-        """
         if self.layer is None:
             self.layer = len(blocks(lm)) // 2 if layer is None else layer
         check_layer(lm, self.layer, "objective.retain.layer")

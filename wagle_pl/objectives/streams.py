@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Optional
 
 import torch
@@ -13,10 +13,11 @@ from torch import Tensor
 from wagle_pl.core.errors import WagleError
 from wagle_pl.lm.layers import capture
 from wagle_pl.lm.likelihood import IGNORE, token_logprobs
-from wagle_pl.objectives.top_k import Buckets, TopK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from wagle_pl.objectives.references import TopK
 
 
 @dataclass(eq=False)
@@ -45,18 +46,14 @@ class Answers:
     attention: Optional[Tensor] = None
 
     @cached_property
-    def _tokens(self) -> tuple[Tensor, Tensor]:
-        return token_logprobs(self.logits, self.labels)
-
-    @property
     def token_logprobs(self) -> Tensor:
         """(B, T − 1) log-probability of each answer token in fp32, 0 elsewhere."""
-        return self._tokens[0]
+        return token_logprobs(self.logits, self.labels)[0]
 
-    @property
+    @cached_property
     def mask(self) -> Tensor:
         """(B, T − 1) bool: where an answer token is predicted."""
-        return self._tokens[1]
+        return self.labels[:, 1:] != IGNORE
 
     @cached_property
     def length(self) -> Tensor:
@@ -98,12 +95,15 @@ class Answers:
         return self.run_theta0()
 
     @cached_property
-    def buckets(self) -> Buckets:
-        """Predictions of each answer token at θ₀ and now, over the vocabulary or the top k."""
+    def buckets(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, K) log-probabilities at θ₀, (N, K) now, and the (N,) place of the answer tokens.
+
+        K is the vocabulary, or with top k each token kept and all others together.
+        """
         if self.top_k is not None:
             return self.top_k.align(self.predictions)
         reference = self.theta0.predictions.log_softmax(-1)
-        return Buckets(reference, self.predictions.log_softmax(-1), self.targets)
+        return reference, self.predictions.log_softmax(-1), self.targets
 
     def hidden_difference(self, layer: int, target: Tensor) -> Tensor:
         """(B,) (1/|y|) Σ_t (1/d) ‖h_t − target_t‖², t over the answer tokens.
@@ -146,25 +146,23 @@ class Streams(Mapping[str, Answers]):
 
     def __getitem__(self, stream: str) -> Answers:
         if stream not in self._answers:
-            tensors = self.batch[stream]
-            options = {"whole": True} if stream in self.whole else {}
+            tensors, options = self.batch[stream], {}
+            if stream in self.whole:
+                options = {"whole": True}
             with capture(self.lm, self.layers) as hidden:
-                logits, labels = self.run(tensors, **options)
-            reference, top_k = self.references.get(stream), self.top_k.get(stream)
-            if reference is not None:
-                reference = reference.to(logits.device)[tensors["row"]]
-            if top_k is not None:
-                top_k = top_k.rows(tensors["row"]).to(logits.device)
-            self._answers[stream] = Answers(
-                logits,
-                labels,
-                reference,
-                rows=tensors.get("row"),
-                hidden=_answer_positions(hidden, labels),
-                run_theta0=self.theta0 and partial(_at_theta0, self.theta0, tensors, options),
-                top_k=top_k,
-                attention=tensors.get("attention_mask") if options else None,
-            )
+                answers = _answers(*self.run(tensors, **options), hidden)
+            answers.rows = tensors.get("row")
+            if stream in self.references:
+                known = self.references[stream].to(answers.logits.device)
+                answers.reference = known[answers.rows]
+            if stream in self.top_k:
+                answers.top_k = self.top_k[stream].rows(answers.rows).to(answers.logits.device)
+            if options:
+                answers.attention = tensors.get("attention_mask")
+            if (theta0 := self.theta0) is not None:
+                # holds no reference to self: a cycle would keep the batch's graph alive
+                answers.run_theta0 = lambda: _answers(*theta0(tensors, **options))
+            self._answers[stream] = answers
         return self._answers[stream]
 
     def __iter__(self) -> Iterator[str]:
@@ -174,17 +172,12 @@ class Streams(Mapping[str, Answers]):
         return len(self.batch)
 
     def mean(self, stream: str, values: Tensor, what: str = "values") -> Tensor:
-        """Weighted sum of (B,) values.
+        """Weighted sum of (B,) values, one for each row of a stream.
 
         Once ranks and micro-batches are averaged it is the mean over the global batch.
 
-        Args:
-            stream: whose rows the values are of.
-            values: (B,).
-            what: how to name them in a message.
-
         Raises:
-            WagleError: if they have another shape.
+            WagleError: naming ``what``, if the values have another shape.
         """
         weight = self.batch[stream]["weight"]
         wanted = f"one number for each of {len(weight)} rows, shape {tuple(weight.shape)}"
@@ -196,17 +189,7 @@ class Streams(Mapping[str, Answers]):
         return (weight * values.masked_fill(weight == 0, 0.0)).sum()
 
 
-def _at_theta0(
-    run: Callable[..., tuple[Tensor, Tensor, dict[int, Tensor]]],
-    tensors: Mapping[str, Tensor],
-    options: Mapping[str, bool],
-) -> Answers:
-    # no method of Streams: answers would keep alive what keeps them, with the graph of the batch
-    logits, labels, hidden = run(tensors, **options)
-    return Answers(logits, labels, hidden=_answer_positions(hidden, labels))
-
-
-def _answer_positions(hidden: Mapping[int, Tensor], labels: Tensor) -> dict[int, Tensor]:
-    """Outputs of blocks, cut to the positions that labels cover: the prompt's have no logits."""
-    width = labels.shape[1]
-    return {layer: states[:, states.shape[1] - width :] for layer, states in hidden.items()}
+def _answers(logits: Tensor, labels: Tensor, hidden: Mapping[int, Tensor]) -> Answers:
+    """Answers with the outputs of blocks cut to the positions that logits cover."""
+    start = -labels.shape[1]
+    return Answers(logits, labels, hidden={i: states[:, start:] for i, states in hidden.items()})
