@@ -33,7 +33,7 @@ from wagle_pl.attribution import AttributionModule, MaskSpec
 from wagle_pl.attribution.selection import select
 from wagle_pl.core.weights import fingerprint
 from wagle_pl.lm import models
-from wagle_pl.lm.likelihood import forward_answers, sequence_logprobs
+from wagle_pl.lm.inference import forward_answers, sequence_logprobs
 from wagle_pl.masks import WeightMask
 
 DENSITY = 0.2

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from wagle_pl.attribution.selection import select
 from wagle_pl.core.weights import fingerprint, parameter_shapes
 from wagle_pl.lm import models
-from wagle_pl.lm.likelihood import forward_answers, sequence_logprobs
+from wagle_pl.lm.inference import forward_answers, sequence_logprobs
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import random_bits
 from wagle_pl.unlearning import MaskedAdamW, Streams, UnlearnModule

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wagle_pl.data.people import bundled
 from wagle_pl.lm import models
-from wagle_pl.lm.likelihood import sequence_logprobs
+from wagle_pl.lm.inference import sequence_logprobs
 from wagle_pl.objectives import references as reference
 from wagle_pl.unlearning import UnlearnModule
 

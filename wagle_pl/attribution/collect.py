@@ -28,7 +28,7 @@ from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.seeds import stable_seed
 from wagle_pl.data.template import IGNORE
-from wagle_pl.lm.likelihood import forward_answers
+from wagle_pl.lm.inference import forward_answers
 from wagle_pl.objectives.objective import Objective
 from wagle_pl.objectives.streams import Answers, Streams
 

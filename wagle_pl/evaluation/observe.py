@@ -37,7 +37,7 @@ from wagle_pl.data.example import IGNORE, Example
 from wagle_pl.data.template import Template, check_ids
 from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.scoring import Candidate, Passes, TokenScores, score
-from wagle_pl.lm.generation import first_tokens, generate, gradient_norm
+from wagle_pl.lm.inference import first_tokens, generate, gradient_norm
 from wagle_pl.lm.models import vocabulary_size
 
 NEEDS = frozenset(

@@ -28,8 +28,8 @@ from torch import Tensor
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
+from wagle_pl.lm.inference import forward_answers
 from wagle_pl.lm.layers import capture
-from wagle_pl.lm.likelihood import forward_answers
 from wagle_pl.objectives.streams import Answers
 
 if TYPE_CHECKING:

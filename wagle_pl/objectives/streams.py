@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from wagle_pl.core.errors import WagleError
+from wagle_pl.lm.inference import IGNORE, token_logprobs
 from wagle_pl.lm.layers import capture
-from wagle_pl.lm.likelihood import IGNORE, token_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -22,8 +22,8 @@ from wagle_pl.core.environment import peak_memory, versions
 from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.lm import resume
+from wagle_pl.lm.inference import forward_answers
 from wagle_pl.lm.layers import expert_weights
-from wagle_pl.lm.likelihood import forward_answers
 from wagle_pl.lm.models import checkpoint_dtype
 from wagle_pl.lm.module import LanguageModule
 from wagle_pl.lm.saving import Originals, read_record, save_model

@@ -16,7 +16,7 @@ from wagle_pl.data.example import Example
 from wagle_pl.evaluation.attacks.attack import Asked, Attack, Finding, Subject, texts_of
 from wagle_pl.evaluation.measures import Info
 from wagle_pl.evaluation.observe import observe_set, of_generation, possible
-from wagle_pl.lm.generation import generate
+from wagle_pl.lm.inference import generate
 
 LEAST_ROWS = 4  # a side, or there is nothing to hold out
 

@@ -17,8 +17,8 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.data.batches import collate
 from wagle_pl.data.example import Example
 from wagle_pl.evaluation.attacks.attack import Attack, Finding, Subject, texts_of
+from wagle_pl.lm.inference import forward_answers, sequence_logprobs
 from wagle_pl.lm.layers import linear_weights
-from wagle_pl.lm.likelihood import forward_answers, sequence_logprobs
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,177 @@
+"""What a language model says: log-probabilities of given tokens, and generated text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+IGNORE = -100  #: the label where there is nothing to predict, as torch's ``cross_entropy`` has it
+
+
+# -- log-probabilities -----------------------------------------------------------------------------
+
+
+def token_logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of every labelled token, in fp32.
+
+    Args:
+        logits: (B, T, V); position t predicts token t + 1.
+        labels: (B, T) token ids, -100 where there is nothing to predict.
+
+    Returns:
+        ``(logprobs, mask)``, both (B, T - 1): log p(label at t + 1), 0 where ``mask`` is False.
+
+    >>> import torch
+    >>> logits = torch.zeros(1, 3, 4)
+    >>> logprobs, mask = token_logprobs(logits, torch.tensor([[-100, 2, 1]]))
+    >>> logprobs.exp(), mask
+    (tensor([[0.2500, 0.2500]]), tensor([[True, True]]))
+    """
+    # the labels move, not the logits: a shifted or indexed view of those would be copied, forward
+    # and backward
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none"
+    )
+    return -losses.view(targets.shape)[:, :-1], targets[:, :-1] != IGNORE
+
+
+def sequence_logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) summed log-probability of each row's labelled tokens, and (B,) their number."""
+    logprobs, mask = token_logprobs(logits, labels)
+    return logprobs.sum(-1), mask.sum(-1)
+
+
+def forward_answers(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], whole: bool = False
+) -> tuple[Any, Tensor]:
+    """Run a model, with logits from the first position that predicts a label on.
+
+    The vocabulary projection of prompt tokens is a large part of the work on short answers.
+
+    Args:
+        model: a Hugging Face causal language model.
+        batch: ``input_ids``, ``attention_mask`` and ``labels``, each (B, T).
+        whole: logits of all positions after all.
+
+    Returns:
+        ``(output, labels)``: the model's output and the labels that go with its logits, (B, T')
+        with T' ≤ T.
+    """
+    labels, options = batch["labels"], {}
+    if not whole and "logits_to_keep" in signature(type(model).forward).parameters:
+        first = int((labels != IGNORE).any(0).int().argmax())
+        labels = labels[:, max(first - 1, 0) :]
+        options["logits_to_keep"] = labels.shape[1]
+    output = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        use_cache=False,
+        **options,
+    )
+    return output, labels
+
+
+def gradient_norm(lm: PreTrainedModel, ids: Sequence[int], labels: Sequence[int]) -> float:
+    """Mean over parameters of the L2 norm of the gradient of a text's loss (arXiv 2402.17012).
+
+    As OpenUnlearning's ``mia_gradnorm`` with p = 2. Works inside ``torch.inference_mode``.
+
+    Args:
+        lm: a model that is whole on this device.
+        ids: tokens of the text.
+        labels: the same where the loss is, -100 elsewhere.
+    """
+    parameters = [parameter for parameter in lm.parameters() if parameter.is_floating_point()]
+    wanted = [parameter.requires_grad for parameter in parameters]
+    with torch.inference_mode(False), torch.enable_grad():
+        tokens, targets = torch.tensor([list(ids), list(labels)], device=lm.device).split(1)
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            logits = lm(input_ids=tokens, use_cache=False).logits
+            sums, counts = sequence_logprobs(logits, targets)
+            gradients = torch.autograd.grad(-(sums / counts).sum(), parameters, allow_unused=True)
+        finally:
+            for parameter, want in zip(parameters, wanted, strict=True):
+                parameter.requires_grad_(want)
+        norms = [gradient.float().norm() for gradient in gradients if gradient is not None]
+        return torch.stack(norms).mean().item()
+
+
+# -- generation ------------------------------------------------------------------------------------
+
+
+def generate(
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    synced_gpus: bool = False,
+    **sampling: Any,
+) -> list[str]:
+    """Continuations of prompts, greedy unless ``sampling`` says otherwise.
+
+    Of the model's own generation config only the tokens that end a text count, beside the
+    tokenizer's: a chat model may end its turn with another token than a text, and its penalties or
+    its sampling are not what is measured.
+
+    Args:
+        lm: a Hugging Face causal language model, in evaluation mode.
+        tokenizer: its tokenizer.
+        prompts: token ids of each prompt.
+        max_new_tokens: longest continuation.
+        synced_gpus: whether each forward pass is a collective (ZeRO-3): then all ranks generate at
+            the same time, and none is done before all are.
+        sampling: options of ``GenerationConfig``, such as ``do_sample=True, temperature=0.8``; with
+            ``num_return_sequences=n`` each prompt has n texts, one after the other.
+
+    Returns:
+        Texts without special tokens and without white space at their ends; one may be empty.
+    """
+    from transformers import GenerationConfig
+
+    own = lm.generation_config
+    ends = own.eos_token_id if own is not None else None
+    ends = {*(ends if isinstance(ends, (list, tuple)) else [ends]), tokenizer.eos_token_id}
+    pad = tokenizer.pad_token_id
+    pad = pad if pad is not None else tokenizer.eos_token_id or 0
+    rows = [torch.tensor(list(prompt)) for prompt in prompts]
+    padded = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids = padded(rows, padding_value=pad).to(lm.device)
+    config = GenerationConfig(
+        **{"do_sample": False, **sampling},
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends - {None}) or None,
+        pad_token_id=pad,
+        use_cache=True,
+    )
+    lm.generation_config = GenerationConfig()  # the model's fills in what a given one leaves out
+    try:
+        texts = lm.generate(
+            input_ids=ids,
+            attention_mask=padded([torch.ones_like(row) for row in rows]).to(lm.device),
+            generation_config=config,
+            synced_gpus=synced_gpus,
+        )
+    finally:
+        lm.generation_config = own
+    new = texts[:, ids.shape[1] :].cpu()
+    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> str:
+    """The first ``count`` tokens of a text: what a generation of that length can match."""
+    ids = tokenizer(text)["input_ids"]
+    return text if len(ids) <= count else tokenizer.decode(ids[:count], skip_special_tokens=True)
