@@ -19,11 +19,11 @@ from wagle_pl.cli import app as cli
 from wagle_pl.cli.app import run as real_run
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.people import bundled
-from wagle_pl.evaluation.results import load_table, write_table
+from wagle_pl.evaluation.results import load_table
 from wagle_pl.lm.tiny import create_tiny_llama
 from wagle_pl.study import Study
 from wagle_pl.study.grid import passes
-from wagle_pl.study.store import LOCK_FILE, RunTable, has_runs, locked
+from wagle_pl.study.runs import LOCK_FILE, RunTable, locked
 from wagle_pl.study.text import markdown
 
 # -- the folder -------------------------------------------------------------------------------------------------------
@@ -62,13 +62,7 @@ def test_pieces_of_a_study_are_joined(tmp_path):
 
 def test_a_table_without_runs_binds_nobody(tmp_path):
     RunTable(tmp_path, {"steps": 3}).write()
-    assert not (tmp_path / "study.parquet").exists() and not has_runs(tmp_path)
-    write_table(tmp_path / "study.parquet", [], {"steps": 3})  # as earlier versions left it
-    assert RunTable(tmp_path, {"steps": 4}).rows == [] and not has_runs(tmp_path)
-    RunTable(tmp_path, {"steps": 4}).append([{"run": "x", "step": 1}])
-    assert has_runs(tmp_path)
-    with pytest.raises(WagleError, match=r"other settings \(steps\)"):
-        RunTable(tmp_path, {"steps": 3})
+    assert not (tmp_path / "study.parquet").exists()
 
 
 def test_no_hours_leave_a_new_folder_free(config, models):
@@ -104,9 +98,9 @@ def test_a_lock_of_another_host_stays(tmp_path):
         pass
 
 
-def test_a_second_study_is_kept_out_and_a_dead_one_replaced(tmp_path):
+def test_a_second_study_is_kept_out_and_a_dead_one_replaced(tmp_path, heard):
     hold = (
-        "import sys, time; from pathlib import Path; from wagle_pl.study.store import locked\n"
+        "import sys, time; from pathlib import Path; from wagle_pl.study.runs import locked\n"
         "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen(
@@ -122,11 +116,12 @@ def test_a_second_study_is_kept_out_and_a_dead_one_replaced(tmp_path):
     finally:
         other.send_signal(signal.SIGKILL)
         other.wait()
-    with locked(tmp_path) as said:
-        assert said.startswith("took over the lock") and f"process {other.pid} on" in said
+    with locked(tmp_path):
+        assert "took over the lock" in heard.text and f"process {other.pid} on" in heard.text
         assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
-    with locked(tmp_path) as said:
-        assert said is None  # a study that ended well leaves nothing
+    heard.clear()
+    with locked(tmp_path):
+        assert not heard.text  # a study that ended well leaves nothing
 
 
 # -- as a user runs it ------------------------------------------------------------------------------------------------

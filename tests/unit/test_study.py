@@ -8,10 +8,18 @@ from scipy import integrate, interpolate, stats
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.study import envelope, mean_utility, paired, utility_at
-from wagle_pl.study.along import steps_of_tests
-from wagle_pl.study.curves import Pace, Paired, Spread, at_equal_steps, spread, verdict
 from wagle_pl.study.grid import Grid, middle_first, passes, read_masks, read_objectives
-from wagle_pl.study.summary import Compared, summarise
+from wagle_pl.study.runs import steps_of_tests
+from wagle_pl.study.summary import (
+    Compared,
+    Pace,
+    Paired,
+    Spread,
+    at_equal_steps,
+    spread,
+    summarise,
+    verdict,
+)
 from wagle_pl.study.text import cells, markdown
 
 # -- curves -----------------------------------------------------------------------------------------------------------
@@ -266,7 +274,7 @@ def test_options_written_as_text_are_the_same_numbers():
     (plain,), (text,) = (
         read_masks([{"score": "wagle", "gamma": gamma}]) for gamma in (1e-6, "1e-6")
     )
-    assert plain.definition == text.definition and text.attribution["gamma"] == 1e-6
+    assert plain.definition == text.definition and text.options["gamma"] == 1e-6
 
 
 def test_empty_grids():

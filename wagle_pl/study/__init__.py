@@ -2,9 +2,12 @@
 
 from typing import Any
 
-from wagle_pl.study.curves import envelope, mean_utility, paired, utility_at
+from wagle_pl.study.summary import envelope, mean_utility, paired, utility_at
 
 __all__ = ["Study", "envelope", "mean_utility", "paired", "utility_at"]
+
+TABLE_FILE = "study.parquet"
+SUMMARY_FILE = "study.json"
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The grid of a study: objectives × masks × learning rates × seeds, checked, named, in order."""
+"""What a study runs: objectives × masks × learning rates × seeds, named, in order, and checked."""
 
 from __future__ import annotations
 
@@ -6,28 +6,30 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional
 
+import lightning as L
 import torch
 
 from wagle_pl.attribution import AttributionModule
 from wagle_pl.attribution.scores import Random, Score
 from wagle_pl.attribution.specs import MaskSpec
+from wagle_pl.core.environment import silence, trainer_errors
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.registry import Entry, resolve, split
+from wagle_pl.core.registry import Entry, check_options, find_class, option_names, resolve, split
+from wagle_pl.evaluation import Evaluate
 from wagle_pl.objectives.forget import Objective
-from wagle_pl.study.options import typed
+from wagle_pl.unlearning import UnlearnModule
 from wagle_pl.unlearning.adapters import LoRA
 
-#: Options of the attribution pass, and of the choice among scores, that a mask may set.
-ATTRIBUTION = (
-    *("hessian", "gamma", "damping", "hessian_samples", "hessian_data", "forget_loss", "reduction"),
-)
+#: Options of the choice among scores, and of the attribution pass, that a mask may set.
 SELECTION = ("select", "scope", "include", "exclude")
+HESSIAN = ("hessian", "gamma", "damping", "hessian_samples", "hessian_data")
+ATTRIBUTION = (*HESSIAN, "forget_loss", "reduction")
 DEFAULTS = {
     name: inspect.signature(AttributionModule).parameters[name].default
     for name in (*SELECTION, *ATTRIBUTION, "density")
@@ -60,20 +62,16 @@ def definition(base: type, cls: type, options: Mapping[str, Any]) -> dict[str, A
 
 
 @dataclass(frozen=True, eq=False)
-class ObjectiveChoice:
-    """An objective of the grid: how tables call it, how the configuration describes it."""
+class Choice:
+    """An objective or a mask of the grid; ``id`` is a hash of what defines it."""
 
-    name: str
-    entry: Entry
-
-    def make(self) -> Objective:
-        """A new instance for a run."""
-        return resolve(Objective, self.entry, "objective")
+    name: str  # in tables
+    entry: Entry  # in the configuration, without its name
 
     @cached_property
     def definition(self) -> dict[str, Any]:
         """What distinguishes it, whatever it is called."""
-        return definition(Objective, type(self.make()), split(self.entry, "objective")[1])
+        raise NotImplementedError
 
     @cached_property
     def id(self) -> str:
@@ -81,17 +79,27 @@ class ObjectiveChoice:
         return digest(self.definition)[:8]
 
 
-@dataclass(frozen=True, eq=False)
-class MaskChoice:
-    """A mask of the grid, or what stands in its place."""
+class ObjectiveChoice(Choice):
+    """An objective of the grid."""
 
-    name: str  # how tables call it, density included
+    def make(self) -> Objective:
+        """A new instance for a run."""
+        return resolve(Objective, self.entry, "objective")
+
+    @cached_property
+    def definition(self) -> dict[str, Any]:
+        """See :attr:`Choice.definition`."""
+        return definition(Objective, type(self.make()), split(self.entry, "objective")[1])
+
+
+@dataclass(frozen=True, eq=False)
+class MaskChoice(Choice):
+    """A mask of the grid, or what stands in its place; the entry is its score, adapter or file."""
+
     kind: Literal["dense", "adapter", "file", "score"]
-    entry: Entry  # how the configuration describes the score or adapter; path of a mask file
     density: Optional[float] = None  # share of weights that may move; None where it is not known
     learning_rates: Optional[tuple[float, ...]] = None  # its own in place of the study's
-    selection: Mapping[str, Any] = field(default_factory=dict)  # SELECTION, complete
-    attribution: Mapping[str, Any] = field(default_factory=dict)  # ATTRIBUTION, complete
+    options: Mapping[str, Any] = field(default_factory=dict)  # SELECTION and ATTRIBUTION, complete
     seeded: bool = False  # each seed draws its own mask: a random score without a seed
 
     @cached_property
@@ -106,7 +114,7 @@ class MaskChoice:
     def spec(self, name: str) -> MaskSpec:
         """What attribution is asked for, to write it to a file of that name."""
         density = 0.5 if self.density is None else self.density  # None: the score sets its share
-        return MaskSpec(score=self.score, density=density, name=name, **self.selection)
+        return MaskSpec(score=self.score, density=density, name=name, **self._chosen(SELECTION))
 
     def of_seed(self, seed: int) -> MaskChoice:
         """The mask that a run with this seed takes."""
@@ -125,34 +133,30 @@ class MaskChoice:
             return {"adapter": definition(LoRA, type(self.adapter()), options)}
         return {
             "score": definition(Score, type(self.score), options),
-            **self.selection,
+            **self._chosen(SELECTION),
             **self.relevant,
             "density": self.density,
             "seeded": self.seeded,
         }
 
     @cached_property
-    def id(self) -> str:
-        """A hash of its definition."""
-        return digest(self.definition)[:8]
-
-    @cached_property
     def relevant(self) -> dict[str, Any]:
         """The options of the pass that the score depends on."""
-        needs, names = set(self.score.needs), []
-        if needs & {"h", "h_diagonal"}:
-            names += ["hessian", "gamma", "damping", "hessian_samples", "hessian_data"]
-        if needs & {"g_f", "fisher_f", "activation"}:
-            names.append("forget_loss")
-        if needs & {"g_f", "g_r"}:
-            names.append("reduction")
-        return {name: self.attribution[name] for name in names}
+        needs = set(self.score.needs)
+        return {
+            **self._chosen(HESSIAN if needs & {"h", "h_diagonal"} else ()),
+            **self._chosen(("forget_loss",) if needs & {"g_f", "fisher_f", "activation"} else ()),
+            **self._chosen(("reduction",) if needs & {"g_f", "g_r"} else ()),
+        }
+
+    def _chosen(self, names: Sequence[str]) -> dict[str, Any]:
+        return {name: self.options[name] for name in names}
 
     @property
     def described(self) -> str:
         """Name of a mask by score: the score, options that are not the usual ones, the density."""
         words = [self.score.label]
-        for key, value in {**self.selection, **self.relevant}.items():
+        for key, value in {**self._chosen(SELECTION), **self.relevant}.items():
             if value == DEFAULTS[key] or (key == "hessian" and value == "scalar"):
                 continue
             is_word = isinstance(value, str) and key in ("hessian", "scope")
@@ -182,6 +186,15 @@ def passes(masks: Sequence[MaskChoice]) -> list[tuple[dict[str, Any], list[MaskC
     return found
 
 
+def present_name(name: str, id: str, choices: Sequence[Choice]) -> str:
+    """What an objective or mask of an earlier sitting, by its name then, is called now.
+
+    As in this grid if it is in it; otherwise as before, with its id if another has that name now.
+    """
+    names = {choice.id: choice.name for choice in choices}
+    return names.get(id) or (f"{name} ({id[:4]})" if name in names.values() else name)
+
+
 # -- a configuration -> choices --------------------------------------------------------------------
 
 
@@ -191,18 +204,18 @@ def read_objectives(entries: Sequence[Entry]) -> list[ObjectiveChoice]:
     for entry in _some(entries, "objectives"):
         name, plain = None, entry
         if isinstance(entry, Mapping):
-            name = entry.get("name")
-            plain = {key: value for key, value in entry.items() if key != "name"}
+            plain = dict(entry)
+            name = plain.pop("name", None)
         objective = resolve(Objective, plain, "objective")
         found.append(ObjectiveChoice(str(name or type(objective).__name__), plain))
-    _refuse_twins([choice.name for choice in found], "objectives")
+    _refuse_twins(found, "objectives")
     return found
 
 
 def read_masks(entries: Sequence[Entry]) -> list[MaskChoice]:
     """Masks of a configuration; a list of densities makes a mask of each."""
     found = [choice for entry in _some(entries, "masks") for choice in _read_mask(entry)]
-    _refuse_twins([choice.name for choice in found], "masks")
+    _refuse_twins(found, "masks")
     seen: dict[str, str] = {}
     for choice in found:
         other = seen.setdefault(choice.id, choice.name)
@@ -232,17 +245,16 @@ def _read_mask(entry: Entry) -> list[MaskChoice]:
         return _score_masks(name, what, options, rates)
     if options:
         raise WagleError(f"masks: {kind} has no option {next(iter(options))!r}")
-    usual = kind
-    if kind == "adapter":
-        usual = "lora"
-        resolve(LoRA, what, "adapter")
-    elif kind == "file":
+    usual = "lora" if kind == "adapter" else kind
+    if kind == "file":
         if not isinstance(what, str):
             raise WagleError(f"masks: file must be the path of a mask, got {what!r}")
         if not Path(what).is_file():
             raise WagleError(f"masks: file {what} does not exist")
         usual = Path(what).stem
-    return [MaskChoice(name or usual, kind, what, 1.0 if kind == "dense" else None, rates)]
+    choice = MaskChoice(name or usual, what, kind, 1.0 if kind == "dense" else None, rates)
+    choice.adapter()  # refuses wrong options
+    return [choice]
 
 
 def _score_masks(
@@ -258,21 +270,18 @@ def _score_masks(
     given = typed(AttributionModule, options, where)
     if given.get("gamma", "auto") != "auto":
         given.setdefault("hessian", "scalar")
-    complete = DEFAULTS | given
+    complete = {key: given.get(key, DEFAULTS[key]) for key in (*SELECTION, *ATTRIBUTION)}
+    seeded = type(score) is Random and isinstance(entry, str)
     found = []
     for each in _some(densities, "masks: density"):
         if each is not None:
             each = typed(AttributionModule, {"density": each}, where)["density"]
-        options = (
-            {key: complete[key] for key in SELECTION},
-            {key: complete[key] for key in ATTRIBUTION},
-        )
-        seeded = type(score) is Random and isinstance(entry, str)
-        choice = MaskChoice("", "score", entry, each, rates, *options, seeded)
-        end = "" if choice.density is None else f" {choice.density:g}"
+        choice = MaskChoice("", entry, "score", each, rates, complete, seeded)
+        end = "" if each is None else f" {each:g}"
         choice = replace(choice, name=choice.described if name is None else name + end)
         try:  # refuses options that have no meaning together
-            AttributionModule(model="", masks=[choice.spec("mask")], **choice.attribution)
+            passed = {key: complete[key] for key in ATTRIBUTION}
+            AttributionModule(model="", masks=[choice.spec("mask")], **passed)
         except WagleError as error:
             raise WagleError(f"masks: {choice.name}: {error}") from None
         found.append(choice)
@@ -296,21 +305,83 @@ def _some(entries: Sequence[Any], what: str) -> Sequence[Any]:
     return entries
 
 
-def _refuse_twins(names: Sequence[str], what: str) -> None:
+def _refuse_twins(choices: Sequence[Choice], what: str) -> None:
+    names = [choice.name for choice in choices]
     for name in names:
         if names.count(name) > 1:
             raise WagleError(f"two {what} are called {name!r}: give one of them another name")
 
 
-def present_name(
-    name: str, id: str, choices: Sequence[ObjectiveChoice] | Sequence[MaskChoice]
-) -> str:
-    """What an objective or mask of an earlier sitting, by its name then, is called now.
+# -- options of other classes ----------------------------------------------------------------------
 
-    As in this grid if it is in it; otherwise as before, with its id if another has that name now.
-    """
-    names = {choice.id: choice.name for choice in choices}
-    return names.get(id) or (f"{name} ({id[:4]})" if name in names.values() else name)
+#: Options of UnlearnModule and Evaluate, and of Trainer, that the study sets itself.
+_OF_STUDY = {
+    "--module": (
+        *("model", "output", "overwrite", "objective", "mask", "adapter", "lr"),
+        *("target", "retrained", "generate"),
+    ),
+    "--trainer": (
+        *("max_steps", "max_epochs", "min_steps", "min_epochs", "max_time", "logger"),
+        *("accumulate_grad_batches", "limit_val_batches", "fast_dev_run", "enable_checkpointing"),
+        *("enable_progress_bar", "enable_model_summary", "default_root_dir"),
+    ),
+}
+
+
+def typed(cls: type, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Options of a class, checked; what is text becomes what it stands for, all else stays."""
+    found = check_options(cls, given, where)
+    return {k: found[k] if isinstance(value, str) else value for k, value in given.items()}
+
+
+def read_optimizer(entry: Entry) -> partial[torch.optim.Optimizer]:
+    """The optimiser of all runs, without its learning rate."""
+    name, options = split(entry, "optimizer")
+    if "lr" in options:
+        raise WagleError("optimizer.lr comes from --learning_rates: leave it out")
+    cls = getattr(torch.optim, name, None)  # other libraries have classes of the same names
+    if not isinstance(cls, type):
+        cls = find_class(torch.optim.Optimizer, name, "optimizer")
+    check_options(cls, options, f"optimizer {name}")
+    made = partial(cls, **options)
+    try:
+        made([torch.nn.Parameter(torch.zeros(1))], lr=1e-5)
+    except (TypeError, ValueError) as error:
+        raise WagleError(f"optimizer {name}: {error}") from None
+    return made
+
+
+def read_module(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of :class:`UnlearnModule`, and of :class:`Evaluate`, that hold for all runs."""
+    _refuse("--module", given)
+    tests = {name: value for name, value in given.items() if name in option_names(Evaluate)}
+    module = {name: value for name, value in given.items() if name not in tests}
+    module, tests = typed(UnlearnModule, module, "--module"), typed(Evaluate, tests, "--module")
+    try:
+        UnlearnModule(model="", **module)
+        Evaluate(**tests)
+    except WagleError as error:
+        raise WagleError(f"--module: {error}") from None
+    return module, tests
+
+
+def read_trainer(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of Lightning's Trainer that hold for all runs: of one device."""
+    _refuse("--trainer", given)
+    found = {"devices": 1, **given}
+    if str(found["devices"]) != "1" or found.get("num_nodes", 1) != 1:
+        raise WagleError(
+            "a study runs on one device: leave trainer.devices and trainer.num_nodes out"
+        )
+    with silence(), trainer_errors():
+        L.Trainer(**found, logger=False, enable_checkpointing=False)
+    return found
+
+
+def _refuse(option: str, given: Collection[str]) -> None:
+    for name in given:
+        if name in _OF_STUDY[option]:
+            raise WagleError(f"the study sets {name} itself: leave it out", option=f"{option}:")
 
 
 # -- runs ------------------------------------------------------------------------------------------
@@ -376,10 +447,8 @@ class Grid(NamedTuple):
         """All runs, in an order in which a study that is cut off early is balanced.
 
         The first seed over all arms before the second; within a seed the middle learning rate over
-        all arms before the next; within these the masks as listed.
-
-        Args:
-            settings: what all runs share, in their ids.
+        all arms before the next; within these the masks as listed. ``settings``, what all runs
+        share, are in their ids.
         """
         shared = digest(settings)
         for seed in self.seeds:

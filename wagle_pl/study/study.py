@@ -24,20 +24,36 @@ from wagle_pl.core.files import atomic_path, refuse_existing
 from wagle_pl.core.registry import option_names
 from wagle_pl.core.text import count, decimals
 from wagle_pl.core.weights import parameter_shapes
-from wagle_pl.data.example import Example, raw_rows
+from wagle_pl.data.example import raw_rows
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.evaluation import Evaluate, EvaluationModule, Observations, Results
 from wagle_pl.evaluation.measures import defined_only
 from wagle_pl.evaluation.results import write_json
 from wagle_pl.lm import models
 from wagle_pl.masks import SUFFIX, WeightMask
-from wagle_pl.study import text
-from wagle_pl.study.along import Along, EvaluateAlong, Generate, UnkeptModule, as_before_the_end
-from wagle_pl.study.grid import Grid, Run, definition, digest, passes, present_name
-from wagle_pl.study.options import read_module, read_optimizer, read_trainer
+from wagle_pl.study import SUMMARY_FILE, TABLE_FILE, text
+from wagle_pl.study.grid import (
+    Grid,
+    Run,
+    definition,
+    digest,
+    passes,
+    present_name,
+    read_module,
+    read_optimizer,
+    read_trainer,
+)
 from wagle_pl.study.report.figures import save_figure
 from wagle_pl.study.report.study import overview
-from wagle_pl.study.store import FIGURE_FILE, SUMMARY_FILE, TEXT_FILE, RunTable, has_runs, locked
+from wagle_pl.study.runs import (
+    Along,
+    EvaluateAlong,
+    Generate,
+    RunTable,
+    UnkeptModule,
+    as_before_the_end,
+    locked,
+)
 from wagle_pl.study.summary import Compared, summarise
 from wagle_pl.unlearning import UnlearnModule
 
@@ -59,8 +75,8 @@ class Study:
     retrained model. A study that was stopped goes on where it was when it is started again; a grid
     that has grown runs only what is new.
 
-    The target model is loaded anew for each run: that takes seconds where a run takes minutes,
-    needs no second copy of the weights in memory, and leaves nothing of the run before.
+    The target model is loaded anew for each run, which takes seconds where a run takes minutes and
+    leaves nothing of the run before.
 
     Args:
         target: hub id, folder or GGUF file of the model that is to forget.
@@ -84,10 +100,9 @@ class Study:
         optimizer: name, or class_path and init_args; its lr comes from learning_rates.
         points: how many times a run is tested along its way, the last time at its end.
         along: what tests before the last one measure: all the suite has, or only the probability of
-            the answers of the test sets that forget and utility name, which takes a small part of
-            the time.
-        until_level: a run ends at the first test that finds the level of forgetting reached. What
-            comes after is in neither of the two comparisons; curves then end there.
+            the answers of the test sets that forget and utility name, which is much faster.
+        until_level: a run ends at the first test that finds the level of forgetting reached; what
+            comes after is in neither of the two comparisons.
         forget: forget measure, as <test set>/<measure>.
         utility: utility measure. When not given: model_utility if every test generates and the
             suite has it, else retain/probability.
@@ -176,6 +191,8 @@ class Study:
         self.data.batch_size = self.batch_size or self.data.batch_size
         limit = self.limit_test or self.data.limits["test"]
         self.data.limits = {**self.data.limits, "test": limit}
+        #: Results of the retrained model, once it is tested.
+        self._retrained = str(self.folder / "retrained") if self.retrained else None
 
     # -- the whole ---------------------------------------------------------------------------------
 
@@ -184,87 +201,83 @@ class Study:
         for model in (self.target, self.retrained):
             if model is not None:
                 models.locate(model)
-        with locked(self.folder) as taken_over:
-            if taken_over:
-                log.warning(taken_over)
+        with locked(self.folder):
             self._prepare()
             runs = list(self.grid.runs(self.settings))
             self.planned = {run.id for run in runs}
             if self.join:
                 joined = count(self.table.join(self.join), "run")
                 _say(f"{joined} taken over from {', '.join(self.join)}")
-            self._name_as_now()
-            finished = self.table.finished()
-            todo = [run for run in runs if run.id not in finished and self._is_wanted(run)]
-            left = text.time_left(self._measured(), len(todo))
+            for row in self.table.rows:  # of earlier sittings: with the names and measures of this
+                kinds = {"objective": self.grid.objectives, "mask": self.grid.masks}
+                for kind, choices in kinds.items():
+                    row[kind] = present_name(row[kind], row[f"{kind}_id"], choices)
+                row |= {"forget": row.get(self.forget), "utility": row.get(self.utility)}
+            objectives, masks = (
+                {choice.name for choice in choices} & set(self.only) or None
+                for choices in (self.grid.objectives, self.grid.masks)
+            )
+            missing = self._missing()
+            todo = [
+                run
+                for run in runs
+                if run.id in missing
+                and (objectives is None or run.objective.name in objectives)
+                and (masks is None or run.mask.name in masks)
+            ]
+            finished = len(runs) - len(missing)
             _say(
-                f"{self.folder}: {count(len(runs), 'run')}, {len(runs) - self._missing()} of them "
-                f"finished; {len(todo)} to do{f', {left}' if left else ''}"
+                f"{self.folder}: {count(len(runs), 'run')}, {finished} of them finished; "
+                f"{len(todo)} to do{self._time_left(len(todo))}"
             )
             if self.hours != 0:
                 self._make_masks(todo)
             try:
                 self._work(todo)
             except (KeyboardInterrupt, SystemExit):
-                missing = f"{self._missing()} of {len(runs)} runs are missing"
+                missing = f"{len(self._missing())} of {len(runs)} runs are missing"
                 _say(f"stopped; the same command goes on ({missing})")
                 raise
             found = self._write()
             if (figure := overview(found)) is not None:
-                save_figure(figure, [self.folder / FIGURE_FILE])
+                save_figure(figure, [self.folder / "study.svg"])
         if found["headline"]:
-            _say(f"\n{text.console(found)}\n\n{self.folder / TEXT_FILE} has it as Markdown")
+            _say(f"\n{text.console(found)}\n\n{self.folder / 'study.md'} has it as Markdown")
         return found
 
-    def _is_wanted(self, run: Run) -> bool:
-        """Whether ``only`` names the run's objective and mask, or none of their kind."""
-        pairs = (run.objective, self.grid.objectives), (run.mask, self.grid.masks)
-        return all(
-            choice.name in self.only or not any(each.name in self.only for each in choices)
-            for choice, choices in pairs
-        )
+    def _missing(self) -> set[str]:
+        return self.planned - self.table.finished()
 
-    def _missing(self) -> int:
-        return len(self.planned - self.table.finished())
-
-    def _measured(self) -> list[float]:
-        """Seconds that each finished run took."""
-        return list({row["run"]: row["seconds"] for row in self.table.rows}.values())
-
-    def _name_as_now(self) -> None:
-        """Give rows of earlier sittings the names and measures of this one."""
-        for row in self.table.rows:
-            for kind, choices in (("objective", self.grid.objectives), ("mask", self.grid.masks)):
-                row[kind] = present_name(row[kind], row[f"{kind}_id"], choices)
-            row |= {"forget": row.get(self.forget), "utility": row.get(self.utility)}
+    def _time_left(self, runs: int) -> str:
+        """How long so many runs will take, from those finished; empty without any."""
+        seconds = {row["run"]: row["seconds"] for row in self.table.rows}.values()
+        if not seconds or not runs:
+            return ""
+        return f", {text.duration(runs * sum(seconds) / len(seconds))} left"
 
     def _work(self, todo: Sequence[Run]) -> None:
         """The runs, one after the other."""
-        began, measured = time.monotonic(), self._measured()
+        began = time.monotonic()
         for number, run in enumerate(todo, 1):
             if self.hours is not None and time.monotonic() - began > 3600 * self.hours:
                 left = count(len(todo) - number + 1, "run")
                 _say(f"{self.hours:g} h are over; the same command goes on with the {left} left")
                 return
-            start = time.monotonic()
             with _announced(f"[{number}/{len(todo)}] {run.name}"):
                 rows = self._run(run)
-            measured.append(time.monotonic() - start)
             self.table.append(rows)
-            forget, utility = (decimals(rows[-1].get(name)) for name in ("forget", "utility"))
-            outcome = rows[-1].get("note") or f"forget {forget}, utility {utility}"
-            left = text.time_left(measured, len(todo) - number)
-            said = [outcome, text.duration(measured[-1]), *([left] if left else [])]
-            _say(", ".join(said))
+            last, left = rows[-1], self._time_left(len(todo) - number)
+            forget, utility = (decimals(last.get(name)) for name in ("forget", "utility"))
+            outcome = last.get("note") or f"forget {forget}, utility {utility}"
+            _say(f"{outcome}, {text.duration(last['seconds'])}{left}")
             self._write()
 
     # -- before the runs ---------------------------------------------------------------------------
 
     def _prepare(self) -> None:
         """Everything that all runs share; what is wrong with the input shows here."""
-        data = self.data
-        data.serve(tokenizer=lambda: models.load_tokenizer(self.target))
-        if data.examples("forget") is None:
+        self.data.serve(tokenizer=lambda: models.load_tokenizer(self.target))
+        if self.data.examples("forget") is None:
             raise WagleError("a study needs forget rows: give --data.forget")
         fingerprints: dict[str, Optional[str]] = {"retrained": None}
         self.references: dict[str, dict[str, float]] = {"target": {}, "retrained": {}}
@@ -286,17 +299,15 @@ class Study:
 
     def _settings(self) -> dict[str, Any]:
         """What all runs share, as plain data; a change of any makes other runs."""
-        data = self.data
-
-        def rows(examples: Optional[Sequence[Example]]) -> str:
-            return digest(raw_rows(examples))
-
+        data, optimizer = self.data, self._optimizer
+        tests = {name: digest(raw_rows(data.test_examples(name))) for name in data.test_names()}
+        elsewhere = ("accelerator", "devices")  # a run is the same on another machine
         return {
-            "forget_rows": rows(data.examples("forget")),
-            "retain_rows": rows(data.examples("retain")),
+            "forget_rows": digest(raw_rows(data.examples("forget"))),
+            "retain_rows": digest(raw_rows(data.examples("retain"))),
             "template": digest(data.template.identity()),
             "refusals": digest(data.refusals),
-            "test_rows": {name: rows(data.test_examples(name)) for name in data.test_names()},
+            "test_rows": tests,
             "batch_size": data.batch_size,
             "accumulate": self.accumulate,
             "length": self._length,
@@ -304,15 +315,9 @@ class Study:
             "generate": self.generate,
             "along": self._answers_of() or "all",
             "ends_at": {self.forget: self.compared.level} if self.until_level else None,
-            "optimizer": definition(
-                torch.optim.Optimizer, self._optimizer.func, self._optimizer.keywords
-            ),
+            "optimizer": definition(torch.optim.Optimizer, optimizer.func, optimizer.keywords),
             "module": {**self._module, **self._tests},
-            "trainer": {
-                k: v
-                for k, v in self._trainer_options.items()
-                if k not in ("accelerator", "devices")
-            },
+            "trainer": {k: v for k, v in self._trainer_options.items() if k not in elsewhere},
         }
 
     def _evaluate(self, name: str, model: str) -> tuple[str, dict[str, float]]:
@@ -321,9 +326,10 @@ class Study:
         module = EvaluationModule(
             model=model,
             output=str(self.folder / name),
-            overwrite=not has_runs(self.folder),  # later, other results are a sign of another study
+            # once there are runs, other results are a sign of another study
+            overwrite=not (self.folder / TABLE_FILE).is_file(),
             generate=self.generate != "never",
-            retrained=self._retrained_results() if name == "target" else None,
+            retrained=self._retrained if name == "target" else None,
             **{k: v for k, v in given.items() if k in option_names(EvaluationModule)},
         )
         try:
@@ -333,15 +339,11 @@ class Study:
             if not error.hint:
                 raise
             raise WagleError(error.message, error.option, hint="choose another --output") from None
-        fingerprint, metrics = module.model_fingerprint, dict(module.metrics)
         if name == "target":
             self.suite = module.evaluation.active_suite
             self.shapes = parameter_shapes(module.lm)
-        _say(f"{self.forget} {decimals(metrics.get(self.forget))}")
-        return fingerprint, metrics
-
-    def _retrained_results(self) -> Optional[str]:
-        return None if self.retrained is None else str(self.folder / "retrained")
+        _say(f"{self.forget} {decimals(module.metrics.get(self.forget))}")
+        return module.model_fingerprint, dict(module.metrics)
 
     def _compare_by(self) -> Compared:
         """The measures and the level, checked."""
@@ -371,14 +373,9 @@ class Study:
             )
         signs = {"lower": -1, "higher": 1}
         rises = 1 if level > target[self.forget] else -1
-        return Compared(
-            self.forget,
-            self.utility,
-            target,
-            level,
-            signs.get(self.suite.info(self.forget).direction, rises),
-            signs.get(self.suite.info(self.utility).direction, 1),
-        )
+        forget_sign = signs.get(self.suite.info(self.forget).direction, rises)
+        utility_sign = signs.get(self.suite.info(self.utility).direction, 1)
+        return Compared(self.forget, self.utility, target, level, forget_sign, utility_sign)
 
     def _answers_of(self) -> Optional[list[str]]:
         """The test sets of the two measures, if tests along the way are of their answers alone."""
@@ -433,12 +430,26 @@ class Study:
         L.seed_everything(run.seed, verbose=False)
         data = copy.copy(self.data)
         data.seed = run.seed
-        module = self._unlearning(run)
-        evaluate = Evaluate(
-            generate=self.generate != "never", retrained=self._retrained_results(), **self._tests
+        mask = self._mask_file(run)
+        # what is not kept lies beside the references at θ₀, which all runs share
+        output = self.folder / "models" / run.id if self.keep_models else self.folder / run.id
+        module = (UnlearnModule if self.keep_models else UnkeptModule)(
+            model=self.target,
+            output=str(output),
+            overwrite=True,
+            objective=run.objective.make(),
+            mask=None if mask is None else str(mask),
+            adapter=run.mask.adapter(),
+            **self._module,
         )
+        module.make_optimizer = partial(self._optimizer, lr=run.lr)
+        module.run_config = {"study": self.settings, "run": run.name}
         along = EvaluateAlong(
-            evaluate, self.points, self.generate, self._answers_of(), self._is_enough
+            Evaluate(generate=self.generate != "never", retrained=self._retrained, **self._tests),
+            self.points,
+            self.generate,
+            self._answers_of(),
+            self._is_enough,
         )
         trainer = self._trainer(
             accumulate_grad_batches=self.accumulate, callbacks=[along], **self._length
@@ -456,32 +467,13 @@ class Study:
                 f"{self.target} has changed since the study began: start a new study with another "
                 "--output"
             )
-        density = run.mask.density
-        if density is None and module.mask is not None:
-            density = module.mask.density
-        labels = {**run.labels, "density": density}
+        labels = run.labels
+        if labels["density"] is None and module.mask is not None:
+            labels["density"] = module.mask.density
         return [
             {**labels, **test, "forget": test.get(self.forget), "utility": test.get(self.utility)}
             for test in tests
         ]
-
-    def _unlearning(self, run: Run) -> UnlearnModule:
-        """The module of a run."""
-        mask = self._mask_file(run)
-        # beside the references at θ₀, which all runs share
-        output = self.folder / "models" / run.id if self.keep_models else self.folder / run.id
-        module = (UnlearnModule if self.keep_models else UnkeptModule)(
-            model=self.target,
-            output=str(output),
-            overwrite=True,
-            objective=run.objective.make(),
-            mask=None if mask is None else str(mask),
-            adapter=run.mask.adapter(),
-            **self._module,
-        )
-        module.make_optimizer = partial(self._optimizer, lr=run.lr)
-        module.run_config = {"study": self.settings, "run": run.name}
-        return module
 
     def _is_enough(self, measures: Mapping[str, float]) -> bool:
         """Whether a run has reached the level of forgetting, and ends there."""
@@ -518,7 +510,7 @@ class Study:
             "nothing_to_unlearn": by.nothing_to_unlearn,
             **self.references,
             "runs": {
-                "finished": len(self.planned) - self._missing(),
+                "finished": len(self.planned) - len(self._missing()),
                 "planned": len(self.planned),
                 "in_table": len(self.table.finished()),
             },
@@ -532,7 +524,7 @@ class Study:
         }
         self.table.write()
         write_json(self.folder / SUMMARY_FILE, json.loads(json.dumps(found, default=str)))
-        with atomic_path(self.folder / TEXT_FILE) as temporary:
+        with atomic_path(self.folder / "study.md") as temporary:
             temporary.write_text(text.markdown(found), encoding="utf-8")
         return found
 

@@ -1,10 +1,14 @@
 """What a study found: every arm (an objective with a mask) at equal forgetting, beside dense.
 
-Functions take ``rows``, those of the study's table, and ``by``, what arms are compared by.
+A run that is tested along its way is a *curve*: points (x, u) in the order of its steps, the target
+model first. u is the utility. x is *progress*: the forget measure, with its sign chosen so that x
+grows as the model forgets. A *level* is a value of x. Between two points the utility is
+interpolated linearly; beyond the last it is unknown and never extrapolated.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
@@ -12,23 +16,188 @@ import numpy as np
 import pandas as pd
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.study.curves import (
-    Pace,
-    at_equal_steps,
-    envelope,
-    mean_utility,
-    paired,
-    spread,
-    utility_at,
-    verdict,
-)
 
 Row = Mapping[str, Any]
+Points = Sequence[tuple[float, float]]
 
 #: Measures at the ends of runs, where a suite has them: TOFU's and those of WAGLE's tables.
 AT_END = ("model_utility", "ue_average", "ut_average")
 LABELS = ("objective", "mask", "score", "density")
 CURVE_POINTS = 33  # of an arm's mean curve
+MIN_PAIRS = 3  # for a paired t-test
+SIGNIFICANT = 0.05
+
+
+# -- curves ----------------------------------------------------------------------------------------
+
+
+def envelope(points: Points) -> list[tuple[float, float]]:
+    """The monotone envelope: the points at which the run has forgotten more than ever before.
+
+    A run may remember again for a while; of the envelope every level is reached once.
+
+    >>> envelope([(0.0, 1.0), (0.5, 0.8), (0.4, 0.9), (0.7, 0.6)])
+    [(0.0, 1.0), (0.5, 0.8), (0.7, 0.6)]
+    """
+    before = np.maximum.accumulate([-math.inf, *(x for x, _ in points)])
+    return [(x, u) for (x, u), record in zip(points, before, strict=False) if x > record]
+
+
+def utility_at(points: Points, level: float) -> Optional[float]:
+    """Utility where the envelope first reaches a level; None if it never does.
+
+    A level that the first point has passed already has the first point's utility.
+
+    >>> round(utility_at([(0.0, 1.0), (0.5, 0.8), (1.0, 0.4)], 0.75), 9)
+    0.6
+    >>> utility_at([(0.0, 1.0), (0.5, 0.8)], 0.75) is None
+    True
+    """
+    x, u = np.transpose(envelope(points))
+    return float(np.interp(level, x, u)) if level <= x[-1] else None
+
+
+def mean_utility(points: Points, low: float, high: float) -> Optional[float]:
+    """Area under the envelope between two levels, divided by their distance: a mean utility.
+
+    None if the curve does not cover the range, or the range is empty.
+
+    >>> mean_utility([(0.0, 1.0), (1.0, 0.0)], 0.0, 0.5)
+    0.75
+    """
+    from scipy.integrate import trapezoid
+
+    x, u = np.transpose(envelope(points))
+    if not x[0] <= low < high <= x[-1]:
+        return None
+    knots = np.array([low, *x[(low < x) & (x < high)], high])
+    return float(trapezoid(np.interp(knots, x, u), knots)) / (high - low)
+
+
+class Pace(NamedTuple):
+    """How fast a run reaches the level, and what it keeps."""
+
+    lr: float
+    steps: float
+    utility: float  # at the level
+
+
+def at_equal_steps(
+    arm: Sequence[Pace], dense: Sequence[Pace]
+) -> Optional[tuple[float, float, float]]:
+    """Utilities of two arms whose runs of one seed reach the level in the same number of steps.
+
+    Slower runs tend to keep more, whatever the mask, so the best runs of two arms differ by their
+    speed too. Here both are interpolated over their learning rates, at the largest number of steps
+    that runs of both lie around. A run that took no fewer steps than one with a slower rate
+    overshoots, keeps far less and saves nothing: it is left out.
+
+    Returns:
+        The number of steps, the arm's utility, dense's; None if there is no such number.
+
+    >>> dense = [Pace(2, 10.0, 0.4), Pace(1, 40.0, 0.6)]
+    >>> at_equal_steps([Pace(2, 20.0, 0.5), Pace(1, 60.0, 0.9)], dense)
+    (40.0, 0.7, 0.6)
+    """
+    if not arm or not dense:
+        return None
+    ours, theirs = (  # (steps, utility) from the fastest rate to the slowest
+        [
+            (-steps, utility)
+            for steps, utility in reversed(envelope([(-r.steps, r.utility) for r in sorted(runs)]))
+        ]
+        for runs in (arm, dense)
+    )
+    steps = min(ours[-1][0], theirs[-1][0])
+    if steps < max(ours[0][0], theirs[0][0]):
+        return None
+    return steps, utility_at(ours, steps), utility_at(theirs, steps)
+
+
+# -- over seeds ------------------------------------------------------------------------------------
+
+
+class Spread(NamedTuple):
+    """Numbers over seeds; the mean of none and the deviation of fewer than two are None."""
+
+    mean: Optional[float]
+    std: Optional[float]
+    n: int
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and standard deviation (n − 1 in the denominator) over seeds.
+
+    >>> spread([1.0, 3.0])
+    Spread(mean=2.0, std=1.4142135623730951, n=2)
+    """
+    n = len(values)
+    mean = float(np.mean(values)) if n else None
+    return Spread(mean, float(np.std(values, ddof=1)) if n > 1 else None, n)
+
+
+class Paired(NamedTuple):
+    """A paired comparison of an arm with dense."""
+
+    difference: Optional[float]  # mean of arm − dense over the pairs; None without pairs
+    p: Optional[float]  # two-sided, of the paired t-test; None where there is none
+    why: str  # why there is no p-value; empty if there is one
+    n: int  # number of pairs
+
+
+def paired(arm: Sequence[float], dense: Sequence[float]) -> Paired:
+    """Paired t-test (scipy's ``ttest_rel``) of numbers of the same seeds in the same order.
+
+    >>> paired([0.75, 0.5], [0.5, 0.5])
+    Paired(difference=0.125, p=None, why='n too small', n=2)
+    """
+    from scipy.stats import ttest_rel
+
+    differences = np.subtract(arm, dense)
+    n = len(differences)
+    if not n:
+        return Paired(None, None, "no pairs", 0)
+    mean = float(differences.mean())
+    if n < MIN_PAIRS:
+        return Paired(mean, None, "n too small", n)
+    if math.isclose(differences.min(), differences.max(), rel_tol=1e-9, abs_tol=1e-12):
+        return Paired(mean, None, "no spread", n)
+    return Paired(mean, float(ttest_rel(arm, dense).pvalue), "", n)
+
+
+def verdict(
+    test: Paired, sign: int, arm: Spread, dense: Spread, arm_seeds: int, dense_seeds: int
+) -> str:
+    """What an arm does against dense, in a word or a few.
+
+    Nothing is won or lost with fewer than three pairs. With them a difference is a tie within the
+    larger of the two standard deviations over seeds, and if the paired test's p is 0.05 or more.
+    ``sign`` is −1 if less utility is better; seeds are those finished.
+
+    >>> verdict(Paired(0.05, 0.01, "", 3), 1, Spread(0.9, 0.01, 3), Spread(0.85, 0.02, 3), 3, 3)
+    'wins'
+    """
+    if not arm_seeds:
+        return "not run yet"
+    if not arm.n:
+        return "never reaches it"
+    if arm.n < arm_seeds:
+        return f"reaches it in {arm.n} of {arm_seeds} seeds"
+    if dense.n < dense_seeds:
+        return "dense does not always reach it" if dense.n else "dense never reaches it"
+    if test.difference is None:
+        return "no seed in common with dense"
+    gain = sign * test.difference
+    if test.n < MIN_PAIRS:
+        seeds = "one seed" if test.n == 1 else f"{test.n} seeds"
+        return f"{'ahead' if gain > 0 else 'behind' if gain < 0 else 'level'}, {seeds}"
+    within = abs(gain) <= max(arm.std or 0.0, dense.std or 0.0)
+    if within or (test.p is not None and test.p >= SIGNIFICANT):
+        return "ties"
+    return "wins" if gain > 0 else "loses"
+
+
+# -- arms ------------------------------------------------------------------------------------------
 
 
 class Compared(NamedTuple):
@@ -58,13 +227,11 @@ class Compared(NamedTuple):
 
 
 def run_table(rows: Sequence[Row], by: Compared) -> pd.DataFrame:
-    """One line a run.
+    """One line a run, of the rows of a study's table, with what its curve says.
 
-    Returns:
-        ``objective``, ``mask``, ``score``, ``density``, ``lr``, ``seed`` as in the table;
-        ``points``, (progress, utility) of the target model and of each test; ``deepest``, the
-        largest progress; ``reached``, the utility at the level, and ``steps`` to it (NaN if the run
-        never reaches it); ``diverged``; and :data:`AT_END` of the last test.
+    ``points`` are (progress, utility) of the target model and of each test, ``deepest`` is the
+    largest progress, ``reached`` the utility at the level, and ``steps`` is how many the run takes
+    to it; both are NaN if it never gets there.
     """
     tests: dict[str, list[Row]] = {row["run"]: [] for row in rows}
     for row in sorted(rows, key=lambda row: row["step"]):
@@ -76,7 +243,6 @@ def run_table(rows: Sequence[Row], by: Compared) -> pd.DataFrame:
         utilities = [by.target[by.utility], *(row["utility"] for row in tested)]
         steps = [0.0, *(float(row["step"]) for row in tested)]
         points = list(zip(progress, utilities, strict=True))
-        pace = list(zip(progress, steps, strict=True))
         last = tested[-1] if tested else {}
         found.append(
             {
@@ -84,7 +250,7 @@ def run_table(rows: Sequence[Row], by: Compared) -> pd.DataFrame:
                 "points": points,
                 "deepest": max(progress),
                 "reached": utility_at(points, by.end),
-                "steps": utility_at(pace, by.end),
+                "steps": utility_at(list(zip(progress, steps, strict=True)), by.end),
                 "diverged": any("diverged" in (row.get("note") or "") for row in run),
                 **{name: last.get(name) for name in AT_END},
             }
@@ -93,13 +259,8 @@ def run_table(rows: Sequence[Row], by: Compared) -> pd.DataFrame:
 
 
 def chosen(runs: pd.DataFrame, sign: int = 1) -> pd.DataFrame:
-    """Of an arm's runs, the best of each seed: by utility at the level or, if none reaches it, by
-    progress.
-
-    Args:
-        runs: see :func:`run_table`.
-        sign: 1 if more utility is better, −1 if less.
-    """
+    """Of an arm's runs, the best of each seed: by utility at the level or, if none gets there,
+    progress; ``sign`` is −1 if less utility is better."""
     rank = (sign * runs["reached"]).fillna(runs["deepest"])
     ranked = runs.assign(reaches=runs["reached"].notna(), rank=rank).sort_values(
         ["reaches", "rank"], ascending=False, kind="stable"
@@ -113,7 +274,8 @@ def summarise(
     """Every arm at equal forgetting, in the order in which arms first appear.
 
     Args:
-        rows, by: see the head of this module.
+        rows: of the study's table.
+        by: what arms are compared by.
         own_rates: masks that have learning rates of their own.
 
     Returns:
@@ -134,28 +296,35 @@ def summarise(
     dense_of = {run.objective: (run.objective, run.mask) for run in dense_runs.itertuples()}
     found = []
     for arm, own in arms.items():
-        dense = dense_of.get(arm[0])
-        mine, theirs = best[arm], best.get(dense)
-        entry = {name: _plain(own[name].iloc[-1]) for name in LABELS}
-        entry |= _at_level(own, mine) | _against(mine, theirs if arm != dense else None, by)
+        mine, dense = best[arm], dense_of.get(arm[0])
+        reached = mine["reached"].dropna()
+        entry = {
+            **{name: _plain(own[name].iloc[-1]) for name in LABELS},
+            **spread(reached)._asdict(),
+            "values": {str(seed): value for seed, value in reached.items()},
+            "runs": len(own),
+            "reached": float(own["reached"].notna().mean()),
+            "diverged": int(own["diverged"].sum()),
+            "seeds": len(mine),
+            "learning_rates": {str(seed): lr for seed, lr in mine["lr"].items()},
+            "steps": _plain(mine["steps"].mean()),
+            **_against(mine, best[dense] if dense not in (None, arm) else None, by),
+        }
         if dense is None:
             entry["verdict"] = "no dense run to compare with"
-        compared = dense not in (None, arm)
-        entry["equal_steps"] = _equal_steps(own, arms[dense]) if compared else None
-        entry["curve"] = _mean_curve(mine, by)
-        entry["area"] = _area(mine, theirs, by)
+        entry["equal_steps"] = _equal_steps(own, arms[dense]) if dense not in (None, arm) else None
+        levels = np.linspace(by.start, mine["deepest"].min(), CURVE_POINTS)
+        curves = [np.interp(levels, *np.transpose(envelope(points))) for points in mine["points"]]
+        measures, means = by.forget_sign * levels, np.mean(curves, axis=0)
+        entry["curve"] = list(zip(measures.tolist(), means.tolist(), strict=True))
+        entry["area"] = _area(mine, best.get(dense), by)
         entry |= {name: _plain(mine[name].mean()) for name in AT_END}
         found.append({**entry, "own_learning_rates": arm[1] in own_rates})
     return found
 
 
 def compared_at(found: Mapping[str, Any], rows: Sequence[Row], level: float) -> dict[str, Any]:
-    """What a study found, compared at another level of forgetting.
-
-    Args:
-        found: content of its ``study.json``.
-        rows: of its table.
-        level: value of the forget measure.
+    """The content of a ``study.json``, compared at another level of forgetting.
 
     Raises:
         WagleError: if the study has not compared anything yet, the target is past that level, or
@@ -182,21 +351,6 @@ def _plain(value: Any) -> Any:
     return None if pd.isna(value) else value.item() if isinstance(value, np.generic) else value
 
 
-def _at_level(runs: pd.DataFrame, best: pd.DataFrame) -> dict[str, Any]:
-    """Utility at the level over seeds, and how many runs and seeds get there."""
-    reached = best["reached"].dropna()
-    return {
-        **spread(reached)._asdict(),
-        "values": {str(seed): value for seed, value in reached.items()},
-        "runs": len(runs),
-        "reached": float(runs["reached"].notna().mean()),
-        "diverged": int(runs["diverged"].sum()),
-        "seeds": len(best),
-        "learning_rates": {str(seed): lr for seed, lr in best["lr"].items()},
-        "steps": _plain(best["steps"].mean()),
-    }
-
-
 def _against(best: pd.DataFrame, dense: Optional[pd.DataFrame], by: Compared) -> dict[str, Any]:
     """The paired comparison with dense of the same objective; empty fields without one."""
     if dense is None:
@@ -205,32 +359,23 @@ def _against(best: pd.DataFrame, dense: Optional[pd.DataFrame], by: Compared) ->
     both = ours.index.intersection(theirs.index)
     test = paired(ours[both], theirs[both])
     samples = spread(ours), spread(theirs)
-    return {
-        "difference": test.difference,
-        "p": test.p,
-        "why": test.why,
-        "pairs": test.n,
-        "verdict": verdict(test, by.utility_sign, *samples, len(best), len(dense)),
-    }
+    words = verdict(test, by.utility_sign, *samples, len(best), len(dense))
+    found = {"difference": test.difference, "p": test.p, "why": test.why}
+    return {**found, "pairs": test.n, "verdict": words}
 
 
 def _equal_steps(runs: pd.DataFrame, dense: pd.DataFrame) -> Optional[dict[str, Any]]:
-    """The paired comparison where both reach the level in the same number of steps.
+    """``difference``, ``p``, ``n`` and mean ``steps`` of :func:`at_equal_steps` over seeds.
 
-    Returns:
-        ``difference``, ``p``, ``n`` and mean ``steps`` over the seeds whose runs allow it, see
-        :func:`~wagle_pl.study.curves.at_equal_steps`; None if none does.
+    None if the runs of no seed allow it.
     """
-
-    def paces(of: pd.DataFrame) -> dict[int, list[Pace]]:
-        """Seed -> its runs that reach the level."""
-        there = of.dropna(subset="reached")
-        return {
+    ours, theirs = (
+        {
             seed: [Pace(*run) for run in own[["lr", "steps", "reached"]].itertuples(index=False)]
-            for seed, own in there.groupby("seed")
+            for seed, own in of.dropna(subset="reached").groupby("seed")
         }
-
-    ours, theirs = paces(runs), paces(dense)
+        for of in (runs, dense)
+    )
     found = [at_equal_steps(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
     both = [each for each in found if each is not None]
     if not both:
@@ -240,24 +385,11 @@ def _equal_steps(runs: pd.DataFrame, dense: pd.DataFrame) -> Optional[dict[str, 
     return {"difference": test.difference, "p": test.p, "n": test.n, "steps": spread(steps).mean}
 
 
-def _mean_curve(best: pd.DataFrame, by: Compared) -> list[tuple[float, float]]:
-    levels = np.linspace(by.start, best["deepest"].min(), CURVE_POINTS)
-    curves = [np.interp(levels, *np.transpose(envelope(points))) for points in best["points"]]
-    return list(
-        zip((by.forget_sign * levels).tolist(), np.mean(curves, axis=0).tolist(), strict=True)
-    )
-
-
 def _area(best: pd.DataFrame, dense: Optional[pd.DataFrame], by: Compared) -> dict[str, Any]:
-    """Area under the curves of the chosen runs, over the range that arm and dense have in common.
+    """Over seeds, :func:`mean_utility` of the range that arm and ``dense`` have in common.
 
-    For each seed: from the target's forget measure to the level, or to where the shallower of the
-    two ends.
-
-    Returns:
-        ``mean``, ``std`` and ``n`` of the area (divided by the width of its range: a mean utility)
-        over seeds; ``dense``, the mean of dense over the same ranges; ``difference`` and ``p``,
-        None for dense itself; ``to``, the mean end of the ranges, as a value of the forget measure.
+    It goes from the target's forget measure to the level or, if that comes first, to where the
+    shallower of the two ends; ``to`` is the mean of these ends.
     """
     beside = best if dense is None else dense
     areas = []

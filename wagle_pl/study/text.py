@@ -17,9 +17,6 @@ _ALWAYS = 5  # columns shown even if they are empty
 MARK = "*"  # behind the name of a mask that has learning rates of its own
 
 
-# -- numbers ---------------------------------------------------------------------------------------
-
-
 def chance(p: float) -> str:
     """A p-value with three decimals, never as zero.
 
@@ -51,35 +48,18 @@ def duration(seconds: float) -> str:
     return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
 
 
-def time_left(measured: Sequence[float], runs: int) -> str:
-    """How long the runs that are left will take, from those measured; empty without any."""
-    return f"{duration(runs * sum(measured) / len(measured))} left" if measured and runs else ""
-
-
-# -- arms ------------------------------------------------------------------------------------------
-
-
 def by_objective(summary: Summary) -> dict[str, list[Arm]]:
-    """Objective -> its arms, ranked."""
-    found: dict[str, list[Arm]] = {arm["objective"]: [] for arm in summary["headline"]}
-    for arm in ranked(summary["headline"], summary.get("utility_sign", 1)):
-        found[arm["objective"]].append(arm)
-    return found
-
-
-def ranked(arms: Sequence[Arm], sign: int) -> list[Arm]:
-    """The best utility at equal forgetting first, arms that never get there last.
-
-    Args:
-        arms: of a study's headline.
-        sign: 1 if more utility is better, −1 if less.
-    """
+    """Objective -> its arms: the best utility at equal forgetting first, none of it last."""
+    sign = summary.get("utility_sign", 1)
 
     def place(arm: Arm) -> tuple[bool, float, float]:
         mean = arm.get("mean")
         return mean is None, -sign * (mean or 0.0), -arm.get("reached", 0.0)
 
-    return sorted(arms, key=place)
+    found: dict[str, list[Arm]] = {arm["objective"]: [] for arm in summary["headline"]}
+    for arm in sorted(summary["headline"], key=place):
+        found[arm["objective"]].append(arm)
+    return found
 
 
 def rates_of(arm: Arm) -> str:
@@ -88,11 +68,7 @@ def rates_of(arm: Arm) -> str:
 
 
 def marked_name(arm: Arm) -> str:
-    """Name of an arm's mask, marked if it was tried with learning rates of its own.
-
-    >>> marked_name({"mask": "lora", "own_learning_rates": True}), marked_name({"mask": "dense"})
-    ('lora*', 'dense')
-    """
+    """Name of an arm's mask, marked if it was tried with learning rates of its own."""
     return str(arm.get("mask")) + (MARK if arm.get("own_learning_rates") else "")
 
 
@@ -121,11 +97,8 @@ def cells(arm: Arm) -> dict[str, str]:
 def shown(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a table; columns that hold nothing are left out."""
     rows = [cells(arm) for arm in arms]
-    header = [
-        name
-        for i, name in enumerate(rows[0])
-        if i < _ALWAYS or any(row[name] != "–" for row in rows)
-    ]
+    names = enumerate(rows[0])
+    header = [name for i, name in names if i < _ALWAYS or any(row[name] != "–" for row in rows)]
     return header, [[row[name] for name in header] for row in rows]
 
 
@@ -139,13 +112,8 @@ def outcome(arms: Sequence[Arm]) -> str:
     for arm in arms:
         groups.setdefault(arm["verdict"], []).append(arm["mask"])
     said = [f"{word}: {', '.join(masks)}" for word, masks in groups.items() if word and masks]
-    return f"Against dense: {'; '.join(said)}." if said else _NOTHING_COMPARED
-
-
-_NOTHING_COMPARED = "There is nothing to compare with dense yet."
-
-
-# -- the whole -------------------------------------------------------------------------------------
+    nothing = "There is nothing to compare with dense yet."
+    return f"Against dense: {'; '.join(said)}." if said else nothing
 
 
 def console(summary: Summary) -> str:
@@ -174,11 +142,7 @@ def markdown(summary: Summary) -> str:
 
 
 def progress(summary: Summary) -> str:
-    """How many runs there are of those planned; empty if the study does not say.
-
-    >>> progress({"runs": {"finished": 100, "planned": 942}})
-    '100 of 942 runs are finished.'
-    """
+    """How many runs there are of those planned; empty if the study does not say."""
     runs = summary.get("runs")
     return f"{runs['finished']} of {runs['planned']} runs are finished." if runs else ""
 

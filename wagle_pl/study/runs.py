@@ -1,24 +1,38 @@
-"""A run of a study: unlearning that is tested at several points along its way."""
+"""The runs of a study: unlearning that is tested along its way, and the table that keeps them."""
 
 from __future__ import annotations
 
+import json
+import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, Optional
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from wagle_pl.core.outputs import Planned
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.outputs import Lock, Planned
 from wagle_pl.evaluation import Evaluate
 from wagle_pl.evaluation.measures import defined_only
 from wagle_pl.evaluation.observe import GENERATED
-from wagle_pl.evaluation.results import Table
+from wagle_pl.evaluation.results import Table, load_table, table_key, write_table
+from wagle_pl.study import TABLE_FILE
 from wagle_pl.unlearning import UnlearnModule
+
+log = logging.getLogger(__name__)
 
 Generate = Literal["end", "always", "never"]
 Along = Literal["all", "answers"]
 
+LOCK_FILE = "study.lock"
+#: First columns of the table; measures follow.
+COLUMNS = (
+    *("objective", "mask", "score", "density", "lr", "seed", "step", "run", "forget", "utility"),
+    *("seconds", "note", "objective_id", "mask_id"),
+)
 #: Columns of a record that tests of the answers' probability observe.
 _OF_ANSWERS = frozenset({"row", "question", "answer", "nll", "tokens", "cut"})
 #: Columns that only a generated answer has, beside those of paraphrased questions.
@@ -27,13 +41,16 @@ _OF_GENERATION = frozenset(
 )
 
 
+# -- a run -----------------------------------------------------------------------------------------
+
+
 class EvaluateAlong(Callback):
-    """Tests a run at evenly spaced points; :attr:`tests` holds what they found.
+    """Tests a run at evenly spaced points.
 
     Args:
         evaluate: what observes and measures.
         points: how many tests, the last at the run's end.
-        generate: whether tests also generate answers: ``always``, at the ``end``, or ``never``.
+        generate: which tests also generate answers: ``always``, at the ``end``, or ``never``.
         answers_of: test sets; tests before the last one observe their answers' probability and
             nothing else. None: all sets, all that the suite measures.
         enough: ends the run where it is true of the measures of a test; that is then the last.
@@ -80,13 +97,7 @@ class EvaluateAlong(Callback):
         self.tests.append({"step": trainer.global_step, "seconds": seconds, **measures})
 
     def test(self, trainer: L.Trainer, module: UnlearnModule, last: bool) -> dict[str, float]:
-        """Measures of the model as it is now; those that are undefined are left out.
-
-        Args:
-            trainer: of the run.
-            module: of the run.
-            last: this is the test at the run's end.
-        """
+        """Measures of the model as it is now; those that are undefined are left out."""
         short = self.answers_of is not None and not last
         generates = self.generate == "always" or (last and self.generate == "end")
         tables = {}
@@ -144,3 +155,81 @@ def as_before_the_end(
         for name, table in tables.items()
         if answers_of is None or name in answers_of
     }
+
+
+# -- the study's folder ----------------------------------------------------------------------------
+
+
+class RunTable:
+    """One Parquet file: a row a run and test point. It is there once there is a run.
+
+    Args:
+        folder: of the study.
+        settings: what all its runs share, as plain data.
+
+    Raises:
+        WagleError: if the folder holds runs with other settings, naming those that differ.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.path = folder / TABLE_FILE
+        self.settings = json.loads(json.dumps(settings))
+        self.rows: list[dict[str, Any]] = []
+        if self.path.is_file():
+            self.rows = self._read(self.path, "choose another --output")
+
+    def finished(self) -> set[str]:
+        """Ids of the runs in the table."""
+        return {row["run"] for row in self.rows}
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add the rows of one finished run, all or none."""
+        self.rows += [dict(row) for row in rows]
+        self.write()
+
+    def join(self, folders: Sequence[str]) -> int:
+        """Take over the finished runs of other folders of the same study; how many are new here.
+
+        Raises:
+            WagleError: if a folder has no table, or its runs have other settings.
+        """
+        before = self.finished()
+        for folder in folders:
+            path, known = Path(folder) / TABLE_FILE, self.finished()
+            if not path.is_file():
+                raise WagleError(f"--join: there is no study in {folder} ({TABLE_FILE})")
+            theirs = self._read(path, "it is another study")
+            self.rows += [row for row in theirs if row["run"] not in known]
+        return len(self.finished()) - len(before)
+
+    def write(self) -> None:
+        """Write the file, if there are runs, whole or not at all; every row has every column."""
+        names = [*COLUMNS, *sorted({name for row in self.rows for name in row} - set(COLUMNS))]
+        rows = [{name: row.get(name) for name in names} for row in self.rows]
+        if rows:
+            write_table(self.path, rows, self.settings)
+
+    def _read(self, path: Path, hint: str) -> list[dict[str, Any]]:
+        rows, ours, theirs = load_table(path), self.settings, table_key(path)
+        differing = sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k))
+        if differing:
+            raise WagleError(
+                f"{path} holds runs with other settings ({', '.join(differing)}): {hint}"
+            )
+        return rows
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other studies out of a folder while inside; see :class:`~wagle_pl.core.outputs.Lock`.
+
+    Raises:
+        WagleError: if a study works in the folder, on this host or on another.
+    """
+    lock = Lock(folder / LOCK_FILE, f"another study works in {folder}", "choose another --output")
+    if lock.left:
+        log.warning("took over the lock of a study that has ended (%s)", lock.left)
+    try:
+        yield
+    finally:
+        lock.release(remove=False)
