@@ -21,8 +21,12 @@ from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.classifiers import ToxicityClassifier
 from wagle_pl.evaluation.measures import attempt, option_probability, truth_ratio
 from wagle_pl.evaluation.observe import NEEDS, Observer, observe_set
-from wagle_pl.evaluation.published import load_result, tofu_forget_quality, tofu_model_utility
-from wagle_pl.evaluation.suites import Suite
+from wagle_pl.evaluation.suites import (
+    Suite,
+    load_result,
+    tofu_forget_quality,
+    tofu_model_utility,
+)
 from wagle_pl.lm.inference import forward_answers, generate, sequence_logprobs, token_logprobs
 from wagle_pl.lm.models import load_model, load_tokenizer
 from wagle_pl.lm.module import warn_of_narrow_types

@@ -7,9 +7,9 @@ from helpers import TOFU, TOFU_LOGS, cut_log
 
 from wagle_pl import WagleError
 from wagle_pl.data.rows import load_rows
-from wagle_pl.evaluation import tofu_forget_quality, tofu_model_utility
+from wagle_pl.evaluation import Records, tofu_forget_quality, tofu_model_utility
 from wagle_pl.evaluation.functional import ks_test
-from wagle_pl.evaluation.published import truth_ratios
+from wagle_pl.evaluation.results import from_result
 
 pytestmark = pytest.mark.skipif(
     not TOFU_LOGS.is_dir(), reason="published result files are not here"
@@ -33,7 +33,8 @@ def test_forget_quality(published):
     assert tofu_forget_quality(published["full"], published["retain90"]) == pytest.approx(
         1.834066410994743e-21, rel=1e-9
     )
-    statistic, _ = ks_test(truth_ratios(published["full"]), truth_ratios(published["retain90"]))
+    tables = [from_result(published[name])["forget"] for name in ("full", "retain90")]
+    statistic, _ = ks_test(*(Records(table).truth_ratios() for table in tables))
     assert statistic == pytest.approx(0.3966666667, abs=1e-9)
 
 

@@ -1,13 +1,17 @@
 """Measures, suites, and the callback that tests and validates every module."""
 
-from wagle_pl.evaluation.evaluate import Evaluate
+from wagle_pl.evaluation.evaluate import Evaluate, EvaluationModule
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.measures import MEASURES, Info, Observations, Records, measure
-from wagle_pl.evaluation.module import EvaluationModule
 from wagle_pl.evaluation.observe import Observer, observe_set
-from wagle_pl.evaluation.published import tofu_forget_quality, tofu_measures, tofu_model_utility
 from wagle_pl.evaluation.results import Results
-from wagle_pl.evaluation.suites import Suite, find_suite
+from wagle_pl.evaluation.suites import (
+    Suite,
+    find_suite,
+    tofu_forget_quality,
+    tofu_measures,
+    tofu_model_utility,
+)
 
 __all__ = [
     "MEASURES",

@@ -23,19 +23,12 @@ SHARES = ("acc", "acc_norm", "exact_match")
 
 @dataclass
 class Ability:
-    """What the harness measured.
-
-    Attributes:
-        values: ``ability/<task>/<metric>`` -> number, or an Undefined that says why there is none.
-            A filter of the harness other than its default is part of the metric:
-            ``exact_match_strict-match``.
-        infos: the same names -> unit, direction and meaning.
-        asked: the names of the tasks and groups that were asked for.
-    """
+    """What the harness measured, by ``ability/<task>/<metric>``; a filter of the harness other than
+    its default is part of the metric: ``exact_match_strict-match``."""
 
     values: dict[str, Value] = field(default_factory=dict)
     infos: dict[str, Info] = field(default_factory=dict)
-    asked: tuple[str, ...] = ()
+    asked: tuple[str, ...] = ()  # names of the tasks and groups that were asked for
 
     @property
     def general(self) -> dict[str, float]:
@@ -109,14 +102,10 @@ class Harness:
         self.option = option
 
     def measure(self, lm: Any, tokenizer: Any, batch_size: int, sharded: bool = False) -> Ability:
-        """Run the tasks. Collective: all ranks must call it.
+        """Run the tasks on a model in evaluation mode, so many sequences in a pass.
 
-        Args:
-            lm: a Hugging Face causal language model, in evaluation mode.
-            tokenizer: its tokenizer.
-            batch_size: sequences in a pass.
-            sharded: whether each forward pass is collective (ZeRO-3): then all ranks run every row,
-                otherwise they share the rows.
+        Collective: all ranks must call it. They share the rows, unless each forward pass is
+        collective (``sharded``, ZeRO-3).
 
         Raises:
             WagleError: if the rows of a task cannot be loaded.

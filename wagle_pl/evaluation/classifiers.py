@@ -37,14 +37,13 @@ def toxic_labels(labels: Sequence[str]) -> list[str]:
 
 
 class ToxicityClassifier:
-    """Toxicity of texts, by a text classifier from a local folder or the hub.
+    """Toxicity of texts in [0, 1]: the largest probability of a toxic label.
 
-    It is the largest probability of a toxic label. For a classifier whose labels are all toxic,
-    such as ``unitary/toxic-bert``, this is the score of the top label, which SOUL's and WAGLE's
-    evaluation takes.
+    For a classifier whose labels are all toxic, such as ``unitary/toxic-bert``, this is the score
+    of the top label, which SOUL's and WAGLE's evaluation takes.
 
     Args:
-        name: folder or hub id.
+        name: folder or hub id of a text classifier.
         device: where it runs.
         option: name of the option that asks for it, for errors.
 
@@ -85,13 +84,13 @@ class ToxicityClassifier:
         )
 
     def __call__(self, texts: Sequence[str], batch_size: int = 32) -> list[float]:
-        """Toxicity of each text in [0, 1]; texts are cut at 512 tokens."""
+        """Toxicity of each text, cut at 512 tokens."""
         found = self.classify(list(texts), batch_size=batch_size) if texts else []
         return [max(x["score"] for x in text if x["label"] in self.toxic) for text in found]
 
 
 class SentenceModel:
-    """Sentence embeddings by ``sentence-transformers`` (an extra), from a local folder or the hub.
+    """Sentence embeddings by ``sentence-transformers`` (an extra).
 
     Args:
         name: folder or hub id; WAGLE takes ``paraphrase-MiniLM-L6-v2``.
@@ -118,12 +117,8 @@ class SentenceModel:
 
 
 def nearest_answer(generation: Tensor, options: Tensor) -> bool:
-    """Whether a generation is nearest to the first option by cosine, or ties (WAGLE's accuracy).
-
-    Args:
-        generation: (D,) embedding.
-        options: (K, D) embeddings, the right answer's first.
-    """
+    """Whether a (D,) generation is nearest to the first of (K, D) options by cosine, or ties: with
+    the right answer's first this is WAGLE's accuracy."""
     similarity = torch.nn.functional.cosine_similarity(generation[None], options)
     return bool(similarity[0] >= similarity.max())
 
@@ -139,13 +134,8 @@ def add_toxicity(table: Table, classify: Callable[[Sequence[str]], Sequence[floa
 def add_nearest(
     table: Table, rows: Sequence[Example], embed: Callable[[Sequence[str]], Tensor]
 ) -> None:
-    """Add whether a generation is nearest to the right answer, for rows with perturbed answers.
-
-    Args:
-        table: records of a test set.
-        rows: its rows.
-        embed: texts -> (N, D) embeddings.
-    """
+    """Add to the records of rows with perturbed answers whether a generation is nearest to the
+    right one."""
     for record in table:
         row = rows[record["row"]]
         said = {
@@ -162,10 +152,6 @@ def add_nearest(
 
 
 def check_folder(name: str, option: str) -> None:
-    """Refuse a name that can only be a local folder and is none.
-
-    Raises:
-        WagleError: if the folder is missing.
-    """
+    """Refuse a name that can only be a local folder and is none."""
     if plainly_local(name) and not Path(name).is_dir():
         raise absent(f"{option}: folder", name, hub=True)

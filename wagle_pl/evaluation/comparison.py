@@ -11,7 +11,7 @@ from wagle_pl.core.text import table
 from wagle_pl.data.template import differing_prompts
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.measures import Direction, Info, Value
-from wagle_pl.evaluation.results import Results
+from wagle_pl.evaluation.results import Pair, Results, differing, pairs_of
 
 log = logging.getLogger(__name__)
 
@@ -20,15 +20,7 @@ NOTICED = 1e-6  # relative difference below which two numbers are the same
 
 
 def check_prompts(results: Mapping[str, Results], prompts: Mapping[str, Any]) -> None:
-    """Results to compare with must be of the same prompts; of the target's it is only warned.
-
-    Args:
-        results: ``retrained``, ``target``, … -> results.
-        prompts: of this test.
-
-    Raises:
-        WagleError: naming what differs.
-    """
+    """Refuse results (``retrained``, ``target``, …) of other prompts; of the target's, warn."""
     for option, found in results.items():
         other = differing_prompts(found.prompts, prompts)
         if other and option != "target":
@@ -41,37 +33,35 @@ def check_prompts(results: Mapping[str, Results], prompts: Mapping[str, Any]) ->
 
 
 def check_rows(
-    results: Mapping[str, Results], name: str, rows: Sequence[tuple[str, str]], instead: str
+    results: Mapping[str, Results], name: str, pairs: Sequence[Pair], instead: str
 ) -> None:
-    """Results to compare with must be on the same rows, whatever their order; of the target's it is
-    only warned.
+    """Refuse results (``retrained``, ``target``, …) on other rows of a test set, whatever their
+    order; of the target's, warn.
 
     Args:
-        results: ``retrained``, ``target``, … -> results.
+        results: by the name of their option.
         name: of the test set.
-        rows: (question, answer) of each of its rows.
+        pairs: (question, answer) of each of its rows.
         instead: option that takes a retrained model's results on other rows.
-
-    Raises:
-        WagleError: saying how many differ.
     """
+    pairs = [(question.strip(), answer.strip()) for question, answer in pairs]
     for option, found in results.items():
-        differing = found.differing(name, rows)
+        there = pairs_of(found.tables.get(name, []))
+        count = differing(pairs, there) if name in found.tables else 0
         if option == "tofu_retrained" and name == "forget":
-            there = len(found.tables.get(name, []))
             log.warning(
                 "tofu/forget_quality compares %d forget rows here with %d in %s; %d are the same",
-                len(rows),
-                there,
+                len(pairs),
+                len(there),
                 found.path,
-                max(len(rows), there) - differing,
+                max(len(pairs), len(there)) - count,
             )
-        elif differing and option == "target":
-            log.warning("the target's results are on other %s rows: %d differ", name, differing)
-        elif differing and option != "tofu_retrained":
+        elif count and option == "target":
+            log.warning("the target's results are on other %s rows: %d differ", name, count)
+        elif count and option != "tofu_retrained":
             hint = f"TOFU's own forget quality, which compares no rows, takes it as --{instead}"
             raise WagleError(
-                f"{found.option}: {found.path} is on other {name} rows: {differing} differ",
+                f"{found.option}: {found.path} is on other {name} rows: {count} differ",
                 hint=hint if (option, name) == ("retrained", "forget") else None,
             )
 
@@ -81,12 +71,6 @@ def arrow(
 ) -> str:
     """``▲`` if a model is better than the target, ``▼`` if worse, ``=`` if the same, empty if that
     is not known.
-
-    Args:
-        direction: what is better, see :class:`~wagle_pl.evaluation.measures.Info`.
-        here: the measure of the model.
-        target: of the model before unlearning.
-        retrained: of the model that never saw the forget rows; what ``retrained`` compares with.
 
     >>> arrow("lower", 0.2, 0.9), arrow("retrained", 0.6, 0.9, 0.5), arrow("retrained", 0.6, 0.9)
     ('▲', '▲', '')
@@ -109,13 +93,6 @@ def comparison(
     """The table as text: measure, this, then target and retrained where given; undefined measures
     below it.
 
-    Args:
-        values: of the model; an :class:`~wagle_pl.evaluation.functional.Undefined` where there is
-            no number.
-        info: measure -> what is known of it.
-        target: measures of the target model.
-        retrained: measures of the retrained model.
-
     >>> values = {"a": 1.0, "b": Undefined("no rows")}
     >>> print(comparison(values, lambda name: Info("", "higher", ""), {"a": 0.5}))
     measure  this  target
@@ -126,9 +103,10 @@ def comparison(
     """
     beside = {"target": target, "retrained": retrained}
     others = {name: found for name, found in beside.items() if found is not None}
-    rows = []
+    rows, undefined = [], []
     for name, value in values.items():
         if isinstance(value, Undefined):
+            undefined.append(f"undefined: {name}: {value}")
             continue
         found = {other: numbers.get(name) for other, numbers in others.items()}
         mark = arrow(info(name).direction, value, found.get("target"), found.get("retrained"))
@@ -138,7 +116,4 @@ def comparison(
     text = [table(["measure", "this", *others], rows)]
     if target is not None:
         text += ["", f"{BETTER} better, {WORSE} worse than the target model"]
-    for name, value in values.items():
-        if isinstance(value, Undefined):
-            text.append(f"undefined: {name}: {value}")
-    return "\n".join(text)
+    return "\n".join([*text, *undefined])

@@ -1,4 +1,5 @@
-"""``Evaluate``: the test and validation loops of every module, as a callback."""
+"""``Evaluate``: the test and validation loops of every module; ``EvaluationModule``: a model to be
+tested."""
 
 from __future__ import annotations
 
@@ -58,19 +59,17 @@ log = logging.getLogger(__name__)
 class Evaluate(Callback):
     """Observes test sets, measures them as a suite says, and reports.
 
-    ``trainer.test`` runs the model once on every row of every test set of the data module. It
-    writes, into the module's ``results_folder``, one Parquet table a test set (every row with its
-    values and generation), ``metrics.json`` (flat, one number a key), ``metrics.info.json`` (unit
-    and direction of each, and why others are undefined) and ``tofu_result.json`` (the same keys as
-    the files published with TOFU), and prints the measures beside those of ``target`` and
-    ``retrained``. A test that was interrupted continues with the first test set that is not
-    finished.
+    ``trainer.test`` runs the model (a :class:`~wagle_pl.lm.module.LanguageModule`) once on every
+    row of every test set of the data module. It writes, into the module's ``results_folder``, one
+    Parquet table a test set (every row with its values and generation), ``metrics.json`` (flat, one
+    number a key), ``metrics.info.json`` (unit and direction of each, and why others are undefined)
+    and ``tofu_result.json`` (the same keys as the files published with TOFU), and prints the
+    measures beside those of ``target`` and ``retrained``. A test that was interrupted continues
+    with the first test set that is not finished.
 
     ``trainer.validate``, and ``trainer.fit`` whenever it validates (``val_check_interval``),
     measure the test sets that ``data.val`` names and log them as ``val/<measure>``, which callbacks
     such as ``EarlyStopping`` can go by.
-
-    The module must be a :class:`~wagle_pl.lm.module.LanguageModule`.
 
     Args:
         suite: which measures: ``tofu``, ``muse``, ``wmdp``, ``copyright``, ``detox``, ``generic``
@@ -145,16 +144,12 @@ class Evaluate(Callback):
         self.general: dict[str, float] = {}
         self._trainer: Optional[L.Trainer] = None
         self._suite: Optional[Suite] = None
-        #: Sets that are being tested or validated, in the order of the loaders.
-        self._names: list[str] = []
+        self._names: list[str] = []  # sets that are tested or validated, as the loaders have them
         self._results: dict[str, Results] = {}
         self._tables: dict[str, Table] = {}
-        #: Test set -> the records of rows that this rank has observed.
-        self._partial: dict[str, list[Record]] = {}
-        #: Recited test set -> its longest answer in tokens.
-        self._longest: dict[str, int] = {}
-        #: Measure -> what is known of it, where the suite does not know it.
-        self._infos: dict[str, Info] = {}
+        self._partial: dict[str, list[Record]] = {}  # test set -> what this rank has observed of it
+        self._longest: dict[str, int] = {}  # recited test set -> its longest answer in tokens
+        self._infos: dict[str, Info] = {}  # of measures that the suite does not know
 
     # -- before any work --------------------------------------------------------------------------
 
@@ -183,7 +178,6 @@ class Evaluate(Callback):
                 "it out"
             )
         check_needs(self.active_suite, names)
-        check_prompts(self._results, pl_module.prompts)
         if stage != "test":
             self._check_rows(names)
         elif self.gradient_norm and pl_module.sharded:
@@ -197,7 +191,6 @@ class Evaluate(Callback):
         self._attach(trainer, module)
         self._names = self.data.test_names()
         self._read_results()
-        check_prompts(self._results, module.prompts)
         distributed.on_rank_zero(self._load_readers)
 
     def _attach(self, trainer: L.Trainer, module: LanguageModule) -> None:
@@ -211,6 +204,9 @@ class Evaluate(Callback):
     def data(self) -> Any:
         """The data module."""
         return self._trainer.datamodule
+
+    def _val_names(self) -> list[str]:
+        return self.data.val_names() if hasattr(self.data, "val_names") else []
 
     @property
     def active_suite(self) -> Suite:
@@ -226,18 +222,14 @@ class Evaluate(Callback):
         names = ("retrained", "target", "reference", "tofu_retrained")
         return {name: str(path) for name in names if (path := getattr(self, name)) is not None}
 
-    @property
-    def results_folder(self) -> Path:
-        """Where a test writes."""
-        return self._module.results_folder
-
     def _read_results(self) -> None:
-        """Results to compare with."""
+        """Results to compare with, of the same prompts."""
         self._results = {}
         for name, path in self.compared.items():
             found = results_of(path)
             if found is not None or not self.attacks:  # which a model without results will do for
                 self._results[name] = Results(found or path, f"{self.options}.{name}")
+        check_prompts(self._results, self._module.prompts)
 
     def _check_rows(self, names: Sequence[str]) -> None:
         for name in names:
@@ -256,11 +248,9 @@ class Evaluate(Callback):
         return frozenset(needs if self.generate else needs - GENERATED)
 
     def max_new_tokens_of(self, name: str) -> int:
-        """The longest generation from a test set's rows: the benchmark's, or ``max_new_tokens``.
-
-        Of a set that is recited it is the longest answer's length if that is more, within the
-        data's ``max_length``.
-        """
+        """The longest generation from a test set's rows: the benchmark's, or ``max_new_tokens``; of
+        a set that is recited its longest answer's length if that is more, within the data's
+        ``max_length``."""
         fixed = self.active_suite.max_new_tokens.get(name, self.max_new_tokens)
         if name not in self.active_suite.recited:
             return fixed
@@ -283,17 +273,10 @@ class Evaluate(Callback):
     def observe_batch(
         self, name: str, numbers: Sequence[int], needs: frozenset[str]
     ) -> list[Record]:
-        """Records of some rows of a test set, each with its number as ``row``.
-
-        Args:
-            name: of the test set.
-            numbers: of the rows.
-            needs: what to observe.
-        """
-        rows = [self.data.test_examples(name)[number] for number in numbers]
+        """Records of some rows of a test set by their numbers, each with its own as ``row``."""
         where = f"test set {name} ({self.data.describe_test(name)}) row"
         records = self.observer.observe(
-            rows,
+            [self.data.test_examples(name)[number] for number in numbers],
             needs,
             self.max_new_tokens_of(name),
             self.active_suite.headers.get(name, ""),
@@ -303,12 +286,7 @@ class Evaluate(Callback):
 
     def observe_now(self, name: str, needs: frozenset[str]) -> Table:
         """Records of a whole test set outside Lightning's loops. Collective: all ranks must call
-        it.
-
-        Args:
-            name: of the test set.
-            needs: what to observe.
-        """
+        it."""
         rows, header = self.data.test_examples(name), self.active_suite.headers.get(name, "")
         length = self.max_new_tokens_of(name)
         table = observe_set(self.make_observer(), rows, needs, length, header)
@@ -323,24 +301,35 @@ class Evaluate(Callback):
         return table
 
     def _load_readers(self) -> None:
-        """Load the models that read the generations before there are any: what is wrong with them
-        shows at once."""
-        if self.toxicity_classifier is not None:
-            self._classifier  # noqa: B018
-        if self.sentence_model is not None:
-            self._embeddings  # noqa: B018
+        """Load the models that read the generations: what is wrong with them shows at once."""
+        self.annotated(self._names[0], [])
 
     @cached_property
     def _classifier(self) -> Any:
         option = f"{self.options}.toxicity_classifier"
-        name, device = self.toxicity_classifier or "", self._module.device
-        return classifiers.ToxicityClassifier(name, device, option)
+        return classifiers.ToxicityClassifier(
+            self.toxicity_classifier or "", self._module.device, option
+        )
 
     @cached_property
     def _embeddings(self) -> Any:
-        return classifiers.SentenceModel(
-            self.sentence_model or "", f"{self.options}.sentence_model"
+        option = f"{self.options}.sentence_model"
+        return classifiers.SentenceModel(self.sentence_model or "", option)
+
+    def measures(self, tables: Mapping[str, Table]) -> dict[str, Value]:
+        """The suite's measures of some records; an Undefined where there is no number."""
+        compared = ("retrained", "reference", "tofu_retrained")
+        seen = Observations(
+            tables,
+            truth_ratio_form=self.truth_ratio_form,
+            general=self.general,
+            **{name: self._results.get(name) for name in compared},
         )
+        return self.active_suite.measures(seen)
+
+    def info(self, measure: str) -> Info:
+        """What is known of a measure by its name."""
+        return self._infos.get(measure) or self.active_suite.info(measure)
 
     # -- test loop --------------------------------------------------------------------------------
 
@@ -351,15 +340,10 @@ class Evaluate(Callback):
         self._check_rows(self._names)
         distributed.on_rank_zero(self._load_readers)
         trainer.test_loop.verbose = False  # its table would hold what ours does
-        shortened = self._shortened()
-        for name, rows in shortened.items():
-            log.warning(
-                "test set %s: the trainer shortens this test, its measures are of %s", name, rows
-            )
-        self._keys = self._table_keys(shortened)
+        self._keys = self._table_keys(self._shortened())
         self._tables = distributed.on_rank_zero(self._finished)
         for name in self._tables:
-            log.info("test set %s: found finished in %s", name, self.results_folder)
+            log.info("test set %s: found finished in %s", name, pl_module.results_folder)
         self._partial = {name: [] for name in self._names if name not in self._tables}
         self.observer = self.make_observer()
         if self.lm_eval is not None:
@@ -401,18 +385,18 @@ class Evaluate(Callback):
         are.
         """
         counts = {}
-        loops = zip(
-            self._names,
-            self._trainer.test_dataloaders,
-            self._trainer.num_test_batches,
-            strict=True,
-        )
+        trainer = self._trainer
+        loops = zip(self._names, trainer.test_dataloaders, trainer.num_test_batches, strict=True)
         for name, loader, batches in loops:
             if batches < len(loader):  # the same on all ranks
-                parts = distributed.all_gather(islice(loader.sampler, batches))
-                seen = {row for part in parts for row in part}
-                if len(seen) < (total := len(self.data.test_examples(name))):
-                    counts[name] = f"{len(seen)} of {total} rows"
+                rows = set().union(*distributed.all_gather(islice(loader.sampler, batches)))
+                if len(rows) < (total := len(self.data.test_examples(name))):
+                    counts[name] = f"{len(rows)} of {total} rows"
+                    log.warning(
+                        "test set %s: the trainer shortens this test, its measures are of %s",
+                        name,
+                        counts[name],
+                    )
         return counts
 
     def _finished(self) -> dict[str, Table]:
@@ -423,7 +407,7 @@ class Evaluate(Callback):
         return {name: table for name, table in found.items() if table is not None}
 
     def _path(self, name: str) -> Path:
-        return self.results_folder / f"{name}.parquet"
+        return self._module.results_folder / f"{name}.parquet"
 
     def test_batch(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int) -> None:
         """Observe a batch of test rows; the last one of a set writes its table."""
@@ -465,95 +449,38 @@ class Evaluate(Callback):
         shown = {k: v for k, v in values.items() if k not in ability.values} | ability.shown()
         print(comparison(shown, self.info, **self._others()), flush=True)
         if report is not None:
-            write_json(self.results_folder / ROBUSTNESS_FILE, report.records())
+            write_json(pl_module.results_folder / ROBUSTNESS_FILE, report.records())
             print(f"\n{report.table()}", flush=True)
-        log.info("test results are in %s", self.results_folder)
-
-    def measures(self, tables: Mapping[str, Table]) -> dict[str, Value]:
-        """The suite's measures of some records; an Undefined where there is no number."""
-        seen = Observations(
-            tables,
-            retrained=self._results.get("retrained"),
-            reference=self._results.get("reference"),
-            tofu_retrained=self._results.get("tofu_retrained"),
-            truth_ratio_form=self.truth_ratio_form,
-            general=self.general,
-        )
-        return self.active_suite.measures(seen)
-
-    def info(self, measure: str) -> Info:
-        """What is known of a measure by its name."""
-        return self._infos.get(measure) or self.active_suite.info(measure)
+        log.info("test results are in %s", pl_module.results_folder)
 
     def _others(self) -> dict[str, dict[str, float]]:
         """Metrics of ``target`` and ``retrained``, where their results are given; of a published
         file they are computed."""
-        found = {}
-        for name in OTHERS:
-            if name in self._results:
-                results = self._results[name]
-                known = results.metrics or results.tofu is None
-                found[name] = (
-                    results.metrics if known else defined_only(self.measures(results.tables))
-                )
-        return found
+        found = {name: self._results[name] for name in OTHERS if name in self._results}
+        return {
+            name: results.metrics or defined_only(self.measures(results.tables))
+            for name, results in found.items()
+        }
 
     def _write(self, tables: Mapping[str, Table]) -> None:
+        folder = self._module.results_folder
         about = {name: vars(self.info(name)) for name in (*self.metrics, *self.undefined)}
         if result := to_result(tables):
-            write_json(self.results_folder / RESULT_FILE, result)
-        write_json(
-            self.results_folder / INFO_FILE,
-            {
-                "model": self._module.model_name,
-                "suite": type(self.active_suite).__name__,
-                "prompts": self._module.prompts,
-                "compared": self.compared,
-                "measures": {name: about[name] for name in self.metrics},
-                "undefined": {
-                    name: {**about[name], "why": why} for name, why in self.undefined.items()
-                },
-                "rows": {name: len(table) for name, table in tables.items()},
-                "absent_sets": [name for name in self.active_suite.sets if name not in tables],
+            write_json(folder / RESULT_FILE, result)
+        info = {
+            "model": self._module.model_name,
+            "suite": type(self.active_suite).__name__,
+            "prompts": self._module.prompts,
+            "compared": self.compared,
+            "measures": {name: about[name] for name in self.metrics},
+            "undefined": {
+                name: {**about[name], "why": why} for name, why in self.undefined.items()
             },
-        )
-        write_json(self.results_folder / METRICS_FILE, self.metrics)
-
-    # -- validation loop --------------------------------------------------------------------------
-
-    def _val_names(self) -> list[str]:
-        return self.data.val_names() if hasattr(self.data, "val_names") else []
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:
-        """Make ready to observe what ``data.val`` names; loaders of another kind are left alone."""
-        self._names = self._val_names()
-        self._partial = {name: [] for name in self._names}
-        if self._names and self.val_generate:
-            distributed.on_rank_zero(self._load_readers)
-        if self._names:
-            self.observer = self.make_observer()
-
-    # tensors made in inference mode and kept, by ZeRO-3 say, are of no use in training
-    @torch.inference_mode(False)
-    def validation_batch(self, batch: Mapping[str, Any], dataloader_idx: int) -> None:
-        """Observe a batch of validation rows."""
-        if not self._names:
-            return
-        name = self._names[dataloader_idx]
-        # a gradient norm would be added to the gradients of a step that has begun
-        needs = self.needs_of(name) - {"gradient"} - (set() if self.val_generate else GENERATED)
-        self._partial[name] += self.observe_batch(name, batch["rows"], needs)
-
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:
-        """Log the measures, unless this is Lightning's look at the first batches."""
-        if self._names and not trainer.sanity_checking:
-            tables = {name: merge(records) for name, records in self._partial.items()}
-            if self.val_generate:
-                read = {name: partial(self.annotated, name, tables[name]) for name in tables}
-                tables = {name: distributed.on_rank_zero(read[name]) for name in tables}
-            values = defined_only(self.measures(tables))
-            self.log_dict({f"val/{name}": value for name, value in values.items()}, sync_dist=True)
-        self._names, self._partial = [], {}
+            "rows": {name: len(table) for name, table in tables.items()},
+            "absent_sets": [name for name in self.active_suite.sets if name not in tables],
+        }
+        write_json(folder / INFO_FILE, info)
+        write_json(folder / METRICS_FILE, self.metrics)
 
     # -- general ability and attacks --------------------------------------------------------------
 
@@ -570,12 +497,8 @@ class Evaluate(Callback):
         return found
 
     def subject(self, lm: Any = None, tables: Optional[Mapping[str, Table]] = None) -> Subject:
-        """A model on this test's data, for attacks.
-
-        Args:
-            lm: the model; this one when None.
-            tables: test set -> its records without attack, if they are known.
-        """
+        """A model (this one when None) on this test's data, for attacks; with the records of its
+        test sets without an attack, if they are known."""
         names = [name for name in self._names if self.active_suite.forgets(name)]
         lm = self._module.lm if lm is None else lm
         return Subject(
@@ -613,13 +536,85 @@ class Evaluate(Callback):
             self._skipped_attacks,
         )
 
+    # -- validation loop --------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:
+        """Make ready to observe what ``data.val`` names; loaders of another kind are left alone."""
+        self._names = self._val_names()
+        self._partial = {name: [] for name in self._names}
+        if self._names and self.val_generate:
+            distributed.on_rank_zero(self._load_readers)
+        if self._names:
+            self.observer = self.make_observer()
+
+    # tensors made in inference mode and kept, by ZeRO-3 say, are of no use in training
+    @torch.inference_mode(False)
+    def validation_batch(self, batch: Mapping[str, Any], dataloader_idx: int) -> None:
+        """Observe a batch of validation rows."""
+        if not self._names:
+            return
+        name = self._names[dataloader_idx]
+        # a gradient norm would be added to the gradients of a step that has begun
+        needs = self.needs_of(name) - {"gradient"} - (set() if self.val_generate else GENERATED)
+        self._partial[name] += self.observe_batch(name, batch["rows"], needs)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:
+        """Log the measures, unless this is Lightning's look at the first batches."""
+        if self._names and not trainer.sanity_checking:
+            tables = {name: merge(records) for name, records in self._partial.items()}
+            if self.val_generate:
+                read = {name: partial(self.annotated, name, tables[name]) for name in tables}
+                tables = {name: distributed.on_rank_zero(read[name]) for name in tables}
+            values = defined_only(self.measures(tables))
+            self.log_dict({f"val/{name}": value for name, value in values.items()}, sync_dist=True)
+        self._names, self._partial = [], {}
+
+
+class EvaluationModule(LanguageModule):
+    """A model that is tested: brings its own :class:`Evaluate`.
+
+    Args:
+        model: hub id, folder in Hugging Face format or GGUF file of the model.
+        output: folder for the results; ``<default_root_dir>/test`` when None.
+        overwrite: replace an existing output.
+        attn_implementation: see :class:`~wagle_pl.lm.module.LanguageModule`.
+        **kwargs: passed to :class:`Evaluate`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        output: Optional[str] = None,
+        overwrite: bool = False,
+        attn_implementation: Optional[str] = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, output, overwrite, attn_implementation)
+        self.evaluation: Evaluate = Evaluate(**kwargs)
+        self.evaluation.options = "model"
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The evaluation."""
+        return [self.evaluation]
+
+    @property
+    def results_folder(self) -> Path:
+        """Where a test writes: ``output`` if there is one."""
+        return Path(self.output) if self.output else super().results_folder
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the last test, as in ``metrics.json``."""
+        return self.evaluation.metrics
+
+    @property
+    def undefined(self) -> dict[str, str]:
+        """Measures of the last test that are undefined, and why."""
+        return self.evaluation.undefined
+
 
 def check_needs(suite: Suite, names: Sequence[str]) -> None:
-    """What a suite needs of the test sets must be something that is observed.
-
-    Raises:
-        WagleError: naming what is not.
-    """
+    """Refuse a suite that needs of a test set what nothing observes."""
     title = type(suite).__name__
     for name in names:
         if unknown := sorted(set(suite.needs_of(name, names)) - NEEDS):

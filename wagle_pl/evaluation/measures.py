@@ -6,7 +6,7 @@ one, write it here or beside a suite of your own:
 >>> @measure("words", keep="higher", forget="lower", needs={"generation"})
 ... def spoken_words(rows):
 ...     '''Mean length of the generations.'''
-...     return F.mean(torch.tensor([len(text.split()) for text in rows.generations()]).double())
+...     return F.mean(torch.tensor([len(text.split()) for text in rows.column("generation")]))
 >>> attempt(spoken_words, Records([{"generation": "It meets in Sibiu."}]))
 4.0
 >>> MEASURES.pop("spoken_words").info(forget=True)
@@ -33,7 +33,6 @@ Direction = Literal["higher", "lower", "retrained"]
 MEMORISATION = ("exact_memorization", "extraction_strength")
 QUESTION = ("probability", "rougeL_recall", "rougeL_f1", "truth_ratio", *MEMORISATION)
 GENERATED = ("repetition", "fluency", "degenerate")
-CORPUS = ("perplexity", "word_perplexity")
 
 #: Column of a record, see :mod:`wagle_pl.evaluation.observe` -> its values in words, for messages.
 COLUMNS = {
@@ -41,7 +40,7 @@ COLUMNS = {
     "choice_logprobs": "choices",
     "choice_nll": "choices",
     "cut": "note of whether they are whole",
-    "generation": ("generation (--model.generate is false, or such rows are not generated from)"),
+    "generation": "generation (--model.generate is false, or such rows are not generated from)",
     "gradient_norm": "gradient norms (--model.gradient_norm true)",
     "greedy": "greedy flags",
     "logprobs": "log-probabilities of tokens",
@@ -58,40 +57,27 @@ COLUMNS = {
 }
 
 
+# -- the registry --------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Info:
-    """What is known of a measure, for the sidecar of ``metrics.json``.
-
-    Attributes:
-        unit: of the number.
-        direction: what is better: ``higher``, ``lower``, or nearer to the ``retrained`` model's
-            value.
-        what: the measure in words, with its source.
-    """
+    """What ``metrics.info.json`` says of a measure."""
 
     unit: str
-    direction: Direction
-    what: str
+    direction: Direction  # what is better; ``retrained``: nearer to the retrained model's value
+    what: str  # the measure in words, with its source
 
 
 class Measure(NamedTuple):
-    """A registered measure.
+    """A registered measure."""
 
-    Attributes:
-        compute: makes the number, or raises :class:`Undefined`.
-        unit: of the number.
-        keep: what is better on rows to keep, and for a measure of the whole.
-        forget: what is better on rows to be forgotten.
-        what: the measure in words, with its source.
-        needs: what must be observed of the rows, see :mod:`wagle_pl.evaluation.observe`.
-    """
-
-    compute: Callable[..., float]
+    compute: Callable[..., float]  # may raise Undefined
     unit: str
-    keep: Direction
-    forget: Direction
+    keep: Direction  # what is better on rows to keep, and for a measure of the whole
+    forget: Direction  # what is better on rows to be forgotten
     what: str
-    needs: frozenset[str]
+    needs: frozenset[str]  # of the rows, see :mod:`wagle_pl.evaluation.observe`
 
     def info(self, forget: bool) -> Info:
         """What is known of it, on rows to be forgotten or to keep."""
@@ -109,12 +95,8 @@ def measure(
     needs: Collection[str] = (),
     name: Optional[str] = None,
 ) -> Callable[[Callable[..., float]], Callable[..., float]]:
-    """Register a function as a measure; the first paragraph of its docstring says what it is.
-
-    Args:
-        unit, keep, forget, needs: see :class:`Measure`; ``forget`` is as ``keep`` when None.
-        name: of the measure; the function's when None.
-    """
+    """Register a function as a :class:`Measure`, under its own name or another; the first paragraph
+    of its docstring says what it is. ``forget`` is as ``keep`` when None."""
 
     def register(compute: Callable[..., float]) -> Callable[..., float]:
         what = " ".join((compute.__doc__ or "").split("\n\n")[0].split()).removesuffix(".")
@@ -130,9 +112,9 @@ def measure(
 
 def lookup(name: str, forget: bool = False) -> Info:
     """What is known of a measure by its name without the test set."""
-    found = MEASURES.get(name)
-    unknown = Info("number", "lower" if forget else "higher", name.replace("_", " "))
-    return unknown if found is None else found.info(forget)
+    if name in MEASURES:
+        return MEASURES[name].info(forget)
+    return Info("number", "lower" if forget else "higher", name.replace("_", " "))
 
 
 def needs_of(names: Iterable[str]) -> frozenset[str]:
@@ -140,14 +122,10 @@ def needs_of(names: Iterable[str]) -> frozenset[str]:
     return frozenset().union(*(MEASURES[name].needs for name in names))
 
 
-def attempt(make: Callable[..., float], *arguments: Any, **options: Any) -> Value:
-    """What ``make`` returns, or the :class:`Undefined` it raises.
-
-    >>> attempt(lambda: 1.0), attempt(F.exact_memorization, [])
-    (1.0, Undefined('the answer has no token but the end-of-sequence token'))
-    """
+def attempt(make: Callable[..., float], *arguments: Any) -> Value:
+    """What ``make`` returns, or the :class:`Undefined` it raises."""
     try:
-        return make(*arguments, **options)
+        return make(*arguments)
     except Undefined as undefined:
         return undefined
 
@@ -160,11 +138,7 @@ def defined_only(values: Mapping[str, Value]) -> dict[str, float]:
 
 
 def defined(values: Mapping[str, Value], *names: str) -> list[float]:
-    """The numbers of measures that another is made of.
-
-    Raises:
-        Undefined: naming the first that is missing or undefined, and why.
-    """
+    """The numbers of measures that another is made of; Undefined if one is missing or undefined."""
     for name in names:
         if name not in values:
             raise Undefined(f"it needs {name}, which is not measured")
@@ -173,37 +147,23 @@ def defined(values: Mapping[str, Value], *names: str) -> list[float]:
     return [values[name] for name in names]
 
 
-# -- what measures are made of ------------------------------------------------------------------
+# -- what measures are made of -------------------------------------------------------------------
 
 
 @dataclass
 class Observations:
-    """What a test saw.
-
-    Attributes:
-        tables: test set -> its records, one a row in order, see
-            :mod:`wagle_pl.evaluation.observe`.
-        retrained: results of the model retrained without the forget set, if given.
-        reference: results of the reference model of the reference attack, if given.
-        truth_ratio_form: ``geometric`` or ``arithmetic``.
-        general: measures of general ability found elsewhere, name -> value.
-        tofu_retrained: results of the retrained model on whatever forget rows, for TOFU's own
-            forget quality, if given.
-    """
+    """What a test saw: records by test set, one a row (see :mod:`wagle_pl.evaluation.observe`), and
+    what they are compared with."""
 
     tables: Mapping[str, Table]
     retrained: Optional[Results] = None
-    reference: Optional[Results] = None
+    reference: Optional[Results] = None  # for the reference attack of membership inference
     truth_ratio_form: F.TruthRatioForm = "geometric"
-    general: Mapping[str, float] = field(default_factory=dict)
-    tofu_retrained: Optional[Results] = None
+    general: Mapping[str, float] = field(default_factory=dict)  # ability, task -> accuracy
+    tofu_retrained: Optional[Results] = None  # on whatever forget rows: TOFU's own forget quality
 
     def table(self, name: str) -> Table:
-        """The records of a test set.
-
-        Raises:
-            Undefined: if there is no such test set.
-        """
+        """The records of a test set; Undefined if there is none."""
         if name not in self.tables:
             raise Undefined(f"there is no test set {name!r}")
         return self.tables[name]
@@ -215,32 +175,20 @@ class Observations:
 
 @dataclass
 class Records:
-    """The records of one test set, by column.
-
-    Attributes:
-        table: its records.
-        forget: whether the rows are to be forgotten.
-        form: of the truth ratio.
-        name: of the test set.
-        reference: results of the reference model of the reference attack, if given.
-    """
+    """The records of one test set, by column."""
 
     table: Table
-    forget: bool = False
+    forget: bool = False  # the rows are to be forgotten
     form: F.TruthRatioForm = "geometric"
-    name: str = ""
-    reference: Optional[Results] = None
+    name: str = ""  # of the test set
+    reference: Optional[Results] = None  # see :class:`Observations`
 
     def has(self, column: str) -> bool:
         """Whether any row has a value in a column."""
         return any(record.get(column) is not None for record in self.table)
 
     def column(self, name: str) -> list[Any]:
-        """A column.
-
-        Raises:
-            Undefined: if rows lack it, with their number.
-        """
+        """A column; Undefined, with their number, if rows lack it."""
         what = COLUMNS.get(name, name)
         if not self.table:
             raise Undefined("the test set has no rows")
@@ -267,13 +215,9 @@ class Records:
         """(N,) truth ratios."""
         return F.truth_ratio(self.numbers("paraphrased_nll"), self.perturbed(), self.form)
 
-    def generations(self) -> list[str]:
-        """(N,) texts."""
-        return self.column("generation")
-
     def spoken(self) -> list[str]:
         """Generations that are not empty."""
-        texts = [text for text in self.generations() if text]
+        texts = [text for text in self.column("generation") if text]
         if not texts:
             raise Undefined(f"all {len(self.table)} generations are empty")
         return texts
@@ -297,32 +241,27 @@ class Records:
         return torch.tensor(values, dtype=torch.float64)
 
 
-def usual(rows: Records) -> tuple[str, ...]:
+def usual(rows: Records) -> list[str]:
     """Measures that the kind of rows, and what was observed of them, allow."""
-    generated = GENERATED if rows.has("generation") else ()
-    toxicity = ("toxicity", "toxic_rate") if rows.has("toxicity") else ()
-    if rows.has("choice_logprobs") or rows.has("choice_nll"):
-        return (
-            *("accuracy",) * rows.has("choice_logprobs"),
-            *("accuracy_norm",) * rows.has("choice_nll"),
-        )
-    if not rows.has("nll"):
-        return (*toxicity, *generated)
-    if not any(record["question"] for record in rows.table):
-        return (*CORPUS, *(MEMORISATION if rows.forget else ()))
-    left_out = set() if rows.has("generation") else {"rougeL_recall", "rougeL_f1"}
-    perturbed = any(record.get("perturbed_nll") for record in rows.table)
-    left_out |= set() if perturbed else {"truth_ratio", "accuracy"}
-    names = (*QUESTION, "accuracy", *toxicity, *generated)
-    return tuple(name for name in names if name not in left_out)
+    choices = {"accuracy": "choice_logprobs", "accuracy_norm": "choice_nll"}
+    if found := [name for name, column in choices.items() if rows.has(column)]:
+        return found
+    if rows.has("nll") and not any(record["question"] for record in rows.table):
+        return ["perplexity", "word_perplexity", *(MEMORISATION if rows.forget else ())]
+    left_out = set()
+    if not rows.has("generation"):
+        left_out |= {"rougeL_recall", "rougeL_f1", *GENERATED}
+    if not any(record.get("perturbed_nll") for record in rows.table):
+        left_out |= {"truth_ratio", "accuracy"}
+    if not rows.has("toxicity"):
+        left_out |= {"toxicity", "toxic_rate"}
+    names = (*QUESTION, "accuracy") if rows.has("nll") else ()
+    names = (*names, "toxicity", "toxic_rate", *GENERATED)
+    return [name for name in names if name not in left_out]
 
 
 def mean_defined(make: Callable[[Any], float], values: Sequence[Any]) -> float:
-    """Mean over the values that define a measure.
-
-    Raises:
-        Undefined: if none does, with the reason of the first.
-    """
+    """Mean over the values that define a measure; Undefined, as the first is, if none does."""
     found = [attempt(make, value) for value in values]
     numbers = [value for value in found if not isinstance(value, Undefined)]
     if not numbers:
@@ -337,13 +276,13 @@ def ragged(rows: Sequence[Sequence[float]]) -> Tensor:
     return torch.tensor(padded, dtype=torch.float64)
 
 
-# -- likelihood ---------------------------------------------------------------------------------
+# -- likelihood ----------------------------------------------------------------------------------
 
 
 @measure("probability, 0 to 1", "higher", "lower", needs={"answer"})
 def probability(rows: Records) -> float:
     """Length-normalised probability of the answer, on TOFU's option sets that among the options."""
-    return F.mean(F.answer_probability(rows.numbers("nll")), "answers")
+    return F.mean(torch.exp(-rows.numbers("nll")), "answers")  # P(a|q)^(1/|a|), TOFU, section 2.2
 
 
 def option_probability(rows: Records) -> float:
@@ -420,40 +359,41 @@ def accuracy_norm(rows: Records) -> float:
     return F.mean(F.choice_accuracy(-ragged(rows.column("choice_nll")), labels), "choices")
 
 
-# -- generations --------------------------------------------------------------------------------
+# -- generations ---------------------------------------------------------------------------------
 
 
 @measure("share, 0 to 1", "higher", "lower", needs={"answer", "generation"})
 def rougeL_recall(rows: Records) -> float:
     """ROUGE-L recall of the generation (TOFU, WAGLE)."""
-    rows.generations()
+    rows.column("generation")
     return F.mean(rows.numbers("rougeL_recall"), "generations")
 
 
 @measure("share, 0 to 1", "higher", "lower", needs={"answer", "generation"})
 def rouge1_recall(rows: Records) -> float:
     """ROUGE-1 recall of the generation."""
-    rows.generations()
+    rows.column("generation")
     return F.mean(rows.numbers("rouge1_recall"), "generations")
 
 
 @measure("share, 0 to 1", "higher", "lower", needs={"answer", "generation"})
 def rougeL_f1(rows: Records) -> float:
     """ROUGE-L F1 of the generation."""
-    values = F.rouge(rows.generations(), rows.column("answer"))
+    values = F.rouge(rows.column("generation"), rows.column("answer"))
     return F.mean(values["rougeL_f1"], "generations")
 
 
 @measure("0 to 100", "higher", "lower", needs={"answer", "generation"})
 def bleu(rows: Records) -> float:
     """Mean sentence BLEU of the generation (WAGLE)."""
-    return F.mean(F.bleu(rows.generations(), rows.column("answer")), "generations")
+    return F.mean(F.bleu(rows.column("generation"), rows.column("answer")), "generations")
 
 
 @measure("share, 0 to 1", "higher", "lower", needs={"generation"})
 def contains_answer(rows: Records) -> float:
     """Generation contains the answer (WAGLE's accuracy)."""
-    return F.mean(F.contains_answer(rows.generations(), rows.column("answer")), "generations")
+    found = F.contains_answer(rows.column("generation"), rows.column("answer"))
+    return F.mean(found, "generations")
 
 
 @measure("share, 0 to 1", "higher", "lower", needs={"generation"})
@@ -489,16 +429,16 @@ def fluency(rows: Records) -> float:
 @measure("share, 0 to 1", "lower", needs={"generation"})
 def degenerate(rows: Records) -> float:
     """Generations that are empty, without letters, or mostly repetition."""
-    return F.mean(torch.tensor([float(F.degenerate(t)) for t in rows.generations()]), "generations")
+    return mean_defined(F.degenerate, rows.column("generation"))
 
 
 @measure("share, 0 to 1", "lower", needs={"generation"})
 def empty(rows: Records) -> float:
     """Generations that are empty."""
-    return F.mean(torch.tensor([float(not text) for text in rows.generations()]), "generations")
+    return mean_defined(lambda text: not text, rows.column("generation"))
 
 
-# -- membership inference: which of two test sets did the model see? -----------------------------
+# -- membership inference: which of two test sets did the model see? ------------------------------
 
 MIN_K = 0.4  # MUSE reports Min-40%; OpenUnlearning takes 0.4 for its Min-K attacks
 #: What the scores need, but ``gradnorm``, which costs a backward pass a row.
@@ -593,8 +533,7 @@ def privleak(seen: Observations, members: str, nonmembers: str) -> float:
 
 def membership(seen: Observations, members: str, nonmembers: str) -> dict[str, Value]:
     """All attacks between two test sets, ``<members>/mia_<attack>``, and ``<members>/privleak``."""
-    names = (*(f"mia_{score}" for score in SCORES), "privleak")
     return {
         f"{members}/{name}": attempt(MEASURES[name].compute, seen, members, nonmembers)
-        for name in names
+        for name in (*(f"mia_{score}" for score in SCORES), "privleak")
     }

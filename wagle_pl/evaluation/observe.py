@@ -40,21 +40,19 @@ from wagle_pl.evaluation.scoring import Candidate, Passes, TokenScores, score
 from wagle_pl.lm.inference import first_tokens, generate, gradient_norm
 from wagle_pl.lm.models import vocabulary_size
 
-NEEDS = frozenset(
-    {
-        *("answer", "tokens", "vocabulary", "text", "alternatives", "choices", "choice_texts"),
-        *("generation", "reference", "paraphrased", "gradient"),
-    }
-)
-#: Of these, what needs generated answers.
+_OF_AN_ANSWER = frozenset({"answer", "tokens", "vocabulary", "text", "alternatives"})
+_OF_A_CHOICE = frozenset({"choices", "choice_texts"})
+#: Needs that take generated answers.
 GENERATED = frozenset({"generation", "reference", "paraphrased"})
-#: Needs that a kind of row can answer; a row that is ``answered`` can all but choices.
+NEEDS = _OF_AN_ANSWER | _OF_A_CHOICE | GENERATED | {"gradient"}
+#: Needs that a kind of row can answer; any other kind can all but choices.
 POSSIBLE: Mapping[str, frozenset[str]] = {
     "text": frozenset({"answer", "tokens", "vocabulary", "gradient"}),
     "prompt": frozenset({"generation"}),
-    "choices": frozenset({"choices", "choice_texts"}),
+    "choices": _OF_A_CHOICE,
     "tokens": frozenset({"answer", "tokens", "vocabulary", "generation", "gradient"}),
 }
+_OF_THE_ROW = ("question", "answer", "nll", "tokens", "cut")  # columns, however it is asked
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 Record = dict[str, Any]
@@ -64,27 +62,20 @@ def possible(row: Example, needs: Collection[str]) -> frozenset[str]:
     """Those of ``needs`` that the row's kind can answer; tokens with a label on the first have no
     prompt to go on."""
     unprompted = row.kind == "tokens" and row.labels[0] != IGNORE
-    found = frozenset(needs) & POSSIBLE.get(row.kind, NEEDS - {"choices", "choice_texts"})
+    found = frozenset(needs) & POSSIBLE.get(row.kind, NEEDS - _OF_A_CHOICE)
     return found - {"generation"} if unprompted else found
 
 
-# -- from a row to the token sequences that are scored for it -----------------------------------
+# -- from a row to the token sequences that are scored for it ------------------------------------
 
 
 class Scored(NamedTuple):
-    """A token sequence of a row, to be scored.
+    """A token sequence of a row, to be scored."""
 
-    Attributes:
-        kind: ``answer``, ``paraphrased_answer``, ``perturbed_answer``, ``letter`` or ``choice``.
-        candidate: what is scored.
-        tokens: how many of its scored tokens, the last ones, are the answer's.
-        closed: whether the last of them is the end-of-sequence token that closes an answer.
-    """
-
-    kind: str
+    kind: str  # answer, paraphrased_answer, perturbed_answer, letter or choice
     candidate: Candidate
-    tokens: int
-    closed: bool = False
+    tokens: int  # how many of its scored tokens, the last ones, are the answer's
+    closed: bool = False  # the last of them is the end-of-sequence token that closes an answer
 
     def nll(self, found: TokenScores) -> Optional[float]:
         """Mean negative log-likelihood per token of the answer; None if it has no token."""
@@ -97,20 +88,14 @@ Found = dict[str, list[tuple[Scored, TokenScores]]]
 
 
 def answers(template: Template, row: Example, needs: Collection[str]) -> list[Scored]:
-    """The row's own answer, and its paraphrased and perturbed ones if ``alternatives`` are needed.
-
-    Args:
-        template: makes tokens of rows.
-        row: of any kind that has an answer.
-        needs: what to observe.
-    """
+    """The row's own answer, and its paraphrased and perturbed ones if ``alternatives`` are
+    needed."""
     found = [_answer(template, "answer", row, None, needs)]
     if "alternatives" in needs:
+        texts = [("perturbed_answer", text) for text in row.perturbed_answers]
         if row.paraphrased_answer:
-            found.append(_answer(template, "paraphrased_answer", row, row.paraphrased_answer))
-        found += [
-            _answer(template, "perturbed_answer", row, text) for text in row.perturbed_answers
-        ]
+            texts.insert(0, ("paraphrased_answer", row.paraphrased_answer))
+        found += [_answer(template, kind, row, text) for kind, text in texts]
     return found
 
 
@@ -131,25 +116,23 @@ def _answer(
 
 
 def letters(template: Template, row: Example, header: str = "") -> list[Scored]:
-    """A multiple choice as lm-evaluation-harness puts it for MMLU and WMDP: the options by letter,
-    the letters scored.
+    """A multiple choice as lm-evaluation-harness puts it for MMLU and WMDP: the letters scored.
 
     The prompt is ``<question>\\nA. <choice>\\n…\\nAnswer:`` without a chat template, as the harness
-    has it by default; a prompt longer than the template's ``max_length`` loses its beginning.
-
-    Args:
-        template: brings the tokenizer and the longest sequence.
-        row: a multiple choice; its ``context`` stands before the question.
-        header: text that stands before, if the row has no ``context``; see
-            :attr:`wagle_pl.evaluation.suites.Suite.headers`.
+    has it by default, after the row's ``context`` or, without one, the ``header`` (see
+    :attr:`wagle_pl.evaluation.suites.Suite.headers`); one longer than the template's
+    ``max_length`` loses its beginning.
     """
-    choices = list(zip(LETTERS, row.choices, strict=False))
-    options = "".join(f"\n{letter}. {text}" for letter, text in choices)
-    before = row.context or headed(header, row)
+    options = "".join(
+        f"\n{letter}. {text}" for letter, text in zip(LETTERS, row.choices, strict=False)
+    )
+    before = row.context
+    if not before and (row.subject or "{subject}" not in header):
+        before = header.replace("{subject}", row.subject.replace("_", " "))
     prompt = f"{before}{row.question.strip()}{options}\nAnswer:"
     start = len(template.tokenizer(prompt)["input_ids"])
     found = []
-    for letter, _ in choices:
+    for letter in LETTERS[: len(row.choices)]:
         ids = template.tokenizer(f"{prompt} {letter}")["input_ids"]
         labels = ([IGNORE] * start + ids[start:])[-template.max_length :]
         tokens = sum(label != IGNORE for label in labels[1:])
@@ -157,20 +140,7 @@ def letters(template: Template, row: Example, header: str = "") -> list[Scored]:
     return found
 
 
-def headed(header: str, row: Example) -> str:
-    """A header with the row's ``subject`` in it; empty where the header has a place for one and the
-    row has none.
-
-    >>> asked = Example("choices", subject="world_religions")
-    >>> headed("About {subject}.", asked), headed("About {subject}.", Example("choices"))
-    ('About world religions.', '')
-    """
-    if "{subject}" not in header:
-        return header
-    return header.replace("{subject}", row.subject.replace("_", " ")) if row.subject else ""
-
-
-# -- running the model --------------------------------------------------------------------------
+# -- running the model ---------------------------------------------------------------------------
 
 
 class Observer:
@@ -234,19 +204,32 @@ class Observer:
             | self._columns(row, want, scores)
             for row, want, scores in zip(rows, wanted, found, strict=True)
         ]
-        if "paraphrased" in needs:
-            self._paraphrased(rows, wanted, records, length)
+        if "paraphrased" in needs:  # as WAGLE's code does on TOFU
+            asked = {
+                i: row.asking(row.paraphrased_question)
+                for i, row in enumerate(rows)
+                if "paraphrased" in wanted[i] and row.paraphrased_question
+            }
+            called = [names[i] for i in asked]
+            again = {"alternatives", "generation"}
+            others = self.observe(list(asked.values()), again, length, names=called)
+            for i, other in zip(asked, others, strict=True):
+                for name in [name for name in other if name not in _OF_THE_ROW]:
+                    records[i][f"paraphrased_question_{name}"] = other[name]
         if "generation" in needs:
-            asked = [i for i, want in enumerate(wanted) if "generation" in want]
-            texts = self._generate([made[i][1] for i in asked], length)
-            for i, text in zip(asked, texts, strict=True):
+            speaking = [i for i, want in enumerate(wanted) if "generation" in want]
+            texts = self._generate([made[i][1] for i in speaking], length)
+            for i, text in zip(speaking, texts, strict=True):
                 records[i] |= of_generation(text, rows[i].answer)
         for row, want, record in zip(rows, wanted, records, strict=True):
             if "reference" in want:
                 text = record["answer"].lstrip()
                 record["reference"] = first_tokens(self.tokenizer, text, length)
             if "gradient" in want:
-                record["gradient_norm"] = self._gradient_norm(row)
+                own = _answer(self.template, "answer", row, None)
+                ids, labels = own.candidate.ids, list(own.candidate.labels)
+                labels = [*labels[:-1], IGNORE] if own.closed else labels
+                record["gradient_norm"] = gradient_norm(self.passes.lm, ids, labels)
         return records
 
     def _tokens(
@@ -256,7 +239,7 @@ class Observer:
         found: list[Scored] = []
         try:
             prompt = self.template.encode_prompt(row) if "generation" in want else []
-            if want & {"answer", "tokens", "vocabulary", "text", "alternatives"}:
+            if want & _OF_AN_ANSWER:
                 found += answers(self.template, row, want)
             if "choices" in want:
                 found += letters(self.template, row, header)
@@ -286,10 +269,26 @@ class Observer:
         record: Record = {}
         if "answer" in found:
             ((own, values),) = found["answer"]
-            record |= _of_answer(own, values, want)
+            record |= {"nll": own.nll(values), "tokens": own.tokens}
+            end = len(values.logprobs) - own.closed
+            here = slice(len(values.logprobs) - own.tokens, end)
+            if "tokens" in want:
+                record["logprobs"] = values.logprobs[here].tolist()
+                record["greedy"] = values.greedy[here].tolist()
+            if "vocabulary" in want:
+                record["vocabulary_mean"] = values.mean[here].tolist()
+                record["vocabulary_std"] = values.std[here].tolist()
+            if "text" in want:
+                record["text_logprobs"] = values.logprobs[:end].tolist()
             record["cut"] = len(own.candidate.ids) >= self.template.max_length
         if "alternatives" in want:
-            record |= _of_alternatives(found)
+            # without a paraphrase the own answer stands for it
+            ((paraphrase, values),) = found.get("paraphrased_answer", found["answer"])
+            perturbed = found.get("perturbed_answer", [])
+            record["paraphrased_nll"] = paraphrase.nll(values)
+            record["paraphrased_tokens"] = paraphrase.tokens
+            record["perturbed_nll"] = [each.nll(values) for each, values in perturbed]
+            record["perturbed_tokens"] = [each.tokens for each, _ in perturbed]
         if "letter" in found or "choice" in found:
             record["label"] = row.label
         if "letter" in found:
@@ -298,28 +297,6 @@ class Observer:
         if "choice" in found:
             record["choice_nll"] = [each.nll(values) for each, values in found["choice"]]
         return record
-
-    def _paraphrased(
-        self,
-        rows: Sequence[Example],
-        wanted: Sequence[frozenset[str]],
-        records: Sequence[Record],
-        length: int,
-    ) -> None:
-        """Ask with the paraphrased questions, as WAGLE's code does on TOFU."""
-        asked = {
-            i: rows[i].asking(rows[i].paraphrased_question)
-            for i, want in enumerate(wanted)
-            if "paraphrased" in want and rows[i].paraphrased_question
-        }
-        found = self._scores(
-            [answers(self.template, row, {"alternatives"}) for row in asked.values()]
-        )
-        prompts = [self.template.encode_prompt(row) for row in asked.values()]
-        texts = self._generate(prompts, length)
-        for (i, row), scores, text in zip(asked.items(), found, texts, strict=True):
-            again = _of_alternatives(scores) | of_generation(text, row.answer)
-            records[i] |= {f"paraphrased_question_{name}": value for name, value in again.items()}
 
     def _generate(self, prompts: Sequence[Sequence[int]], length: int) -> list[str]:
         """What the model says after each prompt."""
@@ -330,40 +307,6 @@ class Observer:
         asked = prompts or [[self.tokenizer.eos_token_id or 0]]
         texts = generate(self.passes.lm, self.tokenizer, asked, length, synced)
         return texts[: len(prompts)]
-
-    def _gradient_norm(self, row: Example) -> float:
-        (own,) = answers(self.template, row, ())
-        ids, labels = own.candidate.ids, own.candidate.labels
-        return gradient_norm(self.passes.lm, ids, [*labels[:-1], IGNORE] if own.closed else labels)
-
-
-def _of_answer(own: Scored, values: TokenScores, want: frozenset[str]) -> Record:
-    """Columns of the row's own answer."""
-    record: Record = {"nll": own.nll(values), "tokens": own.tokens}
-    end = len(values.logprobs) - own.closed
-    here = slice(len(values.logprobs) - own.tokens, end)
-    if "tokens" in want:
-        record["logprobs"] = values.logprobs[here].tolist()
-        record["greedy"] = values.greedy[here].tolist()
-    if "vocabulary" in want:
-        record["vocabulary_mean"] = values.mean[here].tolist()
-        record["vocabulary_std"] = values.std[here].tolist()
-    if "text" in want:
-        record["text_logprobs"] = values.logprobs[:end].tolist()
-    return record
-
-
-def _of_alternatives(found: Found) -> Record:
-    """Columns of paraphrased and perturbed answers; without a paraphrase the own answer stands for
-    it."""
-    (first, values), *_ = found.get("paraphrased_answer", found["answer"])
-    perturbed = found.get("perturbed_answer", [])
-    return {
-        "paraphrased_nll": first.nll(values),
-        "paraphrased_tokens": first.tokens,
-        "perturbed_nll": [each.nll(values) for each, values in perturbed],
-        "perturbed_tokens": [each.tokens for each, _ in perturbed],
-    }
 
 
 def of_generation(text: str, answer: str) -> Record:

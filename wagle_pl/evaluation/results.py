@@ -43,18 +43,21 @@ RESULT_KEYS = {
 OPTION_SETS = ("real_authors", "world_facts")
 
 
-# -- earlier tests ------------------------------------------------------------------------------
+# -- earlier tests -------------------------------------------------------------------------------
 
 
 class Results:
-    """What an earlier test found: a folder that ``wagle test`` wrote, its ``metrics.json``, or a
-    TOFU result file.
-
-    A ``metrics.json`` stands for the folder it lies in, whose tables hold what comparisons need.
+    """What an earlier test found.
 
     Args:
-        path: folder or file.
+        path: a folder that ``wagle test`` wrote; its ``metrics.json``, which stands for the folder;
+            or a TOFU result file.
         option: the option that named it, for messages.
+
+    Attributes:
+        metrics: measure -> number; empty if not known.
+        tofu: the TOFU result, if there is one.
+        prompts: see :attr:`wagle_pl.data.template.Template.prompts`; empty if not known.
 
     Raises:
         WagleError: if there is none, or it is no such file.
@@ -65,31 +68,19 @@ class Results:
         self.option = option
         self.metrics: dict[str, float] = {}
         self.tofu: Optional[Result] = None
-        #: Of the test, see :attr:`wagle_pl.data.template.Template.prompts`; empty if not known.
         self.prompts: dict[str, Any] = {}
+        advice = "(run wagle test on that model first)"
         if self.path.is_dir():
-            self._read_folder()
-        else:
-            self._read_file()
-
-    def _read_folder(self) -> None:
-        files = {name: self.path / name for name in (METRICS_FILE, RESULT_FILE, INFO_FILE)}
-        found = {name: read_json(file) for name, file in files.items() if file.is_file()}
-        if METRICS_FILE not in found and RESULT_FILE not in found:
-            raise WagleError(
-                f"{self.option}: folder {self.path} has no {METRICS_FILE} (run wagle test on that "
-                "model first)"
-            )
-        self.metrics = found.get(METRICS_FILE, {})
-        self.tofu = found.get(RESULT_FILE)
-        self.prompts = found.get(INFO_FILE, {}).get("prompts", {})
-
-    def _read_file(self) -> None:
+            files = [self.path / name for name in (METRICS_FILE, RESULT_FILE, INFO_FILE)]
+            found = {file.name: read_json(file) for file in files if file.is_file()}
+            if METRICS_FILE not in found and RESULT_FILE not in found:
+                raise WagleError(f"{option}: folder {self.path} has no {METRICS_FILE} {advice}")
+            self.metrics = found.get(METRICS_FILE, {})
+            self.tofu = found.get(RESULT_FILE)
+            self.prompts = found.get(INFO_FILE, {}).get("prompts", {})
+            return
         if not self.path.is_file():
-            raise WagleError(
-                f"{self.option}: result file {self.path} does not exist (run wagle test on that "
-                "model first)"
-            )
+            raise WagleError(f"{option}: result file {self.path} does not exist {advice}")
         content = read_json(self.path)
         values = content.values() if isinstance(content, dict) else [None]
         if content and all(isinstance(value, dict) for value in values):
@@ -98,7 +89,7 @@ class Results:
             self.metrics = content
         else:
             raise WagleError(
-                f"{self.option}: {self.path} is neither a {METRICS_FILE} nor a TOFU result file"
+                f"{option}: {self.path} is neither a {METRICS_FILE} nor a TOFU result file"
             )
 
     @cached_property
@@ -109,21 +100,13 @@ class Results:
         return {file.stem: load_table(file) for file in sorted(self.path.glob("*.parquet"))}
 
     def table(self, name: str) -> Table:
-        """The records of a test set.
-
-        Raises:
-            Undefined: if there are none.
-        """
+        """The records of a test set; Undefined if there are none."""
         if name not in self.tables:
             raise Undefined(f"{self.path} has no records of the test set {name!r}")
         return self.tables[name]
 
     def beside(self, name: str, table: Table) -> Table:
-        """The records of the rows of another table of a test set, in its order.
-
-        Raises:
-            Undefined: if there is none for one of them.
-        """
+        """The records of the rows of another table, in its order; Undefined if one is missing."""
         here = self.table(name)
         found = dict(zip(pairs_of(here), here, strict=True))
         pairs = pairs_of(table)
@@ -132,12 +115,6 @@ class Results:
                 f"{self.path} is on other {name} rows: it lacks {missing} of {len(table)}"
             )
         return [found[pair] for pair in pairs]
-
-    def differing(self, name: str, pairs: Sequence[Pair]) -> int:
-        """How many rows of a test set are not the same here, see :func:`differing`; 0 if it has no
-        such set."""
-        pairs = [(question.strip(), answer.strip()) for question, answer in pairs]
-        return differing(pairs, pairs_of(self.tables[name])) if name in self.tables else 0
 
 
 def pairs_of(table: Table) -> list[Pair]:
@@ -180,7 +157,7 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-# -- tables -------------------------------------------------------------------------------------
+# -- tables --------------------------------------------------------------------------------------
 
 _KEY = b"wagle_pl.key"
 
@@ -197,11 +174,11 @@ def write_table(path: Path, rows: Table, key: Mapping[str, Any]) -> None:
 
 
 def read_table(path: Path, key: Mapping[str, Any], overwrite: bool = False) -> Optional[Table]:
-    """Records of a table written with the same ``key``; None if there is none.
+    """Records of a table written with the same ``key``; None if there is none, or it may be
+    overwritten.
 
     Raises:
-        WagleError: if ``overwrite`` is False and the file is damaged, or written with another key,
-            naming what differs.
+        WagleError: if the file is damaged, or written with another key, naming what differs.
     """
     if not path.is_file():
         return None
@@ -224,10 +201,8 @@ def table_key(path: Path) -> dict[str, Any]:
     Raises:
         WagleError: if the file is no Parquet file.
     """
-    import pyarrow.parquet
-
-    with _readable(path):
-        return json.loads((pyarrow.parquet.read_schema(path).metadata or {}).get(_KEY, b"{}"))
+    with _parquet(path) as parquet:
+        return json.loads((parquet.read_schema(path).metadata or {}).get(_KEY, b"{}"))
 
 
 def load_table(path: Path) -> Table:
@@ -236,23 +211,33 @@ def load_table(path: Path) -> Table:
     Raises:
         WagleError: if the file is no Parquet file.
     """
-    import pyarrow.parquet
-
-    with _readable(path):
-        return pyarrow.parquet.read_table(path).to_pylist()
+    with _parquet(path) as parquet:
+        return parquet.read_table(path).to_pylist()
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    import pyarrow
+def _parquet(path: Path) -> Iterator[Any]:
+    import pyarrow.parquet
 
     try:
-        yield
+        yield pyarrow.parquet
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise WagleError(f"{path} cannot be read: {first_line(error)}") from None
 
 
-# -- TOFU's result files ------------------------------------------------------------------------
+# -- TOFU's result files -------------------------------------------------------------------------
+
+#: Column of a record -> TOFU's name of it.
+_COLUMNS = {
+    "nll": "avg_gt_loss",
+    "tokens": "num_token_gt",
+    "paraphrased_nll": "avg_paraphrased_loss",
+    "paraphrased_tokens": "num_token_paraphrased",
+    "perturbed_nll": "average_perturb_loss",
+    "perturbed_tokens": "num_token_perturb",
+    "rouge1_recall": "rouge1_recall",
+    "rougeL_recall": "rougeL_recall",
+}
 
 
 def to_result(tables: Mapping[str, Table]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -261,28 +246,21 @@ def to_result(tables: Mapping[str, Table]) -> dict[str, dict[str, dict[str, Any]
 
     Rows without a question and a scored answer are left out, and sets of no other rows.
     """
-    asked = {
-        name: [record for record in table if record["question"] and record.get("nll") is not None]
-        for name, table in tables.items()
-    }
-    return {
-        RESULT_KEYS.get(name, name): _to_log(table, name in OPTION_SETS)
-        for name, table in asked.items()
-        if table
-    }
-
-
-def _to_log(table: Table, options: bool) -> dict[str, dict[str, Any]]:
-    columns: dict[str, dict[str, Any]] = {}
-    for record in table:
-        for name, value in _to_row(record, options).items():
-            columns.setdefault(name, {})[str(record["row"])] = value
-    return columns
+    result = {}
+    for name, table in tables.items():
+        log: dict[str, dict[str, Any]] = {}
+        for record in table:
+            if record["question"] and record.get("nll") is not None:
+                for column, value in _to_row(record, name in OPTION_SETS).items():
+                    log.setdefault(column, {})[str(record["row"])] = value
+        if log:
+            result[RESULT_KEYS.get(name, name)] = log
+    return result
 
 
 def _to_row(record: Mapping[str, Any], options: bool) -> dict[str, Any]:
     """One record under TOFU's names."""
-    perturbed = record.get("perturbed_nll") or []
+    paraphrased, perturbed = record.get("paraphrased_nll"), record.get("perturbed_nll") or []
     row = {
         "avg_gt_loss": record["nll"],
         "gt_loss": record["nll"] * record["tokens"],
@@ -292,9 +270,9 @@ def _to_row(record: Mapping[str, Any], options: bool) -> dict[str, Any]:
         "rougeL_recall": record.get("rougeL_recall"),
         "average_perturb_loss": perturbed,
     }
-    if record.get("paraphrased_nll") is not None:
-        row["avg_paraphrased_loss"] = record["paraphrased_nll"]
-        row["paraphrased_loss"] = record["paraphrased_nll"] * record["paraphrased_tokens"]
+    if paraphrased is not None:
+        row["avg_paraphrased_loss"] = paraphrased
+        row["paraphrased_loss"] = paraphrased * record["paraphrased_tokens"]
         row["num_token_paraphrased"] = record["paraphrased_tokens"]
     if not perturbed:
         return row
@@ -302,8 +280,7 @@ def _to_row(record: Mapping[str, Any], options: bool) -> dict[str, Any]:
     row["perturb_loss"] = [n * count for n, count in zip(perturbed, counts, strict=True)]
     row["num_token_perturb"] = counts
     wrong = torch.tensor([perturbed]).double()
-    paraphrased = torch.tensor([record["paraphrased_nll"]]).double()
-    row["truth_ratio"] = F.truth_ratio(paraphrased, wrong).item()
+    row["truth_ratio"] = F.truth_ratio(torch.tensor([paraphrased]).double(), wrong).item()
     if options:
         right = F.option_probability(torch.tensor([record["nll"]]).double(), wrong)
         row["normalized_gt_loss"] = -math.log(max(right.item(), 1e-300))
@@ -321,19 +298,6 @@ def from_result(result: Result) -> dict[str, Table]:
     return {
         names.get(key, key): _from_log(log) for key, log in result.items() if "avg_gt_loss" in log
     }
-
-
-#: Column of a record -> TOFU's name of it.
-_COLUMNS = {
-    "nll": "avg_gt_loss",
-    "tokens": "num_token_gt",
-    "paraphrased_nll": "avg_paraphrased_loss",
-    "paraphrased_tokens": "num_token_paraphrased",
-    "perturbed_nll": "average_perturb_loss",
-    "perturbed_tokens": "num_token_perturb",
-    "rouge1_recall": "rouge1_recall",
-    "rougeL_recall": "rougeL_recall",
-}
 
 
 def _from_log(log: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import ClassVar, Union
 
 import torch
 
+from wagle_pl.core.errors import WagleError
 from wagle_pl.core.registry import resolve
 from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.functional import Undefined
@@ -23,6 +25,7 @@ from wagle_pl.evaluation.measures import (
     Value,
     attempt,
     defined,
+    defined_only,
     lookup,
     measure,
     membership,
@@ -31,7 +34,16 @@ from wagle_pl.evaluation.measures import (
     option_probability,
     usual,
 )
-from wagle_pl.evaluation.results import OPTION_SETS, Table
+from wagle_pl.evaluation.results import (
+    OPTION_SETS,
+    RESULT_KEYS,
+    Result,
+    Results,
+    Table,
+    differing,
+    from_result,
+    pairs_of,
+)
 
 #: Observed of a test set that a suite says nothing about; each row answers what its kind can.
 DEFAULT_NEEDS = frozenset({"answer", "tokens", "alternatives", "choices", "generation"})
@@ -67,11 +79,7 @@ class Suite:
     infos: Mapping[str, Info] = {}
     #: Test sets, by how their names begin, whose rows are to be forgotten: knowing them is bad.
     forget_sets: tuple[str, ...] = (
-        "forget",
-        "members",
-        "verbmem_forget",
-        "knowmem_forget",
-        "wmdp_",
+        *("forget", "members", "verbmem_forget", "knowmem_forget", "wmdp_"),
     )
 
     def measures(self, seen: Observations) -> dict[str, Value]:
@@ -83,22 +91,17 @@ class Suite:
         """
         found: dict[str, Value] = {}
         for name in seen.tables:
-            found |= self.of_set(seen, name)
+            found |= self.of_set(seen, name, self.listed(seen, name))
         return found
 
-    def of_set(
-        self, seen: Observations, name: str, measures: Sequence[str] = ()
-    ) -> dict[str, Value]:
-        """Measures of one test set by name, ``<set>/<measure>``.
+    def listed(self, seen: Observations, name: str) -> Sequence[str]:
+        """Names of a test set's measures; those that its rows allow, unless overridden."""
+        return usual(seen.records(name, self.forgets(name)))
 
-        Args:
-            seen: all tables.
-            name: of the test set.
-            measures: names of registered measures; those its rows allow when empty.
-        """
+    def of_set(self, seen: Observations, name: str, measures: Sequence[str]) -> dict[str, Value]:
+        """Registered measures of one test set, ``<set>/<measure>``."""
         rows = seen.records(name, self.forgets(name))
-        names = measures or usual(rows)
-        return {f"{name}/{each}": attempt(MEASURES[each].compute, rows) for each in names}
+        return {f"{name}/{each}": attempt(MEASURES[each].compute, rows) for each in measures}
 
     def needs_of(self, name: str, names: Collection[str]) -> frozenset[str]:
         """What to observe of a test set, given the names of all."""
@@ -119,7 +122,12 @@ class Suite:
 
 
 class Averages(ABC):
-    """Beside a suite: the two averages of WAGLE's tables (arXiv 2410.17509)."""
+    """Before a suite: the two averages of WAGLE's tables (arXiv 2410.17509)."""
+
+    def measures(self, seen: Observations) -> dict[str, Value]:
+        """The suite's measures, and its averages of them."""
+        found = super().measures(seen)
+        return found | self.averages(seen, found)
 
     def averages(self, seen: Observations, found: Mapping[str, Value]) -> dict[str, Value]:
         """``ue_average`` and ``ut_average``, of what was measured before."""
@@ -171,7 +179,7 @@ class GenericSuite(Suite):
         return found
 
 
-# -- TOFU ---------------------------------------------------------------------------------------
+# -- TOFU ----------------------------------------------------------------------------------------
 
 UTILITY_SETS = ("retain", *OPTION_SETS)
 TOFU_MEASURES = ("probability", "rougeL_recall", "truth_ratio")
@@ -212,7 +220,7 @@ class TOFUSuite(Averages, Suite):
         """See :class:`TOFUSuite`."""
         found: dict[str, Value] = {}
         for name in seen.tables:
-            found |= self._of_set(seen, name)
+            found |= self.of_set(seen, name, self.listed(seen, name))
         found["model_utility"] = attempt(model_utility, found)
         if "forget" in seen.tables:
             found["forget_quality"] = attempt(forget_quality, seen)
@@ -225,15 +233,22 @@ class TOFUSuite(Averages, Suite):
             found |= self.averages(seen, found)
         return found
 
-    def _of_set(self, seen: Observations, name: str) -> dict[str, Value]:
+    def listed(self, seen: Observations, name: str) -> Sequence[str]:
+        """The benchmark's; of a corpus or multiple choice those that the rows allow."""
         if name in OPTION_SETS:
-            options = attempt(option_probability, seen.records(name))
-            return self.of_set(seen, name, self.with_options) | {f"{name}/probability": options}
+            return self.with_options
         table = seen.tables[name]
         if not any(record.get("nll") is not None and record["question"] for record in table):
-            return self.of_set(seen, name)  # a corpus, or multiple choice
+            return super().listed(seen, name)
         nearest = ("nearest_answer",) if seen.records(name).has("nearest_answer") else ()
-        return self.of_set(seen, name, (*self.asked, *nearest, "degenerate"))
+        return (*self.asked, *nearest, "degenerate")
+
+    def of_set(self, seen: Observations, name: str, measures: Sequence[str]) -> dict[str, Value]:
+        """As other suites; the probability on TOFU's option sets is that among the options."""
+        found = super().of_set(seen, name, measures)
+        if name in OPTION_SETS:
+            found[f"{name}/probability"] = attempt(option_probability, seen.records(name))
+        return found
 
     def efficacy(self, seen: Observations, found: Mapping[str, Value]) -> float:
         """The mean of what grows with forgetting and 1 − what the model still knows."""
@@ -319,7 +334,85 @@ def _paraphrased(seen: Observations, name: str) -> Records:
     return Records(table, form="arithmetic")
 
 
-# -- other benchmarks ---------------------------------------------------------------------------
+# -- TOFU's numbers from result files, ours and the ones published with the benchmark -------------
+
+
+def load_result(path: str | Path) -> Result:
+    """A TOFU result file, or the one in a folder that ``wagle test`` wrote.
+
+    Raises:
+        WagleError: if there is none.
+    """
+    result = Results(path).tofu
+    if result is None:
+        raise WagleError(f"{path} holds no TOFU result")
+    return result
+
+
+def tofu_measures(
+    result: Result, name: str, form: F.TruthRatioForm = "geometric"
+) -> dict[str, float]:
+    """Means of one test set: ``probability``, ``rougeL_recall`` and ``truth_ratio`` (a score in
+    [0, 1]); one that the rows do not allow is left out."""
+    seen = Observations(from_result(result), truth_ratio_form=form)
+    found = TOFUSuite().of_set(seen, name, TOFU_MEASURES)
+    return {each.rpartition("/")[2]: value for each, value in defined_only(found).items()}
+
+
+def tofu_model_utility(result: Result, form: F.TruthRatioForm = "geometric") -> float:
+    """Model utility: harmonic mean of probability, ROUGE-L recall and truth ratio on retain, real
+    authors and world facts (TOFU, section 2.2).
+
+    Raises:
+        WagleError: if one of the three sets or a measure is missing.
+    """
+    seen = Observations(from_result(result), truth_ratio_form=form)
+    found: dict[str, Value] = {}
+    try:
+        for name in UTILITY_SETS:
+            found |= TOFUSuite().of_set(seen, name, TOFU_MEASURES)
+        return model_utility(found)
+    except Undefined as error:
+        raise WagleError(f"model utility is undefined: {error}") from None
+
+
+def tofu_forget_quality(
+    result: Result,
+    retrained: Result,
+    form: F.TruthRatioForm = "geometric",
+    compare_rows: bool = True,
+) -> float:
+    """Forget quality: p-value of a Kolmogorov–Smirnov test between the forget rows' truth ratios of
+    a model and of the retrained model (TOFU, section 2.2).
+
+    ``compare_rows`` refuses results on other questions and answers, in whatever order they are.
+    Without it this is TOFU's own number: its script takes whatever forget rows each result holds.
+
+    Raises:
+        WagleError: if a side has no truth ratios, or the two hold other rows.
+    """
+    ratios, rows = [], []
+    for side, label in ((result, "this"), (retrained, "the retrained")):
+        table = from_result(side).get("forget", [])
+        try:
+            ratios.append(Records(table, form=form).truth_ratios())
+        except Undefined as error:
+            raise WagleError(
+                f"forget quality needs perturbed answers on the forget set; {label} result has "
+                f"none: {error}"
+            ) from None
+        if compare_rows and not side[RESULT_KEYS["forget"]].get("generated_text"):
+            raise WagleError(
+                f"forget quality compares questions; {label} result does not hold its questions "
+                "(generated_text)"
+            )
+        rows.append(pairs_of(table))
+    if compare_rows and (count := differing(*rows)):
+        raise WagleError(f"the retrained model's result is on other forget rows: {count} differ")
+    return F.ks_test(*ratios)[1]
+
+
+# -- other benchmarks ----------------------------------------------------------------------------
 
 
 class MUSESuite(Suite):
@@ -337,14 +430,13 @@ class MUSESuite(Suite):
     lists: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "verbmem_forget": (*MEMORISATION, "degenerate"),
         "knowmem_forget": ("probability", "degenerate"),
-        "knowmem_retain": ("probability", "degenerate"),
         "members": ("perplexity",),
         "nonmembers": ("perplexity",),
     }
     needs: ClassVar[Mapping[str, Collection[str]]] = {
         "verbmem_forget": needs_of(lists["verbmem_forget"]) | {"reference"},
         "knowmem_forget": needs_of(lists["knowmem_forget"]),
-        "knowmem_retain": needs_of(lists["knowmem_retain"]),
+        "knowmem_retain": needs_of(lists["knowmem_forget"]),
         "members": MEMBERSHIP_NEEDS,
         "nonmembers": MEMBERSHIP_NEEDS,
     }
@@ -355,16 +447,17 @@ class MUSESuite(Suite):
     }
 
     def measures(self, seen: Observations) -> dict[str, Value]:
-        """See :class:`MUSESuite`."""
+        """The benchmark's own four first."""
         whole = ("verbmem_f", "knowmem_f", "knowmem_r")
         found = {name: attempt(MEASURES[name].compute, seen) for name in whole}
         attacks = membership(seen, "members", "nonmembers")
         found["privleak"] = attacks.pop("members/privleak")
-        found |= attacks
-        for name in seen.tables:
-            kind = "knowmem_forget" if name.startswith("knowmem") else name
-            found |= self.of_set(seen, name, self.lists.get(kind, ()))
-        return found
+        return found | attacks | super().measures(seen)
+
+    def listed(self, seen: Observations, name: str) -> Sequence[str]:
+        """By the set's name; of another set those that its rows allow."""
+        kind = "knowmem_forget" if name.startswith("knowmem") else name
+        return self.lists.get(kind) or super().listed(seen, name)
 
 
 STOPS = ("\n\n", "\nQuestion", "Question:")  # what ends an answer in MUSE's knowledge memorisation
@@ -389,7 +482,7 @@ def knowmem_r(seen: Observations) -> float:
 
 
 def _rouge_f1(rows: Records, target: str, stops: Sequence[str] = ()) -> float:
-    texts = [F.prefix_before(text, stops) for text in rows.generations()]
+    texts = [F.prefix_before(text, stops) for text in rows.column("generation")]
     values = F.rouge(texts, rows.column(target), stem=False)
     return 100 * F.mean(values["rougeL_f1"], "generations")
 
@@ -413,11 +506,6 @@ class WMDPSuite(Averages, Suite):
         "mmlu": MULTIPLE_CHOICE.format("{subject}"),
     }
 
-    def measures(self, seen: Observations) -> dict[str, Value]:
-        """See :class:`WMDPSuite`."""
-        found = super().measures(seen)
-        return found | self.averages(seen, found)
-
     def efficacy(self, seen: Observations, found: Mapping[str, Value]) -> float:
         """The mean of 1 − accuracy on the two sets of the paper."""
         known = defined(found, "wmdp_bio/accuracy", "wmdp_cyber/accuracy")
@@ -425,9 +513,9 @@ class WMDPSuite(Averages, Suite):
 
     def utility(self, seen: Observations, found: Mapping[str, Value]) -> float:
         """Accuracy on MMLU."""
-        return (
-            seen.general["mmlu"] if "mmlu" in seen.general else defined(found, "mmlu/accuracy")[0]
-        )
+        if "mmlu" in seen.general:
+            return seen.general["mmlu"]
+        return defined(found, "mmlu/accuracy")[0]
 
 
 class CopyrightSuite(Averages, GenericSuite):
@@ -444,13 +532,11 @@ class CopyrightSuite(Averages, GenericSuite):
     recited = ("forget",)
     continuation = ("rougeL_recall", "bleu", "probability", *MEMORISATION, "degenerate")
 
-    def measures(self, seen: Observations) -> dict[str, Value]:
-        """See :class:`CopyrightSuite`."""
-        found = super().measures(seen)
-        for name in seen.tables:
-            if self.forgets(name) and f"{name}/rougeL_recall" in found:
-                found |= self.of_set(seen, name, self.continuation)
-        return found | self.averages(seen, found)
+    def listed(self, seen: Observations, name: str) -> Sequence[str]:
+        """Those of continuations too, for what is to be forgotten and was generated from."""
+        names = super().listed(seen, name)
+        continued = self.forgets(name) and "rougeL_recall" in names
+        return [*dict.fromkeys((*names, *(self.continuation if continued else ())))]
 
     def efficacy(self, seen: Observations, found: Mapping[str, Value]) -> float:
         """The mean of 1 − ROUGE-L recall of what is to be forgotten."""
@@ -479,13 +565,10 @@ class DetoxSuite(Averages, Suite):
         """Sets of prompts are classified, whatever follows in their name."""
         return needs_of(self.prompted) if name.startswith("prompts") else DEFAULT_NEEDS
 
-    def measures(self, seen: Observations) -> dict[str, Value]:
-        """See :class:`DetoxSuite`."""
-        found = super().measures(seen)
-        for name in seen.tables:
-            if name.startswith("prompts"):
-                found |= self.of_set(seen, name, self.prompted)
-        return found | self.averages(seen, found)
+    def listed(self, seen: Observations, name: str) -> Sequence[str]:
+        """Those of prompts too, for sets of them."""
+        prompted = self.prompted if name.startswith("prompts") else ()
+        return [*dict.fromkeys((*super().listed(seen, name), *prompted))]
 
     def efficacy(self, seen: Observations, found: Mapping[str, Value]) -> float:
         """The mean of 1 − toxicity of the sets of prompts."""

@@ -1,0 +1,311 @@
+"""Measures as pure functions: tensors or texts in, tensors or numbers out."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+TruthRatioForm = Literal["geometric", "arithmetic"]
+
+
+class Undefined(ValueError):
+    """A measure that the data do not define; the message says why. It is reported as such, never as
+    0 or NaN."""
+
+
+def mean(values: Tensor, what: str = "values") -> float:
+    """Mean of a tensor of any shape; Undefined if it is empty or has NaN."""
+    return _numbers(values, what).double().mean().item()
+
+
+def _numbers(values: Tensor, what: str) -> Tensor:
+    if not values.numel():
+        raise Undefined(f"there are no {what}")
+    if missing := int(torch.isnan(values).sum()):
+        raise Undefined(f"{missing} of {values.numel()} {what} are not numbers")
+    return values
+
+
+def ks_test(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Two-sample Kolmogorov–Smirnov test of (N,) and (M,) values: (statistic, p-value). The p-value
+    of the truth ratios of an unlearned and of a retrained model is TOFU's forget quality."""
+    from scipy.stats import ks_2samp
+
+    result = ks_2samp(a.double().cpu().numpy(), b.double().cpu().numpy())
+    return float(result.statistic), float(result.pvalue)
+
+
+def unlearning_efficacy(forgotten: Sequence[float], remaining: Sequence[float] = ()) -> float:
+    """UE average of WAGLE's tables (arXiv 2410.17509, table 1): the mean of measures in [0, 1] that
+    grow with forgetting, and of one minus each that falls.
+
+    >>> unlearning_efficacy([0.5, 0.7], [0.2, 0.0])
+    0.75
+    """
+    terms = [*forgotten, *(1 - value for value in remaining)]
+    return mean(torch.tensor(terms, dtype=torch.float64), "terms")
+
+
+# -- answers: an nll is a mean negative log-likelihood per token ---------------------------------
+
+
+def option_probability(nll: Tensor, other_nll: Tensor) -> Tensor:
+    """Probability of the right answer among its alternatives: p / (p + Σ p_i) of length-normalised
+    probabilities (TOFU, arXiv 2401.06121, section 2.2).
+
+    Args:
+        nll: (N,) of the right answers.
+        other_nll: (N, K) of the wrong ones; NaN where a row has fewer than K.
+
+    >>> option_probability(torch.tensor([0.0]), torch.tensor([[0.0, 0.0, 0.0]]))
+    tensor([0.2500])
+    """
+    right = torch.exp(-nll)
+    return right / (right + torch.exp(-other_nll).nansum(-1))
+
+
+def truth_ratio(
+    paraphrased_nll: Tensor, perturbed_nll: Tensor, form: TruthRatioForm = "geometric"
+) -> Tensor:
+    """How likely wrong answers are against a paraphrase of the right one (TOFU, equation 1).
+
+    ``arithmetic`` is the paper's equation, the mean of the perturbed answers' probabilities over
+    the paraphrase's; ``geometric``, as TOFU's aggregation script has it, takes the mean of their
+    losses. Small: the model prefers the truth. About 1: it does not know.
+
+    Args:
+        paraphrased_nll: (N,) of the paraphrased right answer.
+        perturbed_nll: (N, K) of the wrong ones; NaN where a row has fewer than K.
+        form: ``geometric`` or ``arithmetic``.
+    """
+    if form == "geometric":
+        return torch.exp(paraphrased_nll - perturbed_nll.nanmean(-1))
+    return torch.exp(-perturbed_nll).nanmean(-1) / torch.exp(-paraphrased_nll)
+
+
+def truth_ratio_score(
+    ratio: Tensor, direction: Literal["closer_to_1", "true_better", "prob_mean"]
+) -> Tensor:
+    """A truth ratio R as a score in [0, 1] (TOFU's and OpenUnlearning's aggregations).
+
+    ``true_better``, max(0, 1 − R), for what must be kept; ``closer_to_1``, min(R, 1/R), for what
+    must be forgotten; ``prob_mean``, 1 / (1 + R), the probability of the paraphrase against the
+    perturbed answers.
+    """
+    if direction == "true_better":
+        return torch.clamp(1 - ratio, min=0)
+    if direction == "prob_mean":
+        return 1 / (1 + ratio)
+    return torch.minimum(ratio, 1 / ratio)
+
+
+def nearest_option(nll: Tensor, other_nll: Tensor) -> Tensor:
+    """Whether the right answer is the likeliest option per token, 1 or 0 a row; shapes as in
+    :func:`option_probability`.
+
+    WAGLE's forget accuracy with the likelihood in the place of a sentence embedding. A tie goes to
+    the right answer, as in WAGLE's code (``max(scores) == scores[0]``).
+    """
+    return (nll <= other_nll.nan_to_num(nan=torch.inf).min(-1).values).to(nll.dtype)
+
+
+def choice_accuracy(logprobs: Tensor, label: Tensor) -> Tensor:
+    """Whether the right choice has the largest log-probability, 1 or 0 a row (``acc`` of
+    lm-evaluation-harness).
+
+    Args:
+        logprobs: (N, K) of each choice; NaN where a row has fewer than K.
+        label: (N,) index of the right choice.
+    """
+    return (logprobs.nan_to_num(nan=-torch.inf).argmax(-1) == label).to(logprobs.dtype)
+
+
+def exact_memorization(greedy: Sequence[bool]) -> float:
+    """Share of an answer's tokens that are the likeliest, each after the true tokens before it
+    (Tirumala et al. 2022, arXiv 2205.10770; OpenUnlearning, without the end-of-sequence token).
+
+    >>> exact_memorization([True, False, True, True])
+    0.75
+    """
+    return sum(map(bool, _some_tokens(greedy))) / len(greedy)
+
+
+def extraction_strength(greedy: Sequence[bool]) -> float:
+    """How little of an answer suffices for greedy decoding to give the rest: 1 − k/n, with k < n
+    the shortest prefix after which all tokens are the likeliest, each after the true ones before it
+    (Carlini et al. 2021; OpenUnlearning, without the end-of-sequence token).
+
+    >>> extraction_strength([False, True, True, True])
+    0.75
+    """
+    wrong = [k for k, right in enumerate(_some_tokens(greedy)) if not right]
+    k = min(wrong[-1] + 1, len(greedy) - 1) if wrong else 0
+    return 1 - k / len(greedy)
+
+
+def _some_tokens(greedy: Sequence[bool]) -> Sequence[bool]:
+    if not len(greedy):
+        raise Undefined("the answer has no token but the end-of-sequence token")
+    return greedy
+
+
+def perplexity(nll_sum: Tensor, count: Tensor) -> Tensor:
+    """Perplexity of N texts: exp of their (N,) summed negative log-likelihoods over their (N,)
+    numbers of tokens, or words."""
+    if not count.sum():
+        raise Undefined("there is no token to predict")
+    return torch.exp(nll_sum.sum() / count.sum())
+
+
+# -- membership inference: was a text among the training data? A low score says yes --------------
+
+
+def zlib_ratio(nll: float, text: str) -> float:
+    """Loss over the length of the compressed text in bytes (Carlini et al. 2021)."""
+    return nll / len(zlib.compress(text.encode("utf-8")))
+
+
+def min_k(logprobs: Tensor, k: float = 0.2) -> float:
+    """Min-K% Prob: minus the mean of the smallest share ``k`` of (T,) log-probabilities, of one at
+    least (arXiv 2310.16789).
+
+    >>> min_k(torch.tensor([-1.0, -2.0, -3.0, -4.0]), 0.5)
+    3.5
+    """
+    if not logprobs.numel():
+        raise Undefined("the text has no token to predict")
+    count = max(1, int(logprobs.numel() * k))
+    return -logprobs.double().sort().values[:count].mean().item()
+
+
+def min_k_plus_plus(logprobs: Tensor, mean: Tensor, std: Tensor, k: float = 0.2) -> float:
+    """Min-K%++: :func:`min_k` of log-probabilities standardised by (T,) mean and standard deviation
+    of the whole vocabulary's at each token, under the model's distribution (arXiv 2404.02936)."""
+    return min_k((logprobs - mean) / std, k)
+
+
+def membership_auc(members: Tensor, nonmembers: Tensor) -> float:
+    """How well scores tell members: P(member's score < non-member's) + ½ P(equal), the area under
+    the ROC curve of (N,) and (M,) scores.
+
+    1: members are recognised; 0.5: guessing. MUSE's ``forget_holdout`` areas are 1 minus this.
+
+    >>> membership_auc(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 3.0]))
+    0.875
+    """
+    from scipy.stats import mannwhitneyu
+
+    low = _numbers(members, "members").double().cpu().numpy()
+    high = _numbers(nonmembers, "non-members").double().cpu().numpy()
+    return float(mannwhitneyu(high, low).statistic) / (low.size * high.size)
+
+
+def privacy_leakage(auc: float, retrained_auc: float) -> float:
+    """MUSE's PrivLeak in percent: (a − a_retrained) / a_retrained · 100 with its areas a = 1 −
+    :func:`membership_auc` of the model and of the retrained model.
+
+    0 is ideal; near −100 the model still shows that it saw the forget data; above 0 it shows that
+    they were removed.
+
+    >>> privacy_leakage(0.75, 0.5)
+    -50.0
+    """
+    if retrained_auc == 1:
+        raise Undefined("membership in the forget set is told perfectly on the retrained model")
+    return ((1 - auc) - (1 - retrained_auc)) / (1 - retrained_auc) * 100
+
+
+# -- generations: N predictions beside N targets, float64 (N,) out -------------------------------
+
+
+def rouge(
+    predictions: Sequence[str], targets: Sequence[str], stem: bool = True
+) -> dict[str, Tensor]:
+    """ROUGE-1 and ROUGE-L, ``<kind>_recall`` and ``<kind>_f1``, by Google's ``rouge-score``;
+    ``stem`` reduces words to their stems, as TOFU does and MUSE does not.
+
+    >>> rouge(["the cat sat"], ["the cat sat down"])["rougeL_recall"]
+    tensor([0.7500], dtype=torch.float64)
+    """
+    pairs = zip(targets, predictions, strict=True)
+    scores = [_rouge_scorer(stem).score(*pair) for pair in pairs]
+    found = {}
+    for kind in ("rouge1", "rougeL"):
+        for name, field in (("recall", "recall"), ("f1", "fmeasure")):
+            values = [getattr(score[kind], field) for score in scores]
+            found[f"{kind}_{name}"] = torch.tensor(values, dtype=torch.float64)
+    return found
+
+
+@cache
+def _rouge_scorer(stem: bool) -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rouge1", "rougeL"], use_stemmer=stem)
+
+
+def bleu(predictions: Sequence[str], targets: Sequence[str]) -> Tensor:
+    """BLEU-4 of each example alone, 0 to 100, by ``sacrebleu.corpus_bleu``: 13a tokens, ``exp``
+    smoothing. WAGLE's copyright measure is their mean."""
+    from sacrebleu import corpus_bleu
+
+    pairs = zip(predictions, targets, strict=True)
+    return torch.tensor([corpus_bleu([p], [[t]]).score for p, t in pairs], dtype=torch.float64)
+
+
+def contains_answer(predictions: Sequence[str], targets: Sequence[str]) -> Tensor:
+    """Whether each generation contains its target, whatever the case, 1 or 0: WAGLE's accuracy on
+    TOFU's real authors and world facts (``eval_tofu_other`` of its code)."""
+    pairs = zip(predictions, targets, strict=True)
+    return torch.tensor([target.lower() in text.lower() for text, target in pairs]).double()
+
+
+def prefix_before(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of ``stops``: so MUSE cuts answers that test its knowledge."""
+    for stop in stops:
+        text = text.partition(stop)[0]
+    return text
+
+
+def repetition(text: str, n: int = 4) -> float:
+    """Share of repeated n-grams of words: 1 − distinct / all (``seq-rep-n``, arXiv 1908.04319).
+
+    >>> round(repetition("a b c d a b c d"), 9)
+    0.2
+    """
+    counts = _ngram_counts(text.split(), n)
+    if not counts:
+        raise Undefined(f"the text has fewer than {n} words")
+    return 1 - len(counts) / sum(counts)
+
+
+def ngram_entropy(text: str) -> float:
+    """Fluency: the mean of 2/3 H(bigrams) and 4/3 H(trigrams), entropies in bits of words between
+    white space (ROME, arXiv 2202.05262; RWKU, arXiv 2406.10890)."""
+    words = text.split()
+    if len(words) < 3:
+        raise Undefined("the text has fewer than 3 words")
+    entropies = []
+    for n, weight in ((2, 2 / 3), (3, 4 / 3)):
+        counts = torch.tensor(_ngram_counts(words, n), dtype=torch.float64)
+        share = counts / counts.sum()
+        entropies.append(weight * -(share * share.log2()).sum().item())
+    return sum(entropies) / 2 + 0.0  # no negative zero
+
+
+def _ngram_counts(words: Sequence[str], n: int) -> list[int]:
+    """How often each distinct n-gram occurs."""
+    return list(Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1)).values())
+
+
+def degenerate(text: str) -> bool:
+    """Whether a text is without letters and digits, or repeats at least half of its 4-grams."""
+    if not any(character.isalnum() for character in text):
+        return True
+    return len(text.split()) > 4 and repetition(text) >= 0.5
