@@ -88,7 +88,7 @@ class Unlearn(UnlearnModule):
     def configure_model(self) -> None:
         if self.lm is None:
             self.lm, self.model_fingerprint = self.stack, "of the stack"
-            self.mask, self._restricted = self.given_mask, True
+            self.mask = self.given_mask
             self.select_weights()
 
     def planned_files(self) -> list[Any]:

@@ -167,9 +167,9 @@ def test_masks_of_different_models_do_not_mix() -> None:
             WeightMask.__sub__,
             WeightMask.jaccard,
         ):
-            with pytest.raises(WagleError, match=r"another model|has shape"):
+            with pytest.raises(WagleError, match="another model"):
                 operation(x, as_mask(other))
-    with pytest.raises(WagleError, match=r"fingerprint 111111111111.* for 222222222222"):
+    with pytest.raises(WagleError, match=r"fingerprint 111111111111.* has 222222222222"):
         x & as_mask({"a": torch.ones(2, 3, dtype=torch.bool)}, model_fingerprint="2" * 64)
     with pytest.raises(TypeError):
         x & {"a": 1}
@@ -447,7 +447,7 @@ def test_check_names_the_first_difference() -> None:
     for shapes, fingerprint, message in (
         ({"a": (2, 3), "b": (1,)}, None, "no tensor for parameter b"),
         ({}, None, "a tensor a that the model lacks"),
-        ({"a": (3, 2)}, None, r"a has shape \(2, 3\), that of the model is \(3, 2\)"),
+        ({"a": (3, 2)}, None, r"another shape of a than the model: \(2, 3\) and \(3, 2\)"),
         ({"a": (2, 3)}, "2" * 64, "same shapes, other weights"),
     ):
         with pytest.raises(WagleError, match=message):
@@ -491,7 +491,7 @@ def test_torch_files_that_are_no_masks(tmp_path: Path, capsys: pytest.CaptureFix
         ([one], None, "holds no"),
         ({"a": {"b": one}}, None, "holds no"),
         ({"a": torch.tensor([0.0, 0.5])}, None, "a holds other values than 0 and 1"),
-        ({"a": one}, {"a": (3,)}, "has shape"),
+        ({"a": one}, {"a": (3,)}, "another shape of a"),
         ({"a": one}, {"a": (2,), "b": (2,)}, "no tensor for parameter b"),
         ({"a": one, "b": one}, {"a": (2,)}, "that the model lacks"),
         ({"a": _Code()}, None, "no file that torch.load"),

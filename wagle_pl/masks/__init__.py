@@ -1,10 +1,8 @@
-"""Masks: which weights are selected, their bits on disk, and selected weights as a model's only
-parameters."""
+"""Which weights of a model are selected, and how they become its only parameters."""
 
 from wagle_pl.masks.mask import (
     SUFFIX,
     WeightMask,
-    check_shapes,
     describe_origin,
     expected_jaccard,
     mask_path,
@@ -15,7 +13,6 @@ __all__ = [
     "SUFFIX",
     "Restriction",
     "WeightMask",
-    "check_shapes",
     "describe_origin",
     "expected_jaccard",
     "mask_path",

@@ -1,5 +1,4 @@
-"""Bits of weights packed into bytes: eight weights a byte, lowest index in the lowest bit, padding
-bits 0."""
+"""Bits of weights in bytes: eight weights a byte, lowest index in the lowest bit, padding bits 0."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ CHUNK = 1 << 20  # weights drawn at a time; a multiple of 8
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """Pack a bool tensor of any shape into ``ceil(n / 8)`` bytes, lowest index in the lowest bit.
+    """Pack a bool tensor of any shape into (ceil(n / 8),) uint8.
 
     >>> pack_bits(torch.tensor([True, False, False, True]))
     tensor([9], dtype=torch.uint8)
@@ -32,35 +31,28 @@ def unpack_bits(packed: Tensor, shape: Iterable[int]) -> Tensor:
     return ((packed.unsqueeze(1) & powers) != 0).view(-1)[: prod(shape)].view(shape)
 
 
-def places_of_bits(packed: Tensor, size: int) -> Tensor:
-    """(k,) int64 places of the set bits among ``size`` packed ones, in order, on the device of
-    ``packed``.
-
-    >>> places_of_bits(torch.tensor([9], dtype=torch.uint8), 4)
-    tensor([0, 3])
-    """
-    if packed.device.type == "cpu":  # several times as fast as torch's nonzero
-        return torch.from_numpy(
-            np.flatnonzero(np.unpackbits(packed.numpy(), count=size, bitorder="little"))
-        )
-    return unpack_bits(packed, (size,)).nonzero().view(-1)
-
-
 def iter_places(packed: Tensor, size: int, chunk: int) -> Iterator[Tensor]:
-    """The same in pieces, of about ``chunk`` weights each: a place takes 8 bytes."""
+    """int64 places of the set bits among ``size`` packed ones, for about ``chunk`` bits at a time.
+
+    >>> list(iter_places(torch.tensor([9], dtype=torch.uint8), 4, 8))
+    [tensor([0, 3])]
+    """
     for start in range(0, size, 8 * (chunk // 8)):
-        piece = packed[start // 8 : (start + 8 * (chunk // 8)) // 8]
-        yield places_of_bits(piece, min(8 * len(piece), size - start)) + start
+        piece = packed[start // 8 : start // 8 + chunk // 8]
+        bits = unpack_bits(piece, [min(8 * len(piece), size - start)])
+        if bits.device.type == "cpu":  # several times as fast as torch's nonzero
+            yield torch.from_numpy(np.flatnonzero(bits.numpy())) + start
+        else:
+            yield bits.nonzero().view(-1) + start
 
 
 def count_bits(packed: Tensor) -> int:
-    """Number of set bits in a packed ``uint8`` tensor."""
+    """Number of set bits."""
     return int(np.bitwise_count(packed.cpu().numpy()).sum(dtype=np.int64))
 
 
 def filled_bits(size: int, value: bool) -> Tensor:
-    """Packed bits of ``size`` weights, all alike; the padding bits of the last byte are 0 as
-    everywhere."""
+    """Packed bits of ``size`` weights, all alike."""
     packed = torch.full(((size + 7) // 8,), 255 if value else 0, dtype=torch.uint8)
     if value and size % 8:
         packed[-1] = (1 << size % 8) - 1
@@ -73,11 +65,6 @@ def random_bits(sizes: Mapping[str, int], k: int, seed: int) -> dict[str, Tensor
     Each weight is drawn on its own with probability k / N; then the few too many (or too few) are
     taken back (or added), uniformly among those selected (or not). Given their number the drawn are
     uniform, so the result is too. Beyond the bits this needs O(CHUNK + √N) memory.
-
-    Args:
-        sizes: parameter name -> number of weights.
-        k: how many to select, 0 to N.
-        seed: of the draw; the same seed, sizes and k give the same bits.
     """
     generator = np.random.default_rng(seed)
     total, drawn = sum(sizes.values()), 0

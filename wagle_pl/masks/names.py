@@ -30,8 +30,7 @@ def layer_of(name: str) -> Optional[int]:
 
 
 def module_type_of(name: str) -> str:
-    """The name of the module a parameter belongs to, without its position; its own if it is no
-    ``weight`` or ``bias``.
+    """The last part of the name of a parameter's module; of its own if no ``weight`` or ``bias``.
 
     >>> module_type_of("model.layers.7.mlp.up_proj.weight"), module_type_of("mlp.experts.down_proj")
     ('up_proj', 'down_proj')
@@ -41,21 +40,17 @@ def module_type_of(name: str) -> str:
 
 
 def module_label(module_type: str) -> str:
-    """The short name of a module type: what figures and tables call it.
+    """The short name of a module type, for figures and tables.
 
     >>> [module_label(m) for m in ("q_proj", "input_layernorm", "ln_1", "c_attn")]
     ['q', 'norms', 'norms', 'c_attn']
     """
-    return (
-        "norms"
-        if "norm" in module_type or module_type.startswith("ln_")
-        else module_type.removesuffix("_proj")
-    )
+    is_norm = "norm" in module_type or module_type.startswith("ln_")
+    return "norms" if is_norm else module_type.removesuffix("_proj")
 
 
 def in_module(name: str, module: str) -> bool:
-    """Whether a parameter lies in a module, named by one or more neighbouring parts of the
-    parameter's name.
+    """Whether one or more neighbouring parts of a parameter's name are those of a module.
 
     ``attn``, ``mlp``, ``norm`` and ``embed`` stand for what the model calls these; so do short
     names (:func:`module_label`).
@@ -64,19 +59,14 @@ def in_module(name: str, module: str) -> bool:
     >>> [in_module(name, m) for m in ("mlp", "down_proj", "mlp.down", "attn", "down_proj.mlp")]
     [True, True, True, False, False]
     """
-    parts, wanted = name.split("."), module.split(".")
-
-    def same(part: str, want: str) -> bool:
-        label = module_label(part)
-        return (
-            part in _ALIASES.get(want, (want,))
-            or label == want
-            or (want == "norm" and label == "norms")
-        )
-
+    parts = name.split(".")
+    wanted = ["norms" if part == "norm" else part for part in module.split(".")]
     return any(
-        all(same(part, want) for part, want in zip(parts[i:], wanted, strict=False))
-        for i in range(len(parts) - len(wanted) + 1)
+        all(
+            part in _ALIASES.get(want, (want,)) or module_label(part) == want
+            for part, want in zip(parts[start:], wanted, strict=False)
+        )
+        for start in range(len(parts) - len(wanted) + 1)
     )
 
 
@@ -89,10 +79,8 @@ def parse_layers(layers: str) -> frozenset[int]:
     Raises:
         WagleError: if the text is anything else.
     """
-    found = [
-        re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", part)
-        for part in str(layers).split(",")
-    ]
+    pattern = r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?"
+    found = [re.fullmatch(pattern, part) for part in str(layers).split(",")]
     ranges = [range(int(m[1]), int(m[2] or m[1]) + 1) for m in found if m]
     if len(ranges) < len(found) or not all(ranges):
         raise WagleError(f"layers {layers!r} is no range of layers; write e.g. 3-7, 5 or 0-3,8")

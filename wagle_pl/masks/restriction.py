@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from math import prod
-from typing import NamedTuple, Optional
+from operator import and_
+from typing import Any, NamedTuple, Optional
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.masks.bits import filled_bits
-from wagle_pl.masks.mask import WeightMask
+from wagle_pl.masks.mask import Shapes, WeightMask
 from wagle_pl.masks.names import in_module, layer_of, parse_layers
-
-Shapes = Mapping[str, Sequence[int]]
 
 
 class Restriction(NamedTuple):
@@ -21,8 +20,9 @@ class Restriction(NamedTuple):
 
     Attributes:
         file: a mask file.
-        modules: whole modules, e.g. ``["mlp"]`` or ``["mlp.down_proj"]``, see :func:`in_module`.
-        layers: only in these layers, see :func:`parse_layers`.
+        modules: whole modules, e.g. ``["mlp"]`` or ``["mlp.down_proj"]``, see
+            :func:`~wagle_pl.masks.names.in_module`.
+        layers: only in these layers, see :func:`~wagle_pl.masks.names.parse_layers`.
         matching: a regular expression that finds names of parameters, from any position.
 
     >>> Restriction(modules=["mlp"], layers="3-7").takes("model.layers.7.mlp.up_proj.weight")
@@ -60,27 +60,29 @@ class Restriction(NamedTuple):
             WagleError: if the file is of another model, a module or layer does not exist (naming
                 those that do), or modules and layers have nothing in common.
         """
+        made_for = {} if model is None else {"model": model, "model_fingerprint": fingerprint}
+
+        def whole_tensors(where: Restriction, **about: Any) -> WeightMask:
+            bits = {name: filled_bits(prod(s), where.takes(name)) for name, s in shapes.items()}
+            return WeightMask(bits, shapes, made_for | {"operation": "modules"} | about)
+
         found = []
         if self.file is not None:
             found.append(WeightMask.load(self.file))
             found[0].check(shapes, fingerprint, where=f"mask {self.file}")
-        made_for = {} if model is None else {"model": model, "model_fingerprint": fingerprint}
-        made_for |= {"operation": "modules"}
         if self.modules or self.layers:
             self._check_names(shapes)
-            about = {"modules": list(self.modules or ()), "layers": self.layers}
-            inside = self._replace(matching=None)
-            found.append(_whole_tensors(shapes, inside, made_for | about))
+            modules, inside = list(self.modules or ()), self._replace(matching=None)
+            found.append(whole_tensors(inside, modules=modules, layers=self.layers))
             if not found[-1].count():
                 raise WagleError(
-                    f"modules {', '.join(self.modules or ())} have no weights in layers "
-                    f"{self.layers}: nothing is selected"
+                    f"modules {', '.join(modules)} have no weights in layers {self.layers}: "
+                    "nothing is selected"
                 )
         if self.matching is not None:
-            about = {"modules": [f"matching {self.matching}"]}
-            pattern = Restriction(matching=self.matching)
-            found.append(_whole_tensors(shapes, pattern, made_for | about))
-        return reduce(lambda one, other: one & other, found) if found else None
+            pattern, modules = Restriction(matching=self.matching), [f"matching {self.matching}"]
+            found.append(whole_tensors(pattern, modules=modules))
+        return reduce(and_, found) if found else None
 
     def _check_names(self, shapes: Shapes) -> None:
         for module in self.modules or ():
@@ -97,8 +99,3 @@ class Restriction(NamedTuple):
             raise WagleError(
                 f"layers {self.layers}: there is no layer {min(missing)}, the model has {has}"
             )
-
-
-def _whole_tensors(shapes: Shapes, where: Restriction, metadata: dict[str, object]) -> WeightMask:
-    bits = {name: filled_bits(prod(shape), where.takes(name)) for name, shape in shapes.items()}
-    return WeightMask(bits, shapes, metadata)

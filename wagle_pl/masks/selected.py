@@ -27,8 +27,7 @@ parameters back.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager
 from types import MethodType
 from typing import Any, Optional
 
@@ -63,18 +62,18 @@ class SelectedTensor:
     """A tensor of a model and the values of its selected weights.
 
     Args:
-        parameter: the model's own parameter: the dense tensor. Spread over ranks under ZeRO-3.
+        parameter: the model's own parameter: the dense tensor. Sharded over ranks under ZeRO-3.
         selected: bool, of its shape; None where all are selected.
-        masters: whether values are fp32 where the dense tensor is narrower; False leaves that to
-            DeepSpeed, whose optimisers keep fp32 values themselves.
+        masters: keep values in fp32 where the dense tensor is narrower. False for DeepSpeed, whose
+            optimisers do so.
         split: keep values as the halves that :func:`split_halves` makes, and their gradients in
             this dtype; the dense tensor must be bf16. None for values in fp32.
 
     Attributes:
         values: the parameter that is trained: (selected,), or of the tensor's shape where all are
-            selected; None where none is. It is ``parameter`` itself where all are selected and no
-            other dtype is wanted. With ``split`` it is empty but inside :meth:`whole_values`.
-        count: how many weights are selected.
+            selected; None where none is. It is ``parameter`` itself if that needs no other dtype
+            (:attr:`is_plain`), and empty but inside :meth:`whole_values` if :attr:`is_split`.
+        count: how many weights are selected; :attr:`is_partial` if some, and not all.
         gradient: with ``split``, the gradient of the values.
     """
 
@@ -87,13 +86,11 @@ class SelectedTensor:
     ) -> None:
         self.parameter = parameter
         self.masters = masters
-        self.in_place = False
         self.values: Optional[nn.Parameter] = None
         self.theta0: Optional[Tensor] = None
-        self.at_theta0 = False
-        self.dense_gradient: Optional[Tensor] = None
-        self.keeps_dense_gradient = False
         self.gradient: Optional[Tensor] = None
+        self.dense_gradient: Optional[Tensor] = None
+        self.in_place = self.at_theta0 = self.keeps_dense_gradient = False
         self._split = split
         self._index: Optional[Tensor] = None
         self._packed: Optional[Tensor] = None
@@ -101,54 +98,34 @@ class SelectedTensor:
         self._buffer: Optional[Tensor] = None
         self._narrow: Optional[Tensor] = None
         self._written: dict[torch.dtype, Any] = {}
-        self.count = parameter.numel() if selected is None else int(selected.sum())
-        if selected is not None and not selected.any():
-            parameter.requires_grad_(False)
-            return
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        self.count = size if selected is None else int(selected.sum())
+        self.is_sharded = hasattr(parameter, "ds_id")  # ZeRO-3
+        self.is_partial = 0 < self.count < size
         narrow = parameter.dtype in (torch.bfloat16, torch.float16)
-        if (selected is None or selected.all()) and not (masters and narrow):
-            self.values = parameter.requires_grad_(True)
+        self.is_plain = self.count == size and not (masters and narrow)
+        self.is_split = split is not None and self.count > 0 and not self.is_plain
+        parameter.requires_grad_(self.is_plain)
+        if self.is_plain:
+            self.values = parameter
+        if self.is_plain or not self.count:
             return
         with gathered(parameter) as dense:
-            if selected is not None and not selected.all():
-                if split is not None:
-                    self._packed = pack_bits(selected).to(dense.device)
-                else:
-                    index = selected.view(-1).nonzero().view(-1).to(dense.device)
-                    self._index = index.int() if selected.numel() < 2**31 else index
+            if self.is_partial and self.is_split:
+                self._packed = pack_bits(selected).to(dense.device)
+            elif self.is_partial:
+                index = selected.view(-1).nonzero().view(-1).to(dense.device)
+                self._index = index.int() if size < 2**31 else index
             dtype = torch.promote_types(dense.dtype, torch.float32) if masters else dense.dtype
             values = self.taken(dense.detach(), dtype)
-        if split is not None:
+        if self.is_split:
             self._lower = torch.zeros_like(values, dtype=torch.int16)
             values = values.new_empty(0)
         self.values = nn.Parameter(values)
-        parameter.requires_grad_(False)
         self._written = {parameter.dtype: self._version()}
 
-    # -- what it is --------------------------------------------------------------------------------
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the tensor itself is the parameter that is trained."""
-        return self.values is self.parameter
-
-    @property
-    def is_partial(self) -> bool:
-        """Whether some weights are selected and some are not."""
-        return self._index is not None or self._packed is not None
-
-    @property
-    def is_split(self) -> bool:
-        """Whether the values are kept as halves."""
-        return self._lower is not None
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether the dense tensor is sharded over ranks (ZeRO-3)."""
-        return hasattr(self.parameter, "ds_id")
-
     def places(self) -> Iterable[Tensor]:
-        """Places of the values in the flattened tensor, piece by piece; it must be partial."""
+        """Places of the values in the flattened tensor, piece by piece, if it is partial."""
         chunk = chunk_of(self.parameter)
         if self._index is not None:
             return self._index.split(chunk)
@@ -172,9 +149,8 @@ class SelectedTensor:
         if not self.is_split:
             return self.values.detach()
         upper = self.taken(self.parameter.detach(), torch.bfloat16)
-        values, chunk = torch.empty_like(upper, dtype=torch.float32), chunk_of(upper)
-        pieces = (tensor.view(-1).split(chunk) for tensor in (values, upper, self._lower))
-        for part, high, low in zip(*pieces, strict=True):
+        values = torch.empty_like(upper, dtype=torch.float32)
+        for part, high, low in self._pieces(values, upper):
             part.copy_(join_halves(high, low))
         return values
 
@@ -186,12 +162,16 @@ class SelectedTensor:
             self.changed()
             return
         values = values.to(self.parameter.device).view(self._lower.shape)
-        upper, chunk = torch.empty_like(values, dtype=torch.bfloat16), chunk_of(values)
-        pieces = (tensor.view(-1).split(chunk) for tensor in (values, upper, self._lower))
-        for part, high, low in zip(*pieces, strict=True):
+        upper = torch.empty_like(values, dtype=torch.bfloat16)
+        for part, high, low in self._pieces(values, upper):
             for half, new in zip((high, low), split_halves(part), strict=True):
                 half.copy_(new)
         self._put(self.parameter, upper)
+
+    def _pieces(self, values: Tensor, upper: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Values and their halves, piece by piece."""
+        chunk = chunk_of(values)
+        return zip(*(t.view(-1).split(chunk) for t in (values, upper, self._lower)), strict=True)
 
     @contextmanager
     def whole_values(self) -> Iterator[None]:
@@ -211,19 +191,26 @@ class SelectedTensor:
         else:
             dense.copy_(values)
 
-    def _version(self) -> Any:
-        return None if self.values is None else (self.values._version, self.values.data_ptr())
+    def _version(self) -> tuple[int, int]:
+        return self.values._version, self.values.data_ptr()
 
     def changed(self) -> None:
-        """Write the values before the dense tensor is read again: they may have changed without
-        torch's knowledge."""
-        if self.values is not None:
-            self._written.clear()
+        """Have the values written anew: they may have changed unseen by torch (``.data``)."""
+        self._written.clear()
 
     def write(self) -> Tensor:
-        """Write the values into the dense tensor, if they have changed since it was last done;
-        returns it."""
+        """The dense tensor, with the values written into it if they have changed."""
         return self._updated(self.parameter)
+
+    def whole(self) -> Tensor:
+        """The weights that the model computes with; a collective, and a copy, if sharded."""
+        if not self.is_sharded:
+            return self.write()
+        with gathered(self.parameter) as dense:
+            if not self.is_partial:
+                return dense.clone()
+            with gathered(self.values) as values:
+                return self._with(values)
 
     @torch.no_grad()
     def _updated(self, dense: Tensor) -> Tensor:
@@ -235,26 +222,20 @@ class SelectedTensor:
         return dense
 
     def _for_autocast(self) -> Optional[Tensor]:
-        """The tensor in autocast's dtype, which it would make anew of a dense tensor in each
-        forward pass; None where there is no autocast, or nothing to cast."""
+        """The tensor in autocast's dtype, which would else be made anew in each forward pass; None
+        where there is nothing to cast."""
         device = self.parameter.device.type
         dtype = torch.get_autocast_dtype(device)
-        if (
-            not torch.is_autocast_enabled(device)
-            or self.parameter.dtype != torch.float32
-            or dtype == torch.float32
-        ):
+        if not torch.is_autocast_enabled(device) or self.parameter.dtype != torch.float32:
             return None
         if self._narrow is None or self._narrow.dtype != dtype:
             self._narrow = self.write().detach().to(dtype)
-            self._written[dtype] = self._version()
         return self._updated(self._narrow)
 
     # -- the forward and the backward pass ---------------------------------------------------------
 
     def weight(self, multiplies: bool = False) -> Tensor:
-        """What a layer computes with; in autocast's dtype if all it does is to multiply matrices
-        (``multiplies``)."""
+        """What a layer computes with; in autocast's dtype if it only multiplies matrices."""
         if self.at_theta0 and self.theta0 is not None:
             return self._with(self.theta0)
         if self.is_plain:
@@ -304,14 +285,8 @@ class SelectedTensor:
 
     # -- θ₀, devices and dtypes, the end -----------------------------------------------------------
 
-    def keep_theta0(self) -> None:
-        """Keep the values as they are now, in the dtype of the model."""
-        if self.values is not None:
-            self.theta0 = self.value().to(self.parameter.dtype, copy=True)
-
     def apply_(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """What ``nn.Module.to`` and its like do to a parameter: the dense tensor takes dtype and
-        device, the values the device, and no dtype below fp32."""
+        """What ``nn.Module.to`` and its like do to a parameter, for all but the values."""
         if not self.is_plain and not self.is_sharded:
             self.parameter.data = fn(self.parameter.data)
         device = self.parameter.device
@@ -321,29 +296,17 @@ class SelectedTensor:
                 setattr(self, name, getattr(self, name).to(device))
         if self.theta0 is not None:
             self.theta0 = self.theta0.to(device, self.parameter.dtype)
-        if self.values is not None and self.masters and not self.is_plain:
-            dtype = torch.promote_types(self.values.dtype, self.parameter.dtype)
-            self.values.data = self.values.data.to(device, dtype)
         self.changed()
 
     @torch.no_grad()
     def merge(self, dtype: Optional[torch.dtype] = None) -> None:
-        """Leave the values in the dense tensor alone; a collective where it is sharded.
-
-        Args:
-            dtype: of the dense tensor from now on; its own when None.
-        """
-        self.at_theta0, self.keeps_dense_gradient = False, False
+        """Leave the values in the dense tensor, of this dtype; a collective where it is sharded."""
+        self.at_theta0 = self.keeps_dense_gradient = False
         self._narrow = self._buffer = None
+        if self.is_sharded and self.is_partial:
+            whole = self.whole()
+            assign(self.parameter, lambda: whole)
         if self.is_sharded:
-            if self.is_partial:
-                import deepspeed
-
-                with deepspeed.zero.GatheredParameters(
-                    [self.parameter, self.values], modifier_rank=0
-                ):
-                    if distributed.rank() == 0:
-                        put_(self.parameter.data, self.places(), self.values.data)
             return
         if dtype is not None:
             values = None if self.values is None or self.is_plain else self.value()
@@ -361,10 +324,7 @@ class SelectedWeights:
         lm: the model, changed in place: its parameters are replaced by values, named after them.
         mask: which weights are selected; None selects all that require a gradient, and leaves the
             others as they are.
-        masters: keep values in fp32 where the model is narrower. False for DeepSpeed, whose
-            optimisers do so.
-        split: keep values of bf16 weights as halves, and their gradients in this dtype; then a step
-            is that of :meth:`step_by_tensor`.
+        masters, split: see :class:`SelectedTensor`; only bf16 weights are split.
         keep_theta0: keep the values as they are now, for :meth:`at_theta0`.
         keep_dense_gradients: add up the gradients of whole tensors too, for
             :meth:`clip_by_dense_norm`.
@@ -382,95 +342,78 @@ class SelectedWeights:
         self.lm = lm
         self.keeps_dense_gradients = keep_dense_gradients
         self.tensors: dict[str, SelectedTensor] = {}
-        self._restore: list[Callable[[], None]] = []
         by_parameter: dict[nn.Parameter, SelectedTensor] = {}
         for name, parameter in list(lm.named_parameters()):
             if mask is None and not parameter.requires_grad:
                 continue
+            selected = None if mask is None else mask[name]
             halves = split if parameter.dtype == torch.bfloat16 else None
-            tensor = SelectedTensor(
-                parameter, None if mask is None else mask[name], masters, halves
-            )
+            tensor = SelectedTensor(parameter, selected, masters, halves)
             tensor.keeps_dense_gradient = keep_dense_gradients
-            if keep_theta0:
-                tensor.keep_theta0()
+            if keep_theta0 and tensor.values is not None:
+                tensor.theta0 = tensor.value().to(parameter.dtype, copy=True)
             self.tensors[name] = by_parameter[parameter] = tensor
+        self._restore: list[Callable[[], None]] = []
         for module in lm.modules():
-            leaves = {
-                leaf: by_parameter[p] for leaf, p in module._parameters.items() if p in by_parameter
-            }
-            held = {
-                leaf: t
-                for leaf, t in leaves.items()
-                if not t.is_plain or keep_theta0 or keep_dense_gradients
-            }
+            own = module._parameters.items()
+            held = {leaf: by_parameter[p] for leaf, p in own if p in by_parameter}
+            if not (keep_theta0 or keep_dense_gradients):
+                held = {leaf: tensor for leaf, tensor in held.items() if not tensor.is_plain}
             if held:
                 self._restore.append(_hold(module, held))
 
     def changed(self) -> None:
-        """Say that values may have changed in ways that torch's version counters do not see
-        (``.data``)."""
+        """Have all values written anew, see :meth:`SelectedTensor.changed`."""
         for tensor in self.tensors.values():
             tensor.changed()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole weights) of all tensors, one at a time, as the model computes with them; a
-        collective where they are sharded."""
-        for name, tensor in self.tensors.items():
-            with gathered(tensor.parameter) as dense:
-                if tensor.is_sharded and tensor.is_partial:
-                    with gathered(tensor.values) as values:
-                        dense = dense.clone()
-                        put_(dense, tensor.places(), values)
-                else:
-                    tensor.write()
-                yield name, dense
+        """(name, whole weights), one at a time, see :meth:`SelectedTensor.whole`."""
+        return ((name, tensor.whole()) for name, tensor in self.tensors.items())
 
     @contextmanager
     def at_theta0(self) -> Iterator[nn.Module]:
-        """The model with the values it had at first, in evaluation mode and without gradients,
-        while inside."""
+        """The model with its first values, in evaluation mode and without gradients, while inside."""
         training = self.lm.training
         self.lm.eval()
-        for tensor in self.tensors.values():
-            tensor.at_theta0 = True
         try:
-            with torch.no_grad():
+            with self._switched_on("at_theta0"), torch.no_grad():
                 yield self.lm
         finally:
-            for tensor in self.tensors.values():
-                tensor.at_theta0 = False
             self.lm.train(training)
 
+    def gradients_in_place(self) -> AbstractContextManager[None]:
+        """While inside, gradients are added up in buffers that last from step to step, and autograd
+        is given nothing: faster, where no hook (DDP's, DeepSpeed's) waits for them."""
+        return self._switched_on("in_place")
+
     @contextmanager
-    def gradients_in_place(self) -> Iterator[None]:
-        """While inside, backward passes add to ``values.grad`` themselves, in a buffer that lasts
-        from step to step, and give autograd nothing: faster, where no hook (DDP's, DeepSpeed's)
-        waits for gradients."""
+    def _switched_on(self, switch: str) -> Iterator[None]:
         for tensor in self.tensors.values():
-            tensor.in_place = True
+            setattr(tensor, switch, True)
         try:
             yield
         finally:
             for tensor in self.tensors.values():
-                tensor.in_place = False
+                setattr(tensor, switch, False)
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Give dense tensors another dtype: that which DeepSpeed has given the values."""
+        """Give dense tensors the dtype that DeepSpeed has given the values."""
         for tensor in self.tensors.values():
             if not tensor.is_sharded and not tensor.is_plain:
                 tensor.parameter.data = tensor.parameter.data.to(dtype)
                 tensor.changed()
 
     def step_by_tensor(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make an optimiser's step join the halves of one tensor's values at a time; once. It must
-        skip parameters without gradient, as torch's do.
+        """Make an optimiser's step join the halves of one tensor's values at a time; once.
+
+        It must skip parameters without gradient, as torch's do.
 
         Raises:
             WagleError: if it has state already, of the values' size, which split values lack.
         """
         step = optimizer.step
-        if getattr(step, "by_tensor", False):
+        if hasattr(step, "by_tensor"):
             return
         if optimizer.state:
             raise WagleError(
@@ -488,8 +431,7 @@ class SelectedWeights:
             return loss
 
         by_tensor.by_tensor = True
-        # a method, as learning-rate schedulers expect
-        optimizer.step = MethodType(by_tensor, optimizer)
+        optimizer.step = MethodType(by_tensor, optimizer)  # learning-rate schedulers expect one
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(name, gradient) of values that have one."""
@@ -500,13 +442,8 @@ class SelectedWeights:
 
     @torch.no_grad()
     def clip_by_dense_norm(self, bound: float, scale: float = 1.0) -> None:
-        """Scale the gradients of the values so that the norm of all dense gradients, of frozen
-        weights too, is at most ``bound``; then forget the dense gradients.
-
-        Args:
-            bound: of the norm.
-            scale: what gradients are multiplied with until the step (fp16's loss scale).
-        """
+        """Scale the values' gradients by what clips the norm of all dense ones, frozen weights' too,
+        to ``bound``, and forget these; ``scale`` is fp16's loss scale."""
         dense = []
         for tensor in self.tensors.values():
             if tensor.is_plain and tensor.parameter.grad is not None:
@@ -520,8 +457,7 @@ class SelectedWeights:
 
     @torch.no_grad()
     def clip(self, bound: float, counted: Optional[list[Tensor]] = None) -> None:
-        """Scale the gradients of the values so that a norm is at most ``bound``: of ``counted``, or
-        of themselves."""
+        """Scale the values' gradients by what clips the norm of ``counted``, or their own."""
         gradients = [gradient for _, gradient in self.gradients()]
         counted = gradients if counted is None else counted
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in counted]
@@ -530,12 +466,8 @@ class SelectedWeights:
             gradient.mul_(factor)
 
     def release(self, dtype: Optional[torch.dtype] = None) -> None:
-        """Give the model its own parameters back, with the values in them; a collective where they
-        are sharded.
-
-        Args:
-            dtype: of the weights from now on; as they are when None.
-        """
+        """Give the model its parameters back, with the values in them, and of this dtype; a collective
+        where they are sharded."""
         for tensor in self.tensors.values():
             tensor.merge(dtype)
         for restore in self._restore:
@@ -548,47 +480,47 @@ class SelectedWeights:
 def load_values(
     lm: nn.Module, names: Container[str], read: Callable[[str], Tensor], mask: Optional[WeightMask]
 ) -> None:
-    """Set a model's selected weights from a checkpoint; a collective where they are sharded.
+    """Set the selected weights of a model that holds its weights as usual, from a checkpoint.
+
+    Collective where they are sharded.
 
     Args:
-        lm: a model that holds its weights as usual.
+        lm: the model.
         names: of the checkpoint's parameters.
         read: gives one of them.
         mask: which weights they are; None where all are selected.
     """
     for name, parameter in lm.named_parameters():
         if f"{name}{SUFFIX}" in names:
-            values = partial(read, f"{name}{SUFFIX}")
+            selected = None if mask is None else mask[name]
             with gathered(parameter) as dense:
-                merged = place(dense, None if mask is None else mask[name], values())
+                merged = place(dense, selected, read(f"{name}{SUFFIX}"))
             assign(parameter, lambda merged=merged: merged)
 
 
 def _hold(module: nn.Module, held: dict[str, SelectedTensor]) -> Callable[[], None]:
     """Make a module read some of its parameters through :class:`SelectedTensor`.
 
-    Parameters become properties of a class of the module's own, and their values take their places
-    in the module. A dense tensor that is sharded stays a parameter, without gradient: DeepSpeed
-    gathers the parameters of a module when it runs.
-
-    Returns:
-        What undoes it.
+    Parameters become properties of a class of the module's own, and values take their places. A
+    dense tensor that is sharded stays a parameter, which DeepSpeed gathers when the module runs.
+    Returns what undoes it.
     """
     own_class, names = type(module), list(module._parameters)
 
     def apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        order = list(self._parameters)
-        tensors = self.__dict__["_selected"]
-        kept = {
-            f"{leaf}{SUFFIX}": self._parameters.pop(f"{leaf}{SUFFIX}")
-            for leaf, tensor in tensors.items()
-            if tensor.masters and f"{leaf}{SUFFIX}" in self._parameters
-        }
-        own_class._apply(self, fn, recurse)
-        for tensor in tensors.values():
+        tensors = self.__dict__["_selected"].values()
+        values = [tensor.values for tensor in tensors if tensor.masters and not tensor.is_plain]
+        masters = {id(t) for value in values if value is not None for t in (value, value.grad)}
+
+        def fn_for(tensor: Tensor) -> Tensor:
+            made = fn(tensor)
+            if id(tensor) not in masters:
+                return made
+            return tensor.to(made.device, torch.promote_types(tensor.dtype, made.dtype))
+
+        own_class._apply(self, fn_for, recurse)
+        for tensor in tensors:
             tensor.apply_(fn)
-        for name in order if kept else ():
-            self._parameters[name] = kept.get(name) if name in kept else self._parameters.pop(name)
         return self
 
     multiplies = is_linear(module)

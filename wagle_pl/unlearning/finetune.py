@@ -28,7 +28,7 @@ from wagle_pl.lm.models import checkpoint_dtype
 from wagle_pl.lm.module import LanguageModule
 from wagle_pl.lm.saving import Originals, read_record, save_model
 from wagle_pl.masks import WeightMask
-from wagle_pl.masks.selected import SUFFIX, SelectedWeights, load_values
+from wagle_pl.masks.selected import SUFFIX, SelectedTensor, SelectedWeights, load_values
 from wagle_pl.objectives import Streams
 from wagle_pl.planning import PlannedRun, Size, disk_bytes
 from wagle_pl.strategies import ShardedCheckpoint, is_zero, stage_of
@@ -68,6 +68,8 @@ class FinetuneModule(LanguageModule):
         **kwargs: passed to :class:`~wagle_pl.lm.module.LanguageModule`.
     """
 
+    task = "finetuning"  # as ``wagle plan`` names it
+
     def __init__(
         self,
         model: str,
@@ -83,10 +85,9 @@ class FinetuneModule(LanguageModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(model=model, output=output, **kwargs)
-        if lr is not None and not lr >= 0:
-            raise WagleError(f"model.lr must not be below 0, got {lr}")
-        if not 0 <= warmup < float("inf"):
-            raise WagleError(f"model.warmup must be 0 or more, got {warmup:g}")
+        for option, value in (("lr", lr or 0), ("warmup", warmup)):
+            if not 0 <= value < float("inf"):
+                raise WagleError(f"must be 0 or more, got {value:g}", option=f"model.{option}")
         self.lr = lr
         self.streams = (train_on,)
         self.values = values
@@ -95,12 +96,11 @@ class FinetuneModule(LanguageModule):
         self.decay = decay
         self.lr_interval = lr_interval
         self.gradient_checkpointing = gradient_checkpointing
-        #: Parameters (and ``lr``, if that is given) -> optimiser, and optimiser -> scheduler; the
-        #: command line sets them from ``--optimizer`` and ``--lr_scheduler``. Without a scheduler,
-        #: ``warmup`` and ``decay`` apply.
+        #: Parameters (and ``lr``, if that is given) -> optimiser, and optimiser -> scheduler, from
+        #: ``--optimizer`` and ``--lr_scheduler``; without a scheduler ``warmup`` and ``decay`` apply.
         self.make_optimizer: Callable[..., Optimizer] = MaskedAdamW
         self.make_lr_scheduler: Optional[Callable[[Optimizer], Any]] = None
-        #: While it is trained: the model's weights as values and dense tensors.
+        #: While it is trained: how the model holds its weights.
         self.selected: Optional[SelectedWeights] = None
         #: Selected weights of the model; None where all may move.
         self.mask: Optional[WeightMask] = None
@@ -112,11 +112,11 @@ class FinetuneModule(LanguageModule):
         self._random: Mapping[str, Tensor] = {}
         self._loader_state: Optional[dict[str, Any]] = None
 
-    # -- before the run --------------------------------------------------------------------------
+    # -- before the run ----------------------------------------------------------------------------
 
     @property
     def results_folder(self) -> Path:
-        """Test results go beside the model's files, once there are any."""
+        """Beside the model's files, once there are any."""
         written = self.output and Path(self.output).is_dir()
         return Path(self.output if written else self.trainer.default_root_dir) / "test"
 
@@ -145,9 +145,12 @@ class FinetuneModule(LanguageModule):
 
     def planned_run(self, optimizer: str) -> PlannedRun:
         """The run, as ``wagle plan`` knows it."""
-        stage = stage_of(self.trainer.strategy)
         return PlannedRun.about_to(
-            "finetuning", str(self.trainer.precision), stage, optimizer=optimizer
+            self.task,
+            str(self.trainer.precision),
+            stage_of(self.trainer.strategy),
+            optimizer=optimizer,
+            density=1.0 if self.mask is None else self.mask.density,
         )
 
     def configure_callbacks(self) -> list[Callback]:
@@ -168,10 +171,13 @@ class FinetuneModule(LanguageModule):
         self.from_checkpoint |= not self.attached
         if self.fits and self.selected is None:
             self.lm, self._random, self._loader_state = None, {}, None
-        super().configure_model()
-        if not self.fits or self.selected is not None:
+        if self.lm is not None:
             return
+        super().configure_model()
         self._shapes = parameter_shapes(self.lm)
+        self.restrict()
+        if not self.fits:
+            return
         several = len(self.streams) > 1 and self.sharded
         if several and any(expert_weights(module) for module in self.lm.modules()):
             # an assertion in DeepSpeed's backward pass over several forward passes (its issue 5321)
@@ -185,6 +191,9 @@ class FinetuneModule(LanguageModule):
             self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         self.select_weights()
 
+    def restrict(self) -> None:
+        """Find out which weights of the model, which has just been loaded, may move: here all."""
+
     def select_weights(self, **options: Any) -> None:
         """Make the weights that may move the parameters of the model.
 
@@ -195,20 +204,20 @@ class FinetuneModule(LanguageModule):
         if self.values == "split":  # gradients of several micro-batches are added up in fp32
             split = torch.bfloat16 if self.trainer.accumulate_grad_batches == 1 else torch.float32
         options = {"masters": not is_zero(self.trainer.strategy), "split": split, **options}
-        self.selected = SelectedWeights(self.lm, **options)
+        self.selected = SelectedWeights(self.lm, self.mask, **options)
 
-    # -- optimisation ------------------------------------------------------------------------------
+    # -- steps -------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimiser over trainable parameters, with warm-up and decay by step."""
         options = {} if self.lr is None else {"lr": self.lr}
+        trained = [parameter for parameter in self.lm.parameters() if parameter.requires_grad]
         try:
-            trained = [p for p in self.lm.parameters() if p.requires_grad]
             optimizer = self.make_optimizer(trained, **options)
         except ValueError as error:
-            vectors = " (with a mask, parameters are vectors of selected weights)"
-            said = vectors if self.mask is not None else ""
-            raise WagleError(f"optimizer: {first_line(error)}{said}") from error
+            vectors = "(with a mask, parameters are vectors of selected weights)"
+            said = f"optimizer: {first_line(error)} {'' if self.mask is None else vectors}"
+            raise WagleError(said.rstrip()) from error
         if isinstance(optimizer, LBFGS):
             raise WagleError(
                 "optimizer LBFGS evaluates the loss several times a step, on micro-batches that "
@@ -219,12 +228,12 @@ class FinetuneModule(LanguageModule):
         if self.make_lr_scheduler is None:
             steps = self.trainer.estimated_stepping_batches
             scheduler = warmup_and_decay(optimizer, self.warmup, self.decay, steps)
-            how = {"scheduler": scheduler, "interval": "step"}
+            how = {"interval": "step"}
         else:
             scheduler = self.make_lr_scheduler(optimizer)
             monitor = getattr(scheduler, "monitor", "train/loss")
-            how = {"scheduler": scheduler, "monitor": monitor, "interval": self.lr_interval}
-        return {"optimizer": optimizer, "lr_scheduler": how}
+            how = {"interval": self.lr_interval, "monitor": monitor}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **how}}
 
     def on_fit_start(self) -> None:
         """Have the values written into the model after each step; check the room on the disk."""
@@ -265,7 +274,7 @@ class FinetuneModule(LanguageModule):
         return losses["loss"]
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """The backward pass; on one device the streams' gradients are added up in place."""
+        """The backward pass; on one device gradients are added up in place."""
         alone = isinstance(self.trainer.strategy, SingleDeviceStrategy)
         with self.selected.gradients_in_place() if alone else nullcontext():
             super().backward(loss, *args, **kwargs)
@@ -284,11 +293,16 @@ class FinetuneModule(LanguageModule):
         output, labels = forward_answers(self.lm, tensors, whole=whole)
         return output.logits, labels
 
+    @property
+    def _scaler(self) -> Optional[Any]:
+        """fp16's loss scaler, which skips steps that are not finite."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Stop before a step that would spoil the weights."""
         step, self._step = self._step, []
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        check_step(step, {} if scaled else dict(self.selected.gradients()), self.global_step)
+        gradients = {} if self._scaler is not None else dict(self.selected.gradients())
+        check_step(step, gradients, self.global_step)
 
     def configure_gradient_clipping(
         self,
@@ -300,8 +314,7 @@ class FinetuneModule(LanguageModule):
         bound, selected = gradient_clip_val, self.selected
         by_norm = gradient_clip_algorithm in (None, "norm")
         if bound and by_norm and selected.keeps_dense_gradients:
-            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-            selected.clip_by_dense_norm(bound, 1.0 if scaler is None else scaler.get_scale())
+            selected.clip_by_dense_norm(bound, self._scaler.get_scale() if self._scaler else 1.0)
         elif self.values != "split":
             super().configure_gradient_clipping(optimizer, bound, gradient_clip_algorithm)
         elif bound and by_norm:
@@ -319,10 +332,18 @@ class FinetuneModule(LanguageModule):
 
     # -- checkpoints -------------------------------------------------------------------------------
 
+    @property
+    def _tensors(self) -> dict[str, SelectedTensor]:
+        return {} if self.selected is None else self.selected.tensors
+
+    @property
+    def _split(self) -> list[tuple[str, SelectedTensor]]:
+        """(name, tensor) of those whose values are kept as halves."""
+        return [(name, tensor) for name, tensor in self._tensors.items() if tensor.is_split]
+
     def stored_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of what a checkpoint holds: all but dense tensors of the base model."""
-        dense = () if self.selected is None else self.selected.tensors.values()
-        left_out = {id(tensor.parameter) for tensor in dense if not tensor.is_plain}
+        left_out = {id(t.parameter) for t in self._tensors.values() if not t.is_plain}
         return ((name, p) for name, p in self.lm.named_parameters() if id(p) not in left_out)
 
     def load_stored(self, stored: ShardedCheckpoint) -> None:
@@ -335,7 +356,7 @@ class FinetuneModule(LanguageModule):
     def check_weights(self) -> None:
         """Refuse to write weights that are not finite. Collective."""
         trained = {name: p for name, p in self.lm.named_parameters() if p.requires_grad}
-        trained |= {name: tensor.parameter for name, tensor in self._split()}
+        trained |= {name: tensor.parameter for name, tensor in self._split}
         here = {name: getattr(p, "ds_tensor", p) for name, p in trained.items()}
         check_weights(here, self.global_step)
 
@@ -352,14 +373,14 @@ class FinetuneModule(LanguageModule):
             done = start.batch if begun else start.batch + self.trainer.accumulate_grad_batches
             resume.keep_position(checkpoint, self.trainer, start.epoch, done)
         checkpoint.update(start.random if begun else resume.random_state(self.device))
-        for name, tensor in self._split():
+        for name, tensor in self._split:
             checkpoint["state_dict"][f"lm.{name}{SUFFIX}"] = tensor.value().cpu()
-        dense = () if self.selected is None else self.selected.tensors.values()
-        parameters = (*(tensor.parameter for tensor in dense), *self.lm.parameters())
+        held = [tensor.parameter for tensor in self._tensors.values()]
+        dtype = next(iter([*held, *self.lm.parameters()])).dtype
         checkpoint["model"] = {
             "name": self.model_name,
             "fingerprint": self.model_fingerprint,
-            "dtype": str(parameters[0].dtype).removeprefix("torch."),
+            "dtype": str(dtype).removeprefix("torch."),
             "record": self.record(),
         }
         options = checkpoint.setdefault(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
@@ -373,7 +394,7 @@ class FinetuneModule(LanguageModule):
         known = ("rng_state", "cuda_rng_state")
         self._random = {key: checkpoint[key] for key in known if key in checkpoint}
         state = checkpoint.get("state_dict", {})
-        for name, tensor in self._split():
+        for name, tensor in self._split:
             tensor.store(state[f"lm.{name}{SUFFIX}"])
             state[f"lm.{name}{SUFFIX}"] = tensor.values.data
         if self.selected is None and any(name.endswith(SUFFIX) for name in state):
@@ -382,11 +403,6 @@ class FinetuneModule(LanguageModule):
             others = {name: value for name, value in state.items() if not name.endswith(SUFFIX)}
             checkpoint["state_dict"] = {**self.state_dict(), **others}
         super().on_load_checkpoint(checkpoint)
-
-    def _split(self) -> list[tuple[str, Any]]:
-        """(name, tensor) of those whose values are kept as halves."""
-        tensors = {} if self.selected is None else self.selected.tensors
-        return [(name, tensor) for name, tensor in tensors.items() if tensor.is_split]
 
     # -- the result --------------------------------------------------------------------------------
 

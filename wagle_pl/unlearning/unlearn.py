@@ -13,14 +13,13 @@ from torch import Tensor
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.registry import describe, resolve
-from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.data.template import differing_prompts
 from wagle_pl.lm.resume import random_state, set_random_state
 from wagle_pl.masks import Restriction
 from wagle_pl.objectives import Objective, Streams
 from wagle_pl.objectives.references import References, predictions_of
 from wagle_pl.planning import PlannedRun
-from wagle_pl.strategies import is_zero, stage_of
+from wagle_pl.strategies import is_zero
 from wagle_pl.unlearning.adapters import LoRA
 from wagle_pl.unlearning.card import model_card
 from wagle_pl.unlearning.finetune import Batch, FinetuneModule
@@ -63,6 +62,8 @@ class UnlearnModule(FinetuneModule):
         **kwargs: passed to :class:`FinetuneModule`.
     """
 
+    task = "unlearning"
+
     def __init__(
         self,
         model: str,
@@ -83,9 +84,10 @@ class UnlearnModule(FinetuneModule):
         self.objective = resolve(Objective, objective, "objective")
         self.streams = self.objective.streams
         self.mask_file = None if mask is None else str(mask)
-        self.mask_modules = modules
-        self.mask_layers = layers
         self.adapter = None if adapter is None else resolve(LoRA, adapter, "adapter")
+        pattern = None if self.adapter is not None else self.objective.trainable
+        #: What the mask is made of.
+        self.restriction = Restriction(self.mask_file, modules, layers, pattern)
         if self.adapter is not None and (mask or modules or layers):
             raise WagleError(
                 "an adapter leaves every weight of the model alone, so no mask, modules or layers "
@@ -103,68 +105,46 @@ class UnlearnModule(FinetuneModule):
         self.reference_logits = reference_logits
         self.top_k = top_k
         self._references = References()
-        self._restricted = False
         self._frozen: Optional[FrozenWeights] = None
         self._verified: Optional[str] = None
 
     # -- what may move -----------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Load the model and find its mask, which a checkpoint's values need in a test too."""
-        if self.lm is None or (self.fits and self.selected is None):
-            self._check_strategy()
-            self._references, self._restricted = References(), False
-        super().configure_model()
-        if self.selected is None and not self._restricted:
-            self._restrict()
+        """Load the model, unless the strategy lacks what this run needs.
 
-    def _check_strategy(self) -> None:
-        """Refuse what needs parameters whole where ZeRO-3 spreads them over ranks."""
+        Raises:
+            WagleError: if it does.
+        """
         if self.attached and self.clip_scope == "all" and is_zero(self.trainer.strategy):
             raise WagleError(
                 "clip_scope all needs every gradient whole at the step, which ZeRO does not keep: "
                 "choose --model.clip_scope selected"
             )
-        if not self.sharded:
-            return
-        if self.adapter is not None:
-            raise WagleError("an adapter does not work under ZeRO-3; use another stage")
-        if type(self.objective).penalty is not Objective.penalty:
-            raise WagleError(
-                f"objective {type(self.objective).__name__} has a penalty on the weights, which "
-                "ZeRO-3 spreads over ranks; use another stage"
-            )
+        penalized = type(self.objective).penalty is not Objective.penalty
+        for needs, what in (
+            (self.adapter is not None, "an adapter"),
+            (penalized, f"objective {type(self.objective).__name__}, a penalty on the weights,"),
+        ):
+            if self.sharded and needs:
+                raise WagleError(f"{what} does not work under ZeRO-3; use another stage")
+        super().configure_model()
 
-    def _restrict(self) -> None:
-        """Add the adapter, or find the mask.
+    def restrict(self) -> None:
+        """Add the adapter, or find the mask, which a checkpoint's values need in a test too.
 
         Raises:
             WagleError: if nothing is left to move.
         """
-        self._restricted = True
+        self._references = References()
+        if self.fits:
+            self.objective.prepare(self.lm)
         if self.adapter is not None:
             self.adapter.add(self.lm, self.model_name, self.objective.trainable)
-        shapes = parameter_shapes(self.lm)
-        self.mask = self.restriction.mask(shapes, self.model_name, self.model_fingerprint)
+        self.mask = self.restriction.mask(self._shapes, self.model_name, self.model_fingerprint)
         if self.mask is None:
             return
-        if self.mask_file is not None and self.fits:
-            self._compare_prompts()
-        if not self.mask.count():
-            file = "" if self.mask_file is None else f"{self.mask_file}, "
-            raise WagleError(
-                f"the mask ({file}{self.mask.origin}) selects nothing: there is no weight to move"
-            )
-
-    @property
-    def restriction(self) -> Restriction:
-        """What the mask is made of: its file, modules and layers, and what the objective moves."""
-        pattern = None if self.adapter is not None else self.objective.trainable
-        return Restriction(self.mask_file, self.mask_modules, self.mask_layers, pattern)
-
-    def _compare_prompts(self) -> None:
-        """Warn of a mask that was made with other prompts than the rows of this run have."""
-        for prompts in self.mask.prompts:
+        for prompts in self.mask.prompts if self.mask_file is not None and self.fits else ():
             if other := differing_prompts(prompts, self.prompts):
                 log.warning(
                     "mask %s was made with other prompts (%s): give both runs the same "
@@ -172,33 +152,26 @@ class UnlearnModule(FinetuneModule):
                     self.mask_file,
                     other,
                 )
+        if not self.mask.count():
+            file = "" if self.mask_file is None else f"{self.mask_file}, "
+            raise WagleError(
+                f"the mask ({file}{self.mask.origin}) selects nothing: there is no weight to move"
+            )
 
     def select_weights(self, **options: Any) -> None:
         """Make the selected weights the parameters, and keep θ₀ if a term needs it."""
-        self.objective.prepare(self.lm)
         if self._needs_theta0 and self.sharded:
             raise WagleError(
                 "a frozen copy of the model does not work under ZeRO-3; use another stage, or "
                 "--model.reference_logits top_k if no hidden states are needed"
             )
-        if not self._restricted:
-            self._restrict()
-        super().select_weights(
-            mask=self.mask,
-            keep_theta0=self._needs_theta0,
-            keep_dense_gradients=self.clip_scope == "all" and self.mask is not None,
-            **options,
-        )
+        dense = self.clip_scope == "all" and self.mask is not None
+        options = {"keep_theta0": self._needs_theta0, "keep_dense_gradients": dense, **options}
+        super().select_weights(**options)
 
     def planned_run(self, optimizer: str) -> PlannedRun:
         """The run, as ``wagle plan`` knows it; an adapter's state is next to nothing."""
-        stage = stage_of(self.trainer.strategy)
-        density = 1.0 if self.mask is None else self.mask.density
-        optimizer = optimizer if self.adapter is None else "SGD"
-        precision = str(self.trainer.precision)
-        return PlannedRun.about_to(
-            "unlearning", precision, stage, optimizer=optimizer, density=density
-        )
+        return super().planned_run(optimizer if self.adapter is None else "SGD")
 
     # -- the objective, and θ₀ ---------------------------------------------------------------------
 
@@ -219,14 +192,10 @@ class UnlearnModule(FinetuneModule):
         if self.mask is not None and self.verify != "off":
             self._frozen = FrozenWeights(self.mask, self.selected.weights())
         self._try_objective()
-        objective = self.objective
+        top_k = self.objective.theta0_streams if self.reference_logits == "top_k" else ()
+        folder = Path(self.output).parent / ".references"
         self._references.prepare(
-            self,
-            self.data,
-            Path(self.output).parent / ".references",
-            objective.references,
-            objective.theta0_streams if self.reference_logits == "top_k" else (),
-            self.top_k,
+            self, self.data, folder, self.objective.references, top_k, self.top_k
         )
 
     def _try_objective(self) -> None:
@@ -243,12 +212,11 @@ class UnlearnModule(FinetuneModule):
             batch[stream] = {name: tensor.to(self.device) for name, tensor in tensors.items()}
             sums[stream] = torch.zeros(int(tensors["row"].max()) + 1)
         theta0 = partial(predictions_of, self.lm, layers=self.objective.hidden_layers)
-        at = self._streams(batch, sums, theta0)
         random, training = random_state(self.device), self.lm.training
         self.lm.eval()
         context = self.trainer.precision_plugin.forward_context()
         with torch.set_grad_enabled(not self.sharded), context:
-            loss = self.objective(at)["loss"]
+            loss = self.objective(self._streams(batch, sums, theta0))["loss"]
         self.lm.train(training)
         set_random_state(random, self.device)
         if loss.shape:
@@ -259,12 +227,12 @@ class UnlearnModule(FinetuneModule):
 
     def streams_of(self, batch: Batch) -> Streams:
         """What the objective sees of one batch."""
-        references, last = self._references, self.trainer.estimated_stepping_batches - 1
+        last = self.trainer.estimated_stepping_batches - 1
         return self._streams(
             batch,
-            references.sums,
-            theta0=self._run_at_theta0 if self._needs_theta0 else None,
-            top_k=references.top_k,
+            self._references.sums,
+            self._predictions_at_theta0 if self._needs_theta0 else None,
+            top_k=self._references.top_k,
             progress=min(1.0, self.global_step / last) if last > 0 else 0.0,
             epoch=self.current_epoch,
         )
@@ -272,15 +240,10 @@ class UnlearnModule(FinetuneModule):
     def _streams(
         self, batch: Batch, sums: Mapping[str, Tensor], theta0: Any, **now: Any
     ) -> Streams:
-        """Streams with what the objective asks for; see :class:`~wagle_pl.objectives.Streams`."""
-        layers, whole = self.objective.hidden_layers, self.objective.whole_streams
-        return Streams(
-            batch, self.run_lm, sums, self.lm, layers=layers, theta0=theta0, whole=whole, **now
-        )
+        now |= {"layers": self.objective.hidden_layers, "whole": self.objective.whole_streams}
+        return Streams(batch, self.run_lm, sums, self.lm, theta0=theta0, **now)
 
-    def _run_at_theta0(
-        self, tensors: Mapping[str, Tensor], whole: bool = False
-    ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+    def _predictions_at_theta0(self, tensors: Mapping[str, Tensor], whole: bool = False) -> Any:
         """See :func:`~wagle_pl.objectives.references.predictions_of`."""
         with self.selected.at_theta0() as lm:
             return predictions_of(lm, tensors, self.objective.hidden_layers, whole)
@@ -307,22 +270,19 @@ class UnlearnModule(FinetuneModule):
         self.check_kind(checkpoint)
         stored = dict(checkpoint.get("mask") or {})
         digest = stored.pop("digest", None)
-        if self.attached:
-            if digest != (None if self.mask is None else self.mask.digest()):
-                raise WagleError(
-                    "the checkpoint is of a run with another mask: resume with that one, or start "
-                    "a new run"
-                )
-            base = checkpoint["model"]["fingerprint"]
-            if digest and base != self.model_fingerprint:
-                raise WagleError(
-                    f"the checkpoint is of a run on the model with fingerprint {base[:12]}, this "
-                    f"one has {self.model_fingerprint[:12]}: give --model.model the model it began "
-                    "with"
-                )
-        elif digest:
-            shapes = parameter_shapes(self.lm)
-            self.mask = Restriction(**stored).mask(shapes, self.model_name, self.model_fingerprint)
+        if digest and not self.attached:
+            self.restriction = Restriction(**stored)
+            self.restrict()
+        elif self.attached and digest != (None if self.mask is None else self.mask.digest()):
+            raise WagleError(
+                "the checkpoint is of a run with another mask: resume with that one, or start a "
+                "new run"
+            )
+        elif digest and (base := checkpoint["model"]["fingerprint"]) != self.model_fingerprint:
+            raise WagleError(
+                f"the checkpoint is of a run on the model with fingerprint {base[:12]}, this one "
+                f"has {self.model_fingerprint[:12]}: give --model.model the model it began with"
+            )
         super().on_load_checkpoint(checkpoint)
         self._references.load_state_dict(checkpoint.get("references", {}))
 
