@@ -132,7 +132,7 @@ TEST = (*MODULE, "EvaluationModule")
             (*UNLEARN, "--seed_everything", "-5"),
             "seed_everything must be in [0, 4294967295], got -5",
         ),
-        ((*UNLEARN, "--model.lr", "-1"), "model.lr must not be below 0, got -1"),
+        ((*UNLEARN, "--model.lr", "-1"), "model.lr must be 0 or more, got -1"),
     ],
 )
 def test_one_line_says_what_to_type(fails, tiny_model, args, message):
