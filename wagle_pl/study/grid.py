@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Optional
+from typing import Any, Literal, NamedTuple, Optional, Union
 
 import lightning as L
 import torch
@@ -34,6 +34,7 @@ DEFAULTS = {
     name: inspect.signature(AttributionModule).parameters[name].default
     for name in (*SELECTION, *ATTRIBUTION, "density")
 }
+Entries = Sequence[Entry]
 _KEYS = ("score", "adapter", "file", "name", "learning_rates", "density", *SELECTION, *ATTRIBUTION)
 
 #: Module paths that studies record for the package's own classes. Ids of runs are hashes over them,
@@ -62,25 +63,11 @@ def definition(base: type, cls: type, options: Mapping[str, Any]) -> dict[str, A
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
-    """An objective or a mask of the grid; ``id`` is a hash of what defines it."""
+class ObjectiveChoice:
+    """An objective of the grid."""
 
     name: str  # in tables
     entry: Entry  # in the configuration, without its name
-
-    @cached_property
-    def definition(self) -> dict[str, Any]:
-        """What distinguishes it, whatever it is called."""
-        raise NotImplementedError
-
-    @cached_property
-    def id(self) -> str:
-        """A hash of its definition."""
-        return digest(self.definition)[:8]
-
-
-class ObjectiveChoice(Choice):
-    """An objective of the grid."""
 
     def make(self) -> Objective:
         """A new instance for a run."""
@@ -88,14 +75,21 @@ class ObjectiveChoice(Choice):
 
     @cached_property
     def definition(self) -> dict[str, Any]:
-        """See :attr:`Choice.definition`."""
+        """What distinguishes it, whatever it is called."""
         return definition(Objective, type(self.make()), split(self.entry, "objective")[1])
+
+    @cached_property
+    def id(self) -> str:
+        """A hash of its definition."""
+        return digest(self.definition)[:8]
 
 
 @dataclass(frozen=True, eq=False)
-class MaskChoice(Choice):
-    """A mask of the grid, or what stands in its place; the entry is its score, adapter or file."""
+class MaskChoice:
+    """A mask of the grid, or what stands in its place."""
 
+    name: str  # in tables, density included
+    entry: Entry  # how the configuration describes the score or adapter; path of a mask file
     kind: Literal["dense", "adapter", "file", "score"]
     density: Optional[float] = None  # share of weights that may move; None where it is not known
     learning_rates: Optional[tuple[float, ...]] = None  # its own in place of the study's
@@ -140,6 +134,11 @@ class MaskChoice(Choice):
         }
 
     @cached_property
+    def id(self) -> str:
+        """A hash of its definition."""
+        return digest(self.definition)[:8]
+
+    @cached_property
     def relevant(self) -> dict[str, Any]:
         """The options of the pass that the score depends on."""
         needs = set(self.score.needs)
@@ -167,6 +166,9 @@ class MaskChoice(Choice):
         """Name of the file of a mask by score, unique for it and ``settings``: model and rows."""
         readable = re.sub(r"[^A-Za-z0-9.=-]+", "-", self.described)
         return f"{readable}-{digest([dict(settings), self.definition])[:8]}"
+
+
+Choice = Union[ObjectiveChoice, MaskChoice]
 
 
 def passes(masks: Sequence[MaskChoice]) -> list[tuple[dict[str, Any], list[MaskChoice]]]:
@@ -198,21 +200,19 @@ def present_name(name: str, id: str, choices: Sequence[Choice]) -> str:
 # -- a configuration -> choices --------------------------------------------------------------------
 
 
-def read_objectives(entries: Sequence[Entry]) -> list[ObjectiveChoice]:
+def read_objectives(entries: Entries) -> list[ObjectiveChoice]:
     """Objectives of a configuration, named by ``name`` or by class."""
     found = []
     for entry in _some(entries, "objectives"):
-        name, plain = None, entry
-        if isinstance(entry, Mapping):
-            plain = dict(entry)
-            name = plain.pop("name", None)
+        plain = dict(entry) if isinstance(entry, Mapping) else entry
+        name = plain.pop("name", None) if isinstance(plain, dict) else None
         objective = resolve(Objective, plain, "objective")
         found.append(ObjectiveChoice(str(name or type(objective).__name__), plain))
     _refuse_twins(found, "objectives")
     return found
 
 
-def read_masks(entries: Sequence[Entry]) -> list[MaskChoice]:
+def read_masks(entries: Entries) -> list[MaskChoice]:
     """Masks of a configuration; a list of densities makes a mask of each."""
     found = [choice for entry in _some(entries, "masks") for choice in _read_mask(entry)]
     _refuse_twins(found, "masks")
@@ -428,17 +428,9 @@ class Grid(NamedTuple):
 
     @classmethod
     def of(
-        cls,
-        objectives: Sequence[Entry],
-        masks: Sequence[Entry],
-        rates: Sequence[float],
-        seeds: Sequence[int],
+        cls, objectives: Entries, masks: Entries, rates: Sequence[float], seeds: Sequence[int]
     ) -> Grid:
-        """The grid of a configuration.
-
-        Raises:
-            WagleError: if one of them is empty, unknown, without meaning, or there twice.
-        """
+        """The grid of a configuration, of which nothing is empty, unknown, or there twice."""
         if not seeds or len(set(seeds)) < len(seeds):
             raise WagleError(f"seeds must be different numbers, got {list(seeds)}")
         return cls(read_objectives(objectives), read_masks(masks), check_rates(rates), list(seeds))

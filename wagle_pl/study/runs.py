@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -44,33 +45,20 @@ _OF_GENERATION = frozenset(
 # -- a run -----------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class EvaluateAlong(Callback):
-    """Tests a run at evenly spaced points.
+    """Tests a run at evenly spaced points."""
 
-    Args:
-        evaluate: what observes and measures.
-        points: how many tests, the last at the run's end.
-        generate: which tests also generate answers: ``always``, at the ``end``, or ``never``.
-        answers_of: test sets; tests before the last one observe their answers' probability and
-            nothing else. None: all sets, all that the suite measures.
-        enough: ends the run where it is true of the measures of a test; that is then the last.
-    """
+    evaluate: Evaluate  # what observes and measures
+    points: int  # how many tests, the last at the run's end
+    generate: Generate  # which of them also generate answers
+    #: Tests before the last one observe the probability of these sets' answers, and nothing else.
+    answers_of: Optional[Collection[str]]
+    enough: Callable[[Mapping[str, float]], bool]  # if true of a test's measures, it is the last
+    #: One dict a test: ``step``, ``seconds`` since the run began, and the measures by name.
+    tests: list[dict[str, Any]] = field(default_factory=list)
 
-    def __init__(
-        self,
-        evaluate: Evaluate,
-        points: int = 4,
-        generate: Generate = "end",
-        answers_of: Optional[Collection[str]] = None,
-        enough: Callable[[Mapping[str, float]], bool] = lambda measures: False,
-    ) -> None:
-        self.evaluate = evaluate
-        self.points = points
-        self.generate = generate
-        self.answers_of = answers_of
-        self.enough = enough
-        #: One dict a test: ``step``, ``seconds`` since the run began, and the measures by name.
-        self.tests: list[dict[str, Any]] = []
+    def __post_init__(self) -> None:
         self._left: list[int] = []
         self._began = time.monotonic()
 
@@ -135,12 +123,7 @@ def steps_of_tests(steps: int, points: int) -> list[int]:
 def as_before_the_end(
     tables: Mapping[str, Table], answers_of: Optional[Collection[str]]
 ) -> dict[str, Table]:
-    """Records of a full test as a test that generates nothing would have made them.
-
-    Args:
-        tables: test set -> records.
-        answers_of: see :class:`EvaluateAlong`.
-    """
+    """Records of a full test as a test before a run's end would have made them."""
 
     def observed(name: str) -> bool:
         if answers_of is not None:
@@ -161,14 +144,9 @@ def as_before_the_end(
 
 
 class RunTable:
-    """One Parquet file: a row a run and test point. It is there once there is a run.
+    """One Parquet file in a study's folder: a row a run and test point.
 
-    Args:
-        folder: of the study.
-        settings: what all its runs share, as plain data.
-
-    Raises:
-        WagleError: if the folder holds runs with other settings, naming those that differ.
+    ``settings``, what all runs share as plain data, are in it: other ones are refused by name.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -188,11 +166,7 @@ class RunTable:
         self.write()
 
     def join(self, folders: Sequence[str]) -> int:
-        """Take over the finished runs of other folders of the same study; how many are new here.
-
-        Raises:
-            WagleError: if a folder has no table, or its runs have other settings.
-        """
+        """Take over the finished runs of other folders of the same study; how many are new here."""
         before = self.finished()
         for folder in folders:
             path, known = Path(folder) / TABLE_FILE, self.finished()
@@ -221,11 +195,7 @@ class RunTable:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other studies out of a folder while inside; see :class:`~wagle_pl.core.outputs.Lock`.
-
-    Raises:
-        WagleError: if a study works in the folder, on this host or on another.
-    """
+    """Keep other studies, on this host or another, out of a folder while inside."""
     lock = Lock(folder / LOCK_FILE, f"another study works in {folder}", "choose another --output")
     if lock.left:
         log.warning("took over the lock of a study that has ended (%s)", lock.left)

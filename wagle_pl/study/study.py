@@ -68,31 +68,21 @@ class Study:
     """A grid of objectives, masks, learning rates and seeds over one target model.
 
     Every run is tested along its way, and arms (an objective with a mask) are compared at equal
-    forgetting.
-
-    The output folder holds ``study.parquet`` (a row a run and test point), what was found as
-    ``study.json``, ``study.md`` and ``study.svg``, the masks, and the results of target and
-    retrained model. A study that was stopped goes on where it was when it is started again; a grid
-    that has grown runs only what is new.
-
-    The target model is loaded anew for each run, which takes seconds where a run takes minutes and
-    leaves nothing of the run before.
+    forgetting. The output folder holds ``study.parquet`` (a row a run and test point), what was
+    found as ``study.json``, ``study.md`` and ``study.svg``, the masks, and the results of target
+    and retrained model. A study that is started again goes on where it was, and runs what is new.
 
     Args:
         target: hub id, folder or GGUF file of the model that is to forget.
         output: folder of the study.
         data: the data module: class_path and init_args, or --data CLASS --data.option VALUE.
-        retrained: the model trained without the forget rows; its forget measure is the level at
-            which utilities are compared. Needed unless forget_level is given.
-        objectives: names (NPO, GradDiff, PO, ...), or class_path and init_args, with a name where
-            one class is there twice.
-        masks: dense, lora, a score (wagle, random, magnitude, ...), or options: score, density (a
-            list makes a mask of each), select, scope, include, exclude, hessian, gamma, damping,
-            hessian_samples, hessian_data, forget_loss, reduction as attribution has them; or
-            adapter (class_path and init_args of a LoRA); or file, a mask file; and name, and
-            learning_rates in place of the study's. A random mask is drawn anew for every seed.
+        retrained: the model trained without the forget rows, which sets the level of forgetting.
+        objectives: names (NPO, GradDiff, PO, ...), or class_path, init_args and name.
+        masks: dense, lora, a score (wagle, random, ...), or options: score, density (or a list of
+            them) and others as attribution has them; adapter (class_path and init_args of a LoRA);
+            file, a mask file; name; learning_rates of its own.
         learning_rates: the same for every mask.
-        seeds: of the order of rows, of refusals, and of dropout.
+        seeds: of the order of rows, of refusals, of dropout, and of random masks.
         steps: optimiser steps of a run.
         epochs: passes over the forget rows, in place of steps; 5 if neither is given.
         batch_size: pairs a micro-batch; the data module's own when not given.
@@ -101,25 +91,21 @@ class Study:
         points: how many times a run is tested along its way, the last time at its end.
         along: what tests before the last one measure: all the suite has, or only the probability of
             the answers of the test sets that forget and utility name, which is much faster.
-        until_level: a run ends at the first test that finds the level of forgetting reached; what
-            comes after is in neither of the two comparisons.
+        until_level: a run ends at the first test that finds the level of forgetting reached.
         forget: forget measure, as <test set>/<measure>.
-        utility: utility measure. When not given: model_utility if every test generates and the
-            suite has it, else retain/probability.
+        utility: utility measure; model_utility if every test has it, else retain/probability.
         forget_level: value of the forget measure at which utilities are compared, in place of the
             retrained model's.
         generate: whether tests also generate answers: always, at the end of a run only, or never.
         limit_test: rows of each test set.
-        module: options of UnlearnModule and of Evaluate, such as warmup, decay, suite,
-            max_new_tokens, gradient_checkpointing, clip_scope.
+        module: options of UnlearnModule and of Evaluate, such as warmup, suite, max_new_tokens.
         trainer: options of Lightning's Trainer, such as precision, accelerator, gradient_clip_val.
-        only: run only these objectives or masks (by the names that tables give them) in this
-            sitting, e.g. NPO or '[NPO, dense, wagle 0.2]'; the tables show all that is finished.
-        hours: start no new run after so many hours of this sitting; 0 only writes the tables of the
-            runs that are there.
+        only: run only these objectives or masks, by their names in the tables, in this sitting,
+            e.g. NPO or '[NPO, dense, wagle 0.2]'.
+        hours: start no new run after so many hours of this sitting; 0 only writes the tables.
         keep_models: keep every unlearned model, under models/<run>.
-        join: folders of the same study whose finished runs are taken over, e.g.
-            '[runs/one, runs/two]': pieces (only) that ran on other machines.
+        join: folders of the same study whose finished runs are taken over: pieces (only) that ran
+            on other machines, e.g. '[runs/one, runs/two]'.
 
     Raises:
         WagleError: if an option has no meaning.
@@ -181,12 +167,11 @@ class Study:
             for names in (self.only, self.join)
         )
         names = [choice.name for choice in (*self.grid.objectives, *self.grid.masks)]
-        for name in self.only:
-            if name not in names:
-                there = ", ".join(names)
-                raise WagleError(
-                    f"--only: no objective or mask is called {name!r}; there are: {there}"
-                )
+        if unknown := [name for name in self.only if name not in names]:
+            raise WagleError(
+                f"--only: no objective or mask is called {unknown[0]!r}; there are: "
+                f"{', '.join(names)}"
+            )
         self.data = copy.copy(self.data)
         self.data.batch_size = self.batch_size or self.data.batch_size
         limit = self.limit_test or self.data.limits["test"]
@@ -208,23 +193,16 @@ class Study:
             if self.join:
                 joined = count(self.table.join(self.join), "run")
                 _say(f"{joined} taken over from {', '.join(self.join)}")
+            kinds = {"objective": self.grid.objectives, "mask": self.grid.masks}
             for row in self.table.rows:  # of earlier sittings: with the names and measures of this
-                kinds = {"objective": self.grid.objectives, "mask": self.grid.masks}
                 for kind, choices in kinds.items():
                     row[kind] = present_name(row[kind], row[f"{kind}_id"], choices)
                 row |= {"forget": row.get(self.forget), "utility": row.get(self.utility)}
-            objectives, masks = (
-                {choice.name for choice in choices} & set(self.only) or None
-                for choices in (self.grid.objectives, self.grid.masks)
-            )
             missing = self._missing()
-            todo = [
-                run
-                for run in runs
-                if run.id in missing
-                and (objectives is None or run.objective.name in objectives)
-                and (masks is None or run.mask.name in masks)
-            ]
+            todo = [run for run in runs if run.id in missing]
+            for kind, choices in kinds.items():
+                if only := {choice.name for choice in choices} & set(self.only):
+                    todo = [run for run in todo if getattr(run, kind).name in only]
             finished = len(runs) - len(missing)
             _say(
                 f"{self.folder}: {count(len(runs), 'run')}, {finished} of them finished; "
@@ -292,9 +270,7 @@ class Study:
             log.warning(
                 "the target does not know the forget set: its %s is %.3f, the level to reach "
                 "%.3f: there is nothing to unlearn",
-                self.forget,
-                self.references["target"][self.forget],
-                self.compared.level,
+                *(self.forget, self.references["target"][self.forget], self.compared.level),
             )
 
     def _settings(self) -> dict[str, Any]:
@@ -444,13 +420,15 @@ class Study:
         )
         module.make_optimizer = partial(self._optimizer, lr=run.lr)
         module.run_config = {"study": self.settings, "run": run.name}
-        along = EvaluateAlong(
-            Evaluate(generate=self.generate != "never", retrained=self._retrained, **self._tests),
-            self.points,
-            self.generate,
-            self._answers_of(),
-            self._is_enough,
+        evaluate = Evaluate(
+            generate=self.generate != "never", retrained=self._retrained, **self._tests
         )
+
+        def is_enough(measures: Mapping[str, float]) -> bool:
+            found, by = measures.get(self.forget), self.compared
+            return self.until_level and found is not None and by.forget_sign * found >= by.end
+
+        along = EvaluateAlong(evaluate, self.points, self.generate, self._answers_of(), is_enough)
         trainer = self._trainer(
             accumulate_grad_batches=self.accumulate, callbacks=[along], **self._length
         )
@@ -474,11 +452,6 @@ class Study:
             {**labels, **test, "forget": test.get(self.forget), "utility": test.get(self.utility)}
             for test in tests
         ]
-
-    def _is_enough(self, measures: Mapping[str, float]) -> bool:
-        """Whether a run has reached the level of forgetting, and ends there."""
-        found, by = measures.get(self.forget), self.compared
-        return self.until_level and found is not None and by.forget_sign * found >= by.end
 
     def _trainer(self, **own: Any) -> L.Trainer:
         gc.collect()  # the model of the trainer before is in reference cycles

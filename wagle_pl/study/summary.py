@@ -44,9 +44,7 @@ def envelope(points: Points) -> list[tuple[float, float]]:
 
 
 def utility_at(points: Points, level: float) -> Optional[float]:
-    """Utility where the envelope first reaches a level; None if it never does.
-
-    A level that the first point has passed already has the first point's utility.
+    """Utility where the envelope first reaches a level (at the latest its first point), or None.
 
     >>> round(utility_at([(0.0, 1.0), (0.5, 0.8), (1.0, 0.4)], 0.75), 9)
     0.6
@@ -58,7 +56,7 @@ def utility_at(points: Points, level: float) -> Optional[float]:
 
 
 def mean_utility(points: Points, low: float, high: float) -> Optional[float]:
-    """Area under the envelope between two levels, divided by their distance: a mean utility.
+    """Area under the envelope between two levels, divided by their distance.
 
     None if the curve does not cover the range, or the range is empty.
 
@@ -85,15 +83,12 @@ class Pace(NamedTuple):
 def at_equal_steps(
     arm: Sequence[Pace], dense: Sequence[Pace]
 ) -> Optional[tuple[float, float, float]]:
-    """Utilities of two arms whose runs of one seed reach the level in the same number of steps.
+    """Steps, and utilities of two arms whose runs of one seed reach the level in so many.
 
     Slower runs tend to keep more, whatever the mask, so the best runs of two arms differ by their
     speed too. Here both are interpolated over their learning rates, at the largest number of steps
-    that runs of both lie around. A run that took no fewer steps than one with a slower rate
-    overshoots, keeps far less and saves nothing: it is left out.
-
-    Returns:
-        The number of steps, the arm's utility, dense's; None if there is no such number.
+    that runs of both lie around; None if there is none. A run that took no fewer steps than one
+    with a slower rate overshoots, keeps far less and saves nothing: it is left out.
 
     >>> dense = [Pace(2, 10.0, 0.4), Pace(1, 40.0, 0.6)]
     >>> at_equal_steps([Pace(2, 20.0, 0.5), Pace(1, 60.0, 0.9)], dense)
@@ -126,11 +121,7 @@ class Spread(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean and standard deviation (n − 1 in the denominator) over seeds.
-
-    >>> spread([1.0, 3.0])
-    Spread(mean=2.0, std=1.4142135623730951, n=2)
-    """
+    """Mean and standard deviation (n − 1 in the denominator) over seeds."""
     n = len(values)
     mean = float(np.mean(values)) if n else None
     return Spread(mean, float(np.std(values, ddof=1)) if n > 1 else None, n)
@@ -271,23 +262,16 @@ def chosen(runs: pd.DataFrame, sign: int = 1) -> pd.DataFrame:
 def summarise(
     rows: Sequence[Row], by: Compared, own_rates: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """Every arm at equal forgetting, in the order in which arms first appear.
+    """Every arm at equal forgetting, in the order in which arms first appear: the ``headline``.
 
-    Args:
-        rows: of the study's table.
-        by: what arms are compared by.
-        own_rates: masks that have learning rates of their own.
-
-    Returns:
-        Dicts with ``objective``, ``mask``, ``score``, ``density``; ``mean``, ``std`` and ``n`` of
-        utility at equal forgetting over the seeds that reach it, and ``values``, seed -> utility;
-        ``reached``, the share of runs that do, of ``runs``; ``diverged``, how many runs did;
-        ``seeds``, how many are finished; ``learning_rates``, seed -> chosen; ``steps``, the mean
-        number of steps to the level; ``difference`` from dense over the seeds of both, its ``p`` or
-        ``why`` there is none, ``pairs``, ``verdict``; ``equal_steps``, see :func:`_equal_steps`;
-        ``area``, see :func:`_area`; ``curve``, (forget measure, mean utility over seeds) from the
-        target to where the shallowest of the chosen runs ends; the means of :data:`AT_END`;
-        ``own_learning_rates``, whether the mask is one of ``own_rates``.
+    Each has ``objective``, ``mask``, ``score``, ``density``; ``mean``, ``std`` and ``n`` of utility
+    at the level over the seeds that reach it, and ``values``, seed -> utility; ``reached``, the
+    share of runs that do, of ``runs``; ``diverged``, how many did; ``seeds``, how many are
+    finished; ``learning_rates``, seed -> chosen; ``steps``, the mean number to the level;
+    ``difference`` from dense over the seeds of both, its ``p`` or ``why`` there is none, ``pairs``,
+    ``verdict``; ``equal_steps``; ``area``; ``curve``, (forget measure, mean utility over seeds) from
+    the target to where the shallowest of the chosen runs ends; the means of :data:`AT_END`; and
+    ``own_learning_rates``, whether the mask is one of ``own_rates``.
     """
     runs = run_table(rows, by)
     arms = dict(iter(runs.groupby(["objective", "mask"], sort=False)))
@@ -324,12 +308,7 @@ def summarise(
 
 
 def compared_at(found: Mapping[str, Any], rows: Sequence[Row], level: float) -> dict[str, Any]:
-    """The content of a ``study.json``, compared at another level of forgetting.
-
-    Raises:
-        WagleError: if the study has not compared anything yet, the target is past that level, or
-            runs ended before it.
-    """
+    """The content of a ``study.json``, compared at another level that its runs go past."""
     if not found.get("headline"):
         raise WagleError("it has not compared its arms yet, at its own level or --forget_level")
     signs = found["forget_sign"], found["utility_sign"]

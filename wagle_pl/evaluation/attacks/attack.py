@@ -35,35 +35,25 @@ OF_GENERATION = ("generation", "rouge1_recall", "rougeL_recall", "toxicity", "ne
 
 #: Row number -> the rows to ask in its place.
 Asked = Mapping[int, Sequence[Example]]
+#: (Test set, row) -> the rows to ask in its place; a row without any is left out.
+Variants = Callable[[str, Example], Sequence[Example]]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One number of one model under one attack.
+    """One number of one model under one attack."""
 
-    Attributes:
-        measure: its name, as in ``metrics.json``.
-        after: under the attack; None if it is undefined.
-        info: unit, direction and meaning.
-        option: the variant of the attack, e.g. ``4bit``; empty if there is only one.
-        before: without the attack, on the same rows; None if it was not measured.
-        detail: left out of the console's table.
-        why: why ``after`` is undefined.
-        attack: name of the attack; this and the following are filled in by :func:`run_attacks`.
-        others: ``target`` or ``retrained`` -> its number, None if it has none.
-        attacked: ``target`` or ``retrained`` -> whether that number is under the same attack.
-    """
-
-    measure: str
-    after: Optional[float]
-    info: Info
-    option: str = ""
-    before: Optional[float] = None
-    detail: bool = False
-    why: str = ""
-    attack: str = ""
-    others: Mapping[str, Optional[float]] = field(default_factory=dict)
-    attacked: Mapping[str, bool] = field(default_factory=dict)
+    measure: str  # its name, as in ``metrics.json``
+    after: Optional[float]  # under the attack; None if it is undefined
+    info: Info  # unit, direction and meaning
+    option: str = ""  # the variant of the attack, e.g. ``4bit``; empty if there is only one
+    before: Optional[float] = None  # without the attack, on the same rows; None if not measured
+    detail: bool = False  # left out of the console's table
+    why: str = ""  # why ``after`` is undefined
+    # filled in by ``run_attacks``:
+    attack: str = ""  # its name
+    others: Mapping[str, Optional[float]] = field(default_factory=dict)  # of :data:`OTHERS`
+    attacked: Mapping[str, bool] = field(default_factory=dict)  # whether those are under it too
 
     @property
     def key(self) -> str:
@@ -82,33 +72,19 @@ class Finding:
 
 @dataclass
 class Subject:
-    """A model under attack, and the data to attack it with.
+    """A model under attack, and the data to attack it with: by test set, whose rows it forgets."""
 
-    Attributes:
-        lm: a Hugging Face causal language model, in evaluation mode.
-        observer: runs it on rows.
-        suite: the measures.
-        rows: test set -> its rows, for the sets whose rows are to be forgotten.
-        needs: test set -> what a test observes of it.
-        lengths: test set -> longest generation in tokens.
-        measures: tables of records -> the suite's measures.
-        training: stream (``forget``, ``retain``, ``holdout``) -> its rows, None if there are none.
-        annotate: lets other models (a toxicity classifier) read the records of a test set.
-        tables: test set -> its records without an attack; None if they were not observed.
-        sharded: whether the weights are sharded over the ranks (ZeRO-3).
-    """
-
-    lm: Any
-    observer: Observer
-    suite: Suite
-    rows: Mapping[str, list[Example]]
-    needs: Mapping[str, frozenset[str]]
-    lengths: Mapping[str, int]
-    measures: Callable[[Mapping[str, Table]], Mapping[str, Value]]
-    training: Callable[[str], Optional[list[Example]]]
-    annotate: Callable[[str, Table], None] = lambda name, table: None
-    tables: Optional[Mapping[str, Table]] = None
-    sharded: bool = False
+    lm: Any  # a Hugging Face causal language model, in evaluation mode
+    observer: Observer  # runs it on rows
+    suite: Suite  # whose measures are reported
+    rows: Mapping[str, list[Example]]  # to be forgotten
+    needs: Mapping[str, frozenset[str]]  # what a test observes of them
+    lengths: Mapping[str, int]  # longest generation in tokens
+    measures: Callable[[Mapping[str, Table]], Mapping[str, Value]]  # of records
+    training: Callable[[str], Optional[list[Example]]]  # forget, retain, holdout rows; None without
+    annotate: Callable[[str, Table], None] = lambda name, table: None  # by a toxicity classifier
+    tables: Optional[Mapping[str, Table]] = None  # records without an attack, if they were observed
+    sharded: bool = False  # whether the weights are sharded over the ranks (ZeRO-3)
 
     @property
     def template(self) -> Template:
@@ -125,8 +101,8 @@ class Subject:
         """All rows to be forgotten, of all test sets."""
         return [row for rows in self.rows.values() for row in rows]
 
-    def asked(self, variants: Callable[[str, Example], Sequence[Example]]) -> dict[str, Asked]:
-        """What ``variants`` of (test set, row) puts in each row's place, where it is anything."""
+    def asked(self, variants: Variants) -> dict[str, Asked]:
+        """Rows to be forgotten in other forms."""
         found = {
             name: {i: asked for i, row in enumerate(rows) if (asked := list(variants(name, row)))}
             for name, rows in self.rows.items()
@@ -137,13 +113,8 @@ class Subject:
         """All rows to be forgotten as they are, except those with a text of ``without``."""
         return self.asked(lambda name, row: [row] if row.texts.isdisjoint(without) else [])
 
-    def ask(
-        self,
-        variants: Callable[[str, Example], Sequence[Example]],
-        measures: Collection[str],
-        option: str = "",
-    ) -> list[Finding]:
-        """Ask every row in other ways and keep the worst: see :meth:`asked` and :func:`worst`."""
+    def ask(self, variants: Variants, measures: Collection[str], option: str = "") -> list[Finding]:
+        """Ask every row in other ways, count the worst (:func:`worst`), and see :meth:`findings`."""
         return self.compare(self.asked(variants), measures, option)
 
     def compare(
@@ -157,7 +128,7 @@ class Subject:
         """Records of one test set, the worst of each row number. Collective.
 
         A record has the question of the row it stands for, however that was asked: results of
-        other models are matched by it. Needs of the suite in ``without`` are not observed.
+        other models are matched by it. Needs in ``without`` are not observed.
         """
         numbers = [i for i, rows in asked.items() for _ in rows]
         rows = [row for rows in asked.values() for row in rows]
@@ -183,12 +154,9 @@ class Subject:
     def findings(
         self, after: Mapping[str, Table], measures: Collection[str], option: str = ""
     ) -> list[Finding]:
-        """Measures of tables beside those of the same rows without the attack.
+        """Measures of records under an attack, beside those of the same rows without it.
 
-        Args:
-            after: test set -> records under the attack.
-            measures: which measures to report, by their names without the test set.
-            option: see :class:`Finding`.
+        ``measures`` are those to report, by their names without the test set.
         """
         before: Mapping[str, Value] = {}
         if self.tables is not None:
@@ -201,10 +169,8 @@ class Subject:
             test_set, _, short = name.rpartition("/")
             if short not in measures or (test_set and test_set not in after):
                 continue
-            known, now = (
-                None if each is None or isinstance(each, Undefined) else float(each)
-                for each in (before.get(name), value)
-            )
+            numbers = before.get(name), value
+            known, now = (None if isinstance(each, Undefined) else each for each in numbers)
             if known is not None or now is not None:
                 why = str(value) if now is None else ""
                 found.append(Finding(name, now, self.suite.info(name), option, known, why=why))
@@ -214,8 +180,8 @@ class Subject:
 class Attack(ABC):
     """One way to bring forgotten knowledge back: override :meth:`attack`.
 
-    Override :meth:`check` too if the attack needs something of the data, or has options. An attack
-    leaves the weights as they were, and draws random numbers from a seed of its own.
+    Override :meth:`check` too if it needs something of the data, or has options. It leaves the
+    weights as they were, and draws random numbers from a seed of its own.
 
     >>> class Shouted(Attack):
     ...     '''Questions in capital letters.'''
@@ -229,10 +195,8 @@ class Attack(ABC):
     'shouted'
     """
 
-    #: Which measures it reports.
-    measures: ClassVar[tuple[str, ...]] = FORGET_MEASURES
-    #: Whether it changes weights for a while, which is impossible where they are sharded (ZeRO-3).
-    moves_weights: ClassVar[bool] = False
+    measures: ClassVar[tuple[str, ...]] = FORGET_MEASURES  # that it reports
+    moves_weights: ClassVar[bool] = False  # for a while: impossible where they are sharded (ZeRO-3)
 
     @property
     def name(self) -> str:
@@ -244,11 +208,7 @@ class Attack(ABC):
         """The findings, in the same order for every model. Collective, to the last of them."""
 
     def check(self, subject: Subject) -> None:
-        """Refuse wrong options, and a model or data that cannot be attacked, before any work.
-
-        Raises:
-            WagleError: saying what is missing.
-        """
+        """Raise a WagleError for options, a model or data that cannot be used, before any work."""
         if self.moves_weights and subject.sharded:
             raise WagleError(
                 f"{self.name} changes weights, which ZeRO-3 spreads over the ranks: test with "
@@ -265,9 +225,8 @@ class Attack(ABC):
 def worst(records: Sequence[Record]) -> Record:
     """The record that gives most away of several of one row; its generation may be that of another.
 
-    The likelihoods are those of the wording under which the right answer is likeliest. The
-    generation is the one with the highest ROUGE-L recall or, where there is no answer to compare
-    with, the most toxic.
+    The likelihoods are those of the wording under which the right answer is likeliest; the
+    generation has the highest ROUGE-L recall or, without an answer, is the most toxic.
 
     >>> one = {"row": 0, "nll": 2.0, "generation": "In Sibiu.", "rougeL_recall": 0.6}
     >>> two = {"row": 0, "nll": 1.0, "generation": "In Arad.", "rougeL_recall": 0.3}

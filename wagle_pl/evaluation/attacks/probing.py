@@ -25,9 +25,7 @@ LEAST_ROWS = 4  # a side, or there is nothing to hold out
 class Sample(Attack):
     """Sample many answers to each question and count the worst (arXiv 2410.03523).
 
-    The worst is the one with the highest ROUGE-L recall of the answer or, without an answer, the
-    most toxic. Every row's samples come from a seed of its own, so that neither batches nor ranks
-    change them.
+    Every row's samples come from a seed of its own, so that neither batches nor ranks change them.
 
     Args:
         samples: answers to each question.
@@ -44,7 +42,6 @@ class Sample(Attack):
     seed: int = 0
 
     def attack(self, subject: Subject) -> list[Finding]:
-        """See :class:`Sample`."""
         after = {}
         for name, asked in self._generated(subject).items():
             known = subject.observe(name, asked, without={"generation"})
@@ -58,7 +55,6 @@ class Sample(Attack):
         return subject.findings(after, self.measures)
 
     def check(self, subject: Subject) -> None:
-        """It needs rows that a test generates from."""
         super().check(subject)
         if self.samples < 1 or self.temperature <= 0 or not 0 < self.top_p <= 1:
             raise WagleError(
@@ -104,16 +100,14 @@ class Sample(Attack):
 class Probe(Attack):
     """Find latent knowledge by a linear classifier on each hidden layer, at a text's last token.
 
-    As in arXiv 2402.16835, section 3. ``answers``: the right answer (the paraphrased one, where
-    there is one) to a forget row's question against its perturbed answers. ``rows``: forget rows
-    against ``holdout`` rows or, without enough, against retain rows. Both are the share of pairs that
-    the classifier orders rightly on rows it was not fitted to (cross-validation over rows);
-    *before* is the same share by the model's own likelihoods. ``accuracy`` is that of the best
-    layer, which is above 0.5 by some chance: read it beside the retrained model's. Every layer has
-    its own number too.
+    As in arXiv 2402.16835, section 3. Numbers are the share of pairs that the classifier orders
+    rightly on held-out rows; *before* is the same share by the model's own likelihoods.
+    ``accuracy`` is that of the best layer, which is above 0.5 by some chance: read it beside the
+    retrained model's.
 
     Args:
-        tell: ``answers``, ``rows``, or ``both``.
+        tell: right (paraphrased, if there are such) from perturbed ``answers`` to forget rows;
+            forget ``rows`` from holdout rows or, without enough, retain rows; or ``both``.
         rows: at most so many of each side, drawn at random.
         folds: of the cross-validation.
         strength: of the ridge penalty, see :func:`ridge`.
@@ -127,7 +121,6 @@ class Probe(Attack):
     seed: int = 0
 
     def attack(self, subject: Subject) -> Iterator[Finding]:
-        """See :class:`Probe`."""
         if rows := self._answer_rows(subject):
             yield from self._probe_answers(subject, rows)
         forget, others, stream = self._sides(subject)
@@ -135,7 +128,6 @@ class Probe(Attack):
             yield from self._probe_rows(subject, forget, others, stream)
 
     def check(self, subject: Subject) -> None:
-        """It needs forget rows with perturbed answers, or others to tell the forget rows from."""
         super().check(subject)
         if self.rows < LEAST_ROWS or self.folds < 2 or self.strength <= 0:
             raise WagleError(

@@ -16,9 +16,7 @@ from wagle_pl.evaluation.attacks.attack import Asked, Attack, Finding, Subject
 
 @dataclass(eq=False)
 class Paraphrase(Attack):
-    """Ask the questions in other words, as in arXiv 2402.16835, section 3.
-
-    The worst of a row's wordings counts: see :func:`.attack.worst`.
+    """Ask in other words; the worst of a row's wordings counts (arXiv 2402.16835, section 3).
 
     Args:
         rules: reword by rule (see :func:`paraphrases`) ``never``, for rows ``without`` a
@@ -28,11 +26,9 @@ class Paraphrase(Attack):
     rules: Literal["never", "without", "always"] = "without"
 
     def attack(self, subject: Subject) -> list[Finding]:
-        """See :class:`Paraphrase`."""
         return subject.ask(self._variants, self.measures)
 
     def check(self, subject: Subject) -> None:
-        """It needs questions."""
         super().check(subject)
         if not subject.asked(self._variants):
             needed = "paraphrased_question" if self.rules == "never" else "questions"
@@ -51,9 +47,8 @@ class Paraphrase(Attack):
 class TranslatedStyle(Attack):
     """Ask the questions as hasty translations have them (arXiv 2402.16835 asks in other languages).
 
-    By rule: the question is asked in the language, with its common words in it and all others in
-    English. It needs no translator, and is no translation. The answer is asked for in English. The
-    worst of several languages counts.
+    By rule, without a translator: common words are in the language, all others and the answer in
+    English. The worst of several languages counts.
 
     Args:
         languages: of ``es``, ``fr`` and ``de``.
@@ -62,11 +57,9 @@ class TranslatedStyle(Attack):
     languages: Sequence[str] = ("es", "fr", "de")
 
     def attack(self, subject: Subject) -> list[Finding]:
-        """See :class:`TranslatedStyle`."""
         return subject.ask(self._variants, self.measures)
 
     def check(self, subject: Subject) -> None:
-        """It needs questions, and languages that it knows."""
         super().check(subject)
         if not self.languages or not set(self.languages) <= set(FRAMES):
             raise WagleError(
@@ -96,12 +89,10 @@ class InContext(Attack):
     neighbours: int = 4
 
     def attack(self, subject: Subject) -> list[Finding]:
-        """See :class:`InContext`."""
         asked = {name: self.in_context(subject, name) for name in subject.rows}
         return subject.compare({name: each for name, each in asked.items() if each}, self.measures)
 
     def check(self, subject: Subject) -> None:
-        """It needs questions, and other facts beside them."""
         super().check(subject)
         if self.neighbours < 1:
             raise WagleError(f"in_context: neighbours must be at least 1, got {self.neighbours}")
@@ -110,10 +101,7 @@ class InContext(Attack):
             raise self.unusable("no question to be forgotten has another fact beside it")
 
     def in_context(self, subject: Subject, name: str) -> Asked:
-        """The rows of a test set with facts in their ``context``, the nearest last, by row number.
-
-        Conversations, and rows that no fact fits beside, are left out.
-        """
+        """Rows with facts in their ``context``, the nearest last; conversations are left out."""
         rows = subject.rows[name]
         vectors = word_vectors([f"{row.question} {row.answer}" for row in rows])
         found: dict[int, list[Example]] = {}
@@ -235,11 +223,7 @@ def paraphrases(question: str) -> list[str]:
 
 
 def translated(question: str, language: str) -> str:
-    """A question as a hasty translation has it: common words are translated, others stay English.
-
-    Args:
-        question: in English.
-        language: one of :data:`FRAMES`.
+    """An English question as a hasty translation into a language of :data:`FRAMES` has it.
 
     >>> translated("Who was the father of Ada?", "es")
     'Responde en inglés, por favor: ¿quién fue el padre de Ada?'

@@ -33,18 +33,10 @@ Attacks = Optional[Union[bool, str, list[Union[Attack, str]]]]
 
 
 def find_attacks(value: Attacks) -> tuple[list[Attack], bool]:
-    """The attacks that an option names.
+    """The attacks that an option names, and whether it asks for all that can be done.
 
-    Args:
-        value: a list of attacks, short names or class paths; the same as text with commas; ``all``
-            or True for every attack; None, False or ``none`` for none.
-
-    Returns:
-        ``(attacks, all)``: with ``all`` an attack that has nothing to work on is left out, not
-        refused.
-
-    Raises:
-        WagleError: listing the valid names.
+    It is a list of attacks, short names or class paths; the same as text with commas; ``all`` or
+    True for every attack; None, False or ``none`` for none.
     """
     if isinstance(value, str):
         words = [word.strip() for word in value.strip("[] ").split(",") if word.strip()]
@@ -66,11 +58,10 @@ def find_attacks(value: Attacks) -> tuple[list[Attack], bool]:
 def usable_attacks(
     attacks: Sequence[Attack], subject: Subject, every: bool
 ) -> tuple[list[Attack], dict[str, str]]:
-    """The attacks that have something to work on, and for the others (by name) why they have not.
+    """The attacks that have something to work on; for the others, name -> why they have not.
 
     Raises:
-        WagleError: for the first that has not, unless ``every`` attack was asked for at once; then
-            if none has.
+        WagleError: for the first of these, unless ``every`` attack was asked for and some are left.
     """
     found, skipped = [], {}
     for attack in attacks:
@@ -146,9 +137,8 @@ def run_attacks(
     Args:
         attacks: all of them usable.
         subject: the model under test.
-        others: ``target`` or ``retrained`` -> loads it.
-        metrics: ``target`` or ``retrained`` -> its metrics without attack, shown where there is no
-            such model.
+        others: name of :data:`OTHERS` -> loads it.
+        metrics: the same names -> metrics without attack, shown where there is no such model.
         skipped: attack -> why it is left out.
 
     Raises:
@@ -188,9 +178,8 @@ def run_attacks(
 def model_of(path: Union[str, Path]) -> Optional[str]:
     """The model that a folder, or results in it, are of; None if that is unknown.
 
-    It is the folder itself, if it holds a model; the one above, if it holds one (``wagle fit`` and
-    ``wagle test`` write results into the model's folder); or the one that the results name, if it
-    is a folder that still exists. Of a published result file it is unknown, wherever that lies.
+    It is the folder itself or the one above, if that holds a model, or the one that the results
+    name, if it still exists. Of a published result file it is unknown, wherever that lies.
     """
     path = Path(path)
     if path.is_file() and path.name != METRICS_FILE:

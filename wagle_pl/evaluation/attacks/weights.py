@@ -62,14 +62,12 @@ class Quantise(Attack):
     group_size: Optional[int] = None
 
     def attack(self, subject: Subject) -> Iterator[Finding]:
-        """See :class:`Quantise`."""
         for bits in self.bits:
             with restored(weight for weight, _ in linear_weights(subject.lm, head=False)):
                 quantise_(subject.lm, bits, self.scheme, self.group_size)
                 yield from subject.compare(subject.every_row(), self.measures, f"{bits}bit")
 
     def check(self, subject: Subject) -> None:
-        """It needs whole weights, and options within their range."""
         super().check(subject)
         if not self.bits or not all(2 <= bits <= 16 for bits in self.bits):
             raise WagleError(f"quantise: bits must be 2 to 16, got {list(self.bits)}")
@@ -86,14 +84,8 @@ def fake_quantise(
     Asymmetric: s = (max w − min w) / (2^b − 1) over a range that includes 0, z = round(−min w / s),
     w' = s · (clamp(round(w / s) + z, 0, 2^b − 1) − z).
 
-    Args:
-        weights: (out, in); a row is a channel.
-        bits: 2 to 16.
-        scheme: see above.
-        group_size: neighbouring inputs that have a scale of their own; a whole row when None.
-
-    Returns:
-        (out, in), of the dtype of ``weights``.
+    ``weights`` are (out, in), a row a channel; ``group_size`` neighbouring inputs have a scale of
+    their own.
 
     >>> fake_quantise(torch.tensor([[-1.0, 0.2, 0.4, 1.0]]), bits=2, scheme="symmetric")
     tensor([[-1.,  0.,  0.,  1.]])
@@ -117,10 +109,7 @@ def fake_quantise(
 
 @torch.no_grad()
 def quantise_(lm: nn.Module, bits: int, scheme: Scheme, group_size: Optional[int] = None) -> None:
-    """Fake-quantise the weights of the blocks' linear maps in place, one matrix at a time.
-
-    As in quantisers for language models, not the output head, nor embeddings tied to it.
-    """
+    """Fake-quantise the blocks' linear maps in place, not the output head (nor tied embeddings)."""
     for weight, transposed in linear_weights(lm, head=False):
         for matrix in weight.data if weight.ndim == 3 else (weight.data,):
             channels = matrix.T if transposed else matrix
@@ -136,14 +125,13 @@ class Relearn(Attack):
     """Fine-tune a few steps on forget rows, or on retain rows only, and test (arXiv 2406.13356).
 
     Only forget rows that were *not* trained on, nor under another wording, are tested: what was
-    never shown again and comes back was hidden. Each rank trains the same steps on the same rows.
-    Memory: a copy of the weights in CPU memory, and 8 to 12 bytes a weight for AdamW.
+    never shown again and comes back was hidden. It needs a copy of the weights in CPU memory, and
+    8 to 12 bytes a weight for AdamW, on each rank.
 
     Args:
         on: ``forget`` rows, ``retain`` rows, or ``both``, each from the model as it was.
         steps: optimiser steps.
-        rows: forget rows to train on, drawn at random, at most half of them; of retain rows every
-            batch takes new ones while there are any.
+        rows: forget rows to train on, at most half of them; retain rows are taken as they come.
         batch_size: rows a step.
         learning_rate: of AdamW.
         seed: of the draw.
@@ -159,7 +147,6 @@ class Relearn(Attack):
     seed: int = 0
 
     def attack(self, subject: Subject) -> Iterator[Finding]:
-        """See :class:`Relearn`."""
         for option in self._options(subject):
             rows = self.draw(subject, option)
             shown = texts_of(rows) if option == "forget" else ()
@@ -170,7 +157,6 @@ class Relearn(Attack):
                 yield from subject.compare(subject.every_row(without=shown), self.measures, option)
 
     def check(self, subject: Subject) -> None:
-        """It needs rows to train on, and forget rows left to test on."""
         super().check(subject)
         if min(self.steps, self.rows, self.batch_size) < 1 or self.learning_rate <= 0:
             raise WagleError(
@@ -209,7 +195,7 @@ class Relearn(Attack):
 
 
 def _trainable(subject: Subject, option: str) -> list[Example]:
-    """Rows of a training stream that have an answer; without a forget stream, the tests'."""
+    """Rows with an answer of a training stream; without a forget stream, the tests'."""
     rows = subject.training(option)
     if rows is None and option == "forget":
         rows = subject.forget_rows
@@ -219,20 +205,10 @@ def _trainable(subject: Subject, option: str) -> list[Example]:
 def finetune_(
     lm: Any, batches: Iterable[Mapping[str, Tensor]], learning_rate: float
 ) -> list[float]:
-    """Train all weights in place with AdamW, without decay, one step a batch.
+    """Train all weights in place with AdamW, without decay; the loss before each step.
 
-    The loss is the mean over rows of the mean over a row's tokens.
-
-    Args:
-        lm: a model whose weights are whole on this device.
-        batches: ``input_ids``, ``attention_mask`` and ``labels``, each (B, T), on its device.
-        learning_rate: of AdamW.
-
-    Returns:
-        The loss before each step.
-
-    Raises:
-        WagleError: if a loss is not finite.
+    It is the mean over rows of the mean over a row's tokens, and must stay finite. A batch has
+    ``input_ids``, ``attention_mask`` and ``labels``, each (B, T), on the model's device.
     """
     losses = []
     with torch.inference_mode(False), torch.enable_grad():
