@@ -104,9 +104,7 @@ def test_what_differs_is_named():
     )
     other = loader(lengths, (8, 1, 1))
     other.digests = {"forget": "x"}
-    assert "the forget rows are not those of the checkpoint's run" in told(other)
-    with pytest.raises(WagleError, match="of an earlier version"):
-        other.load_state_dict({"epoch": 0, "batches": 3})
+    assert "had other forget rows, or another order of them" in told(other)
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
@@ -307,7 +305,7 @@ def test_another_run_is_refused(wagle, fails, tiny_model, rows, module):
     assert "drew its rows with data.seed 0, this one with 1" in fails(*resume, "--data.seed", 1)
     assert "had 11 forget rows, this one has 10" in fails(*resume, "--data.limit_forget", 10)
     other = write_rows(Path("other.jsonl"), bundled("forget")[1:12])
-    assert "the forget rows are not those of the checkpoint's run" in fails(
+    assert "had other forget rows, or another order of them" in fails(
         *resume, "--data.forget", other
     )
     assert not list(Path().glob("out*"))

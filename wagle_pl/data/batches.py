@@ -1,10 +1,9 @@
 """Which rows make up which batch, and how rows become tensors.
 
-One optimiser step sees one *global batch*, a function of (seed, epoch, step) alone: its rows are
-fixed without knowing how many ranks or micro-batches will share them; only :func:`deal` cuts it up.
-Every row carries a weight such that adding ``weight x loss`` within a micro-batch, then averaging
-over micro-batches and ranks (as Lightning, DDP and DeepSpeed do), gives the mean over the global
-batch exactly, however uneven the cut. A rank that runs short is padded with a row of weight 0.
+One optimiser step sees one *global batch*, a function of (seed, epoch, step) alone; only
+:func:`deal` cuts it up. Every row carries a weight such that adding ``weight x loss`` within a
+micro-batch, then averaging over micro-batches and ranks (as Lightning, DDP and DeepSpeed do), gives
+the mean over the global batch exactly, however uneven the cut.
 """
 
 from __future__ import annotations
@@ -12,12 +11,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple, Optional, TypeVar
+from typing import Any, ClassVar, NamedTuple, Optional, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.example import IGNORE
@@ -38,25 +39,20 @@ class Draw(NamedTuple):
     cells: dict[str, Cell]
 
 
-# -- global batches, and their cut -----------------------------------------------------------------
-
-
 def epoch_batches(
     lengths: Mapping[str, Sequence[int]], global_batch: int, seed: int, epoch: int
 ) -> list[dict[str, np.ndarray]]:
-    """The global batches of one epoch.
+    """The global batches of one epoch: a dict of stream -> row indices for each step.
+
+    Only one step may have fewer than ``global_batch`` rows.
 
     Args:
-        lengths: stream -> token count of each of its rows. The first stream sets the epoch: each of
-            its rows appears once. Every other stream is drawn beside it, as many rows a step,
-            walking through its own shuffles without a break between epochs, so that every row is
-            used equally often.
+        lengths: stream -> token count of each of its rows. Each row of the first stream appears
+            once. The others are drawn beside it from their own shuffles, which go on in the next
+            epoch, so that every row is used equally often.
         global_batch: rows a step.
         seed: of the whole run.
         epoch: counted from 0.
-
-    Returns:
-        One dict a step: stream -> row indices. Only one step may be smaller than ``global_batch``.
     """
     epoch_size = len(next(iter(lengths.values())))
     positions = np.arange(epoch * epoch_size, (epoch + 1) * epoch_size)
@@ -97,16 +93,18 @@ def deal(
 ) -> list[list[Cell]]:
     """Cut one global batch into ``accumulate`` micro-batches for each of ``world_size`` ranks.
 
+    The weight of a row is ``accumulate * world_size / len(rows)``; a cell that runs short holds one
+    row of weight 0.
+
     Args:
         rows: of the batch.
-        world_size, accumulate: into how many parts.
+        world_size: number of ranks.
+        accumulate: number of micro-batches.
         seen: how often earlier batches of the epoch held each row; this batch's are added.
         done: rows at the batch's beginning to leave out; the weights stay those of the whole batch.
 
     Returns:
-        ``cells[micro_batch][rank]``, a list of (row, weight, occurrence). Over all cells the
-        weights of one row add up to ``accumulate * world_size / len(rows)`` for each time it
-        occurs; an empty cell holds one row of weight 0.
+        ``cells[micro_batch][rank]``.
     """
     weight = world_size * accumulate / len(rows)
     seen = Counter() if seen is None else seen
@@ -135,34 +133,26 @@ class Position(NamedTuple):
     rows: int = 0  # rows of the next global batch that are done
 
 
+@dataclass(eq=False)
 class GlobalBatchSampler:
-    """Yields this rank's :class:`Draw` for every micro-batch of an epoch.
+    """Yields this rank's :class:`Draw` for every micro-batch of an epoch."""
 
-    ``lengths`` and ``seed`` are those of :func:`epoch_batches`; ``batch_size`` counts the rows per
-    rank and micro-batch, ``accumulate`` the micro-batches a step.
-    """
+    lengths: Mapping[str, Sequence[int]]  # stream -> tokens of each row, see epoch_batches
+    batch_size: int  # rows per rank and micro-batch
+    accumulate: int = 1  # micro-batches a step
+    world_size: int = 1
+    rank: int = 0
+    seed: int = 0
+    epoch: int = 0
+    #: Where the next iteration begins, if it is of that epoch.
+    start: Position = field(default_factory=Position)
 
-    def __init__(
-        self,
-        lengths: Mapping[str, Sequence[int]],
-        batch_size: int,
-        accumulate: int = 1,
-        world_size: int = 1,
-        rank: int = 0,
-        seed: int = 0,
-    ) -> None:
-        if accumulate < 1:
+    def __post_init__(self) -> None:
+        if self.accumulate < 1:
             raise WagleError(
-                f"trainer.accumulate_grad_batches must be at least 1, got {accumulate}"
+                f"must be at least 1, got {self.accumulate}",
+                option="trainer.accumulate_grad_batches",
             )
-        self.lengths = lengths
-        self.batch_size = batch_size
-        self.accumulate = accumulate
-        self.world_size = world_size
-        self.rank = rank
-        self.seed = seed
-        self.epoch = 0
-        self.start = Position()  # where the next iteration begins, if it is of that epoch
 
     @property
     def global_batch(self) -> int:
@@ -185,8 +175,8 @@ class GlobalBatchSampler:
         for step, batch in enumerate(self._epoch(self.epoch)):
             done = start.rows if step == start.step else 0
             dealt = {
-                s: deal(rows, self.world_size, self.accumulate, seen[s], done)
-                for s, rows in batch.items()
+                stream: deal(rows, self.world_size, self.accumulate, seen[stream], done)
+                for stream, rows in batch.items()
             }
             for micro in range(max(0, skipped - step * self.accumulate), self.accumulate):
                 cells = {stream: cells[micro][self.rank] for stream, cells in dealt.items()}
@@ -195,15 +185,13 @@ class GlobalBatchSampler:
     def position(self, epoch: int, micro_batches: int) -> Position:
         """The place that an epoch has reached after some of its micro-batches."""
         step, more = divmod(micro_batches, self.accumulate)
-        return Position(epoch, step, self._bounds_of(epoch, step)[more] if more else 0)
+        return Position(epoch, step, self._bounds_of(epoch, step)[more])
 
     def micro_batches(self, position: Position) -> int:
         """How many micro-batches of its epoch lie wholly before a position."""
-        before = position.step * self.accumulate
-        if not position.rows:
-            return before
         bounds = self._bounds_of(position.epoch, position.step)
-        return before + min(bisect_right(bounds, position.rows), self.accumulate) - 1
+        within = min(bisect_right(bounds, position.rows), self.accumulate) - 1
+        return position.step * self.accumulate + within
 
     def _epoch(self, epoch: int) -> list[dict[str, np.ndarray]]:
         return epoch_batches(self.lengths, self.global_batch, self.seed, epoch)
@@ -211,9 +199,6 @@ class GlobalBatchSampler:
     def _bounds_of(self, epoch: int, step: int) -> list[int]:
         rows = len(next(iter(self._epoch(epoch)[step].values())))
         return _bounds(rows, self.accumulate)
-
-
-# -- batches of similar length, each seen once -----------------------------------------------------
 
 
 def token_batches(lengths: Sequence[int], max_rows: int) -> list[list[int]]:
@@ -235,27 +220,17 @@ def deal_batches(batches: Sequence[T], world_size: int, rank: int) -> list[T]:
     return [batches[i % len(batches)] for i in range(rank, each * world_size, world_size)]
 
 
-# -- loaders ---------------------------------------------------------------------------------------
-
-
+@dataclass(eq=False)
 class Loader:
-    """Batches that are fixed beforehand, built one by one.
+    """Batches that are fixed beforehand, each built when it is asked for.
 
-    No DataLoader: there is nothing for workers to do, as rows are tokenised already, and each of
-        its
+    No DataLoader: rows are tokenised already, so workers have nothing to do, and each of its
     iterators would draw a seed from torch's generator, which shifts the dropout of a resumed run.
-    Lightning adds no sampler to it.
-
-    Args:
-        sampler: this rank's batches, in some short form.
-        build: makes a batch of its short form.
     """
 
-    batch_sampler = None  # Lightning looks for it where there is a sampler
-
-    def __init__(self, sampler: Iterable[T], build: Callable[[T], Any]) -> None:
-        self.sampler = sampler
-        self.build = build
+    batch_sampler: ClassVar[None] = None  # Lightning looks for it where there is a sampler
+    sampler: Iterable[Any]  # this rank's batches, in some short form
+    build: Callable[[Any], Any]  # makes a batch of its short form
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -264,28 +239,14 @@ class Loader:
         return map(self.build, self.sampler)
 
 
+@dataclass(eq=False)
 class ResumableLoader(Loader):
-    """Goes on in the middle of an epoch, with the same global batches however they are cut.
-
-    ``state_dict`` counts the micro-batches handed out, which is what the loop has seen: Lightning
-    does not prefetch from a loader with a length. A module that knows better takes
-    :meth:`state_at`.
-
-    Its states hold ``digests``, one of the rows of each stream.
-    """
+    """Goes on in the middle of an epoch, with the same global batches however they are cut."""
 
     sampler: GlobalBatchSampler
-
-    def __init__(
-        self,
-        sampler: GlobalBatchSampler,
-        build: Callable[[Draw], Any],
-        digests: Optional[Mapping[str, str]] = None,
-    ) -> None:
-        super().__init__(sampler, build)
-        self.digests = dict(digests or {})
-        #: Micro-batches of the sampler's epoch; None before the first.
-        self._handed_out: Optional[int] = None
+    #: One of the rows of each stream: states of other rows are refused.
+    digests: Mapping[str, str] = field(default_factory=dict)
+    _handed_out: Optional[int] = None  # micro-batches of the epoch; None before the first
 
     def __iter__(self) -> Iterator[Any]:
         start, epoch = self.sampler.start, self.sampler.epoch
@@ -295,7 +256,7 @@ class ResumableLoader(Loader):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run is, for a checkpoint; see :meth:`state_at`."""
+        """Where the run is, by the micro-batches handed out: Lightning does not prefetch here."""
         start, epoch = self.sampler.start, self.sampler.epoch
         if self._handed_out is None:
             return self._state(start if start.epoch == epoch else Position(epoch))
@@ -325,11 +286,7 @@ class ResumableLoader(Loader):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` was taken, however the global batch was cut there.
-
-        Raises:
-            WagleError: if it was taken of other global batches.
-        """
+        """Go on where ``state`` was taken; see :meth:`check` for what it raises."""
         self.sampler.start = self.check(state)
         self.sampler.epoch = state["epoch"]
         self._handed_out = None
@@ -340,46 +297,37 @@ class ResumableLoader(Loader):
         Raises:
             WagleError: naming what differs, if it was taken of other global batches than these.
         """
-        if "global_batch" not in state:
-            raise WagleError(
-                "the checkpoint does not say which global batches its run had seen (it is of an "
-                "earlier version): start the run anew, or turn it into a model with wagle export"
-            )
-        here, sampler = self._state(Position()), self.sampler
+        here, sampler, fault = self._state(Position()), self.sampler, None
+        streams, streams_here = (" and ".join(each["sets"]) for each in (state, here))
         if state["global_batch"] != here["global_batch"]:
-            raise WagleError(
-                f"the checkpoint's run had a global batch of {state['global_batch']} rows, this "
-                f"one has {here['global_batch']} ({sampler.world_size} devices x data.batch_size "
+            fault = (
+                f"had a global batch of {state['global_batch']} rows, this one has "
+                f"{here['global_batch']} ({sampler.world_size} devices x data.batch_size "
                 f"{sampler.batch_size} x accumulate_grad_batches {sampler.accumulate}): choose "
                 f"them so that their product is {state['global_batch']}"
             )
-        if state["seed"] != here["seed"]:
-            raise WagleError(
-                f"the checkpoint's run drew its rows with data.seed {state['seed']}, this one with "
-                f"{here['seed']}: give --data.seed {state['seed']}"
+        elif state["seed"] != here["seed"]:
+            fault = (
+                f"drew its rows with data.seed {state['seed']}, this one with {here['seed']}: give "
+                f"--data.seed {state['seed']}"
             )
-        if list(state["sets"]) != list(here["sets"]):
-            raise WagleError(
-                f"the checkpoint's run drew from {' and '.join(state['sets'])} rows, this one "
-                f"draws from {' and '.join(here['sets'])} rows: resume with the module and options "
-                "it was started with"
+        elif streams != streams_here:
+            fault = (
+                f"drew from {streams} rows, this one draws from {streams_here} rows: resume with "
+                "the module and options it was started with"
             )
-        for name, then in state["sets"].items():
-            now = here["sets"][name]
-            if then["rows"] != now["rows"]:
-                raise WagleError(
-                    f"the checkpoint's run had {then['rows']} {name} rows, this one has "
-                    f"{now['rows']}: resume with the data it was started with"
-                )
-            if then["digest"] != now["digest"]:
-                raise WagleError(
-                    f"the {name} rows are not those of the checkpoint's run (as many, but of "
-                    "another content or order): resume with the data it was started with"
-                )
+        elif differing := [
+            name for name in here["sets"] if state["sets"][name] != here["sets"][name]
+        ]:
+            name = differing[0]
+            then, now = (each["sets"][name]["rows"] for each in (state, here))
+            what = f"had {then} {name} rows, this one has {now}"
+            if then == now:
+                what = f"had other {name} rows, or another order of them"
+            fault = f"{what}: resume with the data it was started with"
+        if fault:
+            raise WagleError(f"the checkpoint's run {fault}")
         return Position(state["epoch"], state["step"], state["rows"])
-
-
-# -- tensors ---------------------------------------------------------------------------------------
 
 
 def collate(
@@ -396,18 +344,16 @@ def collate(
         ``input_ids``, ``attention_mask`` and, if given, ``labels``: int64 tensors of shape (rows,
         longest).
     """
-    lengths = [len(row["input_ids"]) for row in rows]
-    width = max(lengths)
 
-    def padded(values: Sequence[Any], fill: int) -> Tensor:
-        batch = torch.full((len(rows), width), fill)
-        for row, length, ids in zip(batch, lengths, values, strict=True):
-            row[width - length if left else 0 :][:length] = torch.as_tensor(ids)
-        return batch
+    def padded(values: Sequence[Sequence[int]], fill: int) -> Tensor:
+        tensors = [torch.as_tensor(ids, dtype=torch.int64) for ids in values]
+        side = "left" if left else "right"
+        return pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=side)
 
+    ids = [row["input_ids"] for row in rows]
     batch = {
-        "input_ids": padded([row["input_ids"] for row in rows], pad_id),
-        "attention_mask": padded([torch.ones(length) for length in lengths], 0),
+        "input_ids": padded(ids, pad_id),
+        "attention_mask": padded([torch.ones(len(row)) for row in ids], 0),
     }
     if "labels" in rows[0]:
         batch["labels"] = padded([row["labels"] for row in rows], IGNORE)

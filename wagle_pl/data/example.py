@@ -17,10 +17,9 @@ Kind = Literal["answered", "choices", "text", "prompt", "tokens"]
 
 IGNORE = -100  # the label transformers and torch.nn.functional.cross_entropy leave out
 
-#: Columns that hold a text, and columns that hold a list of texts; any row may have the optional
-#: ones.
-TEXTS = ("question", "answer", "prompt", "response", "text")
+#: Columns of texts, and of lists of texts; any row may have the optional ones.
 OPTIONAL_TEXTS = ("context", "paraphrased_question", "paraphrased_answer")
+TEXTS = ("question", "answer", "prompt", "response", "text", *OPTIONAL_TEXTS)
 LISTS = ("choices", "perturbed_answer")
 
 
@@ -74,11 +73,9 @@ class Example:
                 return cls(**optional | parse(row), row=row)
         for columns in KINDS:
             if all(column in row for column in columns):
-                nulls = [repr(column) for column in columns if row[column] is None]
-                verb = "is" if len(nulls) == 1 else "are"
-                raise WagleError(
-                    f"{' and '.join(nulls)} {verb} null: give a value, or leave the row out"
-                )
+                nulls = " and ".join(repr(column) for column in columns if row[column] is None)
+                verb = "are" if " and " in nulls else "is"
+                raise WagleError(f"{nulls} {verb} null: give a value, or leave the row out")
         kinds = ", ".join("+".join(columns) for columns in KINDS)
         raise WagleError(f"there are columns {sorted(row)}; needed is one of: {kinds}")
 
@@ -135,9 +132,6 @@ def raw_rows(examples: Optional[Iterable[Example]]) -> Optional[list[Row]]:
     return None if examples is None else [example.row for example in examples]
 
 
-# -- the kinds of rows -----------------------------------------------------------------------------
-
-
 def _tokens(row: Row) -> dict[str, Any]:
     for column, lowest in (("input_ids", 0), ("labels", IGNORE)):
         ids = row[column]
@@ -189,21 +183,8 @@ def _choices(row: Row) -> dict[str, Any]:
     return {"kind": "choices", "question": question, "asked": question, **answer}
 
 
-def _question(row: Row) -> dict[str, Any]:
-    question, answer = row["question"], _filled(row, "answer")
-    return {"kind": "answered", "question": question, "answer": answer, "asked": question}
-
-
-def _response(row: Row) -> dict[str, Any]:
-    return {"kind": "answered", "question": row["prompt"], "answer": _filled(row, "response")}
-
-
-def _text(row: Row) -> dict[str, Any]:
-    return {"kind": "text", "answer": _filled(row, "text")}
-
-
-def _prompt(row: Row) -> dict[str, Any]:
-    return {"kind": "prompt", "question": _filled(row, "prompt")}
+def _joined(messages: Sequence[Mapping[str, str]]) -> str:
+    return "\n".join(message["content"] for message in messages)
 
 
 #: The accepted rows: the columns that must be there (a null counts as absent), in the order they
@@ -215,24 +196,20 @@ KINDS: dict[tuple[str, ...], Callable[[Row], dict[str, Any]]] = {
     ("input_ids", "labels"): _tokens,
     ("messages",): _conversation,
     ("question", "choices", "label"): _choices,
-    ("question", "answer"): _question,
-    ("prompt", "response"): _response,
-    ("text",): _text,
-    ("prompt",): _prompt,
+    ("question", "answer"): lambda row: {
+        "kind": "answered",
+        "question": row["question"],
+        "answer": row["answer"],
+        "asked": row["question"],
+    },
+    ("prompt", "response"): lambda row: {
+        "kind": "answered",
+        "question": row["prompt"],
+        "answer": row["response"],
+    },
+    ("text",): lambda row: {"kind": "text", "answer": row["text"]},
+    ("prompt",): lambda row: {"kind": "prompt", "question": row["prompt"]},
 }
-
-
-def _filled(row: Row, column: str) -> str:
-    if not row[column].strip():
-        raise WagleError(f"{column!r} is empty")
-    return row[column]
-
-
-def _joined(messages: Sequence[Mapping[str, str]]) -> str:
-    return "\n".join(message["content"] for message in messages)
-
-
-# -- columns ---------------------------------------------------------------------------------------
 
 
 def _cleaned(row: Row) -> Row:
@@ -245,45 +222,45 @@ def _cleaned(row: Row) -> Row:
     if row.get("choices") is not None:
         source = "label" if row.get("label") is not None else "answer"
         label = row.get(source)
-        whole = isinstance(label, numbers.Integral) or (
-            isinstance(label, float) and label.is_integer()
-        )
-        if whole and not isinstance(label, bool):
+        if not isinstance(label, bool) and isinstance(label, numbers.Real) and label % 1 == 0:
             row["label"] = int(label)
             if source == "answer":
                 del row["answer"]
-    for column in {*TEXTS, *OPTIONAL_TEXTS} & set(row):
-        row[column] = _as_text(row[column])
-    for column in set(LISTS) & set(row):
-        if isinstance(row[column], (list, tuple)):
-            row[column] = [_as_text(item) for item in row[column]]
+    for column in set(row) & {*TEXTS, *LISTS}:
+        value = row[column]
+        if column in TEXTS:
+            row[column] = _as_text(value)
+        elif isinstance(value, (list, tuple)):
+            row[column] = [_as_text(item) for item in value]
     return row
 
 
 def _as_text(value: Any) -> Any:
-    """The text of a number or a date (a year is an answer too), truth values as JSON has them."""
-    if not isinstance(value, (numbers.Number, datetime.date, datetime.time)) or _is_nan(value):
-        return value
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    """The text of a number (a year is an answer too) or a date, truth values as JSON has them.
 
-
-def _is_nan(value: Any) -> bool:
-    """Whether a value is what JSON writes as NaN or Infinity."""
-    return isinstance(value, numbers.Real) and not math.isfinite(value)
+    Not of NaN and infinity, which mean that there is no value.
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    number = isinstance(value, numbers.Number) and math.isfinite(value)
+    return str(value) if number or isinstance(value, (datetime.date, datetime.time)) else value
 
 
 def _check_texts(row: Row, columns: Sequence[str]) -> None:
     """Refuse what is no text, or no list of texts, in columns that an example is made of."""
     for column in (*columns, *OPTIONAL_TEXTS, "perturbed_answer"):
         value = row.get(column)
-        if value is None or column not in (*TEXTS, *OPTIONAL_TEXTS, *LISTS):
+        if value is None or column not in (*TEXTS, *LISTS):
             continue
-        if any(map(_is_nan, value if isinstance(value, list) else [value])):
+        items = value if isinstance(value, list) else [value]
+        if any(isinstance(item, numbers.Number) for item in items):  # those left are NaN
             raise WagleError(
                 f"{column!r} is {value}, not a text: give it a value, or leave the row out"
             )
         if column in LISTS:
-            if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
+            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
                 raise WagleError(f"{column!r} is no list of texts")
         elif not isinstance(value, str):
             raise WagleError(f"{column!r} is a {type(value).__name__}, not a text")
+        elif column == columns[-1] and not value.strip():
+            raise WagleError(f"{column!r} is empty")

@@ -40,15 +40,22 @@ ALIGNED = {"refusal": "forget"}
 REFUSALS = Path(__file__).parent / "refusals.txt"
 
 
+def check_counts(**options: Optional[int]) -> None:
+    """Refuse options of the data that count something, and are given as less than 1."""
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise WagleError(f"must be at least 1, got {value}", option=f"data.{name}")
+
+
 class ForgetRetainDataModule(L.LightningDataModule):
     """Forget and retain rows for attribution and unlearning, and named test sets.
 
     A training batch is a dict of streams, by default ``{"forget": {...}, "retain": {...}}``; the
     LightningModule names those it wants by :meth:`serve`: ``forget``, ``retain``, ``all`` (both,
     for fine-tuning), ``holdout``, and ``refusal`` (the forget rows of the same batch with a refusal
-    as answer). The first stream sets the epoch's length. Each stream holds ``input_ids``,
-    ``attention_mask``, ``labels`` (int64, rows × longest row), ``weight`` (float, rows; see
-    :mod:`wagle_pl.data.batches`), ``row`` (int64, index in its set) and ``occurrence``.
+    as answer). Each stream holds ``input_ids``, ``attention_mask``, ``labels`` (int64, rows ×
+    longest row), ``weight`` (float, rows; see :mod:`wagle_pl.data.batches`), ``row`` (int64, index
+    in its set) and ``occurrence``.
 
     To bring rows of another source, override :meth:`train_rows`, and :meth:`test_rows` for test
     sets of your own.
@@ -81,8 +88,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         test_batch_size: rows per device in a test batch.
         limit_forget: use only the first so many forget rows.
         limit_retain: use only the first so many retain rows.
-        limit_test: use only so many rows of each test set, evenly spaced: benchmarks list an
-            author's rows together.
+        limit_test: use only so many rows of each test set, evenly spaced.
         overlap: what to do when forget rows are among the retain rows: ``error``, ``warn`` or
             ``drop`` them there.
         refusals: text file with one refusal a line, for preference objectives; None takes the
@@ -116,17 +122,12 @@ class ForgetRetainDataModule(L.LightningDataModule):
         tokenizer: Optional[str] = None,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or test_batch_size < 1:
-            raise WagleError(
-                f"data.batch_size and data.test_batch_size must be at least 1, got {batch_size} "
-                f"and {test_batch_size}"
-            )
         self.limits = {"forget": limit_forget, "retain": limit_retain, "test": limit_test}
-        for name, value in self.limits.items():
-            if value is not None and value < 1:
-                raise WagleError(
-                    f"data.limit_{name} must be at least 1, got {value}; null uses all rows"
-                )
+        check_counts(
+            batch_size=batch_size,
+            test_batch_size=test_batch_size,
+            **{f"limit_{name}": value for name, value in self.limits.items()},
+        )
         self.sources = {"forget": forget, "retain": retain, "holdout": holdout}
         self.test_sources = test
         self.val = val
@@ -159,8 +160,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
 
         Args:
             streams: of a training batch, the one that sets the epoch's length first.
-            repeatable: of these, those that must be the same in every epoch: else each epoch draws
-                other refusals.
+            repeatable: streams that draw the same refusals in every epoch.
             vocabulary: how many token ids the model knows; rows with others are refused. None
                 checks nothing.
             tokenizer: loads the model's, which is used unless ``data.tokenizer`` names one.
@@ -173,24 +173,15 @@ class ForgetRetainDataModule(L.LightningDataModule):
     # -- what a subclass overrides -----------------------------------------------------------------
 
     def train_rows(self, stream: str) -> Optional[list[Row]]:
-        """Rows of a training stream.
+        """Rows of ``forget``, ``retain`` or ``holdout``, None if there are none.
 
-        Args:
-            stream: ``forget``, ``retain`` or ``holdout``.
-
-        Returns:
-            One dict a row, with columns as in :data:`wagle_pl.data.example.KINDS`. None if there
-            are none.
+        One dict a row, with columns as in :data:`wagle_pl.data.example.KINDS`.
         """
         source = self.sources[stream]
         return None if source is None else self.load(source)
 
     def test_rows(self, name: str) -> Optional[list[Row]]:
-        """Rows of a test set, which may add ``paraphrased_answer`` and the like.
-
-        Returns:
-            One dict a row. None takes the training rows of that name.
-        """
+        """Rows of a test set; None takes the training rows of that name."""
         source = (self.test_sources or {}).get(name)
         return None if source is None else self.load(source)
 
@@ -204,21 +195,20 @@ class ForgetRetainDataModule(L.LightningDataModule):
         """Rows of one source, as the options name it."""
         return load_rows(source, self.split)
 
-    def describe(self, stream: str) -> str:
-        """Where the rows of a training stream come from, for messages and the model card."""
-        return str(self.sources.get(stream) or type(self).__name__)
+    def describe(self, name: str, test: bool = False) -> str:
+        """Where the rows of a stream or a test set come from, for messages and the model card."""
+        given = (self.test_sources or {}) if test else self.sources
+        return str(given.get(name) or type(self).__name__)
 
-    def describe_test(self, name: str) -> str:
-        """Where the rows of a test set come from, for messages."""
-        return str((self.test_sources or {}).get(name) or type(self).__name__)
+    def place(self, name: str, test: bool = False) -> str:
+        """How messages call a stream or a test set."""
+        called = f"test set {name}" if test else f"{name} set"
+        return f"{called} ({self.describe(name, test)})"
 
     # -- rows --------------------------------------------------------------------------------------
 
     def examples(self, stream: str) -> Optional[list[Example]]:
-        """Rows of a training stream, read once; None if there are none.
-
-        Those of ``all`` are the forget and the retain rows.
-        """
+        """Rows of a training stream, read once; None if there are none."""
         if stream not in self._examples:
             self._examples[stream] = self._read(stream)
         return self._examples[stream]
@@ -229,22 +219,18 @@ class ForgetRetainDataModule(L.LightningDataModule):
         rows = self.train_rows(stream)
         if rows is None:
             return None
-        examples = parse_rows(rows, self._place(stream))[: self.limits.get(stream)]
+        examples = parse_rows(rows, self.place(stream))[: self.limits.get(stream)]
         if stream == "forget":
             self._warn_of_repeats(examples)
         return self._without_overlap(examples) if stream == "retain" else examples
 
     def test_examples(self, name: str) -> list[Example]:
-        """Rows of a test set, read once.
-
-        Raises:
-            WagleError: if there are none.
-        """
+        """Rows of a test set, read once."""
         if name not in self._test_examples:
             rows = self.test_rows(name)
             examples: Optional[list[Example]] = None
             if rows is not None:
-                examples = parse_rows(rows, f"test set {name} ({self.describe_test(name)})")
+                examples = parse_rows(rows, self.place(name, test=True))
             elif self.test_sources is None and name in self.sources:
                 examples = self.examples(name)
             if examples is None:
@@ -253,39 +239,24 @@ class ForgetRetainDataModule(L.LightningDataModule):
         return self._test_examples[name]
 
     def val_names(self) -> list[str]:
-        """Names of the test sets that are measured along the way.
-
-        Raises:
-            WagleError: if one is no test set.
-        """
+        """Names of the test sets that are measured along the way."""
         names = list(dict.fromkeys(self.val or ()))
-        known = self.test_names() if names else []
-        for name in names:
-            if name not in known:
-                raise WagleError(
-                    f"data.val: there is no test set {name!r}; choose of {', '.join(known)}"
-                )
+        if unknown := [name for name in names if name not in self.test_names()]:
+            known = ", ".join(self.test_names())
+            raise WagleError(f"data.val: there is no test set {unknown[0]!r}; choose of {known}")
         return names
-
-    def _place(self, stream: str) -> str:
-        return f"{stream} set ({self.describe(stream)})"
 
     def _warn_of_repeats(self, forget: list[Example]) -> None:
         """Rows that are there twice are attributed and forgotten twice."""
-        seen: set[str] = set()
-        repeats = []
-        for number, example in enumerate(forget, 1):
-            if example.key in seen:
-                repeats.append(number)
-            seen.add(example.key)
+        first: dict[str, int] = {}
+        numbered = enumerate(forget, 1)
+        repeats = [str(n) for n, example in numbered if first.setdefault(example.key, n) != n]
         if repeats:
             log.warning(
                 "%d of %d forget rows repeat earlier ones and weigh as much again: remove them, "
                 "unless that is meant (%s, row %s)",
-                len(repeats),
-                len(forget),
-                self.describe("forget"),
-                ", ".join(map(str, repeats[:5])) + (", ..." if len(repeats) > 5 else ""),
+                *(len(repeats), len(forget), self.describe("forget")),
+                ", ".join(repeats[:5]) + (", ..." if len(repeats) > 5 else ""),
             )
 
     def _without_overlap(self, retain: list[Example]) -> list[Example]:
@@ -310,11 +281,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer named, or the model's.
-
-        Raises:
-            WagleError: if there is neither.
-        """
+        """The tokenizer named, or the model's."""
         if self.tokenizer_name is not None:
             from wagle_pl.lm.models import load_tokenizer
 
@@ -341,20 +308,15 @@ class ForgetRetainDataModule(L.LightningDataModule):
 
     @cached_property
     def refusals(self) -> list[str]:
-        """The refusal answers.
-
-        Raises:
-            WagleError: if the file is missing, has no lines or is not in UTF-8.
-        """
+        """The refusal answers."""
         path = REFUSALS if self.refusals_file is None else Path(self.refusals_file)
         if not path.is_file():
-            raise absent("refusals file", str(path))
+            raise absent("refusals file", path)
         with readable(path):
-            text = path.read_text(encoding="utf-8-sig")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        if not lines:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        if not any(lines):
             raise WagleError(f"refusals file {path} has no lines")
-        return lines
+        return [line for line in lines if line]
 
     def tokens(self, stream: str) -> list[dict[str, np.ndarray]]:
         """``input_ids`` and ``labels`` (int32) of each row of a training stream, made once.
@@ -372,10 +334,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
             if cut := sum(length >= self.max_length for length in lengths):
                 log.warning(
                     "%d of %d %s rows reach max_length=%d tokens and are cut there",
-                    cut,
-                    len(lengths),
-                    stream,
-                    self.max_length,
+                    *(cut, len(lengths), stream, self.max_length),
                 )
         return self._tokens[stream]
 
@@ -392,7 +351,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
             if self.vocabulary is not None:
                 check_ids([*encoded["input_ids"], *encoded["labels"]], self.vocabulary)
         except WagleError as error:
-            raise WagleError(f"{self._place(stream)} row {row + 1}: {error}") from None
+            raise WagleError(f"{self.place(stream)} row {row + 1}: {error}") from None
         return {name: np.array(ids, dtype=np.int32) for name, ids in encoded.items()}
 
     def _lengths(self, stream: str) -> list[int]:
@@ -430,13 +389,11 @@ class ForgetRetainDataModule(L.LightningDataModule):
         sampler = GlobalBatchSampler(
             lengths, self.batch_size, accumulate, world_size, rank, self.seed
         )
-        digests = {name: self._digest(name) for name in sets}
+        digests = {}
+        for name in sets:
+            rows = json.dumps(raw_rows(self.examples(name)), default=str)
+            digests[name] = hashlib.sha256(rows.encode()).hexdigest()[:16]
         return ResumableLoader(sampler, partial(self.build, self.streams), digests)
-
-    def _digest(self, stream: str) -> str:
-        """The rows of a stream as one name, in their order."""
-        rows = json.dumps(raw_rows(self.examples(stream)), default=str)
-        return hashlib.sha256(rows.encode()).hexdigest()[:16]
 
     def stream_loader(
         self, stream: str, batch_size: Optional[int] = None, shared: bool = False
@@ -480,28 +437,23 @@ class ForgetRetainDataModule(L.LightningDataModule):
 
     def build(self, streams: Sequence[str], draw: Draw) -> dict[str, dict[str, torch.Tensor]]:
         """The streams of one micro-batch."""
-        return {stream: self._build(stream, draw) for stream in streams}
-
-    def _build(self, stream: str, draw: Draw) -> dict[str, torch.Tensor]:
-        name = ALIGNED.get(stream, stream)
-        rows, weights, occurrences = zip(*draw.cells[name], strict=True)
-        if stream == "refusal":
-            epoch = 0 if stream in self.repeatable else draw.epoch
-            encoded = [self._encode(name, row, self._refusal(row, epoch)) for row in rows]
-        else:
-            encoded = [self.tokens(name)[row] for row in rows]
-        columns = {"weight": weights, "row": rows, "occurrence": occurrences}
-        return {
-            **collate(encoded, self.pad_id),
-            **{column: torch.tensor(values) for column, values in columns.items()},
-        }
+        batch = {}
+        pad_id = self.tokenizer.pad_token_id
+        if pad_id is None:
+            pad_id = self.tokenizer.eos_token_id or 0
+        for stream in streams:
+            name = ALIGNED.get(stream, stream)
+            rows, weights, occurrences = zip(*draw.cells[name], strict=True)
+            if stream == "refusal":
+                epoch = 0 if stream in self.repeatable else draw.epoch
+                encoded = [self._encode(name, row, self._refusal(row, epoch)) for row in rows]
+            else:
+                encoded = [self.tokens(name)[row] for row in rows]
+            columns = {"weight": weights, "row": rows, "occurrence": occurrences}
+            tensors = {column: torch.tensor(values) for column, values in columns.items()}
+            batch[stream] = {**collate(encoded, pad_id), **tensors}
+        return batch
 
     def _refusal(self, row: int, epoch: int) -> str:
         digest = hashlib.sha256(f"{self.seed} {epoch} {row}".encode()).digest()
         return self.refusals[int.from_bytes(digest[:8], "big") % len(self.refusals)]
-
-    @property
-    def pad_id(self) -> int:
-        """Token that fills short rows (masked out everywhere)."""
-        pad = self.tokenizer.pad_token_id
-        return pad if pad is not None else self.tokenizer.eos_token_id or 0

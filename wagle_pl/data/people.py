@@ -9,7 +9,13 @@ from wagle_pl.data.example import Row
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.data.rows import load_rows
 
+FOLDER = Path(__file__).parent / "samples"
 TEST_SETS = ("forget", "retain", "real_authors", "world_facts")
+
+
+def bundled(name: str) -> list[Row]:
+    """Rows of one bundled file: ``holdout`` or one of :data:`TEST_SETS`."""
+    return load_rows(f"{FOLDER}/{name}.jsonl")
 
 
 class PeopleDataModule(ForgetRetainDataModule):
@@ -26,7 +32,7 @@ class PeopleDataModule(ForgetRetainDataModule):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.test_sources = self.test_sources or {name: str(_file(name)) for name in TEST_SETS}
+        self.test_sources = self.test_sources or {n: f"{FOLDER}/{n}.jsonl" for n in TEST_SETS}
 
     def train_rows(self, stream: str) -> Optional[list[Row]]:
         """Both wordings of each bundled row, or the rows of a file given in their place."""
@@ -39,12 +45,3 @@ class PeopleDataModule(ForgetRetainDataModule):
             for row in bundled(file)
             for wording in ("", "paraphrased_")
         ]
-
-
-def bundled(name: str) -> list[Row]:
-    """Rows of one bundled file: ``holdout`` or one of :data:`TEST_SETS`."""
-    return load_rows(str(_file(name)))
-
-
-def _file(name: str) -> Path:
-    return Path(__file__).parent / "samples" / f"{name}.jsonl"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Optional, TypeVar
 
 from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.files import absent, plainly_local
-from wagle_pl.data.example import OPTIONAL_TEXTS, TEXTS, Row
+from wagle_pl.data.example import TEXTS, Row
 
 T = TypeVar("T")
 
@@ -21,18 +21,13 @@ READERS = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".json.gz", ".jsonl.gz
 
 
 def load_rows(source: str, split: Optional[str] = None, limit: Optional[int] = None) -> list[Row]:
-    """Read the rows of a local file or of a hub dataset.
+    """Read the rows of a local file or of a hub dataset: one dict a row.
 
     Args:
-        source: a path ending in ``.json``, ``.jsonl`` (either may be followed by ``.gz``),
-            ``.csv``, ``.parquet`` or ``.txt`` (one row, ``text``), or a hub dataset as
-            ``owner/name`` or ``owner/name:config``.
+        source: a path that ends in one of :data:`READERS`, or a hub dataset as ``owner/name`` or
+            ``owner/name:config``. JSON is one list, or a row a line; ``.txt`` is one row, ``text``.
         split: the split of a hub dataset; ``train`` when None.
-        limit: read only the first so many rows: no more of JSON lines or of a hub dataset is read
-            than that.
-
-    Returns:
-        One dict a row. JSON may be lines or one list.
+        limit: read only the first so many rows.
 
     Raises:
         WagleError: naming the file, and the line where there is one: missing, empty, malformed, of
@@ -70,16 +65,9 @@ def spread(rows: list[T], count: Optional[int]) -> list[T]:
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
-# -- files -----------------------------------------------------------------------------------------
-
-
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Say in one line what is wrong with a file that cannot be decoded or unpacked.
-
-    Raises:
-        WagleError: naming the file.
-    """
+    """Turn what a file raises that cannot be decoded or unpacked into a WagleError that names it."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -87,14 +75,18 @@ def readable(path: Path) -> Iterator[None]:
         raise WagleError(
             f"{path} is not UTF-8 text (it has the byte {byte:#04x}): save it as UTF-8"
         ) from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise WagleError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    except (OSError, EOFError, ValueError, NotImplementedError, zlib.error) as error:
+        raise WagleError(f"{path} cannot be read: {first_line(error)}") from None
 
 
 def _read(path: Path) -> Iterable[Row]:
     suffix = path.suffix.lower()
-    if suffix in (".csv", ".parquet"):
-        return _read_table(path)
+    if suffix == ".csv":
+        return _read_csv(path)
+    if suffix == ".parquet":
+        from pyarrow.parquet import read_table
+
+        return read_table(path).to_pylist()
     if suffix == ".txt":
         text = path.read_text(encoding="utf-8-sig")
         return [{"text": text}] if text.strip() else []
@@ -103,17 +95,24 @@ def _read(path: Path) -> Iterable[Row]:
 
 def _read_json(path: Path) -> Iterator[Row]:
     """Rows of JSON lines or of one JSON list; only a line feed ends a line."""
+
+    def parsed(text: str, line: Optional[int] = None) -> Any:
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            place = f"{path} line {line or error.lineno}"
+            raise WagleError(f"{place}: malformed JSON: {error.msg}") from None
+
     unpack = gzip.open if path.suffix.lower() == ".gz" else open
     with unpack(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-        lines = enumerate(file, 1)
-        first = next(((n, line) for n, line in lines if line.strip()), (1, ""))
-        if first[1].lstrip().startswith("["):
-            text = "\n" * (first[0] - 1) + first[1] + file.read()
-            numbered: Iterable[tuple[int, Any]] = enumerate(_json(path, text), 1)
+        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        number, first = next(lines, (1, "[]"))
+        if first.lstrip().startswith("["):
+            rows = enumerate(parsed("\n" * (number - 1) + first + file.read()), 1)
         else:
-            filled = ((n, line) for n, line in chain([first], lines) if line.strip())
-            numbered = ((n, _json(path, line, n)) for n, line in filled)
-        for number, row in numbered:
+            lines = chain([(number, first)], lines)
+            rows = ((number, parsed(line, number)) for number, line in lines)
+        for number, row in rows:
             if not isinstance(row, dict):
                 raise WagleError(
                     f"{path} line {number}: expected a JSON object, found {type(row).__name__}"
@@ -121,41 +120,23 @@ def _read_json(path: Path) -> Iterator[Row]:
             yield row
 
 
-def _json(path: Path, text: str, line: Optional[int] = None) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = error.lineno if line is None else line
-        raise WagleError(f"{path} line {line}: malformed JSON: {error.msg}") from None
-
-
-def _read_table(path: Path) -> list[Row]:
-    """Rows of a CSV or Parquet file; texts of a CSV are texts, whatever they look like."""
+def _read_csv(path: Path) -> list[Row]:
+    """Rows of a CSV file; columns of texts are texts, whatever they look like."""
     import pyarrow
-    import pyarrow.csv
-    import pyarrow.parquet
+    from pyarrow import csv
 
-    try:
-        if path.suffix.lower() == ".parquet":
-            return pyarrow.parquet.read_table(path).to_pylist()
-        # one block: a column's type is that of all its cells, and a cell may be as long as a book
-        size = min(max(path.stat().st_size + 1, 1 << 20), (1 << 31) - 1)
-        types = dict.fromkeys((*TEXTS, *OPTIONAL_TEXTS), pyarrow.string())
-        table = pyarrow.csv.read_csv(
-            path,
-            read_options=pyarrow.csv.ReadOptions(block_size=size),
-            parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-            convert_options=pyarrow.csv.ConvertOptions(column_types=types),
-        )
-    except pyarrow.ArrowException as error:
-        raise WagleError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    # one block: a column's type is that of all its cells, and a cell may be as long as a book
+    size = min(max(path.stat().st_size + 1, 1 << 20), (1 << 31) - 1)
+    table = csv.read_csv(
+        path,
+        read_options=csv.ReadOptions(block_size=size),
+        parse_options=csv.ParseOptions(newlines_in_values=True),
+        convert_options=csv.ConvertOptions(column_types=dict.fromkeys(TEXTS, pyarrow.string())),
+    )
     for column in table.schema:
         if pyarrow.types.is_binary(column.type):  # what pyarrow makes of text in another encoding
             raise WagleError(f"{path} is not UTF-8 text (column {column.name!r}): save it as UTF-8")
     return table.to_pylist()
-
-
-# -- hub datasets ----------------------------------------------------------------------------------
 
 
 class HubSet(NamedTuple):
@@ -186,12 +167,6 @@ class HubSet(NamedTuple):
             return [f"{place}{name}" for place in places for name in names] + list(self.aliases)
         names = [f"{self.config}/{name}" for name in names]
         return [*names, *(f"{self.config}{suffix}" for suffix in READERS), *self.aliases]
-
-    def missing(self, folder: str) -> WagleError:
-        """What to raise where a folder lacks the set."""
-        first = f"{self.short_name}/{self.patterns[0]}"
-        kinds = "" if self.file else " (.jsonl, .csv and .parquet will do)"
-        return WagleError(f"data.folder {folder} has no {self}: expected {first}{kinds}")
 
 
 def read_hub(hub_set: HubSet, limit: Optional[int] = None) -> list[Row]:
@@ -229,13 +204,9 @@ def local_files(hub_set: HubSet, folder: Path) -> list[Path]:
 def read_set(
     hub_set: HubSet, folder: Optional[str], limit: Optional[int] = None
 ) -> Optional[list[Row]]:
-    """Rows of a set, from a folder if one is given, else from the hub.
+    """The first ``limit`` rows of a set, from a folder or, without one, from the hub.
 
-    Returns:
-        The first ``limit`` rows; None if the folder does not have the set.
-
-    Raises:
-        WagleError: if a file is malformed or empty, or the hub cannot give the set.
+    None if the folder does not have the set.
     """
     if folder is None:
         return read_hub(hub_set, limit)

@@ -1,17 +1,17 @@
-"""``SuiteDataModule``: a benchmark as a table of sources."""
+"""``SuiteDataModule``: a benchmark as a table of sources; long texts are cut into chunks."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Optional
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import absent
-from wagle_pl.data.chunks import articles, chunk_rows, continuation
-from wagle_pl.data.example import Example, Row, parse_rows
-from wagle_pl.data.module import ForgetRetainDataModule
+from wagle_pl.data.example import Row, parse_rows
+from wagle_pl.data.module import ForgetRetainDataModule, check_counts
 from wagle_pl.data.rows import HubSet, load_rows, local_files, read_set, spread
 
 if TYPE_CHECKING:
@@ -22,34 +22,40 @@ if TYPE_CHECKING:
 SPARE = 8
 
 
+def select(rows: Sequence[Row], columns: Sequence[str], where: str) -> list[Row]:
+    """Rows with these columns alone.
+
+    Raises:
+        WagleError: naming ``where`` and the row (counted from 1), if one has no value there.
+    """
+    for number, row in enumerate(rows, 1):
+        for column in columns:
+            if row.get(column) is None:
+                raise WagleError(
+                    f"{where} row {number} has no column {column!r}; it has {sorted(row)}"
+                )
+    return [{column: row[column] for column in columns} for row in rows]
+
+
 def texts(rows: Sequence[Row], where: str) -> list[Row]:
     """Rows with a ``text``, the blank ones left out."""
-    need_columns(rows[:1], ("text",), where)
+    select(rows[:1], ("text",), where)
     return [{"text": row["text"]} for row in rows if str(row.get("text") or "").strip()]
 
 
 def questions(rows: Sequence[Row], where: str) -> list[Row]:
-    """Rows with ``question`` and ``answer``, and nothing else of them."""
-    need_columns(rows, ("question", "answer"), where)
-    return [{"question": row["question"], "answer": row["answer"]} for row in rows]
+    """Rows with ``question`` and ``answer``."""
+    return select(rows, ("question", "answer"), where)
 
 
 def choices(rows: Sequence[Row], where: str) -> list[Row]:
-    """Multiple choices with the right one's index in ``answer``; MMLU's ``subject`` is kept.
-
-    Raises:
-        WagleError: naming ``where`` and the row if a column is missing, or the answer is no index.
-    """
-    columns = ("question", "choices", "answer", "subject")
-    need_columns(rows, columns[:3], where)
-    kept = [{column: row[column] for column in columns if column in row} for row in rows]
-    examples = parse_rows(kept, where)
-    for number, example in enumerate(examples, 1):
-        if example.kind != "choices":
-            raise WagleError(
-                f"{where} row {number}: answer {example.answer!r} is no index of its choices"
-            )
-    return [example.row for example in examples]
+    """Multiple choices, whose ``answer`` is the right one's index; MMLU's ``subject`` is kept."""
+    select(rows, ("question", "choices", "answer"), where)
+    columns = ("question", "choices", "subject")
+    return [
+        {**{column: row[column] for column in columns if column in row}, "label": row["answer"]}
+        for row in rows
+    ]
 
 
 class Source(NamedTuple):
@@ -66,13 +72,6 @@ class Source(NamedTuple):
     chunked: bool = False  # cut the texts into chunks, if ``chunk_size`` says so
     paired: bool = False  # make prompt and continuation of each, if ``prompt_size`` says so
     articles: bool = False  # lines of WikiText: put together, in chunks that fit ``max_length``
-
-
-WIKITEXT = HubSet("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
-#: The shard of C4 that the SOUL and WAGLE papers' code reads.
-C4 = HubSet("allenai/c4", None, "train", "en/c4-train.00001-of-01024.json.gz")
-#: WikiText's test articles, for perplexity.
-ARTICLES = Source([WIKITEXT], articles=True)
 
 
 class SuiteDataModule(ForgetRetainDataModule, ABC):
@@ -107,9 +106,7 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        for option, value in (("chunk_size", chunk_size), ("prompt_size", prompt_size)):
-            if value is not None and value < 1:
-                raise WagleError(f"data.{option} must be at least 1, got {value}")
+        check_counts(chunk_size=chunk_size, prompt_size=prompt_size)
         if folder is not None and not Path(folder).is_dir():
             raise absent("data.folder", folder)
         if chunk_size is not None and prompt_size is not None and prompt_size >= chunk_size:
@@ -130,18 +127,15 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
     def tests(self) -> Mapping[str, Source]:
         """Test set -> where its rows are."""
 
-    # -- rows --------------------------------------------------------------------------------------
-
     def train_rows(self, stream: str) -> Optional[list[Row]]:
         """Rows of a part of the benchmark, or of what replaces it; texts cut as asked."""
         source, given = self.sets().get(stream, Source()), self.sources[stream]
-        return self._rows(source, given, self._place(stream), required=stream != "holdout")
+        return self._rows(source, given, self.place(stream), required=stream != "holdout")
 
     def test_rows(self, name: str) -> Optional[list[Row]]:
         """Likewise of a test set."""
         given = (self.test_sources or {}).get(name)
-        where = f"test set {name} ({self.describe_test(name)})"
-        return self._rows(self.tests().get(name, Source()), given, where)
+        return self._rows(self.tests().get(name, Source()), given, self.place(name, test=True))
 
     def test_names(self) -> list[str]:
         """The test sets named by the user, or the benchmark's; with a folder, those it has."""
@@ -155,20 +149,13 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
             or all(local_files(part, Path(self.folder)) for part in source.parts)
         ]
 
-    def describe(self, stream: str) -> str:
-        """Where the rows of a training stream come from, for messages and the model card."""
-        return self.sources.get(stream) or self._described(self.sets().get(stream))
-
-    def describe_test(self, name: str) -> str:
-        """Where the rows of a test set come from, for messages."""
-        return (self.test_sources or {}).get(name) or self._described(self.tests().get(name))
-
-    def _described(self, source: Optional[Source]) -> str:
-        if source is None:
-            return type(self).__name__
+    def describe(self, name: str, test: bool = False) -> str:
+        """Where the rows of a stream or a test set come from, for messages and the model card."""
+        given = (self.test_sources or {}) if test else self.sources
+        source = (self.tests() if test else self.sets()).get(name, Source())
         parts = ", ".join(map(str, source.parts))
         place = f" in {self.folder}" if self.folder and parts else ""
-        return source.file or f"{parts}{place}" or type(self).__name__
+        return given.get(name) or source.file or f"{parts}{place}" or type(self).__name__
 
     def _rows(
         self, source: Source, given: Optional[str], where: str, required: bool = False
@@ -179,39 +166,42 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
             rows = load_rows(file, self.split)
         elif not source.parts:
             return None
-        else:
-            for part in source.parts:
-                found = read_set(part, self.folder, source.limit)
-                if found is None and required:
-                    raise part.missing(str(self.folder))
-                if found is None:
-                    return None
-                rows += found
+        for part in () if file else source.parts:
+            found = read_set(part, self.folder, source.limit)
+            if found is None and required:
+                kinds = "" if part.file else " (.jsonl, .csv and .parquet will do)"
+                raise WagleError(
+                    f"data.folder {self.folder} has no {part}: expected "
+                    f"{part.short_name}/{part.patterns[0]}{kinds}"
+                )
+            if found is None:
+                return None
+            rows += found
         if given is None or source.converts_given:
             rows = source.convert(rows, where)
             if not rows:
                 raise WagleError(f"{where} has no text")
         if all(row.get("text") is not None for row in rows):
-            rows = self._cut(source, parse_rows(filter(_is_filled, rows), where), where)
+            filled = [row for row in rows if str(row["text"]).strip()]
+            examples = parse_rows(filled, where)
+            rows = [example.row for example in examples]
+            if all(example.kind == "text" for example in examples):
+                rows = self._cut(source, rows, where)
         return spread(rows, source.count)
 
-    def _cut(self, source: Source, examples: Sequence[Example], where: str) -> list[Row]:
-        """Texts into chunks and pairs, as the source and the options say; other rows stay."""
-        rows = [example.row for example in examples]
-        if any(example.kind != "text" for example in examples):
-            return rows
-        whole = [example.answer for example in examples]
+    def _cut(self, source: Source, rows: list[Row], where: str) -> list[Row]:
+        """Texts into chunks and pairs, as the source and the options say."""
+        whole, in_characters = [row["text"] for row in rows], self.chunk_unit == "characters"
         if source.articles:
-            if self.chunk_size is not None and self.chunk_unit == "characters":
+            if self.chunk_size is not None and in_characters:
                 return chunk_rows(articles(whole), self.chunk_size)
-            size = max(1, self.max_length - SPARE)
-            return chunk_rows(articles(whole), size, self._cutter("tokens"))
+            return chunk_rows(articles(whole), max(1, self.max_length - SPARE), self.tokenizer)
         if self.chunk_size is not None and source.chunked:
             whole = ["\n\n".join(whole)] if source.joined else whole
-            rows = chunk_rows(whole, self.chunk_size, self._cutter(self.chunk_unit))
+            rows = chunk_rows(whole, self.chunk_size, None if in_characters else self.tokenizer)
         if self.prompt_size is not None and source.paired:
-            cutter = self._cutter(self.chunk_unit)
-            pairs = (continuation(row, self.prompt_size, cutter) for row in rows)
+            tokenizer = None if in_characters else self.tokenizer
+            pairs = (continuation(row, self.prompt_size, tokenizer) for row in rows)
             rows = [pair for pair in pairs if pair is not None]
             if not rows:
                 raise WagleError(
@@ -220,31 +210,79 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
                 )
         return rows
 
-    def _cutter(self, unit: str) -> Optional[PreTrainedTokenizerBase]:
-        """The tokenizer, where texts are cut by tokens."""
-        if unit == "characters":
-            return None
-        if self.tokenizer_name is None and self.model_tokenizer is None:
-            raise WagleError(
-                "cutting texts by tokens needs a tokenizer: give data.tokenizer, or "
-                "data.chunk_unit characters"
-            )
-        return self.tokenizer
 
+def chunk_text(
+    text: str, size: int, tokenizer: Optional[PreTrainedTokenizerBase] = None
+) -> list[str]:
+    """Cut a text into pieces that put together give the text again.
 
-def _is_filled(row: Row) -> bool:
-    return not isinstance(row["text"], str) or bool(row["text"].strip())
+    Args:
+        text: the text.
+        size: longest piece, in tokens or, without a tokenizer, in characters.
+        tokenizer: a fast one: a cut is where a token of the whole text begins, every ``size``
+            tokens (a piece tokenised alone may differ at its ends by one or two). None cuts before
+            the last white space that keeps the piece within ``size``, so that words stay whole.
 
-
-def need_columns(rows: Sequence[Row], columns: Sequence[str], where: str) -> None:
-    """Check that every row has some columns, other than None.
-
-    Raises:
-        WagleError: naming ``where``, the row (counted from 1) and what it has.
+    >>> chunk_text("Down the rabbit-hole", 9)
+    ['Down the', ' rabbit-h', 'ole']
     """
-    for number, row in enumerate(rows, 1):
-        for column in columns:
-            if row.get(column) is None:
-                raise WagleError(
-                    f"{where} row {number} has no column {column!r}; it has {sorted(row)}"
-                )
+    cuts = [0]
+    if tokenizer is None:
+        while len(text) - cuts[-1] > size:
+            start, end = cuts[-1], cuts[-1] + size
+            if not text[end].isspace():
+                space = next((i for i in range(end - 1, start, -1) if text[i].isspace()), end)
+                end = space if text[start:space].strip() else end
+            cuts.append(end)
+    elif not tokenizer.is_fast:
+        raise WagleError(
+            "cutting texts by tokens needs a fast tokenizer; cut them by characters (chunk_unit)"
+        )
+    else:
+        encoded = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        starts = {start for start, _ in encoded["offset_mapping"][size::size]}
+        cuts += sorted(start for start in starts if 0 < start < len(text))
+    return [text[i:j] for i, j in pairwise([*cuts, len(text)]) if i < j]
+
+
+def chunk_rows(
+    whole: Iterable[str], size: int, tokenizer: Optional[PreTrainedTokenizerBase] = None
+) -> list[Row]:
+    """The chunks of some texts as rows, blank ones left out; ``partial`` where a text goes on."""
+    rows: list[Row] = []
+    for text in whole:
+        chunks = [{"text": chunk, "partial": True} for chunk in chunk_text(text, size, tokenizer)]
+        for last in chunks[-1:]:
+            del last["partial"]
+        rows += [row for row in chunks if row["text"].strip()]
+    return rows
+
+
+def continuation(
+    row: Row, prompt_size: int, tokenizer: Optional[PreTrainedTokenizerBase] = None
+) -> Optional[Row]:
+    """A ``text`` row as a prompt of that size and what follows; None if none does."""
+    prompt = chunk_text(row["text"], prompt_size, tokenizer)[0]
+    response = row["text"][len(prompt) :]
+    if not prompt.strip() or not response.strip():
+        return None
+    kept = {column: value for column, value in row.items() if column != "text"}
+    return {"prompt": prompt, "response": response, "continuation": True, **kept}
+
+
+def articles(lines: Iterable[str]) -> list[str]:
+    """WikiText's lines put together to articles; a line ``= Title =`` begins one.
+
+    >>> articles([" = A = \\n", "One.\\n", " = = Part = = \\n", "", " = B = \\n", "Two.\\n"])
+    [' = A = \\nOne.\\n = = Part = = \\n', ' = B = \\nTwo.\\n']
+    """
+    found = [""]
+    for line in lines:
+        words = line.split()
+        title = len(words) > 2 and words[0] == words[-1] == "=" and "=" not in (words[1], words[-2])
+        if title and found[-1]:
+            found.append("")
+        found[-1] += line
+    return [text for text in found if text.strip()]

@@ -31,8 +31,7 @@ class Template:
 
     The options are those of :class:`wagle_pl.data.ForgetRetainDataModule`. Without a
     ``prompt_format`` and a chat template, the formats are :data:`DEFAULT_PROMPT` and
-    :data:`DEFAULT_ANSWER`. A chat template's clock (``strftime_now``) shows midnight of
-    ``date_string``, never today's.
+    :data:`DEFAULT_ANSWER`.
 
     Raises:
         WagleError: if a format lacks its field, or an option would have no effect.
@@ -55,90 +54,100 @@ class Template:
         self.answer_format = answer_format or DEFAULT_ANSWER
         self.generation_prefix = generation_prefix
         if generation_prefix is None:
-            self.generation_prefix = _prefix_of(self.answer_format)
+            self.generation_prefix = self._default_prefix
         self.system_prompt = system_prompt
         #: Variables that the chat template reads.
         self.variables: dict[str, Any] = {}
         if self.uses_chat_template:
-            given: dict[str, Any] = {
-                "answer_format": answer_format,
-                "generation_prefix": generation_prefix,
-            }
-            advice = "give prompt_format too, or leave both to the template (null)"
-            _refuse(given, "has no effect beside the tokenizer's chat template", advice)
-            self._set_variables(chat_template_kwargs or {})
-            self._check_system_prompt()
+            unused = {"answer_format": answer_format, "generation_prefix": generation_prefix}
+            why = (
+                "has no effect beside the tokenizer's chat template: give prompt_format too, or "
+                "leave both to the template (null)"
+            )
         else:
-            given = {"system_prompt": system_prompt, "chat_template_kwargs": chat_template_kwargs}
+            unused = {"system_prompt": system_prompt, "chat_template_kwargs": chat_template_kwargs}
             place = "prompt_format, which takes its place" if prompt_format else None
-            place = place or "a tokenizer that has none"
-            why = f"is for a chat template and has no effect beside {place}"
-            _refuse(given, why, "write the text into prompt_format, or leave the option out (null)")
+            why = (
+                "is for a chat template and has no effect beside "
+                f"{place or 'a tokenizer that has none'}: write the text into prompt_format, or "
+                "leave the option out (null)"
+            )
+        for option, value in unused.items():
+            if value is not None:
+                raise WagleError(f"{value!r} {why}", option=option)
+        if self.uses_chat_template:
+            self._set_variables(chat_template_kwargs or {})
+            asked = [{"role": "user", "content": "?"}]
+            if system_prompt is not None and system_prompt.strip() not in self._chat(asked, True):
+                raise WagleError(
+                    "system_prompt has no effect, the chat template ignores system messages: leave "
+                    "it out (null), or write it into prompt_format"
+                )
         for option, field in (("prompt_format", "{question}"), ("answer_format", "{answer}")):
             if field not in getattr(self, option):
-                raise WagleError(f"{option} {getattr(self, option)!r} must contain {field}")
+                raise WagleError(f"{getattr(self, option)!r} must contain {field}", option=option)
         if tokenizer.eos_token_id is None:
             log.warning(
                 "the tokenizer has no end-of-sequence token (eos_token): answers are trained "
                 "without an end"
             )
 
+    @property
+    def _default_prefix(self) -> str:
+        """What stands before the answer; a space at its end is one token with the first word."""
+        return self.answer_format.partition("{answer}")[0].rstrip(" ")
+
     def _set_variables(self, given: Mapping[str, Any]) -> None:
         """Refuse variables that the chat template does not read, or cannot; stop its clock."""
         variables = {"date_string": DATE, **given}
         source = self.tokenizer.get_chat_template(tools=variables.get("tools"))
+        read = {name for name in variables if re.search(rf"\b{re.escape(name)}\b", source)}
         reads_clock = "strftime_now" in source
         own = inspect.signature(self.tokenizer.apply_chat_template).parameters
         for name, value in given.items():
+            fault = None
             if name in {"messages", "strftime_now", *own} - {"tools", "documents"}:
-                raise WagleError(
-                    f"chat_template_kwargs cannot set {name}: it is not a variable of the chat "
-                    "template"
-                )
-            sets_clock = name == "date_string" and reads_clock
-            if not sets_clock and not re.search(rf"\b{re.escape(name)}\b", source):
-                raise WagleError(
-                    f"chat_template_kwargs: the chat template does not read {name!r}: check its "
-                    "spelling, or leave it out"
+                fault = f"cannot set {name}: it is not a variable of the chat template"
+            elif name not in read and not (name == "date_string" and reads_clock):
+                fault = (
+                    f"the chat template does not read {name!r}: check its spelling, or leave it out"
                 )
             try:
                 json.dumps(value)
             except TypeError:
-                raise WagleError(
-                    f"chat_template_kwargs: {name} must be a text, a number, true, false, null or "
-                    f"a list or dict of these, got {value!r}: quote it"
-                ) from None
-        reads_date = re.search(r"\bdate_string\b", source) is not None
-        now = _day(variables["date_string"], needed=reads_clock and not reads_date)
-        self._chat_template = at_fixed_date(source, now) if reads_clock else source
-        if not reads_clock and not reads_date:
+                fault = fault or (
+                    f"{name} must be a text, a number, true, false, null or a list or dict of "
+                    f"these, got {value!r}: quote it"
+                )
+            if fault:
+                raise WagleError(f"chat_template_kwargs: {fault}")
+        if reads_clock:
+            try:
+                now = datetime.datetime.strptime(variables["date_string"], "%d %b %Y")
+            except (TypeError, ValueError):
+                if "date_string" not in read:
+                    raise WagleError(
+                        f"chat_template_kwargs: date_string must be a day such as {DATE!r} for "
+                        "this chat template, which reads the clock, got "
+                        f"{variables['date_string']!r}"
+                    ) from None
+                now = datetime.datetime.strptime(DATE, "%d %b %Y")
+            source = at_fixed_date(source, now)
+        elif "date_string" not in read:
             del variables["date_string"]
+        self._chat_template = source
         self.variables = variables
-
-    def _check_system_prompt(self) -> None:
-        """Refuse a system prompt that the chat template ignores."""
-        if self.system_prompt is None:
-            return
-        text = self._chat([{"role": "user", "content": "?"}], add_generation_prompt=True)
-        if self.system_prompt.strip() not in text:
-            raise WagleError(
-                "system_prompt has no effect, the chat template ignores system messages: leave it "
-                "out (null), or write it into prompt_format"
-            )
 
     def identity(self) -> str:
         """Everything that decides the tokens, as text, for digests."""
-        vocabulary = (
-            self.tokenizer.backend_tokenizer.to_str()
-            if self.tokenizer.is_fast
-            else repr(self.tokenizer)
-        )
+        fast = self.tokenizer.is_fast
+        vocabulary = self.tokenizer.backend_tokenizer.to_str() if fast else repr(self.tokenizer)
         formats: Any = (self.prompt_format, self.answer_format)
         if self.uses_chat_template:
             formats = self.tokenizer.chat_template
             if self.system_prompt is not None or self.variables:
                 formats = (formats, self.system_prompt, json.dumps(self.variables, sort_keys=True))
-        elif self.generation_prefix != _prefix_of(self.answer_format):
+        elif self.generation_prefix != self._default_prefix:
             formats = (*formats, self.generation_prefix)
         return repr((vocabulary, formats, self.max_length, self.tokenizer.eos_token_id))
 
@@ -160,14 +169,11 @@ class Template:
         return {**texts, "system_prompt": self.system_prompt, **variables}
 
     def encode(self, example: Example, answer: Optional[str] = None) -> dict[str, list[int]]:
-        """Tokens of one row.
+        """``input_ids`` and ``labels`` of one row, of equal length; labels are -100 on the prompt.
 
         Args:
             example: the row.
             answer: takes the place of the row's own answer (a refusal, a perturbed answer).
-
-        Returns:
-            ``input_ids`` and ``labels`` of equal length; labels are -100 on the prompt.
 
         Raises:
             WagleError: if no answer token that follows another is left after cutting at
@@ -176,17 +182,17 @@ class Template:
         if example.kind == "tokens":
             ids, labels = list(example.input_ids), list(example.labels)
         elif example.kind == "text":
-            ids = self.tokenizer(example.answer)["input_ids"]
+            ids = self._ids(example.answer)
             ids = ids if example.partial else self._with_eos(ids)
             labels = list(ids)
         else:
             prompt, completion = self._texts(example, answer)
             special = self._adds_special_tokens(example)
-            prompt_ids = self.tokenizer(prompt, add_special_tokens=special)["input_ids"]
-            ids = self.tokenizer(prompt + completion, add_special_tokens=special)["input_ids"]
+            prompt_ids = self._ids(prompt, special)
+            ids = self._ids(prompt + completion, special)
             if ids[: len(prompt_ids)] != prompt_ids:
                 # the two texts merge at the seam: keep the prompt that generation sees
-                ids = prompt_ids + self.tokenizer(completion, add_special_tokens=False)["input_ids"]
+                ids = prompt_ids + self._ids(completion, False)
             answer_ids = ids[len(prompt_ids) :]
             if answer is not None or not example.partial:
                 answer_ids = self._with_eos(answer_ids)
@@ -210,17 +216,19 @@ class Template:
             ids, labels = list(example.input_ids), example.labels
             return ids[: next((i for i, label in enumerate(labels) if label != IGNORE), len(ids))]
         if example.kind == "text":
-            ids = self.tokenizer(example.answer)["input_ids"]
+            ids = self._ids(example.answer)
             return ids[: max(1, len(ids) // 2)]
         prompt, _ = self._texts(example, "" if example.kind == "prompt" else None)
-        if self.uses_chat_template or example.continuation:
-            special = self._adds_special_tokens(example)
-            return self.tokenizer(prompt, add_special_tokens=special)["input_ids"]
-        return self.tokenizer(prompt + self.generation_prefix)["input_ids"]
+        if not self.uses_chat_template and not example.continuation:
+            prompt += self.generation_prefix
+        return self._ids(prompt, self._adds_special_tokens(example))
 
     def _adds_special_tokens(self, example: Example) -> bool:
         """Whether the tokenizer adds its special tokens: a chat template writes its own."""
         return not self.uses_chat_template or example.continuation
+
+    def _ids(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
 
     def _texts(self, example: Example, answer: Optional[str]) -> tuple[str, str]:
         """Text up to the answer and text of the answer."""
@@ -252,10 +260,8 @@ class Template:
         """Messages as the chat template renders them."""
         from jinja2 import TemplateError  # which transformers needs for chat templates alone
 
-        roles = [message["role"] for message in messages]
-        if self.system_prompt is not None and roles[:1] != ["system"]:
+        if self.system_prompt is not None and [m["role"] for m in messages[:1]] != ["system"]:
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
-            roles = ["system", *roles]
         try:
             return self.tokenizer.apply_chat_template(
                 list(messages),
@@ -265,8 +271,9 @@ class Template:
                 **self.variables,
             )
         except (TemplateError, TypeError, ValueError) as error:
+            roles = ", ".join(message["role"] for message in messages)
             raise WagleError(
-                f"the chat template refuses messages of the roles {', '.join(roles)} ({error}); "
+                f"the chat template refuses messages of the roles {roles} ({error}); "
                 "change the row, or give prompt_format for rows with questions"
             ) from None
 
@@ -278,36 +285,10 @@ class Template:
         return [*ids[: ids.index(eos)], eos] if eos in ids else [*ids, eos]
 
 
-def _refuse(given: Mapping[str, Any], why: str, advice: str) -> None:
-    """Refuse options that would have no effect."""
-    for option, value in given.items():
-        if value is not None:
-            raise WagleError(f"{option} {value!r} {why}: {advice}")
-
-
-def _prefix_of(answer_format: str) -> str:
-    """What is given of an answer when generating; a space is one token with the first word."""
-    return answer_format.partition("{answer}")[0].rstrip(" ")
-
-
-def _day(date: Any, needed: bool) -> datetime.datetime:
-    """Midnight of a day as in :data:`DATE`; of that one for any other text, unless it is needed."""
-    try:
-        return datetime.datetime.strptime(date, "%d %b %Y")
-    except (TypeError, ValueError):
-        if needed:
-            raise WagleError(
-                f"chat_template_kwargs: date_string must be a day such as {DATE!r} for this chat "
-                f"template, which reads the clock, got {date!r}"
-            ) from None
-        return datetime.datetime.strptime(DATE, "%d %b %Y")
-
-
 def at_fixed_date(chat_template: str, now: datetime.datetime) -> str:
     """A chat template whose clock, ``strftime_now``, shows ``now``.
 
     transformers passes a template no function: a macro of that name goes before its global one.
-
     """
     codes = {f"%{letter}" for letter in "aAwdbBmyYHIpMSfzZjUWcxXGuV"}
     codes |= set(re.findall(r"%[-_0^#]?[A-Za-z]", chat_template))
@@ -320,16 +301,11 @@ def at_fixed_date(chat_template: str, now: datetime.datetime) -> str:
 
 
 def check_ids(ids: Sequence[int], known: int) -> None:
-    """Refuse tokens that a model, which knows so many, has no embedding for.
-
-    Raises:
-        WagleError: naming the first of them.
-    """
-    if max(ids, default=0) >= known:
-        token = next(token for token in ids if token >= known)
+    """Refuse tokens that a model, which knows so many, has no embedding for."""
+    if wrong := [token for token in ids if token >= known]:
         raise WagleError(
-            f"token id {token} is out of range: the model knows 0 to {known - 1}; take the model's "
-            "own tokenizer"
+            f"token id {wrong[0]} is out of range: the model knows 0 to {known - 1}; take the "
+            "model's own tokenizer"
         )
 
 

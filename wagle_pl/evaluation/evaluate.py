@@ -274,7 +274,7 @@ class Evaluate(Callback):
         self, name: str, numbers: Sequence[int], needs: frozenset[str]
     ) -> list[Record]:
         """Records of some rows of a test set by their numbers, each with its own as ``row``."""
-        where = f"test set {name} ({self.data.describe_test(name)}) row"
+        where = f"{self.data.place(name, test=True)} row"
         records = self.observer.observe(
             [self.data.test_examples(name)[number] for number in numbers],
             needs,

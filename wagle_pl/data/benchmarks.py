@@ -1,0 +1,387 @@
+"""The benchmarks: TOFU, MUSE, WMDP, a book to forget, and detoxification."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Optional
+
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.files import absent, plainly_local
+from wagle_pl.data.example import Row
+from wagle_pl.data.module import ForgetRetainDataModule, check_counts
+from wagle_pl.data.rows import HubSet, load_rows, read_set
+from wagle_pl.data.suite import Source, SuiteDataModule, choices, questions, select, texts
+from wagle_pl.data.template import following
+
+#: TOFU's official forget splits -> the retain split that completes each to the full set.
+RETAIN_OF = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
+
+WIKITEXT = HubSet("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
+ARTICLES = Source([WIKITEXT], articles=True)
+#: The shard of C4 that the SOUL and WAGLE papers' code reads.
+C4 = HubSet("allenai/c4", None, "train", "en/c4-train.00001-of-01024.json.gz")
+
+CORPORA = "cais/wmdp-corpora"
+#: WMDP's forget corpora. The biosecurity one is gated: its repository gives it to those who asked
+#: for access.
+HAZARDS = {
+    "bio": HubSet(
+        "cais/wmdp-bio-forget-corpus",
+        aliases=("bio-forget-corpus.*", "wmdp-corpora/bio-forget-corpus.*"),
+    ),
+    "cyber": HubSet(CORPORA, "cyber-forget-corpus"),
+}
+
+BOOKS = "muse-bench/MUSE-Books"  # has the book that the papers forget, and questions about it
+SAFE_RLHF = "PKU-Alignment/PKU-SafeRLHF"
+
+
+class TOFUDataModule(ForgetRetainDataModule):
+    """TOFU, a task of fictitious unlearning (arXiv 2401.06121): its official splits.
+
+    Args:
+        forget: ``forget01``, ``forget05`` or ``forget10``, or any file or dataset as in the base
+            class.
+        retain: an official split such as ``retain99``, or any file or dataset; None takes the split
+            that goes with ``forget``.
+        path: folder with ``<split>.json`` files, or the hub dataset.
+        **kwargs: passed to :class:`ForgetRetainDataModule`. ``test`` replaces TOFU's four test
+            sets.
+    """
+
+    def __init__(
+        self,
+        forget: str = "forget10",
+        retain: Optional[str] = None,
+        path: str = "locuslab/TOFU",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(forget=forget, retain=retain or RETAIN_OF.get(forget), **kwargs)
+        self.path = path
+        if self.test_sources is None:
+            self.test_sources = {
+                "forget": f"{forget}_perturbed" if forget in RETAIN_OF else forget,
+                "retain": "retain_perturbed",
+                "real_authors": "real_authors_perturbed",
+                "world_facts": "world_facts_perturbed",
+            }
+
+    def load(self, source: str) -> list[Row]:
+        """Rows of an official split, or of any other source."""
+        if "/" in source or "." in source:
+            return super().load(source)
+        folder = Path(self.path)
+        if not folder.is_dir():
+            if self.path.count("/") != 1 or plainly_local(self.path):
+                raise absent("TOFU folder (data.path)", self.path, hub=True)
+            return load_rows(f"{self.path}:{source}")
+        for file in (folder / f"{source}.json", folder / f"{source}.jsonl"):
+            if file.is_file():
+                return load_rows(str(file))
+        splits = ", ".join(sorted(f.stem for f in folder.glob("*.json*")))
+        raise WagleError(f"TOFU split {source!r} is not in {self.path}; there are: {splits}")
+
+
+class MUSEDataModule(SuiteDataModule):
+    """MUSE (arXiv 2407.06460): news articles or books, from the hub or a folder.
+
+    Texts of a split are put together and cut into chunks, as the benchmark's baselines do. Test
+    sets: ``verbmem_forget`` (prompt and response: verbatim memorisation), ``knowmem_forget`` and
+    ``knowmem_retain`` (question and answer, after the benchmark's ten worked examples), and the
+    texts ``members`` (of the forget set), ``nonmembers`` (never seen) and ``retain`` (privacy
+    leakage). In a folder they are ``<subset>/<split>.*``, e.g. ``raw/forget.jsonl``.
+
+    Args:
+        corpus: ``news`` or ``books``.
+        forget_split: subset and split to forget; ``scal/forget_2`` and ``sust/forget_2`` (and so
+            on) are those of the benchmark's scalability and sustainability runs (News).
+        retain_splits: splits of the subset ``raw`` to keep. Unlearning uses ``retain1``; a target
+            model is fine-tuned on ``retain2`` as well, which the test sets ask about.
+        examples: put the benchmark's worked examples before each question.
+        chunk_size: longest chunk in ``chunk_unit``; the default fits 2,048 tokens.
+        max_length: longest sequence in tokens.
+        prompt_format: text of the prompt, with ``{question}``; the default is the benchmark's.
+        answer_format: text of the answer, with ``{answer}``; the default is the benchmark's. What
+            stands before ``{answer}`` is given when generating, with the space at its end, as the
+            benchmark does.
+        **kwargs: passed to :class:`wagle_pl.data.suite.SuiteDataModule`.
+    """
+
+    suite: ClassVar[str] = "muse"
+
+    def __init__(
+        self,
+        corpus: Literal["news", "books"] = "news",
+        forget_split: str = "raw/forget",
+        retain_splits: Sequence[str] = ("retain1",),
+        examples: bool = True,
+        chunk_size: Optional[int] = 2040,
+        max_length: int = 2048,
+        prompt_format: Optional[str] = "Question: {question}\n",
+        answer_format: Optional[str] = "Answer: {answer}",
+        **kwargs: Any,
+    ) -> None:
+        if answer_format is not None and kwargs.get("generation_prefix") is None:
+            kwargs["generation_prefix"] = answer_format.partition("{answer}")[0]
+        super().__init__(
+            chunk_size=chunk_size,
+            max_length=max_length,
+            prompt_format=prompt_format,
+            answer_format=answer_format,
+            **kwargs,
+        )
+        if forget_split.count("/") != 1:
+            raise WagleError(
+                f"data.forget_split must be SUBSET/SPLIT such as raw/forget, got {forget_split!r}"
+            )
+        self.corpus = corpus
+        self.forget_split = forget_split
+        self.retain_splits = tuple(retain_splits)
+        self.worked_examples = examples
+
+    def sets(self) -> Mapping[str, Source]:
+        """Texts of the splits, each one text in parts."""
+        text = Source(joined=True, chunked=True)
+        return {
+            "forget": text._replace(parts=[self._part(self.forget_split)], paired=True),
+            "retain": text._replace(parts=[self._part(f"raw/{s}") for s in self.retain_splits]),
+            "holdout": text._replace(parts=[self._part("raw/holdout")]),
+        }
+
+    def tests(self) -> Mapping[str, Source]:
+        """The benchmark's six sets."""
+        asked = {
+            f"knowmem_{side}": Source(
+                [self._part(f"knowmem/{side}_qa")], partial(self._questions, side)
+            )
+            for side in ("forget", "retain")
+        }
+        return {
+            "verbmem_forget": Source([self._part("verbmem/forget")], continuations),
+            **asked,
+            "members": Source([self._part("privleak/forget")]),
+            "nonmembers": Source([self._part("privleak/holdout")]),
+            "retain": Source([self._part("privleak/retain")]),
+        }
+
+    def _part(self, name: str) -> HubSet:
+        return HubSet(f"muse-bench/MUSE-{self.corpus.capitalize()}", *name.split("/"))
+
+    def _questions(self, side: str, rows: Sequence[Row], where: str) -> list[Row]:
+        """Questions after the worked examples of their side, where there are some."""
+        part = self._part(f"knowmem/{side}_qa_icl")
+        shots = read_set(part, self.folder) if self.worked_examples else None
+        if not shots:
+            return questions(rows, where)
+        form = (self.prompt_format or "{question}\n") + (self.answer_format or "{answer}") + "\n\n"
+        context = "".join(
+            form.replace("{question}", shot["question"]).replace("{answer}", shot["answer"])
+            for shot in questions(shots, str(part))
+        )
+        return [{**row, "context": context} for row in questions(rows, where)]
+
+
+def continuations(rows: Sequence[Row], where: str) -> list[Row]:
+    """MUSE's prompts and ``gt``, which have lost the space at the seam that the texts have."""
+    marks = {"continuation": True, "partial": True}
+    return [
+        {"prompt": row["prompt"], "response": following(row["prompt"], row["gt"]), **marks}
+        for row in select(rows, ("prompt", "gt"), where)
+    ]
+
+
+class WMDPDataModule(SuiteDataModule):
+    """WMDP (arXiv 2403.03218): hazardous knowledge in biosecurity and cybersecurity.
+
+    Forget rows are the documents of the forget corpora, retain rows the lines of WikiText-2 (as the
+    paper's code has it) or the corpora of the same subjects without the hazard (as WAGLE's code has
+    it). Test sets: ``wmdp_bio`` and ``wmdp_cyber`` (question, choices, label), ``mmlu`` if asked
+    for, and ``wikitext`` (articles in chunks, for perplexity).
+
+    A folder holds copies of ``cais/wmdp-corpora``, ``cais/wmdp-bio-forget-corpus``, ``cais/wmdp``,
+    ``Salesforce/wikitext`` and ``cais/mmlu`` by their names without owner.
+    ``bio-forget-corpus.jsonl`` and ``cyber-forget-corpus.jsonl``, as WMDP hands them out, will do
+    too.
+
+    Args:
+        domains: what to forget: ``bio``, ``cyber`` or both. Their test sets go with them.
+        retain_corpus: ``wikitext``, or the ``domains``' own retain corpora.
+        wikitext_split: split of WikiText-2 that is retained. With ``test``, which the paper's code
+            takes, the perplexity on the test set ``wikitext`` is on retain rows: take ``train``
+            where that number matters.
+        min_characters: shorter texts are left out of the training rows; blank ones always are.
+        mmlu: test on MMLU too (14,042 questions). With a folder it is tested if it is there.
+        **kwargs: passed to :class:`wagle_pl.data.suite.SuiteDataModule`.
+    """
+
+    suite: ClassVar[str] = "wmdp"
+
+    def __init__(
+        self,
+        domains: Sequence[Literal["bio", "cyber"]] = ("bio", "cyber"),
+        retain_corpus: Literal["wikitext", "domains"] = "wikitext",
+        wikitext_split: Literal["train", "validation", "test"] = "test",
+        min_characters: int = 0,
+        mmlu: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if not domains or set(domains) - set(HAZARDS):
+            raise WagleError(f"data.domains must name bio, cyber or both, got {list(domains)}")
+        self.domains = tuple(dict.fromkeys(domains))
+        self.retain_corpus = retain_corpus
+        self.wikitext_split = wikitext_split
+        self.min_characters = min_characters
+        self.mmlu = mmlu
+
+    def sets(self) -> Mapping[str, Source]:
+        """The documents of the forget corpora; lines of WikiText, or the retain corpora."""
+        retain = [WIKITEXT._replace(split=self.wikitext_split)]
+        if self.retain_corpus == "domains":
+            retain = [HubSet(CORPORA, f"{domain}-retain-corpus") for domain in self.domains]
+        forget = [HAZARDS[domain] for domain in self.domains]
+        return {
+            "forget": Source(forget, self._long_texts, chunked=True, paired=True),
+            "retain": Source(retain, self._long_texts, chunked=True),
+            "holdout": Source(chunked=True),
+        }
+
+    def tests(self) -> Mapping[str, Source]:
+        """Questions of the domains, MMLU and WikiText."""
+        hubs = {f"wmdp_{d}": HubSet("cais/wmdp", f"wmdp-{d}", "test") for d in self.domains}
+        if self.mmlu or self.folder is not None:
+            hubs["mmlu"] = HubSet("cais/mmlu", "all", "test")
+        return {**{n: Source([hub], choices) for n, hub in hubs.items()}, "wikitext": ARTICLES}
+
+    def _long_texts(self, rows: Sequence[Row], where: str) -> list[Row]:
+        return [row for row in texts(rows, where) if len(row["text"]) >= self.min_characters]
+
+
+class CopyrightDataModule(SuiteDataModule):
+    """A book in chunks to forget (arXiv 2310.02238, as in SOUL and WAGLE), web text (C4) to keep.
+
+    The papers' book is under copyright: they name it and give no file. ``book`` is a file of one's
+    own; without it the Harry Potter books of MUSE-Books are taken from the hub, or from the folder.
+    Each chunk is a prompt and its continuation, as in the papers. Test sets: ``forget``
+    (continuations: BLEU, ROUGE), ``forget_qa`` and ``retain_qa`` (question and answer),
+    ``wikitext`` (articles in chunks, for perplexity).
+
+    A folder may hold ``book.txt`` (or ``.jsonl``, ``.parquet``, … with a column ``text``),
+    ``forget_qa.jsonl``, ``retain_qa.jsonl`` (``question`` and ``answer``), and copies of
+    ``allenai/c4``, ``Salesforce/wikitext`` and ``muse-bench/MUSE-Books`` by their names without
+    owner.
+
+    Args:
+        book: text file, or file of rows with ``text``.
+        chunk_size: longest chunk in ``chunk_unit``, prompt and continuation together.
+        prompt_size: how much of a chunk is the prompt. Null makes rows of whole chunks, to
+            fine-tune a target on.
+        test_chunks: so many chunks, spread evenly over the book, make the test set ``forget``; null
+            takes all.
+        limit_retain: documents of C4 to use, from the start of the shard that the papers' code
+            takes.
+        **kwargs: passed to :class:`wagle_pl.data.suite.SuiteDataModule`.
+    """
+
+    suite: ClassVar[str] = "copyright"
+
+    def __init__(
+        self,
+        book: Optional[str] = None,
+        chunk_size: Optional[int] = 500,
+        prompt_size: Optional[int] = 200,
+        test_chunks: Optional[int] = 200,
+        limit_retain: Optional[int] = 10_000,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            chunk_size=chunk_size, prompt_size=prompt_size, limit_retain=limit_retain, **kwargs
+        )
+        check_counts(test_chunks=test_chunks)
+        part = HubSet(BOOKS, "raw", "forget", aliases=("book.*",))
+        self.book = Source([part], file=book, joined=True, chunked=True, paired=True)
+        self.test_chunks = test_chunks
+
+    def sets(self) -> Mapping[str, Source]:
+        """The book, and C4 as far as it is used."""
+        return {"forget": self.book, "retain": Source([C4], limit=self.limits["retain"])}
+
+    def tests(self) -> Mapping[str, Source]:
+        """Chunks of the book, questions, and WikiText."""
+        asked = {
+            name: Source([HubSet(BOOKS, "knowmem", name, aliases=(f"{name}.*",))], questions)
+            for name in ("forget_qa", "retain_qa")
+        }
+        forget = self.book._replace(count=self.test_chunks)
+        return {"forget": forget, **asked, "wikitext": ARTICLES}
+
+
+class DetoxDataModule(SuiteDataModule):
+    """PKU-SafeRLHF's unsafe answers to forget, web text (C4) to keep (as in SOUL and WAGLE).
+
+    Forget rows are prompts of the training split with each answer that was judged unsafe (prompt
+    and response). Test sets: ``prompts`` (of the test split, each once; to generate from) and
+    ``wikitext`` (articles in chunks, for perplexity). Other prompts, e.g.
+    ``allenai/real-toxicity-prompts``: give ``prompts``.
+
+    A folder holds copies of ``PKU-Alignment/PKU-SafeRLHF``, ``allenai/c4`` and
+    ``Salesforce/wikitext`` by their names without owner.
+
+    Args:
+        prompts: file or hub dataset of prompts to test on, in a column ``prompt`` (a text, or a
+            dict with ``text``).
+        plain_prompts: generate from the prompt as it stands, as the papers' code does, not from
+            prompt_format or chat template.
+        limit_forget: unsafe answers to use, from the start; the papers' code draws 200.
+        limit_retain: documents of C4 to use, from the start of the shard that the papers' code
+            takes.
+        **kwargs: passed to :class:`wagle_pl.data.suite.SuiteDataModule`.
+    """
+
+    suite: ClassVar[str] = "detox"
+
+    def __init__(
+        self,
+        prompts: Optional[str] = None,
+        plain_prompts: bool = True,
+        limit_forget: Optional[int] = 200,
+        limit_retain: Optional[int] = 10_000,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(limit_forget=limit_forget, limit_retain=limit_retain, **kwargs)
+        self.prompts = prompts
+        self.plain_prompts = plain_prompts
+
+    def sets(self) -> Mapping[str, Source]:
+        """Unsafe answers, and C4 as far as it is used."""
+        return {
+            "forget": Source([HubSet(SAFE_RLHF)], unsafe_answers, chunked=True),
+            "retain": Source([C4], limit=self.limits["retain"], chunked=True),
+            "holdout": Source(chunked=True),
+        }
+
+    def tests(self) -> Mapping[str, Source]:
+        """Prompts, and WikiText."""
+        parts = [HubSet(SAFE_RLHF, split="test")]
+        prompts = Source(parts, self._prompts, self.prompts, converts_given=True)
+        return {"prompts": prompts, "wikitext": ARTICLES}
+
+    def _prompts(self, rows: Sequence[Row], where: str) -> list[Row]:
+        """Each prompt once; RealToxicityPrompts has a dict in the column, other sets a text."""
+        prompts = [row["prompt"] for row in select(rows, ("prompt",), where)]
+        prompts = [prompt["text"] if isinstance(prompt, dict) else prompt for prompt in prompts]
+        mark = {"continuation": True} if self.plain_prompts else {}
+        return [{"prompt": prompt, **mark} for prompt in dict.fromkeys(prompts) if prompt.strip()]
+
+
+def unsafe_answers(rows: Sequence[Row], where: str) -> list[Row]:
+    """``prompt`` and ``response`` for each answer (of two a row) that was judged unsafe."""
+    columns = ("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe")
+    return [
+        {"prompt": row["prompt"], "response": row[f"response_{number}"]}
+        for row in select(rows, columns, where)
+        for number in (0, 1)
+        if not row[f"is_response_{number}_safe"] and row[f"response_{number}"].strip()
+    ]
