@@ -20,8 +20,7 @@ from wagle_pl.lm import models
 from wagle_pl.lm.saving import read_record, save_model
 from wagle_pl.masks import WeightMask
 from wagle_pl.unlearning import UnlearnModule
-from wagle_pl.unlearning.card import forgotten
-from wagle_pl.unlearning.export import export
+from wagle_pl.unlearning.export import export, forgotten
 
 UNLEARN = (
     "fit",

@@ -17,7 +17,7 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.selected import SUFFIX
 from wagle_pl.unlearning import UnlearnModule
-from wagle_pl.unlearning.frozen import FrozenWeights
+from wagle_pl.unlearning.checks import FrozenWeights
 from wagle_pl.unlearning.optim import MaskedAdamW, Sophia
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory")

@@ -349,18 +349,3 @@ def test_revert_gives_back_the_records_of_the_base(tmp_path: Path, files: tuple[
             assert after.read_text() == before.read_text()
         else:
             assert not after.exists()
-
-
-def test_a_patch_without_the_records_of_its_base(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An earlier version wrote none: what the model's record says beside its runs is kept."""
-    base, new = write(tmp_path / "base", base_tensors()), moved(base_tensors(), 0.1, 1)
-    (base / "wagle.json").write_text(json.dumps({"kind": "mine"}))
-    make_patch(base, write(tmp_path / "unlearned", new), tmp_path / "p.patch")
-    opened = Patch(tmp_path / "p.patch")
-    del opened.made_by["records"]
-    monkeypatch.setattr(patches, "Patch", lambda path: opened)
-    apply_patch(base, tmp_path / "p.patch", tmp_path / "applied")
-    revert_patch(tmp_path / "applied", tmp_path / "p.patch", tmp_path / "back")
-    assert read_record(str(tmp_path / "back")) == {"format_version": 1, "kind": "mine"}

@@ -7,7 +7,6 @@ computed before the first step, adapter in place.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Union
 
 from wagle_pl.core.errors import WagleError
@@ -29,9 +28,6 @@ class LoRA:
         merge: at the end add B A to the weights and write a whole model; False writes a folder of
             just the adapter, which stands for the merged model wherever ``peft`` is installed and
             the base is where it was.
-
-    Raises:
-        WagleError: if an option has no meaning.
     """
 
     def __init__(
@@ -42,12 +38,13 @@ class LoRA:
         target_modules: Union[list[str], str] = "all-linear",
         merge: bool = True,
     ) -> None:
-        if r < 1 or not alpha > 0:
-            raise WagleError(
-                f"adapter.r must be at least 1 and adapter.alpha above 0, got {r} and {alpha}"
-            )
-        if not 0 <= dropout < 1:
-            raise WagleError(f"adapter.dropout must lie in [0, 1), got {dropout}")
+        for option, good, must in (
+            (f"r {r}", r >= 1, "be at least 1"),
+            (f"alpha {alpha}", alpha > 0, "be above 0"),
+            (f"dropout {dropout}", 0 <= dropout < 1, "lie in [0, 1)"),
+        ):
+            if not good:
+                raise WagleError(f"adapter.{option} must {must}")
         self.r = r
         self.alpha = alpha
         self.dropout = dropout
@@ -96,13 +93,8 @@ class LoRA:
         self._peft.merge_and_unload()
 
     def save(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        folder: str | Path,
-        card: str,
-        record: dict[str, Any],
-    ) -> Path:
+        self, tokenizer: PreTrainedTokenizerBase, folder: str, card: str, record: dict[str, Any]
+    ) -> None:
         """Write a folder of just the adapter, with tokenizer, model card and record."""
         with model_folder(folder, tokenizer, card, record) as temporary:
             self._peft.save_pretrained(temporary)
-        return Path(folder)

@@ -1,7 +1,8 @@
-"""What is refused: before a run, options; before a step and before a file, NaN and infinity."""
+"""What is refused: options before a run, numbers that are not finite, frozen weights that moved."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import Diverged, WagleError
+from wagle_pl.masks import WeightMask
 from wagle_pl.strategies import is_zero
 
 if TYPE_CHECKING:
@@ -68,18 +70,15 @@ def check_run(module: FinetuneModule) -> None:
         )
 
 
+# -- numbers that are not finite -------------------------------------------------------------------
+
+
 class StepLosses(NamedTuple):
     """One micro-batch of a step: its index in the epoch, its rows by stream, and its losses."""
 
     index: int
     rows: dict[str, Tensor]
     losses: dict[str, Tensor]
-
-    def said(self) -> str:
-        """Which rows they were, and the numbers."""
-        rows = {stream: row.tolist() for stream, row in self.rows.items()}
-        numbers = ", ".join(f"{name} {value.item():g}" for name, value in self.losses.items())
-        return f"(batch {self.index}, rows {rows}): {numbers}"
 
 
 def check_step(batches: Iterable[StepLosses], gradients: Mapping[str, Tensor], step: int) -> None:
@@ -98,18 +97,17 @@ def check_step(batches: Iterable[StepLosses], gradients: Mapping[str, Tensor], s
     finite = bool(torch.stack(numbers).isfinite().all()) if numbers else True
     if not distributed.all_reduce_max(int(not finite)):
         return
-    advice = "lower the learning rate. Checkpoints written so far are kept"
-    found = [
-        f"loss is not finite at step {step} {batch.said()}; {advice}"
-        for batch in batches
-        if not torch.isfinite(batch.losses["loss"])
-    ]
+    found = []
+    for index, rows, losses in batches:
+        if not losses["loss"].isfinite():
+            rows = {stream: row.tolist() for stream, row in rows.items()}
+            said = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
+            found.append(f"loss is not finite at step {step} (batch {index}, rows {rows}): {said}")
     if not finite and not found:
         name = next(name for name, g in gradients.items() if not g.isfinite().all())
-        found = [
-            f"the gradient of {name} is not finite at step {step}, though the loss is; {advice}"
-        ]
-    raise Diverged(distributed.all_gather(found)[0])
+        found.append(f"the gradient of {name} is not finite at step {step}, though the loss is")
+    advice = "lower the learning rate. Checkpoints written so far are kept"
+    raise Diverged(f"{distributed.all_gather(found)[0]}; {advice}")
 
 
 def check_weights(weights: Mapping[str, Tensor], step: int) -> None:
@@ -124,8 +122,7 @@ def check_weights(weights: Mapping[str, Tensor], step: int) -> None:
     """
     finite = torch.stack([_largest(weight.detach()) for weight in weights.values()]).isfinite()
     found = [name for name, good in zip(weights, finite.tolist(), strict=True) if not good]
-    found = distributed.all_gather(found)
-    if found:
+    if found := distributed.all_gather(found):
         raise WagleError(
             f"weights of {found[0]} are not finite at step {step}: they are not written. Resume "
             "from an earlier checkpoint with a lower learning rate"
@@ -138,3 +135,38 @@ def _largest(tensor: Tensor) -> Tensor:
         return torch.zeros((), device=tensor.device)
     low, high = torch.aminmax(tensor)  # many times as fast as a norm
     return torch.maximum(high, -low).float()
+
+
+# -- frozen weights that moved ---------------------------------------------------------------------
+
+
+class FrozenWeights:
+    """SHA-256 of the frozen weights of every tensor; about a second for a gigabyte of weights.
+
+    Args:
+        mask: selected weights.
+        weights: (name, tensor) pairs at θ₀.
+    """
+
+    def __init__(self, mask: WeightMask, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self.mask = mask
+        self.digests = {name: self._digest(name, tensor) for name, tensor in weights}
+
+    def _digest(self, name: str, tensor: Tensor) -> str:
+        selected = self.mask[name].to(tensor.device)
+        frozen = tensor.detach().masked_fill(selected, 0).reshape(-1).cpu()
+        return hashlib.sha256(memoryview(frozen.view(torch.uint8).numpy())).hexdigest()
+
+    def check(self, weights: Iterable[tuple[str, Tensor]], step: int) -> str:
+        """What to say of the guarantee: how many weights are as they were.
+
+        Raises:
+            WagleError: naming the first tensor of which a frozen weight has moved.
+        """
+        for name, tensor in weights:
+            if self._digest(name, tensor) != self.digests[name]:
+                raise WagleError(
+                    f"frozen weights of {name} moved by step {step}: the result is not written"
+                )
+        frozen = self.mask.total - self.mask.count()
+        return f"{frozen:,} frozen weights are bit-identical to the base model's"

@@ -1,13 +1,14 @@
-"""A checkpoint turned into a model folder, on one CPU, a tensor at a time."""
+"""Model folders: what their card says, and how a checkpoint becomes one, a tensor at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from wagle_pl.core.errors import WagleError
@@ -16,33 +17,14 @@ from wagle_pl.core.weights import fingerprint, is_linear, parameter_shapes
 from wagle_pl.lm import models
 from wagle_pl.lm.layers import is_transposed
 from wagle_pl.lm.saving import Originals, Weight, read_record, save_model, save_weights
-from wagle_pl.masks import Restriction
+from wagle_pl.masks import Restriction, WeightMask, describe_origin
 from wagle_pl.masks.selected import SUFFIX
 from wagle_pl.masks.values import place
 from wagle_pl.strategies import ShardedCheckpoint, load_plain
-from wagle_pl.unlearning.card import model_card
 
 PREFIX = "lm."  # of the language model's weights in a LightningModule's state
 
-
-class Stored(NamedTuple):
-    """A checkpoint's weights, not read yet.
-
-    Attributes:
-        shapes: name -> shape.
-        dtypes: name -> dtype.
-        read: gives one of them.
-        about: what the run said of itself: ``name`` of its base model, the ``dtype`` it was loaded
-            in, and the ``record`` of a model folder.
-        mask: what its mask was made of, if it had one: then the weights are values of selected
-            weights.
-    """
-
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, torch.dtype]
-    read: Callable[[str], Tensor]
-    about: Mapping[str, Any]
-    mask: Optional[Mapping[str, Any]] = None
+Weights = dict[str, Weight]
 
 
 def export(
@@ -69,36 +51,50 @@ def export(
     refuse_existing(Path(output), overwrite, "--overwrite true", kind="folder")
     path = Path(path)
     if path.is_dir() and (path / "index.json").is_file():
-        stored = _of_shards(path)
+        weights, checkpoint = _of_shards(path)
     elif path.is_file() and path.suffix != ".gguf":
-        stored = _of_file(path)
+        weights, checkpoint = _of_file(path)
     else:
         return _convert(str(path), output)
-    base, record = model or stored.about["name"], stored.about["record"]
+    if not weights or "model" not in checkpoint:
+        raise WagleError(
+            f"checkpoint {path} holds no weights of a language model (attribution moves none)"
+        )
+    about = checkpoint["model"]
+    base, record, loaded_as = (
+        model or about["name"],
+        about["record"],
+        getattr(torch, about["dtype"]),
+    )
     try:
-        configs = _configs(base)
+        config, generation = _configs(base)
         tokenizer, originals = models.load_tokenizer(base), Originals(base)
     except (WagleError, OSError, ValueError) as error:
         raise WagleError(
             f"checkpoint {path}: its base model {base} cannot be read ({error}); say where it is: "
             "--model"
         ) from None
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
-        lm = _skeleton(configs[0])
-    stored = _as_weights(stored) if stored.mask is None else _all(stored, lm, originals, mask)
+        lm = AutoModelForCausalLM.from_config(config)
+    lm.tie_weights()
+    selected = None
+    if checkpoint.get("mask"):
+        selected = _mask_of(checkpoint, parameter_shapes(lm), originals, mask)
+    weights = _with_values(weights, originals, selected, loaded_as)
     if adapter := record["lineage"][-1].get("adapter"):
-        stored = _with_adapter(stored, adapter["alpha"] / adapter["r"], lm)
-    loaded_as = getattr(torch, stored.about.get("dtype", ""), None)
+        weights = _with_adapter(weights, adapter["alpha"] / adapter["r"], lm)
 
-    def read(name: str) -> Tensor:
-        return originals.restore(name, stored.read(name), loaded_as)
+    def restored(weight: Weight) -> Tensor:
+        return originals.restore(weight.name, weight.read(), loaded_as)
 
-    weights = [
-        Weight(name, originals.dtype(name) or stored.dtypes[name], shape, partial(read, name))
-        for name, shape in stored.shapes.items()
+    written = [
+        Weight(name, originals.dtype(name) or weight.dtype, weight.shape, partial(restored, weight))
+        for name, weight in weights.items()
     ]
-    card = model_card(record)
-    return save_weights(weights, configs, tokenizer, output, card, record, originals.default)
+    configs, card = (config, generation), model_card(record)
+    return save_weights(written, configs, tokenizer, output, card, record, originals.default)
 
 
 def _convert(name: str, output: str | Path) -> Path:
@@ -128,130 +124,186 @@ def _configs(base: str) -> tuple[Any, Any]:
         return config, None
 
 
-def _skeleton(config: Any) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    lm = AutoModelForCausalLM.from_config(config)
-    lm.tie_weights()
-    return lm
-
-
 # -- what a checkpoint holds -----------------------------------------------------------------------
 
 
-def _of_shards(path: Path) -> Stored:
+def _of_shards(path: Path) -> tuple[Weights, Mapping[str, Any]]:
+    """Weights of a folder, not read yet, and what else it holds."""
     checkpoint = ShardedCheckpoint(path)
-    common = checkpoint.common
-    if "model" not in common or not checkpoint.pieces.get("weight"):
-        raise WagleError(f"checkpoint {path} holds no weights: attribution moves none")
-    buffers: dict[str, Tensor] = common.get("buffers", {})
-    dtypes = dict.fromkeys(checkpoint.shapes, torch.float32)
-    return Stored(
-        checkpoint.shapes | {name: tuple(buffer.shape) for name, buffer in buffers.items()},
-        dtypes | {name: buffer.dtype for name, buffer in buffers.items()},
-        lambda name: buffers[name] if name in buffers else checkpoint.weight(name),
-        common["model"],
-        common.get("mask"),
-    )
+    if not checkpoint.pieces.get("weight"):
+        return {}, checkpoint.common
+    weights = {
+        name: Weight(name, torch.float32, shape, partial(checkpoint.weight, name))
+        for name, shape in checkpoint.shapes.items()
+    }
+    return weights | _in_memory(checkpoint.common.get("buffers", {})), checkpoint.common
 
 
-def _of_file(path: Path) -> Stored:
+def _of_file(path: Path) -> tuple[Weights, Mapping[str, Any]]:
+    """The same of a file."""
     checkpoint = load_plain(path)
-    state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
-    state = {n.removeprefix(PREFIX): t for n, t in state.items() if n.startswith(PREFIX)}
-    if not state or "model" not in checkpoint:
-        raise WagleError(
-            f"checkpoint {path} holds no weights of a language model (attribution moves none)"
-        )
-    first: dict[tuple[int, tuple[int, ...]], str] = {}
-    for name, tensor in state.items():  # tied weights are written once
-        first.setdefault((tensor.data_ptr(), tuple(tensor.shape)), name)
-    state = {name: state[name] for name in first.values()}
-    return Stored(
-        {name: tuple(tensor.shape) for name, tensor in state.items()},
-        {name: tensor.dtype for name, tensor in state.items()},
-        state.__getitem__,
-        checkpoint["model"],
-        checkpoint.get("mask"),
-    )
+    if not isinstance(checkpoint, dict):
+        return {}, {}
+    once: dict[tuple[int, torch.Size], tuple[str, Tensor]] = {}
+    for name, tensor in checkpoint.get("state_dict", {}).items():
+        if name.startswith(PREFIX):  # tied weights are written once
+            key = tensor.data_ptr(), tensor.shape
+            once.setdefault(key, (name.removeprefix(PREFIX), tensor))
+    return _in_memory(dict(once.values())), checkpoint
 
 
-# -- from values to weights ------------------------------------------------------------------------
+def _in_memory(tensors: Mapping[str, Tensor]) -> Weights:
+    return {
+        name: Weight(name, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)
+        for name, tensor in tensors.items()
+    }
 
 
-def _rounded(stored: Stored, name: str) -> Tensor:
-    """A tensor of a checkpoint; values in the dtype of the weights that the model computed with."""
-    tensor = stored.read(name)
-    return tensor.to(getattr(torch, stored.about["dtype"])) if name.endswith(SUFFIX) else tensor
+# -- from what it holds to weights -----------------------------------------------------------------
 
 
-def _as_weights(stored: Stored) -> Stored:
-    """Without a mask: values under the names of the weights that they are."""
-    names = {name.removesuffix(SUFFIX): name for name in stored.shapes}
-    return stored._replace(
-        shapes={name: stored.shapes[own] for name, own in names.items()},
-        dtypes={name: stored.dtypes[own] for name, own in names.items()},
-        read=lambda name: _rounded(stored, names[name]),
-    )
-
-
-def _all(stored: Stored, lm: nn.Module, originals: Originals, file: Optional[str]) -> Stored:
-    """All weights of a model, from the values of the selected ones and the base model.
+def _mask_of(
+    checkpoint: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    originals: Originals,
+    file: Optional[str],
+) -> WeightMask:
+    """The mask of a checkpoint's run.
 
     Raises:
         WagleError: if the base or the mask is not the one that the run had.
     """
-    shapes = parameter_shapes(lm)
-    found, made_on = (
-        fingerprint((name, originals.read(name)) for name in shapes),
-        stored.about["fingerprint"],
-    )
+    found = fingerprint((name, originals.read(name)) for name in shapes)
+    made_on = checkpoint["model"]["fingerprint"]
     if found != made_on:
         raise WagleError(
             f"the checkpoint is of a run on the model with fingerprint {made_on[:12]}, "
             f"{originals.name} has {found[:12]}: say where the run's model is: --model"
         )
-    restriction = Restriction(**{k: v for k, v in stored.mask.items() if k != "digest"})
-    restriction = restriction._replace(file=file or restriction.file)
+    made_of = dict(checkpoint["mask"])
+    digest = made_of.pop("digest")
+    restriction = Restriction(**made_of | ({"file": file} if file else {}))
     mask = restriction.mask(shapes, originals.name, found)
-    if mask.digest() != stored.mask["digest"]:
+    if mask.digest() != digest:
         raise WagleError(
             f"mask {restriction.file} is not the one of the checkpoint's run: say where that is: "
             "--mask"
         )
-    loaded_as = getattr(torch, stored.about["dtype"])
+    return mask
+
+
+def _with_values(
+    stored: Weights, originals: Originals, mask: Optional[WeightMask], loaded_as: torch.dtype
+) -> Weights:
+    """Weights in the place of values, which are rounded to the dtype that the model computed in."""
 
     def read(name: str) -> Tensor:
-        if name in stored.shapes:
-            return stored.read(name)
-        dense, values = originals.read(name).to(loaded_as), f"{name}{SUFFIX}"
-        if values not in stored.shapes:
-            return dense
-        return place(dense, mask[name], _rounded(stored, values))
+        values = stored.get(f"{name}{SUFFIX}")
+        selected = None if values is None else values.read().to(loaded_as)
+        if mask is None:
+            return selected
+        dense = originals.read(name).to(loaded_as)
+        return dense if selected is None else place(dense, mask[name], selected)
 
-    shapes |= {name: shape for name, shape in stored.shapes.items() if not name.endswith(SUFFIX)}
-    dtypes = {name: stored.dtypes.get(name, loaded_as) for name in shapes}
-    return stored._replace(shapes=shapes, dtypes=dtypes, read=read)
+    shapes = {name.removesuffix(SUFFIX): weight.shape for name, weight in stored.items()}
+    shapes |= {} if mask is None else mask.shapes
+    return {
+        name: stored.get(name) or Weight(name, loaded_as, shape, partial(read, name))
+        for name, shape in shapes.items()
+    }
 
 
-def _with_adapter(stored: Stored, scale: float, lm: nn.Module) -> Stored:
-    """The weights with an adapter's ``scale`` B A added, and without the adapter."""
-    names = {n.replace(".base_layer.", "."): n for n in stored.shapes if ".lora_" not in n}
-    modules = dict(lm.named_modules())
+def _with_adapter(weights: Weights, scale: float, lm: nn.Module) -> Weights:
+    """Weights with an adapter's ``scale`` B A added, and without the adapter."""
+    modules, merged = dict(lm.named_modules()), {}
 
-    def read(name: str) -> Tensor:
-        own = names[name]
-        weight, layer = stored.read(own), own.removesuffix("base_layer.weight")
-        if f"{layer}lora_A.default.weight" not in stored.shapes:
-            return weight
-        a, b = (stored.read(f"{layer}lora_{part}.default.weight").float() for part in "AB")
-        module = modules[name.removesuffix(".weight")]
+    def read(name: str, weight: Weight, factors: list[Weight]) -> Tensor:
+        b, a = (factor.read().float() for factor in factors)
+        module, product = modules[name.removesuffix(".weight")], (b @ a) * scale
         transposed = is_linear(module) and is_transposed(module)
-        product = (b @ a) * scale
-        return weight.float() + (product.T if transposed else product)
+        return weight.read().float() + (product.T if transposed else product)
 
-    return stored._replace(
-        shapes={name: stored.shapes[own] for name, own in names.items()},
-        dtypes={name: stored.dtypes[own] for name, own in names.items()},
-        read=read,
-    )
+    for own, weight in weights.items():
+        name, layer = own.replace(".base_layer.", "."), own.removesuffix("base_layer.weight")
+        factors = [weights.get(f"{layer}lora_{part}.default.weight") for part in "BA"]
+        if ".lora_" in own:
+            continue
+        if all(factors):
+            weight = weight._replace(read=partial(read, name, weight, factors))
+        merged[name] = weight._replace(name=name)
+    return merged
+
+
+# -- the card --------------------------------------------------------------------------------------
+
+
+def model_card(record: Mapping[str, Any]) -> str:
+    """Markdown model card from a record (``wagle.json``), whose ``lineage`` lists the runs."""
+    *earlier, last = record["lineage"]
+    title = "Unlearned model" if last.get("objective") else "Fine-tuned model"
+    parts = [
+        "---\nlibrary_name: transformers\ntags: [unlearning, wagle]\n---",
+        f"# {title}",
+        f"Made by `wagle_pl` ({last['module']}) from `{last['base']}`.",
+        _table(["", ""], [[key, value] for key, value in _facts(last).items() if value]),
+    ]
+    if earlier:
+        runs = [
+            [f"{number}. {run['module']}", f"`{run['base']}`"]
+            + [f"`{run['data'][s]}`" if run["data"].get(s) else "" for s in ("forget", "retain")]
+            + [_mask(run)]
+            for number, run in enumerate(record["lineage"], 1)
+        ]
+        header = ["run", "made from", "forget set", "retain set", "mask"]
+        parts += ["## Lineage", _table(header, runs)]
+    if len(forgotten(record)) > 1:
+        sets = ", ".join(f"`{name}`" for name in forgotten(record))
+        parts.append(
+            f"Forgotten so far: {sets}. Test all of them: a later run can bring an earlier set "
+            "back."
+        )
+    for heading, key in (("Prompts", "prompts"), ("Configuration", "config")):
+        if last.get(key):
+            text = yaml.safe_dump(last[key], sort_keys=False, allow_unicode=True, width=1000)
+            parts += [f"## {heading}", f"```yaml\n{text.rstrip()}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def forgotten(record: Mapping[str, Any]) -> list[str]:
+    """The forget sets of every unlearning run in a record, oldest first, each once."""
+    sets = [run["data"].get("forget") for run in record["lineage"] if run.get("objective")]
+    return list(dict.fromkeys(name for name in sets if name))
+
+
+def _table(header: list[str], rows: list[list[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
+    facts = {
+        "Base model": f"`{run['base']}` (fingerprint {run['base_fingerprint'][:12]})",
+        "Forget set": run["data"].get("forget"),
+        "Retain set": run["data"].get("retain"),
+        "Trained on": ", ".join(run["streams"]),
+        "Objective": run.get("objective"),
+        "Steps": run["steps"],
+        "Seed": run["seed"] if run["seed"] is None else str(run["seed"]),
+    }
+    if run.get("adapter"):
+        facts["Adapter"] = run["adapter"]
+    elif run.get("objective"):
+        facts |= {"Mask": _mask(run), "Guarantee": run.get("verified") or "not checked"}
+    return facts
+
+
+def _mask(run: Mapping[str, Any]) -> str:
+    if not run.get("objective"):
+        return ""
+    if run.get("adapter"):
+        return f"none ({run['adapter']['class']})"
+    mask = run.get("mask")
+    if not mask:
+        return "none (dense: every weight may move)"
+    file = f"`{mask['file']}`, " if mask["file"] else ""
+    return f"{file}density {mask['density']:.4f}, made by {describe_origin(mask['made_by'])}"

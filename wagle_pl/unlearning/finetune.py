@@ -32,8 +32,8 @@ from wagle_pl.masks.selected import SUFFIX, SelectedTensor, SelectedWeights, loa
 from wagle_pl.objectives import Streams
 from wagle_pl.planning import PlannedRun, Size, disk_bytes
 from wagle_pl.strategies import ShardedCheckpoint, is_zero, stage_of
-from wagle_pl.unlearning.card import model_card
 from wagle_pl.unlearning.checks import StepLosses, check_run, check_step, check_weights
+from wagle_pl.unlearning.export import model_card
 from wagle_pl.unlearning.optim import MaskedAdamW, warmup_and_decay
 
 log = logging.getLogger(__name__)

@@ -10,25 +10,24 @@ from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
-from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from wagle_pl.core.errors import WagleError
 
 
-def _check(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+def _check(**options: Any) -> None:
     """Refuse options that have no meaning."""
-    for option, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if value < 0:
-            raise WagleError(f"optimizer.{option} must not be below 0, got {value}")
-    if not eps > 0:
-        raise WagleError(
-            f"optimizer.eps must be above 0, got {eps}: a weight without gradient would become "
-            "0 / 0"
-        )
-    if not all(0 <= beta < 1 for beta in betas):
-        raise WagleError(f"optimizer.betas must lie in [0, 1), got {betas}")
+    for name, value in options.items():
+        least = 1 if name == "interval" else 0
+        if name == "betas":
+            good, must = all(0 <= beta < 1 for beta in value), "lie in [0, 1)"
+        elif name == "eps":  # a weight without gradient would become 0 / 0
+            good, must = value > 0, "be above 0"
+        else:
+            good, must = value >= least, f"not be below {least}"
+        if not good:
+            raise WagleError(f"optimizer.{name} must {must}, got {value}")
 
 
 class MaskedAdamW(AdamW):
@@ -42,9 +41,6 @@ class MaskedAdamW(AdamW):
         betas: decay rates of the two moments.
         eps: ε, above 0.
         weight_decay: decoupled weight decay λ.
-
-    Raises:
-        WagleError: if an option has no meaning.
     """
 
     def __init__(
@@ -55,10 +51,9 @@ class MaskedAdamW(AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        _check(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        super().__init__(
-            params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=True
-        )
+        options = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        _check(**options)
+        super().__init__(params, **options, fused=True)
         self._step_supports_amp_scaling = False  # Lightning then scales, and so may clip
 
 
@@ -80,9 +75,6 @@ class Sophia(Optimizer):
         interval: steps from one refresh of h to the next; the first step refreshes.
         eps: ε, above 0.
         weight_decay: decoupled weight decay λ, on selected weights.
-
-    Raises:
-        WagleError: if an option has no meaning.
     """
 
     def __init__(
@@ -95,14 +87,10 @@ class Sophia(Optimizer):
         eps: float = 1e-15,
         weight_decay: float = 0.0,
     ) -> None:
-        _check(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        if rho < 0 or interval < 1:
-            raise WagleError(
-                "optimizer.rho must not be below 0 and interval not below 1, got "
-                f"{rho} and {interval}"
-            )
-        defaults = {"lr": lr, "betas": tuple(betas), "rho": rho, "interval": interval, "eps": eps}
-        super().__init__(params, {**defaults, "weight_decay": weight_decay})
+        options = {"lr": lr, "betas": tuple(betas), "rho": rho, "interval": interval, "eps": eps}
+        options["weight_decay"] = weight_decay
+        _check(**options)
+        super().__init__(params, options)
 
     @torch.no_grad()
     def step(self, closure: Optional[Callable[[], Any]] = None) -> Any:
@@ -111,50 +99,29 @@ class Sophia(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._move(parameter, group)
+        moving = [(p, group) for group in self.param_groups for p in group["params"]]
+        for parameter, group in moving:
+            state, gradient, (beta1, beta2) = self.state[parameter], parameter.grad, group["betas"]
+            if gradient is None:
+                continue
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["hessian"] = torch.zeros_like(parameter)
+            if int(state["step"]) % group["interval"] == 0:
+                state["hessian"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            state["step"] += 1
+            momentum = state["exp_avg"].lerp_(gradient, 1 - beta1)
+            ratio = momentum / (group["rho"] * state["hessian"] + group["eps"])
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(ratio.clamp_(-1, 1), alpha=-group["lr"])
         return loss
-
-    def _move(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """One clipped step of one parameter."""
-        state, gradient, (beta1, beta2) = self.state[parameter], parameter.grad, group["betas"]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["hessian"] = torch.zeros_like(parameter)
-        if int(state["step"]) % group["interval"] == 0:
-            state["hessian"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        state["step"] += 1
-        momentum = state["exp_avg"].lerp_(gradient, 1 - beta1)
-        ratio = momentum / (group["rho"] * state["hessian"] + group["eps"])
-        parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(
-            ratio.clamp_(-1, 1), alpha=-group["lr"]
-        )
-
-
-def lr_factor(warmup: float, decay: str, steps: float) -> Callable[[int], float]:
-    """Learning-rate factor by step: linear warm-up, then linear decay to zero, or constant.
-
-    Unlike transformers' schedule of that name, the first step is not wasted on a rate of 0.
-
-    >>> factor = lr_factor(2, "linear", 6)
-    >>> [factor(step) for step in range(7)]
-    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
-    """
-    warm = round(warmup * steps) if 0 < warmup < 1 else round(warmup)
-
-    def factor(step: int) -> float:
-        if step < warm:
-            return (step + 1) / warm
-        return 1.0 if decay == "constant" else max(0.0, (steps - step) / max(1, steps - warm))
-
-    return factor
 
 
 def warmup_and_decay(optimizer: Optimizer, warmup: float, decay: str, steps: float) -> LambdaLR:
-    """The scheduler of :func:`lr_factor`.
+    """Linear warm-up, then linear decay to zero, or constant, by step.
+
+    Unlike transformers' schedule of that name, the first step is not wasted on a rate of 0.
 
     Args:
         optimizer: whose learning rate it sets.
@@ -164,6 +131,11 @@ def warmup_and_decay(optimizer: Optimizer, warmup: float, decay: str, steps: flo
 
     Raises:
         WagleError: if they are not known and have to be.
+
+    >>> optimizer = torch.optim.SGD([torch.zeros(1)])
+    >>> (factor,) = warmup_and_decay(optimizer, 2, "linear", 6).lr_lambdas
+    >>> [factor(step) for step in range(7)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
     if steps == float("inf") and (decay != "constant" or 0 < warmup < 1):
         raise WagleError(
@@ -171,4 +143,11 @@ def warmup_and_decay(optimizer: Optimizer, warmup: float, decay: str, steps: flo
             "give --trainer.max_steps or --trainer.max_epochs (max_time may end it earlier), or "
             "--model.decay constant with a --model.warmup of 0 or in steps"
         )
-    return LambdaLR(optimizer, lr_factor(warmup, decay, steps))
+    warm = round(warmup * steps) if 0 < warmup < 1 else round(warmup)
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return 1.0 if decay == "constant" else max(0.0, (steps - step) / max(1, steps - warm))
+
+    return LambdaLR(optimizer, factor)

@@ -2,8 +2,7 @@
 
 A patch holds, for every tensor that changed, which words changed and by how much: the new word
 minus the old one, both taken as integers modulo 2ʷ. So applying adds and reverting subtracts,
-exactly, whatever the bits mean. Digests of both ends, SHA-256 over the raw bytes of all tensors,
-are checked before a result takes its place.
+exactly, whatever the bits mean. Digests of both ends are checked before a result takes its place.
 
 A patch may also go on a model that other patches of the same base have changed, as long as they
 changed other words: the record of such a model (``wagle.json``) names its base and its patches, and
@@ -35,7 +34,7 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path, refuse_existing
 from wagle_pl.core.tensorfiles import TensorFile, TensorFiles, write_header
 from wagle_pl.lm.saving import CARD_FILE, RECORD_FILE, read_record
-from wagle_pl.unlearning.card import model_card
+from wagle_pl.unlearning.export import model_card
 
 FORMAT = "wagle_pl.patch"
 FORMAT_VERSION = 1
@@ -52,11 +51,11 @@ class Patch:
 
     Attributes:
         base, unlearned: digests of the two ends, see :func:`digest_of`.
+        weights: number of weights of the model.
         tensors: name -> ``dtype``, ``shape``, ``changed`` (words) and ``base``, ``unlearned``
             (SHA-256 of those words alone), for every tensor that changed.
         made_by: names of both ends; ``lineage``, the runs that led from one to the other; and
-            ``records``, the text of the base's ``wagle.json`` and model card, as far as it has
-            them.
+            ``records``, the text of the base's ``wagle.json`` and model card, if it has them.
 
     Args:
         path: the file.
@@ -66,7 +65,8 @@ class Patch:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.file = TensorFile(Path(path), "patch file")
+        self.path = Path(path)
+        self.file = TensorFile(self.path, "patch file")
         header = self.file.metadata
         if header.get("format") != FORMAT:
             raise WagleError(
@@ -78,7 +78,6 @@ class Patch:
                 f"{path} has patch format {header['format_version']}; this version reads "
                 f"{FORMAT_VERSION}"
             )
-        self.path = Path(path)
         self.base, self.unlearned = header["base"], header["unlearned"]
         self.weights = int(header["weights"])
         self.tensors: dict[str, dict[str, Any]] = json.loads(header["tensors"])
@@ -95,27 +94,24 @@ class Patch:
         return hashlib.sha256(f"{self.base} {self.unlearned}".encode()).hexdigest()
 
     def frames(self, name: str, word: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(changed, differences) of each frame of a tensor.
+        """Yield, of each frame of a tensor, which words changed (bool), and by how much.
 
         Args:
             name: of the tensor.
-            word: unsigned integer of the width w of its numbers.
-
-        Yields:
-            Bool, which words changed; and unlearned − base of those, modulo 2ʷ.
+            word: unsigned integer of the width w of its numbers; differences are modulo 2ʷ.
 
         Raises:
             WagleError: if the file is damaged.
         """
-        total, data, at = prod(self.tensors[name]["shape"]), self.file.words(name), _LENGTHS.size
+        total, data, at = prod(self.tensors[name]["shape"]), self.file.words(name), 0
         for start in range(0, total, FRAME):
             words = min(FRAME, total - start)
             try:
-                lengths = _LENGTHS.unpack(data[at - _LENGTHS.size : at].tobytes())
-                where = _inflate(data[at : at + lengths[0]], words)
-                at += lengths[0]
-                planes = _inflate(data[at : at + lengths[1]], words * word.itemsize)
-                at += lengths[1] + _LENGTHS.size
+                lengths = _LENGTHS.unpack(data[at : at + _LENGTHS.size].tobytes())
+                middle = at + _LENGTHS.size + lengths[0]
+                where = _inflate(data[at + _LENGTHS.size : middle], words)
+                at = middle + lengths[1]
+                planes = _inflate(data[middle:at], words * word.itemsize)
                 bits = np.frombuffer(where, np.uint8)
                 changed = np.unpackbits(bits, count=words, bitorder="little").view(bool)
                 bytes_ = np.frombuffer(planes, np.uint8).reshape(word.itemsize, changed.sum())
@@ -134,7 +130,7 @@ def digest_of(files: TensorFiles) -> str:
     """
     digest = hashlib.sha256()
     for name in sorted(files.names):
-        digest.update(_signature(name, files))
+        digest.update(f"{name} {files.dtype(name)} {list(files.shape(name))}\n".encode())
         for frame in _frames(files.words(name)):
             digest.update(frame)
     return digest.hexdigest()
@@ -146,15 +142,10 @@ def digest_of(files: TensorFiles) -> str:
 def make_patch(
     base: str | Path, unlearned: str | Path, output: str | Path, overwrite: bool = False
 ) -> Patch:
-    """Write the difference between two model folders.
-
-    Args:
-        base, unlearned: folders with safetensors files, of the same tensors.
-        output: the patch file.
-        overwrite: replace an existing file.
+    """Write the difference between two model folders with safetensors files.
 
     Raises:
-        WagleError: if a folder has no safetensors files, or names, shapes or dtypes differ.
+        WagleError: if a folder has none, or names, shapes or dtypes of the tensors differ.
     """
     output, base, unlearned = Path(output), Path(base), Path(unlearned)
     refuse_existing(output, overwrite, "--overwrite")
@@ -162,19 +153,18 @@ def make_patch(
     _check_layout(old, new)
     earlier = read_record(str(base)).get("lineage", [])
     later = read_record(str(unlearned)).get("lineage", [])
-    records = {file: base / file for file in RECORDS if (base / file).is_file()}
+    records = {name: base / name for name in RECORDS if (base / name).is_file()}
     made_by = {
         "base": str(base),
         "unlearned": str(unlearned),
         "lineage": [run for run in later if run not in earlier],
         "records": {
-            file: path.read_bytes().decode("utf-8", "surrogateescape")
-            for file, path in records.items()
+            name: path.read_bytes().decode("utf-8", "surrogateescape")
+            for name, path in records.items()
         },
     }
     tensors: dict[str, Any] = {}
     spans: dict[str, tuple[str, list[int], int]] = {}
-    ends = {"base": hashlib.sha256(), "unlearned": hashlib.sha256()}
     with (
         atomic_path(output) as temporary,
         open(temporary, "wb") as stream,
@@ -182,7 +172,7 @@ def make_patch(
     ):
         for name in sorted(old.names):
             begin = frames.tell()
-            entry = _write_difference(frames, name, old, new, ends)
+            entry = _write_difference(frames, name, old, new)
             if entry["changed"]:
                 tensors[name] = entry
                 spans[name] = ("U8", [frames.tell() - begin], frames.tell() - begin)
@@ -192,7 +182,8 @@ def make_patch(
         header = {
             "format": FORMAT,
             "format_version": str(FORMAT_VERSION),
-            **{end: digest.hexdigest() for end, digest in ends.items()},
+            "base": digest_of(old),
+            "unlearned": digest_of(new),
             "weights": str(sum(prod(old.shape(name)) for name in old.names)),
             "tensors": json.dumps(tensors),
             "made_by": json.dumps(made_by),
@@ -201,35 +192,6 @@ def make_patch(
         frames.seek(0)
         shutil.copyfileobj(frames, stream)
     return Patch(output)
-
-
-def _write_difference(
-    stream: BinaryIO, name: str, old: TensorFiles, new: TensorFiles, ends: dict[End, Any]
-) -> dict[str, Any]:
-    """Write one tensor's frames; returns its entry. ``ends`` are updated with both ends' bytes."""
-    digests = {"base": hashlib.sha256(), "unlearned": hashlib.sha256()}
-    count = 0
-    for files, end in ((old, "base"), (new, "unlearned")):
-        ends[end].update(_signature(name, files))
-    for before, after in zip(_frames(old.words(name)), _frames(new.words(name)), strict=True):
-        changed = before != after
-        moved = {"base": before[changed], "unlearned": after[changed]}
-        for end, whole in (("base", before), ("unlearned", after)):
-            ends[end].update(whole)
-            digests[end].update(moved[end])
-        count += len(moved["base"])
-        width = before.itemsize
-        step = (moved["unlearned"] - moved["base"]).view(f"<i{width}")
-        folded = (step << 1) ^ (step >> 8 * width - 1)
-        where = _deflate(np.packbits(changed, bitorder="little").tobytes())
-        planes = _deflate(folded.view(np.uint8).reshape(-1, width).T.tobytes())
-        stream.write(_LENGTHS.pack(len(where), len(planes)) + where + planes)
-    return {
-        "dtype": old.dtype(name),
-        "shape": list(old.shape(name)),
-        "changed": count,
-        **{end: digest.hexdigest() for end, digest in digests.items()},
-    }
 
 
 def _check_layout(old: TensorFiles, new: TensorFiles) -> None:
@@ -242,6 +204,27 @@ def _check_layout(old: TensorFiles, new: TensorFiles) -> None:
         ours, theirs = (f"{files.dtype(name)} {files.shape(name)}" for files in (old, new))
         if ours != theirs:
             raise WagleError(f"{name} is {ours} in {old.folder} and {theirs} in {new.folder}")
+
+
+def _write_difference(
+    stream: BinaryIO, name: str, old: TensorFiles, new: TensorFiles
+) -> dict[str, Any]:
+    """Write one tensor's frames; returns its entry."""
+    count, digests = 0, {"base": hashlib.sha256(), "unlearned": hashlib.sha256()}
+    for before, after in zip(_frames(old.words(name)), _frames(new.words(name)), strict=True):
+        changed = before != after
+        left, right = before[changed], after[changed]
+        digests["base"].update(left)
+        digests["unlearned"].update(right)
+        count += len(left)
+        width = before.itemsize
+        step = (right - left).view(f"<i{width}")
+        folded = (step << 1) ^ (step >> 8 * width - 1)
+        where = _deflate(np.packbits(changed, bitorder="little").tobytes())
+        planes = _deflate(folded.view(np.uint8).reshape(-1, width).T.tobytes())
+        stream.write(_LENGTHS.pack(len(where), len(planes)) + where + planes)
+    layout = {"dtype": old.dtype(name), "shape": list(old.shape(name)), "changed": count}
+    return layout | {end: digest.hexdigest() for end, digest in digests.items()}
 
 
 # -- applying and reverting ------------------------------------------------------------------------
@@ -290,6 +273,7 @@ def _rewrite(
                 f"patch {patch.path} changes {name}, which {folder} lacks or has in another shape "
                 "or dtype"
             )
+    damaged = f"patch {patch.path} is damaged"
     with atomic_path(output) as temporary:
         temporary.mkdir()
         for file in files.files:
@@ -300,9 +284,7 @@ def _rewrite(
                     if _change(stream, patch, name, file.words(name), source):
                         continue
                     if stack is None:
-                        raise WagleError(
-                            f"patch {patch.path} is damaged at tensor {name}: nothing is written"
-                        )
+                        raise WagleError(f"{damaged} at tensor {name}: nothing is written")
                     others = f"the {len(stack)} patches" if len(stack) > 1 else "the patch"
                     raise WagleError(
                         f"patch {patch.path} overlaps {others} applied to {folder} before: both "
@@ -312,10 +294,9 @@ def _rewrite(
         written = digest_of(TensorFiles(temporary))
         if stack is None and written != getattr(patch, target):
             raise WagleError(
-                f"patch {patch.path} is damaged: it makes another model than it should; nothing is "
-                "written"
+                f"{damaged}: it makes another model than it should; nothing is written"
             )
-        _write_record(folder, temporary, patch, stack, target, written)
+        _write_record(folder, temporary, patch, stack or [], written)
     return written
 
 
@@ -341,18 +322,19 @@ def _stack(folder: Path, files: TensorFiles, patch: Patch, source: End) -> Optio
     if found == end:
         return None
     noted = read_record(str(folder)).get("patched", {})
-    if noted.get("fingerprint") == found and noted.get("base") == patch.base:
-        if source == "unlearned" and patch.identity not in noted["patches"]:
-            raise WagleError(
-                f"patch {patch.path} has not been applied to {folder}: there is nothing to revert"
-            )
-        if source == "base" and patch.identity in noted["patches"]:
-            raise WagleError(f"patch {patch.path} has been applied to {folder} already")
-        return noted["patches"]
-    verb = "applies to" if source == "base" else "reverts"
-    raise WagleError(
-        f"patch {patch.path} {verb} the model with digest {end[:12]}, {folder} is {found[:12]}"
-    )
+    if noted.get("fingerprint") != found or noted.get("base") != patch.base:
+        verb = "applies to" if source == "base" else "reverts"
+        raise WagleError(
+            f"patch {patch.path} {verb} the model with digest {end[:12]}, {folder} is {found[:12]}"
+        )
+    is_in = patch.identity in noted["patches"]
+    if source == "unlearned" and not is_in:
+        raise WagleError(
+            f"patch {patch.path} has not been applied to {folder}: there is nothing to revert"
+        )
+    if source == "base" and is_in:
+        raise WagleError(f"patch {patch.path} has been applied to {folder} already")
+    return noted["patches"]
 
 
 def _copy_other_files(folder: Path, target: Path) -> None:
@@ -362,48 +344,33 @@ def _copy_other_files(folder: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def _write_record(
-    folder: Path, target: Path, patch: Patch, stack: Optional[list[str]], end: End, written: str
-) -> None:
+def _write_record(folder: Path, target: Path, patch: Patch, stack: list[str], written: str) -> None:
     """Bring ``wagle.json`` and the model card up to date.
 
     The runs a patch stands for come with it and go with it; the base is given back its own records.
     """
-    if end == "base" and written == patch.base and "records" in patch.made_by:
+    if written == patch.base:
         for name in RECORDS:
             (target / name).unlink(missing_ok=True)
         for name, text in patch.made_by["records"].items():
             (target / name).write_bytes(text.encode("utf-8", "surrogateescape"))
         return
     record = {"format_version": 1, **read_record(str(folder))}
-    runs, own = record.pop("lineage", []), patch.made_by["lineage"]
-    if end == "unlearned":
-        runs, patches = runs + own, sorted([*(stack or ()), patch.identity])
-    else:
+    runs, own = record.get("lineage", []), patch.made_by["lineage"]
+    if patch.identity in stack:
         runs = [run for run in runs if run not in own]
-        patches = [identity for identity in stack or () if identity != patch.identity]
-    record.pop("patched", None)
-    if runs or patches:
-        record["lineage"] = runs
-    if patches:
-        record["patched"] = {"base": patch.base, "patches": patches, "fingerprint": written}
-    if record.keys() - {"format_version"}:
-        text = json.dumps(record, indent=2) + "\n"
-        (target / RECORD_FILE).write_text(text, encoding="utf-8")
+        patches = [identity for identity in stack if identity != patch.identity]
     else:
-        (target / RECORD_FILE).unlink(missing_ok=True)
+        runs, patches = runs + own, sorted([*stack, patch.identity])
+    record["lineage"] = runs
+    record["patched"] = {"base": patch.base, "patches": patches, "fingerprint": written}
+    text = json.dumps(record, indent=2) + "\n"
+    (target / RECORD_FILE).write_text(text, encoding="utf-8")
     if runs and "base" in runs[-1]:
         (target / CARD_FILE).write_text(model_card(record), encoding="utf-8")
-    elif not runs and not patches:
-        text = "Restored by `wagle patch revert`, bit for bit.\n"
-        (target / CARD_FILE).write_text(text, encoding="utf-8")
 
 
 # -- bytes -----------------------------------------------------------------------------------------
-
-
-def _signature(name: str, files: TensorFiles) -> bytes:
-    return f"{name} {files.dtype(name)} {list(files.shape(name))}\n".encode()
 
 
 def _frames(words: np.ndarray) -> Iterator[np.ndarray]:

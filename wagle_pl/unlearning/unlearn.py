@@ -21,9 +21,9 @@ from wagle_pl.objectives.references import References, predictions_of
 from wagle_pl.planning import PlannedRun
 from wagle_pl.strategies import is_zero
 from wagle_pl.unlearning.adapters import LoRA
-from wagle_pl.unlearning.card import model_card
+from wagle_pl.unlearning.checks import FrozenWeights
+from wagle_pl.unlearning.export import model_card
 from wagle_pl.unlearning.finetune import Batch, FinetuneModule
-from wagle_pl.unlearning.frozen import FrozenWeights
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from wagle_pl.evaluation.comparison import BETTER, SAME, WORSE, arrow
 from wagle_pl.masks import describe_origin
 from wagle_pl.study.report import sections, study
 from wagle_pl.study.report.sources import Sources
-from wagle_pl.unlearning.card import forgotten
+from wagle_pl.unlearning.export import forgotten
 
 #: Sections about models, each with a template of its name, and their headings.
 SECTIONS = {
