@@ -52,11 +52,7 @@ class WeightMask:
     Args:
         packed: parameter name -> packed bits, see :func:`~wagle_pl.masks.bits.pack_bits`.
         shapes: parameter name -> shape, in the model's parameter order.
-        metadata: what made the mask; JSON-serialisable. ``model_fingerprint`` is checked before
-            use.
-
-    Raises:
-        WagleError: if names differ.
+        metadata: what made the mask, for JSON; ``model_fingerprint`` is checked before use.
 
     >>> mask = WeightMask.from_bools({"a": torch.tensor([[True, False], [False, True]])})
     >>> mask.density, mask["a"].shape
@@ -102,9 +98,6 @@ class WeightMask:
             path: the file.
             shapes: parameter name -> shape of the model it is for, which are checked.
             metadata: of the model: ``model`` and ``model_fingerprint``.
-
-        Raises:
-            WagleError: if the file is missing, is no such dict, or does not fit the shapes.
         """
         path = Path(path)
         if not path.is_file():
@@ -142,11 +135,7 @@ class WeightMask:
 
     @classmethod
     def load(cls, path: str | Path) -> WeightMask:
-        """Open a mask file; tensors are read when they are asked for.
-
-        Raises:
-            WagleError: if the file is missing, no mask, of a newer format, damaged or cut short.
-        """
+        """Open a mask file; tensors are read when they are asked for."""
         given, path = Path(path), mask_path(path)
         if not path.is_file() and given.is_file():
             raise WagleError(
@@ -323,15 +312,12 @@ class WeightMask:
         where: Optional[str] = None,
         what: str = "the model",
     ) -> None:
-        """Refuse a model, or another mask, that this mask was not made for.
+        """Refuse a model, or another mask, that this mask was not made for, naming a difference.
 
         Args:
             shapes: parameter name -> shape of the model.
             fingerprint: the model's; compared when both sides have one.
             where, what: how to name the mask and the other in the message.
-
-        Raises:
-            WagleError: naming the first difference.
         """
         where, made_for = where or self.label, self.metadata.get("model_fingerprint")
         for name in [*shapes, *self.shapes]:
@@ -375,11 +361,7 @@ class WeightMask:
         return WeightMask(flipped, self.shapes, self._made_from("not", self))
 
     def jaccard(self, other: WeightMask) -> float:
-        """Weights in both over weights in one or both; 1 when both are empty.
-
-        Raises:
-            WagleError: if the masks are for different models.
-        """
+        """Weights in both over weights in one or both; 1 when both are empty."""
         self._check_same_model(other)
         both = sum(count_bits(self.packed(name) & other.packed(name)) for name in self)
         either = self.count() + other.count() - both

@@ -75,9 +75,6 @@ def parse_layers(layers: str) -> frozenset[int]:
 
     >>> sorted(parse_layers("0-2,8"))
     [0, 1, 2, 8]
-
-    Raises:
-        WagleError: if the text is anything else.
     """
     pattern = r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?"
     found = [re.fullmatch(pattern, part) for part in str(layers).split(",")]

@@ -20,9 +20,8 @@ class Restriction(NamedTuple):
 
     Attributes:
         file: a mask file.
-        modules: whole modules, e.g. ``["mlp"]`` or ``["mlp.down_proj"]``, see
-            :func:`~wagle_pl.masks.names.in_module`.
-        layers: only in these layers, see :func:`~wagle_pl.masks.names.parse_layers`.
+        modules: whole modules, e.g. ``["mlp"]`` or ``["mlp.down_proj"]``, see ``names.in_module``.
+        layers: only in these layers, see ``names.parse_layers``.
         matching: a regular expression that finds names of parameters, from any position.
 
     >>> Restriction(modules=["mlp"], layers="3-7").takes("model.layers.7.mlp.up_proj.weight")
@@ -35,11 +34,7 @@ class Restriction(NamedTuple):
     matching: Optional[str] = None
 
     def takes(self, name: str) -> bool:
-        """Whether modules, layers and pattern select a parameter, by its name.
-
-        Raises:
-            WagleError: if the layers cannot be read.
-        """
+        """Whether modules, layers and pattern select a parameter, by its name."""
         return (
             (not self.modules or any(in_module(name, module) for module in self.modules))
             and (self.layers is None or layer_of(name) in parse_layers(self.layers))
@@ -52,13 +47,11 @@ class Restriction(NamedTuple):
         """The mask of a model; None if nothing is restricted.
 
         Args:
-            shapes: parameter name -> shape of the model, in parameter order.
-            model: its name.
-            fingerprint: of its weights.
+            shapes: parameter name -> shape, in parameter order.
+            model, fingerprint: name of the model, and of its weights.
 
         Raises:
-            WagleError: if the file is of another model, a module or layer does not exist (naming
-                those that do), or modules and layers have nothing in common.
+            WagleError: if the file is of another model, or modules and layers do not exist in it.
         """
         made_for = {} if model is None else {"model": model, "model_fingerprint": fingerprint}
 

@@ -66,15 +66,13 @@ class SelectedTensor:
         selected: bool, of its shape; None where all are selected.
         masters: keep values in fp32 where the dense tensor is narrower. False for DeepSpeed, whose
             optimisers do so.
-        split: keep values as the halves that :func:`split_halves` makes, and their gradients in
-            this dtype; the dense tensor must be bf16. None for values in fp32.
+        split: keep values of a bf16 tensor as halves, and their gradients in this dtype.
 
     Attributes:
         values: the parameter that is trained: (selected,), or of the tensor's shape where all are
             selected; None where none is. It is ``parameter`` itself if that needs no other dtype
             (:attr:`is_plain`), and empty but inside :meth:`whole_values` if :attr:`is_split`.
-        count: how many weights are selected; :attr:`is_partial` if some, and not all.
-        gradient: with ``split``, the gradient of the values.
+        gradient: that of the values, if :attr:`is_split`.
     """
 
     def __init__(
@@ -175,8 +173,7 @@ class SelectedTensor:
 
     @contextmanager
     def whole_values(self) -> Iterator[None]:
-        """Split values and their gradient as ``values`` and ``values.grad``, in fp32, for an
-        optimiser's step."""
+        """Split values and their gradient in fp32, while inside, for an optimiser's step."""
         self.values.data = self.value()
         self.values.grad = None if self.gradient is None else self.gradient.float()
         self.gradient = None
@@ -222,8 +219,7 @@ class SelectedTensor:
         return dense
 
     def _for_autocast(self) -> Optional[Tensor]:
-        """The tensor in autocast's dtype, which would else be made anew in each forward pass; None
-        where there is nothing to cast."""
+        """The tensor in autocast's dtype, else made anew in each forward pass; None without one."""
         device = self.parameter.device.type
         dtype = torch.get_autocast_dtype(device)
         if not torch.is_autocast_enabled(device) or self.parameter.dtype != torch.float32:
@@ -300,7 +296,7 @@ class SelectedTensor:
 
     @torch.no_grad()
     def merge(self, dtype: Optional[torch.dtype] = None) -> None:
-        """Leave the values in the dense tensor, of this dtype; a collective where it is sharded."""
+        """Leave the values in the dense tensor, of this dtype; a collective if it is sharded."""
         self.at_theta0 = self.keeps_dense_gradient = False
         self._narrow = self._buffer = None
         if self.is_sharded and self.is_partial:
@@ -383,8 +379,8 @@ class SelectedWeights:
             self.lm.train(training)
 
     def gradients_in_place(self) -> AbstractContextManager[None]:
-        """While inside, gradients are added up in buffers that last from step to step, and autograd
-        is given nothing: faster, where no hook (DDP's, DeepSpeed's) waits for them."""
+        """While inside, gradients are added up in buffers that last, past autograd: faster, where no
+        hook (DDP's, DeepSpeed's) waits for them."""
         return self._switched_on("in_place")
 
     @contextmanager
@@ -405,12 +401,9 @@ class SelectedWeights:
                 tensor.changed()
 
     def step_by_tensor(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make an optimiser's step join the halves of one tensor's values at a time; once.
+        """Make a step join the halves of one tensor's values at a time, if it does not already.
 
-        It must skip parameters without gradient, as torch's do.
-
-        Raises:
-            WagleError: if it has state already, of the values' size, which split values lack.
+        The optimiser must skip parameters without gradient, as torch's do, and have no state yet.
         """
         step = optimizer.step
         if hasattr(step, "by_tensor"):
@@ -442,8 +435,7 @@ class SelectedWeights:
 
     @torch.no_grad()
     def clip_by_dense_norm(self, bound: float, scale: float = 1.0) -> None:
-        """Scale the values' gradients by what clips the norm of all dense ones, frozen weights' too,
-        to ``bound``, and forget these; ``scale`` is fp16's loss scale."""
+        """Clip by the norm of the dense gradients, which are dropped; with fp16's loss scale."""
         dense = []
         for tensor in self.tensors.values():
             if tensor.is_plain and tensor.parameter.grad is not None:
@@ -457,7 +449,7 @@ class SelectedWeights:
 
     @torch.no_grad()
     def clip(self, bound: float, counted: Optional[list[Tensor]] = None) -> None:
-        """Scale the values' gradients by what clips the norm of ``counted``, or their own."""
+        """Scale the values' gradients so that the norm of ``counted``, else their own, is bounded."""
         gradients = [gradient for _, gradient in self.gradients()]
         counted = gradients if counted is None else counted
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in counted]
@@ -466,8 +458,7 @@ class SelectedWeights:
             gradient.mul_(factor)
 
     def release(self, dtype: Optional[torch.dtype] = None) -> None:
-        """Give the model its parameters back, with the values in them, and of this dtype; a collective
-        where they are sharded."""
+        """Give the model its parameters back, see :meth:`SelectedTensor.merge`."""
         for tensor in self.tensors.values():
             tensor.merge(dtype)
         for restore in self._restore:
@@ -480,15 +471,9 @@ class SelectedWeights:
 def load_values(
     lm: nn.Module, names: Container[str], read: Callable[[str], Tensor], mask: Optional[WeightMask]
 ) -> None:
-    """Set the selected weights of a model that holds its weights as usual, from a checkpoint.
+    """Put values of a checkpoint into a model that holds its weights as usual.
 
-    Collective where they are sharded.
-
-    Args:
-        lm: the model.
-        names: of the checkpoint's parameters.
-        read: gives one of them.
-        mask: which weights they are; None where all are selected.
+    Collective where they are sharded. Without a mask all weights of a tensor are selected.
     """
     for name, parameter in lm.named_parameters():
         if f"{name}{SUFFIX}" in names:

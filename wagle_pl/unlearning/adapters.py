@@ -23,11 +23,9 @@ class LoRA:
         r: rank of B A.
         alpha: the adapter's output is scaled by alpha / r.
         dropout: of the adapter's input while training.
-        target_modules: names (or endings of names) of the linear layers adapted; ``all-linear``
-            takes all but the output layer.
-        merge: at the end add B A to the weights and write a whole model; False writes a folder of
-            just the adapter, which stands for the merged model wherever ``peft`` is installed and
-            the base is where it was.
+        target_modules: endings of names of linear layers; ``all-linear``: all but the output layer.
+        merge: write a whole model, with B A in the weights; False writes a folder of just the
+            adapter, which stands for it wherever ``peft`` is installed and the base is in place.
     """
 
     def __init__(
@@ -59,9 +57,6 @@ class LoRA:
             lm: a Hugging Face model; its class and its calls stay as they are.
             base: hub id or folder that an adapter folder will name as its base.
             trainable: regular expression that finds the names of what may move; None for all.
-
-        Raises:
-            WagleError: if ``peft`` is missing, no layer has the names given, or nothing may move.
         """
         try:
             from peft import LoraConfig, get_peft_model

@@ -20,11 +20,7 @@ if TYPE_CHECKING:
 
 
 def check_run(module: FinetuneModule) -> None:
-    """Refuse options of a module and of its trainer that cannot work, before any work is done.
-
-    Raises:
-        WagleError: naming the option.
-    """
+    """Refuse options of a module and of its trainer that cannot work, before any work is done."""
     if module.from_checkpoint:
         raise WagleError(
             "load_from_checkpoint gives a module to use and to test: to train on, make a new "
@@ -84,10 +80,7 @@ class StepLosses(NamedTuple):
 def check_step(batches: Iterable[StepLosses], gradients: Mapping[str, Tensor], step: int) -> None:
     """Refuse a step whose losses or gradients are not finite, with one synchronisation. Collective.
 
-    Args:
-        batches: the step's, on this rank.
-        gradients: name -> gradient; empty leaves them to fp16's scaler, which skips such a step.
-        step: for the message.
+    Without gradients, these are left to fp16's scaler, which skips such a step.
 
     Raises:
         Diverged: on all ranks, naming the rows, or a parameter.
@@ -111,15 +104,7 @@ def check_step(batches: Iterable[StepLosses], gradients: Mapping[str, Tensor], s
 
 
 def check_weights(weights: Mapping[str, Tensor], step: int) -> None:
-    """Refuse to write weights that are not finite. Collective.
-
-    Args:
-        weights: name -> what this rank holds of it.
-        step: for the message.
-
-    Raises:
-        WagleError: naming a tensor.
-    """
+    """Refuse to write weights, of which this rank holds these, that are not finite. Collective."""
     finite = torch.stack([_largest(weight.detach()) for weight in weights.values()]).isfinite()
     found = [name for name, good in zip(weights, finite.tolist(), strict=True) if not good]
     if found := distributed.all_gather(found):
@@ -141,12 +126,7 @@ def _largest(tensor: Tensor) -> Tensor:
 
 
 class FrozenWeights:
-    """SHA-256 of the frozen weights of every tensor; about a second for a gigabyte of weights.
-
-    Args:
-        mask: selected weights.
-        weights: (name, tensor) pairs at θ₀.
-    """
+    """SHA-256 of the frozen weights of every tensor at θ₀; about a second for a gigabyte."""
 
     def __init__(self, mask: WeightMask, weights: Iterable[tuple[str, Tensor]]) -> None:
         self.mask = mask
@@ -158,11 +138,7 @@ class FrozenWeights:
         return hashlib.sha256(memoryview(frozen.view(torch.uint8).numpy())).hexdigest()
 
     def check(self, weights: Iterable[tuple[str, Tensor]], step: int) -> str:
-        """What to say of the guarantee: how many weights are as they were.
-
-        Raises:
-            WagleError: naming the first tensor of which a frozen weight has moved.
-        """
+        """What to say of the guarantee: how many weights are as they were; an error if one is not."""
         for name, tensor in weights:
             if self._digest(name, tensor) != self.digests[name]:
                 raise WagleError(

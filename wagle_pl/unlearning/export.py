@@ -40,13 +40,11 @@ def export(
         path: a checkpoint: a file, or a folder that ranks under DeepSpeed wrote; or a GGUF file, a
             folder of an adapter, a hub id: these are loaded whole.
         output: folder to write, in Hugging Face format.
-        model: where the run's base model is now, if no longer where it was.
-        mask: where the run's mask file is now, if no longer where it was.
+        model, mask: where the run's base model and mask file are, if no longer where they were.
         overwrite: replace an existing model folder.
 
     Raises:
-        WagleError: if there is no such checkpoint, it holds no language model's weights, or its
-            base is gone.
+        WagleError: if there is no such checkpoint, it has no language model, or its base is gone.
     """
     refuse_existing(Path(output), overwrite, "--overwrite true", kind="folder")
     path = Path(path)
@@ -168,11 +166,7 @@ def _mask_of(
     originals: Originals,
     file: Optional[str],
 ) -> WeightMask:
-    """The mask of a checkpoint's run.
-
-    Raises:
-        WagleError: if the base or the mask is not the one that the run had.
-    """
+    """The mask of a checkpoint's run, made as it was made for the run."""
     found = fingerprint((name, originals.read(name)) for name in shapes)
     made_on = checkpoint["model"]["fingerprint"]
     if found != made_on:

@@ -49,21 +49,17 @@ class FinetuneModule(LanguageModule):
     Args:
         model: hub id, folder in Hugging Face format or GGUF file of the model to start from.
         output: folder to write the model to, in Hugging Face format.
-        train_on: ``all`` (forget and retain rows: the target model), ``retain`` (the retrained
-            model) or ``forget``.
-        warmup: linear warm-up: a share of all steps (below 1) or a number of steps.
-            ``--lr_scheduler`` replaces it.
+        train_on: ``all`` rows (the target model), ``retain`` (the retrained model) or ``forget``.
+        warmup: linear warm-up, unless ``--lr_scheduler`` is given: a share (below 1) or a number of
+            steps.
         decay: after warm-up, ``linear`` to zero or ``constant``.
-        lr_interval: when a scheduler given by ``--lr_scheduler`` steps: each ``epoch``, as in
-            LightningCLI, or each optimiser ``step``.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, about a
-            third more time.
-        values: how the weights that move are kept under ``bf16-true``: ``fp32`` beside the model's
-            own, 16 to 20 bytes a weight with AdamW; or ``split``: only the 16 bits that bf16 lacks,
-            and gradients in bf16, 12 bytes, or 6 with an optimiser of 8 bits, at the price of some
-            speed, on one device.
-        output_dtype: ``float32`` writes the model's folder with values as they are trained; null
-            rounds them to the dtype of the base model.
+        lr_interval: whether a scheduler of ``--lr_scheduler`` steps each ``epoch`` or each ``step``.
+        gradient_checkpointing: recompute activations: less memory, about a third more time.
+        values: how weights that move are kept under ``bf16-true``: in ``fp32`` beside the model's
+            own, 16 to 20 bytes a weight with AdamW; or ``split``, on one device: the 16 bits that
+            bf16 lacks, and gradients in bf16, 12 bytes (6 with an optimiser of 8 bits), slower.
+        output_dtype: ``float32`` writes values as they are trained; null rounds them to the dtype of
+            the base model.
         lr: learning rate of the optimiser, whichever it is; that of ``--optimizer`` when None.
         **kwargs: passed to :class:`~wagle_pl.lm.module.LanguageModule`.
     """
@@ -161,15 +157,9 @@ class FinetuneModule(LanguageModule):
         return [outputs.ReleaseOnFailure(Path(self.output))] if self.output else []
 
     def configure_model(self) -> None:
-        """Load the model and, to train it, make its selected weights its parameters.
-
-        A fit loads it anew: a test before it may have loaded a checkpoint, in another precision.
-
-        Raises:
-            WagleError: if the strategy cannot train a model of this kind.
-        """
+        """Load the model and, to train it, make its selected weights its parameters."""
         self.from_checkpoint |= not self.attached
-        if self.fits and self.selected is None:
+        if self.fits and self.selected is None:  # a test may have loaded a checkpoint before
             self.lm, self._random, self._loader_state = None, {}, None
         if self.lm is not None:
             return
@@ -195,11 +185,7 @@ class FinetuneModule(LanguageModule):
         """Find out which weights of the model, which has just been loaded, may move: here all."""
 
     def select_weights(self, **options: Any) -> None:
-        """Make the weights that may move the parameters of the model.
-
-        Args:
-            **options: passed to :class:`~wagle_pl.masks.selected.SelectedWeights`.
-        """
+        """Make the weights that may move the parameters of the model, see ``SelectedWeights``."""
         split = None
         if self.values == "split":  # gradients of several micro-batches are added up in fp32
             split = torch.bfloat16 if self.trainer.accumulate_grad_batches == 1 else torch.float32
@@ -361,10 +347,7 @@ class FinetuneModule(LanguageModule):
         check_weights(here, self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the random state, which dropout draws from, and what the model is made from.
-
-        In the middle of a step, go back to its start.
-        """
+        """Keep what the model is made from and the random state; a step that has begun is left out."""
         super().on_save_checkpoint(checkpoint)
         self.check_weights()
         start = self._step_start

@@ -52,16 +52,10 @@ class Patch:
     Attributes:
         base, unlearned: digests of the two ends, see :func:`digest_of`.
         weights: number of weights of the model.
-        tensors: name -> ``dtype``, ``shape``, ``changed`` (words) and ``base``, ``unlearned``
-            (SHA-256 of those words alone), for every tensor that changed.
+        tensors: of those that changed, name -> ``dtype``, ``shape``, ``changed`` (words), and SHA-256
+            of those words alone in ``base`` and ``unlearned``.
         made_by: names of both ends; ``lineage``, the runs that led from one to the other; and
             ``records``, the text of the base's ``wagle.json`` and model card, if it has them.
-
-    Args:
-        path: the file.
-
-    Raises:
-        WagleError: if it is missing, is no patch, is of a newer format or is cut short.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -96,12 +90,7 @@ class Patch:
     def frames(self, name: str, word: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield, of each frame of a tensor, which words changed (bool), and by how much.
 
-        Args:
-            name: of the tensor.
-            word: unsigned integer of the width w of its numbers; differences are modulo 2ʷ.
-
-        Raises:
-            WagleError: if the file is damaged.
+        ``word`` is the unsigned integer of the width w of its numbers; differences are modulo 2ʷ.
         """
         total, data, at = prod(self.tensors[name]["shape"]), self.file.words(name), 0
         for start in range(0, total, FRAME):
@@ -142,11 +131,7 @@ def digest_of(files: TensorFiles) -> str:
 def make_patch(
     base: str | Path, unlearned: str | Path, output: str | Path, overwrite: bool = False
 ) -> Patch:
-    """Write the difference between two model folders with safetensors files.
-
-    Raises:
-        WagleError: if a folder has none, or names, shapes or dtypes of the tensors differ.
-    """
+    """Write the difference between two model folders with safetensors files of the same layout."""
     output, base, unlearned = Path(output), Path(base), Path(unlearned)
     refuse_existing(output, overwrite, "--overwrite")
     old, new = TensorFiles(base), TensorFiles(unlearned)
@@ -236,14 +221,10 @@ def apply_patch(
     """Write the unlearned model, from its base and a patch; returns its digest.
 
     Args:
-        model: folder of the patch's base, or of that base with other patches applied that changed
-            other words.
+        model: folder of the patch's base, or of that base with patches that changed other words.
         patch: patch file.
         output: folder to write, with the files of ``model``.
         overwrite: replace an existing model folder.
-
-    Raises:
-        WagleError: if the model is another one, or a word has been changed by a patch before.
     """
     return _rewrite(Path(model), Patch(patch), Path(output), overwrite, "base", "unlearned")
 
@@ -251,11 +232,7 @@ def apply_patch(
 def revert_patch(
     model: str | Path, patch: str | Path, output: str | Path, overwrite: bool = False
 ) -> str:
-    """Write the base model, from the unlearned one and the patch; reverses :func:`apply_patch`.
-
-    Raises:
-        WagleError: if the patch is not in the model.
-    """
+    """Write the base model, from the unlearned one and the patch; reverses :func:`apply_patch`."""
     return _rewrite(Path(model), Patch(patch), Path(output), overwrite, "unlearned", "base")
 
 
@@ -313,11 +290,7 @@ def _change(stream: BinaryIO, patch: Patch, name: str, words: np.ndarray, source
 
 
 def _stack(folder: Path, files: TensorFiles, patch: Patch, source: End) -> Optional[list[str]]:
-    """Patches that a model's record vouches for; None when the model is the patch's own end.
-
-    Raises:
-        WagleError: if it is neither.
-    """
+    """Patches that a model's record vouches for; None when the model is the patch's own end."""
     found, end = digest_of(files), getattr(patch, source)
     if found == end:
         return None
@@ -345,10 +318,7 @@ def _copy_other_files(folder: Path, target: Path) -> None:
 
 
 def _write_record(folder: Path, target: Path, patch: Patch, stack: list[str], written: str) -> None:
-    """Bring ``wagle.json`` and the model card up to date.
-
-    The runs a patch stands for come with it and go with it; the base is given back its own records.
-    """
+    """Write ``wagle.json`` and the card: a patch's runs come and go with it; the base has its own."""
     if written == patch.base:
         for name in RECORDS:
             (target / name).unlink(missing_ok=True)

@@ -38,26 +38,19 @@ class UnlearnModule(FinetuneModule):
     Args:
         model: hub id, folder in Hugging Face format or GGUF file of the target model.
         output: folder to write the unlearned model to, in Hugging Face format.
-        objective: ``NPO``, ``GradDiff``, ``PO``, any other class of
-            :mod:`wagle_pl.objectives.forget`, or a class path to an
-            :class:`~wagle_pl.objectives.Objective`. Options given to one class carry over to
-            another that replaces it and has them too.
+        objective: ``NPO``, ``GradDiff``, ``PO``, another class of :mod:`wagle_pl.objectives.forget`
+            or a class path; options carry over to a class that replaces it and has them too.
         mask: mask file that attribution wrote for this model; null is dense unlearning.
-        modules: only weights in these modules may move, e.g. ``[mlp]`` or ``[self_attn.q_proj]``;
-            with a mask, those that both select.
-        layers: only weights in these layers may move, e.g. ``3-7`` or ``0,2,5-9``; with a mask,
-            those that both select.
-        adapter: ``LoRA`` trains low-rank adapters in place of the weights; not together with a
-            mask, modules or layers.
+        modules: only weights in these may move (and in the mask), e.g. ``[mlp, self_attn.q_proj]``.
+        layers: only weights in these layers may move (and in the mask), e.g. ``3-7`` or ``0,2,5-9``.
+        adapter: ``LoRA`` trains low-rank adapters in place of the weights, without any of the above.
         clip_scope: whose gradient norm ``trainer.gradient_clip_val`` bounds: of the ``selected``
-            weights, or of ``all`` (dense gradients, kept until they are clipped and then masked, as
-            in WAGLE's code; not under ZeRO).
+            weights, or of ``all``, as in WAGLE's code (keeps dense gradients; not under ZeRO).
         verify: when to check that frozen weights are bit-identical to θ₀: at the ``end``, after
             each ``step``, or never (``off``).
-        reference_logits: where predictions at θ₀ come from when a term needs them (``KL``,
-            ``UNDIAL``, retain term ``kl``): ``frozen_copy`` is exact, at the price of a forward
-            pass a step and of memory for the parameters that move; ``top_k`` computes them once and
-            keeps the most probable tokens and the rest as one bucket.
+        reference_logits: where predictions at θ₀ come from (for ``KL``, ``UNDIAL``, retain ``kl``):
+            ``frozen_copy`` is exact, and takes a forward pass a step and memory for what moves;
+            ``top_k`` computes them once, and keeps the most probable tokens.
         top_k: how many tokens ``reference_logits: top_k`` keeps.
         **kwargs: passed to :class:`FinetuneModule`.
     """
@@ -111,11 +104,7 @@ class UnlearnModule(FinetuneModule):
     # -- what may move -----------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Load the model, unless the strategy lacks what this run needs.
-
-        Raises:
-            WagleError: if it does.
-        """
+        """Load the model, unless the strategy lacks what this run needs."""
         if self.attached and self.clip_scope == "all" and is_zero(self.trainer.strategy):
             raise WagleError(
                 "clip_scope all needs every gradient whole at the step, which ZeRO does not keep: "
@@ -131,11 +120,7 @@ class UnlearnModule(FinetuneModule):
         super().configure_model()
 
     def restrict(self) -> None:
-        """Add the adapter, or find the mask, which a checkpoint's values need in a test too.
-
-        Raises:
-            WagleError: if nothing is left to move.
-        """
+        """Add the adapter, or find the mask, which a checkpoint's values need in a test too."""
         self._references = References()
         if self.fits:
             self.objective.prepare(self.lm)
@@ -170,7 +155,7 @@ class UnlearnModule(FinetuneModule):
         super().select_weights(**options)
 
     def planned_run(self, optimizer: str) -> PlannedRun:
-        """The run, as ``wagle plan`` knows it; an adapter's state is next to nothing."""
+        """The same; an adapter's state is next to nothing."""
         return super().planned_run(optimizer if self.adapter is None else "SGD")
 
     # -- the objective, and θ₀ ---------------------------------------------------------------------
@@ -199,11 +184,7 @@ class UnlearnModule(FinetuneModule):
         )
 
     def _try_objective(self) -> None:
-        """Compute the objective on two rows, before θ₀ is asked about all; nothing else changes.
-
-        Raises:
-            WagleError: if the loss, or one of its terms, has another shape than it must have.
-        """
+        """Compute the objective on two rows, to see the shape of its terms before θ₀ is asked."""
         if self.data is None:
             return
         batch, sums = {}, {}
@@ -262,11 +243,7 @@ class UnlearnModule(FinetuneModule):
             checkpoint["mask"] = {"digest": self.mask.digest(), **self.restriction._asdict()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the references back.
-
-        Raises:
-            WagleError: if the checkpoint is of a run with another mask, or on another model.
-        """
+        """Take the references back; refuse a checkpoint of another mask, or of another model."""
         self.check_kind(checkpoint)
         stored = dict(checkpoint.get("mask") or {})
         digest = stored.pop("digest", None)
