@@ -6,9 +6,7 @@ import lightning as L
 
 
 def test_lightning_keeps_the_progress_of_a_fit_where_it_kept_it() -> None:
-    trainer = L.Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
-    )
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     state = trainer.fit_loop.state_dict()
     counters = {"ready", "started", "processed", "completed"}
     assert state["epoch_loop.batch_progress"].keys() == {"total", "current", "is_last_batch"}

@@ -1,4 +1,4 @@
-"""The retain term ``kl`` over answers, rows and padded batches, beside TOFU's and OpenUnlearning's formula."""
+"""The retain term ``kl`` over answers, rows and padded batches, beside the reference code's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from wagle_pl.objectives.retain import KL
 
 
 def reference_kl(model: Any, target_model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """``compute_kl_divergence`` of OpenUnlearning's ``src/trainer/utils.py``, the same as TOFU's ``dataloader.py``."""
+    """``compute_kl_divergence`` of OpenUnlearning's ``src/trainer/utils.py``, as in TOFU's code."""
     with torch.no_grad():
         ref_outputs = target_model(**inputs)
     ref_probs = torch.nn.functional.log_softmax(ref_outputs.logits, dim=-1).view(
@@ -41,36 +41,33 @@ def reference_kl(model: Any, target_model: Any, inputs: dict[str, Tensor]) -> Te
 @pytest.fixture(scope="module")
 def pair(tiny_model: str) -> tuple[Any, Any]:
     """The model a little way from θ₀, and θ₀."""
-    lm = models.load_model(tiny_model)
-    theta0 = copy.deepcopy(lm).eval()
+    lm = models.load_model(tiny_model).eval()
+    theta0 = copy.deepcopy(lm)
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in lm.parameters():
-            parameter.add_(
-                0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-            )
-    return lm.eval(), theta0
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return lm, theta0
 
 
 @pytest.fixture(scope="module")
 def encoded(tiny_model: str) -> list[dict[str, list[int]]]:
     """Rows of three lengths."""
     template = Template(models.load_tokenizer(tiny_model))
-    texts = [
-        ("Who?", "Nobody at all."),
-        ("Where does the author live?", "Here."),
-        ("And when was this?", "In 1993."),
-    ]
-    return [template.encode(Example("answered", *text)) for text in texts]
+    rows = ("Who?", "Nobody at all."), ("Where does the author live?", "Here."), ("When?", "1993.")
+    return [template.encode(Example("answered", *row)) for row in rows]
+
+
+def inputs_of(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in collate(rows, 0).items() if key != "labels"}
 
 
 def term(pair: tuple[Any, Any], rows: list[dict[str, list[int]]], positions: str) -> Tensor:
     """(B,) the retain term of rows padded together."""
     lm, theta0 = pair
-    tensors = {
-        **collate(rows, 0),
-        "weight": torch.full((len(rows),), 1 / len(rows)),
-        "row": torch.arange(len(rows)),
-    }
+    count = len(rows)
+    tensors = {**collate(rows, 0), "weight": torch.full((count,), 1 / count)}
+    tensors["row"] = torch.arange(count)
 
     def run(tensors: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
         output, labels = forward_answers(lm, tensors, **options)
@@ -83,27 +80,20 @@ def term(pair: tuple[Any, Any], rows: list[dict[str, list[int]]], positions: str
 
 
 def test_batch_is_the_formula_of_the_reference_code(pair: Any, encoded: Any) -> None:
-    """Value and gradient, on rows of different lengths: positions of padding are counted there, too."""
+    """Value and gradient; positions of padding are counted there, too."""
     lm, theta0 = pair
-    inputs = {key: value for key, value in collate(encoded, 0).items() if key != "labels"}
+    inputs = inputs_of(encoded)
     assert (inputs["attention_mask"] == 0).any()
     expected = reference_kl(lm, theta0, inputs)
     found = term(pair, encoded, "batch").mean()
     torch.testing.assert_close(found, expected)
-    for ours, theirs in zip(
-        torch.autograd.grad(found, list(lm.parameters())),
-        torch.autograd.grad(expected, list(lm.parameters())),
-        strict=True,
-    ):
+    gradients = [torch.autograd.grad(loss, list(lm.parameters())) for loss in (found, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_row_is_that_formula_on_each_row_alone(pair: Any, encoded: Any) -> None:
-    lm, theta0 = pair
-    alone = [
-        reference_kl(lm, theta0, {k: v for k, v in collate([row], 0).items() if k != "labels"})
-        for row in encoded
-    ]
+    alone = [reference_kl(*pair, inputs_of([row])) for row in encoded]
     torch.testing.assert_close(term(pair, encoded, "row"), torch.stack(alone))
 
 
@@ -113,11 +103,10 @@ def test_only_batch_depends_on_how_rows_are_cut(pair: Any, encoded: Any) -> None
         apart = torch.cat([term(pair, [row], positions) for row in encoded])
         assert torch.allclose(together, apart, rtol=1e-4) is (positions != "batch")
     answer, row = (term(pair, encoded, positions) for positions in ("answer", "row"))
-    assert not torch.allclose(answer, row, rtol=0.05)
+    assert not torch.allclose(answer, row, rtol=0.02)
 
 
 def test_another_name_is_refused() -> None:
-    with pytest.raises(
-        WagleError, match=r"objective\.retain\.positions must be answer, row or batch, got 'all'"
-    ):
+    message = r"objective\.retain\.positions must be answer, row or batch, got 'all'"
+    with pytest.raises(WagleError, match=message):
         KL(positions="all")

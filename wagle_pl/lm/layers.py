@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Optional
@@ -36,15 +36,11 @@ def expert_weights(module: nn.Module) -> Optional[tuple[nn.Parameter, nn.Paramet
     """
     up = getattr(module, "gate_up_proj", getattr(module, "up_proj", None))
     pair = (up, getattr(module, "down_proj", None))
-    if not hasattr(module, "is_transposed") or not all(
-        isinstance(weight, nn.Parameter) for weight in pair
-    ):
-        return None
-    return (
-        pair
-        if all(len(getattr(weight, "ds_shape", weight.shape)) == 3 for weight in pair)
-        else None
+    experts = hasattr(module, "is_transposed") and all(
+        isinstance(weight, nn.Parameter) and len(getattr(weight, "ds_shape", weight.shape)) == 3
+        for weight in pair
     )
+    return pair if experts else None
 
 
 def linear_weights(lm: PreTrainedModel, head: bool = True) -> list[tuple[nn.Parameter, bool]]:
@@ -67,11 +63,7 @@ def linear_weights(lm: PreTrainedModel, head: bool = True) -> list[tuple[nn.Para
 def recompute_blocks(lm: PreTrainedModel) -> None:
     """Recompute each block's activations in the backward pass; in place.
 
-    This works in evaluation mode too. The switch that transformers has works in training mode
-    alone, which would turn dropout on.
-
-    Args:
-        lm: a Hugging Face causal language model.
+    transformers' own switch works in training mode alone, which would turn dropout on.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -106,7 +98,7 @@ def check_layer(lm: nn.Module, layer: int, option: str) -> None:
     """Refuse a block that a model lacks.
 
     Raises:
-        WagleError: saying the range.
+        WagleError: naming the option and the range.
     """
     last = len(blocks(lm)) - 1
     if not 0 <= layer <= last:
@@ -117,24 +109,17 @@ def check_layer(lm: nn.Module, layer: int, option: str) -> None:
 
 @contextmanager
 def capture(lm: PreTrainedModel, layers: Collection[int]) -> Iterator[dict[int, Tensor]]:
-    """Keep the outputs of some blocks while the context lasts.
-
-    Args:
-        lm: a model; unused without layers.
-        layers: blocks, counted from 0.
+    """Keep the outputs of some blocks, counted from 0, while the context lasts.
 
     Yields:
         Block -> (B, T, d) output of its latest run; filled while the model runs.
     """
     hidden: dict[int, Tensor] = {}
 
-    def keep(layer: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            hidden[layer] = output[0] if isinstance(output, tuple) else output
+    def keep(layer: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        hidden[layer] = output[0] if isinstance(output, tuple) else output
 
-        return hook
-
-    handles = [blocks(lm)[layer].register_forward_hook(keep(layer)) for layer in layers]
+    handles = [blocks(lm)[i].register_forward_hook(partial(keep, i)) for i in layers]
     try:
         yield hidden
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
@@ -27,6 +27,69 @@ if TYPE_CHECKING:
 ADAPTER_FILE = "adapter_config.json"  # of a folder that holds an adapter and names its base
 #: Endings of files: no hub id ends so.
 MODEL_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+
+# -- where a model is ------------------------------------------------------------------------------
+
+
+def locate(name: str) -> tuple[str, dict[str, str]]:
+    """Source and options for ``from_pretrained``; only what may be a hub id is left for the hub.
+
+    Raises:
+        WagleError: if it is a path and there is no model.
+    """
+    path = Path(name)
+    if (file := _gguf_file(path)) is not None:
+        return str(file.parent), {"gguf_file": file.name}
+    if path.is_file():
+        raise WagleError(
+            f"model {name} is a file: give the folder that holds config.json and the weights, or "
+            "a .gguf"
+        )
+    if not path.is_dir() and plainly_local(name, MODEL_SUFFIXES):
+        raise absent("model file" if path.suffix == ".gguf" else "model folder", name, hub=True)
+    if path.is_dir() and not (path / "config.json").exists() and _adapted(name) is None:
+        several = len(list(path.glob("*.gguf")))
+        what = f", but {several} .gguf files: name one" if several else ""
+        raise WagleError(
+            f"model folder {name} has no config.json{what or ': it is no Hugging Face model folder'}"
+        )
+    return name, {}
+
+
+def _gguf_file(path: Path) -> Optional[Path]:
+    """The GGUF file that a path is, or that is the one model in a folder."""
+    if path.is_dir() and not (path / "config.json").exists():
+        files = list(path.glob("*.gguf"))
+        return files[0] if len(files) == 1 else None
+    return path if path.suffix == ".gguf" and path.is_file() else None
+
+
+def _adapted(name: str) -> Optional[str]:
+    """The base model that an adapter folder names; None for any other model."""
+    file = Path(name) / ADAPTER_FILE
+    if not file.is_file() or (Path(name) / "config.json").exists():
+        return None
+    with loading(f"adapter {name!r}", name):
+        return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+
+
+def weights_folder(name: str) -> Optional[str]:
+    """Where a model's safetensors files are, fetched from the hub if need be.
+
+    None for a model that is no folder of its own weights: a GGUF file, an adapter.
+    """
+    source, options = locate(name)
+    if options or _adapted(name) is not None:
+        return None
+    if Path(source).is_dir():
+        return source
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(source, allow_patterns=["*.safetensors", INDEX_FILE])
+
+
+# -- loading ---------------------------------------------------------------------------------------
 
 
 def load_model(
@@ -52,9 +115,8 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     if sharded:
-        return _load_sharded(name, attention)
+        return _load_sharded(name, attn_implementation)
     if (base := _adapted(name)) is not None:
         return _merged(load_model(base, dtype, attn_implementation=attn_implementation), name)
     source, options = locate(name)
@@ -64,10 +126,12 @@ def load_model(
             dtype=dtype or torch.get_default_dtype(),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **attention,
+            attn_implementation=attn_implementation,
             **options,
         )
-    _check_found(name, model, found)
+    _check_found(
+        name, model, *(found[f"{what}_keys"] for what in ("missing", "mismatched", "unexpected"))
+    )
     if "gguf_file" in options:  # plain weights once loaded, but saving refuses what looks quantised
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
@@ -76,71 +140,36 @@ def load_model(
     return model
 
 
-def _check_found(name: str, model: nn.Module, found: Mapping[str, Any]) -> None:
-    """Refuse weights that do not fit the configuration.
-
-    transformers would draw missing ones at random, and leave out layers beyond the model's.
-
-    Args:
-        name: of the model.
-        model: as its configuration says.
-        found: ``missing_keys`` (names), ``mismatched_keys`` (name, shape stored, shape of the
-            model) and ``unexpected_keys`` (names stored).
-
-    Raises:
-        WagleError: naming the first weight that does not fit.
-    """
-    own = parameter_shapes(model)
-    patterns = set(map(_any_layer, own))
-    mismatched, missing = sorted(found["mismatched_keys"]), sorted(found["missing_keys"])
-    unexpected = [n for n in found["unexpected_keys"] if n not in own and _any_layer(n) in patterns]
-    fault = None
-    if mismatched:
-        weight, stored, shape = mismatched[0]
-        fault = (
-            f"{weight} has the shape {tuple(stored)} in its files and {tuple(shape)} by its "
-            "configuration"
-        )
-    elif missing:
-        fault = (
-            f"its files lack {len(missing)} weights that its configuration has, such as "
-            f"{missing[0]}"
-        )
-    elif unexpected:
-        fault = (
-            f"its files have {len(unexpected)} weights that its configuration has no layer for, "
-            f"such as {min(unexpected)}"
-        )
-    if fault:
+def _merged(base: PreTrainedModel, folder: str) -> PreTrainedModel:
+    try:
+        from peft import PeftModel
+    except ImportError:
         raise WagleError(
-            f"model {name!r} cannot be loaded: {fault}; check config.json, or get the model again"
-        )
+            f"{folder} is an adapter, which needs peft: pip install 'wagle-pl[lora]'"
+        ) from None
+    with loading(f"adapter {folder!r}", folder):
+        return PeftModel.from_pretrained(base, folder).merge_and_unload().requires_grad_(True)
 
 
-def _any_layer(weight: str) -> str:
-    """The name of a weight without its numbers: the same in every layer."""
-    return re.sub(r"\.\d+(?=\.)", ".#", weight)
-
-
-def _load_sharded(name: str, attention: Mapping[str, str]) -> PreTrainedModel:
+def _load_sharded(name: str, attn_implementation: Optional[str]) -> PreTrainedModel:
     """Make the model without weights, then fill it from safetensors files, a tensor at a time."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
 
-    source, options = locate(name)
-    if options or _adapted(name) is not None:
-        raise WagleError(
-            f"ZeRO-3 reads models in safetensors; {name} is none: write it as a folder first with "
-            f"wagle export {name} -o FOLDER"
-        )
     with loading(f"model {name!r}", name):
-        config = AutoConfig.from_pretrained(source)
-        dtype = torch.get_default_dtype()
+        folder = distributed.on_rank_zero(lambda: weights_folder(name))
+        if folder is None:
+            raise WagleError(
+                f"ZeRO-3 reads models in safetensors; {name} is none: write it as a folder first "
+                f"with wagle export {name} -o FOLDER"
+            )
+        config = AutoConfig.from_pretrained(name)
+        options = {"dtype": torch.get_default_dtype(), "attn_implementation": attn_implementation}
         with no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
+            model = AutoModelForCausalLM.from_config(config, **options)
         model.tie_weights()
-        model.generation_config = GenerationConfig.from_pretrained(source)
-    stored = TensorFiles(distributed.on_rank_zero(lambda: weights_folder(name)))
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    stored = TensorFiles(folder)
     shapes, names = parameter_shapes(model), set(stored.names)
     missing = [weight for weight in shapes if weight not in names]
     if missing and _any_layer(missing[0]) not in set(map(_any_layer, names)):
@@ -149,13 +178,12 @@ def _load_sharded(name: str, attention: Mapping[str, str]) -> PreTrainedModel:
             "for ZeRO-3, load it once with transformers and write it by save_pretrained(FOLDER, "
             "save_original_format=False), or take ZeRO-2"
         )
-    common = {n: (stored.shape(n), shape) for n, shape in shapes.items() if n in names}
-    found = {
-        "missing_keys": missing,
-        "mismatched_keys": [(n, a, b) for n, (a, b) in common.items() if a != b],
-        "unexpected_keys": names,
-    }
-    _check_found(name, model, found)
+    mismatched = [
+        (weight, stored.shape(weight), shape)
+        for weight, shape in shapes.items()
+        if weight in names and stored.shape(weight) != shape
+    ]
+    _check_found(name, model, missing, mismatched, names)
     for weight, parameter in model.named_parameters():
         assign(parameter, lambda weight=weight: stored.tensor(weight))
     for weight, buffer in model.named_buffers():
@@ -165,19 +193,42 @@ def _load_sharded(name: str, attention: Mapping[str, str]) -> PreTrainedModel:
     return model.eval()
 
 
-def weights_folder(name: str) -> Optional[str]:
-    """Where a model's safetensors files are, fetched from the hub if need be.
+def _check_found(
+    name: str,
+    model: nn.Module,
+    missing: Collection[str],
+    mismatched: Collection[tuple[str, Any, Any]],
+    unexpected: Collection[str],
+) -> None:
+    """Refuse weights that do not fit the configuration: transformers would draw missing ones at
+    random, and leave out layers beyond the model's.
 
-    None for a model that is no folder of its own weights: a GGUF file, an adapter.
+    Raises:
+        WagleError: naming the first weight that does not fit.
     """
-    source, options = locate(name)
-    if options or _adapted(name) is not None:
-        return None
-    if Path(source).is_dir():
-        return source
-    from huggingface_hub import snapshot_download
+    own = parameter_shapes(model)
+    kinds = set(map(_any_layer, own))
+    beyond = [weight for weight in unexpected if weight not in own and _any_layer(weight) in kinds]
+    if mismatched:
+        weight, stored, shape = min(mismatched)
+        fault = f"{weight} has the shape {tuple(stored)} in its files and {tuple(shape)} by its"
+        fault += " configuration"
+    elif missing:
+        fault = f"its files lack {len(missing)} weights that its configuration has, such as"
+        fault += f" {min(missing)}"
+    elif beyond:
+        fault = f"its files have {len(beyond)} weights that its configuration has no layer for,"
+        fault += f" such as {min(beyond)}"
+    else:
+        return
+    raise WagleError(
+        f"model {name!r} cannot be loaded: {fault}; check config.json, or get the model again"
+    )
 
-    return snapshot_download(source, allow_patterns=["*.safetensors", INDEX_FILE])
+
+def _any_layer(weight: str) -> str:
+    """The name of a weight without its numbers: the same in every layer."""
+    return re.sub(r"\.\d+(?=\.)", ".#", weight)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -204,24 +255,10 @@ def checkpoint_dtype(name: str) -> Optional[torch.dtype]:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
-def _adapted(name: str) -> Optional[str]:
-    """The base model that an adapter folder names; None for any other model."""
-    file = Path(name) / ADAPTER_FILE
-    if not file.is_file() or (Path(name) / "config.json").exists():
-        return None
-    with loading(f"adapter {name!r}", name):
-        return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-
-
-def _merged(base: PreTrainedModel, folder: str) -> PreTrainedModel:
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise WagleError(
-            f"{folder} is an adapter, which needs peft: pip install 'wagle-pl[lora]'"
-        ) from None
-    with loading(f"adapter {folder!r}", folder):
-        return PeftModel.from_pretrained(base, folder).merge_and_unload().requires_grad_(True)
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """How many token ids a Hugging Face model knows, from 0 on."""
+    embeddings = model.get_input_embeddings()
+    return getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
 
 
 @contextmanager
@@ -239,7 +276,7 @@ def loading(what: str, name: str, how: str = "loaded") -> Iterator[None]:
         raise WagleError(f"{what} cannot be {how}: {_why_not(name, error)}") from error
 
 
-def _why_not(name: str, error: BaseException) -> str:
+def _why_not(name: str, error: Exception) -> str:
     """Why loading failed; of a name that is no path here, that the hub was asked."""
     if "backend tokenizer" in str(error):
         return "it has no tokenizer files"
@@ -261,43 +298,3 @@ def _why_not(name: str, error: BaseException) -> str:
             f"({text})"
         )
     return text
-
-
-def locate(name: str) -> tuple[str, dict[str, str]]:
-    """Source and options for ``from_pretrained``; only what may be a hub id is left for the hub.
-
-    Raises:
-        WagleError: if it is a path and there is no model.
-    """
-    path = Path(name)
-    if (file := _gguf_file(path)) is not None:
-        return str(file.parent), {"gguf_file": file.name}
-    if path.is_dir():
-        if not (path / "config.json").exists() and _adapted(name) is None:
-            several = len(list(path.glob("*.gguf")))
-            what = ": it is no Hugging Face model folder"
-            if several:
-                what = f", but {several} .gguf files: name one"
-            raise WagleError(f"model folder {name} has no config.json{what}")
-    elif path.is_file():
-        raise WagleError(
-            f"model {name} is a file: give the folder that holds config.json and the weights, or "
-            "a .gguf"
-        )
-    elif plainly_local(name, MODEL_SUFFIXES):
-        raise absent("model file" if path.suffix == ".gguf" else "model folder", name, hub=True)
-    return name, {}
-
-
-def _gguf_file(path: Path) -> Optional[Path]:
-    """The GGUF file that a path is, or that is the one model in a folder."""
-    if path.is_dir() and not (path / "config.json").exists():
-        files = list(path.glob("*.gguf"))
-        return files[0] if len(files) == 1 else None
-    return path if path.suffix == ".gguf" and path.is_file() else None
-
-
-def vocabulary_size(model: PreTrainedModel) -> int:
-    """How many token ids a Hugging Face model knows, from 0 on."""
-    embeddings = model.get_input_embeddings()
-    return getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]

@@ -100,8 +100,7 @@ class LanguageModule(L.LightningModule):
     # -- model -------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Tell the data module what is wanted of it; warn of a precision that crawls on this
-        CPU.
+        """Tell the data module what is wanted of it; warn of a precision that is slow here.
 
         Raises:
             WagleError: if there is to be a test, and nothing that observes it.
@@ -129,8 +128,7 @@ class LanguageModule(L.LightningModule):
 
     @property
     def data(self) -> Optional[StreamData]:
-        """The data module; None where loaders or a data module of another kind bring the
-        batches."""
+        """The data module; None where loaders or one of another kind bring the batches."""
         data = self.trainer.datamodule if self.attached else None
         return data if isinstance(data, StreamData) else None
 
@@ -188,9 +186,8 @@ class LanguageModule(L.LightningModule):
 
     @property
     def prompts(self) -> dict[str, Any]:
-        """What stands around questions and answers, see
-        :attr:`wagle_pl.data.template.Template.prompts`; empty if the data module has no
-        template."""
+        """What stands around questions and answers, if the data module has a template: see
+        :attr:`wagle_pl.data.template.Template.prompts`."""
         template = getattr(self.trainer.datamodule, "template", None)
         return {} if template is None else template.prompts
 
@@ -202,14 +199,12 @@ class LanguageModule(L.LightningModule):
         return Path(self.trainer.default_root_dir) / "test"
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Observe a batch of test rows."""
         if self.evaluation is not None:
             self.evaluation.test_batch(batch, batch_idx, dataloader_idx)
 
     def validation_step(
         self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Observe a batch of validation rows."""
         if self.evaluation is not None:
             self.evaluation.validation_batch(batch, dataloader_idx)
 
@@ -221,27 +216,26 @@ class LanguageModule(L.LightningModule):
         if self.trainer.fast_dev_run:
             log.info("fast_dev_run: this was a trial, and nothing is written")
         for callback in self.trainer.early_stopping_callbacks:
-            reason = getattr(callback, "stopping_reason_message", None)
-            if reason:
+            if reason := getattr(callback, "stopping_reason_message", None):
                 log.info("stopped early, after step %d: %s", self.global_step, reason.strip())
 
     def on_fit_end(self) -> None:
-        """Write the result of a run whose checkpoint left nothing to train, which is not begun.
+        """Write the result of a run whose checkpoint left nothing to train.
 
         Raises:
             WagleError: if the trainer was to take no step.
         """
-        if not self._trained and self.trainer.ckpt_path:
-            log.info(
-                "the run of checkpoint %s had come to its end: its result is written",
-                self.trainer.ckpt_path,
-            )
-            self.on_train_end()
-        elif not self._trained:
+        checkpoint, trained = self.trainer.ckpt_path, self._trained
+        if not trained and not checkpoint:
             raise WagleError(
                 "nothing was trained, so nothing is written: trainer.max_epochs, max_steps or "
                 "limit_train_batches is 0"
             )
+        if not trained:
+            log.info(
+                "the run of checkpoint %s had come to its end: its result is written", checkpoint
+            )
+            self.on_train_end()
         self._trained = False
 
     # -- checkpoints -------------------------------------------------------------------------------

@@ -2,14 +2,11 @@
 
 A checkpoint may be asked for between two optimiser steps (by time, at an exception), when gradients
 of some micro-batches have been added up. Training does not keep them: the checkpoint says that the
-step has not begun, and a resumed run makes all of it. Attribution keeps its sums, and goes on
-behind the rows that are in them.
+step has not begun. Attribution keeps its sums, and goes on behind the rows that are in them.
 
 Lightning counts micro-batches. A checkpoint holds a :class:`~wagle_pl.data.batches.Position` beside
-its counters, and when one is loaded the counters are written anew from it (:func:`recount`).
-
-This is the one module that knows how Lightning lays out its loops in a checkpoint;
-tests/unit/test_checkpoint_layout.py fails first when that changes.
+its counters, and when one is loaded the counters are written anew from it. Only this module knows
+how Lightning lays out its loops in a checkpoint.
 """
 
 from __future__ import annotations
@@ -57,16 +54,13 @@ def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None
         torch.cuda.set_rng_state(states["cuda_rng_state"].cpu(), device)
 
 
-# -- when a checkpoint is saved --------------------------------------------------------------------
-
-
 def keep_position(
     checkpoint: dict[str, Any], trainer: L.Trainer, epoch: int, micro_batches: int
 ) -> None:
     """Make a checkpoint say that an epoch has seen so many micro-batches, whatever has begun since.
 
     Args:
-        checkpoint: changed in place.
+        checkpoint: being saved; changed in place.
         trainer: whose it is.
         epoch: counted from 0.
         micro_batches: at most as many as Lightning has counted.
@@ -74,7 +68,7 @@ def keep_position(
     fit = checkpoint["loops"]["fit_loop"]
     progress = fit["epoch_loop.batch_progress"]
     ahead = progress["current"]["processed"] - micro_batches
-    if ahead > 0:  # in the middle of a step, which is made anew
+    if ahead > 0:  # in the middle of a step
         progress["total"] = dict.fromkeys(progress["total"], progress["total"]["processed"] - ahead)
         progress["current"] = dict.fromkeys(progress["current"], micro_batches)
         progress["is_last_batch"] = False
@@ -82,9 +76,6 @@ def keep_position(
     if hasattr(loader, "state_at"):
         state = loader.state_at(epoch, micro_batches, trainer.num_training_batches)
         fit["state_dict"]["combined_loader"] = [state]
-
-
-# -- when it is loaded -----------------------------------------------------------------------------
 
 
 def recount(checkpoint: dict[str, Any], data: Optional[StreamData]) -> Optional[dict[str, Any]]:
@@ -122,7 +113,7 @@ def recount(checkpoint: dict[str, Any], data: Optional[StreamData]) -> Optional[
 
 
 def begin(trainer: L.Trainer, loader_state: Optional[Mapping[str, Any]] = None) -> None:
-    """Go on, when training starts: what Lightning leaves undone.
+    """Do what Lightning leaves undone when training starts.
 
     The loader may have been made before the checkpoint was read (counting the steps makes it), and
     Lightning takes the first epoch for one that is under way whenever ``max_steps`` is set.

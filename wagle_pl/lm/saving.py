@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import torch
-from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
 from wagle_pl.core.tensorfiles import DTYPES, INDEX_FILE, TensorFiles, write_tensors
-from wagle_pl.core.weights import gathered, iter_gathered, persistent_buffers
+from wagle_pl.core.weights import gathered, persistent_buffers
 from wagle_pl.lm.models import checkpoint_dtype, load_model, weights_folder
 
 if TYPE_CHECKING:
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 
 CARD_FILE = "README.md"
 RECORD_FILE = "wagle.json"  # what made a folder of ours: machine-readable twin of the model card
-
-#: safetensors' names of dtypes -> torch's.
-TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 def read_record(name: str) -> dict[str, Any]:
@@ -53,18 +51,18 @@ class Originals:
     def __init__(self, name: str) -> None:
         self.name = name
         self.default = checkpoint_dtype(name)
+        self._files: Optional[TensorFiles] = None
         try:
-            folder = weights_folder(name)
-            self._files = None if folder is None else TensorFiles(folder)
+            if (folder := weights_folder(name)) is not None:
+                self._files = TensorFiles(folder)
         except (WagleError, OSError):  # its weights are in another format
-            self._files = None
+            pass
         self._names = frozenset(() if self._files is None else self._files.names)
 
     def dtype(self, weight: str) -> Optional[torch.dtype]:
         """The dtype a weight is stored in; the model's if its files lack a weight of this name."""
-        if weight not in self._names:
-            return self.default
-        stored = TORCH_DTYPES.get(self._files.dtype(weight))
+        name = self._files.dtype(weight) if weight in self._names else ""
+        stored = next((dtype for dtype, known in DTYPES.items() if known == name), None)
         return stored if stored is not None and stored.is_floating_point else self.default
 
     @torch.no_grad()
@@ -137,10 +135,14 @@ def model_folder(
             config = json.loads(file.read_text(encoding="utf-8")) | {"use_cache": True}
             if dtype is not None:  # transformers writes the one in memory, not that of the files
                 config["dtype"] = str(dtype).removeprefix("torch.")
-            file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            _write_json(file, config)
         tokenizer.save_pretrained(temporary)
         (temporary / CARD_FILE).write_text(card, encoding="utf-8")
-        (temporary / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        _write_json(temporary / RECORD_FILE, record)
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def save_model(
@@ -159,8 +161,14 @@ def save_model(
         originals: what the model was loaded from, which says the dtypes in the file, and keeps the
             bits of what has not moved; dtypes are those in memory when None.
     """
+    dtype = None if originals is None else originals.default
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        return _save_sharded(model, tokenizer, folder, card, record, originals)
+        weights = [_of_shards(name, p, originals) for name, p in model.named_parameters()]
+        for name, buffer in persistent_buffers(model).items():
+            weights.append(Weight(name, buffer.dtype, tuple(buffer.shape), buffer.clone))
+        model.config.architectures = [type(model).__name__]
+        configs = (model.config, model.generation_config)
+        return save_weights(weights, configs, tokenizer, folder, card, record, dtype)
     state_dict = dict(model.state_dict())
     if originals is not None:
         restored: dict[Any, Tensor] = {}  # tied weights stay one tensor, and so are saved once
@@ -169,43 +177,22 @@ def save_model(
             if key not in restored:
                 restored[key] = originals.restore(name, tensor)
             state_dict[name] = restored[key]
-    dtype = None if originals is None else originals.default
     with model_folder(folder, tokenizer, card, record, dtype) as temporary:
         model.save_pretrained(temporary, state_dict=state_dict)
     return Path(folder)
 
 
-def _save_sharded(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: str | Path,
-    card: str,
-    record: dict[str, Any],
-    originals: Optional[Originals] = None,
-) -> Path:
-    """:func:`save_model` under ZeRO-3: rank 0 writes a tensor at a time."""
+def _of_shards(name: str, parameter: nn.Parameter, originals: Optional[Originals]) -> Weight:
+    """A weight that ZeRO-3 spreads over ranks; all must read it, and rank 0 has its values."""
 
-    def read(name: str, parameter: nn.Parameter) -> Tensor:
-        with gathered(parameter) as weights:
-            values = weights if originals is None else originals.restore(name, weights)
+    def read() -> Tensor:
+        with gathered(parameter) as values:
+            if distributed.rank() == 0 and originals is not None:
+                values = originals.restore(name, values)
             return values.to("cpu", copy=True)  # the gathered ones are gone in a moment
 
-    parameters, weights = dict(model.named_parameters()), []
-    for name, parameter in parameters.items():
-        dtype = (None if originals is None else originals.dtype(name)) or parameter.dtype
-        shape = tuple(parameter.ds_shape)
-        weights.append(Weight(name, dtype, shape, partial(read, name, parameter)))
-    for name, buffer in persistent_buffers(model).items():
-        weights.append(Weight(name, buffer.dtype, tuple(buffer.shape), buffer.clone))
-    if distributed.rank():  # gather what rank 0 writes, in the same order
-        names = [name for names in _plan(weights).filename_to_tensors.values() for name in names]
-        for _ in iter_gathered((name, parameters[name]) for name in names if name in parameters):
-            pass
-        return Path(folder)
-    model.config.architectures = [type(model).__name__]
-    dtype = None if originals is None else originals.default
-    configs = (model.config, model.generation_config)
-    return save_weights(weights, configs, tokenizer, folder, card, record, dtype)
+    dtype = (None if originals is None else originals.dtype(name)) or parameter.dtype
+    return Weight(name, dtype, tuple(parameter.ds_shape), read)
 
 
 def save_weights(
@@ -220,26 +207,25 @@ def save_weights(
     """Write a model folder from weights that are read one at a time, in files of 5 GB at most.
 
     Args:
-        weights: all of the model's, tied ones once.
+        weights: all of the model's, tied ones once; each rank reads them, and rank 0 writes.
         configs: the model's configurations; None stands for one that it does not have.
         tokenizer, folder, card, record, dtype: see :func:`model_folder`.
     """
-    plan = _plan(weights)
+    layout = {w.name: torch.empty(w.shape, dtype=w.dtype, device="meta") for w in weights}
+    plan = split_torch_state_dict_into_shards(layout, max_shard_size="5GB")
     by_name = {weight.name: weight for weight in weights}
+    files = {file: [by_name[n] for n in names] for file, names in plan.filename_to_tensors.items()}
+    if distributed.rank():
+        for weight in chain.from_iterable(files.values()):
+            weight.read()
+        return Path(folder)
     with model_folder(folder, tokenizer, card, record, dtype) as temporary:
-        for file, names in plan.filename_to_tensors.items():
-            write_tensors(temporary / file, [by_name[name] for name in names], {"format": "pt"})
+        for file, content in files.items():
+            write_tensors(temporary / file, content, {"format": "pt"})
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            text = json.dumps(index, indent=2) + "\n"
-            (temporary / INDEX_FILE).write_text(text, encoding="utf-8")
+            _write_json(temporary / INDEX_FILE, index)
         for config in configs:
             if config is not None:
                 config.save_pretrained(temporary)
     return Path(folder)
-
-
-def _plan(weights: Sequence[Weight]) -> StateDictSplit:
-    """Which file holds which weights."""
-    layout = {w.name: torch.empty(w.shape, dtype=w.dtype, device="meta") for w in weights}
-    return split_torch_state_dict_into_shards(layout, max_shard_size="5GB")

@@ -74,7 +74,7 @@ def create_tiny_llama(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    count = sum(p.numel() for p in model.parameters())
+    count = model.num_parameters()
     record = {"kind": "tiny llama", "seed": seed, "parameters": count}
     size = f"{count:,} parameters, seed {seed}"
     card = f"# A tiny Llama\n\nRandom weights ({size}), for trials and tests.\n"
