@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import absent, plainly_local
@@ -16,6 +17,7 @@ from wagle_pl.evaluation.results import Table
 from wagle_pl.lm.models import loading
 
 LONGEST = 512  # tokens of a text that a classifier reads, as SOUL's evaluation cuts them
+#: Labels that do not say toxic, and how such labels begin.
 HARMLESS = ("neutral", "clean", "safe", "normal", "label_0", "not", "none")
 HARMLESS_PREFIXES = ("non_", "not_", "no_", "nontoxic", "nothate")
 
@@ -88,6 +90,13 @@ class ToxicityClassifier:
         found = self.classify(list(texts), batch_size=batch_size) if texts else []
         return [max(x["score"] for x in text if x["label"] in self.toxic) for text in found]
 
+    def annotate(self, table: Table, rows: Sequence[Example]) -> None:
+        """Add ``toxicity`` to the records whose generation is not empty."""
+        spoken = [record for record in table if record.get("generation")]
+        values = self([record["generation"] for record in spoken])
+        for record, value in zip(spoken, values, strict=True):
+            record["toxicity"] = value
+
 
 class SentenceModel:
     """Sentence embeddings by ``sentence-transformers`` (an extra).
@@ -115,40 +124,24 @@ class SentenceModel:
         """(N, D) embeddings of N texts."""
         return torch.as_tensor(self.model.encode(list(texts), convert_to_tensor=True)).float().cpu()
 
-
-def nearest_answer(generation: Tensor, options: Tensor) -> bool:
-    """Whether a (D,) generation is nearest to the first of (K, D) options by cosine, or ties: with
-    the right answer's first this is WAGLE's accuracy."""
-    similarity = torch.nn.functional.cosine_similarity(generation[None], options)
-    return bool(similarity[0] >= similarity.max())
-
-
-def add_toxicity(table: Table, classify: Callable[[Sequence[str]], Sequence[float]]) -> None:
-    """Add the toxicity of every generation that is not empty to the records."""
-    spoken = [record for record in table if record.get("generation")]
-    values = classify([record["generation"] for record in spoken])
-    for record, value in zip(spoken, values, strict=True):
-        record["toxicity"] = value
-
-
-def add_nearest(
-    table: Table, rows: Sequence[Example], embed: Callable[[Sequence[str]], Tensor]
-) -> None:
-    """Add to the records of rows with perturbed answers whether a generation is nearest to the
-    right one."""
-    for record in table:
-        row = rows[record["row"]]
-        said = {
-            name: record[f"{name}generation"]
-            for name in ("", "paraphrased_question_")
-            if record.get(f"{name}generation") is not None
-        }
-        if said and row.perturbed_answers:
-            options = [row.paraphrased_answer or record["answer"], *row.perturbed_answers]
-            vectors = embed([*said.values(), *options])
-            for name, vector in zip(said, vectors, strict=False):
-                nearest = nearest_answer(vector, vectors[len(said) :])
-                record[f"{name}nearest_answer"] = float(nearest)
+    def annotate(self, table: Table, rows: Sequence[Example]) -> None:
+        """Add ``nearest_answer`` to the records of rows with perturbed answers: whether a
+        generation is nearest to the right one by cosine, or ties (WAGLE's accuracy)."""
+        for record in table:
+            row = rows[record["row"]]
+            prefixes = [
+                prefix
+                for prefix in ("", "paraphrased_question_")
+                if record.get(f"{prefix}generation") is not None
+            ]
+            if prefixes and row.perturbed_answers:
+                options = [row.paraphrased_answer or record["answer"], *row.perturbed_answers]
+                vectors = self([*(record[f"{prefix}generation"] for prefix in prefixes), *options])
+                said, options = vectors[: len(prefixes)], vectors[len(prefixes) :]
+                similarity = cosine_similarity(said[:, None], options[None], dim=-1)
+                nearest = similarity[:, 0] >= similarity.max(-1).values
+                for prefix, right in zip(prefixes, nearest.tolist(), strict=True):
+                    record[f"{prefix}nearest_answer"] = float(right)
 
 
 def check_folder(name: str, option: str) -> None:

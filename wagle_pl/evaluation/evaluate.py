@@ -21,7 +21,6 @@ from lightning.pytorch.callbacks import Callback
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.example import raw_rows
-from wagle_pl.evaluation import classifiers
 from wagle_pl.evaluation.ability import Ability, Harness
 from wagle_pl.evaluation.attacks.attack import OTHERS, Attack, Subject
 from wagle_pl.evaluation.attacks.report import (
@@ -34,6 +33,7 @@ from wagle_pl.evaluation.attacks.report import (
     run_attacks,
     usable_attacks,
 )
+from wagle_pl.evaluation.classifiers import SentenceModel, ToxicityClassifier, check_folder
 from wagle_pl.evaluation.comparison import check_prompts, check_rows, comparison
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.measures import Info, Observations, Value, defined_only
@@ -142,13 +142,10 @@ class Evaluate(Callback):
         self.undefined: dict[str, str] = {}
         #: Measures of general ability found elsewhere, task -> accuracy; some suites average them.
         self.general: dict[str, float] = {}
-        self._trainer: Optional[L.Trainer] = None
-        self._suite: Optional[Suite] = None
         self._names: list[str] = []  # sets that are tested or validated, as the loaders have them
         self._results: dict[str, Results] = {}
         self._tables: dict[str, Table] = {}
         self._partial: dict[str, list[Record]] = {}  # test set -> what this rank has observed of it
-        self._longest: dict[str, int] = {}  # recited test set -> its longest answer in tokens
         self._infos: dict[str, Info] = {}  # of measures that the suite does not know
 
     # -- before any work --------------------------------------------------------------------------
@@ -171,7 +168,7 @@ class Evaluate(Callback):
         self._read_results()
         for option in ("toxicity_classifier", "sentence_model"):
             if getattr(self, option) is not None:
-                classifiers.check_folder(getattr(self, option), f"{self.options}.{option}")
+                check_folder(getattr(self, option), f"{self.options}.{option}")
         if "tofu_retrained" in self._results and not isinstance(self.active_suite, TOFUSuite):
             raise WagleError(
                 f"{self.options}.tofu_retrained is for the suite tofu, the suite is {suite}: leave "
@@ -191,30 +188,19 @@ class Evaluate(Callback):
         self._attach(trainer, module)
         self._names = self.data.test_names()
         self._read_results()
-        distributed.on_rank_zero(self._load_readers)
+        self._load_readers()
 
     def _attach(self, trainer: L.Trainer, module: LanguageModule) -> None:
         """Observe this module's model on the trainer's data from now on."""
-        if trainer is not self._trainer:
-            self._suite = None
-            self._longest.clear()
-        self._trainer, self._module = trainer, module
-
-    @property
-    def data(self) -> Any:
-        """The data module."""
-        return self._trainer.datamodule
+        self._trainer, self._module, self.data = trainer, module, trainer.datamodule
+        #: The suite named, or the data module's.
+        self.active_suite = find_suite(
+            self.suite or getattr(self.data, "suite", "tofu") or "generic"
+        )
+        self._longest: dict[str, int] = {}  # recited test set -> its longest answer in tokens
 
     def _val_names(self) -> list[str]:
         return self.data.val_names() if hasattr(self.data, "val_names") else []
-
-    @property
-    def active_suite(self) -> Suite:
-        """The suite named, or the data module's."""
-        if self._suite is None:
-            name = self.suite or getattr(self.data, "suite", "tofu") or "generic"
-            self._suite = find_suite(name)
-        return self._suite
 
     @property
     def compared(self) -> dict[str, str]:
@@ -275,7 +261,7 @@ class Evaluate(Callback):
     ) -> list[Record]:
         """Records of some rows of a test set by their numbers, each with its own as ``row``."""
         where = f"{self.data.place(name, test=True)} row"
-        records = self.observer.observe(
+        records = self.make_observer().observe(
             [self.data.test_examples(name)[number] for number in numbers],
             needs,
             self.max_new_tokens_of(name),
@@ -294,27 +280,25 @@ class Evaluate(Callback):
 
     def annotated(self, name: str, table: Table) -> Table:
         """The table, once the other models have read its generations."""
-        if self.toxicity_classifier is not None:
-            classifiers.add_toxicity(table, self._classifier)
-        if self.sentence_model is not None:
-            classifiers.add_nearest(table, self.data.test_examples(name), self._embeddings)
+        for reader in self._readers:
+            reader.annotate(table, self.data.test_examples(name))
         return table
 
+    @cached_property
+    def _readers(self) -> list[Union[ToxicityClassifier, SentenceModel]]:
+        """Models that read generations, loaded."""
+        readers: list[Union[ToxicityClassifier, SentenceModel]] = []
+        if self.toxicity_classifier is not None:
+            option, device = f"{self.options}.toxicity_classifier", self._module.device
+            readers.append(ToxicityClassifier(self.toxicity_classifier, device, option))
+        if self.sentence_model is not None:
+            readers.append(SentenceModel(self.sentence_model, f"{self.options}.sentence_model"))
+        return readers
+
     def _load_readers(self) -> None:
-        """Load the models that read the generations: what is wrong with them shows at once."""
-        self.annotated(self._names[0], [])
-
-    @cached_property
-    def _classifier(self) -> Any:
-        option = f"{self.options}.toxicity_classifier"
-        return classifiers.ToxicityClassifier(
-            self.toxicity_classifier or "", self._module.device, option
-        )
-
-    @cached_property
-    def _embeddings(self) -> Any:
-        option = f"{self.options}.sentence_model"
-        return classifiers.SentenceModel(self.sentence_model or "", option)
+        """Load the models that read generations on rank 0: what is wrong with them shows at
+        once."""
+        distributed.on_rank_zero(lambda: len(self._readers))
 
     def measures(self, tables: Mapping[str, Table]) -> dict[str, Value]:
         """The suite's measures of some records; an Undefined where there is no number."""
@@ -338,14 +322,13 @@ class Evaluate(Callback):
         finished."""
         self._names = self.data.test_names()
         self._check_rows(self._names)
-        distributed.on_rank_zero(self._load_readers)
+        self._load_readers()
         trainer.test_loop.verbose = False  # its table would hold what ours does
         self._keys = self._table_keys(self._shortened())
         self._tables = distributed.on_rank_zero(self._finished)
         for name in self._tables:
             log.info("test set %s: found finished in %s", name, pl_module.results_folder)
         self._partial = {name: [] for name in self._names if name not in self._tables}
-        self.observer = self.make_observer()
         if self.lm_eval is not None:
             self._harness = Harness(
                 self.lm_eval, self.lm_eval_shots, self.lm_eval_limit, f"{self.options}.lm_eval"
@@ -543,9 +526,7 @@ class Evaluate(Callback):
         self._names = self._val_names()
         self._partial = {name: [] for name in self._names}
         if self._names and self.val_generate:
-            distributed.on_rank_zero(self._load_readers)
-        if self._names:
-            self.observer = self.make_observer()
+            self._load_readers()
 
     # tensors made in inference mode and kept, by ZeRO-3 say, are of no use in training
     @torch.inference_mode(False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -155,20 +154,7 @@ def _some_tokens(greedy: Sequence[bool]) -> Sequence[bool]:
     return greedy
 
 
-def perplexity(nll_sum: Tensor, count: Tensor) -> Tensor:
-    """Perplexity of N texts: exp of their (N,) summed negative log-likelihoods over their (N,)
-    numbers of tokens, or words."""
-    if not count.sum():
-        raise Undefined("there is no token to predict")
-    return torch.exp(nll_sum.sum() / count.sum())
-
-
 # -- membership inference: was a text among the training data? A low score says yes --------------
-
-
-def zlib_ratio(nll: float, text: str) -> float:
-    """Loss over the length of the compressed text in bytes (Carlini et al. 2021)."""
-    return nll / len(zlib.compress(text.encode("utf-8")))
 
 
 def min_k(logprobs: Tensor, k: float = 0.2) -> float:
@@ -257,20 +243,6 @@ def bleu(predictions: Sequence[str], targets: Sequence[str]) -> Tensor:
 
     pairs = zip(predictions, targets, strict=True)
     return torch.tensor([corpus_bleu([p], [[t]]).score for p, t in pairs], dtype=torch.float64)
-
-
-def contains_answer(predictions: Sequence[str], targets: Sequence[str]) -> Tensor:
-    """Whether each generation contains its target, whatever the case, 1 or 0: WAGLE's accuracy on
-    TOFU's real authors and world facts (``eval_tofu_other`` of its code)."""
-    pairs = zip(predictions, targets, strict=True)
-    return torch.tensor([target.lower() in text.lower() for text, target in pairs]).double()
-
-
-def prefix_before(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of ``stops``: so MUSE cuts answers that test its knowledge."""
-    for stop in stops:
-        text = text.partition(stop)[0]
-    return text
 
 
 def repetition(text: str, n: int = 4) -> float:

@@ -16,6 +16,7 @@ Info(unit='words', direction='lower', what='mean length of the generations')
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Optional, Union
@@ -108,13 +109,6 @@ def measure(
         return compute
 
     return register
-
-
-def lookup(name: str, forget: bool = False) -> Info:
-    """What is known of a measure by its name without the test set."""
-    if name in MEASURES:
-        return MEASURES[name].info(forget)
-    return Info("number", "lower" if forget else "higher", name.replace("_", " "))
 
 
 def needs_of(names: Iterable[str]) -> frozenset[str]:
@@ -318,8 +312,7 @@ def extraction_strength(rows: Records) -> float:
 @measure("perplexity", "lower", "retrained", needs={"answer"})
 def perplexity(rows: Records) -> float:
     """Exp of the mean negative log-likelihood of a token."""
-    counts = rows.numbers("tokens")
-    return F.perplexity(rows.numbers("nll") * counts, counts).item()
+    return _perplexity(rows, rows.numbers("tokens"))
 
 
 @measure("perplexity", "lower", "retrained", needs={"answer"})
@@ -334,8 +327,15 @@ def word_perplexity(rows: Records) -> float:
         raise Undefined(
             f"{cut} of {len(rows.table)} texts are cut at max_length: their words cannot be counted"
         )
-    words = torch.tensor([len(text.split()) for text in rows.scored_texts()])
-    return F.perplexity(rows.numbers("nll") * rows.numbers("tokens"), words).item()
+    return _perplexity(rows, torch.tensor([len(text.split()) for text in rows.scored_texts()]))
+
+
+def _perplexity(rows: Records, counts: Tensor) -> float:
+    """Exp of all negative log-likelihood over the number of tokens, or words."""
+    if not counts.sum():
+        raise Undefined("there is no token to predict")
+    total = (rows.numbers("nll") * rows.numbers("tokens")).sum()
+    return torch.exp(total / counts.sum()).item()
 
 
 @measure("share, 0 to 1", "higher", "lower", needs={"answer", "alternatives"})
@@ -392,8 +392,8 @@ def bleu(rows: Records) -> float:
 @measure("share, 0 to 1", "higher", "lower", needs={"generation"})
 def contains_answer(rows: Records) -> float:
     """Generation contains the answer (WAGLE's accuracy)."""
-    found = F.contains_answer(rows.column("generation"), rows.column("answer"))
-    return F.mean(found, "generations")
+    pairs = zip(rows.column("answer"), rows.column("generation"), strict=True)
+    return mean_defined(lambda pair: pair[0].lower() in pair[1].lower(), list(pairs))
 
 
 @measure("share, 0 to 1", "higher", "lower", needs={"generation"})
@@ -475,9 +475,13 @@ def _loss(rows: Records) -> Tensor:
 
 @membership_score("zlib", needs={"answer"})
 def _zlib(rows: Records) -> Tensor:
-    """Membership inference by loss over compressed length."""
+    """Membership inference by loss over compressed length.
+
+    Bytes of the text (Carlini et al. 2021).
+    """
     pairs = zip(rows.column("nll"), rows.scored_texts(), strict=True)
-    return torch.tensor([F.zlib_ratio(nll, text) for nll, text in pairs], dtype=torch.float64)
+    ratios = [nll / len(zlib.compress(text.encode("utf-8"))) for nll, text in pairs]
+    return torch.tensor(ratios, dtype=torch.float64)
 
 
 @membership_score("min_k", needs={"answer", "tokens"})

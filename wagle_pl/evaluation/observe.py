@@ -26,6 +26,7 @@ What can be *needed* of a row; measures are computed from the records afterwards
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import InitVar, dataclass
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -143,34 +144,21 @@ def letters(template: Template, row: Example, header: str = "") -> list[Scored]:
 # -- running the model ---------------------------------------------------------------------------
 
 
+@dataclass
 class Observer:
-    """Runs a model on rows.
+    """Runs a Hugging Face causal language model, in evaluation mode, on rows."""
 
-    Args:
-        lm: a Hugging Face causal language model, in evaluation mode.
-        template: makes tokens of rows, and brings the tokenizer.
-        max_rows: most sequences in one forward pass.
-        max_new_tokens: longest generation.
-        synced_gpus: whether each forward pass is collective (ZeRO-3).
-        share: compute what a row's answers have in common once.
-    """
+    lm: InitVar[Any]
+    template: Template  # makes tokens of rows, and brings the tokenizer
+    max_rows: int = 16  # most sequences in one forward pass
+    max_new_tokens: int = 200  # longest generation
+    synced_gpus: InitVar[bool] = False  # each forward pass is collective (ZeRO-3)
+    share: bool = True  # compute what a row's answers have in common once
 
-    def __init__(
-        self,
-        lm: Any,
-        template: Template,
-        max_rows: int = 16,
-        max_new_tokens: int = 200,
-        synced_gpus: bool = False,
-        share: bool = True,
-    ) -> None:
+    def __post_init__(self, lm: Any, synced_gpus: bool) -> None:
         self.passes = Passes(lm, synced_gpus)
-        self.template = template
         self.vocabulary = vocabulary_size(lm)
-        self.tokenizer = template.tokenizer
-        self.max_rows = max_rows
-        self.max_new_tokens = max_new_tokens
-        self.share = share
+        self.tokenizer = self.template.tokenizer
 
     @torch.no_grad()
     def observe(

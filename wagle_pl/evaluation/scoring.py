@@ -8,6 +8,7 @@ of similar length in one pass, each on the keys and values of its parent.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cache, partial
 from inspect import signature
 from typing import Any, NamedTuple, Optional
@@ -47,17 +48,12 @@ class TokenScores(NamedTuple):
 NOTHING = TokenScores(*(torch.zeros(0) for _ in TokenScores._fields))
 
 
+@dataclass
 class Passes:
-    """Forward passes of a model.
+    """Forward passes of a Hugging Face causal language model."""
 
-    Args:
-        lm: a Hugging Face causal language model.
-        synced_gpus: every pass is collective (ZeRO-3): ranks announce each, see :meth:`level`.
-    """
-
-    def __init__(self, lm: Any, synced_gpus: bool = False) -> None:
-        self.lm = lm
-        self.synced_gpus = synced_gpus
+    lm: Any
+    synced_gpus: bool = False  # every pass is collective (ZeRO-3): ranks announce each
 
     @property
     def device(self) -> torch.device:
@@ -203,17 +199,15 @@ class _Past(NamedTuple):
     pieces: list[list[tuple[int, Tensor]]]  # of each row: (position of the first, (T, V) logits)
 
 
+@dataclass
 class _Run:
     """One call of :func:`score`: the passes it makes, and what they find."""
 
-    def __init__(
-        self, passes: Passes, candidates: Sequence[Candidate], pad_id: int, max_rows: int
-    ) -> None:
-        self.passes = passes
-        self.candidates = candidates
-        self.pad_id = pad_id
-        self.max_rows = max_rows
-        self.scores: dict[int, TokenScores] = {}
+    passes: Passes
+    candidates: Sequence[Candidate]
+    pad_id: int
+    max_rows: int
+    scores: dict[int, TokenScores] = field(default_factory=dict)
 
     def down(
         self, nodes: Sequence[Node], past: Optional[_Past] = None, parents: Sequence[int] = ()

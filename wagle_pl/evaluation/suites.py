@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import ClassVar, Union
 
 import torch
@@ -26,7 +25,6 @@ from wagle_pl.evaluation.measures import (
     attempt,
     defined,
     defined_only,
-    lookup,
     measure,
     membership,
     min_k_scores,
@@ -38,7 +36,6 @@ from wagle_pl.evaluation.results import (
     OPTION_SETS,
     RESULT_KEYS,
     Result,
-    Results,
     Table,
     differing,
     from_result,
@@ -113,12 +110,15 @@ class Suite:
 
     def info(self, measure: str) -> Info:
         """What is known of a measure by its name."""
-        set_name, _, short = measure.rpartition("/")
-        return (
-            self.infos.get(measure)
-            or (lookup(measure) if measure in MEASURES else None)
-            or lookup(short, bool(set_name) and self.forgets(set_name))
-        )
+        if measure in self.infos:
+            return self.infos[measure]
+        if measure in MEASURES:
+            return MEASURES[measure].info(forget=False)
+        name, _, short = measure.rpartition("/")
+        forgets = bool(name) and self.forgets(name)
+        if short in MEASURES:
+            return MEASURES[short].info(forgets)
+        return Info("number", "lower" if forgets else "higher", short.replace("_", " "))
 
 
 class Averages(ABC):
@@ -166,12 +166,10 @@ class GenericSuite(Suite):
     )
 
     def needs_of(self, name: str, names: Collection[str]) -> frozenset[str]:
-        """The usual, and what membership inference takes."""
         attacked = any(name in pair and set(pair) <= set(names) for pair in self.pairs)
         return DEFAULT_NEEDS | (MEMBERSHIP_NEEDS if attacked else frozenset())
 
     def measures(self, seen: Observations) -> dict[str, Value]:
-        """See :class:`GenericSuite`."""
         found = super().measures(seen)
         for members, nonmembers in self.pairs:
             if members in seen.tables and nonmembers in seen.tables:
@@ -207,17 +205,14 @@ class TOFUSuite(Averages, Suite):
     with_options = (*TOFU_MEASURES, "contains_answer")
 
     def needs_of(self, name: str, names: Collection[str]) -> frozenset[str]:
-        """Whole texts of forget and retain rows for WAGLE's attack, statistics of the vocabulary
-        for the others."""
         needs = needs_of(self.with_options if name in OPTION_SETS else self.asked)
         if name in ("forget", "retain"):
-            needs |= {"text"}
+            needs |= {"text"}  # for WAGLE's attack
         if "holdout" in names and name in ("forget", "holdout"):
             needs |= MEMBERSHIP_NEEDS
         return needs
 
     def measures(self, seen: Observations) -> dict[str, Value]:
-        """See :class:`TOFUSuite`."""
         found: dict[str, Value] = {}
         for name in seen.tables:
             found |= self.of_set(seen, name, self.listed(seen, name))
@@ -234,30 +229,26 @@ class TOFUSuite(Averages, Suite):
         return found
 
     def listed(self, seen: Observations, name: str) -> Sequence[str]:
-        """The benchmark's; of a corpus or multiple choice those that the rows allow."""
         if name in OPTION_SETS:
             return self.with_options
         table = seen.tables[name]
         if not any(record.get("nll") is not None and record["question"] for record in table):
-            return super().listed(seen, name)
+            return super().listed(seen, name)  # a corpus, or multiple choice
         nearest = ("nearest_answer",) if seen.records(name).has("nearest_answer") else ()
         return (*self.asked, *nearest, "degenerate")
 
     def of_set(self, seen: Observations, name: str, measures: Sequence[str]) -> dict[str, Value]:
-        """As other suites; the probability on TOFU's option sets is that among the options."""
         found = super().of_set(seen, name, measures)
         if name in OPTION_SETS:
             found[f"{name}/probability"] = attempt(option_probability, seen.records(name))
         return found
 
     def efficacy(self, seen: Observations, found: Mapping[str, Value]) -> float:
-        """The mean of what grows with forgetting and 1 − what the model still knows."""
         forgotten = defined(found, "wagle/forget_quality", "wagle/mia")
         known = defined(found, "wagle/forget_accuracy", "forget/rougeL_recall")
         return F.unlearning_efficacy(forgotten, known)
 
     def utility(self, seen: Observations, found: Mapping[str, Value]) -> float:
-        """The mean of accuracy and ROUGE-L on the three sets to keep."""
         names = ["wagle/retain_accuracy", "retain/rougeL_recall"]
         for name in OPTION_SETS:
             names += [f"{name}/contains_answer", f"{name}/rougeL_recall"]
@@ -335,18 +326,6 @@ def _paraphrased(seen: Observations, name: str) -> Records:
 
 
 # -- TOFU's numbers from result files, ours and the ones published with the benchmark -------------
-
-
-def load_result(path: str | Path) -> Result:
-    """A TOFU result file, or the one in a folder that ``wagle test`` wrote.
-
-    Raises:
-        WagleError: if there is none.
-    """
-    result = Results(path).tofu
-    if result is None:
-        raise WagleError(f"{path} holds no TOFU result")
-    return result
 
 
 def tofu_measures(
@@ -447,7 +426,6 @@ class MUSESuite(Suite):
     }
 
     def measures(self, seen: Observations) -> dict[str, Value]:
-        """The benchmark's own four first."""
         whole = ("verbmem_f", "knowmem_f", "knowmem_r")
         found = {name: attempt(MEASURES[name].compute, seen) for name in whole}
         attacks = membership(seen, "members", "nonmembers")
@@ -455,7 +433,6 @@ class MUSESuite(Suite):
         return found | attacks | super().measures(seen)
 
     def listed(self, seen: Observations, name: str) -> Sequence[str]:
-        """By the set's name; of another set those that its rows allow."""
         kind = "knowmem_forget" if name.startswith("knowmem") else name
         return self.lists.get(kind) or super().listed(seen, name)
 
@@ -482,7 +459,9 @@ def knowmem_r(seen: Observations) -> float:
 
 
 def _rouge_f1(rows: Records, target: str, stops: Sequence[str] = ()) -> float:
-    texts = [F.prefix_before(text, stops) for text in rows.column("generation")]
+    texts = rows.column("generation")
+    for stop in stops:
+        texts = [text.partition(stop)[0] for text in texts]
     values = F.rouge(texts, rows.column(target), stem=False)
     return 100 * F.mean(values["rougeL_f1"], "generations")
 
@@ -507,12 +486,10 @@ class WMDPSuite(Averages, Suite):
     }
 
     def efficacy(self, seen: Observations, found: Mapping[str, Value]) -> float:
-        """The mean of 1 − accuracy on the two sets of the paper."""
         known = defined(found, "wmdp_bio/accuracy", "wmdp_cyber/accuracy")
         return F.unlearning_efficacy([], known)
 
     def utility(self, seen: Observations, found: Mapping[str, Value]) -> float:
-        """Accuracy on MMLU."""
         if "mmlu" in seen.general:
             return seen.general["mmlu"]
         return defined(found, "mmlu/accuracy")[0]
@@ -533,13 +510,11 @@ class CopyrightSuite(Averages, GenericSuite):
     continuation = ("rougeL_recall", "bleu", "probability", *MEMORISATION, "degenerate")
 
     def listed(self, seen: Observations, name: str) -> Sequence[str]:
-        """Those of continuations too, for what is to be forgotten and was generated from."""
         names = super().listed(seen, name)
         continued = self.forgets(name) and "rougeL_recall" in names
         return [*dict.fromkeys((*names, *(self.continuation if continued else ())))]
 
     def efficacy(self, seen: Observations, found: Mapping[str, Value]) -> float:
-        """The mean of 1 − ROUGE-L recall of what is to be forgotten."""
         names = [f"{name}/rougeL_recall" for name in seen.tables if self.forgets(name)]
         known = [name for name in names if name in found]
         if not known:
@@ -562,16 +537,13 @@ class DetoxSuite(Averages, Suite):
     prompted = ("toxicity", "toxic_rate", *GENERATED, "empty")
 
     def needs_of(self, name: str, names: Collection[str]) -> frozenset[str]:
-        """Sets of prompts are classified, whatever follows in their name."""
         return needs_of(self.prompted) if name.startswith("prompts") else DEFAULT_NEEDS
 
     def listed(self, seen: Observations, name: str) -> Sequence[str]:
-        """Those of prompts too, for sets of them."""
         prompted = self.prompted if name.startswith("prompts") else ()
         return [*dict.fromkeys((*super().listed(seen, name), *prompted))]
 
     def efficacy(self, seen: Observations, found: Mapping[str, Value]) -> float:
-        """The mean of 1 − toxicity of the sets of prompts."""
         names = [f"{name}/toxicity" for name in seen.tables if name.startswith("prompts")]
         if not names:
             raise Undefined("there is no test set 'prompts'")
