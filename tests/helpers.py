@@ -44,6 +44,22 @@ LLAMA_3 = """{%- if not date_string is defined %}
 """
 
 
+QUIET = (
+    "--trainer.accelerator cpu --trainer.logger false --trainer.enable_progress_bar false "
+    "--trainer.enable_model_summary false"
+)
+
+
+def words(*arguments: Any) -> list[str]:
+    """Arguments of a command: text that begins with dashes is split at spaces, other values stay whole.
+
+    >>> words("--model.output", "a folder", "--trainer.max_steps 2 --model.masks", '[{"density": 0.1}]')
+    ['--model.output', 'a folder', '--trainer.max_steps', '2', '--model.masks', '[{"density": 0.1}]']
+    """
+    parts = [str(argument) for argument in arguments]
+    return [word for part in parts for word in (part.split() if part.startswith("--") else [part])]
+
+
 def data_options(rows: dict[str, str]) -> list[str]:
     """Command-line options for the shared forget and retain rows."""
     files = ["--data.forget", rows["forget"], "--data.retain", rows["retain"]]
@@ -59,12 +75,9 @@ def write_config(folder: Path, config: dict[str, Any]) -> str:
 
 def cut_log(result: dict[str, Any], numbers: Any) -> dict[str, Any]:
     """A published result of TOFU, cut to these rows of its forget set."""
-    log = result["eval_log_forget.json"]
-    return {
-        "eval_log_forget.json": {
-            k: {str(n): column[str(n)] for n in numbers} for k, column in log.items()
-        }
-    }
+    log = result["eval_log_forget.json"].items()
+    cut = {name: {str(n): column[str(n)] for n in numbers} for name, column in log}
+    return {"eval_log_forget.json": cut}
 
 
 class Trap:
@@ -99,17 +112,20 @@ def weights(folder: Path | str) -> dict[str, Tensor]:
 def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     """The largest relative difference of a tensor."""
     assert left.keys() == right.keys()
-    return max(
-        float((left[n].double() - right[n].double()).norm() / left[n].double().norm()) for n in left
-    )
+    pairs = ((left[name].double(), right[name].double()) for name in left)
+    return max(float((one - other).norm() / one.norm()) for one, other in pairs)
 
 
-def same_bits(a: str, b: str) -> bool:
+def close(a: Path | str, b: Path | str) -> bool:
+    """Whether two model folders hold the same weights, but for the order of sums in fp32."""
+    return difference(weights(a), weights(b)) < 1e-5
+
+
+def same_bits(a: Path | str, b: Path | str) -> bool:
     """Whether two model folders hold the same weights, bit for bit."""
     first, second = weights(a), weights(b)
-    return all(
-        torch.equal(first[name].view(torch.int32), second[name].view(torch.int32)) for name in first
-    )
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[n].view(torch.uint8), second[n].view(torch.uint8)) for n in first)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:

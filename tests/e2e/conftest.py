@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import QUIET, data_options, words
 from ranks import Ranks
 
 from wagle_pl.cli import app as cli
@@ -15,12 +16,13 @@ real_run = cli.run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on two processes run one after the other, in one of pytest's processes; two files in the other."""
+    """Tests on two processes run one after the other, in one of pytest's processes; what waits for signals in the
+    other."""
     for item in items:
-        if item.path.name in ("test_strategies.py", "test_stopping.py"):
-            item.add_marker(pytest.mark.xdist_group("strategies"))
-        elif "ranks" in getattr(item, "fixturenames", ()):
+        if {"ranks", "lone"} & {*getattr(item, "fixturenames", ())}:
             item.add_marker(pytest.mark.xdist_group("ranks"))
+        elif item.path.name in ("test_strategies.py", "test_stopping.py"):
+            item.add_marker(pytest.mark.xdist_group("strategies"))
 
 
 @pytest.fixture(scope="session")
@@ -38,22 +40,15 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def wagle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: dict[str, str]):
+def wagle(empty_folder: None, rows: dict[str, str]):
     """Run ``wagle <args>`` in this process and in an empty folder; returns the CLI object of a fit or test.
 
-    ``data=True`` adds the shared rows, and quiet CPU trainer options.
+    Arguments as :func:`helpers.words`. ``data=True`` adds the shared rows, and quiet CPU trainer options.
     """
-    monkeypatch.chdir(tmp_path)
 
-    def run(*args: Any, data: bool = True) -> Any:
-        command, *options = [str(a) for a in args]
-        if data:
-            files = ["--data.forget", rows["forget"], "--data.retain", rows["retain"]]
-            quiet = ["enable_progress_bar", "enable_model_summary", "logger"]
-            trainer = ["--trainer.accelerator", "cpu", "--trainer.devices", "1"]
-            trainer += [part for name in quiet for part in (f"--trainer.{name}", "false")]
-            options = ["--data", "ForgetRetainDataModule", *files, *trainer, *options]
-        return real_run([command, *options])
+    def run(command: str, *options: Any, data: bool = True) -> Any:
+        common = [*data_options(rows), QUIET, "--trainer.devices 1"] if data else []
+        return real_run(words(*command.split(), *common, *options))
 
     return run
 
@@ -62,18 +57,14 @@ def wagle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: dict[str, str])
 def fails(wagle: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Run ``wagle <args>`` that must end with one line on stderr and exit code 2; returns that line."""
 
-    def run(*args: Any, data: bool = True) -> str:
+    def run(command: str, *options: Any, data: bool = True) -> str:
         capsys.readouterr()
         monkeypatch.setattr(cli, "run", lambda arguments: wagle(*arguments, data=data))
         with pytest.raises(SystemExit) as exit_:
-            cli.main([str(a) for a in args])
+            cli.main(words(*command.split(), *options))
         assert exit_.value.code == 2
-        lines = [
-            line
-            for line in capsys.readouterr().err.splitlines()
-            if line.startswith("wagle: error: ")
-        ]
-        assert len(lines) == 1
-        return lines[0]
+        lines = capsys.readouterr().err.splitlines()
+        (line,) = (line for line in lines if line.startswith("wagle: error: "))
+        return line
 
     return run

@@ -11,12 +11,15 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import data_options, difference, weights, write_rows
+from helpers import QUIET, close, data_options, difference, same_bits, weights, words, write_rows
 from ranks import Ranks
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from wagle_pl.cli import app as cli
 from wagle_pl.lm.models import load_model
+from wagle_pl.lm.tiny import create_tiny_llama
 from wagle_pl.masks import WeightMask
 
 pytest.importorskip("deepspeed")
@@ -26,60 +29,37 @@ STRATEGIES = ["ddp", "zero1", "zero2", "zero3"]
 ZERO = STRATEGIES[1:]
 
 
-def strategy(name: str, devices: int = 2) -> list[str]:
+def strategy(name: str, devices: int = 2) -> str:
     """Options of a strategy; ZeRO-3 so that no parameter of the tiny model stays whole."""
-    options = ["--trainer.accelerator", "cpu", "--trainer.devices", str(devices)]
-    if name.startswith("zero"):
-        options += ["--trainer.strategy", "ZeRO", "--trainer.strategy.stage", name[-1]]
-        options += ["--trainer.strategy.param_persistence_threshold", "0"]
-    elif name != "one":
-        options += ["--trainer.strategy", name]
-    return options
+    if name == "one":
+        return "--trainer.devices 1"
+    options = f"--trainer.devices {devices} --trainer.strategy "
+    if not name.startswith("zero"):
+        return options + name
+    threshold = "--trainer.strategy.param_persistence_threshold 0"
+    return f"{options} ZeRO --trainer.strategy.stage {name[-1]} {threshold}"
 
 
 @pytest.fixture
 def command(tiny_model: str, rows: dict[str, str]) -> Callable[..., list[str]]:
     """Arguments of a fit of a module on the shared rows."""
 
-    def make(module: str, *options: Any, model: str = tiny_model, **named: Any) -> list[str]:
-        quiet = [
-            part
-            for name in (
-                "enable_progress_bar",
-                "enable_model_summary",
-                "logger",
-                "enable_checkpointing",
-            )
-            for part in (f"--trainer.{name}", "false")
-        ]
-        named = {"trainer.max_steps": 10, "trainer.max_epochs": 20, **named}
-        files = data_options(rows)
-        given = [part for name, value in named.items() for part in (f"--{name}", str(value))]
-        return [
-            "fit",
-            "--model",
-            module,
-            "--model.model",
-            model,
-            *files,
-            *quiet,
-            *map(str, options),
-            *given,
-        ]
+    def make(module: str, *options: Any) -> list[str]:
+        common = (*data_options(rows), f"{QUIET} --trainer.enable_checkpointing false")
+        length = "--trainer.max_steps 10 --trainer.max_epochs 20 --model.output x"
+        model = ("--model", module, "--model.model", tiny_model)
+        return ["fit", *words(*model, *common, length, *options)]
 
     return make
 
 
 @pytest.fixture
-def run(ranks: Ranks, wagle: Any, command: Any) -> Callable[..., Any]:
+def run(ranks: Ranks, wagle: Any, command: Any) -> Callable[..., Path]:
     """Fit with a strategy into the folder of its name: ``one`` in this process, others on the ranks."""
 
-    def fit(name: str, module: str, *options: Any, **named: Any) -> Path:
-        output = named.pop("output", name)
-        devices = 1 if name == "one" else 2
-        arguments = command(
-            module, "--model.output", output, *options, *strategy(name, devices), **named
-        )
+    def fit(name: str, module: str, *options: Any, output: str = "") -> Path:
+        output = output or name
+        arguments = command(module, "--model.output", output, strategy(name), *options)
         if name == "one":
             wagle(*arguments, data=False)
         else:
@@ -89,156 +69,125 @@ def run(ranks: Ranks, wagle: Any, command: Any) -> Callable[..., Any]:
     return fit
 
 
-def frozen_moved(folder: Path, tiny_model: str, mask: WeightMask) -> int:
-    """How many frozen weights of an exported model are not the base's, bit for bit."""
-    before, after = weights(Path(tiny_model)), weights(folder)
-    return sum(int((before[n] != after[n])[~mask[n]].sum()) for n in mask)
+@pytest.fixture(scope="session")
+def lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """One process that runs DeepSpeed alone."""
+    running = Ranks(tmp_path_factory.mktemp("lone"), count=1)
+    yield running
+    running.stop()
 
 
 @pytest.fixture
 def mask(tiny_model: str) -> str:
     """A mask file with the tensors of every kind: whole, compact, nearly dense, empty."""
-    model = load_model(tiny_model)
     generator = torch.Generator().manual_seed(0)
     densities = [1.0, 0.3, 0.9, 0.0, 0.5]
     bools = {
         name: torch.rand(p.shape, generator=generator) < densities[i % 5]
-        for i, (name, p) in enumerate(model.named_parameters())
+        for i, (name, p) in enumerate(load_model(tiny_model).named_parameters())
     }
     return str(WeightMask.from_bools(bools).save("mask"))
+
+
+def frozen_moved(folder: Path, tiny_model: str, mask: str | WeightMask) -> int:
+    """How many frozen weights of an exported model are not the base's, bit for bit."""
+    bits = WeightMask.load(mask) if isinstance(mask, str) else mask
+    before, after = weights(tiny_model), weights(folder)
+    return sum(int((before[n] != after[n])[~bits[n]].sum()) for n in bits)
 
 
 # -- training -----------------------------------------------------------------------------------------------------
 
 
+UNLEARN = "--optimizer MaskedAdamW --optimizer.lr 1e-3 --model.objective "
 CASES = {
-    "finetune": ("FinetuneModule", {}),
-    "npo": ("UnlearnModule", {"model.objective": "NPO"}),
+    "finetune": ("FinetuneModule", UNLEARN.removesuffix("--model.objective ")),
+    "npo": ("UnlearnModule", UNLEARN + "NPO"),
     "po": (
         "UnlearnModule",
-        {"model.objective": "PO", "trainer.gradient_clip_val": 0.5, "optimizer.weight_decay": 0.1},
+        UNLEARN + "PO --trainer.gradient_clip_val 0.5 --optimizer.weight_decay 0.1",
     ),
     "checkpointing": (  # five steps of it: differences grow from step to step
         "UnlearnModule",
-        {
-            "model.objective": "GradDiff",
-            "model.gradient_checkpointing": True,
-            "trainer.max_steps": 5,
-        },
+        UNLEARN + "GradDiff --model.gradient_checkpointing true --trainer.max_steps 5",
     ),
 }
 
 
+def cut(rows: int, accumulate: int) -> str:
+    """Rows a device and micro-batches a step."""
+    return f"--data.batch_size {rows} --trainer.accumulate_grad_batches {accumulate}"
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_the_split_of_a_batch_does_not_matter(run: Any, wagle: Any, case: str):
+def test_the_split_of_a_batch_does_not_matter(run: Any, case: str):
     """One device 1 x 8, accumulation 4 x 2, two devices 2 x 4, ZeRO with accumulation 2 x 2 x 2: the same weights.
 
     Every strategy is tried without accumulation on NPO; what is accumulated is cut across devices too.
     """
-    module, named = CASES[case]
-    options = ["--optimizer", "MaskedAdamW", "--optimizer.lr", "1e-3"]
-    if "model.objective" in named:
-        options = ["--model.objective", named["model.objective"], *options]
-    named = {k: v for k, v in named.items() if k != "model.objective"}
-    alone = weights(run("one", module, *options, **named, **{"data.batch_size": 8}))
-    accumulated = run(
-        "one",
-        module,
-        *options,
-        output="accumulated",
-        **named,
-        **{"data.batch_size": 2, "trainer.accumulate_grad_batches": 4},
-    )
-    assert difference(alone, weights(accumulated)) < 1e-5
+    module, options = CASES[case]
+    alone = run("one", module, options, cut(8, 1))
+    assert close(alone, run("one", module, options, cut(2, 4), output="accumulated"))
     for name in STRATEGIES if case == "npo" else ["zero1"]:
-        folder = run(name, module, *options, **named, **{"data.batch_size": 4})
-        assert difference(alone, weights(folder)) < 1e-5
+        assert close(alone, run(name, module, options, cut(4, 1)))
     for name in ("ddp", "zero2", "zero3"):
-        folder = run(
-            name,
-            module,
-            *options,
-            output=f"{name}-accumulated",
-            **named,
-            **{"data.batch_size": 2, "trainer.accumulate_grad_batches": 2},
-        )
-        assert difference(alone, weights(folder)) < 1e-5
+        assert close(alone, run(name, module, options, cut(2, 2), output=f"{name}-accumulated"))
 
 
 OPTIMIZERS = [
-    ["MaskedAdamW", "--optimizer.lr", "1e-3", "--optimizer.weight_decay", "0.1"],
-    ["AdamW", "--optimizer.lr", "1e-3", "--optimizer.weight_decay", "0.1"],
-    [
-        "SGD",
-        "--optimizer.lr",
-        "1e-2",
-        "--optimizer.momentum",
-        "0.9",
-        "--optimizer.weight_decay",
-        "0.1",
-    ],
-    ["Sophia", "--optimizer.lr", "1e-4"],
+    "MaskedAdamW --optimizer.lr 1e-3 --optimizer.weight_decay 0.1",
+    "AdamW --optimizer.lr 1e-3 --optimizer.weight_decay 0.1",
+    "SGD --optimizer.lr 1e-2 --optimizer.momentum 0.9 --optimizer.weight_decay 0.1",
+    "Sophia --optimizer.lr 1e-4",
 ]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda options: options[0])
-def test_frozen_means_frozen(run: Any, tiny_model: str, mask: str, optimizer: list[str]):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda options: options.split()[0])
+def test_frozen_means_frozen(run: Any, tiny_model: str, mask: str, optimizer: str):
     """Not a bit of a frozen weight moves, whatever the strategy, and selected weights move as on one device."""
-    options = ["--model.objective", "GradDiff", "--model.mask", mask, "--optimizer", *optimizer]
-    named = {"trainer.gradient_clip_val": 1.0, "trainer.max_steps": 4}
-    alone = weights(run("one", "UnlearnModule", *options, **named, **{"data.batch_size": 8}))
+    options = f"--model.objective GradDiff --model.mask {mask} --optimizer {optimizer}"
+    options += " --trainer.gradient_clip_val 1.0 --trainer.max_steps 4"
+    alone = run("one", "UnlearnModule", options, cut(8, 1))
     for name in STRATEGIES:
-        folder = run(name, "UnlearnModule", *options, **named, **{"data.batch_size": 4})
-        assert frozen_moved(folder, tiny_model, WeightMask.load(mask)) == 0
-        assert difference(alone, weights(folder)) < 1e-5
+        folder = run(name, "UnlearnModule", options, cut(4, 1))
+        assert frozen_moved(folder, tiny_model, mask) == 0 and close(alone, folder)
         record = json.loads((folder / "wagle.json").read_text())["lineage"][-1]
         assert "bit-identical" in record["verified"]
 
 
 def test_frozen_means_frozen_with_a_communication_hook(run: Any, tiny_model: str, mask: str):
     """PowerSGD changes all entries of the gradients that it is given."""
-    options = [
-        "--model.objective",
-        "GradDiff",
-        "--model.mask",
-        mask,
-        "--optimizer",
-        "AdamW",
-        "--optimizer.lr",
-        "1e-3",
-        "--optimizer.weight_decay",
-        "0.1",
-    ]
-    folder = run("power_sgd", "UnlearnModule", *options, output="power", **{"trainer.max_steps": 6})
-    assert frozen_moved(folder, tiny_model, WeightMask.load(mask)) == 0
-    assert difference(weights(Path(tiny_model)), weights(folder)) > 1e-3
+    options = f"--model.objective GradDiff --model.mask {mask} --optimizer {OPTIMIZERS[1]}"
+    folder = run("power_sgd", "UnlearnModule", options, "--trainer.max_steps 6")
+    assert frozen_moved(folder, tiny_model, mask) == 0
+    assert difference(weights(tiny_model), weights(folder)) > 1e-3
 
 
 def test_precisions_and_strategies_move_selected_weights_alike(
     run: Any, tiny_model: str, mask: str
 ):
-    """Values and state are fp32 in every one of them; what is computed in bf16 is a little off."""
-    options = ["--model.objective", "GradDiff", "--model.mask", mask, "--model.lr", "3e-4"]
-    options += ["--model.output_dtype", "float32"]
-    before, bits = weights(Path(tiny_model)), WeightMask.load(mask)
+    """Values and state are fp32 in every one of them; what is computed in bf16 is a little off.
 
-    def update(name: str, precision: str, own: list[str] = options) -> Tensor:
-        named = {"trainer.precision": precision, "data.batch_size": 8 if name == "one" else 4}
-        after = weights(run(name, "UnlearnModule", *own, output=f"{name}-{precision}", **named))
+    Loading rounds the model's fp32 weights; what was frozen is written as it was stored.
+    """
+    options = f"--model.objective GradDiff --model.mask {mask} --optimizer AdamW"
+    options += " --optimizer.lr 3e-4 --optimizer.weight_decay 0.1"
+    before, bits = weights(tiny_model), WeightMask.load(mask)
+
+    def update(name: str, precision: str, dtype: str = "--model.output_dtype float32") -> Tensor:
+        size = cut(8 if name == "one" else 4, 1)
+        own = (options, size, f"--trainer.precision {precision}", dtype)
+        folder = run(name, "UnlearnModule", *own, output=f"{name}-{precision}")
+        assert dtype or frozen_moved(folder, tiny_model, bits) == 0
+        after = weights(folder)
         return torch.cat([(after[n].double() - before[n].double())[bits[n]] for n in before])
 
     exact = update("one", "32-true")
     for name, precision in [("one", "bf16-true"), ("one", "bf16-mixed"), ("ddp", "bf16-true")]:
-        assert (
-            float(torch.nn.functional.cosine_similarity(update(name, precision), exact, dim=0))
-            > 0.98
-        ), (
-            name,
-            precision,
-        )
+        assert float(cosine_similarity(update(name, precision), exact, dim=0)) > 0.98, name
     for name in ZERO:  # written in the dtype of the model
-        moved = update(name, "bf16-true", options[:-2])
-        assert float(torch.nn.functional.cosine_similarity(moved, exact, dim=0)) > 0.95, name
+        moved = update(name, "bf16-true", dtype="")
+        assert float(cosine_similarity(moved, exact, dim=0)) > 0.95, name
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero2"])
@@ -251,94 +200,70 @@ def test_an_odd_number_of_selected_weights(run: Any, tiny_model: str, mask: str,
         bools[first].view(-1)[int(bools[first].view(-1).int().argmax())] = False
     odd = WeightMask.from_bools(bools)
     assert odd.count() % 2
-    options = ["--model.objective", "GradDiff", "--model.mask", str(odd.save("odd"))]
-    folder = run(name, "UnlearnModule", *options, output="odd-out", **{"trainer.max_steps": 2})
-    assert frozen_moved(folder, tiny_model, odd) == 0
-
-
-@pytest.mark.parametrize("name", ZERO)
-def test_frozen_means_frozen_in_bf16(run: Any, tiny_model: str, mask: str, name: str):
-    """Loading rounds the model's fp32 weights; what was frozen is written as it was stored."""
-    folder = run(
-        name,
-        "UnlearnModule",
-        "--model.objective",
-        "GradDiff",
-        "--model.mask",
-        mask,
-        "--optimizer",
-        "AdamW",
-        "--optimizer.weight_decay",
-        "0.1",
-        **{"trainer.precision": "bf16-true", "data.batch_size": 4},
-    )
-    before, after, bits = weights(Path(tiny_model)), weights(folder), WeightMask.load(mask)
-    assert all(torch.equal(before[n][~bits[n]], after[n][~bits[n]]) for n in bits)
-    assert any((before[n].bfloat16() != after[n].bfloat16())[bits[n]].any() for n in bits)
+    options = f"--model.objective GradDiff --model.mask {odd.save('odd')} --trainer.max_steps 2"
+    assert frozen_moved(run(name, "UnlearnModule", options), tiny_model, odd) == 0
 
 
 OBJECTIVES = {
-    "KL": [],
-    "RMU": ["--model.objective.layer", "1"],
-    "L1Sparse": ["--model.objective.alpha", "1e-3"],
-    "RandomLabel": [],
-    "DPO": ["--model.objective.retain_weight", "linear:2->0.5"],
-    "LoRA": [],
+    # on retain rows KL has no gradient at θ₀: with a small ε its rounding would become steps
+    "KL": "--optimizer.eps 1e-5",
+    "RMU": "--model.objective.layer 1",
+    "L1Sparse": "--model.objective.alpha 1e-3",
+    "RandomLabel": "",
+    "DPO": "--model.objective.retain_weight linear:2->0.5",
+    "LoRA": "--model.adapter LoRA",
 }
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_objectives_of_other_kinds(run: Any, ranks: Ranks, command: Any, objective: str):
     """Whole predictions, hidden states, penalties, draws, adapters: as on one device, or refused under ZeRO-3."""
-    options = ["--model.objective", objective, *OBJECTIVES[objective]]
+    kind = objective
     if objective == "LoRA":
         pytest.importorskip("peft")
-        options = ["--model.objective", "GradDiff", "--model.adapter", "LoRA"]
-    options += ["--optimizer", "MaskedAdamW", "--optimizer.lr", "1e-3"]
-    if (
-        objective == "KL"
-    ):  # on retain rows it has no gradient at θ₀: with a small ε its rounding would become steps
-        options += ["--optimizer.eps", "1e-5"]
-    named = {"trainer.max_steps": 4}
-    alone = weights(run("one", "UnlearnModule", *options, **named, **{"data.batch_size": 8}))
+        kind = "GradDiff"
+    options = words(f"{UNLEARN}{kind} {OBJECTIVES[objective]} --trainer.max_steps 4")
+    alone = run("one", "UnlearnModule", *options, cut(8, 1))
     for name in ("ddp", "zero2"):
-        assert (
-            difference(
-                alone,
-                weights(run(name, "UnlearnModule", *options, **named, **{"data.batch_size": 4})),
-            )
-            < 1e-5
-        )
-    named |= {"model.output": "x", "data.batch_size": 4}
+        assert close(alone, run(name, "UnlearnModule", *options, cut(4, 1)))
     if objective in ("KL", "RMU", "L1Sparse", "LoRA"):
-        (said, _) = ranks(*command("UnlearnModule", *options, *strategy("zero3"), **named), code=2)
+        (said, _) = ranks(*command("UnlearnModule", *options, strategy("zero3")), code=2)
         assert "ZeRO-3" in said["error"]
     if objective == "KL":
-        options = ["--model.objective", "KL", "--model.reference_logits", "top_k"]
-        alone = weights(
-            run("one", "UnlearnModule", *options, output="few", **{"data.batch_size": 8})
-        )
-        spread = run(
-            "zero3", "UnlearnModule", *options, output="few-spread", **{"data.batch_size": 4}
-        )
-        assert difference(alone, weights(spread)) < 1e-5
+        options += words("--model.reference_logits top_k")
+        alone = run("one", "UnlearnModule", *options, cut(8, 1), output="few")
+        assert close(alone, run("zero3", "UnlearnModule", *options, cut(4, 1)))
 
 
-def test_more_ranks_than_rows(ranks: Ranks, command: Any):
-    answers = ranks(
-        *command(
+@pytest.mark.parametrize(
+    ("module", "options", "said"),
+    [
+        (
             "FinetuneModule",
-            "--data.limit_forget",
-            "1",
-            "--model.train_on",
-            "forget",
-            "--model.output",
-            "x",
-            *strategy("ddp"),
+            f"--data.limit_forget 1 --model.train_on forget {strategy('ddp')}",
+            "2 devices share 1 forget rows",
         ),
-        code=2,
-    )
-    assert "2 devices share 1 forget rows" in answers[0]["error"]
+        ("AttributionModule", f"--model.hessian hutchinson {strategy('zero3')}", "ZeRO-3"),
+    ],
+)
+def test_what_several_ranks_cannot_do(ranks: Ranks, command: Any, module, options, said):
+    assert said in ranks(*command(module, options), code=2)[0]["error"]
+
+
+def test_no_rank_holds_the_whole_model(ranks: Ranks, command: Any, rows: dict[str, str]):
+    """Loaded under ZeRO-3, a rank's peak grows by its half of the weights and not much more."""
+    texts = [Path(rows["forget"]).read_text()]
+    folder = create_tiny_llama("model", texts, vocab_size=2000, hidden_size=512, layers=24, heads=8)
+    whole = (folder / "model.safetensors").stat().st_size
+    tensors = [t.numel() * 4 for t in load_file(folder / "model.safetensors").values()]
+    assert whole > 200e6 and max(tensors) < 0.03 * whole
+    peaks = {}
+    for name in ("deepspeed_stage_3", "ddp"):
+        for model in ([], ["--model.model", folder]):  # the first brings the libraries into memory
+            none = "--trainer.max_epochs 0"  # no step: exit code 2
+            answers = ranks(*command("AttributionModule", none, strategy(name), *model), code=2)
+        peaks[name] = [answer["peak"] / whole for answer in answers]
+    assert max(peaks["deepspeed_stage_3"]) < 0.7 and min(peaks["ddp"]) > 0.9, peaks
 
 
 # -- attribution --------------------------------------------------------------------------------------------------
@@ -353,11 +278,10 @@ MASKS = json.dumps(
         {"score": "gradient", "density": 0.3, "select": "low", "exclude": "embed"},
         {"score": "random", "density": 0.5},
         {"score": "fisher_ratio", "density": 0.2},
-        {"score": "Modules", "name": "mlp"},
+        {"score": {"class_path": "Modules", "init_args": {"modules": ["mlp"]}}, "name": "mlp"},
     ]
-).replace(
-    '{"score": "Modules"', '{"score": {"class_path": "Modules", "init_args": {"modules": ["mlp"]}}'
 )
+ONE_PASS = "--trainer.max_epochs 1 --trainer.max_steps -1"
 
 
 def same_masks(left: Path, right: Path) -> bool:
@@ -368,26 +292,18 @@ def same_masks(left: Path, right: Path) -> bool:
     return all(torch.equal(a.packed(n), b.packed(n)) for a, b in masks for n in a)
 
 
-@pytest.mark.parametrize("hessian", ["auto", "fisher", "hutchinson"])
-def test_one_mask_for_any_number_of_ranks(run: Any, hessian: str):
-    """The same global batch gives the same mask file, however it is cut; so do the scores on disk."""
-    named = {
-        "model.masks": MASKS,
-        "model.hessian": hessian,
-        "trainer.max_epochs": 1,
-        "trainer.max_steps": -1,
-    }
-    alone = run("one", "AttributionModule", **named, **{"data.batch_size": 8})
-    accumulated = run(
-        "one",
-        "AttributionModule",
-        output="accumulated",
-        **named,
-        **{"data.batch_size": 2, "trainer.accumulate_grad_batches": 4},
-    )
+@pytest.mark.parametrize(
+    ("hessian", "strategies"),
+    [("auto", STRATEGIES), ("fisher", ["ddp", "zero3"]), ("hutchinson", ["ddp", "zero2"])],
+)
+def test_one_mask_for_any_number_of_ranks(run: Any, hessian: str, strategies: list[str]):
+    """The same global batch gives the same mask file, however it is cut."""
+    options = (ONE_PASS, f"--model.hessian {hessian} --model.masks", MASKS)
+    alone = run("one", "AttributionModule", *options, cut(8, 1))
+    accumulated = run("one", "AttributionModule", *options, cut(2, 4), output="accumulated")
     assert same_masks(alone, accumulated)
-    for name in STRATEGIES[: -1 if hessian == "hutchinson" else None]:
-        assert same_masks(alone, run(name, "AttributionModule", **named, **{"data.batch_size": 4}))
+    for name in strategies:
+        assert same_masks(alone, run(name, "AttributionModule", *options, cut(4, 1)))
 
 
 OWN_SCORES = """
@@ -417,353 +333,180 @@ def test_ties_and_whole_parameters(run: Any, monkeypatch: pytest.MonkeyPatch):
         for d in (0.03, 0.21, 0.5, 0.77)
         for scope in ("global", "tensor", "row")
     ]
-    named = {
-        "model.masks": json.dumps([*masks, {"score": "own_scores.Whole", "density": 0.3}]),
-        "trainer.max_epochs": 1,
-        "trainer.max_steps": -1,
-    }
-    alone = run("one", "AttributionModule", **named, **{"data.batch_size": 8})
+    masks.append({"score": "own_scores.Whole", "density": 0.3})
+    options = (ONE_PASS, "--model.masks", json.dumps(masks))
+    alone = run("one", "AttributionModule", *options, cut(8, 1))
     for name in ("ddp", "zero3"):
-        assert same_masks(alone, run(name, "AttributionModule", **named, **{"data.batch_size": 4}))
+        assert same_masks(alone, run(name, "AttributionModule", *options, cut(4, 1)))
 
 
 def test_scores_of_several_ranks(run: Any):
     from wagle_pl.attribution.stored import StoredScores
 
-    named = {"model.save_scores": "fp32", "trainer.max_epochs": 1, "trainer.max_steps": -1}
-    folders = [
-        run(name, "AttributionModule", **named, **{"data.batch_size": size})
-        for name, size in (("one", 8), ("zero2", 4), ("zero3", 4))
-    ]
     alone, *others = (
-        dict(StoredScores(folder.with_suffix(".scores")).stream()) for folder in folders
+        run(name, "AttributionModule", ONE_PASS, "--model.save_scores fp32", cut(size, 1))
+        for name, size in (("one", 8), ("zero2", 4), ("zero3", 4))
     )
+    expected = dict(StoredScores(alone.with_suffix(".scores")).stream())
     for other in others:
-        assert difference(alone, other) < 1e-5
-
-
-def test_hutchinson_needs_whole_parameters(ranks: Ranks, command: Any):
-    answers = ranks(
-        *command(
-            "AttributionModule",
-            "--model.hessian",
-            "hutchinson",
-            "--model.output",
-            "x",
-            *strategy("zero3"),
-        ),
-        code=2,
-    )
-    assert "ZeRO-3" in answers[0]["error"]
+        assert (
+            difference(expected, dict(StoredScores(other.with_suffix(".scores")).stream())) < 1e-5
+        )
 
 
 # -- checkpoints --------------------------------------------------------------------------------------------------
 
 
-def checkpointing(every: int, folder: str) -> list[str]:
+def checkpointing(every: int, folder: str = "kept") -> list[str]:
     """Options that keep every checkpoint in a folder."""
-    callback = [
-        {
-            "class_path": "ModelCheckpoint",
-            "init_args": {
-                "every_n_train_steps": every,
-                "save_top_k": -1,
-                "dirpath": folder,
-                "filename": "{step}",
-            },
-        }
-    ]
-    return ["--trainer.enable_checkpointing", "true", "--trainer.callbacks", json.dumps(callback)]
+    keep = {"every_n_train_steps": every, "save_top_k": -1, "dirpath": folder, "filename": "{step}"}
+    callback = json.dumps([{"class_path": "ModelCheckpoint", "init_args": keep}])
+    return ["--trainer.enable_checkpointing true --trainer.callbacks", callback]
 
 
-@pytest.mark.parametrize("name", ZERO)
-@pytest.mark.parametrize("optimizer", ["MaskedAdamW", "AdamW"])
+def from_step(step: int, folder: str = "kept") -> str:
+    """The option that goes on from one of these."""
+    return f"--ckpt_path {folder}/step={step}.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer"), [*((name, "MaskedAdamW") for name in ZERO), ("zero2", "AdamW")]
+)
 def test_resume(run: Any, mask: str, name: str, optimizer: str):
-    """Stopped and resumed under each stage: bit for bit the unbroken run's; with another number of ranks, to 1e-5."""
-    options = [
-        "--model.objective",
-        "NPO",
-        "--model.mask",
-        mask,
-        "--optimizer",
-        optimizer,
-        "--optimizer.lr",
-        "1e-3",
-    ]
-    named = {"data.batch_size": 4, "trainer.max_steps": 6}
-    whole = weights(
-        run(name, "UnlearnModule", *options, *checkpointing(4, "kept"), output="whole", **named)
-    )
-    resumed = run(
-        name,
-        "UnlearnModule",
-        *options,
-        "--ckpt_path",
-        "kept/step=4.ckpt",
-        output="resumed",
-        **named,
-    )
-    assert difference(whole, weights(resumed)) == 0
-    if optimizer == "AdamW":  # its state is that of MaskedAdamW, under the same names
-        return
+    """Stopped and resumed under each stage: bit for bit the unbroken run's; under another one, to 1e-5."""
+    options = f"--model.objective NPO --model.mask {mask} --optimizer {optimizer}"
+    options += f" --optimizer.lr 1e-3 --trainer.max_steps 6 {cut(4, 1)}"
+    whole = run(name, "UnlearnModule", options, *checkpointing(4), output="whole")
+    resumed = run(name, "UnlearnModule", options, from_step(4), output="resumed")
+    assert same_bits(whole, resumed)
     other = "zero1" if name == "zero3" else "zero3"
-    crossed = run(
-        other,
-        "UnlearnModule",
-        *options,
-        "--ckpt_path",
-        "kept/step=4.ckpt",
-        output="crossed",
-        **named,
-    )
-    assert difference(whole, weights(crossed)) < 1e-5
+    assert close(whole, run(other, "UnlearnModule", options, from_step(4)))
 
 
-@pytest.fixture(scope="session")
-def lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    """One process that runs DeepSpeed alone."""
-    running = Ranks(tmp_path_factory.mktemp("lone"), count=1)
-    yield running
-    running.stop()
-
-
-@pytest.mark.parametrize("name", ZERO)
+@pytest.mark.parametrize("name", ["zero1", "zero3"])
 def test_another_number_of_ranks_resumes(
     ranks: Ranks, lone: Ranks, command: Any, mask: str, name: str
 ):
     """Two ranks' checkpoint goes on with one, one's with two, at the same global batch."""
-    options = [
-        "--model.objective",
-        "GradDiff",
-        "--model.mask",
-        mask,
-        "--optimizer",
-        "MaskedAdamW",
-        "--optimizer.lr",
-        "1e-3",
-    ]
 
-    def fit(of: Ranks, output: str, *more: str) -> dict[str, Tensor]:
+    def fit(of: Ranks, output: str, *more: str) -> str:
         count = len(of.processes)
-        of(
-            *command(
-                "UnlearnModule",
-                "--model.output",
-                output,
-                *options,
-                *more,
-                *strategy(name, count),
-                **{"data.batch_size": 8 // count, "trainer.max_steps": 6},
-            )
-        )
-        return weights(Path(output))
+        options = f"{UNLEARN}GradDiff --model.mask {mask} --trainer.max_steps 6"
+        own = (f"--model.output {output}", cut(8 // count, 1), strategy(name, count))
+        of(*command("UnlearnModule", options, *own, *more))
+        return output
 
     two = fit(ranks, "two", *checkpointing(3, "kept-two"))
     one = fit(lone, "one", *checkpointing(3, "kept-one"))
-    assert difference(one, two) < 1e-5
-    assert difference(two, fit(lone, "two-one", "--ckpt_path", "kept-two/step=3.ckpt")) < 1e-5
-    assert difference(one, fit(ranks, "one-two", "--ckpt_path", "kept-one/step=3.ckpt")) < 1e-5
+    assert close(one, two)
+    assert close(two, fit(lone, "two-one", from_step(3, "kept-two")))
+    assert close(one, fit(ranks, "one-two", from_step(3, "kept-one")))
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["ddp", "zero3"])
 def test_attribution_resumes(ranks: Ranks, lone: Ranks, run: Any, command: Any, name: str):
-    named = {
-        "model.masks": MASKS,
-        "trainer.max_epochs": 1,
-        "trainer.max_steps": -1,
-        "data.batch_size": 2,
-    }
-    whole = run(name, "AttributionModule", *checkpointing(2, "kept"), output="whole", **named)
-    assert same_masks(
-        whole,
-        run(name, "AttributionModule", "--ckpt_path", "kept/step=2.ckpt", output="on", **named),
-    )
-    if name != "ddp":
-        named |= {"data.batch_size": 4}
-        lone(
-            *command(
-                "AttributionModule",
-                "--model.output",
-                "alone",
-                "--ckpt_path",
-                "kept/step=2.ckpt",
-                *strategy(name, 1),
-                **named,
-            )
-        )
+    options = (ONE_PASS, "--model.masks", MASKS)
+    whole = run(name, "AttributionModule", *options, cut(2, 1), *checkpointing(2), output="whole")
+    on = run(name, "AttributionModule", *options, cut(2, 1), from_step(2), output="on")
+    assert same_masks(whole, on)
+    if name == "zero3":
+        alone = (cut(4, 1), from_step(2), strategy(name, 1), "--model.output alone")
+        lone(*command("AttributionModule", *options, *alone))
         assert same_masks(whole, Path("alone"))
 
 
-CUTS = {
-    "one": (2, 4),
-    "ddp": (4, 1),
-    "zero2": (1, 4),
-    "lone2": (4, 2),
-}  # batch size and accumulation of 8 rows
+#: Batch size and accumulation of 8 rows.
+CUTS = {"one": (2, 4), "ddp": (4, 1), "zero2": (1, 4), "lone2": (4, 2)}
 
 
 @pytest.mark.parametrize(
-    "first, second", [("ddp", "one"), ("one", "ddp"), ("zero2", "lone2"), ("lone2", "zero2")]
+    ("first", "second"), [("ddp", "one"), ("one", "ddp"), ("zero2", "lone2"), ("lone2", "zero2")]
 )
 @pytest.mark.parametrize("module", ["UnlearnModule", "AttributionModule"])
 def test_another_cut_goes_on(
-    ranks: Ranks,
-    lone: Ranks,
-    wagle: Any,
-    command: Any,
-    mask: str,
-    module: str,
-    first: str,
-    second: str,
+    run: Any, lone: Ranks, command: Any, mask: str, module: str, first: str, second: str
 ):
     """Two ranks' run goes on with one, and the other way, with other micro-batches: within an epoch and at its end."""
-
     trains = module == "UnlearnModule"
-    adamw = ["--optimizer", "MaskedAdamW", "--optimizer.lr", "1e-3"]
-    kind = (
-        ["--model.objective", "GradDiff", "--model.mask", mask, *adamw]
-        if trains
-        else ["--model.masks", MASKS]
-    )
+    kind = [f"{UNLEARN}GradDiff --model.mask", mask] if trains else ["--model.masks", MASKS]
+    kind += [ONE_PASS, f"--trainer.max_epochs {3 if trains else 1}"]
 
     def fit(name: str, output: str, *more: str) -> Path:
-        size, accumulate = CUTS[name]
-        named = {"data.batch_size": size, "trainer.accumulate_grad_batches": accumulate}
-        named |= {"trainer.max_epochs": 3 if trains else 1, "trainer.max_steps": -1}
-        kept = strategy(name.replace("lone", "zero"), 1 if name in ("one", "lone2") else 2)
-        arguments = command(module, "--model.output", output, *kind, *more, *kept, **named)
-        if name == "one":
-            wagle(*arguments, data=False)
-        else:
-            (lone if name == "lone2" else ranks)(*arguments)
+        options = (*kind, cut(*CUTS[name]), *more)
+        if name != "lone2":
+            return run(name, module, *options, output=output)
+        lone(*command(module, *options, strategy("zero2", 1), f"--model.output {output}"))
         return Path(output)
 
-    whole = fit(first, "whole", *checkpointing(1, "kept"))
+    whole = fit(first, "whole", *checkpointing(1))
     for step in (3, 4) if trains else (1,):
-        on = fit(second, f"on-{step}", "--ckpt_path", f"kept/step={step}.ckpt")
-        assert difference(weights(whole), weights(on)) < 1e-5 if trains else same_masks(whole, on)
+        on = fit(second, f"on-{step}", from_step(step))
+        assert close(whole, on) if trains else same_masks(whole, on)
 
 
-def test_a_checkpoint_without_a_shard(ranks: Ranks, run: Any, command: Any):
-    run("zero3", "FinetuneModule", *checkpointing(2, "kept"), **{"trainer.max_steps": 2})
+def test_checkpoints_that_do_not_fit(run: Any, ranks: Ranks, command: Any, fails: Any):
+    """Without a shard, of a run without DeepSpeed, or of one with it."""
+    steps = ("--trainer.max_steps 2", *checkpointing(2))
+    on = ("FinetuneModule", from_step(2))
+    run("zero3", "FinetuneModule", *steps)
+    said = fails(*command(*on, strategy("one")), data=False)
+    assert "written under DeepSpeed: add --trainer.strategy" in said
     os.remove("kept/step=2.ckpt/rank-00001-of-00002.safetensors")
-    answers = ranks(
-        *command(
-            "FinetuneModule",
-            "--model.output",
-            "x",
-            "--ckpt_path",
-            "kept/step=2.ckpt",
-            *strategy("zero3"),
-        ),
-        code=2,
-    )
-    assert "lacks the shard rank-00001-of-00002.safetensors" in answers[0]["error"]
+    (answer, _) = ranks(*command(*on, strategy("zero3")), code=2)
+    assert "lacks the shard rank-00001-of-00002.safetensors" in answer["error"]
+    run("one", "FinetuneModule", "--trainer.max_steps 2", *checkpointing(2, "plain"))
+    plain = ("FinetuneModule", from_step(2, "plain"), strategy("zero2"))
+    assert "written without DeepSpeed" in ranks(*command(*plain), code=2)[0]["error"]
 
 
 @pytest.mark.parametrize("name", ["one", "ddp", "zero2", "zero3"])
 def test_export(run: Any, mask: str, name: str, capsys: pytest.CaptureFixture[str]):
     """A checkpoint of the last step becomes the folder that the run itself wrote, bit for bit."""
-    options = ["--model.objective", "GradDiff", "--model.mask", mask, *checkpointing(2, "kept")]
-    folder = run(name, "UnlearnModule", *options, **{"trainer.max_steps": 4, "data.batch_size": 4})
+    options = (f"--model.objective GradDiff --model.mask {mask}", *checkpointing(2))
+    folder = run(name, "UnlearnModule", *options, f"--trainer.max_steps 4 {cut(4, 1)}")
     cli.main(["export", "kept/step=4.ckpt", "-o", "exported"])
     assert capsys.readouterr().out.splitlines()[-1] == "model written to exported"
-    assert difference(weights(folder), weights(Path("exported"))) == 0
-    assert {path.name for path in Path("exported").iterdir()} == {
-        path.name for path in folder.iterdir()
-    }
-    assert (
-        load_model("exported").generation_config.to_dict()
-        == load_model(str(folder)).generation_config.to_dict()
-    )
+    assert same_bits(folder, "exported")
+    assert sorted(os.listdir("exported")) == sorted(os.listdir(folder))
+    settings = [load_model(str(f)).generation_config.to_dict() for f in (folder, "exported")]
+    assert settings[0] == settings[1]
 
 
 @pytest.mark.parametrize("module", ["UnlearnModule", "AttributionModule"])
 @pytest.mark.parametrize("name", ["ddp", "zero2", "zero3"])
 def test_a_checkpoint_of_the_end_gives_the_result(run: Any, name: str, module: str):
     """With nothing left to train, a resumed run writes what the first wrote."""
-    options = (
-        ["--model.objective", "GradDiff"]
-        if module == "UnlearnModule"
-        else ["--model.hessian", "fisher"]
-    )
-    length = {
-        "trainer.max_steps": -1,
-        "trainer.max_epochs": 1,
-        "data.batch_size": 2,
-        "trainer.accumulate_grad_batches": 1,
-    }
-    folder = run(name, module, *options, *checkpointing(1, "kept"), **length)
+    trains = module == "UnlearnModule"
+    kind = "--model.objective GradDiff" if trains else "--model.hessian fisher"
+    options = (module, kind, ONE_PASS, cut(2, 1))
+    folder = run(name, *options, *checkpointing(1))
     last = max(Path("kept").iterdir(), key=lambda path: int(path.stem.partition("=")[2]))
-    again = run(name, module, *options, "--ckpt_path", last, output="again", **length)
-    if module == "UnlearnModule":
-        assert difference(weights(folder), weights(again)) == 0
-    else:
-        assert WeightMask.load(folder) == WeightMask.load(again)
+    again = run(name, *options, "--ckpt_path", last, output="again")
+    assert same_bits(folder, again) if trains else WeightMask.load(folder) == WeightMask.load(again)
 
 
 def test_export_merges_an_adapter(run: Any):
     pytest.importorskip("peft")
-    options = [
-        "--model.objective",
-        "GradDiff",
-        "--model.adapter",
-        "LoRA",
-        *checkpointing(2, "kept"),
-    ]
-    folder = run("one", "UnlearnModule", *options, **{"trainer.max_steps": 2, "data.batch_size": 4})
+    options = ("--model.objective GradDiff --model.adapter LoRA", *checkpointing(2))
+    folder = run("one", "UnlearnModule", *options, f"--trainer.max_steps 2 {cut(4, 1)}")
     cli.main(["export", "kept/step=2.ckpt", "-o", "exported"])
-    assert difference(weights(folder), weights(Path("exported"))) < 1e-6
+    assert difference(weights(folder), weights("exported")) < 1e-6
 
 
-def test_nothing_to_export(run: Any, tiny_model: str, capsys: pytest.CaptureFixture[str]):
-    named = {"trainer.max_epochs": 1, "trainer.max_steps": -1, "data.batch_size": 4}
-    for name, kept in (("one", "one-kept"), ("zero2", "two-kept")):
-        run(name, "AttributionModule", *checkpointing(1, kept), **named)
-        with pytest.raises(SystemExit) as ended:
-            cli.main(["export", f"{kept}/step=1.ckpt", "-o", "exported"])
-        assert ended.value.code == 2 and "attribution moves none" in capsys.readouterr().err
+def test_nothing_to_export(run: Any, capsys: pytest.CaptureFixture[str]):
+    for name in ("one", "zero2"):
+        run(name, "AttributionModule", ONE_PASS, cut(4, 1), *checkpointing(1, f"kept-{name}"))
     Path("torn.ckpt").write_bytes(b"PK")
-    for argument, said in (
-        ("torn.ckpt", "is damaged, or no checkpoint"),
-        ("missing.ckpt", "does not exist"),
-    ):
-        with pytest.raises(SystemExit):
-            cli.main(["export", argument, "-o", "exported"])
+    for checkpoint, said in {
+        "kept-one/step=1.ckpt": "attribution moves none",
+        "kept-zero2/step=1.ckpt": "attribution moves none",
+        "torn.ckpt": "is damaged, or no checkpoint",
+        "missing.ckpt": "does not exist",
+    }.items():
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["export", checkpoint, "-o", "exported"])
         assert said in capsys.readouterr().err
     assert not Path("exported").exists()
-
-
-def test_a_plain_checkpoint_under_deepspeed(ranks: Ranks, run: Any, command: Any):
-    run("one", "FinetuneModule", *checkpointing(2, "kept"), **{"trainer.max_steps": 2})
-    answers = ranks(
-        *command(
-            "FinetuneModule",
-            "--model.output",
-            "x",
-            "--ckpt_path",
-            "kept/step=2.ckpt",
-            *strategy("zero2"),
-        ),
-        code=2,
-    )
-    assert "written without DeepSpeed" in answers[0]["error"]
-
-
-def test_a_deepspeed_checkpoint_without_deepspeed(run: Any, command: Any, fails: Any):
-    run("zero2", "FinetuneModule", *checkpointing(2, "kept"), **{"trainer.max_steps": 2})
-    told = fails(
-        *command(
-            "FinetuneModule",
-            "--model.output",
-            "x",
-            "--ckpt_path",
-            "kept/step=2.ckpt",
-            *strategy("one", 1),
-        ),
-        data=False,
-    )
-    assert "written under DeepSpeed: add --trainer.strategy" in told
 
 
 # -- test ---------------------------------------------------------------------------------------------------------
@@ -774,48 +517,25 @@ def test_wagle_test_on_several_ranks(
 ):
     """The same numbers and generations for any number of ranks; sharded generation under ZeRO-3 included."""
     uneven = [json.loads(line) for line in Path(rows["forget_test"]).read_text().splitlines()]
-    for row in uneven[
-        1:
-    ]:  # one row has more candidates than others: ranks run different numbers of passes
+    for row in uneven[1:]:  # one row has more candidates: ranks run different numbers of passes
         del row["perturbed_answer"]
-    write_rows(Path("uneven.jsonl"), uneven)
     asked = [{"question": row["question"], "answer": row["answer"]} for row in uneven[:3]]
-    mixed = [
-        {"text": "Nobody asks about such a text, and nobody says more of it. " * 9}
-    ] * 3 + asked
-    write_rows(Path("mixed.jsonl"), mixed)  # one rank generates alone
-    sets = json.dumps(
-        {
-            "forget": rows["forget_test"],
-            "retain": rows["retain_test"],
-            "uneven": "uneven.jsonl",
-            "mixed": "mixed.jsonl",
-        }
-    )
-    common = [
-        "test",
-        "--model",
-        "EvaluationModule",
-        "--model.model",
-        tiny_model,
-        "--model.max_new_tokens",
-        "12",
-        *data_options(rows),
-        "--data.test",
-        sets,
-        "--data.test_batch_size",
-        "1",
-        "--trainer.logger",
-        "false",
-        "--trainer.enable_progress_bar",
-        "false",
-    ]
-    wagle(*common, "--model.output", "one", *strategy("one", 1), data=False)
+    text = {"text": "Nobody asks about such a text, and nobody says more of it. " * 9}
+    sets = {
+        "forget": rows["forget_test"],
+        "retain": rows["retain_test"],
+        "uneven": write_rows(Path("uneven.jsonl"), uneven),
+        "mixed": write_rows(Path("mixed.jsonl"), [text] * 3 + asked),  # one rank generates alone
+    }
+    common = ["test", "--model EvaluationModule --model.max_new_tokens 12 --model.model"]
+    common += [tiny_model, *data_options(rows), "--data.test", json.dumps(sets)]
+    common = words(*common, f"--data.test_batch_size 1 {QUIET}")
+    wagle(*common, strategy("one"), "--model.output one", data=False)
     expected = json.loads(Path("one/metrics.json").read_text())
     texts = pq.read_table("one/forget.parquet").to_pydict()
     assert expected and len(texts["generation"]) == 5
     for name in STRATEGIES:
-        here, there = ranks(*common, "--model.output", name, *strategy(name))
+        here, there = ranks(*common, *words(strategy(name), f"--model.output {name}"))
         assert here["metrics"] == there["metrics"]
         found = json.loads((Path(name) / "metrics.json").read_text())
         assert found == pytest.approx(expected, rel=1e-4)
@@ -826,42 +546,29 @@ def test_wagle_test_on_several_ranks(
         assert pq.read_table(f"{name}/mixed.parquet").to_pydict()["generation"].count(None) == 3
 
 
-def test_validation_on_several_ranks(run: Any, ranks: Ranks, wagle: Any, command: Any):
+def test_validation_on_several_ranks(
+    run: Any, ranks: Ranks, wagle: Any, command: Any, rows: dict[str, str]
+):
     """A run that is validated makes the same model as one that is not, and its measures are those of one device."""
-    options = [
-        "FinetuneModule",
-        "--data.test_batch_size",
-        "2",
-        "--trainer.num_sanity_val_steps",
-        "0",
-    ]
-    named = {
-        "trainer.max_steps": 3,
-        "trainer.log_every_n_steps": 1,
-        "trainer.val_check_interval": 1,
-    }
-    for name in ("one", "ddp", "zero3"):
-        run(name, *options, output=f"{name}-alone", **named)
-    watched = {
-        **named,
-        "data.val": "[retain, forget]",
-        "trainer.callbacks": "Evaluate",
-        "trainer.callbacks.val_generate": True,
-        "trainer.callbacks.max_new_tokens": 8,
-    }
-    done = wagle(
-        *command(*options, "--model.output", "one", *strategy("one", 1), **watched), data=False
+    sets = json.dumps({name: rows[f"{name}_test"] for name in ("forget", "retain")})
+    options = ("--trainer.max_steps 2 --data.test_batch_size 2 --data.test", sets)
+    watched = (
+        "--trainer.val_check_interval 1 --trainer.log_every_n_steps 1 "
+        "--trainer.num_sanity_val_steps 0 --trainer.callbacks Evaluate "
+        "--trainer.callbacks.val_generate true --trainer.callbacks.max_new_tokens 4 --data.val",
+        "[retain, forget]",
     )
-    expected = {
-        k: float(v) for k, v in done.trainer.callback_metrics.items() if k.startswith("val/")
-    }
-    assert {"val/forget/probability", "val/forget/rougeL_recall", "val/retain/probability"} <= set(
-        expected
-    )
-    for name in ("ddp", "zero3"):
-        answers = ranks(*command(*options, "--model.output", name, *strategy(name), **watched))
-        for answer in answers:
-            assert {k: answer["logged"][k] for k in expected} == pytest.approx(expected, rel=5e-3)
+    expected: dict[str, float] = {}
     for name in ("one", "ddp", "zero3"):
-        plain, found = weights(Path(f"{name}-alone")), weights(Path(name))
-        assert all(torch.equal(plain[each], found[each]) for each in plain)
+        plain = run(name, "FinetuneModule", *options, output=f"{name}-alone")
+        own = (strategy(name), f"--model.output {name}")
+        arguments = command("FinetuneModule", *options, *watched, *own)
+        if name == "one":
+            logged = wagle(*arguments, data=False).trainer.callback_metrics.items()
+            expected = {k: float(value) for k, value in logged if k.startswith("val/")}
+            assert {"val/forget/rougeL_recall", "val/retain/probability"} <= expected.keys()
+        else:
+            for answer in ranks(*arguments):
+                found = {k: answer["logged"][k] for k in expected}
+                assert found == pytest.approx(expected, rel=5e-3)
+        assert same_bits(plain, name)

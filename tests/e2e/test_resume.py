@@ -5,14 +5,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from helpers import same_bits, trapped
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
+from wagle_pl import FinetuneModule, LoRA, UnlearnModule
 from wagle_pl.core.errors import WagleError
-from wagle_pl.unlearning import FinetuneModule
+from wagle_pl.data import ForgetRetainDataModule
+from wagle_pl.evaluation import Evaluate
 from wagle_pl.unlearning.export import export
 
 
@@ -39,40 +42,26 @@ class SaveAt(Callback):
             raise KeyboardInterrupt
 
 
-def arguments(kind, model, accumulate):
-    module = {
-        "finetune": ("FinetuneModule",),
-        "npo": ("UnlearnModule", "--model.objective", "NPO", "--model.mask", "mask.safetensors"),
-        "po": ("UnlearnModule", "--model.objective", "PO"),
-    }[kind]
-    often = (
-        "--trainer.callbacks.every_n_train_steps",
-        "1",
-        "--trainer.callbacks.save_last",
-        "true",
-    )
+ATTRIBUTE = "fit --model AttributionModule --model.output mask --model.density 0.4"
+MODULES = {
+    "finetune": "FinetuneModule",
+    "npo": "UnlearnModule --model.objective NPO",
+    "po": "UnlearnModule --model.objective PO",
+}
+
+
+def training(kind, accumulate=1):
     return (
-        "fit",
-        "--model",
-        *module,
-        "--model.model",
-        model,
-        "--optimizer",
-        "MaskedAdamW",
-        "--optimizer.lr",
-        "1e-3",
-        "--optimizer.weight_decay",
-        "0.1",
-        "--data.batch_size",
-        "3",
-        "--trainer.max_epochs",
-        "3",
-        "--trainer.accumulate_grad_batches",
-        accumulate,
-        "--trainer.callbacks",
-        "ModelCheckpoint",
-        *often,
+        f"fit --model {MODULES[kind]} --optimizer MaskedAdamW --optimizer.lr 1e-3 "
+        "--optimizer.weight_decay 0.1 --data.batch_size 3 --trainer.max_epochs 3 "
+        f"--trainer.accumulate_grad_batches {accumulate}"
     )
+
+
+KEEP = (
+    "--trainer.callbacks ModelCheckpoint --trainer.callbacks.every_n_train_steps 1 "
+    "--trainer.callbacks.save_last true --trainer.callbacks.dirpath"
+)
 
 
 @pytest.mark.parametrize(
@@ -82,56 +71,19 @@ def arguments(kind, model, accumulate):
 def test_a_killed_run_continues_to_the_same_bits(
     wagle, tiny_model, tmp_path, kind, accumulate, killed_after
 ):
+    fit = (training(kind, accumulate), "--model.model", tiny_model)
     if kind == "npo":
-        attribute = ("fit", "--model", "AttributionModule", "--trainer.max_epochs", "1")
-        wagle(
-            *attribute,
-            "--model.model",
-            tiny_model,
-            "--model.output",
-            "mask",
-            "--model.density",
-            "0.4",
-        )
-    args = arguments(kind, tiny_model, accumulate)
-    folder = ("--trainer.callbacks.dirpath",)
-    wagle(*args, "--model.output", "whole", *folder, "whole_ckpt")
+        wagle(ATTRIBUTE, "--model.model", tiny_model)
+        fit += ("--model.mask mask.safetensors",)
+    wagle(*fit, "--model.output whole", KEEP, "whole_ckpt")
     KillAt.batches = killed_after
-    kill = ("--trainer.callbacks+=test_resume.KillAt",)
+    resumed = (*fit, "--model.output resumed", KEEP, "ckpt")
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        wagle(*args, "--model.output", "resumed", *folder, "ckpt", *kill)
+        wagle(*resumed, "--trainer.callbacks+=test_resume.KillAt")
     assert not (tmp_path / "resumed").exists()
-    last = tmp_path / "ckpt/last.ckpt"
-    assert 0 < torch.load(last, weights_only=False)["global_step"] <= killed_after
-    wagle(*args, "--model.output", "resumed", *folder, "ckpt", "--ckpt_path", last)
+    assert 0 < torch.load("ckpt/last.ckpt", weights_only=False)["global_step"] <= killed_after
+    wagle(*resumed, "--ckpt_path ckpt/last.ckpt")
     assert same_bits("whole", "resumed")
-
-
-def short(model, accumulate):
-    """NPO for two epochs, on a model with dropout."""
-    args = arguments("npo", model, accumulate)
-    args = (
-        *args[: args.index("--trainer.callbacks")],
-        "--model.mask",
-        "null",
-        "--trainer.max_epochs",
-        "2",
-    )
-    return (
-        *args,
-        "--data.batch_size",
-        3 if accumulate < 4 else 2,
-        "--trainer.enable_checkpointing",
-        "false",
-    )
-
-
-def test_what_an_earlier_run_computed_changes_no_random_number(wagle, dropping_model):
-    """The second run finds the log-probabilities at θ₀ that the first had to compute."""
-    args = short(dropping_model, 1)
-    wagle(*args, "--model.output", "first")
-    wagle(*args, "--model.output", "second")
-    assert same_bits("first", "second")
 
 
 @pytest.mark.parametrize(
@@ -140,45 +92,34 @@ def test_what_an_earlier_run_computed_changes_no_random_number(wagle, dropping_m
 def test_a_checkpoint_at_any_batch_continues_to_the_same_bits(
     wagle, dropping_model, accumulate, saved_after
 ):
-    """With dropout, and in the middle of a step too, which is then made anew."""
-    args = short(dropping_model, accumulate)
-    wagle(*args, "--model.output", "whole")
+    """NPO with dropout, and in the middle of a step too, which is then made anew.
+
+    A later run finds the log-probabilities at θ₀ that the first had to compute: no random number changes by that.
+    """
+    size = 3 if accumulate < 4 else 2
+    short = f"--trainer.max_epochs 2 --data.batch_size {size} --trainer.enable_checkpointing false"
+    fit = (training("npo", accumulate), "--model.model", dropping_model, short)
+    wagle(*fit, "--model.output whole")
     SaveAt.batches = saved_after
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        wagle(*args, "--model.output", "resumed", "--trainer.callbacks", "test_resume.SaveAt")
-    wagle(*args, "--model.output", "resumed", "--ckpt_path", "middle.ckpt")
+        wagle(*fit, "--model.output resumed --trainer.callbacks test_resume.SaveAt")
+    wagle(*fit, "--model.output resumed --ckpt_path middle.ckpt")
     assert same_bits("whole", "resumed")
-
-
-ADAPTER = ("--model.adapter", "LoRA", "--model.adapter.r", "2")
+    if saved_after == 2:
+        wagle(*fit, "--model.output again")
+        assert same_bits("whole", "again")
 
 
 @pytest.mark.parametrize("kind", ["finetune", "npo", "adapter"])
 def test_load_from_checkpoint(wagle, tiny_model, rows, kind):
     """The module as Lightning gives it back has the weights that the run wrote, answers, and can be tested."""
-    import lightning as L
-
-    from wagle_pl import FinetuneModule, LoRA, UnlearnModule
-    from wagle_pl.core.errors import WagleError
-    from wagle_pl.data import ForgetRetainDataModule
-    from wagle_pl.evaluation import Evaluate
-
+    fit = [training(kind if kind != "adapter" else "po"), "--model.model", tiny_model]
     if kind == "npo":
-        wagle(
-            "fit",
-            "--model",
-            "AttributionModule",
-            "--model.model",
-            tiny_model,
-            "--model.output",
-            "mask",
-        )
-    args = (
-        arguments("po", tiny_model, 1) + ADAPTER
-        if kind == "adapter"
-        else arguments(kind, tiny_model, 1)
-    )
-    wagle(*args, "--model.output", "out", "--trainer.callbacks.dirpath", "ckpt")
+        wagle(ATTRIBUTE, "--model.model", tiny_model)
+        fit.append("--model.mask mask.safetensors")
+    if kind == "adapter":
+        fit.append("--model.adapter LoRA --model.adapter.r 2")
+    wagle(*fit, "--model.output out", KEEP, "ckpt")
     cls = FinetuneModule if kind == "finetune" else UnlearnModule
     options = {"adapter": LoRA(r=2)} if kind == "adapter" else {}
     module = cls.load_from_checkpoint("ckpt/last.ckpt", **options)
@@ -188,51 +129,29 @@ def test_load_from_checkpoint(wagle, tiny_model, rows, kind):
         assert all(torch.equal(written[name], here[name]) for name in here)
     ids = module.tokenizer("Who?", return_tensors="pt").input_ids
     assert module.lm.generate(ids, max_new_tokens=3, do_sample=False).shape[1] >= ids.shape[1]
-    trainer = L.Trainer(
-        callbacks=[evaluate := Evaluate()],
-        logger=False,
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(callbacks=[evaluate := Evaluate()], accelerator="cpu", **quiet)
     data = ForgetRetainDataModule(rows["forget"], rows["retain"])
     trainer.test(module, data, verbose=False)
-    test = (
-        "test",
-        "--model",
-        "EvaluationModule",
-        "--model.model",
-        "out",
-        "--model.output",
-        "tested",
-    )
-    assert evaluate.metrics == pytest.approx(wagle(*test).model.metrics, rel=1e-4)
+    tested = wagle("test --model EvaluationModule --model.model out --model.output tested").model
+    assert evaluate.metrics == pytest.approx(tested.metrics, rel=1e-4)
     with pytest.raises(WagleError, match="the checkpoint as ckpt_path"):
         trainer.fit(module, data)
 
 
-FIT = ("fit", "--model", "FinetuneModule", "--trainer.max_steps", "1")
-
-
-@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle"])
-def test_a_checkpoint_file(wagle: Any, fails: Any, tiny_model: str, kind: str) -> None:
-    keep = (
-        "--trainer.callbacks",
-        "ModelCheckpoint",
-        "--trainer.callbacks.dirpath",
-        "ckpt",
-        "--trainer.callbacks.filename",
-        "one",
-    )
-    wagle(*FIT, *keep, "--model.model", tiny_model, "--model.output", "out")
+def test_a_checkpoint_file(wagle: Any, fails: Any, tiny_model: str) -> None:
+    """One that holds code is not read, in whatever container."""
+    fit = ("fit --model FinetuneModule --trainer.max_steps 1 --model.output out", "--model.model")
+    wagle(*fit, tiny_model, KEEP, "ckpt")
     shutil.rmtree("out")
-    path = trapped(Path("ckpt/one.ckpt"), kind)
-    with pytest.raises(
-        WagleError, match=r"ckpt/one.ckpt (holds posix.mkdir|is damaged, or no checkpoint)"
-    ):
-        export(path, "exported")
-    line = fails(*FIT, "--model.model", tiny_model, "--model.output", "out", "--ckpt_path", path)
-    assert "ckpt/one.ckpt" in line
-    with pytest.raises((WagleError, pickle.UnpicklingError)):
-        FinetuneModule.load_from_checkpoint(path)
-    assert not any(Path(name).exists() for name in ("trapped", "exported", "out"))
+    whole = Path("ckpt/last.ckpt").read_bytes()
+    for kind in ("zip", "legacy", "pickle"):
+        Path("ckpt/last.ckpt").write_bytes(whole)
+        path = trapped(Path("ckpt/last.ckpt"), kind)
+        said = r"ckpt/last.ckpt (holds posix.mkdir|is damaged, or no checkpoint)"
+        with pytest.raises(WagleError, match=said):
+            export(path, "exported")
+        assert "ckpt/last.ckpt" in fails(*fit, tiny_model, "--ckpt_path", path)
+        with pytest.raises((WagleError, pickle.UnpicklingError)):
+            FinetuneModule.load_from_checkpoint(path)
+        assert not any(Path(name).exists() for name in ("trapped", "exported", "out"))
