@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,7 @@ class Ranks:
         Raises:
             AssertionError: if a rank ends with another exit code, or none does in time.
         """
-        if any(
-            process.poll() is not None for process in self.processes
-        ):  # since an earlier test failed
+        if any(process.poll() is not None for process in self.processes):  # an earlier test failed
             self.stop()
             self.start()
         for process in self.processes:
@@ -121,16 +120,15 @@ def serve() -> None:
         try:
             done = cli.run(args)
             answer["metrics"] = getattr(done.model, "metrics", None)
-            answer["logged"] = {
-                name: value.item() for name, value in done.trainer.callback_metrics.items()
-            }
+            logged = done.trainer.callback_metrics.items()
+            answer["logged"] = {name: value.item() for name, value in logged}
         except Exception as error:
             said = mistake(error)
             answer.update(code=1 if said is None else 2, error=said or str(error))
             if said is None:
-                import traceback
-
                 traceback.print_exc()
+        except SystemExit as ended:  # what is wrong is in the log
+            answer.update(code=ended.code, error="see the log")
         answer["peak"] = _memory("VmHWM") - before
         sys.stderr.flush()
         print(ANSWER + json.dumps(answer), flush=True)
@@ -138,12 +136,8 @@ def serve() -> None:
 
 def _memory(field: str) -> int:
     """Bytes, as Linux counts them for this process."""
-    (line,) = (
-        line
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith(field)
-    )
-    return int(line.split()[1]) * 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 if __name__ == "__main__":

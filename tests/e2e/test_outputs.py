@@ -219,8 +219,7 @@ AS_SAFETENSORS_SAYS = SafetensorError("I/O error: No space left on device (os er
 
 
 @pytest.mark.parametrize(
-    ("kind", "error"),
-    [*((kind, FULL) for kind in KINDS), ("UnlearnModule", AS_SAFETENSORS_SAYS)],
+    ("kind", "error"), [*((kind, FULL) for kind in KINDS), ("UnlearnModule", AS_SAFETENSORS_SAYS)]
 )
 def test_a_full_disk_at_the_end_and_a_checkpoint(
     wagle: Any, fails: Any, fit: Any, full: Any, kind: str, error: Exception

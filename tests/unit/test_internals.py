@@ -9,10 +9,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 def test_lightnings_strategy_makes_an_engine_without_optimizer():
     assert list(
         inspect.signature(DeepSpeedStrategy._initialize_deepspeed_inference).parameters
-    ) == [
-        "self",
-        "model",
-    ]
+    ) == ["self", "model"]
     used = inspect.getsource(DeepSpeedStrategy.init_deepspeed)
     assert "self._initialize_deepspeed_inference(self.model)" in used
     # a size that is given keeps Lightning from looking for a loader

@@ -61,16 +61,24 @@ class Piece(NamedTuple):
 # -- what a rank holds -----------------------------------------------------------------------------
 
 
-def of_optimizer(optimizer: torch.optim.Optimizer, held: Iterable[Fragment]) -> Iterator[Piece]:
-    """Weights and optimiser state in this rank's flat partitions."""
+def of_optimizer(
+    optimizer: torch.optim.Optimizer, held: Iterable[Fragment]
+) -> tuple[list[Piece], dict[str, dict[str, float]]]:
+    """Weights and optimiser state in this rank's flat partitions; and by parameter and key the
+    state that is one number (a step count)."""
+    pieces, singles = [], {}
     for fragment in held:
-        weights = partial(fragment.of, fragment.flat.detach())
-        yield Piece(WEIGHT, *fragment[:3], torch.float32, weights)
-    for fragment in held:
-        for key, state in optimizer.state.get(fragment.flat, {}).items():
-            if torch.is_tensor(state) and state.dim():  # one number a weight
-                read = partial(fragment.of, state)
-                yield Piece(f"state/{key}", *fragment[:3], state.dtype, read)
+        name, flat = fragment.name, fragment.flat
+        tensors = {WEIGHT: flat.detach()}
+        for key, value in optimizer.state.get(flat, {}).items():
+            if torch.is_tensor(value) and value.dim():  # one number a weight
+                tensors[f"state/{key}"] = value
+            elif torch.is_tensor(value) or isinstance(value, (int, float)):
+                singles.setdefault(name, {})[key] = float(value)
+        for key, tensor in tensors.items():
+            read = partial(fragment.of, tensor)
+            pieces.append(Piece(key, *fragment[:3], tensor.dtype, read))
+    return pieces, singles
 
 
 def of_frozen(parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[Piece]:
@@ -81,18 +89,6 @@ def of_frozen(parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[Piece]
             if len(share):
                 read = partial(share.narrow, 0, 0, len(share))
                 yield Piece(WEIGHT, name, start, len(share), share.dtype, read)
-
-
-def single_states(
-    optimizer: torch.optim.Optimizer, held: Iterable[Fragment]
-) -> dict[str, dict[str, float]]:
-    """Parameter -> key -> the state that is one number (a step count)."""
-    singles: dict[str, dict[str, float]] = {}
-    for fragment in held:
-        for key, value in optimizer.state.get(fragment.flat, {}).items():
-            if isinstance(value, (int, float)) or (torch.is_tensor(value) and not value.dim()):
-                singles.setdefault(fragment.name, {})[key] = float(value)
-    return singles
 
 
 # -- writing ---------------------------------------------------------------------------------------

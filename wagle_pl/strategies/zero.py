@@ -243,15 +243,13 @@ class ZeRO(DeepSpeedStrategy):
             files.save(path, module.sums.parts(), common, parameter_shapes(module.lm))
             return
         stored, optimizer = list(module.stored_parameters()), self.base_optimizer
-        held = self.fragments()
-        pieces = [*files.of_optimizer(optimizer, held), *files.of_frozen(stored)]
-        singles = distributed.all_gather(files.single_states(optimizer, held).items())
-        common["single_states"] = dict(singles)
+        pieces, singles = files.of_optimizer(optimizer, self.fragments())
+        common["single_states"] = dict(distributed.all_gather(singles.items()))
         common["param_groups"] = [
             {key: value for key, value in group.items() if key != "params"}
             for group in optimizer.param_groups
         ]
-        files.save(path, pieces, common, shapes_of(stored))
+        files.save(path, [*pieces, *files.of_frozen(stored)], common, shapes_of(stored))
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: Optional[bool] = None
