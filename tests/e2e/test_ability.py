@@ -17,7 +17,7 @@ from wagle_pl import WagleError
 from wagle_pl.data import WMDPDataModule
 from wagle_pl.data.example import Example
 from wagle_pl.evaluation import find_suite
-from wagle_pl.evaluation.ability import Harness, read
+from wagle_pl.evaluation.ability import Harness, read, wrap
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.observe import letters
 from wagle_pl.lm.models import load_model, load_tokenizer
@@ -63,9 +63,24 @@ def tasks(tmp_path, monkeypatch):
     return folder
 
 
-def accuracy(model: str, rows: list[dict]) -> float:
+@pytest.fixture
+def args(tiny_model, rows):
+    """Arguments of a test with some tasks."""
+    options = (
+        "test --model EvaluationModule --model.generate false --model.output out --model.model"
+    )
+    sets = json.dumps({"forget": rows["forget_test"]})
+    own = (*options.split(), tiny_model, "--data.test", sets)
+    return lambda tasks, *more: (*own, "--model.lm_eval", str(tasks), *more)
+
+
+@pytest.fixture
+def tiny(tiny_model):
+    return load_model(tiny_model).eval(), load_tokenizer(tiny_model)
+
+
+def accuracy(lm, tokenizer, rows: list[dict]) -> float:
     """By summed log-likelihood of the choices, one text at a time."""
-    lm, tokenizer = load_model(model).eval(), load_tokenizer(model)
     right = []
     for row in rows:
         prompt = f"Question: {row['question']}\nAnswer:"
@@ -81,38 +96,23 @@ def accuracy(model: str, rows: list[dict]) -> float:
 
 
 @needs_harness
-def test_a_local_task_in_a_test(wagle, tiny_model, rows, tasks, tmp_path, capsys):
-    args = (
-        "test",
-        "--model",
-        "EvaluationModule",
-        "--model.model",
-        tiny_model,
-        "--model.generate",
-        "false",
-    )
-    args += (
-        "--data.test",
-        json.dumps({"forget": rows["forget_test"]}),
-        "--model.lm_eval",
-        str(tasks),
-    )
-    module = wagle(*args, "--model.output", "out").model
+def test_a_local_task_in_a_test(wagle, args, tiny, tasks, tmp_path, capsys):
+    module = wagle(*args(tasks)).model
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
-    assert metrics["ability/wagle_quiz/acc"] == pytest.approx(accuracy(tiny_model, ROWS))
-    assert 0 < metrics["ability/wagle_quiz/acc"] < 1
-    assert module.evaluation.general == {"wagle_quiz": metrics["ability/wagle_quiz/acc"]}
+    found = metrics["ability/wagle_quiz/acc"]
+    assert 0 < found < 1 and found == pytest.approx(accuracy(*tiny, ROWS))
+    assert module.evaluation.general == {"wagle_quiz": found}
     info = json.loads((tmp_path / "out/metrics.info.json").read_text())["measures"]
-    assert info["ability/wagle_quiz/acc"]["unit"] == "share, 0 to 1"
-    assert info["ability/wagle_quiz/acc"]["direction"] == "higher"
+    about = info["ability/wagle_quiz/acc"]
+    assert (about["unit"], about["direction"]) == ("share, 0 to 1", "higher")
     assert "ability/wagle_quiz/acc" in capsys.readouterr().out
-    few = wagle(*args, "--model.output", "few", "--model.lm_eval_limit", "2").model.metrics
-    assert few["ability/wagle_quiz/acc"] == pytest.approx(accuracy(tiny_model, ROWS[:2]))
+    few = wagle(*args(tasks, "--model.output", "few", "--model.lm_eval_limit", "2")).model.metrics
+    assert few["ability/wagle_quiz/acc"] == pytest.approx(accuracy(*tiny, ROWS[:2]))
 
 
 @needs_harness
-def test_the_model_is_left_as_it_was(tiny_model, tasks):
-    lm, tokenizer = load_model(tiny_model).eval(), load_tokenizer(tiny_model)
+def test_the_model_is_left_as_it_was(tiny, tasks):
+    lm, tokenizer = tiny
     before = {name: weights.clone() for name, weights in lm.state_dict().items()}
     torch.manual_seed(5)
     expected = torch.rand(1)
@@ -125,46 +125,32 @@ def test_the_model_is_left_as_it_was(tiny_model, tasks):
 
 
 @needs_harness
-def test_ranks_share_the_rows(tiny_model, tasks, monkeypatch):
+def test_ranks_share_the_rows(tiny, monkeypatch):
     """Rank 1 of 2 takes its rows; the collectives are stubs."""
-    from wagle_pl.core import distributed
-    from wagle_pl.evaluation import ability
-
-    lm, tokenizer = load_model(tiny_model).eval(), load_tokenizer(tiny_model)
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "rank", lambda: 1)
-    monkeypatch.setattr(distributed, "all_gather", lambda items: [*items, *items])
-    wrapped = ability.wrap(lm, tokenizer, 4, share=True)
-    assert (wrapped.rank, wrapped.world_size) == (1, 2) and wrapped.model is lm
+    stubs = {"world_size": lambda: 2, "rank": lambda: 1, "all_gather": lambda items: [*items] * 2}
+    for name, stub in stubs.items():
+        monkeypatch.setattr(f"wagle_pl.core.distributed.{name}", stub)
+    wrapped = wrap(*tiny, 4, share=True)
+    assert (wrapped.rank, wrapped.world_size) == (1, 2) and wrapped.model is tiny[0]
     assert wrapped.all_gather(torch.tensor(3)).tolist() == [3, 3]
     wrapped.barrier()
-    alone = ability.wrap(lm, tokenizer, 4, share=False)
+    alone = wrap(*tiny, 4, share=False)
     assert (alone.rank, alone.world_size) == (0, 1)
 
 
 @needs_harness
-def test_mistakes_are_said_before_any_work(fails, tiny_model, tasks, rows, tmp_path):
-    args = (
-        "test",
-        "--model",
-        "EvaluationModule",
-        "--model.model",
-        tiny_model,
-        "--model.output",
-        "out",
-    )
-    args += ("--data.test", json.dumps({"forget": rows["forget_test"]}), "--model.lm_eval")
-    assert "model.lm_eval: folder ./nowhere does not exist" in fails(*args, "./nowhere")
+def test_mistakes_are_said_before_any_work(fails, args, tasks, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "model.lm_eval: folder empty has no task YAML" in fails(*args, "empty")
-    assert "model.lm_eval_limit must be at least 1, got 0" in fails(
-        *args, str(tasks), "--model.lm_eval_limit", "0"
-    )
+    for options, message in [
+        (("./nowhere",), "model.lm_eval: folder ./nowhere does not exist"),
+        (("empty",), "model.lm_eval: folder empty has no task YAML"),
+        ((tasks, "--model.lm_eval_limit", "0"), "model.lm_eval_limit must be at least 1, got 0"),
+    ]:
+        assert message in fails(*args(*options))
     assert not (tmp_path / "out").exists()
     (tmp_path / "quiz.jsonl").unlink()
-    assert "model.lm_eval: rows of wagle_quiz cannot be loaded: Unable to find" in fails(
-        *args, str(tasks)
-    )
+    message = "model.lm_eval: rows of wagle_quiz cannot be loaded: Unable to find"
+    assert message in fails(*args(tasks))
 
 
 @needs_harness
@@ -178,55 +164,40 @@ def test_mmlu_is_asked_as_the_harness_asks(tmp_path, tiny_model):
     assert len(described) == 57
     asked = {"question": " Which is it? ", "choices": ["one", "two", "three", "four"], "answer": 1}
     (tmp_path / "mmlu/all").mkdir(parents=True)
-    write_rows(
-        tmp_path / "mmlu/all/test.jsonl", [{**asked, "subject": subject} for subject in described]
-    )
+    rows = [{**asked, "subject": subject} for subject in described]
+    write_rows(tmp_path / "mmlu/all/test.jsonl", rows)
     data = WMDPDataModule(folder=str(tmp_path), tokenizer=tiny_model)
     header = find_suite("wmdp").headers["mmlu"]
-    for row, description in zip(data.test_examples("mmlu"), described.values(), strict=True):
+    examples = data.test_examples("mmlu")
+    plain = Example.of(asked)  # of no subject
+    for row, description in [*zip(examples, described.values(), strict=True), (plain, "")]:
         prompt = description + "Which is it?\nA. one\nB. two\nC. three\nD. four\nAnswer:"
         expected = [data.tokenizer(f"{prompt} {letter}")["input_ids"] for letter in "ABCD"]
         assert [named.candidate.ids for named in letters(data.template, row, header)] == expected
-    plain = letters(data.template, Example.of(asked), header)[0].candidate.ids
-    assert (
-        plain
-        == data.tokenizer("Which is it?\nA. one\nB. two\nC. three\nD. four\nAnswer: A")["input_ids"]
-    )
 
 
 @needs_harness
-def test_an_unknown_task(fails, tiny_model, tasks, monkeypatch):
+def test_an_unknown_task(tasks, monkeypatch):
     from lm_eval import tasks as theirs
 
     real = theirs.TaskManager  # its own 14,000 task files take seconds to read
-    monkeypatch.setattr(
-        theirs,
-        "TaskManager",
-        lambda include_path, include_defaults: real(
-            include_path=include_path, include_defaults=False
-        ),
+    few = lambda include_path, include_defaults: real(  # noqa: E731
+        include_path=include_path, include_defaults=False
     )
-    args = ("test", "--model", "EvaluationModule", "--model.model", tiny_model, "--model.lm_eval")
-    message = fails(*args, f"{tasks},wagle_quis")
-    assert "lm-evaluation-harness has no task 'wagle_quis'; did you mean wagle_quiz?" in message
-    assert "has no task 'mmlu'" in fails(*args, "mmlu")
+    monkeypatch.setattr(theirs, "TaskManager", few)
+    for given, message in [
+        (f"{tasks},wagle_quis", "has no task 'wagle_quis'; did you mean wagle_quiz?"),
+        ("mmlu", "has no task 'mmlu'"),
+    ]:
+        with pytest.raises(WagleError, match=f"lm-evaluation-harness {message}".replace("?", ".")):
+            Harness(given)
 
 
-def test_without_the_harness(fails, tiny_model, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    message = fails(
-        "test",
-        "--model",
-        "EvaluationModule",
-        "--model.model",
-        tiny_model,
-        "--model.lm_eval",
-        "mmlu",
-    )
-    assert "model.lm_eval needs lm-evaluation-harness: pip install 'wagle-pl[ability]'" in message
-    with pytest.raises(WagleError, match=r"wagle-pl\[ability\]"):
-        Harness("mmlu")
+def test_without_the_harness(fails, args, monkeypatch):
+    for name in ("lm_eval", "lm_eval.tasks"):
+        monkeypatch.setitem(sys.modules, name, None)
+    message = "model.lm_eval needs lm-evaluation-harness: pip install 'wagle-pl[ability]'"
+    assert message in fails(*args("mmlu"))
 
 
 def test_reading_what_the_harness_returns():
@@ -247,14 +218,12 @@ def test_reading_what_the_harness_returns():
         "versions": {"mmlu": 2},
     }
     found = read(results, ["mmlu", "gsm8k", "wikitext"])
-    assert (
-        found.values["ability/mmlu/acc"] == 0.25 and type(found.values["ability/mmlu/acc"]) is float
-    )
+    value = found.values["ability/mmlu/acc"]
+    assert value == 0.25 and type(value) is float
     assert found.values["ability/gsm8k/exact_match_strict-match"] == 0.0
     assert isinstance(found.values["ability/gsm8k/exact_match_flexible-extract"], Undefined)
     assert found.infos["ability/wikitext/word_perplexity"].direction == "lower"
-    assert (
-        found.infos["ability/mmlu/acc"].what == "acc on mmlu, version 2, by lm-evaluation-harness"
-    )
+    what = found.infos["ability/mmlu/acc"].what
+    assert what == "acc on mmlu, version 2, by lm-evaluation-harness"
     assert found.general == {"mmlu": 0.25}
     assert "ability/mmlu_law/acc" in found.values and "ability/mmlu_law/acc" not in found.shown()
