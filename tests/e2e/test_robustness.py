@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import write_rows
+from helpers import data_options, write_rows
 
 from wagle_pl import WagleError
 from wagle_pl.core.weights import fingerprint
@@ -20,51 +20,29 @@ from wagle_pl.data.rows import load_rows
 from wagle_pl.data.template import Template
 from wagle_pl.evaluation.attacks import Attack, InContext, Relearn
 from wagle_pl.evaluation.attacks.attack import texts_of
-from wagle_pl.evaluation.attacks.report import (
-    EVERY,
-    find_attacks,
-    model_of,
-    results_of,
-    usable_attacks,
-)
+from wagle_pl.evaluation.attacks.report import find_attacks, model_of, results_of, usable_attacks
 from wagle_pl.evaluation.attacks.weights import finetune_, quantise_
 from wagle_pl.lm.models import load_model, load_tokenizer
 from wagle_pl.lm.saving import save_model
 
-generator = torch.Generator().manual_seed(0)
+PROMPTED = ["paraphrase", "translated_style", "in_context", "sample", "probe"]
+ALL = ["relearn", "quantise", *PROMPTED]
 
 
-def normal(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=generator)
-
-
-# -- choosing attacks -------------------------------------------------------------------------------------------------
+# -- choosing attacks ------------------------------------------------------------------------------
 
 
 def test_how_attacks_are_named():
-    names = [
-        "relearn",
-        "quantise",
-        "paraphrase",
-        "translated_style",
-        "in_context",
-        "sample",
-        "probe",
-    ]
+    def names(value: Any) -> list[str]:
+        return [attack.name for attack in find_attacks(value)[0]]
+
     for value in (True, "all", "true"):
-        attacks, every = find_attacks(value)
-        assert [attack.name for attack in attacks] == names and every
+        assert names(value) == ALL and find_attacks(value)[1]
     for value in (None, False, "none", []):
         assert find_attacks(value) == ([], False)
-    for value in (
-        "TranslatedStyle, in_context",
-        "[translated_style,InContext]",
-        ["translated_style", "in_context"],
-    ):
-        assert [attack.name for attack in find_attacks(value)[0]] == [
-            "translated_style",
-            "in_context",
-        ]
+    two = ["translated_style", "in_context"]
+    for value in ("TranslatedStyle, in_context", "[translated_style,InContext]", two):
+        assert names(value) == two
     own = Relearn(steps=3)
     assert find_attacks([own])[0] == [own]
     with pytest.raises(WagleError, match=r"'relern'; choose one of InContext, .*TranslatedStyle"):
@@ -72,14 +50,13 @@ def test_how_attacks_are_named():
 
 
 def test_where_models_and_results_are(tiny_model, tmp_path):
-    model = tmp_path / "model"
+    model, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
     (model / "test").mkdir(parents=True)
     (model / "config.json").write_text("{}")
     assert model_of(model) == str(model) and results_of(model) is None
     (model / "test/metrics.json").write_text("{}")
     assert model_of(model / "test") == model_of(model / "test/metrics.json") == str(model)
     assert results_of(model) == model / "test" and results_of(model / "test") == model / "test"
-    elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     assert model_of(elsewhere) is None and results_of(elsewhere / "x.json") == elsewhere / "x.json"
     (elsewhere / "metrics.info.json").write_text(json.dumps({"model": tiny_model}))
@@ -88,17 +65,9 @@ def test_where_models_and_results_are(tiny_model, tmp_path):
     assert model_of(model / "published.json") is None
 
 
-# -- the test that runs them ------------------------------------------------------------------------------------------
+# -- the test that runs them -----------------------------------------------------------------------
 
-TEST = (
-    "test",
-    "--model",
-    "EvaluationModule",
-    "--model.max_new_tokens",
-    "6",
-    "--data.test_batch_size",
-    "4",
-)
+TEST = ("test", "--model=EvaluationModule", "--model.max_new_tokens=6", "--data.test_batch_size=4")
 
 
 class Shouted(Attack):
@@ -120,22 +89,35 @@ class Careless(Attack):
         return []
 
 
+def sets(**files: str) -> str:
+    return f"--data.test={json.dumps(files)}"
+
+
+def one(name: str, **options: Any) -> list[dict[str, Any]]:
+    return [{"class_path": name, "init_args": options}]
+
+
 @pytest.fixture
 def attacked(wagle, tiny_model, rows, tmp_path):
     """Run a test with attacks on five forget rows; returns its module, metrics and records."""
 
     def run(attacks: Any, *options: Any, output: str = "out", forget: str = rows["forget_test"]):
-        args = ("--model.output", output, "--data.test", json.dumps({"forget": forget}))
-        chosen = (
-            "--model.robustness",
-            attacks if isinstance(attacks, str) else json.dumps(attacks),
-        )
-        module = wagle(*TEST, "--model.model", tiny_model, *args, *chosen, *options).model
-        read = [
-            json.loads((tmp_path / output / f"{name}.json").read_text())
-            for name in ("metrics", "robustness")
-        ]
-        return module, *read
+        chosen = attacks if isinstance(attacks, str) else json.dumps(attacks)
+        args = (f"--model.output={output}", sets(forget=forget), f"--model.robustness={chosen}")
+        module = wagle(*TEST, f"--model.model={tiny_model}", *args, *options).model
+        files = (tmp_path / output / f"{name}.json" for name in ("metrics", "robustness"))
+        return module, *(json.loads(file.read_text()) for file in files)
+
+    return run
+
+
+@pytest.fixture
+def tested(wagle, tmp_path):
+    """Metrics of a model without attacks on a file of forget rows."""
+
+    def run(model: str, forget: str) -> dict[str, float]:
+        wagle(*TEST, f"--model.model={model}", "--model.output=plain", sets(forget=forget))
+        return json.loads((tmp_path / "plain/metrics.json").read_text())
 
     return run
 
@@ -145,20 +127,17 @@ def values(records: list[dict], column: str = "after") -> dict[str, Any]:
 
 
 def test_every_attack(attacked, tiny_model, rows, tmp_path, capsys):
-    module, metrics, records = attacked("all", "--data.holdout", rows["retain_test"])
+    holdout = f"--data.holdout={rows['retain_test']}"
+    module, metrics, records = attacked("all", holdout)
     printed = capsys.readouterr().out
     weights = dict(load_model(tiny_model).named_parameters())
     assert all(torch.equal(p, weights[name]) for name, p in module.lm.named_parameters())
     assert module.fingerprint() == fingerprint(weights.items()) == module.model_fingerprint
-    assert {r["attack"] for r in records} == {attack().name for attack in EVERY}
-    ways = {(r["attack"], r["option"]) for r in records if r["option"]}
+    assert {r["attack"] for r in records} == set(ALL)
+    ways = {f"{r['attack']} {r['option']}" for r in records if r["option"]}
     assert ways == {
-        ("relearn", "forget"),
-        ("relearn", "retain"),
-        ("quantise", "8bit"),
-        ("quantise", "4bit"),
-        ("probe", "answers"),
-        ("probe", "rows"),
+        *("relearn forget", "relearn retain", "quantise 8bit", "quantise 4bit"),
+        *("probe answers", "probe rows"),
     }
     for record in records:
         way = "_".join(part for part in (record["attack"], record["option"]) if part)
@@ -169,60 +148,35 @@ def test_every_attack(attacked, tiny_model, rows, tmp_path, capsys):
     info = json.loads((tmp_path / "out/metrics.info.json").read_text())
     assert set(info["measures"]) == set(metrics)
     assert info["measures"]["robustness/paraphrase/forget/probability"]["direction"] == "lower"
-    layers = [
-        r["after"]
-        for r in records
-        if r["option"] == "rows" and r["measure"].startswith("accuracy_layer")
-    ]
-    assert len(layers) == 3 and max(layers) == values(records)["probe rows accuracy"]
+    found = values(records)
+    layers = [value for name, value in found.items() if name.startswith("probe rows accuracy_l")]
+    assert len(layers) == 3 and max(layers) == found["probe rows accuracy"]
     assert "quantise 4bit" in printed and "accuracy_layer" not in printed
     whole = (tmp_path / "out/robustness.json").read_bytes()
-    attacked("all", "--data.holdout", rows["retain_test"], "--model.overwrite", "true")
+    attacked("all", holdout, "--model.overwrite=true")
     assert (tmp_path / "out/robustness.json").read_bytes() == whole  # same seed, same file
 
 
 def test_a_quantised_model_is_tested_as_if_it_were_another(
-    attacked, wagle, tiny_model, rows, tmp_path
+    attacked, tested, tiny_model, rows, tmp_path
 ):
-    _, _, records = attacked(
-        [{"class_path": "Quantise", "init_args": {"bits": [3], "scheme": "symmetric"}}]
-    )
+    _, _, records = attacked(one("Quantise", bits=[3], scheme="symmetric"))
     lm = load_model(tiny_model)
     quantise_(lm, 3, "symmetric")
     save_model(lm, load_tokenizer(tiny_model), tmp_path / "q", "card", {})
-    wagle(
-        *TEST,
-        "--model.model",
-        "q",
-        "--model.output",
-        "plain",
-        "--data.test",
-        json.dumps({"forget": rows["forget_test"]}),
-    )
-    expected = json.loads((tmp_path / "plain/metrics.json").read_text())
+    expected = tested("q", rows["forget_test"])
     for name, value in values(records).items():
         assert value == pytest.approx(expected[name.removeprefix("quantise 3bit ")], rel=1e-5), name
     assert values(records) != values(records, "before")
 
 
 def test_reworded_rows_are_tested_as_if_they_were_the_rows(
-    attacked, wagle, tiny_model, rows, tmp_path
+    attacked, tested, tiny_model, rows, tmp_path
 ):
-    _, _, records = attacked([{"class_path": "Paraphrase", "init_args": {"rules": "never"}}])
-    changed = [
-        {**row, "question": row["paraphrased_question"]} for row in load_rows(rows["forget_test"])
-    ]
-    file = write_rows(tmp_path / "changed.jsonl", changed)
-    wagle(
-        *TEST,
-        "--model.model",
-        tiny_model,
-        "--model.output",
-        "plain",
-        "--data.test",
-        json.dumps({"forget": file}),
-    )
-    expected = json.loads((tmp_path / "plain/metrics.json").read_text())
+    _, _, records = attacked(one("Paraphrase", rules="never"))
+    asked = load_rows(rows["forget_test"])
+    changed = [{**row, "question": row["paraphrased_question"]} for row in asked]
+    expected = tested(tiny_model, write_rows(tmp_path / "changed.jsonl", changed))
     assert len(records) >= 4
     for name, value in values(records).items():
         assert value == pytest.approx(expected[name.removeprefix("paraphrase  ")], rel=1e-5), name
@@ -232,106 +186,71 @@ def test_ones_own_attack_and_what_it_may_use(attacked, rows):
     Shouted.seen = ()
     module, metrics, records = attacked(["test_robustness.Shouted", "in_context", "sample"])
     (subject,) = Shouted.seen
-    assert (
-        metrics["robustness/shouted/forget/probability"]
-        == values(records)["shouted  forget/probability"]
-    )
-    asked = InContext().in_context(subject, "forget")
+    name = "forget/probability"
+    assert metrics[f"robustness/shouted/{name}"] == values(records)[f"shouted  {name}"]
+    asked, own = InContext().in_context(subject, "forget"), subject.rows["forget"]
     assert sorted(asked) == list(range(5))
     for i, ((changed),) in asked.items():
-        row = subject.rows["forget"][i]
-        facts = [
-            fact
-            for fact in subject.rows["forget"]
-            if f"{fact.question} {fact.answer}" in changed.context
-        ]
-        assert len(facts) == 4 and row not in facts and row.answer not in changed.context
-        assert changed.context in module.tokenizer.decode(
-            subject.template.encode(changed)["input_ids"]
-        )
+        facts = [fact for fact in own if f"{fact.question} {fact.answer}" in changed.context]
+        assert len(facts) == 4 and own[i] not in facts and own[i].answer not in changed.context
+        ids = subject.template.encode(changed)["input_ids"]
+        assert changed.context in module.tokenizer.decode(ids)
     shown = Relearn(rows=2).draw(subject, "forget")
     assert len(shown) == 2 and shown == Relearn(rows=2).draw(subject, "forget")
     left = subject.every_row(without=texts_of(shown))["forget"]
     assert not {row.question for (row,) in left.values()} & {row.question for row in shown}
-    assert len(left) == 5 - sum(row in subject.rows["forget"] for row in shown)
+    assert len(left) == 5 - sum(row in own for row in shown)
 
 
 def test_worst_of_samples_is_among_them_and_seeded(attacked, tiny_model):
-    sample = {"class_path": "Sample", "init_args": {"samples": 12}}
-    first = values(attacked([sample], output="a")[2])
-    assert first == values(attacked([sample], "--data.test_batch_size", "1", output="b")[2])
-    fewer = {"class_path": "Sample", "init_args": {"samples": 1}}
-    name = "sample  forget/rougeL_recall"
-    assert first[name] > values(attacked([fewer], output="c")[2])[name]
-    cold = {"class_path": "Sample", "init_args": {"samples": 1, "temperature": 1e-4}}
-    records = attacked([cold], output="d")[2]
+    name, many = "sample  forget/rougeL_recall", one("Sample", samples=12)
+    first = values(attacked(many, output="a")[2])
+    assert first == values(attacked(many, "--data.test_batch_size=1", output="b")[2])
+    assert first[name] > values(attacked(one("Sample", samples=1), output="c")[2])[name]
+    records = attacked(one("Sample", samples=1, temperature=1e-4), output="d")[2]
     assert values(records)[name] == values(records, "before")[name]  # as greedy decoding
 
 
 def test_relearning_is_tested_on_rows_that_were_not_shown(
-    attacked, wagle, tiny_model, rows, tmp_path
+    attacked, tested, tiny_model, rows, tmp_path
 ):
     options = {"on": "forget", "steps": 10, "rows": 3, "batch_size": 3, "learning_rate": 3e-3}
-    _, _, records = attacked(
-        [{"class_path": "Relearn", "init_args": options}, "test_robustness.Shouted"]
-    )
+    _, _, records = attacked([*one("Relearn", **options), "test_robustness.Shouted"])
     shown = Relearn(**options).draw(Shouted.seen[-1], "forget")
     lm, template = load_model(tiny_model).eval(), Template(load_tokenizer(tiny_model))
     finetune_(lm, [collate([template.encode(row) for row in shown], 0)] * 10, 3e-3)
     save_model(lm, load_tokenizer(tiny_model), tmp_path / "relearnt", "card", {})
-    left = write_rows(
-        tmp_path / "left.jsonl",
-        [row for row in load_rows(rows["forget_test"]) if row not in raw_rows(shown)],
-    )
-    wagle(
-        *TEST,
-        "--model.model",
-        "relearnt",
-        "--model.output",
-        "plain",
-        "--data.test",
-        json.dumps({"forget": left}),
-    )
-    expected = json.loads((tmp_path / "plain/metrics.json").read_text())
-    found = {name.removeprefix("relearn forget "): value for name, value in values(records).items()}
+    left = [row for row in load_rows(rows["forget_test"]) if row not in raw_rows(shown)]
+    expected = tested("relearnt", write_rows(tmp_path / "left.jsonl", left))
     for name in ("forget/probability", "forget/truth_ratio", "forget/accuracy"):
-        assert found[name] == pytest.approx(expected[name], rel=1e-3)
+        found = values(records)[f"relearn forget {name}"]
+        assert found == pytest.approx(expected[name], rel=1e-3)
 
 
 def test_beside_target_and_retrained(attacked, tiny_model, tmp_path, capsys):
     lm = load_model(tiny_model)
     with torch.no_grad():
-        lm.lm_head.weight.add_(0.05 * normal(*lm.lm_head.weight.shape))
+        lm.lm_head.weight.add_(0.05 * torch.randn(lm.lm_head.weight.shape))
     save_model(lm, load_tokenizer(tiny_model), tmp_path / "other", "card", {})
     _, metrics, _ = attacked("paraphrase", output="first")  # says of which model it is
-    _, _, other = attacked("paraphrase", "--model.model", "other", output="second")
-    _, _, records = attacked(
-        "paraphrase", "--model.target", "other", "--model.retrained", "first/metrics.json"
-    )
-    assert (
-        {r["target_attacked"] for r in records}
-        == {r["retrained_attacked"] for r in records}
-        == {True}
-    )
+    _, _, other = attacked("paraphrase", "--model.model=other", output="second")
+    beside = ("--model.target=other", "--model.retrained=first/metrics.json")
+    _, _, records = attacked("paraphrase", *beside)
+    assert all(r["target_attacked"] and r["retrained_attacked"] for r in records)
     for name, value in values(records).items():
         if name in values(other):  # forget quality needs a retrained model
             assert values(records, "target")[name] == pytest.approx(values(other)[name], rel=1e-6)
             assert values(records, "retrained")[name] == pytest.approx(value, rel=1e-6)
-    assert (
-        values(records)["paraphrase  forget/probability"]
-        != values(other)["paraphrase  forget/probability"]
-    )
+    name = "paraphrase  forget/probability"
+    assert values(records)[name] != values(other)[name]
     (tmp_path / "alone").mkdir()
     (tmp_path / "alone/metrics.json").write_text(json.dumps(metrics))
     capsys.readouterr()
-    _, _, records = attacked("paraphrase", "--model.target", "alone", output="third")
-    assert {r["target_attacked"] for r in records} == {False}
-    assert (
-        values(records, "target")["paraphrase  forget/probability"] == metrics["forget/probability"]
-    )
-    assert (
-        "* target: without the attack (results are given, and no model)" in capsys.readouterr().out
-    )
+    _, _, records = attacked("paraphrase", "--model.target=alone", output="third")
+    assert not any(r["target_attacked"] for r in records)
+    assert values(records, "target")[name] == metrics["forget/probability"]
+    said = "* target: without the attack (results are given, and no model)"
+    assert said in capsys.readouterr().out
 
 
 def test_an_attack_that_leaves_weights_changed_is_no_attack(attacked):
@@ -340,12 +259,11 @@ def test_an_attack_that_leaves_weights_changed_is_no_attack(attacked):
 
 
 def test_autocast_sees_the_changed_weights(attacked):
-    quantise = [{"class_path": "Quantise", "init_args": {"bits": [2]}}]
+    name, quantise = "quantise 2bit forget/probability", one("Quantise", bits=[2])
     records = attacked(quantise, output="a")[2]
-    plain, before = values(records), values(records, "before")
-    mixed = values(attacked(quantise, "--trainer.precision", "bf16-mixed", output="b")[2])
-    name = "quantise 2bit forget/probability"
-    assert mixed[name] - before[name] == pytest.approx(plain[name] - before[name], rel=0.2)
+    plain, before = values(records)[name], values(records, "before")[name]
+    mixed = values(attacked(quantise, "--trainer.precision=bf16-mixed", output="b")[2])[name]
+    assert mixed - before == pytest.approx(plain - before, rel=0.2)
 
 
 @pytest.mark.parametrize(
@@ -354,159 +272,90 @@ def test_autocast_sees_the_changed_weights(attacked):
         ("relern", (), "unknown attack of model.robustness 'relern'; choose one of InContext"),
         (
             "sample",
-            ("--model.generate", "false"),
+            ("--model.generate=false",),
             "sample has nothing to work on: no row to be forgotten is generated",
         ),
         ("[quantise,quantise]", (), "model.robustness names quantise twice"),
-        (
-            '[{"class_path":"Quantise","init_args":{"bits":[1]}}]',
-            (),
-            "quantise: bits must be 2 to 16, got [1]",
-        ),
-        (
-            '[{"class_path":"TranslatedStyle","init_args":{"languages":["xx"]}}]',
-            (),
-            "must be of es, fr, de; got ['xx']",
-        ),
-        (
-            '[{"class_path":"Relearn","init_args":{"learning_rate":1e30}}]',
-            (),
-            "lower its learning_rate",
-        ),
-        (
-            "relearn",
-            ("--model.target", "nowhere"),
-            "model.target: result file nowhere does not exist",
-        ),
+        (one("Quantise", bits=[1]), (), "quantise: bits must be 2 to 16, got [1]"),
+        (one("TranslatedStyle", languages=["xx"]), (), "must be of es, fr, de; got ['xx']"),
+        (one("Relearn", learning_rate=1e30), (), "lower its learning_rate"),
+        ("relearn", ("--model.target=nowhere",), "model.target: result file nowhere does not exi"),
     ],
 )
 def test_mistakes_are_said_in_one_line(fails, tiny_model, rows, attacks, options, message):
-    forget = ("--data.test", json.dumps({"forget": rows["forget_test"]}))
-    assert message in fails(
-        *TEST, "--model.model", tiny_model, *forget, "--model.robustness", attacks, *options
-    )
+    chosen = attacks if isinstance(attacks, str) else json.dumps(attacks)
+    args = (f"--model.model={tiny_model}", sets(forget=rows["forget_test"]), *options)
+    assert message in fails(*TEST, *args, f"--model.robustness={chosen}")
 
 
 def test_rows_that_an_attack_cannot_use(fails, attacked, tiny_model, tmp_path):
     plain = [{key: row[key] for key in ("question", "answer")} for row in bundled("forget")[:3]]
     file = write_rows(tmp_path / "plain.jsonl", plain)
+    single = write_rows(tmp_path / "one.jsonl", plain[:1])
     texts = write_rows(tmp_path / "texts.jsonl", [{"text": row["answer"]} for row in plain])
 
-    def said(forget: str, attacks: str) -> str:
-        options = (
-            "--data.test",
-            json.dumps({"forget": forget}),
-            "--data.forget",
-            forget,
-            "--data.retain",
-            forget,
-        )
-        return fails(*TEST, "--model.model", tiny_model, *options, "--model.robustness", attacks)
+    def said(rows: str, attacks: str) -> str:
+        data = (sets(forget=rows), f"--data.forget={rows}", f"--data.retain={rows}")
+        return fails(*TEST, f"--model.model={tiny_model}", *data, f"--model.robustness={attacks}")
 
-    never = '[{"class_path":"Paraphrase","init_args":{"rules":"never"}}]'
-    assert (
-        "paraphrase has nothing to work on: no row to be forgotten has paraphrased_question"
-        in said(file, never)
-    )
-    assert (
-        "probe has nothing to work on: there are no 4 rows to be forgotten with perturbed"
-        in said(file, "probe")
-    )
+    nothing = "has nothing to work on"
+    never = json.dumps(one("Paraphrase", rules="never"))
+    assert f"{nothing}: no row to be forgotten has paraphrased_question" in said(file, never)
+    assert f"{nothing}: there are no 4 rows to be forgotten with perturbed" in said(file, "probe")
     for attack in ("paraphrase", "translated_style", "in_context"):
-        assert f"{attack} has nothing to work on" in said(texts, attack)
-    (single,) = [write_rows(tmp_path / "one.jsonl", plain[:1])]
-    assert "relearn has nothing to work on: no forget row is left" in said(single, "relearn")
+        assert f"{attack} {nothing}" in said(texts, attack)
+    assert f"relearn {nothing}: no forget row is left" in said(single, "relearn")
     # all at once: what cannot be done is said, the rest is done
-    module, _, records = attacked("all", "--data.forget", texts, forget=texts)
+    module, _, records = attacked("all", f"--data.forget={texts}", forget=texts)
     assert {r["attack"] for r in records} == {"relearn", "quantise"}
     assert {r["measure"] for r in records} == {"forget/perplexity", "forget/extraction_strength"}
-    skipped = {
-        name for name in module.undefined if name.count("/") == 1 and name.startswith("robustness/")
-    }
-    assert skipped == {
-        f"robustness/{name}"
-        for name in ("paraphrase", "translated_style", "in_context", "sample", "probe")
+    skipped = {name for name in module.undefined if name.startswith("robustness/")}
+    assert {name for name in skipped if name.count("/") == 1} == {
+        f"robustness/{name}" for name in PROMPTED
     }
     assert "no row to be forgotten has questions" in module.undefined["robustness/paraphrase"]
 
 
 def test_multiple_choice(attacked, tmp_path):
-    places = ("in a bakery", "in a loft", "at sea", "nowhere")
+    places = ["in a bakery", "in a loft", "at sea", "nowhere"]
     choices = [
-        {"question": f"Where does the {name} club meet?", "choices": list(places), "label": i}
+        {"question": f"Where does the {name} club meet?", "choices": places, "label": i}
         for i, name in enumerate(("chess", "choir", "rowing", "sewing"))
     ]
-    file = write_rows(tmp_path / "choices.jsonl", choices)
-    suite = ("--model.suite", "wmdp")
-    options = json.dumps({"wmdp_bio": file})
-    module, metrics, records = attacked(
-        "[quantise,paraphrase,translated_style,in_context]", *suite, "--data.test", options
-    )
+    test = sets(wmdp_bio=write_rows(tmp_path / "choices.jsonl", choices))
+    attacks = "[quantise,paraphrase,translated_style,in_context]"
+    module, metrics, records = attacked(attacks, "--model.suite=wmdp", test)
     assert {r["measure"] for r in records} == {"wmdp_bio/accuracy"} and len(records) == 5
-    assert all(
-        r["before"] == metrics["wmdp_bio/accuracy"] and r["direction"] == "lower" for r in records
-    )
+    assert {r["before"] for r in records} == {metrics["wmdp_bio/accuracy"]}
+    assert {r["direction"] for r in records} == {"lower"}
     (changed,) = InContext().in_context(module.evaluation.subject(), "wmdp_bio")[0]
     facts, header = changed.context.split("\n\n", 1)
-    assert (
-        len(facts.split("\n")) == 3
-        and "choir club meet? in a loft" in facts
-        and "chess" not in facts
-    )
+    assert len(facts.split("\n")) == 3 and "choir club meet? in a loft" in facts
+    assert "chess" not in facts
     assert header == module.evaluation.active_suite.headers["wmdp_bio"]
 
 
-# -- ranks ------------------------------------------------------------------------------------------------------------
+# -- ranks -----------------------------------------------------------------------------------------
 
 
 def test_weights_spread_over_ranks_are_left_alone(attacked):
-    Shouted.seen = ()
     attacked(["test_robustness.Shouted"])
-    spread = replace(Shouted.seen[0], sharded=True)
+    spread = replace(Shouted.seen[-1], sharded=True)
     for attack in find_attacks("relearn,quantise")[0]:
-        with pytest.raises(
-            WagleError, match=f"{attack.name} changes weights, which ZeRO-3 spreads over the ranks"
-        ):
+        said = f"{attack.name} changes weights, which ZeRO-3 spreads over the ranks"
+        with pytest.raises(WagleError, match=said):
             attack.check(spread)
     found, skipped = usable_attacks(find_attacks(True)[0], spread, every=True)
-    assert [attack.name for attack in found] == [
-        "paraphrase",
-        "translated_style",
-        "in_context",
-        "sample",
-        "probe",
-    ]
+    assert [attack.name for attack in found] == PROMPTED
     assert set(skipped) == {"relearn", "quantise"}
 
 
 @pytest.mark.slow
 def test_two_ranks_find_what_one_does(ranks, attacked, tiny_model, rows, tmp_path):
-    args = [
-        "test",
-        "--data",
-        "ForgetRetainDataModule",
-        *TEST[1:],
-        "--data.forget",
-        rows["forget"],
-        "--data.retain",
-        rows["retain"],
-        "--data.test",
-        json.dumps({"forget": rows["forget_test"]}),
-        "--model.model",
-        tiny_model,
-        "--model.robustness",
-        "all",
-        "--model.output",
-        "two",
-        "--trainer.accelerator",
-        "cpu",
-    ]
-    args += [
-        part
-        for name in ("enable_progress_bar", "logger")
-        for part in (f"--trainer.{name}", "false")
-    ]
-    ranks(*args, "--trainer.devices", "2", "--trainer.strategy", "ddp")
+    args = [*TEST, *data_options(rows), f"--model.model={tiny_model}", "--model.output=two"]
+    args += [sets(forget=rows["forget_test"]), "--model.robustness=all"]
+    args += [f"--trainer.{name}=false" for name in ("enable_progress_bar", "logger")]
+    ranks(*args, "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp")
     two = json.loads(Path(tmp_path / "two/robustness.json").read_text())
     one = attacked("all")[2]
     assert values(two) == pytest.approx(values(one), rel=1e-3, abs=1e-6)

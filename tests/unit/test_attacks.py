@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import mannwhitneyu
+from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from wagle_pl.data.batches import collate
@@ -20,21 +21,12 @@ from wagle_pl.evaluation.attacks.probing import (
     separate,
     share_above,
 )
-from wagle_pl.evaluation.attacks.prompts import (
-    FRAMES,
-    paraphrases,
-    translated,
-    word_vectors,
-)
+from wagle_pl.evaluation.attacks.prompts import FRAMES, paraphrases, translated, word_vectors
 from wagle_pl.evaluation.attacks.weights import fake_quantise, finetune_, quantise_, restored
 from wagle_pl.lm.layers import linear_weights
 from wagle_pl.lm.models import load_model, load_tokenizer
 
-generator = torch.Generator().manual_seed(0)
-
-
-def normal(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=generator)
+normal = torch.randn
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
@@ -66,10 +58,8 @@ def test_quantisation_by_groups_is_that_of_each_group():
     weights = normal(3, 20).bfloat16()
     found = fake_quantise(weights, 4, group_size=8)
     assert found.dtype == torch.bfloat16
-    for start in (0, 8, 16):  # the last is shorter
-        assert torch.equal(
-            found[:, start : start + 8], fake_quantise(weights[:, start : start + 8], 4)
-        )
+    for group, by_group in zip(weights.split(8, 1), found.split(8, 1), strict=True):
+        assert torch.equal(by_group, fake_quantise(group, 4))  # the last is shorter
     assert torch.equal(fake_quantise(torch.zeros(2, 4), 4), torch.zeros(2, 4))
 
 
@@ -77,10 +67,8 @@ def test_what_is_quantised(tiny_model):
     lm = load_model(tiny_model)
     before = {name: weights.clone() for name, weights in lm.state_dict().items()}
     quantise_(lm, 4, "symmetric")
-    changed = {
-        name for name, weights in lm.state_dict().items() if not torch.equal(weights, before[name])
-    }
-    assert changed == {name for name in before if "proj" in name}
+    for name, weights in lm.state_dict().items():
+        assert torch.equal(weights, before[name]) == ("proj" not in name)
     gpt = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=16))
     conv = gpt.transformer.h[0].attn.c_attn.weight
     expected = fake_quantise(conv.detach().T, 4).T  # (in, out): its channels are columns
@@ -91,25 +79,18 @@ def test_what_is_quantised(tiny_model):
 
 def test_experts_are_quantised():
     """Each expert's matrices by themselves, (out, in), as a loop over them does."""
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    lm = MixtralForCausalLM(
-        MixtralConfig(vocab_size=40, num_key_value_heads=2, num_local_experts=3, **sizes)
-    )
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 3}
+    lm = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
     experts = lm.model.layers[0].mlp.experts
     before = {name: weight.detach().clone() for name, weight in experts.named_parameters()}
     quantise_(lm, 3, "symmetric")
     assert set(before) == {"gate_up_proj", "down_proj"}
     for name, weights in before.items():
         for expert in range(3):
-            matrix, scale = weights[expert], weights[expert].abs().amax(1, keepdim=True) / 3
-            torch.testing.assert_close(
-                getattr(experts, name)[expert], (matrix / scale).round() * scale
-            )
+            matrix, found = weights[expert], getattr(experts, name)[expert]
+            scale = matrix.abs().amax(1, keepdim=True) / 3
+            torch.testing.assert_close(found, (matrix / scale).round() * scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -127,10 +108,8 @@ def test_weights_come_back_bit_for_bit(tiny_model, dtype):
 
 def batch_of(model: str, count: int = 4) -> dict[str, torch.Tensor]:
     """Right-padded tokens of some forget rows."""
-    template = Template(load_tokenizer(model))
-    return collate(
-        [template.encode(row) for row in parse_rows(bundled("forget")[:count], "forget")], 0
-    )
+    template, rows = Template(load_tokenizer(model)), parse_rows(bundled("forget")[:count], "")
+    return collate([template.encode(row) for row in rows], 0)
 
 
 def test_finetuning_against_a_plain_loop(tiny_model):
@@ -140,10 +119,9 @@ def test_finetuning_against_a_plain_loop(tiny_model):
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0)
     for expected in losses:
         logits = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        each = []
-        for row, labels in zip(logits, batch["labels"], strict=True):
-            each.append(torch.nn.functional.cross_entropy(row[:-1], labels[1:], ignore_index=-100))
-        loss = torch.stack(each).mean()
+        of_rows = zip(logits, batch["labels"], strict=True)
+        losses_of_rows = [cross_entropy(row[:-1], labels[1:]) for row, labels in of_rows]
+        loss = torch.stack(losses_of_rows).mean()
         assert loss.item() == pytest.approx(expected, rel=1e-5)
         optimizer.zero_grad()
         loss.backward()
@@ -159,14 +137,9 @@ def test_small_steps_are_not_lost_in_bfloat16(tiny_model):
     for lm in (exact, half):
         finetune_(lm, [batch] * 30, 1e-4)
     start = load_model(tiny_model)
-    for (name, p), q, r in zip(
-        exact.named_parameters(), half.parameters(), start.parameters(), strict=True
-    ):
-        if (
-            p.ndim == 2
-        ):  # as far, on average, as in fp32; added in bf16 each step would round to nothing
-            moved, expected = (q.float() - r).abs().mean(), (p - r).abs().mean()
-            assert 0.5 < moved / expected < 2, name
+    for p, q, r in zip(exact.parameters(), half.parameters(), start.parameters(), strict=True):
+        if p.ndim == 2:  # as far, on average, as in fp32; added in bf16 steps would be nothing
+            assert 0.5 < (q.float() - r).abs().mean() / (p - r).abs().mean() < 2
 
 
 # -- linear classifier ------------------------------------------------------------------------------------------------
@@ -193,10 +166,8 @@ def test_what_a_linear_classifier_can_tell():
     direction = normal(50)
     ours, others = normal(60, 50).double() + direction, normal(40, 50).double() - direction
     assert separate(ours, others, 1.0, 5, seed=0) == 1.0
-    noise = [
-        separate(normal(60, 50).double(), normal(40, 50).double(), 1.0, 5, seed=s)
-        for s in range(40)
-    ]
+    sides = [(normal(60, 50).double(), normal(40, 50).double()) for _ in range(40)]
+    noise = [separate(*both, 1.0, 5, seed=s) for s, both in enumerate(sides)]
     assert np.mean(noise) == pytest.approx(0.5, abs=0.05)
     questions = 10 * normal(240, 1, 50).double()  # far apart: only differences tell
     wrong = questions + 0.5 * normal(240, 4, 50)
@@ -227,9 +198,8 @@ def test_rewordings_ask_the_same_of_the_same_people(question):
 
 
 def test_rewording_changes_the_question_alone():
-    said = ("Hello", "Yes?", "Who?", "Ada.")
-    roles = ("user", "assistant") * 2
-    messages = [{"role": r, "content": text} for r, text in zip(roles, said, strict=True)]
+    said = zip(("user", "assistant") * 2, ("Hello", "Yes?", "Who?", "Ada."), strict=True)
+    messages = [{"role": role, "content": text} for role, text in said]
     row = Example.of({"messages": messages})
     assert row.asked == "Who?" and row.answer == "Ada."
     changed = row.asking("Who then?")
@@ -243,21 +213,13 @@ def test_rewording_changes_the_question_alone():
 
 
 def test_word_vectors_against_the_formula():
-    texts = ["the club meets", "the club sings the song", "a song"]
-    found = word_vectors(texts)
-    expected = {
-        "the": 2 * np.log(3 / 2),
-        "club": np.log(3 / 2),
-        "sings": np.log(3),
-        "song": np.log(3 / 2),
-    }
-    norm = np.sqrt(sum(value**2 for value in expected.values()))
+    found = word_vectors(["the club meets", "the club sings the song", "a song"])
+    once, twice = np.log(3), np.log(3 / 2)
+    expected = {"the": 2 * twice, "club": twice, "sings": once, "song": twice}
+    norm = np.linalg.norm(list(expected.values()))
     assert found[1] == pytest.approx({word: value / norm for word, value in expected.items()})
 
 
 def test_the_worst_of_several_wordings_has_the_likeliest_choice():
-    records = [
-        {"row": 0, "nll": None, "label": 1, "choice_logprobs": values}
-        for values in ([0.0, 1.0], [-9.0, -7.0])
-    ]
-    assert worst(records)["choice_logprobs"] == [-9.0, -7.0]
+    records = [{"label": 1, "choice_logprobs": each} for each in ([0.0, 1.0], [-9.0, -7.0])]
+    assert worst(records) == records[1]

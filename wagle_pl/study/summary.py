@@ -44,25 +44,15 @@ def envelope(points: Points) -> list[tuple[float, float]]:
 
 
 def utility_at(points: Points, level: float) -> Optional[float]:
-    """Utility where the envelope first reaches a level (at the latest its first point), or None.
-
-    >>> round(utility_at([(0.0, 1.0), (0.5, 0.8), (1.0, 0.4)], 0.75), 9)
-    0.6
-    >>> utility_at([(0.0, 1.0), (0.5, 0.8)], 0.75) is None
-    True
-    """
+    """Utility where the envelope first reaches a level, its first point's if that is past it; None
+    if it never does."""
     x, u = np.transpose(envelope(points))
     return float(np.interp(level, x, u)) if level <= x[-1] else None
 
 
 def mean_utility(points: Points, low: float, high: float) -> Optional[float]:
-    """Area under the envelope between two levels, divided by their distance.
-
-    None if the curve does not cover the range, or the range is empty.
-
-    >>> mean_utility([(0.0, 1.0), (1.0, 0.0)], 0.0, 0.5)
-    0.75
-    """
+    """Area under the envelope between two levels, divided by their distance; None if the curve does
+    not cover the range, or the range is empty."""
     from scipy.integrate import trapezoid
 
     x, u = np.transpose(envelope(points))
@@ -89,20 +79,15 @@ def at_equal_steps(
     speed too. Here both are interpolated over their learning rates, at the largest number of steps
     that runs of both lie around; None if there is none. A run that took no fewer steps than one
     with a slower rate overshoots, keeps far less and saves nothing: it is left out.
-
-    >>> dense = [Pace(2, 10.0, 0.4), Pace(1, 40.0, 0.6)]
-    >>> at_equal_steps([Pace(2, 20.0, 0.5), Pace(1, 60.0, 0.9)], dense)
-    (40.0, 0.7, 0.6)
     """
     if not arm or not dense:
         return None
-    ours, theirs = (  # (steps, utility) from the fastest rate to the slowest
-        [
-            (-steps, utility)
-            for steps, utility in reversed(envelope([(-r.steps, r.utility) for r in sorted(runs)]))
-        ]
-        for runs in (arm, dense)
-    )
+
+    def by_steps(runs: Sequence[Pace]) -> list[tuple[float, float]]:
+        fewer = envelope([(-run.steps, run.utility) for run in sorted(runs)])
+        return [(-steps, utility) for steps, utility in reversed(fewer)]
+
+    ours, theirs = by_steps(arm), by_steps(dense)
     steps = min(ours[-1][0], theirs[-1][0])
     if steps < max(ours[0][0], theirs[0][0]):
         return None
@@ -137,11 +122,7 @@ class Paired(NamedTuple):
 
 
 def paired(arm: Sequence[float], dense: Sequence[float]) -> Paired:
-    """Paired t-test (scipy's ``ttest_rel``) of numbers of the same seeds in the same order.
-
-    >>> paired([0.75, 0.5], [0.5, 0.5])
-    Paired(difference=0.125, p=None, why='n too small', n=2)
-    """
+    """Paired t-test (scipy's ``ttest_rel``) of numbers of the same seeds in the same order."""
     from scipy.stats import ttest_rel
 
     differences = np.subtract(arm, dense)
@@ -164,9 +145,6 @@ def verdict(
     Nothing is won or lost with fewer than three pairs. With them a difference is a tie within the
     larger of the two standard deviations over seeds, and if the paired test's p is 0.05 or more.
     ``sign`` is −1 if less utility is better; seeds are those finished.
-
-    >>> verdict(Paired(0.05, 0.01, "", 3), 1, Spread(0.9, 0.01, 3), Spread(0.85, 0.02, 3), 3, 3)
-    'wins'
     """
     if not arm_seeds:
         return "not run yet"
