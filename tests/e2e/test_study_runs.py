@@ -1,7 +1,6 @@
 """Studies as a user runs them: from start to finish, stopped, grown, locked, and with mistakes in the input."""
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -11,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import write_rows
-from safetensors.torch import load_file
+from helpers import weights, write_rows
 
 from wagle_pl import WeightMask
 from wagle_pl.cli import app as cli
@@ -26,75 +24,53 @@ from wagle_pl.study.grid import passes
 from wagle_pl.study.runs import LOCK_FILE, RunTable, locked
 from wagle_pl.study.text import markdown
 
-# -- the folder -------------------------------------------------------------------------------------------------------
+approx = pytest.approx
+
+# -- the folder ------------------------------------------------------------------------------------
+
+
+def table_in(folder, runs="", name=None, **settings):
+    folder.mkdir(exist_ok=True)
+    table = RunTable(folder, settings)
+    table.append([{"run": run, "step": step, "lr": name} for run in runs for step in (1, 2)])
+    return table
 
 
 def test_the_table_grows_and_keeps_its_settings(tmp_path):
+    assert not table_in(tmp_path, steps=3).path.exists()  # without runs it binds nobody
     table = RunTable(tmp_path, {"steps": 3, "target": "a"})
     table.append([{"run": "x", "step": 1, "forget/probability": 0.5}])
     table = RunTable(tmp_path, {"steps": 3, "target": "a"})
     table.append([{"run": "y", "step": 1, "model_utility": 0.25}])
     rows = load_table(tmp_path / "study.parquet")
     assert table.finished() == {"x", "y"} and [row["model_utility"] for row in rows] == [None, 0.25]
-    with pytest.raises(
-        WagleError, match=r"other settings \(steps, target\): choose another --output"
-    ):
+    said = r"other settings \(steps, target\): choose another --output"
+    with pytest.raises(WagleError, match=said):
         RunTable(tmp_path, {"steps": 4, "target": "b"})
 
 
 def test_pieces_of_a_study_are_joined(tmp_path):
-    settings = {"steps": 3}
-    for name, runs_ in (("a", "xy"), ("b", "yz"), ("c", "")):
-        (tmp_path / name).mkdir()
-        RunTable(tmp_path / name, settings).append(
-            [{"run": run, "step": s, "lr": name} for run in runs_ for s in (1, 2)]
-        )
-    table = RunTable(tmp_path / "a", settings)
-    assert table.join([str(tmp_path / "b"), str(tmp_path / "b")]) == 1
-    assert [(row["run"], row["lr"]) for row in table.rows] == [("x", "a")] * 2 + [
-        ("y", "a")
-    ] * 2 + [("z", "b")] * 2
+    a, b, nowhere = (tmp_path / name for name in ("a", "b", "nowhere"))
+    table_in(b, "yz", "b", steps=3)
+    table = table_in(a, "xy", "a", steps=3)
+    assert table.join([str(b), str(b)]) == 1
+    found = [(row["run"], row["lr"]) for row in table.rows]
+    assert found == [("x", "a")] * 2 + [("y", "a")] * 2 + [("z", "b")] * 2
     with pytest.raises(WagleError, match=r"--join: there is no study in .*nowhere"):
-        table.join([str(tmp_path / "nowhere")])
+        table.join([str(nowhere)])
     with pytest.raises(WagleError, match=r"other settings \(steps\): it is another study"):
-        RunTable(tmp_path / "d", {"steps": 4}).join([str(tmp_path / "b")])
-
-
-def test_a_table_without_runs_binds_nobody(tmp_path):
-    RunTable(tmp_path, {"steps": 3}).write()
-    assert not (tmp_path / "study.parquet").exists()
-
-
-def test_no_hours_leave_a_new_folder_free(config, models):
-    study(config(), "--hours", "0")
-    assert "0 of 2 runs are finished" in Path("out/study.md").read_text()
-    study(
-        config(steps=2, points=1, masks=["dense"], limit_test=3, target=f"{models}/base"),
-        "--hours",
-        "0",
-    )
-    study(config(steps=2, points=1, masks=["dense"]))
-    assert [row["step"] for row in load_table(Path("out/study.parquet"))] == [2]
-
-
-def test_a_damaged_table_is_named(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "b/study.parquet").write_bytes(b"no table")
-    with pytest.raises(WagleError, match=r"b/study.parquet cannot be read"):
-        RunTable(tmp_path / "b", {})
-    with pytest.raises(WagleError, match=r"b/study.parquet cannot be read"):
-        RunTable(tmp_path / "a", {}).join([str(tmp_path / "b")])
+        table_in(tmp_path / "d", steps=4).join([str(b)])
+    (b / "study.parquet").write_bytes(b"no table")
+    for read in (lambda: RunTable(b, {}), lambda: table.join([str(b)])):
+        with pytest.raises(WagleError, match=r"b/study.parquet cannot be read"):
+            read()
 
 
 def test_a_lock_of_another_host_stays(tmp_path):
-    (tmp_path / LOCK_FILE).write_text(
-        json.dumps({"pid": 1, "host": "elsewhere.invalid", "since": "then"})
-    )
-    with (
-        pytest.raises(WagleError, match=r"process 1 on elsewhere.invalid, since then.*delete"),
-        locked(tmp_path),
-    ):
+    holder = {"pid": 1, "host": "elsewhere.invalid", "since": "then"}
+    (tmp_path / LOCK_FILE).write_text(json.dumps(holder))
+    said = r"process 1 on elsewhere.invalid, since then.*delete"
+    with pytest.raises(WagleError, match=said), locked(tmp_path):
         pass
 
 
@@ -103,15 +79,12 @@ def test_a_second_study_is_kept_out_and_a_dead_one_replaced(tmp_path, heard):
         "import sys, time; from pathlib import Path; from wagle_pl.study.runs import locked\n"
         "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
-    other = subprocess.Popen(
-        [sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", hold, str(tmp_path)]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "held\n"
-        with (
-            pytest.raises(WagleError, match=rf"another study works in .*process {other.pid} on"),
-            locked(tmp_path),
-        ):
+        said = rf"another study works in .*process {other.pid} on"
+        with pytest.raises(WagleError, match=said), locked(tmp_path):
             pass
     finally:
         other.send_signal(signal.SIGKILL)
@@ -124,7 +97,7 @@ def test_a_second_study_is_kept_out_and_a_dead_one_replaced(tmp_path, heard):
         assert not heard.text  # a study that ended well leaves nothing
 
 
-# -- as a user runs it ------------------------------------------------------------------------------------------------
+# -- as a user runs it -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -132,36 +105,23 @@ def models(tmp_path_factory):
     """Folder with a target that knows a few rows by heart, a retrained model, and the rows."""
     folder = tmp_path_factory.mktemp("study")
     for name, count in (("forget", 6), ("retain", 8)):
-        write_rows(
-            folder / f"{name}.jsonl",
-            [{k: row[k] for k in ("question", "answer")} for row in bundled(name)[:count]],
-        )
+        rows = [{k: row[k] for k in ("question", "answer")} for row in bundled(name)[:count]]
+        write_rows(folder / f"{name}.jsonl", rows)
     texts = [row[column] for row in bundled("forget") for column in ("question", "answer")]
     create_tiny_llama(folder / "base", texts, vocab_size=400, hidden_size=32, layers=2, heads=4)
-    quiet = [
-        f"--trainer.{name}=false"
-        for name in ("logger", "enable_progress_bar", "enable_checkpointing")
-    ]
+    trainer = {"max_epochs": 60, "default_root_dir": folder, "enable_checkpointing": "false"}
+    trained = [*data_options(folder), *(f"--trainer.{k}={v}" for k, v in trainer.items())]
+    trained += ["--optimizer=MaskedAdamW", "--optimizer.lr=1e-2", f"--model.model={folder}/base"]
     for name, rows in (("target", "all"), ("retrained", "retain")):
-        real_run(
-            [
-                "fit",
-                "--model=FinetuneModule",
-                f"--model.model={folder}/base",
-                f"--model.output={folder}/{name}",
-                f"--model.train_on={rows}",
-                "--data=ForgetRetainDataModule",
-                f"--data.forget={folder}/forget.jsonl",
-                f"--data.retain={folder}/retain.jsonl",
-                "--optimizer=MaskedAdamW",
-                "--optimizer.lr=1e-2",
-                "--trainer.max_epochs=60",
-                "--trainer.accelerator=cpu",
-                f"--trainer.default_root_dir={folder}",
-                *quiet,
-            ]
-        )
+        module = ["--model=FinetuneModule", f"--model.output={folder}/{name}"]
+        real_run(["fit", *module, f"--model.train_on={rows}", *trained])
     return folder
+
+
+def data_options(models):
+    data = [f"--data.{name}={models}/{name}.jsonl" for name in ("forget", "retain")]
+    quiet = [f"--trainer.{name}=false" for name in ("logger", "enable_progress_bar")]
+    return ["--data=ForgetRetainDataModule", *data, *quiet, "--trainer.accelerator=cpu"]
 
 
 @pytest.fixture
@@ -170,11 +130,8 @@ def config(models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def write(**changes):
-        init = {
-            "forget": f"{models}/forget.jsonl",
-            "retain": f"{models}/retain.jsonl",
-            "batch_size": 4,
-        }
+        rows = {name: f"{models}/{name}.jsonl" for name in ("forget", "retain")}
+        init = {**rows, "batch_size": 4}
         content = {
             "target": f"{models}/target",
             "retrained": f"{models}/retrained",
@@ -196,6 +153,29 @@ def config(models, tmp_path, monkeypatch):
     return write
 
 
+def study(*args):
+    cli.main(["study", "--config", *map(str, args)])
+
+
+def rows_of(output="out"):
+    return load_table(Path(output) / "study.parquet")
+
+
+def found_in(output="out"):
+    return json.loads((Path(output) / "study.json").read_text())
+
+
+SHORT = {"steps": 2, "points": 1}
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Studies that are made, and not run."""
+    found = []
+    monkeypatch.setattr(Study, "run", lambda self: found.append(self))
+    return found
+
+
 @pytest.mark.parametrize(
     ("file", "arms", "count", "groups"),
     [
@@ -206,9 +186,7 @@ def config(models, tmp_path, monkeypatch):
         ("people/study_po", 23, (22 * 7 + 3) * 3, 3),
     ],
 )
-def test_the_studies_of_the_benchmarks(monkeypatch, file, arms, count, groups):
-    made = []
-    monkeypatch.setattr(Study, "run", lambda self: made.append(self))
+def test_the_studies_of_the_benchmarks(made, file, arms, count, groups):
     study(file)
     grid = list(made[0].grid.runs({}))
     assert len(grid) == len({run.id for run in grid}) == count
@@ -222,35 +200,30 @@ def test_the_studies_of_the_benchmarks(monkeypatch, file, arms, count, groups):
         assert there <= {run.id for run in made[0].grid.runs(settings)}
 
 
-def study(*args):
-    cli.main(["study", "--config", *map(str, args)])
+def test_a_study_that_builds_on_another(config, tmp_path, made):
+    config()
+    (tmp_path / "more.yaml").write_text("base: study.yaml\nseeds: [3]\n")
+    study("more.yaml")
+    assert made[0].seeds == [3] and len(made[0].grid.masks) == 2
 
 
-def test_a_study_from_start_to_finish(config, capsys, tmp_path):
+def test_a_study_from_start_to_finish(config, capsys):
     """It runs, is started again and runs nothing, grows, and forgets at every point what it says."""
     study(config())
     said = capsys.readouterr().out
-    assert (
-        "[2/2] GradDiff, wagle 0.3, lr 0.01, seed 0: forget 0." in said and "Against dense:" in said
-    )
-    rows = load_table(Path("out/study.parquet"))
-    assert [row["step"] for row in rows] == [2, 4, 6] * 2 and {row["score"] for row in rows} == {
-        None,
-        "wagle",
-    }
-    assert all(
-        row["forget"] == row["forget/probability"] and row["utility"] == row["retain/probability"]
-        for row in rows
-    )
+    assert "[2/2] GradDiff, wagle 0.3, lr 0.01, seed 0: forget 0." in said
+    assert "Against dense:" in said
+    rows, found = rows_of(), found_in()
+    assert [row["step"] for row in rows] == [2, 4, 6] * 2
+    assert {row["score"] for row in rows} == {None, "wagle"}
+    assert all(row["forget"] == row["forget/probability"] for row in rows)
+    assert all(row["utility"] == row["retain/probability"] for row in rows)
     assert rows[2]["forget"] < rows[0]["forget"] < 0.999
-    found = json.loads(Path("out/study.json").read_text())
-    assert found["forget"] == "forget/probability" and found["utility"] == "retain/probability"
-    assert (
-        found["target"]["forget/probability"] > 0.8 > 0.3 > found["retrained"]["forget/probability"]
-    )
+    assert (found["forget"], found["utility"]) == ("forget/probability", "retain/probability")
+    known, unknown = (found[name]["forget/probability"] for name in ("target", "retrained"))
+    assert known > 0.8 > 0.3 > unknown
     assert [arm["mask"] for arm in found["headline"]] == ["dense", "wagle 0.3"]
-    metrics = json.loads(Path("out/target/metrics.json").read_text())
-    assert metrics["forget/probability"] == found["target"]["forget/probability"]
+    assert json.loads(Path("out/target/metrics.json").read_text())["forget/probability"] == known
     drawn = Path("out/study.svg").read_text()
     assert all(word in drawn for word in ("dense", "wagle 0.3", "retrained", "forget/probability"))
     text = Path("out/study.md").read_text()
@@ -260,140 +233,63 @@ def test_a_study_from_start_to_finish(config, capsys, tmp_path):
     study(config())
     assert "2 runs, 2 of them finished; 0 to do" in capsys.readouterr().out
     assert Path("out/study.parquet").read_bytes() == before
-    study(
-        config(
-            seeds=[0, 1], masks=["dense", {"score": "wagle", "density": 0.3, "name": "w"}, "random"]
-        )
-    )
+    renamed = {"score": "wagle", "density": 0.3, "name": "w"}
+    study(config(seeds=[0, 1], masks=["dense", renamed, "random"]))
     said = capsys.readouterr().out
-    assert (
-        "6 runs, 2 of them finished; 4 to do" in said and "attribution, 2 masks" in said
-    )  # a random one each seed
-    earlier, rows = rows, load_table(Path("out/study.parquet"))
-    assert len(rows) == 18
-    for row, kept in zip(
-        earlier, rows[:6], strict=True
-    ):  # what was measured stays, whatever a mask is called now
+    assert "6 runs, 2 of them finished; 4 to do" in said
+    assert "attribution, 2 masks" in said  # a random one each seed
+    now = rows_of()
+    assert len(now) == 18
+    for row, kept in zip(rows, now[:6], strict=True):  # what was measured stays, by its name now
         assert kept == row | {"mask": kept["mask"]}
-    assert {row["mask"] for row in rows} == {
-        "dense",
-        "w 0.3",
-        "random 0.2",
-    }  # also of the runs of before
+    assert {row["mask"] for row in now} == {"dense", "w 0.3", "random 0.2"}
     assert all(file.stat().st_mtime_ns == masks[file] for file in masks)
     assert not list(Path("out").glob("*.tmp")) and Path("out/study.lock").read_text() == ""
 
 
-def test_points_do_not_change_the_run_and_a_kept_model_tests_the_same(config, tmp_path, models):
-    study(
-        config(
-            output="three",
-            masks=["dense"],
-            keep_models=True,
-            generate="end",
-            module={"max_new_tokens": 4},
-        )
-    )
+def test_points_do_not_change_the_run_and_a_kept_model_tests_the_same(config, models):
+    kept = {"keep_models": True, "generate": "end", "module": {"max_new_tokens": 4}}
+    study(config(output="three", masks=["dense"], **kept))
     study(config(output="one", masks=["dense"], points=1))
-    three, one = (load_table(Path(f"{name}/study.parquet")) for name in ("three", "one"))
-    assert three[-1]["forget"] == one[-1]["forget"] and three[-1]["utility"] == one[-1]["utility"]
-    assert (
-        three[0]["forget/rougeL_recall"] is None and three[-1]["forget/rougeL_recall"] is not None
-    )
-    data = [
-        "--data=ForgetRetainDataModule",
-        f"--data.forget={models}/forget.jsonl",
-        f"--data.retain={models}/retain.jsonl",
-        "--data.batch_size=4",
-        "--trainer.accelerator=cpu",
-        "--trainer.logger=false",
-        "--trainer.enable_progress_bar=false",
-    ]
-    real_run(
-        [
-            "fit",
-            "--model=UnlearnModule",
-            f"--model.model={models}/target",
-            "--model.output=fitted",
-            "--model.objective=GradDiff",
-            "--optimizer=MaskedAdamW",
-            "--optimizer.lr=1e-2",
-            "--trainer.max_steps=6",
-            "--trainer.enable_checkpointing=false",
-            *data,
-        ]
-    )
+    three, one = rows_of("three"), rows_of("one")
+    assert all(three[-1][name] == one[-1][name] for name in ("forget", "utility"))
+    assert [row["forget/rougeL_recall"] is None for row in three] == [True, True, False]
+    data = [*data_options(models), "--data.batch_size=4"]
+    unlearn = ["--model=UnlearnModule", f"--model.model={models}/target", "--model.output=fitted"]
+    unlearn += ["--model.objective=GradDiff", "--optimizer=MaskedAdamW", "--optimizer.lr=1e-2"]
+    trainer = ["--trainer.max_steps=6", "--trainer.enable_checkpointing=false"]
+    real_run(["fit", *unlearn, *trainer, *data])
     kept = f"three/models/{three[0]['run']}"
-    ours, fitted = (load_file(f"{folder}/model.safetensors") for folder in (kept, "fitted"))
-    assert all(
-        torch.equal(ours[name], fitted[name]) for name in fitted
-    )  # a run is what wagle fit does
-    tested = real_run(
-        [
-            "test",
-            "--model=EvaluationModule",
-            f"--model.model={kept}",
-            "--model.output=test",
-            "--model.max_new_tokens=4",
-            *data,
-        ]
-    )
+    ours, fitted = weights(kept), weights("fitted")  # a run is what wagle fit does
+    assert all(torch.equal(ours[name], fitted[name]) for name in fitted)
+    test = ["--model=EvaluationModule", f"--model.model={kept}", "--model.output=test"]
+    tested = real_run(["test", *test, "--model.max_new_tokens=4", *data])
     for name, value in tested.model.metrics.items():
-        assert three[-1][name] == pytest.approx(value, rel=1e-4), name
+        assert three[-1][name] == approx(value, rel=1e-4), name
 
 
-def test_short_tests_along_the_way_and_an_end_at_the_level(config, tmp_path):
-    """Each point has the numbers of a full test, as far as it has any; a run ends where the level is reached."""
-    study(config(output="full", masks=["dense"], points=6))
-    study(config(output="lean", masks=["dense"], points=6, along="answers"))
-    full, lean = (load_table(Path(f"{name}/study.parquet")) for name in ("full", "lean"))
+def test_short_tests_along_the_way_and_an_end_at_the_level(config):
+    """Each point has the numbers of a full test, as far as it has any; a run ends at the level."""
+    common = {"masks": ["dense"], "points": 6}
+    study(config(output="full", **common))
+    study(config(output="lean", along="answers", **common))
+    full, lean = rows_of("full"), rows_of("lean")
     for one, other in zip(lean, full, strict=True):
-        assert all(
-            one[name] == pytest.approx(other[name], rel=1e-4)
-            for name in ("step", "forget", "utility")
-        )
-    assert {row["forget/exact_memorization"] for row in lean[:-1]} == {None} and full[0][
-        "forget/exact_memorization"
-    ] is not None
-    measured = {name for name, value in full[-1].items() if value is not None}
-    assert measured == {name for name, value in lean[-1].items() if value is not None}
+        for name in ("step", "forget", "utility"):
+            assert one[name] == approx(other[name], rel=1e-4)
+    memorised = "forget/exact_memorization"
+    assert {row[memorised] for row in lean[:-1]} == {None} and full[0][memorised] is not None
+    ends = [{name for name, v in rows[-1].items() if v is not None} for rows in (full, lean)]
+    assert ends[0] == ends[1]
     level = (full[1]["forget"] + full[2]["forget"]) / 2
     assert full[2]["forget"] < level < full[1]["forget"]
-    study(
-        config(
-            output="short",
-            masks=["dense"],
-            points=6,
-            along="answers",
-            until_level=True,
-            forget_level=level,
-        )
-    )
-    short = load_table(Path("short/study.parquet"))
+    study(config(output="short", along="answers", until_level=True, forget_level=level, **common))
+    short = rows_of("short")
     assert [row["step"] for row in short] == [1, 2, 3]
-    assert [row["forget"] for row in short] == pytest.approx(
-        [row["forget"] for row in full[:3]], rel=1e-4
-    )
-    assert short[-1]["forget/exact_memorization"] == pytest.approx(
-        full[2]["forget/exact_memorization"]
-    )
-    results = [
-        json.loads(Path(f"{name}/study.json").read_text())["settings"]["ends_at"]
-        for name in ("lean", "short")
-    ]
-    assert results == [None, {"forget/probability": level}]
-
-
-def test_a_study_that_builds_on_another(config, tmp_path, monkeypatch):
-    made = []
-    monkeypatch.setattr(Study, "run", lambda self: made.append(self))
-    config()
-    (tmp_path / "more.yaml").write_text("base: study.yaml\nseeds: [3]\n")
-    study("more.yaml")
-    assert made[0].seeds == [3] and [mask.name for mask in made[0].grid.masks] == [
-        "dense",
-        "wagle 0.3",
-    ]
+    assert [row["forget"] for row in short] == approx([row["forget"] for row in full[:3]], rel=1e-4)
+    assert short[-1][memorised] == approx(full[2][memorised])
+    ends = [found_in(name)["settings"]["ends_at"] for name in ("lean", "short")]
+    assert ends == [None, {"forget/probability": level}]
 
 
 def test_a_killed_study_goes_on(config, capsys, monkeypatch):
@@ -407,36 +303,22 @@ def test_a_killed_study_goes_on(config, capsys, monkeypatch):
 
     monkeypatch.setattr(Study, "_run", run)
     with pytest.raises(SystemExit) as exit_:
-        study(config(generate="never"))
+        study(config())
     assert exit_.value.code == 130
     assert "stopped; the same command goes on (1 of 2 runs are missing)" in capsys.readouterr().out
-    assert len({row["run"] for row in load_table(Path("out/study.parquet"))}) == 1
+    assert len({row["run"] for row in rows_of()}) == 1
     monkeypatch.setattr(Study, "_run", real)
     study(config())
     assert "2 runs, 1 of them finished; 1 to do" in capsys.readouterr().out
-    assert len({row["run"] for row in load_table(Path("out/study.parquet"))}) == 2
+    assert len({row["run"] for row in rows_of()}) == 2
 
 
 def test_a_diverging_run_is_noted_and_the_study_goes_on(config, capsys):
     study(config(learning_rates=[1e-2, 1e30], masks=["dense"]))
-    said = capsys.readouterr().out
-    assert "lr 1e+30, seed 0: diverged at step" in said
-    rows = load_table(Path("out/study.parquet"))
-    assert sum(row["note"] is not None for row in rows) == 1
-    assert json.loads(Path("out/study.json").read_text())["headline"][0]["diverged"] == 1
+    assert "lr 1e+30, seed 0: diverged at step" in capsys.readouterr().out
+    assert sum(row["note"] is not None for row in rows_of()) == 1
+    assert found_in()["headline"][0]["diverged"] == 1
     assert "1 run diverged" in Path("out/study.md").read_text()
-
-
-def test_another_target_in_the_folder_of_a_study_is_refused(config, capsys, models):
-    study(config(steps=1, points=1, masks=["dense"]))
-    before = {file: file.read_bytes() for file in Path("out").rglob("*") if file.is_file()}
-    line = refused(capsys, config(steps=1, points=1, masks=["dense"], target=f"{models}/retrained"))
-    assert "holds results of another test (other model); choose another --output" in line
-    line = refused(capsys, config(steps=2, points=1, masks=["dense"]))
-    assert (
-        "out/study.parquet holds runs with other settings (length): choose another --output" in line
-    )
-    assert before == {file: file.read_bytes() for file in Path("out").rglob("*") if file.is_file()}
 
 
 def test_in_pieces(config, capsys):
@@ -444,31 +326,29 @@ def test_in_pieces(config, capsys):
         cli.main(["study", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "'[NPO, dense, wagle 0.2]'" in said and "'[runs/one, runs/two]'" in said
-    study(config(objectives=["GradDiff", "PO"], steps=2, points=1), "--only", "PO", "--hours", "0")
+    two = {"objectives": ["GradDiff", "PO"], **SHORT}
+    study(config(**two), "--only", "PO", "--hours", "0")
     assert "4 runs, 0 of them finished; 2 to do" in capsys.readouterr().out
-    study(config(objectives=["GradDiff", "PO"], steps=2, points=1), "--only", "[PO, dense]")
+    assert "0 of 4 runs are finished" in Path("out/study.md").read_text()
+    study(config(**two), "--only", "[PO, dense]")
     said = capsys.readouterr().out
     assert "4 runs, 0 of them finished; 1 to do" in said and "PO, dense" in said
     other = {"class_path": "GradDiff", "init_args": {"retain_weight": 2.0}}
-    study(config(objectives=[other], masks=["dense"], steps=2, points=1))
-    kept = config(
-        objectives=["PO", {**other, "name": "weighted"}], masks=["dense"], steps=2, points=1
-    )
-    study(kept, "--objectives", "[GradDiff]")
-    found = json.loads(Path("out/study.json").read_text())["headline"]
+    study(config(objectives=[other], masks=["dense"], **SHORT))
+    named = config(objectives=["PO", {**other, "name": "weighted"}], masks=["dense"], **SHORT)
+    study(named, "--objectives", "[GradDiff]")
+    found = found_in()["headline"]
     assert len({arm["objective"] for arm in found}) == 3 and all(arm["runs"] == 1 for arm in found)
-    study(kept)
-    names = [arm["objective"] for arm in json.loads(Path("out/study.json").read_text())["headline"]]
-    assert names == [
-        "PO",
-        "weighted",
-        "GradDiff",
-    ]  # what is described the same is the same, whatever it is called
+    study(named)  # what is described the same is the same, whatever it is called
+    assert [arm["objective"] for arm in found_in()["headline"]] == ["PO", "weighted", "GradDiff"]
     capsys.readouterr()
-    study(config(objectives=["GradDiff", "PO"], steps=2, points=1), "--hours", "0")
+    study(config(**two), "--hours", "0")
     said = capsys.readouterr().out
     assert "0 h are over; the same command goes on with the 2 runs left" in said
     assert "attribution" not in said
+
+
+# -- mistakes --------------------------------------------------------------------------------------
 
 
 def refused(capsys, *args):
@@ -476,52 +356,41 @@ def refused(capsys, *args):
     with pytest.raises(SystemExit) as exit_:
         study(*args)
     lines = capsys.readouterr().err.strip().splitlines()
-    assert (
-        exit_.value.code == 2
-        and len([line for line in lines if line.startswith("wagle: error: ")]) == 1
-    )
-    return next(line for line in lines if line.startswith("wagle: error: "))
+    (line,) = [line for line in lines if line.startswith("wagle: error: ")]
+    assert exit_.value.code == 2
+    return line
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"objectives": ["NPQ"]}, "unknown objective 'NPQ'; choose one of CEU, DPO"),
+        ({"objectives": []}, "objectives is an empty list"),
         ({"masks": ["wagel"]}, "unknown mask 'wagel'; choose one of dense, lora, Curvature"),
-        ({"target": "./nowhere"}, "model folder ./nowhere does not exist"),
+        ({"masks": []}, "masks is an empty list"),
         (
-            {"retrained": None},
-            "give --retrained, the model trained without the forget rows, or --forget_level",
+            {"masks": [{"score": "wagle", "hessian": "foo"}]},
+            "masks: wagle foo 0.2: unknown hessian 'foo'; choose one of",
         ),
+        ({"seeds": [1, 1]}, "seeds must be different numbers"),
+        ({"target": "./nowhere"}, "model folder ./nowhere does not exist"),
+        ({"retrained": None}, "give --retrained, the model trained without the forget rows, or --"),
         ({"optimizer": "Adamant"}, "unknown optimizer 'Adamant'; choose one of"),
         ({"optimizer": {"class_path": "AdamW", "init_args": {"momentum": 1}}}, "optimizer AdamW: "),
         ({"steps": 3, "epochs": 1}, "give --steps or --epochs, not both"),
         ({"trainer": {"devices": 2}}, "a study runs on one device"),
         ({"trainer": {"max_steps": 2}}, "--trainer: the study sets max_steps itself"),
-        (
-            {"module": {"mask": "x"}},
-            "--module: the study sets mask itself: leave it out",
-        ),
-        (
-            {"module": {"warmup": "foo"}},
-            "--module: warmup must be a number, got foo",
-        ),
+        ({"trainer": {"precision": "17-true"}}, "trainer: Precision '17-true' is invalid"),
+        ({"module": {"mask": "x"}}, "--module: the study sets mask itself: leave it out"),
+        ({"module": {"warmup": "foo"}}, "--module: warmup must be a number, got foo"),
         (
             {"module": {"wamup": 1}},
             "--module: UnlearnModule has no option 'wamup'; did you mean warmup?",
         ),
         ({"module": {"decay": "foo"}}, "--module: decay must be "),
         ({"module": {"max_new_tokens": 0}}, "--module: max_new_tokens must be at least 1, got 0"),
-        ({"masks": []}, "masks is an empty list"),
         ({"output": "study.yaml/x"}, "output study.yaml/x cannot be written: study.yaml is a file"),
         ({"output": "study.yaml"}, "output study.yaml is a file, and a folder is to be written"),
-        ({"objectives": []}, "objectives is an empty list"),
-        (
-            {"masks": [{"score": "wagle", "hessian": "foo"}]},
-            "masks: wagle foo 0.2: unknown hessian 'foo'; choose one of",
-        ),
-        ({"trainer": {"precision": "17-true"}}, "trainer: Precision '17-true' is invalid"),
-        ({"seeds": [1, 1]}, "seeds must be different numbers"),
         (
             {"along": "answers", "generate": "always"},
             "--along answers generates nothing before a run's end",
@@ -539,31 +408,36 @@ def test_mistakes_that_show_at_once(config, capsys, changes, said):
 
 
 def test_mistakes_that_the_model_shows(config, capsys, tmp_path):
+    said = "is not measured at every point"
     line = refused(capsys, config(utility="retain/bleu"))
-    assert (
-        "--utility: 'retain/bleu' is not measured at every point; there are: forget/exact_memorization"
-        in line
-    )
-    line = refused(
-        capsys, config(utility="retain/rougeL_recall", generate="end", module={"max_new_tokens": 2})
-    )
-    assert "is not measured at every point (it needs --generate always)" in line
-    line = refused(
-        capsys, config(output="lean", utility="retain/exact_memorization", along="answers")
-    )
-    assert "is not measured at every point (it needs --along all)" in line
-    other = WeightMask.from_bools({"lm_head.weight": torch.ones(3, 2, dtype=torch.bool)}).save(
-        tmp_path / "other"
-    )
+    assert f"--utility: 'retain/bleu' {said}; there are: forget/exact_memorization" in line
+    generating = {"generate": "end", "module": {"max_new_tokens": 2}}
+    line = refused(capsys, config(utility="retain/rougeL_recall", **generating))
+    assert f"{said} (it needs --generate always)" in line
+    lean = {"output": "lean", "along": "answers"}
+    line = refused(capsys, config(utility="retain/exact_memorization", **lean))
+    assert f"{said} (it needs --along all)" in line
+    bools = {"lm_head.weight": torch.ones(3, 2, dtype=torch.bool)}
+    other = WeightMask.from_bools(bools).save(tmp_path / "other")
     line = refused(capsys, config(masks=["dense", {"file": str(other)}]))
     assert f"masks: mask {other}" in line and "another model" in line
 
 
-def test_a_target_that_does_not_know_the_rows(config, capsys, heard, tiny_model):
-    study(config(target=tiny_model, steps=1, points=1, masks=["dense"], forget_level=0.5))
-    assert any(
-        "does not know the forget set" in record.message and "nothing to unlearn" in record.message
-        for record in heard.records
-    )
+def test_another_study_in_the_folder_is_refused_once_there_are_runs(config, capsys, models):
+    quick = {"masks": ["dense"], **SHORT}
+    study(config(target=f"{models}/base", limit_test=3, **quick), "--hours", "0")
+    study(config(**quick))
+    assert [row["step"] for row in rows_of()] == [2]
+    before = {file: file.read_bytes() for file in Path("out").rglob("*") if file.is_file()}
+    line = refused(capsys, config(target=f"{models}/retrained", **quick))
+    assert "holds results of another test (other model); choose another --output" in line
+    line = refused(capsys, config(**{**quick, "steps": 3}))
+    assert "out/study.parquet holds runs with other settings (length): choose another --" in line
+    assert before == {file: file.read_bytes() for file in Path("out").rglob("*") if file.is_file()}
+
+
+def test_a_target_that_does_not_know_the_rows(config, heard, tiny_model):
+    study(config(target=tiny_model, masks=["dense"], forget_level=0.5, **SHORT))
+    assert "does not know the forget set" in heard.text and "nothing to unlearn" in heard.text
     assert "there is nothing to unlearn" in Path("out/study.md").read_text()
-    assert math.isclose(json.loads(Path("out/study.json").read_text())["forget_level"], 0.5)
+    assert found_in()["forget_level"] == 0.5

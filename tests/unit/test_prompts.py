@@ -29,61 +29,57 @@ CLOCK = (
 )
 
 
-def with_template(tiny_model, chat_template):
+SHORT = "You are a helpful assistant."
+
+
+def with_template(tiny_model, chat_template, **options):
     tokenizer = load_tokenizer(tiny_model)
     tokenizer.chat_template = chat_template
-    return tokenizer
+    return Template(tokenizer, **options)
 
 
 def parsed(row):
     return row if isinstance(row, Example) else Example.of(row)
 
 
-def prompt_of(template, row):
-    return template.tokenizer.decode(template.encode_prompt(parsed(row)))
+def prompt_of(template, row=None):
+    return template.tokenizer.decode(template.encode_prompt(parsed(row or ASKED)))
 
 
-def whole(template, row):
-    return template.tokenizer.decode(template.encode(parsed(row))["input_ids"])
+def whole(template, row=None):
+    return template.tokenizer.decode(template.encode(parsed(row or ASKED))["input_ids"])
 
 
-def asked(**more):
-    return {"question": QUESTION, "answer": ANSWER, **more}
+ASKED = {"question": QUESTION, "answer": ANSWER}
 
 
 # -- dates ------------------------------------------------------------------------------------------------------------
 
 
 def test_llama_3_as_openunlearning_prompts_it(tiny_model):
-    template = Template(
-        with_template(tiny_model, LLAMA_3), system_prompt="You are a helpful assistant."
-    )
     official = (
-        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
-        "Today Date: 10 Apr 2025\n\nYou are a helpful assistant.<|eot_id|>"
-        f"<|start_header_id|>user<|end_header_id|>\n\n{QUESTION}<|eot_id|>"
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+        "Cutting Knowledge Date: December 2023\nToday Date: 10 Apr 2025\n\n"
+        f"{SHORT}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{QUESTION}<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
-    assert prompt_of(template, asked()) == official
-    assert whole(template, asked()) == f"{official}{ANSWER}<|eot_id|><|end|>"
-    plain = Template(with_template(tiny_model, LLAMA_3))
-    assert prompt_of(plain, asked()) == official.replace("You are a helpful assistant.", "")
+    template = with_template(tiny_model, LLAMA_3, system_prompt=SHORT)
+    assert prompt_of(template) == official
+    assert whole(template) == f"{official}{ANSWER}<|eot_id|><|end|>"
+    assert prompt_of(with_template(tiny_model, LLAMA_3)) == official.replace(SHORT, "")
 
 
 def test_a_clock_in_a_template_stands_still(tiny_model):
-    tokenizer = with_template(tiny_model, CLOCK)
-    assert (
-        prompt_of(Template(tokenizer), asked())
-        == f"10 Apr 2025|Thursday 2025-04-10 00:00|{QUESTION}|"
-    )
+    expected = f"10 Apr 2025|Thursday 2025-04-10 00:00|{QUESTION}|"
+    assert prompt_of(with_template(tiny_model, CLOCK)) == expected
 
 
 @pytest.mark.parametrize("chat_template", [LLAMA_3, CLOCK])
 def test_another_date_by_option(tiny_model, chat_template):
-    tokenizer = with_template(tiny_model, chat_template)
-    default = Template(tokenizer)
-    other = Template(tokenizer, chat_template_kwargs={"date_string": "26 Jul 2024"})
-    assert "26 Jul 2024" in prompt_of(other, asked()) and "2025" not in prompt_of(other, asked())
+    default = with_template(tiny_model, chat_template)
+    date = {"date_string": "26 Jul 2024"}
+    other = with_template(tiny_model, chat_template, chat_template_kwargs=date)
+    assert "26 Jul 2024" in prompt_of(other) and "2025" not in prompt_of(other)
     assert other.identity() != default.identity() and other.prompts != default.prompts
 
 
@@ -94,63 +90,38 @@ def test_prompts_that_stay_keep_their_identity(tiny_model):
     assert Template(tokenizer).identity() == repr((vocabulary, tokenizer.chat_template, 512, end))
     formats = ("Q: {question}\n", "A: {answer}")
     assert Template(tokenizer, *formats).identity() == repr((vocabulary, formats, 512, end))
-    others = [
-        Template(tokenizer, *formats, generation_prefix="A: "),
-        Template(tokenizer, system_prompt="Be brief."),
-    ]
-    others += [
-        Template(with_template(tiny_model, LLAMA_3)),
-        Template(with_template(tiny_model, CLOCK)),
-    ]
-    assert (
-        len(
-            {
-                other.identity()
-                for other in (Template(tokenizer), Template(tokenizer, *formats), *others)
-            }
-        )
-        == 6
-    )
+    others = [Template(tokenizer), Template(tokenizer, *formats)]
+    others += [Template(tokenizer, *formats, generation_prefix="A: ")]
+    others += [Template(tokenizer, system_prompt="Be brief.")]
+    others += [with_template(tiny_model, chat_template) for chat_template in (LLAMA_3, CLOCK)]
+    assert len({other.identity() for other in others}) == 6
 
 
 def test_a_row_s_own_system_message_stays(tiny_model):
     template = Template(load_tokenizer(tiny_model), system_prompt="Be brief.")
     messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody."}]
-    assert (
-        whole(template, {"messages": messages})
-        == "<|system|>Be brief.<|user|>Who?<|assistant|>Nobody.<|end|>"
-    )
+    rest = "<|user|>Who?<|assistant|>Nobody.<|end|>"
+    assert whole(template, {"messages": messages}) == f"<|system|>Be brief.{rest}"
     own = [{"role": "system", "content": "Be kind."}, *messages]
-    assert (
-        whole(template, {"messages": own})
-        == "<|system|>Be kind.<|user|>Who?<|assistant|>Nobody.<|end|>"
-    )
+    assert whole(template, {"messages": own}) == f"<|system|>Be kind.{rest}"
+
+
+def variables(**given):
+    return {"chat_template_kwargs": given}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"chat_template_kwargs": {"date_sting": "26 Jul 2024"}},
-            "chat_template_kwargs: the chat template does not read 'date_sting': check its spelling",
-        ),
-        ({"chat_template_kwargs": {"strftime_now": "x"}}, "cannot set strftime_now"),
-        (
-            {"chat_template_kwargs": {"add_generation_prompt": False}},
-            "cannot set add_generation_prompt",
-        ),
-        (
-            {"chat_template_kwargs": {"date_string": Path("x")}},
-            "date_string must be a text, a number, .* quote it",
-        ),
+        (variables(date_sting="26 Jul 2024"), "does not read 'date_sting': check its spelling"),
+        (variables(strftime_now="x"), "cannot set strftime_now"),
+        (variables(add_generation_prompt=False), "cannot set add_generation_prompt"),
+        (variables(date_string=Path("x")), "date_string must be a text, a number, .* quote it"),
         (
             {"prompt_format": "{question}", "system_prompt": "Hi."},
             "system_prompt 'Hi.' .* no effect beside prompt_format",
         ),
-        (
-            {"prompt_format": "{question}", "chat_template_kwargs": {"a": 1}},
-            "no effect beside prompt_format",
-        ),
+        ({"prompt_format": "{question}", **variables(a=1)}, "no effect beside prompt_format"),
         (
             {"generation_prefix": "Answer: "},
             "generation_prefix 'Answer: ' has no effect beside the tokenizer's chat",
@@ -159,33 +130,32 @@ def test_a_row_s_own_system_message_stays(tiny_model):
 )
 def test_options_without_effect_are_refused(tiny_model, options, message):
     with pytest.raises(WagleError, match=message):
-        Template(with_template(tiny_model, LLAMA_3), **options)
+        with_template(tiny_model, LLAMA_3, **options)
 
 
-def test_a_system_prompt_that_a_template_leaves_out_is_refused(tiny_model):
-    users = (
-        "{% for message in messages if message.role != 'system' %}{{ message.content }}{% endfor %}"
-    )
-    with pytest.raises(WagleError, match="the chat template ignores system messages"):
-        Template(with_template(tiny_model, users), system_prompt="Be brief.")
-    with pytest.raises(
-        WagleError, match=r"system_prompt 'Be brief.' .* no effect beside a tokenizer that has none"
-    ):
-        Template(with_template(tiny_model, None), system_prompt="Be brief.")
+@pytest.mark.parametrize(
+    ("chat_template", "message"),
+    [
+        (
+            "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
+            "the chat template ignores system messages",
+        ),
+        (None, "system_prompt 'Be brief.' .* no effect beside a tokenizer that has none"),
+    ],
+)
+def test_a_system_prompt_that_a_template_leaves_out_is_refused(tiny_model, chat_template, message):
+    with pytest.raises(WagleError, match=message):
+        with_template(tiny_model, chat_template, system_prompt="Be brief.")
 
 
 def test_what_a_template_cannot_print_is_told(tiny_model):
-    template = Template(
-        with_template(tiny_model, LLAMA_3), chat_template_kwargs={"date_string": None}
-    )
-    with pytest.raises(
-        WagleError, match=r"the chat template refuses messages of the roles user .*concatenate"
-    ):
-        whole(template, asked())
-    with pytest.raises(
-        WagleError, match=r"date_string must be a day such as '10 Apr 2025' .* got 'Friday'"
-    ):
-        Template(with_template(tiny_model, CLOCK), chat_template_kwargs={"date_string": "Friday"})
+    template = with_template(tiny_model, LLAMA_3, **variables(date_string=None))
+    said = r"the chat template refuses messages of the roles user .*concatenate"
+    with pytest.raises(WagleError, match=said):
+        whole(template)
+    said = r"date_string must be a day such as '10 Apr 2025' .* got 'Friday'"
+    with pytest.raises(WagleError, match=said):
+        with_template(tiny_model, CLOCK, **variables(date_string="Friday"))
 
 
 # -- the benchmarks' strings ------------------------------------------------------------------------------------------
@@ -198,62 +168,53 @@ def test_muse_knowledge(tmp_path, tiny_model, examples):
     shots = [{"question": f"Question {n}?", "answer": f"Answer {n}."} for n in range(10)]
     (tmp_path / "knowmem").mkdir()
     for side in ("forget", "retain"):
-        write_rows(tmp_path / f"knowmem/{side}_qa.jsonl", [asked()])
+        write_rows(tmp_path / f"knowmem/{side}_qa.jsonl", [ASKED])
         write_rows(tmp_path / f"knowmem/{side}_qa_icl.jsonl", shots)
     data = MUSEDataModule(folder=str(tmp_path), tokenizer=tiny_model, examples=examples)
-    general = (
-        "".join(f"Question: {s['question']}\nAnswer: {s['answer']}\n\n" for s in shots)
-        if examples
-        else ""
-    )
+    shown = shots if examples else []
+    official = "".join(f"Question: {s['question']}\nAnswer: {s['answer']}\n\n" for s in shown)
+    official += f"Question: {QUESTION}\nAnswer: "
     for name in ("knowmem_forget", "knowmem_retain"):
         (row,) = data.test_examples(name)
-        assert prompt_of(data.template, row) == general + f"Question: {QUESTION}\nAnswer: "
-        assert (
-            whole(data.template, row) == general + f"Question: {QUESTION}\nAnswer: {ANSWER}<|end|>"
-        )
+        assert prompt_of(data.template, row) == official
+        assert whole(data.template, row) == f"{official}{ANSWER}<|end|>"
 
 
 def test_muse_verbatim(tmp_path, tiny_model):
     """muse_bench, metrics/verbmem.py: the row's prompt as it stands."""
     (tmp_path / "verbmem").mkdir()
-    write_rows(
-        tmp_path / "verbmem/forget.jsonl", [{"prompt": "The mill of the ", "gt": "town opens"}]
-    )
+    rows = [{"prompt": "The mill of the ", "gt": "town opens"}]
+    write_rows(tmp_path / "verbmem/forget.jsonl", rows)
     data = MUSEDataModule(folder=str(tmp_path), tokenizer=tiny_model)
     assert prompt_of(data.template, data.test_examples("verbmem_forget")[0]) == "The mill of the "
 
 
 def test_tofu_llama_2(tmp_path, tiny_model):
     """tofu, config/model_config.yaml: tags ``[INST] ``, `` [/INST]`` and an empty one before the answer."""
-    formats = yaml.safe_load((CONFIGS / "tofu/llama2-7b-chat.yaml").read_text())["data"][
-        "init_args"
-    ]
-    formats = {name: formats[name] for name in ("prompt_format", "answer_format")}
+    config = yaml.safe_load((CONFIGS / "tofu/llama2-7b-chat.yaml").read_text())
+    options = config["data"]["init_args"]
+    formats = {name: options[name] for name in ("prompt_format", "answer_format")}
     template = TOFUDataModule(path=str(tmp_path), tokenizer=tiny_model, **formats).template
-    assert prompt_of(template, asked()) == f"[INST] {QUESTION} [/INST]"
-    assert whole(template, asked()) == f"[INST] {QUESTION} [/INST]{ANSWER}<|end|>"
+    assert prompt_of(template) == f"[INST] {QUESTION} [/INST]"
+    assert whole(template) == f"[INST] {QUESTION} [/INST]{ANSWER}<|end|>"
 
 
 @pytest.mark.parametrize(
     ("prefix", "official"),
     [
-        ("", f"Question: {QUESTION}\n"),  # tofu, run_generation: what stands before "Answer: "
-        (
-            "Answer: ",
-            f"Question: {QUESTION}\nAnswer: ",
-        ),  # open-unlearning, configs/model/phi-1_5.yaml
-        (
-            None,
-            f"Question: {QUESTION}\nAnswer:",
-        ),  # ours: a model that was trained so has no token for the space alone
+        # tofu, run_generation: what stands before "Answer: "
+        ("", f"Question: {QUESTION}\n"),
+        # open-unlearning, configs/model/phi-1_5.yaml
+        ("Answer: ", f"Question: {QUESTION}\nAnswer: "),
+        # ours: a model that was trained so has no token for the space alone
+        (None, f"Question: {QUESTION}\nAnswer:"),
     ],
 )
 def test_tofu_phi_and_base_models(tiny_model, prefix, official):
     options = {"prompt_format": "Question: {question}\n", "answer_format": "Answer: {answer}"}
     data = ForgetRetainDataModule(tokenizer=tiny_model, generation_prefix=prefix, **options)
-    assert prompt_of(data.template, asked()) == official
-    assert whole(data.template, asked()) == f"Question: {QUESTION}\nAnswer: {ANSWER}<|end|>"
+    assert prompt_of(data.template) == official
+    assert whole(data.template) == f"Question: {QUESTION}\nAnswer: {ANSWER}<|end|>"
 
 
 @pytest.mark.parametrize(
@@ -267,25 +228,19 @@ def test_tofu_phi_and_base_models(tiny_model, prefix, official):
 def test_wmdp_and_mmlu(tiny_model, name, about, subject):
     """lm-evaluation-harness, tasks wmdp_* and mmlu: description, question, options, ``Answer:``, space and letter."""
     template = Template(load_tokenizer(tiny_model), max_length=4096)
-    row = {
-        "question": f" {QUESTION}\n",
-        "choices": ["At six.", "At nine.", "Never.", "Always."],
-        "label": 1,
-    }
+    choices = ["At six.", "At nine.", "Never.", "Always."]
+    row = {"question": f" {QUESTION}\n", "choices": choices, "label": 1}
     row |= {"subject": subject} if subject else {}
     official = (
         f"The following are multiple choice questions (with answers) about {about}.\n\n"
         f"{QUESTION}\nA. At six.\nB. At nine.\nC. Never.\nD. Always.\nAnswer:"
     )
-    for letter, named in zip(
-        "ABCD", letters(template, Example.of(row), find_suite("wmdp").headers[name]), strict=True
-    ):
+    found = letters(template, Example.of(row), find_suite("wmdp").headers[name])
+    for letter, named in zip("ABCD", found, strict=True):
         ids, labels = named.candidate.ids, named.candidate.labels
+        scored = [i for i, label in zip(ids, labels, strict=True) if label != IGNORE]
         assert template.tokenizer.decode(ids) == f"{official} {letter}"
-        assert (
-            template.tokenizer.decode([i for i, x in zip(ids, labels, strict=True) if x != IGNORE])
-            == f" {letter}"
-        )
+        assert template.tokenizer.decode(scored) == f" {letter}"
 
 
 def test_detox(tmp_path, tiny_model):
@@ -298,37 +253,30 @@ def test_detox(tmp_path, tiny_model):
 
 def test_copyright(tmp_path, tiny_model):
     """The beginning of a chunk as it stands; a question as the format says."""
-    (tmp_path / "book.txt").write_text(
-        "The mill of the small town opens at nine. " * 40, encoding="utf-8"
+    (tmp_path / "book.txt").write_text("The mill of the small town opens at nine. " * 40)
+    write_rows(tmp_path / "forget_qa.jsonl", [ASKED])
+    data = CopyrightDataModule(
+        book=str(tmp_path / "book.txt"),
+        folder=str(tmp_path),
+        chunk_unit="characters",
+        tokenizer=tiny_model,
+        prompt_format="### Question: {question}\n",
+        answer_format="### Answer: {answer}",
+        generation_prefix="",
     )
-    write_rows(tmp_path / "forget_qa.jsonl", [asked()])
-    formats = {
-        "prompt_format": "### Question: {question}\n",
-        "answer_format": "### Answer: {answer}",
-    }
-    options = {
-        "book": str(tmp_path / "book.txt"),
-        "folder": str(tmp_path),
-        "chunk_unit": "characters",
-    }
-    data = CopyrightDataModule(tokenizer=tiny_model, generation_prefix="", **formats, **options)
     row = data.test_examples("forget")[0]
     assert prompt_of(data.template, row) == row.question and len(row.question) > 100
-    # WAGLE, src/metrics/Tofu.py and src/dataset/HorryPotter.py: generation goes on after the question's end
-    assert (
-        prompt_of(data.template, data.test_examples("forget_qa")[0])
-        == f"### Question: {QUESTION}\n"
-    )
+    # WAGLE, src/metrics/Tofu.py, src/dataset/HorryPotter.py: generation goes on after the question
+    (row,) = data.test_examples("forget_qa")
+    assert prompt_of(data.template, row) == f"### Question: {QUESTION}\n"
 
 
 # -- records ----------------------------------------------------------------------------------------------------------
 
 
 def test_prompts_of_masks_that_masks_are_made_of():
-    made = [
-        WeightMask.from_bools({"a": torch.tensor([True, False])}, {"prompts": {"prompt": p}})
-        for p in "xy"
-    ]
+    bools = {"a": torch.tensor([True, False])}
+    made = [WeightMask.from_bools(bools, {"prompts": {"prompt": p}}) for p in "xy"]
     assert (made[0] | made[1]).prompts == [{"prompt": "x"}, {"prompt": "y"}]
     assert (~made[0] - made[0]).prompts == [{"prompt": "x"}]
     assert made[0].random_like(0).prompts == []
