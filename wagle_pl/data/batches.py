@@ -33,10 +33,10 @@ T = TypeVar("T")
 
 
 class Draw(NamedTuple):
-    """One micro-batch to build: for each stream its cell, and the epoch (it varies refusals)."""
+    """One micro-batch to build."""
 
-    epoch: int
-    cells: dict[str, Cell]
+    epoch: int  # refusals vary with it
+    cells: dict[str, Cell]  # of each stream
 
 
 def epoch_batches(
@@ -93,9 +93,6 @@ def deal(
 ) -> list[list[Cell]]:
     """Cut one global batch into ``accumulate`` micro-batches for each of ``world_size`` ranks.
 
-    The weight of a row is ``accumulate * world_size / len(rows)``; a cell that runs short holds one
-    row of weight 0.
-
     Args:
         rows: of the batch.
         world_size: number of ranks.
@@ -104,7 +101,7 @@ def deal(
         done: rows at the batch's beginning to leave out; the weights stay those of the whole batch.
 
     Returns:
-        ``cells[micro_batch][rank]``.
+        ``cells[micro_batch][rank]``; one that runs short holds one row of weight 0.
     """
     weight = world_size * accumulate / len(rows)
     seen = Counter() if seen is None else seen
@@ -197,8 +194,8 @@ class GlobalBatchSampler:
         return epoch_batches(self.lengths, self.global_batch, self.seed, epoch)
 
     def _bounds_of(self, epoch: int, step: int) -> list[int]:
-        rows = len(next(iter(self._epoch(epoch)[step].values())))
-        return _bounds(rows, self.accumulate)
+        streams = self._epoch(epoch)[step].values()
+        return _bounds(len(next(iter(streams))), self.accumulate)
 
 
 def token_batches(lengths: Sequence[int], max_rows: int) -> list[list[int]]:
@@ -265,10 +262,7 @@ class ResumableLoader(Loader):
     def state_at(
         self, epoch: int, micro_batches: int, last: Optional[int] = None
     ) -> dict[str, Any]:
-        """Where the run is after some micro-batches of an epoch, and what that place is a place in.
-
-        The epoch ends with ``last`` of them; with all when None.
-        """
+        """Where the run is after some micro-batches of an epoch, which may end after ``last``."""
         end = len(self.sampler) if last is None else min(last, len(self.sampler))
         if micro_batches >= end:
             return self._state(Position(epoch + 1))
@@ -286,17 +280,13 @@ class ResumableLoader(Loader):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` was taken; see :meth:`check` for what it raises."""
+        """Go on where ``state`` was taken."""
         self.sampler.start = self.check(state)
         self.sampler.epoch = state["epoch"]
         self._handed_out = None
 
     def check(self, state: Mapping[str, Any]) -> Position:
-        """The position that a state holds.
-
-        Raises:
-            WagleError: naming what differs, if it was taken of other global batches than these.
-        """
+        """The position that a state holds; one of other global batches than these is refused."""
         here, sampler, fault = self._state(Position()), self.sampler, None
         streams, streams_here = (" and ".join(each["sets"]) for each in (state, here))
         if state["global_batch"] != here["global_batch"]:
@@ -316,9 +306,7 @@ class ResumableLoader(Loader):
                 f"drew from {streams} rows, this one draws from {streams_here} rows: resume with "
                 "the module and options it was started with"
             )
-        elif differing := [
-            name for name in here["sets"] if state["sets"][name] != here["sets"][name]
-        ]:
+        elif differing := [n for n, rows in here["sets"].items() if state["sets"][n] != rows]:
             name = differing[0]
             then, now = (each["sets"][name]["rows"] for each in (state, here))
             what = f"had {then} {name} rows, this one has {now}"
@@ -341,8 +329,7 @@ def collate(
         left: pad on the left, as generation needs.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and, if given, ``labels``: int64 tensors of shape (rows,
-        longest).
+        These and ``attention_mask``: int64 tensors of shape (rows, longest).
     """
 
     def padded(values: Sequence[Sequence[int]], fill: int) -> Tensor:

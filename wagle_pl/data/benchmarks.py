@@ -42,13 +42,10 @@ class TOFUDataModule(ForgetRetainDataModule):
     """TOFU, a task of fictitious unlearning (arXiv 2401.06121): its official splits.
 
     Args:
-        forget: ``forget01``, ``forget05`` or ``forget10``, or any file or dataset as in the base
-            class.
-        retain: an official split such as ``retain99``, or any file or dataset; None takes the split
-            that goes with ``forget``.
+        forget: ``forget01``, ``forget05`` or ``forget10``, or any file or dataset.
+        retain: a split such as ``retain99``, or likewise; None takes the one beside ``forget``.
         path: folder with ``<split>.json`` files, or the hub dataset.
-        **kwargs: passed to :class:`ForgetRetainDataModule`. ``test`` replaces TOFU's four test
-            sets.
+        **kwargs: passed to :class:`ForgetRetainDataModule`; ``test`` replaces TOFU's test sets.
     """
 
     def __init__(
@@ -69,7 +66,6 @@ class TOFUDataModule(ForgetRetainDataModule):
             }
 
     def load(self, source: str) -> list[Row]:
-        """Rows of an official split, or of any other source."""
         if "/" in source or "." in source:
             return super().load(source)
         folder = Path(self.path)
@@ -89,23 +85,22 @@ class MUSEDataModule(SuiteDataModule):
 
     Texts of a split are put together and cut into chunks, as the benchmark's baselines do. Test
     sets: ``verbmem_forget`` (prompt and response: verbatim memorisation), ``knowmem_forget`` and
-    ``knowmem_retain`` (question and answer, after the benchmark's ten worked examples), and the
-    texts ``members`` (of the forget set), ``nonmembers`` (never seen) and ``retain`` (privacy
-    leakage). In a folder they are ``<subset>/<split>.*``, e.g. ``raw/forget.jsonl``.
+    ``knowmem_retain`` (question and answer), and the texts ``members`` (of the forget set),
+    ``nonmembers`` (never seen) and ``retain`` (privacy leakage). In a folder they are
+    ``<subset>/<split>.*``, e.g. ``raw/forget.jsonl``.
 
     Args:
         corpus: ``news`` or ``books``.
-        forget_split: subset and split to forget; ``scal/forget_2`` and ``sust/forget_2`` (and so
-            on) are those of the benchmark's scalability and sustainability runs (News).
-        retain_splits: splits of the subset ``raw`` to keep. Unlearning uses ``retain1``; a target
-            model is fine-tuned on ``retain2`` as well, which the test sets ask about.
-        examples: put the benchmark's worked examples before each question.
+        forget_split: subset and split to forget; ``scal/forget_2``, ``sust/forget_2`` and so on are
+            those of the scalability and sustainability runs (News).
+        retain_splits: splits of ``raw`` to keep. Unlearning uses ``retain1``; a target model is
+            fine-tuned on ``retain2`` as well, which the test sets ask about.
+        examples: put the benchmark's ten worked examples before each question.
         chunk_size: longest chunk in ``chunk_unit``; the default fits 2,048 tokens.
         max_length: longest sequence in tokens.
         prompt_format: text of the prompt, with ``{question}``; the default is the benchmark's.
-        answer_format: text of the answer, with ``{answer}``; the default is the benchmark's. What
-            stands before ``{answer}`` is given when generating, with the space at its end, as the
-            benchmark does.
+        answer_format: likewise of the answer, with ``{answer}``. What stands before it is given
+            when generating, with the space at its end, as the benchmark does.
         **kwargs: passed to :class:`wagle_pl.data.suite.SuiteDataModule`.
     """
 
@@ -142,7 +137,6 @@ class MUSEDataModule(SuiteDataModule):
         self.worked_examples = examples
 
     def sets(self) -> Mapping[str, Source]:
-        """Texts of the splits, each one text in parts."""
         text = Source(joined=True, chunked=True)
         return {
             "forget": text._replace(parts=[self._part(self.forget_split)], paired=True),
@@ -151,7 +145,6 @@ class MUSEDataModule(SuiteDataModule):
         }
 
     def tests(self) -> Mapping[str, Source]:
-        """The benchmark's six sets."""
         asked = {
             f"knowmem_{side}": Source(
                 [self._part(f"knowmem/{side}_qa")], partial(self._questions, side)
@@ -170,7 +163,6 @@ class MUSEDataModule(SuiteDataModule):
         return HubSet(f"muse-bench/MUSE-{self.corpus.capitalize()}", *name.split("/"))
 
     def _questions(self, side: str, rows: Sequence[Row], where: str) -> list[Row]:
-        """Questions after the worked examples of their side, where there are some."""
         part = self._part(f"knowmem/{side}_qa_icl")
         shots = read_set(part, self.folder) if self.worked_examples else None
         if not shots:
@@ -195,22 +187,19 @@ def continuations(rows: Sequence[Row], where: str) -> list[Row]:
 class WMDPDataModule(SuiteDataModule):
     """WMDP (arXiv 2403.03218): hazardous knowledge in biosecurity and cybersecurity.
 
-    Forget rows are the documents of the forget corpora, retain rows the lines of WikiText-2 (as the
-    paper's code has it) or the corpora of the same subjects without the hazard (as WAGLE's code has
-    it). Test sets: ``wmdp_bio`` and ``wmdp_cyber`` (question, choices, label), ``mmlu`` if asked
-    for, and ``wikitext`` (articles in chunks, for perplexity).
+    Test sets: ``wmdp_bio`` and ``wmdp_cyber`` (question, choices, label), ``mmlu`` if asked for,
+    and ``wikitext`` (articles in chunks, for perplexity).
 
-    A folder holds copies of ``cais/wmdp-corpora``, ``cais/wmdp-bio-forget-corpus``, ``cais/wmdp``,
-    ``Salesforce/wikitext`` and ``cais/mmlu`` by their names without owner.
-    ``bio-forget-corpus.jsonl`` and ``cyber-forget-corpus.jsonl``, as WMDP hands them out, will do
-    too.
+    A folder holds copies of ``cais/wmdp-corpora`` and ``cais/wmdp-bio-forget-corpus`` (or the
+    ``bio-forget-corpus.jsonl`` and ``cyber-forget-corpus.jsonl`` that WMDP hands out),
+    ``cais/wmdp``, ``Salesforce/wikitext`` and ``cais/mmlu`` by their names without owner.
 
     Args:
         domains: what to forget: ``bio``, ``cyber`` or both. Their test sets go with them.
-        retain_corpus: ``wikitext``, or the ``domains``' own retain corpora.
-        wikitext_split: split of WikiText-2 that is retained. With ``test``, which the paper's code
-            takes, the perplexity on the test set ``wikitext`` is on retain rows: take ``train``
-            where that number matters.
+        retain_corpus: ``wikitext`` (lines of WikiText-2, as in the paper's code), or the
+            ``domains``' own retain corpora, without the hazard (as in WAGLE's code).
+        wikitext_split: split of WikiText-2 that is retained. ``test``, as in the paper's code, makes
+            the perplexity one on retain rows: take ``train`` where that number matters.
         min_characters: shorter texts are left out of the training rows; blank ones always are.
         mmlu: test on MMLU too (14,042 questions). With a folder it is tested if it is there.
         **kwargs: passed to :class:`wagle_pl.data.suite.SuiteDataModule`.
@@ -237,7 +226,6 @@ class WMDPDataModule(SuiteDataModule):
         self.mmlu = mmlu
 
     def sets(self) -> Mapping[str, Source]:
-        """The documents of the forget corpora; lines of WikiText, or the retain corpora."""
         retain = [WIKITEXT._replace(split=self.wikitext_split)]
         if self.retain_corpus == "domains":
             retain = [HubSet(CORPORA, f"{domain}-retain-corpus") for domain in self.domains]
@@ -249,11 +237,11 @@ class WMDPDataModule(SuiteDataModule):
         }
 
     def tests(self) -> Mapping[str, Source]:
-        """Questions of the domains, MMLU and WikiText."""
         hubs = {f"wmdp_{d}": HubSet("cais/wmdp", f"wmdp-{d}", "test") for d in self.domains}
         if self.mmlu or self.folder is not None:
             hubs["mmlu"] = HubSet("cais/mmlu", "all", "test")
-        return {**{n: Source([hub], choices) for n, hub in hubs.items()}, "wikitext": ARTICLES}
+        asked = {name: Source([hub], choices) for name, hub in hubs.items()}
+        return {**asked, "wikitext": ARTICLES}
 
     def _long_texts(self, rows: Sequence[Row], where: str) -> list[Row]:
         return [row for row in texts(rows, where) if len(row["text"]) >= self.min_characters]
@@ -262,11 +250,8 @@ class WMDPDataModule(SuiteDataModule):
 class CopyrightDataModule(SuiteDataModule):
     """A book in chunks to forget (arXiv 2310.02238, as in SOUL and WAGLE), web text (C4) to keep.
 
-    The papers' book is under copyright: they name it and give no file. ``book`` is a file of one's
-    own; without it the Harry Potter books of MUSE-Books are taken from the hub, or from the folder.
-    Each chunk is a prompt and its continuation, as in the papers. Test sets: ``forget``
-    (continuations: BLEU, ROUGE), ``forget_qa`` and ``retain_qa`` (question and answer),
-    ``wikitext`` (articles in chunks, for perplexity).
+    Test sets: ``forget`` (continuations: BLEU, ROUGE), ``forget_qa`` and ``retain_qa`` (question
+    and answer), ``wikitext`` (articles in chunks, for perplexity).
 
     A folder may hold ``book.txt`` (or ``.jsonl``, ``.parquet``, … with a column ``text``),
     ``forget_qa.jsonl``, ``retain_qa.jsonl`` (``question`` and ``answer``), and copies of
@@ -274,14 +259,13 @@ class CopyrightDataModule(SuiteDataModule):
     owner.
 
     Args:
-        book: text file, or file of rows with ``text``.
+        book: text file, or file of rows with ``text``; None takes the Harry Potter books of
+            MUSE-Books from the hub, or from the folder: the papers name theirs and give no file.
         chunk_size: longest chunk in ``chunk_unit``, prompt and continuation together.
-        prompt_size: how much of a chunk is the prompt. Null makes rows of whole chunks, to
+        prompt_size: how much of a chunk is the prompt; null makes rows of whole chunks, to
             fine-tune a target on.
-        test_chunks: so many chunks, spread evenly over the book, make the test set ``forget``; null
-            takes all.
-        limit_retain: documents of C4 to use, from the start of the shard that the papers' code
-            takes.
+        test_chunks: so many chunks, evenly spaced, make the test set ``forget``; null takes all.
+        limit_retain: documents of C4 to use, from the start of the papers' shard.
         **kwargs: passed to :class:`wagle_pl.data.suite.SuiteDataModule`.
     """
 
@@ -305,11 +289,9 @@ class CopyrightDataModule(SuiteDataModule):
         self.test_chunks = test_chunks
 
     def sets(self) -> Mapping[str, Source]:
-        """The book, and C4 as far as it is used."""
         return {"forget": self.book, "retain": Source([C4], limit=self.limits["retain"])}
 
     def tests(self) -> Mapping[str, Source]:
-        """Chunks of the book, questions, and WikiText."""
         asked = {
             name: Source([HubSet(BOOKS, "knowmem", name, aliases=(f"{name}.*",))], questions)
             for name in ("forget_qa", "retain_qa")
@@ -321,22 +303,19 @@ class CopyrightDataModule(SuiteDataModule):
 class DetoxDataModule(SuiteDataModule):
     """PKU-SafeRLHF's unsafe answers to forget, web text (C4) to keep (as in SOUL and WAGLE).
 
-    Forget rows are prompts of the training split with each answer that was judged unsafe (prompt
-    and response). Test sets: ``prompts`` (of the test split, each once; to generate from) and
-    ``wikitext`` (articles in chunks, for perplexity). Other prompts, e.g.
-    ``allenai/real-toxicity-prompts``: give ``prompts``.
+    Test sets: ``prompts`` (of the test split, each once; to generate from) and ``wikitext``
+    (articles in chunks, for perplexity).
 
     A folder holds copies of ``PKU-Alignment/PKU-SafeRLHF``, ``allenai/c4`` and
     ``Salesforce/wikitext`` by their names without owner.
 
     Args:
-        prompts: file or hub dataset of prompts to test on, in a column ``prompt`` (a text, or a
-            dict with ``text``).
+        prompts: other prompts to test on, e.g. ``allenai/real-toxicity-prompts``: a file or hub
+            dataset with a column ``prompt`` (a text, or a dict with ``text``).
         plain_prompts: generate from the prompt as it stands, as the papers' code does, not from
             prompt_format or chat template.
         limit_forget: unsafe answers to use, from the start; the papers' code draws 200.
-        limit_retain: documents of C4 to use, from the start of the shard that the papers' code
-            takes.
+        limit_retain: documents of C4 to use, from the start of the papers' shard.
         **kwargs: passed to :class:`wagle_pl.data.suite.SuiteDataModule`.
     """
 
@@ -355,7 +334,6 @@ class DetoxDataModule(SuiteDataModule):
         self.plain_prompts = plain_prompts
 
     def sets(self) -> Mapping[str, Source]:
-        """Unsafe answers, and C4 as far as it is used."""
         return {
             "forget": Source([HubSet(SAFE_RLHF)], unsafe_answers, chunked=True),
             "retain": Source([C4], limit=self.limits["retain"], chunked=True),
@@ -363,7 +341,6 @@ class DetoxDataModule(SuiteDataModule):
         }
 
     def tests(self) -> Mapping[str, Source]:
-        """Prompts, and WikiText."""
         parts = [HubSet(SAFE_RLHF, split="test")]
         prompts = Source(parts, self._prompts, self.prompts, converts_given=True)
         return {"prompts": prompts, "wikitext": ARTICLES}
@@ -377,7 +354,7 @@ class DetoxDataModule(SuiteDataModule):
 
 
 def unsafe_answers(rows: Sequence[Row], where: str) -> list[Row]:
-    """``prompt`` and ``response`` for each answer (of two a row) that was judged unsafe."""
+    """A row for each answer (of two) that was judged unsafe."""
     columns = ("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe")
     return [
         {"prompt": row["prompt"], "response": row[f"response_{number}"]}

@@ -52,10 +52,7 @@ class Example:
 
     @classmethod
     def of(cls, row: Row) -> Example:
-        """Parse a row of any kind of :data:`KINDS`.
-
-        Raises:
-            WagleError: naming the column that is missing or wrong.
+        """Parse a row of any kind of :data:`KINDS`; errors name the column.
 
         >>> Example.of({"question": "Which?", "choices": ["a stone", "a pear"], "answer": 1}).answer
         'a pear'
@@ -110,12 +107,7 @@ class Example:
 
 
 def parse_rows(rows: Iterable[Row], where: str) -> list[Example]:
-    """Parse the rows of one set.
-
-    Raises:
-        WagleError: naming ``where`` and the row (counted from 1), if one is of no kind or there are
-            none.
-    """
+    """Parse the rows of one set; errors name ``where`` and the row, counted from 1."""
     examples = []
     for number, row in enumerate(rows, 1):
         try:
@@ -215,8 +207,7 @@ KINDS: dict[tuple[str, ...], Callable[[Row], dict[str, Any]]] = {
 def _cleaned(row: Row) -> Row:
     """A row with texts for numbers, truth values and dates in columns of texts, and with its label.
 
-    A multiple choice may have its label in ``answer``, and as a float, as a column with gaps has
-    it.
+    That may be in ``answer``, and a float, as a column with gaps has it.
     """
     row = dict(row)
     if row.get("choices") is not None:

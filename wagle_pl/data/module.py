@@ -65,34 +65,26 @@ class ForgetRetainDataModule(L.LightningDataModule):
             ``owner/name[:config]``.
         retain: rows to keep, likewise.
         holdout: rows of the same kind that no model has seen, likewise.
-        test: test set name -> file or hub dataset. The names ``forget``, ``retain``,
-            ``real_authors`` and ``world_facts`` have a meaning for the TOFU measures. None tests on
-            the forget and the retain rows.
+        test: test set name -> file or hub dataset; None tests on the forget and the retain rows.
+            TOFU's measures know ``forget``, ``retain``, ``real_authors`` and ``world_facts``.
         val: names of test sets that ``fit`` measures along the way, at each epoch's end or as
-            ``trainer.val_check_interval`` says; none when null.
+            ``trainer.val_check_interval`` says.
         split: split of hub datasets.
-        prompt_format: text of the prompt, with ``{question}``; None takes the tokenizer's chat
-            template.
+        prompt_format: text of the prompt, with ``{question}``; None takes the chat template.
         answer_format: text of the answer, with ``{answer}``; goes with ``prompt_format``.
-        generation_prefix: text after the prompt when generating, byte for byte; None takes what
-            stands before ``{answer}`` in ``answer_format``, without spaces at its end. Goes with
-            ``prompt_format``.
-        system_prompt: content of a system message for the chat template, before every conversation
-            that has none of its own; None leaves it to the template.
-        chat_template_kwargs: variables for the chat template, e.g. ``{date_string: 26 Jul 2024}``.
-            No template sees today's date: ``date_string`` is ``10 Apr 2025``, as in OpenUnlearning,
-            unless given here.
-        max_length: longest sequence in tokens; longer rows are cut, with a warning that counts
-            them.
+        generation_prefix: text after the prompt when generating; goes with ``prompt_format``. None
+            takes what stands before ``{answer}``, without spaces at its end.
+        system_prompt: system message for the chat template, where a conversation has none.
+        chat_template_kwargs: variables for the chat template, e.g. ``{date_string: 26 Jul 2024}``,
+            which is ``10 Apr 2025`` otherwise, as in OpenUnlearning, and never today's date.
+        max_length: longest sequence in tokens; longer rows are cut, with a warning.
         batch_size: pairs per device and step.
         test_batch_size: rows per device in a test batch.
         limit_forget: use only the first so many forget rows.
         limit_retain: use only the first so many retain rows.
         limit_test: use only so many rows of each test set, evenly spaced.
-        overlap: what to do when forget rows are among the retain rows: ``error``, ``warn`` or
-            ``drop`` them there.
-        refusals: text file with one refusal a line, for preference objectives; None takes the
-            bundled list.
+        overlap: what to do when forget rows are among the retain rows; ``drop`` drops them there.
+        refusals: text file with one refusal a line; None takes the bundled list.
         seed: of the order of rows and the choice of refusals.
         tokenizer: hub id or folder; None takes the model's.
     """
@@ -161,8 +153,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         Args:
             streams: of a training batch, the one that sets the epoch's length first.
             repeatable: streams that draw the same refusals in every epoch.
-            vocabulary: how many token ids the model knows; rows with others are refused. None
-                checks nothing.
+            vocabulary: how many token ids the model knows: rows with others are refused.
             tokenizer: loads the model's, which is used unless ``data.tokenizer`` names one.
         """
         self.streams = tuple(streams)
@@ -296,15 +287,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
     @cached_property
     def template(self) -> Template:
         """Turns rows into tokens."""
-        return Template(
-            self.tokenizer,
-            self.prompt_format,
-            self.answer_format,
-            self.max_length,
-            self.generation_prefix,
-            self.system_prompt,
-            self.chat_template_kwargs,
-        )
+        formats = (self.prompt_format, self.answer_format, self.max_length, self.generation_prefix)
+        return Template(self.tokenizer, *formats, self.system_prompt, self.chat_template_kwargs)
 
     @cached_property
     def refusals(self) -> list[str]:
@@ -319,12 +303,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         return [line for line in lines if line]
 
     def tokens(self, stream: str) -> list[dict[str, np.ndarray]]:
-        """``input_ids`` and ``labels`` (int32) of each row of a training stream, made once.
-
-        Raises:
-            WagleError: if there are no rows, one loses its whole answer to ``max_length``, or the
-                model does not know one of its tokens.
-        """
+        """``input_ids`` and ``labels`` (int32) of each row of a training stream, made once."""
         if stream not in self._tokens:
             examples = self.examples(stream)
             if examples is None:
@@ -366,11 +345,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         return (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
 
     def train_dataloader(self) -> ResumableLoader:
-        """Micro-batches of the streams of :meth:`serve`, for this rank; of one without a Trainer.
-
-        Raises:
-            WagleError: if there are more ranks than rows, or the trainer wants other batches.
-        """
+        """Micro-batches of the streams of :meth:`serve`, for this rank."""
         if getattr(self.trainer, "overfit_batches", 0):
             raise WagleError(
                 "trainer.overfit_batches would draw batches of its own: give --data.limit_forget "
@@ -413,10 +388,9 @@ class ForgetRetainDataModule(L.LightningDataModule):
         return Loader(draws, partial(self.build, (stream,)))
 
     def test_dataloader(self) -> list[Loader]:
-        """One loader a test set, in the order of :meth:`test_names`.
+        """One loader a test set: of batches ``{"rows": their numbers}``.
 
-        Each batch is a dict with ``rows``, the numbers of its rows in the set: rows of similar
-        length, so that generations end at about the same time.
+        Their lengths are similar, so that generations end at about the same time.
         """
         return [self._test_loader(name) for name in self.test_names()]
 

@@ -85,12 +85,10 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
         folder: local copy of the hub repositories, each under its name without owner (as ``hf
             download cais/wmdp --repo-type dataset --local-dir FOLDER/wmdp`` makes it), or of the
             only one itself. JSON, CSV and Parquet will do.
-        chunk_size: training texts are cut into rows of at most so many units; null leaves each text
-            one row, which is cut off at ``max_length``.
+        chunk_size: longest row of a training text in units; null cuts it off at ``max_length``.
         chunk_unit: ``tokens`` of the tokenizer, or ``characters`` (then words stay whole).
-        prompt_size: each forget row becomes a prompt of so many units and the text that follows, on
-            which alone the loss is; null takes the loss on the whole text. Objectives with refusals
-            (PO, DPO) need it.
+        prompt_size: length in units of a forget row's prompt, which has no loss and which objectives
+            with refusals (PO, DPO) need; null takes the loss on the whole text.
         **kwargs: passed to :class:`ForgetRetainDataModule`.
     """
 
@@ -128,17 +126,14 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
         """Test set -> where its rows are."""
 
     def train_rows(self, stream: str) -> Optional[list[Row]]:
-        """Rows of a part of the benchmark, or of what replaces it; texts cut as asked."""
         source, given = self.sets().get(stream, Source()), self.sources[stream]
         return self._rows(source, given, self.place(stream), required=stream != "holdout")
 
     def test_rows(self, name: str) -> Optional[list[Row]]:
-        """Likewise of a test set."""
         given = (self.test_sources or {}).get(name)
         return self._rows(self.tests().get(name, Source()), given, self.place(name, test=True))
 
     def test_names(self) -> list[str]:
-        """The test sets named by the user, or the benchmark's; with a folder, those it has."""
         if self.test_sources is not None:
             return list(self.test_sources)
         return [
@@ -150,7 +145,6 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
         ]
 
     def describe(self, name: str, test: bool = False) -> str:
-        """Where the rows of a stream or a test set come from, for messages and the model card."""
         given = (self.test_sources or {}) if test else self.sources
         source = (self.tests() if test else self.sets()).get(name, Source())
         parts = ", ".join(map(str, source.parts))
@@ -219,9 +213,8 @@ def chunk_text(
     Args:
         text: the text.
         size: longest piece, in tokens or, without a tokenizer, in characters.
-        tokenizer: a fast one: a cut is where a token of the whole text begins, every ``size``
-            tokens (a piece tokenised alone may differ at its ends by one or two). None cuts before
-            the last white space that keeps the piece within ``size``, so that words stay whole.
+        tokenizer: cuts where a token of the whole text begins, every ``size`` tokens. None cuts at
+            white space, so that words stay whole.
 
     >>> chunk_text("Down the rabbit-hole", 9)
     ['Down the', ' rabbit-h', 'ole']
@@ -236,7 +229,7 @@ def chunk_text(
             cuts.append(end)
     elif not tokenizer.is_fast:
         raise WagleError(
-            "cutting texts by tokens needs a fast tokenizer; cut them by characters (chunk_unit)"
+            "cutting by tokens needs a fast tokenizer; give data.chunk_unit characters"
         )
     else:
         encoded = tokenizer(

@@ -29,12 +29,9 @@ DATE = "10 Apr 2025"
 class Template:
     """Turns rows into token ids.
 
-    The options are those of :class:`wagle_pl.data.ForgetRetainDataModule`. Without a
-    ``prompt_format`` and a chat template, the formats are :data:`DEFAULT_PROMPT` and
-    :data:`DEFAULT_ANSWER`.
-
-    Raises:
-        WagleError: if a format lacks its field, or an option would have no effect.
+    The options are those of :class:`wagle_pl.data.ForgetRetainDataModule`; one that would have no
+    effect is refused. Without a ``prompt_format`` and a chat template, the formats are
+    :data:`DEFAULT_PROMPT` and :data:`DEFAULT_ANSWER`.
     """
 
     def __init__(
@@ -153,10 +150,9 @@ class Template:
 
     @cached_property
     def prompts(self) -> dict[str, Any]:
-        """What stands around questions and answers, for records and to compare: JSON-serialisable.
+        """What stands around ``{question}`` and ``{answer}``, for records and to compare.
 
-        ``prompt`` and ``answer`` are the texts of a row, with ``{question}`` and ``{answer}`` where
-        the row's own go (None if the chat template refuses such a row).
+        None where the chat template refuses such a row.
         """
         try:
             prompt, answer = self._texts(Example("answered", "{question}", "{answer}"), None)
@@ -176,8 +172,8 @@ class Template:
             answer: takes the place of the row's own answer (a refusal, a perturbed answer).
 
         Raises:
-            WagleError: if no answer token that follows another is left after cutting at
-                ``max_length``, the row has no answer, or the chat template refuses it.
+            WagleError: if no answer token that follows another is left within ``max_length``, the
+                row has no answer, or the chat template refuses it.
         """
         if example.kind == "tokens":
             ids, labels = list(example.input_ids), list(example.labels)
