@@ -24,38 +24,19 @@ ALICE = (
     "Rabbit with pink eyes ran close by her.\n"
 )
 PLACES = ("harbour", "orchard", "library", "station", "market", "mill", "tower", "bridge")
-TEXTS = [
-    {
-        "text": f"The {place} of the small town opens at {n} in the morning and shuts when it rains. "
-        * 2
-    }
-    for n, place in enumerate(PLACES, 5)
-]
+OPENING = "The {} of the small town opens at {} in the morning and shuts when it rains. "
+TEXTS = [{"text": OPENING.format(place, n) * 2} for n, place in enumerate(PLACES, 5)]
 QA = [
     {"question": f"When does the {place} open?", "answer": f"At {n}."}
     for n, place in enumerate(PLACES, 5)
 ]
+FRUIT, BLUE = ["a stone", "a pear", "a spoon", "a hat"], ["the sky", "grass", "snow", "coal"]
 CHOICES = [
-    {
-        "question": "Which of these is a fruit?",
-        "choices": ["a stone", "a pear", "a spoon", "a hat"],
-        "answer": 1,
-    },
-    {
-        "question": "Which of these is blue?",
-        "choices": ["the sky", "grass", "snow", "coal"],
-        "answer": 0,
-    },
+    {"question": "Which of these is a fruit?", "choices": FRUIT, "answer": 1},
+    {"question": "Which of these is blue?", "choices": BLUE, "answer": 0},
 ]
-WIKI = [
-    " = Alder = \n",
-    "",
-    " The alder is a tree . \n",
-    " = = Wood = = \n",
-    " It is red when cut . \n",
-    " = Birch = \n",
-    " The birch is another . \n",
-]
+WIKI = [" = Alder = \n", "", " The alder is a tree . \n", " = = Wood = = \n"]
+WIKI += [" It is red when cut . \n", " = Birch = \n", " The birch is another . \n"]
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -88,15 +69,12 @@ def muse(folder: Path) -> Path:
     write_parquet(folder / "raw/retain1-00000-of-00001.parquet", TEXTS[4:])
     write_lines(folder / "raw/retain2.jsonl", TEXTS[5:])
     write_lines(folder / "raw/holdout.json", [{"text": "A page that nobody has read."}])
-    write_lines(
-        folder / "verbmem/forget.jsonl", [{"prompt": "The mill of the", "gt": " small town opens"}]
-    )
+    verbatim = {"prompt": "The mill of the", "gt": " small town opens"}
+    write_lines(folder / "verbmem/forget.jsonl", [verbatim])
     write_lines(folder / "knowmem/forget_qa.jsonl", QA[:2])
     write_lines(folder / "knowmem/forget_qa_icl.jsonl", QA[2:4])
-    write_lines(folder / "knowmem/retain_qa.csv", [])
-    (folder / "knowmem/retain_qa.csv").write_text(
-        "answer,question\nAt 9.,When does the market open?\n"
-    )
+    retain = "answer,question\nAt 9.,When does the market open?\n"
+    (folder / "knowmem/retain_qa.csv").write_text(retain)
     for split in ("forget", "holdout", "retain"):
         write_lines(folder / f"privleak/{split}.jsonl", TEXTS[:2])
     return folder
@@ -104,21 +82,14 @@ def muse(folder: Path) -> Path:
 
 def wmdp(folder: Path) -> Path:
     """WMDP's corpora, its questions, C4 and WikiText."""
-    write_lines(
-        folder / "bio-forget-corpus.jsonl",
-        [{**row, "title": "t", "abstract": None} for row in TEXTS[:3]],
-    )
-    write_parquet(
-        folder / "wmdp-corpora/cyber-forget-corpus/train-00000-of-00002.parquet", TEXTS[3:5]
-    )
-    write_parquet(
-        folder / "wmdp-corpora/cyber-forget-corpus/train-00001-of-00002.parquet",
-        [{"text": " \n"}, TEXTS[5]],
-    )
-    write_parquet(
-        folder / "wmdp-corpora/cyber-retain-corpus/train-00000-of-00001.parquet", TEXTS[6:7]
-    )
-    write_parquet(folder / "wmdp-corpora/bio-retain-corpus/train-00000-of-00001.parquet", TEXTS[7:])
+    papers = [{**row, "title": "t", "abstract": None} for row in TEXTS[:3]]
+    write_lines(folder / "bio-forget-corpus.jsonl", papers)
+    corpora = folder / "wmdp-corpora"
+    write_parquet(corpora / "cyber-forget-corpus/train-00000-of-00002.parquet", TEXTS[3:5])
+    blank = [{"text": " \n"}, TEXTS[5]]
+    write_parquet(corpora / "cyber-forget-corpus/train-00001-of-00002.parquet", blank)
+    write_parquet(corpora / "cyber-retain-corpus/train-00000-of-00001.parquet", TEXTS[6:7])
+    write_parquet(corpora / "bio-retain-corpus/train-00000-of-00001.parquet", TEXTS[7:])
     for subject in ("bio", "cyber"):
         write_parquet(folder / f"wmdp/wmdp-{subject}/test-00000-of-00001.parquet", CHOICES)
     write_c4_and_wikitext(folder)
@@ -129,10 +100,8 @@ def book(folder: Path) -> Path:
     """A book, questions on it, C4 and WikiText."""
     (folder / "alice.txt").write_text(ALICE, encoding="utf-8")
     write_lines(folder / "book.jsonl", [{"text": part} for part in ALICE.strip().split("\n\n")])
-    write_lines(
-        folder / "forget_qa.jsonl",
-        [{"question": "What ran close by Alice?", "answer": "A white rabbit."}],
-    )
+    asked = {"question": "What ran close by Alice?", "answer": "A white rabbit."}
+    write_lines(folder / "forget_qa.jsonl", [asked])
     write_lines(folder / "retain_qa.jsonl", QA[:2])
     write_c4_and_wikitext(folder)
     return folder

@@ -7,29 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import write_rows
-from lightning import LightningDataModule, LightningModule
+from benchmark_folders import write_lines
+from lightning import LightningModule
 
 from wagle_pl.cli import app as cli
 from wagle_pl.cli import lightning as lightning_cli
 from wagle_pl.cli.configs import expand
-from wagle_pl.data import (
-    CopyrightDataModule,
-    DetoxDataModule,
-    MUSEDataModule,
-    TOFUDataModule,
-    WMDPDataModule,
-)
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
-BENCHMARKS = {
-    "tofu": TOFUDataModule,
-    "wmdp": WMDPDataModule,
-    "copyright": CopyrightDataModule,
-    "detox": DetoxDataModule,
-    "muse": MUSEDataModule,
-}
+BENCHMARKS = {name.lower(): name for name in ("TOFU", "WMDP", "Copyright", "Detox", "MUSE")}
 METHODS = {"graddiff": "GradDiff", "npo": "NPO", "po": "PO"}
 
 
@@ -62,14 +49,17 @@ RUNS = {
     for model in models(benchmark)
     for task, names in tasks(benchmark).items()
 }
-EACH = pytest.mark.parametrize(("benchmark", "task", "names"), RUNS.values(), ids=RUNS)
+
+
+def layers(*names):
+    return [part for name in names for part in ("--config", name)]
 
 
 def build(monkeypatch, tiny_model, names, options=()):
     """The CLI object of configurations put together, before it runs anything."""
     command = "test" if "task/test" in names else "fit"
     monkeypatch.setattr(lightning_cli.WagleCLI, "_run_subcommand", lambda self, subcommand: None)
-    arguments = [part for name in names for part in ("--config", str(name))]
+    arguments = layers(*map(str, names))
     quiet = ("--model.model", tiny_model, "--trainer.accelerator", "cpu", "--trainer.devices", "1")
     return cli.run([command, *arguments, *quiet, "--trainer.logger", "false", *options])
 
@@ -83,50 +73,50 @@ def merged(*names):
         return {**below, **{key: over(below.get(key), value) for key, value in above.items()}}
 
     content = {}
-    args = expand([part for name in names for part in ("--config", str(name))])
+    args = expand(layers(*names))
     for layer in args[1::2]:
         content = over(content, yaml.safe_load(layer))
     return content
 
 
-@EACH
+@pytest.mark.parametrize(("benchmark", "task", "names"), RUNS.values(), ids=RUNS)
 def test_it_makes_its_objects(monkeypatch, tiny_model, tmp_path, benchmark, task, names):
     monkeypatch.chdir(tmp_path)
     built = build(monkeypatch, tiny_model, names)
-    assert isinstance(built.model, LightningModule)
-    assert isinstance(built.datamodule, LightningDataModule)
-    assert type(built.datamodule) is BENCHMARKS[benchmark]
-    kinds = {
-        "attribute": "AttributionModule",
-        "finetune": "FinetuneModule",
-        "test": "EvaluationModule",
-    }
-    kind = kinds.get(task, "UnlearnModule")
-    assert type(built.model).__name__ == kind
     given = merged(*names)
+    kinds = {"attribute": "Attribution", "finetune": "Finetune", "test": "Evaluation"}
+    kind = f"{kinds.get(task, 'Unlearn')}Module"
+    assert isinstance(built.model, LightningModule) and type(built.model).__name__ == kind
+    assert type(built.datamodule).__name__ == f"{BENCHMARKS[benchmark]}DataModule"
+    assert built.trainer.precision == "bf16-true"
     model = names[-1].partition("/")[2]
     assert given["model"]["init_args"]["output"].startswith(f"runs/{benchmark}/{model}/")
     if kind == "UnlearnModule":
         assert type(built.model.objective).__name__ == {**METHODS, "rmu": "RMU"}[task]
         optimizer = built.model.make_optimizer([torch.nn.Parameter(torch.zeros(2))])
         assert optimizer.defaults["lr"] == given["optimizer"]["init_args"]["lr"]
-    assert built.trainer.precision == "bf16-true"
+        # the papers' code clips the norm of all gradients, then masks (src/unlearn/base.py,
+        # ``clip_grad_norm_`` before ``mask_gradient``); RMU's does not clip
+        clips = given["trainer"].get("gradient_clip_val") is not None
+        assert clips is (task != "rmu")
+        assert given["model"]["init_args"]["clip_scope"] == ("all" if clips else "selected")
 
 
-@EACH
+@pytest.mark.parametrize(
+    ("benchmark", "model"), [(name, model) for name in BENCHMARKS for model in models(name)]
+)
 def test_the_mask_is_one_that_attribution_writes(
-    monkeypatch, tiny_model, tmp_path, benchmark, task, names
+    monkeypatch, tiny_model, tmp_path, benchmark, model
 ):
     """And the model is the one that it was made for: another is refused."""
-    if task not in METHODS:
-        return
     monkeypatch.chdir(tmp_path)
-    attribute = [*tasks(benchmark)["attribute"], names[-1]]
+    attribute = [*tasks(benchmark)["attribute"], model]
     made = build(monkeypatch, tiny_model, attribute).model
-    unlearned, attributed = (merged(*n)["model"]["init_args"] for n in (names, attribute))
-    folder = attributed["output"]
-    assert unlearned["mask"] in [f"{folder}/{name}.safetensors" for name in made.mask_names]
-    assert unlearned["model"] == attributed["model"]
+    attributed = merged(*attribute)["model"]["init_args"]
+    written = [f"{attributed['output']}/{name}.safetensors" for name in made.mask_names]
+    for method in METHODS:
+        unlearned = merged(*tasks(benchmark)[method], model)["model"]["init_args"]
+        assert unlearned["mask"] in written and unlearned["model"] == attributed["model"]
 
 
 def test_the_published_numbers():
@@ -164,32 +154,12 @@ def test_the_published_densities(benchmark, densities):
         assert mask.endswith(f"wagle-{density}.safetensors")
 
 
-@EACH
-def test_clipping_is_that_of_the_papers_code(benchmark, task, names):
-    """It clips the norm of all gradients, then masks (src/unlearn/base.py, ``clip_grad_norm_`` before
-    ``mask_gradient``); RMU's does not clip."""
-    if task not in (*METHODS, "rmu"):
-        return
-    content = merged(*names)
-    clips = content["trainer"].get("gradient_clip_val") is not None
-    assert clips is (task != "rmu")
-    assert content["model"]["init_args"]["clip_scope"] == ("all" if clips else "selected")
-
-
 def test_commands_under_zero_clip_as_zero_can():
     """ZeRO keeps no whole gradients: the configurations' own clip_scope is refused there."""
-    text = (
-        (CONFIGS / "README.md")
-        .read_text()
-        .replace("\\\n", " ")
-        .replace("$U", "$S --model.clip_scope selected")
-    )
-    clipped = [
-        line
-        for line in text.splitlines()
-        if re.search(r"--config \w+/unlearn\w* .*(strategy/zero3 |\$S)", line)
-        and "people/" not in line
-    ]
+    text = (CONFIGS / "README.md").read_text().replace("\\\n", " ")
+    text = text.replace("$U", "$S --model.clip_scope selected")
+    sharded = re.compile(r"--config (?!people/)\w+/unlearn\w* .*(strategy/zero3 |\$S)")
+    clipped = [line for line in text.splitlines() if sharded.search(line)]
     assert clipped and all("--model.clip_scope selected" in line for line in clipped)
 
 
@@ -218,8 +188,7 @@ def test_ranks_of_a_cpu_are_a_layer_over_zero():
     ],
 )
 def test_a_layer_that_is_missing_is_named(fails, names, message):
-    args = [part for name in names for part in ("--config", name)]
-    assert message in fails("fit", *args, data=False)
+    assert message in fails("fit", *layers(*names), data=False)
 
 
 def test_names_are_filled_in(tmp_path):
@@ -237,8 +206,8 @@ def test_names_are_filled_in(tmp_path):
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """A few harmless rows in the places where WMDP and the book are looked for."""
+def own(tmp_path):
+    """Options for a few harmless rows in the places where WMDP and the book are looked for."""
     texts = [
         {"text": f"Line {n} of a plain text about the weather on a hill, and about a hut there. "}
         for n in range(8)
@@ -250,69 +219,43 @@ def folder(tmp_path):
         "cyber-retain-corpus": texts[7:],
         "wikitext-2-raw-v1/test": texts[2:],
         "book": texts[:6],
+        "retain": texts[6:],
     }
     for name, rows in files.items():
-        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
-        write_rows(tmp_path / f"data/{name}.jsonl", rows)
-    write_rows(tmp_path / "data/retain.jsonl", texts[6:])
-    return tmp_path / "data"
+        write_lines(tmp_path / f"data/{name}.jsonl", rows)
+    options = {"accelerator": "cpu", "devices": "1", "logger": "false", "callbacks": "null"}
+    options |= {"enable_progress_bar": "false"}
+    trainer = [part for name, value in options.items() for part in (f"--trainer.{name}", value)]
+    return ("--data.folder", tmp_path / "data", *trainer)
 
 
-def test_wmdp_from_attribution_to_unlearning(wagle, tiny_model, tmp_path, folder):
-    own = ("--data.folder", folder, "--data.max_length", "40", "--model.model", tiny_model)
-    own += ("--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.logger", "false")
-    own += ("--trainer.enable_progress_bar", "false", "--trainer.callbacks", "null")
-    model = ("--config", "model/zephyr-7b-beta")
-    attribute = ("--config", "wmdp/data", "--config", "paper/attribute")
-    wagle("fit", *attribute, *model, *own, data=False)
-    for name, options in (
-        ("npo", ()),
-        ("po", ("--data.prompt_size", "5")),
-        ("rmu", ("--model.objective.layer", "1")),
+def test_wmdp_from_attribution_to_unlearning(wagle, tiny_model, tmp_path, own):
+    own += ("--data.max_length", "40", "--model.model", tiny_model)
+    model = "model/zephyr-7b-beta"
+    wagle("fit", *layers("wmdp/data", "paper/attribute", model), *own, data=False)
+    own += ("--trainer.max_steps", "2", "--trainer.enable_checkpointing", "false")
+    for name, options, density in (
+        ("npo", (), 0.6),
+        ("po", ("--data.prompt_size", "5"), 0.8),
+        ("rmu", ("--model.objective.layer", "1"), None),
     ):
-        arguments = (
-            "fit",
-            *(part for layer in tasks("wmdp")[name] for part in ("--config", layer)),
-            *model,
-            *own,
-            *options,
-            "--trainer.max_steps",
-            "2",
-        )
-        module = wagle(*arguments, "--trainer.enable_checkpointing", "false", data=False).model
+        arguments = (*layers(*tasks("wmdp")[name], model), *own, *options)
+        module = wagle("fit", *arguments, data=False).model
         assert module.global_step == 2 and module.mask is not None
-        assert module.mask.density == pytest.approx(
-            {"npo": 0.6, "po": 0.8}.get(name, module.mask.density), abs=1e-3
-        )
+        assert density is None or module.mask.density == pytest.approx(density, abs=1e-3)
         assert (tmp_path / f"runs/wmdp/zephyr-7b-beta/{name}/model.safetensors").exists()
 
 
-def test_a_book_from_target_to_unlearning(wagle, tmp_path, tiny_model, folder):
-    own = (
-        "--data.folder",
-        folder,
-        "--data.chunk_size",
-        "30",
-        "--data.retain",
-        folder / "retain.jsonl",
-    )
-    own += ("--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.logger", "false")
-    own += (
-        "--trainer.enable_progress_bar",
-        "false",
-        "--trainer.callbacks",
-        "null",
-        "--trainer.max_epochs",
-        "1",
-    )
+def test_a_book_from_target_to_unlearning(wagle, tmp_path, tiny_model, own):
+    own += ("--data.chunk_size", "30", "--data.retain", tmp_path / "data/retain.jsonl")
+    own += ("--trainer.max_epochs", "1")
     for task, options in (
         ("finetune", ("--model.model", tiny_model)),
         ("attribute", ("--data.prompt_size", "10")),
         ("graddiff", ("--data.prompt_size", "10")),
     ):
-        names = [*tasks("copyright")[task], "model/llama2-7b"]
-        layers = [part for name in names for part in ("--config", name)]
-        wagle("fit", *layers, *own, *options, data=False)
+        names = layers(*tasks("copyright")[task], "model/llama2-7b")
+        wagle("fit", *names, *own, *options, data=False)
     assert (tmp_path / "runs/copyright/llama2-7b/graddiff/model.safetensors").exists()
 
 
