@@ -23,167 +23,117 @@ class Flat(Objective):
         return (at["forget"].nll - 5.0) ** 2
 
 
-def unlearn(tiny_model: str, *args: Any) -> list[str]:
-    """Two steps of unlearning."""
-    model = ["--model", "UnlearnModule", "--model.model", tiny_model, "--model.output", "out"]
-    steps = ["--trainer.max_steps", "2", "--optimizer", "MaskedAdamW", "--optimizer.lr", "1e-3"]
-    return ["fit", *model, *steps, *map(str, args)]
+@pytest.fixture
+def options(tiny_model: str):
+    """Command line of two steps of unlearning: options("NPO", beta=0.5, "--trainer.…")."""
+
+    def make(objective: str, *args: Any, **given: Any) -> list[str]:
+        model = ["--model", "UnlearnModule", "--model.model", tiny_model, "--model.output", "out"]
+        steps = ["--trainer.max_steps", "2", "--optimizer", "MaskedAdamW", "--optimizer.lr", "1e-3"]
+        of = [part for name in given for part in (f"--model.objective.{name}", str(given[name]))]
+        return ["fit", *model, *steps, "--model.objective", objective, *of, *map(str, args)]
+
+    return make
 
 
 def moved(tiny_model: str) -> set[str]:
     """Names of the tensors that the run changed; all must be finite."""
-    before, after = (
-        load_file(Path(folder) / "model.safetensors") for folder in (tiny_model, "out")
-    )
+    before, after = (load_file(Path(at) / "model.safetensors") for at in (tiny_model, "out"))
     assert all(tensor.isfinite().all() for tensor in after.values())
     return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def recorded() -> dict[str, Any]:
+    """What the run said of itself."""
+    return read_record("out")["lineage"][-1]
 
 
 OBJECTIVES = [name for name in o.__all__ if name not in ("Answers", "Objective", "Streams", "RMU")]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_objective_runs(wagle: Any, tiny_model: str, objective: str) -> None:
-    wagle(*unlearn(tiny_model, "--model.objective", objective))
+def test_every_objective_runs(wagle: Any, options: Any, tiny_model: str, objective: str) -> None:
+    wagle(*options(objective))
     assert len(moved(tiny_model)) > 10
-    last = json.loads(Path("out/wagle.json").read_text())["lineage"][-1]
     expected = getattr(o, objective)()  # no option of the module's default objective is left over
-    assert last["objective"] == {**describe(expected), "retain": describe(expected.retain)}
+    assert recorded()["objective"] == {**describe(expected), "retain": describe(expected.retain)}
 
 
 @pytest.mark.parametrize("retain", ["nll", "KL", "none", "hidden_mse"])
 @pytest.mark.parametrize("objective", ["DPO", "CEU", "RMU"])
 def test_any_forget_term_goes_with_any_retain_term(
-    wagle: Any, tiny_model: str, objective: str, retain: str
+    wagle: Any, options: Any, tiny_model: str, objective: str, retain: str
 ) -> None:
-    options = ["--model.objective", objective, "--model.objective.retain", retain]
-    options += [
-        "--model.objective.retain_weight",
-        "linear:0.5->1",
-        "--model.reference_logits",
-        "top_k",
-    ]
-    options += ["--model.objective.layer", "1"] if objective == "RMU" else []
-    done = wagle(
-        *unlearn(
-            tiny_model,
-            *options,
-            "--model.gradient_checkpointing",
-            "true",
-            "--trainer.precision",
-            "bf16-mixed",
-        )
-    )
+    given = {"retain": retain, "retain_weight": "linear:0.5->1"}
+    if objective == "RMU":
+        given["layer"] = 1
+    model = ("--model.reference_logits", "top_k", "--model.gradient_checkpointing", "true")
+    done = wagle(*options(objective, *model, "--trainer.precision", "bf16-mixed", **given))
     assert moved(tiny_model)
     assert ("train/retain_loss" in done.trainer.logged_metrics) == (retain != "none")
 
 
 def test_objective_and_mask_and_class_paths(wagle: Any, tiny_model: str) -> None:
     """A user's class, a retain term with arguments, and weights restricted to one module type."""
-    config = f"""
-model:
-  class_path: UnlearnModule
-  init_args:
-    model: {tiny_model}
-    output: out
-    modules: [up_proj]
-    objective:
-      class_path: {__name__}.Flat
-      init_args:
-        forget_weight: cosine:1->0.1
-        retain:
-          class_path: HiddenMSE
-          init_args:
-            layer: 0
-trainer:
-  max_steps: 2
-"""
-    Path("run.yaml").write_text(config)
+    retain = {"class_path": "HiddenMSE", "init_args": {"layer": 0}}
+    given = {"forget_weight": "cosine:1->0.1", "retain": retain}
+    init = {"model": tiny_model, "output": "out", "modules": ["up_proj"]}
+    init["objective"] = {"class_path": f"{__name__}.Flat", "init_args": given}
+    config = {"model": {"class_path": "UnlearnModule", "init_args": init}}
+    Path("run.yaml").write_text(json.dumps({**config, "trainer": {"max_steps": 2}}))
     wagle("fit", "-c", "run.yaml")
     assert moved(tiny_model) == {f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)}
-    last = json.loads(Path("out/wagle.json").read_text())["lineage"][-1]["objective"]
-    assert last["forget_weight"] == "cosine:1->0.1" and last["retain"] == {
-        "class": "HiddenMSE",
-        "layer": 0,
-    }
+    assert recorded()["objective"]["forget_weight"] == "cosine:1->0.1"
+    assert recorded()["objective"]["retain"] == {"class": "HiddenMSE", "layer": 0}
 
 
-def test_rmu_moves_the_matrices_near_its_block_alone(wagle: Any, tiny_model: str) -> None:
-    done = wagle(*unlearn(tiny_model, "--model.objective", "RMU", "--model.objective.layer", "0"))
+def test_rmu_moves_the_matrices_near_its_block_alone(
+    wagle: Any, options: Any, tiny_model: str
+) -> None:
+    done = wagle(*options("RMU", layer=0))
     assert moved(tiny_model) == {"model.layers.0.mlp.down_proj.weight"}
     assert done.model._needs_theta0
-    assert (
-        "bit-identical" in json.loads(Path("out/wagle.json").read_text())["lineage"][-1]["verified"]
-    )
+    assert "bit-identical" in recorded()["verified"]
 
 
 def test_mistakes_end_in_one_line(
-    fails: Any, tiny_model: str, tmp_path: Path, rows: dict[str, str]
+    fails: Any, options: Any, tmp_path: Path, rows: dict[str, str]
 ) -> None:
-    def message(*args: Any, **options: Any) -> str:
-        return fails(*unlearn(tiny_model, *args), **options)
+    def message(*args: Any, **given: Any) -> str:
+        return fails(*options(*args, **given))
 
-    assert "objective.beta must be above 0, got -1.0" in message(
-        "--model.objective", "NPO", "--model.objective.beta", "-1"
-    )
-    rmu = ("--model.objective", "RMU", "--model.objective.layer")
+    assert "objective.beta must be above 0, got -1.0" in message("NPO", beta=-1)
     assert "objective.layer must be from 0 to 1, the last block of this model; got 7" in message(
-        *rmu, "7"
+        "RMU", layer=7
     )
-    assert "matches no parameter" in message(*rmu, "1", "--model.objective.trainable", "experts")
-    unknown = message("--model.objective", "npoo")
-    assert (
-        "unknown objective 'npoo'; choose one of CEU, DPO, FineTune" in unknown and "WGA" in unknown
-    )
-    assert "choose one of HiddenMSE, KL, NLL, NONE" in message(
-        "--model.objective", "NPO", "--model.objective.retain", "x"
-    )
-    assert "model.top_k must be at least 1" in message("--model.top_k", "0")
-    assert "neither a number nor a schedule" in message(
-        "--model.objective", "PO", "--model.objective.retain_weight", "up"
-    )
+    assert "matches no parameter" in message("RMU", layer=1, trainable="experts")
+    unknown = message("npoo")
+    assert "unknown objective 'npoo'; choose one of CEU, DPO, FineTune" in unknown
+    assert "WGA" in unknown
+    assert "choose one of HiddenMSE, KL, NLL, NONE" in message("NPO", retain="x")
+    assert "model.top_k must be at least 1" in message("NPO", "--model.top_k", "0")
+    assert "neither a number nor a schedule" in message("PO", retain_weight="up")
 
-    empty = tmp_path / "refusals.txt"
+    empty, texts = tmp_path / "refusals.txt", tmp_path / "texts.jsonl"
     empty.write_text("\n")
-    assert "has no lines" in message("--model.objective", "PO", "--data.refusals", empty)
-    texts = tmp_path / "texts.jsonl"
     texts.write_text('{"text": "To be forgotten."}\n')
-    assert "row 1: there is no question to refuse" in message(
-        "--model.objective", "PO", "--data.forget", texts
-    )
+    assert "has no lines" in message("PO", "--data.refusals", empty)
+    no_question = message("PO", "--data.forget", texts)
+    assert "row 1: there is no question to refuse" in no_question
     no_retain = ["--data", "ForgetRetainDataModule", "--data.forget", rows["forget"]]
-    assert "this run needs retain rows: give --data.retain" in message(*no_retain, data=False)
+    line = fails(*options("NPO", *no_retain), data=False)
+    assert "this run needs retain rows: give --data.retain" in line
 
 
-UNLEARN = (
-    "fit",
-    "--model",
-    "UnlearnModule",
-    "--model.objective",
-    "GradDiff",
-    "--trainer.max_steps",
-    "2",
+@pytest.mark.parametrize(
+    ("positions", "retain"), [("row", "KL"), ("batch", "wagle_pl.objectives.retain.KL")]
 )
-
-
-@pytest.mark.parametrize("positions", ["row", "batch"])
 def test_positions_of_the_retain_term(
-    wagle: Any, fails: Any, tiny_model: str, positions: str
+    wagle: Any, fails: Any, options: Any, positions: str, retain: str
 ) -> None:
-    retain = {"row": "KL", "batch": "wagle_pl.objectives.retain.KL"}[positions]
-    options = (
-        *UNLEARN,
-        "--model.objective.retain",
-        retain,
-        "--model.objective.retain.positions",
-        positions,
-        "--model.model",
-        tiny_model,
-        "--model.output",
-        "out",
-    )
-    line = fails(*options, "--model.reference_logits", "top_k")
+    given = {"retain": retain, "retain.positions": positions}
+    line = fails(*options("GradDiff", "--model.reference_logits", "top_k", **given))
     assert "reference_logits top_k keeps predictions of answer tokens only" in line
-    done = wagle(*options, "--model.objective.retain_weight", "100")
+    done = wagle(*options("GradDiff", **given, retain_weight=100))
     assert done.trainer.callback_metrics["train/retain_loss"] > 0
-    assert read_record("out")["lineage"][-1]["objective"]["retain"]["positions"] == positions
+    assert recorded()["objective"]["retain"]["positions"] == positions

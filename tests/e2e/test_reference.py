@@ -1,4 +1,4 @@
-"""θ₀ without a second model: cached sums, cached top k, and the frozen copy, each against a second model."""
+"""θ₀ without a second model: cached sums, cached top k, and the frozen copy."""
 
 from __future__ import annotations
 
@@ -12,27 +12,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from wagle_pl.data.batches import Draw
 from wagle_pl.data.people import bundled
 from wagle_pl.lm import models
 from wagle_pl.lm.inference import sequence_logprobs
-from wagle_pl.objectives import references as reference
+from wagle_pl.objectives import references
 from wagle_pl.unlearning import UnlearnModule
 
-OPTIONS = [
-    "--data",
-    "ForgetRetainDataModule",
-    "--data.batch_size",
-    "4",
-    "--trainer.max_epochs",
-    "2",
-]
-OPTIONS += ["--optimizer", "MaskedAdamW", "--optimizer.lr", "1e-3", "--trainer.accelerator", "cpu"]
-OPTIONS += ["--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
-OPTIONS += ["--trainer.enable_model_summary", "false"]
+OPTIONS = ["--data.batch_size", "4", "--trainer.max_epochs", "2"]
+OPTIONS += ["--optimizer", "MaskedAdamW", "--optimizer.lr", "1e-3"]
+TOP_K = ("--model.reference_logits", "top_k", "--model.top_k")
+RETAIN_KL = ("--model.objective.retain", "kl")
 
 
 class SecondModelModule(UnlearnModule):
-    """Keeps a second whole model and computes the references anew in each step, as other code does."""
+    """Keeps a second whole model and computes the references anew in each step, as others do."""
 
     def on_fit_start(self) -> None:
         self.second = [models.load_model(self.model_name).eval()]
@@ -40,22 +34,20 @@ class SecondModelModule(UnlearnModule):
     def losses(self, at):
         for stream in self.objective.references:
             batch = at.batch[stream]
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
             with torch.no_grad():
-                logits = self.second[0](
-                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-                ).logits
+                logits = self.second[0](**inputs).logits
             at[stream].reference = sequence_logprobs(logits, batch["labels"])[0]
         return self.objective(at)
 
 
 @pytest.fixture
-def arguments(tiny_model: str, rows: dict[str, str]):
+def arguments(tiny_model: str):
     """Command line that unlearns the tiny model for six steps."""
 
     def make(output: str, *args: Any, module: str = "UnlearnModule") -> list[str]:
-        data = ["--data.forget", rows["forget"], "--data.retain", rows["retain"]]
         model = ["--model", module, "--model.model", tiny_model, "--model.output", output]
-        return ["fit", *OPTIONS, *data, *model, *map(str, args)]
+        return ["fit", *OPTIONS, *model, *map(str, args)]
 
     return make
 
@@ -65,7 +57,7 @@ def unlearn(wagle: Any, arguments: Any):
     """Unlearn the tiny model; returns (weights, CLI object)."""
 
     def run(output: str, *args: Any, **options: Any) -> tuple[dict[str, Tensor], Any]:
-        done = wagle(*arguments(output, *args, **options), data=False)
+        done = wagle(*arguments(output, *args, **options))
         return load_file(Path(output) / "model.safetensors"), done
 
     return run
@@ -78,10 +70,9 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("objective", ["NPO", "DPO"])
 def test_the_cache_equals_a_second_model(unlearn: Any, tiny_model: str, objective: str) -> None:
-    cached, done = unlearn("cached", "--model.objective", objective)
-    second, _ = unlearn(
-        "second", "--model.objective", objective, module=f"{__name__}.SecondModelModule"
-    )
+    options = ("--model.objective", objective)
+    cached, done = unlearn("cached", *options)
+    second, _ = unlearn("second", *options, module=f"{__name__}.SecondModelModule")
     assert done.model.global_step == 6
     assert distance(cached, load_file(Path(tiny_model) / "model.safetensors")) > 1e-3
     assert distance(cached, second) < 1e-5
@@ -94,11 +85,10 @@ def test_the_cache_is_found_again_and_never_of_other_data(
 ) -> None:
     first, _ = unlearn("first")
     (file,) = Path(".references").glob("*.safetensors")
-    other = write_rows(tmp_path / "other.jsonl", bundled("forget")[1:12])
-    unlearn("other", "--data.forget", other)
+    unlearn("other", "--data.forget", write_rows(tmp_path / "o.jsonl", bundled("forget")[1:12]))
     assert len(list(Path(".references").glob("*.safetensors"))) == 2
 
-    monkeypatch.setattr(reference, "compute_reference", None)  # calling it would fail
+    monkeypatch.setattr(references, "compute_reference", None)  # calling it would fail
     again, _ = unlearn("again")
     assert all(torch.equal(first[name], again[name]) for name in first)
 
@@ -106,77 +96,59 @@ def test_the_cache_is_found_again_and_never_of_other_data(
         tensors = {"logprobs": opened.get_tensor("logprobs")}
         header = {**opened.metadata(), "key": "0" * 32}
     save_file(tensors, file, metadata=header)
-    assert "is of other data or another model; delete it" in fails(*arguments("no"), data=False)
+    assert "is of other data or another model; delete it" in fails(*arguments("no"))
     file.write_bytes(file.read_bytes()[:50])
-    assert "is not a whole safetensors file" in fails(*arguments("no"), data=False)
+    assert "is not a whole safetensors file" in fails(*arguments("no"))
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        ("--model.objective", "DPO"),
-        ("--model.objective", "UNDIAL", "--model.reference_logits", "top_k", "--model.top_k", "5"),
-        (
-            "--model.objective",
-            "KL",
-            "--model.objective.retain",
-            "kl",
-            "--model.objective.forget_weight",
-            "linear:0->1",
-        ),
-        ("--model.objective", "RandomLabel"),
+        ("DPO",),
+        ("UNDIAL", *TOP_K, "5"),
+        ("KL", *RETAIN_KL, "--model.objective.forget_weight", "linear:0->1"),
+        ("RandomLabel",),
     ],
 )
 def test_a_resumed_run_equals_an_unbroken_one(
     unlearn: Any, arguments: Any, fails: Any, options: tuple
 ) -> None:
-    save = (
-        "--trainer.callbacks",
-        "ModelCheckpoint",
-        "--trainer.callbacks.every_n_train_steps",
-        "1",
-    )
-    save += ("--trainer.callbacks.save_top_k=-1", "--trainer.callbacks.dirpath", "checkpoints")
-    whole, _ = unlearn("whole", *options, *save)
+    options = ("--model.objective", *options)
+    saving = {"every_n_train_steps": 1, "save_top_k": -1, "dirpath": "checkpoints"}
+    save = [part for name in saving for part in (f"--trainer.callbacks.{name}", saving[name])]
+    whole, _ = unlearn("whole", *options, "--trainer.callbacks", "ModelCheckpoint", *save)
     for file in Path(".references").glob("*"):
         file.unlink()
     for step in (3, 4):  # at the end of an epoch, and within one
         checkpoint = next(Path("checkpoints").glob(f"*step={step}.ckpt"))
-        resumed, _ = unlearn(f"resumed{step}", *options, "--ckpt_path", str(checkpoint))
+        resumed, _ = unlearn(f"resumed{step}", *options, "--ckpt_path", checkpoint)
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     if "DPO" in options:
-        resume = ("--ckpt_path", checkpoint)
-        message = fails(
-            *arguments("no", *options, "--data.limit_forget", "10", *resume), data=False
-        )
+        resume = ("no", "--ckpt_path", checkpoint, "--model.objective")
+        message = fails(*arguments(*resume, "DPO", "--data.limit_forget", "10"))
         assert "checkpoint's run had 11 forget rows, this one has 10" in message
-        kl = ("--model.objective.retain", "kl", "--model.reference_logits", "top_k")
-        message = fails(*arguments("no", "--model.objective", "NPO", *kl, *resume), data=False)
+        message = fails(*arguments(*resume, "NPO", *RETAIN_KL, *TOP_K, "64"))
         assert "checkpoint has no reference" in message
 
 
 def test_top_k_comes_near_the_frozen_copy(unlearn: Any) -> None:
-    """With all tokens but one kept nothing is missed; with few, what a run ends with is still near."""
-    options = ("--model.objective", "UNDIAL", "--model.objective.retain", "kl")
+    """With all tokens but one kept nothing is missed; with few, the end is still near."""
+    options = ("--model.objective", "UNDIAL", *RETAIN_KL)
     exact, _ = unlearn("exact", *options)
     assert not Path(".references").exists()
-    top_k = ("--model.reference_logits", "top_k", "--model.top_k")
-    all_but_one, _ = unlearn("all", *options, *top_k, "10000")
+    all_but_one, _ = unlearn("all", *options, *TOP_K, "10000")
     assert distance(all_but_one, exact) < 1e-4
-    few, _ = unlearn("few", *options, *top_k, "64")
+    few, _ = unlearn("few", *options, *TOP_K, "64")
     assert 1e-6 < distance(few, exact) < 0.1
 
 
-def test_refusals_of_dpo_stay_and_those_of_po_change(unlearn: Any) -> None:
-    """One number a row at θ₀ can only be known if the row's refusal is the same in every epoch."""
-    from wagle_pl.data.batches import Draw
-
-    for objective, same in (("DPO", True), ("PO", False)):
-        _, done = unlearn(objective, "--model.objective", objective)
-        data = done.datamodule
-        rows = [(row, 1.0, 0) for row in range(11)]
-        first, later = (
-            data.build(["refusal"], Draw(epoch, {"forget": rows}))["refusal"]["input_ids"]
-            for epoch in (0, 1)
-        )
-        assert torch.equal(first, later) == same
+@pytest.mark.parametrize(("objective", "same"), [("DPO", True), ("PO", False)])
+def test_refusals_of_dpo_stay_and_those_of_po_change(
+    unlearn: Any, objective: str, same: bool
+) -> None:
+    """One number a row at θ₀ can only be known if its refusal is the same in every epoch."""
+    _, done = unlearn("out", "--model.objective", objective)
+    rows = {"forget": [(row, 1.0, 0) for row in range(11)]}
+    batches = [done.datamodule.build(["refusal"], Draw(epoch, rows)) for epoch in (0, 1)]
+    first, later = (batch["refusal"]["input_ids"] for batch in batches)
+    assert torch.equal(first, later) == same
