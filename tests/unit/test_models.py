@@ -13,7 +13,7 @@ from wagle_pl import ForgetRetainDataModule, TOFUDataModule, WagleError, WeightM
 from wagle_pl.data.rows import load_rows
 from wagle_pl.evaluation.classifiers import ToxicityClassifier, check_folder
 from wagle_pl.lm.models import load_model, load_tokenizer
-from wagle_pl.planning.architecture import architecture
+from wagle_pl.planning import architecture
 
 
 @pytest.fixture

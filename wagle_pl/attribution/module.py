@@ -31,7 +31,7 @@ from wagle_pl.lm.module import LanguageModule
 from wagle_pl.lm.resume import begin, keep_position, recount
 from wagle_pl.masks import SUFFIX, WeightMask, mask_path
 from wagle_pl.objectives.forget import NPO, PO, GradDiff
-from wagle_pl.planning import PlannedRun, Size, disk_bytes
+from wagle_pl.planning import PlannedRun, disk_bytes
 from wagle_pl.strategies import ZeRO, is_zero, stage_of
 
 log = logging.getLogger(__name__)
@@ -205,7 +205,7 @@ class AttributionModule(LanguageModule):
     def planned_files(self) -> list[outputs.Planned]:
         """What the run is going to write, at least."""
         weights = sum(map(math.prod, parameter_shapes(self.lm).values()))
-        files = disk_bytes(Size(weights, 0), self.planned)
+        files = disk_bytes(self.planned, weights)
         what = "masks" if self.several else "mask"
         planned = [outputs.Planned(what, self._place, len(self.specs) * files["mask"])]
         if self.save_scores:

@@ -150,7 +150,10 @@ def needs(shape: Architecture, run: PlannedRun) -> list[tuple[str, str]]:
         found = f"a GPU of {fits} GB" if fits else f"no GPU of {', '.join(map(str, SIZES))} GB"
         lines.append(("fits", f"{found} ({1 - USABLE:.0%} are left to fragmentation)"))
         lines.append(("CPU memory", f"{gib(host_bytes(shape, run))} GiB a rank"))
-    files = [f"{name} {gib(size)} GiB" for name, size in disk_bytes(shape, run).items()]
+    files = [
+        f"{name} {gib(size)} GiB"
+        for name, size in disk_bytes(run, shape.weights, shape.stored).items()
+    ]
     return [*lines, ("disk", ", ".join(files) or "tables of results only")]
 
 

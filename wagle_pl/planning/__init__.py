@@ -3,7 +3,6 @@
 ``bin/benchmarks/plan.py`` compares the predictions with what real runs take.
 """
 
-from wagle_pl.planning.architecture import Architecture, Size, architecture
 from wagle_pl.planning.memory import (
     GIB,
     MOMENTS,
@@ -11,12 +10,13 @@ from wagle_pl.planning.memory import (
     Part,
     at,
     device_parts,
+    disk_bytes,
     host_bytes,
-    parts_of,
     peak,
+    step_flops,
+    step_tokens,
 )
-from wagle_pl.planning.planned import STRATEGIES, PlannedRun, choices
-from wagle_pl.planning.work import disk_bytes, step_flops, step_tokens
+from wagle_pl.planning.planned import STRATEGIES, Architecture, PlannedRun, architecture, choices
 
 __all__ = [
     "GIB",
@@ -26,14 +26,12 @@ __all__ = [
     "Architecture",
     "Part",
     "PlannedRun",
-    "Size",
     "architecture",
     "at",
     "choices",
     "device_parts",
     "disk_bytes",
     "host_bytes",
-    "parts_of",
     "peak",
     "step_flops",
     "step_tokens",

@@ -1,13 +1,14 @@
-"""A device's memory, part by part.
+"""A device's memory, part by part; what a run writes, and what it computes.
 
 A run passes through *moments*, each of which needs its own parts (:class:`Part`); its peak is the
 largest sum of a moment's parts. Formulas are in bytes, for one device, with
 
     N  weights                          R  ranks
     M  weights of the largest tensor    w  bytes a weight as the model computes with it
-    d  density of the mask; S = d N     q  size of all heads together
-    h  hidden size                      I  inner size of the MLP
-    L  blocks                           V  vocabulary
+    S  weights that may move            c  bytes of what matrix products take and give
+    h  hidden size                      q  size of all heads together
+    L  blocks                           I  inner size of the MLP
+    V  vocabulary                       d  density of the mask; S = d N
 """
 
 from __future__ import annotations
@@ -15,39 +16,30 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from wagle_pl.planning.architecture import Architecture
-from wagle_pl.planning.planned import PlannedRun
+from wagle_pl.planning.planned import Architecture, PlannedRun
 
 GIB = 1 << 30
 FP32 = 4
 #: Numbers in a bucket of DeepSpeed's, if the model has as many (Lightning's default).
 BUCKET = 200_000_000
-#: Weights that ZeRO-3 keeps together on a rank at most, when it may (DeepSpeed's
-#: ``stage3_max_live_parameters``).
+#: Weights that ZeRO-3 keeps together on a rank at most (``stage3_max_live_parameters``).
 LIVE = 1_000_000_000
 #: Bytes in a bucket of DDP's broadcast of the parameters (torch's default).
 BROADCAST = 250 << 20
-#: What interpreter and libraries take of a process on a CPU: measured, see
-#: ``bin/benchmarks/plan.py``.
+#: Bytes of interpreter and libraries in a process on a CPU: measured, ``bin/benchmarks/plan.py``.
 CPU_OVERHEAD = 600 << 20
-#: What CUDA context, cuBLAS and NCCL take of a GPU: assumed, not measured.
+#: Bytes of CUDA context, cuBLAS and NCCL on a GPU: assumed, not measured.
 GPU_OVERHEAD = 1 << 30
 #: Share of a GPU that is planned with; the rest is left to fragmentation.
 USABLE = 0.92
 
-MOMENTS = ("load", "forward", "backward", "step", "end")
+MOMENTS = LOAD, FORWARD, BACKWARD, STEP, END = "load", "forward", "backward", "step", "end"
 RUNNING = MOMENTS[1:]
 
 
 class Part(NamedTuple):
-    """A part of a device's memory.
-
-    Attributes:
-        name: what it is.
-        bytes: how much.
-        moments: when it is there.
-        where: ``device``, or ``host`` for a GPU's share of CPU memory.
-    """
+    """What takes how many bytes at which moments; ``where`` it may be the ``host``: a GPU's share
+    of CPU memory."""
 
     name: str
     bytes: float
@@ -59,16 +51,13 @@ class Part(NamedTuple):
 
 
 def block_bytes(model: Architecture, computing: int) -> int:
-    """Bytes a token that a block keeps for its backward pass, with attention that keeps no T × T
-    matrix.
-
-        2 h (4 + 2c) + 4 q c + (4 or 2) I c + 4 heads
+    """2 h (4 + 2 c) + 4 q c + 4 heads + (4 or 2) I c: bytes a token that a block keeps for its
+    backward pass, with attention that keeps no T × T matrix.
 
     Two norms keep their input in fp32, what they normalised and what they give; attention keeps
     queries, keys, values (repeated for every head) and its output, and one fp32 number a head; a
-    gated MLP keeps gate, its activation, up and their product (one without a gate: two). c is the
-    width of an activation. In the manner of Korthikanti et al. 2022 (arXiv 2205.05198), for the
-    Llama block.
+    gated MLP keeps gate, its activation, up and their product (one without a gate: two). In the
+    manner of Korthikanti et al. 2022 (arXiv 2205.05198), for the Llama block.
     """
     norms = 2 * model.hidden * (FP32 + 2 * computing)
     attention = 4 * model.attention * computing + FP32 * model.heads
@@ -78,56 +67,44 @@ def block_bytes(model: Architecture, computing: int) -> int:
 def activation_bytes(
     model: Architecture, tokens: int, computing: int, checkpointing: bool = False
 ) -> int:
-    """Bytes of activations of ``tokens`` tokens: L blocks and the last norm; with checkpointing
-    each block's input, and one block as it is recomputed: tokens · (L h c + block)."""
-    block = block_bytes(model, computing)
-    last = model.hidden * (FP32 + 2 * computing)
-    kept = (
-        model.layers * model.hidden * computing + block if checkpointing else model.layers * block
-    )
-    return tokens * (kept + last)
+    """L blocks and the last norm; with checkpointing, each block's input and one block."""
+    kept = model.layers * block_bytes(model, computing)
+    if checkpointing:
+        kept = model.layers * model.hidden * computing + block_bytes(model, computing)
+    return tokens * (kept + model.hidden * (FP32 + 2 * computing))
 
 
-def logit_bytes(model: Architecture, tokens: int, computing: int, backward: bool = True) -> int:
-    """tokens · V · (c + 4): the logits, and their fp32 log-softmax; 4 more for its gradient, in the
-    backward pass."""
-    return tokens * model.vocabulary * (computing + FP32 + (FP32 if backward else 0))
+def logit_bytes(model: Architecture, tokens: int, computing: int) -> int:
+    """Logits, their log-softmax and its gradient, these two in fp32."""
+    return tokens * model.vocabulary * (computing + 2 * FP32)
 
 
 def cache_bytes(model: Architecture, rows: int, length: int, computing: int) -> int:
-    """Keys and values of a generation: 2 L · keys · rows · tokens · c."""
+    """Keys and values of a generation."""
     return 2 * model.layers * model.keys * rows * length * computing
 
 
 # -- what each task keeps --------------------------------------------------------------------------
 
 
+def lasting_sums(run: PlannedRun) -> int:
+    """Bytes a weight of the fp32 sums g_f and g_r, and of the diagonal if one is kept."""
+    return FP32 * (2 + run.diagonal)
+
+
 def sums_per_weight(run: PlannedRun) -> int:
-    """Bytes of fp32 sums a weight: g_f, g_r; a draw's gradient while its step lasts; the diagonal,
-    if one is kept."""
-    return FP32 * (2 + run.diagonal) + in_step_per_weight(run)
-
-
-def in_step_per_weight(run: PlannedRun) -> int:
-    """Bytes a weight of those sums that stand only while a step lasts."""
-    return FP32 * run.estimator.step_sums if run.estimator else 0
+    """The same, and those of a Hessian draw, which last for a step."""
+    return lasting_sums(run) + FP32 * (run.estimator.step_sums if run.estimator else 0)
 
 
 def state_bytes(optimizer: str, numbers: float) -> float:
-    """Optimiser state of ``numbers`` values in fp32: two moments of 4 bytes, or of 1 (AdamW8bit);
-    none (SGD)."""
+    """Optimiser state: two moments of 4 bytes, or of 1 (AdamW8bit); none (SGD)."""
     return {"SGD": 0, "AdamW8bit": 2}.get(optimizer, 2 * FP32) * numbers
 
 
 def step_bytes(run: PlannedRun, numbers: float) -> float:
-    """What a step takes for a while, beside ``numbers`` values, gradients and state: torch's AdamW
-    on a GPU 4 bytes of all at once; the fused one (MaskedAdamW) nothing."""
+    """Temporaries of a step: of torch's AdamW on a GPU one fp32 copy; MaskedAdamW is fused."""
     return FP32 * numbers if run.optimizer == "AdamW" and run.accelerator == "gpu" else 0
-
-
-def moving(model: Architecture, run: PlannedRun) -> float:
-    """S, the weights that may move: d N."""
-    return model.weights * (run.density if run.masked else 1.0)
 
 
 def has_values(run: PlannedRun) -> bool:
@@ -137,17 +114,16 @@ def has_values(run: PlannedRun) -> bool:
 
 
 def weight_parts(model: Architecture, run: PlannedRun) -> list[Part]:
-    """N w; N w / R under ZeRO-3, with the small tensors that stay whole and those a pass has
-    brought together."""
+    """N w; under ZeRO-3 N w / R, tensors too small to be sharded, and those gathered for a pass."""
     w, n = run.width, model.weights
     if run.stage < 3:
         return [Part("weights", n * w, MOMENTS)]
     where = "host" if run.spread.offload_parameters else "device"
-    together = min(n, LIVE) * w
+    small = sum(size for size in model.sizes if size < run.persistence)
     return [
         Part("weights", n * w / run.devices, MOMENTS, where),
-        Part("small tensors kept whole", model.small(run.persistence) * w, MOMENTS),
-        Part("weights brought together", together, ("forward", "backward")),
+        Part("small tensors kept whole", small * w, MOMENTS),
+        Part("weights brought together", min(n, LIVE) * w, (FORWARD, BACKWARD)),
     ]
 
 
@@ -155,189 +131,161 @@ def attribution_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     """Sums, and the scores of one tensor.
 
     A gradient stands for one tensor at a time: w M (twice where it is embedding and output matrix),
-        4 M in fp32 if it
-    is narrower, and with several ranks 4 M to add it up in and 4 M / R of the sum. On one device an
-    fp32 gradient is added to its sum in place. Scores of a tensor's rows need five fp32 tensors of
-    them. A Gauss–Newton draw makes a second backward pass through the same graph, so its
-    activations stay during the first (not under ZeRO-3).
+    4 M in fp32 if it is narrower, and with several ranks 4 M to add it up in and 4 M / R of the
+    sum. On one device an fp32 gradient is added to its sum in place. Scores of a tensor's rows need
+    five fp32 tensors of them.
     """
     w, n, m, ranks = run.width, model.weights, model.largest, run.devices
-    whole = (2 if model.tied else 1) * w * m
+    gpu = run.accelerator == "gpu"
+    gradient = (2 if model.tied else 1) * w * m
     if w < FP32:
-        whole += FP32 * m
+        gradient += FP32 * m
     if ranks > 1:
-        whole += FP32 * m + FP32 * m / ranks
+        gradient += FP32 * m + FP32 * m / ranks
     theta = 1 if w < FP32 or run.stage == 3 else 0
     parts = [
         Part("sums of gradients", sums_per_weight(run) * n / ranks),
-        Part("gradient of one tensor", whole, ("backward",)),
-        Part("scores of one tensor", (4 + theta) * FP32 * m / ranks, ("end",)),
-        Part("mask bits", n / 8, ("end",), "host" if run.accelerator == "gpu" else "device"),
+        Part("gradient of one tensor", gradient, (BACKWARD,)),
+        Part("scores of one tensor", (4 + theta) * FP32 * m / ranks, (END,)),
+        Part("mask bits", n / 8, (END,), "host" if gpu else "device"),
     ]
-    if run.stage == 0 and ranks > 1 and run.accelerator == "gpu":
-        parts.append(
-            Part("buckets of DDP, unused", n * w)
-        )  # on a CPU memory that is not touched is not there
+    if run.stage == 0 and ranks > 1 and gpu:  # on a CPU memory that is not touched takes no room
+        parts.append(Part("buckets of DDP, unused", n * w))
     if run.estimator and run.estimator.temporaries:
-        parts.append(
-            Part(
-                "tensors of the Hessian estimate", run.estimator.temporaries * n * w, ("backward",)
-            )
-        )
+        tensors = run.estimator.temporaries * n * w
+        parts.append(Part("tensors of the Hessian estimate", tensors, (BACKWARD,)))
     return parts
 
 
 def training_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     """Values and their places, gradients, optimiser state, and what the step and the end need.
 
-    With S = d N weights that move (N without a mask), as long as not all of fp32 weights move:
-    places of S values, 4 S (int32), on every rank; the gradient of one dense tensor, w M, of which
-    the selected entries are kept; at the end one tensor's mask, a byte a weight, and a copy of the
-    tensor for its digest.
+    Places of S values are int32, whole on every rank. Of the gradient of one dense tensor, w M, the
+    selected entries are kept. At the end there are one tensor's mask, a byte a weight, and a copy
+    of the tensor for its digest.
     """
-    s, m, w = moving(model, run), model.largest, run.width
+    s, m, w = model.weights * run.moving, model.largest, run.width
     parts = []
     if run.masked:
         if run.values != "split":
             parts.append(Part("places of the values", FP32 * s, MOMENTS))
-        parts.append(Part("mask and digest of one tensor", (1 + w) * m, ("load", "end")))
+        parts.append(Part("mask and digest of one tensor", (1 + w) * m, (LOAD, END)))
     if has_values(run):
-        parts.append(Part("gradient of one tensor", w * m, ("backward",)))
+        parts.append(Part("gradient of one tensor", w * m, (BACKWARD,)))
     if run.frozen_copy:
         parts.append(Part("values at θ₀", w * s, MOMENTS))
-        parts.append(Part("one tensor at θ₀", w * m if run.masked else 0, ("forward",)))
+        parts.append(Part("one tensor at θ₀", w * m if run.masked else 0, (FORWARD,)))
     return parts + (_zero_parts(model, run) if run.stage else _plain_parts(model, run))
 
 
 def _plain_parts(model: Architecture, run: PlannedRun) -> list[Part]:
-    """One device, or DDP: values 4 S, gradients 4 S, which stand until the next backward pass,
-    state, DDP's buckets.
+    """One device, or DDP: values 4 S, gradients 4 S, state, DDP's buckets.
 
     fp32 weights that all move are values themselves. Values in halves are 2 S, N / 8 of mask bits,
     and gradients of one micro-batch w S; a step joins those of one tensor: values and gradient 8 d
     M, and the upper halves, 2 d M.
     """
-    w, n, s, m = run.width, model.weights, moving(model, run), model.largest
+    w, n, s, m = run.width, model.weights, model.weights * run.moving, model.largest
     halves = run.values == "split"
     parts = [
         Part("gradients", (w if halves and run.accumulate_grad_batches == 1 else FP32) * s),
         Part("optimiser state", state_bytes(run.optimizer, s)),
-        Part("step", step_bytes(run, m * s / n if halves else s), ("step",)),
-        Part("export", n * model.stored if model.stored != w else 0, ("end",)),
+        Part("step", step_bytes(run, m * s / n if halves else s), (STEP,)),
+        Part("export", n * model.stored if model.stored != w else 0, (END,)),
     ]
     if halves:
         parts += [
             Part("lower halves of the values", 2 * s, MOMENTS),
             Part("mask bits", n / 8 if run.masked else 0, MOMENTS),
-            Part("values of one tensor", (2 * FP32 + 2) * m * s / n, ("step",)),
+            Part("values of one tensor", (2 * FP32 + 2) * m * s / n, (STEP,)),
         ]
     elif has_values(run):
         parts.append(Part("values", FP32 * s, MOMENTS))
     if run.devices > 1:
         parts.append(Part("buckets of DDP", FP32 * s))
-        parts.append(Part("broadcast of the values", min(BROADCAST, FP32 * s), ("load",)))
+        parts.append(Part("broadcast of the values", min(BROADCAST, FP32 * s), (LOAD,)))
     if model.tied and not has_values(run):
-        parts.append(Part("gradient of one tensor", m * w, ("backward",)))
+        parts.append(Part("gradient of one tensor", m * w, (BACKWARD,)))
     return parts
 
 
 def _zero_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     """ZeRO's flat partitions of S / R numbers, and its buckets of B = min(2e8, S) numbers.
 
-    Beside the weights, with a mask: values w S (stage 3: w S / R), and under stage 3 the tensors
-        that
-    the values have been written into, which a graph keeps: w N a stream, or with checkpointing
-        those
-    of a block and of the output matrix of each stream. fp32 values 4 S / R, also beside values that
-    are fp32. Buckets w B: under stages 1 and 2 two in turn (on a CPU the second is untouched while
-    one holds all), under stage 3 one; one more is what is reduced, and under stage 3 gloo takes a
-    copy of that. What earlier buckets left of the gradients, w (S - B) / R, stands while the last
-    is reduced (under stage 3 room for all of it, always), and so does the gradient that found the
-    bucket full. Over several micro-batches stage 1 keeps gradients whole, w S, stage 2 its part, w
-    S / R. The step needs gradients in fp32, 4 S / R, beside those, w S / R, or beside what the
-    optimiser needs.
+    Values are w S (stage 3: w S / R), and fp32 copies 4 S / R, even where values are fp32. Under
+    stage 3 a graph keeps the tensors that values have been written into: w N a stream, or with
+    checkpointing those of a block and of each stream's output matrix.
+
+    Buckets are w B: two in turn under stages 1 and 2 (on a CPU the second is untouched while one
+    holds all), one under stage 3; another is being reduced, of which gloo takes a copy under stage
+    3. While the last is reduced, w (S − B) / R of gradients stand (under stage 3 all of w S / R,
+    always), and the gradient that found the bucket full. Over several micro-batches stage 1 keeps
+    gradients whole and stage 2 its share. The step needs gradients in fp32, 4 S / R, beside those,
+    w S / R, or beside what the optimiser needs.
     """
-    w, n, s, ranks, gpu = (
-        run.width,
-        model.weights,
-        moving(model, run),
-        run.devices,
-        run.accelerator == "gpu",
-    )
-    share, spread = s / ranks, run.stage == 3
-    offloaded = "host" if run.spread.offload_optimizer else "device"
+    w, n, s = run.width, model.weights, model.weights * run.moving
+    share, sharded, gpu = s / run.devices, run.stage == 3, run.accelerator == "gpu"
+    where = "host" if run.spread.offload_optimizer else "device"
     bucket, full = min(BUCKET, s), s > BUCKET
-    buffers = 1 if spread or not (gpu or full) else 2
+    buffers = 1 if sharded or not (gpu or full) else 2
+    reduced = 1 if gpu or not sharded else 2
+    overflow = model.largest * w if full and not run.masked else 0
     temporary = step_bytes(run, share)
     parts = [
-        Part("fp32 values", FP32 * share, MOMENTS, offloaded),
-        Part("optimiser state", state_bytes(run.optimizer, share), RUNNING, offloaded),
-        Part("buckets", w * bucket * buffers, RUNNING if spread else ("backward",)),
-        Part("bucket being reduced", w * bucket * (1 if gpu or not spread else 2), ("backward",)),
-        Part(
-            "gradient of one tensor",
-            model.largest * w if full and not run.masked else 0,
-            ("backward",),
-        ),
-        Part("gradients of the step", FP32 * share, ("step",), offloaded),
-        Part("step", temporary if spread else max(temporary, w * share), ("step",), offloaded),
+        Part("fp32 values", FP32 * share, MOMENTS, where),
+        Part("optimiser state", state_bytes(run.optimizer, share), RUNNING, where),
+        Part("buckets", w * bucket * buffers, RUNNING if sharded else (BACKWARD,)),
+        Part("bucket being reduced", w * bucket * reduced, (BACKWARD,)),
+        Part("gradient of one tensor", overflow, (BACKWARD,)),
+        Part("gradients of the step", FP32 * share, (STEP,), where),
+        Part("step", temporary if sharded else max(temporary, w * share), (STEP,), where),
     ]
     if run.masked:
-        parts.append(Part("values", w * (share if spread else s), MOMENTS))
-    if spread and run.masked:
+        parts.append(Part("values", w * (share if sharded else s), MOMENTS))
+    if run.masked and sharded:
         heads = run.streams * model.largest
         at_once = n / model.layers + heads if run.gradient_checkpointing else run.streams * n
-        parts.append(Part("weights with values", w * at_once, ("forward", "backward")))
-    if spread:
-        parts.append(Part("gradients", w * share, RUNNING, offloaded))
-        parts.append(Part("one tensor, whole", 2 * model.largest * w, ("end",)))
-    else:
-        if run.accumulate_grad_batches > 1:
-            parts.append(
-                Part(
-                    "gradients so far",
-                    w * (s if run.stage == 1 else share),
-                    ("forward", "backward"),
-                )
-            )
-        parts.append(Part("gradients", w * (s - bucket) / ranks, ("backward",), offloaded))
-        parts.append(Part("flattening of the values", s * w, ("load",)))
-        parts.append(Part("export", n * model.stored if model.stored != w else 0, ("end",)))
-    return parts
-
-
-def evaluation_parts(model: Architecture, run: PlannedRun) -> list[Part]:
-    """One block's activations, logits, and the cache of a generation as long as the rows."""
-    tokens = run.batch_size * run.max_length
-    block = block_bytes(model, run.computing) * tokens
+        parts.append(Part("weights with values", w * at_once, (FORWARD, BACKWARD)))
+    if sharded:
+        parts.append(Part("gradients", w * share, RUNNING, where))
+        parts.append(Part("one tensor, whole", 2 * model.largest * w, (END,)))
+        return parts
+    if run.accumulate_grad_batches > 1:
+        kept = s if run.stage == 1 else share
+        parts.append(Part("gradients so far", w * kept, (FORWARD, BACKWARD)))
     return [
-        Part("activations", block, ("forward",)),
-        Part("logits", logit_bytes(model, tokens, run.computing), ("forward",)),
-        Part(
-            "cache of a generation",
-            cache_bytes(model, run.batch_size, run.max_length, run.computing),
-            ("forward",),
-        ),
+        *parts,
+        Part("gradients", w * (s - bucket) / run.devices, (BACKWARD,), where),
+        Part("flattening of the values", s * w, (LOAD,)),
+        Part("export", n * model.stored if model.stored != w else 0, (END,)),
     ]
 
 
 def pass_parts(model: Architecture, run: PlannedRun) -> list[Part]:
-    """Activations and logits of the graphs that are alive together."""
-    tokens = run.batch_size * run.max_length * run.streams
-    activations = activation_bytes(model, tokens, run.computing, run.gradient_checkpointing)
+    """Activations and logits of the graphs that are alive together; in a test of one block, and the
+    cache of a generation as long as the rows.
+
+    A Gauss–Newton draw makes a second backward pass through one graph, so its activations stay
+    during the first (not under ZeRO-3).
+    """
+    tokens, width = run.batch_size * run.max_length, run.computing
+    if run.task == "test":
+        cache = cache_bytes(model, run.batch_size, run.max_length, width)
+        return [
+            Part("activations", block_bytes(model, width) * tokens, (FORWARD,)),
+            Part("logits", logit_bytes(model, tokens, width), (FORWARD,)),
+            Part("cache of a generation", cache, (FORWARD,)),
+        ]
+    tokens *= run.streams
     again = run.estimator is not None and run.estimator.same_graph and run.stage < 3
+    when = (FORWARD, BACKWARD) if again else (FORWARD,)
+    activations = activation_bytes(model, tokens, width, run.gradient_checkpointing)
     parts = [
-        Part("activations", activations, ("forward", "backward") if again else ("forward",)),
-        Part(
-            "logits",
-            logit_bytes(model, tokens, run.computing),
-            ("forward", "backward") if again else ("forward",),
-        ),
+        Part("activations", activations, when),
+        Part("logits", logit_bytes(model, tokens, width), when),
     ]
-    if run.width > run.computing:
-        parts.append(
-            Part("narrow copies of the weights", model.weights * run.computing, ("forward",))
-        )
+    if run.width > width:
+        parts.append(Part("narrow copies of the weights", model.weights * width, (FORWARD,)))
     return parts
 
 
@@ -346,29 +294,22 @@ def pass_parts(model: Architecture, run: PlannedRun) -> list[Part]:
 
 def parts_of(model: Architecture, run: PlannedRun) -> list[Part]:
     """All parts of a run's memory, on the device and beside it."""
-    gpu = run.accelerator == "gpu"
-    parts = [
-        Part("CUDA, cuBLAS, NCCL" if gpu else "interpreter and libraries", overhead(run), MOMENTS)
-    ]
-    parts += weight_parts(model, run)
-    if run.task == "test":
-        return parts + evaluation_parts(model, run)
-    parts += (
-        attribution_parts(model, run) if run.task == "attribution" else training_parts(model, run)
-    )
+    if run.accelerator == "gpu":
+        overhead = Part("CUDA, cuBLAS, NCCL", GPU_OVERHEAD, MOMENTS)
+    else:
+        overhead = Part("interpreter and libraries", CPU_OVERHEAD, MOMENTS)
+    parts = [overhead, *weight_parts(model, run)]
+    if run.task == "attribution":
+        parts += attribution_parts(model, run)
+    elif run.task != "test":
+        parts += training_parts(model, run)
     return [part for part in parts + pass_parts(model, run) if part.bytes]
-
-
-def overhead(run: PlannedRun) -> int:
-    """Bytes that any run takes."""
-    return GPU_OVERHEAD if run.accelerator == "gpu" else CPU_OVERHEAD
 
 
 def device_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     """The parts in a device's memory; on a CPU all, as there is no other place."""
-    return [
-        part for part in parts_of(model, run) if part.where == "device" or run.accelerator == "cpu"
-    ]
+    parts = parts_of(model, run)
+    return [part for part in parts if part.where == "device" or run.accelerator == "cpu"]
 
 
 def at(parts: Iterable[Part], moment: str) -> float:
@@ -388,3 +329,47 @@ def host_bytes(model: Architecture, run: PlannedRun) -> float:
     parts = [part for part in parts_of(model, run) if part.where == "host"]
     loading = model.stored * (model.largest if run.stage == 3 else model.weights)
     return CPU_OVERHEAD + max(loading, *(at(parts, moment) for moment in MOMENTS))
+
+
+def disk_bytes(run: PlannedRun, weights: int, stored: int = 0) -> dict[str, float]:
+    """File -> size: a mask N / 8, a checkpoint, a model.
+
+    Args:
+        run: the run.
+        weights: N.
+        stored: bytes a weight of the model that training writes.
+    """
+    if run.task == "test":
+        return {}
+    if run.task == "attribution":
+        return {"mask": weights / 8, "checkpoint": lasting_sums(run) * weights}
+    moving = weights * run.moving
+    checkpoint = FP32 * moving + state_bytes(run.optimizer, moving)
+    return {"checkpoint": checkpoint, "model": weights * stored}
+
+
+def step_tokens(run: PlannedRun) -> int:
+    """Tokens of a micro-batch on all devices: rows of one stream, or as many of two."""
+    streams = 2 if run.task in ("attribution", "unlearning") else 1
+    return run.batch_size * run.max_length * run.devices * streams
+
+
+def step_flops(model: Architecture, run: PlannedRun) -> float:
+    """Floating-point operations of a micro-batch on all devices, without those of attention between
+    tokens.
+
+    2 N' a token forward and 4 N' backward (Kaplan et al. 2020, arXiv 2001.08361): 6 N' of training.
+    N' is N without an embedding that is not the output matrix too. Checkpointing adds a forward
+    pass. Attribution estimates a Hessian on half of its tokens, the retain rows: the estimator's
+    backward passes, and under ZeRO-3 a forward pass.
+    """
+    n = model.weights - (0 if model.tied else model.vocabulary * model.hidden)
+    if run.task == "test":
+        return 2.0 * n * step_tokens(run)
+    forward = backward = 1.0
+    if run.estimator is not None:
+        backward += 0.5 * run.estimator.backward_passes
+        forward += 0.5 if run.stage == 3 else 0
+    if run.gradient_checkpointing:
+        forward += backward
+    return (2 * forward + 4 * backward) * n * step_tokens(run)

@@ -1,12 +1,14 @@
-"""What is planned: a task, how it is spread, and its options."""
+"""What is planned: a model, by its configuration alone, and a run of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, NamedTuple, Optional, Protocol
 
 from wagle_pl.core.errors import WagleError
+from wagle_pl.masks.names import layer_of
 
 TASKS = ("attribution", "unlearning", "finetuning", "test")
 OPTIMIZERS = ("MaskedAdamW", "AdamW", "AdamW8bit", "SGD")
@@ -22,13 +24,7 @@ PRECISIONS = {
 
 
 class Strategy(NamedTuple):
-    """How a run is spread.
-
-    Attributes:
-        stage: ZeRO stage; 0 is a whole copy on every device.
-        offload_optimizer: optimiser state and fp32 weights in CPU memory.
-        offload_parameters: weights in CPU memory.
-    """
+    """ZeRO stage, 0 for a whole copy on every device, and what lies in CPU memory."""
 
     stage: int = 0
     offload_optimizer: bool = False
@@ -47,17 +43,104 @@ STRATEGIES = {
 }
 
 
-class HessianCost(Protocol):
-    """What the formulas ask of an estimator of the Hessian diagonal; a class of
-    :mod:`wagle_pl.attribution.hessian` answers it.
+class Architecture(NamedTuple):
+    """What the formulas need of a model.
 
     Attributes:
-        shardable: whether it works with sharded parameters (ZeRO-3).
-        backward_passes: beside those of the two losses.
-        same_graph: whether one of them goes through the graph of the retain loss.
-        step_sums: fp32 sums of the model's size that stand while a step lasts.
-        temporaries: tensors of the model's size and dtype that stand during a backward pass.
+        shapes: parameter name -> shape, tied weights once.
+        attention, keys: sizes of all query heads and of all key heads together.
+        inner: of the MLP, which has a gate (Llama) or not (GPT-2).
+        tied: whether one tensor is both embedding and output matrix.
+        stored: bytes a weight on disk.
     """
+
+    shapes: dict[str, tuple[int, ...]]
+    hidden: int
+    layers: int
+    heads: int
+    attention: int
+    keys: int
+    inner: int
+    gated: bool
+    vocabulary: int
+    tied: bool
+    stored: int
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of weights of each parameter."""
+        return [prod(shape) for shape in self.shapes.values()]
+
+    @property
+    def weights(self) -> int:
+        """N."""
+        return sum(self.sizes)
+
+    @property
+    def largest(self) -> int:
+        """M."""
+        return max(self.sizes)
+
+
+def architecture(name: str) -> Architecture:
+    """The architecture of a model: a hub id, folder in Hugging Face format, or GGUF file.
+
+    Raises:
+        WagleError: if there is no such model, or its configuration does not say its shapes.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from wagle_pl.core.weights import parameter_shapes
+    from wagle_pl.lm import models
+
+    source, options = models.locate(name)
+    with models.loading(f"model {name!r}", name, "planned for"):
+        whole = AutoConfig.from_pretrained(source, **options)
+    try:
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(whole)
+    except (ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise WagleError(
+            f"the configuration of model {name!r} is of no causal language model with known "
+            f"shapes: {reason}"
+        ) from None
+    config, shapes = whole.get_text_config(), parameter_shapes(lm)
+
+    def number(*attributes: str) -> Optional[int]:
+        found = (getattr(config, attribute, None) for attribute in attributes)
+        return next((value for value in found if isinstance(value, int) and value > 0), None)
+
+    hidden, layers = number("hidden_size"), number("num_hidden_layers")
+    heads, vocabulary = number("num_attention_heads"), number("vocab_size")
+    if not (hidden and layers and heads and vocabulary):
+        raise WagleError(
+            f"the configuration of model {name!r} does not say hidden size, layers, heads and "
+            "vocabulary"
+        )
+    head = number("head_dim") or hidden // heads
+    in_blocks = [shape for parameter, shape in shapes.items() if layer_of(parameter) is not None]
+    widest = max((max(shape) for shape in in_blocks if len(shape) == 2), default=4 * hidden)
+    output = lm.get_output_embeddings()
+    return Architecture(
+        shapes=shapes,
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        attention=heads * head,
+        keys=(number("num_key_value_heads") or heads) * head,
+        inner=number("intermediate_size", "n_inner", "ffn_dim") or widest,
+        gated=any("gate" in parameter for parameter in shapes),
+        vocabulary=vocabulary,
+        tied=output is not None and output.weight is lm.get_input_embeddings().weight,
+        stored=(whole.dtype if isinstance(whole.dtype, torch.dtype) else torch.float32).itemsize,
+    )
+
+
+class HessianCost(Protocol):
+    """What the formulas ask of a :class:`wagle_pl.attribution.hessian.Hessian`, which says what
+    each is."""
 
     shardable: bool
     backward_passes: int
@@ -68,25 +151,11 @@ class HessianCost(Protocol):
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """What is planned.
+    """A run; options are those of ``wagle plan``, where they are documented, but for these.
 
     Attributes:
-        task: one of :data:`TASKS`.
-        strategy: a name in :data:`STRATEGIES`.
-        devices: R.
-        precision: as ``trainer.precision``.
-        accelerator: ``gpu`` or ``cpu``.
-        density: d; 1 is unlearning without a mask.
         estimator: of the Hessian diagonal, in attribution; None where it is a given scalar.
         diagonal: whether attribution keeps the diagonal, and not only its mean.
-        optimizer: one of :data:`OPTIMIZERS`.
-        values: as ``model.values``: how the weights that move are kept.
-        batch_size: rows (or pairs of rows) a device and micro-batch.
-        max_length: tokens a row.
-        accumulate_grad_batches: micro-batches a step.
-        gradient_checkpointing: recompute activations in the backward pass.
-        frozen_copy: keep θ₀ beside the model (``reference_logits: frozen_copy`` with a term that
-            needs it).
         persistence: ``param_persistence_threshold`` of ZeRO-3.
 
     Raises:
@@ -140,30 +209,24 @@ class PlannedRun:
             )
         if self.task == "attribution" and self.precision.startswith("16"):
             raise WagleError("attribution runs in 32-true, bf16-mixed or bf16-true, not in fp16")
-        if self.needs_whole_parameters and self.stage == 3:
+        if self.stage == 3 and self.estimator is not None and not self.estimator.shardable:
             raise WagleError(
                 "this Hessian estimate needs whole parameters, which ZeRO-3 shards: choose another "
                 "stage"
             )
-        if self.frozen_copy and self.stage == 3:
+        if self.stage == 3 and self.frozen_copy:
             raise WagleError(
                 "a frozen copy of the model does not work under ZeRO-3; choose another stage"
             )
 
     @classmethod
     def about_to(cls, task: str, precision: str, stage: int, **options: Any) -> PlannedRun:
-        """The plan of a run that is about to begin; what the plan does not know is taken for the
-        least that it does."""
+        """The plan of a run that is about to begin. An optimiser or precision that the plan does
+        not know counts as the one that takes the least."""
         if options.get("optimizer", "SGD") not in OPTIMIZERS:
             options["optimizer"] = "SGD"
         known = precision if precision in PRECISIONS else "16-true"
         return cls(task, f"deepspeed_stage_{stage}" if stage else "ddp", precision=known, **options)
-
-    @property
-    def needs_whole_parameters(self) -> bool:
-        """Whether ZeRO-3, which spreads them over ranks, is out of the question for the
-        estimator."""
-        return self.estimator is not None and not self.estimator.shardable
 
     @property
     def spread(self) -> Strategy:
@@ -183,7 +246,7 @@ class PlannedRun:
 
     @property
     def computing(self) -> int:
-        """Bytes of an activation that a matrix product takes or gives."""
+        """c."""
         return PRECISIONS[self.precision][1]
 
     @property
@@ -192,9 +255,14 @@ class PlannedRun:
         return self.task == "unlearning" and self.density < 1
 
     @property
+    def moving(self) -> float:
+        """Share of the weights that may move."""
+        return self.density if self.masked else 1.0
+
+    @property
     def streams(self) -> int:
-        """Streams of a batch whose graphs are alive together: unlearning's forget and retain
-        rows."""
+        """Streams of a batch whose graphs are alive together: forget and retain rows in
+        unlearning."""
         return 2 if self.task == "unlearning" else 1
 
 
@@ -202,7 +270,8 @@ def choices(
     run: PlannedRun, devices: Sequence[int] = (1, 2, 4, 8)
 ) -> Iterable[tuple[str, list[PlannedRun]]]:
     """(strategy, the run under it on each number of devices) for every strategy that works."""
-    offload = ["zero3_offload"] if run.accelerator == "gpu" else []
-    whole = run.frozen_copy or run.needs_whole_parameters
-    for name in ["ddp", "zero1", "zero2", *(() if whole else ("zero3", *offload))]:
+    sharded = ["zero3", "zero3_offload"] if run.accelerator == "gpu" else ["zero3"]
+    if run.frozen_copy or (run.estimator is not None and not run.estimator.shardable):
+        sharded = []
+    for name in ["ddp", "zero1", "zero2", *sharded]:
         yield name, [replace(run, strategy=name, devices=count, values="fp32") for count in devices]

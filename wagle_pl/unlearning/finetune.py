@@ -30,7 +30,7 @@ from wagle_pl.lm.saving import Originals, read_record, save_model
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.selected import SUFFIX, SelectedTensor, SelectedWeights, load_values
 from wagle_pl.objectives import Streams
-from wagle_pl.planning import PlannedRun, Size, disk_bytes
+from wagle_pl.planning import PlannedRun, disk_bytes
 from wagle_pl.strategies import ShardedCheckpoint, is_zero, stage_of
 from wagle_pl.unlearning.checks import StepLosses, check_run, check_step, check_weights
 from wagle_pl.unlearning.export import model_card
@@ -133,7 +133,7 @@ class FinetuneModule(LanguageModule):
         dtype = checkpoint_dtype(self.model_name) or torch.float32
         weights = sum(map(prod, self._shapes.values()))
         optimizer = next((type(o).__name__ for o in self.trainer.optimizers), "none")
-        files = disk_bytes(Size(weights, dtype.itemsize), self.planned_run(optimizer))
+        files = disk_bytes(self.planned_run(optimizer), weights, dtype.itemsize)
         return [
             outputs.Planned("model", Path(self.output), files["model"]),
             *outputs.planned_checkpoint(self.trainer, files["checkpoint"]),
