@@ -19,6 +19,7 @@ from torch import Tensor
 
 from wagle_pl.attribution import mask_from_scores, selection, stored
 from wagle_pl.attribution.selection import Ranking, order_keys, select, select_each
+from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.masks.bits import unpack_bits
 
@@ -184,24 +185,25 @@ def test_keys_order_like_floats():
     assert all(order_keys(zeros, ranking).unique().numel() == 1 for ranking in RANKINGS)
 
 
-def test_counts_of_shards_add_up():
+def test_counts_of_shards_add_up(monkeypatch: pytest.MonkeyPatch):
     scores = named(4, [(64, 8), (256,)], "normal")
-    barrier, board = threading.Barrier(2), [torch.zeros(0), torch.zeros(0)]
+    whole = selection.find_thresholds(scores.items, lambda n: [n // 5, n // 2])
+    barrier, board = threading.Barrier(2), {}
+
+    def all_reduce(counts: Tensor) -> Tensor:
+        board[threading.get_ident()] = counts
+        barrier.wait()
+        total = sum(board.values())
+        barrier.wait()
+        return total
 
     def rank(me: int) -> list[selection.Threshold]:
-        def all_reduce(counts: Tensor) -> Tensor:
-            board[me] = counts
-            barrier.wait()
-            total = board[0] + board[1]
-            barrier.wait()
-            return total
-
         own = {f"p{me}": scores[f"p{me}"]}
-        return selection.find_thresholds(own.items, lambda n: [n // 5, n // 2], reduce=all_reduce)
+        return selection.find_thresholds(own.items, lambda n: [n // 5, n // 2])
 
+    monkeypatch.setattr(distributed, "all_reduce_sum", all_reduce)
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(rank, (0, 1))
-    assert first == second == selection.find_thresholds(scores.items, lambda n: [n // 5, n // 2])
+        assert list(pool.map(rank, (0, 1))) == [whole, whole]
 
 
 # -- stored scores ----------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Scores: how much each weight matters for forgetting, given the statistics of one gradient pass.
+"""Scores: how much each weight matters for forgetting, given the statistics of one pass.
 
-To write your own, subclass :class:`Score`, list the statistics that it ``needs`` and override
-``__call__``; give its class path as ``--model.score``::
+A score of your own lists the statistics that it ``needs`` and overrides ``__call__``; give its
+class path as ``--model.score``::
 
     class Product(Score):
         needs = ("g_f", "g_r")
@@ -29,8 +29,6 @@ from wagle_pl.core.seeds import stable_seed
 from wagle_pl.masks import Restriction
 from wagle_pl.masks.names import parse_layers
 
-_LARGE = 1 << 20  # weights of a parameter on which a score is not tried if there is a smaller one
-
 #: What a score may need.
 COLLECTED = ("g_f", "g_r", "h", "h_diagonal", "fisher_f", "fisher_r", "activation")
 
@@ -46,16 +44,13 @@ class WeightStatistics:
         theta: θ₀.
         g_f: gradient of the forget loss, oriented so that forgetting moves along +g_f.
         g_r: gradient of the retain loss.
-        h: diagonal Hessian of the retain loss, damped, above zero: one value a weight, or one for
-            all of them (0-dim).
-        h_diagonal: the same without damping, at least zero, and always one value a weight.
+        h: diagonal Hessian of the retain loss, damped, above zero; 0-dim if one for all weights.
+        h_diagonal: the same without damping, at least zero, always one value a weight.
         h_mean: mean of ``h_diagonal`` over all weights of the model; set with ``h_diagonal``.
-        fisher_f: (1/N) Σ_n (∇ℓ_f,n)², squared gradients of single forget rows.
+        fisher_f: (1/N) Σ_n (∇ℓ_f,n)², over single forget rows.
         fisher_r: the same of retain rows.
         activation: ‖x_j‖₂ of each input j of a linear layer over the tokens of the forget rows, in
-            a shape that broadcasts with the weight: (in,), or (in, 1) where the weight is stored
-            transposed, (experts, 1, in) or (experts, in, 1) for experts in one tensor; None for
-            other parameters.
+            a shape that broadcasts with the weight; None for other parameters.
     """
 
     name: str
@@ -80,15 +75,13 @@ class Score:
     signed: bool = False
 
     #: Whether the scores of a row (first dimension) depend on that row alone, besides
-    #: ``activation`` and scalars. With several ranks each then scores its own rows; otherwise every
-    #: rank scores the whole parameter.
+    #: ``activation`` and scalars: several ranks then score rows each, and else whole parameters.
     by_row: bool = False
 
     def __call__(self, w: WeightStatistics) -> Tensor:
-        """Scores of one parameter, in its shape. Override this.
+        """Scores of one parameter, in its shape: the same at each call. Override this.
 
-        Called several times for each parameter and must return the same each time; ``w`` may be
-        modified in place.
+        ``w`` may be modified in place.
         """
         raise TypeError(f"{type(self).__name__} must override __call__")
 
@@ -131,9 +124,8 @@ def try_out(
     """Call a score on random statistics, so that one that is wrong fails before the pass.
 
     Args:
-        score: the score.
-        shapes: parameter name -> shape. Of each number of dimensions one parameter is tried, if
-            possible a small one.
+        score: tried on the smallest parameter of each number of dimensions.
+        shapes: parameter name -> shape.
         scalar: whether h is one number.
         inputs: name of a linear layer's weight -> shape of its ``activation``.
         device: of the statistics.
@@ -144,40 +136,36 @@ def try_out(
 
     def statistics(name: str) -> WeightStatistics:
         generator = torch.Generator(device).manual_seed(0)
-        options = {"generator": generator, "device": device, "dtype": torch.float32}
 
         def above_zero(shape: Sequence[int]) -> Tensor:
-            return torch.rand(tuple(shape), **options) + 0.1
+            return torch.rand(tuple(shape), generator=generator, device=device) + 0.1
 
-        w = WeightStatistics(name, theta=above_zero(shapes[name]) - 0.6)
+        shape = shapes[name]
+        w = WeightStatistics(name, theta=above_zero(shape) - 0.6)
+        w.h_mean = 0.6 if "h_diagonal" in score.needs else None
         for field in score.needs:
             if field in ("g_f", "g_r"):
-                setattr(w, field, above_zero(shapes[name]) - 0.6)
+                setattr(w, field, above_zero(shape) - 0.6)
             elif field == "activation":
                 w.activation = above_zero(inputs[name]) if name in inputs else None
             else:
-                setattr(w, field, above_zero(() if field == "h" and scalar else shapes[name]))
-        w.h_mean = 0.6 if "h_diagonal" in score.needs else None
+                setattr(w, field, above_zero(() if field == "h" and scalar else shape))
         return w
 
     for dimensions in sorted({len(shape) for shape in shapes.values()}, reverse=True):
-        sizes = {name: prod(shape) for name, shape in shapes.items() if len(shape) == dimensions}
-        name = min(sizes, key=lambda name: sizes[name] if sizes[name] > _LARGE else 0)
+        alike = [name for name, shape in shapes.items() if len(shape) == dimensions]
+        name = min(alike, key=lambda name: prod(shapes[name]))
         first, again = (checked(score, statistics(name)).nan_to_num() for _ in range(2))
         if not torch.equal(first, again):
             raise WagleError(
                 f"score {type(score).__name__} gave {name} other numbers when called again",
-                hint="a Score is called several times for each parameter and must return the same "
-                "each time",
+                hint="it must return the same at each call",
             )
 
 
 class Wagle(Score):
-    """S = (θ − g_r / h) · g_f (WAGLE, arXiv 2410.17509, equation 8).
-
-    To first order, the change of the forget loss when the weight is pruned and the others re-fit
-    the retain loss.
-    """
+    """S = (θ − g_r / h) · g_f (WAGLE, arXiv 2410.17509, equation 8): to first order, the change of
+    the forget loss when the weight is pruned and the others re-fit the retain loss."""
 
     by_row = True
     needs = ("g_f", "g_r", "h")
@@ -187,10 +175,8 @@ class Wagle(Score):
 
 
 class Snip(Score):
-    """S = θ · g_f (SNIP, arXiv 1810.02340): WAGLE without the retain term.
-
-    To first order, the change of the forget loss when the weight is pruned.
-    """
+    """S = θ · g_f (SNIP, arXiv 1810.02340): to first order, the change of the forget loss when the
+    weight is pruned."""
 
     by_row = True
 
@@ -243,14 +229,12 @@ class FisherRatio(Score):
 
 
 class Curvature(Score):
-    """S = |g_f| / (h + ε)^power: forget gradient per unit of retain curvature.
+    """S = |g_f| / (h + ε)^power: forget gradient per unit of retain curvature, a diagonal.
 
     A step along axis i that costs δ of retain loss at a minimum of ℓ_r has length √(2δ/h_i), and
-    changes the forget loss by |g_f,i| times that: power ½. An optimiser that steps equally far in
-    every weight (sign descent and, nearly, Adam) gains Σ|g_f| with a set of weights, at a cost of
-    ½ Σh per squared unit of length; the set with the largest Σ|g_f| / √(Σh) holds the weights with
-    the largest |g_f| / h: power 1. Needs a diagonal; with ``hessian: auto`` it is the Gauss–Newton
-    estimate.
+    changes the forget loss by |g_f,i| times that: power ½. If all weights step equally far (sign
+    descent and, nearly, Adam), the set of weights with the largest Σ|g_f| / √(Σh) holds those with
+    the largest |g_f| / h: power 1.
 
     Args:
         damping_ratio: ε as a multiple of the mean of h over all weights.
@@ -269,11 +253,8 @@ class Curvature(Score):
 
 
 class Signed(Score):
-    """S = −g_r · g_f / h, ranked with its sign: weights where forgetting does not oppose retaining.
-
-    The second term of WAGLE's score: moving along +g_f raises the retain loss at the rate
-    g_r · g_f.
-    """
+    """S = −g_r · g_f / h, WAGLE's second term, ranked with its sign: weights where forgetting does
+    not oppose retaining."""
 
     by_row = True
     needs = ("g_f", "g_r", "h")
@@ -294,12 +275,11 @@ class Magnitude(Score):
 
 
 class Wanda(Score):
-    """S_ij = |θ_ij| · ‖x_j‖₂, x the input of the linear layer on the forget rows (Wanda, arXiv
-    2306.11695).
+    """S_ij = |θ_ij| · ‖x_j‖₂, x the input of the linear layer on all tokens of the forget rows
+    (Wanda, arXiv 2306.11695, which ranks within each output row: ``scope: row``).
 
-    Prompt and answer tokens count, padding does not. Only a forward pass is run. The paper ranks
-    within each output row: ``scope: row``. Weights of no linear layer (norms, biases, embeddings)
-    score 0; an embedding tied to the output layer has that layer's score.
+    Weights of no linear layer (norms, biases, embeddings) score 0; an embedding tied to the output
+    layer has that layer's score.
     """
 
     by_row = True
@@ -327,14 +307,14 @@ class Random(Score):
 
 
 class Modules(Score):
-    """1 inside the chosen modules and layers, 0 outside. Everything inside is selected;
-    ``density`` is not used.
+    """1 inside the chosen modules and layers, 0 outside. All inside is selected, without
+    ``density``.
 
     Args:
         modules: any of ``mlp``, ``attn``, ``norm``, ``embed``, ``q_proj``, ``mlp.down_proj``, ...
-            (see :func:`wagle_pl.masks.names.in_module`). None takes every module.
+            (see :func:`wagle_pl.masks.names.in_module`); all when None.
         layers: indices of transformer blocks, from 0, ranges with their ends: ``"3-7"``,
-            ``"0,2,5-6"``. None takes every layer, and what is outside the blocks.
+            ``"0,2,5-6"``; all, and what is outside the blocks, when None.
 
     Raises:
         WagleError: if ``layers`` cannot be read, or both are None.
@@ -362,10 +342,6 @@ class Modules(Score):
         return torch.full_like(w.theta, float(self._restriction.takes(w.name)))
 
     def share(self, shapes: Mapping[str, Sequence[int]]) -> Fraction:
-        """Share of weights inside.
-
-        Raises:
-            WagleError: if the model lacks a module or a layer, naming those it has.
-        """
+        """Share of weights inside; a module or layer that the model lacks is an error."""
         mask = self._restriction.mask(shapes)
         return Fraction(mask.count(), mask.total)

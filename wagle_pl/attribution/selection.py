@@ -27,7 +27,6 @@ CHUNK = 1 << 18  # weights processed at a time, a multiple of 8: the only extra 
 _HALF = 1 << 16
 _OFFSET = _HALF // 2  # the upper half of a key is signed; bins count from 0
 _INFINITE = 0x7F80  # upper sixteen bits of the first float that is not finite
-_NONE = 2**31 - 1  # a key above that of any finite score
 
 Scope = Literal["global", "tensor", "row"]
 
@@ -91,12 +90,8 @@ def exact_count(density: Union[float, Fraction], total: int) -> int:
 
 
 def order_keys(scores: Tensor, ranking: Ranking = HIGHEST) -> Tensor:
-    """int32 keys in the order of the ranking: the largest is selected first, and equal scores have
-    equal keys.
-
-    Args:
-        scores: float32, any shape.
-        ranking: the order.
+    """int32 keys of float32 scores: the largest is selected first, and equal scores have equal
+    keys.
 
     >>> scores = torch.tensor([-2.0, 1.0])
     >>> order_keys(scores).argmax(), order_keys(scores, Ranking(absolute=False)).argmax()
@@ -113,25 +108,7 @@ def order_keys(scores: Tensor, ranking: Ranking = HIGHEST) -> Tensor:
 def select(
     scores: Scores, density: float, ranking: Ranking = HIGHEST, scope: Scope = "global"
 ) -> Iterator[tuple[str, Tensor]]:
-    """Select exactly ⌊density · N⌋ weights, the first in the ranking; ties go to the lowest index
-    in parameter order.
-
-    Args:
-        scores: of the N eligible weights.
-        density: share of weights, in (0, 1].
-        ranking: largest absolute value first by default.
-        scope: what competes: all weights (``global``), those of a ``tensor``, or those of a ``row``
-            (a vector along the last dimension). Of the weights up to the end of each tensor or row,
-            in parameter order, exactly ⌊density · their number⌋ are selected: each gets its share
-            to within one weight, and the total is exact.
-
-    Yields:
-        (parameter name, packed bits), see :func:`wagle_pl.masks.bits.pack_bits`.
-
-    Raises:
-        WagleError: if density is outside (0, 1] or selects no weight, or a score is NaN or
-            infinite.
-    """
+    """:func:`select_each` for one density; yields (parameter name, packed bits)."""
     for name, (bits,) in select_each(scores, [density], ranking, scope):
         yield name, bits
 
@@ -143,12 +120,26 @@ def select_each(
     scope: Scope = "global",
     shards: Optional[Mapping[str, Shard]] = None,
 ) -> Iterator[tuple[str, list[Tensor]]]:
-    """:func:`select` for several densities, in the passes of one; yields the packed bits of each.
+    """Select exactly ⌊density · N⌋ weights, the first in the ranking, for each of the densities;
+    ties go to the lowest index in parameter order.
 
     Args:
-        scores, densities, ranking, scope: see :func:`select`.
-        shards: with several ranks, which rows of each parameter this one scores; the bits are of
-            those rows. Iteration is then collective.
+        scores: of the N eligible weights.
+        densities: shares of weights, in (0, 1].
+        ranking: largest absolute value first by default.
+        scope: what competes: all weights (``global``), those of a ``tensor``, or those of a ``row``
+            (a vector along the last dimension). Of the weights up to the end of each tensor or row,
+            in parameter order, exactly ⌊density · their number⌋ are selected: each gets its share
+            to within one weight, and the total is exact.
+        shards: with several ranks, which rows of each parameter this one scores. Iteration is then
+            collective, and the bits are of those rows.
+
+    Yields:
+        (parameter name, packed bits for each density), see :func:`wagle_pl.masks.bits.pack_bits`.
+
+    Raises:
+        WagleError: if a density is outside (0, 1] or selects no weight, or a score is NaN or
+            infinite.
     """
     for density in densities:
         check_density(density)
@@ -189,18 +180,14 @@ class Threshold:
 
 
 def find_thresholds(
-    scores: Scores,
-    counts: Callable[[int], Sequence[int]],
-    ranking: Ranking = HIGHEST,
-    reduce: Callable[[Tensor], Tensor] = distributed.all_reduce_sum,
+    scores: Scores, counts: Callable[[int], Sequence[int]], ranking: Ranking = HIGHEST
 ) -> list[Threshold]:
-    """Thresholds of the first k in the ranking, for several k, in two passes.
+    """Thresholds of the first k in the ranking, for several k. Collective.
 
     Args:
         scores: of the weights that compete.
         counts: number of weights -> the numbers k to select, each from 0 to that number.
         ranking: their order.
-        reduce: adds up int64 counts over shards.
 
     Raises:
         WagleError: if a score is NaN or infinite, naming the parameter.
@@ -208,29 +195,24 @@ def find_thresholds(
     upper = torch.zeros(_HALF, dtype=torch.int64)
     not_finite: list[str] = []
     for name, tensor in scores():
-        for chunk in _chunks(tensor):
-            bins = (order_keys(chunk, ranking) >> 16).add_(_OFFSET)
-            upper += torch.bincount(bins, minlength=_HALF).cpu()
+        for keys in _keys(tensor, ranking):
+            upper += torch.bincount((keys >> 16).add_(_OFFSET), minlength=_HALF).cpu()
         if upper[_OFFSET + _INFINITE :].any() or upper[: _OFFSET - _INFINITE].any():
             not_finite = not_finite or [name]
     _check_finite(not_finite)
-    upper = reduce(upper)
+    upper = distributed.all_reduce_sum(upper)
     ks = counts(int(upper.sum()))
     places = [_descend(upper, k) for k in ks]
-    lower = {bin_: torch.zeros(_HALF, dtype=torch.int64) for bin_, _ in places if bin_ is not None}
+    lower = {bin_: torch.zeros(_HALF, dtype=torch.int64) for bin_, _ in places}
     for _, tensor in scores():
-        for chunk in _chunks(tensor):
-            keys = order_keys(chunk, ranking)
+        for keys in _keys(tensor, ranking):
             upper_bits = keys >> 16
             for bin_, count in lower.items():
-                low_bits = _at(keys, upper_bits == bin_ - _OFFSET) & (_HALF - 1)
-                count += torch.bincount(low_bits, minlength=_HALF).cpu()
-    lower = {bin_: reduce(count) for bin_, count in lower.items()}
+                inside = _at(keys, upper_bits == bin_ - _OFFSET) & (_HALF - 1)
+                count += torch.bincount(inside, minlength=_HALF).cpu()
+    lower = {bin_: distributed.all_reduce_sum(count) for bin_, count in lower.items()}
     thresholds = []
     for k, (bin_, above) in zip(ks, places, strict=True):
-        if bin_ is None:
-            thresholds.append(Threshold(_NONE, 0))
-            continue
         low, above_low = _descend(lower[bin_], k - above)
         key, ties = ((bin_ - _OFFSET) << 16) | low, k - above - above_low
         whole = ties == int(lower[bin_][low])  # all of this key are taken: no need to count ties
@@ -238,8 +220,10 @@ def find_thresholds(
     return thresholds
 
 
-def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
-    return tensor.reshape(-1).float().split(CHUNK)
+def _keys(tensor: Tensor, ranking: Ranking) -> Iterator[Tensor]:
+    """Keys of a parameter's scores, a chunk at a time."""
+    for chunk in tensor.reshape(-1).float().split(CHUNK):
+        yield order_keys(chunk, ranking)
 
 
 def _at(values: Tensor, mask: Tensor) -> Tensor:
@@ -249,11 +233,8 @@ def _at(values: Tensor, mask: Tensor) -> Tensor:
     return values[mask]
 
 
-def _descend(counts: Tensor, k: int) -> tuple[Optional[int], int]:
-    """The bin in which the k-th from the top lies (None if k is 0), and how many lie in higher
-    bins."""
-    if k == 0:
-        return None, 0
+def _descend(counts: Tensor, k: int) -> tuple[int, int]:
+    """The bin in which the k-th from the top lies, and how many lie in higher bins."""
     from_top = counts.flip(0).cumsum(0)
     position = int(torch.searchsorted(from_top, torch.tensor(k)))
     above = int(from_top[position - 1]) if position else 0
@@ -286,34 +267,33 @@ def _select_global(
     if distributed.all_reduce_sum(taken).tolist() != wanted:
         raise WagleError(
             "a weight's score differs from pass to pass",
-            hint="a Score is called several times for each parameter and must return the same each "
-            "time",
+            hint="a Score must return the same at each call",
         )
 
 
 def _take(tensor: Tensor, thresholds: Sequence[Threshold], ranking: Ranking) -> list[Tensor]:
     """The packed bits of what each threshold selects of this rank's rows of a parameter."""
     wanted = torch.tensor([threshold.ties for threshold in thresholds])
-    after = None
-    if distributed.is_distributed() and wanted.any():  # ties of lower ranks' rows come first
+    several = distributed.is_distributed() and bool(wanted.any())
+    if several:  # ties of lower ranks' rows come first
         here = [
-            sum(int((order_keys(chunk, ranking) == t.key).sum()) for chunk in _chunks(tensor))
-            if t.ties
-            else 0
+            sum(int((keys == t.key).sum()) for keys in _keys(tensor, ranking)) if t.ties else 0
             for t in thresholds
         ]
-        counts = torch.tensor(distributed.all_gather([here]))  # (ranks, thresholds)
-        before, after = counts[: distributed.rank()].sum(0), wanted - counts.sum(0)
-        for threshold, ties in zip(thresholds, (wanted - before).tolist(), strict=True):
-            threshold.ties = max(0, ties)
+        found = torch.tensor(distributed.all_gather([here]))  # (ranks, thresholds)
+        _set_ties(thresholds, wanted - found[: distributed.rank()].sum(0))
     bits = [
-        _packed(tensor.numel(), (t.take(order_keys(chunk, ranking)) for chunk in _chunks(tensor)))
-        for t in thresholds
+        _packed(tensor.numel(), (threshold.take(keys) for keys in _keys(tensor, ranking)))
+        for threshold in thresholds
     ]
-    if after is not None:
-        for threshold, ties in zip(thresholds, after.tolist(), strict=True):
-            threshold.ties = max(0, ties)
+    if several:
+        _set_ties(thresholds, wanted - found.sum(0))
     return bits
+
+
+def _set_ties(thresholds: Sequence[Threshold], ties: Tensor) -> None:
+    for threshold, count in zip(thresholds, ties.clamp(min=0).tolist(), strict=True):
+        threshold.ties = count
 
 
 def _packed(weights: int, parts: Iterable[Tensor]) -> Tensor:
@@ -345,47 +325,40 @@ def _select_within(
             _check_finite([] if torch.isfinite(tensor).all() else [name])
             width = shard.shape[-1]
             rows = tensor.reshape(-1, width) if tensor.numel() else tensor.new_zeros(0, width)
-            first = start + shard.first
-            yield (
-                name,
-                [
-                    _select_rows(rows, _quotas(density, first, width, len(rows)), ranking)
-                    for density in densities
-                ],
-            )
+            quotas = [_quotas(d, start + shard.first, width, len(rows)) for d in densities]
+            yield name, [_select_rows(rows, quota, ranking) for quota in quotas]
         else:
-            quotas = [int(_quotas(density, start, shard.total, 1)) for density in densities]
-            yield name, _select_tensor(name, tensor, quotas, ranking)
+            ks = [int(_quotas(d, start, shard.total, 1)) for d in densities]
+            yield name, _select_tensor(name, tensor, ks, ranking)
         start += shard.total
     _wanted(densities, start)
 
 
-def _select_tensor(
-    name: str, tensor: Tensor, quotas: Sequence[int], ranking: Ranking
-) -> list[Tensor]:
-    """Packed bits of the first k weights of a tensor, for each k of ``quotas``."""
-    thresholds = find_thresholds(lambda: [(name, tensor)], lambda _: quotas, ranking)
+def _select_tensor(name: str, tensor: Tensor, ks: Sequence[int], ranking: Ranking) -> list[Tensor]:
+    """Packed bits of the first k weights of a tensor, for each k."""
+    thresholds = find_thresholds(lambda: [(name, tensor)], lambda _: ks, ranking)
     return _take(tensor, thresholds, ranking)
-
-
-def _select_rows(rows: Tensor, quotas: Tensor, ranking: Ranking) -> Tensor:
-    """Packed bits of the first weights of each of the rows, (R, C), as many as quotas, (R,), say."""
-    block = max(8, CHUNK // max(1, rows.shape[1]) // 8 * 8)  # whole bytes, wherever a row ends
-    parts = zip(rows.split(block), quotas.split(block), strict=True)
-    keys = ((order_keys(part.float(), ranking), quota) for part, quota in parts)
-    return _packed(rows.numel(), (_take_in_rows(*each) for each in keys))
 
 
 def _quotas(density: float, start: int, width: int, rows: int) -> Tensor:
     """(rows,) quotas of consecutive rows: differences of the floors of the running total."""
     share = Fraction(str(density))
     ends = [exact_count(share, start + width * row) for row in range(rows + 1)]
-    return torch.from_numpy(np.diff(np.array(ends, dtype=np.int64)).clip(max=width))
+    return torch.from_numpy(np.diff(np.array(ends, dtype=np.int64)))
+
+
+def _select_rows(rows: Tensor, quotas: Tensor, ranking: Ranking) -> Tensor:
+    """Packed bits of the first weights of each of the rows, (R, C), as many as quotas, (R,), say;
+    ties go to the lowest column."""
+    block = max(8, CHUNK // max(1, rows.shape[1]) // 8 * 8)  # whole bytes, wherever a row ends
+    parts = zip(rows.split(block), quotas.split(block), strict=True)
+    return _packed(
+        rows.numel(), (_take_in_rows(order_keys(p.float(), ranking), q) for p, q in parts)
+    )
 
 
 def _take_in_rows(keys: Tensor, quotas: Tensor) -> Tensor:
-    """(R, C) bool: the ``quotas``, (R,), largest keys, (R, C), of every row; ties go to the lowest
-    column."""
+    """(R, C) bool: the ``quotas``, (R,), largest keys, (R, C), of every row."""
     taken = torch.zeros(keys.shape, dtype=torch.bool, device=keys.device)
     quotas = quotas.to(keys.device)
     for quota in quotas.unique().tolist():
