@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wagle_pl.attribution.stored import write_scores
+from wagle_pl.attribution.scoring import write_scores
 from wagle_pl.cli import app as cli
 from wagle_pl.core.weights import fingerprint, parameter_shapes
 from wagle_pl.lm.models import load_model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from wagle_pl.attribution.scoring import StoredScores
 from wagle_pl.cli import app as cli
 from wagle_pl.lm.models import load_model
 from wagle_pl.lm.tiny import create_tiny_llama
@@ -342,8 +344,6 @@ def test_ties_and_whole_parameters(run: Any, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_scores_of_several_ranks(run: Any):
-    from wagle_pl.attribution.stored import StoredScores
-
     alone, *others = (
         run(name, "AttributionModule", ONE_PASS, "--model.save_scores fp32", cut(size, 1))
         for name, size in (("one", 8), ("zero2", 4), ("zero3", 4))
@@ -353,6 +353,90 @@ def test_scores_of_several_ranks(run: Any):
         assert (
             difference(expected, dict(StoredScores(other.with_suffix(".scores")).stream())) < 1e-5
         )
+
+
+UNFUSED = """
+import torch
+from torch import nn
+from wagle_pl import AttributionModule, Score
+from wagle_pl.lm.module import LanguageModule
+
+class Squares(Score):  # not their ratio, which is noise where both are rounding
+    needs = ("fisher_f", "fisher_r")
+    by_row = True
+
+    def __call__(self, w):
+        return w.fisher_f + 2 * w.fisher_r
+
+class Experts(nn.ModuleList):
+    def __init__(self, fused):
+        super().__init__()
+        for up, down in zip(fused.gate_up_proj.detach(), fused.down_proj.detach()):
+            expert = nn.ModuleDict({"up": nn.Linear(*up.T.shape, False), "down": nn.Linear(*down.T.shape, False)})
+            expert["up"].weight.data, expert["down"].weight.data = up.clone(), down.clone()
+            self.append(expert)
+
+    def forward(self, states, chosen, weights):
+        output = torch.zeros_like(states)
+        for number in chosen.unique().tolist():
+            token, place = torch.where(chosen == number)
+            gate, up = self[number]["up"](states[token]).chunk(2, -1)
+            down = self[number]["down"](nn.functional.silu(gate) * up)
+            output = output.index_add(0, token, down * weights[token, place, None])
+        return output
+
+class Unfused(AttributionModule):
+    def configure_model(self):
+        LanguageModule.configure_model(self)
+        for block in self.lm.model.layers:
+            block.mlp.experts = Experts(block.mlp.experts)
+        self.model_fingerprint = self.fingerprint()
+        super().configure_model()
+"""
+
+
+def test_experts_that_one_rank_alone_uses(
+    run: Any, tiny_model: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Each rank has one row, of one token again and again, which goes to an expert of its own: the same sums as on one
+    device, with experts in one tensor and (where a rank then has no gradient at all) each in modules of its own."""
+    from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+    Path("unfused.py").write_text(UNFUSED)
+    monkeypatch.syspath_prepend(os.getcwd())
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {"num_local_experts": 6, "num_experts_per_tok": 1, "vocab_size": len(tokenizer)}
+    special = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("pad", "bos", "eos")}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **special))
+    model.save_pretrained("experts", save_original_format=False)
+    tokenizer.save_pretrained("experts")
+
+    def experts(token: int) -> list[set[int]]:
+        found = model(torch.full((1, 6), token), output_router_logits=True).router_logits
+        return [set(layer.argmax(-1).tolist()) for layer in found]
+
+    first, second = next(
+        pair
+        for pair in combinations(range(100, 140), 2)
+        if all(not a & b for a, b in zip(*map(experts, pair), strict=True))
+    )
+    rows = [{"input_ids": [token] * 6, "labels": [token] * 6} for token in (first, second)]
+    options = [ONE_PASS, "--model.model experts --model.save_scores fp32"]
+    for name in ("forget", "retain"):
+        options += [f"--data.{name}", write_rows(Path(f"{name}.jsonl"), rows)]
+    scores = ("gradient", "curvature", "wanda", "unfused.Squares")
+    options += ["--model.masks", json.dumps([{"score": score} for score in scores])]
+    fused = ("AttributionModule", "ddp", "zero3")
+    for module, *strategies in (fused, ("unfused.Unfused", "ddp", "zero2")):
+        alone = run("one", module, *options, cut(2, 1), output=f"{module}-one")
+        for name in strategies:
+            other = run(name, module, *options, cut(1, 1), output=f"{module}-{name}")
+            for folder in sorted(alone.glob("*.scores")):
+                expected = dict(StoredScores(folder).stream())
+                for key, found in StoredScores(other / folder.name).stream():
+                    torch.testing.assert_close(found, expected[key], rtol=1e-4, atol=1e-7)
 
 
 # -- checkpoints --------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from wagle_pl.attribution.specs import MaskSpec, name_masks
+from wagle_pl.attribution.scoring import MaskSpec, name_masks
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
 

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from wagle_pl import attribution as A
 from wagle_pl.attribution.activations import watch_inputs
 from wagle_pl.attribution.scores import COLLECTED
-from wagle_pl.attribution.specs import MaskSpec, check_labels, complete, name_masks
+from wagle_pl.attribution.scoring import MaskSpec, check_labels, complete, name_masks
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.registry import resolve
 
@@ -184,8 +184,7 @@ def test_input_norms_leave_padding_out():
     def add(name: str, squares: Tensor) -> None:
         sums[name] = sums.get(name, 0) + squares
 
-    with watch_inputs(model, add) as about_to_run:
-        about_to_run(mask)
+    with watch_inputs(model, mask, add):
         hidden = inner(x)
         outer(hidden)
         model["again"](hidden[:, -2:])  # the last two positions only
@@ -252,8 +251,7 @@ def test_input_norms_of_other_layers(kind: str):
     def add(name: str, squares: Tensor) -> None:
         sums[name] = sums.get(name, 0) + squares
 
-    with torch.no_grad(), watch_inputs(model, add) as about_to_run:
-        about_to_run(mask)
+    with torch.no_grad(), watch_inputs(model, mask, add):
         model(input_ids=ids, attention_mask=mask)
     seen = _Products(model)
     with torch.no_grad(), seen:
@@ -344,22 +342,16 @@ DEFAULT = MaskSpec("wagle", 0.2, "high", "global")
 
 
 def test_a_spec_takes_what_it_lacks_from_the_default():
-    made: dict[str, A.Score] = {}
-    first, second = (
-        complete(spec, DEFAULT, made) for spec in ({"density": 0.1}, MaskSpec(select="low"))
+    part = {"score": A.Modules(["mlp"], "0-3"), "select": "low"}
+    first, second, third, modules = complete(
+        [{"density": 0.1}, MaskSpec(select="low"), {"density": 0.3}, part], DEFAULT
     )
-    assert (first.density, second.density, second.select, second.scope) == (
-        0.1,
-        0.2,
-        "low",
-        "global",
-    )
+    assert (first.density, second.density) == (0.1, 0.2)
+    assert (second.select, second.scope, modules.select) == ("low", "global", "high")
     assert first.score is second.score and isinstance(first.score, A.Wagle)
-    assert name_masks([first, second]) == ["wagle-0.1", "wagle-0.2-low"]
-    assert first.passes == complete({"density": 0.3}, DEFAULT, made).passes != second.passes
-    assert name_masks([complete({"score": A.Modules(["mlp"], "0-3")}, DEFAULT, made)]) == [
-        "modules-mlp-layers0-3"
-    ]
+    assert first.passes == third.passes != second.passes
+    names = ["wagle-0.1", "wagle-0.2-low", "modules-mlp-layers0-3"]
+    assert name_masks([first, second, modules]) == names
 
 
 @pytest.mark.parametrize(
@@ -374,7 +366,7 @@ def test_a_spec_takes_what_it_lacks_from_the_default():
 )
 def test_a_spec_that_means_nothing(spec: dict, message: str):
     with pytest.raises(WagleError, match=message):
-        complete(spec, DEFAULT, {})
+        complete([spec], DEFAULT)
 
 
 def test_a_need_that_no_pass_collects():
@@ -382,11 +374,11 @@ def test_a_need_that_no_pass_collects():
         needs = ("g_x",)
 
     with pytest.raises(WagleError, match="needs 'g_x', which no pass collects"):
-        complete({"score": Odd()}, DEFAULT, {})
+        complete([{"score": Odd()}], DEFAULT)
 
 
 def test_names_must_differ():
-    specs = [complete({"score": A.Random(seed)}, DEFAULT, {}) for seed in (0, 1)]
+    specs = complete([{"score": A.Random(seed)} for seed in (0, 1)], DEFAULT)
     with pytest.raises(WagleError, match=r"two masks would be called 'random-0\.2'"):
         name_masks(specs)
     with pytest.raises(WagleError, match="two different scores as random"):
@@ -394,17 +386,9 @@ def test_names_must_differ():
 
 
 def test_equal_scores_share_a_pass():
-    made = {}
-    scores = [
-        A.Curvature(power=1.0),
-        A.Curvature(),
-        "curvature",
-        A.Curvature(power=1.0),
-        A.Modules(["mlp"]),
-    ]
-    first, usual, named, again, modules = (
-        complete({"score": score}, DEFAULT, made).score for score in scores
-    )
+    scores = [A.Curvature(power=1.0), A.Curvature(), "curvature", A.Curvature(power=1.0)]
+    specs = complete([{"score": score} for score in (*scores, A.Modules(["mlp"]))], DEFAULT)
+    first, usual, named, again, modules = (spec.score for spec in specs)
     assert first is again and usual is named and len({id(first), id(usual), id(modules)}) == 3
 
 

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wagle_pl.attribution import mask_from_scores, selection, stored
+from wagle_pl.attribution import mask_from_scores, selection
+from wagle_pl.attribution.scoring import write_scores
 from wagle_pl.attribution.selection import Ranking, order_keys, select, select_each
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
@@ -212,7 +213,7 @@ def test_counts_of_shards_add_up(monkeypatch: pytest.MonkeyPatch):
 def write(folder: Any, scores: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Any:
     made_by = {"score": "Test", "model_fingerprint": "f" * 64, "absolute": True}
     shapes = {name: tuple(tensor.shape) for name, tensor in scores.items()}
-    return stored.write_scores(folder, iter(scores.items()), shapes, made_by, dtype)
+    return write_scores(folder, iter(scores.items()), shapes, made_by, dtype)
 
 
 def test_mask_from_stored_scores(tmp_path):
@@ -264,5 +265,5 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         raise RuntimeError("disk full")
 
     with pytest.raises(RuntimeError, match="disk full"):
-        stored.write_scores(tmp_path / "s", broken(), {"p0": (3,), "p1": (3,)}, {})
+        write_scores(tmp_path / "s", broken(), {"p0": (3,), "p1": (3,)}, {})
     assert not list(tmp_path.iterdir())

@@ -17,9 +17,7 @@ from wagle_pl.attribution.scores import (
     Wanda,
     WeightStatistics,
 )
-from wagle_pl.attribution.scoring import Collected
-from wagle_pl.attribution.specs import MaskSpec
-from wagle_pl.attribution.stored import mask_from_scores
+from wagle_pl.attribution.scoring import Collected, MaskSpec, mask_from_scores
 
 __all__ = [
     "AttributionModule",

@@ -19,37 +19,34 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def watch_inputs(
-    model: nn.Module, add: Callable[[str, Tensor], None]
-) -> Iterator[Callable[[Tensor], None]]:
-    """Context that reports Σ x² over real tokens of every input x of the model's linear layers.
+    model: nn.Module, mask: Tensor, add: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Context of one forward pass that reports Σ x² over real tokens of every input x of the
+    model's linear layers and experts (:mod:`wagle_pl.lm.layers`).
 
     Leave it before a backward pass: gradient checkpointing runs the forward pass again there.
 
     Args:
-        model: its linear layers and experts (:mod:`wagle_pl.lm.layers`) are watched.
+        model: the model.
+        mask: (B, T), 0 at tokens that do not count. A layer that runs on the last positions only,
+            as the vocabulary projection may, uses its last columns. An input of another shape
+            (tokens dispatched to experts) counts whole.
         add: called with (name of a weight, fp64 sum of squares) at each call of its layer; the sum
             broadcasts with the weight: (in,), (in, 1) where that is stored transposed,
             (experts, 1, in) or (experts, in, 1). A tied weight has the name under which
             ``named_parameters`` lists it.
-
-    Yields:
-        A function that takes the (B, T) attention mask of the batch about to run. A layer that is
-        run on the last positions only, as the vocabulary projection is, uses its last columns. An
-        input of another shape (tokens dispatched to experts) counts whole.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
-    current: list[Tensor] = []
 
     def of_layer(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        squares = _real(inputs[0].detach(), current[0]).double().square().sum(0)
+        squares = _real(inputs[0].detach(), mask).double().square().sum(0)
         add(names[layer.weight], squares[:, None] if is_transposed(layer) else squares)
 
     def of_experts(experts: nn.Module, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> None:
         # tokens, and the experts that each is dispatched to, in whatever way they are passed
         tokens, chosen, *_ = (*inputs, *options.values())
-        found = _expert_inputs(
-            experts, *(_real(x.detach().flatten(0, -2), current[0]) for x in (tokens, chosen))
-        )
+        tokens, chosen = (_real(x.detach().flatten(0, -2), mask) for x in (tokens, chosen))
+        found = _expert_inputs(experts, tokens, chosen)
         for weight, squares in zip(expert_weights(experts), found, strict=True):
             add(names[weight], squares[:, :, None] if is_transposed(experts) else squares[:, None])
 
@@ -60,7 +57,7 @@ def watch_inputs(
         elif expert_weights(module):
             handles.append(module.register_forward_pre_hook(of_experts, with_kwargs=True))
     try:
-        yield lambda mask: current.__setitem__(slice(None), [mask])
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -10,14 +10,12 @@ needed::
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Optional
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 
@@ -27,8 +25,7 @@ from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.seeds import stable_seed
-from wagle_pl.data.template import IGNORE
-from wagle_pl.lm.inference import forward_answers
+from wagle_pl.lm.inference import IGNORE, forward_answers
 from wagle_pl.objectives.objective import Objective
 from wagle_pl.objectives.streams import Answers, Streams
 
@@ -82,7 +79,6 @@ def jobs_for(
         hessian: estimator of h.
         hessian_stream: the rows that it runs on.
     """
-    needs = set(needs)
     # the empirical Fisher of the retain rows is fisher_r: it is collected once
     shared = type(hessian) is Fisher and hessian_stream == "retain"
     jobs = [
@@ -106,22 +102,6 @@ def jobs_for(
     return wanted, "fisher_r" if shared else DIAGONAL
 
 
-def planned_passes(trainer: L.Trainer) -> tuple[float, list[str]]:
-    """Passes over the forget rows that a Trainer is going to make, and the options that make them
-    more or fewer than one."""
-    whole, each = len(trainer.train_dataloader), trainer.num_training_batches
-    epochs = math.inf if trainer.max_epochs == -1 else trainer.max_epochs
-    steps = trainer.max_steps * trainer.accumulate_grad_batches
-    steps = math.inf if trainer.max_steps == -1 else steps
-    bounds = {
-        "max_epochs": epochs not in (1, math.inf) and epochs * each <= steps,
-        "max_steps": steps < epochs * each,
-        "limit_train_batches": each < whole and each <= steps,
-    }
-    options = [f"trainer.{name} {getattr(trainer, name)}" for name in bounds if bounds[name]]
-    return min(epochs * each, steps) / whole, options
-
-
 class AtTheta0(Streams):
     """Streams whose reference is the model itself, as at the first step of unlearning."""
 
@@ -133,13 +113,7 @@ class AtTheta0(Streams):
 
 
 class Draws(NamedTuple):
-    """Seeds for what is drawn at a point of a run, independent of how its batches are split.
-
-    Attributes:
-        seed: of the run.
-        epoch, step: of the run.
-        job: the job's number.
-    """
+    """Seeds for what is drawn at a point of a run, independent of how its batches are split."""
 
     seed: int = 0
     epoch: int = 0
@@ -158,9 +132,7 @@ class Draws(NamedTuple):
 def collect(
     lm: nn.Module, batches: Iterable[Batch], jobs: Sequence[Job], seed: int = 0
 ) -> GradientSums:
-    """Sum what jobs ask of a model's gradients over batches; no weight moves.
-
-    Collective: all ranks must call it.
+    """Sum what jobs ask of a model's gradients over batches; no weight moves. Collective.
 
     Args:
         lm: a Hugging Face causal language model.
@@ -203,7 +175,7 @@ def _with_defaults(tensors: Mapping[str, Tensor], step: int) -> dict[str, Tensor
 def add_batch(
     lm: nn.Module, batch: Batch, jobs: Sequence[Job], sums: GradientSums, draws: Draws
 ) -> dict[str, Tensor]:
-    """Add one micro-batch to the sums. Collective: all ranks must call it.
+    """Add one micro-batch to the sums. Collective.
 
     Returns:
         Stream -> mean loss of its rows, where one was computed.
@@ -232,28 +204,31 @@ def _add_rows(
     lm: nn.Module, batch: Batch, job: Job, sums: GradientSums, draws: Draws
 ) -> Optional[Tensor]:
     """Forward pass over some rows and the job's backward passes; returns the sum of losses."""
-    tensors = batch[job.stream]
+    tensors, hessian = batch[job.stream], job.hessian
     idle = tensors["weight"] == 0
+    real = tensors["attention_mask"] * ~idle.unsqueeze(1)
 
     def forward(watch: bool = False) -> tuple[Answers, Optional[Tensor]]:
         """The stream's answers and the sum of its rows' losses."""
-        watched = watch_inputs(lm, partial(sums.add_vector, "activation"))
-        with watched if watch else nullcontext(lambda mask: None) as about_to_run:
 
-            def run(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-                about_to_run(tensors["attention_mask"] * (tensors["weight"] > 0).unsqueeze(1))
-                # activations count at every token: where answers begin depends on other rows
-                output, labels = forward_answers(lm, tensors, whole=watch)
-                return output.logits, labels
+        def run(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+            # activations count at every token: where answers begin depends on other rows
+            output, labels = forward_answers(lm, tensors, whole=watch)
+            return output.logits, labels
 
-            at = AtTheta0(batch, run, {})
+        at = AtTheta0(batch, run, {})
+        add = partial(sums.add_vector, "activation")
+        with watch_inputs(lm, real, add) if watch else nullcontext():
             answers = at[job.stream]
-            if not job.needs_graph:
-                return answers, None
-            losses = answers.nll if job.loss is None else job.loss(at)
-            return answers, losses.masked_fill(idle, 0.0).sum()
+        if not job.needs_graph:
+            return answers, None
+        losses = answers.nll if job.loss is None else job.loss(at)
+        return answers, losses.masked_fill(idle, 0.0).sum()
 
-    hessian = job.hessian
+    def again() -> tuple[Tensor, Tensor]:
+        answers, loss = forward()
+        return answers.logits, loss
+
     with (
         torch.set_grad_enabled(job.needs_graph),
         hessian.forward_context() if hessian else nullcontext(),
@@ -269,11 +244,6 @@ def _add_rows(
                 loss.backward(retain_graph=hessian is not None and reusable)
             done = done if reusable else None
         if hessian:
-
-            def again() -> tuple[Tensor, Tensor]:
-                answers, loss = forward()
-                return answers.logits, loss
-
             labels = answers.labels.masked_fill(idle.unsqueeze(1), IGNORE)
             rows = zip(tensors["row"].tolist(), tensors["occurrence"].tolist(), strict=True)
             seeds = [draws.of_row(row, occurrence) for row, occurrence in rows]

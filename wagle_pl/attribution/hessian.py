@@ -1,8 +1,8 @@
 """Diagonal estimates of the retain loss's Hessian.
 
-An estimator adds to a running sum: one fp32 tensor a parameter, or only its mean. The sum over rows
-is of the diagonal for the *sum* of their losses; :class:`~wagle_pl.attribution.Collected` divides
-by their number. To add an estimator, subclass :class:`Hessian` and give its name or class path as
+An estimator adds to a running sum: one fp32 tensor a parameter, or only its mean. That is of the
+diagonal for the *sum* of the rows' losses; :class:`~wagle_pl.attribution.Collected` divides by
+their number. An estimator of your own is a subclass of :class:`Hessian`; give its class path as
 ``--model.hessian``.
 
 The Hessian of a loss −log p(y|x) is H = G + R, where G = E_ŷ~p[∇log p(ŷ) ∇log p(ŷ)ᵀ], positive
@@ -36,14 +36,13 @@ class MicroBatch:
     """Rows of one stream, and forward passes over them.
 
     Args:
-        run: a new forward pass: (B, T, V) logits, position t of which predicts token t + 1, and the
-            sum of the rows' losses, a scalar.
-        labels: (B, T), -100 where nothing is predicted, and in rows that only pad the batch.
+        run: a new forward pass: (B, T, V) logits and the sum of the rows' losses, a scalar.
+        labels: (B, T), -100 where nothing is predicted.
         seeds: one a row, so that what is drawn for a row does not depend on the batch it is in.
         step_seed: for what is drawn once a step, the same for all its micro-batches and ranks.
         done: a forward pass that has been run already.
-        reusable: whether one graph serves several backward passes; not with sharded weights, which
-            are gathered for one pass.
+        reusable: whether one graph serves several backward passes: not where weights are sharded,
+            as they are gathered for one pass.
     """
 
     run: Callable[[], tuple[Tensor, Tensor]]
@@ -76,21 +75,16 @@ class Hessian:
 
     #: Whether each row must be a micro-batch of its own.
     per_example = False
-
     #: Whether weights may be sharded (ZeRO-3).
     shardable = True
 
     # The cost of one draw, for ``wagle plan``:
-
     #: backward passes, beside the one for g_r;
     backward_passes = 0
-
     #: whether they use its graph, whose activations are then kept for them;
     same_graph = False
-
     #: fp32 sums of the model's size kept during a step, beside the diagonal;
     step_sums = 0
-
     #: tensors of the model's size and dtype kept during a backward pass.
     temporaries = 0
 
@@ -115,9 +109,8 @@ class GaussNewton(Hessian):
     arXiv 2305.14342, algorithm 2). Unbiased for the diagonal of the Gauss–Newton matrix, never
     negative.
 
-    The gradient is that of the whole step, squared once: how a global batch is split into
-    micro-batches and ranks does not matter. Each draw needs one more tensor of the model's size
-    during a step.
+    The gradient of a whole step is squared once, so its split into micro-batches and ranks does not
+    matter.
     """
 
     backward_passes = 1
@@ -139,9 +132,8 @@ class GaussNewton(Hessian):
 
 
 class Fisher(Hessian):
-    """Empirical Fisher: Σ_n (∇ℓ_n)², ℓ_n the loss of one row (its mean per token). Exact, never
-    negative, but not an unbiased estimate of the Hessian (Kunstner et al. 2019, arXiv 1905.12558).
-    Runs row by row.
+    """Empirical Fisher: Σ_n (∇ℓ_n)², ℓ_n the loss of one row. Exact, never negative, but not an
+    unbiased estimate of the Hessian (Kunstner et al. 2019, arXiv 1905.12558).
     """
 
     per_example = True
@@ -159,9 +151,7 @@ class Hutchinson(Hessian):
     """z ⊙ Hz with Rademacher z (Bekas et al. 2007), Hz by double backward. Unbiased for the
     diagonal of the true Hessian; single estimates may be negative.
 
-    z is the same for all micro-batches of a step, so how its batch is split does not matter. Needs
-    three more tensors of the model's size (z, the gradient and Hz) and the graph of the backward
-    pass.
+    z is the same for all micro-batches of a step, so how its batch is split does not matter.
     """
 
     shardable = False
@@ -233,16 +223,8 @@ def hessian_option(hessian: str, gamma: Union[float, str], needs: set[str]) -> s
 
 
 def sample_labels(logits: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
-    """Labels drawn from the model's own predictions.
-
-    Args:
-        logits: (B, T, V); position t predicts token t + 1.
-        labels: (B, T), -100 where nothing is predicted.
-        seeds: one a row: a row's draw does not depend on the batch it is in.
-
-    Returns:
-        (B, T) labels, drawn where ``labels`` has one and -100 elsewhere.
-    """
+    """(B, T) labels drawn from the model's predictions, (B, T, V), where ``labels`` has one; -100
+    elsewhere. ``seeds`` are one a row."""
     drawn = torch.full_like(labels, -100)
     for i, seed in enumerate(seeds):
         mask = labels[i, 1:] != -100
@@ -254,19 +236,13 @@ def sample_labels(logits: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tenso
 
 
 def bartlett_loss(logits: Tensor, drawn: Tensor) -> Tensor:
-    """Scalar whose squared gradient estimates the Gauss–Newton diagonal without bias.
+    """Σ_n T_n^(−1/2) Σ_t −log p(drawn_nt), whose squared gradient estimates the Gauss–Newton diagonal
+    without bias; ``logits`` are (B, T, V) and ``drawn`` (B, T), from :func:`sample_labels`.
 
     With one label drawn for each predicted token, E[∇ log p ∇ log pᵀ] is that token's Gauss–Newton
     matrix (Bartlett's identity), and cross terms vanish as draws are independent. So the loss
     Σ_n (1/T_n) Σ_t ℓ_nt has the diagonal
     Σ_n Σ_t (1/T_n) E[(∇ ℓ̂_nt)²] = E[(∇ Σ_n Σ_t T_n^(−1/2) ℓ̂_nt)²].
-
-    Args:
-        logits: (B, T, V).
-        drawn: (B, T) labels from :func:`sample_labels`.
-
-    Returns:
-        Σ_n T_n^(−1/2) Σ_t −log p(drawn_nt).
     """
     targets = drawn[:, 1:]
     mask = targets != -100
@@ -276,26 +252,16 @@ def bartlett_loss(logits: Tensor, drawn: Tensor) -> Tensor:
 
 
 def rademacher(like: Sequence[Tensor], seed: int) -> list[Tensor]:
-    """Independent signs, ±1 with equal chance, in the shape, dtype and device of each tensor."""
-    generators = {
-        device: torch.Generator(device=device).manual_seed(seed)
-        for device in {tensor.device for tensor in like}
-    }
-    return [
-        torch.empty_like(tensor, requires_grad=False)
-        .bernoulli_(0.5, generator=generators[tensor.device])
-        .mul_(2)
-        .sub_(1)
-        for tensor in like
-    ]
+    """Independent signs, ±1 with equal chance, in the shape and dtype of each tensor."""
+    generator = torch.Generator(device=like[0].device).manual_seed(seed)
+    signs = (torch.empty_like(tensor, requires_grad=False) for tensor in like)
+    return [tensor.bernoulli_(0.5, generator=generator).mul_(2).sub_(1) for tensor in signs]
 
 
 @dataclass
 class DampedHessian:
-    """h at the end of the pass: one γ for all weights, or a damped diagonal.
-
-    h_i = max(ĥ_i, 0) + damping × mean(max(ĥ, 0)): at least damping × its mean whatever the
-    estimate, so that no score becomes NaN or infinite. A scalar needs no damping.
+    """h at the end of the pass: one γ for all weights, or the damped diagonal
+    h_i = max(ĥ_i, 0) + damping × mean(max(ĥ, 0)), above zero whatever the estimate.
 
     Args:
         mean: mean of max(ĥ, 0) over all weights, or γ.
@@ -322,7 +288,7 @@ class DampedHessian:
 
     @classmethod
     def of_diagonal(cls, diagonal: Sequence[Tensor], scale: float, damping: float) -> DampedHessian:
-        """From the sums of an estimator. Collective: all ranks must call it."""
+        """From the sums of an estimator. Collective."""
         total = sum(float(tensor.clamp(min=0).sum(dtype=torch.float64)) for tensor in diagonal)
         weights = sum(tensor.numel() for tensor in diagonal)
         both = torch.tensor([total, weights], dtype=torch.float64)

@@ -9,18 +9,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
+import lightning as L
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from wagle_pl.attribution.activations import input_shapes, warn_of_unwatched
-from wagle_pl.attribution.collect import Draws, add_batch, end_step, jobs_for, planned_passes
+from wagle_pl.attribution.collect import Draws, add_batch, end_step, jobs_for
 from wagle_pl.attribution.hessian import Hessian, estimator_of, hessian_option
 from wagle_pl.attribution.scores import Score, try_out
-from wagle_pl.attribution.scoring import Collected
-from wagle_pl.attribution.specs import MaskSpec, check_labels, complete_all, name_masks
-from wagle_pl.attribution.stored import DTYPES, write_scores
+from wagle_pl.attribution.scoring import (
+    DTYPES,
+    Collected,
+    MaskSpec,
+    check_labels,
+    complete,
+    name_masks,
+    write_scores,
+)
 from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.core import distributed, outputs
 from wagle_pl.core.errors import WagleError, check_positive
@@ -45,10 +52,10 @@ class AttributionModule(LanguageModule):
     One pass, an epoch, sees every forget row once and as many retain rows; only what the scores
     need is computed. Sums are in fp32. No weight is moved: the run checks that at its end.
 
-    One pass is made unless the Trainer is given a number of epochs or steps (its own default of
-    1000 epochs counts as none given). Of several passes, or of part of one (``max_epochs``,
-    ``max_steps``, ``limit_train_batches``, ``max_time``), a warning is logged, and the mask's
-    metadata record ``passes`` and the number of ``rows`` seen of each stream.
+    One pass is made unless the Trainer is given a length (``max_epochs``, ``max_steps``,
+    ``limit_train_batches``, ``max_time``; its own default of 1000 epochs counts as none given). Of
+    another number of passes a warning is logged, and the mask's metadata record ``passes`` and the
+    number of ``rows`` seen of each stream.
 
     Args:
         model: hub id, folder in Hugging Face format or GGUF file of the target model.
@@ -118,7 +125,7 @@ class AttributionModule(LanguageModule):
         super().__init__(model=model, output=output, **kwargs)
         default = MaskSpec(score, density, select, scope, include, exclude)
         self.several = masks is not None
-        self.specs = complete_all(masks if masks is not None else [default], default)
+        self.specs = complete(masks if masks is not None else [default], default)
         self.mask_names = name_masks(self.specs)
         if save_scores:
             check_labels(self.specs)
@@ -160,8 +167,8 @@ class AttributionModule(LanguageModule):
         if not self.output:
             raise WagleError("attribution needs a path for the mask: give --model.output")
         outputs.reserve(self._place, self.overwrite, "files" if self.several else "file")
-        for spec in self.specs if self.save_scores else ():
-            refuse_existing(self._scores_path(spec.score), self.overwrite, kind="folder")
+        for score in self._scores if self.save_scores else ():
+            refuse_existing(self._scores_path(score), self.overwrite, kind="folder")
         trainer, strategy = self.trainer, self.trainer.strategy
         if is_zero(strategy) and not isinstance(strategy, ZeRO):
             raise WagleError(
@@ -192,15 +199,14 @@ class AttributionModule(LanguageModule):
         """The mask's file, or the masks' folder."""
         return Path(self.output) if self.several else mask_path(self.output)
 
+    @property
+    def _scores(self) -> list[Score]:
+        return list({id(spec.score): spec.score for spec in self.specs}.values())
+
     def _scores_path(self, score: Score) -> Path:
         if self.several:
             return Path(self.output) / f"{score.label}.scores"
         return self._place.with_suffix(".scores")
-
-    @property
-    def _scores(self) -> list[MaskSpec]:
-        """One spec for each score."""
-        return list({id(spec.score): spec for spec in self.specs}.values())
 
     def planned_files(self) -> list[outputs.Planned]:
         """What the run is going to write, at least."""
@@ -317,25 +323,7 @@ class AttributionModule(LanguageModule):
                 metadata["passes"],
                 metadata["forget_rows"],
             )
-        checkpoint = outputs.last_checkpoint(self.trainer)
-        names = dict(zip(map(id, self.specs), self.mask_names, strict=True))
-        failed: list[str] = []
-        for spec, mask in self.collected.masks(self.specs, metadata):
-            if mask is None:
-                continue
-            name = names[id(spec)]
-            path = Path(self.output) / f"{name}{SUFFIX}" if self.several else self._place
-            self._report(mask, name)
-            try:
-                outputs.write_or_keep(mask.save, path, checkpoint)
-            except WagleError as error:  # the next mask may be saved, too
-                failed.append(str(error))
-            else:
-                log.info("mask written to %s (density %.4f)", path, mask.density)
-        for spec in self._scores if self.save_scores else ():
-            self._write_scores(spec, metadata, checkpoint)
-        if failed:
-            raise WagleError("; ".join(failed))
+        self._write_masks(metadata)
 
     def _metadata(self) -> dict[str, Any]:
         """What made the mask, for its file."""
@@ -359,6 +347,49 @@ class AttributionModule(LanguageModule):
             "config": self.run_config,
         }
 
+    def _write_masks(self, metadata: dict[str, Any]) -> None:
+        """Write the masks, and the scores if wanted. Collective."""
+        checkpoint = outputs.last_checkpoint(self.trainer)
+        names = dict(zip(map(id, self.specs), self.mask_names, strict=True))
+        failed: list[str] = []
+        for spec, mask in self.collected.masks(self.specs, metadata):
+            if mask is None:
+                continue
+            name = names[id(spec)]
+            path = Path(self.output) / f"{name}{SUFFIX}" if self.several else self._place
+            self._report(mask, name)
+            try:
+                outputs.write_or_keep(mask.save, path, checkpoint)
+            except WagleError as error:  # the next mask may be saved, too
+                failed.append(str(error))
+            else:
+                log.info("mask written to %s (density %.4f)", path, mask.density)
+        for spec in {id(spec.score): spec for spec in self.specs}.values():
+            if self.save_scores:
+                options = {key: spec.options()[key] for key in ("score", "score_options")}
+                made_by = {**metadata, **options, "absolute": not spec.score.signed}
+                self._write_scores(spec.score, made_by, checkpoint)
+        if failed:
+            raise WagleError("; ".join(failed))
+
+    def _write_scores(
+        self, score: Score, made_by: dict[str, Any], checkpoint: Optional[str]
+    ) -> None:
+        """Write one score. Collective."""
+        scores, path = self.collected.whole_scores(score), self._scores_path(score)
+        if not self.trainer.is_global_zero:
+            for _ in scores:  # gathered from all ranks
+                pass
+            return
+        shapes, dtype = self.collected.shapes, DTYPES[self.save_scores]
+        outputs.write_or_keep(
+            lambda place: write_scores(place, scores, shapes, made_by, dtype),
+            path,
+            checkpoint,
+            again=False,
+        )
+        log.info("scores written to %s", path)
+
     def _report(self, mask: WeightMask, name: str) -> None:
         """Log the share selected by layer and by module type."""
         stats = mask.stats()
@@ -371,26 +402,6 @@ class AttributionModule(LanguageModule):
                 log.info("share selected by %s: %s", group, parts)
         for logger in self.trainer.loggers:
             logger.log_metrics(shares, step=self.global_step)
-
-    def _write_scores(
-        self, spec: MaskSpec, metadata: dict[str, Any], checkpoint: Optional[str]
-    ) -> None:
-        """Write the scores of a mask. Collective: all ranks must call it."""
-        scores, path = self.collected.whole_scores(spec.score), self._scores_path(spec.score)
-        if not self.trainer.is_global_zero:
-            for _ in scores:  # gathered from all ranks
-                pass
-            return
-        options = {key: spec.options()[key] for key in ("score", "score_options")}
-        made_by = {**metadata, **options, "absolute": not spec.score.signed}
-        shapes, dtype = self.collected.shapes, DTYPES[self.save_scores]
-        outputs.write_or_keep(
-            lambda place: write_scores(place, scores, shapes, made_by, dtype),
-            path,
-            checkpoint,
-            again=False,
-        )
-        log.info("scores written to %s", path)
 
     # -- checkpoints -------------------------------------------------------------------------------
 
@@ -410,3 +421,19 @@ class AttributionModule(LanguageModule):
             self._loader_state = recount(checkpoint, self.data)
             if not is_zero(self.trainer.strategy):  # which has read each rank's part by now
                 self._stored_sums = checkpoint["sums"]
+
+
+def planned_passes(trainer: L.Trainer) -> tuple[float, list[str]]:
+    """Passes over the forget rows that a Trainer is going to make, and the options that make them
+    more or fewer than one."""
+    whole, each = len(trainer.train_dataloader), trainer.num_training_batches
+    epochs = math.inf if trainer.max_epochs == -1 else trainer.max_epochs
+    steps = trainer.max_steps * trainer.accumulate_grad_batches
+    steps = math.inf if trainer.max_steps == -1 else steps
+    bounds = {
+        "max_epochs": epochs not in (1, math.inf) and epochs * each <= steps,
+        "max_steps": steps < epochs * each,
+        "limit_train_batches": each < whole and each <= steps,
+    }
+    options = [f"trainer.{name} {getattr(trainer, name)}" for name in bounds if bounds[name]]
+    return min(epochs * each, steps) / whole, options

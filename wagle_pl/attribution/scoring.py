@@ -1,23 +1,195 @@
-"""From the sums of a pass to scores and masks."""
+"""From the sums of a pass to scores and masks: at once, or later from scores on disk.
+
+:class:`MaskSpec` has the options of one mask, :class:`Collected` makes masks of sums, and
+:func:`mask_from_scores` makes one of stored scores in seconds, without another pass. Scores on disk
+are a folder with a safetensors file, one tensor a parameter, and ``index.json``: what made them,
+for which model, and which file holds which parameter.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, Optional, Union
+from math import prod
+from pathlib import Path
+from typing import Any, Literal, Optional, Union
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from wagle_pl.attribution.hessian import DIAGONAL, TRACE, DampedHessian, Hessian
-from wagle_pl.attribution.scores import Score, WeightStatistics, checked
-from wagle_pl.attribution.selection import select_each
-from wagle_pl.attribution.specs import MaskSpec, complete
-from wagle_pl.attribution.stored import whole_mask
+from wagle_pl.attribution.scores import COLLECTED, Score, WeightStatistics, checked
+from wagle_pl.attribution.selection import (
+    Ranking,
+    Scope,
+    check_density,
+    check_pattern,
+    eligible_names,
+    select_each,
+)
 from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.core import distributed
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.files import atomic_path
+from wagle_pl.core.registry import resolve
+from wagle_pl.core.tensorfiles import write_tensors
 from wagle_pl.core.weights import gathered, parameter_shapes
 from wagle_pl.masks import WeightMask
+from wagle_pl.masks.bits import filled_bits
+
+FORMAT = "wagle_pl.scores"
+FORMAT_VERSION = 1
+INDEX_FILE = "index.json"
+SCORES_FILE = "scores-00001.safetensors"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+# -- the options of a mask -------------------------------------------------------------------------
+
+
+@dataclass
+class MaskSpec:
+    """One mask to write from the pass; what is None defaults to the module's option of that name.
+
+    Args:
+        score: class, short name or class path of a ``Score``.
+        density: share of the eligible weights that is selected, in (0, 1].
+        select: the ``high`` or the ``low`` end of the ranking.
+        scope: weights compete over the whole model (``global``), within each ``tensor``, or within
+            each ``row``.
+        include: regular expression; only parameters in whose name it is found are eligible.
+        exclude: regular expression; parameters in whose name it is found are not.
+        name: of the mask's file; score and density when None.
+    """
+
+    score: Optional[Union[Score, str]] = None
+    density: Optional[float] = None
+    select: Optional[Literal["high", "low"]] = None
+    scope: Optional[Literal["global", "tensor", "row"]] = None
+    include: Optional[str] = None
+    exclude: Optional[str] = None
+    name: Optional[str] = None
+
+    @property
+    def passes(self) -> tuple[Any, ...]:
+        """Specs equal in this are selected in the same passes over the scores."""
+        return id(self.score), self.select, self.scope, self.include, self.exclude
+
+    @property
+    def sets_share(self) -> bool:
+        """Whether the score itself decides how many weights are selected."""
+        return type(self.score).share is not Score.share
+
+    @property
+    def default_name(self) -> str:
+        """Score and density, and select and scope where they are not the default."""
+        if self.sets_share:
+            return self.score.label
+        extra = [value for value in (self.select, self.scope) if value not in ("high", "global")]
+        return "-".join([self.score.label, f"{self.density:g}", *extra])
+
+    def eligible(self, names: Iterable[str]) -> list[str]:
+        """The parameters whose weights compete; there must be one."""
+        return eligible_names(names, self.include, self.exclude)
+
+    def options(self) -> dict[str, Any]:
+        """What determines which weights are selected, for metadata."""
+        options = vars(self.score).items()
+        return {
+            "score": type(self.score).__name__,
+            "score_options": {k: v for k, v in options if k[0] != "_" and _is_plain(v)},
+            "select": self.select,
+            "scope": self.scope,
+            "include": self.include,
+            "exclude": self.exclude,
+        }
+
+
+def complete(
+    specs: Sequence[Union[MaskSpec, Mapping[str, Any]]], default: MaskSpec
+) -> list[MaskSpec]:
+    """The specs with every option set and checked; those with equal scores share one.
+
+    Raises:
+        WagleError: if there are none, or an option has no meaning.
+    """
+    if not specs:
+        raise WagleError("is an empty list", option="masks", hint="leave it out, or name a mask")
+    found, scores = [], {}
+    for spec in specs:
+        if isinstance(spec, Mapping):
+            unknown = sorted(set(spec) - {field.name for field in fields(MaskSpec)})
+            if unknown:
+                raise WagleError(f"masks: unknown key {unknown[0]!r}")
+            spec = MaskSpec(**spec)
+        spec = replace(default, **{k: v for k, v in vars(spec).items() if v is not None})
+        spec.score = resolve(Score, spec.score, "score")
+        options = {k: v if _is_plain(v) else id(v) for k, v in vars(spec.score).items()}
+        key = type(spec.score), json.dumps(options, sort_keys=True)
+        spec.score = scores.setdefault(key, spec.score)
+        _check(spec)
+        if spec.sets_share:  # the score selects whole modules: there is no ranking to choose
+            spec.select, spec.scope = "high", "global"
+        found.append(spec)
+    return found
+
+
+def _check(spec: MaskSpec) -> None:
+    check_density(spec.density)
+    check_pattern("include", spec.include)
+    check_pattern("exclude", spec.exclude)
+    for option, choices in (("select", ("high", "low")), ("scope", ("global", "tensor", "row"))):
+        value = getattr(spec, option)
+        if value not in choices:
+            raise WagleError(f"must be one of {', '.join(choices)}, got {value!r}", option)
+    unknown = set(spec.score.needs) - set(COLLECTED)
+    if unknown:
+        raise WagleError(
+            f"score {type(spec.score).__name__} needs {unknown.pop()!r}, which no pass collects; "
+            f"choose from {COLLECTED}"
+        )
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value can be written to JSON as it is."""
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (str, int, float, bool))
+
+
+def name_masks(specs: Sequence[MaskSpec]) -> list[str]:
+    """File names: as given, or of score and density.
+
+    Raises:
+        WagleError: if two masks would have the same, or one is not a plain file name.
+    """
+    names = [spec.name or spec.default_name for spec in specs]
+    for name in names:
+        if name in (".", "..") or "\0" in name or Path(name).name != name:
+            raise WagleError(f"masks: name must be a file name without a folder, got {name!r}")
+        if names.count(name) > 1:
+            raise WagleError(
+                f"two masks would be called {name!r}", hint="give one of them a name of its own"
+            )
+    return names
+
+
+def check_labels(specs: Sequence[MaskSpec]) -> None:
+    """Raise :class:`WagleError` if two different scores would be saved under one name."""
+    labels = list({id(spec.score): spec.score.label for spec in specs}.values())
+    for label in labels:
+        if labels.count(label) > 1:
+            raise WagleError(
+                f"would save two different scores as {label}.scores",
+                option="save_scores",
+                hint="make two runs of them",
+            )
+
+
+# -- masks of a pass -------------------------------------------------------------------------------
 
 
 class Collected:
@@ -78,8 +250,6 @@ class Collected:
     def _scale(self, stream: str) -> float:
         return 1.0 / self.rows(stream) if self._mean else 1.0
 
-    # -- scores ------------------------------------------------------------------------------------
-
     def scores(
         self, score: Score, names: Optional[Collection[str]] = None
     ) -> Iterator[tuple[str, Tensor]]:
@@ -94,6 +264,11 @@ class Collected:
             if names is None or name in names:
                 values = checked(score, self.statistics(position, score))
                 yield name, values if score.by_row else self.sums.shards[position].of(values)
+
+    def whole_scores(self, score: Score) -> Iterator[tuple[str, Tensor]]:
+        """(parameter name, its scores), of all ranks' rows."""
+        for (name, rows), shard in zip(self.scores(score), self.sums.shards, strict=True):
+            yield name, shard.gather(rows)
 
     @torch.no_grad()
     def statistics(self, position: int, score: Score) -> WeightStatistics:
@@ -129,50 +304,156 @@ class Collected:
             w.h_diagonal, w.h_mean = part(self.hessian.plain(position)), self.hessian.mean
         return w
 
-    def whole_scores(self, score: Score) -> Iterator[tuple[str, Tensor]]:
-        """(parameter name, its scores), of all ranks' rows."""
-        for (name, rows), shard in zip(self.scores(score), self.sums.shards, strict=True):
-            yield name, shard.gather(rows)
-
-    # -- masks -------------------------------------------------------------------------------------
-
     def mask(
         self, score: Union[Score, str] = "wagle", density: float = 0.2, **options: Any
     ) -> Optional[WeightMask]:
-        """The mask of one score; None on other ranks than 0.
-
-        Args:
-            score, density: see :class:`~wagle_pl.attribution.MaskSpec`.
-            **options: passed to :class:`~wagle_pl.attribution.MaskSpec`.
-        """
+        """The mask of one score; None on other ranks than 0. ``options`` are those of
+        :class:`MaskSpec`."""
         default = MaskSpec(score, density, select="high", scope="global")
-        ((_, mask),) = self.masks([complete(MaskSpec(**options), default, {})], {})
+        ((_, mask),) = self.masks(complete([MaskSpec(**options)], default), {})
         return mask
 
     def masks(
         self, specs: Sequence[MaskSpec], metadata: dict[str, Any]
     ) -> Iterator[tuple[MaskSpec, Optional[WeightMask]]]:
-        """(spec, its mask; None on other ranks than 0) of complete specs.
+        """(spec, its mask; None on other ranks than 0) of :func:`complete` specs.
 
         Specs that differ in density only share their passes over the scores. Each rank selects
         among the scores of its rows and sends the bits, one a weight, to rank 0.
         """
         shards = dict(zip(self.shapes, self.sums.shards, strict=True))
+        first_rank = distributed.rank() == 0
         groups: dict[Any, list[MaskSpec]] = {}
         for spec in specs:
             groups.setdefault(spec.passes, []).append(spec)
         for group in groups.values():
-            first, names = group[0], group[0].eligible(self.shapes)
-            share = first.score.share({name: self.shapes[name] for name in names})
-            densities = [spec.density if share is None else share for spec in group]
+            spec, names = group[0], group[0].eligible(self.shapes)
+            share = spec.score.share({name: self.shapes[name] for name in names})
+            densities = [each.density if share is None else share for each in group]
             selected: list[dict[str, Tensor]] = [{} for _ in group]
-            scores = partial(self.scores, first.score, set(names))
-            for name, bits in select_each(scores, densities, first.ranking, first.scope, shards):
+            scores = partial(self.scores, spec.score, set(names))
+            ranking = Ranking(absolute=not spec.score.signed, low=spec.select == "low")
+            for name, bits in select_each(scores, densities, ranking, spec.scope, shards):
                 for chosen, packed in zip(selected, bits, strict=True):
                     whole = shards[name].gather_bits(packed)
-                    if distributed.rank() == 0:
+                    if first_rank:
                         chosen[name] = whole
             for spec, density, packed in zip(group, densities, selected, strict=True):
                 made_by = {**metadata, **spec.options(), "density": float(density)}
-                first_rank = distributed.rank() == 0
-                yield spec, whole_mask(packed, self.shapes, made_by) if first_rank else None
+                yield spec, _whole_mask(packed, self.shapes, made_by) if first_rank else None
+
+
+def _whole_mask(
+    packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], metadata: dict[str, Any]
+) -> WeightMask:
+    """A mask of all parameters, in their order: those that were not eligible are frozen."""
+    frozen = {n: filled_bits(prod(shape), False) for n, shape in shapes.items() if n not in packed}
+    return WeightMask({name: {**frozen, **packed}[name] for name in shapes}, shapes, metadata)
+
+
+# -- scores on disk --------------------------------------------------------------------------------
+
+
+def write_scores(
+    folder: str | Path,
+    scores: Iterable[tuple[str, Tensor]],
+    shapes: Mapping[str, tuple[int, ...]],
+    made_by: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write a folder of scores, a tensor at a time and atomically.
+
+    Args:
+        folder: replaced if it exists.
+        scores: (parameter name, scores of its shape) of every parameter, in the order of shapes.
+        shapes: parameter name -> shape.
+        made_by: JSON-serialisable; :func:`mask_from_scores` reads ``model_fingerprint`` and
+            ``absolute`` (ranked by absolute value).
+        dtype: of the file. In bf16 weights whose scores differ by less than 1/256 may tie.
+    """
+    header = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
+    metadata = header | {"shapes": json.dumps(shapes), "made_by": json.dumps(made_by)}
+    remaining = iter(scores)
+    tensors = [(name, dtype, shape, lambda: next(remaining)[1]) for name, shape in shapes.items()]
+    with atomic_path(Path(folder)) as temporary:
+        temporary.mkdir()
+        write_tensors(temporary / SCORES_FILE, tensors, metadata)
+        files = dict.fromkeys(shapes, SCORES_FILE)
+        index = {**header, "shapes": shapes, "made_by": made_by, "files": files}
+        (temporary / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    return Path(folder)
+
+
+class StoredScores:
+    """A folder that :func:`write_scores` wrote, or a file in it; read a tensor at a time.
+
+    Raises:
+        WagleError: if it is no such folder, or of a newer format.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        self.folder = folder.parent if folder.is_file() else folder
+        try:
+            index = json.loads((self.folder / INDEX_FILE).read_text(encoding="utf-8"))
+            known = index["format"] == FORMAT
+        except (OSError, ValueError, TypeError, KeyError):
+            known = False
+        if not known:
+            raise WagleError(
+                f"{folder} is no folder of scores (it has no whole {INDEX_FILE} of them)",
+                hint="give what save_scores wrote",
+            )
+        if int(index["format_version"]) > FORMAT_VERSION:
+            raise WagleError(
+                f"{folder} has format {index['format_version']}; this version reads "
+                f"{FORMAT_VERSION}"
+            )
+        self.shapes = {name: tuple(shape) for name, shape in index["shapes"].items()}
+        self.made_by: dict[str, Any] = index["made_by"]
+        self._files: dict[str, str] = index["files"]
+
+    def stream(self, names: Optional[Iterable[str]] = None) -> Iterator[tuple[str, Tensor]]:
+        """(parameter name, float32 scores), of all parameters or of some, in order.
+
+        Raises:
+            WagleError: if a file is missing or truncated.
+        """
+        for name in self.shapes if names is None else names:
+            path = self.folder / self._files[name]
+            try:
+                with safe_open(path, framework="pt") as file:
+                    scores = file.get_tensor(name).float()
+            except (SafetensorError, OSError) as error:
+                raise WagleError(f"{path} is missing or not whole: {error}") from None
+            yield name, scores
+
+
+def mask_from_scores(
+    path: str | Path,
+    density: float,
+    select: Literal["high", "low"] = "high",
+    scope: Scope = "global",
+    include: Optional[str] = None,
+    exclude: Optional[str] = None,
+) -> WeightMask:
+    """The mask of stored scores: that of the pass itself if they are in fp32.
+
+    Args:
+        path: folder of scores.
+        density, select, scope, include, exclude: see :class:`MaskSpec`.
+
+    Raises:
+        WagleError: if there are no scores there, or an option has no meaning.
+    """
+    if select not in ("high", "low"):
+        raise WagleError(f"must be high or low, got {select!r}", option="select")
+    stored = StoredScores(path)
+    names = eligible_names(stored.shapes, include, exclude)
+    ranking = Ranking(stored.made_by.get("absolute", True), low=select == "low")
+    chosen = select_each(lambda: stored.stream(names), [density], ranking, scope)
+    packed = {name: bits for name, (bits,) in chosen}
+    made_by = {key: value for key, value in stored.made_by.items() if key != "absolute"}
+    options = {"density": density, "select": select, "scope": scope}
+    options |= {"include": include, "exclude": exclude}
+    return _whole_mask(packed, stored.shapes, made_by | options)

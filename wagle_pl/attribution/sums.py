@@ -25,12 +25,10 @@ class Shard:
 
     Args:
         shape: of the parameter. The rows of a vector are its numbers.
-        rank: this rank; from the process group when None.
-        ranks: how many there are.
+        rank, ranks: from the process group when None.
 
     Attributes:
-        shape: of the parameter.
-        total: number of its weights.
+        total: number of the parameter's weights.
         start, stop: the rows.
         first: index of the first weight in the flattened parameter.
 
@@ -63,26 +61,24 @@ class Shard:
         """fp32 zeros for this rank's rows."""
         mine = (self.stop - self.start, *self._by_row[1:])
         shape = self.shape if self.ranks == 1 else mine
-        return torch.zeros(shape, dtype=torch.float32, device=device)
+        return torch.zeros(shape, dtype=torch.float32, device=device)  # whatever the default is
 
     def scatter_sum(self, whole: Tensor) -> Tensor:
-        """Reduce-scatter of tensors in the parameter's shape. Collective: all ranks must call
-        it."""
+        """Reduce-scatter of tensors of the parameter's shape. Collective."""
         if self.ranks == 1:
             return whole
         padded = _padded(whole.reshape(self._by_row), self._each * self.ranks)
         return distributed.reduce_scatter(padded)[: self.stop - self.start]
 
     def gather(self, rows: Tensor) -> Tensor:
-        """All-gather of the ranks' rows, in the parameter's shape. Collective: all ranks must call
-        it."""
+        """All-gather of the ranks' rows, in the parameter's shape. Collective."""
         if self.ranks == 1:
             return rows
         whole = distributed.all_gather_tensor(_padded(rows, self._each))
         return whole[: self._by_row[0]].reshape(self.shape)
 
     def gather_bits(self, packed: Tensor) -> Tensor:
-        """All-gather of the packed bits of the ranks' rows. Collective: all ranks must call it."""
+        """All-gather of the packed bits of the ranks' rows. Collective."""
         if self.ranks == 1:
             return packed
         share = self._each * prod(self._by_row[1:]) // 8
@@ -100,10 +96,9 @@ def _padded(tensor: Tensor, rows: int) -> Tensor:
 class GradientSums:
     """Named sums: one fp32 tensor per parameter and name, created on first use; 4 bytes a weight.
 
-    With several ranks each keeps its :class:`Shard` of every sum. On one device, gradients of fp32
-    parameters are accumulated by autograd into the sum itself, without a second buffer. Other
-    gradients (of narrower parameters, of several ranks, or to be squared) are added in fp32 as soon
-    as one parameter's is complete, and freed before the next.
+    Each rank keeps its :class:`Shard` of every sum. On one device, gradients of fp32 parameters are
+    accumulated by autograd into the sum itself; others are added in fp32 as soon as one parameter's
+    is complete, and freed before the next.
 
     Args:
         parameters: of the model, in order.
@@ -171,9 +166,9 @@ class GradientSums:
         def add(position: int, gradient: Tensor) -> None:
             gradient = gradient.float()
             if totals:
-                shared = self.shards[position].scatter_sum(gradient)
+                mine = self.shards[position].scatter_sum(gradient)
                 for buffers in totals:
-                    buffers[position].add_(shared.to(buffers[position].device))
+                    buffers[position].add_(mine.to(buffers[position].device))
             if squares:
                 self.add(squared, position, gradient.square_())
 
@@ -211,8 +206,7 @@ class GradientSums:
                 parameter.grad = None
 
     def add(self, buffers: Sequence[Tensor], position: int, whole: Tensor) -> None:
-        """Add the ranks' tensors of one parameter's shape to a sum. Collective: all ranks must call
-        it."""
+        """Add the ranks' tensors of one parameter's shape to a sum. Collective."""
         mine = self.shards[position].scatter_sum(whole)
         buffers[position].add_(mine.to(buffers[position].device))
 
@@ -248,46 +242,25 @@ class GradientSums:
     # -- over all ranks, and in checkpoints --------------------------------------------------------
 
     def small(self) -> dict[str, Any]:
-        """Vectors and counts, summed over ranks. Collective: all ranks must call it."""
-        total = distributed.all_reduce_sum
-        vectors = {
-            name: {key: total(vector.clone()) for key, vector in sorted(by_parameter.items())}
-            for name, by_parameter in sorted(self.vectors.items())
+        """Vectors and counts, summed over ranks. Collective."""
+        total, device = distributed.all_reduce_sum, self.parameters[0].device
+        shapes = {
+            (name, key): tuple(vector.shape)
+            for name, by_parameter in self.vectors.items()
+            for key, vector in by_parameter.items()
         }
+        vectors: dict[str, dict[str, Tensor]] = {}
+        # a rank lacks the vectors of layers it has never run, such as experts
+        for (name, key), shape in sorted(dict(distributed.all_gather(shapes.items())).items()):
+            own = self.vectors.get(name, {}).get(key)
+            if own is None:
+                own = torch.zeros(shape, dtype=torch.float64, device=device)
+            vectors.setdefault(name, {})[key] = total(own.clone())
         counts = {
             name: float(total(torch.tensor(count).double()))
             for name, count in sorted(self.counts.items())
         }
         return {"vectors": vectors, "counts": counts}
-
-    def _stored(self) -> dict[str, list[Tensor]]:
-        """Every sum by its name in a checkpoint."""
-        return self.sums | {_OF_STEP + name: sums for name, sums in self.step_sums.items()}
-
-    def _restored(self, name: str) -> list[Tensor]:
-        """The buffers of a name in a checkpoint."""
-        return self.buffers(name.removeprefix(_OF_STEP), in_step=name.startswith(_OF_STEP))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Whole sums, vectors and counts; with several ranks on the CPU of rank 0. Collective: all
-        ranks must call it."""
-        sums: dict[str, list[Tensor]] = {}
-        for name, tensors in self._stored().items():
-            sums[name] = []
-            for shard, tensor in zip(self.shards, tensors, strict=True):
-                whole = shard.gather(tensor)
-                if not distributed.is_distributed():
-                    sums[name].append(whole)
-                elif distributed.rank() == 0:
-                    sums[name].append(whole.cpu())
-        return {"sums": sums, **self.small()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave, on the device of the parameters."""
-        for name, tensors in state_dict["sums"].items():
-            for shard, mine, whole in zip(self.shards, self._restored(name), tensors, strict=True):
-                mine.copy_(shard.of(whole))
-        self._load_small(state_dict)
 
     def _load_small(self, small: dict[str, Any]) -> None:
         """Restore vectors and counts on rank 0; other ranks start at zero, as they are summed."""
@@ -301,6 +274,31 @@ class GradientSums:
             for name, vectors in small["vectors"].items()
         }
         self.counts = {name: count if first else 0.0 for name, count in small["counts"].items()}
+
+    def _stored(self) -> dict[str, list[Tensor]]:
+        """Every sum by its name in a checkpoint."""
+        return self.sums | {_OF_STEP + name: sums for name, sums in self.step_sums.items()}
+
+    def _restored(self, name: str) -> list[Tensor]:
+        """The buffers of a name in a checkpoint."""
+        return self.buffers(name.removeprefix(_OF_STEP), in_step=name.startswith(_OF_STEP))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whole sums, vectors and counts; with several ranks on the CPU of rank 0. Collective."""
+        sums: dict[str, list[Tensor]] = {name: [] for name in self._stored()}
+        for name, tensors in self._stored().items():
+            for shard, tensor in zip(self.shards, tensors, strict=True):
+                whole = shard.gather(tensor)
+                if distributed.rank() == 0:
+                    sums[name].append(whole.cpu() if distributed.is_distributed() else whole)
+        return {"sums": sums, **self.small()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave, on the device of the parameters."""
+        for name, tensors in state_dict["sums"].items():
+            for shard, mine, whole in zip(self.shards, self._restored(name), tensors, strict=True):
+                mine.copy_(shard.of(whole))
+        self._load_small(state_dict)
 
     def parts(self) -> Iterator[Piece]:
         """This rank's rows of every sum, for a sharded checkpoint."""

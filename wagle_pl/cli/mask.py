@@ -202,7 +202,7 @@ def select(
         output: mask file to write.
         overwrite: replace the output if it exists.
     """
-    from wagle_pl.attribution.stored import mask_from_scores
+    from wagle_pl.attribution import mask_from_scores
 
     _check_output(output, overwrite)
     _write(mask_from_scores(scores, density, select, scope, include, exclude), output)

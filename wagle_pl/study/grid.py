@@ -15,9 +15,8 @@ from typing import Any, Literal, NamedTuple, Optional, Union
 import lightning as L
 import torch
 
-from wagle_pl.attribution import AttributionModule
+from wagle_pl.attribution import AttributionModule, MaskSpec
 from wagle_pl.attribution.scores import Random, Score
-from wagle_pl.attribution.specs import MaskSpec
 from wagle_pl.core.environment import silence, trainer_errors
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.registry import Entry, check_options, find_class, option_names, resolve, split
