@@ -41,7 +41,7 @@ def test_sums_are_what_attribution_keeps(wagle, tiny_model, hessian):
     run = PlannedRun("attribution", estimator=estimator_of(hessian), diagonal=diagonal)
     assert kept == memory.sums_per_weight(run) * shape.weights
     size = Path("mask.safetensors").stat().st_size
-    assert size == pytest.approx(disk_bytes(shape, run)["mask"], abs=9000)  # header
+    assert size == pytest.approx(disk_bytes(run, shape.weights)["mask"], abs=9000)  # header
 
 
 def test_the_checkpoint_of_a_run_is_as_large_as_planned(wagle, tiny_model):
@@ -63,7 +63,8 @@ def test_the_checkpoint_of_a_run_is_as_large_as_planned(wagle, tiny_model):
         "out",
         *options,
     )
-    sizes = disk_bytes(architecture(tiny_model), PlannedRun("finetuning", precision="32-true"))
+    shape = architecture(tiny_model)
+    sizes = disk_bytes(PlannedRun("finetuning", precision="32-true"), shape.weights, shape.stored)
     file = Path(done.trainer.checkpoint_callback.best_model_path)
     assert file.stat().st_size == pytest.approx(sizes["checkpoint"], rel=0.15)
     assert Path("out/model.safetensors").stat().st_size == pytest.approx(sizes["model"], rel=0.05)
