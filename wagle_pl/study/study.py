@@ -31,18 +31,7 @@ from wagle_pl.evaluation.measures import defined_only
 from wagle_pl.evaluation.results import write_json
 from wagle_pl.lm import models
 from wagle_pl.masks import SUFFIX, WeightMask
-from wagle_pl.study import SUMMARY_FILE, TABLE_FILE, text
-from wagle_pl.study.grid import (
-    Grid,
-    Run,
-    definition,
-    digest,
-    passes,
-    present_name,
-    read_module,
-    read_optimizer,
-    read_trainer,
-)
+from wagle_pl.study import SUMMARY_FILE, TABLE_FILE, grid, text
 from wagle_pl.study.report.figures import save_figure
 from wagle_pl.study.report.study import overview
 from wagle_pl.study.runs import (
@@ -147,7 +136,7 @@ class Study:
                 "a study compares at a level of forgetting: give --retrained, the model trained "
                 "without the forget rows, or --forget_level"
             )
-        self.grid = Grid.of(self.objectives, self.masks, self.learning_rates, self.seeds)
+        self.grid = grid.Grid.of(self.objectives, self.masks, self.learning_rates, self.seeds)
         if self.steps is not None and self.epochs is not None:
             raise WagleError("give --steps or --epochs, not both")
         for name in ("points", "accumulate", "limit_test", "batch_size", "steps", "epochs"):
@@ -159,9 +148,9 @@ class Study:
                 "--along answers generates nothing before a run's end: leave --generate always out"
             )
         self._length = {"max_steps": self.steps} if self.steps else {"max_epochs": self.epochs or 5}
-        self._optimizer = read_optimizer(self.optimizer)
-        self._module, self._tests = read_module(self.module or {})
-        self._trainer_options = read_trainer(self.trainer or {})
+        self._optimizer = grid.read_optimizer(self.optimizer)
+        self._module, self._tests = grid.read_module(self.module or {})
+        self._trainer_options = grid.read_trainer(self.trainer or {})
         self.only, self.join = (
             [names] if isinstance(names, str) else list(names or ())
             for names in (self.only, self.join)
@@ -196,7 +185,7 @@ class Study:
             kinds = {"objective": self.grid.objectives, "mask": self.grid.masks}
             for row in self.table.rows:  # of earlier sittings: with the names and measures of this
                 for kind, choices in kinds.items():
-                    row[kind] = present_name(row[kind], row[f"{kind}_id"], choices)
+                    row[kind] = grid.present_name(row[kind], row[f"{kind}_id"], choices)
                 row |= {"forget": row.get(self.forget), "utility": row.get(self.utility)}
             missing = self._missing()
             todo = [run for run in runs if run.id in missing]
@@ -233,7 +222,7 @@ class Study:
             return ""
         return f", {text.duration(runs * sum(seconds) / len(seconds))} left"
 
-    def _work(self, todo: Sequence[Run]) -> None:
+    def _work(self, todo: Sequence[grid.Run]) -> None:
         """The runs, one after the other."""
         began = time.monotonic()
         for number, run in enumerate(todo, 1):
@@ -276,13 +265,15 @@ class Study:
     def _settings(self) -> dict[str, Any]:
         """What all runs share, as plain data; a change of any makes other runs."""
         data, optimizer = self.data, self._optimizer
-        tests = {name: digest(raw_rows(data.test_examples(name))) for name in data.test_names()}
+        tests = {
+            name: grid.digest(raw_rows(data.test_examples(name))) for name in data.test_names()
+        }
         elsewhere = ("accelerator", "devices")  # a run is the same on another machine
         return {
-            "forget_rows": digest(raw_rows(data.examples("forget"))),
-            "retain_rows": digest(raw_rows(data.examples("retain"))),
-            "template": digest(data.template.identity()),
-            "refusals": digest(data.refusals),
+            "forget_rows": grid.digest(raw_rows(data.examples("forget"))),
+            "retain_rows": grid.digest(raw_rows(data.examples("retain"))),
+            "template": grid.digest(data.template.identity()),
+            "refusals": grid.digest(data.refusals),
             "test_rows": tests,
             "batch_size": data.batch_size,
             "accumulate": self.accumulate,
@@ -291,7 +282,7 @@ class Study:
             "generate": self.generate,
             "along": self._answers_of() or "all",
             "ends_at": {self.forget: self.compared.level} if self.until_level else None,
-            "optimizer": definition(torch.optim.Optimizer, optimizer.func, optimizer.keywords),
+            "optimizer": grid.definition(torch.optim.Optimizer, optimizer.func, optimizer.keywords),
             "module": {**self._module, **self._tests},
             "trainer": {k: v for k, v in self._trainer_options.items() if k not in elsewhere},
         }
@@ -362,7 +353,7 @@ class Study:
 
     # -- masks -------------------------------------------------------------------------------------
 
-    def _make_masks(self, todo: Sequence[Run]) -> None:
+    def _make_masks(self, todo: Sequence[grid.Run]) -> None:
         """The masks that the runs need and that are not there yet, in as few passes as can be."""
         for mask in self.grid.masks:
             if mask.kind == "file":
@@ -373,7 +364,7 @@ class Study:
             if run.mask.kind == "score" and not self._mask_file(run).is_file():
                 missing[self._mask_file(run).stem] = run.mask.of_seed(run.seed)
         names = {id(mask): name for name, mask in missing.items()}
-        for pass_options, masks in passes(list(missing.values())):
+        for pass_options, masks in grid.passes(list(missing.values())):
             start = time.monotonic()
             with _announced(f"attribution, {count(len(masks), 'mask')}"), silence():
                 module = AttributionModule(
@@ -388,7 +379,7 @@ class Study:
                 trainer.fit(module, datamodule=copy.copy(self.data))
             _say(text.duration(time.monotonic() - start))
 
-    def _mask_file(self, run: Run) -> Optional[Path]:
+    def _mask_file(self, run: grid.Run) -> Optional[Path]:
         """The mask of a run; None where all weights move."""
         if run.mask.kind == "file":
             return Path(run.mask.entry)
@@ -401,7 +392,7 @@ class Study:
 
     # -- a run -------------------------------------------------------------------------------------
 
-    def _run(self, run: Run) -> list[dict[str, Any]]:
+    def _run(self, run: grid.Run) -> list[dict[str, Any]]:
         """Unlearn and test; the run's rows of the table."""
         L.seed_everything(run.seed, verbose=False)
         data = copy.copy(self.data)

@@ -28,11 +28,11 @@ ROBUSTNESS_FILE = "robustness.json"
 
 #: The attacks of ``all``, in the order in which they run.
 EVERY = (Relearn, Quantise, Paraphrase, TranslatedStyle, InContext, Sample, Probe)
-#: Values of the option ``robustness``.
-Attacks = Optional[Union[bool, str, list[Union[Attack, str]]]]
 
 
-def find_attacks(value: Attacks) -> tuple[list[Attack], bool]:
+def find_attacks(
+    value: Union[bool, str, Sequence[Union[Attack, str]], None],
+) -> tuple[list[Attack], bool]:
     """The attacks that an option names, and whether it asks for all that can be done.
 
     It is a list of attacks, short names or class paths; the same as text with commas; ``all`` or
