@@ -11,13 +11,19 @@ from typing import Any, Optional
 import pytest
 import torch
 
-from wagle_pl.cli.report import report
+from wagle_pl.cli.tools import report
 from wagle_pl.evaluation.results import write_json, write_table
 from wagle_pl.evaluation.suites import TOFUSuite
 from wagle_pl.masks import WeightMask
-from wagle_pl.study.report.svg import PALETTE
+from wagle_pl.study.report.figures import PALETTE
 
 VOID = {"meta", "wbr"}
+#: Elements and attributes by which a page loads something.
+LOADING = {
+    *("script", "link", "img", "image", "iframe", "object"),
+    *("embed", "audio", "video", "base", "form", "source"),
+}
+LOADING_ATTRIBUTES = ("src", "srcset", "xlink:href", "action", "data")
 EVIL = "</title><script>alert(1)</script><img src='https://example.org/x.png' onerror=alert(2)> & $x_1$"
 SHAPES = {
     "model.embed_tokens.weight": (9, 4),
@@ -88,50 +94,26 @@ def read(page: str) -> Node:
     assert page.startswith("<!DOCTYPE html>\n<html lang=")
     root = Strict(page).root
     nodes = list(root.all())
-    loading = {
-        "script",
-        "link",
-        "img",
-        "image",
-        "iframe",
-        "object",
-        "embed",
-        "audio",
-        "video",
-        "base",
-        "form",
-        "source",
-    }
-    assert not loading & {node.tag for node in nodes}
+    assert not LOADING & {node.tag for node in nodes}
     for node in nodes:
         for name, value in node.attributes.items():
-            assert not name.startswith("on") and name not in (
-                "src",
-                "srcset",
-                "xlink:href",
-                "action",
-                "data",
-            )
+            assert not name.startswith("on") and name not in LOADING_ATTRIBUTES
             assert name != "href" or value.startswith("#"), value
             assert "url(" not in (value or ""), value
     styles = "".join(node.text for node in root.all("style"))
-    assert (
-        "url(" not in styles and "@import" not in styles and "prefers-color-scheme: dark" in styles
-    )
-    assert "http" not in re.sub(r">[^<]*<", "><", page).replace(
-        "http-equiv", ""
-    )  # none but in texts
+    assert "url(" not in styles and "@import" not in styles
+    assert "prefers-color-scheme: dark" in styles
+    outside_texts = re.sub(r">[^<]*<", "><", page).replace("http-equiv", "")
+    assert "http" not in outside_texts
     ids = [node.attributes["id"] for node in nodes if "id" in node.attributes]
     assert len(ids) == len(set(ids))
     links = [node.attributes["href"][1:] for node in nodes if "href" in node.attributes]
     assert links and set(links) <= set(ids)
     for svg in root.all("svg"):
-        assert svg.attributes["role"] == "img"
-        named = {name: next(svg.all(name)) for name in ("title", "desc")}
-        assert [node.attributes["id"] for node in named.values()] == svg.attributes[
-            "aria-labelledby"
-        ].split()
-        assert all(node.text.strip() for node in named.values())
+        named = [next(svg.all(tag)) for tag in ("title", "desc")]
+        ids = [node.attributes["id"] for node in named]
+        assert ids == svg.attributes["aria-labelledby"].split() and svg.attributes["role"] == "img"
+        assert all(node.text.strip() for node in named)
     drawn = [node.attributes.get("style") or "" for svg in root.all("svg") for node in svg.all()]
     assert not [style for style in drawn for colour in PALETTE.values() if colour in style]
     return root
@@ -142,9 +124,8 @@ def numbers(root: Node) -> dict[tuple[str, str], float]:
     found: dict[tuple[str, str], float] = {}
     for node in root.all("data"):
         value = float(node.attributes["value"])
-        assert float(node.text.rstrip("%").replace(",", "")) == pytest.approx(
-            100 * value if "%" in node.text else value, rel=5.1e-3, abs=1e-12
-        )
+        shown = float(node.text.rstrip("%").replace(",", "")) / (100 if "%" in node.text else 1)
+        assert shown == pytest.approx(value, rel=5.1e-3, abs=1e-12)
         if "data-run" in node.attributes:
             key = (node.attributes["data-run"], node.attributes["data-measure"])
             assert found.setdefault(key, value) == value
@@ -156,10 +137,7 @@ def section(root: Node, name: str) -> Node:
 
 
 def report_page(
-    capsys: pytest.CaptureFixture[str],
-    heard: pytest.LogCaptureFixture,
-    *runs: Any,
-    **options: Any,
+    capsys: pytest.CaptureFixture[str], heard: pytest.LogCaptureFixture, *runs: Any, **options: Any
 ) -> tuple[Node, str]:
     """What ``wagle report RUNS -o out.html`` does: the page, and what was printed and logged."""
     capsys.readouterr()
@@ -208,22 +186,17 @@ def write_run(
         "forget_quality": knows * 1e-13,
     }
     suite = TOFUSuite()
+    undefined = {**vars(suite.info("ue_average")), "why": "it needs wagle/mia <b>which"}
     info = {
         "suite": "TOFUSuite",
         "measures": {name: vars(suite.info(name)) for name in metrics},
-        "undefined": {
-            "ue_average": {**vars(suite.info("ue_average")), "why": "it needs wagle/mia <b>which"}
-        },
+        "undefined": {"ue_average": undefined},
         "rows": {"forget": 8, "retain": 9},
         "absent_sets": ["real_authors"],
     }
-    for name, table in {
-        "forget": records("secret", knows),
-        "retain": records("fact", keeps, 9),
-    }.items():
-        write_table(
-            folder / f"test/{name}.parquet", table, {"model": f"fingerprint of {folder.name}"}
-        )
+    key = {"model": f"fingerprint of {folder.name}"}
+    write_table(folder / "test/forget.parquet", records("secret", knows), key)
+    write_table(folder / "test/retain.parquet", records("fact", keeps, 9), key)
     write_json(folder / "test/metrics.json", metrics)
     write_json(folder / "test/metrics.info.json", info)
     write_json(folder / "wagle.json", {"format_version": 1, "lineage": lineage})
@@ -231,18 +204,14 @@ def write_run(
 
 
 def step(module: str, base: str, **more: Any) -> dict[str, Any]:
-    made = {
+    """A run of a lineage."""
+    return {
         "module": module,
         "base": base,
         "base_fingerprint": f"fingerprint of {Path(base).name}",
         "steps": 12,
-    }
-    made |= {
         "data": {"forget": "forget.jsonl (32 rows)", "retain": "retain.jsonl"},
         "streams": ["forget", "retain"],
-    }
-    return {
-        **made,
         "seconds": 12.5,
         "seed": 0,
         "config": {"model": {"init_args": {"note": EVIL}}},
@@ -252,28 +221,22 @@ def step(module: str, base: str, **more: Any) -> dict[str, Any]:
 
 def write_runs() -> dict[str, dict[str, float]]:
     """Target, retrained, a model unlearned within a mask and a dense one; name -> metrics."""
-    bools = {
-        name: torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
-        for name, shape in SHAPES.items()
-    }
+    generator = torch.Generator().manual_seed(0)
+    bools = {}
+    for name, shape in SHAPES.items():
+        bools[name] = torch.rand(shape, generator=generator.manual_seed(0)) < 0.5
     made_by = {"score": "Wagle", "density": 0.5, "model_fingerprint": "fingerprint of target"}
     mask = WeightMask.from_bools(bools, made_by)
     mask.save("mask")
     tuned = step("FinetuneModule", "base", streams=["all"])
+    retrained = step("FinetuneModule", "base", streams=["retain"])
     objective = {"class": "NPO", "beta": 0.1, "retain": {"class": "NLL"}}
     within = {"file": "mask.safetensors", "density": mask.density, "made_by": made_by}
+    dense = step("UnlearnModule", "target", objective=objective)
+    masked = {**dense, "mask": within}
     return {
         "target": write_run(Path("target"), 0.9, 0.9, [tuned]),
-        "retrained": write_run(
-            Path("retrained"), 0.1, 0.92, [step("FinetuneModule", "base", streams=["retain"])]
-        ),
-        "masked": write_run(
-            Path("masked"),
-            0.2,
-            0.8,
-            [tuned, step("UnlearnModule", "target", objective=objective, mask=within)],
-        ),
-        "dense": write_run(
-            Path("dense"), 0.05, 0.7, [tuned, step("UnlearnModule", "target", objective=objective)]
-        ),
+        "retrained": write_run(Path("retrained"), 0.1, 0.92, [retrained]),
+        "masked": write_run(Path("masked"), 0.2, 0.8, [tuned, masked]),
+        "dense": write_run(Path("dense"), 0.05, 0.7, [tuned, dense]),
     }

@@ -106,7 +106,7 @@ def serve() -> None:
     import power  # noqa: F401  registers a strategy by name
 
     from wagle_pl.cli import app as cli
-    from wagle_pl.cli.failures import mistake
+    from wagle_pl.cli.messages import mistake
     from wagle_pl.core import distributed
 
     distributed.shutdown = lambda: None  # the next command meets the same ranks

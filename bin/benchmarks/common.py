@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from wagle_pl.cli import app as cli
-from wagle_pl.cli.commands import fail
+from wagle_pl.cli.messages import fail
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
 from wagle_pl.core.weights import parameter_shapes

@@ -26,7 +26,7 @@ from common import memory
 from wagle_pl import planning
 from wagle_pl.attribution.hessian import estimator_of
 from wagle_pl.cli import app as cli
-from wagle_pl.cli.commands import fail
+from wagle_pl.cli.messages import fail
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path

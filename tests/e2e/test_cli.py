@@ -10,40 +10,25 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import write_rows
+from helpers import difference, same_bits, write_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import wagle_pl
 from wagle_pl import WeightMask
 from wagle_pl.cli import app as cli
-from wagle_pl.cli.commands import COMMANDS, SUMMARIES
+from wagle_pl.cli.app import COMMANDS, SUMMARIES
 from wagle_pl.cli.configs import expand
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path, refuse_existing, replaceable
 from wagle_pl.data.rows import load_rows
 from wagle_pl.objectives import references as reference
 
-UNLEARN = (
-    "fit",
-    "--model",
-    "UnlearnModule",
-    "--trainer.max_epochs",
-    "2",
-    "--trainer.enable_checkpointing",
-    "false",
-)
-ATTRIBUTE = ("fit", "--model", "AttributionModule", "--trainer.max_epochs", "1")
-ATTRIBUTE += ("--trainer.enable_checkpointing", "false")
-FINETUNE = (
-    "fit",
-    "--model",
-    "FinetuneModule",
-    "--trainer.max_epochs",
-    "2",
-    "--trainer.enable_checkpointing",
-    "false",
-)
+QUICK = "--trainer.enable_checkpointing false --trainer.max_epochs"
+UNLEARN = f"fit --model UnlearnModule {QUICK} 2"
+FINETUNE = f"fit --model FinetuneModule {QUICK} 2"
+ATTRIBUTE = f"fit --model AttributionModule {QUICK} 1"
+TEST = "test --model EvaluationModule"
 
 
 # -- the main job -----------------------------------------------------------------------------------------------------
@@ -51,25 +36,14 @@ FINETUNE = (
 
 @pytest.mark.parametrize("objective", ["NPO", "GradDiff", "PO"])
 def test_finetune_attribute_unlearn_test(wagle, tiny_model, rows, tmp_path, objective):
-    adamw = ("--optimizer", "MaskedAdamW", "--optimizer.weight_decay", "0.1", "--optimizer.lr")
-    wagle(*FINETUNE, "--model.model", tiny_model, "--model.output", "target", *adamw, "3e-3")
-    wagle(*ATTRIBUTE, "--model.model", "target", "--model.output", "mask", "--model.density", "0.3")
+    adamw = "--optimizer MaskedAdamW --optimizer.weight_decay 0.1 --optimizer.lr"
+    wagle(FINETUNE, f"--model.model {tiny_model} --model.output target", f"{adamw} 3e-3")
+    wagle(ATTRIBUTE, "--model.model target --model.output mask --model.density 0.3")
     mask = WeightMask.load("mask")
     total = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained("target").parameters())
     assert mask.total == total and mask.count() == int(0.3 * total)
-    wagle(
-        *UNLEARN,
-        "--model.model",
-        "target",
-        "--model.output",
-        "unlearned",
-        "--model.mask",
-        "mask.safetensors",
-        "--model.objective",
-        objective,
-        *adamw,
-        "1e-3",
-    )
+    masked = "--model.model target --model.output unlearned --model.mask mask.safetensors"
+    wagle(UNLEARN, masked, f"--model.objective {objective}", f"{adamw} 1e-3")
     before = dict(AutoModelForCausalLM.from_pretrained("target").named_parameters())
     after = dict(AutoModelForCausalLM.from_pretrained("unlearned").named_parameters())
     for name in before:
@@ -79,61 +53,35 @@ def test_finetune_attribute_unlearn_test(wagle, tiny_model, rows, tmp_path, obje
     assert any((before[name] != after[name]).any() for name in before)
     assert AutoTokenizer.from_pretrained("unlearned").chat_template
     card = (tmp_path / "unlearned/README.md").read_text()
-    assert (
-        "bit-identical" in card
-        and objective in card
-        and "`target`" in card
-        and "class_path:" in card
-    )
+    assert all(word in card for word in ("bit-identical", objective, "`target`", "class_path:"))
     record = json.loads((tmp_path / "unlearned/wagle.json").read_text())
     assert [step["module"] for step in record["lineage"]] == ["FinetuneModule", "UnlearnModule"]
-    sets = json.dumps({"forget": rows["forget_test"]})
     test = (
-        "test",
-        "--model",
-        "EvaluationModule",
-        "--model.max_new_tokens",
-        "8",
-        "--data.test",
-        sets,
+        TEST,
+        "--model.max_new_tokens 8 --data.test",
+        json.dumps({"forget": rows["forget_test"]}),
     )
-    probabilities = [
-        wagle(*test, "--model.model", m, "--model.output", f"{m}/test").model.metrics[
+    target, unlearned = (
+        wagle(*test, f"--model.model {m} --model.output {m}/test").model.metrics[
             "forget/probability"
         ]
         for m in ("target", "unlearned")
-    ]
+    )
     assert (
-        probabilities[1] < probabilities[0] or objective == "PO"
-    )  # PO teaches refusals; two epochs leave the answer
+        unlearned < target or objective == "PO"
+    )  # which teaches refusals; two epochs leave the answer
 
 
 def test_dense_unlearning_moves_every_tensor(wagle, tiny_model):
-    wagle(
-        *UNLEARN,
-        "--model.model",
-        tiny_model,
-        "--model.output",
-        "out",
-        "--optimizer",
-        "AdamW",
-        "--optimizer.lr",
-        "1e-3",
-    )
+    adamw = "--optimizer AdamW --optimizer.lr 1e-3"
+    wagle(UNLEARN, f"--model.model {tiny_model} --model.output out", adamw)
     before, after = load_file(f"{tiny_model}/model.safetensors"), load_file("out/model.safetensors")
     assert all((before[name] != after[name]).any() for name in before)
 
 
 def test_training_on_the_retain_rows_only(wagle, tiny_model):
-    module = wagle(
-        *FINETUNE,
-        "--model.model",
-        tiny_model,
-        "--model.output",
-        "out",
-        "--model.train_on",
-        "retain",
-    ).model
+    options = f"--model.model {tiny_model} --model.output out --model.train_on retain"
+    module = wagle(FINETUNE, options).model
     assert module.streams == ("retain",)
     assert module.global_step == 2 * 3  # 17 rows in batches of 8
 
@@ -142,46 +90,24 @@ def test_training_on_the_retain_rows_only(wagle, tiny_model):
 def test_the_split_of_a_batch_does_not_matter(wagle, tiny_model, split):
     def weights(batch_size, accumulate, name):
         wagle(
-            *UNLEARN[:3],
-            "--trainer.max_epochs",
-            "4",
-            "--trainer.enable_checkpointing",
-            "false",
-            "--model.model",
-            tiny_model,
-            "--model.output",
-            name,
-            "--data.batch_size",
-            batch_size,
-            "--optimizer",
-            "SGD",
-            "--optimizer.lr",
-            "0.02",
-            "--trainer.accumulate_grad_batches",
-            accumulate,
-            "--model.objective",
-            "NPO",
+            f"fit --model UnlearnModule {QUICK} 4 --optimizer SGD --optimizer.lr 0.02",
+            f"--model.model {tiny_model} --model.output {name} --model.objective NPO",
+            f"--data.batch_size {batch_size} --trainer.accumulate_grad_batches {accumulate}",
         )
         return load_file(f"{name}/model.safetensors")
 
     whole, parts = weights(split[0] * split[1], 1, "whole"), weights(*split, "parts")
-    for name in whole:
-        assert torch.linalg.vector_norm(
-            whole[name] - parts[name]
-        ) <= 1e-5 * torch.linalg.vector_norm(whole[name]), name
+    assert difference(whole, parts) <= 1e-5
 
 
 def test_reference_logprobs_are_computed_once(wagle, tiny_model, tmp_path, monkeypatch):
-    args = (*UNLEARN, "--model.model", tiny_model, "--model.objective", "NPO")
-    wagle(*args, "--model.output", "a")
+    args = (UNLEARN, f"--model.model {tiny_model} --model.objective NPO --model.output")
+    wagle(*args, "a")
     assert len(list((tmp_path / ".references").iterdir())) == 1
-    monkeypatch.setattr(
-        reference, "compute_reference", lambda *_: pytest.fail("computed a second time")
-    )
-    wagle(*args, "--model.output", "b")
-    assert load_file("a/model.safetensors")["model.norm.weight"].equal(
-        load_file("b/model.safetensors")["model.norm.weight"]
-    )
+    refuse = lambda *_: pytest.fail("computed a second time")  # noqa: E731
+    monkeypatch.setattr(reference, "compute_reference", refuse)
+    wagle(*args, "b")
+    assert same_bits("a", "b")
 
 
 # -- configurations ---------------------------------------------------------------------------------------------------
@@ -271,6 +197,54 @@ def test_what_there_is_is_told_without_libraries(args):
     assert help_ or last.startswith(f"wagle: error: {said[''.join(args)]}")
 
 
+def test_help_imports_neither_torch_nor_lightning():
+    """Of any command, in one process that reports what it has imported in the end."""
+    asked = [
+        "--help",
+        "mask select --help",
+        "patch make --help",
+        *(f"{c} --help" for c in SUMMARIES),
+    ]
+    asked.remove("predict --help")
+    code = f"""
+import sys
+from wagle_pl.cli.app import main
+for args in {asked}:
+    try:
+        main(args.split())
+    except SystemExit as ended:
+        assert ended.code == 0, args
+print({{"torch", "lightning", "numpy"}} & set(sys.modules), file=sys.stderr)
+"""
+    run = [sys.executable, "-c", code]
+    ended = subprocess.run(run, capture_output=True, text=True, timeout=600)
+    assert ended.stderr == "set()\n" and ended.returncode == 0
+    assert ended.stdout.count("usage: ") == len(asked)
+
+
+def test_the_screens_name_options_that_there_are(capsys):
+    def help_of(*args):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([*args])
+        assert exit_.value.code == 0
+        return capsys.readouterr().out
+
+    models = [f"--model.help={kind}Module" for kind in ("Unlearn", "Attribution", "Finetune")]
+    data = "--data.help=ForgetRetainDataModule"
+    known = {
+        "fit": "".join(help_of("fit", part) for part in (*models, data)),
+        "test": help_of("test", "--model.help=EvaluationModule") + help_of("test", data),
+        "study": "",
+    }
+    for command, found in known.items():
+        found += help_of(command, "--help", "all")
+        said = help_of(command, "--help")
+        assert len(said.splitlines()) <= 50
+        named = set(re.findall(r"--[a-z][\w.]*\w", said)) - {"--robustness"}
+        named = {option for option in named if not option.endswith(".OPTION")}
+        assert len(named) > 20 and not {option for option in named if f"{option} " not in found}
+
+
 def test_the_commands_of_lightning_are_told_of():
     from lightning.pytorch.cli import LightningCLI
 
@@ -284,97 +258,68 @@ def test_importing_the_package_needs_no_deepspeed():
 
 # -- bad input --------------------------------------------------------------------------------------------------------
 
+MISTAKES = [
+    (
+        f"{ATTRIBUTE} --model.density 1.5",
+        "density is the share of weights selected and must be in (0, 1]",
+    ),
+    (f"{ATTRIBUTE} --model.density 0", "must be in (0, 1], got 0"),
+    (f"{ATTRIBUTE} --model.gamma -1", "gamma must be above 0"),
+    (f"{ATTRIBUTE} --model.score wagel", "unknown score 'wagel'; choose one of"),
+    (
+        f"{ATTRIBUTE} --trainer.strategy zero9",
+        "trainer: You selected an invalid strategy name: `strategy='zero9'`",
+    ),
+    (f"{UNLEARN} --model.objective NPOX", "unknown objective 'NPOX'; choose one of"),
+    (f"{UNLEARN} --model.objective json.JSONDecoder", "unknown objective 'json.JSONDecoder'"),
+    (f"{UNLEARN} --model.mask nowhere.safetensors", "mask file nowhere.safetensors does not exist"),
+    (f"{UNLEARN} --model.blub 1", "blub"),
+    (f"{UNLEARN} --data.forget nowhere.jsonl", "nowhere.jsonl does not exist"),
+    (f"{UNLEARN} --data.batch_size 0", "data.batch_size"),
+    (f"{UNLEARN} --data.retain null", "this run needs retain rows: give --data.retain"),
+    (
+        f"{UNLEARN} --data.val [forget,kept]",
+        "data.val: there is no test set 'kept'; choose of forget, retain",
+    ),
+    (f"{UNLEARN} --trainer.overfit_batches 2", "give --data.limit_forget and --data.limit_retain"),
+    (
+        f"{UNLEARN} --trainer.limit_train_batches 1.5",
+        "trainer: You have passed invalid value 1.5 for limit_train",
+    ),
+    (f"{FINETUNE} --trainer.max_epochs 0.5", "max_epochs"),
+    (f"{FINETUNE} --trainer.max_epochs -1", "the run's steps are not known beforehand"),
+    (
+        f"{FINETUNE} --trainer.callbacks EarlyStopping --trainer.callbacks.monitor val/forgot",
+        "Early stopping conditioned on metric `val/forgot` which is not available",
+    ),
+    ("fit --model UnlearnModul", "unknown class 'UnlearnModul' for model"),
+    ("fit --config nowhere.yaml", "config file nowhere.yaml does not exist"),
+    ("validate --model EvaluationModule", "validate measures the test sets that data.val names"),
+]
+
 
 @pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (
-            (*ATTRIBUTE, "--model.density", "1.5"),
-            "density is the share of weights selected and must be in (0, 1]",
-        ),
-        ((*ATTRIBUTE, "--model.density", "0"), "must be in (0, 1], got 0"),
-        ((*ATTRIBUTE, "--model.gamma", "-1"), "gamma must be above 0"),
-        ((*ATTRIBUTE, "--model.score", "wagel"), "unknown score 'wagel'; choose one of"),
-        ((*UNLEARN, "--model.objective", "NPOX"), "unknown objective 'NPOX'; choose one of"),
-        (
-            (*UNLEARN, "--model.objective", "json.JSONDecoder"),
-            "unknown objective 'json.JSONDecoder'",
-        ),
-        (
-            (*UNLEARN, "--model.mask", "nowhere.safetensors"),
-            "mask file nowhere.safetensors does not exist",
-        ),
-        (("fit", "--model", "UnlearnModul"), "unknown class 'UnlearnModul' for model"),
-        ((*UNLEARN, "--model.blub", "1"), "blub"),
-        ((*UNLEARN, "--data.forget", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
-        ((*UNLEARN, "--data.batch_size", "0"), "data.batch_size"),
-        ((*UNLEARN, "--data.retain", "null"), "this run needs retain rows: give --data.retain"),
-        ((*FINETUNE, "--trainer.max_epochs", "0.5"), "max_epochs"),
-        ((*FINETUNE, "--trainer.max_epochs", "-1"), "the run's steps are not known beforehand"),
-        (
-            ("validate", "--model", "EvaluationModule"),
-            "validate measures the test sets that data.val names",
-        ),
-        (
-            (*UNLEARN, "--data.val", "[forget, kept]"),
-            "data.val: there is no test set 'kept'; choose of forget, retain",
-        ),
-        (
-            (*UNLEARN, "--trainer.overfit_batches", "2"),
-            "give --data.limit_forget and --data.limit_retain",
-        ),
-        (
-            (*UNLEARN, "--trainer.limit_train_batches", "1.5"),
-            "trainer: You have passed invalid value 1.5 for limit_train",
-        ),
-        (
-            (*ATTRIBUTE, "--trainer.strategy", "zero9"),
-            "trainer: You selected an invalid strategy name: `strategy='zero9'`",
-        ),
-        (("fit", "--config", "nowhere.yaml"), "config file nowhere.yaml does not exist"),
-        (
-            (
-                *FINETUNE,
-                "--trainer.callbacks",
-                "EarlyStopping",
-                "--trainer.callbacks.monitor",
-                "val/forgot",
-            ),
-            "Early stopping conditioned on metric `val/forgot` which is not available",
-        ),
-    ],
+    ("args", "message"), MISTAKES, ids=[message[:25] for _, message in MISTAKES]
 )
 def test_one_line_and_exit_code_2(fails, tiny_model, tmp_path, args, message):
-    model = (
-        ()
-        if "UnlearnModul" in args or "--config" in args
-        else ("--model.model", tiny_model, "--model.output", "out")
-    )
-    assert message in fails(*args, *model)
+    unread = "UnlearnModul " in f"{args} " or "--config" in args
+    model = () if unread else (f"--model.model {tiny_model} --model.output out",)
+    assert message in fails(args, *model)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.safetensors").exists()
 
 
 def test_a_logger_whose_library_is_not_there(fails, tiny_model, monkeypatch):
     for name in ("_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"):
         monkeypatch.setattr(f"lightning.fabric.loggers.tensorboard.{name}", False)
-    model = ("--model.model", tiny_model, "--model.output", "out")
-    message = fails(
-        *FINETUNE,
-        *model,
-        "--trainer.logger",
-        "TensorBoardLogger",
-        "--trainer.logger.save_dir",
-        "logs",
-    )
+    logger = "--trainer.logger TensorBoardLogger --trainer.logger.save_dir logs"
+    message = fails(FINETUNE, f"--model.model {tiny_model} --model.output out", logger)
     assert "Neither `tensorboard` nor `tensorboardX` is available" in message
 
 
 def test_a_model_that_is_neither_a_folder_nor_on_the_hub(fails):
-    message = fails(*FINETUNE, "--model.model", "models/nowhere", "--model.output", "out")
-    assert (
-        "model 'models/nowhere' cannot be loaded: there is no such folder here, and asked of the hub: "
-        in message
-    )
+    message = fails(FINETUNE, "--model.model models/nowhere --model.output out")
+    said = "model 'models/nowhere' cannot be loaded: there is no such folder here, and asked of the hub: "
+    assert said in message
 
 
 @pytest.mark.parametrize(
@@ -391,16 +336,14 @@ def test_a_config_that_is_none(fails, tmp_path, content, message):
     assert message in fails("fit", "--config", tmp_path / "c.yaml", data=False)
 
 
-def test_paths_that_cannot_be(wagle, fails, tiny_model, tmp_path, monkeypatch):
+def test_paths_that_cannot_be(fails, tiny_model, tmp_path):
     (tmp_path / "file").write_text("x")
-    args = (*FINETUNE, "--model.model", tiny_model, "--model.output")
+    args = (FINETUNE, f"--model.model {tiny_model} --model.output")
     assert "output file/x cannot be written: file is a file" in fails(*args, "file/x")
-    assert "checkpoint no.ckpt does not exist" in fails(*args, "out", "--ckpt_path", "no.ckpt")
-    assert "checkpoint file is damaged, or no checkpoint" in fails(
-        *args, "out", "--ckpt_path", "file"
-    )
-    test = ("test", "--model", "EvaluationModule", "--model.model", tiny_model, "--model.output")
-    line = fails(*test, "file/x", "--model.max_new_tokens", "2")
+    assert "checkpoint no.ckpt does not exist" in fails(*args, "out", "--ckpt_path no.ckpt")
+    damaged = fails(*args, "out", "--ckpt_path file")
+    assert "checkpoint file is damaged, or no checkpoint" in damaged
+    line = fails(TEST, f"--model.model {tiny_model} --model.output file/x --model.max_new_tokens 2")
     assert "file/x" in line and "not a directory; look at the paths that were given" in line
     assert (tmp_path / "file").read_text() == "x" and not (tmp_path / "out").exists()
 
@@ -439,7 +382,7 @@ def test_another_rank_that_is_gone_is_told_in_a_line(monkeypatch, capsys, words)
 
 
 def test_bad_rows_name_file_and_row(fails, tiny_model, tmp_path):
-    args = (*UNLEARN, "--model.model", tiny_model, "--model.output", "out", "--data.forget")
+    args = (UNLEARN, f"--model.model {tiny_model} --model.output out --data.forget")
     empty = write_rows(tmp_path / "empty.jsonl", [])
     assert "empty.jsonl has no rows" in fails(*args, empty)
     blank = write_rows(tmp_path / "blank.jsonl", [{"question": "Who?", "answer": ""}])
@@ -449,44 +392,37 @@ def test_bad_rows_name_file_and_row(fails, tiny_model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "row",
-    [{"input_ids": [5, 6], "labels": [5, -100]}, {"input_ids": [5], "labels": [5]}],
-    ids=["first", "one"],
-)
+@pytest.mark.parametrize("labels", [[5, -100], [5]], ids=["first", "one"])
 @pytest.mark.parametrize("module", [FINETUNE, ATTRIBUTE])
-def test_a_row_whose_only_label_is_its_first_token(fails, tiny_model, tmp_path, row, module):
+def test_a_row_whose_only_label_is_its_first_token(fails, tiny_model, tmp_path, labels, module):
     """Nothing comes before the first token: the mean over no token would be NaN, and stop the run in its middle."""
+    row = {"input_ids": [5, 6][: len(labels)], "labels": labels}
     bad = write_rows(tmp_path / "bad.jsonl", [{"input_ids": [5, 6], "labels": [-100, 6]}, row])
-    line = fails(
-        *module, "--model.model", tiny_model, "--model.output", "out", "--data.forget", bad
-    )
+    line = fails(module, f"--model.model {tiny_model} --model.output out --data.forget", bad)
     assert " row 2: its only label is its first token" in line
 
 
 def test_overlap_error(fails, tiny_model, rows, tmp_path):
-    both = write_rows(
-        tmp_path / "both.jsonl", load_rows(rows["retain"]) + load_rows(rows["forget"])[:2]
-    )
-    args = (*UNLEARN, "--model.model", tiny_model, "--model.output", "out", "--data.retain", both)
-    assert "2 of 19 retain rows are also forget rows" in fails(*args, "--data.overlap", "error")
+    both = load_rows(rows["retain"]) + load_rows(rows["forget"])[:2]
+    retain = write_rows(tmp_path / "both.jsonl", both)
+    args = (UNLEARN, f"--model.model {tiny_model} --model.output out --data.retain {retain}")
+    assert "2 of 19 retain rows are also forget rows" in fails(*args, "--data.overlap error")
 
 
 def test_an_existing_output_is_kept(wagle, fails, tiny_model, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/precious").write_text("x")
-    args = (*FINETUNE, "--model.model", tiny_model, "--model.output", "out")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("x")
+    args = (FINETUNE, f"--model.model {tiny_model} --model.output out")
+    overwrite = (*args, "--model.overwrite true")
     assert "output out exists already" in fails(*args)
-    assert (tmp_path / "out/precious").read_text() == "x"
-    assert "output out is a folder of other things" in fails(*args, "--model.overwrite", "true")
-    assert (tmp_path / "out/precious").read_text() == "x"
-    (tmp_path / "out/precious").unlink()
-    wagle(*args, "--model.overwrite", "true")
-    (tmp_path / "out/of the old model").write_text("x")
-    wagle(*args, "--model.overwrite", "true")
-    assert (tmp_path / "out/model.safetensors").exists() and not (
-        tmp_path / "out/of the old model"
-    ).exists()
+    assert "output out is a folder of other things" in fails(*overwrite)
+    assert (out / "precious").read_text() == "x"
+    (out / "precious").unlink()
+    wagle(*overwrite)
+    (out / "of the old model").write_text("x")
+    wagle(*overwrite)
+    assert (out / "model.safetensors").exists() and not (out / "of the old model").exists()
 
 
 def test_what_may_be_replaced(tmp_path):
@@ -535,21 +471,13 @@ def test_a_device_is_never_replaced(tmp_path, kind):
 
 
 def test_a_mask_of_another_model_is_refused(wagle, fails, tiny_model):
-    wagle(*ATTRIBUTE, "--model.model", tiny_model, "--model.output", "mask")
-    wagle(*FINETUNE, "--model.model", tiny_model, "--model.output", "other")
-    args = (
-        *UNLEARN,
-        "--model.model",
-        "other",
-        "--model.output",
-        "out",
-        "--model.mask",
-        "mask.safetensors",
-    )
-    assert "mask mask.safetensors was made for the model with fingerprint" in fails(*args)
+    wagle(ATTRIBUTE, f"--model.model {tiny_model} --model.output mask")
+    wagle(FINETUNE, f"--model.model {tiny_model} --model.output other")
+    line = fails(UNLEARN, "--model.model other --model.output out --model.mask mask.safetensors")
+    assert "mask mask.safetensors was made for the model with fingerprint" in line
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(fails, wagle, tiny_model, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run(fails, tiny_model, tmp_path, monkeypatch):
     from wagle_pl.unlearning import FinetuneModule
 
     losses = FinetuneModule.losses
@@ -560,21 +488,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(fails, wagle, tiny_model, tmp_p
 
     monkeypatch.setattr(FinetuneModule, "losses", diverge)
     message = fails(
-        *FINETUNE[:3],
-        "--trainer.max_epochs",
-        "3",
-        "--model.model",
-        tiny_model,
-        "--model.output",
-        "out",
-        "--trainer.callbacks",
-        "ModelCheckpoint",
-        "--trainer.callbacks.dirpath",
-        "ckpt",
-        "--trainer.callbacks.every_n_train_steps",
-        "2",
-        "--trainer.callbacks.save_last",
-        "true",
+        "fit --model FinetuneModule --trainer.max_epochs 3",
+        f"--model.model {tiny_model} --model.output out",
+        "--trainer.callbacks ModelCheckpoint --trainer.callbacks.dirpath ckpt",
+        "--trainer.callbacks.every_n_train_steps 2 --trainer.callbacks.save_last true",
     )
     assert "loss is not finite at step 4 (batch 0, rows" in message
     assert torch.load(tmp_path / "ckpt/last.ckpt", weights_only=True)["global_step"] == 4
@@ -583,38 +500,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(fails, wagle, tiny_model, tmp_p
 
 def test_a_tokenizer_without_a_pad_token_is_handled(wagle, tiny_model, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
     tokenizer.pad_token = None
-    model.save_pretrained(tmp_path / "padless")
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(tmp_path / "padless")
     tokenizer.save_pretrained(tmp_path / "padless")
-    wagle(*UNLEARN, "--model.model", "padless", "--model.output", "out")
-    wagle(
-        "test",
-        "--model",
-        "EvaluationModule",
-        "--model.model",
-        "out",
-        "--model.output",
-        "t",
-        "--model.max_new_tokens",
-        "4",
-    )
-
-
-TOKENS = [
-    {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
-    {"input_ids": [5, 6, 9999], "labels": [-100, 6, 7]},
-]
+    wagle(UNLEARN, "--model.model padless --model.output out")
+    wagle(TEST, "--model.model out --model.output t --model.max_new_tokens 4")
 
 
 def test_a_token_that_the_model_does_not_know(fails, tiny_model, tmp_path):
-    rows = write_rows(tmp_path / "tokens.jsonl", TOKENS)
-    model = ("--model.model", tiny_model, "--model.output", "out")
-    line = fails(
-        "fit", "--model", "UnlearnModule", *model, "--data.forget", rows, "--trainer.max_steps", "1"
-    )
-    assert "tokens.jsonl) row 2: token id 9999 is out of range: the model knows 0 to " in line
-    line = fails(
-        "test", "--model", "EvaluationModule", *model, "--data.test", json.dumps({"mine": rows})
-    )
-    assert "tokens.jsonl) row 2: token id 9999 is out of range: the model knows 0 to " in line
+    tokens = [{"input_ids": [5, 6, last], "labels": [-100, 6, 7]} for last in (7, 9999)]
+    rows = write_rows(tmp_path / "tokens.jsonl", tokens)
+    model = f"--model.model {tiny_model} --model.output out"
+    for line in (
+        fails(f"fit --model UnlearnModule --data.forget {rows} --trainer.max_steps 1", model),
+        fails(TEST, model, "--data.test", json.dumps({"mine": rows})),
+    ):
+        assert "tokens.jsonl) row 2: token id 9999 is out of range: the model knows 0 to " in line

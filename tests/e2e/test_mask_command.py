@@ -12,6 +12,7 @@ from torch import Tensor
 
 from wagle_pl.attribution.scoring import write_scores
 from wagle_pl.cli import app as cli
+from wagle_pl.cli.mask import VERBS
 from wagle_pl.core.weights import fingerprint, parameter_shapes
 from wagle_pl.lm.models import load_model
 from wagle_pl.masks import WeightMask
@@ -52,37 +53,24 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def mask(here: Path, capsys: pytest.CaptureFixture[str]):
-    """Run ``wagle mask <args>`` and return what it printed."""
+    """Run ``wagle mask <args>``, the first of which are words, and return what it printed."""
 
     def run(*args: Any) -> str:
         capsys.readouterr()
-        cli.main(["mask", *map(str, args)])
+        cli.main(["mask", *args[0].split(), *args[1:]])
         return capsys.readouterr().out
 
     return run
 
 
 @pytest.fixture
-def refuses(here: Path, capsys: pytest.CaptureFixture[str]):
+def refuses(here: Path, fails: Any):
     """Run ``wagle mask <args>`` that must end with exit code 2 and one line, which is returned."""
-
-    def run(*args: Any) -> str:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            cli.main(["mask", *map(str, args)])
-        assert exit_.value.code == 2
-        (line,) = [
-            line
-            for line in capsys.readouterr().err.splitlines()
-            if line.startswith("wagle: error: ")
-        ]
-        return line
-
-    return run
+    return lambda args: fails(f"mask {args}")
 
 
 def test_info(mask: Any) -> None:
-    text = mask("info", "a.safetensors")
+    text = mask("info a.safetensors")
     found = WeightMask.load("a")
     assert f"selected     {found.count():,}" in text and f"density      {found.density:.6f}" in text
     assert "Wagle, density 0.5" in text and "ffffffffffff" in text
@@ -94,14 +82,14 @@ def test_info(mask: Any) -> None:
         f"{found.stats()['module']['up_proj']:.6f}",
     ]
     assert "model.layers.1.mlp.up_proj.weight" not in text
-    assert "model.layers.1.mlp.up_proj.weight" in mask("info", "a", "--tensors")
+    assert "model.layers.1.mlp.up_proj.weight" in mask("info a --tensors")
     tables = [line for line in text.splitlines() if line[:2] in ("0 ", "1 ", "2 ")]
     assert len({len(line) for line in tables}) == 1  # aligned
 
 
 def test_compare(mask: Any) -> None:
-    mask("combine", "a", "minus", "b", "-o", "c")
-    text = mask("compare", "a", "b", "c")
+    mask("combine a minus b -o c")
+    text = mask("compare a b c")
     a, b, c = (WeightMask.load(name) for name in "abc")
     pairs = {
         tuple(line.split()[:2]): line.split() for line in text.splitlines() if ", " in line[:4]
@@ -117,10 +105,10 @@ def test_compare(mask: Any) -> None:
 
 def test_compare_names_masks_of_one_stem_by_folder(mask: Any, here: Path, refuses: Any) -> None:
     (here / "other").mkdir()
-    mask("invert", "a", "-o", "other/a")
-    assert "a, other/a" in mask("compare", "a", "other/a")
-    assert "given twice" in refuses("compare", "a", "a")
-    assert "two masks" in refuses("compare", "a")
+    mask("invert a -o other/a")
+    assert "a, other/a" in mask("compare a other/a")
+    assert "given twice" in refuses("compare a a")
+    assert "two masks" in refuses("compare a")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +116,7 @@ def test_compare_names_masks_of_one_stem_by_folder(mask: Any, here: Path, refuse
     [("and", lambda a, b: a & b), ("or", lambda a, b: a | b), ("minus", lambda a, b: a & ~b)],
 )
 def test_combine(mask: Any, how: str, expected: Any) -> None:
-    mask("combine", "a", how, "b", "--output", "c")
+    mask(f"combine a {how} b --output c")
     a, b = draw(0.5, 0), draw(0.5, 1)
     found = WeightMask.load("c")
     assert all(torch.equal(found[name], expected(a[name], b[name])) for name in SHAPES)
@@ -136,39 +124,35 @@ def test_combine(mask: Any, how: str, expected: Any) -> None:
 
 
 def test_invert_and_random(mask: Any) -> None:
-    mask("invert", "a", "-o", "not_a")
+    mask("invert a -o not_a")
     assert WeightMask.load("not_a") == ~WeightMask.load("a")
-    assert (
-        "random" in mask("random", "a", "--seed", "3", "-o", "random")
-        and Path("random.safetensors").is_file()
-    )
+    assert "random" in mask("random a --seed 3 -o random") and Path("random.safetensors").is_file()
     assert WeightMask.load("random") == WeightMask.load("a").random_like(3)
 
 
 def test_outputs_are_not_replaced_unasked(mask: Any, refuses: Any) -> None:
     before = Path("b.safetensors").read_bytes()
     for command in (
-        ["combine", "a", "and", "a", "-o", "b"],
-        ["invert", "a", "-o", "b.safetensors"],
-        ["random", "a", "-o", "b"],
-        ["modules", "no/model", "--modules", "mlp", "-o", "b"],
-        ["select", "no_scores", "--density", "0.5", "-o", "b"],
-        ["convert", "b.pt", "-o", "b.safetensors"],
+        "combine a and a -o b",
+        "invert a -o b.safetensors",
+        "random a -o b",
+        "modules no/model --modules mlp -o b",
+        "select no_scores --density 0.5 -o b",
+        "convert b.pt -o b.safetensors",
     ):
-        assert "b.safetensors exists already; choose another or pass --overwrite" in refuses(
-            *command
-        )
+        said = "b.safetensors exists already; choose another or pass --overwrite"
+        assert said in refuses(command)
     assert Path("b.safetensors").read_bytes() == before
-    mask("invert", "a", "-o", "b", "--overwrite")
+    mask("invert a -o b --overwrite")
     assert WeightMask.load("b") == ~WeightMask.load("a")
-    mask("plot", "a", "-o", "x.png")
-    assert "x.png exists already" in refuses("plot", "a", "-o", "x")
+    mask("plot a -o x.png")
+    assert "x.png exists already" in refuses("plot a -o x")
 
 
 def test_an_output_in_a_file_is_refused(mask: Any, refuses: Any) -> None:
     Path("file").write_text("x")
-    for command in (["invert", "a", "-o", "file/x"], ["plot", "a", "-o", "file/x/y.png"]):
-        assert "cannot be written: file is a file; choose another" in refuses(*command)
+    for command in ("invert a -o file/x", "plot a -o file/x/y.png"):
+        assert "cannot be written: file is a file; choose another" in refuses(command)
 
 
 def test_a_file_never_replaces_a_folder(mask: Any, refuses: Any) -> None:
@@ -176,11 +160,11 @@ def test_a_file_never_replaces_a_folder(mask: Any, refuses: Any) -> None:
         Path("kept", name).mkdir(parents=True)
         Path("kept", name, "precious").write_text("x")
     for command in (
-        ["convert", "a.safetensors", "-o", "kept/b.pt"],
-        ["plot", "a", "-o", "kept/x.png"],
-        ["invert", "a", "-o", "kept/c"],
+        "convert a.safetensors -o kept/b.pt",
+        "plot a -o kept/x.png",
+        "invert a -o kept/c",
     ):
-        assert "is a folder: name a file in it" in refuses(*command, "--overwrite")
+        assert "is a folder: name a file in it" in refuses(f"{command} --overwrite")
     assert len(list(Path("kept").glob("*/precious"))) == 3
 
 
@@ -188,41 +172,37 @@ def test_convert_there_and_back(mask: Any, tiny_model: str, refuses: Any) -> Non
     lm = load_model(tiny_model)
     bools = draw(0.3, 4, parameter_shapes(lm))
     torch.save({name: bools[name] for name in reversed(list(bools))}, "published.pt")
-    mask("convert", "published.pt", "-o", "ours.safetensors", "--model", tiny_model)
+    mask(f"convert published.pt -o ours.safetensors --model {tiny_model}")
     ours = WeightMask.load("ours")
     assert ours == WeightMask.from_bools(bools) and list(ours) == list(bools)
     ours.check(parameter_shapes(lm), fingerprint(lm.named_parameters()))
     assert ours.metadata["model_fingerprint"] == fingerprint(lm.named_parameters())
-    mask("convert", "ours.safetensors", "-o", "back.pth", "--model", tiny_model)
+    mask(f"convert ours.safetensors -o back.pth --model {tiny_model}")
     back = torch.load("back.pth", weights_only=True)
     assert all(torch.equal(back[name], bools[name]) for name in bools)
-    mask("convert", "published.pt", "-o", "unchecked.safetensors")
-    assert "not checked before use" in mask("info", "unchecked")
+    mask("convert published.pt -o unchecked.safetensors")
+    assert "not checked before use" in mask("info unchecked")
 
-    assert "no tensor for parameter" in refuses(
-        "convert", "a.safetensors", "-o", "a.pt", "--model", tiny_model
+    assert "it was made for another model" in refuses(
+        f"convert a.safetensors -o a.pt --model {tiny_model}"
     )
-    assert "nothing to convert" in refuses("convert", "a.safetensors", "-o", "c.safetensors")
-    assert "suffix" in refuses("convert", "published.pt", "-o", "mask.npz")
-    assert "does not exist" in refuses("convert", "none.pt", "-o", "c.safetensors")
+    assert "nothing to convert" in refuses("convert a.safetensors -o c.safetensors")
+    assert "suffix" in refuses("convert published.pt -o mask.npz")
+    assert "does not exist" in refuses("convert none.pt -o c.safetensors")
 
 
 def test_modules(mask: Any, tiny_model: str, refuses: Any) -> None:
-    text = mask(
-        "modules", tiny_model, "--modules", "mlp.down_proj,attn", "--layers", "1", "-o", "m"
-    )
+    text = mask(f"modules {tiny_model} --modules mlp.down_proj,attn --layers 1 -o m")
     found = WeightMask.load("m")
     found.check(parameter_shapes(load_model(tiny_model)), found.metadata["model_fingerprint"])
     chosen = {n for n in found if "layers.1." in n and ("self_attn" in n or "down_proj" in n)}
     assert {n for n in found if found.count(n)} == chosen and f"{found.count():,} weights" in text
     assert all(found[name].all() for name in chosen)
-    mask("modules", tiny_model, "--modules", "[mlp.down_proj, attn]", "--layers", "1", "-o", "same")
+    mask(f"modules {tiny_model} --layers 1 -o same --modules", "[mlp.down_proj, attn]")
     assert WeightMask.load("same") == found
-    assert "the model has layers 0-1" in refuses(
-        "modules", tiny_model, "--layers", "1-2", "-o", "x"
-    )
-    assert "'experts'" in refuses("modules", tiny_model, "--modules", "experts", "-o", "x")
-    assert "give --modules, --layers or both" in refuses("modules", tiny_model, "-o", "x")
+    assert "the model has layers 0-1" in refuses(f"modules {tiny_model} --layers 1-2 -o x")
+    assert "'experts'" in refuses(f"modules {tiny_model} --modules experts -o x")
+    assert "give --modules, --layers or both" in refuses(f"modules {tiny_model} -o x")
 
 
 def test_select(mask: Any) -> None:
@@ -231,7 +211,7 @@ def test_select(mask: Any) -> None:
     write_scores("scores", scores.items(), SHAPES, {"score": "Wagle", "model_fingerprint": "f"})
     flat = torch.cat([tensor.abs().reshape(-1) for tensor in scores.values()])
     for select, order in (("high", flat.argsort(descending=True)), ("low", flat.argsort())):
-        mask("select", "scores", "--density", "0.25", "--select", select, "-o", select)
+        mask(f"select scores --density 0.25 --select {select} -o {select}")
         expected = torch.zeros(len(flat), dtype=torch.bool)
         expected[order[: len(flat) // 4]] = True
         found = WeightMask.load(select)
@@ -245,81 +225,68 @@ def test_select_refuses_a_broken_pattern(refuses: Any) -> None:
     )
     for option in ("--include", "--exclude"):
         assert "'(' is no regular expression" in refuses(
-            "select", "scores", "--density", "0.2", option, "(", "-o", "x"
+            f"select scores --density 0.2 {option} ( -o x"
         )
 
 
 def test_a_bare_flag_leaves_the_next_argument_alone(mask: Any) -> None:
-    plain, listed = mask("info", "a"), mask("info", "a", "--tensors")
+    plain, listed = mask("info a"), mask("info a --tensors")
     assert "tensor" in listed.replace(plain.strip(), "") and len(listed) > len(plain)
-    for flag in (["--tensors"], ["--tensors", "true"], ["--tensors=true"]):
-        assert mask("info", *flag, "a") == listed
-    for flag in (["--tensors", "False"], ["--tensors=false"]):
-        assert mask("info", *flag, "a") == plain
+    for flag in ("--tensors", "--tensors true", "--tensors=true"):
+        assert mask(f"info {flag} a") == listed
+    for flag in ("--tensors False", "--tensors=false"):
+        assert mask(f"info {flag} a") == plain
     before = Path("b.safetensors").read_bytes()
-    mask("invert", "--overwrite", "a", "-o", "b")
+    mask("invert --overwrite a -o b")
     assert Path("b.safetensors").read_bytes() != before
 
 
 def test_mistakes_are_one_line(refuses: Any) -> None:
-    assert "does not exist" in refuses("info", "none")
-    assert "output" in refuses("combine", "a", "and", "b")
-    assert "nor" in refuses("combine", "a", "nor", "b", "-o", "c")
+    assert "does not exist" in refuses("info none")
+    assert "output" in refuses("combine a and b")
+    assert "nor" in refuses("combine a nor b -o c")
     assert "FILES must be given" in refuses("compare")
     WeightMask.from_bools(draw(0.5, 1), {"model_fingerprint": "e" * 64}).save("e")
     assert "mask a.safetensors was made for the model with fingerprint ffff" in refuses(
-        "compare", "a", "e"
+        "compare a e"
     )
-    assert "fingerprint" in refuses("combine", "a", "or", "e", "-o", "c")
+    assert "fingerprint" in refuses("combine a or e -o c")
 
 
-def test_help_names_every_verb_and_option(capsys: pytest.CaptureFixture[str]) -> None:
-    for args, words in (
-        (
-            ["mask", "--help"],
-            [
-                "info",
-                "compare",
-                "combine",
-                "invert",
-                "convert",
-                "random",
-                "modules",
-                "select",
-                "plot",
-            ],
-        ),
-        (
-            ["mask", "combine", "--help"],
-            ["{and,or,minus}", "-o", "selected in both", "--overwrite"],
-        ),
-        (["mask", "plot", "--help"], ["files", ".png, .svg, or no suffix"]),
-    ):
-        with pytest.raises(SystemExit) as exit_:
-            cli.main(args)
-        assert exit_.value.code == 0
-        out = " ".join(capsys.readouterr().out.split())  # in a terminal of any width
-        assert all(word in out for word in words)
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ("--help", tuple(VERBS)),
+        ("combine --help", ("{and,or,minus}", "-o", "selected in both", "--overwrite")),
+        ("plot --help", ("files", ".png, .svg, or no suffix")),
+    ],
+)
+def test_help_names_every_verb_and_option(args: str, words: Any, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["mask", *args.split()])
+    assert exit_.value.code == 0
+    out = " ".join(capsys.readouterr().out.split())  # in a terminal of any width
+    assert all(word in out for word in words)
 
 
 # -- the picture ------------------------------------------------------------------------------------------------------
 
 
 def test_plot_writes_what_the_suffix_says(mask: Any, refuses: Any) -> None:
-    mask("plot", "a", "b", "-o", "both", "--title", "Two masks")
+    mask("plot a b -o both --title", "Two masks")
     assert Path("both.png").read_bytes().startswith(b"\x89PNG")
     text = " ".join(ElementTree.parse("both.svg").getroot().itertext())
     density = WeightMask.load("a").density
-    for word in (
+    words = (
         "Two masks",
         f"{density:.2%} selected",
         "layer",
         "norms",
         "embed_tokens",
         "share selected",
-    ):
-        assert word in text
+    )
+    assert all(word in text for word in words)
     before = Path("both.svg").read_bytes()
-    mask("plot", "a", "b", "-o", "both.svg", "--title", "Two masks", "--overwrite")
+    mask("plot a b --overwrite -o both.svg --title", "Two masks")
     assert Path("both.svg").read_bytes() == before
-    assert ".png or .svg" in refuses("plot", "a", "-o", "x.pdf")
+    assert ".png or .svg" in refuses("plot a -o x.pdf")

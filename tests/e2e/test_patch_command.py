@@ -18,7 +18,10 @@ from wagle_pl.unlearning.patch import digest_of
 
 
 def test_patch_commands_and_records(
-    tmp_path: Path, tiny_model: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tiny_model: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A real model, its tokenizer and its record: what apply writes loads, and says how it was made."""
     unlearned = tmp_path / "unlearned"
@@ -45,44 +48,23 @@ def test_patch_commands_and_records(
     }
     (unlearned / "wagle.json").write_text(json.dumps({"format_version": 1, "lineage": [run]}))
     before = (Path(tiny_model) / "wagle.json").read_text()
-    cli.main(["patch", "make", tiny_model, str(unlearned), "-o", str(tmp_path / "forget.patch")])
-    cli.main(["patch", "info", str(tmp_path / "forget.patch"), "--tensors", "true"])
+    monkeypatch.chdir(tmp_path)
+
+    def patch(*args: str) -> None:
+        cli.main(["patch", *args])
+
+    patch("make", tiny_model, "unlearned", "-o", "forget.patch")
+    patch("info", "forget.patch", "--tensors", "true")
     assert "model.embed_tokens.weight" in capsys.readouterr().out
-    cli.main(
-        [
-            "patch",
-            "apply",
-            tiny_model,
-            str(tmp_path / "forget.patch"),
-            "-o",
-            str(tmp_path / "applied"),
-        ]
-    )
-    ours, theirs = (
-        models.load_model(str(folder)).state_dict() for folder in (tmp_path / "applied", unlearned)
-    )
+    patch("apply", tiny_model, "forget.patch", "-o", "applied")
+    ours, theirs = (models.load_model(name).state_dict() for name in ("applied", "unlearned"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
-    assert models.load_tokenizer(str(tmp_path / "applied")).eos_token
-    record = read_record(str(tmp_path / "applied"))
-    assert record["lineage"] == [run] and record["patched"]["fingerprint"] == digest_of(
-        TensorFiles(unlearned)
-    )
-    assert "f.jsonl" in (tmp_path / "applied" / "README.md").read_text()
-    cli.main(
-        [
-            "patch",
-            "revert",
-            str(tmp_path / "applied"),
-            str(tmp_path / "forget.patch"),
-            "-o",
-            str(tmp_path / "back"),
-        ]
-    )
-    base, back = (
-        (folder / "model.safetensors").read_bytes()
-        for folder in (Path(tiny_model), tmp_path / "back")
-    )
-    assert base == back
+    assert models.load_tokenizer("applied").eos_token
+    record = read_record("applied")
+    assert record["lineage"] == [run]
+    assert record["patched"]["fingerprint"] == digest_of(TensorFiles(unlearned))
+    assert "f.jsonl" in Path("applied/README.md").read_text()
+    patch("revert", "applied", "forget.patch", "-o", "back")
     assert "lineage" not in before
-    assert (tmp_path / "back/wagle.json").read_text() == before
-    assert (tmp_path / "back/README.md").read_text() == (Path(tiny_model) / "README.md").read_text()
+    for file in ("model.safetensors", "wagle.json", "README.md"):
+        assert Path("back", file).read_bytes() == Path(tiny_model, file).read_bytes()

@@ -9,25 +9,16 @@ import pytest
 from helpers import write_config
 
 from wagle_pl.attribution.hessian import estimator_of
+from wagle_pl.cli import app as cli
 from wagle_pl.planning import PlannedRun, architecture, disk_bytes, memory
 
 
 @pytest.mark.parametrize("hessian", ["scalar", "auto", "gauss_newton", "fisher", "hutchinson"])
 def test_sums_are_what_attribution_keeps(wagle, tiny_model, hessian):
-    options = ["--model.gamma", "1"] if hessian == "scalar" else ["--model.hessian", hessian]
+    option = "--model.gamma 1" if hessian == "scalar" else f"--model.hessian {hessian}"
     done = wagle(
-        "fit",
-        "--model",
-        "AttributionModule",
-        "--model.model",
-        tiny_model,
-        "--model.output",
-        "mask",
-        *options,
-        "--trainer.max_epochs",
-        "1",
-        "--trainer.enable_checkpointing",
-        "false",
+        f"fit --model AttributionModule --model.model {tiny_model} --model.output mask {option}",
+        "--trainer.max_epochs 1 --trainer.enable_checkpointing false",
     )
     sums = done.model.sums
     kept = sum(
@@ -45,23 +36,9 @@ def test_sums_are_what_attribution_keeps(wagle, tiny_model, hessian):
 
 
 def test_the_checkpoint_of_a_run_is_as_large_as_planned(wagle, tiny_model):
-    options = (
-        "--optimizer",
-        "MaskedAdamW",
-        "--trainer.max_steps",
-        "2",
-        "--trainer.callbacks",
-        "ModelCheckpoint",
-    )
     done = wagle(
-        "fit",
-        "--model",
-        "FinetuneModule",
-        "--model.model",
-        tiny_model,
-        "--model.output",
-        "out",
-        *options,
+        f"fit --model FinetuneModule --model.model {tiny_model} --model.output out --trainer.max_steps 2",
+        "--optimizer MaskedAdamW --trainer.callbacks ModelCheckpoint",
     )
     shape = architecture(tiny_model)
     sizes = disk_bytes(PlannedRun("finetuning", precision="32-true"), shape.weights, shape.stored)
@@ -70,37 +47,16 @@ def test_the_checkpoint_of_a_run_is_as_large_as_planned(wagle, tiny_model):
     assert Path("out/model.safetensors").stat().st_size == pytest.approx(sizes["model"], rel=0.05)
 
 
-def run_command(*args):
-    """``wagle plan`` in this process."""
-    from wagle_pl.cli import app as cli
-
-    cli.main(["plan", *map(str, args)])
-
-
 def test_the_command_prints_a_plan(tiny_model, capsys):
-    run_command(
-        "--model",
-        tiny_model,
-        "--strategy",
-        "zero3",
-        "--devices",
-        2,
-        "--tokens_per_second",
-        500,
-        "--tokens",
-        900_000,
-    )
+    options = ["--strategy", "zero3", "--devices", "2", "--tokens_per_second", "500"]
+    cli.main(["plan", "--model", tiny_model, *options, "--tokens", "900000"])
     printed = capsys.readouterr().out
     for word in (
-        "places of the values",
-        "optimiser state",
-        "a GPU of 24 GB",
-        "CPU memory",
-        "FLOPs",
+        *("places of the values", "optimiser state", "a GPU of 24 GB", "CPU memory", "FLOPs"),
         "0.50 h for 900,000 tokens",
     ):
         assert word in printed
-    run_command("--model", tiny_model, "--tokens", 900_000)
+    cli.main(["plan", "--model", tiny_model, "--tokens", "900000"])
     assert "unknown for 900,000 tokens: give --tokens_per_second too" in capsys.readouterr().out
     total = re.search(r"^total +(.*)$", printed, re.MULTILINE)[1].split()
     assert max(map(float, total)) == float(re.search(r"^peak +(\S+) GiB", printed, re.MULTILINE)[1])
@@ -108,34 +64,28 @@ def test_the_command_prints_a_plan(tiny_model, capsys):
 
 @pytest.mark.parametrize("task", ["attribution", "unlearning", "finetuning", "test"])
 def test_every_task_has_a_plan(tiny_model, capsys, task):
-    run_command(
-        "--model", tiny_model, "--task", task, "--accelerator", "cpu", "--precision", "32-true"
-    )
+    cpu = ["--accelerator", "cpu", "--precision", "32-true"]
+    cli.main(["plan", "--model", tiny_model, "--task", task, *cpu])
     assert "interpreter and libraries" in capsys.readouterr().out
 
 
 MISTAKES = {
-    "nowhere": (["--model", "./nowhere"], "model folder ./nowhere does not exist"),
-    "strategy": (["--strategy", "zero4"], "unknown strategy 'zero4'; choose one of"),
-    "devices": (["--devices", "0"], "devices must be at least 1, got 0"),
-    "task": (["--task", "learning"], "unknown task 'learning'"),
-    "density": (["--density", "1.5"], "must be in (0, 1]"),
-    "precision": (["--task", "attribution", "--precision", "16-mixed"], "not in fp16"),
-    "hutchinson": (
-        ["--task", "attribution", "--hessian", "hutchinson", "--strategy", "zero3"],
-        "needs whole parameters",
-    ),
-    "copy": (["--frozen_copy", "--strategy", "zero3"], "does not work under ZeRO-3"),
-    "rate": (["--tokens_per_second", "0"], "tokens_per_second must be above 0"),
+    "--model ./nowhere": "model folder ./nowhere does not exist",
+    "--strategy zero4": "unknown strategy 'zero4'; choose one of",
+    "--devices 0": "devices must be at least 1, got 0",
+    "--task learning": "unknown task 'learning'",
+    "--density 1.5": "must be in (0, 1]",
+    "--task attribution --precision 16-mixed": "not in fp16",
+    "--task attribution --hessian hutchinson --strategy zero3": "needs whole parameters",
+    "--frozen_copy --strategy zero3": "does not work under ZeRO-3",
+    "--tokens_per_second 0": "tokens_per_second must be above 0",
 }
 
 
-@pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes_are_told_in_one_line(fails, tiny_model, case):
-    options, message = MISTAKES[case]
-    if "--model" not in options:
-        options = ["--model", tiny_model, *options]
-    assert message in fails("plan", *options)
+@pytest.mark.parametrize("options", MISTAKES)
+def test_mistakes_are_told_in_one_line(fails, tiny_model, options):
+    model = "" if "--model" in options else f"--model {tiny_model}"
+    assert MISTAKES[options] in fails(f"plan {model} {options}")
 
 
 def test_a_model_without_known_shapes(fails, tmp_path):

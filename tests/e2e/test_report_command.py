@@ -14,50 +14,26 @@ from wagle_pl.data.rows import load_rows
 
 
 def test_what_the_commands_write(wagle, tiny_model, rows, capsys):
-    quick = ("--trainer.max_epochs", "1", "--trainer.enable_checkpointing", "false")
+    quick = "--trainer.max_epochs 1 --trainer.enable_checkpointing false"
     cli.main(["mask", "modules", tiny_model, "--modules", "mlp", "-o", "mask"])
-    wagle(
-        "fit",
-        "--model",
-        "UnlearnModule",
-        *quick,
-        "--model.model",
-        tiny_model,
-        "--model.output",
-        "unlearned",
-        "--model.mask",
-        "mask.safetensors",
-    )
+    model = f"--model.model {tiny_model} --model.output unlearned --model.mask mask.safetensors"
+    wagle(f"fit --model UnlearnModule {quick} {model}")
     sets = {"forget": rows["forget_test"], "retain": rows["retain_test"]}
-    test = (
-        "test",
-        "--model",
-        "EvaluationModule",
-        "--model.max_new_tokens",
-        "4",
-        "--data.test",
-        json.dumps(sets),
-    )
-    wagle(*test, "--model.model", tiny_model, "--model.output", "first")
-    wagle(
-        *test,
-        "--model.model",
-        "unlearned",
-        "--model.output",
-        "unlearned/test",
-        "--model.retrained",
-        "first",
-    )
-    references = ("--target", "first", "--retrained", "first")
+    short = "--model.max_new_tokens 4 --data.test"
+    test = ("test --model EvaluationModule", short, json.dumps(sets))
+    wagle(*test, f"--model.model {tiny_model} --model.output first")
+    unlearned = "--model.model unlearned --model.output unlearned/test --model.retrained first"
+    wagle(*test, unlearned)
+    references = ["--target", "first", "--retrained", "first"]
     cli.main(["report", "unlearned", *references, "-o", "out.html"])
     assert "report of 1 run written to out.html" in capsys.readouterr().out
     root = read(Path("out.html").read_text(encoding="utf-8"))
     found = numbers(root)
-    for run, folder in {
-        "unlearned": "unlearned/test",
-        "target": "first",
-        "retrained": "first",
-    }.items():
+    for run, folder in (
+        ("unlearned", "unlearned/test"),
+        ("target", "first"),
+        ("retrained", "first"),
+    ):
         metrics = json.loads(Path(folder, "metrics.json").read_text())
         assert {name: value for (of, name), value in found.items() if of == run} == metrics
     assert len(list(root.all("svg"))) == 5  # trade-off, forget twice, retain, mask
@@ -66,40 +42,28 @@ def test_what_the_commands_write(wagle, tiny_model, rows, capsys):
     assert "other weights" not in root.text
 
 
-def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["report", "nowhere", "-o", "out.html"])
-    said = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2
-    assert said == ["wagle: error: run folder nowhere does not exist"]
+def test_a_mistake_is_one_line(fails):
+    line = fails("report nowhere -o out.html")
+    assert line == "wagle: error: run folder nowhere does not exist"
 
 
 @pytest.mark.skipif(not TOFU_LOGS.is_dir(), reason="published result files are not here")
 def test_the_published_log_beside_our_rows(published, wagle, fails, tiny_model, tmp_path):
     """Rows 0 to 199 of ``forget10`` and 200 rows of the log that are none of them; then those that are."""
     for name, count in (("cut", 200), ("whole", 300)):
-        (tmp_path / f"{name}.json").write_text(
-            json.dumps(cut_log(published["retain90"], range(count)))
-        )
-    run = (
-        "test",
-        "--model",
-        "EvaluationModule",
-        "--model.model",
-        tiny_model,
-        "--model.generate",
-        "false",
-    )
+        log = cut_log(published["retain90"], range(count))
+        (tmp_path / f"{name}.json").write_text(json.dumps(log))
+    options = f"--model.model {tiny_model} --model.generate false --model.output out"
+    run = ("test --model EvaluationModule", f"{options} --model.retrained")
     rows = load_rows(str(TOFU / "forget10_perturbed.json"))
     forget = write_rows(tmp_path / "rows.jsonl", rows[:200])
     test = ("--data.test", json.dumps({"forget": forget}))
-    message = fails(*run, *test, "--model.output", "out", "--model.retrained", "cut.json")
+    message = fails(*run, "cut.json", *test)
     assert "cut.json is on other forget rows: 200 differ" in message
     asked = {
         said[0].removeprefix("[INST] ").removesuffix(" [/INST]")
         for said in published["retain90"]["eval_log_forget.json"]["generated_text"].values()
     }
     write_rows(tmp_path / "rows.jsonl", [row for row in rows if row["question"] in asked])
-    module = wagle(*run, *test, "--model.output", "out", "--model.retrained", "whole.json").model
+    module = wagle(*run, "whole.json", *test).model
     assert 0 <= module.metrics["forget_quality"] < 0.1

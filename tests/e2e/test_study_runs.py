@@ -323,7 +323,7 @@ def test_a_diverging_run_is_noted_and_the_study_goes_on(config, capsys):
 
 def test_in_pieces(config, capsys):
     with pytest.raises(SystemExit):
-        cli.main(["study", "--help"])
+        cli.main(["study", "--help", "all"])
     said = " ".join(capsys.readouterr().out.split())
     assert "'[NPO, dense, wagle 0.2]'" in said and "'[runs/one, runs/two]'" in said
     two = {"objectives": ["GradDiff", "PO"], **SHORT}

@@ -23,6 +23,17 @@ from wagle_pl.study.report.page import render, write_report
 from wagle_pl.study.report.sources import gather
 
 
+def by_run(runs: dict[str, dict[str, float]]) -> dict[tuple[str, str], float]:
+    """(run, measure) -> number."""
+    return {(run, name): value for run, found in runs.items() for name, value in found.items()}
+
+
+def set_compared(run: str, **folders: str) -> None:
+    """Note in a run's results what the test compared with."""
+    file = Path(run, "test/metrics.info.json")
+    write_json(file, {**json.loads(file.read_text()), "compared": folders})
+
+
 @pytest.fixture
 def refused(report):
     """What is wrong with arguments of a report."""
@@ -40,20 +51,14 @@ def refused(report):
 
 def test_every_number_equals_metrics_json(runs, report):
     root, said = report("masked", "dense", "retrained")
-    expected = {
-        (run, name): value for run, metrics in runs.items() for name, value in metrics.items()
-    }
+    expected = by_run(runs)
     assert numbers(root) == expected
     assert "report of 2 runs written to out.html" in said and "left out" not in said
     everywhere = numbers(section(root, "measures"))
     assert everywhere == expected  # all of them in the section of all measures
-    assert {name for _, name in numbers(section(root, "summary"))} == {
-        "forget/probability",
-        "forget/rougeL_recall",
-        "retain/probability",
-        "model_utility",
-        "forget_quality",
-    }
+    lead = {"forget/probability", "forget/rougeL_recall", "retain/probability"}
+    found = {name for _, name in numbers(section(root, "summary"))}
+    assert found == lead | {"model_utility", "forget_quality"}
 
 
 def test_summary_has_target_and_retrained_rows_and_arrows(runs, report):
@@ -68,12 +73,8 @@ def test_summary_has_target_and_retrained_rows_and_arrows(runs, report):
         (data,) = cell.all("data")
         run, name = data.attributes["data-run"], data.attributes["data-measure"]
         signs = [node.text[0] for node in cell.all("span") if node.attributes["class"] != "unseen"]
-        sign = arrow(
-            suite.info(name).direction,
-            runs[run][name],
-            runs["target"][name],
-            runs["retrained"][name],
-        )
+        direction = suite.info(name).direction
+        sign = arrow(direction, *(runs[of][name] for of in (run, "target", "retrained")))
         assert signs == ([] if run in ("target", "retrained") else [sign]), (run, name)
 
 
@@ -95,15 +96,10 @@ def test_what_is_shown_of_runs(runs, report):
     assert "dense: every weight could move (dense)" in section(root, "masks").text
     making = section(root, "making").text
     assert "NPO, beta 0.1, retain (NLL)" in making and "fingerprint of target"[:12] in making
-    assert (
-        f"torch {torch.__version__.split('+')[0]}" in making and "peak memorynot recorded" in making
-    )
-    seconds = [
-        data.text
-        for data in section(root, "making").all("data")
-        if data.attributes["value"] == "12.5"
-    ]
-    assert len(seconds) == 4  # runs; the one that made the target is in three lineages
+    assert f"torch {torch.__version__.split('+')[0]}" in making
+    assert "peak memorynot recorded" in making
+    times = [data.attributes["value"] for data in section(root, "making").all("data")]
+    assert times.count("12.5") == 4  # runs; the one that made the target is in three lineages
     assert making.count("The same run as 1. FinetuneModule of target.") == 2
     assert "it needs wagle/mia <b>which" in section(root, "measures").text
     assert "masked: no test set real_authors" in section(root, "measures").text
@@ -113,19 +109,12 @@ def test_answers_stand_side_by_side(runs, report):
     root, _ = report("masked", "dense", "retrained", examples=3)
     answers = section(root, "answers")
     articles = list(answers.all("article"))
-    assert [next(a.all("h4")).text for a in articles] == [
-        f"{w} {i}?" for w in ("secret",) for i in (0, 2, 5)
-    ] + [f"fact {i}?" for i in (0, 3, 6)]
-    boxes = [
-        (next(box.all("dt")), next(box.all("dd"))) for box in next(articles[1].all("dl")).children
-    ]
-    assert [label.text.split(" ROUGE")[0].strip() for label, _ in boxes] == [
-        "true answer",
-        "before: target",
-        "after: masked",
-        "after: dense",
-        "retrained",
-    ]
+    secrets, facts = [f"secret {i}?" for i in (0, 2, 5)], [f"fact {i}?" for i in (0, 3, 6)]
+    assert [next(a.all("h4")).text for a in articles] == secrets + facts
+    boxes = next(articles[1].all("dl")).children
+    boxes = [(next(box.all("dt")), next(box.all("dd"))) for box in boxes]
+    labels = ["true answer", "before: target", "after: masked", "after: dense", "retrained"]
+    assert [label.text.split(" ROUGE")[0].strip() for label, _ in boxes] == labels
     assert [text.text for _, text in boxes] == ["It is secret 2."] * 2 + ["It is secret gone."] * 3
     scores = [float(next(label.all("data")).attributes["value"]) for label, _ in boxes[1:]]
     assert scores == [known / 3 for known in (0.9, 0.2, 0.05, 0.1)]
@@ -137,11 +126,10 @@ def test_truth_ratios_are_those_of_the_tables(runs):
     (run,) = gather(["masked"]).models
     found = ratios_of(run, "forget")
     for record in records("secret", 0.2):
-        p = torch.exp(-torch.tensor(record["perturbed_nll"], dtype=torch.float64).mean())
-        expected = p / torch.exp(-torch.tensor(record["paraphrased_nll"], dtype=torch.float64))
-        assert found[record["question"], record["answer"]] == pytest.approx(
-            expected.item(), rel=1e-12
-        )
+        perturbed = sum(record["perturbed_nll"]) / 2
+        expected = math.exp(-perturbed) / math.exp(-record["paraphrased_nll"])
+        ratio = found[record["question"], record["answer"]]
+        assert ratio == pytest.approx(expected, rel=1e-12)
 
 
 def test_texts_are_escaped(runs, report):
@@ -157,70 +145,46 @@ def test_same_sources_same_bytes(runs):
 
 
 def test_references_as_given_as_tested_and_as_fine_tuned(runs):
-    sources = gather(
-        ["masked/test"]
-    )  # the folder of results does: what made the model is beside it
-    assert (
-        sources.models[0].name == "masked"
-        and sources.references["target"].metrics == runs["target"]
-        and set(sources.references) == {"target"}
-    )
+    # the folder of results does: what made the model is beside it
+    sources = gather(["masked/test"])
+    assert sources.models[0].name == "masked" and set(sources.references) == {"target"}
+    assert sources.references["target"].metrics == runs["target"]
     assert "results of the retrained model were not found: give --retrained" in sources.notes
-    assert (
-        gather(["masked"], retrained="retrained").references["retrained"].metrics
-        == runs["retrained"]
-    )
-    info = json.loads(Path("masked/test/metrics.info.json").read_text())
-    write_json(
-        Path("masked/test/metrics.info.json"), {**info, "compared": {"retrained": "retrained/test"}}
-    )
+    given = gather(["masked"], retrained="retrained")
+    assert given.references["retrained"].metrics == runs["retrained"]
+    set_compared("masked", retrained="retrained/test")
     assert gather(["masked"]).references["retrained"].metrics == runs["retrained"]
     only = gather(["retrained"])
     assert [run.metrics for run in only.models] == [runs["retrained"]] and only.references == {}
     write_run(Path("other"), 0.5, 0.5, [step("UnlearnModule", "dense", objective={"class": "NPO"})])
     both = gather(["masked", "other"])
-    assert (
-        set(both.references) == {"retrained"}
-        and "the runs have different target models" in both.notes[0]
-    )
+    assert set(both.references) == {"retrained"}
+    assert "the runs have different target models" in both.notes[0]
     given = gather(["masked", "other"], target="target")
     assert given.references["target"].metrics == runs["target"]
-    assert [
-        "with other weights than the target" in " ".join(run.notes) for run in given.models
-    ] == [
-        False,
-        True,
-    ]
+    noted = ["with other weights than the target" in " ".join(run.notes) for run in given.models]
+    assert noted == [False, True]
 
 
 def test_results_named_by_their_file_are_those_of_the_folder(runs, report):
     """``--model.target target/test/metrics.json`` is the model that the run was made from."""
-    info = json.loads(Path("masked/test/metrics.info.json").read_text())
-    compared = {name: f"{name}/test/metrics.json" for name in ("target", "retrained")}
-    write_json(Path("masked/test/metrics.info.json"), {**info, "compared": compared})
+    set_compared(
+        "masked", **{name: f"{name}/test/metrics.json" for name in ("target", "retrained")}
+    )
     root, _ = report("masked", "retrained", "target", "dense")
-    expected = {
-        (run, name): value for run, metrics in runs.items() for name, value in metrics.items()
-    }
-    assert numbers(root) == expected and "different target models" not in root.text
+    assert numbers(root) == by_run(runs) and "different target models" not in root.text
     rows = next(section(root, "summary").all("tbody")).children
     assert [row.children[0].text for row in rows] == ["target", "retrained", "1 masked", "2 dense"]
     titles = [svg.children[0].text for svg in root.all("svg")]
-    assert (
-        "Truth ratios on forget, dense" in titles
-    )  # whose pages take the retrained model's from its tables
+    # whose pages take the retrained model's from its tables
+    assert "Truth ratios on forget, dense" in titles
     sources = gather(["masked"], target="target/test/metrics.json", retrained="retrained")
-    assert (
-        set(sources.references["target"].tables) == {"forget", "retain"}
-        and sources.references["target"].lineage
-    )
+    target = sources.references["target"]
+    assert set(target.tables) == {"forget", "retain"} and target.lineage
 
 
 def test_what_tests_compared_with_comes_before_what_the_models_were_made_from(runs):
-    info = json.loads(Path("masked/test/metrics.info.json").read_text())
-    write_json(
-        Path("masked/test/metrics.info.json"), {**info, "compared": {"target": "dense/test"}}
-    )
+    set_compared("masked", target="dense/test")
     assert gather(["masked"]).references["target"].metrics == runs["dense"]
 
 
@@ -243,9 +207,8 @@ def test_a_published_result_file_stands_for_the_retrained_model(runs, report):
     result = to_result({"forget": records("secret", 0.1)})
     write_json(Path("published.json"), result)
     root, _ = report("masked", retrained="published.json")
-    assert (
-        "The retrained model's results, published.json, hold examples and no measures." in root.text
-    )
+    said = "The retrained model's results, published.json, hold examples and no measures."
+    assert said in root.text
     told = {svg.children[0].text: svg.children[1].text for svg in root.all("svg")}
     assert "retrained: 8 examples" in told["Truth ratios on forget, masked"]
     assert {run for run, _ in numbers(root)} == {"masked", "target"}
@@ -259,9 +222,8 @@ def test_numbers_that_are_not_finite(runs, report):
     table[1] |= {"paraphrased_nll": -1e4}
     write_table(Path("masked/test/forget.parquet"), table, {})
     root, _ = report("masked")
-    assert {
-        name: value for (run, name), value in numbers(root).items() if run == "masked"
-    } == metrics
+    found = {name: value for (run, name), value in numbers(root).items() if run == "masked"}
+    assert found == metrics
     assert "No run has a finite number for both forget/probability and model_utility" in root.text
     told = {svg.children[0].text: svg.children[1].text for svg in root.all("svg")}
     assert "all from 0 to inf" in told["Truth ratios on forget, masked"]
@@ -276,10 +238,8 @@ def test_runs_without_metrics_are_left_out_and_said_so(runs, report):
     Path("broken/test/metrics.json").write_text('{"a": ')
     root, said = report("untested", "masked", "broken")
     assert "untested is left out: it has no metrics.json" in said and "broken is left out" in said
-    assert (
-        "Left out: untested: it has no metrics.json" in root.text
-        and "line 1: malformed JSON" in root.text
-    )
+    assert "Left out: untested: it has no metrics.json" in root.text
+    assert "line 1: malformed JSON" in root.text
     assert {run for run, _ in numbers(root)} == {"masked", "target"}
 
 
@@ -289,16 +249,19 @@ def test_missing_pieces_are_said(runs, report):
     Path("masked/test/forget.parquet").write_bytes(b"no table")
     root, _ = report("masked", target="target")
     assert {run for run, _ in numbers(root)} == {"masked", "target"}
-    assert "no wagle.json beside the results" in section(root, "making").text
-    assert (
-        "metrics.info.json: units, directions and undefined measures are left out"
-        in section(root, "making").text
-    )
-    assert "forget.parquet cannot be read" in section(root, "making").text
-    assert "masked: no truth ratios" in section(root, "ratios").text
-    assert "no mask is known" in section(root, "masks").text
-    assert "no attacks were run" in section(root, "robustness").text
+    lost = "metrics.info.json: units, directions and undefined measures are left out"
+    for part, said in (
+        ("making", "no wagle.json beside the results"),
+        ("making", lost),
+        ("making", "forget.parquet cannot be read"),
+        ("ratios", "masked: no truth ratios"),
+        ("masks", "no mask is known"),
+        ("robustness", "no attacks were run"),
+    ):
+        assert said in section(root, part).text
     assert "retrained model were not found" in root.text
+    root, _ = report("masked", overwrite=True)  # nothing says what the target is
+    assert "Without the target model's results no arrows say" in section(root, "summary").text
 
 
 @pytest.mark.parametrize("change", ["gone", "other model", "other weights", "damaged"])
@@ -315,48 +278,25 @@ def test_a_mask_that_is_not_the_runs_is_not_shown(runs, report, change):
         os.remove("mask.safetensors")
     root, _ = report("masked")
     assert not list(section(root, "masks").all("svg"))
-    assert (
-        "mask.safetensors"
-        in section(root, "making").text.replace("density", "", 1).split("12.5")[-1]
-    )
+    noted = section(root, "making").text.replace("density", "", 1).split("12.5")[-1]
+    assert "mask.safetensors" in noted
 
 
 def test_robustness(runs, report):
-    row = {
-        "attack": "relearn",
-        "option": "k=8",
-        "measure": "forget/probability",
-        "before": 0.2,
-        "after": 0.65,
-    }
-    row |= {"target": 0.9, "retrained": None, "unit": "probability, 0 to 1", "direction": "lower"}
+    row = {"attack": "relearn", "option": "k=8", "measure": "forget/probability", "before": 0.2}
+    row |= {"after": 0.65, "target": 0.9, "retrained": None}
+    row |= {"unit": "probability, 0 to 1", "direction": "lower"}
     again = {**row, "attack": "quantise", "option": 4, "after": 0.1, "retrained": "results only"}
     write_json(Path("masked/test/robustness.json"), [row, again])
     root, _ = report("masked", "dense")
-    body = [
-        [cell.text for cell in line.children] for line in section(root, "robustness").all("tr")
-    ][1:]
+    part = section(root, "robustness")
+    _, *body = [[cell.text for cell in line.children] for line in part.all("tr")]
+    measure = "forget/probabilityprobability, 0 to 1"
     assert body == [
-        [
-            "relearn",
-            "k=8",
-            "forget/probabilityprobability, 0 to 1",
-            "0.200",
-            "0.650 ▼ worse",
-            "0.900",
-            "–",
-        ],
-        [
-            "quantise",
-            "4",
-            "forget/probabilityprobability, 0 to 1",
-            "0.200",
-            "0.100 ▲ better",
-            "0.900",
-            "results only",
-        ],
+        ["relearn", "k=8", measure, "0.200", "0.650 ▼ worse", "0.900", "–"],
+        ["quantise", "4", measure, "0.200", "0.100 ▲ better", "0.900", "results only"],
     ]
-    assert "dense: no attacks were run" in section(root, "robustness").text
+    assert "dense: no attacks were run" in part.text
 
 
 # -- bad input -------------------------------------------------------------------------------------

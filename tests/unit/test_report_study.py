@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from wagle_pl.core.text import short_number
 from wagle_pl.evaluation.results import load_table, write_json
 from wagle_pl.masks import WeightMask
 from wagle_pl.study.report.curves import panels, study_overview
-from wagle_pl.study.report.study import overview
-from wagle_pl.study.report.svg import PALETTE, svg
+from wagle_pl.study.report.figures import PALETTE, svg
+from wagle_pl.study.report.sections import overview
 from wagle_pl.study.summary import compared_at
 from wagle_pl.study.text import about
 
@@ -34,60 +35,31 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
     """A folder ``study``: 2 objectives × 3 arms × 2 learning rates × 2 seeds × 3 test points."""
     monkeypatch.chdir(tmp_path)
     rows = []
-    for objective in ("NPO", "GradDiff"):
-        for mask, density in (("dense", 1.0), ("wagle 0.2", 0.2), ("wagle 0.5", 0.5)):
-            for lr in (1e-5, 3e-5):
-                for seed in (0, 1):
-                    for at in (42, 84, 126):
-                        forget = 0.9 - at * lr * 100 * density - 0.001 * seed
-                        rows.append(
-                            {
-                                "objective": objective,
-                                "mask": mask,
-                                "score": "Wagle",
-                                "density": density,
-                                "lr": lr,
-                                "seed": seed,
-                                "step": at,
-                                "run": f"{objective}-{mask}-{density}-{lr}-{seed}",
-                                "forget": forget,
-                                "utility": 0.5 + forget / 10,
-                                "seconds": 1.5 * at,
-                            }
-                        )
+    arms = (("dense", 1.0), ("wagle 0.2", 0.2), ("wagle 0.5", 0.5))
+    for objective, (mask, density), lr, seed, at in product(
+        ("NPO", "GradDiff"), arms, (1e-5, 3e-5), (0, 1), (42, 84, 126)
+    ):
+        row = {"objective": objective, "mask": mask, "score": "Wagle", "density": density, "lr": lr}
+        forget = 0.9 - at * lr * 100 * density - 0.001 * seed
+        row |= {"seed": seed, "step": at, "run": f"{objective}-{mask}-{density}-{lr}-{seed}"}
+        row |= {"forget": forget, "utility": 0.5 + forget / 10, "seconds": 1.5 * at}
+        rows.append(row)
     Path("study").mkdir()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[::-1]), "study/study.parquet")
-    arm = {
-        "objective": "NPO",
-        "mask": "wagle",
-        "mean": 0.51234,
-        "std": 0.0123,
-        "n": 2,
-        "difference": 0.00456,
-    }
-    arm |= {"p": None, "why": "n too small", "verdict": "ties", "reached": 0.75, "runs": 4}
-    dense = {
-        "objective": "NPO",
-        "mask": "dense",
-        "mean": 0.50789,
-        "std": None,
-        "n": 1,
-        "verdict": "",
-    }
-    arm |= {"steps": 61.5, "equal_steps": {"difference": 0.0321, "p": 0.25, "n": 3, "steps": 50.0}}
-    arm |= {"learning_rates": {"0": 3e-5, "1": 1e-5}}
-    headline = [
-        dense,
-        arm | {"area": {"mean": 0.5555, "std": 0.0321, "n": 2, "difference": -0.001, "p": 0.4321}},
-    ]
+    dense = {"objective": "NPO", "mask": "dense", "mean": 0.50789, "std": None, "n": 1}
+    arm = {"objective": "NPO", "mask": "wagle", "mean": 0.51234, "std": 0.0123, "n": 2}
+    arm |= {"difference": 0.00456, "p": None, "why": "n too small", "verdict": "ties"}
+    arm |= {"reached": 0.75, "runs": 4, "learning_rates": {"0": 3e-5, "1": 1e-5}, "steps": 61.5}
+    arm |= {"equal_steps": {"difference": 0.0321, "p": 0.25, "n": 3, "steps": 50.0}}
+    arm |= {"area": {"mean": 0.5555, "std": 0.0321, "n": 2, "difference": -0.001, "p": 0.4321}}
     summary = {
         "forget": "forget/probability",
         "utility": "model_utility",
-        "headline": headline,
+        "headline": [{**dense, "verdict": ""}, arm],
         "forget_level": 0.25,
+        "target": {"forget/probability": 0.994, "model_utility": 0.61},
+        "retrained": {"forget/probability": 0.2, "model_utility": 0.6},
     }
-    summary["target"] = {"forget/probability": 0.994, "model_utility": 0.61}
-    summary["retrained"] = {"forget/probability": 0.2, "model_utility": 0.6}
     write_json(Path("study/study.json"), summary)
     return rows
 
@@ -101,33 +73,12 @@ def test_a_study(study, report):
     lines = [[cell.text for cell in line.children] for line in list(part.all("table"))[1].all("tr")]
     assert lines == [
         [
-            "mask",
-            "utility",
-            "reach",
-            "against dense",
-            "difference",
-            "p",
-            "equal steps",
-            "equal steps: p",
-            "area",
-            "area: difference",
-            "area: p",
-            "lr",
-            "steps",
+            *("mask", "utility", "reach", "against dense", "difference", "p", "equal steps"),
+            *("equal steps: p", "area", "area: difference", "area: p", "lr", "steps"),
         ],
         [
-            "wagle",
-            "0.512 ± 0.01232 seeds",
-            "75% of 4",
-            "ties",
-            "0.00456",
-            "n too small",
-            "0.0321",
-            "0.250",
-            "0.555 ± 0.03212 seeds",
-            "-0.00100",
-            "0.432",
-            "1e-05 3e-05",
+            *("wagle", "0.512 ± 0.01232 seeds", "75% of 4", "ties", "0.00456", "n too small"),
+            *("0.0321", "0.250", "0.555 ± 0.03212 seeds", "-0.00100", "0.432", "1e-05 3e-05"),
             "61.5",
         ],
         ["dense", "0.5081 seed", *["–"] * 11],
@@ -141,15 +92,12 @@ def test_a_study(study, report):
     columns = ("density", "lr", "seed", "step", "forget", "utility", "seconds")
     assert body == {run: [row[name] for name in columns] for run, row in last.items()}
     told = {svg.children[0].text: svg.children[1].text for svg in part.all("svg")}
-    arms = [f"{mask}" for mask in ("dense", "wagle 0.2", "wagle 0.5")]
-    assert set(told) == {
-        f"Forgetting against utility, {o}, {arm}" for o in ("NPO", "GradDiff") for arm in arms
-    }
+    arms = list(product(("NPO", "GradDiff"), ("dense", "wagle 0.2", "wagle 0.5")))
+    assert set(told) == {f"Forgetting against utility, {o}, {mask}" for o, mask in arms}
     points = [row for row in study if (row["objective"], row["mask"]) == ("NPO", "dense")]
-    expected = {
-        f"({short_number(row['forget'])}, {short_number(row['utility'])})" for row in points
-    }
-    assert set(re.findall(r"\([^)]*\)", told["Forgetting against utility, NPO, dense"])) == expected
+    pairs = [(short_number(row["forget"]), short_number(row["utility"])) for row in points]
+    found = re.findall(r"\([^)]*\)", told["Forgetting against utility, NPO, dense"])
+    assert set(found) == {f"({forget}, {utility})" for forget, utility in pairs}
     assert "The study keeps no masks" in part.text
 
 
@@ -172,16 +120,13 @@ def test_a_young_study_beside_a_run(runs, report, study):
     assert "it has no study.json" in part and "has not compared its arms" in part
     assert "no numbers of the target and the retrained model" in part
     titles = [svg.children[0].text for svg in root.all("svg")]
-    assert (
-        "Share of weights selected by layer and module: one" in titles
-        and len(titles) == 6 + 1 + 1 + 3 + 1
-    )
+    assert "Share of weights selected by layer and module: one" in titles
+    assert len(titles) == 6 + 1 + 1 + 3 + 1
     os.remove("study/study.parquet")
     write_json(Path("study/study.json"), {})
     root, said = report("study", "masked", overwrite=True)
-    assert (
-        "study is left out: it has no study.parquet yet" in said and "Left out: study" in root.text
-    )
+    assert "study is left out: it has no study.parquet yet" in said
+    assert "Left out: study" in root.text
 
 
 @pytest.fixture
@@ -222,9 +167,8 @@ def test_a_study_at_another_level(published, report, level):
     told = json.loads((published / "study.json").read_text())
     rows = pyarrow.parquet.read_table(published / "study.parquet").to_pylist()
     root, _ = report(published, forget_level=level)
-    tables = list(section(root, "study-0").all("table"))[
-        1:
-    ]  # the first: target and retrained model
+    part = section(root, "study-0")
+    _, *tables = part.all("table")  # the first: target and retrained model
     objectives = list(dict.fromkeys(arm["objective"] for arm in told["headline"]))
     lines = {
         (objective, line.children[0].text.removesuffix("*")): line
@@ -236,14 +180,11 @@ def test_a_study_at_another_level(published, report, level):
         name = arm["objective"], arm["mask"]
         ours = [row for row in rows if (row["objective"], row["mask"]) == name]
         found = [float(data.attributes["value"]) for data in lines[name].children[1].all("data")]
-        expected = list(_best_at(ours, target, level).values())
-        assert found[:1] == ([pytest.approx(np.mean(expected), abs=1e-12)] if expected else [])
-        assert found[1:] == (
-            [pytest.approx(np.std(expected, ddof=1), abs=1e-12)] if len(expected) > 1 else []
-        )
-    assert level in {
-        float(data.attributes["value"]) for data in section(root, "study-0").all("data")
-    }
+        best = list(_best_at(ours, target, level).values())
+        expected = [np.mean(best)] if best else []
+        expected += [np.std(best, ddof=1)] if len(best) > 1 else []
+        assert found == pytest.approx(expected, abs=1e-12)
+    assert level in {float(data.attributes["value"]) for data in part.all("data")}
 
 
 def test_the_page_says_what_study_md_says(published, report):
@@ -255,35 +196,29 @@ def test_the_page_says_what_study_md_says(published, report):
     part = section(report(published)[0], "study-0")
     assert "100 of 942 runs are finished." in part.text
     assert [line.text for line in part.all("li")] == about(told)
-    assert (
-        "wait for the rest" in part.text
-    )  # LoRA has learning rates of its own: fewer runs even when all are finished
-    assert "wait for the rest" not in " ".join(
-        about({**told, "runs": {"finished": 942, "planned": 942}})
-    )
     for said in (
         "a tie is a difference within",
         "there is nothing to unlearn",
         "2 runs diverged",
         "*: tried with",
+        "wait for the rest",
     ):
         assert said in part.text
-    names = [
-        line.children[0].text for table in list(part.all("table"))[1:3] for line in table.all("tr")
-    ]
+    # LoRA has learning rates of its own: fewer runs even when all are finished
+    finished = {**told, "runs": {"finished": 942, "planned": 942}}
+    assert "wait for the rest" not in " ".join(about(finished))
+    lines = [line for table in list(part.all("table"))[1:3] for line in table.all("tr")]
+    names = [line.children[0].text for line in lines]
     assert names.count("lora*") == 2 and "lora" not in names
     other = compared_at(told, load_table(published / "study.parquet"), 0.05)
-    assert (
-        "nothing to unlearn" not in " ".join(about(other))
-        and "0.050, the level asked for" in about(other)[0]
-    )
-    ends = [
-        next(
-            line for line in about({**told, "forget_level": at}) if "at their ends" in line
-        ).partition("ends: ")[2]
-        for at in (told["forget_level"], 0.05)
-    ]
-    assert ends == ["just past the level, as runs end there.", "not at equal forgetting."]
+    assert "nothing to unlearn" not in " ".join(about(other))
+    assert "0.050, the level asked for" in about(other)[0]
+    for level, expected in (
+        (told["forget_level"], "just past the level, as runs end there."),
+        (0.05, "not at equal forgetting."),
+    ):
+        (line,) = (line for line in about({**told, "forget_level": level}) if "their ends" in line)
+        assert line.endswith(f"at their ends: {expected}")
 
 
 @pytest.mark.parametrize(
@@ -323,22 +258,17 @@ def test_figures_take_the_colours_of_the_page():
     assert {"var(--this)", "var(--ink)", "var(--paper)"} <= set(re.findall(r"var\(--\w+\)", drawn))
     assert set(re.findall(r"#[0-9a-f]{6}\b", drawn)) == {"#123456"}
     assert [node.text for node in root.all("title", "desc")] == ["what < it", "is & was"]
-    assert "a < b & $c$" in root.text and not list(
-        root.all("metadata", "style", "clippath", "image")
-    )
-    assert all(
-        node.attributes["id"].startswith("name-") for node in root.all() if "id" in node.attributes
-    )
+    assert "a < b & $c$" in root.text
+    assert not list(root.all("metadata", "style", "clippath", "image"))
+    ids = [node.attributes["id"] for node in root.all() if "id" in node.attributes]
+    assert all(name.startswith("name-") for name in ids)
 
 
 @pytest.mark.parametrize(("objectives", "masks"), [(1, 2), (1, 14), (2, 14), (3, 30)])
 def test_a_legend_has_room(objectives, masks):
-    arms = {
-        f"Objective{i}": {
-            f"wagle gamma=1e-06 {k / 100}": [(0.9, 0.9), (0.1, 0.5)] for k in range(masks)
-        }
-        for i in range(objectives)
-    }
+    curve = [(0.9, 0.9), (0.1, 0.5)]
+    curves = {f"wagle gamma=1e-06 {k / 100}": curve for k in range(masks)}
+    arms = {f"Objective{i}": curves for i in range(objectives)}
     figure = study_overview(arms, "dense", {"target": (0.9, 0.9)}, 0.1, ("forget", "utility"))
     figure.draw_without_rendering()
     legend = figure.legends[0].get_window_extent()
@@ -353,11 +283,7 @@ def test_the_best_arms_have_the_plainest_lines():
         {"objective": "NPO", "mask": name, "mean": None if k == 0 else k / 100, "curve": curve}
         for k, name in enumerate(names)
     ]
-    summary = {
-        "headline": headline,
-        "forget": "forget/probability",
-        "utility": "retain/probability",
-    }
+    summary = {"headline": headline, "forget": "forget/probability", "utility": "model_utility"}
     for sign, best in ((1, names[:0:-1]), (-1, names[1:])):
         lines = overview({**summary, "utility_sign": sign}).axes[0].lines
         assert [line.get_label() for line in lines[:12]] == [*best, names[0]]

@@ -1,4 +1,4 @@
-"""The ``wagle`` command."""
+"""``main``: runs a command, and ends the process with a line and an exit code that tell why."""
 
 from __future__ import annotations
 
@@ -6,18 +6,45 @@ import os
 import select
 import sys
 from collections.abc import Sequence
-from importlib import import_module
+from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Optional, TextIO
 
 from wagle_pl import __version__
-from wagle_pl.cli.commands import COMMANDS, EXIT_MISTAKE, SUMMARIES, fail, overview
-from wagle_pl.cli.failures import failure, parent_ended
-from wagle_pl.cli.logs import quiet
+from wagle_pl.cli.messages import EXIT_MISTAKE, fail, failure, parent_ended, quiet
 from wagle_pl.core import stopping
 from wagle_pl.core.environment import prepare_libraries
 from wagle_pl.core.registry import nearest
 
 EXIT_UNREAD = 141  # as shells have it: 128 + SIGPIPE
+
+#: Every command -> what it does, in the order in which people need them.
+SUMMARIES = {
+    "fit": "fine-tune, attribute or unlearn a model, as --model says",
+    "test": "measure a model: what it has forgotten, what it has kept, what attacks bring back",
+    "mask": "look at masks, compare, combine, convert, make and draw them",
+    "study": "compare ways to unlearn one model, at equal forgetting",
+    "report": "show what runs and studies found, in one HTML file",
+    "plan": "estimate the memory, disk and work of a run, before you rent a machine",
+    "patch": "ship what unlearning changed: make a patch of two models, apply it, revert it",
+    "export": "turn a checkpoint, or a model in another format, into a model folder",
+    "validate": "measure a model on some test sets, as fit does along the way",
+    "predict": "LightningCLI's own, for modules of yours",
+}
+
+#: Commands with more options than a screen holds -> text in ``help/`` on those that users change.
+SCREENS = {"fit": "fit.txt", "test": "test.txt", "validate": "test.txt", "study": "study.txt"}
+
+#: Commands beside LightningCLI's -> a function, or verb -> function: their signatures and
+#: docstrings make the options and their help.
+COMMANDS = {
+    "export": "wagle_pl.cli.tools:export",
+    "mask": "wagle_pl.cli.mask:VERBS",
+    "patch": "wagle_pl.cli.tools:PATCH",
+    "plan": "wagle_pl.cli.tools:plan",
+    "report": "wagle_pl.cli.tools:report",
+    "study": "wagle_pl.cli.lightning:study",
+}
 
 
 def main(args: Optional[Sequence[str]] = None) -> None:
@@ -52,7 +79,7 @@ def _main(args: list[str]) -> None:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # for class paths; last, so that it hides no library
     try:
-        if args and args[0] in COMMANDS:
+        if args[0] in COMMANDS:
             run_command(args[0], args[1:])
         else:
             run(args)
@@ -73,25 +100,37 @@ def _main(args: list[str]) -> None:
 
 
 def _answer_at_once(args: Sequence[str]) -> None:
-    """Print help or the version, or refuse an unknown command, before any library is imported.
-
-    Raises:
-        SystemExit: if that is all there is to do.
-    """
+    """Print help or the version, or refuse an unknown command, before any library is imported."""
     first = args[0] if args else ""
     if first in ("-h", "--help", "help"):
-        print(overview())
-        raise SystemExit(0)
-    if first == "--version":
-        print(f"wagle {__version__}")
-        raise SystemExit(0)
-    if first.startswith("-") or first in SUMMARIES:
+        said = overview()
+    elif first == "--version":
+        said = f"wagle {__version__}"
+    elif first in SCREENS and args[-1] != "all" and {"-h", "--help"}.intersection(args):
+        file = Path(__file__).with_name("help") / SCREENS[first]
+        said = file.read_text(encoding="utf-8").rstrip()
+    elif first.startswith("-") or first in SUMMARIES:
         return
-    print(overview(), file=sys.stderr)
-    near = nearest(first, SUMMARIES)
-    mistake = f"there is no command {first!r}" if args else "no command is given"
-    choices = f": did you mean {near}?" if near else f"; choose one of {', '.join(SUMMARIES)}"
-    fail(f"{mistake}{choices}")
+    else:
+        print(overview(), file=sys.stderr)
+        near = nearest(first, SUMMARIES)
+        mistake = f"there is no command {first!r}" if args else "no command is given"
+        choices = f": did you mean {near}?" if near else f"; choose one of {', '.join(SUMMARIES)}"
+        fail(f"{mistake}{choices}")
+    print(said)
+    raise SystemExit(0)
+
+
+def overview() -> str:
+    """The text of ``wagle --help``."""
+    width = max(map(len, SUMMARIES))
+    commands = "\n".join(f"  {name.ljust(width)}  {what}" for name, what in SUMMARIES.items())
+    return (
+        "usage: wagle COMMAND [OPTIONS]\n\n"
+        "Make a language model forget chosen data while it keeps the rest.\n\n"
+        f"{commands}\n\n"
+        "wagle COMMAND --help lists its options; wagle --version prints the version."
+    )
 
 
 def run(args: Sequence[str]) -> Any:
@@ -102,9 +141,10 @@ def run(args: Sequence[str]) -> Any:
     """
     from wagle_pl.cli.configs import expand
     from wagle_pl.cli.lightning import WagleCLI
+    from wagle_pl.cli.parser import expand_robustness
     from wagle_pl.core import distributed
 
-    arguments = expand_robustness(expand(args))
+    arguments = expand_robustness(expand(_whole_help(args)))
     prepare_libraries()
     stopping.imports_done()
     try:
@@ -120,41 +160,25 @@ def run_command(name: str, args: Sequence[str]) -> Any:
     from wagle_pl.cli.configs import expand
     from wagle_pl.cli.parser import CommandParser
 
-    module = import_module(COMMANDS[name])
+    offered = resolve_name(COMMANDS[name])
     stopping.imports_done()
-    if args and args[0] in getattr(module, "SHORTHANDS", {}):
-        args = [module.SHORTHANDS[args[0]], *args[1:]]
+    if name == "mask" and args[:1] == ["--scores"]:  # wagle mask --scores FILE --density 0.4
+        args = ["select", *args[1:]]
+    summary = SUMMARIES[name]
     return auto_cli(
-        module.COMMANDS,
-        args=expand(args),
+        offered,
+        args=expand(_whole_help(args)),
         as_positional=True,
         parser_class=CommandParser,
         prog=f"wagle {name}",
-        description=module.__doc__,
+        description=f"{summary[0].upper()}{summary[1:]}.",
     )
 
 
-def expand_robustness(args: Sequence[str]) -> list[str]:
-    """``--robustness [ATTACKS]`` as ``--model.robustness ATTACKS``, ``all`` if none are named.
-
-    It goes to the end, where the class of the model is known.
-
-    >>> expand_robustness(["test", "--robustness", "--config", "x.yaml"])
-    ['test', '--config', 'x.yaml', '--model.robustness', 'all']
-    """
-    rest: list[str] = []
-    attacks: list[str] = []
-    pending = list(args)
-    while pending:
-        option, equals, value = pending.pop(0).partition("=")
-        if option != "--robustness":
-            rest.append(option + equals + value)
-            continue
-        if not equals:
-            named = pending and not pending[0].startswith("-")
-            value = pending.pop(0) if named else "all"
-        attacks = ["--model.robustness", value]
-    return [*rest, *attacks]
+def _whole_help(args: Sequence[str]) -> list[str]:
+    """Arguments with ``--help`` in place of ``--help all``."""
+    asked = {"-h", "--help"}.intersection(args)
+    return [*(args[:-1] if asked and args[-1] == "all" else args)]
 
 
 def _is_unread(stream: TextIO) -> bool:

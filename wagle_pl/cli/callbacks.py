@@ -43,11 +43,12 @@ class StopAtSignal(L.Callback):
         """Signals to stop at; where ranks got different ones, the last of them counts."""
         return (None, *SIGNALS, self._requeue)
 
-    # -- handlers --------------------------------------------------------------------------------
-
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Remember the handlers before Lightning sets its own."""
-        self._requeue = _requeue_signal(trainer)
+        # private to Lightning: a strategy of one device does not say in which environment it runs
+        environment = trainer._accelerator_connector.cluster_environment
+        requeues = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
+        self._requeue = environment.requeue_signal if requeues else None
         found = {signum: signal.getsignal(signum) for signum in self._signals if signum}
         self._outer = {signum: handler for signum, handler in found.items() if handler is not None}
         self._asked, self._writing = 0, False
@@ -71,8 +72,6 @@ class StopAtSignal(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """From now on the result is written."""
         self._writing = True
-
-    # -- the stop --------------------------------------------------------------------------------
 
     def _ask(self, signum: int, frame: Any = None) -> None:
         """Handler: remember the signal; a second SIGINT, not one delivered twice, stops at once."""
@@ -121,30 +120,12 @@ class StopAtSignal(L.Callback):
 
     def _path(self, trainer: L.Trainer) -> str:
         """Path of the checkpoint: beside others of the run, or where SLURM's next start looks."""
-        if self._requeue is not None:
-            return _requeue_path(trainer)
+        if self._requeue is not None:  # private to Lightning, which has no other name for it
+            return trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
         beside = getattr(trainer.checkpoint_callback, "dirpath", None)
         folder = Path(beside or Path(trainer.default_root_dir) / "checkpoints")
         path = folder / f"stopped-step={trainer.global_step}.ckpt"
         return os.path.relpath(path) if path.absolute().is_relative_to(Path.cwd()) else str(path)
-
-
-def _requeue_signal(trainer: L.Trainer) -> Optional[int]:
-    """SLURM's signal to queue the job again; None elsewhere.
-
-    Private to Lightning: a strategy of one device does not say in which environment it runs.
-    """
-    environment = trainer._accelerator_connector.cluster_environment
-    requeues = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
-    return environment.requeue_signal if requeues else None
-
-
-def _requeue_path(trainer: L.Trainer) -> str:
-    """The path at which Lightning looks for a checkpoint when SLURM starts the job again.
-
-    Private to Lightning, which has no other name for it.
-    """
-    return trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
 
 
 def _requeue_job() -> None:
@@ -193,16 +174,14 @@ class EpochCheckpoint(ModelCheckpoint):
         return trainer.strategy.broadcast(passed >= 60 * self.after_minutes)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save, if it is due."""
+        """Save, if it is due; so at the end of validation and of training."""
         if self._is_due(trainer):
             super().on_train_epoch_end(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save, if it is due."""
         if self._is_due(trainer):
             super().on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save, if it is due."""
         if self._is_due(trainer):
             super().on_train_end(trainer, pl_module)

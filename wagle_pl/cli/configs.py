@@ -13,13 +13,11 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.core.registry import nearest
 
 _PACKAGE = Path(__file__).parents[1]
-#: Where ``--config NAME`` looks: in the installed package, or beside it in a checkout.
-HOME = next(
-    (place for place in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if place.is_dir()),
-    _PACKAGE / "configs",
-)
+_PLACES = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # installed; in a checkout
+#: Where ``--config NAME`` looks.
+HOME = next((place for place in _PLACES if place.is_dir()), _PLACES[0])
+
 _PLACEHOLDER = re.compile(r"\$\{run\.(\w+)\}")
-_MISSING = object()
 #: Name -> a configuration that gives it.
 _LAYERS = {
     "method": "method/npo",
@@ -55,7 +53,7 @@ def expand(args: Sequence[str]) -> list[str]:
         if option.startswith("--run."):
             given[option.removeprefix("--run.")] = yaml.safe_load(value)
             continue
-        *bases, (path, content) = layered(find(value))
+        *bases, (path, content) = _layered(find(value))
         parts += [base for path, base in bases if path not in read]
         parts.append(content)  # a file that is named here is read here, wherever else it was
         read |= {path, *(path for path, _ in bases)}
@@ -93,9 +91,9 @@ def find(name: str, beside: Optional[Path] = None) -> Path:
     raise WagleError(f"config file {own}{where} does not exist", hint=hint)
 
 
-def layered(file: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+def _layered(file: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
     """Resolved path and content of what a file builds on, most basic first, and of itself, last."""
-    if file.resolve() in [path.resolve() for path in above]:
+    if file.resolve() in above:
         raise WagleError(f"config file {file} builds on itself")
     content = _read(file)
     bases = content.pop("base", None) or []
@@ -107,7 +105,7 @@ def layered(file: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[s
         )
     found: dict[Path, dict[str, Any]] = {}
     for base in bases:
-        for path, layer in layered(find(base, file), (*above, file)):
+        for path, layer in _layered(find(base, file), (*above, file.resolve())):
             found.setdefault(path, layer)
     return [*found.items(), (file.resolve(), content)]
 
@@ -136,22 +134,21 @@ def _filled(value: Any, names: Mapping[str, Any]) -> Any:
         return [_filled(entry, names) for entry in value]
     if not isinstance(value, str):
         return value
-    alone = _PLACEHOLDER.fullmatch(value)
-    if alone:
+    if alone := _PLACEHOLDER.fullmatch(value):
         return _named(alone[1], names)
     return _PLACEHOLDER.sub(lambda found: str(_named(found[1], names)), value)
 
 
 def _named(name: str, names: Mapping[str, Any]) -> Any:
-    value = names.get(name, _MISSING)
+    if name not in names:
+        layer = _LAYERS.get(name)
+        add = f"add --config {layer}, or another, or " if layer else ""
+        raise WagleError(f"run.{name} has no value", hint=f"{add}give --run.{name}")
+    value = names[name]
     if isinstance(value, dict):
         method = _named("method", names)
         if method not in value:
             raise WagleError(f"run.{name} has no value for the method {method}")
         value = value[method]
-    if value is _MISSING:
-        given = _LAYERS.get(name)
-        add = f"add --config {given}, or another, or " if given else ""
-        raise WagleError(f"run.{name} has no value", hint=f"{add}give --run.{name}")
     others = {key: entry for key, entry in names.items() if key != name}  # never by itself
     return _filled(value, others)

@@ -1,11 +1,12 @@
-"""``WagleCLI``: LightningCLI with this package's classes known by short name."""
+"""Commands that train and test: LightningCLI with this package's classes by short name; studies."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from importlib import import_module
+from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import lightning as L
@@ -18,22 +19,18 @@ import wagle_pl.data
 import wagle_pl.unlearning  # noqa: F401  the imports make the classes known by their short names
 from wagle_pl.attribution import AttributionModule
 from wagle_pl.cli.callbacks import EpochCheckpoint, StopAtSignal
-from wagle_pl.cli.commands import COMMANDS
 from wagle_pl.cli.parser import OneLineErrors, classes_first
-from wagle_pl.core.environment import trainer_errors
+from wagle_pl.core.environment import prepare_libraries, trainer_errors
 from wagle_pl.core.errors import WagleError
 from wagle_pl.evaluation import Evaluate, EvaluationModule
 from wagle_pl.lm.module import LanguageModule
 from wagle_pl.strategies import is_zero, load_plain
-
-DESCRIPTION = (
-    "Make a language model forget: fit fine-tunes, attributes or unlearns, as --model says; test "
-    "measures. Other commands, each with its own --help: "
-    f"{', '.join(f'wagle {name}' for name in COMMANDS)}."
-)
+from wagle_pl.study import Study
 
 #: Class of ``--optimizer.OPTION`` where none is named: the default of the modules.
 DEFAULT_OPTIMIZER = "MaskedAdamW"
+
+EXIT_INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 
 #: Values of ``--ckpt_path`` that Lightning resolves itself.
 _NO_PATHS = ("best", "last", "hpc", "registry")
@@ -56,7 +53,7 @@ class WagleCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             parser_class=WagleArgumentParser,
-            parser_kwargs={"description": DESCRIPTION, "fit": {}},
+            parser_kwargs={"prog": "wagle"},
             auto_configure_optimizers=False,  # the modules make theirs, of what is given here
             **kwargs,
         )
@@ -78,8 +75,9 @@ class WagleCLI(LightningCLI):
         if not named and any(argument.startswith("--optimizer.") for argument in args):
             args[1:1] = ["--optimizer", DEFAULT_OPTIMIZER]  # a configuration's comes later and wins
         super().parse_arguments(parser, args)
-        self._options(self.config).pop("config", None)  # what was in the files is in the options
-        seed = self._options(self.config).get("seed_everything")
+        options = self._options(self.config)
+        options.pop("config", None)  # what was in the files is in the options
+        seed = options.get("seed_everything")
         if not min_seed_value <= int(seed) <= max_seed_value:
             raise WagleError(
                 f"must be in [{min_seed_value}, {max_seed_value}], got {seed}", "seed_everything"
@@ -121,10 +119,9 @@ class WagleCLI(LightningCLI):
         keeps = any(isinstance(callback, Checkpoint) for callback in callbacks)
         if options.get("enable_checkpointing") is not False and not keeps:
             callbacks.append(EpochCheckpoint())  # in place of Lightning's own default
-        brings = isinstance(self.model, EvaluationModule) or not isinstance(
-            self.model, LanguageModule
-        )
-        if not brings and not any(isinstance(callback, Evaluate) for callback in callbacks):
+        trains = isinstance(self.model, LanguageModule)
+        trains = trains and not isinstance(self.model, EvaluationModule)  # which brings its own
+        if trains and not any(isinstance(callback, Evaluate) for callback in callbacks):
             callbacks.insert(0, Evaluate())
         kwargs.setdefault("callbacks", callbacks)
         with trainer_errors():
@@ -139,19 +136,20 @@ class WagleCLI(LightningCLI):
             WagleError: if it does not exist, is damaged or runs code, or needs another strategy.
         """
         options = self._options(self.config)
-        path = str(options.get("ckpt_path") or "")
-        if not path or "://" in path or path.partition(":")[0] in _NO_PATHS:
+        given = str(options.get("ckpt_path") or "")
+        if not given or "://" in given or given.partition(":")[0] in _NO_PATHS:
             return
-        if not Path(path).exists():
+        path = Path(given)
+        if not path.exists():
             raise WagleError(
-                f"checkpoint {path} does not exist: give --ckpt_path a file or folder that a run "
+                f"checkpoint {given} does not exist: give --ckpt_path a file or folder that a run "
                 "wrote"
             )
-        if Path(path).is_file() and options.get("weights_only") is not False:
-            load_plain(Path(path))
-        if Path(path).is_dir() and not is_zero(self.trainer.strategy):
+        if path.is_file() and options.get("weights_only") is not False:
+            load_plain(path)
+        if path.is_dir() and not is_zero(self.trainer.strategy):
             raise WagleError(
-                f"checkpoint {path} was written under DeepSpeed: add --trainer.strategy "
+                f"checkpoint {given} was written under DeepSpeed: add --trainer.strategy "
                 "deepspeed_stage_2 (any stage and number of devices will do), or turn it into a "
                 "model with wagle export"
             )
@@ -161,13 +159,20 @@ class WagleCLI(LightningCLI):
 
 def _maker(init: dict[str, Any]) -> Callable[..., Any]:
     """What makes an object of a class path and options, its first argument given later."""
+    cls = resolve_name(init["class_path"])
+    first = next(iter(inspect.signature(cls).parameters))  # DeepSpeed's is not called params
+    options = {k: v for k, v in (init.get("init_args") or {}).items() if k != first}
+    return partial(cls, **options)
 
-    def make(target: Any, **others: Any) -> Any:
-        module, _, name = init["class_path"].rpartition(".")
-        cls = getattr(import_module(module), name)
-        options = {**(init.get("init_args") or {}), **others}
-        first = next(iter(inspect.signature(cls).parameters))  # DeepSpeed's is not called params
-        options.pop(first, None)
-        return cls(target, **options)
 
-    return make
+def study(**options: Any) -> None:
+    """Run what of the grid is not finished yet, then print and write what was found.
+
+    Args:
+        **options: passed to :class:`Study`.
+    """
+    prepare_libraries()
+    try:
+        Study(**options).run()
+    except KeyboardInterrupt:  # it has said what is left to do
+        raise SystemExit(EXIT_INTERRUPTED) from None

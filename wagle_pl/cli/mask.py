@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
+from wagle_pl.cli import LazyModule
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing
 from wagle_pl.core.text import fields, table
-from wagle_pl.masks import SUFFIX, Restriction, WeightMask, expected_jaccard, mask_path
+
+masks = LazyModule("wagle_pl.masks")
+figures = LazyModule("wagle_pl.study.report.figures")
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
@@ -24,26 +26,28 @@ def info(file: str, *, tensors: bool = False) -> None:
         tensors: list every parameter tensor as well.
     """
     from wagle_pl.masks.names import module_type_of
-    from wagle_pl.study.report.figures import mask_text
 
-    mask = WeightMask.load(file)
-    size = mask.source.stat().st_size
+    mask = masks.WeightMask.load(file)
+    size, made = mask.source.stat().st_size, mask.metadata
+    fingerprint = made.get("model_fingerprint") or "none: not checked before use"
     about = [
         ("file", f"{mask.source} ({size:,} bytes, {size / mask.total:.4f} a weight)"),
         ("made by", mask.origin),
-        ("model", mask.metadata.get("model") or "unknown"),
-        (
-            "fingerprint",
-            (mask.metadata.get("model_fingerprint") or "none: not checked before use")[:28],
-        ),
+        ("model", made.get("model") or "unknown"),
+        ("fingerprint", fingerprint[:28]),
         *(("prompts", json.dumps(prompts, ensure_ascii=False)) for prompts in mask.prompts),
-        *_passes(mask.metadata),
+    ]
+    if "passes" in made:
+        passes, rows = made["passes"], made["forget_rows"]
+        seen = f"{passes:.4g} ({round(passes * rows):,} rows seen, {rows:,} forget rows)"
+        about.append(("passes", seen))
+    about += [
         ("weights", f"{mask.total:,} in {len(mask)} tensors"),
         ("selected", f"{mask.count():,}"),
         ("density", f"{mask.density:.6f}"),
     ]
-    parts = [fields(about), _shares("module", mask.tally(module_type_of))]
-    parts.append(mask_text({"share selected by layer and module type": mask.grid()}))
+    shares = figures.mask_text({"share selected by layer and module type": mask.grid()})
+    parts = [fields(about), _shares("module", mask.tally(module_type_of)), shares]
     if tensors:
         parts.append(_shares("tensor", mask.tally(str)))
     print("\n\n".join(parts))
@@ -55,14 +59,14 @@ def compare(files: list[str]) -> None:
     Args:
         files: two or more mask files.
     """
-    masks = _load_all(files)
-    if len(masks) < 2:
+    named = _load_all(files)
+    if len(named) < 2:
         raise WagleError("compare needs two masks or more")
-    rows = [[name, f"{m.count():,}", f"{m.density:.6f}", m.origin] for name, m in masks.items()]
+    rows = [[name, f"{m.count():,}", f"{m.density:.6f}", m.origin] for name, m in named.items()]
     pairs = []
-    for left, right in combinations(masks, 2):
-        found = masks[left].jaccard(masks[right])
-        expected = expected_jaccard(masks[left].density, masks[right].density)
+    for left, right in combinations(named, 2):
+        found = named[left].jaccard(named[right])
+        expected = masks.expected_jaccard(named[left].density, named[right].density)
         times = f"{found / expected:.2f}" if expected else "–"
         pairs.append([f"{left}, {right}", f"{found:.6f}", f"{expected:.6f}", times])
     print(table(["mask", "selected", "density", "made by"], rows, left=(0, 3)))
@@ -88,7 +92,7 @@ def combine(
         overwrite: replace the output if it exists.
     """
     _check_output(output, overwrite)
-    a, b = WeightMask.load(left), WeightMask.load(right)
+    a, b = masks.WeightMask.load(left), masks.WeightMask.load(right)
     _write(a & b if how == "and" else a | b if how == "or" else a - b, output)
 
 
@@ -101,7 +105,7 @@ def invert(file: str, *, output: str, overwrite: bool = False) -> None:
         overwrite: replace the output if it exists.
     """
     _check_output(output, overwrite)
-    _write(~WeightMask.load(file), output)
+    _write(~masks.WeightMask.load(file), output)
 
 
 def convert(
@@ -118,22 +122,19 @@ def convert(
             order of its parameters and its fingerprint, without which any model may use the mask.
         overwrite: replace the output if it exists.
     """
-    from_torch = Path(file).suffix in TORCH_SUFFIXES
-    to_torch = Path(output).suffix in TORCH_SUFFIXES
+    from_torch, to_torch = (Path(path).suffix in TORCH_SUFFIXES for path in (file, output))
     for path, is_torch in ((file, from_torch), (output, to_torch)):
-        if not is_torch and Path(path).suffix != SUFFIX:
-            raise WagleError(
-                f"{path}: no mask format has this suffix; use {SUFFIX} or "
-                f"{', '.join(TORCH_SUFFIXES)}"
-            )
+        if not is_torch and Path(path).suffix != masks.SUFFIX:
+            formats = f"{masks.SUFFIX} or {', '.join(TORCH_SUFFIXES)}"
+            raise WagleError(f"{path}: no mask format has this suffix; use {formats}")
     if from_torch == to_torch:
         raise WagleError(f"{file} and {output} are of the same format: there is nothing to convert")
     refuse_existing(Path(output), overwrite, "--overwrite")
     shapes, made_for = _model(model) if model else (None, {})
     if from_torch:
-        _write(WeightMask.from_torch(file, shapes, made_for), output)
+        _write(masks.WeightMask.from_torch(file, shapes, made_for), output)
         return
-    mask = WeightMask.load(file)
+    mask = masks.WeightMask.load(file)
     if shapes is not None:
         mask.check(shapes, made_for["model_fingerprint"])
     _report(mask, mask.to_torch(output))
@@ -149,7 +150,7 @@ def random(like: str, *, output: str, seed: int = 0, overwrite: bool = False) ->
         overwrite: replace the output if it exists.
     """
     _check_output(output, overwrite)
-    _write(WeightMask.load(like).random_like(seed), output)
+    _write(masks.WeightMask.load(like).random_like(seed), output)
 
 
 def modules(
@@ -174,9 +175,8 @@ def modules(
     _check_output(output, overwrite)
     names = modules.split(",") if isinstance(modules, str) else modules
     shapes, made_for = _model(model)
-    restriction = Restriction(modules=names, layers=layers)
-    mask = restriction.mask(shapes, made_for["model"], made_for["model_fingerprint"])
-    _write(mask, output)
+    restriction = masks.Restriction(modules=names, layers=layers)
+    _write(restriction.mask(shapes, made_for["model"], made_for["model_fingerprint"]), output)
 
 
 def select(
@@ -219,19 +219,14 @@ def plot(
         title: of the figure.
         overwrite: replace the output if it exists.
     """
-    from wagle_pl.study.report.figures import figure_paths, mask_heatmap, save_figure
-
-    paths = figure_paths(output, overwrite)
-    masks = _load_all(files)
-    grids = {f"{name}\n{mask.density:.2%} selected": mask.grid() for name, mask in masks.items()}
-    save_figure(mask_heatmap(grids, title), paths)
+    paths = figures.figure_paths(output, overwrite)
+    named = _load_all(files)
+    grids = {f"{name}\n{mask.density:.2%} selected": mask.grid() for name, mask in named.items()}
+    figures.save_figure(figures.mask_heatmap(grids, title), paths)
     print(f"figure written to {' and '.join(str(path) for path in paths)}")
 
 
-#: First arguments that stand for a verb: ``wagle mask --scores FILE --density 0.4 -o OUT``.
-SHORTHANDS = {"--scores": "select"}
-
-COMMANDS = {
+VERBS = {
     "info": info,
     "compare": compare,
     "combine": combine,
@@ -244,14 +239,14 @@ COMMANDS = {
 }
 
 
-def _load_all(files: list[str]) -> dict[str, WeightMask]:
+def _load_all(files: list[str]) -> dict[str, masks.WeightMask]:
     """Masks by name: the file's stem where that tells them apart, else its path."""
-    masks = [WeightMask.load(file) for file in files]
-    stems = [mask.source.stem for mask in masks]
+    found = [masks.WeightMask.load(file) for file in files]
+    stems = [mask.source.stem for mask in found]
     if len(set(stems)) < len(stems):
-        stems = [str(mask.source.with_suffix("")) for mask in masks]
-    named = dict(zip(stems, masks, strict=True))
-    if len(named) < len(masks):
+        stems = [str(mask.source.with_suffix("")) for mask in found]
+    named = dict(zip(stems, found, strict=True))
+    if len(named) < len(found):
         raise WagleError("the same mask file is given twice")
     return named
 
@@ -268,14 +263,6 @@ def _model(name: str) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
     return parameter_shapes(model), made_for
 
 
-def _passes(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """How much of the forget rows an attribution saw; nothing of other masks."""
-    if "passes" not in metadata:
-        return []
-    passes, rows = metadata["passes"], metadata["forget_rows"]
-    return [("passes", f"{passes:.4g} ({round(passes * rows):,} rows seen, {rows:,} forget rows)")]
-
-
 def _shares(group: str, tally: dict[str, tuple[int, int]]) -> str:
     rows = [
         [name, f"{size:,}", f"{selected:,}", f"{selected / size:.6f}"]
@@ -285,12 +272,12 @@ def _shares(group: str, tally: dict[str, tuple[int, int]]) -> str:
 
 
 def _check_output(output: str, overwrite: bool) -> None:
-    refuse_existing(mask_path(output), overwrite, "--overwrite")
+    refuse_existing(masks.mask_path(output), overwrite, "--overwrite")
 
 
-def _write(mask: WeightMask, output: str) -> None:
+def _write(mask: masks.WeightMask, output: str) -> None:
     _report(mask, mask.save(output))
 
 
-def _report(mask: WeightMask, path: Path) -> None:
+def _report(mask: masks.WeightMask, path: Path) -> None:
     print(f"mask of {mask.count():,} weights (density {mask.density:.6f}) written to {path}")

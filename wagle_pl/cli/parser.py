@@ -1,4 +1,4 @@
-"""Parsers of the command line: errors in one line, options in any order, bare flags."""
+"""Parsers of the command line: mistakes in one line, options in any order, bare flags."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from typing import Any, Optional
 
 from jsonargparse import ArgumentParser
 
-from wagle_pl.cli.commands import fail
+from wagle_pl.cli.messages import fail
 from wagle_pl.core.mistakes import in_one_line
+
+_CONFIG_HELP = (
+    "YAML file, or the name of one that comes with the package, such as tofu/finetune; may be "
+    "repeated, and later ones override earlier ones."
+)
 
 
 class OneLineErrors(ArgumentParser):
@@ -18,12 +23,9 @@ class OneLineErrors(ArgumentParser):
         super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
-        """Add an argument; ``--config`` gets a help text that mentions names and repetition."""
+        """Add an argument; the help of ``--config`` mentions names and repetition."""
         if "--config" in args:
-            kwargs["help"] = (
-                "YAML file, or the name of one that comes with the package, such as tofu/finetune; "
-                "may be repeated, and later ones override earlier ones."
-            )
+            kwargs["help"] = _CONFIG_HELP
         return super().add_argument(*args, **kwargs)
 
     def error(self, message: str, ex: Optional[Exception] = None) -> Any:
@@ -45,17 +47,15 @@ class CommandParser(OneLineErrors):
     """Parser of a function: ``-o`` is ``--output``, ``--flag`` is true, lists take many words."""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
-        """Add an argument as the function's signature has it, but for these three."""
+        """Add an argument as the function's signature has it, but for these."""
         if args == ("--output",):
             args = ("--output", "-o")
         elif args in (("files",), ("runs",)):
             kwargs = {"type": str, "nargs": "+", "help": kwargs.get("help")}
         elif kwargs.get("type") is bool:
             kwargs |= {"nargs": "?", "const": True}
-            self._flags = {
-                *getattr(self, "_flags", ()),
-                *args,
-            }  # jsonargparse's groups come here too
+            # jsonargparse's groups come here too
+            self._flags = {*getattr(self, "_flags", ()), *args}
         return super().add_argument(*args, **kwargs)
 
     def parse_args(self, args: Optional[Sequence[str]] = None, *more: Any, **kwargs: Any) -> Any:
@@ -77,6 +77,27 @@ def with_values(args: Sequence[str], flags: Collection[str]) -> list[str]:
     ]
 
 
+def expand_robustness(args: Sequence[str]) -> list[str]:
+    """``--robustness [ATTACKS]`` as ``--model.robustness ATTACKS``, ``all`` if none are named.
+
+    It goes to the end, where the class of the model is known.
+
+    >>> expand_robustness(["test", "--robustness", "--config", "x.yaml"])
+    ['test', '--config', 'x.yaml', '--model.robustness', 'all']
+    """
+    rest: list[str] = []
+    attacks: list[str] = []
+    for option in _with_their_values(args):
+        name, equals, value = option[0].partition("=")
+        if name != "--robustness":
+            rest += option
+            continue
+        values = [value] if equals else option[1:2]
+        attacks = ["--model.robustness", *(values or ["all"])]
+        rest += option[1:] if equals else option[2:]
+    return [*rest, *attacks]
+
+
 def classes_first(args: Sequence[str], classes: Collection[str]) -> list[str]:
     """Arguments with ``--NAME CLASS`` before the options of NAME, which need to know the class.
 
@@ -88,16 +109,11 @@ def classes_first(args: Sequence[str], classes: Collection[str]) -> list[str]:
     >>> classes_first(args, {"--model"})
     ['fit', '--config', 'x', '--model', 'A', '--model.lr=2', '--model.top_k', '3']
     """
-    options: list[list[str]] = []  # each with its value
-    for argument in args:
-        if options and not argument.startswith("--"):
-            options[-1].append(argument)
-        else:
-            options.append([argument])
 
     def name(option: list[str]) -> str:
         return option[0].partition("=")[0]
 
+    options = _with_their_values(args)
     given = {name(option) for option in options}
     named = [n for n in given if any(f"{n}.".startswith(f"{cls}.") for cls in classes)]
     for cls in sorted(named, key=lambda n: n.count(".")):
@@ -106,3 +122,14 @@ def classes_first(args: Sequence[str], classes: Collection[str]) -> list[str]:
         kept = [option for option in options[:at] if option not in early]
         options[: at + 1] = [*kept, options[at], *early]
     return [part for option in options for part in option]
+
+
+def _with_their_values(args: Sequence[str]) -> list[list[str]]:
+    """Each option together with the arguments that follow it."""
+    options: list[list[str]] = []
+    for argument in args:
+        if options and not argument.startswith("--"):
+            options[-1].append(argument)
+        else:
+            options.append([argument])
+    return options

@@ -33,7 +33,7 @@ from wagle_pl.lm import models
 from wagle_pl.masks import SUFFIX, WeightMask
 from wagle_pl.study import SUMMARY_FILE, TABLE_FILE, grid, text
 from wagle_pl.study.report.figures import save_figure
-from wagle_pl.study.report.study import overview
+from wagle_pl.study.report.sections import overview
 from wagle_pl.study.runs import (
     Along,
     EvaluateAlong,

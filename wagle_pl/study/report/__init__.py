@@ -1,1 +1,1 @@
-"""The report of models and studies: reads results, draws figures, fills templates."""
+"""The report of models and studies: sources are read, sections made of them, templates filled."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
-from wagle_pl.study.report.svg import PALETTE
+from wagle_pl.study.report.figures import PALETTE
 
 Point = tuple[float, float]
 Points = Sequence[Point]
@@ -13,7 +13,6 @@ Points = Sequence[Point]
 # What a model is has a line style and a marker beside its colour, so that the colour is not needed.
 _LINES = {"target": (0, (5, 2)), "retrained": (0, (1.5, 1.5)), "this": "solid"}
 _MARKERS = {"target": "s", "retrained": "D", "this": "o"}
-
 _ARM_COLOURS = (  # visible on a light and on a dark page
     *("#d1495b", "#2a9d8f", "#3d7dd8", "#c77d1e"),
     *("#8e5bd0", "#5f9e3a", "#c2489b", "#8a7a55"),
@@ -24,8 +23,11 @@ _RATIOS = (1e-6, 1e6)  # ends of the axes: a truth ratio can be 0 or infinite
 _LEGEND_HEIGHT = 0.5  # inches of a figure's height; a higher legend makes the figure higher
 
 
-class Model(NamedTuple):
-    """A point of :func:`forget_utility`."""
+# -- forgetting against utility --------------------------------------------------------------------
+
+
+class ModelPoint(NamedTuple):
+    """A model in :func:`forget_utility`."""
 
     x: float  # forget measure
     y: float  # utility
@@ -41,15 +43,7 @@ class Line(NamedTuple):
     group: int = 0  # lines of the same group have the same marker
 
 
-def panels(width: float, height: float, count: int = 1) -> tuple[Any, list[Any]]:
-    """A figure of ``width`` × ``height`` inches, and the axes of its panels, side by side."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, list(figure.subplots(1, count, squeeze=False)[0])
-
-
-def forget_utility(models: Sequence[Model], x_label: str, y_label: str) -> Any:
+def forget_utility(models: Sequence[ModelPoint], x_label: str, y_label: str) -> Any:
     """One point a model."""
     figure, (axes,) = panels(4.8, 3.5)
     for x, y, role, label in models:
@@ -74,20 +68,18 @@ def study_overview(
     level: Optional[float],
     labels: tuple[str, str],
 ) -> Any:
-    """One panel an objective, one line a mask.
+    """One panel an objective, one line a mask: eight are solid, later ones dashed and thinner.
 
     Args:
-        arms: objective -> mask -> (forget measure, utility) along the arm's curve. The first eight
-            masks have solid lines, later ones dashed and thinner ones.
+        arms: objective -> mask -> (forget measure, utility) along the arm's curve.
         first: the mask that the others are compared with.
         references: ``target`` and ``retrained`` -> their point.
         level: forget measure at which utilities are compared.
         labels: names of the forget measure and of the utility.
     """
     figure, all_axes = panels(max(4.8, 3.8 * len(arms)), 3.9, len(arms))
-    masks = [
-        mask for mask in dict.fromkeys(m for found in arms.values() for m in found) if mask != first
-    ]
+    names = dict.fromkeys(mask for found in arms.values() for mask in found if mask != first)
+    masks = list(names)
     curves = [points for found in arms.values() for points in found.values()]
     bounds = bounds_of([*(point for points in curves for point in points), *references.values()])
     for axes, (objective, found) in zip(all_axes, arms.items(), strict=True):
@@ -111,18 +103,12 @@ def study_panel(
     dense: Sequence[Points],
     references: Mapping[str, Point],
     level: Optional[float],
-    bounds: tuple[float, float, float, float],
+    bounds: tuple[float, ...],
     labels: tuple[str, str],
 ) -> Any:
-    """The runs of one arm, in front of those of dense.
+    """The runs of one arm, in front of those of ``dense``; every curve starts at the target.
 
-    Args:
-        lines: the arm's runs.
-        dense: curves of the runs of the same objective without a mask.
-        references: ``target`` and ``retrained`` -> their point; every curve starts at the target's.
-        level: forget measure at which utilities are compared.
-        bounds: of the axes, see :func:`bounds_of`; the same for all panels to compare.
-        labels: names of the forget measure and of the utility.
+    Other arguments as of :func:`study_overview`; panels to compare have the same ``bounds``.
     """
     figure, (axes,) = panels(3.6, 2.9)
     start = [references["target"]] if "target" in references else []
@@ -142,11 +128,13 @@ def study_panel(
     return figure
 
 
+# -- truth ratios ----------------------------------------------------------------------------------
+
+
 def distribution(ratios: Mapping[str, Sequence[float]]) -> Any:
     """Share of examples whose truth ratio is at most x: the curves that forget quality compares.
 
-    Args:
-        ratios: ``target``, ``retrained`` and ``this`` -> truth ratio of every example.
+    ``ratios``: ``target``, ``retrained`` and ``this`` -> truth ratio of every example.
     """
     figure, (axes,) = panels(3.9, 3.1)
     for role, found in ratios.items():
@@ -163,18 +151,16 @@ def distribution(ratios: Mapping[str, Sequence[float]]) -> Any:
 def shift(pairs: Mapping[str, Points]) -> Any:
     """One point an example: its truth ratio at the target model, and after.
 
-    Args:
-        pairs: ``this`` and ``retrained`` -> (ratio at the target, ratio there) of each example.
+    ``pairs``: ``this`` and ``retrained`` -> (ratio at the target, ratio there) of each example.
     """
     figure, (axes,) = panels(3.9, 3.1)
     values = [_in_axis(value) for points in pairs.values() for point in points for value in point]
     ends = (min(values), max(values))
     axes.plot(ends, ends, color=PALETTE["muted"], linewidth=0.8)
     for role, points in pairs.items():
-        x, y = zip(*points, strict=True)
+        x, y = (list(map(_in_axis, side)) for side in zip(*points, strict=True))
         fill = PALETTE[role] if role == "this" else "none"
         style = {"color": PALETTE[role], "linestyle": "none", "markerfacecolor": fill}
-        x, y = list(map(_in_axis, x)), list(map(_in_axis, y))
         axes.plot(x, y, marker=_MARKERS[role], markersize=4.5, label=role, **style)
     for axis in "xy":
         _make_logarithmic(axes, axis, values)
@@ -183,17 +169,44 @@ def shift(pairs: Mapping[str, Points]) -> Any:
     return figure
 
 
-def bounds_of(points: Points) -> tuple[float, float, float, float]:
+def _in_axis(ratio: float) -> float:
+    return min(max(ratio, _RATIOS[0]), _RATIOS[1])
+
+
+def _make_logarithmic(axes: Any, name: str, ratios: Sequence[float]) -> None:
+    """A logarithmic axis whose labels are plain numbers, which an SVG keeps as text."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set(**{f"{name}scale": "log"})
+    axis = getattr(axes, f"{name}axis")
+    span = _in_axis(max(ratios)) / _in_axis(min(ratios))
+    axis.set_major_locator(LogLocator(subs=(1.0,) if span > 100 else (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+# -- axes ------------------------------------------------------------------------------------------
+
+
+def panels(width: float, height: float, count: int = 1) -> tuple[Any, list[Any]]:
+    """A figure of ``width`` × ``height`` inches, and the axes of its panels, side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def bounds_of(points: Points) -> tuple[float, ...]:
     """Least x, greatest x, least y and greatest y, with a margin."""
     ends: list[float] = []
     for values in zip(*points, strict=True):
         low, high = min(values), max(values)
         margin = 0.06 * ((high - low) or abs(high) or 1)
         ends += [low - margin, high + margin]
-    return tuple(ends)  # type: ignore[return-value]
+    return tuple(ends)
 
 
-def _limit(axes: Any, bounds: tuple[float, float, float, float]) -> None:
+def _limit(axes: Any, bounds: tuple[float, ...]) -> None:
     axes.set(xlim=bounds[:2], ylim=bounds[2:])
 
 
@@ -215,11 +228,10 @@ def _add_legend(figure: Any, columns: int = 3, size: float = 8.5) -> None:
     """One legend of all panels, below them, with as many of ``columns`` as there is room for."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    shown = {
-        label: line
-        for axes in figure.axes
-        for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
+    shown: dict[str, Any] = {}
+    for axes in figure.axes:
+        lines, labels = axes.get_legend_handles_labels()
+        shown |= dict(zip(labels, lines, strict=True))
     if not shown:
         return
     renderer = FigureCanvasAgg(figure).get_renderer()  # measures without laying the figure out
@@ -227,26 +239,9 @@ def _add_legend(figure: Any, columns: int = 3, size: float = 8.5) -> None:
     for ncols in range(columns, 0, -1):
         legend = figure.legend(shown.values(), shown.keys(), ncols=ncols, **style)
         box = legend.get_window_extent(renderer)
-        if (
-            ncols == 1 or box.width <= 0.92 * figure.bbox.width
-        ):  # a browser's text is a little wider
+        room = 0.92 * figure.bbox.width  # a browser's text is a little wider
+        if ncols == 1 or box.width <= room:
             break
         legend.remove()
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + max(0.0, box.height / figure.dpi - _LEGEND_HEIGHT))
-
-
-def _in_axis(ratio: float) -> float:
-    return min(max(ratio, _RATIOS[0]), _RATIOS[1])
-
-
-def _make_logarithmic(axes: Any, name: str, ratios: Sequence[float]) -> None:
-    """A logarithmic axis whose labels are plain numbers, which an SVG keeps as text."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.set(**{f"{name}scale": "log"})
-    axis = getattr(axes, f"{name}axis")
-    span = _in_axis(max(ratios)) / _in_axis(min(ratios))
-    axis.set_major_locator(LogLocator(subs=(1.0,) if span > 100 else (1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())

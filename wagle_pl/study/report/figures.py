@@ -1,16 +1,20 @@
-"""Heat map of a mask by layer and module type, the same as text, and writing figures to files."""
+"""Figures as elements of a page and as files; heat maps of masks."""
 
 from __future__ import annotations
 
+import io
+import re
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
+
+from markupsafe import Markup
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path, refuse_existing
 from wagle_pl.core.text import percent, table
-from wagle_pl.study.report.svg import SVG
 
 #: Layer (``"0"``, ``"1"``, …, or ``"other"``) -> module -> share of its weights selected in [0, 1],
 #: see :meth:`wagle_pl.masks.mask.WeightMask.grid`.
@@ -18,15 +22,148 @@ Grid = Mapping[str, Mapping[str, float]]
 
 FORMATS = (".png", ".svg")
 
+#: Colours that figures are drawn in. In a page each is replaced by the variable of that name in
+#: ``style.css``, which has a light and a dark value; nothing else may be drawn in these colours.
+PALETTE = {
+    "ink": "#1b2430",
+    "muted": "#5d6b7c",
+    "line": "#dde3ea",
+    "paper": "#fefefe",
+    "target": "#a34a00",
+    "retrained": "#00725c",
+    "this": "#1a5fb4",
+}
+
+#: matplotlib's settings for the figures of a page.
+STYLE: dict[str, Any] = {
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), PALETTE["ink"]
+    ),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor"), PALETTE["paper"]),
+    "axes.edgecolor": PALETTE["muted"],
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 9,
+    "grid.color": PALETTE["line"],
+    "legend.frameon": False,
+    "text.parse_math": False,  # a dollar in a name is a dollar
+}
+
+#: matplotlib's settings for SVG files: text stays text, and the same figure makes the same bytes.
+SVG = {"svg.hashsalt": "wagle_pl", "svg.fonttype": "none"}
+
+_VARIABLES = {colour: f"var(--{role})" for role, colour in PALETTE.items()}
+_NAMESPACE = "{http://www.w3.org/2000/svg}"
+_LINK = "{http://www.w3.org/1999/xlink}href"
+_SMALLEST = 0.7  # of its size: a narrower page scrolls the figure, as smaller text is not readable
+
 _OUTSIDE = "other"
 _PANELS_PER_ROW = 4
 _CELLS_WITH_TEXT = (
-    1200  # with more, cells are smaller and without text, and every fifth layer has a label
+    1200  # with more, cells are smaller, without text, and every fifth layer labelled
 )
 _COLOURS = "YlGnBu"
 _COLOURS_OF_BAR = 64  # each is a shape of an SVG
 _ABSENT = "#d9d9d9"
 _TICKS = (0.01, 0.1, 0.5, 1, 2, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
+
+
+# -- in a page, and in files -----------------------------------------------------------------------
+
+
+def svg(
+    name: str, title: str, description: str, draw: Callable[..., Any], *arguments: Any
+) -> Markup:
+    """A figure as an ``<svg>`` element.
+
+    Args:
+        name: prefix of the ids inside, another for each figure of a page.
+        title: what the figure is.
+        description: what it shows, in words and numbers.
+        draw: makes the ``matplotlib.figure.Figure`` out of ``arguments``, under :data:`STYLE`.
+    """
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context(STYLE | SVG):
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        draw(*arguments).savefig(buffer, format="svg", metadata=metadata)
+    root = ElementTree.fromstring(buffer.getvalue())
+    links = dict.fromkeys(node.attrib[_LINK][1:] for node in root.iter() if _LINK in node.attrib)
+    ids = {link: f"{name}-{i}" for i, link in enumerate(links)}
+    for node in root.iter():
+        _simplify(node, ids)
+    width = float(root.get("width", "0").removesuffix("pt")) * 4 / 3
+    root.attrib = {
+        "viewBox": root.get("viewBox", ""),
+        "role": "img",
+        "aria-labelledby": f"{name}-title {name}-desc",
+        "style": f"max-width: {width:.0f}px; min-width: {_SMALLEST * width:.0f}px",
+    }
+    for tag, text in (("desc", description), ("title", title)):
+        element = ElementTree.Element(tag, {"id": f"{name}-{tag}"})
+        element.text = text
+        root.insert(0, element)
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+def _simplify(node: ElementTree.Element, ids: dict[str, str]) -> None:
+    """Remove what a page has no use for; use the page's colours, and ``ids`` where needed."""
+    for child in list(node):
+        if child.tag in (f"{_NAMESPACE}style", f"{_NAMESPACE}clipPath"):
+            node.remove(child)  # nothing is drawn outside of the axes
+    styles = {child.get("style") if child.tag == f"{_NAMESPACE}use" else None for child in node}
+    if len(styles) == 1 and None not in styles:  # the markers of a line: one style for all
+        node.set("style", styles.pop())
+        for child in node:
+            del child.attrib["style"]
+    node.tag, node.tail = node.tag.removeprefix(_NAMESPACE), None
+    if node.text and node.text.isspace():
+        node.text = None
+    node.attrib.pop("clip-path", None)
+    if node.get("transform", "").startswith("rotate(-0 "):
+        del node.attrib["transform"]
+    if _LINK in node.attrib:
+        node.set("href", f"#{ids[node.attrib.pop(_LINK)[1:]]}")
+    if (own := node.attrib.pop("id", None)) in ids:
+        node.set("id", ids[own])
+    for key in {"d", "x", "y"} & node.attrib.keys():
+        short = re.sub(r"-?\d+\.\d{3,}", lambda n: f"{round(float(n[0]), 2):g}", node.attrib[key])
+        node.set(key, re.sub(r"\s+", " ", short).strip())
+    if "style" in node.attrib:
+        style = re.sub(r"; font-family: [^;]*", "", node.attrib["style"])  # the page's own
+        node.set("style", re.sub("#[0-9a-f]{6}", lambda c: _VARIABLES.get(c[0], c[0]), style))
+
+
+def figure_paths(output: str | Path, overwrite: bool = False) -> list[Path]:
+    """The files that ``output`` names: a PNG or an SVG by its suffix, both when it has none.
+
+    Raises:
+        WagleError: if the suffix is another, or a file exists and ``overwrite`` is False.
+    """
+    output = Path(output)
+    if output.suffix and output.suffix.lower() not in FORMATS:
+        raise WagleError(f"figure {output} must end in .png or .svg, or have no suffix for both")
+    suffixes = (output.suffix,) if output.suffix else FORMATS
+    paths = [output.with_name(output.stem + suffix) for suffix in suffixes]
+    for path in paths:
+        refuse_existing(path, overwrite, "--overwrite")
+    return paths
+
+
+def save_figure(figure: Any, paths: Sequence[Path]) -> None:
+    """Write a figure to each path, in the format of its suffix; the same figure, the same bytes."""
+    from matplotlib import rc_context
+
+    for path in paths:
+        kind = path.suffix.lower().lstrip(".")
+        metadata = {"Date": None} if kind == "svg" else {}
+        with rc_context(SVG), atomic_path(path) as temporary:
+            figure.savefig(temporary, format=kind, dpi=160, metadata=metadata)
+
+
+# -- masks -----------------------------------------------------------------------------------------
 
 
 def mask_heatmap(
@@ -42,9 +179,6 @@ def mask_heatmap(
         title: of the figure.
         scale_to: share at the end of the colour scale, to compare figures; the largest share when
             None.
-
-    Returns:
-        A ``matplotlib.figure.Figure``.
     """
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
@@ -122,33 +256,6 @@ def largest_share(grids: Collection[Grid]) -> float:
     return max(shares, default=0) or 1.0
 
 
-def figure_paths(output: str | Path, overwrite: bool = False) -> list[Path]:
-    """The files that ``output`` names: a PNG or an SVG by its suffix, both when it has none.
-
-    Raises:
-        WagleError: if the suffix is another, or a file exists and ``overwrite`` is False.
-    """
-    output = Path(output)
-    if output.suffix and output.suffix.lower() not in FORMATS:
-        raise WagleError(f"figure {output} must end in .png or .svg, or have no suffix for both")
-    suffixes = (output.suffix,) if output.suffix else FORMATS
-    paths = [output.with_name(output.stem + suffix) for suffix in suffixes]
-    for path in paths:
-        refuse_existing(path, overwrite, "--overwrite")
-    return paths
-
-
-def save_figure(figure: Any, paths: Sequence[Path]) -> None:
-    """Write a figure to each path, in the format of its suffix; the same figure, the same bytes."""
-    from matplotlib import rc_context
-
-    for path in paths:
-        kind = path.suffix.lower().lstrip(".")
-        metadata = {"Date": None} if kind == "svg" else {}
-        with rc_context(SVG), atomic_path(path) as temporary:
-            figure.savefig(temporary, format=kind, dpi=160, metadata=metadata)
-
-
 def _draw_cells(
     axes: Any, rows: Sequence[Mapping[str, float]], columns: Sequence[str], scale: Any, text: bool
 ) -> None:
@@ -180,9 +287,7 @@ def _draw_bar(figure: Any, axes: Any, scale: Any) -> None:
 
     colours = ScalarMappable(scale, colormaps[_COLOURS].resampled(_COLOURS_OF_BAR))
     bar = figure.colorbar(colours, cax=axes)
-    bar.solids.set(
-        rasterized=False, edgecolor="face"
-    )  # shapes in an SVG, not a picture, and no seams
+    bar.solids.set(rasterized=False, edgecolor="face")  # shapes in an SVG, no picture, no seams
     ticks = [0.0]
     for tick in _TICKS:
         if tick <= scale.vmax and scale(tick) - scale(ticks[-1]) > 0.2 / figure.get_figheight():

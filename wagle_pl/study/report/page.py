@@ -1,13 +1,13 @@
-"""The report: one HTML file that needs nothing else, made of the templates in ``templates/``."""
+"""The page: one HTML file that needs nothing else, made of the templates in ``templates/``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, Optional
 
 import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from wagle_pl.core.environment import versions
@@ -16,7 +16,7 @@ from wagle_pl.core.files import atomic_path, refuse_existing
 from wagle_pl.core.text import count, short_number
 from wagle_pl.evaluation.comparison import BETTER, SAME, WORSE, arrow
 from wagle_pl.masks import describe_origin
-from wagle_pl.study.report import sections, study
+from wagle_pl.study.report import sections
 from wagle_pl.study.report.sources import Sources
 from wagle_pl.unlearning.export import forgotten
 
@@ -34,42 +34,16 @@ SECTIONS = {
 
 
 def write_report(
-    sources: Sources,
-    output: str | Path,
-    title: Optional[str] = None,
-    forget: Optional[str] = None,
-    utility: Optional[str] = None,
-    examples: int = 6,
-    overwrite: bool = False,
+    sources: Sources, output: str | Path, overwrite: bool = False, **options: Any
 ) -> Path:
-    """Write the report, whole or not at all; the same sources make the same bytes.
-
-    Args:
-        sources: what to show, see :func:`wagle_pl.study.report.sources.gather`.
-        output: file to write.
-        title: of the page; made of the names of models and studies when None.
-        forget: measure on the horizontal axis of the forget–utility figure; see
-            :func:`wagle_pl.study.report.sections.tradeoff_measures` when None.
-        utility: measure on its vertical axis, likewise.
-        examples: how many questions of each set to show answers to.
-        overwrite: replace the output if it exists.
+    """Write the page that :func:`render` makes with ``options``, whole or not at all.
 
     Raises:
-        WagleError: if the output exists and may not be replaced, or no model has a measure; without
-            models, if it is not the study's.
+        WagleError: if the output exists and may not be replaced, or as :func:`render` does.
     """
     output = Path(output)
     refuse_existing(output, overwrite, "--overwrite")
-    for axis, (option, measure) in enumerate((("forget", forget), ("utility", utility))):
-        known, what = sections.measure_names(sources.models), "these runs"
-        if not sources.models:  # the page of a study has the axes of the study
-            known, what = [each.axes[axis] for each in sources.studies], "what is reported"
-        if measure is not None and measure not in known:
-            choices = ", ".join(dict.fromkeys(known))
-            raise WagleError(
-                f"--{option} {measure!r} is no measure of {what}; choose one of {choices}"
-            )
-    page = render(sources, title, forget, utility, examples)
+    page = render(sources, **options)
     with atomic_path(output) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return output
@@ -82,34 +56,36 @@ def render(
     utility: Optional[str] = None,
     examples: int = 6,
 ) -> str:
-    """The page as text, see :func:`write_report`."""
+    """The page as text; the same sources make the same bytes.
+
+    Args:
+        sources: what to show, see :func:`wagle_pl.study.report.sources.gather`.
+        title: of the page; made of the names of models and studies when None.
+        forget: measure on the horizontal axis of the forget–utility figure; see
+            :func:`wagle_pl.study.report.sections.tradeoff_measures` when None.
+        utility: measure on its vertical axis, likewise.
+        examples: how many questions of each set to show answers to.
+
+    Raises:
+        WagleError: if no model has a measure; without models, if it is not the study's.
+    """
+    for axis, (option, measure) in enumerate((("forget", forget), ("utility", utility))):
+        known, what = sections.measure_names(sources.models), "these runs"
+        if not sources.models:  # the page of a study has the axes of the study
+            known, what = [each.axes[axis] for each in sources.studies], "what is reported"
+        if measure is not None and measure not in known:
+            choices = ", ".join(dict.fromkeys(known))
+            raise WagleError(
+                f"--{option} {measure!r} is no measure of {what}; choose one of {choices}"
+            )
     names = [each.name for each in (*sources.studies, *sources.models)]
     more = " …" if len(names) > 4 else ""
     shown: dict[str, Any] = {}
     if sources.models:
         shown = sections.shown_of_models(sources, forget, utility, examples)
-    return (
-        _environment()
-        .get_template("page.html.j2")
-        .render(
-            sources=sources,
-            title=title or f"Unlearning report: {', '.join(names[:4])}{more}",
-            studies=[
-                study.shown_of_study(each, f"study-{i}") for i, each in enumerate(sources.studies)
-            ],
-            sections=SECTIONS if sources.models else {},
-            directions=sections.DIRECTIONS,
-            versions=versions(),
-            **shown,
-        )
-    )
-
-
-@cache
-def _environment() -> Any:
-    """The templates, and what they call beside Jinja's own."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
+    shown["studies"] = [
+        sections.shown_of_study(study, f"study-{i}") for i, study in enumerate(sources.studies)
+    ]
     environment = Environment(
         loader=PackageLoader("wagle_pl.study.report"),
         autoescape=True,
@@ -129,7 +105,14 @@ def _environment() -> Any:
         "short_number": short_number,
         "yaml": lambda config: yaml.safe_dump(config, sort_keys=False).rstrip(),
     }
-    return environment
+    return environment.get_template("page.html.j2").render(
+        sources=sources,
+        title=title or f"Unlearning report: {', '.join(names[:4])}{more}",
+        sections=SECTIONS if sources.models else {},
+        directions=sections.DIRECTIONS,
+        versions=versions(),
+        **shown,
+    )
 
 
 def _attack_sign(row: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What the sections about models show: which measures, figures and answers."""
+"""What the sections of the page show, of models and of studies: measures, figures, answers."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple, Optional, Union
 
 from markupsafe import Markup
 
+from wagle_pl.core.errors import WagleError
 from wagle_pl.core.text import short_number
 from wagle_pl.data.rows import spread
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.measures import Records
 from wagle_pl.masks import WeightMask
 from wagle_pl.study.report import curves
-from wagle_pl.study.report.figures import largest_share, mask_heatmap, mask_text
-from wagle_pl.study.report.sources import ReportedModel, Sources
-from wagle_pl.study.report.svg import svg
+from wagle_pl.study.report.figures import largest_share, mask_heatmap, mask_text, svg
+from wagle_pl.study.report.sources import ReportedModel, Sources, StudyResults, reference_points
+from wagle_pl.study.text import about, by_objective, marked_name, progress, rates_of
 
 DIRECTIONS = {
     "higher": "higher is better",
@@ -26,9 +28,15 @@ DIRECTIONS = {
     "retrained": "best at the retrained model's",
 }
 _UTILITIES = ("model_utility", "ut_average")
+#: Columns of a study's table of all runs.
+_SHOWN = (
+    *("objective", "mask", "density", "lr", "seed", "step", "forget", "utility", "seconds", "note"),
+)
+_DENSE = "dense"  # the mask that selects everything: what the others are compared with
 
 Models = Sequence[ReportedModel]
 Ratios = dict[tuple[str, str], float]  # (question, answer) -> truth ratio
+Row = Mapping[str, Any]  # of a study's table
 
 
 class Figure(NamedTuple):
@@ -38,18 +46,20 @@ class Figure(NamedTuple):
     caption: str
 
 
+# -- models ----------------------------------------------------------------------------------------
+
+
 def shown_of_models(
     sources: Sources, forget: Optional[str], utility: Optional[str], examples: int
 ) -> dict[str, Any]:
     """What the templates of the sections about models are given."""
+    masks = {model.name: model.mask for model in sources.models if model.mask is not None}
     return {
         "lead_measures": lead_measures(sources.models),
         "measures": measure_names(sources.everyone),
         "tradeoff": tradeoff(sources, forget, utility),
         "truth_ratios": truth_ratios(sources),
-        "heatmaps": heatmaps(
-            {m.name: m.mask for m in sources.models if m.mask is not None}, "mask"
-        ),
+        "heatmaps": heatmaps(masks, "mask"),
         "answers": answers(sources, examples),
         "same_runs": same_runs(sources.everyone),
     }
@@ -99,10 +109,7 @@ def tradeoff_measures(models: Models) -> tuple[Optional[str], Optional[str]]:
 def tradeoff(sources: Sources, forget: Optional[str], utility: Optional[str]) -> Union[Figure, str]:
     """Every model as a point, or why there is no such figure.
 
-    Args:
-        sources: of the report.
-        forget: measure on the horizontal axis, see :func:`tradeoff_measures` when None.
-        utility: measure on the vertical axis, likewise.
+    ``forget`` and ``utility`` are the measures on the axes; :func:`tradeoff_measures` when None.
     """
     usual = tradeoff_measures(sources.models)
     forget, utility = forget or usual[0], utility or usual[1]
@@ -115,7 +122,7 @@ def tradeoff(sources: Sources, forget: Optional[str], utility: Optional[str]) ->
         x, y = (model.metrics.get(name, math.inf) for name in (forget, utility))
         if math.isfinite(x) and math.isfinite(y):
             label = str(model.number or model.name)
-            points.append(curves.Model(x, y, model.role, label))
+            points.append(curves.ModelPoint(x, y, model.role, label))
             name = f"{label} {model.name}" if model.number else label
             lines.append(f"{name}: {forget} {short_number(x)}, {utility} {short_number(y)}")
     if not any(point.role == "this" for point in points):
@@ -158,13 +165,40 @@ def ratios_of(model: ReportedModel, test_set: str) -> Ratios:
     return {key: ratio for key, ratio in zip(keys, ratios, strict=True) if not math.isnan(ratio)}
 
 
-def heatmaps(masks: dict[str, WeightMask], name: str) -> dict[str, Markup]:
-    """Title -> heat map of each mask, all on one colour scale.
+def _distribution(name: str, test_set: str, model: str, ratios: Mapping[str, Ratios]) -> Figure:
+    found = {role: list(values.values()) for role, values in ratios.items() if values}
+    description = "; ".join(
+        f"{role}: {len(values)} examples, half of them at or below "
+        f"{statistics.median_low(values):.3g}, all from {min(values):.3g} to {max(values):.3g}"
+        for role, values in found.items()
+    )
+    title = f"Truth ratios on {test_set}, {model}"
+    drawn = svg(name, title, description, curves.distribution, found)
+    return Figure(drawn, f"{test_set}: share of examples up to each ratio")
 
-    Args:
-        masks: title -> mask.
-        name: prefix of the names of the figures.
-    """
+
+def _shift(
+    name: str, test_set: str, model: str, ratios: Mapping[str, Ratios]
+) -> Union[Figure, str]:
+    """Truth ratio of each example before and after, or why there is no such figure."""
+    before = ratios.get("target", {})
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    for role in ("this", "retrained"):
+        shared = {key: after for key, after in ratios.get(role, {}).items() if key in before}
+        if shared:
+            pairs[role] = [(before[key], after) for key, after in shared.items()]
+    if "this" not in pairs:
+        return f"{test_set}: no shift, as the target's results hold none of these examples."
+    larger = sum(after > ratio for ratio, after in pairs["this"])
+    share = f"{larger} of {len(pairs['this'])} examples"
+    description = f"{share} have a larger truth ratio than at the target model"
+    title = f"Shift of each example's truth ratio on {test_set}, {model}"
+    drawn = svg(f"{name}-shift", title, description, curves.shift, pairs)
+    return Figure(drawn, f"{test_set}: {description}; those above the line")
+
+
+def heatmaps(masks: Mapping[str, WeightMask], name: str) -> dict[str, Markup]:
+    """Title -> heat map of each mask, all on one colour scale; ``name`` begins their ids."""
     grids = {title: mask.grid() for title, mask in masks.items()}
     largest = largest_share(grids.values())
     found = {}
@@ -210,38 +244,147 @@ def same_runs(models: Models) -> dict[tuple[str, int], str]:
     return found
 
 
-def _distribution(name: str, test_set: str, model: str, ratios: Mapping[str, Ratios]) -> Figure:
-    found = {role: list(values.values()) for role, values in ratios.items() if values}
-    description = "; ".join(
-        f"{role}: {len(values)} examples, half of them at or below "
-        f"{statistics.median_low(values):.3g}, all from {min(values):.3g} to {max(values):.3g}"
-        for role, values in found.items()
-    )
-    drawn = svg(
-        name, f"Truth ratios on {test_set}, {model}", description, curves.distribution, found
-    )
-    return Figure(drawn, f"{test_set}: share of examples up to each ratio")
+# -- studies ---------------------------------------------------------------------------------------
 
 
-def _shift(
-    name: str, test_set: str, model: str, ratios: Mapping[str, Ratios]
-) -> Union[Figure, str]:
-    """Truth ratio of each example before and after, or why there is no such figure."""
-    before = ratios.get("target", {})
-    pairs = {
-        role: points
-        for role in ("this", "retrained")
-        if (
-            points := [
-                (before[k], after) for k, after in ratios.get(role, {}).items() if k in before
-            ]
-        )
+def shown_of_study(study: StudyResults, name: str) -> dict[str, Any]:
+    """What the template of a study is given; ``name`` begins its ids in the page."""
+    summary = study.summary
+    runs: dict[str, list[Row]] = {}
+    for row in sorted(study.rows, key=itemgetter("step")):
+        runs.setdefault(row["run"], []).append(row)
+    runs = {row["run"]: runs[row["run"]] for row in study.rows}  # in the order of the table
+    headline = {}
+    for objective, arms in by_objective(summary).items() if summary.get("headline") else ():
+        cells = [(marked_name(arm), compared(arm)) for arm in arms]
+        used = [name for name in cells[0][1] if any(row[name] is not None for _, row in cells)]
+        headline[objective] = (used, cells)
+    masks, unread = _masks(study)
+    heat = heatmaps(masks, f"{name}-mask")
+    return {
+        "study": study,
+        "id": name,
+        "runs": runs,
+        "columns": [c for c in _SHOWN if any(row.get(c) is not None for row in study.rows)],
+        "settings": settings(study),
+        "progress": progress(summary),
+        "headline": headline,
+        "about": about(summary) if headline else [],
+        "overview": _overview_svg(study, name),
+        "panels": arm_panels(study, runs, name),
+        "masks": {title: (mask, heat[title]) for title, mask in masks.items()},
+        "unread": unread,
     }
-    if "this" not in pairs:
-        return f"{test_set}: no shift, as the target's results hold none of these examples."
-    larger = sum(after > ratio for ratio, after in pairs["this"])
-    share = f"{larger} of {len(pairs['this'])} examples"
-    description = f"{share} have a larger truth ratio than at the target model"
-    title = f"Shift of each example's truth ratio on {test_set}, {model}"
-    drawn = svg(f"{name}-shift", title, description, curves.shift, pairs)
-    return Figure(drawn, f"{test_set}: {description}; those above the line")
+
+
+def settings(study: StudyResults) -> dict[str, str]:
+    """What the runs have in common and what differs: name in the plural -> values."""
+    names = {"density": "densities", "lr": "learning rates"}
+    found = {}
+    for column in ("objective", "mask", "density", "lr", "seed"):
+        values = {row[column]: None for row in study.rows if row.get(column) is not None}
+        numeric = all(isinstance(value, (int, float)) for value in values)
+        texts = [f"{value:g}" for value in sorted(values)] if numeric else map(str, values)
+        found[names.get(column, f"{column}s")] = ", ".join(texts)
+    return found
+
+
+def compared(arm: Mapping[str, Any]) -> dict[str, Any]:
+    """An arm of ``study.json`` by columns of ``study.md``; None where there is nothing."""
+    area, equal_steps = arm.get("area") or {}, arm.get("equal_steps") or {}
+    return {
+        "utility": arm if arm.get("mean") is not None else None,
+        "seeds": f"{arm['n']}/{arm['seeds']}" if arm.get("seeds") is not None else None,
+        "reach": arm if arm.get("reached") is not None else None,
+        "against dense": arm.get("verdict") or None,
+        "difference": arm.get("difference"),
+        "p": arm["p"] if arm.get("p") is not None else arm.get("why") or None,
+        "equal steps": equal_steps.get("difference"),
+        "equal steps: p": equal_steps.get("p"),
+        "area": area if area.get("mean") is not None else None,
+        "area: difference": area.get("difference"),
+        "area: p": area.get("p"),
+        "lr": rates_of(arm) or None,
+        "steps": arm.get("steps"),
+        "MU": arm.get("model_utility"),
+        "UE": arm.get("ue_average"),
+        "UT": arm.get("ut_average"),
+    }
+
+
+def overview(summary: Mapping[str, Any]) -> Optional[Any]:
+    """The mean curve of each arm as a ``matplotlib.figure.Figure``; None if no arm has one yet.
+
+    The arms with the best utility at equal forgetting have the plainest lines.
+
+    Args:
+        summary: content of ``study.json``.
+    """
+    arms: dict[str, dict[str, Any]] = {}
+    for objective, ranking in by_objective(summary).items() if summary.get("headline") else ():
+        curved = {arm["mask"]: arm["curve"] for arm in ranking if arm.get("curve")}
+        arms |= {objective: curved} if curved else {}
+    if not arms:
+        return None
+    axes = (summary["forget"], summary["utility"])
+    references = reference_points(summary, axes)
+    return curves.study_overview(arms, _DENSE, references, summary.get("forget_level"), axes)
+
+
+def _overview_svg(study: StudyResults, name: str) -> Optional[Markup]:
+    arms = [arm for arm in study.summary.get("headline") or [] if arm.get("curve")]
+    ends = ((arm, _pair(arm["curve"][0]), _pair(arm["curve"][-1])) for arm in arms)
+    description = ". ".join(
+        f"{arm['objective']}, {arm['mask']}: from {start} to {end}" for arm, start, end in ends
+    )
+    what = "Mean curve of each arm"
+    return svg(f"{name}-overview", what, description, overview, study.summary) if arms else None
+
+
+def arm_panels(
+    study: StudyResults, runs: Mapping[str, Sequence[Row]], name: str
+) -> dict[str, dict[str, Markup]]:
+    """Objective -> mask -> figure of its runs; all of one objective have the same axes."""
+    rates = sorted({row["lr"] for row in study.rows})
+    arms: dict[str, dict[str, list[curves.Line]]] = {}
+    for run in runs.values():
+        rate, by_mask = run[0]["lr"], arms.setdefault(run[0]["objective"], {})
+        pairs = [(test.get("forget"), test.get("utility")) for test in run]
+        if points := [pair for pair in pairs if None not in pair and all(map(math.isfinite, pair))]:
+            line = curves.Line(points, f"lr {rate:g}", rates.index(rate))
+            by_mask.setdefault(run[0]["mask"], []).append(line)
+    references = study.references
+    level = study.summary.get("forget_level", references.get("retrained", (None,))[0])
+    found: dict[str, dict[str, Markup]] = {}
+    for i, (objective, by_mask) in enumerate(arms.items()):
+        points = [point for lines in by_mask.values() for line in lines for point in line.points]
+        bounds = curves.bounds_of([*points, *references.values()])
+        found[objective] = {}
+        for j, (mask, lines) in enumerate(by_mask.items()):
+            lines = sorted(lines, key=attrgetter("group"))
+            title = f"Forgetting against utility, {objective}, {mask}"
+            description = ". ".join(
+                f"{line.label}: {', '.join(map(_pair, line.points))}" for line in lines
+            )
+            dense = [line.points for line in by_mask.get(_DENSE, ()) if mask != _DENSE]
+            drawing = (lines, dense, references, level, bounds, study.axes)
+            figure = svg(f"{name}-{i}-{j}", title, description, curves.study_panel, *drawing)
+            found[objective][mask] = figure
+    return found
+
+
+def _masks(study: StudyResults) -> tuple[dict[str, WeightMask], list[str]]:
+    """Masks that the study keeps, by name, and what is wrong with those that cannot be read."""
+    found, unread = {}, []
+    for file in sorted((study.folder / "masks").glob("*.safetensors")):
+        try:
+            mask = WeightMask.load(file)
+            mask.grid()  # reads all of it
+            found[file.stem] = mask
+        except WagleError as error:
+            unread.append(str(error))
+    return found, unread
+
+
+def _pair(point: Sequence[float]) -> str:
+    return f"({short_number(point[0])}, {short_number(point[1])})"

@@ -52,6 +52,11 @@ class ReportedModel:
         return self.results.metrics
 
     @property
+    def place(self) -> Path:
+        """Resolved folder of its test results."""
+        return _tests_of(self.results.path.resolve())
+
+    @property
     def lineage(self) -> list[dict[str, Any]]:
         """The runs that made the model, oldest first."""
         return self.record.get("lineage") or []
@@ -83,12 +88,11 @@ class ReportedModel:
     @cached_property
     def fingerprint(self) -> Optional[str]:
         """Of the model that was tested; None if its tables do not say."""
-        for file in sorted(self.results.path.glob("*.parquet")):
-            try:
-                return table_key(file).get("model")
-            except (WagleError, ValueError):
-                return None  # what is wrong with the file is said where its rows are needed
-        return None
+        files = sorted(self.results.path.glob("*.parquet"))
+        try:
+            return table_key(files[0]).get("model") if files else None
+        except (WagleError, ValueError):
+            return None  # what is wrong with the file is said where its rows are needed
 
     @cached_property
     def suite(self) -> Suite:
@@ -183,11 +187,9 @@ class Sources:
 def reference_points(
     summary: Mapping[str, Any], axes: tuple[str, str]
 ) -> dict[str, tuple[float, float]]:
-    """``target`` and ``retrained`` -> forget measure and utility, where a study has both.
+    """``target`` and ``retrained`` -> the two measures that ``axes`` names, where a study has both.
 
-    Args:
-        summary: content of ``study.json``.
-        axes: names of the two measures.
+    ``summary`` is the content of ``study.json``.
     """
     found = {role: summary.get(role) or {} for role in ("target", "retrained")}
     return {
@@ -200,14 +202,7 @@ def reference_points(
 def gather(
     folders: Sequence[str], target: Optional[str] = None, retrained: Optional[str] = None
 ) -> Sources:
-    """Read models and studies.
-
-    Args:
-        folders: of models with test results in them, of test results, or of studies.
-        target: results of the target model; when None, what the tests compared with, or those of
-            the model that the others were made from.
-        retrained: results of the retrained model; when None, what the tests compared with, or the
-            one of the folders whose model was fine-tuned on retain rows only.
+    """Read models and studies; arguments as of ``wagle report``.
 
     Raises:
         WagleError: if a folder does not exist, or nothing is left to report.
@@ -235,12 +230,9 @@ def gather(
 
 
 def read_model(folder: Path, option: str = "run") -> ReportedModel:
-    """One model.
+    """A model: its folder, with test results in it, or those results, or a TOFU result file.
 
-    Args:
-        folder: of the model with test results in it, or of test results, or their ``metrics.json``,
-            or a TOFU result file.
-        option: that named it, for messages.
+    ``option`` named it, for messages.
 
     Raises:
         WagleError: if it has no results.
@@ -255,21 +247,15 @@ def read_model(folder: Path, option: str = "run") -> ReportedModel:
     lost = "units, directions and undefined measures"
     model.info = _read_optional(results / INFO_FILE, {}, model.notes, lost)
     model.robustness = _read_optional(results / ROBUSTNESS_FILE, [], model.notes)
-    for place in (folder, results.parent):
-        if (place / RECORD_FILE).is_file():
-            model.record = _read_optional(place / RECORD_FILE, {}, model.notes)
-            break
+    records = [place / RECORD_FILE for place in (folder, results.parent)]
+    if record := next((file for file in records if file.is_file()), None):
+        model.record = _read_optional(record, {}, model.notes)
     if not model.lineage:
         model.notes.append(f"no {RECORD_FILE} beside the results says what made the model")
     return model
 
 
-def read_study(folder: Path) -> StudyResults:
-    """One study.
-
-    Raises:
-        WagleError: if it has no table of runs.
-    """
+def _read_study(folder: Path) -> StudyResults:
     if not (folder / TABLE_FILE).is_file():
         raise WagleError(f"it has no {TABLE_FILE} yet")
     rows, notes = load_table(folder / TABLE_FILE), []
@@ -281,6 +267,7 @@ def read_study(folder: Path) -> StudyResults:
 
 
 def _read_folder(folder: Path, sources: Sources) -> None:
+    """Add the study or the model of a folder, or why it is left out."""
     if not folder.exists():
         raise WagleError(f"run folder {folder} does not exist")
     if not folder.is_dir():
@@ -290,7 +277,7 @@ def _read_folder(folder: Path, sources: Sources) -> None:
         )
     try:
         if (folder / TABLE_FILE).is_file() or (folder / SUMMARY_FILE).is_file():
-            sources.studies.append(read_study(folder))
+            sources.studies.append(_read_study(folder))
         elif (_tests_of(folder) / METRICS_FILE).is_file():
             sources.models.append(read_model(folder))
         else:
@@ -309,6 +296,12 @@ def _read_optional(file: Path, empty: Any, notes: list[str], lost: str = "") -> 
     except WagleError as error:
         notes.append(str(error))
         return empty
+
+
+def _tests_of(folder: Path) -> Path:
+    """The folder of test results within a model folder; any other folder is itself."""
+    folder = folder_of(folder)
+    return folder / TEST_FOLDER if (folder / TEST_FOLDER).is_dir() else folder
 
 
 def _find_reference(sources: Sources, role: str, given: Optional[str]) -> None:
@@ -332,9 +325,7 @@ def _find_reference(sources: Sources, role: str, given: Optional[str]) -> None:
             raise
         sources.notes.append(f"the {role} model has no results: {error}")
         return
-    place = _tests_of(found.results.path.resolve())
-    models = sources.models
-    sources.models = [m for m in models if _tests_of(m.results.path.resolve()) != place]
+    sources.models = [model for model in sources.models if model.place != found.place]
     found.name = found.role = role
     sources.references[role] = found
     if not found.metrics:
@@ -349,28 +340,22 @@ def _candidates(models: Sequence[ReportedModel], role: str) -> list[str]:
     if role == "target":
         others = [model.last.get("base") for model in models if model.last.get("objective")]
     else:
-        others = [str(model.results.path) for model in models if _is_retrained(model)]
+        made = ("FinetuneModule", ["retain"])
+        others = [
+            str(model.results.path)
+            for model in models
+            if (model.last.get("module"), model.last.get("streams")) == made
+        ]
     for places in (compared, others):  # the base of a model need not have been tested
         if known := [place for place in dict.fromkeys(places) if place and Path(place).exists()]:
             return known
     return []
 
 
-def _tests_of(folder: Path) -> Path:
-    """The folder of test results within a model folder; any other folder is itself."""
-    folder = folder_of(folder)
-    return folder / TEST_FOLDER if (folder / TEST_FOLDER).is_dir() else folder
-
-
-def _is_retrained(model: ReportedModel) -> bool:
-    return model.last.get("module") == "FinetuneModule" and model.last.get("streams") == ["retain"]
-
-
 def _check_target(sources: Sources) -> None:
     """Note which models were made from other weights than the target's.
 
-    A model that was unlearned in several requests may be compared with the model before any of
-    them.
+    After several requests to unlearn, the target may be the model before any of them.
     """
     target = sources.references.get("target")
     if target is None or target.fingerprint is None:

@@ -1,20 +1,22 @@
-"""From an exception to the line that the command line prints, and its exit code."""
+"""What the command line says: mistakes in a line, the package's log, and little of libraries'."""
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 import sysconfig
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Optional
+from typing import NoReturn, Optional
 
-from wagle_pl.cli.commands import EXIT_MISTAKE
 from wagle_pl.core.errors import WagleError, first_line
 
+EXIT_MISTAKE = 2
 EXIT_LOST_RANK = 1
 
 _PACKAGE = str(Path(__file__).parents[1])
@@ -25,6 +27,7 @@ _CONFIGURED = (
     "lightning.pytorch.loggers.",
     "lightning.fabric.loggers.",
 )
+_NETWORK_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
 #: What gloo says when another rank has ended.
 _DISCONNECTED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 #: Errors of the operating system that are about a path, and that the user can do something about.
@@ -33,13 +36,57 @@ _PATH_ERRORS = {
     *(errno.EROFS, errno.ENOSPC, errno.ENAMETOOLONG),
 }
 
+_ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",  # Lightning's own progress bar does not use it
+    "JSONARGPARSE_DEPRECATION_WARNINGS": "off",  # of Lightning's calls
+}
+_WARNINGS = (
+    ".*does not have many workers.*",
+    ".*smaller than the logging interval.*",
+    ".*LightningCLI's args parameter.*",
+    ".*treespec, LeafSpec.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*module\\(s\\) in eval mode at the start of training.*",  # as attribution wants it
+    ".*DeepSpeed handles gradient clipping internally.*",
+    ".*torch.distributed.*is deprecated.*",  # of DeepSpeed's calls
+    ".*configure_optimizers.*returned .None.*",  # attribution trains nothing
+    ".*sync_dist=True.*",  # what is logged is the same on all ranks
+)
+#: Lightning's loggers that say in every run what the user has asked for, and how they begin.
+_LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.pytorch.accelerators.cuda",
+    "lightning.fabric.utilities.seed",
+)
+_REPETITIVE = (
+    "GPU available",
+    "TPU available",
+    "LOCAL_RANK: ",
+    "Seed set to",
+    "💡 Tip",
+    "Loading `train_dataloader`",
+    "`Trainer.fit` stopped: `max_",
+)
+
+
+def fail(message: str, code: int = EXIT_MISTAKE) -> NoReturn:
+    """Print one line and exit."""
+    print(f"wagle: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+# -- from an exception to a line -------------------------------------------------------------------
+
 
 def failure(error: BaseException) -> Optional[tuple[str, int]]:
     """Line and exit code of an error; None where its traceback tells more than a line could."""
-    said = mistake(error)
-    if said is not None:
+    if (said := mistake(error)) is not None:
         return said, EXIT_MISTAKE
-    if _lost_a_rank(error):
+    if any(_is_lost_rank(cause) for cause in _causes(error)):
         return (
             "another rank of this run has ended, so this one ends too "
             f"({first_line(error)[:200]}); the last checkpoint is whole: resume with --ckpt_path"
@@ -100,14 +147,11 @@ def _wrong_path(error: Optional[BaseException]) -> Optional[str]:
     return f"{error.filename}: {error.strerror.lower()}; look at the paths that were given"
 
 
-def _lost_a_rank(error: BaseException) -> bool:
+def _is_lost_rank(error: BaseException) -> bool:
     """Whether an error says that another rank did not take part in a collective."""
-    network = ("DistBackendError", "DistNetworkError", "DistStoreError")
-    return any(
-        type(cause).__name__ in network
-        or (not isinstance(cause, OSError) and any(said in str(cause) for said in _DISCONNECTED))
-        for cause in _causes(error)
-    )
+    disconnected = any(said in str(error) for said in _DISCONNECTED)
+    named = type(error).__name__ in _NETWORK_ERRORS
+    return named or (disconnected and not isinstance(error, OSError))
 
 
 def parent_ended(seconds: float) -> bool:
@@ -121,3 +165,40 @@ def parent_ended(seconds: float) -> bool:
     while os.getppid() == parent and time.monotonic() < deadline:
         time.sleep(0.05)
     return os.getppid() != parent
+
+
+# -- logs ------------------------------------------------------------------------------------------
+
+
+def quiet() -> None:
+    """Set up logging for a user: ``wagle: MESSAGE``, and no progress or advice of libraries."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for pattern in _WARNINGS:
+        warnings.filterwarnings("ignore", message=pattern)
+    for name in _LOGGERS:
+        logging.getLogger(name).addFilter(_is_news)
+    package = logging.getLogger("wagle_pl")
+    if not package.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Formatter())
+        handler.addFilter(_is_first_rank)
+        package.addHandler(handler)
+        package.setLevel(logging.INFO)
+        package.propagate = False
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    said = record.getMessage()
+    return record.levelno > logging.INFO or not any(words in said for words in _REPETITIVE)
+
+
+def _is_first_rank(record: logging.LogRecord) -> bool:
+    rank = int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
+    return rank == 0 or record.levelno >= logging.ERROR
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        return f"wagle: {level}{record.getMessage()}"

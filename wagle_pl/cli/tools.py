@@ -1,0 +1,321 @@
+"""``wagle export``, ``report``, ``patch`` and ``plan``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Optional
+
+from wagle_pl.cli import LazyModule
+from wagle_pl.core.errors import WagleError, check_positive
+from wagle_pl.core.files import refuse_existing
+from wagle_pl.core.text import count, fields, table
+
+patches = LazyModule("wagle_pl.unlearning.patch")
+planning = LazyModule("wagle_pl.planning")
+
+#: GPUs by their memory in GiB, and how many of them, in plans.
+SIZES = (24, 40, 80)
+COUNTS = (1, 2, 4, 8)
+
+
+def export(
+    checkpoint: str,
+    *,
+    output: str,
+    model: Optional[str] = None,
+    mask: Optional[str] = None,
+    overwrite: bool = False,
+) -> None:
+    """Turn a checkpoint into a model folder in Hugging Face format, on one CPU, a tensor at a time.
+
+    Args:
+        checkpoint: file or folder that a run wrote, with any strategy and any number of devices;
+            or a model to copy: a GGUF file, a folder of an adapter, a hub id.
+        output: folder to write (-o).
+        model: where the run's base model is; needed only if it has moved.
+        mask: where the run's mask is; needed only if it has moved.
+        overwrite: replace an existing model folder; a folder of other things is left alone.
+    """
+    from wagle_pl.unlearning.export import export as write
+
+    print(f"model written to {write(checkpoint, output, model, mask, overwrite)}")
+
+
+def report(
+    runs: list[str],
+    *,
+    output: str,
+    target: Optional[str] = None,
+    retrained: Optional[str] = None,
+    forget: Optional[str] = None,
+    utility: Optional[str] = None,
+    forget_level: Optional[float] = None,
+    examples: int = 6,
+    title: Optional[str] = None,
+    overwrite: bool = False,
+) -> None:
+    """Show runs, or a study, in one HTML file that needs no network and no script.
+
+    Args:
+        runs: folders: models with test results in them, test results, or studies.
+        output: HTML file to write.
+        target: results of the model before unlearning; those of the model that the runs were made
+            from when not given.
+        retrained: results of the model retrained without the forget set; what the tests compared
+            with, or the one of the folders that was fine-tuned on retain rows only, when not given.
+        forget: measure on the horizontal axis of the forget-utility figure, such as
+            forget/probability.
+        utility: measure on its vertical axis, such as model_utility.
+        forget_level: value of the forget measure at which a study's arms are compared, in place of
+            the study's own.
+        examples: how many questions of each set to show answers to.
+        title: of the page.
+        overwrite: replace the output if it exists.
+    """
+    if Path(output).suffix.lower() not in (".html", ".htm"):
+        raise WagleError(f"report {output} must end in .html")
+    if examples < 0:
+        raise WagleError(f"examples must be at least 0, got {examples}")
+    refuse_existing(Path(output), overwrite, "--overwrite")
+    from wagle_pl.study.report.page import write_report
+    from wagle_pl.study.report.sources import gather
+    from wagle_pl.study.summary import compared_at
+
+    sources = gather(runs, target, retrained)
+    if forget_level is not None and not sources.studies:
+        raise WagleError("--forget_level is for studies, and there is none among the folders given")
+    for study in sources.studies if forget_level is not None else ():
+        try:
+            study.summary = compared_at(study.summary, study.rows, forget_level)
+        except WagleError as error:
+            raise WagleError(f"study {study.folder}: {error}") from None
+    shown_as = {"title": title, "forget": forget, "utility": utility, "examples": examples}
+    path = write_report(sources, output, overwrite, **shown_as)
+    shown = [count(len(sources.models), "run")] if sources.models else []
+    if sources.studies:
+        shown.append(count(len(sources.studies), "study", "studies"))
+    print(f"report of {' and '.join(shown)} written to {path}")
+
+
+def make(base: str, unlearned: str, output: Optional[str] = None, overwrite: bool = False) -> None:
+    """Write the difference of two models, exact and compressed.
+
+    Args:
+        base: folder of the model before unlearning.
+        unlearned: folder of the model after it.
+        output: patch file to write (-o).
+        overwrite: replace an existing file.
+    """
+    _print_summary(patches.make_patch(base, unlearned, _given(output), overwrite))
+
+
+def apply(base: str, patch: str, output: Optional[str] = None, overwrite: bool = False) -> None:
+    """Turn the base model into the unlearned one, bit for bit.
+
+    Args:
+        base: folder of the patch's base model, or of that with patches that changed other weights.
+        patch: patch file.
+        output: folder to write (-o).
+        overwrite: replace an existing model folder; a folder of other things is left alone.
+    """
+    _write_model("apply", base, patch, output, overwrite)
+
+
+def revert(
+    unlearned: str, patch: str, output: Optional[str] = None, overwrite: bool = False
+) -> None:
+    """Turn the unlearned model back into the base model, bit for bit.
+
+    Args:
+        unlearned: folder of the unlearned model, or of one with this patch among others.
+        patch: patch file.
+        output: folder to write (-o).
+        overwrite: replace an existing model folder; a folder of other things is left alone.
+    """
+    _write_model("revert", unlearned, patch, output, overwrite)
+
+
+def info(patch: str, tensors: bool = False) -> None:
+    """Say what a patch changes, in which model.
+
+    Args:
+        patch: patch file.
+        tensors: also list the tensors it changes.
+    """
+    opened = patches.Patch(patch)
+    _print_summary(opened)
+    for name, tensor in opened.tensors.items() if tensors else ():
+        shape = tuple(tensor["shape"])
+        print(f"  {name}: {tensor['changed']:,} of shape {shape} {tensor['dtype']}")
+
+
+PATCH = {"make": make, "apply": apply, "revert": revert, "info": info}
+
+
+def _write_model(verb: str, model: str, patch: str, output: Optional[str], overwrite: bool) -> None:
+    if Path(patch).is_dir() and not Path(model).is_dir():
+        raise WagleError(
+            "the model's folder comes first, then the patch file: "
+            f"wagle patch {verb} {patch} {model}"
+        )
+    write = {"apply": patches.apply_patch, "revert": patches.revert_patch}[verb]
+    print(f"{output}: digest {write(model, patch, _given(output), overwrite)}")
+
+
+def _given(output: Optional[str]) -> str:
+    if not output:
+        raise WagleError("no output is given: add -o PATH")
+    return output
+
+
+def _print_summary(patch: patches.Patch) -> None:
+    share = patch.changed / max(1, patch.weights)
+    print(f"{patch.path}: {patch.path.stat().st_size:,} bytes")
+    print(f"  base       {patch.base}  ({patch.made_by['base']})")
+    print(f"  unlearned  {patch.unlearned}  ({patch.made_by['unlearned']})")
+    print(
+        f"  changes {patch.changed:,} of {patch.weights:,} weights ({share:.4%}) "
+        f"in {len(patch.tensors)} tensors"
+    )
+
+
+def plan(
+    *,
+    model: str,
+    task: str = "unlearning",
+    strategy: str = "auto",
+    devices: int = 1,
+    precision: str = "bf16-true",
+    accelerator: Literal["gpu", "cpu"] = "gpu",
+    density: float = 0.2,
+    hessian: str = "auto",
+    optimizer: str = "MaskedAdamW",
+    values: str = "fp32",
+    batch_size: int = 1,
+    max_length: int = 512,
+    accumulate_grad_batches: int = 1,
+    gradient_checkpointing: bool = False,
+    frozen_copy: bool = False,
+    tokens: Optional[int] = None,
+    tokens_per_second: Optional[float] = None,
+) -> None:
+    """Estimate the memory, disk and work of a run from the model's configuration alone.
+
+    Args:
+        model: hub id, folder in Hugging Face format, or GGUF file.
+        task: attribution, unlearning, finetuning or test.
+        strategy: auto (one device, or DDP), ddp, zero1, zero2, zero3, zero3_offload, or Lightning's
+            names for them.
+        devices: how many share the run, over all machines.
+        precision: as trainer.precision: 32-true, bf16-mixed, bf16-true, 16-mixed or 16-true.
+        accelerator: gpu; or cpu, where a device is a process.
+        density: share of weights in the mask; 1 is unlearning without one.
+        hessian: of attribution, as model.hessian: scalar, auto, gauss_newton, fisher, hutchinson,
+            or a class path.
+        optimizer: MaskedAdamW, AdamW, AdamW8bit (two moments of 8 bits) or SGD.
+        values: how the weights that move are kept, as model.values: fp32, or split (bf16-true on
+            one device).
+        batch_size: rows, or pairs of rows, a device and micro-batch.
+        max_length: tokens a row, padding included.
+        accumulate_grad_batches: micro-batches a step.
+        gradient_checkpointing: recompute activations in the backward pass.
+        frozen_copy: the objective keeps a copy of the model before unlearning (KL, UNDIAL, hidden
+            states).
+        tokens: of the whole run, over all streams and epochs, to estimate its time.
+        tokens_per_second: measured throughput of all devices together, to estimate its time.
+    """
+    options = dict(locals())
+    for option in ("model", "hessian", "tokens", "tokens_per_second"):
+        del options[option]
+    from wagle_pl.attribution.hessian import estimator_of
+
+    named = estimator_of(hessian)
+    estimator = named if task == "attribution" else None
+    diagonal = estimator is not None and hessian != "auto"
+    run = planning.PlannedRun(**options, estimator=estimator, diagonal=diagonal)
+    for option, value in (("tokens", tokens), ("tokens_per_second", tokens_per_second)):
+        if value is not None:
+            check_positive(value, option)
+    shape = planning.architecture(model)
+    checkpointing = ", checkpointing" if gradient_checkpointing else ""
+    rows = f"{batch_size} x {max_length} tokens a stream{checkpointing}"
+    about = {
+        "model": f"{model}: {shape.weights:,} weights, {shape.largest:,} in the largest tensor",
+        "run": f"{task}, {strategy} on {devices} x {accelerator}, {precision}, {rows}",
+    }
+    sums = needs(shape, run) | work(shape, run, tokens, tokens_per_second)
+    parts = [fields(list(about.items())), memory_table(shape, run)]
+    print(*parts, fields(list(sums.items())), choice_table(shape, run), sep="\n\n")
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB.
+
+    >>> gib(3 << 29)
+    '1.50'
+    """
+    return f"{size / 2**30:.2f}"
+
+
+def smallest(size: float) -> Optional[int]:
+    """The smallest GPU of :data:`SIZES` that ``size`` bytes fit; None if none.
+
+    >>> smallest(22 << 30), smallest(23 << 30), smallest(79 << 30)
+    (24, 40, None)
+    """
+    return next((gpu for gpu in SIZES if size <= planning.USABLE * gpu * 2**30), None)
+
+
+def memory_table(shape: planning.Architecture, run: planning.PlannedRun) -> str:
+    """A device's memory by part and moment, in GiB; the peak's moment stands in stars."""
+    parts, moments = planning.device_parts(shape, run), planning.MOMENTS
+    moment, _ = planning.peak(shape, run)
+    rows = [[p.name, *(gib(p.bytes) if m in p.moments else "" for m in moments)] for p in parts]
+    rows.append(["total", *(gib(planning.at(parts, m)) for m in moments)])
+    device = "GPU" if run.accelerator == "gpu" else "process"
+    return table([f"GiB a {device}", *(f"*{m}*" if m == moment else m for m in moments)], rows)
+
+
+def needs(shape: planning.Architecture, run: planning.PlannedRun) -> dict[str, str]:
+    """Peak, the GPU it fits, CPU memory and disk."""
+    moment, size = planning.peak(shape, run)
+    lines = {"peak": f"{gib(size)} GiB, moment: {moment}"}
+    if run.accelerator == "gpu":
+        fits = smallest(size)
+        found = f"a GPU of {fits} GB" if fits else f"no GPU of {', '.join(map(str, SIZES))} GB"
+        lines["fits"] = f"{found} ({1 - planning.USABLE:.0%} are left to fragmentation)"
+        lines["CPU memory"] = f"{gib(planning.host_bytes(shape, run))} GiB a rank"
+    files = [
+        f"{name} {gib(size)} GiB"
+        for name, size in planning.disk_bytes(run, shape.weights, shape.stored).items()
+    ]
+    return lines | {"disk": ", ".join(files) or "tables of results only"}
+
+
+def work(
+    shape: planning.Architecture,
+    run: planning.PlannedRun,
+    tokens: Optional[int],
+    rate: Optional[float],
+) -> dict[str, str]:
+    """Operations of a micro-batch on all devices, and its time if the throughput is known."""
+    flops, step = planning.step_flops(shape, run), planning.step_tokens(run)
+    lines = {"work": f"{flops:.3g} FLOPs a micro-batch of {step:,} tokens, all devices"}
+    if rate:
+        whole = f"; {tokens / rate / 3600:.2f} h for {tokens:,} tokens" if tokens else ""
+        lines["time"] = f"{step / rate:.3g} s a micro-batch{whole}, at {rate:g} tokens/s"
+    elif tokens:
+        lines["time"] = f"unknown for {tokens:,} tokens: give --tokens_per_second too"
+    return lines
+
+
+def choice_table(shape: planning.Architecture, run: planning.PlannedRun) -> str:
+    """Peak of the run under every strategy and number of devices, and the GPU that it fits."""
+
+    def cell(choice: planning.PlannedRun) -> str:
+        _, size = planning.peak(shape, choice)
+        return f"{gib(size)} ({smallest(size) or '-'})" if run.accelerator == "gpu" else gib(size)
+
+    rows = [[name, *map(cell, runs)] for name, runs in planning.choices(run, COUNTS)]
+    what = "GiB a GPU (the smallest that fits, GB)" if run.accelerator == "gpu" else "GiB a process"
+    return table([what, *(f"{count}" for count in COUNTS)], rows)
