@@ -17,6 +17,7 @@ import torch
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import absent
+from wagle_pl.core.hub import load_tokenizer
 from wagle_pl.data.batches import (
     Draw,
     GlobalBatchSampler,
@@ -274,8 +275,6 @@ class ForgetRetainDataModule(L.LightningDataModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer named, or the model's."""
         if self.tokenizer_name is not None:
-            from wagle_pl.lm.models import load_tokenizer
-
             return load_tokenizer(self.tokenizer_name)
         if self.model_tokenizer is None:
             raise WagleError(

@@ -1,77 +1,25 @@
-"""Causal language models and tokenizers: found (hub id, folder, GGUF) and loaded."""
+"""Causal language models, loaded; :mod:`wagle_pl.core.hub` finds them by name."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from wagle_pl.core import distributed
 from wagle_pl.core.environment import errors_only
-from wagle_pl.core.errors import WagleError, first_line
-from wagle_pl.core.files import absent, plainly_local
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.hub import adapted, loading, locate
+from wagle_pl.core.hub import load_tokenizer as load_tokenizer
 from wagle_pl.core.tensorfiles import INDEX_FILE, TensorFiles
 from wagle_pl.core.weights import assign, parameter_shapes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-ADAPTER_FILE = "adapter_config.json"  # of a folder that holds an adapter and names its base
-#: Endings of files: no hub id ends so.
-MODEL_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-
-
-# -- where a model is ------------------------------------------------------------------------------
-
-
-def locate(name: str) -> tuple[str, dict[str, str]]:
-    """Source and options for ``from_pretrained``; only what may be a hub id is left for the hub.
-
-    Raises:
-        WagleError: if it is a path and there is no model.
-    """
-    path = Path(name)
-    if (file := _gguf_file(path)) is not None:
-        return str(file.parent), {"gguf_file": file.name}
-    if path.is_file():
-        raise WagleError(
-            f"model {name} is a file: give the folder that holds config.json and the weights, or "
-            "a .gguf"
-        )
-    if not path.is_dir() and plainly_local(name, MODEL_SUFFIXES):
-        raise absent("model file" if path.suffix == ".gguf" else "model folder", name, hub=True)
-    if path.is_dir() and not (path / "config.json").exists() and _adapted(name) is None:
-        several = len(list(path.glob("*.gguf")))
-        what = f", but {several} .gguf files: name one" if several else ""
-        raise WagleError(
-            f"model folder {name} has no config.json{what or ': it is no Hugging Face model folder'}"
-        )
-    return name, {}
-
-
-def _gguf_file(path: Path) -> Optional[Path]:
-    """The GGUF file that a path is, or that is the one model in a folder."""
-    if path.is_dir() and not (path / "config.json").exists():
-        files = list(path.glob("*.gguf"))
-        return files[0] if len(files) == 1 else None
-    return path if path.suffix == ".gguf" and path.is_file() else None
-
-
-def _adapted(name: str) -> Optional[str]:
-    """The base model that an adapter folder names; None for any other model."""
-    file = Path(name) / ADAPTER_FILE
-    if not file.is_file() or (Path(name) / "config.json").exists():
-        return None
-    with loading(f"adapter {name!r}", name):
-        return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    from transformers import PreTrainedModel
 
 
 def weights_folder(name: str) -> Optional[str]:
@@ -80,16 +28,13 @@ def weights_folder(name: str) -> Optional[str]:
     None for a model that is no folder of its own weights: a GGUF file, an adapter.
     """
     source, options = locate(name)
-    if options or _adapted(name) is not None:
+    if options or adapted(name) is not None:
         return None
     if Path(source).is_dir():
         return source
     from huggingface_hub import snapshot_download
 
     return snapshot_download(source, allow_patterns=["*.safetensors", INDEX_FILE])
-
-
-# -- loading ---------------------------------------------------------------------------------------
 
 
 def load_model(
@@ -117,7 +62,7 @@ def load_model(
 
     if sharded:
         return _load_sharded(name, attn_implementation)
-    if (base := _adapted(name)) is not None:
+    if (base := adapted(name)) is not None:
         return _merged(load_model(base, dtype, attn_implementation=attn_implementation), name)
     source, options = locate(name)
     with loading(f"model {name!r}", name), errors_only("transformers.modeling_utils"):
@@ -231,23 +176,11 @@ def _any_layer(weight: str) -> str:
     return re.sub(r"\.\d+(?=\.)", ".#", weight)
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer, by the model's name; one without a pad token pads with EOS."""
-    from transformers import AutoTokenizer
-
-    source, options = locate(name)
-    with loading(f"tokenizer of {name!r}", name):
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return tokenizer
-
-
 def checkpoint_dtype(name: str) -> Optional[torch.dtype]:
     """The dtype a model is stored in, None if its configuration does not say."""
     from transformers import AutoConfig
 
-    if (base := _adapted(name)) is not None:
+    if (base := adapted(name)) is not None:
         return checkpoint_dtype(base)
     source, options = locate(name)
     with loading(f"configuration of model {name!r}", name):
@@ -259,42 +192,3 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     """How many token ids a Hugging Face model knows, from 0 on."""
     embeddings = model.get_input_embeddings()
     return getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
-
-
-@contextmanager
-def loading(what: str, name: str, how: str = "loaded") -> Iterator[None]:
-    """Say in one line why a model's files cannot be read, whatever a library raises.
-
-    Raises:
-        WagleError: naming ``what`` and the reason.
-    """
-    try:
-        yield
-    except (WagleError, MemoryError, torch.cuda.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise WagleError(f"{what} cannot be {how}: {_why_not(name, error)}") from error
-
-
-def _why_not(name: str, error: Exception) -> str:
-    """Why loading failed; of a name that is no path here, that the hub was asked."""
-    if "backend tokenizer" in str(error):
-        return "it has no tokenizer files"
-    text = first_line(error)
-    if text.endswith(":"):  # what matters is below
-        text = " ".join(str(error).split())
-    if not isinstance(error, (OSError, ValueError, ImportError)):
-        text = f"{type(error).__name__}: {text}"
-    if not Path(name).exists():
-        return f"there is no such folder here, and asked of the hub: {text}"
-    if isinstance(error, SafetensorError):
-        try:
-            TensorFiles(name)
-        except WagleError as damaged:
-            return f"{damaged}; copy or download it again"
-    if not isinstance(error, ImportError) and _gguf_file(Path(name)) is not None:
-        return (
-            "the GGUF file is damaged, cut short or of a kind that transformers does not read "
-            f"({text})"
-        )
-    return text

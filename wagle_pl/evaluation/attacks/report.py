@@ -11,6 +11,7 @@ from typing import Any, Optional, Union
 import torch
 
 from wagle_pl.core.errors import WagleError
+from wagle_pl.core.hub import ADAPTER_FILE
 from wagle_pl.core.registry import resolve
 from wagle_pl.core.text import table
 from wagle_pl.core.weights import fingerprint, iter_gathered
@@ -201,7 +202,7 @@ def results_of(path: Union[str, Path]) -> Optional[Path]:
 
 
 def _holds_model(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("config.json", models.ADAPTER_FILE))
+    return any((folder / name).is_file() for name in ("config.json", ADAPTER_FILE))
 
 
 def load_other(name: str, like: Any, option: str) -> Any:
