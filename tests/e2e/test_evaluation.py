@@ -264,8 +264,8 @@ def test_forget_quality_goes_by_questions_and_not_by_row_numbers():
     for other, message in [
         (log_of(range(2, 6)), "other forget rows: 2 differ"),
         (shifted, "other forget rows: 5 differ"),
-        ({}, "the retrained result has none"),
-        (unnamed, "the retrained result does not hold its questions"),
+        ({}, "perturbed answers on both models' forget sets: the test set has no rows"),
+        (unnamed, "a result does not hold its questions"),
     ]:
         with pytest.raises(WagleError, match=message):
             tofu_forget_quality(ours, other)

@@ -86,9 +86,9 @@ def test_options_and_choices_of_any_number():
     nll, other = uniform(50), uniform(50, 4)
     other[::3, 2:] = math.nan
     losses = list(zip(nll.tolist(), other.tolist(), strict=True))
-    assert F.nearest_option(nll, other).tolist() == [
-        all(not wrong < right for wrong in row) for right, row in losses
-    ]
+    rows = [{"paraphrased_nll": right, "perturbed_nll": wrong} for right, wrong in losses]
+    expected = np.mean([all(not wrong < right for wrong in row) for right, row in losses])
+    assert measured("accuracy", rows) == expected
     logprobs, labels = -uniform(50, 4), torch.randint(0, 2, (50,), generator=generator)
     logprobs[::3, 2:] = math.nan
     expected = np.nanargmax(logprobs.numpy(), 1) == labels.numpy()
@@ -122,13 +122,17 @@ def test_unlearning_efficacy():
 
 @pytest.mark.parametrize("k", [0.01, 0.2, 0.4, 1.0])
 def test_min_k_against_numpy(k):
-    logprobs, mean, std = -uniform(23) * 5, uniform(23) - 3, uniform(23) + 0.5
-    count = max(1, int(23 * k))
-    expected = -np.sort(logprobs.numpy())[:count].mean()
+    logprobs = -uniform(23) * 5
+    expected = -np.sort(logprobs.numpy())[: max(1, int(23 * k))].mean()
     assert F.min_k(logprobs, k) == pytest.approx(expected)
-    standard = (logprobs.numpy() - mean.numpy()) / std.numpy()
-    expected = -np.sort(standard)[:count].mean()
-    assert F.min_k_plus_plus(logprobs, mean, std, k) == pytest.approx(expected)
+
+
+def test_min_k_plus_plus_against_numpy():
+    logprobs, mean, std = -uniform(23) * 5, uniform(23) - 3, uniform(23) + 0.5
+    columns = {"logprobs": logprobs, "vocabulary_mean": mean, "vocabulary_std": std}
+    row = {name: column.tolist() for name, column in columns.items()}
+    expected = -np.sort((logprobs - mean) / std)[: int(23 * 0.4)].mean()
+    assert SCORES["min_k_plus_plus"](Records([row])).item() == pytest.approx(expected)
 
 
 def test_membership_auc_counts_pairs():

@@ -383,14 +383,12 @@ class Evaluate(Callback):
         return counts
 
     def _finished(self) -> dict[str, Table]:
+        folder, overwrite = self._module.results_folder, self._module.overwrite
         found = {
-            name: read_table(self._path(name), key, self._module.overwrite)
+            name: read_table(folder / f"{name}.parquet", key, overwrite)
             for name, key in self._keys.items()
         }
         return {name: table for name, table in found.items() if table is not None}
-
-    def _path(self, name: str) -> Path:
-        return self._module.results_folder / f"{name}.parquet"
 
     def test_batch(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int) -> None:
         """Observe a batch of test rows; the last one of a set writes its table."""
@@ -404,9 +402,10 @@ class Evaluate(Callback):
     def _finish_set(self, name: str) -> None:
         """Bring all ranks' records of one test set together and write its table."""
         records = merge(self._partial.pop(name))
+        path = self._module.results_folder / f"{name}.parquet"
 
         def write() -> Table:
-            write_table(self._path(name), self.annotated(name, records), self._keys[name])
+            write_table(path, self.annotated(name, records), self._keys[name])
             return records
 
         self._tables[name] = distributed.on_rank_zero(write)
@@ -472,10 +471,9 @@ class Evaluate(Callback):
         asked for."""
         if self.lm_eval is None:
             return Ability()
-        data, module = self.data, self._module
-        found = self._harness.measure(
-            module.lm, data.tokenizer, data.test_batch_size, module.sharded
-        )
+        tokenizer, batch_size = self.data.tokenizer, self.data.test_batch_size
+        lm, sharded = self._module.lm, self._module.sharded
+        found = self._harness.measure(lm, tokenizer, batch_size, sharded)
         self.general |= found.general
         return found
 

@@ -88,32 +88,6 @@ def truth_ratio(
     return torch.exp(-perturbed_nll).nanmean(-1) / torch.exp(-paraphrased_nll)
 
 
-def truth_ratio_score(
-    ratio: Tensor, direction: Literal["closer_to_1", "true_better", "prob_mean"]
-) -> Tensor:
-    """A truth ratio R as a score in [0, 1] (TOFU's and OpenUnlearning's aggregations).
-
-    ``true_better``, max(0, 1 − R), for what must be kept; ``closer_to_1``, min(R, 1/R), for what
-    must be forgotten; ``prob_mean``, 1 / (1 + R), the probability of the paraphrase against the
-    perturbed answers.
-    """
-    if direction == "true_better":
-        return torch.clamp(1 - ratio, min=0)
-    if direction == "prob_mean":
-        return 1 / (1 + ratio)
-    return torch.minimum(ratio, 1 / ratio)
-
-
-def nearest_option(nll: Tensor, other_nll: Tensor) -> Tensor:
-    """Whether the right answer is the likeliest option per token, 1 or 0 a row; shapes as in
-    :func:`option_probability`.
-
-    WAGLE's forget accuracy with the likelihood in the place of a sentence embedding. A tie goes to
-    the right answer, as in WAGLE's code (``max(scores) == scores[0]``).
-    """
-    return (nll <= other_nll.nan_to_num(nan=torch.inf).min(-1).values).to(nll.dtype)
-
-
 def choice_accuracy(logprobs: Tensor, label: Tensor) -> Tensor:
     """Whether the right choice has the largest log-probability, 1 or 0 a row (``acc`` of
     lm-evaluation-harness).
@@ -168,12 +142,6 @@ def min_k(logprobs: Tensor, k: float = 0.2) -> float:
         raise Undefined("the text has no token to predict")
     count = max(1, int(logprobs.numel() * k))
     return -logprobs.double().sort().values[:count].mean().item()
-
-
-def min_k_plus_plus(logprobs: Tensor, mean: Tensor, std: Tensor, k: float = 0.2) -> float:
-    """Min-K%++: :func:`min_k` of log-probabilities standardised by (T,) mean and standard deviation
-    of the whole vocabulary's at each token, under the model's distribution (arXiv 2404.02936)."""
-    return min_k((logprobs - mean) / std, k)
 
 
 def membership_auc(members: Tensor, nonmembers: Tensor) -> float:

@@ -287,14 +287,15 @@ def option_probability(rows: Records) -> float:
 @measure("score, 0 to 1", "higher", "higher", needs={"answer", "alternatives"})
 def truth_ratio(rows: Records) -> float:
     """Truth ratio as a score: max(0, 1 - R) for rows to keep, min(R, 1/R) for the others (TOFU)."""
-    direction = "closer_to_1" if rows.forget else "true_better"
-    return F.mean(F.truth_ratio_score(rows.truth_ratios(), direction), "truth ratios")
+    ratio = rows.truth_ratios()
+    score = torch.minimum(ratio, 1 / ratio) if rows.forget else torch.clamp(1 - ratio, min=0)
+    return F.mean(score, "truth ratios")
 
 
 @measure("probability, 0 to 1", "higher", "lower", needs={"answer", "alternatives"})
 def truth_probability(rows: Records) -> float:
     """Paraphrase against perturbed answers, 1 / (1 + R) (OpenUnlearning's prob_mean)."""
-    return F.mean(F.truth_ratio_score(rows.truth_ratios(), "prob_mean"), "truth ratios")
+    return F.mean(1 / (1 + rows.truth_ratios()), "truth ratios")
 
 
 @measure("share, 0 to 1", "higher", "lower", needs={"answer", "tokens"})
@@ -343,13 +344,15 @@ def accuracy(rows: Records) -> float:
     """Right option the likeliest.
 
     The options are those of a multiple choice, or the perturbed answers and the paraphrased one,
-    which they are worded like (WAGLE's forget accuracy).
+    which they are worded like: WAGLE's forget accuracy with the likelihood in the place of a
+    sentence embedding. A tie goes to the right answer, as there (``max(scores) == scores[0]``).
     """
     if rows.has("choice_logprobs"):
         labels = torch.tensor(rows.column("label"))
         right = F.choice_accuracy(ragged(rows.column("choice_logprobs")), labels)
         return F.mean(right, "choices")
-    return F.mean(F.nearest_option(rows.numbers("paraphrased_nll"), rows.perturbed()), "answers")
+    likeliest_wrong = rows.perturbed().nan_to_num(nan=torch.inf).min(-1).values
+    return F.mean((rows.numbers("paraphrased_nll") <= likeliest_wrong).double(), "answers")
 
 
 @measure("share, 0 to 1", "higher", "lower", needs={"choice_texts"})
@@ -492,10 +495,16 @@ def _min_k(rows: Records) -> Tensor:
 
 @membership_score("min_k_plus_plus", needs=MEMBERSHIP_NEEDS)
 def _min_k_plus_plus(rows: Records) -> Tensor:
-    """Membership inference by Min-40%++."""
+    """Membership inference by Min-40%++.
+
+    Of log-probabilities standardised by the vocabulary's at each token (arXiv 2404.02936).
+    """
     columns = (rows.column(name) for name in ("logprobs", "vocabulary_mean", "vocabulary_std"))
-    tokens = (map(torch.tensor, row) for row in zip(*columns, strict=True))
-    return torch.tensor([F.min_k_plus_plus(*row, MIN_K) for row in tokens], dtype=torch.float64)
+    scores = []
+    for row in zip(*columns, strict=True):
+        logprobs, mean, std = map(torch.tensor, row)
+        scores.append(F.min_k((logprobs - mean) / std, MIN_K))
+    return torch.tensor(scores, dtype=torch.float64)
 
 
 @membership_score("reference", needs={"answer"})

@@ -60,24 +60,23 @@ class Passes:
         """Where inputs must be."""
         return next(self.lm.parameters()).device
 
-    def __call__(self, ids: Tensor, mask: Tensor, keep: int, **options: Any) -> Any:
+    def __call__(
+        self, ids: Tensor, mask: Tensor, keep: int, announce: bool = True, **options: Any
+    ) -> Any:
         """Run (B, T) tokens with a (B, S) attention mask, S ≥ T where there is a past; logits may
         be of the last ``keep`` positions only. ``options`` are those of the model's forward."""
-        if self.synced_gpus:  # tells ranks in `level` that there is a pass to take part in
+        if self.synced_gpus and announce:
             distributed.all_reduce_max(1)
-        return self._run(ids, mask, keep, options)
-
-    def _run(self, ids: Tensor, mask: Tensor, keep: int, options: dict[str, Any]) -> Any:
         if accepts(type(self.lm), "logits_to_keep"):
             options["logits_to_keep"] = keep
         return self.lm(input_ids=ids, attention_mask=mask, **options)
 
     def level(self) -> None:
-        """Take part in the passes that other ranks still run. Collective: all ranks must call it
-        when their own passes are done."""
+        """Take part in the passes that other ranks still announce. Collective: all ranks must call
+        it when their own passes are done."""
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         while self.synced_gpus and distributed.all_reduce_max(0):
-            self._run(token, torch.ones_like(token), 1, {"use_cache": False})
+            self(token, torch.ones_like(token), 1, announce=False, use_cache=False)
 
 
 @cache

@@ -34,7 +34,6 @@ from wagle_pl.evaluation.measures import (
 )
 from wagle_pl.evaluation.results import (
     OPTION_SETS,
-    RESULT_KEYS,
     Result,
     Table,
     differing,
@@ -370,24 +369,24 @@ def tofu_forget_quality(
     Raises:
         WagleError: if a side has no truth ratios, or the two hold other rows.
     """
-    ratios, rows = [], []
-    for side, label in ((result, "this"), (retrained, "the retrained")):
-        table = from_result(side).get("forget", [])
-        try:
-            ratios.append(Records(table, form=form).truth_ratios())
-        except Undefined as error:
+    tables = [from_result(side).get("forget", []) for side in (result, retrained)]
+    try:
+        ratios = [Records(table, form=form).truth_ratios() for table in tables]
+    except Undefined as error:
+        raise WagleError(
+            f"forget quality needs perturbed answers on both models' forget sets: {error}"
+        ) from None
+    if compare_rows:
+        pairs = [pairs_of(table) for table in tables]
+        if not all(question for rows in pairs for question, _ in rows):
             raise WagleError(
-                f"forget quality needs perturbed answers on the forget set; {label} result has "
-                f"none: {error}"
-            ) from None
-        if compare_rows and not side[RESULT_KEYS["forget"]].get("generated_text"):
-            raise WagleError(
-                f"forget quality compares questions; {label} result does not hold its questions "
+                "forget quality compares questions; a result does not hold its questions "
                 "(generated_text)"
             )
-        rows.append(pairs_of(table))
-    if compare_rows and (count := differing(*rows)):
-        raise WagleError(f"the retrained model's result is on other forget rows: {count} differ")
+        if count := differing(*pairs):
+            raise WagleError(
+                f"the retrained model's result is on other forget rows: {count} differ"
+            )
     return F.ks_test(*ratios)[1]
 
 
