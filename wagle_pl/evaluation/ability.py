@@ -155,12 +155,7 @@ def wrap(lm: Any, tokenizer: Any, batch_size: int, share: bool) -> Any:
 
 
 def read(results: Mapping[str, Any], asked: Sequence[str]) -> Ability:
-    """What ``lm_eval.simple_evaluate`` returned, by our names; standard errors are left out.
-
-    >>> results = {"results": {"quiz": {"alias": "quiz", "acc,none": 0.5, "acc_stderr,none": 0.1}}}
-    >>> read(results, ["quiz"]).values
-    {'ability/quiz/acc': 0.5}
-    """
+    """What ``lm_eval.simple_evaluate`` returned, by our names; standard errors are left out."""
     found = Ability(asked=tuple(asked))
     for task, numbers in results["results"].items():
         higher = results.get("higher_is_better", {}).get(task, {})

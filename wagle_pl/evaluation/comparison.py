@@ -91,16 +91,7 @@ def comparison(
     retrained: Optional[Mapping[str, float]] = None,
 ) -> str:
     """The table as text: measure, this, then target and retrained where given; undefined measures
-    below it.
-
-    >>> values = {"a": 1.0, "b": Undefined("no rows")}
-    >>> print(comparison(values, lambda name: Info("", "higher", ""), {"a": 0.5}))
-    measure  this  target
-    a         1 ▲     0.5
-    <BLANKLINE>
-    ▲ better, ▼ worse than the target model
-    undefined: b: no rows
-    """
+    below it."""
     beside = {"target": target, "retrained": retrained}
     others = {name: found for name, found in beside.items() if found is not None}
     rows, undefined = [], []

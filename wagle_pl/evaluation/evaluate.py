@@ -64,30 +64,24 @@ class Evaluate(Callback):
     Parquet table a test set (every row with its values and generation), ``metrics.json`` (flat, one
     number a key), ``metrics.info.json`` (unit and direction of each, and why others are undefined)
     and ``tofu_result.json`` (the same keys as the files published with TOFU), and prints the
-    measures beside those of ``target`` and ``retrained``. A test that was interrupted continues
-    with the first test set that is not finished.
+    measures beside those of ``target`` and ``retrained``. An interrupted test continues with the
+    first test set that is not finished.
 
-    ``trainer.validate``, and ``trainer.fit`` whenever it validates (``val_check_interval``),
-    measure the test sets that ``data.val`` names and log them as ``val/<measure>``, which callbacks
-    such as ``EarlyStopping`` can go by.
+    ``trainer.validate`` and ``trainer.fit`` measure the test sets that ``data.val`` names and log
+    them as ``val/<measure>``, which callbacks such as ``EarlyStopping`` can go by.
 
     Args:
-        suite: which measures: ``tofu``, ``muse``, ``wmdp``, ``copyright``, ``detox``, ``generic``
-            or the class path of a :class:`~wagle_pl.evaluation.suites.Suite`; the data module's own
-            when None.
-        retrained: results of the model retrained without the forget set, which forget quality and
-            privacy leakage compare with: folder of a test, its ``metrics.json``, a model's folder
-            with a test in it, or a result file published with TOFU. Of the same rows, in any order,
-            and prompts, as far as it says its prompts.
-        target: results of the model before unlearning, likewise; shown beside this one's.
-        reference: results of a reference model, likewise, for the reference attack of membership
-            inference.
-        tofu_retrained: results of the retrained model on whatever forget rows, likewise, for
-            ``tofu/forget_quality``: forget quality as TOFU's script has it, which does not compare
-            the questions.
+        suite: ``tofu``, ``muse``, ``wmdp``, ``copyright``, ``detox``, ``generic`` or the class path
+            of a :class:`~wagle_pl.evaluation.suites.Suite`; the data module's own when None.
+        retrained: results of the model retrained without the forget set, on the same rows and
+            prompts: a test's folder or ``metrics.json``, a model's folder with a test in it, or a
+            result file published with TOFU.
+        target: likewise of the model before unlearning; shown beside this one's.
+        reference: likewise of a reference model, for the reference attack of membership inference.
+        tofu_retrained: likewise of the retrained model, on whatever forget rows, for
+            ``tofu/forget_quality``: TOFU's script does not compare the questions.
         truth_ratio_form: ``geometric`` (TOFU's script) or ``arithmetic`` (its paper).
-        generate: also generate answers; False saves most of the time and leaves out what is
-            measured on them.
+        generate: also generate answers; False saves most of the time, and what is measured on them.
         val_generate: also generate answers in validation.
         max_new_tokens: longest generation, where the benchmark fixes none; a book's continuations
             are generated to their own length at least.
@@ -96,18 +90,15 @@ class Evaluate(Callback):
         toxicity_classifier: folder or hub id of a text classifier that reads the generations, such
             as ``unitary/toxic-bert``.
         sentence_model: folder or hub id of a sentence-transformers model for accuracies by the
-            nearest answer; WAGLE takes ``paraphrase-MiniLM-L6-v2``. By likelihood alone when None.
-        gradient_norm: observe gradient norms for membership inference: a backward pass for each
-            such row.
-        robustness: attacks that try to bring forgotten knowledge back, after the test: ``all``, or
-            a list of ``Relearn``, ``Quantise``, ``Paraphrase``, ``TranslatedStyle``, ``InContext``,
-            ``Sample``, ``Probe`` or class paths, each with its options if any; see
-            :mod:`wagle_pl.evaluation.attacks`. ``target`` and ``retrained`` are attacked too where
-            they are, or lie in, a model's folder. Written to ``robustness.json``.
+            nearest answer, such as WAGLE's ``paraphrase-MiniLM-L6-v2``; by likelihood when None.
+        gradient_norm: observe gradient norms for membership inference, by a backward pass a row.
+        robustness: attacks after the test, see :mod:`wagle_pl.evaluation.attacks`, on ``target``
+            and ``retrained`` too where they are models: ``all``, or a list of ``Relearn``,
+            ``Quantise``, ``Paraphrase``, ``TranslatedStyle``, ``InContext``, ``Sample``, ``Probe``
+            or class paths, each with its options if any. Written to ``robustness.json``.
         lm_eval: tasks of lm-evaluation-harness (an extra) for general ability, e.g. ``[mmlu,
             arc_easy]``, or folders with task YAMLs.
-        lm_eval_shots: worked examples before each of its questions; the task's own number when
-            None.
+        lm_eval_shots: worked examples before each of its questions; the task's own when None.
         lm_eval_limit: only the first so many rows of each of its tasks.
     """
 

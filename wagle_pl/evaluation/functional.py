@@ -42,11 +42,7 @@ def ks_test(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 def unlearning_efficacy(forgotten: Sequence[float], remaining: Sequence[float] = ()) -> float:
     """UE average of WAGLE's tables (arXiv 2410.17509, table 1): the mean of measures in [0, 1] that
-    grow with forgetting, and of one minus each that falls.
-
-    >>> unlearning_efficacy([0.5, 0.7], [0.2, 0.0])
-    0.75
-    """
+    grow with forgetting, and of one minus each that falls."""
     terms = [*forgotten, *(1 - value for value in remaining)]
     return mean(torch.tensor(terms, dtype=torch.float64), "terms")
 
@@ -101,11 +97,7 @@ def choice_accuracy(logprobs: Tensor, label: Tensor) -> Tensor:
 
 def exact_memorization(greedy: Sequence[bool]) -> float:
     """Share of an answer's tokens that are the likeliest, each after the true tokens before it
-    (Tirumala et al. 2022, arXiv 2205.10770; OpenUnlearning, without the end-of-sequence token).
-
-    >>> exact_memorization([True, False, True, True])
-    0.75
-    """
+    (Tirumala et al. 2022, arXiv 2205.10770; OpenUnlearning, without the end-of-sequence token)."""
     return sum(map(bool, _some_tokens(greedy))) / len(greedy)
 
 
@@ -214,11 +206,7 @@ def bleu(predictions: Sequence[str], targets: Sequence[str]) -> Tensor:
 
 
 def repetition(text: str, n: int = 4) -> float:
-    """Share of repeated n-grams of words: 1 − distinct / all (``seq-rep-n``, arXiv 1908.04319).
-
-    >>> round(repetition("a b c d a b c d"), 9)
-    0.2
-    """
+    """Share of repeated n-grams of words: 1 − distinct / all (``seq-rep-n``, arXiv 1908.04319)."""
     counts = _ngram_counts(text.split(), n)
     if not counts:
         raise Undefined(f"the text has fewer than {n} words")
