@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +24,44 @@ from wagle_pl.unlearning import UnlearnModule
 from wagle_pl.unlearning.export import export, forgotten
 
 UNLEARN = (
-    "fit",
-    "--model",
-    "UnlearnModule",
-    "--model.objective",
-    "GradDiff",
-    "--trainer.max_steps",
-    "2",
-    "--trainer.enable_checkpointing",
-    "false",
-    "--optimizer",
-    "MaskedAdamW",
-    "--optimizer.lr",
-    "0.01",
+    "fit --model UnlearnModule --model.objective GradDiff --trainer.max_steps 2 "
+    "--trainer.enable_checkpointing false --optimizer MaskedAdamW --optimizer.lr 0.01"
 )
+CHECKPOINTS = (
+    "--trainer.enable_checkpointing true --trainer.callbacks ModelCheckpoint "
+    "--trainer.callbacks.dirpath checkpoints"
+)
+MASK = "mask.safetensors"
+
+
+def arguments(*options: str, model: str | Path, output: str | Path = "out") -> list[str]:
+    """A run of two steps with options, which are separated by spaces."""
+    return " ".join([UNLEARN, *options, f"--model.model {model} --model.output {output}"]).split()
+
+
+@pytest.fixture
+def unlearn(wagle: Any) -> Callable[..., Any]:
+    return lambda *options, **places: wagle(*arguments(*options, **places))
 
 
 def stored(folder: str | Path) -> dict[str, torch.Tensor]:
-    return {
-        name: t
-        for file in sorted(Path(folder).glob("*.safetensors"))
-        for name, t in load_file(file).items()
-    }
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def random_mask(folder: str, density: float, path: str, seed: int = 0) -> WeightMask:
+def moved(base: str | Path, made: str | Path) -> dict[str, torch.Tensor]:
+    """Which weights have other bits."""
+    before, after = stored(base), stored(made)
+    assert before.keys() == after.keys()
+    found = {}
+    for name, old in before.items():
+        assert after[name].dtype == old.dtype
+        bits = old.view(torch.uint8) != after[name].view(torch.uint8)
+        found[name] = bits.view(*old.shape, -1).any(-1)
+    return found
+
+
+def random_mask(folder: str, density: float, path: str = MASK, seed: int = 0) -> WeightMask:
     """A mask file for the model of a folder."""
     lm = models.load_model(folder)
     generator = torch.Generator().manual_seed(seed)
@@ -60,55 +74,25 @@ def random_mask(folder: str, density: float, path: str, seed: int = 0) -> Weight
     return mask
 
 
-def in_bfloat16(folder: str, target: Path) -> str:
-    lm = models.load_model(folder, torch.bfloat16)
-    return str(save_model(lm, models.load_tokenizer(folder), target, "", {}))
-
-
 @pytest.mark.parametrize(
     ("optimizer", "precision"),
     [("MaskedAdamW", "32-true"), ("Sophia", "bf16-true"), ("torch.optim.AdamW", "bf16-mixed")],
 )
 def test_a_bfloat16_base_keeps_its_frozen_bits(
-    wagle: Any, tiny_model: str, tmp_path: Path, optimizer: str, precision: str
+    unlearn: Any, tiny_model: str, tmp_path: Path, optimizer: str, precision: str
 ) -> None:
-    base = in_bfloat16(tiny_model, tmp_path / "base")
-    mask = random_mask(base, 0.1, "mask.safetensors")
-    options = (
-        "--optimizer",
-        optimizer,
-        "--optimizer.weight_decay",
-        "0.1",
-        "--trainer.precision",
-        precision,
+    lm = models.load_model(tiny_model, torch.bfloat16)
+    base = str(save_model(lm, models.load_tokenizer(tiny_model), tmp_path / "base", "", {}))
+    mask = random_mask(base, 0.1)
+    unlearn(
+        f"--optimizer {optimizer} --optimizer.weight_decay 0.1 --optimizer.lr 0.01",
+        f"--trainer.precision {precision} --trainer.gradient_clip_val 1.0",
+        f"--trainer.accumulate_grad_batches 2 --model.verify step --model.mask {MASK}",
+        model=base,
     )
-    options += (
-        "--model.verify",
-        "step",
-        "--trainer.gradient_clip_val",
-        "1.0",
-        "--trainer.accumulate_grad_batches",
-        "2",
-    )
-    wagle(
-        *UNLEARN[:-4],
-        *options,
-        "--optimizer.lr",
-        "0.01",
-        "--model.model",
-        base,
-        "--model.output",
-        "out",
-        "--model.mask",
-        "mask.safetensors",
-    )
-    before, after = stored(base), stored("out")
-    assert before.keys() == after.keys()
-    for name in before:
-        assert after[name].dtype == torch.bfloat16
-        differ = before[name].view(torch.int16) != after[name].view(torch.int16)
-        assert not (differ & ~mask[name]).any()
-    assert any(not torch.equal(before[name], after[name]) for name in before)
+    changed = moved(base, "out")
+    assert any(bits.any() for bits in changed.values())
+    assert not any((bits & ~mask[name]).any() for name, bits in changed.items())
     assert "frozen weights are bit-identical" in Path("out/README.md").read_text()
 
 
@@ -138,45 +122,19 @@ def stored_as(folder: str, target: Path, dtypes: dict[str, torch.dtype]) -> str:
     ids=["half", "single", "mixed", "mixed in bfloat16", "bfloat16"],
 )
 def test_frozen_bits_are_those_of_the_file(
-    wagle: Any, tiny_model: str, tmp_path: Path, dtypes: dict[str, torch.dtype], precision: str
+    unlearn: Any, tiny_model: str, tmp_path: Path, dtypes: dict[str, torch.dtype], precision: str
 ) -> None:
     """Whatever dtype a run works in: its output, and what is made of its checkpoint."""
     base = stored_as(tiny_model, tmp_path / "base", dtypes)
-    mask = random_mask(base, 0.1, "mask.safetensors")
-    options = [option if option != "false" else "true" for option in UNLEARN]
-    wagle(
-        *options,
-        "--model.model",
-        base,
-        "--model.output",
-        "out",
-        "--model.mask",
-        "mask.safetensors",
-        "--trainer.precision",
-        precision,
-        "--trainer.callbacks",
-        "ModelCheckpoint",
-        "--trainer.callbacks.dirpath",
-        "checkpoints",
-    )
+    mask = random_mask(base, 0.1)
+    unlearn(f"--model.mask {MASK} --trainer.precision {precision}", CHECKPOINTS, model=base)
     (checkpoint,) = Path("checkpoints").glob("*.ckpt")
     export(checkpoint, "exported")
-    before = stored(base)
-    for folder in ("out", "exported"):
-        after = stored(folder)
-        assert {name: tensor.dtype for name, tensor in after.items()} == {
-            n: t.dtype for n, t in before.items()
-        }
-        moved = {
-            name: before[name].view(torch.uint8) != after[name].view(torch.uint8) for name in before
-        }
-        moved = {n: bits.view(*before[n].shape, -1).any(-1) for n, bits in moved.items()}
-        assert not any((moved[name] & ~mask[name]).any() for name in before)
-        share = sum(int(bits.sum()) for bits in moved.values()) / mask.count()
-        assert (
-            share > 0.5
-        )  # of the selected, some are not used, and steps below a dtype's precision are lost
-    assert all(torch.equal(stored("out")[name], stored("exported")[name]) for name in before)
+    changed = moved(base, "out")
+    assert not any((bits & ~mask[name]).any() for name, bits in changed.items())
+    share = sum(int(bits.sum()) for bits in changed.values()) / mask.count()
+    assert share > 0.5  # some are not used, and steps below a dtype's precision are lost
+    assert not any(bits.any() for bits in moved("out", "exported").values())
 
 
 class OwnOptimizer(UnlearnModule):
@@ -187,24 +145,14 @@ class OwnOptimizer(UnlearnModule):
 
 
 def test_an_optimizer_of_ones_own_leaves_frozen_weights_alone(wagle: Any, tiny_model: str) -> None:
-    mask = random_mask(tiny_model, 0.2, "mask.safetensors")
-    wagle(
-        *UNLEARN[:-4],
-        "--model",
-        f"{__name__}.OwnOptimizer",
-        "--model.model",
-        tiny_model,
-        "--model.output",
-        "out",
-        "--model.objective",
-        "GradDiff",
-        "--model.mask",
-        "mask.safetensors",
-    )
-    before, after = stored(tiny_model), stored("out")
-    moved = {name: before[name] != after[name] for name in before}
-    assert any(bits.any() for bits in moved.values())
-    assert not any((moved[name] & ~mask[name]).any() for name in moved)
+    mask = random_mask(tiny_model, 0.2)
+    options = arguments(f"--model.mask {MASK}", model=tiny_model)
+    options[options.index("UnlearnModule")] = f"{__name__}.OwnOptimizer"
+    start = options.index("--optimizer")
+    wagle(*options[:start], *options[start + 4 :])
+    changed = moved(tiny_model, "out")
+    assert any(bits.any() for bits in changed.values())
+    assert not any((bits & ~mask[name]).any() for name, bits in changed.items())
 
 
 class Plain(L.LightningDataModule):
@@ -212,79 +160,51 @@ class Plain(L.LightningDataModule):
 
     def train_dataloader(self) -> Any:
         ids = torch.arange(24).view(2, 12) + 5
-        row = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "labels": ids,
-            "row": torch.arange(2),
-            "weight": torch.full((2,), 0.5),
-        }
+        row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        row |= {"row": torch.arange(2), "weight": torch.full((2,), 0.5)}
         return DataLoader([{"forget": row, "retain": row}] * 2, batch_size=None)
 
 
 def test_from_python_with_paths_and_plain_data(tiny_model: str, tmp_path: Path) -> None:
     module = UnlearnModule(model=Path(tiny_model), output=tmp_path / "out", objective="GradDiff")
-    trainer = L.Trainer(
-        max_steps=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        default_root_dir=tmp_path,
-    )
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+    trainer = L.Trainer(max_steps=2, accelerator="cpu", default_root_dir=tmp_path, **quiet)
     trainer.fit(module, Plain())
     record = read_record(str(tmp_path / "out"))["lineage"][-1]
     assert (record["base"], record["steps"], record["data"]) == (tiny_model, 2, {})
 
 
 def test_the_model_it_starts_from_is_no_output(fails: Any, tiny_model: str) -> None:
-    same = str(Path(tiny_model) / ".." / Path(tiny_model).name)
-    assert "is the model that this run starts from" in fails(
-        *UNLEARN, "--model.model", tiny_model, "--model.output", same, "--model.overwrite", "true"
-    )
-    assert stored(tiny_model)
+    same = Path(tiny_model) / ".." / Path(tiny_model).name
+    line = fails(*arguments("--model.overwrite true", model=tiny_model, output=same))
+    assert "is the model that this run starts from" in line and stored(tiny_model)
 
 
-@pytest.mark.parametrize("where", ["root", "checkpoints"])
-def test_nothing_is_kept_in_the_output(fails: Any, tiny_model: str, where: str) -> None:
+@pytest.mark.parametrize(
+    "inside",
+    ["--trainer.default_root_dir out", f"{CHECKPOINTS.rpartition(' ')[0]} out/checkpoints"],
+    ids=["root", "checkpoints"],
+)
+def test_nothing_is_kept_in_the_output(fails: Any, tiny_model: str, inside: str) -> None:
     """The model's folder would take the place of checkpoints and logs."""
-    inside = {
-        "root": ("--trainer.default_root_dir", "out"),
-        "checkpoints": (
-            "--trainer.enable_checkpointing",
-            "true",
-            "--trainer.callbacks",
-            "ModelCheckpoint",
-            "--trainer.callbacks.dirpath",
-            "out/checkpoints",
-        ),
-    }
-    message = fails(*UNLEARN, *inside[where], "--model.model", tiny_model, "--model.output", "out")
-    assert "lies in the output out" in message and not Path("out/model.safetensors").exists()
+    assert "lies in the output out" in fails(*arguments(inside, model=tiny_model))
+    assert not Path("out/model.safetensors").exists()
 
 
 @pytest.mark.parametrize(("interval", "rate"), [("step", 0.0), ("epoch", 0.005)])
-def test_a_scheduler_steps_as_told(wagle: Any, tiny_model: str, interval: str, rate: float) -> None:
-    done = wagle(
-        *UNLEARN,
-        "--model.model",
-        tiny_model,
-        "--model.output",
-        "out",
-        "--model.lr_interval",
-        interval,
-        "--lr_scheduler",
-        "CosineAnnealingLR",
-        "--lr_scheduler.T_max",
-        "2",
-        "--trainer.limit_train_batches",
-        "5",
+def test_a_scheduler_steps_as_told(
+    unlearn: Any, tiny_model: str, interval: str, rate: float
+) -> None:
+    done = unlearn(
+        f"--model.lr_interval {interval} --trainer.limit_train_batches 5",
+        "--lr_scheduler CosineAnnealingLR --lr_scheduler.T_max 2",
+        model=tiny_model,
     )
     assert done.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(rate)
 
 
 def test_failing_to_write_leaves_the_old_folder_whole(
-    wagle: Any, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    unlearn: Any, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -297,139 +217,83 @@ def test_failing_to_write_leaves_the_old_folder_whole(
 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
     with pytest.raises(WagleError, match="No space"):
-        wagle(
-            *UNLEARN,
-            "--model.model",
-            tiny_model,
-            "--model.output",
-            str(out),
-            "--model.overwrite",
-            "true",
-        )
+        unlearn("--model.overwrite true", model=tiny_model, output=out)
     assert [path.read_text() for path in out.iterdir()] == ["the old one"] * 2
     assert [path.name for path in tmp_path.glob(".*") if path.name != ".references"] == []
 
 
 def test_a_chain_of_requests_keeps_its_lineage(
-    wagle: Any, tiny_model: str, rows: dict[str, str]
+    unlearn: Any, tiny_model: str, rows: dict[str, str]
 ) -> None:
-    options = UNLEARN
-    random_mask(tiny_model, 0.2, "mask1.safetensors", 1)
-    wagle(
-        *options,
-        "--model.model",
-        tiny_model,
-        "--model.output",
-        "first",
-        "--model.mask",
-        "mask1.safetensors",
-    )
-    random_mask("first", 0.2, "mask2.safetensors", 2)
-    second = rows["retain_test"]
-    wagle(
-        *options,
-        "--model.model",
-        "first",
-        "--model.output",
-        "second",
-        "--model.mask",
-        "mask2.safetensors",
-        "--data.forget",
-        second,
-        "--data.test",
-        f"{{now: {second}, before: {rows['forget_test']}}}",
-    )
+    masks, second = ("mask1.safetensors", "mask2.safetensors"), rows["retain_test"]
+    random_mask(tiny_model, 0.2, masks[0], 1)
+    unlearn(f"--model.mask {masks[0]}", model=tiny_model, output="first")
+    random_mask("first", 0.2, masks[1], 2)
+    tests = json.dumps({"now": second, "before": rows["forget_test"]}, separators=(",", ":"))
+    options = f"--model.mask {masks[1]} --data.forget {second} --data.test {tests}"
+    unlearn(options, model="first", output="second")
     record = read_record("second")
     one, two = record["lineage"][-2:]
     assert forgotten(record) == [rows["forget"], second]
-    assert (one["mask"]["file"], two["mask"]["file"]) == ("mask1.safetensors", "mask2.safetensors")
+    assert (one["mask"]["file"], two["mask"]["file"]) == masks
     assert two["base"] == "first" and two["base_fingerprint"] != one["base_fingerprint"]
     assert "bit-identical" in one["verified"] and "bit-identical" in two["verified"]
     card = Path("second/README.md").read_text()
-    for text in (
-        rows["forget"],
-        second,
-        "mask1.safetensors",
-        "mask2.safetensors",
-        "Test all of them",
-    ):
-        assert text in card
+    assert all(text in card for text in (rows["forget"], second, *masks, "Test all of them"))
 
 
 @pytest.mark.parametrize(
     ("options", "moves"),
     [
-        (("--model.modules", "[mlp]"), lambda name: ".mlp." in name),
-        (("--model.layers", "1"), lambda name: ".layers.1." in name),
-        (
-            ("--model.modules", "[self_attn]", "--model.layers", "0"),
-            lambda name: ".layers.0.self_attn." in name,
-        ),
+        ("--model.modules [mlp]", ".mlp."),
+        ("--model.layers 1", ".layers.1."),
+        ("--model.modules [self_attn] --model.layers 0", ".layers.0.self_attn."),
     ],
 )
 @pytest.mark.parametrize("with_mask", [False, True])
 def test_restriction_by_module_and_layer(
-    wagle: Any, tiny_model: str, options: tuple[str, ...], moves: Any, with_mask: bool
+    unlearn: Any, tiny_model: str, options: str, moves: str, with_mask: bool
 ) -> None:
-    mask = random_mask(tiny_model, 0.5, "mask.safetensors")
-    if with_mask:
-        options += ("--model.mask", "mask.safetensors")
-    cli = wagle(*UNLEARN, *options, "--model.model", tiny_model, "--model.output", "out")
-    before, after = stored(tiny_model), stored("out")
-    for name in before:
-        differ = before[name].view(torch.int32) != after[name].view(torch.int32)
-        assert bool(differ.any()) == moves(name), name
-        assert not (differ & ~cli.model.mask[name]).any()
-        if with_mask:
-            assert not (differ & ~mask[name]).any()
+    mask = random_mask(tiny_model, 0.5)
+    cli = unlearn(options, f"--model.mask {MASK}" if with_mask else "", model=tiny_model)
+    for name, bits in moved(tiny_model, "out").items():
+        assert bool(bits.any()) == (moves in name), name
+        assert not (bits & ~cli.model.mask[name]).any()
+        assert not with_mask or not (bits & ~mask[name]).any()
     assert read_record("out")["lineage"][-1]["mask"]["density"] == cli.model.mask.density
 
 
 def test_nothing_to_move_is_refused(fails: Any, tiny_model: str) -> None:
-    options = (*UNLEARN, "--model.model", tiny_model, "--model.output", "out")
-    bools = {
-        n: torch.zeros(s, dtype=torch.bool)
-        for n, s in parameter_shapes(models.load_model(tiny_model)).items()
-    }
+    def line(options: str) -> str:
+        return fails(*arguments(options, model=tiny_model))
+
+    shapes = parameter_shapes(models.load_model(tiny_model))
+    bools = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()}
     WeightMask.from_bools(bools).save("empty.safetensors")
-    assert "selects nothing" in fails(*options, "--model.mask", "empty.safetensors")
+    assert "selects nothing" in line("--model.mask empty.safetensors")
     bools["model.layers.0.mlp.up_proj.weight"][0, 0] = True
     WeightMask.from_bools(bools).save("one.safetensors")
-    assert "selects nothing" in fails(
-        *options, "--model.mask", "one.safetensors", "--model.layers", "1"
-    )
-    assert "layers" in fails(*options, "--model.layers", "7")
-    assert "no_such" in fails(*options, "--model.modules", "[no_such]")
-    assert "LBFGS" in fails(
-        *options[:-7], "torch.optim.LBFGS", *options[-6:], "--model.layers", "1"
-    )
+    assert "selects nothing" in line("--model.mask one.safetensors --model.layers 1")
+    assert "layers" in line("--model.layers 7")
+    assert "no_such" in line("--model.modules [no_such]")
+    assert "LBFGS" in line("--optimizer torch.optim.LBFGS --model.layers 1")
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("before", ["nothing", "a file", "a folder"])
-def test_a_folder_takes_the_place_of_what_was_there(tmp_path, before):
-
-    place = tmp_path / "place"
+@pytest.mark.parametrize("before", ["nothing", "a file", "a folder", "a link"])
+def test_a_folder_takes_the_place_of_what_was_there(tmp_path: Path, before: str) -> None:
+    place, elsewhere = tmp_path / "place", tmp_path / "elsewhere"
     if before == "a file":
         place.write_text("old")
-    elif before == "a folder":
-        place.mkdir()
-        (place / "old").write_text("old")
+    elif before != "nothing":
+        kept = place if before == "a folder" else elsewhere
+        kept.mkdir()
+        (kept / "old").write_text("old")
+    if before == "a link":
+        place.symlink_to(elsewhere)
     with atomic_path(place) as temporary:
         temporary.mkdir()
         (temporary / "new").write_text("new")
-    assert [path.name for path in place.iterdir()] == ["new"] and [
-        path.name for path in tmp_path.iterdir()
-    ] == ["place"]
-
-
-def test_a_link_to_a_folder_stays_a_link(tmp_path):
-    (tmp_path / "elsewhere/models").mkdir(parents=True)
-    (tmp_path / "elsewhere/models/old").write_text("old")
-    link = tmp_path / "link"
-    link.symlink_to(tmp_path / "elsewhere/models")
-    with atomic_path(link) as temporary:
-        temporary.mkdir()
-        (temporary / "new").write_text("new")
-    assert link.is_symlink() and [path.name for path in link.iterdir()] == ["new"]
-    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["models"]
+    assert [path.name for path in place.iterdir()] == ["new"]
+    assert place.is_symlink() == (before == "a link")
+    assert {path.name for path in tmp_path.iterdir()} <= {"place", "elsewhere"}

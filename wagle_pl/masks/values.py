@@ -23,15 +23,10 @@ def chunk_of(tensor: Tensor) -> int:
 
 @torch.no_grad()
 def take_(out: Tensor, dense: Tensor, places: Iterable[Tensor], add: bool = False) -> Tensor:
-    """Write entries of a tensor into ``out``, or add them to it; returns ``out``.
+    """Write entries of a tensor into (n,) ``out``, or add them to it; returns ``out``.
 
-    They pass through one small buffer: memory that is new in every step costs more than the copy.
-
-    Args:
-        out: (n,), of any floating-point dtype.
-        dense: any shape.
-        places: n places in the flattened tensor, in one or several pieces.
-        add: whether to add.
+    ``places`` are n places in the flattened tensor, in pieces. What is taken passes through one
+    small buffer: memory that is new in every step costs more than the copy.
     """
     flat, start, buffer = dense.reshape(-1), 0, dense.new_empty(0)
     for index in places:
@@ -44,13 +39,7 @@ def take_(out: Tensor, dense: Tensor, places: Iterable[Tensor], add: bool = Fals
 
 @torch.no_grad()
 def put_(dense: Tensor, places: Iterable[Tensor], values: Tensor) -> None:
-    """Write (n,) values into a contiguous tensor, rounded to its dtype, in place.
-
-    Args:
-        dense: any shape.
-        places: n places in the flattened tensor, each once, in one or several pieces.
-        values: (n,) of any floating-point dtype.
-    """
+    """Write (n,) values into a contiguous tensor at n places, in pieces, rounded to its dtype."""
     flat, start = dense.view(-1), 0
     for index in places:
         part, start = values[start : start + len(index)], start + len(index)
@@ -59,10 +48,10 @@ def put_(dense: Tensor, places: Iterable[Tensor], values: Tensor) -> None:
 
 @torch.no_grad()
 def split_halves(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest bf16 numbers of fp32 values (of two equally near the larger in size), and what is
-    lost, as int16.
+    """The nearest bf16 numbers of fp32 values, and what is lost, as int16.
 
-    :func:`join_halves` gives the values back bit for bit, those that are not finite apart.
+    Of two equally near it is the larger in size. :func:`join_halves` gives the values back bit for
+    bit, but for those that are not finite.
     """
     upper = values.to(torch.bfloat16)
     lower = values.view(torch.int32) - (upper.view(torch.int16).int() << 16)
@@ -77,13 +66,7 @@ def join_halves(upper: Tensor, lower: Tensor) -> Tensor:
 
 
 def place(dense: Tensor, selected: Optional[Tensor], values: Tensor) -> Tensor:
-    """A tensor with values at its selected places: a new one, in the dtype of the values.
-
-    Args:
-        dense: any shape.
-        selected: bool, same shape; None where all are selected.
-        values: (selected,), or of the tensor's shape.
-    """
+    """A new tensor with values at the selected places, all if None, in the dtype of the values."""
     if selected is None or selected.all():
         return values.view(dense.shape)
     return dense.to(values.device, values.dtype, copy=True).masked_scatter_(
