@@ -52,16 +52,8 @@ def test_masked_adamw_can_be_clipped_under_loss_scaling() -> None:
 def test_sophia_equals_its_formula(interval: int) -> None:
     ours, start = parameters(), parameters()
     lr, (beta1, beta2), rho, decay = 0.05, (0.9, 0.95), 0.5, 0.1
-    optimizer = Sophia(
-        ours.values(),
-        lr=lr,
-        betas=(beta1, beta2),
-        rho=rho,
-        interval=interval,
-        eps=1e-12,
-        weight_decay=decay,
-    )
-    run(optimizer, ours, range(7))
+    options = {"lr": lr, "betas": (beta1, beta2), "rho": rho, "interval": interval}
+    run(Sophia(ours.values(), **options, eps=1e-12, weight_decay=decay), ours, range(7))
     for name in SHAPES:
         theta = start[name].detach().double()
         m, h = torch.zeros_like(theta), torch.zeros_like(theta)
