@@ -74,17 +74,8 @@ def random_bools(
 
 def same(mask: WeightMask, bools: dict[str, Tensor]) -> bool:
     """The mask holds just these bits, and 0 in the padding of every last byte."""
-    padded = all(
-        not torch.from_numpy(
-            masks.unpack_bits(mask.packed(n), [8 * mask.packed(n).numel()]).numpy()
-        )[b.numel() :].any()
-        for n, b in bools.items()
-    )
-    return (
-        padded
-        and list(mask) == list(bools)
-        and all(torch.equal(mask[n], b) for n, b in bools.items())
-    )
+    exact = all(torch.equal(mask.packed(name), pack_bits(bits)) for name, bits in bools.items())
+    return exact and list(mask) == list(bools)
 
 
 # -- bits -------------------------------------------------------------------------------------------------------------
@@ -122,20 +113,6 @@ def test_set_algebra_is_that_of_bool_tensors(pair: tuple[dict[str, Tensor], ...]
 
 @LAWS
 @given(bool_pairs())
-def test_laws_of_sets(pair: tuple[dict[str, Tensor], ...]) -> None:
-    x, y = (as_mask(bools) for bools in pair)
-    assert ~(x & y) == ~x | ~y
-    assert ~(x | y) == ~x & ~y
-    assert (x & x) == x == (x | x)
-    assert ~~x == x
-    assert x - y == x & ~y
-    assert (x - y) | (x & y) == x
-    assert (x | y).count() + (x & y).count() == x.count() + y.count()
-    assert x.count() + (~x).count() == x.total
-
-
-@LAWS
-@given(bool_pairs())
 def test_jaccard_against_direct_computation(pair: tuple[dict[str, Tensor], ...]) -> None:
     a, b = (torch.cat([t.reshape(-1) for t in bools.values()]) for bools in pair)
     either = int((a | b).sum())
@@ -146,10 +123,8 @@ def test_jaccard_against_direct_computation(pair: tuple[dict[str, Tensor], ...])
 
 
 def test_expected_jaccard_is_that_of_independent_masks() -> None:
-    p, q = (
-        as_mask(random_bools({"a": (300_001,)}, 0.1, 1)),
-        as_mask(random_bools({"a": (300_001,)}, 0.4, 2)),
-    )
+    drawn = [random_bools({"a": (300_001,)}, share, seed) for seed, share in ((1, 0.1), (2, 0.4))]
+    p, q = map(as_mask, drawn)
     assert p.jaccard(q) == pytest.approx(expected_jaccard(p.density, q.density), rel=0.02)
     assert expected_jaccard(0, 0) == expected_jaccard(0, 0.3) == 0
     assert expected_jaccard(1, 1) == 1
@@ -157,18 +132,11 @@ def test_expected_jaccard_is_that_of_independent_masks() -> None:
 
 def test_masks_of_different_models_do_not_mix() -> None:
     x = as_mask({"a": torch.ones(2, 3, dtype=torch.bool)}, model_fingerprint="1" * 64)
-    for other in (
-        {"b": torch.ones(2, 3, dtype=torch.bool)},
-        {"a": torch.ones(3, 2, dtype=torch.bool)},
-    ):
-        for operation in (
-            WeightMask.__and__,
-            WeightMask.__or__,
-            WeightMask.__sub__,
-            WeightMask.jaccard,
-        ):
+    for shapes in ({"b": (2, 3)}, {"a": (3, 2)}):
+        other = as_mask(random_bools(shapes))
+        for operation in ("__and__", "__or__", "__sub__", "jaccard"):
             with pytest.raises(WagleError, match="another model"):
-                operation(x, as_mask(other))
+                getattr(x, operation)(other)
     with pytest.raises(WagleError, match=r"fingerprint 111111111111.* has 222222222222"):
         x & as_mask({"a": torch.ones(2, 3, dtype=torch.bool)}, model_fingerprint="2" * 64)
     with pytest.raises(TypeError):
@@ -180,13 +148,11 @@ def test_results_say_what_they_were_made_from() -> None:
     x = as_mask(bools, score="Wagle", density=0.1, model="m", model_fingerprint="f")
     y = as_mask(bools, score="Random", density=0.2)
     result = y - (x & ~y)
-    assert result.metadata["model"] == "m" and result.metadata["model_fingerprint"] == "f"
-    assert result.metadata["of"][0] == y.metadata
-    assert result.metadata["of"][1]["of"][0] == x.metadata
-    assert (
-        result.origin
-        == "(Random, density 0.2) minus ((Wagle, density 0.1) and (not (Random, density 0.2)))"
-    )
+    assert (result.metadata["model"], result.metadata["model_fingerprint"]) == ("m", "f")
+    of = result.metadata["of"]
+    assert (of[0], of[1]["of"][0]) == (y.metadata, x.metadata)
+    wagle, random = "Wagle, density 0.1", "Random, density 0.2"
+    assert result.origin == f"({random}) minus (({wagle}) and (not ({random})))"
     assert x.random_like(5).origin == "random like (Wagle, density 0.1), seed 5"
     assert describe_origin({}) == "unknown"
 
@@ -201,10 +167,8 @@ def test_random_bits_are_exactly_as_many(sizes: list[int], share: float, seed: i
     k = round(share * sum(sizes))
     drawn = random_bits(named, k, seed)
     assert sum(count_bits(packed) for packed in drawn.values()) == k
-    for name, size in named.items():
-        assert torch.equal(
-            pack_bits(unpack_bits(drawn[name], [size])), drawn[name]
-        )  # no padding bit is set
+    for name, size in named.items():  # no padding bit is set
+        assert torch.equal(pack_bits(unpack_bits(drawn[name], [size])), drawn[name])
 
 
 def test_every_set_is_equally_likely() -> None:
@@ -244,11 +208,7 @@ def test_random_like_spreads_over_all_tensors_in_chunks(monkeypatch: pytest.Monk
         (["mlp"], None, lambda n: ".mlp." in n),
         (["attn"], None, lambda n: ".self_attn." in n),
         (["self_attn"], "1", lambda n: ".layers.1.self_attn." in n),
-        (
-            ["mlp.down_proj"],
-            "1-2",
-            lambda n: n in {f"model.layers.{i}.mlp.down_proj.weight" for i in (1, 2)},
-        ),
+        (["mlp.down_proj"], "1-2", lambda n: "down_proj" in n and n.split(".")[2] in "12"),
         (["q", "lm_head"], None, lambda n: ".q_proj." in n or n.startswith("lm_head")),
         (["norm"], "0,2-3", lambda n: "layernorm" in n and ".1." not in n),
         (["embed"], None, lambda n: "embed_tokens" in n),
@@ -266,33 +226,34 @@ def test_modules(modules: list[str], layers: str, selected: Any) -> None:
     ("modules", "layers", "message"),
     [
         (
-            ["experts"],
+            "experts",
             None,
             "'experts'; the model has model, embed_tokens, layers, self_attn, q_proj",
         ),
-        (["down_proj.mlp"], None, "no parameter lies in"),
-        (["mlp"], "2-4", "no layer 4, the model has layers 0-3"),
-        (["lm_head"], "2", "nothing is selected"),
-        (["mlp"], "3-1", "no range of layers"),
-        (["mlp"], "two", "no range of layers"),
+        ("down_proj.mlp", None, "no parameter lies in"),
+        ("mlp", "2-4", "no layer 4, the model has layers 0-3"),
+        ("lm_head", "2", "nothing is selected"),
+        ("mlp", "3-1", "no range of layers"),
+        ("mlp", "two", "no range of layers"),
     ],
 )
-def test_modules_that_do_not_exist(modules: list[str], layers: str, message: str) -> None:
+def test_modules_that_do_not_exist(modules: str, layers: str, message: str) -> None:
     with pytest.raises(WagleError, match=message):
-        Restriction(modules=modules, layers=layers).mask(LLAMA)
+        Restriction(modules=[modules], layers=layers).mask(LLAMA)
 
 
 def test_names_of_other_families() -> None:
-    assert (
-        in_module("transformer.h.3.attn.c_attn.weight", "attn")
-        and layer_of("transformer.h.3.ln_1.weight") == 3
-    )
-    assert in_module("gpt_neox.layers.0.attention.dense.weight", "attn")
-    assert in_module("model.decoder.layers.0.fc2.bias", "mlp")
-    assert in_module("model.decoder.embed_positions.weight", "embed")
-    assert in_module("model.layers.0.linear_attn.A_log", "attn")
-    assert in_module("model.layers.0.mlp.experts.up_proj", "up")
+    for name, module in (
+        ("transformer.h.3.attn.c_attn.weight", "attn"),
+        ("gpt_neox.layers.0.attention.dense.weight", "attn"),
+        ("model.decoder.layers.0.fc2.bias", "mlp"),
+        ("model.decoder.embed_positions.weight", "embed"),
+        ("model.layers.0.linear_attn.A_log", "attn"),
+        ("model.layers.0.mlp.experts.up_proj", "up"),
+    ):
+        assert in_module(name, module)
     assert not in_module("model.layers.0.post_attention_layernorm.weight", "attn")
+    assert layer_of("transformer.h.3.ln_1.weight") == 3
     assert module_label("q_norm") == module_label("ln_f") == "norms"
     assert parse_layers(" 0-1, 7 ") == {0, 1, 7}
 
@@ -354,10 +315,11 @@ def test_loading_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert read == ["lm_head.weight"]
 
 
-def test_file_size(tmp_path: Path) -> None:
+def test_a_file_is_small_and_holds_nothing_but_bytes(tmp_path: Path) -> None:
     shapes = {f"model.layers.{i}.mlp.up_proj.weight": (250, 400) for i in range(10)}
     path = as_mask(random_bools(shapes), score="Wagle", density=0.3).save(tmp_path / "mask")
     assert path.stat().st_size <= 0.13 * 1_000_000
+    assert {tensor.dtype for tensor in load_file(path).values()} == {torch.uint8}
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.1, 0.5, 0.999])
@@ -463,17 +425,13 @@ def test_torch_files(tmp_path: Path, dtype: torch.dtype, zipped: bool) -> None:
     bools = random_bools(LLAMA)
     shuffled = {name: bools[name].to(dtype) for name in reversed(list(bools))}
     torch.save(shuffled, tmp_path / "mask.pt", _use_new_zipfile_serialization=zipped)
-    mask = WeightMask.from_torch(
-        tmp_path / "mask.pt", LLAMA, {"model": "m", "model_fingerprint": "f"}
-    )
+    mask = WeightMask.from_torch(tmp_path / "mask.pt", LLAMA, {"model_fingerprint": "f"})
     assert same(mask, bools)  # in the model's order
     assert mask.metadata["model_fingerprint"] == "f" and mask.origin == "imported from mask.pt"
     assert list(WeightMask.from_torch(tmp_path / "mask.pt")) == list(shuffled)
-    mask.to_torch(tmp_path / "back.pt")
-    back = torch.load(tmp_path / "back.pt", weights_only=True)
-    assert list(back) == list(bools) and all(
-        torch.equal(back[n], b) and back[n].dtype == torch.bool for n, b in bools.items()
-    )
+    back = torch.load(mask.to_torch(tmp_path / "back.pt"), weights_only=True)
+    assert {tensor.dtype for tensor in back.values()} == {torch.bool}
+    assert list(back) == list(bools) and all(torch.equal(back[n], b) for n, b in bools.items())
 
 
 class _Code:
@@ -505,12 +463,3 @@ def test_torch_files_that_are_no_masks(tmp_path: Path, capsys: pytest.CaptureFix
             WeightMask.from_torch(tmp_path / "y.pt")
     with pytest.raises(WagleError, match="does not exist"):
         WeightMask.from_torch(tmp_path / "none.pt")
-
-
-def test_files_hold_nothing_but_bytes(tmp_path: Path) -> None:
-    mask = as_mask(random_bools(LLAMA))
-    stored = load_file(mask.save(tmp_path / "mask"))
-    assert {t.dtype for t in stored.values()} == {torch.uint8}
-    assert sum(t.numel() for t in stored.values()) == sum(
-        -(-torch.Size(s).numel() // 8) for s in LLAMA.values()
-    )

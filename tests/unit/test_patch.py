@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,34 +45,34 @@ def write(folder: Path, tensors: Tensors, shards: int = 1) -> Path:
 
 
 def weights(folder: Path) -> Tensors:
-    return {
-        name: tensor
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def in_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """(n, bytes of a number)."""
+    return tensor.reshape(-1).view(torch.uint8).view(-1, tensor.element_size())
 
 
 def same_bits(a: Tensors, b: Tensors) -> bool:
-    return a.keys() == b.keys() and all(
-        a[n].dtype == b[n].dtype
-        and a[n].shape == b[n].shape
-        and torch.equal(a[n].reshape(-1).view(torch.uint8), b[n].reshape(-1).view(torch.uint8))
-        for n in a
-    )
+    def layout(tensors: Tensors) -> dict[str, Any]:
+        return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+
+    return layout(a) == layout(b) and all(torch.equal(in_bytes(a[n]), in_bytes(b[n])) for n in a)
 
 
 def base_tensors(dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensors:
     generator = torch.Generator().manual_seed(seed)
-    shapes = {
-        "embed": (50, 8),
-        "layers.0.up": (8, 24),
-        "layers.0.norm": (8,),
-        "scalar": (),
-        "empty": (0, 3),
-    }
+    shapes = {"embed": (50, 8), "layers.0.up": (8, 24), "layers.0.norm": (8,)}
+    shapes |= {"scalar": (), "empty": (0, 3)}
     return {
         name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()
     }
+
+
+def base_and_unlearned(folder: Path) -> tuple[Path, Path]:
+    old = base_tensors()
+    return write(folder / "base", old), write(folder / "unlearned", moved(old, 0.3, 1))
 
 
 def moved(tensors: Tensors, density: float, seed: int, avoid: Tensors | None = None) -> Tensors:
@@ -109,37 +110,22 @@ def test_apply_and_revert_bit_for_bit(
     else:
         new = moved(old, density, seed)
     base, unlearned = write(folder / "base", old, shards), write(folder / "unlearned", new)
-    (previous, patches.FRAME) = (patches.FRAME, frame)
-    try:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(patches, "FRAME", frame)
         patch = make_patch(base, unlearned, folder / "forget.patch")
         apply_patch(base, folder / "forget.patch", folder / "applied")
         revert_patch(folder / "applied", folder / "forget.patch", folder / "back")
         revert_patch(unlearned, folder / "forget.patch", folder / "back too")
-    finally:
-        patches.FRAME = previous
-    differ = sum(
-        int(
-            (a.reshape(-1).view(torch.uint8) != new[n].reshape(-1).view(torch.uint8))
-            .reshape(-1, a.element_size())
-            .any(-1)
-            .sum()
-        )
-        for n, a in old.items()
-    )
-    assert patch.changed == differ and patch.weights == sum(t.numel() for t in old.values())
-    assert same_bits(weights(folder / "applied"), new)
-    assert same_bits(weights(folder / "back"), old) and same_bits(weights(folder / "back too"), old)
-    assert (
-        digest_of(TensorFiles(folder / "applied"))
-        == digest_of(TensorFiles(unlearned))
-        == patch.unlearned
-    )
-    layout = {path.name: path.stat().st_size for path in base.iterdir() if path.suffix != ".bin"}
-    assert (
-        layout.items()
-        <= {path.name: path.stat().st_size for path in (folder / "applied").iterdir()}.items()
-    )
-    assert not (folder / "applied" / "pytorch_model.bin").exists()
+    differ = [in_bytes(old[name]) != in_bytes(new[name]) for name in old if old[name].numel()]
+    assert patch.changed == sum(int(bits.any(-1).sum()) for bits in differ)
+    assert patch.weights == sum(tensor.numel() for tensor in old.values())
+    for made, expected in (("applied", new), ("back", old), ("back too", old)):
+        assert same_bits(weights(folder / made), expected)
+    digests = {digest_of(TensorFiles(made)) for made in (folder / "applied", unlearned)}
+    assert digests == {patch.unlearned}
+    sizes = {path.name: path.stat().st_size for path in (folder / "applied").iterdir()}
+    for path in base.iterdir():
+        assert sizes.get(path.name) == (None if path.suffix == ".bin" else path.stat().st_size)
 
 
 def test_a_patch_is_a_safetensors_file_and_small(tmp_path: Path) -> None:
@@ -152,19 +138,15 @@ def test_a_patch_is_a_safetensors_file_and_small(tmp_path: Path) -> None:
     with safe_open(tmp_path / "p.patch", framework="np") as file:
         assert list(file.keys()) == ["w"] and file.get_tensor("w").dtype == np.uint8
         assert file.metadata()["format"] == "wagle_pl.patch"
-    changed = Patch(tmp_path / "p.patch").changed
-    assert (
-        tmp_path / "p.patch"
-    ).stat().st_size < 1.1 * changed  # a bf16 word and its place cost 6 bytes when written out
+    size, changed = (tmp_path / "p.patch").stat().st_size, Patch(tmp_path / "p.patch").changed
+    assert size < 1.1 * changed  # a bf16 word and its place cost 6 bytes when written out
 
 
 def test_words_that_do_not_compress(tmp_path: Path) -> None:
     """Differences without any pattern grow a little when they are compressed."""
     rng = np.random.default_rng(0)
-    old, new = (
-        {"w": torch.from_numpy(rng.integers(-(2**31), 2**31, 1 << 21, dtype=np.int32))}
-        for _ in range(2)
-    )
+    drawn = rng.integers(-(2**31), 2**31, (2, 1 << 21), dtype=np.int32)
+    old, new = ({"w": torch.from_numpy(words)} for words in drawn)
     base, unlearned = write(tmp_path / "a", old), write(tmp_path / "b", new)
     make_patch(base, unlearned, tmp_path / "p.patch")
     apply_patch(base, tmp_path / "p.patch", tmp_path / "applied")
@@ -188,11 +170,10 @@ def test_disjoint_patches_in_either_order(tmp_path: Path) -> None:
         n: torch.where(first[n].view(torch.int16) != old[n].view(torch.int16), first[n], second[n])
         for n in old
     }
-    assert same_bits(weights(results[0]), expected) and same_bits(weights(results[1]), expected)
+    assert all(same_bits(weights(folder), expected) for folder in results)
     assert read_record(str(results[0])) == read_record(str(results[1]))
-    revert_patch(
-        results[0], tmp_path / "a.patch", tmp_path / "only b"
-    )  # the first one, from under the second
+    # the first one, from under the second
+    revert_patch(results[0], tmp_path / "a.patch", tmp_path / "only b")
     assert same_bits(weights(tmp_path / "only b"), second)
     revert_patch(tmp_path / "only b", tmp_path / "b.patch", tmp_path / "neither")
     assert same_bits(weights(tmp_path / "neither"), old)
@@ -206,10 +187,9 @@ def test_disjoint_patches_in_either_order(tmp_path: Path) -> None:
 def test_overlapping_patches_say_so(tmp_path: Path) -> None:
     old = base_tensors()
     base = write(tmp_path / "base", old)
-    for seed in (1, 2):
-        make_patch(
-            base, write(tmp_path / str(seed), moved(old, 0.5, seed)), tmp_path / f"{seed}.patch"
-        )
+    for name, seed in (("1", 1), ("2", 2)):
+        unlearned = write(tmp_path / name, moved(old, 0.5, seed))
+        make_patch(base, unlearned, tmp_path / f"{name}.patch")
     apply_patch(base, tmp_path / "1.patch", tmp_path / "one")
     with pytest.raises(WagleError, match=r"overlaps the patch applied .* both change embed"):
         apply_patch(tmp_path / "one", tmp_path / "2.patch", tmp_path / "both")
@@ -217,17 +197,11 @@ def test_overlapping_patches_say_so(tmp_path: Path) -> None:
 
 
 def test_anything_else_is_refused(tmp_path: Path) -> None:
-    old = base_tensors()
-    base, unlearned = (
-        write(tmp_path / "base", old),
-        write(tmp_path / "unlearned", moved(old, 0.3, 1)),
-    )
+    (base, unlearned), old = base_and_unlearned(tmp_path), base_tensors()
     file = tmp_path / "p.patch"
     make_patch(base, unlearned, file)
     other = {name: tensor.clone() for name, tensor in old.items()}
-    other["scalar"].view(torch.int16).bitwise_xor_(
-        1
-    )  # one bit, in a weight that the patch need not touch
+    other["scalar"].view(torch.int16).bitwise_xor_(1)  # which the patch need not touch
     write(tmp_path / "other", other)
     (tmp_path / "text.patch").write_text("no patch")
     save_file({"w": torch.zeros(2)}, tmp_path / "plain.safetensors")
@@ -255,19 +229,17 @@ def test_anything_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_damage_is_noticed(tmp_path: Path) -> None:
-    old = base_tensors()
-    base = write(tmp_path / "base", old)
-    make_patch(base, write(tmp_path / "unlearned", moved(old, 0.3, 1)), tmp_path / "p.patch")
+    base, unlearned = base_and_unlearned(tmp_path)
+    make_patch(base, unlearned, tmp_path / "p.patch")
     whole = (tmp_path / "p.patch").read_bytes()
     noticed = 0
     for position in range(1, 200, 9):
         damaged = bytearray(whole)
         damaged[-position] ^= 4
-        (tmp_path / "damaged.patch").write_bytes(damaged)
+        patch = tmp_path / "damaged.patch"
+        patch.write_bytes(damaged)
         try:
-            written = apply_patch(
-                base, tmp_path / "damaged.patch", tmp_path / "out", overwrite=True
-            )
+            written = apply_patch(base, patch, tmp_path / "out", overwrite=True)
             assert written == Patch(tmp_path / "p.patch").unlearned  # a padding bit: harmless
         except WagleError as error:
             noticed += "damaged at tensor" in str(error)
@@ -277,16 +249,11 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_old_result_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old = base_tensors()
-    base, unlearned = (
-        write(tmp_path / "base", old),
-        write(tmp_path / "unlearned", moved(old, 0.3, 1)),
-    )
+    base, unlearned = base_and_unlearned(tmp_path)
     make_patch(base, unlearned, tmp_path / "p.patch")
     apply_patch(base, tmp_path / "p.patch", tmp_path / "out")
-    before = {
-        path: path.read_bytes() for path in (tmp_path / "p.patch", *(tmp_path / "out").iterdir())
-    }
+    written = (tmp_path / "p.patch", *(tmp_path / "out").iterdir())
+    before = {path: path.read_bytes() for path in written}
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -302,11 +269,7 @@ def test_a_full_disk_leaves_the_old_result_whole(
 
 
 def test_a_folder_of_other_things_is_never_replaced(tmp_path: Path) -> None:
-    old = base_tensors()
-    base, unlearned = (
-        write(tmp_path / "base", old),
-        write(tmp_path / "unlearned", moved(old, 0.3, 1)),
-    )
+    base, unlearned = base_and_unlearned(tmp_path)
     make_patch(base, unlearned, tmp_path / "patches/p.patch")
     with pytest.raises(WagleError, match="patches is a folder: name a file in it"):
         make_patch(base, unlearned, tmp_path / "patches", overwrite=True)
@@ -331,8 +294,7 @@ def test_peak_memory_is_that_of_a_frame(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("files", [(), ("README.md",), ("wagle.json", "README.md")])
 def test_revert_gives_back_the_records_of_the_base(tmp_path: Path, files: tuple[str, ...]) -> None:
-    """Whatever the base says of itself comes back, and what it does not say does not appear, when the model to revert
-    was written by a run, which knows of none of it."""
+    """What it says of itself, and no more, though the model to revert was written by a run."""
     base, new = write(tmp_path / "base", base_tensors()), moved(base_tensors(), 0.1, 1)
     for name in files:
         (base / name).write_text(json.dumps({"kind": "mine", "is": name}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -69,21 +70,14 @@ def test_gradients_are_the_selected_entries_of_autograds(dtype: torch.dtype) -> 
     loss_of(model).backward()
     loss_of(plain).backward()
     gradients = {name: p.grad for name, p in plain.named_parameters()}
-    seen = {}
-    for name, tensor in selected.tensors.items():
-        if tensor.values is not None:
-            seen[name] = tensor.values.grad
-            assert tensor.values.dtype == tensor.values.grad.dtype == torch.float32
-            expected = gradients[name][mask[name]].float()
-            if (
-                name == "embed.weight"
-            ):  # of two layers: theirs are added in fp32 here, in the model's dtype by autograd
-                torch.testing.assert_close(
-                    tensor.values.grad, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5
-                )
-            else:
-                assert torch.equal(tensor.values.grad.view(-1), expected)
+    seen = dict(selected.gradients())
     assert set(seen) == set(gradients) - {"norm.bias"}
+    for name, gradient in seen.items():
+        assert selected.tensors[name].values.dtype == gradient.dtype == torch.float32
+        expected, exact = gradients[name][mask[name]].float(), name != "embed.weight"
+        # that of two layers is added up in fp32 here, in the model's dtype by autograd
+        near = {"rtol": 0 if exact else 2 * torch.finfo(dtype).eps, "atol": 0 if exact else 1e-5}
+        torch.testing.assert_close(gradient.view(-1), expected, **near)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -92,10 +86,9 @@ def test_frozen_weights_are_no_parameter_and_no_buffer(dtype: torch.dtype) -> No
     SelectedWeights(model, mask)
     assert not list(model.buffers())
     assert sum(p.numel() for p in model.parameters()) == mask.count()
-    assert set(model.state_dict()) == {
-        *(f"{name}{SUFFIX}" for name in ("embed.weight", "head.weight", "up", "down.weight")),
-        "norm.weight" if dtype == torch.float32 else f"norm.weight{SUFFIX}",
-    }
+    names = {f"{name}{SUFFIX}" for name in ("embed.weight", "head.weight", "up", "down.weight")}
+    whole = "norm.weight" if dtype == torch.float32 else f"norm.weight{SUFFIX}"
+    assert set(model.state_dict()) == {*names, whole}
 
 
 def everything_written(model: nn.Module) -> None:
@@ -166,22 +159,20 @@ def test_small_steps_add_up_in_bfloat16() -> None:
 def test_values_stay_in_fp32_whatever_the_model_is_cast_to() -> None:
     model, mask = made()
     selected = SelectedWeights(model, mask, keep_theta0=True)
-    fine = {
-        name: torch.randn_like(p) for name, p in model.named_parameters() if name.endswith(SUFFIX)
-    }
+    values = {name: p for name, p in model.named_parameters() if name.endswith(SUFFIX)}
+    fine = {name: torch.randn_like(parameter) for name, parameter in values.items()}
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in fine:
-                parameter.copy_(fine[name])
+        for name, parameter in values.items():
+            parameter.copy_(fine[name])
+            parameter.grad = fine[name].clone()
     model.to(torch.bfloat16)
-    for name, parameter in model.named_parameters():
-        if name in fine:
-            assert parameter.dtype == torch.float32 and torch.equal(parameter, fine[name])
+    assert list(values) == [n for n, _ in model.named_parameters() if n.endswith(SUFFIX)]
+    for name, parameter in values.items():
+        assert all(torch.equal(kept, fine[name]) for kept in (parameter, parameter.grad))
     assert model(TOKENS).dtype == torch.bfloat16 and model.down.weight.dtype == torch.bfloat16
     selected.release()
-    assert torch.equal(
-        model.down.weight[mask["down.weight"]], fine[f"down.weight{SUFFIX}"].bfloat16()
-    )
+    rounded = fine[f"down.weight{SUFFIX}"].bfloat16()
+    assert torch.equal(model.down.weight[mask["down.weight"]], rounded)
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -198,12 +189,8 @@ def test_theta0(dtype: torch.dtype, masked: bool) -> None:
     assert model.training and torch.equal(model(TOKENS), moved) and not torch.equal(moved, start)
     moved.sum().backward()  # what the graph has kept is as it was
     if masked:  # beside the dense tensor, the old values of selected weights alone
-        kept = sum(
-            tensor.theta0.numel()
-            for tensor in selected.tensors.values()
-            if tensor.theta0 is not None
-        )
-        assert kept == mask.count()
+        kept = [tensor.theta0 for tensor in selected.tensors.values()]
+        assert sum(values.numel() for values in kept if values is not None) == mask.count()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -212,13 +199,10 @@ def test_without_a_mask_only_narrow_weights_have_values_beside_them(dtype: torch
     names, shapes = list(weights(model)), [p.shape for p in model.parameters()]
     SelectedWeights(model)
     assert [name.removesuffix(SUFFIX) for name, _ in model.named_parameters()] == names
-    assert [
-        p.shape for p in model.parameters()
-    ] == shapes  # optimisers that need matrices have them
+    assert [p.shape for p in model.parameters()] == shapes  # for optimisers that need matrices
     assert all(p.dtype == torch.float32 for p in model.parameters())
-    assert any(name.endswith(SUFFIX) for name, _ in model.named_parameters()) == (
-        dtype != torch.float32
-    )
+    beside = any(name.endswith(SUFFIX) for name, _ in model.named_parameters())
+    assert beside == (dtype != torch.float32)
 
 
 def test_without_a_mask_what_requires_no_gradient_is_left_alone() -> None:
@@ -252,11 +236,10 @@ def test_clipping_by_the_norm_of_all_gradients(scale: float) -> None:
     bound = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1e-3)
     assert bound > 1e-3
     selected.clip_by_dense_norm(1e-3, scale)
-    clipped = {name: p.grad for name, p in plain.named_parameters()}
-    for name, tensor in selected.tensors.items():
-        if tensor.values is not None:
-            torch.testing.assert_close(tensor.values.grad.view(-1), clipped[name][mask[name]])
-        assert tensor.dense_gradient is None
+    clipped = {name: p.grad[mask[name]] for name, p in plain.named_parameters()}
+    for name, gradient in selected.gradients():
+        torch.testing.assert_close(gradient.view(-1), clipped[name])
+    assert all(tensor.dense_gradient is None for tensor in selected.tensors.values())
 
 
 def test_gradients_of_two_passes_and_of_recomputed_blocks() -> None:
@@ -267,15 +250,11 @@ def test_gradients_of_two_passes_and_of_recomputed_blocks() -> None:
     def twice(lm: nn.Module, run: Any) -> Tensor:
         return run(lm, TOKENS).square().mean() + run(lm, TOKENS.flip(0) // 2).square().mean()
 
-    twice(
-        model, lambda lm, x: torch.utils.checkpoint.checkpoint(lm, x, use_reentrant=False)
-    ).backward()
+    twice(model, partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)).backward()
     twice(plain, lambda lm, x: lm(x)).backward()
-    for name, parameter in plain.named_parameters():
-        if selected.tensors[name].values is not None:
-            torch.testing.assert_close(
-                selected.tensors[name].values.grad.view(-1), parameter.grad[mask[name]]
-            )
+    gradients = {name: p.grad[mask[name]] for name, p in plain.named_parameters()}
+    for name, gradient in selected.gradients():
+        torch.testing.assert_close(gradient.view(-1), gradients[name])
 
 
 def test_gradients_in_place_are_autograds_step_after_step() -> None:
@@ -290,12 +269,11 @@ def test_gradients_in_place_are_autograds_step_after_step() -> None:
                 loss = lm(x).square().mean() + lm(x.flip(0) // 2).square().mean()
                 with selected.gradients_in_place() if lm is model else nullcontext():
                     loss.backward()
-        for name, tensor in sides[0][1].tensors.items():
-            if tensor.values is not None:
-                torch.testing.assert_close(
-                    tensor.values.grad, sides[1][1].tensors[name].values.grad
-                )
-                buffers += [] if tensor.is_plain else [tensor.values.grad.data_ptr()]
+        expected = dict(sides[1][1].gradients())
+        for name, gradient in sides[0][1].gradients():
+            torch.testing.assert_close(gradient, expected[name])
+            if not sides[0][1].tensors[name].is_plain:
+                buffers.append(gradient.data_ptr())
     assert len(buffers) == 2 * len(set(buffers))  # no new memory in the second step
     before = {name: gradient.clone() for name, gradient in sides[0][1].gradients()}
     values = [p for p in model.parameters() if p.requires_grad]
@@ -325,17 +303,10 @@ def test_take_put_and_place(size: int, dtype: torch.dtype) -> None:
 
 
 def test_halves_are_the_nearest_bfloat16_and_the_rest() -> None:
-    numbers = torch.cat(
-        [
-            torch.randn(20000) * 10.0 ** torch.randint(-30, 30, (20000,)),
-            torch.tensor(
-                [0.0, -0.0, 1.0, 1 + 2**-8, 1 - 2**-9, 3.3895314e38, -3.4028235e38, 1e-45, -1e-45]
-            ),
-            (torch.arange(4096, dtype=torch.int32) * 0x8000 + 0x3F000000).view(
-                torch.float32
-            ),  # ties among them
-        ]
-    )
+    drawn = torch.randn(20000) * 10.0 ** torch.randint(-30, 30, (20000,))
+    odd = [0.0, -0.0, 1.0, 1 + 2**-8, 1 - 2**-9, 3.3895314e38, -3.4028235e38, 1e-45, -1e-45]
+    ties = (torch.arange(4096, dtype=torch.int32) * 0x8000 + 0x3F000000).view(torch.float32)
+    numbers = torch.cat([drawn, torch.tensor(odd), ties])
     upper, lower = split_halves(numbers)
     assert upper.dtype == torch.bfloat16 and lower.dtype == torch.int16
     assert torch.equal(join_halves(upper, lower).view(torch.int32), numbers.view(torch.int32))
@@ -345,9 +316,9 @@ def test_halves_are_the_nearest_bfloat16_and_the_rest() -> None:
 
 
 def test_what_is_not_finite_stays_so_in_halves() -> None:
-    numbers = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    words = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32)
     numbers = torch.cat(
-        [numbers, torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32).view(torch.float32)]
+        [torch.tensor([torch.nan, torch.inf, -torch.inf]), words.view(torch.float32)]
     )
     upper, lower = split_halves(numbers)
     assert not upper.isfinite().any() and not join_halves(upper, lower).isfinite().any()
@@ -360,17 +331,12 @@ def test_a_run_with_halves_is_one_with_values_in_fp32(
     make: Any, masked: bool, clip: float | None
 ) -> None:
     runs = {}
-    for split in (False, True):
+    for split in (None, torch.float32):
         model, mask = made(torch.bfloat16)
-        selected = SelectedWeights(
-            model,
-            mask if masked else None,
-            split=torch.float32 if split else None,
-            keep_theta0=True,
-        )
-        optimizer = make(
-            [p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.1
-        )
+        chosen = mask if masked else None
+        selected = SelectedWeights(model, chosen, split=split, keep_theta0=True)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = make(trained, lr=1e-3, weight_decay=0.1)
         if split:
             selected.step_by_tensor(optimizer)
             assert sum(p.numel() for p in model.parameters()) == 0
@@ -383,23 +349,17 @@ def test_a_run_with_halves_is_one_with_values_in_fp32(
             selected.changed()
         with selected.at_theta0() as lm:
             assert torch.equal(lm(TOKENS), made(torch.bfloat16)[0](TOKENS))
-        runs[split] = {
-            name: t.value().clone().view(-1)
-            for name, t in selected.tensors.items()
-            if t.values is not None
-        }
+        held = {n: t for n, t in selected.tensors.items() if t.values is not None}
+        runs[split] = {name: tensor.value().clone().view(-1) for name, tensor in held.items()}
         selected.release()
-        for name, parameter in model.named_parameters():
-            if name in runs[split]:
-                taken = parameter[mask[name]] if masked else parameter
-                torch.testing.assert_close(
-                    taken.view(-1), runs[split][name].bfloat16(), rtol=1e-2, atol=0
-                )
+        for name, values in runs[split].items():
+            weight = model.get_parameter(name)
+            taken = weight[mask[name]] if masked else weight
+            torch.testing.assert_close(taken.view(-1), values.bfloat16(), rtol=1e-2, atol=0)
     start = weights(made(torch.bfloat16)[0])
-    for name, values in runs[True].items():
+    for name, values in runs[torch.float32].items():
         moved = values - (start[name][mask[name]] if masked else start[name]).float().view(-1)
-        error = (values - runs[False][name]).norm() / moved.norm()
-        assert error < 0.02
+        assert (values - runs[None][name]).norm() / moved.norm() < 0.02
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

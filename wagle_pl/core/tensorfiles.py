@@ -72,6 +72,19 @@ class TensorFile:
         self.metadata: dict[str, str] = self._entries.pop("__metadata__", {})
         self.names = list(self._entries)
 
+    def check_format(self, kind: str, version: int) -> None:
+        """Refuse a file that is no ``wagle_pl`` one of this kind, or one of a newer format."""
+        found, expected = self.metadata.get("format"), f"wagle_pl.{kind}"
+        if found != expected:
+            raise WagleError(
+                f"{self.path} is not a wagle_pl {kind} (format {found!r}, expected {expected!r})"
+            )
+        written = int(self.metadata["format_version"])
+        if written > version:
+            raise WagleError(
+                f"{self.path} has {kind} format {written}; this version reads {version}"
+            )
+
     def dtype(self, name: str) -> str:
         """A tensor's dtype, as the format names it."""
         return self._entries[name]["dtype"]

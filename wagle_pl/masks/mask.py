@@ -145,22 +145,11 @@ class WeightMask:
         if given.is_dir():
             raise absent("mask file", given)
         file = TensorFile(path, "mask file")
-        header = file.metadata
-        if header.get("format") != FORMAT:
-            raise WagleError(
-                f"{path} is not a wagle_pl mask (format {header.get('format')!r}, expected "
-                f"{FORMAT!r})"
-            )
         try:
-            version = int(header["format_version"])
-            shapes = dict(json.loads(header["shapes"]))
-            made_by = dict(json.loads(header["made_by"]))
+            file.check_format("mask", FORMAT_VERSION)
+            shapes, made_by = (dict(json.loads(file.metadata[k])) for k in ("shapes", "made_by"))
         except (KeyError, TypeError, ValueError) as error:
             raise WagleError(f"{path} is damaged: its header lacks or garbles {error}") from None
-        if version > FORMAT_VERSION:
-            raise WagleError(
-                f"{path} has mask format {version}; this version reads {FORMAT_VERSION}"
-            )
         for name, shape in shapes.items():
             size = (prod(shape) + 7) // 8
             if name not in file.names or (file.dtype(name), file.shape(name)) != ("U8", (size,)):

@@ -61,17 +61,8 @@ class Patch:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.file = TensorFile(self.path, "patch file")
+        self.file.check_format("patch", FORMAT_VERSION)
         header = self.file.metadata
-        if header.get("format") != FORMAT:
-            raise WagleError(
-                f"{path} is not a wagle_pl patch (format {header.get('format')!r}, expected "
-                f"{FORMAT!r})"
-            )
-        if int(header["format_version"]) > FORMAT_VERSION:
-            raise WagleError(
-                f"{path} has patch format {header['format_version']}; this version reads "
-                f"{FORMAT_VERSION}"
-            )
         self.base, self.unlearned = header["base"], header["unlearned"]
         self.weights = int(header["weights"])
         self.tensors: dict[str, dict[str, Any]] = json.loads(header["tensors"])
