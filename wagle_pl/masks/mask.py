@@ -309,13 +309,13 @@ class WeightMask:
             where, what: how to name the mask and the other in the message.
         """
         where, made_for = where or self.label, self.metadata.get("model_fingerprint")
-        for name in [*shapes, *self.shapes]:
-            ours, theirs = self.shapes.get(name), tuple(shapes.get(name, ()))
-            if ours is None:
+        in_one = [n for n in {**shapes, **self.shapes} if (n in shapes) != (n in self)]
+        for name in in_one or self:
+            if name not in self:
                 difference = f"has no tensor for parameter {name} of {what}"
             elif name not in shapes:
                 difference = f"has a tensor {name} that {what} lacks"
-            elif ours != theirs:
+            elif (ours := self.shapes[name]) != (theirs := tuple(shapes[name])):
                 difference = f"has another shape of {name} than {what}: {ours} and {theirs}"
             else:
                 continue
