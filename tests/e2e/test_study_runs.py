@@ -2,9 +2,7 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pytest
@@ -66,35 +64,21 @@ def test_pieces_of_a_study_are_joined(tmp_path):
             read()
 
 
-def test_a_lock_of_another_host_stays(tmp_path):
-    holder = {"pid": 1, "host": "elsewhere.invalid", "since": "then"}
-    (tmp_path / LOCK_FILE).write_text(json.dumps(holder))
+def test_a_second_study_is_kept_out_and_a_dead_one_replaced(tmp_path, heard):
+    said = rf"another study works in .*process {os.getpid()} on"
+    with locked(tmp_path), pytest.raises(WagleError, match=said), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        assert not heard.text  # a study that ended well leaves nothing
+    holder = {"pid": 1, "host": socket.gethostname(), "since": "then"}
+    (tmp_path / LOCK_FILE).write_text(json.dumps(holder))  # which a killed study leaves
+    with locked(tmp_path):
+        assert "took over the lock" in heard.text and "process 1 on" in heard.text
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+    (tmp_path / LOCK_FILE).write_text(json.dumps({**holder, "host": "elsewhere.invalid"}))
     said = r"process 1 on elsewhere.invalid, since then.*delete"
     with pytest.raises(WagleError, match=said), locked(tmp_path):
         pass
-
-
-def test_a_second_study_is_kept_out_and_a_dead_one_replaced(tmp_path, heard):
-    hold = (
-        "import sys, time; from pathlib import Path; from wagle_pl.study.runs import locked\n"
-        "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
-    )
-    command = [sys.executable, "-c", hold, str(tmp_path)]
-    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout.readline() == "held\n"
-        said = rf"another study works in .*process {other.pid} on"
-        with pytest.raises(WagleError, match=said), locked(tmp_path):
-            pass
-    finally:
-        other.send_signal(signal.SIGKILL)
-        other.wait()
-    with locked(tmp_path):
-        assert "took over the lock" in heard.text and f"process {other.pid} on" in heard.text
-        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
-    heard.clear()
-    with locked(tmp_path):
-        assert not heard.text  # a study that ended well leaves nothing
 
 
 # -- as a user runs it -----------------------------------------------------------------------------
