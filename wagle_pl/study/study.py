@@ -65,7 +65,8 @@ class Study:
         target: hub id, folder or GGUF file of the model that is to forget.
         output: folder of the study.
         data: the data module: class_path and init_args, or --data CLASS --data.option VALUE.
-        retrained: the model trained without the forget rows, which sets the level of forgetting.
+        retrained: the model trained without the forget rows, which sets the level of forgetting
+            unless forget_level does.
         objectives: names (NPO, GradDiff, PO, ...), or class_path, init_args and name.
         masks: dense, lora, a score (wagle, random, ...), or options: score, density (or a list of
             them) and others as attribution has them; adapter (class_path and init_args of a LoRA);

@@ -6,6 +6,8 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, ClassVar, Optional
 
 import torch
@@ -72,7 +74,10 @@ class Finding:
 
 @dataclass
 class Subject:
-    """A model under attack, and the data to attack it with: by test set, whose rows it forgets."""
+    """A model under attack, and the data to attack it with.
+
+    Mappings are by test set, of those whose rows are to be forgotten.
+    """
 
     lm: Any  # a Hugging Face causal language model, in evaluation mode
     observer: Observer  # runs it on rows
@@ -102,7 +107,7 @@ class Subject:
         return [row for rows in self.rows.values() for row in rows]
 
     def asked(self, variants: Variants) -> dict[str, Asked]:
-        """Rows to be forgotten in other forms."""
+        """What to ask in place of the rows, where that is anything: see :data:`Variants`."""
         found = {
             name: {i: asked for i, row in enumerate(rows) if (asked := list(variants(name, row)))}
             for name, rows in self.rows.items()
@@ -144,10 +149,8 @@ class Subject:
 
         def select() -> Table:
             self.annotate(name, records)
-            by_row: dict[int, list[Record]] = {}
-            for record in records:
-                by_row.setdefault(record["row"], []).append(record)
-            return [worst(by_row[row]) for row in sorted(by_row)]
+            ordered = sorted(records, key=itemgetter("row"))
+            return [worst(list(of_row)) for _, of_row in groupby(ordered, itemgetter("row"))]
 
         return distributed.on_rank_zero(select)
 
