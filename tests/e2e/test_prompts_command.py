@@ -10,7 +10,7 @@ from helpers import LLAMA_3
 from wagle_pl.cli.mask import info
 from wagle_pl.masks import WeightMask
 
-SYSTEM = "--data.system_prompt=Be brief."
+SYSTEM = ("--data.system_prompt", "Be brief.")
 FIT = ("fit", "--trainer.enable_checkpointing=false", "--trainer.max_steps=1")
 TEST = ("test", "--model=EvaluationModule", "--model.generate=false")
 
@@ -19,7 +19,7 @@ def test_a_mask_says_its_prompts_and_another_run_s_are_noticed(
     wagle, tiny_model, tmp_path, heard, capsys
 ):
     model = f"--model.model={tiny_model}"
-    wagle(*FIT, "--model=AttributionModule", model, "--model.output=mask", SYSTEM)
+    wagle(*FIT, "--model=AttributionModule", model, "--model.output=mask", *SYSTEM)
     prompts = WeightMask.load(tmp_path / "mask").metadata["prompts"]
     assert prompts == {
         "prompt": "<|system|>Be brief.<|user|>{question}<|assistant|>",
@@ -31,7 +31,7 @@ def test_a_mask_says_its_prompts_and_another_run_s_are_noticed(
     info("mask")
     assert json.dumps(prompts) in capsys.readouterr().out
     unlearn = (*FIT, "--model=UnlearnModule", model, "--model.mask=mask")
-    wagle(*unlearn, "--model.output=same", SYSTEM)
+    wagle(*unlearn, "--model.output=same", *SYSTEM)
     assert "other prompts" not in heard.text
     wagle(*unlearn, "--model.output=other")
     differ = "other prompts (system_prompt 'Be brief.' there, None here)"
@@ -44,7 +44,7 @@ def test_a_mask_says_its_prompts_and_another_run_s_are_noticed(
 
 def test_results_of_other_prompts(wagle, fails, tiny_model, tmp_path, heard):
     test = (*TEST, f"--model.model={tiny_model}")
-    wagle(*test, "--model.output=brief", SYSTEM)
+    wagle(*test, "--model.output=brief", *SYSTEM)
     recorded = json.loads((tmp_path / "brief/metrics.info.json").read_text())["prompts"]
     assert recorded["system_prompt"] == "Be brief."
     line = fails(*test, "--model.output=plain", "--model.retrained=brief")
@@ -54,7 +54,7 @@ def test_results_of_other_prompts(wagle, fails, tiny_model, tmp_path, heard):
     wagle(*test, "--model.output=plain", "--model.target=brief")
     differ = "other prompts: system_prompt 'Be brief.' there, None here"
     assert f"the target's results are of {differ}" in heard.text
-    wagle(*test, "--model.output=brief_again", SYSTEM, "--model.retrained=brief")
+    wagle(*test, "--model.output=brief_again", *SYSTEM, "--model.retrained=brief")
 
 
 def test_the_command_line_takes_the_options(wagle, fails, tmp_path, tiny_model):

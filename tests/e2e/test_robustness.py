@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import data_options, write_rows
+from helpers import QUIET, data_options, write_rows
 
 from wagle_pl import WagleError
 from wagle_pl.core.weights import fingerprint
@@ -89,12 +89,17 @@ class Careless(Attack):
         return []
 
 
-def sets(**files: str) -> str:
-    return f"--data.test={json.dumps(files)}"
+def sets(**files: str) -> tuple[str, str]:
+    return "--data.test", json.dumps(files)
 
 
 def one(name: str, **options: Any) -> list[dict[str, Any]]:
     return [{"class_path": name, "init_args": options}]
+
+
+def robustness(attacks: Any) -> tuple[str, str]:
+    chosen = attacks if isinstance(attacks, str) else json.dumps(attacks)
+    return "--model.robustness", chosen
 
 
 @pytest.fixture
@@ -102,9 +107,9 @@ def attacked(wagle, tiny_model, rows, tmp_path):
     """Run a test with attacks on five forget rows; returns its module, metrics and records."""
 
     def run(attacks: Any, *options: Any, output: str = "out", forget: str = rows["forget_test"]):
-        chosen = attacks if isinstance(attacks, str) else json.dumps(attacks)
-        args = (f"--model.output={output}", sets(forget=forget), f"--model.robustness={chosen}")
-        module = wagle(*TEST, f"--model.model={tiny_model}", *args, *options).model
+        args = (f"--model.model={tiny_model}", f"--model.output={output}")
+        args += (*sets(forget=forget), *robustness(attacks))
+        module = wagle(*TEST, *args, *options).model
         files = (tmp_path / output / f"{name}.json" for name in ("metrics", "robustness"))
         return module, *(json.loads(file.read_text()) for file in files)
 
@@ -116,7 +121,7 @@ def tested(wagle, tmp_path):
     """Metrics of a model without attacks on a file of forget rows."""
 
     def run(model: str, forget: str) -> dict[str, float]:
-        wagle(*TEST, f"--model.model={model}", "--model.output=plain", sets(forget=forget))
+        wagle(*TEST, f"--model.model={model}", "--model.output=plain", *sets(forget=forget))
         return json.loads((tmp_path / "plain/metrics.json").read_text())
 
     return run
@@ -283,9 +288,8 @@ def test_autocast_sees_the_changed_weights(attacked):
     ],
 )
 def test_mistakes_are_said_in_one_line(fails, tiny_model, rows, attacks, options, message):
-    chosen = attacks if isinstance(attacks, str) else json.dumps(attacks)
-    args = (f"--model.model={tiny_model}", sets(forget=rows["forget_test"]), *options)
-    assert message in fails(*TEST, *args, f"--model.robustness={chosen}")
+    args = (f"--model.model={tiny_model}", *sets(forget=rows["forget_test"]), *options)
+    assert message in fails(*TEST, *args, *robustness(attacks))
 
 
 def test_rows_that_an_attack_cannot_use(fails, attacked, tiny_model, tmp_path):
@@ -294,12 +298,11 @@ def test_rows_that_an_attack_cannot_use(fails, attacked, tiny_model, tmp_path):
     single = write_rows(tmp_path / "one.jsonl", plain[:1])
     texts = write_rows(tmp_path / "texts.jsonl", [{"text": row["answer"]} for row in plain])
 
-    def said(rows: str, attacks: str) -> str:
-        data = (sets(forget=rows), f"--data.forget={rows}", f"--data.retain={rows}")
-        return fails(*TEST, f"--model.model={tiny_model}", *data, f"--model.robustness={attacks}")
+    def said(rows: str, attacks: Any) -> str:
+        data = (*sets(forget=rows), f"--data.forget={rows}", f"--data.retain={rows}")
+        return fails(*TEST, f"--model.model={tiny_model}", *data, *robustness(attacks))
 
-    nothing = "has nothing to work on"
-    never = json.dumps(one("Paraphrase", rules="never"))
+    nothing, never = "has nothing to work on", one("Paraphrase", rules="never")
     assert f"{nothing}: no row to be forgotten has paraphrased_question" in said(file, never)
     assert f"{nothing}: there are no 4 rows to be forgotten with perturbed" in said(file, "probe")
     for attack in ("paraphrase", "translated_style", "in_context"):
@@ -324,7 +327,7 @@ def test_multiple_choice(attacked, tmp_path):
     ]
     test = sets(wmdp_bio=write_rows(tmp_path / "choices.jsonl", choices))
     attacks = "[quantise,paraphrase,translated_style,in_context]"
-    module, metrics, records = attacked(attacks, "--model.suite=wmdp", test)
+    module, metrics, records = attacked(attacks, "--model.suite=wmdp", *test)
     assert {r["measure"] for r in records} == {"wmdp_bio/accuracy"} and len(records) == 5
     assert {r["before"] for r in records} == {metrics["wmdp_bio/accuracy"]}
     assert {r["direction"] for r in records} == {"lower"}
@@ -353,9 +356,8 @@ def test_weights_spread_over_ranks_are_left_alone(attacked):
 @pytest.mark.slow
 def test_two_ranks_find_what_one_does(ranks, attacked, tiny_model, rows, tmp_path):
     args = [*TEST, *data_options(rows), f"--model.model={tiny_model}", "--model.output=two"]
-    args += [sets(forget=rows["forget_test"]), "--model.robustness=all"]
-    args += [f"--trainer.{name}=false" for name in ("enable_progress_bar", "logger")]
-    ranks(*args, "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp")
+    args += [*sets(forget=rows["forget_test"]), *robustness("all"), *QUIET.split()]
+    ranks(*args, "--trainer.devices=2", "--trainer.strategy=ddp")
     two = json.loads(Path(tmp_path / "two/robustness.json").read_text())
     one = attacked("all")[2]
     assert values(two) == pytest.approx(values(one), rel=1e-3, abs=1e-6)
