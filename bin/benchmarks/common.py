@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any, Optional
@@ -31,7 +32,7 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
 from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.data import ForgetRetainDataModule
-from wagle_pl.data.example import Row, parse_rows
+from wagle_pl.data.example import parse_rows
 from wagle_pl.data.people import bundled
 from wagle_pl.data.rows import load_rows
 from wagle_pl.data.template import Template
@@ -45,29 +46,17 @@ CHILD = "--child"
 
 @dataclass
 class Settings:
-    """What every measurement is given; plain values, so that a fresh process can be given them too.
+    """What every measurement is given; plain values, so that a fresh process can be given them too."""
 
-    Attributes:
-        model: folder of the model.
-        scratch: folder for what is written; removed at the end.
-        source: where the rows are from, for the report.
-        repeats: how often each side of a ratio is measured.
-        rows: forget rows, and as many retain rows.
-        batch_size: rows, or pairs of rows, a batch.
-        padded: tokens that the baselines pad every row to.
-        baseline_rows: rows that a baseline's pass is timed on; the time is scaled to all rows.
-        baseline_densities: densities that a baseline writes; the time is scaled to all densities.
-    """
-
-    model: str
-    scratch: str
-    source: str
-    repeats: int
-    rows: int = 40
-    batch_size: int = 8
-    padded: int = 512
-    baseline_rows: int = 8
-    baseline_densities: int = 1
+    model: str  # folder
+    scratch: str  # folder for what is written; removed at the end
+    source: str  # where the rows are from, for the report
+    repeats: int  # how often each side of a ratio is measured
+    rows: int = 40  # forget rows, and as many retain rows
+    batch_size: int = 8  # rows, or pairs of rows
+    padded: int = 512  # tokens that the baselines pad every row to
+    baseline_rows: int = 8  # that a baseline's pass is timed on; the time is scaled to all rows
+    baseline_densities: int = 1  # that a baseline writes; the time is scaled to all
 
     @property
     def forget(self) -> str:
@@ -87,16 +76,8 @@ Measure = Callable[..., Any]
 def result(
     name: str, value: float, bar: float, at_least: bool, unit: str, raw: Mapping[str, Any]
 ) -> Result:
-    """One line of the report.
-
-    Args:
-        name: of the row.
-        value: what was measured.
-        bar: what it is held against.
-        at_least: whether the value must reach the bar; otherwise it must not exceed it.
-        unit: of both.
-        raw: figures the value is made of.
-    """
+    """One line of the report: a value, and the bar that it must reach, or else not exceed; ``raw`` is what it is made
+    of."""
     met = value >= bar if at_least else value <= bar
     wanted = {"bar": bar, "wanted": "at least" if at_least else "at most"}
     return {"name": name, "value": value, **wanted, "met": met, "unit": unit, "raw": dict(raw)}
@@ -123,11 +104,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def memory(field: str) -> int:
-    """``VmRSS`` or ``VmHWM`` (its peak) of this process in bytes.
-
-    Raises:
-        WagleError: if the system does not say.
-    """
+    """``VmRSS`` or ``VmHWM`` (its peak) of this process in bytes."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -148,12 +125,8 @@ def in_fresh_process(settings: Settings, function: str, **arguments: Any) -> Any
     """Call a function of the running benchmark's ``CHILDREN`` in a process of its own, which has a peak of its own."""
     with tempfile.TemporaryDirectory(dir=settings.scratch) as folder:
         answer = Path(folder) / "answer.json"
-        task = {
-            "function": function,
-            "settings": asdict(settings),
-            "arguments": arguments,
-            "answer": str(answer),
-        }
+        task = {"function": function, "settings": asdict(settings), "arguments": arguments}
+        task["answer"] = str(answer)
         command = [sys.executable, sys.argv[0], CHILD, json.dumps(task)]
         subprocess.run(command, check=True, stdout=sys.stderr)
         return json.loads(answer.read_text(encoding="utf-8"))
@@ -163,11 +136,7 @@ def in_fresh_process(settings: Settings, function: str, **arguments: Any) -> Any
 
 
 class BatchTimes(L.Callback):
-    """When each micro-batch of a run started and ended, and how many tokens, without padding, it had.
-
-    Args:
-        keep: keep the batches too.
-    """
+    """When each micro-batch of a run started and ended, its tokens without padding, and if asked for the batch."""
 
     def __init__(self, keep: bool = False) -> None:
         self.starts: list[float] = []
@@ -211,21 +180,12 @@ def fit(
 ) -> None:
     """Fit as a user does, without logger and checkpoints; options are the Trainer's."""
     data = ForgetRetainDataModule(
-        forget=settings.forget,
-        retain=settings.retain,
-        batch_size=batch_size or settings.batch_size,
+        forget=settings.forget, retain=settings.retain, batch_size=batch_size or settings.batch_size
     )
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=settings.scratch,
-        callbacks=list(callbacks),
-        **{"precision": PRECISION, **options},
-    )
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    own = {"accelerator": "cpu", "devices": 1, "default_root_dir": settings.scratch}
+    own |= {"precision": PRECISION, "callbacks": list(callbacks), **dict.fromkeys(quiet, False)}
+    trainer = L.Trainer(**{**own, **options})
     trainer.fit(module, datamodule=data)
 
 
@@ -277,17 +237,14 @@ def shapes_of(model: str) -> dict[str, tuple[int, ...]]:
 
 
 def main(benchmark: str, rows: Mapping[str, Measure], children: Mapping[str, Measure]) -> None:
-    """Measure the rows asked for and report.
+    """Measure the rows asked for, by functions of the settings that return :func:`result` dicts, and report.
 
-    Args:
-        benchmark: its name.
-        rows: name -> function of the settings that returns :func:`result` dicts.
-        children: functions for :func:`in_fresh_process`, by name; their first argument is the settings.
+    ``children`` are functions for :func:`in_fresh_process`, by name; their first argument is the settings.
     """
     cli.quiet()
     disable_progress_bar()
-    for name in ("lightning.pytorch", "lightning.fabric", "wagle_pl"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for library in ("lightning.pytorch", "lightning.fabric", "wagle_pl"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     if sys.argv[1:2] == [CHILD]:
         task = json.loads(sys.argv[2])
         answer = children[task["function"]](Settings(**task["settings"]), **task["arguments"])
@@ -314,42 +271,29 @@ def main(benchmark: str, rows: Mapping[str, Measure], children: Mapping[str, Mea
 
 def _options(benchmark: str, rows: Mapping[str, Measure]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"bin/bench {benchmark}")
-    parser.add_argument("--model", default=str(ROOT / "models/smollm2"), help="folder of the model")
-    parser.add_argument(
-        "--tofu", help="folder with TOFU's forget01.json and retain99.json; default: bundled people"
-    )
-    parser.add_argument("--rows", help=f"which to measure, of {','.join(rows)}; default: all")
-    parser.add_argument(
-        "--repeats", type=int, help="how often each side is measured (default 3; 1 with --quick)"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="a tiny model and few rows: shows only that it runs"
-    )
-    parser.add_argument(
-        "--full", action="store_true", help="run the padded baselines whole, without scaling"
-    )
-    parser.add_argument("--output", help="JSON file to write as well")
+    add = parser.add_argument
+    add("--model", default=str(ROOT / "models/smollm2"), help="folder of the model")
+    add("--tofu", help="folder with TOFU's forget01.json and retain99.json; default: the people")
+    add("--rows", help=f"which to measure, of {','.join(rows)}; default: all")
+    add("--repeats", type=int, help="how often each side is measured (default 3; 1 with --quick)")
+    add("--quick", action="store_true", help="a tiny model, few rows: shows only that it runs")
+    add("--full", action="store_true", help="run the padded baselines whole, without scaling")
+    add("--output", help="JSON file to write as well")
     options = parser.parse_args()
     options.repeats = options.repeats or (1 if options.quick else 3)
     options.rows = options.rows.split(",") if options.rows else list(rows)
-    unknown = [name for name in options.rows if name not in rows]
-    if unknown or options.repeats < 1:
-        parser.error(
-            f"no row {unknown[0]!r}; there are {', '.join(rows)}"
-            if unknown
-            else "--repeats must be above 0"
-        )
+    if unknown := [name for name in options.rows if name not in rows]:
+        parser.error(f"no row {unknown[0]!r}; there are {', '.join(rows)}")
+    if options.repeats < 1:
+        parser.error("--repeats must be above 0")
     return options
 
 
 def _prepare(options: argparse.Namespace, scratch: str) -> Settings:
     """Write the rows (and the tiny model) that the measurements read."""
     if options.tofu:
-        source, folder = "TOFU forget01 and retain99", Path(options.tofu)
-        forget, retain = (
-            load_rows(str(folder / "forget01.json")),
-            load_rows(str(folder / "retain99.json")),
-        )
+        source, files = "TOFU forget01 and retain99", ("forget01.json", "retain99.json")
+        forget, retain = (load_rows(str(Path(options.tofu) / file)) for file in files)
     else:
         source = "bundled people"
         forget, retain = [*bundled("forget"), *bundled("holdout")], bundled("retain")
@@ -365,12 +309,9 @@ def _prepare(options: argparse.Namespace, scratch: str) -> Settings:
     if options.full:
         settings.baseline_rows, settings.baseline_densities = settings.rows, 10
     for path, rows in ((settings.forget, forget), (settings.retain, retain)):
-        _write_rows(path, rows[: settings.rows])
+        lines = (json.dumps(row) + "\n" for row in rows[: settings.rows])
+        Path(path).write_text("".join(lines), encoding="utf-8")
     return settings
-
-
-def _write_rows(path: str, rows: Sequence[Row]) -> None:
-    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _measure(name: str, measure: Measure, settings: Settings) -> list[Result]:
@@ -389,18 +330,15 @@ def _measure(name: str, measure: Measure, settings: Settings) -> list[Result]:
 def _describe(benchmark: str, options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     """The report without its rows: what was measured on what."""
     template = Template(models.load_tokenizer(settings.model), None, None, settings.padded)
-    lengths = {
-        name: [len(template.encode(row)["input_ids"]) for row in parse_rows(load_rows(file), file)]
-        for name, file in (("forget", settings.forget), ("retain", settings.retain))
-    }
-    data = {
+    data: dict[str, Any] = {
         "source": settings.source,
         "batch_size": settings.batch_size,
         "baseline_padded_to": settings.padded,
     }
-    for name, counts in lengths.items():
+    for name, file in (("forget", settings.forget), ("retain", settings.retain)):
+        counts = [len(template.encode(r)["input_ids"]) for r in parse_rows(load_rows(file), file)]
         data[name] = {"rows": len(counts), "mean_tokens": round(sum(counts) / len(counts), 1)}
-    weights = sum(torch.Size(shape).numel() for shape in shapes_of(settings.model).values())
+    weights = sum(prod(shape) for shape in shapes_of(settings.model).values())
     name = "tiny llama" if options.quick else os.path.relpath(settings.model, ROOT)
     packages = ("wagle-pl", "torch", "lightning", "transformers", "numpy")
     return {
@@ -420,33 +358,22 @@ def _describe(benchmark: str, options: argparse.Namespace, settings: Settings) -
 
 
 def _machine() -> dict[str, Any]:
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in _lines("/proc/cpuinfo")
-        if line.startswith("model name")
-    ]
-    total = [
-        int(line.split()[1]) * 1024
-        for line in _lines("/proc/meminfo")
-        if line.startswith("MemTotal")
-    ]
+    def first(path: str, start: str) -> Optional[str]:
+        lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
+        found = (line.partition(":")[2].strip() for line in lines if line.startswith(start))
+        return next(found, None)
+
+    total = first("/proc/meminfo", "MemTotal")
+    environment = {n: v for n, v in os.environ.items() if n.startswith(("OMP_", "MALLOC_"))}
     return {
         "system": platform.platform(),
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": first("/proc/cpuinfo", "model name") or platform.processor(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "environment": {
-            name: value
-            for name, value in os.environ.items()
-            if name.startswith(("OMP_", "MALLOC_"))
-        },
-        "memory_bytes": total[0] if total else None,
+        "environment": environment,
+        "memory_bytes": int(total.split()[0]) * 1024 if total else None,
         "load_average_before": os.getloadavg(),
     }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
 
 
 def _table(results: Sequence[Result]) -> str:
@@ -455,8 +382,6 @@ def _table(results: Sequence[Result]) -> str:
         if "error" in row:
             lines.append(f"{row['name']:34} failed: {row['error']}")
             continue
-        bar = f"{row['wanted']} {row['bar']:g} {row['unit']}"
-        lines.append(
-            f"{row['name']:34} {row['value']:9.3f}   {bar}: {'met' if row['met'] else 'MISSED'}"
-        )
+        bar = f"{row['wanted']} {row['bar']:g} {row['unit']}: {'met' if row['met'] else 'MISSED'}"
+        lines.append(f"{row['name']:34} {row['value']:9.3f}   {bar}")
     return "\n".join(lines)

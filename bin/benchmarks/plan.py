@@ -16,11 +16,11 @@ import subprocess
 import sys
 import tempfile
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from common import memory
 
 from wagle_pl import planning
@@ -30,6 +30,7 @@ from wagle_pl.cli.messages import fail
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
+from wagle_pl.core.text import markdown_table
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import random_bits
 
@@ -55,11 +56,7 @@ BAR = 0.10
 
 
 class Peak(L.Callback):
-    """Writes the ranks' greater peak, and the size of the largest batch, when a fit ends.
-
-    Args:
-        answer: JSON file to write.
-    """
+    """Writes the ranks' greater peak, and the size of the largest batch, to a JSON file when a fit ends."""
 
     def __init__(self, answer: str) -> None:
         self.answer = answer
@@ -86,41 +83,31 @@ def ranks_of(strategy: str) -> int:
 
 def command(task: str, strategy: str, precision: str, model: str, scratch: Path) -> list[str]:
     """Arguments of ``wagle fit`` for a case: a few short rows, three steps."""
-    named: dict[str, Any] = {
-        "data": "PeopleDataModule",
-        "data.batch_size": ROWS,
-        "data.limit_forget": 3 * ROWS * ranks_of(strategy),
-        "data.limit_retain": 3 * ROWS * ranks_of(strategy),
-        "trainer.accelerator": "cpu",
-        "trainer.devices": ranks_of(strategy),
-        "trainer.precision": precision,
-        "trainer.max_epochs": 1,
-        "trainer.strategy": {"one": "auto", "ddp": "ddp"}.get(strategy, "ZeRO"),
-        **({"trainer.strategy.stage": strategy[-1]} if strategy.startswith("zero") else {}),
-        **{
-            f"trainer.{name}": "false"
-            for name in (
-                "logger",
-                "enable_checkpointing",
-                "enable_progress_bar",
-                "enable_model_summary",
-            )
-        },
-        "trainer.callbacks+": "plan.Peak",
-        "trainer.callbacks.answer": scratch / "answer.json",
+    ranks = ranks_of(strategy)
+    module = {
+        "attribution": "AttributionModule",
+        "unlearning": "UnlearnModule --model.objective NPO --optimizer MaskedAdamW",
+    }[task]
+    named = {"one": "auto", "ddp": "ddp"}.get(
+        strategy, f"ZeRO --trainer.strategy.stage {strategy[-1]}"
+    )
+    text = (
+        f"fit --model {module} --model.overwrite true --data PeopleDataModule "
+        f"--data.batch_size {ROWS} --data.limit_forget {3 * ROWS * ranks} "
+        f"--data.limit_retain {3 * ROWS * ranks} --trainer.accelerator cpu "
+        f"--trainer.devices {ranks} --trainer.precision {precision} --trainer.max_epochs 1 "
+        f"--trainer.strategy {named} --trainer.logger false "
+        "--trainer.enable_checkpointing false --trainer.enable_progress_bar false "
+        "--trainer.enable_model_summary false --trainer.callbacks+ plan.Peak"
+    )
+    paths = {
+        "--trainer.callbacks.answer": scratch / "answer.json",
+        "--model.model": model,
+        "--model.output": scratch / task,
     }
-    modules = {
-        "attribution": {"model": "AttributionModule"},
-        "unlearning": {
-            "model": "UnlearnModule",
-            "model.objective": "NPO",
-            "model.mask": scratch / "mask.safetensors",
-            "optimizer": "MaskedAdamW",
-        },
-    }
-    own = {"model.model": model, "model.output": scratch / task, "model.overwrite": "true"}
-    options = {**modules[task], **own, **named}
-    return ["fit", *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
+    if task == "unlearning":
+        paths["--model.mask"] = scratch / "mask.safetensors"
+    return [*text.split(), *(str(part) for pair in paths.items() for part in pair)]
 
 
 def measure(case: tuple[str, str, str], model: str, scratch: Path) -> dict[str, Any]:
@@ -131,18 +118,12 @@ def measure(case: tuple[str, str, str], model: str, scratch: Path) -> dict[str, 
     """
     answer = scratch / "answer.json"
     answer.unlink(missing_ok=True)
-    path = os.pathsep.join(
-        [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    )
+    folders = [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     script = scratch / "run.py"  # Lightning starts the other rank with the same script
     script.write_text("from wagle_pl.cli.app import main\n\nmain()\n", encoding="utf-8")
     arguments = [sys.executable, str(script), *command(*case, model, scratch)]
-    done = subprocess.run(
-        arguments,
-        cwd=scratch,
-        stdout=sys.stderr,
-        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path},
-    )
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(folders)}
+    done = subprocess.run(arguments, cwd=scratch, stdout=sys.stderr, env=environment)
     if done.returncode or not answer.is_file():
         raise WagleError(f"{'-'.join(case)} failed with exit code {done.returncode}, see above")
     return json.loads(answer.read_text(encoding="utf-8"))
@@ -180,25 +161,17 @@ def compare(
 
 def table(results: list[dict[str, Any]]) -> str:
     """The results in Markdown."""
-    lines = [
-        "| task | strategy | precision | predicted, MiB | measured, MiB | predicted / measured |",
-        "| --- | --- | --- | ---: | ---: | ---: |",
+    case = ("task", "strategy", "precision")
+    rows = [
+        [
+            *(row[key] for key in case),
+            *(f"{row[key] / 2**20:,.0f}" for key in ("predicted", "measured")),
+            f"{row['ratio']:.3f}",
+        ]
+        for row in results
     ]
-    for row in results:
-        sizes = " | ".join(f"{row[key] / 2**20:,.0f}" for key in ("predicted", "measured"))
-        lines.append(
-            f"| {row['task']} | {row['strategy']} | {row['precision']} | {sizes} | {row['ratio']:.3f} |"
-        )
-    return "\n".join(lines)
-
-
-def random_mask(model: str, shape: planning.Architecture, path: Path) -> None:
-    """Write a random mask for the model."""
-    sizes = {name: torch.Size(of).numel() for name, of in shape.shapes.items()}
-    packed = random_bits(sizes, int(DENSITY * shape.weights), 0)
-    WeightMask(packed, shape.shapes, {"model": model, "score": "random", "density": DENSITY}).save(
-        path
-    )
+    header = [*case, "predicted, MiB", "measured, MiB", "predicted / measured"]
+    return markdown_table(header, rows, left=range(3))
 
 
 def main() -> None:
@@ -216,14 +189,14 @@ def main() -> None:
     shape = planning.architecture(model)
     with tempfile.TemporaryDirectory(prefix="wagle-plan-") as folder:
         scratch = Path(folder)
-        random_mask(model, shape, scratch / "mask.safetensors")
+        sizes = {parameter: prod(of) for parameter, of in shape.shapes.items()}
+        bits = random_bits(sizes, int(DENSITY * shape.weights), 0)
+        made_by = {"model": model, "score": "random", "density": DENSITY}
+        WeightMask(bits, shape.shapes, made_by).save(scratch / "mask.safetensors")
         for name in names:
             results.append(compare(CASES[name], shape, model, scratch))
-            print(
-                f"{name}: predicted / measured {results[-1]['ratio']:.3f}",
-                file=sys.stderr,
-                flush=True,
-            )
+            said = f"{name}: predicted / measured {results[-1]['ratio']:.3f}"
+            print(said, file=sys.stderr, flush=True)
             if options.output:
                 with atomic_path(Path(options.output)) as temporary:
                     temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

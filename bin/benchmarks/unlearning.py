@@ -130,10 +130,7 @@ def write_mask(settings: Settings, density: float, by: str = "random") -> str:
         packed = dict(
             select(lambda: ((n, p.detach().float()) for n, p in lm.named_parameters()), density)
         )
-    made_by = {
-        "model": settings.model,
-        "model_fingerprint": fingerprint(lm.named_parameters()),
-    }
+    made_by = {"model": settings.model, "model_fingerprint": fingerprint(lm.named_parameters())}
     mask = WeightMask(packed, shapes, {**made_by, "score": by})
     return str(mask.save(Path(settings.scratch) / f"{by}-{density:g}.safetensors"))
 

@@ -619,7 +619,7 @@ def test_wagle_test_on_several_ranks(
     expected = json.loads(Path("one/metrics.json").read_text())
     texts = pq.read_table("one/forget.parquet").to_pydict()
     assert expected and len(texts["generation"]) == 5
-    for name in STRATEGIES:
+    for name in ("ddp", "zero2", "zero3"):
         here, there = ranks(*common, *words(strategy(name), f"--model.output {name}"))
         assert here["metrics"] == there["metrics"]
         found = json.loads((Path(name) / "metrics.json").read_text())
