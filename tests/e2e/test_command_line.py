@@ -22,96 +22,57 @@ TEST = f"{MODULE} EvaluationModule"
 
 # -- options ----------------------------------------------------------------------------------------------------------
 
-MISTAKES = [
-    (f"{UNLEARN} --model.densty 1", "UnlearnModule has no option 'densty' (option model.densty)"),
-    (f"{ATTRIBUTE} --model.densty 1", "(option model.densty): did you mean density?"),
-    (f"{UNLEARN} --model.density 1", "(option model.density): AttributionModule has it"),
-    (f"{ATTRIBUTE} --model.lr 1", "(option model.lr): FinetuneModule, UnlearnModule have it"),
-    (
-        f"{UNLEARN} --model.max_epochs 1",
-        "(option model.max_epochs): did you mean --trainer.max_epochs?",
-    ),
-    (f"{UNLEARN} --data.batchsize 1", "(option data.batchsize): did you mean batch_size?"),
-    (
-        f"{UNLEARN} --data.path x",
-        "ForgetRetainDataModule has no option 'path' (option data.path): TOFUData",
-    ),
-    (
-        f"{UNLEARN} --optimizer.lrr 1",
-        "MaskedAdamW has no option 'lrr' (option optimizer.lrr): did you mean lr",
-    ),
-    (
-        f"{UNLEARN} --model.objective.gamma 1",
-        "no class is named for model.objective, so there is no option model.objective.gamma yet: "
-        "give --model.objective SimNPO",
-    ),
-    (
-        f"{UNLEARN} --model.objective GradDiff --model.objective.gamma 1",
-        "GradDiff has no option 'gamma' (option model.objective.gamma): SimNPO has it",
-    ),
-    (
-        "fit --model.lr 1",
-        "no class is named for model, so there is no option model.lr yet: give --model ",
-    ),
-    (
-        "fit --model UnlearnModul",
-        "unknown class 'UnlearnModul' for model: did you mean UnlearnModule?",
-    ),
-    (f"{UNLEARN} --optimizer adamw", "unknown class 'adamw' for optimizer: did you mean AdamW?"),
-    (f"{UNLEARN} --trainer.logger CSVLoger", "for trainer.logger: did you mean CSVLogger?"),
-    (f"{UNLEARN} --model.objective NPOX", "unknown objective 'NPOX'; choose one of CEU, DPO"),
-    (f"{UNLEARN} --model.objective NPOX", "or a class path: did you mean NPO?"),
-    (f"{TEST} --model.robustness relearnn", "did you mean Relearn?"),
-    (
-        f"{UNLEARN} --data TOFU",
-        "unknown class 'TOFU' for data: choose one of CopyrightDataModule, ",
-    ),
-    (
-        f"{UNLEARN} --data json.JSONDecoder",
-        "json.JSONDecoder is no LightningDataModule (option data)",
-    ),
-    (
-        f"{UNLEARN} --data nowhere.Rows",
-        "class 'nowhere.Rows' of option data: No module named 'nowhere'",
-    ),
-    (f"{UNLEARN} --model.modules 5", "model.modules must be a list or null, got 5"),
-    (f"{ATTRIBUTE} --model.density nan", "model.density must be a number, got nan"),
-    (f"{UNLEARN} --trainer.max_epochs x", "trainer.max_epochs must be an integer or null, got x"),
-    (f"{UNLEARN} --trainer.precision x", "bf16-mixed, 32-true, 64-true, bf16 or null, got x"),
-    (
-        f"{UNLEARN} --trainer.callbacks EarlyStopping",
-        "EarlyStopping needs monitor: give --trainer.callb",
-    ),
-    (
-        f"{UNLEARN} --trainer.strategy.stage 2",
-        "trainer.strategy 'auto' is no class, so it has no option",
-    ),
-    (
-        f"{UNLEARN} --trainer.max_epoch 2",
-        "no option --trainer.max_epoch: did you mean --trainer.max_epochs?",
-    ),
-    (
-        f"{ATTRIBUTE} --model.densit 1",
-        "AttributionModule has no option 'densit' (option model.densit): did",
-    ),
-    (f"{UNLEARN} --confg x", "there is no option --confg: did you mean --config?"),
-    (
-        f"{UNLEARN} --trainer.accumulate_grad_batches 0",
-        "accumulate_grad_batches must be at least 1, got 0",
-    ),
-    (f"{UNLEARN} --seed_everything -5", "seed_everything must be in [0, 4294967295], got -5"),
-    (f"{UNLEARN} --model.lr -1", "model.lr must be 0 or more, got -1"),
-]
+MISTAKES = {
+    UNLEARN: {
+        "--model.densty 1": "UnlearnModule has no option 'densty' (option model.densty)",
+        "--model.density 1": "(option model.density): AttributionModule has it",
+        "--model.max_epochs 1": "(option model.max_epochs): did you mean --trainer.max_epochs?",
+        "--data.batchsize 1": "(option data.batchsize): did you mean batch_size?",
+        "--data.path x": "ForgetRetainDataModule has no option 'path' (option data.path): TOFUData",
+        "--optimizer.lrr 1": "MaskedAdamW has no option 'lrr' (option optimizer.lrr): did you mean lr",
+        "--model.objective.gamma 1": "there is no option model.objective.gamma yet: give --model.objective SimNPO",
+        "--model.objective GradDiff --model.objective.gamma 1": "(option model.objective.gamma): SimNPO has it",
+        "--optimizer adamw": "unknown class 'adamw' for optimizer: did you mean AdamW?",
+        "--trainer.logger CSVLoger": "for trainer.logger: did you mean CSVLogger?",
+        "--model.objective NPOX": "unknown objective 'NPOX'; choose one of CEU, DPO",
+        "--model.objective npox": "or a class path: did you mean NPO?",
+        "--data TOFU": "unknown class 'TOFU' for data: choose one of CopyrightDataModule, ",
+        "--data json.JSONDecoder": "json.JSONDecoder is no LightningDataModule (option data)",
+        "--data nowhere.Rows": "class 'nowhere.Rows' of option data: No module named 'nowhere'",
+        "--model.modules 5": "model.modules must be a list or null, got 5",
+        "--trainer.max_epochs x": "trainer.max_epochs must be an integer or null, got x",
+        "--trainer.precision x": "bf16-mixed, 32-true, 64-true, bf16 or null, got x",
+        "--trainer.callbacks EarlyStopping": "EarlyStopping needs monitor: give --trainer.callb",
+        "--trainer.strategy.stage 2": "trainer.strategy 'auto' is no class, so it has no option",
+        "--trainer.max_epoch 2": "no option --trainer.max_epoch: did you mean --trainer.max_epochs?",
+        "--confg x": "there is no option --confg: did you mean --config?",
+        "--trainer.accumulate_grad_batches 0": "accumulate_grad_batches must be at least 1, got 0",
+        "--seed_everything -5": "seed_everything must be in [0, 4294967295], got -5",
+        "--model.lr -1": "model.lr must be 0 or more, got -1",
+    },
+    ATTRIBUTE: {
+        "--model.densty 1": "(option model.densty): did you mean density?",
+        "--model.lr 1": "(option model.lr): FinetuneModule, UnlearnModule have it",
+        "--model.density nan": "model.density must be a number, got nan",
+        "--model.densit 1": "AttributionModule has no option 'densit' (option model.densit): did",
+    },
+    "fit": {
+        "--model.lr 1": "no class is named for model, so there is no option model.lr yet: give --model ",
+        "--model UnlearnModul": "unknown class 'UnlearnModul' for model: did you mean UnlearnModule?",
+    },
+    TEST: {
+        "--model.robustness relearnn": "did you mean Relearn?",
+    },
+}
 
 
 @pytest.mark.parametrize(
-    ("args", "message"), MISTAKES, ids=[args.partition("--model ")[2] for args, _ in MISTAKES]
+    ("command", "args"), [(command, args) for command, found in MISTAKES.items() for args in found]
 )
-def test_one_line_says_what_to_type(fails, tiny_model, args, message):
-    named = "--model " in args and not args.endswith("UnlearnModul")
-    model = (f"--model.model {tiny_model} --model.output out",) if named else ()
-    line = fails(args, *model)
-    assert message in line and len(line) < 450
+def test_one_line_says_what_to_type(fails, tiny_model, command, args):
+    model = f"--model.model {tiny_model} --model.output out" if command != "fit" else ""
+    line = fails(f"{command} {args} {model}")
+    assert MISTAKES[command][args] in line and len(line) < 450
 
 
 @pytest.mark.parametrize(
@@ -297,8 +258,16 @@ def test_own_code_may_say_it_in_one_line(fails, tiny_model):
 # -- what is printed --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("args", ["--help", "bogus", "mask random --help", "fit --print_config"])
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("args", "unbuffered"),
+    [
+        ("--help", ""),
+        ("--help", "1"),
+        ("bogus", ""),
+        ("mask --help", "1"),
+        ("fit --print_config", ""),
+    ],
+)
 def test_a_reader_that_goes_away(args, unbuffered):
     """Its pipe is closed before anything is written."""
     reads, writes = os.pipe()
