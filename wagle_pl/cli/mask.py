@@ -89,7 +89,6 @@ def combine(
         how: and: selected in both; or: in one or both; minus: in the left and not in the right.
         right: mask file.
         output: mask file to write.
-        overwrite: replace the output if it exists.
     """
     _check_output(output, overwrite)
     a, b = masks.WeightMask.load(left), masks.WeightMask.load(right)
@@ -102,7 +101,6 @@ def invert(file: str, *, output: str, overwrite: bool = False) -> None:
     Args:
         file: mask file.
         output: mask file to write.
-        overwrite: replace the output if it exists.
     """
     _check_output(output, overwrite)
     _write(~masks.WeightMask.load(file), output)
@@ -120,7 +118,6 @@ def convert(
         output: file to write.
         model: model the mask is for. Its tensors are checked; a mask made of a torch file takes the
             order of its parameters and its fingerprint, without which any model may use the mask.
-        overwrite: replace the output if it exists.
     """
     from_torch, to_torch = (Path(path).suffix in TORCH_SUFFIXES for path in (file, output))
     for path, is_torch in ((file, from_torch), (output, to_torch)):
@@ -147,7 +144,6 @@ def random(like: str, *, output: str, seed: int = 0, overwrite: bool = False) ->
         like: mask file.
         output: mask file to write.
         seed: of the draw.
-        overwrite: replace the output if it exists.
     """
     _check_output(output, overwrite)
     _write(masks.WeightMask.load(like).random_like(seed), output)
@@ -168,7 +164,6 @@ def modules(
         modules: e.g. mlp, or attn,mlp.down_proj; all when not given.
         layers: only in these layers, ends included, e.g. 3-7 or 0-3,8.
         output: mask file to write.
-        overwrite: replace the output if it exists.
     """
     if not modules and layers is None:
         raise WagleError("no modules are named: give --modules, --layers or both")
@@ -200,7 +195,6 @@ def select(
         include: regular expression; only parameters whose name it finds take part.
         exclude: regular expression; parameters whose name it finds do not.
         output: mask file to write.
-        overwrite: replace the output if it exists.
     """
     from wagle_pl.attribution import mask_from_scores
 
@@ -217,7 +211,6 @@ def plot(
         files: mask files.
         output: figure to write: .png, .svg, or no suffix for both.
         title: of the figure.
-        overwrite: replace the output if it exists.
     """
     paths = figures.figure_paths(output, overwrite)
     named = _load_all(files)

@@ -48,6 +48,8 @@ class CommandParser(OneLineErrors):
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         """Add an argument as the function's signature has it, but for these."""
+        if args == ("--overwrite",):
+            kwargs["help"] = kwargs.get("help") or "replace the output if it exists."
         if args == ("--output",):
             args = ("--output", "-o")
         elif args in (("files",), ("runs",)):

@@ -70,7 +70,6 @@ def report(
             the study's own.
         examples: how many questions of each set to show answers to.
         title: of the page.
-        overwrite: replace the output if it exists.
     """
     if Path(output).suffix.lower() not in (".html", ".htm"):
         raise WagleError(f"report {output} must end in .html")
