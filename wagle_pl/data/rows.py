@@ -162,11 +162,10 @@ class HubSet(NamedTuple):
         if self.file is not None:
             return [self.file, *self.aliases]
         names = [f"{self.split}{suffix}" for suffix in READERS] + [f"{self.split}-*-of-*.parquet"]
-        if self.config is None:
-            places = ("", "data/", "data/*/")
-            return [f"{place}{name}" for place in places for name in names] + list(self.aliases)
-        names = [f"{self.config}/{name}" for name in names]
-        return [*names, *(f"{self.config}{suffix}" for suffix in READERS), *self.aliases]
+        places, whole = ("", "data/", "data/*/"), []
+        if self.config is not None:
+            places, whole = (f"{self.config}/",), [f"{self.config}{suffix}" for suffix in READERS]
+        return [*(place + name for place in places for name in names), *whole, *self.aliases]
 
 
 def read_hub(hub_set: HubSet, limit: Optional[int] = None) -> list[Row]:

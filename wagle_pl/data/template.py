@@ -53,25 +53,18 @@ class Template:
         if generation_prefix is None:
             self.generation_prefix = self._default_prefix
         self.system_prompt = system_prompt
-        #: Variables that the chat template reads.
-        self.variables: dict[str, Any] = {}
-        if self.uses_chat_template:
-            unused = {"answer_format": answer_format, "generation_prefix": generation_prefix}
-            why = (
-                "has no effect beside the tokenizer's chat template: give prompt_format too, or "
-                "leave both to the template (null)"
-            )
-        else:
+        self.variables: dict[str, Any] = {}  # that the chat template reads
+        unused = {"answer_format": answer_format, "generation_prefix": generation_prefix}
+        place, fix = "the tokenizer's chat template", "give prompt_format too, or leave it out"
+        if not self.uses_chat_template:
             unused = {"system_prompt": system_prompt, "chat_template_kwargs": chat_template_kwargs}
-            place = "prompt_format, which takes its place" if prompt_format else None
-            why = (
-                "is for a chat template and has no effect beside "
-                f"{place or 'a tokenizer that has none'}: write the text into prompt_format, or "
-                "leave the option out (null)"
-            )
+            place = "a tokenizer that has none"
+            if prompt_format is not None:
+                place = "prompt_format, which takes its place"
+            fix = "it is for a chat template; write it into prompt_format"
         for option, value in unused.items():
             if value is not None:
-                raise WagleError(f"{value!r} {why}", option=option)
+                raise WagleError(f"{value!r} has no effect beside {place}: {fix}", option=option)
         if self.uses_chat_template:
             self._set_variables(chat_template_kwargs or {})
             asked = [{"role": "user", "content": "?"}]
