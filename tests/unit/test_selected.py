@@ -14,9 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from wagle_pl.masks import WeightMask
-from wagle_pl.masks.bits import iter_places, pack_bits
+from wagle_pl.masks.bits import CPU_CHUNK as CHUNK
+from wagle_pl.masks.bits import (
+    iter_places,
+    join_halves,
+    pack_bits,
+    place,
+    put_,
+    split_halves,
+    take_,
+)
 from wagle_pl.masks.selected import SUFFIX, SelectedWeights
-from wagle_pl.masks.values import CHUNK, join_halves, place, put_, split_halves, take_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

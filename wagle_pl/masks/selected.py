@@ -38,8 +38,16 @@ from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.weights import assign, gathered, is_linear
 from wagle_pl.masks import WeightMask
-from wagle_pl.masks.bits import iter_places, pack_bits
-from wagle_pl.masks.values import chunk_of, join_halves, place, put_, split_halves, take_
+from wagle_pl.masks.bits import (
+    chunk_of,
+    iter_places,
+    join_halves,
+    pack_bits,
+    place,
+    put_,
+    split_halves,
+    take_,
+)
 
 #: What the parameter of a tensor's selected weights is called: the tensor's name and this.
 SUFFIX = "_selected"
@@ -154,11 +162,7 @@ class SelectedTensor:
 
     @torch.no_grad()
     def store(self, values: Tensor) -> None:
-        """Set the values."""
-        if not self.is_split:
-            self.values.copy_(values)
-            self.changed()
-            return
+        """Set split values."""
         values = values.to(self.parameter.device).view(self._lower.shape)
         upper = torch.empty_like(values, dtype=torch.bfloat16)
         for part, high, low in self._pieces(values, upper):
@@ -195,10 +199,6 @@ class SelectedTensor:
         """Have the values written anew: they may have changed unseen by torch (``.data``)."""
         self._written.clear()
 
-    def write(self) -> Tensor:
-        """The dense tensor, with the values written into it if they have changed."""
-        return self._updated(self.parameter)
-
     def whole(self) -> Tensor:
         """The weights that the model computes with; a collective, and a copy, if sharded."""
         if not self.is_sharded:
@@ -210,7 +210,9 @@ class SelectedTensor:
                 return self._with(values)
 
     @torch.no_grad()
-    def _updated(self, dense: Tensor) -> Tensor:
+    def write(self, narrow: Optional[Tensor] = None) -> Tensor:
+        """The dense tensor, or a narrow copy, with the values in it, if they have changed."""
+        dense = self.parameter if narrow is None else narrow
         if self.values is not None and not self.is_plain and not self.is_split:
             version = self._version()
             if self._written.get(dense.dtype) != version:
@@ -226,7 +228,7 @@ class SelectedTensor:
             return None
         if self._narrow is None or self._narrow.dtype != dtype:
             self._narrow = self.write().detach().to(dtype)
-        return self._updated(self._narrow)
+        return self.write(self._narrow)
 
     # -- the forward and the backward pass ---------------------------------------------------------
 

@@ -18,8 +18,8 @@ from wagle_pl.lm import models
 from wagle_pl.lm.layers import is_transposed
 from wagle_pl.lm.saving import Originals, Weight, read_record, save_model, save_weights
 from wagle_pl.masks import Restriction, WeightMask, describe_origin
+from wagle_pl.masks.bits import place
 from wagle_pl.masks.selected import SUFFIX
-from wagle_pl.masks.values import place
 from wagle_pl.strategies import ShardedCheckpoint, load_plain
 
 PREFIX = "lm."  # of the language model's weights in a LightningModule's state
