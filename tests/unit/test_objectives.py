@@ -6,7 +6,8 @@ import gc
 import math
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -86,14 +87,17 @@ def pick(data: Data, index: Tensor) -> Data:
 
 def streams(data: Data, progress: float = 0.0) -> Streams:
     """The data as a batch."""
-    lm = Toy()
+    lm, now = Toy(), {"suffix": ""}
 
     def run(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        lm.layers[LAYER](tensors["hidden"])
-        return tensors["logits"], tensors["labels"]
+        lm.layers[LAYER](tensors["hidden" + now["suffix"]])
+        return tensors["logits" + now["suffix"]], tensors["labels"]
 
-    def at_theta0(t: Any) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
-        return t["logits0"], t["labels"], {LAYER: t["hidden0"]}
+    @contextmanager
+    def at_theta0() -> Iterator[None]:
+        now["suffix"] = "0"
+        yield
+        now["suffix"] = ""
 
     known = {s: torch.zeros(99).scatter(0, t["row"], t["reference"]) for s, t in data.items()}
     return Streams(data, run, known, lm, (LAYER,), at_theta0, progress=progress, epoch=EPOCH)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,7 +19,6 @@ from wagle_pl.lm import models
 from wagle_pl.lm.inference import forward_answers
 from wagle_pl.objectives import forget as o
 from wagle_pl.objectives.forget import Streams
-from wagle_pl.objectives.references import predictions_of
 from wagle_pl.objectives.retain import KL
 
 
@@ -69,12 +69,20 @@ def term(pair: tuple[Any, Any], rows: list[dict[str, list[int]]], positions: str
     tensors = {**collate(rows, 0), "weight": torch.full((count,), 1 / count)}
     tensors["row"] = torch.arange(count)
 
+    asked = [lm]
+
     def run(tensors: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
-        output, labels = forward_answers(lm, tensors, **options)
+        output, labels = forward_answers(asked[-1], tensors, **options)
         return output.logits, labels
 
+    @contextmanager
+    def at_theta0() -> Iterator[None]:
+        asked.append(theta0)
+        with torch.no_grad():
+            yield
+        asked.pop()
+
     objective = o.GradDiff(retain=KL(positions=positions))
-    at_theta0 = partial(predictions_of, theta0, layers=())
     at = Streams({"retain": tensors}, run, {}, lm, theta0=at_theta0, whole=objective.whole_streams)
     return objective.retain_loss(at)
 

@@ -57,14 +57,8 @@ def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None
 def keep_position(
     checkpoint: dict[str, Any], trainer: L.Trainer, epoch: int, micro_batches: int
 ) -> None:
-    """Make a checkpoint say that an epoch has seen so many micro-batches, whatever has begun since.
-
-    Args:
-        checkpoint: being saved; changed in place.
-        trainer: whose it is.
-        epoch: counted from 0.
-        micro_batches: at most as many as Lightning has counted.
-    """
+    """Make a checkpoint that is being saved say that an epoch, counted from 0, has seen so many
+    micro-batches: at most as many as Lightning has counted."""
     fit = checkpoint["loops"]["fit_loop"]
     progress = fit["epoch_loop.batch_progress"]
     ahead = progress["current"]["processed"] - micro_batches
@@ -81,10 +75,9 @@ def keep_position(
 def recount(checkpoint: dict[str, Any], data: Optional[StreamData]) -> Optional[dict[str, Any]]:
     """Write Lightning's counters in a checkpoint anew for this run's batches, before they are read.
 
-    Does nothing without ``data``: where loaders are the user's own.
-
     Returns:
-        The loader's state, for :func:`begin`.
+        The loader's state, for :func:`begin`; None, and nothing is written, where loaders are the
+        user's own.
 
     Raises:
         WagleError: if the checkpoint is of a run with other global batches.
@@ -113,14 +106,10 @@ def recount(checkpoint: dict[str, Any], data: Optional[StreamData]) -> Optional[
 
 
 def begin(trainer: L.Trainer, loader_state: Optional[Mapping[str, Any]] = None) -> None:
-    """Do what Lightning leaves undone when training starts.
+    """Do what Lightning leaves undone when training starts, with what :func:`recount` returned.
 
     The loader may have been made before the checkpoint was read (counting the steps makes it), and
     Lightning takes the first epoch for one that is under way whenever ``max_steps`` is set.
-
-    Args:
-        trainer: whose run it is.
-        loader_state: what :func:`recount` returned, if a checkpoint was loaded.
     """
     if loader_state is not None:
         trainer.train_dataloader.load_state_dict(loader_state)

@@ -28,14 +28,7 @@ def create_tiny_llama(
 ) -> Path:
     """Write a small Llama with random weights and a byte-level BPE tokenizer trained on ``texts``.
 
-    Args:
-        folder: where to; replaced if it exists.
-        texts: what the tokenizer is trained on.
-        vocab_size: largest number of tokens.
-        hidden_size: width; the MLP is three times as wide.
-        layers: transformer blocks.
-        heads: attention heads, half as many key-value heads.
-        seed: of the weights.
+    The folder is replaced if it exists; the MLP is three times as wide as the hidden state.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

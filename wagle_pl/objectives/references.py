@@ -4,9 +4,8 @@
   second model is kept;
 * *top k* (KL, UNDIAL with ``reference_logits: top_k``): the most probable tokens of each answer
   token, :class:`TopK`, likewise computed once;
-* *a frozen copy* (whole predictions, and hidden states): one more forward pass a step through the
-  model with the values that its selected weights had at first
-  (:meth:`wagle_pl.masks.selected.SelectedWeights.at_theta0`).
+* *a frozen copy* (whole predictions, and hidden states): one more forward pass a step, see
+  :meth:`wagle_pl.masks.selected.SelectedWeights.at_theta0`.
 
 Sums and top k are kept in files named by what they depend on: model, tokens, precision.
 """
@@ -21,40 +20,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
+from wagle_pl.core.tensorfiles import TensorFile
 from wagle_pl.lm.inference import forward_answers
-from wagle_pl.lm.layers import capture
 from wagle_pl.objectives.streams import Answers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from wagle_pl.lm.module import LanguageModule, StreamData
-
-
-@torch.no_grad()
-def predictions_of(
-    lm: PreTrainedModel, tensors: Mapping[str, Tensor], layers: Collection[int], whole: bool = False
-) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
-    """A model's logits on one stream's tensors (of all positions if ``whole``), their labels, and
-    the outputs of the blocks ``layers``."""
-    with capture(lm, layers) as hidden:
-        output, labels = forward_answers(lm, tensors, whole=whole)
-    return output.logits, labels, hidden
 
 
 class TopK(NamedTuple):
     """The k most probable tokens of many rows' answer tokens at θ₀, and the rest as one bucket.
 
-    The true token is always among the k, first. A divergence KL(π₀ ‖ π) over the k + 1 buckets is a
-    lower bound of the true one; what it misses is t₀ · KL of the two predictions *within* the rest,
-    where t₀ is the probability of the rest at θ₀. (Chain rule of the divergence.)
+    The true token is always among the k, first. A divergence KL(π₀ ‖ π) over the k + 1 buckets is
+    the true one less t₀ · KL of the two predictions *within* the rest, where t₀ is the probability
+    of the rest at θ₀ (the chain rule of the divergence): a lower bound.
 
     Attributes:
         ids: (N, k) int32 tokens; N the number of answer tokens, row after row.
@@ -70,14 +55,8 @@ class TopK(NamedTuple):
 
     @classmethod
     def of(cls, logits: Tensor, targets: Tensor, counts: Tensor, k: int) -> TopK:
-        """The top k, V − 1 at most, of (N, V) logits.
-
-        Args:
-            logits: (N, V).
-            targets: (N,) the true tokens.
-            counts: (rows,) how many tokens each row has.
-            k: how many to keep.
-        """
+        """The top k, V − 1 at most, of (N, V) logits that predict (N,) true tokens; ``counts``,
+        (rows,), says how many of them each row has."""
         logprobs = logits.float().log_softmax(-1)
         k = min(k, logits.shape[-1] - 1)
         ids = logprobs.scatter(1, targets[:, None], 1.0).topk(k, -1).indices  # the true token first
@@ -189,7 +168,7 @@ class References:
             data: gives the rows.
             folder: where the files are.
             sums: streams whose sums are needed.
-            top_k: streams whose top ``k`` are needed.
+            top_k: streams whose top ``k`` tokens are needed.
             k: how many tokens.
 
         Raises:
@@ -250,17 +229,9 @@ def _load(path: Path, key: str) -> Optional[dict[str, Tensor]]:
     """
     if not path.is_file():
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            stored = (file.metadata() or {}).get("key")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise WagleError(
-            f"reference cache {path} is not a whole safetensors file ({error}); delete it"
-        ) from None
-    if stored != key:
+    if TensorFile(path, "reference cache").metadata.get("key") != key:
         raise WagleError(f"reference cache {path} is of other data or another model; delete it")
-    return tensors
+    return load_file(path)
 
 
 def _save(path: Path, key: str, tensors: dict[str, Tensor]) -> None:

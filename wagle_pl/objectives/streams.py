@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Optional
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch import Tensor
@@ -132,8 +133,8 @@ class Streams(Mapping[str, Answers]):
     lm: Optional[PreTrainedModel] = None
     #: Blocks whose output is kept.
     layers: Collection[int] = ()
-    #: Tensors of one stream (``whole``: as above) -> (logits, labels, outputs of ``layers``) at θ₀.
-    theta0: Optional[Callable[..., tuple[Tensor, Tensor, dict[int, Tensor]]]] = None
+    #: Gives a context in which ``run`` runs the model at θ₀.
+    theta0: Optional[Callable[[], AbstractContextManager[Any]]] = None
     #: Stream -> predictions at θ₀, in place of the copy's.
     top_k: Mapping[str, TopK] = field(default_factory=dict)
     #: Share of the run's steps that is done, 0 at the first and 1 at the last.
@@ -145,25 +146,31 @@ class Streams(Mapping[str, Answers]):
     _answers: dict[str, Answers] = field(default_factory=dict, init=False)
 
     def __getitem__(self, stream: str) -> Answers:
-        if stream not in self._answers:
-            tensors, options = self.batch[stream], {}
-            if stream in self.whole:
-                options = {"whole": True}
-            with capture(self.lm, self.layers) as hidden:
-                answers = _answers(*self.run(tensors, **options), hidden)
-            answers.rows = tensors.get("row")
-            if stream in self.references:
-                known = self.references[stream].to(answers.logits.device)
-                answers.reference = known[answers.rows]
-            if stream in self.top_k:
-                answers.top_k = self.top_k[stream].rows(answers.rows).to(answers.logits.device)
-            if options:
-                answers.attention = tensors.get("attention_mask")
-            if (theta0 := self.theta0) is not None:
-                # holds no reference to self: a cycle would keep the batch's graph alive
-                answers.run_theta0 = lambda: _answers(*theta0(tensors, **options))
-            self._answers[stream] = answers
-        return self._answers[stream]
+        if stream in self._answers:
+            return self._answers[stream]
+        tensors = self.batch[stream]
+        options = {"whole": True} if stream in self.whole else {}
+        run, lm, layers = self.run, self.lm, self.layers  # self in a cycle would keep the graph
+
+        def ask(context: Callable[[], AbstractContextManager[Any]]) -> Answers:
+            with context(), capture(lm, layers) as hidden:
+                logits, labels = run(tensors, **options)
+            start = -labels.shape[1]  # blocks put out positions that logits do not cover
+            cut = {layer: states[:, start:] for layer, states in hidden.items()}
+            return Answers(logits, labels, hidden=cut)
+
+        answers = self._answers[stream] = ask(nullcontext)
+        answers.rows = tensors.get("row")
+        if stream in self.references:
+            known = self.references[stream].to(answers.logits.device)
+            answers.reference = known[answers.rows]
+        if stream in self.top_k:
+            answers.top_k = self.top_k[stream].rows(answers.rows).to(answers.logits.device)
+        if options:
+            answers.attention = tensors.get("attention_mask")
+        if self.theta0 is not None:
+            answers.run_theta0 = partial(ask, self.theta0)
+        return answers
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.batch)
@@ -187,9 +194,3 @@ class Streams(Mapping[str, Answers]):
             raise WagleError(f"{what}: must be {wanted}, got shape {tuple(values.shape)}")
         weight = weight.to(values.dtype)
         return (weight * values.masked_fill(weight == 0, 0.0)).sum()
-
-
-def _answers(logits: Tensor, labels: Tensor, hidden: Mapping[int, Tensor]) -> Answers:
-    """Answers with the outputs of blocks cut to the positions that logits cover."""
-    start = -labels.shape[1]
-    return Answers(logits, labels, hidden={i: states[:, start:] for i, states in hidden.items()})

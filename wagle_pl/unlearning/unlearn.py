@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
@@ -17,7 +16,7 @@ from wagle_pl.data.template import differing_prompts
 from wagle_pl.lm.resume import random_state, set_random_state
 from wagle_pl.masks import Restriction
 from wagle_pl.objectives import Objective, Streams
-from wagle_pl.objectives.references import References, predictions_of
+from wagle_pl.objectives.references import References
 from wagle_pl.planning import PlannedRun
 from wagle_pl.strategies import is_zero
 from wagle_pl.unlearning.adapters import LoRA
@@ -192,12 +191,11 @@ class UnlearnModule(FinetuneModule):
             tensors = next(iter(self.data.stream_loader(stream, batch_size=2)))[stream]
             batch[stream] = {name: tensor.to(self.device) for name, tensor in tensors.items()}
             sums[stream] = torch.zeros(int(tensors["row"].max()) + 1)
-        theta0 = partial(predictions_of, self.lm, layers=self.objective.hidden_layers)
         random, training = random_state(self.device), self.lm.training
         self.lm.eval()
         context = self.trainer.precision_plugin.forward_context()
         with torch.set_grad_enabled(not self.sharded), context:
-            loss = self.objective(self._streams(batch, sums, theta0))["loss"]
+            loss = self.objective(self._streams(batch, sums, torch.no_grad))["loss"]
         self.lm.train(training)
         set_random_state(random, self.device)
         if loss.shape:
@@ -212,7 +210,7 @@ class UnlearnModule(FinetuneModule):
         return self._streams(
             batch,
             self._references.sums,
-            self._predictions_at_theta0 if self._needs_theta0 else None,
+            self.selected.at_theta0 if self._needs_theta0 else None,
             top_k=self._references.top_k,
             progress=min(1.0, self.global_step / last) if last > 0 else 0.0,
             epoch=self.current_epoch,
@@ -223,11 +221,6 @@ class UnlearnModule(FinetuneModule):
     ) -> Streams:
         now |= {"layers": self.objective.hidden_layers, "whole": self.objective.whole_streams}
         return Streams(batch, self.run_lm, sums, self.lm, theta0=theta0, **now)
-
-    def _predictions_at_theta0(self, tensors: Mapping[str, Tensor], whole: bool = False) -> Any:
-        """See :func:`~wagle_pl.objectives.references.predictions_of`."""
-        with self.selected.at_theta0() as lm:
-            return predictions_of(lm, tensors, self.objective.hidden_layers, whole)
 
     def losses(self, at: Streams) -> dict[str, Tensor]:
         """The objective's losses."""
