@@ -114,7 +114,7 @@ def estimate(
     estimator: Any, model: Toy, ids: Tensor, seed: int, by_row: bool = False
 ) -> GradientSums:
     """What an estimator adds for one batch, whole or row by row."""
-    sums = GradientSums(model.parameters())
+    sums = GradientSums(model.named_parameters())
     for part in torch.arange(len(ids)).split(1 if by_row else len(ids)):
         labels = LABELS[part]
         seeds = [stable_seed(seed, int(row)) for row in part]
@@ -241,7 +241,7 @@ def test_every_estimator_is_an_option(name: str, toy: tuple[Toy, Tensor]):
     estimator = module.estimator
     assert type(estimator) is ESTIMATORS[name]
     model, ids = toy
-    sums = GradientSums(model.parameters())
+    sums = GradientSums(model.named_parameters())
     for part in torch.arange(len(ids)).split(1 if estimator.per_example else len(ids)):
         piece = MicroBatch(
             lambda part=part: (model(ids[part]), row_losses(model(ids[part]), LABELS[part]).sum()),
@@ -303,7 +303,7 @@ def test_seeds_are_those_of_a_stated_hash():
 def test_sums_are_in_fp32(dtype: torch.dtype):
     """A thousand gradients of 1 + 2⁻⁷, which bf16 holds but whose bf16 sum stops growing at 256."""
     weight = nn.Parameter(torch.zeros(3, dtype=dtype))
-    sums = GradientSums([weight])
+    sums = GradientSums([("w", weight)])
     value = 1 + 2**-7
     for _ in range(1000):
         with sums.into("g", squares="s"):
@@ -322,7 +322,7 @@ def test_sums_are_in_fp32(dtype: torch.dtype):
 def test_tied_weights_are_squared_once():
     """The gradient of a weight used twice is squared as a whole."""
     weight = nn.Parameter(torch.tensor([1.0, 2.0]))
-    sums = GradientSums([weight])
+    sums = GradientSums([("w", weight)])
     with sums.into(squares="s", in_step="step"):
         (2 * weight + F.relu(weight) * 3).sum().backward()
     sums.fold("step", squared_norm="n")
@@ -332,13 +332,13 @@ def test_tied_weights_are_squared_once():
 
 def test_sums_survive_a_checkpoint(tmp_path):
     weight = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.bfloat16))
-    sums = GradientSums([weight])
+    sums = GradientSums([("w", weight)])
     with sums.into("g"):
         weight.float().square().sum().backward()
     sums.count("rows", 3)
     sums.add_vector("norm", "w", torch.tensor([1.5, 2.5]))
     torch.save(sums.state_dict(), tmp_path / "sums.pt")
-    other = GradientSums([weight])
+    other = GradientSums([("w", weight)])
     other.load_state_dict(torch.load(tmp_path / "sums.pt", weights_only=True))
     assert (
         torch.equal(other.buffers("g")[0], sums.buffers("g")[0])

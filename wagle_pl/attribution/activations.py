@@ -21,20 +21,16 @@ log = logging.getLogger(__name__)
 def watch_inputs(
     model: nn.Module, mask: Tensor, add: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """Context of one forward pass that reports Σ x² over real tokens of every input x of the
-    model's linear layers and experts (:mod:`wagle_pl.lm.layers`).
-
-    Leave it before a backward pass: gradient checkpointing runs the forward pass again there.
+    """Context of one forward pass (not of a backward pass, where gradient checkpointing repeats it)
+    that reports Σ x² over real tokens of every input x of the model's linear layers and experts.
 
     Args:
         model: the model.
-        mask: (B, T), 0 at tokens that do not count. A layer that runs on the last positions only,
-            as the vocabulary projection may, uses its last columns. An input of another shape
-            (tokens dispatched to experts) counts whole.
+        mask: (B, T), 0 at tokens that do not count. A layer that runs on the last positions only
+            uses its last columns; an input of another shape counts whole.
         add: called with (name of a weight, fp64 sum of squares) at each call of its layer; the sum
             broadcasts with the weight: (in,), (in, 1) where that is stored transposed,
-            (experts, 1, in) or (experts, in, 1). A tied weight has the name under which
-            ``named_parameters`` lists it.
+            (experts, 1, in) or (experts, in, 1).
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
 
@@ -75,9 +71,8 @@ def _real(x: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _expert_inputs(experts: Any, tokens: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """(experts, in) sums of squares of the inputs of each expert's two maps, ``up`` and ``down``.
-
-    The second input is computed again, as transformers does between the two.
+    """(experts, in) sums of squares of the inputs of each expert's two maps, ``up`` and ``down``,
+    the second computed again as transformers does.
 
     Args:
         experts: the module.
@@ -98,30 +93,13 @@ def _expert_inputs(experts: Any, tokens: Tensor, chosen: Tensor) -> tuple[Tensor
     return torch.stack(before), torch.stack(between)
 
 
-def input_shapes(lm: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Name of a linear layer's weight -> shape of the norms that :func:`watch_inputs` finds."""
-    transposed = {id(weight): flag for weight, flag in linear_weights(lm)}
-    shapes, found = parameter_shapes(lm), {}
-    for name, parameter in lm.named_parameters():
-        if id(parameter) in transposed:
-            *experts, rows, columns = shapes[name]
-            if transposed[id(parameter)]:
-                found[name] = (*experts, rows, 1)
-            else:
-                found[name] = (*experts, 1, columns) if experts else (columns,)
-    return found
-
-
 def warn_of_unwatched(lm: nn.Module) -> None:
     """Warn of matrices whose inputs are not watched, if they are more than 1 % of the weights."""
     watched = {id(weight) for weight, _ in linear_weights(lm)}
     watched |= {id(module.weight) for module in lm.modules() if isinstance(module, nn.Embedding)}
     shapes = parameter_shapes(lm)
-    unwatched = [
-        name
-        for name, parameter in lm.named_parameters()
-        if len(shapes[name]) > 1 and id(parameter) not in watched
-    ]
+    parameters = dict(lm.named_parameters())
+    unwatched = [n for n, s in shapes.items() if len(s) > 1 and id(parameters[n]) not in watched]
     share = sum(prod(shapes[name]) for name in unwatched) / sum(map(prod, shapes.values()))
     if share > 0.01:
         log.warning(

@@ -137,9 +137,9 @@ def collect(
     Args:
         lm: a Hugging Face causal language model.
         batches: stream -> (B, T) ``input_ids`` and ``labels`` (-100 where nothing is predicted);
-            ``attention_mask``, if rows are padded; ``weight`` (B,), 0 for rows that only fill the
-            batch; ``row`` (B,), a row's number, which seeds what is drawn for it. Each batch is a
-            step of the Hessian estimate.
+            optionally ``attention_mask``, ``weight`` (B,), 0 for rows that only fill the batch, and
+            ``row`` (B,), a number that seeds what is drawn for it. Each batch is a step of the
+            Hessian estimate.
         jobs: what to collect.
         seed: of what is drawn.
 
@@ -149,7 +149,7 @@ def collect(
     Raises:
         WagleError: if a loss is NaN or infinite.
     """
-    sums, training = GradientSums.of(lm), lm.training
+    sums, training = GradientSums(lm.named_parameters()), lm.training
     lm.eval()
     for step, batch in enumerate(batches):
         complete = {stream: _with_defaults(tensors, step) for stream, tensors in batch.items()}

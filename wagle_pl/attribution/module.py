@@ -15,7 +15,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from wagle_pl.attribution.activations import input_shapes, warn_of_unwatched
+from wagle_pl.attribution.activations import warn_of_unwatched
 from wagle_pl.attribution.collect import Draws, add_batch, end_step, jobs_for
 from wagle_pl.attribution.hessian import Hessian, estimator_of, hessian_option
 from wagle_pl.attribution.scores import Score, try_out
@@ -50,12 +50,10 @@ class AttributionModule(LanguageModule):
     """Scores every weight for unlearning and writes the mask of the highest-scoring share.
 
     One pass, an epoch, sees every forget row once and as many retain rows; only what the scores
-    need is computed. Sums are in fp32. No weight is moved: the run checks that at its end.
-
-    One pass is made unless the Trainer is given a length (``max_epochs``, ``max_steps``,
-    ``limit_train_batches``, ``max_time``; its own default of 1000 epochs counts as none given). Of
-    another number of passes a warning is logged, and the mask's metadata record ``passes`` and the
-    number of ``rows`` seen of each stream.
+    need is computed. No weight is moved: the run checks that at its end. One pass is made unless
+    the Trainer is given a length (``max_epochs``, ``max_steps``, ``limit_train_batches``,
+    ``max_time``; its own default of 1000 epochs counts as none given); of another number of passes
+    a warning is logged. The mask's metadata say how many.
 
     Args:
         model: hub id, folder in Hugging Face format or GGUF file of the target model.
@@ -196,7 +194,6 @@ class AttributionModule(LanguageModule):
 
     @property
     def _place(self) -> Path:
-        """The mask's file, or the masks' folder."""
         return Path(self.output) if self.several else mask_path(self.output)
 
     @property
@@ -222,7 +219,7 @@ class AttributionModule(LanguageModule):
     def configure_model(self) -> None:
         """Load the model, and check against it which parameters and modules masks name."""
         super().configure_model()
-        self.sums = GradientSums.of(self.lm)
+        self.sums = GradientSums(self.lm.named_parameters())
         if self.gradient_checkpointing:
             recompute_blocks(self.lm)
         if "activation" in self.needs:
@@ -231,7 +228,6 @@ class AttributionModule(LanguageModule):
             spec.score.share(self._eligible(spec))
 
     def _eligible(self, spec: MaskSpec) -> dict[str, tuple[int, ...]]:
-        """Shapes of the parameters that compete for a mask."""
         shapes = parameter_shapes(self.lm)
         return {name: shapes[name] for name in spec.eligible(shapes)}
 
@@ -242,10 +238,9 @@ class AttributionModule(LanguageModule):
         """Fail before the pass if the disk is too small or a score is wrong."""
         if not self.trainer.fast_dev_run:
             distributed.on_rank_zero(lambda: outputs.check_space(self.planned_files()))
-        inputs, scalar = input_shapes(self.lm), self.hessian in ("scalar", "auto")
+        scalar, device = self.hessian in ("scalar", "auto"), self.trainer.strategy.root_device
         for spec in self.specs:
-            device = self.trainer.strategy.root_device
-            try_out(spec.score, self._eligible(spec), scalar, inputs, device)
+            try_out(spec.score, self._eligible(spec), scalar, device)
 
     def on_train_start(self) -> None:
         """Switch off dropout, and DDP's averaging of gradients, which are summed here."""
@@ -254,11 +249,8 @@ class AttributionModule(LanguageModule):
         passes, options = planned_passes(self.trainer)
         self._one_pass_planned = passes == 1
         if not self._one_pass_planned and not self.trainer.fast_dev_run:
-            log.warning(
-                "attribution will take %.4g passes over the forget rows, not one (%s)",
-                passes,
-                ", ".join(options),
-            )
+            message = "attribution will take %.4g passes over the forget rows, not one (%s)"
+            log.warning(message, passes, ", ".join(options))
         self.lm.eval()
         if isinstance(self.trainer.strategy.model, DistributedDataParallel):
             self.trainer.strategy.model.require_backward_grad_sync = False
@@ -316,17 +308,13 @@ class AttributionModule(LanguageModule):
             device=self.device,
         )
         metadata = self._metadata()
-        if self._one_pass_planned and metadata["passes"] != 1:
-            log.warning(
-                "the mask is of %.4g passes over the %d forget rows, not of one: the run ended "
-                "early",
-                metadata["passes"],
-                metadata["forget_rows"],
-            )
+        passes, rows = metadata["passes"], metadata["forget_rows"]
+        if self._one_pass_planned and passes != 1:
+            message = "the mask is of %.4g passes over the %d forget rows, not of one: the run "
+            log.warning(message + "ended early", passes, rows)
         self._write_masks(metadata)
 
     def _metadata(self) -> dict[str, Any]:
-        """What made the mask, for its file."""
         curvature = self.collected.hessian
         forget_rows = len(self.trainer.datamodule.examples("forget"))
         return {
@@ -382,12 +370,11 @@ class AttributionModule(LanguageModule):
                 pass
             return
         shapes, dtype = self.collected.shapes, DTYPES[self.save_scores]
-        outputs.write_or_keep(
-            lambda place: write_scores(place, scores, shapes, made_by, dtype),
-            path,
-            checkpoint,
-            again=False,
-        )
+
+        def write(place: Path) -> None:
+            write_scores(place, scores, shapes, made_by, dtype)
+
+        outputs.write_or_keep(write, path, checkpoint, again=False)
         log.info("scores written to %s", path)
 
     def _report(self, mask: WeightMask, name: str) -> None:

@@ -86,7 +86,7 @@ class Score:
         raise TypeError(f"{type(self).__name__} must override __call__")
 
     def share(self, shapes: Mapping[str, Sequence[int]]) -> Optional[Fraction]:
-        """Share of the weights of these parameters to select; None: the option ``density``."""
+        """Share of the weights of these parameters to select; the option ``density`` if None."""
         return None
 
     @property
@@ -96,11 +96,8 @@ class Score:
 
 
 def checked(score: Score, w: WeightStatistics) -> Tensor:
-    """A score's values for one parameter, in fp32.
-
-    Raises:
-        WagleError: if it returns no floating-point tensor of the parameter's shape.
-    """
+    """A score's values for one parameter, in fp32; raises :class:`WagleError` if they are no
+    floating-point tensor of its shape."""
     shape, gave = tuple(w.theta.shape), f"score {type(score).__name__} gave {w.name}"
     values = score(w)
     if not isinstance(values, Tensor):
@@ -118,17 +115,10 @@ def try_out(
     score: Score,
     shapes: Mapping[str, Sequence[int]],
     scalar: bool,
-    inputs: Mapping[str, Sequence[int]],
     device: Union[torch.device, str] = "cpu",
 ) -> None:
-    """Call a score on random statistics, so that one that is wrong fails before the pass.
-
-    Args:
-        score: tried on the smallest parameter of each number of dimensions.
-        shapes: parameter name -> shape.
-        scalar: whether h is one number.
-        inputs: name of a linear layer's weight -> shape of its ``activation``.
-        device: of the statistics.
+    """Call a score on random statistics of the smallest parameter of each number of dimensions, so
+    that one that is wrong fails before the pass; ``scalar``: h is one number.
 
     Raises:
         WagleError: as :func:`checked`, or if the score gives other numbers when called again.
@@ -148,7 +138,7 @@ def try_out(
             if field in ("g_f", "g_r"):
                 setattr(w, field, above_zero(shape) - 0.6)
             elif field == "activation":
-                w.activation = above_zero(inputs[name]) if name in inputs else None
+                w.activation = above_zero(shape[-1:]) if len(shape) > 1 else None
             else:
                 setattr(w, field, above_zero(() if field == "h" and scalar else shape))
         return w
@@ -216,7 +206,7 @@ class FisherRatio(Score):
     dampening, arXiv 2308.07707, which dampens the weights with S > α). The pass runs row by row.
 
     Args:
-        eps: ε, against division by zero; a weight without any retain gradient ranks first.
+        eps: ε, against division by zero.
     """
 
     by_row = True

@@ -52,16 +52,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass
 class MaskSpec:
-    """One mask to write from the pass; what is None defaults to the module's option of that name.
+    """One mask to write from the pass; what is None defaults to the option of that name of
+    :class:`~wagle_pl.attribution.AttributionModule`, which says what it means.
 
     Args:
-        score: class, short name or class path of a ``Score``.
-        density: share of the eligible weights that is selected, in (0, 1].
-        select: the ``high`` or the ``low`` end of the ranking.
-        scope: weights compete over the whole model (``global``), within each ``tensor``, or within
-            each ``row``.
-        include: regular expression; only parameters in whose name it is found are eligible.
-        exclude: regular expression; parameters in whose name it is found are not.
+        score, density, select, scope, include, exclude: options of the module.
         name: of the mask's file; score and density when None.
     """
 
@@ -111,11 +106,7 @@ class MaskSpec:
 def complete(
     specs: Sequence[Union[MaskSpec, Mapping[str, Any]]], default: MaskSpec
 ) -> list[MaskSpec]:
-    """The specs with every option set and checked; those with equal scores share one.
-
-    Raises:
-        WagleError: if there are none, or an option has no meaning.
-    """
+    """The specs with every option set and checked; those with equal scores share one."""
     if not specs:
         raise WagleError("is an empty list", option="masks", hint="leave it out, or name a mask")
     found, scores = [], {}
@@ -161,11 +152,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def name_masks(specs: Sequence[MaskSpec]) -> list[str]:
-    """File names: as given, or of score and density.
-
-    Raises:
-        WagleError: if two masks would have the same, or one is not a plain file name.
-    """
+    """File names, plain and each its own: as given, or of score and density."""
     names = [spec.name or spec.default_name for spec in specs]
     for name in names:
         if name in (".", "..") or "\0" in name or Path(name).name != name:
@@ -253,13 +240,8 @@ class Collected:
     def scores(
         self, score: Score, names: Optional[Collection[str]] = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """(parameter name, fp32 scores in its shape) of all parameters or of some, one at a time.
-
-        With several ranks: the scores of this rank's rows.
-
-        Raises:
-            WagleError: if the score returns another shape, or no floating-point numbers.
-        """
+        """(parameter name, fp32 scores in its shape, or of this rank's rows) of all parameters or
+        of some, one at a time."""
         for position, (name, _) in enumerate(self._parameters):
             if names is None or name in names:
                 values = checked(score, self.statistics(position, score))
@@ -307,8 +289,7 @@ class Collected:
     def mask(
         self, score: Union[Score, str] = "wagle", density: float = 0.2, **options: Any
     ) -> Optional[WeightMask]:
-        """The mask of one score; None on other ranks than 0. ``options`` are those of
-        :class:`MaskSpec`."""
+        """The mask of one :class:`MaskSpec`; None on other ranks than 0."""
         default = MaskSpec(score, density, select="high", scope="global")
         ((_, mask),) = self.masks(complete([MaskSpec(**options)], default), {})
         return mask
@@ -361,14 +342,13 @@ def write_scores(
     made_by: dict[str, Any],
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write a folder of scores, a tensor at a time and atomically.
+    """Write a folder of scores, a tensor at a time and atomically; one that exists is replaced.
 
     Args:
-        folder: replaced if it exists.
+        folder: the folder.
         scores: (parameter name, scores of its shape) of every parameter, in the order of shapes.
         shapes: parameter name -> shape.
-        made_by: JSON-serialisable; :func:`mask_from_scores` reads ``model_fingerprint`` and
-            ``absolute`` (ranked by absolute value).
+        made_by: metadata of masks made of them, and ``absolute`` (ranked by absolute value).
         dtype: of the file. In bf16 weights whose scores differ by less than 1/256 may tie.
     """
     header = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
@@ -414,11 +394,7 @@ class StoredScores:
         self._files: dict[str, str] = index["files"]
 
     def stream(self, names: Optional[Iterable[str]] = None) -> Iterator[tuple[str, Tensor]]:
-        """(parameter name, float32 scores), of all parameters or of some, in order.
-
-        Raises:
-            WagleError: if a file is missing or truncated.
-        """
+        """(parameter name, float32 scores), of all parameters or of some, in order."""
         for name in self.shapes if names is None else names:
             path = self.folder / self._files[name]
             try:
@@ -437,15 +413,8 @@ def mask_from_scores(
     include: Optional[str] = None,
     exclude: Optional[str] = None,
 ) -> WeightMask:
-    """The mask of stored scores: that of the pass itself if they are in fp32.
-
-    Args:
-        path: folder of scores.
-        density, select, scope, include, exclude: see :class:`MaskSpec`.
-
-    Raises:
-        WagleError: if there are no scores there, or an option has no meaning.
-    """
+    """The mask of a folder of scores: that of the pass itself if they are in fp32. Options are
+    those of :class:`~wagle_pl.attribution.AttributionModule`."""
     if select not in ("high", "low"):
         raise WagleError(f"must be high or low, got {select!r}", option="select")
     stored = StoredScores(path)

@@ -101,13 +101,12 @@ class GradientSums:
     is complete, and freed before the next.
 
     Args:
-        parameters: of the model, in order.
-        names: their names, for sharded checkpoints.
+        parameters: a model's ``named_parameters()``.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], names: Sequence[str] = ()) -> None:
-        self.parameters = list(parameters)
-        self.names = list(names)
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        names, found = zip(*parameters, strict=True)
+        self.names, self.parameters = list(names), list(found)
         self.shards = [Shard(getattr(p, "ds_shape", p.shape)) for p in self.parameters]
         #: Sums over the run: name -> this rank's rows of each parameter's.
         self.sums: dict[str, list[Tensor]] = {}
@@ -117,12 +116,6 @@ class GradientSums:
         self.vectors: dict[str, dict[str, Tensor]] = {}
         #: Numbers of rows: this rank's.
         self.counts: dict[str, float] = {}
-
-    @classmethod
-    def of(cls, lm: nn.Module) -> GradientSums:
-        """Empty sums for all parameters of a model."""
-        names, parameters = zip(*lm.named_parameters(), strict=True)
-        return cls(parameters, names)
 
     @property
     def sharded(self) -> bool:
@@ -155,8 +148,8 @@ class GradientSums:
             squares: name of the sum that its elementwise square is added to.
             in_step: name of the sum over this step that it is added to, see :meth:`fold`.
         """
-        totals = [self.buffers(total)] if total else []
-        totals += [self.buffers(in_step, in_step=True)] if in_step else []
+        names = ((total, False), (in_step, True))
+        totals = [self.buffers(name, within) for name, within in names if name]
         squared = self.buffers(squares) if squares else []
         several_ranks = distributed.is_distributed()
         # all ranks reduce in this order, which is nearly that in which backward finishes gradients
