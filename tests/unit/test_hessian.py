@@ -263,17 +263,11 @@ def test_an_estimator_of_one_s_own():
     for name in ("mine", f"{__name__}.Own"):
         module = AttributionModule("model", hessian=name)
         assert type(module.jobs[1].hessian) is estimator_of(name) in (Mine, Own)
-    assert sums_per_weight(PlannedRun("attribution", estimator=Mine, diagonal=True)) == 4 * (
-        2 + 1 + 2
-    )
-    for wrong in (
-        lambda name: AttributionModule("model", hessian=name),
-        estimator_of,
-    ):
-        with pytest.raises(
-            WagleError,
-            match=r"unknown hessian .gausnewton.; choose one of auto, scalar, Fisher, GaussNewton, ",
-        ):
+    run = PlannedRun("attribution", estimator=Mine, diagonal=True)
+    assert sums_per_weight(run) == 4 * (2 + 1 + 2)
+    listed = r"unknown hessian .gausnewton.; choose one of auto, scalar, Fisher, GaussNewton, "
+    for wrong in (lambda name: AttributionModule("model", hessian=name), estimator_of):
+        with pytest.raises(WagleError, match=listed):
             wrong("gausnewton")
         with pytest.raises(WagleError, match="or a class path"):
             wrong(f"{__name__}.Toy")
@@ -289,10 +283,8 @@ def test_seeds_are_those_of_a_stated_hash():
     draws = Draws(seed=0, epoch=1, step=2, job=1)
     assert draws.of_row(3, 0) == int(hashlib.sha256(b"row 0 1 1 3 0").hexdigest()[:16], 16) >> 1
     assert draws.of_step() == int(hashlib.sha256(b"step 0 1 1 2").hexdigest()[:16], 16) >> 1
-    drawn = [
-        sample_labels(torch.zeros(1, 9, 50), torch.zeros(1, 9).long(), [draws.of_row(row, 0)])
-        for row in (3, 4)
-    ]
+    logits, labels = torch.zeros(1, 9, 50), torch.zeros(1, 9).long()
+    drawn = [sample_labels(logits, labels, [draws.of_row(row, 0)]) for row in (3, 4)]
     assert not torch.equal(*drawn)
 
 

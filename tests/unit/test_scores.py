@@ -55,9 +55,7 @@ def test_formula(name: str):
     before = {field: getattr(w, field).clone() for field in COLLECTED}
     torch.testing.assert_close(score(w), FORMULAS[name](w), rtol=1e-6, atol=0)
     assert score.label == name
-    assert all(
-        torch.equal(getattr(w, field), value) for field, value in before.items()
-    )  # nothing written over
+    assert all(torch.equal(getattr(w, field), value) for field, value in before.items())
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -206,13 +204,8 @@ class _Products(TorchFunctionMode):
         self.storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (
-            nn.functional.linear,
-            Tensor.matmul,
-            Tensor.__matmul__,
-            torch.matmul,
-            torch.addmm,
-        ):
+        products = (nn.functional.linear, Tensor.matmul, Tensor.__matmul__, torch.matmul)
+        if func in (*products, torch.addmm):
             x, weight = args[1:3] if func is torch.addmm else args[:2]
             if weight.untyped_storage().data_ptr() in self.storages:
                 found = x.detach().reshape(-1, x.shape[-1]).double().square().sum(0)
@@ -227,19 +220,9 @@ def test_input_norms_of_other_layers(kind: str):
     import transformers
 
     torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 50,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "head_dim": 8,
-    }
-    sizes |= {
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-    }
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "head_dim": 8}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"num_local_experts": 4, "num_experts_per_tok": 2}
     sizes |= {"moe_intermediate_size": 24, "num_experts": 4} if kind == "Qwen3Moe" else {}
     sizes = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2} if kind == "GPT2" else sizes
     config = getattr(transformers, f"{kind}Config")(**sizes)
@@ -257,11 +240,8 @@ def test_input_norms_of_other_layers(kind: str):
     with torch.no_grad(), seen:
         for row, real in zip(ids, mask, strict=True):
             model(input_ids=row[real.bool()][None])
-    blocks = [
-        name
-        for name, p in model.named_parameters()
-        if p.ndim > 1 and (".layers." in name or ".h." in name)
-    ]
+    matrices = [name for name, p in model.named_parameters() if p.ndim > 1]
+    blocks = [name for name in matrices if re.search(r"\.layers\.|\.h\.", name)]
     blocks = [name for name in blocks if not re.search(r"router|mlp\.gate\.|bias", name)]
     assert blocks and set(blocks) <= set(sums)
     for name in blocks:
@@ -306,9 +286,8 @@ def test_score_predicts_the_change_of_the_forget_loss():
         )
         errors.append(float((predicted - change).norm() / change.norm()))
     assert errors[0] < 0.2
-    assert errors[1] == pytest.approx(
-        errors[0] / 10, rel=0.1
-    )  # the relative error is of first order
+    # the relative error is of first order
+    assert errors[1] == pytest.approx(errors[0] / 10, rel=0.1)
     assert errors[2] == pytest.approx(errors[1] / 10, rel=0.02)
 
 
@@ -328,9 +307,8 @@ def refit(loss, start: Tensor, pruned: int | None) -> Tensor:
 
 def test_score_is_exact_where_the_forget_loss_is_linear():
     """With ℓ_f = bᵀθ there is no second order: S_i is the change itself."""
-    theta, a, h, b = torch.randn(
-        4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(4)
-    )
+    generator = torch.Generator().manual_seed(4)
+    theta, a, h, b = torch.randn(4, 9, dtype=torch.float64, generator=generator)
     h = h.square() + 0.1
     w = A.WeightStatistics("w", theta, g_f=b, g_r=h * (theta - a), h=h)
     torch.testing.assert_close(A.Wagle()(w), a * b)  # re-fitted θ_i = a_i, pruned θ_i = 0

@@ -34,23 +34,19 @@ Batch = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass
 class Job:
-    """What to collect from one stream.
-
-    Attributes:
-        stream: its name.
-        loss: streams -> (B,) losses whose gradients are collected; a row's mean negative
-            log-likelihood when None.
-        total: name of the sum of gradients, if needed.
-        squares: name of the sum of squared gradients of single rows, if needed.
-        hessian: Hessian estimator that runs on the stream, if any.
-        activations: collect norms of the inputs of linear layers.
-    """
+    """What to collect from one stream."""
 
     stream: str
+    #: Streams -> (B,) losses whose gradients are collected; a row's mean negative log-likelihood
+    #: when None.
     loss: Optional[Callable[[Streams], Tensor]] = None
+    #: Name of the sum of gradients, if needed.
     total: Optional[str] = None
+    #: Name of the sum of squared gradients of single rows, if needed.
     squares: Optional[str] = None
+    #: Estimator that runs on the stream, if any.
     hessian: Optional[Hessian] = None
+    #: Collect norms of the inputs of linear layers.
     activations: bool = False
 
     @property
@@ -70,15 +66,8 @@ def jobs_for(
     hessian: Optional[Hessian] = None,
     hessian_stream: str = "retain",
 ) -> tuple[list[Job], str]:
-    """The jobs that collect what scores need, and the name of the sum that holds the Hessian
-    diagonal.
-
-    Args:
-        needs: see :data:`wagle_pl.attribution.scores.COLLECTED`.
-        forget: objective whose forget loss g_f is of.
-        hessian: estimator of h.
-        hessian_stream: the rows that it runs on.
-    """
+    """The jobs that collect what scores need (:data:`~wagle_pl.attribution.scores.COLLECTED`), g_f
+    of the forget objective, and the name of the sum that holds the Hessian diagonal."""
     # the empirical Fisher of the retain rows is fisher_r: it is collected once
     shared = type(hessian) is Fisher and hessian_stream == "retain"
     jobs = [
@@ -175,11 +164,7 @@ def _with_defaults(tensors: Mapping[str, Tensor], step: int) -> dict[str, Tensor
 def add_batch(
     lm: nn.Module, batch: Batch, jobs: Sequence[Job], sums: GradientSums, draws: Draws
 ) -> dict[str, Tensor]:
-    """Add one micro-batch to the sums. Collective.
-
-    Returns:
-        Stream -> mean loss of its rows, where one was computed.
-    """
+    """Add one micro-batch to the sums; returns stream -> mean loss, where computed. Collective."""
     counts = {stream: int((tensors["weight"] > 0).sum()) for stream, tensors in batch.items()}
     for stream, count in counts.items():
         sums.count(f"{stream}_rows", count)
@@ -260,11 +245,8 @@ def _check_finite(stream: str, tensors: Mapping[str, Tensor], loss: Tensor) -> N
 
 
 def split_rows(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Batches of one row each, without padding and rows of weight 0.
-
-    As many on every rank, as their backward passes are collective: a rank with fewer rows repeats
-    one with weight 0.
-    """
+    """Batches of one row each, without padding and rows of weight 0; as many on every rank, as
+    their backward passes are collective: a rank with fewer repeats one with weight 0."""
     rows = (tensors["weight"] > 0).nonzero().view(-1).tolist()
     missing = distributed.all_reduce_max(len(rows)) - len(rows)
     for number, i in enumerate([*rows, *[0] * missing]):

@@ -33,23 +33,19 @@ DIAGONAL, TRACE = "h", "h_trace"
 
 @dataclass
 class MicroBatch:
-    """Rows of one stream, and forward passes over them.
+    """Rows of one stream, and forward passes over them."""
 
-    Args:
-        run: a new forward pass: (B, T, V) logits and the sum of the rows' losses, a scalar.
-        labels: (B, T), -100 where nothing is predicted.
-        seeds: one a row, so that what is drawn for a row does not depend on the batch it is in.
-        step_seed: for what is drawn once a step, the same for all its micro-batches and ranks.
-        done: a forward pass that has been run already.
-        reusable: whether one graph serves several backward passes: not where weights are sharded,
-            as they are gathered for one pass.
-    """
-
+    #: A new forward pass: (B, T, V) logits and the sum of the rows' losses, a scalar.
     run: Callable[[], tuple[Tensor, Tensor]]
+    #: (B, T), -100 where nothing is predicted.
     labels: Tensor
+    #: One a row, so that what is drawn for a row does not depend on the batch it is in.
     seeds: Sequence[int]
+    #: For what is drawn once a step, the same for all its micro-batches and ranks.
     step_seed: int = 0
+    #: A forward pass that has been run already.
     done: Optional[tuple[Tensor, Tensor]] = None
+    #: Whether one graph serves several backward passes: sharded weights are gathered for one.
     reusable: bool = True
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -185,11 +181,7 @@ class Hutchinson(Hessian):
 
 
 def estimator_of(hessian: str) -> Optional[type[Hessian]]:
-    """The estimator that ``model.hessian`` names; None for ``scalar``.
-
-    Raises:
-        WagleError: listing the valid names.
-    """
+    """The estimator that ``model.hessian`` names; None for ``scalar``."""
     if hessian == "scalar":
         return None
     if hessian == "auto":
@@ -198,11 +190,8 @@ def estimator_of(hessian: str) -> Optional[type[Hessian]]:
 
 
 def hessian_option(hessian: str, gamma: Union[float, str], needs: set[str]) -> str:
-    """The option ``hessian``, given γ: a number implies ``scalar``.
-
-    Raises:
-        WagleError: if the two contradict each other, or what the scores need.
-    """
+    """The option ``hessian``, given γ, a number of which implies ``scalar``; an error if the two
+    contradict each other, or what the scores need."""
     if gamma != "auto":
         check_positive(gamma, "gamma")
         if hessian not in ("scalar", "auto"):
@@ -263,18 +252,15 @@ class DampedHessian:
     """h at the end of the pass: one γ for all weights, or the damped diagonal
     h_i = max(ĥ_i, 0) + damping × mean(max(ĥ, 0)), above zero whatever the estimate.
 
-    Args:
-        mean: mean of max(ĥ, 0) over all weights, or γ.
-        diagonal: this rank's rows of the sums of ĥ, in parameter order; None for a scalar.
-        scale: factor from the sums to ĥ.
-        damping: above 0.
-
     Raises:
         WagleError: if the mean is not above zero.
     """
 
+    #: Mean of max(ĥ, 0) over all weights, or γ.
     mean: float
+    #: This rank's rows of the sums of ĥ, in parameter order; None for a scalar.
     diagonal: Optional[Sequence[Tensor]] = None
+    #: Factor from the sums to ĥ.
     scale: float = 1.0
     damping: float = 0.1
 

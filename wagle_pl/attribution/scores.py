@@ -98,17 +98,17 @@ class Score:
 def checked(score: Score, w: WeightStatistics) -> Tensor:
     """A score's values for one parameter, in fp32; raises :class:`WagleError` if they are no
     floating-point tensor of its shape."""
-    shape, gave = tuple(w.theta.shape), f"score {type(score).__name__} gave {w.name}"
+    shape = tuple(w.theta.shape)
     values = score(w)
-    if not isinstance(values, Tensor):
-        raise WagleError(
-            f"{gave} a {type(values).__name__}, not a tensor of the parameter's shape {shape}"
-        )
-    if values.shape != shape:
-        raise WagleError(f"{gave} shape {tuple(values.shape)}, the parameter's is {shape}")
-    if not values.is_floating_point():
-        raise WagleError(f"{gave} {values.dtype}, not floating-point numbers")
-    return values.float()
+    found = f"a {type(values).__name__}"
+    if isinstance(values, Tensor):
+        if values.shape == shape and values.is_floating_point():
+            return values.float()
+        found = f"{values.dtype} of shape {tuple(values.shape)}"
+    raise WagleError(
+        f"score {type(score).__name__} gave {w.name} {found}, not floating-point numbers of its "
+        f"shape {shape}"
+    )
 
 
 def try_out(

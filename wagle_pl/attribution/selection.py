@@ -65,11 +65,7 @@ def check_pattern(option: str, pattern: Optional[str]) -> None:
 def eligible_names(
     names: Iterable[str], include: Optional[str], exclude: Optional[str]
 ) -> list[str]:
-    """Names in which ``include`` is found and ``exclude`` is not.
-
-    Raises:
-        WagleError: if none is left, or one of the two is not a regular expression.
-    """
+    """Names in which ``include`` is found and ``exclude`` is not, of which there must be one."""
     check_pattern("include", include)
     check_pattern("exclude", exclude)
     kept = [name for name in names if include is None or re.search(include, name)]
@@ -182,12 +178,8 @@ class Threshold:
 def find_thresholds(
     scores: Scores, counts: Callable[[int], Sequence[int]], ranking: Ranking = HIGHEST
 ) -> list[Threshold]:
-    """Thresholds of the first k in the ranking, for several k. Collective.
-
-    Args:
-        scores: of the weights that compete.
-        counts: number of weights -> the numbers k to select, each from 0 to that number.
-        ranking: their order.
+    """Thresholds of the first k in the ranking, for several k: ``counts`` gives these, each from 0
+    to the number of weights, of that number. Collective.
 
     Raises:
         WagleError: if a score is NaN or infinite, naming the parameter.

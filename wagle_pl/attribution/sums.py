@@ -139,14 +139,10 @@ class GradientSums:
         squares: Optional[str] = None,
         in_step: Optional[str] = None,
     ) -> Iterator[None]:
-        """Context of one backward pass, whose gradient is added to one or several sums.
+        """Context of one backward pass, whose gradient is added to the sums ``total`` and (see
+        :meth:`fold`) ``in_step``, and its elementwise square to ``squares``.
 
         Collective: all ranks must enter it, whichever parameters have a gradient on which rank.
-
-        Args:
-            total: name of the sum that the gradient is added to.
-            squares: name of the sum that its elementwise square is added to.
-            in_step: name of the sum over this step that it is added to, see :meth:`fold`.
         """
         names = ((total, False), (in_step, True))
         totals = [self.buffers(name, within) for name, within in names if name]
@@ -207,13 +203,8 @@ class GradientSums:
     def fold(
         self, name: str, squares: Optional[str] = None, squared_norm: Optional[str] = None
     ) -> None:
-        """End a step: square the sum over all its micro-batches and ranks, and reset it.
-
-        Args:
-            name: of the sum over the step.
-            squares: name of the sum that its elementwise square is added to.
-            squared_norm: name of the vectors that each parameter's squared norm is added to.
-        """
+        """End a step: add the elementwise square of its sum, over all micro-batches and ranks, to
+        the sum ``squares``, or each parameter's squared norm to a vector, and reset it."""
         for position, gradient in enumerate(self.step_sums.get(name, [])):
             if squares:
                 self.buffers(squares)[position].addcmul_(gradient, gradient)

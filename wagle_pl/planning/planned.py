@@ -139,8 +139,7 @@ def architecture(name: str) -> Architecture:
 
 
 class HessianCost(Protocol):
-    """What the formulas ask of a :class:`wagle_pl.attribution.hessian.Hessian`, which says what
-    each is."""
+    """What the formulas ask of :class:`wagle_pl.attribution.hessian.Hessian`, which documents it."""
 
     shardable: bool
     backward_passes: int
