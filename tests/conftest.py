@@ -50,9 +50,7 @@ def heard(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture
     """What the package logs, once, though the command line keeps it from other loggers."""
     cli.quiet()
     package = logging.getLogger("wagle_pl")
-    attached = (
-        caplog.handler in package.handlers
-    )  # by pytest, if the logger was like this before the test
+    attached = caplog.handler in package.handlers  # if the logger was like this before the test
     package.addHandler(caplog.handler)
     yield caplog
     if not attached:
@@ -82,9 +80,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("rows")
     sets = {"forget": bundled("forget")[:11], "retain": bundled("retain")[:17]}
     sets |= {f"{name}_test": part[:5] for name, part in sets.items()}
-    for name, part in sets.items():
-        write_rows(folder / f"{name}.jsonl", part)
-    return {name: str(folder / f"{name}.jsonl") for name in sets}
+    return {name: write_rows(folder / f"{name}.jsonl", part) for name, part in sets.items()}
 
 
 @pytest.fixture(scope="session")

@@ -42,18 +42,10 @@ _LENGTH = struct.Struct("<Q")
 
 
 class TensorFile:
-    """One safetensors file.
-
-    Args:
-        path: the file.
-        what: how to name it in a message.
-
-    Attributes:
-        names: of its tensors.
-        metadata: text by key.
+    """One safetensors file: the ``names`` of its tensors, its ``metadata``.
 
     Raises:
-        WagleError: if it is missing or no whole safetensors file.
+        WagleError: saying ``what`` it is, if it is missing or no whole safetensors file.
     """
 
     def __init__(self, path: Path, what: str = "file") -> None:
@@ -86,7 +78,7 @@ class TensorFile:
             )
 
     def dtype(self, name: str) -> str:
-        """A tensor's dtype, as the format names it."""
+        """A tensor's dtype, as :data:`DTYPES` names it."""
         return self._entries[name]["dtype"]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -114,14 +106,8 @@ class TensorFile:
 
 
 class TensorFiles:
-    """The weights of a model folder: one safetensors file, or the shards that its index names.
-
-    Args:
-        folder: in Hugging Face format.
-
-    Attributes:
-        names: of all tensors.
-        files: one or several :class:`TensorFile`.
+    """The weights of a folder in Hugging Face format: one safetensors file, or the shards that its
+    index names, in ``files``; the ``names`` of all tensors.
 
     Raises:
         WagleError: if there is no such folder, it has no safetensors weights, or lacks a shard.
@@ -168,13 +154,8 @@ def write_header(
     spans: Mapping[str, tuple[str, Sequence[int], int]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write the header of a safetensors file; the tensors' bytes follow, in the order of ``spans``.
-
-    Args:
-        stream: to write to.
-        spans: name -> dtype, shape and number of bytes.
-        metadata: text by key.
-    """
+    """Write the header of a safetensors file; the tensors' bytes follow, in the order of ``spans``
+    (name -> dtype, shape and number of bytes)."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, (dtype, shape, size) in spans.items():

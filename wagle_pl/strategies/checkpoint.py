@@ -39,23 +39,14 @@ WEIGHT = "weight"
 
 
 class Piece(NamedTuple):
-    """Consecutive numbers of a parameter, or of something of its shape.
+    """Consecutive numbers of a parameter, or of something of its shape."""
 
-    Attributes:
-        key: what they are: ``weight``, ``state/<key of the optimiser>`` or ``sum/<name>``.
-        name: of the parameter.
-        start: the first number's place in the flattened parameter.
-        numel: how many.
-        dtype: of the numbers.
-        read: gives them, (numel,), when they are to be written.
-    """
-
-    key: str
-    name: str
-    start: int
+    key: str  # what they are: ``weight``, ``state/<key of the optimiser>`` or ``sum/<name>``
+    name: str  # of the parameter
+    start: int  # the first number's place in the flattened parameter
     numel: int
     dtype: torch.dtype
-    read: Callable[[], Tensor]
+    read: Callable[[], Tensor]  # gives them, (numel,), when they are to be written
 
 
 # -- what a rank holds -----------------------------------------------------------------------------
