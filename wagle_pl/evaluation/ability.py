@@ -52,10 +52,6 @@ class Harness:
         shots: worked examples before each question; the task's own number when None.
         limit: only the first so many rows of each task, for trials.
         option: name of the option that asks for the tasks, for errors.
-
-    Raises:
-        WagleError: if a number is out of its range, the harness is not installed, or a task is
-            unknown.
     """
 
     def __init__(
@@ -106,9 +102,6 @@ class Harness:
 
         Collective: all ranks must call it. They share the rows, unless each forward pass is
         collective (``sharded``, ZeRO-3).
-
-        Raises:
-            WagleError: if the rows of a task cannot be loaded.
         """
         from lightning.pytorch.utilities.seed import isolate_rng
         from lm_eval import simple_evaluate

@@ -48,9 +48,6 @@ class ToxicityClassifier:
         name: folder or hub id of a text classifier.
         device: where it runs.
         option: name of the option that asks for it, for errors.
-
-    Raises:
-        WagleError: if there is no such classifier, or none of its labels is toxic.
     """
 
     def __init__(
@@ -104,9 +101,6 @@ class SentenceModel:
     Args:
         name: folder or hub id; WAGLE takes ``paraphrase-MiniLM-L6-v2``.
         option: name of the option that asks for it, for errors.
-
-    Raises:
-        WagleError: if the library is not installed, or there is no such model.
     """
 
     def __init__(self, name: str, option: str = "model.sentence_model") -> None:

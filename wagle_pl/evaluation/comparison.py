@@ -35,15 +35,8 @@ def check_prompts(results: Mapping[str, Results], prompts: Mapping[str, Any]) ->
 def check_rows(
     results: Mapping[str, Results], name: str, pairs: Sequence[Pair], instead: str
 ) -> None:
-    """Refuse results (``retrained``, ``target``, …) on other rows of a test set, whatever their
-    order; of the target's, warn.
-
-    Args:
-        results: by the name of their option.
-        name: of the test set.
-        pairs: (question, answer) of each of its rows.
-        instead: option that takes a retrained model's results on other rows.
-    """
+    """Refuse results on other rows of a test set, whatever their order; of the target's, warn.
+    ``instead`` is the option that takes a retrained model's results on other rows."""
     pairs = [(question.strip(), answer.strip()) for question, answer in pairs]
     for option, found in results.items():
         there = pairs_of(found.tables.get(name, []))

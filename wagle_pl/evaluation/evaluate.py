@@ -166,13 +166,14 @@ class Evaluate(Callback):
                 "it out"
             )
         check_needs(self.active_suite, names)
-        if stage != "test":
-            self._check_rows(names)
-        elif self.gradient_norm and pl_module.sharded:
+        if stage == "test" and self.gradient_norm and pl_module.sharded:
             raise WagleError(
                 f"{self.options}.gradient_norm needs the whole model on a device: it cannot be had "
                 "under ZeRO-3"
             )
+        for name in names:
+            rows = [(row.question, row.answer) for row in self.data.test_examples(name)]
+            check_rows(self._results, name, rows, f"{self.options}.tofu_retrained")
 
     def prepare(self, trainer: L.Trainer, module: LanguageModule) -> None:
         """Make ready for :meth:`observe_now`, before there is anything to lose."""
@@ -207,11 +208,6 @@ class Evaluate(Callback):
             if found is not None or not self.attacks:  # which a model without results will do for
                 self._results[name] = Results(found or path, f"{self.options}.{name}")
         check_prompts(self._results, self._module.prompts)
-
-    def _check_rows(self, names: Sequence[str]) -> None:
-        for name in names:
-            rows = [(row.question, row.answer) for row in self.data.test_examples(name)]
-            check_rows(self._results, name, rows, f"{self.options}.tofu_retrained")
 
     # -- observing --------------------------------------------------------------------------------
 
@@ -309,10 +305,8 @@ class Evaluate(Callback):
     # -- test loop --------------------------------------------------------------------------------
 
     def on_test_start(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:
-        """Check what is compared with, and find the test sets that an earlier, interrupted test
-        finished."""
+        """Find the test sets that an earlier, interrupted test finished."""
         self._names = self.data.test_names()
-        self._check_rows(self._names)
         self._load_readers()
         trainer.test_loop.verbose = False  # its table would hold what ours does
         self._keys = self._table_keys(self._shortened())

@@ -173,14 +173,10 @@ class Observer:
 
         Args:
             rows: test rows of any kind.
-            needs: what to observe, see the head of this module; what a row's kind cannot answer is
-                left out.
+            needs: what to observe, as far as a row's kind can answer it; see this module's head.
             max_new_tokens: longest generation of these rows, where it differs from the observer's.
             header: text before each multiple choice without a ``context``.
-            names: what to call each row in messages.
-
-        Raises:
-            WagleError: naming the row, if it cannot be made into tokens.
+            names: what to call each row in the message that it cannot be made into tokens.
         """
         length = max_new_tokens or self.max_new_tokens
         wanted = [possible(row, needs) for row in rows]
@@ -321,12 +317,8 @@ def observe_set(
     max_new_tokens: Optional[int] = None,
     header: str = "",
 ) -> list[Record]:
-    """Observe all rows of a set outside a test loop, shared among the ranks. Collective: all ranks
-    must call it.
-
-    Returns:
-        One record a row, in order, each with its number as ``row``; see :meth:`Observer.observe`.
-    """
+    """Records of all rows of a set, in order, each with its number as ``row``; the ranks share the
+    rows. Collective: all ranks must call it. See :meth:`Observer.observe`."""
     lengths = [len(row.question) + len(row.answer) for row in rows]
     batches = token_batches(lengths, observer.max_rows)
     records: list[Record] = []

@@ -136,11 +136,7 @@ def folder_of(place: Path) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        WagleError: naming file and line if it is malformed.
-    """
+    """The content of a JSON file; a WagleError names the line that is malformed."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -170,12 +166,8 @@ def write_table(path: Path, rows: Table, key: Mapping[str, Any]) -> None:
 
 
 def read_table(path: Path, key: Mapping[str, Any], overwrite: bool = False) -> Optional[Table]:
-    """Records of a table written with the same ``key``; None if there is none, or it may be
-    overwritten.
-
-    Raises:
-        WagleError: if the file is damaged, or written with another key, naming what differs.
-    """
+    """Records of a table written with the same ``key``; None if there is none. One that is damaged,
+    or written with another key, is refused, saying what differs, or with ``overwrite`` None."""
     if not path.is_file():
         return None
     try:
@@ -192,27 +184,20 @@ def read_table(path: Path, key: Mapping[str, Any], overwrite: bool = False) -> O
 
 
 def table_key(path: Path) -> dict[str, Any]:
-    """What a table's records depend on; empty if the file does not say.
-
-    Raises:
-        WagleError: if the file is no Parquet file.
-    """
+    """What a table's records depend on; empty if the file does not say."""
     with _parquet(path) as parquet:
         return json.loads((parquet.read_schema(path).metadata or {}).get(_KEY, b"{}"))
 
 
 def load_table(path: Path) -> Table:
-    """Records of a table, whatever made it.
-
-    Raises:
-        WagleError: if the file is no Parquet file.
-    """
+    """Records of a table, whatever made it."""
     with _parquet(path) as parquet:
         return parquet.read_table(path).to_pylist()
 
 
 @contextmanager
 def _parquet(path: Path) -> Iterator[Any]:
+    """Refuse a file that is damaged or no Parquet file."""
     import pyarrow.parquet
 
     try:
@@ -237,11 +222,8 @@ _COLUMNS = {
 
 
 def to_result(tables: Mapping[str, Table]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Tables of records (see :mod:`wagle_pl.evaluation.observe`) -> a TOFU result; sets that TOFU
-    does not have keep their name.
-
-    Rows without a question and a scored answer are left out, and sets of no other rows.
-    """
+    """Tables of records -> a TOFU result, of the rows with a question and a scored answer; sets
+    that TOFU does not have keep their name."""
     result = {}
     for name, table in tables.items():
         log: dict[str, dict[str, Any]] = {}
@@ -284,12 +266,7 @@ def _to_row(record: Mapping[str, Any], options: bool) -> dict[str, Any]:
 
 
 def from_result(result: Result) -> dict[str, Table]:
-    """A TOFU result -> tables of records, as far as the result goes; the inverse of
-    :func:`to_result`.
-
-    A published result has prompts where ours has questions: the question is taken out of TOFU's two
-    prompt formats.
-    """
+    """A TOFU result -> tables of records, as far as it goes: the inverse of :func:`to_result`."""
     names = {key: name for name, key in RESULT_KEYS.items()}
     return {
         names.get(key, key): _from_log(log) for key, log in result.items() if "avg_gt_loss" in log
@@ -313,7 +290,8 @@ _PROMPT = re.compile(r"\[INST\] (.*) \[/INST\]|Question: (.*)\n", re.DOTALL)
 
 
 def _question_in(prompt: str) -> str:
-    """The question that a published prompt asks; any other text is itself.
+    """The question in a prompt, which published results have in its place; any other text is
+    itself.
 
     >>> _question_in("[INST] Who wrote it? [/INST]"), _question_in("Question: Who?\\n")
     ('Who wrote it?', 'Who?')

@@ -79,12 +79,8 @@ class Suite:
     )
 
     def measures(self, seen: Observations) -> dict[str, Value]:
-        """The suite's measures; those that the rows allow, of every test set, unless overridden.
-
-        Returns:
-            Name -> number, or an :class:`~wagle_pl.evaluation.functional.Undefined` that says why
-            there is none. Names are ``<test set>/<measure>``, or ``<measure>`` of the whole.
-        """
+        """The measures by name, ``<test set>/<measure>`` or ``<measure>`` of the whole; an
+        :class:`~wagle_pl.evaluation.functional.Undefined` says why there is no number."""
         found: dict[str, Value] = {}
         for name in seen.tables:
             found |= self.of_set(seen, name, self.listed(seen, name))
@@ -144,8 +140,7 @@ class Averages(ABC):
     def utility(self, seen: Observations, found: Mapping[str, Value]) -> float:
         """Utility, the UT average of WAGLE's tables.
 
-        On WHP and DETOX that is the mean of TruthfulQA and of the mean accuracy on the other tasks
-        of lm-evaluation-harness.
+        That of WHP and DETOX: the mean of TruthfulQA and of the mean accuracy on other tasks.
         """
         truthful = [value for name, value in seen.general.items() if "truthfulqa" in name]
         others = [value for name, value in seen.general.items() if "truthfulqa" not in name]
@@ -339,11 +334,7 @@ def tofu_measures(
 
 def tofu_model_utility(result: Result, form: F.TruthRatioForm = "geometric") -> float:
     """Model utility: harmonic mean of probability, ROUGE-L recall and truth ratio on retain, real
-    authors and world facts (TOFU, section 2.2).
-
-    Raises:
-        WagleError: if one of the three sets or a measure is missing.
-    """
+    authors and world facts (TOFU, section 2.2); a WagleError says which is missing."""
     seen = Observations(from_result(result), truth_ratio_form=form)
     found: dict[str, Value] = {}
     try:
@@ -365,9 +356,6 @@ def tofu_forget_quality(
 
     ``compare_rows`` refuses results on other questions and answers, in whatever order they are.
     Without it this is TOFU's own number: its script takes whatever forget rows each result holds.
-
-    Raises:
-        WagleError: if a side has no truth ratios, or the two hold other rows.
     """
     tables = [from_result(side).get("forget", []) for side in (result, retrained)]
     try:
@@ -550,9 +538,5 @@ class DetoxSuite(Averages, Suite):
 
 
 def find_suite(suite: Union[Suite, str]) -> Suite:
-    """A suite by its short name (``tofu``), as data modules have it too, or class path.
-
-    Raises:
-        WagleError: listing the valid names.
-    """
+    """A suite by its short name (``tofu``), as data modules have it too, or class path."""
     return resolve(Suite, suite, "model.suite")
