@@ -33,28 +33,44 @@ log = logging.getLogger(__name__)
 TEST_FOLDER = "test"  # of a model folder, with its test results
 
 
-@dataclass
-class ReportedModel:
-    """A model's test results, and the record of what made the model."""
+class ReportedModel(Results):
+    """A model's test results, and the record of what made the model.
 
-    name: str
-    results: Results
-    role: str = "this"  # target, retrained, or this: one that is compared with them
-    number: int = 0  # from 1 among the models that are compared
-    info: dict[str, Any] = field(default_factory=dict)  # metrics.info.json, if there is one
-    record: dict[str, Any] = field(default_factory=dict)  # wagle.json of the model, likewise
-    robustness: list[dict[str, Any]] = field(default_factory=list)  # robustness.json, likewise
-    notes: list[str] = field(default_factory=list)  # what is missing or cannot be read
+    Args:
+        folder: of the model with test results in it, or of test results, or a TOFU result file.
+        option: that named it, for messages.
 
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Measure -> number, from ``metrics.json``."""
-        return self.results.metrics
+    Raises:
+        WagleError: if it has no results.
+    """
+
+    def __init__(self, folder: Path, option: str = "run") -> None:
+        folder = folder_of(folder)
+        tested = (folder / METRICS_FILE).is_file()
+        super().__init__(folder if tested else _tests_of(folder), option)
+        resolved = self.path.resolve()
+        self.name = resolved.parent.name if resolved.name == TEST_FOLDER else resolved.stem
+        self.role = "this"  # target, retrained, or this: one that is compared with them
+        self.number = 0  # from 1 among the models that are compared
+        self.notes: list[str] = []  # what is missing or cannot be read
+        self.info: dict[str, Any] = {}  # metrics.info.json, if there is one
+        self.record: dict[str, Any] = {}  # wagle.json of the model, likewise
+        self.robustness: list[dict[str, Any]] = []  # robustness.json, likewise
+        if not self.path.is_dir():
+            return
+        lost = "units, directions and undefined measures"
+        self.info = _read_optional(self.path / INFO_FILE, {}, self.notes, lost)
+        self.robustness = _read_optional(self.path / ROBUSTNESS_FILE, [], self.notes)
+        records = [place / RECORD_FILE for place in (folder, self.path.parent)]
+        if record := next((file for file in records if file.is_file()), None):
+            self.record = _read_optional(record, {}, self.notes)
+        if not self.lineage:
+            self.notes.append(f"no {RECORD_FILE} beside the results says what made the model")
 
     @property
     def place(self) -> Path:
         """Resolved folder of its test results."""
-        return _tests_of(self.results.path.resolve())
+        return _tests_of(self.path.resolve())
 
     @property
     def lineage(self) -> list[dict[str, Any]]:
@@ -70,7 +86,7 @@ class ReportedModel:
     def tables(self) -> dict[str, Table]:
         """Test set -> records of its rows; empty if they cannot be read."""
         try:
-            return self.results.tables
+            return super().tables
         except WagleError as error:
             self.notes.append(str(error))
             return {}
@@ -88,7 +104,7 @@ class ReportedModel:
     @cached_property
     def fingerprint(self) -> Optional[str]:
         """Of the model that was tested; None if its tables do not say."""
-        files = sorted(self.results.path.glob("*.parquet"))
+        files = sorted(self.path.glob("*.parquet"))
         try:
             return table_key(files[0]).get("model") if files else None
         except (WagleError, ValueError):
@@ -218,7 +234,7 @@ def gather(
     names = [model.name for model in sources.models]
     for model in sources.models:
         if names.count(model.name) > 1:
-            model.name = str(model.results.path)
+            model.name = str(model.path)
     for role, given in (("target", target), ("retrained", retrained)):
         _find_reference(sources, role, given)
     if not sources.models and not sources.studies:  # the references are all that was given
@@ -227,32 +243,6 @@ def gather(
         model.role, model.number = "this", number
     _check_target(sources)
     return sources
-
-
-def read_model(folder: Path, option: str = "run") -> ReportedModel:
-    """A model: its folder, with test results in it, or those results, or a TOFU result file.
-
-    ``option`` named it, for messages.
-
-    Raises:
-        WagleError: if it has no results.
-    """
-    folder = folder_of(folder)
-    results = folder if (folder / METRICS_FILE).is_file() else _tests_of(folder)
-    resolved = results.resolve()
-    name = resolved.parent.name if resolved.name == TEST_FOLDER else resolved.stem
-    model = ReportedModel(name, Results(results, option))
-    if not results.is_dir():
-        return model
-    lost = "units, directions and undefined measures"
-    model.info = _read_optional(results / INFO_FILE, {}, model.notes, lost)
-    model.robustness = _read_optional(results / ROBUSTNESS_FILE, [], model.notes)
-    records = [place / RECORD_FILE for place in (folder, results.parent)]
-    if record := next((file for file in records if file.is_file()), None):
-        model.record = _read_optional(record, {}, model.notes)
-    if not model.lineage:
-        model.notes.append(f"no {RECORD_FILE} beside the results says what made the model")
-    return model
 
 
 def _read_study(folder: Path) -> StudyResults:
@@ -279,7 +269,7 @@ def _read_folder(folder: Path, sources: Sources) -> None:
         if (folder / TABLE_FILE).is_file() or (folder / SUMMARY_FILE).is_file():
             sources.studies.append(_read_study(folder))
         elif (_tests_of(folder) / METRICS_FILE).is_file():
-            sources.models.append(read_model(folder))
+            sources.models.append(ReportedModel(folder))
         else:
             raise WagleError(f"it has no {METRICS_FILE}", hint="run wagle test on that model first")
     except WagleError as error:
@@ -319,7 +309,7 @@ def _find_reference(sources: Sources, role: str, given: Optional[str]) -> None:
         sources.notes.append(f"results of the {role} model were not found: give --{role}")
         return
     try:
-        found = read_model(Path(places[0]), f"--{role}")
+        found = ReportedModel(Path(places[0]), f"--{role}")
     except WagleError as error:
         if given is not None:
             raise
@@ -330,7 +320,7 @@ def _find_reference(sources: Sources, role: str, given: Optional[str]) -> None:
     sources.references[role] = found
     if not found.metrics:
         sources.notes.append(
-            f"the {role} model's results, {found.results.path}, hold examples and no measures"
+            f"the {role} model's results, {found.path}, hold examples and no measures"
         )
 
 
@@ -342,7 +332,7 @@ def _candidates(models: Sequence[ReportedModel], role: str) -> list[str]:
     else:
         made = ("FinetuneModule", ["retain"])
         others = [
-            str(model.results.path)
+            str(model.path)
             for model in models
             if (model.last.get("module"), model.last.get("streams")) == made
         ]
