@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import weights, write_rows
+from helpers import QUIET, data_options, weights, write_rows
 
 from wagle_pl import WeightMask
 from wagle_pl.cli import app as cli
@@ -94,7 +94,11 @@ def models(tmp_path_factory):
     texts = [row[column] for row in bundled("forget") for column in ("question", "answer")]
     create_tiny_llama(folder / "base", texts, vocab_size=400, hidden_size=32, layers=2, heads=4)
     trainer = {"max_epochs": 60, "default_root_dir": folder, "enable_checkpointing": "false"}
-    trained = [*data_options(folder), *(f"--trainer.{k}={v}" for k, v in trainer.items())]
+    trained = [
+        *data_options(files(folder)),
+        *QUIET.split(),
+        *(f"--trainer.{k}={v}" for k, v in trainer.items()),
+    ]
     trained += ["--optimizer=MaskedAdamW", "--optimizer.lr=1e-2", f"--model.model={folder}/base"]
     for name, rows in (("target", "all"), ("retrained", "retain")):
         module = ["--model=FinetuneModule", f"--model.output={folder}/{name}"]
@@ -102,10 +106,8 @@ def models(tmp_path_factory):
     return folder
 
 
-def data_options(models):
-    data = [f"--data.{name}={models}/{name}.jsonl" for name in ("forget", "retain")]
-    quiet = [f"--trainer.{name}=false" for name in ("logger", "enable_progress_bar")]
-    return ["--data=ForgetRetainDataModule", *data, *quiet, "--trainer.accelerator=cpu"]
+def files(models):
+    return {name: f"{models}/{name}.jsonl" for name in ("forget", "retain")}
 
 
 @pytest.fixture
@@ -114,8 +116,7 @@ def config(models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def write(**changes):
-        rows = {name: f"{models}/{name}.jsonl" for name in ("forget", "retain")}
-        init = {**rows, "batch_size": 4}
+        init = {**files(models), "batch_size": 4}
         content = {
             "target": f"{models}/target",
             "retrained": f"{models}/retrained",
@@ -238,7 +239,7 @@ def test_points_do_not_change_the_run_and_a_kept_model_tests_the_same(config, mo
     three, one = rows_of("three"), rows_of("one")
     assert all(three[-1][name] == one[-1][name] for name in ("forget", "utility"))
     assert [row["forget/rougeL_recall"] is None for row in three] == [True, True, False]
-    data = [*data_options(models), "--data.batch_size=4"]
+    data = [*data_options(files(models)), *QUIET.split(), "--data.batch_size=4"]
     unlearn = ["--model=UnlearnModule", f"--model.model={models}/target", "--model.output=fitted"]
     unlearn += ["--model.objective=GradDiff", "--optimizer=MaskedAdamW", "--optimizer.lr=1e-2"]
     trainer = ["--trainer.max_steps=6", "--trainer.enable_checkpointing=false"]
