@@ -501,7 +501,7 @@ def _hold(module: nn.Module, held: dict[str, SelectedTensor]) -> Callable[[], No
 
         def fn_for(tensor: Tensor) -> Tensor:
             made = fn(tensor)
-            if id(tensor) not in masters:
+            if id(tensor) not in masters or made.dtype == tensor.dtype:
                 return made
             return tensor.to(made.device, torch.promote_types(tensor.dtype, made.dtype))
 
