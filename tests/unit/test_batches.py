@@ -178,6 +178,8 @@ def test_what_differs_is_named(forget, cut, seed, message):
         other.load_state_dict(state)
     with pytest.raises(WagleError, match="drew from forget and retain rows, this one draws from f"):
         loader({"forget": [3] * 11}, (8, 1, 1)).load_state_dict(state)
+    with pytest.raises(WagleError, match="of a run with another data module"):
+        other.load_state_dict({"epoch": 0})
 
 
 def test_collate_pads_to_the_longest_row():

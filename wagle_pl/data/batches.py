@@ -287,6 +287,10 @@ class ResumableLoader(Loader):
 
     def check(self, state: Mapping[str, Any]) -> Position:
         """The position that a state holds; one of other global batches than these is refused."""
+        if "sets" not in state:
+            raise WagleError(
+                "the checkpoint is of a run with another data module: resume with that"
+            )
         here, sampler, fault = self._state(Position()), self.sampler, None
         streams, streams_here = (" and ".join(each["sets"]) for each in (state, here))
         if state["global_batch"] != here["global_batch"]:
