@@ -428,11 +428,15 @@ def test_experts_that_one_rank_alone_uses(
         options += [f"--data.{name}", write_rows(Path(f"{name}.jsonl"), rows)]
     scores = ("gradient", "curvature", "wanda", "unfused.Squares")
     options += ["--model.masks", json.dumps([{"score": score} for score in scores])]
-    fused = ("AttributionModule", "ddp", "zero3")
-    for module, *strategies in (fused, ("unfused.Unfused", "ddp", "zero2")):
-        alone = run("one", module, *options, cut(2, 1), output=f"{module}-one")
+    for module, hessian, *strategies in (
+        ("AttributionModule", "auto", "ddp", "zero3"),
+        ("unfused.Unfused", "auto", "ddp", "zero2"),
+        ("unfused.Unfused", "hutchinson", "ddp"),
+    ):
+        given, output = (*options, "--model.hessian", hessian), f"{module}-{hessian}"
+        alone = run("one", module, *given, cut(2, 1), output=f"{output}-one")
         for name in strategies:
-            other = run(name, module, *options, cut(1, 1), output=f"{module}-{name}")
+            other = run(name, module, *given, cut(1, 1), output=f"{output}-{name}")
             for folder in sorted(alone.glob("*.scores")):
                 expected = dict(StoredScores(folder).stream())
                 for key, found in StoredScores(other / folder.name).stream():

@@ -164,20 +164,17 @@ class Hutchinson(Hessian):
         buffers = sums.buffers(DIAGONAL)
         _, loss = rows.forward()
         found = torch.autograd.grad(loss, sums.parameters, create_graph=True, allow_unused=True)
-        gradients = {i: g for i, g in enumerate(found) if g is not None and g.requires_grad}
-        parameters = [sums.parameters[i] for i in gradients]
+        used = [i for i, g in enumerate(found) if g is not None and g.requires_grad]
         for draw in range(self.samples):
-            probes = rademacher(parameters, stable_seed(rows.step_seed, draw))
-            products = torch.autograd.grad(
-                list(gradients.values()),
-                parameters,
-                probes,
-                retain_graph=draw + 1 < self.samples,
-                allow_unused=True,
-            )
-            for i, z, product in zip(gradients, probes, products, strict=True):
-                if product is not None:
-                    sums.add(buffers, i, z.float().mul_(product.float()))
+            probes = rademacher(sums.parameters, stable_seed(rows.step_seed, draw))
+            given = ([of[i] for i in used] for of in (found, sums.parameters, probes))
+            more = draw + 1 < self.samples
+            products = torch.autograd.grad(*given, retain_graph=more, allow_unused=True)
+            product_of = dict(zip(used, products, strict=True))
+            for i, z in enumerate(probes):  # of all, whichever this rank has used: a collective
+                product = product_of.get(i)
+                estimate = torch.zeros_like(z) if product is None else z.float() * product.float()
+                sums.add(buffers, i, estimate.float())
 
 
 def estimator_of(hessian: str) -> Optional[type[Hessian]]:
