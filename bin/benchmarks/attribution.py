@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any, Optional
@@ -84,40 +85,20 @@ def measure_selection(settings: Settings) -> list[Result]:
     def sorts() -> None:
         found["sorts"] = flat.abs().argsort(descending=True).argsort() < k
 
-    times = alternate(
-        settings.repeats, {"ours": lambda: seconds(ours), "two_argsorts": lambda: seconds(sorts)}
-    )
+    sides = {"ours": lambda: seconds(ours), "two_argsorts": lambda: seconds(sorts)}
+    times = alternate(settings.repeats, sides)
     mask = WeightMask(found["ours"], {name: tensor.shape for name, tensor in scores})
     parts = found["sorts"].split([tensor.numel() for _, tensor in scores])
-    differ = sum(
-        int((mask[name].view(-1) != part).sum()) for name, part in zip(mask, parts, strict=True)
-    )
-    raw = {
-        "seconds": times,
-        "scores": len(flat),
-        "density": DENSITY,
-        "selected": mask.count(),
-        "expected": k,
-    }
+    pairs = zip(mask, parts, strict=True)
+    differ = sum(int((mask[name].view(-1) != part).sum()) for name, part in pairs)
+    raw = {"seconds": times, "scores": len(flat), "density": DENSITY}
+    raw |= {"selected": mask.count(), "expected": k, "bits_that_differ": differ}
     raw["note"] = "argsort breaks ties at the threshold in any order: bits may differ in pairs"
     ratio = median(times["two_argsorts"]) / median(times["ours"])
+    bytes_each = extra["extra_bytes"] / extra["scores"]
     return [
-        result(
-            "selection/speed",
-            ratio,
-            25,
-            True,
-            "x two argsorts",
-            {**raw, "bits_that_differ": differ},
-        ),
-        result(
-            "selection/memory",
-            extra["extra_bytes"] / extra["scores"],
-            1,
-            False,
-            "bytes a score",
-            extra,
-        ),
+        result("selection/speed", ratio, 25, True, "x two argsorts", raw),
+        result("selection/memory", bytes_each, 1, False, "bytes a score", extra),
     ]
 
 
@@ -151,25 +132,17 @@ def measure_gradient_pass(settings: Settings) -> list[Result]:
         batches[:] = times.batches
         return sum(times.tokens[1:]) / (times.ends[-1] - times.starts[1])
 
-    speeds = alternate(
-        settings.repeats,
-        {
-            "trainer": trainer,
-            "bare": lambda: bare_pass(lm, batches, same_logits=True),
-            "bare_all_logits": lambda: bare_pass(lm, batches, same_logits=False),
-        },
-    )
-    at = {name: median(values) for name, values in speeds.items()}
-    raw = {
-        "tokens_per_second": speeds,
-        "ratio_to_bare_all_logits": at["trainer"] / at["bare_all_logits"],
+    sides = {
+        "trainer": trainer,
+        "bare": lambda: bare_pass(lm, batches, same_logits=True),
+        "bare_all_logits": lambda: bare_pass(lm, batches, same_logits=False),
     }
+    speeds = alternate(settings.repeats, sides)
+    at = {side: median(values) for side, values in speeds.items()}
+    ratio, to_all_logits = (at["trainer"] / at[side] for side in ("bare", "bare_all_logits"))
+    raw = {"tokens_per_second": speeds, "ratio_to_bare_all_logits": to_all_logits}
     raw["timed"] = "every batch but the first, with what lies between batches"
-    return [
-        result(
-            "gradient_pass", at["trainer"] / at["bare"], 0.9, True, "x a bare loop's tokens/s", raw
-        )
-    ]
+    return [result("gradient_pass", ratio, 0.9, True, "x a bare loop's tokens/s", raw)]
 
 
 def bare_pass(lm: Any, batches: Sequence[Any], same_logits: bool) -> float:
@@ -213,9 +186,8 @@ def measure_whole(settings: Settings) -> list[Result]:
         module = attribution(settings, "masks", masks=masks, **options)
         return seconds(lambda: fit(module, settings, max_epochs=1))
 
-    runs = alternate(
-        settings.repeats, {"ours": ours, "plain_script": lambda: plain_script(settings)}
-    )
+    sides = {"ours": ours, "plain_script": lambda: plain_script(settings)}
+    runs = alternate(settings.repeats, sides)
     raw = {
         "seconds": runs,
         "seconds_with_hessian_auto": ours(hessian="auto"),
@@ -250,10 +222,8 @@ def plain_script(settings: Settings) -> dict[str, float]:
         return clock[-1] - clock[-2]
 
     lm = models.load_model(settings.model).eval()
-    sets = [
-        padded_rows(settings, file, settings.baseline_rows)
-        for file in (settings.forget, settings.retain)
-    ]
+    files = (settings.forget, settings.retain)
+    sets = [padded_rows(settings, file, settings.baseline_rows) for file in files]
     times = {"load": lap()}
     gradients = []
     for rows in sets:
@@ -320,12 +290,8 @@ class PeakFromStart(L.Callback):
 def attribution_peak(settings: Settings, kept: str) -> int:
     """Peak memory of an attribution, mask written. For a process of its own."""
     if kept == "floor":
-        module = Floor(
-            model=settings.model,
-            output=str(Path(settings.scratch) / kept),
-            hessian="scalar",
-            gamma=GAMMA,
-        )
+        output = str(Path(settings.scratch) / kept)
+        module = Floor(model=settings.model, output=output, **KEPT["no_hessian"])
     else:
         module = attribution(settings, f"memory-{kept}", **KEPT[kept])
     fit(module, settings, [PeakFromStart()], max_epochs=1)
@@ -339,22 +305,15 @@ def measure_memory(settings: Settings) -> list[Result]:
         return lambda: in_fresh_process(settings, "attribution_peak", kept=kept)
 
     peaks = alternate(settings.repeats, {kept: side(kept) for kept in ("floor", *KEPT)})
-    weights = sum(torch.Size(shape).numel() for shape in shapes_of(settings.model).values())
-    floor = median(peaks["floor"])
-    raw = {
-        "floor": "forward passes over the same batches, their graphs alive: weights and activations"
-    }
-    return [
-        result(
-            f"memory/{kept}",
-            (median(peaks[kept]) - floor) / weights,
-            BARS[kept],
-            False,
-            "bytes a weight",
-            {**raw, "peak_bytes": peaks[kept], "floor_bytes": peaks["floor"], "weights": weights},
-        )
-        for kept in KEPT
-    ]
+    weights = sum(prod(shape) for shape in shapes_of(settings.model).values())
+    floor = "forward passes over the same batches, their graphs alive: weights and activations"
+    common = {"floor": floor, "floor_bytes": peaks["floor"], "weights": weights}
+    results = []
+    for kept in KEPT:
+        each = (median(peaks[kept]) - median(peaks["floor"])) / weights
+        raw = {**common, "peak_bytes": peaks[kept]}
+        results.append(result(f"memory/{kept}", each, BARS[kept], False, "bytes a weight", raw))
+    return results
 
 
 def measure_mask_file(settings: Settings) -> list[Result]:

@@ -127,9 +127,8 @@ def write_mask(settings: Settings, density: float, by: str = "random") -> str:
     if by == "random":
         packed = random_bits(sizes, int(density * sum(sizes.values())), seed=0)
     else:
-        packed = dict(
-            select(lambda: ((n, p.detach().float()) for n, p in lm.named_parameters()), density)
-        )
+        named = lm.named_parameters
+        packed = dict(select(lambda: ((n, p.detach().float()) for n, p in named()), density))
     made_by = {"model": settings.model, "model_fingerprint": fingerprint(lm.named_parameters())}
     mask = WeightMask(packed, shapes, {**made_by, "score": by})
     return str(mask.save(Path(settings.scratch) / f"{by}-{density:g}.safetensors"))
@@ -158,17 +157,13 @@ def measure_masked_step(settings: Settings) -> list[Result]:
     }
     runs = alternate_warm(settings, sides)
     raw = {"step_seconds": step_seconds(runs), "objective": "GradDiff", "mask": "random"}
-    return [
-        result(
-            f"masked_step/density_{d:g}",
-            step_ratio(runs[f"{d:g}"], runs["dense"]),
-            bar,
-            False,
-            "x dense",
-            raw,
+    results = []
+    for density, bar in zip(masks, (1.0, 1.05), strict=True):
+        ratio = step_ratio(runs[f"{density:g}"], runs["dense"])
+        results.append(
+            result(f"masked_step/density_{density:g}", ratio, bar, False, "x dense", raw)
         )
-        for d, bar in zip(masks, (1.0, 1.05), strict=True)
-    ]
+    return results
 
 
 class Update(L.Callback):
@@ -224,17 +219,8 @@ def measure_precisions(settings: Settings) -> list[Result]:
             for name, (kind, precision, values) in PRECISIONS.items():
                 seen = Update()
                 steps = settings.rows // 2
-                unlearn(
-                    settings,
-                    kind,
-                    mask,
-                    [seen],
-                    2,
-                    lr,
-                    values,
-                    precision=precision,
-                    max_steps=steps,
-                )
+                own = {"precision": precision, "max_steps": steps}
+                unlearn(settings, kind, mask, [seen], 2, lr, values, **own)
                 updates[name] = seen.update
                 exact = updates["32-true"]
                 table[f"density {density:g}, lr {lr:g}, {name}"] = {
@@ -347,9 +333,8 @@ def padded_epochs(settings: Settings) -> dict[str, float]:
     lm = models.load_model(settings.model).train()
     optimizer = torch.optim.AdamW(lm.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
     files = (settings.forget, settings.retain)
-    pairs = list(
-        zip(*(padded_rows(settings, file, settings.baseline_rows) for file in files), strict=True)
-    )
+    sets = (padded_rows(settings, file, settings.baseline_rows) for file in files)
+    pairs = list(zip(*sets, strict=True))
     started = 0.0
     for number, pair in enumerate([pairs[0], *pairs]):
         with autocast():
