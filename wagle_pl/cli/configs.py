@@ -35,7 +35,8 @@ def expand(args: Sequence[str]) -> list[str]:
     comes first: read again it would undo what was built on it.
 
     ``${run.NAME}`` in a value stands for NAME in the ``run`` mapping of any of the files, or in
-    ``--run.NAME VALUE``; of a mapping there, for the entry of ``run.method``.
+    ``--run.NAME VALUE``; of a mapping there, for the entry of ``run.name``, of ``run.method``, or
+    ``default``.
 
     Raises:
         WagleError: if a file is missing, malformed or builds on itself, or a name has no value.
@@ -146,9 +147,14 @@ def _named(name: str, names: Mapping[str, Any]) -> Any:
         raise WagleError(f"run.{name} has no value", hint=f"{add}give --run.{name}")
     value = names[name]
     if isinstance(value, dict):
-        method = _named("method", names)
-        if method not in value:
-            raise WagleError(f"run.{name} has no value for the method {method}")
-        value = value[method]
+        for key in (names.get("name"), names.get("method"), "default"):
+            if key in value:
+                value = value[key]
+                break
+        else:
+            raise WagleError(
+                f"run.{name} has no value for the method {_named('method', names)}",
+                hint=f"it has values for {', '.join(map(str, value))}",
+            )
     others = {key: entry for key, entry in names.items() if key != name}  # never by itself
     return _filled(value, others)

@@ -1,0 +1,138 @@
+"""OpenUnlearning's models: each by its name, on a tiny model of its architecture with a template of its family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import transformers
+import yaml
+from helpers import LLAMA_3, QUIET
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from wagle_pl.cli.configs import expand
+
+SIZE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+GEMMA = """{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}<bos>\
+{% for m in messages %}{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' + m.content \
++ '<end_of_turn>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
+PHI = """{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
+SYSTEM = "You are a helpful assistant."
+#: Prompts of ``{question}``, from the tags in OpenUnlearning's configs/model; Llama 3's template adds the two dates.
+LLAMA = (
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+    f"Today Date: 10 Apr 2025\n\n{SYSTEM}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{{question}}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
+QWEN = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{{question}}<|im_end|>\n<|im_start|>assistant\n"
+FAMILIES = {
+    "Llama-3": ("Llama", LLAMA_3, LLAMA),
+    "Llama-2": ("Llama", None, "[INST] {question} [/INST]"),
+    "Qwen2.5": ("Qwen2", CHATML, QWEN),
+    "gemma": (
+        "Gemma",
+        GEMMA,
+        "<bos><start_of_turn>user\n{question}<end_of_turn>\n<start_of_turn>model\n",
+    ),
+    "Phi-3.5": (
+        "Phi3",
+        PHI,
+        f"<|system|>\n{SYSTEM}<|end|>\n<|user|>\n{{question}}<|end|>\n<|assistant|>\n",
+    ),
+}
+MODELS = {
+    "Llama-3.2-1B-Instruct": "meta-llama",
+    "Llama-3.2-3B-Instruct": "meta-llama",
+    "Llama-3.1-8B-Instruct": "meta-llama",
+    "Llama-2-7b-chat-hf": "meta-llama",
+    "Qwen2.5-1.5B-Instruct": "Qwen",
+    "Qwen2.5-3B-Instruct": "Qwen",
+    "Qwen2.5-7B-Instruct": "Qwen",
+    "gemma-7b-it": "google",
+    "Phi-3.5-mini-instruct": "microsoft",
+}
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory, tiny_model: str) -> Any:
+    """Folder of a tiny model of a family, made once."""
+    made: dict[str, str] = {}
+
+    def make(name: str) -> str:
+        kind, template, _ = FAMILIES[name]
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+            tokenizer.chat_template = template
+            special = {
+                "pad_token_id": tokenizer.pad_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+            }
+            config = getattr(transformers, f"{kind}Config")(
+                vocab_size=len(tokenizer), **special, **SIZE
+            )
+            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            made[name] = str(folder)
+        return made[name]
+
+    return make
+
+
+def given(*options: str) -> dict[str, Any]:
+    """What the configurations say of a run, one key a dotted path."""
+    found: dict[str, Any] = {}
+
+    def flatten(value: Any, path: str) -> None:
+        if not isinstance(value, dict):
+            found[path] = value
+            return
+        for key, entry in value.items():
+            flatten(entry, f"{path}.{key}".strip("."))
+
+    for layer in expand(options)[1::2]:
+        flatten(yaml.safe_load(layer), "")
+    return {key.replace(".init_args", ""): value for key, value in found.items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_name_stands_for(name: str) -> None:
+    chosen = ("--config", "model/open-unlearning", "--run.name", name)
+    run = given("--config", "tofu/unlearn_open-unlearning", "--config", "method/npo", *chosen)
+    assert run["model.model"] == f"open-unlearning/tofu_{name}_full"
+    assert run["data.batch_size"] * run["trainer.accumulate_grad_batches"] == 32
+    numbers = ("optimizer.lr", "optimizer.weight_decay", "trainer.max_epochs", "model.warmup")
+    assert [run[number] for number in numbers] == [1e-5, 0.01, 10, 0.1]
+    assert run["trainer.precision"] == "bf16-true" and run["model.mask"] is None
+    tuned = given("--config", "tofu/finetune_7b", *chosen)
+    assert tuned["model.model"] == f"{MODELS[name]}/{name}"
+    muse = ("--config", "muse/unlearn", "--config", "method/npo", *chosen)
+    target = "muse-bench/MUSE-Books_target"
+    books = given(*muse, "--run.target", target)
+    assert books["model.model"] == target and books["optimizer.lr"] == 1e-5
+    assert books["model.output"] == f"runs/muse/{name}/npo" and "data.system_prompt" not in books
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_step_on_its_architecture_and_its_prompt(
+    wagle: Any, family: Any, rows: dict[str, str], kind: str
+) -> None:
+    name = next(name for name in MODELS if name.startswith(kind))
+    configs = (
+        "--config tofu/unlearn_open-unlearning --config method/npo --config model/open-unlearning"
+    )
+    data = ("--data.forget", rows["forget"], "--data.retain", rows["retain"])
+    quick = "--trainer.max_steps 1 --trainer.precision 32-true --trainer.callbacks null --trainer.devices 1"
+    options = (f"--run.name {name} --model.model", family(kind), *data, QUIET, quick)
+    ran = wagle("fit", configs, *options, data=False)
+    assert ran.model.global_step == 1 and ran.model.prompts["prompt"] == FAMILIES[kind][2]
+    assert ran.model.objective.beta == 0.1
