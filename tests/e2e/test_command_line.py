@@ -34,7 +34,7 @@ MISTAKES = {
         "--model.objective GradDiff --model.objective.gamma 1": "(option model.objective.gamma): SimNPO has it",
         "--optimizer adamw": "unknown class 'adamw' for optimizer: did you mean AdamW?",
         "--trainer.logger CSVLoger": "for trainer.logger: did you mean CSVLogger?",
-        "--model.objective NPOX": "unknown objective 'NPOX'; choose one of CEU, DPO",
+        "--model.objective NPOX": "unknown objective 'NPOX'; choose one of AltPO, CEU, DPO",
         "--model.objective npox": "or a class path: did you mean NPO?",
         "--data TOFU": "unknown class 'TOFU' for data: choose one of CopyrightDataModule, ",
         "--data json.JSONDecoder": "json.JSONDecoder is no LightningDataModule (option data)",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import write_rows
 from safetensors.torch import load_file
 
 from wagle_pl.core.registry import describe
@@ -48,7 +50,8 @@ def recorded() -> dict[str, Any]:
     return read_record("out")["lineage"][-1]
 
 
-OBJECTIVES = [name for name in o.__all__ if name not in ("Answers", "Objective", "Streams", "RMU")]
+OTHERS = ("Answers", "AltPO", "Objective", "PDU", "Streams", "RMU")
+OBJECTIVES = [name for name in o.__all__ if name not in OTHERS]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -96,6 +99,21 @@ def test_rmu_moves_the_matrices_near_its_block_alone(
     assert "bit-identical" in recorded()["verified"]
 
 
+def test_altpo_prefers_the_alternates(
+    wagle: Any, fails: Any, options: Any, rows: dict[str, str], tiny_model: str
+) -> None:
+    line = fails(*options("AltPO"))
+    assert "has no 'alternate': this objective needs another answer" in line
+    forget = [json.loads(row) for row in Path(rows["forget"]).read_text().splitlines()]
+    given = write_rows(Path("rows.jsonl"), [{**row, "alternate": "Nobody."} for row in forget])
+    done = wagle(*options("AltPO", "--data.forget", given, "--trainer.max_steps 8"))
+    assert moved(tiny_model)
+    batch = next(iter(done.datamodule.stream_loader("alternate")))["alternate"]
+    text = done.model.tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True)
+    assert text.strip().endswith("Nobody.")
+    assert done.trainer.logged_metrics["train/forget_loss"] < 2 / 0.1 * math.log(2)
+
+
 def test_mistakes_end_in_one_line(
     fails: Any, options: Any, tmp_path: Path, rows: dict[str, str]
 ) -> None:
@@ -108,7 +126,7 @@ def test_mistakes_end_in_one_line(
     )
     assert "matches no parameter" in message("RMU", layer=1, trainable="experts")
     unknown = message("npoo")
-    assert "unknown objective 'npoo'; choose one of CEU, DPO, FineTune" in unknown
+    assert "unknown objective 'npoo'; choose one of AltPO, CEU, DPO" in unknown
     assert "WGA" in unknown
     assert "choose one of HiddenMSE, KL, NLL, NONE" in message("NPO", retain="x")
     assert "model.top_k must be at least 1" in message("NPO", "--model.top_k", "0")

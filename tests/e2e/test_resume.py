@@ -47,6 +47,8 @@ MODULES = {
     "finetune": "FinetuneModule",
     "npo": "UnlearnModule --model.objective NPO",
     "po": "UnlearnModule --model.objective PO",
+    "pdu": "UnlearnModule --model.objective PDU --model.objective.epsilon 5.5 "
+    "--model.objective.dual_warmup 0",
 }
 
 
@@ -66,7 +68,15 @@ KEEP = (
 
 @pytest.mark.parametrize(
     ("kind", "accumulate", "killed_after"),
-    [("finetune", 1, 3), ("npo", 1, 1), ("npo", 1, 4), ("npo", 1, 9), ("npo", 2, 5), ("po", 1, 6)],
+    [
+        ("finetune", 1, 3),
+        ("npo", 1, 1),
+        ("npo", 1, 4),
+        ("npo", 1, 9),
+        ("npo", 2, 5),
+        ("po", 1, 6),
+        ("pdu", 2, 7),
+    ],
 )
 def test_a_killed_run_continues_to_the_same_bits(
     wagle, tiny_model, tmp_path, kind, accumulate, killed_after

@@ -349,7 +349,7 @@ def refused(capsys, *args):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"objectives": ["NPQ"]}, "unknown objective 'NPQ'; choose one of CEU, DPO"),
+        ({"objectives": ["NPQ"]}, "unknown objective 'NPQ'; choose one of AltPO, CEU, DPO"),
         ({"objectives": []}, "objectives is an empty list"),
         ({"masks": ["wagel"]}, "unknown mask 'wagel'; choose one of dense, lora, Curvature"),
         ({"masks": []}, "masks is an empty list"),

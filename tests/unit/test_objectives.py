@@ -28,7 +28,7 @@ from wagle_pl.objectives.objective import Schedule, as_schedule
 from wagle_pl.objectives.references import TopK
 from wagle_pl.objectives.retain import RetainTerm
 
-STREAMS = ("forget", "refusal", "retain")
+STREAMS = ("forget", "refusal", "retain", "alternate")
 LAYER = 1
 EPOCH = 3
 
@@ -190,7 +190,13 @@ def npo(change: Tensor, beta: float) -> Tensor:
     return -2 / beta * log_sigmoid(-beta * change)
 
 
-#: (objective, its forget term of (forget row, refusal row), its retain term).
+def margin(row: Row) -> Tensor:
+    """The square of the largest logit less the mean one, as the mean over tokens."""
+    chosen = [row.logits[t] for t in positions(row)]
+    return mean([(max(logits) - sum(logits) / len(logits)) ** 2 for logits in chosen])
+
+
+#: (objective, its forget term of (forget row, refusal or alternate), its retain term).
 CASES: dict[str, tuple[Objective, Any, Any]] = {
     "GradDiff": (o.GradDiff(retain_weight=0.5), lambda f, r: -nll(f), nll),
     "GradAscent": (o.GradAscent(), lambda f, r: -nll(f), None),
@@ -209,6 +215,12 @@ CASES: dict[str, tuple[Objective, Any, Any]] = {
         lambda f, r: npo((total(f) - f.reference) - (total(r) - r.reference), 0.1),
         nll,
     ),
+    "AltPO": (
+        o.AltPO(0.2),
+        lambda f, a: npo((total(f) - f.reference) - (total(a) - a.reference), 0.2),
+        nll,
+    ),
+    "PDU": (o.PDU(0.5, retain_weight=3.0), lambda f, r: margin(f), nll),
     "KL": (o.KL(), lambda f, r: -kl(f), nll),
     "UNDIAL": (o.UNDIAL(3.0), lambda f, r: undial(f, 3.0), nll),
     "CEU": (o.CEU(1), lambda f, r: ceu(f, 1), nll),
@@ -233,7 +245,8 @@ def oracle(name: str, data: Data) -> tuple[Tensor, Tensor]:
     objective, forget, retain = CASES[name]
     forget_term = retain_term = torch.zeros((), dtype=torch.float64)
     for i in range(len(data["forget"]["row"])):
-        f, r, kept = (Row(**{key: t[i] for key, t in data[s].items()}) for s in STREAMS)
+        read = ("forget", (objective.forget_streams or STREAMS)[-1], "retain")
+        f, r, kept = (Row(**{key: t[i] for key, t in data[s].items()}) for s in read)
         if forget is not None:
             forget_term = forget_term + f.weight * forget(f, r)
         if retain is not None:
@@ -319,6 +332,22 @@ def test_l1_counts_the_weights_that_may_move_once_a_step() -> None:
     expected = 0.05 * torch.linspace(-1, 2, 7).abs().sum()
     torch.testing.assert_close(losses["penalty"], expected)
     torch.testing.assert_close(losses["loss"], losses["retain_loss"] + expected)
+
+
+def test_the_dual_weight_of_pdu_follows_the_violation() -> None:
+    """λ ← max(0, λ + η (ℓ_r − ε)) after its warm-up; its state goes on in another object."""
+    objective, dual, data = o.PDU(2.0, dual_step=0.5, dual_warmup=1), 1.0, random_data(3, 5, 7)
+    for epoch, retain in ((0, 9.0), (1, 3.0), (1, 2.5), (2, 0.1), (2, -5.0), (3, 2.2)):
+        losses = objective(streams(data))
+        torch.testing.assert_close(
+            losses["loss"], losses["forget_loss"] + dual * losses["retain_loss"]
+        )
+        assert losses["dual"].item() == pytest.approx(dual)
+        objective.after_step({"retain_loss": retain}, epoch)
+        dual = dual if epoch < 1 else max(0.0, dual + 0.5 * (retain - 2.0))
+    other = o.PDU(2.0)
+    other.load_state_dict(objective.state_dict())
+    assert other.dual == objective.dual == pytest.approx(dual)
 
 
 def test_random_labels_depend_on_seed_row_and_epoch_alone() -> None:
@@ -435,6 +464,9 @@ def test_terms_say_what_they_need() -> None:
         (lambda: o.RMU(steering=0), "objective.steering must be above 0"),
         (lambda: o.RMU(trainable="("), "not a regular expression"),
         (lambda: o.CEU(skip_first=-1), "objective.skip_first must be 0 or more"),
+        (lambda: o.PDU(0.0), "objective.epsilon must be above 0, got 0"),
+        (lambda: o.PDU(1.0, retain="none"), "objective.retain_weight is where the dual weight"),
+        (lambda: o.PDU(1.0, retain_weight="linear:0->1"), "give a number above 0"),
         (lambda: o.FineTune(retain="none"), "neither a forget nor a retain term"),
         (
             lambda: o.NPO(retain="klx"),
@@ -468,11 +500,11 @@ def test_a_batch_is_freed_without_the_garbage_collector() -> None:
         gc.enable()
 
 
-@pytest.mark.parametrize("name", ["KL", "UNDIAL", "CEU", "retain kl"])
+@pytest.mark.parametrize("name", ["KL", "UNDIAL", "CEU", "PDU", "retain kl"])
 @pytest.mark.parametrize("top_k", [None, 2, 5, 8])
 def test_tokens_that_cannot_be_change_nothing(name: str, top_k: int | None) -> None:
     """A vocabulary padded with logits of -inf gives the loss and the gradient of it without."""
-    objective = o.GradDiff(retain="kl") if name == "retain kl" else getattr(o, name)()
+    objective = o.GradDiff(retain="kl") if name == "retain kl" else CASES[name][0]
     stream = "retain" if name == "retain kl" else "forget"
     term = objective.retain_loss if name == "retain kl" else objective.forget_loss
 

@@ -18,7 +18,7 @@ Kind = Literal["answered", "choices", "text", "prompt", "tokens"]
 IGNORE = -100  # the label transformers and torch.nn.functional.cross_entropy leave out
 
 #: Columns of texts, and of lists of texts; any row may have the optional ones.
-OPTIONAL_TEXTS = ("context", "paraphrased_question", "paraphrased_answer")
+OPTIONAL_TEXTS = ("context", "paraphrased_question", "paraphrased_answer", "alternate")
 TEXTS = ("question", "answer", "prompt", "response", "text", *OPTIONAL_TEXTS)
 LISTS = ("choices", "perturbed_answer")
 
@@ -43,6 +43,7 @@ class Example:
     context: str = ""  # text before the question, e.g. worked examples
     paraphrased_question: str = ""
     paraphrased_answer: str = ""
+    alternate: str = ""  # an answer to prefer to the row's own (AltPO)
     perturbed_answers: Sequence[str] = ()  # wrong answers of the same form
     subject: str = ""  # of the question, e.g. ``world_religions`` (MMLU)
     continuation: bool = False  # the answer continues the prompt, without a template
@@ -183,7 +184,8 @@ def _joined(messages: Sequence[Mapping[str, str]]) -> str:
 #: are tried, and what makes an example's fields of them. ``label`` is the index of the right one of
 #: ``choices``; a whole number in ``answer`` will do. A number, a truth value or a date where a text
 #: belongs is taken as its text. Any row may add ``context``, ``subject``, ``continuation``,
-#: ``partial``, ``paraphrased_question``, ``paraphrased_answer`` and ``perturbed_answer`` (a list).
+#: ``partial``, ``paraphrased_question``, ``paraphrased_answer``, ``alternate`` and
+#: ``perturbed_answer`` (a list).
 KINDS: dict[tuple[str, ...], Callable[[Row], dict[str, Any]]] = {
     ("input_ids", "labels"): _tokens,
     ("messages",): _conversation,

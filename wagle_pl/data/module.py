@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 #: Streams made from another stream's rows: name -> the stream whose rows (and draws) they use.
-ALIGNED = {"refusal": "forget"}
+ALIGNED = {"refusal": "forget", "alternate": "forget"}
 REFUSALS = Path(__file__).parent / "refusals.txt"
 
 
@@ -53,10 +53,10 @@ class ForgetRetainDataModule(L.LightningDataModule):
 
     A training batch is a dict of streams, by default ``{"forget": {...}, "retain": {...}}``; the
     LightningModule names those it wants by :meth:`serve`: ``forget``, ``retain``, ``all`` (both,
-    for fine-tuning), ``holdout``, and ``refusal`` (the forget rows of the same batch with a refusal
-    as answer). Each stream holds ``input_ids``, ``attention_mask``, ``labels`` (int64, rows ×
-    longest row), ``weight`` (float, rows; see :mod:`wagle_pl.data.batches`), ``row`` (int64, index
-    in its set) and ``occurrence``.
+    for fine-tuning), ``holdout``, ``refusal`` (the forget rows of the same batch with a refusal as
+    answer), and ``alternate`` (with the answer in their column ``alternate``). Each stream holds
+    ``input_ids``, ``attention_mask``, ``labels`` (int64, rows × longest row), ``weight`` (float,
+    rows; see :mod:`wagle_pl.data.batches`), ``row`` (int64, index in its set) and ``occurrence``.
 
     To bring rows of another source, override :meth:`train_rows`, and :meth:`test_rows` for test
     sets of your own.
@@ -420,6 +420,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
             if stream == "refusal":
                 epoch = 0 if stream in self.repeatable else draw.epoch
                 encoded = [self._encode(name, row, self._refusal(row, epoch)) for row in rows]
+            elif stream == "alternate":
+                encoded = [self._encode(name, row, self._alternate(row)) for row in rows]
             else:
                 encoded = [self.tokens(name)[row] for row in rows]
             columns = {"weight": weights, "row": rows, "occurrence": occurrences}
@@ -430,3 +432,11 @@ class ForgetRetainDataModule(L.LightningDataModule):
     def _refusal(self, row: int, epoch: int) -> str:
         digest = hashlib.sha256(f"{self.seed} {epoch} {row}".encode()).digest()
         return self.refusals[int.from_bytes(digest[:8], "big") % len(self.refusals)]
+
+    def _alternate(self, row: int) -> str:
+        if not (answer := self.examples("forget")[row].alternate):
+            raise WagleError(
+                f"{self.place('forget')} row {row + 1} has no 'alternate': this objective needs "
+                "another answer there in every row"
+            )
+        return answer

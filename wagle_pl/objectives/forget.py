@@ -23,6 +23,7 @@ log-probability of a whole answer now minus that at θ₀.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Union
 
@@ -33,7 +34,7 @@ from torch import Tensor
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.seeds import stable_seed
 from wagle_pl.lm.layers import blocks, check_layer
-from wagle_pl.objectives.objective import Objective, Weight, as_schedule, positive
+from wagle_pl.objectives.objective import Objective, Schedule, Weight, as_schedule, positive
 from wagle_pl.objectives.retain import RetainTerm, cross_entropy, kl_from_theta0
 from wagle_pl.objectives.streams import Answers, Streams
 
@@ -46,10 +47,12 @@ __all__ = [
     "DPO",
     "KL",
     "NPO",
+    "PDU",
     "PO",
     "RMU",
     "UNDIAL",
     "WGA",
+    "AltPO",
     "Answers",
     "FineTune",
     "GradAscent",
@@ -213,8 +216,18 @@ class DPO(Objective):
     beta: float = positive(0.1)
 
     def forget_loss(self, at: Streams) -> Tensor:
-        refusal, answer = (at[s].logprob - at[s].reference for s in ("refusal", "forget"))
-        return -2 / self.beta * F.logsigmoid(self.beta * (refusal - answer))
+        answer, preferred = (at[s].logprob - at[s].reference for s in self.forget_streams)
+        return -2 / self.beta * F.logsigmoid(self.beta * (preferred - answer))
+
+
+class AltPO(DPO):
+    """DPO of an answer of the row's own over the one to forget (arXiv 2409.13474).
+
+    ℓ_f = −(2/β) log σ(β (Δ_a − Δ_y)), a the text in the column ``alternate``: the paper has the
+    target model write a wrong but plausible one, five times (a row each).
+    """
+
+    forget_streams = references = ("forget", "alternate")
 
 
 # -- targets for the predictions -------------------------------------------------------------------
@@ -313,6 +326,59 @@ class RandomLabel(Objective):
 def _generator(*key: int) -> torch.Generator:
     """A generator that depends on the key alone: the same draws on any device, in any batch."""
     return torch.Generator().manual_seed(stable_seed(*key))
+
+
+@dataclass
+class PDU(Objective):
+    """Flat predictions while a bound holds on the retain loss (arXiv 2506.05314): primal-dual.
+
+    Minimise ℓ_f = (1/|y|) Σ_t (max_v z_t(v) − (1/V) Σ_v z_t(v))², z the logits, subject to ℓ_r ≤ ε:
+    a step descends ℓ_f + λ ℓ_r, and then λ ← max(0, λ + η (ℓ_r − ε)), ℓ_r over the global batch.
+    λ begins as ``retain_weight``; ℓ_f is of the size of squared logits, so OpenUnlearning's runs
+    begin at 50 to 100. (Its code takes the logits one position further, and steps λ for each
+    micro-batch.)
+
+    Args:
+        epsilon: ε > 0, somewhat more than the retain loss at θ₀ (0.3 in OpenUnlearning's runs on
+            TOFU).
+        dual_step: η > 0.
+        dual_warmup: epochs in which λ stays as it is.
+    """
+
+    epsilon: float = field(metadata={"positive": True})
+    dual_step: float = positive(1.0)
+    dual_warmup: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.retain_weight, (str, Schedule)) or not self.retain_weight > 0:
+            raise WagleError(
+                "is where the dual weight begins: give a number above 0, and a retain term",
+                option="objective.retain_weight",
+            )
+        self.dual = float(self.retain_weight)
+
+    def forget_loss(self, at: Streams) -> Tensor:
+        answers = at["forget"]
+        logits = answers.predictions
+        never = logits == -torch.inf  # padding of a vocabulary
+        mean = logits.masked_fill(never, 0.0).sum(-1) / (~never).sum(-1)
+        return answers.mean_tokens((logits.amax(-1) - mean).square())
+
+    def __call__(self, at: Streams) -> dict[str, Tensor]:
+        self._retain_schedule = as_schedule(self.dual, "objective.retain_weight")
+        return super().__call__(at) | {"dual": torch.tensor(self.dual)}
+
+    def after_step(self, losses: Mapping[str, float], epoch: int) -> None:
+        if epoch >= self.dual_warmup:
+            violation = losses["retain_loss"] - self.epsilon
+            self.dual = max(0.0, self.dual + self.dual_step * violation)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"dual": self.dual}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.dual = state.get("dual", self.dual)
 
 
 # -- hidden states ---------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional, Union
 
@@ -109,7 +110,8 @@ class Objective(ABC):
         WagleError: if an option has no meaning.
     """
 
-    #: Streams that the forget term reads: ``forget``, or ``refusal`` (the same rows, refused).
+    #: Streams that the forget term reads: ``forget``; or the same rows with another answer,
+    #: ``refusal`` or ``alternate``.
     forget_streams: ClassVar[tuple[str, ...]] = ("forget",)
     #: Streams whose summed log-probabilities at θ₀ the forget term needs.
     references: ClassVar[tuple[str, ...]] = ()
@@ -205,3 +207,15 @@ class Objective(ABC):
             parts["penalty"] = penalty
             terms.append(penalty)
         return {"loss": sum(terms), **parts}
+
+    # -- an objective that changes during a run ----------------------------------------------------
+
+    def after_step(self, losses: Mapping[str, float], epoch: int) -> None:  # noqa: B027
+        """Look at the losses of a step, averaged over the global batch; the same on all ranks."""
+
+    def state_dict(self) -> dict[str, float]:
+        """What :meth:`after_step` has changed, for checkpoints."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:  # noqa: B027
+        """Take it back."""

@@ -286,9 +286,16 @@ class FinetuneModule(LanguageModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Stop before a step that would spoil the weights."""
-        step, self._step = self._step, []
         gradients = {} if self._scaler is not None else dict(self.selected.gradients())
-        check_step(step, gradients, self.global_step)
+        check_step(self._step, gradients, self.global_step)
+        each = self.trainer.accumulate_grad_batches if is_zero(self.trainer.strategy) else 1
+        if each > 1 and len(self._step) % each:  # DeepSpeed accumulates: this is no step
+            return
+        step, self._step = self._step, []
+        self.end_step([batch.losses for batch in step])
+
+    def end_step(self, losses: list[dict[str, Tensor]]) -> None:
+        """Look at the losses of a step, one dict a micro-batch of this rank. Called on all ranks."""
 
     def configure_gradient_clipping(
         self,

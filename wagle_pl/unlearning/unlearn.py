@@ -10,6 +10,7 @@ from typing import Any, Literal, Optional, Union
 import torch
 from torch import Tensor
 
+from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.registry import describe, resolve
 from wagle_pl.data.template import differing_prompts
@@ -226,12 +227,22 @@ class UnlearnModule(FinetuneModule):
         """The objective's losses."""
         return self.objective(at)
 
+    def end_step(self, losses: list[dict[str, Tensor]]) -> None:
+        """Tell the objective, if it wants to know, the losses over the global batch. Collective."""
+        if type(self.objective).after_step is Objective.after_step:
+            return
+        means = {name: torch.stack([part[name] for part in losses]).mean() for name in losses[0]}
+        ranks = distributed.world_size()
+        means = {name: distributed.all_reduce_sum(v).item() / ranks for name, v in means.items()}
+        self.objective.after_step(means, self.current_epoch)
+
     # -- checkpoints -------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the references: a resumed run no longer has θ₀ to compute them from."""
+        """Keep the references, which need θ₀, and the state of the objective."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["references"] = self._references.state_dict()
+        checkpoint["objective"] = self.objective.state_dict()
         if self.mask is not None:
             checkpoint["mask"] = {"digest": self.mask.digest(), **self.restriction._asdict()}
 
@@ -255,6 +266,7 @@ class UnlearnModule(FinetuneModule):
             )
         super().on_load_checkpoint(checkpoint)
         self._references.load_state_dict(checkpoint.get("references", {}))
+        self.objective.load_state_dict(checkpoint.get("objective", {}))
 
     # -- the guarantee, and the result -------------------------------------------------------------
 
