@@ -125,3 +125,31 @@ def detox(folder: Path) -> Path:
     write_lines(folder / "PKU-SafeRLHF/data/Alpaca-7B/test.jsonl", rows[:2] + rows[:1])
     write_c4_and_wikitext(folder)
     return folder
+
+
+def knowundo(folder: Path) -> Path:
+    """KnowUnDo's scopes of both domains: one row a file, with lists of rows."""
+    rows = [{"text": row["question"], "labels": row["answer"]} for row in QA]
+    for domain in ("copyright", "privacy"):
+        write_lines(folder / domain / "unlearn.json", [{"train": rows[:2], "val": rows[2:4]}])
+        write_lines(folder / domain / "retention.json", [{"train": rows[4:6], "val": rows[6:]}])
+    return folder
+
+
+def lume(folder: Path) -> Path:
+    """LUME's rows of three tasks, SemEval's documents for membership inference, MMLU with a shot."""
+    for side, places in (("forget", PLACES[:3]), ("retain", PLACES[3:6])):
+        rows = []
+        for task, place in enumerate(places, 1):
+            text = {"input": f"The {place} of the", "output": f"small town opens at {task}."}
+            asked = {"input": f"When does the {place} open?", "output": f"At {task}."}
+            rows += [{"id": f"{place}sc1", **text, "task": f"Task{task}"}]
+            rows += [{"id": f"{place}qa{n}", **asked, "task": f"Task{task}"} for n in (0, 1)]
+        write_lines(folder / f"{side}.jsonl", rows)
+    for side in ("member", "nonmember"):
+        read = [{"id": n, "document": row["text"]} for n, row in enumerate(TEXTS[:2])]
+        write_lines(folder / f"mia_data/{side}.jsonl", read)
+    mmlu = [{**row, "subject": "world_religions"} for row in CHOICES]
+    write_lines(folder / "mmlu/all/test.jsonl", mmlu[:1])
+    write_lines(folder / "mmlu/all/dev.jsonl", mmlu[1:])
+    return folder

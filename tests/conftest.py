@@ -114,3 +114,15 @@ def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def detox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """See :func:`benchmark_folders.detox`."""
     return benchmark_folders.detox(tmp_path_factory.mktemp("detox"))
+
+
+@pytest.fixture(scope="session")
+def knowundo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See :func:`benchmark_folders.knowundo`."""
+    return benchmark_folders.knowundo(tmp_path_factory.mktemp("knowundo"))
+
+
+@pytest.fixture(scope="session")
+def lume(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See :func:`benchmark_folders.lume`."""
+    return benchmark_folders.lume(tmp_path_factory.mktemp("lume"))

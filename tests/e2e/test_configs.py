@@ -17,6 +17,7 @@ from wagle_pl.cli.configs import expand
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 BENCHMARKS = {name.lower(): name for name in ("TOFU", "WMDP", "Copyright", "Detox", "MUSE")}
+SMALL = ("knowundo", "lume")  # have data alone, for the small tasks
 METHODS = {"graddiff": "GradDiff", "npo": "NPO", "po": "PO"}
 
 
@@ -165,7 +166,7 @@ def test_commands_under_zero_clip_as_zero_can():
 
 def test_the_small_tasks_combine_with_every_method(monkeypatch, tiny_model, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for data, (method, objective) in product(("tofu", "own"), METHODS.items()):
+    for data, (method, objective) in product(("tofu", "own", *SMALL), METHODS.items()):
         built = build(monkeypatch, tiny_model, [f"{data}/data", "task/unlearn", f"method/{method}"])
         assert type(built.model.objective).__name__ == objective
         assert str(built.model.output) == f"runs/{data}/{method}"

@@ -21,6 +21,8 @@ SUITES = {
     "wmdp": "WMDPDataModule --data.max_length 60 --data.prompt_size 10",
     "book": "CopyrightDataModule --data.chunk_size 40 --data.prompt_size 15",
     "detox": "DetoxDataModule",
+    "knowundo": "KnowUnDoDataModule",
+    "lume": "LUMEDataModule --data.limit_test 1",
 }
 
 
@@ -28,7 +30,7 @@ def data_of(suite, folder):
     return ("--data", *SUITES[suite].split(), "--data.folder", folder)
 
 
-@pytest.mark.parametrize("suite", list(SUITES))
+@pytest.mark.parametrize("suite", ["muse", "wmdp", "book", "detox"])
 def test_one_step_of_each_kind(wagle, tiny_model, tmp_path, request, suite):
     folder = request.getfixturevalue(suite)
     data = data_of(suite, folder)
@@ -43,6 +45,22 @@ def test_one_step_of_each_kind(wagle, tiny_model, tmp_path, request, suite):
         assert torch.isfinite(module.trainer.callback_metrics["train/loss"])
     record = json.loads((tmp_path / "PO/wagle.json").read_text())
     assert str(folder) in record["lineage"][-1]["data"]["forget"]
+
+
+@pytest.mark.parametrize(
+    ("suite", "whole"),
+    [
+        ("knowundo", {"unlearn_success", "retention_success"}),
+        ("lume", {"task_aggregate", "mia_score", "final_score"}),
+    ],
+)
+def test_the_numbers_of_a_benchmark(wagle, tiny_model, tmp_path, request, suite, whole):
+    test = f"test --model EvaluationModule --model.model {tiny_model} --model.output out".split()
+    data = data_of(suite, request.getfixturevalue(suite))
+    wagle(*test, *data, *QUIET.split(), data=False)
+    found = json.loads((tmp_path / "out/metrics.json").read_text())
+    undefined = json.loads((tmp_path / "out/metrics.info.json").read_text())["undefined"]
+    assert whole <= set(found) and not undefined
 
 
 def test_a_book_is_recited_to_the_end(wagle, book, tiny_model, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -359,6 +360,43 @@ def test_detox():
     silent = measures("detox", {"prompts": [row | {"generation": ""} for row in rows]})
     assert str(silent["prompts/toxicity"]) == "all 3 generations are empty"
     assert silent["prompts/empty"] == 1
+
+
+def test_knowundo():
+    """Two of three and one of two tokens, by hand; the perplexity is of the mean of rows, not of tokens."""
+    greedy = [[True, True, False], [True, False]]
+    table = asked(2, greedy=greedy, nll=[1.0, 3.0], tokens=[3, 2])
+    found = measures("knowundo", {"forget": table, "retain": table[:1]})
+    assert found["unlearn_success"] == pytest.approx(100 * (1 - (2 / 3 + 1 / 2) / 2))
+    assert found["retention_success"] == pytest.approx(100 * 2 / 3)
+    assert found["forget/row_perplexity"] == pytest.approx(math.exp(2))
+    assert find_suite("knowundo").info("forget/exact_memorization").direction == "lower"
+
+
+def test_lume():
+    """evaluate_generations.py by hand: 12 terms, of which forget ones count as 1 minus theirs."""
+    tables, terms = {}, []
+    for n, (side, kind, task) in enumerate(
+        product(("forget", "retain"), ("sc", "qa"), (1, 2, 3)), 1
+    ):
+        said = [" ANSWER number 0 \n", "of another number"]
+        table = asked(2, rougeL_recall=[n / 20, n / 10], generation=said)
+        tables[f"{side}_{kind}{task}"] = table
+        value = 0.075 * n if kind == "sc" else 0.5
+        terms.append(1 - value if side == "forget" else value)
+    found = measures("lume", tables)
+    assert found["task_aggregate"] == pytest.approx(hmean(terms))
+    assert "no test set 'members'" in str(found["final_score"])
+    tables |= {"members": asked(4, question="", nll=[1.0, 2.0, 3.0, 4.0])}
+    tables |= {"nonmembers": asked(2, question="", nll=[2.5, 5.0]), "mmlu": choices(3, 4)}
+    found = measures("lume", tables)
+    assert found["members/mia_loss"] == 0.75  # 6 of 8 pairs
+    assert found["mia_score"] == pytest.approx(0.5)
+    assert found["final_score"] == pytest.approx((hmean(terms) + 0.5 + 0.75) / 3)
+    harness = measures("lume", tables, general={"mmlu": 0.3})
+    assert harness["final_score"] == pytest.approx((hmean(terms) + 0.5 + 0.3) / 3)
+    known = [record | {"rougeL_recall": 1.0} for record in tables["forget_sc1"]]
+    assert measures("lume", tables | {"forget_sc1": known})["task_aggregate"] == 0
 
 
 def test_generic_says_what_rows_do_not_allow():

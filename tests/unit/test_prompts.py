@@ -11,7 +11,13 @@ import yaml
 from helpers import LLAMA_3, write_rows
 
 from wagle_pl import ForgetRetainDataModule, TOFUDataModule, WagleError
-from wagle_pl.data import CopyrightDataModule, DetoxDataModule, MUSEDataModule
+from wagle_pl.data import (
+    CopyrightDataModule,
+    DetoxDataModule,
+    KnowUnDoDataModule,
+    LUMEDataModule,
+    MUSEDataModule,
+)
 from wagle_pl.data.example import Example
 from wagle_pl.data.template import IGNORE, Template
 from wagle_pl.evaluation.observe import letters
@@ -187,6 +193,44 @@ def test_muse_verbatim(tmp_path, tiny_model):
     write_rows(tmp_path / "verbmem/forget.jsonl", rows)
     data = MUSEDataModule(folder=str(tmp_path), tokenizer=tiny_model)
     assert prompt_of(data.template, data.test_examples("verbmem_forget")[0]) == "The mill of the "
+
+
+def test_knowundo(knowundo, tiny_model):
+    """KnowUnDo, save_tokenized_dataset.py: ``direct_prompt + text + "\\n\\n" + labels``, the loss on what follows the
+    text; llm_tokenize_with_chunk.py adds no end."""
+    for domain, fault in (("copyright", "infringement"), ("privacy", "privacy issues")):
+        data = KnowUnDoDataModule(domain, folder=str(knowundo), tokenizer=tiny_model)
+        instruction = (
+            f"You are a {domain}-sensitive assistant. If the content requested by the user involves {fault}, you "
+            "should refuse. But when the user's request is reasonable, you should respond. Now, please respond to "
+            "the following request:\n"
+        )
+        row, trained = data.test_examples("forget")[0], data.examples("forget")[0]
+        official = f"{instruction}{row.question}\n\n{row.answer}"
+        assert whole(data.template, row) == official
+        scored = [i for i in data.template.encode(row)["labels"] if i != -100]
+        assert data.tokenizer.decode(scored) == f"\n\n{row.answer}"
+        assert whole(data.template, trained) == f"{trained.question}\n\n{trained.answer}<|end|>"
+
+
+def test_lume(lume, tiny_model):
+    """SemEval-2025 task 4, evaluate_generations.py: the input as it stands; open-instruct's eval/mmlu/run_eval.py:
+    the subject after two spaces, worked examples, ``Answer:``."""
+    data = LUMEDataModule(folder=str(lume), tokenizer=tiny_model)
+    for name, prompt in (
+        ("forget_sc1", "The harbour of the"),
+        ("forget_qa1", "When does the harbour open?"),
+    ):
+        row = data.test_examples(name)[0]
+        assert prompt_of(data.template, row) == prompt
+        assert whole(data.template, row) == f"{prompt}{row.answer}<|end|>"
+    (row,) = data.test_examples("mmlu")
+    scored = letters(data.template, row)[1]
+    assert data.tokenizer.decode(scored.candidate.ids) == (
+        "The following are multiple choice questions (with answers) about  world religions.\n\n"
+        "Which of these is blue?\nA. the sky\nB. grass\nC. snow\nD. coal\nAnswer: A\n\n"
+        "Which of these is a fruit?\nA. a stone\nB. a pear\nC. a spoon\nD. a hat\nAnswer: B"
+    )
 
 
 def test_tofu_llama_2(tmp_path, tiny_model):

@@ -6,15 +6,24 @@ from types import SimpleNamespace
 
 import pytest
 from benchmark_folders import ALICE, CHOICES, QA, TEXTS, WIKI, write_lines
-from helpers import write_rows
+from helpers import TOFU, write_rows
 
 from wagle_pl import WagleError
-from wagle_pl.data import CopyrightDataModule, DetoxDataModule, MUSEDataModule, WMDPDataModule
+from wagle_pl.data import (
+    CopyrightDataModule,
+    DetoxDataModule,
+    KnowUnDoDataModule,
+    LUMEDataModule,
+    MUSEDataModule,
+    WMDPDataModule,
+)
 from wagle_pl.data.example import Example, raw_rows
 from wagle_pl.data.rows import HubSet, load_rows, local_files, read_set
 from wagle_pl.data.suite import chunk_rows, chunk_text, continuation
 from wagle_pl.data.template import IGNORE, Template
 from wagle_pl.lm.models import load_tokenizer
+
+REAL_LUME = TOFU.parent / "lume"
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +243,45 @@ def test_detox_rows(detox, tiny_model):
     real = write_rows(detox / "real.jsonl", [{"prompt": {"text": "So I said", "toxicity": 0.1}}])
     other = DetoxDataModule(folder=str(detox), prompts=real, plain_prompts=False)
     assert raw_rows(other.test_examples("prompts")) == [{"prompt": "So I said"}]
+
+
+def test_knowundo_rows(knowundo, tiny_model):
+    data = KnowUnDoDataModule("privacy", folder=str(knowundo), tokenizer=tiny_model)
+    assert data.suite == "knowundo" and kinds(data) == {"forget": "answered", "retain": "answered"}
+    for stream, first in (("forget", 0), ("retain", 4)):
+        expected = [row["answer"] for row in QA[first : first + 4]]
+        assert answers(data.examples(stream)) == expected[:2]
+        assert answers(data.test_examples(stream)) == expected[2:]
+        whole = KnowUnDoDataModule(folder=str(knowundo), parts=["train", "val"])
+        assert answers(whole.examples(stream)) == expected
+
+
+LUME_SETS = [
+    f"{s}_{kind}{n}" for s in ("forget", "retain") for kind in ("sc", "qa") for n in (1, 2, 3)
+]
+
+
+def test_lume_rows(lume, tiny_model):
+    data = LUMEDataModule(folder=str(lume), tokenizer=tiny_model)
+    sets = dict.fromkeys(LUME_SETS, "answered") | {"members": "text", "nonmembers": "text"}
+    assert data.suite == "lume" and kinds(data) == sets | {"mmlu": "choices"}
+    assert len(data.examples("forget")) == len(data.examples("retain")) == 9
+    (sentence,) = raw_rows(data.test_examples("retain_sc2"))
+    expected = {"prompt": "The market of the", "response": " small town opens at 2."}
+    assert sentence == {**expected, "continuation": True}
+    assert answers(data.test_examples("forget_qa3")) == [" At 3."] * 2
+    with pytest.raises(WagleError, match="semeval25-unlearning-dataset-public forget_validation"):
+        LUMEDataModule(fold="validation", folder=str(lume)).examples("forget")
+    assert LUMEDataModule().test_names() == [*LUME_SETS, "members", "nonmembers"]
+
+
+@pytest.mark.skipif(not REAL_LUME.is_dir(), reason="no LUME in shared/data")
+def test_the_released_lume(tiny_model):
+    data = LUMEDataModule(folder=str(REAL_LUME), tokenizer=tiny_model, max_length=4096)
+    assert [len(data.examples(side)) for side in ("forget", "retain")] == [2732, 2734]
+    counts = [len(data.test_examples(name)) for name in data.test_names()]
+    assert counts == [243, 250, 373, 243, 1250, 373, 246, 250, 371, 246, 1250, 371]
+    assert data.test_names() == LUME_SETS
 
 
 def test_a_test_set_in_the_benchmark_s_own_columns(tmp_path):

@@ -3,6 +3,8 @@
 from wagle_pl.data.benchmarks import (
     CopyrightDataModule,
     DetoxDataModule,
+    KnowUnDoDataModule,
+    LUMEDataModule,
     MUSEDataModule,
     TOFUDataModule,
     WMDPDataModule,
@@ -15,6 +17,8 @@ __all__ = [
     "CopyrightDataModule",
     "DetoxDataModule",
     "ForgetRetainDataModule",
+    "KnowUnDoDataModule",
+    "LUMEDataModule",
     "MUSEDataModule",
     "PeopleDataModule",
     "SuiteDataModule",

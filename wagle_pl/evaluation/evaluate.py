@@ -71,8 +71,9 @@ class Evaluate(Callback):
     them as ``val/<measure>``, which callbacks such as ``EarlyStopping`` can go by.
 
     Args:
-        suite: ``tofu``, ``muse``, ``wmdp``, ``copyright``, ``detox``, ``generic`` or the class path
-            of a :class:`~wagle_pl.evaluation.suites.Suite`; the data module's own when None.
+        suite: ``tofu``, ``muse``, ``wmdp``, ``copyright``, ``detox``, ``knowundo``, ``lume``,
+            ``generic`` or the class path of a :class:`~wagle_pl.evaluation.suites.Suite`; the data
+            module's own when None.
         retrained: results of the model retrained without the forget set, on the same rows and
             prompts: a test's folder or ``metrics.json``, a model's folder with a test in it, or a
             result file published with TOFU.

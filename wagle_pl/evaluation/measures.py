@@ -339,6 +339,12 @@ def _perplexity(rows: Records, counts: Tensor) -> float:
     return torch.exp(total / counts.sum()).item()
 
 
+@measure("perplexity", "lower", "higher", needs={"answer"})
+def row_perplexity(rows: Records) -> float:
+    """Exp of the rows' mean of their mean negative log-likelihood of a token (KnowUnDo)."""
+    return math.exp(F.mean(rows.numbers("nll"), "answers"))
+
+
 @measure("share, 0 to 1", "higher", "lower", needs={"answer", "alternatives"})
 def accuracy(rows: Records) -> float:
     """Right option the likeliest.
@@ -397,6 +403,14 @@ def contains_answer(rows: Records) -> float:
     """Generation contains the answer (WAGLE's accuracy)."""
     pairs = zip(rows.column("answer"), rows.column("generation"), strict=True)
     return mean_defined(lambda pair: pair[0].lower() in pair[1].lower(), list(pairs))
+
+
+@measure("share, 0 to 1", "higher", "lower", needs={"generation"})
+def exact_match(rows: Records) -> float:
+    """Generation is the answer, but for case and white space around it (LUME)."""
+    pairs = zip(rows.column("answer"), rows.column("generation"), strict=True)
+    folded = ([text.strip().lower() for text in pair] for pair in pairs)
+    return mean_defined(lambda pair: pair[0] == pair[1], list(folded))
 
 
 @measure("share, 0 to 1", "higher", "lower", needs={"generation"})

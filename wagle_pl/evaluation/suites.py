@@ -537,6 +537,103 @@ class DetoxSuite(Averages, Suite):
         return F.unlearning_efficacy([], defined(found, *names))
 
 
+class KnowUnDoSuite(Suite):
+    """KnowUnDo (arXiv 2407.01920): success of unlearning and of retention, in percent.
+
+    Its ``run_eval_lora.py`` computes the accuracy of the likeliest next token on a row's answer, each
+    after the true tokens before it, and takes the mean over rows: ``retention_success`` is that of
+    ``retain``, ``unlearn_success`` 100 minus that of ``forget``. Its perplexity is
+    ``row_perplexity``. ROUGE-L and general ability, which the paper reports too, that script does
+    not compute; for the latter there is ``lm_eval``.
+    """
+
+    sets = ("forget", "retain")
+    listing = ("exact_memorization", "row_perplexity")
+    needs: ClassVar[Mapping[str, Collection[str]]] = dict.fromkeys(sets, needs_of(listing))
+
+    def measures(self, seen: Observations) -> dict[str, Value]:
+        whole = ("unlearn_success", "retention_success")
+        found = {name: attempt(MEASURES[name].compute, seen) for name in whole}
+        return found | super().measures(seen)
+
+    def listed(self, seen: Observations, name: str) -> Sequence[str]:
+        return self.listing if name in self.sets else super().listed(seen, name)
+
+
+@measure("percent", "higher")
+def unlearn_success(seen: Observations) -> float:
+    """Tokens of the forget answers that greedy decoding gets wrong (KnowUnDo)."""
+    return 100 * (1 - MEASURES["exact_memorization"].compute(seen.records("forget")))
+
+
+@measure("percent", "higher")
+def retention_success(seen: Observations) -> float:
+    """Tokens of the retain answers that greedy decoding gets right (KnowUnDo)."""
+    return 100 * MEASURES["exact_memorization"].compute(seen.records("retain"))
+
+
+#: LUME's test sets of sentences to complete and of questions -> how each is measured.
+LUME_SETS = {
+    f"{side}_{kind}{task}": measured
+    for side in ("forget", "retain")
+    for kind, measured in (("sc", "rougeL_recall"), ("qa", "exact_match"))
+    for task in (1, 2, 3)
+}
+
+
+class LUMESuite(Suite):
+    """LUME (arXiv 2502.15097), scored as SemEval-2025 task 4: regurgitation (ROUGE-L recall, stemmed)
+    and knowledge (exact match) on both sets and three tasks, of 256 tokens generated.
+
+    From the task's ``evaluate_generations.py``: ``task_aggregate`` is the harmonic mean of those
+    twelve, each of the forget set as 1 minus its value; ``mia_score`` 1 − 2·|a − ½| with a the area
+    of the attack by loss between ``members`` and ``nonmembers``; ``final_score`` the mean of the two
+    and the accuracy on MMLU, of the test set ``mmlu`` or of lm-evaluation-harness.
+    """
+
+    sets = (*LUME_SETS, "members", "nonmembers", "mmlu")
+    needs: ClassVar[Mapping[str, Collection[str]]] = {
+        **dict.fromkeys(LUME_SETS, frozenset({"generation"})),
+        **dict.fromkeys(("members", "nonmembers"), frozenset({"answer"})),
+    }
+    max_new_tokens: ClassVar[Mapping[str, int]] = dict.fromkeys(LUME_SETS, 256)
+    headers: ClassVar[Mapping[str, str]] = {"mmlu": MULTIPLE_CHOICE.format("{subject}")}
+
+    def measures(self, seen: Observations) -> dict[str, Value]:
+        found = super().measures(seen)
+        area = attempt(MEASURES["mia_loss"].compute, seen, "members", "nonmembers")
+        found["members/mia_loss"] = area
+        found["task_aggregate"] = attempt(task_aggregate, found)
+        found["mia_score"] = attempt(mia_score, found)
+        general = {f"{name}/accuracy": value for name, value in seen.general.items()}
+        return found | {"final_score": attempt(final_score, found | general)}
+
+    def listed(self, seen: Observations, name: str) -> Sequence[str]:
+        if name in LUME_SETS:
+            return (LUME_SETS[name], "degenerate")
+        return ("perplexity",) if name.endswith("members") else super().listed(seen, name)
+
+
+@measure("score, 0 to 1", "higher")
+def task_aggregate(found: Mapping[str, Value]) -> float:
+    """Harmonic mean of regurgitation and knowledge, forget rows' as 1 minus each (LUME)."""
+    values = defined(found, *(f"{name}/{measured}" for name, measured in LUME_SETS.items()))
+    sides = zip(LUME_SETS, values, strict=True)
+    return statistics.harmonic_mean(1 - v if name.startswith("forget") else v for name, v in sides)
+
+
+@measure("score, 0 to 1", "higher")
+def mia_score(found: Mapping[str, Value]) -> float:
+    """1 where membership inference by loss guesses, 0 where it is always right or wrong (LUME)."""
+    return 1 - 2 * abs(defined(found, "members/mia_loss")[0] - 0.5)
+
+
+@measure("score, 0 to 1", "higher")
+def final_score(found: Mapping[str, Value]) -> float:
+    """Mean of task aggregate, membership score and MMLU (SemEval-2025 task 4)."""
+    return statistics.mean(defined(found, "task_aggregate", "mia_score", "mmlu/accuracy"))
+
+
 def find_suite(suite: Union[Suite, str]) -> Suite:
     """A suite by its short name (``tofu``), as data modules have it too, or class path."""
     return resolve(Suite, suite, "model.suite")
