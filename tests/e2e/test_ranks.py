@@ -290,10 +290,11 @@ ONE_PASS = "--trainer.max_epochs 1 --trainer.max_steps -1"
 
 
 def same_masks(left: Path, right: Path) -> bool:
-    """Whether two folders hold the same masks, bit for bit."""
+    """Whether two folders hold the same masks, bit for bit, for a model of one fingerprint."""
     names = sorted(path.name for path in left.glob("*.safetensors"))
     assert names == sorted(path.name for path in right.glob("*.safetensors")) and names
     masks = [(WeightMask.load(left / name), WeightMask.load(right / name)) for name in names]
+    assert len({m.metadata["model_fingerprint"] for pair in masks for m in pair}) == 1
     return all(torch.equal(a.packed(n), b.packed(n)) for a, b in masks for n in a)
 
 

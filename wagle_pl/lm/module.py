@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wagle_pl.core import distributed
 from wagle_pl.core.environment import half_precision_is_slow
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.weights import fingerprint, iter_gathered
+from wagle_pl.core.weights import fingerprint
 from wagle_pl.lm import models
 from wagle_pl.lm.models import vocabulary_size
 from wagle_pl.strategies import is_sharded, is_zero
@@ -141,7 +141,7 @@ class LanguageModule(L.LightningModule):
 
     def fingerprint(self) -> str:
         """Digest of the weights as they are now. Collective: all ranks must call it."""
-        return fingerprint(iter_gathered(self.lm.named_parameters()))
+        return fingerprint(self.lm.named_parameters())
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

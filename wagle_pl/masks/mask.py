@@ -196,6 +196,12 @@ class WeightMask:
         """The bool tensor of one parameter, in the parameter's shape."""
         return unpack_bits(self.packed(name), self.shapes[name])
 
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """(stop − start,) bool: consecutive bits of one parameter, flattened; only these are read."""
+        first = start // 8
+        bits = unpack_bits(self.packed(name)[first : (stop + 7) // 8], [stop - 8 * first])
+        return bits[start - 8 * first :]
+
     @property
     def names(self) -> list[str]:
         """Parameter names, in the model's parameter order."""

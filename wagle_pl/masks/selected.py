@@ -366,8 +366,9 @@ class SelectedWeights:
             tensor.changed()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole weights), one at a time, see :meth:`SelectedTensor.whole`."""
-        return ((name, tensor.whole()) for name, tensor in self.tensors.items())
+        """(name, dense tensor), the values written into it unless it is sharded."""
+        for name, tensor in self.tensors.items():
+            yield name, tensor.parameter if tensor.is_sharded else tensor.write()
 
     @contextmanager
     def at_theta0(self) -> Iterator[nn.Module]:

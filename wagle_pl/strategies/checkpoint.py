@@ -28,8 +28,8 @@ from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.files import atomic_path
 from wagle_pl.core.tensorfiles import write_tensors
-from wagle_pl.core.weights import assign, shapes_of
-from wagle_pl.strategies.internals import Fragment, share_of
+from wagle_pl.core.weights import assign, shapes_of, share_of
+from wagle_pl.strategies.internals import Fragment
 
 FORMAT = "wagle_pl.checkpoint"
 FORMAT_VERSION = 1

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
-from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
+from wagle_pl.core.weights import share_of
 
 
 class Fragment(NamedTuple):
@@ -59,22 +59,6 @@ def fragments(optimizer: Any, parameters: Iterable[tuple[str, nn.Parameter]]) ->
             flat = flats[mapping.param_group_index]
             found.append(Fragment(name, here.start, here.numel, flat, there.start))
     return found
-
-
-def share_of(parameter: nn.Parameter) -> tuple[int, Tensor]:
-    """(start, values) of this rank's share of a flattened parameter, padding left out.
-
-    Under ZeRO-3 the share that it holds, which no public call returns without gathering; otherwise
-    an equal cut of the whole.
-    """
-    rank = distributed.rank()
-    if hasattr(parameter, "ds_id"):
-        size, whole, here = parameter.partition_numel(), parameter.ds_numel, parameter.ds_tensor
-        start = min(rank * size, whole)
-        return start, here.detach()[: min(size, whole - start)]
-    size = -(-parameter.numel() // distributed.world_size())
-    start = min(rank * size, parameter.numel())
-    return start, parameter.detach().reshape(-1)[start : start + size]
 
 
 def use_cpu() -> None:

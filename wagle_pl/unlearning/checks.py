@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import Diverged, WagleError
+from wagle_pl.core.weights import chunks_of, digest, share_of
 from wagle_pl.masks import WeightMask
 from wagle_pl.strategies import is_zero
 
@@ -126,23 +126,36 @@ def _largest(tensor: Tensor) -> Tensor:
 
 
 class FrozenWeights:
-    """SHA-256 of the frozen weights of every tensor at θ₀; about a second for a gigabyte."""
+    """Digests of the frozen weights of every tensor at θ₀: each rank looks at its share of them."""
 
     def __init__(self, mask: WeightMask, weights: Iterable[tuple[str, Tensor]]) -> None:
         self.mask = mask
-        self.digests = {name: self._digest(name, tensor) for name, tensor in weights}
+        self.digests = {name: self._digests(name, tensor) for name, tensor in weights}
 
-    def _digest(self, name: str, tensor: Tensor) -> str:
-        selected = self.mask[name].to(tensor.device)
-        frozen = tensor.detach().masked_fill(selected, 0).reshape(-1).cpu()
-        return hashlib.sha256(memoryview(frozen.view(torch.uint8).numpy())).hexdigest()
+    @torch.no_grad()
+    def _digests(self, name: str, tensor: Tensor) -> Tensor:
+        """Of the chunks of this rank's share, see :func:`wagle_pl.core.weights.digest`."""
+        start, share = share_of(tensor)
+        found = []
+        for first, end in chunks_of(start, len(share)):
+            selected = self.mask.part(name, start + first, start + end).to(share.device)
+            found.append(digest(share[first:end].masked_fill(selected, 0), start + first))
+        return torch.stack(found).cpu() if found else torch.empty(0, dtype=torch.int64)
 
     def check(self, weights: Iterable[tuple[str, Tensor]], step: int) -> str:
-        """What to say of the guarantee: how many weights are as they were; an error if one is not."""
-        for name, tensor in weights:
-            if self._digest(name, tensor) != self.digests[name]:
-                raise WagleError(
-                    f"frozen weights of {name} moved by step {step}: the result is not written"
-                )
+        """What to say of the guarantee: how many weights are as they were. Collective.
+
+        Raises:
+            WagleError: on all ranks, if a frozen weight moved.
+        """
+        moved = [
+            name
+            for name, tensor in weights
+            if not torch.equal(self._digests(name, tensor), self.digests[name])
+        ]
+        if moved := distributed.all_gather(moved):
+            raise WagleError(
+                f"frozen weights of {moved[0]} moved by step {step}: the result is not written"
+            )
         frozen = self.mask.total - self.mask.count()
         return f"{frozen:,} frozen weights are bit-identical to the base model's"

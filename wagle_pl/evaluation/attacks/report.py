@@ -14,7 +14,7 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.core.hub import ADAPTER_FILE
 from wagle_pl.core.registry import resolve
 from wagle_pl.core.text import table
-from wagle_pl.core.weights import fingerprint, iter_gathered
+from wagle_pl.core.weights import fingerprint
 from wagle_pl.evaluation.attacks.attack import OTHERS, PREFIX, Attack, Finding, Subject
 from wagle_pl.evaluation.attacks.probing import Probe, Sample
 from wagle_pl.evaluation.attacks.prompts import InContext, Paraphrase, TranslatedStyle
@@ -153,11 +153,11 @@ def run_attacks(
             found += [replace(each, attack=attack.name) for each in attack.attack(subject)]
         return found
 
-    before = fingerprint(iter_gathered(subject.lm.named_parameters()))
+    before = fingerprint(subject.lm.named_parameters())
     # Fine-tuning needs tensors that take gradients, which those made in inference mode do not.
     with torch.inference_mode(False), torch.no_grad():
         found = attack_all(subject, "the model")
-        if fingerprint(iter_gathered(subject.lm.named_parameters())) != before:
+        if fingerprint(subject.lm.named_parameters()) != before:
             names = ", ".join(type(attack).__name__ for attack in attacks)
             raise RuntimeError(f"one of the attacks {names} left the model's weights changed")
         beside = {
