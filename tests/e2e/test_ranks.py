@@ -141,6 +141,7 @@ OPTIMIZERS = [
     "AdamW --optimizer.lr 1e-3 --optimizer.weight_decay 0.1",
     "SGD --optimizer.lr 1e-2 --optimizer.momentum 0.9 --optimizer.weight_decay 0.1",
     "Sophia --optimizer.lr 1e-4",
+    "SignSGD --optimizer.lr 1e-4 --optimizer.momentum 0.9",
 ]
 
 

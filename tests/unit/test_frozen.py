@@ -19,7 +19,7 @@ from wagle_pl.masks import WeightMask
 from wagle_pl.masks.selected import SUFFIX
 from wagle_pl.unlearning import UnlearnModule
 from wagle_pl.unlearning.checks import FrozenWeights
-from wagle_pl.unlearning.optim import MaskedAdamW, Sophia
+from wagle_pl.unlearning.optim import MaskedAdamW, SignSGD, Sophia
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory")
 
@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory")
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "MaskedAdamW": (MaskedAdamW, {"lr": 0.03}),
     "Sophia": (Sophia, {"lr": 0.03, "interval": 2}),
+    "SignSGD": (SignSGD, {"lr": 0.03, "momentum": 0.9}),
     "AdamW": (torch.optim.AdamW, {"lr": 0.03}),
     "AdamW maximize": (torch.optim.AdamW, {"lr": 0.03, "maximize": True, "amsgrad": True}),
     "Adam": (torch.optim.Adam, {"lr": 0.03}),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.unlearning.optim import MaskedAdamW, Sophia
+from wagle_pl.unlearning.optim import MaskedAdamW, SignSGD, Sophia
 
 SHAPES = {"a": (13, 7), "b": (11,), "d": ()}
 
@@ -66,7 +67,35 @@ def test_sophia_equals_its_formula(interval: int) -> None:
         torch.testing.assert_close(ours[name].double(), theta, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("make", [MaskedAdamW, Sophia])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sign_sgd_equals_its_formula(momentum: float) -> None:
+    ours, start = parameters(), parameters()
+    optimizer = SignSGD(ours.values(), lr=0.05, momentum=momentum, weight_decay=0.1)
+    run(optimizer, ours, range(7))
+    for name in SHAPES:
+        theta = start[name].detach().double()
+        m = torch.zeros_like(theta)
+        for step in range(7):
+            m = momentum * m + (1 - momentum) * tensors(100 + step)[name].double()
+            theta = theta * (1 - 0.05 * 0.1) - 0.05 * m.sign()
+        torch.testing.assert_close(ours[name].double(), theta, rtol=1e-5, atol=1e-6)
+    assert len(optimizer.state) == (3 if momentum else 0)
+
+
+def test_sign_sgd_steps_by_the_sign_of_adam() -> None:
+    ours, theirs = parameters(), parameters()
+    run(SignSGD(ours.values(), lr=0.01, momentum=0.9), ours, range(4))
+    adam, moved = torch.optim.Adam(theirs.values(), lr=0.01), parameters()
+    for step in range(4):
+        before = {name: tensor.detach().clone() for name, tensor in theirs.items()}
+        run(adam, theirs, range(step, step + 1))
+        for name in SHAPES:
+            moved[name].data += 0.01 * (theirs[name].detach() - before[name]).sign()
+    for name in SHAPES:
+        torch.testing.assert_close(ours[name], moved[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [MaskedAdamW, Sophia, partial(SignSGD, momentum=0.9)])
 def test_state_round_trip(make: type[torch.optim.Optimizer]) -> None:
     whole, halves = parameters(), parameters()
     run(make(whole.values(), lr=0.02, weight_decay=0.1), whole, range(6))
@@ -88,3 +117,5 @@ def test_state_round_trip(make: type[torch.optim.Optimizer]) -> None:
 def test_meaningless_options_are_refused(make: type[torch.optim.Optimizer], options: dict) -> None:
     with pytest.raises(WagleError, match=f"optimizer.{next(iter(options))}"):
         make(parameters().values(), **options)
+    with pytest.raises(WagleError, match=r"optimizer.momentum must lie in \[0, 1\), got 1.0"):
+        SignSGD(parameters().values(), momentum=1.0)

@@ -98,8 +98,8 @@ def sums_per_weight(run: PlannedRun) -> int:
 
 
 def state_bytes(optimizer: str, numbers: float) -> float:
-    """Optimiser state: two moments of 4 bytes, or of 1 (AdamW8bit); none (SGD)."""
-    return {"SGD": 0, "AdamW8bit": 2}.get(optimizer, 2 * FP32) * numbers
+    """Optimiser state: two moments of 4 bytes, or of 1 (AdamW8bit); one (SignSGD); none (SGD)."""
+    return {"SGD": 0, "AdamW8bit": 2, "SignSGD": FP32}.get(optimizer, 2 * FP32) * numbers
 
 
 def step_bytes(run: PlannedRun, numbers: float) -> float:

@@ -11,7 +11,7 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.masks.names import layer_of
 
 TASKS = ("attribution", "unlearning", "finetuning", "test")
-OPTIMIZERS = ("MaskedAdamW", "AdamW", "AdamW8bit", "SGD")
+OPTIMIZERS = ("MaskedAdamW", "AdamW", "AdamW8bit", "SignSGD", "SGD")
 VALUES = ("fp32", "split")
 #: Precision -> bytes of a weight in memory, bytes of what matrix products take and give.
 PRECISIONS = {

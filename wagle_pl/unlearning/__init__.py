@@ -4,7 +4,7 @@ from wagle_pl import objectives
 from wagle_pl.objectives import *  # noqa: F403
 from wagle_pl.unlearning.adapters import LoRA
 from wagle_pl.unlearning.finetune import FinetuneModule
-from wagle_pl.unlearning.optim import MaskedAdamW, Sophia
+from wagle_pl.unlearning.optim import MaskedAdamW, SignSGD, Sophia
 from wagle_pl.unlearning.unlearn import UnlearnModule
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "FinetuneModule",
     "LoRA",
     "MaskedAdamW",
+    "SignSGD",
     "Sophia",
     "UnlearnModule",
 ]

@@ -6,10 +6,12 @@ any that takes vectors will do.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
+from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -20,8 +22,9 @@ def _check(**options: Any) -> None:
     """Refuse options that have no meaning."""
     for name, value in options.items():
         least = 1 if name == "interval" else 0
-        if name == "betas":
-            good, must = all(0 <= beta < 1 for beta in value), "lie in [0, 1)"
+        if name in ("betas", "momentum"):
+            betas = value if name == "betas" else (value,)
+            good, must = all(0 <= beta < 1 for beta in betas), "lie in [0, 1)"
         elif name == "eps":  # a weight without gradient would become 0 / 0
             good, must = value > 0, "be above 0"
         else:
@@ -57,7 +60,60 @@ class MaskedAdamW(AdamW):
         self._step_supports_amp_scaling = False  # Lightning then scales, and so may clip
 
 
-class Sophia(Optimizer):
+class _ByTensor(Optimizer, ABC):
+    """An optimiser that moves one tensor at a time."""
+
+    @abstractmethod
+    def move(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Move a parameter, which has a gradient, by the options of its group."""
+
+    @torch.no_grad()
+    def step(self, closure: Optional[Callable[[], Any]] = None) -> Any:
+        """One step; returns what the closure returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.move(parameter, group)
+        return loss
+
+
+class SignSGD(_ByTensor):
+    """Every weight moves by η, in the direction of a sign (arXiv 1802.04434).
+
+    m ← βm + (1 − β)g; θ ← (1 − ηλ)θ − η sign(m). One of the "downgraded" optimisers that unlearn
+    more robustly (arXiv 2510.00761). Without momentum it has no state; with β = β₁ it steps by the
+    sign of Adam's step (signAdam there).
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate η: the step of a weight.
+        momentum: β.
+        weight_decay: decoupled weight decay λ.
+    """
+
+    def __init__(
+        self, params: Any, lr: float = 1e-6, momentum: float = 0.0, weight_decay: float = 0.0
+    ) -> None:
+        options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        _check(**options)
+        super().__init__(params, options)
+
+    def move(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        direction = parameter.grad
+        if beta := group["momentum"]:
+            state = self.state[parameter]
+            if not state:
+                state["exp_avg"] = torch.zeros_like(parameter)
+            direction = state["exp_avg"].lerp_(direction, 1 - beta)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(direction.sign(), alpha=-group["lr"])
+
+
+class Sophia(_ByTensor):
     """Clipped second-order steps (arXiv 2305.14342), as in SOUL (arXiv 2404.18239).
 
     m ← β₁m + (1 − β₁)g; every ``interval`` steps h ← β₂h + (1 − β₂)ĥ; θ ← (1 − ηλ)θ − η clip(m /
@@ -92,30 +148,19 @@ class Sophia(Optimizer):
         _check(**options)
         super().__init__(params, options)
 
-    @torch.no_grad()
-    def step(self, closure: Optional[Callable[[], Any]] = None) -> Any:
-        """One step; returns what the closure returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        moving = [(p, group) for group in self.param_groups for p in group["params"]]
-        for parameter, group in moving:
-            state, gradient, (beta1, beta2) = self.state[parameter], parameter.grad, group["betas"]
-            if gradient is None:
-                continue
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["hessian"] = torch.zeros_like(parameter)
-            if int(state["step"]) % group["interval"] == 0:
-                state["hessian"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            state["step"] += 1
-            momentum = state["exp_avg"].lerp_(gradient, 1 - beta1)
-            ratio = momentum / (group["rho"] * state["hessian"] + group["eps"])
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(ratio.clamp_(-1, 1), alpha=-group["lr"])
-        return loss
+    def move(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state, gradient, (beta1, beta2) = self.state[parameter], parameter.grad, group["betas"]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["hessian"] = torch.zeros_like(parameter)
+        if int(state["step"]) % group["interval"] == 0:
+            state["hessian"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        state["step"] += 1
+        momentum = state["exp_avg"].lerp_(gradient, 1 - beta1)
+        ratio = momentum / (group["rho"] * state["hessian"] + group["eps"])
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(ratio.clamp_(-1, 1), alpha=-group["lr"])
 
 
 def warmup_and_decay(optimizer: Optimizer, warmup: float, decay: str, steps: float) -> LambdaLR:
