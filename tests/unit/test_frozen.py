@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from wagle_pl.core.errors import WagleError
+from wagle_pl.core.errors import Diverged, WagleError
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.selected import SUFFIX
 from wagle_pl.unlearning import UnlearnModule
-from wagle_pl.unlearning.checks import FrozenWeights
+from wagle_pl.unlearning.checks import FiniteSteps, FrozenWeights
 from wagle_pl.unlearning.optim import MaskedAdamW, SignSGD, Sophia
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory")
@@ -140,7 +140,7 @@ def fit(
     data = torch.randn(24, width, generator=generator).to(dtype)
     loader = torch.utils.data.DataLoader(data, batch_size=4)
     callback = L.pytorch.callbacks.ModelCheckpoint(
-        folder, filename="{step}", save_top_k=-1, every_n_train_steps=1
+        folder, filename="{step}", save_top_k=-1, every_n_train_steps=options.pop("every", 1)
     )
     callbacks = [callback, *options.pop("callbacks", ())]
     trainer = L.Trainer(
@@ -367,6 +367,22 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(
     assert all(p.isfinite().all() for p in unlearn.lm.parameters()) and not hasattr(
         unlearn, "written"
     )
+
+
+@pytest.mark.parametrize(("steps", "every"), [(4, 1), (4, 9), (3, 9)])
+def test_on_a_gpu_it_stops_the_run_a_step_late_and_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, every: int
+) -> None:
+    """Before the next checkpoint, step or end, whichever comes first."""
+    monkeypatch.setattr(FiniteSteps, "waits", staticmethod(lambda device: False))
+    stack = made([6, 5], 1, "32-true")
+    unlearn = Spoilt(stack, random_mask(stack, 0.4, 1))
+    unlearn.make_optimizer = lambda p: torch.optim.AdamW(p, lr=0.1)
+    with pytest.raises(Diverged, match=r"gradient of weights\.0 is not finite at step 2, though"):
+        fit(unlearn, tmp_path, steps, every=every)
+    written = [f"step={step}.ckpt" for step in (1, 2) if every == 1]
+    assert sorted(path.name for path in tmp_path.glob("*")) == written
+    assert unlearn.global_step == 3 and not hasattr(unlearn, "written")
 
 
 def test_values_that_are_not_finite_are_not_written(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from wagle_pl.masks.selected import SUFFIX, SelectedTensor, SelectedWeights, loa
 from wagle_pl.objectives import Streams
 from wagle_pl.planning import PlannedRun, disk_bytes
 from wagle_pl.strategies import ShardedCheckpoint, is_zero, stage_of
-from wagle_pl.unlearning.checks import StepLosses, check_run, check_step, check_weights
+from wagle_pl.unlearning.checks import FiniteSteps, StepLosses, check_run, check_weights
 from wagle_pl.unlearning.export import model_card
 from wagle_pl.unlearning.optim import MaskedAdamW, warmup_and_decay
 
@@ -104,6 +104,7 @@ class FinetuneModule(LanguageModule):
         self.from_checkpoint = self.fitted = False
         self._started = time.monotonic()
         self._step: list[StepLosses] = []
+        self._finite = FiniteSteps()
         self._step_start: Optional[resume.StepStart] = None
         self._random: Mapping[str, Tensor] = {}
         self._loader_state: Optional[dict[str, Any]] = None
@@ -285,9 +286,9 @@ class FinetuneModule(LanguageModule):
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Stop before a step that would spoil the weights."""
+        """Stop before a step that would spoil the weights, or on a GPU before the one after it."""
         gradients = {} if self._scaler is not None else dict(self.selected.gradients())
-        check_step(self._step, gradients, self.global_step)
+        self._finite.check(list(self._step), gradients, self.global_step)
         each = self.trainer.accumulate_grad_batches if is_zero(self.trainer.strategy) else 1
         if each > 1 and len(self._step) % each:  # DeepSpeed accumulates: this is no step
             return
@@ -319,6 +320,7 @@ class FinetuneModule(LanguageModule):
     def on_validation_epoch_start(self) -> None:
         """Write the values anew: a callback may have put averages in their place."""
         if self.selected is not None:
+            self._finite.settle()
             self.selected.changed()
 
     on_validation_end = on_validation_epoch_start  # and back
@@ -347,7 +349,8 @@ class FinetuneModule(LanguageModule):
             stored.load_weights(self.stored_parameters())
 
     def check_weights(self) -> None:
-        """Refuse to write weights that are not finite. Collective."""
+        """Refuse to write weights that are not finite, or of such a step. Collective."""
+        self._finite.settle()
         trained = {name: p for name, p in self.lm.named_parameters() if p.requires_grad}
         trained |= {name: tensor.parameter for name, tensor in self._split}
         here = {name: getattr(p, "ds_tensor", p) for name, p in trained.items()}
