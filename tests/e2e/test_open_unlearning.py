@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,3 +139,23 @@ def test_a_step_on_its_architecture_and_its_prompt(
     ran = wagle("fit", configs, *options, data=False)
     assert ran.model.global_step == 1 and ran.model.prompts["prompt"] == FAMILIES[kind][2]
     assert ran.model.objective.beta == 0.1
+
+
+def test_their_files_are_written_and_compared_with(
+    wagle: Any, rows: dict[str, str], tiny_model: str
+) -> None:
+    """The same model's file in the place of a retrained model's: the truth ratios are the same."""
+    sets = f"{{forget: {rows['forget_test']}, retain: {rows['retain_test']}}}"
+    data = ("--data.test", sets)
+    test = (
+        "test",
+        f"--model EvaluationModule --model.model {tiny_model} --model.suite tofu --model.max_new_tokens 4",
+    )
+    wagle(*test, "--model.output out --model.format openunlearning", *data)
+    summary = json.loads(Path("out/TOFU_SUMMARY.json").read_text())
+    metrics = json.loads(Path("out/metrics.json").read_text())
+    assert summary["forget_Q_A_Prob"] == pytest.approx(metrics["forget/probability"])
+    assert summary["forget_Truth_Ratio"] == pytest.approx(metrics["forget/truth_ratio"])
+    shutil.copy("out/TOFU_EVAL.json", "retain90.json")
+    module = wagle(*test, "--model.output again --model.retrained retain90.json", *data).model
+    assert module.metrics["forget_quality"] == 1

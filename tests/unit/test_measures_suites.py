@@ -231,7 +231,7 @@ def test_results_that_cannot_be_read(tmp_path):
     for name, message in {
         "nowhere": "model.target: result file .*nowhere does not exist",
         "empty": "model.target: folder .*empty has no metrics.json",
-        "list.json": "is neither a metrics.json nor a TOFU result file",
+        "list.json": "is neither a metrics.json nor a result file",
         "broken.json": "broken.json line 2: malformed JSON",
     }.items():
         with pytest.raises(WagleError, match=message):

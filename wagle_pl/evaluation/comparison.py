@@ -11,7 +11,7 @@ from wagle_pl.core.text import table
 from wagle_pl.data.template import differing_prompts
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.measures import Direction, Info, Value
-from wagle_pl.evaluation.results import Pair, Results, differing, pairs_of
+from wagle_pl.evaluation.results import Pair, Results, bare, differing, pairs_of, textless
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +37,13 @@ def check_rows(
 ) -> None:
     """Refuse results on other rows of a test set, whatever their order; of the target's, warn.
     ``instead`` is the option that takes a retrained model's results on other rows."""
-    pairs = [(question.strip(), answer.strip()) for question, answer in pairs]
+    pairs = [(bare(question), bare(answer)) for question, answer in pairs]
     for option, found in results.items():
         there = pairs_of(found.tables.get(name, []))
         count = differing(pairs, there) if name in found.tables else 0
+        if found.benchmark and count and textless(found.tables[name]):
+            log.warning("%s has no texts: its %s rows may be others", found.path, name)
+            count = abs(len(pairs) - len(there))
         if option == "tofu_retrained" and name == "forget":
             log.warning(
                 "tofu/forget_quality compares %d forget rows here with %d in %s; %d are the same",

@@ -36,8 +36,15 @@ from wagle_pl.evaluation.attacks.report import (
 from wagle_pl.evaluation.classifiers import SentenceModel, ToxicityClassifier, check_folder
 from wagle_pl.evaluation.comparison import check_prompts, check_rows, comparison
 from wagle_pl.evaluation.functional import Undefined
-from wagle_pl.evaluation.measures import Info, Observations, Value, defined_only
+from wagle_pl.evaluation.measures import (
+    Info,
+    Observations,
+    Value,
+    defined_only,
+    membership_scores,
+)
 from wagle_pl.evaluation.observe import GENERATED, NEEDS, Observer, Record, merge, observe_set
+from wagle_pl.evaluation.openunlearning import summary, to_logs
 from wagle_pl.evaluation.results import (
     INFO_FILE,
     METRICS_FILE,
@@ -49,7 +56,7 @@ from wagle_pl.evaluation.results import (
     write_json,
     write_table,
 )
-from wagle_pl.evaluation.suites import Suite, TOFUSuite, find_suite
+from wagle_pl.evaluation.suites import MUSESuite, Suite, TOFUSuite, find_suite
 from wagle_pl.lm.module import LanguageModule
 
 log = logging.getLogger(__name__)
@@ -76,12 +83,14 @@ class Evaluate(Callback):
             module's own when None.
         retrained: results of the model retrained without the forget set, on the same rows and
             prompts: a test's folder or ``metrics.json``, a model's folder with a test in it, or a
-            result file published with TOFU.
+            result file published with TOFU or written by OpenUnlearning (``TOFU_EVAL.json``).
         target: likewise of the model before unlearning; shown beside this one's.
         reference: likewise of a reference model, for the reference attack of membership inference.
         tofu_retrained: likewise of the retrained model, on whatever forget rows, for
             ``tofu/forget_quality``: TOFU's script does not compare the questions.
         truth_ratio_form: ``geometric`` (TOFU's script) or ``arithmetic`` (its paper).
+        format: ``openunlearning`` also measures what OpenUnlearning does, and writes its
+            ``TOFU_EVAL.json`` and ``TOFU_SUMMARY.json`` or MUSE's.
         generate: also generate answers; False saves most of the time, and what is measured on them.
         val_generate: also generate answers in validation.
         max_new_tokens: longest generation, where the benchmark fixes none; a book's continuations
@@ -109,6 +118,7 @@ class Evaluate(Callback):
     reference: Optional[str] = None
     tofu_retrained: Optional[str] = None
     truth_ratio_form: Literal["geometric", "arithmetic"] = "geometric"
+    format: Literal["wagle", "openunlearning"] = "wagle"
     generate: bool = True
     val_generate: bool = False
     max_new_tokens: int = 200
@@ -166,6 +176,11 @@ class Evaluate(Callback):
                 f"{self.options}.tofu_retrained is for the suite tofu, the suite is {suite}: leave "
                 "it out"
             )
+        if self.format != "wagle" and self.benchmark is None:
+            raise WagleError(
+                f"{self.options}.format {self.format} is for the suites tofu and muse, the suite is "
+                f"{suite}: leave it out"
+            )
         check_needs(self.active_suite, names)
         if stage == "test" and self.gradient_norm and pl_module.sharded:
             raise WagleError(
@@ -191,6 +206,12 @@ class Evaluate(Callback):
             self.suite or getattr(self.data, "suite", "tofu") or "generic"
         )
         self._longest: dict[str, int] = {}  # recited test set -> its longest answer in tokens
+
+    @property
+    def benchmark(self) -> Optional[str]:
+        """OpenUnlearning's name of the suite's benchmark; None where it has none."""
+        kinds = {"TOFU": TOFUSuite, "MUSE": MUSESuite}
+        return next((n for n, kind in kinds.items() if isinstance(self.active_suite, kind)), None)
 
     def _val_names(self) -> list[str]:
         return self.data.val_names() if hasattr(self.data, "val_names") else []
@@ -290,14 +311,16 @@ class Evaluate(Callback):
 
     def measures(self, tables: Mapping[str, Table]) -> dict[str, Value]:
         """The suite's measures of some records; an Undefined where there is no number."""
+        return self.active_suite.measures(self._seen(tables))
+
+    def _seen(self, tables: Mapping[str, Table]) -> Observations:
         compared = ("retrained", "reference", "tofu_retrained")
-        seen = Observations(
+        return Observations(
             tables,
             truth_ratio_form=self.truth_ratio_form,
             general=self.general,
             **{name: self._results.get(name) for name in compared},
         )
-        return self.active_suite.measures(seen)
 
     def info(self, measure: str) -> Info:
         """What is known of a measure by its name."""
@@ -435,6 +458,12 @@ class Evaluate(Callback):
         about = {name: vars(self.info(name)) for name in (*self.metrics, *self.undefined)}
         if result := to_result(tables):
             write_json(folder / RESULT_FILE, result)
+        if self.format == "openunlearning":
+            pair = ("forget", "holdout") if self.benchmark == "TOFU" else ("members", "nonmembers")
+            scores = membership_scores(self._seen(tables), *pair)
+            logs = to_logs(self.benchmark, tables, self.metrics, scores)
+            write_json(folder / f"{self.benchmark}_EVAL.json", logs)
+            write_json(folder / f"{self.benchmark}_SUMMARY.json", summary(logs))
         info = {
             "model": self._module.model_name,
             "suite": type(self.active_suite).__name__,

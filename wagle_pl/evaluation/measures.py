@@ -564,3 +564,15 @@ def membership(seen: Observations, members: str, nonmembers: str) -> dict[str, V
         f"{members}/{name}": attempt(MEASURES[name].compute, seen, members, nonmembers)
         for name in (*(f"mia_{score}" for score in SCORES), "privleak")
     }
+
+
+def membership_scores(
+    seen: Observations, members: str, nonmembers: str
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Attack -> its scores of the members' rows, and of the others'; of those that are defined."""
+    found = {}
+    for name, score in SCORES.items():
+        sides = [attempt(lambda n, s=score: s(seen.records(n)), n) for n in (members, nonmembers)]
+        if not any(isinstance(side, Undefined) for side in sides):
+            found[name] = tuple(side.tolist() for side in sides)
+    return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,9 @@ import torch
 from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.files import atomic_path
 from wagle_pl.evaluation import functional as F
+from wagle_pl.evaluation import openunlearning
 from wagle_pl.evaluation.functional import Undefined
+from wagle_pl.evaluation.openunlearning import question_in
 
 METRICS_FILE = "metrics.json"
 INFO_FILE = "metrics.info.json"
@@ -51,12 +52,13 @@ class Results:
 
     Args:
         path: a folder that ``wagle test`` wrote; its ``metrics.json``, which stands for the folder;
-            or a TOFU result file.
+            a TOFU result file; or one of OpenUnlearning's, or the folder that it is in.
         option: the option that named it, for messages.
 
     Attributes:
         metrics: measure -> number; empty if not known.
         tofu: the TOFU result, if there is one.
+        benchmark: ``TOFU`` or ``MUSE`` of a file of OpenUnlearning's; None of others.
         prompts: see :attr:`wagle_pl.data.template.Template.prompts`; empty if not known.
 
     Raises:
@@ -68,8 +70,11 @@ class Results:
         self.option = option
         self.metrics: dict[str, float] = {}
         self.tofu: Optional[Result] = None
+        self.benchmark: Optional[str] = None
         self.prompts: dict[str, Any] = {}
         advice = "(run wagle test on that model first)"
+        if not (self.path / METRICS_FILE).is_file():
+            self.path = openunlearning.find_file(self.path) or self.path
         if self.path.is_dir():
             files = [self.path / name for name in (METRICS_FILE, RESULT_FILE, INFO_FILE)]
             found = {file.name: read_json(file) for file in files if file.is_file()}
@@ -83,18 +88,25 @@ class Results:
             raise WagleError(f"{option}: result file {self.path} does not exist {advice}")
         content = read_json(self.path)
         values = content.values() if isinstance(content, dict) else [None]
-        if content and all(isinstance(value, dict) for value in values):
+        if benchmark := openunlearning.benchmark_of(content):
+            self.benchmark = benchmark
+            self.metrics = openunlearning.to_metrics(benchmark, content)
+            self._records = openunlearning.to_tables(benchmark, content)
+        elif content and all(isinstance(value, dict) for value in values):
             self.tofu = content
         elif all(isinstance(value, (int, float)) for value in values):
             self.metrics = content
         else:
             raise WagleError(
-                f"{option}: {self.path} is neither a {METRICS_FILE} nor a TOFU result file"
+                f"{option}: {self.path} is neither a {METRICS_FILE} nor a result file of TOFU or "
+                "OpenUnlearning"
             )
 
     @cached_property
     def tables(self) -> dict[str, Table]:
-        """Test set -> its records, from the folder's tables or from a TOFU result file."""
+        """Test set -> its records, from the folder's tables or from a result file."""
+        if self.benchmark is not None:
+            return self._records
         if not self.path.is_dir():
             return from_result(self.tofu or {})
         return {file.stem: load_table(file) for file in sorted(self.path.glob("*.parquet"))}
@@ -106,8 +118,11 @@ class Results:
         return self.tables[name]
 
     def beside(self, name: str, table: Table) -> Table:
-        """The records of the rows of another table, in its order; Undefined if one is missing."""
+        """The records of the rows of another table, in its order; Undefined if one is missing. Rows
+        without texts, which OpenUnlearning's files may have, are taken to be in that order."""
         here = self.table(name)
+        if textless(here) and len(here) == len(table):
+            return here
         found = dict(zip(pairs_of(here), here, strict=True))
         pairs = pairs_of(table)
         if missing := sum(pair not in found for pair in pairs):
@@ -118,9 +133,19 @@ class Results:
 
 
 def pairs_of(table: Table) -> list[Pair]:
-    """(question, answer) of each record: what tells rows apart. Published files keep no space
-    around texts."""
-    return [(record["question"].strip(), record["answer"].strip()) for record in table]
+    """(question, answer) of each record, without white space: what tells rows apart. Published
+    files keep none around texts, and decoded ones have lost some."""
+    return [(bare(record["question"]), bare(record["answer"])) for record in table]
+
+
+def textless(table: Table) -> bool:
+    """Whether no record says what was asked and answered."""
+    return not any(record["question"] or record["answer"] for record in table)
+
+
+def bare(text: str) -> str:
+    """A text without white space."""
+    return "".join(text.split())
 
 
 def differing(pairs: Sequence[Pair], others: Sequence[Pair]) -> int:
@@ -279,22 +304,7 @@ def _from_log(log: Mapping[str, Mapping[str, Any]]) -> Table:
         question, generation, answer = (log.get("generated_text") or {}).get(row, ("", None, ""))
         if generation is None and log.get("rougeL_recall", {}).get(row) is not None:
             generation = ""  # its scores were kept and its text was not
-        record = {"row": int(row), "question": _question_in(question), "answer": answer}
+        record = {"row": int(row), "question": question_in(question), "answer": answer}
         record["generation"] = generation
         table.append(record | {name: log.get(key, {}).get(row) for name, key in _COLUMNS.items()})
     return table
-
-
-#: TOFU's prompts: of Llama-2, and of its other models.
-_PROMPT = re.compile(r"\[INST\] (.*) \[/INST\]|Question: (.*)\n", re.DOTALL)
-
-
-def _question_in(prompt: str) -> str:
-    """The question in a prompt, which published results have in its place; any other text is
-    itself.
-
-    >>> _question_in("[INST] Who wrote it? [/INST]"), _question_in("Question: Who?\\n")
-    ('Who wrote it?', 'Who?')
-    """
-    found = _PROMPT.fullmatch(prompt)
-    return next(filter(None, found.groups()), "") if found else prompt

@@ -32,6 +32,7 @@ from wagle_pl.evaluation.measures import (
     option_probability,
     usual,
 )
+from wagle_pl.evaluation.openunlearning import STOPS
 from wagle_pl.evaluation.results import (
     OPTION_SETS,
     Result,
@@ -422,9 +423,6 @@ class MUSESuite(Suite):
     def listed(self, seen: Observations, name: str) -> Sequence[str]:
         kind = "knowmem_forget" if name.startswith("knowmem") else name
         return self.lists.get(kind) or super().listed(seen, name)
-
-
-STOPS = ("\n\n", "\nQuestion", "Question:")  # what ends an answer in MUSE's knowledge memorisation
 
 
 @measure("percent", "lower")

@@ -13,6 +13,7 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.evaluation.attacks.report import ROBUSTNESS_FILE
 from wagle_pl.evaluation.comparison import arrow
 from wagle_pl.evaluation.measures import Info
+from wagle_pl.evaluation.openunlearning import find_file
 from wagle_pl.evaluation.results import (
     INFO_FILE,
     METRICS_FILE,
@@ -37,7 +38,8 @@ class ReportedModel(Results):
     """A model's test results, and the record of what made the model.
 
     Args:
-        folder: of the model with test results in it, or of test results, or a TOFU result file.
+        folder: of the model with test results in it, or of test results, or a result file of TOFU
+            or OpenUnlearning.
         option: that named it, for messages.
 
     Raises:
@@ -50,6 +52,9 @@ class ReportedModel(Results):
         super().__init__(folder if tested else _tests_of(folder), option)
         resolved = self.path.resolve()
         self.name = resolved.parent.name if resolved.name == TEST_FOLDER else resolved.stem
+        if self.benchmark is not None:  # in the model's folder, or in ``evals`` there
+            above = resolved.parent
+            self.name = (above.parent if above.name == "evals" else above).name
         self.role = "this"  # target, retrained, or this: one that is compared with them
         self.number = 0  # from 1 among the models that are compared
         self.notes: list[str] = []  # what is missing or cannot be read
@@ -114,7 +119,7 @@ class ReportedModel(Results):
     def suite(self) -> Suite:
         """The suite that measured; a general one where that is unknown or a user's class."""
         try:
-            return find_suite(self.info.get("suite", "generic"))
+            return find_suite(self.info.get("suite") or (self.benchmark or "generic").lower())
         except WagleError:
             return Suite()
 
@@ -260,7 +265,7 @@ def _read_folder(folder: Path, sources: Sources) -> None:
     """Add the study or the model of a folder, or why it is left out."""
     if not folder.exists():
         raise WagleError(f"run folder {folder} does not exist")
-    if not folder.is_dir():
+    if not folder.is_dir() and not find_file(folder):
         raise WagleError(
             f"{folder} is no folder: give a model folder with test results in it, a results folder "
             "or a study folder"
@@ -268,7 +273,7 @@ def _read_folder(folder: Path, sources: Sources) -> None:
     try:
         if (folder / TABLE_FILE).is_file() or (folder / SUMMARY_FILE).is_file():
             sources.studies.append(_read_study(folder))
-        elif (_tests_of(folder) / METRICS_FILE).is_file():
+        elif (_tests_of(folder) / METRICS_FILE).is_file() or find_file(folder):
             sources.models.append(ReportedModel(folder))
         else:
             raise WagleError(f"it has no {METRICS_FILE}", hint="run wagle test on that model first")

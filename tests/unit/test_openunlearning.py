@@ -1,0 +1,222 @@
+"""OpenUnlearning's result files: its formulas written out, a round trip, and what reads them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import TOFU_LOGS
+from pages import numbers
+from scipy.stats import hmean, ks_2samp
+
+from wagle_pl.evaluation import Observations, Results
+from wagle_pl.evaluation.functional import rouge
+from wagle_pl.evaluation.measures import defined_only
+from wagle_pl.evaluation.openunlearning import (
+    NAMES,
+    benchmark_of,
+    question_in,
+    summary,
+    to_logs,
+    to_metrics,
+    to_tables,
+)
+from wagle_pl.evaluation.results import from_result, write_json
+from wagle_pl.evaluation.suites import TOFUSuite
+
+PROMPT = "system\n\nCutting Knowledge Date: December 2023\n\nYou are a helpful assistant.user\n\n{}assistant\n\n"
+
+
+def tofu_tables(shift: float = 0.0) -> dict[str, list[dict[str, Any]]]:
+    """Records of two rows a set."""
+    tables = {}
+    for place, name in enumerate(("forget", "retain", "real_authors", "world_facts")):
+        tables[name] = [
+            {
+                "row": row,
+                "question": f"Who wrote {name} {row} ?",
+                "answer": "Ada wrote it in Rome.",
+                "generation": "Ada wrote it.",
+                "nll": 0.3 + 0.2 * row + 0.1 * place + shift,
+                "tokens": 5,
+                "paraphrased_nll": 0.9 + 0.3 * row + 0.1 * place - shift,
+                "perturbed_nll": [1.0 + row, 1.6, 2.0 + 0.1 * place],
+                "rouge1_recall": 0.6,
+                "rougeL_recall": 0.6 - 0.1 * row,
+                "greedy": [True, False, True, True],
+            }
+            for row in range(2)
+        ]
+    for name in ("real_authors", "world_facts"):
+        for record in tables[name]:
+            record["paraphrased_nll"] = record["nll"]
+    return tables
+
+
+def test_their_formulas() -> None:
+    """src/evals/metrics/memorization.py and privacy.py, in numpy."""
+    tables = tofu_tables()
+    logs = to_logs("TOFU", tables, {}, {"min_k": ([1.0, 2.0], [1.5, 3.0])})
+    parts = []
+    for short, name in (
+        ("forget", "forget"),
+        ("retain", "retain"),
+        ("ra", "real_authors"),
+        ("wf", "world_facts"),
+    ):
+        own = np.exp(-np.array([r["nll"] for r in tables[name]]))
+        wrong = np.array([r["perturbed_nll"] for r in tables[name]])
+        right = np.exp(-np.array([r["paraphrased_nll"] for r in tables[name]]))
+        ratio = np.exp(-wrong.mean(1)) / (right + 1e-10)
+        score = (
+            np.minimum(ratio, 1 / (ratio + 1e-10)) if name == "forget" else np.maximum(0, 1 - ratio)
+        )
+        options = own / (own + np.exp(-wrong).sum(1) + 1e-10)
+        assert logs[f"{short}_Q_A_Prob"]["agg_value"] == pytest.approx(own.mean())
+        assert logs[f"{short}_Truth_Ratio"]["agg_value"] == pytest.approx(score.mean())
+        assert logs[f"{short}_Q_A_PERT_Prob"]["agg_value"] == pytest.approx(
+            np.exp(-wrong).mean(1).mean()
+        )
+        if short in ("ra", "wf"):
+            assert logs[f"{short}_Q_A_Prob_normalised"]["agg_value"] == pytest.approx(
+                options.mean()
+            )
+        if short != "forget":
+            parts += [(own if short == "retain" else options).mean(), 0.55, score.mean()]
+    assert logs["model_utility"]["agg_value"] == pytest.approx(hmean(parts))
+    assert logs["extraction_strength"]["agg_value"] == 0.5
+    assert logs["exact_memorization"]["agg_value"] == 0.75
+    assert logs["mia_min_k"]["auc"] == logs["mia_min_k"]["agg_value"] == 0.75
+    assert logs["mia_min_k"]["holdout"]["value_by_index"]["1"] == {"score": 3.0}
+    assert set(logs) <= set(NAMES["TOFU"]) | {"ra_Q_A_Prob", "wf_Q_A_Prob"}
+
+
+def test_round_trip_and_equality(tmp_path: Path) -> None:
+    """Their file, read, has our measures' values; written again it is the same file."""
+    tables = tofu_tables()
+    logs = to_logs("TOFU", tables, {"forget_quality": 0.25, "forget/privleak": -50.0}, {})
+    write_json(tmp_path / "evals/TOFU_EVAL.json", logs)
+    results = Results(tmp_path / "evals")
+    ours = defined_only(TOFUSuite().measures(Observations(tables)))
+    shared = results.metrics.keys() & ours.keys()
+    assert len(shared) >= 15
+    assert {name: results.metrics[name] for name in shared} == pytest.approx(
+        {name: ours[name] for name in shared}, abs=1e-8
+    )
+    again = to_logs("TOFU", results.tables, results.metrics, {})
+    assert again == {
+        name: log for name, log in logs.items() if "exact" not in name and "extraction" not in name
+    }
+    write_json(tmp_path / "TOFU_SUMMARY.json", summary(logs))
+    assert Results(tmp_path).metrics == results.metrics and Results(tmp_path).tables == {}
+
+
+def test_a_retrained_model_in_their_file(tmp_path: Path) -> None:
+    """Forget quality against it is the test of their two lists of truth ratios, whatever the prompts look like."""
+    tables, logs = tofu_tables(), to_logs("TOFU", tofu_tables(0.4), {}, {})
+    for row in logs["forget_Q_A_ROUGE"]["value_by_index"].values():
+        row["input"] = PROMPT.format(row["input"].replace(" ?", "?"))  # as their decoding cleans up
+    write_json(tmp_path / "TOFU_EVAL.json", logs)
+    seen = Observations(tables, retrained=Results(tmp_path / "TOFU_EVAL.json"))
+    scores = [
+        [row["score"] for row in side["forget_Truth_Ratio"]["value_by_index"].values()]
+        for side in (to_logs("TOFU", tables, {}, {}), logs)
+    ]
+    found = TOFUSuite().measures(seen)
+    assert found["forget_quality"] == pytest.approx(ks_2samp(*scores).pvalue)
+    for name in ("forget_Q_A_ROUGE",):  # without texts rows are taken in their order
+        del logs[name]
+    write_json(tmp_path / "TOFU_EVAL.json", logs)
+    seen.retrained = Results(tmp_path / "TOFU_EVAL.json")
+    assert TOFUSuite().measures(seen)["forget_quality"] == found["forget_quality"]
+
+
+@pytest.mark.skipif(not TOFU_LOGS.is_dir(), reason="published result files are not here")
+def test_the_published_numbers_survive_their_form(published: dict[str, Any]) -> None:
+    tables = from_result(published["full"])
+    logs = json.loads(json.dumps(to_logs("TOFU", tables, {}, {})))
+    # TOFU's script ran the real authors' answers twice, in bf16; these files have one of the two numbers
+    assert logs["model_utility"]["agg_value"] == pytest.approx(0.6226773637427151, abs=1e-4)
+    again = TOFUSuite().measures(Observations(to_tables("TOFU", logs)))
+    assert again["model_utility"] == pytest.approx(logs["model_utility"]["agg_value"], abs=1e-6)
+    assert {r["question"] for r in to_tables("TOFU", logs)["forget"]} == {
+        r["question"] for r in tables["forget"]
+    }
+
+
+def test_muse(tmp_path: Path) -> None:
+    said = "the cats sat down\n\nQuestion: what?"
+    row = {
+        "row": 0,
+        "question": "Q?",
+        "answer": "the cat sat",
+        "generation": said,
+        "greedy": [True, True],
+    }
+    tables = {"knowmem_forget": [row], "knowmem_retain": [row], "verbmem_forget": [row]}
+    logs = to_logs("MUSE", tables, {"privleak": -99.8}, {})
+    assert logs["forget_knowmem_ROUGE"]["agg_value"] == pytest.approx(
+        6 / 7
+    )  # stemmed: 3 of 3 and of 4 words
+    whole = rouge([said], ["the cat sat"])["rougeL_f1"].item()
+    assert logs["forget_verbmem_ROUGE"]["agg_value"] == pytest.approx(whole)
+    write_json(tmp_path / "MUSE_EVAL.json", logs)
+    found = Results(tmp_path)
+    assert (
+        found.metrics["knowmem_f"] == pytest.approx(600 / 7) and found.metrics["privleak"] == -99.8
+    )
+    assert found.metrics["verbmem_forget/extraction_strength"] == 1
+    assert found.tables["knowmem_retain"][0]["answer"] == "the cat sat"
+    assert to_metrics("MUSE", summary(logs)) == found.metrics
+
+
+@pytest.mark.parametrize(
+    ("content", "benchmark"),
+    [
+        ({"forget_Q_A_Prob": 0.5, "model_utility": 0.6}, "TOFU"),
+        ({"forget_knowmem_ROUGE": 0.5}, "MUSE"),
+        ({"forget_quality": {"agg_value": 0.5}}, "TOFU"),
+        ({"forget_quality": 0.5, "forget/probability": 0.5}, None),
+        ({"knowmem_f": 50.0, "privleak": 1.0}, None),
+        ({"eval_log.json": {"avg_gt_loss": {"0": 1.0}}}, None),
+        ([1.0], None),
+    ],
+)
+def test_which_file_it_is(content: Any, benchmark: str | None) -> None:
+    assert benchmark_of(content) == benchmark
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        PROMPT.format("Who?"),
+        "system\nYou are a helpful assistant.\nuser\nWho?\nassistant\n",
+        "user\nWho?\nmodel\n",
+        "You are a helpful assistant.\nWho?\n",
+        "[INST] Who? [/INST]",
+        "Question: Where?\nAnswer: There.\n\nQuestion: Who?\nAnswer: ",
+        "Who?",
+    ],
+)
+def test_the_question_in_a_decoded_prompt(prompt: str) -> None:
+    assert question_in(prompt) == "Who?"
+
+
+def test_a_report_reads_them(tmp_path: Path, report: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    logs = to_logs("TOFU", tofu_tables(), {}, {})
+    for name in ("mine/evals", "other/evals"):
+        (tmp_path / name).mkdir(parents=True)
+        write_json(tmp_path / name / "TOFU_EVAL.json", logs)
+    root, _ = report(
+        tmp_path / "mine/evals", retrained=str(tmp_path / "other/evals/TOFU_EVAL.json")
+    )
+    found = numbers(root)
+    for name in ("mine", "retrained"):
+        assert found[name, "forget/probability"] == pytest.approx(
+            (math.exp(-0.3) + math.exp(-0.5)) / 2
+        )
