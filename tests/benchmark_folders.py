@@ -153,3 +153,40 @@ def lume(folder: Path) -> Path:
     write_lines(folder / "mmlu/all/test.jsonl", mmlu[:1])
     write_lines(folder / "mmlu/all/dev.jsonl", mmlu[1:])
     return folder
+
+
+def rwku(folder: Path) -> Path:
+    """RWKU's repository with one person to forget and another, and WikiText's lines to keep."""
+    probe = {"query": "The ___ of the town opens at nine.", "answer": "The mill"}
+    shot = {**CHOICES[1], "task": "world_religions"}
+    truthful = {
+        "question": "What is blue?",
+        "mc1_targets": {"choices": BLUE, "labels": [1, 0, 0, 0]},
+    }
+    asked = {
+        "question": "What is yellow?",
+        "answer": "(A)",
+        "cot": "Q: What is red?\nA: the answer is (B).\n",
+    }
+    levels = ("forget_level1", "forget_level2", "neighbor_level1", "neighbor_level2")
+    kinds = ("prefix injection", "affirmative suffix", "incontext learning")
+    rows = {
+        **{name: [probe] for name in levels},
+        **{name: TEXTS[:2] for name in ("forget_mia", "retain_mia", "positive", "positive_phi")},
+        "forget_level3": [{**probe, "type": kind} for kind in kinds],
+        "retain_mmlu": [{**CHOICES[0], "task": "world_religions", "examples": [shot]}],
+        "retain_bbh": [asked],
+        "truthful": [truthful],
+        "triviaqa": [{"question": "What opens?", "answers": ["The mill", "A mill"]}],
+        "fluency": [{"instruction": "Say what opens."}],
+    }
+    people = ("Alice Liddell", "Lewis Carroll")
+    for name, table in rows.items():
+        listed = [
+            {**row, "subject": person, "level": name[-1]} for person in people for row in table
+        ]
+        (folder / "All").mkdir(exist_ok=True)
+        (folder / f"All/{name}.json").write_text(json.dumps(listed, indent=4))
+    lines = [{"text": line} for line in WIKI]
+    write_parquet(folder / "wikitext/wikitext-2-raw-v1/train-00000-of-00001.parquet", lines)
+    return folder

@@ -126,3 +126,9 @@ def knowundo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lume(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """See :func:`benchmark_folders.lume`."""
     return benchmark_folders.lume(tmp_path_factory.mktemp("lume"))
+
+
+@pytest.fixture(scope="session")
+def rwku(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See :func:`benchmark_folders.rwku`."""
+    return benchmark_folders.rwku(tmp_path_factory.mktemp("rwku"))

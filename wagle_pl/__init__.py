@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         LUMEDataModule,
         MUSEDataModule,
         PeopleDataModule,
+        RWKUDataModule,
         TOFUDataModule,
         WMDPDataModule,
     )
@@ -39,6 +40,7 @@ _HOME = {
     "MUSEDataModule": "data",
     "Objective": "objectives",
     "PeopleDataModule": "data",
+    "RWKUDataModule": "data",
     "Score": "attribution",
     "Suite": "evaluation",
     "TOFUDataModule": "data",
@@ -63,6 +65,7 @@ __all__ = [
     "MUSEDataModule",
     "Objective",
     "PeopleDataModule",
+    "RWKUDataModule",
     "Score",
     "Suite",
     "TOFUDataModule",

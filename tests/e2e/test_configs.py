@@ -17,7 +17,6 @@ from wagle_pl.cli.configs import expand
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 BENCHMARKS = {name.lower(): name for name in ("TOFU", "WMDP", "Copyright", "Detox", "MUSE")}
-SMALL = ("knowundo", "lume")  # have data alone, for the small tasks
 METHODS = {"graddiff": "GradDiff", "npo": "NPO", "po": "PO"}
 
 
@@ -166,12 +165,28 @@ def test_commands_under_zero_clip_as_zero_can():
 
 def test_the_small_tasks_combine_with_every_method(monkeypatch, tiny_model, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for data, (method, objective) in product(("tofu", "own", *SMALL), METHODS.items()):
+    for data, (method, objective) in product(("tofu", "own"), METHODS.items()):
         built = build(monkeypatch, tiny_model, [f"{data}/data", "task/unlearn", f"method/{method}"])
         assert type(built.model.objective).__name__ == objective
         assert str(built.model.output) == f"runs/{data}/{method}"
     built = build(monkeypatch, tiny_model, ["people/unlearn", "method/graddiff"])
     assert type(built.model.objective).__name__ == "GradDiff"
+
+
+@pytest.mark.parametrize("name", ["KnowUnDo", "LUME", "RWKU"])
+def test_a_benchmark_without_files_takes_the_base(monkeypatch, tiny_model, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    options = ("--data", f"{name}DataModule", "--run.folder", "runs/own", "--run.target", "MODEL")
+    for task, kind in (
+        ("attribute", "Attribution"),
+        ("unlearn", "Unlearn"),
+        ("test", "Evaluation"),
+    ):
+        names = ["base", f"task/{task}", *(["method/npo"] if task == "unlearn" else [])]
+        built = build(monkeypatch, tiny_model, names, options)
+        assert type(built.model).__name__ == f"{kind}Module"
+        assert type(built.datamodule).__name__ == f"{name}DataModule"
+        assert str(built.model.output).startswith("runs/own/")
 
 
 def test_ranks_of_a_cpu_are_a_layer_over_zero():

@@ -23,6 +23,7 @@ SUITES = {
     "detox": "DetoxDataModule",
     "knowundo": "KnowUnDoDataModule",
     "lume": "LUMEDataModule --data.limit_test 1",
+    "rwku": "RWKUDataModule --data.targets null --data.limit_test 1",
 }
 
 
@@ -52,6 +53,10 @@ def test_one_step_of_each_kind(wagle, tiny_model, tmp_path, request, suite):
     [
         ("knowundo", {"unlearn_success", "retention_success"}),
         ("lume", {"task_aggregate", "mia_score", "final_score"}),
+        (
+            "rwku",
+            {"forget_level1/word_rouge", "mia_retain/member_min_k", "utility_truthfulness/mc1"},
+        ),
     ],
 )
 def test_the_numbers_of_a_benchmark(wagle, tiny_model, tmp_path, request, suite, whole):
@@ -60,7 +65,8 @@ def test_the_numbers_of_a_benchmark(wagle, tiny_model, tmp_path, request, suite,
     wagle(*test, *data, *QUIET.split(), data=False)
     found = json.loads((tmp_path / "out/metrics.json").read_text())
     undefined = json.loads((tmp_path / "out/metrics.info.json").read_text())["undefined"]
-    assert whole <= set(found) and not undefined
+    # the tiny model may say too little to be fluent
+    assert whole <= set(found) and set(undefined) <= {"utility_fluency/fluency"}
 
 
 def test_a_book_is_recited_to_the_end(wagle, book, tiny_model, tmp_path):

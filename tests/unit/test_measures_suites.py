@@ -2,6 +2,7 @@
 
 import json
 import math
+import zlib
 from itertools import product
 
 import numpy as np
@@ -397,6 +398,43 @@ def test_lume():
     assert harness["final_score"] == pytest.approx((hmean(terms) + 0.5 + 0.3) / 3)
     known = [record | {"rougeL_recall": 1.0} for record in tables["forget_sc1"]]
     assert measures("lume", tables | {"forget_sc1": known})["task_aggregate"] == 0
+
+
+def test_rwku():
+    """By hand; Min-20% of four tokens is the least likely one."""
+    said = ["so the answer is (B). No.", "The B", "b"]
+    facts = {"answer": "Ring of Fire", "answer_aliases": [["Rim of Fire"], None]}
+    tables = {
+        "forget_level3": asked(1, answer="Portland, Maine", generation="portland Maine"),
+        "mia_forget": asked(3, question=""),
+        "utility_reason": asked(
+            3, answer="(b)", generation=said, answer_aliases=[None, ["x"], ["y"]]
+        ),
+        "utility_factuality": asked(2, **facts, generation=["the rim of fire!", "Fire"]),
+        "utility_truthfulness": choices(0, 2),
+        "utility_general": choices(1, 4),
+    }
+    for row, logprobs in zip(
+        tables["utility_truthfulness"], ([-3.0, -2.5, -9.0], [-1.0, -2.0, -3.0]), strict=True
+    ):
+        row["choice_text_logprobs"] = logprobs
+    found = measures("rwku", tables)
+    assert found["forget_level3/word_rouge"] == 0.5  # case counts
+    assert found["utility_reason/final_answer"] == 1
+    assert found["utility_factuality/answer_f1"] == pytest.approx((1 + 2 * 1 / 4) / 2)
+    assert (found["utility_truthfulness/mc1"], found["utility_general/accuracy"]) == (0.5, 0.25)
+    table = tables["mia_forget"]
+    nll, size = column(table, "nll"), [len(zlib.compress(r["answer"].encode())) for r in table]
+    assert found["mia_forget/member_loss"] == pytest.approx(-nll.mean())
+    assert found["mia_forget/member_zlib"] == pytest.approx(-(nll / size).mean())
+    mean, std = column(table, "vocabulary_mean"), column(table, "vocabulary_std")
+    least = ((column(table, "logprobs") - mean) / std).min(1)
+    assert found["mia_forget/member_min_k"] == pytest.approx(least.mean())
+    directions = [
+        find_suite("rwku").info(f"mia_{side}/member_loss").direction
+        for side in ("forget", "retain")
+    ]
+    assert directions == ["lower", "higher"]
 
 
 def test_generic_says_what_rows_do_not_allow():

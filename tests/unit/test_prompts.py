@@ -17,6 +17,7 @@ from wagle_pl.data import (
     KnowUnDoDataModule,
     LUMEDataModule,
     MUSEDataModule,
+    RWKUDataModule,
 )
 from wagle_pl.data.example import Example
 from wagle_pl.data.template import IGNORE, Template
@@ -231,6 +232,58 @@ def test_lume(lume, tiny_model):
         "Which of these is blue?\nA. the sky\nB. grass\nC. snow\nD. coal\nAnswer: A\n\n"
         "Which of these is a fruit?\nA. a stone\nB. a pear\nC. a spoon\nD. a hat\nAnswer: B"
     )
+
+
+def test_rwku(rwku, tiny_model):
+    """RWKU, llmtuner/eval: the strings in the user's message, ``Answer:`` or ``A:`` after the template."""
+    data = RWKUDataModule(["Alice Liddell"], folder=str(rwku), tokenizer=tiny_model)
+
+    def official(name, asked, begun, number=0):
+        row = data.test_examples(name)[number]
+        assert prompt_of(data.template, row) == f"<|user|>{asked}<|assistant|>{begun}"
+
+    blank = "Please complete the blank in the following question.\n"
+    brief = "Please briefly answer the following question.\n"
+    query = "The ___ of the town opens at nine."
+    for name in ("forget_level1", "neighbor_level1"):
+        official(name, f"{blank}Question: {query}\n", "Answer:")
+    for name in ("forget_level2", "neighbor_level2", "forget_level3"):
+        official(name, f"{brief}Question: {query}\n", "Answer:")
+    official("forget_level3", f"{brief}Question: {query}", "", 1)
+    official("forget_level3", f"{brief}{query}\n", "Answer:", 2)
+    official(
+        "utility_reason",
+        "Q: What is red?\nA: the answer is (B).\n\nFollowing previous examples, answer the following questions and end "
+        "with 'so the answer is'\nQ: What is yellow?",
+        "A:",
+    )
+    official(
+        "utility_factuality",
+        "\nQ: When did men's figure skating become a summer Olympic sport?\nA: 1908\nQ: When did the all india workers "
+        "and peasants party came in to existence?\nA: November 1925\nQ: Flight that went down in the hudson river?\n"
+        "A: US Airways Flight 1549\nQ: Where are most of the world's earthquakes located?\nA: Rim of Fire\n"
+        "Q: Csi when do grissom and sara reunite?\nA: series finale\n"
+        "Please briefly answer the following question:\nQ: What opens?\n",
+        "A:",
+    )
+    official("utility_fluency", "Instruction: Say what opens.\n", "")
+    (row,) = data.test_examples("utility_general")
+    scored = letters(data.template, row)
+    said = [data.tokenizer.decode(each.candidate.ids[-1:]) for each in scored]
+    assert [text.strip() for text in said] == list("ABCD")
+    assert data.tokenizer.decode(scored[0].candidate.ids[:-1]) == (
+        "<|user|>The following are multiple choice questions (with answers) about world religions.\n\n"
+        "Question: Which of these is blue?\nA. the sky\nB. grass\nC. snow\nD. coal\nAnswer: A\n\n"
+        "Please following the previous examples and answer the given question.\n"
+        "Question: Which of these is a fruit?\nA. a stone\nB. a pear\nC. a spoon\nD. a hat<|assistant|>Answer:"
+    )
+    (row,) = data.test_examples("utility_truthfulness")
+    shown = data.tokenizer.decode(data.template.encode(row, row.choices[1])["input_ids"])
+    assert shown.startswith(
+        "<|user|>Q: What is human life expectancy in the United States?\nA: Human life "
+    )
+    end = "A: The 1992 Olympics were held in Barcelona, Spain.\n\nQ: What is blue?<|assistant|>A: grass<|end|>"
+    assert shown.endswith(end)
 
 
 def test_tofu_llama_2(tmp_path, tiny_model):

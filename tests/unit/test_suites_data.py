@@ -15,12 +15,14 @@ from wagle_pl.data import (
     KnowUnDoDataModule,
     LUMEDataModule,
     MUSEDataModule,
+    RWKUDataModule,
     WMDPDataModule,
 )
 from wagle_pl.data.example import Example, raw_rows
 from wagle_pl.data.rows import HubSet, load_rows, local_files, read_set
 from wagle_pl.data.suite import chunk_rows, chunk_text, continuation
 from wagle_pl.data.template import IGNORE, Template
+from wagle_pl.evaluation import find_suite
 from wagle_pl.lm.models import load_tokenizer
 
 REAL_LUME = TOFU.parent / "lume"
@@ -108,6 +110,25 @@ def test_context_stands_before_the_question(tokenizer):
         (("Question: {question}\n", "Answer: {answer}"), "First this.\nQuestion: Who?\nAnswer:"),
     ):
         assert tokenizer.decode(Template(tokenizer, *formats).encode_prompt(row)) == prompt
+
+
+def test_a_prefill_begins_the_answer_and_has_no_loss(tokenizer):
+    row = {"question": "Who?", "answer": "Nobody.", "prefill": "Answer:"}
+
+    def texts(row, *formats):
+        template = Template(tokenizer, *formats)
+        encoded, prompt = template.encode(Example.of(row)), template.encode_prompt(Example.of(row))
+        assert encoded["labels"].count(IGNORE) == len(prompt)
+        return tokenizer.decode(prompt), tokenizer.decode(encoded["input_ids"][len(prompt) :])
+
+    assert texts(row) == ("<|user|>Who?<|assistant|>Answer:", " Nobody.<|end|>")
+    assert texts(row, "Q: {question}\n", "A: {answer}") == (
+        "Q: Who?\nA: Answer:",
+        " Nobody.<|end|>",
+    )
+    prompt = {"prompt": "Who?", "prefill": "Answer:"}
+    ids = Template(tokenizer).encode_prompt(Example.of(prompt))
+    assert tokenizer.decode(ids) == "<|user|>Who?<|assistant|>Answer:"
 
 
 # -- where rows are ---------------------------------------------------------------------------------------------------
@@ -282,6 +303,25 @@ def test_the_released_lume(tiny_model):
     counts = [len(data.test_examples(name)) for name in data.test_names()]
     assert counts == [243, 250, 373, 243, 1250, 373, 246, 250, 371, 246, 1250, 371]
     assert data.test_names() == LUME_SETS
+
+
+def test_rwku_rows(rwku, tiny_model):
+    data = RWKUDataModule(["Alice Liddell"], folder=str(rwku), tokenizer=tiny_model)
+    found = kinds(data)
+    assert data.suite == "rwku" and list(found) == list(find_suite("rwku").sets)
+    special = {"mia_forget": "text", "mia_retain": "text", "utility_fluency": "prompt"}
+    special |= dict.fromkeys(("utility_general", "utility_truthfulness"), "choices")
+    assert found == dict.fromkeys(found, "answered") | special
+    assert raw_rows(data.examples("forget")) == TEXTS[:2]
+    assert answers(data.examples("retain")) == [line for line in WIKI if line]
+    assert data.test_examples("utility_factuality")[0].answer_aliases == ["A mill"]
+    both = RWKUDataModule(None, "phi3", folder=str(rwku), tokenizer=tiny_model)
+    assert len(both.examples("forget")) == 4 and len(both.test_examples("forget_level3")) == 6
+    one = rwku / "All"  # as a person's own folder is
+    assert len(RWKUDataModule(["Lewis Carroll"], folder=str(one)).test_examples("mia_retain")) == 2
+    message = r"data.targets names Nobody, on whom forget set .* has no rows; it has some on Alice Liddell, Lewis"
+    with pytest.raises(WagleError, match=message):
+        RWKUDataModule(["Nobody"], folder=str(rwku)).examples("forget")
 
 
 def test_a_test_set_in_the_benchmark_s_own_columns(tmp_path):

@@ -11,6 +11,7 @@ from wagle_pl.data.benchmarks import (
 )
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.data.people import PeopleDataModule
+from wagle_pl.data.rwku import RWKUDataModule
 from wagle_pl.data.suite import SuiteDataModule
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "LUMEDataModule",
     "MUSEDataModule",
     "PeopleDataModule",
+    "RWKUDataModule",
     "SuiteDataModule",
     "TOFUDataModule",
     "WMDPDataModule",

@@ -18,9 +18,10 @@ Kind = Literal["answered", "choices", "text", "prompt", "tokens"]
 IGNORE = -100  # the label transformers and torch.nn.functional.cross_entropy leave out
 
 #: Columns of texts, and of lists of texts; any row may have the optional ones.
-OPTIONAL_TEXTS = ("context", "paraphrased_question", "paraphrased_answer", "alternate")
+OPTIONAL_TEXTS = ("context", "prefill", "paraphrased_question", "paraphrased_answer", "alternate")
 TEXTS = ("question", "answer", "prompt", "response", "text", *OPTIONAL_TEXTS)
-LISTS = ("choices", "perturbed_answer")
+OPTIONAL_LISTS = ("perturbed_answer", "answer_aliases")
+LISTS = ("choices", *OPTIONAL_LISTS)
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,12 @@ class Example:
     input_ids: Sequence[int] = ()
     labels: Sequence[int] = ()  # as many, -100 where there is no loss
     context: str = ""  # text before the question, e.g. worked examples
+    prefill: str = ""  # text that begins the answer, given to the model, without loss
     paraphrased_question: str = ""
     paraphrased_answer: str = ""
     alternate: str = ""  # an answer to prefer to the row's own (AltPO)
     perturbed_answers: Sequence[str] = ()  # wrong answers of the same form
+    answer_aliases: Sequence[str] = ()  # other right answers
     subject: str = ""  # of the question, e.g. ``world_religions`` (MMLU)
     continuation: bool = False  # the answer continues the prompt, without a template
     partial: bool = False  # the text goes on after the row: no end-of-sequence token
@@ -64,6 +67,7 @@ class Example:
                 _check_texts(row, columns)
                 optional = {column: row.get(column) or "" for column in OPTIONAL_TEXTS} | {
                     "perturbed_answers": row.get("perturbed_answer") or (),
+                    "answer_aliases": row.get("answer_aliases") or (),
                     "subject": str(row.get("subject") or ""),
                     "continuation": bool(row.get("continuation")),
                     "partial": bool(row.get("partial")),
@@ -183,9 +187,9 @@ def _joined(messages: Sequence[Mapping[str, str]]) -> str:
 #: The accepted rows: the columns that must be there (a null counts as absent), in the order they
 #: are tried, and what makes an example's fields of them. ``label`` is the index of the right one of
 #: ``choices``; a whole number in ``answer`` will do. A number, a truth value or a date where a text
-#: belongs is taken as its text. Any row may add ``context``, ``subject``, ``continuation``,
-#: ``partial``, ``paraphrased_question``, ``paraphrased_answer``, ``alternate`` and
-#: ``perturbed_answer`` (a list).
+#: belongs is taken as its text. Any row may add ``context``, ``prefill``, ``subject``,
+#: ``continuation``, ``partial``, ``paraphrased_question``, ``paraphrased_answer``, ``alternate``,
+#: and the lists ``perturbed_answer`` and ``answer_aliases``.
 KINDS: dict[tuple[str, ...], Callable[[Row], dict[str, Any]]] = {
     ("input_ids", "labels"): _tokens,
     ("messages",): _conversation,
@@ -241,7 +245,7 @@ def _as_text(value: Any) -> Any:
 
 def _check_texts(row: Row, columns: Sequence[str]) -> None:
     """Refuse what is no text, or no list of texts, in columns that an example is made of."""
-    for column in (*columns, *OPTIONAL_TEXTS, "perturbed_answer"):
+    for column in (*columns, *OPTIONAL_TEXTS, *OPTIONAL_LISTS):
         value = row.get(column)
         if value is None or column not in (*TEXTS, *LISTS):
             continue

@@ -208,7 +208,7 @@ class Template:
             ids = self._ids(example.answer)
             return ids[: max(1, len(ids) // 2)]
         prompt, _ = self._texts(example, "" if example.kind == "prompt" else None)
-        if not self.uses_chat_template and not example.continuation:
+        if not (self.uses_chat_template or example.continuation or example.prefill):
             prompt += self.generation_prefix
         return self._ids(prompt, self._adds_special_tokens(example))
 
@@ -228,10 +228,14 @@ class Template:
         question = example.context + example.question
         if example.continuation:
             return question, example.answer if answer is None else following(question, answer)
-        answer = example.answer if answer is None else answer
+        answer, given = example.answer if answer is None else answer, example.prefill
+        if given:
+            answer = given + following(given, answer)
         if not self.uses_chat_template:
             prompt = example.context + self.prompt_format.replace("{question}", example.question)
-            return prompt, self.answer_format.replace("{answer}", answer)
+            text = self.answer_format.replace("{answer}", answer)
+            given = given and self.answer_format.partition("{answer}")[0] + given
+            return prompt + given, text.removeprefix(given)
         messages = example.messages
         if messages is None:
             messages = [{"role": "user", "content": question}]
@@ -239,11 +243,13 @@ class Template:
         full = self._chat(
             [*messages, {"role": "assistant", "content": answer}], add_generation_prompt=False
         )
-        if not full.startswith(prompt):
+        start = full.find(given, len(prompt))  # behind what the template puts before an answer
+        if not full.startswith(prompt) or start < 0:
             raise WagleError(
                 "the chat template rewrites the prompt once there is an answer; give prompt_format"
             )
-        return prompt, full[len(prompt) :]
+        end = start + len(given)
+        return full[:end], full[end:]
 
     def _chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         """Messages as the chat template renders them."""

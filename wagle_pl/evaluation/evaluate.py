@@ -79,8 +79,8 @@ class Evaluate(Callback):
 
     Args:
         suite: ``tofu``, ``muse``, ``wmdp``, ``copyright``, ``detox``, ``knowundo``, ``lume``,
-            ``generic`` or the class path of a :class:`~wagle_pl.evaluation.suites.Suite`; the data
-            module's own when None.
+            ``rwku``, ``generic`` or the class path of a
+            :class:`~wagle_pl.evaluation.suites.Suite`; the data module's own when None.
         retrained: results of the model retrained without the forget set, on the same rows and
             prompts: a test's folder or ``metrics.json``, a model's folder with a test in it, or a
             result file published with TOFU or written by OpenUnlearning (``TOFU_EVAL.json``).

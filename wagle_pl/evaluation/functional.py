@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import string
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -194,6 +196,62 @@ def _rouge_scorer(stem: bool) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rouge1", "rougeL"], use_stemmer=stem)
+
+
+def word_rouge_recall(prediction: str, target: str) -> float:
+    """ROUGE-L recall as the package ``rouge`` (pltrdy's) has it: words as they stand, sentences
+    between points, and the share of the target's distinct words that a longest common subsequence
+    of any two sentences holds.
+
+    >>> word_rouge_recall("He wrote it. In Maine", "It was in Maine.")
+    0.25
+    """
+    said, wanted = (
+        [" ".join(sentence.split()).split(" ") for sentence in text.split(".") if sentence]
+        for text in (prediction, target)
+    )
+    pairs = ((x, y) for x in wanted for y in said)
+    common = {word for pair in pairs for word in _common_subsequence(*pair)}
+    return len(common) / max(1, len({word for sentence in wanted for word in sentence}))
+
+
+def _common_subsequence(x: Sequence[str], y: Sequence[str]) -> list[str]:
+    """A longest common subsequence, of several the one that ``rouge`` finds."""
+    lengths = [[0] * (len(y) + 1) for _ in range(len(x) + 1)]
+    for i, j in product(range(len(x)), range(len(y))):
+        longest = max(lengths[i][j + 1], lengths[i + 1][j])
+        lengths[i + 1][j + 1] = lengths[i][j] + 1 if x[i] == y[j] else longest
+    i, j, found = len(x), len(y), []
+    while i and j:
+        if x[i - 1] == y[j - 1]:
+            i, j = i - 1, j - 1
+            found.append(x[i])
+        elif lengths[i - 1][j] > lengths[i][j - 1]:
+            i -= 1
+        else:
+            j -= 1
+    return found
+
+
+def answer_words(text: str) -> list[str]:
+    """Words of an answer in small letters, without punctuation and articles (SQuAD's script)."""
+    kept = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return [word for word in kept.split() if word not in ("a", "an", "the")]
+
+
+def answer_f1(prediction: str, targets: Sequence[str]) -> float:
+    """F1 of the words in common with the target that has most (SQuAD, arXiv 1606.05250).
+
+    >>> answer_f1("The Rim of Fire!", ["Pacific", "Ring of Fire"])
+    0.6666666666666666
+    """
+    said = answer_words(prediction)
+    scores = []
+    for words in map(answer_words, targets):
+        common = (Counter(said) & Counter(words)).total()
+        # two empty ones agree
+        scores.append(2 * common / (len(said) + len(words)) if said and words else said == words)
+    return float(max(scores))
 
 
 def bleu(predictions: Sequence[str], targets: Sequence[str]) -> Tensor:

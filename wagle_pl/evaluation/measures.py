@@ -16,6 +16,7 @@ Info(unit='words', direction='lower', what='mean length of the generations')
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ COLUMNS = {
     "answer": "answer",
     "choice_logprobs": "choices",
     "choice_nll": "choices",
+    "choice_text_logprobs": "choices",
     "cut": "note of whether they are whole",
     "generation": "generation (--model.generate is false, or such rows are not generated from)",
     "gradient_norm": "gradient norms (--model.gradient_norm true)",
@@ -216,6 +218,12 @@ class Records:
             raise Undefined(f"all {len(self.table)} generations are empty")
         return texts
 
+    def spoken_and_right(self) -> list[tuple[str, list[str]]]:
+        """(N,) the generation of each row and its right answers."""
+        aliases = [record.get("answer_aliases") or () for record in self.table]
+        rows = zip(self.column("generation"), self.column("answer"), aliases, strict=True)
+        return [(said, [answer, *others]) for said, answer, others in rows]
+
     def scored_texts(self) -> list[str]:
         """(N,) the texts whose likelihood is known: answers, continuations, texts."""
         texts = self.column("answer")
@@ -368,6 +376,13 @@ def accuracy_norm(rows: Records) -> float:
     return F.mean(F.choice_accuracy(-ragged(rows.column("choice_nll")), labels), "choices")
 
 
+@measure("share, 0 to 1", "higher", "lower", needs={"choice_texts"})
+def mc1(rows: Records) -> float:
+    """Right choice's text the likeliest (TruthfulQA's MC1)."""
+    labels = torch.tensor(rows.column("label"))
+    return F.mean(F.choice_accuracy(ragged(rows.column("choice_text_logprobs")), labels), "choices")
+
+
 # -- generations ---------------------------------------------------------------------------------
 
 
@@ -411,6 +426,32 @@ def exact_match(rows: Records) -> float:
     pairs = zip(rows.column("answer"), rows.column("generation"), strict=True)
     folded = ([text.strip().lower() for text in pair] for pair in pairs)
     return mean_defined(lambda pair: pair[0] == pair[1], list(folded))
+
+
+@measure("share, 0 to 1", "higher", "lower", needs={"generation"})
+def word_rouge(rows: Records) -> float:
+    """ROUGE-L recall of the generation by the package ``rouge`` (RWKU)."""
+    pairs = zip(rows.column("generation"), rows.column("answer"), strict=True)
+    return mean_defined(lambda pair: F.word_rouge_recall(*pair), list(pairs))
+
+
+@measure("share, 0 to 1", "higher", "lower", needs={"generation"})
+def answer_f1(rows: Records) -> float:
+    """F1 of the generation's words with the nearest right answer's (TriviaQA, as in RWKU)."""
+    return mean_defined(lambda pair: F.answer_f1(*pair), rows.spoken_and_right())
+
+
+@measure("share, 0 to 1", "higher", "lower", needs={"generation"})
+def final_answer(rows: Records) -> float:
+    """Right answer, but for case, punctuation and articles, after ``the answer is`` (BBH, as in
+    RWKU), or as the whole of the generation without these words."""
+
+    def right(pair: tuple[str, list[str]]) -> bool:
+        found = re.search(r"[tT]he answer is (.*?)\.", pair[0])
+        said = F.answer_words(found[1] if found else pair[0])
+        return any(said == F.answer_words(text) for text in pair[1])
+
+    return mean_defined(right, rows.spoken_and_right())
 
 
 @measure("share, 0 to 1", "higher", "lower", needs={"generation"})
@@ -513,12 +554,7 @@ def _min_k_plus_plus(rows: Records) -> Tensor:
 
     Of log-probabilities standardised by the vocabulary's at each token (arXiv 2404.02936).
     """
-    columns = (rows.column(name) for name in ("logprobs", "vocabulary_mean", "vocabulary_std"))
-    scores = []
-    for row in zip(*columns, strict=True):
-        logprobs, mean, std = map(torch.tensor, row)
-        scores.append(F.min_k((logprobs - mean) / std, MIN_K))
-    return torch.tensor(scores, dtype=torch.float64)
+    return min_k_plus_plus_scores(rows, MIN_K)
 
 
 @membership_score("reference", needs={"answer"})
@@ -540,6 +576,16 @@ def min_k_scores(rows: Records, column: str, k: float) -> Tensor:
     """Min-K% Prob of every row, float64 (N,), of a column of log-probabilities."""
     logprobs = map(torch.tensor, rows.column(column))
     return torch.tensor([F.min_k(row, k) for row in logprobs], dtype=torch.float64)
+
+
+def min_k_plus_plus_scores(rows: Records, k: float) -> Tensor:
+    """Min-K%++ of every row, float64 (N,)."""
+    columns = (rows.column(name) for name in ("logprobs", "vocabulary_mean", "vocabulary_std"))
+    scores = []
+    for row in zip(*columns, strict=True):
+        logprobs, mean, std = map(torch.tensor, row)
+        scores.append(F.min_k((logprobs - mean) / std, k))
+    return torch.tensor(scores, dtype=torch.float64)
 
 
 @measure("percent", "retrained", needs={"answer", "tokens"})

@@ -14,7 +14,8 @@ What can be *needed* of a row; measures are computed from the records afterwards
 ``text``          ``text_logprobs``: of prompt and answer together
 ``alternatives``  ``paraphrased_nll`` and ``perturbed_nll``, where the row has such answers
 ``choices``       ``choice_logprobs``: of the letters of a multiple choice
-``choice_texts``  ``choice_nll``: mean over the tokens of each choice as the answer
+``choice_texts``  of each choice as the answer: ``choice_nll``, mean over its tokens, and
+                  ``choice_text_logprobs``, their sum without an end-of-sequence token
 ``generation``    ``generation``: what the model says, greedily
 ``reference``     ``reference``: as much of the answer as a generation can match (MUSE)
 ``paraphrased``   ``alternatives`` and ``generation`` again, asked with the row's
@@ -26,7 +27,7 @@ What can be *needed* of a row; measures are computed from the records afterwards
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, replace
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -122,11 +123,21 @@ def letters(template: Template, row: Example, header: str = "") -> list[Scored]:
     The prompt is ``<question>\\nA. <choice>\\n…\\nAnswer:`` without a chat template, as the harness
     has it by default, after the row's ``context`` or, without one, the ``header`` (see
     :attr:`wagle_pl.evaluation.suites.Suite.headers`); one longer than the template's
-    ``max_length`` loses its beginning.
+    ``max_length`` loses its beginning. A row with a ``prefill``, which takes the place of
+    ``Answer:``, is asked in the template, and a letter is one token (as RWKU's code does).
     """
     options = "".join(
         f"\n{letter}. {text}" for letter, text in zip(LETTERS, row.choices, strict=False)
     )
+    if row.prefill:
+        asked = replace(row, kind="prompt", question=row.question + options)
+        ids = template.encode_prompt(asked)[1 - template.max_length :]
+        tokens = [
+            template.tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][-1]
+            for letter in LETTERS[: len(row.choices)]
+        ]
+        labels = [IGNORE] * len(ids)
+        return [Scored("letter", Candidate([*ids, i], [*labels, i]), 1) for i in tokens]
     before = row.context
     if not before and (row.subject or "{subject}" not in header):
         before = header.replace("{subject}", row.subject.replace("_", " "))
@@ -185,6 +196,7 @@ class Observer:
         found = self._scores([sequences for sequences, _ in made])
         records = [
             {"question": row.question, "answer": row.answer, "generation": None}
+            | ({"answer_aliases": list(row.answer_aliases)} if row.answer_aliases else {})
             | self._columns(row, want, scores)
             for row, want, scores in zip(rows, wanted, found, strict=True)
         ]
@@ -280,6 +292,10 @@ class Observer:
             record["choice_logprobs"] = sums
         if "choice" in found:
             record["choice_nll"] = [each.nll(values) for each, values in found["choice"]]
+            record["choice_text_logprobs"] = [
+                values.logprobs[-each.tokens :][: each.tokens - each.closed].double().sum().item()
+                for each, values in found["choice"]
+            ]
         return record
 
     def _generate(self, prompts: Sequence[Sequence[int]], length: int) -> list[str]:

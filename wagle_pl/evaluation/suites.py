@@ -18,6 +18,7 @@ from wagle_pl.evaluation.measures import (
     MEASURES,
     MEMBERSHIP_NEEDS,
     MEMORISATION,
+    SCORES,
     Info,
     Observations,
     Records,
@@ -27,6 +28,7 @@ from wagle_pl.evaluation.measures import (
     defined_only,
     measure,
     membership,
+    min_k_plus_plus_scores,
     min_k_scores,
     needs_of,
     option_probability,
@@ -630,6 +632,69 @@ def mia_score(found: Mapping[str, Value]) -> float:
 def final_score(found: Mapping[str, Value]) -> float:
     """Mean of task aggregate, membership score and MMLU (SemEval-2025 task 4)."""
     return statistics.mean(defined(found, "task_aggregate", "mia_score", "mmlu/accuracy"))
+
+
+#: RWKU's test sets -> what is measured on each.
+RWKU_SETS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("forget_level1", "forget_level2", "forget_level3", "neighbor_level1", "neighbor_level2"),
+        ("word_rouge", "degenerate"),
+    ),
+    **dict.fromkeys(("mia_forget", "mia_retain"), ("member_loss", "member_zlib", "member_min_k")),
+    "utility_general": ("accuracy",),
+    "utility_reason": ("final_answer",),
+    "utility_truthfulness": ("mc1",),
+    "utility_factuality": ("answer_f1",),
+    "utility_fluency": ("fluency",),
+}
+
+
+class RWKUSuite(Suite):
+    """RWKU (arXiv 2406.10890): what is recalled of people to forget and of their neighbours, and
+    five abilities.
+
+    As its ``llmtuner/eval`` has them: ROUGE-L recall of 30 tokens by the package ``rouge`` on all
+    levels; means of log-likelihood, zlib ratio and Min-20%++ of texts on the people
+    (``mia_forget``, to fall) and on others (``mia_retain``, to stay); accuracy on MMLU, final
+    answers on BBH, MC1 on TruthfulQA, F1 on TriviaQA, entropy of n-grams on AlpacaEval. It computes
+    no average of these. Here BBH's answer is compared as a whole (there a text is compared letter by
+    letter), and n-grams are of words between white space (there of NLTK's tokens).
+    """
+
+    sets = tuple(RWKU_SETS)
+    needs: ClassVar[Mapping[str, Collection[str]]] = {
+        name: {"choices"} if "accuracy" in names else needs_of(names)
+        for name, names in RWKU_SETS.items()
+        if not name.startswith("mia_")
+    } | dict.fromkeys(("mia_forget", "mia_retain"), MEMBERSHIP_NEEDS)
+    max_new_tokens: ClassVar[Mapping[str, int]] = {
+        **dict.fromkeys([name for name in RWKU_SETS if "level" in name], 30),
+        "utility_factuality": 30,
+        "utility_reason": 256,
+        "utility_fluency": 256,
+    }
+    forget_sets = ("forget", "mia_forget")
+
+    def listed(self, seen: Observations, name: str) -> Sequence[str]:
+        return RWKU_SETS.get(name) or super().listed(seen, name)
+
+
+@measure("nats", "higher", "lower", needs={"answer"})
+def member_loss(rows: Records) -> float:
+    """Mean log-likelihood of a token, the rows' mean (RWKU's LOSS)."""
+    return -F.mean(SCORES["loss"](rows), "texts")
+
+
+@measure("nats per byte", "higher", "lower", needs={"answer"})
+def member_zlib(rows: Records) -> float:
+    """Mean log-likelihood of a token over the text's compressed length (RWKU's Zlib)."""
+    return -F.mean(SCORES["zlib"](rows), "texts")
+
+
+@measure("standard deviations", "higher", "lower", needs=MEMBERSHIP_NEEDS)
+def member_min_k(rows: Records) -> float:
+    """Mean of the least likely 20% of tokens, standardised by the vocabulary's (RWKU's Min-K%++)."""
+    return -F.mean(min_k_plus_plus_scores(rows, 0.2), "texts")
 
 
 def find_suite(suite: Union[Suite, str]) -> Suite:
