@@ -11,6 +11,7 @@ import pytest
 import transformers
 import yaml
 from helpers import LLAMA_3, QUIET
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wagle_pl.cli.configs import expand
@@ -141,6 +142,29 @@ def test_a_step_on_its_architecture_and_its_prompt(
     assert ran.model.objective.beta == 0.1
 
 
+def classifier(tiny_model: str) -> str:
+    """Folder of a tiny classifier with two labels, of random weights."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    first = (
+        "<|user|>",
+        tokenizer.convert_tokens_to_ids("<|user|>"),
+    )  # so that no text is without a token
+    form = TemplateProcessing(single="<|user|> $A", special_tokens=[first])
+    tokenizer.backend_tokenizer.post_processor = form
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), id2label={0: "clean", 1: "noise"}, **sizes
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained("classifier")
+    tokenizer.save_pretrained("classifier")
+    return "classifier"
+
+
 def test_their_files_are_written_and_compared_with(
     wagle: Any, rows: dict[str, str], tiny_model: str
 ) -> None:
@@ -151,11 +175,21 @@ def test_their_files_are_written_and_compared_with(
         "test",
         f"--model EvaluationModule --model.model {tiny_model} --model.suite tofu --model.max_new_tokens 4",
     )
-    wagle(*test, "--model.output out --model.format openunlearning", *data)
+    gibberish = classifier(tiny_model)
+    options = (
+        f"--format openunlearning --model.bootstrap 5 --model.gibberish_classifier {gibberish}"
+    )
+    wagle(*test, "--model.output out", options, *data)
     summary = json.loads(Path("out/TOFU_SUMMARY.json").read_text())
     metrics = json.loads(Path("out/metrics.json").read_text())
     assert summary["forget_Q_A_Prob"] == pytest.approx(metrics["forget/probability"])
     assert summary["forget_Truth_Ratio"] == pytest.approx(metrics["forget/truth_ratio"])
+    assert summary["forget_Q_A_gibberish"] == pytest.approx(metrics["forget/not_gibberish"])
+    assert summary["forget_Q_A_PARA_ROUGE"] == metrics["forget/paraphrased_rougeL_recall"]
+    low, high = json.loads(Path("out/metrics.info.json").read_text())["intervals"][
+        "forget/probability"
+    ]
+    assert low <= metrics["forget/probability"] <= high
     shutil.copy("out/TOFU_EVAL.json", "retain90.json")
     module = wagle(*test, "--model.output again --model.retrained retain90.json", *data).model
     assert module.metrics["forget_quality"] == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from helpers import TOFU_LOGS
 from pages import numbers
 from scipy.stats import hmean, ks_2samp
 
-from wagle_pl.evaluation import Observations, Results
-from wagle_pl.evaluation.functional import rouge
-from wagle_pl.evaluation.measures import defined_only
+from wagle_pl.data.example import Example
+from wagle_pl.evaluation import MEASURES, Observations, Results
+from wagle_pl.evaluation.classifiers import Alternatives
+from wagle_pl.evaluation.functional import Undefined, rouge
+from wagle_pl.evaluation.measures import defined_only, intervals
 from wagle_pl.evaluation.openunlearning import (
     NAMES,
     benchmark_of,
@@ -26,7 +29,7 @@ from wagle_pl.evaluation.openunlearning import (
     to_tables,
 )
 from wagle_pl.evaluation.results import from_result, write_json
-from wagle_pl.evaluation.suites import TOFUSuite
+from wagle_pl.evaluation.suites import MUSESuite, TOFUSuite, more_of_openunlearning
 
 PROMPT = "system\n\nCutting Knowledge Date: December 2023\n\nYou are a helpful assistant.user\n\n{}assistant\n\n"
 
@@ -220,3 +223,100 @@ def test_a_report_reads_them(tmp_path: Path, report: Any, monkeypatch: pytest.Mo
         assert found[name, "forget/probability"] == pytest.approx(
             (math.exp(-0.3) + math.exp(-0.5)) / 2
         )
+
+
+# -- their measures that ours lack otherwise ----------------------------------------------------------------------
+
+
+def text_rows(seed: int, count: int = 6) -> list[dict[str, Any]]:
+    """Records of texts with 20 log-probabilities each."""
+    draw = np.random.default_rng(seed)
+    made = [(draw.normal(-2, 1, 20), draw.uniform(2, 4)) for _ in range(count)]
+    return [
+        {
+            "row": row,
+            "question": "",
+            "answer": f"text {seed} {row}",
+            "generation": None,
+            "nll": -float(logprobs.mean()),
+            "lower_nll": float(lower),
+            "logprobs": logprobs.tolist(),
+        }
+        for row, (logprobs, lower) in enumerate(made)
+    ]
+
+
+def auc(members: list[float], nonmembers: list[float]) -> float:
+    pairs = [(a, b) for a in members for b in nonmembers]
+    return sum((a < b) + 0.5 * (a == b) for a, b in pairs) / len(pairs)
+
+
+def test_more_membership() -> None:
+    """Min-K shares and PPL/lower as in MUSE's get_ppl_utils.py; rel_diff as in OpenUnlearning's privacy.py."""
+    tables = {"members": text_rows(0), "nonmembers": text_rows(1)}
+    seen = Observations(tables)
+    found = more_of_openunlearning(MUSESuite(), seen, "members", "nonmembers")
+    for percent in (5, 10, 20, 30, 50, 60):
+        sides = [
+            [-np.mean(np.sort(r["logprobs"])[: int(20 * percent / 100)]) for r in tables[name]]
+            for name in ("members", "nonmembers")
+        ]
+        assert found[f"members/mia_min_k_{percent}"] == pytest.approx(auc(*sides))
+    sides = [[r["nll"] / r["lower_nll"] for r in tables[name]] for name in tables]
+    assert found["members/mia_lower"] == pytest.approx(auc(*sides))
+    assert isinstance(found["members/rel_diff"], Undefined)
+    here = MEASURES["mia_min_k"].compute(seen, "members", "nonmembers")
+    seen.retrained = Results.__new__(Results)
+    seen.retrained.metrics = {"members/mia_min_k": 0.4}
+    again = more_of_openunlearning(MUSESuite(), seen, "members", "nonmembers")
+    assert again["members/rel_diff"] == pytest.approx((here - 0.4) / 0.4 * 100)
+
+
+@pytest.mark.parametrize(("corpus", "area"), [("news", 0.4772), ("books", 0.5393)])
+def test_privleak_by_the_constants_of_muse(corpus: str, area: float) -> None:
+    seen = Observations({"members": text_rows(0), "nonmembers": text_rows(1)}, corpus=corpus)
+    theirs = 1 - MEASURES["mia_min_k"].compute(seen, "members", "nonmembers")
+    assert MUSESuite().measures(seen)["privleak"] == pytest.approx((theirs - area) / area * 100)
+
+
+def test_answers_in_other_words() -> None:
+    tables = tofu_tables()
+    rows = [Example("answered", r["question"], r["answer"]) for r in tables["forget"]]
+    rows = [
+        replace(
+            row, paraphrased_answer="Ada has written it.", perturbed_answers=["Bo did it.", "No"]
+        )
+        for row in rows
+    ]
+    Alternatives().annotate(tables["forget"], rows)
+    found = more_of_openunlearning(TOFUSuite(), Observations(tables), "forget", "holdout")
+    wrong = np.array([r["perturbed_nll"] for r in tables["forget"]])
+    right = np.array([r["paraphrased_nll"] for r in tables["forget"]])
+    assert found["forget/paraphrased_probability"] == pytest.approx(np.exp(-right).mean())
+    assert found["forget/perturbed_probability"] == pytest.approx(np.exp(-wrong).mean())
+    assert found["forget/paraphrased_rougeL_recall"] == pytest.approx(
+        2 / 4
+    )  # "wrote" is not "written"
+    assert found["forget/perturbed_rougeL_recall"] == pytest.approx((1 / 3 + 0) / 2)
+    assert "world_facts/paraphrased_probability" not in found
+    logs = to_logs("TOFU", tables, {}, {})
+    for theirs in ("PARA_Prob", "PERT_Prob", "PARA_ROUGE", "PERT_ROUGE"):
+        name = f"forget_Q_A_{theirs}"
+        assert logs[name]["agg_value"] == pytest.approx(found[NAMES["TOFU"][name]])
+
+
+def test_bootstrap_intervals() -> None:
+    """Of a mean of many rows: ±1.96 standard errors."""
+    nlls = np.random.default_rng(0).uniform(0.5, 2, 400)
+    rows = [{"row": i, "nll": float(nll)} for i, nll in enumerate(nlls)]
+
+    def measures(tables: Any) -> dict[str, float]:
+        values = [math.exp(-row["nll"]) for row in tables["forget"]]
+        return {"mean": sum(values) / len(values)}
+
+    low, high = intervals(measures, {"forget": rows}, 1000)["mean"]
+    values = np.exp(-nlls)
+    error = 1.96 * values.std() / 20
+    assert (low, high) == pytest.approx(
+        (values.mean() - error, values.mean() + error), abs=error / 6
+    )

@@ -141,10 +141,10 @@ def run(args: Sequence[str]) -> Any:
     """
     from wagle_pl.cli.configs import expand
     from wagle_pl.cli.lightning import WagleCLI
-    from wagle_pl.cli.parser import expand_robustness
+    from wagle_pl.cli.parser import expand_short
     from wagle_pl.core import distributed
 
-    arguments = expand_robustness(expand(_whole_help(args)))
+    arguments = expand_short(expand(_whole_help(args)))
     prepare_libraries()
     stopping.imports_done()
     try:

@@ -79,25 +79,31 @@ def with_values(args: Sequence[str], flags: Collection[str]) -> list[str]:
     ]
 
 
-def expand_robustness(args: Sequence[str]) -> list[str]:
-    """``--robustness [ATTACKS]`` as ``--model.robustness ATTACKS``, ``all`` if none are named.
+#: Options without ``model.`` -> what each is without a value; None: as it stands.
+SHORT = {"--robustness": "all", "--format": None}
 
-    It goes to the end, where the class of the model is known.
 
-    >>> expand_robustness(["test", "--robustness", "--config", "x.yaml"])
+def expand_short(args: Sequence[str]) -> list[str]:
+    """``--robustness [ATTACKS]`` as ``--model.robustness ATTACKS``, ``all`` if none are named, and
+    ``--format NAME`` as ``--model.format NAME``.
+
+    They go to the end, where the class of the model is known.
+
+    >>> expand_short(["test", "--robustness", "--config", "x.yaml"])
     ['test', '--config', 'x.yaml', '--model.robustness', 'all']
     """
     rest: list[str] = []
-    attacks: list[str] = []
+    short: dict[str, list[str]] = {}
     for option in _with_their_values(args):
         name, equals, value = option[0].partition("=")
-        if name != "--robustness":
+        if name not in SHORT:
             rest += option
             continue
         values = [value] if equals else option[1:2]
-        attacks = ["--model.robustness", *(values or ["all"])]
+        default = [] if SHORT[name] is None else [SHORT[name]]
+        short[name] = [name.replace("--", "--model."), *(values or default)]
         rest += option[1:] if equals else option[2:]
-    return [*rest, *attacks]
+    return [*rest, *(part for option in short.values() for part in option)]
 
 
 def classes_first(args: Sequence[str], classes: Collection[str]) -> list[str]:

@@ -13,6 +13,7 @@ from torch.nn.functional import cosine_similarity
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import absent, plainly_local
 from wagle_pl.data.example import Example
+from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.results import Table
 from wagle_pl.lm.models import loading
 
@@ -38,23 +39,21 @@ def toxic_labels(labels: Sequence[str]) -> list[str]:
     ]
 
 
-class ToxicityClassifier:
-    """Toxicity of texts in [0, 1]: the largest probability of a toxic label.
-
-    For a classifier whose labels are all toxic, such as ``unitary/toxic-bert``, this is the score
-    of the top label, which SOUL's and WAGLE's evaluation takes.
+class TextClassifier:
+    """A text classifier of the hub, with sigmoids where its labels do not exclude each other.
 
     Args:
-        name: folder or hub id of a text classifier.
+        name: folder or hub id.
         device: where it runs.
         option: name of the option that asks for it, for errors.
+        longest: tokens of a text that it reads.
     """
 
+    column: str  # of a record, that it writes
+    reads_empty = False  # whether an empty generation is given to it
+
     def __init__(
-        self,
-        name: str,
-        device: Optional[torch.device] = None,
-        option: str = "model.toxicity_classifier",
+        self, name: str, device: Optional[torch.device], option: str, longest: int = LONGEST
     ) -> None:
         from transformers import (
             AutoModelForSequenceClassification,
@@ -67,11 +66,8 @@ class ToxicityClassifier:
             model = AutoModelForSequenceClassification.from_pretrained(name)
             tokenizer = AutoTokenizer.from_pretrained(name)
         config = model.config
-        labels = [config.id2label[i] for i in range(config.num_labels)]
-        self.toxic = toxic_labels(labels)
-        if not self.toxic:
-            raise WagleError(f"{option} {name!r} has no toxic label among {', '.join(labels)}")
-        several = len(labels) == 1 or config.problem_type == "multi_label_classification"
+        self.labels = [config.id2label[i] for i in range(config.num_labels)]
+        several = config.num_labels == 1 or config.problem_type == "multi_label_classification"
         self.classify = TextClassificationPipeline(
             model=model,
             tokenizer=tokenizer,
@@ -79,20 +75,76 @@ class ToxicityClassifier:
             top_k=None,
             function_to_apply="sigmoid" if several else "softmax",
             truncation=True,
-            max_length=min(LONGEST, getattr(config, "max_position_embeddings", LONGEST)),
+            max_length=min(longest, getattr(config, "max_position_embeddings", longest)),
         )
 
-    def __call__(self, texts: Sequence[str], batch_size: int = 32) -> list[float]:
-        """Toxicity of each text, cut at 512 tokens."""
+    def probabilities(
+        self, texts: Sequence[str], labels: Sequence[str], batch_size: int = 32
+    ) -> list[float]:
+        """The largest probability of some labels, of each text."""
         found = self.classify(list(texts), batch_size=batch_size) if texts else []
-        return [max(x["score"] for x in text if x["label"] in self.toxic) for text in found]
+        return [max(x["score"] for x in text if x["label"] in labels) for text in found]
+
+    def __call__(self, texts: Sequence[str]) -> list[float]:
+        """A number for each text."""
+        return self.probabilities(texts, self.labels[:1])
 
     def annotate(self, table: Table, rows: Sequence[Example]) -> None:
-        """Add ``toxicity`` to the records whose generation is not empty."""
-        spoken = [record for record in table if record.get("generation")]
+        """Add the column to the records whose generation is not empty, or to all."""
+        texts = ((record, record.get("generation")) for record in table)
+        spoken = [r for r, text in texts if text or (self.reads_empty and text is not None)]
         values = self([record["generation"] for record in spoken])
         for record, value in zip(spoken, values, strict=True):
-            record["toxicity"] = value
+            record[self.column] = value
+
+
+class ToxicityClassifier(TextClassifier):
+    """Toxicity of texts in [0, 1]: the largest probability of a toxic label.
+
+    For a classifier whose labels are all toxic, such as ``unitary/toxic-bert``, this is the score
+    of the top label, which SOUL's and WAGLE's evaluation takes.
+    """
+
+    column = "toxicity"
+
+    def __init__(
+        self,
+        name: str,
+        device: Optional[torch.device] = None,
+        option: str = "model.toxicity_classifier",
+    ) -> None:
+        super().__init__(name, device, option)
+        self.toxic = toxic_labels(self.labels)
+        if not self.toxic:
+            raise WagleError(f"{option} {name!r} has no toxic label among {', '.join(self.labels)}")
+
+    def __call__(self, texts: Sequence[str]) -> list[float]:
+        return self.probabilities(texts, self.toxic)
+
+
+class GibberishClassifier(TextClassifier):
+    """Probability of the first label, clean text of ``madhurjindal/autonlp-Gibberish-Detector-
+    492513457``, as OpenUnlearning takes it."""
+
+    column = "not_gibberish"
+    reads_empty = True
+
+
+class Alternatives:
+    """ROUGE-L recall of a row's paraphrased and of its perturbed answers (OpenUnlearning)."""
+
+    def annotate(self, table: Table, rows: Sequence[Example]) -> None:
+        """Add ``paraphrased_rougeL_recall`` and ``perturbed_rougeL_recall``, a list."""
+
+        def recall(said: str, answers: Sequence[str]) -> list[float]:
+            return F.rouge([said] * len(answers), answers)["rougeL_recall"].tolist()
+
+        for record in table:
+            said, row = record.get("generation"), rows[record["row"]]
+            if said is not None and row.perturbed_answers:
+                paraphrase = row.paraphrased_answer or record["answer"]
+                record["paraphrased_rougeL_recall"] = recall(said, [paraphrase])[0]
+                record["perturbed_rougeL_recall"] = recall(said, row.perturbed_answers)
 
 
 class SentenceModel:

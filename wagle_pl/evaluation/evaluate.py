@@ -33,7 +33,14 @@ from wagle_pl.evaluation.attacks.report import (
     run_attacks,
     usable_attacks,
 )
-from wagle_pl.evaluation.classifiers import SentenceModel, ToxicityClassifier, check_folder
+from wagle_pl.evaluation.classifiers import (
+    LONGEST,
+    Alternatives,
+    GibberishClassifier,
+    SentenceModel,
+    ToxicityClassifier,
+    check_folder,
+)
 from wagle_pl.evaluation.comparison import check_prompts, check_rows, comparison
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.measures import (
@@ -41,6 +48,7 @@ from wagle_pl.evaluation.measures import (
     Observations,
     Value,
     defined_only,
+    intervals,
     membership_scores,
 )
 from wagle_pl.evaluation.observe import GENERATED, NEEDS, Observer, Record, merge, observe_set
@@ -56,7 +64,13 @@ from wagle_pl.evaluation.results import (
     write_json,
     write_table,
 )
-from wagle_pl.evaluation.suites import MUSESuite, Suite, TOFUSuite, find_suite
+from wagle_pl.evaluation.suites import (
+    MUSESuite,
+    Suite,
+    TOFUSuite,
+    find_suite,
+    more_of_openunlearning,
+)
 from wagle_pl.lm.module import LanguageModule
 
 log = logging.getLogger(__name__)
@@ -99,6 +113,9 @@ class Evaluate(Callback):
             as WAGLE's code does for its forget quality and accuracy on TOFU.
         toxicity_classifier: folder or hub id of a text classifier that reads the generations, such
             as ``unitary/toxic-bert``.
+        gibberish_classifier: folder or hub id of a text classifier whose first label is clean text,
+            such as ``madhurjindal/autonlp-Gibberish-Detector-492513457``; reads what is generated
+            on rows to be forgotten.
         sentence_model: folder or hub id of a sentence-transformers model for accuracies by the
             nearest answer, such as WAGLE's ``paraphrase-MiniLM-L6-v2``; by likelihood when None.
         gradient_norm: observe gradient norms for membership inference, by a backward pass a row.
@@ -106,6 +123,8 @@ class Evaluate(Callback):
             and ``retrained`` too where they are models: ``all``, or a list of ``Relearn``,
             ``Quantise``, ``Paraphrase``, ``TranslatedStyle``, ``InContext``, ``Sample``, ``Probe``
             or class paths, each with its options if any. Written to ``robustness.json``.
+        bootstrap: so many times the rows of each set are drawn anew, with replacement, for 95 %
+            intervals of the measures in ``metrics.info.json``.
         lm_eval: tasks of lm-evaluation-harness (an extra) for general ability, e.g. ``[mmlu,
             arc_easy]``, or folders with task YAMLs.
         lm_eval_shots: worked examples before each of its questions; the task's own when None.
@@ -124,9 +143,11 @@ class Evaluate(Callback):
     max_new_tokens: int = 200
     paraphrased_questions: bool = False
     toxicity_classifier: Optional[str] = None
+    gibberish_classifier: Optional[str] = None
     sentence_model: Optional[str] = None
     gradient_norm: bool = False
     robustness: Optional[Union[bool, str, list[Union[Attack, str]]]] = None
+    bootstrap: int = 0
     lm_eval: Optional[Union[str, list[str]]] = None
     lm_eval_shots: Optional[int] = None
     lm_eval_limit: Optional[int] = None
@@ -134,6 +155,8 @@ class Evaluate(Callback):
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise WagleError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.bootstrap < 0:
+            raise WagleError(f"bootstrap must be 0 or more, got {self.bootstrap}")
         self.attacks, self._every_attack = find_attacks(self.robustness)
         self._skipped_attacks: dict[str, str] = {}
         #: Where the options are given, for messages.
@@ -168,7 +191,7 @@ class Evaluate(Callback):
         suite = type(self.active_suite).__name__
         log.info("measures are those of %s", suite)
         self._read_results()
-        for option in ("toxicity_classifier", "sentence_model"):
+        for option in ("toxicity_classifier", "gibberish_classifier", "sentence_model"):
             if getattr(self, option) is not None:
                 check_folder(getattr(self, option), f"{self.options}.{option}")
         if "tofu_retrained" in self._results and not isinstance(self.active_suite, TOFUSuite):
@@ -213,6 +236,11 @@ class Evaluate(Callback):
         kinds = {"TOFU": TOFUSuite, "MUSE": MUSESuite}
         return next((n for n, kind in kinds.items() if isinstance(self.active_suite, kind)), None)
 
+    @property
+    def _pair(self) -> tuple[str, str]:
+        """Test sets of the suite's membership inference."""
+        return ("members", "nonmembers") if self.benchmark == "MUSE" else ("forget", "holdout")
+
     def _val_names(self) -> list[str]:
         return self.data.val_names() if hasattr(self.data, "val_names") else []
 
@@ -240,6 +268,8 @@ class Evaluate(Callback):
             needs.add("paraphrased")
         if self.gradient_norm and "vocabulary" in needs:
             needs.add("gradient")
+        if self.format == "openunlearning" and name in self._pair:
+            needs |= {"lower"} if "vocabulary" in needs else set()
         return frozenset(needs if self.generate else needs - GENERATED)
 
     def max_new_tokens_of(self, name: str) -> int:
@@ -290,16 +320,25 @@ class Evaluate(Callback):
     def annotated(self, name: str, table: Table) -> Table:
         """The table, once the other models have read its generations."""
         for reader in self._readers:
-            reader.annotate(table, self.data.test_examples(name))
+            if self.active_suite.forgets(name) or not isinstance(reader, GibberishClassifier):
+                reader.annotate(table, self.data.test_examples(name))
         return table
 
     @cached_property
-    def _readers(self) -> list[Union[ToxicityClassifier, SentenceModel]]:
-        """Models that read generations, loaded."""
-        readers: list[Union[ToxicityClassifier, SentenceModel]] = []
+    def _readers(self) -> list[Any]:
+        """Models that read generations, loaded; each has ``annotate``."""
+        readers: list[Any] = []
         if self.toxicity_classifier is not None:
             option, device = f"{self.options}.toxicity_classifier", self._module.device
             readers.append(ToxicityClassifier(self.toxicity_classifier, device, option))
+        if self.gibberish_classifier is not None:
+            option = f"{self.options}.gibberish_classifier"
+            longest = 32 if self.benchmark == "TOFU" else LONGEST  # as OpenUnlearning cuts them
+            readers.append(
+                GibberishClassifier(self.gibberish_classifier, self._module.device, option, longest)
+            )
+        if self.format == "openunlearning":
+            readers.append(Alternatives())
         if self.sentence_model is not None:
             readers.append(SentenceModel(self.sentence_model, f"{self.options}.sentence_model"))
         return readers
@@ -311,7 +350,14 @@ class Evaluate(Callback):
 
     def measures(self, tables: Mapping[str, Table]) -> dict[str, Value]:
         """The suite's measures of some records; an Undefined where there is no number."""
-        return self.active_suite.measures(self._seen(tables))
+        seen, suite = self._seen(tables), self.active_suite
+        found = suite.measures(seen)
+        for name, table in tables.items():
+            if any(record.get("not_gibberish") is not None for record in table):
+                found |= suite.of_set(seen, name, ["not_gibberish"])
+        if self.format == "openunlearning":
+            found |= more_of_openunlearning(suite, seen, *self._pair)
+        return found
 
     def _seen(self, tables: Mapping[str, Table]) -> Observations:
         compared = ("retrained", "reference", "tofu_retrained")
@@ -319,6 +365,7 @@ class Evaluate(Callback):
             tables,
             truth_ratio_form=self.truth_ratio_form,
             general=self.general,
+            corpus=getattr(self.data, "corpus", None),
             **{name: self._results.get(name) for name in compared},
         )
 
@@ -355,6 +402,8 @@ class Evaluate(Callback):
             "precision": str(self._trainer.precision),
             "classifiers": [self.toxicity_classifier, self.sentence_model],
         }
+        if self.gibberish_classifier is not None or self.format != "wagle":
+            settings["openunlearning"] = [self.format, self.gibberish_classifier]
         keys: dict[str, dict[str, Any]] = {}
         for name in self._names:
             needs, header = self.needs_of(name), self.active_suite.headers.get(name)
@@ -459,8 +508,7 @@ class Evaluate(Callback):
         if result := to_result(tables):
             write_json(folder / RESULT_FILE, result)
         if self.format == "openunlearning":
-            pair = ("forget", "holdout") if self.benchmark == "TOFU" else ("members", "nonmembers")
-            scores = membership_scores(self._seen(tables), *pair)
+            scores = membership_scores(self._seen(tables), *self._pair)
             logs = to_logs(self.benchmark, tables, self.metrics, scores)
             write_json(folder / f"{self.benchmark}_EVAL.json", logs)
             write_json(folder / f"{self.benchmark}_SUMMARY.json", summary(logs))
@@ -476,6 +524,8 @@ class Evaluate(Callback):
             "rows": {name: len(table) for name, table in tables.items()},
             "absent_sets": [name for name in self.active_suite.sets if name not in tables],
         }
+        if self.bootstrap:
+            info["intervals"] = intervals(self.measures, tables, self.bootstrap)
         write_json(folder / INFO_FILE, info)
         write_json(folder / METRICS_FILE, self.metrics)
 

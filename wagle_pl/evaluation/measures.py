@@ -16,6 +16,7 @@ Info(unit='words', direction='lower', what='mean length of the generations')
 from __future__ import annotations
 
 import math
+import random
 import re
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -46,11 +47,15 @@ COLUMNS = {
     "generation": "generation (--model.generate is false, or such rows are not generated from)",
     "gradient_norm": "gradient norms (--model.gradient_norm true)",
     "greedy": "greedy flags",
+    "lower_nll": "likelihood in lower case (--model.format openunlearning)",
     "logprobs": "log-probabilities of tokens",
     "nearest_answer": "sentence embeddings (--model.sentence_model)",
     "nll": "answer to score",
+    "not_gibberish": "gibberish classifier (--model.gibberish_classifier)",
     "paraphrased_nll": "paraphrased answer",
+    "paraphrased_rougeL_recall": "paraphrased answer to compare with",
     "perturbed_nll": "perturbed answers (column perturbed_answer)",
+    "perturbed_rougeL_recall": "perturbed answers to compare with",
     "reference": "answer to compare with",
     "rouge1_recall": "answer to compare with",
     "rougeL_recall": "answer to compare with",
@@ -143,6 +148,28 @@ def defined(values: Mapping[str, Value], *names: str) -> list[float]:
     return [values[name] for name in names]
 
 
+def intervals(
+    measures: Callable[[Mapping[str, Table]], Mapping[str, Value]],
+    tables: Mapping[str, Table],
+    count: int,
+    seed: int = 0,
+) -> dict[str, list[float]]:
+    """95 % intervals by the bootstrap: measure -> its 2.5th and 97.5th percentile over so many
+    draws, with replacement, of as many rows of each set; of measures that every draw defines."""
+    draw = random.Random(seed)
+    found: dict[str, list[float]] = {}
+    for _ in range(count):
+        drawn = {name: draw.choices(table, k=len(table)) for name, table in tables.items()}
+        for name, value in defined_only(measures(drawn)).items():
+            found.setdefault(name, []).append(value)
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    return {
+        name: torch.tensor(values, dtype=torch.float64).quantile(ends).tolist()
+        for name, values in found.items()
+        if len(values) == count
+    }
+
+
 # -- what measures are made of -------------------------------------------------------------------
 
 
@@ -156,6 +183,7 @@ class Observations:
     reference: Optional[Results] = None  # for the reference attack of membership inference
     truth_ratio_form: F.TruthRatioForm = "geometric"
     general: Mapping[str, float] = field(default_factory=dict)  # ability, task -> accuracy
+    corpus: Optional[str] = None  # of MUSE, whose retrained model has a known area
     tofu_retrained: Optional[Results] = None  # on whatever forget rows: TOFU's own forget quality
 
     def table(self, name: str) -> Table:
@@ -306,6 +334,19 @@ def truth_probability(rows: Records) -> float:
     return F.mean(1 / (1 + rows.truth_ratios()), "truth ratios")
 
 
+@measure("probability, 0 to 1", "higher", "lower", needs={"answer", "alternatives"})
+def paraphrased_probability(rows: Records) -> float:
+    """Length-normalised probability of the paraphrased answer (OpenUnlearning's PARA)."""
+    return F.mean(torch.exp(-rows.numbers("paraphrased_nll")), "answers")
+
+
+@measure("probability, 0 to 1", "lower", "retrained", needs={"answer", "alternatives"})
+def perturbed_probability(rows: Records) -> float:
+    """Length-normalised probability of the wrong answers, mean of a row's (OpenUnlearning's
+    PERT)."""
+    return F.mean(torch.exp(-rows.perturbed()).nanmean(-1), "answers")
+
+
 @measure("share, 0 to 1", "higher", "lower", needs={"answer", "tokens"})
 def exact_memorization(rows: Records) -> float:
     """Answer tokens that greedy decoding gets right (OpenUnlearning)."""
@@ -401,6 +442,18 @@ def rouge1_recall(rows: Records) -> float:
 
 
 @measure("share, 0 to 1", "higher", "lower", needs={"answer", "generation"})
+def paraphrased_rougeL_recall(rows: Records) -> float:
+    """ROUGE-L recall of the paraphrased answer by the generation (OpenUnlearning's PARA)."""
+    return F.mean(rows.numbers("paraphrased_rougeL_recall"), "generations")
+
+
+@measure("share, 0 to 1", "lower", "retrained", needs={"answer", "generation"})
+def perturbed_rougeL_recall(rows: Records) -> float:
+    """ROUGE-L recall of the wrong answers, mean of a row's (OpenUnlearning's PERT)."""
+    return F.mean(ragged(rows.column("perturbed_rougeL_recall")).nanmean(-1), "generations")
+
+
+@measure("share, 0 to 1", "higher", "lower", needs={"answer", "generation"})
 def rougeL_f1(rows: Records) -> float:
     """ROUGE-L F1 of the generation."""
     values = F.rouge(rows.column("generation"), rows.column("answer"))
@@ -472,6 +525,12 @@ def toxic_rate(rows: Records) -> float:
     return F.mean((rows.toxicities() > 0.5).double(), "generations")
 
 
+@measure("probability, 0 to 1", "higher", needs={"generation"})
+def not_gibberish(rows: Records) -> float:
+    """Probability of the classifier's first class, clean text (OpenUnlearning's gibberish)."""
+    return F.mean(rows.numbers("not_gibberish"), "generations")
+
+
 @measure("share, 0 to 1", "lower", needs={"generation"})
 def repetition(rows: Records) -> float:
     """4-grams of the generations that are repeated."""
@@ -498,6 +557,8 @@ def empty(rows: Records) -> float:
 
 # -- membership inference: which of two test sets did the model see? ------------------------------
 
+#: MUSE's area (1 − ours) of its retrained model, by corpus: the constants of its code.
+RETRAINED_AREA = {"news": 0.4772, "books": 0.5393}
 MIN_K = 0.4  # MUSE reports Min-40%; OpenUnlearning takes 0.4 for its Min-K attacks
 #: What the scores need, but ``gradnorm``, which costs a backward pass a row.
 MEMBERSHIP_NEEDS = frozenset({"answer", "tokens", "vocabulary"})
@@ -509,9 +570,10 @@ SCORES: dict[str, MembershipScore] = {}
 
 
 def membership_score(
-    name: str, needs: Collection[str]
+    name: str, needs: Collection[str], usual: bool = True
 ) -> Callable[[MembershipScore], MembershipScore]:
-    """Register a score, and the area under its ROC curve as the measure ``mia_<name>``."""
+    """Register a score, and the area under its ROC curve as the measure ``mia_<name>``; one that is
+    not ``usual`` is measured on request."""
 
     def register(score: MembershipScore) -> MembershipScore:
         def area(seen: Observations, members: str, nonmembers: str) -> float:
@@ -519,7 +581,8 @@ def membership_score(
 
         area.__doc__ = score.__doc__
         measure("AUC, 0 to 1", "retrained", needs=needs, name=f"mia_{name}")(area)
-        SCORES[name] = score
+        if usual:
+            SCORES[name] = score
         return score
 
     return register
@@ -572,6 +635,26 @@ def _gradnorm(rows: Records) -> Tensor:
     return rows.numbers("gradient_norm")
 
 
+@membership_score("lower", needs={"answer", "lower"}, usual=False)
+def _lower(rows: Records) -> Tensor:
+    """Membership inference by loss over that in lower case (MUSE's PPL/lower)."""
+    return rows.numbers("nll") / rows.numbers("lower_nll")
+
+
+def _register_min_k(percent: int) -> str:
+    def score(rows: Records) -> Tensor:
+        return min_k_scores(rows, "logprobs", percent / 100)
+
+    score.__doc__ = f"Membership inference by Min-{percent}% Prob (MUSE)."
+    membership_score(f"min_k_{percent}", {"answer", "tokens"}, usual=False)(score)
+    return f"mia_min_k_{percent}"
+
+
+#: What MUSE and OpenUnlearning measure between two sets beside the usual attacks. (MUSE's PPL and
+#: PPL/zlib order rows as ``mia_loss`` and ``mia_zlib`` do: the same areas.)
+MORE_MEMBERSHIP = (*map(_register_min_k, (5, 10, 20, 30, 50, 60)), "mia_lower", "rel_diff")
+
+
 def min_k_scores(rows: Records, column: str, k: float) -> Tensor:
     """Min-K% Prob of every row, float64 (N,), of a column of log-probabilities."""
     logprobs = map(torch.tensor, rows.column(column))
@@ -592,23 +675,41 @@ def min_k_plus_plus_scores(rows: Records, k: float) -> Tensor:
 def privleak(seen: Observations, members: str, nonmembers: str) -> float:
     """Min-40% area of this model against the retrained model's (MUSE); ideal: 0.
 
-    The retrained model's is of its records, or what its ``metrics.json`` reports.
+    The retrained model's is of its records, or what its ``metrics.json`` reports; without one, on
+    MUSE's corpora, that of MUSE's own.
     """
-    area, retrained = MEASURES["mia_min_k"].compute, seen.retrained
-    here = area(seen, members, nonmembers)
+    here = MEASURES["mia_min_k"].compute(seen, members, nonmembers)
+    if seen.retrained is None and seen.corpus in RETRAINED_AREA:
+        return F.privacy_leakage(here, 1 - RETRAINED_AREA[seen.corpus])
+    return F.privacy_leakage(here, _retrained_area(seen, members, nonmembers))
+
+
+@measure("percent", "retrained", needs={"answer", "tokens"})
+def rel_diff(seen: Observations, members: str, nonmembers: str) -> float:
+    """Min-40% area's difference to the retrained model's, relative to it (OpenUnlearning)."""
+    here = MEASURES["mia_min_k"].compute(seen, members, nonmembers)
+    return F.relative_difference(here, _retrained_area(seen, members, nonmembers))
+
+
+def _retrained_area(seen: Observations, members: str, nonmembers: str) -> float:
+    retrained = seen.retrained
     if retrained is None:
         raise Undefined("it compares with the retrained model: give --model.retrained")
     there = retrained.metrics.get(f"{members}/mia_min_k")
     if there is None:
+        area = MEASURES["mia_min_k"].compute
         there = area(Observations(retrained.tables), members, nonmembers)
-    return F.privacy_leakage(here, there)
+    return there
 
 
-def membership(seen: Observations, members: str, nonmembers: str) -> dict[str, Value]:
-    """All attacks between two test sets, ``<members>/mia_<attack>``, and ``<members>/privleak``."""
+def membership(
+    seen: Observations, members: str, nonmembers: str, names: Sequence[str] = ()
+) -> dict[str, Value]:
+    """Attacks between two test sets, ``<members>/mia_<attack>``: those named, or all usual ones and
+    ``<members>/privleak``."""
     return {
         f"{members}/{name}": attempt(MEASURES[name].compute, seen, members, nonmembers)
-        for name in (*(f"mia_{score}" for score in SCORES), "privleak")
+        for name in names or (*(f"mia_{score}" for score in SCORES), "privleak")
     }
 
 

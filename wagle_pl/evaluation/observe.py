@@ -12,6 +12,7 @@ What can be *needed* of a row; measures are computed from the records afterwards
 ``vocabulary``    ``vocabulary_mean`` and ``vocabulary_std`` of the log-probabilities at each of
                   those tokens
 ``text``          ``text_logprobs``: of prompt and answer together
+``lower``         ``lower_nll``: ``nll`` of the answer or text in lower case
 ``alternatives``  ``paraphrased_nll`` and ``perturbed_nll``, where the row has such answers
 ``choices``       ``choice_logprobs``: of the letters of a multiple choice
 ``choice_texts``  of each choice as the answer: ``choice_nll``, mean over its tokens, and
@@ -42,14 +43,14 @@ from wagle_pl.evaluation.scoring import Candidate, Passes, TokenScores, score
 from wagle_pl.lm.inference import first_tokens, generate, gradient_norm
 from wagle_pl.lm.models import vocabulary_size
 
-_OF_AN_ANSWER = frozenset({"answer", "tokens", "vocabulary", "text", "alternatives"})
+_OF_AN_ANSWER = frozenset({"answer", "tokens", "vocabulary", "text", "lower", "alternatives"})
 _OF_A_CHOICE = frozenset({"choices", "choice_texts"})
 #: Needs that take generated answers.
 GENERATED = frozenset({"generation", "reference", "paraphrased"})
 NEEDS = _OF_AN_ANSWER | _OF_A_CHOICE | GENERATED | {"gradient"}
 #: Needs that a kind of row can answer; any other kind can all but choices.
 POSSIBLE: Mapping[str, frozenset[str]] = {
-    "text": frozenset({"answer", "tokens", "vocabulary", "gradient"}),
+    "text": frozenset({"answer", "tokens", "vocabulary", "lower", "gradient"}),
     "prompt": frozenset({"generation"}),
     "choices": _OF_A_CHOICE,
     "tokens": frozenset({"answer", "tokens", "vocabulary", "generation", "gradient"}),
@@ -93,6 +94,8 @@ def answers(template: Template, row: Example, needs: Collection[str]) -> list[Sc
     """The row's own answer, and its paraphrased and perturbed ones if ``alternatives`` are
     needed."""
     found = [_answer(template, "answer", row, None, needs)]
+    if "lower" in needs:
+        found.append(_answer(template, "lower", replace(row, answer=row.answer.lower()), None))
     if "alternatives" in needs:
         texts = [("perturbed_answer", text) for text in row.perturbed_answers]
         if row.paraphrased_answer:
@@ -276,6 +279,8 @@ class Observer:
                 record["vocabulary_std"] = values.std[here].tolist()
             if "text" in want:
                 record["text_logprobs"] = values.logprobs[:end].tolist()
+            for lower, values in found.get("lower", []):
+                record["lower_nll"] = lower.nll(values)
             record["cut"] = len(own.candidate.ids) >= self.template.max_length
         if "alternatives" in want:
             # without a paraphrase the own answer stands for it

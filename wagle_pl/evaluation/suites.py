@@ -18,6 +18,7 @@ from wagle_pl.evaluation.measures import (
     MEASURES,
     MEMBERSHIP_NEEDS,
     MEMORISATION,
+    MORE_MEMBERSHIP,
     SCORES,
     Info,
     Observations,
@@ -695,6 +696,28 @@ def member_zlib(rows: Records) -> float:
 def member_min_k(rows: Records) -> float:
     """Mean of the least likely 20% of tokens, standardised by the vocabulary's (RWKU's Min-K%++)."""
     return -F.mean(min_k_plus_plus_scores(rows, 0.2), "texts")
+
+
+#: OpenUnlearning's measures of answers in other words, beside TOFU's.
+ALTERNATIVES = (
+    "paraphrased_probability",
+    "paraphrased_rougeL_recall",
+    "perturbed_probability",
+    "perturbed_rougeL_recall",
+)
+
+
+def more_of_openunlearning(
+    suite: Suite, seen: Observations, members: str, nonmembers: str
+) -> dict[str, Value]:
+    """What OpenUnlearning measures on TOFU or MUSE beside the suite's own."""
+    found: dict[str, Value] = {}
+    for name, table in seen.tables.items():
+        if any(record.get("perturbed_nll") for record in table):
+            found |= suite.of_set(seen, name, ALTERNATIVES[2 * (name in OPTION_SETS) :])
+    if members in seen.tables and nonmembers in seen.tables:
+        found |= membership(seen, members, nonmembers, MORE_MEMBERSHIP)
+    return found
 
 
 def find_suite(suite: Union[Suite, str]) -> Suite:
