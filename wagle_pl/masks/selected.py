@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from types import MethodType
 from typing import Any, Optional
 
@@ -360,6 +361,10 @@ class SelectedWeights:
             if held:
                 self._restore.append(_hold(module, held))
 
+    def compile(self, blocks: Iterable[nn.Module]) -> None:
+        """Have ``torch.compile`` make one program of each block, until :meth:`release`."""
+        self._restore += map(_compile, blocks)
+
     def changed(self) -> None:
         """Have all values written anew, see :meth:`SelectedTensor.changed`."""
         for tensor in self.tensors.values():
@@ -464,7 +469,7 @@ class SelectedWeights:
         """Give the model its parameters back, see :meth:`SelectedTensor.merge`."""
         for tensor in self.tensors.values():
             tensor.merge(dtype)
-        for restore in self._restore:
+        for restore in reversed(self._restore):
             restore()
         for tensor in self.tensors.values():
             tensor.parameter.requires_grad_(True)
@@ -489,14 +494,39 @@ def load_values(
 def _hold(module: nn.Module, held: dict[str, SelectedTensor]) -> Callable[[], None]:
     """Make a module read some of its parameters through :class:`SelectedTensor`.
 
-    Parameters become properties of a class of the module's own, and values take their places. A
-    dense tensor that is sharded stays a parameter, which DeepSpeed gathers when the module runs.
-    Returns what undoes it.
+    Parameters become properties of a class that reads so, and values take their places. A dense
+    tensor that is sharded stays a parameter, which DeepSpeed gathers when the module runs. Returns
+    what undoes it.
     """
     own_class, names = type(module), list(module._parameters)
+    module._selected, module._ready = held, None
+    module.__class__ = _reading(own_class, tuple(held))
+    for leaf, tensor in held.items():
+        if tensor.is_plain:
+            continue
+        if not tensor.is_sharded:
+            del module._parameters[leaf]
+        if tensor.values is not None:
+            module.register_parameter(f"{leaf}{SUFFIX}", tensor.values)
+
+    def restore() -> None:
+        del module._selected, module._ready
+        module.__class__ = own_class
+        for leaf, tensor in held.items():
+            module._parameters.pop(f"{leaf}{SUFFIX}", None)
+            module._parameters[leaf] = tensor.parameter
+        for name in names:
+            module._parameters[name] = module._parameters.pop(name)
+
+    return restore
+
+
+@cache  # compiled code is shared by modules of one class
+def _reading(own_class: type[nn.Module], leaves: tuple[str, ...]) -> type[nn.Module]:
+    """The class whose instances read these parameters from ``_selected``, or as they are ready."""
 
     def apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        tensors = self.__dict__["_selected"].values()
+        tensors = self._selected.values()
         values = [tensor.values for tensor in tensors if tensor.masters and not tensor.is_plain]
         masters = {id(t) for value in values if value is not None for t in (value, value.grad)}
 
@@ -511,35 +541,50 @@ def _hold(module: nn.Module, held: dict[str, SelectedTensor]) -> Callable[[], No
             tensor.apply_(fn)
         return self
 
-    multiplies = is_linear(module)
-
     def reader(leaf: str) -> property:
-        return property(
-            lambda self: self.__dict__["_selected"][leaf].weight(multiplies and leaf == "weight")
-        )
+        def read(self: nn.Module) -> Tensor:
+            if self._ready is not None:
+                return self._ready[leaf]
+            return self._selected[leaf].weight(leaf == "weight" and is_linear(self))
 
-    members = {
-        "_apply": apply,
-        "__module__": own_class.__module__,
-        **{leaf: reader(leaf) for leaf in held},
-    }
-    module.__dict__["_selected"] = held
-    module.__class__ = type(own_class.__name__, (own_class,), members)
-    for leaf, tensor in held.items():
-        if tensor.is_plain:
-            continue
-        if not tensor.is_sharded:
-            del module._parameters[leaf]
-        if tensor.values is not None:
-            module.register_parameter(f"{leaf}{SUFFIX}", tensor.values)
+        return property(read)
+
+    members = {"_apply": apply, **{leaf: reader(leaf) for leaf in leaves}}
+    return type(own_class.__name__, (own_class,), {"__module__": own_class.__module__, **members})
+
+
+def _compile(block: nn.Module) -> Callable[[], None]:
+    """Compile what a block computes; its weights are made ready before, out of the compiler's sight.
+
+    Returns what undoes it.
+    """
+
+    def get_ready(*_: Any) -> None:
+        for module in block.modules():
+            if "_selected" in module.__dict__:
+                module._ready = {leaf: getattr(module, leaf) for leaf in module._selected}
+
+    def let_go(*_: Any) -> None:
+        for module in block.modules():
+            if "_selected" in module.__dict__:
+                module._ready = None
+
+    plain = block.forward  # without the hooks
+    compiled = torch.compile(plain, dynamic=True)  # one program for batches of all sizes
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        trains = block.training and torch.is_grad_enabled()  # passes that do not are few
+        return (compiled if trains else plain)(*args, **kwargs)
+
+    block.forward = forward
+    hooks = (
+        block.register_forward_pre_hook(get_ready),
+        block.register_forward_hook(let_go, always_call=True),
+    )
 
     def restore() -> None:
-        del module.__dict__["_selected"]
-        module.__class__ = own_class
-        for leaf, tensor in held.items():
-            module._parameters.pop(f"{leaf}{SUFFIX}", None)
-            module._parameters[leaf] = tensor.parameter
-        for name in names:
-            module._parameters[name] = module._parameters.pop(name)
+        del block.forward
+        for hook in hooks:
+            hook.remove()
 
     return restore

@@ -23,7 +23,7 @@ from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.lm import resume
 from wagle_pl.lm.inference import forward_answers
-from wagle_pl.lm.layers import expert_weights
+from wagle_pl.lm.layers import blocks, expert_weights
 from wagle_pl.lm.models import checkpoint_dtype
 from wagle_pl.lm.module import LanguageModule
 from wagle_pl.lm.saving import Originals, read_record, save_model
@@ -55,6 +55,8 @@ class FinetuneModule(LanguageModule):
         decay: after warm-up, ``linear`` to zero or ``constant``.
         lr_interval: whether a scheduler of ``--lr_scheduler`` steps each ``epoch`` or each ``step``.
         gradient_checkpointing: recompute activations: less memory, about a third more time.
+        compile: have ``torch.compile`` make one program of each block: faster steps after the first
+            ones, which take minutes; not under ZeRO-3.
         values: how weights that move are kept under ``bf16-true``: in ``fp32`` beside the model's
             own, 16 to 20 bytes a weight with AdamW; or ``split``, on one device: the 16 bits that
             bf16 lacks, and gradients in bf16, 12 bytes (6 with an optimiser of 8 bits), slower.
@@ -75,6 +77,7 @@ class FinetuneModule(LanguageModule):
         decay: Literal["linear", "constant"] = "linear",
         lr_interval: Literal["epoch", "step"] = "epoch",
         gradient_checkpointing: bool = False,
+        compile: bool = False,
         values: Literal["fp32", "split"] = "fp32",
         output_dtype: Optional[Literal["float32"]] = None,
         lr: Optional[float] = None,
@@ -92,6 +95,7 @@ class FinetuneModule(LanguageModule):
         self.decay = decay
         self.lr_interval = lr_interval
         self.gradient_checkpointing = gradient_checkpointing
+        self.compiles = compile
         #: Parameters (and ``lr``, if that is given) -> optimiser, and optimiser -> scheduler, from
         #: ``--optimizer`` and ``--lr_scheduler``; without a scheduler ``warmup`` and ``decay`` apply.
         self.make_optimizer: Callable[..., Optimizer] = MaskedAdamW
@@ -176,6 +180,12 @@ class FinetuneModule(LanguageModule):
                 f"ZeRO-3 cannot train experts on {' and '.join(self.streams)} rows in one step: "
                 "choose another stage (--trainer.strategy deepspeed_stage_2)"
             )
+        if self.compiles and self.sharded:
+            raise WagleError(
+                "ZeRO-3 gathers weights when a layer runs, which torch.compile does not allow: choose "
+                "another stage",
+                option="model.compile",
+            )
         self.lm.train()
         if self.gradient_checkpointing:
             options = {"use_reentrant": False}
@@ -192,6 +202,8 @@ class FinetuneModule(LanguageModule):
             split = torch.bfloat16 if self.trainer.accumulate_grad_batches == 1 else torch.float32
         options = {"masters": not is_zero(self.trainer.strategy), "split": split, **options}
         self.selected = SelectedWeights(self.lm, self.mask, **options)
+        if self.compiles:
+            self.selected.compile(blocks(self.lm))
 
     # -- steps -------------------------------------------------------------------------------------
 
