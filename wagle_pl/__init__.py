@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from wagle_pl.api import Forgotten, forget
     from wagle_pl.attribution import AttributionModule, Score
     from wagle_pl.core.errors import WagleError
     from wagle_pl.data import (
@@ -33,6 +34,7 @@ _HOME = {
     "Evaluate": "evaluation",
     "EvaluationModule": "evaluation",
     "FinetuneModule": "unlearning",
+    "Forgotten": "api",
     "ForgetRetainDataModule": "data",
     "KnowUnDoDataModule": "data",
     "LUMEDataModule": "data",
@@ -48,6 +50,7 @@ _HOME = {
     "WMDPDataModule": "data",
     "WagleError": "core.errors",
     "WeightMask": "masks",
+    "forget": "api",
     "ZeRO": "strategies",
 }
 
@@ -59,6 +62,7 @@ __all__ = [
     "EvaluationModule",
     "FinetuneModule",
     "ForgetRetainDataModule",
+    "Forgotten",
     "KnowUnDoDataModule",
     "LUMEDataModule",
     "LoRA",
@@ -75,6 +79,7 @@ __all__ = [
     "WeightMask",
     "ZeRO",
     "__version__",
+    "forget",
 ]
 
 

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 from wagle_pl.attribution.activations import warn_of_unwatched
 from wagle_pl.attribution.collect import Draws, add_batch, end_step, jobs_for
@@ -58,7 +59,7 @@ class AttributionModule(LanguageModule):
     Args:
         model: hub id, folder in Hugging Face format or GGUF file of the target model.
         output: path of the mask file; ``.safetensors`` is added when missing. With ``masks``, a
-            folder.
+            folder. In Python it may be None: the result is ``mask``.
         density: share of the eligible weights that is selected, in (0, 1].
         score: ``wagle``, ``snip``, ``gradient``, ``forget_retain_ratio``, ``fisher_ratio``,
             ``curvature``, ``signed``, ``magnitude``, ``wanda``, ``random``, ``Modules`` (with
@@ -100,7 +101,7 @@ class AttributionModule(LanguageModule):
 
     def __init__(
         self,
-        model: str,
+        model: Union[str, PreTrainedModel],
         output: Optional[str] = None,
         density: float = 0.2,
         score: Union[Score, str] = "wagle",
@@ -147,6 +148,7 @@ class AttributionModule(LanguageModule):
         )
         streams = (self.forget_loss.forget_streams[0], *(job.stream for job in self.jobs))
         self.streams = tuple(dict.fromkeys(streams))
+        self.masks: dict[str, WeightMask] = {}  # by name, once the pass has ended
         self.collected: Optional[Collected] = None  # once the pass has ended
         self.strict_loading = False  # checkpoints leave the weights out: they do not change
         self._within_step = False
@@ -155,6 +157,11 @@ class AttributionModule(LanguageModule):
         self._one_pass_planned = True
         self._stored_sums: Optional[dict[str, Any]] = None  # of the checkpoint that is resumed
 
+    @property
+    def mask(self) -> Optional[WeightMask]:
+        """The mask, once the pass has ended; the first of several."""
+        return next(iter(self.masks.values()), None)
+
     # -- before the pass ---------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
@@ -162,9 +169,10 @@ class AttributionModule(LanguageModule):
         super().setup(stage)
         if stage != "fit":
             return
-        if not self.output:
+        if not self.output and (self.run_config or self.save_scores):
             raise WagleError("attribution needs a path for the mask: give --model.output")
-        outputs.reserve(self._place, self.overwrite, "files" if self.several else "file")
+        if self.output:
+            outputs.reserve(self._place, self.overwrite, "files" if self.several else "file")
         for score in self._scores if self.save_scores else ():
             refuse_existing(self._scores_path(score), self.overwrite, kind="folder")
         trainer, strategy = self.trainer, self.trainer.strategy
@@ -236,7 +244,7 @@ class AttributionModule(LanguageModule):
 
     def on_fit_start(self) -> None:
         """Fail before the pass if the disk is too small or a score is wrong."""
-        if not self.trainer.fast_dev_run:
+        if self.output and not self.trainer.fast_dev_run:
             distributed.on_rank_zero(lambda: outputs.check_space(self.planned_files()))
         scalar, device = self.hessian in ("scalar", "auto"), self.trainer.strategy.root_device
         for spec in self.specs:
@@ -344,8 +352,11 @@ class AttributionModule(LanguageModule):
             if mask is None:
                 continue
             name = names[id(spec)]
-            path = Path(self.output) / f"{name}{SUFFIX}" if self.several else self._place
             self._report(mask, name)
+            self.masks[name] = mask
+            if not self.output:
+                continue
+            path = Path(self.output) / f"{name}{SUFFIX}" if self.several else self._place
             try:
                 outputs.write_or_keep(mask.save, path, checkpoint)
             except WagleError as error:  # the next mask may be saved, too

@@ -20,6 +20,7 @@ EXIT_UNREAD = 141  # as shells have it: 128 + SIGPIPE
 
 #: Every command -> what it does, in the order in which people need them.
 SUMMARIES = {
+    "forget": "make a model forget rows, with defaults by its size",
     "fit": "fine-tune, attribute or unlearn a model, as --model says",
     "test": "measure a model: what it has forgotten, what it has kept, what attacks bring back",
     "mask": "look at masks, compare, combine, convert, make and draw them",
@@ -39,6 +40,7 @@ SCREENS = {"fit": "fit.txt", "test": "test.txt", "validate": "test.txt", "study"
 #: docstrings make the options and their help.
 COMMANDS = {
     "export": "wagle_pl.cli.tools:export",
+    "forget": "wagle_pl.cli.tools:forget_rows",
     "mask": "wagle_pl.cli.mask:VERBS",
     "patch": "wagle_pl.cli.tools:PATCH",
     "plan": "wagle_pl.cli.tools:plan",

@@ -1,4 +1,4 @@
-"""``wagle export``, ``report``, ``patch`` and ``plan``."""
+"""``wagle forget``, ``export``, ``report``, ``patch`` and ``plan``."""
 
 from __future__ import annotations
 
@@ -10,12 +10,66 @@ from wagle_pl.core.errors import WagleError, check_positive
 from wagle_pl.core.files import refuse_existing
 from wagle_pl.core.text import count, fields, table
 
+api = LazyModule("wagle_pl.api")
 patches = LazyModule("wagle_pl.unlearning.patch")
 planning = LazyModule("wagle_pl.planning")
 
 #: GPUs by their memory in GiB, and how many of them, in plans.
 SIZES = (24, 40, 80)
 COUNTS = (1, 2, 4, 8)
+
+
+def forget_rows(
+    model: str,
+    forget: str,
+    *,
+    output: str,
+    retain: Optional[str] = None,
+    density: Optional[float] = 0.2,
+    objective: str = "npo",
+    score: str = "curvature",
+    lr: Optional[float] = None,
+    max_steps: int = 300,
+    seed: int = 0,
+    patch: Optional[str] = None,
+    report: Optional[str] = None,
+    overwrite: bool = False,
+) -> None:
+    """Make a model forget rows, until it knows no more of them than of rows it has never seen.
+
+    Args:
+        model: hub id, folder or GGUF file.
+        forget: file or hub dataset of the rows; a question without an answer takes the model's own.
+        output: folder to write (-o).
+        retain: file or hub dataset of rows to keep; the model's own answers to bundled questions of
+            other subjects when left out.
+        density: share of the weights that may move; null for all.
+        objective: what is minimised, e.g. NPO, GradDiff or a class path.
+        score: what chooses the weights, e.g. wagle, curvature or a class path.
+        lr: learning rate of AdamW; by the size of the model when left out.
+        max_steps: where training ends if the model has not forgotten by then.
+        seed: of everything that is drawn.
+        patch: also write the difference to the model before, into this file.
+        report: also write an HTML page of the result, into this file.
+        overwrite: replace an existing model folder; a folder of other things is left alone.
+    """
+    refuse_existing(Path(output), overwrite, "--overwrite", kind="folder")
+    result = api.forget(
+        model,
+        forget,
+        retain,
+        density=density,
+        objective=objective,
+        score=score,
+        lr=lr,
+        max_steps=max_steps,
+        seed=seed,
+    )
+    print(f"{result.verdict}; model written to {result.save(output)}")
+    if patch is not None:
+        print(f"patch written to {result.patch(patch)}")
+    if report is not None:
+        print(f"report written to {result.report(report)}")
 
 
 def export(

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional
+from typing import TYPE_CHECKING, Any, Literal, Optional, Union
 
 import lightning as L
 import numpy as np
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+#: Where rows come from: a file or a hub dataset, or the rows themselves.
+Source = Union[str, Sequence[Row]]
 
 #: Streams made from another stream's rows: name -> the stream whose rows (and draws) they use.
 ALIGNED = {"refusal": "forget", "alternate": "forget"}
@@ -63,7 +66,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
 
     Args:
         forget: rows to forget: a .json, .jsonl, .csv, .parquet or .txt file, or a hub dataset
-            ``owner/name[:config]``.
+            ``owner/name[:config]``; in Python also a list of dicts or a ``datasets.Dataset``.
         retain: rows to keep, likewise.
         holdout: rows of the same kind that no model has seen, likewise.
         test: test set name -> file or hub dataset; None tests on the forget and the retain rows.
@@ -92,10 +95,10 @@ class ForgetRetainDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        forget: Optional[str] = None,
-        retain: Optional[str] = None,
-        holdout: Optional[str] = None,
-        test: Optional[dict[str, str]] = None,
+        forget: Optional[Source] = None,
+        retain: Optional[Source] = None,
+        holdout: Optional[Source] = None,
+        test: Optional[dict[str, Source]] = None,
         val: Optional[list[str]] = None,
         split: Optional[str] = None,
         prompt_format: Optional[str] = None,
@@ -183,14 +186,19 @@ class ForgetRetainDataModule(L.LightningDataModule):
             return list(self.test_sources)
         return [name for name in ("forget", "retain") if self.examples(name) is not None]
 
-    def load(self, source: str) -> list[Row]:
+    def load(self, source: Source) -> list[Row]:
         """Rows of one source, as the options name it."""
-        return load_rows(source, self.split)
+        if isinstance(source, str):
+            return load_rows(source, self.split)
+        return [dict(row) for row in source]
 
     def describe(self, name: str, test: bool = False) -> str:
         """Where the rows of a stream or a test set come from, for messages and the model card."""
         given = (self.test_sources or {}) if test else self.sources
-        return str(given.get(name) or type(self).__name__)
+        source = given.get(name)
+        if source is not None and not isinstance(source, str):
+            return f"{len(source)} rows given"
+        return str(source or type(self).__name__)
 
     def place(self, name: str, test: bool = False) -> str:
         """How messages call a stream or a test set."""

@@ -6,9 +6,10 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Optional, Protocol, runtime_checkable
+from typing import Any, Optional, Protocol, Union, runtime_checkable
 
 import lightning as L
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wagle_pl.core import distributed
@@ -65,7 +66,8 @@ class LanguageModule(L.LightningModule):
     precision plugin and the strategy (DeepSpeed) see them.
 
     Args:
-        model: hub id, folder in Hugging Face format or GGUF file of the model.
+        model: hub id, folder in Hugging Face format or GGUF file of the model; in Python also a
+            loaded Hugging Face model, which is changed in place.
         output: what the run writes.
         overwrite: replace an existing output.
         attn_implementation: what computes attention, as transformers names it: ``sdpa``, ``eager``,
@@ -80,13 +82,17 @@ class LanguageModule(L.LightningModule):
 
     def __init__(
         self,
-        model: str,
+        model: Union[str, PreTrainedModel],
         output: Optional[str] = None,
         overwrite: bool = False,
         attn_implementation: Optional[str] = None,
     ) -> None:
         super().__init__()
-        self.model_name = str(model)
+        if not isinstance(model, (str, Path, PreTrainedModel)):
+            kind = type(model).__name__
+            raise WagleError(f"model must be a name, a folder or a Hugging Face model, got {kind}")
+        self._given = model if isinstance(model, PreTrainedModel) else None
+        self.model_name = str(model if self._given is None else model.config.name_or_path)
         self.output = None if output is None else str(output)
         self.overwrite = overwrite
         self.attn_implementation = attn_implementation
@@ -118,11 +124,15 @@ class LanguageModule(L.LightningModule):
     def configure_model(self) -> None:
         """Load the model once, in the precision of the trainer."""
         if self.lm is None:
-            self.lm = models.load_model(
-                self.model_name,
-                sharded=self.sharded,
-                attn_implementation=self.attn_implementation,
-            )
+            if self._given is not None:
+                self.lm = self._given.to(torch.get_default_dtype())
+                self.lm.config.use_cache = False
+            else:
+                self.lm = models.load_model(
+                    self.model_name,
+                    sharded=self.sharded,
+                    attn_implementation=self.attn_implementation,
+                )
             self.model_fingerprint = self.fingerprint()
             self.serve()
 

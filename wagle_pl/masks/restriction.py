@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import reduce
 from math import prod
 from operator import and_
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.masks.bits import filled_bits
@@ -19,7 +19,7 @@ class Restriction(NamedTuple):
     """Only the weights that all of these select; every weight where all are None.
 
     Attributes:
-        file: a mask file.
+        file: a mask file, or a mask.
         modules: whole modules, e.g. ``["mlp"]`` or ``["mlp.down_proj"]``, see ``names.in_module``.
         layers: only in these layers, see ``names.parse_layers``.
         matching: a regular expression that finds names of parameters, from any position.
@@ -28,7 +28,7 @@ class Restriction(NamedTuple):
     True
     """
 
-    file: Optional[str] = None
+    file: Optional[Union[str, WeightMask]] = None
     modules: Optional[Sequence[str]] = None
     layers: Optional[str] = None
     matching: Optional[str] = None
@@ -61,8 +61,10 @@ class Restriction(NamedTuple):
 
         found = []
         if self.file is not None:
-            found.append(WeightMask.load(self.file))
-            found[0].check(shapes, fingerprint, where=f"mask {self.file}")
+            given = isinstance(self.file, WeightMask)
+            found.append(self.file if given else WeightMask.load(self.file))
+            where = "the mask" if given else f"mask {self.file}"
+            found[0].check(shapes, fingerprint, where=where)
         if self.modules or self.layers:
             self._check_names(shapes)
             modules, inside = list(self.modules or ()), self._replace(matching=None)

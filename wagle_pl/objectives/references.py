@@ -156,7 +156,7 @@ class References:
         self,
         module: LanguageModule,
         data: StreamData,
-        folder: Path,
+        folder: Optional[Path],
         sums: Collection[str],
         top_k: Collection[str],
         k: int,
@@ -166,7 +166,7 @@ class References:
         Args:
             module: has a trainer.
             data: gives the rows.
-            folder: where the files are.
+            folder: where the files are; None keeps none.
             sums: streams whose sums are needed.
             top_k: streams whose top ``k`` tokens are needed.
             k: how many tokens.
@@ -180,8 +180,8 @@ class References:
             about = f"{module.model_fingerprint} {stream} {module.trainer.precision} {kind}"
             key, name = _digest(about, data, stream), f"{stream} {kind}"
             if name not in self._stored:
-                path = folder / f"{key}.safetensors"
-                tensors = distributed.on_rank_zero(partial(_load, path, key))
+                path = None if folder is None else folder / f"{key}.safetensors"
+                tensors = path and distributed.on_rank_zero(partial(_load, path, key))
                 if tensors is None and self._resumed:
                     raise WagleError(
                         f"the checkpoint has no reference log-probabilities of the {stream} rows, "
@@ -189,7 +189,8 @@ class References:
                     )
                 if tensors is None:
                     tensors = compute(module, data, stream)
-                    distributed.on_rank_zero(partial(_save, path, key, tensors))
+                    if path is not None:
+                        distributed.on_rank_zero(partial(_save, path, key, tensors))
                 self._stored[name] = {"key": key, "tensors": tensors}
             elif self._stored[name]["key"] != key:
                 raise WagleError(

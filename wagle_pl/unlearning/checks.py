@@ -36,10 +36,10 @@ def check_run(module: FinetuneModule) -> None:
         raise WagleError(
             f"trainer.gradient_clip_val must be 0 or more, got {trainer.gradient_clip_val:g}"
         )
-    if not module.output:
+    if not module.output and module.run_config:  # from Python the result is ``module.lm``
         raise WagleError("fit needs a folder for the model: give --model.output")
-    output = Path(module.output).resolve()
-    if output == Path(module.model_name).resolve():
+    output = Path(module.output).resolve() if module.output else None
+    if output is not None and output == Path(module.model_name).resolve():
         raise WagleError(
             f"output {module.output} is the model that this run starts from: choose another folder"
         )
@@ -47,7 +47,11 @@ def check_run(module: FinetuneModule) -> None:
     for saver in trainer.checkpoint_callbacks:
         written.append(("dirpath of checkpoints", getattr(saver, "dirpath", None)))
     for what, folder in written:
-        if folder and output in (Path(folder).resolve(), *Path(folder).resolve().parents):
+        if (
+            folder
+            and output is not None
+            and output in (Path(folder).resolve(), *Path(folder).resolve().parents)
+        ):
             raise WagleError(
                 f"{what}: {folder} lies in the output {module.output}, which the model's folder "
                 "will replace: name another"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, Union
 
 import torch
 from lightning.pytorch import Callback
@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
+from transformers import PreTrainedModel
 
 from wagle_pl.core import distributed, outputs
 from wagle_pl.core.environment import peak_memory, versions
@@ -48,7 +49,8 @@ class FinetuneModule(LanguageModule):
 
     Args:
         model: hub id, folder in Hugging Face format or GGUF file of the model to start from.
-        output: folder to write the model to, in Hugging Face format.
+        output: folder to write the model to, in Hugging Face format. In Python it may be None: the
+            result is ``lm``.
         train_on: ``all`` rows (the target model), ``retain`` (the retrained model) or ``forget``.
         warmup: linear warm-up, unless ``--lr_scheduler`` is given: a share (below 1) or a number of
             steps.
@@ -70,7 +72,7 @@ class FinetuneModule(LanguageModule):
 
     def __init__(
         self,
-        model: str,
+        model: Union[str, PreTrainedModel],
         output: Optional[str] = None,
         train_on: Literal["all", "retain", "forget"] = "all",
         warmup: float = 0.1,
@@ -126,7 +128,8 @@ class FinetuneModule(LanguageModule):
         super().setup(stage)
         if stage == "fit":
             check_run(self)
-            outputs.reserve(Path(self.output), self.overwrite, kind="folder")
+            if self.output:
+                outputs.reserve(Path(self.output), self.overwrite, kind="folder")
 
     def teardown(self, stage: str) -> None:
         """Let others write the output."""
@@ -245,7 +248,7 @@ class FinetuneModule(LanguageModule):
         if is_zero(strategy):  # the dtype that DeepSpeed computes with
             self.selected.cast(next(p.dtype for p in self.lm.parameters() if p.requires_grad))
         self.fitted = True
-        if not self.trainer.fast_dev_run:
+        if self.output and not self.trainer.fast_dev_run:
             distributed.on_rank_zero(lambda: outputs.check_space(self.planned_files()))
 
     def on_train_start(self) -> None:
@@ -417,7 +420,7 @@ class FinetuneModule(LanguageModule):
         self.selected.release(self.output_dtype)
         self.selected = None
         super().on_train_end()
-        if self.trainer.fast_dev_run:
+        if self.trainer.fast_dev_run or not self.output:
             return
         record = self.record()
 

@@ -9,13 +9,14 @@ from typing import Any, Literal, Optional, Union
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.registry import describe, resolve
 from wagle_pl.data.template import differing_prompts
 from wagle_pl.lm.resume import random_state, set_random_state
-from wagle_pl.masks import Restriction
+from wagle_pl.masks import Restriction, WeightMask
 from wagle_pl.objectives import Objective, Streams
 from wagle_pl.objectives.references import References
 from wagle_pl.planning import PlannedRun
@@ -59,11 +60,11 @@ class UnlearnModule(FinetuneModule):
 
     def __init__(
         self,
-        model: str,
+        model: Union[str, PreTrainedModel],
         output: Optional[str] = None,
         # not "NPO": a parser hands the options of a default class to others
         objective: Union[Objective, str] = "npo",
-        mask: Optional[str] = None,
+        mask: Optional[Union[str, WeightMask]] = None,
         modules: Optional[list[str]] = None,
         layers: Optional[str] = None,
         adapter: Optional[Union[LoRA, str]] = None,
@@ -76,11 +77,13 @@ class UnlearnModule(FinetuneModule):
         super().__init__(model=model, output=output, **kwargs)
         self.objective = resolve(Objective, objective, "objective")
         self.streams = self.objective.streams
-        self.mask_file = None if mask is None else str(mask)
+        if not isinstance(mask, (str, Path, WeightMask, type(None))):
+            raise WagleError(f"mask must be a file or a WeightMask, got {type(mask).__name__}")
+        self.mask_file = str(mask) if isinstance(mask, (str, Path)) else None
         self.adapter = None if adapter is None else resolve(LoRA, adapter, "adapter")
         pattern = None if self.adapter is not None else self.objective.trainable
         #: What the mask is made of.
-        self.restriction = Restriction(self.mask_file, modules, layers, pattern)
+        self.restriction = Restriction(self.mask_file or mask, modules, layers, pattern)
         if self.adapter is not None and (mask or modules or layers):
             raise WagleError(
                 "an adapter leaves every weight of the model alone, so no mask, modules or layers "
@@ -178,7 +181,7 @@ class UnlearnModule(FinetuneModule):
             self._frozen = FrozenWeights(self.mask, self.selected.weights())
         self._try_objective()
         top_k = self.objective.theta0_streams if self.reference_logits == "top_k" else ()
-        folder = Path(self.output).parent / ".references"
+        folder = Path(self.output).parent / ".references" if self.output else None
         self._references.prepare(
             self, self.data, folder, self.objective.references, top_k, self.top_k
         )
@@ -244,7 +247,8 @@ class UnlearnModule(FinetuneModule):
         checkpoint["references"] = self._references.state_dict()
         checkpoint["objective"] = self.objective.state_dict()
         if self.mask is not None:
-            checkpoint["mask"] = {"digest": self.mask.digest(), **self.restriction._asdict()}
+            made_of = self.restriction._replace(file=self.mask_file)._asdict()
+            checkpoint["mask"] = {"digest": self.mask.digest(), **made_of}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the references back; refuse a checkpoint of another mask, or of another model."""
@@ -252,7 +256,8 @@ class UnlearnModule(FinetuneModule):
         stored = dict(checkpoint.get("mask") or {})
         digest = stored.pop("digest", None)
         if digest and not self.attached:
-            self.restriction = Restriction(**stored)
+            given = self.restriction.file
+            self.restriction = Restriction(**stored | ({} if given is None else {"file": given}))
             self.restrict()
         elif self.attached and digest != (None if self.mask is None else self.mask.digest()):
             raise WagleError(

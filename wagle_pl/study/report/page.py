@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from wagle_pl.core.environment import versions
@@ -86,6 +86,18 @@ def render(
     shown["studies"] = [
         sections.shown_of_study(study, f"study-{i}") for i, study in enumerate(sources.studies)
     ]
+    return template("page.html.j2").render(
+        sources=sources,
+        title=title or f"Unlearning report: {', '.join(names[:4])}{more}",
+        sections=SECTIONS if sources.models else {},
+        directions=sections.DIRECTIONS,
+        versions=versions(),
+        **shown,
+    )
+
+
+def template(name: str) -> Template:
+    """A template of the report, with the functions that templates call."""
     environment = Environment(
         loader=PackageLoader("wagle_pl.study.report"),
         autoescape=True,
@@ -105,14 +117,7 @@ def render(
         "short_number": short_number,
         "yaml": lambda config: yaml.safe_dump(config, sort_keys=False).rstrip(),
     }
-    return environment.get_template("page.html.j2").render(
-        sources=sources,
-        title=title or f"Unlearning report: {', '.join(names[:4])}{more}",
-        sections=SECTIONS if sources.models else {},
-        directions=sections.DIRECTIONS,
-        versions=versions(),
-        **shown,
-    )
+    return environment.get_template(name)
 
 
 def _attack_sign(row: Mapping[str, Any]) -> str:

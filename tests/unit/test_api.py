@@ -1,0 +1,160 @@
+"""Models, masks and rows as objects; ``forget`` in one call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from datasets import Dataset
+from helpers import same_bits
+
+from wagle_pl import (
+    AttributionModule,
+    FinetuneModule,
+    ForgetRetainDataModule,
+    UnlearnModule,
+    WagleError,
+    forget,
+)
+from wagle_pl.data import neighbours
+from wagle_pl.data.example import parse_rows
+from wagle_pl.data.neighbours import general_questions, invented_neighbours, without_subject
+from wagle_pl.data.people import bundled
+from wagle_pl.lm.models import load_model
+from wagle_pl.unlearning.patch import apply_patch, revert_patch
+
+FORGET = [{k: row[k] for k in ("question", "answer")} for row in bundled("forget")[:3]]
+RETAIN = [{k: row[k] for k in ("question", "answer")} for row in bundled("retain")[:6]]
+
+
+def fit(module: L.LightningModule, data: L.LightningDataModule, **options: Any) -> None:
+    quiet = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    L.Trainer(accelerator="cpu", devices=1, **quiet, **options).fit(module, data)
+
+
+@pytest.fixture(scope="module")
+def knowing(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model that has learnt all rows."""
+    folder = str(tmp_path_factory.mktemp("models") / "knowing")
+    module = FinetuneModule(tiny_model, output=folder, lr=1e-2)
+    fit(module, ForgetRetainDataModule(forget=FORGET, retain=RETAIN, batch_size=9), max_epochs=90)
+    return folder
+
+
+def test_a_model_a_mask_and_rows_may_be_objects(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lm = load_model(tiny_model)
+    before = {name: p.detach().clone() for name, p in lm.named_parameters()}
+    data = ForgetRetainDataModule(forget=FORGET, retain=Dataset.from_list(RETAIN))
+    attribution = AttributionModule(lm, density=0.1)
+    fit(attribution, data)
+    assert attribution.mask is not None
+    assert attribution.mask.count() == int(0.1 * lm.num_parameters())
+    module = UnlearnModule(lm, objective="GradDiff", mask=attribution.mask, lr=1e-2)
+    fit(module, data, max_steps=2)
+    assert module.lm is lm
+    moved = {name: p != before[name] for name, p in lm.named_parameters()}
+    assert any(m.any() for m in moved.values())
+    assert not any((m & ~attribution.mask[name]).any() for name, m in moved.items())
+    assert not list(tmp_path.iterdir())
+    assert module.record()["lineage"][-1]["data"]["retain"] == "6 rows given"
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda: UnlearnModule(3),
+            "model must be a name, a folder or a Hugging Face model, got int",
+        ),
+        (lambda: UnlearnModule("m", mask=[1]), "mask must be a file or a WeightMask, got list"),
+        (lambda: forget("m", [3]), "forget must be a file, a dataset or a list of questions"),
+    ],
+)
+def test_a_wrong_type_is_one_line_that_names_the_argument(make: Any, said: str) -> None:
+    with pytest.raises(WagleError, match=said):
+        make()
+
+
+def test_forget_stops_where_the_model_knows_no_more_than_of_rows_never_seen(
+    knowing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = forget(knowing, FORGET, RETAIN, lr=3e-3, progress=False)
+    assert result.before["forget_probability"] > 0.8
+    assert result.after["forget_probability"] <= result.before["unseen_probability"]
+    assert 0 < result.steps < 300
+    assert result.verdict.startswith(("forgotten", "model damaged"))
+    assert not list(tmp_path.iterdir())
+    # an object gives the same model, and the same patch
+    lm = load_model(knowing, torch.float32)
+    again = forget(lm, FORGET, RETAIN, lr=3e-3, progress=False)
+    assert again.model is lm
+    for name, weight in result.model.state_dict().items():
+        assert torch.equal(weight, lm.state_dict()[name])
+    assert again.after == result.after
+    saved = result.save(tmp_path / "saved")
+    patches = [r.patch(tmp_path / f"{i}.safetensors") for i, r in enumerate((result, again))]
+    apply_patch(knowing, patches[0], tmp_path / "applied")
+    revert_patch(saved, patches[1], tmp_path / "reverted")
+    assert same_bits(saved, tmp_path / "applied")
+    assert same_bits(knowing, tmp_path / "reverted")
+    page = result.report(tmp_path / "r.html").read_text()
+    assert result.verdict[1:] in page and FORGET[0]["question"] in page
+
+
+def test_without_retain_rows_the_model_answers_questions(
+    knowing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = general_questions()[:9]
+    monkeypatch.setattr(neighbours, "general_questions", lambda: few)
+    seen = {}
+
+    def train_rows(self: ForgetRetainDataModule, stream: str) -> Any:
+        seen[stream] = self.sources[stream]
+        return self.sources[stream]
+
+    monkeypatch.setattr(ForgetRetainDataModule, "train_rows", train_rows)
+    result = forget(knowing, [FORGET[0]["question"]], max_steps=1, density=None, progress=False)
+    assert [row["question"] for row in seen["retain"]] == few
+    assert seen["forget"][0]["answer"] in FORGET[0]["answer"]  # it knows, as far as it is asked
+    assert result.mask is None
+
+
+def test_questions_about_a_forget_row_are_left_out() -> None:
+    forget_rows = parse_rows(
+        [{"question": "Who wrote Hamlet?", "answer": "Shakespeare, in 1601."}], ""
+    )
+    asked = ["What is Shakespeare's best play?", "What happened in 1601?", "What is a fraction?"]
+    assert without_subject([*asked, *general_questions()], forget_rows) == [
+        "What is a fraction?",
+        *(q for q in general_questions() if "wrote" not in q),
+    ]
+    assert len(general_questions()) == len(set(general_questions())) >= 200
+
+
+def test_a_neighbour_has_invented_names_and_numbers_throughout() -> None:
+    row = {
+        "question": "When was Ada Byron born?",
+        "answer": "Ada Byron was born in 1815 in London.",
+    }
+    (found,) = invented_neighbours(parse_rows([row], ""), seed=1)
+    assert found.answer.endswith(".") and " was born in " in found.answer
+    for lost in ("Ada", "Byron", "1815", "London"):
+        assert lost not in found.question + found.answer
+    first = found.question.split()[2]
+    assert found.answer.startswith(first) and first[0].isupper()
+    assert invented_neighbours(parse_rows([row], ""), seed=1)[0].row == found.row
+    plain = [{"question": "Why?", "answer": a} for a in ("because it is", "nobody knows")]
+    assert [n.answer for n in invented_neighbours(parse_rows(plain, ""))] == [
+        "nobody knows",
+        "because it is",
+    ]
+    assert invented_neighbours(parse_rows(plain[:1], "")) == []
