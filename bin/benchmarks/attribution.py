@@ -164,8 +164,7 @@ def bare_pass(lm: Any, batches: Sequence[Any], same_logits: bool) -> float:
 
 def answer_loss(lm: Any, tensors: Mapping[str, Tensor]) -> Tensor:
     """Sum of the rows' mean losses, with logits of answer positions alone."""
-    output, labels = forward_answers(lm, tensors)
-    sums, counts = sequence_logprobs(output.logits, labels)
+    sums, counts = sequence_logprobs(forward_answers(lm, tensors), tensors["labels"])
     return -(sums / counts).sum()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -30,14 +31,17 @@ from torch import Tensor, nn
 
 from wagle_pl.attribution.selection import select
 from wagle_pl.core.weights import fingerprint, parameter_shapes
+from wagle_pl.data.people import bundled
 from wagle_pl.lm import models
 from wagle_pl.lm.inference import forward_answers, sequence_logprobs
+from wagle_pl.lm.tiny import create_tiny_llama
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import random_bits
 from wagle_pl.unlearning import MaskedAdamW, Streams, UnlearnModule
 
 LR, WEIGHT_DECAY = 3e-5, 0.01  # as in configs/tofu
 EPOCHS = 5
+VOCABULARY = 128_256  # Llama-3's
 GLOBAL_BATCH = 4  # of the padded baseline: batch 1, accumulate 4
 
 # -- runs -------------------------------------------------------------------------------------------------------------
@@ -70,11 +74,30 @@ class SecondModel(Unexported):
     def streams_of(self, batch: Mapping[str, Mapping[str, Tensor]]) -> Streams:
         """Put the second model's log-probabilities in the place of the cached ones."""
         for stream in self.objective.references:
-            output, labels = forward_answers(self.second[0], batch[stream])
-            self._references.sums[stream][batch[stream]["row"]] = sequence_logprobs(
-                output.logits, labels
-            )[0]
+            predicted = forward_answers(self.second[0], batch[stream])
+            sums, _ = sequence_logprobs(predicted, batch[stream]["labels"])
+            self._references.sums[stream][batch[stream]["row"]] = sums
         return super().streams_of(batch)
+
+
+class WholeLogits(Unexported):
+    """GradDiff with logits of every position from the first answer token on, all at once, as a plain loop has them."""
+
+    def losses(self, at: Streams) -> dict[str, Tensor]:
+        """The same loss."""
+        means = {}
+        for stream in self.streams:
+            batch = at.batch[stream]
+            targets = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+            targets = targets[:, int((targets != -100).any(0).int().argmax()) :]
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            logits = self.lm(**inputs, use_cache=False, logits_to_keep=targets.shape[1]).logits
+            losses = nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), targets.flatten(), reduction="none"
+            )
+            rows = losses.view(targets.shape).sum(-1) / (targets != -100).sum(-1)
+            means[stream] = at.mean(stream, rows)
+        return {"loss": means["retain"] - means["forget"]}
 
 
 #: Who runs -> (class, objective).
@@ -83,7 +106,9 @@ KINDS: dict[str, tuple[type[UnlearnModule], str]] = {
     "NPO": (Unexported, "NPO"),
     "NPO_second_model": (SecondModel, "NPO"),
     "Rounded": (Rounded, "GradDiff"),
+    "WholeLogits": (WholeLogits, "GradDiff"),
 }
+NPO_KINDS = ("GradDiff", "NPO", "NPO_second_model")
 
 
 def unlearn(
@@ -237,7 +262,7 @@ def measure_precisions(settings: Settings) -> list[Result]:
 
 def measure_npo_step(settings: Settings) -> list[Result]:
     """Row 3: a step of NPO, references cached, against one of GradDiff, in the second epoch."""
-    sides = {kind: partial(unlearn, settings, kind, max_epochs=2) for kind in KINDS}
+    sides = {kind: partial(unlearn, settings, kind, max_epochs=2) for kind in NPO_KINDS}
     runs = alternate_warm(settings, sides)
     second = step_ratio(runs["NPO_second_model"], runs["GradDiff"], epoch=1)
     raw = {"step_seconds": step_seconds(runs, epoch=1), "ratio_with_second_model": second}
@@ -245,9 +270,9 @@ def measure_npo_step(settings: Settings) -> list[Result]:
     return [result("npo_step", ratio, 1.05, False, "x GradDiff", raw)]
 
 
-def unlearning_peak(settings: Settings, kind: str) -> int:
+def unlearning_peak(settings: Settings, kind: str, mask: Optional[str] = None) -> int:
     """Peak memory of a whole run. For a process of its own."""
-    unlearn(settings, kind, max_epochs=1)
+    unlearn(settings, kind, mask, max_epochs=1)
     return memory("VmHWM")
 
 
@@ -257,10 +282,30 @@ def measure_npo_memory(settings: Settings) -> list[Result]:
     def side(kind: str) -> Any:
         return lambda: in_fresh_process(settings, "unlearning_peak", kind=kind)
 
-    peaks = alternate(settings.repeats, {kind: side(kind) for kind in KINDS})
+    peaks = alternate(settings.repeats, {kind: side(kind) for kind in NPO_KINDS})
     at = {kind: median(values) for kind, values in peaks.items()}
     raw = {"peak_bytes": peaks, "ratio_with_second_model": at["NPO_second_model"] / at["GradDiff"]}
     return [result("npo_memory", at["NPO"] / at["GradDiff"], 1.02, False, "x GradDiff", raw)]
+
+
+def measure_logits(settings: Settings) -> list[Result]:
+    """Row 7: peak memory of a small Llama with Llama-3's vocabulary, beside that with logits of whole batches."""
+    texts = (row[column] for row in bundled("retain") for column in ("question", "answer"))
+    model = create_tiny_llama(f"{settings.scratch}/wide", texts, hidden_size=256, layers=8)
+    lm = models.load_model(str(model))
+    lm.resize_token_embeddings(VOCABULARY, mean_resizing=False)
+    lm.save_pretrained(model)
+    wide = replace(settings, model=str(model), batch_size=16)
+    mask = write_mask(wide, 0.05)
+
+    def side(kind: str) -> Any:
+        return lambda: in_fresh_process(wide, "unlearning_peak", kind=kind, mask=mask)
+
+    sides = {"chunks": side("GradDiff"), "whole": side("WholeLogits")}
+    peaks = alternate(settings.repeats, sides)
+    at = {name: median(values) for name, values in peaks.items()}
+    raw = {"peak_bytes": peaks, "vocabulary": VOCABULARY, "batch_size": wide.batch_size}
+    return [result("logits", at["chunks"] / at["whole"], 0.6, False, "x whole logits", raw)]
 
 
 class StateBytes(L.Callback):
@@ -356,6 +401,7 @@ ROWS = {
     "npo_memory": measure_npo_memory,
     "optimizer_state": measure_optimizer_state,
     "padded": measure_padded,
+    "logits": measure_logits,
 }
 CHILDREN = {"unlearning_peak": unlearning_peak}
 

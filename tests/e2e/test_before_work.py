@@ -54,7 +54,7 @@ class Draws(o.GradDiff):
 
     def forget_loss(self, at):
         (gradient,) = torch.autograd.grad(
-            at["forget"].nll.sum(), at["forget"].logits, retain_graph=True
+            at["forget"].nll.sum(), at["forget"].predicted.states, retain_graph=True
         )
         return (at["forget"].nll - torch.rand(1)) ** 2 + 0 * gradient.sum()
 

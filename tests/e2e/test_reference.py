@@ -15,7 +15,8 @@ from torch import Tensor
 from wagle_pl.data.batches import Draw
 from wagle_pl.data.people import bundled
 from wagle_pl.lm import models
-from wagle_pl.lm.inference import sequence_logprobs
+from wagle_pl.lm.inference import answer_places, sequence_logprobs
+from wagle_pl.lm.predictions import Predictions
 from wagle_pl.objectives import references
 from wagle_pl.unlearning import UnlearnModule
 
@@ -36,8 +37,9 @@ class SecondModelModule(UnlearnModule):
             batch = at.batch[stream]
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
             with torch.no_grad():
-                logits = self.second[0](**inputs).logits
-            at[stream].reference = sequence_logprobs(logits, batch["labels"])[0]
+                logits = self.second[0](**inputs).logits.flatten(0, 1)
+            predicted = Predictions(logits).at(answer_places(batch["labels"]))
+            at[stream].reference = sequence_logprobs(predicted, batch["labels"])[0]
         return self.objective(at)
 
 

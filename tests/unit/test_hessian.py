@@ -28,6 +28,8 @@ from wagle_pl.attribution.hessian import (
 from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.seeds import stable_seed
+from wagle_pl.lm.inference import answer_places
+from wagle_pl.lm.predictions import Predictions
 from wagle_pl.planning import PlannedRun
 from wagle_pl.planning.memory import sums_per_weight
 
@@ -66,6 +68,11 @@ def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
         mask = targets != -100
         rows.append(-row.log_softmax(-1)[mask].gather(1, targets[mask, None]).mean())
     return torch.stack(rows)
+
+
+def predicted(logits: Tensor, labels: Tensor) -> Predictions:
+    """At the labels, row after row."""
+    return Predictions(logits.flatten(0, 1)).at(answer_places(labels))
 
 
 def flat(named: dict[str, Tensor] | list[Tensor]) -> Tensor:
@@ -119,9 +126,9 @@ def estimate(
         labels = LABELS[part]
         seeds = [stable_seed(seed, int(row)) for row in part]
 
-        def run(part: Tensor = part, labels: Tensor = labels) -> tuple[Tensor, Tensor]:
+        def run(part: Tensor = part, labels: Tensor = labels) -> tuple[Predictions, Tensor]:
             logits = model(ids[part])
-            return logits, row_losses(logits, labels).sum()
+            return predicted(logits, labels), row_losses(logits, labels).sum()
 
         estimator.add(MicroBatch(run, labels, seeds, seed), sums)
     estimator.end_step(sums)
@@ -194,11 +201,10 @@ def test_mean_only_is_the_mean_of_the_diagonal(toy: tuple[Toy, Tensor]):
 def test_labels_drawn_follow_the_model_and_the_row():
     logits = torch.tensor([[[0.0, 1.0, 2.0]] * 2]).expand(6000, -1, -1)
     labels = torch.tensor([[-100, 0]]).expand(6000, -1)
-    drawn = sample_labels(logits, labels, list(range(6000)))
-    assert (drawn[:, 0] == -100).all()
-    shares = torch.bincount(drawn[:, 1], minlength=3) / 6000
+    drawn = sample_labels(predicted(logits, labels), labels, list(range(6000)))
+    shares = torch.bincount(drawn, minlength=3) / 6000
     torch.testing.assert_close(shares, logits[0, 0].softmax(-1), atol=0.03, rtol=0)
-    alone = sample_labels(logits[:1], labels[:1], [41])
+    alone = sample_labels(predicted(logits[:1], labels[:1]), labels[:1], [41])
     assert torch.equal(alone[0], drawn[41])
 
 
@@ -244,7 +250,10 @@ def test_every_estimator_is_an_option(name: str, toy: tuple[Toy, Tensor]):
     sums = GradientSums(model.named_parameters())
     for part in torch.arange(len(ids)).split(1 if estimator.per_example else len(ids)):
         piece = MicroBatch(
-            lambda part=part: (model(ids[part]), row_losses(model(ids[part]), LABELS[part]).sum()),
+            lambda part=part: (
+                predicted(model(ids[part]), LABELS[part]),
+                row_losses(model(ids[part]), LABELS[part]).sum(),
+            ),
             LABELS[part],
             part.tolist(),
         )
@@ -284,7 +293,8 @@ def test_seeds_are_those_of_a_stated_hash():
     assert draws.of_row(3, 0) == int(hashlib.sha256(b"row 0 1 1 3 0").hexdigest()[:16], 16) >> 1
     assert draws.of_step() == int(hashlib.sha256(b"step 0 1 1 2").hexdigest()[:16], 16) >> 1
     logits, labels = torch.zeros(1, 9, 50), torch.zeros(1, 9).long()
-    drawn = [sample_labels(logits, labels, [draws.of_row(row, 0)]) for row in (3, 4)]
+    found = predicted(logits, labels)
+    drawn = [sample_labels(found, labels, [draws.of_row(row, 0)]) for row in (3, 4)]
     assert not torch.equal(*drawn)
 
 

@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.batches import deal
+from wagle_pl.lm import predictions
+from wagle_pl.lm.predictions import Predictions
 from wagle_pl.objectives import forget as o
 from wagle_pl.objectives.forget import RMU, Objective, Streams
 from wagle_pl.objectives.objective import Schedule, as_schedule
@@ -89,9 +91,9 @@ def streams(data: Data, progress: float = 0.0) -> Streams:
     """The data as a batch."""
     lm, now = Toy(), {"suffix": ""}
 
-    def run(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def run(tensors: dict[str, Tensor]) -> Predictions:
         lm.layers[LAYER](tensors["hidden" + now["suffix"]])
-        return tensors["logits" + now["suffix"]], tensors["labels"]
+        return Predictions(tensors["logits" + now["suffix"]].flatten(0, 1)).at(tensors["places"])
 
     @contextmanager
     def at_theta0() -> Iterator[None]:
@@ -261,9 +263,10 @@ def oracle(name: str, data: Data) -> tuple[Tensor, Tensor]:
     width=st.integers(2, 7),
     vocabulary=st.integers(3, 30),
     seed=st.integers(0, 2**31),
+    chunk=st.sampled_from([1, 50, predictions.CHUNK]),
 )
 def test_loss_and_gradient_equal_the_formula(
-    name: str, rows: int, width: int, vocabulary: int, seed: int
+    name: str, rows: int, width: int, vocabulary: int, seed: int, chunk: int
 ) -> None:
     data = random_data(rows, width, vocabulary, seed)
     exact, exact_inputs = leaves(data, torch.float64)
@@ -272,8 +275,10 @@ def test_loss_and_gradient_equal_the_formula(
     expected_gradients = torch.autograd.grad(sum(terms), exact_inputs, allow_unused=True)
 
     single, inputs = leaves(data, torch.float32)
-    loss = CASES[name][0](streams(single))["loss"]
-    gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predictions, "CHUNK", chunk)
+        loss = CASES[name][0](streams(single))["loss"]
+        gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
 
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(sum(terms).item(), abs=1e-6 * max(1, size))
@@ -493,7 +498,7 @@ def test_a_batch_is_freed_without_the_garbage_collector() -> None:
     gc.disable()
     try:
         at = streams(random_data(2, 4, 5))
-        logits = weakref.ref(at["forget"].logits)
+        logits = weakref.ref(at["forget"].predicted.states)
         del at
         assert logits() is None
     finally:
@@ -516,7 +521,7 @@ def test_tokens_that_cannot_be_change_nothing(name: str, top_k: int | None) -> N
         answers = streams(data)[stream]
         if top_k is not None:
             before = data[stream]["logits0"][:, :-1][answers.mask]
-            answers.top_k = TopK.of(before, answers.targets, answers.length, top_k)
+            answers.top_k = TopK.of(Predictions(before), answers.targets, answers.length, top_k)
         values = term({stream: answers})
         (gradient,) = torch.autograd.grad(values.sum(), data[stream]["logits"])
         return values.detach(), gradient[..., :7]

@@ -17,6 +17,7 @@ from wagle_pl.data.example import Example
 from wagle_pl.data.template import Template
 from wagle_pl.lm import models
 from wagle_pl.lm.inference import forward_answers
+from wagle_pl.lm.predictions import Predictions
 from wagle_pl.objectives import forget as o
 from wagle_pl.objectives.forget import Streams
 from wagle_pl.objectives.retain import KL
@@ -71,9 +72,8 @@ def term(pair: tuple[Any, Any], rows: list[dict[str, list[int]]], positions: str
 
     asked = [lm]
 
-    def run(tensors: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
-        output, labels = forward_answers(asked[-1], tensors, **options)
-        return output.logits, labels
+    def run(tensors: dict[str, Tensor], **options: Any) -> Predictions:
+        return forward_answers(asked[-1], tensors, **options)
 
     @contextmanager
     def at_theta0() -> Iterator[None]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from wagle_pl.lm.layers import blocks, capture
 from wagle_pl.lm.models import load_model
+from wagle_pl.lm.predictions import Predictions
 from wagle_pl.objectives.references import TopK
 
 
@@ -24,7 +25,7 @@ def test_top_k_misses_what_the_chain_rule_says(n: int, vocabulary: int, k: int, 
     generator = torch.Generator().manual_seed(seed)
     then, now = (4 * torch.randn(n, vocabulary, generator=generator).double() for _ in range(2))
     targets = torch.randint(vocabulary, (n,), generator=generator)
-    kept = TopK.of(then.float(), targets, torch.tensor([n]), k)
+    kept = TopK.of(Predictions(then.float()), targets, torch.tensor([n]), k)
     found, current, label = kept.align(now.float())
     assert kept.ids.shape[1] == min(k, vocabulary - 1)
     for logprobs in (found, current):
@@ -49,9 +50,9 @@ def test_top_k_misses_what_the_chain_rule_says(n: int, vocabulary: int, k: int, 
 
 def test_top_k_rows_are_the_rows_asked_for() -> None:
     counts, logits, targets = torch.tensor([2, 1, 3]), torch.randn(6, 9), torch.randint(9, (6,))
-    part = TopK.of(logits, targets, counts, 3).rows(torch.tensor([2, 0]))
+    part = TopK.of(Predictions(logits), targets, counts, 3).rows(torch.tensor([2, 0]))
     tokens = [3, 4, 5, 0, 1]
-    expected = TopK.of(logits[tokens], targets[tokens], counts[[2, 0]], 3)
+    expected = TopK.of(Predictions(logits[tokens]), targets[tokens], counts[[2, 0]], 3)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(part, expected, strict=True))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wagle_pl.attribution.sums import PIECE
 from wagle_pl.core.weights import is_linear, parameter_shapes
 from wagle_pl.lm.layers import expert_weights, is_transposed, linear_weights
 
@@ -35,7 +36,7 @@ def watch_inputs(
     names = {parameter: name for name, parameter in model.named_parameters()}
 
     def of_layer(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        squares = _real(inputs[0].detach(), mask).double().square().sum(0)
+        squares = _squares(_real(inputs[0].detach(), mask))
         add(names[layer.weight], squares[:, None] if is_transposed(layer) else squares)
 
     def of_experts(experts: nn.Module, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> None:
@@ -69,6 +70,12 @@ def _real(x: Tensor, mask: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def _squares(x: Tensor) -> Tensor:
+    """(d,) Σ x² over tokens, (N, d), in fp64; some tokens are copied to it at a time."""
+    rows = x.split(max(1, PIECE // x.shape[-1]))
+    return sum(part.double().square().sum(0) for part in rows)
+
+
 @torch.no_grad()
 def _expert_inputs(experts: Any, tokens: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """(experts, in) sums of squares of the inputs of each expert's two maps, ``up`` and ``down``,
@@ -88,8 +95,8 @@ def _expert_inputs(experts: Any, tokens: Tensor, chosen: Tensor) -> tuple[Tensor
             bias = "gate_up_proj_bias" if experts.has_gate else "up_proj_bias"
             hidden = hidden + getattr(experts, bias)[expert]
         hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
-        before.append(x.double().square().sum(0))
-        between.append(hidden.double().square().sum(0))
+        before.append(_squares(x))
+        between.append(_squares(hidden))
     return torch.stack(before), torch.stack(between)
 
 

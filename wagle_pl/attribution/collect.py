@@ -26,6 +26,7 @@ from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.seeds import stable_seed
 from wagle_pl.lm.inference import IGNORE, forward_answers
+from wagle_pl.lm.predictions import Predictions
 from wagle_pl.objectives.objective import Objective
 from wagle_pl.objectives.streams import Answers, Streams
 
@@ -195,13 +196,8 @@ def _add_rows(
 
     def forward(watch: bool = False) -> tuple[Answers, Optional[Tensor]]:
         """The stream's answers and the sum of its rows' losses."""
-
-        def run(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-            # activations count at every token: where answers begin depends on other rows
-            output, labels = forward_answers(lm, tensors, whole=watch)
-            return output.logits, labels
-
-        at = AtTheta0(batch, run, {})
+        # what is watched must be one forward pass for certain
+        at = AtTheta0(batch, partial(forward_answers, lm, apart=not watch), {})
         add = partial(sums.add_vector, "activation")
         with watch_inputs(lm, real, add) if watch else nullcontext():
             answers = at[job.stream]
@@ -210,9 +206,15 @@ def _add_rows(
         losses = answers.nll if job.loss is None else job.loss(at)
         return answers, losses.masked_fill(idle, 0.0).sum()
 
-    def again() -> tuple[Tensor, Tensor]:
+    def of_real_rows(answers: Answers) -> Predictions:
+        if not idle.any():
+            return answers.predicted
+        kept = ~idle[answers.places // answers.labels.shape[1]]
+        return answers.predicted.at(kept.nonzero().view(-1))
+
+    def again() -> tuple[Predictions, Tensor]:
         answers, loss = forward()
-        return answers.logits, loss
+        return of_real_rows(answers), loss
 
     with (
         torch.set_grad_enabled(job.needs_graph),
@@ -223,7 +225,7 @@ def _add_rows(
             return None
         _check_finite(job.stream, tensors, loss)
         reusable = not sums.sharded
-        done: Optional[tuple[Tensor, Tensor]] = (answers.logits, loss)
+        done: Optional[tuple[Predictions, Tensor]] = (of_real_rows(answers), loss)
         if job.total or job.squares:
             with sums.into(job.total, squares=job.squares):
                 loss.backward(retain_graph=hessian is not None and reusable)

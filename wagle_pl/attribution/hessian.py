@@ -18,14 +18,15 @@ from dataclasses import dataclass
 from typing import Optional, Union
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from wagle_pl.attribution.sums import GradientSums
+from wagle_pl.attribution.sums import GradientSums, pieces
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError, check_positive
 from wagle_pl.core.registry import find_class
 from wagle_pl.core.seeds import stable_seed
+from wagle_pl.lm.inference import logprobs_of
+from wagle_pl.lm.predictions import Predictions, in_chunks
 
 #: Name under which :class:`GradientSums` keeps the sum of the diagonal, and the sum of its mean.
 DIAGONAL, TRACE = "h", "h_trace"
@@ -35,8 +36,9 @@ DIAGONAL, TRACE = "h", "h_trace"
 class MicroBatch:
     """Rows of one stream, and forward passes over them."""
 
-    #: A new forward pass: (B, T, V) logits and the sum of the rows' losses, a scalar.
-    run: Callable[[], tuple[Tensor, Tensor]]
+    #: A new forward pass: predictions of the labels, row after row, and the sum of the rows' losses,
+    #: a scalar.
+    run: Callable[[], tuple[Predictions, Tensor]]
     #: (B, T), -100 where nothing is predicted.
     labels: Tensor
     #: One a row, so that what is drawn for a row does not depend on the batch it is in.
@@ -44,12 +46,12 @@ class MicroBatch:
     #: For what is drawn once a step, the same for all its micro-batches and ranks.
     step_seed: int = 0
     #: A forward pass that has been run already.
-    done: Optional[tuple[Tensor, Tensor]] = None
+    done: Optional[tuple[Predictions, Tensor]] = None
     #: Whether one graph serves several backward passes: sharded weights are gathered for one.
     reusable: bool = True
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """Logits and loss, with their graph."""
+    def forward(self) -> tuple[Predictions, Tensor]:
+        """Predictions and loss, with their graph."""
         if self.done is None:
             self.done = self.run()
         return self.done
@@ -115,9 +117,10 @@ class GaussNewton(Hessian):
 
     def add(self, rows: MicroBatch, sums: GradientSums) -> None:
         for draw in range(self.samples):
-            logits, _ = rows.forward()
+            predicted, _ = rows.forward()
             seeds = [stable_seed(seed, draw) for seed in rows.seeds]
-            loss = bartlett_loss(logits, sample_labels(logits, rows.labels, seeds))
+            drawn = sample_labels(predicted, rows.labels, seeds)
+            loss = bartlett_loss(predicted, drawn, rows.labels)
             with sums.into(in_step=f"drawn {draw}"):
                 rows.backward(loss, last=draw + 1 == self.samples)
 
@@ -208,33 +211,33 @@ def hessian_option(hessian: str, gamma: Union[float, str], needs: set[str]) -> s
     return hessian
 
 
-def sample_labels(logits: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
-    """(B, T) labels drawn from the model's predictions, (B, T, V), where ``labels`` has one; -100
-    elsewhere. ``seeds`` are one a row."""
-    drawn = torch.full_like(labels, -100)
-    for i, seed in enumerate(seeds):
-        mask = labels[i, 1:] != -100
-        if mask.any():
-            probabilities = logits[i, :-1][mask].detach().float().softmax(-1)
-            generator = torch.Generator(device=logits.device).manual_seed(seed)
-            drawn[i, 1:][mask] = torch.multinomial(probabilities, 1, generator=generator).view(-1)
-    return drawn
+@torch.no_grad()
+def sample_labels(predicted: Predictions, labels: Tensor, seeds: Sequence[int]) -> Tensor:
+    """(N,) tokens drawn from the model's predictions of the labels, (B, T), -100 where there is none,
+    in their place; ``seeds`` are one a row."""
+    drawn = [labels.new_zeros(0)]
+    places = torch.arange(len(predicted), device=labels.device)
+    lengths = (labels[:, 1:] != -100).sum(-1).tolist()
+    for seed, row in zip(seeds, places.split(lengths), strict=True):
+        generator = torch.Generator(device=labels.device).manual_seed(seed)
+        for part in row.split(predicted.at_once) if len(row) else ():
+            probabilities = predicted.at(part).logits().softmax(-1)
+            drawn.append(torch.multinomial(probabilities, 1, generator=generator).view(-1))
+    return torch.cat(drawn)
 
 
-def bartlett_loss(logits: Tensor, drawn: Tensor) -> Tensor:
+def bartlett_loss(predicted: Predictions, drawn: Tensor, labels: Tensor) -> Tensor:
     """Σ_n T_n^(−1/2) Σ_t −log p(drawn_nt), whose squared gradient estimates the Gauss–Newton diagonal
-    without bias; ``logits`` are (B, T, V) and ``drawn`` (B, T), from :func:`sample_labels`.
+    without bias; ``drawn`` are from :func:`sample_labels`.
 
     With one label drawn for each predicted token, E[∇ log p ∇ log pᵀ] is that token's Gauss–Newton
     matrix (Bartlett's identity), and cross terms vanish as draws are independent. So the loss
     Σ_n (1/T_n) Σ_t ℓ_nt has the diagonal
     Σ_n Σ_t (1/T_n) E[(∇ ℓ̂_nt)²] = E[(∇ Σ_n Σ_t T_n^(−1/2) ℓ̂_nt)²].
     """
-    targets = drawn[:, 1:]
-    mask = targets != -100
-    losses = F.cross_entropy(logits[:, :-1][mask].float(), targets[mask], reduction="none")
-    scale = mask.sum(-1, keepdim=True).clamp(min=1).rsqrt().expand_as(mask)[mask]
-    return (losses * scale).sum()
+    lengths = (labels[:, 1:] != -100).sum(-1)
+    scale = lengths.rsqrt().repeat_interleave(lengths, output_size=len(drawn))
+    return -(in_chunks(logprobs_of, predicted, drawn) * scale).sum()
 
 
 def rademacher(like: Sequence[Tensor], seed: int) -> list[Tensor]:
@@ -272,7 +275,10 @@ class DampedHessian:
     @classmethod
     def of_diagonal(cls, diagonal: Sequence[Tensor], scale: float, damping: float) -> DampedHessian:
         """From the sums of an estimator. Collective."""
-        total = sum(float(tensor.clamp(min=0).sum(dtype=torch.float64)) for tensor in diagonal)
+        total = sum(
+            float(sum(piece.clamp(min=0).sum(dtype=torch.float64) for piece in pieces(tensor)))
+            for tensor in diagonal
+        )
         weights = sum(tensor.numel() for tensor in diagonal)
         both = torch.tensor([total, weights], dtype=torch.float64)
         total, weights = distributed.all_reduce_sum(both).tolist()

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from wagle_pl.core import distributed
 from wagle_pl.strategies.checkpoint import Piece, ShardedCheckpoint
 
+#: Numbers that are copied to another dtype at a time.
+PIECE = 1 << 22
 _OF_STEP = "of this step: "  # before the name of a step's sum, in a checkpoint
+
+
+def pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """A tensor's numbers, as many at a time as may be copied to a wider dtype."""
+    return tensor.reshape(-1).split(PIECE)
 
 
 class Shard:
@@ -209,8 +216,8 @@ class GradientSums:
             if squares:
                 self.buffers(squares)[position].addcmul_(gradient, gradient)
             if squared_norm:
-                norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
-                self.add_vector(squared_norm, str(position), norm.square())
+                parts = [piece.double().square().sum() for piece in pieces(gradient)]
+                self.add_vector(squared_norm, str(position), sum(parts))
             gradient.zero_()
 
     def count(self, name: str, amount: float) -> None:

@@ -14,14 +14,15 @@ from inspect import signature
 from typing import Any, NamedTuple, Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from wagle_pl.core import distributed
 from wagle_pl.data.template import IGNORE
+from wagle_pl.lm.inference import logprobs_of
+from wagle_pl.lm.predictions import Predictions, in_chunks, predict
 
-MAX_PADDED = 8192  # tokens of a pass with those they follow: bounds keys, values and logits
+MAX_PADDED = 8192  # tokens of a pass with those they follow: bounds keys and values
 LEAST_FILLED = 0.5  # a node shorter than this share of the longest in its pass goes into the next
 LEAST_SAVED = 8  # tokens that sharing a node must save, or it costs more than it brings
 LEAST_VARIANCE = 1e-6  # of log-probabilities over the vocabulary, as OpenUnlearning clamps it
@@ -44,6 +45,11 @@ class TokenScores(NamedTuple):
     mean: Optional[Tensor] = None
     std: Optional[Tensor] = None
 
+    def at(self, index: Sequence[int]) -> TokenScores:
+        """The scores of some of the tokens."""
+        rows = torch.tensor(index, dtype=torch.long)
+        return TokenScores(*(None if column is None else column[rows] for column in self))
+
 
 NOTHING = TokenScores(*(torch.zeros(0) for _ in TokenScores._fields))
 
@@ -61,22 +67,28 @@ class Passes:
         return next(self.lm.parameters()).device
 
     def __call__(
-        self, ids: Tensor, mask: Tensor, keep: int, announce: bool = True, **options: Any
-    ) -> Any:
-        """Run (B, T) tokens with a (B, S) attention mask, S ≥ T where there is a past; logits may
-        be of the last ``keep`` positions only. ``options`` are those of the model's forward."""
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        places: Optional[Tensor] = None,
+        announce: bool = True,
+        **options: Any,
+    ) -> tuple[Any, Predictions]:
+        """Run (B, T) tokens with a (B, S) attention mask, S ≥ T where there is a past: the output,
+        and predictions at the ``places`` of the tokens, flattened, the first when None. ``options``
+        are those of the model's forward."""
         if self.synced_gpus and announce:
             distributed.all_reduce_max(1)
-        if accepts(type(self.lm), "logits_to_keep"):
-            options["logits_to_keep"] = keep
-        return self.lm(input_ids=ids, attention_mask=mask, **options)
+        places = torch.zeros(1, dtype=torch.long) if places is None else places
+        options |= {"input_ids": ids, "attention_mask": mask}
+        return predict(self.lm, places.to(ids.device), not self.synced_gpus, **options)
 
     def level(self) -> None:
         """Take part in the passes that other ranks still announce. Collective: all ranks must call
         it when their own passes are done."""
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         while self.synced_gpus and distributed.all_reduce_max(0):
-            self(token, torch.ones_like(token), 1, announce=False, use_cache=False)
+            self(token, torch.ones_like(token), announce=False, use_cache=False)
 
 
 @cache
@@ -88,13 +100,12 @@ def accepts(model_class: type, argument: str) -> bool:
 def token_statistics(
     logits: Tensor, targets: Tensor, greedy: bool, vocabulary: bool
 ) -> TokenScores:
-    """Scores of (T,) targets by the (T, V) logits that predict them, float32 on their device.
+    """Scores of (T,) targets by the (T, V) logits that predict them, float32.
 
     With p the model's distribution over the vocabulary at a token, ``mean`` is Σ p log p and
     ``std`` the root of Σ p (log p)² − mean² (at least 1e-6), as in Min-K%++ (arXiv 2404.02936).
     """
-    logits = logits.float()
-    found = TokenScores(-F.cross_entropy(logits, targets, reduction="none"))
+    found = TokenScores(logprobs_of(logits, targets))
     if greedy:
         found = found._replace(greedy=logits.argmax(-1) == targets)
     if vocabulary:
@@ -191,11 +202,11 @@ def _alike(texts: Sequence[Sequence[int]]) -> int:
 
 
 class _Past(NamedTuple):
-    """Keys and values of B nodes that were run, and the logits found on the way to each."""
+    """Keys and values of B nodes that were run, and the scores found on the way to each."""
 
     layers: list[tuple[Tensor, Tensor]]  # (B, heads, S, D) each
     mask: Tensor  # (B, S)
-    pieces: list[list[tuple[int, Tensor]]]  # of each row: (position of the first, (T, V) logits)
+    found: list[dict[int, list[TokenScores]]]  # of each row: candidate -> scores up to its end
 
 
 @dataclass
@@ -222,7 +233,10 @@ class _Run:
             following = {owner for child, _ in children for owner in child.owners}
             for i, (node, _) in enumerate(part):
                 for owner in set(node.owners) - following:
-                    self.scores[owner] = _of_candidate(self.candidates[owner], here.pieces[i])
+                    columns = zip(*here.found[i][owner], strict=True)
+                    self.scores[owner] = TokenScores(
+                        *(None if parts[0] is None else torch.cat(parts) for parts in columns)
+                    )
             if children:
                 self.down([child for child, _ in children], here, [i for _, i in children])
 
@@ -246,27 +260,42 @@ class _Run:
         if accepts(type(self.passes.lm), "position_ids"):
             starts = torch.tensor([node.start for node in nodes], device=ids.device)
             options["position_ids"] = starts[:, None] + (own.cumsum(-1) - 1).clamp(min=0)
-        output = self.passes(ids, mask, max(self._needed(node) for node in nodes), **options)
-        pieces = []
+        # candidates of a node have its tokens in common: each of these is scored once
+        pairs: dict[tuple[int, int], int] = {}
+        wanted: list[dict[int, list[int]]] = []
         for i, node in enumerate(nodes):
-            width = min(output.logits.shape[1], node.length)
-            before = past.pieces[parents[i]] if past else []
-            pieces.append([*before, (node.end - width, output.logits[i, -width:])])
+            first = (i + 1) * ids.shape[1] - node.length  # place of the node's first token
+            wanted.append({})
+            for owner in node.owners:
+                labels = enumerate(self.candidates[owner].labels[node.start + 1 : node.end + 1])
+                scored = ((first + p, label) for p, label in labels if label != IGNORE)
+                wanted[i][owner] = [pairs.setdefault(pair, len(pairs)) for pair in scored]
+        places, targets = torch.tensor(list(pairs), dtype=torch.long).view(-1, 2).T
+        output, predicted = self.passes(ids, mask, places, **options)
+        scores = self._statistics(predicted, targets.to(ids.device))
+        found = [dict(past.found[parent]) for parent in parents] if past else [{} for _ in nodes]
+        for here, index in zip(found, wanted, strict=True):
+            here |= {owner: [*here.get(owner, ()), scores.at(at)] for owner, at in index.items()}
         if not goes_on:
-            return _Past([], mask, pieces)
+            return _Past([], mask, found)
         cached = getattr(output.past_key_values, "layers", [])
         layers = [(getattr(x, "keys", None), getattr(x, "values", None)) for x in cached]
         width = mask.shape[1]
         plain = all(k is not None and k.ndim == 4 and k.shape[2] == width for k, _ in layers)
-        return _Past(layers, mask, pieces) if layers and plain else None
+        return _Past(layers, mask, found) if layers and plain else None
 
-    def _needed(self, node: Node) -> int:
-        """At how many of a node's last positions logits are needed, at one at least."""
-        labels = (self.candidates[owner].labels for owner in node.owners)
-        first = min(
-            next((p for p in range(1, len(row)) if row[p] != IGNORE), len(row)) for row in labels
-        )
-        return node.end - min(max(first - 1, node.start), node.end - 1)
+    def _statistics(self, predicted: Predictions, targets: Tensor) -> TokenScores:
+        """Scores of (N,) tokens, on the CPU, with all that any candidate wants."""
+        greedy = any(candidate.greedy for candidate in self.candidates)
+        vocabulary = any(candidate.vocabulary for candidate in self.candidates)
+
+        def of_chunk(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+            scores = token_statistics(logits, targets, greedy, vocabulary)
+            return tuple(column for column in scores if column is not None)
+
+        names = ["logprobs", *["greedy"] * greedy, *["mean", "std"] * vocabulary]
+        columns = in_chunks(of_chunk, predicted, targets)
+        return TokenScores(**{n: c.cpu() for n, c in zip(names, columns, strict=True)})
 
 
 def _parts(
@@ -296,23 +325,3 @@ def _selected(layers: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> Any:
     for number, (keys, values) in enumerate(layers):
         cache.update(keys[rows], values[rows], number)
     return cache
-
-
-def _of_candidate(candidate: Candidate, pieces: Sequence[tuple[int, Tensor]]) -> TokenScores:
-    """Statistics of a candidate's scored tokens; logits at p predict token p + 1."""
-    labels = torch.tensor(list(candidate.labels))
-    found: list[TokenScores] = []
-    for start, logits in pieces:
-        targets = labels[start + 1 : start + 1 + len(logits)]
-        scored = (targets != IGNORE).nonzero()[:, 0]
-        if not len(scored):
-            continue
-        at = logits[scored[0] : scored[-1] + 1]
-        if len(at) > len(scored):
-            at = at[(scored - scored[0]).to(at.device)]
-        wanted = targets[scored].to(at.device)
-        found.append(token_statistics(at, wanted, candidate.greedy, candidate.vocabulary))
-    if not found:
-        return NOTHING
-    columns = zip(*found, strict=True)
-    return TokenScores(*(None if part[0] is None else torch.cat(part).cpu() for part in columns))

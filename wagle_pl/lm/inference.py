@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+from wagle_pl.lm.predictions import Predictions, in_chunks, predict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,65 +23,51 @@ IGNORE = -100  #: the label where there is nothing to predict, as torch's ``cros
 # -- log-probabilities -----------------------------------------------------------------------------
 
 
-def token_logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of every labelled token, in fp32.
+def answer_places(labels: Tensor) -> Tensor:
+    """(N,) places, in (B, T) tokens flattened, that predict one with a label; row after row.
 
-    Args:
-        logits: (B, T, V); position t predicts token t + 1.
-        labels: (B, T) token ids, -100 where there is nothing to predict.
-
-    Returns:
-        ``(logprobs, mask)``, both (B, T - 1): log p(label at t + 1), 0 where ``mask`` is False.
-
-    >>> import torch
-    >>> logits = torch.zeros(1, 3, 4)
-    >>> logprobs, mask = token_logprobs(logits, torch.tensor([[-100, 2, 1]]))
-    >>> logprobs.exp(), mask
-    (tensor([[0.2500, 0.2500]]), tensor([[True, True]]))
+    >>> answer_places(torch.tensor([[-100, -100, 7, 9], [-100, 5, -100, -100]]))
+    tensor([1, 2, 4])
     """
-    # the labels move, not the logits: a shifted or indexed view of those would be copied, forward
-    # and backward
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    losses = F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none"
-    )
-    return -losses.view(targets.shape)[:, :-1], targets[:, :-1] != IGNORE
-
-
-def sequence_logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,) summed log-probability of each row's labelled tokens, and (B,) their number."""
-    logprobs, mask = token_logprobs(logits, labels)
-    return logprobs.sum(-1), mask.sum(-1)
+    return F.pad(labels[:, 1:] != IGNORE, (0, 1)).flatten().nonzero().view(-1)
 
 
 def forward_answers(
-    model: PreTrainedModel, batch: Mapping[str, Tensor], whole: bool = False
-) -> tuple[Any, Tensor]:
-    """Run a model, with logits from the first position that predicts a label on.
-
-    The vocabulary projection of prompt tokens is a large part of the work on short answers.
+    model: PreTrainedModel, batch: Mapping[str, Tensor], whole: bool = False, apart: bool = True
+) -> Predictions:
+    """Run a model, and find out what it predicts where it should predict a label.
 
     Args:
         model: a Hugging Face causal language model.
-        batch: ``input_ids``, ``attention_mask`` and ``labels``, each (B, T).
-        whole: logits of all positions after all.
-
-    Returns:
-        ``(output, labels)``: the model's output and the labels that go with its logits, (B, T')
-        with T' ≤ T.
+        batch: ``input_ids``, ``attention_mask`` and ``labels``, each (B, T); and their
+            :func:`answer_places` as ``places``, if known: a GPU is waited for otherwise.
+        whole: at all (B · T,) places after all.
+        apart: see :func:`~wagle_pl.lm.predictions.predict`.
     """
-    labels, options = batch["labels"], {}
-    if not whole and "logits_to_keep" in signature(type(model).forward).parameters:
-        first = int((labels != IGNORE).any(0).int().argmax())
-        labels = labels[:, max(first - 1, 0) :]
-        options["logits_to_keep"] = labels.shape[1]
-    output = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        use_cache=False,
-        **options,
-    )
-    return output, labels
+    places = batch.get("places")
+    if whole:
+        places = torch.arange(batch["labels"].numel(), device=batch["labels"].device)
+    elif places is None:
+        places = answer_places(batch["labels"])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    return predict(model, places, apart, **inputs, use_cache=False)[1]
+
+
+def logprobs_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """(N,) log-probabilities of (N,) tokens by (N, V) logits."""
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+
+def sequence_logprobs(predicted: Predictions, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) summed log-probability of each row's labelled tokens, and (B,) their number.
+
+    Args:
+        predicted: at the :func:`answer_places` of the labels.
+        labels: (B, T) token ids, -100 where there is nothing to predict.
+    """
+    mask = labels[:, 1:] != IGNORE
+    values = in_chunks(logprobs_of, predicted, labels[:, 1:][mask])
+    return values.new_zeros(mask.shape).masked_scatter(mask, values).sum(-1), mask.sum(-1)
 
 
 def gradient_norm(lm: PreTrainedModel, ids: Sequence[int], labels: Sequence[int]) -> float:
@@ -100,8 +87,9 @@ def gradient_norm(lm: PreTrainedModel, ids: Sequence[int], labels: Sequence[int]
         try:
             for parameter in parameters:
                 parameter.requires_grad_(True)
-            logits = lm(input_ids=tokens, use_cache=False).logits
-            sums, counts = sequence_logprobs(logits, targets)
+            batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+            predicted = forward_answers(lm, {**batch, "labels": targets})
+            sums, counts = sequence_logprobs(predicted, targets)
             gradients = torch.autograd.grad(-(sums / counts).sum(), parameters, allow_unused=True)
         finally:
             for parameter, want in zip(parameters, wanted, strict=True):

@@ -33,7 +33,9 @@ from torch import Tensor
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.seeds import stable_seed
+from wagle_pl.lm.inference import logprobs_of
 from wagle_pl.lm.layers import blocks, check_layer
+from wagle_pl.lm.predictions import in_chunks
 from wagle_pl.objectives.objective import Objective, Schedule, Weight, as_schedule, positive
 from wagle_pl.objectives.retain import RetainTerm, cross_entropy, kl_from_theta0
 from wagle_pl.objectives.streams import Answers, Streams
@@ -264,10 +266,11 @@ class UNDIAL(Objective):
     beta: float = positive(10.0)
 
     def forget_loss(self, at: Streams) -> Tensor:
-        answers = at["forget"]
-        reference, current, label = answers.buckets
-        lowered = reference - self.beta * F.one_hot(label, reference.shape[-1])
-        return answers.mean_tokens(cross_entropy(lowered.softmax(-1), current))
+        def distance(reference: Tensor, current: Tensor, label: Tensor) -> Tensor:
+            lowered = reference - self.beta * F.one_hot(label, reference.shape[-1])
+            return cross_entropy(lowered.softmax(-1), current)
+
+        return at["forget"].mean_tokens(at["forget"].beside_theta0(distance))
 
 
 @dataclass
@@ -290,10 +293,12 @@ class CEU(Objective):
             raise WagleError(f"objective.skip_first must be 0 or more, got {self.skip_first}")
 
     def forget_loss(self, at: Streams) -> Tensor:
+        def distance(logits: Tensor, label: Tensor) -> Tensor:
+            target = logits.detach().scatter(1, label[:, None], -torch.inf).softmax(-1)
+            return cross_entropy(target, logits.log_softmax(-1))
+
         answers = at["forget"]
-        logits = answers.predictions
-        target = logits.detach().scatter(1, answers.targets[:, None], -torch.inf).softmax(-1)
-        values = cross_entropy(target, logits.log_softmax(-1))
+        values = in_chunks(distance, answers.predicted, answers.targets)
         counted = (answers.mask.cumsum(-1) > self.skip_first)[answers.mask]
         kept = (answers.length - self.skip_first).clamp(min=1)
         return answers.mean_tokens(values * counted) * answers.length / kept
@@ -314,13 +319,13 @@ class RandomLabel(Objective):
 
     def forget_loss(self, at: Streams) -> Tensor:
         answers = at["forget"]
-        vocabulary = answers.logits.shape[-1]
+        vocabulary = answers.predicted.vocabulary
         drawn = [
             torch.randint(vocabulary, (length,), generator=_generator(self.seed, at.epoch, row))
             for row, length in zip(answers.rows.tolist(), answers.length.tolist(), strict=True)
         ]
-        labels = torch.cat(drawn).to(answers.logits.device)
-        return answers.mean_tokens(F.cross_entropy(answers.predictions, labels, reduction="none"))
+        labels = torch.cat(drawn).to(answers.labels.device)
+        return answers.mean_tokens(-in_chunks(logprobs_of, answers.predicted, labels))
 
 
 def _generator(*key: int) -> torch.Generator:

@@ -27,7 +27,8 @@ from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
 from wagle_pl.core.tensorfiles import TensorFile
-from wagle_pl.lm.inference import forward_answers
+from wagle_pl.lm.inference import answer_places, forward_answers
+from wagle_pl.lm.predictions import Predictions, in_chunks
 from wagle_pl.objectives.streams import Answers
 
 if TYPE_CHECKING:
@@ -54,13 +55,17 @@ class TopK(NamedTuple):
     offsets: Tensor
 
     @classmethod
-    def of(cls, logits: Tensor, targets: Tensor, counts: Tensor, k: int) -> TopK:
-        """The top k, V − 1 at most, of (N, V) logits that predict (N,) true tokens; ``counts``,
-        (rows,), says how many of them each row has."""
-        logprobs = logits.float().log_softmax(-1)
-        k = min(k, logits.shape[-1] - 1)
-        ids = logprobs.scatter(1, targets[:, None], 1.0).topk(k, -1).indices  # the true token first
-        return cls(ids.int(), logprobs.gather(1, ids), _outside(logprobs, ids), _offsets(counts))
+    def of(cls, predicted: Predictions, targets: Tensor, counts: Tensor, k: int) -> TopK:
+        """The top k, V − 1 at most, of predictions of (N,) true tokens; ``counts``, (rows,), says
+        how many of them each row has."""
+        k = min(k, predicted.vocabulary - 1)
+
+        def top(logits: Tensor, true: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            logprobs = logits.log_softmax(-1)
+            ids = logprobs.scatter(1, true[:, None], 1.0).topk(k, -1).indices  # that one first
+            return ids.int(), logprobs.gather(1, ids), _outside(logprobs, ids)
+
+        return cls(*in_chunks(top, predicted, targets), _offsets(counts))
 
     @classmethod
     def cat(cls, parts: list[TopK]) -> TopK:
@@ -81,7 +86,8 @@ class TopK(NamedTuple):
         return TopK(*(tensor.to(device) for tensor in self))
 
     def align(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """These predictions beside those of (N, V) logits, see :attr:`Answers.buckets`."""
+        """These predictions beside those of (N, V) logits, see
+        :meth:`Answers.beside_theta0`."""
         logprobs, ids = logits.log_softmax(-1), self.ids.long()
         reference = torch.cat([self.logprobs, self.tail[:, None]], -1)
         current = torch.cat([logprobs.gather(1, ids), _outside(logprobs, ids)[:, None]], -1)
@@ -114,7 +120,7 @@ def compute_top_k(
     """Fields of a :class:`TopK` of every answer token as the weights are, on the CPU. Collective."""
 
     def of_batch(answers: Answers) -> list[TopK]:
-        found = TopK.of(answers.predictions, answers.targets, answers.length, k).to("cpu")
+        found = TopK.of(answers.predicted, answers.targets, answers.length, k).to("cpu")
         return [found.rows(torch.tensor([i])) for i in range(len(answers.labels))]
 
     return TopK.cat(_of_rows(module, data, stream, of_batch))._asdict()
@@ -124,18 +130,19 @@ def _of_rows(
     module: LanguageModule, data: StreamData, stream: str, of_batch: Callable[[Answers], list[Any]]
 ) -> list[Any]:
     """What ``of_batch`` finds for each row of a stream, without dropout; ranks share the rows."""
-    found: dict[int, Any] = {}
+    of_row: dict[int, Any] = {}
     training = module.lm.training
     module.lm.eval()
     with torch.no_grad(), module.trainer.precision_plugin.forward_context():
         for batch in data.stream_loader(stream, shared=True):
             tensors = {name: tensor.to(module.device) for name, tensor in batch[stream].items()}
-            output, labels = forward_answers(module.lm, tensors)
-            values = of_batch(Answers(output.logits, labels))
-            found.update(zip(tensors["row"].tolist(), values, strict=True))
+            places = answer_places(tensors["labels"])
+            found = forward_answers(module.lm, {**tensors, "places": places})
+            values = of_batch(Answers(found, tensors["labels"], places))
+            of_row.update(zip(tensors["row"].tolist(), values, strict=True))
     module.lm.train(training)
-    found = dict(distributed.all_gather(found.items()))
-    return [found[row] for row in range(len(found))]
+    of_row = dict(distributed.all_gather(of_row.items()))
+    return [of_row[row] for row in range(len(of_row))]
 
 
 class References:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.lm.layers import blocks, check_layer
+from wagle_pl.lm.predictions import in_chunks
 from wagle_pl.objectives.streams import Answers, Streams
 
 if TYPE_CHECKING:
@@ -92,8 +93,11 @@ class RetainKL(RetainTerm):
         counted = answers.attention.bool()
         if self.positions == "batch":
             counted = torch.ones_like(counted)
-        reference = answers.theta0.logits.float().log_softmax(-1)
-        values = divergence(reference, answers.logits.float().log_softmax(-1))
+        values = in_chunks(
+            lambda now, then: divergence(then.log_softmax(-1), now.log_softmax(-1)),
+            answers.everywhere,
+            answers.theta0.everywhere,
+        ).view(counted.shape)
         return values.masked_fill(~counted, 0.0).sum(-1) / counted.sum(-1)
 
 
@@ -127,8 +131,8 @@ class HiddenMSE(RetainTerm):
 
 def kl_from_theta0(answers: Answers) -> Tensor:
     """(B,) (1/|y|) Σ_t KL(π₀ ‖ π) over the answer tokens of each row."""
-    reference, current, _ = answers.buckets
-    return answers.mean_tokens(divergence(reference, current))
+    values = answers.beside_theta0(lambda reference, current, _: divergence(reference, current))
+    return answers.mean_tokens(values)
 
 
 def divergence(reference: Tensor, current: Tensor) -> Tensor:

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Optional
 
-import torch
 from torch import Tensor
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.lm.inference import IGNORE, token_logprobs
+from wagle_pl.lm.inference import IGNORE, answer_places, logprobs_of
 from wagle_pl.lm.layers import capture
+from wagle_pl.lm.predictions import Predictions, in_chunks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,10 +29,12 @@ class Answers:
     tokens of the whole batch, row after row.
     """
 
-    #: (B, T, V).
-    logits: Tensor
+    #: At the N places that predict an answer token.
+    predicted: Predictions
     #: (B, T), -100 where nothing is to be predicted.
     labels: Tensor
+    #: (N,) these places, in (B, T) flattened.
+    places: Tensor
     #: (B,) summed log-probability at θ₀; of streams that the objective lists in ``references``.
     reference: Optional[Tensor] = None
     #: (B,) index of each row in its set, where it is known.
@@ -41,15 +43,17 @@ class Answers:
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
     #: Gives the same answers at θ₀, see :attr:`theta0`.
     run_theta0: Optional[Callable[[], Answers]] = None
-    #: Predictions at θ₀ in its place, see :attr:`buckets`.
+    #: Predictions at θ₀ in its place, see :meth:`beside_theta0`.
     top_k: Optional[TopK] = None
-    #: (B, T), 0 where a row is padded; of streams that the objective names in ``whole_streams``.
+    #: At all (B · T,) places, and (B, T), 0 where a row is padded; of streams that the objective
+    #: names in ``whole_streams``.
+    everywhere: Optional[Predictions] = None
     attention: Optional[Tensor] = None
 
     @cached_property
     def token_logprobs(self) -> Tensor:
         """(B, T − 1) log-probability of each answer token in fp32, 0 elsewhere."""
-        return token_logprobs(self.logits, self.labels)[0]
+        return self._on_grid(in_chunks(logprobs_of, self.predicted, self.targets))
 
     @cached_property
     def mask(self) -> Tensor:
@@ -71,20 +75,25 @@ class Answers:
         """(B,) mean negative log-likelihood per answer token."""
         return -self.logprob / self.length
 
-    @cached_property
-    def predictions(self) -> Tensor:
-        """(N, V) logits that predict the answer tokens, in fp32."""
-        return self.logits[:, :-1][self.mask].float()
-
     @property
+    def predictions(self) -> Tensor:
+        """(N, V) logits that predict the answer tokens, in fp32, whole: prefer
+        :func:`~wagle_pl.lm.predictions.in_chunks` of ``predicted``."""
+        return self.predicted.logits()
+
+    @cached_property
     def targets(self) -> Tensor:
         """(N,) the answer tokens."""
-        return self.labels[:, 1:][self.mask]
+        return self.labels.flatten().index_select(0, self.places + 1)
+
+    def _on_grid(self, values: Tensor) -> Tensor:
+        """(N,) numbers, one an answer token -> (B, T − 1), 0 elsewhere."""
+        grid = values.new_zeros(self.labels.numel()).index_copy(0, self.places, values)
+        return grid.view(self.labels.shape)[:, :-1]
 
     def mean_tokens(self, values: Tensor) -> Tensor:
         """(N,) numbers, one an answer token -> (B,) their mean over each row."""
-        grid = torch.zeros(self.mask.shape, dtype=values.dtype, device=values.device)
-        return grid.masked_scatter(self.mask, values).sum(-1) / self.length
+        return self._on_grid(values).sum(-1) / self.length
 
     @cached_property
     def theta0(self) -> Answers:
@@ -95,16 +104,24 @@ class Answers:
             )
         return self.run_theta0()
 
-    @cached_property
-    def buckets(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, K) log-probabilities at θ₀, (N, K) now, and the (N,) place of the answer tokens.
+    def beside_theta0(self, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """(N,) ``function`` of (n, K) log-probabilities at θ₀, (n, K) now, and the (n,) place of the
+        answer tokens, in chunks of n.
 
         K is the vocabulary, or with top k each token kept and all others together.
         """
         if self.top_k is not None:
-            return self.top_k.align(self.predictions)
-        reference = self.theta0.predictions.log_softmax(-1)
-        return reference, self.predictions.log_softmax(-1), self.targets
+            *kept, offsets = self.top_k
+            make = type(self.top_k)
+            return in_chunks(
+                lambda now, *kept: function(*make(*kept, offsets).align(now)), self.predicted, *kept
+            )
+        return in_chunks(
+            lambda now, then, y: function(then.log_softmax(-1), now.log_softmax(-1), y),
+            self.predicted,
+            self.theta0.predicted,
+            self.targets,
+        )
 
     def hidden_difference(self, layer: int, target: Tensor) -> Tensor:
         """(B,) (1/|y|) Σ_t (1/d) ‖h_t − target_t‖², t over the answer tokens.
@@ -124,9 +141,9 @@ class Streams(Mapping[str, Answers]):
 
     #: Stream -> tensors, as the data module makes them.
     batch: Mapping[str, Mapping[str, Tensor]]
-    #: Tensors of one stream -> (logits, labels), from the first answer token on; with the keyword
-    #: ``whole`` of all positions.
-    run: Callable[..., tuple[Tensor, Tensor]]
+    #: Tensors of one stream -> predictions at ``places`` of its tokens, answers'; with the keyword
+    #: ``whole`` at all.
+    run: Callable[..., Predictions]
     #: Stream -> (rows of the set,) summed log-probabilities at θ₀.
     references: Mapping[str, Tensor]
     #: The model that ``run`` runs; needed for ``layers`` and by objectives that read weights.
@@ -148,26 +165,29 @@ class Streams(Mapping[str, Answers]):
     def __getitem__(self, stream: str) -> Answers:
         if stream in self._answers:
             return self._answers[stream]
-        tensors = self.batch[stream]
+        tensors = dict(self.batch[stream])
+        if "places" not in tensors:
+            tensors["places"] = answer_places(tensors["labels"])
         options = {"whole": True} if stream in self.whole else {}
         run, lm, layers = self.run, self.lm, self.layers  # self in a cycle would keep the graph
 
         def ask(context: Callable[[], AbstractContextManager[Any]]) -> Answers:
             with context(), capture(lm, layers) as hidden:
-                logits, labels = run(tensors, **options)
-            start = -labels.shape[1]  # blocks put out positions that logits do not cover
-            cut = {layer: states[:, start:] for layer, states in hidden.items()}
-            return Answers(logits, labels, hidden=cut)
+                found = run(tensors, **options).within(context)
+            places = tensors["places"]
+            answers = Answers(found, tensors["labels"], places, hidden=hidden)
+            if options:
+                answers.predicted, answers.everywhere = found.at(places), found
+                answers.attention = tensors.get("attention_mask")
+            return answers
 
         answers = self._answers[stream] = ask(nullcontext)
         answers.rows = tensors.get("row")
         if stream in self.references:
-            known = self.references[stream].to(answers.logits.device)
+            known = self.references[stream].to(answers.labels.device)
             answers.reference = known[answers.rows]
         if stream in self.top_k:
-            answers.top_k = self.top_k[stream].rows(answers.rows).to(answers.logits.device)
-        if options:
-            answers.attention = tensors.get("attention_mask")
+            answers.top_k = self.top_k[stream].rows(answers.rows).to(answers.labels.device)
         if self.theta0 is not None:
             answers.run_theta0 = partial(ask, self.theta0)
         return answers

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from wagle_pl.lm.predictions import CHUNK
 from wagle_pl.planning.planned import Architecture, PlannedRun
 
 GIB = 1 << 30
@@ -74,9 +75,16 @@ def activation_bytes(
     return tokens * (kept + model.hidden * (FP32 + 2 * computing))
 
 
-def logit_bytes(model: Architecture, tokens: int, computing: int) -> int:
-    """Logits, their log-softmax and its gradient, these two in fp32."""
-    return tokens * model.vocabulary * (computing + 2 * FP32)
+def logit_bytes(
+    model: Architecture, tokens: int, computing: int, streams: int = 1, sharded: bool = False
+) -> int:
+    """Logits, their log-softmax and its gradient, these two in fp32: of each stream's tokens, or of
+    one chunk if these are more. Sharded weights (ZeRO-3) give logits of all tokens at once, which
+    are kept with their gradient."""
+    numbers = tokens * model.vocabulary
+    chunk = CHUNK if numbers > CHUNK else streams * numbers
+    whole = 2 * streams * numbers if sharded and numbers > CHUNK else 0
+    return chunk * (computing + 2 * FP32) + whole * computing
 
 
 def cache_bytes(model: Architecture, rows: int, length: int, computing: int) -> int:
@@ -276,13 +284,14 @@ def pass_parts(model: Architecture, run: PlannedRun) -> list[Part]:
             Part("logits", logit_bytes(model, tokens, width), (FORWARD,)),
             Part("cache of a generation", cache, (FORWARD,)),
         ]
+    logits = logit_bytes(model, tokens, width, run.streams, run.stage == 3)
     tokens *= run.streams
     again = run.estimator is not None and run.estimator.same_graph and run.stage < 3
     when = (FORWARD, BACKWARD) if again else (FORWARD,)
     activations = activation_bytes(model, tokens, width, run.gradient_checkpointing)
     parts = [
         Part("activations", activations, when),
-        Part("logits", logit_bytes(model, tokens, width), when),
+        Part("logits", logits, when),
     ]
     if run.width > width:
         parts.append(Part("narrow copies of the weights", model.weights * width, (FORWARD,)))

@@ -27,6 +27,7 @@ from wagle_pl.lm.inference import forward_answers
 from wagle_pl.lm.layers import blocks, expert_weights
 from wagle_pl.lm.models import checkpoint_dtype
 from wagle_pl.lm.module import LanguageModule
+from wagle_pl.lm.predictions import Predictions
 from wagle_pl.lm.saving import Originals, read_record, save_model
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.selected import SUFFIX, SelectedTensor, SelectedWeights, load_values
@@ -290,10 +291,9 @@ class FinetuneModule(LanguageModule):
         (stream,) = self.streams
         return {"loss": at.mean(stream, at[stream].nll)}
 
-    def run_lm(self, tensors: Mapping[str, Tensor], whole: bool = False) -> tuple[Tensor, Tensor]:
-        """(logits, labels) of one stream, from the first answer token on, or of all positions."""
-        output, labels = forward_answers(self.lm, tensors, whole=whole)
-        return output.logits, labels
+    def run_lm(self, tensors: Mapping[str, Tensor], whole: bool = False) -> Predictions:
+        """Predictions of one stream's answers, or at all places."""
+        return forward_answers(self.lm, tensors, whole=whole)
 
     @property
     def _scaler(self) -> Optional[Any]:

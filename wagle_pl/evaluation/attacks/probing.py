@@ -235,7 +235,7 @@ def last_states(subject: Subject, texts: Sequence[Sequence[int]]) -> Tensor:
     for batch in batches[distributed.rank() :: distributed.world_size()]:
         tensors = collate([{"input_ids": list(texts[i])} for i in batch], pad)
         ids, mask = (tensors[name].to(subject.device) for name in ("input_ids", "attention_mask"))
-        output = observer.passes(ids, mask, 1, output_hidden_states=True, use_cache=False)
+        output, _ = observer.passes(ids, mask, output_hidden_states=True, use_cache=False)
         last = mask.sum(-1) - 1
         rows = torch.arange(len(batch), device=last.device)
         states = torch.stack([state[rows, last] for state in output.hidden_states], 1)

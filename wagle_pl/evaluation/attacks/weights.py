@@ -217,8 +217,7 @@ def finetune_(
         masters = [p if p.dtype == torch.float32 else p.detach().float() for p in weights]
         optimizer = torch.optim.AdamW(masters, lr=learning_rate, weight_decay=0.0)
         for step, batch in enumerate(batches, 1):
-            output, labels = forward_answers(lm, batch)
-            sums, counts = sequence_logprobs(output.logits, labels)
+            sums, counts = sequence_logprobs(forward_answers(lm, batch), batch["labels"])
             loss = -(sums / counts).mean()
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
