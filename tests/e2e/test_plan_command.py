@@ -52,7 +52,7 @@ def test_the_command_prints_a_plan(tiny_model, capsys):
     cli.main(["plan", "--model", tiny_model, *options, "--tokens", "900000"])
     printed = capsys.readouterr().out
     for word in (
-        *("places of the values", "optimiser state", "a GPU of 24 GB", "CPU memory", "FLOPs"),
+        *("mask bits", "optimiser state", "a GPU of 24 GB", "CPU memory", "FLOPs"),
         "0.50 h for 900,000 tokens",
     ):
         assert word in printed

@@ -277,7 +277,7 @@ def test_what_a_part_is_made_of(seven):
     n = 6_738_415_616
     assert parts["weights"] == 2 * n / 4 and parts["fp32 values"] == pytest.approx(4 * 0.2 * n / 4)
     assert parts["optimiser state"] == pytest.approx(8 * 0.2 * n / 4)
-    assert parts["places of the values"] == pytest.approx(4 * 0.2 * n)
+    assert parts["mask bits"] == n / 8 / 4
     run = replace(run, task="attribution", estimator=estimator_of("auto"))
     parts = {part.name: part.bytes for part in device_parts(seven["Llama-2-7B"], run)}
     assert parts["sums of gradients"] == 12 * n / 4  # g_f, g_r, the gradient of a step's draw

@@ -104,6 +104,15 @@ def all_gather_tensor(share: Tensor) -> Tensor:
     return whole
 
 
+def all_gather_uneven(share: Tensor) -> Tensor:
+    """Collective: the ranks' (n,) tensors concatenated, whatever their lengths."""
+    lengths = all_gather([len(share)])
+    padded = share.new_zeros(max(lengths))
+    padded[: len(share)] = share
+    parts = all_gather_tensor(padded).view(len(lengths), -1)
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+
 def shutdown() -> None:
     """Destroy the process group at the end of a process."""
     if dist.is_available() and dist.is_initialized():

@@ -42,6 +42,13 @@ def unpack_bits(packed: Tensor, shape: Iterable[int]) -> Tensor:
     return ((packed.unsqueeze(1) & powers) != 0).view(-1)[: prod(shape)].view(shape)
 
 
+def unpack_part(packed: Tensor, start: int, stop: int) -> Tensor:
+    """(stop − start,) bool: consecutive ones of many packed bits; only their bytes are read."""
+    first = start // 8
+    bits = unpack_bits(packed[first : (stop + 7) // 8], [max(0, stop - 8 * first)])
+    return bits[start - 8 * first :]
+
+
 def iter_places(packed: Tensor, size: int, chunk: int) -> Iterator[Tensor]:
     """int64 places of the set bits among ``size`` packed ones, for about ``chunk`` bits at a time.
 

@@ -20,10 +20,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.files import absent, atomic_path
 from wagle_pl.core.tensorfiles import TensorFile
-from wagle_pl.masks.bits import count_bits, filled_bits, pack_bits, random_bits, unpack_bits
+from wagle_pl.core.weights import fingerprint, share_of
+from wagle_pl.masks.bits import (
+    count_bits,
+    filled_bits,
+    pack_bits,
+    random_bits,
+    unpack_bits,
+    unpack_part,
+)
 from wagle_pl.masks.names import layer_of, module_label, module_type_of
 
 FORMAT = "wagle_pl.mask"
@@ -198,9 +207,7 @@ class WeightMask:
 
     def part(self, name: str, start: int, stop: int) -> Tensor:
         """(stop − start,) bool: consecutive bits of one parameter, flattened; only these are read."""
-        first = start // 8
-        bits = unpack_bits(self.packed(name)[first : (stop + 7) // 8], [stop - 8 * first])
-        return bits[start - 8 * first :]
+        return unpack_part(self.packed(name), start, stop)
 
     @property
     def names(self) -> list[str]:
@@ -241,13 +248,18 @@ class WeightMask:
         """Share of weights selected."""
         return self.count() / self.total
 
+    def count_together(self) -> int:
+        """:meth:`count`, of which each rank does its share. Collective."""
+        counts = [count_bits(share_of(self.packed(name))[1]) for name in self]
+        total = distributed.all_reduce_sum(torch.tensor(counts)).tolist()
+        self._counts = dict(zip(self, total, strict=True))
+        return sum(total)
+
     def digest(self) -> str:
-        """SHA-256 over names, shapes and bits."""
-        digest = hashlib.sha256()
-        for name, shape in self.shapes.items():
-            digest.update(f"{name} {shape}\n".encode())
-            digest.update(memoryview(self.packed(name).numpy()))
-        return digest.hexdigest()
+        """SHA-256 over names, shapes and digests of the bits, of which each rank reads its share.
+        Collective."""
+        bits = fingerprint((name, self.packed(name)) for name in self)  # bytes are exact in bf16
+        return hashlib.sha256(f"{self.shapes} {bits}".encode()).hexdigest()
 
     def tally(self, group: Callable[[str], Key]) -> dict[Key, tuple[int, int]]:
         """``group(parameter name)`` -> (weights selected, weights), groups in parameter order."""

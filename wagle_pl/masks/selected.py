@@ -37,10 +37,11 @@ from torch import Tensor, nn
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.weights import assign, gathered, is_linear
+from wagle_pl.core.weights import assign, gathered, is_linear, share_of
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import (
     chunk_of,
+    count_bits,
     iter_places,
     join_halves,
     pack_bits,
@@ -48,6 +49,8 @@ from wagle_pl.masks.bits import (
     put_,
     split_halves,
     take_,
+    unpack_bits,
+    unpack_part,
 )
 
 #: What the parameter of a tensor's selected weights is called: the tensor's name and this.
@@ -58,13 +61,16 @@ class _Select(torch.autograd.Function):
     """The dense tensor as a function of the values."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, dense: Tensor, tensor: SelectedTensor) -> Tensor:
+    def forward(
+        ctx: Any, values: Tensor, dense: Tensor, tensor: SelectedTensor, bits: Optional[Tensor]
+    ) -> Tensor:
         ctx.tensor = tensor
+        ctx.save_for_backward(bits)  # so that they are not kept where blocks are recomputed
         return dense.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Optional[Tensor], None, None]:
-        return ctx.tensor.take_gradient(gradient), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Optional[Tensor], None, None, None]:
+        return ctx.tensor.take_gradient(gradient, *ctx.saved_tensors), None, None, None
 
 
 class SelectedTensor:
@@ -72,7 +78,7 @@ class SelectedTensor:
 
     Args:
         parameter: the model's own parameter: the dense tensor. Sharded over ranks under ZeRO-3.
-        selected: bool, of its shape; None where all are selected.
+        packed: its packed bits, see :mod:`wagle_pl.masks.bits`; None where all are selected.
         masters: keep values in fp32 where the dense tensor is narrower. False for DeepSpeed, whose
             optimisers do so.
         split: keep values of a bf16 tensor as halves, and their gradients in this dtype.
@@ -87,7 +93,7 @@ class SelectedTensor:
     def __init__(
         self,
         parameter: nn.Parameter,
-        selected: Optional[Tensor],
+        packed: Optional[Tensor],
         masters: bool = True,
         split: Optional[torch.dtype] = None,
     ) -> None:
@@ -100,14 +106,19 @@ class SelectedTensor:
         self.in_place = self.at_theta0 = self.keeps_dense_gradient = False
         self._split = split
         self._index: Optional[Tensor] = None
-        self._packed: Optional[Tensor] = None
+        self._packed: Optional[Tensor] = None  # of this rank's share, if the tensor is sharded
+        self._own = slice(0)  # the values of that
+        self._kept: Optional[Tensor] = None
         self._lower: Optional[Tensor] = None
         self._buffer: Optional[Tensor] = None
         self._narrow: Optional[Tensor] = None
         self._written: dict[torch.dtype, Any] = {}
         size = getattr(parameter, "ds_numel", parameter.numel())
-        self.count = size if selected is None else int(selected.sum())
         self.is_sharded = hasattr(parameter, "ds_id")  # ZeRO-3
+        if packed is None:
+            self.count = size
+        else:
+            self.count = self._keep_share(packed) if self.is_sharded else count_bits(packed)
         self.is_partial = 0 < self.count < size
         narrow = parameter.dtype in (torch.bfloat16, torch.float16)
         self.is_plain = self.count == size and not (masters and narrow)
@@ -117,32 +128,72 @@ class SelectedTensor:
             self.values = parameter
         if self.is_plain or not self.count:
             return
-        with gathered(parameter) as dense:
+        dtype = torch.promote_types(parameter.dtype, torch.float32 if masters else parameter.dtype)
+        if self.is_sharded and self.is_partial:
+            values = self._taken_by_all().to(dtype)
+        else:
             if self.is_partial and self.is_split:
-                self._packed = pack_bits(selected).to(dense.device)
+                self._packed = packed.to(parameter.device, copy=True)
             elif self.is_partial:
-                index = selected.view(-1).nonzero().view(-1).to(dense.device)
-                self._index = index.int() if size < 2**31 else index
-            dtype = torch.promote_types(dense.dtype, torch.float32) if masters else dense.dtype
-            values = self.taken(dense.detach(), dtype)
+                places = iter_places(packed, size, chunk_of(parameter))
+                index = torch.cat([p if size > 2**31 else p.int() for p in places])
+                self._index = index.to(parameter.device)
+            with gathered(parameter) as dense:
+                values = self.taken(dense.detach(), dtype)
         if self.is_split:
             self._lower = torch.zeros_like(values, dtype=torch.int16)
             values = values.new_empty(0)
         self.values = nn.Parameter(values)
+        if self.is_sharded:  # now, rather than with all others when DeepSpeed's engine is made
+            parameter.convert_to_zero_parameters([self.values])
         self._written = {parameter.dtype: self._version()}
 
-    def places(self) -> Iterable[Tensor]:
-        """Places of the values in the flattened tensor, piece by piece, if it is partial."""
+    def _keep_share(self, packed: Tensor) -> int:
+        """Keep the bits of this rank's share, which alone are read; the number of all. Collective."""
+        start, share = share_of(self.parameter)
+        own = pack_bits(unpack_part(packed, start, start + len(share)))
+        each = (self.parameter.partition_numel() + 7) // 8
+        self._packed = torch.cat([own, own.new_zeros(each - len(own))]).to(self.parameter.device)
+        counts, rank = distributed.all_gather([count_bits(own)]), distributed.rank()
+        self._own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+        return sum(counts)
+
+    def _taken_by_all(self) -> Tensor:
+        """The selected entries, of which each rank takes those of its share. Collective."""
+        _, share = share_of(self.parameter)
+        own = unpack_bits(self._packed, share.shape).to(share.device)
+        return distributed.all_gather_uneven(share[own].to(self.parameter.device))
+
+    def bits(self) -> Optional[Tensor]:
+        """The ranks' packed bits, a row each, if the tensor is sharded and partial. Collective."""
+        if not (self.is_sharded and self.is_partial):
+            return None
+        if self._kept is None:
+            bits = distributed.all_gather_tensor(self._packed).view(-1, len(self._packed))
+            if not self.parameter.ds_persist:
+                return bits
+            self._kept = bits  # a small tensor, which stays whole on every rank
+        return self._kept
+
+    def places(self, bits: Optional[Tensor] = None) -> Iterable[Tensor]:
+        """Places of the values in the flattened tensor, piece by piece, if it is partial; given the
+        ranks' :meth:`bits` if it is sharded."""
         chunk = chunk_of(self.parameter)
         if self._index is not None:
-            return self._index.split(chunk)
-        return iter_places(self._packed, self.parameter.numel(), chunk)
+            yield from self._index.split(chunk)
+        elif bits is None:
+            yield from iter_places(self._packed, self.parameter.numel(), chunk)
+        else:
+            each, size = self.parameter.partition_numel(), self.parameter.ds_numel
+            for first, row in zip(range(0, size, each), bits, strict=False):
+                for places in iter_places(row, min(each, size - first), chunk):
+                    yield places + first
 
-    def taken(self, dense: Tensor, dtype: torch.dtype) -> Tensor:
+    def taken(self, dense: Tensor, dtype: torch.dtype, bits: Optional[Tensor] = None) -> Tensor:
         """A new tensor of the selected entries of a dense one, in a dtype."""
         if not self.is_partial:
             return dense.to(dtype, copy=True)
-        return self._take_(dense.new_empty(self.count, dtype=dtype), dense)
+        return take_(dense.new_empty(self.count, dtype=dtype), dense, self.places(bits))
 
     def _take_(self, out: Tensor, dense: Tensor, add: bool = False) -> Tensor:
         if self.is_partial:
@@ -200,16 +251,6 @@ class SelectedTensor:
         """Have the values written anew: they may have changed unseen by torch (``.data``)."""
         self._written.clear()
 
-    def whole(self) -> Tensor:
-        """The weights that the model computes with; a collective, and a copy, if sharded."""
-        if not self.is_sharded:
-            return self.write()
-        with gathered(self.parameter) as dense:
-            if not self.is_partial:
-                return dense.clone()
-            with gathered(self.values) as values:
-                return self._with(values)
-
     @torch.no_grad()
     def write(self, narrow: Optional[Tensor] = None) -> Tensor:
         """The dense tensor, or a narrow copy, with the values in it, if they have changed."""
@@ -244,24 +285,25 @@ class SelectedTensor:
                 return self.parameter
             if self.parameter.numel() < self.parameter.ds_numel:
                 return self.parameter  # not gathered: somebody wants to know its dtype or device
-            return _Select.apply(self.values, self._with(self.values.detach()), self)
+            bits = self.bits()
+            return _Select.apply(self.values, self._with(self.values.detach(), bits), self, bits)
         narrow = self._for_autocast() if multiplies else None
         dense = self.write() if narrow is None else narrow
         if not torch.is_grad_enabled() or (self.values is None and not self.keeps_dense_gradient):
             return dense
         # a frozen tensor whose gradient is asked for needs something that requires one
         values = torch.zeros((), requires_grad=True) if self.values is None else self.values
-        return _Select.apply(values, dense, self)
+        return _Select.apply(values, dense, self, None)
 
-    def _with(self, values: Tensor) -> Tensor:
+    def _with(self, values: Tensor, bits: Optional[Tensor] = None) -> Tensor:
         """A new tensor with these values at the selected places."""
         if not self.is_partial:
             return values.to(self.parameter.dtype).view(self.parameter.shape)
         dense = self.parameter.detach().clone()
-        put_(dense, self.places(), values)
+        put_(dense, self.places(bits), values)
         return dense
 
-    def take_gradient(self, gradient: Tensor) -> Optional[Tensor]:
+    def take_gradient(self, gradient: Tensor, bits: Optional[Tensor] = None) -> Optional[Tensor]:
         """The gradient of the values, from that of the dense tensor."""
         if self.keeps_dense_gradient:
             if self.dense_gradient is None:
@@ -274,7 +316,7 @@ class SelectedTensor:
         elif self.is_split:
             self._take_(self.gradient, gradient, add=True)
         elif not self.in_place:
-            return self.taken(gradient, self.values.dtype)
+            return self.taken(gradient, self.values.dtype, bits)
         elif self.values.grad is None:
             self._buffer = torch.empty_like(self.values) if self._buffer is None else self._buffer
             self.values.grad = self._take_(self._buffer, gradient)
@@ -302,10 +344,8 @@ class SelectedTensor:
         """Leave the values in the dense tensor, of this dtype; a collective if it is sharded."""
         self.at_theta0 = self.keeps_dense_gradient = False
         self._narrow = self._buffer = None
-        if self.is_sharded and self.is_partial:
-            whole = self.whole()
-            assign(self.parameter, lambda: whole)
         if self.is_sharded:
+            self._merge_share()
             return
         if dtype is not None:
             values = None if self.values is None or self.is_plain else self.value()
@@ -314,6 +354,22 @@ class SelectedTensor:
                 self._put(self.parameter, values)
         self.changed()
         self.write()
+
+    def _merge_share(self) -> None:
+        """Leave the values of a sharded tensor in each rank's share of it. Collective."""
+        if not self.is_partial:
+            return
+        stored = self.parameter.ds_tensor.numel() == self.parameter.partition_numel()
+        if self.parameter.numel() == self.parameter.ds_numel or not stored:  # whole; on a disk
+            bits = self.bits()
+            with gathered(self.values) as values:
+                whole = self._with(values, bits)
+            assign(self.parameter, lambda: whole)
+            return
+        _, share = share_of(self.parameter)
+        own = unpack_bits(self._packed, share.shape).to(share.device)
+        with gathered(self.values) as values:
+            share[own] = values[self._own].to(share.device)
 
 
 class SelectedWeights:
@@ -345,9 +401,9 @@ class SelectedWeights:
         for name, parameter in list(lm.named_parameters()):
             if mask is None and not parameter.requires_grad:
                 continue
-            selected = None if mask is None else mask[name]
+            packed = None if mask is None else mask.packed(name)
             halves = split if parameter.dtype == torch.bfloat16 else None
-            tensor = SelectedTensor(parameter, selected, masters, halves)
+            tensor = SelectedTensor(parameter, packed, masters, halves)
             tensor.keeps_dense_gradient = keep_dense_gradients
             if keep_theta0 and tensor.values is not None:
                 tensor.theta0 = tensor.value().to(parameter.dtype, copy=True)

@@ -168,16 +168,18 @@ def attribution_parts(model: Architecture, run: PlannedRun) -> list[Part]:
 def training_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     """Values and their places, gradients, optimiser state, and what the step and the end need.
 
-    Places of S values are int32, whole on every rank. Of the gradient of one dense tensor, w M, the
-    selected entries are kept. At the end there are one tensor's mask, a byte a weight, and a copy
-    of the tensor for its digest.
+    Places of S values are int32, whole on every rank, and joined for a tensor at a time; under
+    ZeRO-3 they are bits, N / 8 R. Of the gradient of one dense tensor, w M, the selected entries are
+    kept.
     """
     s, m, w = model.weights * run.moving, model.largest, run.width
     parts = []
     if run.masked:
-        if run.values != "split":
+        if run.stage == 3:
+            parts.append(Part("mask bits", model.weights / 8 / run.devices, MOMENTS))
+        elif run.values != "split":
             parts.append(Part("places of the values", FP32 * s, MOMENTS))
-        parts.append(Part("mask and digest of one tensor", (1 + w) * m, (LOAD, END)))
+            parts.append(Part("places of one tensor", FP32 * m * run.moving, (LOAD,)))
     if has_values(run):
         parts.append(Part("gradient of one tensor", w * m, (BACKWARD,)))
     if run.frozen_copy:
@@ -221,8 +223,9 @@ def _zero_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     """ZeRO's flat partitions of S / R numbers, and its buckets of B = min(2e8, S) numbers.
 
     Values are w S (stage 3: w S / R), and fp32 copies 4 S / R, even where values are fp32. Under
-    stage 3 a graph keeps the tensors that values have been written into: w N a stream, or with
-    checkpointing those of a block and of each stream's output matrix.
+    stage 3 a graph keeps the tensors that values have been written into, and the bits that say
+    where: (w + 1/8) N a stream, or with checkpointing those of a block and of each stream's output
+    matrix.
 
     Buckets are w B: two in turn under stages 1 and 2 (on a CPU the second is untouched while one
     holds all), one under stage 3; another is being reduced, of which gloo takes a copy under stage
@@ -253,7 +256,7 @@ def _zero_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     if run.masked and sharded:
         heads = run.streams * model.largest
         at_once = n / model.layers + heads if run.gradient_checkpointing else run.streams * n
-        parts.append(Part("weights with values", w * at_once, (FORWARD, BACKWARD)))
+        parts.append(Part("weights with values", (w + 1 / 8) * at_once, (FORWARD, BACKWARD)))
     if sharded:
         parts.append(Part("gradients", w * share, RUNNING, where))
         parts.append(Part("one tensor, whole", 2 * model.largest * w, (END,)))

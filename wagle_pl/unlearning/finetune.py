@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from wagle_pl.core import distributed, outputs
 from wagle_pl.core.environment import peak_memory, versions
 from wagle_pl.core.errors import WagleError, first_line
-from wagle_pl.core.weights import parameter_shapes
+from wagle_pl.core.weights import parameter_shapes, share_of
 from wagle_pl.lm import resume
 from wagle_pl.lm.inference import forward_answers
 from wagle_pl.lm.layers import blocks, expert_weights
@@ -368,7 +368,7 @@ class FinetuneModule(LanguageModule):
         self._finite.settle()
         trained = {name: p for name, p in self.lm.named_parameters() if p.requires_grad}
         trained |= {name: tensor.parameter for name, tensor in self._split}
-        here = {name: getattr(p, "ds_tensor", p) for name, p in trained.items()}
+        here = {name: share_of(p)[1] for name, p in trained.items()}
         check_weights(here, self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -140,7 +140,7 @@ class UnlearnModule(FinetuneModule):
                     self.mask_file,
                     other,
                 )
-        if not self.mask.count():
+        if not self.mask.count_together():
             file = "" if self.mask_file is None else f"{self.mask_file}, "
             raise WagleError(
                 f"the mask ({file}{self.mask.origin}) selects nothing: there is no weight to move"
