@@ -249,8 +249,8 @@ def test_stored_scores_that_cannot_be_read(tmp_path):
     with pytest.raises(WagleError, match="leave no parameter"):
         mask_from_scores(folder, 0.5, include="nothing")
     index = json.loads((folder / "index.json").read_text())
-    (folder / "index.json").write_text(json.dumps({**index, "format_version": "2"}))
-    with pytest.raises(WagleError, match="this version reads 1"):
+    (folder / "index.json").write_text(json.dumps({**index, "format_version": "3"}))
+    with pytest.raises(WagleError, match="this version reads 2"):
         mask_from_scores(folder, 0.5)
     (folder / "index.json").write_text(json.dumps(index))
     shard = folder / "scores-00001.safetensors"

@@ -375,18 +375,15 @@ class AttributionModule(LanguageModule):
         self, score: Score, made_by: dict[str, Any], checkpoint: Optional[str]
     ) -> None:
         """Write one score. Collective."""
-        scores, path = self.collected.whole_scores(score), self._scores_path(score)
-        if not self.trainer.is_global_zero:
-            for _ in scores:  # gathered from all ranks
-                pass
-            return
+        scores, path = self.collected.scores(score), self._scores_path(score)
         shapes, dtype = self.collected.shapes, DTYPES[self.save_scores]
 
         def write(place: Path) -> None:
             write_scores(place, scores, shapes, made_by, dtype)
 
         outputs.write_or_keep(write, path, checkpoint, again=False)
-        log.info("scores written to %s", path)
+        if self.trainer.is_global_zero:
+            log.info("scores written to %s", path)
 
     def _report(self, mask: WeightMask, name: str) -> None:
         """Log the share selected by layer and by module type."""

@@ -2,8 +2,8 @@
 
 :class:`MaskSpec` has the options of one mask, :class:`Collected` makes masks of sums, and
 :func:`mask_from_scores` makes one of stored scores in seconds, without another pass. Scores on disk
-are a folder with a safetensors file, one tensor a parameter, and ``index.json``: what made them,
-for which model, and which file holds which parameter.
+are a folder with a safetensors file a rank, its rows of every parameter, and ``index.json``: what
+made them, for which model, and which files hold the rows of which parameter.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ from wagle_pl.attribution.selection import (
     eligible_names,
     select_each,
 )
-from wagle_pl.attribution.sums import GradientSums
+from wagle_pl.attribution.sums import GradientSums, Shard
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.files import atomic_path
 from wagle_pl.core.registry import resolve
 from wagle_pl.core.tensorfiles import write_tensors
 from wagle_pl.core.weights import gathered, parameter_shapes
@@ -41,9 +40,9 @@ from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import filled_bits
 
 FORMAT = "wagle_pl.scores"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX_FILE = "index.json"
-SCORES_FILE = "scores-00001.safetensors"
+SCORES_FILE = "scores-{:05d}.safetensors"  # of a rank, from 1
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -247,11 +246,6 @@ class Collected:
                 values = checked(score, self.statistics(position, score))
                 yield name, values if score.by_row else self.sums.shards[position].of(values)
 
-    def whole_scores(self, score: Score) -> Iterator[tuple[str, Tensor]]:
-        """(parameter name, its scores), of all ranks' rows."""
-        for (name, rows), shard in zip(self.scores(score), self.sums.shards, strict=True):
-            yield name, shard.gather(rows)
-
     @torch.no_grad()
     def statistics(self, position: int, score: Score) -> WeightStatistics:
         """What a score needs of one parameter: of this rank's rows if it scores by row, else of
@@ -343,24 +337,39 @@ def write_scores(
     dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Write a folder of scores, a tensor at a time and atomically; one that exists is replaced.
+    Collective: each rank writes a file of its rows.
 
     Args:
-        folder: the folder.
-        scores: (parameter name, scores of its shape) of every parameter, in the order of shapes.
+        folder: the folder, on a disk that the ranks share.
+        scores: (parameter name, scores of this rank's rows) of every parameter, in the order of
+            shapes.
         shapes: parameter name -> shape.
         made_by: metadata of masks made of them, and ``absolute`` (ranked by absolute value).
         dtype: of the file. In bf16 weights whose scores differ by less than 1/256 may tie.
     """
     header = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
     metadata = header | {"shapes": json.dumps(shapes), "made_by": json.dumps(made_by)}
+    ranks = range(distributed.world_size())
+    files = {
+        name: [SCORES_FILE.format(r + 1) for r in ranks if prod(Shard(shape, r, len(ranks)).own)]
+        for name, shape in shapes.items()
+    }
     remaining = iter(scores)
-    tensors = [(name, dtype, shape, lambda: next(remaining)[1]) for name, shape in shapes.items()]
-    with atomic_path(Path(folder)) as temporary:
-        temporary.mkdir()
-        write_tensors(temporary / SCORES_FILE, tensors, metadata)
-        files = dict.fromkeys(shapes, SCORES_FILE)
-        index = {**header, "shapes": shapes, "made_by": made_by, "files": files}
-        (temporary / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    tensors = [
+        (name, dtype, Shard(shape).own, lambda: next(remaining)[1])
+        for name, shape in shapes.items()
+    ]
+    with distributed.shared_folder(Path(folder)) as temporary:
+        try:
+            write_tensors(temporary / SCORES_FILE.format(distributed.rank() + 1), tensors, metadata)
+        except OSError:
+            for _ in remaining:  # for which other ranks may need this one
+                pass
+            raise
+        if distributed.rank() == 0:
+            index = {**header, "shapes": shapes, "made_by": made_by, "files": files}
+            text = json.dumps(index, indent=1) + "\n"
+            (temporary / INDEX_FILE).write_text(text, encoding="utf-8")
     return Path(folder)
 
 
@@ -391,18 +400,21 @@ class StoredScores:
             )
         self.shapes = {name: tuple(shape) for name, shape in index["shapes"].items()}
         self.made_by: dict[str, Any] = index["made_by"]
-        self._files: dict[str, str] = index["files"]
+        self._files: dict[str, Union[str, list[str]]] = index["files"]
 
     def stream(self, names: Optional[Iterable[str]] = None) -> Iterator[tuple[str, Tensor]]:
         """(parameter name, float32 scores), of all parameters or of some, in order."""
         for name in self.shapes if names is None else names:
-            path = self.folder / self._files[name]
-            try:
-                with safe_open(path, framework="pt") as file:
-                    scores = file.get_tensor(name).float()
-            except (SafetensorError, OSError) as error:
-                raise WagleError(f"{path} is missing or not whole: {error}") from None
-            yield name, scores
+            files, rows = self._files[name], []
+            for file in [files] if isinstance(files, str) else files:  # one file of all, once
+                path = self.folder / file
+                try:
+                    with safe_open(path, framework="pt") as stored:
+                        rows.append(stored.get_tensor(name).float())
+                except (SafetensorError, OSError) as error:
+                    raise WagleError(f"{path} is missing or not whole: {error}") from None
+            scores = rows[0] if len(rows) == 1 else torch.cat(rows or [torch.empty(0)])
+            yield name, scores.view(self.shapes[name])
 
 
 def mask_from_scores(

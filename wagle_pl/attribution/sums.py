@@ -64,11 +64,14 @@ class Shard:
             return whole
         return whole.reshape(self._by_row)[self.start : self.stop]
 
+    @property
+    def own(self) -> tuple[int, ...]:
+        """The shape of this rank's rows."""
+        return self.shape if self.ranks == 1 else (self.stop - self.start, *self._by_row[1:])
+
     def zeros(self, device: torch.device) -> Tensor:
         """fp32 zeros for this rank's rows."""
-        mine = (self.stop - self.start, *self._by_row[1:])
-        shape = self.shape if self.ranks == 1 else mine
-        return torch.zeros(shape, dtype=torch.float32, device=device)  # whatever the default is
+        return torch.zeros(self.own, dtype=torch.float32, device=device)  # whatever the default is
 
     def scatter_sum(self, whole: Tensor) -> Tensor:
         """Reduce-scatter of tensors of the parameter's shape. Collective."""

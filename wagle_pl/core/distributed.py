@@ -5,12 +5,16 @@ All ranks must call a collective, and in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from wagle_pl.core.files import atomic_path
 
 T = TypeVar("T")
 
@@ -111,6 +115,29 @@ def all_gather_uneven(share: Tensor) -> Tensor:
     padded[: len(share)] = share
     parts = all_gather_tensor(padded).view(len(lengths), -1)
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+
+@contextmanager
+def shared_folder(path: Path) -> Iterator[Path]:
+    """Collective: a temporary folder, new on a disk that the ranks share, into which all write while
+    inside, and which then takes the place of ``path``.
+
+    Raises:
+        OSError: on all ranks, if one fails: nothing is replaced.
+    """
+    with atomic_path(path) if rank() == 0 else nullcontext() as temporary:
+        folder = on_rank_zero(lambda: temporary.mkdir() or temporary)
+        error = None
+        try:
+            yield folder
+        except Exception as raised:
+            error = raised
+        problems = all_gather([] if error is None else [f"rank {rank()}: {error}"])
+        if error is not None and not (is_distributed() and isinstance(error, OSError)):
+            raise error
+        if problems:
+            raise OSError(problems[0]) from error
+    on_rank_zero(lambda: None)  # no rank goes on before the folder is in its place
 
 
 def shutdown() -> None:

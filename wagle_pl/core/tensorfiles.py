@@ -148,6 +148,10 @@ class TensorFiles:
         with safe_open(self._file_of[name].path, framework="pt") as file:
             return file.get_tensor(name)
 
+    def part(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Numbers start to stop of a flattened tensor; the file is mapped, and no others are read."""
+        return self.tensor(name).reshape(-1)[start:stop]
+
 
 def write_header(
     stream: BinaryIO,

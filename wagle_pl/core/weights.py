@@ -57,12 +57,30 @@ def gathered(parameter: nn.Parameter, from_rank_zero: bool = False) -> Iterator[
 
 
 @torch.no_grad()
-def assign(parameter: nn.Parameter, read: Callable[[], Tensor]) -> None:
-    """Set a parameter to the whole tensor that ``read`` gives; a collective, in which rank 0
-    reads, if it is sharded."""
-    with gathered(parameter, from_rank_zero=True) as weights:
-        if not hasattr(parameter, "ds_id") or distributed.rank() == 0:
-            weights.copy_(read())
+def assign(parameter: nn.Parameter, read: Callable[[int, int], Tensor]) -> None:
+    """Set a parameter to what ``read`` gives: numbers start to stop of the flattened tensor.
+
+    Collective if it is sharded: each rank reads its share. While it stands whole on every rank, or
+    is offloaded to a disk, rank 0 reads it all.
+    """
+    if not hasattr(parameter, "ds_id"):
+        parameter.copy_(read(0, parameter.numel()).view(parameter.shape))
+    elif in_shares(parameter):
+        start, share = share_of(parameter)
+        share.copy_(read(start, start + len(share)))
+    else:
+        with gathered(parameter, from_rank_zero=True) as weights:
+            if distributed.rank() == 0:
+                weights.copy_(read(0, weights.numel()).view(weights.shape))
+
+
+def in_shares(parameter: nn.Parameter) -> bool:
+    """Whether a sharded parameter is in memory share by share now: neither whole nor on a disk."""
+    return parameter.numel() != parameter.ds_numel and _holds_share(parameter)
+
+
+def _holds_share(parameter: Tensor) -> bool:
+    return parameter.ds_tensor.numel() == parameter.partition_numel()
 
 
 def share_of(tensor: Tensor) -> tuple[int, Tensor]:
@@ -78,7 +96,7 @@ def share_of(tensor: Tensor) -> tuple[int, Tensor]:
         return start, tensor.detach().reshape(-1)[start : start + size]
     size, whole, here = tensor.partition_numel(), tensor.ds_numel, tensor.ds_tensor.detach()
     start = min(rank * size, whole)
-    if len(here) < size:  # offloaded to a disk
+    if not _holds_share(tensor):
         with gathered(tensor) as weights:
             here = weights.detach().reshape(-1)[start : start + size].clone()
     return start, here[: min(size, whole - start)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -97,7 +98,8 @@ def _merged(base: PreTrainedModel, folder: str) -> PreTrainedModel:
 
 
 def _load_sharded(name: str, attn_implementation: Optional[str]) -> PreTrainedModel:
-    """Make the model without weights, then fill it from safetensors files, a tensor at a time."""
+    """Make the model without weights, then fill it from safetensors files: each rank reads its share
+    of every tensor."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
 
@@ -130,7 +132,7 @@ def _load_sharded(name: str, attn_implementation: Optional[str]) -> PreTrainedMo
     ]
     _check_found(name, model, missing, mismatched, names)
     for weight, parameter in model.named_parameters():
-        assign(parameter, lambda weight=weight: stored.tensor(weight))
+        assign(parameter, partial(stored.part, weight))
     for weight, buffer in model.named_buffers():
         if weight in names:
             buffer.copy_(stored.tensor(weight))

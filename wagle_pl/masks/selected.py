@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.weights import assign, gathered, is_linear, share_of
+from wagle_pl.core.weights import assign, gathered, in_shares, is_linear, share_of
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import (
     chunk_of,
@@ -359,17 +359,17 @@ class SelectedTensor:
         """Leave the values of a sharded tensor in each rank's share of it. Collective."""
         if not self.is_partial:
             return
-        stored = self.parameter.ds_tensor.numel() == self.parameter.partition_numel()
-        if self.parameter.numel() == self.parameter.ds_numel or not stored:  # whole; on a disk
+        if not in_shares(self.parameter):
             bits = self.bits()
             with gathered(self.values) as values:
-                whole = self._with(values, bits)
-            assign(self.parameter, lambda: whole)
+                whole = self._with(values, bits).view(-1)
+            assign(self.parameter, lambda start, stop: whole[start:stop])
             return
         _, share = share_of(self.parameter)
         own = unpack_bits(self._packed, share.shape).to(share.device)
         with gathered(self.values) as values:
-            share[own] = values[self._own].to(share.device)
+            merged = share.masked_scatter(own, values[self._own].to(share.device))
+        assign(self.parameter, lambda start, stop: merged)
 
 
 class SelectedWeights:
@@ -543,8 +543,8 @@ def load_values(
         if f"{name}{SUFFIX}" in names:
             selected = None if mask is None else mask[name]
             with gathered(parameter) as dense:
-                merged = place(dense, selected, read(f"{name}{SUFFIX}"))
-            assign(parameter, lambda merged=merged: merged)
+                merged = place(dense, selected, read(f"{name}{SUFFIX}")).view(-1)
+            assign(parameter, lambda start, stop, merged=merged: merged[start:stop])
 
 
 def _hold(module: nn.Module, held: dict[str, SelectedTensor]) -> Callable[[], None]:

@@ -14,7 +14,6 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
@@ -26,7 +25,6 @@ from torch import Tensor, nn
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError, first_line
-from wagle_pl.core.files import atomic_path
 from wagle_pl.core.tensorfiles import write_tensors
 from wagle_pl.core.weights import assign, shapes_of, share_of
 from wagle_pl.strategies.internals import Fragment
@@ -105,26 +103,21 @@ def save(
     rank, ranks = distributed.rank(), distributed.world_size()
     file, pieces = f"rank-{rank:05d}-of-{ranks:05d}.safetensors", list(pieces)
     tensors = [(f"{p.key}/{p.name}", p.dtype, (p.numel,), p.read) for p in pieces]
-    problem = []
-    with atomic_path(path) if rank == 0 else nullcontext() as temporary:
-        folder = distributed.on_rank_zero(lambda: temporary.mkdir() or temporary)
-        try:
+    spans = [(file, piece.key, piece.name, piece.start, piece.numel) for piece in pieces]
+    index: dict[str, dict[str, list[Any]]] = {}
+    for where, key, name, start, numel in distributed.all_gather(spans):
+        index.setdefault(key, {}).setdefault(name, []).append([where, start, numel])
+    try:
+        with distributed.shared_folder(path) as folder:
             header = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
             write_tensors(folder / file, tensors, header)
-        except OSError as error:
-            problem = [f"rank {rank}: {error}"]
-        if problems := distributed.all_gather(problem):
-            raise WagleError(f"checkpoint {path} cannot be written: {problems[0]}")
-        spans = [(file, piece.key, piece.name, piece.start, piece.numel) for piece in pieces]
-        index: dict[str, dict[str, list[Any]]] = {}
-        for where, key, name, start, numel in distributed.all_gather(spans):
-            index.setdefault(key, {}).setdefault(name, []).append([where, start, numel])
-        if rank == 0:
-            torch.save(dict(common), folder / COMMON_FILE)
-            header = {"format": FORMAT, "format_version": FORMAT_VERSION}
-            text = json.dumps({**header, "shapes": shapes, "pieces": index})
-            (folder / INDEX_FILE).write_text(text + "\n", encoding="utf-8")
-    distributed.on_rank_zero(lambda: None)  # no rank goes on before the checkpoint is in its place
+            if rank == 0:
+                torch.save(dict(common), folder / COMMON_FILE)
+                header = {"format": FORMAT, "format_version": FORMAT_VERSION}
+                text = json.dumps({**header, "shapes": shapes, "pieces": index})
+                (folder / INDEX_FILE).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise WagleError(f"checkpoint {path} cannot be written: {error}") from None
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -221,12 +214,16 @@ class ShardedCheckpoint:
             )
         return torch.cat(parts) if parts else torch.empty(0)
 
+    def part(self, key: str, name: str, start: int, stop: int) -> Tensor:
+        """Numbers start to stop, see :meth:`read`."""
+        return self.read(key, name, start, stop - start)
+
     def weight(self, name: str) -> Tensor:
         """A parameter, whole."""
         return self.read(WEIGHT, name, 0, prod(self.shapes[name])).view(self.shapes[name])
 
     def load_weights(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Set (name, parameter) pairs, whole or sharded over ranks, a tensor at a time.
+        """Set (name, parameter) pairs, whole or sharded over ranks, of which each reads its share.
 
         Raises:
             WagleError: if the checkpoint holds others.
@@ -240,7 +237,7 @@ class ShardedCheckpoint:
                     f"{self.shapes.get(name)} there, {shapes.get(name)} here"
                 )
         for name, parameter in parameters:
-            assign(parameter, partial(self.weight, name))
+            assign(parameter, partial(self.part, WEIGHT, name))
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, held: Iterable[Fragment]) -> None:
         """Set the fp32 weights and the state in this rank's flat partitions, and the options."""
