@@ -77,6 +77,31 @@ def test_batched_scores_equal_those_of_one_text_alone(tiny, share):
     check_scores(tiny[0], 8, share=share)
 
 
+def test_choices_in_the_template_as_rwku_scores_them(tiny):
+    """eval_mmlu.py: the next token's logits at the last token of `` A``, `` B``, …; score_completions of inference.py:
+    the sum over the choice's tokens, without an end."""
+    model, tokenizer = tiny
+    options = ["the sky", "grass", "a very tall tree"]
+    row = {"question": "Which is blue?", "choices": options, "label": 0, "prefill": "A:"}
+    observer = Observer(model, Template(tokenizer))
+    (record,) = observer.observe(parse_rows([row], "rows"), {"choices", "choice_texts"})
+
+    def logprobs(text):
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        return ids[0], model(ids).logits[0].double().log_softmax(-1)
+
+    listed = "".join(f"\n{letter}. {text}" for letter, text in zip("ABC", options, strict=True))
+    _, scores = logprobs(f"<|user|>Which is blue?{listed}<|assistant|>A:")
+    letters = [tokenizer(f" {x}", add_special_tokens=False)["input_ids"][-1] for x in "ABC"]
+    assert record["choice_logprobs"] == pytest.approx(scores[-1, letters].tolist(), abs=1e-4)
+    prompt = "<|user|>Which is blue?<|assistant|>A:"
+    start, sums = len(logprobs(prompt)[0]), []
+    for option in options:
+        ids, scores = logprobs(f"{prompt} {option}")
+        sums.append(sum(scores[i - 1, ids[i]].item() for i in range(start, len(ids))))
+    assert record["choice_text_logprobs"] == pytest.approx(sums, abs=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["GPT2", "GPTNeoX", "Mistral", "Bloom", "Mamba"])
 def test_scores_of_other_architectures(kind):
     """Learned positions, rotary ones, a window shorter than the texts, no positions, and a state that is no cache."""

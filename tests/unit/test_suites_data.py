@@ -85,6 +85,15 @@ def test_only_as_many_lines_are_read_as_asked_for(tmp_path):
             load_rows(str(path))
 
 
+def test_an_object_over_several_lines_is_one_row(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"train": QA}, indent=4))
+    assert load_rows(str(path)) == [{"train": QA}]
+    path.write_text('{\n"train": [}')
+    with pytest.raises(WagleError, match="line 2: malformed JSON"):
+        load_rows(str(path))
+
+
 def test_continuations_stand_in_no_template(tokenizer):
     template = Template(tokenizer)
     row = {"prompt": "Down the", "response": " rabbit-hole", "continuation": True}

@@ -25,7 +25,8 @@ def load_rows(source: str, split: Optional[str] = None, limit: Optional[int] = N
 
     Args:
         source: a path that ends in one of :data:`READERS`, or a hub dataset as ``owner/name`` or
-            ``owner/name:config``. JSON is one list, or a row a line; ``.txt`` is one row, ``text``.
+            ``owner/name:config``. JSON is one list, one object, or a row a line; ``.txt`` is one
+            row, ``text``.
         split: the split of a hub dataset; ``train`` when None.
         limit: read only the first so many rows.
 
@@ -94,7 +95,8 @@ def _read(path: Path) -> Iterable[Row]:
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    """Rows of JSON lines or of one JSON list; only a line feed ends a line."""
+    """Rows of JSON lines, of one JSON list, or of an object over several lines; only a line feed
+    ends a line."""
 
     def parsed(text: str, line: Optional[int] = None) -> Any:
         try:
@@ -107,8 +109,9 @@ def _read_json(path: Path) -> Iterator[Row]:
     with unpack(path, "rt", encoding="utf-8-sig", newline="\n") as file:
         lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
         number, first = next(lines, (1, "[]"))
-        if first.lstrip().startswith("["):
-            rows = enumerate(parsed("\n" * (number - 1) + first + file.read()), 1)
+        if first.lstrip().startswith("[") or first.strip() == "{":
+            whole = parsed("\n" * (number - 1) + first + file.read())
+            rows = enumerate(whole if isinstance(whole, list) else [whole], 1)
         else:
             lines = chain([(number, first)], lines)
             rows = ((number, parsed(line, number)) for number, line in lines)
