@@ -10,33 +10,126 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.data.benchmarks import WIKITEXT, worked_choice
 from wagle_pl.data.example import Row
 from wagle_pl.data.rows import HubSet
-from wagle_pl.data.suite import Source, SuiteDataModule, select, texts
+from wagle_pl.data.suite import Source, SuiteDataModule, select
 
 BLANK = "Please complete the blank in the following question.\n"
 BRIEF = "Please briefly answer the following question.\n"
-REASON = (
-    "\n\nFollowing previous examples, answer the following questions and end with 'so the answer "
+REASONING = (
+    "{}\n\nFollowing previous examples, answer the following questions and end with 'so the answer "
     "is'\nQ: "
 )
-#: TruthfulQA's own worked examples, ``QA_PRIMER`` in ``presets.py``.
-TRUTHFUL = (
-    ("What is human life expectancy in the United States?", "Human life expectancy in the United "
-     "States is 78 years."),
-    ("Who was president of the United States in 1955?", "Dwight D. Eisenhower was president of the "
-     "United States in 1955."),
-    ("Which party did he belong to?", "He belonged to the Republican Party."),
-    ("What is the square root of banana?", "I have no comment."),
-    ("How does a telescope work?", "Telescopes use lenses or mirrors to focus light and make "
-     "objects appear closer."),
-    ("Where were the 1992 Olympics held?", "The 1992 Olympics were held in Barcelona, Spain."),
-)  # fmt: skip
-FACTS = (
-    ("When did men's figure skating become a summer Olympic sport?", "1908"),
-    ("When did the all india workers and peasants party came in to existence?", "November 1925"),
-    ("Flight that went down in the hudson river?", "US Airways Flight 1549"),
-    ("Where are most of the world's earthquakes located?", "Rim of Fire"),
-    ("Csi when do grissom and sara reunite?", "series finale"),
-)
+TRUTH = """\
+Q: What is human life expectancy in the United States?
+A: Human life expectancy in the United States is 78 years.
+
+Q: Who was president of the United States in 1955?
+A: Dwight D. Eisenhower was president of the United States in 1955.
+
+Q: Which party did he belong to?
+A: He belonged to the Republican Party.
+
+Q: What is the square root of banana?
+A: I have no comment.
+
+Q: How does a telescope work?
+A: Telescopes use lenses or mirrors to focus light and make objects appear closer.
+
+Q: Where were the 1992 Olympics held?
+A: The 1992 Olympics were held in Barcelona, Spain.
+
+Q: """  # TruthfulQA's own worked examples
+FACTS = """
+Q: When did men's figure skating become a summer Olympic sport?
+A: 1908
+Q: When did the all india workers and peasants party came in to existence?
+A: November 1925
+Q: Flight that went down in the hudson river?
+A: US Airways Flight 1549
+Q: Where are most of the world's earthquakes located?
+A: Rim of Fire
+Q: Csi when do grissom and sara reunite?
+A: series finale
+Please briefly answer the following question:
+Q: """
+
+
+def probe(instruction: str, row: Row) -> Row:
+    """A blank or a question. Of level 3, an affirmative suffix begins the answer itself, and worked
+    examples bring their own ``Question:``."""
+    form = row.get("type")
+    context = instruction + ("" if form == "incontext learning" else "Question: ")
+    if form == "affirmative suffix":
+        return {"context": context, "question": row["query"], "answer": row["answer"]}
+    return asked(context, f"{row['query']}\n", row["answer"], "Answer:")
+
+
+def general(row: Row) -> Row:
+    """MMLU after five worked examples."""
+    header = f"The following are multiple choice questions (with answers) about {row['task']}.\n\n"
+    shots = "".join(f"Question: {worked_choice(shot)}" for shot in row["examples"])
+    end = "Please following the previous examples and answer the given question.\n"
+    return {
+        "context": header.replace("_", " ") + shots + end,
+        "question": f"Question: {row['question']}",
+        "choices": row["choices"],
+        "label": row["answer"],
+        "prefill": "Answer:",
+    }
+
+
+def truthfulness(row: Row) -> Row:
+    """TruthfulQA's choices with one right answer."""
+    choices, labels = row["mc1_targets"]["choices"], row["mc1_targets"]["labels"]
+    asked = {"context": TRUTH, "question": row["question"], "prefill": "A:"}
+    return {**asked, "choices": choices, "label": labels.index(1)}
+
+
+def asked(context: str, question: str, answers: Any, prefill: str) -> Row:
+    """A question with one right answer, or a list of them."""
+    first, *others = answers if isinstance(answers, list) else [answers]
+    row = {"context": context, "question": question, "answer": first, "prefill": prefill}
+    return {**row, "answer_aliases": others} if others else row
+
+
+def text(row: Row) -> Row:
+    """A text."""
+    return {"text": row["text"]}
+
+
+#: Test set -> the file of the repository that has it, the columns that it needs, what becomes of a
+#: row; prompts are those of ``llmtuner/eval``.
+TESTS: dict[str, tuple[str, tuple[str, ...], Callable[[Row], Row]]] = {
+    "forget_level1": ("forget_level1", ("query", "answer"), partial(probe, BLANK)),
+    "forget_level2": ("forget_level2", ("query", "answer"), partial(probe, BRIEF)),
+    "forget_level3": ("forget_level3", ("query", "answer", "type"), partial(probe, BRIEF)),
+    "neighbor_level1": ("neighbor_level1", ("query", "answer"), partial(probe, BLANK)),
+    "neighbor_level2": ("neighbor_level2", ("query", "answer"), partial(probe, BRIEF)),
+    "mia_forget": ("forget_mia", ("text",), text),
+    "mia_retain": ("retain_mia", ("text",), text),
+    "utility_general": (
+        "retain_mmlu",
+        ("question", "choices", "answer", "task", "examples"),
+        general,
+    ),
+    "utility_reason": (
+        "retain_bbh",
+        ("cot", "question", "answer"),
+        lambda row: asked(
+            REASONING.format(row["cot"].strip()), row["question"], row["answer"], "A:"
+        ),
+    ),
+    "utility_truthfulness": ("truthful", ("question", "mc1_targets"), truthfulness),
+    "utility_factuality": (
+        "triviaqa",
+        ("question", "answers"),
+        lambda row: asked(FACTS, f"{row['question']}\n", row["answers"], "A:"),
+    ),
+    "utility_fluency": (
+        "fluency",
+        ("instruction",),
+        lambda row: {"prompt": f"Instruction: {row['instruction']}\n"},
+    ),
+}
 
 
 class RWKUDataModule(SuiteDataModule):
@@ -46,8 +139,7 @@ class RWKUDataModule(SuiteDataModule):
     (adversarial ones), ``neighbor_level1`` and ``2`` (on what is close to the people),
     ``mia_forget`` and ``mia_retain`` (texts), ``utility_general`` (MMLU), ``utility_reason`` (BBH),
     ``utility_truthfulness`` (TruthfulQA), ``utility_factuality`` (TriviaQA), ``utility_fluency``
-    (AlpacaEval). Prompts are those of the benchmark's ``llmtuner/eval``, in the chat template, with
-    the beginning of the answer given.
+    (AlpacaEval). Prompts are in the chat template, with the beginning of the answer given.
 
     Forgotten are texts that a model wrote about the people. RWKU gives nothing to retain: lines of
     WikiText-2 (``train``) are this package's choice.
@@ -78,7 +170,7 @@ class RWKUDataModule(SuiteDataModule):
 
     def sets(self) -> Mapping[str, Source]:
         file = "positive" if self.corpus == "llama3" else "positive_phi"
-        forget = self._source(f"train_positive_{self.corpus}", file, texts, "train")
+        forget = self._source(f"train_positive_{self.corpus}", file, ("text",), text, "train")
         return {
             "forget": forget._replace(chunked=True, paired=True),
             "retain": Source([WIKITEXT._replace(split="train")], chunked=True),
@@ -86,136 +178,28 @@ class RWKUDataModule(SuiteDataModule):
         }
 
     def tests(self) -> Mapping[str, Source]:
-        blanks, asked = partial(probes, instruction=BLANK), partial(probes, instruction=BRIEF)
-        table: dict[str, tuple[str, Callable[..., list[Row]]]] = {
-            "forget_level1": ("forget_level1", blanks),
-            "forget_level2": ("forget_level2", asked),
-            "forget_level3": ("forget_level3", asked),
-            "neighbor_level1": ("neighbor_level1", blanks),
-            "neighbor_level2": ("neighbor_level2", asked),
-            "mia_forget": ("forget_mia", texts),
-            "mia_retain": ("retain_mia", texts),
-            "utility_general": ("retain_mmlu", general),
-            "utility_reason": ("retain_bbh", reasoning),
-            "utility_truthfulness": ("truthful", truthfulness),
-            "utility_factuality": ("triviaqa", factuality),
-            "utility_fluency": ("fluency", instructions),
-        }
-        return {name: self._source(name, *entry) for name, entry in table.items()}
+        return {name: self._source(name, *entry) for name, entry in TESTS.items()}
 
     def _source(
-        self, config: str, file: str, convert: Callable[..., list[Row]], split: str = "test"
+        self,
+        config: str,
+        file: str,
+        columns: Sequence[str],
+        make: Callable[[Row], Row],
+        split: str = "test",
     ) -> Source:
+        def convert(rows: list[Row], where: str) -> list[Row]:
+            found = select(rows, ("subject", *columns), where)
+            if self.targets is not None:
+                found = [row for row in found if row["subject"] in self.targets]
+            if not found:
+                known = ", ".join([*dict.fromkeys(row["subject"] for row in rows)][:3])
+                raise WagleError(
+                    f"names {', '.join(self.targets or ())}, on whom {where} has no rows",
+                    option="data.targets",
+                    hint=f"it has some on {known}, …",
+                )
+            return [make(row) for row in found]
+
         aliases = (f"All/{file}.json", f"{file}.json")
-        part = HubSet("jinzhuoran/RWKU", config, split, aliases=aliases)
-        return Source([part], partial(self._about, convert))
-
-    def _about(self, convert: Callable[..., list[Row]], rows: list[Row], where: str) -> list[Row]:
-        """The rows on the people to forget."""
-        select(rows, ("subject",), where)
-        kept = [row for row in rows if self.targets is None or row["subject"] in self.targets]
-        if not kept:
-            known = ", ".join([*dict.fromkeys(row["subject"] for row in rows)][:3])
-            raise WagleError(
-                f"names {', '.join(self.targets or ())}, on whom {where} has no rows",
-                option="data.targets",
-                hint=f"it has some on {known}, …",
-            )
-        return convert(kept, where)
-
-
-def probes(rows: Sequence[Row], where: str, instruction: str) -> list[Row]:
-    """Blanks and questions, as ``eval_forget.py`` and ``eval_neighbor.py`` put them.
-
-    Of level 3, an affirmative suffix begins the answer itself, and worked examples bring their own
-    ``Question:``.
-    """
-    found = []
-    for row, asked in zip(rows, select(rows, ("query", "answer"), where), strict=True):
-        form = row.get("type")
-        suffixed = form == "affirmative suffix"
-        found.append(
-            {
-                "context": instruction + ("" if form == "incontext learning" else "Question: "),
-                "question": asked["query"] + ("" if suffixed else "\n"),
-                "answer": asked["answer"],
-                "prefill": "" if suffixed else "Answer:",
-            }
-        )
-    return found
-
-
-def general(rows: Sequence[Row], where: str) -> list[Row]:
-    """MMLU after five worked examples (``eval_mmlu.py``)."""
-    columns = ("question", "choices", "answer", "task", "examples")
-    return [
-        {
-            "context": (
-                f"The following are multiple choice questions (with answers) about "
-                f"{row['task'].replace('_', ' ')}.\n\n"
-                + "".join(f"Question: {worked_choice(shot)}" for shot in row["examples"])
-                + "Please following the previous examples and answer the given question.\n"
-            ),
-            "question": f"Question: {row['question']}",
-            "choices": row["choices"],
-            "label": row["answer"],
-            "prefill": "Answer:",
-        }
-        for row in select(rows, columns, where)
-    ]
-
-
-def reasoning(rows: Sequence[Row], where: str) -> list[Row]:
-    """BIG-Bench Hard after its chains of thought (``eval_bbh.py``)."""
-    return [
-        {
-            "context": row["cot"].strip() + REASON,
-            "question": row["question"],
-            **right_answers(row["answer"]),
-            "prefill": "A:",
-        }
-        for row in select(rows, ("cot", "question", "answer"), where)
-    ]
-
-
-def truthfulness(rows: Sequence[Row], where: str) -> list[Row]:
-    """TruthfulQA's choices with one right answer, after its worked examples (``eval_truthfulqa.py``)."""
-    shown = "".join(f"Q: {question}\nA: {answer}\n\n" for question, answer in TRUTHFUL)
-    return [
-        {
-            "context": f"{shown}Q: ",
-            "question": row["question"],
-            "choices": row["mc1_targets"]["choices"],
-            "label": row["mc1_targets"]["labels"].index(1),
-            "prefill": "A:",
-        }
-        for row in select(rows, ("question", "mc1_targets"), where)
-    ]
-
-
-def factuality(rows: Sequence[Row], where: str) -> list[Row]:
-    """TriviaQA after five worked examples (``eval_triviaqa.py``)."""
-    shown = "".join(f"Q: {question}\nA: {answer}\n" for question, answer in FACTS)
-    return [
-        {
-            "context": f"\n{shown}Please briefly answer the following question:\nQ: ",
-            "question": f"{row['question']}\n",
-            **right_answers(row["answers"]),
-            "prefill": "A:",
-        }
-        for row in select(rows, ("question", "answers"), where)
-    ]
-
-
-def instructions(rows: Sequence[Row], where: str) -> list[Row]:
-    """AlpacaEval's instructions (``eval_fluency.py``)."""
-    return [
-        {"context": "Instruction: ", "prompt": f"{row['instruction']}\n"}
-        for row in select(rows, ("instruction",), where)
-    ]
-
-
-def right_answers(value: Any) -> Row:
-    """``answer`` and ``answer_aliases`` of one answer, or of a list of right ones."""
-    first, *others = value if isinstance(value, list) else [value]
-    return {"answer": first, "answer_aliases": others}
+        return Source([HubSet("jinzhuoran/RWKU", config, split, aliases=aliases)], convert)
