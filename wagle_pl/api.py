@@ -19,7 +19,7 @@ from wagle_pl.attribution import AttributionModule, Score
 from wagle_pl.core.environment import half_precision_is_slow, silence
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
-from wagle_pl.core.hub import load_tokenizer
+from wagle_pl.core.hub import load_tokenizer, upload
 from wagle_pl.core.registry import resolve
 from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.data.example import Example, Row, parse_rows
@@ -89,19 +89,9 @@ class Forgotten:
         return Path(path)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload what :meth:`save` writes; returns the address.
-
-        Args:
-            repo_id: ``owner/name``; made if it does not exist.
-            **options: of ``huggingface_hub.HfApi.create_repo``, such as ``private=True``.
-        """
-        from huggingface_hub import HfApi
-
+        """Upload what :meth:`save` writes, see :func:`wagle_pl.core.hub.upload`."""
         with tempfile.TemporaryDirectory() as folder:
-            saved = self.save(Path(folder) / "model")
-            address = HfApi().create_repo(repo_id, exist_ok=True, **options)
-            HfApi().upload_folder(repo_id=repo_id, folder_path=saved)
-        return str(address)
+            return upload(self.save(Path(folder) / "model"), repo_id, **options)
 
     def patch(self, path: Union[str, Path]) -> Path:
         """Write the difference to the model before, for ``wagle patch apply`` and ``revert``."""

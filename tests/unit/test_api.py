@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import same_bits
+from huggingface_hub import HfApi
 
 from wagle_pl import (
     AttributionModule,
@@ -24,7 +25,8 @@ from wagle_pl.data.example import parse_rows
 from wagle_pl.data.neighbours import general_questions, invented_neighbours, without_subject
 from wagle_pl.data.people import bundled
 from wagle_pl.lm.models import load_model
-from wagle_pl.unlearning.patch import apply_patch, revert_patch
+from wagle_pl.unlearning.export import model_card
+from wagle_pl.unlearning.patch import Patch, apply_patch, revert_patch
 
 FORGET = [{k: row[k] for k in ("question", "answer")} for row in bundled("forget")[:3]]
 RETAIN = [{k: row[k] for k in ("question", "answer")} for row in bundled("retain")[:6]]
@@ -158,3 +160,38 @@ def test_a_neighbour_has_invented_names_and_numbers_throughout() -> None:
         "because it is",
     ]
     assert invented_neighbours(parse_rows(plain[:1], "")) == []
+
+
+def test_a_model_a_mask_and_a_patch_are_uploaded(
+    knowing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        HfApi, "create_repo", lambda self, repo, exist_ok, **options: f"{repo} {options}"
+    )
+    uploaded: dict[str, set[str]] = {}
+
+    def folder(self: HfApi, repo_id: str, folder_path: Path) -> None:
+        uploaded[repo_id] = {file.name for file in folder_path.iterdir()}
+        assert (folder_path / "README.md").read_text().startswith("---\nlibrary_name: transformers")
+
+    def file(self: HfApi, repo_id: str, path_or_fileobj: Path, path_in_repo: str) -> None:
+        uploaded[repo_id] = {path_in_repo}
+        assert path_or_fileobj.is_file()
+
+    monkeypatch.setattr(HfApi, "upload_folder", folder)
+    monkeypatch.setattr(HfApi, "upload_file", file)
+    result = forget(knowing, FORGET, RETAIN, max_steps=1, progress=False)
+    assert result.push_to_hub("me/model", private=True) == "me/model {'private': True}"
+    assert {"model.safetensors", "tokenizer.json", "config.json"} < uploaded["me/model"]
+    assert result.mask is not None
+    result.mask.push_to_hub("me/mask")
+    Patch(result.patch(tmp_path / "p.safetensors")).push_to_hub("me/patch")
+    assert (uploaded["me/mask"], uploaded["me/patch"]) == ({"mask.safetensors"}, {"p.safetensors"})
+
+
+def test_a_card_has_the_licence_of_the_base(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+    run = {"data": {}, "streams": [], "steps": 1, "seed": 0, "module": "M", "base_fingerprint": ""}
+    for base, has in ((str(tmp_path), "license: apache-2.0"), ("me/model", "base_model: me/model")):
+        card = model_card({"lineage": [{**run, "base": base}]})
+        assert has in card.split("---")[1]

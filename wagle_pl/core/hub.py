@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from safetensors import SafetensorError
@@ -46,6 +46,32 @@ def locate(name: str) -> tuple[str, dict[str, str]]:
             f"model folder {name} has no config.json{what or ': it is no Hugging Face model folder'}"
         )
     return name, {}
+
+
+def upload(path: Path, repo_id: str, **options: Any) -> str:
+    """Upload a file, or what is in a folder, to a repository on the hub; returns its address.
+
+    Args:
+        path: the file or folder.
+        repo_id: ``owner/name``; made if it does not exist.
+        **options: of ``huggingface_hub.HfApi.create_repo``, such as ``private=True``.
+
+    Raises:
+        WagleError: if the hub cannot be reached or refuses it.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    api = HfApi()
+    try:
+        address = api.create_repo(repo_id, exist_ok=True, **options)
+        if path.is_dir():
+            api.upload_folder(repo_id=repo_id, folder_path=path)
+        else:
+            api.upload_file(repo_id=repo_id, path_or_fileobj=path, path_in_repo=path.name)
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        raise WagleError(f"{repo_id} cannot be uploaded: {first_line(error)}") from error
+    return str(address)
 
 
 def _gguf_file(path: Path) -> Optional[Path]:

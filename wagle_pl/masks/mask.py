@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import zipfile
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from math import prod
@@ -23,6 +24,7 @@ from torch import Tensor
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.files import absent, atomic_path
+from wagle_pl.core.hub import upload
 from wagle_pl.core.tensorfiles import TensorFile
 from wagle_pl.core.weights import fingerprint, share_of
 from wagle_pl.masks.bits import (
@@ -181,6 +183,11 @@ class WeightMask:
         with atomic_path(path) as temporary:
             save_file({name: self.packed(name) for name in self}, temporary, metadata=header)
         return path
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the mask as ``mask.safetensors``, see :func:`wagle_pl.core.hub.upload`."""
+        with tempfile.TemporaryDirectory() as folder:
+            return upload(self.save(Path(folder) / "mask"), repo_id, **options)
 
     def to_torch(self, path: str | Path) -> Path:
         """Write a ``{name: bool tensor}`` dict with ``torch.save``, whole or not at all."""

@@ -32,6 +32,7 @@ import numpy as np
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path, refuse_existing
+from wagle_pl.core.hub import upload
 from wagle_pl.core.tensorfiles import TensorFile, TensorFiles, write_header
 from wagle_pl.lm.saving import CARD_FILE, RECORD_FILE, read_record
 from wagle_pl.unlearning.export import model_card
@@ -77,6 +78,10 @@ class Patch:
     def identity(self) -> str:
         """What the patch does, as one name: the same for every file that does the same."""
         return hashlib.sha256(f"{self.base} {self.unlearned}".encode()).hexdigest()
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the file, see :func:`wagle_pl.core.hub.upload`."""
+        return upload(self.path, repo_id, **options)
 
     def frames(self, name: str, word: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield, of each frame of a tensor, which words changed (bool), and by how much.
