@@ -266,8 +266,8 @@ class _Subject:
         self.lm.eval()
         for batch in data.stream_loader(stream):
             tensors = {name: t.to(self.lm.device) for name, t in batch[stream].items()}
-            output, labels = forward_answers(self.lm, tensors)
-            sums, counts = sequence_logprobs(output.logits, labels)
+            predicted = forward_answers(self.lm, tensors)
+            sums, counts = sequence_logprobs(predicted, tensors["labels"])
             found += (sums / counts).exp().tolist()
         self.lm.train(training)
         return fmean(found)
