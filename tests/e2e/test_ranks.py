@@ -249,6 +249,11 @@ def test_objectives_of_other_kinds(run: Any, ranks: Ranks, command: Any, objecti
             f"--data.limit_forget 1 --model.train_on forget {strategy('ddp')}",
             "2 devices share 1 forget rows",
         ),
+        (
+            "UnlearnModule",
+            f"--model.step_rule SAM --model.step_rule.rho 0.1 {strategy('ddp')}",
+            "step_rule SAM makes gradients of its own passes: use it on one device",
+        ),
         ("AttributionModule", f"--model.hessian hutchinson {strategy('zero3')}", "ZeRO-3"),
     ],
 )

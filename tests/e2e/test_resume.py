@@ -49,6 +49,8 @@ MODULES = {
     "po": "UnlearnModule --model.objective PO",
     "pdu": "UnlearnModule --model.objective PDU --model.objective.epsilon 5.5 "
     "--model.objective.dual_warmup 0",
+    "mudman": "UnlearnModule --model.objective GradDiff --model.step_rule MUDMAN "
+    "--model.step_rule.fork_every 3",
 }
 
 
@@ -76,6 +78,7 @@ KEEP = (
         ("npo", 2, 5),
         ("po", 1, 6),
         ("pdu", 2, 7),
+        ("mudman", 2, 8),
     ],
 )
 def test_a_killed_run_continues_to_the_same_bits(

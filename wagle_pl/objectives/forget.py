@@ -370,8 +370,10 @@ class PDU(Objective):
         mean = logits.masked_fill(never, 0.0).sum(-1) / (~never).sum(-1)
         return answers.mean_tokens((logits.amax(-1) - mean).square())
 
+    def weights(self, at: Streams) -> dict[str, float]:
+        return super().weights(at) | {"retain_loss": self.dual}
+
     def __call__(self, at: Streams) -> dict[str, Tensor]:
-        self._retain_schedule = as_schedule(self.dual, "objective.retain_weight")
         return super().__call__(at) | {"dual": torch.tensor(self.dual)}
 
     def after_step(self, losses: Mapping[str, float], epoch: int) -> None:

@@ -65,6 +65,9 @@ class Schedule:
 
 Weight = Union[float, str, Schedule]
 
+#: What an objective is the sum of.
+TERMS = ("forget_loss", "retain_loss", "penalty")
+
 
 def as_schedule(value: Weight, option: str) -> Schedule:
     """The schedule of an option: a number, a text such as ``step:1->0@0.5``, or a schedule.
@@ -193,20 +196,28 @@ class Objective(ABC):
         """A scalar that belongs to no row, added to the loss as it is; None for none."""
         return None
 
+    def term(self, name: str, at: Streams) -> Optional[Tensor]:
+        """A term of :data:`TERMS` without its weight, a scalar; None if there is none."""
+        what = f"objective {type(self).__name__}"
+        if name == "forget_loss" and self.forget_streams:
+            return at.mean(self.forget_streams[0], self.forget_loss(at), f"{what}, forget term")
+        if name == "retain_loss" and self.retains:
+            return at.mean("retain", self.retain_loss(at), f"{what}, retain term")
+        return self.penalty(at) if name == "penalty" else None
+
+    def weights(self, at: Streams) -> dict[str, float]:
+        """The weight of each of :data:`TERMS` now."""
+        forget, retain = self._forget_schedule(at.progress), self._retain_schedule(at.progress)
+        return {"forget_loss": forget, "retain_loss": retain, "penalty": 1.0}
+
     def __call__(self, at: Streams) -> dict[str, Tensor]:
-        """``loss`` and its parts (``forget_loss``, ``retain_loss``, ``penalty``), scalars."""
-        name, parts, terms = f"objective {type(self).__name__}", {}, []
-        if self.forget_streams:
-            stream, values = self.forget_streams[0], self.forget_loss(at)
-            parts["forget_loss"] = at.mean(stream, values, f"{name}, forget term")
-            terms.append(self._forget_schedule(at.progress) * parts["forget_loss"])
-        if self.retains:
-            parts["retain_loss"] = at.mean("retain", self.retain_loss(at), f"{name}, retain term")
-            terms.append(self._retain_schedule(at.progress) * parts["retain_loss"])
-        if (penalty := self.penalty(at)) is not None:
-            parts["penalty"] = penalty
-            terms.append(penalty)
-        return {"loss": sum(terms), **parts}
+        """``loss`` and its terms as far as there are any, scalars."""
+        found = {name: self.term(name, at) for name in TERMS}
+        terms, weights = (
+            {n: term for n, term in found.items() if term is not None},
+            self.weights(at),
+        )
+        return {"loss": sum(weights[name] * term for name, term in terms.items()), **terms}
 
     # -- an objective that changes during a run ----------------------------------------------------
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from wagle_pl.core import distributed
@@ -18,6 +20,7 @@ from wagle_pl.data.template import differing_prompts
 from wagle_pl.lm.resume import random_state, set_random_state
 from wagle_pl.masks import Restriction, WeightMask
 from wagle_pl.objectives import Objective, Streams
+from wagle_pl.objectives.objective import TERMS
 from wagle_pl.objectives.references import References
 from wagle_pl.planning import PlannedRun
 from wagle_pl.strategies import is_zero
@@ -25,6 +28,7 @@ from wagle_pl.unlearning.adapters import LoRA
 from wagle_pl.unlearning.checks import FrozenWeights
 from wagle_pl.unlearning.export import model_card
 from wagle_pl.unlearning.finetune import Batch, FinetuneModule
+from wagle_pl.unlearning.step_rules import Gradients, Loss, Step, StepRule
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +48,8 @@ class UnlearnModule(FinetuneModule):
         mask: mask file that attribution wrote for this model; null is dense unlearning.
         modules: only weights in these may move (and in the mask), e.g. ``[mlp, self_attn.q_proj]``.
         layers: only weights in these layers may move (and in the mask), e.g. ``3-7`` or ``0,2,5-9``.
+        step_rule: ``SAM``, ``MUDMAN``, another class of :mod:`wagle_pl.unlearning.step_rules` or a
+            class path: another gradient than the objective's, from more passes a step; on one device.
         adapter: ``LoRA`` trains low-rank adapters in place of the weights, without any of the above.
         clip_scope: whose gradient norm ``trainer.gradient_clip_val`` bounds: of the ``selected``
             weights, or of ``all``, as in WAGLE's code (keeps dense gradients; not under ZeRO).
@@ -67,6 +73,7 @@ class UnlearnModule(FinetuneModule):
         mask: Optional[Union[str, WeightMask]] = None,
         modules: Optional[list[str]] = None,
         layers: Optional[str] = None,
+        step_rule: Optional[Union[StepRule, str]] = None,
         adapter: Optional[Union[LoRA, str]] = None,
         clip_scope: Literal["selected", "all"] = "selected",
         verify: Literal["end", "step", "off"] = "end",
@@ -80,6 +87,9 @@ class UnlearnModule(FinetuneModule):
         if not isinstance(mask, (str, Path, WeightMask, type(None))):
             raise WagleError(f"mask must be a file or a WeightMask, got {type(mask).__name__}")
         self.mask_file = str(mask) if isinstance(mask, (str, Path)) else None
+        self.step_rule = None if step_rule is None else resolve(StepRule, step_rule, "step_rule")
+        if self.step_rule is not None:
+            self.step_rule.check(self.objective)
         self.adapter = None if adapter is None else resolve(LoRA, adapter, "adapter")
         pattern = None if self.adapter is not None else self.objective.trainable
         #: What the mask is made of.
@@ -100,6 +110,9 @@ class UnlearnModule(FinetuneModule):
             )
         self.reference_logits = reference_logits
         self.top_k = top_k
+        self._batches: list[Batch] = []
+        self._terms: dict[str, Tensor] = {}
+        self._gradients: dict[str, Gradients] = {}
         self._references = References()
         self._frozen: Optional[FrozenWeights] = None
         self._verified: Optional[str] = None
@@ -113,6 +126,15 @@ class UnlearnModule(FinetuneModule):
                 "clip_scope all needs every gradient whole at the step, which ZeRO does not keep: "
                 "choose --model.clip_scope selected"
             )
+        if self.fits and self.step_rule is not None:
+            alone = isinstance(self.trainer.strategy, SingleDeviceStrategy)
+            fp32 = self.values == "fp32" and not str(self.trainer.precision).startswith("16")
+            if not alone or not fp32 or self.clip_scope == "all":
+                raise WagleError(
+                    f"step_rule {type(self.step_rule).__name__} makes gradients of its own passes: "
+                    "use it on one device, with precision 32-true, bf16-mixed or bf16-true, "
+                    "--model.values fp32 and --model.clip_scope selected"
+                )
         penalized = type(self.objective).penalty is not Objective.penalty
         for needs, what in (
             (self.adapter is not None, "an adapter"),
@@ -228,7 +250,76 @@ class UnlearnModule(FinetuneModule):
 
     def losses(self, at: Streams) -> dict[str, Tensor]:
         """The objective's losses."""
-        return self.objective(at)
+        losses = self.objective(at)
+        if self.step_rule is not None:
+            weights = self.objective.weights(at)
+            self._terms = {name: weights[name] * losses[name] for name in TERMS if name in losses}
+        return losses
+
+    # -- a step rule -------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One micro-batch, which a step rule may see again."""
+        if self.step_rule is not None:
+            self._batches.append(batch)
+        return super().training_step(batch, batch_idx)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """The backward pass; of each term by itself, if there is a step rule."""
+        if self.step_rule is None:
+            super().backward(loss, *args, **kwargs)
+        else:
+            terms, self._terms = self._terms, {}
+            for name, found in zip(terms, self._take(list(terms.values())), strict=True):
+                _add(self._gradients.setdefault(name, {}), found)
+
+    def _take(self, losses: list[Tensor]) -> list[Gradients]:
+        """The gradient of each loss of one micro-batch, as its share of the step's."""
+        tensors = {n: t for n, t in self.selected.tensors.items() if t.values is not None}
+        found = []
+        for loss in losses:
+            scaled = loss / self.trainer.accumulate_grad_batches
+            scaled.backward(retain_graph=loss is not losses[-1])
+            taken = {name: t.values.grad for name, t in tensors.items()}
+            zeros = (
+                (n, torch.zeros_like(tensors[n].values)) for n, g in taken.items() if g is None
+            )
+            found.append(taken | dict(zeros))
+            for tensor in tensors.values():
+                tensor.values.grad = None
+        return found
+
+    def _again(self, *losses: Loss) -> list[Gradients]:
+        """See :attr:`Step.again`."""
+        totals: list[Gradients] = [{} for _ in losses]
+        for batch in self._batches:
+            with torch.enable_grad():
+                with self.trainer.precision_plugin.forward_context():
+                    at = self.streams_of(batch)
+                    weights = self.objective.weights(at)
+                    values = [
+                        weights[loss] * self.objective.term(loss, at)
+                        if isinstance(loss, str)
+                        else loss(at)
+                        for loss in losses
+                    ]
+                for total, found in zip(totals, self._take(values), strict=True):
+                    _add(total, found)
+        return totals
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Let the step rule make the gradient."""
+        if self.step_rule is not None:
+            tensors = {
+                n: t.values for n, t in self.selected.tensors.items() if t.values is not None
+            }
+            step = Step(self.global_step, tensors, self._gradients, self._again)
+            with torch.no_grad():
+                found = self.step_rule.gradient(step)
+            for name, values in tensors.items():
+                values.grad = found[name]
+            self._batches, self._gradients = [], {}
+        super().on_before_optimizer_step(optimizer)
 
     def end_step(self, losses: list[dict[str, Tensor]]) -> None:
         """Tell the objective, if it wants to know, the losses over the global batch. Collective."""
@@ -246,6 +337,8 @@ class UnlearnModule(FinetuneModule):
         super().on_save_checkpoint(checkpoint)
         checkpoint["references"] = self._references.state_dict()
         checkpoint["objective"] = self.objective.state_dict()
+        if self.step_rule is not None:
+            checkpoint["step_rule"] = self.step_rule.state_dict()
         if self.mask is not None:
             made_of = self.restriction._replace(file=self.mask_file)._asdict()
             checkpoint["mask"] = {"digest": self.mask.digest(), **made_of}
@@ -272,6 +365,8 @@ class UnlearnModule(FinetuneModule):
         super().on_load_checkpoint(checkpoint)
         self._references.load_state_dict(checkpoint.get("references", {}))
         self.objective.load_state_dict(checkpoint.get("objective", {}))
+        if self.step_rule is not None:
+            self.step_rule.load_state_dict(checkpoint.get("step_rule", {}))
 
     # -- the guarantee, and the result -------------------------------------------------------------
 
@@ -309,4 +404,11 @@ class UnlearnModule(FinetuneModule):
             "verified": self._verified,
             "adapter": None if self.adapter is None else describe(self.adapter),
         }
+        if self.step_rule is not None:
+            record["lineage"][-1]["step_rule"] = describe(self.step_rule)
         return record
+
+
+def _add(total: Gradients, found: Gradients) -> None:
+    for name, gradient in found.items():
+        total[name] = total[name].add_(gradient) if name in total else gradient

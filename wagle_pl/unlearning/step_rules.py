@@ -1,0 +1,187 @@
+"""Step rules: another gradient than the objective's, from more passes over the rows of a step.
+
+To write one's own, subclass :class:`StepRule` and override ``gradient``; give its class path as
+``--model.step_rule``::
+
+    class Orthogonal(StepRule):
+        def gradient(self, step):
+            forget, retain = step.gradients["forget_loss"], step.gradients["retain_loss"]
+            along = dot(forget, retain) / dot(retain, retain)
+            return step.total(forget_loss={n: g - along * retain[n] for n, g in forget.items()})
+
+A rule sees gradients of the selected weights over the global batch, so that a step does not depend
+on how its batch is cut. ℓ_f and ℓ_r are the terms of the objective, with their weights.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+
+from wagle_pl.core.errors import WagleError, check_positive
+from wagle_pl.objectives import Objective, Streams
+
+#: Name of a tensor -> the gradient of its selected weights, of their shape.
+Gradients = dict[str, Tensor]
+Loss = Union[str, Callable[[Streams], Tensor]]
+
+
+@dataclass(eq=False)
+class Step:
+    """An optimiser's step, when all its backward passes are done."""
+
+    #: Counted from 0.
+    number: int
+    #: Name of a tensor -> its selected weights.
+    values: Mapping[str, Tensor]
+    #: Term of the objective (``forget_loss``, ``retain_loss``, ``penalty``) -> its gradient.
+    gradients: Mapping[str, Gradients]
+    #: One more forward pass over the step's rows, at the values as they are, and a backward pass of
+    #: each loss: a term, or a scalar of a micro-batch as :meth:`.Streams.mean` makes it.
+    again: Callable[..., list[Gradients]]
+
+    def total(self, **other: Gradients) -> Gradients:
+        """The gradient of the objective, with some of its terms replaced."""
+        terms = ({**self.gradients, **other}).values()
+        return {name: torch.stack([term[name] for term in terms]).sum(0) for name in self.values}
+
+    @contextmanager
+    def at(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Other values while inside; those of before, bit for bit, after it."""
+        kept = {name: value.clone() for name, value in self.values.items()}
+        try:
+            for name, value in self.values.items():
+                value.copy_(values[name])
+            yield
+        finally:
+            for name, value in self.values.items():
+                value.copy_(kept[name])
+
+
+def dot(left: Gradients, right: Gradients) -> Tensor:
+    """The scalar product of two gradients, in fp32."""
+    return torch.stack([(left[name].float() * right[name].float()).sum() for name in left]).sum()
+
+
+def norm(gradient: Gradients) -> Tensor:
+    """The 2-norm of a gradient; above 0, to divide by."""
+    return dot(gradient, gradient).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+class StepRule(ABC):
+    """What a step does with the gradients of the objective's terms before the optimiser gets one."""
+
+    @abstractmethod
+    def gradient(self, step: Step) -> Gradients:
+        """The gradient that the optimiser is given, which is clipped as any. Called without autograd."""
+
+    def check(self, objective: Objective) -> None:
+        """Refuse an objective that it cannot work with."""
+        if not objective.forget_streams:
+            raise WagleError(
+                f"step_rule {type(self).__name__} needs a forget term, and objective "
+                f"{type(objective).__name__} has none"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What lasts from step to step, for checkpoints."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take it back."""
+
+
+@dataclass
+class SAM(StepRule):
+    """Sharpness-aware minimisation of the forget term (arXiv 2502.05374).
+
+    g = ∇ℓ_f(θ + ρ ∇ℓ_f(θ)/‖∇ℓ_f(θ)‖) + ∇ℓ_r(θ), the norm and the shift over selected weights alone.
+
+    One more pass over the forget rows, and 12 bytes more a selected weight.
+
+    Args:
+        rho: ρ, how far the selected weights are shifted.
+    """
+
+    rho: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_positive(self.rho, "step_rule.rho")
+
+    def gradient(self, step: Step) -> Gradients:
+        forget = step.gradients["forget_loss"]
+        scale = self.rho / norm(forget)
+        with step.at({name: v + scale * forget[name] for name, v in step.values.items()}):
+            (shifted,) = step.again("forget_loss")
+        return step.total(forget_loss=shifted)
+
+
+@dataclass
+class MUDMAN(StepRule):
+    """Unlearn what an adversary has relearned, where that does not disrupt (arXiv 2506.12484).
+
+    r ← μr + (1 − μ)∇ℓ_r(θ), u = ∇ℓ_f(φ), g = r + u/‖u‖ ⊙ 1[sign r = sign u], and the adversary
+    φ ← φ − η_φ ∇NLL_forget(φ), which is θ again every so many steps.
+
+    As in the paper's code (MUDMAN.py at commit 36241eb) with ``--optimizer SGD`` at the unlearning
+    rate, without clipping, and a ``retain_weight`` of the retaining rate over the unlearning rate.
+    ``forget_weight`` has no effect: u is normalised. One more pass over the forget rows, and 16
+    bytes more a selected weight, 8 of them in checkpoints.
+
+    Args:
+        fork_every: steps from one copy of θ to the next.
+        adversary_lr: η_φ.
+        momentum: μ of the retain gradient.
+    """
+
+    fork_every: int = 32
+    adversary_lr: float = 1e-3
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_positive(self.fork_every, "step_rule.fork_every")
+        check_positive(self.adversary_lr, "step_rule.adversary_lr")
+        if not 0 <= self.momentum < 1:
+            raise WagleError(f"step_rule.momentum must lie in [0, 1), got {self.momentum}")
+        self._retain: Gradients = {}
+        self._adversary: Gradients = {}
+
+    def check(self, objective: Objective) -> None:
+        if missing := {"forget", "retain"} - {*objective.streams}:
+            raise WagleError(
+                f"step_rule MUDMAN needs {' and '.join(sorted(missing))} rows, which objective "
+                f"{type(objective).__name__} does not read"
+            )
+
+    def gradient(self, step: Step) -> Gradients:
+        if not self._retain:
+            self._retain = {name: torch.zeros_like(v) for name, v in step.values.items()}
+        if not self._adversary or step.number % self.fork_every == 0:
+            self._adversary = {name: v.clone() for name, v in step.values.items()}
+        with step.at(self._adversary):
+            forget, relearn = step.again(
+                "forget_loss", lambda at: at.mean("forget", at["forget"].nll)
+            )
+        size, found = norm(forget), {}
+        for name, u in forget.items():
+            retain = self._retain[name] = self._retain[name].to(u.device)
+            retain.lerp_(step.gradients["retain_loss"][name], 1 - self.momentum)
+            self._adversary[name] = (
+                self._adversary[name].to(u.device) - self.adversary_lr * relearn[name]
+            )
+            found[name] = retain + torch.where(retain.sign() == u.sign(), u / size, 0.0)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {"retain": self._retain, "adversary": self._adversary}
+        return {key: {name: v.cpu() for name, v in of.items()} for key, of in state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._retain = dict(state.get("retain", {}))
+        self._adversary = dict(state.get("adversary", {}))
