@@ -105,16 +105,21 @@ def serve() -> None:
     """Be one of the processes."""
     import power  # noqa: F401  registers a strategy by name
 
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "bin" / "benchmarks"))
+    from handled import Handled
+
     from wagle_pl.cli import app as cli
     from wagle_pl.cli.messages import mistake
     from wagle_pl.core import distributed
 
     distributed.shutdown = lambda: None  # the next command meets the same ranks
+    handled = Handled()
     for line in sys.stdin:
         folder, *args = json.loads(line)
         os.chdir(folder)
         sys.path[0] = folder  # for classes of a test's own, as on the command line
         answer: dict[str, Any] = {"code": 0, "error": None}
+        handled.clear()
         before = _memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         try:
@@ -129,7 +134,7 @@ def serve() -> None:
                 traceback.print_exc()
         except SystemExit as ended:  # what is wrong is in the log
             answer.update(code=ended.code, error="see the log")
-        answer["peak"] = _memory("VmHWM") - before
+        answer |= {"peak": _memory("VmHWM") - before, "bytes": handled.bytes}
         sys.stderr.flush()
         print(ANSWER + json.dumps(answer), flush=True)
 

@@ -452,6 +452,43 @@ def test_experts_that_one_rank_alone_uses(
                     torch.testing.assert_close(found, expected[key], rtol=1e-4, atol=1e-7)
 
 
+@pytest.fixture
+def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Four processes."""
+    running = Ranks(tmp_path_factory.mktemp("four"), count=4)
+    yield running
+    running.stop()
+
+
+def test_each_rank_does_its_part(
+    ranks: Ranks, four: Ranks, command: Any, tiny_model: str, mask: str
+):
+    """What a rank digests, unpacks, reads and writes under ZeRO-3 is 1/2 of all with two ranks, 1/4 with four."""
+    n = sum(weight.numel() for weight in weights(tiny_model).values())
+    unlearn = f"--model.objective GradDiff --model.mask {mask} --trainer.max_steps 1"
+    cases = {
+        # the fingerprint in bf16, before and after the pass
+        "AttributionModule": (
+            (ONE_PASS, "--model.save_scores fp32"),
+            {"digested": 2 * 2 * n, "unpacked": 0, "read": 4 * n, "written": 4 * n},
+        ),
+        # the fingerprint, and frozen weights in fp32 before and after
+        "UnlearnModule": (
+            (unlearn,),
+            {"digested": 2 * n + 2 * 4 * n, "unpacked": 3 * n, "read": 4 * n},
+        ),
+    }
+    for module, (options, expected) in cases.items():
+        for several in (ranks, four):
+            count = len(several.processes)
+            output = f"--model.output {module}-{count}"
+            own = (strategy("zero3", count), cut(8 // count, 1), output)
+            for answer in several(*command(module, *options, *own)):
+                for stage, whole in expected.items():
+                    found = answer["bytes"][stage]
+                    assert found == pytest.approx(whole / count, rel=0.1), (module, count, stage)
+
+
 # -- checkpoints --------------------------------------------------------------------------------------------------
 
 

@@ -66,7 +66,8 @@ def iter_places(packed: Tensor, size: int, chunk: int) -> Iterator[Tensor]:
 
 def count_bits(packed: Tensor) -> int:
     """Number of set bits."""
-    return int(np.bitwise_count(packed.cpu().numpy()).sum(dtype=np.int64))
+    parts = packed.cpu().split(CHUNK)
+    return sum(int(np.bitwise_count(part.numpy()).sum(dtype=np.int64)) for part in parts)
 
 
 def filled_bits(size: int, value: bool) -> Tensor:
