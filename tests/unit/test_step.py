@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from wagle_pl import WagleError
 from wagle_pl.core.weights import fingerprint
 from wagle_pl.data import ForgetRetainDataModule
+from wagle_pl.lm.inference import answer_places, forward_answers, pack, sequence_logprobs
 from wagle_pl.lm.models import load_model
 from wagle_pl.masks import WeightMask
 from wagle_pl.unlearning import FinetuneModule, UnlearnModule
@@ -67,3 +71,108 @@ def test_compiled_blocks_take_the_same_steps(
     )
     assert all(torch.allclose(plain[name], compiled[name], atol=1e-6) for name in plain)
     assert 1 <= counters["stats"]["unique_graphs"] <= 3 and not counters["graph_break"]
+
+
+# -- waiting for the device ---------------------------------------------------------------------------
+
+#: Operations that read a number, or a shape, from a device.
+READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim"}
+
+
+class Reads(TorchDispatchMode, L.Callback):
+    """Counts the reads of each step, by operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[Counter[str]] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.steps.append(Counter())
+        self.__enter__()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.__exit__(None, None, None)
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = function.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put_") else ()
+        by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
+        if name in READS or by_mask:
+            self.steps[-1][name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("objective", [None, "NPO", "KL"])
+def test_a_step_waits_for_the_device_once(
+    objective: str | None, tiny_model: str, rows: dict[str, str], tmp_path: Path
+) -> None:
+    """For the finite check; eager, as transformers looks for padding itself before it calls sdpa."""
+    options = {"output": str(tmp_path / "out"), "attn_implementation": "eager"}
+    if objective is None:
+        module = FinetuneModule(tiny_model, **options)
+    else:
+        module = UnlearnModule(tiny_model, objective=objective, layers="0", **options)
+    reads = Reads()
+    run(module, rows, reads, gradient_clip_val=1.0)
+    assert reads.steps == [Counter(_local_scalar_dense=1)] * 3
+
+
+# -- padding ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_rows_have_the_losses_of_padded_ones(
+    attention: str, tiny_model: str, rows: dict[str, str], tmp_path: Path
+) -> None:
+    lm = load_model(tiny_model, attn_implementation=attention)
+    data = ForgetRetainDataModule(retain=rows["retain"], tokenizer=tiny_model)
+    batch = next(iter(data.stream_loader("retain", 17)))["retain"]
+    batch["places"] = answer_places(batch["labels"])
+    packed = {**batch, **pack(batch)}
+    assert packed["packed_ids"].numel() < batch["input_ids"].numel()
+    padded_sums, packed_sums = (
+        sequence_logprobs(forward_answers(lm, inputs), batch["labels"])[0]
+        for inputs in (batch, packed)
+    )
+    assert torch.allclose(padded_sums, packed_sums, atol=1e-4, rtol=1e-6)
+    forward = (
+        lm.forward
+    )  # with a mask of ones, as transformers' own collators give, rows see others
+    lm.forward = lambda **inputs: forward(
+        **inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])}
+    )
+    wrong = sequence_logprobs(forward_answers(lm, packed), batch["labels"])[0]
+    assert (wrong - padded_sums).abs().max() > 1e-2
+
+
+def test_packed_rows_take_the_same_steps(
+    tiny_model: str, rows: dict[str, str], mask: str, tmp_path: Path
+) -> None:
+    options = {"objective": "NPO", "mask": mask}
+    padded, packed = (
+        run(
+            UnlearnModule(tiny_model, str(tmp_path / f"{packing}"), packing=packing, **options),
+            rows,
+        )
+        for packing in (False, True)
+    )
+    assert all(torch.allclose(padded[name], packed[name], atol=1e-6) for name in padded)
+
+
+def test_packing_is_refused_where_rows_would_see_each_other(
+    tiny_model: str, rows: dict[str, str], tmp_path: Path, monkeypatch: Any
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    forward = LlamaForCausalLM.forward
+
+    def with_a_mask(self: Any, **inputs: Any) -> Any:
+        ones = torch.ones_like(inputs["input_ids"])
+        given = inputs.get("attention_mask")
+        return forward(self, **inputs | {"attention_mask": ones if given is None else given})
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", with_a_mask)
+    with pytest.raises(WagleError, match=r"model\.packing.*see each other in a LlamaForCausalLM"):
+        run(FinetuneModule(tiny_model, str(tmp_path / "out"), packing=True), rows)

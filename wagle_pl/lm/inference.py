@@ -40,17 +40,68 @@ def forward_answers(
     Args:
         model: a Hugging Face causal language model.
         batch: ``input_ids``, ``attention_mask`` and ``labels``, each (B, T); and their
-            :func:`answer_places` as ``places``, if known: a GPU is waited for otherwise.
+            :func:`answer_places` as ``places``, if known: a GPU is waited for otherwise; and what
+            :func:`pack` makes of them, to run without padding.
         whole: at all (B · T,) places after all.
         apart: see :func:`~wagle_pl.lm.predictions.predict`.
     """
     places = batch.get("places")
+    if "packed_ids" in batch and not whole:
+        return predict(model, batch["packed_places"], apart, **_packed_inputs(model, batch))[1]
     if whole:
         places = torch.arange(batch["labels"].numel(), device=batch["labels"].device)
     elif places is None:
         places = answer_places(batch["labels"])
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     return predict(model, places, apart, **inputs, use_cache=False)[1]
+
+
+def pack(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The rows of a batch that has ``places``, one after the other in a single one, for
+    :func:`forward_answers`.
+
+    Positions that begin anew tell attention where a row begins, in transformers, but only where
+    there is no attention mask and no cache. (A recurrent layer does not ask: see
+    :func:`keeps_rows_apart`.)
+    """
+    real = batch["attention_mask"].flatten()
+    kept, order = real.nonzero().view(-1), real.cumsum(0) - 1
+    positions = (batch["attention_mask"].cumsum(-1) - 1).flatten()
+    return {
+        "packed_ids": batch["input_ids"].flatten()[kept][None],
+        "packed_positions": positions[kept][None],
+        "packed_places": order[batch["places"]],
+        "packed_starts": F.pad(batch["attention_mask"].sum(-1).cumsum(0), (1, 0)).int(),
+    }
+
+
+def _packed_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a model's forward takes for packed rows."""
+    inputs = {"input_ids": batch["packed_ids"], "position_ids": batch["packed_positions"]}
+    if "flash" in (model.config._attn_implementation or ""):  # which would ask the device
+        ends = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), batch["packed_starts"])
+        longest = batch["labels"].shape[1]
+        inputs |= {**ends, **dict.fromkeys(("max_length_q", "max_length_k"), longest)}
+    return {**inputs, "attention_mask": None, "use_cache": False}
+
+
+@torch.no_grad()
+def keeps_rows_apart(model: PreTrainedModel) -> bool:
+    """Whether packed rows do not see each other: tried on two rows, against padded ones and against
+    rows that do."""
+    ids = torch.arange(24, device=model.device).view(2, 12)
+    real = ids != 11  # the first row is one token short
+    batch = {"input_ids": ids, "attention_mask": real.long(), "labels": ids.where(real, IGNORE)}
+    batch["places"] = answer_places(batch["labels"])
+    packed = pack(batch)
+    joined = torch.arange(23, device=model.device)[None]
+    seeing = {**packed, "packed_positions": joined, "packed_starts": packed["packed_starts"][::2]}
+    targets = batch["labels"].flatten()[batch["places"] + 1]
+    right, tried, wrong = (
+        in_chunks(logprobs_of, forward_answers(model, batch | how), targets)[10:]  # the second row
+        for how in ({}, packed, seeing)
+    )
+    return bool((tried - right).norm() <= 0.1 * (wrong - right).norm())
 
 
 def logprobs_of(logits: Tensor, targets: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from math import prod
@@ -23,7 +24,7 @@ from wagle_pl.core.environment import peak_memory, versions
 from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.weights import parameter_shapes, share_of
 from wagle_pl.lm import resume
-from wagle_pl.lm.inference import forward_answers
+from wagle_pl.lm.inference import answer_places, forward_answers, keeps_rows_apart, pack
 from wagle_pl.lm.layers import blocks, expert_weights
 from wagle_pl.lm.models import checkpoint_dtype
 from wagle_pl.lm.module import LanguageModule
@@ -60,6 +61,8 @@ class FinetuneModule(LanguageModule):
         gradient_checkpointing: recompute activations: less memory, about a third more time.
         compile: have ``torch.compile`` make one program of each block: faster steps after the first
             ones, which take minutes; not under ZeRO-3.
+        packing: run the rows of a batch one after the other, without padding; refused where the
+            model's attention does not keep them apart.
         values: how weights that move are kept under ``bf16-true``: in ``fp32`` beside the model's
             own, 16 to 20 bytes a weight with AdamW; or ``split``, on one device: the 16 bits that
             bf16 lacks, and gradients in bf16, 12 bytes (6 with an optimiser of 8 bits), slower.
@@ -81,6 +84,7 @@ class FinetuneModule(LanguageModule):
         lr_interval: Literal["epoch", "step"] = "epoch",
         gradient_checkpointing: bool = False,
         compile: bool = False,
+        packing: bool = False,
         values: Literal["fp32", "split"] = "fp32",
         output_dtype: Optional[Literal["float32"]] = None,
         lr: Optional[float] = None,
@@ -99,6 +103,7 @@ class FinetuneModule(LanguageModule):
         self.lr_interval = lr_interval
         self.gradient_checkpointing = gradient_checkpointing
         self.compiles = compile
+        self.packing = packing
         #: Parameters (and ``lr``, if that is given) -> optimiser, and optimiser -> scheduler, from
         #: ``--optimizer`` and ``--lr_scheduler``; without a scheduler ``warmup`` and ``decay`` apply.
         self.make_optimizer: Callable[..., Optimizer] = MaskedAdamW
@@ -128,6 +133,8 @@ class FinetuneModule(LanguageModule):
         """Refuse options that cannot work and an output that exists, before any work is done."""
         super().setup(stage)
         if stage == "fit":
+            # Lightning says that the hook of the module is used: this is meant
+            warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer`")
             check_run(self)
             if self.output:
                 outputs.reserve(Path(self.output), self.overwrite, kind="folder")
@@ -248,9 +255,25 @@ class FinetuneModule(LanguageModule):
                 self.selected.step_by_tensor(optimizer)
         if is_zero(strategy):  # the dtype that DeepSpeed computes with
             self.selected.cast(next(p.dtype for p in self.lm.parameters() if p.requires_grad))
+        if self.packing:
+            self.check_packing()
         self.fitted = True
         if self.output and not self.trainer.fast_dev_run:
             distributed.on_rank_zero(lambda: outputs.check_space(self.planned_files()))
+
+    def check_packing(self) -> None:
+        """Refuse to pack rows that would see each other. Collective."""
+        training = self.lm.training
+        self.lm.eval()
+        with self.trainer.precision_plugin.forward_context():
+            apart = keeps_rows_apart(self.lm)
+        self.lm.train(training)
+        if not apart:
+            raise WagleError(
+                f"rows that are packed would see each other in a {type(self.lm).__name__} with "
+                f"{self.lm.config._attn_implementation} attention: leave it out",
+                option="model.packing",
+            )
 
     def on_train_start(self) -> None:
         """Start the clock and restore the random state of a checkpoint."""
@@ -266,6 +289,17 @@ class FinetuneModule(LanguageModule):
             self._step_start = resume.StepStart(
                 self.current_epoch, batch_idx, self.global_step, random
             )
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Note where answers are while a training batch is on the host: its device would have to
+        wait; and pack rows."""
+        if not self.trainer.training or not isinstance(batch, Mapping):
+            return batch
+        streams = {}
+        for stream, tensors in batch.items():
+            noted = {**tensors, "places": answer_places(tensors["labels"])}
+            streams[stream] = {**noted, **(pack(noted) if self.packing else {})}
+        return streams
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch."""

@@ -149,6 +149,12 @@ class UnlearnModule(FinetuneModule):
         self._references = References()
         if self.fits:
             self.objective.prepare(self.lm)
+        if self.packing and self.objective.hidden_layers:
+            raise WagleError(
+                f"objective {type(self.objective).__name__} or its retain term reads hidden states of "
+                "padded rows: leave it out",
+                option="model.packing",
+            )
         if self.adapter is not None:
             self.adapter.add(self.lm, self.model_name, self.objective.trainable)
         self.mask = self.restriction.mask(self._shapes, self.model_name, self.model_fingerprint)
