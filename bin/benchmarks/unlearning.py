@@ -1,4 +1,4 @@
-"""``bin/bench unlearning``: masked steps, precisions, cached references, optimiser state, batches that pad little."""
+"""``bin/bench unlearning``: masked steps, precisions, cached references, optimiser state, padding, a bare loop."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from common import (
     Settings,
     alternate,
     autocast,
+    count_tokens,
     fit,
     in_fresh_process,
     main,
     memory,
     padded_rows,
     result,
+    seconds,
+    shapes_of,
     step_ratio,
 )
 from torch import Tensor, nn
@@ -37,7 +40,7 @@ from wagle_pl.lm.inference import forward_answers, sequence_logprobs
 from wagle_pl.lm.tiny import create_tiny_llama
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import random_bits
-from wagle_pl.unlearning import MaskedAdamW, Streams, UnlearnModule
+from wagle_pl.unlearning import FinetuneModule, MaskedAdamW, Streams, UnlearnModule
 
 LR, WEIGHT_DECAY = 3e-5, 0.01  # as in configs/tofu
 EPOCHS = 5
@@ -394,6 +397,121 @@ def padded_epochs(settings: Settings) -> dict[str, float]:
     return {"measured": measured, "total": measured * EPOCHS * settings.rows / len(pairs)}
 
 
+# -- training against a bare loop --------------------------------------------------------------------------------------
+
+
+class Trained(FinetuneModule):
+    """Fine-tuning that writes no model."""
+
+    def export(self, record: dict[str, Any]) -> None:
+        """Leave it."""
+
+
+def train(settings: Settings, **options: Any) -> BatchTimes:
+    """Fine-tuning on all rows for two epochs; the times of its steps, and its batches."""
+    output = str(Path(settings.scratch) / "run" / "trained")
+    module = Trained(model=settings.model, output=output, overwrite=True, lr=LR, **options)
+    times = BatchTimes(keep=True)
+    fit(module, settings, [times], max_epochs=2)
+    return times
+
+
+def tokens_per_second(times: BatchTimes) -> float:
+    """Of every batch but the first, with what lies between batches."""
+    return sum(times.tokens[1:]) / (times.ends[-1] - times.starts[1])
+
+
+def bare_training(settings: Settings, batches: Sequence[Any]) -> float:
+    """Tokens a second of a plain loop over packed rows, with logits of answers alone; the first batch warms up."""
+    lm = models.load_model(settings.model).train()
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=LR, fused=True)
+    started = 0.0
+    for number, batch in enumerate(batches):
+        if number == 1:
+            started = time.perf_counter()
+        (rows,) = batch.values()
+        mask = rows["labels"][:, 1:] != -100
+        with autocast():
+            logits = lm(
+                input_ids=rows["packed_ids"],
+                position_ids=rows["packed_positions"],
+                logits_to_keep=rows["packed_places"],
+                use_cache=False,
+            ).logits[0]
+        losses = nn.functional.cross_entropy(
+            logits.float(), rows["labels"][:, 1:][mask], reduction="none"
+        )
+        by_row = torch.zeros(mask.shape).masked_scatter(mask, losses).sum(-1) / mask.sum(-1)
+        by_row.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    elapsed = time.perf_counter() - started
+    return sum(count_tokens(batch) for batch in batches[1:]) / elapsed
+
+
+def products_per_second(settings: Settings, tokens: int) -> float:
+    """Floating-point operations a second of the blocks' matrix products alone, forward and backward, in bf16."""
+    shapes = {n: s for n, s in shapes_of(settings.model).items() if len(s) == 2}
+    block = [s for n, s in shapes.items() if ".0." in n]
+    pairs = [
+        (
+            torch.randn(tokens, s[1]).bfloat16(),
+            torch.randn(s).bfloat16(),
+            torch.randn(tokens, s[0]).bfloat16(),
+        )
+        for s in block
+    ]
+
+    def run() -> None:
+        for _ in range(5):
+            for x, weight, gradient in pairs:
+                x @ weight.T, gradient @ weight, gradient.T @ x
+
+    run()
+    return 5 * 6 * tokens * sum(map(prod, block)) / seconds(run)
+
+
+def measure_training(settings: Settings) -> list[Result]:
+    """Row 7: fine-tuning in bf16 against a bare loop over the same packed rows, and against matrix products alone."""
+    batches = train(settings, packing=True).batches
+    (answers,) = {"packed_places"} & set(next(iter(batches[0].values())))
+    width = [next(iter(batch.values()))["packed_ids"].numel() for batch in batches[1:]]
+    sides: dict[str, Any] = {
+        "packed": lambda: tokens_per_second(train(settings, packing=True)),
+        "padded": lambda: tokens_per_second(train(settings)),
+        "bare": lambda: bare_training(settings, batches),
+        "products": lambda: products_per_second(settings, int(median(width))),
+    }
+    found = alternate(settings.repeats, sides)
+    at = {name: median(values) for name, values in found.items()}
+    shapes = shapes_of(settings.model)
+    of_blocks = sum(prod(s) for n, s in shapes.items() if len(s) == 2 and "layers" in n)
+    head = prod(shapes["model.embed_tokens.weight"])
+    share = sum(next(iter(b.values()))[answers].numel() for b in batches[1:]) / sum(width)
+    per_token = 6 * (of_blocks + share * head)
+    raw = {
+        "tokens_per_second": {n: v for n, v in found.items() if n != "products"},
+        "products_per_second": found["products"],
+        "operations_per_token": per_token,
+        "share_of_products": {
+            n: at[n] * per_token / at["products"] for n in ("packed", "padded", "bare")
+        },
+        "counts": "products with weights, forward and backward; not attention, norms and the optimiser",
+    }
+    best = max(at["packed"], at["padded"])
+    return [
+        result("training/speed", best / at["bare"], 1.0, True, "x a bare loop's tokens/s", raw),
+        result(
+            "training/products",
+            best * per_token / at["products"],
+            0.7,
+            True,
+            "of matrix products",
+            {},
+        ),
+    ]
+
+
 ROWS = {
     "masked_step": measure_masked_step,
     "precisions": measure_precisions,
@@ -401,6 +519,7 @@ ROWS = {
     "npo_memory": measure_npo_memory,
     "optimizer_state": measure_optimizer_state,
     "padded": measure_padded,
+    "training": measure_training,
     "logits": measure_logits,
 }
 CHILDREN = {"unlearning_peak": unlearning_peak}
