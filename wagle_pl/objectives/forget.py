@@ -364,11 +364,13 @@ class PDU(Objective):
         self.dual = float(self.retain_weight)
 
     def forget_loss(self, at: Streams) -> Tensor:
+        def margin(logits: Tensor) -> Tensor:
+            never = logits == -torch.inf  # padding of a vocabulary
+            mean = logits.masked_fill(never, 0.0).sum(-1) / (~never).sum(-1)
+            return (logits.amax(-1) - mean).square()
+
         answers = at["forget"]
-        logits = answers.predictions
-        never = logits == -torch.inf  # padding of a vocabulary
-        mean = logits.masked_fill(never, 0.0).sum(-1) / (~never).sum(-1)
-        return answers.mean_tokens((logits.amax(-1) - mean).square())
+        return answers.mean_tokens(in_chunks(margin, answers.predicted))
 
     def weights(self, at: Streams) -> dict[str, float]:
         return super().weights(at) | {"retain_loss": self.dual}
