@@ -154,6 +154,36 @@ def test_the_published_densities(benchmark, densities):
         assert mask.endswith(f"wagle-{density}.safetensors")
 
 
+#: Method -> class and options in OpenUnlearning's configurations, its gamma of the forget term as ``forget_weight``
+#: and its alpha as ``retain_weight``.
+OPEN_UNLEARNING = {
+    "altpo": ("AltPO", {"beta": 0.1, "forget_weight": 1, "retain_weight": 1}),
+    "ceu": ("CEU", {"skip_first": 1, "retain_weight": 0}),
+    "dpo": ("DPO", {"beta": 0.1, "forget_weight": 1, "retain_weight": 1}),
+    "gradascent": ("GradAscent", {"retain_weight": 0}),
+    "graddiff": ("GradDiff", {"forget_weight": 1, "retain_weight": 1}),
+    "npo": ("NPO", {"beta": 0.1, "forget_weight": 1, "retain_weight": 1}),
+    "pdu": ("PDU", {"epsilon": 0.3, "dual_step": 5, "dual_warmup": 5, "retain_weight": 100}),
+    "rmu": ("RMU", {"layer": 7, "steering": 2, "forget_weight": 1, "retain_weight": 1}),
+    "satimp": ("SatImp", {"beta1": 5, "beta2": 1, "forget_weight": 0.1, "retain_weight": 1}),
+    "simnpo": ("SimNPO", {"beta": 4.5, "gamma": 0, "forget_weight": 0.125, "retain_weight": 1}),
+    "undial": ("UNDIAL", {"beta": 10, "forget_weight": 1, "retain_weight": 0}),
+    "wga": ("WGA", {"beta": 1, "forget_weight": 1, "retain_weight": 1}),
+}
+
+
+def test_the_defaults_of_open_unlearning(monkeypatch, tiny_model, tmp_path):
+    """After a configuration whose objective has options of its own."""
+    monkeypatch.chdir(tmp_path)
+    names = ["people/unlearn", "method/open-unlearning"]
+    for method, (name, options) in OPEN_UNLEARNING.items():
+        built = build(monkeypatch, tiny_model, names, ("--run.method", method))
+        objective = built.model.objective
+        assert str(built.model.output).endswith(method)
+        assert type(objective).__name__ == name
+        assert options == {option: getattr(objective, option) for option in options}
+
+
 def test_commands_under_zero_clip_as_zero_can():
     """ZeRO keeps no whole gradients: the configurations' own clip_scope is refused there."""
     text = (CONFIGS / "README.md").read_text().replace("\\\n", " ")
@@ -279,7 +309,7 @@ def test_a_book_from_target_to_unlearning(wagle, tmp_path, tiny_model, own):
 def test_files_are_few_and_short_and_say_what_they_are(file):
     lines = file.read_text().splitlines()
     assert lines[0].startswith("# ") and len(lines) <= 40
-    assert len(FILES) <= 50
+    assert len(FILES) <= 51
 
 
 @pytest.mark.parametrize(
