@@ -111,7 +111,7 @@ def given(*options: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", MODELS)
 def test_what_a_name_stands_for(name: str) -> None:
     chosen = ("--config", "model/open-unlearning", "--run.name", name)
-    run = given("--config", "tofu/unlearn_open-unlearning", "--config", "method/npo", *chosen)
+    run = given("--config", "tofu/unlearn_open-unlearning", *chosen)
     assert run["model.model"] == f"open-unlearning/tofu_{name}_full"
     assert run["data.batch_size"] * run["trainer.accumulate_grad_batches"] == 32
     numbers = ("optimizer.lr", "optimizer.weight_decay", "trainer.max_epochs", "model.warmup")
@@ -131,15 +131,14 @@ def test_a_step_on_its_architecture_and_its_prompt(
     wagle: Any, family: Any, rows: dict[str, str], kind: str
 ) -> None:
     name = next(name for name in MODELS if name.startswith(kind))
-    configs = (
-        "--config tofu/unlearn_open-unlearning --config method/npo --config model/open-unlearning"
-    )
+    configs = "--config tofu/unlearn_open-unlearning --config model/open-unlearning"
     data = ("--data.forget", rows["forget"], "--data.retain", rows["retain"])
     quick = "--trainer.max_steps 1 --trainer.precision 32-true --trainer.callbacks null --trainer.devices 1"
     options = (f"--run.name {name} --model.model", family(kind), *data, QUIET, quick)
     ran = wagle("fit", configs, *options, data=False)
     assert ran.model.global_step == 1 and ran.model.prompts["prompt"] == FAMILIES[kind][2]
-    assert ran.model.objective.beta == 0.1
+    objective = ran.model.objective
+    assert (objective.beta, objective.reduction, objective.average) == (0.1, "sum", "tokens")
 
 
 def classifier(tiny_model: str) -> str:
@@ -193,3 +192,20 @@ def test_their_files_are_written_and_compared_with(
     shutil.copy("out/TOFU_EVAL.json", "retain90.json")
     module = wagle(*test, "--model.output again --model.retrained retain90.json", *data).model
     assert module.metrics["forget_quality"] == 1
+
+
+def test_another_objective_takes_the_means_over(
+    wagle: Any, family: Any, rows: dict[str, str]
+) -> None:
+    configs = "--config tofu/unlearn_open-unlearning --config model/open-unlearning"
+    data = ("--data.forget", rows["forget"], "--data.retain", rows["retain"])
+    quick = "--trainer.max_steps 1 --trainer.precision 32-true --trainer.callbacks null --trainer.devices 1"
+    options = (
+        f"--model.model {family('Llama-3')} --model.objective WGA --run.method wga",
+        *data,
+        QUIET,
+        quick,
+    )
+    ran = wagle("fit", configs, *options, data=False)
+    assert type(ran.model.objective).__name__ == "WGA" and ran.model.objective.average == "tokens"
+    assert ran.model.output.endswith("wga")

@@ -37,6 +37,7 @@ class Draw(NamedTuple):
 
     epoch: int  # refusals vary with it
     cells: dict[str, Cell]  # of each stream
+    whole: Mapping[str, list[int]] = {}  # rows of the global batch, of each stream
 
 
 def epoch_batches(
@@ -171,13 +172,14 @@ class GlobalBatchSampler:
         seen: dict[str, Counter[int]] = {stream: Counter() for stream in self.lengths}
         for step, batch in enumerate(self._epoch(self.epoch)):
             done = start.rows if step == start.step else 0
+            whole = {stream: rows.tolist() for stream, rows in batch.items()}
             dealt = {
                 stream: deal(rows, self.world_size, self.accumulate, seen[stream], done)
                 for stream, rows in batch.items()
             }
             for micro in range(max(0, skipped - step * self.accumulate), self.accumulate):
                 cells = {stream: cells[micro][self.rank] for stream, cells in dealt.items()}
-                yield Draw(self.epoch, cells)
+                yield Draw(self.epoch, cells, whole)
 
     def position(self, epoch: int, micro_batches: int) -> Position:
         """The place that an epoch has reached after some of its micro-batches."""

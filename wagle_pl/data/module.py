@@ -27,7 +27,7 @@ from wagle_pl.data.batches import (
     deal_batches,
     token_batches,
 )
-from wagle_pl.data.example import Example, Row, parse_rows, raw_rows
+from wagle_pl.data.example import IGNORE, Example, Row, parse_rows, raw_rows
 from wagle_pl.data.rows import load_rows, readable, spread
 from wagle_pl.data.template import Template, check_ids
 
@@ -151,6 +151,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         repeatable: Collection[str] = (),
         vocabulary: Optional[int] = None,
         tokenizer: Optional[Callable[[], PreTrainedTokenizerBase]] = None,
+        counted: Collection[str] = (),
     ) -> None:
         """Say what training batches are to hold; a LightningModule does, before it asks for any.
 
@@ -159,7 +160,10 @@ class ForgetRetainDataModule(L.LightningDataModule):
             repeatable: streams that draw the same refusals in every epoch.
             vocabulary: how many token ids the model knows: rows with others are refused.
             tokenizer: loads the model's, which is used unless ``data.tokenizer`` names one.
+            counted: streams that get ``mean_tokens``, the mean number of answer tokens of the rows
+                of the global batch.
         """
+        self.counted = frozenset(counted)
         self.streams = tuple(streams)
         self.repeatable = frozenset(repeatable)
         self.vocabulary = vocabulary
@@ -425,17 +429,25 @@ class ForgetRetainDataModule(L.LightningDataModule):
         for stream in streams:
             name = ALIGNED.get(stream, stream)
             rows, weights, occurrences = zip(*draw.cells[name], strict=True)
-            if stream == "refusal":
-                epoch = 0 if stream in self.repeatable else draw.epoch
-                encoded = [self._encode(name, row, self._refusal(row, epoch)) for row in rows]
-            elif stream == "alternate":
-                encoded = [self._encode(name, row, self._alternate(row)) for row in rows]
-            else:
-                encoded = [self.tokens(name)[row] for row in rows]
+            encoded = self._encoded(stream, rows, draw.epoch)
             columns = {"weight": weights, "row": rows, "occurrence": occurrences}
+            if stream in self.counted and name in draw.whole:
+                whole = self._encoded(stream, draw.whole[name], draw.epoch)
+                tokens = [np.count_nonzero(row["labels"][1:] != IGNORE) for row in whole]
+                columns["mean_tokens"] = [float(np.mean(tokens))] * len(rows)
             tensors = {column: torch.tensor(values) for column, values in columns.items()}
             batch[stream] = {**collate(encoded, pad_id), **tensors}
         return batch
+
+    def _encoded(self, stream: str, rows: Sequence[int], epoch: int) -> list[dict[str, np.ndarray]]:
+        """Tokens of some rows of a stream."""
+        name = ALIGNED.get(stream, stream)
+        if stream == "refusal":
+            epoch = 0 if stream in self.repeatable else epoch
+            return [self._encode(name, row, self._refusal(row, epoch)) for row in rows]
+        if stream == "alternate":
+            return [self._encode(name, row, self._alternate(row)) for row in rows]
+        return [self.tokens(name)[row] for row in rows]
 
     def _refusal(self, row: int, epoch: int) -> str:
         digest = hashlib.sha256(f"{self.seed} {epoch} {row}".encode()).digest()

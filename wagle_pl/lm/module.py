@@ -43,8 +43,10 @@ class StreamData(Protocol):
         repeatable: Collection[str],
         vocabulary: Optional[int],
         tokenizer: Callable[[], PreTrainedTokenizerBase],
+        counted: Collection[str] = (),
     ) -> None:
-        """Say which streams a training batch is to hold, for which model."""
+        """Say which streams a training batch is to hold, for which model, and of which to count the
+        tokens; that is asked of those that do alone."""
 
     def stream_loader(
         self, stream: str, batch_size: Optional[int] = None, shared: bool = False
@@ -79,6 +81,8 @@ class LanguageModule(L.LightningModule):
     streams: tuple[str, ...] = ("forget", "retain")
     #: Streams that must be the same in every epoch, as something is known of their rows beforehand.
     reference_streams: tuple[str, ...] = ()
+    #: Streams whose answer tokens are counted over each global batch.
+    counted_streams: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -145,9 +149,9 @@ class LanguageModule(L.LightningModule):
     def serve(self) -> None:
         """Tell the data module which streams this module wants, and what is known of the model."""
         if self.data is not None:
-            self.data.serve(
-                self.streams, self.reference_streams, self.vocabulary, lambda: self.tokenizer
-            )
+            counted = {"counted": self.counted_streams} if self.counted_streams else {}
+            known = (self.vocabulary, lambda: self.tokenizer)
+            self.data.serve(self.streams, self.reference_streams, *known, **counted)
 
     def fingerprint(self) -> str:
         """Digest of the weights as they are now. Collective: all ranks must call it."""

@@ -10,10 +10,10 @@ To write one's own, subclass :class:`Objective` and override ``forget_loss``; gi
         def forget_loss(self, at):
             return (at["forget"].nll - self.target) ** 2  # push the loss there, no further
 
-Every term returns one number an example, averaged over the tokens of that example and never over
-the tokens of a batch (where a paper does that, the mean here is over the tokens of a row and then
-over rows): so a step does not depend on how its batch is split. All are minimised: a term that
-ascends has the minus in it.
+Every term returns one number an example, averaged over the tokens of that example, and the loss is
+the mean over rows; where a paper averages over the tokens of a batch, ``average: tokens`` does so
+over those of the global batch: a step never depends on how its batch is split. All are minimised: a
+term that ascends has the minus in it.
 
 What options a class does not list are those of :class:`Objective`. π is the model, π₀ the target
 model, x a question, y its answer, r a refusal, |y| the answer's length in tokens, Δ the
@@ -79,6 +79,8 @@ class GradDiff(Objective):
     2401.06121).
     """
 
+    by_token = True
+
     def forget_loss(self, at: Streams) -> Tensor:
         return -at["forget"].nll
 
@@ -104,6 +106,8 @@ class WGA(Objective):
         beta: β > 0; towards 0 the term becomes gradient ascent.
     """
 
+    by_token = True
+
     beta: float = positive(1.0)
 
     def forget_loss(self, at: Streams) -> Tensor:
@@ -122,6 +126,8 @@ class SatImp(Objective):
         beta1: β₁ > 0, saturation: tokens that are already unlikely weigh less.
         beta2: β₂ > 0, importance: tokens that are nearly certain weigh less.
     """
+
+    by_token = True
 
     beta1: float = positive(5.0)
     beta2: float = positive(1.0)
@@ -187,6 +193,7 @@ class PO(Objective):
     ℓ_f = NLL(refusal | forget question), a refusal drawn for each row and epoch.
     """
 
+    by_token = True
     forget_streams = ("refusal",)
 
     def forget_loss(self, at: Streams) -> Tensor:
@@ -244,6 +251,7 @@ class KL(Objective):
     baseline "KL minimisation" is another thing: :class:`GradAscent` with ``retain: kl``.)
     """
 
+    by_token = True
     logits_at_theta0 = ("forget",)
 
     def forget_loss(self, at: Streams) -> Tensor:
@@ -261,6 +269,7 @@ class UNDIAL(Objective):
         beta: β > 0: how far the true token's logit is lowered.
     """
 
+    by_token = True
     logits_at_theta0 = ("forget",)
 
     beta: float = positive(10.0)
@@ -284,6 +293,8 @@ class CEU(Objective):
         skip_first: leave out so many tokens at the start of each answer (the paper's footnote: they
             carry no knowledge); an answer without others counts as 0.
     """
+
+    by_token = True
 
     skip_first: int = 1
 
@@ -314,6 +325,8 @@ class RandomLabel(Objective):
     Args:
         seed: of the draws.
     """
+
+    by_token = True
 
     seed: int = 0
 
@@ -349,6 +362,8 @@ class PDU(Objective):
         dual_step: η > 0.
         dual_warmup: epochs in which λ stays as it is.
     """
+
+    by_token = True
 
     epsilon: float = field(metadata={"positive": True})
     dual_step: float = positive(1.0)

@@ -108,11 +108,19 @@ class Objective(ABC):
             needed then).
         retain: the retain term: ``nll``, ``kl`` (to θ₀), ``hidden_mse`` (of a block, to θ₀),
             ``none``, or a class path to a :class:`~wagle_pl.objectives.RetainTerm`.
+        average: ``rows`` takes the mean over a row's tokens, then over rows; ``tokens`` the mean
+            over all answer tokens of the global batch, as OpenUnlearning and the Hugging Face
+            Trainer do. Terms of whole answers (NPO, SimNPO, DPO) and of hidden states are means
+            over rows either way.
 
     Raises:
         WagleError: if an option has no meaning.
     """
 
+    #: Whether the forget term is a mean over answer tokens, for ``average: tokens``.
+    by_token: ClassVar[bool] = False
+    #: How many of an answer's first tokens it leaves out.
+    skip_first: ClassVar[int] = 0
     #: Streams that the forget term reads: ``forget``; or the same rows with another answer,
     #: ``refusal`` or ``alternate``.
     forget_streams: ClassVar[tuple[str, ...]] = ("forget",)
@@ -128,11 +136,16 @@ class Objective(ABC):
     forget_weight: Weight = 1.0
     retain_weight: Weight = 1.0
     retain: Union[RetainTerm, str] = "nll"
+    average: Literal["rows", "tokens"] = "rows"
 
     def __post_init__(self) -> None:
         for option in fields(self):
             if option.metadata.get("positive"):
                 check_positive(getattr(self, option.name), f"objective.{option.name}")
+        if self.average not in ("rows", "tokens"):
+            raise WagleError(
+                f"must be rows or tokens, got {self.average!r}", option="objective.average"
+            )
         self.retain = resolve(RetainTerm, self.retain, "objective.retain")
         if isinstance(self.retain, NONE):
             self.retain_weight = 0.0
@@ -198,11 +211,14 @@ class Objective(ABC):
 
     def term(self, name: str, at: Streams) -> Optional[Tensor]:
         """A term of :data:`TERMS` without its weight, a scalar; None if there is none."""
-        what = f"objective {type(self).__name__}"
+        what, tokens = f"objective {type(self).__name__}", self.average == "tokens"
         if name == "forget_loss" and self.forget_streams:
-            return at.mean(self.forget_streams[0], self.forget_loss(at), f"{what}, forget term")
+            stream, values = self.forget_streams[0], self.forget_loss(at)
+            by_token = tokens and self.by_token
+            return at.mean(stream, values, f"{what}, forget term", by_token, self.skip_first)
         if name == "retain_loss" and self.retains:
-            return at.mean("retain", self.retain_loss(at), f"{what}, retain term")
+            values, by_token = self.retain_loss(at), tokens and self.retain.by_token
+            return at.mean("retain", values, f"{what}, retain term", by_token)
         return self.penalty(at) if name == "penalty" else None
 
     def weights(self, at: Streams) -> dict[str, float]:

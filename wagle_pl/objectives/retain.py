@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 class RetainTerm(ABC):
     """One number for each retain row, to be minimised."""
 
+    #: Whether the term is a mean over answer tokens: of ``average: tokens`` then over the batch's.
+    by_token: bool = False
     #: Whether the term needs predictions at θ₀ of the retain rows.
     logits_at_theta0: bool = False
     #: Whether the term needs logits of every position of the retain rows, not of the answers alone.
@@ -43,6 +45,8 @@ class RetainTerm(ABC):
 
 class NLL(RetainTerm):
     """(1/|y|) Σ_t −log π(y_t|x): go on learning the retain rows ("GD" in the papers)."""
+
+    by_token = True
 
     def __call__(self, at: Streams) -> Tensor:
         return at["retain"].nll
@@ -85,6 +89,10 @@ class RetainKL(RetainTerm):
     @property
     def all_positions(self) -> bool:
         return self.positions != "answer"
+
+    @property
+    def by_token(self) -> bool:
+        return self.positions == "answer"
 
     def __call__(self, at: Streams) -> Tensor:
         answers = at["retain"]

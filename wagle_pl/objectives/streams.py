@@ -198,10 +198,19 @@ class Streams(Mapping[str, Answers]):
     def __len__(self) -> int:
         return len(self.batch)
 
-    def mean(self, stream: str, values: Tensor, what: str = "values") -> Tensor:
+    def mean(
+        self,
+        stream: str,
+        values: Tensor,
+        what: str = "values",
+        by_token: bool = False,
+        skipped: int = 0,
+    ) -> Tensor:
         """Weighted sum of (B,) values, one for each row of a stream.
 
-        Once ranks and micro-batches are averaged it is the mean over the global batch.
+        Once ranks and micro-batches are averaged it is the mean over the global batch: over its
+        rows; or, of values that are means over answer tokens but the first ``skipped``, over all
+        those tokens.
 
         Raises:
             WagleError: naming ``what``, if the values have another shape.
@@ -213,4 +222,9 @@ class Streams(Mapping[str, Answers]):
         if values.shape != weight.shape:
             raise WagleError(f"{what}: must be {wanted}, got shape {tuple(values.shape)}")
         weight = weight.to(values.dtype)
+        if by_token:
+            labels = self.batch[stream]["labels"]
+            length = (labels[:, 1:] != IGNORE).sum(-1).to(values.dtype)
+            mean = self.batch[stream].get("mean_tokens", length.mean())
+            weight = weight * (length - skipped).clamp(min=0) / (mean - skipped).clamp(min=1e-6)
         return (weight * values.masked_fill(weight == 0, 0.0)).sum()

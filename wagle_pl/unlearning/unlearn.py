@@ -197,6 +197,11 @@ class UnlearnModule(FinetuneModule):
         return self.objective.references
 
     @property
+    def counted_streams(self) -> tuple[str, ...]:
+        """Streams whose answer tokens are counted over the global batch."""
+        return self.streams if self.objective.average == "tokens" else ()
+
+    @property
     def _needs_theta0(self) -> bool:
         """Whether a term needs whole predictions, or hidden states, at θ₀."""
         exact = bool(self.objective.theta0_streams) and self.reference_logits == "frozen_copy"
