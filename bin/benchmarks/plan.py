@@ -81,9 +81,11 @@ def ranks_of(strategy: str) -> int:
     return 1 if strategy == "one" else RANKS
 
 
-def command(task: str, strategy: str, precision: str, model: str, scratch: Path) -> list[str]:
+def command(
+    case: tuple[str, str, str], model: str, scratch: Path, ranks: int, callback: str, *more: str
+) -> list[str]:
     """Arguments of ``wagle fit`` for a case: a few short rows, three steps."""
-    ranks = ranks_of(strategy)
+    task, strategy, precision = case
     module = {
         "attribution": "AttributionModule",
         "unlearning": "UnlearnModule --model.objective NPO --optimizer MaskedAdamW",
@@ -98,7 +100,7 @@ def command(task: str, strategy: str, precision: str, model: str, scratch: Path)
         f"--trainer.devices {ranks} --trainer.precision {precision} --trainer.max_epochs 1 "
         f"--trainer.strategy {named} --trainer.logger false "
         "--trainer.enable_checkpointing false --trainer.enable_progress_bar false "
-        "--trainer.enable_model_summary false --trainer.callbacks+ plan.Peak"
+        f"--trainer.enable_model_summary false --trainer.callbacks+ {callback}"
     )
     paths = {
         "--trainer.callbacks.answer": scratch / "answer.json",
@@ -107,11 +109,18 @@ def command(task: str, strategy: str, precision: str, model: str, scratch: Path)
     }
     if task == "unlearning":
         paths["--model.mask"] = scratch / "mask.safetensors"
-    return [*text.split(), *(str(part) for pair in paths.items() for part in pair)]
+    return [*text.split(), *more, *(str(part) for pair in paths.items() for part in pair)]
 
 
-def measure(case: tuple[str, str, str], model: str, scratch: Path) -> dict[str, Any]:
-    """Run a case on fresh processes: their greater peak, in bytes, and the tokens of the longest row.
+def measure(
+    case: tuple[str, str, str],
+    model: str,
+    scratch: Path,
+    ranks: int,
+    callback: str = "plan.Peak",
+    *more: str,
+) -> dict[str, Any]:
+    """Run a case on fresh processes; returns what a callback has written, such as :class:`Peak`.
 
     Raises:
         WagleError: if the run fails.
@@ -121,7 +130,11 @@ def measure(case: tuple[str, str, str], model: str, scratch: Path) -> dict[str, 
     folders = [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     script = scratch / "run.py"  # Lightning starts the other rank with the same script
     script.write_text("from wagle_pl.cli.app import main\n\nmain()\n", encoding="utf-8")
-    arguments = [sys.executable, str(script), *command(*case, model, scratch)]
+    arguments = [
+        sys.executable,
+        str(script),
+        *command(case, model, scratch, ranks, callback, *more),
+    ]
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(folders)}
     done = subprocess.run(arguments, cwd=scratch, stdout=sys.stderr, env=environment)
     if done.returncode or not answer.is_file():
@@ -134,7 +147,7 @@ def compare(
 ) -> dict[str, Any]:
     """Measured and predicted peak of a case, in bytes."""
     task, strategy, precision = case
-    found = measure(case, model, scratch)
+    found = measure(case, model, scratch, ranks_of(strategy))
     planned = "auto" if strategy == "one" else strategy
     run = planning.PlannedRun(
         task,

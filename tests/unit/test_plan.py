@@ -339,6 +339,44 @@ def test_the_tables_of_the_readme_are_those_of_the_plan(seven):
         assert f"| {values} | {optimizer} | {row} |" in text
 
 
+LARGER = {
+    "Llama-2-7B": LLAMA,
+    "Llama-2-13B": LLAMA
+    | {
+        "hidden_size": 5120,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "intermediate_size": 13824,
+    },
+    "Llama-2-70B": LLAMA
+    | {
+        "hidden_size": 8192,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "intermediate_size": 28672,
+    },
+}
+WEIGHTS = {
+    "Llama-2-7B": 6_738_415_616,
+    "Llama-2-13B": 13_015_864_320,
+    "Llama-2-70B": 68_976_648_192,
+}
+
+
+@pytest.mark.parametrize("name", LARGER)
+def test_the_table_of_many_gpus_is_that_of_the_plan(name, tmp_path):
+    shape = architecture(write_config(tmp_path / name, LARGER[name]))
+    assert shape.weights == WEIGHTS[name]
+    for task in ("finetuning", "attribution", "unlearning", "test"):
+        row = []
+        for devices in (1, 2, 4, 8, 16, 32, 64):
+            options = {"density": 0.2, "max_length": 1024, "gradient_checkpointing": True}
+            run = PlannedRun(task, "zero3", devices, **options)
+            row.append(f"{peak(shape, run)[1] / 2**30:.1f}")
+        assert f"| {name} | {task} | {' | '.join(row)} |" in README.read_text()
+
+
 FILES = sorted((README.parent / "strategy").glob("[!c]*.yaml"))  # cpu.yaml is a layer over them
 
 
