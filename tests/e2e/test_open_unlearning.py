@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from helpers import LLAMA_3, QUIET
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from wagle_pl.cli import app as cli
 from wagle_pl.cli.configs import expand
+from wagle_pl.cli.lightning import WagleCLI
 
 SIZE = {
     "hidden_size": 32,
@@ -209,3 +212,38 @@ def test_another_objective_takes_the_means_over(
     ran = wagle("fit", configs, *options, data=False)
     assert type(ran.model.objective).__name__ == "WGA" and ran.model.objective.average == "tokens"
     assert ran.model.output.endswith("wga")
+
+
+def listed() -> list[tuple[str, ...]]:
+    """Commands of the list of published numbers, with its variables filled in."""
+    text = (Path(__file__).parents[2] / "configs/tofu/README.md").read_text()
+    text = text[text.index("## OpenUnlearning's models") :]
+    values = dict(re.findall(r'^(\w)="(.*?)"', text, re.MULTILINE))
+    commands = re.findall(r"^\| [\w-]+ \| .*? \| `(wagle .*)` \|$", text, re.MULTILINE)
+
+    def filled(command: str) -> str:
+        while found := re.search(r"\$\{?(\w)\}?", command):
+            command = command[: found.start()] + values[found[1]] + command[found.end() :]
+        return command
+
+    parts = [part for command in commands for part in filled(command).split(" && ")]
+    return [tuple(part.split()[1:]) for part in dict.fromkeys(parts)]
+
+
+@pytest.mark.parametrize("command", listed(), ids=lambda c: "-".join((c[0], *c[-1:])))
+def test_the_listed_commands(
+    command: tuple[str, ...], monkeypatch: Any, tiny_model: str, tmp_path: Path
+) -> None:
+    """Each makes its objects."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(WagleCLI, "_run_subcommand", lambda self, subcommand: None)
+    quiet = f"{QUIET} --trainer.devices 1 --model.model {tiny_model}".split()
+    made = cli.run([*command, *quiet])
+    if command[0] == "test":
+        assert made.model.evaluation.retrained == "runs/retain90"
+        return
+    name = type(made.model.objective).__name__
+    assert made.model.output == f"runs/tofu/Llama-3.2-1B-Instruct/{name.lower()}"
+    assert made.model.objective.average == "tokens"
+    if name == "SimNPO":
+        assert (made.model.objective.beta, made.model.objective.forget_weight) == (4.5, 0.125)
