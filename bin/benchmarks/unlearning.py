@@ -408,11 +408,11 @@ class Trained(FinetuneModule):
 
 
 def train(settings: Settings, **options: Any) -> BatchTimes:
-    """Fine-tuning on all rows for two epochs; the times of its steps, and its batches."""
+    """Fine-tuning on all rows once; the times of its steps, and its batches."""
     output = str(Path(settings.scratch) / "run" / "trained")
     module = Trained(model=settings.model, output=output, overwrite=True, lr=LR, **options)
     times = BatchTimes(keep=True)
-    fit(module, settings, [times], max_epochs=2)
+    fit(module, settings, [times], max_epochs=1)
     return times
 
 

@@ -51,7 +51,7 @@ def test_compiled_blocks_take_the_same_steps(
     tmp_path: Path,
     monkeypatch: Any,
 ) -> None:
-    """With a mask and recomputed activations; all blocks share a program, which nothing breaks."""
+    """With a mask; all blocks share a program, which nothing breaks."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     counters.clear()
     plain, compiled = (
@@ -61,7 +61,6 @@ def test_compiled_blocks_take_the_same_steps(
                 str(tmp_path / f"{compile}"),
                 objective="GradDiff",
                 mask=mask,
-                gradient_checkpointing=True,
                 compile=compile,
             ),
             rows,
