@@ -25,6 +25,7 @@ from common import (
     main,
     memory,
     padded_rows,
+    reset_peak,
     result,
     seconds,
     shapes_of,
@@ -273,9 +274,9 @@ def measure_npo_step(settings: Settings) -> list[Result]:
     return [result("npo_step", ratio, 1.05, False, "x GradDiff", raw)]
 
 
-def unlearning_peak(settings: Settings, kind: str, mask: Optional[str] = None) -> int:
+def unlearning_peak(settings: Settings, kind: str) -> int:
     """Peak memory of a whole run. For a process of its own."""
-    unlearn(settings, kind, mask, max_epochs=1)
+    unlearn(settings, kind, max_epochs=1)
     return memory("VmHWM")
 
 
@@ -291,10 +292,32 @@ def measure_npo_memory(settings: Settings) -> list[Result]:
     return [result("npo_memory", at["NPO"] / at["GradDiff"], 1.02, False, "x GradDiff", raw)]
 
 
+class StepPeak(L.Callback):
+    """How far memory grows in a micro-batch."""
+
+    def __init__(self) -> None:
+        self.start = self.bytes = 0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Forget the peak so far."""
+        self.start = reset_peak()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Measure."""
+        self.bytes = memory("VmHWM") - self.start
+
+
+def step_peak(settings: Settings, kind: str, mask: str) -> int:
+    """Memory that one step takes beyond what is there before. For a process of its own."""
+    peak = StepPeak()
+    unlearn(settings, kind, mask, [peak], max_steps=1)
+    return peak.bytes
+
+
 def measure_logits(settings: Settings) -> list[Result]:
-    """Row 7: peak memory of a small Llama with Llama-3's vocabulary, beside that with logits of whole batches."""
+    """Row 7: memory of a step with Llama-3's vocabulary, beside that with logits of whole batches."""
     texts = (row[column] for row in bundled("retain") for column in ("question", "answer"))
-    model = create_tiny_llama(f"{settings.scratch}/wide", texts, hidden_size=256, layers=8)
+    model = create_tiny_llama(f"{settings.scratch}/wide", texts, hidden_size=128, layers=2)
     lm = models.load_model(str(model))
     lm.resize_token_embeddings(VOCABULARY, mean_resizing=False)
     lm.save_pretrained(model)
@@ -302,12 +325,12 @@ def measure_logits(settings: Settings) -> list[Result]:
     mask = write_mask(wide, 0.05)
 
     def side(kind: str) -> Any:
-        return lambda: in_fresh_process(wide, "unlearning_peak", kind=kind, mask=mask)
+        return lambda: in_fresh_process(wide, "step_peak", kind=kind, mask=mask)
 
     sides = {"chunks": side("GradDiff"), "whole": side("WholeLogits")}
     peaks = alternate(settings.repeats, sides)
     at = {name: median(values) for name, values in peaks.items()}
-    raw = {"peak_bytes": peaks, "vocabulary": VOCABULARY, "batch_size": wide.batch_size}
+    raw = {"step_bytes": peaks, "vocabulary": VOCABULARY, "batch_size": wide.batch_size}
     return [result("logits", at["chunks"] / at["whole"], 0.6, False, "x whole logits", raw)]
 
 
@@ -522,7 +545,7 @@ ROWS = {
     "training": measure_training,
     "logits": measure_logits,
 }
-CHILDREN = {"unlearning_peak": unlearning_peak}
+CHILDREN = {"unlearning_peak": unlearning_peak, "step_peak": step_peak}
 
 if __name__ == "__main__":
     main("unlearning", ROWS, CHILDREN)

@@ -142,6 +142,17 @@ def test_activations_are_what_autograd_keeps(tiny_model, dtype, width, checkpoin
     assert found == pytest.approx(expected, rel=0.1 if not checkpointing else 0.3)
 
 
+def test_logits_are_planned_in_chunks(seven):
+    """Few tokens: all of them, of both streams; more: one chunk. Sharded weights make them whole, in bf16."""
+    model, fp32 = seven["Llama-2-7B"], 4 + 4
+    few = memory.logit_bytes(model, 100, 2, streams=2)
+    assert few == 2 * 100 * model.vocabulary * (2 + fp32)
+    many = [memory.logit_bytes(model, tokens, 2, streams=2) for tokens in (2000, 9000)]
+    assert many == [memory.CHUNK * (2 + fp32)] * 2
+    whole = memory.logit_bytes(model, 9000, 2, streams=2, sharded=True)
+    assert whole == many[0] + 2 * 2 * 9000 * model.vocabulary * 2
+
+
 def test_the_cache_is_what_a_generation_keeps(tiny_model):
     cache = load_model(tiny_model)(torch.randint(0, 400, (3, 20)), use_cache=True).past_key_values
     kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
