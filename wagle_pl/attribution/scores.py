@@ -283,6 +283,9 @@ class Wanda(Score):
 class Random(Score):
     """Uniform random numbers in [0, 1): the control for every other score.
 
+    Torch's generator cannot skip ahead: each of several ranks draws whole tensors, so that masks stay
+    what they were.
+
     Args:
         seed: of the numbers; those of a parameter depend on its name too.
     """
