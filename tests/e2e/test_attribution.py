@@ -53,7 +53,7 @@ def attribute(wagle: Any, tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> A
     def run(
         *args: Any, output: str = "mask", checkpoint: bool = False, **options: Any
     ) -> AttributionModule:
-        options |= {"output": output, "trainer.max_epochs": 1}
+        options = {"output": output, "trainer.max_epochs": 1, **options}
         options["trainer.enable_checkpointing"] = checkpoint
         module = wagle(*fit(tiny_model), *given(options), *args).model
         module.kept = module.sums
@@ -758,6 +758,63 @@ def test_a_checkpoint_within_a_step_keeps_the_step(attribute: Attribute, saved_a
         assert all(torch.equal(a, b) for a, b in zip(tensors, resumed.sums[name], strict=True))
 
 
+@pytest.mark.parametrize("sums", ["host", "passes=3"])
+@pytest.mark.parametrize("saved_after", [2, 7, 12, 22])
+def test_sums_elsewhere_resume_with_the_same_bits(
+    attribute: Attribute, sums: str, saved_after: int
+):
+    """In a step of the first pass, at its beginning, in the second, and (of twelve each) before the end of it."""
+    settings = {"data.batch_size": 1, "trainer.accumulate_grad_batches": 3}
+    settings["masks"] = [{"score": s} for s in ("wagle", "curvature", "wanda")]
+    attribute(output="device", **settings)
+    SaveAtMicroBatch.left = saved_after if sums != "host" else saved_after // 2
+    settings["sums"] = sums
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        stopping = ["--trainer.callbacks", f"{__name__}.SaveAtMicroBatch"]
+        attribute(*stopping, output="resumed", **settings)
+    attribute("--ckpt_path", "middle.ckpt", output="resumed", **settings)
+    for mask in Path("device").glob("*.safetensors"):
+        resumed = WeightMask.load(Path("resumed") / mask.name)
+        assert resumed == WeightMask.load(mask)
+        assert resumed.metadata["passes"] == 1 and resumed.metadata["rows"]["forget"] == 11
+    assert not list(Path().glob(".sums*")) and not list(Path("resumed").glob(".sums*"))
+
+
+class SaveAtMicroBatch(Callback):
+    """The same after a number of micro-batches of all epochs together."""
+
+    left = 0
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        type(self).left -= 1
+        if not type(self).left:
+            trainer.save_checkpoint("middle.ckpt")
+            raise KeyboardInterrupt
+
+
+class StopAtOnce(Callback):
+    """Ends the run, as ``max_time`` does, after the first micro-batch."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        trainer.should_stop = True
+
+
+def test_a_run_that_ends_before_all_passes_writes_no_mask(fails: Any, tiny_model: str):
+    options = {"output": "mask", "sums": "passes=2", "trainer.enable_checkpointing": False}
+    said = fails(*fit(tiny_model), *given(options), "--trainer.callbacks", f"{__name__}.StopAtOnce")
+    assert "pass 1 of 2 ended early, so there is no mask" in said
+    assert not Path("mask.safetensors").exists()
+
+
+def test_passes_see_the_same_rows_whatever_the_epoch(attribute: Attribute):
+    """Two epochs, refusals that vary with the epoch, checkpointing: three groups see what one does."""
+    settings = {"forget_loss": "po", "trainer.max_epochs": 2, "gradient_checkpointing": True}
+    settings |= {"hessian": "gauss_newton", "data.batch_size": 4}
+    attribute(output="device", **settings)
+    attribute(output="passes", sums="passes=3", **settings)
+    assert WeightMask.load("device") == WeightMask.load("passes")
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
@@ -778,6 +835,9 @@ def test_a_checkpoint_within_a_step_keeps_the_step(attribute: Attribute, saved_a
         ({"masks": []}, "masks is an empty list"),
         ({"masks": [{"density": 0.1}, {"density": 0.1}]}, "two masks would be called 'wagle-0.1'"),
         ({"masks": [{"sparsity": 0.1}]}, "sparsity"),
+        ({"sums": "disk"}, "sums must be device, host or passes=K"),
+        ({"sums": "passes=2", "hessian": "hutchinson"}, "needs all parameters at once"),
+        ({"sums": "passes=2", "trainer.max_steps": 3}, "cannot be bounded by steps"),
     ],
 )
 def test_mistakes_are_one_line(fails: Any, tiny_model: str, options: dict[str, Any], message: str):

@@ -77,6 +77,8 @@ MISTAKES = {
     "--density 1.5": "must be in (0, 1]",
     "--task attribution --precision 16-mixed": "not in fp16",
     "--task attribution --hessian hutchinson --strategy zero3": "needs whole parameters",
+    "--task attribution --sums passes=999": "sums 999 passes for",
+    "--task attribution --sums disk": "sums must be device, host or passes=K",
     "--frozen_copy --strategy zero3": "does not work under ZeRO-3",
     "--tokens_per_second 0": "tokens_per_second must be above 0",
 }

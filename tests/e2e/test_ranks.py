@@ -318,6 +318,18 @@ def test_one_mask_for_any_number_of_ranks(run: Any, hessian: str, strategies: li
         assert same_masks(alone, run(name, "AttributionModule", *options, cut(4, 1)))
 
 
+@pytest.mark.parametrize("name", ["ddp", "zero3"])
+def test_sums_in_host_memory_with_several_ranks(ranks: Ranks, run: Any, command: Any, name: str):
+    options = (ONE_PASS, "--model.hessian fisher --model.masks", MASKS, cut(4, 1))
+    on_device = run(name, "AttributionModule", *options)
+    on_host = run(name, "AttributionModule", *options, "--model.sums host", output="host")
+    assert same_masks(on_device, on_host)
+    answers = ranks(
+        *command("AttributionModule", *options, strategy(name), "--model.sums passes=2"), code=2
+    )
+    assert "several devices and ZeRO share sums out already" in answers[0]["error"]
+
+
 OWN_SCORES = """
 from wagle_pl.attribution import Score
 

@@ -12,7 +12,7 @@ import yaml
 from helpers import write_config
 from torch.utils.flop_counter import FlopCounterMode
 
-from wagle_pl.attribution.hessian import estimator_of
+from wagle_pl.attribution.hessian import GaussNewton, estimator_of
 from wagle_pl.lm.models import load_model
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.selected import SelectedWeights
@@ -21,6 +21,7 @@ from wagle_pl.planning import (
     architecture,
     choices,
     device_parts,
+    disk_bytes,
     host_bytes,
     memory,
     peak,
@@ -209,6 +210,9 @@ def test_values_gradients_and_state_are_what_is_kept(tiny_model, name, density, 
 @pytest.mark.parametrize(
     ("options", "most"),
     [
+        ({"task": "attribution", "sums": "host", "estimator": GaussNewton, "max_length": 2048}, 24),
+        ({"task": "attribution", "sums": "passes=8", "max_length": 2048}, 24),
+        ({"task": "attribution", "sums": "passes=16", "estimator": GaussNewton}, 24),
         ({"density": 0.05}, 24),
         ({"density": 0.1, "values": "split", "optimizer": "AdamW8bit"}, 24),
         ({"density": 0.95, "values": "split", "optimizer": "AdamW8bit"}, 80),
@@ -341,6 +345,21 @@ def test_the_tables_of_the_readme_are_those_of_the_plan(seven):
             for strategy, runs in choices(run):
                 row = " | ".join(f"{peak(shape, r)[1] / 2**30:.1f}" for r in runs)
                 assert f"| {name} | {task} | {strategy} | {row} |" in text
+        for sums in ("device", "host", "passes=8", "passes=16"):
+            scalar, auto = (
+                PlannedRun(
+                    "attribution",
+                    max_length=1024,
+                    gradient_checkpointing=True,
+                    sums=sums,
+                    estimator=of,
+                )
+                for of in (None, GaussNewton)
+            )
+            on_gpu = " | ".join(f"{peak(shape, run)[1] / 2**30:.1f}" for run in (scalar, auto))
+            beside = (host_bytes(shape, auto), disk_bytes(auto, shape.weights).get("sums", 0))
+            row = " | ".join([on_gpu, *(f"{size / 2**30:.0f}" for size in beside)])
+            assert f"| {name} | `{sums}` | {row} |" in text
     for values, optimizer in ONE_GPU:
         runs = [
             PlannedRun(density=d, values=values, optimizer=optimizer, gradient_checkpointing=True)

@@ -29,6 +29,7 @@ from wagle_pl.lm.inference import IGNORE, forward_answers
 from wagle_pl.lm.predictions import Predictions
 from wagle_pl.objectives.objective import Objective
 from wagle_pl.objectives.streams import Answers, Streams
+from wagle_pl.planning import Sums
 
 Batch = Mapping[str, Mapping[str, Tensor]]
 
@@ -120,7 +121,11 @@ class Draws(NamedTuple):
 
 
 def collect(
-    lm: nn.Module, batches: Iterable[Batch], jobs: Sequence[Job], seed: int = 0
+    lm: nn.Module,
+    batches: Iterable[Batch],
+    jobs: Sequence[Job],
+    seed: int = 0,
+    sums: str = "device",
 ) -> GradientSums:
     """Sum what jobs ask of a model's gradients over batches; no weight moves. Collective.
 
@@ -132,6 +137,8 @@ def collect(
             Hessian estimate.
         jobs: what to collect.
         seed: of what is drawn.
+        sums: ``device``, ``host`` or ``passes=K``, for which batches are iterated over K times; see
+            :class:`~wagle_pl.attribution.AttributionModule`.
 
     Returns:
         The sums by name, and ``counts["<stream>_rows"]``, the number of rows they are of.
@@ -139,14 +146,18 @@ def collect(
     Raises:
         WagleError: if a loss is NaN or infinite.
     """
-    sums, training = GradientSums(lm.named_parameters()), lm.training
+    where, training = Sums.parse(sums), lm.training
+    found = GradientSums(lm.named_parameters(), *where)
     lm.eval()
-    for step, batch in enumerate(batches):
-        complete = {stream: _with_defaults(tensors, step) for stream, tensors in batch.items()}
-        add_batch(lm, complete, jobs, sums, Draws(seed, step=step))
-        end_step(jobs, sums)
+    for group in range(where.passes):
+        found.turn(group)
+        for step, batch in enumerate(batches):
+            complete = {stream: _with_defaults(tensors, step) for stream, tensors in batch.items()}
+            add_batch(lm, complete, jobs, found, Draws(seed, step=step))
+            end_step(jobs, found)
+    found.turn(where.passes)
     lm.train(training)
-    return sums
+    return found
 
 
 def _with_defaults(tensors: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
@@ -220,7 +231,7 @@ def _add_rows(
         torch.set_grad_enabled(job.needs_graph),
         hessian.forward_context() if hessian else nullcontext(),
     ):
-        answers, loss = forward(watch=job.activations)
+        answers, loss = forward(watch=job.activations and not sums.group)
         if loss is None:
             return None
         _check_finite(job.stream, tensors, loss)
@@ -228,7 +239,8 @@ def _add_rows(
         done: Optional[tuple[Predictions, Tensor]] = (of_real_rows(answers), loss)
         if job.total or job.squares:
             with sums.into(job.total, squares=job.squares):
-                loss.backward(retain_graph=hessian is not None and reusable)
+                if loss.requires_grad:  # not where none of this pass's parameters has been used
+                    loss.backward(retain_graph=hessian is not None and reusable)
             done = done if reusable else None
         if hessian:
             labels = answers.labels.masked_fill(idle.unsqueeze(1), IGNORE)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
@@ -58,7 +58,8 @@ class MicroBatch:
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """Backward pass from a function of :meth:`forward`'s output; ``last`` frees the graph."""
-        loss.backward(retain_graph=self.reusable and not last)
+        if loss.requires_grad:  # not where none of this pass's parameters has been used
+            loss.backward(retain_graph=self.reusable and not last)
         if last or not self.reusable:
             self.done = None
 
@@ -73,7 +74,7 @@ class Hessian:
 
     #: Whether each row must be a micro-batch of its own.
     per_example = False
-    #: Whether weights may be sharded (ZeRO-3).
+    #: Whether weights may be sharded (ZeRO-3), or differentiated a group at a time.
     shardable = True
 
     # The cost of one draw, for ``wagle plan``:
@@ -284,10 +285,10 @@ class DampedHessian:
         total, weights = distributed.all_reduce_sum(both).tolist()
         return cls(total * scale / weights, diagonal, scale, damping)
 
-    def plain(self, position: int) -> Tensor:
-        """max(ĥ, 0) of one parameter, without damping."""
-        return (self.diagonal[position] * self.scale).clamp_(min=0)
+    def plain(self, position: int, rows: Any = ...) -> Tensor:
+        """max(ĥ, 0) of one parameter or of some of its rows, without damping."""
+        return (self.diagonal[position][rows] * self.scale).clamp_(min=0)
 
-    def damped(self, position: int) -> Tensor:
-        """h of one parameter."""
-        return self.plain(position).add_(self.damping * self.mean)
+    def damped(self, position: int, rows: Any = ...) -> Tensor:
+        """h of one parameter or of some of its rows."""
+        return self.plain(position, rows).add_(self.damping * self.mean)

@@ -39,7 +39,7 @@ from wagle_pl.lm.module import LanguageModule
 from wagle_pl.lm.resume import begin, keep_position, recount
 from wagle_pl.masks import SUFFIX, WeightMask, mask_path
 from wagle_pl.objectives.forget import NPO, PO, GradDiff
-from wagle_pl.planning import PlannedRun, disk_bytes
+from wagle_pl.planning import PlannedRun, Sums, disk_bytes
 from wagle_pl.strategies import ZeRO, is_zero, stage_of
 
 log = logging.getLogger(__name__)
@@ -88,6 +88,9 @@ class AttributionModule(LanguageModule):
         forget_loss: loss whose gradient is g_f: ``ce`` (negative log-likelihood), ``npo`` or ``po``
             (refusals).
         reduction: of the two gradients over examples: ``mean``, or ``sum`` as in the paper's code.
+        sums: where gradients are added up: on the ``device``; in ``host`` memory, beside the
+            backward pass; or on the device in ``passes=K`` over the data, each for a K-th of the
+            weights, with finished sums in files beside the output (one device only).
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a
             third more time.
         **kwargs: passed to :class:`~wagle_pl.lm.module.LanguageModule`.
@@ -118,6 +121,7 @@ class AttributionModule(LanguageModule):
         hessian_data: Literal["retain", "forget", "holdout"] = "retain",
         forget_loss: Literal["ce", "npo", "po"] = "ce",
         reduction: Literal["mean", "sum"] = "mean",
+        sums: str = "device",
         gradient_checkpointing: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -137,6 +141,7 @@ class AttributionModule(LanguageModule):
         self.hessian_data = hessian_data
         self.forget_loss = FORGET_LOSSES[forget_loss]()
         self.reduction = reduction
+        self.sums_option, (self._on_host, self.passes) = sums, Sums.parse(sums)
         self.gradient_checkpointing = gradient_checkpointing
         self.estimator: Optional[Hessian] = None
         kind = estimator_of(self.hessian)
@@ -166,6 +171,12 @@ class AttributionModule(LanguageModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what cannot work, and an output that exists, before any work is done."""
+        trainer = self.trainer
+        if stage == "fit":
+            if trainer.max_steps == -1 and trainer.max_epochs in (-1, 1000):  # Lightning's defaults
+                trainer.fit_loop.max_epochs = 1
+            if self.passes > 1 and not trainer.fast_dev_run:
+                self._repeat()
         super().setup(stage)
         if stage != "fit":
             return
@@ -175,7 +186,7 @@ class AttributionModule(LanguageModule):
             outputs.reserve(self._place, self.overwrite, "files" if self.several else "file")
         for score in self._scores if self.save_scores else ():
             refuse_existing(self._scores_path(score), self.overwrite, kind="folder")
-        trainer, strategy = self.trainer, self.trainer.strategy
+        strategy = trainer.strategy
         if is_zero(strategy) and not isinstance(strategy, ZeRO):
             raise WagleError(
                 "attribution under DeepSpeed needs this package's strategy: "
@@ -187,9 +198,21 @@ class AttributionModule(LanguageModule):
             stage_of(strategy),
             estimator=estimator_of(self.hessian),
             diagonal=self.hessian not in ("auto", "scalar"),
+            sums=self.sums_option,
+            devices=trainer.world_size,
         )
-        if trainer.max_steps == -1 and trainer.max_epochs in (-1, 1000):  # Lightning's defaults
-            trainer.fit_loop.max_epochs = 1
+
+    def _repeat(self) -> None:
+        """Make the Trainer go through its epochs once for each group of parameters."""
+        trainer = self.trainer
+        if trainer.max_steps != -1 or trainer.max_epochs < 1:
+            raise WagleError(
+                "several passes cannot be bounded by steps: give trainer.max_epochs or "
+                "limit_train_batches, and no max_steps",
+                option="sums",
+            )
+        self.period = trainer.max_epochs
+        trainer.fit_loop.max_epochs = self.period * self.passes
 
     def configure_callbacks(self) -> list[Callback]:
         """Release the output if the run fails."""
@@ -199,6 +222,8 @@ class AttributionModule(LanguageModule):
         """Release the output."""
         if stage == "fit" and self.output:
             outputs.release(self._place)
+        if self.period is not None:
+            self.trainer.fit_loop.max_epochs, self.period = self.period, None
 
     @property
     def _place(self) -> Path:
@@ -219,6 +244,8 @@ class AttributionModule(LanguageModule):
         files = disk_bytes(self.planned, weights)
         what = "masks" if self.several else "mask"
         planned = [outputs.Planned(what, self._place, len(self.specs) * files["mask"])]
+        if self.passes > 1:
+            planned.append(outputs.Planned("sums", self._place, files["sums"]))
         if self.save_scores:
             size = len(self._scores) * weights * DTYPES[self.save_scores].itemsize
             planned.append(outputs.Planned("scores", self._place, size))
@@ -227,7 +254,9 @@ class AttributionModule(LanguageModule):
     def configure_model(self) -> None:
         """Load the model, and check against it which parameters and modules masks name."""
         super().configure_model()
-        self.sums = GradientSums(self.lm.named_parameters())
+        folder = Path(self.output or ".").parent
+        named = self.lm.named_parameters()
+        self.sums = GradientSums(named, self._on_host, self.passes, folder)
         if self.gradient_checkpointing:
             recompute_blocks(self.lm)
         if "activation" in self.needs:
@@ -254,7 +283,7 @@ class AttributionModule(LanguageModule):
         """Switch off dropout, and DDP's averaging of gradients, which are summed here."""
         begin(self.trainer, self._loader_state)
         self._restore_sums()
-        passes, options = planned_passes(self.trainer)
+        passes, options = planned_passes(self.trainer, self.passes)
         self._one_pass_planned = passes == 1
         if not self._one_pass_planned and not self.trainer.fast_dev_run:
             message = "attribution will take %.4g passes over the forget rows, not one (%s)"
@@ -273,7 +302,12 @@ class AttributionModule(LanguageModule):
 
     def training_step(self, batch: Mapping[str, Mapping[str, Tensor]], batch_idx: int) -> Tensor:
         """Add one micro-batch to the sums."""
-        draws = Draws(self.trainer.datamodule.seed, self.current_epoch, self.global_step)
+        epoch, step = self.current_epoch, self.global_step
+        if self.period is not None:
+            self.sums.turn(epoch // self.period)
+            steps = -(-self.trainer.num_training_batches // self.trainer.accumulate_grad_batches)
+            epoch, step = epoch % self.period, step % (self.period * steps)
+        draws = Draws(self.trainer.datamodule.seed, epoch, step)
         losses = add_batch(self.lm, batch, self.jobs, self.sums, draws)
         self.log_dict({f"train/{s}_loss": loss for s, loss in losses.items()}, prog_bar=True)
         step_ends = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
@@ -296,6 +330,7 @@ class AttributionModule(LanguageModule):
         self._restore_sums()  # of a run that had nothing left to collect
         if self._within_step:  # max_time or a callback has ended the run
             end_step(self.jobs, self.sums)
+        self.sums.turn(self.passes)
         if self.fingerprint() != self.model_fingerprint:
             raise WagleError(
                 "attribution moved a weight: the mask is not written; please report this"
@@ -418,11 +453,11 @@ class AttributionModule(LanguageModule):
                 self._stored_sums = checkpoint["sums"]
 
 
-def planned_passes(trainer: L.Trainer) -> tuple[float, list[str]]:
-    """Passes over the forget rows that a Trainer is going to make, and the options that make them
-    more or fewer than one."""
+def planned_passes(trainer: L.Trainer, groups: int = 1) -> tuple[float, list[str]]:
+    """Passes over the forget rows that a Trainer is going to make for each of some groups of
+    parameters, and the options that make them more or fewer than one."""
     whole, each = len(trainer.train_dataloader), trainer.num_training_batches
-    epochs = math.inf if trainer.max_epochs == -1 else trainer.max_epochs
+    epochs = math.inf if trainer.max_epochs == -1 else trainer.max_epochs // groups
     steps = trainer.max_steps * trainer.accumulate_grad_batches
     steps = math.inf if trainer.max_steps == -1 else steps
     bounds = {
@@ -430,5 +465,6 @@ def planned_passes(trainer: L.Trainer) -> tuple[float, list[str]]:
         "max_steps": steps < epochs * each,
         "limit_train_batches": each < whole and each <= steps,
     }
-    options = [f"trainer.{name} {getattr(trainer, name)}" for name in bounds if bounds[name]]
+    given = {name: getattr(trainer, name) for name in bounds} | {"max_epochs": epochs}
+    options = [f"trainer.{name} {given[name]}" for name in bounds if bounds[name]]
     return min(epochs * each, steps) / whole, options

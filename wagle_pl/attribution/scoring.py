@@ -38,6 +38,7 @@ from wagle_pl.core.tensorfiles import write_tensors
 from wagle_pl.core.weights import gathered, parameter_shapes
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import filled_bits
+from wagle_pl.planning.memory import BLOCK
 
 FORMAT = "wagle_pl.scores"
 FORMAT_VERSION = 2
@@ -243,22 +244,38 @@ class Collected:
         of some, one at a time."""
         for position, (name, _) in enumerate(self._parameters):
             if names is None or name in names:
-                values = checked(score, self.statistics(position, score))
-                yield name, values if score.by_row else self.sums.shards[position].of(values)
+                if score.by_row:
+                    yield name, self._by_row(position, score)
+                else:
+                    values = checked(score, self.statistics(position, score))
+                    yield name, self.sums.shards[position].of(values)
+
+    def _by_row(self, position: int, score: Score) -> Tensor:
+        """Scores of this rank's rows, computed at most :data:`BLOCK` weights at a time."""
+        shape = self.sums.shards[position].own
+        rows, *rest = shape or (1,)
+        each = max(1, BLOCK // max(1, prod(rest)))
+        if rows <= each:
+            return checked(score, self.statistics(position, score))
+        found = torch.empty(shape, device=self.device or self._parameters[position][1].device)
+        for start in range(0, rows, each):
+            block = slice(start, start + each)
+            found[block] = checked(score, self.statistics(position, score, block))
+        return found
 
     @torch.no_grad()
-    def statistics(self, position: int, score: Score) -> WeightStatistics:
-        """What a score needs of one parameter: of this rank's rows if it scores by row, else of
-        all."""
+    def statistics(self, position: int, score: Score, rows: Any = ...) -> WeightStatistics:
+        """What a score needs of one parameter: of some of this rank's rows (all, unless given) if
+        it scores by row, else of all."""
         name, parameter = self._parameters[position]
         shard, needs = self.sums.shards[position], score.needs
         device = self.device or parameter.device
 
-        def part(rows: Tensor) -> Tensor:
-            return (rows if score.by_row else shard.gather(rows)).to(device)
+        def part(mine: Tensor) -> Tensor:
+            return (mine if score.by_row else shard.gather(mine)).to(device)
 
         with gathered(parameter) as weights:
-            theta = shard.of(weights) if score.by_row else weights
+            theta = shard.of(weights)[rows] if score.by_row else weights
             # a copy, since a score may modify it
             theta = theta.detach().to(device, torch.float32, copy=True)
         w = WeightStatistics(name, theta)
@@ -267,17 +284,19 @@ class Collected:
                 stream = self._forget if field.endswith("f") else "retain"
                 fisher = field.startswith("fisher")
                 scale = 1.0 / self.rows(stream) if fisher else self._scale(stream)
-                setattr(w, field, part(self.sums.buffers(field)[position]) * scale)
+                setattr(w, field, part(self.sums.buffers(field)[position][rows]) * scale)
         if "activation" in needs and name in self.vectors.get("activation", {}):
             norms = self.vectors["activation"][name].sqrt().float()
             along_rows = score.by_row and norms.ndim == theta.ndim and len(norms) == shard.shape[0]
-            w.activation = (norms[shard.start : shard.stop] if along_rows else norms).to(device)
+            w.activation = (norms[shard.start : shard.stop][rows] if along_rows else norms).to(
+                device
+            )
         if "h" in needs and self._scalar:
             w.h = torch.tensor(self.hessian.mean, device=device)
         elif "h" in needs:
-            w.h = part(self.hessian.damped(position))
+            w.h = part(self.hessian.damped(position, rows))
         if "h_diagonal" in needs:
-            w.h_diagonal, w.h_mean = part(self.hessian.plain(position)), self.hessian.mean
+            w.h_diagonal, w.h_mean = part(self.hessian.plain(position, rows)), self.hessian.mean
         return w
 
     def mask(

@@ -6,12 +6,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import gcd, prod
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
+from wagle_pl.attribution.offload import HostAdder, on_disk
 from wagle_pl.core import distributed
+from wagle_pl.core.errors import WagleError
+from wagle_pl.planning import runs_of
 from wagle_pl.strategies.checkpoint import Piece, ShardedCheckpoint
 
 #: Numbers that are copied to another dtype at a time.
@@ -84,6 +88,7 @@ class Shard:
         """All-gather of the ranks' rows, in the parameter's shape. Collective."""
         if self.ranks == 1:
             return rows
+        rows = rows.to(distributed.device())
         whole = distributed.all_gather_tensor(_padded(rows, self._each))
         return whole[: self._by_row[0]].reshape(self.shape)
 
@@ -110,11 +115,24 @@ class GradientSums:
     accumulated by autograd into the sum itself; others are added in fp32 as soon as one parameter's
     is complete, and freed before the next.
 
+    With several ``passes`` over the same rows, each is for a group of consecutive parameters, the
+    only ones that require gradients in it: see :meth:`turn`. On one device.
+
     Args:
         parameters: a model's ``named_parameters()``.
+        host: keep sums in host memory, and add there beside the backward pass.
+        passes: how many.
+        folder: on the disk to which sums of finished groups are moved; that of temporary files when
+            None.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        host: bool = False,
+        passes: int = 1,
+        folder: Optional[Path] = None,
+    ) -> None:
         names, found = zip(*parameters, strict=True)
         self.names, self.parameters = list(names), list(found)
         self.shards = [Shard(getattr(p, "ds_shape", p.shape)) for p in self.parameters]
@@ -124,8 +142,58 @@ class GradientSums:
         self.step_sums: dict[str, list[Tensor]] = {}
         #: fp64 vectors that do not have the parameter's shape: name -> parameter -> this rank's.
         self.vectors: dict[str, dict[str, Tensor]] = {}
-        #: Numbers of rows: this rank's.
+        #: Numbers of rows: this rank's, of the last pass.
         self.counts: dict[str, float] = {}
+        self._groups = runs_of([shard.total for shard in self.shards], passes)
+        self._folder = folder
+        self._counts_of_first: dict[str, float] = {}
+        self._adder = HostAdder(self.parameters[0].device) if host else None
+        self._begin(0)
+
+    # -- groups of parameters ----------------------------------------------------------------------
+
+    def _begin(self, group: int) -> None:
+        """Make room for the sums of a group; behind the last, all parameters are as they were."""
+        ended = group == len(self._groups)
+        #: The group that the pass is for, and the positions of its parameters.
+        self.group, self.here = group, range(0) if ended else self._groups[group]
+        if len(self._groups) > 1:
+            for position, parameter in enumerate(self.parameters):
+                parameter.requires_grad_(ended or position in self.here)
+        for tensors in self.sums.values():
+            for position in self.here:
+                tensors[position] = self._zeros(position)
+
+    def turn(self, group: int) -> None:
+        """Go on with the next pass, or behind the last end: what the group has summed moves to the
+        disk.
+
+        Raises:
+            WagleError: if a pass has not seen the rows that the first has.
+        """
+        if group == self.group or len(self._groups) == 1:
+            return
+        self._counts_of_first = self._counts_of_first or self.counts
+        if group != self.group + 1 or self.counts != self._counts_of_first:
+            raise WagleError(
+                f"pass {self.group + 1} of {len(self._groups)} ended early, so there is no mask: "
+                "resume the run from its last checkpoint"
+            )
+        for tensors in self.sums.values():
+            for position in self.here:
+                tensors[position] = on_disk(tensors[position], self._folder)
+        self.step_sums.clear()
+        if group < len(self._groups):
+            self.counts = {}
+        self._begin(group)
+
+    def _zeros(self, position: int) -> Tensor:
+        """A sum of this rank's rows; nothing where another pass is for the parameter."""
+        if position not in self.here:
+            return torch.empty(0)
+        host = self._adder is not None
+        device = torch.device("cpu") if host else self.parameters[position].device
+        return self.shards[position].zeros(device)
 
     @property
     def sharded(self) -> bool:
@@ -136,8 +204,7 @@ class GradientSums:
         """The sums of one name, over the run or over the step, in parameter order."""
         sums = self.step_sums if in_step else self.sums
         if name not in sums:
-            devices = (parameter.device for parameter in self.parameters)
-            sums[name] = [s.zeros(device) for s, device in zip(self.shards, devices, strict=True)]
+            sums[name] = list(map(self._zeros, range(len(self.parameters))))
         return sums[name]
 
     # -- while the pass runs -----------------------------------------------------------------------
@@ -163,13 +230,16 @@ class GradientSums:
         waiting: dict[int, Tensor] = {}
 
         def add(position: int, gradient: Tensor) -> None:
-            gradient = gradient.float()
+            adder, shard = self._adder, self.shards[position]
+            if adder is None or squares or several_ranks:  # else widened in host memory
+                gradient = gradient.float()
             if totals:
-                mine = self.shards[position].scatter_sum(gradient)
+                mine = shard.scatter_sum(gradient)
                 for buffers in totals:
-                    buffers[position].add_(mine.to(buffers[position].device))
+                    self._add(buffers[position], mine)
             if squares:
-                self.add(squared, position, gradient.square_())
+                square = gradient.square_() if adder is None else gradient.square()
+                self._add(squared[position], shard.scatter_sum(square))
 
         @torch.no_grad()
         def take(position: int, parameter: nn.Parameter) -> None:
@@ -183,7 +253,9 @@ class GradientSums:
 
         hooks = []
         in_place = len(totals) == 1 and not squares and not several_ranks and not self.sharded
-        for position, parameter in enumerate(self.parameters):
+        in_place = in_place and self._adder is None
+        for position in self.here:
+            parameter = self.parameters[position]
             if in_place and parameter.dtype == torch.float32:
                 parameter.grad = totals[0][position]
             else:
@@ -203,11 +275,20 @@ class GradientSums:
                 hook.remove()
             for parameter in self.parameters:
                 parameter.grad = None
+            if self._adder is not None:
+                self._adder.wait()
+
+    def _add(self, total: Tensor, mine: Tensor) -> None:
+        if self._adder is None:
+            total.add_(mine.to(total.device))
+        else:
+            self._adder.add(total, mine)
 
     def add(self, buffers: Sequence[Tensor], position: int, whole: Tensor) -> None:
         """Add the ranks' tensors of one parameter's shape to a sum. Collective."""
-        mine = self.shards[position].scatter_sum(whole)
-        buffers[position].add_(mine.to(buffers[position].device))
+        self._add(buffers[position], self.shards[position].scatter_sum(whole))
+        if self._adder is not None:
+            self._adder.wait()
 
     @torch.no_grad()
     def fold(
@@ -215,7 +296,8 @@ class GradientSums:
     ) -> None:
         """End a step: add the elementwise square of its sum, over all micro-batches and ranks, to
         the sum ``squares``, or each parameter's squared norm to a vector, and reset it."""
-        for position, gradient in enumerate(self.step_sums.get(name, [])):
+        for position in self.here if name in self.step_sums else ():
+            gradient = self.step_sums[name][position]
             if squares:
                 self.buffers(squares)[position].addcmul_(gradient, gradient)
             if squared_norm:
@@ -285,13 +367,30 @@ class GradientSums:
                 whole = shard.gather(tensor)
                 if distributed.rank() == 0:
                     sums[name].append(whole.cpu() if distributed.is_distributed() else whole)
-        return {"sums": sums, **self.small()}
+        done = {"passes": len(self._groups), "group": self.group, "first": self._counts_of_first}
+        return {"sums": sums, **done, **self.small()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave, on the device of the parameters."""
+        """Restore what :meth:`state_dict` gave.
+
+        Raises:
+            WagleError: if it is of a run with another number of passes.
+        """
+        if (passes := state_dict.get("passes", 1)) != len(self._groups):
+            raise WagleError(
+                f"the checkpoint's run made {passes} passes, this one makes {len(self._groups)}",
+                "sums",
+                f"give --model.sums {f'passes={passes}' if passes > 1 else 'device or host'}",
+            )
+        self._begin(state_dict.get("group", 0))
+        self._counts_of_first = state_dict.get("first", {})
         for name, tensors in state_dict["sums"].items():
-            for shard, mine, whole in zip(self.shards, self._restored(name), tensors, strict=True):
-                mine.copy_(shard.of(whole))
+            buffers = self._restored(name)
+            for position, whole in enumerate(tensors):
+                if position in self.here:
+                    buffers[position].copy_(self.shards[position].of(whole))
+                else:  # of a group that is finished, or to come
+                    buffers[position] = on_disk(whole, self._folder)
         self._load_small(state_dict)
 
     def parts(self) -> Iterator[Piece]:

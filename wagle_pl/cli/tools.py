@@ -242,6 +242,7 @@ def plan(
     accelerator: Literal["gpu", "cpu"] = "gpu",
     density: float = 0.2,
     hessian: str = "auto",
+    sums: str = "device",
     optimizer: str = "MaskedAdamW",
     values: str = "fp32",
     batch_size: int = 1,
@@ -265,6 +266,7 @@ def plan(
         density: share of weights in the mask; 1 is unlearning without one.
         hessian: of attribution, as model.hessian: scalar, auto, gauss_newton, fisher, hutchinson,
             or a class path.
+        sums: of attribution, as model.sums: device, host or passes=K.
         optimizer: MaskedAdamW, AdamW, AdamW8bit (two moments of 8 bits) or SGD.
         values: how the weights that move are kept, as model.values: fp32, or split (bf16-true on
             one device).

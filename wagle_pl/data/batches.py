@@ -142,6 +142,8 @@ class GlobalBatchSampler:
     rank: int = 0
     seed: int = 0
     epoch: int = 0
+    #: Epochs after which the same batches come again; None for never.
+    period: Optional[int] = None
     #: Where the next iteration begins, if it is of that epoch.
     start: Position = field(default_factory=Position)
 
@@ -179,7 +181,7 @@ class GlobalBatchSampler:
             }
             for micro in range(max(0, skipped - step * self.accumulate), self.accumulate):
                 cells = {stream: cells[micro][self.rank] for stream, cells in dealt.items()}
-                yield Draw(self.epoch, cells, whole)
+                yield Draw(self._drawn(self.epoch), cells, whole)
 
     def position(self, epoch: int, micro_batches: int) -> Position:
         """The place that an epoch has reached after some of its micro-batches."""
@@ -193,7 +195,10 @@ class GlobalBatchSampler:
         return position.step * self.accumulate + within
 
     def _epoch(self, epoch: int) -> list[dict[str, np.ndarray]]:
-        return epoch_batches(self.lengths, self.global_batch, self.seed, epoch)
+        return epoch_batches(self.lengths, self.global_batch, self.seed, self._drawn(epoch))
+
+    def _drawn(self, epoch: int) -> int:
+        return epoch % self.period if self.period else epoch
 
     def _bounds_of(self, epoch: int, step: int) -> list[int]:
         streams = self._epoch(epoch)[step].values()

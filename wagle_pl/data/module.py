@@ -152,6 +152,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         vocabulary: Optional[int] = None,
         tokenizer: Optional[Callable[[], PreTrainedTokenizerBase]] = None,
         counted: Collection[str] = (),
+        period: Optional[int] = None,
     ) -> None:
         """Say what training batches are to hold; a LightningModule does, before it asks for any.
 
@@ -162,12 +163,14 @@ class ForgetRetainDataModule(L.LightningDataModule):
             tokenizer: loads the model's, which is used unless ``data.tokenizer`` names one.
             counted: streams that get ``mean_tokens``, the mean number of answer tokens of the rows
                 of the global batch.
+            period: epochs after which the same batches come again; None for never.
         """
         self.counted = frozenset(counted)
         self.streams = tuple(streams)
         self.repeatable = frozenset(repeatable)
         self.vocabulary = vocabulary
         self.model_tokenizer = tokenizer
+        self.period = period
 
     # -- what a subclass overrides -----------------------------------------------------------------
 
@@ -373,7 +376,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
             )
         accumulate = getattr(self.trainer, "accumulate_grad_batches", 1)
         sampler = GlobalBatchSampler(
-            lengths, self.batch_size, accumulate, world_size, rank, self.seed
+            lengths, self.batch_size, accumulate, world_size, rank, self.seed, period=self.period
         )
         digests = {}
         for name in sets:

@@ -44,9 +44,10 @@ class StreamData(Protocol):
         vocabulary: Optional[int],
         tokenizer: Callable[[], PreTrainedTokenizerBase],
         counted: Collection[str] = (),
+        period: Optional[int] = None,
     ) -> None:
-        """Say which streams a training batch is to hold, for which model, and of which to count the
-        tokens; that is asked of those that do alone."""
+        """Say which streams a training batch is to hold, for which model, of which to count the
+        tokens, and after how many epochs to repeat batches: these two only where they are wanted."""
 
     def stream_loader(
         self, stream: str, batch_size: Optional[int] = None, shared: bool = False
@@ -83,6 +84,8 @@ class LanguageModule(L.LightningModule):
     reference_streams: tuple[str, ...] = ()
     #: Streams whose answer tokens are counted over each global batch.
     counted_streams: tuple[str, ...] = ()
+    #: Epochs after which the same batches come again; None for never.
+    period: Optional[int] = None
 
     def __init__(
         self,
@@ -149,9 +152,10 @@ class LanguageModule(L.LightningModule):
     def serve(self) -> None:
         """Tell the data module which streams this module wants, and what is known of the model."""
         if self.data is not None:
-            counted = {"counted": self.counted_streams} if self.counted_streams else {}
+            more = {"counted": self.counted_streams, "period": self.period}
+            asked = {option: value for option, value in more.items() if value}
             known = (self.vocabulary, lambda: self.tokenizer)
-            self.data.serve(self.streams, self.reference_streams, *known, **counted)
+            self.data.serve(self.streams, self.reference_streams, *known, **asked)
 
     def fingerprint(self) -> str:
         """Digest of the weights as they are now. Collective: all ranks must call it."""

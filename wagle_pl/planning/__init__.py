@@ -16,7 +16,15 @@ from wagle_pl.planning.memory import (
     step_flops,
     step_tokens,
 )
-from wagle_pl.planning.planned import STRATEGIES, Architecture, PlannedRun, architecture, choices
+from wagle_pl.planning.planned import (
+    STRATEGIES,
+    Architecture,
+    PlannedRun,
+    Sums,
+    architecture,
+    choices,
+    runs_of,
+)
 
 __all__ = [
     "GIB",
@@ -26,6 +34,7 @@ __all__ = [
     "Architecture",
     "Part",
     "PlannedRun",
+    "Sums",
     "architecture",
     "at",
     "choices",
@@ -33,6 +42,7 @@ __all__ = [
     "disk_bytes",
     "host_bytes",
     "peak",
+    "runs_of",
     "step_flops",
     "step_tokens",
 ]

@@ -17,12 +17,14 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from wagle_pl.lm.predictions import CHUNK
-from wagle_pl.planning.planned import Architecture, PlannedRun
+from wagle_pl.planning.planned import Architecture, PlannedRun, runs_of
 
 GIB = 1 << 30
 FP32 = 4
 #: Numbers in a bucket of DeepSpeed's, if the model has as many (Lightning's default).
 BUCKET = 200_000_000
+#: Weights that attribution scores at a time, of a larger tensor.
+BLOCK = 1 << 22
 #: Weights that ZeRO-3 keeps together on a rank at most (``stage3_max_live_parameters``).
 LIVE = 1_000_000_000
 #: Bytes in a bucket of DDP's broadcast of the parameters (torch's default).
@@ -140,25 +142,36 @@ def attribution_parts(model: Architecture, run: PlannedRun) -> list[Part]:
 
     A gradient stands for one tensor at a time: w M (twice where it is embedding and output matrix),
     4 M in fp32 if it is narrower, and with several ranks 4 M to add it up in and 4 M / R of the
-    sum. On one device an fp32 gradient is added to its sum in place. Scores of a tensor's rows need
-    five fp32 tensors of them.
+    sum. On one device an fp32 gradient is added to its sum in place. Scores of a tensor are
+    computed 2²² weights at a time, which needs five fp32 tensors of these.
+
+    ``host``: sums are in CPU memory, with two pinned buffers of w M; on the device w M more is on
+    its way there, and a narrower gradient is widened there. ``passes=K``: sums of the largest
+    group of parameters, about N / K weights; those of finished groups are in files.
     """
     w, n, m, ranks = run.width, model.weights, model.largest, run.devices
     gpu = run.accelerator == "gpu"
     gradient = (2 if model.tied else 1) * w * m
-    if w < FP32:
+    host, passes = run.in_sums
+    if w < FP32 and (ranks > 1 or not host):
         gradient += FP32 * m
     if ranks > 1:
         gradient += FP32 * m + FP32 * m / ranks
-    theta = 1 if w < FP32 or run.stage == 3 else 0
+    groups = runs_of(model.sizes, passes)
+    share = max(sum(model.sizes[i] for i in group) for group in groups) / ranks
+    when = (FORWARD, BACKWARD, STEP) if passes > 1 else RUNNING
     parts = [
-        Part("sums of gradients", sums_per_weight(run) * n / ranks),
+        Part("sums of gradients", sums_per_weight(run) * share, when, "host" if host else "device"),
         Part("gradient of one tensor", gradient, (BACKWARD,)),
-        Part("scores of one tensor", (4 + theta) * FP32 * m / ranks, (END,)),
+        Part("scores of one tensor", FP32 * (m / ranks + 5 * min(BLOCK, m / ranks)), (END,)),
         Part("mask bits", n / 8, (END,), "host" if gpu else "device"),
     ]
     if run.stage == 0 and ranks > 1 and gpu:  # on a CPU memory that is not touched takes no room
         parts.append(Part("buckets of DDP, unused", n * w))
+    if host and gpu:
+        width = w if ranks == 1 else FP32 / ranks
+        parts.append(Part("gradient on its way", width * m, (BACKWARD,)))
+        parts.append(Part("pinned buffers", 2 * width * m, RUNNING, "host"))
     if run.estimator and run.estimator.temporaries:
         tensors = run.estimator.temporaries * n * w
         parts.append(Part("tensors of the Hessian estimate", tensors, (BACKWARD,)))
@@ -354,7 +367,8 @@ def disk_bytes(run: PlannedRun, weights: int, stored: int = 0) -> dict[str, floa
     if run.task == "test":
         return {}
     if run.task == "attribution":
-        return {"mask": weights / 8, "checkpoint": lasting_sums(run) * weights}
+        files = {"mask": weights / 8, "checkpoint": lasting_sums(run) * weights}
+        return files | ({"sums": files["checkpoint"]} if run.in_sums.passes > 1 else {})
     moving = weights * run.moving
     checkpoint = FP32 * moving + state_bytes(run.optimizer, moving)
     return {"checkpoint": checkpoint, "model": weights * stored}
@@ -384,4 +398,5 @@ def step_flops(model: Architecture, run: PlannedRun) -> float:
         forward += 0.5 if run.stage == 3 else 0
     if run.gradient_checkpointing:
         forward += backward
+    forward, backward = (run.in_sums.passes * passes for passes in (forward, backward))
     return (2 * forward + 4 * backward) * n * step_tokens(run)

@@ -43,6 +43,48 @@ STRATEGIES = {
 }
 
 
+class Sums(NamedTuple):
+    """Where attribution adds up gradients: the option ``sums``.
+
+    Raises:
+        WagleError: from :meth:`parse`, if it is none of ``device``, ``host`` and ``passes=K``.
+    """
+
+    host: bool = False
+    passes: int = 1
+
+    @classmethod
+    def parse(cls, option: str) -> Sums:
+        """From the option's text."""
+        if option in ("device", "host"):
+            return cls(host=option == "host")
+        name, _, number = option.partition("=")
+        if name != "passes" or not number.isdecimal() or int(number) < 1:
+            raise WagleError(f"must be device, host or passes=K, got {option!r}", option="sums")
+        return cls(passes=int(number))
+
+
+def runs_of(sizes: Sequence[int], count: int) -> list[range]:
+    """``count`` runs of consecutive tensors, none empty, of about as many numbers each.
+
+    >>> runs_of([5, 1, 1, 1, 2], 3)
+    [range(0, 1), range(1, 4), range(4, 5)]
+
+    Raises:
+        WagleError: if there are fewer tensors.
+    """
+    if count > len(sizes):
+        raise WagleError(f"{count} passes for {len(sizes)} parameters", "sums", "take fewer")
+    bounds = [0]
+    for left in range(count, 1, -1):
+        end = bounds[-1] + 1
+        share, taken = sum(sizes[bounds[-1] :]) / left, sizes[bounds[-1]]
+        while len(sizes) - end > left - 1 and taken + sizes[end] / 2 <= share:
+            taken, end = taken + sizes[end], end + 1
+        bounds.append(end)
+    return [range(*bound) for bound in zip(bounds, [*bounds[1:], len(sizes)], strict=True)]
+
+
 class Architecture(NamedTuple):
     """What the formulas need of a model.
 
@@ -169,6 +211,7 @@ class PlannedRun:
     density: float = 0.2
     estimator: Optional[HessianCost] = None
     diagonal: bool = False
+    sums: str = "device"
     optimizer: str = "MaskedAdamW"
     values: str = "fp32"
     batch_size: int = 1
@@ -208,11 +251,16 @@ class PlannedRun:
             )
         if self.task == "attribution" and self.precision.startswith("16"):
             raise WagleError("attribution runs in 32-true, bf16-mixed or bf16-true, not in fp16")
-        if self.stage == 3 and self.estimator is not None and not self.estimator.shardable:
+        whole = self.estimator is not None and not self.estimator.shardable
+        if self.stage == 3 and whole:
             raise WagleError(
                 "this Hessian estimate needs whole parameters, which ZeRO-3 shards: choose another "
                 "stage"
             )
+        if self.in_sums.passes > 1 and (whole or self.devices > 1 or self.stage):
+            reason = "this Hessian estimate needs all parameters at once"
+            reason = reason if whole else "several devices and ZeRO share sums out already"
+            raise WagleError(f"{self.sums} cannot be: {reason}", "sums", "use host or device")
         if self.stage == 3 and self.frozen_copy:
             raise WagleError(
                 "a frozen copy of the model does not work under ZeRO-3; choose another stage"
@@ -226,6 +274,11 @@ class PlannedRun:
             options["optimizer"] = "SGD"
         known = precision if precision in PRECISIONS else "16-true"
         return cls(task, f"deepspeed_stage_{stage}" if stage else "ddp", precision=known, **options)
+
+    @property
+    def in_sums(self) -> Sums:
+        """The option ``sums``, read."""
+        return Sums.parse(self.sums) if self.task == "attribution" else Sums()
 
     @property
     def spread(self) -> Strategy:
@@ -272,5 +325,7 @@ def choices(
     sharded = ["zero3", "zero3_offload"] if run.accelerator == "gpu" else ["zero3"]
     if run.frozen_copy or (run.estimator is not None and not run.estimator.shardable):
         sharded = []
+    sums = "device" if run.in_sums.passes > 1 else run.sums
     for name in ["ddp", "zero1", "zero2", *sharded]:
-        yield name, [replace(run, strategy=name, devices=count, values="fp32") for count in devices]
+        other = replace(run, strategy="auto", devices=1, values="fp32", sums=sums)
+        yield name, [replace(other, strategy=name, devices=count) for count in devices]
