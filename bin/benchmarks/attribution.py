@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -35,7 +37,9 @@ from wagle_pl.attribution.selection import select
 from wagle_pl.core.weights import fingerprint
 from wagle_pl.lm import models
 from wagle_pl.lm.inference import forward_answers, sequence_logprobs
+from wagle_pl.lm.tiny import create_tiny_llama
 from wagle_pl.masks import WeightMask
+from wagle_pl.planning import runs_of
 
 DENSITY = 0.2
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -315,6 +319,120 @@ def measure_memory(settings: Settings) -> list[Result]:
     return results
 
 
+# -- where sums are ---------------------------------------------------------------------------------------------------
+
+
+#: Llamas: hidden size, inner size of the MLP, layers, heads, heads of keys, vocabulary. 1.2b is Llama-3.2-1B.
+SHAPES = {
+    "tiny": (64, 192, 4, 4, 2, 4096),
+    "0.25b": (1024, 4096, 12, 16, 4, 65536),
+    "1.2b": (2048, 8192, 16, 32, 8, 128256),
+}
+PASSES = 4
+PLACES = ("floor", "device", "host", f"passes={PASSES}")
+
+
+def random_llama(settings: Settings) -> str:
+    """Folder of a model of the settings' shape, in bf16, made once, with a tokenizer of the rows' own."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = Path(settings.scratch) / settings.shape
+    if not folder.exists():
+        text = [
+            Path(file).read_text(encoding="utf-8") for file in (settings.forget, settings.retain)
+        ]
+        create_tiny_llama(folder, text, vocab_size=2048)
+        hidden, inner, layers, heads, keys, vocabulary = SHAPES[settings.shape]
+        config = LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=keys,
+            vocab_size=vocabulary,
+            tie_word_embeddings=True,
+            dtype=torch.bfloat16,
+        )
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.bfloat16)
+        LlamaForCausalLM(config).save_pretrained(folder)
+        torch.set_default_dtype(torch.float32)
+    return str(folder)
+
+
+class OwnMemory(L.Callback):
+    """The largest memory of this process, without pages of files, from the end of the first micro-batch on, when all
+    sums are in place: read every two milliseconds. And the seconds of the pass."""
+
+    def __init__(self) -> None:
+        self.peak, self.started, self.seconds = 0, 0.0, 0.0
+        self._running = False
+
+    def on_train_start(self, *_: Any) -> None:
+        """The model is in memory."""
+        self.started = time.perf_counter()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Begin to look."""
+        if not self._running:
+            self._running = True
+            threading.Thread(target=self._look, daemon=True).start()
+
+    def on_train_end(self, *_: Any) -> None:
+        """The masks are still to be made."""
+        self.seconds = time.perf_counter() - self.started
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        """Cease to look."""
+        self._running = False
+
+    def _look(self) -> None:
+        while self._running:
+            self.peak = max(self.peak, memory("RssAnon"))
+            time.sleep(0.002)
+
+
+def sums_peak(settings: Settings, place: str) -> dict[str, float]:
+    """Peak beyond that of the libraries, and seconds, of an attribution in bf16. For a process of its own."""
+    settings.model = random_llama(settings)
+    before, found = memory("RssAnon"), OwnMemory()
+    if place == "floor":
+        output = str(Path(settings.scratch) / place)
+        module = Floor(model=settings.model, output=output, **KEPT["no_hessian"])
+    else:
+        module = attribution(settings, place, sums=place)
+    fit(module, settings, [found], max_epochs=1, precision="bf16-true")
+    return {"bytes": found.peak - before, "seconds": found.seconds}
+
+
+def measure_sums(settings: Settings) -> list[Result]:
+    """Row 6: sums in host memory and in several passes, each in a process of its own, on a Llama with random weights.
+
+    On a CPU the sums themselves are subtracted: what is left is what a GPU would hold. Its bar is forward passes alone.
+    """
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072")  # what is freed leaves the process
+    model = random_llama(settings)
+    sides = {p: lambda p=p: in_fresh_process(settings, "sums_peak", place=p) for p in PLACES}
+    runs = alternate(settings.repeats, sides)
+    sizes = [prod(shape) for shape in shapes_of(model).values()]
+    at = {place: median(run["bytes"] for run in runs[place]) for place in PLACES}
+    times = {place: median(run["seconds"] for run in runs[place]) for place in PLACES}
+    masks = [WeightMask.load(Path(settings.scratch) / place) for place in PLACES[1:]]
+    raw = {"shape": settings.shape, "weights": sum(sizes), "precision": "bf16-true", "runs": runs}
+    raw["same_masks"] = all(mask == masks[0] for mask in masks)
+    raw["subtracted"] = "interpreter and libraries; of host, 8 bytes a weight of sums"
+    group = max(sum(sizes[i] for i in run) for run in runs_of(sizes, PASSES))
+    on_device = {"host": at["host"] - 8 * sum(sizes), PLACES[-1]: at[PLACES[-1]] - 8 * group}
+    limits = {"host": 1.5, PLACES[-1]: PASSES}
+    results = []
+    for place, size in on_device.items():
+        memory_of = size / at["floor"]
+        results.append(result(f"sums/{place}/memory", memory_of, 1.1, False, "x forward", raw))
+        ratio = times[place] / times["device"]
+        results.append(result(f"sums/{place}/time", ratio, limits[place], False, "x device", raw))
+    return results
+
+
 def measure_mask_file(settings: Settings) -> list[Result]:
     """Row 5: the file of one mask."""
     scores = random_scores(settings.model)
@@ -331,9 +449,14 @@ ROWS = {
     "gradient_pass": measure_gradient_pass,
     "whole": measure_whole,
     "memory": measure_memory,
+    "sums": measure_sums,
     "mask_file": measure_mask_file,
 }
-CHILDREN = {"selection_extra": selection_extra, "attribution_peak": attribution_peak}
+CHILDREN = {
+    "selection_extra": selection_extra,
+    "attribution_peak": attribution_peak,
+    "sums_peak": sums_peak,
+}
 
 if __name__ == "__main__":
     main("attribution", ROWS, CHILDREN)

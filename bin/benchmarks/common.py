@@ -57,6 +57,7 @@ class Settings:
     padded: int = 512  # tokens that the baselines pad every row to
     baseline_rows: int = 8  # that a baseline's pass is timed on; the time is scaled to all rows
     baseline_densities: int = 1  # that a baseline writes; the time is scaled to all
+    shape: str = "0.25b"  # of a Llama with random weights, where a row makes one
 
     @property
     def forget(self) -> str:
@@ -276,6 +277,7 @@ def _options(benchmark: str, rows: Mapping[str, Measure]) -> argparse.Namespace:
     add("--tofu", help="folder with TOFU's forget01.json and retain99.json; default: the people")
     add("--rows", help=f"which to measure, of {','.join(rows)}; default: all")
     add("--repeats", type=int, help="how often each side is measured (default 3; 1 with --quick)")
+    add("--shape", default="0.25b", help="of the row sums: a Llama of 0.25b or 1.2b weights")
     add("--quick", action="store_true", help="a tiny model, few rows: shows only that it runs")
     add("--full", action="store_true", help="run the padded baselines whole, without scaling")
     add("--output", help="JSON file to write as well")
@@ -297,11 +299,12 @@ def _prepare(options: argparse.Namespace, scratch: str) -> Settings:
     else:
         source = "bundled people"
         forget, retain = [*bundled("forget"), *bundled("holdout")], bundled("retain")
-    settings = Settings(options.model, scratch, source, options.repeats)
+    settings = Settings(options.model, scratch, source, options.repeats, shape=options.shape)
     if options.quick:
         texts = [row[column] for row in forget for column in ("question", "answer")]
         settings.model = str(create_tiny_llama(f"{scratch}/model", texts, 400, 32, layers=2))
         settings.rows, settings.batch_size, settings.padded, settings.baseline_rows = 8, 4, 192, 4
+        settings.shape = "tiny"
     elif not Path(options.model).is_dir():
         raise WagleError(
             f"there is no model in {options.model}: run bin/get-smollm2, or give --model or --quick"
