@@ -189,8 +189,8 @@ def test_what_there_is_is_told_without_libraries(args):
     assert set(told) == {"fit", "test", "validate", "predict", *COMMANDS}
     assert all(len(line.split()) > 4 for line in told.values())
     said = {
-        "": "no command is given; choose one of fit, test",
-        "bogus": "there is no command 'bogus'; choose one of fit",
+        "": "no command is given; choose one of forget, fit, test",
+        "bogus": "there is no command 'bogus'; choose one of forget",
         "studdy": "there is no command 'studdy': did you mean study?",
     }
     last = (ended.stderr or "\n").splitlines()[-1]
@@ -240,7 +240,7 @@ def test_the_screens_name_options_that_there_are(capsys):
         found += help_of(command, "--help", "all")
         said = help_of(command, "--help")
         assert len(said.splitlines()) <= 50
-        named = set(re.findall(r"--[a-z][\w.]*\w", said)) - {"--robustness"}
+        named = set(re.findall(r"--[a-z][\w.]*\w", said)) - {"--robustness", "--format"}
         named = {option for option in named if not option.endswith(".OPTION")}
         assert len(named) > 20 and not {option for option in named if f"{option} " not in found}
 
