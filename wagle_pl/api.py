@@ -176,14 +176,16 @@ def forget(
         mask = None if attribution is None else attribution.mask
         start = model if named else _moving(lm, mask)
         rate = lr or next(r for limit, r in LEARNING_RATES if lm.num_parameters() < limit)
-        module = UnlearnModule(lm, objective=objective, mask=mask, lr=rate, warmup=0)
-        module.decay = "constant"
+        module = UnlearnModule(
+            lm, objective=objective, mask=mask, lr=rate, warmup=0, decay="constant"
+        )
         bound = before.get("unseen_probability", 0.0)
         stop = StopAt(lambda: subject.probability(module_data, "forget"), bound)
         subject.fit(module, module_data, max_steps=max_steps, max_epochs=-1, callbacks=[stop])
         lm.to(subject.dtype)
         after, said_after = subject.measure(module_data)
-        told = ((example.question, example.answer) for example in examples)
+        asked_for = module_data.examples("forget")[:CHECKED_ROWS]
+        shown = zip(asked_for, said_before, said_after, strict=True)
         return Forgotten(
             model=lm,
             tokenizer=tokenizer,
@@ -192,7 +194,7 @@ def forget(
             after=after,
             verdict=verdict(before, after),
             steps=module.global_step,
-            answers=[(*row, *said) for row, *said in zip(told, said_before, said_after)],  # noqa: B905
+            answers=[(row.question, row.answer, *said) for row, *said in shown],
             record=module.record(),
             _before=start,
         )
@@ -287,10 +289,10 @@ class _Subject:
 
     def answered(self, rows: Sequence[Row]) -> list[Row]:
         """Rows with the model's own answers where there is a question alone."""
-        questions = [row["question"] for row in rows if set(row) == {"question"}]
-        prompts = parse_rows([{"prompt": q} for q in questions], "questions") if questions else []
-        texts = iter(self.generate(prompts))
-        return [{**row, "answer": next(texts)} if set(row) == {"question"} else row for row in rows]
+        asked = [row for row in rows if set(row) == {"question"}]
+        prompts = [Example.of({"prompt": row["question"]}) for row in asked]
+        texts = dict(zip(map(id, asked), self.generate(prompts), strict=True))
+        return [{**row, "answer": texts[id(row)]} if id(row) in texts else row for row in rows]
 
     @torch.no_grad()
     def generate(self, examples: Sequence[Example]) -> list[str]:
