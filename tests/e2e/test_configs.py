@@ -167,7 +167,7 @@ OPEN_UNLEARNING = {
     "rmu": ("RMU", {"layer": 7, "steering": 2, "forget_weight": 1, "retain_weight": 1}),
     "satimp": ("SatImp", {"beta1": 5, "beta2": 1, "forget_weight": 0.1, "retain_weight": 1}),
     "simnpo": ("SimNPO", {"beta": 4.5, "gamma": 0, "forget_weight": 0.125, "retain_weight": 1}),
-    "undial": ("UNDIAL", {"beta": 10, "forget_weight": 1, "retain_weight": 0}),
+    "undial": ("UNDIAL", {"beta": 10, "positions": "batch", "retain_weight": 0}),
     "wga": ("WGA", {"beta": 1, "forget_weight": 1, "retain_weight": 1}),
 }
 

@@ -1,4 +1,4 @@
-"""The retain term ``kl`` over answers, rows and padded batches, beside the reference code's."""
+"""The retain term ``kl``, and UNDIAL, over answers, rows and padded batches, beside the reference code's."""
 
 from __future__ import annotations
 
@@ -65,6 +65,12 @@ def inputs_of(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
 
 def term(pair: tuple[Any, Any], rows: list[dict[str, list[int]]], positions: str) -> Tensor:
     """(B,) the retain term of rows padded together."""
+    objective = o.GradDiff(retain=KL(positions=positions))
+    return objective.retain_loss(streams(pair, rows, objective))
+
+
+def streams(pair: tuple[Any, Any], rows: list[dict[str, list[int]]], objective: Any) -> Streams:
+    """Rows padded together, as forget and as retain rows."""
     lm, theta0 = pair
     count = len(rows)
     tensors = {**collate(rows, 0), "weight": torch.full((count,), 1 / count)}
@@ -82,9 +88,8 @@ def term(pair: tuple[Any, Any], rows: list[dict[str, list[int]]], positions: str
             yield
         asked.pop()
 
-    objective = o.GradDiff(retain=KL(positions=positions))
-    at = Streams({"retain": tensors}, run, {}, lm, theta0=at_theta0, whole=objective.whole_streams)
-    return objective.retain_loss(at)
+    batch = dict.fromkeys(("forget", "retain"), tensors)
+    return Streams(batch, run, {}, lm, theta0=at_theta0, whole=objective.whole_streams)
 
 
 def test_batch_is_the_formula_of_the_reference_code(pair: Any, encoded: Any) -> None:
@@ -98,6 +103,35 @@ def test_batch_is_the_formula_of_the_reference_code(pair: Any, encoded: Any) -> 
     gradients = [torch.autograd.grad(loss, list(lm.parameters())) for loss in (found, expected)]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def reference_undial(
+    model: Any, target_model: Any, inputs: dict[str, Tensor], beta: float
+) -> Tensor:
+    """``compute_undial_loss`` of the same file."""
+    logits, labels = model(**inputs).logits[:, :-1], inputs["labels"][:, 1:]
+    with torch.no_grad():
+        teacher = target_model(**inputs).logits[:, :-1]
+    rows, places = torch.arange(len(labels))[:, None, None], torch.arange(labels.shape[1])[:, None]
+    mask = torch.zeros_like(teacher)
+    mask[rows, places, labels[..., None]] = 1.0  # -100 counts from the end of the vocabulary
+    target = torch.softmax(teacher - beta * mask, -1)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1))
+
+
+@pytest.mark.parametrize("average", ["rows", "tokens"])
+def test_undial_is_the_formula_of_the_reference_code(pair: Any, encoded: Any, average: str) -> None:
+    """Value and gradient, over all positions; those of answers are the paper's."""
+    lm, theta0 = pair
+    objective = o.UNDIAL(3.0, positions="batch", retain="none", average=average)
+    found = objective(streams(pair, encoded, objective))["loss"]
+    expected = reference_undial(lm, theta0, collate(encoded, 0), 3.0)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(loss, list(lm.parameters())) for loss in (found, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    own = o.UNDIAL(3.0, retain="none", average=average)
+    assert own(streams(pair, encoded, own))["loss"].item() != pytest.approx(found.item())
 
 
 def test_row_is_that_formula_on_each_row_alone(pair: Any, encoded: Any) -> None:

@@ -267,19 +267,49 @@ class UNDIAL(Objective):
 
     Args:
         beta: β > 0: how far the true token's logit is lowered.
+        positions: ``answer``: t runs over the answer tokens. ``batch``: over every position of the
+            padded batch, exactly as in OpenUnlearning's code: the value depends on how a batch is
+            cut. Where nothing is to be predicted its mark, −100, is an index there: the logit of
+            token V − 100 is lowered.
     """
 
-    by_token = True
     logits_at_theta0 = ("forget",)
 
     beta: float = positive(10.0)
+    positions: Literal["answer", "batch"] = "answer"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.positions not in ("answer", "batch"):
+            raise WagleError(
+                f"must be answer or batch, got {self.positions!r}", option="objective.positions"
+            )
+
+    @property
+    def by_token(self) -> bool:
+        return self.positions == "answer"
+
+    @property
+    def whole_streams(self) -> tuple[str, ...]:
+        own = () if self.by_token else ("forget",)
+        return own + super().whole_streams
 
     def forget_loss(self, at: Streams) -> Tensor:
         def distance(reference: Tensor, current: Tensor, label: Tensor) -> Tensor:
             lowered = reference - self.beta * F.one_hot(label, reference.shape[-1])
             return cross_entropy(lowered.softmax(-1), current)
 
-        return at["forget"].mean_tokens(at["forget"].beside_theta0(distance))
+        answers = at["forget"]
+        if self.by_token:
+            return answers.mean_tokens(answers.beside_theta0(distance))
+        now, following = answers.everywhere, answers.labels.roll(-1, -1)
+        values = in_chunks(
+            lambda now, then, label: distance(then, now.log_softmax(-1), label),
+            now,
+            answers.theta0.everywhere,
+            following.flatten() % now.vocabulary,
+        )
+        return values.view(following.shape)[:, :-1].mean(-1)
 
 
 @dataclass

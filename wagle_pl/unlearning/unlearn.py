@@ -105,8 +105,9 @@ class UnlearnModule(FinetuneModule):
             raise WagleError(f"model.top_k must be at least 1, got {top_k}")
         if reference_logits == "top_k" and self.objective.whole_streams:
             raise WagleError(
-                "reference_logits top_k keeps predictions of answer tokens only, and the retain "
-                "term needs those of every position: choose --model.reference_logits frozen_copy"
+                "reference_logits top_k keeps predictions of answer tokens only, and a term of the "
+                "objective needs those of every position: choose --model.reference_logits "
+                "frozen_copy"
             )
         self.reference_logits = reference_logits
         self.top_k = top_k
