@@ -13,6 +13,8 @@ from wagle_pl.core.files import refuse_existing
 from wagle_pl.core.text import fields, table
 
 masks = LazyModule("wagle_pl.masks")
+hub = LazyModule("wagle_pl.core.hub")
+shira = LazyModule("wagle_pl.unlearning.shira")
 figures = LazyModule("wagle_pl.study.report.figures")
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
@@ -109,32 +111,52 @@ def invert(file: str, *, output: str, overwrite: bool = False) -> None:
 def convert(
     file: str, *, output: str, model: Optional[str] = None, overwrite: bool = False
 ) -> None:
-    """Convert a mask to or from a ``{parameter name: bool tensor}`` dict that ``torch.save`` wrote.
+    """Convert a mask to or from a ``{parameter name: bool tensor}`` dict that ``torch.save`` wrote,
+    or a SHiRA adapter of ``peft``, which trains the weights of the mask.
 
-    The suffixes say which way: .safetensors is a mask of ours; .pt, .pth or .bin is a torch file.
+    The names say which way: .safetensors is a mask of ours; .pt, .pth or .bin is a torch file; one
+    without a suffix is the folder of an adapter.
 
     Args:
         file: mask to convert.
-        output: file to write.
+        output: file or folder to write.
         model: model the mask is for. Its tensors are checked; a mask made of a torch file takes the
             order of its parameters and its fingerprint, without which any model may use the mask.
+            For an adapter it is the base, which one to convert names itself.
     """
-    from_torch, to_torch = (Path(path).suffix in TORCH_SUFFIXES for path in (file, output))
-    for path, is_torch in ((file, from_torch), (output, to_torch)):
-        if not is_torch and Path(path).suffix != masks.SUFFIX:
-            formats = f"{masks.SUFFIX} or {', '.join(TORCH_SUFFIXES)}"
-            raise WagleError(f"{path}: no mask format has this suffix; use {formats}")
-    if from_torch == to_torch:
+    formats = [_format(file), _format(output)]
+    if formats[0] == formats[1]:
         raise WagleError(f"{file} and {output} are of the same format: there is nothing to convert")
-    refuse_existing(Path(output), overwrite, "--overwrite")
+    if "mask" not in formats:
+        raise WagleError(f"{file} becomes a {masks.SUFFIX} mask first, and that one {output}")
+    kind = "folder" if formats[1] == "adapter" else "file"
+    refuse_existing(Path(output), overwrite, "--overwrite", kind=kind)
+    model = model or (hub.adapted(file) if formats[0] == "adapter" else None)
+    if model is None and "adapter" in formats:
+        raise WagleError("an adapter is of a base model: name it", option="model")
     shapes, made_for = _model(model) if model else (None, {})
-    if from_torch:
+    if formats[0] == "torch":
         _write(masks.WeightMask.from_torch(file, shapes, made_for), output)
-        return
-    mask = masks.WeightMask.load(file)
-    if shapes is not None:
-        mask.check(shapes, made_for["model_fingerprint"])
-    _report(mask, mask.to_torch(output))
+    elif formats[0] == "adapter":
+        _write(shira.mask_from_shira(file, shapes, made_for), output)
+    else:
+        mask = masks.WeightMask.load(file)
+        if shapes is not None:
+            mask.check(shapes, made_for["model_fingerprint"])
+        to_torch = formats[1] == "torch"
+        _report(
+            mask, mask.to_torch(output) if to_torch else shira.mask_to_shira(mask, model, output)
+        )
+
+
+def _format(path: str) -> Literal["mask", "torch", "adapter"]:
+    suffix = Path(path).suffix
+    if suffix in (masks.SUFFIX, *TORCH_SUFFIXES):
+        return "mask" if suffix == masks.SUFFIX else "torch"
+    if suffix and not Path(path).is_dir():
+        formats = f"{masks.SUFFIX} or {', '.join(TORCH_SUFFIXES)}"
+        raise WagleError(f"{path}: no mask format has this suffix; use {formats}, or none")
+    return "adapter"
 
 
 def random(like: str, *, output: str, seed: int = 0, overwrite: bool = False) -> None:

@@ -12,6 +12,7 @@ from wagle_pl.core.text import count, fields, table
 
 api = LazyModule("wagle_pl.api")
 patches = LazyModule("wagle_pl.unlearning.patch")
+shira = LazyModule("wagle_pl.unlearning.shira")
 planning = LazyModule("wagle_pl.planning")
 
 #: GPUs by their memory in GiB, and how many of them, in plans.
@@ -202,7 +203,23 @@ def info(patch: str, tensors: bool = False) -> None:
         print(f"  {name}: {tensor['changed']:,} of shape {shape} {tensor['dtype']}")
 
 
-PATCH = {"make": make, "apply": apply, "revert": revert, "info": info}
+def convert(base: str, patch: str, output: Optional[str] = None, overwrite: bool = False) -> None:
+    """Turn a patch into a SHiRA adapter of ``peft``, or a folder of an adapter into a patch.
+
+    Args:
+        base: folder of the patch's, or the adapter's, base model.
+        patch: patch file, or folder of an adapter.
+        output: folder, or patch file, to write (-o).
+        overwrite: replace an existing file, or folder of an adapter.
+    """
+    if Path(patch).is_dir():
+        _print_summary(shira.patch_from_shira(base, patch, _given(output), overwrite))
+    else:
+        written = shira.patch_to_shira(base, patch, _given(output), overwrite)
+        print(f"adapter written to {written}")
+
+
+PATCH = {"make": make, "apply": apply, "revert": revert, "convert": convert, "info": info}
 
 
 def _write_model(verb: str, model: str, patch: str, output: Optional[str], overwrite: bool) -> None:

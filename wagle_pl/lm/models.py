@@ -64,7 +64,7 @@ def load_model(
     if sharded:
         return _load_sharded(name, attn_implementation)
     if (base := adapted(name)) is not None:
-        return _merged(load_model(base, dtype, attn_implementation=attn_implementation), name)
+        return merged(load_model(base, dtype, attn_implementation=attn_implementation), name)
     source, options = locate(name)
     with loading(f"model {name!r}", name), errors_only("transformers.modeling_utils"):
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -86,7 +86,8 @@ def load_model(
     return model
 
 
-def _merged(base: PreTrainedModel, folder: str) -> PreTrainedModel:
+def merged(base: PreTrainedModel, folder: str) -> PreTrainedModel:
+    """A model with the adapter of a folder in its weights."""
     try:
         from peft import PeftModel
     except ImportError:

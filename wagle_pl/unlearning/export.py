@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 import yaml
@@ -23,6 +23,9 @@ from wagle_pl.masks import Restriction, WeightMask, describe_origin
 from wagle_pl.masks.bits import place
 from wagle_pl.masks.selected import SUFFIX
 from wagle_pl.strategies import ShardedCheckpoint, load_plain
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PREFIX = "lm."  # of the language model's weights in a LightningModule's state
 
@@ -74,12 +77,7 @@ def export(
             f"checkpoint {path}: its base model {base} cannot be read ({error}); say where it is: "
             "--model"
         ) from None
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config)
-    lm.tie_weights()
-    selected = None
+    lm, selected = _without_weights(config), None
     if checkpoint.get("mask"):
         selected = _mask_of(checkpoint, parameter_shapes(lm), originals, mask)
     weights = _with_values(weights, originals, selected, loaded_as)
@@ -108,6 +106,21 @@ def _convert(name: str, output: str | Path) -> Path:
     if record["lineage"]:
         card = model_card(record)
     return save_model(lm, models.load_tokenizer(name), output, card, record)
+
+
+def empty_model(base: str) -> PreTrainedModel:
+    """A model without weights, on the meta device."""
+    with models.loading(f"configuration of model {base!r}", base):
+        return _without_weights(_configs(base)[0])
+
+
+def _without_weights(config: Any) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config)
+    lm.tie_weights()
+    return lm
 
 
 def _configs(base: str) -> tuple[Any, Any]:
