@@ -232,6 +232,31 @@ def test_a_study_from_start_to_finish(config, capsys):
     assert not list(Path("out").glob("*.tmp")) and Path("out/study.lock").read_text() == ""
 
 
+def test_a_search_and_arms_with_a_rule_and_an_optimiser_of_their_own(config, capsys):
+    """A budget is kept and grows; a run takes the step rule, optimiser and rate of its objective."""
+    sam = {"class_path": "SAM", "init_args": {"rho": 0.1}}
+    own = {"step_rule": sam, "optimizer": "SignSGD", "learning_rates": [1e-3]}
+    arms = ["GradDiff", {"class_path": "GradDiff", **own}]
+    search = config(objectives=arms, masks=["dense"], sampler="optuna", keep_models=True, **SHORT)
+    study(search, "--budget", "1")
+    said = capsys.readouterr().out
+    assert "1 run, 0 of them finished; 1 to do" in said and "1 of 1 runs are finished" in (
+        Path("out/study.md").read_text()
+    )
+    study(search)
+    assert "2 runs, 1 of them finished; 1 to do" in capsys.readouterr().out
+    runs = {row["objective"]: row["run"] for row in rows_of()}
+    record, plain = (
+        json.loads(Path(f"out/models/{runs[name]}/wagle.json").read_text())["lineage"][-1]
+        for name in ("GradDiff+SAM+SignSGD", "GradDiff")
+    )
+    assert record["step_rule"] == {"class": "SAM", "rho": 0.1} and "step_rule" not in plain
+    before = weights(record["base"])
+    after = weights(f"out/models/{runs['GradDiff+SAM+SignSGD']}")
+    moved = torch.cat([(after[n] - before[n]).abs().flatten() for n in after])
+    assert 1e-3 < moved.max() <= 2.001e-3  # two steps of the learning rate
+
+
 def test_points_do_not_change_the_run_and_a_kept_model_tests_the_same(config, models):
     kept = {"keep_models": True, "generate": "end", "module": {"max_new_tokens": 4}}
     study(config(output="three", masks=["dense"], **kept))

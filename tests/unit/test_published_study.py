@@ -46,7 +46,8 @@ def test_the_comparison_follows_from_the_table(found, study):
         found["utility_sign"],
     )
     rows = load_table(study.with_suffix(".parquet"))
-    own = {arm["mask"] for arm in found["headline"] if arm["own_learning_rates"]}
+    arms = [arm for arm in found["headline"] if arm["own_learning_rates"]]
+    own = {(arm["objective"], arm["mask"]) for arm in arms}
     assert same(json.loads(json.dumps(summarise(rows, by, own))), found["headline"])
     assert (
         found["target"]["forget/probability"] >= 0.8

@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional, Union
 
@@ -24,6 +25,7 @@ from wagle_pl.evaluation import Evaluate
 from wagle_pl.objectives.forget import Objective
 from wagle_pl.unlearning import UnlearnModule
 from wagle_pl.unlearning.adapters import LoRA
+from wagle_pl.unlearning.step_rules import StepRule
 
 #: Options of the choice among scores, and of the attribution pass, that a mask may set.
 SELECTION = ("select", "scope", "include", "exclude")
@@ -42,6 +44,7 @@ _RECORDED = {
     Objective: "wagle_pl.unlearning.objectives",
     Score: "wagle_pl.attribution.scores",
     LoRA: "wagle_pl.unlearning.adapters",
+    StepRule: "wagle_pl.unlearning.step_rules",
     torch.optim.Optimizer: "wagle_pl.unlearning.optim",
 }
 
@@ -63,19 +66,38 @@ def definition(base: type, cls: type, options: Mapping[str, Any]) -> dict[str, A
 
 @dataclass(frozen=True, eq=False)
 class ObjectiveChoice:
-    """An objective of the grid."""
+    """An objective of the grid, with the step rule and the optimiser that its runs take."""
 
     name: str  # in tables
-    entry: Entry  # in the configuration, without its name
+    entry: Entry  # in the configuration, without what stands in the fields here
+    step_rule: Optional[Entry] = None
+    optimizer: Optional[Entry] = None  # in place of the study's
+    learning_rates: Optional[tuple[float, ...]] = None  # its own in place of the study's and masks'
+    axes: Mapping[str, Any] = field(default_factory=dict)  # coordinates in the grid, for a sampler
 
     def make(self) -> Objective:
         """A new instance for a run."""
         return resolve(Objective, self.entry, "objective")
 
+    def rule(self) -> Optional[StepRule]:
+        """A new step rule for a run, if it has one."""
+        return None if self.step_rule is None else resolve(StepRule, self.step_rule, "step_rule")
+
+    @cached_property
+    def optimizer_maker(self) -> Optional[partial[torch.optim.Optimizer]]:
+        """Its optimiser without the learning rate, if it has one of its own."""
+        return None if self.optimizer is None else read_optimizer(self.optimizer)
+
     @cached_property
     def definition(self) -> dict[str, Any]:
         """What distinguishes it, whatever it is called."""
-        return definition(Objective, type(self.make()), split(self.entry, "objective")[1])
+        found = definition(Objective, type(self.make()), split(self.entry, "objective")[1])
+        if self.step_rule is not None:
+            options = split(self.step_rule, "step_rule")[1]
+            found["step_rule"] = definition(StepRule, type(self.rule()), options)
+        if (made := self.optimizer_maker) is not None:
+            found["optimizer"] = definition(torch.optim.Optimizer, made.func, made.keywords)
+        return found
 
     @cached_property
     def id(self) -> str:
@@ -108,6 +130,13 @@ class MaskChoice:
         """What attribution is asked for, to write it to a file of that name."""
         density = 0.5 if self.density is None else self.density  # None: the score sets its share
         return MaskSpec(score=self.score, density=density, name=name, **self._chosen(SELECTION))
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        """Its coordinates in the grid, for a sampler."""
+        if self.kind != "score" or self.density is None:
+            return {"mask": self.name}
+        return {"mask": self.name.removesuffix(f" {self.density:g}"), "density": self.density}
 
     def of_seed(self, seed: int) -> MaskChoice:
         """The mask that a run with this seed takes."""
@@ -200,15 +229,53 @@ def present_name(name: str, id: str, choices: Sequence[Choice]) -> str:
 
 
 def read_objectives(entries: Entries) -> list[ObjectiveChoice]:
-    """Objectives of a configuration, named by ``name`` or by class."""
+    """Objectives of a configuration, named by ``name`` or by their classes: NPO+SAM."""
     found = []
     for entry in _some(entries, "objectives"):
-        plain = dict(entry) if isinstance(entry, Mapping) else entry
-        name = plain.pop("name", None) if isinstance(plain, dict) else None
-        objective = resolve(Objective, plain, "objective")
-        found.append(ObjectiveChoice(str(name or type(objective).__name__), plain))
+        options = dict(entry) if isinstance(entry, Mapping) else {"class_path": entry}
+        name, rates, rule, optimizer = (
+            options.pop(key, None) for key in ("name", "learning_rates", "step_rule", "optimizer")
+        )
+        rates = None if rates is None else check_rates(rates)
+        for plain, drawn in _spread(options if isinstance(entry, Mapping) else entry):
+            choice = ObjectiveChoice("", plain, rule, optimizer, rates)
+            objective, made = choice.make(), choice.rule()
+            parts = [type(objective)] if made is None else [type(objective), type(made)]
+            if made is not None:
+                made.check(objective)
+            if choice.optimizer_maker is not None:
+                parts.append(choice.optimizer_maker.func)
+            usual = str(name or "+".join(part.__name__ for part in parts))
+            axes = {"objective": usual} | {f"{usual} {key}": value for key, value in drawn.items()}
+            full = " ".join([usual, *(f"{key}={value:g}" for key, value in drawn.items())])
+            found.append(replace(choice, name=full, axes=axes))
     _refuse_twins(found, "objectives")
     return found
+
+
+def _spread(entry: Entry) -> Iterator[tuple[Entry, dict[str, float]]]:
+    """An entry once for every value of the options that are lists of numbers, and these values.
+
+    An option that takes a list itself stays one.
+    """
+    path, options = split(entry, "objective")
+    cls, lists = find_class(Objective, path, "objective"), {}
+    for key, value in options.items():
+        if isinstance(value, (list, tuple)) and value and not _takes(cls, key, value):
+            lists[key] = [check_options(cls, {key: each}, path)[key] for each in value]
+    for values in product(*lists.values()) if lists else ():
+        drawn = dict(zip(lists, values, strict=True))
+        yield {"class_path": path, "init_args": {**options, **drawn}}, drawn
+    if not lists:
+        yield entry, {}
+
+
+def _takes(cls: type, key: str, value: Any) -> bool:
+    try:
+        check_options(cls, {key: value}, "objective")
+    except WagleError:
+        return False
+    return True
 
 
 def read_masks(entries: Entries) -> list[MaskChoice]:
@@ -401,6 +468,13 @@ class Run:
         """For people."""
         return f"{self.objective.name}, {self.mask.name}, lr {self.lr:g}, seed {self.seed}"
 
+    @cached_property
+    def axes(self) -> dict[str, Any]:
+        """Its coordinates in the grid, the seed left out: name of the axis -> word or number."""
+        own = self.objective.learning_rates is not None
+        lr = f"{self.objective.axes['objective']} lr" if own else "lr"
+        return {**self.objective.axes, **self.mask.axes, lr: self.lr}
+
     @property
     def labels(self) -> dict[str, Any]:
         """The columns of its rows in the study's table."""
@@ -418,7 +492,7 @@ class Run:
 
 
 class Grid(NamedTuple):
-    """What runs are made of; masks with learning rates of their own do not take ``rates``."""
+    """What runs are made of; objectives and masks may have rates of their own, see :meth:`rates_of`."""
 
     objectives: list[ObjectiveChoice]
     masks: list[MaskChoice]
@@ -434,6 +508,10 @@ class Grid(NamedTuple):
             raise WagleError(f"seeds must be different numbers, got {list(seeds)}")
         return cls(read_objectives(objectives), read_masks(masks), check_rates(rates), list(seeds))
 
+    def rates_of(self, objective: ObjectiveChoice, mask: MaskChoice) -> tuple[float, ...]:
+        """The learning rates of an arm: the objective's own, else the mask's own, else the study's."""
+        return objective.learning_rates or mask.learning_rates or self.rates
+
     def runs(self, settings: Mapping[str, Any]) -> Iterator[Run]:
         """All runs, in an order in which a study that is cut off early is balanced.
 
@@ -442,13 +520,17 @@ class Grid(NamedTuple):
         share, are in their ids.
         """
         shared = digest(settings)
+        arms = [
+            (objective, mask, middle_first(self.rates_of(objective, mask)))
+            for mask in self.masks
+            for objective in self.objectives
+        ]
         for seed in self.seeds:
-            for rank in range(max(len(mask.learning_rates or self.rates) for mask in self.masks)):
-                for mask in self.masks:
-                    own = middle_first(mask.learning_rates or self.rates)
-                    for objective in self.objectives if rank < len(own) else ():
-                        what = [shared, objective.definition, mask.definition, own[rank], seed]
-                        yield Run(objective, mask, own[rank], seed, digest(what))
+            for rank in range(max(len(rates) for _, _, rates in arms)):
+                for objective, mask, rates in arms:
+                    if rank < len(rates):
+                        what = [shared, objective.definition, mask.definition, rates[rank], seed]
+                        yield Run(objective, mask, rates[rank], seed, digest(what))
 
 
 def middle_first(rates: Sequence[float]) -> list[float]:

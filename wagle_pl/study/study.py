@@ -7,12 +7,12 @@ import gc
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Literal, Optional, Union
 
 import lightning as L
 import torch
@@ -31,7 +31,7 @@ from wagle_pl.evaluation.measures import defined_only
 from wagle_pl.evaluation.results import write_json
 from wagle_pl.lm import models
 from wagle_pl.masks import SUFFIX, WeightMask
-from wagle_pl.study import SUMMARY_FILE, TABLE_FILE, grid, text
+from wagle_pl.study import SUMMARY_FILE, TABLE_FILE, grid, sampler, text
 from wagle_pl.study.report.figures import save_figure
 from wagle_pl.study.report.sections import overview
 from wagle_pl.study.runs import (
@@ -67,7 +67,8 @@ class Study:
         data: the data module: class_path and init_args, or --data CLASS --data.option VALUE.
         retrained: the model trained without the forget rows, which sets the level of forgetting
             unless forget_level does.
-        objectives: names (NPO, GradDiff, PO, ...), or class_path, init_args and name.
+        objectives: names (NPO, GradDiff, PO, ...), or class_path, init_args (a list of numbers makes
+            an objective of each), name, and step_rule, optimizer and learning_rates of its own.
         masks: dense, lora, a score (wagle, random, ...), or options: score, density (or a list of
             them) and others as attribution has them; adapter (class_path and init_args of a LoRA);
             file, a mask file; name; learning_rates of its own.
@@ -90,6 +91,9 @@ class Study:
         limit_test: rows of each test set.
         module: options of UnlearnModule and of Evaluate, such as warmup, suite, max_new_tokens.
         trainer: options of Lightning's Trainer, such as precision, accelerator, gradient_clip_val.
+        sampler: which runs come next: all of the grid, or those that optuna suggests, by what the
+            finished ones kept at equal forgetting, with all seeds of one after another.
+        budget: how many runs to make at most, those finished included; all of the grid by default.
         only: run only these objectives or masks, by their names in the tables, in this sitting,
             e.g. NPO or '[NPO, dense, wagle 0.2]'.
         hours: start no new run after so many hours of this sitting; 0 only writes the tables.
@@ -124,6 +128,8 @@ class Study:
     limit_test: Optional[int] = None
     module: Optional[dict[str, Any]] = None
     trainer: Optional[dict[str, Any]] = None
+    sampler: Literal["grid", "optuna"] = "grid"
+    budget: Optional[int] = None
     only: Optional[Union[list[str], str]] = None
     hours: Optional[float] = None
     keep_models: bool = False
@@ -140,7 +146,15 @@ class Study:
         self.grid = grid.Grid.of(self.objectives, self.masks, self.learning_rates, self.seeds)
         if self.steps is not None and self.epochs is not None:
             raise WagleError("give --steps or --epochs, not both")
-        for name in ("points", "accumulate", "limit_test", "batch_size", "steps", "epochs"):
+        for name in (
+            "points",
+            "accumulate",
+            "limit_test",
+            "batch_size",
+            "steps",
+            "epochs",
+            "budget",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise WagleError(f"must be at least 1, got {value}", option=f"--{name}")
@@ -148,6 +162,8 @@ class Study:
             raise WagleError(
                 "--along answers generates nothing before a run's end: leave --generate always out"
             )
+        if self.sampler == "optuna":
+            sampler.load_optuna()
         self._length = {"max_steps": self.steps} if self.steps else {"max_epochs": self.epochs or 5}
         self._optimizer = grid.read_optimizer(self.optimizer)
         self._module, self._tests = grid.read_module(self.module or {})
@@ -180,6 +196,7 @@ class Study:
             self._prepare()
             runs = list(self.grid.runs(self.settings))
             self.planned = {run.id for run in runs}
+            self.size = min(len(runs), self.budget or len(runs))
             if self.join:
                 joined = count(self.table.join(self.join), "run")
                 _say(f"{joined} taken over from {', '.join(self.join)}")
@@ -188,22 +205,22 @@ class Study:
                 for kind, choices in kinds.items():
                     row[kind] = grid.present_name(row[kind], row[f"{kind}_id"], choices)
                 row |= {"forget": row.get(self.forget), "utility": row.get(self.utility)}
-            missing = self._missing()
-            todo = [run for run in runs if run.id in missing]
             for kind, choices in kinds.items():
                 if only := {choice.name for choice in choices} & set(self.only):
-                    todo = [run for run in todo if getattr(run, kind).name in only]
-            finished = len(runs) - len(missing)
+                    runs = [run for run in runs if getattr(run, kind).name in only]
+            finished = self._finished()
+            todo = [run for run in runs if run.id not in finished]
+            number = max(0, min(len(todo), self.size - len(finished)))
             _say(
-                f"{self.folder}: {count(len(runs), 'run')}, {finished} of them finished; "
-                f"{len(todo)} to do{self._time_left(len(todo))}"
+                f"{self.folder}: {count(self.size, 'run')}, {len(finished)} of them finished; "
+                f"{number} to do{self._time_left(number)}"
             )
-            if self.hours != 0:
-                self._make_masks(todo)
+            if self.hours != 0 and number:
+                self._make_masks(todo if self.sampler == "optuna" else todo[:number])
             try:
-                self._work(todo)
+                self._work(self._suggested(runs) if self.sampler == "optuna" else todo, number)
             except (KeyboardInterrupt, SystemExit):
-                missing = f"{len(self._missing())} of {len(runs)} runs are missing"
+                missing = f"{self.size - len(self._finished())} of {self.size} runs are missing"
                 _say(f"stopped; the same command goes on ({missing})")
                 raise
             found = self._write()
@@ -211,10 +228,17 @@ class Study:
                 save_figure(figure, [self.folder / "study.svg"])
         if found["headline"]:
             _say(f"\n{text.console(found)}\n\n{self.folder / 'study.md'} has it as Markdown")
+            if self.sampler == "optuna":
+                _say(text.best(found))
         return found
 
-    def _missing(self) -> set[str]:
-        return self.planned - self.table.finished()
+    def _finished(self) -> set[str]:
+        return self.planned & self.table.finished()
+
+    def _suggested(self, runs: Sequence[grid.Run]) -> Iterator[grid.Run]:
+        """Runs that are not finished, each chosen when those before it are."""
+        while True:
+            yield from sampler.next_runs(runs, self.table.rows, self.compared)
 
     def _time_left(self, runs: int) -> str:
         """How long so many runs will take, from those finished; empty without any."""
@@ -223,18 +247,19 @@ class Study:
             return ""
         return f", {text.duration(runs * sum(seconds) / len(seconds))} left"
 
-    def _work(self, todo: Sequence[grid.Run]) -> None:
-        """The runs, one after the other."""
-        began = time.monotonic()
-        for number, run in enumerate(todo, 1):
+    def _work(self, todo: Iterable[grid.Run], runs: int) -> None:
+        """So many runs, one after the other."""
+        began, todo = time.monotonic(), iter(todo)
+        for number in range(1, runs + 1):
             if self.hours is not None and time.monotonic() - began > 3600 * self.hours:
-                left = count(len(todo) - number + 1, "run")
+                left = count(runs - number + 1, "run")
                 _say(f"{self.hours:g} h are over; the same command goes on with the {left} left")
                 return
-            with _announced(f"[{number}/{len(todo)}] {run.name}"):
+            run = next(todo)
+            with _announced(f"[{number}/{runs}] {run.name}"):
                 rows = self._run(run)
             self.table.append(rows)
-            last, left = rows[-1], self._time_left(len(todo) - number)
+            last, left = rows[-1], self._time_left(runs - number)
             forget, utility = (decimals(last.get(name)) for name in ("forget", "utility"))
             outcome = last.get("note") or f"forget {forget}, utility {utility}"
             _say(f"{outcome}, {text.duration(last['seconds'])}{left}")
@@ -408,9 +433,10 @@ class Study:
             objective=run.objective.make(),
             mask=None if mask is None else str(mask),
             adapter=run.mask.adapter(),
-            **self._module,
+            **self._module
+            | ({} if (rule := run.objective.rule()) is None else {"step_rule": rule}),
         )
-        module.make_optimizer = partial(self._optimizer, lr=run.lr)
+        module.make_optimizer = partial(run.objective.optimizer_maker or self._optimizer, lr=run.lr)
         module.run_config = {"study": self.settings, "run": run.name}
         evaluate = Evaluate(
             generate=self.generate != "never", retrained=self._retrained, **self._tests
@@ -463,7 +489,12 @@ class Study:
     def _write(self) -> dict[str, Any]:
         """Write the table, ``study.json`` and ``study.md``."""
         rows, by = self.table.rows, self.compared
-        own_rates = {mask.name for mask in self.grid.masks if mask.learning_rates}
+        own_rates = {
+            (objective.name, mask.name)
+            for objective in self.grid.objectives
+            for mask in self.grid.masks
+            if mask.learning_rates and not objective.learning_rates
+        }
         found = {
             "format_version": FORMAT_VERSION,
             "forget": self.forget,
@@ -475,8 +506,8 @@ class Study:
             "nothing_to_unlearn": by.nothing_to_unlearn,
             **self.references,
             "runs": {
-                "finished": len(self.planned) - len(self._missing()),
-                "planned": len(self.planned),
+                "finished": len(self._finished()),
+                "planned": self.size,
                 "in_table": len(self.table.finished()),
             },
             "headline": summarise(rows, by, own_rates) if rows else [],

@@ -215,7 +215,7 @@ def run_table(rows: Sequence[Row], by: Compared) -> pd.DataFrame:
         last = tested[-1] if tested else {}
         found.append(
             {
-                **{name: run[0].get(name) for name in (*LABELS, "lr", "seed")},
+                **{name: run[0].get(name) for name in (*LABELS, "lr", "seed", "run")},
                 "points": points,
                 "deepest": max(progress),
                 "reached": utility_at(points, by.end),
@@ -238,7 +238,7 @@ def chosen(runs: pd.DataFrame, sign: int = 1) -> pd.DataFrame:
 
 
 def summarise(
-    rows: Sequence[Row], by: Compared, own_rates: Collection[str] = ()
+    rows: Sequence[Row], by: Compared, own_rates: Collection[tuple[str, str]] = ()
 ) -> list[dict[str, Any]]:
     """Every arm at equal forgetting, in the order in which arms first appear: the ``headline``.
 
@@ -249,7 +249,7 @@ def summarise(
     ``difference`` from dense over the seeds of both, its ``p`` or ``why`` there is none, ``pairs``,
     ``verdict``; ``equal_steps``; ``area``; ``curve``, (forget measure, mean utility over seeds) from
     the target to where the shallowest of the chosen runs ends; the means of :data:`AT_END`; and
-    ``own_learning_rates``, whether the mask is one of ``own_rates``.
+    ``own_learning_rates``, whether objective and mask are one of ``own_rates``.
     """
     runs = run_table(rows, by)
     arms = dict(iter(runs.groupby(["objective", "mask"], sort=False)))
@@ -281,7 +281,7 @@ def summarise(
         entry["curve"] = list(zip(measures.tolist(), means.tolist(), strict=True))
         entry["area"] = _area(mine, best.get(dense), by)
         entry |= {name: _plain(mine[name].mean()) for name in AT_END}
-        found.append({**entry, "own_learning_rates": arm[1] in own_rates})
+        found.append({**entry, "own_learning_rates": arm in own_rates})
     return found
 
 
@@ -298,7 +298,8 @@ def compared_at(found: Mapping[str, Any], rows: Sequence[Row], level: float) -> 
         raise WagleError(
             f"--forget_level {level:g} is outside of its runs, where {by.forget} goes {course}"
         )
-    own = {arm["mask"] for arm in found["headline"] if arm.get("own_learning_rates")}
+    arms = [arm for arm in found["headline"] if arm.get("own_learning_rates")]
+    own = {(arm["objective"], arm["mask"]) for arm in arms}
     compared = {"forget_level": level, "level_of": "option", "nothing_to_unlearn": False}
     return {**found, **compared, "headline": summarise(rows, by, own)}
 
