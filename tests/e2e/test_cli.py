@@ -189,8 +189,8 @@ def test_what_there_is_is_told_without_libraries(args):
     assert set(told) == {"fit", "test", "validate", "predict", *COMMANDS}
     assert all(len(line.split()) > 4 for line in told.values())
     said = {
-        "": "no command is given; choose one of forget, fit, test",
-        "bogus": "there is no command 'bogus'; choose one of forget",
+        "": "no command is given; choose one of quickstart, forget, fit",
+        "bogus": "there is no command 'bogus'; choose one of quickstart",
         "studdy": "there is no command 'studdy': did you mean study?",
     }
     last = (ended.stderr or "\n").splitlines()[-1]

@@ -7,7 +7,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import yaml
 from helpers import environment
 
 ROOT = Path(__file__).parents[2]
@@ -31,14 +30,16 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_the_wheel_carries_the_configurations(installed: Path, tmp_path: Path) -> None:
+def test_the_wheel_carries_the_configurations(installed: Path) -> None:
     here = {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml")}
     there = {str(p.relative_to(installed / "wagle_pl")) for p in installed.rglob("*.yaml")}
     assert there == here and (installed / "wagle_pl/py.typed").is_file()
-    layers = ("people/unlearn", "method/graddiff", "strategy/zero1", "strategy/cpu")
-    command = ["fit", *(part for name in layers for part in ("--config", name)), "--print_config"]
+
+
+def test_the_package_alone_attributes_unlearns_and_tests(installed: Path, tmp_path: Path) -> None:
+    """In an empty folder, on the bundled people, by configurations that it carries."""
     ran = subprocess.run(
-        [sys.executable, "-m", "wagle_pl", *command],
+        [sys.executable, "-m", "wagle_pl", "quickstart", "--trial"],
         cwd=tmp_path,
         env={**environment(), "PYTHONPATH": str(installed)},
         capture_output=True,
@@ -46,9 +47,13 @@ def test_the_wheel_carries_the_configurations(installed: Path, tmp_path: Path) -
         timeout=600,
     )
     assert ran.returncode == 0, ran.stderr
-    printed = yaml.safe_load(ran.stdout)
-    assert printed["model"]["init_args"]["objective"]["class_path"].endswith("GradDiff")
-    assert printed["trainer"]["strategy"]["init_args"]["stage"] == 1
+    rows = [line.split("|")[1:-1] for line in ran.stdout.splitlines() if line.startswith("|")]
+    assert [row[0].strip() for row in rows[2:]] == ["target", "retrained", "WAGLE NPO"]
+    assert all(0 < float(row[1]) < 0.1 for row in rows[2:])  # hardly trained
+    assert {path.name for path in tmp_path.iterdir()} == {"runs"}
+    made = tmp_path / "runs/people"
+    assert (made / "masks/wagle.safetensors").is_file()
+    assert (made / "wagle_npo/model.safetensors").is_file()
 
 
 def test_data_files_are_carried(installed: Path) -> None:

@@ -20,6 +20,7 @@ EXIT_UNREAD = 141  # as shells have it: 128 + SIGPIPE
 
 #: Every command -> what it does, in the order in which people need them.
 SUMMARIES = {
+    "quickstart": "train, attribute, unlearn and test on invented people, in a minute or two",
     "forget": "make a model forget rows, with defaults by its size",
     "fit": "fine-tune, attribute or unlearn a model, as --model says",
     "test": "measure a model: what it has forgotten, what it has kept, what attacks bring back",
@@ -44,6 +45,7 @@ COMMANDS = {
     "mask": "wagle_pl.cli.mask:VERBS",
     "patch": "wagle_pl.cli.tools:PATCH",
     "plan": "wagle_pl.cli.tools:plan",
+    "quickstart": "wagle_pl.cli.quickstart:quickstart",
     "report": "wagle_pl.cli.tools:report",
     "study": "wagle_pl.cli.lightning:study",
 }

@@ -1,23 +1,15 @@
-"""The main job on the bundled data: target, retrained and three unlearned models in one table.
-
-Every line it prints is a command that can be typed; here they run in one process, to import once.
-"""
+"""``wagle quickstart``: every task once, on the bundled people; needs nothing but the package."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
-import os
 import shlex
 import time
 from pathlib import Path
 
-from transformers.utils.logging import disable_progress_bar
-
-from wagle_pl.cli import app as cli
-from wagle_pl.core.environment import silence
-from wagle_pl.core.errors import WagleError
+from wagle_pl.cli import app
+from wagle_pl.core.environment import prepare_libraries, silence
 from wagle_pl.core.text import markdown_table
 from wagle_pl.data.people import bundled
 from wagle_pl.lm.tiny import create_tiny_llama
@@ -37,16 +29,24 @@ COLUMNS = {
     "retain prob.": "retain/probability",
     "utility": "model_utility",
 }
+#: Options of fit and of test that leave of each only enough to see it work.
+TRIAL = {
+    "fit": "--trainer.max_steps 2",
+    "test": "--data.limit_test 4 --model.max_new_tokens 4",
+}
 
 
-def main() -> None:
-    """Run all steps and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--verbose", action="store_true", help="show what each command prints")
-    verbose = parser.parse_args().verbose
-    cli.quiet()
-    disable_progress_bar()
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+def quickstart(*, verbose: bool = False, trial: bool = False) -> None:
+    """Train, attribute, unlearn and test on the bundled people, and print the results in one table.
+
+    Each line that it prints is a command that can be typed; here they run in one process. They
+    write into the folder runs/people.
+
+    Args:
+        verbose: show what each command prints.
+        trial: two steps and a few rows, with WAGLE's mask alone: whether all of it works here.
+    """
+    prepare_libraries()
     started = time.monotonic()
     sets = ("forget", "retain", "holdout", "real_authors", "world_facts")
     texts = [
@@ -59,20 +59,23 @@ def main() -> None:
         step = time.monotonic()
         print(f"  wagle {command}", end="", flush=True)
         with contextlib.nullcontext() if verbose else silence():
-            cli.run(shlex.split(command + " --model.overwrite true"))
+            options = TRIAL[command.split()[0]] if trial else ""
+            app.run(shlex.split(f"{command} --model.overwrite true {options}"))
         print(f"   [{time.monotonic() - step:.0f} s]", flush=True)
 
+    arms = {row: arm for row, arm in UNLEARNED.items() if not trial or row.startswith("WAGLE")}
     rows = {
         "target": "target",
         "retrained": "retrained",
-        **{row: name for row, (name, _) in UNLEARNED.items()},
+        **{row: name for row, (name, _) in arms.items()},
     }
     attribute = "fit --config people/data --config task/attribute"
     wagle("fit --config people/finetune")
     wagle(f"fit --config people/finetune --model.train_on retain --model.output {RUNS}/retrained")
     wagle(attribute)
-    wagle(f"{attribute} --model.score random --model.output {RUNS}/masks/random")
-    for name, options in UNLEARNED.values():
+    if not trial:
+        wagle(f"{attribute} --model.score random --model.output {RUNS}/masks/random")
+    for name, options in arms.values():
         wagle(f"fit --config people/unlearn --model.output {RUNS}/{name} {options}")
     for name in ("retrained", *(name for name in rows.values() if name != "retrained")):
         against = "" if name == "retrained" else f" --model.retrained {RUNS}/retrained/test"
@@ -102,10 +105,3 @@ def table(results: dict[str, dict[str, float]]) -> str:
         for name, found in results.items()
     ]
     return markdown_table(["model", *COLUMNS], rows)
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except WagleError as error:
-        cli.fail(str(error))
