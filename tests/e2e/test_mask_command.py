@@ -186,7 +186,7 @@ def test_convert_there_and_back(mask: Any, tiny_model: str, refuses: Any) -> Non
     assert "it was made for another model" in refuses(
         f"convert a.safetensors -o a.pt --model {tiny_model}"
     )
-    assert "nothing to convert" in refuses("convert a.safetensors -o c.safetensors")
+    assert "nothing to convert; give --model" in refuses("convert a.safetensors -o c.safetensors")
     assert "suffix" in refuses("convert published.pt -o mask.npz")
     assert "does not exist" in refuses("convert none.pt -o c.safetensors")
 
@@ -205,6 +205,19 @@ def test_convert_to_an_adapter_and_back(mask: Any, tiny_model: str, refuses: Any
     assert "becomes a .safetensors mask first" in refuses("convert adapter -o c.pt")
     said = refuses(f"convert c.safetensors -o adapter --model {tiny_model}")
     assert "adapter exists already" in said
+
+
+def test_convert_for_another_model(mask: Any, tiny_model: str, refuses: Any) -> None:
+    lm = load_model(tiny_model)
+    bools = draw(0.3, 4, parameter_shapes(lm))
+    theirs = WeightMask.from_bools(bools, {"model_fingerprint": "other", "score": "Snip"})
+    theirs.save("theirs")
+    mask(f"convert theirs.safetensors -o ours.safetensors --model {tiny_model}")
+    ours = WeightMask.load("ours")
+    assert ours == theirs and ours.origin == "moved (Snip, density unknown)"
+    ours.check(parameter_shapes(lm), fingerprint(lm.named_parameters()))
+    refused = refuses(f"convert a.safetensors -o x.safetensors --model {tiny_model}")
+    assert "it was made for another model" in refused
 
 
 def test_modules(mask: Any, tiny_model: str, refuses: Any) -> None:

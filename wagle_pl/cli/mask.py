@@ -112,7 +112,7 @@ def convert(
     file: str, *, output: str, model: Optional[str] = None, overwrite: bool = False
 ) -> None:
     """Convert a mask to or from a ``{parameter name: bool tensor}`` dict that ``torch.save`` wrote,
-    or a SHiRA adapter of ``peft``, which trains the weights of the mask.
+    or a SHiRA adapter of ``peft``, which trains the weights of the mask; or for another model.
 
     The names say which way: .safetensors is a mask of ours; .pt, .pth or .bin is a torch file; one
     without a suffix is the folder of an adapter.
@@ -122,11 +122,15 @@ def convert(
         output: file or folder to write.
         model: model the mask is for. Its tensors are checked; a mask made of a torch file takes the
             order of its parameters and its fingerprint, without which any model may use the mask.
-            For an adapter it is the base, which one to convert names itself.
+            For an adapter it is the base, which one to convert names itself. Of one mask of ours to
+            another, the mask becomes one for this model.
     """
     formats = [_format(file), _format(output)]
-    if formats[0] == formats[1]:
-        raise WagleError(f"{file} and {output} are of the same format: there is nothing to convert")
+    if formats[0] == formats[1] and (formats[0] != "mask" or model is None):
+        hint = "give --model, the model that it is to be for" if formats[0] == "mask" else None
+        raise WagleError(
+            f"{file} and {output} are of the same format: nothing to convert", hint=hint
+        )
     if "mask" not in formats:
         raise WagleError(f"{file} becomes a {masks.SUFFIX} mask first, and that one {output}")
     kind = "folder" if formats[1] == "adapter" else "file"
@@ -139,6 +143,8 @@ def convert(
         _write(masks.WeightMask.from_torch(file, shapes, made_for), output)
     elif formats[0] == "adapter":
         _write(shira.mask_from_shira(file, shapes, made_for), output)
+    elif formats[1] == "mask":
+        _write(masks.WeightMask.load(file).moved(shapes, made_for), output)
     else:
         mask = masks.WeightMask.load(file)
         if shapes is not None:

@@ -142,6 +142,17 @@ class WeightMask:
         made_by = self._made_from("random_like", self) | {"seed": seed}
         return WeightMask(random_bits(sizes, self.count(), seed), self.shapes, made_by)
 
+    def moved(self, shapes: Shapes, made_for: Mapping[str, Any]) -> WeightMask:
+        """The same bits for another model with the same parameters.
+
+        Args:
+            shapes: parameter name -> shape of that model, which are checked.
+            made_for: its ``model`` and ``model_fingerprint``.
+        """
+        self.check(shapes)
+        made_by = {**made_for, "operation": "moved", "of": [self.metadata]}
+        return WeightMask({name: self.packed(name) for name in shapes}, shapes, made_by)
+
     # -- files -------------------------------------------------------------------------------------
 
     @classmethod
