@@ -26,6 +26,7 @@ SUMMARIES = {
     "test": "measure a model: what it has forgotten, what it has kept, what attacks bring back",
     "mask": "look at masks, compare, combine, convert, make and draw them",
     "study": "compare ways to unlearn one model, at equal forgetting",
+    "plant": "train rows into known weights of a model, and see which scores find these",
     "report": "show what runs and studies found, in one HTML file",
     "plan": "estimate the memory, disk and work of a run, before you rent a machine",
     "patch": "ship what unlearning changed: make a patch of two models, apply it, revert it",
@@ -35,7 +36,8 @@ SUMMARIES = {
 }
 
 #: Commands with more options than a screen holds -> text in ``help/`` on those that users change.
-SCREENS = {"fit": "fit.txt", "test": "test.txt", "validate": "test.txt", "study": "study.txt"}
+SCREENS = {name: f"{name}.txt" for name in ("fit", "test", "study", "plant")}
+SCREENS["validate"] = "test.txt"
 
 #: Commands beside LightningCLI's -> a function, or verb -> function: their signatures and
 #: docstrings make the options and their help.
@@ -45,6 +47,7 @@ COMMANDS = {
     "mask": "wagle_pl.cli.mask:VERBS",
     "patch": "wagle_pl.cli.tools:PATCH",
     "plan": "wagle_pl.cli.tools:plan",
+    "plant": "wagle_pl.cli.lightning:plant",
     "quickstart": "wagle_pl.cli.quickstart:quickstart",
     "report": "wagle_pl.cli.tools:report",
     "study": "wagle_pl.cli.lightning:study",

@@ -25,7 +25,7 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.evaluation import Evaluate, EvaluationModule
 from wagle_pl.lm.module import LanguageModule
 from wagle_pl.strategies import is_zero, load_plain
-from wagle_pl.study import Study
+from wagle_pl.study import Plants, Study
 
 #: Class of ``--optimizer.OPTION`` where none is named: the default of the modules.
 DEFAULT_OPTIMIZER = "MaskedAdamW"
@@ -176,3 +176,13 @@ def study(**options: Any) -> None:
         Study(**options).run()
     except KeyboardInterrupt:  # it has said what is left to do
         raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+def plant(**options: Any) -> None:
+    """Plant what is not planted yet, then write which scores find it.
+
+    Args:
+        **options: passed to :class:`Plants`.
+    """
+    prepare_libraries()
+    Plants(**options).run()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Optional
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from wagle_pl.core.environment import silence
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.outputs import Lock, Planned
 from wagle_pl.evaluation import Evaluate
@@ -24,6 +27,7 @@ from wagle_pl.study import TABLE_FILE
 from wagle_pl.unlearning import UnlearnModule
 
 log = logging.getLogger(__name__)
+say = partial(print, flush=True)
 
 Generate = Literal["end", "always", "never"]
 Along = Literal["all", "answers"]
@@ -43,6 +47,32 @@ _OF_GENERATION = frozenset(
 
 
 # -- a run -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def announced(work: str) -> Iterator[None]:
+    """Print what is being done; what came of it is to be printed on the same line."""
+    say(f"{work}: ", end="")
+    try:
+        yield
+    except BaseException:
+        say()
+        raise
+
+
+def make_trainer(folder: Path, options: Mapping[str, Any], **own: Any) -> L.Trainer:
+    """A Trainer that says and keeps nothing; ``own`` options come before those of the user."""
+    gc.collect()  # the model of the trainer before is in reference cycles
+    with silence():
+        return L.Trainer(
+            **{**options, **own},
+            default_root_dir=str(folder),
+            limit_val_batches=0,  # a study has tests of its own, whatever data.val says
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
 
 
 @dataclass(eq=False)
@@ -149,8 +179,14 @@ class RunTable:
     ``settings``, what all runs share as plain data, are in it: other ones are refused by name.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.path = folder / TABLE_FILE
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        file: str = TABLE_FILE,
+        columns: Sequence[str] = COLUMNS,
+    ) -> None:
+        self.path, self.columns = folder / file, columns
         self.settings = json.loads(json.dumps(settings))
         self.rows: list[dict[str, Any]] = []
         if self.path.is_file():
@@ -178,7 +214,8 @@ class RunTable:
 
     def write(self) -> None:
         """Write the file, if there are runs, whole or not at all; every row has every column."""
-        names = [*COLUMNS, *sorted({name for row in self.rows for name in row} - set(COLUMNS))]
+        others = {name for row in self.rows for name in row} - set(self.columns)
+        names = [*self.columns, *sorted(others)]
         rows = [{name: row.get(name) for name in names} for row in self.rows]
         if rows:
             write_table(self.path, rows, self.settings)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,14 +38,16 @@ from wagle_pl.study.runs import (
     Generate,
     RunTable,
     UnkeptModule,
+    announced,
     as_before_the_end,
     locked,
+    make_trainer,
+    say,
 )
 from wagle_pl.study.summary import Compared, summarise
 from wagle_pl.unlearning import UnlearnModule
 
 log = logging.getLogger(__name__)
-_say = partial(print, flush=True)
 
 FORMAT_VERSION = 1
 
@@ -199,7 +199,7 @@ class Study:
             self.size = min(len(runs), self.budget or len(runs))
             if self.join:
                 joined = count(self.table.join(self.join), "run")
-                _say(f"{joined} taken over from {', '.join(self.join)}")
+                say(f"{joined} taken over from {', '.join(self.join)}")
             kinds = {"objective": self.grid.objectives, "mask": self.grid.masks}
             for row in self.table.rows:  # of earlier sittings: with the names and measures of this
                 for kind, choices in kinds.items():
@@ -211,7 +211,7 @@ class Study:
             finished = self._finished()
             todo = [run for run in runs if run.id not in finished]
             number = max(0, min(len(todo), self.size - len(finished)))
-            _say(
+            say(
                 f"{self.folder}: {count(self.size, 'run')}, {len(finished)} of them finished; "
                 f"{number} to do{self._time_left(number)}"
             )
@@ -221,15 +221,15 @@ class Study:
                 self._work(self._suggested(runs) if self.sampler == "optuna" else todo, number)
             except (KeyboardInterrupt, SystemExit):
                 missing = f"{self.size - len(self._finished())} of {self.size} runs are missing"
-                _say(f"stopped; the same command goes on ({missing})")
+                say(f"stopped; the same command goes on ({missing})")
                 raise
             found = self._write()
             if (figure := overview(found)) is not None:
                 save_figure(figure, [self.folder / "study.svg"])
         if found["headline"]:
-            _say(f"\n{text.console(found)}\n\n{self.folder / 'study.md'} has it as Markdown")
+            say(f"\n{text.console(found)}\n\n{self.folder / 'study.md'} has it as Markdown")
             if self.sampler == "optuna":
-                _say(text.best(found))
+                say(text.best(found))
         return found
 
     def _finished(self) -> set[str]:
@@ -253,16 +253,16 @@ class Study:
         for number in range(1, runs + 1):
             if self.hours is not None and time.monotonic() - began > 3600 * self.hours:
                 left = count(runs - number + 1, "run")
-                _say(f"{self.hours:g} h are over; the same command goes on with the {left} left")
+                say(f"{self.hours:g} h are over; the same command goes on with the {left} left")
                 return
             run = next(todo)
-            with _announced(f"[{number}/{runs}] {run.name}"):
+            with announced(f"[{number}/{runs}] {run.name}"):
                 rows = self._run(run)
             self.table.append(rows)
             last, left = rows[-1], self._time_left(runs - number)
             forget, utility = (decimals(last.get(name)) for name in ("forget", "utility"))
             outcome = last.get("note") or f"forget {forget}, utility {utility}"
-            _say(f"{outcome}, {text.duration(last['seconds'])}{left}")
+            say(f"{outcome}, {text.duration(last['seconds'])}{left}")
             self._write()
 
     # -- before the runs ---------------------------------------------------------------------------
@@ -326,7 +326,7 @@ class Study:
             **{k: v for k, v in given.items() if k in option_names(EvaluationModule)},
         )
         try:
-            with _announced(f"{name} model {model}"), silence():
+            with announced(f"{name} model {model}"), silence():
                 self._trainer().test(module, datamodule=copy.copy(self.data), verbose=False)
         except WagleError as error:
             if not error.hint:
@@ -335,7 +335,7 @@ class Study:
         if name == "target":
             self.suite = module.evaluation.active_suite
             self.shapes = parameter_shapes(module.lm)
-        _say(f"{self.forget} {decimals(module.metrics.get(self.forget))}")
+        say(f"{self.forget} {decimals(module.metrics.get(self.forget))}")
         return module.model_fingerprint, dict(module.metrics)
 
     def _compare_by(self) -> Compared:
@@ -392,7 +392,7 @@ class Study:
         names = {id(mask): name for name, mask in missing.items()}
         for pass_options, masks in grid.passes(list(missing.values())):
             start = time.monotonic()
-            with _announced(f"attribution, {count(len(masks), 'mask')}"), silence():
+            with announced(f"attribution, {count(len(masks), 'mask')}"), silence():
                 module = AttributionModule(
                     model=self.target,
                     output=str(self.folder / "masks"),
@@ -403,7 +403,7 @@ class Study:
                 module.run_config = {"study": self.settings}
                 trainer = self._trainer(max_epochs=1, gradient_clip_val=None)
                 trainer.fit(module, datamodule=copy.copy(self.data))
-            _say(text.duration(time.monotonic() - start))
+            say(text.duration(time.monotonic() - start))
 
     def _mask_file(self, run: grid.Run) -> Optional[Path]:
         """The mask of a run; None where all weights move."""
@@ -472,17 +472,7 @@ class Study:
         ]
 
     def _trainer(self, **own: Any) -> L.Trainer:
-        gc.collect()  # the model of the trainer before is in reference cycles
-        with silence():
-            return L.Trainer(
-                **{**self._trainer_options, **own},
-                default_root_dir=str(self.folder),
-                limit_val_batches=0,  # a study has tests of its own, whatever data.val says
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-            )
+        return make_trainer(self.folder, self._trainer_options, **own)
 
     # -- what was found ----------------------------------------------------------------------------
 
@@ -523,14 +513,3 @@ class Study:
         with atomic_path(self.folder / "study.md") as temporary:
             temporary.write_text(text.markdown(found), encoding="utf-8")
         return found
-
-
-@contextmanager
-def _announced(work: str) -> Iterator[None]:
-    """Print what is being done; what came of it is to be printed on the same line."""
-    _say(f"{work}: ", end="")
-    try:
-        yield
-    except BaseException:
-        _say()
-        raise

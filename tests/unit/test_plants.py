@@ -1,0 +1,117 @@
+"""Planted knowledge: the weights of each kind, how well scores find them, and what was published."""
+
+import pytest
+import torch
+from scipy.stats import mannwhitneyu
+from transformers import LlamaConfig
+
+from wagle_pl.attribution import MaskSpec, Score
+from wagle_pl.attribution.scoring import Collected, complete
+from wagle_pl.attribution.selection import Ranking
+from wagle_pl.attribution.sums import GradientSums
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.weights import parameter_shapes
+from wagle_pl.lm.models import load_model
+from wagle_pl.masks import WeightMask
+from wagle_pl.study.plants import KINDS, auroc, locate, markdown, overview, plant_mask, summarise
+
+CONFIG = LlamaConfig(hidden_size=32, intermediate_size=80, num_attention_heads=4)
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_model):
+    return load_model(tiny_model)
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+@pytest.mark.parametrize("low", [True, False])
+def test_auroc_is_the_mann_whitney_statistic(absolute, low):
+    draw = torch.Generator().manual_seed(0)
+    scores = {name: torch.randint(-9, 9, (31, 7), generator=draw).float() for name in "ab"}
+    masks = [
+        WeightMask.from_bools({n: torch.rand(31, 7, generator=draw) < p for n in "ab"})
+        for p in (0.1, 0.6)
+    ]
+    flat = torch.cat([s.view(-1) for s in scores.values()])
+    flat = (flat.abs() if absolute else flat) * (-1 if low else 1)
+    for mask, found in zip(
+        masks, auroc(scores.items(), masks, Ranking(absolute, low)), strict=True
+    ):
+        inside = torch.cat([mask[name].view(-1) for name in "ab"])
+        u = mannwhitneyu(flat[inside], flat[~inside]).statistic
+        assert found == pytest.approx(u / (inside.sum() * (~inside).sum()).item())
+
+
+class Knows(Score):
+    """A score that is the truth."""
+
+    needs = ()
+
+    def __init__(self, mask):
+        self.mask = mask
+
+    def __call__(self, w):
+        return self.mask[w.name].float() + 0.5
+
+
+@pytest.mark.parametrize("plant", KINDS)
+def test_the_truth_finds_every_plant_and_chance_does_not(lm, plant):
+    shapes = parameter_shapes(lm)
+    mask = plant_mask(plant, shapes, lm.config, seed=0)
+    collected = Collected(lm, GradientSums(lm.named_parameters()))
+    truths = {"here": mask, "elsewhere": ~mask}
+    default = MaskSpec(Knows(mask), 0.5, "high", "global")
+    knows, random = complete([{}, {"score": "random"}], default)
+    found, n = locate(collected, knows, truths), mask.count()
+    others = pytest.approx(
+        1 - n / (mask.total - n)
+    )  # all of the plant are among as many as are left
+    assert found == {"here": (1.0, 1.0), "elsewhere": (0.0, others)}
+    area, precision = locate(collected, random, truths)["here"]
+    assert area == pytest.approx(0.5, abs=4 * (1 / 12 / n + 1 / 12 / (mask.total - n)) ** 0.5)
+    spread = (mask.density * (1 - mask.density) / n) ** 0.5
+    assert precision == pytest.approx(mask.density, abs=4 * spread)
+
+
+def test_the_weights_of_each_kind(lm):
+    shapes, config = parameter_shapes(lm), lm.config
+    masks = {plant: plant_mask(plant, shapes, config, 0) for plant in KINDS}
+    assert masks["random"].count() == masks["random"].total // 50
+    (block,) = {n.split(".")[2] for n in shapes if masks["block"].count(n)}
+    assert (
+        all(masks["block"][n].all() for n in shapes if f"layers.{block}.mlp" in n)
+        and masks["block"].count() == 3 * 32 * 96
+    )
+    head = config.hidden_size // config.num_attention_heads
+    assert masks["heads"].count() == 3 * head * config.hidden_size
+    for name in shapes:
+        by_head = masks["heads"][name].any(0) if "o_proj" in name else None
+        assert by_head is None or (by_head.view(-1, head).sum(1) % head == 0).all()
+    for layer in "01":
+        up, gate, down = (
+            masks["spread"][f"model.layers.{layer}.mlp.{n}_proj.weight"]
+            for n in ("up", "gate", "down")
+        )
+        assert torch.equal(up, gate) and torch.equal(up, down.T) and up.any(1).sum() == 96 // 20
+    assert plant_mask("heads", shapes, config, 1) != masks["heads"]
+    with pytest.raises(WagleError, match="no modules"):
+        plant_mask("heads", {"model.norm.weight": (32,)}, config, 0)
+
+
+def test_the_summary_by_hand():
+    def row(seed, score, now, before):
+        shared = {"plant": "random", "seed": seed, "density": 0.02, "forget": 0.8, "retain": 0.9}
+        numbers = {"auroc": now, "precision": 0.1, "auroc_before": before, "precision_before": 0.02}
+        return {**shared, "score": score, **numbers}
+
+    rows = [row(seed, "snip", 0.6 + seed / 10, 0.5) for seed in range(3)]
+    rows += [row(seed, "gradient", 0.9, 0.5 + seed / 100) for seed in range(3)]
+    best, worst = summarise(rows)
+    assert (best["score"], worst["score"]) == ("gradient", "snip")
+    assert worst["auroc"] == (pytest.approx(0.7), pytest.approx(0.1), 3)
+    assert worst["enrichment"].mean == pytest.approx(5) and worst["enrichment_before"].mean == 1
+    assert best["difference"] == pytest.approx(0.39) and best["p"] < 0.001
+    assert overview([best, worst])[1] == [["gradient", "0.90 (5.0×)"], ["snip", "0.70 (5.0×)"]]
+    said = markdown([best, worst])
+    assert "2.0% of the weights; after planting forget 0.800, retain 0.900." in said
+    assert "| snip | 0.700 ± 0.100 | 0.500 | +0.200 | 0.074 | 0.100 | 5.00 | 1.00 |" in said

@@ -1,0 +1,454 @@
+"""``Plants``: knowledge put into known weights, and which scores find them.
+
+Where a model keeps what it knows is not known; where rows were trained in with all other weights
+frozen, it is. Every score of attribution is then an answer to a question whose answer is known.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import prod
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from wagle_pl.attribution import AttributionModule, MaskSpec
+from wagle_pl.attribution.scoring import Collected
+from wagle_pl.attribution.selection import Ranking, order_keys
+from wagle_pl.core.environment import silence
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.files import atomic_path, refuse_existing
+from wagle_pl.core.registry import Entry
+from wagle_pl.core.seeds import stable_seed
+from wagle_pl.core.text import count, decimals, markdown_table, table
+from wagle_pl.core.weights import fingerprint, parameter_shapes
+from wagle_pl.data.example import raw_rows
+from wagle_pl.data.module import ForgetRetainDataModule
+from wagle_pl.evaluation import Evaluate
+from wagle_pl.lm import models
+from wagle_pl.masks import WeightMask
+from wagle_pl.masks.bits import count_bits, random_bits, unpack_bits
+from wagle_pl.masks.names import in_module, layer_of
+from wagle_pl.objectives.forget import GradDiff
+from wagle_pl.study import grid
+from wagle_pl.study.runs import EvaluateAlong, RunTable, announced, locked, make_trainer, say
+from wagle_pl.study.summary import Row, paired, spread
+from wagle_pl.study.text import chance, duration, signed
+from wagle_pl.unlearning import UnlearnModule
+
+TABLE_FILE = "plants.parquet"
+COLUMNS = (
+    *("plant", "seed", "score", "run", "density", "forget", "retain", "steps", "seconds"),
+    *("auroc", "precision", "auroc_before", "precision_before"),
+)
+Shapes = Mapping[str, tuple[int, ...]]
+Bools = dict[str, Tensor]
+Key = tuple[str, int]  # a plant and a seed
+Found = tuple[float, float]  # AUROC and precision
+
+
+# -- where knowledge is planted --------------------------------------------------------------------
+
+
+def plant_mask(plant: str, shapes: Shapes, config: PretrainedConfig, seed: int) -> WeightMask:
+    """The weights of one of :data:`KINDS`, drawn with a seed, or those of a mask file.
+
+    Raises:
+        WagleError: if the model has no modules of the kind.
+    """
+    if plant not in KINDS:
+        return WeightMask.load(plant)
+    bools = KINDS[plant](shapes, config, np.random.default_rng(stable_seed("plant", plant, seed)))
+    if not bools:
+        raise WagleError(f"plant {plant}: the model has no modules of that kind", "--plants")
+    zeros = {n: torch.zeros(s, dtype=torch.bool) for n, s in shapes.items() if n not in bools}
+    mask = WeightMask.from_bools({name: {**zeros, **bools}[name] for name in shapes})
+    mask.metadata |= {"score": f"plant {plant}, seed {seed}", "density": round(mask.density, 6)}
+    return mask
+
+
+def _random(shapes: Shapes, config: PretrainedConfig, draw: np.random.Generator) -> Bools:
+    """2 % of all weights."""
+    sizes = {name: prod(shape) for name, shape in shapes.items()}
+    bits = random_bits(sizes, sum(sizes.values()) // 50, int(draw.integers(1 << 32)))
+    return {name: unpack_bits(bits[name], shape) for name, shape in shapes.items()}
+
+
+def _block(shapes: Shapes, config: PretrainedConfig, draw: np.random.Generator) -> Bools:
+    """The whole MLP of one block."""
+    inside = [name for name in shapes if in_module(name, "mlp")]
+    layers = sorted({layer_of(name) for name in inside} - {None})
+    chosen = draw.choice(layers) if layers else None
+    return {n: torch.ones(shapes[n], dtype=torch.bool) for n in inside if layer_of(n) == chosen}
+
+
+def _heads(shapes: Shapes, config: PretrainedConfig, draw: np.random.Generator) -> Bools:
+    """What three attention heads, of any blocks, write: their columns of ``o_proj``."""
+    names = [n for n, s in shapes.items() if in_module(n, "o_proj") and len(s) == 2]
+    heads = config.num_attention_heads
+    bools = {name: torch.zeros(shapes[name], dtype=torch.bool) for name in names}
+    for place in draw.choice(len(names) * heads, 3, replace=False) if names else ():
+        by_head = bools[names[place // heads]].unflatten(1, (heads, -1))
+        by_head[:, place % heads] = True
+    return bools
+
+
+def _spread(shapes: Shapes, config: PretrainedConfig, draw: np.random.Generator) -> Bools:
+    """5 % of the neurons of every MLP: what comes in and what goes out."""
+    bools, chosen = {}, {}
+    for name, shape in shapes.items():
+        if not in_module(name, "mlp") or len(shape) != 2 or config.hidden_size not in shape:
+            continue
+        dim = int(shape[0] == config.hidden_size)  # along which neurons are
+        key = layer_of(name), shape[dim]
+        if key not in chosen:
+            chosen[key] = draw.choice(key[1], max(1, key[1] // 20), replace=False)
+        bools[name] = torch.zeros(shape, dtype=torch.bool)
+        bools[name].index_fill_(dim, torch.from_numpy(chosen[key]), True)
+    return bools
+
+
+#: What can be planted in -> (shapes, configuration, generator) -> the tensors with weights of it.
+KINDS = {"random": _random, "block": _block, "heads": _heads, "spread": _spread}
+
+
+# -- how well scores find it -----------------------------------------------------------------------
+
+
+def auroc(
+    scores: Iterable[tuple[str, Tensor]], masks: Sequence[WeightMask], ranking: Ranking
+) -> list[float]:
+    """Probability that a weight of a mask ranks before one outside it, for each of several masks.
+
+    The Mann-Whitney statistic, ties counted half; scores that agree in their upper sixteen bits (8
+    bits of precision) are ties, so that one pass of counting will do.
+    """
+    bins = 1 << 16
+    counts = torch.zeros(len(masks), 2, bins, dtype=torch.int64)
+    for name, values in scores:
+        keys = (order_keys(values.reshape(-1), ranking).cpu() >> 16) + bins // 2
+        both = torch.bincount(keys, minlength=bins)
+        for mask, (outside, inside) in zip(masks, counts, strict=True):
+            own = torch.bincount(keys[mask[name].view(-1)], minlength=bins)
+            inside += own
+            outside += both - own
+    outside, inside = counts.double().unbind(1)
+    below = outside.cumsum(1) - outside / 2
+    return ((inside * below).sum(1) / (inside.sum(1) * outside.sum(1))).tolist()
+
+
+def locate(
+    collected: Collected, spec: MaskSpec, truths: Mapping[Any, WeightMask]
+) -> dict[Any, Found]:
+    """How well a score finds each of some masks: AUROC, and precision of as many weights as in it.
+
+    Precision is the share of the mask among the weights that the score would select at the mask's
+    density; that of a score which knows nothing is the density.
+    """
+    masks, names = list(truths.values()), spec.eligible(collected.shapes)
+    scores = collected.scores(spec.score, set(names))
+    areas = auroc(scores, masks, Ranking(not spec.score.signed, spec.select == "low"))
+    found = {}
+    options = {k: getattr(spec, k) for k in ("select", "scope", "include", "exclude")}
+    for (key, mask), area in zip(truths.items(), areas, strict=True):
+        density = Fraction(mask.count(), mask.total)
+        chosen = collected.mask(spec.score, density, **options)
+        hits = sum(count_bits(chosen.packed(name) & mask.packed(name)) for name in mask)
+        found[key] = area, hits / chosen.count()
+    return found
+
+
+# -- the whole -------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True, eq=False)
+class Plants:
+    """Rows trained into known weights of a model that never saw them, and which scores find these.
+
+    For each plant and seed the forget rows are trained in, together with retain rows, with only the
+    plant's weights free, until the model recalls them. Every score then ranks the weights of that
+    model, and of the model before, which says what a score prefers anyway. The output folder holds
+    ``plants.parquet`` (a row a plant, seed and score), ``plants.md``, and for each plant and seed
+    the model and ``plant.safetensors``, the mask of its weights: a study of the model may take it
+    as a mask. A command that is started again goes on where it was.
+
+    Args:
+        model: hub id, folder or GGUF file of a model that never saw the forget rows: the retrained
+            model.
+        output: folder to write.
+        data: the data module: class_path and init_args, or --data CLASS --data.option VALUE.
+        plants: where to plant: random (2 % of all weights), block (one block's MLP), heads (three
+            heads' columns of o_proj), spread (5 % of the neurons of every MLP), or mask files of
+            the model.
+        scores: as the masks of a study: a score, or options: score, hessian and others as
+            attribution has them, name.
+        seeds: of the plants' weights and of the order of rows.
+        recall: probability of the forget rows' answers at which planting ends.
+        lr: learning rate of planting.
+        steps: the most optimiser steps of planting.
+        points: how many times within these the probability is tested.
+        retain_weight: factor of the retain rows' loss in planting.
+        batch_size: pairs a step; the data module's own when not given.
+        limit_test: rows of each test set.
+        module: options of UnlearnModule and of Evaluate.
+        trainer: options of Lightning's Trainer, such as precision, accelerator.
+
+    Raises:
+        WagleError: if an option has no meaning.
+    """
+
+    model: str
+    output: str
+    data: ForgetRetainDataModule
+    plants: Sequence[str] = tuple(KINDS)
+    scores: Sequence[Union[str, dict[str, Any]]] = ("wagle", "curvature", "gradient", "random")
+    seeds: Sequence[int] = (0, 1, 2)
+    recall: float = 0.8
+    lr: float = 1e-3
+    steps: int = 400
+    points: int = 40
+    retain_weight: float = 1.0
+    batch_size: Optional[int] = None
+    limit_test: Optional[int] = None
+    module: Optional[dict[str, Any]] = None
+    trainer: Optional[dict[str, Any]] = None
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.output)
+        refuse_existing(self.folder, overwrite=True, kind="files")  # it goes on in its folder
+        self._choices = grid.read_masks([_without_density(entry) for entry in self.scores])
+        for plant in self.plants:
+            if plant not in KINDS and not Path(plant).is_file():
+                kinds = ", ".join(KINDS)
+                raise WagleError(f"--plants: {plant!r} is no mask file, and none of {kinds}")
+        self._module, self._tests = grid.read_module(self.module or {})
+        self._trainer_options = grid.read_trainer(self.trainer or {})
+        self.data = copy.copy(self.data)
+        self.data.batch_size = self.batch_size or self.data.batch_size
+        limit = self.limit_test or self.data.limits["test"]
+        self.data.limits = {**self.data.limits, "test": limit}
+
+    def run(self) -> list[dict[str, Any]]:
+        """Plant and locate what is not finished; returns what :func:`summarise` makes of all."""
+        models.locate(self.model)
+        with locked(self.folder):
+            lm = models.load_model(self.model, torch.bfloat16)
+            shapes, base = parameter_shapes(lm), fingerprint(lm.named_parameters())
+            planned = [(plant, seed) for plant in self.plants for seed in self.seeds]
+            truths = {key: plant_mask(key[0], shapes, lm.config, key[1]) for key in planned}
+            del lm
+            for mask in truths.values():
+                mask.check(shapes, base)
+            self.data.serve(tokenizer=lambda: models.load_tokenizer(self.model))
+            self.table = RunTable(self.folder, self._settings(base), TABLE_FILE, COLUMNS)
+            done = self.table.finished()
+            todo = {key: mask for key, mask in truths.items() if _name(key) not in done}
+            say(f"{self.folder}: {count(len(truths), 'plant')}, {len(todo)} to do")
+            before = self._locate(self.model, todo) if todo else {}
+            for number, (key, mask) in enumerate(todo.items(), 1):
+                with announced(f"[{number}/{len(todo)}] {_name(key)}, {mask.density:.2%}"):
+                    rows = self._run(key, mask, before)
+                self.table.append(rows)
+                numbers = (f"{name} {decimals(rows[0][name])}" for name in ("forget", "retain"))
+                steps, seconds = (rows[0][name] for name in ("steps", "seconds"))
+                say(f"{', '.join(numbers)}, {count(steps, 'step')}, {duration(seconds)}")
+            found = summarise(self.table.rows)
+            with atomic_path(self.folder / "plants.md") as temporary:
+                temporary.write_text(markdown(found), encoding="utf-8")
+        if found:
+            say(f"{table(*overview(found))}\n{self.folder / 'plants.md'} has more")
+        return found
+
+    def _settings(self, base: str) -> dict[str, Any]:
+        """What all plants share, as plain data."""
+        data = self.data
+        names = ("recall", "lr", "steps", "points", "retain_weight")
+        return {
+            "model": base,
+            **{f"{n}_rows": grid.digest(raw_rows(data.examples(n))) for n in ("forget", "retain")},
+            "template": grid.digest(data.template.identity()),
+            "batch_size": data.batch_size,
+            "scores": {choice.name: choice.definition for choice in self._choices},
+            **{name: getattr(self, name) for name in names},
+            "module": {**self._module, **self._tests},
+        }
+
+    def _run(
+        self, key: Key, mask: WeightMask, before: Mapping[tuple[str, Key], Found]
+    ) -> list[dict[str, Any]]:
+        """Plant, and locate; the rows of one plant and seed."""
+        start, (plant, seed) = time.monotonic(), key
+        L.seed_everything(seed, verbose=False)
+        data = copy.copy(self.data)
+        data.seed = seed
+        folder = self.folder / _name(key)
+        module = UnlearnModule(
+            model=self.model,
+            output=str(folder / "model"),
+            overwrite=True,
+            objective=GradDiff(forget_weight=-1.0, retain_weight=self.retain_weight),
+            mask=mask,
+            lr=self.lr,
+            **{"warmup": 0.0, "decay": "constant", **self._module},
+        )
+        module.run_config = {"plants": self.table.settings, "plant": plant, "seed": seed}
+        evaluate = Evaluate(generate=False, **self._tests)
+        sets = ("forget", "retain")
+        along = EvaluateAlong(
+            evaluate,
+            self.points,
+            "never",
+            sets,
+            lambda measures: measures["forget/probability"] >= self.recall,
+        )
+        with silence():
+            options = {"max_steps": self.steps, "max_epochs": -1, "callbacks": [along]}
+            self._trainer(**options).fit(module, datamodule=data)
+        made, last = str(folder / "model"), along.tests[-1]
+        made_for = {"model": made, "model_fingerprint": module.fingerprint()}
+        mask.moved(mask.shapes, made_for).save(folder / "plant")
+        after = self._locate(made, {key: mask})
+        shared = {
+            **{"plant": Path(plant).stem, "seed": seed, "run": _name(key)},
+            **{"density": mask.density, "steps": last["step"]},
+            **{name: last[f"{name}/probability"] for name in sets},
+            "seconds": round(time.monotonic() - start, 1),
+        }
+        names = ("auroc", "precision", "auroc_before", "precision_before")
+        return [
+            {**shared, "score": name, **dict(zip(names, (*found, *before[name, key]), strict=True))}
+            for (name, _), found in after.items()
+        ]
+
+    def _locate(self, model: str, truths: Mapping[Key, WeightMask]) -> dict[tuple[str, Key], Found]:
+        """(name of a score, plant) -> how well it finds the plant by the weights of a model."""
+        found = {}
+        for options, choices in grid.passes(self._choices):
+            specs = [choice.spec(str(number)) for number, choice in enumerate(choices)]
+            module = AttributionModule(model=model, masks=specs, **options)
+            with silence():
+                self._trainer(max_epochs=1, gradient_clip_val=None).fit(
+                    module, copy.copy(self.data)
+                )
+            for choice, spec in zip(choices, module.specs, strict=True):
+                located = locate(module.collected, spec, truths)
+                found |= {(choice.name, key): numbers for key, numbers in located.items()}
+        return found
+
+    def _trainer(self, **own: Any) -> L.Trainer:
+        return make_trainer(self.folder, self._trainer_options, **own)
+
+
+def _name(key: Key) -> str:
+    return f"{Path(key[0]).stem}-{key[1]}"
+
+
+def _without_density(entry: Entry) -> dict[str, Any]:
+    """A mask of a study as a score, whose density will be the plant's."""
+    options = {"score": entry} if isinstance(entry, str) else dict(entry)
+    if "density" in options:
+        raise WagleError(f"scores: {options} takes the density of the plant: leave density out")
+    if str(options.get("score", "lora")).lower() in ("dense", "lora"):
+        raise WagleError(f"scores: {entry} is no score")
+    return {**options, "density": None}
+
+
+# -- what was found --------------------------------------------------------------------------------
+
+NOTES = (
+    "AUROC: probability that a weight of the plant ranks before another; 0.5 by chance. Mean and "
+    "standard deviation over seeds, of which each draws its plant.",
+    "before: the same of the model before planting, which has nothing in these weights: what the "
+    "score prefers anyway. difference and p (paired t-test over seeds): AUROC after planting "
+    "against before.",
+    "precision: share of the plant among as many weights as it has, those that the score ranks "
+    "first. enrichment: precision divided by the plant's density, which is chance's precision.",
+)
+
+
+def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Every plant and score over the seeds, the best AUROC of a plant first.
+
+    Each has ``plant``, ``score``, ``n``; means ``density``, ``forget``, ``retain``; as (mean,
+    standard deviation, n) ``auroc``, ``precision`` and ``enrichment`` (precision over density), and
+    the same of the model before with ``_before``; ``difference`` of the AUROC from that before, and
+    its ``p`` in a paired t-test over seeds, None with fewer than three.
+    """
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        groups.setdefault((row["plant"], row["score"]), []).append(row)
+    found = []
+    for (plant, score), own in groups.items():
+        entry = {"plant": plant, "score": score, "n": len(own)}
+        for name in ("density", "forget", "retain"):
+            entry[name] = spread([row[name] for row in own]).mean
+        for when in ("", "_before"):
+            precisions = [row[f"precision{when}"] for row in own]
+            times = [p / row["density"] for p, row in zip(precisions, own, strict=True)]
+            aurocs = [row[f"auroc{when}"] for row in own]
+            values = {"auroc": aurocs, "precision": precisions, "enrichment": times}
+            entry |= {f"{name}{when}": spread(of) for name, of in values.items()}
+        pairs = ([row[name] for row in own] for name in ("auroc", "auroc_before"))
+        test = paired(*pairs)
+        found.append({**entry, "difference": test.difference, "p": test.p})
+    plants = list(dict.fromkeys(entry["plant"] for entry in found))
+    return sorted(found, key=lambda entry: (plants.index(entry["plant"]), -entry["auroc"].mean))
+
+
+def overview(found: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table, scores by plants: AUROC, and how often chance's precision."""
+    plants = list(dict.fromkeys(entry["plant"] for entry in found))
+    cells = {
+        (entry["score"], entry["plant"]): (entry["auroc"].mean, entry["enrichment"].mean)
+        for entry in found
+    }
+    rows = {score: [cells.get((score, plant)) for plant in plants] for score, _ in cells}
+    ordered = sorted(rows.items(), key=lambda row: -sum(c[0] if c else 0 for c in row[1]))
+    return ["score", *plants], [
+        [score, *("–" if c is None else f"{c[0]:.2f} ({c[1]:.1f}×)" for c in row)]
+        for score, row in ordered
+    ]
+
+
+def markdown(found: Sequence[Mapping[str, Any]]) -> str:
+    """Content of ``plants.md``: the overview, and a table a plant."""
+    about = (
+        "AUROC of each score, and its precision at the plant's density as a multiple of chance's."
+    )
+    parts = ["# Planted knowledge", about, markdown_table(*overview(found))]
+    for plant in dict.fromkeys(entry["plant"] for entry in found):
+        own = [entry for entry in found if entry["plant"] == plant]
+        said = (f"{name} {decimals(own[0][name])}" for name in ("forget", "retain"))
+        about = f"{own[0]['density']:.1%} of the weights; after planting {', '.join(said)}."
+        parts += [f"## {plant}", about, markdown_table(*shown(own))]
+    notes = "\n".join(f"- {line}" for line in NOTES)
+    return "\n\n".join([*parts, "## How to read it", notes]) + "\n"
+
+
+def shown(entries: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of one plant."""
+
+    def cells(entry: Mapping[str, Any]) -> list[str]:
+        mean, std, _ = entry["auroc"]
+        return [
+            entry["score"],
+            decimals(mean) + ("" if std is None else f" ± {std:.3f}"),
+            decimals(entry["auroc_before"].mean),
+            signed(entry["difference"]),
+            "–" if entry["p"] is None else chance(entry["p"]),
+            decimals(entry["precision"].mean),
+            decimals(entry["enrichment"].mean, 2),
+            decimals(entry["enrichment_before"].mean, 2),
+        ]
+
+    header = ["score", "AUROC", "before", "difference", "p", "precision", "enrichment", "before"]
+    return header, list(map(cells, entries))
