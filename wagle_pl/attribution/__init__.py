@@ -17,7 +17,12 @@ from wagle_pl.attribution.scores import (
     Wanda,
     WeightStatistics,
 )
-from wagle_pl.attribution.scoring import Collected, MaskSpec, mask_from_scores
+from wagle_pl.attribution.scoring import (
+    Collected,
+    MaskSpec,
+    importance_from_scores,
+    mask_from_scores,
+)
 
 __all__ = [
     "AttributionModule",
@@ -38,5 +43,6 @@ __all__ = [
     "Wanda",
     "WeightStatistics",
     "collect",
+    "importance_from_scores",
     "mask_from_scores",
 ]

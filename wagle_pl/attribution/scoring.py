@@ -9,7 +9,7 @@ made them, for which model, and which files hold the rows of which parameter.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import prod
@@ -37,7 +37,7 @@ from wagle_pl.core.registry import resolve
 from wagle_pl.core.tensorfiles import write_tensors
 from wagle_pl.core.weights import gathered, parameter_shapes
 from wagle_pl.masks import WeightMask
-from wagle_pl.masks.bits import filled_bits
+from wagle_pl.masks.bits import filled_bits, unpack_bits
 from wagle_pl.planning.memory import BLOCK
 
 FORMAT = "wagle_pl.scores"
@@ -457,3 +457,40 @@ def mask_from_scores(
     options = {"density": density, "select": select, "scope": scope}
     options |= {"include": include, "exclude": exclude}
     return _whole_mask(packed, stored.shapes, made_by | options)
+
+
+def importance_from_scores(
+    path: str | Path, scale: Optional[float] = None
+) -> tuple[Callable[[str], Tensor], dict[str, Any]]:
+    """How much each weight matters, in [0, 1), by a folder of scores: w = |S| / (|S| + s).
+
+    With s = 1 it is |g_f| / (|g_f| + |g_r|) of ``ForgetRetainRatio`` and F_f / (F_f + F_r) of
+    ``FisherRatio``: the importance for forgetting relative to that for retaining, which PerTA (arXiv
+    2601.22030) weighs by; the paper's own normalisation may be another. Other scores have any scale:
+    by default s is their median size, so that half of the weights have w ≥ ½. Scores that are ranked
+    with their sign count as 0 below 0.
+
+    Args:
+        path: the folder.
+        scale: s.
+
+    Returns:
+        Name of a parameter -> w, in its shape; and what made w, with ``model_fingerprint``.
+    """
+    stored = StoredScores(path)
+    absolute = stored.made_by.get("absolute", True)
+
+    def size(name: str) -> Tensor:
+        if name not in stored.shapes:
+            raise WagleError(f"scores {path} have no {name}: they are of another model")
+        ((_, score),) = stored.stream([name])
+        return score.abs_() if absolute else score.clamp_(min=0.0)
+
+    if scale is None:
+        halves = select_each(lambda: ((name, size(name)) for name in stored.shapes), [0.5])
+        upper = [size(name)[unpack_bits(bits, stored.shapes[name])] for name, (bits,) in halves]
+        scale = min(part.min().item() for part in upper if len(part))
+    if not scale > 0:
+        raise WagleError(f"must be above 0, got {scale:g}", option="scale")
+    about = {"scores": str(path), "scale": scale, **stored.made_by}
+    return lambda name: (of := size(name)).div_(of + scale), about

@@ -219,7 +219,50 @@ def convert(base: str, patch: str, output: Optional[str] = None, overwrite: bool
         print(f"adapter written to {written}")
 
 
-PATCH = {"make": make, "apply": apply, "revert": revert, "convert": convert, "info": info}
+def subtract(
+    base: str,
+    finetuned: str,
+    output: Optional[str] = None,
+    origin: Optional[str] = None,
+    scores: Optional[str] = None,
+    scale: Optional[float] = None,
+    mask: Optional[str] = None,
+    strength: float = 1.0,
+    overwrite: bool = False,
+) -> None:
+    """Make a model forget without training: take away what fine-tuning on the forget rows adds.
+
+    Args:
+        base: model that is to forget.
+        finetuned: the same model fine-tuned on the forget rows.
+        output: folder to write (-o).
+        origin: model that the fine-tuned one was made from, if not the base.
+        scores: scores that attribution saved: each weight's share is S / (S + scale), in place of 1.
+        scale: size of a score that stands for a share of a half; the median when left out. 1 makes
+            forget_retain_ratio and fisher_ratio the importance for forgetting among both.
+        mask: mask file: weights outside stay as they are, to the bit.
+        strength: how many times the difference is taken away.
+        overwrite: replace an existing model folder; a folder of other things is left alone.
+    """
+    from wagle_pl.attribution import importance_from_scores
+    from wagle_pl.unlearning.task_vector import subtract as write
+
+    if scores is None and scale is not None:
+        raise WagleError("--scale is of scores: give --scores too, or leave it out")
+    options = {"origin": origin, "mask": mask, "strength": strength, "overwrite": overwrite}
+    importance, about = (None, None) if scores is None else importance_from_scores(scores, scale)
+    options |= {"importance": importance, "about": about}
+    print(f"model written to {write(base, finetuned, _given(output), **options)}")
+
+
+PATCH = {
+    "make": make,
+    "apply": apply,
+    "revert": revert,
+    "convert": convert,
+    "subtract": subtract,
+    "info": info,
+}
 
 
 def _write_model(verb: str, model: str, patch: str, output: Optional[str], overwrite: bool) -> None:
