@@ -219,17 +219,24 @@ def test_worst_of_samples_is_among_them_and_seeded(attacked, tiny_model):
 def test_relearning_is_tested_on_rows_that_were_not_shown(
     attacked, tested, tiny_model, rows, tmp_path
 ):
-    options = {"on": "forget", "steps": 10, "rows": 3, "batch_size": 3, "learning_rate": 3e-3}
-    _, _, records = attacked([*one("Relearn", **options), "test_robustness.Shouted"])
-    shown = Relearn(**options).draw(Shouted.seen[-1], "forget")
+    options = {"on": "forget", "steps": 10, "batch_size": 3, "learning_rate": 3e-3}
+    several = one("Relearn", **options, rows=[1, 3], every=4)
+    _, metrics, records = attacked([*several, "test_robustness.Shouted"])
+    shown = Relearn(**options, rows=3).draw(Shouted.seen[-1], "forget")
     lm, template = load_model(tiny_model).eval(), Template(load_tokenizer(tiny_model))
     finetune_(lm, [collate([template.encode(row) for row in shown], 0)] * 10, 3e-3)
     save_model(lm, load_tokenizer(tiny_model), tmp_path / "relearnt", "card", {})
     left = [row for row in load_rows(rows["forget_test"]) if row not in raw_rows(shown)]
     expected = tested("relearnt", write_rows(tmp_path / "left.jsonl", left))
     for name in ("forget/probability", "forget/truth_ratio", "forget/accuracy"):
-        found = values(records)[f"relearn forget {name}"]
+        found = values(records)[f"relearn forget_3 {name}"]
         assert found == pytest.approx(expected[name], rel=1e-3)
+    name = "forget/probability"
+    ends = values(records, "before")[f"relearn forget_3 {name}"], expected[name]
+    attack = f"robustness/relearn_forget_3/{name}_step_"
+    curve = {int(k.removeprefix(attack)): v for k, v in metrics.items() if k.startswith(attack)}
+    assert list(curve) == [0, 4, 8, 10] and sorted(curve.values()) == list(curve.values())
+    assert (curve[0], curve[10]) == pytest.approx(ends, rel=1e-3)
 
 
 def test_beside_target_and_retrained(attacked, tiny_model, tmp_path, capsys):

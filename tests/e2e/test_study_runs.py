@@ -302,6 +302,37 @@ def test_short_tests_along_the_way_and_an_end_at_the_level(config):
     assert ends == [None, {"forget/probability": level}]
 
 
+def test_attacks_at_the_level(config, models, capsys):
+    """Runs that reach the level are attacked as wagle test attacks the models that they leave."""
+    options = {"steps": 2, "rows": [1, 2], "every": 1, "learning_rate": 1e-3}
+    attacks = [{"class_path": "Relearn", "init_args": options}, "quantise"]
+    common = {"attacks": attacks, "keep_models": True, "until_level": True, "forget_level": 0.9}
+    rates = [{"score": "wagle", "density": 0.3, "learning_rates": [1e-9]}, "dense", "lora"]
+    given = {**common, "generate": "end", "module": {"max_new_tokens": 2}, "points": 6}
+    study(config(masks=rates, **given))
+    name = "robustness/relearn_forget_2/forget/probability"
+    last = {row["mask"]: row for row in rows_of()}
+    assert last["wagle 0.3"][name] is None  # it does not get there
+    test = [*data_options(files(models)), *QUIET.split(), "--data.batch_size=4"]
+    test += ["--model=EvaluationModule", "--model.max_new_tokens=2", "--model.output=test"]
+    test += [f"--model.robustness={json.dumps(attacks)}", "--model.overwrite=true"]
+    found = found_in()
+    of = {mask: (f"out/models/{last[mask]['run']}", last[mask]) for mask in ("dense", "lora")}
+    for model, ours in (*of.values(), (f"{models}/target", found["target"])):
+        metrics = real_run(["test", f"--model.model={model}", *test]).model.metrics
+        compared = {k: v for k, v in metrics.items() if k.startswith("robustness/")}
+        assert len(compared) > 20 and compared == approx({k: ours[k] for k in compared}, rel=1e-4)
+    assert "relearn_forget_1" in Path("out/ends.csv").read_text()
+    assert Path("out/relearn_forget_2.svg").is_file()
+    assert "### GradDiff, steps to half" in Path("out/study.md").read_text()
+    assert found["settings"]["attacks"][0]["options"] == options
+    capsys.readouterr()
+    before = Path("out/attacked_target.parquet").stat().st_mtime_ns
+    study(config(masks=rates, **given))  # what is attacked stays so
+    assert "0 to do" in capsys.readouterr().out
+    assert Path("out/attacked_target.parquet").stat().st_mtime_ns == before
+
+
 def test_a_killed_study_goes_on(config, capsys, monkeypatch):
     real, ran = Study._run, []
 
@@ -406,6 +437,8 @@ def refused(capsys, *args):
             "--along answers generates nothing before a run's end",
         ),
         ({"points": 0}, "--points must be at least 1, got 0"),
+        ({"attacks": "relearn"}, "--attacks are made on the model that reaches the level: give"),
+        ({"attacks": ["relern"]}, "unknown attack of --attacks 'relern'; choose one of"),
         (
             {"only": ["SNIP"]},
             "--only: no objective or mask is called 'SNIP'; there are: GradDiff, dense, wagle 0.3",

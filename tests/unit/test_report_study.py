@@ -21,6 +21,8 @@ from wagle_pl import WagleError
 from wagle_pl.core.text import short_number
 from wagle_pl.evaluation.results import load_table, write_json
 from wagle_pl.masks import WeightMask
+from wagle_pl.study import recovery
+from wagle_pl.study.recovery import HALF
 from wagle_pl.study.report.curves import panels, study_overview
 from wagle_pl.study.report.figures import PALETTE, svg
 from wagle_pl.study.report.sections import overview
@@ -192,10 +194,23 @@ def test_the_page_says_what_study_md_says(published, report):
     told = json.loads((published / "study.json").read_text())
     told |= {"runs": {"finished": 100, "planned": 942}, "nothing_to_unlearn": True}
     told["headline"][0] |= {"diverged": 2, "model_utility": 0.7}
+    end = {"objective": "NPO", "mask": "dense", "measure": HALF, "what": "relearn_retain"}
+    end |= {
+        "mean": 12.34,
+        "std": None,
+        "n": 1,
+        "seeds": 2,
+        "verdict": "",
+        "curve": [(0, 0.1), (9, 0.7)],
+    }
+    told["ends"] = [
+        {**end, "target": 0.0, "retrained": None, "retrained_curve": [(0, 0.0), (9, 0.2)]}
+    ]
     write_json(published / "study.json", told)
     part = section(report(published)[0], "study-0")
     assert "100 of 942 runs are finished." in part.text
-    assert [line.text for line in part.all("li")] == about(told)
+    assert [line.text for line in part.all("li")] == [*about(told), *recovery.about(told["ends"])]
+    assert "12.3 (1/2)" in part.text and "NPO, retrained: from (0, 0.00) to (9, 0.200)" in part.text
     for said in (
         "a tie is a difference within",
         "there is nothing to unlearn",

@@ -11,6 +11,7 @@ from scipy import integrate, interpolate, stats
 from wagle_pl.core.errors import WagleError
 from wagle_pl.study import envelope, mean_utility, paired, utility_at
 from wagle_pl.study.grid import Grid, middle_first, passes, read_masks, read_objectives
+from wagle_pl.study.recovery import HALF, at_the_level, csv, tables
 from wagle_pl.study.runs import steps_of_tests
 from wagle_pl.study.sampler import next_runs
 from wagle_pl.study.summary import (
@@ -472,3 +473,59 @@ def test_a_run_that_diverged_counts_with_its_tests_before():
     lost = {**last, "run": "lost", "seed": 2}  # before its first test
     (arm,) = summarise([*rows, last, lost], BY)
     assert (arm["n"], arm["seeds"], arm["runs"], arm["diverged"]) == (1, 3, 3, 2)
+
+
+# -- at the ends of runs ---------------------------------------------------------------------------
+
+
+def test_what_is_kept_and_comes_back_by_hand():
+    """Of the chosen runs alone: the slow dense runs keep less, and those of "fast" never get there."""
+    under = "robustness/relearn_forget_5/forget/probability"
+    steps = {f"{under}_step_{k}": k for k in (0, 10, 20)}
+
+    def ends(rows, after, curve):
+        """The same with measures at the ends of runs at the level: after(seed), curve(seed)."""
+        for row in rows:
+            if row["forget"] <= BY.level:
+                seed = row["seed"]
+                row |= {"forget/probability": row["forget"], "retain/probability": row["utility"]}
+                row |= {"facts/probability": 0.5, under: after(seed)}
+                row |= dict(zip(steps, curve(seed), strict=True))
+        return rows
+
+    rates = {1: ((0.6, 0.9), (0.1, 0.5)), 2: ((0.5, 0.8), (0.2, 0.4))}
+    rows = ends(dense_rows(lambda s: rates), lambda s: 0.6 + s / 100, lambda s: (0.1, 0.3, 0.7))
+    slow = {1: ((0.6, 0.9), (0.1, 0.6))}
+    rows += ends(made_up("good", "wagle", 0.2, lambda s: slow), lambda s: 0.3 + s / 100, curve_of)
+    rows += made_up("never", "random", 0.2, lambda s: {1: ((0.6, 0.9), (0.5, 0.6))})
+    target = {**START, under: 0.9, f"{under}_step_0": 0.9}
+    found = at_the_level(rows, BY._replace(target=target), {under: 0.2})
+    of = {(entry["mask"], entry["measure"], entry["what"]): entry for entry in found}
+    good, dense = (of[m, "forget/probability", "relearn_forget_5"] for m in ("good", "dense"))
+    assert (
+        good["mean"] == approx(0.31) and good["std"] == approx(0.01) and good["verdict"] == "wins"
+    )
+    assert dense["mean"] == approx(0.61) and dense["values"]["2"] == approx(0.62)
+    assert (good["target"], good["retrained"]) == (0.9, 0.2)
+    assert good["difference"] == approx(-0.3) and good["why"] == "no spread"
+    assert of["never", "forget/probability", "relearn_forget_5"]["seeds"] == 0
+    half = {mask: of[mask, HALF, "relearn_forget_5"] for mask in ("good", "dense")}
+    assert half["dense"]["mean"] == approx(15)  # half of the way from 0.1 to 0.9: 0.3 + 0.5 · 0.4
+    assert half["good"]["n"] == 1 and half["good"]["seeds"] == 3
+    assert half["good"]["mean"] == approx(20 * 0.4 / 0.5)
+    assert half["dense"]["curve"] == [(0, approx(0.1)), (10, approx(0.3)), (20, approx(0.7))]
+    kept = of["good", "probability kept", "retain"]
+    assert kept["mean"] == approx(0.6) and of["good", "probability kept", "facts"]["mean"] == 0.5
+    shown = {title: (header, rows) for title, header, rows in tables(found)}
+    header, lines = shown["NPO, forget/probability"]
+    assert header == ["mask", "no attack", "relearn_forget_5"]
+    assert lines[1] == ["good", "0.100 ± 0.000", "0.310 ± 0.010 ▲"]
+    assert lines[2:] == [["retrained", "–", "0.200"], ["target", "1.000", "0.900"]]
+    assert ["good", "16.0 (1/3)"] in shown[f"NPO, {HALF}"][1]
+    assert len(csv(found).splitlines()) == 1 + len(found)
+    assert at_the_level(dense_rows(lambda s: rates), BY, {}) == []
+
+
+def curve_of(seed):
+    """Half of the way back with one seed only, between steps 0 and 20."""
+    return (0.1, 0.35, 0.6) if seed == 0 else (0.1, 0.2, 0.3)

@@ -561,6 +561,12 @@ class Evaluate(Callback):
             sharded=self._module.sharded,
         )
 
+    def attacked(self, attacks: Sequence[Attack], tables: Mapping[str, Table]) -> RobustnessReport:
+        """What attacks, all usable, find on this model as it is now, whose records of the test
+        sets ``tables`` are. Collective."""
+        with _as_in_test_steps(self._trainer.precision_plugin):
+            return run_attacks(attacks, self.subject(tables=tables), {}, {}, {})
+
     def _attack(self, tables: Mapping[str, Table]) -> Optional[RobustnessReport]:
         """Attack this model, and the target and the retrained model where they are at hand."""
         if not self.attacks:

@@ -22,6 +22,7 @@ from wagle_pl.core.environment import silence, trainer_errors
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.registry import Entry, check_options, find_class, option_names, resolve, split
 from wagle_pl.evaluation import Evaluate
+from wagle_pl.evaluation.attacks import Attack
 from wagle_pl.objectives.forget import Objective
 from wagle_pl.unlearning import UnlearnModule
 from wagle_pl.unlearning.adapters import LoRA
@@ -46,6 +47,7 @@ _RECORDED = {
     LoRA: "wagle_pl.unlearning.adapters",
     StepRule: "wagle_pl.unlearning.step_rules",
     torch.optim.Optimizer: "wagle_pl.unlearning.optim",
+    Attack: "wagle_pl.evaluation.attacks",
 }
 
 

@@ -87,6 +87,7 @@ class EvaluateAlong(Callback):
     enough: Callable[[Mapping[str, float]], bool]  # if true of a test's measures, it is the last
     #: One dict a test: ``step``, ``seconds`` since the run began, and the measures by name.
     tests: list[dict[str, Any]] = field(default_factory=list)
+    tables: dict[str, Table] = field(default_factory=dict)  # records of the last test
 
     def __post_init__(self) -> None:
         self._left: list[int] = []
@@ -118,7 +119,7 @@ class EvaluateAlong(Callback):
         """Measures of the model as it is now; those that are undefined are left out."""
         short = self.answers_of is not None and not last
         generates = self.generate == "always" or (last and self.generate == "end")
-        tables = {}
+        self.tables = tables = {}
         training = module.lm.training
         module.lm.eval()
         with trainer.precision_plugin.forward_context():
@@ -138,7 +139,9 @@ class UnkeptModule(UnlearnModule):
         return []
 
     def export(self, record: dict[str, Any]) -> None:
-        """Write nothing."""
+        """Write nothing, and leave a model without adapters."""
+        if self.adapter is not None:
+            self.adapter.fold()
 
 
 def steps_of_tests(steps: int, points: int) -> list[int]:

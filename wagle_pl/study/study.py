@@ -25,13 +25,19 @@ from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.data.example import raw_rows
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.evaluation import Evaluate, EvaluationModule, Observations, Results
+from wagle_pl.evaluation.attacks import Attack
+from wagle_pl.evaluation.attacks.attack import PREFIX
+from wagle_pl.evaluation.attacks.report import find_attacks, usable_attacks
 from wagle_pl.evaluation.measures import defined_only
-from wagle_pl.evaluation.results import write_json
+from wagle_pl.evaluation.results import Table, read_table, write_json, write_table
 from wagle_pl.lm import models
+from wagle_pl.lm.module import LanguageModule
 from wagle_pl.masks import SUFFIX, WeightMask
 from wagle_pl.study import SUMMARY_FILE, TABLE_FILE, grid, sampler, text
+from wagle_pl.study.recovery import at_the_level, csv
+from wagle_pl.study.report.curves import study_overview
 from wagle_pl.study.report.figures import save_figure
-from wagle_pl.study.report.sections import overview
+from wagle_pl.study.report.sections import overview, recovery_curves
 from wagle_pl.study.runs import (
     Along,
     EvaluateAlong,
@@ -94,6 +100,10 @@ class Study:
         sampler: which runs come next: all of the grid, or those that optuna suggests, by what the
             finished ones kept at equal forgetting, with all seeds of one after another.
         budget: how many runs to make at most, those finished included; all of the grid by default.
+        attacks: attack every model that reaches the level (with until_level), as the option
+            robustness of a test does: all, or a list of Relearn, Quantise, Sample, Probe, ... or
+            class_path and init_args; what comes back is compared at equal forgetting, beside the
+            target's and the retrained model's under the same attacks.
         only: run only these objectives or masks, by their names in the tables, in this sitting,
             e.g. NPO or '[NPO, dense, wagle 0.2]'.
         hours: start no new run after so many hours of this sitting; 0 only writes the tables.
@@ -130,6 +140,7 @@ class Study:
     trainer: Optional[dict[str, Any]] = None
     sampler: Literal["grid", "optuna"] = "grid"
     budget: Optional[int] = None
+    attacks: Optional[Union[str, list[Union[str, dict[str, Any]]]]] = None
     only: Optional[Union[list[str], str]] = None
     hours: Optional[float] = None
     keep_models: bool = False
@@ -164,6 +175,11 @@ class Study:
             )
         if self.sampler == "optuna":
             sampler.load_optuna()
+        self._attacks, self._every_attack = find_attacks(self.attacks, "--attacks")
+        if self._attacks and not self.until_level:
+            raise WagleError(
+                "--attacks are made on the model that reaches the level: give --until_level true"
+            )
         self._length = {"max_steps": self.steps} if self.steps else {"max_epochs": self.epochs or 5}
         self._optimizer = grid.read_optimizer(self.optimizer)
         self._module, self._tests = grid.read_module(self.module or {})
@@ -226,6 +242,8 @@ class Study:
             found = self._write()
             if (figure := overview(found)) is not None:
                 save_figure(figure, [self.folder / "study.svg"])
+            for attack, drawing in recovery_curves(found).items():
+                save_figure(study_overview(*drawing), [self.folder / f"{attack}.svg"])
         if found["headline"]:
             say(f"\n{text.console(found)}\n\n{self.folder / 'study.md'} has it as Markdown")
             if self.sampler == "optuna":
@@ -291,16 +309,10 @@ class Study:
     def _settings(self) -> dict[str, Any]:
         """What all runs share, as plain data; a change of any makes other runs."""
         data, optimizer = self.data, self._optimizer
-        tests = {
-            name: grid.digest(raw_rows(data.test_examples(name))) for name in data.test_names()
-        }
         elsewhere = ("accelerator", "devices")  # a run is the same on another machine
         return {
-            "forget_rows": grid.digest(raw_rows(data.examples("forget"))),
-            "retain_rows": grid.digest(raw_rows(data.examples("retain"))),
-            "template": grid.digest(data.template.identity()),
+            **self._rows(),
             "refusals": grid.digest(data.refusals),
-            "test_rows": tests,
             "batch_size": data.batch_size,
             "accumulate": self.accumulate,
             "length": self._length,
@@ -311,7 +323,27 @@ class Study:
             "optimizer": grid.definition(torch.optim.Optimizer, optimizer.func, optimizer.keywords),
             "module": {**self._module, **self._tests},
             "trainer": {k: v for k, v in self._trainer_options.items() if k not in elsewhere},
+            **self._attacked_by(),
         }
+
+    def _rows(self) -> dict[str, Any]:
+        """Digests of rows and template."""
+        data, names = self.data, self.data.test_names()
+        return {
+            "forget_rows": grid.digest(raw_rows(data.examples("forget"))),
+            "retain_rows": grid.digest(raw_rows(data.examples("retain"))),
+            "template": grid.digest(data.template.identity()),
+            "test_rows": {name: grid.digest(raw_rows(data.test_examples(name))) for name in names},
+        }
+
+    def _attacked_by(self) -> dict[str, Any]:
+        """The attacks and those of their options that are not the defaults, if there are any."""
+        found = []
+        for attack in self._attacks:
+            usual = vars(type(attack))  # where a dataclass keeps its defaults
+            options = {k: v for k, v in vars(attack).items() if v != usual.get(k)}
+            found.append(grid.definition(Attack, type(attack), options))
+        return {"attacks": found} if found else {}
 
     def _evaluate(self, name: str, model: str) -> tuple[str, dict[str, float]]:
         """Fingerprint and measures of target or retrained model, which is tested once."""
@@ -327,7 +359,9 @@ class Study:
         )
         try:
             with announced(f"{name} model {model}"), silence():
-                self._trainer().test(module, datamodule=copy.copy(self.data), verbose=False)
+                trainer = self._trainer()
+                trainer.test(module, datamodule=copy.copy(self.data), verbose=False)
+                attacked = self._attack_reference(name, trainer, module)
         except WagleError as error:
             if not error.hint:
                 raise
@@ -336,7 +370,40 @@ class Study:
             self.suite = module.evaluation.active_suite
             self.shapes = parameter_shapes(module.lm)
         say(f"{self.forget} {decimals(module.metrics.get(self.forget))}")
-        return module.model_fingerprint, dict(module.metrics)
+        return module.model_fingerprint, module.metrics | attacked
+
+    def _attack_reference(
+        self, name: str, trainer: L.Trainer, module: EvaluationModule
+    ) -> dict[str, float]:
+        """Measures of target or retrained model under the attacks, which are made once."""
+        evaluate = module.evaluation
+        if not self._attacks:
+            return {}
+        self._usable, skipped = usable_attacks(
+            self._attacks, evaluate.subject(), self._every_attack
+        )
+        for attack, why in skipped.items():
+            log.info("attack %s is left out: %s", attack, why)
+        file = self.folder / f"attacked_{name}.parquet"
+        key = {"model": module.model_fingerprint, **self._rows(), **self._attacked_by()}
+        rows = read_table(file, key, overwrite=not (self.folder / TABLE_FILE).is_file())
+        if rows is None:
+            found = self._attack(trainer, module, evaluate, Results(self.folder / name).tables)
+            rows = [{"measure": measure, "value": value} for measure, value in found.items()]
+            write_table(file, rows, key)
+        return {row["measure"]: row["value"] for row in rows}
+
+    def _attack(
+        self,
+        trainer: L.Trainer,
+        module: LanguageModule,
+        evaluate: Evaluate,
+        tables: Mapping[str, Table],
+    ) -> dict[str, float]:
+        """Measures of a model under the attacks."""
+        module.to(trainer.strategy.root_device)  # Lightning has moved it away
+        module.lm.eval()
+        return evaluate.attacked(self._usable, tables).metrics()
 
     def _compare_by(self) -> Compared:
         """The measures and the level, checked."""
@@ -344,7 +411,7 @@ class Study:
         if self.utility is None:
             full = self.along == "all" and self.generate == "always" and "model_utility" in target
             self.utility = "model_utility" if full else "retain/probability"
-        along = set(target)
+        along = {name for name in target if not name.startswith(f"{PREFIX}/")}
         if self.along == "answers" or self.generate == "end":
             tables = Results(self.folder / "target").tables
             observed = Observations(as_before_the_end(tables, self._answers_of()))
@@ -458,6 +525,12 @@ class Study:
                 step, seconds = module.global_step, round(time.monotonic() - start, 2)
                 note = f"diverged at step {step}"
                 tests.append({"step": step, "seconds": seconds, "note": note})
+            if self._attacks and is_enough(tests[-1]):  # it ended there
+                try:
+                    tests[-1] |= self._attack(trainer, module, evaluate, along.tables)
+                except WagleError as error:  # of one run, as a loss that is not finite
+                    tests[-1]["note"] = f"not attacked: {error}"
+                tests[-1]["seconds"] = round(time.monotonic() - start, 2)
         if module.model_fingerprint != self.fingerprint:
             raise WagleError(
                 f"{self.target} has changed since the study began: start a new study with another "
@@ -501,6 +574,9 @@ class Study:
                 "in_table": len(self.table.finished()),
             },
             "headline": summarise(rows, by, own_rates) if rows else [],
+            "ends": at_the_level(rows, by, self.references["retrained"])
+            if self.until_level
+            else [],
             "models": {"target": self.target, "retrained": self.retrained},
             "learning_rates": list(self.grid.rates),
             "seeds": list(self.seeds),
@@ -512,4 +588,7 @@ class Study:
         write_json(self.folder / SUMMARY_FILE, json.loads(json.dumps(found, default=str)))
         with atomic_path(self.folder / "study.md") as temporary:
             temporary.write_text(text.markdown(found), encoding="utf-8")
+        if found["ends"]:
+            with atomic_path(self.folder / "ends.csv") as temporary:
+                temporary.write_text(csv(found["ends"]), encoding="utf-8")
         return found

@@ -237,6 +237,12 @@ def chosen(runs: pd.DataFrame, sign: int = 1) -> pd.DataFrame:
     return ranked.drop_duplicates("seed").set_index("seed").sort_index()
 
 
+def dense_arms(runs: pd.DataFrame) -> dict[str, tuple[str, str]]:
+    """Objective -> its arm in which all weights may move."""
+    dense = runs[runs["score"].isna() & (runs["density"] == 1.0)]
+    return {run.objective: (run.objective, run.mask) for run in dense.itertuples()}
+
+
 def summarise(
     rows: Sequence[Row], by: Compared, own_rates: Collection[tuple[str, str]] = ()
 ) -> list[dict[str, Any]]:
@@ -254,8 +260,7 @@ def summarise(
     runs = run_table(rows, by)
     arms = dict(iter(runs.groupby(["objective", "mask"], sort=False)))
     best = {arm: chosen(own, by.utility_sign) for arm, own in arms.items()}
-    dense_runs = runs[runs["score"].isna() & (runs["density"] == 1.0)]
-    dense_of = {run.objective: (run.objective, run.mask) for run in dense_runs.itertuples()}
+    dense_of = dense_arms(runs)
     found = []
     for arm, own in arms.items():
         mine, dense = best[arm], dense_of.get(arm[0])

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 from wagle_pl.core.text import count, decimals, markdown_table, table
+from wagle_pl.study import recovery
 from wagle_pl.study.summary import AT_END
 
 Arm = Mapping[str, Any]  # one of a summary's ``headline``
@@ -138,7 +139,10 @@ def console(summary: Summary) -> str:
         f"{objective}\n{table(*shown(arms), left=_LEFT)}\n{outcome(arms)}"
         for objective, arms in by_objective(summary).items()
     ]
-    notes = [textwrap.fill(line, 110, subsequent_indent="  ") for line in about(summary)]
+    ends = summary.get("ends") or []
+    parts += [f"{title}\n{table(*content)}" for title, *content in recovery.tables(ends)]
+    lines = [*about(summary), *(recovery.about(ends) if ends else ())]
+    notes = [textwrap.fill(line, 110, subsequent_indent="  ") for line in lines]
     return "\n\n".join([*parts, "\n".join(notes)])
 
 
@@ -154,6 +158,11 @@ def markdown(summary: Summary) -> str:
     for objective, arms in by_objective(summary).items():
         parts += [f"## {objective}", markdown_table(*shown(arms), left=_LEFT), outcome(arms)]
     parts += ["## How to read it", "\n".join(f"- {line}" for line in about(summary))]
+    if ends := summary.get("ends"):
+        parts.append("## Kept, and brought back")
+        for title, *content in recovery.tables(ends):
+            parts += [f"### {title}", markdown_table(*content)]
+        parts.append("\n".join(f"- {line}" for line in recovery.about(ends)))
     return "\n\n".join(parts) + "\n"
 
 

@@ -12,7 +12,7 @@ import torch
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.hub import ADAPTER_FILE
-from wagle_pl.core.registry import resolve
+from wagle_pl.core.registry import Entry, resolve
 from wagle_pl.core.text import table
 from wagle_pl.core.weights import fingerprint
 from wagle_pl.evaluation.attacks.attack import OTHERS, PREFIX, Attack, Finding, Subject
@@ -32,7 +32,7 @@ EVERY = (Relearn, Quantise, Paraphrase, TranslatedStyle, InContext, Sample, Prob
 
 
 def find_attacks(
-    value: Union[bool, str, Sequence[Union[Attack, str]], None],
+    value: Union[bool, str, Sequence[Union[Attack, Entry]], None], option: str = "model.robustness"
 ) -> tuple[list[Attack], bool]:
     """The attacks that an option names, and whether it asks for all that can be done.
 
@@ -45,13 +45,12 @@ def find_attacks(
         value = constants.get(",".join(words).lower(), words)
     if value is True:
         return [attack() for attack in EVERY], True
-    attacks = [resolve(Attack, attack, "attack of model.robustness") for attack in value or ()]
+    attacks = [resolve(Attack, attack, f"attack of {option}") for attack in value or ()]
     names = [attack.name for attack in attacks]
     for name in names:
         if names.count(name) > 1:
             raise WagleError(
-                f"model.robustness names {name} twice; give it once, or subclass it under another "
-                "name"
+                f"{option} names {name} twice; give it once, or subclass it under another name"
             )
     return attacks, False
 

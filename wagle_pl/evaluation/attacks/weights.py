@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from wagle_pl.lm.layers import linear_weights
 log = logging.getLogger(__name__)
 
 Scheme = Literal["symmetric", "asymmetric"]
+STEP = "_step_"  # in the names of a curve's points
 
 
 @contextmanager
@@ -131,34 +132,55 @@ class Relearn(Attack):
     Args:
         on: ``forget`` rows, ``retain`` rows, or ``both``, each from the model as it was.
         steps: optimiser steps.
-        rows: forget rows to train on, at most half of them; retain rows are taken as they come.
+        rows: forget rows to train on, at most half of them, or a list of such numbers, each tried;
+            retain rows are taken as they come.
         batch_size: rows a step.
         learning_rate: of AdamW.
         seed: of the draw.
+        every: also test the answers' probability before the first step, after every so many and
+            after the last: the curve of recovery, ``<set>/probability_step_<number>``.
     """
 
     moves_weights = True
 
     on: Literal["forget", "retain", "both"] = "both"
     steps: int = 20
-    rows: int = 8
+    rows: Union[int, Sequence[int]] = 8
     batch_size: int = 8
     learning_rate: float = 2e-5
     seed: int = 0
+    every: Optional[int] = None
 
     def attack(self, subject: Subject) -> Iterator[Finding]:
         for option in self._options(subject):
-            rows = self.draw(subject, option)
-            shown = texts_of(rows) if option == "forget" else ()
             with restored(subject.lm.parameters()):
-                losses = finetune_(subject.lm, self._batches(subject, rows), self.learning_rate)
-                trained = f"{len(rows)} rows, loss {losses[0]:.3f} to {losses[-1]:.3f}"
-                log.info("relearn %s: %s", option, trained)
-                yield from subject.compare(subject.every_row(without=shown), self.measures, option)
+                yield from self._relearn(subject, option)
+
+    def _relearn(self, subject: Subject, option: str) -> list[Finding]:
+        rows = self.draw(subject, option)
+        asked = subject.every_row(without=() if option == "retain" else texts_of(rows))
+        curve: list[Finding] = []
+
+        def look(step: int) -> None:
+            if self.every and (step % self.every == 0 or step == self.steps):
+                tables = {
+                    name: subject.observe(name, each, without=subject.needs[name] - {"answer"})
+                    for name, each in asked.items()
+                }
+                for each in subject.findings(tables, {"probability"}, option):
+                    measure = f"{each.measure}{STEP}{step}"
+                    curve.append(replace(each, measure=measure, before=None, detail=True))
+
+        look(0)
+        losses = finetune_(subject.lm, self._batches(subject, rows), self.learning_rate, look)
+        trained = f"{len(rows)} rows, loss {losses[0]:.3f} to {losses[-1]:.3f}"
+        log.info("relearn %s: %s", option, trained)
+        return [*subject.compare(asked, self.measures, option), *curve]
 
     def check(self, subject: Subject) -> None:
         super().check(subject)
-        if min(self.steps, self.rows, self.batch_size) < 1 or self.learning_rate <= 0:
+        counts = (self.steps, self.batch_size, self.every or 1, *self._counts)
+        if min(counts) < 1 or self.learning_rate <= 0:
             raise WagleError(
                 "relearn: steps, rows and batch_size must be at least 1, learning_rate above 0"
             )
@@ -167,24 +189,32 @@ class Relearn(Attack):
             raise self.unusable(f"there are no {self.on.replace('both', 'training')} rows")
         if self.on == "both" and len(options) == 1:
             log.warning("relearn: only on %s rows, there are no others to train on", *options)
-        if "forget" in options:
-            shown = self.draw(subject, "forget")
-            if not subject.every_row(without=texts_of(shown)):
+        for option in options:
+            shown = self.draw(subject, option)
+            if option != "retain" and not subject.every_row(without=texts_of(shown)):
                 raise self.unusable(
                     f"no forget row is left to test on once {len(shown)} are trained on"
                 )
 
     def draw(self, subject: Subject, option: str) -> list[Example]:
         """The rows to train on, in the order of their use."""
-        rows = _trainable(subject, option)
+        stream, _, given = option.partition("_")
+        rows = _trainable(subject, stream)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))
-        few = min(self.rows, max(1, len(rows) // 2))
-        count = few if option == "forget" else self.steps * self.batch_size
+        few = min(int(given or self._counts[0]), max(1, len(rows) // 2))
+        count = few if stream == "forget" else self.steps * self.batch_size
         return [rows[i] for i in order[:count].tolist()]
 
+    @property
+    def _counts(self) -> Sequence[int]:
+        return [self.rows] if isinstance(self.rows, int) else self.rows
+
     def _options(self, subject: Subject) -> list[str]:
-        wanted = ["forget", "retain"] if self.on == "both" else [self.on]
-        return [option for option in wanted if _trainable(subject, option)]
+        """``forget`` (with a list of numbers of rows ``forget_<number>`` for each), ``retain``."""
+        one = isinstance(self.rows, int)
+        forget = ["forget"] if one else [f"forget_{count}" for count in self._counts]
+        wanted = {"forget": forget, "retain": ["retain"], "both": [*forget, "retain"]}[self.on]
+        return [option for option in wanted if _trainable(subject, option.partition("_")[0])]
 
     def _batches(self, subject: Subject, rows: Sequence[Example]) -> Iterator[dict[str, Tensor]]:
         encoded = cycle([subject.template.encode(row) for row in rows])
@@ -203,7 +233,10 @@ def _trainable(subject: Subject, option: str) -> list[Example]:
 
 
 def finetune_(
-    lm: Any, batches: Iterable[Mapping[str, Tensor]], learning_rate: float
+    lm: Any,
+    batches: Iterable[Mapping[str, Tensor]],
+    learning_rate: float,
+    after_step: Callable[[int], None] = lambda step: None,
 ) -> list[float]:
     """Train all weights in place with AdamW, without decay; the loss before each step.
 
@@ -232,4 +265,5 @@ def finetune_(
             with torch.no_grad():
                 for master, weight in zip(masters, weights, strict=True):
                     weight.copy_(master)
+                after_step(step)
     return losses

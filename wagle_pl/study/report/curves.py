@@ -71,21 +71,24 @@ def study_overview(
     """One panel an objective, one line a mask: eight are solid, later ones dashed and thinner.
 
     Args:
-        arms: objective -> mask -> (forget measure, utility) along the arm's curve.
+        arms: objective -> mask -> (forget measure, utility) along the arm's curve; ``target`` and
+            ``retrained``, if they have one, are drawn as such.
         first: the mask that the others are compared with.
         references: ``target`` and ``retrained`` -> their point.
         level: forget measure at which utilities are compared.
         labels: names of the forget measure and of the utility.
     """
     figure, all_axes = panels(max(4.8, 3.8 * len(arms)), 3.9, len(arms))
-    names = dict.fromkeys(mask for found in arms.values() for mask in found if mask != first)
-    masks = list(names)
+    names = dict.fromkeys(mask for found in arms.values() for mask in found)
+    masks = [mask for mask in names if mask != first and mask not in _LINES]
     curves = [points for found in arms.values() for points in found.values()]
     bounds = bounds_of([*(point for points in curves for point in points), *references.values()])
     for axes, (objective, found) in zip(all_axes, arms.items(), strict=True):
         for mask, points in found.items():
             style: dict[str, Any] = {"color": PALETTE["ink"], "linewidth": 2.2}
-            if mask != first:
+            if mask in _LINES:
+                style |= {"color": PALETTE[mask], "linestyle": _LINES[mask]}
+            elif mask != first:
                 turn, i = divmod(masks.index(mask), len(_ARM_COLOURS))
                 style = {"color": _ARM_COLOURS[i], "linewidth": max(0.7, 1.6 - 0.4 * turn)}
                 style["linestyle"] = _ARM_LINES[turn % len(_ARM_LINES)]

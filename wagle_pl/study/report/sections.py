@@ -17,6 +17,7 @@ from wagle_pl.data.rows import spread
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.measures import Records
 from wagle_pl.masks import WeightMask
+from wagle_pl.study import recovery
 from wagle_pl.study.report import curves
 from wagle_pl.study.report.figures import largest_share, mask_heatmap, mask_text, svg
 from wagle_pl.study.report.sources import ReportedModel, Sources, StudyResults, reference_points
@@ -271,6 +272,9 @@ def shown_of_study(study: StudyResults, name: str) -> dict[str, Any]:
         "headline": headline,
         "about": about(summary) if headline else [],
         "overview": _overview_svg(study, name),
+        "ends": recovery.tables(summary.get("ends") or []),
+        "about_ends": recovery.about(summary["ends"]) if summary.get("ends") else [],
+        "recovery": _recovery_svgs(study, name),
         "panels": arm_panels(study, runs, name),
         "masks": {title: (mask, heat[title]) for title, mask in masks.items()},
         "unread": unread,
@@ -329,6 +333,31 @@ def overview(summary: Mapping[str, Any]) -> Optional[Any]:
     axes = (summary["forget"], summary["utility"])
     references = reference_points(summary, axes)
     return curves.study_overview(arms, _DENSE, references, summary.get("forget_level"), axes)
+
+
+def recovery_curves(summary: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Attack -> arguments of :func:`curves.study_overview` for the arms' mean curves of recovery."""
+    arms: dict[str, dict[str, dict[str, Any]]] = {}
+    for entry in summary.get("ends") or ():
+        if entry.get("curve"):
+            panel = arms.setdefault(entry["what"], {}).setdefault(entry["objective"], {})
+            panel[entry["mask"]] = entry["curve"]
+            panel |= {"retrained": entry["retrained_curve"]} if entry["retrained_curve"] else {}
+    labels = ("steps of relearning", "forget/probability")
+    return {attack: (panels, _DENSE, {}, None, labels) for attack, panels in arms.items()}
+
+
+def _recovery_svgs(study: StudyResults, name: str) -> dict[str, Markup]:
+    found = {}
+    for i, (attack, drawing) in enumerate(recovery_curves(study.summary).items()):
+        description = ". ".join(
+            f"{objective}, {mask}: from {_pair(points[0])} to {_pair(points[-1])}"
+            for objective, panel in drawing[0].items()
+            for mask, points in panel.items()
+        )
+        what = (f"{name}-recovery-{i}", f"Recovery by {attack}", description)
+        found[attack] = svg(*what, curves.study_overview, *drawing)
+    return found
 
 
 def _overview_svg(study: StudyResults, name: str) -> Optional[Markup]:

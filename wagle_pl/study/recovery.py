@@ -1,0 +1,231 @@
+"""What is kept, and what attacks bring back, where runs end at the level of forgetting.
+
+Such a run ends at the first test that finds the level reached; the model it leaves has been tested
+in full, and attacked if the study says so. An arm is represented by the runs that
+:func:`~wagle_pl.study.summary.chosen` compares it by: those with the best learning rate of each
+seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Optional
+
+import pandas as pd
+
+from wagle_pl.core.text import decimals
+from wagle_pl.evaluation.attacks.attack import PREFIX
+from wagle_pl.evaluation.attacks.weights import STEP
+from wagle_pl.evaluation.comparison import BETTER, WORSE
+from wagle_pl.study.summary import (
+    Compared,
+    Row,
+    chosen,
+    dense_arms,
+    paired,
+    run_table,
+    spread,
+    utility_at,
+    verdict,
+)
+
+#: Measures under attack that are compared beside the study's own, by names without the test set.
+SHORT = ("probability", "rougeL_recall")
+PROBED = "accuracy"  # of a probe: its name has no test set
+WITHOUT = "no attack"
+KEPT = "probability kept"
+HALF = "steps to half"  # what it takes to bring half of what was forgotten back
+MARKS = {"wins": f" {BETTER}", "loses": f" {WORSE}"}
+
+Entry = Mapping[str, Any]  # of what :func:`at_the_level` returns
+
+
+class Column(NamedTuple):
+    """A measure that is compared, and the column of the study's table that holds it."""
+
+    what: str  # the attack with its option, "no attack", or a test set
+    measure: str
+    column: str
+    sign: int = -1  # 1 if more is better
+
+    def of(self, values: Mapping[str, Any]) -> Optional[float]:
+        """Its value among a model's."""
+        return values.get(self.column)
+
+
+class Curve(NamedTuple):
+    """The forget rows' probability along an attack by fine-tuning."""
+
+    what: str
+    columns: Mapping[int, str]  # step -> column of the study's table
+    start: float  # the target's, before the attack
+    measure: str = HALF
+    sign: int = 1
+
+    def points(self, values: Mapping[str, Any]) -> list[tuple[int, float]]:
+        """(step, probability) of a model; empty if it was not attacked."""
+        found = [(step, values.get(name)) for step, name in self.columns.items()]
+        return [] if any(value is None for _, value in found) else found
+
+    def of(self, values: Mapping[str, Any]) -> Optional[float]:
+        """Steps to half of the way back to the target, None if it does not get there."""
+        points = self.points(values)
+        if not points:
+            return None
+        half = (points[0][1] + self.start) / 2
+        return utility_at([(value, float(step)) for step, value in points], half)
+
+
+def columns_of(rows: Sequence[Row], by: Compared) -> list[Column | Curve]:
+    """What there is to compare in a study's table; nothing if that is the utility alone."""
+    names = sorted({name for row in rows for name, value in row.items() if value is not None})
+    forgotten = by.forget.partition("/")[0]
+    kept: list[Column | Curve] = []
+    found: list[Column | Curve] = []
+    curves: dict[str, dict[int, str]] = {}
+    for name in names:
+        first, _, rest = name.partition("/")
+        if rest == "probability" and not first.startswith("forget"):
+            kept.append(Column(first, KEPT, name, sign=1))
+        if first != PREFIX:
+            continue
+        attack, _, measure = rest.partition("/")
+        head, step, number = measure.rpartition(STEP)
+        if step and head == f"{forgotten}/probability":
+            curves.setdefault(attack, {})[int(number)] = name
+        elif measure in (by.forget, PROBED) or measure.rpartition("/")[2] in SHORT:
+            found.append(Column(attack, measure, name))
+    plain = [measure for measure in dict.fromkeys(c.measure for c in found) if measure in names]
+    found = [*(Column(WITHOUT, measure, measure) for measure in plain), *found]
+    for attack, steps in curves.items():
+        ordered = dict(sorted(steps.items()))
+        if (start := by.target.get(ordered.get(0, ""))) is not None:
+            found.append(Curve(attack, ordered, start))
+    return [*(kept if found or len(kept) > 1 else ()), *found]
+
+
+def at_the_level(
+    rows: Sequence[Row], by: Compared, retrained: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """One dict for each arm and measure at the ends of runs that end at the level.
+
+    Each has ``objective``, ``mask``; ``measure`` and ``what``: of a measure of forget rows the
+    attack or "no attack", of ``probability kept`` the test set; ``mean``, ``std`` and ``n`` over
+    the seeds whose chosen run has it, of the ``seeds`` that reach the level, and ``values``, seed
+    -> value; ``target`` and ``retrained``, those models' under the same attack; ``difference`` from
+    dense over the seeds of both, its ``p`` or ``why`` there is none, and ``verdict``: the arm of
+    which more is kept, or less comes back, wins.
+    ``steps to half`` are a measure of attacks that have a curve, and have it as ``curve``: (step,
+    mean of the forget rows' probability); seeds of which half does not come back are not in ``n``.
+    """
+    columns = columns_of(rows, by)
+    if not columns:
+        return []
+    last = {row["run"]: row for row in rows if row.get("forget") is not None}  # in order of steps
+    runs = run_table(rows, by)
+    arms = dict(iter(runs.groupby(["objective", "mask"], sort=False)))
+    best = {arm: chosen(own, by.utility_sign) for arm, own in arms.items()}
+    dense_of = dense_arms(runs)
+    found = []
+    for (objective, mask), mine in best.items():
+        ended = _ends(mine, last)
+        dense = dense_of.get(objective)
+        theirs = {} if dense in (None, (objective, mask)) else _ends(best[dense], last)
+        for column in columns:
+            entry = {"objective": objective, "mask": mask}
+            entry |= {"measure": column.measure, "what": column.what}
+            entry |= _compared(column, ended, theirs)
+            entry |= {"target": column.of(by.target), "retrained": column.of(retrained)}
+            if isinstance(column, Curve):
+                runs_of = [dict(points) for e in ended.values() if (points := column.points(e))]
+                steps = column.columns if runs_of else ()
+                entry["curve"] = [(s, spread([run[s] for run in runs_of]).mean) for s in steps]
+                entry["retrained_curve"] = column.points(retrained)
+            found.append(entry)
+    return found
+
+
+def _ends(best: pd.DataFrame, last: Mapping[str, Row]) -> dict[int, Row]:
+    """Seed -> the last row of its chosen run, of those that reach the level."""
+    reached = best[best["reached"].notna()]
+    return {int(seed): last[run] for seed, run in reached["run"].items()}
+
+
+def _compared(
+    column: Column | Curve, ended: Mapping[int, Row], theirs: Mapping[int, Row]
+) -> dict[str, Any]:
+    ours, dense = (
+        {seed: value for seed, row in of.items() if (value := column.of(row)) is not None}
+        for of in (ended, theirs)
+    )
+    both = sorted(ours.keys() & dense.keys())
+    test = paired([ours[seed] for seed in both], [dense[seed] for seed in both])
+    samples = spread(list(ours.values())), spread(list(dense.values()))
+    word = verdict(test, column.sign, *samples, len(ended), len(theirs)) if theirs else ""
+    return {
+        **samples[0]._asdict(),
+        "seeds": len(ended),
+        "values": {str(seed): value for seed, value in ours.items()},
+        "difference": test.difference,
+        "p": test.p,
+        "why": test.why if theirs else "",
+        "verdict": word,
+    }
+
+
+# -- for people ------------------------------------------------------------------------------------
+
+
+def tables(found: Sequence[Entry]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Title, header and rows of a table for each objective and measure."""
+    of: dict[tuple[str, str], list[Entry]] = {}
+    for entry in found:
+        of.setdefault((entry["objective"], entry["measure"]), []).append(entry)
+    for (objective, measure), entries in of.items():
+        columns = {entry["what"]: entry for entry in entries}
+        cells: dict[str, list[str]] = {}
+        for entry in entries:
+            if entry["seeds"]:
+                cells.setdefault(entry["mask"], []).append(cell(entry))
+        digits = 1 if measure == HALF else 3
+        for model in ("retrained", "target"):
+            cells[model] = [decimals(entry[model], digits) for entry in columns.values()]
+        rows = [[mask, *values] for mask, values in cells.items()]
+        yield f"{objective}, {measure}", ["mask", *columns], rows
+
+
+def csv(found: Sequence[Entry]) -> str:
+    """One line for each arm and measure, with a header."""
+    named = [{k: v for k, v in e.items() if "curve" not in k and k != "values"} for e in found]
+    return pd.DataFrame(named).to_csv(index=False)
+
+
+def cell(entry: Entry) -> str:
+    """Mean ± standard deviation over seeds, and whether that is better than dense's or worse."""
+    half, mean, std = entry["measure"] == HALF, entry["mean"], entry["std"]
+    digits = 1 if half else 3
+    text = decimals(mean, digits) + ("" if std is None else f" ± {std:.{digits}f}")
+    text += f" ({entry['n']}/{entry['seeds']})" if half else ""
+    return text + MARKS.get(entry["verdict"], "")
+
+
+def about(found: Sequence[Entry]) -> list[str]:
+    """How the tables are to be read."""
+    lines = [
+        "Every run ends at the first test that finds the level of forgetting reached. Of an arm the "
+        "runs with the best learning rate of each seed are shown: mean ± standard deviation over "
+        "the seeds that reach the level.",
+        f"{BETTER}: better than dense, {WORSE}: worse (a paired t-test over three seeds or more, "
+        "p < 0.05, and a difference above the larger of the two standard deviations).",
+    ]
+    if any(entry["what"] == WITHOUT for entry in found):
+        lines.append(
+            "Under attack: compare with the retrained model's under the same attack, as what it "
+            "answers then was never there. Relearning is tested on forget rows it did not see."
+        )
+    if any(entry["measure"] == HALF for entry in found):
+        lines.append(
+            f"{HALF}: steps of fine-tuning until forget rows that are not trained on are half of the "
+            "way back to the target's probability, and of how many seeds they come so far."
+        )
+    return lines
