@@ -364,6 +364,13 @@ def test_the_bundled_people():
     assert len(openings) > 150  # varied, not one sentence with the name swapped
 
 
+def test_the_bundled_people_are_tested_on_bundled_files_by_name(tmp_path):
+    own = write_rows(tmp_path / "own.jsonl", [{"question": "q", "answer": "a"}])
+    data = PeopleDataModule(test={"forget": "forget.jsonl", "new": "holdout.jsonl", "own": own})
+    assert data.test_rows("forget") == bundled("forget")
+    assert data.test_rows("new") == bundled("holdout") and len(data.test_rows("own")) == 1
+
+
 def test_people_streams_say_each_fact_twice():
     data = PeopleDataModule()
     assert len(data.examples("forget")) == 2 * len(bundled("forget"))

@@ -27,12 +27,15 @@ class PeopleDataModule(ForgetRetainDataModule):
     their paraphrases.
 
     Args:
-        **kwargs: passed to :class:`ForgetRetainDataModule`.
+        **kwargs: passed to :class:`ForgetRetainDataModule`; ``test`` may name bundled files, such as
+            ``holdout.jsonl``.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.test_sources = self.test_sources or {n: f"{FOLDER}/{n}.jsonl" for n in TEST_SETS}
+        named = self.test_sources or {name: f"{name}.jsonl" for name in TEST_SETS}
+        here = {path.name: str(path) for path in FOLDER.iterdir()}
+        self.test_sources = {name: here.get(source, source) for name, source in named.items()}
 
     def train_rows(self, stream: str) -> Optional[list[Row]]:
         """Both wordings of each bundled row, or the rows of a file given in their place."""
