@@ -49,6 +49,7 @@ MISTAKES = {
         "--trainer.accumulate_grad_batches 0": "accumulate_grad_batches must be at least 1, got 0",
         "--seed_everything -5": "seed_everything must be in [0, 4294967295], got -5",
         "--model.lr -1": "model.lr must be 0 or more, got -1",
+        "--optimizer SGD --optimizer.momentum .nan": "optimizer.momentum must be finite, got nan",
     },
     ATTRIBUTE: {
         "--model.densty 1": "(option model.densty): did you mean density?",

@@ -228,6 +228,9 @@ class FinetuneModule(LanguageModule):
             vectors = "(with a mask, parameters are vectors of selected weights)"
             said = f"optimizer: {first_line(error)} {'' if self.mask is None else vectors}"
             raise WagleError(said.rstrip()) from error
+        for name, value in optimizer.defaults.items():
+            if not torch.tensor(value if isinstance(value, (float, tuple)) else 0).isfinite().all():
+                raise WagleError(f"must be finite, got {value}", option=f"optimizer.{name}")
         if isinstance(optimizer, LBFGS):
             raise WagleError(
                 "optimizer LBFGS evaluates the loss several times a step, on micro-batches that "
