@@ -174,9 +174,12 @@ def test_a_model_a_mask_and_a_patch_are_uploaded(
         uploaded[repo_id] = {file.name for file in folder_path.iterdir()}
         assert (folder_path / "README.md").read_text().startswith("---\nlibrary_name: transformers")
 
-    def file(self: HfApi, repo_id: str, path_or_fileobj: Path, path_in_repo: str) -> None:
-        uploaded[repo_id] = {path_in_repo}
-        assert path_or_fileobj.is_file()
+    def file(self: HfApi, repo_id: str, path_or_fileobj: Path | bytes, path_in_repo: str) -> None:
+        uploaded.setdefault(repo_id, set()).add(path_in_repo)
+        if isinstance(path_or_fileobj, bytes):
+            assert path_or_fileobj.startswith(b"---\nlibrary_name: wagle_pl\ntags:\n- unlearning")
+        else:
+            assert path_or_fileobj.is_file()
 
     monkeypatch.setattr(HfApi, "upload_folder", folder)
     monkeypatch.setattr(HfApi, "upload_file", file)
@@ -186,7 +189,8 @@ def test_a_model_a_mask_and_a_patch_are_uploaded(
     assert result.mask is not None
     result.mask.push_to_hub("me/mask")
     Patch(result.patch(tmp_path / "p.safetensors")).push_to_hub("me/patch")
-    assert (uploaded["me/mask"], uploaded["me/patch"]) == ({"mask.safetensors"}, {"p.safetensors"})
+    assert uploaded["me/mask"] == {"mask.safetensors", "README.md"}
+    assert uploaded["me/patch"] == {"p.safetensors", "README.md"}
 
 
 def test_a_card_has_the_licence_of_the_base(tmp_path: Path) -> None:

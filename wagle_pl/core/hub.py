@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
+import yaml
 from safetensors import SafetensorError
 
 from wagle_pl.core.errors import WagleError, first_line
@@ -18,6 +20,7 @@ from wagle_pl.core.tensorfiles import TensorFiles
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CARD_FILE = "README.md"
 ADAPTER_FILE = "adapter_config.json"  # of a folder that holds an adapter and names its base
 #: Endings of files: no hub id ends so.
 MODEL_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -48,12 +51,33 @@ def locate(name: str) -> tuple[str, dict[str, str]]:
     return name, {}
 
 
-def upload(path: Path, repo_id: str, **options: Any) -> str:
+def card_of(base: str, library: str, text: str, own: str = "") -> str:
+    """A Markdown card with what the hub reads of it: tags, the base model and its licence.
+
+    Args:
+        base: of what the card tells: hub id or folder.
+        library: that reads it.
+        text: the card.
+        own: the base's own card, if not in its folder.
+    """
+    matter = {"library_name": library, "tags": ["unlearning", "wagle"]}
+    if not Path(base).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+        matter["base_model"] = base
+    if (file := Path(base) / CARD_FILE).is_file():
+        own = file.read_text(encoding="utf-8")
+    found = re.match(r"\s*---\s*\n(.*?)\n---", own, re.DOTALL)
+    known = (found and yaml.safe_load(found[1])) or {}
+    matter |= {key: known[key] for key in ("license", "base_model") if key in known}
+    return f"---\n{yaml.safe_dump(matter, sort_keys=False)}---\n\n{text}\n"
+
+
+def upload(path: Path, repo_id: str, card: str = "", **options: Any) -> str:
     """Upload a file, or what is in a folder, to a repository on the hub; returns its address.
 
     Args:
         path: the file or folder.
         repo_id: ``owner/name``; made if it does not exist.
+        card: of a file.
         **options: of ``huggingface_hub.HfApi.create_repo``, such as ``private=True``.
 
     Raises:
@@ -69,6 +93,9 @@ def upload(path: Path, repo_id: str, **options: Any) -> str:
             api.upload_folder(repo_id=repo_id, folder_path=path)
         else:
             api.upload_file(repo_id=repo_id, path_or_fileobj=path, path_in_repo=path.name)
+        if card:
+            content = card.encode()
+            api.upload_file(repo_id=repo_id, path_or_fileobj=content, path_in_repo=CARD_FILE)
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         raise WagleError(f"{repo_id} cannot be uploaded: {first_line(error)}") from error
     return str(address)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
+from wagle_pl.core.hub import CARD_FILE
 from wagle_pl.core.tensorfiles import DTYPES, INDEX_FILE, TensorFiles, write_tensors
 from wagle_pl.core.weights import gathered, persistent_buffers
 from wagle_pl.lm.models import checkpoint_dtype, load_model, weights_folder
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-CARD_FILE = "README.md"
 RECORD_FILE = "wagle.json"  # what made a folder of ours: machine-readable twin of the model card
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.files import absent, atomic_path
-from wagle_pl.core.hub import upload
+from wagle_pl.core.hub import card_of, upload
 from wagle_pl.core.tensorfiles import TensorFile
 from wagle_pl.core.weights import fingerprint, share_of
 from wagle_pl.masks.bits import (
@@ -196,9 +196,16 @@ class WeightMask:
         return path
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the mask as ``mask.safetensors``, see :func:`wagle_pl.core.hub.upload`."""
+        """Upload the mask as ``mask.safetensors``, and a card, see
+        :func:`wagle_pl.core.hub.upload`."""
+        model = self.metadata.get("model") or "unknown"
+        text = (
+            f"# Mask\n\nIt selects {self.count():,} of {self.total:,} weights of `{model}`: "
+            f"{self.origin}. For `--model.mask` of `wagle fit`, and `wagle mask info`."
+        )
         with tempfile.TemporaryDirectory() as folder:
-            return upload(self.save(Path(folder) / "mask"), repo_id, **options)
+            file = self.save(Path(folder) / "mask")
+            return upload(file, repo_id, card_of(model, "wagle_pl", text), **options)
 
     def to_torch(self, path: str | Path) -> Path:
         """Write a ``{name: bool tensor}`` dict with ``torch.save``, whole or not at all."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -10,15 +9,15 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 import yaml
-from huggingface_hub import metadata_load
 from torch import Tensor, nn
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing
+from wagle_pl.core.hub import card_of
 from wagle_pl.core.weights import fingerprint, is_linear, parameter_shapes
 from wagle_pl.lm import models
 from wagle_pl.lm.layers import is_transposed
-from wagle_pl.lm.saving import CARD_FILE, Originals, Weight, read_record, save_model, save_weights
+from wagle_pl.lm.saving import Originals, Weight, read_record, save_model, save_weights
 from wagle_pl.masks import Restriction, WeightMask, describe_origin
 from wagle_pl.masks.bits import place
 from wagle_pl.masks.selected import SUFFIX
@@ -251,7 +250,6 @@ def model_card(record: Mapping[str, Any]) -> str:
     *earlier, last = record["lineage"]
     title = "Unlearned model" if last.get("objective") else "Fine-tuned model"
     parts = [
-        f"---\n{yaml.safe_dump(_front_matter(last['base']), sort_keys=False)}---",
         f"# {title}",
         f"Made by `wagle_pl` ({last['module']}) from `{last['base']}`.",
         _table(["", ""], [[key, value] for key, value in _facts(last).items() if value]),
@@ -275,17 +273,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         if last.get(key):
             text = yaml.safe_dump(last[key], sort_keys=False, allow_unicode=True, width=1000)
             parts += [f"## {heading}", f"```yaml\n{text.rstrip()}\n```"]
-    return "\n\n".join(parts) + "\n"
-
-
-def _front_matter(base: str) -> dict[str, Any]:
-    """What the hub reads of a card: with the licence of the base model, where its folder has it."""
-    matter = {"library_name": "transformers", "tags": ["unlearning", "wagle"]}
-    card = Path(base) / CARD_FILE
-    own = (card.is_file() and metadata_load(card)) or {}
-    if not Path(base).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", base):
-        matter["base_model"] = base
-    return matter | {key: own[key] for key in ("license", "base_model") if key in own}
+    return card_of(last["base"], "transformers", "\n\n".join(parts))
 
 
 def forgotten(record: Mapping[str, Any]) -> list[str]:

@@ -32,10 +32,10 @@ import numpy as np
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path, refuse_existing
-from wagle_pl.core.hub import upload
+from wagle_pl.core.hub import card_of, upload
 from wagle_pl.core.tensorfiles import TensorFile, TensorFiles, write_header
 from wagle_pl.lm.saving import CARD_FILE, RECORD_FILE, read_record
-from wagle_pl.unlearning.export import model_card
+from wagle_pl.unlearning.export import forgotten, model_card
 
 FORMAT = "wagle_pl.patch"
 FORMAT_VERSION = 1
@@ -80,8 +80,16 @@ class Patch:
         return hashlib.sha256(f"{self.base} {self.unlearned}".encode()).hexdigest()
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the file, see :func:`wagle_pl.core.hub.upload`."""
-        return upload(self.path, repo_id, **options)
+        """Upload the file and a card, see :func:`wagle_pl.core.hub.upload`."""
+        base, sets = self.made_by["base"], forgotten(self.made_by)
+        text = (
+            f"# Patch\n\nMade by `wagle_pl`. It changes {self.changed:,} of {self.weights:,} weights "
+            f"of `{base}` (digest {self.base[:12]}): `wagle patch apply BASE {self.path.name} -o "
+            "UNLEARNED`, and back: `wagle patch revert`."
+        )
+        text += f"\n\nForgotten: {', '.join(sets)}." if sets else ""
+        card = card_of(base, "wagle_pl", text, self.made_by["records"].get(CARD_FILE, ""))
+        return upload(self.path, repo_id, card, **options)
 
     def frames(self, name: str, word: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield, of each frame of a tensor, which words changed (bool), and by how much.
