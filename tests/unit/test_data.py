@@ -309,6 +309,28 @@ def test_so_many_test_rows_with_and_without_test_files(rows):
         ForgetRetainDataModule(rows["forget"], limit_test=3).test_examples("retain")
 
 
+def test_retain_rows_that_nothing_has_seen(rows):
+    """They are a test set, and in no wording in the retain set; of test files and without."""
+    people = PeopleDataModule(unused_retain=32)
+    whole, unused = bundled("retain"), people.test_examples("retain_unused")
+    assert raw_rows(unused) == whole[::9] and "retain_unused" in people.test_names()
+    assert raw_rows(people.test_examples("retain")) == [r for r in whole if r not in whole[::9]]
+    kept = {row.question for row in people.examples("retain")}
+    assert len(kept) == 2 * (288 - 32 + 40 + 60)
+    assert not kept & {
+        row[f"{wording}question"] for row in whole[::9] for wording in ("", "paraphrased_")
+    }
+    given = {"forget": rows["forget"], "retain": rows["retain"]}
+    own = ForgetRetainDataModule(**given, unused_retain=4, limit_test=2)
+    assert own.test_names() == ["forget", "retain", "retain_unused"]
+    sets = [raw_rows(own.test_examples(name)) for name in ("retain", "retain_unused")]
+    sets += [raw_rows(own.examples("retain"))]
+    assert list(map(len, sets)) == [2, 2, 13] and all(row in sets[2] for row in sets[0])
+    assert not any(row in sets[2] for row in sets[1])
+    with pytest.raises(WagleError, match=r"data\.unused_retain must be below 17"):
+        ForgetRetainDataModule(**given, unused_retain=17).examples("retain")
+
+
 @pytest.mark.parametrize("option", ["limit_forget", "limit_retain", "limit_test", "batch_size"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_counts_below_one_are_refused(option, value):

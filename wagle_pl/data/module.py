@@ -41,6 +41,7 @@ Source = Union[str, Sequence[Row]]
 
 #: Streams made from another stream's rows: name -> the stream whose rows (and draws) they use.
 ALIGNED = {"refusal": "forget", "alternate": "forget"}
+UNUSED = "retain_unused"  # test set of retain rows that are kept out of the retain stream
 REFUSALS = Path(__file__).parent / "refusals.txt"
 
 
@@ -87,6 +88,9 @@ class ForgetRetainDataModule(L.LightningDataModule):
         limit_forget: use only the first so many forget rows.
         limit_retain: use only the first so many retain rows.
         limit_test: use only so many rows of each test set, evenly spaced.
+        unused_retain: so many rows of the test set ``retain``, evenly spaced, are kept out of the
+            retain set, in every wording, and are a test set of their own, ``retain_unused``: what
+            attribution and unlearning have not seen. Not for the finetuning of the target.
         overlap: what to do when forget rows are among the retain rows; ``drop`` drops them there.
         refusals: text file with one refusal a line; None takes the bundled list.
         seed: of the order of rows and the choice of refusals.
@@ -112,6 +116,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         limit_forget: Optional[int] = None,
         limit_retain: Optional[int] = None,
         limit_test: Optional[int] = None,
+        unused_retain: Optional[int] = None,
         overlap: Literal["error", "warn", "drop"] = "warn",
         refusals: Optional[str] = None,
         seed: int = 0,
@@ -122,8 +127,10 @@ class ForgetRetainDataModule(L.LightningDataModule):
         check_counts(
             batch_size=batch_size,
             test_batch_size=test_batch_size,
+            unused_retain=unused_retain,
             **{f"limit_{name}": value for name, value in self.limits.items()},
         )
+        self.unused_retain = unused_retain
         self.sources = {"forget": forget, "retain": retain, "holdout": holdout}
         self.test_sources = test
         self.val = val
@@ -190,8 +197,9 @@ class ForgetRetainDataModule(L.LightningDataModule):
     def test_names(self) -> list[str]:
         """Names of the test sets."""
         if self.test_sources is not None:
-            return list(self.test_sources)
-        return [name for name in ("forget", "retain") if self.examples(name) is not None]
+            return self._with_unused(list(self.test_sources))
+        names = [name for name in ("forget", "retain") if self.examples(name) is not None]
+        return self._with_unused(names)
 
     def load(self, source: Source) -> list[Row]:
         """Rows of one source, as the options name it."""
@@ -217,7 +225,13 @@ class ForgetRetainDataModule(L.LightningDataModule):
     def examples(self, stream: str) -> Optional[list[Example]]:
         """Rows of a training stream, read once; None if there are none."""
         if stream not in self._examples:
-            self._examples[stream] = self._read(stream)
+            found = self._read(stream)
+            if stream == "retain" and found is not None and self.unused_retain:
+                unused = {text for row in self._retain_tests[1] for text in row.texts}
+                found = [row for row in found if row.texts.isdisjoint(unused)]
+                if not found:
+                    raise WagleError("it leaves nothing to retain", option="data.unused_retain")
+            self._examples[stream] = found
         return self._examples[stream]
 
     def _read(self, stream: str) -> Optional[list[Example]]:
@@ -234,16 +248,40 @@ class ForgetRetainDataModule(L.LightningDataModule):
     def test_examples(self, name: str) -> list[Example]:
         """Rows of a test set, read once."""
         if name not in self._test_examples:
-            rows = self.test_rows(name)
-            examples: Optional[list[Example]] = None
-            if rows is not None:
-                examples = parse_rows(rows, self.place(name, test=True))
-            elif self.test_sources is None and name in self.sources:
-                examples = self.examples(name)
-            if examples is None:
-                raise WagleError(f"test set {name!r} has no rows: give its file under data.test")
+            if self.unused_retain and name in ("retain", UNUSED):
+                examples = self._retain_tests[name == UNUSED]
+            else:
+                examples = self._read_test(name)
             self._test_examples[name] = spread(examples, self.limits["test"])
         return self._test_examples[name]
+
+    def _read_test(self, name: str) -> list[Example]:
+        rows = self.test_rows(name)
+        if rows is not None:
+            return parse_rows(rows, self.place(name, test=True))
+        examples = None
+        if self.test_sources is None and name in self.sources:
+            whole = name == "retain" and self.unused_retain
+            examples = self._read(name) if whole else self.examples(name)
+        if examples is None:
+            raise WagleError(f"test set {name!r} has no rows: give its file under data.test")
+        return examples
+
+    @cached_property
+    def _retain_tests(self) -> tuple[list[Example], list[Example]]:
+        """Rows of the test set ``retain``, and those of them that are unused."""
+        rows = self._read_test("retain")
+        unused = spread(rows, self.unused_retain)
+        if len(unused) == len(rows):
+            raise WagleError(
+                f"must be below {len(rows)}, the rows of the test set retain",
+                option="data.unused_retain",
+            )
+        apart = set(map(id, unused))
+        return [row for row in rows if id(row) not in apart], unused
+
+    def _with_unused(self, names: list[str]) -> list[str]:
+        return [*names, UNUSED] if self.unused_retain and "retain" in names else names
 
     def val_names(self) -> list[str]:
         """Names of the test sets that are measured along the way."""

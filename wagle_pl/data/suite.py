@@ -135,14 +135,16 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
 
     def test_names(self) -> list[str]:
         if self.test_sources is not None:
-            return list(self.test_sources)
-        return [
-            name
-            for name, source in self.tests().items()
-            if self.folder is None
-            or source.file is not None
-            or all(local_files(part, Path(self.folder)) for part in source.parts)
-        ]
+            return self._with_unused(list(self.test_sources))
+        return self._with_unused(
+            [
+                name
+                for name, source in self.tests().items()
+                if self.folder is None
+                or source.file is not None
+                or all(local_files(part, Path(self.folder)) for part in source.parts)
+            ]
+        )
 
     def describe(self, name: str, test: bool = False) -> str:
         given = (self.test_sources or {}) if test else self.sources
