@@ -15,7 +15,7 @@ from wagle_pl import ForgetRetainDataModule, UnlearnModule, WagleError
 from wagle_pl.lm.models import load_model
 from wagle_pl.masks import WeightMask
 from wagle_pl.objectives import forget as o
-from wagle_pl.unlearning.step_rules import MUDMAN, SAM, Step, StepRule, dot
+from wagle_pl.unlearning.step_rules import MUDMAN, SAM, RepSelect, Step, StepRule, dot
 
 A, B = torch.diag(torch.tensor([1.0, -2.0, 3.0, 0.5])), torch.diag(torch.tensor([2.0, 1, 1, 4]))
 
@@ -84,6 +84,45 @@ def test_a_rule_of_ones_own() -> None:
     torch.testing.assert_close(found @ retain, retain @ retain)
 
 
+def collapsed(matrix: Tensor, basis: Tensor, count: int, soft: bool) -> Tensor:
+    """Every one of the first components of a basis divided by D on both sides, in float64."""
+    u, s, vt = torch.linalg.svd(basis.double())
+    factors = {"left": torch.eye(len(u)).double(), "right": torch.eye(len(vt)).double()}
+    count = min(count, int((s > 1e-6 * s[0]).sum()))
+    for i in range(count):
+        keep = s[count - 1] / s[i] if soft else 0.0
+        factors["left"] -= (1 - keep) * torch.outer(u[:, i], u[:, i])
+        factors["right"] -= (1 - keep) * torch.outer(vt[i], vt[i])
+    return (factors["left"] @ matrix.double() @ factors["right"]).float()
+
+
+@pytest.mark.parametrize("collapse", ["soft", "hard"])
+@pytest.mark.parametrize("of", ["forget", "retain"])
+def test_repselect_collapses_principal_components(of: Any, collapse: Any) -> None:
+    shapes = {"tall": (9, 4), "low": (6, 8), "vector": (5,)}
+    drawn = [{name: torch.randn(shape) for name, shape in shapes.items()} for _ in range(2)]
+    drawn[0]["low"] = torch.randn(6, 2) @ torch.randn(2, 8)  # of rank 2
+    forget, retain = drawn
+    step = Step(0, forget, {"forget_loss": forget, "retain_loss": retain}, None)
+    found = RepSelect(3, of, collapse).gradient(step)
+    basis = forget if of == "forget" else retain
+    for name in ("tall", "low"):
+        expected = collapsed(forget[name], basis[name], 3, collapse == "soft") + retain[name]
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["vector"], forget["vector"] + retain["vector"])
+
+
+def test_repselect_of_a_large_matrix_is_approximate_and_draws_nothing() -> None:
+    matrix = torch.randn(300, 300) + 40 * torch.outer(torch.randn(300), torch.randn(300))
+    step = Step(0, {"a": matrix}, {"forget_loss": {"a": matrix}}, None)
+    state = torch.get_rng_state()
+    found = RepSelect(1, collapse="hard").gradient(step)["a"]
+    torch.testing.assert_close(found, collapsed(matrix, matrix, 1, soft=False), rtol=0, atol=1e-3)
+    assert torch.equal(torch.get_rng_state(), state)
+    matrix[0, 0] = float("nan")
+    assert RepSelect(1).gradient(step)["a"].isnan().any()  # the run says that it diverged
+
+
 # -- in a run --------------------------------------------------------------------------------------
 
 
@@ -127,8 +166,9 @@ def losses_of(lm: Any, batch: Any, theta0: Tensor | None) -> tuple[Tensor, Tenso
     return forget.mean(), -0.5 * (found["retain"][0] / found["retain"][1]).mean(), start
 
 
-def test_sam_on_selected_weights_of_a_model(
-    unlearn: Any, tiny_model: str, rows: dict[str, str], tmp_path: Path
+@pytest.mark.parametrize("rule", [SAM(rho=0.5), RepSelect(3, "retain", "hard")])
+def test_a_rule_on_selected_weights_of_a_model(
+    unlearn: Any, tiny_model: str, rows: dict[str, str], tmp_path: Path, rule: StepRule
 ) -> None:
     """A step in two micro-batches, against autograd on the whole batch; frozen weights keep their bits."""
     lm, generator = load_model(tiny_model).train(), torch.Generator().manual_seed(3)
@@ -137,7 +177,7 @@ def test_sam_on_selected_weights_of_a_model(
         {n: torch.rand(p.shape, generator=generator) < 0.3 for n, p in named.items()}
     )
     options = {"batch_size": 4, "accumulate": 2, "mask": str(mask.save(tmp_path / "mask"))}
-    module = unlearn("sam", SAM(rho=0.5), **options)
+    module = unlearn("out", rule, **options)
     data = ForgetRetainDataModule(rows["forget"], rows["retain"], batch_size=8)
     data.serve(tokenizer=lambda: module.tokenizer)
     batch = next(iter(data.train_dataloader()))
@@ -148,10 +188,17 @@ def test_sam_on_selected_weights_of_a_model(
     retained = torch.autograd.grad(retain, list(named.values()))
     size = torch.cat([g.view(-1) for g in own.values()]).norm()
     theta = {n: p.detach().clone() for n, p in named.items()}
-    with torch.no_grad():
-        for n, p in named.items():
-            p += 0.5 * own[n] / size
-    shifted = torch.autograd.grad(losses_of(lm, batch, start)[0], list(named.values()))
+    if isinstance(rule, SAM):
+        with torch.no_grad():
+            for n, p in named.items():
+                p += 0.5 * own[n] / size
+        shifted = torch.autograd.grad(losses_of(lm, batch, start)[0], list(named.values()))
+    else:
+        masked = (r * mask[n] for n, r in zip(named, retained, strict=True))
+        shifted = [
+            collapsed(g, r, 3, soft=False) if g.dim() == 2 else g
+            for g, r in zip(own.values(), masked, strict=True)
+        ]
     written = weights(module.output)
     for n, s, r in zip(named, shifted, retained, strict=True):
         expected = theta[n] - 0.5 * (s + r) * mask[n]
@@ -160,7 +207,9 @@ def test_sam_on_selected_weights_of_a_model(
     assert not torch.allclose(shifted[0], whole[0], rtol=0.01)
 
 
-@pytest.mark.parametrize("make", [lambda: SAM(0.05), lambda: MUDMAN(2)])
+@pytest.mark.parametrize(
+    "make", [lambda: SAM(0.05), lambda: MUDMAN(2), lambda: RepSelect(4, "retain")]
+)
 def test_the_split_of_a_batch_does_not_matter(unlearn: Any, make: Any) -> None:
     first = unlearn("whole", make(), 8, 1, steps=3, objective="GradDiff")
     parts = unlearn("parts", make(), 2, 4, steps=3, objective="GradDiff")
@@ -176,6 +225,7 @@ def test_what_a_rule_cannot_do(unlearn: Any) -> None:
         ),
         ("SAM", {"objective": "FineTune"}, "step_rule SAM needs a forget term, and objective"),
         ("MUDMAN", {"objective": "GradAscent"}, "step_rule MUDMAN needs retain rows, which"),
+        (RepSelect(of="retain"), {"objective": "GradAscent"}, "RepSelect of retain needs retain"),
     ):
         with pytest.raises(WagleError, match=said):
             unlearn("refused", rule, **options)

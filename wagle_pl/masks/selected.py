@@ -195,6 +195,14 @@ class SelectedTensor:
             return dense.to(dtype, copy=True)
         return take_(dense.new_empty(self.count, dtype=dtype), dense, self.places(bits))
 
+    def placed(self, values: Tensor) -> Tensor:
+        """A new dense tensor of the values, 0 where nothing is selected; not sharded."""
+        if not self.is_partial:
+            return values.view(self.parameter.shape).clone()
+        dense = values.new_zeros(self.parameter.shape)
+        put_(dense, self.places(), values)
+        return dense
+
     def _take_(self, out: Tensor, dense: Tensor, add: bool = False) -> Tensor:
         if self.is_partial:
             return take_(out, dense, self.places(), add)

@@ -1,4 +1,4 @@
-"""Step rules: another gradient than the objective's, from more passes over the rows of a step.
+"""Step rules: another gradient than the objective's, from its terms or more passes over a step's rows.
 
 To write one's own, subclass :class:`StepRule` and override ``gradient``; give its class path as
 ``--model.step_rule``::
@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any, Literal, Union
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from wagle_pl.objectives import Objective, Streams
 
 #: Name of a tensor -> the gradient of its selected weights, of their shape.
 Gradients = dict[str, Tensor]
+_EXACT = 256  # rows or columns of a matrix whose singular vectors are not approximated
 Loss = Union[str, Callable[[Streams], Tensor]]
 
 
@@ -45,6 +46,9 @@ class Step:
     #: One more forward pass over the step's rows, at the values as they are, and a backward pass of
     #: each loss: a term, or a scalar of a micro-batch as :meth:`.Streams.mean` makes it.
     again: Callable[..., list[Gradients]]
+    #: (name, its selected weights) -> its whole tensor, 0 outside the mask; and back.
+    whole: Callable[[str, Tensor], Tensor] = lambda _, selected: selected
+    selected: Callable[[str, Tensor], Tensor] = lambda _, whole: whole
 
     def total(self, **other: Gradients) -> Gradients:
         """The gradient of the objective, with some of its terms replaced."""
@@ -185,3 +189,65 @@ class MUDMAN(StepRule):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._retain = dict(state.get("retain", {}))
         self._adversary = dict(state.get("adversary", {}))
+
+
+@dataclass
+class RepSelect(StepRule):
+    """Collapse the principal components of the forget gradient's matrices (arXiv 2606.17168).
+
+    G ← C_U(C_V(G)), C_V(G) = G − G V (I − D⁻¹) Vᵀ and C_U the same from the left: V and U are the
+    first right and left singular vectors of the forget gradient itself or, which removes what
+    forgetting has in common with retaining, of the retain gradient; D = S / min S of their singular
+    values (soft), or D⁻¹ = 0 (hard). Vectors such as norms are left as they are.
+
+    As in the paper's code (repselect_simple.py at commit 5955f30) with ``use_lora=false``, where a
+    step sees all forget rows; the code applies the first step's G at every epoch, here it is made
+    anew, under any objective and within any mask. It has no retain term: ``retain_weight 0``.
+
+    Args:
+        components: how many singular vectors at most; the fewer, the closer to the plain gradient.
+        of: whose: ``forget``, or ``retain``, which needs a ``retain_weight`` above 0.
+        collapse: ``soft`` or ``hard``.
+    """
+
+    components: int = 512
+    of: Literal["forget", "retain"] = "forget"
+    collapse: Literal["soft", "hard"] = "soft"
+
+    def __post_init__(self) -> None:
+        check_positive(self.components, "step_rule.components")
+
+    def check(self, objective: Objective) -> None:
+        super().check(objective)
+        if self.of == "retain" and "retain" not in objective.streams:
+            raise WagleError(
+                f"step_rule RepSelect of retain needs retain rows, which objective "
+                f"{type(objective).__name__} does not read"
+            )
+
+    def gradient(self, step: Step) -> Gradients:
+        basis, found = step.gradients[f"{self.of}_loss"], {}
+        for name, gradient in step.gradients["forget_loss"].items():
+            whole, other = step.whole(name, gradient), step.whole(name, basis[name])
+            # what is not finite has no singular vectors, and is for the checks of the run
+            if whole.dim() == 2 and whole.isfinite().all() and other.isfinite().all():
+                gradient = step.selected(name, self._collapsed(whole, *self._principal(other)))
+            found[name] = gradient
+        return step.total(forget_loss=found)
+
+    def _principal(self, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """U, S, V of the first components, of those that are more than rounding."""
+        if min(matrix.shape) > max(_EXACT, 2 * self.components):
+            with torch.random.fork_rng([matrix.device] if matrix.is_cuda else []):
+                torch.manual_seed(0)  # of the random projection
+                u, s, v = torch.svd_lowrank(matrix, q=self.components)
+        else:
+            u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+            u, s, v = u[:, : self.components], s[: self.components], vt.mT[:, : self.components]
+        kept = s > 1e-6 * s.max()
+        return u[:, kept], s[kept], v[:, kept]
+
+    def _collapsed(self, matrix: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
+        share = 1 - s.min() / s if self.collapse == "soft" and len(s) else torch.ones_like(s)
+        matrix = matrix - (matrix @ v * share) @ v.mT
+        return matrix - u @ (share[:, None] * (u.mT @ matrix))

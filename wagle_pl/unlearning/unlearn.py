@@ -48,8 +48,9 @@ class UnlearnModule(FinetuneModule):
         mask: mask file that attribution wrote for this model; null is dense unlearning.
         modules: only weights in these may move (and in the mask), e.g. ``[mlp, self_attn.q_proj]``.
         layers: only weights in these layers may move (and in the mask), e.g. ``3-7`` or ``0,2,5-9``.
-        step_rule: ``SAM``, ``MUDMAN``, another class of :mod:`wagle_pl.unlearning.step_rules` or a
-            class path: another gradient than the objective's, from more passes a step; on one device.
+        step_rule: ``SAM``, ``MUDMAN``, ``RepSelect``, another class of
+            :mod:`wagle_pl.unlearning.step_rules` or a class path: another gradient than the
+            objective's, from more passes a step or from parts of it; on one device.
         adapter: ``LoRA`` trains low-rank adapters in place of the weights, without any of the above.
         clip_scope: whose gradient norm ``trainer.gradient_clip_val`` bounds: of the ``selected``
             weights, or of ``all``, as in WAGLE's code (keeps dense gradients; not under ZeRO).
@@ -325,7 +326,14 @@ class UnlearnModule(FinetuneModule):
             tensors = {
                 n: t.values for n, t in self.selected.tensors.items() if t.values is not None
             }
-            step = Step(self.global_step, tensors, self._gradients, self._again)
+            step = Step(
+                self.global_step,
+                tensors,
+                self._gradients,
+                self._again,
+                whole=lambda name, values: self.selected.tensors[name].placed(values),
+                selected=lambda name, whole: self.selected.tensors[name].taken(whole, whole.dtype),
+            )
             with torch.no_grad():
                 found = self.step_rule.gradient(step)
             for name, values in tensors.items():
