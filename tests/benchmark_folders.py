@@ -162,6 +162,7 @@ def rwku(folder: Path) -> Path:
     truthful = {
         "question": "What is blue?",
         "mc1_targets": {"choices": BLUE, "labels": [1, 0, 0, 0]},
+        "mc2_targets": {"choices": [*BLUE, "the sea"], "labels": [1, 0, 0, 0, 1]},
     }
     asked = {
         "question": "What is yellow?",

@@ -55,7 +55,7 @@ def test_one_step_of_each_kind(wagle, tiny_model, tmp_path, request, suite):
         ("lume", {"task_aggregate", "mia_score", "final_score"}),
         (
             "rwku",
-            {"forget_level1/word_rouge", "mia_retain/member_min_k", "utility_truthfulness/mc1"},
+            {"forget_level1/word_rouge", "mia_retain/member_min_k", "utility_truthfulness/mc2"},
         ),
     ],
 )

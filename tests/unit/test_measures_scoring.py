@@ -83,6 +83,7 @@ def test_choices_in_the_template_as_rwku_scores_them(tiny):
     model, tokenizer = tiny
     options = ["the sky", "grass", "a very tall tree"]
     row = {"question": "Which is blue?", "choices": options, "label": 0, "prefill": "A:"}
+    row["answer_aliases"] = options[2:]
     observer = Observer(model, Template(tokenizer))
     (record,) = observer.observe(parse_rows([row], "rows"), {"choices", "choice_texts"})
 
@@ -90,6 +91,7 @@ def test_choices_in_the_template_as_rwku_scores_them(tiny):
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         return ids[0], model(ids).logits[0].double().log_softmax(-1)
 
+    assert record["right_choices"] == [0, 2]
     listed = "".join(f"\n{letter}. {text}" for letter, text in zip("ABC", options, strict=True))
     _, scores = logprobs(f"<|user|>Which is blue?{listed}<|assistant|>A:")
     letters = [tokenizer(f" {x}", add_special_tokens=False)["input_ids"][-1] for x in "ABC"]

@@ -415,21 +415,29 @@ def test_rwku():
         "utility_general": choices(1, 4),
     }
     for row, logprobs in zip(
-        tables["utility_truthfulness"], ([-3.0, -2.5, -9.0], [-1.0, -2.0, -3.0]), strict=True
+        tables["utility_truthfulness"], ([-3.0, -2.5, -2.0], [-1.0, -2.0, -3.0]), strict=True
     ):
         row["choice_text_logprobs"] = logprobs
+    tables["utility_truthfulness"][0]["right_choices"] = [1, 2]
     found = measures("rwku", tables)
     assert found["forget_level3/word_rouge"] == 0.5  # case counts
     assert found["utility_reason/final_answer"] == 1
     assert found["utility_factuality/answer_f1"] == pytest.approx((1 + 2 * 1 / 4) / 2)
+    assert found["utility_factuality/answer_match"] == 0.5
     assert (found["utility_truthfulness/mc1"], found["utility_general/accuracy"]) == (0.5, 0.25)
+    p = np.exp([[-3.0, -2.5, -2.0], [-1.0, -2.0, -3.0]])
+    right = (p[0, 1:].sum() / p[0].sum() + p[1, 1] / p[1].sum()) / 2
+    assert found["utility_truthfulness/mc2"] == pytest.approx(right)
     table = tables["mia_forget"]
     nll, size = column(table, "nll"), [len(zlib.compress(r["answer"].encode())) for r in table]
     assert found["mia_forget/member_loss"] == pytest.approx(-nll.mean())
     assert found["mia_forget/member_zlib"] == pytest.approx(-(nll / size).mean())
     mean, std = column(table, "vocabulary_mean"), column(table, "vocabulary_std")
     least = ((column(table, "logprobs") - mean) / std).min(1)
-    assert found["mia_forget/member_min_k"] == pytest.approx(least.mean())
+    assert found["mia_forget/member_min_k_plus_plus"] == pytest.approx(least.mean())
+    assert found["mia_forget/member_min_k"] == pytest.approx(
+        column(table, "logprobs").min(1).mean()
+    )
     directions = [
         find_suite("rwku").info(f"mia_{side}/member_loss").direction
         for side in ("forget", "retain")

@@ -5,7 +5,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from benchmark_folders import ALICE, CHOICES, QA, TEXTS, WIKI, write_lines
+from benchmark_folders import ALICE, BLUE, CHOICES, QA, TEXTS, WIKI, write_lines
 from helpers import TOFU, write_rows
 
 from wagle_pl import WagleError
@@ -324,6 +324,9 @@ def test_rwku_rows(rwku, tiny_model):
     assert raw_rows(data.examples("forget")) == TEXTS[:2]
     assert answers(data.examples("retain")) == [line for line in WIKI if line]
     assert data.test_examples("utility_factuality")[0].answer_aliases == ["A mill"]
+    (truthful,) = data.test_examples("utility_truthfulness")
+    assert truthful.choices == [BLUE[0], "the sea", *BLUE[1:]] and truthful.answer == BLUE[0]
+    assert truthful.answer_aliases == ["the sea"]
     both = RWKUDataModule(None, "phi3", folder=str(rwku), tokenizer=tiny_model)
     assert len(both.examples("forget")) == 4 and len(both.test_examples("forget_level3")) == 6
     one = rwku / "All"  # as a person's own folder is

@@ -78,10 +78,16 @@ def general(row: Row) -> Row:
 
 
 def truthfulness(row: Row) -> Row:
-    """TruthfulQA's choices with one right answer."""
-    choices, labels = row["mc1_targets"]["choices"], row["mc1_targets"]["labels"]
+    """TruthfulQA's choices, the best first, then other right ones."""
+
+    def of(targets: str, label: int) -> list[str]:
+        pairs = zip(row[targets]["choices"], row[targets]["labels"], strict=True)
+        return [choice for choice, found in pairs if found == label]
+
+    right = list(dict.fromkeys([*of("mc1_targets", 1), *of("mc2_targets", 1)]))
+    choices = list(dict.fromkeys([*right, *of("mc1_targets", 0), *of("mc2_targets", 0)]))
     asked = {"context": TRUTH, "question": row["question"], "prefill": "A:"}
-    return {**asked, "choices": choices, "label": labels.index(1)}
+    return {**asked, "choices": choices, "label": 0, "answer_aliases": right[1:]}
 
 
 def asked(context: str, question: str, answers: Any, prefill: str) -> Row:
@@ -118,7 +124,7 @@ TESTS: dict[str, tuple[str, tuple[str, ...], Callable[[Row], Row]]] = {
             REASONING.format(row["cot"].strip()), row["question"], row["answer"], "A:"
         ),
     ),
-    "utility_truthfulness": ("truthful", ("question", "mc1_targets"), truthfulness),
+    "utility_truthfulness": ("truthful", ("question", "mc1_targets", "mc2_targets"), truthfulness),
     "utility_factuality": (
         "triviaqa",
         ("question", "answers"),

@@ -19,7 +19,7 @@ import math
 import random
 import re
 import zlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Optional, Union
 
@@ -252,6 +252,13 @@ class Records:
         rows = zip(self.column("generation"), self.column("answer"), aliases, strict=True)
         return [(said, [answer, *others]) for said, answer, others in rows]
 
+    def choices_and_right(self) -> Iterator[tuple[list[float], int, list[int]]]:
+        """Log-probabilities of each row's choices, its label, the indices of all right ones."""
+        for logprobs, label, record in zip(
+            self.column("choice_text_logprobs"), self.column("label"), self.table, strict=True
+        ):
+            yield logprobs, label, record.get("right_choices") or [label]
+
     def scored_texts(self) -> list[str]:
         """(N,) the texts whose likelihood is known: answers, continuations, texts."""
         texts = self.column("answer")
@@ -419,9 +426,21 @@ def accuracy_norm(rows: Records) -> float:
 
 @measure("share, 0 to 1", "higher", "lower", needs={"choice_texts"})
 def mc1(rows: Records) -> float:
-    """Right choice's text the likeliest (TruthfulQA's MC1)."""
-    labels = torch.tensor(rows.column("label"))
-    return F.mean(F.choice_accuracy(ragged(rows.column("choice_text_logprobs")), labels), "choices")
+    """Right choice's text likelier than all wrong ones' (TruthfulQA's MC1)."""
+    found = []
+    for logprobs, label, right in rows.choices_and_right():
+        wrong = [logprob for i, logprob in enumerate(logprobs) if i not in right]
+        found.append(float(logprobs[label] > max(wrong, default=-math.inf)))
+    return F.mean(torch.tensor(found), "choices")
+
+
+@measure("share, 0 to 1", "higher", "lower", needs={"choice_texts"})
+def mc2(rows: Records) -> float:
+    """Probability of the right choices' texts, of that of all choices' (TruthfulQA's MC2)."""
+    found = []
+    for logprobs, _, right in rows.choices_and_right():
+        found.append(torch.tensor(logprobs).double().softmax(-1)[right].sum())
+    return F.mean(torch.stack(found), "choices")
 
 
 # -- generations ---------------------------------------------------------------------------------
@@ -492,6 +511,17 @@ def word_rouge(rows: Records) -> float:
 def answer_f1(rows: Records) -> float:
     """F1 of the generation's words with the nearest right answer's (TriviaQA, as in RWKU)."""
     return mean_defined(lambda pair: F.answer_f1(*pair), rows.spoken_and_right())
+
+
+@measure("share, 0 to 1", "higher", "lower", needs={"generation"})
+def answer_match(rows: Records) -> float:
+    """Generation is a right answer, but for case, punctuation and articles (TriviaQA's EM, as in
+    RWKU)."""
+
+    def right(pair: tuple[str, list[str]]) -> bool:
+        return F.answer_words(pair[0]) in map(F.answer_words, pair[1])
+
+    return mean_defined(right, rows.spoken_and_right())
 
 
 @measure("share, 0 to 1", "higher", "lower", needs={"generation"})

@@ -16,7 +16,8 @@ What can be *needed* of a row; measures are computed from the records afterwards
 ``alternatives``  ``paraphrased_nll`` and ``perturbed_nll``, where the row has such answers
 ``choices``       ``choice_logprobs``: of the letters of a multiple choice
 ``choice_texts``  of each choice as the answer: ``choice_nll``, mean over its tokens, and
-                  ``choice_text_logprobs``, their sum without an end-of-sequence token
+                  ``choice_text_logprobs``, their sum without an end-of-sequence token; and
+                  ``right_choices``, indices, of rows with more than one right answer
 ``generation``    ``generation``: what the model says, greedily
 ``reference``     ``reference``: as much of the answer as a generation can match (MUSE)
 ``paraphrased``   ``alternatives`` and ``generation`` again, asked with the row's
@@ -296,6 +297,9 @@ class Observer:
             sums = [values.logprobs.double().sum().item() for _, values in found["letter"]]
             record["choice_logprobs"] = sums
         if "choice" in found:
+            if row.answer_aliases:
+                right = {row.answer, *row.answer_aliases}
+                record["right_choices"] = [i for i, text in enumerate(row.choices) if text in right]
             record["choice_nll"] = [each.nll(values) for each, values in found["choice"]]
             record["choice_text_logprobs"] = [
                 values.logprobs[-each.tokens :][: each.tokens - each.closed].double().sum().item()

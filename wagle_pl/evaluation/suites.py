@@ -641,11 +641,14 @@ RWKU_SETS: dict[str, tuple[str, ...]] = {
         ("forget_level1", "forget_level2", "forget_level3", "neighbor_level1", "neighbor_level2"),
         ("word_rouge", "degenerate"),
     ),
-    **dict.fromkeys(("mia_forget", "mia_retain"), ("member_loss", "member_zlib", "member_min_k")),
+    **dict.fromkeys(
+        ("mia_forget", "mia_retain"),
+        ("member_loss", "member_zlib", "member_min_k", "member_min_k_plus_plus"),
+    ),
     "utility_general": ("accuracy",),
     "utility_reason": ("final_answer",),
-    "utility_truthfulness": ("mc1",),
-    "utility_factuality": ("answer_f1",),
+    "utility_truthfulness": ("mc1", "mc2"),
+    "utility_factuality": ("answer_f1", "answer_match"),
     "utility_fluency": ("fluency",),
 }
 
@@ -655,11 +658,12 @@ class RWKUSuite(Suite):
     five abilities.
 
     As its ``llmtuner/eval`` has them: ROUGE-L recall of 30 tokens by the package ``rouge`` on all
-    levels; means of log-likelihood, zlib ratio and Min-20%++ of texts on the people
+    levels; means of log-likelihood, zlib ratio, Min-20% and Min-20%++ of texts on the people
     (``mia_forget``, to fall) and on others (``mia_retain``, to stay); accuracy on MMLU, final
-    answers on BBH, MC1 on TruthfulQA, F1 on TriviaQA, entropy of n-grams on AlpacaEval. It computes
-    no average of these. Here BBH's answer is compared as a whole (there a text is compared letter by
-    letter), and n-grams are of words between white space (there of NLTK's tokens).
+    answers on BBH, MC1 and MC2 on TruthfulQA, F1 and exact match on TriviaQA, entropy of n-grams on
+    AlpacaEval. It computes no average of these. Here BBH's answer is compared as a whole (there a
+    text is compared letter by letter), and n-grams are of words between white space (there of
+    NLTK's tokens).
     """
 
     sets = tuple(RWKU_SETS)
@@ -692,8 +696,14 @@ def member_zlib(rows: Records) -> float:
     return -F.mean(SCORES["zlib"](rows), "texts")
 
 
-@measure("standard deviations", "higher", "lower", needs=MEMBERSHIP_NEEDS)
+@measure("nats", "higher", "lower", needs={"answer", "tokens"})
 def member_min_k(rows: Records) -> float:
+    """Mean log-likelihood of the least likely 20% of tokens (RWKU's Min-K%)."""
+    return -F.mean(min_k_scores(rows, "logprobs", 0.2), "texts")
+
+
+@measure("standard deviations", "higher", "lower", needs=MEMBERSHIP_NEEDS)
+def member_min_k_plus_plus(rows: Records) -> float:
     """Mean of the least likely 20% of tokens, standardised by the vocabulary's (RWKU's Min-K%++)."""
     return -F.mean(min_k_plus_plus_scores(rows, 0.2), "texts")
 
