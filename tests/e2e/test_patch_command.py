@@ -66,7 +66,7 @@ def test_patch_commands_and_records(
     assert "f.jsonl" in Path("applied/README.md").read_text()
     with pytest.raises(SystemExit):  # it changes embeddings
         patch("convert", tiny_model, "forget.patch", "-o", "adapter")
-    assert "peft's SHiRA has weights of linear layers alone" in capsys.readouterr().err
+    assert "peft's SHiRA takes the matrices of linear layers alone" in capsys.readouterr().err
     patch("revert", "applied", "forget.patch", "-o", "back")
     assert "lineage" not in before
     for file in ("model.safetensors", "wagle.json", "README.md"):

@@ -101,8 +101,8 @@ def patched(
 def test_what_peft_cannot_hold_is_refused(tmp_path: Path, tiny_model: str) -> None:
     shapes, out = parameter_shapes(models.load_model(tiny_model)), tmp_path / "out"
     for where, density, message in (
-        (lambda name: "embed" in name, 0.3, "of model.embed_tokens.weight, and peft's SHiRA has"),
-        (lambda name: "norm" in name, 0.9, "norm.weight, and peft's SHiRA has"),
+        (lambda name: "embed" in name, 0.3, "of model.embed_tokens.weight, and peft's SHiRA takes"),
+        (lambda name: "norm" in name, 0.9, "norm.weight, and peft's SHiRA takes"),
         (is_linear, 3.0, "has room for r"),
         (is_linear, 0.0, "there is nothing to adapt"),
     ):

@@ -37,13 +37,12 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 #: What the format calls floats -> dtype.
 _FLOATS = {text: dtype for dtype, text in DTYPES.items() if dtype.is_floating_point}
 
-
+#: Gives the (k,) places in a flattened tensor, and the (k,) numbers to add there.
 Read = Callable[[], tuple[Tensor, Tensor]]
 
 
 class Places(NamedTuple):
-    """Places of one weight tensor: how many, and what gives the (k,) places in the flattened tensor
-    with the (k,) numbers to add there."""
+    """Places of one weight tensor of a shape: how many, and what reads them."""
 
     shape: tuple[int, ...]
     count: int
@@ -62,7 +61,7 @@ def mask_to_shira(mask: WeightMask, base: str, output: str | Path) -> Path:
         return places, torch.zeros(len(places))
 
     found = {
-        name: Places(shape, mask.count(name), lambda name=name: read(name))
+        name: Places(shape, mask.count(name), partial(read, name))
         for name, shape in mask.shapes.items()
     }
     return _write(mask.label, found, base, Path(output))
@@ -142,7 +141,7 @@ def patch_to_shira(
 
     tensors = opened.tensors.items()
     changes = {
-        name: Places(tuple(entry["shape"]), entry["changed"], lambda name=name: read(name))
+        name: Places(tuple(entry["shape"]), entry["changed"], partial(read, name))
         for name, entry in tensors
     }
     return _write(f"patch {patch}", changes, str(base), Path(output))
@@ -161,34 +160,15 @@ def patch_from_shira(
 
 
 def _write(what: str, found: Mapping[str, Places], base: str, output: Path) -> Path:
-    """Write an adapter folder, a tensor at a time."""
-    lm = empty_model(base)
-    own = dict(lm.named_parameters())
-    linear = {f"{name}.weight" for name, m in lm.named_modules() if isinstance(m, nn.Linear)}
+    """Write an adapter folder, a tensor at a time; ``what`` names the mask or patch in errors."""
     found = {name: places for name, places in found.items() if places.count}
-    for name, places in found.items():
-        if name not in linear or name not in own:
-            raise WagleError(
-                f"{what} has {places.count:,} weights of {name}, and peft's SHiRA has weights of "
-                "linear layers alone",
-                hint="make a mask of attention and MLP only (wagle mask modules, --model.modules)",
-            )
-    needed = {name: -(-places.count // sum(places.shape)) for name, places in found.items()}
-    r, largest = max(((r, name) for name, r in needed.items()), default=(0, ""))
-    for name, places in found.items():
-        if r * sum(places.shape) > prod(places.shape):
-            raise WagleError(
-                f"{what}: the weights of {largest} need r {r}, and {name} has room for r "
-                f"{prod(places.shape) // sum(places.shape)}; peft's SHiRA has one r for all layers",
-                hint="take a lower density, or leave the smaller layers out",
-            )
-    if not found:
-        raise WagleError(f"{what} has no weights: there is nothing to adapt")
+    r = _rank(what, found, base)
+    read = lru_cache(1)(lambda name: found[name].read())
     tensors = []
-    for name, (shape, _, read) in found.items():
+    for name, (shape, _, _) in found.items():
         key, size = f"base_model.model.{name.removesuffix('.weight')}", r * sum(shape)
-        read = lru_cache(1)(read)
-        indices, weight = partial(_indices, read, size, shape[1]), partial(_weight, read, size)
+        indices = partial(_indices, partial(read, name), size, shape[1])
+        weight = partial(_weight, partial(read, name), size)
         tensors += [
             (f"{key}.shira_indices", torch.int32, (2, size), indices),
             (f"{key}.shira_weight", torch.float32, (size,), weight),
@@ -207,6 +187,33 @@ def _write(what: str, found: Mapping[str, Places], base: str, output: Path) -> P
         (temporary / ADAPTER_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         write_tensors(temporary / WEIGHTS_FILE, tensors, {"format": "pt"})
     return output
+
+
+def _rank(what: str, found: Mapping[str, Places], base: str) -> int:
+    """The r of an adapter with these places, if there can be one."""
+    lm = empty_model(base)
+    own = dict(lm.named_parameters())  # without weights that are tied to others
+    linear = {f"{name}.weight" for name, m in lm.named_modules() if isinstance(m, nn.Linear)}
+    for name, places in found.items():
+        if name not in linear or name not in own:
+            raise WagleError(
+                f"{what} has {places.count:,} weights of {name}, and peft's SHiRA takes the "
+                "matrices of linear layers alone",
+                hint="make a mask of attention and MLP only (wagle mask modules, --model.modules)",
+            )
+    if not found:
+        raise WagleError(f"{what} has no weights: there is nothing to adapt")
+    needed = {name: -(-places.count // sum(places.shape)) for name, places in found.items()}
+    largest = max(needed, key=needed.__getitem__)
+    r = needed[largest]
+    for name, (shape, _, _) in found.items():
+        if r * sum(shape) > prod(shape):
+            raise WagleError(
+                f"{what}: the weights of {largest} need r {r}, and {name} has room for r "
+                f"{prod(shape) // sum(shape)}; peft's SHiRA has one r for all layers",
+                hint="take a lower density, or leave the smaller layers out",
+            )
+    return r
 
 
 def _indices(read: Read, size: int, columns: int) -> Tensor:
