@@ -8,12 +8,12 @@ import shlex
 import time
 from pathlib import Path
 
-from wagle_pl.cli import app
+from wagle_pl.cli import LazyModule, app
 from wagle_pl.core.environment import prepare_libraries, silence
 from wagle_pl.core.text import markdown_table
-from wagle_pl.data.people import bundled
-from wagle_pl.lm.tiny import create_tiny_llama
 
+people = LazyModule("wagle_pl.data.people")
+tiny = LazyModule("wagle_pl.lm.tiny")
 RUNS = Path("runs/people")
 
 #: Row of the table -> options that make it differ from the configuration.
@@ -50,9 +50,12 @@ def quickstart(*, verbose: bool = False, trial: bool = False) -> None:
     started = time.monotonic()
     sets = ("forget", "retain", "holdout", "real_authors", "world_facts")
     texts = [
-        row[column] for name in sets for row in bundled(name) for column in ("question", "answer")
+        row[column]
+        for name in sets
+        for row in people.bundled(name)
+        for column in ("question", "answer")
     ]
-    create_tiny_llama(RUNS / "base", texts, hidden_size=192, layers=2, heads=6)
+    tiny.create_tiny_llama(RUNS / "base", texts, hidden_size=192, layers=2, heads=6)
     print(f"a tiny Llama with random weights is in {RUNS}/base; now:", flush=True)
 
     def wagle(command: str) -> None:
