@@ -229,7 +229,8 @@ class FinetuneModule(LanguageModule):
             said = f"optimizer: {first_line(error)} {'' if self.mask is None else vectors}"
             raise WagleError(said.rstrip()) from error
         for name, value in optimizer.defaults.items():
-            if not torch.tensor(value if isinstance(value, (float, tuple)) else 0).isfinite().all():
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not all(isfinite(n) for n in numbers if isinstance(n, float)):
                 raise WagleError(f"must be finite, got {value}", option=f"optimizer.{name}")
         if isinstance(optimizer, LBFGS):
             raise WagleError(
