@@ -11,9 +11,12 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from math import prod
@@ -95,6 +98,41 @@ def alternate(repeats: int, sides: Mapping[str, Callable[[], Any]]) -> dict[str,
             results[name].append(run())
             gc.collect()
     return results
+
+
+def in_turns(sides: Mapping[str, Callable[[L.Callback], Any]]) -> dict[str, Any]:
+    """Run all sides at once, in threads that take turns of one training batch; name -> result.
+
+    A shared machine's speed drifts by more than a few per cent between runs: batches that follow each other at once can
+    be compared. Each side is given the callback that waits for its turn.
+    """
+    order, changed = deque(sides), threading.Condition()
+
+    class Turn(L.Callback):
+        """Lets the others go on before each batch."""
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            """Wait until all others have done theirs."""
+            with changed:
+                order.rotate(-1)
+                changed.notify_all()
+                changed.wait_for(lambda: order[0] == self.name)
+
+    def take_part(name: str) -> Any:
+        with changed:
+            changed.wait_for(lambda: order[0] == name)
+        try:
+            return sides[name](Turn(name))
+        finally:
+            with changed:
+                order.popleft()
+                changed.notify_all()
+
+    with ThreadPoolExecutor(len(sides)) as threads:
+        return dict(zip(sides, threads.map(take_part, sides), strict=True))
 
 
 def seconds(run: Callable[[], Any]) -> float:

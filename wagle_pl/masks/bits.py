@@ -22,6 +22,9 @@ CPU_CHUNK = 1 << 18
 #: The same on a GPU, where few large operations are faster.
 GPU_CHUNK = 1 << 24
 
+#: By the bytes of an entry.
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def pack_bits(mask: Tensor) -> Tensor:
     """Pack a bool tensor of any shape into (ceil(n / 8),) uint8.
@@ -127,11 +130,13 @@ def take_(out: Tensor, dense: Tensor, places: Iterable[Tensor], add: bool = Fals
     ``places`` are n places in the flattened tensor, in pieces. What is taken passes through one
     small buffer: memory that is new in every step costs more than the copy.
     """
-    flat, start, buffer = dense.reshape(-1), 0, dense.new_empty(0)
+    # torch selects from integers in three quarters of the time that it takes for floats
+    flat = dense.reshape(-1).view(_INTEGER[dense.element_size()])
+    start, buffer = 0, flat.new_empty(0)
     for index in places:
         part, start = out[start : start + len(index)], start + len(index)
         buffer = buffer if len(index) <= len(buffer) else flat.new_empty(len(index))
-        taken = torch.index_select(flat, 0, index, out=buffer[: len(index)])
+        taken = torch.index_select(flat, 0, index, out=buffer[: len(index)]).view(dense.dtype)
         part.add_(taken) if add else part.copy_(taken)
     return out
 
