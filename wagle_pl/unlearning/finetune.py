@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
