@@ -389,7 +389,13 @@ def test_values_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
     """An optimiser makes them of a gradient that is finite."""
     stack = Stack([6, 5], seed=1)
     unlearn = Unlearn(stack, random_mask(stack, 0.4, 1))
-    unlearn.make_optimizer = lambda p: torch.optim.SGD(p, lr=float("inf"))
+
+    class Overflowing(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            self.param_groups[0]["lr"] = float("inf")
+            return super().step(closure)
+
+    unlearn.make_optimizer = lambda p: Overflowing(p, lr=1.0)
     with pytest.raises(
         WagleError, match=r"weights\.\d_selected are not finite at step 1: they are not written"
     ):
