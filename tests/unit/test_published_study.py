@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from wagle_pl.evaluation.results import load_table
+from wagle_pl.study.recovery import at_the_level, tables
 from wagle_pl.study.summary import Compared, summarise
 from wagle_pl.study.text import by_objective, shown
 
@@ -49,6 +50,8 @@ def test_the_comparison_follows_from_the_table(found, study):
     arms = [arm for arm in found["headline"] if arm["own_learning_rates"]]
     own = {(arm["objective"], arm["mask"]) for arm in arms}
     assert same(json.loads(json.dumps(summarise(rows, by, own))), found["headline"])
+    ends = at_the_level(rows, by, found["retrained"]) if found.get("ends") else []
+    assert same(json.loads(json.dumps(ends)), found.get("ends", []))
     assert (
         found["target"]["forget/probability"] >= 0.8
         and found["retrained"]["forget/probability"] < 0.3
@@ -61,3 +64,7 @@ def test_the_readme_says_what_was_found(found, study):
         assert f"### {objective}" in said
         for row in shown(arms)[1]:
             assert f"| {' | '.join(row)} |" in said, row
+    for title, _, lines in tables(found.get("ends", [])):
+        assert f"### {title}" in said
+        for line in lines:
+            assert f"| {' | '.join(line)} |" in said, (title, line)

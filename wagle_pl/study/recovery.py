@@ -212,8 +212,8 @@ def cell(entry: Entry) -> str:
 def about(found: Sequence[Entry]) -> list[str]:
     """How the tables are to be read."""
     lines = [
-        "Every run ends at the first test that finds the level of forgetting reached. Of an arm the "
-        "runs with the best learning rate of each seed are shown: mean ± standard deviation over "
+        "Every run ends at the first test that finds the study's level reached. Of an arm the runs "
+        "with the best learning rate of each seed are shown: mean ± standard deviation over "
         "the seeds that reach the level.",
         f"{BETTER}: better than dense, {WORSE}: worse (a paired t-test over three seeds or more, "
         "p < 0.05, and a difference above the larger of the two standard deviations).",
