@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 Rows = Union[str, Sequence[Union[str, Row]], "Dataset"]
 
 #: Learning rates of AdamW on values of selected weights, by the number of weights of a model.
-LEARNING_RATES = ((30e6, 1e-4), (float("inf"), 1e-5))
+LEARNING_RATES = ((30e6, 1e-4), (500e6, 3e-5), (float("inf"), 1e-5))
 CHECKED_ROWS = 64  # forget rows that are generated from
 ANSWER_TOKENS = 48
 
