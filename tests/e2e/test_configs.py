@@ -140,7 +140,7 @@ def test_the_published_numbers():
     assert unlearn("wmdp", zephyr, "graddiff") == (5e-6, 4, -1, 500)
     assert unlearn("wmdp", zephyr, "npo") == (1e-5, 4, -1, 500)
     assert numbers("wmdp/rmu", zephyr) == (5e-5, 4, -1, 150)
-    assert unlearn("detox", "detox/llama2-7b", "po") == (1e-5, 4, 10, -1)
+    assert unlearn("detox", "model/llama2-7b", "po") == (1e-5, 4, 10, -1)
     assert unlearn("muse", "model/llama2-7b", "npo") == (1e-5, 32, 10, -1)
 
 

@@ -86,7 +86,7 @@ class SignSGD(_ByTensor):
 
     m ← βm + (1 − β)g; θ ← (1 − ηλ)θ − η sign(m). One of the "downgraded" optimisers that unlearn
     more robustly (arXiv 2510.00761). Without momentum it has no state; with β = β₁ it steps by the
-    sign of Adam's step (signAdam there).
+    sign of Adam's step (signAdam there). The one bit is the step's: m is whole there, and here.
 
     Args:
         params: parameters or parameter groups.
