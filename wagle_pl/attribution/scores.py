@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
-from typing import Optional, Union
+from typing import ClassVar, Optional, Union
 
 import torch
 from torch import Tensor
@@ -51,6 +51,8 @@ class WeightStatistics:
         fisher_r: the same of retain rows.
         activation: ‖x_j‖₂ of each input j of a linear layer over the tokens of the forget rows, in
             a shape that broadcasts with the weight; None for other parameters.
+        first: place of the first of these weights in the flattened parameter.
+        total: number of the parameter's weights; of these if None.
     """
 
     name: str
@@ -63,6 +65,8 @@ class WeightStatistics:
     fisher_f: Optional[Tensor] = None
     fisher_r: Optional[Tensor] = None
     activation: Optional[Tensor] = None
+    first: int = 0
+    total: Optional[int] = None
 
 
 class Score:
@@ -74,7 +78,7 @@ class Score:
     #: Rank by the score itself; otherwise by its absolute value.
     signed: bool = False
 
-    #: Whether the scores of a row (first dimension) depend on that row alone, besides
+    #: Whether the scores of a row (first dimension) depend on that row and its place alone, besides
     #: ``activation`` and scalars: several ranks then score rows each, and else whole parameters.
     by_row: bool = False
 
@@ -283,21 +287,43 @@ class Wanda(Score):
 class Random(Score):
     """Uniform random numbers in [0, 1): the control for every other score.
 
-    Torch's generator cannot skip ahead: each of several ranks draws whole tensors, so that masks stay
-    what they were.
+    Those of a parameter of at most ``whole`` weights come from one generator, which cannot skip
+    ahead; of a larger one every ``chunk`` has its own, and a rank draws little more than its rows.
 
     Args:
         seed: of the numbers; those of a parameter depend on its name too.
     """
 
+    by_row = True
     needs = ()
+    whole: ClassVar[int] = 1 << 25
+    chunk: ClassVar[int] = 1 << 18
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
+        #: A generator, its seed, and how many numbers it has given.
+        self._source: Optional[tuple[torch.Generator, int, int]] = None
 
     def __call__(self, w: WeightStatistics) -> Tensor:
-        generator = torch.Generator().manual_seed(stable_seed(self.seed, w.name))
-        return torch.rand(w.theta.shape, generator=generator).to(w.theta.device)
+        numbers = torch.empty(w.theta.numel(), dtype=torch.float32)
+        total = len(numbers) if w.total is None else w.total
+        done, chunk = 0, self.chunk if total > self.whole else total
+        while done < len(numbers):
+            number, begin = divmod(w.first + done, chunk)
+            seed = stable_seed(self.seed, w.name, *([number] if chunk < total else []))
+            part = numbers[done : done + chunk - begin]
+            torch.rand(len(part), generator=self._generator(seed, begin), out=part)
+            self._source = self._source[0], seed, begin + len(part)
+            done += len(part)
+        return numbers.view(w.theta.shape).to(w.theta.device)
+
+    def _generator(self, seed: int, begin: int) -> torch.Generator:
+        """The generator of a seed, ``begin`` numbers on: the last one, if it has come so far."""
+        if self._source is None or self._source[1:] != (seed, begin):
+            self._source = torch.Generator().manual_seed(seed), seed, begin
+            for start in range(0, begin, self.chunk):
+                torch.rand(min(self.chunk, begin - start), generator=self._source[0])
+        return self._source[0]
 
 
 class Modules(Score):

@@ -278,7 +278,10 @@ class Collected:
             theta = shard.of(weights)[rows] if score.by_row else weights
             # a copy, since a score may modify it
             theta = theta.detach().to(device, torch.float32, copy=True)
-        w = WeightStatistics(name, theta)
+        w = WeightStatistics(name, theta, total=shard.total)
+        if score.by_row:
+            start = rows.start if isinstance(rows, slice) else 0
+            w.first = shard.first + start * prod(shard.shape[1:])
         for field in ("g_f", "g_r", "fisher_f", "fisher_r"):
             if field in needs:
                 stream = self._forget if field.endswith("f") else "retain"
