@@ -186,6 +186,11 @@ def test_keys_order_like_floats():
     assert all(order_keys(zeros, ranking).unique().numel() == 1 for ranking in RANKINGS)
 
 
+def test_chunks_are_larger_on_a_gpu():
+    sizes = [len(keys) for keys in selection._keys(torch.empty(1 << 23, device="meta"), Ranking())]
+    assert sizes == [1 << 22] * 2
+
+
 def test_counts_of_shards_add_up(monkeypatch: pytest.MonkeyPatch):
     scores = named(4, [(64, 8), (256,)], "normal")
     whole = selection.find_thresholds(scores.items, lambda n: [n // 5, n // 2])
