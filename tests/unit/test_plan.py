@@ -407,6 +407,30 @@ def test_the_table_of_many_gpus_is_that_of_the_plan(name, tmp_path):
         assert f"| {name} | {task} | {' | '.join(row)} |" in README.read_text()
 
 
+ON_FOUR = [  # rows and longest row of a micro-batch, density; and the row of the table
+    ("Llama-2-7B", "finetuning", 8, 256, 1.0, "finetune, 4,000 rows × 5 | 1.2 M"),
+    ("Llama-2-7B", "attribution", 1, 256, 1.0, "attribute, 400 + 400 rows | 0.05 M"),
+    ("Llama-2-7B", "unlearning", 1, 256, 0.95, "unlearn, 400 steps × (4 + 4) rows | 0.2 M"),
+    ("Zephyr-7B-beta", "attribution", 1, 1024, 1.0, "attribute, 25,000 + 25,000 rows | 52 M"),
+    ("Zephyr-7B-beta", "unlearning", 1, 1024, 0.6, "unlearn, 500 steps × (4 + 4) rows | 4.1 M"),
+    ("Llama-2-7B", "finetuning", 4, 2048, 1.0, "finetune, 1,200 chunks × 5 | 12 M"),
+    ("Llama-2-7B", "attribution", 1, 2048, 1.0, "attribute, 400 + 400 chunks | 1.6 M"),
+    ("Llama-2-7B", "unlearning", 4, 2048, 0.95, "unlearn, 10 × (400 + 400) chunks | 16 M"),
+    ("Llama-2-7B", "finetuning", 4, 1024, 1.0, "finetune, 1.6 M tokens × 10 | 16 M"),
+    ("Llama-2-7B", "attribution", 1, 1024, 1.0, "attribute, 3,200 + 3,200 rows | 3.2 M"),
+    ("Llama-2-7B", "unlearning", 1, 1024, 0.95, "unlearn, 5 × (3,200 + 3,200) rows | 16 M"),
+    ("Llama-2-7B", "attribution", 1, 512, 1.0, "attribute, 200 + 200 rows | 0.13 M"),
+    ("Llama-2-7B", "unlearning", 1, 512, 0.8, "unlearn, 10 × (200 + 200) rows | 1.3 M"),
+]
+
+
+@pytest.mark.parametrize(("name", "task", "rows", "length", "density", "row"), ON_FOUR)
+def test_the_table_of_benchmarks_is_that_of_the_plan(seven, name, task, rows, length, density, row):
+    options = {"density": density, "batch_size": rows, "max_length": length}
+    run = PlannedRun(task, "zero3", 4, gradient_checkpointing=True, **options)
+    assert f"| {row} | {peak(seven[name], run)[1] / 2**30:.1f} |" in README.read_text()
+
+
 FILES = sorted((README.parent / "strategy").glob("[!c]*.yaml"))  # cpu.yaml is a layer over them
 
 
