@@ -1,12 +1,13 @@
-"""Bytes that this process digests, unpacks, reads and writes of a model, and the seconds it takes to."""
+"""Bytes that this process digests, unpacks, draws, reads and writes of a model, and the seconds it takes to."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable
-from math import prod
 from typing import Any
+
+import torch
 
 from wagle_pl.core import tensorfiles, weights
 from wagle_pl.masks import bits
@@ -16,8 +17,8 @@ class Handled:
     """Counts in ``bytes`` and ``seconds`` by stage, from when it is made: functions of the package are replaced by ones
     that count.
 
-    Stages: ``digested`` weights; ``unpacked`` bits of a mask, but those of a forward or backward pass; ``read`` weights
-    of a model's files under ZeRO-3; ``written`` scores and checkpoints.
+    Stages: ``digested`` weights; ``unpacked`` bits of a mask, but those of a forward or backward pass; ``drawn`` random
+    numbers; ``read`` weights of a model's files under ZeRO-3; ``written`` weights, scores and checkpoints.
     """
 
     def __init__(self) -> None:
@@ -25,7 +26,8 @@ class Handled:
         self.seconds: dict[str, float] = {}
         self._watch(weights, "digest", "digested", lambda _, values, start: values.nbytes)
         self._watch(bits, "unpack_part", "unpacked", lambda part, *_: part.numel())
-        self._watch(tensorfiles, "write_tensors", "written", _size)
+        self._watch(torch, "rand", "drawn", _drawn)
+        self._watch(tensorfiles, "fill", "written", lambda size, *_: size)
         self._watch(tensorfiles.TensorFiles, "part", "read", lambda part, *_: part.nbytes)
 
     def clear(self) -> None:
@@ -41,7 +43,7 @@ class Handled:
             started = time.perf_counter()
             result = original(*args, **kwargs)
             self.seconds[stage] += time.perf_counter() - started
-            self.bytes[stage] += size(result, *args)
+            self.bytes[stage] += size(result, *args, **kwargs)
             return result
 
         setattr(owner, name, watched)
@@ -51,5 +53,5 @@ class Handled:
                 setattr(module, name, watched)
 
 
-def _size(_: Any, path: Any, tensors: Any, metadata: Any) -> int:
-    return sum(prod(shape) * dtype.itemsize for _, dtype, shape, _ in tensors)
+def _drawn(numbers: torch.Tensor, *_: Any, dtype: Any = None, **__: Any) -> int:
+    return 0 if dtype else numbers.nbytes  # those that scores are tried out on have one

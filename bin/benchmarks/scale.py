@@ -3,8 +3,7 @@
     bin/bench scale [--model FOLDER] [--output FILE]
 
 Rows a rank are the same (weak scaling), so a step's time may stay and the bytes of a rank are to halve; two ranks on
-two busy cores take longer than one. Rank 0 alone writes the model of unlearning. JSON on stdout, a table on stderr;
-numbers are of the rank that had the most.
+two busy cores take longer than one. JSON on stdout, a table on stderr; numbers are of the rank that had the most.
 """
 
 from __future__ import annotations

@@ -472,22 +472,39 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     running.stop()
 
 
+CHUNKED = """
+from wagle_pl.attribution import Random
+
+class Chunked(Random):  # as it is for tensors of many weights
+    whole, chunk = 0, 16
+"""
+
+
 def test_each_rank_does_its_part(
     ranks: Ranks, four: Ranks, command: Any, tiny_model: str, mask: str
 ):
-    """What a rank digests, unpacks, reads and writes under ZeRO-3 is 1/2 of all with two ranks, 1/4 with four."""
+    """What a rank digests, unpacks, draws, reads and writes under ZeRO-3 is 1/2 of all with two ranks, 1/4 with four;
+    and random scores are the same."""
+    Path("chunked.py").write_text(CHUNKED)
+    masks = ["--model.masks", json.dumps([{"score": "wagle"}, {"score": "chunked.Chunked"}])]
     n = sum(weight.numel() for weight in weights(tiny_model).values())
     unlearn = f"--model.objective GradDiff --model.mask {mask} --trainer.max_steps 1"
     cases = {
-        # the fingerprint in bf16, before and after the pass
+        # the fingerprint in bf16, before and after the pass; scores are made three times, and for a file
         "AttributionModule": (
-            (ONE_PASS, "--model.save_scores fp32"),
-            {"digested": 2 * 2 * n, "unpacked": 0, "read": 4 * n, "written": 4 * n},
+            (ONE_PASS, "--model.save_scores fp32", *masks),
+            {
+                "digested": 2 * 2 * n,
+                "unpacked": 0,
+                "drawn": 4 * 4 * n,
+                "read": 4 * n,
+                "written": 8 * n,
+            },
         ),
         # the fingerprint, and frozen weights in fp32 before and after
         "UnlearnModule": (
             (unlearn,),
-            {"digested": 2 * n + 2 * 4 * n, "unpacked": 3 * n, "read": 4 * n},
+            {"digested": 2 * n + 2 * 4 * n, "unpacked": 3 * n, "read": 4 * n, "written": 4 * n},
         ),
     }
     for module, (options, expected) in cases.items():
@@ -499,6 +516,9 @@ def test_each_rank_does_its_part(
                 for stage, whole in expected.items():
                     found = answer["bytes"][stage]
                     assert found == pytest.approx(whole / count, rel=0.1), (module, count, stage)
+    folders = (Path(f"AttributionModule-{count}") for count in (2, 4))
+    two, other = (WeightMask.load(next(f.glob("chunked*.safetensors"))) for f in folders)
+    assert two == other
 
 
 # -- checkpoints --------------------------------------------------------------------------------------------------

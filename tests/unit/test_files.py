@@ -6,10 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from wagle_pl.attribution.scoring import MaskSpec, name_masks
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
+from wagle_pl.core.tensorfiles import fill, lay_out
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -80,3 +83,18 @@ def test_a_mask_stays_in_its_folder(name: str) -> None:
     spec = MaskSpec(name=name)
     with pytest.raises(WagleError, match="masks: name must be a file name without a folder, got"):
         name_masks([spec])
+
+
+def test_a_file_of_tensors_is_written_in_parts(tmp_path: Path) -> None:
+    """In any order, and rounded to the file's dtypes: bit for bit what safetensors itself writes of it."""
+    tensors = {"b": torch.randn(5, 7), "a": torch.randn(9).bfloat16(), "c": torch.zeros(0, 3)}
+    expected, path = tmp_path / "whole", tmp_path / "parts"
+    save_file(tensors, expected, {"format": "pt"})
+    order = load_file(expected)
+    lay_out(path, [(n, t.dtype, t.shape) for n, t in order.items()], {"format": "pt"})
+    for start, stop in ((20, 35), (0, 3), (3, 20)):
+        parts = [(n, start, t.double().view(-1)[start:stop]) for n, t in tensors.items()]
+        assert fill(path, (part for part in parts if len(part[2]))) <= 4 * (stop - start) + 2 * 9
+    found = load_file(path)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert path.stat().st_size - expected.stat().st_size in range(-64, 65)

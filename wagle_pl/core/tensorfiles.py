@@ -170,6 +170,31 @@ def write_header(
     stream.write(_LENGTH.pack(len(text)) + text)
 
 
+def lay_out(
+    path: Path,
+    tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Make a safetensors file of tensors (name, dtype, shape) that :func:`fill` is to write."""
+    spans = {n: (DTYPES[d], shape, prod(shape) * d.itemsize) for n, d, shape in tensors}
+    with open(path, "wb") as stream:
+        write_header(stream, spans, metadata)
+        stream.truncate(stream.tell() + sum(size for _, _, size in spans.values()))
+
+
+def fill(path: Path, parts: Iterable[tuple[str, int, torch.Tensor]]) -> int:
+    """Write numbers (name, place of the first in the flattened tensor, values), in the dtypes of a
+    file that is laid out; returns how many bytes. Several processes may, each its own."""
+    file, written = TensorFile(path), 0
+    dtypes = {name: dtype for dtype, name in DTYPES.items()}
+    with open(path, "r+b") as stream:
+        for name, start, values in parts:
+            values = values.detach().to(dtypes[file.dtype(name)]).contiguous().cpu().reshape(-1)
+            stream.seek(file.offset(name) + start * values.itemsize)
+            written += stream.write(memoryview(values.view(torch.uint8).numpy()))
+    return written
+
+
 def write_tensors(
     path: Path,
     tensors: Iterable[tuple[str, torch.dtype, Sequence[int], Callable[[], torch.Tensor]]],
@@ -177,9 +202,5 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file: name, dtype, shape, and what gives the tensor in its turn."""
     tensors = list(tensors)
-    spans = {n: (DTYPES[d], shape, prod(shape) * d.itemsize) for n, d, shape, _ in tensors}
-    with open(path, "wb") as stream:
-        write_header(stream, spans, metadata)
-        for _, dtype, _, read in tensors:
-            values = read().detach().to(dtype).contiguous().cpu().reshape(-1)
-            stream.write(memoryview(values.view(torch.uint8).numpy()))
+    lay_out(path, [tensor[:3] for tensor in tensors], metadata)
+    fill(path, ((name, 0, read()) for name, _, _, read in tensors))

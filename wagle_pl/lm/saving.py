@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
-from itertools import chain
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from torch import Tensor, nn
+from torch import Tensor
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
 from wagle_pl.core.hub import CARD_FILE
-from wagle_pl.core.tensorfiles import DTYPES, INDEX_FILE, TensorFiles, write_tensors
-from wagle_pl.core.weights import gathered, persistent_buffers
+from wagle_pl.core.tensorfiles import DTYPES, INDEX_FILE, TensorFiles, fill, lay_out
+from wagle_pl.core.weights import persistent_buffers, shapes_of, share_of
 from wagle_pl.lm.models import checkpoint_dtype, load_model, weights_folder
 
 if TYPE_CHECKING:
@@ -67,7 +66,11 @@ class Originals:
 
     @torch.no_grad()
     def restore(
-        self, weight: str, values: Tensor, loaded_as: Optional[torch.dtype] = None
+        self,
+        weight: str,
+        values: Tensor,
+        loaded_as: Optional[torch.dtype] = None,
+        start: Optional[int] = None,
     ) -> Tensor:
         """A weight's values as they are to be stored.
 
@@ -75,6 +78,7 @@ class Originals:
             weight: its name.
             values: of any floating-point dtype; others are returned as they are.
             loaded_as: the dtype that the stored ones were loaded in; that of ``values`` when None.
+            start: of consecutive ones, (n,), the place of the first in the flattened tensor.
 
         Returns:
             Values in the dtype they were stored in; the stored ones wherever ``values`` are what
@@ -85,6 +89,8 @@ class Originals:
             return values
         exact = torch.promote_types(loaded_as, stored_as) == loaded_as  # loading rounded nothing
         stored = None if exact else self.read(weight)
+        if stored is not None and start is not None:
+            stored = stored.reshape(-1)[start : start + len(values)]
         if stored is None or stored.shape != values.shape:
             return values.to(stored_as)
         stored = stored.to(values.device)
@@ -117,6 +123,7 @@ def model_folder(
     card: str,
     record: dict[str, Any],
     dtype: Optional[torch.dtype] = None,
+    together: bool = False,
 ) -> Iterator[Path]:
     """A temporary folder for a model's weights and configuration, which then takes its place.
 
@@ -126,10 +133,14 @@ def model_folder(
         card: Markdown text of ``README.md``.
         record: JSON-serialisable; written as ``wagle.json``.
         dtype: what the configuration is to say of the weights; what it says when None.
+        together: all ranks write into it. Collective.
     """
-    with atomic_path(Path(folder)) as temporary:
-        temporary.mkdir()
+    place = distributed.shared_folder if together else atomic_path
+    with place(Path(folder)) as temporary:
+        temporary.mkdir(exist_ok=together)
         yield temporary
+        if together and distributed.rank():
+            return
         file = temporary / "config.json"
         if file.exists():
             config = json.loads(file.read_text(encoding="utf-8")) | {"use_cache": True}
@@ -153,7 +164,7 @@ def save_model(
     record: dict[str, Any],
     originals: Optional[Originals] = None,
 ) -> Path:
-    """Write a folder that ``from_pretrained`` loads; a collective if the weights are sharded.
+    """Write a folder that ``from_pretrained`` loads; collective if the weights are sharded.
 
     Args:
         model: a Hugging Face model.
@@ -161,14 +172,16 @@ def save_model(
         originals: what the model was loaded from, which says the dtypes in the file, and keeps the
             bits of what has not moved; dtypes are those in memory when None.
     """
-    dtype = None if originals is None else originals.default
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        weights = [_of_shards(name, p, originals) for name, p in model.named_parameters()]
-        for name, buffer in persistent_buffers(model).items():
-            weights.append(Weight(name, buffer.dtype, tuple(buffer.shape), buffer.clone))
+        tensors = {**dict(model.named_parameters()), **persistent_buffers(model)}
+        shapes = shapes_of(tensors.items())
+        weights = [
+            Weight(n, t.dtype, shapes[n], partial(tensors.get, n)) for n, t in tensors.items()
+        ]
         model.config.architectures = [type(model).__name__]
         configs = (model.config, model.generation_config)
-        return save_weights(weights, configs, tokenizer, folder, card, record, dtype)
+        return save_weights(weights, configs, tokenizer, folder, card, record, originals)
+    dtype = None if originals is None else originals.default
     state_dict = dict(model.state_dict())
     if originals is not None:
         restored: dict[Any, Tensor] = {}  # tied weights stay one tensor, and so are saved once
@@ -182,19 +195,6 @@ def save_model(
     return Path(folder)
 
 
-def _of_shards(name: str, parameter: nn.Parameter, originals: Optional[Originals]) -> Weight:
-    """A weight that ZeRO-3 spreads over ranks; all must read it, and rank 0 has its values."""
-
-    def read() -> Tensor:
-        with gathered(parameter) as values:
-            if distributed.rank() == 0 and originals is not None:
-                values = originals.restore(name, values)
-            return values.to("cpu", copy=True)  # the gathered ones are gone in a moment
-
-    dtype = (None if originals is None else originals.dtype(name)) or parameter.dtype
-    return Weight(name, dtype, tuple(parameter.ds_shape), read)
-
-
 def save_weights(
     weights: Sequence[Weight],
     configs: Sequence[Any],
@@ -202,30 +202,51 @@ def save_weights(
     folder: str | Path,
     card: str,
     record: dict[str, Any],
-    dtype: Optional[torch.dtype] = None,
+    originals: Optional[Originals] = None,
+    loaded_as: Optional[torch.dtype] = None,
 ) -> Path:
     """Write a model folder from weights that are read one at a time, in files of 5 GB at most.
 
+    Collective: each rank writes its share of every weight, see
+    :func:`~wagle_pl.core.weights.share_of`, into files that are the same for any number of ranks.
+
     Args:
-        weights: all of the model's, tied ones once; each rank reads them, and rank 0 writes.
+        weights: all of the model's, tied ones once; whole, or sharded over ranks.
         configs: the model's configurations; None stands for one that it does not have.
-        tokenizer, folder, card, record, dtype: see :func:`model_folder`.
+        tokenizer, folder, card, record: see :func:`model_folder`.
+        originals: see :func:`save_model`.
+        loaded_as: see :meth:`Originals.restore`.
     """
-    layout = {w.name: torch.empty(w.shape, dtype=w.dtype, device="meta") for w in weights}
-    plan = split_torch_state_dict_into_shards(layout, max_shard_size="5GB")
     by_name = {weight.name: weight for weight in weights}
-    files = {file: [by_name[n] for n in names] for file, names in plan.filename_to_tensors.items()}
-    if distributed.rank():
-        for weight in chain.from_iterable(files.values()):
-            weight.read()
-        return Path(folder)
-    with model_folder(folder, tokenizer, card, record, dtype) as temporary:
-        for file, content in files.items():
-            write_tensors(temporary / file, content, {"format": "pt"})
-        if plan.is_sharded:
-            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            _write_json(temporary / INDEX_FILE, index)
-        for config in configs:
-            if config is not None:
-                config.save_pretrained(temporary)
+    dtypes = {w.name: w.dtype for w in weights}
+    if originals is not None:
+        floats = [w.name for w in weights if w.dtype.is_floating_point]
+        dtypes |= {name: originals.dtype(name) or dtypes[name] for name in floats}
+    layout = {w.name: torch.empty(w.shape, dtype=dtypes[w.name], device="meta") for w in weights}
+    plan = split_torch_state_dict_into_shards(layout, max_shard_size="5GB")
+    files = plan.filename_to_tensors
+
+    def share(name: str) -> tuple[str, int, Tensor]:
+        start, values = share_of(by_name[name].read())
+        if originals is not None:
+            values = originals.restore(name, values, loaded_as, start)
+        return name, start, values
+
+    def begin() -> None:
+        for file, names in files.items():
+            tensors = [(name, dtypes[name], by_name[name].shape) for name in names]
+            lay_out(temporary / file, tensors, {"format": "pt"})
+
+    dtype = None if originals is None else originals.default
+    with model_folder(folder, tokenizer, card, record, dtype, together=True) as temporary:
+        distributed.on_rank_zero(begin)
+        for file, names in files.items():
+            fill(temporary / file, map(share, names))
+        if distributed.rank() == 0:
+            if plan.is_sharded:
+                index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+                _write_json(temporary / INDEX_FILE, index)
+            for config in configs:
+                if config is not None:
+                    config.save_pretrained(temporary)
     return Path(folder)

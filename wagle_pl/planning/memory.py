@@ -272,7 +272,7 @@ def _zero_parts(model: Architecture, run: PlannedRun) -> list[Part]:
         parts.append(Part("weights with values", (w + 1 / 8) * at_once, (FORWARD, BACKWARD)))
     if sharded:
         parts.append(Part("gradients", w * share, RUNNING, where))
-        parts.append(Part("one tensor, whole", 2 * model.largest * w, (END,)))
+        parts.append(Part("values of one tensor", w * model.largest * run.moving, (END,)))
         return parts
     if run.accumulate_grad_batches > 1:
         kept = s if run.stage == 1 else share

@@ -82,16 +82,10 @@ def export(
     weights = _with_values(weights, originals, selected, loaded_as)
     if adapter := record["lineage"][-1].get("adapter"):
         weights = _with_adapter(weights, adapter["alpha"] / adapter["r"], lm)
-
-    def restored(weight: Weight) -> Tensor:
-        return originals.restore(weight.name, weight.read(), loaded_as)
-
-    written = [
-        Weight(name, originals.dtype(name) or weight.dtype, weight.shape, partial(restored, weight))
-        for name, weight in weights.items()
-    ]
     configs, card = (config, generation), model_card(record)
-    return save_weights(written, configs, tokenizer, output, card, record, originals.default)
+    return save_weights(
+        list(weights.values()), configs, tokenizer, output, card, record, originals, loaded_as
+    )
 
 
 def _convert(name: str, output: str | Path) -> Path:
