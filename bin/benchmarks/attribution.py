@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -14,6 +13,7 @@ from typing import Any, Optional
 import lightning as L
 import torch
 from common import (
+    GIVE_BACK,
     BatchTimes,
     Result,
     Settings,
@@ -325,6 +325,7 @@ def measure_memory(settings: Settings) -> list[Result]:
 #: Llamas: hidden size, inner size of the MLP, layers, heads, heads of keys, vocabulary. 1.2b is Llama-3.2-1B.
 SHAPES = {
     "tiny": (64, 192, 4, 4, 2, 4096),
+    "0.1b": (768, 3072, 8, 12, 4, 16384),
     "0.25b": (1024, 4096, 12, 16, 4, 65536),
     "1.2b": (2048, 8192, 16, 32, 8, 128256),
 }
@@ -361,48 +362,39 @@ def random_llama(settings: Settings) -> str:
 
 
 class OwnMemory(L.Callback):
-    """The largest memory of this process, without pages of files, from the end of the first micro-batch on, when all
-    sums are in place: read every two milliseconds. And the seconds of the pass."""
+    """Weights, and the peak beyond them of the pass from its second micro-batch on, when all sums are in place; and the
+    seconds of the pass. Making the masks is not part of it."""
 
-    def __init__(self) -> None:
-        self.peak, self.started, self.seconds = 0, 0.0, 0.0
-        self._running = False
-
-    def on_train_start(self, *_: Any) -> None:
-        """The model is in memory."""
-        self.started = time.perf_counter()
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        """Take the weights out of their file, whose pages are in memory as far as they have been read."""
+        parameters = list(module.lm.parameters())
+        for parameter in parameters:
+            parameter.data = parameter.data.clone()
+        self.weights, self.looks = sum(p.nbytes for p in parameters), False
+        self.before, self.started = reset_peak(), time.perf_counter()
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Begin to look."""
-        if not self._running:
-            self._running = True
-            threading.Thread(target=self._look, daemon=True).start()
+        if not self.looks:
+            self.looks = True
+            reset_peak()
 
     def on_train_end(self, *_: Any) -> None:
         """The masks are still to be made."""
         self.seconds = time.perf_counter() - self.started
-
-    def teardown(self, *_: Any, **__: Any) -> None:
-        """Cease to look."""
-        self._running = False
-
-    def _look(self) -> None:
-        while self._running:
-            self.peak = max(self.peak, memory("RssAnon"))
-            time.sleep(0.002)
+        self.bytes = memory("VmHWM") - self.before + self.weights
 
 
 def sums_peak(settings: Settings, place: str) -> dict[str, float]:
-    """Peak beyond that of the libraries, and seconds, of an attribution in bf16. For a process of its own."""
-    settings.model = random_llama(settings)
-    before, found = memory("RssAnon"), OwnMemory()
+    """What :class:`OwnMemory` finds of an attribution in bf16. For a process of its own."""
+    settings.model, found = random_llama(settings), OwnMemory()
     if place == "floor":
         output = str(Path(settings.scratch) / place)
         module = Floor(model=settings.model, output=output, **KEPT["no_hessian"])
     else:
         module = attribution(settings, place, sums=place)
     fit(module, settings, [found], max_epochs=1, precision="bf16-true")
-    return {"bytes": found.peak - before, "seconds": found.seconds}
+    return {"bytes": found.bytes, "seconds": found.seconds}
 
 
 def measure_sums(settings: Settings) -> list[Result]:
@@ -410,7 +402,7 @@ def measure_sums(settings: Settings) -> list[Result]:
 
     On a CPU the sums themselves are subtracted: what is left is what a GPU would hold. Its bar is forward passes alone.
     """
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072")  # what is freed leaves the process
+    os.environ |= GIVE_BACK
     model = random_llama(settings)
     sides = {p: lambda p=p: in_fresh_process(settings, "sums_peak", place=p) for p in PLACES}
     runs = alternate(settings.repeats, sides)
@@ -420,7 +412,7 @@ def measure_sums(settings: Settings) -> list[Result]:
     masks = [WeightMask.load(Path(settings.scratch) / place) for place in PLACES[1:]]
     raw = {"shape": settings.shape, "weights": sum(sizes), "precision": "bf16-true", "runs": runs}
     raw["same_masks"] = all(mask == masks[0] for mask in masks)
-    raw["subtracted"] = "interpreter and libraries; of host, 8 bytes a weight of sums"
+    raw["subtracted"] = "interpreter and libraries; and 8 bytes a weight of sums"
     group = max(sum(sizes[i] for i in run) for run in runs_of(sizes, PASSES))
     on_device = {"host": at["host"] - 8 * sum(sizes), PLACES[-1]: at[PLACES[-1]] - 8 * group}
     limits = {"host": 1.5, PLACES[-1]: PASSES}

@@ -45,6 +45,12 @@ from wagle_pl.lm.tiny import create_tiny_llama
 ROOT = Path(__file__).resolve().parents[2]
 PRECISION = "bf16-mixed"
 CHILD = "--child"
+#: Has the C library give back blocks as soon as they are freed: else it keeps many for later.
+GIVE_BACK = {
+    "MALLOC_MMAP_THRESHOLD_": "32768",
+    "MALLOC_MMAP_MAX_": "1000000",
+    "MALLOC_ARENA_MAX": "1",
+}
 
 
 @dataclass
@@ -60,7 +66,7 @@ class Settings:
     padded: int = 512  # tokens that the baselines pad every row to
     baseline_rows: int = 8  # that a baseline's pass is timed on; the time is scaled to all rows
     baseline_densities: int = 1  # that a baseline writes; the time is scaled to all
-    shape: str = "0.25b"  # of a Llama with random weights, where a row makes one
+    shape: str = "0.1b"  # of a Llama with random weights, where a row makes one
 
     @property
     def forget(self) -> str:
@@ -315,7 +321,7 @@ def _options(benchmark: str, rows: Mapping[str, Measure]) -> argparse.Namespace:
     add("--tofu", help="folder with TOFU's forget01.json and retain99.json; default: the people")
     add("--rows", help=f"which to measure, of {','.join(rows)}; default: all")
     add("--repeats", type=int, help="how often each side is measured (default 3; 1 with --quick)")
-    add("--shape", default="0.25b", help="of the row sums: a Llama of 0.25b or 1.2b weights")
+    add("--shape", default="0.1b", help="of the row sums: a Llama of 0.1b, 0.25b or 1.2b weights")
     add("--quick", action="store_true", help="a tiny model, few rows: shows only that it runs")
     add("--full", action="store_true", help="run the padded baselines whole, without scaling")
     add("--output", help="JSON file to write as well")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from common import memory
+from common import GIVE_BACK, memory
 
 from wagle_pl import planning
 from wagle_pl.attribution.hessian import estimator_of
@@ -42,13 +42,7 @@ CASES = {
     f"{task}-{name}-{precision}": (task, name, precision)
     for precision, task, name in product(PRECISIONS, TASKS, STRATEGIES)
 }
-ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": "32768",
-    "MALLOC_MMAP_MAX_": "1000000",
-    "MALLOC_ARENA_MAX": "1",
-    "OMP_NUM_THREADS": "1",
-    "DS_ACCELERATOR": "cpu",
-}
+ENVIRONMENT = {**GIVE_BACK, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 DENSITY = 0.2
 RANKS = 2
 ROWS = 2  # of each stream, a rank and step
