@@ -25,7 +25,7 @@ def plant(tiny_model, rows, tmp_path, monkeypatch):
             "model": tiny_model,
             "output": "out",
             "data": {"class_path": "ForgetRetainDataModule", "init_args": init},
-            "plants": ["block"],
+            "plants": {"block": 1},
             "scores": ["gradient", {"score": "curvature", "hessian": "fisher"}],
             "seeds": [0],
             "recall": 0.005,
@@ -46,9 +46,9 @@ def test_from_start_to_finish(plant, tiny_model, capsys):
     table = load_table(Path("out/plants.parquet"))
     assert {row["score"] for row in table} == {"gradient", "curvature fisher"}
     assert all(row["forget"] >= 0.005 and row["steps"] < 60 for row in table)
-    mask, lm = WeightMask.load("out/block-0/plant"), load_model("out/block-0/model")
+    mask, lm = WeightMask.load("out/block-1-0/plant"), load_model("out/block-1-0/model")
     mask.check(parameter_shapes(lm), fingerprint(lm.named_parameters()))
-    before, after = weights(tiny_model), weights("out/block-0/model")
+    before, after = weights(tiny_model), weights("out/block-1-0/model")
     moved = {name for name in mask if not torch.equal(before[name], after[name])}
     assert moved == {name for name in mask if mask.count(name)}
     assert (
@@ -66,7 +66,7 @@ def test_from_start_to_finish(plant, tiny_model, capsys):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"plants": ["mlp"]}, "--plants: 'mlp' is no mask file, and none of random, block"),
+        ({"plants": {"mlp": 1}}, "--plants: 'mlp' is no mask file, and none of random, block"),
         ({"scores": ["dense"]}, "scores: dense is no score"),
         ({"scores": [{"score": "snip", "density": 0.1}]}, "the density of the plant"),
     ],

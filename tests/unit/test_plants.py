@@ -3,7 +3,6 @@
 import pytest
 import torch
 from scipy.stats import mannwhitneyu
-from transformers import LlamaConfig
 
 from wagle_pl.attribution import MaskSpec, Score
 from wagle_pl.attribution.scoring import Collected, complete
@@ -13,9 +12,9 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.lm.models import load_model
 from wagle_pl.masks import WeightMask
-from wagle_pl.study.plants import KINDS, auroc, locate, markdown, overview, plant_mask, summarise
+from wagle_pl.study.plants import auroc, locate, markdown, overview, plant_mask, summarise
 
-CONFIG = LlamaConfig(hidden_size=32, intermediate_size=80, num_attention_heads=4)
+AMOUNTS = {"random": 0.02, "block": 1, "heads": 3, "spread": 0.05}
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +53,10 @@ class Knows(Score):
         return self.mask[w.name].float() + 0.5
 
 
-@pytest.mark.parametrize("plant", KINDS)
+@pytest.mark.parametrize("plant", AMOUNTS)
 def test_the_truth_finds_every_plant_and_chance_does_not(lm, plant):
     shapes = parameter_shapes(lm)
-    mask = plant_mask(plant, shapes, lm.config, seed=0)
+    mask = plant_mask(plant, AMOUNTS[plant], shapes, lm.config, seed=0)
     collected = Collected(lm, GradientSums(lm.named_parameters()))
     truths = {"here": mask, "elsewhere": ~mask}
     default = MaskSpec(Knows(mask), 0.5, "high", "global")
@@ -75,7 +74,7 @@ def test_the_truth_finds_every_plant_and_chance_does_not(lm, plant):
 
 def test_the_weights_of_each_kind(lm):
     shapes, config = parameter_shapes(lm), lm.config
-    masks = {plant: plant_mask(plant, shapes, config, 0) for plant in KINDS}
+    masks = {plant: plant_mask(plant, n, shapes, config, 0) for plant, n in AMOUNTS.items()}
     assert masks["random"].count() == masks["random"].total // 50
     (block,) = {n.split(".")[2] for n in shapes if masks["block"].count(n)}
     assert (
@@ -93,9 +92,9 @@ def test_the_weights_of_each_kind(lm):
             for n in ("up", "gate", "down")
         )
         assert torch.equal(up, gate) and torch.equal(up, down.T) and up.any(1).sum() == 96 // 20
-    assert plant_mask("heads", shapes, config, 1) != masks["heads"]
-    with pytest.raises(WagleError, match="no modules"):
-        plant_mask("heads", {"model.norm.weight": (32,)}, config, 0)
+    assert plant_mask("heads", 3, shapes, config, 1) != masks["heads"]
+    with pytest.raises(WagleError, match="has not 3 of that kind"):
+        plant_mask("heads", 3, {"model.norm.weight": (32,)}, config, 0)
 
 
 def test_the_summary_by_hand():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from math import prod
 from pathlib import Path
@@ -23,7 +23,7 @@ from transformers import PretrainedConfig
 
 from wagle_pl.attribution import AttributionModule, MaskSpec
 from wagle_pl.attribution.scoring import Collected
-from wagle_pl.attribution.selection import Ranking, order_keys
+from wagle_pl.attribution.selection import Ranking, exact_count, order_keys
 from wagle_pl.core.environment import silence
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path, refuse_existing
@@ -59,51 +59,65 @@ Found = tuple[float, float]  # AUROC and precision
 # -- where knowledge is planted --------------------------------------------------------------------
 
 
-def plant_mask(plant: str, shapes: Shapes, config: PretrainedConfig, seed: int) -> WeightMask:
-    """The weights of one of :data:`KINDS`, drawn with a seed, or those of a mask file.
+def plant_mask(
+    plant: str, amount: float, shapes: Shapes, config: PretrainedConfig, seed: int
+) -> WeightMask:
+    """So much of one of :data:`KINDS`, drawn with a seed, or the weights of a mask file.
 
     Raises:
         WagleError: if the model has no modules of the kind.
     """
     if plant not in KINDS:
         return WeightMask.load(plant)
-    bools = KINDS[plant](shapes, config, np.random.default_rng(stable_seed("plant", plant, seed)))
-    if not bools:
-        raise WagleError(f"plant {plant}: the model has no modules of that kind", "--plants")
+    draw = np.random.default_rng(stable_seed("plant", plant, seed))
+    try:
+        bools = KINDS[plant](shapes, config, draw, amount)
+    except ValueError:
+        raise WagleError(
+            f"plant {plant}: the model has not {amount} of that kind", "--plants"
+        ) from None
     zeros = {n: torch.zeros(s, dtype=torch.bool) for n, s in shapes.items() if n not in bools}
     mask = WeightMask.from_bools({name: {**zeros, **bools}[name] for name in shapes})
     mask.metadata |= {"score": f"plant {plant}, seed {seed}", "density": round(mask.density, 6)}
     return mask
 
 
-def _random(shapes: Shapes, config: PretrainedConfig, draw: np.random.Generator) -> Bools:
-    """2 % of all weights."""
+def _random(
+    shapes: Shapes, config: PretrainedConfig, draw: np.random.Generator, amount: float
+) -> Bools:
+    """A share of all weights."""
     sizes = {name: prod(shape) for name, shape in shapes.items()}
-    bits = random_bits(sizes, sum(sizes.values()) // 50, int(draw.integers(1 << 32)))
+    wanted = exact_count(amount, sum(sizes.values()))
+    bits = random_bits(sizes, wanted, int(draw.integers(1 << 32)))
     return {name: unpack_bits(bits[name], shape) for name, shape in shapes.items()}
 
 
-def _block(shapes: Shapes, config: PretrainedConfig, draw: np.random.Generator) -> Bools:
-    """The whole MLP of one block."""
-    inside = [name for name in shapes if in_module(name, "mlp")]
-    layers = sorted({layer_of(name) for name in inside} - {None})
-    chosen = draw.choice(layers) if layers else None
-    return {n: torch.ones(shapes[n], dtype=torch.bool) for n in inside if layer_of(n) == chosen}
+def _block(
+    shapes: Shapes, config: PretrainedConfig, draw: np.random.Generator, amount: float
+) -> Bools:
+    """The whole MLPs of a number of blocks."""
+    inside = [name for name in shapes if in_module(name, "mlp") and layer_of(name) is not None]
+    layers = sorted(set(map(layer_of, inside)))
+    chosen = set(draw.choice(layers, int(amount), replace=False).tolist())
+    return {n: torch.ones(shapes[n], dtype=torch.bool) for n in inside if layer_of(n) in chosen}
 
 
-def _heads(shapes: Shapes, config: PretrainedConfig, draw: np.random.Generator) -> Bools:
-    """What three attention heads, of any blocks, write: their columns of ``o_proj``."""
+def _heads(
+    shapes: Shapes, config: PretrainedConfig, draw: np.random.Generator, amount: float
+) -> Bools:
+    """What a number of attention heads, of any blocks, write: their columns of ``o_proj``."""
     names = [n for n, s in shapes.items() if in_module(n, "o_proj") and len(s) == 2]
     heads = config.num_attention_heads
     bools = {name: torch.zeros(shapes[name], dtype=torch.bool) for name in names}
-    for place in draw.choice(len(names) * heads, 3, replace=False) if names else ():
-        by_head = bools[names[place // heads]].unflatten(1, (heads, -1))
-        by_head[:, place % heads] = True
+    for place in draw.choice(len(names) * heads, int(amount), replace=False):
+        bools[names[place // heads]].unflatten(1, (heads, -1))[:, place % heads] = True
     return bools
 
 
-def _spread(shapes: Shapes, config: PretrainedConfig, draw: np.random.Generator) -> Bools:
-    """5 % of the neurons of every MLP: what comes in and what goes out."""
+def _spread(
+    shapes: Shapes, config: PretrainedConfig, draw: np.random.Generator, amount: float
+) -> Bools:
+    """A share of the neurons of every MLP: what comes in and what goes out."""
     bools, chosen = {}, {}
     for name, shape in shapes.items():
         if not in_module(name, "mlp") or len(shape) != 2 or config.hidden_size not in shape:
@@ -111,13 +125,15 @@ def _spread(shapes: Shapes, config: PretrainedConfig, draw: np.random.Generator)
         dim = int(shape[0] == config.hidden_size)  # along which neurons are
         key = layer_of(name), shape[dim]
         if key not in chosen:
-            chosen[key] = draw.choice(key[1], max(1, key[1] // 20), replace=False)
+            chosen[key] = draw.choice(key[1], exact_count(amount, key[1]), replace=False)
         bools[name] = torch.zeros(shape, dtype=torch.bool)
         bools[name].index_fill_(dim, torch.from_numpy(chosen[key]), True)
+    if not chosen:
+        raise ValueError
     return bools
 
 
-#: What can be planted in -> (shapes, configuration, generator) -> the tensors with weights of it.
+#: What can be planted in -> (shapes, configuration, generator, how much) -> the tensors with some.
 KINDS = {"random": _random, "block": _block, "heads": _heads, "spread": _spread}
 
 
@@ -186,9 +202,9 @@ class Plants:
             model.
         output: folder to write.
         data: the data module: class_path and init_args, or --data CLASS --data.option VALUE.
-        plants: where to plant: random (2 % of all weights), block (one block's MLP), heads (three
-            heads' columns of o_proj), spread (5 % of the neurons of every MLP), or mask files of
-            the model.
+        plants: where to plant -> how much: random (a share of all weights), block (MLPs of so many
+            blocks), heads (columns of o_proj of so many heads), spread (a share of the neurons of
+            every MLP), or a mask file of the model (any number).
         scores: as the masks of a study: a score, or options: score, hessian and others as
             attribution has them, name.
         seeds: of the plants' weights and of the order of rows.
@@ -209,7 +225,9 @@ class Plants:
     model: str
     output: str
     data: ForgetRetainDataModule
-    plants: Sequence[str] = tuple(KINDS)
+    plants: dict[str, float] = field(
+        default_factory=lambda: {"random": 0.02, "block": 1, "heads": 3, "spread": 0.05}
+    )
     scores: Sequence[Union[str, dict[str, Any]]] = ("wagle", "curvature", "gradient", "random")
     seeds: Sequence[int] = (0, 1, 2)
     recall: float = 0.8
@@ -243,8 +261,13 @@ class Plants:
         with locked(self.folder):
             lm = models.load_model(self.model, torch.bfloat16)
             shapes, base = parameter_shapes(lm), fingerprint(lm.named_parameters())
-            planned = [(plant, seed) for plant in self.plants for seed in self.seeds]
-            truths = {key: plant_mask(key[0], shapes, lm.config, key[1]) for key in planned}
+            truths = {
+                (f"{plant}-{amount:g}" if plant in KINDS else Path(plant).stem, seed): plant_mask(
+                    plant, amount, shapes, lm.config, seed
+                )
+                for seed in self.seeds  # cut off early, it is balanced
+                for plant, amount in self.plants.items()
+            }
             del lm
             for mask in truths.values():
                 mask.check(shapes, base)
@@ -318,7 +341,7 @@ class Plants:
         mask.moved(mask.shapes, made_for).save(folder / "plant")
         after = self._locate(made, {key: mask})
         shared = {
-            **{"plant": Path(plant).stem, "seed": seed, "run": _name(key)},
+            **{"plant": plant, "seed": seed, "run": _name(key)},
             **{"density": mask.density, "steps": last["step"]},
             **{name: last[f"{name}/probability"] for name in sets},
             "seconds": round(time.monotonic() - start, 1),
@@ -349,7 +372,7 @@ class Plants:
 
 
 def _name(key: Key) -> str:
-    return f"{Path(key[0]).stem}-{key[1]}"
+    return f"{key[0]}-{key[1]}"
 
 
 def _without_density(entry: Entry) -> dict[str, Any]:
