@@ -187,6 +187,14 @@ def test_the_studies_of_the_benchmarks(made, file, arms, count, groups):
         assert there <= {run.id for run in made[0].grid.runs(settings)}
 
 
+def test_attacks_on_the_command_line(made):
+    one = "[{class_path: Relearn, init_args: {rows: [5, 20], every: 5}}, quantise]"
+    for given, names in ((one, ["relearn", "quantise"]), ("probe", ["probe"])):
+        study("people/study_recovery", "--attacks", given)
+        assert [attack.name for attack in made[-1]._attacks] == names
+    assert made[0]._attacks[0].rows == [5, 20] and made[0].data.unused_retain == 32
+
+
 def test_a_study_that_builds_on_another(config, tmp_path, made):
     config()
     (tmp_path / "more.yaml").write_text("base: study.yaml\nseeds: [3]\n")

@@ -140,7 +140,7 @@ class Study:
     trainer: Optional[dict[str, Any]] = None
     sampler: Literal["grid", "optuna"] = "grid"
     budget: Optional[int] = None
-    attacks: Optional[Union[str, list[Union[str, dict[str, Any]]]]] = None
+    attacks: Optional[Union[list[Union[str, dict[str, Any]]], str]] = None
     only: Optional[Union[list[str], str]] = None
     hours: Optional[float] = None
     keep_models: bool = False
