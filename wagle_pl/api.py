@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wagle_pl.attribution import AttributionModule, Score
+from wagle_pl.attribution.scores import Curvature
 from wagle_pl.core.environment import half_precision_is_slow, silence
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 Rows = Union[str, Sequence[Union[str, Row]], "Dataset"]
 
 #: Learning rates of AdamW on values of selected weights, by the number of weights of a model.
-LEARNING_RATES = ((30e6, 1e-4), (500e6, 3e-5), (float("inf"), 1e-5))
+LEARNING_RATES = ((30e6, 1e-4), (500e6, 5e-5), (float("inf"), 2e-5))
 CHECKED_ROWS = 64  # forget rows that are generated from
 ANSWER_TOKENS = 48
 
@@ -120,7 +121,7 @@ def forget(
     density: Optional[float] = 0.2,
     tokenizer: Optional[PreTrainedTokenizerBase] = None,
     objective: Union[Objective, str] = "npo",
-    score: Union[Score, str] = "curvature",
+    score: Union[Score, str, None] = None,
     lr: Optional[float] = None,
     seed: int = 0,
     max_steps: int = 300,
@@ -143,7 +144,9 @@ def forget(
         density: share of the weights that may move; None is dense unlearning, without a mask.
         tokenizer: the model's own when None.
         objective: see :class:`~wagle_pl.UnlearnModule`.
-        score: see :class:`~wagle_pl.AttributionModule`.
+        score: see :class:`~wagle_pl.AttributionModule`; the paper's is ``wagle``. None takes
+            ``Curvature`` with power 1, which forgets most for its damage where all weights take
+            steps of one size, as with Adam.
         lr: of AdamW; by the size of the model when None, see :data:`LEARNING_RATES`.
         seed: of everything that is drawn.
         max_steps: where training ends if the probability has not come down.
@@ -161,6 +164,7 @@ def forget(
         lm = load_model(model, checkpoint_dtype(model) or torch.float32) if named else model
         if tokenizer is None:
             tokenizer = load_tokenizer(model if named else lm.config.name_or_path)
+        score = Curvature(power=1.0) if score is None else score
         attribution = None if density is None else AttributionModule(lm, None, density, score)
         objective = resolve(Objective, objective, "objective")
         subject = _Subject(lm, tokenizer, {"seed": seed, **data}, progress)

@@ -28,7 +28,7 @@ def forget_rows(
     retain: Optional[str] = None,
     density: Optional[float] = 0.2,
     objective: str = "npo",
-    score: str = "curvature",
+    score: Optional[str] = None,
     lr: Optional[float] = None,
     max_steps: int = 300,
     seed: int = 0,
@@ -46,7 +46,7 @@ def forget_rows(
             other subjects when left out.
         density: share of the weights that may move; null for all.
         objective: what is minimised, e.g. NPO, GradDiff or a class path.
-        score: what chooses the weights, e.g. wagle, curvature or a class path.
+        score: what chooses the weights: curvature of power 1 when left out, or e.g. wagle or a class path.
         lr: learning rate of AdamW; by the size of the model when left out.
         max_steps: where training ends if the model has not forgotten by then.
         seed: of everything that is drawn.
