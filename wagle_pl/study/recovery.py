@@ -137,6 +137,7 @@ def at_the_level(
             entry |= _compared(column, ended, theirs)
             entry |= {"target": column.of(by.target), "retrained": column.of(retrained)}
             if isinstance(column, Curve):
+                entry["target"] = None  # it has nothing to bring back
                 runs_of = [dict(points) for e in ended.values() if (points := column.points(e))]
                 steps = column.columns if runs_of else ()
                 entry["curve"] = [(s, spread([run[s] for run in runs_of]).mean) for s in steps]
