@@ -291,6 +291,10 @@ def test_a_step_rule_and_an_optimiser_are_part_of_an_objective():
         ({"learning_rates": [0]}, "learning_rates must be different numbers above 0"),
         ({"beta": 1}, "unknown key 'beta'; options of the class go under init_args"),
         ({"init_args": {"beta": [0.1, "x"]}}, "beta"),
+        (
+            {"init_args": {"reduction": ["sum", "mean"]}},
+            "only numbers may be a list, and reduction",
+        ),
     ):
         with pytest.raises(WagleError, match=said):
             read_objectives([{"class_path": "NPO", **wrong}])

@@ -265,6 +265,11 @@ def _spread(entry: Entry) -> Iterator[tuple[Entry, dict[str, float]]]:
     for key, value in options.items():
         if isinstance(value, (list, tuple)) and value and not _takes(cls, key, value):
             lists[key] = [check_options(cls, {key: each}, path)[key] for each in value]
+            if not all(isinstance(each, (int, float)) for each in lists[key]):
+                raise WagleError(
+                    f"objectives: {path}: only numbers may be a list, and {key} is {list(value)}",
+                    hint="write an objective of each",
+                )
     for values in product(*lists.values()) if lists else ():
         drawn = dict(zip(lists, values, strict=True))
         yield {"class_path": path, "init_args": {**options, **drawn}}, drawn
