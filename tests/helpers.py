@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,24 @@ def words(*arguments: Any) -> list[str]:
     """
     parts = [str(argument) for argument in arguments]
     return [word for part in parts for word in (part.split() if part.startswith("--") else [part])]
+
+
+def quicken() -> None:
+    """Spare commands of this process what all of them do alike: parsers of subcommands that are not asked for, a second
+    check of what was parsed, ``config.yaml`` beside the run. Tests that start a process see the whole command line."""
+    from lightning.pytorch.cli import SaveConfigCallback
+
+    from wagle_pl.cli.lightning import WagleArgumentParser, WagleCLI
+
+    make, every, dump = WagleCLI.__init__, WagleCLI.subcommands, WagleArgumentParser.dump
+
+    def init(self: Any, args: list[str]) -> None:
+        self.asked = {name: skipped for name, skipped in every().items() if name in args[:1]}
+        make(self, args=args)
+
+    WagleCLI.__init__, WagleCLI.subcommands = init, lambda self: self.asked or every()
+    WagleArgumentParser.dump = partialmethod(dump, skip_validation=True)
+    SaveConfigCallback.setup = lambda *_, **__: None
 
 
 def data_options(rows: dict[str, str]) -> list[str]:

@@ -107,11 +107,13 @@ def serve() -> None:
 
     sys.path.append(str(Path(__file__).resolve().parents[1] / "bin" / "benchmarks"))
     from handled import Handled
+    from helpers import quicken
 
     from wagle_pl.cli import app as cli
     from wagle_pl.cli.messages import mistake
     from wagle_pl.core import distributed
 
+    quicken()
     distributed.shutdown = lambda: None  # the next command meets the same ranks
     handled = Handled()
     for line in sys.stdin:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import QUIET, data_options, words
+from helpers import QUIET, data_options, quicken, words
 from ranks import Ranks
 
 from wagle_pl.cli import app as cli
 
 real_run = cli.run
+quicken()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
