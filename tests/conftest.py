@@ -92,43 +92,16 @@ def published() -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="session")
-def muse(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """See :func:`benchmark_folders.muse`."""
-    return benchmark_folders.muse(tmp_path_factory.mktemp("muse"))
+def _benchmark(name: str) -> Any:
+    """A fixture: the folder of a small benchmark, see :mod:`benchmark_folders`."""
+
+    @pytest.fixture(scope="session", name=name)
+    def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return getattr(benchmark_folders, name)(tmp_path_factory.mktemp(name))
+
+    return made
 
 
-@pytest.fixture(scope="session")
-def wmdp(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """See :func:`benchmark_folders.wmdp`."""
-    return benchmark_folders.wmdp(tmp_path_factory.mktemp("wmdp_data"))
-
-
-@pytest.fixture(scope="session")
-def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """See :func:`benchmark_folders.book`."""
-    return benchmark_folders.book(tmp_path_factory.mktemp("book"))
-
-
-@pytest.fixture(scope="session")
-def detox(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """See :func:`benchmark_folders.detox`."""
-    return benchmark_folders.detox(tmp_path_factory.mktemp("detox"))
-
-
-@pytest.fixture(scope="session")
-def knowundo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """See :func:`benchmark_folders.knowundo`."""
-    return benchmark_folders.knowundo(tmp_path_factory.mktemp("knowundo"))
-
-
-@pytest.fixture(scope="session")
-def lume(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """See :func:`benchmark_folders.lume`."""
-    return benchmark_folders.lume(tmp_path_factory.mktemp("lume"))
-
-
-@pytest.fixture(scope="session")
-def rwku(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """See :func:`benchmark_folders.rwku`."""
-    return benchmark_folders.rwku(tmp_path_factory.mktemp("rwku"))
+muse, wmdp, book, detox, knowundo, lume, rwku = map(
+    _benchmark, ("muse", "wmdp", "book", "detox", "knowundo", "lume", "rwku")
+)
