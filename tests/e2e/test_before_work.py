@@ -91,8 +91,13 @@ def test_an_objective_of_another_shape_is_refused(
     assert not passes and not Path("out").exists()
 
 
-@pytest.mark.parametrize("logits", ["frozen_copy", "top_k"])
-@pytest.mark.parametrize("objective", ["DPO", "KL", "UNDIAL", "RMU", "RandomLabel", "L1Sparse"])
+@pytest.mark.parametrize(
+    ("objective", "logits"),
+    [
+        *((name, "frozen_copy") for name in ("DPO", "UNDIAL", "RMU", "RandomLabel")),
+        *((name, "top_k") for name in ("KL", "UNDIAL", "L1Sparse")),
+    ],
+)
 def test_the_trial_changes_no_bit(
     wagle: Any, dropping_model: str, monkeypatch: pytest.MonkeyPatch, objective: str, logits: str
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from itertools import cycle
 from pathlib import Path
@@ -71,34 +72,32 @@ def options(module: str, model: str, output: str, cut: tuple[int, int], *more: A
     )
 
 
-@pytest.mark.parametrize(
-    ("first", "save", "second", "limit"),
-    [  # batch size and accumulation, micro-batches until the stop, batch size and accumulation then
-        ((1, 4), 8, (2, 2), ()),
-        ((2, 2), 4, (1, 4), SEVEN_STEPS),
-        ((4, 1), 3, (1, 4), ()),
-        ((4, 1), 3, (1, 4), SEVEN_STEPS),
-        ((1, 4), 12, (4, 1), SEVEN_STEPS),
-        ((2, 2), 3, (4, 1), ()),
-        ((2, 2), 3, (4, 1), SEVEN_STEPS),
-        ((4, 1), 5, (2, 2), ()),
-    ],
-)
-def test_training_goes_on_with_another_cut(fit, first, save, second, limit):
+#: Batch size and accumulation, micro-batches until the stop, batch size and accumulation then; in runs of nine steps,
+#: and of seven.
+TRAINED = {
+    (): [((1, 4), 8, (2, 2)), ((4, 1), 3, (1, 4)), ((2, 2), 3, (4, 1)), ((4, 1), 5, (2, 2))],
+    SEVEN_STEPS: [((2, 2), 4, (1, 4)), ((1, 4), 12, (4, 1)), ((2, 2), 3, (4, 1))],
+}
+
+
+@pytest.mark.parametrize("limit", TRAINED, ids=["epochs", "steps"])
+def test_training_goes_on_with_another_cut(fit, limit):
     """Within an epoch, at its end, in the middle of a step: as many steps, each row as often, the same weights."""
     more = ("--data.val", "[forget]", "--trainer.val_check_interval", "1.0", *limit)
     more += ("--trainer.num_sanity_val_steps", "0")
-    whole = fit("UnlearnModule", "whole", first, *more).trainer
+    whole = fit("UnlearnModule", "whole", (4, 1), *more).trainer
     expected, validated = Counter(Watch.rows), Watch.validated
-    fit("UnlearnModule", "resumed", first, *more, save=save)
-    steps = save // first[1]  # a step that was under way is made anew
-    kept = Watch.rows[: sum(Watch.sizes[: steps * first[1]])]
-    resumed = fit("UnlearnModule", "resumed", second, *more, *RESUME).trainer
-    assert Counter(kept) + Counter(Watch.rows) == expected
-    assert resumed.global_step == whole.global_step == (7 if limit else 9)
-    assert resumed.current_epoch == whole.current_epoch
-    assert Watch.validated == [step for step in validated if step > steps]
-    assert difference(weights("whole"), weights("resumed")) < 1e-5
+    for number, (first, save, second) in enumerate(TRAINED[limit]):
+        output = f"resumed{number}"
+        fit("UnlearnModule", output, first, *more, save=save)
+        steps = save // first[1]  # a step that was under way is made anew
+        kept = Watch.rows[: sum(Watch.sizes[: steps * first[1]])]
+        resumed = fit("UnlearnModule", output, second, *more, *RESUME).trainer
+        assert Counter(kept) + Counter(Watch.rows) == expected
+        assert resumed.global_step == whole.global_step == (7 if limit else 9)
+        assert resumed.current_epoch == whole.current_epoch
+        assert Watch.validated == [step for step in validated if step > steps]
+        assert difference(weights("whole"), weights(output)) < 1e-5
 
 
 @pytest.mark.parametrize("limit", [(), SEVEN_STEPS], ids=["epochs", "steps"])
@@ -116,47 +115,43 @@ def test_a_run_that_is_stopped_often(fit, limit):
     assert not Watch.rows and difference(weights("whole"), weights("out")) < 1e-5
 
 
-@pytest.mark.parametrize("kept", ["epoch=0-step=3.ckpt", "epoch=1-step=5.ckpt"])
-def test_more_steps_after_the_end(fit, kept):
+def test_more_steps_after_the_end(fit):
     """A run of max_steps whose checkpoints were written at the ends of epochs, or where max_steps cut one short."""
     saving = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": "kept", "save_top_k": -1}}
     short = ("--trainer.enable_checkpointing", "true", "--trainer.callbacks", json.dumps([saving]))
     constant = ("--model.decay", "constant", "--model.warmup", "0")
     longer = ("--trainer.max_steps", "8", *constant)
     fit("UnlearnModule", "whole", (4, 1), *longer)
-    expected = Watch.rows[sum(Watch.sizes[: int(kept[-6])]) :]
+    rows, sizes = Watch.rows, Watch.sizes
     fit("UnlearnModule", "short", (2, 2), *short, "--trainer.max_steps", "5", *constant)
-    fit("UnlearnModule", "long", (1, 4), *longer, "--ckpt_path", f"kept/{kept}")
-    assert Counter(Watch.rows) == Counter(expected)
-    assert difference(weights("whole"), weights("long")) < 1e-5
+    for epoch, step in ((0, 3), (1, 5)):
+        kept, output = f"kept/epoch={epoch}-step={step}.ckpt", f"long{step}"
+        fit("UnlearnModule", output, (1, 4), *longer, "--ckpt_path", kept)
+        assert Counter(Watch.rows) == Counter(rows[sum(sizes[:step]) :])
+        assert difference(weights("whole"), weights(output)) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("first", "save", "second"),
-    [
-        ((1, 4), 4, (2, 2)),
-        ((1, 4), 6, (2, 2)),
-        ((1, 4), 7, (4, 1)),
-        ((2, 2), 3, (1, 4)),
-        ((4, 1), 2, (1, 4)),
-        ((2, 2), 6, (4, 1)),
-    ],
-)
-def test_attribution_goes_on_with_another_cut(fit, first, save, second):
+#: The same of attribution.
+ATTRIBUTED = [((1, 4), 4, (2, 2)), ((1, 4), 6, (2, 2)), ((2, 2), 3, (1, 4)), ((4, 1), 2, (1, 4))]
+ATTRIBUTED += [((1, 4), 7, (4, 1)), ((2, 2), 6, (4, 1))]
+
+
+def test_attribution_goes_on_with_another_cut(fit):
     """Within a step too, whose sums are kept: the same rows, once each, and the same masks."""
     masks = ("--model.masks", json.dumps([{"score": score} for score in ("wagle", "fisher_ratio")]))
     masks += ("--model.hessian", "gauss_newton")
-    whole = fit("AttributionModule", "whole", first, *masks).model
-    counts = whole.collected.counts
-    fit("AttributionModule", "resumed", first, *masks, save=save)
-    before = Watch.rows
-    resumed = fit("AttributionModule", "resumed", second, *masks, *RESUME).model
-    assert sorted(before + Watch.rows) == list(range(11))
-    assert resumed.collected.counts == counts
-    names = [path.name for path in Path("whole").glob("*.safetensors")]
+    whole = fit("AttributionModule", "whole", (4, 1), *masks).model
+    counts, names = whole.collected.counts, sorted(os.listdir("whole"))
     assert len(names) == 2
-    for name in names:
-        assert WeightMask.load(f"whole/{name}") == WeightMask.load(f"resumed/{name}")
+    for number, (first, save, second) in enumerate(ATTRIBUTED):
+        output = f"resumed{number}"
+        fit("AttributionModule", output, first, *masks, save=save)
+        before = Watch.rows
+        resumed = fit("AttributionModule", output, second, *masks, *RESUME).model
+        assert sorted(before + Watch.rows) == list(range(11))
+        assert resumed.collected.counts == counts
+        for name in names:
+            assert WeightMask.load(f"whole/{name}") == WeightMask.load(f"{output}/{name}")
 
 
 @pytest.mark.parametrize("module", ["UnlearnModule", "AttributionModule"])
