@@ -30,8 +30,8 @@ def test_attribute_unlearn_and_test_a_real_model(wagle, tmp_path):
         forget, retain = (load_rows(str(TOFU / f"{name}_perturbed.json")) for name in names)
     else:
         forget, retain = bundled("forget"), bundled("retain")
-    forget = write_rows(tmp_path / "forget.jsonl", forget[:3])
-    retain = write_rows(tmp_path / "retain.jsonl", retain[:3])
+    forget = write_rows(tmp_path / "forget.jsonl", forget[:2])
+    retain = write_rows(tmp_path / "retain.jsonl", retain[:2])
     data = ("--data.batch_size 2 --data.forget", forget, "--data.retain", retain)
     fit = (PRECISION, "--trainer.enable_checkpointing false --model.model", SMOLLM2, *data)
 
@@ -42,8 +42,8 @@ def test_attribute_unlearn_and_test_a_real_model(wagle, tmp_path):
     assert Path("mask.safetensors").stat().st_size <= 0.13 * mask.total
 
     unlearn = "fit --model UnlearnModule --model.output out --model.mask mask.safetensors"
-    steps = "--trainer.max_steps 3 --optimizer MaskedAdamW --optimizer.lr 3e-4"
-    assert wagle(unlearn, *fit, steps).model.global_step == 3
+    steps = "--trainer.max_steps 2 --optimizer MaskedAdamW --optimizer.lr 3e-4"
+    assert wagle(unlearn, *fit, steps).model.global_step == 2
     moved = 0
     with (
         safe_open(SMOLLM2 / "model.safetensors", "pt") as base,
@@ -56,12 +56,10 @@ def test_attribute_unlearn_and_test_a_real_model(wagle, tmp_path):
             moved += int(changed.sum())
     assert moved > 0
 
-    sets = ("--data.test", json.dumps({"forget": forget, "retain": retain}))
-    test = ("test --model EvaluationModule --model.max_new_tokens 4", PRECISION, *sets)
-    probabilities = []
-    for number, model in enumerate((SMOLLM2, "out")):
-        output = f"--model.output t{number}"
-        metrics = wagle(*test, "--model.model", model, output).model.metrics
-        probabilities.append(metrics["forget/probability"])
-        assert 0 <= metrics["retain/rougeL_recall"] <= 1 and 0 <= metrics["retain/truth_ratio"] <= 1
-    assert probabilities[1] < probabilities[0]
+    test = ("test --model EvaluationModule --model.max_new_tokens 4", PRECISION, "--data.test")
+    sets = {"forget": forget, "retain": retain}
+    after = wagle(*test, json.dumps(sets), "--model.model out --model.output after").model.metrics
+    assert 0 <= after["retain/rougeL_recall"] <= 1 and 0 <= after["retain/truth_ratio"] <= 1
+    model = ("--model.generate false --model.output before --model.model", SMOLLM2)
+    before = wagle(*test, json.dumps({"forget": forget}), *model).model.metrics
+    assert after["forget/probability"] < before["forget/probability"]
