@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -71,6 +72,60 @@ def test_compiled_blocks_take_the_same_steps(
     )
     assert all(torch.allclose(plain[name], compiled[name], atol=1e-6) for name in plain)
     assert 1 <= counters["stats"]["unique_graphs"] <= 3 and not counters["graph_break"]
+
+
+# -- one graph at a time ------------------------------------------------------------------------------
+
+
+class Kept(L.Callback):
+    """The most bytes of activations that graphs keep at once."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+
+    def setup(self, *_: Any, **__: Any) -> None:
+        hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda box: box[0])
+        self.hooks = hooks.__enter__() or hooks
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        self.hooks.__exit__(None, None, None)
+
+    def pack(self, tensor: Tensor) -> Any:
+        class Box(list):
+            __hash__ = object.__hash__
+
+        box, size = Box([tensor.detach()]), 0 if tensor.is_leaf else tensor.nbytes
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(box, lambda: setattr(self, "now", self.now - size))
+        return box
+
+
+@pytest.mark.parametrize(
+    ("precision", "accumulate"), [("bf16-true", 2), ("bf16-mixed", 1), ("32-true", 1)]
+)
+@pytest.mark.parametrize("objective", ["NPO", "KL"])
+def test_a_stream_at_a_time_takes_the_same_steps(
+    objective: str,
+    precision: str,
+    accumulate: int,
+    tiny_model: str,
+    rows: dict[str, str],
+    mask: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bit for bit, with the activations of one stream at a time."""
+    options = {"precision": precision, "accumulate_grad_batches": accumulate}
+    found, peaks = [], []
+    for first in (True, False):
+        if not first:
+            monkeypatch.setattr(UnlearnModule, "_retain_first", False)
+        module, kept = UnlearnModule(tiny_model, objective=objective, mask=mask), Kept()
+        found.append(run(module, rows, kept, gradient_clip_val=1.0, **options))
+        peaks.append(kept.peak)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert peaks[0] < 0.75 * peaks[1]  # retain rows are longer
 
 
 # -- waiting for the device ---------------------------------------------------------------------------

@@ -228,7 +228,8 @@ class Objective(ABC):
 
     def __call__(self, at: Streams) -> dict[str, Tensor]:
         """``loss`` and its terms as far as there are any, scalars."""
-        found = {name: self.term(name, at) for name in TERMS}
+        found = {name: at.known.get(name) for name in TERMS}
+        found = {n: self.term(n, at) if term is None else term for n, term in found.items()}
         terms, weights = (
             {n: term for n, term in found.items() if term is not None},
             self.weights(at),

@@ -160,6 +160,8 @@ class Streams(Mapping[str, Answers]):
     epoch: int = 0
     #: Streams of which a term needs logits of every position.
     whole: Collection[str] = ()
+    #: Terms of the objective that are computed already, without their weights.
+    known: Mapping[str, Tensor] = field(default_factory=dict)
     _answers: dict[str, Answers] = field(default_factory=dict, init=False)
 
     def __getitem__(self, stream: str) -> Answers:

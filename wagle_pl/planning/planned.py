@@ -313,9 +313,11 @@ class PlannedRun:
 
     @property
     def streams(self) -> int:
-        """Streams of a batch whose graphs are alive together: forget and retain rows in
-        unlearning."""
-        return 2 if self.task == "unlearning" else 1
+        """Streams of a batch whose graphs are alive together: forget and retain rows in unlearning,
+        but on one device, where no tensor trained is a plain parameter of the model (under
+        bf16-true)."""
+        one_at_a_time = self.strategy == "auto" and self.precision == "bf16-true"
+        return 2 if self.task == "unlearning" and not one_at_a_time else 1
 
 
 def choices(

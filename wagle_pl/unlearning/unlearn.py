@@ -113,6 +113,7 @@ class UnlearnModule(FinetuneModule):
         self.reference_logits = reference_logits
         self.top_k = top_k
         self._batches: list[Batch] = []
+        self._known: dict[str, Tensor] = {}
         self._terms: dict[str, Tensor] = {}
         self._gradients: dict[str, Gradients] = {}
         self._references = References()
@@ -253,6 +254,7 @@ class UnlearnModule(FinetuneModule):
             top_k=self._references.top_k,
             progress=min(1.0, self.global_step / last) if last > 0 else 0.0,
             epoch=self.current_epoch,
+            known=self._known,
         )
 
     def _streams(
@@ -268,6 +270,50 @@ class UnlearnModule(FinetuneModule):
             weights = self.objective.weights(at)
             self._terms = {name: weights[name] * losses[name] for name in TERMS if name in losses}
         return losses
+
+    # -- one graph at a time -----------------------------------------------------------------------
+
+    @property
+    def _retain_first(self) -> bool:
+        """Whether the backward pass of the retain term comes before the forget term is computed.
+
+        A loss is the sum of its terms, so the gradient is the same, and the memory that of one
+        stream's graph. On one device alone: DDP and DeepSpeed expect one backward pass. Autograd
+        adds the terms of a parameter of its own before it adds them to an earlier micro-batch's,
+        which rounds differently; those of selected weights one by one, the last stream's first.
+        """
+        plain = any(tensor.is_plain for tensor in self.selected.tensors.values())
+        once = self.mask is not None and self.trainer.accumulate_grad_batches == 1
+        ours = ("training_step", "losses", "streams_of")  # a subclass may do otherwise
+        return (
+            all(getattr(type(self), name) is getattr(UnlearnModule, name) for name in ours)
+            and isinstance(self.trainer.strategy, SingleDeviceStrategy)
+            and self.step_rule is self.adapter is self._scaler is None
+            and len(self.streams) > 1
+            and self.objective.retains
+            and (once or not plain)
+        )
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Add the gradient of the retain term, if it comes first."""
+        super().on_train_batch_start(batch, batch_idx)
+        self._known = {}
+        if not self._retain_first:
+            return
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            for optimizer in self.trainer.optimizers:
+                optimizer.zero_grad()
+        with self.trainer.precision_plugin.forward_context():
+            at = self.streams_of(batch)
+            retain = self.objective.term("retain_loss", at)
+            weighted = self.objective.weights(at)["retain_loss"] * retain
+        self.backward(weighted / self.trainer.accumulate_grad_batches)
+        self._known = {"retain_loss": retain.detach()}
+
+    def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Drop the last step's gradients, unless they are those of the retain term by now."""
+        if not self._known:
+            super().optimizer_zero_grad(*args, **kwargs)
 
     # -- a step rule -------------------------------------------------------------------------------
 
