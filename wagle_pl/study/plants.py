@@ -451,7 +451,10 @@ def markdown(found: Sequence[Mapping[str, Any]]) -> str:
     for plant in dict.fromkeys(entry["plant"] for entry in found):
         own = [entry for entry in found if entry["plant"] == plant]
         said = (f"{name} {decimals(own[0][name])}" for name in ("forget", "retain"))
-        about = f"{own[0]['density']:.1%} of the weights; after planting {', '.join(said)}."
+        about = (
+            f"{count(own[0]['n'], 'seed')}, {own[0]['density']:.1%} of the weights; after planting "
+        )
+        about += f"{', '.join(said)}."
         parts += [f"## {plant}", about, markdown_table(*shown(own))]
     notes = "\n".join(f"- {line}" for line in NOTES)
     return "\n\n".join([*parts, "## How to read it", notes]) + "\n"
