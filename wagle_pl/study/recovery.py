@@ -113,8 +113,9 @@ def at_the_level(
     attack or "no attack", of ``probability kept`` the test set; ``mean``, ``std`` and ``n`` over
     the seeds whose chosen run has it, of the ``seeds`` that reach the level, and ``values``, seed
     -> value; ``target`` and ``retrained``, those models' under the same attack; ``difference`` from
-    dense over the seeds of both, its ``p`` or ``why`` there is none, and ``verdict``: the arm of
-    which more is kept, or less comes back, wins.
+    dense over the seeds of both; and ``verdict``, with ``p`` or ``why`` there is none: the arm of
+    which more is kept, or that is nearer to the retrained model (without one: of which less comes
+    back), wins.
     ``steps to half`` are a measure of attacks that have a curve, and have it as ``curve``: (step,
     mean of the forget rows' probability); seeds of which half does not come back are not in ``n``.
     """
@@ -134,7 +135,7 @@ def at_the_level(
         for column in columns:
             entry = {"objective": objective, "mask": mask}
             entry |= {"measure": column.measure, "what": column.what}
-            entry |= _compared(column, ended, theirs)
+            entry |= _compared(column, ended, theirs, column.of(retrained))
             entry |= {"target": column.of(by.target), "retrained": column.of(retrained)}
             if isinstance(column, Curve):
                 entry["target"] = None  # it has nothing to bring back
@@ -153,21 +154,28 @@ def _ends(best: pd.DataFrame, last: Mapping[str, Row]) -> dict[int, Row]:
 
 
 def _compared(
-    column: Column | Curve, ended: Mapping[int, Row], theirs: Mapping[int, Row]
+    column: Column | Curve,
+    ended: Mapping[int, Row],
+    theirs: Mapping[int, Row],
+    retrained: Optional[float],
 ) -> dict[str, Any]:
+    def worth(value: float) -> float:
+        nearness = column.sign < 0 and retrained is not None
+        return -abs(value - retrained) if nearness else column.sign * value
+
     ours, dense = (
         {seed: value for seed, row in of.items() if (value := column.of(row)) is not None}
         for of in (ended, theirs)
     )
     both = sorted(ours.keys() & dense.keys())
-    test = paired([ours[seed] for seed in both], [dense[seed] for seed in both])
-    samples = spread(list(ours.values())), spread(list(dense.values()))
-    word = verdict(test, column.sign, *samples, len(ended), len(theirs)) if theirs else ""
+    test = paired(*([worth(of[seed]) for seed in both] for of in (ours, dense)))
+    samples = (spread([worth(value) for value in of.values()]) for of in (ours, dense))
+    word = verdict(test, 1, *samples, len(ended), len(theirs)) if theirs else ""
     return {
-        **samples[0]._asdict(),
+        **spread(list(ours.values()))._asdict(),
         "seeds": len(ended),
         "values": {str(seed): value for seed, value in ours.items()},
-        "difference": test.difference,
+        "difference": spread([ours[seed] - dense[seed] for seed in both]).mean,
         "p": test.p,
         "why": test.why if theirs else "",
         "verdict": word,
@@ -216,8 +224,9 @@ def about(found: Sequence[Entry]) -> list[str]:
         "Every run ends at the first test that finds the study's level reached. Of an arm the runs "
         "with the best learning rate of each seed are shown: mean ± standard deviation over "
         "the seeds that reach the level.",
-        f"{BETTER}: better than dense, {WORSE}: worse (a paired t-test over three seeds or more, "
-        "p < 0.05, and a difference above the larger of the two standard deviations).",
+        f"{BETTER}: better than dense, {WORSE}: worse: more is kept, or the forget rows are nearer "
+        "to the retrained model's number (a paired t-test over three seeds or more, p < 0.05, and a "
+        "difference above the larger of the two standard deviations).",
     ]
     if any(entry["what"] == WITHOUT for entry in found):
         lines.append(
