@@ -170,7 +170,7 @@ def made(monkeypatch):
         ("people/study_full", 2 * 23, 2 * (22 * 7 + 3) * 3, 3),
         ("people/study_po", 23, (22 * 7 + 3) * 3, 3),
         ("people/study_recovery", 2 * 6, 2 * 6 * 2 * 3, 1),
-        ("people/study_survival", 8 * 3, 8 * 3 * 2 * 3, 1),
+        ("people/study_survival", 8 * 3, (7 * 2 + 3) * 3 * 3, 1),
     ],
 )
 def test_the_studies_of_the_benchmarks(made, file, arms, count, groups):
