@@ -278,7 +278,7 @@ def test_rwku(rwku, tiny_model):
         "Question: Which of these is a fruit?\nA. a stone\nB. a pear\nC. a spoon\nD. a hat<|assistant|>Answer:"
     )
     (row,) = data.test_examples("utility_truthfulness")
-    shown = data.tokenizer.decode(data.template.encode(row, row.choices[1])["input_ids"])
+    shown = data.tokenizer.decode(data.template.encode(row, row.choices[2])["input_ids"])
     assert shown.startswith(
         "<|user|>Q: What is human life expectancy in the United States?\nA: Human life "
     )
