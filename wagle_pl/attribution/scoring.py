@@ -491,7 +491,7 @@ def importance_from_scores(
 
     if scale is None:
         halves = select_each(lambda: ((name, size(name)) for name in stored.shapes), [0.5])
-        upper = [size(name)[unpack_bits(bits, stored.shapes[name])] for name, (bits,) in halves]
+        upper = (size(name)[unpack_bits(bits, stored.shapes[name])] for name, (bits,) in halves)
         scale = min(part.min().item() for part in upper if len(part))
     if not scale > 0:
         raise WagleError(f"must be above 0, got {scale:g}", option="scale")
