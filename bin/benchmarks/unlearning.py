@@ -144,12 +144,6 @@ def unlearn(
     return times
 
 
-def alternate_warm(settings: Settings, sides: Mapping[str, Any]) -> dict[str, list[BatchTimes]]:
-    """Runs in turn, after a step that nobody times: a process's first is slower, whatever it computes."""
-    unlearn(settings, max_steps=1)
-    return alternate(settings.repeats, sides)
-
-
 def write_mask(settings: Settings, density: float, by: str = "random") -> str:
     """A mask file for the model: weights at random, or the largest ones (uneven over tensors, as real masks are)."""
     lm = models.load_model(settings.model)
@@ -270,7 +264,8 @@ def measure_precisions(settings: Settings) -> list[Result]:
 def measure_npo_step(settings: Settings) -> list[Result]:
     """Row 3: a step of NPO, references cached, against one of GradDiff, in the second epoch."""
     sides = {kind: partial(unlearn, settings, kind, max_epochs=2) for kind in NPO_KINDS}
-    runs = alternate_warm(settings, sides)
+    unlearn(settings, max_steps=1)  # see measure_masked_step
+    runs = alternate(settings.repeats, sides)
     second = step_ratio(runs["NPO_second_model"], runs["GradDiff"], epoch=1)
     raw = {"step_seconds": step_seconds(runs, epoch=1), "ratio_with_second_model": second}
     ratio = step_ratio(runs["NPO"], runs["GradDiff"], epoch=1)
