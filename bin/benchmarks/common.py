@@ -278,6 +278,27 @@ def shapes_of(model: str) -> dict[str, tuple[int, ...]]:
         return parameter_shapes(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)))
 
 
+def products_per_second(
+    model: str, tokens: int, dtype: torch.dtype = torch.bfloat16, backward: bool = True
+) -> float:
+    """Floating-point operations a second of the blocks' matrix products alone."""
+    block = [s for n, s in shapes_of(model).items() if len(s) == 2 and ".0." in n]
+    pairs = [
+        tuple(torch.randn(shape).to(dtype) for shape in ((tokens, n), (m, n), (tokens, m)))
+        for m, n in block
+    ]
+
+    def run() -> None:
+        for _ in range(5):
+            for x, weight, gradient in pairs:
+                x @ weight.T
+                if backward:
+                    gradient @ weight, gradient.T @ x
+
+    run()
+    return 5 * (6 if backward else 2) * tokens * sum(map(prod, block)) / seconds(run)
+
+
 # -- the program ------------------------------------------------------------------------------------------------------
 
 
