@@ -93,7 +93,8 @@ def test_it_makes_its_objects(monkeypatch, tiny_model, tmp_path, benchmark, task
     assert given["model"]["init_args"]["output"].startswith(f"runs/{benchmark}/{model}/")
     if kind == "AttributionModule":  # which writes the masks of the methods, for the same model
         attributed = given["model"]["init_args"]
-        written = [f"{attributed['output']}/{name}.safetensors" for name in built.model.mask_names]
+        masks = [spec.name for spec in built.model.specs]
+        written = [f"{attributed['output']}/{mask}.safetensors" for mask in masks]
         for method in METHODS:
             unlearned = merged(*tasks(benchmark)[method], names[-1])["model"]["init_args"]
             assert unlearned["mask"] in written and unlearned["model"] == attributed["model"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wagle_pl.attribution.scoring import MaskSpec, name_masks
+from wagle_pl.attribution.scoring import MaskSpec, check_names
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
 from wagle_pl.core.tensorfiles import fill, lay_out
@@ -82,7 +82,7 @@ def test_nothing_is_left_beside(tmp_path: Path, error: bool) -> None:
 def test_a_mask_stays_in_its_folder(name: str) -> None:
     spec = MaskSpec(name=name)
     with pytest.raises(WagleError, match="masks: name must be a file name without a folder, got"):
-        name_masks([spec])
+        check_names([spec])
 
 
 def test_a_file_of_tensors_is_written_in_parts(tmp_path: Path) -> None:

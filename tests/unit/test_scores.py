@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from wagle_pl import attribution as A
 from wagle_pl.attribution.activations import watch_inputs
 from wagle_pl.attribution.scores import COLLECTED
-from wagle_pl.attribution.scoring import MaskSpec, check_labels, complete, name_masks
+from wagle_pl.attribution.scoring import MaskSpec, by_label, check_names, complete
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.registry import resolve
 from wagle_pl.core.seeds import stable_seed
@@ -352,7 +352,7 @@ def test_a_spec_takes_what_it_lacks_from_the_default():
     assert first.score is second.score and isinstance(first.score, A.Wagle)
     assert first.passes == third.passes != second.passes
     names = ["wagle-0.1", "wagle-0.2-low", "modules-mlp-layers0-3"]
-    assert name_masks([first, second, modules]) == names
+    assert [spec.name for spec in (first, second, modules)] == names
 
 
 @pytest.mark.parametrize(
@@ -381,9 +381,9 @@ def test_a_need_that_no_pass_collects():
 def test_names_must_differ():
     specs = complete([{"score": A.Random(seed)} for seed in (0, 1)], DEFAULT)
     with pytest.raises(WagleError, match=r"two masks would be called 'random-0\.2'"):
-        name_masks(specs)
+        check_names(specs)
     with pytest.raises(WagleError, match="two different scores as random"):
-        check_labels(specs)
+        by_label(specs)
 
 
 def test_equal_scores_share_a_pass():

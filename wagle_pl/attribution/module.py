@@ -6,12 +6,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 import lightning as L
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -24,19 +24,19 @@ from wagle_pl.attribution.scoring import (
     DTYPES,
     Collected,
     MaskSpec,
-    check_labels,
+    by_label,
+    check_names,
     complete,
-    name_masks,
     write_scores,
 )
 from wagle_pl.attribution.sums import GradientSums
-from wagle_pl.core import distributed, outputs
+from wagle_pl.core import outputs
 from wagle_pl.core.errors import WagleError, check_positive
 from wagle_pl.core.files import refuse_existing
 from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.lm.layers import recompute_blocks
 from wagle_pl.lm.module import LanguageModule
-from wagle_pl.lm.resume import begin, keep_position, recount
+from wagle_pl.lm.resume import keep_position
 from wagle_pl.masks import SUFFIX, WeightMask, mask_path
 from wagle_pl.objectives.forget import NPO, PO, GradDiff
 from wagle_pl.planning import PlannedRun, Sums, disk_bytes
@@ -129,11 +129,11 @@ class AttributionModule(LanguageModule):
         default = MaskSpec(score, density, select, scope, include, exclude)
         self.several = masks is not None
         self.specs = complete(masks if masks is not None else [default], default)
-        self.mask_names = name_masks(self.specs)
-        if save_scores:
-            check_labels(self.specs)
+        check_names(self.specs)
         self.needs = {need for spec in self.specs for need in spec.score.needs}
         self.save_scores = save_scores
+        #: Of the scores that are written: label -> a mask of it.
+        self._scores = by_label(self.specs) if save_scores else {}
         self.hessian = hessian_option(hessian, gamma, self.needs)
         self.gamma = gamma
         self.damping = check_positive(damping, "damping")
@@ -157,7 +157,6 @@ class AttributionModule(LanguageModule):
         self.collected: Optional[Collected] = None  # once the pass has ended
         self.strict_loading = False  # checkpoints leave the weights out: they do not change
         self._within_step = False
-        self._loader_state: Optional[dict[str, Any]] = None
         self._seen = (0, 0)  # the epoch, and how many of its micro-batches are in the sums
         self._one_pass_planned = True
         self._stored_sums: Optional[dict[str, Any]] = None  # of the checkpoint that is resumed
@@ -183,9 +182,9 @@ class AttributionModule(LanguageModule):
         if not self.output and (self.run_config or self.save_scores):
             raise WagleError("attribution needs a path for the mask: give --model.output")
         if self.output:
-            outputs.reserve(self._place, self.overwrite, "files" if self.several else "file")
-        for score in self._scores if self.save_scores else ():
-            refuse_existing(self._scores_path(score), self.overwrite, kind="folder")
+            outputs.reserve(self.place, self.overwrite, "files" if self.several else "file")
+        for label in self._scores:
+            refuse_existing(self._scores_path(label), self.overwrite, kind="folder")
         strategy = trainer.strategy
         if is_zero(strategy) and not isinstance(strategy, ZeRO):
             raise WagleError(
@@ -214,45 +213,34 @@ class AttributionModule(LanguageModule):
         self.period = trainer.max_epochs
         trainer.fit_loop.max_epochs = self.period * self.passes
 
-    def configure_callbacks(self) -> list[Callback]:
-        """Release the output if the run fails."""
-        return [outputs.ReleaseOnFailure(self._place)] if self.output else []
-
     def teardown(self, stage: str) -> None:
-        """Release the output."""
-        if stage == "fit" and self.output:
-            outputs.release(self._place)
+        """Give the Trainer its length back."""
         if self.period is not None:
             self.trainer.fit_loop.max_epochs, self.period = self.period, None
 
     @property
-    def _place(self) -> Path:
-        return Path(self.output) if self.several else mask_path(self.output)
+    def place(self) -> Optional[Path]:
+        """The mask's file, or the folder of several masks."""
+        return mask_path(self.output) if self.output and not self.several else super().place
 
-    @property
-    def _scores(self) -> list[Score]:
-        return list({id(spec.score): spec.score for spec in self.specs}.values())
-
-    def _scores_path(self, score: Score) -> Path:
-        if self.several:
-            return Path(self.output) / f"{score.label}.scores"
-        return self._place.with_suffix(".scores")
+    def _scores_path(self, label: str) -> Path:
+        several = self.several
+        return self.place / f"{label}.scores" if several else self.place.with_suffix(".scores")
 
     def planned_files(self) -> list[outputs.Planned]:
-        """What the run is going to write, at least."""
         weights = sum(map(math.prod, parameter_shapes(self.lm).values()))
         files = disk_bytes(self.planned, weights)
         what = "masks" if self.several else "mask"
-        planned = [outputs.Planned(what, self._place, len(self.specs) * files["mask"])]
+        sizes = {what: len(self.specs) * files["mask"]}
         if self.passes > 1:
-            planned.append(outputs.Planned("sums", self._place, files["sums"]))
+            sizes["sums"] = files["sums"]
         if self.save_scores:
-            size = len(self._scores) * weights * DTYPES[self.save_scores].itemsize
-            planned.append(outputs.Planned("scores", self._place, size))
+            sizes["scores"] = len(self._scores) * weights * DTYPES[self.save_scores].itemsize
+        planned = [outputs.Planned(what, self.place, size) for what, size in sizes.items()]
         return planned + outputs.planned_checkpoint(self.trainer, files["checkpoint"])
 
     def configure_model(self) -> None:
-        """Load the model, and check against it which parameters and modules masks name."""
+        """Load the model and make room for sums."""
         super().configure_model()
         folder = Path(self.output or ".").parent
         named = self.lm.named_parameters()
@@ -261,27 +249,23 @@ class AttributionModule(LanguageModule):
             recompute_blocks(self.lm)
         if "activation" in self.needs:
             warn_of_unwatched(self.lm)
-        for spec in self.specs:
-            spec.score.share(self._eligible(spec))
-
-    def _eligible(self, spec: MaskSpec) -> dict[str, tuple[int, ...]]:
-        shapes = parameter_shapes(self.lm)
-        return {name: shapes[name] for name in spec.eligible(shapes)}
 
     def configure_optimizers(self) -> None:
         """None: no weight moves."""
 
     def on_fit_start(self) -> None:
-        """Fail before the pass if the disk is too small or a score is wrong."""
-        if self.output and not self.trainer.fast_dev_run:
-            distributed.on_rank_zero(lambda: outputs.check_space(self.planned_files()))
+        """Fail before the pass if a mask names what the model lacks, or a score is wrong."""
+        super().on_fit_start()
         scalar, device = self.hessian in ("scalar", "auto"), self.trainer.strategy.root_device
+        shapes = parameter_shapes(self.lm)
         for spec in self.specs:
-            try_out(spec.score, self._eligible(spec), scalar, device)
+            eligible = {name: shapes[name] for name in spec.eligible(shapes)}
+            spec.score.share(eligible)
+            try_out(spec.score, eligible, scalar, device)
 
     def on_train_start(self) -> None:
         """Switch off dropout, and DDP's averaging of gradients, which are summed here."""
-        begin(self.trainer, self._loader_state)
+        super().on_train_start()
         self._restore_sums()
         passes, options = planned_passes(self.trainer, self.passes)
         self._one_pass_planned = passes == 1
@@ -381,44 +365,32 @@ class AttributionModule(LanguageModule):
     def _write_masks(self, metadata: dict[str, Any]) -> None:
         """Write the masks, and the scores if wanted. Collective."""
         checkpoint = outputs.last_checkpoint(self.trainer)
-        names = dict(zip(map(id, self.specs), self.mask_names, strict=True))
         failed: list[str] = []
         for spec, mask in self.collected.masks(self.specs, metadata):
             if mask is None:
                 continue
-            name = names[id(spec)]
-            self._report(mask, name)
-            self.masks[name] = mask
+            self._report(mask, spec.name)
+            self.masks[spec.name] = mask
             if not self.output:
                 continue
-            path = Path(self.output) / f"{name}{SUFFIX}" if self.several else self._place
+            path = self.place / f"{spec.name}{SUFFIX}" if self.several else self.place
             try:
                 outputs.write_or_keep(mask.save, path, checkpoint)
             except WagleError as error:  # the next mask may be saved, too
                 failed.append(str(error))
             else:
                 log.info("mask written to %s (density %.4f)", path, mask.density)
-        for spec in {id(spec.score): spec for spec in self.specs}.values():
-            if self.save_scores:
-                options = {key: spec.options()[key] for key in ("score", "score_options")}
-                made_by = {**metadata, **options, "absolute": not spec.score.signed}
-                self._write_scores(spec.score, made_by, checkpoint)
+        for label, spec in self._scores.items():
+            options = {key: spec.options()[key] for key in ("score", "score_options")}
+            made_by = {**metadata, **options, "absolute": not spec.score.signed}
+            scores = {"scores": self.collected.scores(spec.score), "shapes": self.collected.shapes}
+            dtype, path = DTYPES[self.save_scores], self._scores_path(label)
+            write = partial(write_scores, **scores, made_by=made_by, dtype=dtype)
+            outputs.write_or_keep(write, path, checkpoint, again=False)
+            if self.trainer.is_global_zero:
+                log.info("scores written to %s", path)
         if failed:
             raise WagleError("; ".join(failed))
-
-    def _write_scores(
-        self, score: Score, made_by: dict[str, Any], checkpoint: Optional[str]
-    ) -> None:
-        """Write one score. Collective."""
-        scores, path = self.collected.scores(score), self._scores_path(score)
-        shapes, dtype = self.collected.shapes, DTYPES[self.save_scores]
-
-        def write(place: Path) -> None:
-            write_scores(place, scores, shapes, made_by, dtype)
-
-        outputs.write_or_keep(write, path, checkpoint, again=False)
-        if self.trainer.is_global_zero:
-            log.info("scores written to %s", path)
 
     def _report(self, mask: WeightMask, name: str) -> None:
         """Log the share selected by layer and by module type."""
@@ -447,10 +419,8 @@ class AttributionModule(LanguageModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the sums and the position in the pass."""
         super().on_load_checkpoint(checkpoint)
-        if self.attached and self.trainer.training:
-            self._loader_state = recount(checkpoint, self.data)
-            if not is_zero(self.trainer.strategy):  # which has read each rank's part by now
-                self._stored_sums = checkpoint["sums"]
+        if self.attached and self.trainer.training and not is_zero(self.trainer.strategy):
+            self._stored_sums = checkpoint["sums"]  # under ZeRO each rank has read its part by now
 
 
 def planned_passes(trainer: L.Trainer, groups: int = 1) -> tuple[float, list[str]]:

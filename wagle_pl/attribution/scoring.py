@@ -57,7 +57,8 @@ class MaskSpec:
 
     Args:
         score, density, select, scope, include, exclude: options of the module.
-        name: of the mask's file; score and density when None.
+        name: of the mask's file; when None score and density, and select and scope where they are
+            not the default.
     """
 
     score: Optional[Union[Score, str]] = None
@@ -77,14 +78,6 @@ class MaskSpec:
     def sets_share(self) -> bool:
         """Whether the score itself decides how many weights are selected."""
         return type(self.score).share is not Score.share
-
-    @property
-    def default_name(self) -> str:
-        """Score and density, and select and scope where they are not the default."""
-        if self.sets_share:
-            return self.score.label
-        extra = [value for value in (self.select, self.scope) if value not in ("high", "global")]
-        return "-".join([self.score.label, f"{self.density:g}", *extra])
 
     def eligible(self, names: Iterable[str]) -> list[str]:
         """The parameters whose weights compete; there must be one."""
@@ -106,7 +99,7 @@ class MaskSpec:
 def complete(
     specs: Sequence[Union[MaskSpec, Mapping[str, Any]]], default: MaskSpec
 ) -> list[MaskSpec]:
-    """The specs with every option set and checked; those with equal scores share one."""
+    """The specs with every option set and checked, and named; those with equal scores share one."""
     if not specs:
         raise WagleError("is an empty list", option="masks", hint="leave it out, or name a mask")
     found, scores = [], {}
@@ -122,8 +115,13 @@ def complete(
         key = type(spec.score), json.dumps(options, sort_keys=True)
         spec.score = scores.setdefault(key, spec.score)
         _check(spec)
+        name = [spec.score.label]
         if spec.sets_share:  # the score selects whole modules: there is no ranking to choose
             spec.select, spec.scope = "high", "global"
+        else:
+            chosen = (spec.select, spec.scope)
+            name += [f"{spec.density:g}", *(c for c in chosen if c not in ("high", "global"))]
+        spec.name = spec.name or "-".join(name)
         found.append(spec)
     return found
 
@@ -151,9 +149,9 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (str, int, float, bool))
 
 
-def name_masks(specs: Sequence[MaskSpec]) -> list[str]:
-    """File names, plain and each its own: as given, or of score and density."""
-    names = [spec.name or spec.default_name for spec in specs]
+def check_names(specs: Sequence[MaskSpec]) -> None:
+    """Refuse names of masks that are no plain file names, or not each its own."""
+    names = [spec.name for spec in specs]
     for name in names:
         if name in (".", "..") or "\0" in name or Path(name).name != name:
             raise WagleError(f"masks: name must be a file name without a folder, got {name!r}")
@@ -161,19 +159,19 @@ def name_masks(specs: Sequence[MaskSpec]) -> list[str]:
             raise WagleError(
                 f"two masks would be called {name!r}", hint="give one of them a name of its own"
             )
-    return names
 
 
-def check_labels(specs: Sequence[MaskSpec]) -> None:
-    """Raise :class:`WagleError` if two different scores would be saved under one name."""
-    labels = list({id(spec.score): spec.score.label for spec in specs}.values())
-    for label in labels:
-        if labels.count(label) > 1:
+def by_label(specs: Sequence[MaskSpec]) -> dict[str, MaskSpec]:
+    """Label of each score -> a spec that has it; two different scores may not share one."""
+    found: dict[str, MaskSpec] = {}
+    for spec in specs:
+        if found.setdefault(spec.score.label, spec).score is not spec.score:
             raise WagleError(
-                f"would save two different scores as {label}.scores",
+                f"would save two different scores as {spec.score.label}.scores",
                 option="save_scores",
                 hint="make two runs of them",
             )
+    return found
 
 
 # -- masks of a pass -------------------------------------------------------------------------------

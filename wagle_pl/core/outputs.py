@@ -148,15 +148,16 @@ def _release_all() -> None:
         release(output)
 
 
-class ReleaseOnFailure(Callback):
-    """Releases an output when the run fails, where Lightning does not call ``teardown``."""
+class Release(Callback):
+    """Releases an output at a run's end, and where it fails: there is no ``teardown`` then."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
 
-    def on_exception(self, *_: Any) -> None:
-        """Release the output."""
+    def teardown(self, *_: Any, **__: Any) -> None:
         release(self.output)
+
+    on_exception = teardown
 
 
 # -- room on the disk ----------------------------------------------------------------------------

@@ -10,14 +10,16 @@ from typing import Any, Optional, Protocol, Union, runtime_checkable
 
 import lightning as L
 import torch
+from lightning.pytorch import Callback
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wagle_pl.core import distributed
+from wagle_pl.core import distributed, outputs
 from wagle_pl.core.environment import half_precision_is_slow
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.weights import fingerprint
 from wagle_pl.lm import models
 from wagle_pl.lm.models import vocabulary_size
+from wagle_pl.lm.resume import begin, recount
 from wagle_pl.strategies import is_sharded, is_zero
 
 log = logging.getLogger(__name__)
@@ -109,6 +111,7 @@ class LanguageModule(L.LightningModule):
         #: The whole configuration of the run, for records; the command line fills it.
         self.run_config: dict[str, Any] = {}
         self._trained = False
+        self._loader_state: Optional[dict[str, Any]] = None
 
     # -- model -------------------------------------------------------------------------------------
 
@@ -228,6 +231,28 @@ class LanguageModule(L.LightningModule):
 
     # -- fit ---------------------------------------------------------------------------------------
 
+    @property
+    def place(self) -> Optional[Path]:
+        """What the run writes; None in Python, where it need not write."""
+        return Path(self.output) if self.output else None
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What lets others write the output when the run has ended, or failed."""
+        return [outputs.Release(self.place)] if self.place else []
+
+    def planned_files(self) -> list[outputs.Planned]:
+        """What the run is going to write, at least."""
+        return []
+
+    def on_fit_start(self) -> None:
+        """Refuse to begin what the disk has no room for."""
+        if self.output and not self.trainer.fast_dev_run:
+            distributed.on_rank_zero(lambda: outputs.check_space(self.planned_files()))
+
+    def on_train_start(self) -> None:
+        """Go on where a checkpoint was written."""
+        begin(self.trainer, self._loader_state)
+
     def on_train_end(self) -> None:
         """Note that training is over; log if nothing is written, or if a callback has ended it."""
         self._trained = True
@@ -263,12 +288,14 @@ class LanguageModule(L.LightningModule):
         checkpoint["module"] = self._kind
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse what is no checkpoint of a run like this one.
+        """Refuse what is no checkpoint of a run like this one; find where it goes on.
 
         Raises:
             WagleError: if another module wrote it, or its weights are those of another model.
         """
         self.check_kind(checkpoint)
+        if self.attached and self.trainer.training:
+            self._loader_state = recount(checkpoint, self.data)
         if not self.attached or not self.strict_loading or is_zero(self.trainer.strategy):
             return
         there = {name: tensor.shape for name, tensor in checkpoint.get("state_dict", {}).items()}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from transformers import PreTrainedModel
 
-from wagle_pl.core import distributed, outputs
+from wagle_pl.core import outputs
 from wagle_pl.core.environment import peak_memory, versions
 from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.weights import parameter_shapes, share_of
@@ -119,7 +119,6 @@ class FinetuneModule(LanguageModule):
         self._finite = FiniteSteps()
         self._step_start: Optional[resume.StepStart] = None
         self._random: Mapping[str, Tensor] = {}
-        self._loader_state: Optional[dict[str, Any]] = None
 
     # -- before the run ----------------------------------------------------------------------------
 
@@ -137,15 +136,9 @@ class FinetuneModule(LanguageModule):
             warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer`")
             check_run(self)
             if self.output:
-                outputs.reserve(Path(self.output), self.overwrite, kind="folder")
-
-    def teardown(self, stage: str) -> None:
-        """Let others write the output."""
-        if stage == "fit" and self.output:
-            outputs.release(Path(self.output))
+                outputs.reserve(self.place, self.overwrite, kind="folder")
 
     def planned_files(self) -> list[outputs.Planned]:
-        """What the run is going to write, at least."""
         dtype = checkpoint_dtype(self.model_name) or torch.float32
         weights = sum(map(prod, self._shapes.values()))
         optimizer = next((type(o).__name__ for o in self.trainer.optimizers), "none")
@@ -166,11 +159,10 @@ class FinetuneModule(LanguageModule):
         )
 
     def configure_callbacks(self) -> list[Callback]:
-        """What lets others write the output when the run fails."""
         copies = any(isinstance(c, StochasticWeightAveraging) for c in self.trainer.callbacks)
         if copies and not is_zero(self.trainer.strategy):  # which Lightning refuses together
             self.configure_model()  # the callback copies the module, and is to find a model in it
-        return [outputs.ReleaseOnFailure(Path(self.output))] if self.output else []
+        return super().configure_callbacks()
 
     def configure_model(self) -> None:
         """Load the model and, to train it, make its selected weights its parameters."""
@@ -250,7 +242,7 @@ class FinetuneModule(LanguageModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **how}}
 
     def on_fit_start(self) -> None:
-        """Have the values written into the model after each step; check the room on the disk."""
+        """Have the values written into the model after each step."""
         strategy = self.trainer.strategy
         optimizers = [strategy.base_optimizer] if is_zero(strategy) else self.trainer.optimizers
         for optimizer in (getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers):
@@ -262,8 +254,7 @@ class FinetuneModule(LanguageModule):
         if self.packing:
             self.check_packing()
         self.fitted = True
-        if self.output and not self.trainer.fast_dev_run:
-            distributed.on_rank_zero(lambda: outputs.check_space(self.planned_files()))
+        super().on_fit_start()
 
     def check_packing(self) -> None:
         """Refuse to pack rows that would see each other. Collective."""
@@ -284,7 +275,7 @@ class FinetuneModule(LanguageModule):
         self._started = time.monotonic()
         resume.set_random_state(self._random, self.device)
         self.selected.changed()  # a checkpoint may have brought others
-        resume.begin(self.trainer, self._loader_state)
+        super().on_train_start()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Remember where a step starts."""
@@ -433,10 +424,8 @@ class FinetuneModule(LanguageModule):
         options.setdefault("model", self.model_name)  # for load_from_checkpoint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Find the place where the run goes on; a model that is not trained takes the values."""
+        """Take the random state; a model that is not trained takes the values."""
         self.check_kind(checkpoint)
-        if self.attached and self.trainer.training:
-            self._loader_state = resume.recount(checkpoint, self.data)
         known = ("rng_state", "cuda_rng_state")
         self._random = {key: checkpoint[key] for key in known if key in checkpoint}
         state = checkpoint.get("state_dict", {})
