@@ -1,0 +1,348 @@
+"""One tensor of a model and the values of its selected weights, see :mod:`wagle_pl.masks.selected`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from wagle_pl.core import distributed
+from wagle_pl.core.weights import assign, gathered, in_shares, share_of
+from wagle_pl.masks.bits import (
+    chunk_of,
+    count_bits,
+    iter_places,
+    join_halves,
+    pack_bits,
+    put_,
+    split_halves,
+    take_,
+    unpack_bits,
+    unpack_part,
+)
+
+
+class _Select(torch.autograd.Function):
+    """The dense tensor as a function of the values."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, dense: Tensor, tensor: SelectedTensor, bits: Optional[Tensor]
+    ) -> Tensor:
+        ctx.tensor = tensor
+        ctx.save_for_backward(bits)  # so that they are not kept where blocks are recomputed
+        return dense.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Optional[Tensor], None, None, None]:
+        return ctx.tensor.take_gradient(gradient, *ctx.saved_tensors), None, None, None
+
+
+class SelectedTensor:
+    """A tensor of a model and the values of its selected weights.
+
+    Args:
+        parameter: the model's own parameter: the dense tensor. Sharded over ranks under ZeRO-3.
+        packed: its packed bits, see :mod:`wagle_pl.masks.bits`; None where all are selected.
+        masters: keep values in fp32 where the dense tensor is narrower. False for DeepSpeed, whose
+            optimisers do so.
+        split: keep values of a bf16 tensor as halves, and their gradients in this dtype.
+
+    Attributes:
+        values: the parameter that is trained: (selected,), or of the tensor's shape where all are
+            selected; None where none is. It is ``parameter`` itself if that needs no other dtype
+            (:attr:`is_plain`), and empty but inside :meth:`whole_values` if :attr:`is_split`.
+        gradient: that of the values, if :attr:`is_split`.
+    """
+
+    def __init__(
+        self,
+        parameter: nn.Parameter,
+        packed: Optional[Tensor],
+        masters: bool = True,
+        split: Optional[torch.dtype] = None,
+    ) -> None:
+        self.parameter = parameter
+        self.masters = masters
+        self.values: Optional[nn.Parameter] = None
+        self.theta0: Optional[Tensor] = None
+        self.gradient: Optional[Tensor] = None
+        self.dense_gradient: Optional[Tensor] = None
+        self.in_place = self.at_theta0 = self.keeps_dense_gradient = False
+        self._split = split
+        self._index: Optional[Tensor] = None
+        self._packed: Optional[Tensor] = None  # of this rank's share, if the tensor is sharded
+        self._own = slice(0)  # the values of that
+        self._kept: Optional[Tensor] = None
+        self._lower: Optional[Tensor] = None
+        self._buffer: Optional[Tensor] = None
+        self._narrow: Optional[Tensor] = None
+        self._written: dict[torch.dtype, Any] = {}
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        self.is_sharded = hasattr(parameter, "ds_id")  # ZeRO-3
+        if packed is None:
+            self.count = size
+        else:
+            self.count = self._keep_share(packed) if self.is_sharded else count_bits(packed)
+        self.is_partial = 0 < self.count < size
+        narrow = parameter.dtype in (torch.bfloat16, torch.float16)
+        self.is_plain = self.count == size and not (masters and narrow)
+        self.is_split = split is not None and self.count > 0 and not self.is_plain
+        parameter.requires_grad_(self.is_plain)
+        if self.is_plain:
+            self.values = parameter
+        if self.is_plain or not self.count:
+            return
+        dtype = torch.promote_types(parameter.dtype, torch.float32 if masters else parameter.dtype)
+        if self.is_sharded and self.is_partial:
+            values = self._taken_by_all().to(dtype)
+        else:
+            if self.is_partial and self.is_split:
+                self._packed = packed.to(parameter.device, copy=True)
+            elif self.is_partial:
+                places = iter_places(packed, size, chunk_of(parameter))
+                index = torch.cat([p if size > 2**31 else p.int() for p in places])
+                self._index = index.to(parameter.device)
+            with gathered(parameter) as dense:
+                values = self.taken(dense.detach(), dtype)
+        if self.is_split:
+            self._lower = torch.zeros_like(values, dtype=torch.int16)
+            values = values.new_empty(0)
+        self.values = nn.Parameter(values)
+        if self.is_sharded:  # now, rather than with all others when DeepSpeed's engine is made
+            parameter.convert_to_zero_parameters([self.values])
+        self._written = {parameter.dtype: self._version()}
+
+    def _keep_share(self, packed: Tensor) -> int:
+        """Keep the bits of this rank's share, which alone are read; the number of all. Collective."""
+        start, share = share_of(self.parameter)
+        own = pack_bits(unpack_part(packed, start, start + len(share)))
+        each = (self.parameter.partition_numel() + 7) // 8
+        self._packed = torch.cat([own, own.new_zeros(each - len(own))]).to(self.parameter.device)
+        counts, rank = distributed.all_gather([count_bits(own)]), distributed.rank()
+        self._own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+        return sum(counts)
+
+    def _taken_by_all(self) -> Tensor:
+        """The selected entries, of which each rank takes those of its share. Collective."""
+        _, share = share_of(self.parameter)
+        own = unpack_bits(self._packed, share.shape).to(share.device)
+        return distributed.all_gather_uneven(share[own].to(self.parameter.device))
+
+    def bits(self) -> Optional[Tensor]:
+        """The ranks' packed bits, a row each, if the tensor is sharded and partial. Collective."""
+        if not (self.is_sharded and self.is_partial):
+            return None
+        if self._kept is None:
+            bits = distributed.all_gather_tensor(self._packed).view(-1, len(self._packed))
+            if not self.parameter.ds_persist:
+                return bits
+            self._kept = bits  # a small tensor, which stays whole on every rank
+        return self._kept
+
+    def places(self, bits: Optional[Tensor] = None) -> Iterable[Tensor]:
+        """Places of the values in the flattened tensor, piece by piece, if it is partial; given the
+        ranks' :meth:`bits` if it is sharded."""
+        chunk = chunk_of(self.parameter)
+        if self._index is not None:
+            yield from self._index.split(chunk)
+        elif bits is None:
+            yield from iter_places(self._packed, self.parameter.numel(), chunk)
+        else:
+            each, size = self.parameter.partition_numel(), self.parameter.ds_numel
+            for first, row in zip(range(0, size, each), bits, strict=False):
+                for places in iter_places(row, min(each, size - first), chunk):
+                    yield places + first
+
+    def taken(self, dense: Tensor, dtype: torch.dtype, bits: Optional[Tensor] = None) -> Tensor:
+        """A new tensor of the selected entries of a dense one, in a dtype."""
+        if not self.is_partial:
+            return dense.to(dtype, copy=True)
+        return take_(dense.new_empty(self.count, dtype=dtype), dense, self.places(bits))
+
+    def placed(self, values: Tensor) -> Tensor:
+        """A new dense tensor of the values, 0 where nothing is selected; not sharded."""
+        if not self.is_partial:
+            return values.view(self.parameter.shape).clone()
+        dense = values.new_zeros(self.parameter.shape)
+        put_(dense, self.places(), values)
+        return dense
+
+    def _take_(self, out: Tensor, dense: Tensor, add: bool = False) -> Tensor:
+        if self.is_partial:
+            return take_(out, dense, self.places(), add)
+        return out.add_(dense) if add else out.copy_(dense)
+
+    # -- values ------------------------------------------------------------------------------------
+
+    def value(self) -> Tensor:
+        """The values, whole."""
+        if not self.is_split:
+            return self.values.detach()
+        upper = self.taken(self.parameter.detach(), torch.bfloat16)
+        values = torch.empty_like(upper, dtype=torch.float32)
+        for part, high, low in self._pieces(values, upper):
+            part.copy_(join_halves(high, low))
+        return values
+
+    @torch.no_grad()
+    def store(self, values: Tensor) -> None:
+        """Set split values."""
+        values = values.to(self.parameter.device).view(self._lower.shape)
+        upper = torch.empty_like(values, dtype=torch.bfloat16)
+        for part, high, low in self._pieces(values, upper):
+            for half, new in zip((high, low), split_halves(part), strict=True):
+                half.copy_(new)
+        self._put(self.parameter, upper)
+
+    def _pieces(self, values: Tensor, upper: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Values and their halves, piece by piece."""
+        chunk = chunk_of(values)
+        return zip(*(t.view(-1).split(chunk) for t in (values, upper, self._lower)), strict=True)
+
+    @contextmanager
+    def whole_values(self) -> Iterator[None]:
+        """Split values and their gradient in fp32, while inside, for an optimiser's step."""
+        self.values.data = self.value()
+        self.values.grad = None if self.gradient is None else self.gradient.float()
+        self.gradient = None
+        yield
+        self.store(self.values.data)
+        self.values.grad = None
+        self.values.data = self.values.data.new_empty(0)
+
+    def _put(self, dense: Tensor, values: Tensor) -> None:
+        if self.is_partial:
+            put_(dense, self.places(), values)
+        else:
+            dense.copy_(values)
+
+    def _version(self) -> tuple[int, int]:
+        return self.values._version, self.values.data_ptr()
+
+    def changed(self) -> None:
+        """Have the values written anew: they may have changed unseen by torch (``.data``)."""
+        self._written.clear()
+
+    @torch.no_grad()
+    def write(self, narrow: Optional[Tensor] = None) -> Tensor:
+        """The dense tensor, or a narrow copy, with the values in it, if they have changed."""
+        dense = self.parameter if narrow is None else narrow
+        if self.values is not None and not self.is_plain and not self.is_split:
+            version = self._version()
+            if self._written.get(dense.dtype) != version:
+                self._put(dense, self.values)
+                self._written[dense.dtype] = version
+        return dense
+
+    def _for_autocast(self) -> Optional[Tensor]:
+        """The tensor in autocast's dtype, else made anew in each forward pass; None without one."""
+        device = self.parameter.device.type
+        dtype = torch.get_autocast_dtype(device)
+        if not torch.is_autocast_enabled(device) or self.parameter.dtype != torch.float32:
+            return None
+        if self._narrow is None or self._narrow.dtype != dtype:
+            self._narrow = self.write().detach().to(dtype)
+        return self.write(self._narrow)
+
+    # -- the forward and the backward pass ---------------------------------------------------------
+
+    def weight(self, multiplies: bool = False) -> Tensor:
+        """What a layer computes with; in autocast's dtype if it only multiplies matrices."""
+        if self.at_theta0 and self.theta0 is not None:
+            return self._with(self.theta0)
+        if self.is_plain:
+            return self.parameter
+        if self.is_sharded:
+            if self.values is None:
+                return self.parameter
+            if self.parameter.numel() < self.parameter.ds_numel:
+                return self.parameter  # not gathered: somebody wants to know its dtype or device
+            bits = self.bits()
+            return _Select.apply(self.values, self._with(self.values.detach(), bits), self, bits)
+        narrow = self._for_autocast() if multiplies else None
+        dense = self.write() if narrow is None else narrow
+        if not torch.is_grad_enabled() or (self.values is None and not self.keeps_dense_gradient):
+            return dense
+        # a frozen tensor whose gradient is asked for needs something that requires one
+        values = torch.zeros((), requires_grad=True) if self.values is None else self.values
+        return _Select.apply(values, dense, self, None)
+
+    def _with(self, values: Tensor, bits: Optional[Tensor] = None) -> Tensor:
+        """A new tensor with these values at the selected places."""
+        if not self.is_partial:
+            return values.to(self.parameter.dtype).view(self.parameter.shape)
+        dense = self.parameter.detach().clone()
+        put_(dense, self.places(bits), values)
+        return dense
+
+    def take_gradient(self, gradient: Tensor, bits: Optional[Tensor] = None) -> Optional[Tensor]:
+        """The gradient of the values, from that of the dense tensor."""
+        if self.keeps_dense_gradient:
+            if self.dense_gradient is None:
+                self.dense_gradient = torch.zeros_like(gradient, dtype=torch.float32)
+            self.dense_gradient += gradient
+        if self.values is None:
+            return None
+        if self.is_split and self.gradient is None:
+            self.gradient = self.taken(gradient, self._split)
+        elif self.is_split:
+            self._take_(self.gradient, gradient, add=True)
+        elif not self.in_place:
+            return self.taken(gradient, self.values.dtype, bits)
+        elif self.values.grad is None:
+            self._buffer = torch.empty_like(self.values) if self._buffer is None else self._buffer
+            self.values.grad = self._take_(self._buffer, gradient)
+        else:
+            self._take_(self.values.grad, gradient, add=True)
+        return None
+
+    # -- θ₀, devices and dtypes, the end -----------------------------------------------------------
+
+    def apply_(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """What ``nn.Module.to`` and its like do to a parameter, for all but the values."""
+        if not self.is_plain and not self.is_sharded:
+            self.parameter.data = fn(self.parameter.data)
+        device = self.parameter.device
+        self._narrow = self._buffer = None
+        for name in ("_index", "_packed", "_lower"):
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name).to(device))
+        if self.theta0 is not None:
+            self.theta0 = self.theta0.to(device, self.parameter.dtype)
+        self.changed()
+
+    @torch.no_grad()
+    def merge(self, dtype: Optional[torch.dtype] = None) -> None:
+        """Leave the values in the dense tensor, of this dtype; a collective if it is sharded."""
+        self.at_theta0 = self.keeps_dense_gradient = False
+        self._narrow = self._buffer = None
+        if self.is_sharded:
+            self._merge_share()
+            return
+        if dtype is not None:
+            values = None if self.values is None or self.is_plain else self.value()
+            self.parameter.data = self.parameter.data.to(dtype)
+            if values is not None:
+                self._put(self.parameter, values)
+        self.changed()
+        self.write()
+
+    def _merge_share(self) -> None:
+        """Leave the values of a sharded tensor in each rank's share of it. Collective."""
+        if not self.is_partial:
+            return
+        if not in_shares(self.parameter):
+            bits = self.bits()
+            with gathered(self.values) as values:
+                whole = self._with(values, bits).view(-1)
+            assign(self.parameter, lambda start, stop: whole[start:stop])
+            return
+        _, share = share_of(self.parameter)
+        own = unpack_bits(self._packed, share.shape).to(share.device)
+        with gathered(self.values) as values:
+            merged = share.masked_scatter(own, values[self._own].to(share.device))
+        assign(self.parameter, lambda start, stop: merged)
