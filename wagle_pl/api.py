@@ -24,7 +24,7 @@ from wagle_pl.core.hub import load_tokenizer, upload
 from wagle_pl.core.registry import resolve
 from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.data.example import Example, Row, parse_rows
-from wagle_pl.data.neighbours import invented_neighbours, retain_questions
+from wagle_pl.data.people import invented_neighbours, retain_questions
 from wagle_pl.data.rows import load_rows
 from wagle_pl.evaluation.functional import rouge
 from wagle_pl.lm.inference import forward_answers, generate, sequence_logprobs

@@ -22,8 +22,8 @@ from wagle_pl.attribution.hessian import GaussNewton, bartlett_loss, sample_labe
 from wagle_pl.attribution.scoring import Collected, StoredScores
 from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.cli import app as cli
+from wagle_pl.core.distributed import stable_seed
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.seeds import stable_seed
 from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.lm import models

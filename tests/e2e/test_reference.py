@@ -15,8 +15,7 @@ from torch import Tensor
 from wagle_pl.data.batches import Draw
 from wagle_pl.data.people import bundled
 from wagle_pl.lm import models
-from wagle_pl.lm.inference import answer_places, sequence_logprobs
-from wagle_pl.lm.predictions import Predictions
+from wagle_pl.lm.inference import Predictions, answer_places, sequence_logprobs
 from wagle_pl.objectives import references
 from wagle_pl.unlearning import UnlearnModule
 

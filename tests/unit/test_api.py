@@ -22,8 +22,7 @@ from wagle_pl import (
 )
 from wagle_pl.data import neighbours
 from wagle_pl.data.example import parse_rows
-from wagle_pl.data.neighbours import general_questions, invented_neighbours, without_subject
-from wagle_pl.data.people import bundled
+from wagle_pl.data.people import bundled, general_questions, invented_neighbours, without_subject
 from wagle_pl.lm.models import load_model
 from wagle_pl.unlearning.export import model_card
 from wagle_pl.unlearning.patch import Patch, apply_patch, revert_patch

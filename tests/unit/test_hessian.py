@@ -26,10 +26,9 @@ from wagle_pl.attribution.hessian import (
     sample_labels,
 )
 from wagle_pl.attribution.sums import GradientSums
+from wagle_pl.core.distributed import stable_seed
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.seeds import stable_seed
-from wagle_pl.lm.inference import answer_places
-from wagle_pl.lm.predictions import Predictions
+from wagle_pl.lm.inference import Predictions, answer_places
 from wagle_pl.planning import PlannedRun
 from wagle_pl.planning.memory import sums_per_weight
 

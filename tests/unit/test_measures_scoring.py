@@ -12,9 +12,8 @@ from wagle_pl.data.people import bundled
 from wagle_pl.data.template import Template
 from wagle_pl.evaluation import Observations, Observer, find_suite, observe_set
 from wagle_pl.evaluation.scoring import Candidate, Passes, score
-from wagle_pl.lm.inference import answer_places, generate, sequence_logprobs
+from wagle_pl.lm.inference import Predictions, answer_places, generate, sequence_logprobs
 from wagle_pl.lm.models import load_model, load_tokenizer
-from wagle_pl.lm.predictions import Predictions
 
 generator = torch.Generator().manual_seed(0)
 

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.batches import deal
-from wagle_pl.lm import predictions
-from wagle_pl.lm.predictions import Predictions
+from wagle_pl.lm import inference
+from wagle_pl.lm.inference import Predictions
 from wagle_pl.objectives import forget as o
 from wagle_pl.objectives.forget import RMU, Objective, Streams
 from wagle_pl.objectives.objective import Schedule, as_schedule
@@ -263,7 +263,7 @@ def oracle(name: str, data: Data) -> tuple[Tensor, Tensor]:
     width=st.integers(2, 7),
     vocabulary=st.integers(3, 30),
     seed=st.integers(0, 2**31),
-    chunk=st.sampled_from([1, 50, predictions.CHUNK]),
+    chunk=st.sampled_from([1, 50, inference.CHUNK]),
 )
 def test_loss_and_gradient_equal_the_formula(
     name: str, rows: int, width: int, vocabulary: int, seed: int, chunk: int
@@ -276,7 +276,7 @@ def test_loss_and_gradient_equal_the_formula(
 
     single, inputs = leaves(data, torch.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(predictions, "CHUNK", chunk)
+        patch.setattr(inference, "CHUNK", chunk)
         loss = CASES[name][0](streams(single))["loss"]
         gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
 

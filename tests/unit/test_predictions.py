@@ -13,9 +13,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wagle_pl.lm import predictions
-from wagle_pl.lm.inference import answer_places, forward_answers, logprobs_of, sequence_logprobs
-from wagle_pl.lm.predictions import in_chunks, predict
+from wagle_pl.lm import inference
+from wagle_pl.lm.inference import (
+    answer_places,
+    forward_answers,
+    in_chunks,
+    logprobs_of,
+    predict,
+    sequence_logprobs,
+)
 
 VOCABULARY = 101
 CHUNK = 7 * VOCABULARY
@@ -83,7 +89,7 @@ class LargestLogits(TorchDispatchMode):
 @contextmanager
 def chunks_of(numbers: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(predictions, "CHUNK", numbers)
+        patch.setattr(inference, "CHUNK", numbers)
         yield
 
 

@@ -16,8 +16,7 @@ from wagle_pl.data.batches import collate
 from wagle_pl.data.example import Example
 from wagle_pl.data.template import Template
 from wagle_pl.lm import models
-from wagle_pl.lm.inference import forward_answers
-from wagle_pl.lm.predictions import Predictions
+from wagle_pl.lm.inference import Predictions, forward_answers
 from wagle_pl.objectives import forget as o
 from wagle_pl.objectives.forget import Streams
 from wagle_pl.objectives.retain import KL

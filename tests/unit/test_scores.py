@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from wagle_pl import attribution as A
-from wagle_pl.attribution.activations import watch_inputs
+from wagle_pl.attribution.collect import watch_inputs
 from wagle_pl.attribution.scores import COLLECTED
 from wagle_pl.attribution.scoring import MaskSpec, by_label, check_names, complete
+from wagle_pl.core.distributed import stable_seed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.registry import resolve
-from wagle_pl.core.seeds import stable_seed
 
 
 def statistics(

@@ -16,7 +16,7 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.lm import models
 from wagle_pl.masks import WeightMask
-from wagle_pl.unlearning import shira
+from wagle_pl.unlearning import adapters as shira
 from wagle_pl.unlearning.patch import Patch, make_patch
 
 peft = pytest.importorskip("peft")

@@ -13,9 +13,8 @@ from torch import nn
 from wagle_pl.attribution import scoring
 from wagle_pl.attribution.collect import collect, jobs_for
 from wagle_pl.attribution.hessian import estimator_of
-from wagle_pl.attribution.offload import HostAdder, on_disk
 from wagle_pl.attribution.scoring import Collected, MaskSpec, complete
-from wagle_pl.attribution.sums import GradientSums
+from wagle_pl.attribution.sums import GradientSums, HostAdder, on_disk
 from wagle_pl.core.errors import WagleError
 from wagle_pl.lm import models
 from wagle_pl.objectives.forget import GradDiff

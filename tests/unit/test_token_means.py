@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from wagle_pl import WagleError
 from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.data.batches import GlobalBatchSampler
-from wagle_pl.lm.predictions import Predictions
+from wagle_pl.lm.inference import Predictions
 from wagle_pl.objectives import forget as o
 from wagle_pl.objectives.forget import Streams
 

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wagle_pl.lm.inference import Predictions
 from wagle_pl.lm.layers import blocks, capture
 from wagle_pl.lm.models import load_model
-from wagle_pl.lm.predictions import Predictions
 from wagle_pl.objectives.references import TopK
 
 

@@ -22,11 +22,10 @@ from torch import Tensor
 
 from wagle_pl.attribution.sums import GradientSums, pieces
 from wagle_pl.core import distributed
+from wagle_pl.core.distributed import stable_seed
 from wagle_pl.core.errors import WagleError, check_positive
 from wagle_pl.core.registry import find_class
-from wagle_pl.core.seeds import stable_seed
-from wagle_pl.lm.inference import logprobs_of
-from wagle_pl.lm.predictions import Predictions, in_chunks
+from wagle_pl.lm.inference import Predictions, in_chunks, logprobs_of
 
 #: Name under which :class:`GradientSums` keeps the sum of the diagonal, and the sum of its mean.
 DIAGONAL, TRACE = "h", "h_trace"

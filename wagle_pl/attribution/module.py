@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from wagle_pl.attribution.activations import warn_of_unwatched
-from wagle_pl.attribution.collect import Draws, add_batch, end_step, jobs_for
+from wagle_pl.attribution.collect import Draws, add_batch, end_step, jobs_for, warn_of_unwatched
 from wagle_pl.attribution.hessian import Hessian, estimator_of, hessian_option
 from wagle_pl.attribution.scores import Score, try_out
 from wagle_pl.attribution.scoring import (

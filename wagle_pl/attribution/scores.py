@@ -24,8 +24,8 @@ from typing import ClassVar, Optional, Union
 import torch
 from torch import Tensor
 
+from wagle_pl.core.distributed import stable_seed
 from wagle_pl.core.errors import WagleError, check_positive
-from wagle_pl.core.seeds import stable_seed
 from wagle_pl.masks import Restriction
 from wagle_pl.masks.names import parse_layers
 

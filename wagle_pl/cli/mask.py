@@ -14,7 +14,7 @@ from wagle_pl.core.text import fields, table
 
 masks = LazyModule("wagle_pl.masks")
 hub = LazyModule("wagle_pl.core.hub")
-shira = LazyModule("wagle_pl.unlearning.shira")
+shira = LazyModule("wagle_pl.unlearning.adapters")
 figures = LazyModule("wagle_pl.study.report.figures")
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")

@@ -12,7 +12,7 @@ from wagle_pl.core.text import count, fields, table
 
 api = LazyModule("wagle_pl.api")
 patches = LazyModule("wagle_pl.unlearning.patch")
-shira = LazyModule("wagle_pl.unlearning.shira")
+shira = LazyModule("wagle_pl.unlearning.adapters")
 planning = LazyModule("wagle_pl.planning")
 
 #: GPUs by their memory in GiB, and how many of them, in plans.
@@ -245,7 +245,7 @@ def subtract(
         overwrite: replace an existing model folder; a folder of other things is left alone.
     """
     from wagle_pl.attribution import importance_from_scores
-    from wagle_pl.unlearning.task_vector import subtract as write
+    from wagle_pl.unlearning.patch import subtract as write
 
     if scores is None and scale is not None:
         raise WagleError("--scale is of scores: give --scores too, or leave it out")

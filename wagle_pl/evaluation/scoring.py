@@ -19,8 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from wagle_pl.core import distributed
 from wagle_pl.data.template import IGNORE
-from wagle_pl.lm.inference import logprobs_of
-from wagle_pl.lm.predictions import Predictions, in_chunks, predict
+from wagle_pl.lm.inference import Predictions, in_chunks, logprobs_of, predict
 
 MAX_PADDED = 8192  # tokens of a pass with those they follow: bounds keys and values
 LEAST_FILLED = 0.5  # a node shorter than this share of the longest in its pass goes into the next

@@ -31,11 +31,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wagle_pl.core.distributed import stable_seed
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.seeds import stable_seed
-from wagle_pl.lm.inference import logprobs_of
+from wagle_pl.lm.inference import in_chunks, logprobs_of
 from wagle_pl.lm.layers import blocks, check_layer
-from wagle_pl.lm.predictions import in_chunks
 from wagle_pl.objectives.objective import Objective, Schedule, Weight, as_schedule, positive
 from wagle_pl.objectives.retain import RetainTerm, cross_entropy, kl_from_theta0
 from wagle_pl.objectives.streams import Answers, Streams

@@ -27,8 +27,7 @@ from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
 from wagle_pl.core.tensorfiles import TensorFile
-from wagle_pl.lm.inference import answer_places, forward_answers
-from wagle_pl.lm.predictions import Predictions, in_chunks
+from wagle_pl.lm.inference import Predictions, answer_places, forward_answers, in_chunks
 from wagle_pl.objectives.streams import Answers
 
 if TYPE_CHECKING:

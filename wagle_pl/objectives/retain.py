@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wagle_pl.core.errors import WagleError
+from wagle_pl.lm.inference import in_chunks
 from wagle_pl.lm.layers import blocks, check_layer
-from wagle_pl.lm.predictions import in_chunks
 from wagle_pl.objectives.streams import Answers, Streams
 
 if TYPE_CHECKING:

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, Optional
 from torch import Tensor
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.lm.inference import IGNORE, answer_places, logprobs_of
+from wagle_pl.lm.inference import IGNORE, Predictions, answer_places, in_chunks, logprobs_of
 from wagle_pl.lm.layers import capture
-from wagle_pl.lm.predictions import Predictions, in_chunks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,7 +77,7 @@ class Answers:
     @property
     def predictions(self) -> Tensor:
         """(N, V) logits that predict the answer tokens, in fp32, whole: prefer
-        :func:`~wagle_pl.lm.predictions.in_chunks` of ``predicted``."""
+        :func:`~wagle_pl.lm.inference.in_chunks` of ``predicted``."""
         return self.predicted.logits()
 
     @cached_property

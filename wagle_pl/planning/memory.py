@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from wagle_pl.lm.predictions import CHUNK
+from wagle_pl.lm.inference import CHUNK
 from wagle_pl.planning.planned import Architecture, PlannedRun, runs_of
 
 GIB = 1 << 30

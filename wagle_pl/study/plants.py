@@ -24,11 +24,11 @@ from transformers import PretrainedConfig
 from wagle_pl.attribution import AttributionModule, MaskSpec
 from wagle_pl.attribution.scoring import Collected
 from wagle_pl.attribution.selection import Ranking, exact_count, order_keys
+from wagle_pl.core.distributed import stable_seed
 from wagle_pl.core.environment import silence
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path, refuse_existing
 from wagle_pl.core.registry import Entry
-from wagle_pl.core.seeds import stable_seed
 from wagle_pl.core.text import count, decimals, markdown_table, table
 from wagle_pl.core.weights import fingerprint, parameter_shapes
 from wagle_pl.data.example import raw_rows

@@ -24,11 +24,16 @@ from wagle_pl.core.environment import peak_memory, versions
 from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.weights import parameter_shapes, share_of
 from wagle_pl.lm import resume
-from wagle_pl.lm.inference import answer_places, forward_answers, keeps_rows_apart, pack
+from wagle_pl.lm.inference import (
+    Predictions,
+    answer_places,
+    forward_answers,
+    keeps_rows_apart,
+    pack,
+)
 from wagle_pl.lm.layers import blocks, expert_weights
 from wagle_pl.lm.models import checkpoint_dtype
 from wagle_pl.lm.module import LanguageModule
-from wagle_pl.lm.predictions import Predictions
 from wagle_pl.lm.saving import Originals, read_record, save_model
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.selected import SUFFIX, SelectedTensor, SelectedWeights, load_values
