@@ -157,7 +157,9 @@ def test_logits_are_planned_in_chunks(seven):
 def test_the_cache_is_what_a_generation_keeps(tiny_model):
     cache = load_model(tiny_model)(torch.randint(0, 400, (3, 20)), use_cache=True).past_key_values
     kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert memory.cache_bytes(architecture(tiny_model), 3, 20, 4) == kept
+    run = PlannedRun("test", precision="32-true", batch_size=3, max_length=20)
+    parts = {part.name: part.bytes for part in device_parts(architecture(tiny_model), run)}
+    assert parts["cache of a generation"] == kept
 
 
 # -- what is kept ---------------------------------------------------------------------------------------------------

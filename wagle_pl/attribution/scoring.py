@@ -9,6 +9,7 @@ made them, for which model, and which files hold the rows of which parameter.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -26,8 +27,6 @@ from wagle_pl.attribution.selection import (
     Ranking,
     Scope,
     check_density,
-    check_pattern,
-    eligible_names,
     select_each,
 )
 from wagle_pl.attribution.sums import GradientSums, Shard
@@ -81,7 +80,26 @@ class MaskSpec:
 
     def eligible(self, names: Iterable[str]) -> list[str]:
         """The parameters whose weights compete; there must be one."""
-        return eligible_names(names, self.include, self.exclude)
+        kept = [name for name in names if re.search(self.include or "", name)]
+        kept = [name for name in kept if not (self.exclude and re.search(self.exclude, name))]
+        if not kept:
+            given = f"include {self.include!r} and exclude {self.exclude!r}"
+            raise WagleError(f"{given} leave no parameter")
+        return kept
+
+    def check(self) -> None:
+        """Refuse options that have no meaning."""
+        check_density(self.density)
+        for option in ("include", "exclude"):
+            pattern = getattr(self, option)
+            try:
+                re.compile(pattern or "")
+            except re.error as error:
+                raise WagleError(f"{pattern!r} is no regular expression: {error}", option) from None
+        choices = {"select": ("high", "low"), "scope": ("global", "tensor", "row")}
+        for option, known in choices.items():
+            if (value := getattr(self, option)) not in known:
+                raise WagleError(f"must be one of {', '.join(known)}, got {value!r}", option)
 
     def options(self) -> dict[str, Any]:
         """What determines which weights are selected, for metadata."""
@@ -114,7 +132,12 @@ def complete(
         options = {k: v if _is_plain(v) else id(v) for k, v in vars(spec.score).items()}
         key = type(spec.score), json.dumps(options, sort_keys=True)
         spec.score = scores.setdefault(key, spec.score)
-        _check(spec)
+        spec.check()
+        if unknown := set(spec.score.needs) - set(COLLECTED):
+            raise WagleError(
+                f"score {type(spec.score).__name__} needs {unknown.pop()!r}, which no pass "
+                f"collects; choose from {COLLECTED}"
+            )
         name = [spec.score.label]
         if spec.sets_share:  # the score selects whole modules: there is no ranking to choose
             spec.select, spec.scope = "high", "global"
@@ -124,22 +147,6 @@ def complete(
         spec.name = spec.name or "-".join(name)
         found.append(spec)
     return found
-
-
-def _check(spec: MaskSpec) -> None:
-    check_density(spec.density)
-    check_pattern("include", spec.include)
-    check_pattern("exclude", spec.exclude)
-    for option, choices in (("select", ("high", "low")), ("scope", ("global", "tensor", "row"))):
-        value = getattr(spec, option)
-        if value not in choices:
-            raise WagleError(f"must be one of {', '.join(choices)}, got {value!r}", option)
-    unknown = set(spec.score.needs) - set(COLLECTED)
-    if unknown:
-        raise WagleError(
-            f"score {type(spec.score).__name__} needs {unknown.pop()!r}, which no pass collects; "
-            f"choose from {COLLECTED}"
-        )
 
 
 def _is_plain(value: Any) -> bool:
@@ -447,16 +454,16 @@ def mask_from_scores(
 ) -> WeightMask:
     """The mask of a folder of scores: that of the pass itself if they are in fp32. Options are
     those of :class:`~wagle_pl.attribution.AttributionModule`."""
-    if select not in ("high", "low"):
-        raise WagleError(f"must be high or low, got {select!r}", option="select")
+    options = {"density": density, "select": select, "scope": scope}
+    options |= {"include": include, "exclude": exclude}
+    spec = MaskSpec(**options)
+    spec.check()
     stored = StoredScores(path)
-    names = eligible_names(stored.shapes, include, exclude)
+    names = spec.eligible(stored.shapes)
     ranking = Ranking(stored.made_by.get("absolute", True), low=select == "low")
     chosen = select_each(lambda: stored.stream(names), [density], ranking, scope)
     packed = {name: bits for name, (bits,) in chosen}
     made_by = {key: value for key, value in stored.made_by.items() if key != "absolute"}
-    options = {"density": density, "select": select, "scope": scope}
-    options |= {"include": include, "exclude": exclude}
     return _whole_mask(packed, stored.shapes, made_by | options)
 
 

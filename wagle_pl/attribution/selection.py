@@ -7,7 +7,6 @@ the bits. Counts of several ranks add up, and several densities share their pass
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -49,31 +48,8 @@ HIGHEST = Ranking()
 def check_density(density: float) -> None:
     """Raise :class:`WagleError` if ``density`` is outside (0, 1]."""
     if not 0 < density <= 1:
-        raise WagleError(
-            f"is the share of weights selected and must be in (0, 1], got {density}",
-            option="density",
-        )
-
-
-def check_pattern(option: str, pattern: Optional[str]) -> None:
-    """Raise :class:`WagleError` if an option is not a regular expression."""
-    try:
-        re.compile(pattern or "")
-    except re.error as error:
-        raise WagleError(f"{pattern!r} is no regular expression: {error}", option) from None
-
-
-def eligible_names(
-    names: Iterable[str], include: Optional[str], exclude: Optional[str]
-) -> list[str]:
-    """Names in which ``include`` is found and ``exclude`` is not, of which there must be one."""
-    check_pattern("include", include)
-    check_pattern("exclude", exclude)
-    kept = [name for name in names if include is None or re.search(include, name)]
-    kept = [name for name in kept if exclude is None or not re.search(exclude, name)]
-    if not kept:
-        raise WagleError(f"include {include!r} and exclude {exclude!r} leave no parameter")
-    return kept
+        must = "is the share of weights selected and must be in (0, 1]"
+        raise WagleError(f"{must}, got {density}", option="density")
 
 
 def exact_count(density: Union[float, Fraction], total: int) -> int:
@@ -327,15 +303,11 @@ def _select_within(
             yield name, [_select_rows(rows, quota, ranking) for quota in quotas]
         else:
             ks = [int(_quotas(d, start, shard.total, 1)) for d in densities]
-            yield name, _select_tensor(name, tensor, ks, ranking)
+            only = [(name, tensor)]
+            thresholds = find_thresholds(lambda only=only: only, lambda _, ks=ks: ks, ranking)
+            yield name, _take(tensor, thresholds, ranking)
         start += shard.total
     _wanted(densities, start)
-
-
-def _select_tensor(name: str, tensor: Tensor, ks: Sequence[int], ranking: Ranking) -> list[Tensor]:
-    """Packed bits of the first k weights of a tensor, for each k."""
-    thresholds = find_thresholds(lambda: [(name, tensor)], lambda _: ks, ranking)
-    return _take(tensor, thresholds, ranking)
 
 
 def _quotas(density: float, start: int, width: int, rows: int) -> Tensor:
@@ -348,13 +320,11 @@ def _quotas(density: float, start: int, width: int, rows: int) -> Tensor:
 def _select_rows(rows: Tensor, quotas: Tensor, ranking: Ranking) -> Tensor:
     """Packed bits of the first weights of each of the rows, (R, C), as many as quotas, (R,), say;
     ties go to the lowest column."""
-    block = max(
-        8, _chunk(rows) // max(1, rows.shape[1]) // 8 * 8
-    )  # whole bytes, wherever a row ends
+    # whole bytes, wherever a row ends
+    block = max(8, _chunk(rows) // max(1, rows.shape[1]) // 8 * 8)
     parts = zip(rows.split(block), quotas.split(block), strict=True)
-    return _packed(
-        rows.numel(), (_take_in_rows(order_keys(p.float(), ranking), q) for p, q in parts)
-    )
+    taken = (_take_in_rows(order_keys(part.float(), ranking), of_part) for part, of_part in parts)
+    return _packed(rows.numel(), taken)
 
 
 def _take_in_rows(keys: Tensor, quotas: Tensor) -> Tensor:

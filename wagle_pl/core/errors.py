@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Optional
 
 
@@ -35,6 +36,13 @@ def check_positive(value: float, option: str) -> float:
     if not value > 0:
         raise WagleError(f"must be above 0, got {value}", option=option)
     return value
+
+
+def check_choice(value: str, choices: Sequence[str], option: str) -> None:
+    """Raise :class:`WagleError` if the value of an option is none of its choices."""
+    if value not in choices:
+        named = f"{', '.join(choices[:-1])} or {choices[-1]}"
+        raise WagleError(f"must be {named}, got {value!r}", option=option)
 
 
 def first_line(error: BaseException) -> str:

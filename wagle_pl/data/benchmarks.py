@@ -154,15 +154,13 @@ class MUSEDataModule(SuiteDataModule):
         }
 
     def tests(self) -> Mapping[str, Source]:
-        asked = {
-            f"knowmem_{side}": Source(
-                [self._part(f"knowmem/{side}_qa")], partial(self._questions, side)
-            )
-            for side in ("forget", "retain")
-        }
+        def asked(side: str) -> Source:
+            return Source([self._part(f"knowmem/{side}_qa")], partial(self._questions, side))
+
         return {
             "verbmem_forget": Source([self._part("verbmem/forget")], continuations),
-            **asked,
+            "knowmem_forget": asked("forget"),
+            "knowmem_retain": asked("retain"),
             "members": Source([self._part("privleak/forget")]),
             "nonmembers": Source([self._part("privleak/holdout")]),
             "retain": Source([self._part("privleak/retain")]),

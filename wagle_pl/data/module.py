@@ -194,12 +194,9 @@ class ForgetRetainDataModule(L.LightningDataModule):
         source = (self.test_sources or {}).get(name)
         return None if source is None else self.load(source)
 
-    def test_names(self) -> list[str]:
-        """Names of the test sets."""
-        if self.test_sources is not None:
-            return self._with_unused(list(self.test_sources))
-        names = [name for name in ("forget", "retain") if self.examples(name) is not None]
-        return self._with_unused(names)
+    def own_tests(self) -> list[str]:
+        """Names of the test sets where the option ``test`` gives none."""
+        return [name for name in ("forget", "retain") if self.examples(name) is not None]
 
     def load(self, source: Source) -> list[Row]:
         """Rows of one source, as the options name it."""
@@ -280,7 +277,9 @@ class ForgetRetainDataModule(L.LightningDataModule):
         apart = set(map(id, unused))
         return [row for row in rows if id(row) not in apart], unused
 
-    def _with_unused(self, names: list[str]) -> list[str]:
+    def test_names(self) -> list[str]:
+        """Names of the test sets."""
+        names = self.own_tests() if self.test_sources is None else list(self.test_sources)
         return [*names, UNUSED] if self.unused_retain and "retain" in names else names
 
     def val_names(self) -> list[str]:

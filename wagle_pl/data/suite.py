@@ -133,18 +133,14 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
         given = (self.test_sources or {}).get(name)
         return self._rows(self.tests().get(name, Source()), given, self.place(name, test=True))
 
-    def test_names(self) -> list[str]:
-        if self.test_sources is not None:
-            return self._with_unused(list(self.test_sources))
-        return self._with_unused(
-            [
-                name
-                for name, source in self.tests().items()
-                if self.folder is None
-                or source.file is not None
-                or all(local_files(part, Path(self.folder)) for part in source.parts)
-            ]
-        )
+    def own_tests(self) -> list[str]:
+        return [
+            name
+            for name, source in self.tests().items()
+            if self.folder is None
+            or source.file is not None
+            or all(local_files(part, Path(self.folder)) for part in source.parts)
+        ]
 
     def describe(self, name: str, test: bool = False) -> str:
         given = (self.test_sources or {}) if test else self.sources

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wagle_pl.core.distributed import stable_seed
-from wagle_pl.core.errors import WagleError
+from wagle_pl.core.errors import WagleError, check_choice
 from wagle_pl.lm.inference import in_chunks, logprobs_of
 from wagle_pl.lm.layers import blocks, check_layer
 from wagle_pl.objectives.objective import Objective, Schedule, Weight, as_schedule, positive
@@ -279,10 +279,7 @@ class UNDIAL(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.positions not in ("answer", "batch"):
-            raise WagleError(
-                f"must be answer or batch, got {self.positions!r}", option="objective.positions"
-            )
+        check_choice(self.positions, ("answer", "batch"), "objective.positions")
 
     @property
     def by_token(self) -> bool:

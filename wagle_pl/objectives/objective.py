@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional, Union
 
 from torch import Tensor
 
-from wagle_pl.core.errors import WagleError, check_positive
+from wagle_pl.core.errors import WagleError, check_choice, check_positive
 from wagle_pl.core.registry import resolve
 from wagle_pl.objectives.retain import NONE, RetainTerm
 from wagle_pl.objectives.streams import Streams
@@ -142,10 +142,7 @@ class Objective(ABC):
         for option in fields(self):
             if option.metadata.get("positive"):
                 check_positive(getattr(self, option.name), f"objective.{option.name}")
-        if self.average not in ("rows", "tokens"):
-            raise WagleError(
-                f"must be rows or tokens, got {self.average!r}", option="objective.average"
-            )
+        check_choice(self.average, ("rows", "tokens"), "objective.average")
         self.retain = resolve(RetainTerm, self.retain, "objective.retain")
         if isinstance(self.retain, NONE):
             self.retain_weight = 0.0

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wagle_pl.core.errors import WagleError
+from wagle_pl.core.errors import WagleError, check_choice
 from wagle_pl.lm.inference import in_chunks
 from wagle_pl.lm.layers import blocks, check_layer
 from wagle_pl.objectives.streams import Answers, Streams
@@ -80,11 +80,7 @@ class RetainKL(RetainTerm):
     positions: Literal["answer", "row", "batch"] = "answer"
 
     def __post_init__(self) -> None:
-        if self.positions not in ("answer", "row", "batch"):
-            raise WagleError(
-                f"must be answer, row or batch, got {self.positions!r}",
-                option="objective.retain.positions",
-            )
+        check_choice(self.positions, ("answer", "row", "batch"), "objective.retain.positions")
 
     @property
     def all_positions(self) -> bool:

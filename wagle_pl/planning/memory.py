@@ -89,11 +89,6 @@ def logit_bytes(
     return chunk * (computing + 2 * FP32) + whole * computing
 
 
-def cache_bytes(model: Architecture, rows: int, length: int, computing: int) -> int:
-    """Keys and values of a generation."""
-    return 2 * model.layers * model.keys * rows * length * computing
-
-
 # -- what each task keeps --------------------------------------------------------------------------
 
 
@@ -160,22 +155,19 @@ def attribution_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     groups = runs_of(model.sizes, passes)
     share = max(sum(model.sizes[i] for i in group) for group in groups) / ranks
     when = (FORWARD, BACKWARD, STEP) if passes > 1 else RUNNING
-    parts = [
+    moved = (w if ranks == 1 else FP32 / ranks) * m if host and gpu else 0
+    ddp = run.stage == 0 and ranks > 1 and gpu  # on a CPU memory that is not touched takes no room
+    temporaries = run.estimator.temporaries if run.estimator else 0
+    return [
         Part("sums of gradients", sums_per_weight(run) * share, when, "host" if host else "device"),
         Part("gradient of one tensor", gradient, (BACKWARD,)),
         Part("scores of one tensor", FP32 * (m / ranks + 5 * min(BLOCK, m / ranks)), (END,)),
         Part("mask bits", n / 8, (END,), "host" if gpu else "device"),
+        Part("buckets of DDP, unused", n * w if ddp else 0),
+        Part("gradient on its way", moved, (BACKWARD,)),
+        Part("pinned buffers", 2 * moved, RUNNING, "host"),
+        Part("tensors of the Hessian estimate", temporaries * n * w, (BACKWARD,)),
     ]
-    if run.stage == 0 and ranks > 1 and gpu:  # on a CPU memory that is not touched takes no room
-        parts.append(Part("buckets of DDP, unused", n * w))
-    if host and gpu:
-        width = w if ranks == 1 else FP32 / ranks
-        parts.append(Part("gradient on its way", width * m, (BACKWARD,)))
-        parts.append(Part("pinned buffers", 2 * width * m, RUNNING, "host"))
-    if run.estimator and run.estimator.temporaries:
-        tensors = run.estimator.temporaries * n * w
-        parts.append(Part("tensors of the Hessian estimate", tensors, (BACKWARD,)))
-    return parts
 
 
 def training_parts(model: Architecture, run: PlannedRun) -> list[Part]:
@@ -186,19 +178,18 @@ def training_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     kept.
     """
     s, m, w = model.weights * run.moving, model.largest, run.width
-    parts = []
-    if run.masked:
-        if run.stage == 3:
-            parts.append(Part("mask bits", model.weights / 8 / run.devices, MOMENTS))
-        elif run.values != "split":
-            parts.append(Part("places of the values", FP32 * s, MOMENTS))
-            parts.append(Part("places of one tensor", FP32 * m * run.moving, (LOAD,)))
-    if has_values(run):
-        parts.append(Part("gradient of one tensor", w * m, (BACKWARD,)))
-    if run.frozen_copy:
-        parts.append(Part("values at θ₀", w * s, MOMENTS))
-        parts.append(Part("one tensor at θ₀", w * m if run.masked else 0, (FORWARD,)))
-    return parts + (_zero_parts(model, run) if run.stage else _plain_parts(model, run))
+    bits = model.weights / 8 / run.devices if run.masked and run.stage == 3 else 0
+    place = FP32 if run.masked and run.stage < 3 and run.values != "split" else 0
+    copy = w if run.frozen_copy else 0
+    return [
+        Part("mask bits", bits, MOMENTS),
+        Part("places of the values", place * s, MOMENTS),
+        Part("places of one tensor", place * m * run.moving, (LOAD,)),
+        Part("gradient of one tensor", w * m if has_values(run) else 0, (BACKWARD,)),
+        Part("values at θ₀", copy * s, MOMENTS),
+        Part("one tensor at θ₀", copy * m if run.masked else 0, (FORWARD,)),
+        *(_zero_parts(model, run) if run.stage else _plain_parts(model, run)),
+    ]
 
 
 def _plain_parts(model: Architecture, run: PlannedRun) -> list[Part]:
@@ -209,27 +200,20 @@ def _plain_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     M, and the upper halves, 2 d M.
     """
     w, n, s, m = run.width, model.weights, model.weights * run.moving, model.largest
-    halves = run.values == "split"
-    parts = [
+    halves, values, ddp = run.values == "split", has_values(run), run.devices > 1
+    return [
         Part("gradients", (w if halves and run.accumulate_grad_batches == 1 else FP32) * s),
         Part("optimiser state", state_bytes(run.optimizer, s)),
         Part("step", step_bytes(run, m * s / n if halves else s), (STEP,)),
         Part("export", n * model.stored if model.stored != w else 0, (END,)),
+        Part("lower halves of the values", 2 * s if halves else 0, MOMENTS),
+        Part("mask bits", n / 8 if halves and run.masked else 0, MOMENTS),
+        Part("values of one tensor", (2 * FP32 + 2) * m * s / n if halves else 0, (STEP,)),
+        Part("values", FP32 * s if values and not halves else 0, MOMENTS),
+        Part("buckets of DDP", FP32 * s if ddp else 0),
+        Part("broadcast of the values", min(BROADCAST, FP32 * s) if ddp else 0, (LOAD,)),
+        Part("gradient of one tensor", m * w if model.tied and not values else 0, (BACKWARD,)),
     ]
-    if halves:
-        parts += [
-            Part("lower halves of the values", 2 * s, MOMENTS),
-            Part("mask bits", n / 8 if run.masked else 0, MOMENTS),
-            Part("values of one tensor", (2 * FP32 + 2) * m * s / n, (STEP,)),
-        ]
-    elif has_values(run):
-        parts.append(Part("values", FP32 * s, MOMENTS))
-    if run.devices > 1:
-        parts.append(Part("buckets of DDP", FP32 * s))
-        parts.append(Part("broadcast of the values", min(BROADCAST, FP32 * s), (LOAD,)))
-    if model.tied and not has_values(run):
-        parts.append(Part("gradient of one tensor", m * w, (BACKWARD,)))
-    return parts
 
 
 def _zero_parts(model: Architecture, run: PlannedRun) -> list[Part]:
@@ -255,6 +239,9 @@ def _zero_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     reduced = 1 if gpu or not sharded else 2
     overflow = model.largest * w if full and not run.masked else 0
     temporary = step_bytes(run, share)
+    at_once = run.streams * n
+    if run.gradient_checkpointing:
+        at_once = n / model.layers + run.streams * model.largest
     parts = [
         Part("fp32 values", FP32 * share, MOMENTS, where),
         Part("optimiser state", state_bytes(run.optimizer, share), RUNNING, where),
@@ -263,22 +250,20 @@ def _zero_parts(model: Architecture, run: PlannedRun) -> list[Part]:
         Part("gradient of one tensor", overflow, (BACKWARD,)),
         Part("gradients of the step", FP32 * share, (STEP,), where),
         Part("step", temporary if sharded else max(temporary, w * share), (STEP,), where),
+        Part("values", w * (share if sharded else s) if run.masked else 0, MOMENTS),
     ]
-    if run.masked:
-        parts.append(Part("values", w * (share if sharded else s), MOMENTS))
-    if run.masked and sharded:
-        heads = run.streams * model.largest
-        at_once = n / model.layers + heads if run.gradient_checkpointing else run.streams * n
-        parts.append(Part("weights with values", (w + 1 / 8) * at_once, (FORWARD, BACKWARD)))
     if sharded:
-        parts.append(Part("gradients", w * share, RUNNING, where))
-        parts.append(Part("values of one tensor", w * model.largest * run.moving, (END,)))
-        return parts
-    if run.accumulate_grad_batches > 1:
-        kept = s if run.stage == 1 else share
-        parts.append(Part("gradients so far", w * kept, (FORWARD, BACKWARD)))
+        written = (w + 1 / 8) * at_once if run.masked else 0
+        return [
+            *parts,
+            Part("weights with values", written, (FORWARD, BACKWARD)),
+            Part("gradients", w * share, RUNNING, where),
+            Part("values of one tensor", w * model.largest * run.moving, (END,)),
+        ]
+    so_far = w * (s if run.stage == 1 else share) if run.accumulate_grad_batches > 1 else 0
     return [
         *parts,
+        Part("gradients so far", so_far, (FORWARD, BACKWARD)),
         Part("gradients", w * (s - bucket) / run.devices, (BACKWARD,), where),
         Part("flattening of the values", s * w, (LOAD,)),
         Part("export", n * model.stored if model.stored != w else 0, (END,)),
@@ -294,7 +279,7 @@ def pass_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     """
     tokens, width = run.batch_size * run.max_length, run.computing
     if run.task == "test":
-        cache = cache_bytes(model, run.batch_size, run.max_length, width)
+        cache = 2 * model.layers * model.keys * tokens * width  # keys and values
         return [
             Part("activations", block_bytes(model, width) * tokens, (FORWARD,)),
             Part("logits", logit_bytes(model, tokens, width), (FORWARD,)),
@@ -304,14 +289,13 @@ def pass_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     tokens *= run.streams
     again = run.estimator is not None and run.estimator.same_graph and run.stage < 3
     when = (FORWARD, BACKWARD) if again else (FORWARD,)
+    narrow = model.weights * width if run.width > width else 0
     activations = activation_bytes(model, tokens, width, run.gradient_checkpointing)
-    parts = [
+    return [
         Part("activations", activations, when),
         Part("logits", logits, when),
+        Part("narrow copies of the weights", narrow, (FORWARD,)),
     ]
-    if run.width > width:
-        parts.append(Part("narrow copies of the weights", model.weights * width, (FORWARD,)))
-    return parts
 
 
 # -- the plan --------------------------------------------------------------------------------------
@@ -319,10 +303,9 @@ def pass_parts(model: Architecture, run: PlannedRun) -> list[Part]:
 
 def parts_of(model: Architecture, run: PlannedRun) -> list[Part]:
     """All parts of a run's memory, on the device and beside it."""
+    overhead = Part("interpreter and libraries", CPU_OVERHEAD, MOMENTS)
     if run.accelerator == "gpu":
         overhead = Part("CUDA, cuBLAS, NCCL", GPU_OVERHEAD, MOMENTS)
-    else:
-        overhead = Part("interpreter and libraries", CPU_OVERHEAD, MOMENTS)
     parts = [overhead, *weight_parts(model, run)]
     if run.task == "attribution":
         parts += attribution_parts(model, run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, NamedTuple, Optional, Protocol
+from typing import Any, NamedTuple, Optional
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.masks.names import layer_of
@@ -180,22 +180,13 @@ def architecture(name: str) -> Architecture:
     )
 
 
-class HessianCost(Protocol):
-    """What the formulas ask of :class:`wagle_pl.attribution.hessian.Hessian`, which documents it."""
-
-    shardable: bool
-    backward_passes: int
-    same_graph: bool
-    step_sums: int
-    temporaries: int
-
-
 @dataclass(frozen=True)
 class PlannedRun:
     """A run; options are those of ``wagle plan``, where they are documented, but for these.
 
     Attributes:
-        estimator: of the Hessian diagonal, in attribution; None where it is a given scalar.
+        estimator: of the Hessian diagonal, in attribution: a class of
+            :mod:`wagle_pl.attribution.hessian`; None where it is a given scalar.
         diagonal: whether attribution keeps the diagonal, and not only its mean.
         persistence: ``param_persistence_threshold`` of ZeRO-3.
 
@@ -209,7 +200,7 @@ class PlannedRun:
     precision: str = "bf16-true"
     accelerator: str = "gpu"
     density: float = 0.2
-    estimator: Optional[HessianCost] = None
+    estimator: Optional[Any] = None
     diagonal: bool = False
     sums: str = "device"
     optimizer: str = "MaskedAdamW"

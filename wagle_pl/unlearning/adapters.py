@@ -127,16 +127,14 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 #: What the format calls floats -> dtype.
 _FLOATS = {text: dtype for dtype, text in DTYPES.items() if dtype.is_floating_point}
 
-#: Gives the (k,) places in a flattened tensor, and the (k,) numbers to add there.
-Read = Callable[[], tuple[Tensor, Tensor]]
-
 
 class Places(NamedTuple):
-    """Places of one weight tensor of a shape: how many, and what reads them."""
+    """Places of one weight tensor: its shape, how many, and what gives the (k,) places in the
+    flattened tensor and the (k,) numbers to add there."""
 
     shape: tuple[int, ...]
     count: int
-    read: Read
+    read: Callable[[], tuple[Tensor, Tensor]]
 
 
 def mask_to_shira(mask: WeightMask, base: str, output: str | Path) -> Path:
@@ -254,14 +252,25 @@ def _write(what: str, found: Mapping[str, Places], base: str, output: Path) -> P
     found = {name: places for name, places in found.items() if places.count}
     r = _rank(what, found, base)
     read = lru_cache(1)(lambda name: found[name].read())
+
+    def indices(name: str, size: int, columns: int) -> Tensor:
+        """(2, size) rows and columns of the places, repeated."""
+        places, _ = read(name)
+        places = places.repeat(-(-size // len(places)))[:size]
+        return torch.stack([places // columns, places % columns])
+
+    def weight(name: str, size: int) -> Tensor:
+        """(size,) the numbers to add, then zeros."""
+        _, added = read(name)
+        return nn.functional.pad(added, (0, size - len(added)))
+
     tensors = []
     for name, (shape, _, _) in found.items():
         key, size = f"base_model.model.{name.removesuffix('.weight')}", r * sum(shape)
-        indices = partial(_indices, partial(read, name), size, shape[1])
-        weight = partial(_weight, partial(read, name), size)
+        at = partial(indices, name, size, shape[1])
         tensors += [
-            (f"{key}.shira_indices", torch.int32, (2, size), indices),
-            (f"{key}.shira_weight", torch.float32, (size,), weight),
+            (f"{key}.shira_indices", torch.int32, (2, size), at),
+            (f"{key}.shira_weight", torch.float32, (size,), partial(weight, name, size)),
         ]
     config = {
         "peft_type": "SHIRA",
@@ -304,16 +313,3 @@ def _rank(what: str, found: Mapping[str, Places], base: str) -> int:
                 hint="take a lower density, or leave the smaller layers out",
             )
     return r
-
-
-def _indices(read: Read, size: int, columns: int) -> Tensor:
-    """(2, size) rows and columns of the places, repeated."""
-    places, _ = read()
-    places = places.repeat(-(-size // len(places)))[:size]
-    return torch.stack([places // columns, places % columns])
-
-
-def _weight(read: Read, size: int) -> Tensor:
-    """(size,) the numbers to add, then zeros."""
-    _, added = read()
-    return nn.functional.pad(added, (0, size - len(added)))

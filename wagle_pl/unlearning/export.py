@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing
 from wagle_pl.core.hub import card_of
+from wagle_pl.core.text import markdown_table
 from wagle_pl.core.weights import fingerprint, is_linear, parameter_shapes
 from wagle_pl.lm import models
 from wagle_pl.lm.layers import is_transposed
@@ -63,11 +64,8 @@ def export(
             f"checkpoint {path} holds no weights of a language model (attribution moves none)"
         )
     about = checkpoint["model"]
-    base, record, loaded_as = (
-        model or about["name"],
-        about["record"],
-        getattr(torch, about["dtype"]),
-    )
+    base, record = model or about["name"], about["record"]
+    loaded_as = getattr(torch, about["dtype"])
     try:
         config, generation = _configs(base)
         tokenizer, originals = models.load_tokenizer(base), Originals(base)
@@ -246,7 +244,7 @@ def model_card(record: Mapping[str, Any]) -> str:
     parts = [
         f"# {title}",
         f"Made by `wagle_pl` ({last['module']}) from `{last['base']}`.",
-        _table(["", ""], [[key, value] for key, value in _facts(last).items() if value]),
+        markdown_table(["", ""], [[key, str(v)] for key, v in _facts(last).items() if v], (0, 1)),
     ]
     if earlier:
         runs = [
@@ -256,7 +254,7 @@ def model_card(record: Mapping[str, Any]) -> str:
             for number, run in enumerate(record["lineage"], 1)
         ]
         header = ["run", "made from", "forget set", "retain set", "mask"]
-        parts += ["## Lineage", _table(header, runs)]
+        parts += ["## Lineage", markdown_table(header, runs, range(len(header)))]
     if len(forgotten(record)) > 1:
         sets = ", ".join(f"`{name}`" for name in forgotten(record))
         parts.append(
@@ -274,11 +272,6 @@ def forgotten(record: Mapping[str, Any]) -> list[str]:
     """The forget sets of every unlearning run in a record, oldest first, each once."""
     sets = [run["data"].get("forget") for run in record["lineage"] if run.get("objective")]
     return list(dict.fromkeys(name for name in sets if name))
-
-
-def _table(header: list[str], rows: list[list[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def _facts(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -231,7 +231,12 @@ class RepSelect(StepRule):
             whole, other = step.whole(name, gradient), step.whole(name, basis[name])
             # what is not finite has no singular vectors, and is for the checks of the run
             if whole.dim() == 2 and whole.isfinite().all() and other.isfinite().all():
-                gradient = step.selected(name, self._collapsed(whole, *self._principal(other)))
+                u, s, v = self._principal(other)
+                soft = self.collapse == "soft" and len(s)
+                share = 1 - s.min() / s if soft else torch.ones_like(s)
+                whole = whole - (whole @ v * share) @ v.mT
+                whole = whole - u @ (share[:, None] * (u.mT @ whole))
+                gradient = step.selected(name, whole)
             found[name] = gradient
         return step.total(forget_loss=found)
 
@@ -246,8 +251,3 @@ class RepSelect(StepRule):
             u, s, v = u[:, : self.components], s[: self.components], vt.mT[:, : self.components]
         kept = s > 1e-6 * s.max()
         return u[:, kept], s[kept], v[:, kept]
-
-    def _collapsed(self, matrix: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
-        share = 1 - s.min() / s if self.collapse == "soft" and len(s) else torch.ones_like(s)
-        matrix = matrix - (matrix @ v * share) @ v.mT
-        return matrix - u @ (share[:, None] * (u.mT @ matrix))
