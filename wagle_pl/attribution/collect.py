@@ -134,13 +134,11 @@ def collect(
     """Sum what jobs ask of a model's gradients over batches; no weight moves. Collective.
 
     Args:
-        lm: a Hugging Face causal language model.
         batches: stream -> (B, T) ``input_ids`` and ``labels`` (-100 where nothing is predicted);
             optionally ``attention_mask``, ``weight`` (B,), 0 for rows that only fill the batch, and
             ``row`` (B,), a number that seeds what is drawn for it. Each batch is a step of the
             Hessian estimate.
         jobs: what to collect.
-        seed: of what is drawn.
         sums: ``device``, ``host`` or ``passes=K``, for which batches are iterated over K times; see
             :class:`~wagle_pl.attribution.AttributionModule`.
 
@@ -288,7 +286,6 @@ def watch_inputs(
     that reports Σ x² over real tokens of every input x of the model's linear layers and experts.
 
     Args:
-        model: the model.
         mask: (B, T), 0 at tokens that do not count. A layer that runs on the last positions only
             uses its last columns; an input of another shape counts whole.
         add: called with (name of a weight, fp64 sum of squares) at each call of its layer; the sum

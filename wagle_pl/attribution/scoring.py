@@ -88,7 +88,6 @@ class MaskSpec:
         return kept
 
     def check(self) -> None:
-        """Refuse options that have no meaning."""
         check_density(self.density)
         for option in ("include", "exclude"):
             pattern = getattr(self, option)
@@ -236,7 +235,6 @@ class Collected:
             self._scalar, self.hessian = True, DampedHessian(hessian)
 
     def rows(self, stream: str) -> float:
-        """Number of rows of a stream that the pass has seen."""
         return self.counts[f"{stream}_rows"]
 
     def _scale(self, stream: str) -> float:
@@ -479,7 +477,6 @@ def importance_from_scores(
     with their sign count as 0 below 0.
 
     Args:
-        path: the folder.
         scale: s.
 
     Returns:

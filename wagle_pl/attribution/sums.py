@@ -121,7 +121,6 @@ class GradientSums:
     only ones that require gradients in it: see :meth:`turn`. On one device.
 
     Args:
-        parameters: a model's ``named_parameters()``.
         host: keep sums in host memory, and add there beside the backward pass.
         passes: how many.
         folder: on the disk to which sums of finished groups are moved; that of temporary files when
@@ -308,7 +307,6 @@ class GradientSums:
             gradient.zero_()
 
     def count(self, name: str, amount: float) -> None:
-        """Add to a count."""
         self.counts[name] = self.counts.get(name, 0) + amount
 
     def add_vector(self, name: str, parameter: str, vector: Tensor) -> None:

@@ -30,7 +30,6 @@ def is_distributed() -> bool:
 
 
 def world_size() -> int:
-    """Number of ranks."""
     return dist.get_world_size() if is_distributed() else 1
 
 

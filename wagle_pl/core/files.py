@@ -22,7 +22,6 @@ def refuse_existing(
     """Refuse an output that may not be written, before any work is done.
 
     Args:
-        path: the output.
         overwrite: whether it may be replaced: a file by a file, a :func:`replaceable` folder by a
             folder.
         option: what would allow it, for the error.

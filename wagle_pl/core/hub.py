@@ -75,7 +75,6 @@ def upload(path: Path, repo_id: str, card: str = "", **options: Any) -> str:
     """Upload a file, or what is in a folder, to a repository on the hub; returns its address.
 
     Args:
-        path: the file or folder.
         repo_id: ``owner/name``; made if it does not exist.
         card: of a file.
         **options: of ``huggingface_hub.HfApi.create_repo``, such as ``private=True``.

@@ -82,7 +82,6 @@ class TensorFile:
         return self._entries[name]["dtype"]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape."""
         return tuple(self._entries[name]["shape"])
 
     def offset(self, name: str) -> int:
@@ -144,7 +143,6 @@ class TensorFiles:
         return self._file_of[name].words(name)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor, on the CPU."""
         with safe_open(self._file_of[name].path, framework="pt") as file:
             return file.get_tensor(name)
 

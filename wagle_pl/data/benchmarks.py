@@ -110,7 +110,6 @@ class MUSEDataModule(SuiteDataModule):
         prompt_format: text of the prompt, with ``{question}``; the default is the benchmark's.
         answer_format: likewise of the answer, with ``{answer}``. What stands before it is given
             when generating, with the space at its end, as the benchmark does.
-        **kwargs: passed to :class:`wagle_pl.data.suite.SuiteDataModule`.
     """
 
     suite: ClassVar[str] = "muse"
@@ -209,7 +208,6 @@ class WMDPDataModule(SuiteDataModule):
             the perplexity one on retain rows: take ``train`` where that number matters.
         min_characters: shorter texts are left out of the training rows; blank ones always are.
         mmlu: test on MMLU too (14,042 questions). With a folder it is tested if it is there.
-        **kwargs: passed to :class:`wagle_pl.data.suite.SuiteDataModule`.
     """
 
     suite: ClassVar[str] = "wmdp"
@@ -273,7 +271,6 @@ class CopyrightDataModule(SuiteDataModule):
             fine-tune a target on.
         test_chunks: so many chunks, evenly spaced, make the test set ``forget``; null takes all.
         limit_retain: documents of C4 to use, from the start of the papers' shard.
-        **kwargs: passed to :class:`wagle_pl.data.suite.SuiteDataModule`.
     """
 
     suite: ClassVar[str] = "copyright"
@@ -323,7 +320,6 @@ class DetoxDataModule(SuiteDataModule):
             prompt_format or chat template.
         limit_forget: unsafe answers to use, from the start; the papers' code draws 200.
         limit_retain: documents of C4 to use, from the start of the papers' shard.
-        **kwargs: passed to :class:`wagle_pl.data.suite.SuiteDataModule`.
     """
 
     suite: ClassVar[str] = "detox"
@@ -387,7 +383,6 @@ class KnowUnDoDataModule(SuiteDataModule):
         max_length: longest sequence in tokens.
         prompt_format: text of the prompt, with ``{question}``; no chat template by default, as there.
         answer_format: likewise of the answer, with ``{answer}``.
-        **kwargs: passed to :class:`wagle_pl.data.suite.SuiteDataModule`.
     """
 
     suite: ClassVar[str] = "knowundo"
@@ -452,7 +447,6 @@ class LUMEDataModule(SuiteDataModule):
         mmlu: test on MMLU too (14,042 questions, five shots). With a folder it is tested if it is
             there.
         max_length: longest sequence in tokens.
-        **kwargs: passed to :class:`wagle_pl.data.suite.SuiteDataModule`.
     """
 
     suite: ClassVar[str] = "lume"
@@ -518,7 +512,6 @@ def prompted(
 
 
 def documents(rows: Sequence[Row], where: str) -> list[Row]:
-    """Rows with ``document`` as texts."""
     return [{"text": row["document"]} for row in select(rows, ("document",), where)]
 
 

@@ -278,7 +278,6 @@ class ForgetRetainDataModule(L.LightningDataModule):
         return [row for row in rows if id(row) not in apart], unused
 
     def test_names(self) -> list[str]:
-        """Names of the test sets."""
         names = self.own_tests() if self.test_sources is None else list(self.test_sources)
         return [*names, UNUSED] if self.unused_retain and "retain" in names else names
 
@@ -337,13 +336,11 @@ class ForgetRetainDataModule(L.LightningDataModule):
 
     @cached_property
     def template(self) -> Template:
-        """Turns rows into tokens."""
         formats = (self.prompt_format, self.answer_format, self.max_length, self.generation_prefix)
         return Template(self.tokenizer, *formats, self.system_prompt, self.chat_template_kwargs)
 
     @cached_property
     def refusals(self) -> list[str]:
-        """The refusal answers."""
         path = REFUSALS if self.refusals_file is None else Path(self.refusals_file)
         if not path.is_file():
             raise absent("refusals file", path)

@@ -98,7 +98,6 @@ def asked(context: str, question: str, answers: Any, prefill: str) -> Row:
 
 
 def text(row: Row) -> Row:
-    """A text."""
     return {"text": row["text"]}
 
 
@@ -158,7 +157,6 @@ class RWKUDataModule(SuiteDataModule):
             forgets one at a time, or a few tens in its batch setting.
         corpus: whose texts to forget: those of Llama-3-8B-Instruct or of Phi-3-mini.
         max_length: longest sequence in tokens.
-        **kwargs: passed to :class:`wagle_pl.data.suite.SuiteDataModule`.
     """
 
     suite: ClassVar[str] = "rwku"

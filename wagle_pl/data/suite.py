@@ -89,7 +89,6 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
         chunk_unit: ``tokens`` of the tokenizer, or ``characters`` (then words stay whole).
         prompt_size: length in units of a forget row's prompt, which has no loss and which objectives
             with refusals (PO, DPO) need; null takes the loss on the whole text.
-        **kwargs: passed to :class:`ForgetRetainDataModule`.
     """
 
     #: Name under which evaluation finds the suite's measures.
@@ -209,7 +208,6 @@ def chunk_text(
     """Cut a text into pieces that put together give the text again.
 
     Args:
-        text: the text.
         size: longest piece, in tokens or, without a tokenizer, in characters.
         tokenizer: cuts where a token of the whole text begins, every ``size`` tokens. None cuts at
             white space, so that words stay whole.

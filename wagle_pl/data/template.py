@@ -161,7 +161,6 @@ class Template:
         """``input_ids`` and ``labels`` of one row, of equal length; labels are -100 on the prompt.
 
         Args:
-            example: the row.
             answer: takes the place of the row's own answer (a refusal, a perturbed answer).
 
         Raises:

@@ -125,10 +125,8 @@ def predict(
     layer is collective and ranks have different numbers of chunks.
 
     Args:
-        model: a Hugging Face causal language model.
         places: (N,) indices into the (B, T) tokens, flattened.
         apart: False runs the head here in any case, which makes this one forward pass for certain.
-        **inputs: of the model's forward.
 
     Returns:
         ``(output, predictions)``; the output's logits are not those of the tokens.
@@ -190,7 +188,6 @@ def forward_answers(
     """Run a model, and find out what it predicts where it should predict a label.
 
     Args:
-        model: a Hugging Face causal language model.
         batch: ``input_ids``, ``attention_mask`` and ``labels``, each (B, T); and their
             :func:`answer_places` as ``places``, if known: a GPU is waited for otherwise; and what
             :func:`pack` makes of them, to run without padding.
@@ -320,9 +317,6 @@ def generate(
 
     Args:
         lm: a Hugging Face causal language model, in evaluation mode.
-        tokenizer: its tokenizer.
-        prompts: token ids of each prompt.
-        max_new_tokens: longest continuation.
         synced_gpus: whether each forward pass is a collective (ZeRO-3): then all ranks generate at
             the same time, and none is done before all are.
         sampling: options of ``GenerationConfig``, such as ``do_sample=True, temperature=0.8``; with

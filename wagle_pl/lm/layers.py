@@ -47,7 +47,6 @@ def linear_weights(lm: PreTrainedModel, head: bool = True) -> list[tuple[nn.Para
     """Weights of all linear maps, each once, with whether it lies transposed.
 
     Args:
-        lm: a Hugging Face causal language model.
         head: with the output head, and so the embeddings tied to it.
     """
     found: dict[int, tuple[nn.Parameter, bool]] = {}

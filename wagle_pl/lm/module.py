@@ -166,7 +166,6 @@ class LanguageModule(L.LightningModule):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer."""
         return models.load_tokenizer(self.model_name)
 
     @property

@@ -75,7 +75,6 @@ class Originals:
         """A weight's values as they are to be stored.
 
         Args:
-            weight: its name.
             values: of any floating-point dtype; others are returned as they are.
             loaded_as: the dtype that the stored ones were loaded in; that of ``values`` when None.
             start: of consecutive ones, (n,), the place of the first in the flattened tensor.
@@ -129,7 +128,6 @@ def model_folder(
 
     Args:
         folder: where to; replaced if it exists (the caller has asked for it).
-        tokenizer: written too.
         card: Markdown text of ``README.md``.
         record: JSON-serialisable; written as ``wagle.json``.
         dtype: what the configuration is to say of the weights; what it says when None.
@@ -167,8 +165,6 @@ def save_model(
     """Write a folder that ``from_pretrained`` loads; collective if the weights are sharded.
 
     Args:
-        model: a Hugging Face model.
-        tokenizer, folder, card, record: see :func:`model_folder`.
         originals: what the model was loaded from, which says the dtypes in the file, and keeps the
             bits of what has not moved; dtypes are those in memory when None.
     """
@@ -213,7 +209,6 @@ def save_weights(
     Args:
         weights: all of the model's, tied ones once; whole, or sharded over ranks.
         configs: the model's configurations; None stands for one that it does not have.
-        tokenizer, folder, card, record: see :func:`model_folder`.
         originals: see :func:`save_model`.
         loaded_as: see :meth:`Originals.restore`.
     """

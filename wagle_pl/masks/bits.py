@@ -68,7 +68,6 @@ def iter_places(packed: Tensor, size: int, chunk: int) -> Iterator[Tensor]:
 
 
 def count_bits(packed: Tensor) -> int:
-    """Number of set bits."""
     parts = packed.cpu().split(CHUNK)
     return sum(int(np.bitwise_count(part.numpy()).sum(dtype=np.int64)) for part in parts)
 

@@ -106,7 +106,6 @@ class WeightMask:
         """The mask of a ``{name: tensor of 0 and 1}`` dict that ``torch.save`` wrote; no code runs.
 
         Args:
-            path: the file.
             shapes: parameter name -> shape of the model it is for, which are checked.
             metadata: of the model: ``model`` and ``model_fingerprint``.
         """
@@ -236,7 +235,6 @@ class WeightMask:
 
     @property
     def names(self) -> list[str]:
-        """Parameter names, in the model's parameter order."""
         return list(self.shapes)
 
     def __contains__(self, name: object) -> bool:
@@ -270,7 +268,6 @@ class WeightMask:
 
     @property
     def density(self) -> float:
-        """Share of weights selected."""
         return self.count() / self.total
 
     def count_together(self) -> int:
@@ -373,19 +370,15 @@ class WeightMask:
     # -- set algebra, a tensor of bytes at a time --------------------------------------------------
 
     def __and__(self, other: WeightMask) -> WeightMask:
-        """Selected in both."""
         return self._combine(other, "and", torch.bitwise_and)
 
     def __or__(self, other: WeightMask) -> WeightMask:
-        """Selected in one or both."""
         return self._combine(other, "or", torch.bitwise_or)
 
     def __sub__(self, other: WeightMask) -> WeightMask:
-        """Selected here and not there."""
         return self._combine(other, "minus", lambda ours, theirs: ours & ~theirs)
 
     def __invert__(self) -> WeightMask:
-        """Selected where this one is not."""
         flipped = {
             name: self.packed(name) ^ filled_bits(prod(shape), True)
             for name, shape in self.shapes.items()

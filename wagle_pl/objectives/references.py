@@ -81,7 +81,6 @@ class TopK(NamedTuple):
         return TopK(*parts, _offsets(counts))
 
     def to(self, device: torch.device | str) -> TopK:
-        """The same on a device."""
         return TopK(*(tensor.to(device) for tensor in self))
 
     def align(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

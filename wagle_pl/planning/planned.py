@@ -55,7 +55,6 @@ class Sums(NamedTuple):
 
     @classmethod
     def parse(cls, option: str) -> Sums:
-        """From the option's text."""
         if option in ("device", "host"):
             return cls(host=option == "host")
         name, _, number = option.partition("=")
@@ -268,12 +267,10 @@ class PlannedRun:
 
     @property
     def in_sums(self) -> Sums:
-        """The option ``sums``, read."""
         return Sums.parse(self.sums) if self.task == "attribution" else Sums()
 
     @property
     def spread(self) -> Strategy:
-        """The strategy's options."""
         return STRATEGIES[self.strategy]
 
     @property
@@ -294,12 +291,10 @@ class PlannedRun:
 
     @property
     def masked(self) -> bool:
-        """Whether there are frozen weights."""
         return self.task == "unlearning" and self.density < 1
 
     @property
     def moving(self) -> float:
-        """Share of the weights that may move."""
         return self.density if self.masked else 1.0
 
     @property

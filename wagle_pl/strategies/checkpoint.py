@@ -214,12 +214,7 @@ class ShardedCheckpoint:
             )
         return torch.cat(parts) if parts else torch.empty(0)
 
-    def part(self, key: str, name: str, start: int, stop: int) -> Tensor:
-        """Numbers start to stop, see :meth:`read`."""
-        return self.read(key, name, start, stop - start)
-
     def weight(self, name: str) -> Tensor:
-        """A parameter, whole."""
         return self.read(WEIGHT, name, 0, prod(self.shapes[name])).view(self.shapes[name])
 
     def load_weights(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
@@ -237,7 +232,7 @@ class ShardedCheckpoint:
                     f"{self.shapes.get(name)} there, {shapes.get(name)} here"
                 )
         for name, parameter in parameters:
-            assign(parameter, partial(self.part, WEIGHT, name))
+            assign(parameter, lambda a, b, name=name: self.read(WEIGHT, name, a, b - a))
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, held: Iterable[Fragment]) -> None:
         """Set the fp32 weights and the state in this rank's flat partitions, and the options."""

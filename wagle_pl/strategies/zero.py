@@ -61,7 +61,6 @@ class ZeRO(DeepSpeedStrategy):
         config: a DeepSpeed configuration, or the path of one in JSON, in place of all other
             options.
         logging_level: of DeepSpeed's own messages, as in Python's ``logging``.
-        **kwargs: passed to :class:`~lightning.pytorch.strategies.DeepSpeedStrategy`.
 
     Raises:
         WagleError: if DeepSpeed is not installed, or an option of it cannot work.
@@ -168,7 +167,6 @@ class ZeRO(DeepSpeedStrategy):
         return getattr(self.lightning_module, "moves_weights", True)
 
     def init_deepspeed(self) -> None:
-        """Make the engine."""
         fits = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         if fits and not self.moves_weights:
             internals.make_engine_without_optimizer(self)

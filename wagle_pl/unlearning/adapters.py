@@ -161,7 +161,6 @@ def mask_from_shira(
     """The mask of an adapter's places.
 
     Args:
-        folder: of the adapter.
         shapes: parameter name -> shape of its base.
         metadata: of the base: ``model`` and ``model_fingerprint``.
 
@@ -198,7 +197,6 @@ def patch_to_shira(
 
     Args:
         base: folder of the patch's base model, which the adapter names.
-        patch: patch file.
         output: folder to write.
         overwrite: replace an existing folder of an adapter or a model.
 

@@ -74,7 +74,6 @@ class FinetuneModule(LanguageModule):
         output_dtype: ``float32`` writes values as they are trained; null rounds them to the dtype of
             the base model.
         lr: learning rate of the optimiser, whichever it is; that of ``--optimizer`` when None.
-        **kwargs: passed to :class:`~wagle_pl.lm.module.LanguageModule`.
     """
 
     task = "finetuning"  # as ``wagle plan`` names it
@@ -302,7 +301,6 @@ class FinetuneModule(LanguageModule):
         return streams
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One micro-batch."""
         losses = self.losses(self.streams_of(batch))
         noted = {name: value.detach() for name, value in losses.items()}
         rows = {stream: t["row"] for stream, t in batch.items() if t.get("row") is not None}
@@ -317,11 +315,9 @@ class FinetuneModule(LanguageModule):
             super().backward(loss, *args, **kwargs)
 
     def streams_of(self, batch: Batch) -> Streams:
-        """What the losses see of one batch."""
         return Streams(batch, self.run_lm, {})
 
     def losses(self, at: Streams) -> dict[str, Tensor]:
-        """Losses of one batch; ``loss`` is minimised."""
         (stream,) = self.streams
         return {"loss": at.mean(stream, at[stream].nll)}
 
@@ -447,7 +443,6 @@ class FinetuneModule(LanguageModule):
     # -- the result --------------------------------------------------------------------------------
 
     def on_train_end(self) -> None:
-        """Write the model folder."""
         self.check_weights()
         self.selected.release(self.output_dtype)
         self.selected = None

@@ -19,7 +19,6 @@ from wagle_pl.core.errors import WagleError
 
 
 def _check(**options: Any) -> None:
-    """Refuse options that have no meaning."""
     for name, value in options.items():
         least = 1 if name == "interval" else 0
         if name in ("betas", "momentum"):
@@ -39,7 +38,6 @@ class MaskedAdamW(AdamW):
     m ← β₁m + (1 − β₁)g, v ← β₂v + (1 − β₂)g², θ ← (1 − ηλ)θ − η m̂ / (√v̂ + ε).
 
     Args:
-        params: parameters or parameter groups.
         lr: learning rate η.
         betas: decay rates of the two moments.
         eps: ε, above 0.
@@ -89,7 +87,6 @@ class SignSGD(_ByTensor):
     sign of Adam's step (signAdam there). The one bit is the step's: m is whole there, and here.
 
     Args:
-        params: parameters or parameter groups.
         lr: learning rate η: the step of a weight.
         momentum: β.
         weight_decay: decoupled weight decay λ.
@@ -124,7 +121,6 @@ class Sophia(_ByTensor):
     proportion: when the loss is rescaled, ρ has to be.
 
     Args:
-        params: parameters or parameter groups.
         lr: learning rate η: the largest step of a weight.
         betas: decay rates of m and h.
         rho: ρ; larger means smaller steps where curvature is high. 0 takes the sign of m.
@@ -169,7 +165,6 @@ def warmup_and_decay(optimizer: Optimizer, warmup: float, decay: str, steps: flo
     Unlike transformers' schedule of that name, the first step is not wasted on a rate of 0.
 
     Args:
-        optimizer: whose learning rate it sets.
         warmup: a share of the steps (below 1) or a number of steps.
         decay: ``linear`` or ``constant``.
         steps: of the run; infinite if they are not known.

@@ -76,7 +76,6 @@ class Patch:
 
     @property
     def changed(self) -> int:
-        """Number of weights that differ."""
         return sum(tensor["changed"] for tensor in self.tensors.values())
 
     @property
@@ -231,7 +230,6 @@ def apply_patch(
 
     Args:
         model: folder of the patch's base, or of that base with patches that changed other words.
-        patch: patch file.
         output: folder to write, with the files of ``model``.
         overwrite: replace an existing model folder.
     """

@@ -86,7 +86,6 @@ class StepRule(ABC):
         """The gradient that the optimiser is given, which is clipped as any. Called without autograd."""
 
     def check(self, objective: Objective) -> None:
-        """Refuse an objective that it cannot work with."""
         if not objective.forget_streams:
             raise WagleError(
                 f"step_rule {type(self).__name__} needs a forget term, and objective "

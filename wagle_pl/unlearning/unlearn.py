@@ -60,7 +60,6 @@ class UnlearnModule(FinetuneModule):
             ``frozen_copy`` is exact, and takes a forward pass a step and memory for what moves;
             ``top_k`` computes them once, and keeps the most probable tokens.
         top_k: how many tokens ``reference_logits: top_k`` keeps.
-        **kwargs: passed to :class:`FinetuneModule`.
     """
 
     task = "unlearning"
@@ -148,7 +147,6 @@ class UnlearnModule(FinetuneModule):
         super().configure_model()
 
     def restrict(self) -> None:
-        """Add the adapter, or find the mask, which a checkpoint's values need in a test too."""
         self._references = References()
         if self.fits:
             self.objective.prepare(self.lm)
@@ -196,12 +194,10 @@ class UnlearnModule(FinetuneModule):
 
     @property
     def reference_streams(self) -> tuple[str, ...]:
-        """Streams of which θ₀ gives one number a row: they have the same rows in every epoch."""
         return self.objective.references
 
     @property
     def counted_streams(self) -> tuple[str, ...]:
-        """Streams whose answer tokens are counted over the global batch."""
         return self.streams if self.objective.average == "tokens" else ()
 
     @property
@@ -245,7 +241,6 @@ class UnlearnModule(FinetuneModule):
             )
 
     def streams_of(self, batch: Batch) -> Streams:
-        """What the objective sees of one batch."""
         last = self.trainer.estimated_stepping_batches - 1
         return self._streams(
             batch,
@@ -264,7 +259,6 @@ class UnlearnModule(FinetuneModule):
         return Streams(batch, self.run_lm, sums, self.lm, theta0=theta0, **now)
 
     def losses(self, at: Streams) -> dict[str, Tensor]:
-        """The objective's losses."""
         losses = self.objective(at)
         if self.step_rule is not None:
             weights = self.objective.weights(at)
@@ -334,19 +328,22 @@ class UnlearnModule(FinetuneModule):
 
     def _take(self, losses: list[Tensor]) -> list[Gradients]:
         """The gradient of each loss of one micro-batch, as its share of the step's."""
-        tensors = {n: t for n, t in self.selected.tensors.items() if t.values is not None}
         found = []
         for loss in losses:
             scaled = loss / self.trainer.accumulate_grad_batches
             scaled.backward(retain_graph=loss is not losses[-1])
-            taken = {name: t.values.grad for name, t in tensors.items()}
-            zeros = (
-                (n, torch.zeros_like(tensors[n].values)) for n, g in taken.items() if g is None
-            )
-            found.append(taken | dict(zeros))
-            for tensor in tensors.values():
-                tensor.values.grad = None
+            taken = {}
+            for name, values in self._values.items():
+                gradient, values.grad = values.grad, None
+                taken[name] = torch.zeros_like(values) if gradient is None else gradient
+            found.append(taken)
         return found
+
+    @property
+    def _values(self) -> dict[str, Tensor]:
+        """Name of a tensor -> its selected weights, where there are any."""
+        tensors = self.selected.tensors.items()
+        return {name: tensor.values for name, tensor in tensors if tensor.values is not None}
 
     def _again(self, *losses: Loss) -> list[Gradients]:
         """See :attr:`Step.again`."""
@@ -369,20 +366,18 @@ class UnlearnModule(FinetuneModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Let the step rule make the gradient."""
         if self.step_rule is not None:
-            tensors = {
-                n: t.values for n, t in self.selected.tensors.items() if t.values is not None
-            }
+            tensors = self.selected.tensors
             step = Step(
                 self.global_step,
-                tensors,
+                self._values,
                 self._gradients,
                 self._again,
-                whole=lambda name, values: self.selected.tensors[name].placed(values),
-                selected=lambda name, whole: self.selected.tensors[name].taken(whole, whole.dtype),
+                whole=lambda name, values: tensors[name].placed(values),
+                selected=lambda name, whole: tensors[name].taken(whole, whole.dtype),
             )
             with torch.no_grad():
                 found = self.step_rule.gradient(step)
-            for name, values in tensors.items():
+            for name, values in step.values.items():
                 values.grad = found[name]
             self._batches, self._gradients = [], {}
         super().on_before_optimizer_step(optimizer)
@@ -437,7 +432,6 @@ class UnlearnModule(FinetuneModule):
     # -- the guarantee, and the result -------------------------------------------------------------
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Check the guarantee after each step, if asked."""
         if self._frozen is not None and self.verify == "step":
             self._frozen.check(self.selected.weights(), self.global_step)
 
