@@ -1,22 +1,9 @@
 """Scores, Hessian estimates, exact selection, and the module that runs the pass."""
 
+from wagle_pl.attribution import scores
 from wagle_pl.attribution.collect import Job, collect
 from wagle_pl.attribution.module import AttributionModule
-from wagle_pl.attribution.scores import (
-    Curvature,
-    FisherRatio,
-    ForgetRetainRatio,
-    Gradient,
-    Magnitude,
-    Modules,
-    Random,
-    Score,
-    Signed,
-    Snip,
-    Wagle,
-    Wanda,
-    WeightStatistics,
-)
+from wagle_pl.attribution.scores import *  # noqa: F403
 from wagle_pl.attribution.scoring import (
     Collected,
     MaskSpec,
@@ -25,23 +12,11 @@ from wagle_pl.attribution.scoring import (
 )
 
 __all__ = [
+    *scores.__all__,
     "AttributionModule",
     "Collected",
-    "Curvature",
-    "FisherRatio",
-    "ForgetRetainRatio",
-    "Gradient",
     "Job",
-    "Magnitude",
     "MaskSpec",
-    "Modules",
-    "Random",
-    "Score",
-    "Signed",
-    "Snip",
-    "Wagle",
-    "Wanda",
-    "WeightStatistics",
     "collect",
     "importance_from_scores",
     "mask_from_scores",

@@ -29,6 +29,22 @@ from wagle_pl.core.errors import WagleError, check_positive
 from wagle_pl.masks import Restriction
 from wagle_pl.masks.names import parse_layers
 
+__all__ = [
+    "Curvature",
+    "FisherRatio",
+    "ForgetRetainRatio",
+    "Gradient",
+    "Magnitude",
+    "Modules",
+    "Random",
+    "Score",
+    "Signed",
+    "Snip",
+    "Wagle",
+    "Wanda",
+    "WeightStatistics",
+]
+
 #: What a score may need.
 COLLECTED = ("g_f", "g_r", "h", "h_diagonal", "fisher_f", "fisher_r", "activation")
 

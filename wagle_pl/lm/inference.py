@@ -132,7 +132,11 @@ def predict(
         ``(output, predictions)``; the output's logits are not those of the tokens.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    apart = apart and model not in _BEYOND_THE_HEAD and _can_stand_apart(head)
+    # a layer that says how many logits it makes, and is whole here
+    alone = hasattr(head, "out_features") and not any(
+        hasattr(p, "ds_id") for p in head.parameters()
+    )
+    apart = apart and alone and model not in _BEYOND_THE_HEAD
     seen: dict[str, Tensor] = {}
 
     def shorten(_module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -158,13 +162,6 @@ def predict(
         _BEYOND_THE_HEAD.add(model)
         return predict(model, places, **inputs)
     return output, Predictions(seen["states"], head)
-
-
-def _can_stand_apart(head: Optional[nn.Module]) -> bool:
-    """Whether an output head is a layer that says how many logits it makes, and is whole here."""
-    return hasattr(head, "out_features") and not any(
-        hasattr(parameter, "ds_id") for parameter in head.parameters()
-    )
 
 
 IGNORE = -100  #: the label where there is nothing to predict, as torch's ``cross_entropy`` has it

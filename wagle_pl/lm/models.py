@@ -20,7 +20,7 @@ from wagle_pl.core.tensorfiles import INDEX_FILE, TensorFiles
 from wagle_pl.core.weights import assign, parameter_shapes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def weights_folder(name: str) -> Optional[str]:
@@ -157,21 +157,20 @@ def _check_found(
     own = parameter_shapes(model)
     kinds = set(map(_any_layer, own))
     beyond = [weight for weight in unexpected if weight not in own and _any_layer(weight) in kinds]
+    fault, count = "", len(missing or beyond)
     if mismatched:
         weight, stored, shape = min(mismatched)
-        fault = f"{weight} has the shape {tuple(stored)} in its files and {tuple(shape)} by its"
-        fault += " configuration"
+        there, here = tuple(stored), tuple(shape)
+        fault = f"{weight} has the shape {there} in its files and {here} by its configuration"
     elif missing:
-        fault = f"its files lack {len(missing)} weights that its configuration has, such as"
-        fault += f" {min(missing)}"
+        fault = f"its files lack {count} weights that its configuration has, such as {min(missing)}"
     elif beyond:
-        fault = f"its files have {len(beyond)} weights that its configuration has no layer for,"
-        fault += f" such as {min(beyond)}"
-    else:
-        return
-    raise WagleError(
-        f"model {name!r} cannot be loaded: {fault}; check config.json, or get the model again"
-    )
+        fault = f"its files have {count} weights that its configuration has no layer for, such as "
+        fault += min(beyond)
+    if fault:
+        raise WagleError(
+            f"model {name!r} cannot be loaded: {fault}; check config.json, or get the model again"
+        )
 
 
 def _any_layer(weight: str) -> str:
@@ -179,15 +178,23 @@ def _any_layer(weight: str) -> str:
     return re.sub(r"\.\d+(?=\.)", ".#", weight)
 
 
-def checkpoint_dtype(name: str) -> Optional[torch.dtype]:
-    """The dtype a model is stored in, None if its configuration does not say."""
+def load_config(name: str) -> PretrainedConfig:
+    """A model's configuration, of weights that are loaded."""
     from transformers import AutoConfig
 
-    if (base := adapted(name)) is not None:
-        return checkpoint_dtype(base)
     source, options = locate(name)
     with loading(f"configuration of model {name!r}", name):
-        dtype = AutoConfig.from_pretrained(source, **options).dtype
+        config = AutoConfig.from_pretrained(source, **options)
+    if hasattr(config, "quantization_config"):  # of a GGUF file, whose weights are plain then
+        del config.quantization_config
+    return config
+
+
+def checkpoint_dtype(name: str) -> Optional[torch.dtype]:
+    """The dtype a model is stored in, None if its configuration does not say."""
+    if (base := adapted(name)) is not None:
+        return checkpoint_dtype(base)
+    dtype = load_config(name).dtype
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 

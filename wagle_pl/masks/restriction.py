@@ -75,8 +75,8 @@ class Restriction(NamedTuple):
                     "nothing is selected"
                 )
         if self.matching is not None:
-            pattern, modules = Restriction(matching=self.matching), [f"matching {self.matching}"]
-            found.append(whole_tensors(pattern, modules=modules))
+            pattern = Restriction(matching=self.matching)
+            found.append(whole_tensors(pattern, modules=[f"matching {self.matching}"]))
         return reduce(and_, found) if found else None
 
     def _check_names(self, shapes: Shapes) -> None:

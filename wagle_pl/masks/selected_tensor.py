@@ -97,8 +97,10 @@ class SelectedTensor:
         if self.is_plain or not self.count:
             return
         dtype = torch.promote_types(parameter.dtype, torch.float32 if masters else parameter.dtype)
-        if self.is_sharded and self.is_partial:
-            values = self._taken_by_all().to(dtype)
+        if self.is_sharded and self.is_partial:  # each rank takes those of its share
+            _, share = share_of(parameter)
+            own = unpack_bits(self._packed, share.shape).to(share.device)
+            values = distributed.all_gather_uneven(share[own].to(parameter.device)).to(dtype)
         else:
             if self.is_partial and self.is_split:
                 self._packed = packed.to(parameter.device, copy=True)
@@ -125,12 +127,6 @@ class SelectedTensor:
         counts, rank = distributed.all_gather([count_bits(own)]), distributed.rank()
         self._own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
         return sum(counts)
-
-    def _taken_by_all(self) -> Tensor:
-        """The selected entries, of which each rank takes those of its share. Collective."""
-        _, share = share_of(self.parameter)
-        own = unpack_bits(self._packed, share.shape).to(share.device)
-        return distributed.all_gather_uneven(share[own].to(self.parameter.device))
 
     def bits(self) -> Optional[Tensor]:
         """The ranks' packed bits, a row each, if the tensor is sharded and partial. Collective."""

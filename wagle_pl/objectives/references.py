@@ -103,36 +103,32 @@ def _outside(logprobs: Tensor, ids: Tensor) -> Tensor:
     return others.masked_fill(none[:, None], 0.0).logsumexp(-1).masked_fill(none, -torch.inf)
 
 
-def compute_reference(module: LanguageModule, data: StreamData, stream: str) -> dict[str, Tensor]:
+def compute_reference(module: LanguageModule, stream: str) -> dict[str, Tensor]:
     """``logprobs``, (rows,) float32: each row's summed answer log-probability as the weights are.
-
-    Collective: all ranks must call it.
-    """
-    sums = _of_rows(module, data, stream, lambda answers: answers.logprob.tolist())
+    Collective."""
+    sums = _of_rows(module, stream, lambda answers: answers.logprob.tolist())
     return {"logprobs": torch.tensor(sums)}
 
 
-def compute_top_k(
-    module: LanguageModule, data: StreamData, stream: str, k: int
-) -> dict[str, Tensor]:
+def compute_top_k(module: LanguageModule, stream: str, k: int) -> dict[str, Tensor]:
     """Fields of a :class:`TopK` of every answer token as the weights are, on the CPU. Collective."""
 
     def of_batch(answers: Answers) -> list[TopK]:
         found = TopK.of(answers.predicted, answers.targets, answers.length, k).to("cpu")
         return [found.rows(torch.tensor([i])) for i in range(len(answers.labels))]
 
-    return TopK.cat(_of_rows(module, data, stream, of_batch))._asdict()
+    return TopK.cat(_of_rows(module, stream, of_batch))._asdict()
 
 
 def _of_rows(
-    module: LanguageModule, data: StreamData, stream: str, of_batch: Callable[[Answers], list[Any]]
+    module: LanguageModule, stream: str, of_batch: Callable[[Answers], list[Any]]
 ) -> list[Any]:
     """What ``of_batch`` finds for each row of a stream, without dropout; ranks share the rows."""
     of_row: dict[int, Any] = {}
     training = module.lm.training
     module.lm.eval()
     with torch.no_grad(), module.trainer.precision_plugin.forward_context():
-        for batch in data.stream_loader(stream, shared=True):
+        for batch in module.data.stream_loader(stream, shared=True):
             tensors = {name: tensor.to(module.device) for name, tensor in batch[stream].items()}
             places = answer_places(tensors["labels"])
             found = forward_answers(module.lm, {**tensors, "places": places})
@@ -158,32 +154,20 @@ class References:
         self._resumed = False
 
     def prepare(
-        self,
-        module: LanguageModule,
-        data: StreamData,
-        folder: Optional[Path],
-        sums: Collection[str],
-        top_k: Collection[str],
-        k: int,
+        self, module: LanguageModule, sums: Collection[str], top_k: Collection[str], k: int
     ) -> None:
-        """Take what is needed from the checkpoint or a file, or compute it. Collective.
-
-        Args:
-            module: has a trainer.
-            data: gives the rows.
-            folder: where the files are; None keeps none.
-            sums: streams whose sums are needed.
-            top_k: streams whose top ``k`` tokens are needed.
-            k: how many tokens.
+        """Take the sums of some streams, and the top k of some, from the checkpoint or from a file
+        beside the run's output, or compute them. Collective.
 
         Raises:
             WagleError: if a checkpoint's are of other data, or it has none and θ₀ is gone.
         """
+        folder = module.place and module.place.parent / ".references"
         jobs = [(stream, "sum", compute_reference) for stream in sums]
         jobs += [(stream, f"top {k}", partial(compute_top_k, k=k)) for stream in top_k]
         for stream, kind, compute in jobs:
             about = f"{module.model_fingerprint} {stream} {module.trainer.precision} {kind}"
-            key, name = _digest(about, data, stream), f"{stream} {kind}"
+            key, name = _digest(about, module.data, stream), f"{stream} {kind}"
             if name not in self._stored:
                 path = None if folder is None else folder / f"{key}.safetensors"
                 tensors = path and distributed.on_rank_zero(partial(_load, path, key))
@@ -193,7 +177,7 @@ class References:
                         "and the model has moved since: start the run anew"
                     )
                 if tensors is None:
-                    tensors = compute(module, data, stream)
+                    tensors = compute(module, stream)
                     if path is not None:
                         distributed.on_rank_zero(partial(_save, path, key, tensors))
                 self._stored[name] = {"key": key, "tensors": tensors}

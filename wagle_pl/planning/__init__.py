@@ -4,10 +4,8 @@
 """
 
 from wagle_pl.planning.memory import (
-    GIB,
     MOMENTS,
     USABLE,
-    Part,
     at,
     device_parts,
     disk_bytes,
@@ -17,7 +15,6 @@ from wagle_pl.planning.memory import (
     step_tokens,
 )
 from wagle_pl.planning.planned import (
-    STRATEGIES,
     Architecture,
     PlannedRun,
     Sums,
@@ -27,12 +24,9 @@ from wagle_pl.planning.planned import (
 )
 
 __all__ = [
-    "GIB",
     "MOMENTS",
-    "STRATEGIES",
     "USABLE",
     "Architecture",
-    "Part",
     "PlannedRun",
     "Sums",
     "architecture",

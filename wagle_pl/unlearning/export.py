@@ -102,7 +102,7 @@ def _convert(name: str, output: str | Path) -> Path:
 def empty_model(base: str) -> PreTrainedModel:
     """A model without weights, on the meta device."""
     with models.loading(f"configuration of model {base!r}", base):
-        return _without_weights(_configs(base)[0])
+        return _without_weights(models.load_config(base))
 
 
 def _without_weights(config: Any) -> PreTrainedModel:
@@ -116,12 +116,9 @@ def _without_weights(config: Any) -> PreTrainedModel:
 
 def _configs(base: str) -> tuple[Any, Any]:
     """A model's configuration and that of its generations, None if it has none."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
-    source, options = models.locate(base)
-    config = AutoConfig.from_pretrained(source, **options)
-    if hasattr(config, "quantization_config"):  # of a GGUF base: these weights are plain
-        del config.quantization_config
+    config, (source, _) = models.load_config(base), models.locate(base)
     try:
         return config, GenerationConfig.from_pretrained(source)
     except OSError:

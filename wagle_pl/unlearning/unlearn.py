@@ -213,10 +213,7 @@ class UnlearnModule(FinetuneModule):
             self._frozen = FrozenWeights(self.mask, self.selected.weights())
         self._try_objective()
         top_k = self.objective.theta0_streams if self.reference_logits == "top_k" else ()
-        folder = Path(self.output).parent / ".references" if self.output else None
-        self._references.prepare(
-            self, self.data, folder, self.objective.references, top_k, self.top_k
-        )
+        self._references.prepare(self, self.objective.references, top_k, self.top_k)
 
     def _try_objective(self) -> None:
         """Compute the objective on two rows, to see the shape of its terms before θ₀ is asked."""
