@@ -20,7 +20,7 @@ from wagle_pl import (
     WagleError,
     forget,
 )
-from wagle_pl.data import neighbours
+from wagle_pl.data import people
 from wagle_pl.data.example import parse_rows
 from wagle_pl.data.people import bundled, general_questions, invented_neighbours, without_subject
 from wagle_pl.lm.models import load_model
@@ -115,7 +115,7 @@ def test_without_retain_rows_the_model_answers_questions(
     knowing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = general_questions()[:9]
-    monkeypatch.setattr(neighbours, "general_questions", lambda: few)
+    monkeypatch.setattr(people, "general_questions", lambda: few)
     seen = {}
 
     def train_rows(self: ForgetRetainDataModule, stream: str) -> Any:
