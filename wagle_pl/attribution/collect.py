@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -306,17 +306,14 @@ def watch_inputs(
         for weight, squares in zip(expert_weights(experts), found, strict=True):
             add(names[weight], squares[:, :, None] if is_transposed(experts) else squares[:, None])
 
-    handles = []
-    for module in model.modules():
-        if is_linear(module):
-            handles.append(module.register_forward_pre_hook(of_layer))
-        elif expert_weights(module):
-            handles.append(module.register_forward_pre_hook(of_experts, with_kwargs=True))
-    try:
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if is_linear(module):
+                hooks.enter_context(module.register_forward_pre_hook(of_layer))
+            elif expert_weights(module):
+                hook = module.register_forward_pre_hook(of_experts, with_kwargs=True)
+                hooks.enter_context(hook)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _real(x: Tensor, mask: Tensor) -> Tensor:

@@ -293,10 +293,9 @@ class Collected:
                 setattr(w, field, part(self.sums.buffers(field)[position][rows]) * scale)
         if "activation" in needs and name in self.vectors.get("activation", {}):
             norms = self.vectors["activation"][name].sqrt().float()
-            along_rows = score.by_row and norms.ndim == theta.ndim and len(norms) == shard.shape[0]
-            w.activation = (norms[shard.start : shard.stop][rows] if along_rows else norms).to(
-                device
-            )
+            if score.by_row and norms.ndim == theta.ndim and len(norms) == shard.shape[0]:
+                norms = norms[shard.start : shard.stop][rows]
+            w.activation = norms.to(device)
         if "h" in needs and self._scalar:
             w.h = torch.tensor(self.hessian.mean, device=device)
         elif "h" in needs:

@@ -151,13 +151,11 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
     def _rows(
         self, source: Source, given: Optional[str], where: str, required: bool = False
     ) -> Optional[list[Row]]:
-        rows: list[Row] = []
         file = given or source.file
-        if file is not None:
-            rows = load_rows(file, self.split)
-        elif not source.parts:
+        if file is None and not source.parts:
             return None
-        for part in () if file else source.parts:
+        rows = [] if file is None else load_rows(file, self.split)
+        for part in source.parts if file is None else ():
             found = read_set(part, self.folder, source.limit)
             if found is None and required:
                 kinds = "" if part.file else " (.jsonl, .csv and .parquet will do)"

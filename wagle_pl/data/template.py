@@ -96,19 +96,16 @@ class Template:
         own = inspect.signature(self.tokenizer.apply_chat_template).parameters
         for name, value in given.items():
             fault = None
-            if name in {"messages", "strftime_now", *own} - {"tools", "documents"}:
-                fault = f"cannot set {name}: it is not a variable of the chat template"
-            elif name not in read and not (name == "date_string" and reads_clock):
-                fault = (
-                    f"the chat template does not read {name!r}: check its spelling, or leave it out"
-                )
             try:
                 json.dumps(value)
             except TypeError:
-                fault = fault or (
-                    f"{name} must be a text, a number, true, false, null or a list or dict of "
-                    f"these, got {value!r}: quote it"
-                )
+                kinds = "a text, a number, true, false, null or a list or dict of these"
+                fault = f"{name} must be {kinds}, got {value!r}: quote it"
+            if name in {"messages", "strftime_now", *own} - {"tools", "documents"}:
+                fault = f"cannot set {name}: it is not a variable of the chat template"
+            elif name not in read and not (name == "date_string" and reads_clock):
+                fault = f"the chat template does not read {name!r}: check its spelling"
+                fault += ", or leave it out"
             if fault:
                 raise WagleError(f"chat_template_kwargs: {fault}")
         if reads_clock:

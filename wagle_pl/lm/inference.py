@@ -9,7 +9,7 @@ chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Optional, Union
@@ -146,14 +146,11 @@ def predict(
     def keep(_module: nn.Module, _given: Any, logits: Tensor) -> None:
         seen["logits"] = logits
 
-    hooks = []
-    if isinstance(head, nn.Module):
-        hooks = [head.register_forward_pre_hook(shorten), head.register_forward_hook(keep)]
-    try:
+    with ExitStack() as hooks:
+        if isinstance(head, nn.Module):
+            hooks.enter_context(head.register_forward_pre_hook(shorten))
+            hooks.enter_context(head.register_forward_hook(keep))
         output = model(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
     if not seen:  # nothing of its own makes the logits
         return output, Predictions(output.logits.flatten(0, -2).index_select(0, places))
     if not apart:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -68,11 +68,8 @@ def recompute_blocks(lm: PreTrainedModel) -> None:
 
     found = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not found:
-        log.warning(
-            "gradient_checkpointing: %s has no blocks that can be computed again; all activations "
-            "are kept",
-            type(lm).__name__,
-        )
+        message = "gradient_checkpointing: %s has no blocks that can be computed again; all "
+        log.warning(message + "activations are kept", type(lm).__name__)
     for block in found:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -86,10 +83,8 @@ def blocks(lm: nn.Module) -> list[nn.Module]:
     lists = {name: m for name, m in lm.named_modules() if isinstance(m, nn.ModuleList)}
     outer = [m for name, m in lists.items() if not any(name.startswith(f"{n}.") for n in lists)]
     if not outer:
-        raise WagleError(
-            f"no list of transformer blocks is found in a {type(lm).__name__}: hidden states need "
-            "one"
-        )
+        what = f"no list of transformer blocks is found in a {type(lm).__name__}"
+        raise WagleError(f"{what}: hidden states need one")
     return list(max(outer, key=len))
 
 
@@ -101,9 +96,8 @@ def check_layer(lm: nn.Module, layer: int, option: str) -> None:
     """
     last = len(blocks(lm)) - 1
     if not 0 <= layer <= last:
-        raise WagleError(
-            f"{option} must be from 0 to {last}, the last block of this model; got {layer}"
-        )
+        must = f"must be from 0 to {last}, the last block of this model"
+        raise WagleError(f"{must}; got {layer}", option=option)
 
 
 @contextmanager
@@ -118,9 +112,7 @@ def capture(lm: PreTrainedModel, layers: Collection[int]) -> Iterator[dict[int, 
     def keep(layer: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
         hidden[layer] = output[0] if isinstance(output, tuple) else output
 
-    handles = [blocks(lm)[i].register_forward_hook(partial(keep, i)) for i in layers]
-    try:
+    with ExitStack() as hooks:
+        for i in layers:
+            hooks.enter_context(blocks(lm)[i].register_forward_hook(partial(keep, i)))
         yield hidden
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -109,7 +109,6 @@ class Originals:
 class Weight(NamedTuple):
     """A tensor to be written, read when its turn has come."""
 
-    name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
@@ -171,9 +170,10 @@ def save_model(
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         tensors = {**dict(model.named_parameters()), **persistent_buffers(model)}
         shapes = shapes_of(tensors.items())
-        weights = [
-            Weight(n, t.dtype, shapes[n], partial(tensors.get, n)) for n, t in tensors.items()
-        ]
+        weights = {
+            name: Weight(tensor.dtype, shapes[name], partial(tensors.get, name))
+            for name, tensor in tensors.items()
+        }
         model.config.architectures = [type(model).__name__]
         configs = (model.config, model.generation_config)
         return save_weights(weights, configs, tokenizer, folder, card, record, originals)
@@ -192,7 +192,7 @@ def save_model(
 
 
 def save_weights(
-    weights: Sequence[Weight],
+    weights: Mapping[str, Weight],
     configs: Sequence[Any],
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
@@ -207,29 +207,28 @@ def save_weights(
     :func:`~wagle_pl.core.weights.share_of`, into files that are the same for any number of ranks.
 
     Args:
-        weights: all of the model's, tied ones once; whole, or sharded over ranks.
+        weights: all of the model's by name, tied ones once; whole, or sharded over ranks.
         configs: the model's configurations; None stands for one that it does not have.
         originals: see :func:`save_model`.
         loaded_as: see :meth:`Originals.restore`.
     """
-    by_name = {weight.name: weight for weight in weights}
-    dtypes = {w.name: w.dtype for w in weights}
+    dtypes = {name: weight.dtype for name, weight in weights.items()}
     if originals is not None:
-        floats = [w.name for w in weights if w.dtype.is_floating_point]
+        floats = [name for name, dtype in dtypes.items() if dtype.is_floating_point]
         dtypes |= {name: originals.dtype(name) or dtypes[name] for name in floats}
-    layout = {w.name: torch.empty(w.shape, dtype=dtypes[w.name], device="meta") for w in weights}
+    layout = {n: torch.empty(w.shape, dtype=dtypes[n], device="meta") for n, w in weights.items()}
     plan = split_torch_state_dict_into_shards(layout, max_shard_size="5GB")
     files = plan.filename_to_tensors
 
     def share(name: str) -> tuple[str, int, Tensor]:
-        start, values = share_of(by_name[name].read())
+        start, values = share_of(weights[name].read())
         if originals is not None:
             values = originals.restore(name, values, loaded_as, start)
         return name, start, values
 
     def begin() -> None:
         for file, names in files.items():
-            tensors = [(name, dtypes[name], by_name[name].shape) for name in names]
+            tensors = [(name, dtypes[name], weights[name].shape) for name in names]
             lay_out(temporary / file, tensors, {"format": "pt"})
 
     dtype = None if originals is None else originals.default

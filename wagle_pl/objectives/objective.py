@@ -225,12 +225,9 @@ class Objective(ABC):
 
     def __call__(self, at: Streams) -> dict[str, Tensor]:
         """``loss`` and its terms as far as there are any, scalars."""
-        found = {name: at.known.get(name) for name in TERMS}
-        found = {n: self.term(n, at) if term is None else term for n, term in found.items()}
-        terms, weights = (
-            {n: term for n, term in found.items() if term is not None},
-            self.weights(at),
-        )
+        found = {n: at.known[n] if n in at.known else self.term(n, at) for n in TERMS}
+        terms = {name: term for name, term in found.items() if term is not None}
+        weights = self.weights(at)
         return {"loss": sum(weights[name] * term for name, term in terms.items()), **terms}
 
     # -- an objective that changes during a run ----------------------------------------------------

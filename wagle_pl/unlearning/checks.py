@@ -32,13 +32,11 @@ def check_run(module: FinetuneModule) -> None:
             f"{module.model_name}: to train again, make a new one"
         )
     trainer = module.trainer
-    if trainer.gradient_clip_val is not None and not trainer.gradient_clip_val >= 0:
-        raise WagleError(
-            f"trainer.gradient_clip_val must be 0 or more, got {trainer.gradient_clip_val:g}"
-        )
-    if not module.output and module.run_config:  # from Python the result is ``module.lm``
+    bound, output = trainer.gradient_clip_val, module.place and module.place.resolve()
+    if bound is not None and not bound >= 0:
+        raise WagleError(f"must be 0 or more, got {bound:g}", option="trainer.gradient_clip_val")
+    if output is None and module.run_config:  # from Python the result is ``module.lm``
         raise WagleError("fit needs a folder for the model: give --model.output")
-    output = Path(module.output).resolve() if module.output else None
     if output is not None and output == Path(module.model_name).resolve():
         raise WagleError(
             f"output {module.output} is the model that this run starts from: choose another folder"
@@ -46,12 +44,8 @@ def check_run(module: FinetuneModule) -> None:
     written = [("trainer.default_root_dir", trainer.default_root_dir)]
     for saver in trainer.checkpoint_callbacks:
         written.append(("dirpath of checkpoints", getattr(saver, "dirpath", None)))
-    for what, folder in written:
-        if (
-            folder
-            and output is not None
-            and output in (Path(folder).resolve(), *Path(folder).resolve().parents)
-        ):
+    for what, folder in written if output is not None else ():
+        if folder and Path(folder).resolve().is_relative_to(output):
             raise WagleError(
                 f"{what}: {folder} lies in the output {module.output}, which the model's folder "
                 "will replace: name another"

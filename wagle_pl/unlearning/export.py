@@ -80,10 +80,8 @@ def export(
     weights = _with_values(weights, originals, selected, loaded_as)
     if adapter := record["lineage"][-1].get("adapter"):
         weights = _with_adapter(weights, adapter["alpha"] / adapter["r"], lm)
-    configs, card = (config, generation), model_card(record)
-    return save_weights(
-        list(weights.values()), configs, tokenizer, output, card, record, originals, loaded_as
-    )
+    card, configs = model_card(record), (config, generation)
+    return save_weights(weights, configs, tokenizer, output, card, record, originals, loaded_as)
 
 
 def _convert(name: str, output: str | Path) -> Path:
@@ -134,7 +132,7 @@ def _of_shards(path: Path) -> tuple[Weights, Mapping[str, Any]]:
     if not checkpoint.pieces.get("weight"):
         return {}, checkpoint.common
     weights = {
-        name: Weight(name, torch.float32, shape, partial(checkpoint.weight, name))
+        name: Weight(torch.float32, shape, partial(checkpoint.weight, name))
         for name, shape in checkpoint.shapes.items()
     }
     return weights | _in_memory(checkpoint.common.get("buffers", {})), checkpoint.common
@@ -155,7 +153,7 @@ def _of_file(path: Path) -> tuple[Weights, Mapping[str, Any]]:
 
 def _in_memory(tensors: Mapping[str, Tensor]) -> Weights:
     return {
-        name: Weight(name, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)
+        name: Weight(tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)
         for name, tensor in tensors.items()
     }
 
@@ -205,7 +203,7 @@ def _with_values(
     shapes = {name.removesuffix(SUFFIX): weight.shape for name, weight in stored.items()}
     shapes |= {} if mask is None else mask.shapes
     return {
-        name: stored.get(name) or Weight(name, loaded_as, shape, partial(read, name))
+        name: stored.get(name) or Weight(loaded_as, shape, partial(read, name))
         for name, shape in shapes.items()
     }
 
@@ -227,7 +225,7 @@ def _with_adapter(weights: Weights, scale: float, lm: nn.Module) -> Weights:
             continue
         if all(factors):
             weight = weight._replace(read=partial(read, name, weight, factors))
-        merged[name] = weight._replace(name=name)
+        merged[name] = weight
     return merged
 
 
