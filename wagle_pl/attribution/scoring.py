@@ -142,7 +142,10 @@ def complete(
             spec.select, spec.scope = "high", "global"
         else:
             chosen = (spec.select, spec.scope)
-            name += [f"{spec.density:g}", *(c for c in chosen if c not in ("high", "global"))]
+            name += [
+                f"{float(spec.density):g}",
+                *(c for c in chosen if c not in ("high", "global")),
+            ]
         spec.name = spec.name or "-".join(name)
         found.append(spec)
     return found
