@@ -92,9 +92,6 @@ class AttributionModule(LanguageModule):
             weights, with finished sums in files beside the output (one device only).
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a
             third more time.
-
-    Raises:
-        WagleError: if an option has no meaning.
     """
 
     #: Tells strategies to create no optimiser state.

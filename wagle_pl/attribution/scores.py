@@ -351,9 +351,6 @@ class Modules(Score):
             (see :func:`wagle_pl.masks.names.in_module`); all when None.
         layers: indices of transformer blocks, from 0, ranges with their ends: ``"3-7"``,
             ``"0,2,5-6"``; all, and what is outside the blocks, when None.
-
-    Raises:
-        WagleError: if ``layers`` cannot be read, or both are None.
     """
 
     by_row = True

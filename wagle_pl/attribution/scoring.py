@@ -401,11 +401,7 @@ def write_scores(
 
 
 class StoredScores:
-    """A folder that :func:`write_scores` wrote, or a file in it; read a tensor at a time.
-
-    Raises:
-        WagleError: if it is no such folder, or of a newer format.
-    """
+    """A folder that :func:`write_scores` wrote, or a file in it; read a tensor at a time."""
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)

@@ -371,11 +371,7 @@ class GradientSums:
         return {"sums": sums, **done, **self.small()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave.
-
-        Raises:
-            WagleError: if it is of a run with another number of passes.
-        """
+        """Restore what :meth:`state_dict` gave."""
         if (passes := state_dict.get("passes", 1)) != len(self._groups):
             raise WagleError(
                 f"the checkpoint's run made {passes} passes, this one makes {len(self._groups)}",

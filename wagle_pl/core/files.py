@@ -27,9 +27,6 @@ def refuse_existing(
         option: what would allow it, for the error.
         kind: what will be written: a ``file``; a ``folder``, in place of a whole one; or ``files``
             into a folder, where others stay as they are.
-
-    Raises:
-        WagleError: if ``path`` may not be replaced, is of the other kind, or would lie in a file.
     """
     above = next((parent for parent in path.parents if parent.exists()), None)
     if above is not None and not above.is_dir():

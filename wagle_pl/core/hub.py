@@ -131,11 +131,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def loading(what: str, name: str, how: str = "loaded") -> Iterator[None]:
-    """Say in one line why a model's files cannot be read, whatever a library raises.
-
-    Raises:
-        WagleError: naming ``what`` and the reason.
-    """
+    """Say in one line why a model's files cannot be read, whatever a library raises."""
     try:
         yield
     except (WagleError, MemoryError, torch.cuda.OutOfMemoryError):

@@ -172,11 +172,7 @@ class Planned(NamedTuple):
 
 
 def check_space(files: Iterable[Planned]) -> None:
-    """Refuse a run that writes more than its disks have room for.
-
-    Raises:
-        WagleError: naming the place, what is written there and what is free.
-    """
+    """Refuse a run that writes more than its disks have room for."""
     disks: dict[int, list[Planned]] = {}  # by device
     for file in files:
         disks.setdefault(_existing(file.path).stat().st_dev, []).append(file)
@@ -220,9 +216,6 @@ def write_or_keep(
         output: where to.
         checkpoint: one from which a resumed run comes to the same result, or None.
         again: whether ``write`` may be called a second time, for the folder of temporary files.
-
-    Raises:
-        WagleError: if it could not be written to ``output``.
     """
     try:
         write(output)

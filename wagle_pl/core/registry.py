@@ -48,9 +48,6 @@ def resolve(base: type[T], value: Union[T, Entry], option: str, also: Collection
             ``init_args``.
         option: its name, for errors.
         also: other names that the caller accepts here, for errors.
-
-    Raises:
-        WagleError: if there is no such class, or it does not have the options.
     """
     if isinstance(value, base):
         return value
@@ -110,10 +107,6 @@ def split(value: Entry, option: str, also: Collection[str] = ()) -> tuple[str, d
 def check_options(cls: type, given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Some options of a class as its signature types them: numbers from text, objects from
     mappings.
-
-    Raises:
-        WagleError: with ``where`` they were given and the option that the class does not have, or
-            whose value is of another type.
     """
     from jsonargparse import ArgumentError, ArgumentParser
 

@@ -172,11 +172,7 @@ class HubSet(NamedTuple):
 
 
 def read_hub(hub_set: HubSet, limit: Optional[int] = None) -> list[Row]:
-    """Rows of a hub dataset; with a limit, it is streamed no further.
-
-    Raises:
-        WagleError: if it cannot be had.
-    """
+    """Rows of a hub dataset; with a limit, it is streamed no further."""
     from datasets import load_dataset
 
     options: dict[str, Any] = {"split": hub_set.split}

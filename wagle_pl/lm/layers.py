@@ -75,11 +75,7 @@ def recompute_blocks(lm: PreTrainedModel) -> None:
 
 
 def blocks(lm: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of a model, first to last: its longest outermost ``nn.ModuleList``.
-
-    Raises:
-        WagleError: if it has none.
-    """
+    """The transformer blocks of a model, first to last: its longest outermost ``nn.ModuleList``."""
     lists = {name: m for name, m in lm.named_modules() if isinstance(m, nn.ModuleList)}
     outer = [m for name, m in lists.items() if not any(name.startswith(f"{n}.") for n in lists)]
     if not outer:
@@ -89,11 +85,7 @@ def blocks(lm: nn.Module) -> list[nn.Module]:
 
 
 def check_layer(lm: nn.Module, layer: int, option: str) -> None:
-    """Refuse a block that a model lacks.
-
-    Raises:
-        WagleError: naming the option and the range.
-    """
+    """Refuse a block that a model lacks."""
     last = len(blocks(lm)) - 1
     if not 0 <= layer <= last:
         must = f"must be from 0 to {last}, the last block of this model"

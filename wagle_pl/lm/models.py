@@ -150,9 +150,6 @@ def _check_found(
 ) -> None:
     """Refuse weights that do not fit the configuration: transformers would draw missing ones at
     random, and leave out layers beyond the model's.
-
-    Raises:
-        WagleError: naming the first weight that does not fit.
     """
     own = parameter_shapes(model)
     kinds = set(map(_any_layer, own))

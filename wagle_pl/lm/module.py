@@ -287,11 +287,7 @@ class LanguageModule(L.LightningModule):
         checkpoint["module"] = self._kind
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse what is no checkpoint of a run like this one; find where it goes on.
-
-        Raises:
-            WagleError: if another module wrote it, or its weights are those of another model.
-        """
+        """Refuse what is no checkpoint of a run like this one; find where it goes on."""
         self.check_kind(checkpoint)
         if self.attached and self.trainer.training:
             self._loader_state = recount(checkpoint, self.data)

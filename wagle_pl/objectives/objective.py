@@ -29,9 +29,6 @@ class Schedule:
         end: value from ``until`` on.
         until: share of the run after which ``end`` is reached, in (0, 1].
 
-    Raises:
-        WagleError: if ``until`` is outside (0, 1].
-
     >>> ramp = Schedule("linear", 0.0, 2.0)
     >>> ramp(0.0), ramp(0.25), ramp(1.0)
     (0.0, 0.5, 2.0)
@@ -70,11 +67,7 @@ TERMS = ("forget_loss", "retain_loss", "penalty")
 
 
 def as_schedule(value: Weight, option: str) -> Schedule:
-    """The schedule of an option: a number, a text such as ``step:1->0@0.5``, or a schedule.
-
-    Raises:
-        WagleError: naming the option and the forms it takes.
-    """
+    """The schedule of an option: a number, a text such as ``step:1->0@0.5``, or a schedule."""
     if isinstance(value, Schedule):
         return value
     text = str(value).replace(" ", "")
@@ -112,9 +105,6 @@ class Objective(ABC):
             over all answer tokens of the global batch, as OpenUnlearning and the Hugging Face
             Trainer do. Terms of whole answers (NPO, SimNPO, DPO) and of hidden states are means
             over rows either way.
-
-    Raises:
-        WagleError: if an option has no meaning.
     """
 
     #: Whether the forget term is a mean over answer tokens, for ``average: tokens``.
@@ -186,11 +176,7 @@ class Objective(ABC):
         return self.retains and bool(self.retain.hidden_layers)
 
     def prepare(self, lm: PreTrainedModel) -> None:
-        """Look at the model before the run.
-
-        Raises:
-            WagleError: if an option does not fit it.
-        """
+        """Look at the model before the run."""
         if self.retains:
             self.retain.prepare(lm, self.layer)
 

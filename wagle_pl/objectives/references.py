@@ -212,11 +212,7 @@ def _digest(about: str, data: StreamData, stream: str) -> str:
 
 
 def _load(path: Path, key: str) -> Optional[dict[str, Tensor]]:
-    """The tensors of a file, if there is one.
-
-    Raises:
-        WagleError: if it is cut short, or not what its name says.
-    """
+    """The tensors of a file, if there is one."""
     if not path.is_file():
         return None
     if TensorFile(path, "reference cache").metadata.get("key") != key:

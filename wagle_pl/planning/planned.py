@@ -44,11 +44,7 @@ STRATEGIES = {
 
 
 class Sums(NamedTuple):
-    """Where attribution adds up gradients: the option ``sums``.
-
-    Raises:
-        WagleError: from :meth:`parse`, if it is none of ``device``, ``host`` and ``passes=K``.
-    """
+    """Where attribution adds up gradients: the option ``sums``."""
 
     host: bool = False
     passes: int = 1
@@ -68,9 +64,6 @@ def runs_of(sizes: Sequence[int], count: int) -> list[range]:
 
     >>> runs_of([5, 1, 1, 1, 2], 3)
     [range(0, 1), range(1, 4), range(4, 5)]
-
-    Raises:
-        WagleError: if there are fewer tensors.
     """
     if count > len(sizes):
         raise WagleError(f"{count} passes for {len(sizes)} parameters", "sums", "take fewer")
@@ -188,9 +181,6 @@ class PlannedRun:
             :mod:`wagle_pl.attribution.hessian`; None where it is a given scalar.
         diagonal: whether attribution keeps the diagonal, and not only its mean.
         persistence: ``param_persistence_threshold`` of ZeRO-3.
-
-    Raises:
-        WagleError: if a value has no meaning.
     """
 
     task: str = "unlearning"

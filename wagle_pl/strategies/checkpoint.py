@@ -195,11 +195,7 @@ class ShardedCheckpoint:
         return load_plain(self.path / COMMON_FILE, f"checkpoint {self.path}")
 
     def read(self, key: str, name: str, start: int, numel: int) -> Tensor:
-        """(numel,) consecutive numbers, from however many shards they lie in.
-
-        Raises:
-            WagleError: if the checkpoint does not hold all of them.
-        """
+        """(numel,) consecutive numbers, from however many shards they lie in."""
         parts, end = [], start + numel
         pieces = self.pieces.get(key, {}).get(name, [])
         for file, first, count in sorted(pieces, key=lambda piece: piece[1]):
@@ -218,11 +214,7 @@ class ShardedCheckpoint:
         return self.read(WEIGHT, name, 0, prod(self.shapes[name])).view(self.shapes[name])
 
     def load_weights(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Set (name, parameter) pairs, whole or sharded over ranks, of which each reads its share.
-
-        Raises:
-            WagleError: if the checkpoint holds others.
-        """
+        """Set (name, parameter) pairs, whole or sharded over ranks, of which each reads its share."""
         parameters = list(parameters)
         shapes = shapes_of(parameters)
         for name in [*shapes, *self.shapes]:

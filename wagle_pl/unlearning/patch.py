@@ -401,9 +401,6 @@ def subtract(
         strength: λ.
         about: what made w, for the record; its ``model_fingerprint`` must be that of ``base``.
         overwrite: replace an existing model folder.
-
-    Raises:
-        WagleError: if the models, the mask or w do not fit each other.
     """
     refuse_existing(Path(output), overwrite, "--overwrite", kind="folder")
     check_positive(strength, "strength")
