@@ -46,14 +46,10 @@ class Job:
     #: Streams -> (B,) losses whose gradients are collected; a row's mean negative log-likelihood
     #: when None.
     loss: Optional[Callable[[Streams], Tensor]] = None
-    #: Name of the sum of gradients, if needed.
-    total: Optional[str] = None
-    #: Name of the sum of squared gradients of single rows, if needed.
-    squares: Optional[str] = None
-    #: Estimator that runs on the stream, if any.
-    hessian: Optional[Hessian] = None
-    #: Collect norms of the inputs of linear layers.
-    activations: bool = False
+    total: Optional[str] = None  # name of the sum of gradients, if needed
+    squares: Optional[str] = None  # the same of squared gradients of single rows
+    hessian: Optional[Hessian] = None  # runs on the stream
+    activations: bool = False  # collect norms of the inputs of linear layers
 
     @property
     def needs_graph(self) -> bool:

@@ -38,14 +38,10 @@ class MicroBatch:
     #: A new forward pass: predictions of the labels, row after row, and the sum of the rows' losses,
     #: a scalar.
     run: Callable[[], tuple[Predictions, Tensor]]
-    #: (B, T), -100 where nothing is predicted.
-    labels: Tensor
-    #: One a row, so that what is drawn for a row does not depend on the batch it is in.
-    seeds: Sequence[int]
-    #: For what is drawn once a step, the same for all its micro-batches and ranks.
-    step_seed: int = 0
-    #: A forward pass that has been run already.
-    done: Optional[tuple[Predictions, Tensor]] = None
+    labels: Tensor  # (B, T), -100 where nothing is predicted
+    seeds: Sequence[int]  # one a row: what is drawn for it does not depend on its batch
+    step_seed: int = 0  # for what is drawn once a step, in all its micro-batches and ranks
+    done: Optional[tuple[Predictions, Tensor]] = None  # a forward pass that has been run already
     #: Whether one graph serves several backward passes: sharded weights are gathered for one.
     reusable: bool = True
 
@@ -256,12 +252,10 @@ class DampedHessian:
         WagleError: if the mean is not above zero.
     """
 
-    #: Mean of max(ĥ, 0) over all weights, or γ.
-    mean: float
+    mean: float  # of max(ĥ, 0) over all weights, or γ
     #: This rank's rows of the sums of ĥ, in parameter order; None for a scalar.
     diagonal: Optional[Sequence[Tensor]] = None
-    #: Factor from the sums to ĥ.
-    scale: float = 1.0
+    scale: float = 1.0  # from the sums to ĥ
     damping: float = 0.1
 
     def __post_init__(self) -> None:

@@ -54,35 +54,23 @@ class WeightStatistics:
     """Statistics of the weights of one parameter, in fp32 and, unless stated, in its shape.
 
     Fields that a score does not list in ``needs`` are None.
-
-    Attributes:
-        name: of the parameter.
-        theta: θ₀.
-        g_f: gradient of the forget loss, oriented so that forgetting moves along +g_f.
-        g_r: gradient of the retain loss.
-        h: diagonal Hessian of the retain loss, damped, above zero; 0-dim if one for all weights.
-        h_diagonal: the same without damping, at least zero, always one value a weight.
-        h_mean: mean of ``h_diagonal`` over all weights of the model; set with ``h_diagonal``.
-        fisher_f: (1/N) Σ_n (∇ℓ_f,n)², over single forget rows.
-        fisher_r: the same of retain rows.
-        activation: ‖x_j‖₂ of each input j of a linear layer over the tokens of the forget rows, in
-            a shape that broadcasts with the weight; None for other parameters.
-        first: place of the first of these weights in the flattened parameter.
-        total: number of the parameter's weights; of these if None.
     """
 
     name: str
-    theta: Tensor
-    g_f: Optional[Tensor] = None
-    g_r: Optional[Tensor] = None
+    theta: Tensor  # θ₀
+    g_f: Optional[Tensor] = None  # of the forget loss; forgetting moves along +g_f
+    g_r: Optional[Tensor] = None  # of the retain loss
+    #: Diagonal Hessian of the retain loss, damped, above zero; 0-dim if one for all weights.
     h: Optional[Tensor] = None
-    h_diagonal: Optional[Tensor] = None
-    h_mean: Optional[float] = None
-    fisher_f: Optional[Tensor] = None
-    fisher_r: Optional[Tensor] = None
+    h_diagonal: Optional[Tensor] = None  # without damping, at least zero, one value a weight
+    h_mean: Optional[float] = None  # of ``h_diagonal``, over all weights of the model
+    fisher_f: Optional[Tensor] = None  # (1/N) Σ_n (∇ℓ_f,n)², over single forget rows
+    fisher_r: Optional[Tensor] = None  # the same of retain rows
+    #: ‖x_j‖₂ of each input j of a linear layer over the tokens of the forget rows, in a shape that
+    #: broadcasts with the weight; None for other parameters.
     activation: Optional[Tensor] = None
-    first: int = 0
-    total: Optional[int] = None
+    first: int = 0  # place of the first of these weights in the flattened parameter
+    total: Optional[int] = None  # number of the parameter's weights; of these if None
 
 
 class Score:

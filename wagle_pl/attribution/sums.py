@@ -40,11 +40,6 @@ class Shard:
         shape: of the parameter. The rows of a vector are its numbers.
         rank, ranks: from the process group when None.
 
-    Attributes:
-        total: number of the parameter's weights.
-        start, stop: the rows.
-        first: index of the first weight in the flattened parameter.
-
     >>> shard = Shard((5, 2), rank=1, ranks=2)
     >>> shard.start, shard.stop, shard.first
     (4, 5, 8)
@@ -62,6 +57,7 @@ class Shard:
         self._by_row = (rows, *rest)
         self._each = rows if self.ranks == 1 else -(-rows // (self.ranks * per_byte)) * per_byte
         self.start, self.stop = (min(r * self._each, rows) for r in (rank, rank + 1))
+        #: Index of the first weight in the flattened parameter, and number of the parameter's.
         self.first, self.total = self.start * width, rows * width
 
     def of(self, whole: Tensor) -> Tensor:

@@ -43,9 +43,6 @@ class Lock:
         across_hosts: trust the operating system that a holder on another host has ended. (A job
             that is queued again may run elsewhere; but some shared disks lock within one host.)
 
-    Attributes:
-        left: who was killed while holding it, or None.
-
     Raises:
         WagleError: if another process holds it, or may do.
     """
@@ -66,7 +63,7 @@ class Lock:
         if left and not (sure and (across_hosts or left.get("host") == host)):
             self._file.close()
             raise WagleError(f"{busy} ({holder}), or was killed: if so, delete {path}")
-        self.left = holder if left else None
+        self.left = holder if left else None  # who was killed while holding it
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         self._write(json.dumps({"pid": os.getpid(), "host": host, "since": since}))
 

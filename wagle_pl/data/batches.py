@@ -142,8 +142,7 @@ class GlobalBatchSampler:
     rank: int = 0
     seed: int = 0
     epoch: int = 0
-    #: Epochs after which the same batches come again; None for never.
-    period: Optional[int] = None
+    period: Optional[int] = None  # epochs after which the same batches come again; None: never
     #: Where the next iteration begins, if it is of that epoch.
     start: Position = field(default_factory=Position)
 

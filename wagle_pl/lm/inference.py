@@ -33,17 +33,11 @@ _BEYOND_THE_HEAD: WeakSet[nn.Module] = WeakSet()
 
 @dataclass(eq=False)
 class Predictions:
-    """Predictions of the next token at N places: hidden states, and the head that reads them.
+    """Predictions of the next token at N places: hidden states, and the head that reads them."""
 
-    Attributes:
-        states: (N, d) hidden states; (N, V) logits if there is no head.
-        head: makes logits, in the dtype it computes with.
-        context: gives a context in which the head must run.
-    """
-
-    states: Tensor
-    head: Optional[nn.Module] = None
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    states: Tensor  # (N, d) hidden states; (N, V) logits if there is no head
+    head: Optional[nn.Module] = None  # makes logits, in the dtype it computes with
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext  # in which it must run
     _logits: Optional[Tensor] = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:

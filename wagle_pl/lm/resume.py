@@ -23,19 +23,12 @@ if TYPE_CHECKING:
 
 
 class StepStart(NamedTuple):
-    """The start of an optimiser step.
-
-    Attributes:
-        epoch: the epoch it is in.
-        batch: how many micro-batches of the epoch came before.
-        step: how many optimiser steps of the run.
-        random: see :func:`random_state`.
-    """
+    """The start of an optimiser step."""
 
     epoch: int
-    batch: int
-    step: int
-    random: dict[str, Tensor]
+    batch: int  # how many micro-batches of the epoch came before
+    step: int  # how many optimiser steps of the run
+    random: dict[str, Tensor]  # see random_state
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

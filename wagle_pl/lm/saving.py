@@ -42,14 +42,11 @@ class Originals:
 
     Args:
         name: of the model, as :func:`~wagle_pl.lm.models.load_model` takes it.
-
-    Attributes:
-        default: the dtype that the model's configuration names, None if it names none.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.default = checkpoint_dtype(name)
+        self.default = checkpoint_dtype(name)  # for weights of whose dtype the files say nothing
         self._files: Optional[TensorFiles] = None
         try:
             if (folder := weights_folder(name)) is not None:

@@ -18,20 +18,14 @@ from wagle_pl.masks.names import in_module, layer_of, parse_layers
 class Restriction(NamedTuple):
     """Only the weights that all of these select; every weight where all are None.
 
-    Attributes:
-        file: a mask file, or a mask.
-        modules: whole modules, e.g. ``["mlp"]`` or ``["mlp.down_proj"]``, see ``names.in_module``.
-        layers: only in these layers, see ``names.parse_layers``.
-        matching: a regular expression that finds names of parameters, from any position.
-
     >>> Restriction(modules=["mlp"], layers="3-7").takes("model.layers.7.mlp.up_proj.weight")
     True
     """
 
-    file: Optional[Union[str, WeightMask]] = None
-    modules: Optional[Sequence[str]] = None
-    layers: Optional[str] = None
-    matching: Optional[str] = None
+    file: Optional[Union[str, WeightMask]] = None  # of a mask
+    modules: Optional[Sequence[str]] = None  # such as ["mlp.down_proj"], see in_module
+    layers: Optional[str] = None  # see parse_layers
+    matching: Optional[str] = None  # a regular expression, found anywhere in a parameter's name
 
     def takes(self, name: str) -> bool:
         """Whether modules, layers and pattern select a parameter, by its name."""

@@ -40,18 +40,12 @@ class TopK(NamedTuple):
     The true token is always among the k, first. A divergence KL(π₀ ‖ π) over the k + 1 buckets is
     the true one less t₀ · KL of the two predictions *within* the rest, where t₀ is the probability
     of the rest at θ₀ (the chain rule of the divergence): a lower bound.
-
-    Attributes:
-        ids: (N, k) int32 tokens; N the number of answer tokens, row after row.
-        logprobs: (N, k) fp32, their log-probabilities.
-        tail: (N,) fp32, log-probability of all other tokens together.
-        offsets: (rows + 1,) int64, where each row begins.
     """
 
-    ids: Tensor
-    logprobs: Tensor
-    tail: Tensor
-    offsets: Tensor
+    ids: Tensor  # (N, k) int32 tokens; N the number of answer tokens, row after row
+    logprobs: Tensor  # (N, k) fp32, their log-probabilities
+    tail: Tensor  # (N,) fp32, log-probability of all other tokens together
+    offsets: Tensor  # (rows + 1,) int64, where each row begins
 
     @classmethod
     def of(cls, predicted: Predictions, targets: Tensor, counts: Tensor, k: int) -> TopK:
@@ -140,16 +134,11 @@ def _of_rows(
 
 
 class References:
-    """Sums and top k of a run, made or found before its first step and kept in its checkpoints.
-
-    Attributes:
-        sums: stream -> (rows,) summed log-probabilities at θ₀.
-        top_k: stream -> top-k predictions at θ₀.
-    """
+    """Sums and top k of a run, made or found before its first step and kept in its checkpoints."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.top_k: dict[str, TopK] = {}
+        self.sums: dict[str, Tensor] = {}  # stream -> (rows,) summed log-probabilities at θ₀
+        self.top_k: dict[str, TopK] = {}  # stream -> predictions at θ₀
         self._stored: dict[str, dict[str, Any]] = {}
         self._resumed = False
 

@@ -28,16 +28,12 @@ class Answers:
     tokens of the whole batch, row after row.
     """
 
-    #: At the N places that predict an answer token.
-    predicted: Predictions
-    #: (B, T), -100 where nothing is to be predicted.
-    labels: Tensor
-    #: (N,) these places, in (B, T) flattened.
-    places: Tensor
+    predicted: Predictions  # at the N places that predict an answer token
+    labels: Tensor  # (B, T), -100 where nothing is to be predicted
+    places: Tensor  # (N,) these places, in (B, T) flattened
     #: (B,) summed log-probability at θ₀; of streams that the objective lists in ``references``.
     reference: Optional[Tensor] = None
-    #: (B,) index of each row in its set, where it is known.
-    rows: Optional[Tensor] = None
+    rows: Optional[Tensor] = None  # (B,) index of each row in its set, where it is known
     #: Block -> (B, T, d), its output; of those that the objective names in ``hidden_layers``.
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
     #: Gives the same answers at θ₀, see :attr:`theta0`.
@@ -147,18 +143,14 @@ class Streams(Mapping[str, Answers]):
     references: Mapping[str, Tensor]
     #: The model that ``run`` runs; needed for ``layers`` and by objectives that read weights.
     lm: Optional[PreTrainedModel] = None
-    #: Blocks whose output is kept.
-    layers: Collection[int] = ()
+    layers: Collection[int] = ()  # blocks whose output is kept
     #: Gives a context in which ``run`` runs the model at θ₀.
     theta0: Optional[Callable[[], AbstractContextManager[Any]]] = None
     #: Stream -> predictions at θ₀, in place of the copy's.
     top_k: Mapping[str, TopK] = field(default_factory=dict)
-    #: Share of the run's steps that is done, 0 at the first and 1 at the last.
-    progress: float = 0.0
-    #: Counted from 0.
-    epoch: int = 0
-    #: Streams of which a term needs logits of every position.
-    whole: Collection[str] = ()
+    progress: float = 0.0  # share of the run's steps that is done, 0 at the first, 1 at the last
+    epoch: int = 0  # counted from 0
+    whole: Collection[str] = ()  # streams of which a term needs logits of every position
     #: Terms of the objective that are computed already, without their weights.
     known: Mapping[str, Tensor] = field(default_factory=dict)
     _answers: dict[str, Answers] = field(default_factory=dict, init=False)

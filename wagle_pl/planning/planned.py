@@ -78,27 +78,19 @@ def runs_of(sizes: Sequence[int], count: int) -> list[range]:
 
 
 class Architecture(NamedTuple):
-    """What the formulas need of a model.
+    """What the formulas need of a model."""
 
-    Attributes:
-        shapes: parameter name -> shape, tied weights once.
-        attention, keys: sizes of all query heads and of all key heads together.
-        inner: of the MLP, which has a gate (Llama) or not (GPT-2).
-        tied: whether one tensor is both embedding and output matrix.
-        stored: bytes a weight on disk.
-    """
-
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, tuple[int, ...]]  # parameter name -> shape, tied weights once
     hidden: int
     layers: int
     heads: int
-    attention: int
-    keys: int
-    inner: int
-    gated: bool
+    attention: int  # size of all query heads together
+    keys: int  # the same of key heads
+    inner: int  # of the MLP
+    gated: bool  # as in Llama, or not, as in GPT-2
     vocabulary: int
-    tied: bool
-    stored: int
+    tied: bool  # one tensor is both embedding and output matrix
+    stored: int  # bytes a weight on disk
 
     @property
     def sizes(self) -> list[int]:
@@ -174,14 +166,7 @@ def architecture(name: str) -> Architecture:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run; options are those of ``wagle plan``, where they are documented, but for these.
-
-    Attributes:
-        estimator: of the Hessian diagonal, in attribution: a class of
-            :mod:`wagle_pl.attribution.hessian`; None where it is a given scalar.
-        diagonal: whether attribution keeps the diagonal, and not only its mean.
-        persistence: ``param_persistence_threshold`` of ZeRO-3.
-    """
+    """A run; options without a comment are those of ``wagle plan``, which documents them."""
 
     task: str = "unlearning"
     strategy: str = "auto"
@@ -189,8 +174,9 @@ class PlannedRun:
     precision: str = "bf16-true"
     accelerator: str = "gpu"
     density: float = 0.2
+    #: A class of :mod:`wagle_pl.attribution.hessian`; None where the Hessian is a given scalar.
     estimator: Optional[Any] = None
-    diagonal: bool = False
+    diagonal: bool = False  # attribution keeps the diagonal, and not only its mean
     sums: str = "device"
     optimizer: str = "MaskedAdamW"
     values: str = "fp32"
@@ -199,7 +185,7 @@ class PlannedRun:
     accumulate_grad_batches: int = 1
     gradient_checkpointing: bool = False
     frozen_copy: bool = False
-    persistence: int = 100_000
+    persistence: int = 100_000  # ``param_persistence_threshold`` of ZeRO-3
 
     def __post_init__(self) -> None:
         known = {

@@ -37,10 +37,8 @@ Loss = Union[str, Callable[[Streams], Tensor]]
 class Step:
     """An optimiser's step, when all its backward passes are done."""
 
-    #: Counted from 0.
-    number: int
-    #: Name of a tensor -> its selected weights.
-    values: Mapping[str, Tensor]
+    number: int  # counted from 0
+    values: Mapping[str, Tensor]  # name of a tensor -> its selected weights
     #: Term of the objective (``forget_loss``, ``retain_loss``, ``penalty``) -> its gradient.
     gradients: Mapping[str, Gradients]
     #: One more forward pass over the step's rows, at the values as they are, and a backward pass of
