@@ -134,7 +134,6 @@ def collect(
             optionally ``attention_mask``, ``weight`` (B,), 0 for rows that only fill the batch, and
             ``row`` (B,), a number that seeds what is drawn for it. Each batch is a step of the
             Hessian estimate.
-        jobs: what to collect.
         sums: ``device``, ``host`` or ``passes=K``, for which batches are iterated over K times; see
             :class:`~wagle_pl.attribution.AttributionModule`.
 
@@ -334,7 +333,6 @@ def _expert_inputs(experts: Any, tokens: Tensor, chosen: Tensor) -> tuple[Tensor
     the second computed again as transformers does.
 
     Args:
-        experts: the module.
         tokens: (N, d) its input.
         chosen: (N, k) experts of each token.
     """

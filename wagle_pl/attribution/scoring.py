@@ -367,10 +367,8 @@ def write_scores(
     Collective: each rank writes a file of its rows.
 
     Args:
-        folder: the folder, on a disk that the ranks share.
-        scores: (parameter name, scores of this rank's rows) of every parameter, in the order of
-            shapes.
-        shapes: parameter name -> shape.
+        folder: on a disk that the ranks share.
+        scores: (parameter name, scores of this rank's rows) of every parameter of ``shapes``.
         made_by: metadata of masks made of them, and ``absolute`` (ranked by absolute value).
         dtype: of the file. In bf16 weights whose scores differ by less than 1/256 may tie.
     """
@@ -473,9 +471,6 @@ def importance_from_scores(
     2601.22030) weighs by; the paper's own normalisation may be another. Other scores have any scale:
     by default s is their median size, so that half of the weights have w ≥ ½. Scores that are ranked
     with their sign count as 0 below 0.
-
-    Args:
-        scale: s.
 
     Returns:
         Name of a parameter -> w, in its shape; and what made w, with ``model_fingerprint``.

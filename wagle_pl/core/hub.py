@@ -55,9 +55,6 @@ def card_of(base: str, library: str, text: str, own: str = "") -> str:
     """A Markdown card with what the hub reads of it: tags, the base model and its licence.
 
     Args:
-        base: of what the card tells: hub id or folder.
-        library: that reads it.
-        text: the card.
         own: the base's own card, if not in its folder.
     """
     matter = {"library_name": library, "tags": ["unlearning", "wagle"]}
@@ -76,7 +73,6 @@ def upload(path: Path, repo_id: str, card: str = "", **options: Any) -> str:
 
     Args:
         repo_id: ``owner/name``; made if it does not exist.
-        card: of a file.
         **options: of ``huggingface_hub.HfApi.create_repo``, such as ``private=True``.
 
     Raises:

@@ -209,8 +209,6 @@ def write_or_keep(
     """Write the result of a run; where that fails, name in one line where the result is.
 
     Args:
-        write: writes it to a path, whole or not at all.
-        output: where to.
         checkpoint: one from which a resumed run comes to the same result, or None.
         again: whether ``write`` may be called a second time, for the folder of temporary files.
     """

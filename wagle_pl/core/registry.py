@@ -46,8 +46,6 @@ def resolve(base: type[T], value: Union[T, Entry], option: str, also: Collection
         base: the class it must derive from.
         value: an instance; a name, see :func:`find_class`; or a mapping with ``class_path`` and
             ``init_args``.
-        option: its name, for errors.
-        also: other names that the caller accepts here, for errors.
     """
     if isinstance(value, base):
         return value

@@ -159,9 +159,6 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     Each rank reads its own share of the tensors, and digests are added up in one all-reduce of 8
     bytes a chunk: the result is the same for any number of ranks. Values are rounded to bfloat16
     first, so that a checkpoint has one fingerprint whether it is loaded in bfloat16 or in float32.
-
-    Args:
-        tensors: (name, tensor) pairs; whole tensors, or parameters sharded over ranks.
     """
     header, digests = "", []
     for name, tensor in tensors:

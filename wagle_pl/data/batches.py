@@ -51,9 +51,6 @@ def epoch_batches(
         lengths: stream -> token count of each of its rows. Each row of the first stream appears
             once. The others are drawn beside it from their own shuffles, which go on in the next
             epoch, so that every row is used equally often.
-        global_batch: rows a step.
-        seed: of the whole run.
-        epoch: counted from 0.
     """
     epoch_size = len(next(iter(lengths.values())))
     positions = np.arange(epoch * epoch_size, (epoch + 1) * epoch_size)
@@ -95,9 +92,6 @@ def deal(
     """Cut one global batch into ``accumulate`` micro-batches for each of ``world_size`` ranks.
 
     Args:
-        rows: of the batch.
-        world_size: number of ranks.
-        accumulate: number of micro-batches.
         seen: how often earlier batches of the epoch held each row; this batch's are added.
         done: rows at the batch's beginning to leave out; the weights stay those of the whole batch.
 

@@ -424,7 +424,6 @@ class ForgetRetainDataModule(L.LightningDataModule):
         """All rows of one stream once, in batches of similar length: for passes at θ₀.
 
         Args:
-            stream: a stream.
             batch_size: rows a batch; ``test_batch_size`` when None.
             shared: this rank's batches only, as many as any other rank's.
         """

@@ -304,7 +304,6 @@ def generate(
     its sampling are not what is measured.
 
     Args:
-        lm: a Hugging Face causal language model, in evaluation mode.
         synced_gpus: whether each forward pass is a collective (ZeRO-3): then all ranks generate at
             the same time, and none is done before all are.
         sampling: options of ``GenerationConfig``, such as ``do_sample=True, temperature=0.8``; with

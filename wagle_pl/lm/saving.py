@@ -206,8 +206,6 @@ def save_weights(
     Args:
         weights: all of the model's by name, tied ones once; whole, or sharded over ranks.
         configs: the model's configurations; None stands for one that it does not have.
-        originals: see :func:`save_model`.
-        loaded_as: see :meth:`Originals.restore`.
     """
     dtypes = {name: weight.dtype for name, weight in weights.items()}
     if originals is not None:

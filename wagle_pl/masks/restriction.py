@@ -40,10 +40,6 @@ class Restriction(NamedTuple):
     ) -> Optional[WeightMask]:
         """The mask of a model; None if nothing is restricted.
 
-        Args:
-            shapes: parameter name -> shape, in parameter order.
-            model, fingerprint: name of the model, and of its weights.
-
         Raises:
             WagleError: if the file is of another model, or modules and layers do not exist in it.
         """

@@ -122,7 +122,6 @@ class Answers:
         """(B,) (1/|y|) Σ_t (1/d) ‖h_t − target_t‖², t over the answer tokens.
 
         Args:
-            layer: the block whose output h is, counted from 0.
             target: what broadcasts to (B, T, d).
         """
         distance = (self.hidden[layer].float() - target.float()).square().mean(-1)

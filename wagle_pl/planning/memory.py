@@ -343,7 +343,6 @@ def disk_bytes(run: PlannedRun, weights: int, stored: int = 0) -> dict[str, floa
     """File -> size: a mask N / 8, a checkpoint, a model.
 
     Args:
-        weights: N.
         stored: bytes a weight of the model that training writes.
     """
     if run.task == "test":

@@ -92,7 +92,6 @@ def save(
     """Write a checkpoint, replacing one that exists. Collective: all ranks must call it.
 
     Args:
-        path: where to.
         pieces: what this rank holds.
         common: what rank 0 writes for all.
         shapes: parameter name -> shape of what is kept, whole.

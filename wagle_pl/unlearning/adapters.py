@@ -197,8 +197,6 @@ def patch_to_shira(
 
     Args:
         base: folder of the patch's base model, which the adapter names.
-        output: folder to write.
-        overwrite: replace an existing folder of an adapter or a model.
 
     Raises:
         WagleError: if the patch is of another model, or changes other things than linear layers.

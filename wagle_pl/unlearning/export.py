@@ -44,9 +44,7 @@ def export(
     Args:
         path: a checkpoint: a file, or a folder that ranks under DeepSpeed wrote; or a GGUF file, a
             folder of an adapter, a hub id: these are loaded whole.
-        output: folder to write, in Hugging Face format.
         model, mask: where the run's base model and mask file are, if no longer where they were.
-        overwrite: replace an existing model folder.
 
     Raises:
         WagleError: if there is no such checkpoint, it has no language model, or its base is gone.

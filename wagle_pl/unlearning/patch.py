@@ -230,7 +230,6 @@ def apply_patch(
 
     Args:
         model: folder of the patch's base, or of that base with patches that changed other words.
-        output: folder to write, with the files of ``model``.
         overwrite: replace an existing model folder.
     """
     return _rewrite(Path(model), Patch(patch), Path(output), overwrite, "base", "unlearned")
@@ -394,7 +393,6 @@ def subtract(
     Args:
         base: model that is to forget, θ.
         finetuned: model fine-tuned on the forget rows, θ_ft.
-        output: folder to write.
         origin: model that ``finetuned`` was fine-tuned from, θ₁; ``base`` when None.
         importance: name of a parameter -> w, of its shape; 1 when None.
         mask: mask file; w is 0 outside, and those weights keep their bits.
