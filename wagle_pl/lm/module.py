@@ -28,16 +28,16 @@ log = logging.getLogger(__name__)
 class Evaluation(Protocol):
     """What observes test rows; :class:`wagle_pl.evaluation.Evaluate` is one."""
 
-    def test_batch(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int) -> None:
-        """Observe one batch of the test loop."""
+    def test_batch(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int) -> None: ...
 
-    def validation_batch(self, batch: Mapping[str, Any], dataloader_idx: int) -> None:
-        """Observe one batch of the validation loop."""
+    def validation_batch(self, batch: Mapping[str, Any], dataloader_idx: int) -> None: ...
 
 
 @runtime_checkable
 class StreamData(Protocol):
-    """What a module asks of its data module, :class:`wagle_pl.data.ForgetRetainDataModule`."""
+    """What a module asks of its data module: see :class:`wagle_pl.data.ForgetRetainDataModule`, and
+    of its loader :mod:`wagle_pl.lm.resume`. ``counted`` and ``period`` are passed only where they
+    are wanted."""
 
     def serve(
         self,
@@ -47,20 +47,15 @@ class StreamData(Protocol):
         tokenizer: Callable[[], PreTrainedTokenizerBase],
         counted: Collection[str] = (),
         period: Optional[int] = None,
-    ) -> None:
-        """Say which streams a training batch is to hold, for which model, of which to count the
-        tokens, and after how many epochs to repeat batches: these two only where they are wanted."""
+    ) -> None: ...
 
     def stream_loader(
         self, stream: str, batch_size: Optional[int] = None, shared: bool = False
-    ) -> Iterable[Mapping[str, Any]]:
-        """All rows of a stream once."""
+    ) -> Iterable[Mapping[str, Any]]: ...
 
-    def train_dataloader(self) -> Any:
-        """This rank's micro-batches, which know their place in the run, see ``lm.resume``."""
+    def train_dataloader(self) -> Any: ...
 
-    def describe(self, stream: str) -> str:
-        """Where the rows of a stream come from."""
+    def describe(self, stream: str) -> str: ...
 
 
 class LanguageModule(L.LightningModule):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
@@ -48,11 +48,9 @@ class Originals:
         self.name = name
         self.default = checkpoint_dtype(name)  # for weights of whose dtype the files say nothing
         self._files: Optional[TensorFiles] = None
-        try:
+        with suppress(WagleError, OSError):  # its weights are in another format
             if (folder := weights_folder(name)) is not None:
                 self._files = TensorFiles(folder)
-        except (WagleError, OSError):  # its weights are in another format
-            pass
         self._names = frozenset(() if self._files is None else self._files.names)
 
     def dtype(self, weight: str) -> Optional[torch.dtype]:

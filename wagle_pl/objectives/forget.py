@@ -25,11 +25,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Union
+from typing import Literal, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from wagle_pl.core.distributed import stable_seed
 from wagle_pl.core.errors import WagleError, check_choice
@@ -38,10 +39,6 @@ from wagle_pl.lm.layers import blocks, check_layer
 from wagle_pl.objectives.objective import Objective, Schedule, Weight, as_schedule, positive
 from wagle_pl.objectives.retain import RetainTerm, cross_entropy, kl_from_theta0
 from wagle_pl.objectives.streams import Answers, Streams
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 __all__ = [
     "CEU",

@@ -7,17 +7,15 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional, Union
+from typing import Any, ClassVar, Literal, Optional, Union
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from wagle_pl.core.errors import WagleError, check_choice, check_positive
 from wagle_pl.core.registry import resolve
 from wagle_pl.objectives.retain import NONE, RetainTerm
 from wagle_pl.objectives.streams import Streams
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class Schedule:

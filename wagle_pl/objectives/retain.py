@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Optional
+from typing import Literal, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from wagle_pl.core.errors import WagleError, check_choice
 from wagle_pl.lm.inference import in_chunks
 from wagle_pl.lm.layers import blocks, check_layer
 from wagle_pl.objectives.streams import Answers, Streams
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class RetainTerm(ABC):

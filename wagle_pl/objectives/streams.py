@@ -9,14 +9,13 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Optional
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.lm.inference import IGNORE, Predictions, answer_places, in_chunks, logprobs_of
 from wagle_pl.lm.layers import capture
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from wagle_pl.objectives.references import TopK
 
 

@@ -20,12 +20,13 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path, refuse_existing
@@ -37,9 +38,6 @@ from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import filled_bits, pack_bits
 from wagle_pl.unlearning.export import empty_model
 from wagle_pl.unlearning.patch import Patch, digest_of, make_patch
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class LoRA:

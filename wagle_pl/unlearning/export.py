@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 import torch
 import yaml
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing
@@ -23,9 +24,6 @@ from wagle_pl.masks import Restriction, WeightMask, describe_origin
 from wagle_pl.masks.bits import place
 from wagle_pl.masks.selected import SUFFIX
 from wagle_pl.strategies import ShardedCheckpoint, load_plain
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PREFIX = "lm."  # of the language model's weights in a LightningModule's state
 
