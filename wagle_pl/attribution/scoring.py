@@ -26,12 +26,11 @@ from wagle_pl.attribution.scores import COLLECTED, Score, WeightStatistics, chec
 from wagle_pl.attribution.selection import (
     Ranking,
     Scope,
-    check_density,
     select_each,
 )
 from wagle_pl.attribution.sums import GradientSums, Shard
 from wagle_pl.core import distributed
-from wagle_pl.core.errors import WagleError
+from wagle_pl.core.errors import WagleError, check_density
 from wagle_pl.core.registry import resolve
 from wagle_pl.core.tensorfiles import write_tensors
 from wagle_pl.core.weights import gathered, parameter_shapes

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from wagle_pl.attribution.sums import Shard
 from wagle_pl.core import distributed
-from wagle_pl.core.errors import WagleError
+from wagle_pl.core.errors import WagleError, check_density
 from wagle_pl.masks.bits import count_bits, pack_bits
 from wagle_pl.planning.memory import BLOCK
 
@@ -43,13 +43,6 @@ class Ranking(NamedTuple):
 
 
 HIGHEST = Ranking()
-
-
-def check_density(density: float) -> None:
-    """Raise :class:`WagleError` if ``density`` is outside (0, 1]."""
-    if not 0 < density <= 1:
-        must = "is the share of weights selected and must be in (0, 1]"
-        raise WagleError(f"{must}, got {density}", option="density")
 
 
 def exact_count(density: Union[float, Fraction], total: int) -> int:

@@ -45,6 +45,13 @@ def check_choice(value: str, choices: Sequence[str], option: str) -> None:
         raise WagleError(f"must be {named}, got {value!r}", option=option)
 
 
+def check_density(density: float) -> None:
+    """Raise :class:`WagleError` if a density is outside (0, 1]."""
+    if not 0 < density <= 1:
+        must = "is the share of weights selected and must be in (0, 1]"
+        raise WagleError(f"{must}, got {density}", option="density")
+
+
 def first_line(error: BaseException) -> str:
     """First non-empty line of an error's text; its class name if there is none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NamedTuple, Optional
 
-from wagle_pl.core.errors import WagleError
+from wagle_pl.core.errors import WagleError, check_density
 from wagle_pl.masks.names import layer_of
 
 TASKS = ("attribution", "unlearning", "finetuning", "test")
@@ -204,11 +204,7 @@ class PlannedRun:
         for option in ("devices", "batch_size", "max_length", "accumulate_grad_batches"):
             if getattr(self, option) < 1:
                 raise WagleError(f"{option} must be at least 1, got {getattr(self, option)}")
-        if not 0 < self.density <= 1:
-            raise WagleError(
-                "density is the share of weights selected and must be in (0, 1], got "
-                f"{self.density:g}"
-            )
+        check_density(self.density)
         alone = self.precision == "bf16-true" and self.devices == 1 and not self.stage
         if self.values == "split" and not alone:
             raise WagleError(
