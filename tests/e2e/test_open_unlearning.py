@@ -216,7 +216,7 @@ def test_another_objective_takes_the_means_over(
 
 def listed() -> list[tuple[str, ...]]:
     """Commands of the list of published numbers, with its variables filled in."""
-    text = (Path(__file__).parents[2] / "configs/tofu/README.md").read_text()
+    text = (Path(__file__).parents[2] / "configs/tofu/running.md").read_text()
     text = text[text.index("## OpenUnlearning's models") :]
     values = dict(re.findall(r'^(\w)="(.*?)"', text, re.MULTILINE))
     commands = re.findall(r"^\| [\w-]+ \| .*? \| `(wagle .*)` \|$", text, re.MULTILINE)

@@ -59,7 +59,7 @@ def test_the_comparison_follows_from_the_table(found, study):
 
 
 def test_the_readme_says_what_was_found(found, study):
-    said = (study.parents[1] / "README.md").read_text()
+    said = "\n".join(page.read_text() for page in study.parents[1].glob("*.md"))
     for objective, arms in by_objective(found).items():
         assert f"### {objective}" in said
         for row in shown(arms)[1]:
