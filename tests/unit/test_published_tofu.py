@@ -67,8 +67,16 @@ def after(*attacks: str) -> list[tuple[str, str]]:
 
 def planted() -> str:
     """AUROC and enrichment of some scores, as the page of the people tells of all."""
-    head, rows = overview(summarise(load_table(CONFIGS / "people/results/plants.parquet")))
-    shown = {"wagle", "curvature^1 gauss_newton", "gradient", "snip", "signed", "magnitude", "random"}
+    rows = overview(summarise(load_table(CONFIGS / "people/results/plants.parquet")))[1]
+    shown = {
+        "wagle",
+        "curvature^1 gauss_newton",
+        "gradient",
+        "snip",
+        "signed",
+        "magnitude",
+        "random",
+    }
     return rows_of([row for row in rows if row[0] in shown])
 
 
