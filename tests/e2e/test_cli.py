@@ -18,7 +18,7 @@ import wagle_pl
 from wagle_pl import WeightMask
 from wagle_pl.cli import app as cli
 from wagle_pl.cli.app import COMMANDS, SUMMARIES
-from wagle_pl.cli.configs import expand
+from wagle_pl.cli.parser import expand
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path, refuse_existing, replaceable
 from wagle_pl.data.rows import load_rows

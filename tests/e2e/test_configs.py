@@ -12,7 +12,7 @@ from lightning import LightningModule
 
 from wagle_pl.cli import app as cli
 from wagle_pl.cli import lightning as lightning_cli
-from wagle_pl.cli.configs import expand
+from wagle_pl.cli.parser import expand
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))

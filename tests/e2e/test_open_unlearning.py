@@ -16,8 +16,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wagle_pl.cli import app as cli
-from wagle_pl.cli.configs import expand
 from wagle_pl.cli.lightning import WagleCLI
+from wagle_pl.cli.parser import expand
 
 SIZE = {
     "hidden_size": 32,

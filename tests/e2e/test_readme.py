@@ -8,7 +8,7 @@ import pytest
 
 from wagle_pl import WeightMask
 from wagle_pl.cli import app as cli
-from wagle_pl.cli.configs import find
+from wagle_pl.cli.parser import find
 
 README = Path(__file__).parents[2] / "README.md"
 PAGES = (README, README.parent / "configs/testing.md")

@@ -17,7 +17,7 @@ import torch
 from helpers import QUIET, close, data_options, environment, words
 from safetensors.torch import load_file
 
-from wagle_pl.cli.callbacks import EpochCheckpoint
+from wagle_pl.cli.lightning import EpochCheckpoint
 
 TERM, INT = signal.SIGTERM, signal.SIGINT
 CODES = {TERM: 143, INT: 130}

@@ -146,9 +146,8 @@ def run(args: Sequence[str]) -> Any:
     Returns:
         The CLI object, whose ``model`` and ``trainer`` hold the result.
     """
-    from wagle_pl.cli.configs import expand
     from wagle_pl.cli.lightning import WagleCLI
-    from wagle_pl.cli.parser import expand_short
+    from wagle_pl.cli.parser import expand, expand_short
     from wagle_pl.core import distributed
 
     arguments = expand_short(expand(_whole_help(args)))
@@ -164,8 +163,7 @@ def run_command(name: str, args: Sequence[str]) -> Any:
     """Run one of the other commands, e.g. ``wagle mask info FILE``; returns what it returns."""
     from jsonargparse import auto_cli
 
-    from wagle_pl.cli.configs import expand
-    from wagle_pl.cli.parser import CommandParser
+    from wagle_pl.cli.parser import CommandParser, expand
 
     offered = resolve_name(COMMANDS[name])
     stopping.imports_done()

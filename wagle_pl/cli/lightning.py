@@ -1,31 +1,41 @@
-"""Commands that train and test: LightningCLI with this package's classes by short name; studies."""
+"""Commands that train and test: LightningCLI with this package's classes by short name, a stop at
+a signal, checkpoints of long runs; studies."""
 
 from __future__ import annotations
 
 import inspect
+import logging
+import os
+import signal
+import subprocess
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, Optional
 
 import lightning as L
 import yaml
 from lightning.fabric.utilities.seed import max_seed_value, min_seed_value
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 import wagle_pl.data
 import wagle_pl.unlearning  # noqa: F401  the imports make the classes known by their short names
 from wagle_pl.attribution import AttributionModule
-from wagle_pl.cli.callbacks import EpochCheckpoint, StopAtSignal
 from wagle_pl.cli.parser import OneLineErrors, classes_first
+from wagle_pl.core import distributed
 from wagle_pl.core.environment import prepare_libraries, trainer_errors
 from wagle_pl.core.errors import WagleError
+from wagle_pl.core.stopping import SIGNALS, Stopped, install, say
 from wagle_pl.evaluation import Evaluate, EvaluationModule
 from wagle_pl.lm.module import LanguageModule
 from wagle_pl.strategies import is_zero, load_plain
 from wagle_pl.study import Plants, Study
+
+log = logging.getLogger(__name__)
 
 #: Class of ``--optimizer.OPTION`` where none is named: the default of the modules.
 DEFAULT_OPTIMIZER = "MaskedAdamW"
@@ -43,19 +53,21 @@ class WagleArgumentParser(OneLineErrors, LightningArgumentParser):
 class WagleCLI(LightningCLI):
     """``fit``, ``validate``, ``test`` and ``predict`` over any LightningModule and DataModule."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, args: list[str]) -> None:
+        known = LightningCLI.subcommands()
+        if args[0] in known:  # no parser is built for the others
+            self.subcommands = lambda: {args[0]: known[args[0]]}
         super().__init__(
             L.LightningModule,
             L.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            save_config_callback=SaveConfigCallback,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             parser_class=WagleArgumentParser,
             parser_kwargs={"prog": "wagle"},
             auto_configure_optimizers=False,  # the modules make theirs, of what is given here
-            **kwargs,
+            args=args,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -75,7 +87,7 @@ class WagleCLI(LightningCLI):
         if not named and any(argument.startswith("--optimizer.") for argument in args):
             args[1:1] = ["--optimizer", DEFAULT_OPTIMIZER]  # a configuration's comes later and wins
         super().parse_arguments(parser, args)
-        options = self._options(self.config)
+        options = self.config[self.config["subcommand"]]
         options.pop("config", None)  # what was in the files is in the options
         seed = options.get("seed_everything")
         if not min_seed_value <= int(seed) <= max_seed_value:
@@ -89,19 +101,14 @@ class WagleCLI(LightningCLI):
         Private to LightningCLI, which has no switch for it and would load the whole file.
         """
 
-    def _options(self, config: Any) -> Any:
-        return config[config["subcommand"]]
-
     def instantiate_classes(self) -> None:
         """Instantiate; the module gets the run's configuration and makers of its optimiser."""
         super().instantiate_classes()
         dumped = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False))
-        options = dumped[self.config["subcommand"]]
-        self.model.run_config = {
-            k: v for k, v in options.items() if v is not None and k != "config"
-        }
+        options = dumped[self.subcommand]
+        self.model.run_config = {k: v for k, v in options.items() if v is not None}
         for option in ("optimizer", "lr_scheduler"):
-            init = self._options(self.config_init).get(option)
+            init = self.config_init[self.subcommand].get(option)
             if init and hasattr(self.model, f"make_{option}"):
                 setattr(self.model, f"make_{option}", _maker(init.as_dict()))
 
@@ -111,7 +118,7 @@ class WagleCLI(LightningCLI):
         Raises:
             WagleError: if Lightning refuses an option.
         """
-        options = self._options(self.config_init).get("trainer") or {}
+        options = self.config_init[self.subcommand].get("trainer") or {}
         if options.get("max_epochs") is None and isinstance(self.model, AttributionModule):
             kwargs.setdefault("max_epochs", -1)  # the module ends after one pass by itself
         callbacks = options.get("callbacks") or []
@@ -119,9 +126,9 @@ class WagleCLI(LightningCLI):
         keeps = any(isinstance(callback, Checkpoint) for callback in callbacks)
         if options.get("enable_checkpointing") is not False and not keeps:
             callbacks.append(EpochCheckpoint())  # in place of Lightning's own default
-        trains = isinstance(self.model, LanguageModule)
-        trains = trains and not isinstance(self.model, EvaluationModule)  # which brings its own
-        if trains and not any(isinstance(callback, Evaluate) for callback in callbacks):
+        tests = isinstance(self.model, LanguageModule)
+        tests = tests and not isinstance(self.model, EvaluationModule)  # which brings its own
+        if tests and not any(isinstance(callback, Evaluate) for callback in callbacks):
             callbacks.insert(0, Evaluate())
         kwargs.setdefault("callbacks", callbacks)
         with trainer_errors():
@@ -135,7 +142,7 @@ class WagleCLI(LightningCLI):
         Raises:
             WagleError: if it does not exist, is damaged or runs code, or needs another strategy.
         """
-        options = self._options(self.config)
+        options = self.config[self.subcommand]
         given = str(options.get("ckpt_path") or "")
         if not given or "://" in given or given.partition(":")[0] in _NO_PATHS:
             return
@@ -186,3 +193,173 @@ def plant(**options: Any) -> None:
     """
     prepare_libraries()
     Plants(**options).run()
+
+
+# -- callbacks of every run -----------------------------------------------------------------------
+
+
+class StopAtSignal(L.Callback):
+    """At SIGTERM or SIGINT: finish the step, write a checkpoint, say how to go on, exit.
+
+    The exit code is 143 or 130. All ranks stop after the same step, whichever of them the signal
+    reached. A second SIGINT ends the process at once, without a checkpoint. A signal that comes
+    while the result is written changes nothing: it is written.
+
+    Under SLURM, where Lightning queues a job again at SIGUSR1, the checkpoint has the name by which
+    Lightning finds it when the job starts again, and no ``--ckpt_path`` is needed.
+    """
+
+    def __init__(self) -> None:
+        self._outer: dict[int, Any] = {}  # handlers to go back to
+        self._requeue: Optional[int] = None  # SLURM's signal
+        self._asked = 0  # index in _signals of the signal that came
+        self._since = 0.0
+        self._writing = False
+
+    @property
+    def _signals(self) -> tuple[Optional[int], ...]:
+        """Signals to stop at; where ranks got different ones, the last of them counts."""
+        return (None, *SIGNALS, self._requeue)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Remember the handlers before Lightning sets its own."""
+        # private to Lightning: a strategy of one device does not say in which environment it runs
+        environment = trainer._accelerator_connector.cluster_environment
+        requeues = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
+        self._requeue = environment.requeue_signal if requeues else None
+        found = {signum: signal.getsignal(signum) for signum in self._signals if signum}
+        self._outer = {signum: handler for signum, handler in found.items() if handler is not None}
+        self._asked, self._writing = 0, False
+
+    def _restore(self, *_: Any, **__: Any) -> None:
+        """Drop Lightning's handlers: its SIGTERM starts a collective in the middle of any other."""
+        install(self._outer)
+
+    on_sanity_check_start = on_test_start = on_predict_start = _restore
+    teardown = on_exception = _restore
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Outside a fit a signal ends the process at once."""
+        if trainer.state.fn == "validate":
+            self._restore()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """From now on there is something to save."""
+        install({signum: self._ask for signum in self._signals if signum})
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """From now on the result is written."""
+        self._writing = True
+
+    def _ask(self, signum: int, frame: Any = None) -> None:
+        """Handler: remember the signal; a second SIGINT, not one delivered twice, stops at once."""
+        name = signal.Signals(signum).name
+        if self._asked and signum == signal.SIGINT and time.monotonic() - self._since > 1:
+            say(f"stopped by a second {name}, without a checkpoint")
+            raise Stopped(signum)
+        if not self._asked:
+            self._since = time.monotonic()
+            say(
+                f"{name}: the result is being written, and the run ends then"
+                if self._writing
+                else f"{name}: the run stops after this step, with a checkpoint"
+            )
+        self._asked = max(self._asked, self._signals.index(signum))
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Stop, if any rank has been asked to and the step is done."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
+            return
+        asked = distributed.all_reduce_max(self._asked)
+        if asked:
+            self._stop(trainer, self._signals[asked])
+
+    def _stop(self, trainer: L.Trainer, signum: int) -> None:
+        name, step = signal.Signals(signum).name, trainer.global_step
+        if trainer.fast_dev_run:
+            log.warning("stopped by %s; fast_dev_run writes no checkpoint", name)
+            raise Stopped(signum)
+        path = trainer.strategy.broadcast(self._path(trainer))
+        trainer.save_checkpoint(path, weights_only=False)
+        then = f"to go on, add to the same command: --ckpt_path {path}"
+        if self._requeue is not None:
+            then = f"the same job goes on from {path} by itself"
+        log.warning("stopped by %s after step %d; %s", name, step, then)
+        if signum == self._requeue and trainer.is_global_zero:
+            _requeue_job()
+        raise Stopped(signum)
+
+    def _path(self, trainer: L.Trainer) -> str:
+        """Path of the checkpoint: beside others of the run, or where SLURM's next start looks."""
+        if self._requeue is not None:  # private to Lightning, which has no other name for it
+            return trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
+        beside = getattr(trainer.checkpoint_callback, "dirpath", None)
+        folder = Path(beside or Path(trainer.default_root_dir) / "checkpoints")
+        path = folder / f"stopped-step={trainer.global_step}.ckpt"
+        return os.path.relpath(path) if path.absolute().is_relative_to(Path.cwd()) else str(path)
+
+
+def _requeue_job() -> None:
+    """Ask SLURM to start this job again."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+        failure = done.stderr.strip() or f"exit code {done.returncode}" if done.returncode else None
+    except OSError as error:
+        failure = str(error)
+    if failure:
+        log.warning("scontrol requeue %s failed (%s): submit the job again", job, failure)
+    else:
+        log.info("job %s is requeued", job)
+
+
+class EpochCheckpoint(ModelCheckpoint):
+    """Lightning's ``ModelCheckpoint``, but none at an epoch's end in the first minutes of a run.
+
+    A checkpoint takes up to four times the model on disk, and what a run of a few minutes has done
+    is soon done again. One that is asked for more precisely (``every_n_train_steps``,
+    ``train_time_interval``, ``monitor``, a ``save_top_k`` other than 1) is always written, and so
+    is one at a signal.
+
+    Args:
+        after_minutes: how long a run must have lasted.
+        **kwargs: passed to ``ModelCheckpoint``.
+    """
+
+    def __init__(self, after_minutes: float = 10.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        plain = self.monitor is None and self.save_top_k == 1 and bool(self.every_n_epochs)
+        self.after_minutes = after_minutes if plain else 0.0
+        self._started = time.monotonic()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        super().on_train_start(trainer, pl_module)
+        self._started = time.monotonic()
+
+    def _is_due(self, trainer: L.Trainer) -> bool:
+        """Whether the run has lasted long enough; collective, rank 0's clock counts."""
+        passed = time.monotonic() - self._started
+        return trainer.strategy.broadcast(passed >= 60 * self.after_minutes)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save, if it is due; so at the end of validation and of training."""
+        if self._is_due(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._is_due(trainer):
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._is_due(trainer):
+            super().on_train_end(trainer, pl_module)

@@ -150,9 +150,8 @@ def convert(
         if shapes is not None:
             mask.check(shapes, made_for["model_fingerprint"])
         to_torch = formats[1] == "torch"
-        _report(
-            mask, mask.to_torch(output) if to_torch else shira.mask_to_shira(mask, model, output)
-        )
+        written = mask.to_torch(output) if to_torch else shira.mask_to_shira(mask, model, output)
+        _report(mask, written)
 
 
 def _format(path: str) -> Literal["mask", "torch", "adapter"]:
@@ -248,15 +247,8 @@ def plot(
 
 
 VERBS = {
-    "info": info,
-    "compare": compare,
-    "combine": combine,
-    "invert": invert,
-    "convert": convert,
-    "random": random,
-    "modules": modules,
-    "select": select,
-    "plot": plot,
+    verb.__name__: verb
+    for verb in (info, compare, combine, invert, convert, random, modules, select, plot)
 }
 
 

@@ -1,19 +1,38 @@
-"""Parsers of the command line: mistakes in one line, options in any order, bare flags."""
+"""From the words of a command line to options: configurations, options in any order, bare flags,
+and mistakes in one line."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Optional
 
+import yaml
 from jsonargparse import ArgumentParser
 
 from wagle_pl.cli.messages import fail
+from wagle_pl.core.errors import WagleError
 from wagle_pl.core.mistakes import in_one_line
+from wagle_pl.core.registry import nearest
 
 _CONFIG_HELP = (
     "YAML file, or the name of one that comes with the package, such as tofu/finetune; may be "
     "repeated, and later ones override earlier ones."
 )
+
+_PACKAGE = Path(__file__).parents[1]
+_PLACES = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # installed; in a checkout
+#: Where ``--config NAME`` looks.
+HOME = next((place for place in _PLACES if place.is_dir()), _PLACES[0])
+
+_PLACEHOLDER = re.compile(r"\$\{run\.(\w+)\}")
+#: Name -> a configuration that gives it.
+_LAYERS = {
+    "method": "method/npo",
+    "name": "model/zephyr-7b-beta",
+    "source": "model/zephyr-7b-beta",
+}
 
 
 class OneLineErrors(ArgumentParser):
@@ -23,7 +42,6 @@ class OneLineErrors(ArgumentParser):
         super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
-        """Add an argument; the help of ``--config`` mentions names and repetition."""
         if "--config" in args:
             kwargs["help"] = _CONFIG_HELP
         return super().add_argument(*args, **kwargs)
@@ -47,9 +65,8 @@ class CommandParser(OneLineErrors):
     """Parser of a function: ``-o`` is ``--output``, ``--flag`` is true, lists take many words."""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
-        """Add an argument as the function's signature has it, but for these."""
         if args == ("--overwrite",):
-            kwargs["help"] = kwargs.get("help") or "replace the output if it exists."
+            kwargs["help"] = "replace the output if it exists; a folder of other things stays."
         if args == ("--output",):
             args = ("--output", "-o")
         elif args in (("files",), ("runs",)):
@@ -66,6 +83,9 @@ class CommandParser(OneLineErrors):
         return super().parse_args(args, *more, **kwargs)
 
 
+# -- options in any order ----------------------------------------------------------------------
+
+
 def with_values(args: Sequence[str], flags: Collection[str]) -> list[str]:
     """Arguments with ``--flag=true`` for each ``--flag`` that no value follows.
 
@@ -79,15 +99,12 @@ def with_values(args: Sequence[str], flags: Collection[str]) -> list[str]:
     ]
 
 
-#: Options without ``model.`` -> what each is without a value; None: as it stands.
-SHORT = {"--robustness": "all", "--format": None}
+#: Options without ``model.`` -> what each is without a value.
+SHORT = {"--robustness": ["all"], "--format": []}
 
 
 def expand_short(args: Sequence[str]) -> list[str]:
-    """``--robustness [ATTACKS]`` as ``--model.robustness ATTACKS``, ``all`` if none are named, and
-    ``--format NAME`` as ``--model.format NAME``.
-
-    They go to the end, where the class of the model is known.
+    """The options of :data:`SHORT` as those of the model, at the end, where its class is known.
 
     >>> expand_short(["test", "--robustness", "--config", "x.yaml"])
     ['test', '--config', 'x.yaml', '--model.robustness', 'all']
@@ -100,8 +117,7 @@ def expand_short(args: Sequence[str]) -> list[str]:
             rest += option
             continue
         values = [value] if equals else option[1:2]
-        default = [] if SHORT[name] is None else [SHORT[name]]
-        short[name] = [name.replace("--", "--model."), *(values or default)]
+        short[name] = [name.replace("--", "--model."), *(values or SHORT[name])]
         rest += option[1:] if equals else option[2:]
     return [*rest, *(part for option in short.values() for part in option)]
 
@@ -118,15 +134,12 @@ def classes_first(args: Sequence[str], classes: Collection[str]) -> list[str]:
     ['fit', '--config', 'x', '--model', 'A', '--model.lr=2', '--model.top_k', '3']
     """
 
-    def name(option: list[str]) -> str:
-        return option[0].partition("=")[0]
-
     options = _with_their_values(args)
-    given = {name(option) for option in options}
+    given = {option[0].partition("=")[0] for option in options}
     named = [n for n in given if any(f"{n}.".startswith(f"{cls}.") for cls in classes)]
     for cls in sorted(named, key=lambda n: n.count(".")):
-        at = [name(option) for option in options].index(cls)
-        early = [option for option in options[:at] if name(option).startswith(f"{cls}.")]
+        at = [option[0].partition("=")[0] for option in options].index(cls)
+        early = [option for option in options[:at] if option[0].startswith(f"{cls}.")]
         kept = [option for option in options[:at] if option not in early]
         options[: at + 1] = [*kept, options[at], *early]
     return [part for option in options for part in option]
@@ -141,3 +154,133 @@ def _with_their_values(args: Sequence[str]) -> list[list[str]]:
         else:
             options.append([argument])
     return options
+
+
+# -- configurations ------------------------------------------------------------------------------
+
+
+def expand(args: Sequence[str]) -> list[str]:
+    """Command-line arguments with the content of configurations in place of their names.
+
+    Each ``--config FILE`` becomes one ``--config CONTENT`` for every file that FILE builds on
+    (its ``base``: one or a list, relative to the file or by name), and one for FILE itself. Later
+    files override earlier ones, key by key. A base that several files share is read once, where it
+    comes first: read again it would undo what was built on it.
+
+    ``${run.NAME}`` in a value stands for NAME in the ``run`` mapping of any of the files, or in
+    ``--run.NAME VALUE``; of a mapping there, for the entry of ``run.name``, of ``run.method``, or
+    ``default``.
+
+    Raises:
+        WagleError: if a file is missing, malformed or builds on itself, or a name has no value.
+    """
+    parts: list[Any] = []  # arguments, and the contents of configurations
+    given: dict[str, Any] = {}
+    read: set[Path] = set()
+    pending = iter(args)
+    for argument in pending:
+        option, equals, value = argument.partition("=")
+        if option not in ("-c", "--config") and not option.startswith("--run."):
+            parts.append(argument)
+            continue
+        value = value if equals else next(pending, "")
+        if option.startswith("--run."):
+            given[option.removeprefix("--run.")] = yaml.safe_load(value)
+            continue
+        *bases, (path, content) = _layered(find(value))
+        parts += [base for path, base in bases if path not in read]
+        parts.append(content)  # a file that is named here is read here, wherever else it was
+        read |= {path, *(path for path, _ in bases)}
+    names: dict[str, Any] = {}
+    for part in parts:
+        names |= (part.pop("run", None) or {}) if isinstance(part, dict) else {}
+    names |= given
+    expanded: list[str] = []
+    for part in parts:
+        if isinstance(part, str):
+            expanded.append(part)
+        elif part:
+            expanded += ["--config", yaml.safe_dump(_filled(part, names), sort_keys=False)]
+    return expanded
+
+
+def find(name: str, beside: Optional[Path] = None) -> Path:
+    """The configuration of a path, relative to the file ``beside`` that names it, or of a name such
+    as ``tofu/data`` among the package's own."""
+    own = Path(name) if beside is None else beside.parent / name
+    for path in (own, HOME / name, HOME / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = {str(path.relative_to(HOME).with_suffix("")) for path in HOME.rglob("*.yaml")}
+    near = nearest(name.removesuffix(".yaml"), known)
+    hint = f"did you mean {near}?" if near else None
+    where = "" if beside is None else f" (named in {beside})"
+    raise WagleError(f"config file {own}{where} does not exist", hint=hint)
+
+
+def _layered(file: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    """Resolved path and content of what a file builds on, most basic first, and of itself, last."""
+    if file.resolve() in above:
+        raise WagleError(f"config file {file} builds on itself")
+    content = _read(file)
+    bases = content.pop("base", None) or []
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise WagleError(
+            f"config file {file}: base must name a file, or a list of files, that it builds on; "
+            f"got {bases}"
+        )
+    found: dict[Path, dict[str, Any]] = {}
+    for base in bases:
+        for path, layer in _layered(find(base, file), (*above, file.resolve())):
+            found.setdefault(path, layer)
+    return [*found.items(), (file.resolve(), content)]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise WagleError(f"config file {file} is malformed: {error}") from None
+    except UnicodeDecodeError as error:
+        raise WagleError(
+            f"config file {file} is not in UTF-8 (byte {error.start}): save it as such"
+        ) from None
+    if content is None:
+        raise WagleError(f"config file {file} holds no options: write some, or leave it out")
+    if not isinstance(content, dict):
+        raise WagleError(f"config file {file} must hold options at its top level")
+    return content
+
+
+def _filled(value: Any, names: Mapping[str, Any]) -> Any:
+    """A value with every ``${run.NAME}`` replaced; one that is the whole text keeps its type."""
+    if isinstance(value, dict):
+        return {key: _filled(entry, names) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_filled(entry, names) for entry in value]
+    if not isinstance(value, str):
+        return value
+    if alone := _PLACEHOLDER.fullmatch(value):
+        return _named(alone[1], names)
+    return _PLACEHOLDER.sub(lambda found: str(_named(found[1], names)), value)
+
+
+def _named(name: str, names: Mapping[str, Any]) -> Any:
+    if name not in names:
+        layer = _LAYERS.get(name)
+        add = f"add --config {layer}, or another, or " if layer else ""
+        raise WagleError(f"run.{name} has no value", hint=f"{add}give --run.{name}")
+    value = names[name]
+    if isinstance(value, dict):
+        for key in (names.get("name"), names.get("method"), "default"):
+            if key in value:
+                value = value[key]
+                break
+        else:
+            raise WagleError(
+                f"run.{name} has no value for the method {_named('method', names)}",
+                hint=f"it has values for {', '.join(map(str, value))}",
+            )
+    others = {key: entry for key, entry in names.items() if key != name}  # never by itself
+    return _filled(value, others)

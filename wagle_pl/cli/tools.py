@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -41,7 +42,7 @@ def forget_rows(
     Args:
         model: hub id, folder or GGUF file.
         forget: file or hub dataset of the rows; a question without an answer takes the model's own.
-        output: folder to write (-o).
+        output: folder to write.
         retain: file or hub dataset of rows to keep; the model's own answers to bundled questions of
             other subjects when left out.
         density: share of the weights that may move; null for all.
@@ -52,20 +53,10 @@ def forget_rows(
         seed: of everything that is drawn.
         patch: also write the difference to the model before, into this file.
         report: also write an HTML page of the result, into this file.
-        overwrite: replace an existing model folder; a folder of other things is left alone.
     """
     refuse_existing(Path(output), overwrite, "--overwrite", kind="folder")
-    result = api.forget(
-        model,
-        forget,
-        retain,
-        density=density,
-        objective=objective,
-        score=score,
-        lr=lr,
-        max_steps=max_steps,
-        seed=seed,
-    )
+    options = {"lr": lr, "seed": seed, "max_steps": max_steps}
+    result = api.forget(model, forget, retain, density, objective=objective, score=score, **options)
     print(f"{result.verdict}; model written to {result.save(output)}")
     if patch is not None:
         print(f"patch written to {result.patch(patch)}")
@@ -86,10 +77,9 @@ def export(
     Args:
         checkpoint: file or folder that a run wrote, with any strategy and any number of devices;
             or a model to copy: a GGUF file, a folder of an adapter, a hub id.
-        output: folder to write (-o).
+        output: folder to write.
         model: where the run's base model is; needed only if it has moved.
         mask: where the run's mask is; needed only if it has moved.
-        overwrite: replace an existing model folder; a folder of other things is left alone.
     """
     from wagle_pl.unlearning.export import export as write
 
@@ -151,45 +141,40 @@ def report(
     print(f"report of {' and '.join(shown)} written to {path}")
 
 
-def make(base: str, unlearned: str, output: Optional[str] = None, overwrite: bool = False) -> None:
+def make(base: str, unlearned: str, *, output: str, overwrite: bool = False) -> None:
     """Write the difference of two models, exact and compressed.
 
     Args:
         base: folder of the model before unlearning.
         unlearned: folder of the model after it.
-        output: patch file to write (-o).
-        overwrite: replace an existing file.
+        output: patch file to write.
     """
-    _print_summary(patches.make_patch(base, unlearned, _given(output), overwrite))
+    _print_summary(patches.make_patch(base, unlearned, output, overwrite))
 
 
-def apply(base: str, patch: str, output: Optional[str] = None, overwrite: bool = False) -> None:
+def apply(base: str, patch: str, *, output: str, overwrite: bool = False) -> None:
     """Turn the base model into the unlearned one, bit for bit.
 
     Args:
         base: folder of the patch's base model, or of that with patches that changed other weights.
         patch: patch file.
-        output: folder to write (-o).
-        overwrite: replace an existing model folder; a folder of other things is left alone.
+        output: folder to write.
     """
     _write_model("apply", base, patch, output, overwrite)
 
 
-def revert(
-    unlearned: str, patch: str, output: Optional[str] = None, overwrite: bool = False
-) -> None:
+def revert(unlearned: str, patch: str, *, output: str, overwrite: bool = False) -> None:
     """Turn the unlearned model back into the base model, bit for bit.
 
     Args:
         unlearned: folder of the unlearned model, or of one with this patch among others.
         patch: patch file.
-        output: folder to write (-o).
-        overwrite: replace an existing model folder; a folder of other things is left alone.
+        output: folder to write.
     """
     _write_model("revert", unlearned, patch, output, overwrite)
 
 
-def info(patch: str, tensors: bool = False) -> None:
+def info(patch: str, *, tensors: bool = False) -> None:
     """Say what a patch changes, in which model.
 
     Args:
@@ -203,26 +188,25 @@ def info(patch: str, tensors: bool = False) -> None:
         print(f"  {name}: {tensor['changed']:,} of shape {shape} {tensor['dtype']}")
 
 
-def convert(base: str, patch: str, output: Optional[str] = None, overwrite: bool = False) -> None:
+def convert(base: str, patch: str, *, output: str, overwrite: bool = False) -> None:
     """Turn a patch into a SHiRA adapter of ``peft``, or a folder of an adapter into a patch.
 
     Args:
         base: folder of the patch's, or the adapter's, base model.
         patch: patch file, or folder of an adapter.
-        output: folder, or patch file, to write (-o).
-        overwrite: replace an existing file, or folder of an adapter.
+        output: folder, or patch file, to write.
     """
     if Path(patch).is_dir():
-        _print_summary(shira.patch_from_shira(base, patch, _given(output), overwrite))
+        _print_summary(shira.patch_from_shira(base, patch, output, overwrite))
     else:
-        written = shira.patch_to_shira(base, patch, _given(output), overwrite)
-        print(f"adapter written to {written}")
+        print(f"adapter written to {shira.patch_to_shira(base, patch, output, overwrite)}")
 
 
 def subtract(
     base: str,
     finetuned: str,
-    output: Optional[str] = None,
+    *,
+    output: str,
     origin: Optional[str] = None,
     scores: Optional[str] = None,
     scale: Optional[float] = None,
@@ -235,14 +219,13 @@ def subtract(
     Args:
         base: model that is to forget.
         finetuned: the same model fine-tuned on the forget rows.
-        output: folder to write (-o).
+        output: folder to write.
         origin: model that the fine-tuned one was made from, if not the base.
         scores: scores that attribution saved: each weight's share is S / (S + scale), in place of 1.
         scale: size of a score that stands for a share of a half; the median when left out. 1 makes
             forget_retain_ratio and fisher_ratio the importance for forgetting among both.
         mask: mask file: weights outside stay as they are, to the bit.
         strength: how many times the difference is taken away.
-        overwrite: replace an existing model folder; a folder of other things is left alone.
     """
     from wagle_pl.attribution import importance_from_scores
     from wagle_pl.unlearning.patch import subtract as write
@@ -252,33 +235,20 @@ def subtract(
     options = {"origin": origin, "mask": mask, "strength": strength, "overwrite": overwrite}
     importance, about = (None, None) if scores is None else importance_from_scores(scores, scale)
     options |= {"importance": importance, "about": about}
-    print(f"model written to {write(base, finetuned, _given(output), **options)}")
+    print(f"model written to {write(base, finetuned, output, **options)}")
 
 
-PATCH = {
-    "make": make,
-    "apply": apply,
-    "revert": revert,
-    "convert": convert,
-    "subtract": subtract,
-    "info": info,
-}
+PATCH = {verb.__name__: verb for verb in (make, apply, revert, convert, subtract, info)}
 
 
-def _write_model(verb: str, model: str, patch: str, output: Optional[str], overwrite: bool) -> None:
+def _write_model(verb: str, model: str, patch: str, output: str, overwrite: bool) -> None:
     if Path(patch).is_dir() and not Path(model).is_dir():
         raise WagleError(
             "the model's folder comes first, then the patch file: "
             f"wagle patch {verb} {patch} {model}"
         )
     write = {"apply": patches.apply_patch, "revert": patches.revert_patch}[verb]
-    print(f"{output}: digest {write(model, patch, _given(output), overwrite)}")
-
-
-def _given(output: Optional[str]) -> str:
-    if not output:
-        raise WagleError("no output is given: add -o PATH")
-    return output
+    print(f"{output}: digest {write(model, patch, output, overwrite)}")
 
 
 def _print_summary(patch: patches.Patch) -> None:
@@ -354,13 +324,13 @@ def plan(
     shape = planning.architecture(model)
     checkpointing = ", checkpointing" if gradient_checkpointing else ""
     rows = f"{batch_size} x {max_length} tokens a stream{checkpointing}"
-    about = {
-        "model": f"{model}: {shape.weights:,} weights, {shape.largest:,} in the largest tensor",
-        "run": f"{task}, {strategy} on {devices} x {accelerator}, {precision}, {rows}",
-    }
-    sums = needs(shape, run) | work(shape, run, tokens, tokens_per_second)
-    parts = [fields(list(about.items())), memory_table(shape, run)]
-    print(*parts, fields(list(sums.items())), choice_table(shape, run), sep="\n\n")
+    about = [
+        ("model", f"{model}: {shape.weights:,} weights, {shape.largest:,} in the largest tensor"),
+        ("run", f"{task}, {strategy} on {devices} x {accelerator}, {precision}, {rows}"),
+    ]
+    sums = [*needs(shape, run), *work(shape, run, tokens, tokens_per_second)]
+    parts = [fields(about), memory_table(shape, run), fields(sums), choice_table(shape, run)]
+    print(*parts, sep="\n\n")
 
 
 def gib(size: float) -> str:
@@ -391,20 +361,18 @@ def memory_table(shape: planning.Architecture, run: planning.PlannedRun) -> str:
     return table([f"GiB a {device}", *(f"*{m}*" if m == moment else m for m in moments)], rows)
 
 
-def needs(shape: planning.Architecture, run: planning.PlannedRun) -> dict[str, str]:
+def needs(shape: planning.Architecture, run: planning.PlannedRun) -> Iterator[tuple[str, str]]:
     """Peak, the GPU it fits, CPU memory and disk."""
     moment, size = planning.peak(shape, run)
-    lines = {"peak": f"{gib(size)} GiB, moment: {moment}"}
+    yield "peak", f"{gib(size)} GiB, moment: {moment}"
     if run.accelerator == "gpu":
         fits = smallest(size)
         found = f"a GPU of {fits} GB" if fits else f"no GPU of {', '.join(map(str, SIZES))} GB"
-        lines["fits"] = f"{found} ({1 - planning.USABLE:.0%} are left to fragmentation)"
-        lines["CPU memory"] = f"{gib(planning.host_bytes(shape, run))} GiB a rank"
-    files = [
-        f"{name} {gib(size)} GiB"
-        for name, size in planning.disk_bytes(run, shape.weights, shape.stored).items()
-    ]
-    return lines | {"disk": ", ".join(files) or "tables of results only"}
+        yield "fits", f"{found} ({1 - planning.USABLE:.0%} are left to fragmentation)"
+        yield "CPU memory", f"{gib(planning.host_bytes(shape, run))} GiB a rank"
+    files = planning.disk_bytes(run, shape.weights, shape.stored).items()
+    listed = ", ".join(f"{name} {gib(size)} GiB" for name, size in files)
+    yield "disk", listed or "tables of results only"
 
 
 def work(
@@ -412,16 +380,15 @@ def work(
     run: planning.PlannedRun,
     tokens: Optional[int],
     rate: Optional[float],
-) -> dict[str, str]:
+) -> Iterator[tuple[str, str]]:
     """Operations of a micro-batch on all devices, and its time if the throughput is known."""
     flops, step = planning.step_flops(shape, run), planning.step_tokens(run)
-    lines = {"work": f"{flops:.3g} FLOPs a micro-batch of {step:,} tokens, all devices"}
+    yield "work", f"{flops:.3g} FLOPs a micro-batch of {step:,} tokens, all devices"
     if rate:
         whole = f"; {tokens / rate / 3600:.2f} h for {tokens:,} tokens" if tokens else ""
-        lines["time"] = f"{step / rate:.3g} s a micro-batch{whole}, at {rate:g} tokens/s"
+        yield "time", f"{step / rate:.3g} s a micro-batch{whole}, at {rate:g} tokens/s"
     elif tokens:
-        lines["time"] = f"unknown for {tokens:,} tokens: give --tokens_per_second too"
-    return lines
+        yield "time", f"unknown for {tokens:,} tokens: give --tokens_per_second too"
 
 
 def choice_table(shape: planning.Architecture, run: planning.PlannedRun) -> str:

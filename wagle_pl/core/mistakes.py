@@ -27,7 +27,6 @@ _TYPES = {
     "dict": "a mapping",
     "Any": "anything",
 }
-_LONGEST = 120  # characters of a value that are repeated
 
 
 class _Line(NamedTuple):
@@ -59,8 +58,7 @@ class _Line(NamedTuple):
     def bases(self) -> list[type]:
         """Classes from which a class may be chosen at this place."""
         types = ["", *self.found_above(r"Subtypes: \[(.*)\]$")][-1]
-        named = map(_named, re.findall(r"\w+(?:\.\w+)+", types))
-        return [base for base in named if isinstance(base, type)]
+        return [cls for name in re.findall(r"\w+(?:\.\w+)+", types) if (cls := _class(name))]
 
     def owners(self, option: str, but: Any = None) -> str:
         """Which classes ``have it``, of ours that may be chosen and of another than one."""
@@ -71,11 +69,7 @@ class _Line(NamedTuple):
 
 
 def in_one_line(message: str, options: Collection[str] = ()) -> str:
-    """A report of jsonargparse in one line.
-
-    Args:
-        message: the report.
-        options: options that the parser knows, with their dashes.
+    """A report of jsonargparse in one line; ``options``, with dashes, are those of the parser.
 
     >>> in_one_line('Parser key "x":\\n  Expected a <class \\'int\\'>. Got value: abc')
     'x must be an integer, got abc'
@@ -119,7 +113,7 @@ def _unknown_option(lines: list[_Line], value: str, options: Collection[str]) ->
     line, found = _first(lines, unknown)
     if found is None or not line.cls:
         return None
-    option, cls = found[1] or found[2], _named(line.cls)
+    option, cls = found[1] or found[2], _class(line.cls)
     if cls in line.bases and "'class_path'" in value:
         return f"{line.option} takes class_path and init_args, and nothing else"
     if cls in line.bases and any(subclasses(cls)):
@@ -130,11 +124,12 @@ def _unknown_option(lines: list[_Line], value: str, options: Collection[str]) ->
     hints += filter(None, [line.owners(option, but=cls)])
     elsewhere = [other for other in sorted(options) if other.endswith(f".{option}")]
     hints = hints or [f"did you mean {other}?" for other in elsewhere]
-    all_of_them = f"it has {', '.join(known)}"
-    if len(known) >= 12:
-        all_of_them = f"see --{line.option}.help {cls.__name__}"
+    few = len(known) < 12
+    hints = hints or [
+        f"it has {', '.join(known)}" if few else f"see --{line.option}.help {cls.__name__}"
+    ]
     said = f"{cls.__name__} has no option {option!r} (option {line.option}.{option})"
-    return f"{said}: {'; '.join(hints) or all_of_them}"
+    return f"{said}: {'; '.join(hints)}"
 
 
 def _no_class(line: _Line, option: str) -> str:
@@ -162,10 +157,9 @@ def _unknown_class(lines: list[_Line], value: str) -> Optional[str]:
             "name a class before it"
         )
     known = [cls for base in line.bases for cls in subclasses(base)]
-    near = nearest(found[1], {cls.__name__ for cls in known})
     ours = sorted({cls.__name__ for cls in known if _is_ours(cls)})
     choices = f"choose one of {', '.join(ours)}, or give a class path" if ours else ""
-    what = f"did you mean {near}?" if near else choices or "give a class path"
+    what = _meant(found[1], {cls.__name__ for cls in known}, choices or "give a class path")
     return f"unknown class {found[1]!r} for {line.option}: {what}"
 
 
@@ -204,37 +198,39 @@ def _wrong_type(lines: list[_Line]) -> Optional[str]:
 
 def _outside_classes(message: str, options: Collection[str]) -> str:
     """A command or an option that does not exist or is missing; else the message itself."""
-
-    def meant(name: str, names: Collection[str], otherwise: str) -> str:
-        near = nearest(name, names)
-        return f"did you mean {near}?" if near else otherwise
-
-    if found := re.search(r"unrecognized arguments: (--[\w.]+)", message):
-        return f"there is no option {found[1]}: {meant(found[1], options, '--help lists all')}"
-    if found := re.search(r"Subcommand '\w+' does not accept option '([\w.]+)'", message):
-        group = f"--{found[1].partition('.')[0]}"
+    unknown = r"(unrecognized arguments: --|Subcommand '\w+' does not accept option ')([\w.]+)"
+    if found := re.search(unknown, message):
+        group, name = f"--{found[2].partition('.')[0]}", f"--{found[2]}"
         known = any(option.startswith(f"{group}.") for option in options)
-        hint = meant(f"--{found[1]}" if known else group, options, "--help lists all")
-        return f"there is no option {found[1]}: {hint}"
+        hint = _meant(name if known else group, options, "--help lists all")
+        said = name if found[1].endswith("--") else found[2]  # as in the file
+        return f"there is no option {said}: {hint}"
     if found := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
         names = re.findall(r"[^', ]+", found[2])
-        hint = meant(found[1], names, f"choose one of {', '.join(names)}")
+        hint = _meant(found[1], names, f"choose one of {', '.join(names)}")
         return f"there is no command {found[1]!r}: {hint}"
     if found := re.search(r"the following arguments are required: (.*)", message):
         names = [name.rpartition(".")[2] for name in found[1].split(", ")]
-        if f"--{names[0]}" in options:
-            listed = " and ".join(f"--{name}" for name in names)
-            return f"{listed} must be given, on the command line or by a --config"
-        return f"{' and '.join(name.upper() for name in names)} must be given"
+        words = [name.upper() for name in names if f"--{name}" not in options]
+        if words:
+            return f"{' and '.join(words)} must be given"
+        listed = " and ".join(f"--{name}" for name in names)
+        return f"{listed} must be given, on the command line or by a --config"
     return message
 
 
-def _named(class_path: str) -> Any:
-    """What a dotted path names; None if nothing."""
+def _meant(name: str, names: Collection[str], otherwise: str) -> str:
+    near = nearest(name, names)
+    return f"did you mean {near}?" if near else otherwise
+
+
+def _class(path: str) -> Optional[type]:
+    """The class that a dotted path names, if it names one."""
     try:
-        return resolve_name(class_path)
+        found = resolve_name(path)
     except (ImportError, AttributeError, ValueError):
         return None
+    return found if isinstance(found, type) else None
 
 
 def _is_ours(cls: type) -> bool:
@@ -264,4 +260,4 @@ def _in_words(types: str) -> str:
 
 
 def _short(value: str) -> str:
-    return value if len(value) <= _LONGEST else f"{value[:_LONGEST]}…"
+    return value if len(value) <= 120 else f"{value[:120]}…"
