@@ -19,7 +19,7 @@ from wagle_pl.attribution import AttributionModule, Score
 from wagle_pl.attribution.scores import Curvature
 from wagle_pl.core.environment import half_precision_is_slow, silence
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.files import atomic_path
+from wagle_pl.core.files import write_text
 from wagle_pl.core.hub import load_tokenizer, upload
 from wagle_pl.core.registry import resolve
 from wagle_pl.data import ForgetRetainDataModule
@@ -84,9 +84,7 @@ class Forgotten:
     def report(self, path: Union[str, Path]) -> Path:
         """Write an HTML page: the verdict, the measures, and what the model answers."""
         title = f"Unlearning of {self.record['lineage'][-1]['base']}"
-        page = template("forgotten.html.j2").render(title=title, result=self)
-        with atomic_path(Path(path)) as temporary:
-            temporary.write_text(page, encoding="utf-8")
+        write_text(Path(path), template("forgotten.html.j2").render(title=title, result=self))
         return Path(path)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -180,36 +178,26 @@ def forget(
         mask = None if attribution is None else attribution.mask
         start = model if named else _moving(lm, mask)
         rate = lr or next(r for limit, r in LEARNING_RATES if lm.num_parameters() < limit)
-        module = UnlearnModule(
-            lm, objective=objective, mask=mask, lr=rate, warmup=0, decay="constant"
-        )
+        schedule = {"lr": rate, "warmup": 0, "decay": "constant"}
+        module = UnlearnModule(lm, objective=objective, mask=mask, **schedule)
         bound = before.get("unseen_probability", 0.0)
         stop = StopAt(lambda: subject.probability(module_data, "forget"), bound)
         subject.fit(module, module_data, max_steps=max_steps, max_epochs=-1, callbacks=[stop])
         lm.to(subject.dtype)
         after, said_after = subject.measure(module_data)
-        asked_for = module_data.examples("forget")[:CHECKED_ROWS]
-        shown = zip(asked_for, said_before, said_after, strict=True)
-        return Forgotten(
-            model=lm,
-            tokenizer=tokenizer,
-            mask=mask,
-            before=before,
-            after=after,
-            verdict=verdict(before, after),
-            steps=module.global_step,
-            answers=[(row.question, row.answer, *said) for row, *said in shown],
-            record=module.record(),
-            _before=start,
-        )
+        rows = module_data.examples("forget")[:CHECKED_ROWS]
+        shown = zip(rows, said_before, said_after, strict=True)
+        answers = [(row.question, row.answer, *said) for row, *said in shown]
+        said, steps = verdict(before, after), module.global_step
+        found = (lm, tokenizer, mask, before, after, said, steps, answers)
+        return Forgotten(*found, module.record(), start)
 
 
 def verdict(before: Mapping[str, float], after: Mapping[str, float]) -> str:
     """``forgotten``, ``partly forgotten`` or ``model damaged``, with the numbers that say so."""
     unseen = before.get("unseen_probability", 0.0)
-    forget, retain = (
-        (before[name], after[name]) for name in ("forget_probability", "retain_probability")
-    )
+    names = ("forget_probability", "retain_probability")
+    forget, retain = ([side[name] for side in (before, after)] for name in names)
     word = "forgotten" if forget[1] <= 1.1 * unseen + 0.01 else "partly forgotten"
     word = "model damaged" if retain[1] < 0.8 * retain[0] else word
     return (

@@ -125,6 +125,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
             raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def _refuse_device(path: Path) -> None:
     """A rename to ``/dev/null`` would take it from the whole machine."""
     if path.exists() and not path.is_file() and not path.is_dir():
