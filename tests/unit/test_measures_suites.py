@@ -24,9 +24,8 @@ from wagle_pl.evaluation import (
     observe_set,
 )
 from wagle_pl.evaluation.attacks.weights import finetune_
-from wagle_pl.evaluation.comparison import arrow, comparison
 from wagle_pl.evaluation.measures import MEASURES, MEMBERSHIP_NEEDS, SCORES
-from wagle_pl.evaluation.results import from_result, to_result, write_table
+from wagle_pl.evaluation.results import arrow, comparison, from_result, to_result, write_table
 from wagle_pl.lm.models import load_model, load_tokenizer
 
 random = np.random.default_rng(0)

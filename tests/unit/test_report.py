@@ -15,8 +15,7 @@ import yaml
 from pages import EVIL, numbers, records, section, step, write_run
 
 from wagle_pl import WagleError
-from wagle_pl.evaluation.comparison import arrow
-from wagle_pl.evaluation.results import to_result, write_json, write_table
+from wagle_pl.evaluation.results import arrow, to_result, write_json, write_table
 from wagle_pl.evaluation.suites import TOFUSuite
 from wagle_pl.masks import WeightMask
 from wagle_pl.study.report.page import render, write_report
@@ -121,7 +120,7 @@ def test_answers_stand_side_by_side(runs, report):
 
 
 def test_truth_ratios_are_those_of_the_tables(runs):
-    from wagle_pl.study.report.sections import ratios_of
+    from wagle_pl.study.report.page import ratios_of
 
     (run,) = gather(["masked"]).models
     found = ratios_of(run, "forget")

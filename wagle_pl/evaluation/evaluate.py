@@ -21,27 +21,10 @@ from lightning.pytorch.callbacks import Callback
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.example import raw_rows
+from wagle_pl.evaluation import classifiers, results
 from wagle_pl.evaluation.ability import Ability, Harness
-from wagle_pl.evaluation.attacks.attack import OTHERS, Attack, Subject
-from wagle_pl.evaluation.attacks.report import (
-    ROBUSTNESS_FILE,
-    RobustnessReport,
-    find_attacks,
-    load_other,
-    model_of,
-    results_of,
-    run_attacks,
-    usable_attacks,
-)
-from wagle_pl.evaluation.classifiers import (
-    LONGEST,
-    Alternatives,
-    GibberishClassifier,
-    SentenceModel,
-    ToxicityClassifier,
-    check_folder,
-)
-from wagle_pl.evaluation.comparison import check_prompts, check_rows, comparison
+from wagle_pl.evaluation.attacks import attack as attacking
+from wagle_pl.evaluation.attacks.attack import OTHERS, Attack, RobustnessReport, Subject
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.measures import (
     Info,
@@ -53,17 +36,7 @@ from wagle_pl.evaluation.measures import (
 )
 from wagle_pl.evaluation.observe import GENERATED, NEEDS, Observer, Record, merge, observe_set
 from wagle_pl.evaluation.openunlearning import summary, to_logs
-from wagle_pl.evaluation.results import (
-    INFO_FILE,
-    METRICS_FILE,
-    RESULT_FILE,
-    Results,
-    Table,
-    read_table,
-    to_result,
-    write_json,
-    write_table,
-)
+from wagle_pl.evaluation.results import Results, Table, write_json
 from wagle_pl.evaluation.suites import (
     MUSESuite,
     Suite,
@@ -157,7 +130,7 @@ class Evaluate(Callback):
             raise WagleError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if self.bootstrap < 0:
             raise WagleError(f"bootstrap must be 0 or more, got {self.bootstrap}")
-        self.attacks, self._every_attack = find_attacks(self.robustness)
+        self.attacks, self._every_attack = attacking.find_attacks(self.robustness)
         self._skipped_attacks: dict[str, str] = {}
         #: Where the options are given, for messages.
         self.options = "trainer.callbacks"
@@ -193,16 +166,14 @@ class Evaluate(Callback):
         self._read_results()
         for option in ("toxicity_classifier", "gibberish_classifier", "sentence_model"):
             if getattr(self, option) is not None:
-                check_folder(getattr(self, option), f"{self.options}.{option}")
-        if "tofu_retrained" in self._results and not isinstance(self.active_suite, TOFUSuite):
+                classifiers.check_folder(getattr(self, option), f"{self.options}.{option}")
+        tofu_only = "tofu_retrained" in self._results and self.benchmark != "TOFU"
+        both_only = self.format != "wagle" and self.benchmark is None
+        if tofu_only or both_only:
+            option = "tofu_retrained" if tofu_only else f"format {self.format}"
+            suites = "suite tofu" if tofu_only else "suites tofu and muse"
             raise WagleError(
-                f"{self.options}.tofu_retrained is for the suite tofu, the suite is {suite}: leave "
-                "it out"
-            )
-        if self.format != "wagle" and self.benchmark is None:
-            raise WagleError(
-                f"{self.options}.format {self.format} is for the suites tofu and muse, the suite is "
-                f"{suite}: leave it out"
+                f"{self.options}.{option} is for the {suites}, the suite is {suite}: leave it out"
             )
         check_needs(self.active_suite, names)
         if stage == "test" and self.gradient_norm and pl_module.sharded:
@@ -212,7 +183,7 @@ class Evaluate(Callback):
             )
         for name in names:
             rows = [(row.question, row.answer) for row in self.data.test_examples(name)]
-            check_rows(self._results, name, rows, f"{self.options}.tofu_retrained")
+            results.check_rows(self._results, name, rows, f"{self.options}.tofu_retrained")
 
     def prepare(self, trainer: L.Trainer, module: LanguageModule) -> None:
         """Make ready for :meth:`observe_now`, before there is anything to lose."""
@@ -254,10 +225,10 @@ class Evaluate(Callback):
         """Results to compare with, of the same prompts."""
         self._results = {}
         for name, path in self.compared.items():
-            found = results_of(path)
+            found = results.results_of(path)
             if found is not None or not self.attacks:  # which a model without results will do for
                 self._results[name] = Results(found or path, f"{self.options}.{name}")
-        check_prompts(self._results, self._module.prompts)
+        results.check_prompts(self._results, self._module.prompts)
 
     # -- observing --------------------------------------------------------------------------------
 
@@ -266,10 +237,10 @@ class Evaluate(Callback):
         needs = set(self.active_suite.needs_of(name, self._names))
         if self.paraphrased_questions and "alternatives" in needs and name in ("forget", "retain"):
             needs.add("paraphrased")
-        if self.gradient_norm and "vocabulary" in needs:
-            needs.add("gradient")
-        if self.format == "openunlearning" and name in self._pair:
-            needs |= {"lower"} if "vocabulary" in needs else set()
+        if "vocabulary" in needs:
+            needs |= {"gradient"} if self.gradient_norm else set()
+            lower = self.format == "openunlearning" and name in self._pair
+            needs |= {"lower"} if lower else set()
         return frozenset(needs if self.generate else needs - GENERATED)
 
     def max_new_tokens_of(self, name: str) -> int:
@@ -320,7 +291,9 @@ class Evaluate(Callback):
     def annotated(self, name: str, table: Table) -> Table:
         """The table, once the other models have read its generations."""
         for reader in self._readers:
-            if self.active_suite.forgets(name) or not isinstance(reader, GibberishClassifier):
+            if self.active_suite.forgets(name) or not isinstance(
+                reader, classifiers.GibberishClassifier
+            ):
                 reader.annotate(table, self.data.test_examples(name))
         return table
 
@@ -328,24 +301,25 @@ class Evaluate(Callback):
     def _readers(self) -> list[Any]:
         """Models that read generations, loaded; each has ``annotate``."""
         readers: list[Any] = []
-        if self.toxicity_classifier is not None:
-            option, device = f"{self.options}.toxicity_classifier", self._module.device
-            readers.append(ToxicityClassifier(self.toxicity_classifier, device, option))
-        if self.gibberish_classifier is not None:
-            option = f"{self.options}.gibberish_classifier"
-            longest = 32 if self.benchmark == "TOFU" else LONGEST  # as OpenUnlearning cuts them
+        device, option = self._module.device, f"{self.options}.{{}}".format
+        if (name := self.toxicity_classifier) is not None:
             readers.append(
-                GibberishClassifier(self.gibberish_classifier, self._module.device, option, longest)
+                classifiers.ToxicityClassifier(name, device, option("toxicity_classifier"))
             )
+        if (name := self.gibberish_classifier) is not None:
+            longest = (
+                32 if self.benchmark == "TOFU" else classifiers.LONGEST
+            )  # as OpenUnlearning cuts them
+            option_name = option("gibberish_classifier")
+            readers.append(classifiers.GibberishClassifier(name, device, option_name, longest))
         if self.format == "openunlearning":
-            readers.append(Alternatives())
-        if self.sentence_model is not None:
-            readers.append(SentenceModel(self.sentence_model, f"{self.options}.sentence_model"))
+            readers.append(classifiers.Alternatives())
+        if (name := self.sentence_model) is not None:
+            readers.append(classifiers.SentenceModel(name, option("sentence_model")))
         return readers
 
     def _load_readers(self) -> None:
-        """Load the models that read generations on rank 0: what is wrong with them shows at
-        once."""
+        """Load what reads generations, on rank 0: what is wrong with it shows at once."""
         distributed.on_rank_zero(lambda: len(self._readers))
 
     def measures(self, tables: Mapping[str, Table]) -> dict[str, Value]:
@@ -390,7 +364,7 @@ class Evaluate(Callback):
                 self.lm_eval, self.lm_eval_shots, self.lm_eval_limit, f"{self.options}.lm_eval"
             )
         if self.attacks:
-            self._usable_attacks, self._skipped_attacks = usable_attacks(
+            self._usable_attacks, self._skipped_attacks = attacking.usable_attacks(
                 self.attacks, self.subject(), self._every_attack
             )
 
@@ -426,27 +400,26 @@ class Evaluate(Callback):
         are.
         """
         counts = {}
-        trainer = self._trainer
+        trainer, said = (
+            self._trainer,
+            "test set %s: the trainer shortens this test, its measures are of %s",
+        )
         loops = zip(self._names, trainer.test_dataloaders, trainer.num_test_batches, strict=True)
         for name, loader, batches in loops:
             if batches < len(loader):  # the same on all ranks
                 rows = set().union(*distributed.all_gather(islice(loader.sampler, batches)))
                 if len(rows) < (total := len(self.data.test_examples(name))):
                     counts[name] = f"{len(rows)} of {total} rows"
-                    log.warning(
-                        "test set %s: the trainer shortens this test, its measures are of %s",
-                        name,
-                        counts[name],
-                    )
+                    log.warning(said, name, counts[name])
         return counts
 
     def _finished(self) -> dict[str, Table]:
         folder, overwrite = self._module.results_folder, self._module.overwrite
-        found = {
-            name: read_table(folder / f"{name}.parquet", key, overwrite)
-            for name, key in self._keys.items()
-        }
-        return {name: table for name, table in found.items() if table is not None}
+        found = (
+            (n, results.read_table(folder / f"{n}.parquet", k, overwrite))
+            for n, k in self._keys.items()
+        )
+        return {name: table for name, table in found if table is not None}
 
     def test_batch(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int) -> None:
         """Observe a batch of test rows; the last one of a set writes its table."""
@@ -463,7 +436,7 @@ class Evaluate(Callback):
         path = self._module.results_folder / f"{name}.parquet"
 
         def write() -> Table:
-            write_table(path, self.annotated(name, records), self._keys[name])
+            results.write_table(path, self.annotated(name, records), self._keys[name])
             return records
 
         self._tables[name] = distributed.on_rank_zero(write)
@@ -487,9 +460,9 @@ class Evaluate(Callback):
             return
         self._write(tables)
         shown = {k: v for k, v in values.items() if k not in ability.values} | ability.shown()
-        print(comparison(shown, self.info, **self._others()), flush=True)
+        print(results.comparison(shown, self.info, **self._others()), flush=True)
         if report is not None:
-            write_json(pl_module.results_folder / ROBUSTNESS_FILE, report.records())
+            write_json(pl_module.results_folder / attacking.ROBUSTNESS_FILE, report.records())
             print(f"\n{report.table()}", flush=True)
         log.info("test results are in %s", pl_module.results_folder)
 
@@ -498,15 +471,15 @@ class Evaluate(Callback):
         file they are computed."""
         found = {name: self._results[name] for name in OTHERS if name in self._results}
         return {
-            name: results.metrics or defined_only(self.measures(results.tables))
-            for name, results in found.items()
+            name: other.metrics or defined_only(self.measures(other.tables))
+            for name, other in found.items()
         }
 
     def _write(self, tables: Mapping[str, Table]) -> None:
         folder = self._module.results_folder
         about = {name: vars(self.info(name)) for name in (*self.metrics, *self.undefined)}
-        if result := to_result(tables):
-            write_json(folder / RESULT_FILE, result)
+        if result := results.to_result(tables):
+            write_json(folder / results.RESULT_FILE, result)
         if self.format == "openunlearning":
             scores = membership_scores(self._seen(tables), *self._pair)
             logs = to_logs(self.benchmark, tables, self.metrics, scores)
@@ -518,27 +491,25 @@ class Evaluate(Callback):
             "prompts": self._module.prompts,
             "compared": self.compared,
             "measures": {name: about[name] for name in self.metrics},
-            "undefined": {
-                name: {**about[name], "why": why} for name, why in self.undefined.items()
-            },
+            "undefined": {n: {**about[n], "why": why} for n, why in self.undefined.items()},
             "rows": {name: len(table) for name, table in tables.items()},
             "absent_sets": [name for name in self.active_suite.sets if name not in tables],
         }
         if self.bootstrap:
             info["intervals"] = intervals(self.measures, tables, self.bootstrap)
-        write_json(folder / INFO_FILE, info)
-        write_json(folder / METRICS_FILE, self.metrics)
+        write_json(folder / results.INFO_FILE, info)
+        write_json(folder / results.METRICS_FILE, self.metrics)
 
     # -- general ability and attacks --------------------------------------------------------------
 
     def _ability(self) -> Ability:
-        """General ability, for its own sake and for the suite's averages; nothing if it was not
-        asked for."""
+        """General ability, if it was asked for, for its own sake and for the suite's averages."""
         if self.lm_eval is None:
             return Ability()
-        tokenizer, batch_size = self.data.tokenizer, self.data.test_batch_size
-        lm, sharded = self._module.lm, self._module.sharded
-        found = self._harness.measure(lm, tokenizer, batch_size, sharded)
+        module, data = self._module, self.data
+        found = self._harness.measure(
+            module.lm, data.tokenizer, data.test_batch_size, module.sharded
+        )
         self.general |= found.general
         return found
 
@@ -565,27 +536,29 @@ class Evaluate(Callback):
         """What attacks, all usable, find on this model as it is now, whose records of the test
         sets ``tables`` are. Collective."""
         with _as_in_test_steps(self._trainer.precision_plugin):
-            return run_attacks(attacks, self.subject(tables=tables), {}, {}, {})
+            return attacking.run_attacks(attacks, self.subject(tables=tables), {}, {}, {})
 
     def _attack(self, tables: Mapping[str, Table]) -> Optional[RobustnessReport]:
         """Attack this model, and the target and the retrained model where they are at hand."""
         if not self.attacks:
             return None
-        found = {name: model_of(path) for name, path in self.compared.items() if name in OTHERS}
+        found = {
+            name: results.model_of(path) for name, path in self.compared.items() if name in OTHERS
+        }
         others = {name: folder for name, folder in found.items() if folder is not None}
         if others and self._module.sharded:
             log.warning("under ZeRO-3 only this model is attacked, not %s", " and ".join(others))
             others = {}
 
         def loaded(name: str, folder: str) -> Subject:
-            return self.subject(load_other(folder, self._module.lm, f"{self.options}.{name}"))
+            return self.subject(
+                attacking.load_other(folder, self._module.lm, f"{self.options}.{name}")
+            )
 
-        return run_attacks(
-            self._usable_attacks,
-            self.subject(tables=tables),
-            {name: partial(loaded, name, folder) for name, folder in others.items()},
-            self._others(),
-            self._skipped_attacks,
+        loaders = {name: partial(loaded, name, folder) for name, folder in others.items()}
+        subject, skipped = self.subject(tables=tables), self._skipped_attacks
+        return attacking.run_attacks(
+            self._usable_attacks, subject, loaders, self._others(), skipped
         )
 
     # -- validation loop --------------------------------------------------------------------------
@@ -672,14 +645,11 @@ def check_needs(suite: Suite, names: Sequence[str]) -> None:
                 f"suite {title} needs {', '.join(map(repr, unknown))} of the test set {name}, "
                 f"which nothing observes; choose of {', '.join(sorted(NEEDS))}"
             )
+    said = (
+        "suite %s says what it needs of the test set %r, which there is not: the test sets are %s"
+    )
     for name in sorted(set(suite.needs) - set(suite.sets) - set(names)):
-        log.warning(
-            "suite %s says what it needs of the test set %r, which there is not: the test sets are "
-            "%s",
-            title,
-            name,
-            ", ".join(names),
-        )
+        log.warning(said, title, name, ", ".join(names))
 
 
 def _digest(text: str) -> str:

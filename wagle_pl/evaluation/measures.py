@@ -246,11 +246,14 @@ class Records:
             raise Undefined(f"all {len(self.table)} generations are empty")
         return texts
 
+    def spoken_and_answer(self) -> list[tuple[str, str]]:
+        """(N,) the generation of each row and its answer."""
+        return list(zip(self.column("generation"), self.column("answer"), strict=True))
+
     def spoken_and_right(self) -> list[tuple[str, list[str]]]:
         """(N,) the generation of each row and its right answers."""
-        aliases = [record.get("answer_aliases") or () for record in self.table]
-        rows = zip(self.column("generation"), self.column("answer"), aliases, strict=True)
-        return [(said, [answer, *others]) for said, answer, others in rows]
+        rows = zip(self.spoken_and_answer(), self.table, strict=True)
+        return [(said, [one, *(r.get("answer_aliases") or ())]) for (said, one), r in rows]
 
     def choices_and_right(self) -> Iterator[tuple[list[float], int, list[int]]]:
         """Log-probabilities of each row's choices, its label, the indices of all right ones."""
@@ -292,8 +295,8 @@ def usual(rows: Records) -> list[str]:
         left_out |= {"truth_ratio", "accuracy"}
     if not rows.has("toxicity"):
         left_out |= {"toxicity", "toxic_rate"}
-    names = (*QUESTION, "accuracy") if rows.has("nll") else ()
-    names = (*names, "toxicity", "toxic_rate", *GENERATED)
+    likely = (*QUESTION, "accuracy") if rows.has("nll") else ()
+    names = (*likely, "toxicity", "toxic_rate", *GENERATED)
     return [name for name in names if name not in left_out]
 
 
@@ -488,23 +491,21 @@ def bleu(rows: Records) -> float:
 @measure("share, 0 to 1", "higher", "lower", needs={"generation"})
 def contains_answer(rows: Records) -> float:
     """Generation contains the answer (WAGLE's accuracy)."""
-    pairs = zip(rows.column("answer"), rows.column("generation"), strict=True)
-    return mean_defined(lambda pair: pair[0].lower() in pair[1].lower(), list(pairs))
+    pairs = rows.spoken_and_answer()
+    return mean_defined(lambda pair: pair[1].lower() in pair[0].lower(), pairs)
 
 
 @measure("share, 0 to 1", "higher", "lower", needs={"generation"})
 def exact_match(rows: Records) -> float:
     """Generation is the answer, but for case and white space around it (LUME)."""
-    pairs = zip(rows.column("answer"), rows.column("generation"), strict=True)
-    folded = ([text.strip().lower() for text in pair] for pair in pairs)
-    return mean_defined(lambda pair: pair[0] == pair[1], list(folded))
+    folded = [[text.strip().lower() for text in pair] for pair in rows.spoken_and_answer()]
+    return mean_defined(lambda pair: pair[0] == pair[1], folded)
 
 
 @measure("share, 0 to 1", "higher", "lower", needs={"generation"})
 def word_rouge(rows: Records) -> float:
     """ROUGE-L recall of the generation by the package ``rouge`` (RWKU)."""
-    pairs = zip(rows.column("generation"), rows.column("answer"), strict=True)
-    return mean_defined(lambda pair: F.word_rouge_recall(*pair), list(pairs))
+    return mean_defined(lambda pair: F.word_rouge_recall(*pair), rows.spoken_and_answer())
 
 
 @measure("share, 0 to 1", "higher", "lower", needs={"generation"})
@@ -694,10 +695,8 @@ def min_k_scores(rows: Records, column: str, k: float) -> Tensor:
 def min_k_plus_plus_scores(rows: Records, k: float) -> Tensor:
     """Min-K%++ of every row, float64 (N,)."""
     columns = (rows.column(name) for name in ("logprobs", "vocabulary_mean", "vocabulary_std"))
-    scores = []
-    for row in zip(*columns, strict=True):
-        logprobs, mean, std = map(torch.tensor, row)
-        scores.append(F.min_k((logprobs - mean) / std, k))
+    tensors = (map(torch.tensor, row) for row in zip(*columns, strict=True))
+    scores = [F.min_k((logprobs - mean) / std, k) for logprobs, mean, std in tensors]
     return torch.tensor(scores, dtype=torch.float64)
 
 
@@ -722,14 +721,13 @@ def rel_diff(seen: Observations, members: str, nonmembers: str) -> float:
 
 
 def _retrained_area(seen: Observations, members: str, nonmembers: str) -> float:
-    retrained = seen.retrained
-    if retrained is None:
+    if seen.retrained is None:
         raise Undefined("it compares with the retrained model: give --model.retrained")
-    there = retrained.metrics.get(f"{members}/mia_min_k")
-    if there is None:
-        area = MEASURES["mia_min_k"].compute
-        there = area(Observations(retrained.tables), members, nonmembers)
-    return there
+    there = seen.retrained.metrics.get(f"{members}/mia_min_k")
+    if there is not None:
+        return there
+    area = MEASURES["mia_min_k"].compute
+    return area(Observations(seen.retrained.tables), members, nonmembers)
 
 
 def membership(

@@ -1,4 +1,5 @@
-"""Results of a test as files: read to compare with, ours or published ones, and written whole.
+"""Results of a test as files: read to compare with, ours or published ones, shown beside others in
+one table, and written whole.
 
 A *table* has the records of a test set, one a row; on disk it is a Parquet file that says what it
 depends on. A *TOFU result* is ``{file key: {measure: {row: value}}}``, the form that TOFU's authors
@@ -8,22 +9,31 @@ publish results in; the file keys are theirs (:data:`RESULT_KEYS`).
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
 
 from wagle_pl.core.errors import WagleError, first_line
-from wagle_pl.core.files import atomic_path
+from wagle_pl.core.files import atomic_path, write_text
+from wagle_pl.core.hub import ADAPTER_FILE
+from wagle_pl.core.text import table as text_table
+from wagle_pl.data.template import differing_prompts
 from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation import openunlearning
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.openunlearning import question_in
+
+if TYPE_CHECKING:
+    from wagle_pl.evaluation.measures import Direction, Info, Value
+
+log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.json"
 INFO_FILE = "metrics.info.json"
@@ -32,6 +42,9 @@ RESULT_FILE = "tofu_result.json"
 Table = list[dict[str, Any]]
 Pair = tuple[str, str]
 Result = Mapping[str, Mapping[str, Mapping[str, Any]]]
+
+BETTER, WORSE, SAME = "▲", "▼", "="
+NOTICED = 1e-6  # relative difference below which two numbers are the same
 
 #: Test set name -> its key in a TOFU result file.
 RESULT_KEYS = {
@@ -170,8 +183,126 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def model_of(path: Union[str, Path]) -> Optional[str]:
+    """The model that a folder, or results in it, are of; None if that is unknown.
+
+    It is the folder itself or the one above, if that holds a model, or the one that the results
+    name, if it still exists. Of a published result file it is unknown, wherever that lies.
+    """
+    path = Path(path)
+    if path.is_file() and path.name != METRICS_FILE:
+        return None
+    folder = path if path.is_dir() else path.parent
+    for place in (folder, folder.absolute().parent):
+        if _holds_model(place):
+            return str(place)
+    named = read_json(folder / INFO_FILE).get("model") if (folder / INFO_FILE).is_file() else None
+    return named if named is not None and _holds_model(Path(named)) else None
+
+
+def results_of(path: Union[str, Path]) -> Optional[Path]:
+    """Where the results of a path are: ``test`` in a model's folder; None if it has none."""
+    folder = Path(path)
+    if not _holds_model(folder) or (folder / METRICS_FILE).is_file():
+        return folder
+    return folder / "test" if (folder / "test" / METRICS_FILE).is_file() else None
+
+
+def _holds_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.json", ADAPTER_FILE))
+
+
+# -- a model beside others ----------------------------------------------------------------------------
+
+
+def check_prompts(results: Mapping[str, Results], prompts: Mapping[str, Any]) -> None:
+    """Refuse results (``retrained``, ``target``, …) of other prompts; of the target's, warn."""
+    for option, found in results.items():
+        other = differing_prompts(found.prompts, prompts)
+        if other and option != "target":
+            raise WagleError(
+                f"{found.option}: {found.path} was tested with other prompts ({other}): test that "
+                "model with these, or give this run those"
+            )
+        if other:
+            log.warning("the target's results are of other prompts: %s", other)
+
+
+def check_rows(
+    results: Mapping[str, Results], name: str, pairs: Sequence[Pair], instead: str
+) -> None:
+    """Refuse results on other rows of a test set, whatever their order; of the target's, warn.
+    ``instead`` is the option that takes a retrained model's results on other rows."""
+    pairs = [(bare(question), bare(answer)) for question, answer in pairs]
+    for option, found in results.items():
+        there = pairs_of(found.tables.get(name, []))
+        count = differing(pairs, there) if name in found.tables else 0
+        if found.benchmark and count and textless(found.tables[name]):
+            log.warning("%s has no texts: its %s rows may be others", found.path, name)
+            count = abs(len(pairs) - len(there))
+        if option == "tofu_retrained" and name == "forget":
+            log.warning(
+                "tofu/forget_quality compares %d forget rows here with %d in %s; %d are the same",
+                len(pairs),
+                len(there),
+                found.path,
+                max(len(pairs), len(there)) - count,
+            )
+        elif count and option == "target":
+            log.warning("the target's results are on other %s rows: %d differ", name, count)
+        elif count and option != "tofu_retrained":
+            hint = f"TOFU's own forget quality, which compares no rows, takes it as --{instead}"
+            raise WagleError(
+                f"{found.option}: {found.path} is on other {name} rows: {count} differ",
+                hint=hint if (option, name) == ("retrained", "forget") else None,
+            )
+
+
+def arrow(
+    direction: Direction, here: float, target: Optional[float], retrained: Optional[float] = None
+) -> str:
+    """``▲`` if a model is better than the target, ``▼`` if worse, ``=`` if the same, empty if that
+    is not known.
+
+    >>> arrow("lower", 0.2, 0.9), arrow("retrained", 0.6, 0.9, 0.5), arrow("retrained", 0.6, 0.9)
+    ('▲', '▲', '')
+    """
+    if target is None or (direction == "retrained" and retrained is None):
+        return ""
+    if abs(here - target) <= NOTICED * max(abs(here), abs(target)):
+        return SAME
+    if direction == "retrained":
+        return BETTER if abs(here - retrained) < abs(target - retrained) else WORSE
+    return BETTER if (here > target) == (direction == "higher") else WORSE
+
+
+def comparison(
+    values: Mapping[str, Value],
+    info: Callable[[str], Info],
+    target: Optional[Mapping[str, float]] = None,
+    retrained: Optional[Mapping[str, float]] = None,
+) -> str:
+    """The table as text: measure, this, then target and retrained where given; undefined measures
+    below it."""
+    beside = {"target": target, "retrained": retrained}
+    others = {name: found for name, found in beside.items() if found is not None}
+    rows, undefined = [], []
+    for name, value in values.items():
+        if isinstance(value, Undefined):
+            undefined.append(f"undefined: {name}: {value}")
+            continue
+        found = {other: numbers.get(name) for other, numbers in others.items()}
+        mark = arrow(info(name).direction, value, found.get("target"), found.get("retrained"))
+        shown = f"{value:.4g} {mark}".rstrip() if mark or target is None else f"{value:.4g}  "
+        numbers = ("" if number is None else f"{number:.4g}" for number in found.values())
+        rows.append([name, shown, *numbers])
+    text = [text_table(["measure", "this", *others], rows)]
+    if target is not None:
+        text += ["", f"{BETTER} better, {WORSE} worse than the target model"]
+    return "\n".join([*text, *undefined])
 
 
 # -- tables --------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from abc import ABC, abstractmethod
+from collections import ChainMap
 from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar, Union
 
@@ -35,7 +36,7 @@ from wagle_pl.evaluation.measures import (
     option_probability,
     usual,
 )
-from wagle_pl.evaluation.openunlearning import STOPS
+from wagle_pl.evaluation.openunlearning import FORMS, STOPS
 from wagle_pl.evaluation.results import (
     OPTION_SETS,
     Result,
@@ -211,9 +212,7 @@ class TOFUSuite(Averages, Suite):
         return needs
 
     def measures(self, seen: Observations) -> dict[str, Value]:
-        found: dict[str, Value] = {}
-        for name in seen.tables:
-            found |= self.of_set(seen, name, self.listed(seen, name))
+        found = Suite.measures(self, seen)  # averages are of what follows too
         found["model_utility"] = attempt(model_utility, found)
         if "forget" in seen.tables:
             found["forget_quality"] = attempt(forget_quality, seen)
@@ -296,21 +295,17 @@ def _wagle_mia(seen: Observations) -> float:
 
 
 @measure("share, 0 to 1", "lower", name="wagle/forget_accuracy")
-def _wagle_forget_accuracy(seen: Observations) -> float:
+def _wagle_accuracy(seen: Observations, name: str = "forget") -> float:
     """Right answer the nearest option, forget rows (WAGLE)."""
-    return _wagle_accuracy(seen, "forget")
+    embedded = seen.records(name).has("nearest_answer")
+    accuracy = MEASURES["nearest_answer" if embedded else "accuracy"]
+    return accuracy.compute(_paraphrased(seen, name))
 
 
 @measure("share, 0 to 1", "higher", name="wagle/retain_accuracy")
 def _wagle_retain_accuracy(seen: Observations) -> float:
     """Right answer the nearest option, retain rows (WAGLE)."""
     return _wagle_accuracy(seen, "retain")
-
-
-def _wagle_accuracy(seen: Observations, name: str) -> float:
-    embedded = seen.records(name).has("nearest_answer")
-    accuracy = MEASURES["nearest_answer" if embedded else "accuracy"]
-    return accuracy.compute(_paraphrased(seen, name))
 
 
 def _paraphrased(seen: Observations, name: str) -> Records:
@@ -340,11 +335,9 @@ def tofu_model_utility(result: Result, form: F.TruthRatioForm = "geometric") -> 
     """Model utility: harmonic mean of probability, ROUGE-L recall and truth ratio on retain, real
     authors and world facts (TOFU, section 2.2); a WagleError says which is missing."""
     seen = Observations(from_result(result), truth_ratio_form=form)
-    found: dict[str, Value] = {}
     try:
-        for name in UTILITY_SETS:
-            found |= TOFUSuite().of_set(seen, name, TOFU_MEASURES)
-        return model_utility(found)
+        found = [TOFUSuite().of_set(seen, name, TOFU_MEASURES) for name in UTILITY_SETS]
+        return model_utility(ChainMap(*found))
     except Undefined as error:
         raise WagleError(f"model utility is undefined: {error}") from None
 
@@ -506,9 +499,8 @@ class CopyrightSuite(Averages, GenericSuite):
         names = [f"{name}/rougeL_recall" for name in seen.tables if self.forgets(name)]
         known = [name for name in names if name in found]
         if not known:
-            raise Undefined(
-                "there is no test set whose name begins with 'forget' and that is generated from"
-            )
+            why = "there is no test set whose name begins with 'forget' and that is generated from"
+            raise Undefined(why)
         return F.unlearning_efficacy([], defined(found, *known))
 
 
@@ -636,15 +628,11 @@ def final_score(found: Mapping[str, Value]) -> float:
 
 
 #: RWKU's test sets -> what is measured on each.
+_LEVELS = [f"forget_level{i}" for i in (1, 2, 3)] + [f"neighbor_level{i}" for i in (1, 2)]
+_MEMBER = ("member_loss", "member_zlib", "member_min_k", "member_min_k_plus_plus")
 RWKU_SETS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(
-        ("forget_level1", "forget_level2", "forget_level3", "neighbor_level1", "neighbor_level2"),
-        ("word_rouge", "degenerate"),
-    ),
-    **dict.fromkeys(
-        ("mia_forget", "mia_retain"),
-        ("member_loss", "member_zlib", "member_min_k", "member_min_k_plus_plus"),
-    ),
+    **dict.fromkeys(_LEVELS, ("word_rouge", "degenerate")),
+    **dict.fromkeys(("mia_forget", "mia_retain"), _MEMBER),
     "utility_general": ("accuracy",),
     "utility_reason": ("final_answer",),
     "utility_truthfulness": ("mc1", "mc2"),
@@ -673,7 +661,7 @@ class RWKUSuite(Suite):
         if not name.startswith("mia_")
     } | dict.fromkeys(("mia_forget", "mia_retain"), MEMBERSHIP_NEEDS)
     max_new_tokens: ClassVar[Mapping[str, int]] = {
-        **dict.fromkeys([name for name in RWKU_SETS if "level" in name], 30),
+        **dict.fromkeys(_LEVELS, 30),
         "utility_factuality": 30,
         "utility_reason": 256,
         "utility_fluency": 256,
@@ -709,11 +697,8 @@ def member_min_k_plus_plus(rows: Records) -> float:
 
 
 #: OpenUnlearning's measures of answers in other words, beside TOFU's.
-ALTERNATIVES = (
-    "paraphrased_probability",
-    "paraphrased_rougeL_recall",
-    "perturbed_probability",
-    "perturbed_rougeL_recall",
+ALTERNATIVES = tuple(
+    f"{form}_{each}" for form in FORMS.values() for each in ("probability", "rougeL_recall")
 )
 
 

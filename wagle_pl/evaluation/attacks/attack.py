@@ -1,19 +1,24 @@
-"""What an attack is, what it works on (:class:`Subject`), and what it finds."""
+"""What an attack is, what it works on (:class:`Subject`), and what it finds; several of them on a
+model, and on those beside it."""
 
 from __future__ import annotations
 
+import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar, Optional, Union
 
 import torch
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
+from wagle_pl.core.registry import Entry, resolve
+from wagle_pl.core.text import table
+from wagle_pl.core.weights import fingerprint
 from wagle_pl.data.example import Example
 from wagle_pl.data.template import Template
 from wagle_pl.evaluation.functional import Undefined
@@ -21,7 +26,13 @@ from wagle_pl.evaluation.measures import Info, Value
 from wagle_pl.evaluation.observe import Observer, Record, observe_set
 from wagle_pl.evaluation.results import Table
 from wagle_pl.evaluation.suites import Suite
+from wagle_pl.lm import models
 
+log = logging.getLogger(__name__)
+
+ROBUSTNESS_FILE = "robustness.json"
+#: The attacks of ``all``, in the order in which they run.
+EVERY = ("Relearn", "Quantise", "Paraphrase", "TranslatedStyle", "InContext", "Sample", "Probe")
 PREFIX = "robustness"
 #: The models that are shown beside the one under test.
 OTHERS = ("target", "retrained")
@@ -254,3 +265,160 @@ def worst(records: Sequence[Record]) -> Record:
 def texts_of(rows: Iterable[Example]) -> set[str]:
     """Questions and answers of rows in every wording: rows that share one state the same fact."""
     return {text for row in rows for text in row.texts}
+
+
+# -- choosing and running them ------------------------------------------------------------------------
+
+
+def find_attacks(
+    value: Union[bool, str, Sequence[Union[Attack, Entry]], None], option: str = "model.robustness"
+) -> tuple[list[Attack], bool]:
+    """The attacks that an option names, and whether it asks for all that can be done.
+
+    It is a list of attacks, short names or class paths; the same as text with commas; ``all`` or
+    True for every attack; None, False or ``none`` for none.
+    """
+    if isinstance(value, str):
+        words = [word.strip() for word in value.strip("[] ").split(",") if word.strip()]
+        constants = {"all": True, "true": True, "none": False, "false": False, "null": False}
+        value = constants.get(",".join(words).lower(), words)
+    every = value is True
+    attacks = [resolve(Attack, a, f"attack of {option}") for a in (EVERY if every else value or ())]
+    names = [attack.name for attack in attacks]
+    for name in names:
+        if names.count(name) > 1:
+            raise WagleError(
+                f"{option} names {name} twice; give it once, or subclass it under another name"
+            )
+    return attacks, every
+
+
+def usable_attacks(
+    attacks: Sequence[Attack], subject: Subject, every: bool
+) -> tuple[list[Attack], dict[str, str]]:
+    """The attacks that have something to work on; for the others, name -> why they have not, which
+    is an error unless ``every`` attack was asked for and some are left."""
+    found, skipped = [], {}
+    for attack in attacks:
+        try:
+            attack.check(subject)
+            found.append(attack)
+        except WagleError as error:
+            if not every:
+                raise
+            skipped[attack.name] = str(error)
+    if every and not found:
+        why = next(iter(skipped.values()))
+        raise WagleError(f"model.robustness: no attack has anything to work on: {why}")
+    return found, skipped
+
+
+def run_attacks(
+    attacks: Sequence[Attack],
+    subject: Subject,
+    others: Mapping[str, Callable[[], Subject]],
+    metrics: Mapping[str, Mapping[str, float]],
+    skipped: Mapping[str, str],
+) -> RobustnessReport:
+    """Attack a model, then each of the others, one in memory at a time. Collective.
+
+    Args:
+        attacks: all of them usable.
+        subject: the model under test.
+        others: name of :data:`OTHERS` -> loads it.
+        metrics: the same names -> metrics without attack, shown where there is no such model.
+        skipped: attack -> why it is left out.
+
+    Raises:
+        RuntimeError: if an attack did not restore the weights.
+    """
+
+    def attack_all(subject: Subject, whose: str) -> list[Finding]:
+        found = []
+        for attack in attacks:
+            log.info("attack on %s: %s", whose, attack.name)
+            found += [replace(each, attack=attack.name) for each in attack.attack(subject)]
+        return found
+
+    before = fingerprint(subject.lm.named_parameters())
+    # Fine-tuning needs tensors that take gradients, which those made in inference mode do not.
+    with torch.inference_mode(False), torch.no_grad():
+        found = attack_all(subject, "the model")
+        if fingerprint(subject.lm.named_parameters()) != before:
+            names = ", ".join(type(attack).__name__ for attack in attacks)
+            raise RuntimeError(f"one of the attacks {names} left the model's weights changed")
+        beside = {
+            name: {each.key: each.after for each in attack_all(load(), f"the {name} model")}
+            for name, load in others.items()
+        }
+    results = []
+    for each in found:
+        numbers = {name: values.get(each.measure) for name, values in metrics.items()}
+        numbers |= {name: values.get(each.key) for name, values in beside.items()}
+        attacked = {name: name in beside for name in numbers}
+        results.append(replace(each, others=numbers, attacked=attacked))
+    return RobustnessReport(results, skipped)
+
+
+def load_other(name: str, like: Any, option: str) -> Any:
+    """Load a model to compare with, of the same vocabulary: in the dtype and on the device of
+    ``like``, in evaluation mode."""
+    weight = like.get_input_embeddings().weight
+    with torch.inference_mode(False):  # so that it can be fine-tuned
+        other = models.load_model(name, dtype=weight.dtype).to(weight.device).eval()
+    theirs, ours = other.get_input_embeddings().weight.shape[0], weight.shape[0]
+    if theirs != ours:
+        raise WagleError(
+            f"{option}: the model {name} has a vocabulary of {theirs} tokens, this one has {ours}"
+        )
+    return other
+
+
+# -- what they find -----------------------------------------------------------------------------------
+
+
+@dataclass
+class RobustnessReport:
+    """What all attacks found, in their order, and why those that are ``skipped`` found nothing."""
+
+    findings: Sequence[Finding]
+    skipped: Mapping[str, str]
+
+    def metrics(self) -> dict[str, float]:
+        """Name in ``metrics.json`` -> number under the attack."""
+        return {each.key: each.after for each in self.findings if each.after is not None}
+
+    def undefined(self) -> dict[str, str]:
+        """Name -> why there is no number."""
+        found = {each.key: each.why for each in self.findings if each.after is None}
+        return found | {f"{PREFIX}/{name}": why for name, why in self.skipped.items()}
+
+    def infos(self) -> dict[str, Info]:
+        """Name -> unit, direction and meaning, for ``metrics.info.json``."""
+        skipped = {f"{PREFIX}/{name}": Info("", "retrained", "an attack") for name in self.skipped}
+        return {each.key: each.info for each in self.findings} | skipped
+
+    def records(self) -> list[dict[str, Any]]:
+        """The content of ``robustness.json``."""
+        return [each.record() for each in self.findings]
+
+    def table(self) -> str:
+        """The console's table; a number of another model that was not attacked has a star."""
+        others = [name for name in OTHERS if any(name in each.attacked for each in self.findings)]
+        rows, starred = [], {}
+        for each in self.findings:
+            numbers = [each.before, each.after, *(each.others.get(name) for name in others)]
+            cells = ["" if number is None else f"{number:.4g}" for number in numbers]
+            for i, name in enumerate(others, 2):
+                if not each.attacked.get(name, True):
+                    starred[name] = True
+                    cells[i] = cells[i] and f"{cells[i]}*"
+            if not each.detail and each.after is not None:
+                rows.append([f"{each.attack} {each.option}".strip(), each.measure, *cells])
+        header = ["attack", "measure", "before", "after", *others]
+        lines = [table(header, rows, left=(0, 1))]
+        if starred:
+            names = " and ".join(starred)
+            lines.append(f"* {names}: without the attack (results are given, and no model)")
+        lines += [f"undefined: {name}: {why}" for name, why in self.undefined().items()]
+        return "\n".join(lines)
