@@ -25,7 +25,7 @@ from wagle_pl.study import recovery
 from wagle_pl.study.recovery import HALF
 from wagle_pl.study.report.curves import panels, study_overview
 from wagle_pl.study.report.figures import PALETTE, svg
-from wagle_pl.study.report.sections import overview
+from wagle_pl.study.report.page import mean_curves
 from wagle_pl.study.summary import compared_at
 from wagle_pl.study.text import about
 
@@ -300,7 +300,7 @@ def test_the_best_arms_have_the_plainest_lines():
     ]
     summary = {"headline": headline, "forget": "forget/probability", "utility": "model_utility"}
     for sign, best in ((1, names[:0:-1]), (-1, names[1:])):
-        lines = overview({**summary, "utility_sign": sign}).axes[0].lines
+        lines = study_overview(*mean_curves({**summary, "utility_sign": sign})).axes[0].lines
         assert [line.get_label() for line in lines[:12]] == [*best, names[0]]
         assert [line.get_linestyle() == "-" for line in lines[:12]] == [True] * 8 + [False] * 4
         assert lines[0].get_linewidth() > lines[11].get_linewidth()

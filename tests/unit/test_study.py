@@ -12,8 +12,7 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.study import envelope, mean_utility, paired, utility_at
 from wagle_pl.study.grid import Grid, middle_first, passes, read_masks, read_objectives
 from wagle_pl.study.recovery import HALF, at_the_level, csv, tables
-from wagle_pl.study.runs import steps_of_tests
-from wagle_pl.study.sampler import next_runs
+from wagle_pl.study.runs import next_runs, steps_of_tests
 from wagle_pl.study.summary import (
     Compared,
     Pace,

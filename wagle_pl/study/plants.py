@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -27,7 +28,7 @@ from wagle_pl.attribution.selection import Ranking, exact_count, order_keys
 from wagle_pl.core.distributed import stable_seed
 from wagle_pl.core.environment import silence
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.files import atomic_path, refuse_existing
+from wagle_pl.core.files import refuse_existing, write_text
 from wagle_pl.core.registry import Entry
 from wagle_pl.core.text import count, decimals, markdown_table, table
 from wagle_pl.core.weights import fingerprint, parameter_shapes
@@ -40,7 +41,15 @@ from wagle_pl.masks.bits import count_bits, random_bits, unpack_bits
 from wagle_pl.masks.names import in_module, layer_of
 from wagle_pl.objectives.forget import GradDiff
 from wagle_pl.study import grid
-from wagle_pl.study.runs import EvaluateAlong, RunTable, announced, locked, make_trainer, say
+from wagle_pl.study.runs import (
+    EvaluateAlong,
+    RunTable,
+    announced,
+    limited,
+    locked,
+    make_trainer,
+    say,
+)
 from wagle_pl.study.summary import Row, paired, spread
 from wagle_pl.study.text import chance, duration, signed
 from wagle_pl.unlearning import UnlearnModule
@@ -249,11 +258,8 @@ class Plants:
                 kinds = ", ".join(KINDS)
                 raise WagleError(f"--plants: {plant!r} is no mask file, and none of {kinds}")
         self._module, self._tests = grid.read_module(self.module or {})
-        self._trainer_options = grid.read_trainer(self.trainer or {})
-        self.data = copy.copy(self.data)
-        self.data.batch_size = self.batch_size or self.data.batch_size
-        limit = self.limit_test or self.data.limits["test"]
-        self.data.limits = {**self.data.limits, "test": limit}
+        self._trainer = partial(make_trainer, self.folder, grid.read_trainer(self.trainer or {}))
+        self.data = limited(self.data, self.batch_size, self.limit_test)
 
     def run(self) -> list[dict[str, Any]]:
         """Plant and locate what is not finished; returns what :func:`summarise` makes of all."""
@@ -285,8 +291,7 @@ class Plants:
                 steps, seconds = (rows[0][name] for name in ("steps", "seconds"))
                 say(f"{', '.join(numbers)}, {count(steps, 'step')}, {duration(seconds)}")
             found = summarise(self.table.rows)
-            with atomic_path(self.folder / "plants.md") as temporary:
-                temporary.write_text(markdown(found), encoding="utf-8")
+            write_text(self.folder / "plants.md", markdown(found))
         if found:
             say(f"{table(*overview(found))}\n{self.folder / 'plants.md'} has more")
         return found
@@ -324,15 +329,12 @@ class Plants:
             **{"warmup": 0.0, "decay": "constant", **self._module},
         )
         module.run_config = {"plants": self.table.settings, "plant": plant, "seed": seed}
-        evaluate = Evaluate(generate=False, **self._tests)
-        sets = ("forget", "retain")
-        along = EvaluateAlong(
-            evaluate,
-            self.points,
-            "never",
-            sets,
-            lambda measures: measures["forget/probability"] >= self.recall,
-        )
+        evaluate, sets = Evaluate(generate=False, **self._tests), ("forget", "retain")
+
+        def is_recalled(measures: Mapping[str, float]) -> bool:
+            return measures["forget/probability"] >= self.recall
+
+        along = EvaluateAlong(evaluate, self.points, "never", sets, is_recalled)
         with silence():
             options = {"max_steps": self.steps, "max_epochs": -1, "callbacks": [along]}
             self._trainer(**options).fit(module, datamodule=data)
@@ -359,16 +361,12 @@ class Plants:
             specs = [choice.spec(str(number)) for number, choice in enumerate(choices)]
             module = AttributionModule(model=model, masks=specs, **options)
             with silence():
-                self._trainer(max_epochs=1, gradient_clip_val=None).fit(
-                    module, copy.copy(self.data)
-                )
+                trainer = self._trainer(max_epochs=1, gradient_clip_val=None)
+                trainer.fit(module, copy.copy(self.data))
             for choice, spec in zip(choices, module.specs, strict=True):
                 located = locate(module.collected, spec, truths)
                 found |= {(choice.name, key): numbers for key, numbers in located.items()}
         return found
-
-    def _trainer(self, **own: Any) -> L.Trainer:
-        return make_trainer(self.folder, self._trainer_options, **own)
 
 
 def _name(key: Key) -> str:

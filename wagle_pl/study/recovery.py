@@ -16,7 +16,7 @@ import pandas as pd
 from wagle_pl.core.text import decimals
 from wagle_pl.evaluation.attacks.attack import PREFIX
 from wagle_pl.evaluation.attacks.weights import STEP
-from wagle_pl.evaluation.comparison import BETTER, WORSE
+from wagle_pl.evaluation.results import BETTER, WORSE
 from wagle_pl.study.summary import (
     Compared,
     Row,
@@ -205,8 +205,8 @@ def tables(found: Sequence[Entry]) -> Iterator[tuple[str, list[str], list[list[s
 
 def csv(found: Sequence[Entry]) -> str:
     """One line for each arm and measure, with a header."""
-    named = [{k: v for k, v in e.items() if "curve" not in k and k != "values"} for e in found]
-    return pd.DataFrame(named).to_csv(index=False)
+    left_out = ["values", "curve", "retrained_curve"]
+    return pd.DataFrame(found).drop(columns=left_out, errors="ignore").to_csv(index=False)
 
 
 def cell(entry: Entry) -> str:

@@ -1,10 +1,13 @@
-"""The runs of a study: unlearning that is tested along its way, and the table that keeps them."""
+"""The runs of a study: unlearning that is tested along its way, which of a grid comes next, and the
+table that keeps them."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,11 +22,14 @@ from lightning.pytorch.callbacks import Callback
 from wagle_pl.core.environment import silence
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.outputs import Lock, Planned
+from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.evaluation import Evaluate
 from wagle_pl.evaluation.measures import defined_only
 from wagle_pl.evaluation.observe import GENERATED
 from wagle_pl.evaluation.results import Table, load_table, table_key, write_table
 from wagle_pl.study import TABLE_FILE
+from wagle_pl.study.grid import Run
+from wagle_pl.study.summary import Compared, Row, run_table
 from wagle_pl.unlearning import UnlearnModule
 
 log = logging.getLogger(__name__)
@@ -33,6 +39,8 @@ Generate = Literal["end", "always", "never"]
 Along = Literal["all", "answers"]
 
 LOCK_FILE = "study.lock"
+ASKS = 100  # suggestions of finished points, after which the grid's order decides
+Point = tuple[str, str, float]  # of the search: objective, mask, learning rate
 #: First columns of the table; measures follow.
 COLUMNS = (
     *("objective", "mask", "score", "density", "lr", "seed", "step", "run", "forget", "utility"),
@@ -73,6 +81,16 @@ def make_trainer(folder: Path, options: Mapping[str, Any], **own: Any) -> L.Trai
             enable_progress_bar=False,
             enable_model_summary=False,
         )
+
+
+def limited(
+    data: ForgetRetainDataModule, batch_size: Optional[int], limit_test: Optional[int]
+) -> ForgetRetainDataModule:
+    """A data module of its own with another batch size and fewer test rows, where these are given."""
+    found = copy.copy(data)
+    found.batch_size = batch_size or data.batch_size
+    found.limits = {**data.limits, "test": limit_test or data.limits["test"]}
+    return found
 
 
 @dataclass(eq=False)
@@ -171,6 +189,86 @@ def as_before_the_end(
         for name, table in tables.items()
         if answers_of is None or name in answers_of
     }
+
+
+# -- a search by Optuna, in place of the whole grid -----------------------------------------------
+
+
+def load_optuna() -> Any:
+    """The library, silent; an error if it is not installed."""
+    try:
+        import optuna
+    except ImportError:
+        raise WagleError("--sampler optuna needs Optuna: pip install 'wagle-pl[optuna]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def next_runs(runs: Sequence[Run], rows: Sequence[Row], by: Compared) -> list[Run]:
+    """The runs of the point that comes next: of one that lacks some seeds, or of a suggested one.
+
+    A *point* of the search is an objective, a mask and a learning rate, with the runs of all seeds.
+    It is worth more the more of them reach the level of forgetting; then by their mean utility
+    there; then by how far they get. Only the order of points is told: levels and utilities have any
+    scale. The sampler is made anew of the ``rows`` of the study's table: the search does not depend
+    on where it was interrupted. Not all of ``runs``, the grid's, may be finished.
+    """
+    points: dict[Point, list[Run]] = {}
+    for run in runs:
+        points.setdefault((run.objective.id, run.mask.id, run.lr), []).append(run)
+    point_of = {run.id: point for point, own in points.items() for run in own}
+    told: dict[Point, list[Any]] = {}
+    for run in run_table(rows, by).itertuples() if rows else ():
+        if run.run in point_of:
+            told.setdefault(point_of[run.run], []).append(run)
+    finished = {run.run for own in told.values() for run in own}
+    left = {p: [run for run in own if run.id not in finished] for p, own in points.items()}
+    for point in told:
+        if left[point]:
+            return left[point]
+    grid, optuna = [own[0] for own in points.values()], load_optuna()
+    sampler = optuna.samplers.TPESampler(seed=len(told))
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    place = {p: i for i, p in enumerate(sorted(told, key=lambda p: _worth(told[p], by)))}
+    for point in told:
+        trial = optuna.trial.FixedTrial(points[point][0].axes)
+        _walk(trial, grid)
+        of = {"params": trial.params, "distributions": trial.distributions}
+        study.add_trial(optuna.trial.create_trial(**of, value=float(place[point])))
+    for _ in range(ASKS):
+        run = _walk(study.ask(), grid)
+        if found := left[run.objective.id, run.mask.id, run.lr]:
+            return found
+    return next(own for own in left.values() if own)
+
+
+def _worth(runs: Sequence[Any], by: Compared) -> tuple[float, float, float]:
+    reached = [run.reached for run in runs if not math.isnan(run.reached)]
+    utility = by.utility_sign * sum(reached) / len(reached) if reached else 0.0
+    return len(reached) / len(runs), utility, sum(run.deepest for run in runs) / len(runs)
+
+
+def _walk(trial: Any, grid: Sequence[Run]) -> Run:
+    """The run of a grid to which a trial's values lead, axis by axis; the nearest where they are
+    between two."""
+    left = list(grid)
+    while (name := _open_axis(left)) is not None:
+        values = sorted({run.axes[name] for run in left})
+        if isinstance(values[0], str):
+            value = trial.suggest_categorical(name, values)
+        else:
+            log = values[0] > 0
+            given = trial.suggest_float(name, values[0], values[-1], log=log)
+            scale = math.log if log else float
+            value = min(values, key=lambda v: abs(scale(v) - scale(given)))
+        left = [run for run in left if run.axes[name] == value]
+    return left[0]
+
+
+def _open_axis(runs: Sequence[Run]) -> Optional[str]:
+    """The first axis in which runs differ."""
+    axes = runs[0].axes
+    return next((n for n in axes if any(r.axes.get(n) != axes[n] for r in runs)), None)
 
 
 # -- the study's folder ----------------------------------------------------------------------------

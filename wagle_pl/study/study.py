@@ -18,7 +18,7 @@ import torch
 from wagle_pl.attribution import AttributionModule
 from wagle_pl.core.environment import silence
 from wagle_pl.core.errors import Diverged, WagleError
-from wagle_pl.core.files import atomic_path, refuse_existing
+from wagle_pl.core.files import refuse_existing, write_text
 from wagle_pl.core.registry import option_names
 from wagle_pl.core.text import count, decimals
 from wagle_pl.core.weights import parameter_shapes
@@ -26,18 +26,17 @@ from wagle_pl.data.example import raw_rows
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.evaluation import Evaluate, EvaluationModule, Observations, Results
 from wagle_pl.evaluation.attacks import Attack
-from wagle_pl.evaluation.attacks.attack import PREFIX
-from wagle_pl.evaluation.attacks.report import find_attacks, usable_attacks
+from wagle_pl.evaluation.attacks.attack import PREFIX, find_attacks, usable_attacks
 from wagle_pl.evaluation.measures import defined_only
 from wagle_pl.evaluation.results import Table, read_table, write_json, write_table
 from wagle_pl.lm import models
 from wagle_pl.lm.module import LanguageModule
 from wagle_pl.masks import SUFFIX, WeightMask
-from wagle_pl.study import SUMMARY_FILE, TABLE_FILE, grid, sampler, text
+from wagle_pl.study import SUMMARY_FILE, TABLE_FILE, grid, text
 from wagle_pl.study.recovery import at_the_level, csv
 from wagle_pl.study.report.curves import study_overview
 from wagle_pl.study.report.figures import save_figure
-from wagle_pl.study.report.sections import overview, recovery_curves
+from wagle_pl.study.report.page import mean_curves, recovery_curves
 from wagle_pl.study.runs import (
     Along,
     EvaluateAlong,
@@ -46,8 +45,11 @@ from wagle_pl.study.runs import (
     UnkeptModule,
     announced,
     as_before_the_end,
+    limited,
+    load_optuna,
     locked,
     make_trainer,
+    next_runs,
     say,
 )
 from wagle_pl.study.summary import Compared, summarise
@@ -157,15 +159,8 @@ class Study:
         self.grid = grid.Grid.of(self.objectives, self.masks, self.learning_rates, self.seeds)
         if self.steps is not None and self.epochs is not None:
             raise WagleError("give --steps or --epochs, not both")
-        for name in (
-            "points",
-            "accumulate",
-            "limit_test",
-            "batch_size",
-            "steps",
-            "epochs",
-            "budget",
-        ):
+        counts = ("points", "accumulate", "limit_test", "batch_size", "steps", "epochs", "budget")
+        for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise WagleError(f"must be at least 1, got {value}", option=f"--{name}")
@@ -174,7 +169,7 @@ class Study:
                 "--along answers generates nothing before a run's end: leave --generate always out"
             )
         if self.sampler == "optuna":
-            sampler.load_optuna()
+            load_optuna()
         self._attacks, self._every_attack = find_attacks(self.attacks, "--attacks")
         if self._attacks and not self.until_level:
             raise WagleError(
@@ -184,20 +179,16 @@ class Study:
         self._optimizer = grid.read_optimizer(self.optimizer)
         self._module, self._tests = grid.read_module(self.module or {})
         self._trainer_options = grid.read_trainer(self.trainer or {})
-        self.only, self.join = (
-            [names] if isinstance(names, str) else list(names or ())
-            for names in (self.only, self.join)
-        )
+        self._trainer = partial(make_trainer, self.folder, self._trainer_options)
+        lists = ([n] if isinstance(n, str) else list(n or ()) for n in (self.only, self.join))
+        self.only, self.join = lists
         names = [choice.name for choice in (*self.grid.objectives, *self.grid.masks)]
         if unknown := [name for name in self.only if name not in names]:
             raise WagleError(
                 f"--only: no objective or mask is called {unknown[0]!r}; there are: "
                 f"{', '.join(names)}"
             )
-        self.data = copy.copy(self.data)
-        self.data.batch_size = self.batch_size or self.data.batch_size
-        limit = self.limit_test or self.data.limits["test"]
-        self.data.limits = {**self.data.limits, "test": limit}
+        self.data = limited(self.data, self.batch_size, self.limit_test)
         #: Results of the retrained model, once it is tested.
         self._retrained = str(self.folder / "retrained") if self.retrained else None
 
@@ -240,10 +231,9 @@ class Study:
                 say(f"stopped; the same command goes on ({missing})")
                 raise
             found = self._write()
-            if (figure := overview(found)) is not None:
-                save_figure(figure, [self.folder / "study.svg"])
-            for attack, drawing in recovery_curves(found).items():
-                save_figure(study_overview(*drawing), [self.folder / f"{attack}.svg"])
+            for name, drawing in {"study": mean_curves(found), **recovery_curves(found)}.items():
+                if drawing is not None:
+                    save_figure(study_overview(*drawing), [self.folder / f"{name}.svg"])
         if found["headline"]:
             say(f"\n{text.console(found)}\n\n{self.folder / 'study.md'} has it as Markdown")
             if self.sampler == "optuna":
@@ -256,7 +246,7 @@ class Study:
     def _suggested(self, runs: Sequence[grid.Run]) -> Iterator[grid.Run]:
         """Runs that are not finished, each chosen when those before it are."""
         while True:
-            yield from sampler.next_runs(runs, self.table.rows, self.compared)
+            yield from next_runs(runs, self.table.rows, self.compared)
 
     def _time_left(self, runs: int) -> str:
         """How long so many runs will take, from those finished; empty without any."""
@@ -376,19 +366,18 @@ class Study:
         self, name: str, trainer: L.Trainer, module: EvaluationModule
     ) -> dict[str, float]:
         """Measures of target or retrained model under the attacks, which are made once."""
-        evaluate = module.evaluation
         if not self._attacks:
             return {}
-        self._usable, skipped = usable_attacks(
-            self._attacks, evaluate.subject(), self._every_attack
-        )
+        subject = module.evaluation.subject()
+        self._usable, skipped = usable_attacks(self._attacks, subject, self._every_attack)
         for attack, why in skipped.items():
             log.info("attack %s is left out: %s", attack, why)
         file = self.folder / f"attacked_{name}.parquet"
         key = {"model": module.model_fingerprint, **self._rows(), **self._attacked_by()}
         rows = read_table(file, key, overwrite=not (self.folder / TABLE_FILE).is_file())
         if rows is None:
-            found = self._attack(trainer, module, evaluate, Results(self.folder / name).tables)
+            tables = Results(self.folder / name).tables
+            found = self._attack(trainer, module, module.evaluation, tables)
             rows = [{"measure": measure, "value": value} for measure, value in found.items()]
             write_table(file, rows, key)
         return {row["measure"]: row["value"] for row in rows}
@@ -544,14 +533,12 @@ class Study:
             for test in tests
         ]
 
-    def _trainer(self, **own: Any) -> L.Trainer:
-        return make_trainer(self.folder, self._trainer_options, **own)
-
     # -- what was found ----------------------------------------------------------------------------
 
     def _write(self) -> dict[str, Any]:
         """Write the table, ``study.json`` and ``study.md``."""
         rows, by = self.table.rows, self.compared
+        ends = at_the_level(rows, by, self.references["retrained"]) if self.until_level else []
         own_rates = {
             (objective.name, mask.name)
             for objective in self.grid.objectives
@@ -574,9 +561,7 @@ class Study:
                 "in_table": len(self.table.finished()),
             },
             "headline": summarise(rows, by, own_rates) if rows else [],
-            "ends": at_the_level(rows, by, self.references["retrained"])
-            if self.until_level
-            else [],
+            "ends": ends,
             "models": {"target": self.target, "retrained": self.retrained},
             "learning_rates": list(self.grid.rates),
             "seeds": list(self.seeds),
@@ -586,9 +571,7 @@ class Study:
         }
         self.table.write()
         write_json(self.folder / SUMMARY_FILE, json.loads(json.dumps(found, default=str)))
-        with atomic_path(self.folder / "study.md") as temporary:
-            temporary.write_text(text.markdown(found), encoding="utf-8")
-        if found["ends"]:
-            with atomic_path(self.folder / "ends.csv") as temporary:
-                temporary.write_text(csv(found["ends"]), encoding="utf-8")
+        write_text(self.folder / "study.md", text.markdown(found))
+        if ends:
+            write_text(self.folder / "ends.csv", csv(ends))
         return found

@@ -124,11 +124,11 @@ def best(summary: Summary) -> str:
     >>> best({"headline": [arm, {**arm, "mean": 0.8}, {**arm, "mean": None}]})
     'Best so far: NPO, dense, lr 0.1: 0.900.'
     """
-    sign, arms = summary.get("utility_sign", 1), summary["headline"]
-    arms = [arm for arm in arms if arm["mean"] is not None]
-    if not arms:
+    sign = summary.get("utility_sign", 1)
+    arms = [arm for arm in summary["headline"] if arm["mean"] is not None]
+    arm = max(arms, key=lambda arm: sign * arm["mean"], default=None)
+    if arm is None:
         return ""
-    arm = max(arms, key=lambda arm: sign * arm["mean"])
     where = f"{arm['objective']}, {arm['mask']}, lr {rates_of(arm)}"
     return f"Best so far: {where}: {arm['mean']:.3f}."
 

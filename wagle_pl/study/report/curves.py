@@ -54,9 +54,10 @@ def forget_utility(models: Sequence[ModelPoint], x_label: str, y_label: str) -> 
         axes.plot(x, y, markersize=13, zorder=3, **style)
         text = {"color": PALETTE["paper"], "fontsize": 8.5, "weight": "bold", "zorder": 4}
         axes.text(x, y, label, ha="center", va="center_baseline", **text)
-    _mark_level(axes, next((model.x for model in models if model.role == "retrained"), None))
-    _limit(axes, bounds_of([(model.x, model.y) for model in models]))
-    axes.set(xlabel=x_label, ylabel=y_label)
+    level = next((model.x for model in models if model.role == "retrained"), None)
+    _finish(
+        axes, {}, level, bounds_of([(model.x, model.y) for model in models]), (x_label, y_label)
+    )
     _add_legend(figure)
     return figure
 
@@ -76,7 +77,7 @@ def study_overview(
         first: the mask that the others are compared with.
         references: ``target`` and ``retrained`` -> their point.
         level: forget measure at which utilities are compared.
-        labels: names of the forget measure and of the utility.
+        labels: of the axes.
     """
     figure, all_axes = panels(max(4.8, 3.8 * len(arms)), 3.9, len(arms))
     names = dict.fromkeys(mask for found in arms.values() for mask in found)
@@ -93,10 +94,8 @@ def study_overview(
                 style = {"color": _ARM_COLOURS[i], "linewidth": max(0.7, 1.6 - 0.4 * turn)}
                 style["linestyle"] = _ARM_LINES[turn % len(_ARM_LINES)]
             axes.plot(*zip(*points, strict=True), label=mask, **style)
-        _add_references(axes, references, level)
-        _limit(axes, bounds)
+        _finish(axes, references, level, bounds, labels)
         axes.set_title(objective, fontsize=9)
-        axes.set(xlabel=labels[0], ylabel=labels[1])
     _add_legend(figure, columns=4, size=7.5)
     return figure
 
@@ -123,10 +122,7 @@ def study_panel(
         every = len(points) // 8 + 1  # marks on few points: a study has thousands
         style = {"color": PALETTE["this"], "linewidth": 1.3, "marker": marker, "markersize": 4}
         axes.plot(*zip(*start, *points, strict=True), label=label, markevery=every, **style)
-    _add_references(axes, references, level)
-    _limit(axes, bounds)
-    axes.set_xlabel(labels[0], fontsize=8)
-    axes.set_ylabel(labels[1], fontsize=8)
+    _finish(axes, references, level, bounds, labels, fontsize=8)
     _add_legend(figure, columns=2, size=7.5)
     return figure
 
@@ -209,22 +205,25 @@ def bounds_of(points: Points) -> tuple[float, ...]:
     return tuple(ends)
 
 
-def _limit(axes: Any, bounds: tuple[float, ...]) -> None:
-    axes.set(xlim=bounds[:2], ylim=bounds[2:])
-
-
-def _add_references(axes: Any, references: Mapping[str, Point], level: Optional[float]) -> None:
+def _finish(
+    axes: Any,
+    references: Mapping[str, Point],
+    level: Optional[float],
+    bounds: tuple[float, ...],
+    labels: tuple[str, str],
+    **style: Any,
+) -> None:
+    """Draw the target, the retrained model and the level at which utilities are to be compared; set
+    limits and labels."""
     for role, (x, y) in references.items():
-        style = {"marker": _MARKERS[role], "color": PALETTE[role], "linestyle": "none"}
-        axes.plot(x, y, markersize=7, label=role, zorder=4, **style)
-    _mark_level(axes, level)
-
-
-def _mark_level(axes: Any, x: Optional[float]) -> None:
-    """The forget measure at which utilities are to be compared, such as the retrained model's."""
-    if x is not None:
-        style = {"color": PALETTE["retrained"], "linestyle": _LINES["retrained"]}
-        axes.axvline(x, linewidth=1, zorder=1, **style)
+        point = {"marker": _MARKERS[role], "color": PALETTE[role], "linestyle": "none"}
+        axes.plot(x, y, markersize=7, label=role, zorder=4, **point)
+    if level is not None:
+        line = {"color": PALETTE["retrained"], "linestyle": _LINES["retrained"]}
+        axes.axvline(level, linewidth=1, zorder=1, **line)
+    axes.set(xlim=bounds[:2], ylim=bounds[2:])
+    axes.set_xlabel(labels[0], **style)
+    axes.set_ylabel(labels[1], **style)
 
 
 def _add_legend(figure: Any, columns: int = 3, size: float = 8.5) -> None:

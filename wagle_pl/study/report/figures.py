@@ -60,12 +60,8 @@ _SMALLEST = 0.7  # of its size: a narrower page scrolls the figure, as smaller t
 
 _OUTSIDE = "other"
 _PANELS_PER_ROW = 4
-_CELLS_WITH_TEXT = (
-    1200  # with more, cells are smaller, without text, and every fifth layer labelled
-)
+_CELLS_WITH_TEXT = 1200  # with more, cells are smaller, without text; every fifth layer is labelled
 _COLOURS = "YlGnBu"
-_COLOURS_OF_BAR = 64  # each is a shape of an SVG
-_ABSENT = "#d9d9d9"
 _TICKS = (0.01, 0.1, 0.5, 1, 2, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
 
 
@@ -137,11 +133,8 @@ def _simplify(node: ElementTree.Element, ids: dict[str, str]) -> None:
 
 
 def figure_paths(output: str | Path, overwrite: bool = False) -> list[Path]:
-    """The files that ``output`` names: a PNG or an SVG by its suffix, both when it has none.
-
-    Raises:
-        WagleError: if the suffix is another, or a file exists and ``overwrite`` is False.
-    """
+    """The files that ``output`` names: a PNG or an SVG by its suffix, both when it has none; an error
+    if the suffix is another, or a file exists and ``overwrite`` is False."""
     output = Path(output)
     if output.suffix and output.suffix.lower() not in FORMATS:
         raise WagleError(f"figure {output} must end in .png or .svg, or have no suffix for both")
@@ -193,9 +186,8 @@ def mask_heatmap(
     down = -(-len(grids) // across)
     size = (across * (width + 0.2) + 1.4, down * height + 0.5)
     figure = Figure(figsize=size, layout="constrained")
-    if title is None:
-        title = "Share of selected weights (%) by layer and module type"
-    figure.suptitle(title, fontsize=11)
+    usual = "Share of selected weights (%) by layer and module type"
+    figure.suptitle(usual if title is None else title, fontsize=11)
     # The square root keeps small shares apart even if a few cells are selected nearly whole.
     scale = PowerNorm(0.5, 0, 100 * (scale_to or largest_share(grids.values())))
     outer = figure.add_gridspec(down, across + 1, width_ratios=[*[width] * across, 0.14])
@@ -267,7 +259,7 @@ def _draw_cells(
     values = np.ma.masked_invalid(shares)
     edges = {"edgecolors": rcParams["figure.facecolor"], "linewidth": 0.6}
     mesh = axes.pcolormesh(values, cmap=_COLOURS, norm=scale, **edges)
-    axes.set_facecolor(_ABSENT)
+    axes.set_facecolor("#d9d9d9")  # of absent modules
     axes.grid(False)
     axes.invert_yaxis()
     axes.set_xticks([i + 0.5 for i in range(len(columns))], columns)
@@ -285,7 +277,7 @@ def _draw_bar(figure: Any, axes: Any, scale: Any) -> None:
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
 
-    colours = ScalarMappable(scale, colormaps[_COLOURS].resampled(_COLOURS_OF_BAR))
+    colours = ScalarMappable(scale, colormaps[_COLOURS].resampled(64))  # each a shape of an SVG
     bar = figure.colorbar(colours, cax=axes)
     bar.solids.set(rasterized=False, edgecolor="face")  # shapes in an SVG, no picture, no seams
     ticks = [0.0]

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.evaluation.attacks.report import ROBUSTNESS_FILE
-from wagle_pl.evaluation.comparison import arrow
+from wagle_pl.evaluation.attacks.attack import ROBUSTNESS_FILE
 from wagle_pl.evaluation.measures import Info
 from wagle_pl.evaluation.openunlearning import find_file
 from wagle_pl.evaluation.results import (
@@ -19,6 +18,7 @@ from wagle_pl.evaluation.results import (
     METRICS_FILE,
     Results,
     Table,
+    arrow,
     folder_of,
     load_table,
     read_json,
