@@ -67,20 +67,14 @@ class Hessian:
         diagonal: keep the diagonal; otherwise only its mean.
     """
 
-    #: Whether each row must be a micro-batch of its own.
-    per_example = False
-    #: Whether weights may be sharded (ZeRO-3), or differentiated a group at a time.
-    shardable = True
+    per_example = False  # each row must be a micro-batch of its own
+    shardable = True  # weights may be sharded (ZeRO-3), or differentiated a group at a time
 
-    # The cost of one draw, for ``wagle plan``:
-    #: backward passes, beside the one for g_r;
-    backward_passes = 0
-    #: whether they use its graph, whose activations are then kept for them;
-    same_graph = False
-    #: fp32 sums of the model's size kept during a step, beside the diagonal;
-    step_sums = 0
-    #: tensors of the model's size and dtype kept during a backward pass.
-    temporaries = 0
+    # the cost of one draw, for ``wagle plan``
+    backward_passes = 0  # beside the one for g_r
+    same_graph = False  # they use its graph, whose activations are then kept for them
+    step_sums = 0  # fp32 sums of the model's size kept during a step, beside the diagonal
+    temporaries = 0  # tensors of the model's size and dtype kept during a backward pass
 
     def __init__(self, samples: int = 1, diagonal: bool = True) -> None:
         self.samples = samples

@@ -78,10 +78,7 @@ class Score:
 
     #: Fields of :class:`WeightStatistics` that the score reads, beside ``theta``.
     needs: tuple[str, ...] = ("g_f",)
-
-    #: Rank by the score itself; otherwise by its absolute value.
-    signed: bool = False
-
+    signed: bool = False  # rank by the score itself; otherwise by its absolute value
     #: Whether the scores of a row (first dimension) depend on that row and its place alone, besides
     #: ``activation`` and scalars: several ranks then score rows each, and else whole parameters.
     by_row: bool = False

@@ -81,8 +81,7 @@ class LanguageModule(L.LightningModule):
     reference_streams: tuple[str, ...] = ()
     #: Streams whose answer tokens are counted over each global batch.
     counted_streams: tuple[str, ...] = ()
-    #: Epochs after which the same batches come again; None for never.
-    period: Optional[int] = None
+    period: Optional[int] = None  # epochs after which the same batches come again; None: never
 
     def __init__(
         self,

@@ -139,19 +139,22 @@ class SelectedTensor:
             self._kept = bits  # a small tensor, which stays whole on every rank
         return self._kept
 
-    def places(self, bits: Optional[Tensor] = None) -> Iterable[Tensor]:
-        """Places of the values in the flattened tensor, piece by piece, if it is partial; given the
-        ranks' :meth:`bits` if it is sharded."""
+    def places(self, bits: Optional[Tensor] = None) -> Optional[Iterable[Tensor]]:
+        """Places of the values in the flattened tensor, piece by piece, given the ranks' :meth:`bits`
+        if it is sharded; None where all are selected."""
         chunk = chunk_of(self.parameter)
+        if not self.is_partial:
+            return None
         if self._index is not None:
-            yield from self._index.split(chunk)
-        elif bits is None:
-            yield from iter_places(self._packed, self.parameter.numel(), chunk)
-        else:
-            each, size = self.parameter.partition_numel(), self.parameter.ds_numel
-            for first, row in zip(range(0, size, each), bits, strict=False):
-                for places in iter_places(row, min(each, size - first), chunk):
-                    yield places + first
+            return self._index.split(chunk)
+        if bits is None:
+            return iter_places(self._packed, self.parameter.numel(), chunk)
+        each, size = self.parameter.partition_numel(), self.parameter.ds_numel
+        return (
+            places + first
+            for first, row in zip(range(0, size, each), bits, strict=False)
+            for places in iter_places(row, min(each, size - first), chunk)
+        )
 
     def taken(self, dense: Tensor, dtype: torch.dtype, bits: Optional[Tensor] = None) -> Tensor:
         """A new tensor of the selected entries of a dense one, in a dtype."""
@@ -161,16 +164,9 @@ class SelectedTensor:
 
     def placed(self, values: Tensor) -> Tensor:
         """A new dense tensor of the values, 0 where nothing is selected; not sharded."""
-        if not self.is_partial:
-            return values.view(self.parameter.shape).clone()
         dense = values.new_zeros(self.parameter.shape)
         put_(dense, self.places(), values)
         return dense
-
-    def _take_(self, out: Tensor, dense: Tensor, add: bool = False) -> Tensor:
-        if self.is_partial:
-            return take_(out, dense, self.places(), add)
-        return out.add_(dense) if add else out.copy_(dense)
 
     # -- values ------------------------------------------------------------------------------------
 
@@ -192,7 +188,7 @@ class SelectedTensor:
         for part, high, low in self._pieces(values, upper):
             for half, new in zip((high, low), split_halves(part), strict=True):
                 half.copy_(new)
-        self._put(self.parameter, upper)
+        put_(self.parameter, self.places(), upper)
 
     def _pieces(self, values: Tensor, upper: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Values and their halves, piece by piece."""
@@ -210,12 +206,6 @@ class SelectedTensor:
         self.values.grad = None
         self.values.data = self.values.data.new_empty(0)
 
-    def _put(self, dense: Tensor, values: Tensor) -> None:
-        if self.is_partial:
-            put_(dense, self.places(), values)
-        else:
-            dense.copy_(values)
-
     def _version(self) -> tuple[int, int]:
         return self.values._version, self.values.data_ptr()
 
@@ -230,7 +220,7 @@ class SelectedTensor:
         if self.values is not None and not self.is_plain and not self.is_split:
             version = self._version()
             if self._written.get(dense.dtype) != version:
-                self._put(dense, self.values)
+                put_(dense, self.places(), self.values)
                 self._written[dense.dtype] = version
         return dense
 
@@ -286,14 +276,14 @@ class SelectedTensor:
         if self.is_split and self.gradient is None:
             self.gradient = self.taken(gradient, self._split)
         elif self.is_split:
-            self._take_(self.gradient, gradient, add=True)
+            take_(self.gradient, gradient, self.places(), add=True)
         elif not self.in_place:
             return self.taken(gradient, self.values.dtype, bits)
         elif self.values.grad is None:
             self._buffer = torch.empty_like(self.values) if self._buffer is None else self._buffer
-            self.values.grad = self._take_(self._buffer, gradient)
+            self.values.grad = take_(self._buffer, gradient, self.places())
         else:
-            self._take_(self.values.grad, gradient, add=True)
+            take_(self.values.grad, gradient, self.places(), add=True)
         return None
 
     # -- θ₀, devices and dtypes, the end -----------------------------------------------------------
@@ -323,7 +313,7 @@ class SelectedTensor:
             values = None if self.values is None or self.is_plain else self.value()
             self.parameter.data = self.parameter.data.to(dtype)
             if values is not None:
-                self._put(self.parameter, values)
+                put_(self.parameter, self.places(), values)
         self.changed()
         self.write()
 

@@ -107,8 +107,7 @@ class Objective(ABC):
 
     #: Whether the forget term is a mean over answer tokens, for ``average: tokens``.
     by_token: ClassVar[bool] = False
-    #: How many of an answer's first tokens it leaves out.
-    skip_first: ClassVar[int] = 0
+    skip_first: ClassVar[int] = 0  # how many of an answer's first tokens it leaves out
     #: Streams that the forget term reads: ``forget``; or the same rows with another answer,
     #: ``refusal`` or ``alternate``.
     forget_streams: ClassVar[tuple[str, ...]] = ("forget",)
@@ -116,8 +115,7 @@ class Objective(ABC):
     references: ClassVar[tuple[str, ...]] = ()
     #: Streams whose whole predictions (or hidden states) at θ₀ the forget term needs.
     logits_at_theta0: ClassVar[tuple[str, ...]] = ()
-    #: The block whose output the forget term reads, if any.
-    layer: ClassVar[Optional[int]] = None
+    layer: ClassVar[Optional[int]] = None  # the block whose output it reads, if any
     #: Regular expression that the names of parameters must match to be moved; None moves any.
     trainable: ClassVar[Optional[str]] = None
 

@@ -26,12 +26,10 @@ class RetainTerm(ABC):
 
     #: Whether the term is a mean over answer tokens: of ``average: tokens`` then over the batch's.
     by_token: bool = False
-    #: Whether the term needs predictions at θ₀ of the retain rows.
-    logits_at_theta0: bool = False
+    logits_at_theta0: bool = False  # it needs predictions at θ₀ of the retain rows
     #: Whether the term needs logits of every position of the retain rows, not of the answers alone.
     all_positions: bool = False
-    #: Blocks whose outputs the term reads, now and at θ₀.
-    hidden_layers: tuple[int, ...] = ()
+    hidden_layers: tuple[int, ...] = ()  # blocks whose outputs it reads, now and at θ₀
 
     @abstractmethod
     def __call__(self, at: Streams) -> Tensor:

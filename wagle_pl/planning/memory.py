@@ -23,18 +23,14 @@ GIB = 1 << 30
 FP32 = 4
 #: Numbers in a bucket of DeepSpeed's, if the model has as many (Lightning's default).
 BUCKET = 200_000_000
-#: Weights that attribution scores at a time, of a larger tensor.
-BLOCK = 1 << 22
+BLOCK = 1 << 22  # weights that attribution scores at a time, of a larger tensor
 #: Weights that ZeRO-3 keeps together on a rank at most (``stage3_max_live_parameters``).
 LIVE = 1_000_000_000
-#: Bytes in a bucket of DDP's broadcast of the parameters (torch's default).
-BROADCAST = 250 << 20
+BROADCAST = 250 << 20  # bytes in a bucket of DDP's broadcast of the parameters (torch's default)
 #: Bytes of interpreter and libraries in a process on a CPU: measured, ``bin/benchmarks/plan.py``.
 CPU_OVERHEAD = 600 << 20
-#: Bytes of CUDA context, cuBLAS and NCCL on a GPU: assumed, not measured.
-GPU_OVERHEAD = 1 << 30
-#: Share of a GPU that is planned with; the rest is left to fragmentation.
-USABLE = 0.92
+GPU_OVERHEAD = 1 << 30  # of CUDA context, cuBLAS and NCCL on a GPU: assumed, not measured
+USABLE = 0.92  # share of a GPU that is planned with; the rest is left to fragmentation
 
 MOMENTS = LOAD, FORWARD, BACKWARD, STEP, END = "load", "forward", "backward", "step", "end"
 RUNNING = MOMENTS[1:]
