@@ -131,14 +131,12 @@ def weight_parts(model: Architecture, run: PlannedRun) -> list[Part]:
 def attribution_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     """Sums, and the scores of one tensor.
 
-    A gradient stands for one tensor at a time: w M (twice where it is embedding and output matrix),
-    4 M in fp32 if it is narrower, and with several ranks 4 M to add it up in and 4 M / R of the
-    sum. On one device an fp32 gradient is added to its sum in place. Scores of a tensor are
-    computed 2²² weights at a time, which needs five fp32 tensors of these.
+    A gradient stands for one tensor at a time (twice where it is embedding and output matrix),
+    widened to fp32 if it is narrower; several ranks add it up in a copy. On one device an fp32
+    gradient is added to its sum in place. Scores of a block of a tensor take five tensors.
 
-    ``host``: sums are in CPU memory, with two pinned buffers of w M; on the device w M more is on
-    its way there, and a narrower gradient is widened there. ``passes=K``: sums of the largest
-    group of parameters, about N / K weights; those of finished groups are in files.
+    ``host``: sums are in CPU memory, with two pinned buffers, and a narrower gradient is widened
+    there. ``passes=K``: sums are of the largest group of parameters; finished ones are in files.
     """
     w, n, m, ranks = run.width, model.weights, model.largest, run.devices
     gpu = run.accelerator == "gpu"
@@ -169,9 +167,8 @@ def attribution_parts(model: Architecture, run: PlannedRun) -> list[Part]:
 def training_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     """Values and their places, gradients, optimiser state, and what the step and the end need.
 
-    Places of S values are int32, whole on every rank, and joined for a tensor at a time; under
-    ZeRO-3 they are bits, N / 8 R. Of the gradient of one dense tensor, w M, the selected entries are
-    kept.
+    Places of values are int32, whole on every rank, and joined for a tensor at a time; under ZeRO-3
+    they are bits. Of the gradient of one dense tensor the selected entries are kept.
     """
     s, m, w = model.weights * run.moving, model.largest, run.width
     bits = model.weights / 8 / run.devices if run.masked and run.stage == 3 else 0
@@ -189,12 +186,8 @@ def training_parts(model: Architecture, run: PlannedRun) -> list[Part]:
 
 
 def _plain_parts(model: Architecture, run: PlannedRun) -> list[Part]:
-    """One device, or DDP: values 4 S, gradients 4 S, state, DDP's buckets.
-
-    fp32 weights that all move are values themselves. Values in halves are 2 S, N / 8 of mask bits,
-    and gradients of one micro-batch w S; a step joins those of one tensor: values and gradient 8 d
-    M, and the upper halves, 2 d M.
-    """
+    """One device, or DDP. fp32 weights that all move are values themselves; of values in halves a
+    step joins those of one tensor: values, their gradient, and the upper halves."""
     w, n, s, m = run.width, model.weights, model.weights * run.moving, model.largest
     halves, values, ddp = run.values == "split", has_values(run), run.devices > 1
     return [
@@ -213,19 +206,17 @@ def _plain_parts(model: Architecture, run: PlannedRun) -> list[Part]:
 
 
 def _zero_parts(model: Architecture, run: PlannedRun) -> list[Part]:
-    """ZeRO's flat partitions of S / R numbers, and its buckets of B = min(2e8, S) numbers.
+    """ZeRO's flat partitions, in fp32 even where values are, and its buckets.
 
-    Values are w S (stage 3: w S / R), and fp32 copies 4 S / R, even where values are fp32. Under
-    stage 3 a graph keeps the tensors that values have been written into, and the bits that say
-    where: (w + 1/8) N a stream, or with checkpointing those of a block and of each stream's output
+    Under stage 3 a graph keeps the tensors that values have been written into, and the bits that
+    say where: of each stream, or with checkpointing those of a block and of each stream's output
     matrix.
 
-    Buckets are w B: two in turn under stages 1 and 2 (on a CPU the second is untouched while one
-    holds all), one under stage 3; another is being reduced, of which gloo takes a copy under stage
-    3. While the last is reduced, w (S − B) / R of gradients stand (under stage 3 all of w S / R,
-    always), and the gradient that found the bucket full. Over several micro-batches stage 1 keeps
-    gradients whole and stage 2 its share. The step needs gradients in fp32, 4 S / R, beside those,
-    w S / R, or beside what the optimiser needs.
+    Two buckets take turns under stages 1 and 2 (on a CPU the second is untouched while one holds
+    all); another is being reduced, of which gloo takes a copy under stage 3. While the last is
+    reduced, the other gradients stand (under stage 3 all, always), and the one that found the
+    bucket full. Over several micro-batches stage 1 keeps gradients whole and stage 2 its share. The
+    step needs gradients in fp32 beside those, or beside what the optimiser needs.
     """
     w, n, s = run.width, model.weights, model.weights * run.moving
     share, sharded, gpu = s / run.devices, run.stage == 3, run.accelerator == "gpu"
