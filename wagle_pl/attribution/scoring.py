@@ -72,15 +72,10 @@ class MaskSpec:
         """Specs equal in this are selected in the same passes over the scores."""
         return id(self.score), self.select, self.scope, self.include, self.exclude
 
-    @property
-    def sets_share(self) -> bool:
-        """Whether the score itself decides how many weights are selected."""
-        return type(self.score).share is not Score.share
-
     def eligible(self, names: Iterable[str]) -> list[str]:
         """The parameters whose weights compete; there must be one."""
         kept = [name for name in names if re.search(self.include or "", name)]
-        kept = [name for name in kept if not (self.exclude and re.search(self.exclude, name))]
+        kept = [n for n in kept if self.exclude is None or not re.search(self.exclude, n)]
         if not kept:
             given = f"include {self.include!r} and exclude {self.exclude!r}"
             raise WagleError(f"{given} leave no parameter")
@@ -137,7 +132,7 @@ def complete(
                 f"collects; choose from {COLLECTED}"
             )
         name = [spec.score.label]
-        if spec.sets_share:  # the score selects whole modules: there is no ranking to choose
+        if type(spec.score).share is not Score.share:  # it decides how many: no ranking to choose
             spec.select, spec.scope = "high", "global"
         else:
             chosen = (spec.select, spec.scope)

@@ -418,9 +418,8 @@ class KnowUnDoDataModule(SuiteDataModule):
     def _scopes(self, parts: Sequence[str], marks: Row) -> Mapping[str, Source]:
         def convert(rows: Sequence[Row], where: str) -> list[Row]:
             (scope,) = select(rows[:1], parts, where)  # a row of lists
-            asked = select(
-                [row for part in parts for row in scope[part]], ("text", "labels"), where
-            )
+            asked = [row for part in parts for row in scope[part]]
+            asked = select(asked, ("text", "labels"), where)
             return [{"question": row["text"], "answer": row["labels"], **marks} for row in asked]
 
         scopes = {"forget": "unlearn", "retain": "retention"}
@@ -500,15 +499,10 @@ def prompted(
     rows: Sequence[Row], where: str, kind: str = "", task: Optional[str] = None
 ) -> list[Row]:
     """LUME's rows of a kind (the end of ``id`` before a digit) and task, as continuations."""
-    return [
-        {
-            "prompt": row["input"],
-            "response": following(row["input"], row["output"]),
-            "continuation": True,
-        }
-        for row in select(rows, ("id", "input", "output", "task"), where)
-        if row["id"][:-1].endswith(kind) and task in (None, row["task"])
-    ]
+    found = select(rows, ("id", "input", "output", "task"), where)
+    found = [row for row in found if row["id"][:-1].endswith(kind) and task in (None, row["task"])]
+    pairs = [(row["input"], following(row["input"], row["output"])) for row in found]
+    return [{"prompt": first, "response": then, "continuation": True} for first, then in pairs]
 
 
 def documents(rows: Sequence[Row], where: str) -> list[Row]:
