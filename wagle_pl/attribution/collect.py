@@ -26,7 +26,7 @@ from wagle_pl.attribution.sums import PIECE, GradientSums
 from wagle_pl.core import distributed
 from wagle_pl.core.distributed import stable_seed
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.weights import is_linear, parameter_shapes
+from wagle_pl.core.weights import evaluating, is_linear, parameter_shapes
 from wagle_pl.lm.inference import IGNORE, Predictions, forward_answers
 from wagle_pl.lm.layers import expert_weights, is_transposed, linear_weights
 from wagle_pl.objectives.objective import Objective
@@ -143,17 +143,16 @@ def collect(
     Raises:
         WagleError: if a loss is NaN or infinite.
     """
-    where, training = Sums.parse(sums), lm.training
+    where = Sums.parse(sums)
     found = GradientSums(lm.named_parameters(), *where)
-    lm.eval()
-    for group in range(where.passes):
-        found.turn(group)
-        for step, batch in enumerate(batches):
-            complete = {stream: _with_defaults(tensors, step) for stream, tensors in batch.items()}
-            add_batch(lm, complete, jobs, found, Draws(seed, step=step))
-            end_step(jobs, found)
+    with evaluating(lm):
+        for group in range(where.passes):
+            found.turn(group)
+            for step, batch in enumerate(batches):
+                complete = {stream: _with_defaults(t, step) for stream, t in batch.items()}
+                add_batch(lm, complete, jobs, found, Draws(seed, step=step))
+                end_step(jobs, found)
     found.turn(where.passes)
-    lm.train(training)
     return found
 
 

@@ -56,6 +56,17 @@ def gathered(parameter: nn.Parameter, from_rank_zero: bool = False) -> Iterator[
         yield parameter.data
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode while inside."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 @torch.no_grad()
 def assign(parameter: nn.Parameter, read: Callable[[int, int], Tensor]) -> None:
     """Set a parameter to what ``read`` gives: numbers start to stop of the flattened tensor.

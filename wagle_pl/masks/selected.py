@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.weights import assign, gathered, is_linear
+from wagle_pl.core.weights import assign, evaluating, gathered, is_linear
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import place
 from wagle_pl.masks.selected_tensor import SelectedTensor
@@ -108,13 +108,8 @@ class SelectedWeights:
     @contextmanager
     def at_theta0(self) -> Iterator[nn.Module]:
         """The model with its first values, in evaluation mode and without gradients, while inside."""
-        training = self.lm.training
-        self.lm.eval()
-        try:
-            with self._switched_on("at_theta0"), torch.no_grad():
-                yield self.lm
-        finally:
-            self.lm.train(training)
+        with evaluating(self.lm), self._switched_on("at_theta0"), torch.no_grad():
+            yield self.lm
 
     def gradients_in_place(self) -> AbstractContextManager[None]:
         """While inside, gradients are added up in buffers that last, past autograd: faster, where no

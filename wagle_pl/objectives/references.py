@@ -27,6 +27,7 @@ from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
 from wagle_pl.core.tensorfiles import TensorFile
+from wagle_pl.core.weights import evaluating
 from wagle_pl.lm.inference import Predictions, answer_places, forward_answers, in_chunks
 from wagle_pl.objectives.streams import Answers
 
@@ -119,16 +120,14 @@ def _of_rows(
 ) -> list[Any]:
     """What ``of_batch`` finds for each row of a stream, without dropout; ranks share the rows."""
     of_row: dict[int, Any] = {}
-    training = module.lm.training
-    module.lm.eval()
-    with torch.no_grad(), module.trainer.precision_plugin.forward_context():
+    context = module.trainer.precision_plugin.forward_context()
+    with evaluating(module.lm), torch.no_grad(), context:
         for batch in module.data.stream_loader(stream, shared=True):
             tensors = {name: tensor.to(module.device) for name, tensor in batch[stream].items()}
             places = answer_places(tensors["labels"])
             found = forward_answers(module.lm, {**tensors, "places": places})
             values = of_batch(Answers(found, tensors["labels"], places))
             of_row.update(zip(tensors["row"].tolist(), values, strict=True))
-    module.lm.train(training)
     of_row = dict(distributed.all_gather(of_row.items()))
     return [of_row[row] for row in range(len(of_row))]
 

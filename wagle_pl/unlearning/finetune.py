@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from wagle_pl.core import outputs
 from wagle_pl.core.environment import peak_memory, versions
 from wagle_pl.core.errors import WagleError, first_line
-from wagle_pl.core.weights import parameter_shapes, share_of
+from wagle_pl.core.weights import evaluating, parameter_shapes, share_of
 from wagle_pl.lm import resume
 from wagle_pl.lm.inference import (
     Predictions,
@@ -262,11 +262,8 @@ class FinetuneModule(LanguageModule):
 
     def check_packing(self) -> None:
         """Refuse to pack rows that would see each other. Collective."""
-        training = self.lm.training
-        self.lm.eval()
-        with self.trainer.precision_plugin.forward_context():
+        with evaluating(self.lm), self.trainer.precision_plugin.forward_context():
             apart = keeps_rows_apart(self.lm)
-        self.lm.train(training)
         if not apart:
             raise WagleError(
                 f"rows that are packed would see each other in a {type(self.lm).__name__} with "

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.registry import describe, resolve
+from wagle_pl.core.weights import evaluating
 from wagle_pl.data.template import differing_prompts
 from wagle_pl.lm.resume import random_state, set_random_state
 from wagle_pl.masks import Restriction, WeightMask
@@ -224,12 +225,9 @@ class UnlearnModule(FinetuneModule):
             tensors = next(iter(self.data.stream_loader(stream, batch_size=2)))[stream]
             batch[stream] = {name: tensor.to(self.device) for name, tensor in tensors.items()}
             sums[stream] = torch.zeros(int(tensors["row"].max()) + 1)
-        random, training = random_state(self.device), self.lm.training
-        self.lm.eval()
-        context = self.trainer.precision_plugin.forward_context()
-        with torch.set_grad_enabled(not self.sharded), context:
+        random, context = random_state(self.device), self.trainer.precision_plugin.forward_context()
+        with evaluating(self.lm), torch.set_grad_enabled(not self.sharded), context:
             loss = self.objective(self._streams(batch, sums, torch.no_grad))["loss"]
-        self.lm.train(training)
         set_random_state(random, self.device)
         if loss.shape:
             raise WagleError(
