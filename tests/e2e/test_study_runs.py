@@ -165,12 +165,10 @@ def made(monkeypatch):
     ("file", "arms", "count", "groups"),
     [
         ("tofu/study", 3 * 23, 3 * (22 * 7 + 3) * 3, 3),
-        ("tofu/study_po", 23, (22 * 8 + 3) * 3, 3),
         ("people/study", 3, 18, 1),
         ("people/study_full", 2 * 23, 2 * (22 * 7 + 3) * 3, 3),
-        ("people/study_po", 23, (22 * 7 + 3) * 3, 3),
         ("people/study_recovery", 2 * 6, 2 * 6 * 2 * 3, 1),
-        ("people/study_survival", 8 * 3, (7 * 2 + 3) * 3 * 3, 1),
+        ("people/study_survival", 8 * 3, (5 * 2 + 3 * 3) * 3 * 3, 1),
     ],
 )
 def test_the_studies_of_the_benchmarks(made, file, arms, count, groups):
@@ -185,6 +183,32 @@ def test_the_studies_of_the_benchmarks(made, file, arms, count, groups):
         settings = json.loads(found.read_text())["settings"]
         there = {row["run"] for row in load_table(found.with_suffix(".parquet"))}
         assert there <= {run.id for run in made[0].grid.runs(settings)}
+
+
+@pytest.mark.parametrize(
+    ("file", "rates", "options", "count"),
+    [
+        (
+            "tofu/study",
+            "[0.35e-4, 0.5e-4, 0.7e-4, 1.0e-4, 1.4e-4, 2.0e-4, 2.8e-4, 4.0e-4]",
+            ("--data.test", "{forget: forget05_perturbed, retain: retain_perturbed}"),
+            (22 * 8 + 3) * 3,
+        ),
+        (
+            "people/study_full",
+            "[0.35e-3, 0.55e-3, 0.9e-3, 1.4e-3, 2.2e-3, 3.5e-3, 5.6e-3]",
+            ("--objectives", "[{class_path: PO, init_args: {retain_weight: 8.0}}]"),
+            (22 * 7 + 3) * 3,
+        ),
+    ],
+)
+def test_the_studies_of_answers(made, file, rates, options, count):
+    study(file, "--config", "study_answers", "--learning_rates", rates, *options)
+    assert len(list(made[0].grid.runs({}))) == count and made[0].forget == "forget/rougeL_recall"
+    table = Path(__file__).parents[2] / f"configs/{file.split('/')[0]}/results/study_po.parquet"
+    settings = json.loads(table.with_suffix(".json").read_text())["settings"]
+    there = {row["run"] for row in load_table(table)}
+    assert there <= {run.id for run in made[0].grid.runs(settings)}
 
 
 def test_attacks_on_the_command_line(made):
