@@ -27,11 +27,7 @@ MODEL_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
 def locate(name: str) -> tuple[str, dict[str, str]]:
-    """Source and options for ``from_pretrained``; only what may be a hub id is left for the hub.
-
-    Raises:
-        WagleError: if it is a path and there is no model.
-    """
+    """Source and options for ``from_pretrained``; only what may be a hub id is left for the hub."""
     path = Path(name)
     if (file := _gguf_file(path)) is not None:
         return str(file.parent), {"gguf_file": file.name}

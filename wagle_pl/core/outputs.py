@@ -42,9 +42,6 @@ class Lock:
         advice: end of that error, what to do.
         across_hosts: trust the operating system that a holder on another host has ended. (A job
             that is queued again may run elsewhere; but some shared disks lock within one host.)
-
-    Raises:
-        WagleError: if another process holds it, or may do.
     """
 
     def __init__(self, path: Path, busy: str, advice: str, across_hosts: bool = False) -> None:
@@ -108,10 +105,6 @@ def reserve(output: Path, overwrite: bool, kind: Literal["file", "folder", "file
     """Keep other runs from writing an output until :func:`release`, or this process's end.
 
     Collective: all ranks must call it. See :func:`~wagle_pl.core.files.refuse_existing`.
-
-    Raises:
-        WagleError: if it may not be written, another run is about to, or its folder cannot be
-            written to.
     """
 
     def lock() -> None:

@@ -89,11 +89,7 @@ class TensorFile:
         return self._start + self._entries[name]["data_offsets"][0]
 
     def words(self, name: str) -> np.ndarray:
-        """A tensor's numbers as unsigned integers of their width, mapped into memory, read-only.
-
-        Raises:
-            WagleError: if a number is no whole number of bytes, or of more than eight.
-        """
+        """A tensor's numbers as unsigned integers of their width, mapped into memory, read-only."""
         begin, end = self._entries[name]["data_offsets"]
         count = prod(self.shape(name))
         if not count:

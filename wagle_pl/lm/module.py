@@ -256,11 +256,7 @@ class LanguageModule(L.LightningModule):
                 log.info("stopped early, after step %d: %s", self.global_step, reason.strip())
 
     def on_fit_end(self) -> None:
-        """Write the result of a run whose checkpoint left nothing to train.
-
-        Raises:
-            WagleError: if the trainer was to take no step.
-        """
+        """Write the result of a run whose checkpoint left nothing to train."""
         checkpoint, trained = self.trainer.ckpt_path, self._trained
         if not trained and not checkpoint:
             raise WagleError(

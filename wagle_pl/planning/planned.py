@@ -109,11 +109,7 @@ class Architecture(NamedTuple):
 
 
 def architecture(name: str) -> Architecture:
-    """The architecture of a model: a hub id, folder in Hugging Face format, or GGUF file.
-
-    Raises:
-        WagleError: if there is no such model, or its configuration does not say its shapes.
-    """
+    """The architecture of a model: a hub id, folder in Hugging Face format, or GGUF file."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

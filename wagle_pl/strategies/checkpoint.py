@@ -145,11 +145,7 @@ def load_plain(path: Path, what: Optional[str] = None) -> Any:
 
 
 class ShardedCheckpoint:
-    """A checkpoint folder, read a piece at a time.
-
-    Raises:
-        WagleError: if it is no such folder, or a shard is missing (named).
-    """
+    """A checkpoint folder, read a piece at a time."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

@@ -61,9 +61,6 @@ class ZeRO(DeepSpeedStrategy):
         config: a DeepSpeed configuration, or the path of one in JSON, in place of all other
             options.
         logging_level: of DeepSpeed's own messages, as in Python's ``logging``.
-
-    Raises:
-        WagleError: if DeepSpeed is not installed, or an option of it cannot work.
     """
 
     def __init__(
