@@ -23,11 +23,7 @@ from torch import Tensor, nn
 
 from wagle_pl.attribution.hessian import DIAGONAL, TRACE, DampedHessian, Hessian
 from wagle_pl.attribution.scores import COLLECTED, Score, WeightStatistics, checked
-from wagle_pl.attribution.selection import (
-    Ranking,
-    Scope,
-    select_each,
-)
+from wagle_pl.attribution.selection import Ranking, Scope, select_each
 from wagle_pl.attribution.sums import GradientSums, Shard
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError, check_density

@@ -14,14 +14,7 @@ from wagle_pl.planning.memory import (
     step_flops,
     step_tokens,
 )
-from wagle_pl.planning.planned import (
-    Architecture,
-    PlannedRun,
-    Sums,
-    architecture,
-    choices,
-    runs_of,
-)
+from wagle_pl.planning.planned import Architecture, PlannedRun, Sums, architecture, choices, runs_of
 
 __all__ = [
     "MOMENTS",
