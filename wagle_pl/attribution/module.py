@@ -1,5 +1,4 @@
-"""``AttributionModule``: a pass over forget and retain rows that scores every weight and writes
-masks."""
+"""``AttributionModule``: a pass over forget and retain rows that scores weights and writes masks."""
 
 from __future__ import annotations
 

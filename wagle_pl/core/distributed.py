@@ -81,8 +81,7 @@ def all_reduce_max(number: int) -> int:
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Collective: sum of the ranks' tensors, written into ``tensor`` on any device, and
-    returned."""
+    """Collective: write the sum of the ranks' tensors, on any device, into ``tensor``; return it."""
     if is_distributed():
         here = tensor.to(device())
         dist.all_reduce(here)

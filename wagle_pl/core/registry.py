@@ -103,9 +103,7 @@ def split(value: Entry, option: str, also: Collection[str] = ()) -> tuple[str, d
 
 
 def check_options(cls: type, given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Some options of a class as its signature types them: numbers from text, objects from
-    mappings.
-    """
+    """Some options of a class as its signature types them: objects from mappings, for one."""
     from jsonargparse import ArgumentError, ArgumentParser
 
     from wagle_pl.core.mistakes import in_one_line

@@ -95,8 +95,7 @@ def _read(path: Path) -> Iterable[Row]:
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    """Rows of JSON lines, of one JSON list, or of an object over several lines; only a line feed
-    ends a line."""
+    """Rows of JSON lines, a list, or an object over several lines; only a line feed ends a line."""
 
     def parsed(text: str, line: Optional[int] = None) -> Any:
         try:

@@ -195,8 +195,7 @@ class WeightMask:
         return path
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the mask as ``mask.safetensors``, and a card, see
-        :func:`wagle_pl.core.hub.upload`."""
+        """Upload the mask as ``mask.safetensors``, and a card, see ``core.hub.upload``."""
         model = self.metadata.get("model") or "unknown"
         text = (
             f"# Mask\n\nIt selects {self.count():,} of {self.total:,} weights of `{model}`: "
@@ -278,8 +277,7 @@ class WeightMask:
         return sum(total)
 
     def digest(self) -> str:
-        """SHA-256 over names, shapes and digests of the bits, of which each rank reads its share.
-        Collective."""
+        """SHA-256 over names, shapes, and digests of the bits, of which ranks share the work. Collective."""
         bits = fingerprint((name, self.packed(name)) for name in self)  # bytes are exact in bf16
         return hashlib.sha256(f"{self.shapes} {bits}".encode()).hexdigest()
 

@@ -79,8 +79,7 @@ class TopK(NamedTuple):
         return TopK(*(tensor.to(device) for tensor in self))
 
     def align(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """These predictions beside those of (N, V) logits, see
-        :meth:`Answers.beside_theta0`."""
+        """These beside predictions by (N, V) logits, see :meth:`Answers.beside_theta0`."""
         logprobs, ids = logits.log_softmax(-1), self.ids.long()
         reference = torch.cat([self.logprobs, self.tail[:, None]], -1)
         current = torch.cat([logprobs.gather(1, ids), _outside(logprobs, ids)[:, None]], -1)
@@ -99,8 +98,7 @@ def _outside(logprobs: Tensor, ids: Tensor) -> Tensor:
 
 
 def compute_reference(module: LanguageModule, stream: str) -> dict[str, Tensor]:
-    """``logprobs``, (rows,) float32: each row's summed answer log-probability as the weights are.
-    Collective."""
+    """``logprobs``, (rows,) float32: summed log-probabilities as the weights are. Collective."""
     sums = _of_rows(module, stream, lambda answers: answers.logprob.tolist())
     return {"logprobs": torch.tensor(sums)}
 

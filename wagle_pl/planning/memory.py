@@ -37,8 +37,7 @@ RUNNING = MOMENTS[1:]
 
 
 class Part(NamedTuple):
-    """What takes how many bytes at which moments; ``where`` it may be the ``host``: a GPU's share
-    of CPU memory."""
+    """What takes how many bytes at which moments; on the ``host``, a GPU's share of CPU memory."""
 
     name: str
     bytes: float
@@ -109,8 +108,7 @@ def step_bytes(run: PlannedRun, numbers: float) -> float:
 
 
 def has_values(run: PlannedRun) -> bool:
-    """Whether what is trained stands beside the model's weights: selected ones, and fp32 values of
-    narrower weights."""
+    """Whether values stand beside the model's weights: selected ones, and fp32 ones of narrow weights."""
     return run.masked or (not run.stage and run.width < FP32)
 
 
