@@ -1,4 +1,4 @@
-"""``AttributionModule``: a pass over forget and retain rows that scores weights and writes masks."""
+"""``AttributionModule``: a pass over forget and retain rows that scores weights for masks."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def all_reduce_max(number: int) -> int:
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Collective: write the sum of the ranks' tensors, on any device, into ``tensor``; return it."""
+    """Collective: the sum of the ranks' tensors, on any device, written into ``tensor``."""
     if is_distributed():
         here = tensor.to(device())
         dist.all_reduce(here)

@@ -224,7 +224,7 @@ def _packed_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[
 
 @torch.no_grad()
 def keeps_rows_apart(model: PreTrainedModel) -> bool:
-    """Whether packed rows do not see each other: tried on two, beside padded ones and ones that do."""
+    """Whether packed rows do not see each other: tried on two, beside padded ones and joined ones."""
     ids = torch.arange(24, device=model.device).view(2, 12)
     real = ids != 11  # the first row is one token short
     batch = {"input_ids": ids, "attention_mask": real.long(), "labels": ids.where(real, IGNORE)}

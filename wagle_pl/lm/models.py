@@ -99,7 +99,7 @@ def merged(base: PreTrainedModel, folder: str) -> PreTrainedModel:
 
 
 def _load_sharded(name: str, attn_implementation: Optional[str]) -> PreTrainedModel:
-    """Fill a model made without weights from safetensors files, of which each rank reads its share."""
+    """A model made without weights, filled from safetensors files: each rank reads its share."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
 

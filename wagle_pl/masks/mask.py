@@ -277,7 +277,7 @@ class WeightMask:
         return sum(total)
 
     def digest(self) -> str:
-        """SHA-256 over names, shapes, and digests of the bits, of which ranks share the work. Collective."""
+        """SHA-256 over names, shapes, and digests of the bits. Collective."""
         bits = fingerprint((name, self.packed(name)) for name in self)  # bytes are exact in bf16
         return hashlib.sha256(f"{self.shapes} {bits}".encode()).hexdigest()
 

@@ -108,7 +108,7 @@ def step_bytes(run: PlannedRun, numbers: float) -> float:
 
 
 def has_values(run: PlannedRun) -> bool:
-    """Whether values stand beside the model's weights: selected ones, and fp32 ones of narrow weights."""
+    """Whether values stand beside the model's weights: selected ones, or fp32 of narrow weights."""
     return run.masked or (not run.stage and run.width < FP32)
 
 

@@ -1,4 +1,4 @@
-"""``ZeRO``: Lightning's DeepSpeed strategy, on CPUs too, with checkpoints for any number of ranks."""
+"""``ZeRO``: Lightning's DeepSpeed strategy, on CPUs too; checkpoints for any number of ranks."""
 
 from __future__ import annotations
 
