@@ -16,7 +16,7 @@ from wagle_pl.data.batches import Draw
 from wagle_pl.data.people import bundled
 from wagle_pl.lm import models
 from wagle_pl.lm.inference import Predictions, answer_places, sequence_logprobs
-from wagle_pl.objectives import references
+from wagle_pl.objectives import streams
 from wagle_pl.unlearning import UnlearnModule
 
 OPTIONS = ["--data.batch_size", "4", "--trainer.max_epochs", "2"]
@@ -89,7 +89,7 @@ def test_the_cache_is_found_again_and_never_of_other_data(
     unlearn("other", "--data.forget", write_rows(tmp_path / "o.jsonl", bundled("forget")[1:12]))
     assert len(list(Path(".references").glob("*.safetensors"))) == 2
 
-    monkeypatch.setattr(references, "compute_reference", None)  # calling it would fail
+    monkeypatch.setattr(streams, "compute_reference", None)  # calling it would fail
     again, _ = unlearn("again")
     assert all(torch.equal(first[name], again[name]) for name in first)
 

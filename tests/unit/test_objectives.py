@@ -27,8 +27,8 @@ from wagle_pl.lm.inference import Predictions
 from wagle_pl.objectives import forget as o
 from wagle_pl.objectives.forget import RMU, Objective, Streams
 from wagle_pl.objectives.objective import Schedule, as_schedule
-from wagle_pl.objectives.references import TopK
 from wagle_pl.objectives.retain import RetainTerm
+from wagle_pl.objectives.streams import TopK
 
 STREAMS = ("forget", "refusal", "retain", "alternate")
 LAYER = 1

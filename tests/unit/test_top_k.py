@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from wagle_pl.lm.inference import Predictions
 from wagle_pl.lm.layers import blocks, capture
 from wagle_pl.lm.models import load_model
-from wagle_pl.objectives.references import TopK
+from wagle_pl.objectives.streams import TopK
 
 
 @settings(max_examples=60)

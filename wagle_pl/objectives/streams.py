@@ -1,22 +1,50 @@
-"""What an objective sees of a batch: the :class:`Answers` of each of its :class:`Streams`."""
+"""What an objective sees of a batch: the :class:`Answers` of each of its :class:`Streams`.
+
+What θ₀ says, for objectives that compare with it, they see in one of three ways, the cheapest first:
+
+* *sums* (NPO, DPO): one log-probability a row, computed once before the first step, so that no
+  second model is kept;
+* *top k* (KL, UNDIAL with ``reference_logits: top_k``): the most probable tokens of each answer
+  token, :class:`TopK`, likewise computed once;
+* *a frozen copy* (whole predictions, and hidden states): one more forward pass a step, see
+  :meth:`wagle_pl.masks.selected.SelectedWeights.at_theta0`.
+
+Sums and top k are kept in files named by what they depend on: model, tokens, precision.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Optional
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
-from wagle_pl.lm.inference import IGNORE, Predictions, answer_places, in_chunks, logprobs_of
+from wagle_pl.core.files import atomic_path
+from wagle_pl.core.tensorfiles import TensorFile
+from wagle_pl.core.weights import evaluating
+from wagle_pl.lm.inference import (
+    IGNORE,
+    Predictions,
+    answer_places,
+    forward_answers,
+    in_chunks,
+    logprobs_of,
+)
 from wagle_pl.lm.layers import capture
 
 if TYPE_CHECKING:
-    from wagle_pl.objectives.references import TopK
+    from wagle_pl.lm.module import LanguageModule, StreamData
 
 
 @dataclass(eq=False)
@@ -219,3 +247,183 @@ class Streams(Mapping[str, Answers]):
             mean = self.batch[stream].get("mean_tokens", length.mean())
             weight = weight * (length - skipped).clamp(min=0) / (mean - skipped).clamp(min=1e-6)
         return (weight * values.masked_fill(weight == 0, 0.0)).sum()
+
+
+# -- what θ₀ says ----------------------------------------------------------------------------------
+
+
+class TopK(NamedTuple):
+    """The k most probable tokens of many rows' answer tokens at θ₀, and the rest as one bucket.
+
+    The true token is always among the k, first. A divergence KL(π₀ ‖ π) over the k + 1 buckets is
+    the true one less t₀ · KL of the two predictions *within* the rest, where t₀ is the probability
+    of the rest at θ₀ (the chain rule of the divergence): a lower bound.
+    """
+
+    ids: Tensor  # (N, k) int32 tokens; N the number of answer tokens, row after row
+    logprobs: Tensor  # (N, k) fp32, their log-probabilities
+    tail: Tensor  # (N,) fp32, log-probability of all other tokens together
+    offsets: Tensor  # (rows + 1,) int64, where each row begins
+
+    @classmethod
+    def of(cls, predicted: Predictions, targets: Tensor, counts: Tensor, k: int) -> TopK:
+        """The top k, V − 1 at most, of predictions of (N,) true tokens; ``counts``, (rows,), says
+        how many of them each row has."""
+        k = min(k, predicted.vocabulary - 1)
+
+        def top(logits: Tensor, true: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            logprobs = logits.log_softmax(-1)
+            ids = logprobs.scatter(1, true[:, None], 1.0).topk(k, -1).indices  # that one first
+            return ids.int(), logprobs.gather(1, ids), _outside(logprobs, ids)
+
+        return cls(*in_chunks(top, predicted, targets), _offsets(counts))
+
+    @classmethod
+    def cat(cls, parts: list[TopK]) -> TopK:
+        """Rows of several, in this order."""
+        ids, logprobs, tail, _ = map(torch.cat, zip(*parts, strict=True))
+        counts = torch.cat([part.offsets.diff() for part in parts])
+        return cls(ids, logprobs, tail, _offsets(counts))
+
+    def rows(self, index: Tensor) -> TopK:
+        """The predictions of some rows, in this order."""
+        spans = [slice(self.offsets[i], self.offsets[i + 1]) for i in index.tolist()]
+        counts = self.offsets.diff()[index.to(self.offsets.device)]
+        parts = (torch.cat([tensor[span] for span in spans]) for tensor in self[:3])
+        return TopK(*parts, _offsets(counts))
+
+    def to(self, device: torch.device | str) -> TopK:
+        return TopK(*(tensor.to(device) for tensor in self))
+
+    def align(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """These beside predictions by (N, V) logits, see :meth:`Answers.beside_theta0`."""
+        logprobs, ids = logits.log_softmax(-1), self.ids.long()
+        reference = torch.cat([self.logprobs, self.tail[:, None]], -1)
+        current = torch.cat([logprobs.gather(1, ids), _outside(logprobs, ids)[:, None]], -1)
+        return reference, current, ids.new_zeros(len(ids))
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _outside(logprobs: Tensor, ids: Tensor) -> Tensor:
+    """(N,) log-probability of all tokens but ``ids``, without cancellation."""
+    others = logprobs.scatter(1, ids, -torch.inf)
+    none = (others == -torch.inf).all(-1)  # where logsumexp has no gradient
+    return others.masked_fill(none[:, None], 0.0).logsumexp(-1).masked_fill(none, -torch.inf)
+
+
+def compute_reference(module: LanguageModule, stream: str) -> dict[str, Tensor]:
+    """``logprobs``, (rows,) float32: summed log-probabilities as the weights are. Collective."""
+    sums = _of_rows(module, stream, lambda answers: answers.logprob.tolist())
+    return {"logprobs": torch.tensor(sums)}
+
+
+def compute_top_k(module: LanguageModule, stream: str, k: int) -> dict[str, Tensor]:
+    """Fields of a :class:`TopK` of every answer token as the weights are, on the CPU. Collective."""
+
+    def of_batch(answers: Answers) -> list[TopK]:
+        found = TopK.of(answers.predicted, answers.targets, answers.length, k).to("cpu")
+        return [found.rows(torch.tensor([i])) for i in range(len(answers.labels))]
+
+    return TopK.cat(_of_rows(module, stream, of_batch))._asdict()
+
+
+def _of_rows(
+    module: LanguageModule, stream: str, of_batch: Callable[[Answers], list[Any]]
+) -> list[Any]:
+    """What ``of_batch`` finds for each row of a stream, without dropout; ranks share the rows."""
+    of_row: dict[int, Any] = {}
+    context = module.trainer.precision_plugin.forward_context()
+    with evaluating(module.lm), torch.no_grad(), context:
+        for batch in module.data.stream_loader(stream, shared=True):
+            tensors = {name: tensor.to(module.device) for name, tensor in batch[stream].items()}
+            places = answer_places(tensors["labels"])
+            found = forward_answers(module.lm, {**tensors, "places": places})
+            values = of_batch(Answers(found, tensors["labels"], places))
+            of_row.update(zip(tensors["row"].tolist(), values, strict=True))
+    of_row = dict(distributed.all_gather(of_row.items()))
+    return [of_row[row] for row in range(len(of_row))]
+
+
+class References:
+    """Sums and top k of a run, made or found before its first step and kept in its checkpoints."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}  # stream -> (rows,) summed log-probabilities at θ₀
+        self.top_k: dict[str, TopK] = {}  # stream -> predictions at θ₀
+        self._stored: dict[str, dict[str, Any]] = {}
+        self._resumed = False
+
+    def prepare(
+        self, module: LanguageModule, sums: Collection[str], top_k: Collection[str], k: int
+    ) -> None:
+        """Take the sums of some streams, and the top k of some, from the checkpoint or from a file
+        beside the run's output, or compute them. Collective.
+
+        Raises:
+            WagleError: if a checkpoint's are of other data, or it has none and θ₀ is gone.
+        """
+        folder = module.place and module.place.parent / ".references"
+        jobs = [(stream, "sum", compute_reference) for stream in sums]
+        jobs += [(stream, f"top {k}", partial(compute_top_k, k=k)) for stream in top_k]
+        for stream, kind, compute in jobs:
+            about = f"{module.model_fingerprint} {stream} {module.trainer.precision} {kind}"
+            key, name = _digest(about, module.data, stream), f"{stream} {kind}"
+            if name not in self._stored:
+                path = None if folder is None else folder / f"{key}.safetensors"
+                tensors = path and distributed.on_rank_zero(partial(_load, path, key))
+                if tensors is None and self._resumed:
+                    raise WagleError(
+                        f"the checkpoint has no reference log-probabilities of the {stream} rows, "
+                        "and the model has moved since: start the run anew"
+                    )
+                if tensors is None:
+                    tensors = compute(module, stream)
+                    if path is not None:
+                        distributed.on_rank_zero(partial(_save, path, key, tensors))
+                self._stored[name] = {"key": key, "tensors": tensors}
+            elif self._stored[name]["key"] != key:
+                raise WagleError(
+                    f"the checkpoint's reference probabilities of the {stream} rows are of other "
+                    "data, another model or precision: resume with what the run began with"
+                )
+        tensors_of = {name: stored["tensors"] for name, stored in self._stored.items()}
+        self.sums = {stream: tensors_of[f"{stream} sum"]["logprobs"] for stream in sums}
+        self.top_k = {stream: TopK(**tensors_of[f"{stream} top {k}"]) for stream in top_k}
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """What was used, by stream and kind; with it a resumed run needs no θ₀."""
+        return self._stored
+
+    def load_state_dict(self, state: Mapping[str, dict[str, Any]]) -> None:
+        """Take what a checkpoint kept; from now on nothing is computed: the weights have moved."""
+        self._stored = dict(state)
+        self._resumed = True
+
+
+def _digest(about: str, data: StreamData, stream: str) -> str:
+    """What predictions of a stream depend on, as one name: ``about``, and the rows' tokens."""
+    tokens: dict[int, str] = {}
+    for batch in data.stream_loader(stream):
+        columns = (batch[stream][c] for c in ("row", "input_ids", "labels", "attention_mask"))
+        for row, ids, labels, mask in zip(*columns, strict=True):
+            tokens[int(row)] = json.dumps([ids[mask > 0].tolist(), labels[mask > 0].tolist()])
+    text = about + "".join(tokens[row] for row in range(len(tokens)))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _load(path: Path, key: str) -> Optional[dict[str, Tensor]]:
+    """The tensors of a file, if there is one."""
+    if not path.is_file():
+        return None
+    if TensorFile(path, "reference cache").metadata.get("key") != key:
+        raise WagleError(f"reference cache {path} is of other data or another model; delete it")
+    return load_file(path)
+
+
+def _save(path: Path, key: str, tensors: dict[str, Tensor]) -> None:
+    header = {"format": "wagle_pl.reference", "format_version": "1", "key": key}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=header)

@@ -22,7 +22,7 @@ from wagle_pl.lm.resume import random_state, set_random_state
 from wagle_pl.masks import Restriction, WeightMask
 from wagle_pl.objectives import Objective, Streams
 from wagle_pl.objectives.objective import TERMS
-from wagle_pl.objectives.references import References
+from wagle_pl.objectives.streams import References
 from wagle_pl.planning import PlannedRun
 from wagle_pl.strategies import is_zero
 from wagle_pl.unlearning.adapters import LoRA
