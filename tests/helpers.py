@@ -5,16 +5,39 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
 TOFU = Path(__file__).parents[2] / "shared/data/tofu"
 TOFU_LOGS = Path(__file__).parents[2] / "shared/data/tofu_eval_logs"
+
+#: Shapes of the weights of a Llama of four blocks.
+LLAMA: dict[str, tuple[int, ...]] = {
+    "model.embed_tokens.weight": (11, 4),
+    **{
+        f"model.layers.{i}.{name}.weight": shape
+        for i in range(4)
+        for name, shape in {
+            "self_attn.q_proj": (4, 4),
+            "self_attn.k_proj": (2, 4),
+            "mlp.up_proj": (5, 4),
+            "mlp.down_proj": (4, 5),
+            "input_layernorm": (4,),
+            "post_attention_layernorm": (4,),
+        }.items()
+    },
+    "model.norm.weight": (4,),
+    "lm_head.weight": (11, 4),
+}
 
 #: Meta's template of Llama-3.2-Instruct without its parts for tools; that of Llama-3.1 has a fixed date in place of the
 #: clock, where ``date_string`` is not defined.
@@ -79,10 +102,75 @@ def quicken() -> None:
     SaveConfigCallback.setup = lambda *_, **__: None
 
 
+def trainer(**options: Any) -> L.Trainer:
+    """A Trainer of one device, the CPU, that writes and prints nothing; options go before that."""
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    return L.Trainer(**{**dict.fromkeys(off, False), "accelerator": "cpu", "devices": 1, **options})
+
+
+class SaveAt(L.Callback):
+    """Writes ``middle.ckpt`` after a number of micro-batches, wherever in a step that is, and stops the run."""
+
+    left = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        type(self).left -= 1
+        if not type(self).left:
+            trainer.save_checkpoint("middle.ckpt")
+            raise KeyboardInterrupt
+
+
 def data_options(rows: dict[str, str]) -> list[str]:
     """Command-line options for the shared forget and retain rows."""
     files = ["--data.forget", rows["forget"], "--data.retain", rows["retain"]]
     return ["--data", "ForgetRetainDataModule", *files]
+
+
+def fit_arguments(module: str, model: str, rows: dict[str, str], *options: Any) -> list[str]:
+    """Arguments of a quiet fit of a module on the shared rows, into ``out``."""
+    common = ("--model.model", model, "--model.output out", *data_options(rows), QUIET)
+    return ["fit", *words("--model", module, *common, *options)]
+
+
+def two_steps(*options: str, model: Path | str, output: Path | str = "out") -> list[str]:
+    """Arguments of a run of two steps with options, which are separated by spaces."""
+    steps = "--trainer.max_steps 2 --trainer.enable_checkpointing false --model.objective GradDiff"
+    optimizer = "--optimizer MaskedAdamW --optimizer.lr 0.01"
+    run = f"fit --model UnlearnModule {steps} {optimizer} --model.model {model} --model.output {output}"
+    return " ".join([run, *options]).split()
+
+
+def random_bools(
+    shapes: Mapping[str, Sequence[int]], density: float = 0.3, seed: int = 0
+) -> dict[str, Tensor]:
+    """Bits by name, each set with a probability."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.rand(tuple(shape), generator=generator) < density
+        for name, shape in shapes.items()
+    }
+
+
+def write_model(kind: str, folder: Path | str, tokenizer: Any, **sizes: Any) -> str:
+    """A model folder of an architecture, with random weights and a tokenizer."""
+    names = [f"{name}_token_id" for name in ("pad", "bos", "eos")]
+    special = {name: getattr(tokenizer, name) for name in names}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=len(tokenizer), **special, **sizes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def write_classifier(folder: Path | str, tokenizer: Any, *labels: str) -> Any:
+    """Write a tiny classifier of texts with random weights, and return it."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 32, "max_position_embeddings": 64}
+    named = {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
+    config = transformers.BertConfig(vocab_size=len(tokenizer), **sizes, **named)
+    classifier = transformers.BertForSequenceClassification(config).eval()
+    tokenizer.save_pretrained(folder)
+    classifier.save_pretrained(folder)
+    return classifier
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> str:
@@ -123,9 +211,29 @@ def environment() -> dict[str, str]:
     return {**own, "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
+def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
+    """Until something another process does is so; an error if it is not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"it is not so after {seconds} s"
+        time.sleep(0.05)
+
+
 def weights(folder: Path | str) -> dict[str, Tensor]:
     """What an exported model holds."""
     return load_file(Path(folder) / "model.safetensors")
+
+
+def moved(base: Path | str, made: Path | str) -> dict[str, Tensor]:
+    """Which weights of a model folder have other bits than those of its base."""
+    before, after = weights(base), weights(made)
+    assert before.keys() == after.keys()
+    found = {}
+    for name, old in before.items():
+        assert after[name].dtype == old.dtype
+        bits = old.view(torch.uint8) != after[name].view(torch.uint8)
+        found[name] = bits.view(*old.shape, -1).any(-1)
+    return found
 
 
 def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:

@@ -1,23 +1,22 @@
-"""Processes that run ``wagle`` commands together, over gloo, as torchrun would start them; started once for all tests.
-
-As a script it is one of the processes: it takes commands on standard input, a JSON list of arguments a line, and
-answers each with a line: exit code, and what the command's module says of itself.
-"""
+"""Processes that run ``wagle`` commands together, over gloo, as torchrun would start them; one start for all tests."""
 
 from __future__ import annotations
 
-import json
 import os
-import queue
 import socket
-import subprocess
 import sys
-import threading
 import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-ANSWER = "answer: "
+from forked import FORKED, start
+from helpers import quicken
+
+from wagle_pl.cli import app as cli
+from wagle_pl.cli.messages import failure, quiet
+from wagle_pl.core import distributed
 
 
 class Ranks:
@@ -44,80 +43,89 @@ class Ranks:
             "WORLD_SIZE": str(count),
             "LOCAL_WORLD_SIZE": str(count),
             "TORCHELASTIC_RUN_ID": "tests",
-            "OMP_NUM_THREADS": "1",
             "GROUP_RANK": "0",
             "DS_ACCELERATOR": "cpu",
-            "MALLOC_MMAP_THRESHOLD_": "131072",  # tensors that are freed leave the process: peaks can be compared
         }
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, __file__],
-                env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=open(self.logs[rank], "w"),  # noqa: SIM115  the process's own
-                text=True,
-            )
-            for rank in range(count)
-        ]
-        self.answers: list[queue.Queue] = [queue.Queue() for _ in self.processes]
-        for process, answers in zip(self.processes, self.answers, strict=True):
-            threading.Thread(target=_read, args=(process.stdout, answers), daemon=True).start()
+        self.processes, self.pipes = [], []
+        for rank, log in enumerate(self.logs):
+            log.touch()
+            ours, theirs = FORKED.Pipe()
+            env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self.processes.append(start(serve, theirs, output=log, env=env))
+            self.pipes.append(ours)
+            theirs.close()  # so that a process that has ended is noticed
 
-    def __call__(self, *args: Any, code: int = 0, timeout: float = 600) -> list[dict[str, Any]]:
+    def __call__(
+        self,
+        *args: Any,
+        code: int | list[int] = 0,
+        timeout: float = 600,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> list[dict[str, Any]]:
         """Run a command on all; returns each rank's answer. Those that have ended are started anew.
+
+        Args:
+            *args: of the command.
+            code: exit code of all, or of each.
+            timeout: seconds.
+            meanwhile: called once the command has begun.
 
         Raises:
             AssertionError: if a rank ends with another exit code, or none does in time.
         """
-        if any(process.poll() is not None for process in self.processes):  # an earlier test failed
+        if not all(process.is_alive() for process in self.processes):  # an earlier test failed
             self.stop()
             self.start()
-        for process in self.processes:
-            process.stdin.write(json.dumps([os.getcwd(), *map(str, args)]) + "\n")
-            process.stdin.flush()
-        try:
-            answers = [waiting.get(timeout=timeout) for waiting in self.answers]
-        except queue.Empty:
-            self.stop()
-            raise AssertionError(f"no answer in {timeout} s:\n{self.tail()}") from None
-        assert all(answer["code"] == code for answer in answers), f"{answers}\n{self.tail()}"
+        for pipe in self.pipes:
+            pipe.send([os.getcwd(), *map(str, args)])
+        if meanwhile:
+            meanwhile()
+        answers = []
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            if not pipe.poll(timeout):
+                self.stop()
+                raise AssertionError(f"no answer in {timeout} s:\n{self.tail()}")
+            try:
+                answers.append(pipe.recv())
+            except EOFError:  # it was killed
+                process.join()
+                answers.append({"code": process.exitcode})
+        expected = code if isinstance(code, list) else [code] * len(answers)
+        found = [answer["code"] for answer in answers]
+        assert found == expected, f"{answers}\n{self.tail()}"
         return answers
 
+    def said(self) -> str:
+        """All that the ranks have written."""
+        return "".join(log.read_text() for log in self.logs)
+
     def tail(self) -> str:
-        """The end of what the ranks wrote."""
+        """The end of it, of each."""
         return "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in self.logs)
 
     def stop(self) -> None:
         """End them."""
         for process in self.processes:
             process.kill()
-            process.wait()
+            process.join()
 
 
-def _read(stream: Any, answers: queue.Queue) -> None:
-    for line in stream:
-        if line.startswith(ANSWER):
-            answers.put(json.loads(line.removeprefix(ANSWER)))
-
-
-def serve() -> None:
-    """Be one of the processes."""
+def serve(pipe: Connection) -> None:
+    """Be one of the processes: a command after the other, each answered with its exit code and what its module says."""
     import power  # noqa: F401  registers a strategy by name
+    from lightning.pytorch.utilities import rank_zero_only
 
     sys.path.append(str(Path(__file__).resolve().parents[1] / "bin" / "benchmarks"))
     from handled import Handled
-    from helpers import quicken
 
-    from wagle_pl.cli import app as cli
-    from wagle_pl.cli.messages import mistake
-    from wagle_pl.core import distributed
-
+    quiet()
     quicken()
+    rank_zero_only.rank = int(os.environ["RANK"])  # as Lightning does when it is imported
     distributed.shutdown = lambda: None  # the next command meets the same ranks
     handled = Handled()
-    for line in sys.stdin:
-        folder, *args = json.loads(line)
+    sys.path.insert(0, "")
+    while True:
+        folder, *args = pipe.recv()
         os.chdir(folder)
         sys.path[0] = folder  # for classes of a test's own, as on the command line
         answer: dict[str, Any] = {"code": 0, "error": None}
@@ -130,22 +138,17 @@ def serve() -> None:
             logged = done.trainer.callback_metrics.items()
             answer["logged"] = {name: value.item() for name, value in logged}
         except Exception as error:
-            said = mistake(error)
-            answer.update(code=1 if said is None else 2, error=said or str(error))
-            if said is None:
+            said, code = failure(error) or (str(error), None)
+            answer.update(code=code, error=said)
+            if code is None:
                 traceback.print_exc()
         except SystemExit as ended:  # what is wrong is in the log
             answer.update(code=ended.code, error="see the log")
         answer |= {"peak": _memory("VmHWM") - before, "bytes": handled.bytes}
-        sys.stderr.flush()
-        print(ANSWER + json.dumps(answer), flush=True)
+        pipe.send(answer)
 
 
 def _memory(field: str) -> int:
     """Bytes, as Linux counts them for this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-if __name__ == "__main__":
-    serve()

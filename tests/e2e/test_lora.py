@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from helpers import difference, two_steps, weights, write_model
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.weights import parameter_shapes
@@ -23,15 +23,12 @@ from wagle_pl.unlearning.export import export
 
 pytest.importorskip("peft")
 
-UNLEARN = (
-    "fit --model UnlearnModule --trainer.max_steps 2 --trainer.enable_checkpointing false "
-    "--optimizer MaskedAdamW --optimizer.lr 0.01 --model.adapter LoRA --model.adapter.r 2"
-)
+LORA = "--model.adapter LoRA --model.adapter.r 2"
 
 
 def arguments(*options: str, model: str, output: str = "out") -> list[str]:
-    """A run of two steps with options, which are separated by spaces."""
-    return " ".join([UNLEARN, *options, f"--model.model {model} --model.output {output}"]).split()
+    """A run of two steps with an adapter."""
+    return two_steps(LORA, *options, model=model, output=output)
 
 
 @pytest.fixture
@@ -114,7 +111,8 @@ def test_without_peft_it_says_what_to_install(
 
 
 def test_resume_equals_the_uninterrupted_run(unlearn: Any, tiny_model: str) -> None:
-    longer = "--trainer.max_steps 5 --model.adapter.dropout 0.1"
+    """And what is made of its last checkpoint is what it wrote."""
+    longer = "--trainer.max_steps 4 --model.adapter.dropout 0.1"
     keep = "--trainer.enable_checkpointing true --trainer.callbacks ModelCheckpoint" + "".join(
         f" --trainer.callbacks.{option}"
         for option in ("dirpath ckpt", "every_n_train_steps 2", "filename {step}", "save_top_k -1")
@@ -124,6 +122,8 @@ def test_resume_equals_the_uninterrupted_run(unlearn: Any, tiny_model: str) -> N
     unlearn(longer, resume, model=tiny_model, output="resumed")
     whole, resumed = load("whole"), load("resumed")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    export("ckpt/step=4.ckpt", "exported")
+    assert difference(weights("whole"), weights("exported")) < 1e-6
 
 
 def test_a_mask_file_is_not_needed_to_know(tiny_model: str) -> None:
@@ -141,14 +141,9 @@ def test_a_checkpoint_of_transposed_layers_becomes_the_same_model(
 ) -> None:
     """GPT-2 keeps its layers as (in, out); of a square one the shape does not tell."""
     tokenizer = models.load_tokenizer(tiny_model)
-    special = {
-        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")
-    }
-    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, **special)
-    GPT2LMHeadModel(config).save_pretrained("gpt2")
-    tokenizer.save_pretrained("gpt2")
+    write_model("GPT2", "gpt2", tokenizer, n_embd=32, n_layer=2, n_head=4)
     unlearn(
-        f"--model.adapter.target_modules {targets} --model.objective GradDiff",
+        f"--model.adapter.target_modules {targets}",
         "--trainer.enable_checkpointing true --trainer.callbacks ModelCheckpoint",
         "--trainer.callbacks.dirpath checkpoints",
         model="gpt2",

@@ -8,15 +8,14 @@ import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import environment, same_bits
+from forked import start
+from helpers import same_bits, wait_for
 from safetensors import SafetensorError
 
 from wagle_pl import WeightMask
@@ -116,41 +115,33 @@ def test_disks_are_looked_at_one_by_one(tmp_path: Path) -> None:
 
 # -- one at a time ----------------------------------------------------------------------------------------------------
 
-RESERVE = """
-import sys
-from pathlib import Path
-from wagle_pl.core import outputs
 
-for name in sys.argv[1:]:
-    outputs.reserve(Path(name), True, "file")
-print("held", flush=True)
-input()
-"""
+def hold(*names: str) -> None:
+    """What a run does first, and an error when it is told."""
+    for name in names:
+        outputs.reserve(Path(name), True, "file")
+    Path("held").touch()
+    wait_for(Path("end").exists)
+    raise RuntimeError("in the middle")
 
 
 def test_a_second_run_into_an_output(fails: Any, wagle: Any, fit: Any) -> None:
     """It is refused while the first runs; one that ends, if by an error, takes its lock with it; what a killed one
     leaves is taken over, and none is left at the end."""
-    first = subprocess.Popen(
-        [sys.executable, "-c", RESERVE, *{str(written(kind)) for kind in KINDS}],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment(),
-        text=True,
-    )
+    first = start(hold, *{str(written(kind)) for kind in KINDS}, output="said")
     try:
-        assert first.stdout.readline() == "held\n"
+        wait_for(Path("held").exists)
         held = {path: path.read_text() for path in Path().glob(".*.lock")}
         who = f"(process {first.pid} on {socket.gethostname()}"
         for kind in KINDS:
             for overwrite in ("false", "true"):
                 line = fails(*fit(kind, f"--model.overwrite {overwrite}"))
                 assert f"another run writes {written(kind)} {who}" in line
-        assert "EOFError" in first.communicate()[1] and not list(Path().glob(".*.lock"))
+        Path("end").touch()
+        first.join(60)
+        assert "in the middle" in Path("said").read_text() and not list(Path().glob(".*.lock"))
     finally:
         first.kill()
-        first.wait()
     for path, text in held.items():
         path.write_text(text)
     for kind in ("UnlearnModule", "AttributionModule"):

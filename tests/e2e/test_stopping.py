@@ -5,23 +5,24 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import QUIET, close, data_options, environment, words
+from forked import command, start
+from helpers import close, fit_arguments, wait_for
+from ranks import Ranks
 from safetensors.torch import load_file
 
 from wagle_pl.cli.lightning import EpochCheckpoint
 
 TERM, INT = signal.SIGTERM, signal.SIGINT
 CODES = {TERM: 143, INT: 130}
-WAGLE = [sys.executable, "-m", "wagle_pl"]
 
 #: A callback that runs import: a step of training lasts long enough to be hit.
 SLOW = """
@@ -46,40 +47,41 @@ def fit(empty_folder: None, tiny_model: str, rows: dict[str, str]):
         kind = [unlearn] if module == "UnlearnModule" else []
         steps = "--data.batch_size 1 --trainer.accumulate_grad_batches 4"
         callback = ["--trainer.callbacks slow.Slow"] if slow else []
-        common = ("--model.model", tiny_model, "--model.output out", *data_options(rows), QUIET)
-        return ["fit", *words("--model", module, *common, *kind, steps, *callback, *options)]
+        return fit_arguments(module, tiny_model, rows, *kind, steps, *callback, *options)
 
     return make
 
 
+def typed(*arguments: str) -> None:
+    """The command as in a shell, imports and all."""
+    os.execv(sys.executable, [sys.executable, "-m", "wagle_pl", *arguments])
+
+
 def stopped(
-    arguments: list[str], signum: int, ready: Any, again: float = 0, group: bool = False, **env: str
+    arguments: list[str],
+    signum: int,
+    ready: Callable[[int], bool],
+    again: float = 0,
+    group: bool = False,
+    how: Callable[..., None] = command,
+    **env: str,
 ) -> tuple[int, str]:
     """Start a command, signal it when ``ready(pid)``, again ``again`` seconds later; (exit code, stderr)."""
-    with open("stderr", "w") as told:
-        running = subprocess.Popen(
-            [*WAGLE, *arguments],
-            env={**environment(), **env},
-            stderr=told,
-            stdout=told,
-            start_new_session=True,
-        )
-        try:
-            deadline = time.monotonic() + 300
-            while not ready(running.pid) and running.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.05)
-            send = os.killpg if group else os.kill
+    running = start(how, *arguments, output="stderr", env=env)
+    try:
+        wait_for(lambda: ready(running.pid) or not running.is_alive())
+        send = os.killpg if group else os.kill
+        send(running.pid, signum)
+        if again:
+            time.sleep(again)
             send(running.pid, signum)
-            if again:
-                time.sleep(again)
-                send(running.pid, signum)
-            code = running.wait(timeout=300)
-        finally:  # a failure leaves nothing behind that goes on
-            with suppress(ProcessLookupError):
-                os.killpg(running.pid, signal.SIGKILL)
+        running.join(timeout=300)
+    finally:  # a failure leaves nothing behind that goes on
+        with suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
     said = Path("stderr").read_text()
     assert "Traceback" not in said and "Exception ignored" not in said, said
-    return code, said
+    return running.exitcode, said
 
 
 def steps_begun(number: int, rank: int = 0):
@@ -135,7 +137,7 @@ def test_a_second_interrupt_ends_at_once(fit):
 @pytest.mark.parametrize(("signum", "delay"), [(TERM, 0.0), (INT, 1.0), (TERM, 3.0)])
 def test_during_imports_there_is_no_traceback(fit, signum, delay):
     """At any time until the first step: nothing to save, one line, the code."""
-    code, said = stopped(fit("UnlearnModule"), signum, prepared(delay))
+    code, said = stopped(fit("UnlearnModule"), signum, prepared(delay), how=typed)
     name = signal.Signals(signum).name
     assert code == CODES[signum], said
     assert f"wagle: stopped by {name}" in said or f"stopped by {name} after step" in said
@@ -143,19 +145,37 @@ def test_during_imports_there_is_no_traceback(fit, signum, delay):
 
 @pytest.mark.parametrize("signum", CODES)
 def test_another_command(empty_folder, signum):
-    code, said = stopped(["mask", "info", "none.safetensors"], signum, prepared())
+    code, said = stopped(["mask", "info", "none.safetensors"], signum, prepared(), how=typed)
     assert code == CODES[signum] and said == f"wagle: stopped by {signal.Signals(signum).name}\n"
 
 
-@pytest.mark.parametrize("group", [False, True], ids=["first rank", "all ranks"])
-def test_ranks_stop_together(fit, wagle, group):
-    """Whichever rank the signal reaches: one checkpoint, one line, and the first rank's code."""
-    two = "--trainer.devices 2 --trainer.strategy ddp --trainer.accumulate_grad_batches 2"
-    code, said = stopped(fit("UnlearnModule", two), TERM, steps_begun(3, rank=1), group=group)
-    assert code == 143 and said.count("after step") == 1, said
-    (path,) = re.findall(r"--ckpt_path (\S+)", said)
+TWO = "--trainer.devices 2 --trainer.strategy ddp --trainer.accumulate_grad_batches 2"
+
+
+def goes_on(fit, wagle, said):
+    """Whether what was said of a stop is one line, and its checkpoint goes on."""
+    (path,) = re.findall(r"after step .* --ckpt_path (\S+)", said)
     wagle(*fit("UnlearnModule", "--ckpt_path", path, slow=False), data=False)
-    assert Path("out/model.safetensors").exists()
+    return Path("out/model.safetensors").exists()
+
+
+def test_ranks_stop_together(fit, wagle):
+    """Those that Lightning starts: one checkpoint, one line, and the first rank's code."""
+    code, said = stopped(fit("UnlearnModule", TWO), TERM, steps_begun(3, rank=1), group=True)
+    assert code == 143 and goes_on(fit, wagle, said)
+
+
+def test_one_rank_stops_all(fit, wagle, ranks: Ranks):
+    """The same of those of torchrun, when the signal reaches the second alone."""
+    before = ranks.said().count("after step")
+
+    def stop() -> None:
+        wait_for(lambda: steps_begun(3, rank=1)(0))
+        os.kill(ranks.processes[1].pid, TERM)
+
+    ranks(*fit("UnlearnModule", TWO), code=143, meanwhile=stop)
+    assert ranks.said().count("after step") == before + 1
+    assert goes_on(fit, wagle, ranks.tail())
 
 
 @pytest.mark.parametrize("signum", [signal.SIGUSR1, TERM])

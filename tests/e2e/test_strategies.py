@@ -1,24 +1,21 @@
-"""DeepSpeed ZeRO as a user meets it: the command as it is typed, mistakes, a rank that dies."""
+"""DeepSpeed ZeRO as a user meets it: the command as it is typed, and mistakes."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import QUIET, data_options, environment, weights, words
-from ranks import Ranks
+from forked import command, start
+from helpers import environment, fit_arguments, moved, random_bools
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
+from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.lm.models import load_model
 from wagle_pl.masks import WeightMask
 from wagle_pl.strategies import ZeRO
@@ -28,74 +25,37 @@ pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 @pytest.fixture
-def typed(tiny_model: str, rows: dict[str, str]):
-    """The command that a user types, on two CPU processes that Lightning starts."""
+def fit(tiny_model: str, rows: dict[str, str]):
+    """Arguments of a fit on two CPU processes that Lightning starts."""
 
     def make(module: str, strategy: str, *options: Any) -> list[str]:
-        common = ("--model.model", tiny_model, *data_options(rows), QUIET, "--model.output out")
         devices = f"--trainer.devices 2 --trainer.strategy {strategy}"
-        fit = [sys.executable, "-m", "wagle_pl", "fit", "--model", module]
-        return [*fit, *words(*common, devices, *options)]
+        return fit_arguments(module, tiny_model, rows, devices, *options)
 
     return make
 
 
-def run(command: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
-
-
-def test_the_command_as_typed(typed: Any, tiny_model: str):
+def test_the_command_as_typed(fit: Any, tiny_model: str):
     """Unlearning of what a mask selects, under ZeRO-3 on two processes."""
-    parameters = load_model(tiny_model).named_parameters()
-    mask = WeightMask.from_bools({name: torch.rand(p.shape) < 0.3 for name, p in parameters})
+    mask = WeightMask.from_bools(random_bools(parameter_shapes(load_model(tiny_model))))
     options = ("--model.objective NPO --trainer.max_steps 3 --model.mask", mask.save("mask"))
-    done = run(typed("UnlearnModule", "deepspeed_stage_3", *options))
+    typed = [sys.executable, "-m", "wagle_pl", *fit("UnlearnModule", "deepspeed_stage_3", *options)]
+    done = subprocess.run(typed, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("written to") == 1  # rank 0 speaks for all
-    before, after = weights(tiny_model), weights("out")
-    assert all(torch.equal(before[n][~mask[n]], after[n][~mask[n]]) for n in mask)
-    assert any((before[n] != after[n]).any() for n in mask)
+    changed = moved(tiny_model, "out")
+    assert not any((changed[n] & ~mask[n]).any() for n in mask)
+    assert any(bits.any() for bits in changed.values())
 
 
-def test_a_mistake_is_told_once(typed: Any):
+def test_a_mistake_is_told_once(fit: Any):
     few = "--model.train_on forget --data.limit_forget 1"
-    done = run(typed("FinetuneModule", "ddp", few))
-    told = [line for line in done.stderr.splitlines() if line.startswith("wagle: error")]
-    assert done.returncode == 2 and len(told) == 1 and "Traceback" not in done.stderr
+    running = start(command, *fit("FinetuneModule", "ddp", few), output="said")
+    running.join(timeout=600)
+    said = Path("said").read_text()
+    told = [line for line in said.splitlines() if line.startswith("wagle: error")]
+    assert running.exitcode == 2 and len(told) == 1 and "Traceback" not in said
     assert "2 devices share 1 forget rows: use at most 1" in told[0]
-
-
-def test_a_rank_that_dies_ends_the_run(typed: Any, ranks: Ranks):
-    """Killed in mid-step: no hang, an exit code, a clear line; the last checkpoint is whole and resumes."""
-    often = {"every_n_train_steps": 10, "save_top_k": -1, "dirpath": "kept", "filename": "{step}"}
-    callback = json.dumps([{"class_path": "ModelCheckpoint", "init_args": often}])
-    options = ("--trainer.max_epochs 100000 --trainer.callbacks", callback)
-    command = typed("FinetuneModule", "deepspeed_stage_2", *options)
-    with open("log", "w") as log:
-        running = subprocess.Popen(
-            command, env=environment(), stderr=log, stdout=log, start_new_session=True
-        )
-        try:
-            deadline = time.monotonic() + 600
-            while not Path("kept/step=20.ckpt").exists() and time.monotonic() < deadline:
-                time.sleep(0.1)
-            children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-            exe = {int(child): Path(f"/proc/{child}/exe").resolve().name for child in children}
-            (child,) = (pid for pid, name in exe.items() if "python" in name)
-            os.kill(child, signal.SIGKILL)
-            code = running.wait(timeout=600)
-        finally:  # a failure leaves nothing behind that goes on
-            with suppress(ProcessLookupError):
-                os.killpg(running.pid, signal.SIGKILL)
-    assert code
-    assert code < 0 or "another rank of this run has ended" in Path("log").read_text()
-    step = max(int(path.stem.split("=")[1]) for path in Path("kept").glob("step=*.ckpt"))
-    end = (
-        f"--ckpt_path kept/step={step}.ckpt --trainer.max_epochs -1 --trainer.max_steps {step + 1}"
-    )
-    none = "--trainer.callbacks null --trainer.enable_checkpointing false"
-    ranks(*command[command.index("fit") :], *words(end, none))
-    assert Path("out/model.safetensors").exists()
 
 
 # -- mistakes -----------------------------------------------------------------------------------------------------
