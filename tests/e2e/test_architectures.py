@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from helpers import write_model
 
 from wagle_pl import WeightMask
+from wagle_pl.lm.models import load_model, load_tokenizer
 
 WIDE = {"num_hidden_layers": 2, "hidden_size": 32}
 SIZES: dict[str, dict[str, Any]] = {
@@ -29,53 +28,27 @@ SIZES: dict[str, dict[str, Any]] = {
 INSIDE = {"GPT2": "c_fc", "OPT": "fc1", "Mixtral": "experts.down_proj", "Mamba": "in_proj"}
 WAGLE = "{score: wagle, density: 0.3, name: wagle}"
 WANDA = "{score: wanda, density: 0.2, scope: row, name: wanda}"
-ADAMW = ("MaskedAdamW", "--optimizer.lr", "1e-2", "--optimizer.weight_decay", "0.1")
-
-
-def made(kind: str, folder: Path, tiny_model: str) -> str:
-    """A model folder of one kind, with the tiny model's tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    names = [f"{name}_token_id" for name in ("pad", "bos", "eos")]
-    special = {name: getattr(tokenizer, name) for name in names}
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=len(tokenizer), **special, **SIZES[kind]
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / kind)
-    tokenizer.save_pretrained(folder / kind)
-    return str(folder / kind)
+ADAMW = "MaskedAdamW --optimizer.lr 1e-2 --optimizer.weight_decay 0.1"
 
 
 @pytest.mark.parametrize("kind", SIZES)
 def test_a_mask_and_unlearning_within_it(
     wagle: Any, kind: str, tmp_path: Path, tiny_model: str, heard: pytest.LogCaptureFixture
 ) -> None:
-    model = made(kind, tmp_path, tiny_model)
-    attribution = ("fit", "--model", "AttributionModule", "--model.model", model)
-    options = ("--model.masks", f"[{WAGLE}, {WANDA}]", "--trainer.enable_checkpointing", "false")
-    wagle(*attribution, "--model.output", "masks", *options)
+    model = write_model(kind, tmp_path / kind, load_tokenizer(tiny_model), **SIZES[kind])
+    masks = ("--model.masks", f"[{WAGLE}, {WANDA}]", "--trainer.enable_checkpointing false")
+    wagle(f"fit --model AttributionModule --model.model {model} --model.output masks", *masks)
     # Mamba's state matrices and convolutions are not watched; experts are
     assert ("wanda: " in heard.text) == (kind == "Mamba")
     wanda = WeightMask.load("masks/wanda")
     inside = [name for name in wanda.shapes if INSIDE[kind] in name and "bias" not in name]
     assert inside and all(abs(wanda[name].float().mean() - 0.2) < 0.02 for name in inside)
 
-    unlearning = (
-        "fit",
-        "--model",
-        "UnlearnModule",
-        "--model.model",
-        model,
-        "--model.output",
-        "out",
-    )
-    options = ("--model.mask", "masks/wagle", "--model.objective", "NPO", "--optimizer", *ADAMW)
-    wagle(*unlearning, *options, "--trainer.max_steps", "2")
+    options = f"--model.mask masks/wagle --model.objective NPO --optimizer {ADAMW}"
+    unlearn = f"fit --model UnlearnModule --model.model {model} --model.output out"
+    wagle(unlearn, options, "--trainer.max_steps 2")
     mask = WeightMask.load("masks/wagle")
-    before, after = (
-        dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
-        for folder in (model, "out")
-    )
-    moved = {name: before[name] != after[name] for name in before}
-    assert not any((moved[name] & ~mask[name]).any() for name in moved)
-    selected = sum(mask[name].sum() for name in mask.shapes)
-    assert torch.stack([bits.sum() for bits in moved.values()]).sum() > 0.9 * selected
+    before, after = (dict(load_model(folder).named_parameters()) for folder in (model, "out"))
+    changed = {name: before[name] != after[name] for name in before}
+    assert not any((changed[name] & ~mask[name]).any() for name in mask)
+    assert sum(int(bits.sum()) for bits in changed.values()) > 0.9 * mask.count()

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from helpers import SaveAt, trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -169,30 +170,6 @@ def test_sum_is_the_sum_of_single_gradients(attribute: Attribute, batch_size: in
     for i, (name, parameter) in enumerate(module.lm.named_parameters()):
         scores = dict(module.collected.scores(module.specs[0].score, {name}))
         torch.testing.assert_close(scores[name], parameter * total[i], rtol=1e-3, atol=1e-7)
-
-
-def test_batch_size_changes_rounding_only(attribute: Attribute):
-    runs = {}
-    for size in (1, 3, 8):
-        module = attribute(
-            gamma=0.5, output=f"m{size}", **{"data.batch_size": size, "data.limit_retain": 11}
-        )
-        runs[size] = module.kept.sums
-    masks = {size: WeightMask.load(f"m{size}") for size in runs}
-    for size in (3, 8):
-        for name in ("g_f", "g_r"):
-            for a, b in zip(runs[1][name], runs[size][name], strict=True):
-                assert float((a - b).abs().max()) <= 1e-5 * float(a.abs().max())
-        same = sum(int((masks[1][n] & masks[size][n]).sum()) for n in masks[1].names)
-        assert same >= 0.999 * masks[1].count()
-        assert masks[size].count() == masks[1].count()
-
-
-@pytest.mark.parametrize("options", [{}, {"hessian": "hutchinson", "hessian_samples": 2}])
-def test_the_same_run_gives_the_same_mask(attribute: Attribute, options: dict[str, Any]):
-    for name in ("first", "second"):
-        attribute(output=name, **options)
-    assert WeightMask.load("first") == WeightMask.load("second")
 
 
 def test_bf16_weights_are_summed_in_fp32(attribute: Attribute):
@@ -576,13 +553,10 @@ def passing(
     monkeypatch.chdir(tmp_path)
 
     def run(score: str = "snip", **options: Any) -> L.Trainer:
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        trainer = L.Trainer(
-            accelerator="cpu", devices=1, enable_model_summary=False, **quiet, **options
-        )
+        made = trainer(**options)
         data = ForgetRetainDataModule(rows["forget"], rows["retain"], batch_size=4)
-        trainer.fit(AttributionModule(tiny_model, "mask", score=score), data)
-        return trainer
+        made.fit(AttributionModule(tiny_model, "mask", score=score), data)
+        return made
 
     return run
 
@@ -691,46 +665,43 @@ def test_two_epochs_see_each_row_twice(attribute: Attribute):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"masks": [{"score": s} for s in ("curvature", "fisher_ratio", "wanda")]}]
+    ("options", "killed_at"),
+    [({}, 2), ({"masks": [{"score": s} for s in ("curvature", "fisher_ratio", "wanda")]}, 5)],
 )
 def test_resume_ends_with_the_same_mask(
-    attribute: Attribute, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+    attribute: Attribute, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], killed_at: int
 ):
     settings = {"data.batch_size": 2, **options}
     whole = attribute(output="whole", **settings).kept
     masks = sorted(Path().glob("whole*.safetensors")) + sorted(Path().glob("whole/*.safetensors"))
     assert len(masks) == (3 if "masks" in options else 1)
     step, seen = AttributionModule.training_step, []
-    for killed_at in (2, 5):
-        output, folder = f"resumed{killed_at}", f"ckpt{killed_at}"
 
-        def killed(self: AttributionModule, batch: Any, batch_idx: int, at: int = killed_at):
-            if batch_idx == at:
-                raise KeyboardInterrupt
-            step(self, batch, batch_idx)
+    def killed(self: AttributionModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == killed_at:
+            raise KeyboardInterrupt
+        step(self, batch, batch_idx)
 
-        def counted(self: AttributionModule, batch: Any, batch_idx: int) -> None:
-            seen.append(batch_idx)
-            step(self, batch, batch_idx)
+    def counted(self: AttributionModule, batch: Any, batch_idx: int) -> None:
+        seen.append(batch_idx)
+        step(self, batch, batch_idx)
 
-        arguments = {"dirpath": folder, "every_n_train_steps": 1}
-        callback = {"class_path": "ModelCheckpoint", "init_args": arguments}
-        saving = ["--trainer.callbacks", json.dumps([callback])]
-        monkeypatch.setattr(AttributionModule, "training_step", killed)
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
-            attribute(*saving, output=output, checkpoint=True, **settings)
-        assert not Path(f"{output}.safetensors").exists() and not Path(output).exists()
-        (checkpoint,) = Path(folder).glob("*.ckpt")
-        assert not torch.load(checkpoint, weights_only=False)["state_dict"]  # sums, and no weights
+    arguments = {"dirpath": "ckpt", "every_n_train_steps": 1}
+    callback = {"class_path": "ModelCheckpoint", "init_args": arguments}
+    saving = ["--trainer.callbacks", json.dumps([callback])]
+    monkeypatch.setattr(AttributionModule, "training_step", killed)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        attribute(*saving, output="resumed", checkpoint=True, **settings)
+    assert not Path("resumed.safetensors").exists() and not Path("resumed").exists()
+    (checkpoint,) = Path("ckpt").glob("*.ckpt")
+    assert not torch.load(checkpoint, weights_only=False)["state_dict"]  # sums, and no weights
 
-        monkeypatch.setattr(AttributionModule, "training_step", counted)
-        seen.clear()
-        resumed = attribute("--ckpt_path", checkpoint, output=output, **settings).kept
-        assert seen == list(range(killed_at, 6))
-        assert_same_sums(resumed, whole)
-        for mask in masks:
-            other = str(mask).replace("whole", output)
-            assert WeightMask.load(other) == WeightMask.load(mask)
+    monkeypatch.setattr(AttributionModule, "training_step", counted)
+    resumed = attribute("--ckpt_path", checkpoint, output="resumed", **settings).kept
+    assert seen == list(range(killed_at, 6))
+    assert_same_sums(resumed, whole)
+    for mask in masks:
+        assert WeightMask.load(str(mask).replace("whole", "resumed")) == WeightMask.load(mask)
 
 
 def assert_same_sums(found: GradientSums, expected: GradientSums) -> None:
@@ -739,25 +710,14 @@ def assert_same_sums(found: GradientSums, expected: GradientSums) -> None:
         assert all(torch.equal(a, b) for a, b in zip(tensors, found.sums[name], strict=True))
 
 
-class SaveAt(Callback):
-    """Writes a checkpoint after a number of micro-batches, wherever in a step that is, and then stops the run."""
-
-    batches = 0
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if batch_idx + 1 == type(self).batches:
-            trainer.save_checkpoint("middle.ckpt")
-            raise KeyboardInterrupt
-
-
 def test_a_checkpoint_within_a_step_keeps_the_step(attribute: Attribute):
     settings = {"hessian": "gauss_newton", "data.batch_size": 1}
     settings["trainer.accumulate_grad_batches"] = 3
     whole = attribute(output="whole", **settings).kept
-    for saved_after in (1, 2, 4, 5):
-        SaveAt.batches, output = saved_after, f"resumed{saved_after}"
+    for SaveAt.left in (1, 5):
+        output = f"resumed{SaveAt.left}"
         with pytest.raises((KeyboardInterrupt, SystemExit)):
-            attribute("--trainer.callbacks", f"{__name__}.SaveAt", output=output, **settings)
+            attribute("--trainer.callbacks", "helpers.SaveAt", output=output, **settings)
         resumed = attribute("--ckpt_path", "middle.ckpt", output=output, **settings).kept
         assert_same_sums(resumed, whole)
 
@@ -767,11 +727,11 @@ def test_sums_elsewhere_resume_with_the_same_bits(attribute: Attribute):
     settings = {"data.batch_size": 1, "trainer.accumulate_grad_batches": 3}
     settings["masks"] = [{"score": s} for s in ("wagle", "curvature", "wanda")]
     attribute(output="device", **settings)
-    stopping = ["--trainer.callbacks", f"{__name__}.SaveAtMicroBatch"]
+    stopping = ["--trainer.callbacks", "helpers.SaveAt"]
     for sums, stops in {"host": (1, 6, 11), "passes=3": (2, 7, 12, 22)}.items():
         settings["sums"] = sums
-        for saved_after in stops:
-            SaveAtMicroBatch.left, output = saved_after, f"{sums}-{saved_after}"
+        for SaveAt.left in stops:
+            output = f"{sums}-{SaveAt.left}"
             with pytest.raises((KeyboardInterrupt, SystemExit)):
                 attribute(*stopping, output=output, **settings)
             attribute("--ckpt_path", "middle.ckpt", output=output, **settings)
@@ -780,18 +740,6 @@ def test_sums_elsewhere_resume_with_the_same_bits(attribute: Attribute):
                 assert resumed == WeightMask.load(mask)
                 assert resumed.metadata["passes"] == 1 and resumed.metadata["rows"]["forget"] == 11
             assert not list(Path().glob(".sums*")) and not list(Path(output).glob(".sums*"))
-
-
-class SaveAtMicroBatch(Callback):
-    """The same after a number of micro-batches of all epochs together."""
-
-    left = 0
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        type(self).left -= 1
-        if not type(self).left:
-            trainer.save_checkpoint("middle.ckpt")
-            raise KeyboardInterrupt
 
 
 class StopAtOnce(Callback):

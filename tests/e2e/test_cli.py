@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import difference, write_rows
+from helpers import write_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,8 +33,7 @@ TEST = "test --model EvaluationModule"
 # -- the main job -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", ["NPO", "GradDiff", "PO"])
-def test_finetune_attribute_unlearn_test(wagle, tiny_model, rows, tmp_path, objective):
+def test_finetune_attribute_unlearn_test(wagle, tiny_model, rows, tmp_path):
     adamw = "--optimizer MaskedAdamW --optimizer.weight_decay 0.1 --optimizer.lr"
     wagle(FINETUNE, f"--model.model {tiny_model} --model.output target", f"{adamw} 3e-3")
     wagle(ATTRIBUTE, "--model.model target --model.output mask --model.density 0.3")
@@ -42,7 +41,7 @@ def test_finetune_attribute_unlearn_test(wagle, tiny_model, rows, tmp_path, obje
     total = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained("target").parameters())
     assert mask.total == total and mask.count() == int(0.3 * total)
     masked = "--model.model target --model.output unlearned --model.mask mask.safetensors"
-    wagle(UNLEARN, masked, f"--model.objective {objective}", f"{adamw} 1e-3")
+    wagle(UNLEARN, masked, "--model.objective NPO", f"{adamw} 1e-3")
     before = dict(AutoModelForCausalLM.from_pretrained("target").named_parameters())
     after = dict(AutoModelForCausalLM.from_pretrained("unlearned").named_parameters())
     for name in before:
@@ -52,7 +51,7 @@ def test_finetune_attribute_unlearn_test(wagle, tiny_model, rows, tmp_path, obje
     assert any((before[name] != after[name]).any() for name in before)
     assert AutoTokenizer.from_pretrained("unlearned").chat_template
     card = (tmp_path / "unlearned/README.md").read_text()
-    assert all(word in card for word in ("bit-identical", objective, "`target`", "class_path:"))
+    assert all(word in card for word in ("bit-identical", "NPO", "`target`", "class_path:"))
     record = json.loads((tmp_path / "unlearned/wagle.json").read_text())
     assert [step["module"] for step in record["lineage"]] == ["FinetuneModule", "UnlearnModule"]
     test = (
@@ -61,14 +60,10 @@ def test_finetune_attribute_unlearn_test(wagle, tiny_model, rows, tmp_path, obje
         json.dumps({"forget": rows["forget_test"]}),
     )
     target, unlearned = (
-        wagle(*test, f"--model.model {m} --model.output {m}/test").model.metrics[
-            "forget/probability"
-        ]
+        wagle(*test, f"--model.model {m} --model.output {m}/test").model.metrics
         for m in ("target", "unlearned")
     )
-    assert (
-        unlearned < target or objective == "PO"
-    )  # which teaches refusals; two epochs leave the answer
+    assert unlearned["forget/probability"] < target["forget/probability"]
 
 
 def test_dense_unlearning_moves_every_tensor(wagle, tiny_model):
@@ -83,20 +78,6 @@ def test_training_on_the_retain_rows_only(wagle, tiny_model):
     module = wagle(FINETUNE, options).model
     assert module.streams == ("retain",)
     assert module.global_step == 2 * 3  # 17 rows in batches of 8
-
-
-@pytest.mark.parametrize("split", [(2, 4), (3, 3)])
-def test_the_split_of_a_batch_does_not_matter(wagle, tiny_model, split):
-    def weights(batch_size, accumulate, name):
-        wagle(
-            f"fit --model UnlearnModule {QUICK} 4 --optimizer SGD --optimizer.lr 0.02",
-            f"--model.model {tiny_model} --model.output {name} --model.objective NPO",
-            f"--data.batch_size {batch_size} --trainer.accumulate_grad_batches {accumulate}",
-        )
-        return load_file(f"{name}/model.safetensors")
-
-    whole, parts = weights(split[0] * split[1], 1, "whole"), weights(*split, "parts")
-    assert difference(whole, parts) <= 1e-5
 
 
 # -- configurations ---------------------------------------------------------------------------------------------------
@@ -242,46 +223,6 @@ def test_the_commands_of_lightning_are_told_of():
 
 # -- bad input --------------------------------------------------------------------------------------------------------
 
-MISTAKES = {
-    ATTRIBUTE: {
-        "--model.density 1.5": "density is the share of weights selected and must be in (0, 1]",
-        "--model.density 0": "must be in (0, 1], got 0",
-        "--model.gamma -1": "gamma must be above 0",
-        "--model.score wagel": "unknown score 'wagel'; choose one of",
-        "--trainer.strategy zero9": "trainer: You selected an invalid strategy name: `strategy='zero9'`",
-    },
-    UNLEARN: {
-        "--model.objective json.JSONDecoder": "unknown objective 'json.JSONDecoder'",
-        "--model.mask nowhere.safetensors": "mask file nowhere.safetensors does not exist",
-        "--data.forget nowhere.jsonl": "nowhere.jsonl does not exist",
-        "--data.batch_size 0": "data.batch_size",
-        "--data.retain null": "this run needs retain rows: give --data.retain",
-        "--data.val [forget,kept]": "data.val: there is no test set 'kept'; choose of forget, retain",
-        "--trainer.overfit_batches 2": "give --data.limit_forget and --data.limit_retain",
-        "--trainer.limit_train_batches 1.5": "trainer: You have passed invalid value 1.5 for limit_train",
-    },
-    FINETUNE: {
-        "--trainer.max_epochs 0.5": "max_epochs",
-        "--trainer.max_epochs -1": "the run's steps are not known beforehand",
-        "--trainer.callbacks EarlyStopping --trainer.callbacks.monitor x": "on metric `x` which is not available",
-    },
-    "fit": {
-        "--config nowhere.yaml": "config file nowhere.yaml does not exist",
-    },
-    "validate": {
-        "--model EvaluationModule": "validate measures the test sets that data.val names",
-    },
-}
-
-
-@pytest.mark.parametrize(
-    ("command", "args"), [(command, args) for command, found in MISTAKES.items() for args in found]
-)
-def test_one_line_and_exit_code_2(fails, tiny_model, tmp_path, command, args):
-    model = f"--model.model {tiny_model} --model.output out" if command != "fit" else ""
-    assert MISTAKES[command][args] in fails(f"{command} {args} {model}")
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.safetensors").exists()
-
 
 def test_a_logger_whose_library_is_not_there(fails, tiny_model, monkeypatch):
     for name in ("_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"):
@@ -295,20 +236,6 @@ def test_a_model_that_is_neither_a_folder_nor_on_the_hub(fails):
     message = fails(FINETUNE, "--model.model models/nowhere --model.output out")
     said = "model 'models/nowhere' cannot be loaded: there is no such folder here, and asked of the hub: "
     assert said in message
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"base: 5", "base must name a file, or a list of files, that it builds on; got 5"),
-        (b"base: [5]", "base must name a file, or a list of files, that it builds on; got [5]"),
-        (b"base: {a: b.yaml}", "base must name a file"),
-        ("model: Zoë".encode("latin-1"), "c.yaml is not in UTF-8 (byte 9)"),
-    ],
-)
-def test_a_config_that_is_none(fails, tmp_path, content, message):
-    (tmp_path / "c.yaml").write_bytes(content)
-    assert message in fails("fit", "--config", tmp_path / "c.yaml", data=False)
 
 
 def test_paths_that_cannot_be(fails, tiny_model, tmp_path):

@@ -16,8 +16,9 @@ from wagle_pl.cli import app as cli
 from wagle_pl.core.errors import WagleError
 
 MODULE = "fit --trainer.enable_checkpointing false --trainer.max_epochs 1 --model"
-UNLEARN, ATTRIBUTE = f"{MODULE} UnlearnModule", f"{MODULE} AttributionModule"
-TEST = f"{MODULE} EvaluationModule"
+UNLEARN, ATTRIBUTE, FINETUNE, TEST = (
+    f"{MODULE} {kind}Module" for kind in ("Unlearn", "Attribution", "Finetune", "Evaluation")
+)
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
@@ -50,19 +51,41 @@ MISTAKES = {
         "--seed_everything -5": "seed_everything must be in [0, 4294967295], got -5",
         "--model.lr -1": "model.lr must be 0 or more, got -1",
         "--optimizer SGD --optimizer.momentum .nan": "optimizer.momentum must be finite, got nan",
+        "--model.objective json.JSONDecoder": "unknown objective 'json.JSONDecoder'",
+        "--model.mask nowhere.safetensors": "mask file nowhere.safetensors does not exist",
+        "--data.forget nowhere.jsonl": "nowhere.jsonl does not exist",
+        "--data.batch_size 0": "data.batch_size",
+        "--data.retain null": "this run needs retain rows: give --data.retain",
+        "--data.val [forget,kept]": "data.val: there is no test set 'kept'; choose of forget, retain",
+        "--trainer.overfit_batches 2": "give --data.limit_forget and --data.limit_retain",
+        "--trainer.limit_train_batches 1.5": "trainer: You have passed invalid value 1.5 for limit_train",
     },
     ATTRIBUTE: {
         "--model.densty 1": "(option model.densty): did you mean density?",
         "--model.lr 1": "(option model.lr): FinetuneModule, UnlearnModule have it",
         "--model.density nan": "model.density must be a number, got nan",
         "--model.densit 1": "AttributionModule has no option 'densit' (option model.densit): did",
+        "--model.density 1.5": "density is the share of weights selected and must be in (0, 1]",
+        "--model.density 0": "must be in (0, 1], got 0",
+        "--model.gamma -1": "gamma must be above 0",
+        "--model.score wagel": "unknown score 'wagel'; choose one of",
+        "--trainer.strategy zero9": "trainer: You selected an invalid strategy name: `strategy='zero9'`",
+    },
+    FINETUNE: {
+        "--trainer.max_epochs 0.5": "max_epochs",
+        "--trainer.max_epochs -1": "the run's steps are not known beforehand",
+        "--trainer.callbacks EarlyStopping --trainer.callbacks.monitor x": "on metric `x` which is not available",
     },
     "fit": {
+        "--config nowhere.yaml": "config file nowhere.yaml does not exist",
         "--model.lr 1": "no class is named for model, so there is no option model.lr yet: give --model ",
         "--model UnlearnModul": "unknown class 'UnlearnModul' for model: did you mean UnlearnModule?",
     },
     TEST: {
         "--model.robustness relearnn": "did you mean Relearn?",
+    },
+    "validate": {
+        "--model EvaluationModule": "validate measures the test sets that data.val names",
     },
 }
 
@@ -70,68 +93,55 @@ MISTAKES = {
 @pytest.mark.parametrize(
     ("command", "args"), [(command, args) for command, found in MISTAKES.items() for args in found]
 )
-def test_one_line_says_what_to_type(fails, tiny_model, command, args):
+def test_one_line_says_what_to_type(fails, tiny_model, tmp_path, command, args):
     model = f"--model.model {tiny_model} --model.output out" if command != "fit" else ""
     line = fails(f"{command} {args} {model}")
     assert MISTAKES[command][args] in line and len(line) < 450
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    ("attacks", "message"),
-    [
-        (
-            "[{class_path: Quantise, init_args: {bit: 4}}]",
-            "Quantise has no option 'bit' (option model.robustness.bit): did",
-        ),
-        ("[{class_path: Quantis}]", "'Quantis' for model.robustness: did you mean Q"),
-    ],
-)
+IN_A_LIST = {
+    "[{class_path: Quantise, init_args: {bit: 4}}]": "Quantise has no option 'bit' (option model.robustness.bit): did",
+    "[{class_path: Quantis}]": "'Quantis' for model.robustness: did you mean Q",
+}
+
+
+@pytest.mark.parametrize(("attacks", "message"), IN_A_LIST.items())
 def test_one_line_says_what_to_type_in_a_list(fails, tiny_model, attacks, message):
     assert message in fails(TEST, f"--model.model {tiny_model} --model.robustness", attacks)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "c.yaml holds no options: write some, or leave it out"),
-        ("# base: x\n", "c.yaml holds no options"),
-        (
-            "trainer: {max_epoch: 3}",
-            "there is no option trainer.max_epoch: did you mean --trainer.max_epochs?",
-        ),
-        (
-            "modle: {class_path: UnlearnModule}",
-            "there is no option modle.class_path: did you mean --model?",
-        ),
-        (
-            "model: {class_path: UnlearnModule, init_arg: {}}",
-            "model takes class_path and init_args, and nothing else",
-        ),
-        ("model: {class_path: UnlearnModule}", "UnlearnModule needs model: give --model.model"),
-        (
-            "trainer: {max_epochs: 1}",
-            "--data and --model must be given, on the command line or by a --config",
-        ),
-    ],
-)
+FILES = {
+    "": "c.yaml holds no options: write some, or leave it out",
+    "# base: x\n": "c.yaml holds no options",
+    "trainer: {max_epoch: 3}": "there is no option trainer.max_epoch: did you mean --trainer.max_epochs?",
+    "modle: {class_path: UnlearnModule}": "there is no option modle.class_path: did you mean --model?",
+    "model: {class_path: UnlearnModule, init_arg: {}}": "model takes class_path and init_args, and nothing else",
+    "model: {class_path: UnlearnModule}": "UnlearnModule needs model: give --model.model",
+    "trainer: {max_epochs: 1}": "--data and --model must be given, on the command line or by a --config",
+    "base: 5": "base must name a file, or a list of files, that it builds on; got 5",
+    "base: [5]": "base must name a file, or a list of files, that it builds on; got [5]",
+    "base: {a: b.yaml}": "base must name a file",
+    "model: Zoë": "c.yaml is not in UTF-8 (byte 9)",
+}
+
+
+@pytest.mark.parametrize(("content", "message"), FILES.items())
 def test_what_is_wrong_in_a_file(fails, tmp_path, content, message):
-    (tmp_path / "c.yaml").write_text(content)
+    (tmp_path / "c.yaml").write_text(content, encoding="latin-1")
     assert message in fails(f"fit --config {tmp_path}/c.yaml", data=False)
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ("mask inf", "there is no command 'inf': did you mean info?"),
-        ("mask random --dens 0.2", "there is no option --dens"),
-        ("patch apply", "BASE and PATCH must be given"),
-        (
-            "patch apply p.wagle model -o x",
-            "the model's folder comes first, then the patch file: wagle patch apply",
-        ),
-        ("patch revert p.wagle model -o x", "wagle patch revert model p.wagle"),
-    ],
-)
+OTHER_COMMANDS = {
+    "mask inf": "there is no command 'inf': did you mean info?",
+    "mask random --dens 0.2": "there is no option --dens",
+    "patch apply": "BASE and PATCH must be given",
+    "patch apply p.wagle model -o x": "the model's folder comes first, then the patch file: wagle patch apply",
+    "patch revert p.wagle model -o x": "wagle patch revert model p.wagle",
+}
+
+
+@pytest.mark.parametrize(("args", "message"), OTHER_COMMANDS.items())
 def test_what_is_wrong_in_another_command(fails, tmp_path, args, message):
     (tmp_path / "model").mkdir()
     assert message in fails(args)
@@ -355,19 +365,14 @@ def test_own_rows_have_a_configuration_that_leaves_nothing_undefined(
     )  # this model says nothing
 
 
-@pytest.mark.parametrize("how", ["module", "script"])
-def test_files_of_the_current_folder_shadow_no_library(tmp_path: Path, how: str) -> None:
+def test_files_of_the_current_folder_shadow_no_library(tmp_path: Path) -> None:
     """Files that happen to be called like a library are not imported in its place; the user's own modules are found."""
-    here, script = tmp_path / "here", tmp_path / "wagle"
-    here.mkdir()
-    script.write_text("from wagle_pl.cli.app import main\nmain()\n")  # as pip writes it
     for name in ("yaml", "torch", "lightning", "datasets", "random", "jsonargparse"):
-        (here / f"{name}.py").write_text("raise SystemExit('shadowed')\n")
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('shadowed')\n")
     mine = "from wagle_pl import Objective\n\nclass Mine(Objective):\n    'One of my own.'\n"
-    (here / "mine.py").write_text(mine)
+    (tmp_path / "mine.py").write_text(mine)
     options = "--model UnlearnModule --model.objective mine.Mine --model.model x --data ForgetRetainDataModule"
-    run = ["-m", "wagle_pl"] if how == "module" else [str(script)]
-    command = [sys.executable, *run, "fit", *options.split(), "--print_config"]
-    found = subprocess.run(command, cwd=here, env=environment(), capture_output=True, text=True)
+    command = [sys.executable, "-m", "wagle_pl", "fit", *options.split(), "--print_config"]
+    found = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert "shadowed" not in found.stderr + found.stdout
     assert found.returncode == 0 and "mine.Mine" in found.stdout, found.stderr

@@ -100,18 +100,17 @@ def test_training_goes_on_with_another_cut(fit, limit):
         assert difference(weights("whole"), weights(output)) < 1e-5
 
 
-@pytest.mark.parametrize("limit", [(), SEVEN_STEPS], ids=["epochs", "steps"])
-def test_a_run_that_is_stopped_often(fit, limit):
+def test_a_run_that_is_stopped_often(fit):
     """Stopped at every step, at the ends of epochs too, each time with another cut."""
-    fit("UnlearnModule", "whole", (4, 1), *limit)
+    fit("UnlearnModule", "whole", (4, 1))
     expected, rows, resume = Counter(Watch.rows), [], ()
-    for step, cut in zip(range(7 if limit else 9), cycle([(1, 4), (2, 2), (4, 1)])):
-        fit("UnlearnModule", "out", cut, *limit, *resume, save=cut[1])
+    for step, cut in zip(range(9), cycle([(1, 4), (2, 2), (4, 1)])):
+        fit("UnlearnModule", "out", cut, *resume, save=cut[1])
         rows += Watch.rows
         assert torch.load("at.ckpt", weights_only=False)["global_step"] == step + 1
         resume = RESUME
     assert Counter(rows) == expected
-    fit("UnlearnModule", "out", (2, 2), *limit, *RESUME)  # nothing is left to do but to write
+    fit("UnlearnModule", "out", (2, 2), *RESUME)  # nothing is left to do but to write
     assert not Watch.rows and difference(weights("whole"), weights("out")) < 1e-5
 
 
@@ -158,12 +157,7 @@ def test_attribution_goes_on_with_another_cut(fit):
 def test_another_run_is_refused(fit, fails, tiny_model, module):
     fit(module, "out", (2, 2), save=2)
     other = write_rows(Path("other.jsonl"), bundled("forget")[1:12])
-    for option, value, message in (
-        ("batch_size", 8, "had a global batch of 4 rows, this one has 8"),
-        ("seed", 1, "drew its rows with data.seed 0, this one with 1"),
-        ("limit_forget", 10, "had 11 forget rows, this one has 10"),
-        ("forget", other, "had other forget rows, or another order of them"),
-    ):
-        resume = options(module, tiny_model, "out", (4, 1), *RESUME)
-        assert message in fails(*resume, f"--data.{option}", value)
+    resume = options(module, tiny_model, "out", (4, 1), *RESUME)
+    message = "had other forget rows, or another order of them"
+    assert message in fails(*resume, "--data.forget", other)
     assert not list(Path().glob("out*"))

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import write_rows
+from helpers import write_classifier, write_rows
 from scipy.stats import ks_2samp
 
 from wagle_pl import WagleError
@@ -455,23 +455,8 @@ def test_attention_and_gradient_norms(kinds, tiny_model):
 
 
 def test_toxicity_by_a_local_classifier(kinds, tiny_model, tmp_path):
-    from transformers import BertConfig, BertForSequenceClassification
-
     tokenizer, folder = load_tokenizer(tiny_model), str(tmp_path / "classifier")
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=64,
-        id2label={0: "neutral", 1: "toxic"},
-        label2id={"neutral": 0, "toxic": 1},
-    )
-    torch.manual_seed(0)
-    classifier = BertForSequenceClassification(config).eval()
-    tokenizer.save_pretrained(folder)
-    classifier.save_pretrained(folder)
+    classifier = write_classifier(folder, tokenizer, "neutral", "toxic")
     module, tables = kinds("--model.toxicity_classifier", folder)
     texts = [record["generation"] for record in tables["prompts"]]
 

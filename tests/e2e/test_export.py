@@ -11,22 +11,18 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from helpers import moved, random_bools, trainer, two_steps, weights
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.files import atomic_path
 from wagle_pl.core.weights import fingerprint, parameter_shapes
 from wagle_pl.lm import models
-from wagle_pl.lm.saving import read_record, save_model
+from wagle_pl.lm.saving import read_record
 from wagle_pl.masks import WeightMask
 from wagle_pl.unlearning import UnlearnModule
 from wagle_pl.unlearning.export import export, forgotten
 
-UNLEARN = (
-    "fit --model UnlearnModule --model.objective GradDiff --trainer.max_steps 2 "
-    "--trainer.enable_checkpointing false --optimizer MaskedAdamW --optimizer.lr 0.01"
-)
 CHECKPOINTS = (
     "--trainer.enable_checkpointing true --trainer.callbacks ModelCheckpoint "
     "--trainer.callbacks.dirpath checkpoints"
@@ -34,66 +30,18 @@ CHECKPOINTS = (
 MASK = "mask.safetensors"
 
 
-def arguments(*options: str, model: str | Path, output: str | Path = "out") -> list[str]:
-    """A run of two steps with options, which are separated by spaces."""
-    return " ".join([UNLEARN, *options, f"--model.model {model} --model.output {output}"]).split()
-
-
 @pytest.fixture
 def unlearn(wagle: Any) -> Callable[..., Any]:
-    return lambda *options, **places: wagle(*arguments(*options, **places))
-
-
-def stored(folder: str | Path) -> dict[str, torch.Tensor]:
-    files = sorted(Path(folder).glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
-def moved(base: str | Path, made: str | Path) -> dict[str, torch.Tensor]:
-    """Which weights have other bits."""
-    before, after = stored(base), stored(made)
-    assert before.keys() == after.keys()
-    found = {}
-    for name, old in before.items():
-        assert after[name].dtype == old.dtype
-        bits = old.view(torch.uint8) != after[name].view(torch.uint8)
-        found[name] = bits.view(*old.shape, -1).any(-1)
-    return found
+    return lambda *options, **places: wagle(*two_steps(*options, **places))
 
 
 def random_mask(folder: str, density: float, path: str = MASK, seed: int = 0) -> WeightMask:
     """A mask file for the model of a folder."""
     lm = models.load_model(folder)
-    generator = torch.Generator().manual_seed(seed)
-    bools = {
-        name: torch.rand(p.shape, generator=generator) < density
-        for name, p in lm.named_parameters()
-    }
+    bools = random_bools(parameter_shapes(lm), density, seed)
     mask = WeightMask.from_bools(bools, {"model_fingerprint": fingerprint(lm.named_parameters())})
     mask.save(path)
     return mask
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "precision"),
-    [("MaskedAdamW", "32-true"), ("Sophia", "bf16-true"), ("torch.optim.AdamW", "bf16-mixed")],
-)
-def test_a_bfloat16_base_keeps_its_frozen_bits(
-    unlearn: Any, tiny_model: str, tmp_path: Path, optimizer: str, precision: str
-) -> None:
-    lm = models.load_model(tiny_model, torch.bfloat16)
-    base = str(save_model(lm, models.load_tokenizer(tiny_model), tmp_path / "base", "", {}))
-    mask = random_mask(base, 0.1)
-    unlearn(
-        f"--optimizer {optimizer} --optimizer.weight_decay 0.1 --optimizer.lr 0.01",
-        f"--trainer.precision {precision} --trainer.gradient_clip_val 1.0",
-        f"--trainer.accumulate_grad_batches 2 --model.verify step --model.mask {MASK}",
-        model=base,
-    )
-    changed = moved(base, "out")
-    assert any(bits.any() for bits in changed.values())
-    assert not any((bits & ~mask[name]).any() for name, bits in changed.items())
-    assert "frozen weights are bit-identical" in Path("out/README.md").read_text()
 
 
 def stored_as(folder: str, target: Path, dtypes: dict[str, torch.dtype]) -> str:
@@ -101,7 +49,7 @@ def stored_as(folder: str, target: Path, dtypes: dict[str, torch.dtype]) -> str:
     shutil.copytree(folder, target)
     tensors = {
         name: tensor.to(next(dtype for part, dtype in dtypes.items() if part in name))
-        for name, tensor in stored(folder).items()
+        for name, tensor in weights(folder).items()
     }
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
     config = json.loads((target / "config.json").read_text())
@@ -118,8 +66,9 @@ def stored_as(folder: str, target: Path, dtypes: dict[str, torch.dtype]) -> str:
         ({"norm": torch.float32, "": torch.bfloat16}, "32-true"),
         ({"norm": torch.float32, "": torch.bfloat16}, "bf16-true"),
         ({"": torch.bfloat16}, "32-true"),
+        ({"": torch.bfloat16}, "bf16-mixed"),
     ],
-    ids=["half", "single", "mixed", "mixed in bfloat16", "bfloat16"],
+    ids=["half", "single", "mixed", "mixed in bfloat16", "bfloat16", "bfloat16 in mixed"],
 )
 def test_frozen_bits_are_those_of_the_file(
     unlearn: Any, tiny_model: str, tmp_path: Path, dtypes: dict[str, torch.dtype], precision: str
@@ -127,7 +76,11 @@ def test_frozen_bits_are_those_of_the_file(
     """Whatever dtype a run works in: its output, and what is made of its checkpoint."""
     base = stored_as(tiny_model, tmp_path / "base", dtypes)
     mask = random_mask(base, 0.1)
-    unlearn(f"--model.mask {MASK} --trainer.precision {precision}", CHECKPOINTS, model=base)
+    unlearn(
+        f"--model.mask {MASK} --trainer.precision {precision} --optimizer.weight_decay 0.1",
+        f"--trainer.gradient_clip_val 1.0 --model.verify step {CHECKPOINTS}",
+        model=base,
+    )
     (checkpoint,) = Path("checkpoints").glob("*.ckpt")
     export(checkpoint, "exported")
     changed = moved(base, "out")
@@ -135,6 +88,7 @@ def test_frozen_bits_are_those_of_the_file(
     share = sum(int(bits.sum()) for bits in changed.values()) / mask.count()
     assert share > 0.5  # some are not used, and steps below a dtype's precision are lost
     assert not any(bits.any() for bits in moved("out", "exported").values())
+    assert "frozen weights are bit-identical" in Path("out/README.md").read_text()
 
 
 class OwnOptimizer(UnlearnModule):
@@ -146,7 +100,7 @@ class OwnOptimizer(UnlearnModule):
 
 def test_an_optimizer_of_ones_own_leaves_frozen_weights_alone(wagle: Any, tiny_model: str) -> None:
     mask = random_mask(tiny_model, 0.2)
-    options = arguments(f"--model.mask {MASK}", model=tiny_model)
+    options = two_steps(f"--model.mask {MASK}", model=tiny_model)
     options[options.index("UnlearnModule")] = f"{__name__}.OwnOptimizer"
     start = options.index("--optimizer")
     wagle(*options[:start], *options[start + 4 :])
@@ -167,17 +121,15 @@ class Plain(L.LightningDataModule):
 
 def test_from_python_with_paths_and_plain_data(tiny_model: str, tmp_path: Path) -> None:
     module = UnlearnModule(model=Path(tiny_model), output=tmp_path / "out", objective="GradDiff")
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
-    trainer = L.Trainer(max_steps=2, accelerator="cpu", default_root_dir=tmp_path, **quiet)
-    trainer.fit(module, Plain())
+    trainer(max_steps=2, default_root_dir=tmp_path).fit(module, Plain())
     record = read_record(str(tmp_path / "out"))["lineage"][-1]
     assert (record["base"], record["steps"], record["data"]) == (tiny_model, 2, {})
 
 
 def test_the_model_it_starts_from_is_no_output(fails: Any, tiny_model: str) -> None:
     same = Path(tiny_model) / ".." / Path(tiny_model).name
-    line = fails(*arguments("--model.overwrite true", model=tiny_model, output=same))
-    assert "is the model that this run starts from" in line and stored(tiny_model)
+    line = fails(*two_steps("--model.overwrite true", model=tiny_model, output=same))
+    assert "is the model that this run starts from" in line and weights(tiny_model)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +139,7 @@ def test_the_model_it_starts_from_is_no_output(fails: Any, tiny_model: str) -> N
 )
 def test_nothing_is_kept_in_the_output(fails: Any, tiny_model: str, inside: str) -> None:
     """The model's folder would take the place of checkpoints and logs."""
-    assert "lies in the output out" in fails(*arguments(inside, model=tiny_model))
+    assert "lies in the output out" in fails(*two_steps(inside, model=tiny_model))
     assert not Path("out/model.safetensors").exists()
 
 
@@ -243,14 +195,13 @@ def test_a_chain_of_requests_keeps_its_lineage(
 
 
 @pytest.mark.parametrize(
-    ("options", "moves"),
+    ("options", "moves", "with_mask"),
     [
-        ("--model.modules [mlp]", ".mlp."),
-        ("--model.layers 1", ".layers.1."),
-        ("--model.modules [self_attn] --model.layers 0", ".layers.0.self_attn."),
+        ("--model.modules [mlp]", ".mlp.", False),
+        ("--model.layers 1", ".layers.1.", True),
+        ("--model.modules [self_attn] --model.layers 0", ".layers.0.self_attn.", True),
     ],
 )
-@pytest.mark.parametrize("with_mask", [False, True])
 def test_restriction_by_module_and_layer(
     unlearn: Any, tiny_model: str, options: str, moves: str, with_mask: bool
 ) -> None:
@@ -265,7 +216,7 @@ def test_restriction_by_module_and_layer(
 
 def test_nothing_to_move_is_refused(fails: Any, tiny_model: str) -> None:
     def line(options: str) -> str:
-        return fails(*arguments(options, model=tiny_model))
+        return fails(*two_steps(options, model=tiny_model))
 
     shapes = parameter_shapes(models.load_model(tiny_model))
     bools = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()}
@@ -278,22 +229,3 @@ def test_nothing_to_move_is_refused(fails: Any, tiny_model: str) -> None:
     assert "no_such" in line("--model.modules [no_such]")
     assert "LBFGS" in line("--optimizer torch.optim.LBFGS --model.layers 1")
     assert not Path("out").exists()
-
-
-@pytest.mark.parametrize("before", ["nothing", "a file", "a folder", "a link"])
-def test_a_folder_takes_the_place_of_what_was_there(tmp_path: Path, before: str) -> None:
-    place, elsewhere = tmp_path / "place", tmp_path / "elsewhere"
-    if before == "a file":
-        place.write_text("old")
-    elif before != "nothing":
-        kept = place if before == "a folder" else elsewhere
-        kept.mkdir()
-        (kept / "old").write_text("old")
-    if before == "a link":
-        place.symlink_to(elsewhere)
-    with atomic_path(place) as temporary:
-        temporary.mkdir()
-        (temporary / "new").write_text("new")
-    assert [path.name for path in place.iterdir()] == ["new"]
-    assert place.is_symlink() == (before == "a link")
-    assert {path.name for path in tmp_path.iterdir()} <= {"place", "elsewhere"}

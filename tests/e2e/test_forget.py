@@ -40,16 +40,9 @@ def test_forget_writes_a_model_a_patch_and_a_page(
     ],
 )
 def test_a_mistake_of_forget_is_one_line(
-    empty_folder: None,
-    tiny_model: str,
-    rows: dict[str, str],
-    capsys: pytest.CaptureFixture[str],
-    options: str,
-    said: str,
+    fails: Any, tiny_model: str, rows: dict[str, str], options: str, said: str
 ) -> None:
     Path("taken").mkdir()
     Path("taken/file").write_text("mine")
-    with pytest.raises(SystemExit) as ended:
-        run(f"forget {tiny_model} {options.replace('ROWS', rows['forget'])}")
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if "wagle: error:" in line)
-    assert ended.value.code == 2 and said in line
+    forget = f"forget {tiny_model} {options.replace('ROWS', rows['forget'])}"
+    assert said in fails(forget, data=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from helpers import LLAMA, random_bools
 
 from wagle_pl.attribution.scoring import write_scores
 from wagle_pl.cli import app as cli
@@ -17,29 +17,6 @@ from wagle_pl.core.weights import fingerprint, parameter_shapes
 from wagle_pl.lm.models import load_model
 from wagle_pl.masks import WeightMask
 
-SHAPES = {
-    "model.embed_tokens.weight": (9, 4),
-    **{
-        f"model.layers.{i}.{name}.weight": shape
-        for i in range(3)
-        for name, shape in {
-            "self_attn.q_proj": (4, 4),
-            "mlp.up_proj": (6, 4),
-            "input_layernorm": (4,),
-        }.items()
-    },
-    "model.norm.weight": (4,),
-}
-
-
-def draw(
-    density: float, seed: int, shapes: dict[str, tuple[int, ...]] = SHAPES
-) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.rand(shape, generator=generator) < density for name, shape in shapes.items()
-    }
-
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -47,7 +24,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate("ab"):
         made_by = {"score": "Wagle", "density": 0.5, "model": "m", "model_fingerprint": "f" * 64}
-        WeightMask.from_bools(draw(0.5, seed), made_by).save(name)
+        WeightMask.from_bools(random_bools(LLAMA, 0.5, seed), made_by).save(name)
     return tmp_path
 
 
@@ -77,7 +54,7 @@ def test_info(mask: Any) -> None:
     row = next(line for line in text.splitlines() if line.startswith("up_proj"))
     assert row.split() == [
         "up_proj",
-        "72",
+        "80",
         str(sum(found.count(n) for n in found if "up_proj" in n)),
         f"{found.stats()['module']['up_proj']:.6f}",
     ]
@@ -117,9 +94,9 @@ def test_compare_names_masks_of_one_stem_by_folder(mask: Any, here: Path, refuse
 )
 def test_combine(mask: Any, how: str, expected: Any) -> None:
     mask(f"combine a {how} b --output c")
-    a, b = draw(0.5, 0), draw(0.5, 1)
+    a, b = (random_bools(LLAMA, 0.5, seed) for seed in (0, 1))
     found = WeightMask.load("c")
-    assert all(torch.equal(found[name], expected(a[name], b[name])) for name in SHAPES)
+    assert all(torch.equal(found[name], expected(a[name], b[name])) for name in LLAMA)
     assert found.metadata["model_fingerprint"] == "f" * 64
 
 
@@ -170,7 +147,7 @@ def test_a_file_never_replaces_a_folder(mask: Any, refuses: Any) -> None:
 
 def test_convert_there_and_back(mask: Any, tiny_model: str, refuses: Any) -> None:
     lm = load_model(tiny_model)
-    bools = draw(0.3, 4, parameter_shapes(lm))
+    bools = random_bools(parameter_shapes(lm), 0.3, 4)
     torch.save({name: bools[name] for name in reversed(list(bools))}, "published.pt")
     mask(f"convert published.pt -o ours.safetensors --model {tiny_model}")
     ours = WeightMask.load("ours")
@@ -182,10 +159,15 @@ def test_convert_there_and_back(mask: Any, tiny_model: str, refuses: Any) -> Non
     assert all(torch.equal(back[name], bools[name]) for name in bools)
     mask("convert published.pt -o unchecked.safetensors")
     assert "not checked before use" in mask("info unchecked")
+    other = WeightMask.from_bools(bools, {"model_fingerprint": "other", "score": "Snip"})
+    mask(f"convert {other.save('theirs')} -o moved.safetensors --model {tiny_model}")
+    moved = WeightMask.load("moved")
+    assert moved == ours and moved.origin == "moved (Snip, density unknown)"
+    moved.check(parameter_shapes(lm), fingerprint(lm.named_parameters()))
 
-    assert "it was made for another model" in refuses(
-        f"convert a.safetensors -o a.pt --model {tiny_model}"
-    )
+    for output in ("a.pt", "x.safetensors"):
+        said = refuses(f"convert a.safetensors -o {output} --model {tiny_model}")
+        assert "it was made for another model" in said
     assert "nothing to convert; give --model" in refuses("convert a.safetensors -o c.safetensors")
     assert "suffix" in refuses("convert published.pt -o mask.npz")
     assert "does not exist" in refuses("convert none.pt -o c.safetensors")
@@ -193,7 +175,7 @@ def test_convert_there_and_back(mask: Any, tiny_model: str, refuses: Any) -> Non
 
 def test_convert_to_an_adapter_and_back(mask: Any, tiny_model: str, refuses: Any) -> None:
     shapes = parameter_shapes(load_model(tiny_model))
-    bools = draw(0.2, 4, shapes)
+    bools = random_bools(shapes, 0.2, 4)
     for name in shapes:
         bools[name] &= "_proj" in name
     WeightMask.from_bools(bools).save("c")
@@ -205,19 +187,6 @@ def test_convert_to_an_adapter_and_back(mask: Any, tiny_model: str, refuses: Any
     assert "becomes a .safetensors mask first" in refuses("convert adapter -o c.pt")
     said = refuses(f"convert c.safetensors -o adapter --model {tiny_model}")
     assert "adapter exists already" in said
-
-
-def test_convert_for_another_model(mask: Any, tiny_model: str, refuses: Any) -> None:
-    lm = load_model(tiny_model)
-    bools = draw(0.3, 4, parameter_shapes(lm))
-    theirs = WeightMask.from_bools(bools, {"model_fingerprint": "other", "score": "Snip"})
-    theirs.save("theirs")
-    mask(f"convert theirs.safetensors -o ours.safetensors --model {tiny_model}")
-    ours = WeightMask.load("ours")
-    assert ours == theirs and ours.origin == "moved (Snip, density unknown)"
-    ours.check(parameter_shapes(lm), fingerprint(lm.named_parameters()))
-    refused = refuses(f"convert a.safetensors -o x.safetensors --model {tiny_model}")
-    assert "it was made for another model" in refused
 
 
 def test_modules(mask: Any, tiny_model: str, refuses: Any) -> None:
@@ -236,8 +205,8 @@ def test_modules(mask: Any, tiny_model: str, refuses: Any) -> None:
 
 def test_select(mask: Any) -> None:
     generator = torch.Generator().manual_seed(0)
-    scores = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-    write_scores("scores", scores.items(), SHAPES, {"score": "Wagle", "model_fingerprint": "f"})
+    scores = {name: torch.randn(shape, generator=generator) for name, shape in LLAMA.items()}
+    write_scores("scores", scores.items(), LLAMA, {"score": "Wagle", "model_fingerprint": "f"})
     flat = torch.cat([tensor.abs().reshape(-1) for tensor in scores.values()])
     for select, order in (("high", flat.argsort(descending=True)), ("low", flat.argsort())):
         mask(f"select scores --density 0.25 --select {select} -o {select}")
@@ -250,7 +219,7 @@ def test_select(mask: Any) -> None:
 
 def test_select_refuses_a_broken_pattern(refuses: Any) -> None:
     write_scores(
-        "scores", [(n, torch.ones(s)) for n, s in SHAPES.items()], SHAPES, {"score": "Wagle"}
+        "scores", [(n, torch.ones(s)) for n, s in LLAMA.items()], LLAMA, {"score": "Wagle"}
     )
     for option in ("--include", "--exclude"):
         assert "'(' is no regular expression" in refuses(
@@ -275,7 +244,7 @@ def test_mistakes_are_one_line(refuses: Any) -> None:
     assert "output" in refuses("combine a and b")
     assert "nor" in refuses("combine a nor b -o c")
     assert "FILES must be given" in refuses("compare")
-    WeightMask.from_bools(draw(0.5, 1), {"model_fingerprint": "e" * 64}).save("e")
+    WeightMask.from_bools(random_bools(LLAMA, 0.5, 1), {"model_fingerprint": "e" * 64}).save("e")
     assert "mask a.safetensors was made for the model with fingerprint ffff" in refuses(
         "compare a e"
     )

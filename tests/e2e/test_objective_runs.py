@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from helpers import write_rows
-from safetensors.torch import load_file
+from helpers import moved, weights, write_rows
 
 from wagle_pl.core.registry import describe
 from wagle_pl.lm.saving import read_record
@@ -38,11 +36,10 @@ def options(tiny_model: str):
     return make
 
 
-def moved(tiny_model: str) -> set[str]:
+def changed(tiny_model: str) -> set[str]:
     """Names of the tensors that the run changed; all must be finite."""
-    before, after = (load_file(Path(at) / "model.safetensors") for at in (tiny_model, "out"))
-    assert all(tensor.isfinite().all() for tensor in after.values())
-    return {name for name in before if not torch.equal(before[name], after[name])}
+    assert all(tensor.isfinite().all() for tensor in weights("out").values())
+    return {name for name, bits in moved(tiny_model, "out").items() if bits.any()}
 
 
 def recorded() -> dict[str, Any]:
@@ -57,7 +54,7 @@ OBJECTIVES = [name for name in o.__all__ if name not in OTHERS]
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_runs(wagle: Any, options: Any, tiny_model: str, objective: str) -> None:
     wagle(*options(objective))
-    assert len(moved(tiny_model)) > 10
+    assert len(changed(tiny_model)) > 10
     expected = getattr(o, objective)()  # no option of the module's default objective is left over
     assert recorded()["objective"] == {**describe(expected), "retain": describe(expected.retain)}
 
@@ -72,7 +69,7 @@ def test_any_forget_term_goes_with_any_retain_term(
         given["layer"] = 1
     model = ("--model.reference_logits", "top_k", "--model.gradient_checkpointing", "true")
     done = wagle(*options(objective, *model, "--trainer.precision", "bf16-mixed", **given))
-    assert moved(tiny_model)
+    assert changed(tiny_model)
     assert ("train/retain_loss" in done.trainer.logged_metrics) == (retain != "none")
 
 
@@ -85,7 +82,7 @@ def test_objective_and_mask_and_class_paths(wagle: Any, tiny_model: str) -> None
     config = {"model": {"class_path": "UnlearnModule", "init_args": init}}
     Path("run.yaml").write_text(json.dumps({**config, "trainer": {"max_steps": 2}}))
     wagle("fit", "-c", "run.yaml")
-    assert moved(tiny_model) == {f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)}
+    assert changed(tiny_model) == {f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)}
     assert recorded()["objective"]["forget_weight"] == "cosine:1->0.1"
     assert recorded()["objective"]["retain"] == {"class": "HiddenMSE", "layer": 0}
 
@@ -94,7 +91,7 @@ def test_rmu_moves_the_matrices_near_its_block_alone(
     wagle: Any, options: Any, tiny_model: str
 ) -> None:
     done = wagle(*options("RMU", layer=0))
-    assert moved(tiny_model) == {"model.layers.0.mlp.down_proj.weight"}
+    assert changed(tiny_model) == {"model.layers.0.mlp.down_proj.weight"}
     assert done.model._needs_theta0
     assert "bit-identical" in recorded()["verified"]
 
@@ -107,7 +104,7 @@ def test_altpo_prefers_the_alternates(
     forget = [json.loads(row) for row in Path(rows["forget"]).read_text().splitlines()]
     given = write_rows(Path("rows.jsonl"), [{**row, "alternate": "Nobody."} for row in forget])
     done = wagle(*options("AltPO", "--data.forget", given, "--trainer.max_steps 8"))
-    assert moved(tiny_model)
+    assert changed(tiny_model)
     batch = next(iter(done.datamodule.stream_loader("alternate")))["alternate"]
     text = done.model.tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True)
     assert text.strip().endswith("Nobody.")
@@ -120,17 +117,11 @@ def test_mistakes_end_in_one_line(
     def message(*args: Any, **given: Any) -> str:
         return fails(*options(*args, **given))
 
-    assert "objective.beta must be above 0, got -1.0" in message("NPO", beta=-1)
     assert "objective.layer must be from 0 to 1, the last block of this model; got 7" in message(
         "RMU", layer=7
     )
     assert "matches no parameter" in message("RMU", layer=1, trainable="experts")
-    unknown = message("npoo")
-    assert "unknown objective 'npoo'; choose one of AltPO, CEU, DPO" in unknown
-    assert "WGA" in unknown
-    assert "choose one of HiddenMSE, KL, NLL, NONE" in message("NPO", retain="x")
     assert "model.top_k must be at least 1" in message("NPO", "--model.top_k", "0")
-    assert "neither a number nor a schedule" in message("PO", retain_weight="up")
 
     empty, texts = tmp_path / "refusals.txt", tmp_path / "texts.jsonl"
     empty.write_text("\n")
@@ -138,9 +129,6 @@ def test_mistakes_end_in_one_line(
     assert "has no lines" in message("PO", "--data.refusals", empty)
     no_question = message("PO", "--data.forget", texts)
     assert "row 1: there is no question to refuse" in no_question
-    no_retain = ["--data", "ForgetRetainDataModule", "--data.forget", rows["forget"]]
-    line = fails(*options("NPO", *no_retain), data=False)
-    assert "this run needs retain rows: give --data.retain" in line
 
 
 @pytest.mark.parametrize(

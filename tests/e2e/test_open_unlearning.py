@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 import yaml
-from helpers import LLAMA_3, QUIET
+from helpers import LLAMA_3, QUIET, write_classifier, write_model
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from wagle_pl.cli import app as cli
 from wagle_pl.cli.lightning import WagleCLI
@@ -77,19 +76,9 @@ def family(tmp_path_factory: pytest.TempPathFactory, tiny_model: str) -> Any:
     def make(name: str) -> str:
         kind, template, _ = FAMILIES[name]
         if name not in made:
-            folder = tmp_path_factory.mktemp(name)
             tokenizer = AutoTokenizer.from_pretrained(tiny_model)
             tokenizer.chat_template = template
-            special = {
-                "pad_token_id": tokenizer.pad_token_id,
-                "eos_token_id": tokenizer.eos_token_id,
-            }
-            config = getattr(transformers, f"{kind}Config")(
-                vocab_size=len(tokenizer), **special, **SIZE
-            )
-            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            made[name] = str(folder)
+            made[name] = write_model(kind, tmp_path_factory.mktemp(name), tokenizer, **SIZE)
         return made[name]
 
     return make
@@ -129,42 +118,27 @@ def test_what_a_name_stands_for(name: str) -> None:
     assert books["model.output"] == f"runs/muse/{name}/npo" and "data.system_prompt" not in books
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_a_step_on_its_architecture_and_its_prompt(
-    wagle: Any, family: Any, rows: dict[str, str], kind: str
-) -> None:
-    name = next(name for name in MODELS if name.startswith(kind))
+@pytest.fixture
+def step(wagle: Any, family: Any, rows: dict[str, str]) -> Any:
+    """A step of a family's model by their configurations: step("Phi-3.5", "option …"); returns the CLI object."""
     configs = "--config tofu/unlearn_open-unlearning --config model/open-unlearning"
     data = ("--data.forget", rows["forget"], "--data.retain", rows["retain"])
     quick = "--trainer.max_steps 1 --trainer.precision 32-true --trainer.callbacks null --trainer.devices 1"
-    options = (f"--run.name {name} --model.model", family(kind), *data, QUIET, quick)
-    ran = wagle("fit", configs, *options, data=False)
+
+    def run(kind: str, *options: str) -> Any:
+        model = ("--model.model", family(kind))
+        return wagle("fit", configs, *model, *data, QUIET, quick, *options, data=False)
+
+    return run
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_step_on_its_architecture_and_its_prompt(step: Any, kind: str) -> None:
+    name = next(name for name in MODELS if name.startswith(kind))
+    ran = step(kind, f"--run.name {name}")
     assert ran.model.global_step == 1 and ran.model.prompts["prompt"] == FAMILIES[kind][2]
     objective = ran.model.objective
     assert (objective.beta, objective.reduction, objective.average) == (0.1, "sum", "tokens")
-
-
-def classifier(tiny_model: str) -> str:
-    """Folder of a tiny classifier with two labels, of random weights."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    first = (
-        "<|user|>",
-        tokenizer.convert_tokens_to_ids("<|user|>"),
-    )  # so that no text is without a token
-    form = TemplateProcessing(single="<|user|> $A", special_tokens=[first])
-    tokenizer.backend_tokenizer.post_processor = form
-    sizes = {
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-    }
-    config = transformers.BertConfig(
-        vocab_size=len(tokenizer), id2label={0: "clean", 1: "noise"}, **sizes
-    )
-    transformers.BertForSequenceClassification(config).save_pretrained("classifier")
-    tokenizer.save_pretrained("classifier")
-    return "classifier"
 
 
 def test_their_files_are_written_and_compared_with(
@@ -177,10 +151,13 @@ def test_their_files_are_written_and_compared_with(
         "test",
         f"--model EvaluationModule --model.model {tiny_model} --model.suite tofu --model.max_new_tokens 4",
     )
-    gibberish = classifier(tiny_model)
-    options = (
-        f"--format openunlearning --model.bootstrap 5 --model.gibberish_classifier {gibberish}"
-    )
+    tokenizer, first = AutoTokenizer.from_pretrained(tiny_model), "<|user|>"
+    # so that no text is without a token
+    begun = (first, tokenizer.convert_tokens_to_ids(first))
+    form = TemplateProcessing(single=f"{first} $A", special_tokens=[begun])
+    tokenizer.backend_tokenizer.post_processor = form
+    write_classifier("classifier", tokenizer, "clean", "noise")
+    options = "--format openunlearning --model.bootstrap 5 --model.gibberish_classifier classifier"
     wagle(*test, "--model.output out", options, *data)
     summary = json.loads(Path("out/TOFU_SUMMARY.json").read_text())
     metrics = json.loads(Path("out/metrics.json").read_text())
@@ -197,19 +174,8 @@ def test_their_files_are_written_and_compared_with(
     assert module.metrics["forget_quality"] == 1
 
 
-def test_another_objective_takes_the_means_over(
-    wagle: Any, family: Any, rows: dict[str, str]
-) -> None:
-    configs = "--config tofu/unlearn_open-unlearning --config model/open-unlearning"
-    data = ("--data.forget", rows["forget"], "--data.retain", rows["retain"])
-    quick = "--trainer.max_steps 1 --trainer.precision 32-true --trainer.callbacks null --trainer.devices 1"
-    options = (
-        f"--model.model {family('Llama-3')} --model.objective WGA --run.method wga",
-        *data,
-        QUIET,
-        quick,
-    )
-    ran = wagle("fit", configs, *options, data=False)
+def test_another_objective_takes_the_means_over(step: Any) -> None:
+    ran = step("Llama-3", "--model.objective WGA --run.method wga")
     assert type(ran.model.objective).__name__ == "WGA" and ran.model.objective.average == "tokens"
     assert ran.model.output.endswith("wga")
 

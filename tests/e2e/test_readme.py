@@ -25,29 +25,16 @@ def mine(tmp_path, monkeypatch):
 
 def test_examples_run(mine, wagle, tiny_model, tmp_path):
     fit = (
-        "fit",
-        "--trainer.accelerator",
-        "cpu",
-        "--trainer.enable_checkpointing",
-        "false",
-        "--trainer.max_steps",
-        "3",
+        "fit --trainer.accelerator cpu --trainer.enable_checkpointing false --trainer.max_steps 3",
+        "--trainer.logger false --data mine.Numbers --data.batch_size 4 --model.model",
+        tiny_model,
     )
-    fit += ("--trainer.logger", "false", "--data", "mine.Numbers", "--data.batch_size", "4")
-    model = ("--model.model", tiny_model)
-    options = ("--model.score", "mine.Product", "--model.density", "0.25", "--model.output", "mask")
-    module = wagle(*fit, "--model", "AttributionModule", *model, *options, data=False).model
+    attribute = "--model AttributionModule --model.score mine.Product --model.density 0.25"
+    module = wagle(*fit, attribute, "--model.output mask", data=False).model
     assert type(module.specs[0].score).__name__ == "Product"
     assert WeightMask.load("mask").density == pytest.approx(0.25, abs=1e-4)
-    options = (
-        "--model.objective",
-        "mine.Flat",
-        "--model.mask",
-        "mask.safetensors",
-        "--model.output",
-        "out",
-    )
-    module = wagle(*fit, "--model", "UnlearnModule", *model, *options, data=False).model
+    unlearn = "--model UnlearnModule --model.objective mine.Flat --model.mask mask.safetensors"
+    module = wagle(*fit, unlearn, "--model.output out", data=False).model
     assert type(module.objective).__name__ == "Flat" and module.global_step == 3
     assert (tmp_path / "out/model.safetensors").exists()
 

@@ -5,10 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from helpers import same_bits, trapped
+from helpers import SaveAt, same_bits, trainer, trapped
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
@@ -28,18 +27,6 @@ class KillAt(Callback):
         if type(self).batches == 0:
             raise KeyboardInterrupt
         type(self).batches -= 1
-
-
-class SaveAt(Callback):
-    """Writes a checkpoint after a number of batches, wherever in a step that is, and then stops the run."""
-
-    batches = 0
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        type(self).batches -= 1
-        if type(self).batches == 0:
-            trainer.save_checkpoint("middle.ckpt")
-            raise KeyboardInterrupt
 
 
 ATTRIBUTE = "fit --model AttributionModule --model.output mask --model.density 0.4"
@@ -113,12 +100,12 @@ def test_a_checkpoint_at_any_batch_continues_to_the_same_bits(
     short = f"--trainer.max_epochs 2 --data.batch_size {size} --trainer.enable_checkpointing false"
     fit = (training("npo", accumulate), "--model.model", dropping_model, short)
     wagle(*fit, "--model.output whole")
-    for saved_after in saves:
-        SaveAt.batches, resumed = saved_after, f"--model.output resumed{saved_after}"
+    for SaveAt.left in saves:
+        output = f"resumed{SaveAt.left}"
         with pytest.raises((KeyboardInterrupt, SystemExit)):
-            wagle(*fit, resumed, "--trainer.callbacks test_resume.SaveAt")
-        wagle(*fit, resumed, "--ckpt_path middle.ckpt")
-        assert same_bits("whole", f"resumed{saved_after}")
+            wagle(*fit, f"--model.output {output}", "--trainer.callbacks helpers.SaveAt")
+        wagle(*fit, f"--model.output {output}", "--ckpt_path middle.ckpt")
+        assert same_bits("whole", output)
     if accumulate == 1:
         wagle(*fit, "--model.output again")
         assert same_bits("whole", "again")
@@ -143,14 +130,13 @@ def test_load_from_checkpoint(wagle, tiny_model, rows, kind):
         assert all(torch.equal(written[name], here[name]) for name in here)
     ids = module.tokenizer("Who?", return_tensors="pt").input_ids
     assert module.lm.generate(ids, max_new_tokens=3, do_sample=False).shape[1] >= ids.shape[1]
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = L.Trainer(callbacks=[evaluate := Evaluate()], accelerator="cpu", **quiet)
+    tester = trainer(callbacks=[evaluate := Evaluate()])
     data = ForgetRetainDataModule(rows["forget"], rows["retain"])
-    trainer.test(module, data, verbose=False)
+    tester.test(module, data, verbose=False)
     tested = wagle("test --model EvaluationModule --model.model out --model.output tested").model
     assert evaluate.metrics == pytest.approx(tested.metrics, rel=1e-4)
     with pytest.raises(WagleError, match="the checkpoint as ckpt_path"):
-        trainer.fit(module, data)
+        tester.fit(module, data)
 
 
 def test_a_checkpoint_file(wagle: Any, fails: Any, tiny_model: str) -> None:

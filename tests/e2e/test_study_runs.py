@@ -16,7 +16,6 @@ from wagle_pl.cli.app import run as real_run
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.people import bundled
 from wagle_pl.evaluation.results import load_table
-from wagle_pl.lm.tiny import create_tiny_llama
 from wagle_pl.study import Study
 from wagle_pl.study.grid import passes
 from wagle_pl.study.runs import LOCK_FILE, RunTable, locked
@@ -85,21 +84,19 @@ def test_a_second_study_is_kept_out_and_a_dead_one_replaced(tmp_path, heard):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tmp_path_factory, tiny_model):
     """Folder with a target that knows a few rows by heart, a retrained model, and the rows."""
     folder = tmp_path_factory.mktemp("study")
     for name, count in (("forget", 6), ("retain", 8)):
         rows = [{k: row[k] for k in ("question", "answer")} for row in bundled(name)[:count]]
         write_rows(folder / f"{name}.jsonl", rows)
-    texts = [row[column] for row in bundled("forget") for column in ("question", "answer")]
-    create_tiny_llama(folder / "base", texts, vocab_size=400, hidden_size=32, layers=2, heads=4)
     trainer = {"max_epochs": 60, "default_root_dir": folder, "enable_checkpointing": "false"}
     trained = [
         *data_options(files(folder)),
         *QUIET.split(),
         *(f"--trainer.{k}={v}" for k, v in trainer.items()),
     ]
-    trained += ["--optimizer=MaskedAdamW", "--optimizer.lr=1e-2", f"--model.model={folder}/base"]
+    trained += ["--optimizer=MaskedAdamW", "--optimizer.lr=1e-2", f"--model.model={tiny_model}"]
     for name, rows in (("target", "all"), ("retrained", "retain")):
         module = ["--model=FinetuneModule", f"--model.output={folder}/{name}"]
         real_run(["fit", *module, f"--model.train_on={rows}", *trained])
@@ -427,16 +424,6 @@ def test_in_pieces(config, capsys):
 # -- mistakes --------------------------------------------------------------------------------------
 
 
-def refused(capsys, *args):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        study(*args)
-    lines = capsys.readouterr().err.strip().splitlines()
-    (line,) = [line for line in lines if line.startswith("wagle: error: ")]
-    assert exit_.value.code == 2
-    return line
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -480,36 +467,41 @@ def refused(capsys, *args):
         ),
     ],
 )
-def test_mistakes_that_show_at_once(config, capsys, changes, said):
-    assert said in refused(capsys, config(**changes))
+def test_mistakes_that_show_at_once(config, fails, changes, said):
+    assert said in fails("study --config", config(**changes), data=False)
     assert not Path("out").exists()
 
 
-def test_mistakes_that_the_model_shows(config, capsys, tmp_path):
+def test_mistakes_that_the_model_shows(config, fails, tmp_path):
+    def refused(**changes):
+        return fails("study --config", config(**changes), data=False)
+
     said = "is not measured at every point"
-    line = refused(capsys, config(utility="retain/bleu"))
+    line = refused(utility="retain/bleu")
     assert f"--utility: 'retain/bleu' {said}; there are: forget/exact_memorization" in line
     generating = {"generate": "end", "module": {"max_new_tokens": 2}}
-    line = refused(capsys, config(utility="retain/rougeL_recall", **generating))
+    line = refused(utility="retain/rougeL_recall", **generating)
     assert f"{said} (it needs --generate always)" in line
     lean = {"output": "lean", "along": "answers"}
-    line = refused(capsys, config(utility="retain/exact_memorization", **lean))
+    line = refused(utility="retain/exact_memorization", **lean)
     assert f"{said} (it needs --along all)" in line
     bools = {"lm_head.weight": torch.ones(3, 2, dtype=torch.bool)}
     other = WeightMask.from_bools(bools).save(tmp_path / "other")
-    line = refused(capsys, config(masks=["dense", {"file": str(other)}]))
+    line = refused(masks=["dense", {"file": str(other)}])
     assert f"masks: mask {other}" in line and "another model" in line
 
 
-def test_another_study_in_the_folder_is_refused_once_there_are_runs(config, capsys, models):
+def test_another_study_in_the_folder_is_refused_once_there_are_runs(
+    config, fails, models, tiny_model
+):
     quick = {"masks": ["dense"], **SHORT}
-    study(config(target=f"{models}/base", limit_test=3, **quick), "--hours", "0")
+    study(config(target=tiny_model, limit_test=3, **quick), "--hours", "0")
     study(config(**quick))
     assert [row["step"] for row in rows_of()] == [2]
     before = {file: file.read_bytes() for file in Path("out").rglob("*") if file.is_file()}
-    line = refused(capsys, config(target=f"{models}/retrained", **quick))
+    line = fails("study --config", config(target=f"{models}/retrained", **quick), data=False)
     assert "holds results of another test (other model); choose another --output" in line
-    line = refused(capsys, config(**{**quick, "steps": 3}))
+    line = fails("study --config", config(**{**quick, "steps": 3}), data=False)
     assert "out/study.parquet holds runs with other settings (length): choose another --" in line
     assert before == {file: file.read_bytes() for file in Path("out").rglob("*") if file.is_file()}
 

@@ -7,14 +7,12 @@ import json
 import pyarrow.parquet
 import pytest
 import torch
+from helpers import QUIET
 
 from wagle_pl.lm.models import load_tokenizer
 
-QUIET = (
-    "--trainer.accelerator cpu --trainer.devices 1 --trainer.logger false "
-    "--trainer.enable_progress_bar false --trainer.enable_model_summary false"
-)
-STEP = f"{QUIET} --trainer.max_steps 1 --trainer.enable_checkpointing false --data.batch_size 2"
+ONE = f"{QUIET} --trainer.devices 1"
+STEP = f"{ONE} --trainer.max_steps 1 --trainer.enable_checkpointing false --data.batch_size 2"
 
 SUITES = {
     "muse": "MUSEDataModule --data.chunk_size 30 --data.prompt_size 10 --data.max_length 60",
@@ -35,14 +33,10 @@ def data_of(suite, folder):
 def test_one_step_of_each_kind(wagle, tiny_model, tmp_path, request, suite):
     folder = request.getfixturevalue(suite)
     data = data_of(suite, folder)
-    kinds = {
-        "target": ("FinetuneModule",),
-        **{name: ("UnlearnModule", "--model.objective", name) for name in ("NPO", "PO")},
-    }
-    for output, kind in kinds.items():
-        arguments = ("fit", "--model", *kind, "--model.model", tiny_model, "--model.output", output)
-        module = wagle(*arguments, *data, *STEP.split(), data=False).model
-        assert module.global_step == 1 and (tmp_path / output / "model.safetensors").exists()
+    for objective in ("NPO", "PO"):
+        fit = f"fit --model UnlearnModule --model.objective {objective} --model.output {objective}"
+        module = wagle(fit, "--model.model", tiny_model, *data, STEP, data=False).model
+        assert module.global_step == 1 and (tmp_path / objective / "model.safetensors").exists()
         assert torch.isfinite(module.trainer.callback_metrics["train/loss"])
     record = json.loads((tmp_path / "PO/wagle.json").read_text())
     assert str(folder) in record["lineage"][-1]["data"]["forget"]
@@ -62,7 +56,7 @@ def test_one_step_of_each_kind(wagle, tiny_model, tmp_path, request, suite):
 def test_the_numbers_of_a_benchmark(wagle, tiny_model, tmp_path, request, suite, whole):
     test = f"test --model EvaluationModule --model.model {tiny_model} --model.output out".split()
     data = data_of(suite, request.getfixturevalue(suite))
-    wagle(*test, *data, *QUIET.split(), data=False)
+    wagle(*test, *data, ONE, data=False)
     found = json.loads((tmp_path / "out/metrics.json").read_text())
     undefined = json.loads((tmp_path / "out/metrics.info.json").read_text())["undefined"]
     # the tiny model may say too little to be fluent
@@ -72,9 +66,7 @@ def test_the_numbers_of_a_benchmark(wagle, tiny_model, tmp_path, request, suite,
 def test_a_book_is_recited_to_the_end(wagle, book, tiny_model, tmp_path):
     """Generations as long as the book's own continuations, whatever length is asked for; other sets keep to that."""
     test = "test --model EvaluationModule --model.max_new_tokens 6 --model.output out --model.model"
-    module = wagle(
-        *test.split(), tiny_model, *data_of("book", book), *QUIET.split(), data=False
-    ).model
+    module = wagle(*test.split(), tiny_model, *data_of("book", book), ONE, data=False).model
     tokenizer = load_tokenizer(tiny_model)
     answers = [row.answer for row in module.trainer.datamodule.test_examples("forget")]
     longest = max(len(tokenizer(answer)["input_ids"]) for answer in answers)
@@ -86,9 +78,7 @@ def test_a_book_is_recited_to_the_end(wagle, book, tiny_model, tmp_path):
 
 def test_one_line_on_the_command_line(fails, tiny_model, tmp_path):
     fit = ("fit", "--model", "UnlearnModule", "--model.model", tiny_model, "--model.output", "out")
-    line = fails(
-        *fit, "--data", "WMDPDataModule", "--data.folder", tmp_path, *STEP.split(), data=False
-    )
+    line = fails(*fit, "--data", "WMDPDataModule", "--data.folder", tmp_path, STEP, data=False)
     expected = "expected wmdp-bio-forget-corpus/train.json"
     assert f"has no cais/wmdp-bio-forget-corpus train: {expected}" in line
     assert not (tmp_path / "out").exists()

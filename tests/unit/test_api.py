@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from datasets import Dataset
-from helpers import same_bits
+from helpers import same_bits, trainer
 from huggingface_hub import HfApi
 
 from wagle_pl import (
@@ -31,19 +30,13 @@ FORGET = [{k: row[k] for k in ("question", "answer")} for row in bundled("forget
 RETAIN = [{k: row[k] for k in ("question", "answer")} for row in bundled("retain")[:6]]
 
 
-def fit(module: L.LightningModule, data: L.LightningDataModule, **options: Any) -> None:
-    quiet = dict.fromkeys(
-        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-    )
-    L.Trainer(accelerator="cpu", devices=1, **quiet, **options).fit(module, data)
-
-
 @pytest.fixture(scope="module")
 def knowing(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model that has learnt all rows."""
     folder = str(tmp_path_factory.mktemp("models") / "knowing")
     module = FinetuneModule(tiny_model, output=folder, lr=1e-2)
-    fit(module, ForgetRetainDataModule(forget=FORGET, retain=RETAIN, batch_size=9), max_epochs=90)
+    data = ForgetRetainDataModule(forget=FORGET, retain=RETAIN, batch_size=9)
+    trainer(max_epochs=90).fit(module, data)
     return folder
 
 
@@ -55,11 +48,11 @@ def test_a_model_a_mask_and_rows_may_be_objects(
     before = {name: p.detach().clone() for name, p in lm.named_parameters()}
     data = ForgetRetainDataModule(forget=FORGET, retain=Dataset.from_list(RETAIN))
     attribution = AttributionModule(lm, density=0.1)
-    fit(attribution, data)
+    trainer().fit(attribution, data)
     assert attribution.mask is not None
     assert attribution.mask.count() == int(0.1 * lm.num_parameters())
     module = UnlearnModule(lm, objective="GradDiff", mask=attribution.mask, lr=1e-2)
-    fit(module, data, max_steps=2)
+    trainer(max_steps=2).fit(module, data)
     assert module.lm is lm
     moved = {name: p != before[name] for name, p in lm.named_parameters()}
     assert any(m.any() for m in moved.values())

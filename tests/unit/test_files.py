@@ -63,19 +63,33 @@ def _umask() -> int:
     return mask
 
 
-@pytest.mark.parametrize("error", [False, True])
-def test_nothing_is_left_beside(tmp_path: Path, error: bool) -> None:
+def test_nothing_is_left_beside(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    try:
-        with atomic_path(tmp_path / "out") as temporary:
-            temporary.mkdir()
-            (temporary / "new").write_text("new")
-            if error:
-                raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        pass
+    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "out") as temporary:
+        temporary.mkdir()
+        (temporary / "new").write_text("new")
+        raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (tmp_path / "out/new").exists() is not error
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("before", ["nothing", "a file", "a folder", "a link"])
+def test_a_folder_takes_the_place_of_what_was_there(tmp_path: Path, before: str) -> None:
+    place, elsewhere = tmp_path / "place", tmp_path / "elsewhere"
+    if before == "a file":
+        place.write_text("old")
+    elif before != "nothing":
+        kept = place if before == "a folder" else elsewhere
+        kept.mkdir()
+        (kept / "old").write_text("old")
+    if before == "a link":
+        place.symlink_to(elsewhere)
+    with atomic_path(place) as temporary:
+        temporary.mkdir()
+        (temporary / "new").write_text("new")
+    assert [path.name for path in place.iterdir()] == ["new"]
+    assert place.is_symlink() == (before == "a link")
+    assert {path.name for path in tmp_path.iterdir()} <= {"place", "elsewhere"}
 
 
 @pytest.mark.parametrize("name", ["../../x", "a/b", "/x", "..", ".", "a\0b"])

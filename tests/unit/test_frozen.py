@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from helpers import random_bools, trainer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -123,12 +124,19 @@ def check_moved(stack: Stack, start: dict[str, Tensor], mask: WeightMask) -> boo
 
 def random_mask(stack: Stack, density: float, seed: int) -> WeightMask:
     """Each weight selected with probability ``density``, and one weight for sure."""
-    generator = torch.Generator().manual_seed(seed)
-    bools = {
-        n: torch.rand(p.shape, generator=generator) < density for n, p in stack.named_parameters()
-    }
+    bools = random_bools({n: p.shape for n, p in stack.named_parameters()}, density, seed)
     bools[list(bools)[seed % len(bools)]].view(-1)[0] = True
     return WeightMask.from_bools(bools)
+
+
+def unlearning(
+    make_optimizer: Any, precision: str = "32-true", cls: type = Unlearn, **options: Any
+) -> tuple[Any, dict[str, Tensor]]:
+    """A run on a stack of which four tenths are selected, and the bits that it starts with."""
+    stack = made([6, 5], 1, precision)
+    start, module = start_of(stack), cls(stack, random_mask(stack, 0.4, 1), **options)
+    module.make_optimizer = make_optimizer
+    return module, start
 
 
 def fit(
@@ -143,18 +151,10 @@ def fit(
         folder, filename="{step}", save_top_k=-1, every_n_train_steps=options.pop("every", 1)
     )
     callbacks = [callback, *options.pop("callbacks", ())]
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_steps=steps,
-        logger=False,
-        callbacks=callbacks,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{"max_epochs": 99, **options},
-    )
-    trainer.fit(module, loader, ckpt_path=resume, weights_only=False if resume else None)
-    return trainer
+    given = {"max_epochs": 99, "enable_checkpointing": True, **options}
+    made = trainer(max_steps=steps, callbacks=callbacks, **given)
+    made.fit(module, loader, ckpt_path=resume, weights_only=False if resume else None)
+    return made
 
 
 @pytest.mark.parametrize("optimizer", sorted(KINDS))
@@ -234,11 +234,9 @@ def test_frozen_weights_keep_their_bits(
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_every_optimizer_moves_selected_weights_only(tmp_path: Path, precision: str) -> None:
     for name in KINDS:
-        stack = made([6, 5], 1, precision)
-        start, unlearn = start_of(stack), Unlearn(stack, random_mask(stack, 0.4, 1), verify="step")
-        unlearn.make_optimizer = partial(make, name, decay=0.2)
+        unlearn, start = unlearning(partial(make, name, decay=0.2), precision, verify="step")
         fit(unlearn, tmp_path / name, 3, precision=precision)
-        assert check_moved(stack, start, unlearn.given_mask), name
+        assert check_moved(unlearn.lm, start, unlearn.given_mask), name
 
 
 class OfOld(torch.optim.Optimizer):
@@ -259,9 +257,7 @@ class OfOld(torch.optim.Optimizer):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_an_optimizer_of_ones_own(tmp_path: Path, precision: str) -> None:
     """What it did is seen by the next forward pass, and frozen weights keep their bits."""
-    stack = made([6, 5], 1, precision)
-    start, seen = start_of(stack), []
-    unlearn = Unlearn(stack, random_mask(stack, 0.4, 1), verify="step")
+    (unlearn, start), seen = unlearning(OfOld, precision, verify="step"), []
 
     def loss(batch: Tensor, batch_idx: int) -> Tensor:
         weights = [(n, t.parameter, t.values) for n, t in unlearn.selected.tensors.items()]
@@ -270,19 +266,17 @@ def test_an_optimizer_of_ones_own(tmp_path: Path, precision: str) -> None:
         return value
 
     unlearn.training_step = loss
-    unlearn.make_optimizer = OfOld
     fit(unlearn, tmp_path, 3, precision=precision)
     assert seen == [True] * 3
-    assert check_moved(stack, start, unlearn.given_mask)
+    assert check_moved(unlearn.lm, start, unlearn.given_mask)
 
 
 def averaged(
     tmp_path: Path, callback: Any, precision: str, steps: int = 5, **options: Any
 ) -> tuple[Unlearn, dict[str, list[Tensor]]]:
     """A run with an averaging callback; what it ends with, and the values after each step."""
-    stack, values = made([6, 5], 1, precision), {}
-    start, unlearn = start_of(stack), Unlearn(stack, random_mask(stack, 0.4, 1), verify="step")
-    unlearn.make_optimizer = lambda p: torch.optim.SGD(p, lr=0.3, weight_decay=0.1)
+    sgd, values = partial(torch.optim.SGD, lr=0.3, weight_decay=0.1), {}
+    unlearn, start = unlearning(sgd, precision, verify="step")
 
     class Note(L.Callback):
         def on_train_batch_end(self, *_: Any) -> None:
@@ -291,7 +285,7 @@ def averaged(
                     values.setdefault(name, []).append(tensor.values.detach().clone())
 
     fit(unlearn, tmp_path, steps, precision=precision, callbacks=[Note(), callback], **options)
-    assert check_moved(stack, start, unlearn.given_mask)
+    assert check_moved(unlearn.lm, start, unlearn.given_mask)
     return unlearn, values
 
 
@@ -331,11 +325,8 @@ def test_stochastic_weight_averaging_averages(tmp_path: Path, precision: str) ->
     ],
 )
 def test_optimizers_that_are_refused(tmp_path: Path, cls: Any, message: str) -> None:
-    stack = Stack([6, 5], seed=1)
-    unlearn = Unlearn(stack, random_mask(stack, 0.4, 1))
-    unlearn.make_optimizer = partial(cls, lr=0.1)
     with pytest.raises(WagleError, match=message):
-        fit(unlearn, tmp_path, 1)
+        fit(unlearning(partial(cls, lr=0.1))[0], tmp_path, 1)
 
 
 # -- what is not finite -----------------------------------------------------------------------------------------------
@@ -356,9 +347,7 @@ class Spoilt(Unlearn):
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(
     tmp_path: Path, precision: str
 ) -> None:
-    stack = made([6, 5], 1, precision)
-    unlearn = Spoilt(stack, random_mask(stack, 0.4, 1))
-    unlearn.make_optimizer = lambda p: torch.optim.AdamW(p, lr=0.1)
+    unlearn, _ = unlearning(partial(torch.optim.AdamW, lr=0.1), precision, Spoilt)
     with pytest.raises(
         WagleError, match=r"gradient of weights\.0 is not finite at step 2, though the loss"
     ):
@@ -375,9 +364,7 @@ def test_on_a_gpu_it_stops_the_run_a_step_late_and_before_anything_is_written(
 ) -> None:
     """Before the next checkpoint, step or end, whichever comes first."""
     monkeypatch.setattr(FiniteSteps, "waits", staticmethod(lambda device: False))
-    stack = made([6, 5], 1, "32-true")
-    unlearn = Spoilt(stack, random_mask(stack, 0.4, 1))
-    unlearn.make_optimizer = lambda p: torch.optim.AdamW(p, lr=0.1)
+    unlearn, _ = unlearning(partial(torch.optim.AdamW, lr=0.1), cls=Spoilt)
     with pytest.raises(Diverged, match=r"gradient of weights\.0 is not finite at step 2, though"):
         fit(unlearn, tmp_path, steps, every=every)
     written = [f"step={step}.ckpt" for step in (1, 2) if every == 1]
@@ -387,15 +374,13 @@ def test_on_a_gpu_it_stops_the_run_a_step_late_and_before_anything_is_written(
 
 def test_values_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
     """An optimiser makes them of a gradient that is finite."""
-    stack = Stack([6, 5], seed=1)
-    unlearn = Unlearn(stack, random_mask(stack, 0.4, 1))
 
     class Overflowing(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:
             self.param_groups[0]["lr"] = float("inf")
             return super().step(closure)
 
-    unlearn.make_optimizer = lambda p: Overflowing(p, lr=1.0)
+    unlearn, _ = unlearning(partial(Overflowing, lr=1.0))
     with pytest.raises(
         WagleError, match=r"weights\.\d_selected are not finite at step 1: they are not written"
     ):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import LLAMA, random_bools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, safe_open, save_file
@@ -22,24 +23,6 @@ from wagle_pl.masks.bits import count_bits, filled_bits, pack_bits, random_bits,
 from wagle_pl.masks.names import in_module, layer_of, module_label, parse_layers
 
 LAWS = settings(max_examples=80, deadline=None)
-
-LLAMA = {
-    "model.embed_tokens.weight": (11, 4),
-    **{
-        f"model.layers.{i}.{name}.weight": shape
-        for i in range(4)
-        for name, shape in {
-            "self_attn.q_proj": (4, 4),
-            "self_attn.k_proj": (2, 4),
-            "mlp.up_proj": (5, 4),
-            "mlp.down_proj": (4, 5),
-            "input_layernorm": (4,),
-            "post_attention_layernorm": (4,),
-        }.items()
-    },
-    "model.norm.weight": (4,),
-    "lm_head.weight": (11, 4),
-}
 
 
 @st.composite
@@ -61,15 +44,6 @@ def bool_pairs(draw: st.DrawFn) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def as_mask(bools: dict[str, Tensor], **metadata: Any) -> WeightMask:
     return WeightMask.from_bools(bools, metadata)
-
-
-def random_bools(
-    shapes: dict[str, tuple[int, ...]], density: float = 0.3, seed: int = 0
-) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.rand(shape, generator=generator) < density for name, shape in shapes.items()
-    }
 
 
 def same(mask: WeightMask, bools: dict[str, Tensor]) -> bool:

@@ -11,7 +11,8 @@ from wagle_pl.study.recovery import at_the_level, tables
 from wagle_pl.study.summary import Compared, summarise
 from wagle_pl.study.text import by_objective, shown
 
-STUDIES = sorted((Path(__file__).parents[2] / "configs").glob("*/results/study*.json"))
+CONFIGS = Path(__file__).parents[2] / "configs"
+STUDIES = sorted(CONFIGS.glob("*/results/study*.json"))
 
 
 @pytest.fixture(
@@ -37,20 +38,18 @@ def same(a, b):
     return a == b
 
 
+def by(found):
+    """What a study goes by."""
+    names = ("forget", "utility", "target", "forget_level", "forget_sign", "utility_sign")
+    return Compared(*(found[name] for name in names))
+
+
 def test_the_comparison_follows_from_the_table(found, study):
-    by = Compared(
-        found["forget"],
-        found["utility"],
-        found["target"],
-        found["forget_level"],
-        found["forget_sign"],
-        found["utility_sign"],
-    )
     rows = load_table(study.with_suffix(".parquet"))
     arms = [arm for arm in found["headline"] if arm["own_learning_rates"]]
     own = {(arm["objective"], arm["mask"]) for arm in arms}
-    assert same(json.loads(json.dumps(summarise(rows, by, own))), found["headline"])
-    ends = at_the_level(rows, by, found["retrained"]) if found.get("ends") else []
+    assert same(json.loads(json.dumps(summarise(rows, by(found), own))), found["headline"])
+    ends = at_the_level(rows, by(found), found["retrained"]) if found.get("ends") else []
     assert same(json.loads(json.dumps(ends)), found.get("ends", []))
     assert (
         found["target"]["forget/probability"] >= 0.8
@@ -68,3 +67,36 @@ def test_the_readme_says_what_was_found(found, study):
         assert f"### {title}" in said
         for line in lines:
             assert f"| {' | '.join(line)} |" in said, (title, line)
+
+
+# -- configs/people/survival.md -----------------------------------------------------------------------
+
+ATTACKS = ("no attack", "relearn_forget_5", "relearn_forget_20", "relearn_retain", "quantise_4bit")
+
+
+def survivors(found):
+    """The rows of the table: an arm of which a seed reaches the level each."""
+    ends = {(e["objective"], e["mask"], e["measure"], e["what"]): e for e in found["ends"]}
+    rows = []
+    for arm in found["headline"]:
+        key = arm["objective"], arm["mask"]
+        kept = ends.get((*key, "probability kept", "retain"))
+        if kept is None or kept["mean"] is None:
+            continue
+        came = [ends[(*key, "forget/probability", attack)] for attack in ATTACKS]
+        cells = [
+            f"{e['mean']:.3f}" + (f" ± {e['std']:.3f}" if e["n"] > 1 else "") for e in (kept, *came)
+        ]
+        rows.append(f"| {key[0]} | {key[1]} | {kept['n']}/{arm['seeds']} | {' | '.join(cells)} |")
+    return rows
+
+
+def test_the_table_of_survivors_follows_from_the_runs():
+    found = json.loads((CONFIGS / "people/results/survival.json").read_text())
+    rows = load_table(CONFIGS / "people/results/survival.parquet")
+    ends = at_the_level(rows, by(found), found["retrained"])
+    assert same(json.loads(json.dumps(ends)), found["ends"])
+    page = (CONFIGS / "people/survival.md").read_text(encoding="utf-8")
+    assert len(survivors(found)) >= 16
+    for line in survivors(found):
+        assert line in page, line

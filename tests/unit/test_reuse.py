@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import helpers
 import lightning as L
 import pytest
 import torch
@@ -44,9 +45,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trainer(**options: Any) -> L.Trainer:
-    quiet = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
-    options = {**dict.fromkeys(quiet, False), "callbacks": Evaluate(generate=False), **options}
-    return L.Trainer(**{"max_epochs": 2, "accelerator": "cpu", "devices": 1, **options})
+    """For two epochs, with short tests."""
+    options = {"callbacks": Evaluate(generate=False), "max_epochs": 2, **options}
+    return helpers.trainer(**options)
 
 
 @pytest.fixture
@@ -63,8 +64,9 @@ def module(model: str, output: str, objective: Any, **options: Any) -> UnlearnMo
     return made
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("first", ["test", "validate"])
+@pytest.mark.parametrize(
+    ("name", "first"), [*((name, "test") for name in OBJECTIVES), ("DPO", "validate")]
+)
 def test_a_look_before_the_run_changes_nothing(
     tiny_model: str, data: Any, name: str, first: str
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from helpers import random_bools, trainer
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,10 +30,7 @@ def run(
 ) -> dict[str, Tensor]:
     """Three steps of three rows each; the weights then."""
     data = ForgetRetainDataModule(forget=rows["forget"], retain=rows["retain"], batch_size=3)
-    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    own = {"accelerator": "cpu", "devices": 1, "max_steps": 3, "callbacks": list(callbacks)}
-    trainer = L.Trainer(**{**own, **dict.fromkeys(quiet, False), **options})
-    trainer.fit(module, datamodule=data)
+    trainer(max_steps=3, callbacks=list(callbacks), **options).fit(module, datamodule=data)
     return dict(module.lm.state_dict())
 
 
@@ -40,31 +38,21 @@ def run(
 def mask(tiny_model: str, tmp_path: Path) -> str:
     """File of a mask that selects about a third of every tensor."""
     parameters = dict(load_model(tiny_model).named_parameters())
-    bools = {name: torch.rand(p.shape) < 0.3 for name, p in parameters.items()}
+    bools = random_bools({name: p.shape for name, p in parameters.items()})
     made_by = {"model": tiny_model, "model_fingerprint": fingerprint(parameters.items())}
     return str(WeightMask.from_bools(bools, made_by).save(tmp_path / "mask.safetensors"))
 
 
 @pytest.mark.slow  # seconds of tracing; with AOTAutograd five times as many
 def test_compiled_blocks_take_the_same_steps(
-    tiny_model: str,
-    rows: dict[str, str],
-    mask: str,
-    tmp_path: Path,
-    monkeypatch: Any,
+    tiny_model: str, rows: dict[str, str], mask: str, monkeypatch: Any
 ) -> None:
     """With a mask; all blocks share a program, which nothing breaks."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     counters.clear()
     plain, compiled = (
         run(
-            UnlearnModule(
-                tiny_model,
-                str(tmp_path / f"{compile}"),
-                objective="GradDiff",
-                mask=mask,
-                compile=compile,
-            ),
+            UnlearnModule(tiny_model, objective="GradDiff", mask=mask, compile=compile),
             rows,
             precision="bf16-mixed",
         )
@@ -112,7 +100,6 @@ def test_a_stream_at_a_time_takes_the_same_steps(
     tiny_model: str,
     rows: dict[str, str],
     mask: str,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Bit for bit, with the activations of one stream at a time."""
@@ -202,15 +189,10 @@ def test_packed_rows_have_the_losses_of_padded_ones(
     assert (wrong - padded_sums).abs().max() > 1e-2
 
 
-def test_packed_rows_take_the_same_steps(
-    tiny_model: str, rows: dict[str, str], mask: str, tmp_path: Path
-) -> None:
+def test_packed_rows_take_the_same_steps(tiny_model: str, rows: dict[str, str], mask: str) -> None:
     options = {"objective": "NPO", "mask": mask}
     padded, packed = (
-        run(
-            UnlearnModule(tiny_model, str(tmp_path / f"{packing}"), packing=packing, **options),
-            rows,
-        )
+        run(UnlearnModule(tiny_model, packing=packing, **options), rows)
         for packing in (False, True)
     )
     assert all(torch.allclose(padded[name], packed[name], atol=1e-6) for name in padded)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from helpers import close, weights
+from helpers import close, random_bools, trainer, weights
 from torch import Tensor
 
 from wagle_pl import ForgetRetainDataModule, UnlearnModule, WagleError
@@ -141,12 +140,8 @@ def unlearn(tiny_model: str, rows: dict[str, str], tmp_path: Path) -> Any:
         given = {"objective": o.NPO(retain_weight=0.5), "decay": "constant", "warmup": 0} | options
         module = UnlearnModule(tiny_model, str(tmp_path / name), step_rule=rule, **given)
         module.make_optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.5)
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        counts = {"devices": 1, "max_steps": steps, "accumulate_grad_batches": accumulate}
-        trainer = L.Trainer(accelerator="cpu", enable_checkpointing=False, **counts, **quiet)
-        trainer.fit(
-            module, ForgetRetainDataModule(rows["forget"], rows["retain"], batch_size=batch_size)
-        )
+        data = ForgetRetainDataModule(rows["forget"], rows["retain"], batch_size=batch_size)
+        trainer(max_steps=steps, accumulate_grad_batches=accumulate).fit(module, data)
         return module
 
     return run
@@ -171,11 +166,9 @@ def test_a_rule_on_selected_weights_of_a_model(
     unlearn: Any, tiny_model: str, rows: dict[str, str], tmp_path: Path, rule: StepRule
 ) -> None:
     """A step in two micro-batches, against autograd on the whole batch; frozen weights keep their bits."""
-    lm, generator = load_model(tiny_model).train(), torch.Generator().manual_seed(3)
+    lm = load_model(tiny_model).train()
     named = dict(lm.named_parameters())
-    mask = WeightMask.from_bools(
-        {n: torch.rand(p.shape, generator=generator) < 0.3 for n, p in named.items()}
-    )
+    mask = WeightMask.from_bools(random_bools({n: p.shape for n, p in named.items()}, seed=3))
     options = {"batch_size": 4, "accumulate": 2, "mask": str(mask.save(tmp_path / "mask"))}
     module = unlearn("out", rule, **options)
     data = ForgetRetainDataModule(rows["forget"], rows["retain"], batch_size=8)
