@@ -81,12 +81,10 @@ class TextClassifier:
     def probabilities(
         self, texts: Sequence[str], labels: Sequence[str], batch_size: int = 32
     ) -> list[float]:
-        """The largest probability of some labels, of each text."""
         found = self.classify(list(texts), batch_size=batch_size) if texts else []
         return [max(x["score"] for x in text if x["label"] in labels) for text in found]
 
     def __call__(self, texts: Sequence[str]) -> list[float]:
-        """A number for each text."""
         return self.probabilities(texts, self.labels[:1])
 
     def annotate(self, table: Table, rows: Sequence[Example]) -> None:

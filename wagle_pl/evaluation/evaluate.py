@@ -244,9 +244,8 @@ class Evaluate(Callback):
         return frozenset(needs if self.generate else needs - GENERATED)
 
     def max_new_tokens_of(self, name: str) -> int:
-        """The longest generation from a test set's rows: the benchmark's, or ``max_new_tokens``; of
-        a set that is recited its longest answer's length if that is more, within the data's
-        ``max_length``."""
+        """The longest generation from a test set's rows: the benchmark's, or ``max_new_tokens``; of a
+        recited set its longest answer's length, at most ``data.max_length``, if that is more."""
         fixed = self.active_suite.max_new_tokens.get(name, self.max_new_tokens)
         if name not in self.active_suite.recited:
             return fixed
@@ -335,16 +334,13 @@ class Evaluate(Callback):
 
     def _seen(self, tables: Mapping[str, Table]) -> Observations:
         compared = ("retrained", "reference", "tofu_retrained")
+        results = {name: self._results.get(name) for name in compared}
+        form, corpus = self.truth_ratio_form, getattr(self.data, "corpus", None)
         return Observations(
-            tables,
-            truth_ratio_form=self.truth_ratio_form,
-            general=self.general,
-            corpus=getattr(self.data, "corpus", None),
-            **{name: self._results.get(name) for name in compared},
+            tables, truth_ratio_form=form, general=self.general, corpus=corpus, **results
         )
 
     def info(self, measure: str) -> Info:
-        """What is known of a measure by its name."""
         return self._infos.get(measure) or self.active_suite.info(measure)
 
     # -- test loop --------------------------------------------------------------------------------
@@ -448,20 +444,17 @@ class Evaluate(Callback):
             ability = self._ability()
             report = self._attack(tables)
         values = {**self.measures(tables), **ability.values}
-        self._infos = dict(ability.infos)
-        self.metrics = defined_only(values)
+        self._infos = ability.infos | report.infos()
+        self.metrics = defined_only(values) | report.metrics()
         self.undefined = {k: str(v) for k, v in values.items() if isinstance(v, Undefined)}
-        if report is not None:
-            self.metrics |= report.metrics()
-            self.undefined |= report.undefined()
-            self._infos |= report.infos()
+        self.undefined |= report.undefined()
         self.log_dict(self.metrics, rank_zero_only=True)
         if not trainer.is_global_zero:
             return
         self._write(tables)
         shown = {k: v for k, v in values.items() if k not in ability.values} | ability.shown()
         print(results.comparison(shown, self.info, **self._others()), flush=True)
-        if report is not None:
+        if self.attacks:
             write_json(pl_module.results_folder / attacking.ROBUSTNESS_FILE, report.records())
             print(f"\n{report.table()}", flush=True)
         log.info("test results are in %s", pl_module.results_folder)
@@ -538,10 +531,10 @@ class Evaluate(Callback):
         with _as_in_test_steps(self._trainer.precision_plugin):
             return attacking.run_attacks(attacks, self.subject(tables=tables), {}, {}, {})
 
-    def _attack(self, tables: Mapping[str, Table]) -> Optional[RobustnessReport]:
+    def _attack(self, tables: Mapping[str, Table]) -> RobustnessReport:
         """Attack this model, and the target and the retrained model where they are at hand."""
         if not self.attacks:
-            return None
+            return RobustnessReport([], {})
         found = {
             name: results.model_of(path) for name, path in self.compared.items() if name in OTHERS
         }
@@ -573,7 +566,6 @@ class Evaluate(Callback):
     # tensors made in inference mode and kept, by ZeRO-3 say, are of no use in training
     @torch.inference_mode(False)
     def validation_batch(self, batch: Mapping[str, Any], dataloader_idx: int) -> None:
-        """Observe a batch of validation rows."""
         if not self._names:
             return
         name = self._names[dataloader_idx]
@@ -585,9 +577,9 @@ class Evaluate(Callback):
         """Log the measures, unless this is Lightning's look at the first batches."""
         if self._names and not trainer.sanity_checking:
             tables = {name: merge(records) for name, records in self._partial.items()}
-            if self.val_generate:
-                read = {name: partial(self.annotated, name, tables[name]) for name in tables}
-                tables = {name: distributed.on_rank_zero(read[name]) for name in tables}
+            for name in tables if self.val_generate else ():
+                read = partial(self.annotated, name, tables[name])
+                tables[name] = distributed.on_rank_zero(read)
             values = defined_only(self.measures(tables))
             self.log_dict({f"val/{name}": value for name, value in values.items()}, sync_dist=True)
         self._names, self._partial = [], {}
@@ -617,7 +609,6 @@ class EvaluationModule(LanguageModule):
         self.evaluation.options = "model"
 
     def configure_callbacks(self) -> list[Callback]:
-        """The evaluation."""
         return [self.evaluation]
 
     @property
@@ -627,12 +618,10 @@ class EvaluationModule(LanguageModule):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Numbers of the last test, as in ``metrics.json``."""
         return self.evaluation.metrics
 
     @property
     def undefined(self) -> dict[str, str]:
-        """Measures of the last test that are undefined, and why."""
         return self.evaluation.undefined
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from itertools import product
 from typing import Any, Literal
@@ -192,7 +192,7 @@ def rouge(
     >>> rouge(["the cat sat"], ["the cat sat down"])["rougeL_recall"]
     tensor([0.7500], dtype=torch.float64)
     """
-    scores = [_rouge(stem, *pair) for pair in zip(targets, predictions, strict=True)]
+    scores = list(map(_rouge_scorer(stem), targets, predictions))
     found = {}
     for kind in ("rouge1", "rougeL"):
         for name, field in (("recall", "recall"), ("f1", "fmeasure")):
@@ -201,16 +201,12 @@ def rouge(
     return found
 
 
-@lru_cache(maxsize=50_000)  # rows that are drawn again and again for intervals
-def _rouge(stem: bool, target: str, prediction: str) -> Any:
-    return _rouge_scorer(stem).score(target, prediction)
-
-
 @cache
-def _rouge_scorer(stem: bool) -> Any:
+def _rouge_scorer(stem: bool) -> Callable[[str, str], Any]:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rouge1", "rougeL"], use_stemmer=stem)
+    # of rows that are drawn again and again for intervals
+    return lru_cache(maxsize=50_000)(RougeScorer(["rouge1", "rougeL"], use_stemmer=stem).score)
 
 
 def word_rouge_recall(prediction: str, target: str) -> float:
@@ -301,7 +297,6 @@ def ngram_entropy(text: str) -> float:
 
 
 def _ngram_counts(words: Sequence[str], n: int) -> list[int]:
-    """How often each distinct n-gram occurs."""
     return list(Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1)).values())
 
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Optional, Union
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -88,7 +89,6 @@ class Measure(NamedTuple):
     needs: frozenset[str]  # of the rows, see :mod:`wagle_pl.evaluation.observe`
 
     def info(self, forget: bool) -> Info:
-        """What is known of it, on rows to be forgotten or to keep."""
         return Info(self.unit, self.forget if forget else self.keep, self.what)
 
 
@@ -119,7 +119,6 @@ def measure(
 
 
 def needs_of(names: Iterable[str]) -> frozenset[str]:
-    """All that some measures need."""
     return frozenset().union(*(MEASURES[name].needs for name in names))
 
 
@@ -157,17 +156,13 @@ def intervals(
     """95 % intervals by the bootstrap: measure -> its 2.5th and 97.5th percentile over so many
     draws, with replacement, of as many rows of each set; of measures that every draw defines."""
     draw = random.Random(seed)
-    found: dict[str, list[float]] = {}
+    found = []
     for _ in range(count):
         drawn = {name: draw.choices(table, k=len(table)) for name, table in tables.items()}
-        for name, value in defined_only(measures(drawn)).items():
-            found.setdefault(name, []).append(value)
-    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    return {
-        name: torch.tensor(values, dtype=torch.float64).quantile(ends).tolist()
-        for name, values in found.items()
-        if len(values) == count
-    }
+        found.append(defined_only(measures(drawn)))
+    # a column with a gap, which some draw does not define, is left out
+    ends = pd.DataFrame(found).dropna(axis="columns").quantile([0.025, 0.975])
+    return {name: ends[name].tolist() for name in ends}
 
 
 # -- what measures are made of -------------------------------------------------------------------
@@ -208,7 +203,6 @@ class Records:
     reference: Optional[Results] = None  # see :class:`Observations`
 
     def has(self, column: str) -> bool:
-        """Whether any row has a value in a column."""
         return any(record.get(column) is not None for record in self.table)
 
     def column(self, name: str) -> list[Any]:
@@ -236,11 +230,9 @@ class Records:
         return ragged(values)
 
     def truth_ratios(self) -> Tensor:
-        """(N,) truth ratios."""
         return F.truth_ratio(self.numbers("paraphrased_nll"), self.perturbed(), self.form)
 
     def spoken(self) -> list[str]:
-        """Generations that are not empty."""
         texts = [text for text in self.column("generation") if text]
         if not texts:
             raise Undefined(f"all {len(self.table)} generations are empty")

@@ -191,7 +191,7 @@ class Observer:
             needs: what to observe, as far as a row's kind can answer it; see this module's head.
             max_new_tokens: longest generation of these rows, where it differs from the observer's.
             header: text before each multiple choice without a ``context``.
-            names: what to call each row in the message that it cannot be made into tokens.
+            names: what to call each row in a message.
         """
         length = max_new_tokens or self.max_new_tokens
         wanted = [possible(row, needs) for row in rows]
@@ -205,17 +205,23 @@ class Observer:
             for row, want, scores in zip(rows, wanted, found, strict=True)
         ]
         if "paraphrased" in needs:  # as WAGLE's code does on TOFU
-            asked = {
-                i: row.asking(row.paraphrased_question)
+            asked = [
+                i
                 for i, row in enumerate(rows)
                 if "paraphrased" in wanted[i] and row.paraphrased_question
-            }
-            called = [names[i] for i in asked]
-            again = {"alternatives", "generation"}
-            others = self.observe(list(asked.values()), again, length, names=called)
+            ]
+            others = self.observe(
+                [rows[i].asking(rows[i].paraphrased_question) for i in asked],
+                {"alternatives", "generation"},
+                length,
+                names=[names[i] for i in asked],
+            )
             for i, other in zip(asked, others, strict=True):
-                for name in [name for name in other if name not in _OF_THE_ROW]:
-                    records[i][f"paraphrased_question_{name}"] = other[name]
+                records[i] |= {
+                    f"paraphrased_question_{name}": value
+                    for name, value in other.items()
+                    if name not in _OF_THE_ROW
+                }
         if "generation" in needs:
             speaking = [i for i, want in enumerate(wanted) if "generation" in want]
             texts = self._generate([made[i][1] for i in speaking], length)
@@ -265,7 +271,6 @@ class Observer:
         return found
 
     def _columns(self, row: Example, want: frozenset[str], found: Found) -> Record:
-        """Columns from what was scored of one row."""
         record: Record = {}
         if "answer" in found:
             ((own, values),) = found["answer"]
@@ -308,7 +313,6 @@ class Observer:
         return record
 
     def _generate(self, prompts: Sequence[Sequence[int]], length: int) -> list[str]:
-        """What the model says after each prompt."""
         synced = self.passes.synced_gpus
         if not (distributed.all_reduce_max(len(prompts)) if synced else prompts):
             return []

@@ -11,6 +11,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -101,35 +102,20 @@ def to_logs(
     values: Mapping[str, float],
     scores: Mapping[str, Scores],
 ) -> dict[str, Log]:
-    """Content of ``…_EVAL.json``.
-
-    Args:
-        benchmark: ``TOFU`` or ``MUSE``.
-        tables: test set -> records.
-        values: our measures; what compares with the retrained model is taken from them.
-        scores: attack -> its scores.
-    """
+    """Content of ``…_EVAL.json``, of records, of our measures (what compares with the retrained model
+    is taken from them), and of the scores of attacks."""
     logs = _tofu_logs(tables) if benchmark == "TOFU" else _muse_logs(tables)
     gibberish = "forget_Q_A_gibberish" if benchmark == "TOFU" else "forget_gibberish"
     recited = tables.get("forget" if benchmark == "TOFU" else "verbmem_forget", [])
     for of_row in (F.exact_memorization, F.extraction_strength):
-        logs[of_row.__name__] = _log(
-            recited, lambda r, f=of_row: {"score": f(r["greedy"])}, "greedy"
-        )
-    logs[gibberish] = _log(
-        recited,
-        lambda r: {"score": r["not_gibberish"], "generation": r["generation"]},
-        "not_gibberish",
-    )
+        logs[of_row.__name__] = _log(recited, "greedy", lambda r, c, f=of_row: {"score": f(r[c])})
+    logs[gibberish] = _log(recited, "not_gibberish", _scored)
     for attack, sides in scores.items():
         area = F.membership_auc(*(torch.tensor(side) for side in sides))
         rows = ([{"row": i, "score": x} for i, x in enumerate(side)] for side in sides)
-        parts = (_log(side, lambda r: {"score": r["score"]}, "score") for side in rows)
-        logs[f"mia_{attack}"] = {
-            **dict(zip(("forget", "holdout"), parts, strict=True)),
-            "auc": area,
-            "agg_value": area,
-        }
+        parts = (_log(side, "score", lambda r, c: {c: r[c]}) for side in rows)
+        named = dict(zip(("forget", "holdout"), parts, strict=True))
+        logs[f"mia_{attack}"] = {**named, "auc": area, "agg_value": area}
     for name in ("forget_quality", "privleak", "rel_diff"):
         if NAMES[benchmark].get(name) in values:
             logs[name] = {"agg_value": values[NAMES[benchmark][name]]}
@@ -141,95 +127,70 @@ def summary(logs: Mapping[str, Log]) -> dict[str, float]:
     return {name: log["agg_value"] for name, log in logs.items()}
 
 
-def _log(table: Sequence[Record], entry: Callable[[Record], Log], column: str) -> Log:
+def _log(table: Sequence[Record], column: str, entry: Callable[[Record, str], Log]) -> Log:
     """A metric that is the mean over the rows that have a column: of their entries' first value,
     which may be a list; empty without such rows."""
-    rows = {str(r["row"]): entry(r) for r in table if r.get(column) not in (None, [])}
+    rows = {str(r["row"]): entry(r, column) for r in table if r.get(column) not in (None, [])}
     if not rows:
         return {}
     numbers = [next(iter(row.values())) for row in rows.values()]
-    return {"agg_value": statistics.fmean(map(_mean, numbers)), "value_by_index": rows}
+    means = [statistics.fmean(n) if isinstance(n, list) else n for n in numbers]
+    return {"agg_value": statistics.fmean(means), "value_by_index": rows}
 
 
-def _mean(value: Any) -> float:
-    return statistics.fmean(value) if isinstance(value, list) else value
-
-
-def _probability(nll: Any) -> Log:
-    """Of one answer, or of several."""
+def _probability(record: Record, column: str) -> Log:
+    nll = record[column]  # of one answer, or of several
     several = isinstance(nll, list)
     return {"prob": [math.exp(-x) for x in nll] if several else math.exp(-nll), "avg_loss": nll}
+
+
+def _scored(record: Record, column: str, name: str = "score") -> Log:
+    return {name: record[column], "generation": record["generation"]}
+
+
+def _rouge(record: Record, column: str) -> Log:
+    found = {name: record[name] for name in ("rougeL_recall", "rouge1_recall")}
+    f1 = F.rouge([record["generation"]], [record["answer"]])["rougeL_f1"].item()
+    return {**found, "rougeL_f1": f1, **_texts(record, record["generation"])}
+
+
+def _among_options(record: Record, column: str) -> Log:
+    right, wrong = math.exp(-record["nll"]), sum(math.exp(-x) for x in record[column])
+    return {"prob": right / (right + wrong + TINY)}
 
 
 def _tofu_logs(tables: Mapping[str, Sequence[Record]]) -> dict[str, Log]:
     logs: dict[str, Log] = {}
     for short, name in TOFU_SETS.items():
-        table, options = tables.get(name, []), short in ("ra", "wf")
-        logs[f"{short}_Q_A_Prob"] = _log(table, lambda r: _probability(r["nll"]), "nll")
-        logs[f"{short}_Q_A_ROUGE"] = _log(
-            table,
-            lambda r: {
-                "rougeL_recall": r["rougeL_recall"],
-                "rouge1_recall": r["rouge1_recall"],
-                "rougeL_f1": F.rouge([r["generation"]], [r["answer"]])["rougeL_f1"].item(),
-                **_texts(r, r["generation"]),
-            },
-            "rougeL_recall",
-        )
-        for form, ours in FORMS.items() if not options else [("PERT", "perturbed")]:
-            column = f"{ours}_nll"
-            logs[f"{short}_Q_A_{form}_Prob"] = _log(
-                table, lambda r, c=column: _probability(r[c]), column
-            )
-            column = f"{ours}_rougeL_recall"
-            logs[f"{short}_Q_A_{form}_ROUGE"] = _log(
-                table,
-                lambda r, c=column: {"rougeL_recall": r[c], "generation": r["generation"]},
-                column,
-            )
-        if options:
-            logs[f"{short}_Q_A_Prob_normalised"] = _log(table, _among_options, "perturbed_nll")
-        score = _keeping if short != "forget" else _forgetting
+        options = short in ("ra", "wf")
         right = "nll" if options else "paraphrased_nll"
-        ratios = _log(
-            table,
-            lambda r, c=right: {"score": _truth_ratio(r[c], r["perturbed_nll"])},
-            "perturbed_nll",
-        )
-        if ratios:
-            numbers = [score(row["score"]) for row in ratios["value_by_index"].values()]
-            logs[f"{short}_Truth_Ratio"] = {**ratios, "agg_value": statistics.fmean(numbers)}
-    utility = [
-        logs.get(f"{short}_{name}")
-        for short in ("retain", "ra", "wf")
-        for name in (
-            "Q_A_Prob" if short == "retain" else "Q_A_Prob_normalised",
-            "Q_A_ROUGE",
-            "Truth_Ratio",
-        )
-    ]
-    if all(utility):
-        numbers = [log["agg_value"] for log in utility]
-        logs["model_utility"] = {"agg_value": statistics.harmonic_mean(numbers)}
+
+        def truth_ratio(record: Record, column: str, right: str = right) -> Log:
+            # geometric, as TOFU's script has it: of the mean losses
+            wrong = math.exp(-statistics.fmean(record[column]))
+            return {"score": wrong / (math.exp(-record[right]) + TINY)}
+
+        metrics = {"Prob": ("nll", _probability), "ROUGE": ("rougeL_recall", _rouge)}
+        for form, ours in FORMS.items() if not options else [("PERT", "perturbed")]:
+            metrics[f"{form}_Prob"] = (f"{ours}_nll", _probability)
+            recall = partial(_scored, name="rougeL_recall")
+            metrics[f"{form}_ROUGE"] = (f"{ours}_rougeL_recall", recall)
+        if options:
+            metrics["Prob_normalised"] = ("perturbed_nll", _among_options)
+        table = tables.get(name, [])
+        logs |= {f"{short}_Q_A_{metric}": _log(table, *how) for metric, how in metrics.items()}
+        if ratios := _log(table, "perturbed_nll", truth_ratio):
+            found = [row["score"] for row in ratios["value_by_index"].values()]
+            forgets = short == "forget"
+            scores = [min(r, 1 / (r + TINY)) if forgets else max(0.0, 1 - r) for r in found]
+            logs[f"{short}_Truth_Ratio"] = {**ratios, "agg_value": statistics.fmean(scores)}
+    of_set = ("Q_A_Prob_normalised", "Q_A_ROUGE", "Truth_Ratio")
+    names = ["retain_Q_A_Prob", "retain_Q_A_ROUGE", "retain_Truth_Ratio"]
+    names += [f"{short}_{name}" for short in ("ra", "wf") for name in of_set]
+    if all(logs.get(name) for name in names):
+        utility = statistics.harmonic_mean([logs[name]["agg_value"] for name in names])
+        logs["model_utility"] = {"agg_value": utility}
     return logs
-
-
-def _truth_ratio(right: float, wrong: Sequence[float]) -> float:
-    """Geometric, as TOFU's script has it: of the mean losses."""
-    return math.exp(-statistics.fmean(wrong)) / (math.exp(-right) + TINY)
-
-
-def _among_options(record: Record) -> Log:
-    right, wrong = math.exp(-record["nll"]), sum(math.exp(-x) for x in record["perturbed_nll"])
-    return {"prob": right / (right + wrong + TINY)}
-
-
-def _forgetting(ratio: float) -> float:
-    return min(ratio, 1 / (ratio + TINY))
-
-
-def _keeping(ratio: float) -> float:
-    return max(0.0, 1 - ratio)
 
 
 def _texts(record: Record, generation: str) -> Log:
@@ -238,20 +199,20 @@ def _texts(record: Record, generation: str) -> Log:
 
 
 def _muse_logs(tables: Mapping[str, Sequence[Record]]) -> dict[str, Log]:
-    def entry(record: Record, stops: Sequence[str]) -> Log:
-        said = record["generation"]
+    def entry(record: Record, column: str, stops: Sequence[str]) -> Log:
+        said = record[column]
         for stop in stops:
             said = said.partition(stop)[0]
         said = said.strip()
-        found = {name: value.item() for name, value in F.rouge([said], [record["answer"]]).items()}
+        found = F.rouge([said], [record["answer"]])
         kinds = ("rougeL_f1", "rouge1_recall", "rougeL_recall")
-        return {**{kind: found[kind] for kind in kinds}, **_texts(record, said)}
+        return {**{kind: found[kind].item() for kind in kinds}, **_texts(record, said)}
 
     return {
         metric: _log(
             tables.get(name, []),
-            lambda r, stops=STOPS if "knowmem" in metric else (): entry(r, stops),
             "generation",
+            partial(entry, stops=STOPS if "knowmem" in metric else ()),
         )
         for metric, name in MUSE_SETS.items()
     }

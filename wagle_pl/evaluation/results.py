@@ -67,24 +67,15 @@ class Results:
         path: a folder that ``wagle test`` wrote; its ``metrics.json``, which stands for the folder;
             a TOFU result file; or one of OpenUnlearning's, or the folder that it is in.
         option: the option that named it, for messages.
-
-    Attributes:
-        metrics: measure -> number; empty if not known.
-        tofu: the TOFU result, if there is one.
-        benchmark: ``TOFU`` or ``MUSE`` of a file of OpenUnlearning's; None of others.
-        prompts: see :attr:`wagle_pl.data.template.Template.prompts`; empty if not known.
-
-    Raises:
-        WagleError: if there is none, or it is no such file.
     """
 
     def __init__(self, path: str | Path, option: str = "model.retrained") -> None:
         self.path = folder_of(Path(path))
         self.option = option
-        self.metrics: dict[str, float] = {}
-        self.tofu: Optional[Result] = None
-        self.benchmark: Optional[str] = None
-        self.prompts: dict[str, Any] = {}
+        self.metrics: dict[str, float] = {}  # empty if not known
+        self.tofu: Optional[Result] = None  # the TOFU result, if there is one
+        self.benchmark: Optional[str] = None  # TOFU or MUSE of a file of OpenUnlearning's
+        self.prompts: dict[str, Any] = {}  # see Template.prompts; empty if not known
         advice = "(run wagle test on that model first)"
         if not (self.path / METRICS_FILE).is_file():
             self.path = openunlearning.find_file(self.path) or self.path
@@ -157,7 +148,6 @@ def textless(table: Table) -> bool:
 
 
 def bare(text: str) -> str:
-    """A text without white space."""
     return "".join(text.split())
 
 
@@ -182,16 +172,13 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file, whole or not at all."""
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def model_of(path: Union[str, Path]) -> Optional[str]:
-    """The model that a folder, or results in it, are of; None if that is unknown.
-
-    It is the folder itself or the one above, if that holds a model, or the one that the results
-    name, if it still exists. Of a published result file it is unknown, wherever that lies.
-    """
+    """The model that a folder, or results in it, are of: the folder itself or the one above, if that
+    holds a model, or the one that the results name, if it still exists. None of a published result
+    file, wherever that lies."""
     path = Path(path)
     if path.is_file() and path.name != METRICS_FILE:
         return None
@@ -346,7 +333,6 @@ def table_key(path: Path) -> dict[str, Any]:
 
 
 def load_table(path: Path) -> Table:
-    """Records of a table, whatever made it."""
     with _parquet(path) as parquet:
         return parquet.read_table(path).to_pylist()
 
@@ -393,7 +379,6 @@ def to_result(tables: Mapping[str, Table]) -> dict[str, dict[str, dict[str, Any]
 
 
 def _to_row(record: Mapping[str, Any], options: bool) -> dict[str, Any]:
-    """One record under TOFU's names."""
     paraphrased, perturbed = record.get("paraphrased_nll"), record.get("perturbed_nll") or []
     row = {
         "avg_gt_loss": record["nll"],
@@ -423,19 +408,15 @@ def _to_row(record: Mapping[str, Any], options: bool) -> dict[str, Any]:
 
 def from_result(result: Result) -> dict[str, Table]:
     """A TOFU result -> tables of records, as far as it goes: the inverse of :func:`to_result`."""
-    names = {key: name for name, key in RESULT_KEYS.items()}
-    return {
-        names.get(key, key): _from_log(log) for key, log in result.items() if "avg_gt_loss" in log
-    }
-
-
-def _from_log(log: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = []
-    for row in sorted(log["avg_gt_loss"], key=int):
-        question, generation, answer = (log.get("generated_text") or {}).get(row, ("", None, ""))
-        if generation is None and log.get("rougeL_recall", {}).get(row) is not None:
-            generation = ""  # its scores were kept and its text was not
-        record = {"row": int(row), "question": question_in(question), "answer": answer}
-        record["generation"] = generation
-        table.append(record | {name: log.get(key, {}).get(row) for name, key in _COLUMNS.items()})
-    return table
+    names, found = {key: name for name, key in RESULT_KEYS.items()}, {}
+    for key, log in result.items():
+        texts = log.get("generated_text") or {}
+        for row in sorted(log.get("avg_gt_loss", ()), key=int):
+            question, said, answer = texts.get(row, ("", None, ""))
+            if said is None and log.get("rougeL_recall", {}).get(row) is not None:
+                said = ""  # its scores were kept and its text was not
+            record = {"row": int(row), "question": question_in(question), "answer": answer}
+            record |= {"generation": said}
+            record |= {name: log.get(column, {}).get(row) for name, column in _COLUMNS.items()}
+            found.setdefault(names.get(key, key), []).append(record)
+    return found

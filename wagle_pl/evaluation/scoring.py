@@ -45,7 +45,6 @@ class TokenScores(NamedTuple):
     std: Optional[Tensor] = None
 
     def at(self, index: Sequence[int]) -> TokenScores:
-        """The scores of some of the tokens."""
         rows = torch.tensor(index, dtype=torch.long)
         return TokenScores(*(None if column is None else column[rows] for column in self))
 
@@ -92,7 +91,6 @@ class Passes:
 
 @cache
 def accepts(model_class: type, argument: str) -> bool:
-    """Whether a model's forward has an argument."""
     return argument in signature(model_class.forward).parameters
 
 
@@ -160,7 +158,6 @@ class Node(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Number of tokens."""
         return self.end - self.start
 
 
@@ -304,15 +301,13 @@ def _parts(
     of tokens with the ``past`` that each follows."""
     parts: list[list[tuple[Node, int]]] = []
     for row in sorted(rows, key=lambda row: row[0].length, reverse=True):
-        joins = False
         if parts:
             count, longest, length = len(parts[-1]), parts[-1][0][0].length, row[0].length
             fits = count < max_rows and (count + 1) * (past + longest) <= MAX_PADDED
-            similar = length >= LEAST_FILLED * longest or longest - length <= LEAST_SAVED
-            joins = fits and similar
-        if not joins:
-            parts.append([])
-        parts[-1].append(row)
+            if fits and (length >= LEAST_FILLED * longest or longest - length <= LEAST_SAVED):
+                parts[-1].append(row)
+                continue
+        parts.append([row])
     return parts
 
 

@@ -105,11 +105,9 @@ class Suite:
         return frozenset(self.needs.get(name, DEFAULT_NEEDS))
 
     def forgets(self, name: str) -> bool:
-        """Whether a test set's rows are to be forgotten."""
         return name.startswith(self.forget_sets)
 
     def info(self, measure: str) -> Info:
-        """What is known of a measure by its name."""
         if measure in self.infos:
             return self.infos[measure]
         if measure in MEASURES:
@@ -125,7 +123,6 @@ class Averages(ABC):
     """Before a suite: the two averages of WAGLE's tables (arXiv 2410.17509)."""
 
     def measures(self, seen: Observations) -> dict[str, Value]:
-        """The suite's measures, and its averages of them."""
         found = super().measures(seen)
         return found | self.averages(seen, found)
 

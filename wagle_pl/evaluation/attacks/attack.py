@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -104,17 +105,14 @@ class Subject:
 
     @property
     def template(self) -> Template:
-        """Makes tokens of rows; has the tokenizer."""
         return self.observer.template
 
     @property
     def device(self) -> torch.device:
-        """Device of the model's inputs."""
         return self.observer.passes.device
 
     @property
     def forget_rows(self) -> list[Example]:
-        """All rows to be forgotten, of all test sets."""
         return [row for rows in self.rows.values() for row in rows]
 
     def asked(self, variants: Variants) -> dict[str, Asked]:
@@ -232,7 +230,6 @@ class Attack(ABC):
             raise self.unusable("no test set holds rows to be forgotten")
 
     def unusable(self, why: str) -> WagleError:
-        """The error that the attack has nothing to work on."""
         return WagleError(f"{self.name} has nothing to work on: {why}")
 
 
@@ -284,12 +281,10 @@ def find_attacks(
         value = constants.get(",".join(words).lower(), words)
     every = value is True
     attacks = [resolve(Attack, a, f"attack of {option}") for a in (EVERY if every else value or ())]
-    names = [attack.name for attack in attacks]
-    for name in names:
-        if names.count(name) > 1:
-            raise WagleError(
-                f"{option} names {name} twice; give it once, or subclass it under another name"
-            )
+    for name, times in Counter(attack.name for attack in attacks).items():
+        if times > 1:
+            hint = "give it once, or subclass it under another name"
+            raise WagleError(f"{option} names {name} twice", hint=hint)
     return attacks, every
 
 
@@ -328,9 +323,6 @@ def run_attacks(
         others: name of :data:`OTHERS` -> loads it.
         metrics: the same names -> metrics without attack, shown where there is no such model.
         skipped: attack -> why it is left out.
-
-    Raises:
-        RuntimeError: if an attack did not restore the weights.
     """
 
     def attack_all(subject: Subject, whose: str) -> list[Finding]:
@@ -405,14 +397,13 @@ class RobustnessReport:
     def table(self) -> str:
         """The console's table; a number of another model that was not attacked has a star."""
         others = [name for name in OTHERS if any(name in each.attacked for each in self.findings)]
-        rows, starred = [], {}
+        starred = [n for n in others if not all(f.attacked.get(n, True) for f in self.findings)]
+        rows = []
         for each in self.findings:
             numbers = [each.before, each.after, *(each.others.get(name) for name in others)]
-            cells = ["" if number is None else f"{number:.4g}" for number in numbers]
-            for i, name in enumerate(others, 2):
-                if not each.attacked.get(name, True):
-                    starred[name] = True
-                    cells[i] = cells[i] and f"{cells[i]}*"
+            stars = ["", "", *("*" * (not each.attacked.get(name, True)) for name in others)]
+            pairs = zip(numbers, stars, strict=True)
+            cells = ["" if number is None else f"{number:.4g}{star}" for number, star in pairs]
             if not each.detail and each.after is not None:
                 rows.append([f"{each.attack} {each.option}".strip(), each.measure, *cells])
         header = ["attack", "measure", "before", "after", *others]

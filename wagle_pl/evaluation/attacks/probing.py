@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
 from typing import Literal, Optional
 
 import torch
@@ -45,29 +47,22 @@ class Sample(Attack):
         after = {}
         for name, asked in self._generated(subject).items():
             known = subject.observe(name, asked, without={"generation"})
-            texts = self._sample(subject, name, list(asked))
-            records = [
-                record | of_generation(text, record["answer"])
-                for record, found in zip(known, texts, strict=True)
-                for text in found
-            ]
+            pairs = zip(known, self._sample(subject, name, list(asked)), strict=True)
+            said = [(record, text) for record, texts in pairs for text in texts]
+            records = [record | of_generation(text, record["answer"]) for record, text in said]
             after[name] = subject.worst_of(name, records)
         return subject.findings(after, self.measures)
 
     def check(self, subject: Subject) -> None:
         super().check(subject)
         if self.samples < 1 or self.temperature <= 0 or not 0 < self.top_p <= 1:
-            raise WagleError(
-                "sample: samples must be at least 1, temperature above 0, top_p in (0, 1]"
-            )
+            said = "samples must be at least 1, temperature above 0, top_p in (0, 1]"
+            raise WagleError(f"sample: {said}")
         if not self._generated(subject):
-            raise self.unusable(
-                "no row to be forgotten is generated from (--model.generate false, or multiple "
-                "choice)"
-            )
+            why = "--model.generate false, or multiple choice"
+            raise self.unusable(f"no row to be forgotten is generated from ({why})")
 
     def _generated(self, subject: Subject) -> dict[str, Asked]:
-        """The rows that a test generates from."""
         return subject.asked(
             lambda name, row: [row] if "generation" in possible(row, subject.needs[name]) else []
         )
@@ -130,15 +125,14 @@ class Probe(Attack):
     def check(self, subject: Subject) -> None:
         super().check(subject)
         if self.rows < LEAST_ROWS or self.folds < 2 or self.strength <= 0:
-            raise WagleError(
-                f"probe: rows must be at least {LEAST_ROWS}, folds at least 2, strength above 0"
-            )
+            said = f"rows must be at least {LEAST_ROWS}, folds at least 2, strength above 0"
+            raise WagleError(f"probe: {said}")
         if not self._answer_rows(subject) and not self._sides(subject)[0]:
+            answers = "rows to be forgotten with perturbed answers"
             what = {
-                "answers": "rows to be forgotten with perturbed answers",
+                "answers": answers,
                 "rows": "forget rows and as many holdout (--data.holdout) or retain rows",
-                "both": "rows to be forgotten with perturbed answers, "
-                "nor as many holdout or retain rows",
+                "both": f"{answers}, nor as many holdout or retain rows",
             }[self.tell]
             raise self.unusable(f"there are no {LEAST_ROWS} {what}")
 
@@ -175,11 +169,8 @@ class Probe(Attack):
         before = None
         if subject.tables is not None:
             records = observe_set(subject.observer, rows, {"answer", "alternatives"})
-            shares = [
-                share_above(torch.tensor(r["perturbed_nll"]).double() - r["paraphrased_nll"])
-                for r in records
-            ]
-            before = sum(shares) / len(shares)
+            known = ((torch.tensor(r["perturbed_nll"]), r["paraphrased_nll"]) for r in records)
+            before = fmean(share_above(wrong.double() - right) for wrong, right in known)
         what = "right answers told from wrong ones to the same question"
         yield from _by_layer(subject, texts, order, "answers", before, what)
 
@@ -212,13 +203,13 @@ def _by_layer(
     """What a classifier finds in the states of each layer at the end of rows with answers."""
     states = last_states(subject, [subject.template.encode(*text)["input_ids"] for text in texts])
     values = [classify(layer.double()) for layer in states.unbind(1)]
-    unit = "share of pairs, 0 to 1 (0.5 is chance)"
+    info = partial(Info, "share of pairs, 0 to 1 (0.5 is chance)", "retrained")
     what = f"{what} by a linear classifier of"
-    info = Info(unit, "retrained", f"{what} the best hidden layer, held-out rows")
-    yield Finding("accuracy", max(values), info, option, before)
+    best = info(f"{what} the best hidden layer, held-out rows")
+    yield Finding("accuracy", max(values), best, option, before)
     for layer, value in enumerate(values):
-        info = Info(unit, "retrained", f"{what} hidden layer {layer} (0: embeddings)")
-        yield Finding(f"accuracy_layer_{layer}", value, info, option, before, detail=True)
+        name, of = f"accuracy_layer_{layer}", info(f"{what} hidden layer {layer} (0: embeddings)")
+        yield Finding(name, value, of, option, before, detail=True)
 
 
 @torch.no_grad()
@@ -304,14 +295,9 @@ def order_answers(differences: Sequence[Tensor], strength: float, folds: int, se
     """How well :func:`ridge` tells right answers from wrong ones; 0.5 is chance.
 
     It is the share of a row's wrong answers that score lower than the right one when the row is
-    held out, the mean over rows. What the answers to a question have in common does not help.
-
-    Args:
-        differences: of each row (K, D), float64: the right answer's features minus those of each
-            wrong one.
-        strength: see :func:`ridge`.
-        folds: at most the number of rows.
-        seed: of the folds.
+    held out, the mean over rows, of which there are at least ``folds``. What the answers to a
+    question have in common does not help: ``differences`` are of each row (K, D), float64, the
+    right answer's features minus those of each wrong one.
     """
     part = folds_of(len(differences), folds, seed).tolist()
     shares = []

@@ -62,10 +62,8 @@ class TranslatedStyle(Attack):
     def check(self, subject: Subject) -> None:
         super().check(subject)
         if not self.languages or not set(self.languages) <= set(FRAMES):
-            raise WagleError(
-                f"translated_style: languages must be of {', '.join(FRAMES)}; got "
-                f"{list(self.languages)}"
-            )
+            said = f"languages must be of {', '.join(FRAMES)}; got {list(self.languages)}"
+            raise WagleError(f"translated_style: {said}")
         if not subject.asked(self._variants):
             raise self.unusable("no row to be forgotten has a question")
 
@@ -135,12 +133,8 @@ def _fits(subject: Subject, row: Example) -> bool:
 
 def _others(rows: Sequence[Example], i: int) -> list[int]:
     """Rows with a question that state another fact than row i."""
-    own = rows[i].texts | {rows[i].answer}
-    return [
-        j
-        for j, row in enumerate(rows)
-        if j != i and row.asked is not None and not (row.texts | {row.answer}) & own
-    ]
+    own, asked = rows[i].texts | {rows[i].answer}, [(j, r) for j, r in enumerate(rows) if r.asked]
+    return [j for j, row in asked if j != i and not (row.texts | {row.answer}) & own]
 
 
 def word_vectors(texts: Sequence[str]) -> list[dict[str, float]]:

@@ -181,9 +181,8 @@ class Relearn(Attack):
         super().check(subject)
         counts = (self.steps, self.batch_size, self.every or 1, *self._counts)
         if min(counts) < 1 or self.learning_rate <= 0:
-            raise WagleError(
-                "relearn: steps, rows and batch_size must be at least 1, learning_rate above 0"
-            )
+            said = "steps, rows and batch_size must be at least 1, learning_rate above 0"
+            raise WagleError(f"relearn: {said}")
         options = self._options(subject)
         if not options:
             raise self.unusable(f"there are no {self.on.replace('both', 'training')} rows")
@@ -192,9 +191,8 @@ class Relearn(Attack):
         for option in options:
             shown = self.draw(subject, option)
             if option != "retain" and not subject.every_row(without=texts_of(shown)):
-                raise self.unusable(
-                    f"no forget row is left to test on once {len(shown)} are trained on"
-                )
+                why = f"no forget row is left to test on once {len(shown)} are trained on"
+                raise self.unusable(why)
 
     def draw(self, subject: Subject, option: str) -> list[Example]:
         """The rows to train on, in the order of their use."""
