@@ -6,7 +6,8 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import product
@@ -78,11 +79,9 @@ class ObjectiveChoice:
     axes: Mapping[str, Any] = field(default_factory=dict)  # coordinates in the grid, for a sampler
 
     def make(self) -> Objective:
-        """A new instance for a run."""
         return resolve(Objective, self.entry, "objective")
 
     def rule(self) -> Optional[StepRule]:
-        """A new step rule for a run, if it has one."""
         return None if self.step_rule is None else resolve(StepRule, self.step_rule, "step_rule")
 
     @cached_property
@@ -103,7 +102,6 @@ class ObjectiveChoice:
 
     @cached_property
     def id(self) -> str:
-        """A hash of its definition."""
         return digest(self.definition)[:8]
 
 
@@ -125,7 +123,6 @@ class MaskChoice:
         return resolve(Score, self.entry, "mask") if self.kind == "score" else None
 
     def adapter(self) -> Optional[LoRA]:
-        """A new adapter for a run; None for other kinds."""
         return resolve(LoRA, self.entry, "adapter") if self.kind == "adapter" else None
 
     def spec(self, name: str) -> MaskSpec:
@@ -165,20 +162,19 @@ class MaskChoice:
 
     @cached_property
     def id(self) -> str:
-        """A hash of its definition."""
         return digest(self.definition)[:8]
 
     @cached_property
     def relevant(self) -> dict[str, Any]:
         """The options of the pass that the score depends on."""
-        needs = set(self.score.needs)
-        return {
-            **self._chosen(HESSIAN if needs & {"h", "h_diagonal"} else ()),
-            **self._chosen(("forget_loss",) if needs & {"g_f", "fisher_f", "activation"} else ()),
-            **self._chosen(("reduction",) if needs & {"g_f", "g_r"} else ()),
+        of = {
+            **{name: {"h", "h_diagonal"} for name in HESSIAN},
+            "forget_loss": {"g_f", "fisher_f", "activation"},
+            "reduction": {"g_f", "g_r"},
         }
+        return self._chosen(name for name, needs in of.items() if needs & set(self.score.needs))
 
-    def _chosen(self, names: Sequence[str]) -> dict[str, Any]:
+    def _chosen(self, names: Iterable[str]) -> dict[str, Any]:
         return {name: self.options[name] for name in names}
 
     @property
@@ -186,10 +182,9 @@ class MaskChoice:
         """Name of a mask by score: the score, options that are not the usual ones, the density."""
         words = [self.score.label]
         for key, value in {**self._chosen(SELECTION), **self.relevant}.items():
-            if value == DEFAULTS[key] or (key == "hessian" and value == "scalar"):
-                continue
-            is_word = isinstance(value, str) and key in ("hessian", "scope")
-            words.append(value if is_word else f"{key}={value}")
+            if value != DEFAULTS[key] and (key, value) != ("hessian", "scalar"):
+                is_word = isinstance(value, str) and key in ("hessian", "scope")
+                words.append(value if is_word else f"{key}={value}")
         return " ".join(words if self.density is None else [*words, f"{self.density:g}"])
 
     def file_name(self, settings: Mapping[str, Any]) -> str:
@@ -208,21 +203,18 @@ def passes(masks: Sequence[MaskChoice]) -> list[tuple[dict[str, Any], list[MaskC
     """
     found: list[tuple[dict[str, Any], list[MaskChoice]]] = []
     for mask in sorted(masks, key=lambda mask: -len(mask.relevant)):
-        for options, others in found:
-            if all(options.get(name, value) == value for name, value in mask.relevant.items()):
-                options |= mask.relevant
-                others.append(mask)
-                break
-        else:
-            found.append((dict(mask.relevant), [mask]))
+        given = mask.relevant.items()
+        fits = (each for each in found if all(each[0].get(k, v) == v for k, v in given))
+        if (one := next(fits, None)) is None:
+            found.append(one := ({}, []))
+        one[0].update(given)
+        one[1].append(mask)
     return found
 
 
 def present_name(name: str, id: str, choices: Sequence[Choice]) -> str:
-    """What an objective or mask of an earlier sitting, by its name then, is called now.
-
-    As in this grid if it is in it; otherwise as before, with its id if another has that name now.
-    """
+    """What an objective or mask of an earlier sitting is called now: as in this grid if it is in it;
+    otherwise as before, with its id if another has that name now."""
     names = {choice.id: choice.name for choice in choices}
     return names.get(id) or (f"{name} ({id[:4]})" if name in names.values() else name)
 
@@ -256,10 +248,8 @@ def read_objectives(entries: Entries) -> list[ObjectiveChoice]:
 
 
 def _spread(entry: Entry) -> Iterator[tuple[Entry, dict[str, float]]]:
-    """An entry once for every value of the options that are lists of numbers, and these values.
-
-    An option that takes a list itself stays one.
-    """
+    """An entry once for every value of the options that are lists of numbers, and these values; an
+    option that takes a list itself stays one."""
     path, options = split(entry, "objective")
     cls, lists = find_class(Objective, path, "objective"), {}
     for key, value in options.items():
@@ -270,11 +260,12 @@ def _spread(entry: Entry) -> Iterator[tuple[Entry, dict[str, float]]]:
                     f"objectives: {path}: only numbers may be a list, and {key} is {list(value)}",
                     hint="write an objective of each",
                 )
-    for values in product(*lists.values()) if lists else ():
-        drawn = dict(zip(lists, values, strict=True))
-        yield {"class_path": path, "init_args": {**options, **drawn}}, drawn
     if not lists:
         yield entry, {}
+        return
+    for values in product(*lists.values()):
+        drawn = dict(zip(lists, values, strict=True))
+        yield {"class_path": path, "init_args": {**options, **drawn}}, drawn
 
 
 def _takes(cls: type, key: str, value: Any) -> bool:
@@ -291,8 +282,7 @@ def read_masks(entries: Entries) -> list[MaskChoice]:
     _refuse_twins(found, "masks")
     seen: dict[str, str] = {}
     for choice in found:
-        other = seen.setdefault(choice.id, choice.name)
-        if other != choice.name:
+        if (other := seen.setdefault(choice.id, choice.name)) != choice.name:
             raise WagleError(f"masks {other!r} and {choice.name!r} are the same: leave one out")
     return found
 
@@ -362,7 +352,6 @@ def _score_masks(
 
 
 def check_rates(rates: Sequence[float]) -> tuple[float, ...]:
-    """Learning rates as numbers."""
     try:
         found = tuple(float(rate) for rate in rates)
     except (TypeError, ValueError):
@@ -379,9 +368,8 @@ def _some(entries: Sequence[Any], what: str) -> Sequence[Any]:
 
 
 def _refuse_twins(choices: Sequence[Choice], what: str) -> None:
-    names = [choice.name for choice in choices]
-    for name in names:
-        if names.count(name) > 1:
+    for name, times in Counter(choice.name for choice in choices).items():
+        if times > 1:
             raise WagleError(f"two {what} are called {name!r}: give one of them another name")
 
 
@@ -472,7 +460,6 @@ class Run:
 
     @property
     def name(self) -> str:
-        """For people."""
         return f"{self.objective.name}, {self.mask.name}, lr {self.lr:g}, seed {self.seed}"
 
     @cached_property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -18,6 +19,7 @@ from typing import Any, Optional, Union
 
 import lightning as L
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -61,6 +63,7 @@ COLUMNS = (
 )
 Shapes = Mapping[str, tuple[int, ...]]
 Bools = dict[str, Tensor]
+Draw = np.random.Generator
 Key = tuple[str, int]  # a plant and a seed
 Found = tuple[float, float]  # AUROC and precision
 
@@ -71,29 +74,22 @@ Found = tuple[float, float]  # AUROC and precision
 def plant_mask(
     plant: str, amount: float, shapes: Shapes, config: PretrainedConfig, seed: int
 ) -> WeightMask:
-    """So much of one of :data:`KINDS`, drawn with a seed, or the weights of a mask file.
-
-    Raises:
-        WagleError: if the model has no modules of the kind.
-    """
+    """So much of one of :data:`KINDS`, drawn with a seed, or the weights of a mask file."""
     if plant not in KINDS:
         return WeightMask.load(plant)
     draw = np.random.default_rng(stable_seed("plant", plant, seed))
     try:
         bools = KINDS[plant](shapes, config, draw, amount)
     except ValueError:
-        raise WagleError(
-            f"plant {plant}: the model has not {amount} of that kind", "--plants"
-        ) from None
+        said = f"plant {plant}: the model has not {amount} of that kind"
+        raise WagleError(said, "--plants") from None
     zeros = {n: torch.zeros(s, dtype=torch.bool) for n, s in shapes.items() if n not in bools}
     mask = WeightMask.from_bools({name: {**zeros, **bools}[name] for name in shapes})
     mask.metadata |= {"score": f"plant {plant}, seed {seed}", "density": round(mask.density, 6)}
     return mask
 
 
-def _random(
-    shapes: Shapes, config: PretrainedConfig, draw: np.random.Generator, amount: float
-) -> Bools:
+def _random(shapes: Shapes, config: PretrainedConfig, draw: Draw, amount: float) -> Bools:
     """A share of all weights."""
     sizes = {name: prod(shape) for name, shape in shapes.items()}
     wanted = exact_count(amount, sum(sizes.values()))
@@ -101,9 +97,7 @@ def _random(
     return {name: unpack_bits(bits[name], shape) for name, shape in shapes.items()}
 
 
-def _block(
-    shapes: Shapes, config: PretrainedConfig, draw: np.random.Generator, amount: float
-) -> Bools:
+def _block(shapes: Shapes, config: PretrainedConfig, draw: Draw, amount: float) -> Bools:
     """The whole MLPs of a number of blocks."""
     inside = [name for name in shapes if in_module(name, "mlp") and layer_of(name) is not None]
     layers = sorted(set(map(layer_of, inside)))
@@ -111,9 +105,7 @@ def _block(
     return {n: torch.ones(shapes[n], dtype=torch.bool) for n in inside if layer_of(n) in chosen}
 
 
-def _heads(
-    shapes: Shapes, config: PretrainedConfig, draw: np.random.Generator, amount: float
-) -> Bools:
+def _heads(shapes: Shapes, config: PretrainedConfig, draw: Draw, amount: float) -> Bools:
     """What a number of attention heads, of any blocks, write: their columns of ``o_proj``."""
     names = [n for n, s in shapes.items() if in_module(n, "o_proj") and len(s) == 2]
     heads = config.num_attention_heads
@@ -123,9 +115,7 @@ def _heads(
     return bools
 
 
-def _spread(
-    shapes: Shapes, config: PretrainedConfig, draw: np.random.Generator, amount: float
-) -> Bools:
+def _spread(shapes: Shapes, config: PretrainedConfig, draw: Draw, amount: float) -> Bools:
     """A share of the neurons of every MLP: what comes in and what goes out."""
     bools, chosen = {}, {}
     for name, shape in shapes.items():
@@ -313,7 +303,6 @@ class Plants:
     def _run(
         self, key: Key, mask: WeightMask, before: Mapping[tuple[str, Key], Found]
     ) -> list[dict[str, Any]]:
-        """Plant, and locate; the rows of one plant and seed."""
         start, (plant, seed) = time.monotonic(), key
         L.seed_everything(seed, verbose=False)
         data = copy.copy(self.data)
@@ -348,11 +337,11 @@ class Plants:
             **{name: last[f"{name}/probability"] for name in sets},
             "seconds": round(time.monotonic() - start, 1),
         }
-        names = ("auroc", "precision", "auroc_before", "precision_before")
-        return [
-            {**shared, "score": name, **dict(zip(names, (*found, *before[name, key]), strict=True))}
-            for (name, _), found in after.items()
-        ]
+        rows = []
+        for (score, _), found in after.items():
+            numbers = zip(COLUMNS[-4:], (*found, *before[score, key]), strict=True)
+            rows.append({**shared, "score": score, **dict(numbers)})
+        return rows
 
     def _locate(self, model: str, truths: Mapping[Key, WeightMask]) -> dict[tuple[str, Key], Found]:
         """(name of a score, plant) -> how well it finds the plant by the weights of a model."""
@@ -404,22 +393,19 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
     the same of the model before with ``_before``; ``difference`` of the AUROC from that before, and
     its ``p`` in a paired t-test over seeds, None with fewer than three.
     """
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row["seed"]):
-        groups.setdefault((row["plant"], row["score"]), []).append(row)
+    if not rows:
+        return []
+    table = pd.DataFrame(rows).sort_values("seed", kind="stable")
     found = []
-    for (plant, score), own in groups.items():
+    for (plant, score), own in table.groupby(["plant", "score"], sort=False):
         entry = {"plant": plant, "score": score, "n": len(own)}
-        for name in ("density", "forget", "retain"):
-            entry[name] = spread([row[name] for row in own]).mean
+        entry |= {name: float(own[name].mean()) for name in ("density", "forget", "retain")}
         for when in ("", "_before"):
-            precisions = [row[f"precision{when}"] for row in own]
-            times = [p / row["density"] for p, row in zip(precisions, own, strict=True)]
-            aurocs = [row[f"auroc{when}"] for row in own]
-            values = {"auroc": aurocs, "precision": precisions, "enrichment": times}
+            precision = own[f"precision{when}"]
+            values = {"auroc": own[f"auroc{when}"], "precision": precision}
+            values["enrichment"] = precision / own["density"]
             entry |= {f"{name}{when}": spread(of) for name, of in values.items()}
-        pairs = ([row[name] for row in own] for name in ("auroc", "auroc_before"))
-        test = paired(*pairs)
+        test = paired(own["auroc"], own["auroc_before"])
         found.append({**entry, "difference": test.difference, "p": test.p})
     plants = list(dict.fromkeys(entry["plant"] for entry in found))
     return sorted(found, key=lambda entry: (plants.index(entry["plant"]), -entry["auroc"].mean))
@@ -427,32 +413,27 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def overview(found: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a table, scores by plants: AUROC, and how often chance's precision."""
-    plants = list(dict.fromkeys(entry["plant"] for entry in found))
-    cells = {
-        (entry["score"], entry["plant"]): (entry["auroc"].mean, entry["enrichment"].mean)
-        for entry in found
-    }
-    rows = {score: [cells.get((score, plant)) for plant in plants] for score, _ in cells}
-    ordered = sorted(rows.items(), key=lambda row: -sum(c[0] if c else 0 for c in row[1]))
-    return ["score", *plants], [
-        [score, *("–" if c is None else f"{c[0]:.2f} ({c[1]:.1f}×)" for c in row)]
-        for score, row in ordered
-    ]
+    plants, rows, total = {}, {}, Counter()
+    for entry in found:
+        score, auroc = entry["score"], entry["auroc"].mean
+        plants[entry["plant"]], total[score] = "–", total[score] + auroc
+        cell = f"{auroc:.2f} ({entry['enrichment'].mean:.1f}×)"
+        rows.setdefault(score, {})[entry["plant"]] = cell
+    ordered = sorted(rows, key=lambda score: -total[score])
+    return ["score", *plants], [[score, *{**plants, **rows[score]}.values()] for score in ordered]
 
 
 def markdown(found: Sequence[Mapping[str, Any]]) -> str:
     """Content of ``plants.md``: the overview, and a table a plant."""
-    about = (
+    what = (
         "AUROC of each score, and its precision at the plant's density as a multiple of chance's."
     )
-    parts = ["# Planted knowledge", about, markdown_table(*overview(found))]
+    parts = ["# Planted knowledge", what, markdown_table(*overview(found))]
     for plant in dict.fromkeys(entry["plant"] for entry in found):
         own = [entry for entry in found if entry["plant"] == plant]
-        said = (f"{name} {decimals(own[0][name])}" for name in ("forget", "retain"))
-        about = (
-            f"{count(own[0]['n'], 'seed')}, {own[0]['density']:.1%} of the weights; after planting "
-        )
-        about += f"{', '.join(said)}."
+        said = ", ".join(f"{name} {decimals(own[0][name])}" for name in ("forget", "retain"))
+        seeds, share = count(own[0]["n"], "seed"), f"{own[0]['density']:.1%} of the weights"
+        about = f"{seeds}, {share}; after planting {said}."
         parts += [f"## {plant}", about, markdown_table(*shown(own))]
     notes = "\n".join(f"- {line}" for line in NOTES)
     return "\n\n".join([*parts, "## How to read it", notes]) + "\n"

@@ -49,7 +49,6 @@ class Column(NamedTuple):
     sign: int = -1  # 1 if more is better
 
     def of(self, values: Mapping[str, Any]) -> Optional[float]:
-        """Its value among a model's."""
         return values.get(self.column)
 
 
@@ -129,8 +128,7 @@ def at_the_level(
     dense_of = dense_arms(runs)
     found = []
     for (objective, mask), mine in best.items():
-        ended = _ends(mine, last)
-        dense = dense_of.get(objective)
+        ended, dense = _ends(mine, last), dense_of.get(objective)
         theirs = {} if dense in (None, (objective, mask)) else _ends(best[dense], last)
         for column in columns:
             entry = {"objective": objective, "mask": mask}
@@ -187,24 +185,22 @@ def _compared(
 
 def tables(found: Sequence[Entry]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """Title, header and rows of a table for each objective and measure."""
-    of: dict[tuple[str, str], list[Entry]] = {}
-    for entry in found:
-        of.setdefault((entry["objective"], entry["measure"]), []).append(entry)
-    for (objective, measure), entries in of.items():
+    named = dict.fromkeys((entry["objective"], entry["measure"]) for entry in found)
+    for objective, measure in named:
+        entries = [e for e in found if (e["objective"], e["measure"]) == (objective, measure)]
         columns = {entry["what"]: entry for entry in entries}
         cells: dict[str, list[str]] = {}
         for entry in entries:
             if entry["seeds"]:
                 cells.setdefault(entry["mask"], []).append(cell(entry))
-        digits = 1 if measure == HALF else 3
         for model in ("retrained", "target"):
+            digits = 1 if measure == HALF else 3
             cells[model] = [decimals(entry[model], digits) for entry in columns.values()]
         rows = [[mask, *values] for mask, values in cells.items()]
         yield f"{objective}, {measure}", ["mask", *columns], rows
 
 
 def csv(found: Sequence[Entry]) -> str:
-    """One line for each arm and measure, with a header."""
     left_out = ["values", "curve", "retrained_curve"]
     return pd.DataFrame(found).drop(columns=left_out, errors="ignore").to_csv(index=False)
 

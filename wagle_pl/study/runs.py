@@ -116,7 +116,6 @@ class EvaluateAlong(Callback):
         self.evaluate.prepare(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: UnlearnModule) -> None:
-        """Fix the points."""
         self._left = steps_of_tests(int(trainer.estimated_stepping_batches), self.points)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: UnlearnModule, *_: Any) -> None:
@@ -153,7 +152,6 @@ class UnkeptModule(UnlearnModule):
     """Unlearning of which only the tests remain: it writes no model."""
 
     def planned_files(self) -> list[Planned]:
-        """None."""
         return []
 
     def export(self, record: dict[str, Any]) -> None:
@@ -176,19 +174,16 @@ def as_before_the_end(
 ) -> dict[str, Table]:
     """Records of a full test as a test before a run's end would have made them."""
 
-    def observed(name: str) -> bool:
+    def observed(record: Mapping[str, Any]) -> dict[str, Any]:
         if answers_of is not None:
-            return name in _OF_ANSWERS
-        return name not in _OF_GENERATION and not name.startswith("paraphrased_question_")
+            found = {k: v for k, v in record.items() if k in _OF_ANSWERS}
+        else:
+            asked = ("paraphrased_question_", *_OF_GENERATION)
+            found = {k: v for k, v in record.items() if not k.startswith(asked)}
+        return {**found, "generation": None}
 
-    return {
-        name: [
-            {**{k: v for k, v in record.items() if observed(k)}, "generation": None}
-            for record in table
-        ]
-        for name, table in tables.items()
-        if answers_of is None or name in answers_of
-    }
+    names = tables.keys() if answers_of is None else tables.keys() & answers_of
+    return {name: list(map(observed, tables[name])) for name in tables if name in names}
 
 
 # -- a search by Optuna, in place of the whole grid -----------------------------------------------
@@ -294,7 +289,6 @@ class RunTable:
             self.rows = self._read(self.path, "choose another --output")
 
     def finished(self) -> set[str]:
-        """Ids of the runs in the table."""
         return {row["run"] for row in self.rows}
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -256,7 +256,6 @@ class Study:
         return f", {text.duration(runs * sum(seconds) / len(seconds))} left"
 
     def _work(self, todo: Iterable[grid.Run], runs: int) -> None:
-        """So many runs, one after the other."""
         began, todo = time.monotonic(), iter(todo)
         for number in range(1, runs + 1):
             if self.hours is not None and time.monotonic() - began > 3600 * self.hours:
@@ -317,7 +316,6 @@ class Study:
         }
 
     def _rows(self) -> dict[str, Any]:
-        """Digests of rows and template."""
         data, names = self.data, self.data.test_names()
         return {
             "forget_rows": grid.digest(raw_rows(data.examples("forget"))),
@@ -389,7 +387,6 @@ class Study:
         evaluate: Evaluate,
         tables: Mapping[str, Table],
     ) -> dict[str, float]:
-        """Measures of a model under the attacks."""
         module.to(trainer.strategy.root_device)  # Lightning has moved it away
         module.lm.eval()
         return evaluate.attacked(self._usable, tables).metrics()
@@ -475,7 +472,6 @@ class Study:
     # -- a run -------------------------------------------------------------------------------------
 
     def _run(self, run: grid.Run) -> list[dict[str, Any]]:
-        """Unlearn and test; the run's rows of the table."""
         L.seed_everything(run.seed, verbose=False)
         data = copy.copy(self.data)
         data.seed = run.seed

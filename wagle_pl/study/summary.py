@@ -98,15 +98,15 @@ def at_equal_steps(
 
 
 class Spread(NamedTuple):
-    """Numbers over seeds; the mean of none and the deviation of fewer than two are None."""
+    """Mean, standard deviation (n − 1 in the denominator) and number of values over seeds."""
 
-    mean: Optional[float]
-    std: Optional[float]
+    mean: Optional[float]  # None without values
+    std: Optional[float]  # None of fewer than two
     n: int
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean and standard deviation (n − 1 in the denominator) over seeds."""
+    """Mean and standard deviation of some values."""
     n = len(values)
     mean = float(np.mean(values)) if n else None
     return Spread(mean, float(np.std(values, ddof=1)) if n > 1 else None, n)
@@ -181,12 +181,10 @@ class Compared(NamedTuple):
 
     @property
     def start(self) -> float:
-        """Progress of the target model."""
         return self.forget_sign * self.target[self.forget]
 
     @property
     def end(self) -> float:
-        """Progress at the level."""
         return self.forget_sign * self.level
 
     @property
@@ -328,10 +326,8 @@ def _against(best: pd.DataFrame, dense: Optional[pd.DataFrame], by: Compared) ->
 
 
 def _equal_steps(runs: pd.DataFrame, dense: pd.DataFrame) -> Optional[dict[str, Any]]:
-    """``difference``, ``p``, ``n`` and mean ``steps`` of :func:`at_equal_steps` over seeds.
-
-    None if the runs of no seed allow it.
-    """
+    """``difference``, ``p``, ``n`` and mean ``steps`` of :func:`at_equal_steps` over seeds; None if
+    the runs of no seed allow it."""
     ours, theirs = (
         {
             seed: [Pace(*run) for run in own[["lr", "steps", "reached"]].itertuples(index=False)]

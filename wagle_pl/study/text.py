@@ -109,9 +109,8 @@ def outcome(arms: Sequence[Arm]) -> str:
     >>> outcome([{"mask": "wagle 0.2", "verdict": "wins"}, {"mask": "dense", "verdict": ""}])
     'Against dense: wins: wagle 0.2.'
     """
-    groups: dict[str, list[str]] = {"wins": [], "ties": [], "loses": []}
-    for arm in arms:
-        groups.setdefault(arm["verdict"], []).append(arm["mask"])
+    words = dict.fromkeys(["wins", "ties", "loses", *(arm["verdict"] for arm in arms)])
+    groups = {word: [arm["mask"] for arm in arms if arm["verdict"] == word] for word in words}
     said = [f"{word}: {', '.join(masks)}" for word, masks in groups.items() if word and masks]
     nothing = "There is nothing to compare with dense yet."
     return f"Against dense: {'; '.join(said)}." if said else nothing

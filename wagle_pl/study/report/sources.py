@@ -41,9 +41,6 @@ class ReportedModel(Results):
         folder: of the model with test results in it, or of test results, or a result file of TOFU
             or OpenUnlearning.
         option: that named it, for messages.
-
-    Raises:
-        WagleError: if it has no results.
     """
 
     def __init__(self, folder: Path, option: str = "run") -> None:
@@ -74,7 +71,6 @@ class ReportedModel(Results):
 
     @property
     def place(self) -> Path:
-        """Resolved folder of its test results."""
         return _tests_of(self.path.resolve())
 
     @property
@@ -103,7 +99,6 @@ class ReportedModel(Results):
 
     @property
     def sets(self) -> list[str]:
-        """Names of the test sets, in the order of the test."""
         return list(self.info.get("rows") or self.tables)
 
     @cached_property
@@ -124,7 +119,6 @@ class ReportedModel(Results):
             return Suite()
 
     def about(self, measure: str) -> Info:
-        """Unit, direction and meaning of a measure."""
         found = self.info.get("measures", {}).get(measure)
         return Info(**found) if found else self.suite.info(measure)
 
@@ -170,13 +164,11 @@ class StudyResults:
 
     @property
     def axes(self) -> tuple[str, str]:
-        """Names of the forget measure and of the utility measure."""
         found = self.summary
         return found.get("forget", "forget measure"), found.get("utility", "utility")
 
     @property
     def references(self) -> dict[str, tuple[float, float]]:
-        """See :func:`reference_points`."""
         return reference_points(self.summary, self.axes)
 
 
@@ -192,7 +184,6 @@ class Sources:
 
     @property
     def everyone(self) -> list[ReportedModel]:
-        """Target, retrained, then the models."""
         return [*self.references.values(), *self.models]
 
     def sign(self, model: ReportedModel, measure: str) -> str:
@@ -208,26 +199,17 @@ class Sources:
 def reference_points(
     summary: Mapping[str, Any], axes: tuple[str, str]
 ) -> dict[str, tuple[float, float]]:
-    """``target`` and ``retrained`` -> the two measures that ``axes`` names, where a study has both.
-
-    ``summary`` is the content of ``study.json``.
-    """
+    """``target`` and ``retrained`` -> the two measures that ``axes`` names, where the ``study.json``
+    has both."""
     found = {role: summary.get(role) or {} for role in ("target", "retrained")}
-    return {
-        role: (metrics[axes[0]], metrics[axes[1]])
-        for role, metrics in found.items()
-        if axes[0] in metrics and axes[1] in metrics
-    }
+    return {r: (of[axes[0]], of[axes[1]]) for r, of in found.items() if of.keys() >= {*axes}}
 
 
 def gather(
     folders: Sequence[str], target: Optional[str] = None, retrained: Optional[str] = None
 ) -> Sources:
-    """Read models and studies; arguments as of ``wagle report``.
-
-    Raises:
-        WagleError: if a folder does not exist, or nothing is left to report.
-    """
+    """Read models and studies; arguments as of ``wagle report``. An error if a folder does not exist
+    or nothing is left to report."""
     sources = Sources()
     for folder in dict.fromkeys(folders):
         _read_folder(Path(folder), sources)
@@ -332,15 +314,12 @@ def _find_reference(sources: Sources, role: str, given: Optional[str]) -> None:
 def _candidates(models: Sequence[ReportedModel], role: str) -> list[str]:
     """Where results of the target or retrained model may be."""
     compared = [model.info.get("compared", {}).get(role) for model in models]
+    lasts = [(model, model.last) for model in models]
     if role == "target":
-        others = [model.last.get("base") for model in models if model.last.get("objective")]
+        others = [last.get("base") for _, last in lasts if last.get("objective")]
     else:
-        made = ("FinetuneModule", ["retain"])
-        others = [
-            str(model.path)
-            for model in models
-            if (model.last.get("module"), model.last.get("streams")) == made
-        ]
+        made = {"module": "FinetuneModule", "streams": ["retain"]}
+        others = [str(model.path) for model, last in lasts if made.items() <= last.items()]
     for places in (compared, others):  # the base of a model need not have been tested
         if known := [place for place in dict.fromkeys(places) if place and Path(place).exists()]:
             return known
@@ -348,10 +327,8 @@ def _candidates(models: Sequence[ReportedModel], role: str) -> list[str]:
 
 
 def _check_target(sources: Sources) -> None:
-    """Note which models were made from other weights than the target's.
-
-    After several requests to unlearn, the target may be the model before any of them.
-    """
+    """Note which models were made from other weights than the target's, which after several requests
+    to unlearn may be the model before any of them."""
     target = sources.references.get("target")
     if target is None or target.fingerprint is None:
         return
