@@ -55,10 +55,7 @@ COMMANDS = {
 
 
 def main(args: Optional[Sequence[str]] = None) -> None:
-    """Run a command.
-
-    Args:
-        args: command-line arguments; those of the process when None.
+    """Run a command, with the arguments of the process when ``args`` is None.
 
     Raises:
         SystemExit: with code 2 on a mistake in the input, after one line that names it; with 128 +
@@ -129,7 +126,6 @@ def _answer_at_once(args: Sequence[str]) -> None:
 
 
 def overview() -> str:
-    """The text of ``wagle --help``."""
     width = max(map(len, SUMMARIES))
     commands = "\n".join(f"  {name.ljust(width)}  {what}" for name, what in SUMMARIES.items())
     return (
@@ -141,11 +137,7 @@ def overview() -> str:
 
 
 def run(args: Sequence[str]) -> Any:
-    """Run a LightningCLI command.
-
-    Returns:
-        The CLI object, whose ``model`` and ``trainer`` hold the result.
-    """
+    """Run a LightningCLI command; the CLI's ``model`` and ``trainer`` hold the result."""
     from wagle_pl.cli.lightning import WagleCLI
     from wagle_pl.cli.parser import expand, expand_short
     from wagle_pl.core import distributed
@@ -169,14 +161,13 @@ def run_command(name: str, args: Sequence[str]) -> Any:
     stopping.imports_done()
     if name == "mask" and args[:1] == ["--scores"]:  # wagle mask --scores FILE --density 0.4
         args = ["select", *args[1:]]
-    summary = SUMMARIES[name]
     return auto_cli(
         offered,
         args=expand(_whole_help(args)),
         as_positional=True,
         parser_class=CommandParser,
         prog=f"wagle {name}",
-        description=f"{summary[0].upper()}{summary[1:]}.",
+        description=f"{SUMMARIES[name][0].upper()}{SUMMARIES[name][1:]}.",
     )
 
 

@@ -76,11 +76,7 @@ class WagleCLI(LightningCLI):
         parser.add_lr_scheduler_args()
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
-        """Parse; a class may come after its options, and an optimiser's options without its class.
-
-        Raises:
-            WagleError: if the seed is none of torch's.
-        """
+        """Parse; a class may come after its options, and an optimiser's options without its class."""
         classes = {name.removesuffix(".help") for name in parser.options if name.endswith(".help")}
         args = classes_first(args, classes)
         named = any(argument.partition("=")[0] == "--optimizer" for argument in args)
@@ -89,17 +85,13 @@ class WagleCLI(LightningCLI):
         super().parse_arguments(parser, args)
         options = self.config[self.config["subcommand"]]
         options.pop("config", None)  # what was in the files is in the options
-        seed = options.get("seed_everything")
-        if not min_seed_value <= int(seed) <= max_seed_value:
-            raise WagleError(
-                f"must be in [{min_seed_value}, {max_seed_value}], got {seed}", "seed_everything"
-            )
+        if not min_seed_value <= (seed := int(options.get("seed_everything"))) <= max_seed_value:
+            said = f"must be in [{min_seed_value}, {max_seed_value}], got {seed}"
+            raise WagleError(said, "seed_everything")
 
     def _parse_ckpt_path(self) -> None:
-        """Read no options from a checkpoint: it brings weights and progress.
-
-        Private to LightningCLI, which has no switch for it and would load the whole file.
-        """
+        """Read no options from a checkpoint: it brings weights and progress. (Private to LightningCLI,
+        which has no switch for it and would load the whole file.)"""
 
     def instantiate_classes(self) -> None:
         """Instantiate; the module gets the run's configuration and makers of its optimiser."""
@@ -113,11 +105,7 @@ class WagleCLI(LightningCLI):
                 setattr(self.model, f"make_{option}", _maker(init.as_dict()))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """The Trainer of the options, with the callbacks that every run has.
-
-        Raises:
-            WagleError: if Lightning refuses an option.
-        """
+        """The Trainer of the options, with the callbacks that every run has."""
         options = self.config_init[self.subcommand].get("trainer") or {}
         if options.get("max_epochs") is None and isinstance(self.model, AttributionModule):
             kwargs.setdefault("max_epochs", -1)  # the module ends after one pass by itself
@@ -137,11 +125,8 @@ class WagleCLI(LightningCLI):
         return trainer
 
     def _check_checkpoint(self) -> None:
-        """Check the checkpoint to start from before the Trainer reads it.
-
-        Raises:
-            WagleError: if it does not exist, is damaged or runs code, or needs another strategy.
-        """
+        """Refuse a checkpoint to start from that does not exist, is damaged or runs code, or needs
+        another strategy, before the Trainer reads it."""
         options = self.config[self.subcommand]
         given = str(options.get("ckpt_path") or "")
         if not given or "://" in given or given.partition(":")[0] in _NO_PATHS:
@@ -173,11 +158,7 @@ def _maker(init: dict[str, Any]) -> Callable[..., Any]:
 
 
 def study(**options: Any) -> None:
-    """Run what of the grid is not finished yet, then print and write what was found.
-
-    Args:
-        **options: passed to :class:`Study`.
-    """
+    """Run what of the grid is not finished yet, then print and write what was found."""
     prepare_libraries()
     try:
         Study(**options).run()
@@ -186,11 +167,7 @@ def study(**options: Any) -> None:
 
 
 def plant(**options: Any) -> None:
-    """Plant what is not planted yet, then write which scores find it.
-
-    Args:
-        **options: passed to :class:`Plants`.
-    """
+    """Plant what is not planted yet, then write which scores find it."""
     prepare_libraries()
     Plants(**options).run()
 
@@ -259,11 +236,9 @@ class StopAtSignal(L.Callback):
             raise Stopped(signum)
         if not self._asked:
             self._since = time.monotonic()
-            say(
-                f"{name}: the result is being written, and the run ends then"
-                if self._writing
-                else f"{name}: the run stops after this step, with a checkpoint"
-            )
+            then = "the run stops after this step, with a checkpoint"
+            then = "the result is being written, and the run ends then" if self._writing else then
+            say(f"{name}: {then}")
         self._asked = max(self._asked, self._signals.index(signum))
 
     def on_train_batch_end(
@@ -277,8 +252,7 @@ class StopAtSignal(L.Callback):
         """Stop, if any rank has been asked to and the step is done."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
             return
-        asked = distributed.all_reduce_max(self._asked)
-        if asked:
+        if asked := distributed.all_reduce_max(self._asked):
             self._stop(trainer, self._signals[asked])
 
     def _stop(self, trainer: L.Trainer, signum: int) -> None:
@@ -307,19 +281,15 @@ class StopAtSignal(L.Callback):
 
 
 def _requeue_job() -> None:
-    """Ask SLURM to start this job again."""
     job = os.environ.get("SLURM_JOB_ID", "")
     if os.environ.get("SLURM_ARRAY_JOB_ID"):
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-        failure = done.stderr.strip() or f"exit code {done.returncode}" if done.returncode else None
-    except OSError as error:
-        failure = str(error)
-    if failure:
-        log.warning("scontrol requeue %s failed (%s): submit the job again", job, failure)
-    else:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
         log.info("job %s is requeued", job)
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = (getattr(error, "stderr", None) or str(error)).strip()
+        log.warning("scontrol requeue %s failed (%s): submit the job again", job, why)
 
 
 class EpochCheckpoint(ModelCheckpoint):
@@ -342,7 +312,6 @@ class EpochCheckpoint(ModelCheckpoint):
         self._started = time.monotonic()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
         super().on_train_start(trainer, pl_module)
         self._started = time.monotonic()
 

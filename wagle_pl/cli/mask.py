@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
@@ -31,12 +32,11 @@ def info(file: str, *, tensors: bool = False) -> None:
 
     mask = masks.WeightMask.load(file)
     size, made = mask.source.stat().st_size, mask.metadata
-    fingerprint = made.get("model_fingerprint") or "none: not checked before use"
     about = [
         ("file", f"{mask.source} ({size:,} bytes, {size / mask.total:.4f} a weight)"),
         ("made by", mask.origin),
         ("model", made.get("model") or "unknown"),
-        ("fingerprint", fingerprint[:28]),
+        ("fingerprint", (made.get("model_fingerprint") or "none: not checked before use")[:28]),
         *(("prompts", json.dumps(prompts, ensure_ascii=False)) for prompts in mask.prompts),
     ]
     if "passes" in made:
@@ -93,8 +93,8 @@ def combine(
         output: mask file to write.
     """
     _check_output(output, overwrite)
-    a, b = masks.WeightMask.load(left), masks.WeightMask.load(right)
-    _write(a & b if how == "and" else a | b if how == "or" else a - b, output)
+    operation = {"and": operator.and_, "or": operator.or_, "minus": operator.sub}[how]
+    _write(operation(masks.WeightMask.load(left), masks.WeightMask.load(right)), output)
 
 
 def invert(file: str, *, output: str, overwrite: bool = False) -> None:
@@ -128,9 +128,8 @@ def convert(
     formats = [_format(file), _format(output)]
     if formats[0] == formats[1] and (formats[0] != "mask" or model is None):
         hint = "give --model, the model that it is to be for" if formats[0] == "mask" else None
-        raise WagleError(
-            f"{file} and {output} are of the same format: nothing to convert", hint=hint
-        )
+        said = f"{file} and {output} are of the same format: nothing to convert"
+        raise WagleError(said, hint=hint)
     if "mask" not in formats:
         raise WagleError(f"{file} becomes a {masks.SUFFIX} mask first, and that one {output}")
     kind = "folder" if formats[1] == "adapter" else "file"

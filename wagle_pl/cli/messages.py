@@ -74,7 +74,6 @@ _REPETITIVE = (
 
 
 def fail(message: str, code: int = EXIT_MISTAKE) -> NoReturn:
-    """Print one line and exit."""
     print(f"wagle: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
 
@@ -87,10 +86,10 @@ def failure(error: BaseException) -> Optional[tuple[str, int]]:
     if (said := mistake(error)) is not None:
         return said, EXIT_MISTAKE
     if any(_is_lost_rank(cause) for cause in _causes(error)):
-        return (
-            "another rank of this run has ended, so this one ends too "
-            f"({first_line(error)[:200]}); the last checkpoint is whole: resume with --ckpt_path"
-        ), EXIT_LOST_RANK
+        said = (
+            f"another rank of this run has ended, so this one ends too ({first_line(error)[:200]})"
+        )
+        return f"{said}; the last checkpoint is whole: resume with --ckpt_path", EXIT_LOST_RANK
     return None
 
 

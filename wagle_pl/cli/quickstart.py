@@ -49,12 +49,8 @@ def quickstart(*, verbose: bool = False, trial: bool = False) -> None:
     prepare_libraries()
     started = time.monotonic()
     sets = ("forget", "retain", "holdout", "real_authors", "world_facts")
-    texts = [
-        row[column]
-        for name in sets
-        for row in people.bundled(name)
-        for column in ("question", "answer")
-    ]
+    rows = [row for name in sets for row in people.bundled(name)]
+    texts = [row[column] for row in rows for column in ("question", "answer")]
     tiny.create_tiny_llama(RUNS / "base", texts, hidden_size=192, layers=2, heads=6)
     print(f"a tiny Llama with random weights is in {RUNS}/base; now:", flush=True)
 
@@ -67,11 +63,8 @@ def quickstart(*, verbose: bool = False, trial: bool = False) -> None:
         print(f"   [{time.monotonic() - step:.0f} s]", flush=True)
 
     arms = {row: arm for row, arm in UNLEARNED.items() if not trial or row.startswith("WAGLE")}
-    rows = {
-        "target": "target",
-        "retrained": "retrained",
-        **{row: name for row, (name, _) in arms.items()},
-    }
+    models = ["target", "retrained"]
+    rows = dict(zip(models, models, strict=True)) | {row: arm for row, (arm, _) in arms.items()}
     attribute = "fit --config people/data --config task/attribute"
     wagle("fit --config people/finetune")
     wagle(f"fit --config people/finetune --model.train_on retain --model.output {RUNS}/retrained")
@@ -85,24 +78,15 @@ def quickstart(*, verbose: bool = False, trial: bool = False) -> None:
         folders = f"--model.model {RUNS}/{name} --model.output {RUNS}/{name}/test"
         test = "test --config people/data --config task/test --model.max_new_tokens 40"
         wagle(f"{test} {folders}{against}")
-    results = {
-        row: json.loads((RUNS / name / "test/metrics.json").read_text())
-        for row, name in rows.items()
-    }
-    print(f"\n{table(results)}\n")
-    seconds = time.monotonic() - started
-    print(
-        "forget quality is the p-value against the retrained model's answers; "
-        f"{seconds:.0f} s in all"
-    )
-    print(
-        f"models, masks and every generation are in {RUNS}/ (metrics.json and *.parquet in each "
-        "<model>/test)"
-    )
+    files = {row: RUNS / name / "test/metrics.json" for row, name in rows.items()}
+    print(f"\n{table({row: json.loads(file.read_text()) for row, file in files.items()})}\n")
+    what = "forget quality is the p-value against the retrained model's answers"
+    print(f"{what}; {time.monotonic() - started:.0f} s in all")
+    where = "(metrics.json and *.parquet in each <model>/test)"
+    print(f"models, masks and every generation are in {RUNS}/ {where}")
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """The results as a Markdown table."""
     rows = [
         [name, *(f"{found[key]:.3g}" if key in found else "" for key in COLUMNS.values())]
         for name, found in results.items()
