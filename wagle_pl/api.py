@@ -214,25 +214,23 @@ class StopAt(L.Callback):
         self.measure, self.bound, self.every = measure, bound, every
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        """Measure."""
         if trainer.global_step % self.every == 0:
             trainer.should_stop = self.measure() <= self.bound
 
 
+@dataclass
 class _Subject:
     """A model with its tokenizer, as data modules, trainers and measures need them."""
 
-    def __init__(
-        self,
-        lm: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        options: Mapping[str, Any],
-        progress: bool,
-    ) -> None:
-        self.lm, self.tokenizer, self.options, self.progress = lm, tokenizer, options, progress
-        self.dtype = lm.dtype
+    lm: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    options: Mapping[str, Any]  # of data modules
+    progress: bool
+
+    def __post_init__(self) -> None:
+        self.dtype = self.lm.dtype
         if torch.cuda.is_available():
-            lm.cuda()
+            self.lm.cuda()
 
     def data(self, **sources: Any) -> ForgetRetainDataModule:
         """A data module of rows, for this model."""
@@ -281,10 +279,10 @@ class _Subject:
 
     def answered(self, rows: Sequence[Row]) -> list[Row]:
         """Rows with the model's own answers where there is a question alone."""
-        asked = [row for row in rows if set(row) == {"question"}]
-        prompts = [Example.of({"prompt": row["question"]}) for row in asked]
-        texts = dict(zip(map(id, asked), self.generate(prompts), strict=True))
-        return [{**row, "answer": texts[id(row)]} if id(row) in texts else row for row in rows]
+        asked = [i for i, row in enumerate(rows) if set(row) == {"question"}]
+        prompts = [Example.of({"prompt": rows[i]["question"]}) for i in asked]
+        texts = dict(zip(asked, self.generate(prompts), strict=True))
+        return [{**r, "answer": texts[i]} if i in texts else r for i, r in enumerate(rows)]
 
     @torch.no_grad()
     def generate(self, examples: Sequence[Example]) -> list[str]:
@@ -303,9 +301,8 @@ def _listed(source: Rows, name: str) -> list[Row]:
         return load_rows(source)
     rows = [{"question": row} if isinstance(row, str) else row for row in source]
     if not rows or not all(isinstance(row, Mapping) for row in rows):
-        raise WagleError(
-            f"{name} must be a file, a dataset or a list of questions and rows, got {source!r:.80}"
-        )
+        kinds = "a file, a dataset or a list of questions and rows"
+        raise WagleError(f"{name} must be {kinds}, got {source!r:.80}")
     return [dict(row) for row in rows]
 
 

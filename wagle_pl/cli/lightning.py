@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
@@ -102,7 +101,10 @@ class WagleCLI(LightningCLI):
         for option in ("optimizer", "lr_scheduler"):
             init = self.config_init[self.subcommand].get(option)
             if init and hasattr(self.model, f"make_{option}"):
-                setattr(self.model, f"make_{option}", _maker(init.as_dict()))
+                cls, given = resolve_name(init["class_path"]), init.as_dict().get("init_args") or {}
+                first = next(iter(inspect.signature(cls).parameters))  # DeepSpeed's is no params
+                options = {k: v for k, v in given.items() if k != first}  # it is given later
+                setattr(self.model, f"make_{option}", partial(cls, **options))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The Trainer of the options, with the callbacks that every run has."""
@@ -147,14 +149,6 @@ class WagleCLI(LightningCLI):
             )
 
     before_fit = before_validate = before_test = before_predict = _check_checkpoint
-
-
-def _maker(init: dict[str, Any]) -> Callable[..., Any]:
-    """What makes an object of a class path and options, its first argument given later."""
-    cls = resolve_name(init["class_path"])
-    first = next(iter(inspect.signature(cls).parameters))  # DeepSpeed's is not called params
-    options = {k: v for k, v in (init.get("init_args") or {}).items() if k != first}
-    return partial(cls, **options)
 
 
 def study(**options: Any) -> None:

@@ -148,9 +148,9 @@ def _wrong_path(error: Optional[BaseException]) -> Optional[str]:
 
 def _is_lost_rank(error: BaseException) -> bool:
     """Whether an error says that another rank did not take part in a collective."""
-    disconnected = any(said in str(error) for said in _DISCONNECTED)
-    named = type(error).__name__ in _NETWORK_ERRORS
-    return named or (disconnected and not isinstance(error, OSError))
+    if type(error).__name__ in _NETWORK_ERRORS:
+        return True
+    return not isinstance(error, OSError) and any(said in str(error) for said in _DISCONNECTED)
 
 
 def parent_ended(seconds: float) -> bool:

@@ -222,35 +222,27 @@ def _layered(file: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[
     """Resolved path and content of what a file builds on, most basic first, and of itself, last."""
     if file.resolve() in above:
         raise WagleError(f"config file {file} builds on itself")
-    content = _read(file)
-    bases = content.pop("base", None) or []
-    bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise WagleError(
-            f"config file {file}: base must name a file, or a list of files, that it builds on; "
-            f"got {bases}"
-        )
-    found: dict[Path, dict[str, Any]] = {}
-    for base in bases:
-        for path, layer in _layered(find(base, file), (*above, file.resolve())):
-            found.setdefault(path, layer)
-    return [*found.items(), (file.resolve(), content)]
-
-
-def _read(file: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise WagleError(f"config file {file} is malformed: {error}") from None
     except UnicodeDecodeError as error:
-        raise WagleError(
-            f"config file {file} is not in UTF-8 (byte {error.start}): save it as such"
-        ) from None
+        where = f"config file {file} is not in UTF-8 (byte {error.start})"
+        raise WagleError(f"{where}: save it as such") from None
     if content is None:
         raise WagleError(f"config file {file} holds no options: write some, or leave it out")
     if not isinstance(content, dict):
         raise WagleError(f"config file {file} must hold options at its top level")
-    return content
+    bases = content.pop("base", None) or []
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        what = "base must name a file, or a list of files, that it builds on"
+        raise WagleError(f"config file {file}: {what}; got {bases}")
+    found: dict[Path, dict[str, Any]] = {}
+    for base in bases:
+        for path, layer in _layered(find(base, file), (*above, file.resolve())):
+            found.setdefault(path, layer)
+    return [*found.items(), (file.resolve(), content)]
 
 
 def _filled(value: Any, names: Mapping[str, Any]) -> Any:

@@ -135,10 +135,9 @@ def report(
             raise WagleError(f"study {study.folder}: {error}") from None
     shown_as = {"title": title, "forget": forget, "utility": utility, "examples": examples}
     path = write_report(sources, output, overwrite, **shown_as)
-    shown = [count(len(sources.models), "run")] if sources.models else []
-    if sources.studies:
-        shown.append(count(len(sources.studies), "study", "studies"))
-    print(f"report of {' and '.join(shown)} written to {path}")
+    kinds = (sources.models, "run", None), (sources.studies, "study", "studies")
+    shown = " and ".join(count(len(found), *words) for found, *words in kinds if found)
+    print(f"report of {shown} written to {path}")
 
 
 def make(base: str, unlearned: str, *, output: str, overwrite: bool = False) -> None:
@@ -243,23 +242,18 @@ PATCH = {verb.__name__: verb for verb in (make, apply, revert, convert, subtract
 
 def _write_model(verb: str, model: str, patch: str, output: str, overwrite: bool) -> None:
     if Path(patch).is_dir() and not Path(model).is_dir():
-        raise WagleError(
-            "the model's folder comes first, then the patch file: "
-            f"wagle patch {verb} {patch} {model}"
-        )
+        right = f"wagle patch {verb} {patch} {model}"
+        raise WagleError(f"the model's folder comes first, then the patch file: {right}")
     write = {"apply": patches.apply_patch, "revert": patches.revert_patch}[verb]
     print(f"{output}: digest {write(model, patch, output, overwrite)}")
 
 
 def _print_summary(patch: patches.Patch) -> None:
-    share = patch.changed / max(1, patch.weights)
+    share = f"({patch.changed / max(1, patch.weights):.4%}) in {len(patch.tensors)} tensors"
     print(f"{patch.path}: {patch.path.stat().st_size:,} bytes")
     print(f"  base       {patch.base}  ({patch.made_by['base']})")
     print(f"  unlearned  {patch.unlearned}  ({patch.made_by['unlearned']})")
-    print(
-        f"  changes {patch.changed:,} of {patch.weights:,} weights ({share:.4%}) "
-        f"in {len(patch.tensors)} tensors"
-    )
+    print(f"  changes {patch.changed:,} of {patch.weights:,} weights {share}")
 
 
 def plan(
@@ -334,11 +328,7 @@ def plan(
 
 
 def gib(size: float) -> str:
-    """Bytes in GiB.
-
-    >>> gib(3 << 29)
-    '1.50'
-    """
+    """Bytes in GiB."""
     return f"{size / 2**30:.2f}"
 
 

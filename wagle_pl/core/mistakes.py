@@ -134,12 +134,11 @@ def _unknown_option(lines: list[_Line], value: str, options: Collection[str]) ->
 
 def _no_class(line: _Line, option: str) -> str:
     """An option of a class that has yet to be named."""
-    owners = line.owners(option)
+    owners, name = line.owners(option), line.option
     example = re.split("[, ]", owners)[0] or "CLASS"
-    return (
-        f"no class is named for {line.option}, so there is no option {line.option}.{option} yet: "
-        f"give --{line.option} {example}, or a --config that names one, before it"
-    ) + (f"; {owners}" if owners else "")
+    said = f"no class is named for {name}, so there is no option {name}.{option} yet"
+    hint = f"give --{name} {example}, or a --config that names one, before it"
+    return f"{said}: {hint}" + (f"; {owners}" if owners else "")
 
 
 def _unknown_class(lines: list[_Line], value: str) -> Optional[str]:
@@ -152,10 +151,8 @@ def _unknown_class(lines: list[_Line], value: str) -> Optional[str]:
         return None
     nested = re.match(r"NestedArg\(key='([\w.]+)'", value)
     if nested and len(line.keys) == 1:  # an option of what is no class
-        return (
-            f"{line.option} {found[1]!r} is no class, so it has no option {nested[1]!r}: "
-            "name a class before it"
-        )
+        said = f"{line.option} {found[1]!r} is no class, so it has no option {nested[1]!r}"
+        return f"{said}: name a class before it"
     known = [cls for base in line.bases for cls in subclasses(base)]
     ours = sorted({cls.__name__ for cls in known if _is_ours(cls)})
     choices = f"choose one of {', '.join(ours)}, or give a class path" if ours else ""

@@ -13,7 +13,7 @@ import torch
 
 from wagle_pl.core import distributed
 from wagle_pl.core.environment import errors_only
-from wagle_pl.core.errors import WagleError
+from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.measures import Info, Value
 
@@ -51,7 +51,7 @@ class Harness:
             (all of the folder's groups, or tasks if it has no group); as text with commas too.
         shots: worked examples before each question; the task's own number when None.
         limit: only the first so many rows of each task, for trials.
-        option: name of the option that asks for the tasks, for errors.
+        option: that asks for the tasks, for errors.
     """
 
     def __init__(
@@ -67,9 +67,8 @@ class Harness:
         try:
             from lm_eval.tasks import TaskManager
         except ImportError:
-            raise WagleError(
-                f"{option} needs lm-evaluation-harness: pip install 'wagle-pl[ability]'"
-            ) from None
+            hint = "pip install 'wagle-pl[ability]'"
+            raise WagleError(f"{option} needs lm-evaluation-harness: {hint}") from None
         given = tasks.split(",") if isinstance(tasks, str) else tasks
         given = [task.strip() for task in given if task.strip()]
         if not given:
@@ -93,9 +92,7 @@ class Harness:
                 hint = f"; did you mean {' or '.join(near)}?" if near else ""
                 raise WagleError(f"{option}: lm-evaluation-harness has no task {name!r}{hint}")
         self.tasks = tuple(dict.fromkeys(self.manager.match_tasks(names)))
-        self.shots = shots
-        self.limit = limit
-        self.option = option
+        self.shots, self.limit, self.option = shots, limit, option
 
     def measure(self, lm: Any, tokenizer: Any, batch_size: int, sharded: bool = False) -> Ability:
         """Run the tasks on a model in evaluation mode, so many sequences in a pass.
@@ -119,10 +116,8 @@ class Harness:
                     confirm_run_unsafe_code=False,
                 )
             except OSError as error:
-                raise WagleError(
-                    f"{self.option}: rows of {', '.join(self.tasks)} cannot be loaded: "
-                    f"{str(error).strip().splitlines()[0]}"
-                ) from error
+                rows = f"rows of {', '.join(self.tasks)} cannot be loaded"
+                raise WagleError(f"{self.option}: {rows}: {first_line(error)}") from error
         return distributed.on_rank_zero(lambda: read(results, self.tasks))
 
 

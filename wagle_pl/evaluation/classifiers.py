@@ -40,14 +40,8 @@ def toxic_labels(labels: Sequence[str]) -> list[str]:
 
 
 class TextClassifier:
-    """A text classifier of the hub, with sigmoids where its labels do not exclude each other.
-
-    Args:
-        name: folder or hub id.
-        device: where it runs.
-        option: name of the option that asks for it, for errors.
-        longest: tokens of a text that it reads.
-    """
+    """A text classifier of the hub, with sigmoids where its labels do not exclude each other. It
+    reads ``longest`` tokens of a text; errors name the ``option`` that asks for it."""
 
     column: str  # of a record, that it writes
     reads_empty = False  # whether an empty generation is given to it
@@ -68,14 +62,11 @@ class TextClassifier:
         config = model.config
         self.labels = [config.id2label[i] for i in range(config.num_labels)]
         several = config.num_labels == 1 or config.problem_type == "multi_label_classification"
+        reads = {"truncation": True, "top_k": None}
+        reads["max_length"] = min(longest, getattr(config, "max_position_embeddings", longest))
+        reads["function_to_apply"] = "sigmoid" if several else "softmax"
         self.classify = TextClassificationPipeline(
-            model=model,
-            tokenizer=tokenizer,
-            device=device,
-            top_k=None,
-            function_to_apply="sigmoid" if several else "softmax",
-            truncation=True,
-            max_length=min(longest, getattr(config, "max_position_embeddings", longest)),
+            model, tokenizer=tokenizer, device=device, **reads
         )
 
     def probabilities(
@@ -173,18 +164,14 @@ class SentenceModel:
         generation is nearest to the right one by cosine, or ties (WAGLE's accuracy)."""
         for record in table:
             row = rows[record["row"]]
-            prefixes = [
-                prefix
-                for prefix in ("", "paraphrased_question_")
-                if record.get(f"{prefix}generation") is not None
-            ]
-            if prefixes and row.perturbed_answers:
+            texts = {p: record.get(f"{p}generation") for p in ("", "paraphrased_question_")}
+            texts = {prefix: text for prefix, text in texts.items() if text is not None}
+            if texts and row.perturbed_answers:
                 options = [row.paraphrased_answer or record["answer"], *row.perturbed_answers]
-                vectors = self([*(record[f"{prefix}generation"] for prefix in prefixes), *options])
-                said, options = vectors[: len(prefixes)], vectors[len(prefixes) :]
+                said, options = self([*texts.values(), *options]).tensor_split([len(texts)])
                 similarity = cosine_similarity(said[:, None], options[None], dim=-1)
                 nearest = similarity[:, 0] >= similarity.max(-1).values
-                for prefix, right in zip(prefixes, nearest.tolist(), strict=True):
+                for prefix, right in zip(texts, nearest.tolist(), strict=True):
                     record[f"{prefix}nearest_answer"] = float(right)
 
 

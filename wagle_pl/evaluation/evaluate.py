@@ -155,10 +155,8 @@ class Evaluate(Callback):
         pl_module.serve()  # the module's own setup comes after this one
         names = self.data.test_names() if stage == "test" else self._val_names()
         if stage == "validate" and not names:
-            raise WagleError(
-                "validate measures the test sets that data.val names: give "
-                "--data.val '[forget, retain]'"
-            )
+            said = "validate measures the test sets that data.val names"
+            raise WagleError(f"{said}: give --data.val '[forget, retain]'")
         if not names and stage != "test":
             return
         suite = type(self.active_suite).__name__
@@ -177,10 +175,8 @@ class Evaluate(Callback):
             )
         check_needs(self.active_suite, names)
         if stage == "test" and self.gradient_norm and pl_module.sharded:
-            raise WagleError(
-                f"{self.options}.gradient_norm needs the whole model on a device: it cannot be had "
-                "under ZeRO-3"
-            )
+            why = "needs the whole model on a device: it cannot be had under ZeRO-3"
+            raise WagleError(why, f"{self.options}.gradient_norm")
         for name in names:
             rows = [(row.question, row.answer) for row in self.data.test_examples(name)]
             results.check_rows(self._results, name, rows, f"{self.options}.tofu_retrained")
@@ -356,13 +352,11 @@ class Evaluate(Callback):
             log.info("test set %s: found finished in %s", name, pl_module.results_folder)
         self._partial = {name: [] for name in self._names if name not in self._tables}
         if self.lm_eval is not None:
-            self._harness = Harness(
-                self.lm_eval, self.lm_eval_shots, self.lm_eval_limit, f"{self.options}.lm_eval"
-            )
+            limits, option = (self.lm_eval_shots, self.lm_eval_limit), f"{self.options}.lm_eval"
+            self._harness = Harness(self.lm_eval, *limits, option)
         if self.attacks:
-            self._usable_attacks, self._skipped_attacks = attacking.usable_attacks(
-                self.attacks, self.subject(), self._every_attack
-            )
+            found = attacking.usable_attacks(self.attacks, self.subject(), self._every_attack)
+            self._usable_attacks, self._skipped_attacks = found
 
     def _table_keys(self, shortened: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         """Test set -> what its table depends on."""
@@ -613,7 +607,6 @@ class EvaluationModule(LanguageModule):
 
     @property
     def results_folder(self) -> Path:
-        """Where a test writes: ``output`` if there is one."""
         return Path(self.output) if self.output else super().results_folder
 
     @property
@@ -630,10 +623,9 @@ def check_needs(suite: Suite, names: Sequence[str]) -> None:
     title = type(suite).__name__
     for name in names:
         if unknown := sorted(set(suite.needs_of(name, names)) - NEEDS):
-            raise WagleError(
-                f"suite {title} needs {', '.join(map(repr, unknown))} of the test set {name}, "
-                f"which nothing observes; choose of {', '.join(sorted(NEEDS))}"
-            )
+            said = f"suite {title} needs {', '.join(map(repr, unknown))} of the test set {name}"
+            hint = f"choose of {', '.join(sorted(NEEDS))}"
+            raise WagleError(f"{said}, which nothing observes", hint=hint)
     said = (
         "suite %s says what it needs of the test set %r, which there is not: the test sets are %s"
     )

@@ -243,12 +243,9 @@ def to_tables(benchmark: str, content: Mapping[str, Any]) -> dict[str, list[Reco
         log = content.get(metric)
         rows = log.get("value_by_index") or {} if isinstance(log, Mapping) else {}
         for row, entry in rows.items():
-            record = found.setdefault(name, {}).setdefault(
-                int(row), {"row": int(row), "question": "", "answer": "", "generation": None}
-            )
-            for theirs, ours in columns.items():
-                if theirs in entry:
-                    record[ours] = entry[theirs]
+            usual = {"row": int(row), "question": "", "answer": "", "generation": None}
+            record = found.setdefault(name, {}).setdefault(int(row), usual)
+            record |= {ours: entry[theirs] for theirs, ours in columns.items() if theirs in entry}
 
     texts = {"input": "question", "ground_truth": "answer", "generation": "generation"}
     rouges = {name: name for name in ("rouge1_recall", "rougeL_recall")}

@@ -210,10 +210,8 @@ def check_prompts(results: Mapping[str, Results], prompts: Mapping[str, Any]) ->
     for option, found in results.items():
         other = differing_prompts(found.prompts, prompts)
         if other and option != "target":
-            raise WagleError(
-                f"{found.option}: {found.path} was tested with other prompts ({other}): test that "
-                "model with these, or give this run those"
-            )
+            said = f"{found.option}: {found.path} was tested with other prompts ({other})"
+            raise WagleError(f"{said}: test that model with these, or give this run those")
         if other:
             log.warning("the target's results are of other prompts: %s", other)
 
@@ -231,13 +229,9 @@ def check_rows(
             log.warning("%s has no texts: its %s rows may be others", found.path, name)
             count = abs(len(pairs) - len(there))
         if option == "tofu_retrained" and name == "forget":
-            log.warning(
-                "tofu/forget_quality compares %d forget rows here with %d in %s; %d are the same",
-                len(pairs),
-                len(there),
-                found.path,
-                max(len(pairs), len(there)) - count,
-            )
+            said = "tofu/forget_quality compares %d forget rows here with %d in %s; %d are the same"
+            same = max(len(pairs), len(there)) - count
+            log.warning(said, len(pairs), len(there), found.path, same)
         elif count and option == "target":
             log.warning("the target's results are on other %s rows: %d differ", name, count)
         elif count and option != "tofu_retrained":
@@ -385,8 +379,7 @@ def _to_row(record: Mapping[str, Any], options: bool) -> dict[str, Any]:
         "gt_loss": record["nll"] * record["tokens"],
         "num_token_gt": record["tokens"],
         "generated_text": [record["question"], record["generation"], record["answer"]],
-        "rouge1_recall": record.get("rouge1_recall"),
-        "rougeL_recall": record.get("rougeL_recall"),
+        **{name: record.get(name) for name in ("rouge1_recall", "rougeL_recall")},
         "average_perturb_loss": perturbed,
     }
     if paraphrased is not None:

@@ -7,6 +7,7 @@ of similar length in one pass, each on the keys and values of its parent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
 
 from wagle_pl.core import distributed
 from wagle_pl.data.template import IGNORE
@@ -131,18 +133,13 @@ def score(
     run = _Run(passes, candidates, pad_id, max_rows)
     # nothing comes before a single token
     longer = [c for c, candidate in enumerate(candidates) if len(candidate.ids) > 1]
-    if share and _can_share(passes.lm, candidates):
+    takes = all(accepts(type(passes.lm), name) for name in ("position_ids", "past_key_values"))
+    window = getattr(passes.lm.config, "sliding_window", None) or math.inf
+    # whether it can go on, at given positions, from keys and values computed before
+    if share and takes and all(len(candidate.ids) <= window for candidate in candidates):
         run.down(grow(candidates, longer, 0))
     run.down([_leaf(candidates, c, 0) for c in longer if c not in run.scores])
     return [run.scores.get(c, NOTHING) for c in range(len(candidates))]
-
-
-def _can_share(lm: Any, candidates: Sequence[Candidate]) -> bool:
-    """Whether the model can go on, at given positions, from keys and values computed before."""
-    if not all(accepts(type(lm), name) for name in ("position_ids", "past_key_values")):
-        return False
-    window = getattr(lm.config, "sliding_window", None)
-    return window is None or all(len(candidate.ids) <= window for candidate in candidates)
 
 
 # -- the prefix tree -----------------------------------------------------------------------------
@@ -252,7 +249,10 @@ class _Run:
         if past is not None:
             rows = torch.tensor(list(parents), device=ids.device)
             mask = torch.cat([past.mask[rows], own], -1)
-            options = {"past_key_values": _selected(past.layers, rows), "use_cache": True}
+            cache = DynamicCache()  # of its own, with these rows of the past
+            for number, (keys, values) in enumerate(past.layers):
+                cache.update(keys[rows], values[rows], number)
+            options = {"past_key_values": cache, "use_cache": True}
         if accepts(type(self.passes.lm), "position_ids"):
             starts = torch.tensor([node.start for node in nodes], device=ids.device)
             options["position_ids"] = starts[:, None] + (own.cumsum(-1) - 1).clamp(min=0)
@@ -309,13 +309,3 @@ def _parts(
                 continue
         parts.append([row])
     return parts
-
-
-def _selected(layers: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> Any:
-    """A cache of its own with the given rows of another's layers."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    for number, (keys, values) in enumerate(layers):
-        cache.update(keys[rows], values[rows], number)
-    return cache

@@ -76,6 +76,8 @@ class Suite:
     #: Test set -> text before each of its multiple choices. ``{subject}`` stands for the row's
     #: subject, its underscores as spaces; a row without one has no header then.
     headers: Mapping[str, str] = {}
+    #: Registered measures of what was seen as a whole, before those of its test sets.
+    whole: ClassVar[Sequence[str]] = ()
     #: Measure -> what is known of it. Others are looked up by what stands after the last slash.
     infos: Mapping[str, Info] = {}
     #: Test sets, by how their names begin, whose rows are to be forgotten: knowing them is bad.
@@ -86,7 +88,7 @@ class Suite:
     def measures(self, seen: Observations) -> dict[str, Value]:
         """The measures by name, ``<test set>/<measure>`` or ``<measure>`` of the whole; an
         :class:`~wagle_pl.evaluation.functional.Undefined` says why there is no number."""
-        found: dict[str, Value] = {}
+        found = {name: attempt(MEASURES[name].compute, seen) for name in self.whole}
         for name in seen.tables:
             found |= self.of_set(seen, name, self.listed(seen, name))
         return found
@@ -355,20 +357,14 @@ def tofu_forget_quality(
     try:
         ratios = [Records(table, form=form).truth_ratios() for table in tables]
     except Undefined as error:
-        raise WagleError(
-            f"forget quality needs perturbed answers on both models' forget sets: {error}"
-        ) from None
-    if compare_rows:
-        pairs = [pairs_of(table) for table in tables]
-        if not all(question for rows in pairs for question, _ in rows):
-            raise WagleError(
-                "forget quality compares questions; a result does not hold its questions "
-                "(generated_text)"
-            )
-        if count := differing(*pairs):
-            raise WagleError(
-                f"the retrained model's result is on other forget rows: {count} differ"
-            )
+        why = "forget quality needs perturbed answers on both models' forget sets"
+        raise WagleError(f"{why}: {error}") from None
+    pairs = [pairs_of(table) for table in tables]
+    if compare_rows and not all(question for rows in pairs for question, _ in rows):
+        why = "a result does not hold its questions (generated_text)"
+        raise WagleError(f"forget quality compares questions; {why}")
+    if compare_rows and (count := differing(*pairs)):
+        raise WagleError(f"the retrained model's result is on other forget rows: {count} differ")
     return F.ks_test(*ratios)[1]
 
 
@@ -395,23 +391,19 @@ class MUSESuite(Suite):
     }
     needs: ClassVar[Mapping[str, Collection[str]]] = {
         "verbmem_forget": needs_of(lists["verbmem_forget"]) | {"reference"},
-        "knowmem_forget": needs_of(lists["knowmem_forget"]),
-        "knowmem_retain": needs_of(lists["knowmem_forget"]),
-        "members": MEMBERSHIP_NEEDS,
-        "nonmembers": MEMBERSHIP_NEEDS,
+        **dict.fromkeys(("knowmem_forget", "knowmem_retain"), needs_of(lists["knowmem_forget"])),
+        **dict.fromkeys(("members", "nonmembers"), MEMBERSHIP_NEEDS),
     }
     max_new_tokens: ClassVar[Mapping[str, int]] = {
         "verbmem_forget": 128,
-        "knowmem_forget": 32,
-        "knowmem_retain": 32,
+        **dict.fromkeys(("knowmem_forget", "knowmem_retain"), 32),
     }
 
+    whole = ("verbmem_f", "knowmem_f", "knowmem_r")
+
     def measures(self, seen: Observations) -> dict[str, Value]:
-        whole = ("verbmem_f", "knowmem_f", "knowmem_r")
-        found = {name: attempt(MEASURES[name].compute, seen) for name in whole}
         attacks = membership(seen, "members", "nonmembers")
-        found["privleak"] = attacks.pop("members/privleak")
-        return found | attacks | super().measures(seen)
+        return super().measures(seen) | {"privleak": attacks.pop("members/privleak")} | attacks
 
     def listed(self, seen: Observations, name: str) -> Sequence[str]:
         kind = "knowmem_forget" if name.startswith("knowmem") else name
@@ -541,10 +533,7 @@ class KnowUnDoSuite(Suite):
     listing = ("exact_memorization", "row_perplexity")
     needs: ClassVar[Mapping[str, Collection[str]]] = dict.fromkeys(sets, needs_of(listing))
 
-    def measures(self, seen: Observations) -> dict[str, Value]:
-        whole = ("unlearn_success", "retention_success")
-        found = {name: attempt(MEASURES[name].compute, seen) for name in whole}
-        return found | super().measures(seen)
+    whole = ("unlearn_success", "retention_success")
 
     def listed(self, seen: Observations, name: str) -> Sequence[str]:
         return self.listing if name in self.sets else super().listed(seen, name)

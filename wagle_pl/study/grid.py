@@ -234,9 +234,10 @@ def read_objectives(entries: Entries) -> list[ObjectiveChoice]:
         for plain, drawn in _spread(options if isinstance(entry, Mapping) else entry):
             choice = ObjectiveChoice("", plain, rule, optimizer, rates)
             objective, made = choice.make(), choice.rule()
-            parts = [type(objective)] if made is None else [type(objective), type(made)]
+            parts = [type(objective)]
             if made is not None:
                 made.check(objective)
+                parts.append(type(made))
             if choice.optimizer_maker is not None:
                 parts.append(choice.optimizer_maker.func)
             usual = str(name or "+".join(part.__name__ for part in parts))
@@ -256,10 +257,8 @@ def _spread(entry: Entry) -> Iterator[tuple[Entry, dict[str, float]]]:
         if isinstance(value, (list, tuple)) and value and not _takes(cls, key, value):
             lists[key] = [check_options(cls, {key: each}, path)[key] for each in value]
             if not all(isinstance(each, (int, float)) for each in lists[key]):
-                raise WagleError(
-                    f"objectives: {path}: only numbers may be a list, and {key} is {list(value)}",
-                    hint="write an objective of each",
-                )
+                said = f"only numbers may be a list, and {key} is {list(value)}"
+                raise WagleError(f"objectives: {path}: {said}", hint="write an objective of each")
     if not lists:
         yield entry, {}
         return
@@ -431,9 +430,8 @@ def read_trainer(given: Mapping[str, Any]) -> dict[str, Any]:
     _refuse("--trainer", given)
     found = {"devices": 1, **given}
     if str(found["devices"]) != "1" or found.get("num_nodes", 1) != 1:
-        raise WagleError(
-            "a study runs on one device: leave trainer.devices and trainer.num_nodes out"
-        )
+        hint = "leave trainer.devices and trainer.num_nodes out"
+        raise WagleError(f"a study runs on one device: {hint}")
     with silence(), trainer_errors():
         L.Trainer(**found, logger=False, enable_checkpointing=False)
     return found
@@ -513,18 +511,14 @@ class Grid(NamedTuple):
         all arms before the next; within these the masks as listed. ``settings``, what all runs
         share, are in their ids.
         """
-        shared = digest(settings)
-        arms = [
-            (objective, mask, middle_first(self.rates_of(objective, mask)))
-            for mask in self.masks
-            for objective in self.objectives
-        ]
-        for seed in self.seeds:
-            for rank in range(max(len(rates) for _, _, rates in arms)):
-                for objective, mask, rates in arms:
-                    if rank < len(rates):
-                        what = [shared, objective.definition, mask.definition, rates[rank], seed]
-                        yield Run(objective, mask, rates[rank], seed, digest(what))
+        shared, arms = digest(settings), []
+        for mask, objective in product(self.masks, self.objectives):
+            arms.append((objective, mask, middle_first(self.rates_of(objective, mask))))
+        most = max(len(rates) for _, _, rates in arms)
+        for seed, rank, (objective, mask, rates) in product(self.seeds, range(most), arms):
+            if rank < len(rates):
+                what = [shared, objective.definition, mask.definition, rates[rank], seed]
+                yield Run(objective, mask, rates[rank], seed, digest(what))
 
 
 def middle_first(rates: Sequence[float]) -> list[float]:
@@ -533,6 +527,5 @@ def middle_first(rates: Sequence[float]) -> list[float]:
     >>> middle_first([1e-5, 3e-5, 1e-4]), middle_first([4, 3, 2, 1])
     ([3e-05, 1e-05, 0.0001], [2, 3, 1, 4])
     """
-    ordered = sorted(rates)
-    middle = (len(ordered) - 1) / 2
+    ordered, middle = sorted(rates), (len(rates) - 1) / 2
     return [ordered[i] for i in sorted(range(len(ordered)), key=lambda i: (abs(i - middle), i))]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
@@ -165,9 +166,8 @@ class Study:
             if value is not None and value < 1:
                 raise WagleError(f"must be at least 1, got {value}", option=f"--{name}")
         if self.along == "answers" and self.generate == "always":
-            raise WagleError(
-                "--along answers generates nothing before a run's end: leave --generate always out"
-            )
+            said = "--along answers generates nothing before a run's end"
+            raise WagleError(f"{said}: leave --generate always out")
         if self.sampler == "optuna":
             load_optuna()
         self._attacks, self._every_attack = find_attacks(self.attacks, "--attacks")
@@ -184,10 +184,8 @@ class Study:
         self.only, self.join = lists
         names = [choice.name for choice in (*self.grid.objectives, *self.grid.masks)]
         if unknown := [name for name in self.only if name not in names]:
-            raise WagleError(
-                f"--only: no objective or mask is called {unknown[0]!r}; there are: "
-                f"{', '.join(names)}"
-            )
+            said = f"--only: no objective or mask is called {unknown[0]!r}"
+            raise WagleError(said, hint=f"there are: {', '.join(names)}")
         self.data = limited(self.data, self.batch_size, self.limit_test)
         #: Results of the retrained model, once it is tested.
         self._retrained = str(self.folder / "retrained") if self.retrained else None
@@ -218,10 +216,8 @@ class Study:
             finished = self._finished()
             todo = [run for run in runs if run.id not in finished]
             number = max(0, min(len(todo), self.size - len(finished)))
-            say(
-                f"{self.folder}: {count(self.size, 'run')}, {len(finished)} of them finished; "
-                f"{number} to do{self._time_left(number)}"
-            )
+            done = f"{count(self.size, 'run')}, {len(finished)} of them finished"
+            say(f"{self.folder}: {done}; {number} to do{self._time_left(number)}")
             if self.hours != 0 and number:
                 self._make_masks(todo if self.sampler == "optuna" else todo[:number])
             try:
@@ -406,17 +402,14 @@ class Study:
             if measure not in along:
                 asked = "--along all" if self.along == "answers" else "--generate always"
                 why = f" (it needs {asked})" if measure in target else ""
-                raise WagleError(
-                    f"{option}: {measure!r} is not measured at every point{why}; there are: "
-                    f"{', '.join(sorted(along))}"
-                )
+                said = f"{option}: {measure!r} is not measured at every point{why}"
+                raise WagleError(said, hint=f"there are: {', '.join(sorted(along))}")
         level = self.forget_level
         if level is None:
             level = self.references["retrained"].get(self.forget)
         if level is None:
-            raise WagleError(
-                f"--forget: {self.forget} is undefined for the retrained model: give --forget_level"
-            )
+            said = f"--forget: {self.forget} is undefined for the retrained model"
+            raise WagleError(f"{said}: give --forget_level")
         signs = {"lower": -1, "higher": 1}
         rises = 1 if level > target[self.forget] else -1
         forget_sign = signs.get(self.suite.info(self.forget).direction, rises)
@@ -475,7 +468,7 @@ class Study:
         L.seed_everything(run.seed, verbose=False)
         data = copy.copy(self.data)
         data.seed = run.seed
-        mask = self._mask_file(run)
+        mask, rule = self._mask_file(run), run.objective.rule()
         # what is not kept lies beside the references at θ₀, which all runs share
         output = self.folder / "models" / run.id if self.keep_models else self.folder / run.id
         module = (UnlearnModule if self.keep_models else UnkeptModule)(
@@ -485,23 +478,20 @@ class Study:
             objective=run.objective.make(),
             mask=None if mask is None else str(mask),
             adapter=run.mask.adapter(),
-            **self._module
-            | ({} if (rule := run.objective.rule()) is None else {"step_rule": rule}),
+            **self._module | ({} if rule is None else {"step_rule": rule}),
         )
         module.make_optimizer = partial(run.objective.optimizer_maker or self._optimizer, lr=run.lr)
         module.run_config = {"study": self.settings, "run": run.name}
-        evaluate = Evaluate(
-            generate=self.generate != "never", retrained=self._retrained, **self._tests
-        )
+        generates = self.generate != "never"
+        evaluate = Evaluate(generate=generates, retrained=self._retrained, **self._tests)
 
         def is_enough(measures: Mapping[str, float]) -> bool:
             found, by = measures.get(self.forget), self.compared
             return self.until_level and found is not None and by.forget_sign * found >= by.end
 
         along = EvaluateAlong(evaluate, self.points, self.generate, self._answers_of(), is_enough)
-        trainer = self._trainer(
-            accumulate_grad_batches=self.accumulate, callbacks=[along], **self._length
-        )
+        options = {"accumulate_grad_batches": self.accumulate, "callbacks": [along]}
+        trainer = self._trainer(**options, **self._length)
         start, tests = time.monotonic(), along.tests
         with silence():
             try:
@@ -517,16 +507,14 @@ class Study:
                     tests[-1]["note"] = f"not attacked: {error}"
                 tests[-1]["seconds"] = round(time.monotonic() - start, 2)
         if module.model_fingerprint != self.fingerprint:
-            raise WagleError(
-                f"{self.target} has changed since the study began: start a new study with another "
-                "--output"
-            )
+            hint = "start a new study with another --output"
+            raise WagleError(f"{self.target} has changed since the study began", hint=hint)
         labels = run.labels
         if labels["density"] is None and module.mask is not None:
             labels["density"] = module.mask.density
+        axes = {"forget": self.forget, "utility": self.utility}
         return [
-            {**labels, **test, "forget": test.get(self.forget), "utility": test.get(self.utility)}
-            for test in tests
+            {**labels, **t, **{axis: t.get(name) for axis, name in axes.items()}} for t in tests
         ]
 
     # -- what was found ----------------------------------------------------------------------------
@@ -535,12 +523,8 @@ class Study:
         """Write the table, ``study.json`` and ``study.md``."""
         rows, by = self.table.rows, self.compared
         ends = at_the_level(rows, by, self.references["retrained"]) if self.until_level else []
-        own_rates = {
-            (objective.name, mask.name)
-            for objective in self.grid.objectives
-            for mask in self.grid.masks
-            if mask.learning_rates and not objective.learning_rates
-        }
+        usual = [o.name for o in self.grid.objectives if not o.learning_rates]
+        own_rates = {*product(usual, [m.name for m in self.grid.masks if m.learning_rates])}
         found = {
             "format_version": FORMAT_VERSION,
             "forget": self.forget,

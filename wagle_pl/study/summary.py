@@ -298,9 +298,8 @@ def compared_at(found: Mapping[str, Any], rows: Sequence[Row], level: float) -> 
     if by.nothing_to_unlearn or (ends is not None and by.end > by.forget_sign * ends):
         course = f"from {by.target[by.forget]:.4g}, the target's"
         course += "" if ends is None else f", to {ends:.4g}"
-        raise WagleError(
-            f"--forget_level {level:g} is outside of its runs, where {by.forget} goes {course}"
-        )
+        said = f"--forget_level {level:g} is outside of its runs"
+        raise WagleError(f"{said}, where {by.forget} goes {course}")
     arms = [arm for arm in found["headline"] if arm.get("own_learning_rates")]
     own = {(arm["objective"], arm["mask"]) for arm in arms}
     compared = {"forget_level": level, "level_of": "option", "nothing_to_unlearn": False}

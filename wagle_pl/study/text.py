@@ -172,7 +172,7 @@ def progress(summary: Summary) -> str:
 
 
 def about(summary: Summary) -> list[str]:
-    """What the columns mean, and what to hold against the comparison, in whole sentences."""
+    """What the columns mean, and what to hold against the comparison."""
     arms, forget, level = summary["headline"], summary["forget"], summary.get("forget_level")
     retrained = summary.get("level_of") == "retrained"
     whose = "the retrained model's" if retrained else "the level asked for"

@@ -173,9 +173,8 @@ class Subject:
         before: Mapping[str, Value] = {}
         if self.tables is not None:
             rows = {name: {record["row"] for record in table} for name, table in after.items()}
-            before = self.measures(
-                {name: [r for r in self.tables[name] if r["row"] in rows[name]] for name in after}
-            )
+            same = {n: [r for r in self.tables[n] if r["row"] in rows[n]] for n in after}
+            before = self.measures(same)
         found = []
         for name, value in self.measures(after).items():
             test_set, _, short = name.rpartition("/")
@@ -222,10 +221,8 @@ class Attack(ABC):
     def check(self, subject: Subject) -> None:
         """Raise a WagleError for options, a model or data that cannot be used, before any work."""
         if self.moves_weights and subject.sharded:
-            raise WagleError(
-                f"{self.name} changes weights, which ZeRO-3 spreads over the ranks: test with "
-                "stage 2 or on one device"
-            )
+            said = f"{self.name} changes weights, which ZeRO-3 spreads over the ranks"
+            raise WagleError(f"{said}: test with stage 2 or on one device")
         if not subject.forget_rows:
             raise self.unusable("no test set holds rows to be forgotten")
 
@@ -360,9 +357,8 @@ def load_other(name: str, like: Any, option: str) -> Any:
         other = models.load_model(name, dtype=weight.dtype).to(weight.device).eval()
     theirs, ours = other.get_input_embeddings().weight.shape[0], weight.shape[0]
     if theirs != ours:
-        raise WagleError(
-            f"{option}: the model {name} has a vocabulary of {theirs} tokens, this one has {ours}"
-        )
+        said = f"{option}: the model {name} has a vocabulary of {theirs} tokens"
+        raise WagleError(f"{said}, this one has {ours}")
     return other
 
 

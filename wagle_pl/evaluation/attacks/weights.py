@@ -163,10 +163,8 @@ class Relearn(Attack):
 
         def look(step: int) -> None:
             if self.every and (step % self.every == 0 or step == self.steps):
-                tables = {
-                    name: subject.observe(name, each, without=subject.needs[name] - {"answer"})
-                    for name, each in asked.items()
-                }
+                rest = {name: subject.needs[name] - {"answer"} for name in asked}
+                tables = {n: subject.observe(n, each, rest[n]) for n, each in asked.items()}
                 for each in subject.findings(tables, {"probability"}, option):
                     measure = f"{each.measure}{STEP}{step}"
                     curve.append(replace(each, measure=measure, before=None, detail=True))
@@ -252,9 +250,8 @@ def finetune_(
             loss = -(sums / counts).mean()
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
-                raise WagleError(
-                    f"relearn: the loss is not finite at step {step}; lower its learning_rate"
-                )
+                said = f"relearn: the loss is not finite at step {step}"
+                raise WagleError(said, hint="lower its learning_rate")
             # Not backward(): a data-parallel wrapper would all-reduce the gradients.
             gradients = torch.autograd.grad(loss, weights, allow_unused=True)
             for master, gradient in zip(masters, gradients, strict=True):

@@ -108,14 +108,12 @@ def study_panel(
     bounds: tuple[float, ...],
     labels: tuple[str, str],
 ) -> Any:
-    """The runs of one arm, in front of those of ``dense``; every curve starts at the target.
-
-    Other arguments as of :func:`study_overview`; panels to compare have the same ``bounds``.
-    """
+    """The runs of one arm, in front of those of ``dense``; every curve starts at the target. Panels
+    to compare have the same ``bounds``; otherwise see :func:`study_overview`."""
     figure, (axes,) = panels(3.6, 2.9)
     start = [references["target"]] if "target" in references else []
+    style: dict[str, Any] = {"color": PALETTE["muted"], "linewidth": 0.9, "alpha": 0.6}
     for points in dense:
-        style = {"color": PALETTE["muted"], "linewidth": 0.9, "alpha": 0.6}
         axes.plot(*zip(*start, *points, strict=True), label="dense", **style)
     for points, label, group in lines:
         marker = _RUN_MARKERS[group % len(_RUN_MARKERS)]
@@ -131,10 +129,8 @@ def study_panel(
 
 
 def distribution(ratios: Mapping[str, Sequence[float]]) -> Any:
-    """Share of examples whose truth ratio is at most x: the curves that forget quality compares.
-
-    ``ratios``: ``target``, ``retrained`` and ``this`` -> truth ratio of every example.
-    """
+    """Share of examples whose truth ratio is at most x, the curves that forget quality compares, of
+    ``target``, ``retrained`` and ``this``."""
     figure, (axes,) = panels(3.9, 3.1)
     for role, found in ratios.items():
         x = sorted(map(_in_axis, found))
@@ -148,10 +144,8 @@ def distribution(ratios: Mapping[str, Sequence[float]]) -> Any:
 
 
 def shift(pairs: Mapping[str, Points]) -> Any:
-    """One point an example: its truth ratio at the target model, and after.
-
-    ``pairs``: ``this`` and ``retrained`` -> (ratio at the target, ratio there) of each example.
-    """
+    """One point an example: its truth ratio at the target model, and after in ``this`` and
+    ``retrained``."""
     figure, (axes,) = panels(3.9, 3.1)
     values = [_in_axis(value) for points in pairs.values() for point in points for value in point]
     ends = (min(values), max(values))

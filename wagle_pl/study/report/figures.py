@@ -77,7 +77,7 @@ def svg(
         name: prefix of the ids inside, another for each figure of a page.
         title: what the figure is.
         description: what it shows, in words and numbers.
-        draw: makes the ``matplotlib.figure.Figure`` out of ``arguments``, under :data:`STYLE`.
+        draw: makes a matplotlib figure out of ``arguments``, under :data:`STYLE`.
     """
     from matplotlib import rc_context
 
@@ -164,14 +164,9 @@ def mask_heatmap(
 ) -> Any:
     """Heat map of the share of selected weights by layer × module type.
 
-    One panel a mask, with one colour scale for all. What lies outside the layers (embeddings, final
-    norm, output head) is in a row of its own below. Cells of modules that a layer lacks are grey.
-
-    Args:
-        grids: title of the panel -> shares.
-        title: of the figure.
-        scale_to: share at the end of the colour scale, to compare figures; the largest share when
-            None.
+    One panel a mask, by its title, with one colour scale for all, up to ``scale_to`` or the largest
+    share. What lies outside the layers (embeddings, final norm, output head) is in a row of its own
+    below. Cells of modules that a layer lacks are grey.
     """
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure

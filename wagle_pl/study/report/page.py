@@ -4,6 +4,7 @@ its sections show of models and of studies: measures, figures, answers."""
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
@@ -93,10 +94,8 @@ def render(
         if not sources.models:  # the page of a study has the axes of the study
             known, what = [each.axes[axis] for each in sources.studies], "what is reported"
         if measure is not None and measure not in known:
-            choices = ", ".join(dict.fromkeys(known))
-            raise WagleError(
-                f"--{option} {measure!r} is no measure of {what}; choose one of {choices}"
-            )
+            choices = f"choose one of {', '.join(dict.fromkeys(known))}"
+            raise WagleError(f"--{option} {measure!r} is no measure of {what}; {choices}")
     names = [each.name for each in (*sources.studies, *sources.models)]
     more = " …" if len(names) > 4 else ""
     shown: dict[str, Any] = {}
@@ -136,7 +135,7 @@ def template(name: str) -> Template:
     environment.globals |= {"BETTER": BETTER, "WORSE": WORSE, "SAME": SAME, "GIB": 2**30}
     environment.filters |= {
         "attack_sign": _attack_sign,
-        "breakable": _breakable,
+        "breakable": lambda name: Markup(re.sub("([/_])", r"\1<wbr>", str(escape(name)))),
         "count": count,
         "digits": repr,
         "forgotten": lambda model: forgotten(model.record) if model.lineage else [],
@@ -155,11 +154,6 @@ def _attack_sign(row: Mapping[str, Any]) -> str:
         for name in ("before", "after", "retrained")
     )
     return "" if after is None else arrow(row.get("direction", "lower"), after, before, retrained)
-
-
-def _breakable(name: str) -> Markup:
-    """A measure's name that may break after a slash or an underscore."""
-    return Markup(str(escape(name)).replace("/", "/<wbr>").replace("_", "_<wbr>"))
 
 
 def _options(value: Any) -> str:
@@ -277,9 +271,9 @@ def ratios_of(model: ReportedModel, test_set: str) -> Ratios:
 
 def _distribution(name: str, test_set: str, model: str, ratios: Mapping[str, Ratios]) -> Figure:
     found = {role: list(values.values()) for role, values in ratios.items() if values}
+    said = "{}: {} examples, half of them at or below {:.3g}, all from {:.3g} to {:.3g}".format
     description = "; ".join(
-        f"{role}: {len(values)} examples, half of them at or below "
-        f"{statistics.median_low(values):.3g}, all from {min(values):.3g} to {max(values):.3g}"
+        said(role, len(values), statistics.median_low(values), min(values), max(values))
         for role, values in found.items()
     )
     title = f"Truth ratios on {test_set}, {model}"

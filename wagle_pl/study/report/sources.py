@@ -248,10 +248,8 @@ def _read_folder(folder: Path, sources: Sources) -> None:
     if not folder.exists():
         raise WagleError(f"run folder {folder} does not exist")
     if not folder.is_dir() and not find_file(folder):
-        raise WagleError(
-            f"{folder} is no folder: give a model folder with test results in it, a results folder "
-            "or a study folder"
-        )
+        hint = "give a model folder with test results in it, a results folder or a study folder"
+        raise WagleError(f"{folder} is no folder: {hint}")
     try:
         if (folder / TABLE_FILE).is_file() or (folder / SUMMARY_FILE).is_file():
             sources.studies.append(_read_study(folder))
@@ -287,10 +285,8 @@ def _find_reference(sources: Sources, role: str, given: Optional[str]) -> None:
         raise WagleError(f"--{role}: {given} does not exist")
     places = [given] if given is not None else _candidates(sources.models, role)
     if len({_tests_of(Path(place).resolve()) for place in places}) > 1:
-        sources.notes.append(
-            f"the runs have different {role} models ({', '.join(places)}): none is shown; "
-            f"choose with --{role}"
-        )
+        said = f"the runs have different {role} models ({', '.join(places)})"
+        sources.notes.append(f"{said}: none is shown; choose with --{role}")
         return
     if not places:
         sources.notes.append(f"results of the {role} model were not found: give --{role}")
@@ -306,9 +302,8 @@ def _find_reference(sources: Sources, role: str, given: Optional[str]) -> None:
     found.name = found.role = role
     sources.references[role] = found
     if not found.metrics:
-        sources.notes.append(
-            f"the {role} model's results, {found.path}, hold examples and no measures"
-        )
+        said = f"the {role} model's results, {found.path}, hold examples and no measures"
+        sources.notes.append(said)
 
 
 def _candidates(models: Sequence[ReportedModel], role: str) -> list[str]:
@@ -335,6 +330,5 @@ def _check_target(sources: Sources) -> None:
     for model in sources.models:
         bases = [step.get("base_fingerprint") for step in model.lineage if step.get("objective")]
         if bases and not {None, target.fingerprint} & set(bases):
-            model.notes.append(
-                "it was made from a model with other weights than the target model that is shown"
-            )
+            said = "it was made from a model with other weights than the target model that is shown"
+            model.notes.append(said)
