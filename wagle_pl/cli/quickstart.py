@@ -79,16 +79,13 @@ def quickstart(*, verbose: bool = False, trial: bool = False) -> None:
         test = "test --config people/data --config task/test --model.max_new_tokens 40"
         wagle(f"{test} {folders}{against}")
     files = {row: RUNS / name / "test/metrics.json" for row, name in rows.items()}
-    print(f"\n{table({row: json.loads(file.read_text()) for row, file in files.items()})}\n")
+    found = {row: json.loads(file.read_text()) for row, file in files.items()}
+    cells = [
+        [row, *(f"{measured[key]:.3g}" if key in measured else "" for key in COLUMNS.values())]
+        for row, measured in found.items()
+    ]
+    print(f"\n{markdown_table(['model', *COLUMNS], cells)}\n")
     what = "forget quality is the p-value against the retrained model's answers"
     print(f"{what}; {time.monotonic() - started:.0f} s in all")
     where = "(metrics.json and *.parquet in each <model>/test)"
     print(f"models, masks and every generation are in {RUNS}/ {where}")
-
-
-def table(results: dict[str, dict[str, float]]) -> str:
-    rows = [
-        [name, *(f"{found[key]:.3g}" if key in found else "" for key in COLUMNS.values())]
-        for name, found in results.items()
-    ]
-    return markdown_table(["model", *COLUMNS], rows)

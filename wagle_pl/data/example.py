@@ -133,7 +133,7 @@ def _tokens(row: Row) -> dict[str, Any]:
     for column, lowest in (("input_ids", 0), ("labels", IGNORE)):
         ids = row[column]
         if not hasattr(ids, "__len__") or not all(isinstance(i, numbers.Integral) for i in ids):
-            raise WagleError(f"{column!r} is no list of tokens")
+            raise WagleError(f"{column!r} must be a list of tokens")
         if wrong := [i for i in ids if i < 0 and i != lowest]:
             raise WagleError(f"{column!r} has {wrong[0]}, which is no token id")
         if not len(ids):
@@ -152,7 +152,7 @@ def _conversation(row: Row) -> dict[str, Any]:
         for message in messages
     ):
         raise WagleError(
-            "'messages' is no list of messages, each with the texts 'role' and 'content'"
+            "'messages' must be a list of messages, each with the texts 'role' and 'content'"
         )
     if not messages or not messages[-1]["content"].strip():
         raise WagleError("'messages' is empty")
@@ -256,7 +256,7 @@ def _check_texts(row: Row, columns: Sequence[str]) -> None:
             )
         if column in LISTS:
             if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-                raise WagleError(f"{column!r} is no list of texts")
+                raise WagleError(f"{column!r} must be a list of texts")
         elif not isinstance(value, str):
             raise WagleError(f"{column!r} is a {type(value).__name__}, not a text")
         elif column == columns[-1] and not value.strip():

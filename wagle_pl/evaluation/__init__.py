@@ -9,7 +9,6 @@ from wagle_pl.evaluation.suites import (
     Suite,
     find_suite,
     tofu_forget_quality,
-    tofu_measures,
     tofu_model_utility,
 )
 
@@ -28,6 +27,5 @@ __all__ = [
     "measure",
     "observe_set",
     "tofu_forget_quality",
-    "tofu_measures",
     "tofu_model_utility",
 ]

@@ -389,11 +389,8 @@ class Evaluate(Callback):
         Batches are of rows of similar length, the longest first: the number says which rows they
         are.
         """
-        counts = {}
-        trainer, said = (
-            self._trainer,
-            "test set %s: the trainer shortens this test, its measures are of %s",
-        )
+        counts, trainer = {}, self._trainer
+        said = "test set %s: the trainer shortens this test, its measures are of %s"
         loops = zip(self._names, trainer.test_dataloaders, trainer.num_test_batches, strict=True)
         for name, loader, batches in loops:
             if batches < len(loader):  # the same on all ranks

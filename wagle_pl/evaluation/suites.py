@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from abc import ABC, abstractmethod
-from collections import ChainMap
 from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar, Union
 
@@ -27,7 +26,6 @@ from wagle_pl.evaluation.measures import (
     Value,
     attempt,
     defined,
-    defined_only,
     measure,
     membership,
     min_k_plus_plus_scores,
@@ -320,25 +318,14 @@ def _paraphrased(seen: Observations, name: str) -> Records:
 # -- TOFU's numbers from result files, ours and the ones published with the benchmark -------------
 
 
-def tofu_measures(
-    result: Result, name: str, form: F.TruthRatioForm = "geometric"
-) -> dict[str, float]:
-    """Means of one test set: ``probability``, ``rougeL_recall`` and ``truth_ratio`` (a score in
-    [0, 1]); one that the rows do not allow is left out."""
-    seen = Observations(from_result(result), truth_ratio_form=form)
-    found = TOFUSuite().of_set(seen, name, TOFU_MEASURES)
-    return {each.rpartition("/")[2]: value for each, value in defined_only(found).items()}
-
-
 def tofu_model_utility(result: Result, form: F.TruthRatioForm = "geometric") -> float:
     """Model utility: harmonic mean of probability, ROUGE-L recall and truth ratio on retain, real
     authors and world facts (TOFU, section 2.2); a WagleError says which is missing."""
     seen = Observations(from_result(result), truth_ratio_form=form)
-    try:
-        found = [TOFUSuite().of_set(seen, name, TOFU_MEASURES) for name in UTILITY_SETS]
-        return model_utility(ChainMap(*found))
-    except Undefined as error:
-        raise WagleError(f"model utility is undefined: {error}") from None
+    found = TOFUSuite().measures(seen)["model_utility"]
+    if isinstance(found, Undefined):
+        raise WagleError(f"model utility is undefined: {found}")
+    return found
 
 
 def tofu_forget_quality(
