@@ -169,6 +169,8 @@ def _compared(
     test = paired(*([worth(of[seed]) for seed in both] for of in (ours, dense)))
     samples = (spread([worth(value) for value in of.values()]) for of in (ours, dense))
     word = verdict(test, 1, *samples, len(ended), len(theirs)) if theirs else ""
+    if not ended:
+        word = "never reaches it"
     return {
         **spread(list(ours.values()))._asdict(),
         "seeds": len(ended),
