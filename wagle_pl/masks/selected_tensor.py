@@ -50,12 +50,6 @@ class SelectedTensor:
         masters: keep values in fp32 where the dense tensor is narrower. False for DeepSpeed, whose
             optimisers do so.
         split: keep values of a bf16 tensor as halves, and their gradients in this dtype.
-
-    Attributes:
-        values: the parameter that is trained: (selected,), or of the tensor's shape where all are
-            selected; None where none is. It is ``parameter`` itself if that needs no other dtype
-            (:attr:`is_plain`), and empty but inside :meth:`whole_values` if :attr:`is_split`.
-        gradient: that of the values, if :attr:`is_split`.
     """
 
     def __init__(
@@ -67,9 +61,12 @@ class SelectedTensor:
     ) -> None:
         self.parameter = parameter
         self.masters = masters
+        #: What is trained: (selected,), or of the tensor's shape where all are selected; None where
+        #: none is. It is ``parameter`` itself if that needs no other dtype (``is_plain``), and empty
+        #: but inside :meth:`whole_values` if ``is_split``.
         self.values: Optional[nn.Parameter] = None
         self.theta0: Optional[Tensor] = None
-        self.gradient: Optional[Tensor] = None
+        self.gradient: Optional[Tensor] = None  # of the values, if ``is_split``
         self.dense_gradient: Optional[Tensor] = None
         self.in_place = self.at_theta0 = self.keeps_dense_gradient = False
         self._split = split

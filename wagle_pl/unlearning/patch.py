@@ -53,25 +53,21 @@ _LENGTHS = struct.Struct("<QQ")
 
 
 class Patch:
-    """An open patch file.
-
-    Attributes:
-        base, unlearned: digests of the two ends, see :func:`digest_of`.
-        weights: number of weights of the model.
-        tensors: of those that changed, name -> ``dtype``, ``shape``, ``changed`` (words), and SHA-256
-            of those words alone in ``base`` and ``unlearned``.
-        made_by: names of both ends; ``lineage``, the runs that led from one to the other; and
-            ``records``, the text of the base's ``wagle.json`` and model card, if it has them.
-    """
+    """An open patch file."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.file = TensorFile(self.path, "patch file")
         self.file.check_format("patch", FORMAT_VERSION)
         header = self.file.metadata
+        #: Digests of the two ends, see :func:`digest_of`.
         self.base, self.unlearned = header["base"], header["unlearned"]
-        self.weights = int(header["weights"])
+        self.weights = int(header["weights"])  # how many the model has
+        #: Of those that changed, name -> ``dtype``, ``shape``, ``changed`` (words), and SHA-256 of
+        #: those words alone in ``base`` and ``unlearned``.
         self.tensors: dict[str, dict[str, Any]] = json.loads(header["tensors"])
+        #: Names of both ends; ``lineage``, the runs that led from one to the other; and ``records``,
+        #: the text of the base's ``wagle.json`` and model card, if it has them.
         self.made_by: dict[str, Any] = json.loads(header["made_by"])
 
     @property
