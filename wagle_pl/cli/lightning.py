@@ -75,7 +75,7 @@ class WagleCLI(LightningCLI):
         parser.add_lr_scheduler_args()
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
-        """Parse; a class may come after its options, and an optimiser's options without its class."""
+        """Parse; a class may come after its options, an optimiser's options without one."""
         classes = {name.removesuffix(".help") for name in parser.options if name.endswith(".help")}
         args = classes_first(args, classes)
         named = any(argument.partition("=")[0] == "--optimizer" for argument in args)
@@ -89,8 +89,7 @@ class WagleCLI(LightningCLI):
             raise WagleError(said, "seed_everything")
 
     def _parse_ckpt_path(self) -> None:
-        """Read no options from a checkpoint: it brings weights and progress. (Private to LightningCLI,
-        which has no switch for it and would load the whole file.)"""
+        """Read no options from a checkpoint. (Private to Lightning, which would load all of it.)"""
 
     def instantiate_classes(self) -> None:
         """Instantiate; the module gets the run's configuration and makers of its optimiser."""
@@ -127,8 +126,7 @@ class WagleCLI(LightningCLI):
         return trainer
 
     def _check_checkpoint(self) -> None:
-        """Refuse a checkpoint to start from that does not exist, is damaged or runs code, or needs
-        another strategy, before the Trainer reads it."""
+        """Refuse a checkpoint to start from that cannot be read, before the Trainer reads it."""
         options = self.config[self.subcommand]
         given = str(options.get("ckpt_path") or "")
         if not given or "://" in given or given.partition(":")[0] in _NO_PATHS:

@@ -23,8 +23,7 @@ SHARES = ("acc", "acc_norm", "exact_match")
 
 @dataclass
 class Ability:
-    """What the harness measured, by ``ability/<task>/<metric>``; a filter of the harness other than
-    its default is part of the metric: ``exact_match_strict-match``."""
+    """What the harness measured, by ``ability/<task>/<metric>[_<filter>]``."""
 
     values: dict[str, Value] = field(default_factory=dict)
     infos: dict[str, Info] = field(default_factory=dict)
@@ -95,10 +94,9 @@ class Harness:
         self.shots, self.limit, self.option = shots, limit, option
 
     def measure(self, lm: Any, tokenizer: Any, batch_size: int, sharded: bool = False) -> Ability:
-        """Run the tasks on a model in evaluation mode, so many sequences in a pass.
+        """Run the tasks on a model in evaluation mode, so many sequences in a pass. Collective.
 
-        Collective: all ranks must call it. They share the rows, unless each forward pass is
-        collective (``sharded``, ZeRO-3).
+        The ranks share the rows, unless each forward pass is collective (``sharded``, ZeRO-3).
         """
         from lightning.pytorch.utilities.seed import isolate_rng
         from lm_eval import simple_evaluate

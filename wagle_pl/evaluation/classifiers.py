@@ -160,8 +160,7 @@ class SentenceModel:
         return torch.as_tensor(self.model.encode(list(texts), convert_to_tensor=True)).float().cpu()
 
     def annotate(self, table: Table, rows: Sequence[Example]) -> None:
-        """Add ``nearest_answer`` to the records of rows with perturbed answers: whether a
-        generation is nearest to the right one by cosine, or ties (WAGLE's accuracy)."""
+        """Add ``nearest_answer``: whether the right one is, by cosine, or ties (WAGLE)."""
         for record in table:
             row = rows[record["row"]]
             texts = {p: record.get(f"{p}generation") for p in ("", "paraphrased_question_")}

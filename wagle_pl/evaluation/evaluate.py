@@ -240,8 +240,8 @@ class Evaluate(Callback):
         return frozenset(needs if self.generate else needs - GENERATED)
 
     def max_new_tokens_of(self, name: str) -> int:
-        """The longest generation from a test set's rows: the benchmark's, or ``max_new_tokens``; of a
-        recited set its longest answer's length, at most ``data.max_length``, if that is more."""
+        """The longest generation from a test set's rows: the benchmark's, or ``max_new_tokens``; of
+        a recited set its longest answer's length, at most ``data.max_length``, if that is more."""
         fixed = self.active_suite.max_new_tokens.get(name, self.max_new_tokens)
         if name not in self.active_suite.recited:
             return fixed
@@ -276,8 +276,7 @@ class Evaluate(Callback):
         return [{"row": row, **record} for row, record in zip(numbers, records, strict=True)]
 
     def observe_now(self, name: str, needs: frozenset[str]) -> Table:
-        """Records of a whole test set outside Lightning's loops. Collective: all ranks must call
-        it."""
+        """Records of a whole test set outside Lightning's loops. Collective."""
         rows, header = self.data.test_examples(name), self.active_suite.headers.get(name, "")
         length = self.max_new_tokens_of(name)
         table = observe_set(self.make_observer(), rows, needs, length, header)
@@ -451,8 +450,7 @@ class Evaluate(Callback):
         log.info("test results are in %s", pl_module.results_folder)
 
     def _others(self) -> dict[str, dict[str, float]]:
-        """Metrics of ``target`` and ``retrained``, where their results are given; of a published
-        file they are computed."""
+        """Metrics of ``target`` and ``retrained`` where results are given, or of their rows."""
         found = {name: self._results[name] for name in OTHERS if name in self._results}
         return {
             name: other.metrics or defined_only(self.measures(other.tables))
@@ -498,8 +496,7 @@ class Evaluate(Callback):
         return found
 
     def subject(self, lm: Any = None, tables: Optional[Mapping[str, Table]] = None) -> Subject:
-        """A model (this one when None) on this test's data, for attacks; with the records of its
-        test sets without an attack, if they are known."""
+        """A model (this one when None), its data and its records, as attacks take them."""
         names = [name for name in self._names if self.active_suite.forgets(name)]
         lm = self._module.lm if lm is None else lm
         return Subject(
@@ -517,8 +514,7 @@ class Evaluate(Callback):
         )
 
     def attacked(self, attacks: Sequence[Attack], tables: Mapping[str, Table]) -> RobustnessReport:
-        """What attacks, all usable, find on this model as it is now, whose records of the test
-        sets ``tables`` are. Collective."""
+        """What usable attacks find on this model as it is now, with its records. Collective."""
         with _as_in_test_steps(self._trainer.precision_plugin):
             return attacking.run_attacks(attacks, self.subject(tables=tables), {}, {}, {})
 

@@ -16,8 +16,7 @@ TruthRatioForm = Literal["geometric", "arithmetic"]
 
 
 class Undefined(ValueError):
-    """A measure that the data do not define; the message says why. It is reported as such, never as
-    0 or NaN."""
+    """A measure that the data do not define, and why. It is reported as such, never as 0 or NaN."""
 
 
 def mean(values: Tensor, what: str = "values") -> float:

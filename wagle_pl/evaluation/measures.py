@@ -170,8 +170,7 @@ def intervals(
 
 @dataclass
 class Observations:
-    """What a test saw: records by test set, one a row (see :mod:`wagle_pl.evaluation.observe`), and
-    what they are compared with."""
+    """What a test saw: records by test set, one a row, and what they are compared with."""
 
     tables: Mapping[str, Table]
     retrained: Optional[Results] = None
@@ -344,8 +343,7 @@ def paraphrased_probability(rows: Records) -> float:
 
 @measure("probability, 0 to 1", "lower", "retrained", needs={"answer", "alternatives"})
 def perturbed_probability(rows: Records) -> float:
-    """Length-normalised probability of the wrong answers, mean of a row's (OpenUnlearning's
-    PERT)."""
+    """Length-normalised probability of wrong answers, a row's mean (OpenUnlearning's PERT)."""
     return F.mean(torch.exp(-rows.perturbed()).nanmean(-1), "answers")
 
 
@@ -525,8 +523,7 @@ def answer_f1(rows: Records) -> float:
 
 @measure("share, 0 to 1", "higher", "lower", needs={"generation"})
 def answer_match(rows: Records) -> float:
-    """Generation is a right answer, but for case, punctuation and articles (TriviaQA's EM, as in
-    RWKU)."""
+    """Right answer, but for case, punctuation and articles (TriviaQA's EM, as in RWKU)."""
 
     def right(pair: tuple[str, list[str]]) -> bool:
         return F.answer_words(pair[0]) in map(F.answer_words, pair[1])
@@ -600,8 +597,7 @@ SCORES: dict[str, MembershipScore] = {}
 def membership_score(
     name: str, needs: Collection[str], usual: bool = True
 ) -> Callable[[MembershipScore], MembershipScore]:
-    """Register a score, and the area under its ROC curve as the measure ``mia_<name>``; one that is
-    not ``usual`` is measured on request."""
+    """Register a score, and its ROC curve's area as ``mia_<name>``; not ``usual``: on request."""
 
     def register(score: MembershipScore) -> MembershipScore:
         def area(seen: Observations, members: str, nonmembers: str) -> float:
@@ -730,8 +726,7 @@ def _retrained_area(seen: Observations, members: str, nonmembers: str) -> float:
 def membership(
     seen: Observations, members: str, nonmembers: str, names: Sequence[str] = ()
 ) -> dict[str, Value]:
-    """Attacks between two test sets, ``<members>/mia_<attack>``: those named, or all usual ones and
-    ``<members>/privleak``."""
+    """Attacks between two test sets, by ``<members>/<name>``: those named, or all usual ones."""
     return {
         f"{members}/{name}": attempt(MEASURES[name].compute, seen, members, nonmembers)
         for name in names or (*(f"mia_{score}" for score in SCORES), "privleak")

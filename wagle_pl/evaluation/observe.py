@@ -63,8 +63,8 @@ Record = dict[str, Any]
 
 
 def possible(row: Example, needs: Collection[str]) -> frozenset[str]:
-    """Those of ``needs`` that the row's kind can answer; tokens with a label on the first have no
-    prompt to go on."""
+    """Those of ``needs`` that the row's kind can answer."""
+    # with a label on the first token there is no prompt to go on
     unprompted = row.kind == "tokens" and row.labels[0] != IGNORE
     found = frozenset(needs) & POSSIBLE.get(row.kind, NEEDS - _OF_A_CHOICE)
     return found - {"generation"} if unprompted else found
@@ -92,8 +92,7 @@ Found = dict[str, list[tuple[Scored, TokenScores]]]
 
 
 def answers(template: Template, row: Example, needs: Collection[str]) -> list[Scored]:
-    """The row's own answer, and its paraphrased and perturbed ones if ``alternatives`` are
-    needed."""
+    """The row's own answer; in lower case, paraphrased and perturbed, if that is needed."""
     found = [_answer(template, "answer", row, None, needs)]
     if "lower" in needs:
         found.append(_answer(template, "lower", replace(row, answer=row.answer.lower()), None))
@@ -184,7 +183,7 @@ class Observer:
         header: str = "",
         names: Sequence[str] = (),
     ) -> list[Record]:
-        """One record a row, in their order. Collective under ZeRO-3: all ranks must call it.
+        """One record a row, in their order. Collective under ZeRO-3.
 
         Args:
             rows: test rows of any kind.
@@ -332,8 +331,7 @@ def of_generation(text: str, answer: str) -> Record:
 
 
 def merge(records: Sequence[Record]) -> list[Record]:
-    """The records of all ranks, each row once, in order, all with the same columns. Collective: all
-    ranks must call it."""
+    """The records of all ranks, each row once, in order, with the same columns. Collective."""
     by_row = {record["row"]: record for record in distributed.all_gather(records)}
     columns = dict.fromkeys(name for record in by_row.values() for name in record)
     return [{name: by_row[row].get(name) for name in columns} for row in sorted(by_row)]
@@ -346,8 +344,7 @@ def observe_set(
     max_new_tokens: Optional[int] = None,
     header: str = "",
 ) -> list[Record]:
-    """Records of all rows of a set, in order, each with its number as ``row``; the ranks share the
-    rows. Collective: all ranks must call it. See :meth:`Observer.observe`."""
+    """Records of all rows of a set with their numbers; the ranks share them. Collective."""
     lengths = [len(row.question) + len(row.answer) for row in rows]
     batches = token_batches(lengths, observer.max_rows)
     records: list[Record] = []

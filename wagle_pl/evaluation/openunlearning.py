@@ -72,8 +72,7 @@ for _benchmark, _theirs, _ours in _names():
 
 
 def find_file(place: Path) -> Optional[Path]:
-    """Their result file by its name: the place itself, or in a folder, with rows rather than the
-    summary; None if there is none."""
+    """Their result file: the place itself, or in a folder, rather than the summary; or None."""
     names = [f"{name}_{kind}.json" for kind in ("EVAL", "SUMMARY") for name in NAMES]
     if place.is_file():
         return place if place.name in names else None
@@ -102,8 +101,7 @@ def to_logs(
     values: Mapping[str, float],
     scores: Mapping[str, Scores],
 ) -> dict[str, Log]:
-    """Content of ``…_EVAL.json``, of records, of our measures (what compares with the retrained model
-    is taken from them), and of the scores of attacks."""
+    """Content of ``…_EVAL.json``, of records, our measures, and the scores of attacks."""
     logs = _tofu_logs(tables) if benchmark == "TOFU" else _muse_logs(tables)
     gibberish = "forget_Q_A_gibberish" if benchmark == "TOFU" else "forget_gibberish"
     recited = tables.get("forget" if benchmark == "TOFU" else "verbmem_forget", [])
@@ -128,8 +126,7 @@ def summary(logs: Mapping[str, Log]) -> dict[str, float]:
 
 
 def _log(table: Sequence[Record], column: str, entry: Callable[[Record, str], Log]) -> Log:
-    """A metric that is the mean over the rows that have a column: of their entries' first value,
-    which may be a list; empty without such rows."""
+    """A metric: mean of the entries' first values over the rows that have a column."""
     rows = {str(r["row"]): entry(r, column) for r in table if r.get(column) not in (None, [])}
     if not rows:
         return {}
@@ -222,10 +219,7 @@ def _muse_logs(tables: Mapping[str, Sequence[Record]]) -> dict[str, Log]:
 
 
 def to_metrics(benchmark: str, content: Mapping[str, Any]) -> dict[str, float]:
-    """Our measures of one of their files; metrics that we do not have keep their name.
-
-    ROUGE of MUSE is with stemming there.
-    """
+    """Our measures of one of their files; others keep their name. (ROUGE of MUSE has stems.)"""
     found = {}
     for name, value in content.items():
         number = value.get("agg_value") if isinstance(value, Mapping) else value

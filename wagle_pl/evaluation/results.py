@@ -137,8 +137,7 @@ class Results:
 
 
 def pairs_of(table: Table) -> list[Pair]:
-    """(question, answer) of each record, without white space: what tells rows apart. Published
-    files keep none around texts, and decoded ones have lost some."""
+    """(question, answer) of each record, without white space, which published files have lost."""
     return [(bare(record["question"]), bare(record["answer"])) for record in table]
 
 
@@ -152,8 +151,7 @@ def bare(text: str) -> str:
 
 
 def differing(pairs: Sequence[Pair], others: Sequence[Pair]) -> int:
-    """How many rows of two test sets are not the same, whatever their order; of the side that has
-    more of them."""
+    """How many rows of two test sets differ, in any order; of the side that has more of them."""
     here, there = Counter(pairs), Counter(others)
     return max((here - there).total(), (there - here).total())
 
@@ -176,9 +174,8 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def model_of(path: Union[str, Path]) -> Optional[str]:
-    """The model that a folder, or results in it, are of: the folder itself or the one above, if that
-    holds a model, or the one that the results name, if it still exists. None of a published result
-    file, wherever that lies."""
+    """The model that results are of: their folder or the one above, if that holds a model, or the
+    one that they name, if it still exists. None of a published result file, wherever that lies."""
     path = Path(path)
     if path.is_file() and path.name != METRICS_FILE:
         return None
@@ -202,7 +199,7 @@ def _holds_model(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("config.json", ADAPTER_FILE))
 
 
-# -- a model beside others ----------------------------------------------------------------------------
+# -- a model beside others -------------------------------------------------------------------------
 
 
 def check_prompts(results: Mapping[str, Results], prompts: Mapping[str, Any]) -> None:
@@ -266,8 +263,7 @@ def comparison(
     target: Optional[Mapping[str, float]] = None,
     retrained: Optional[Mapping[str, float]] = None,
 ) -> str:
-    """The table as text: measure, this, then target and retrained where given; undefined measures
-    below it."""
+    """Measure, this, target, retrained as a table, and undefined measures below it."""
     beside = {"target": target, "retrained": retrained}
     others = {name: found for name, found in beside.items() if found is not None}
     rows, undefined = [], []

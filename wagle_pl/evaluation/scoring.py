@@ -84,8 +84,7 @@ class Passes:
         return predict(self.lm, places.to(ids.device), not self.synced_gpus, **options)
 
     def level(self) -> None:
-        """Take part in the passes that other ranks still announce. Collective: all ranks must call
-        it when their own passes are done."""
+        """Take part in the passes that other ranks still announce, after one's own. Collective."""
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         while self.synced_gpus and distributed.all_reduce_max(0):
             self(token, torch.ones_like(token), announce=False, use_cache=False)
@@ -215,8 +214,7 @@ class _Run:
     def down(
         self, nodes: Sequence[Node], past: Optional[_Past] = None, parents: Sequence[int] = ()
     ) -> None:
-        """Run nodes, each after the row of ``past`` in ``parents`` if there is one, then what
-        follows them."""
+        """Run nodes, each after its row (``parents``) of ``past`` if any, then what follows."""
         rows = list(zip(nodes, parents, strict=True)) if past else [(node, 0) for node in nodes]
         for part in _parts(rows, past.mask.shape[1] if past else 0, self.max_rows):
             here = self._run([node for node, _ in part], past, [parent for _, parent in part])
@@ -236,8 +234,7 @@ class _Run:
     def _run(
         self, nodes: Sequence[Node], past: Optional[_Past], parents: Sequence[int]
     ) -> Optional[_Past]:
-        """One pass over some nodes; None if what follows them needs a plain cache that the model
-        does not keep."""
+        """One pass over some nodes; None if what follows them needs a cache that there is not."""
         texts = [self.candidates[node.owners[0]].ids[node.start : node.end] for node in nodes]
         tokens = [torch.tensor(list(text)) for text in texts]
         padded = partial(pad_sequence, batch_first=True, padding_side="left")

@@ -153,8 +153,7 @@ class Averages(ABC):
 
 
 class GenericSuite(Suite):
-    """Whatever the rows allow: every set's measures, and membership inference where there are sets
-    for it."""
+    """Whatever the rows allow: every set's measures, and membership inference between sets."""
 
     pairs: ClassVar[tuple[tuple[str, str], ...]] = (
         ("members", "nonmembers"),

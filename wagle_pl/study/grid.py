@@ -197,10 +197,7 @@ Choice = Union[ObjectiveChoice, MaskChoice]
 
 
 def passes(masks: Sequence[MaskChoice]) -> list[tuple[dict[str, Any], list[MaskChoice]]]:
-    """Masks by score that can be made in one pass, together with the options of that pass.
-
-    An option on which a mask's score does not depend fits any pass.
-    """
+    """The options of as few passes as can be, and the masks by score that each makes."""
     found: list[tuple[dict[str, Any], list[MaskChoice]]] = []
     for mask in sorted(masks, key=lambda mask: -len(mask.relevant)):
         given = mask.relevant.items()
@@ -213,8 +210,7 @@ def passes(masks: Sequence[MaskChoice]) -> list[tuple[dict[str, Any], list[MaskC
 
 
 def present_name(name: str, id: str, choices: Sequence[Choice]) -> str:
-    """What an objective or mask of an earlier sitting is called now: as in this grid if it is in it;
-    otherwise as before, with its id if another has that name now."""
+    """What an objective or mask of an earlier sitting is called now, among those of this grid."""
     names = {choice.id: choice.name for choice in choices}
     return names.get(id) or (f"{name} ({id[:4]})" if name in names.values() else name)
 

@@ -86,7 +86,7 @@ def make_trainer(folder: Path, options: Mapping[str, Any], **own: Any) -> L.Trai
 def limited(
     data: ForgetRetainDataModule, batch_size: Optional[int], limit_test: Optional[int]
 ) -> ForgetRetainDataModule:
-    """A data module of its own with another batch size and fewer test rows, where these are given."""
+    """A data module of its own with the batch size and number of test rows that are given."""
     found = copy.copy(data)
     found.batch_size = batch_size or data.batch_size
     found.limits = {**data.limits, "test": limit_test or data.limits["test"]}
@@ -244,8 +244,7 @@ def _worth(runs: Sequence[Any], by: Compared) -> tuple[float, float, float]:
 
 
 def _walk(trial: Any, grid: Sequence[Run]) -> Run:
-    """The run of a grid to which a trial's values lead, axis by axis; the nearest where they are
-    between two."""
+    """The run of a grid to which a trial's values lead, axis by axis, or the nearest to them."""
     left = list(grid)
     while (name := _open_axis(left)) is not None:
         values = sorted({run.axes[name] for run in left})

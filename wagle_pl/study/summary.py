@@ -44,8 +44,7 @@ def envelope(points: Points) -> list[tuple[float, float]]:
 
 
 def utility_at(points: Points, level: float) -> Optional[float]:
-    """Utility where the envelope first reaches a level, its first point's if that is past it; None
-    if it never does."""
+    """Utility where the envelope first is at a level or past it; None if it never gets there."""
     x, u = np.transpose(envelope(points))
     return float(np.interp(level, x, u)) if level <= x[-1] else None
 
@@ -325,8 +324,7 @@ def _against(best: pd.DataFrame, dense: Optional[pd.DataFrame], by: Compared) ->
 
 
 def _equal_steps(runs: pd.DataFrame, dense: pd.DataFrame) -> Optional[dict[str, Any]]:
-    """``difference``, ``p``, ``n`` and mean ``steps`` of :func:`at_equal_steps` over seeds; None if
-    the runs of no seed allow it."""
+    """``difference``, ``p``, ``n``, mean ``steps`` of :func:`at_equal_steps` over seeds, if any."""
     ours, theirs = (
         {
             seed: [Pace(*run) for run in own[["lr", "steps", "reached"]].itertuples(index=False)]

@@ -166,10 +166,7 @@ class Subject:
     def findings(
         self, after: Mapping[str, Table], measures: Collection[str], option: str = ""
     ) -> list[Finding]:
-        """Measures of records under an attack, beside those of the same rows without it.
-
-        ``measures`` are those to report, by their names without the test set.
-        """
+        """Some measures of records under an attack, beside those of the same rows without it."""
         before: Mapping[str, Value] = {}
         if self.tables is not None:
             rows = {name: {record["row"] for record in table} for name, table in after.items()}
@@ -261,7 +258,7 @@ def texts_of(rows: Iterable[Example]) -> set[str]:
     return {text for row in rows for text in row.texts}
 
 
-# -- choosing and running them ------------------------------------------------------------------------
+# -- choosing and running them ---------------------------------------------------------------------
 
 
 def find_attacks(
@@ -350,8 +347,7 @@ def run_attacks(
 
 
 def load_other(name: str, like: Any, option: str) -> Any:
-    """Load a model to compare with, of the same vocabulary: in the dtype and on the device of
-    ``like``, in evaluation mode."""
+    """Load a model to compare with, in evaluation mode, in dtype and device of ``like``."""
     weight = like.get_input_embeddings().weight
     with torch.inference_mode(False):  # so that it can be fine-tuned
         other = models.load_model(name, dtype=weight.dtype).to(weight.device).eval()
@@ -362,7 +358,7 @@ def load_other(name: str, like: Any, option: str) -> Any:
     return other
 
 
-# -- what they find -----------------------------------------------------------------------------------
+# -- what they find --------------------------------------------------------------------------------
 
 
 @dataclass

@@ -129,8 +129,7 @@ def study_panel(
 
 
 def distribution(ratios: Mapping[str, Sequence[float]]) -> Any:
-    """Share of examples whose truth ratio is at most x, the curves that forget quality compares, of
-    ``target``, ``retrained`` and ``this``."""
+    """Share of examples whose truth ratio is at most x: the curves that forget quality compares."""
     figure, (axes,) = panels(3.9, 3.1)
     for role, found in ratios.items():
         x = sorted(map(_in_axis, found))
@@ -144,8 +143,7 @@ def distribution(ratios: Mapping[str, Sequence[float]]) -> Any:
 
 
 def shift(pairs: Mapping[str, Points]) -> Any:
-    """One point an example: its truth ratio at the target model, and after in ``this`` and
-    ``retrained``."""
+    """One point an example: its truth ratio at the target model, and after."""
     figure, (axes,) = panels(3.9, 3.1)
     values = [_in_axis(value) for points in pairs.values() for point in points for value in point]
     ends = (min(values), max(values))
@@ -207,8 +205,7 @@ def _finish(
     labels: tuple[str, str],
     **style: Any,
 ) -> None:
-    """Draw the target, the retrained model and the level at which utilities are to be compared; set
-    limits and labels."""
+    """Draw references and the level at which utilities are compared; set limits and labels."""
     for role, (x, y) in references.items():
         point = {"marker": _MARKERS[role], "color": PALETTE[role], "linestyle": "none"}
         axes.plot(x, y, markersize=7, label=role, zorder=4, **point)

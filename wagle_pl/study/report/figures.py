@@ -133,8 +133,7 @@ def _simplify(node: ElementTree.Element, ids: dict[str, str]) -> None:
 
 
 def figure_paths(output: str | Path, overwrite: bool = False) -> list[Path]:
-    """The files that ``output`` names: a PNG or an SVG by its suffix, both when it has none; an error
-    if the suffix is another, or a file exists and ``overwrite`` is False."""
+    """The files that ``output`` names: a PNG or an SVG by its suffix, both when it has none."""
     output = Path(output)
     if output.suffix and output.suffix.lower() not in FORMATS:
         raise WagleError(f"figure {output} must end in .png or .svg, or have no suffix for both")

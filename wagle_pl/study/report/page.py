@@ -1,5 +1,5 @@
-"""The page: one HTML file that needs nothing else, made of the templates in ``templates/``, and what
-its sections show of models and of studies: measures, figures, answers."""
+"""The page: one HTML file that needs nothing else, made of the templates in ``templates/``, and
+what its sections show of models and of studies: measures, figures, answers."""
 
 from __future__ import annotations
 
@@ -84,11 +84,7 @@ def render(
     utility: Optional[str] = None,
     examples: int = 6,
 ) -> str:
-    """The page as text, with the options of ``wagle report``; the same sources make the same bytes.
-
-    Raises:
-        WagleError: if no model has a measure; without models, if it is not the study's.
-    """
+    """The page as text, with the options of ``wagle report``; the same sources, the same bytes."""
     for axis, (option, measure) in enumerate((("forget", forget), ("utility", utility))):
         known, what = measure_names(sources.models), "these runs"
         if not sources.models:  # the page of a study has the axes of the study
@@ -201,9 +197,8 @@ def lead_measures(models: Models) -> list[str]:
 
 
 def tradeoff_measures(models: Models) -> tuple[Optional[str], Optional[str]]:
-    """The first measure of a set to be forgotten that is better when lower; and model utility, the UT
-    average, or the first measure of a set to be kept, preferably one that is better when higher.
-    None where there is none."""
+    """The first measure of a set to be forgotten that is better when lower; and model utility, the
+    UT average, or the first measure of a set to be kept, preferably better when higher."""
 
     def of_sets(forgotten: bool, direction: str) -> list[str]:
         names = measure_names(models, test_sets(models, forgotten))
@@ -315,7 +310,7 @@ def heatmaps(masks: Mapping[str, WeightMask], name: str) -> dict[str, Markup]:
 
 def answers(sources: Sources, count: int) -> dict[str, dict[str, Any]]:
     """What all models say to the same questions: test set -> ``asked``, how many these are;
-    ``models``, (label, model) of each; ``chosen``, ``count`` of the questions -> label -> record."""
+    ``models``, (label, model) of each; ``chosen``, some questions -> label -> record."""
     target, retrained = (sources.references.get(role) for role in ("target", "retrained"))
     after = [(f"after: {model.name}", model) for model in sources.models]
     models = [("before: target", target), *after, ("retrained", retrained)]

@@ -199,8 +199,7 @@ class Sources:
 def reference_points(
     summary: Mapping[str, Any], axes: tuple[str, str]
 ) -> dict[str, tuple[float, float]]:
-    """``target`` and ``retrained`` -> the two measures that ``axes`` names, where the ``study.json``
-    has both."""
+    """``target`` and ``retrained`` -> the two measures of ``axes``, where the study has both."""
     found = {role: summary.get(role) or {} for role in ("target", "retrained")}
     return {r: (of[axes[0]], of[axes[1]]) for r, of in found.items() if of.keys() >= {*axes}}
 
@@ -208,8 +207,7 @@ def reference_points(
 def gather(
     folders: Sequence[str], target: Optional[str] = None, retrained: Optional[str] = None
 ) -> Sources:
-    """Read models and studies; arguments as of ``wagle report``. An error if a folder does not exist
-    or nothing is left to report."""
+    """Read models and studies; arguments as of ``wagle report``."""
     sources = Sources()
     for folder in dict.fromkeys(folders):
         _read_folder(Path(folder), sources)
@@ -322,8 +320,7 @@ def _candidates(models: Sequence[ReportedModel], role: str) -> list[str]:
 
 
 def _check_target(sources: Sources) -> None:
-    """Note which models were made from other weights than the target's, which after several requests
-    to unlearn may be the model before any of them."""
+    """Note which models were made from other weights than the target's, as in a second request."""
     target = sources.references.get("target")
     if target is None or target.fingerprint is None:
         return
