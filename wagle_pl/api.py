@@ -150,9 +150,6 @@ def forget(
         max_steps: where training ends if the probability has not come down.
         progress: show bars and log what is done.
         **data: options of :class:`~wagle_pl.ForgetRetainDataModule`, such as ``prompt_format``.
-
-    Raises:
-        WagleError: if an argument has no meaning or a row is malformed.
     """
     asked = _listed(forget, "forget")
     kept = None if retain is None else _listed(retain, "retain")

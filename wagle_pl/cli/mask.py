@@ -276,10 +276,8 @@ def _model(name: str) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
 
 
 def _shares(group: str, tally: dict[str, tuple[int, int]]) -> str:
-    rows = [
-        [name, f"{size:,}", f"{selected:,}", f"{selected / size:.6f}"]
-        for name, (selected, size) in tally.items()
-    ]
+    found = ((name, *counts) for name, counts in tally.items())
+    rows = [[name, f"{size:,}", f"{own:,}", f"{own / size:.6f}"] for name, own, size in found]
     return table([group, "weights", "selected", "density"], rows)
 
 

@@ -28,11 +28,7 @@ HOME = next((place for place in _PLACES if place.is_dir()), _PLACES[0])
 
 _PLACEHOLDER = re.compile(r"\$\{run\.(\w+)\}")
 #: Name -> a configuration that gives it.
-_LAYERS = {
-    "method": "method/npo",
-    "name": "model/zephyr-7b-beta",
-    "source": "model/zephyr-7b-beta",
-}
+_LAYERS = {"method": "method/npo", "name": "model/zephyr-7b-beta", "source": "model/zephyr-7b-beta"}
 
 
 class OneLineErrors(ArgumentParser):
@@ -170,9 +166,6 @@ def expand(args: Sequence[str]) -> list[str]:
     ``${run.NAME}`` in a value stands for NAME in the ``run`` mapping of any of the files, or in
     ``--run.NAME VALUE``; of a mapping there, for the entry of ``run.name``, of ``run.method``, or
     ``default``.
-
-    Raises:
-        WagleError: if a file is missing, malformed or builds on itself, or a name has no value.
     """
     parts: list[Any] = []  # arguments, and the contents of configurations
     given: dict[str, Any] = {}

@@ -30,10 +30,7 @@ COLUMNS = {
     "utility": "model_utility",
 }
 #: Options of fit and of test that leave of each only enough to see it work.
-TRIAL = {
-    "fit": "--trainer.max_steps 2",
-    "test": "--data.limit_test 4 --model.max_new_tokens 4",
-}
+TRIAL = {"fit": "--trainer.max_steps 2", "test": "--data.limit_test 4 --model.max_new_tokens 4"}
 
 
 def quickstart(*, verbose: bool = False, trial: bool = False) -> None:

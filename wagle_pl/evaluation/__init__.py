@@ -5,12 +5,7 @@ from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.measures import MEASURES, Info, Observations, Records, measure
 from wagle_pl.evaluation.observe import Observer, observe_set
 from wagle_pl.evaluation.results import Results
-from wagle_pl.evaluation.suites import (
-    Suite,
-    find_suite,
-    tofu_forget_quality,
-    tofu_model_utility,
-)
+from wagle_pl.evaluation.suites import Suite, find_suite, tofu_forget_quality, tofu_model_utility
 
 __all__ = [
     "MEASURES",

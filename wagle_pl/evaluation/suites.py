@@ -35,14 +35,7 @@ from wagle_pl.evaluation.measures import (
     usual,
 )
 from wagle_pl.evaluation.openunlearning import FORMS, STOPS
-from wagle_pl.evaluation.results import (
-    OPTION_SETS,
-    Result,
-    Table,
-    differing,
-    from_result,
-    pairs_of,
-)
+from wagle_pl.evaluation.results import OPTION_SETS, Result, Table, differing, from_result, pairs_of
 
 #: Observed of a test set that a suite says nothing about; each row answers what its kind can.
 DEFAULT_NEEDS = frozenset({"answer", "tokens", "alternatives", "choices", "generation"})

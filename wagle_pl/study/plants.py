@@ -216,9 +216,6 @@ class Plants:
         limit_test: rows of each test set.
         module: options of UnlearnModule and of Evaluate.
         trainer: options of Lightning's Trainer, such as precision, accelerator.
-
-    Raises:
-        WagleError: if an option has no meaning.
     """
 
     model: str

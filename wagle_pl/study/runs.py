@@ -246,7 +246,11 @@ def _worth(runs: Sequence[Any], by: Compared) -> tuple[float, float, float]:
 def _walk(trial: Any, grid: Sequence[Run]) -> Run:
     """The run of a grid to which a trial's values lead, axis by axis, or the nearest to them."""
     left = list(grid)
-    while (name := _open_axis(left)) is not None:
+    while True:
+        axes = left[0].axes  # the next is the first in which runs differ
+        name = next((n for n in axes if any(r.axes.get(n) != axes[n] for r in left)), None)
+        if name is None:
+            return left[0]
         values = sorted({run.axes[name] for run in left})
         if isinstance(values[0], str):
             value = trial.suggest_categorical(name, values)
@@ -256,13 +260,6 @@ def _walk(trial: Any, grid: Sequence[Run]) -> Run:
             scale = math.log if log else float
             value = min(values, key=lambda v: abs(scale(v) - scale(given)))
         left = [run for run in left if run.axes[name] == value]
-    return left[0]
-
-
-def _open_axis(runs: Sequence[Run]) -> Optional[str]:
-    """The first axis in which runs differ."""
-    axes = runs[0].axes
-    return next((n for n in axes if any(r.axes.get(n) != axes[n] for r in runs)), None)
 
 
 # -- the study's folder ----------------------------------------------------------------------------
@@ -315,13 +312,11 @@ class RunTable:
             write_table(self.path, rows, self.settings)
 
     def _read(self, path: Path, hint: str) -> list[dict[str, Any]]:
-        rows, ours, theirs = load_table(path), self.settings, table_key(path)
-        differing = sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k))
-        if differing:
-            raise WagleError(
-                f"{path} holds runs with other settings ({', '.join(differing)}): {hint}"
-            )
-        return rows
+        ours, theirs = self.settings, table_key(path)
+        if differing := sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k)):
+            said = f"{path} holds runs with other settings ({', '.join(differing)})"
+            raise WagleError(f"{said}: {hint}")
+        return load_table(path)
 
 
 @contextmanager

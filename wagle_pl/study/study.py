@@ -113,9 +113,6 @@ class Study:
         keep_models: keep every unlearned model, under models/<run>.
         join: folders of the same study whose finished runs are taken over: pieces (only) that ran
             on other machines, e.g. '[runs/one, runs/two]'.
-
-    Raises:
-        WagleError: if an option has no meaning.
     """
 
     target: str

@@ -345,10 +345,9 @@ def same_runs(models: Models) -> dict[tuple[str, int], str]:
 def shown_of_study(study: StudyResults, name: str) -> dict[str, Any]:
     """What the template of a study is given; ``name`` begins its ids in the page."""
     summary = study.summary
-    runs: dict[str, list[Row]] = {}
+    runs: dict[str, list[Row]] = {row["run"]: [] for row in study.rows}  # in the table's order
     for row in sorted(study.rows, key=itemgetter("step")):
-        runs.setdefault(row["run"], []).append(row)
-    runs = {row["run"]: runs[row["run"]] for row in study.rows}  # in the order of the table
+        runs[row["run"]].append(row)
     headline = {}
     for objective, arms in by_objective(summary).items() if summary.get("headline") else ():
         cells = [(marked_name(arm), compared(arm)) for arm in arms]
