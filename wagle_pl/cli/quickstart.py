@@ -46,8 +46,8 @@ def quickstart(*, verbose: bool = False, trial: bool = False) -> None:
     prepare_libraries()
     started = time.monotonic()
     sets = ("forget", "retain", "holdout", "real_authors", "world_facts")
-    rows = [row for name in sets for row in people.bundled(name)]
-    texts = [row[column] for row in rows for column in ("question", "answer")]
+    asked = [row for name in sets for row in people.bundled(name)]
+    texts = [row[column] for row in asked for column in ("question", "answer")]
     tiny.create_tiny_llama(RUNS / "base", texts, hidden_size=192, layers=2, heads=6)
     print(f"a tiny Llama with random weights is in {RUNS}/base; now:", flush=True)
 

@@ -41,9 +41,7 @@ GENERATED = ("repetition", "fluency", "degenerate")
 #: Column of a record, see :mod:`wagle_pl.evaluation.observe` -> its values in words, for messages.
 COLUMNS = {
     "answer": "answer",
-    "choice_logprobs": "choices",
-    "choice_nll": "choices",
-    "choice_text_logprobs": "choices",
+    **dict.fromkeys(("choice_logprobs", "choice_nll", "choice_text_logprobs"), "choices"),
     "cut": "note of whether they are whole",
     "generation": "generation (--model.generate is false, or such rows are not generated from)",
     "gradient_norm": "gradient norms (--model.gradient_norm true)",
@@ -57,12 +55,9 @@ COLUMNS = {
     "paraphrased_rougeL_recall": "paraphrased answer to compare with",
     "perturbed_nll": "perturbed answers (column perturbed_answer)",
     "perturbed_rougeL_recall": "perturbed answers to compare with",
-    "reference": "answer to compare with",
-    "rouge1_recall": "answer to compare with",
-    "rougeL_recall": "answer to compare with",
+    **dict.fromkeys(("reference", "rouge1_recall", "rougeL_recall"), "answer to compare with"),
     "text_logprobs": "log-probabilities of question and answer",
-    "vocabulary_mean": "statistics of the vocabulary",
-    "vocabulary_std": "statistics of the vocabulary",
+    **dict.fromkeys(("vocabulary_mean", "vocabulary_std"), "statistics of the vocabulary"),
 }
 
 
@@ -224,8 +219,7 @@ class Records:
         """(N, K) negative log-likelihoods of the perturbed answers; NaN where a row has fewer."""
         values = self.column("perturbed_nll")
         if missing := sum(not row for row in values):
-            what = COLUMNS["perturbed_nll"]
-            raise Undefined(f"{missing} of {len(values)} rows have no {what}")
+            raise Undefined(f"{missing} of {len(values)} rows have no {COLUMNS['perturbed_nll']}")
         return ragged(values)
 
     def truth_ratios(self) -> Tensor:
@@ -257,10 +251,8 @@ class Records:
         """(N,) the texts whose likelihood is known: answers, continuations, texts."""
         texts = self.column("answer")
         if missing := sum(not text for text in texts):
-            raise Undefined(
-                f"{missing} of {len(texts)} rows are tokens (input_ids and labels) whose text is "
-                "not known"
-            )
+            what = "tokens (input_ids and labels) whose text is not known"
+            raise Undefined(f"{missing} of {len(texts)} rows are {what}")
         return texts
 
     def toxicities(self) -> Tensor:
@@ -374,9 +366,8 @@ def word_perplexity(rows: Records) -> float:
     token before it, and counts the words of the raw page.
     """
     if cut := sum(map(bool, rows.column("cut"))):
-        raise Undefined(
-            f"{cut} of {len(rows.table)} texts are cut at max_length: their words cannot be counted"
-        )
+        why = "are cut at max_length: their words cannot be counted"
+        raise Undefined(f"{cut} of {len(rows.table)} texts {why}")
     return _perplexity(rows, torch.tensor([len(text.split()) for text in rows.scored_texts()]))
 
 

@@ -101,10 +101,8 @@ class Results:
         elif all(isinstance(value, (int, float)) for value in values):
             self.metrics = content
         else:
-            raise WagleError(
-                f"{option}: {self.path} is neither a {METRICS_FILE} nor a result file of TOFU or "
-                "OpenUnlearning"
-            )
+            what = f"neither a {METRICS_FILE} nor a result file of TOFU or OpenUnlearning"
+            raise WagleError(f"{option}: {self.path} is {what}")
 
     @cached_property
     def tables(self) -> dict[str, Table]:
@@ -130,9 +128,8 @@ class Results:
         found = dict(zip(pairs_of(here), here, strict=True))
         pairs = pairs_of(table)
         if missing := sum(pair not in found for pair in pairs):
-            raise Undefined(
-                f"{self.path} is on other {name} rows: it lacks {missing} of {len(table)}"
-            )
+            lacks = f"it lacks {missing} of {len(table)}"
+            raise Undefined(f"{self.path} is on other {name} rows: {lacks}")
         return [found[pair] for pair in pairs]
 
 

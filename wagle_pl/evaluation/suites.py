@@ -121,10 +121,8 @@ class Averages(ABC):
 
     def averages(self, seen: Observations, found: Mapping[str, Value]) -> dict[str, Value]:
         """``ue_average`` and ``ut_average``, of what was measured before."""
-        return {
-            "ue_average": attempt(self.efficacy, seen, found),
-            "ut_average": attempt(self.utility, seen, found),
-        }
+        parts = {"ue_average": self.efficacy, "ut_average": self.utility}
+        return {name: attempt(average, seen, found) for name, average in parts.items()}
 
     @abstractmethod
     @measure("score, 0 to 1", "higher", name="ue_average")
@@ -148,13 +146,10 @@ class Averages(ABC):
 class GenericSuite(Suite):
     """Whatever the rows allow: every set's measures, and membership inference between sets."""
 
-    pairs: ClassVar[tuple[tuple[str, str], ...]] = (
-        ("members", "nonmembers"),
-        ("forget", "holdout"),
-    )
+    pairs = (("members", "nonmembers"), ("forget", "holdout"))
 
     def needs_of(self, name: str, names: Collection[str]) -> frozenset[str]:
-        attacked = any(name in pair and set(pair) <= set(names) for pair in self.pairs)
+        attacked = any(name in pair and {*pair} <= {*names} for pair in self.pairs)
         return DEFAULT_NEEDS | (MEMBERSHIP_NEEDS if attacked else frozenset())
 
     def measures(self, seen: Observations) -> dict[str, Value]:
@@ -365,8 +360,7 @@ class MUSESuite(Suite):
     lists: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "verbmem_forget": (*MEMORISATION, "degenerate"),
         "knowmem_forget": ("probability", "degenerate"),
-        "members": ("perplexity",),
-        "nonmembers": ("perplexity",),
+        **dict.fromkeys(("members", "nonmembers"), ("perplexity",)),
     }
     needs: ClassVar[Mapping[str, Collection[str]]] = {
         "verbmem_forget": needs_of(lists["verbmem_forget"]) | {"reference"},

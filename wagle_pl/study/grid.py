@@ -200,12 +200,13 @@ def passes(masks: Sequence[MaskChoice]) -> list[tuple[dict[str, Any], list[MaskC
     """The options of as few passes as can be, and the masks by score that each makes."""
     found: list[tuple[dict[str, Any], list[MaskChoice]]] = []
     for mask in sorted(masks, key=lambda mask: -len(mask.relevant)):
-        given = mask.relevant.items()
-        fits = (each for each in found if all(each[0].get(k, v) == v for k, v in given))
-        if (one := next(fits, None)) is None:
-            found.append(one := ({}, []))
-        one[0].update(given)
-        one[1].append(mask)
+        for options, others in found:  # an option on which a score does not depend fits any pass
+            if all(options.get(name, value) == value for name, value in mask.relevant.items()):
+                options |= mask.relevant
+                others.append(mask)
+                break
+        else:
+            found.append((dict(mask.relevant), [mask]))
     return found
 
 

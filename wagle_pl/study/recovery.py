@@ -17,17 +17,7 @@ from wagle_pl.core.text import decimals
 from wagle_pl.evaluation.attacks.attack import PREFIX
 from wagle_pl.evaluation.attacks.weights import STEP
 from wagle_pl.evaluation.results import BETTER, WORSE
-from wagle_pl.study.summary import (
-    Compared,
-    Row,
-    chosen,
-    dense_arms,
-    paired,
-    run_table,
-    spread,
-    utility_at,
-    verdict,
-)
+from wagle_pl.study.summary import Compared, Row, arms_of, paired, spread, utility_at, verdict
 
 #: Measures under attack that are compared beside the study's own, by names without the test set.
 SHORT = ("probability", "rougeL_recall")
@@ -122,10 +112,7 @@ def at_the_level(
     if not columns:
         return []
     last = {row["run"]: row for row in rows if row.get("forget") is not None}  # in order of steps
-    runs = run_table(rows, by)
-    arms = dict(iter(runs.groupby(["objective", "mask"], sort=False)))
-    best = {arm: chosen(own, by.utility_sign) for arm, own in arms.items()}
-    dense_of = dense_arms(runs)
+    _, best, dense_of = arms_of(rows, by)
     found = []
     for (objective, mask), mine in best.items():
         ended, dense = _ends(mine, last), dense_of.get(objective)

@@ -282,11 +282,11 @@ class Study:
         self.settings = {**fingerprints, **self._settings()}
         self.table = RunTable(self.folder, self.settings)
         if self.compared.nothing_to_unlearn:
-            log.warning(
-                "the target does not know the forget set: its %s is %.3f, the level to reach "
-                "%.3f: there is nothing to unlearn",
-                *(self.forget, self.references["target"][self.forget], self.compared.level),
+            said = (
+                f"its {self.forget} is {self.compared.target[self.forget]:.3f}, the level to reach"
             )
+            said = f"the target does not know the forget set: {said} {self.compared.level:.3f}"
+            log.warning("%s: there is nothing to unlearn", said)
 
     def _settings(self) -> dict[str, Any]:
         """What all runs share, as plain data; a change of any makes other runs."""

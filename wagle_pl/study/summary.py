@@ -19,6 +19,7 @@ from wagle_pl.core.errors import WagleError
 
 Row = Mapping[str, Any]
 Points = Sequence[tuple[float, float]]
+Arm = tuple[str, str]  # names of an objective and of a mask
 
 #: Measures at the ends of runs, where a suite has them: TOFU's and those of WAGLE's tables.
 AT_END = ("model_utility", "ue_average", "ut_average")
@@ -234,10 +235,15 @@ def chosen(runs: pd.DataFrame, sign: int = 1) -> pd.DataFrame:
     return ranked.drop_duplicates("seed").set_index("seed").sort_index()
 
 
-def dense_arms(runs: pd.DataFrame) -> dict[str, tuple[str, str]]:
-    """Objective -> its arm in which all weights may move."""
+def arms_of(
+    rows: Sequence[Row], by: Compared
+) -> tuple[dict[Arm, pd.DataFrame], dict[Arm, pd.DataFrame], dict[str, Arm]]:
+    """Arm -> its runs, and those of :func:`chosen`; objective -> its arm where all weights move."""
+    runs = run_table(rows, by)
+    arms = dict(iter(runs.groupby(["objective", "mask"], sort=False)))
+    best = {arm: chosen(own, by.utility_sign) for arm, own in arms.items()}
     dense = runs[runs["score"].isna() & (runs["density"] == 1.0)]
-    return {run.objective: (run.objective, run.mask) for run in dense.itertuples()}
+    return arms, best, {run.objective: (run.objective, run.mask) for run in dense.itertuples()}
 
 
 def summarise(
@@ -254,10 +260,7 @@ def summarise(
     the target to where the shallowest of the chosen runs ends; the means of :data:`AT_END`; and
     ``own_learning_rates``, whether objective and mask are one of ``own_rates``.
     """
-    runs = run_table(rows, by)
-    arms = dict(iter(runs.groupby(["objective", "mask"], sort=False)))
-    best = {arm: chosen(own, by.utility_sign) for arm, own in arms.items()}
-    dense_of = dense_arms(runs)
+    arms, best, dense_of = arms_of(rows, by)
     found = []
     for arm, own in arms.items():
         mine, dense = best[arm], dense_of.get(arm[0])

@@ -358,9 +358,6 @@ def load_other(name: str, like: Any, option: str) -> Any:
     return other
 
 
-# -- what they find --------------------------------------------------------------------------------
-
-
 @dataclass
 class RobustnessReport:
     """What all attacks found, in their order, and why those that are ``skipped`` found nothing."""

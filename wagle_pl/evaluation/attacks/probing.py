@@ -214,11 +214,8 @@ def _by_layer(
 
 @torch.no_grad()
 def last_states(subject: Subject, texts: Sequence[Sequence[int]]) -> Tensor:
-    """Hidden states at the last token of every text, given as token ids. Collective.
-
-    Returns:
-        (texts, layers + 1, D) float32 on the CPU; layer 0 are the embeddings.
-    """
+    """Hidden states at the last token of every text, given as token ids. Collective. (texts,
+    layers + 1, D), float32 on the CPU; layer 0 are the embeddings."""
     observer = subject.observer
     pad = subject.template.tokenizer.pad_token_id or 0
     batches = token_batches([len(text) for text in texts], observer.max_rows)
