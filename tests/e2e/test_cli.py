@@ -21,7 +21,6 @@ from wagle_pl.cli.app import COMMANDS, SUMMARIES
 from wagle_pl.cli.parser import expand
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path, refuse_existing, replaceable
-from wagle_pl.data.rows import load_rows
 
 QUICK = "--trainer.enable_checkpointing false --trainer.max_epochs"
 UNLEARN = f"fit --model UnlearnModule {QUICK} 2"
@@ -283,17 +282,6 @@ def test_another_rank_that_is_gone_is_told_in_a_line(monkeypatch, capsys, words)
     assert exit_.value.code == 1 and "another rank of this run has ended" in capsys.readouterr().err
 
 
-def test_bad_rows_name_file_and_row(fails, tiny_model, tmp_path):
-    args = (UNLEARN, f"--model.model {tiny_model} --model.output out --data.forget")
-    empty = write_rows(tmp_path / "empty.jsonl", [])
-    assert "empty.jsonl has no rows" in fails(*args, empty)
-    blank = write_rows(tmp_path / "blank.jsonl", [{"question": "Who?", "answer": ""}])
-    assert "blank.jsonl) row 1: 'answer' is empty" in fails(*args, blank)
-    (tmp_path / "broken.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question"\n')
-    assert "broken.jsonl line 2: malformed JSON" in fails(*args, tmp_path / "broken.jsonl")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("labels", [[5, -100], [5]], ids=["first", "one"])
 @pytest.mark.parametrize("module", [FINETUNE, ATTRIBUTE])
 def test_a_row_whose_only_label_is_its_first_token(fails, tiny_model, tmp_path, labels, module):
@@ -302,13 +290,6 @@ def test_a_row_whose_only_label_is_its_first_token(fails, tiny_model, tmp_path, 
     bad = write_rows(tmp_path / "bad.jsonl", [{"input_ids": [5, 6], "labels": [-100, 6]}, row])
     line = fails(module, f"--model.model {tiny_model} --model.output out --data.forget", bad)
     assert " row 2: its only label is its first token" in line
-
-
-def test_overlap_error(fails, tiny_model, rows, tmp_path):
-    both = load_rows(rows["retain"]) + load_rows(rows["forget"])[:2]
-    retain = write_rows(tmp_path / "both.jsonl", both)
-    args = (UNLEARN, f"--model.model {tiny_model} --model.output out --data.retain {retain}")
-    assert "2 of 19 retain rows are also forget rows" in fails(*args, "--data.overlap error")
 
 
 def test_an_existing_output_is_kept(wagle, fails, tiny_model, tmp_path):

@@ -8,6 +8,7 @@ from itertools import permutations
 from pathlib import Path
 
 import pytest
+from forked import command, start
 from helpers import data_options, environment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EarlyStopping
@@ -270,14 +271,7 @@ def test_own_code_may_say_it_in_one_line(fails, tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("args", "unbuffered"),
-    [
-        ("--help", ""),
-        ("--help", "1"),
-        ("bogus", ""),
-        ("mask --help", "1"),
-        ("fit --print_config", ""),
-    ],
+    ("args", "unbuffered"), [("--help", ""), ("--help", "1"), ("bogus", ""), ("mask --help", "1")]
 )
 def test_a_reader_that_goes_away(args, unbuffered):
     """Its pipe is closed before anything is written."""
@@ -295,6 +289,20 @@ def test_a_reader_that_goes_away(args, unbuffered):
     assert "Traceback" not in ended.stderr and "Exception ignored" not in ended.stderr
     # argparse lets its help go unread
     assert ended.returncode in ((2,) if args == "bogus" else (0, 141))
+
+
+def unread(*args: str) -> None:
+    """A command whose output nobody reads."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    os.dup2(writes, 1)
+    command(*args)
+
+
+def test_a_reader_of_a_configuration_that_goes_away(tmp_path):
+    ended = start(unread, "fit", "--print_config", output=tmp_path / "said")
+    ended.join(timeout=600)
+    assert ended.exitcode in (0, 141) and "Traceback" not in (tmp_path / "said").read_text()
 
 
 def test_nothing_of_lightnings_before_ours(tiny_model, rows, tmp_path):

@@ -8,7 +8,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import write_classifier, write_rows
-from scipy.stats import ks_2samp
 
 from wagle_pl import WagleError
 from wagle_pl.data import ForgetRetainDataModule
@@ -18,7 +17,6 @@ from wagle_pl.evaluation import (
     Results,
     Suite,
     find_suite,
-    tofu_forget_quality,
     tofu_model_utility,
 )
 from wagle_pl.evaluation import functional as F
@@ -242,62 +240,18 @@ def test_retrained_results_on_other_rows_are_refused_before_any_work(
     assert "no questions are compared" in info["measures"]["tofu/forget_quality"]["what"]
 
 
-def log_of(rows, questions=str):
-    """A TOFU result with a few forget rows; row number n asks ``questions(n)``."""
-    nll = {str(row): 1.0 + row for row in rows}
-    log = {"avg_gt_loss": nll, "avg_paraphrased_loss": nll}
-    log["average_perturb_loss"] = {str(row): [1.0, 2.0] for row in rows}
-    if questions:
-        log["generated_text"] = {str(row): [questions(row), "", "answer"] for row in rows}
-    return {"eval_log_forget.json": log}
-
-
-def test_forget_quality_goes_by_questions_and_not_by_row_numbers():
-    ours, unnamed = log_of(range(5)), log_of(range(5), None)
-    same = log_of(range(5), lambda row: f"[INST] {row} [/INST]")
-    columns = same["eval_log_forget.json"].items()
-    moved = {name: {str(4 - int(row)): v for row, v in column.items()} for name, column in columns}
-    # row numbers 0 to 4, and none of the questions
-    shifted = log_of(range(5), lambda row: str(row + 200))
-    for other in (same, {"eval_log_forget.json": moved}):
-        assert tofu_forget_quality(ours, other) == 1.0
-    for other, message in [
-        (log_of(range(2, 6)), "other forget rows: 2 differ"),
-        (shifted, "other forget rows: 5 differ"),
-        ({}, "perturbed answers on both models' forget sets: the test set has no rows"),
-        (unnamed, "a result does not hold its questions"),
-    ]:
-        with pytest.raises(WagleError, match=message):
-            tofu_forget_quality(ours, other)
-    for other, count in (
-        (shifted, 5),
-        (unnamed, 5),
-        (log_of(range(9)), 9),
-    ):  # as TOFU's script has it
-        expected = ks_2samp(
-            range(5), range(count)
-        ).pvalue  # truth ratios grow with the row's number
-        assert tofu_forget_quality(ours, other, compare_rows=False) == pytest.approx(expected)
-
-
 # -- mistakes, before any work ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        ("--model.suite tofoo", "unknown model.suite 'tofoo'"),
-        ("--model.target nowhere", "model.target: result file nowhere does not exist"),
-        (
-            "--model.toxicity_classifier ./nowhere",
-            "model.toxicity_classifier: folder ./nowhere does not exist",
-        ),
-        (
-            "--model.sentence_model /no/where",
-            "model.sentence_model: folder /no/where does not exist",
-        ),
-        ("--model.max_new_tokens 0", "max_new_tokens must be at least 1, got 0"),
-    ],
+    {
+        "--model.suite tofoo": "unknown model.suite 'tofoo'",
+        "--model.target nowhere": "model.target: result file nowhere does not exist",
+        "--model.toxicity_classifier ./nowhere": "model.toxicity_classifier: folder ./nowhere does not exist",
+        "--model.sentence_model /no/where": "model.sentence_model: folder /no/where does not exist",
+        "--model.max_new_tokens 0": "max_new_tokens must be at least 1, got 0",
+    }.items(),
 )
 def test_bad_options_are_said_before_any_work(fails, args, tmp_path, options, message):
     assert message in fails(*args(options))

@@ -209,34 +209,29 @@ FULL = OSError(28, "No space left on device")
 AS_SAFETENSORS_SAYS = SafetensorError("I/O error: No space left on device (os error 28)")
 
 
+@pytest.mark.parametrize("keep", [KEEP, NO_CHECKPOINTS], ids=["a checkpoint", "none"])
 @pytest.mark.parametrize(
     ("kind", "error"), [*((kind, FULL) for kind in KINDS), ("UnlearnModule", AS_SAFETENSORS_SAYS)]
 )
-def test_a_full_disk_at_the_end_and_a_checkpoint(
-    wagle: Any, fails: Any, fit: Any, full: Any, kind: str, error: Exception
+def test_a_full_disk_at_the_end(
+    wagle: Any, fails: Any, fit: Any, full: Any, kind: str, error: Exception, keep: str
 ) -> None:
-    """One line names the checkpoint; the same command with it writes what the run would have written."""
-    wagle(*fit(kind, KEEP, output="whole"))
-    shutil.rmtree("ckpt")
+    """One line names the checkpoint, with which the same command writes what the run would have written; or, if there
+    is none, where else the result is."""
+    wagle(*fit(kind, keep, output="whole"))
+    shutil.rmtree("ckpt", ignore_errors=True)
     full(error)
-    line = fails(*fit(kind, KEEP))
+    line = fails(*fit(kind, keep))
     full(None)
-    assert "No space left on device" in line and not written(kind).exists()
-    (checkpoint,) = re.findall(r"run the same command with --ckpt_path (\S+)$", line)
-    wagle(*fit(kind, KEEP, "--ckpt_path", checkpoint))
-    assert same(kind, "whole", "out")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_full_disk_at_the_end_and_no_checkpoint(
-    wagle: Any, fails: Any, fit: Any, full: Any, kind: str
-) -> None:
-    """The result is written elsewhere."""
-    wagle(*fit(kind, NO_CHECKPOINTS, output="whole"))
-    full(FULL)
-    line = fails(*fit(kind, NO_CHECKPOINTS))
-    (beside,) = re.findall(r"it is in (\S+), move it from there$", line)
-    assert same(kind, "whole", beside)
+    assert not written(kind).exists()
+    if keep == NO_CHECKPOINTS:
+        (made,) = re.findall(r"it is in (\S+), move it from there$", line)
+    else:
+        (checkpoint,) = re.findall(r"run the same command with --ckpt_path (\S+)$", line)
+        wagle(*fit(kind, KEEP, "--ckpt_path", checkpoint))
+        assert "No space left on device" in line
+        made = "out"
+    assert same(kind, "whole", made)
 
 
 def test_several_masks_are_all_kept(fails: Any, fit: Any, full: Any) -> None:

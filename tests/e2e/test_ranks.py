@@ -254,32 +254,36 @@ def test_objectives_of_other_kinds(run: Any, ranks: Ranks, command: Any, objecti
         assert close(alone, run("zero3", "UnlearnModule", *options, cut(4, 1)))
 
 
+ONE_PASS = "--trainer.max_epochs 1 --trainer.max_steps -1"
+SHARED_OUT = "several devices and ZeRO share sums out already"
+SAM = "--model.step_rule SAM --model.step_rule.rho 0.1"
+
+
 @pytest.mark.parametrize(
-    ("module", "options", "said"),
+    ("module", "options", "name", "said"),
     [
         (
-            "FinetuneModule",
-            f"--data.limit_forget 1 --model.train_on forget {strategy('ddp')}",
+            "Finetune",
+            "--data.limit_forget 1 --model.train_on forget",
+            "ddp",
             "2 devices share 1 forget rows",
         ),
         (
-            "UnlearnModule",
-            f"--model.step_rule SAM --model.step_rule.rho 0.1 {strategy('ddp')}",
+            "Unlearn",
+            SAM,
+            "ddp",
             "step_rule SAM makes gradients of its own passes: use it on one device",
         ),
-        ("AttributionModule", f"--model.hessian hutchinson {strategy('zero3')}", "ZeRO-3"),
-        *(
-            (
-                "AttributionModule",
-                f"--model.sums passes=2 --trainer.max_steps -1 {strategy(name)}",
-                "several devices and ZeRO share sums out already",
-            )
-            for name in ("ddp", "zero3")
-        ),
+        ("Attribution", "--model.hessian hutchinson", "zero3", "ZeRO-3"),
+        ("Attribution", f"{ONE_PASS} --model.sums passes=2", "ddp", SHARED_OUT),
+        ("Attribution", f"{ONE_PASS} --model.sums passes=2", "zero3", SHARED_OUT),
     ],
 )
-def test_what_several_ranks_cannot_do(ranks: Ranks, command: Any, module, options, said):
-    assert said in ranks(*command(module, options), code=2)[0]["error"]
+def test_what_several_ranks_cannot_do(
+    ranks: Ranks, command: Any, module: str, options: str, name: str, said: str
+):
+    refused = command(f"{module}Module", options, strategy(name))
+    assert said in ranks(*refused, code=2)[0]["error"]
 
 
 def test_no_rank_holds_the_whole_model(ranks: Ranks, command: Any, rows: dict[str, str]):
@@ -313,7 +317,6 @@ MASKS = json.dumps(
         {"score": {"class_path": "Modules", "init_args": {"modules": ["mlp"]}}, "name": "mlp"},
     ]
 )
-ONE_PASS = "--trainer.max_epochs 1 --trainer.max_steps -1"
 
 
 def same_masks(left: Path, right: Path) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import write_rows
+from helpers import words, write_rows
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,10 +19,9 @@ from wagle_pl.lm.inference import Predictions, answer_places, sequence_logprobs
 from wagle_pl.objectives import streams
 from wagle_pl.unlearning import UnlearnModule
 
-OPTIONS = ["--data.batch_size", "4", "--trainer.max_epochs", "2"]
-OPTIONS += ["--optimizer", "MaskedAdamW", "--optimizer.lr", "1e-3"]
-TOP_K = ("--model.reference_logits", "top_k", "--model.top_k")
-RETAIN_KL = ("--model.objective.retain", "kl")
+OPTIONS = "--data.batch_size 4 --trainer.max_epochs 2 --optimizer MaskedAdamW --optimizer.lr 1e-3"
+TOP_K = "--model.reference_logits top_k --model.top_k"
+RETAIN_KL = "--model.objective.retain kl"
 
 
 class SecondModelModule(UnlearnModule):
@@ -47,8 +46,8 @@ def arguments(tiny_model: str):
     """Command line that unlearns the tiny model for six steps."""
 
     def make(output: str, *args: Any, module: str = "UnlearnModule") -> list[str]:
-        model = ["--model", module, "--model.model", tiny_model, "--model.output", output]
-        return ["fit", *OPTIONS, *model, *map(str, args)]
+        model = ("--model", module, "--model.model", tiny_model, "--model.output", output)
+        return ["fit", *words(*model, OPTIONS, *args)]
 
     return make
 
@@ -106,8 +105,8 @@ def test_the_cache_is_found_again_and_never_of_other_data(
     "options",
     [
         ("DPO",),
-        ("UNDIAL", *TOP_K, "5"),
-        ("KL", *RETAIN_KL, "--model.objective.forget_weight", "linear:0->1"),
+        ("UNDIAL", TOP_K, "5"),
+        ("KL", RETAIN_KL, "--model.objective.forget_weight", "linear:0->1"),
         ("RandomLabel",),
     ],
 )
@@ -128,18 +127,18 @@ def test_a_resumed_run_equals_an_unbroken_one(
         resume = ("no", "--ckpt_path", checkpoint, "--model.objective")
         message = fails(*arguments(*resume, "DPO", "--data.limit_forget", "10"))
         assert "checkpoint's run had 11 forget rows, this one has 10" in message
-        message = fails(*arguments(*resume, "NPO", *RETAIN_KL, *TOP_K, "64"))
+        message = fails(*arguments(*resume, "NPO", RETAIN_KL, TOP_K, "64"))
         assert "checkpoint has no reference" in message
 
 
 def test_top_k_comes_near_the_frozen_copy(unlearn: Any) -> None:
     """With all tokens but one kept nothing is missed; with few, the end is still near."""
-    options = ("--model.objective", "UNDIAL", *RETAIN_KL)
+    options = ("--model.objective", "UNDIAL", RETAIN_KL)
     exact, _ = unlearn("exact", *options)
     assert not Path(".references").exists()
-    all_but_one, _ = unlearn("all", *options, *TOP_K, "10000")
+    all_but_one, _ = unlearn("all", *options, TOP_K, "10000")
     assert distance(all_but_one, exact) < 1e-4
-    few, _ = unlearn("few", *options, *TOP_K, "64")
+    few, _ = unlearn("few", *options, TOP_K, "64")
     assert 1e-6 < distance(few, exact) < 0.1
 
 

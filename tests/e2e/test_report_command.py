@@ -42,11 +42,6 @@ def test_what_the_commands_write(wagle, tiny_model, rows, capsys):
     assert "other weights" not in root.text
 
 
-def test_a_mistake_is_one_line(fails):
-    line = fails("report nowhere -o out.html")
-    assert line == "wagle: error: run folder nowhere does not exist"
-
-
 @pytest.mark.skipif(not TOFU_LOGS.is_dir(), reason="published result files are not here")
 def test_the_published_log_beside_our_rows(published, wagle, fails, tiny_model, tmp_path):
     """Rows 0 to 199 of ``forget10`` and 200 rows of the log that are none of them; then those that are."""

@@ -428,13 +428,7 @@ def test_in_pieces(config, capsys):
     ("changes", "said"),
     [
         ({"objectives": ["NPQ"]}, "unknown objective 'NPQ'; choose one of AltPO, CEU, DPO"),
-        ({"objectives": []}, "objectives is an empty list"),
         ({"masks": ["wagel"]}, "unknown mask 'wagel'; choose one of dense, lora, Curvature"),
-        ({"masks": []}, "masks is an empty list"),
-        (
-            {"masks": [{"score": "wagle", "hessian": "foo"}]},
-            "masks: wagle foo 0.2: unknown hessian 'foo'; choose one of",
-        ),
         ({"seeds": [1, 1]}, "seeds must be different numbers"),
         ({"target": "./nowhere"}, "model folder ./nowhere does not exist"),
         ({"retrained": None}, "give --retrained, the model trained without the forget rows, or --"),

@@ -74,11 +74,3 @@ def test_a_book_is_recited_to_the_end(wagle, book, tiny_model, tmp_path):
     assert lengths == [longest, 6] and longest > 20
     said = pyarrow.parquet.read_table(tmp_path / "out/forget.parquet").to_pydict()["generation"]
     assert max(len(tokenizer(text)["input_ids"]) for text in said) > 12
-
-
-def test_one_line_on_the_command_line(fails, tiny_model, tmp_path):
-    fit = ("fit", "--model", "UnlearnModule", "--model.model", tiny_model, "--model.output", "out")
-    line = fails(*fit, "--data", "WMDPDataModule", "--data.folder", tmp_path, STEP, data=False)
-    expected = "expected wmdp-bio-forget-corpus/train.json"
-    assert f"has no cais/wmdp-bio-forget-corpus train: {expected}" in line
-    assert not (tmp_path / "out").exists()

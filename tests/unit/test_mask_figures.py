@@ -50,14 +50,8 @@ def test_heat_map(layers: int, masks: int) -> None:
 def test_heat_map_without_layers_and_without_selection() -> None:
     figure = mask_heatmap({"empty": {"other": {"weight": 0.0}}})
     figure.canvas.draw()
-    assert mask_text({"empty": {"other": {"weight": 0.0}}}).split() == [
-        "empty",
-        "outside",
-        "the",
-        "layers",
-        "weight",
-        "0%",
-    ]
+    said = mask_text({"empty": {"other": {"weight": 0.0}}})
+    assert said.split() == ["empty", "outside", "the", "layers", "weight", "0%"]
 
 
 def test_modules_that_one_mask_lacks_are_blank() -> None:
@@ -77,13 +71,8 @@ def test_text_says_what_the_picture_says() -> None:
         "outside the layers  embed_tokens  norm  lm_head",
         "                             12%    0%    <0.1%",
     ]
-    assert [percent(share) for share in (0.00049, 0.0994, 0.0996, 0.9949, 0.9951)] == [
-        "<0.1",
-        "9.9",
-        "10",
-        "99",
-        ">99",
-    ]
+    shares = (0.00049, 0.0994, 0.0996, 0.9949, 0.9951)
+    assert [percent(share) for share in shares] == ["<0.1", "9.9", "10", "99", ">99"]
 
 
 def test_figure_paths(tmp_path: Path) -> None:

@@ -321,12 +321,8 @@ def test_a_search_finds_the_best_of_a_grid_and_goes_on_where_it_was():
     masks = ["dense", {"score": "wagle", "density": [0.05, 0.1, 0.2, 0.5, 0.8]}]
     grid = Grid.of([npo, "PO"], masks, np.geomspace(1e-4, 1e-2, 9).tolist(), [0])
     runs = list(grid.runs({}))
-    assert [o.name for o in grid.objectives] == [
-        "NPO beta=0.05",
-        "NPO beta=0.1",
-        "NPO beta=0.5",
-        "PO",
-    ]
+    names = [*(f"NPO beta={beta}" for beta in (0.05, 0.1, 0.5)), "PO"]
+    assert [objective.name for objective in grid.objectives] == names
     assert runs[0].axes.keys() == {"objective", "NPO beta", "mask", "lr"}
 
     def kept(run):
