@@ -16,14 +16,17 @@ real_run = cli.run
 quicken()
 
 
+#: Files whose tests run in one of pytest's processes: they start others, or share what takes long to make.
+GROUPS = {"test_strategies.py": "processes", "test_stopping.py": "processes"}
+GROUPS |= {"test_study_runs.py": "study", "test_wheel.py": "wheel"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on two processes run one after the other, in one of pytest's processes; what waits for signals in the
-    other."""
+    """Tests on two ranks run one after the other, in one of pytest's processes; xdist starts with the largest group."""
     for item in items:
-        if {"ranks", "lone"} & {*getattr(item, "fixturenames", ())}:
-            item.add_marker(pytest.mark.xdist_group("ranks"))
-        elif item.path.name in ("test_strategies.py", "test_stopping.py"):
-            item.add_marker(pytest.mark.xdist_group("strategies"))
+        ranks = {"ranks", "lone"} & {*getattr(item, "fixturenames", ())}
+        if group := "ranks" if ranks else GROUPS.get(item.path.name):
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,8 @@ from wagle_pl.lm.models import load_model
 from wagle_pl.unlearning.export import model_card
 from wagle_pl.unlearning.patch import Patch, apply_patch, revert_patch
 
+pytestmark = pytest.mark.xdist_group("api")  # which share a model that is trained
+
 FORGET = [{k: row[k] for k in ("question", "answer")} for row in bundled("forget")[:3]]
 RETAIN = [{k: row[k] for k in ("question", "answer")} for row in bundled("retain")[:6]]
 

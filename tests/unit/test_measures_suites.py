@@ -29,6 +29,7 @@ from wagle_pl.evaluation.measures import MEASURES, MEMBERSHIP_NEEDS, SCORES
 from wagle_pl.evaluation.results import arrow, comparison, from_result, to_result, write_table
 from wagle_pl.lm.models import load_model, load_tokenizer
 
+pytestmark = pytest.mark.xdist_group("suites")  # which share a model that is trained
 random = np.random.default_rng(0)
 
 
