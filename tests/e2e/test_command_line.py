@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from forked import command, start
-from helpers import data_options, environment
+from helpers import data_options, environment, fit_arguments
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 
@@ -308,24 +308,13 @@ def test_a_reader_of_a_configuration_that_goes_away(tmp_path):
 def test_nothing_of_lightnings_before_ours(tiny_model, rows, tmp_path):
     """A process of its own, without DeepSpeed: Lightning writes to the standard error that it finds when it is
     imported. A trial run, and then a real one."""
-    model = {
-        "class_path": "AttributionModule",
-        "init_args": {"model": tiny_model, "output": "mask"},
-    }
-    data = {
-        "class_path": "ForgetRetainDataModule",
-        "init_args": {k: rows[k] for k in ("forget", "retain")},
-    }
-    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = {"accelerator": "cpu", "devices": 1, **quiet}
-    config = {"model": model, "data": data, "trainer": trainer}
-    (tmp_path / "c.yaml").write_text(json.dumps(config))
-    code = """
+    args = [*fit_arguments("AttributionModule", tiny_model, rows), "--trainer.devices", "1"]
+    code = f"""
 import sys
 sys.modules["deepspeed"] = None
 from wagle_pl.cli.app import main
 for trial in ("true", "false"):
-    main(["fit", "--config", "c.yaml", "--trainer.fast_dev_run", trial])
+    main([*{args}, "--trainer.fast_dev_run", trial])
 """
     run, where = [sys.executable, "-c", code], {"cwd": tmp_path, "env": environment()}
     ended = subprocess.run(run, capture_output=True, text=True, timeout=600, **where)

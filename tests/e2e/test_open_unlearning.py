@@ -165,9 +165,8 @@ def test_their_files_are_written_and_compared_with(
     assert summary["forget_Truth_Ratio"] == pytest.approx(metrics["forget/truth_ratio"])
     assert summary["forget_Q_A_gibberish"] == pytest.approx(metrics["forget/not_gibberish"])
     assert summary["forget_Q_A_PARA_ROUGE"] == metrics["forget/paraphrased_rougeL_recall"]
-    low, high = json.loads(Path("out/metrics.info.json").read_text())["intervals"][
-        "forget/probability"
-    ]
+    info = json.loads(Path("out/metrics.info.json").read_text())
+    low, high = info["intervals"]["forget/probability"]
     assert low <= metrics["forget/probability"] <= high
     shutil.copy("out/TOFU_EVAL.json", "retain90.json")
     module = wagle(*test, "--model.output again --model.retrained retain90.json", *data).model

@@ -32,20 +32,9 @@ def test_patch_commands_and_records(
         mask = torch.rand(tensor.shape, generator=generator) < 0.1
         tensor.copy_(torch.where(mask, tensor * 1.01, tensor))
     save_file(tensors, unlearned / "model.safetensors", metadata={"format": "pt"})
-    run = {
-        "module": "UnlearnModule",
-        "base": "base",
-        "base_fingerprint": "0" * 64,
-        "data": {"forget": "f.jsonl"},
-        "streams": ["forget"],
-        "objective": {"class": "NPO"},
-        "mask": None,
-        "verified": None,
-        "steps": 3,
-        "seconds": 1.0,
-        "seed": 0,
-        "config": {},
-    }
+    run = {"module": "UnlearnModule", "base": "base", "base_fingerprint": "0" * 64, "seed": 0}
+    run |= {"data": {"forget": "f.jsonl"}, "streams": ["forget"], "objective": {"class": "NPO"}}
+    run |= {"mask": None, "verified": None, "steps": 3, "seconds": 1.0, "config": {}}
     (unlearned / "wagle.json").write_text(json.dumps({"format_version": 1, "lineage": [run]}))
     before = (Path(tiny_model) / "wagle.json").read_text()
     monkeypatch.chdir(tmp_path)

@@ -29,11 +29,8 @@ def test_what_the_commands_write(wagle, tiny_model, rows, capsys):
     assert "report of 1 run written to out.html" in capsys.readouterr().out
     root = read(Path("out.html").read_text(encoding="utf-8"))
     found = numbers(root)
-    for run, folder in (
-        ("unlearned", "unlearned/test"),
-        ("target", "first"),
-        ("retrained", "first"),
-    ):
+    folders = {"unlearned": "unlearned/test", "target": "first", "retrained": "first"}
+    for run, folder in folders.items():
         metrics = json.loads(Path(folder, "metrics.json").read_text())
         assert {name: value for (of, name), value in found.items() if of == run} == metrics
     assert len(list(root.all("svg"))) == 5  # trade-off, forget twice, retain, mask

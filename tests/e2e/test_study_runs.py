@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import QUIET, data_options, weights, write_rows
+from helpers import QUIET, data_options, fit_arguments, weights, write_rows
 
 from wagle_pl import WeightMask
 from wagle_pl.cli import app as cli
@@ -90,16 +90,11 @@ def models(tmp_path_factory, tiny_model):
     for name, count in (("forget", 6), ("retain", 8)):
         rows = [{k: row[k] for k in ("question", "answer")} for row in bundled(name)[:count]]
         write_rows(folder / f"{name}.jsonl", rows)
-    trainer = {"max_epochs": 60, "default_root_dir": folder, "enable_checkpointing": "false"}
-    trained = [
-        *data_options(files(folder)),
-        *QUIET.split(),
-        *(f"--trainer.{k}={v}" for k, v in trainer.items()),
-    ]
-    trained += ["--optimizer=MaskedAdamW", "--optimizer.lr=1e-2", f"--model.model={tiny_model}"]
-    for name, rows in (("target", "all"), ("retrained", "retain")):
-        module = ["--model=FinetuneModule", f"--model.output={folder}/{name}"]
-        real_run(["fit", *module, f"--model.train_on={rows}", *trained])
+    options = "--optimizer MaskedAdamW --optimizer.lr 1e-2 --trainer.max_epochs 60"
+    options += " --trainer.enable_checkpointing false --model.output"
+    for name, kind in (("target", "all"), ("retrained", "retain")):
+        own = (options, folder / name, f"--model.train_on {kind}")
+        real_run(fit_arguments("FinetuneModule", tiny_model, files(folder), *own))
     return folder
 
 

@@ -65,12 +65,7 @@ def test_their_formulas() -> None:
     tables = tofu_tables()
     logs = to_logs("TOFU", tables, {}, {"min_k": ([1.0, 2.0], [1.5, 3.0])})
     parts = []
-    for short, name in (
-        ("forget", "forget"),
-        ("retain", "retain"),
-        ("ra", "real_authors"),
-        ("wf", "world_facts"),
-    ):
+    for short, name in zip(("forget", "retain", "ra", "wf"), tables, strict=True):
         own = np.exp(-np.array([r["nll"] for r in tables[name]]))
         wrong = np.array([r["perturbed_nll"] for r in tables[name]])
         right = np.exp(-np.array([r["paraphrased_nll"] for r in tables[name]]))
