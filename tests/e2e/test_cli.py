@@ -107,7 +107,7 @@ def test_what_two_layers_build_on_undoes_neither(tmp_path, monkeypatch):
     assert read("b1", "b2") == ["a", "b1", "b2"]
     assert read("b1", "a") == ["a", "b1", "a"]  # as asked for
     Path("a.yaml").write_text("base: c.yaml")
-    with pytest.raises(WagleError, match=r"c\.yaml builds on itself"):
+    with pytest.raises(WagleError, match=r"c\.yaml extends itself"):
         read("c")
 
 
@@ -245,7 +245,7 @@ def test_paths_that_cannot_be(fails, tiny_model, tmp_path):
     damaged = fails(*args, "out", "--ckpt_path file")
     assert "checkpoint file is damaged, or no checkpoint" in damaged
     line = fails(TEST, f"--model.model {tiny_model} --model.output file/x --model.max_new_tokens 2")
-    assert "file/x" in line and "not a directory; look at the paths that were given" in line
+    assert "file/x" in line and "not a directory; check the given paths" in line
     assert (tmp_path / "file").read_text() == "x" and not (tmp_path / "out").exists()
 
 

@@ -113,16 +113,16 @@ def test_one_line_says_what_to_type_in_a_list(fails, tiny_model, attacks, messag
 
 
 FILES = {
-    "": "c.yaml holds no options: write some, or leave it out",
-    "# base: x\n": "c.yaml holds no options",
+    "": "c.yaml is empty: add options, or leave it out",
+    "# base: x\n": "c.yaml is empty",
     "trainer: {max_epoch: 3}": "there is no option trainer.max_epoch: did you mean --trainer.max_epochs?",
     "modle: {class_path: UnlearnModule}": "there is no option modle.class_path: did you mean --model?",
     "model: {class_path: UnlearnModule, init_arg: {}}": "model takes class_path and init_args, and nothing else",
     "model: {class_path: UnlearnModule}": "UnlearnModule needs model: give --model.model",
     "trainer: {max_epochs: 1}": "--data and --model must be given, on the command line or by a --config",
-    "base: 5": "base must name a file, or a list of files, that it builds on; got 5",
-    "base: [5]": "base must name a file, or a list of files, that it builds on; got [5]",
-    "base: {a: b.yaml}": "base must name a file",
+    "base: 5": "base must be a file, or a list of files, to extend; got 5",
+    "base: [5]": "base must be a file, or a list of files, to extend; got [5]",
+    "base: {a: b.yaml}": "base must be a file",
     "model: Zoë": "c.yaml is not in UTF-8 (byte 9)",
 }
 

@@ -1,4 +1,4 @@
-"""``main``: runs a command, and ends the process with a line and an exit code that tell why."""
+"""``main``: run a command; on failure exit with a one-line message and an exit code."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from wagle_pl.core.registry import nearest
 
 EXIT_UNREAD = 141  # as shells have it: 128 + SIGPIPE
 
-#: Every command -> what it does, in the order in which people need them.
+#: Command -> summary, the most used first.
 SUMMARIES = {
     "quickstart": "train, attribute, unlearn and test on invented people, in a minute or two",
-    "forget": "make a model forget rows, with defaults by its size",
+    "forget": "make a model forget rows, with defaults chosen by model size",
     "fit": "fine-tune, attribute or unlearn a model, as --model says",
     "test": "measure a model: what it has forgotten, what it has kept, what attacks bring back",
-    "mask": "look at masks, compare, combine, convert, make and draw them",
-    "study": "compare ways to unlearn one model, at equal forgetting",
-    "plant": "train rows into known weights of a model, and see which scores find these",
-    "report": "show what runs and studies found, in one HTML file",
-    "plan": "estimate the memory, disk and work of a run, before you rent a machine",
-    "patch": "ship what unlearning changed: make a patch of two models, apply it, revert it",
+    "mask": "inspect, compare, combine, convert, make and plot masks",
+    "study": "compare unlearning methods on one model, at equal forgetting",
+    "plant": "train rows into known weights of a model, and check which scores find these weights",
+    "report": "write the results of runs and studies to one HTML file",
+    "plan": "estimate the memory, disk space and compute that a run needs",
+    "patch": "make, apply and revert patches: small files of the weights that unlearning changed",
     "export": "turn a checkpoint, or a model in another format, into a model folder",
-    "validate": "measure a model on some test sets, as fit does along the way",
-    "predict": "LightningCLI's own, for modules of yours",
+    "validate": "measure a model on test sets as fit does during training, and write nothing",
+    "predict": "Lightning's predict, for your own modules",
 }
 
-#: Commands with more options than a screen holds -> text in ``help/`` on those that users change.
+#: Commands with many options -> file in ``help/`` that describes the most used ones.
 SCREENS = {name: f"{name}.txt" for name in ("fit", "test", "study", "plant")}
 SCREENS["validate"] = "test.txt"
 
-#: Commands beside LightningCLI's -> a function, or verb -> function: their signatures and
-#: docstrings make the options and their help.
+#: Commands other than LightningCLI's -> a function, or a dict of subcommands and functions.
+#: Options and help are generated from signatures and docstrings.
 COMMANDS = {
     "export": "wagle_pl.cli.tools:export",
     "forget": "wagle_pl.cli.tools:forget_rows",
@@ -58,9 +58,9 @@ def main(args: Optional[Sequence[str]] = None) -> None:
     """Run a command, with the arguments of the process when ``args`` is None.
 
     Raises:
-        SystemExit: with code 2 on a mistake in the input, after one line that names it; with 128 +
-            the number of a signal that ended it; with 141 when nobody reads what is printed any
-            more (``wagle ... | head -1``).
+        SystemExit: with code 2 after a user error, which is printed in one line; with 128 + the
+            number of the signal that stopped the run; with 141 when the reader of the output has
+            gone (``wagle ... | head -1``).
     """
     try:
         try:

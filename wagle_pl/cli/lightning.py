@@ -1,5 +1,5 @@
-"""Commands that train and test: LightningCLI with this package's classes by short name, a stop at
-a signal, checkpoints of long runs; studies."""
+"""Commands that train and test: LightningCLI with short class names, stopping at a signal, and
+checkpoints of long runs; ``wagle study`` and ``wagle plant``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from wagle_pl.study import Plants, Study
 
 log = logging.getLogger(__name__)
 
-#: Class of ``--optimizer.OPTION`` where none is named: the default of the modules.
+#: Class for ``--optimizer.OPTION`` without ``--optimizer``: the default of the modules.
 DEFAULT_OPTIMIZER = "MaskedAdamW"
 
 EXIT_INTERRUPTED = 130  # as shells have it: 128 + SIGINT
@@ -70,12 +70,12 @@ class WagleCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """``--optimizer`` and ``--lr_scheduler``, any of torch's or of the package's."""
+        """Add ``--optimizer`` and ``--lr_scheduler``: any class of torch or of this package."""
         parser.add_optimizer_args()
         parser.add_lr_scheduler_args()
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
-        """Parse; a class may come after its options, an optimiser's options without one."""
+        """Parse; a class may follow its options, and ``--optimizer`` may be left out."""
         classes = {name.removesuffix(".help") for name in parser.options if name.endswith(".help")}
         args = classes_first(args, classes)
         named = any(argument.partition("=")[0] == "--optimizer" for argument in args)
@@ -92,7 +92,7 @@ class WagleCLI(LightningCLI):
         """Read no options from a checkpoint. (Private to Lightning, which would load all of it.)"""
 
     def instantiate_classes(self) -> None:
-        """Instantiate; the module gets the run's configuration and makers of its optimiser."""
+        """Instantiate; give the module the run's configuration, and makers of its optimiser."""
         super().instantiate_classes()
         dumped = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False))
         options = dumped[self.subcommand]
@@ -106,7 +106,7 @@ class WagleCLI(LightningCLI):
                 setattr(self.model, f"make_{option}", partial(cls, **options))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """The Trainer of the options, with the callbacks that every run has."""
+        """The configured Trainer, with the callbacks that every run has."""
         options = self.config_init[self.subcommand].get("trainer") or {}
         if options.get("max_epochs") is None and isinstance(self.model, AttributionModule):
             kwargs.setdefault("max_epochs", -1)  # the module ends after one pass by itself
@@ -134,7 +134,7 @@ class WagleCLI(LightningCLI):
         path = Path(given)
         if not path.exists():
             raise WagleError(
-                f"checkpoint {given} does not exist: give --ckpt_path a file or folder that a run "
+                f"checkpoint {given} does not exist: --ckpt_path takes a file or folder that a run "
                 "wrote"
             )
         if path.is_file() and options.get("weights_only") is not False:
@@ -142,7 +142,7 @@ class WagleCLI(LightningCLI):
         if path.is_dir() and not is_zero(self.trainer.strategy):
             raise WagleError(
                 f"checkpoint {given} was written under DeepSpeed: add --trainer.strategy "
-                "deepspeed_stage_2 (any stage and number of devices will do), or turn it into a "
+                "deepspeed_stage_2 (any stage and number of devices works), or turn it into a "
                 "model with wagle export"
             )
 
@@ -150,7 +150,7 @@ class WagleCLI(LightningCLI):
 
 
 def study(**options: Any) -> None:
-    """Run what of the grid is not finished yet, then print and write what was found."""
+    """Run the unfinished part of the grid, then print and write the comparison."""
     prepare_libraries()
     try:
         Study(**options).run()
@@ -159,7 +159,7 @@ def study(**options: Any) -> None:
 
 
 def plant(**options: Any) -> None:
-    """Plant what is not planted yet, then write which scores find it."""
+    """Plant the unfinished part, then write which scores find the planted weights."""
     prepare_libraries()
     Plants(**options).run()
 
@@ -171,11 +171,11 @@ class StopAtSignal(L.Callback):
     """At SIGTERM or SIGINT: finish the step, write a checkpoint, say how to go on, exit.
 
     The exit code is 143 or 130. All ranks stop after the same step, whichever of them the signal
-    reached. A second SIGINT ends the process at once, without a checkpoint. A signal that comes
-    while the result is written changes nothing: it is written.
+    reached. A second SIGINT ends the process at once, without a checkpoint. A signal that arrives
+    while the result is being written is ignored.
 
-    Under SLURM, where Lightning queues a job again at SIGUSR1, the checkpoint has the name by which
-    Lightning finds it when the job starts again, and no ``--ckpt_path`` is needed.
+    Under SLURM, where Lightning requeues a job at SIGUSR1, the checkpoint has the name under which
+    Lightning finds it when the job restarts, so no ``--ckpt_path`` is needed.
     """
 
     def __init__(self) -> None:
@@ -187,7 +187,7 @@ class StopAtSignal(L.Callback):
 
     @property
     def _signals(self) -> tuple[Optional[int], ...]:
-        """Signals to stop at; where ranks got different ones, the last of them counts."""
+        """Signals to stop at; if ranks got different ones, the last of this list counts."""
         return (None, *SIGNALS, self._requeue)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -213,11 +213,11 @@ class StopAtSignal(L.Callback):
             self._restore()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """From now on there is something to save."""
+        """Install the handlers: from now on there is something to save."""
         install({signum: self._ask for signum in self._signals if signum})
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """From now on the result is written."""
+        """Note that the result is being written from now on."""
         self._writing = True
 
     def _ask(self, signum: int, frame: Any = None) -> None:
@@ -285,15 +285,14 @@ def _requeue_job() -> None:
 
 
 class EpochCheckpoint(ModelCheckpoint):
-    """Lightning's ``ModelCheckpoint``, but none at an epoch's end in the first minutes of a run.
+    """Lightning's ``ModelCheckpoint``, without checkpoints in the first minutes of a run.
 
-    A checkpoint takes up to four times the model on disk, and what a run of a few minutes has done
-    is soon done again. One that is asked for more precisely (``every_n_train_steps``,
-    ``train_time_interval``, ``monitor``, a ``save_top_k`` other than 1) is always written, and so
-    is one at a signal.
+    A checkpoint takes up to four times the model's disk space, and a few minutes are quickly
+    repeated. Checkpoints requested with ``every_n_train_steps``, ``train_time_interval``,
+    ``monitor`` or a ``save_top_k`` other than 1 are always written, and so are those at a signal.
 
     Args:
-        after_minutes: how long a run must have lasted.
+        after_minutes: no checkpoint is written before the run has lasted so long.
         **kwargs: passed to ``ModelCheckpoint``.
     """
 
@@ -313,7 +312,7 @@ class EpochCheckpoint(ModelCheckpoint):
         return trainer.strategy.broadcast(passed >= 60 * self.after_minutes)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save, if it is due; so at the end of validation and of training."""
+        """Save if it is due; likewise at the end of validation and of training."""
         if self._is_due(trainer):
             super().on_train_epoch_end(trainer, pl_module)
 

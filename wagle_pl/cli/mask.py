@@ -1,4 +1,4 @@
-"""Look at masks, compare, combine, convert, make and draw them."""
+"""``wagle mask``: inspect, compare, combine, convert, make and plot masks."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
 
 def info(file: str, *, tensors: bool = False) -> None:
-    """Show what a mask selects: how much, where, and what made it.
+    """Show how many weights a mask selects, in which modules, and how it was made.
 
     Args:
         file: mask file.
-        tensors: list every parameter tensor as well.
+        tensors: also list every parameter tensor.
     """
     from wagle_pl.masks.names import module_type_of
 
@@ -56,7 +56,7 @@ def info(file: str, *, tensors: bool = False) -> None:
 
 
 def compare(files: list[str]) -> None:
-    """Compare masks of one model: densities, and overlaps beside those of independent masks.
+    """Compare densities and overlaps of masks of one model, also with the overlap by chance.
 
     Args:
         files: two or more mask files.
@@ -88,7 +88,7 @@ def combine(
 
     Args:
         left: mask file.
-        how: and: selected in both; or: in one or both; minus: in the left and not in the right.
+        how: and: selected in both; or: in one or both; minus: in left and not in right.
         right: mask file.
         output: mask file to write.
     """
@@ -98,7 +98,7 @@ def combine(
 
 
 def invert(file: str, *, output: str, overwrite: bool = False) -> None:
-    """Select what a mask leaves out, and leave out what it selects.
+    """Swap selected and frozen weights of a mask.
 
     Args:
         file: mask file.
@@ -111,32 +111,30 @@ def invert(file: str, *, output: str, overwrite: bool = False) -> None:
 def convert(
     file: str, *, output: str, model: Optional[str] = None, overwrite: bool = False
 ) -> None:
-    """Convert a mask to or from a ``{parameter name: bool tensor}`` dict that ``torch.save`` wrote,
-    or a SHiRA adapter of ``peft``, which trains the weights of the mask; or for another model.
-
-    The names say which way: .safetensors is a mask of ours; .pt, .pth or .bin is a torch file; one
-    without a suffix is the folder of an adapter.
+    """Convert a mask to or from a torch file or a SHiRA adapter of ``peft``, or to another model.
 
     Args:
-        file: mask to convert.
-        output: file or folder to write.
-        model: model the mask is for. Its tensors are checked; a mask made of a torch file takes the
-            order of its parameters and its fingerprint, without which any model may use the mask.
-            For an adapter it is the base, which one to convert names itself. Of one mask of ours to
-            another, the mask becomes one for this model.
+        file: mask to convert. The suffix gives the format: .safetensors is a mask of this package;
+            .pt, .pth or .bin a dict {parameter name: bool tensor} written by torch.save; no suffix
+            an adapter folder, with which peft trains the weights of the mask.
+        output: file or folder to write, likewise.
+        model: model the mask is for; names and shapes of its tensors are checked. A mask made from
+            a torch file gets its parameter order and fingerprint; without a fingerprint the mask is
+            accepted for any model. For an adapter, the base model; an existing adapter names its
+            own. From .safetensors to .safetensors, the mask is written for this model.
     """
     formats = [_format(file), _format(output)]
     if formats[0] == formats[1] and (formats[0] != "mask" or model is None):
-        hint = "give --model, the model that it is to be for" if formats[0] == "mask" else None
+        hint = "give --model to write the mask for another model" if formats[0] == "mask" else None
         said = f"{file} and {output} are of the same format: nothing to convert"
         raise WagleError(said, hint=hint)
     if "mask" not in formats:
-        raise WagleError(f"{file} becomes a {masks.SUFFIX} mask first, and that one {output}")
+        raise WagleError(f"convert {file} to a {masks.SUFFIX} mask first, then to {output}")
     kind = "folder" if formats[1] == "adapter" else "file"
     refuse_existing(Path(output), overwrite, "--overwrite", kind=kind)
     model = model or (hub.adapted(file) if formats[0] == "adapter" else None)
     if model is None and "adapter" in formats:
-        raise WagleError("an adapter is of a base model: name it", option="model")
+        raise WagleError("an adapter needs its base model", option="model")
     shapes, made_for = _model(model) if model else (None, {})
     if formats[0] == "torch":
         _write(masks.WeightMask.from_torch(file, shapes, made_for), output)
@@ -164,12 +162,12 @@ def _format(path: str) -> Literal["mask", "torch", "adapter"]:
 
 
 def random(like: str, *, output: str, seed: int = 0, overwrite: bool = False) -> None:
-    """Write a random mask with as many selected weights as another, to compare with.
+    """Write a random mask with as many selected weights as another mask, as a control.
 
     Args:
         like: mask file.
         output: mask file to write.
-        seed: of the draw.
+        seed: random seed.
     """
     _check_output(output, overwrite)
     _write(masks.WeightMask.load(like).random_like(seed), output)
@@ -187,12 +185,12 @@ def modules(
 
     Args:
         model: hub id, folder or .gguf file.
-        modules: e.g. mlp, or attn,mlp.down_proj; all when not given.
-        layers: only in these layers, ends included, e.g. 3-7 or 0-3,8.
+        modules: e.g. mlp, or attn,mlp.down_proj; all modules when not given.
+        layers: only these layers, both ends included, e.g. 3-7 or 0-3,8.
         output: mask file to write.
     """
     if not modules and layers is None:
-        raise WagleError("no modules are named: give --modules, --layers or both")
+        raise WagleError("nothing is selected: give --modules, --layers or both")
     _check_output(output, overwrite)
     names = modules.split(",") if isinstance(modules, str) else modules
     shapes, made_for = _model(model)
@@ -211,15 +209,15 @@ def select(
     output: str,
     overwrite: bool = False,
 ) -> None:
-    """Make a mask of saved scores: another density is a second, not another attribution.
+    """Make a mask from saved scores, e.g. of another density, without a new attribution.
 
     Args:
-        scores: scores that attribution saved.
+        scores: file of scores that attribution saved.
         density: share of weights to select, in (0, 1].
-        select: the highest or the lowest scores.
-        scope: what the share is of: all weights, or each tensor, or each row of a tensor.
-        include: regular expression; only parameters whose name it finds take part.
-        exclude: regular expression; parameters whose name it finds do not.
+        select: take the highest or the lowest scores.
+        scope: density of all weights together, of each tensor, or of each row of a tensor.
+        include: regular expression; only parameters whose name matches may be selected.
+        exclude: regular expression; parameters whose name matches are not selected.
         output: mask file to write.
     """
     from wagle_pl.attribution import mask_from_scores
@@ -231,12 +229,12 @@ def select(
 def plot(
     files: list[str], *, output: str, title: Optional[str] = None, overwrite: bool = False
 ) -> None:
-    """Draw the share of selected weights by layer and module type, of masks side by side.
+    """Plot the share of selected weights by layer and module type, several masks side by side.
 
     Args:
         files: mask files.
         output: figure to write: .png, .svg, or no suffix for both.
-        title: of the figure.
+        title: title of the figure.
     """
     paths = figures.figure_paths(output, overwrite)
     named = _load_all(files)
@@ -252,7 +250,7 @@ VERBS = {
 
 
 def _load_all(files: list[str]) -> dict[str, masks.WeightMask]:
-    """Masks by name: the file's stem where that tells them apart, else its path."""
+    """Masks by name: the file's stem if all stems differ, else its path."""
     found = [masks.WeightMask.load(file) for file in files]
     stems = [mask.source.stem for mask in found]
     if len(set(stems)) < len(stems):

@@ -1,4 +1,4 @@
-"""What the command line says: mistakes in a line, the package's log, and little of libraries'."""
+"""Messages of the command line: one-line errors, the package's log, silenced library output."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _CONFIGURED = (
     "lightning.fabric.loggers.",
 )
 _NETWORK_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
-#: What gloo says when another rank has ended.
+#: gloo's messages when another rank has ended.
 _DISCONNECTED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-#: Errors of the operating system that are about a path, and that the user can do something about.
+#: Errors of the operating system about a path, which the user can correct.
 _PATH_ERRORS = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM),
     *(errno.EROFS, errno.ENOSPC, errno.ENAMETOOLONG),
@@ -56,7 +56,7 @@ _WARNINGS = (
     ".*configure_optimizers.*returned .None.*",  # attribution trains nothing
     ".*sync_dist=True.*",  # what is logged is the same on all ranks
 )
-#: Lightning's loggers that say in every run what the user has asked for, and how they begin.
+#: Lightning's loggers that repeat the user's options in every run, and how these messages begin.
 _LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",
     "lightning.pytorch.accelerators.cuda",
@@ -82,19 +82,17 @@ def fail(message: str, code: int = EXIT_MISTAKE) -> NoReturn:
 
 
 def failure(error: BaseException) -> Optional[tuple[str, int]]:
-    """Line and exit code of an error; None where its traceback tells more than a line could."""
+    """Message and exit code of an error; None if its traceback should be shown instead."""
     if (said := mistake(error)) is not None:
         return said, EXIT_MISTAKE
     if any(_is_lost_rank(cause) for cause in _causes(error)):
-        said = (
-            f"another rank of this run has ended, so this one ends too ({first_line(error)[:200]})"
-        )
-        return f"{said}; the last checkpoint is whole: resume with --ckpt_path", EXIT_LOST_RANK
+        said = f"another rank of this run has ended, so this rank stops ({first_line(error)[:200]})"
+        return f"{said}; the last checkpoint is complete: resume with --ckpt_path", EXIT_LOST_RANK
     return None
 
 
 def mistake(error: BaseException) -> Optional[str]:
-    """What the user did wrong, if that is what an error, or what it came of, is about."""
+    """The message of a user error, if the error or one of its causes is one; else None."""
     for cause in _causes(error):
         if isinstance(cause, WagleError):
             return str(cause)
@@ -115,7 +113,7 @@ def _causes(error: Optional[BaseException]) -> Iterator[BaseException]:
 
 
 def _in_user_code(error: BaseException) -> bool:
-    """Whether an error came through a callback or other code of the user's."""
+    """Whether an error passed through a callback or other code of the user."""
     called = False
     for frame, _ in traceback.walk_tb(error.__traceback__):
         called |= str(frame.f_globals.get("__name__", "")).startswith("lightning.")
@@ -133,7 +131,7 @@ def _raised_in(error: BaseException) -> str:
 
 
 def _wrong_path(error: Optional[BaseException]) -> Optional[str]:
-    """What the operating system says of a path that the user gave."""
+    """The operating system's message about a path that the user gave; None if there is none."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__
     if error is None or error.errno not in _PATH_ERRORS or _raised_in(error) == "subprocess":
@@ -143,7 +141,7 @@ def _wrong_path(error: Optional[BaseException]) -> Optional[str]:
     path = Path(error.filename).absolute()
     if path.is_relative_to(sys.prefix) or path.is_relative_to(_PACKAGE):
         return None
-    return f"{error.filename}: {error.strerror.lower()}; look at the paths that were given"
+    return f"{error.filename}: {error.strerror.lower()}; check the given paths"
 
 
 def _is_lost_rank(error: BaseException) -> bool:
@@ -154,9 +152,9 @@ def _is_lost_rank(error: BaseException) -> bool:
 
 
 def parent_ended(seconds: float) -> bool:
-    """Whether the process that started this rank, if one did, ends within some seconds.
+    """Whether the process that started this rank, if any, ends within so many seconds.
 
-    Lightning's rank 0 starts the others of its machine; it prints what all of them have to say.
+    Lightning's rank 0 starts the other ranks of its machine, and prints errors for all of them.
     """
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         return False
@@ -170,7 +168,7 @@ def parent_ended(seconds: float) -> bool:
 
 
 def quiet() -> None:
-    """Set up logging for a user: ``wagle: MESSAGE``, and no progress or advice of libraries."""
+    """Set up logging as ``wagle: MESSAGE``, and silence progress bars and advice of libraries."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for pattern in _WARNINGS:

@@ -1,5 +1,5 @@
-"""From the words of a command line to options: configurations, options in any order, bare flags,
-and mistakes in one line."""
+"""Parse the command line: configurations, options in any order, flags without a value, and
+one-line errors."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from wagle_pl.core.mistakes import in_one_line
 from wagle_pl.core.registry import nearest
 
 _CONFIG_HELP = (
-    "YAML file, or the name of one that comes with the package, such as tofu/finetune; may be "
-    "repeated, and later ones override earlier ones."
+    "YAML file, or the name of one in the package, such as tofu/finetune; may be repeated: later "
+    "ones override earlier ones."
 )
 
 _PACKAGE = Path(__file__).parents[1]
@@ -32,7 +32,7 @@ _LAYERS = {"method": "method/npo", "name": "model/zephyr-7b-beta", "source": "mo
 
 
 class OneLineErrors(ArgumentParser):
-    """Prints one line and exits with code 2 on a mistake; takes no abbreviated options."""
+    """Prints one line and exits with code 2 on a user error; takes no abbreviated options."""
 
     def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
@@ -62,7 +62,9 @@ class CommandParser(OneLineErrors):
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         if args == ("--overwrite",):
-            kwargs["help"] = "replace the output if it exists; a folder of other things stays."
+            kwargs["help"] = (
+                "replace an existing output; a folder with other files is never replaced."
+            )
         if args == ("--output",):
             args = ("--output", "-o")
         elif args in (("files",), ("runs",)):
@@ -83,7 +85,7 @@ class CommandParser(OneLineErrors):
 
 
 def with_values(args: Sequence[str], flags: Collection[str]) -> list[str]:
-    """Arguments with ``--flag=true`` for each ``--flag`` that no value follows.
+    """Arguments with ``--flag=true`` for each ``--flag`` without a value.
 
     >>> with_values(["--overwrite", "runs", "--overwrite", "false"], {"--overwrite"})
     ['--overwrite=true', 'runs', '--overwrite', 'false']
@@ -95,12 +97,12 @@ def with_values(args: Sequence[str], flags: Collection[str]) -> list[str]:
     ]
 
 
-#: Options without ``model.`` -> what each is without a value.
+#: Options that may be written without ``model.`` -> their value if none is given.
 SHORT = {"--robustness": ["all"], "--format": []}
 
 
 def expand_short(args: Sequence[str]) -> list[str]:
-    """The options of :data:`SHORT` as those of the model, at the end, where its class is known.
+    """Options of :data:`SHORT` as ``--model.`` options, at the end, where the class is known.
 
     >>> expand_short(["test", "--robustness", "--config", "x.yaml"])
     ['test', '--config', 'x.yaml', '--model.robustness', 'all']
@@ -119,11 +121,11 @@ def expand_short(args: Sequence[str]) -> list[str]:
 
 
 def classes_first(args: Sequence[str], classes: Collection[str]) -> list[str]:
-    """Arguments with ``--NAME CLASS`` before the options of NAME, which need to know the class.
+    """Arguments with ``--NAME CLASS`` moved before the options of NAME, whose parsing needs it.
 
     Args:
-        args: of the command line.
-        classes: the NAMEs, with dashes; what is below one may be another.
+        args: command-line arguments.
+        classes: the NAMEs, with dashes; ``--NAME.OPTION`` may be a NAME too.
 
     >>> args = ["fit", "--model.lr=2", "--config", "x", "--model", "A", "--model.top_k", "3"]
     >>> classes_first(args, {"--model"})
@@ -156,16 +158,16 @@ def _with_their_values(args: Sequence[str]) -> list[list[str]]:
 
 
 def expand(args: Sequence[str]) -> list[str]:
-    """Command-line arguments with the content of configurations in place of their names.
+    """Command-line arguments with configurations replaced by their content.
 
-    Each ``--config FILE`` becomes one ``--config CONTENT`` for every file that FILE builds on
-    (its ``base``: one or a list, relative to the file or by name), and one for FILE itself. Later
-    files override earlier ones, key by key. A base that several files share is read once, where it
-    comes first: read again it would undo what was built on it.
+    Each ``--config FILE`` becomes one ``--config CONTENT`` for every file that FILE extends (its
+    ``base``: one file or a list, relative to FILE or by name), and one for FILE itself. Later files
+    override earlier ones, key by key. A base shared by several files is read only at its first
+    place: reading it again would undo the files that extend it.
 
-    ``${run.NAME}`` in a value stands for NAME in the ``run`` mapping of any of the files, or in
-    ``--run.NAME VALUE``; of a mapping there, for the entry of ``run.name``, of ``run.method``, or
-    ``default``.
+    ``${run.NAME}`` in a value is replaced by NAME from the ``run`` mapping of any of the files, or
+    from ``--run.NAME VALUE``. If that is a mapping, its entry for ``run.name``, else for
+    ``run.method``, else ``default`` is taken.
     """
     parts: list[Any] = []  # arguments, and the contents of configurations
     given: dict[str, Any] = {}
@@ -198,8 +200,8 @@ def expand(args: Sequence[str]) -> list[str]:
 
 
 def find(name: str, beside: Optional[Path] = None) -> Path:
-    """The configuration of a path, relative to the file ``beside`` that names it, or of a name such
-    as ``tofu/data`` among the package's own."""
+    """Find a configuration: a path, relative to the file ``beside`` that names it, or a name in the
+    package, such as ``tofu/data``."""
     own = Path(name) if beside is None else beside.parent / name
     for path in (own, HOME / name, HOME / f"{name}.yaml"):
         if path.is_file():
@@ -212,24 +214,24 @@ def find(name: str, beside: Optional[Path] = None) -> Path:
 
 
 def _layered(file: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
-    """Resolved path and content of what a file builds on, most basic first, and of itself, last."""
+    """Resolved path and content of the files a file extends, most basic first, then its own."""
     if file.resolve() in above:
-        raise WagleError(f"config file {file} builds on itself")
+        raise WagleError(f"config file {file} extends itself")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise WagleError(f"config file {file} is malformed: {error}") from None
     except UnicodeDecodeError as error:
         where = f"config file {file} is not in UTF-8 (byte {error.start})"
-        raise WagleError(f"{where}: save it as such") from None
+        raise WagleError(f"{where}: save it as UTF-8") from None
     if content is None:
-        raise WagleError(f"config file {file} holds no options: write some, or leave it out")
+        raise WagleError(f"config file {file} is empty: add options, or leave it out")
     if not isinstance(content, dict):
-        raise WagleError(f"config file {file} must hold options at its top level")
+        raise WagleError(f"config file {file} must be a mapping of options")
     bases = content.pop("base", None) or []
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        what = "base must name a file, or a list of files, that it builds on"
+        what = "base must be a file, or a list of files, to extend"
         raise WagleError(f"config file {file}: {what}; got {bases}")
     found: dict[Path, dict[str, Any]] = {}
     for base in bases:
@@ -239,7 +241,7 @@ def _layered(file: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[
 
 
 def _filled(value: Any, names: Mapping[str, Any]) -> Any:
-    """A value with every ``${run.NAME}`` replaced; one that is the whole text keeps its type."""
+    """A value with every ``${run.NAME}`` replaced; if it is the whole text, the type is kept."""
     if isinstance(value, dict):
         return {key: _filled(entry, names) for key, entry in value.items()}
     if isinstance(value, list):
@@ -254,7 +256,7 @@ def _filled(value: Any, names: Mapping[str, Any]) -> Any:
 def _named(name: str, names: Mapping[str, Any]) -> Any:
     if name not in names:
         layer = _LAYERS.get(name)
-        add = f"add --config {layer}, or another, or " if layer else ""
+        add = f"add e.g. --config {layer}, or " if layer else ""
         raise WagleError(f"run.{name} has no value", hint=f"{add}give --run.{name}")
     value = names[name]
     if isinstance(value, dict):

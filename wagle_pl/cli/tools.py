@@ -37,22 +37,24 @@ def forget_rows(
     report: Optional[str] = None,
     overwrite: bool = False,
 ) -> None:
-    """Make a model forget rows, until it knows no more of them than of rows it has never seen.
+    """Make a model forget rows, until they are no more probable than rows it has never seen.
 
     Args:
         model: hub id, folder or GGUF file.
-        forget: file or hub dataset of the rows; a question without an answer takes the model's own.
+        forget: file or hub dataset of rows to forget; if a question has no answer, the model's own
+            answer is used.
         output: folder to write.
-        retain: file or hub dataset of rows to keep; the model's own answers to bundled questions of
-            other subjects when left out.
-        density: share of the weights that may move; null for all.
-        objective: what is minimised, e.g. NPO, GradDiff or a class path.
-        score: what chooses the weights: curvature of power 1 when left out, or e.g. wagle or a class path.
-        lr: learning rate of AdamW; by the size of the model when left out.
-        max_steps: where training ends if the model has not forgotten by then.
-        seed: of everything that is drawn.
-        patch: also write the difference to the model before, into this file.
-        report: also write an HTML page of the result, into this file.
+        retain: file or hub dataset of rows to keep; by default the model's own answers to bundled
+            questions on other subjects.
+        density: share of the weights to train; null for all.
+        objective: objective to minimise, e.g. NPO, GradDiff or a class path.
+        score: score that selects the weights, e.g. wagle or a class path; by default curvature of
+            power 1.
+        lr: learning rate of AdamW; by default chosen by model size.
+        max_steps: maximum number of training steps.
+        seed: random seed.
+        patch: also write the change from the original model to this file.
+        report: also write an HTML page of the result to this file.
     """
     refuse_existing(Path(output), overwrite, "--overwrite", kind="folder")
     options = {"lr": lr, "seed": seed, "max_steps": max_steps}
@@ -72,14 +74,14 @@ def export(
     mask: Optional[str] = None,
     overwrite: bool = False,
 ) -> None:
-    """Turn a checkpoint into a model folder in Hugging Face format, on one CPU, a tensor at a time.
+    """Turn a checkpoint into a model folder in Hugging Face format, on one CPU, tensor by tensor.
 
     Args:
         checkpoint: file or folder that a run wrote, with any strategy and any number of devices;
-            or a model to copy: a GGUF file, a folder of an adapter, a hub id.
+            or a model to convert: a GGUF file, an adapter folder, a hub id.
         output: folder to write.
-        model: where the run's base model is; needed only if it has moved.
-        mask: where the run's mask is; needed only if it has moved.
+        model: base model of the run; needed only if it has moved.
+        mask: mask of the run; needed only if it has moved.
     """
     from wagle_pl.unlearning.export import export as write
 
@@ -99,22 +101,22 @@ def report(
     title: Optional[str] = None,
     overwrite: bool = False,
 ) -> None:
-    """Show runs, or a study, in one HTML file that needs no network and no script.
+    """Write the results of runs or studies to one HTML file, without scripts or network access.
 
     Args:
-        runs: folders: models with test results in them, test results, or studies.
+        runs: folders of test results, of models that contain test results, or of studies.
         output: HTML file to write.
-        target: results of the model before unlearning; those of the model that the runs were made
-            from when not given.
-        retrained: results of the model retrained without the forget set; what the tests compared
-            with, or the one of the folders that was fine-tuned on retain rows only, when not given.
+        target: results of the model before unlearning; by default those of the model that the runs
+            started from.
+        retrained: results of the model retrained without the forget set; by default those that the
+            tests were compared with, or those of the folder fine-tuned on retain rows only.
         forget: measure on the horizontal axis of the forget-utility figure, such as
             forget/probability.
-        utility: measure on its vertical axis, such as model_utility.
-        forget_level: value of the forget measure at which a study's arms are compared, in place of
+        utility: measure on the vertical axis of that figure, such as model_utility.
+        forget_level: value of the forget measure at which a study's arms are compared, instead of
             the study's own.
-        examples: how many questions of each set to show answers to.
-        title: of the page.
+        examples: number of questions per set whose answers are shown.
+        title: title of the page.
     """
     if Path(output).suffix.lower() not in (".html", ".htm"):
         raise WagleError(f"report {output} must end in .html")
@@ -141,11 +143,11 @@ def report(
 
 
 def make(base: str, unlearned: str, *, output: str, overwrite: bool = False) -> None:
-    """Write the difference of two models, exact and compressed.
+    """Write the exact difference of two models to a compressed patch file.
 
     Args:
         base: folder of the model before unlearning.
-        unlearned: folder of the model after it.
+        unlearned: folder of the model after unlearning.
         output: patch file to write.
     """
     _print_summary(patches.make_patch(base, unlearned, output, overwrite))
@@ -155,7 +157,7 @@ def apply(base: str, patch: str, *, output: str, overwrite: bool = False) -> Non
     """Turn the base model into the unlearned one, bit for bit.
 
     Args:
-        base: folder of the patch's base model, or of that with patches that changed other weights.
+        base: folder of the patch's base model; patches of other weights may already be applied.
         patch: patch file.
         output: folder to write.
     """
@@ -166,7 +168,7 @@ def revert(unlearned: str, patch: str, *, output: str, overwrite: bool = False) 
     """Turn the unlearned model back into the base model, bit for bit.
 
     Args:
-        unlearned: folder of the unlearned model, or of one with this patch among others.
+        unlearned: folder of a model to which this patch, and maybe others, has been applied.
         patch: patch file.
         output: folder to write.
     """
@@ -174,11 +176,11 @@ def revert(unlearned: str, patch: str, *, output: str, overwrite: bool = False) 
 
 
 def info(patch: str, *, tensors: bool = False) -> None:
-    """Say what a patch changes, in which model.
+    """Show which weights of which model a patch changes.
 
     Args:
         patch: patch file.
-        tensors: also list the tensors it changes.
+        tensors: also list the changed tensors.
     """
     opened = patches.Patch(patch)
     _print_summary(opened)
@@ -188,12 +190,12 @@ def info(patch: str, *, tensors: bool = False) -> None:
 
 
 def convert(base: str, patch: str, *, output: str, overwrite: bool = False) -> None:
-    """Turn a patch into a SHiRA adapter of ``peft``, or a folder of an adapter into a patch.
+    """Turn a patch into a SHiRA adapter of ``peft``, or an adapter folder into a patch.
 
     Args:
-        base: folder of the patch's, or the adapter's, base model.
-        patch: patch file, or folder of an adapter.
-        output: folder, or patch file, to write.
+        base: folder of the base model of the patch or adapter.
+        patch: patch file or adapter folder.
+        output: adapter folder or patch file to write.
     """
     if Path(patch).is_dir():
         _print_summary(shira.patch_from_shira(base, patch, output, overwrite))
@@ -213,24 +215,25 @@ def subtract(
     strength: float = 1.0,
     overwrite: bool = False,
 ) -> None:
-    """Make a model forget without training: take away what fine-tuning on the forget rows adds.
+    """Unlearn without training: subtract the change made by fine-tuning on the forget rows.
 
     Args:
-        base: model that is to forget.
+        base: model to unlearn.
         finetuned: the same model fine-tuned on the forget rows.
         output: folder to write.
-        origin: model that the fine-tuned one was made from, if not the base.
-        scores: scores that attribution saved: each weight's share is S / (S + scale), in place of 1.
-        scale: size of a score that stands for a share of a half; the median when left out. 1 makes
-            forget_retain_ratio and fisher_ratio the importance for forgetting among both.
-        mask: mask file: weights outside stay as they are, to the bit.
-        strength: how many times the difference is taken away.
+        origin: model that was fine-tuned, if it is not the base.
+        scores: file of scores that attribution saved; each weight's change is multiplied by
+            S / (S + scale), where S is its score.
+        scale: score at which that factor is one half; by default the median score. With scale 1 and
+            forget_retain_ratio or fisher_ratio, the factor is forget / (forget + retain).
+        mask: mask file; weights outside it stay bit-identical.
+        strength: multiple of the change that is subtracted.
     """
     from wagle_pl.attribution import importance_from_scores
     from wagle_pl.unlearning.patch import subtract as write
 
     if scores is None and scale is not None:
-        raise WagleError("--scale is of scores: give --scores too, or leave it out")
+        raise WagleError("--scale needs --scores: give both, or neither")
     options = {"origin": origin, "mask": mask, "strength": strength, "overwrite": overwrite}
     importance, about = (None, None) if scores is None else importance_from_scores(scores, scale)
     options |= {"importance": importance, "about": about}
@@ -284,23 +287,23 @@ def plan(
         task: attribution, unlearning, finetuning or test.
         strategy: auto (one device, or DDP), ddp, zero1, zero2, zero3, zero3_offload, or Lightning's
             names for them.
-        devices: how many share the run, over all machines.
+        devices: number of devices, over all machines.
         precision: as trainer.precision: 32-true, bf16-mixed, bf16-true, 16-mixed or 16-true.
-        accelerator: gpu; or cpu, where a device is a process.
-        density: share of weights in the mask; 1 is unlearning without one.
-        hessian: of attribution, as model.hessian: scalar, auto, gauss_newton, fisher, hutchinson,
+        accelerator: gpu, or cpu (a device is then a process).
+        density: share of weights in the mask; 1 means no mask.
+        hessian: for attribution, as model.hessian: scalar, auto, gauss_newton, fisher, hutchinson,
             or a class path.
-        sums: of attribution, as model.sums: device, host or passes=K.
-        optimizer: MaskedAdamW, AdamW, AdamW8bit (two moments of 8 bits) or SGD.
-        values: how the weights that move are kept, as model.values: fp32, or split (bf16-true on
-            one device).
-        batch_size: rows, or pairs of rows, a device and micro-batch.
-        max_length: tokens a row, padding included.
-        accumulate_grad_batches: micro-batches a step.
+        sums: for attribution, as model.sums: device, host or passes=K.
+        optimizer: MaskedAdamW, AdamW, AdamW8bit (two 8-bit moments) or SGD.
+        values: format of the selected weights, as model.values: fp32, or split (bf16-true on one
+            device).
+        batch_size: rows, or pairs of rows, per device and micro-batch.
+        max_length: tokens per row, padding included.
+        accumulate_grad_batches: micro-batches per step.
         gradient_checkpointing: recompute activations in the backward pass.
-        frozen_copy: the objective keeps a copy of the model before unlearning (KL, UNDIAL, hidden
-            states).
-        tokens: of the whole run, over all streams and epochs, to estimate its time.
+        frozen_copy: whether the objective keeps a copy of the model before unlearning (KL, UNDIAL,
+            hidden states).
+        tokens: tokens of the whole run, forget and retain rows, all epochs; to estimate its time.
         tokens_per_second: measured throughput of all devices together, to estimate its time.
     """
     options = dict(locals())
@@ -342,7 +345,7 @@ def smallest(size: float) -> Optional[int]:
 
 
 def memory_table(shape: planning.Architecture, run: planning.PlannedRun) -> str:
-    """A device's memory by part and moment, in GiB; the peak's moment stands in stars."""
+    """A device's memory by part and phase, in GiB; stars mark the phase of the peak."""
     parts, moments = planning.device_parts(shape, run), planning.MOMENTS
     moment, _ = planning.peak(shape, run)
     rows = [[p.name, *(gib(p.bytes) if m in p.moments else "" for m in moments)] for p in parts]
@@ -382,7 +385,7 @@ def work(
 
 
 def choice_table(shape: planning.Architecture, run: planning.PlannedRun) -> str:
-    """Peak of the run under every strategy and number of devices, and the GPU that it fits."""
+    """Peak under every strategy and number of devices, with the smallest GPU that fits."""
 
     def cell(choice: planning.PlannedRun) -> str:
         _, size = planning.peak(shape, choice)
