@@ -289,7 +289,7 @@ def test_a_row_whose_only_label_is_its_first_token(fails, tiny_model, tmp_path, 
     row = {"input_ids": [5, 6][: len(labels)], "labels": labels}
     bad = write_rows(tmp_path / "bad.jsonl", [{"input_ids": [5, 6], "labels": [-100, 6]}, row])
     line = fails(module, f"--model.model {tiny_model} --model.output out --data.forget", bad)
-    assert " row 2: its only label is its first token" in line
+    assert " row 2: its only label is the first token" in line
 
 
 def test_an_existing_output_is_kept(wagle, fails, tiny_model, tmp_path):

@@ -134,7 +134,7 @@ def said(content, role="user"):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "a"}, r"there are columns \['question'\]; needed is one of"),
+        ({"question": "a"}, r"there are columns \['question'\]; a row needs those of one of"),
         ({"question": "a", "answer": "  "}, "'answer' is empty"),
         ({"prompt": " "}, "'prompt' is empty"),
         ({"question": "a", "answer": None}, "'answer' is null: give a value, or leave the row out"),
@@ -152,13 +152,16 @@ def said(content, role="user"):
         ({"question": "a", "choices": ["b", "c"], "label": 0.5}, "label 0.5 is no index"),
         ({"question": "a", "choices": ["b", "c"], "answer": 2}, "label 2 is no index"),
         ({"input_ids": [1], "labels": []}, "'labels' is empty"),
-        ({"input_ids": [1, -3], "labels": [-100, 2]}, "'input_ids' has -3, which is no token id"),
-        ({"input_ids": [1, 3], "labels": [-1, 2]}, "'labels' has -1, which is no token id"),
+        (
+            {"input_ids": [1, -3], "labels": [-100, 2]},
+            "'input_ids' has -3, which is not a token id",
+        ),
+        ({"input_ids": [1, 3], "labels": [-1, 2]}, "'labels' has -1, which is not a token id"),
         ({"input_ids": ["a"], "labels": [1]}, "'input_ids' must be a list of tokens"),
         ({"input_ids": 1, "labels": [1]}, "'input_ids' must be a list of tokens"),
         ({"input_ids": [1, 2], "labels": [1]}, "there are 2 'input_ids' and 1 'labels'"),
         (said("", "assistant"), "'messages' is empty"),
-        (said("Thanks."), "the last of 'messages' is of the user"),
+        (said("Thanks."), "the last of 'messages' has the role user"),
         ({"messages": "a"}, "'messages' must be a list of messages"),
         (said(None), "'messages' must be a list of messages"),
     ],
@@ -229,7 +232,7 @@ def test_a_chat_template_that_refuses_names_the_row(tokenizer, tmp_path):
 
 
 def test_an_answer_format_alone_is_not_ignored(tokenizer):
-    message = "answer_format 'Answer: {answer}' has no effect beside the tokenizer's chat"
+    message = "answer_format 'Answer: {answer}' has no effect with the tokenizer's chat"
     with pytest.raises(WagleError, match=message):
         Template(tokenizer, answer_format="Answer: {answer}")
     tokenizer.chat_template = None

@@ -422,7 +422,7 @@ def test_torch_files_that_are_no_masks(tmp_path: Path, capsys: pytest.CaptureFix
     for content, shapes, message in (
         ([one], None, "holds no"),
         ({"a": {"b": one}}, None, "holds no"),
-        ({"a": torch.tensor([0.0, 0.5])}, None, "a holds other values than 0 and 1"),
+        ({"a": torch.tensor([0.0, 0.5])}, None, "a has values other than 0 and 1"),
         ({"a": one}, {"a": (3,)}, "another shape of a"),
         ({"a": one}, {"a": (2,), "b": (2,)}, "no tensor for parameter b"),
         ({"a": one, "b": one}, {"a": (2,)}, "that the model lacks"),
@@ -433,7 +433,7 @@ def test_torch_files_that_are_no_masks(tmp_path: Path, capsys: pytest.CaptureFix
     assert "ran" not in capsys.readouterr().out
     for damaged in (b"", b"not a pickle", write({"a": one}).read_bytes()[:300]):
         (tmp_path / "y.pt").write_bytes(damaged)
-        with pytest.raises(WagleError, match=r"no file that torch\.load"):
+        with pytest.raises(WagleError, match="cannot read"):
             WeightMask.from_torch(tmp_path / "y.pt")
     with pytest.raises(WagleError, match="does not exist"):
         WeightMask.from_torch(tmp_path / "none.pt")

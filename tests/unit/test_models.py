@@ -93,7 +93,7 @@ def test_a_hub_id_is(copy, no_hub):
             lambda: ForgetRetainDataModule(refusals="broken").refusals,
             "refusals file broken is a folder: name a file in it",
         ),
-        (partial(WeightMask.load, "mask.pt"), "mask.pt is no .safetensors file: for a mask"),
+        (partial(WeightMask.load, "mask.pt"), "mask.pt is not a .safetensors file: convert a mask"),
         (partial(WeightMask.load, "broken"), "mask file broken is a folder: name a file in it"),
         (partial(WeightMask.load, "mask"), "mask file mask.safetensors does not exist"),
     ],

@@ -403,7 +403,7 @@ def test_a_folder_without_the_set(tmp_path, suite, stream, message):
             WMDPDataModule,
             "wmdp/wmdp-bio/test",
             [CHOICES[0], {**CHOICES[1], "answer": "B"}],
-            "row 2: label 'B' is no index of its choices",
+            "row 2: label 'B' is not an index of its choices",
         ),
         (
             DetoxDataModule,

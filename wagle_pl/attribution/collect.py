@@ -1,10 +1,9 @@
 """The gradient pass: what to collect from which stream of a batch, and the loop that collects it.
 
-Rows pass through the model together, or one at a time where squared gradients of single rows are
-needed::
+Rows are processed together, or one at a time if squared gradients of single rows are needed::
 
     sums = collect(lm, batches, [Job("forget", total="g_f"), Job("retain", total="g_r")])
-    g_f = sums.sums["g_f"]  # one fp32 tensor a parameter, in the order of lm.parameters()
+    g_f = sums.sums["g_f"]  # one fp32 tensor per parameter, in the order of lm.parameters()
     mask = Collected(lm, sums).mask("forget_retain_ratio", density=0.2)
 """
 
@@ -47,18 +46,18 @@ class Job:
     #: when None.
     loss: Optional[Callable[[Streams], Tensor]] = None
     total: Optional[str] = None  # name of the sum of gradients, if needed
-    squares: Optional[str] = None  # the same of squared gradients of single rows
+    squares: Optional[str] = None  # name of the sum of squared gradients of single rows
     hessian: Optional[Hessian] = None  # runs on the stream
     activations: bool = False  # collect norms of the inputs of linear layers
 
     @property
     def needs_graph(self) -> bool:
-        """Whether it runs a backward pass."""
+        """Whether the job runs a backward pass."""
         return bool(self.total or self.squares or self.hessian)
 
     @property
     def per_example(self) -> bool:
-        """Whether rows pass one at a time."""
+        """Whether rows are processed one at a time."""
         return bool(self.squares or (self.hessian and self.hessian.per_example))
 
 
@@ -104,7 +103,7 @@ class AtTheta0(Streams):
 
 
 class Draws(NamedTuple):
-    """Seeds for what is drawn at a point of a run, independent of how its batches are split."""
+    """Random seeds at one point of a run, independent of how its batches are split."""
 
     seed: int = 0
     epoch: int = 0
@@ -112,11 +111,11 @@ class Draws(NamedTuple):
     job: int = 0
 
     def of_row(self, row: int, occurrence: int) -> int:
-        """Seed of a row's draws; repetitions of a row in an epoch draw independently."""
+        """Seed for one row; repetitions of a row in an epoch get independent seeds."""
         return stable_seed("row", self.seed, self.epoch, self.job, row, occurrence)
 
     def of_step(self) -> int:
-        """Seed of the step's draws."""
+        """Seed for the whole step."""
         return stable_seed("step", self.seed, self.epoch, self.job, self.step)
 
 
@@ -127,18 +126,18 @@ def collect(
     seed: int = 0,
     sums: str = "device",
 ) -> GradientSums:
-    """Sum what jobs ask of a model's gradients over batches; no weight moves. Collective.
+    """Run the jobs and sum their gradients over batches; no weight changes. Collective.
 
     Args:
         batches: stream -> (B, T) ``input_ids`` and ``labels`` (-100 where nothing is predicted);
             optionally ``attention_mask``, ``weight`` (B,), 0 for rows that only fill the batch, and
-            ``row`` (B,), a number that seeds what is drawn for it. Each batch is a step of the
+            ``row`` (B,), from which the row's random seed is derived. Each batch is a step of the
             Hessian estimate.
         sums: ``device``, ``host`` or ``passes=K``, for which batches are iterated over K times; see
             :class:`~wagle_pl.attribution.AttributionModule`.
 
     Returns:
-        The sums by name, and ``counts["<stream>_rows"]``, the number of rows they are of.
+        The sums by name, and ``counts["<stream>_rows"]``, the number of rows in them.
 
     Raises:
         WagleError: if a loss is NaN or infinite.
@@ -251,12 +250,12 @@ def _check_finite(stream: str, tensors: Mapping[str, Tensor], loss: Tensor) -> N
     if distributed.all_reduce_max(int(not torch.isfinite(loss))):
         here = [] if torch.isfinite(loss) else [f"rows {tensors['row'].tolist()}: {loss.item():g}"]
         found = distributed.all_gather(here)[0]
-        raise WagleError(f"{stream} loss is not finite in {found}; is the model whole?")
+        raise WagleError(f"{stream} loss is not finite in {found}; is the model damaged?")
 
 
 def split_rows(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Batches of one row each, without padding and rows of weight 0; as many on every rank, as
-    their backward passes are collective: a rank with fewer repeats one with weight 0."""
+    """Batches of one row each, without padding or rows of weight 0. Every rank gets equally many,
+    since backward passes are collective: a rank with fewer rows repeats one with weight 0."""
     rows = (tensors["weight"] > 0).nonzero().view(-1).tolist()
     missing = distributed.all_reduce_max(len(rows)) - len(rows)
     for number, i in enumerate([*rows, *[0] * missing]):
@@ -276,12 +275,12 @@ def split_rows(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 def watch_inputs(
     model: nn.Module, mask: Tensor, add: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """Context of one forward pass (not of a backward pass, where gradient checkpointing repeats it)
-    that reports Σ x² over real tokens of every input x of the model's linear layers and experts.
+    """Report Σ x² over real tokens of every input x of linear layers and experts, in one forward
+    pass (leave the context before the backward pass, where gradient checkpointing repeats it).
 
     Args:
-        mask: (B, T), 0 at tokens that do not count. A layer that runs on the last positions only
-            uses its last columns; an input of another shape counts whole.
+        mask: (B, T), 0 at tokens that do not count. For a layer that runs on the last positions
+            only, the last columns count; an input of another shape counts as a whole.
         add: called with (name of a weight, fp64 sum of squares) at each call of its layer; the sum
             broadcasts with the weight: (in,), (in, 1) where that is stored transposed,
             (experts, 1, in) or (experts, in, 1).

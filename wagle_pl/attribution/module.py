@@ -48,47 +48,47 @@ FORGET_LOSSES = {"ce": GradDiff, "npo": NPO, "po": PO}
 class AttributionModule(LanguageModule):
     """Scores every weight for unlearning and writes the mask of the highest-scoring share.
 
-    One pass, an epoch, sees every forget row once and as many retain rows; only what the scores
-    need is computed. No weight is moved: the run checks that at its end. One pass is made unless
-    the Trainer is given a length (``max_epochs``, ``max_steps``, ``limit_train_batches``,
-    ``max_time``; its own default of 1000 epochs counts as none given); of another number of passes
-    a warning is logged. The mask's metadata say how many.
+    One pass (an epoch) covers every forget row once and as many retain rows; only what the scores
+    need is computed. No weight changes: the run checks that at its end. One pass is made unless the
+    Trainer is given a length (``max_epochs``, ``max_steps``, ``limit_train_batches``, ``max_time``;
+    Lightning's default of 1000 epochs counts as none). Any other number of passes is logged as a
+    warning and recorded in the mask's metadata.
 
     Args:
         model: hub id, folder in Hugging Face format or GGUF file of the target model.
         output: path of the mask file; ``.safetensors`` is added when missing. With ``masks``, a
             folder. In Python it may be None: the result is ``mask``.
-        density: share of the eligible weights that is selected, in (0, 1].
+        density: share of the eligible weights to select, in (0, 1].
         score: ``wagle``, ``snip``, ``gradient``, ``forget_retain_ratio``, ``fisher_ratio``,
             ``curvature``, ``signed``, ``magnitude``, ``wanda``, ``random``, ``Modules`` (with
             arguments), or a class path to a ``Score``.
-        select: the ``high`` or the ``low`` end of the ranking.
+        select: take the ``high`` or the ``low`` end of the ranking.
         scope: weights compete over the whole model (``global``), within each ``tensor``, or within
             each ``row``: an output of a layer, or an input where a model stores layers transposed
             (GPT-2).
-        include: regular expression; only parameters in whose name it is found are eligible, the
-            others are frozen.
-        exclude: regular expression; parameters in whose name it is found are frozen.
-        masks: several masks from the same pass: a list of score, density, select, scope, include,
-            exclude, name; what one leaves out is taken from the options above. Each is written to
-            ``<output>/<name or score-density>``.
-        save_scores: write the scores too, as ``bf16`` or ``fp32``, beside the mask in
+        include: regular expression; only parameters whose name matches are eligible, the others
+            are frozen.
+        exclude: regular expression; parameters whose name matches are frozen.
+        masks: several masks from one pass: a list of options score, density, select, scope,
+            include, exclude, name; missing ones are taken from the options above. Each mask is
+            written to ``<output>/<name or score-density>``.
+        save_scores: also write the scores, as ``bf16`` or ``fp32``, next to the mask as
             ``<mask or score>.scores``.
         hessian: estimate of the retain loss's Hessian diagonal: ``scalar`` (``gamma``), ``auto``
-            (the mean of a Gauss-Newton estimate), or one value a weight: ``gauss_newton`` (labels
-            drawn from the model), ``fisher`` (squared gradients of single rows), ``hutchinson``
-            (random signs, double backward; the true Hessian), or another
+            (the mean of a Gauss-Newton estimate), or one value per weight: ``gauss_newton``
+            (labels sampled from the model), ``fisher`` (squared gradients of single rows),
+            ``hutchinson`` (random signs, double backward; the true Hessian), or another
             :class:`~wagle_pl.attribution.hessian.Hessian`, by name or class path.
         gamma: the scalar Hessian γ; a number implies ``hessian: scalar``, ``auto`` estimates it.
         damping: a diagonal ĥ is used as max(ĥ, 0) + damping × its mean.
-        hessian_samples: draws for each step, for ``auto``, ``gauss_newton`` and ``hutchinson``.
+        hessian_samples: samples per step, for ``auto``, ``gauss_newton`` and ``hutchinson``.
         hessian_data: rows on which the Hessian is estimated.
         forget_loss: loss whose gradient is g_f: ``ce`` (negative log-likelihood), ``npo`` or ``po``
             (refusals).
-        reduction: of the two gradients over examples: ``mean``, or ``sum`` as in the paper's code.
-        sums: where gradients are added up: on the ``device``; in ``host`` memory, beside the
-            backward pass; or on the device in ``passes=K`` over the data, each for a K-th of the
-            weights, with finished sums in files beside the output (one device only).
+        reduction: combine gradients of examples by ``mean``, or by ``sum`` as in the paper's code.
+        sums: where gradients are summed: on the ``device``; in ``host`` memory, during the
+            backward pass; or on the device in ``passes=K`` over the data, each for one K-th of the
+            weights, with finished sums in files next to the output (one device only).
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a
             third more time.
     """

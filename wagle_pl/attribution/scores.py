@@ -1,7 +1,7 @@
 """Scores: how much each weight matters for forgetting, given the statistics of one pass.
 
-A score of your own lists the statistics that it ``needs`` and overrides ``__call__``; give its
-class path as ``--model.score``::
+To write a score, list the statistics that it ``needs`` and override ``__call__``; give its class
+path as ``--model.score``::
 
     class Product(Score):
         needs = ("g_f", "g_r")
@@ -63,24 +63,24 @@ class WeightStatistics:
     #: Diagonal Hessian of the retain loss, damped, above zero; 0-dim if one for all weights.
     h: Optional[Tensor] = None
     h_diagonal: Optional[Tensor] = None  # without damping, at least zero, one value a weight
-    h_mean: Optional[float] = None  # of ``h_diagonal``, over all weights of the model
+    h_mean: Optional[float] = None  # mean of ``h_diagonal`` over all weights of the model
     fisher_f: Optional[Tensor] = None  # (1/N) Σ_n (∇ℓ_f,n)², over single forget rows
     fisher_r: Optional[Tensor] = None  # the same of retain rows
     #: ‖x_j‖₂ of each input j of a linear layer over the tokens of the forget rows, in a shape that
     #: broadcasts with the weight; None for other parameters.
     activation: Optional[Tensor] = None
-    first: int = 0  # place of the first of these weights in the flattened parameter
-    total: Optional[int] = None  # number of the parameter's weights; of these if None
+    first: int = 0  # index of the first of these weights in the flattened parameter
+    total: Optional[int] = None  # number of weights of the parameter; None: these are all
 
 
 class Score:
-    """One number a weight; the mask takes the weights with the largest absolute value."""
+    """One number per weight; the mask takes the weights with the largest absolute value."""
 
-    #: Fields of :class:`WeightStatistics` that the score reads, beside ``theta``.
+    #: Fields of :class:`WeightStatistics` that the score reads, besides ``theta``.
     needs: tuple[str, ...] = ("g_f",)
     signed: bool = False  # rank by the score itself; otherwise by its absolute value
-    #: Whether the scores of a row (first dimension) depend on that row and its place alone, besides
-    #: ``activation`` and scalars: several ranks then score rows each, and else whole parameters.
+    #: Whether the scores of a row (first dimension) depend only on that row, its position,
+    #: ``activation`` and scalars. Then ranks can score different rows, else only whole parameters.
     by_row: bool = False
 
     def __call__(self, w: WeightStatistics) -> Tensor:
@@ -123,7 +123,7 @@ def try_out(
     device: Union[torch.device, str] = "cpu",
 ) -> None:
     """Call a score on random statistics of the smallest parameter of each number of dimensions, so
-    that one that is wrong fails before the pass; ``scalar``: h is one number.
+    that a wrong score fails before the pass; ``scalar``: h is one number.
 
     Raises:
         WagleError: as :func:`checked`, or if the score gives other numbers when called again.
@@ -154,7 +154,7 @@ def try_out(
         first, again = (checked(score, statistics(name)).nan_to_num() for _ in range(2))
         if not torch.equal(first, again):
             raise WagleError(
-                f"score {type(score).__name__} gave {name} other numbers when called again",
+                f"score {type(score).__name__} gave {name} different values when called again",
                 hint="it must return the same at each call",
             )
 
@@ -328,8 +328,8 @@ class Random(Score):
 
 
 class Modules(Score):
-    """1 inside the chosen modules and layers, 0 outside. All inside is selected, without
-    ``density``.
+    """1 inside the chosen modules and layers, 0 outside. All weights inside are selected;
+    ``density`` is ignored.
 
     Args:
         modules: any of ``mlp``, ``attn``, ``norm``, ``embed``, ``q_proj``, ``mlp.down_proj``, ...

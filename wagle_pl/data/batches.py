@@ -23,11 +23,11 @@ from torch.nn.utils.rnn import pad_sequence
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.example import IGNORE
 
-#: Rows are sorted by length within this many global batches, so that a batch pads little.
+#: Rows are sorted by length within this many global batches, to reduce padding.
 BUCKET = 32
 
-#: (row, weight, occurrence) of each row of a micro-batch; a row that an epoch sees twice occurs as
-#: 0, then as 1.
+#: (row, weight, occurrence) of each row of a micro-batch; occurrence is 0 the first time that an
+#: epoch uses the row, then 1, ...
 Cell = list[tuple[int, float, int]]
 T = TypeVar("T")
 
@@ -49,8 +49,8 @@ def epoch_batches(
 
     Args:
         lengths: stream -> token count of each of its rows. Each row of the first stream appears
-            once. The others are drawn beside it from their own shuffles, which go on in the next
-            epoch, so that every row is used equally often.
+            once. The others are drawn from their own shuffles, which continue in the next epoch, so
+            that every row is used equally often.
     """
     epoch_size = len(next(iter(lengths.values())))
     positions = np.arange(epoch * epoch_size, (epoch + 1) * epoch_size)
@@ -74,7 +74,7 @@ def epoch_batches(
 
 
 def _shuffled_positions(positions: np.ndarray, n: int, seed: int, stream: int) -> np.ndarray:
-    """Row at each position of an endless sequence of shuffles of ``range(n)``."""
+    """The row at each position of an endless sequence of shuffles of ``range(n)``."""
     rows = np.empty_like(positions)
     for lap in np.unique(positions // n):
         here = positions // n == lap
@@ -89,14 +89,14 @@ def deal(
     seen: Optional[Counter[int]] = None,
     done: int = 0,
 ) -> list[list[Cell]]:
-    """Cut one global batch into ``accumulate`` micro-batches for each of ``world_size`` ranks.
+    """Split one global batch into ``accumulate`` micro-batches for each of ``world_size`` ranks.
 
     Args:
-        seen: how often earlier batches of the epoch held each row; this batch's are added.
-        done: rows at the batch's beginning to leave out; the weights stay those of the whole batch.
+        seen: how often earlier batches of the epoch used each row; updated with this batch.
+        done: rows to skip at the start of the batch; weights stay those of the whole batch.
 
     Returns:
-        ``cells[micro_batch][rank]``; one that runs short holds one row of weight 0.
+        ``cells[micro_batch][rank]``; an empty one gets one row of weight 0.
     """
     weight = world_size * accumulate / len(rows)
     seen = Counter() if seen is None else seen
@@ -112,17 +112,17 @@ def deal(
 
 
 def _bounds(rows: int, accumulate: int) -> list[int]:
-    """Where the micro-batches of a global batch begin, and where the last one ends."""
+    """Start of each micro-batch in a global batch, and the end of the last one."""
     each, more = divmod(rows, accumulate)
     return [micro * each + min(micro, more) for micro in range(accumulate + 1)]
 
 
 class Position(NamedTuple):
-    """A place in the run's sequence of global batches, however these are cut."""
+    """A position in the run's sequence of global batches, independent of how these are split."""
 
     epoch: int = 0
-    step: int = 0  # global batches of the epoch that are done
-    rows: int = 0  # rows of the next global batch that are done
+    step: int = 0  # finished global batches of the epoch
+    rows: int = 0  # finished rows of the next global batch
 
 
 @dataclass(eq=False)
@@ -136,8 +136,8 @@ class GlobalBatchSampler:
     rank: int = 0
     seed: int = 0
     epoch: int = 0
-    period: Optional[int] = None  # epochs after which the same batches come again; None: never
-    #: Where the next iteration begins, if it is of that epoch.
+    period: Optional[int] = None  # epochs after which the batches repeat; None: never
+    #: Where the next iteration begins, if it is in that epoch.
     start: Position = field(default_factory=Position)
 
     def __post_init__(self) -> None:
@@ -149,7 +149,7 @@ class GlobalBatchSampler:
 
     @property
     def global_batch(self) -> int:
-        """Rows a step over all ranks and micro-batches."""
+        """Rows per step over all ranks and micro-batches."""
         return self.batch_size * self.accumulate * self.world_size
 
     def set_epoch(self, epoch: int) -> None:
@@ -177,12 +177,12 @@ class GlobalBatchSampler:
                 yield Draw(self._drawn(self.epoch), cells, whole)
 
     def position(self, epoch: int, micro_batches: int) -> Position:
-        """The place that an epoch has reached after some of its micro-batches."""
+        """The position in an epoch after some of its micro-batches."""
         step, more = divmod(micro_batches, self.accumulate)
         return Position(epoch, step, self._bounds_of(epoch, step)[more])
 
     def micro_batches(self, position: Position) -> int:
-        """How many micro-batches of its epoch lie wholly before a position."""
+        """Number of micro-batches of the epoch that lie entirely before a position."""
         bounds = self._bounds_of(position.epoch, position.step)
         within = min(bisect_right(bounds, position.rows), self.accumulate) - 1
         return position.step * self.accumulate + within
@@ -201,14 +201,14 @@ class GlobalBatchSampler:
 def token_batches(lengths: Sequence[int], max_rows: int) -> list[list[int]]:
     """Row indices in batches of at most ``max_rows`` of similar length.
 
-    The longest come first, so that running out of memory shows at once.
+    The longest come first, so that a run that needs too much memory fails at once.
     """
     rows = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     return [rows[start : start + max_rows] for start in range(0, len(rows), max_rows)]
 
 
 def deal_batches(batches: Sequence[T], world_size: int, rank: int) -> list[T]:
-    """Whole batches for one rank, dealt in turn: as many for each, so some batches go to two.
+    """Whole batches for one rank, round-robin; every rank gets as many, so some batches go to two.
 
     >>> deal_batches("abc", 2, 0), deal_batches("abc", 2, 1)
     (['a', 'c'], ['b', 'a'])
@@ -219,7 +219,7 @@ def deal_batches(batches: Sequence[T], world_size: int, rank: int) -> list[T]:
 
 @dataclass(eq=False)
 class Loader:
-    """Batches that are fixed beforehand, each built when it is asked for.
+    """Batches that are planned beforehand, each built on demand.
 
     No DataLoader: rows are tokenised already, so workers have nothing to do, and each of its
     iterators would draw a seed from torch's generator, which shifts the dropout of a resumed run.
@@ -238,10 +238,10 @@ class Loader:
 
 @dataclass(eq=False)
 class ResumableLoader(Loader):
-    """Goes on in the middle of an epoch, with the same global batches however they are cut."""
+    """Resumes in the middle of an epoch, with the same global batches however they are split."""
 
     sampler: GlobalBatchSampler
-    #: One of the rows of each stream: states of other rows are refused.
+    #: Stream -> digest of its rows: states of other rows are refused.
     digests: Mapping[str, str] = field(default_factory=dict)
     _handed_out: Optional[int] = None  # micro-batches of the epoch; None before the first
 
@@ -253,7 +253,7 @@ class ResumableLoader(Loader):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run is, by the micro-batches handed out: Lightning does not prefetch here."""
+        """The run's position by the micro-batches handed out (Lightning does not prefetch here)."""
         start, epoch = self.sampler.start, self.sampler.epoch
         if self._handed_out is None:
             return self._state(start if start.epoch == epoch else Position(epoch))
@@ -262,7 +262,7 @@ class ResumableLoader(Loader):
     def state_at(
         self, epoch: int, micro_batches: int, last: Optional[int] = None
     ) -> dict[str, Any]:
-        """Where the run is after some micro-batches of an epoch, which may end after ``last``."""
+        """The run's position after some micro-batches of an epoch, which may end after ``last``."""
         end = len(self.sampler) if last is None else min(last, len(self.sampler))
         if micro_batches >= end:
             return self._state(Position(epoch + 1))
@@ -280,16 +280,16 @@ class ResumableLoader(Loader):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` was taken."""
+        """Continue where ``state`` was taken."""
         self.sampler.start = self.check(state)
         self.sampler.epoch = state["epoch"]
         self._handed_out = None
 
     def check(self, state: Mapping[str, Any]) -> Position:
-        """The position that a state holds; one of other global batches than these is refused."""
+        """The position in a state; a state of other global batches is refused."""
         if "sets" not in state:
             raise WagleError(
-                "the checkpoint is of a run with another data module: resume with that"
+                "the checkpoint belongs to a run with another data module: resume with that one"
             )
         here, sampler, fault = self._state(Position()), self.sampler, None
         streams, streams_here = (" and ".join(each["sets"]) for each in (state, here))

@@ -1,4 +1,4 @@
-"""The canonical row: whatever columns a file has, a row is parsed once into an :class:`Example`."""
+"""The canonical row: each row of a file, of any kind, is parsed once into an :class:`Example`."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ LISTS = ("choices", *OPTIONAL_LISTS)
 
 @dataclass(frozen=True)
 class Example:
-    """One row, ready to be made into tokens. A text that the row does not have is empty."""
+    """One row, ready for tokenisation. Texts that the row does not have are empty."""
 
     #: ``answered`` (a question, prompt or conversation with its answer), ``choices`` (multiple
     #: choice), ``text`` (loss on all of it), ``prompt`` (to generate from) or ``tokens``.
     kind: Kind
-    question: str = ""  # or the prompt, or the messages before the answer, one a line
+    question: str = ""  # or the prompt, or the messages before the answer, one per line
     answer: str = ""  # or the right choice, the last message, or the text
-    #: The question where it can be put into other words; of a conversation the last user's.
+    #: The question, if attacks may reword it; of a conversation the last message of the user.
     asked: Optional[str] = None
-    #: Of a conversation, those before the answer: dicts with ``role`` and ``content``.
+    #: Messages of a conversation before the answer: dicts with ``role`` and ``content``.
     messages: Optional[Sequence[Mapping[str, str]]] = None
     choices: Sequence[str] = ()
     label: Optional[int] = None  # index of the right choice
@@ -51,12 +51,12 @@ class Example:
     subject: str = ""  # of the question, e.g. ``world_religions`` (MMLU)
     continuation: bool = False  # the answer continues the prompt, without a template
     partial: bool = False  # the text goes on after the row: no end-of-sequence token
-    #: All columns as the file has them, for digests and error messages.
+    #: All columns as in the file, for digests and error messages.
     row: Row = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, row: Row) -> Example:
-        """Parse a row of any kind of :data:`KINDS`; errors name the column.
+        """Parse a row of one of :data:`KINDS`; errors name the column.
 
         >>> Example.of({"question": "Which?", "choices": ["a stone", "a pear"], "answer": 1}).answer
         'a pear'
@@ -79,19 +79,19 @@ class Example:
                 verb = "are" if " and " in nulls else "is"
                 raise WagleError(f"{nulls} {verb} null: give a value, or leave the row out")
         kinds = ", ".join("+".join(columns) for columns in KINDS)
-        raise WagleError(f"there are columns {sorted(row)}; needed is one of: {kinds}")
+        raise WagleError(f"there are columns {sorted(row)}; a row needs those of one of: {kinds}")
 
     @property
     def key(self) -> str:
-        """Question and answer with white space folded: the same for rows that teach the same."""
+        """Question and answer with white space collapsed; equal for rows with the same content."""
         texts = (" ".join(text.split()) for text in (self.question, self.answer))
         return json.dumps([*texts, *self.choices, self.label, *self.input_ids, *self.labels])
 
     @property
     def texts(self) -> frozenset[str]:
-        """Question and answer in every wording: rows of one fact share one.
+        """Question and answer with their paraphrases: rows of the same fact have a text in common.
 
-        Without the right choice, which may be another fact's too.
+        The right choice is left out, since other facts may have the same one.
         """
         own = [m["content"] for m in self.messages or () if m["role"] != "system"]
         answer = "" if self.choices else self.answer
@@ -99,7 +99,7 @@ class Example:
         return frozenset({*(own or [self.question]), answer, *others} - {""})
 
     def asking(self, question: str) -> Example:
-        """The example with another question; in a conversation, that of the last user."""
+        """The example with another question; in a conversation, in the last message of the user."""
         asked = None if self.asked is None else question
         if not self.messages:
             return replace(self, question=question, asked=asked)
@@ -125,7 +125,7 @@ def parse_rows(rows: Iterable[Row], where: str) -> list[Example]:
 
 
 def raw_rows(examples: Optional[Iterable[Example]]) -> Optional[list[Row]]:
-    """The rows that examples were parsed from: what digests are taken of."""
+    """The rows that examples were parsed from, for digests."""
     return None if examples is None else [example.row for example in examples]
 
 
@@ -135,7 +135,7 @@ def _tokens(row: Row) -> dict[str, Any]:
         if not hasattr(ids, "__len__") or not all(isinstance(i, numbers.Integral) for i in ids):
             raise WagleError(f"{column!r} must be a list of tokens")
         if wrong := [i for i in ids if i < 0 and i != lowest]:
-            raise WagleError(f"{column!r} has {wrong[0]}, which is no token id")
+            raise WagleError(f"{column!r} has {wrong[0]}, which is not a token id")
         if not len(ids):
             raise WagleError(f"{column!r} is empty")
     ids, labels = list(row["input_ids"]), list(row["labels"])
@@ -159,7 +159,7 @@ def _conversation(row: Row) -> dict[str, Any]:
     *before, last = messages
     if last["role"] in ("system", "user"):
         raise WagleError(
-            f"the last of 'messages' is of the {last['role']}, where the answer must be"
+            f"the last of 'messages' has the role {last['role']}; it must be the answer"
         )
     users = [message["content"] for message in before if message["role"] == "user"]
     return {
@@ -175,7 +175,7 @@ def _conversation(row: Row) -> dict[str, Any]:
 def _choices(row: Row) -> dict[str, Any]:
     question, choices, label = row["question"], row["choices"], row["label"]
     if not isinstance(label, numbers.Integral) or label not in range(len(choices)):
-        raise WagleError(f"label {label!r} is no index of its choices")
+        raise WagleError(f"label {label!r} is not an index of its choices")
     answer = {"answer": choices[label], "choices": choices, "label": int(label)}
     return {"kind": "choices", "question": question, "asked": question, **answer}
 
@@ -184,10 +184,10 @@ def _joined(messages: Sequence[Mapping[str, str]]) -> str:
     return "\n".join(message["content"] for message in messages)
 
 
-#: The accepted rows: the columns that must be there (a null counts as absent), in the order they
-#: are tried, and what makes an example's fields of them. ``label`` is the index of the right one of
-#: ``choices``; a whole number in ``answer`` will do. A number, a truth value or a date where a text
-#: belongs is taken as its text. Any row may add ``context``, ``prefill``, ``subject``,
+#: The accepted kinds of row: required columns (a null counts as absent), in the order they are
+#: tried -> parser of the other fields. ``label`` is the index of the right one of ``choices``; an
+#: integer in ``answer`` works too. Numbers, booleans and dates in text columns are converted to
+#: text. Any row may add ``context``, ``prefill``, ``subject``,
 #: ``continuation``, ``partial``, ``paraphrased_question``, ``paraphrased_answer``, ``alternate``,
 #: and the lists ``perturbed_answer`` and ``answer_aliases``.
 KINDS: dict[tuple[str, ...], Callable[[Row], dict[str, Any]]] = {

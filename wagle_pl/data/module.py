@@ -62,39 +62,41 @@ class ForgetRetainDataModule(L.LightningDataModule):
     ``input_ids``, ``attention_mask``, ``labels`` (int64, rows × longest row), ``weight`` (float,
     rows; see :mod:`wagle_pl.data.batches`), ``row`` (int64, index in its set) and ``occurrence``.
 
-    To bring rows of another source, override :meth:`train_rows`, and :meth:`test_rows` for test
-    sets of your own.
+    To use rows from another source, override :meth:`train_rows`, and :meth:`test_rows` for your own
+    test sets.
 
     Args:
         forget: rows to forget: a .json, .jsonl, .csv, .parquet or .txt file, or a hub dataset
             ``owner/name[:config]``; in Python also a list of dicts or a ``datasets.Dataset``.
-        retain: rows to keep, likewise.
-        holdout: rows of the same kind that no model has seen, likewise.
+        retain: rows to keep, in the same forms.
+        holdout: rows of the same kind that the model has never seen, in the same forms.
         test: test set name -> file or hub dataset; None tests on the forget and the retain rows.
-            TOFU's measures know ``forget``, ``retain``, ``real_authors`` and ``world_facts``.
-        val: names of test sets that ``fit`` measures along the way, at each epoch's end or as
-            ``trainer.val_check_interval`` says.
+            TOFU's measures use ``forget``, ``retain``, ``real_authors`` and ``world_facts``.
+        val: names of test sets that ``fit`` measures during training, at the end of each epoch or
+            every ``trainer.val_check_interval`` batches.
         split: split of hub datasets.
-        prompt_format: text of the prompt, with ``{question}``; None takes the chat template.
-        answer_format: text of the answer, with ``{answer}``; goes with ``prompt_format``.
-        generation_prefix: text after the prompt when generating; goes with ``prompt_format``. None
-            takes what stands before ``{answer}``, without spaces at its end.
-        system_prompt: system message for the chat template, where a conversation has none.
-        chat_template_kwargs: variables for the chat template, e.g. ``{date_string: 26 Jul 2024}``,
-            which is ``10 Apr 2025`` otherwise, as in OpenUnlearning, and never today's date.
-        max_length: longest sequence in tokens; longer rows are cut, with a warning.
-        batch_size: pairs per device and step.
+        prompt_format: text of the prompt, with ``{question}``; None uses the chat template.
+        answer_format: text of the answer, with ``{answer}``; needs ``prompt_format``.
+        generation_prefix: text added after the prompt for generation; needs ``prompt_format``. None
+            uses the text before ``{answer}``, without trailing spaces.
+        system_prompt: system message for the chat template, if a conversation has none.
+        chat_template_kwargs: variables for the chat template, e.g. ``{date_string: 26 Jul 2024}``.
+            The default date is ``10 Apr 2025``, as in OpenUnlearning, never today's.
+        max_length: longest sequence in tokens; longer rows are truncated, with a warning.
+        batch_size: pairs of rows per device and micro-batch.
         test_batch_size: rows per device in a test batch.
-        limit_forget: use only the first so many forget rows.
-        limit_retain: use only the first so many retain rows.
-        limit_test: use only so many rows of each test set, evenly spaced.
-        unused_retain: so many rows of the test set ``retain``, evenly spaced, are kept out of the
-            retain set, in every wording, and are a test set of their own, ``retain_unused``: what
-            attribution and unlearning have not seen. Not for the finetuning of the target.
-        overlap: what to do when forget rows are among the retain rows; ``drop`` drops them there.
-        refusals: text file with one refusal a line; None takes the bundled list.
-        seed: of the order of rows and the choice of refusals.
-        tokenizer: hub id or folder; None takes the model's.
+        limit_forget: use only this many forget rows, from the start.
+        limit_retain: use only this many retain rows, from the start.
+        limit_test: use only this many rows of each test set, evenly spaced.
+        unused_retain: number of rows of the test set ``retain``, evenly spaced, that are removed
+            from the retain set, with all their paraphrases, and form the test set
+            ``retain_unused``: rows that attribution and unlearning have not seen. Do not use it to
+            fine-tune the target.
+        overlap: what to do if forget rows are among the retain rows; ``drop`` removes them from the
+            retain rows.
+        refusals: text file with one refusal per line; None uses the bundled list.
+        seed: random seed of the order of rows and the choice of refusals.
+        tokenizer: hub id or folder; None uses the model's.
     """
 
     def __init__(

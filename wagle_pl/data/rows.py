@@ -1,4 +1,4 @@
-"""From a file or a hub dataset to a list of rows: plain dicts with the columns the file has."""
+"""Read a file or a hub dataset into a list of rows: plain dicts with the columns of the file."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ READERS = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".json.gz", ".jsonl.gz
 
 
 def load_rows(source: str, split: Optional[str] = None, limit: Optional[int] = None) -> list[Row]:
-    """Read the rows of a local file or of a hub dataset: one dict a row.
+    """Read the rows of a local file or of a hub dataset: one dict per row.
 
     Args:
         source: a path that ends in one of :data:`READERS`, or a hub dataset as ``owner/name`` or
-            ``owner/name:config``. JSON is one list, one object, or a row a line; ``.txt`` is one
-            row, ``text``.
+            ``owner/name:config``. JSON is one list, one object, or one row per line; ``.txt`` is
+            one row, ``text``.
         split: the split of a hub dataset; ``train`` when None.
-        limit: read only the first so many rows.
+        limit: read only this many rows, from the start.
 
     Raises:
-        WagleError: naming the file, and the line where there is one: missing, empty, malformed, of
-            an unknown kind, not in UTF-8, a broken archive.
+        WagleError: names the file, and the line if there is one, if the file is missing, empty,
+            malformed, of an unknown kind, not in UTF-8, or a damaged archive.
     """
     path = Path(source)
     if path.name.lower().endswith(READERS):
@@ -56,7 +56,7 @@ def load_rows(source: str, split: Optional[str] = None, limit: Optional[int] = N
 
 
 def spread(rows: list[T], count: Optional[int]) -> list[T]:
-    """So many of the rows, evenly spaced; all of them if there are no more, or for None.
+    """``count`` rows, evenly spaced; all rows if there are no more, or if ``count`` is None.
 
     >>> spread(list("abcde"), 2)
     ['a', 'c']
@@ -68,7 +68,7 @@ def spread(rows: list[T], count: Optional[int]) -> list[T]:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turn what a file raises that cannot be decoded or unpacked into a WagleError that names it."""
+    """Turn errors of reading, decoding or unpacking a file into a WagleError that names it."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -123,7 +123,7 @@ def _read_json(path: Path) -> Iterator[Row]:
 
 
 def _read_csv(path: Path) -> list[Row]:
-    """Rows of a CSV file; columns of texts are texts, whatever they look like."""
+    """Rows of a CSV file; text columns stay text, even if they look like numbers or dates."""
     import pyarrow
     from pyarrow import csv
 
@@ -160,7 +160,7 @@ class HubSet(NamedTuple):
 
     @property
     def patterns(self) -> list[str]:
-        """Where the rows may be in a copy of the repository, the likeliest first."""
+        """Where the rows may be in a copy of the repository, most likely first."""
         if self.file is not None:
             return [self.file, *self.aliases]
         names = [f"{self.split}{suffix}" for suffix in READERS] + [f"{self.split}-*-of-*.parquet"]
@@ -171,7 +171,7 @@ class HubSet(NamedTuple):
 
 
 def read_hub(hub_set: HubSet, limit: Optional[int] = None) -> list[Row]:
-    """Rows of a hub dataset; with a limit, it is streamed no further."""
+    """Rows of a hub dataset; with a limit, only these are streamed."""
     from datasets import load_dataset
 
     options: dict[str, Any] = {"split": hub_set.split}
@@ -190,7 +190,7 @@ def read_hub(hub_set: HubSet, limit: Optional[int] = None) -> list[Row]:
 
 
 def local_files(hub_set: HubSet, folder: Path) -> list[Path]:
-    """The files of a set in a folder of copies of repositories, or in a copy of its own."""
+    """The files of a set, in a folder of copies of repositories or in a copy of its repository."""
     for root in (folder / hub_set.short_name, folder):
         for pattern in hub_set.patterns:
             if files := sorted(root.glob(pattern)):
@@ -203,7 +203,7 @@ def read_set(
 ) -> Optional[list[Row]]:
     """The first ``limit`` rows of a set, from a folder or, without one, from the hub.
 
-    None if the folder does not have the set.
+    None if the folder has no such set.
     """
     if folder is None:
         return read_hub(hub_set, limit)

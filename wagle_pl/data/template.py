@@ -1,4 +1,4 @@
-"""From a row to tokens: prompt, answer, one end-of-sequence token, loss on the answer only."""
+"""Tokenise a row: prompt, answer, one end-of-sequence token, loss on the answer only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 DEFAULT_PROMPT = "### Question: {question}\n"
 DEFAULT_ANSWER = "### Answer: {answer}"
 
-#: The date that chat templates see in place of today's: the one of OpenUnlearning's configurations.
+#: The date that chat templates get instead of today's, as in OpenUnlearning's configurations.
 DATE = "10 Apr 2025"
 
 
@@ -58,13 +58,13 @@ class Template:
         place, fix = "the tokenizer's chat template", "give prompt_format too, or leave it out"
         if not self.uses_chat_template:
             unused = {"system_prompt": system_prompt, "chat_template_kwargs": chat_template_kwargs}
-            place = "a tokenizer that has none"
+            place = "a tokenizer that has no chat template"
             if prompt_format is not None:
                 place = "prompt_format, which takes its place"
             fix = "it is for a chat template; write it into prompt_format"
         for option, value in unused.items():
             if value is not None:
-                raise WagleError(f"{value!r} has no effect beside {place}: {fix}", option=option)
+                raise WagleError(f"{value!r} has no effect with {place}: {fix}", option=option)
         if self.uses_chat_template:
             self._set_variables(chat_template_kwargs or {})
             asked = [{"role": "user", "content": "?"}]
@@ -84,11 +84,11 @@ class Template:
 
     @property
     def _default_prefix(self) -> str:
-        """What stands before the answer; a space at its end is one token with the first word."""
+        """The text before the answer; a trailing space would be one token with the first word."""
         return self.answer_format.partition("{answer}")[0].rstrip(" ")
 
     def _set_variables(self, given: Mapping[str, Any]) -> None:
-        """Refuse variables that the chat template does not read, or cannot; stop its clock."""
+        """Set the chat template's variables and date; refuse variables that it does not read."""
         variables = {"date_string": DATE, **given}
         source = self.tokenizer.get_chat_template(tools=variables.get("tools"))
         read = {name for name in variables if re.search(rf"\b{re.escape(name)}\b", source)}
@@ -126,7 +126,7 @@ class Template:
         self.variables = variables
 
     def identity(self) -> str:
-        """Everything that decides the tokens, as text, for digests."""
+        """Everything that determines the tokens, as text, for digests."""
         fast = self.tokenizer.is_fast
         vocabulary = self.tokenizer.backend_tokenizer.to_str() if fast else repr(self.tokenizer)
         formats: Any = (self.prompt_format, self.answer_format)
@@ -140,9 +140,9 @@ class Template:
 
     @cached_property
     def prompts(self) -> dict[str, Any]:
-        """What stands around ``{question}`` and ``{answer}``, for records and to compare.
+        """The text around ``{question}`` and ``{answer}``, for records and comparisons.
 
-        None where the chat template refuses such a row.
+        Texts are None if the chat template refuses such a row.
         """
         try:
             prompt, answer = self._texts(Example("answered", "{question}", "{answer}"), None)
@@ -158,11 +158,11 @@ class Template:
         """``input_ids`` and ``labels`` of one row, of equal length; labels are -100 on the prompt.
 
         Args:
-            answer: takes the place of the row's own answer (a refusal, a perturbed answer).
+            answer: used instead of the row's own answer (a refusal, a perturbed answer).
 
         Raises:
-            WagleError: if no answer token that follows another is left within ``max_length``, the
-                row has no answer, or the chat template refuses it.
+            WagleError: if no predicted answer token is left within ``max_length``, the row has no
+                answer, or the chat template refuses the row.
         """
         if example.kind == "tokens":
             ids, labels = list(example.input_ids), list(example.labels)
@@ -187,16 +187,16 @@ class Template:
         if all(label == IGNORE for label in labels[1:]):
             if labels and labels[0] != IGNORE:
                 raise WagleError(
-                    "its only label is its first token, which no token before it predicts: give a "
-                    "longer text, or a prompt before the answer"
+                    "its only label is the first token, which nothing predicts: give a longer "
+                    "text, or a prompt before the answer"
                 )
             raise WagleError(
-                f"no answer token is left within max_length={self.max_length} tokens; raise it"
+                f"no answer token is left within max_length={self.max_length} tokens; increase it"
             )
         return {"input_ids": ids, "labels": labels}
 
     def encode_prompt(self, example: Example) -> list[int]:
-        """Token ids that a model goes on from: of a row of tokens, those before the first label."""
+        """Token ids to generate from; for a row of tokens, those before the first label."""
         if example.kind == "tokens":
             ids, labels = list(example.input_ids), example.labels
             return ids[: next((i for i, label in enumerate(labels) if label != IGNORE), len(ids))]
@@ -220,7 +220,7 @@ class Template:
         if example.kind == "prompt" and answer is None:
             null = "response" in example.row
             why = "'response' is null" if null else "there is a prompt and no answer"
-            raise WagleError(f"{why}: such rows can be generated from, not trained on or scored")
+            raise WagleError(f"{why}: such a row is for generation only, not for training")
         question = example.context + example.question
         if example.continuation:
             return question, example.answer if answer is None else following(question, answer)
@@ -242,13 +242,13 @@ class Template:
         start = full.find(given, len(prompt))  # behind what the template puts before an answer
         if not full.startswith(prompt) or start < 0:
             raise WagleError(
-                "the chat template rewrites the prompt once there is an answer; give prompt_format"
+                "the chat template changes the prompt when an answer follows; give prompt_format"
             )
         end = start + len(given)
         return full[:end], full[end:]
 
     def _chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
-        """Messages as the chat template renders them."""
+        """Render messages with the chat template."""
         from jinja2 import TemplateError  # which transformers needs for chat templates alone
 
         if self.system_prompt is not None and [m["role"] for m in messages[:1]] != ["system"]:
@@ -264,12 +264,12 @@ class Template:
         except (TemplateError, TypeError, ValueError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise WagleError(
-                f"the chat template refuses messages of the roles {roles} ({error}); "
+                f"the chat template refuses messages with the roles {roles} ({error}); "
                 "change the row, or give prompt_format for rows with questions"
             ) from None
 
     def _with_eos(self, ids: list[int]) -> list[int]:
-        """``ids`` to the first end-of-sequence token, which is added when there is none."""
+        """``ids`` up to the first end-of-sequence token, which is appended if missing."""
         eos = self.tokenizer.eos_token_id
         if eos is None:
             return ids

@@ -62,7 +62,7 @@ class Evaluate(Callback):
     first test set that is not finished.
 
     ``trainer.validate`` and ``trainer.fit`` measure the test sets that ``data.val`` names and log
-    them as ``val/<measure>``, which callbacks such as ``EarlyStopping`` can go by.
+    them as ``val/<measure>``, for callbacks such as ``EarlyStopping``.
 
     Args:
         suite: ``tofu``, ``muse``, ``wmdp``, ``copyright``, ``detox``, ``knowundo``, ``lume``,
@@ -71,37 +71,38 @@ class Evaluate(Callback):
         retrained: results of the model retrained without the forget set, on the same rows and
             prompts: a test's folder or ``metrics.json``, a model's folder with a test in it, or a
             result file published with TOFU or written by OpenUnlearning (``TOFU_EVAL.json``).
-        target: likewise of the model before unlearning; shown beside this one's.
-        reference: likewise of a reference model, for the reference attack of membership inference.
-        tofu_retrained: likewise of the retrained model, on whatever forget rows, for
+        target: results of the model before unlearning, in the same forms; shown for comparison.
+        reference: results of a reference model, in the same forms, for the reference attack of
+            membership inference.
+        tofu_retrained: results of the retrained model, in the same forms, on any forget rows, for
             ``tofu/forget_quality``: TOFU's script does not compare the questions.
         truth_ratio_form: ``geometric`` (TOFU's script) or ``arithmetic`` (its paper).
-        format: ``openunlearning`` also measures what OpenUnlearning does, and writes its
+        format: ``openunlearning`` also computes OpenUnlearning's measures, and writes its
             ``TOFU_EVAL.json`` and ``TOFU_SUMMARY.json`` or MUSE's.
-        generate: also generate answers; False saves most of the time, and what is measured on them.
+        generate: also generate answers; False saves most of the time, and leaves out their measures
         val_generate: also generate answers in validation.
-        max_new_tokens: longest generation, where the benchmark fixes none; a book's continuations
-            are generated to their own length at least.
-        paraphrased_questions: ask forget and retain rows with their ``paraphrased_question`` too,
+        max_new_tokens: longest generation, unless the benchmark sets it; a book's continuations are
+            generated at least to their own length.
+        paraphrased_questions: also ask forget and retain rows with their ``paraphrased_question``,
             as WAGLE's code does for its forget quality and accuracy on TOFU.
         toxicity_classifier: folder or hub id of a text classifier that reads the generations, such
             as ``unitary/toxic-bert``.
         gibberish_classifier: folder or hub id of a text classifier whose first label is clean text,
-            such as ``madhurjindal/autonlp-Gibberish-Detector-492513457``; reads what is generated
-            on rows to be forgotten.
+            such as ``madhurjindal/autonlp-Gibberish-Detector-492513457``; reads the answers
+            generated for forget rows.
         sentence_model: folder or hub id of a sentence-transformers model for accuracies by the
             nearest answer, such as WAGLE's ``paraphrase-MiniLM-L6-v2``; by likelihood when None.
-        gradient_norm: observe gradient norms for membership inference, by a backward pass a row.
-        robustness: attacks after the test, see :mod:`wagle_pl.evaluation.attacks`, on ``target``
-            and ``retrained`` too where they are models: ``all``, or a list of ``Relearn``,
+        gradient_norm: record gradient norms for membership inference; one backward pass per row.
+        robustness: attacks after the test, see :mod:`wagle_pl.evaluation.attacks`, also on
+            ``target`` and ``retrained`` if they are models: ``all``, or a list of ``Relearn``,
             ``Quantise``, ``Paraphrase``, ``TranslatedStyle``, ``InContext``, ``Sample``, ``Probe``
             or class paths, each with its options if any. Written to ``robustness.json``.
-        bootstrap: so many times the rows of each set are drawn anew, with replacement, for 95 %
-            intervals of the measures in ``metrics.info.json``.
+        bootstrap: number of bootstrap samples of each set's rows, for 95 % intervals of measures
+            in ``metrics.info.json``.
         lm_eval: tasks of lm-evaluation-harness (an extra) for general ability, e.g. ``[mmlu,
             arc_easy]``, or folders with task YAMLs.
-        lm_eval_shots: worked examples before each of its questions; the task's own when None.
-        lm_eval_limit: only the first so many rows of each of its tasks.
+        lm_eval_shots: number of few-shot examples in these tasks; each task's own when None.
+        lm_eval_limit: use only this many rows of each of these tasks, from the start.
     """
 
     suite: Optional[str] = None

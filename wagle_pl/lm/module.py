@@ -59,7 +59,7 @@ class StreamData(Protocol):
 
 
 class LanguageModule(L.LightningModule):
-    """Loads a causal language model and says, in checkpoints and records, what it is.
+    """Loads a causal language model and records in checkpoints and results which model it is.
 
     Test and validation batches go to :attr:`evaluation`, which
     :class:`wagle_pl.evaluation.Evaluate` sets; they pass through this module's steps so that the
@@ -68,9 +68,9 @@ class LanguageModule(L.LightningModule):
     Args:
         model: hub id, folder in Hugging Face format or GGUF file of the model; in Python also a
             loaded Hugging Face model, which is changed in place.
-        output: what the run writes.
+        output: file or folder that the run writes.
         overwrite: replace an existing output.
-        attn_implementation: what computes attention, as transformers names it: ``sdpa``, ``eager``,
+        attn_implementation: attention kernel, by transformers' name: ``sdpa``, ``eager``,
             ``flash_attention_2``, ...; transformers' own choice when None. On a CPU ``eager``
             trains short rows faster.
     """

@@ -1,7 +1,7 @@
 """``WeightMask``: which weights of one model are selected, as a value.
 
-On disk a mask is a safetensors file with one ``uint8`` tensor a parameter, its packed bits, and in
-the metadata the shapes, what made it and the fingerprint of the model it belongs to.
+On disk a mask is a safetensors file with the packed bits of each parameter as a ``uint8`` tensor.
+Its metadata hold the shapes, how the mask was made, and the fingerprint of the model it is for.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ def mask_path(path: str | Path) -> Path:
 
 
 def expected_jaccard(density: float, other: float) -> float:
-    """Jaccard overlap pq / (p + q − pq) to expect of two independent random masks of many weights."""
+    """Expected Jaccard overlap pq / (p + q − pq) of two independent, large random masks."""
     both = density * other
     return both / (density + other - both) if both else 0.0
 
 
 class WeightMask:
-    """A bit for every weight of a model, tied weights once: selected (may move) or frozen.
+    """One bit for every weight of a model, tied weights once: selected (trainable) or frozen.
 
     Args:
         packed: parameter name -> packed bits, see :func:`~wagle_pl.masks.bits.pack_bits`.
         shapes: parameter name -> shape, in the model's parameter order.
-        metadata: what made the mask, for JSON; ``model_fingerprint`` is checked before use.
+        metadata: how the mask was made, for JSON; ``model_fingerprint`` is checked before use.
 
     >>> mask = WeightMask.from_bools({"a": torch.tensor([[True, False], [False, True]])})
     >>> mask.density, mask["a"].shape
@@ -103,11 +103,11 @@ class WeightMask:
         shapes: Optional[Shapes] = None,
         metadata: Optional[Mapping[str, Any]] = None,
     ) -> WeightMask:
-        """The mask of a ``{name: tensor of 0 and 1}`` dict that ``torch.save`` wrote; no code runs.
+        """The mask of a ``{name: tensor of 0 and 1}`` dict of ``torch.save``; runs no code of it.
 
         Args:
-            shapes: parameter name -> shape of the model it is for, which are checked.
-            metadata: of the model: ``model`` and ``model_fingerprint``.
+            shapes: parameter name -> shape in the model it is for, against which the file is checked.
+            metadata: ``model`` and ``model_fingerprint`` of that model.
         """
         path = Path(path)
         if not path.is_file():
@@ -117,14 +117,14 @@ class WeightMask:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
             raise WagleError(
-                f"{path} is no file that torch.load(weights_only=True) reads: {first_line(error)}"
+                f"torch.load(weights_only=True) cannot read {path}: {first_line(error)}"
             ) from None
         if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
             raise WagleError(f"{path} holds no {{parameter name: bool tensor}} dict")
         packed = {}
         for name, tensor in found.items():
             if not ((tensor == 0) | (tensor == 1)).all():
-                raise WagleError(f"{path}: {name} holds other values than 0 and 1: it is no mask")
+                raise WagleError(f"{path}: {name} has values other than 0 and 1: not a mask")
             packed[name] = pack_bits(tensor.bool())
         made_by = {**(metadata or {}), "operation": "import", "file": path.name}
         mask = cls(packed, {name: tensor.shape for name, tensor in found.items()}, made_by)
@@ -134,7 +134,7 @@ class WeightMask:
         return mask
 
     def random_like(self, seed: int) -> WeightMask:
-        """As many selected weights as here, spread uniformly at random over all weights."""
+        """A mask with as many selected weights, chosen uniformly at random from all weights."""
         if seed < 0:
             raise WagleError(f"seed must be 0 or more, got {seed}")
         sizes = {name: prod(shape) for name, shape in self.shapes.items()}
@@ -145,7 +145,7 @@ class WeightMask:
         """The same bits for another model with the same parameters.
 
         Args:
-            shapes: parameter name -> shape of that model, which are checked.
+            shapes: parameter name -> shape in that model; must equal this mask's.
             made_for: its ``model`` and ``model_fingerprint``.
         """
         self.check(shapes)
@@ -156,11 +156,11 @@ class WeightMask:
 
     @classmethod
     def load(cls, path: str | Path) -> WeightMask:
-        """Open a mask file; tensors are read when they are asked for."""
+        """Open a mask file; tensors are read on demand."""
         given, path = Path(path), mask_path(path)
         if not path.is_file() and given.is_file():
             raise WagleError(
-                f"{given} is no {SUFFIX} file: for a mask that torch.save wrote, run wagle mask "
+                f"{given} is not a {SUFFIX} file: convert a mask of torch.save with wagle mask "
                 f"convert {given} -o {given.with_suffix(SUFFIX)}"
             )
         if given.is_dir():
@@ -182,7 +182,7 @@ class WeightMask:
         return mask
 
     def save(self, path: str | Path) -> Path:
-        """Write the mask file, whole or not at all; return its path, with the suffix."""
+        """Write the mask file atomically; return its path, with the suffix."""
         path = mask_path(path)
         header = {
             "format": FORMAT,
@@ -206,7 +206,7 @@ class WeightMask:
             return upload(file, repo_id, card_of(model, "wagle_pl", text), **options)
 
     def to_torch(self, path: str | Path) -> Path:
-        """Write a ``{name: bool tensor}`` dict with ``torch.save``, whole or not at all."""
+        """Write a ``{name: bool tensor}`` dict with ``torch.save``, atomically."""
         with atomic_path(Path(path)) as temporary:
             torch.save({name: self[name] for name in self}, temporary)
         return Path(path)
@@ -219,8 +219,8 @@ class WeightMask:
         spare = 8 * tensor.numel() - size
         if not 0 <= spare < 8 or (spare and int(tensor[-1]) >> 8 - spare):
             raise WagleError(
-                f"{self.label}, tensor {name}: bits beyond the last weight are set, or it has "
-                "another number of bytes than its shape; the mask is damaged"
+                f"{self.label}, tensor {name}: its bytes do not match its shape, or bits beyond "
+                "the last weight are set; the mask is damaged"
             )
         return tensor
 
@@ -229,7 +229,7 @@ class WeightMask:
         return unpack_bits(self.packed(name), self.shapes[name])
 
     def part(self, name: str, start: int, stop: int) -> Tensor:
-        """(stop − start,) bool: consecutive bits of one parameter, flattened; only these are read."""
+        """(stop − start,) bool: consecutive bits of one flattened parameter; unpacks only these."""
         return unpack_part(self.packed(name), start, stop)
 
     @property
@@ -298,7 +298,7 @@ class WeightMask:
         return {group: self._shares(key_of) for group, key_of in groups.items()}
 
     def grid(self) -> dict[str, dict[str, float]]:
-        """Share selected as ``{layer: {module label: share}}``, of what is in no layer as ``other``."""
+        """Share selected as ``{layer: {module label: share}}``; what is in no layer is ``other``."""
 
         def cell(name: str) -> tuple[str, str]:
             layer, module = _layer_key(name), module_type_of(name)
@@ -311,12 +311,12 @@ class WeightMask:
 
     @property
     def label(self) -> str:
-        """How messages name the mask."""
+        """Name of the mask in messages."""
         return f"mask {self.source}" if self.source else "mask"
 
     @property
     def origin(self) -> str:
-        """What made the mask, in a few words."""
+        """How the mask was made, in a few words."""
         return describe_origin(self.metadata)
 
     @property

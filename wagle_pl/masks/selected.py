@@ -1,27 +1,26 @@
 """Selected weights as the only parameters of a model: why a frozen weight cannot move.
 
-:class:`SelectedWeights` changes how a model holds its weights while it is trained. Each tensor
-becomes two things: the *dense* tensor, which is no parameter and no buffer, and a 1-D parameter,
-the *values* of its selected weights, in fp32 whatever the dtype of the model.
+:class:`SelectedWeights` changes how a model stores its weights during training. Each weight tensor
+is split into the *dense* tensor, which is neither a parameter nor a buffer, and a 1-D parameter,
+the *values* of its selected weights, in fp32 for any dtype of the model.
 
 * In the forward pass a layer reads ``weight`` and gets the dense tensor. If the values have
   changed, they are written into the dense tensor first, rounded to its dtype.
 * In the backward pass the gradient of the dense tensor is computed as always; its selected entries
   become the gradient of the values, and the rest is freed.
-* So an optimiser, weight decay, clipping, noise, an averaging callback or a communication hook sees
-  values alone. A frozen weight is in no list that any of them goes through: it is never read, and
-  nothing but the values is written.
-* A NaN in the values or in their gradient reaches selected weights alone.
+* So optimiser, weight decay, clipping, noise, averaging callbacks and communication hooks see only
+  the values. They have no reference to frozen weights, so they can neither read nor write them.
+* A NaN in the values or in their gradient reaches only selected weights.
 * The values and the optimiser's state are fp32 under ``bf16-true`` too, so that steps smaller than
   half a unit in the last place of bf16 add up. The model's weights are the rounded values.
 * A checkpoint holds the values. The dense tensor comes from the base model's files.
 
-Values take 4 bytes, their places 4, and so do their gradients. With ``split`` a bf16 weight is the
-upper half of its value and only the 16 bits below are kept beside it; places are kept as one bit a
-weight, and gradients in bf16: for masks that select nearly all of a model.
+A value, its index and its gradient take 4 bytes each. With ``split``, for masks that select nearly
+all of a model, the bf16 weight is the upper half of the value, so only the lower 16 bits are stored
+in addition; indices take one bit per weight, and gradients are bf16.
 
-:meth:`SelectedWeights.release` writes the values once more and gives the model its ordinary
-parameters back.
+:meth:`SelectedWeights.release` writes the values a last time and restores the model's ordinary
+parameters.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import place
 from wagle_pl.masks.selected_tensor import SelectedTensor
 
-#: What the parameter of a tensor's selected weights is called: the tensor's name and this.
+#: Suffix of the name of a tensor's selected values, after the tensor's own name.
 SUFFIX = "_selected"
 
 

@@ -187,14 +187,14 @@ def locate(
 
 @dataclass(kw_only=True, eq=False)
 class Plants:
-    """Rows trained into known weights of a model that never saw them, and which scores find these.
+    """Train rows into known weights of a model that never saw them; check which scores find these.
 
-    For each plant and seed the forget rows are trained in, together with retain rows, with only the
-    plant's weights free, until the model recalls them. Every score then ranks the weights of that
-    model, and of the model before, which says what a score prefers anyway. The output folder holds
-    ``plants.parquet`` (a row a plant, seed and score), ``plants.md``, and for each plant and seed
-    the model and ``plant.safetensors``, the mask of its weights: a study of the model may take it
-    as a mask. A command that is started again goes on where it was.
+    A *plant* is a set of weights. For each plant and seed the model is trained on forget and retain
+    rows, with all weights outside the plant frozen, until it recalls the forget rows. Every score
+    then ranks the weights of that model, and, as a baseline, of the model before planting. The
+    output folder holds ``plants.parquet`` (one line per plant, seed and score), ``plants.md``, and
+    for each plant and seed the model and ``plant.safetensors``, the mask of the plant, which a
+    study of that model can use. A command that is started again continues.
 
     Args:
         model: hub id, folder or GGUF file of a model that never saw the forget rows: the retrained
@@ -204,17 +204,17 @@ class Plants:
         plants: where to plant -> how much: random (a share of all weights), block (MLPs of so many
             blocks), heads (columns of o_proj of so many heads), spread (a share of the neurons of
             every MLP), or a mask file of the model (any number).
-        scores: as the masks of a study: a score, or options: score, hessian and others as
-            attribution has them, name.
-        seeds: of the plants' weights and of the order of rows.
-        recall: probability of the forget rows' answers at which planting ends.
+        scores: as the masks of a study: a score, or options: score, name, hessian and other options
+            of attribution.
+        seeds: random seeds of the choice of weights and of the order of rows.
+        recall: planting stops when the forget answers have this probability.
         lr: learning rate of planting.
-        steps: the most optimiser steps of planting.
-        points: how many times within these the probability is tested.
-        retain_weight: factor of the retain rows' loss in planting.
-        batch_size: pairs a step; the data module's own when not given.
-        limit_test: rows of each test set.
-        module: options of UnlearnModule and of Evaluate.
+        steps: maximum number of optimiser steps of planting.
+        points: number of tests of the probability within these steps.
+        retain_weight: weight of the loss on retain rows in planting.
+        batch_size: pairs of rows per step; the data module's own when not given.
+        limit_test: use only this many rows of each test set.
+        module: options of UnlearnModule and Evaluate.
         trainer: options of Lightning's Trainer, such as precision, accelerator.
     """
 

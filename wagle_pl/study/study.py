@@ -65,54 +65,55 @@ FORMAT_VERSION = 1
 class Study:
     """A grid of objectives, masks, learning rates and seeds over one target model.
 
-    Every run is tested along its way, and arms (an objective with a mask) are compared at equal
-    forgetting. The output folder holds ``study.parquet`` (a row a run and test point), what was
-    found as ``study.json``, ``study.md`` and ``study.svg``, the masks, and the results of target
-    and retrained model. A study that is started again goes on where it was, and runs what is new.
+    Every run is tested several times, and arms (an objective with a mask) are compared at equal
+    forgetting. The output folder holds ``study.parquet`` (one line per run and test point), the
+    comparison as ``study.json``, ``study.md`` and ``study.svg``, the masks, and the results of
+    target and retrained model. A study that is started again continues, and adds what is new.
 
     Args:
-        target: hub id, folder or GGUF file of the model that is to forget.
+        target: hub id, folder or GGUF file of the model to unlearn.
         output: folder of the study.
         data: the data module: class_path and init_args, or --data CLASS --data.option VALUE.
         retrained: the model trained without the forget rows, which sets the level of forgetting
             unless forget_level does.
-        objectives: names (NPO, GradDiff, PO, ...), or class_path, init_args (a list of numbers makes
-            an objective of each), name, and step_rule, optimizer and learning_rates of its own.
+        objectives: names (NPO, GradDiff, PO, ...), or options: class_path, init_args (a list of
+            numbers makes one objective per number), name, and its own step_rule, optimizer and
+            learning_rates.
         masks: dense, lora, a score (wagle, random, ...), or options: score, density (or a list of
-            them) and others as attribution has them; adapter (class_path and init_args of a LoRA);
-            file, a mask file; name; learning_rates of its own.
-        learning_rates: the same for every mask.
-        seeds: of the order of rows, of refusals, of dropout, and of random masks.
-        steps: optimiser steps of a run.
-        epochs: passes over the forget rows, in place of steps; 5 if neither is given.
-        batch_size: pairs a micro-batch; the data module's own when not given.
-        accumulate: micro-batches a step.
+            them) and other options of attribution; adapter (class_path and init_args of a LoRA);
+            file, a mask file; name; its own learning_rates.
+        learning_rates: learning rates, the same for every mask.
+        seeds: random seeds of the order of rows, of refusals, of dropout, and of random masks.
+        steps: optimiser steps per run.
+        epochs: passes over the forget rows, instead of steps; 5 if neither is given.
+        batch_size: pairs of rows per micro-batch; the data module's own when not given.
+        accumulate: micro-batches per step.
         optimizer: name, or class_path and init_args; its lr comes from learning_rates.
-        points: how many times a run is tested along its way, the last time at its end.
-        along: what tests before the last one measure: all the suite has, or only the probability of
-            the answers of the test sets that forget and utility name, which is much faster.
-        until_level: a run ends at the first test that finds the level of forgetting reached.
+        points: number of tests per run, the last one at its end.
+        along: what tests before the last one measure: all of the suite, or only answers: the
+            probability of answers in the test sets of forget and utility, which is much faster.
+        until_level: stop a run at the first test at which the level of forgetting is reached.
         forget: forget measure, as <test set>/<measure>.
         utility: utility measure; model_utility if every test has it, else retain/probability.
-        forget_level: value of the forget measure at which utilities are compared, in place of the
+        forget_level: value of the forget measure at which utilities are compared, instead of the
             retrained model's.
-        generate: whether tests also generate answers: always, at the end of a run only, or never.
-        limit_test: rows of each test set.
-        module: options of UnlearnModule and of Evaluate, such as warmup, suite, max_new_tokens.
+        generate: when tests also generate answers: always, at the end of a run only, or never.
+        limit_test: use only this many rows of each test set.
+        module: options of UnlearnModule and Evaluate, such as warmup, suite, max_new_tokens.
         trainer: options of Lightning's Trainer, such as precision, accelerator, gradient_clip_val.
-        sampler: which runs come next: all of the grid, or those that optuna suggests, by what the
-            finished ones kept at equal forgetting, with all seeds of one after another.
-        budget: how many runs to make at most, those finished included; all of the grid by default.
-        attacks: attack every model that reaches the level (with until_level), as the option
+        sampler: which runs to make: the whole grid, or those that optuna suggests from the utility
+            of finished runs at equal forgetting; each suggestion is run with all seeds.
+        budget: maximum number of runs, including finished ones; the whole grid by default.
+        attacks: attack every model that reaches the level (needs until_level), as the option
             robustness of a test does: all, or a list of Relearn, Quantise, Sample, Probe, ... or
-            class_path and init_args; what comes back is compared at equal forgetting, beside the
-            target's and the retrained model's under the same attacks.
-        only: run only these objectives or masks, by their names in the tables, in this sitting,
-            e.g. NPO or '[NPO, dense, wagle 0.2]'.
-        hours: start no new run after so many hours of this sitting; 0 only writes the tables.
-        keep_models: keep every unlearned model, under models/<run>.
-        join: folders of the same study whose finished runs are taken over: pieces (only) that ran
-            on other machines, e.g. '[runs/one, runs/two]'.
+            class_path and init_args. What comes back is compared at equal forgetting, also with the
+            target and the retrained model under the same attacks.
+        only: this time run only these objectives or masks, by their names in the tables, e.g. NPO
+            or '[NPO, dense, wagle 0.2]'.
+        hours: start no new run after so many hours; 0 only writes the tables.
+        keep_models: keep every unlearned model, in models/<run>.
+        join: folders of the same study, run on other machines with only, whose finished runs are
+            imported, e.g. '[runs/one, runs/two]'.
     """
 
     target: str

@@ -62,18 +62,18 @@ class FinetuneModule(LanguageModule):
         warmup: linear warm-up, unless ``--lr_scheduler`` is given: a share (below 1) or a number of
             steps.
         decay: after warm-up, ``linear`` to zero or ``constant``.
-        lr_interval: whether a scheduler of ``--lr_scheduler`` steps each ``epoch`` or each ``step``.
+        lr_interval: a scheduler of ``--lr_scheduler`` is stepped every ``epoch`` or every ``step``.
         gradient_checkpointing: recompute activations: less memory, about a third more time.
-        compile: have ``torch.compile`` make one program of each block: faster steps after the first
-            ones, which take minutes; not under ZeRO-3.
-        packing: run the rows of a batch one after the other, without padding; refused where the
-            model's attention does not keep them apart.
-        values: how weights that move are kept under ``bf16-true``: in ``fp32`` beside the model's
-            own, 16 to 20 bytes a weight with AdamW; or ``split``, on one device: the 16 bits that
-            bf16 lacks, and gradients in bf16, 12 bytes (6 with an optimiser of 8 bits), slower.
-        output_dtype: ``float32`` writes values as they are trained; null rounds them to the dtype of
+        compile: compile each block with ``torch.compile``: the first steps take minutes, later ones
+            are faster; not under ZeRO-3.
+        packing: concatenate the rows of a batch instead of padding them; refused if the model's
+            attention cannot keep rows apart.
+        values: format of the selected weights under ``bf16-true``: an ``fp32`` copy, 16 to 20 bytes
+            per weight with AdamW; or ``split``, on one device: only the 16 bits that bf16 lacks,
+            and gradients in bf16, 12 bytes (6 with an 8-bit optimiser), slower.
+        output_dtype: ``float32`` writes the trained fp32 values; null rounds them to the dtype of
             the base model.
-        lr: learning rate of the optimiser, whichever it is; that of ``--optimizer`` when None.
+        lr: learning rate, for any optimiser; that of ``--optimizer`` when None.
     """
 
     task = "finetuning"  # as ``wagle plan`` names it

@@ -35,32 +35,33 @@ log = logging.getLogger(__name__)
 
 
 class UnlearnModule(FinetuneModule):
-    """Unlearning: minimise an objective while only the selected weights may move.
+    """Unlearning: minimise an objective by updating only the selected weights.
 
-    Frozen weights stay bit-identical to the starting model whatever the optimiser; the run checks
-    that at its end. Log-probabilities at θ₀ that an objective needs are computed once, kept in
-    ``.references`` beside the output, and reused by later runs on the same model and data.
+    Frozen weights stay bit-identical to the starting model with any optimiser; the run checks that
+    at its end. Log-probabilities at θ₀ that an objective needs are computed once, kept in
+    ``.references`` next to the output, and reused by later runs on the same model and data.
 
     Args:
         model: hub id, folder in Hugging Face format or GGUF file of the target model.
         output: folder to write the unlearned model to, in Hugging Face format.
         objective: ``NPO``, ``GradDiff``, ``PO``, another class of :mod:`wagle_pl.objectives.forget`
-            or a class path; options carry over to a class that replaces it and has them too.
-        mask: mask file that attribution wrote for this model; null is dense unlearning.
-        modules: only weights in these may move (and in the mask), e.g. ``[mlp, self_attn.q_proj]``.
-        layers: only weights in these layers may move (and in the mask), e.g. ``3-7`` or ``0,2,5-9``.
+            or a class path; a class that replaces it keeps the options that both have.
+        mask: mask file that attribution wrote for this model; null trains all weights (dense).
+        modules: train only weights in these (and in the mask), e.g. ``[mlp, self_attn.q_proj]``.
+        layers: train only weights in these layers (and in the mask), e.g. ``3-7`` or ``0,2,5-9``.
         step_rule: ``SAM``, ``MUDMAN``, ``RepSelect``, another class of
-            :mod:`wagle_pl.unlearning.step_rules` or a class path: another gradient than the
-            objective's, from more passes a step or from parts of it; on one device.
-        adapter: ``LoRA`` trains low-rank adapters in place of the weights, without any of the above.
-        clip_scope: whose gradient norm ``trainer.gradient_clip_val`` bounds: of the ``selected``
+            :mod:`wagle_pl.unlearning.step_rules` or a class path: changes the gradient of
+            the objective, with more passes per step or with parts of it; one device only.
+        adapter: ``LoRA`` trains low-rank adapters instead of the weights; not with mask, modules or
+            layers.
+        clip_scope: ``trainer.gradient_clip_val`` bounds the gradient norm of the ``selected``
             weights, or of ``all``, as in WAGLE's code (keeps dense gradients; not under ZeRO).
         verify: when to check that frozen weights are bit-identical to θ₀: at the ``end``, after
             each ``step``, or never (``off``).
         reference_logits: where predictions at θ₀ come from (for ``KL``, ``UNDIAL``, retain ``kl``):
-            ``frozen_copy`` is exact, and takes a forward pass a step and memory for what moves;
-            ``top_k`` computes them once, and keeps the most probable tokens.
-        top_k: how many tokens ``reference_logits: top_k`` keeps.
+            ``frozen_copy`` is exact, and takes a forward pass per step and a copy of the
+            selected weights; ``top_k`` computes them once, and keeps the most probable tokens.
+        top_k: number of tokens that ``reference_logits: top_k`` keeps.
     """
 
     task = "unlearning"
