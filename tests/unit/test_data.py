@@ -149,8 +149,8 @@ def said(content, role="user"):
         ({"question": ["a"], "answer": "b"}, "'question' is a list, not a text"),
         ({"question": "a", "answer": {"text": "b"}}, "'answer' is a dict, not a text"),
         ({"question": "a", "choices": "bc", "label": 0}, "'choices' must be a list of texts"),
-        ({"question": "a", "choices": ["b", "c"], "label": 0.5}, "label 0.5 is no index"),
-        ({"question": "a", "choices": ["b", "c"], "answer": 2}, "label 2 is no index"),
+        ({"question": "a", "choices": ["b", "c"], "label": 0.5}, "label 0.5 is not an index"),
+        ({"question": "a", "choices": ["b", "c"], "answer": 2}, "label 2 is not an index"),
         ({"input_ids": [1], "labels": []}, "'labels' is empty"),
         (
             {"input_ids": [1, -3], "labels": [-100, 2]},

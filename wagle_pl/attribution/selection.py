@@ -1,8 +1,8 @@
 """Exact selection of the highest-ranked share of N weights, without a sort, gather or copy of N.
 
-The bits of a float, read as an integer, order like the float. Two passes of counting, over the
-upper and then the lower sixteen bits, find the exact value of the k-th in order; a last pass writes
-the bits. Counts of several ranks add up, and several densities share their passes.
+The bits of a float, read as an integer, have the order of the floats. Two counting passes, over the
+upper and then the lower sixteen bits, find the exact k-th value; a last pass writes the mask's bits.
+Counts of several ranks are added, and several densities share the passes.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _INFINITE = 0x7F80  # upper sixteen bits of the first float that is not finite
 Scope = Literal["global", "tensor", "row"]
 
 #: (parameter name, its float32 scores in its shape) for every eligible parameter, in parameter
-#: order. Called once a pass and the same each time. With several ranks each gives its own rows.
+#: order. Called once per pass, with the same result each time. Each rank yields its own rows.
 Scores = Callable[[], Iterable[tuple[str, Tensor]]]
 
 
 class Ranking(NamedTuple):
-    """How scores become an order: by absolute value or not, from the highest or from the lowest."""
+    """Order of scores: by absolute value or by value, highest or lowest first."""
 
     absolute: bool = True
     low: bool = False
@@ -46,7 +46,7 @@ HIGHEST = Ranking()
 
 
 def exact_count(density: Union[float, Fraction], total: int) -> int:
-    """⌊density · total⌋ of the number as it is written: in binary, 0.29 of 100 would be 28.
+    """⌊density · total⌋ with the density as written in decimal: in binary, 0.29 · 100 would give 28.
 
     >>> exact_count(0.29, 100), int(0.29 * 100)
     (29, 28)
@@ -93,12 +93,12 @@ def select_each(
         scores: of the N eligible weights.
         densities: shares of weights, in (0, 1].
         ranking: largest absolute value first by default.
-        scope: what competes: all weights (``global``), those of a ``tensor``, or those of a ``row``
-            (a vector along the last dimension). Of the weights up to the end of each tensor or row,
-            in parameter order, exactly ⌊density · their number⌋ are selected: each gets its share
-            to within one weight, and the total is exact.
-        shards: with several ranks, which rows of each parameter this one scores. Iteration is then
-            collective, and the bits are of those rows.
+        scope: rank all weights together (``global``), within each ``tensor``, or within each
+            ``row`` (a vector along the last dimension). Up to the end of each tensor or row, in
+            parameter order, exactly ⌊density · number of weights so far⌋ are selected: each gets
+            its share to within one weight, and the total is exact.
+        shards: with several ranks, the rows of each parameter that this rank scores. Iteration is
+            then collective, and yields the bits of those rows.
 
     Yields:
         (parameter name, packed bits for each density), see :func:`wagle_pl.masks.bits.pack_bits`.
@@ -115,7 +115,7 @@ def select_each(
 
 
 def _wanted(densities: Sequence[float], total: int) -> list[int]:
-    """How many of all weights each density selects."""
+    """Number of weights that each density selects."""
     wanted = [exact_count(density, total) for density in densities]
     for density, count in zip(densities, wanted, strict=True):
         if not count:

@@ -1,4 +1,4 @@
-"""``Objective``: what every forget term has in common, and weights that change during a run."""
+"""``Objective``: the base class of all forget terms, and schedules of the terms' weights."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from wagle_pl.objectives.streams import Streams
 
 
 class Schedule:
-    """A number that depends on how far the run is. On the command line: ``cosine:1->0.1@0.5``.
+    """A number that changes during a run. On the command line: ``cosine:1->0.1@0.5``.
 
     Args:
-        kind: ``linear`` and ``cosine`` go from ``start`` to ``end``; ``step`` jumps.
+        kind: ``linear`` and ``cosine`` go from ``start`` to ``end``; ``step`` jumps to ``end``.
         start: value at the first step.
         end: value from ``until`` on.
-        until: share of the run after which ``end`` is reached, in (0, 1].
+        until: share of the run, in (0, 1], at which ``end`` is reached.
 
     >>> ramp = Schedule("linear", 0.0, 2.0)
     >>> ramp(0.0), ramp(0.25), ramp(1.0)
@@ -60,7 +60,7 @@ class Schedule:
 
 Weight = Union[float, str, Schedule]
 
-#: What an objective is the sum of.
+#: The terms whose weighted sum is the objective.
 TERMS = ("forget_loss", "retain_loss", "penalty")
 
 
@@ -95,19 +95,19 @@ class Objective(ABC):
     Args:
         forget_weight: factor of the forget term: a number, or a schedule over the run such as
             ``linear:0->1``, ``cosine:1->0.1`` or ``step:1->0@0.5`` (from half of the steps on).
-        retain_weight: factor of the retain term, likewise; 0 leaves it out (no retain rows are
-            needed then).
+        retain_weight: factor of the retain term, in the same forms; with 0 there is no retain term,
+            and no retain rows are needed.
         retain: the retain term: ``nll``, ``kl`` (to θ₀), ``hidden_mse`` (of a block, to θ₀),
             ``none``, or a class path to a :class:`~wagle_pl.objectives.RetainTerm`.
         average: ``rows`` takes the mean over a row's tokens, then over rows; ``tokens`` the mean
             over all answer tokens of the global batch, as OpenUnlearning and the Hugging Face
-            Trainer do. Terms of whole answers (NPO, SimNPO, DPO) and of hidden states are means
-            over rows either way.
+            Trainer do. Terms of whole answers (NPO, SimNPO, DPO) and of hidden states are always
+            means over rows.
     """
 
     #: Whether the forget term is a mean over answer tokens, for ``average: tokens``.
     by_token: ClassVar[bool] = False
-    skip_first: ClassVar[int] = 0  # how many of an answer's first tokens it leaves out
+    skip_first: ClassVar[int] = 0  # number of first tokens of an answer that it leaves out
     #: Streams that the forget term reads: ``forget``; or the same rows with another answer,
     #: ``refusal`` or ``alternate``.
     forget_streams: ClassVar[tuple[str, ...]] = ("forget",)

@@ -1,15 +1,15 @@
-"""What an objective sees of a batch: the :class:`Answers` of each of its :class:`Streams`.
+"""An objective's view of a batch: the :class:`Answers` of each of its :class:`Streams`.
 
-What θ₀ says, for objectives that compare with it, they see in one of three ways, the cheapest first:
+Objectives that compare with θ₀ get its predictions in one of three ways, the cheapest first:
 
-* *sums* (NPO, DPO): one log-probability a row, computed once before the first step, so that no
+* *sums* (NPO, DPO): one log-probability per row, computed once before the first step, so that no
   second model is kept;
 * *top k* (KL, UNDIAL with ``reference_logits: top_k``): the most probable tokens of each answer
   token, :class:`TopK`, likewise computed once;
-* *a frozen copy* (whole predictions, and hidden states): one more forward pass a step, see
+* *a frozen copy* (whole predictions, and hidden states): one more forward pass per step, see
   :meth:`wagle_pl.masks.selected.SelectedWeights.at_theta0`.
 
-Sums and top k are kept in files named by what they depend on: model, tokens, precision.
+Sums and top k are stored in files whose names depend on model, tokens and precision.
 """
 
 from __future__ import annotations
@@ -49,26 +49,26 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Answers:
-    """What a model says about the answers of one stream's batch, computed when asked for.
+    """A model's predictions for the answers of one stream's batch, computed on demand.
 
     B is the number of rows, T their length in tokens, V the vocabulary, and N the number of answer
     tokens of the whole batch, row after row.
     """
 
-    predicted: Predictions  # at the N places that predict an answer token
-    labels: Tensor  # (B, T), -100 where nothing is to be predicted
-    places: Tensor  # (N,) these places, in (B, T) flattened
-    #: (B,) summed log-probability at θ₀; of streams that the objective lists in ``references``.
+    predicted: Predictions  # at the N positions that predict an answer token
+    labels: Tensor  # (B, T), -100 where nothing is predicted
+    places: Tensor  # (N,) positions of these predictions in the flattened (B, T)
+    #: (B,) summed log-probability at θ₀; only for streams in the objective's ``references``.
     reference: Optional[Tensor] = None
-    rows: Optional[Tensor] = None  # (B,) index of each row in its set, where it is known
-    #: Block -> (B, T, d), its output; of those that the objective names in ``hidden_layers``.
+    rows: Optional[Tensor] = None  # (B,) index of each row in its set, if known
+    #: Block -> (B, T, d), its output; only for the objective's ``hidden_layers``.
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
-    #: Gives the same answers at θ₀, see :attr:`theta0`.
+    #: Computes the same answers at θ₀, see :attr:`theta0`.
     run_theta0: Optional[Callable[[], Answers]] = None
-    #: Predictions at θ₀ in its place, see :meth:`beside_theta0`.
+    #: Stored predictions at θ₀, used instead of it, see :meth:`beside_theta0`.
     top_k: Optional[TopK] = None
-    #: At all (B · T,) places, and (B, T), 0 where a row is padded; of streams that the objective
-    #: names in ``whole_streams``.
+    #: Predictions at all (B · T,) positions, and (B, T) attention mask, 0 at padding; only for the
+    #: objective's ``whole_streams``.
     everywhere: Optional[Predictions] = None
     attention: Optional[Tensor] = None
 
@@ -99,8 +99,8 @@ class Answers:
 
     @property
     def predictions(self) -> Tensor:
-        """(N, V) logits that predict the answer tokens, in fp32, whole: prefer
-        :func:`~wagle_pl.lm.inference.in_chunks` of ``predicted``."""
+        """(N, V) logits that predict the answer tokens, in fp32, all at once; to save memory, use
+        :func:`~wagle_pl.lm.inference.in_chunks` on ``predicted``."""
         return self.predicted.logits()
 
     @cached_property
@@ -109,12 +109,12 @@ class Answers:
         return self.labels.flatten().index_select(0, self.places + 1)
 
     def _on_grid(self, values: Tensor) -> Tensor:
-        """(N,) numbers, one an answer token -> (B, T − 1), 0 elsewhere."""
+        """(N,) numbers, one per answer token -> (B, T − 1), 0 elsewhere."""
         grid = values.new_zeros(self.labels.numel()).index_copy(0, self.places, values)
         return grid.view(self.labels.shape)[:, :-1]
 
     def mean_tokens(self, values: Tensor) -> Tensor:
-        """(N,) numbers, one an answer token -> (B,) their mean over each row."""
+        """(N,) numbers, one per answer token -> (B,) their mean over each row."""
         return self._on_grid(values).sum(-1) / self.length
 
     @cached_property
@@ -127,10 +127,10 @@ class Answers:
         return self.run_theta0()
 
     def beside_theta0(self, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """(N,) ``function`` of (n, K) log-probabilities at θ₀, (n, K) now, and the (n,) place of the
-        answer tokens, in chunks of n.
+        """(N,) ``function`` of (n, K) log-probabilities at θ₀, (n, K) now, and the (n,) index of the
+        answer token among the K, in chunks of n.
 
-        K is the vocabulary, or with top k each token kept and all others together.
+        K is the vocabulary, or with top k the stored tokens and one entry for all others.
         """
         if self.top_k is not None:
             *kept, offsets = self.top_k

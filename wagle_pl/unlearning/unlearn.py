@@ -411,13 +411,13 @@ class UnlearnModule(FinetuneModule):
             self.restrict()
         elif self.attached and digest != (None if self.mask is None else self.mask.digest()):
             raise WagleError(
-                "the checkpoint is of a run with another mask: resume with that one, or start a "
+                "the checkpoint belongs to a run with another mask: resume with that mask, or start a "
                 "new run"
             )
         elif digest and (base := checkpoint["model"]["fingerprint"]) != self.model_fingerprint:
             raise WagleError(
-                f"the checkpoint is of a run on the model with fingerprint {base[:12]}, this one "
-                f"has {self.model_fingerprint[:12]}: give --model.model the model it began with"
+                f"the checkpoint belongs to a run on the model with fingerprint {base[:12]}, this model "
+                f"has {self.model_fingerprint[:12]}: set --model.model to the model of that run"
             )
         super().on_load_checkpoint(checkpoint)
         self._references.load_state_dict(checkpoint.get("references", {}))
