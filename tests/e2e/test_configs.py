@@ -218,8 +218,11 @@ def test_ranks_of_a_cpu_are_a_layer_over_zero():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["wmdp/unlearn"], "run.name has no value; add --config model/"),
-        (["wmdp/unlearn", "model/zephyr-7b-beta"], "run.method has no value; add --config method/"),
+        (["wmdp/unlearn"], "run.name has no value; add e.g. --config model/"),
+        (
+            ["wmdp/unlearn", "model/zephyr-7b-beta"],
+            "run.method has no value; add e.g. --config method/",
+        ),
         (["wmdp/unlern"], "config file wmdp/unlern does not exist; did you mean wmdp/unlearn?"),
     ],
 )
