@@ -57,7 +57,7 @@ def test_places_of_values(size: int, dtype: torch.dtype):
 
 def test_places_of_a_sharded_tensor():
     tensor = object.__new__(SelectedTensor)
-    tensor._index = None
+    tensor._index, tensor.is_partial = None, True
     fake = {"partition_numel": lambda: 2**31 - 3, "ds_numel": 2**32, "device": torch.device("cpu")}
     tensor.parameter = SimpleNamespace(**fake)
     bits = torch.tensor([[2], [1], [3]], dtype=torch.uint8)  # and zeros
