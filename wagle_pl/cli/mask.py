@@ -134,7 +134,7 @@ def convert(
     refuse_existing(Path(output), overwrite, "--overwrite", kind=kind)
     model = model or (hub.adapted(file) if formats[0] == "adapter" else None)
     if model is None and "adapter" in formats:
-        raise WagleError("an adapter needs its base model", option="model")
+        raise WagleError("an adapter needs its base model: name it", option="model")
     shapes, made_for = _model(model) if model else (None, {})
     if formats[0] == "torch":
         _write(masks.WeightMask.from_torch(file, shapes, made_for), output)

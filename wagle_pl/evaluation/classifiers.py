@@ -66,7 +66,7 @@ class TextClassifier:
         reads["max_length"] = min(longest, getattr(config, "max_position_embeddings", longest))
         reads["function_to_apply"] = "sigmoid" if several else "softmax"
         self.classify = TextClassificationPipeline(
-            model, tokenizer=tokenizer, device=device, **reads
+            model=model, tokenizer=tokenizer, device=device, **reads
         )
 
     def probabilities(
