@@ -1,5 +1,6 @@
 """``configs/tofu/README.md``: its tables follow from the stored runs of both folders."""
 
+import csv
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,8 @@ from wagle_pl.study.plants import overview, summarise
 CONFIGS = Path(__file__).parents[2] / "configs"
 MASKS = ("curvature^1 0.2", "dense", "wagle 0.2", "random 0.2", "lora")
 PEOPLE_MASKS = ("curvature^1 0.05", *MASKS)
+FORGET01_MASKS = ("curvature^1 0.2", "dense", "wagle 0.2")
+PLANTS = ("random", "spread")
 ATTACKS = ("relearn_forget_20", "relearn_retain", "quantise_4bit")
 
 
@@ -80,6 +83,32 @@ def planted() -> str:
     return rows_of([row for row in rows if row[0] in shown])
 
 
+def from_csv(name: str) -> str:
+    return rows_of(list(csv.reader((CONFIGS / name).open(encoding="utf-8")))[1:])
+
+
+def true_masks() -> str:
+    """What the plant's own mask keeps of three planted models, beside masks of scores of its size."""
+    found = [
+        {arm["mask"].split()[0]: arm for arm in study(f"people/results/plant_{kind}")["headline"]}
+        for kind in PLANTS
+    ]
+    masks = ("plant", "curvature^1", "random", "wagle", "dense")
+    return rows_of([[mask, *(cell(arms.get(mask)) for arms in found)] for mask in masks])
+
+
+def rounded() -> str:
+    """Where a run ends with weights rounded to bf16 after every step, beside the same with fp32 values."""
+    rates = {"curvature^1 0.2": 7e-5, "dense": 3.5e-5}
+    last = {
+        (row["objective"], row["mask"]): f"{row['forget']:.3f} after {row['step']} steps"
+        for row in load_table(CONFIGS / "tofu/results/study_forget01.parquet")
+        if row["seed"] == 0 and row["lr"] == rates.get(row["mask"])
+    }
+    objectives = ("NPO", "NPO+RoundedAdamW")
+    return rows_of([[mask, *(last[(o, mask)] for o in objectives)] for mask in rates])
+
+
 TABLES = {
     "main": lambda: by_mask(("NPO", "GradDiff"), ("tofu/results/study", "tofu/results/study_2")),
     "hidden": lambda: ends(
@@ -88,6 +117,14 @@ TABLES = {
         [*kept("retain", "retain_unused"), *after("no attack", *ATTACKS)],
     ),
     "planted": planted,
+    "true": true_masks,
+    "smol": lambda: ends(
+        "tofu/results/study_forget01",
+        FORGET01_MASKS,
+        [*kept("retain", "retain_unused"), *after("no attack", "paraphrase", *ATTACKS)],
+    ),
+    "rounded": rounded,
+    "stable": lambda: from_csv("people/results/stability.csv"),
 }
 
 
