@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from multiprocessing import forkserver
@@ -54,6 +55,7 @@ def _call(
     target: Callable[..., None], args: Any, folder: str, output: str, env: Mapping[str, str]
 ) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
