@@ -178,7 +178,7 @@ def test_what_differs_is_named(forget, cut, seed, message):
         other.load_state_dict(state)
     with pytest.raises(WagleError, match="drew from forget and retain rows, this one draws from f"):
         loader({"forget": [3] * 11}, (8, 1, 1)).load_state_dict(state)
-    with pytest.raises(WagleError, match="of a run with another data module"):
+    with pytest.raises(WagleError, match="belongs to a run with another data module"):
         other.load_state_dict({"epoch": 0})
 
 
