@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from jsonargparse import Namespace
 from scipy import integrate, interpolate, stats
 
 from wagle_pl.core.errors import WagleError
@@ -284,6 +285,9 @@ def test_a_step_rule_and_an_optimiser_are_part_of_an_objective():
     assert len(rates) == 2 * 2 + 2 * 2 * 2
     assert {lr for name, kind, lr in rates if name in ("mine", sign.name)} == {1e-6, 2e-6}
     assert ("NPO", "adapter", 0.1) in rates and ("NPO+SAM", "dense", 1e-3) in rates
+    named = Namespace(class_path="SignSGD", init_args=Namespace(momentum=0.5))  # of a file
+    (found,) = read_objectives([{"class_path": "NPO", "optimizer": named}])
+    assert found.optimizer_maker.keywords == {"momentum": 0.5}
     for wrong, said in (
         ({"step_rule": "MUDMAN", "class_path": "GradAscent"}, "step_rule MUDMAN needs retain rows"),
         ({"optimizer": "NoSuch"}, "optimizer"),

@@ -91,6 +91,8 @@ def split(value: Entry, option: str, also: Collection[str] = ()) -> tuple[str, d
     """
     if isinstance(value, str):
         return value, {}
+    if hasattr(value, "as_dict"):  # jsonargparse leaves its Namespace within some mappings
+        value = value.as_dict()
     if not isinstance(value, Mapping) or not isinstance(value.get("class_path"), str):
         raise WagleError(f"{option} must be a name, or class_path and init_args; got {value!r}")
     unknown = sorted(set(value) - {"class_path", "init_args", *also})
