@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from wagle_pl.core.text import mean_std
 from wagle_pl.evaluation.results import load_table
 from wagle_pl.study.recovery import at_the_level, tables
 from wagle_pl.study.summary import Compared, summarise
@@ -84,9 +85,7 @@ def survivors(found):
         if kept is None or kept["mean"] is None:
             continue
         came = [ends[(*key, "forget/probability", attack)] for attack in ATTACKS]
-        cells = [
-            f"{e['mean']:.3f}" + (f" ± {e['std']:.3f}" if e["n"] > 1 else "") for e in (kept, *came)
-        ]
+        cells = [mean_std(e["mean"], e["std"]) for e in (kept, *came)]
         rows.append(f"| {key[0]} | {key[1]} | {kept['n']}/{arm['seeds']} | {' | '.join(cells)} |")
     return rows
 

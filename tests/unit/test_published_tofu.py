@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 import pytest
 
-from wagle_pl.core.text import markdown_table
+from wagle_pl.core.text import markdown_table, mean_std
 from wagle_pl.evaluation.results import load_table
 from wagle_pl.study.plants import overview, summarise
 
@@ -27,7 +27,7 @@ def study(name: str) -> dict[str, Any]:
 def cell(found: Optional[dict[str, Any]]) -> str:
     if not found or found["mean"] is None:
         return "–"
-    return f"{found['mean']:.3f}" + (f" ± {found['std']:.3f}" if found["n"] > 1 else "")
+    return mean_std(found["mean"], found["std"])
 
 
 def by_mask(objectives: Iterable[str], studies: Iterable[str]) -> str:
@@ -88,7 +88,7 @@ def from_csv(name: str) -> str:
 
 
 def true_masks() -> str:
-    """What the plant's own mask keeps of three planted models, beside masks of scores of its size."""
+    """What the plant's own mask keeps of the planted models, beside masks of scores of its size."""
     found = [
         {arm["mask"].split()[0]: arm for arm in study(f"people/results/plant_{kind}")["headline"]}
         for kind in PLANTS

@@ -47,6 +47,15 @@ def decimals(value: Optional[float], digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def mean_std(mean: Optional[float], std: Optional[float], digits: int = 3) -> str:
+    """A mean and, if it is of several numbers, their standard deviation.
+
+    >>> mean_std(0.5, 0.01), mean_std(0.5, None), mean_std(None, None)
+    ('0.500 ± 0.010', '0.500', '–')
+    """
+    return decimals(mean, digits) + ("" if std is None else f" ± {std:.{digits}f}")
+
+
 def short_number(value: float) -> str:
     """A number with three significant digits; integers and numbers of 1000 and more as a whole.
 

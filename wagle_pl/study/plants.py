@@ -32,7 +32,7 @@ from wagle_pl.core.environment import silence
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing, write_text
 from wagle_pl.core.registry import Entry
-from wagle_pl.core.text import count, decimals, markdown_table, table
+from wagle_pl.core.text import count, decimals, markdown_table, mean_std, table
 from wagle_pl.core.weights import fingerprint, parameter_shapes
 from wagle_pl.data.example import raw_rows
 from wagle_pl.data.module import ForgetRetainDataModule
@@ -440,10 +440,9 @@ def shown(entries: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[st
     """Header and rows of the table of one plant."""
 
     def cells(entry: Mapping[str, Any]) -> list[str]:
-        mean, std, _ = entry["auroc"]
         return [
             entry["score"],
-            decimals(mean) + ("" if std is None else f" ± {std:.3f}"),
+            mean_std(*entry["auroc"][:2]),
             decimals(entry["auroc_before"].mean),
             signed(entry["difference"]),
             "–" if entry["p"] is None else chance(entry["p"]),

@@ -13,11 +13,20 @@ from typing import Any, NamedTuple, Optional
 
 import pandas as pd
 
-from wagle_pl.core.text import decimals
+from wagle_pl.core.text import decimals, mean_std
 from wagle_pl.evaluation.attacks.attack import PREFIX
 from wagle_pl.evaluation.attacks.weights import STEP
 from wagle_pl.evaluation.results import BETTER, WORSE
-from wagle_pl.study.summary import Compared, Row, arms_of, paired, spread, utility_at, verdict
+from wagle_pl.study.summary import (
+    NEVER,
+    Compared,
+    Row,
+    arms_of,
+    paired,
+    spread,
+    utility_at,
+    verdict,
+)
 
 #: Measures under attack that are compared beside the study's own, by names without the test set.
 SHORT = ("probability", "rougeL_recall")
@@ -155,9 +164,9 @@ def _compared(
     both = sorted(ours.keys() & dense.keys())
     test = paired(*([worth(of[seed]) for seed in both] for of in (ours, dense)))
     samples = (spread([worth(value) for value in of.values()]) for of in (ours, dense))
-    word = verdict(test, 1, *samples, len(ended), len(theirs)) if theirs else ""
-    if not ended:
-        word = "never reaches it"
+    word = NEVER
+    if ended:
+        word = verdict(test, 1, *samples, len(ended), len(theirs)) if theirs else ""
     return {
         **spread(list(ours.values()))._asdict(),
         "seeds": len(ended),
@@ -196,9 +205,8 @@ def csv(found: Sequence[Entry]) -> str:
 
 def cell(entry: Entry) -> str:
     """Mean ± standard deviation over seeds, and whether that is better than dense's or worse."""
-    half, mean, std = entry["measure"] == HALF, entry["mean"], entry["std"]
-    digits = 1 if half else 3
-    text = decimals(mean, digits) + ("" if std is None else f" ± {std:.{digits}f}")
+    half = entry["measure"] == HALF
+    text = mean_std(entry["mean"], entry["std"], 1 if half else 3)
     text += f" ({entry['n']}/{entry['seeds']})" if half else ""
     return text + MARKS.get(entry["verdict"], "")
 

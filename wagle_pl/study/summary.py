@@ -26,6 +26,7 @@ AT_END = ("model_utility", "ue_average", "ut_average")
 LABELS = ("objective", "mask", "score", "density")
 CURVE_POINTS = 33  # of an arm's mean curve
 MIN_PAIRS = 3  # for a paired t-test
+NEVER = "never reaches it"  # of an arm, the level
 SIGNIFICANT = 0.05
 
 
@@ -149,7 +150,7 @@ def verdict(
     if not arm_seeds:
         return "not run yet"
     if not arm.n:
-        return "never reaches it"
+        return NEVER
     if arm.n < arm_seeds:
         return f"reaches it in {arm.n} of {arm_seeds} seeds"
     if dense.n < dense_seeds:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
-from wagle_pl.core.text import count, decimals, markdown_table, table
+from wagle_pl.core.text import count, decimals, markdown_table, mean_std, table
 from wagle_pl.study import recovery
 from wagle_pl.study.summary import AT_END
 
@@ -75,12 +75,11 @@ def marked_name(arm: Arm) -> str:
 
 def cells(arm: Arm) -> dict[str, str]:
     """One arm as a row of the table: name of the column -> cell."""
-    std = "" if arm["std"] is None else f" ± {arm['std']:.3f}"
     area, equal = arm["area"], arm["equal_steps"] or {"difference": None, "p": None}
     equal_p = "" if equal["p"] is None else f" (p {chance(equal['p'])})"
     return {
         "mask": marked_name(arm),
-        "utility": "–" if arm["mean"] is None else f"{arm['mean']:.3f}{std}",
+        "utility": mean_std(arm["mean"], arm["std"]),
         "seeds": f"{arm['n']}/{arm['seeds']}",
         "reach": f"{arm['reached']:.0%}",
         "against dense": arm["verdict"] or "–",
