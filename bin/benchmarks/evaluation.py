@@ -158,9 +158,10 @@ def measure_likelihoods(settings: Settings) -> list[Result]:
     ``bound`` is the ratio if the batches' time were that of their products with weights, at the rate of products alone.
     """
     bench = Bench(settings)
-    bench.lm(torch.zeros(4, 64, dtype=torch.long))  # warms up
-    if len(bench.rows) < 9:  # --quick: a first answer takes longer than all of them
-        bench.alone(plain_nll)
+    operations = {  # which warms up
+        "batched": bench.operations(bench.batched),
+        "published": bench.operations(partial(bench.alone, published_nll)),
+    }
     sides = {
         "batched": lambda: seconds(bench.batched),
         "published": lambda: seconds(partial(bench.alone, published_nll)),
@@ -174,10 +175,6 @@ def measure_likelihoods(settings: Settings) -> list[Result]:
     at = {name: median(values) for name, values in runs.items()}
     plain, ratio, shared = (at[n] / at["batched"] for n in ("plain", "published", "unshared"))
     raw = figures(bench, seconds=runs)
-    operations = {
-        "batched": bench.operations(bench.batched),
-        "published": bench.operations(partial(bench.alone, published_nll)),
-    }
     own = {
         **raw,
         "ratio_to_transformers_loss": plain,
