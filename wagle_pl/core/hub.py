@@ -1,4 +1,4 @@
-"""Models by name: a hub id, a folder or a GGUF file is found, and what fails is said in one line."""
+"""Models by name: a hub id, a folder or a GGUF file is found; failures are reported in one line."""
 
 from __future__ import annotations
 
