@@ -172,13 +172,14 @@ def locate(
     masks, names = list(truths.values()), spec.eligible(collected.shapes)
     scores = collected.scores(spec.score, set(names))
     areas = auroc(scores, masks, Ranking(not spec.score.signed, spec.select == "low"))
-    found = {}
+    found, chosen = {}, {}
     options = {k: getattr(spec, k) for k in ("select", "scope", "include", "exclude")}
     for (key, mask), area in zip(truths.items(), areas, strict=True):
         density = Fraction(mask.count(), mask.total)
-        chosen = collected.mask(spec.score, density, **options)
-        hits = sum(count_bits(chosen.packed(name) & mask.packed(name)) for name in mask)
-        found[key] = area, hits / chosen.count()
+        if density not in chosen:  # seeds of a plant share theirs
+            chosen[density] = collected.mask(spec.score, density, **options)
+        hits = sum(count_bits(chosen[density].packed(n) & mask.packed(n)) for n in mask)
+        found[key] = area, hits / chosen[density].count()
     return found
 
 
