@@ -10,7 +10,7 @@ import copy
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 from math import prod
@@ -172,14 +172,14 @@ def locate(
     masks, names = list(truths.values()), spec.eligible(collected.shapes)
     scores = collected.scores(spec.score, set(names))
     areas = auroc(scores, masks, Ranking(not spec.score.signed, spec.select == "low"))
-    found, chosen = {}, {}
-    options = {k: getattr(spec, k) for k in ("select", "scope", "include", "exclude")}
-    for (key, mask), area in zip(truths.items(), areas, strict=True):
-        density = Fraction(mask.count(), mask.total)
-        if density not in chosen:  # seeds of a plant share theirs
-            chosen[density] = collected.mask(spec.score, density, **options)
-        hits = sum(count_bits(chosen[density].packed(n) & mask.packed(n)) for n in mask)
-        found[key] = area, hits / chosen[density].count()
+    densities = [Fraction(mask.count(), mask.total) for mask in masks]
+    specs = [replace(spec, density=density) for density in dict.fromkeys(densities)]
+    chosen = {made.density: mask for made, mask in collected.masks(specs, {})}
+    found = {}
+    for (key, mask), area, density in zip(truths.items(), areas, densities, strict=True):
+        best = chosen[density]
+        hits = sum(count_bits(best.packed(name) & mask.packed(name)) for name in mask)
+        found[key] = area, hits / best.count()
     return found
 
 
