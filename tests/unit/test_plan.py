@@ -1,4 +1,4 @@
-"""``wagle plan``: each formula against what the code or another library does; the README."""
+"""``wagle plan``: each formula against what the code or another library does; the page of its tables."""
 
 import inspect
 import re
@@ -29,7 +29,7 @@ from wagle_pl.planning import (
 )
 from wagle_pl.unlearning import optim
 
-README = Path(__file__).parents[2] / "configs/README.md"
+PAGE = Path(__file__).parents[2] / "configs/scale.md"
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 4096,
@@ -332,7 +332,7 @@ def test_on_a_cpu_nothing_is_elsewhere(seven):
     assert peak(shape, run)[1] > peak(shape, replace(run, accelerator="gpu"))[1]
 
 
-# -- configs/README.md ----------------------------------------------------------------------------------------------
+# -- configs/scale.md -----------------------------------------------------------------------------------------------
 
 
 DENSITIES = (0.05, 0.1, 0.2, 0.8, 0.95)
@@ -340,7 +340,7 @@ ONE_GPU = list(product(("fp32", "split"), ("MaskedAdamW", "AdamW8bit", "SGD")))
 
 
 def test_the_tables_of_the_readme_are_those_of_the_plan(seven):
-    text = README.read_text()
+    text = PAGE.read_text()
     for name, shape in seven.items():
         for task in ("attribution", "unlearning"):
             run = PlannedRun(task, density=0.2, max_length=1024, gradient_checkpointing=True)
@@ -406,7 +406,7 @@ def test_the_table_of_many_gpus_is_that_of_the_plan(name, tmp_path):
             options = {"density": 0.2, "max_length": 1024, "gradient_checkpointing": True}
             run = PlannedRun(task, "zero3", devices, **options)
             row.append(f"{peak(shape, run)[1] / 2**30:.1f}")
-        assert f"| {name} | {task} | {' | '.join(row)} |" in README.read_text()
+        assert f"| {name} | {task} | {' | '.join(row)} |" in PAGE.read_text()
 
 
 ON_FOUR = [  # rows and longest row of a micro-batch, density; and the row of the table
@@ -430,10 +430,10 @@ ON_FOUR = [  # rows and longest row of a micro-batch, density; and the row of th
 def test_the_table_of_benchmarks_is_that_of_the_plan(seven, name, task, rows, length, density, row):
     options = {"density": density, "batch_size": rows, "max_length": length}
     run = PlannedRun(task, "zero3", 4, gradient_checkpointing=True, **options)
-    assert f"| {row} | {peak(seven[name], run)[1] / 2**30:.1f} |" in README.read_text()
+    assert f"| {row} | {peak(seven[name], run)[1] / 2**30:.1f} |" in PAGE.read_text()
 
 
-FILES = sorted((README.parent / "strategy").glob("[!c]*.yaml"))  # cpu.yaml is a layer over them
+FILES = sorted((PAGE.parent / "strategy").glob("[!c]*.yaml"))  # cpu.yaml is a layer over them
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -453,5 +453,5 @@ def test_a_strategy_file_is_what_the_plan_takes_it_for(file):
 
 def test_the_strategies_of_the_readme_exist():
     files = {path.stem for path in FILES}
-    assert set(re.findall(r"strategy/(\w+)\.yaml` \|", README.read_text())) <= files
+    assert set(re.findall(r"strategy/(\w+)\.yaml` \|", PAGE.read_text())) <= files
     assert files == {"zero2", "zero3", "zero3_offload"}
