@@ -16,7 +16,15 @@ from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.evaluation.results import load_table
 from wagle_pl.lm.models import load_model
 from wagle_pl.masks import WeightMask
-from wagle_pl.study.plants import auroc, locate, markdown, overview, plant_mask, summarise
+from wagle_pl.study.plants import (
+    auroc,
+    figure,
+    locate,
+    markdown,
+    overview,
+    plant_mask,
+    summarise,
+)
 
 AMOUNTS = {"random": 0.02, "block": 1, "heads": 3, "spread": 0.05}
 
@@ -125,3 +133,22 @@ def test_what_was_published_follows_from_the_rows():
     found = summarise(load_table(folder / "results/plants.parquet"))
     assert (folder / "results/plants.md").read_text() == markdown(found)
     assert markdown_table(*overview(found)) in (folder / "README.md").read_text()
+
+
+def test_the_figure_has_a_panel_a_plant_and_a_row_a_score():
+    found = summarise(
+        load_table(Path(__file__).parents[2] / "configs/people/results/plants.parquet")
+    )
+    drawn = figure(found)
+    assert [axes.get_title() for axes in drawn.axes] == list(
+        dict.fromkeys(e["plant"] for e in found)
+    )
+    scores = [label.get_text() for label in drawn.axes[0].get_yticklabels()]
+    assert scores == [row[0] for row in overview(found)[1]]
+    for axes in drawn.axes:
+        of = {e["score"]: e for e in found if e["plant"] == axes.get_title()}
+        before = {scores[int(y)]: x for x, y in axes.collections[1].get_offsets()}
+        assert before == {score: entry["auroc_before"].mean for score, entry in of.items()}
+        dots = next(line for line in axes.lines if line.get_marker() == "o")
+        after = {scores[int(y)]: x for x, y in dots.get_xydata()}
+        assert after == {score: entry["auroc"].mean for score, entry in of.items()}

@@ -43,6 +43,8 @@ from wagle_pl.masks.bits import count_bits, random_bits, unpack_bits
 from wagle_pl.masks.names import in_module, layer_of
 from wagle_pl.objectives.forget import GradDiff
 from wagle_pl.study import grid
+from wagle_pl.study.report.curves import Located, plants_overview
+from wagle_pl.study.report.figures import save_figure
 from wagle_pl.study.runs import (
     EvaluateAlong,
     RunTable,
@@ -193,8 +195,8 @@ class Plants:
     A *plant* is a set of weights. For each plant and seed the model is trained on forget and retain
     rows, with all weights outside the plant frozen, until it recalls the forget rows. Every score
     then ranks the weights of that model, and, as a baseline, of the model before planting. The
-    output folder holds ``plants.parquet`` (one line per plant, seed and score), ``plants.md``, and
-    for each plant and seed the model and ``plant.safetensors``, the mask of the plant, which a
+    output folder holds ``plants.parquet`` (one line per plant, seed and score), ``plants.md``,
+    ``plants.svg``, and for each plant and seed the model and ``plant.safetensors``, the mask of the plant, which a
     study of that model can use. A command that is started again continues.
 
     Args:
@@ -281,6 +283,7 @@ class Plants:
             found = summarise(self.table.rows)
             write_text(self.folder / "plants.md", markdown(found))
         if found:
+            save_figure(figure(found), [self.folder / "plants.svg"])
             say(f"{table(*overview(found))}\n{self.folder / 'plants.md'} has more")
         return found
 
@@ -419,6 +422,17 @@ def overview(found: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[s
         rows.setdefault(score, {})[entry["plant"]] = cell
     ordered = sorted(rows, key=lambda score: -total[score])
     return ["score", *plants], [[score, *{**plants, **rows[score]}.values()] for score in ordered]
+
+
+def figure(found: Sequence[Mapping[str, Any]]) -> Any:
+    """The AUROC of every score, by plant, in the order of the overview."""
+    order = [row[0] for row in overview(found)[1]]
+    located: dict[str, list[Located]] = {}
+    for entry in sorted(found, key=lambda entry: order.index(entry["score"])):
+        mean, deviation, _ = entry["auroc"]
+        numbers = entry["auroc_before"].mean, mean, deviation or 0.0
+        located.setdefault(entry["plant"], []).append(Located(entry["score"], *numbers))
+    return plants_overview(located)
 
 
 def markdown(found: Sequence[Mapping[str, Any]]) -> str:

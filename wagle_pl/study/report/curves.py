@@ -1,4 +1,4 @@
-"""Figures of forgetting against utility, and of truth ratios."""
+"""Figures of forgetting against utility, of truth ratios, and of plants."""
 
 from __future__ import annotations
 
@@ -174,6 +174,41 @@ def _make_logarithmic(axes: Any, name: str, ratios: Sequence[float]) -> None:
     axis.set_major_locator(LogLocator(subs=(1.0,) if span > 100 else (1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+# -- plants ----------------------------------------------------------------------------------------
+
+
+class Located(NamedTuple):
+    """How well a score finds a plant, in :func:`plants_overview`."""
+
+    score: str
+    before: float  # AUROC of the model before planting
+    auroc: float
+    deviation: float  # of the AUROC, over seeds; 0 with one
+
+
+def plants_overview(found: Mapping[str, Sequence[Located]]) -> Any:
+    """One panel a plant, one row a score: its AUROC before planting (a ring) and after (a dot)."""
+    everything = [entry for entries in found.values() for entry in entries]
+    scores = list(dict.fromkeys(entry.score for entry in everything))
+    low, high, *_ = bounds_of([(value, 0) for entry in everything for value in entry[1:3]])
+    low, high = min(low, 0.4), max(high, 0.7)  # 0.51 must not look far from chance
+    figure, all_axes = panels(1.6 + 2.1 * len(found), 1.0 + 0.24 * len(scores), len(found))
+    for axes, (plant, entries) in zip(all_axes, found.items(), strict=True):
+        rows = [scores.index(entry.score) for entry in entries]
+        befores, afters, deviations = zip(*(entry[1:] for entry in entries), strict=True)
+        axes.axvline(0.5, color=PALETTE["muted"], linewidth=0.8, zorder=1)
+        axes.hlines(rows, befores, afters, color=PALETTE["line"], linewidth=3, zorder=1)
+        ring = {"facecolor": "none", "edgecolor": PALETTE["muted"], "label": "before planting"}
+        axes.scatter(befores, rows, s=26, zorder=2, **ring)
+        dot = {"color": PALETTE["this"], "markersize": 4.5, "capsize": 2, "label": "after"}
+        axes.errorbar(afters, rows, xerr=deviations, fmt="o", zorder=3, **dot)
+        axes.set(title=plant, xlim=(low, high), ylim=(len(scores) - 0.5, -0.5), xlabel="AUROC")
+        axes.set_yticks(range(len(scores)), scores if axes is all_axes[0] else [])
+        axes.title.set_fontsize(9)
+    _add_legend(figure)
+    return figure
 
 
 # -- axes ------------------------------------------------------------------------------------------
