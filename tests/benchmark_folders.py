@@ -128,7 +128,7 @@ def detox(folder: Path) -> Path:
 
 
 def knowundo(folder: Path) -> Path:
-    """KnowUnDo's scopes of both domains: one row a file, with lists of rows."""
+    """KnowUnDo's scopes of both domains: one row per file, with lists of rows."""
     rows = [{"text": row["question"], "labels": row["answer"]} for row in QA]
     for domain in ("copyright", "privacy"):
         write_lines(folder / domain / "unlearn.json", [{"train": rows[:2], "val": rows[2:4]}])

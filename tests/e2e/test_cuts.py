@@ -1,4 +1,4 @@
-"""A run goes on with the same global batches, however they are cut into devices, rows a device and micro-batches."""
+"""A run goes on with the same global batches, however they are cut into devices, rows per device and micro-batches."""
 
 from __future__ import annotations
 

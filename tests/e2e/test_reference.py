@@ -146,7 +146,7 @@ def test_top_k_comes_near_the_frozen_copy(unlearn: Any) -> None:
 def test_refusals_of_dpo_stay_and_those_of_po_change(
     unlearn: Any, objective: str, same: bool
 ) -> None:
-    """One number a row at θ₀ can only be known if its refusal is the same in every epoch."""
+    """One number per row at θ₀ can only be known if its refusal is the same in every epoch."""
     _, done = unlearn("out", "--model.objective", objective)
     rows = {"forget": [(row, 1.0, 0) for row in range(11)]}
     batches = [done.datamodule.build(["refusal"], Draw(epoch, rows)) for epoch in (0, 1)]

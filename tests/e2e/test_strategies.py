@@ -68,7 +68,7 @@ def test_deepspeed_missing(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_batch_that_deepspeed_cannot_divide(fails: Any, tiny_model: str):
-    """A DeepSpeed configuration that fixes another global batch than rows a device times devices."""
+    """A DeepSpeed configuration that fixes another global batch than rows per device times devices."""
     config = json.dumps({"train_batch_size": 7, "zero_optimization": {"stage": 2}})
     strategy = ("--trainer.strategy ZeRO --trainer.strategy.config", config)
     model = ("--model.output x --model.model", tiny_model)

@@ -257,7 +257,7 @@ def test_every_estimator_is_an_option(name: str, toy: tuple[Toy, Tensor]):
             part.tolist(),
         )
         estimator.add(piece, sums)
-    assert len(sums.step_sums) == 3 * estimator.step_sums  # one a draw
+    assert len(sums.step_sums) == 3 * estimator.step_sums  # one per draw
     estimator.end_step(sums)
     assert set(sums.sums) == ({DIAGONAL} if estimator.diagonal else set())
     found = [*sums.sums.get(DIAGONAL, []), *sums.vectors.get(TRACE, {}).values()]

@@ -34,7 +34,7 @@ random = np.random.default_rng(0)
 
 
 def asked(count, **columns):
-    """Records of questions with random numbers; ``columns`` are added, lists one value a row."""
+    """Records of questions with random numbers; ``columns`` are added, lists one value per row."""
     table = []
     for row in range(count):
         record = {

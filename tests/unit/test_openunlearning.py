@@ -35,7 +35,7 @@ PROMPT = "system\n\nCutting Knowledge Date: December 2023\n\nYou are a helpful a
 
 
 def tofu_tables(shift: float = 0.0) -> dict[str, list[dict[str, Any]]]:
-    """Records of two rows a set."""
+    """Records of two rows per set."""
     tables = {}
     for place, name in enumerate(("forget", "retain", "real_authors", "world_facts")):
         tables[name] = [

@@ -31,7 +31,7 @@ def cell(found: Optional[dict[str, Any]]) -> str:
 
 
 def by_mask(objectives: Iterable[str], studies: Iterable[str]) -> str:
-    """What each mask keeps at equal forgetting, a column an objective and study."""
+    """What each mask keeps at equal forgetting, a column per objective and study."""
     found = [
         {(arm["objective"], arm["mask"]): arm for arm in study(name)["headline"]}
         for name in studies
@@ -44,7 +44,7 @@ def by_mask(objectives: Iterable[str], studies: Iterable[str]) -> str:
 def ends(
     name: str, masks: Iterable[str], columns: Iterable[tuple[str, str]], objective: str = "NPO"
 ) -> str:
-    """What runs end with, and what attacks bring back: a row a mask, one more for the retrained model."""
+    """What runs end with, and what attacks bring back: a row per mask, one more for the retrained model."""
     found = {
         (e["mask"], e["measure"], e["what"]): e
         for e in study(name)["ends"]

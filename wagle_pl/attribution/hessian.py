@@ -1,6 +1,6 @@
 """Diagonal estimates of the retain loss's Hessian.
 
-An estimator adds to a running sum: one fp32 tensor a parameter, or only its mean. That is of the
+An estimator adds to a running sum: one fp32 tensor per parameter, or only its mean. That is of the
 diagonal for the *sum* of the rows' losses; :class:`~wagle_pl.attribution.Collected` divides by
 their number. An estimator of your own is a subclass of :class:`Hessian`; give its class path as
 ``--model.hessian``.
@@ -39,10 +39,11 @@ class MicroBatch:
     #: a scalar.
     run: Callable[[], tuple[Predictions, Tensor]]
     labels: Tensor  # (B, T), -100 where nothing is predicted
-    seeds: Sequence[int]  # one a row: what is drawn for it does not depend on its batch
+    seeds: Sequence[int]  # one per row: what is drawn for it does not depend on its batch
     step_seed: int = 0  # for what is drawn once a step, in all its micro-batches and ranks
     done: Optional[tuple[Predictions, Tensor]] = None  # a forward pass that has been run already
-    #: Whether one graph serves several backward passes: sharded weights are gathered for one.
+    #: Whether one graph may serve several backward passes; not if weights are sharded, since they
+    #: are gathered for one.
     reusable: bool = True
 
     def forward(self) -> tuple[Predictions, Tensor]:
@@ -53,7 +54,7 @@ class MicroBatch:
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """Backward pass from a function of :meth:`forward`'s output; ``last`` frees the graph."""
-        if loss.requires_grad:  # not where none of this pass's parameters has been used
+        if loss.requires_grad:  # False if the loss uses no parameter of this pass
             loss.backward(retain_graph=self.reusable and not last)
         if last or not self.reusable:
             self.done = None
@@ -180,8 +181,11 @@ def estimator_of(hessian: str) -> Optional[type[Hessian]]:
 
 
 def hessian_option(hessian: str, gamma: Union[float, str], needs: set[str]) -> str:
-    """The option ``hessian``, given γ, a number of which implies ``scalar``; an error if the two
-    contradict each other, or what the scores need."""
+    """The option ``hessian``, checked; a number for γ implies ``scalar``.
+
+    Raises:
+        WagleError: if it contradicts γ, or is not what the scores need.
+    """
     if gamma != "auto":
         check_positive(gamma, "gamma")
         if hessian not in ("scalar", "auto"):
@@ -203,8 +207,8 @@ def hessian_option(hessian: str, gamma: Union[float, str], needs: set[str]) -> s
 
 @torch.no_grad()
 def sample_labels(predicted: Predictions, labels: Tensor, seeds: Sequence[int]) -> Tensor:
-    """(N,) tokens drawn from the model's predictions of the labels, (B, T), -100 where there is none,
-    in their place; ``seeds`` are one a row."""
+    """Tokens, (N,), drawn from the model's predictions in place of the labels, (B, T), -100 where
+    there is none; ``seeds`` has one per row."""
     drawn = [labels.new_zeros(0)]
     places = torch.arange(len(predicted), device=labels.device)
     lengths = (labels[:, 1:] != -100).sum(-1).tolist()

@@ -62,7 +62,7 @@ class WeightStatistics:
     g_r: Optional[Tensor] = None  # of the retain loss
     #: Diagonal Hessian of the retain loss, damped, above zero; 0-dim if one for all weights.
     h: Optional[Tensor] = None
-    h_diagonal: Optional[Tensor] = None  # without damping, at least zero, one value a weight
+    h_diagonal: Optional[Tensor] = None  # without damping, at least zero, one value per weight
     h_mean: Optional[float] = None  # mean of ``h_diagonal`` over all weights of the model
     fisher_f: Optional[Tensor] = None  # (1/N) Σ_n (∇ℓ_f,n)², over single forget rows
     fisher_r: Optional[Tensor] = None  # the same of retain rows

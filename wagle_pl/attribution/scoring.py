@@ -2,7 +2,7 @@
 
 :class:`MaskSpec` has the options of one mask, :class:`Collected` makes masks of sums, and
 :func:`mask_from_scores` makes one of stored scores in seconds, without another pass. Scores on disk
-are a folder with a safetensors file a rank, its rows of every parameter, and ``index.json``: what
+are a folder with a safetensors file per rank, its rows of every parameter, and ``index.json``: what
 made them, for which model, and which files hold the rows of which parameter.
 """
 
@@ -311,7 +311,7 @@ class Collected:
         """(spec, its mask; None on other ranks than 0) of :func:`complete` specs.
 
         Specs that differ in density only share their passes over the scores. Each rank selects
-        among the scores of its rows and sends the bits, one a weight, to rank 0.
+        among the scores of its rows and sends the bits, one per weight, to rank 0.
         """
         shards = dict(zip(self.shapes, self.sums.shards, strict=True))
         first_rank = distributed.rank() == 0

@@ -26,15 +26,15 @@ _OF_STEP = "of this step: "  # before the name of a step's sum, in a checkpoint
 
 
 def pieces(tensor: Tensor) -> tuple[Tensor, ...]:
-    """A tensor's numbers, as many at a time as may be copied to a wider dtype."""
+    """A tensor's numbers, at most :data:`PIECE` at a time."""
     return tensor.reshape(-1).split(PIECE)
 
 
 class Shard:
     """This rank's rows of a parameter: all of them on one device.
 
-    Whole rows, so that a score that looks along a row needs no weights of other ranks; and as many
-    that their bits fill whole bytes, so that packed masks can be concatenated.
+    They are whole rows, so that a score that compares the weights of a row needs none of other
+    ranks, and so many that their bits fill whole bytes, so that packed masks can be concatenated.
 
     Args:
         shape: of the parameter. The rows of a vector are its numbers.
@@ -107,7 +107,7 @@ def _padded(tensor: Tensor, rows: int) -> Tensor:
 
 
 class GradientSums:
-    """Named sums: one fp32 tensor per parameter and name, created on first use; 4 bytes a weight.
+    """Named sums: one fp32 tensor per parameter and name, created on first use; 4 bytes per weight.
 
     Each rank keeps its :class:`Shard` of every sum. On one device, gradients of fp32 parameters are
     accumulated by autograd into the sum itself; others are added in fp32 as soon as one parameter's
@@ -139,7 +139,7 @@ class GradientSums:
         self.step_sums: dict[str, list[Tensor]] = {}
         #: fp64 vectors that do not have the parameter's shape: name -> parameter -> this rank's.
         self.vectors: dict[str, dict[str, Tensor]] = {}
-        #: Numbers of rows: this rank's, of the last pass.
+        #: Numbers of rows that this rank has seen in the current pass.
         self.counts: dict[str, float] = {}
         self._groups = runs_of([shard.total for shard in self.shards], passes)
         self._folder = folder
@@ -150,7 +150,7 @@ class GradientSums:
     # -- groups of parameters ----------------------------------------------------------------------
 
     def _begin(self, group: int) -> None:
-        """Make room for the sums of a group; behind the last, all parameters are as they were."""
+        """Allocate the sums of a group; after the last, all parameters require gradients again."""
         ended = group == len(self._groups)
         #: The group that the pass is for, and the positions of its parameters.
         self.group, self.here = group, range(0) if ended else self._groups[group]
@@ -162,11 +162,11 @@ class GradientSums:
                 tensors[position] = self._zeros(position)
 
     def turn(self, group: int) -> None:
-        """Go on with the next pass, or behind the last end: what the group has summed moves to the
+        """Begin the pass of a group, or end after the last; the previous group's sums move to the
         disk.
 
         Raises:
-            WagleError: if a pass has not seen the rows that the first has.
+            WagleError: if a pass has seen other rows than the first.
         """
         if group == self.group or len(self._groups) == 1:
             return
@@ -185,7 +185,7 @@ class GradientSums:
         self._begin(group)
 
     def _zeros(self, position: int) -> Tensor:
-        """A sum of this rank's rows; nothing where another pass is for the parameter."""
+        """A sum of this rank's rows; empty if another pass is for the parameter."""
         if position not in self.here:
             return torch.empty(0)
         host = self._adder is not None

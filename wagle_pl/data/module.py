@@ -186,7 +186,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
     def train_rows(self, stream: str) -> Optional[list[Row]]:
         """Rows of ``forget``, ``retain`` or ``holdout``, None if there are none.
 
-        One dict a row, with columns as in :data:`wagle_pl.data.example.KINDS`.
+        One dict per row, with columns as in :data:`wagle_pl.data.example.KINDS`.
         """
         source = self.sources[stream]
         return None if source is None else self.load(source)
@@ -426,7 +426,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         """All rows of one stream once, in batches of similar length: for passes at θ₀.
 
         Args:
-            batch_size: rows a batch; ``test_batch_size`` when None.
+            batch_size: rows per batch; ``test_batch_size`` when None.
             shared: this rank's batches only, as many as any other rank's.
         """
         name = ALIGNED.get(stream, stream)

@@ -55,7 +55,7 @@ class Evaluate(Callback):
 
     ``trainer.test`` runs the model (a :class:`~wagle_pl.lm.module.LanguageModule`) once on every
     row of every test set of the data module. It writes, into the module's ``results_folder``, one
-    Parquet table a test set (every row with its values and generation), ``metrics.json`` (flat, one
+    Parquet table per test set (every row with its values and generation), ``metrics.json`` (flat, one
     number a key), ``metrics.info.json`` (unit and direction of each, and why others are undefined)
     and ``tofu_result.json`` (the same keys as the files published with TOFU), and prints the
     measures beside those of ``target`` and ``retrained``. An interrupted test continues with the

@@ -165,7 +165,7 @@ def intervals(
 
 @dataclass
 class Observations:
-    """What a test saw: records by test set, one a row, and what they are compared with."""
+    """What a test saw: records by test set, one per row, and what they are compared with."""
 
     tables: Mapping[str, Table]
     retrained: Optional[Results] = None

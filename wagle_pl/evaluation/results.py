@@ -1,7 +1,7 @@
 """Results of a test as files: read to compare with, ours or published ones, shown beside others in
 one table, and written whole.
 
-A *table* has the records of a test set, one a row; on disk it is a Parquet file that says what it
+A *table* has the records of a test set, one per row; on disk it is a Parquet file that says what it
 depends on. A *TOFU result* is ``{file key: {measure: {row: value}}}``, the form that TOFU's authors
 publish results in; the file keys are theirs (:data:`RESULT_KEYS`).
 """

@@ -10,12 +10,12 @@ To write one's own, subclass :class:`Objective` and override ``forget_loss``; gi
         def forget_loss(self, at):
             return (at["forget"].nll - self.target) ** 2  # push the loss there, no further
 
-Every term returns one number an example, averaged over the tokens of that example, and the loss is
+Every term returns one number per example, averaged over the tokens of that example, and the loss is
 the mean over rows; where a paper averages over the tokens of a batch, ``average: tokens`` does so
 over those of the global batch: a step never depends on how its batch is split. All are minimised: a
 term that ascends has the minus in it.
 
-What options a class does not list are those of :class:`Objective`. π is the model, π₀ the target
+Options that a class does not list are those of :class:`Objective`. π is the model, π₀ the target
 model, x a question, y its answer, r a refusal, |y| the answer's length in tokens, Δ the
 log-probability of a whole answer now minus that at θ₀.
 """
@@ -197,7 +197,7 @@ class PO(Objective):
 
 
 class IdkNLL(PO):
-    """What is :class:`PO` here, by its name in OpenUnlearning (arXiv 2506.12618).
+    """:class:`PO` under its name in OpenUnlearning (arXiv 2506.12618).
 
     ℓ = NLL(refusal | forget question) + α NLL(retain), α the ``retain_weight``.
     """
@@ -209,7 +209,7 @@ class DPO(Objective):
 
     ℓ_f = −(2/β) log σ(β (Δ_r − Δ_y)), with the factor of arXiv 2404.05868.
 
-    The refusal of a row is the same in every epoch, so that one number a row is known at θ₀.
+    The refusal of a row is the same in every epoch, so that one number per row is known at θ₀.
 
     Args:
         beta: β > 0.
@@ -443,7 +443,7 @@ _DOWN_PROJECTION = (
 class RMU(Objective):
     """Representation misdirection of a block's output (Li et al. 2024, arXiv 2403.03218).
 
-    ℓ_f = (1/|y|) Σ_t (1/d) ‖h_t − c·u‖², h the block's output (d numbers a token), u a fixed random
+    ℓ_f = (1/|y|) Σ_t (1/d) ‖h_t − c·u‖², h the block's output (d numbers per token), u a fixed random
     unit vector with entries of one sign. The retain term holds the same output where it was
     (``hidden_mse``).
 

@@ -4,7 +4,7 @@ A run passes through *moments*, each of which needs its own parts (:class:`Part`
 largest sum of a moment's parts. Formulas are in bytes, for one device, with
 
     N  weights                          R  ranks
-    M  weights of the largest tensor    w  bytes a weight as the model computes with it
+    M  weights of the largest tensor    w  bytes per weight as the model computes with it
     S  weights that may move            c  bytes of what matrix products take and give
     h  hidden size                      q  size of all heads together
     L  blocks                           I  inner size of the MLP
@@ -49,11 +49,11 @@ class Part(NamedTuple):
 
 
 def block_bytes(model: Architecture, computing: int) -> int:
-    """2 h (4 + 2 c) + 4 q c + 4 heads + (4 or 2) I c: bytes a token that a block keeps for its
+    """2 h (4 + 2 c) + 4 q c + 4 heads + (4 or 2) I c: bytes per token that a block keeps for its
     backward pass, with attention that keeps no T × T matrix.
 
     Two norms keep their input in fp32, what they normalised and what they give; attention keeps
-    queries, keys, values (repeated for every head) and its output, and one fp32 number a head; a
+    queries, keys, values (repeated for every head) and its output, and one fp32 number per head; a
     gated MLP keeps gate, its activation, up and their product (one without a gate: two). In the
     manner of Korthikanti et al. 2022 (arXiv 2205.05198), for the Llama block.
     """
@@ -328,7 +328,7 @@ def disk_bytes(run: PlannedRun, weights: int, stored: int = 0) -> dict[str, floa
     """File -> size: a mask N / 8, a checkpoint, a model.
 
     Args:
-        stored: bytes a weight of the model that training writes.
+        stored: bytes per weight of the model that training writes.
     """
     if run.task == "test":
         return {}

@@ -90,7 +90,7 @@ class Architecture(NamedTuple):
     gated: bool  # as in Llama, or not, as in GPT-2
     vocabulary: int
     tied: bool  # one tensor is both embedding and output matrix
-    stored: int  # bytes a weight on disk
+    stored: int  # bytes per weight on disk
 
     @property
     def sizes(self) -> list[int]:

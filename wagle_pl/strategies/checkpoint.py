@@ -60,7 +60,7 @@ def of_optimizer(
         name, flat = fragment.name, fragment.flat
         tensors = {WEIGHT: flat.detach()}
         for key, value in optimizer.state.get(flat, {}).items():
-            if torch.is_tensor(value) and value.dim():  # one number a weight
+            if torch.is_tensor(value) and value.dim():  # one number per weight
                 tensors[f"state/{key}"] = value
             elif torch.is_tensor(value) or isinstance(value, (int, float)):
                 singles.setdefault(name, {})[key] = float(value)

@@ -227,7 +227,7 @@ class ZeRO(DeepSpeedStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        """Write a folder: one safetensors file a rank, and what is common to all."""
+        """Write a folder: one safetensors file per rank, and what is common to all."""
         path, module = Path(self.broadcast(filepath)), self.lightning_module
         left_out = ("state_dict", "optimizer_states")
         common = {key: value for key, value in checkpoint.items() if key not in left_out}

@@ -436,7 +436,7 @@ def figure(found: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def markdown(found: Sequence[Mapping[str, Any]]) -> str:
-    """Content of ``plants.md``: the overview, and a table a plant."""
+    """Content of ``plants.md``: the overview, and a table per plant."""
     what = (
         "AUROC of each score, and its precision at the plant's density as a multiple of chance's."
     )

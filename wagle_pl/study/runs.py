@@ -103,7 +103,7 @@ class EvaluateAlong(Callback):
     #: Tests before the last one observe the probability of these sets' answers, and nothing else.
     answers_of: Optional[Collection[str]]
     enough: Callable[[Mapping[str, float]], bool]  # if true of a test's measures, it is the last
-    #: One dict a test: ``step``, ``seconds`` since the run began, and the measures by name.
+    #: One dict per test: ``step``, ``seconds`` since the run began, and the measures by name.
     tests: list[dict[str, Any]] = field(default_factory=list)
     tables: dict[str, Table] = field(default_factory=dict)  # records of the last test
 
@@ -266,7 +266,7 @@ def _walk(trial: Any, grid: Sequence[Run]) -> Run:
 
 
 class RunTable:
-    """One Parquet file in a study's folder: a row a run and test point.
+    """One Parquet file in a study's folder: a row per run and test point.
 
     ``settings``, what all runs share as plain data, are in it: other ones are refused by name.
     """

@@ -195,7 +195,7 @@ class Compared(NamedTuple):
 
 
 def run_table(rows: Sequence[Row], by: Compared) -> pd.DataFrame:
-    """One line a run, of the rows of a study's table, with what its curve says.
+    """One line per run, of the rows of a study's table, with what its curve says.
 
     ``points`` are (progress, utility) of the target model and of each test, ``deepest`` is the
     largest progress, ``reached`` the utility at the level, and ``steps`` is how many the run takes

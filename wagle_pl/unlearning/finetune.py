@@ -338,7 +338,7 @@ class FinetuneModule(LanguageModule):
         self.end_step([batch.losses for batch in step])
 
     def end_step(self, losses: list[dict[str, Tensor]]) -> None:
-        """Look at the losses of a step, one dict a micro-batch of this rank. Called on all ranks."""
+        """Look at the losses of a step, one dict per micro-batch of this rank. Called on all ranks."""
 
     def configure_gradient_clipping(
         self,

@@ -127,14 +127,14 @@ class Relearn(Attack):
 
     Only forget rows that were *not* trained on, nor under another wording, are tested: what was
     never shown again and comes back was hidden. It needs a copy of the weights in CPU memory, and
-    8 to 12 bytes a weight for AdamW, on each rank.
+    8 to 12 bytes per weight for AdamW, on each rank.
 
     Args:
         on: ``forget`` rows, ``retain`` rows, or ``both``, each from the model as it was.
         steps: optimiser steps.
         rows: forget rows to train on, at most half of them, or a list of such numbers, each tried;
             retain rows are taken as they come.
-        batch_size: rows a step.
+        batch_size: rows per step.
         learning_rate: of AdamW.
         seed: of the draw.
         every: also test the answers' probability before the first step, after every so many and

@@ -44,7 +44,7 @@ class Line(NamedTuple):
 
 
 def forget_utility(models: Sequence[ModelPoint], x_label: str, y_label: str) -> Any:
-    """One point a model."""
+    """One point per model."""
     figure, (axes,) = panels(4.8, 3.5)
     for x, y, role, label in models:
         style = {"marker": _MARKERS[role], "color": PALETTE[role], "linestyle": "none"}
@@ -69,7 +69,7 @@ def study_overview(
     level: Optional[float],
     labels: tuple[str, str],
 ) -> Any:
-    """One panel an objective, one line a mask: eight are solid, later ones dashed and thinner.
+    """One panel per objective, one line per mask: eight are solid, later ones dashed and thinner.
 
     Args:
         arms: objective -> mask -> (forget measure, utility) along the arm's curve; ``target`` and
@@ -143,7 +143,7 @@ def distribution(ratios: Mapping[str, Sequence[float]]) -> Any:
 
 
 def shift(pairs: Mapping[str, Points]) -> Any:
-    """One point an example: its truth ratio at the target model, and after."""
+    """One point per example: its truth ratio at the target model, and after."""
     figure, (axes,) = panels(3.9, 3.1)
     values = [_in_axis(value) for points in pairs.values() for point in points for value in point]
     ends = (min(values), max(values))
@@ -189,7 +189,7 @@ class Located(NamedTuple):
 
 
 def plants_overview(found: Mapping[str, Sequence[Located]]) -> Any:
-    """One panel a plant, one row a score: its AUROC before planting (a ring) and after (a dot)."""
+    """One panel per plant, one row per score: its AUROC before planting (a ring) and after (a dot)."""
     everything = [entry for entries in found.values() for entry in entries]
     scores = list(dict.fromkeys(entry.score for entry in everything))
     low, high, *_ = bounds_of([(value, 0) for entry in everything for value in entry[1:3]])

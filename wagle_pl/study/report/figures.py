@@ -163,7 +163,7 @@ def mask_heatmap(
 ) -> Any:
     """Heat map of the share of selected weights by layer × module type.
 
-    One panel a mask, by its title, with one colour scale for all, up to ``scale_to`` or the largest
+    One panel per mask, by its title, with one colour scale for all, up to ``scale_to`` or the largest
     share. What lies outside the layers (embeddings, final norm, output head) is in a row of its own
     below. Cells of modules that a layer lacks are grey.
     """
