@@ -1,4 +1,4 @@
-"""Bits of weights in bytes, and the entries of a tensor that they select: pure functions of tensors.
+"""Packed bits, one per weight, and the tensor entries that they select: pure functions of tensors.
 
 A byte holds the bits of eight weights, lowest index in the lowest bit; padding bits are 0.
 """
@@ -15,14 +15,14 @@ from torch import Tensor
 
 CHUNK = 1 << 20  # weights drawn at a time; a multiple of 8
 
-#: Selected weights handled at a time on a CPU: few enough for the processor's cache, and enough
-#: for two threads to share (a quarter of this takes 1.2 times as long).
+#: Selected weights handled at a time on a CPU: few enough to fit the processor's cache, and enough
+#: for two threads (a quarter of this takes 1.2 times as long).
 CPU_CHUNK = 1 << 18
 
 #: The same on a GPU, where few large operations are faster.
 GPU_CHUNK = 1 << 24
 
-#: By the bytes of an entry.
+#: Bytes per entry -> integer dtype of that size.
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -46,14 +46,14 @@ def unpack_bits(packed: Tensor, shape: Iterable[int]) -> Tensor:
 
 
 def unpack_part(packed: Tensor, start: int, stop: int) -> Tensor:
-    """(stop − start,) bool: consecutive ones of many packed bits; only their bytes are read."""
+    """(stop − start,) bool: bits ``start`` to ``stop`` of the packed; reads only their bytes."""
     first = start // 8
     bits = unpack_bits(packed[first : (stop + 7) // 8], [max(0, stop - 8 * first)])
     return bits[start - 8 * first :]
 
 
 def iter_places(packed: Tensor, size: int, chunk: int) -> Iterator[Tensor]:
-    """int64 places of the set bits among ``size`` packed ones, for about ``chunk`` bits at a time.
+    """int64 positions of the set bits among ``size`` packed bits, about ``chunk`` bits at a time.
 
     >>> list(iter_places(torch.tensor([9], dtype=torch.uint8), 4, 8))
     [tensor([0, 3])]
@@ -83,9 +83,9 @@ def filled_bits(size: int, value: bool) -> Tensor:
 def random_bits(sizes: Mapping[str, int], k: int, seed: int) -> dict[str, Tensor]:
     """Packed bits of exactly ``k`` weights, every set of ``k`` of them equally likely.
 
-    Each weight is drawn on its own with probability k / N; then the few too many (or too few) are
-    taken back (or added), uniformly among those selected (or not). Given their number the drawn are
-    uniform, so the result is too. Beyond the bits this needs O(CHUNK + √N) memory.
+    Each weight is first selected independently with probability k / N. The surplus is then removed
+    (or what is missing added) uniformly among the selected (or other) weights. Given its size, the
+    first selection is uniform, so the result is too. It needs O(CHUNK + √N) memory plus the bits.
     """
     generator = np.random.default_rng(seed)
     total, drawn = sum(sizes.values()), 0
@@ -114,7 +114,7 @@ def random_bits(sizes: Mapping[str, int], k: int, seed: int) -> dict[str, Tensor
     return {name: torch.from_numpy(bits) for name, bits in packed.items()}
 
 
-# -- selected entries of a tensor, and values as halves ---------------------------------------------
+# -- selected entries of a tensor, and values as halves --------------------------------------------
 
 
 def chunk_of(tensor: Tensor) -> int:
@@ -128,9 +128,9 @@ def take_(
 ) -> Tensor:
     """Write entries of a tensor into (n,) ``out``, or add them to it; returns ``out``.
 
-    ``places`` are n places in the flattened tensor, in pieces; None stands for all, in its shape.
-    What is taken passes through one small buffer: memory that is new in every step costs more than
-    the copy.
+    ``places`` are n positions in the flattened tensor, in pieces; None takes all, in its shape.
+    The entries pass through one small buffer, since allocating memory in every step would cost more
+    than the copy.
     """
     if places is None:
         return out.add_(dense) if add else out.copy_(dense)
@@ -147,8 +147,8 @@ def take_(
 
 @torch.no_grad()
 def put_(dense: Tensor, places: Optional[Iterable[Tensor]], values: Tensor) -> None:
-    """Write (n,) values into a contiguous tensor at n places, in pieces, rounded to its dtype; where
-    these are None all, in its shape."""
+    """Write (n,) values, rounded to its dtype, into a contiguous tensor at n positions, in pieces;
+    with None, write every entry, from values in the tensor's shape."""
     if places is None:
         dense.copy_(values)
         return
@@ -160,14 +160,13 @@ def put_(dense: Tensor, places: Optional[Iterable[Tensor]], values: Tensor) -> N
 
 @torch.no_grad()
 def split_halves(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest bf16 numbers of fp32 values, and what is lost, as int16.
+    """fp32 values rounded to bf16, and the difference of their bits, as int16.
 
-    Of two equally near it is the larger in size. :func:`join_halves` gives the values back bit for
-    bit, but for those that are not finite.
+    Ties are rounded away from zero. :func:`join_halves` restores all finite values bit for bit.
     """
     upper = values.to(torch.bfloat16)
     lower = values.view(torch.int32) - (upper.view(torch.int16).int() << 16)
-    tie = lower == 1 << 15  # rounded to even, down: 16 bits hold no more than 2¹⁵ − 1
+    tie = lower == 1 << 15  # was rounded down, to even: int16 holds at most 2¹⁵ − 1
     upper = (upper.view(torch.int16) + tie).view(torch.bfloat16)
     return upper, (lower - (tie.int() << 16)).to(torch.int16)
 
@@ -178,7 +177,7 @@ def join_halves(upper: Tensor, lower: Tensor) -> Tensor:
 
 
 def place(dense: Tensor, selected: Optional[Tensor], values: Tensor) -> Tensor:
-    """A new tensor with values at the selected places, all if None, in the dtype of the values."""
+    """A copy of a tensor with values at the selected places (all if None), in the values' dtype."""
     if selected is None or selected.all():
         return values.view(dense.shape)
     return dense.to(values.device, values.dtype, copy=True).masked_scatter_(

@@ -58,7 +58,7 @@ def expected_jaccard(density: float, other: float) -> float:
 
 
 class WeightMask:
-    """One bit for every weight of a model, tied weights once: selected (trainable) or frozen.
+    """One bit per weight of a model (tied weights count once): selected (trainable) or frozen.
 
     Args:
         packed: parameter name -> packed bits, see :func:`~wagle_pl.masks.bits.pack_bits`.
@@ -103,10 +103,10 @@ class WeightMask:
         shapes: Optional[Shapes] = None,
         metadata: Optional[Mapping[str, Any]] = None,
     ) -> WeightMask:
-        """The mask of a ``{name: tensor of 0 and 1}`` dict of ``torch.save``; runs no code of it.
+        """Read a ``{name: tensor of 0 and 1}`` dict of ``torch.save``, without running its code.
 
         Args:
-            shapes: parameter name -> shape in the model it is for, against which the file is checked.
+            shapes: parameter name -> shape in the model it is for, to check the file against.
             metadata: ``model`` and ``model_fingerprint`` of that model.
         """
         path = Path(path)
@@ -146,7 +146,7 @@ class WeightMask:
 
         Args:
             shapes: parameter name -> shape in that model; must equal this mask's.
-            made_for: its ``model`` and ``model_fingerprint``.
+            made_for: ``model`` and ``model_fingerprint`` of that model.
         """
         self.check(shapes)
         made_by = {**made_for, "operation": "moved", "of": [self.metadata]}
@@ -195,7 +195,7 @@ class WeightMask:
         return path
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the mask as ``mask.safetensors``, and a card, see ``core.hub.upload``."""
+        """Upload the mask as ``mask.safetensors``, with a card, see ``core.hub.upload``."""
         model = self.metadata.get("model") or "unknown"
         text = (
             f"# Mask\n\nIt selects {self.count():,} of {self.total:,} weights of `{model}`: "
@@ -270,7 +270,7 @@ class WeightMask:
         return self.count() / self.total
 
     def count_together(self) -> int:
-        """:meth:`count`, of which each rank does its share. Collective."""
+        """Like :meth:`count`, with the work divided among the ranks. Collective."""
         counts = [count_bits(share_of(self.packed(name))[1]) for name in self]
         total = distributed.all_reduce_sum(torch.tensor(counts)).tolist()
         self._counts = dict(zip(self, total, strict=True))
@@ -293,12 +293,12 @@ class WeightMask:
         return {key: found / max(1, size) for key, (found, size) in self.tally(group).items()}
 
     def stats(self) -> dict[str, dict[str, float]]:
-        """Share selected as ``{"tensor": {...}, "layer": {...}, "module": {...}}``."""
+        """Share of selected weights, as ``{"tensor": {...}, "layer": {...}, "module": {...}}``."""
         groups = {"tensor": str, "layer": _layer_key, "module": module_type_of}
         return {group: self._shares(key_of) for group, key_of in groups.items()}
 
     def grid(self) -> dict[str, dict[str, float]]:
-        """Share selected as ``{layer: {module label: share}}``; what is in no layer is ``other``."""
+        """``{layer: {module label: share selected}}``; weights outside layers are in ``other``."""
 
         def cell(name: str) -> tuple[str, str]:
             layer, module = _layer_key(name), module_type_of(name)
@@ -328,7 +328,7 @@ class WeightMask:
             metadata = waiting.pop(0)
             if metadata.get("prompts") and metadata["prompts"] not in found:
                 found.append(metadata["prompts"])
-            if metadata.get("operation") != "random_like":  # which takes the number of weights only
+            if metadata.get("operation") != "random_like":  # it uses only their number
                 waiting += metadata.get("of", ())
         return found
 
@@ -339,7 +339,7 @@ class WeightMask:
         where: Optional[str] = None,
         what: str = "the model",
     ) -> None:
-        """Refuse a model, or another mask, that this mask was not made for, naming a difference.
+        """Refuse a model, or another mask, that does not fit this mask; the error says why.
 
         Args:
             shapes: parameter name -> shape of the model.
@@ -365,7 +365,7 @@ class WeightMask:
                 hint="run attribution on this model" if what == "the model" else None,
             )
 
-    # -- set algebra, a tensor of bytes at a time --------------------------------------------------
+    # -- set operations on packed bits, one tensor at a time ---------------------------------------
 
     def __and__(self, other: WeightMask) -> WeightMask:
         return self._combine(other, "and", torch.bitwise_and)
@@ -405,7 +405,7 @@ class WeightMask:
 
     @staticmethod
     def _made_from(operation: str, *masks: WeightMask) -> dict[str, Any]:
-        """Metadata of a result: the model that the operands share, and what made these."""
+        """Metadata of a result: the model that the operands share, and how each was made."""
         known = {
             key: mask.metadata[key]
             for mask in reversed(masks)

@@ -30,7 +30,7 @@ def layer_of(name: str) -> Optional[int]:
 
 
 def module_type_of(name: str) -> str:
-    """The last part of the name of a parameter's module; of its own if no ``weight`` or ``bias``.
+    """The last part of a parameter's name, not counting a final ``weight`` or ``bias``.
 
     >>> module_type_of("model.layers.7.mlp.up_proj.weight"), module_type_of("mlp.experts.down_proj")
     ('up_proj', 'down_proj')
@@ -50,10 +50,10 @@ def module_label(module_type: str) -> str:
 
 
 def in_module(name: str, module: str) -> bool:
-    """Whether one or more neighbouring parts of a parameter's name are those of a module.
+    """Whether a module's name occurs in a parameter's name, as one or more whole, adjacent parts.
 
-    ``attn``, ``mlp``, ``norm`` and ``embed`` stand for what the model calls these; so do short
-    names (:func:`module_label`).
+    ``attn``, ``mlp``, ``norm`` and ``embed`` match whatever the model calls these; short names
+    (:func:`module_label`) match, too.
 
     >>> name = "model.layers.7.mlp.down_proj.weight"
     >>> [in_module(name, m) for m in ("mlp", "down_proj", "mlp.down", "attn", "down_proj.mlp")]
@@ -71,7 +71,7 @@ def in_module(name: str, module: str) -> bool:
 
 
 def parse_layers(layers: str) -> frozenset[int]:
-    """Indices of layers, from ranges with their ends.
+    """Layer indices from a list of ranges, which include both ends.
 
     >>> sorted(parse_layers("0-2,8"))
     [0, 1, 2, 8]

@@ -1,4 +1,4 @@
-"""``Restriction``: only these weights, by mask file, module, layer and name."""
+"""``Restriction``: a choice of weights by mask file, module, layer and name."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from wagle_pl.masks.names import in_module, layer_of, parse_layers
 
 
 class Restriction(NamedTuple):
-    """Only the weights that all of these select; every weight where all are None.
+    """Only the weights that all given fields select; every weight if all fields are None.
 
     >>> Restriction(modules=["mlp"], layers="3-7").takes("model.layers.7.mlp.up_proj.weight")
     True
     """
 
-    file: Optional[Union[str, WeightMask]] = None  # of a mask
+    file: Optional[Union[str, WeightMask]] = None  # a mask, or the path of its file
     modules: Optional[Sequence[str]] = None  # such as ["mlp.down_proj"], see in_module
     layers: Optional[str] = None  # see parse_layers
     matching: Optional[str] = None  # a regular expression, found anywhere in a parameter's name
@@ -38,10 +38,10 @@ class Restriction(NamedTuple):
     def mask(
         self, shapes: Shapes, model: Optional[str] = None, fingerprint: Optional[str] = None
     ) -> Optional[WeightMask]:
-        """The mask of a model; None if nothing is restricted.
+        """The mask for a model; None if nothing is restricted.
 
         Raises:
-            WagleError: if the file is of another model, or modules and layers do not exist in it.
+            WagleError: if the file is for another model, or the model lacks the modules or layers.
         """
         made_for = {} if model is None else {"model": model, "model_fingerprint": fingerprint}
 

@@ -19,7 +19,7 @@ A value, its index and its gradient take 4 bytes each. With ``split``, for masks
 all of a model, the bf16 weight is the upper half of the value, so only the lower 16 bits are stored
 in addition; indices take one bit per weight, and gradients are bf16.
 
-:meth:`SelectedWeights.release` writes the values a last time and restores the model's ordinary
+:meth:`SelectedWeights.release` writes the values one last time and restores the model's ordinary
 parameters.
 """
 
@@ -54,7 +54,7 @@ class SelectedWeights:
             others as they are.
         masters, split: see :class:`SelectedTensor`; only bf16 weights are split.
         keep_theta0: keep the values as they are now, for :meth:`at_theta0`.
-        keep_dense_gradients: add up the gradients of whole tensors too, for
+        keep_dense_gradients: also accumulate the gradients of whole tensors, for
             :meth:`clip_by_dense_norm`.
     """
 
@@ -91,28 +91,28 @@ class SelectedWeights:
                 self._restore.append(_hold(module, held))
 
     def compile(self, blocks: Iterable[nn.Module]) -> None:
-        """Have ``torch.compile`` make one program of each block, until :meth:`release`."""
+        """Compile each block with ``torch.compile``, until :meth:`release`."""
         self._restore += map(_compile, blocks)
 
     def changed(self) -> None:
-        """Have all values written anew, see :meth:`SelectedTensor.changed`."""
+        """Have all values written again, see :meth:`SelectedTensor.changed`."""
         for tensor in self.tensors.values():
             tensor.changed()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, dense tensor), the values written into it unless it is sharded."""
+        """(name, dense tensor) pairs; the values are written into those that are not sharded."""
         for name, tensor in self.tensors.items():
             yield name, tensor.parameter if tensor.is_sharded else tensor.write()
 
     @contextmanager
     def at_theta0(self) -> Iterator[nn.Module]:
-        """The model with its first values, in evaluation mode and without gradients, while inside."""
+        """Context with the model at its initial values, in evaluation mode, without gradients."""
         with evaluating(self.lm), self._switched_on("at_theta0"), torch.no_grad():
             yield self.lm
 
     def gradients_in_place(self) -> AbstractContextManager[None]:
-        """While inside, gradients are added up in buffers that last, past autograd: faster, where no
-        hook (DDP's, DeepSpeed's) waits for them."""
+        """Context in which gradients are accumulated in persistent buffers, bypassing autograd:
+        faster where no hook (of DDP or DeepSpeed) waits for them."""
         return self._switched_on("in_place")
 
     @contextmanager
@@ -133,9 +133,9 @@ class SelectedWeights:
                 tensor.changed()
 
     def step_by_tensor(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make a step join the halves of one tensor's values at a time, if it does not already.
+        """Make an optimiser step join the halves of one tensor at a time, if it does not already.
 
-        The optimiser must skip parameters without gradient, as torch's do, and have no state yet.
+        The optimiser must skip parameters without a gradient, as torch's do, and have no state yet.
         """
         step = optimizer.step
         if hasattr(step, "by_tensor"):
@@ -156,7 +156,7 @@ class SelectedWeights:
             return loss
 
         by_tensor.by_tensor = True
-        optimizer.step = MethodType(by_tensor, optimizer)  # learning-rate schedulers expect one
+        optimizer.step = MethodType(by_tensor, optimizer)  # as learning-rate schedulers expect
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(name, gradient) of values that have one."""
@@ -167,7 +167,7 @@ class SelectedWeights:
 
     @torch.no_grad()
     def clip_by_dense_norm(self, bound: float, scale: float = 1.0) -> None:
-        """Clip by the norm of the dense gradients, which are dropped; with fp16's loss scale."""
+        """Clip by the norm of the dense gradients, then drop these; ``scale`` is the loss scale."""
         dense = []
         for tensor in self.tensors.values():
             if tensor.is_plain and tensor.parameter.grad is not None:
@@ -181,7 +181,7 @@ class SelectedWeights:
 
     @torch.no_grad()
     def clip(self, bound: float, counted: Optional[list[Tensor]] = None) -> None:
-        """Scale the values' gradients so that the norm of ``counted``, else their own, is bounded."""
+        """Scale the values' gradients to bound the norm of ``counted``, by default their own."""
         gradients = [gradient for _, gradient in self.gradients()]
         counted = gradients if counted is None else counted
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in counted]
@@ -203,9 +203,9 @@ class SelectedWeights:
 def load_values(
     lm: nn.Module, names: Container[str], read: Callable[[str], Tensor], mask: Optional[WeightMask]
 ) -> None:
-    """Put values of a checkpoint into a model that holds its weights as usual.
+    """Write a checkpoint's values into a model with ordinary parameters.
 
-    Collective where they are sharded. Without a mask all weights of a tensor are selected.
+    Collective if these are sharded. Without a mask, all weights of a tensor are selected.
     """
     for name, parameter in lm.named_parameters():
         if f"{name}{SUFFIX}" in names:
@@ -218,9 +218,9 @@ def load_values(
 def _hold(module: nn.Module, held: dict[str, SelectedTensor]) -> Callable[[], None]:
     """Make a module read some of its parameters through :class:`SelectedTensor`.
 
-    Parameters become properties of a class that reads so, and values take their places. A dense
-    tensor that is sharded stays a parameter, which DeepSpeed gathers when the module runs. Returns
-    what undoes it.
+    The module's class becomes a subclass with properties for these parameters, and the values are
+    registered in their place. A sharded dense tensor stays a parameter, which DeepSpeed gathers
+    when the module runs. Returns a function that undoes the change.
     """
     own_class, names = type(module), list(module._parameters)
     module._selected, module._ready = held, None
@@ -247,7 +247,7 @@ def _hold(module: nn.Module, held: dict[str, SelectedTensor]) -> Callable[[], No
 
 @cache  # compiled code is shared by modules of one class
 def _reading(own_class: type[nn.Module], leaves: tuple[str, ...]) -> type[nn.Module]:
-    """The class whose instances read these parameters from ``_selected``, or as they are ready."""
+    """A subclass that reads these parameters from ``_ready`` if it is set, else ``_selected``."""
 
     def apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         tensors = self._selected.values()
@@ -278,9 +278,9 @@ def _reading(own_class: type[nn.Module], leaves: tuple[str, ...]) -> type[nn.Mod
 
 
 def _compile(block: nn.Module) -> Callable[[], None]:
-    """Compile what a block computes; its weights are made ready before, out of the compiler's sight.
+    """Compile a block's forward pass; hooks prepare its weights first, outside the compiled code.
 
-    Returns what undoes it.
+    Returns a function that undoes the change.
     """
 
     def get_ready(*_: Any) -> None:
@@ -297,7 +297,7 @@ def _compile(block: nn.Module) -> Callable[[], None]:
     compiled = torch.compile(plain, dynamic=True)  # one program for batches of all sizes
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        trains = block.training and torch.is_grad_enabled()  # passes that do not are few
+        trains = block.training and torch.is_grad_enabled()  # other passes are few
         return (compiled if trains else plain)(*args, **kwargs)
 
     block.forward = forward

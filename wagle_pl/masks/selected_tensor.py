@@ -1,4 +1,4 @@
-"""One tensor of a model and the values of its selected weights, see :mod:`wagle_pl.masks.selected`."""
+"""A tensor and the values of its selected weights, see :mod:`wagle_pl.masks.selected`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _Select(torch.autograd.Function):
         ctx: Any, values: Tensor, dense: Tensor, tensor: SelectedTensor, bits: Optional[Tensor]
     ) -> Tensor:
         ctx.tensor = tensor
-        ctx.save_for_backward(bits)  # so that they are not kept where blocks are recomputed
+        ctx.save_for_backward(bits)  # so that gradient checkpointing does not keep them
         return dense.detach()
 
     @staticmethod
@@ -46,8 +46,8 @@ class SelectedTensor:
 
     Args:
         parameter: the model's own parameter: the dense tensor. Sharded over ranks under ZeRO-3.
-        packed: its packed bits, see :mod:`wagle_pl.masks.bits`; None where all are selected.
-        masters: keep values in fp32 where the dense tensor is narrower. False for DeepSpeed, whose
+        packed: its packed bits, see :mod:`wagle_pl.masks.bits`; None if all are selected.
+        masters: keep values in fp32 if the dense tensor is narrower. False for DeepSpeed, whose
             optimisers do so.
         split: keep values of a bf16 tensor as halves, and their gradients in this dtype.
     """
@@ -61,9 +61,9 @@ class SelectedTensor:
     ) -> None:
         self.parameter = parameter
         self.masters = masters
-        #: What is trained: (selected,), or of the tensor's shape where all are selected; None where
-        #: none is. It is ``parameter`` itself if that needs no other dtype (``is_plain``), and empty
-        #: but inside :meth:`whole_values` if ``is_split``.
+        #: What is trained: (selected,), or of the tensor's shape if all are selected; None if none
+        #: is. It is ``parameter`` itself if that needs no other dtype (``is_plain``). If
+        #: ``is_split``, it is empty except inside :meth:`whole_values`.
         self.values: Optional[nn.Parameter] = None
         self.theta0: Optional[Tensor] = None
         self.gradient: Optional[Tensor] = None  # of the values, if ``is_split``
@@ -72,7 +72,7 @@ class SelectedTensor:
         self._split = split
         self._index: Optional[Tensor] = None
         self._packed: Optional[Tensor] = None  # of this rank's share, if the tensor is sharded
-        self._own = slice(0)  # the values of that
+        self._own = slice(0)  # the values of this rank's share
         self._kept: Optional[Tensor] = None
         self._lower: Optional[Tensor] = None
         self._buffer: Optional[Tensor] = None
@@ -94,7 +94,7 @@ class SelectedTensor:
         if self.is_plain or not self.count:
             return
         dtype = torch.promote_types(parameter.dtype, torch.float32 if masters else parameter.dtype)
-        if self.is_sharded and self.is_partial:  # each rank takes those of its share
+        if self.is_sharded and self.is_partial:  # each rank takes the values of its share
             _, share = share_of(parameter)
             own = unpack_bits(self._packed, share.shape).to(share.device)
             values = distributed.all_gather_uneven(share[own].to(parameter.device)).to(dtype)
@@ -111,12 +111,12 @@ class SelectedTensor:
             self._lower = torch.zeros_like(values, dtype=torch.int16)
             values = values.new_empty(0)
         self.values = nn.Parameter(values)
-        if self.is_sharded:  # now, rather than with all others when DeepSpeed's engine is made
+        if self.is_sharded:  # now, not with all others when DeepSpeed's engine is made
             parameter.convert_to_zero_parameters([self.values])
         self._written = {parameter.dtype: self._version()}
 
     def _keep_share(self, packed: Tensor) -> int:
-        """Keep the bits of this rank's share, which alone are read; the number of all. Collective."""
+        """Read and keep this rank's bits; return the number selected on all ranks. Collective."""
         start, share = share_of(self.parameter)
         own = pack_bits(unpack_part(packed, start, start + len(share)))
         each = (self.parameter.partition_numel() + 7) // 8
@@ -126,7 +126,7 @@ class SelectedTensor:
         return sum(counts)
 
     def bits(self) -> Optional[Tensor]:
-        """The ranks' packed bits, a row each, if the tensor is sharded and partial. Collective."""
+        """The packed bits, one row per rank, if the tensor is sharded and partial. Collective."""
         if not (self.is_sharded and self.is_partial):
             return None
         if self._kept is None:
@@ -137,8 +137,8 @@ class SelectedTensor:
         return self._kept
 
     def places(self, bits: Optional[Tensor] = None) -> Optional[Iterable[Tensor]]:
-        """Places of the values in the flattened tensor, piece by piece, given the ranks' :meth:`bits`
-        if it is sharded; None where all are selected."""
+        """Positions of the values in the flattened tensor, in pieces; None if all are selected. For
+        a sharded tensor, give its :meth:`bits`."""
         chunk = chunk_of(self.parameter)
         if not self.is_partial:
             return None
@@ -154,13 +154,13 @@ class SelectedTensor:
         )
 
     def taken(self, dense: Tensor, dtype: torch.dtype, bits: Optional[Tensor] = None) -> Tensor:
-        """A new tensor of the selected entries of a dense one, in a dtype."""
+        """The selected entries of a dense tensor, as a new tensor of this dtype."""
         if not self.is_partial:
             return dense.to(dtype, copy=True)
         return take_(dense.new_empty(self.count, dtype=dtype), dense, self.places(bits))
 
     def placed(self, values: Tensor) -> Tensor:
-        """A new dense tensor of the values, 0 where nothing is selected; not sharded."""
+        """A new dense tensor with these values, 0 elsewhere; for tensors that are not sharded."""
         dense = values.new_zeros(self.parameter.shape)
         put_(dense, self.places(), values)
         return dense
@@ -168,7 +168,7 @@ class SelectedTensor:
     # -- values ------------------------------------------------------------------------------------
 
     def value(self) -> Tensor:
-        """The values, whole."""
+        """The values, joined if they are split."""
         if not self.is_split:
             return self.values.detach()
         upper = self.taken(self.parameter.detach(), torch.bfloat16)
@@ -179,7 +179,7 @@ class SelectedTensor:
 
     @torch.no_grad()
     def store(self, values: Tensor) -> None:
-        """Set split values."""
+        """Split fp32 values and store both halves."""
         values = values.to(self.parameter.device).view(self._lower.shape)
         upper = torch.empty_like(values, dtype=torch.bfloat16)
         for part, high, low in self._pieces(values, upper):
@@ -194,7 +194,7 @@ class SelectedTensor:
 
     @contextmanager
     def whole_values(self) -> Iterator[None]:
-        """Split values and their gradient in fp32, while inside, for an optimiser's step."""
+        """Context with split values and their gradient joined in fp32, for an optimiser step."""
         self.values.data = self.value()
         self.values.grad = None if self.gradient is None else self.gradient.float()
         self.gradient = None
@@ -207,12 +207,12 @@ class SelectedTensor:
         return self.values._version, self.values.data_ptr()
 
     def changed(self) -> None:
-        """Have the values written anew: they may have changed unseen by torch (``.data``)."""
+        """Have the values written again: they may have changed unnoticed by torch (``.data``)."""
         self._written.clear()
 
     @torch.no_grad()
     def write(self, narrow: Optional[Tensor] = None) -> Tensor:
-        """The dense tensor, or a narrow copy, with the values in it, if they have changed."""
+        """Write changed values into the dense tensor, or a narrow copy, and return that."""
         dense = self.parameter if narrow is None else narrow
         if self.values is not None and not self.is_plain and not self.is_split:
             version = self._version()
@@ -222,7 +222,7 @@ class SelectedTensor:
         return dense
 
     def _for_autocast(self) -> Optional[Tensor]:
-        """The tensor in autocast's dtype, else made anew in each forward pass; None without one."""
+        """A cached copy in autocast's dtype, to save a cast per pass; None if none is needed."""
         device = self.parameter.device.type
         dtype = torch.get_autocast_dtype(device)
         if not torch.is_autocast_enabled(device) or self.parameter.dtype != torch.float32:
@@ -234,7 +234,7 @@ class SelectedTensor:
     # -- the forward and the backward pass ---------------------------------------------------------
 
     def weight(self, multiplies: bool = False) -> Tensor:
-        """What a layer computes with; in autocast's dtype if it only multiplies matrices."""
+        """The weight for a layer, in autocast's dtype if the layer only multiplies matrices."""
         if self.at_theta0 and self.theta0 is not None:
             return self._with(self.theta0)
         if self.is_plain:
@@ -243,14 +243,14 @@ class SelectedTensor:
             if self.values is None:
                 return self.parameter
             if self.parameter.numel() < self.parameter.ds_numel:
-                return self.parameter  # not gathered: somebody wants to know its dtype or device
+                return self.parameter  # not gathered: read only for its dtype or device
             bits = self.bits()
             return _Select.apply(self.values, self._with(self.values.detach(), bits), self, bits)
         narrow = self._for_autocast() if multiplies else None
         dense = self.write() if narrow is None else narrow
         if not torch.is_grad_enabled() or (self.values is None and not self.keeps_dense_gradient):
             return dense
-        # a frozen tensor whose gradient is asked for needs something that requires one
+        # autograd computes the gradient of a frozen tensor only if an input requires one
         values = torch.zeros((), requires_grad=True) if self.values is None else self.values
         return _Select.apply(values, dense, self, None)
 
@@ -283,10 +283,10 @@ class SelectedTensor:
             take_(self.values.grad, gradient, self.places(), add=True)
         return None
 
-    # -- θ₀, devices and dtypes, the end -----------------------------------------------------------
+    # -- devices, dtypes, the end ------------------------------------------------------------------
 
     def apply_(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """What ``nn.Module.to`` and its like do to a parameter, for all but the values."""
+        """Do what ``nn.Module.to`` and similar methods do, to all tensors but the values."""
         if not self.is_plain and not self.is_sharded:
             self.parameter.data = fn(self.parameter.data)
         device = self.parameter.device
@@ -300,7 +300,7 @@ class SelectedTensor:
 
     @torch.no_grad()
     def merge(self, dtype: Optional[torch.dtype] = None) -> None:
-        """Leave the values in the dense tensor, of this dtype; a collective if it is sharded."""
+        """Write the values into the dense tensor, in this dtype; collective if it is sharded."""
         self.at_theta0 = self.keeps_dense_gradient = False
         self._narrow = self._buffer = None
         if self.is_sharded:
@@ -315,7 +315,7 @@ class SelectedTensor:
         self.write()
 
     def _merge_share(self) -> None:
-        """Leave the values of a sharded tensor in each rank's share of it. Collective."""
+        """Write the values of a sharded tensor into each rank's share of it. Collective."""
         if not self.is_partial:
             return
         if not in_shares(self.parameter):
