@@ -1,6 +1,6 @@
 """Objectives: a forget term plus a retain term, per example.
 
-To write one's own, subclass :class:`Objective` and override ``forget_loss``; give its class path as
+To write your own, subclass :class:`Objective` and override ``forget_loss``; give its class path as
 ``--model.objective``::
 
     @dataclass
@@ -10,10 +10,10 @@ To write one's own, subclass :class:`Objective` and override ``forget_loss``; gi
         def forget_loss(self, at):
             return (at["forget"].nll - self.target) ** 2  # push the loss there, no further
 
-Every term returns one number per example, averaged over the tokens of that example, and the loss is
-the mean over rows; where a paper averages over the tokens of a batch, ``average: tokens`` does so
-over those of the global batch: a step never depends on how its batch is split. All are minimised: a
-term that ascends has the minus in it.
+Every term returns one number per example, averaged over its tokens, and the loss is the mean over
+rows. Where a paper averages over the tokens of a batch, ``average: tokens`` averages over those of
+the global batch, so that a step never depends on how its batch is split. All terms are minimised: a
+term that ascends includes a minus sign.
 
 Options that a class does not list are those of :class:`Objective`. π is the model, π₀ the target
 model, x a question, y its answer, r a refusal, |y| the answer's length in tokens, Δ the
@@ -85,8 +85,8 @@ class GradDiff(Objective):
 class GradAscent(GradDiff):
     """Gradient ascent on the forget rows alone (Jang et al. 2022, arXiv 2210.01504).
 
-    ℓ_f = −NLL(forget), and no retain term unless one is given: ``retain: kl`` makes TOFU's baseline
-    "KL minimisation", over answer tokens; with its ``positions: batch`` as TOFU's code has it.
+    ℓ_f = −NLL(forget), and no retain term unless one is given: ``retain: kl`` gives TOFU's baseline
+    "KL minimisation" over answer tokens; with its ``positions: batch``, as in TOFU's code.
     """
 
     retain: Union[RetainTerm, str] = "none"
@@ -172,8 +172,8 @@ class SimNPO(Objective):
 
     Args:
         beta: β > 0.
-        gamma: margin γ inside the sigmoid. The code of the paper and of OpenUnlearning multiply
-            theirs by β: their δ is γ/β here.
+        gamma: margin γ inside the sigmoid. The paper's code and OpenUnlearning multiply their
+            margin by β: it equals γ/β here.
     """
 
     beta: float = positive(2.5)
@@ -209,7 +209,7 @@ class DPO(Objective):
 
     ℓ_f = −(2/β) log σ(β (Δ_r − Δ_y)), with the factor of arXiv 2404.05868.
 
-    The refusal of a row is the same in every epoch, so that one number per row is known at θ₀.
+    The refusal of a row is the same in every epoch, so that one number per row at θ₀ is enough.
 
     Args:
         beta: β > 0.
@@ -226,10 +226,10 @@ class DPO(Objective):
 
 
 class AltPO(DPO):
-    """DPO of an answer of the row's own over the one to forget (arXiv 2409.13474).
+    """DPO of an alternate answer over the one to forget (arXiv 2409.13474).
 
-    ℓ_f = −(2/β) log σ(β (Δ_a − Δ_y)), a the text in the column ``alternate``: the paper has the
-    target model write a wrong but plausible one, five times (a row each).
+    ℓ_f = −(2/β) log σ(β (Δ_a − Δ_y)), a the text in the column ``alternate``: in the paper the
+    target model writes five wrong but plausible answers, each of which is a row.
     """
 
     forget_streams = references = ("forget", "alternate")
@@ -244,7 +244,7 @@ class KL(Objective):
     ℓ_f = −(1/|y|) Σ_t KL(π₀(·|x, y_<t) ‖ π(·|x, y_<t)).
 
     At θ₀ the divergence is 0 and so is its gradient: the retain term makes the first move. (TOFU's
-    baseline "KL minimisation" is another thing: :class:`GradAscent` with ``retain: kl``.)
+    baseline "KL minimisation" is something else: :class:`GradAscent` with ``retain: kl``.)
     """
 
     by_token = True
@@ -264,9 +264,9 @@ class UNDIAL(Objective):
     Args:
         beta: β > 0: how far the true token's logit is lowered.
         positions: ``answer``: t runs over the answer tokens. ``batch``: over every position of the
-            padded batch, exactly as in OpenUnlearning's code: the value depends on how a batch is
-            cut. Where nothing is to be predicted its mark, −100, is an index there: the logit of
-            token V − 100 is lowered.
+            padded batch, exactly as in OpenUnlearning's code; the value depends on how a batch is
+            split. Where nothing is to be predicted, that code uses the label −100 as an index: it
+            lowers the logit of token V − 100.
     """
 
     logits_at_theta0 = ("forget",)
@@ -313,8 +313,8 @@ class CEU(Objective):
     without gradient.
 
     Args:
-        skip_first: leave out so many tokens at the start of each answer (the paper's footnote: they
-            carry no knowledge); an answer without others counts as 0.
+        skip_first: number of tokens to leave out at the start of each answer (the paper's footnote:
+            they carry no knowledge); an answer with no other tokens counts as 0.
     """
 
     by_token = True
@@ -375,8 +375,8 @@ class PDU(Objective):
 
     Minimise ℓ_f = (1/|y|) Σ_t (max_v z_t(v) − (1/V) Σ_v z_t(v))², z the logits, subject to ℓ_r ≤ ε:
     a step descends ℓ_f + λ ℓ_r, and then λ ← max(0, λ + η (ℓ_r − ε)), ℓ_r over the global batch.
-    λ begins as ``retain_weight``; ℓ_f is of the size of squared logits, so OpenUnlearning's runs
-    begin at 50 to 100. (Its code takes the logits one position further, and steps λ for each
+    λ begins as ``retain_weight``; ℓ_f is as large as squared logits, so OpenUnlearning's runs begin
+    at 50 to 100. (Its code takes the logits one position further, and updates λ after each
     micro-batch.)
 
     Args:
@@ -431,8 +431,8 @@ class PDU(Objective):
 # -- hidden states ---------------------------------------------------------------------------------
 
 
-#: A feed-forward part's way back to the hidden state, by the names that models have for it; experts'
-#: too.
+#: The names that models give to the down-projection of an MLP, or of its experts; a regular
+#: expression.
 _DOWN_PROJECTION = (
     r"(?:(?:mlp|ffn|feed_forward|block_sparse_moe)\.(?:\w+\.)*)?"
     r"(?:down_proj|c_proj|dense_4h_to_h|fc2|fc_out|w2)(?:\.|$)"
@@ -443,16 +443,16 @@ _DOWN_PROJECTION = (
 class RMU(Objective):
     """Representation misdirection of a block's output (Li et al. 2024, arXiv 2403.03218).
 
-    ℓ_f = (1/|y|) Σ_t (1/d) ‖h_t − c·u‖², h the block's output (d numbers per token), u a fixed random
-    unit vector with entries of one sign. The retain term holds the same output where it was
+    ℓ_f = (1/|y|) Σ_t (1/d) ‖h_t − c·u‖², h the block's output (d numbers per token), u a fixed
+    random unit vector with entries of one sign. The retain term keeps the same output unchanged
     (``hidden_mse``).
 
     Args:
         layer: the block, counted from 0.
-        steering: c, length of the vector that is steered to.
+        steering: c, the length of the target vector.
         seed: of u.
-        trainable: regular expression; only parameters in whose name it is found move. ``auto``, as
-            in the paper: the MLP's down-projection of the block and of the two before it.
+        trainable: regular expression; only parameters whose names contain a match move. ``auto``,
+            as in the paper: the MLP's down-projection of the block and of the two before it.
     """
 
     layer: int = 7

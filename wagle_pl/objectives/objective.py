@@ -107,7 +107,7 @@ class Objective(ABC):
 
     #: Whether the forget term is a mean over answer tokens, for ``average: tokens``.
     by_token: ClassVar[bool] = False
-    skip_first: ClassVar[int] = 0  # number of first tokens of an answer that it leaves out
+    skip_first: ClassVar[int] = 0  # tokens at the start of an answer that it leaves out
     #: Streams that the forget term reads: ``forget``; or the same rows with another answer,
     #: ``refusal`` or ``alternate``.
     forget_streams: ClassVar[tuple[str, ...]] = ("forget",)
@@ -116,7 +116,7 @@ class Objective(ABC):
     #: Streams whose whole predictions (or hidden states) at θ₀ the forget term needs.
     logits_at_theta0: ClassVar[tuple[str, ...]] = ()
     layer: ClassVar[Optional[int]] = None  # the block whose output it reads, if any
-    #: Regular expression that the names of parameters must match to be moved; None moves any.
+    #: Regular expression for the names of the parameters that may move; None lets all move.
     trainable: ClassVar[Optional[str]] = None
 
     forget_weight: Weight = 1.0
@@ -141,7 +141,7 @@ class Objective(ABC):
 
     @property
     def retains(self) -> bool:
-        """Whether there is a retain term: its weight is not the constant 0."""
+        """Whether there is a retain term, that is, its weight is not the constant 0."""
         return isinstance(self.retain_weight, (str, Schedule)) or self.retain_weight != 0
 
     @property
@@ -163,7 +163,7 @@ class Objective(ABC):
 
     @property
     def whole_streams(self) -> tuple[str, ...]:
-        """Streams of which a term needs logits of every position."""
+        """Streams for which a term needs logits at every position."""
         return ("retain",) if self.retains and self.retain.all_positions else ()
 
     @property
@@ -185,7 +185,7 @@ class Objective(ABC):
         return self.retain(at)
 
     def penalty(self, at: Streams) -> Optional[Tensor]:
-        """A scalar that belongs to no row, added to the loss as it is; None for none."""
+        """A scalar that belongs to no row, added to the loss as it is; None if there is none."""
         return None
 
     def term(self, name: str, at: Streams) -> Optional[Tensor]:
@@ -206,7 +206,7 @@ class Objective(ABC):
         return {"forget_loss": forget, "retain_loss": retain, "penalty": 1.0}
 
     def __call__(self, at: Streams) -> dict[str, Tensor]:
-        """``loss`` and its terms as far as there are any, scalars."""
+        """``loss`` and those of its terms that exist, as scalars."""
         found = {n: at.known[n] if n in at.known else self.term(n, at) for n in TERMS}
         terms = {name: term for name, term in found.items() if term is not None}
         weights = self.weights(at)
@@ -215,11 +215,11 @@ class Objective(ABC):
     # -- an objective that changes during a run ----------------------------------------------------
 
     def after_step(self, losses: Mapping[str, float], epoch: int) -> None:  # noqa: B027
-        """Look at the losses of a step, averaged over the global batch; the same on all ranks."""
+        """Called after a step with its losses, means over the global batch, equal on all ranks."""
 
     def state_dict(self) -> dict[str, float]:
         """What :meth:`after_step` has changed, for checkpoints."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:  # noqa: B027
-        """Take it back."""
+        """Restore what :meth:`state_dict` returned."""

@@ -1,6 +1,6 @@
 """Retain terms: what keeps the model as it is on the rows that are not to be forgotten.
 
-To write one's own, subclass :class:`RetainTerm` and override ``__call__``; give its class path as
+To write your own, subclass :class:`RetainTerm` and override ``__call__``; give its class path as
 ``retain`` of any objective.
 """
 
@@ -24,10 +24,10 @@ from wagle_pl.objectives.streams import Answers, Streams
 class RetainTerm(ABC):
     """One number for each retain row, to be minimised."""
 
-    #: Whether the term is a mean over answer tokens: of ``average: tokens`` then over the batch's.
+    #: Whether the term is a mean over answer tokens (by ``average: tokens``, the global batch's).
     by_token: bool = False
-    logits_at_theta0: bool = False  # it needs predictions at θ₀ of the retain rows
-    #: Whether the term needs logits of every position of the retain rows, not of the answers alone.
+    logits_at_theta0: bool = False  # whether it needs predictions of the retain rows at θ₀
+    #: Whether the term needs logits at every position of the retain rows, not only of the answers.
     all_positions: bool = False
     hidden_layers: tuple[int, ...] = ()  # blocks whose outputs it reads, now and at θ₀
 
@@ -64,13 +64,13 @@ class RetainKL(RetainTerm):
     pads to a fixed length, that of OpenUnlearning and this package to the longest row.)
 
     Args:
-        positions: ``answer``: P are the positions that predict an answer token. ``row``: every
-            token of the row, the prompt's as well: the reference code's value for a row that is not
-            padded. ``batch``: padding as well, exactly as in the reference code: the value depends
-            on how a batch is cut.
+        positions: ``answer``: P are the positions that predict an answer token. ``row``: all tokens
+            of the row, including the prompt, which gives the reference code's value for a row
+            without padding. ``batch``: padding as well, exactly as in the reference code; the value
+            depends on how a batch is split.
     """
 
-    __qualname__ = "KL"  # the option's value; the name KL is that of an objective
+    __qualname__ = "KL"  # the option's value; KL is also the name of an objective
     logits_at_theta0 = True
 
     positions: Literal["answer", "row", "batch"] = "answer"

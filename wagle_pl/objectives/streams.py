@@ -4,8 +4,8 @@ Objectives that compare with θ₀ get its predictions in one of three ways, the
 
 * *sums* (NPO, DPO): one log-probability per row, computed once before the first step, so that no
   second model is kept;
-* *top k* (KL, UNDIAL with ``reference_logits: top_k``): the most probable tokens of each answer
-  token, :class:`TopK`, likewise computed once;
+* *top k* (KL, UNDIAL with ``reference_logits: top_k``): the most probable tokens at each answer
+  token, :class:`TopK`, also computed once;
 * *a frozen copy* (whole predictions, and hidden states): one more forward pass per step, see
   :meth:`wagle_pl.masks.selected.SelectedWeights.at_theta0`.
 
@@ -65,7 +65,7 @@ class Answers:
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
     #: Computes the same answers at θ₀, see :attr:`theta0`.
     run_theta0: Optional[Callable[[], Answers]] = None
-    #: Stored predictions at θ₀, used instead of it, see :meth:`beside_theta0`.
+    #: Stored predictions at θ₀, used instead of :attr:`theta0`, see :meth:`beside_theta0`.
     top_k: Optional[TopK] = None
     #: Predictions at all (B · T,) positions, and (B, T) attention mask, 0 at padding; only for the
     #: objective's ``whole_streams``.
@@ -127,8 +127,8 @@ class Answers:
         return self.run_theta0()
 
     def beside_theta0(self, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """(N,) ``function`` of (n, K) log-probabilities at θ₀, (n, K) now, and the (n,) index of the
-        answer token among the K, in chunks of n.
+        """(N,) values of ``function``, called on chunks of n tokens: their (n, K) log-probabilities
+        at θ₀, (n, K) now, and the (n,) index of the answer token among the K.
 
         K is the vocabulary, or with top k the stored tokens and one entry for all others.
         """
@@ -149,7 +149,7 @@ class Answers:
         """(B,) (1/|y|) Σ_t (1/d) ‖h_t − target_t‖², t over the answer tokens.
 
         Args:
-            target: what broadcasts to (B, T, d).
+            target: a tensor that broadcasts to (B, T, d).
         """
         distance = (self.hidden[layer].float() - target.float()).square().mean(-1)
         mask = self.labels != IGNORE
@@ -162,8 +162,8 @@ class Streams(Mapping[str, Answers]):
 
     #: Stream -> tensors, as the data module makes them.
     batch: Mapping[str, Mapping[str, Tensor]]
-    #: Tensors of one stream -> predictions at ``places`` of its tokens, answers'; with the keyword
-    #: ``whole`` at all.
+    #: Tensors of one stream -> predictions at their ``places``, those of the answers; with the
+    #: keyword ``whole``, at all positions.
     run: Callable[..., Predictions]
     #: Stream -> (rows of the set,) summed log-probabilities at θ₀.
     references: Mapping[str, Tensor]
@@ -172,12 +172,12 @@ class Streams(Mapping[str, Answers]):
     layers: Collection[int] = ()  # blocks whose output is kept
     #: Gives a context in which ``run`` runs the model at θ₀.
     theta0: Optional[Callable[[], AbstractContextManager[Any]]] = None
-    #: Stream -> predictions at θ₀, in place of the copy's.
+    #: Stream -> stored predictions at θ₀, used instead of the copy's.
     top_k: Mapping[str, TopK] = field(default_factory=dict)
     progress: float = 0.0  # share of the run's steps that is done, 0 at the first, 1 at the last
     epoch: int = 0  # counted from 0
-    whole: Collection[str] = ()  # streams of which a term needs logits of every position
-    #: Terms of the objective that are computed already, without their weights.
+    whole: Collection[str] = ()  # streams for which a term needs logits at every position
+    #: Terms of the objective that have already been computed, without their weights.
     known: Mapping[str, Tensor] = field(default_factory=dict)
     _answers: dict[str, Answers] = field(default_factory=dict, init=False)
 
@@ -188,7 +188,7 @@ class Streams(Mapping[str, Answers]):
         if "places" not in tensors:
             tensors["places"] = answer_places(tensors["labels"])
         options = {"whole": True} if stream in self.whole else {}
-        run, lm, layers = self.run, self.lm, self.layers  # self in a cycle would keep the graph
+        run, lm, layers = self.run, self.lm, self.layers  # a cycle with self would keep the graph
 
         def ask(context: Callable[[], AbstractContextManager[Any]]) -> Answers:
             with context(), capture(lm, layers) as hidden:
@@ -227,9 +227,9 @@ class Streams(Mapping[str, Answers]):
     ) -> Tensor:
         """Weighted sum of (B,) values, one for each row of a stream.
 
-        Once ranks and micro-batches are averaged it is the mean over the global batch: over its
-        rows; or, of values that are means over answer tokens but the first ``skipped``, over all
-        those tokens.
+        Averaged over ranks and micro-batches, it is the mean over the rows of the global batch. If
+        ``by_token``, values are means over a row's answer tokens except the first ``skipped``, and
+        the result is the mean over all those tokens.
 
         Raises:
             WagleError: naming ``what``, if the values have another shape.
@@ -253,10 +253,10 @@ class Streams(Mapping[str, Answers]):
 
 
 class TopK(NamedTuple):
-    """The k most probable tokens of many rows' answer tokens at θ₀, and the rest as one bucket.
+    """The k most probable tokens at each answer token of many rows at θ₀; the rest as one bucket.
 
-    The true token is always among the k, first. A divergence KL(π₀ ‖ π) over the k + 1 buckets is
-    the true one less t₀ · KL of the two predictions *within* the rest, where t₀ is the probability
+    The true token is always the first of the k. A divergence KL(π₀ ‖ π) over the k + 1 buckets is
+    the full one minus t₀ · KL of the two predictions *within* the rest, where t₀ is the probability
     of the rest at θ₀ (the chain rule of the divergence): a lower bound.
     """
 
@@ -267,20 +267,20 @@ class TopK(NamedTuple):
 
     @classmethod
     def of(cls, predicted: Predictions, targets: Tensor, counts: Tensor, k: int) -> TopK:
-        """The top k, V − 1 at most, of predictions of (N,) true tokens; ``counts``, (rows,), says
-        how many of them each row has."""
+        """The top k, at most V − 1, of predictions of the true tokens ``targets``, (N,);
+        ``counts``, (rows,), says how many of them each row has."""
         k = min(k, predicted.vocabulary - 1)
 
         def top(logits: Tensor, true: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             logprobs = logits.log_softmax(-1)
-            ids = logprobs.scatter(1, true[:, None], 1.0).topk(k, -1).indices  # that one first
+            ids = logprobs.scatter(1, true[:, None], 1.0).topk(k, -1).indices  # the true one first
             return ids.int(), logprobs.gather(1, ids), _outside(logprobs, ids)
 
         return cls(*in_chunks(top, predicted, targets), _offsets(counts))
 
     @classmethod
     def cat(cls, parts: list[TopK]) -> TopK:
-        """Rows of several, in this order."""
+        """The rows of all parts, in this order."""
         ids, logprobs, tail, _ = map(torch.cat, zip(*parts, strict=True))
         counts = torch.cat([part.offsets.diff() for part in parts])
         return cls(ids, logprobs, tail, _offsets(counts))
@@ -296,7 +296,7 @@ class TopK(NamedTuple):
         return TopK(*(tensor.to(device) for tensor in self))
 
     def align(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """These beside predictions by (N, V) logits, see :meth:`Answers.beside_theta0`."""
+        """What :meth:`Answers.beside_theta0` gives its function, for (N, V) logits of now."""
         logprobs, ids = logits.log_softmax(-1), self.ids.long()
         reference = torch.cat([self.logprobs, self.tail[:, None]], -1)
         current = torch.cat([logprobs.gather(1, ids), _outside(logprobs, ids)[:, None]], -1)
@@ -308,20 +308,20 @@ def _offsets(counts: Tensor) -> Tensor:
 
 
 def _outside(logprobs: Tensor, ids: Tensor) -> Tensor:
-    """(N,) log-probability of all tokens but ``ids``, without cancellation."""
+    """(N,) log-probability of all tokens except ``ids``, without cancellation."""
     others = logprobs.scatter(1, ids, -torch.inf)
     none = (others == -torch.inf).all(-1)  # where logsumexp has no gradient
     return others.masked_fill(none[:, None], 0.0).logsumexp(-1).masked_fill(none, -torch.inf)
 
 
 def compute_reference(module: LanguageModule, stream: str) -> dict[str, Tensor]:
-    """``logprobs``, (rows,) float32: summed log-probabilities as the weights are. Collective."""
+    """``logprobs``, (rows,) float32: summed per row, at the current weights. Collective."""
     sums = _of_rows(module, stream, lambda answers: answers.logprob.tolist())
     return {"logprobs": torch.tensor(sums)}
 
 
 def compute_top_k(module: LanguageModule, stream: str, k: int) -> dict[str, Tensor]:
-    """Fields of a :class:`TopK` of every answer token as the weights are, on the CPU. Collective."""
+    """Fields of :class:`TopK` at the current weights, for all answers, on the CPU. Collective."""
 
     def of_batch(answers: Answers) -> list[TopK]:
         found = TopK.of(answers.predicted, answers.targets, answers.length, k).to("cpu")
@@ -348,7 +348,7 @@ def _of_rows(
 
 
 class References:
-    """Sums and top k of a run, made or found before its first step and kept in its checkpoints."""
+    """Sums and top k of a run, computed or loaded before its first step and kept in checkpoints."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}  # stream -> (rows,) summed log-probabilities at θ₀
@@ -359,11 +359,11 @@ class References:
     def prepare(
         self, module: LanguageModule, sums: Collection[str], top_k: Collection[str], k: int
     ) -> None:
-        """Take the sums of some streams, and the top k of some, from the checkpoint or from a file
-        beside the run's output, or compute them. Collective.
+        """Take the sums and the top k of some streams from the checkpoint, or from a file next to
+        the run's output, or compute them. Collective.
 
         Raises:
-            WagleError: if a checkpoint's are of other data, or it has none and θ₀ is gone.
+            WagleError: if a checkpoint has those of other data, or none although θ₀ is gone.
         """
         folder = module.place and module.place.parent / ".references"
         jobs = [(stream, "sum", compute_reference) for stream in sums]
@@ -394,17 +394,17 @@ class References:
         self.top_k = {stream: TopK(**tensors_of[f"{stream} top {k}"]) for stream in top_k}
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """What was used, by stream and kind; with it a resumed run needs no θ₀."""
+        """What was used, by stream and kind, so that a resumed run does not need θ₀."""
         return self._stored
 
     def load_state_dict(self, state: Mapping[str, dict[str, Any]]) -> None:
-        """Take what a checkpoint kept; from now on nothing is computed: the weights have moved."""
+        """Restore a checkpoint's; nothing is computed from then on: the weights have moved."""
         self._stored = dict(state)
         self._resumed = True
 
 
 def _digest(about: str, data: StreamData, stream: str) -> str:
-    """What predictions of a stream depend on, as one name: ``about``, and the rows' tokens."""
+    """A hash of what a stream's predictions depend on: ``about`` and the rows' tokens."""
     tokens: dict[int, str] = {}
     for batch in data.stream_loader(stream):
         columns = (batch[stream][c] for c in ("row", "input_ids", "labels", "attention_mask"))
