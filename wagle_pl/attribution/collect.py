@@ -67,8 +67,8 @@ def jobs_for(
     hessian: Optional[Hessian] = None,
     hessian_stream: str = "retain",
 ) -> tuple[list[Job], str]:
-    """The jobs that collect what scores need (:data:`~wagle_pl.attribution.scores.COLLECTED`), g_f
-    of the forget objective, and the name of the sum that holds the Hessian diagonal."""
+    """The jobs that collect what scores need (:data:`~wagle_pl.attribution.scores.COLLECTED`), with
+    g_f of the forget objective; and the name of the sum that holds the Hessian diagonal."""
     # the empirical Fisher of the retain rows is fisher_r: it is collected once
     shared = type(hessian) is Fisher and hessian_stream == "retain"
     jobs = [
@@ -202,7 +202,7 @@ def _add_rows(
 
     def forward(watch: bool = False) -> tuple[Answers, Optional[Tensor]]:
         """The stream's answers and the sum of its rows' losses."""
-        # what is watched must be one forward pass for certain
+        # watched inputs must come from exactly one forward pass
         at = AtTheta0(batch, partial(forward_answers, lm, apart=not watch), {})
         add = partial(sums.add_vector, "activation")
         with watch_inputs(lm, real, add) if watch else nullcontext():
@@ -234,7 +234,7 @@ def _add_rows(
         done: Optional[tuple[Predictions, Tensor]] = (of_real_rows(answers), loss)
         if job.total or job.squares:
             with sums.into(job.total, squares=job.squares):
-                if loss.requires_grad:  # not where none of this pass's parameters has been used
+                if loss.requires_grad:  # False if the loss uses no parameter of this pass
                     loss.backward(retain_graph=hessian is not None and reusable)
             done = done if reusable else None
         if hessian:
@@ -276,11 +276,11 @@ def watch_inputs(
     model: nn.Module, mask: Tensor, add: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
     """Report Σ x² over real tokens of every input x of linear layers and experts, in one forward
-    pass (leave the context before the backward pass, where gradient checkpointing repeats it).
+    pass. Leave the context before the backward pass, where gradient checkpointing repeats it.
 
     Args:
         mask: (B, T), 0 at tokens that do not count. For a layer that runs on the last positions
-            only, the last columns count; an input of another shape counts as a whole.
+            only, the last columns apply; an input of another shape counts as a whole.
         add: called with (name of a weight, fp64 sum of squares) at each call of its layer; the sum
             broadcasts with the weight: (in,), (in, 1) where that is stored transposed,
             (experts, 1, in) or (experts, in, 1).
@@ -292,7 +292,7 @@ def watch_inputs(
         add(names[layer.weight], squares[:, None] if is_transposed(layer) else squares)
 
     def of_experts(experts: nn.Module, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> None:
-        # tokens, and the experts that each is dispatched to, in whatever way they are passed
+        # tokens, and the experts that each is dispatched to, as positional or keyword arguments
         tokens, chosen, *_ = (*inputs, *options.values())
         tokens, chosen = (_real(x.detach().flatten(0, -2), mask) for x in (tokens, chosen))
         found = _expert_inputs(experts, tokens, chosen)
@@ -310,8 +310,8 @@ def watch_inputs(
 
 
 def _real(x: Tensor, mask: Tensor) -> Tensor:
-    """(N, d) tokens of ``x``, (B, T', d) or (B · T, d), that ``mask``, (B, T), keeps; all of other
-    shapes."""
+    """(N, d) tokens of ``x``, (B, T', d) or (B · T, d), that ``mask``, (B, T), keeps; all tokens if
+    ``x`` has another shape."""
     if x.dim() == 3 and x.shape[0] == mask.shape[0] and x.shape[1] <= mask.shape[1]:
         x = x[mask[:, mask.shape[1] - x.shape[1] :].bool()]
     elif x.dim() == 2 and x.shape[0] == mask.numel():
@@ -320,18 +320,18 @@ def _real(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _squares(x: Tensor) -> Tensor:
-    """(d,) Σ x² over tokens, (N, d), in fp64; some tokens are copied to it at a time."""
+    """(d,) Σ x² over the (N, d) tokens in fp64, to which only some are converted at a time."""
     rows = x.split(max(1, PIECE // x.shape[-1]))
     return sum(part.double().square().sum(0) for part in rows)
 
 
 @torch.no_grad()
 def _expert_inputs(experts: Any, tokens: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """(experts, in) sums of squares of the inputs of each expert's two maps, ``up`` and ``down``,
-    the second computed again as transformers does.
+    """(experts, in) sums of squares of the inputs of each expert's two maps, ``up`` and ``down``;
+    the input of the second is recomputed as in transformers.
 
     Args:
-        tokens: (N, d) its input.
+        tokens: (N, d) input of the module.
         chosen: (N, k) experts of each token.
     """
     up, _ = expert_weights(experts)

@@ -1,9 +1,9 @@
 """Diagonal estimates of the retain loss's Hessian.
 
-An estimator adds to a running sum: one fp32 tensor per parameter, or only its mean. That is of the
-diagonal for the *sum* of the rows' losses; :class:`~wagle_pl.attribution.Collected` divides by
-their number. An estimator of your own is a subclass of :class:`Hessian`; give its class path as
-``--model.hessian``.
+An estimator adds to a running sum: one fp32 tensor per parameter, or only its mean. The sum
+estimates the diagonal for the *sum* of the rows' losses; :class:`~wagle_pl.attribution.Collected`
+divides by their number. To write your own estimator, subclass :class:`Hessian`; give its class path
+as ``--model.hessian``.
 
 The Hessian of a loss −log p(y|x) is H = G + R, where G = E_ŷ~p[∇log p(ŷ) ∇log p(ŷ)ᵀ], positive
 semi-definite, is the Gauss–Newton matrix (for this loss also the Fisher information), and R
@@ -35,13 +35,13 @@ DIAGONAL, TRACE = "h", "h_trace"
 class MicroBatch:
     """Rows of one stream, and forward passes over them."""
 
-    #: A new forward pass: predictions of the labels, row after row, and the sum of the rows' losses,
-    #: a scalar.
+    #: A new forward pass: predictions of the labels, row after row, and the sum of the rows'
+    #: losses, a scalar.
     run: Callable[[], tuple[Predictions, Tensor]]
     labels: Tensor  # (B, T), -100 where nothing is predicted
     seeds: Sequence[int]  # one per row: what is drawn for it does not depend on its batch
-    step_seed: int = 0  # for what is drawn once a step, in all its micro-batches and ranks
-    done: Optional[tuple[Predictions, Tensor]] = None  # a forward pass that has been run already
+    step_seed: int = 0  # for what is drawn once per step, for all micro-batches and ranks
+    done: Optional[tuple[Predictions, Tensor]] = None  # a forward pass that has already been run
     #: Whether one graph may serve several backward passes; not if weights are sharded, since they
     #: are gathered for one.
     reusable: bool = True
@@ -64,17 +64,17 @@ class Hessian:
     """Estimates a Hessian diagonal, micro-batch by micro-batch.
 
     Args:
-        samples: random draws for each step; the error decreases with their square root.
+        samples: random draws per step; the error decreases with the square root of their number.
         diagonal: keep the diagonal; otherwise only its mean.
     """
 
-    per_example = False  # each row must be a micro-batch of its own
-    shardable = True  # weights may be sharded (ZeRO-3), or differentiated a group at a time
+    per_example = False  # whether each row must be its own micro-batch
+    shardable = True  # weights may be sharded (ZeRO-3), or differentiated group by group
 
     # the cost of one draw, for ``wagle plan``
-    backward_passes = 0  # beside the one for g_r
-    same_graph = False  # they use its graph, whose activations are then kept for them
-    step_sums = 0  # fp32 sums of the model's size kept during a step, beside the diagonal
+    backward_passes = 0  # in addition to the one for g_r
+    same_graph = False  # they reuse its graph, so that its activations are kept
+    step_sums = 0  # fp32 sums of the model's size kept during a step, besides the diagonal
     temporaries = 0  # tensors of the model's size and dtype kept during a backward pass
 
     def __init__(self, samples: int = 1, diagonal: bool = True) -> None:
@@ -165,7 +165,7 @@ class Hutchinson(Hessian):
             more = draw + 1 < self.samples
             products = torch.autograd.grad(*given, retain_graph=more, allow_unused=True)
             product_of = dict(zip(used, products, strict=True))
-            for i, z in enumerate(probes):  # of all, whichever this rank has used: a collective
+            for i, z in enumerate(probes):  # of all, used or not: a collective
                 product = product_of.get(i)
                 estimate = torch.zeros_like(z) if product is None else z.float() * product.float()
                 sums.add(buffers, i, estimate.float())
@@ -221,8 +221,8 @@ def sample_labels(predicted: Predictions, labels: Tensor, seeds: Sequence[int]) 
 
 
 def bartlett_loss(predicted: Predictions, drawn: Tensor, labels: Tensor) -> Tensor:
-    """Σ_n T_n^(−1/2) Σ_t −log p(drawn_nt), whose squared gradient estimates the Gauss–Newton diagonal
-    without bias; ``drawn`` are from :func:`sample_labels`.
+    """Σ_n T_n^(−1/2) Σ_t −log p(drawn_nt), whose squared gradient estimates the Gauss–Newton
+    diagonal without bias; ``drawn`` are from :func:`sample_labels`.
 
     With one label drawn for each predicted token, E[∇ log p ∇ log pᵀ] is that token's Gauss–Newton
     matrix (Bartlett's identity), and cross terms vanish as draws are independent. So the loss
@@ -253,7 +253,7 @@ class DampedHessian:
     mean: float  # of max(ĥ, 0) over all weights, or γ
     #: This rank's rows of the sums of ĥ, in parameter order; None for a scalar.
     diagonal: Optional[Sequence[Tensor]] = None
-    scale: float = 1.0  # from the sums to ĥ
+    scale: float = 1.0  # factor from the sums to ĥ
     damping: float = 0.1
 
     def __post_init__(self) -> None:

@@ -57,7 +57,7 @@ class AttributionModule(LanguageModule):
     Args:
         model: hub id, folder in Hugging Face format or GGUF file of the target model.
         output: path of the mask file; ``.safetensors`` is added when missing. With ``masks``, a
-            folder. In Python it may be None: the result is ``mask``.
+            folder. In Python it may be None: the result is then only in ``mask``.
         density: share of the eligible weights to select, in (0, 1].
         score: ``wagle``, ``snip``, ``gradient``, ``forget_retain_ratio``, ``fisher_ratio``,
             ``curvature``, ``signed``, ``magnitude``, ``wanda``, ``random``, ``Modules`` (with
@@ -126,7 +126,7 @@ class AttributionModule(LanguageModule):
         check_names(self.specs)
         self.needs = {need for spec in self.specs for need in spec.score.needs}
         self.save_scores = save_scores
-        #: Of the scores that are written: label -> a mask of it.
+        #: Scores to write: label -> a spec that uses the score.
         self._scores = by_label(self.specs) if save_scores else {}
         self.hessian = hessian_option(hessian, gamma, self.needs)
         self.gamma = gamma
@@ -163,7 +163,7 @@ class AttributionModule(LanguageModule):
     # -- before the pass ---------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Refuse what cannot work, and an output that exists, before any work is done."""
+        """Refuse impossible options, and an output that exists, before any work is done."""
         trainer = self.trainer
         if stage == "fit":
             if trainer.max_steps == -1 and trainer.max_epochs in (-1, 1000):  # Lightning's defaults
@@ -234,7 +234,7 @@ class AttributionModule(LanguageModule):
         return planned + outputs.planned_checkpoint(self.trainer, files["checkpoint"])
 
     def configure_model(self) -> None:
-        """Load the model and make room for sums."""
+        """Load the model and allocate the sums."""
         super().configure_model()
         folder = Path(self.output or ".").parent
         named = self.lm.named_parameters()
@@ -305,7 +305,7 @@ class AttributionModule(LanguageModule):
         super().on_train_end()
         if self.trainer.fast_dev_run:
             return
-        self._restore_sums()  # of a run that had nothing left to collect
+        self._restore_sums()  # if the resumed run had nothing left to collect
         if self._within_step:  # max_time or a callback has ended the run
             end_step(self.jobs, self.sums)
         self.sums.turn(self.passes)
@@ -402,7 +402,7 @@ class AttributionModule(LanguageModule):
     # -- checkpoints -------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the sums and which rows they are of, and no weights: these have not moved."""
+        """Save the sums and which rows they include, but no weights: these have not moved."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["state_dict"] = {}
         if not is_zero(self.trainer.strategy):  # there each rank writes its own part
@@ -414,12 +414,12 @@ class AttributionModule(LanguageModule):
         """Restore the sums and the position in the pass."""
         super().on_load_checkpoint(checkpoint)
         if self.attached and self.trainer.training and not is_zero(self.trainer.strategy):
-            self._stored_sums = checkpoint["sums"]  # under ZeRO each rank has read its part by now
+            self._stored_sums = checkpoint["sums"]  # under ZeRO each rank has already read its part
 
 
 def planned_passes(trainer: L.Trainer, groups: int = 1) -> tuple[float, list[str]]:
-    """Passes over the forget rows that a Trainer is going to make for each of some groups of
-    parameters, and the options that make them more or fewer than one."""
+    """How many passes over the forget rows a Trainer will make for each of the ``groups`` of
+    parameters, and the options that make this more or fewer than one."""
     whole, each = len(trainer.train_dataloader), trainer.num_training_batches
     epochs = math.inf if trainer.max_epochs == -1 else trainer.max_epochs // groups
     steps = trainer.max_steps * trainer.accumulate_grad_batches

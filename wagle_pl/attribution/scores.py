@@ -80,7 +80,7 @@ class Score:
     needs: tuple[str, ...] = ("g_f",)
     signed: bool = False  # rank by the score itself; otherwise by its absolute value
     #: Whether the scores of a row (first dimension) depend only on that row, its position,
-    #: ``activation`` and scalars. Then ranks can score different rows, else only whole parameters.
+    #: ``activation`` and scalars. If so, ranks score different rows; otherwise whole parameters.
     by_row: bool = False
 
     def __call__(self, w: WeightStatistics) -> Tensor:
@@ -101,8 +101,8 @@ class Score:
 
 
 def checked(score: Score, w: WeightStatistics) -> Tensor:
-    """A score's values for one parameter, in fp32; raises :class:`WagleError` if they are no
-    floating-point tensor of its shape."""
+    """A score's values for one parameter, in fp32; raises :class:`WagleError` if they are not
+    a floating-point tensor of its shape."""
     shape = tuple(w.theta.shape)
     values = score(w)
     found = f"a {type(values).__name__}"
@@ -225,16 +225,16 @@ class FisherRatio(Score):
 
 
 class Curvature(Score):
-    """S = |g_f| / (h + ε)^power: forget gradient per unit of retain curvature, a diagonal.
+    """S = |g_f| / (h + ε)^power: forget gradient per unit of retain curvature; h is a diagonal.
 
-    A step along axis i that costs δ of retain loss at a minimum of ℓ_r has length √(2δ/h_i), and
+    At a minimum of ℓ_r, a step along axis i that adds δ to the retain loss has length √(2δ/h_i) and
     changes the forget loss by |g_f,i| times that: power ½. If all weights step equally far (sign
     descent and, nearly, Adam), the set of weights with the largest Σ|g_f| / √(Σh) holds those with
     the largest |g_f| / h: power 1.
 
     Args:
         damping_ratio: ε as a multiple of the mean of h over all weights.
-        power: of h + ε, above 0.
+        power: exponent of h + ε, above 0.
     """
 
     by_row = True
@@ -249,8 +249,8 @@ class Curvature(Score):
 
 
 class Signed(Score):
-    """S = −g_r · g_f / h, WAGLE's second term, ranked with its sign: weights where forgetting does
-    not oppose retaining."""
+    """S = −g_r · g_f / h, WAGLE's second term, ranked with its sign: weights for which forgetting
+    does not oppose retaining."""
 
     by_row = True
     needs = ("g_f", "g_r", "h")
@@ -274,8 +274,8 @@ class Wanda(Score):
     """S_ij = |θ_ij| · ‖x_j‖₂, x the input of the linear layer on all tokens of the forget rows
     (Wanda, arXiv 2306.11695, which ranks within each output row: ``scope: row``).
 
-    Weights of no linear layer (norms, biases, embeddings) score 0; an embedding tied to the output
-    layer has that layer's score.
+    Weights outside linear layers (norms, biases, embeddings) score 0; an embedding tied to the
+    output layer has that layer's score.
     """
 
     by_row = True
@@ -288,11 +288,11 @@ class Wanda(Score):
 class Random(Score):
     """Uniform random numbers in [0, 1): the control for every other score.
 
-    Those of a parameter of at most ``whole`` weights come from one generator, which cannot skip
-    ahead; of a larger one every ``chunk`` has its own, and a rank draws little more than its rows.
+    The numbers of a parameter with at most ``whole`` weights come from one generator, which cannot
+    skip ahead. In a larger one each ``chunk`` has its own: a rank draws little more than its rows.
 
     Args:
-        seed: of the numbers; those of a parameter depend on its name too.
+        seed: of the numbers, which also depend on the parameter's name.
     """
 
     by_row = True
@@ -302,7 +302,7 @@ class Random(Score):
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
-        #: A generator, its seed, and how many numbers it has given.
+        #: A generator, its seed, and how many numbers it has drawn.
         self._source: Optional[tuple[torch.Generator, int, int]] = None
 
     def __call__(self, w: WeightStatistics) -> Tensor:
@@ -319,7 +319,7 @@ class Random(Score):
         return numbers.view(w.theta.shape).to(w.theta.device)
 
     def _generator(self, seed: int, begin: int) -> torch.Generator:
-        """The generator of a seed, ``begin`` numbers on: the last one, if it has come so far."""
+        """A seed's generator after ``begin`` numbers: the last one if it is there, else new."""
         if self._source is None or self._source[1:] != (seed, begin):
             self._source = torch.Generator().manual_seed(seed), seed, begin
             for start in range(0, begin, self.chunk):
@@ -334,8 +334,8 @@ class Modules(Score):
     Args:
         modules: any of ``mlp``, ``attn``, ``norm``, ``embed``, ``q_proj``, ``mlp.down_proj``, ...
             (see :func:`wagle_pl.masks.names.in_module`); all when None.
-        layers: indices of transformer blocks, from 0, ranges with their ends: ``"3-7"``,
-            ``"0,2,5-6"``; all, and what is outside the blocks, when None.
+        layers: transformer blocks, counted from 0; ranges include both ends: ``"3-7"``,
+            ``"0,2,5-6"``. When None, all blocks and everything outside them.
     """
 
     by_row = True

@@ -1,9 +1,9 @@
 """From the sums of a pass to scores and masks: at once, or later from scores on disk.
 
-:class:`MaskSpec` has the options of one mask, :class:`Collected` makes masks of sums, and
-:func:`mask_from_scores` makes one of stored scores in seconds, without another pass. Scores on disk
-are a folder with a safetensors file per rank, its rows of every parameter, and ``index.json``: what
-made them, for which model, and which files hold the rows of which parameter.
+:class:`MaskSpec` holds the options of one mask, :class:`Collected` makes masks from sums, and
+:func:`mask_from_scores` makes one from stored scores in seconds, without another pass. Scores on
+disk are a folder with one safetensors file per rank, which holds its rows of every parameter, and
+``index.json``: how the scores were made, for which model, and which files hold which parameter.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass
 class MaskSpec:
-    """One mask to write from the pass; what is None defaults to the option of that name of
-    :class:`~wagle_pl.attribution.AttributionModule`, which says what it means.
+    """One mask to write from the pass. Options that are None default to those of the same name of
+    :class:`~wagle_pl.attribution.AttributionModule`, where they are explained.
 
     Args:
         score, density, select, scope, include, exclude: options of the module.
-        name: of the mask's file; when None score and density, and select and scope where they are
-            not the default.
+        name: of the mask's file; when None, made of score and density, and of select and scope if
+            they are not the default.
     """
 
     score: Optional[Union[Score, str]] = None
@@ -65,11 +65,11 @@ class MaskSpec:
 
     @property
     def passes(self) -> tuple[Any, ...]:
-        """Specs equal in this are selected in the same passes over the scores."""
+        """Specs for which this is equal are selected in the same passes over the scores."""
         return id(self.score), self.select, self.scope, self.include, self.exclude
 
     def eligible(self, names: Iterable[str]) -> list[str]:
-        """The parameters whose weights compete; there must be one."""
+        """The parameters whose weights compete; there must be at least one."""
         kept = [name for name in names if re.search(self.include or "", name)]
         kept = [n for n in kept if self.exclude is None or not re.search(self.exclude, n)]
         if not kept:
@@ -128,7 +128,7 @@ def complete(
                 f"collects; choose from {COLLECTED}"
             )
         name = [spec.score.label]
-        if type(spec.score).share is not Score.share:  # it decides how many: no ranking to choose
+        if type(spec.score).share is not Score.share:  # the score decides how many: no ranking
             spec.select, spec.scope = "high", "global"
         else:
             chosen = (spec.select, spec.scope)
@@ -149,7 +149,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def check_names(specs: Sequence[MaskSpec]) -> None:
-    """Refuse names of masks that are no plain file names, or not each its own."""
+    """Refuse names of masks that are not plain file names, or not unique."""
     names = [spec.name for spec in specs]
     for name in names:
         if name in (".", "..") or "\0" in name or Path(name).name != name:
@@ -177,7 +177,7 @@ def by_label(specs: Sequence[MaskSpec]) -> dict[str, MaskSpec]:
 
 
 class Collected:
-    """Statistics that a pass has collected of a model, and the scores and masks made of them.
+    """Statistics that a pass has collected on a model, and the scores and masks made from them.
 
     Creating it is collective, and so are its methods: all ranks must call them.
 
@@ -261,8 +261,8 @@ class Collected:
 
     @torch.no_grad()
     def statistics(self, position: int, score: Score, rows: Any = ...) -> WeightStatistics:
-        """What a score needs of one parameter: of some of this rank's rows (all, unless given) if
-        it scores by row, else of all."""
+        """What a score needs about one parameter: about some of this rank's rows (by default all)
+        if it scores by row, else about the whole parameter."""
         name, parameter = self._parameters[position]
         shard, needs = self.sums.shards[position], score.needs
         device = self.device or parameter.device
@@ -300,7 +300,7 @@ class Collected:
     def mask(
         self, score: Union[Score, str] = "wagle", density: float = 0.2, **options: Any
     ) -> Optional[WeightMask]:
-        """The mask of one :class:`MaskSpec`; None on other ranks than 0."""
+        """The mask of one :class:`MaskSpec`; None on ranks other than 0."""
         default = MaskSpec(score, density, select="high", scope="global")
         ((_, mask),) = self.masks(complete([MaskSpec(**options)], default), {})
         return mask
@@ -308,9 +308,9 @@ class Collected:
     def masks(
         self, specs: Sequence[MaskSpec], metadata: dict[str, Any]
     ) -> Iterator[tuple[MaskSpec, Optional[WeightMask]]]:
-        """(spec, its mask; None on other ranks than 0) of :func:`complete` specs.
+        """(spec, its mask; None on ranks other than 0) of :func:`complete` specs.
 
-        Specs that differ in density only share their passes over the scores. Each rank selects
+        Specs that differ only in density share their passes over the scores. Each rank selects
         among the scores of its rows and sends the bits, one per weight, to rank 0.
         """
         shards = dict(zip(self.shapes, self.sums.shards, strict=True))
@@ -353,14 +353,14 @@ def write_scores(
     made_by: dict[str, Any],
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write a folder of scores, a tensor at a time and atomically; one that exists is replaced.
-    Collective: each rank writes a file of its rows.
+    """Write a folder of scores atomically, one tensor at a time; an existing one is replaced.
+    Collective: each rank writes a file with its rows.
 
     Args:
         folder: on a disk that the ranks share.
         scores: (parameter name, scores of this rank's rows) of every parameter of ``shapes``.
-        made_by: metadata of masks made of them, and ``absolute`` (ranked by absolute value).
-        dtype: of the file. In bf16 weights whose scores differ by less than 1/256 may tie.
+        made_by: metadata for masks made from them, and ``absolute`` (ranked by absolute value).
+        dtype: of the file. In bf16, weights whose scores differ by less than 1/256 may tie.
     """
     header = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
     metadata = header | {"shapes": json.dumps(shapes), "made_by": json.dumps(made_by)}
@@ -378,7 +378,7 @@ def write_scores(
         try:
             write_tensors(temporary / SCORES_FILE.format(distributed.rank() + 1), tensors, metadata)
         except OSError:
-            for _ in remaining:  # for which other ranks may need this one
+            for _ in remaining:  # other ranks may need this one for them
                 pass
             raise
         if distributed.rank() == 0:
@@ -389,7 +389,7 @@ def write_scores(
 
 
 class StoredScores:
-    """A folder that :func:`write_scores` wrote, or a file in it; read a tensor at a time."""
+    """A folder that :func:`write_scores` wrote, or a file in it; read one tensor at a time."""
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
@@ -417,7 +417,7 @@ class StoredScores:
         """(parameter name, float32 scores), of all parameters or of some, in order."""
         for name in self.shapes if names is None else names:
             files, rows = self._files[name], []
-            for file in [files] if isinstance(files, str) else files:  # one file of all, once
+            for file in [files] if isinstance(files, str) else files:  # one file in an older format
                 path = self.folder / file
                 try:
                     with safe_open(path, framework="pt") as stored:
@@ -436,7 +436,7 @@ def mask_from_scores(
     include: Optional[str] = None,
     exclude: Optional[str] = None,
 ) -> WeightMask:
-    """The mask of a folder of scores: that of the pass itself if they are in fp32. Options are
+    """The mask from a folder of scores; if they are in fp32, the same as from the pass. Options are
     those of :class:`~wagle_pl.attribution.AttributionModule`."""
     options = {"density": density, "select": select, "scope": scope}
     options |= {"include": include, "exclude": exclude}
@@ -457,13 +457,13 @@ def importance_from_scores(
     """How much each weight matters, in [0, 1), by a folder of scores: w = |S| / (|S| + s).
 
     With s = 1 it is |g_f| / (|g_f| + |g_r|) of ``ForgetRetainRatio`` and F_f / (F_f + F_r) of
-    ``FisherRatio``: the importance for forgetting relative to that for retaining, which PerTA (arXiv
-    2601.22030) weighs by; the paper's own normalisation may be another. Other scores have any scale:
-    by default s is their median size, so that half of the weights have w ≥ ½. Scores that are ranked
-    with their sign count as 0 below 0.
+    ``FisherRatio``: the importance for forgetting relative to that for retaining, by which PerTA
+    (arXiv 2601.22030) weights; the paper's own normalisation may differ. Other scores can have any
+    scale: by default s is their median size, so that half of the weights have w ≥ ½. If scores are
+    ranked with their sign, negative ones count as 0.
 
     Returns:
-        Name of a parameter -> w, in its shape; and what made w, with ``model_fingerprint``.
+        Name of a parameter -> w, in its shape; and how w was made, with ``model_fingerprint``.
     """
     stored = StoredScores(path)
     absolute = stored.made_by.get("absolute", True)

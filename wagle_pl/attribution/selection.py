@@ -1,7 +1,7 @@
-"""Exact selection of the highest-ranked share of N weights, without a sort, gather or copy of N.
+"""Exact selection of the top share of N weights, without sorting, gathering or copying them all.
 
 The bits of a float, read as an integer, have the order of the floats. Two counting passes, over the
-upper and then the lower sixteen bits, find the exact k-th value; a last pass writes the mask's bits.
+upper and then the lower sixteen bits, find the exact k-th value; a last pass writes the mask.
 Counts of several ranks are added, and several densities share the passes.
 """
 
@@ -46,7 +46,7 @@ HIGHEST = Ranking()
 
 
 def exact_count(density: Union[float, Fraction], total: int) -> int:
-    """⌊density · total⌋ with the density as written in decimal: in binary, 0.29 · 100 would give 28.
+    """⌊density · total⌋ with the density as written in decimal; in binary, 0.29 · 100 gives 28.
 
     >>> exact_count(0.29, 100), int(0.29 * 100)
     (29, 28)
@@ -148,8 +148,8 @@ class Threshold:
 def find_thresholds(
     scores: Scores, counts: Callable[[int], Sequence[int]], ranking: Ranking = HIGHEST
 ) -> list[Threshold]:
-    """Thresholds of the first k in the ranking, for several k: ``counts`` gives these, each from 0
-    to the number of weights, of that number. Collective.
+    """Thresholds that select the first k in the ranking, for several k: ``counts`` maps the number
+    of weights to these k, each from 0 to that number. Collective.
 
     Raises:
         WagleError: if a score is NaN or infinite, naming the parameter.
@@ -239,7 +239,7 @@ def _select_global(
 
 
 def _take(tensor: Tensor, thresholds: Sequence[Threshold], ranking: Ranking) -> list[Tensor]:
-    """The packed bits of what each threshold selects of this rank's rows of a parameter."""
+    """The packed bits that each threshold selects among this rank's rows of a parameter."""
     wanted = torch.tensor([threshold.ties for threshold in thresholds])
     several = distributed.is_distributed() and bool(wanted.any())
     if several:  # ties of lower ranks' rows come first
@@ -264,7 +264,7 @@ def _set_ties(thresholds: Sequence[Threshold], ties: Tensor) -> None:
 
 
 def _packed(weights: int, parts: Iterable[Tensor]) -> Tensor:
-    """The packed bits of consecutive bool tensors; all but the last hold whole bytes."""
+    """The packed bits of consecutive bool tensors; all but the last fill whole bytes."""
     packed = torch.empty((weights + 7) // 8, dtype=torch.uint8)
     start = 0
     for part in parts:
@@ -284,7 +284,7 @@ def _select_within(
     by_row: bool,
     shards: Mapping[str, Shard],
 ) -> Iterator[tuple[str, list[Tensor]]]:
-    """In one pass over the parameters, as each holds all that competes within it."""
+    """One pass over the parameters is enough, since weights only compete within each of them."""
     start = 0
     for name, tensor in scores():
         shard = shards[name] if name in shards else Shard(tensor.shape, 0, 1)
@@ -311,9 +311,9 @@ def _quotas(density: float, start: int, width: int, rows: int) -> Tensor:
 
 
 def _select_rows(rows: Tensor, quotas: Tensor, ranking: Ranking) -> Tensor:
-    """Packed bits of the first weights of each of the rows, (R, C), as many as quotas, (R,), say;
-    ties go to the lowest column."""
-    # whole bytes, wherever a row ends
+    """Packed bits that select the first ``quotas``, (R,), weights in the ranking of each row of
+    ``rows``, (R, C); ties go to the lowest column."""
+    # blocks fill whole bytes, wherever a row ends
     block = max(8, _chunk(rows) // max(1, rows.shape[1]) // 8 * 8)
     parts = zip(rows.split(block), quotas.split(block), strict=True)
     taken = (_take_in_rows(order_keys(part.float(), ranking), of_part) for part, of_part in parts)

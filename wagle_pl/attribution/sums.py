@@ -57,7 +57,7 @@ class Shard:
         self._by_row = (rows, *rest)
         self._each = rows if self.ranks == 1 else -(-rows // (self.ranks * per_byte)) * per_byte
         self.start, self.stop = (min(r * self._each, rows) for r in (rank, rank + 1))
-        #: Index of the first weight in the flattened parameter, and number of the parameter's.
+        #: Index of the first weight in the flattened parameter, and how many the parameter has.
         self.first, self.total = self.start * width, rows * width
 
     def of(self, whole: Tensor) -> Tensor:
@@ -113,14 +113,14 @@ class GradientSums:
     accumulated by autograd into the sum itself; others are added in fp32 as soon as one parameter's
     is complete, and freed before the next.
 
-    With several ``passes`` over the same rows, each is for a group of consecutive parameters, the
-    only ones that require gradients in it: see :meth:`turn`. On one device.
+    With several ``passes`` over the same rows, each is for a group of consecutive parameters, and
+    only these require gradients: see :meth:`turn`. This works on one device only.
 
     Args:
-        host: keep sums in host memory, and add there beside the backward pass.
-        passes: how many.
-        folder: on the disk to which sums of finished groups are moved; that of temporary files when
-            None.
+        host: keep sums in host memory, and add to them there during the backward pass.
+        passes: how many passes are made.
+        folder: to which the sums of finished groups are moved; the system's folder for temporary
+            files when None.
     """
 
     def __init__(
@@ -133,11 +133,11 @@ class GradientSums:
         names, found = zip(*parameters, strict=True)
         self.names, self.parameters = list(names), list(found)
         self.shards = [Shard(getattr(p, "ds_shape", p.shape)) for p in self.parameters]
-        #: Sums over the run: name -> this rank's rows of each parameter's.
+        #: Sums over the run: name -> this rank's rows of each parameter.
         self.sums: dict[str, list[Tensor]] = {}
         #: Sums over one optimiser step, zero between steps.
         self.step_sums: dict[str, list[Tensor]] = {}
-        #: fp64 vectors that do not have the parameter's shape: name -> parameter -> this rank's.
+        #: This rank's fp64 vectors, not of the parameter's shape: name -> parameter -> vector.
         self.vectors: dict[str, dict[str, Tensor]] = {}
         #: Numbers of rows that this rank has seen in the current pass.
         self.counts: dict[str, float] = {}
@@ -260,7 +260,7 @@ class GradientSums:
                 hooks.append(parameter.register_post_accumulate_grad_hook(partial(take, position)))
         try:
             yield
-            for position in reversed(left):  # other ranks may have gradients that this one has not
+            for position in reversed(left):  # other ranks may have gradients that this one lacks
                 found = waiting.pop(position, None)
                 if found is None:
                     shape = self.shards[position].shape
@@ -381,7 +381,7 @@ class GradientSums:
             for position, whole in enumerate(tensors):
                 if position in self.here:
                     buffers[position].copy_(self.shards[position].of(whole))
-                else:  # of a group that is finished, or to come
+                else:  # of a group that is finished or not yet begun
                     buffers[position] = on_disk(whole, self._folder)
         self._load_small(state_dict)
 
@@ -410,10 +410,10 @@ CHUNK = 1 << 20  # numbers widened to fp32 at a time
 
 
 class HostAdder:
-    """Adds tensors to fp32 sums in host memory, in order, in a thread beside the backward pass.
+    """Adds tensors to fp32 sums in host memory, in order, in a thread during the backward pass.
 
-    A tensor on a GPU goes through one of two pinned buffers, on a stream of its own; one on a CPU
-    is added where it is. At most two (one on a CPU) wait, and :meth:`add` waits for room.
+    A tensor on a GPU is copied through one of two pinned buffers, on a separate stream; one on a
+    CPU is added directly. At most two (on a CPU, one) are pending: :meth:`add` waits for a buffer.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -454,7 +454,7 @@ class HostAdder:
             self._buffers.put(buffer)
 
     def wait(self) -> None:
-        """Return when all has been added; raises what an addition has raised."""
+        """Wait until all has been added; raises the error of an addition that failed."""
         pending, self._pending = self._pending, []
         for addition in pending:
             addition.result()
@@ -463,7 +463,7 @@ class HostAdder:
 def on_disk(values: Tensor, folder: Optional[Path] = None) -> Tensor:
     """An fp32 tensor moved into a file and read from there when it is used.
 
-    The file has no name, so it goes with the tensor or the process.
+    The file has no name, so it disappears with the tensor or the process.
     """
     if not values.numel():
         return values
