@@ -96,7 +96,7 @@ def test_what_rows_do_not_allow_is_said(wagle, args, tmp_path, capsys):
     assert info["measures"]["forget/probability"] == {
         "unit": "probability, 0 to 1",
         "direction": "lower",
-        "what": "length-normalised probability of the answer, on TOFU's option sets that among the options",
+        "what": "length-normalised probability of the answer; on TOFU's option sets, among the options",
     }
     assert set(info["measures"]) == set(module.metrics)
     assert f"undefined: forget/truth_ratio: {why}" in capsys.readouterr().out

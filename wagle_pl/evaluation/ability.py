@@ -1,4 +1,4 @@
-"""General ability, by lm-evaluation-harness (an extra) on the model in memory."""
+"""General ability, measured by lm-evaluation-harness (an extra) on the model in memory."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class Harness:
     """lm-evaluation-harness with some of its tasks.
 
     Args:
-        tasks: names of tasks, groups or tags of the harness, or folders with one's own task YAMLs
-            (all of the folder's groups, or tasks if it has no group); as text with commas too.
+        tasks: names of tasks, groups or tags of the harness, or folders with your own task YAMLs
+            (all of the folder's groups, or tasks if it has no group); also as text with commas.
         shots: worked examples before each question; the task's own number when None.
-        limit: only the first so many rows of each task, for trials.
-        option: that asks for the tasks, for errors.
+        limit: use only this many rows of each task, from the start; for trials.
+        option: name of the option that asks for the tasks, for errors.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Harness:
         self.shots, self.limit, self.option = shots, limit, option
 
     def measure(self, lm: Any, tokenizer: Any, batch_size: int, sharded: bool = False) -> Ability:
-        """Run the tasks on a model in evaluation mode, so many sequences in a pass. Collective.
+        """Run the tasks on a model in evaluation mode, with this batch size. Collective.
 
         The ranks share the rows, unless each forward pass is collective (``sharded``, ZeRO-3).
         """
@@ -120,11 +120,11 @@ class Harness:
 
 
 def wrap(lm: Any, tokenizer: Any, batch_size: int, share: bool) -> Any:
-    """The model as the harness takes it; with ``share`` the ranks share the rows of a task."""
+    """The model as the harness takes it; with ``share`` the ranks divide the rows of a task."""
     from lm_eval.models.huggingface import HFLM
 
     class Shared(HFLM):
-        """Ranks by torch.distributed, where the harness would start ``accelerate``."""
+        """Ranks from torch.distributed; the harness itself would start ``accelerate``."""
 
         rank = property(lambda self: distributed.rank())
         world_size = property(lambda self: distributed.world_size())

@@ -18,13 +18,13 @@ from wagle_pl.evaluation.results import Table
 from wagle_pl.lm.models import loading
 
 LONGEST = 512  # tokens of a text that a classifier reads, as SOUL's evaluation cuts them
-#: Labels that do not say toxic, and how such labels begin.
+#: Labels that mean not toxic, and how such labels begin.
 HARMLESS = ("neutral", "clean", "safe", "normal", "label_0", "not", "none")
 HARMLESS_PREFIXES = ("non_", "not_", "no_", "nontoxic", "nothate")
 
 
 def toxic_labels(labels: Sequence[str]) -> list[str]:
-    """Those of a classifier's labels that say toxic; its only label does.
+    """The labels of a classifier that mean toxic; a single label does.
 
     >>> toxic_labels(["neutral", "toxic"]), toxic_labels(["LABEL_0", "LABEL_1"])
     (['toxic'], ['LABEL_1'])
@@ -40,10 +40,10 @@ def toxic_labels(labels: Sequence[str]) -> list[str]:
 
 
 class TextClassifier:
-    """A text classifier of the hub, with sigmoids where its labels do not exclude each other. It
+    """A text classifier from the hub, with sigmoids if its labels do not exclude each other. It
     reads ``longest`` tokens of a text; errors name the ``option`` that asks for it."""
 
-    column: str  # of a record, that it writes
+    column: str  # the column of a record that it writes
     reads_empty = False  # whether an empty generation is given to it
 
     def __init__(
@@ -160,7 +160,7 @@ class SentenceModel:
         return torch.as_tensor(self.model.encode(list(texts), convert_to_tensor=True)).float().cpu()
 
     def annotate(self, table: Table, rows: Sequence[Example]) -> None:
-        """Add ``nearest_answer``: whether the right one is, by cosine, or ties (WAGLE)."""
+        """Add ``nearest_answer``: whether the right one is nearest by cosine, or ties (WAGLE)."""
         for record in table:
             row = rows[record["row"]]
             texts = {p: record.get(f"{p}generation") for p in ("", "paraphrased_question_")}
@@ -175,6 +175,6 @@ class SentenceModel:
 
 
 def check_folder(name: str, option: str) -> None:
-    """Refuse a name that can only be a local folder and is none."""
+    """Refuse a name that can only be a local folder, but is not one."""
     if plainly_local(name) and not Path(name).is_dir():
         raise absent(f"{option}: folder", name, hub=True)

@@ -55,11 +55,11 @@ class Evaluate(Callback):
 
     ``trainer.test`` runs the model (a :class:`~wagle_pl.lm.module.LanguageModule`) once on every
     row of every test set of the data module. It writes, into the module's ``results_folder``, one
-    Parquet table per test set (every row with its values and generation), ``metrics.json`` (flat, one
-    number a key), ``metrics.info.json`` (unit and direction of each, and why others are undefined)
-    and ``tofu_result.json`` (the same keys as the files published with TOFU), and prints the
-    measures beside those of ``target`` and ``retrained``. An interrupted test continues with the
-    first test set that is not finished.
+    Parquet table per test set (every row with its values and generation), ``metrics.json`` (flat,
+    one number per key), ``metrics.info.json`` (unit and direction of each, and why others are
+    undefined) and ``tofu_result.json`` (the same keys as the files published with TOFU), and prints
+    the measures next to those of ``target`` and ``retrained``. An interrupted test continues with
+    the first test set that is not finished.
 
     ``trainer.validate`` and ``trainer.fit`` measure the test sets that ``data.val`` names and log
     them as ``val/<measure>``, for callbacks such as ``EarlyStopping``.
@@ -79,7 +79,7 @@ class Evaluate(Callback):
         truth_ratio_form: ``geometric`` (TOFU's script) or ``arithmetic`` (its paper).
         format: ``openunlearning`` also computes OpenUnlearning's measures, and writes its
             ``TOFU_EVAL.json`` and ``TOFU_SUMMARY.json`` or MUSE's.
-        generate: also generate answers; False saves most of the time, and leaves out their measures
+        generate: also generate answers; False saves most of the time but leaves out their measures.
         val_generate: also generate answers in validation.
         max_new_tokens: longest generation, unless the benchmark sets it; a book's continuations are
             generated at least to their own length.
@@ -141,7 +141,7 @@ class Evaluate(Callback):
         self.undefined: dict[str, str] = {}
         #: Measures of general ability found elsewhere, task -> accuracy; some suites average them.
         self.general: dict[str, float] = {}
-        self._names: list[str] = []  # sets that are tested or validated, as the loaders have them
+        self._names: list[str] = []  # sets that are tested or validated, in the loaders' order
         self._results: dict[str, Results] = {}
         self._tables: dict[str, Table] = {}
         self._partial: dict[str, list[Record]] = {}  # test set -> what this rank has observed of it
@@ -183,7 +183,7 @@ class Evaluate(Callback):
             results.check_rows(self._results, name, rows, f"{self.options}.tofu_retrained")
 
     def prepare(self, trainer: L.Trainer, module: LanguageModule) -> None:
-        """Make ready for :meth:`observe_now`, before there is anything to lose."""
+        """Prepare for :meth:`observe_now`, so that errors appear before any work is done."""
         self._attach(trainer, module)
         self._names = self.data.test_names()
         self._read_results()
@@ -200,7 +200,7 @@ class Evaluate(Callback):
 
     @property
     def benchmark(self) -> Optional[str]:
-        """OpenUnlearning's name of the suite's benchmark; None where it has none."""
+        """OpenUnlearning's name for the suite's benchmark; None if it has none."""
         kinds = {"TOFU": TOFUSuite, "MUSE": MUSESuite}
         return next((n for n, kind in kinds.items() if isinstance(self.active_suite, kind)), None)
 
@@ -214,16 +214,16 @@ class Evaluate(Callback):
 
     @property
     def compared(self) -> dict[str, str]:
-        """Name of each option that names results to compare with -> what it names."""
+        """Name of each given option for results to compare with -> its value."""
         names = ("retrained", "target", "reference", "tofu_retrained")
         return {name: str(path) for name in names if (path := getattr(self, name)) is not None}
 
     def _read_results(self) -> None:
-        """Results to compare with, of the same prompts."""
+        """Read the results to compare with, and check that their prompts are the same."""
         self._results = {}
         for name, path in self.compared.items():
             found = results.results_of(path)
-            if found is not None or not self.attacks:  # which a model without results will do for
+            if found is not None or not self.attacks:  # attacks only need the model
                 self._results[name] = Results(found or path, f"{self.options}.{name}")
         results.check_prompts(self._results, self._module.prompts)
 
@@ -241,8 +241,8 @@ class Evaluate(Callback):
         return frozenset(needs if self.generate else needs - GENERATED)
 
     def max_new_tokens_of(self, name: str) -> int:
-        """The longest generation from a test set's rows: the benchmark's, or ``max_new_tokens``; of
-        a recited set its longest answer's length, at most ``data.max_length``, if that is more."""
+        """The longest generation for a test set: the benchmark's, or ``max_new_tokens``; for a
+        recited set, its longest answer's length (at most ``data.max_length``) if that is more."""
         fixed = self.active_suite.max_new_tokens.get(name, self.max_new_tokens)
         if name not in self.active_suite.recited:
             return fixed
@@ -253,7 +253,7 @@ class Evaluate(Callback):
         return max(fixed, self._longest[name])
 
     def make_observer(self, lm: Any = None) -> Observer:
-        """What runs the module's model, as it is now, or another model, on rows."""
+        """An observer of the module's model, as it is now, or of another model."""
         return Observer(
             self._module.lm if lm is None else lm,
             self.data.template,
@@ -265,7 +265,7 @@ class Evaluate(Callback):
     def observe_batch(
         self, name: str, numbers: Sequence[int], needs: frozenset[str]
     ) -> list[Record]:
-        """Records of some rows of a test set by their numbers, each with its own as ``row``."""
+        """Records of some rows of a test set by their numbers, each with its number as ``row``."""
         where = f"{self.data.place(name, test=True)} row"
         records = self.make_observer().observe(
             [self.data.test_examples(name)[number] for number in numbers],
@@ -284,7 +284,7 @@ class Evaluate(Callback):
         return self.annotated(name, table) if "generation" in needs else table
 
     def annotated(self, name: str, table: Table) -> Table:
-        """The table, once the other models have read its generations."""
+        """The table, with what other models find in its generations."""
         for reader in self._readers:
             if self.active_suite.forgets(name) or not isinstance(
                 reader, classifiers.GibberishClassifier
@@ -314,7 +314,7 @@ class Evaluate(Callback):
         return readers
 
     def _load_readers(self) -> None:
-        """Load what reads generations, on rank 0: what is wrong with it shows at once."""
+        """Load the models that read generations, on rank 0, so that errors appear at once."""
         distributed.on_rank_zero(lambda: len(self._readers))
 
     def measures(self, tables: Mapping[str, Table]) -> dict[str, Value]:
@@ -345,7 +345,7 @@ class Evaluate(Callback):
         """Find the test sets that an earlier, interrupted test finished."""
         self._names = self.data.test_names()
         self._load_readers()
-        trainer.test_loop.verbose = False  # its table would hold what ours does
+        trainer.test_loop.verbose = False  # its table would repeat ours
         self._keys = self._table_keys(self._shortened())
         self._tables = distributed.on_rank_zero(self._finished)
         for name in self._tables:
@@ -383,11 +383,11 @@ class Evaluate(Callback):
         return keys
 
     def _shortened(self) -> dict[str, str]:
-        """Test set -> how many of its rows are tested, where the trainer's limits leave some out.
+        """Test set -> how many of its rows are tested, if the trainer's limits leave some out.
         Collective: all ranks must call it.
 
-        Batches are of rows of similar length, the longest first: the number says which rows they
-        are.
+        Batches have rows of similar length, the longest first, so that the number determines which
+        rows they are.
         """
         counts, trainer = {}, self._trainer
         said = "test set %s: the trainer shortens this test, its measures are of %s"
@@ -418,7 +418,7 @@ class Evaluate(Callback):
             self._finish_set(name)
 
     def _finish_set(self, name: str) -> None:
-        """Bring all ranks' records of one test set together and write its table."""
+        """Gather all ranks' records of one test set and write its table."""
         records = merge(self._partial.pop(name))
         path = self._module.results_folder / f"{name}.parquet"
 
@@ -451,7 +451,7 @@ class Evaluate(Callback):
         log.info("test results are in %s", pl_module.results_folder)
 
     def _others(self) -> dict[str, dict[str, float]]:
-        """Metrics of ``target`` and ``retrained`` where results are given, or of their rows."""
+        """Metrics of ``target`` and ``retrained`` if results are given, or those of their rows."""
         found = {name: self._results[name] for name in OTHERS if name in self._results}
         return {
             name: other.metrics or defined_only(self.measures(other.tables))
@@ -486,7 +486,7 @@ class Evaluate(Callback):
     # -- general ability and attacks --------------------------------------------------------------
 
     def _ability(self) -> Ability:
-        """General ability, if it was asked for, for its own sake and for the suite's averages."""
+        """General ability, if it was asked for; also kept for the suite's averages."""
         if self.lm_eval is None:
             return Ability()
         module, data = self._module, self.data
@@ -497,7 +497,7 @@ class Evaluate(Callback):
         return found
 
     def subject(self, lm: Any = None, tables: Optional[Mapping[str, Table]] = None) -> Subject:
-        """A model (this one when None), its data and its records, as attacks take them."""
+        """A model (this one when None), its data and its records, for attacks."""
         names = [name for name in self._names if self.active_suite.forgets(name)]
         lm = self._module.lm if lm is None else lm
         return Subject(
@@ -520,7 +520,7 @@ class Evaluate(Callback):
             return attacking.run_attacks(attacks, self.subject(tables=tables), {}, {}, {})
 
     def _attack(self, tables: Mapping[str, Table]) -> RobustnessReport:
-        """Attack this model, and the target and the retrained model where they are at hand."""
+        """Attack this model, and the target and the retrained model if they are available."""
         if not self.attacks:
             return RobustnessReport([], {})
         found = {
@@ -545,13 +545,13 @@ class Evaluate(Callback):
     # -- validation loop --------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:
-        """Make ready to observe what ``data.val`` names; loaders of another kind are left alone."""
+        """Prepare to observe what ``data.val`` names; loaders of another kind are left alone."""
         self._names = self._val_names()
         self._partial = {name: [] for name in self._names}
         if self._names and self.val_generate:
             self._load_readers()
 
-    # tensors made in inference mode and kept, by ZeRO-3 say, are of no use in training
+    # tensors made in inference mode and kept, e.g. by ZeRO-3, cannot be used in training
     @torch.inference_mode(False)
     def validation_batch(self, batch: Mapping[str, Any], dataloader_idx: int) -> None:
         if not self._names:
@@ -562,7 +562,7 @@ class Evaluate(Callback):
         self._partial[name] += self.observe_batch(name, batch["rows"], needs)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:
-        """Log the measures, unless this is Lightning's look at the first batches."""
+        """Log the measures, unless this is Lightning's sanity check."""
         if self._names and not trainer.sanity_checking:
             tables = {name: merge(records) for name, records in self._partial.items()}
             for name in tables if self.val_generate else ():
@@ -574,7 +574,7 @@ class Evaluate(Callback):
 
 
 class EvaluationModule(LanguageModule):
-    """A model that is tested: brings its own :class:`Evaluate`.
+    """A model to be tested, with its own :class:`Evaluate`.
 
     Args:
         model: hub id, folder in Hugging Face format or GGUF file of the model.
@@ -613,7 +613,7 @@ class EvaluationModule(LanguageModule):
 
 
 def check_needs(suite: Suite, names: Sequence[str]) -> None:
-    """Refuse a suite that needs of a test set what nothing observes."""
+    """Refuse a suite that needs something of a test set that nothing observes."""
     title = type(suite).__name__
     for name in names:
         if unknown := sorted(set(suite.needs_of(name, names)) - NEEDS):
@@ -635,8 +635,8 @@ def _digest(text: str) -> str:
 def _as_in_test_steps(precision: Any) -> Iterator[None]:
     """Run a model in the precision of the test steps.
 
-    Autocast keeps no copies of weights meanwhile: those of weights that an attack changes would be
-    stale.
+    Meanwhile autocast caches no copies of weights, since an attack that changes weights would make
+    them stale.
     """
     cached = torch.is_autocast_cache_enabled()
     with precision.test_step_context():

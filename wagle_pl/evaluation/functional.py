@@ -72,7 +72,7 @@ def truth_ratio(
     """How likely wrong answers are against a paraphrase of the right one (TOFU, equation 1).
 
     ``arithmetic`` is the paper's equation, the mean of the perturbed answers' probabilities over
-    the paraphrase's; ``geometric``, as TOFU's aggregation script has it, takes the mean of their
+    the paraphrase's; ``geometric``, as in TOFU's aggregation script, takes the mean of their
     losses. Small: the model prefers the truth. About 1: it does not know.
 
     Args:
@@ -86,7 +86,7 @@ def truth_ratio(
 
 
 def choice_accuracy(logprobs: Tensor, label: Tensor) -> Tensor:
-    """Whether the right choice has the largest log-probability, 1 or 0 a row (``acc`` of
+    """Whether the right choice has the largest log-probability, 1 or 0 per row (``acc`` of
     lm-evaluation-harness).
 
     Args:
@@ -97,14 +97,14 @@ def choice_accuracy(logprobs: Tensor, label: Tensor) -> Tensor:
 
 
 def exact_memorization(greedy: Sequence[bool]) -> float:
-    """Share of an answer's tokens that are the likeliest, each after the true tokens before it
+    """Share of an answer's tokens that are the likeliest, each given the true tokens before it
     (Tirumala et al. 2022, arXiv 2205.10770; OpenUnlearning, without the end-of-sequence token)."""
     return sum(map(bool, _some_tokens(greedy))) / len(greedy)
 
 
 def extraction_strength(greedy: Sequence[bool]) -> float:
     """How little of an answer suffices for greedy decoding to give the rest: 1 − k/n, with k < n
-    the shortest prefix after which all tokens are the likeliest, each after the true ones before it
+    tokens in the shortest prefix after which each token is the likeliest given the true ones before
     (Carlini et al. 2021; OpenUnlearning, without the end-of-sequence token).
 
     >>> extraction_strength([False, True, True, True])
@@ -125,8 +125,8 @@ def _some_tokens(greedy: Sequence[bool]) -> Sequence[bool]:
 
 
 def min_k(logprobs: Tensor, k: float = 0.2) -> float:
-    """Min-K% Prob: minus the mean of the smallest share ``k`` of (T,) log-probabilities, of one at
-    least (arXiv 2310.16789).
+    """Min-K% Prob: minus the mean of the smallest share ``k`` of (T,) log-probabilities, at least
+    one of them (arXiv 2310.16789).
 
     >>> min_k(torch.tensor([-1.0, -2.0, -3.0, -4.0]), 0.5)
     3.5
@@ -138,8 +138,8 @@ def min_k(logprobs: Tensor, k: float = 0.2) -> float:
 
 
 def membership_auc(members: Tensor, nonmembers: Tensor) -> float:
-    """How well scores tell members: P(member's score < non-member's) + ½ P(equal), the area under
-    the ROC curve of (N,) and (M,) scores.
+    """How well scores identify members: P(member's score < non-member's) + ½ P(equal), the area
+    under the ROC curve of (N,) and (M,) scores.
 
     1: members are recognised; 0.5: guessing. MUSE's ``forget_holdout`` areas are 1 minus this.
 
@@ -179,7 +179,7 @@ def relative_difference(auc: float, retrained_auc: float) -> float:
     return (auc - retrained_auc) / retrained_auc * 100
 
 
-# -- generations: N predictions beside N targets, float64 (N,) out -------------------------------
+# -- generations: N predictions and N targets in, float64 (N,) out -------------------------------
 
 
 def rouge(
@@ -204,14 +204,14 @@ def rouge(
 def _rouge_scorer(stem: bool) -> Callable[[str, str], Any]:
     from rouge_score.rouge_scorer import RougeScorer
 
-    # of rows that are drawn again and again for intervals
+    # intervals score the same rows again and again
     return lru_cache(maxsize=50_000)(RougeScorer(["rouge1", "rougeL"], use_stemmer=stem).score)
 
 
 def word_rouge_recall(prediction: str, target: str) -> float:
-    """ROUGE-L recall as the package ``rouge`` (pltrdy's) has it: words as they stand, sentences
-    between points, and the share of the target's distinct words that a longest common subsequence
-    of any two sentences holds.
+    """ROUGE-L recall as in the package ``rouge`` (pltrdy's): words are unchanged, sentences end at
+    full stops, and it is the share of the target's distinct words that are in a longest common
+    subsequence of any two sentences.
 
     >>> word_rouge_recall("He wrote it. In Maine", "It was in Maine.")
     0.25
@@ -226,7 +226,7 @@ def word_rouge_recall(prediction: str, target: str) -> float:
 
 
 def _common_subsequence(x: Sequence[str], y: Sequence[str]) -> list[str]:
-    """A longest common subsequence, of several the one that ``rouge`` finds."""
+    """A longest common subsequence; if there are several, the one that ``rouge`` finds."""
     lengths = [[0] * (len(y) + 1) for _ in range(len(x) + 1)]
     for i, j in product(range(len(x)), range(len(y))):
         longest = max(lengths[i][j + 1], lengths[i + 1][j])
@@ -250,7 +250,7 @@ def answer_words(text: str) -> list[str]:
 
 
 def answer_f1(prediction: str, targets: Sequence[str]) -> float:
-    """F1 of the words in common with the target that has most (SQuAD, arXiv 1606.05250).
+    """The highest F1 of the words in common with a target (SQuAD, arXiv 1606.05250).
 
     >>> answer_f1("The Rim of Fire!", ["Pacific", "Ring of Fire"])
     0.6666666666666666
@@ -259,14 +259,14 @@ def answer_f1(prediction: str, targets: Sequence[str]) -> float:
     scores = []
     for words in map(answer_words, targets):
         common = (Counter(said) & Counter(words)).total()
-        # two empty ones agree
+        # two empty texts agree
         scores.append(2 * common / (len(said) + len(words)) if said and words else said == words)
     return float(max(scores))
 
 
 def bleu(predictions: Sequence[str], targets: Sequence[str]) -> Tensor:
     """BLEU-4 of each example alone, 0 to 100, by ``sacrebleu.corpus_bleu``: 13a tokens, ``exp``
-    smoothing. WAGLE's copyright measure is their mean."""
+    smoothing. Their mean is WAGLE's copyright measure."""
     from sacrebleu import corpus_bleu
 
     pairs = zip(predictions, targets, strict=True)

@@ -1,7 +1,7 @@
 """Measures of test sets: each is one function, registered with its unit, direction and needs.
 
 A measure of one test set is a function of its :class:`Records`; a suite lists it by name. To add
-one, write it here or beside a suite of your own:
+one, write it here or next to a suite of your own:
 
 >>> @measure("words", keep="higher", forget="lower", needs={"generation"})
 ... def spoken_words(rows):
@@ -66,7 +66,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Info:
-    """What ``metrics.info.json`` says of a measure."""
+    """What ``metrics.info.json`` says about a measure."""
 
     unit: str
     direction: Direction  # what is better; ``retrained``: nearer to the retrained model's value
@@ -99,7 +99,7 @@ def measure(
     name: Optional[str] = None,
 ) -> Callable[[Callable[..., float]], Callable[..., float]]:
     """Register a function as a :class:`Measure`, under its own name or another; the first paragraph
-    of its docstring says what it is. ``forget`` is as ``keep`` when None."""
+    of its docstring says what it is. ``forget`` is the same as ``keep`` when None."""
 
     def register(compute: Callable[..., float]) -> Callable[..., float]:
         what = " ".join((compute.__doc__ or "").split("\n\n")[0].split()).removesuffix(".")
@@ -133,7 +133,7 @@ def defined_only(values: Mapping[str, Value]) -> dict[str, float]:
 
 
 def defined(values: Mapping[str, Value], *names: str) -> list[float]:
-    """The numbers of measures that another is made of; Undefined if one is missing or undefined."""
+    """The numbers that another measure is made of; Undefined if one is missing or undefined."""
     for name in names:
         if name not in values:
             raise Undefined(f"it needs {name}, which is not measured")
@@ -148,14 +148,14 @@ def intervals(
     count: int,
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """95 % intervals by the bootstrap: measure -> its 2.5th and 97.5th percentile over so many
-    draws, with replacement, of as many rows of each set; of measures that every draw defines."""
+    """95 % bootstrap intervals: measure -> its 2.5th and 97.5th percentile over ``count`` draws of
+    each set's rows with replacement; only for measures that are defined in every draw."""
     draw = random.Random(seed)
     found = []
     for _ in range(count):
         drawn = {name: draw.choices(table, k=len(table)) for name, table in tables.items()}
         found.append(defined_only(measures(drawn)))
-    # a column with a gap, which some draw does not define, is left out
+    # a measure that is undefined in some draw is left out
     ends = pd.DataFrame(found).dropna(axis="columns").quantile([0.025, 0.975])
     return {name: ends[name].tolist() for name in ends}
 
@@ -172,8 +172,8 @@ class Observations:
     reference: Optional[Results] = None  # for the reference attack of membership inference
     truth_ratio_form: F.TruthRatioForm = "geometric"
     general: Mapping[str, float] = field(default_factory=dict)  # ability, task -> accuracy
-    corpus: Optional[str] = None  # of MUSE, whose retrained model has a known area
-    tofu_retrained: Optional[Results] = None  # on whatever forget rows: TOFU's own forget quality
+    corpus: Optional[str] = None  # of MUSE, for which its retrained model's area is known
+    tofu_retrained: Optional[Results] = None  # on any forget rows, for TOFU's own forget quality
 
     def table(self, name: str) -> Table:
         """The records of a test set; Undefined if there is none."""
@@ -265,7 +265,7 @@ class Records:
 
 
 def usual(rows: Records) -> list[str]:
-    """Measures that the kind of rows, and what was observed of them, allow."""
+    """Measures that are possible for this kind of rows and what was observed of them."""
     choices = {"accuracy": "choice_logprobs", "accuracy_norm": "choice_nll"}
     if found := [name for name, column in choices.items() if rows.has(column)]:
         return found
@@ -284,7 +284,7 @@ def usual(rows: Records) -> list[str]:
 
 
 def mean_defined(make: Callable[[Any], float], values: Sequence[Any]) -> float:
-    """Mean over the values that define a measure; Undefined, as the first is, if none does."""
+    """Mean over the values for which a measure is defined; if none, Undefined as the first is."""
     found = [attempt(make, value) for value in values]
     numbers = [value for value in found if not isinstance(value, Undefined)]
     if not numbers:
@@ -304,7 +304,7 @@ def ragged(rows: Sequence[Sequence[float]]) -> Tensor:
 
 @measure("probability, 0 to 1", "higher", "lower", needs={"answer"})
 def probability(rows: Records) -> float:
-    """Length-normalised probability of the answer, on TOFU's option sets that among the options."""
+    """Length-normalised probability of the answer; on TOFU's option sets, among the options."""
     return F.mean(torch.exp(-rows.numbers("nll")), "answers")  # P(a|q)^(1/|a|), TOFU, section 2.2
 
 
@@ -335,7 +335,7 @@ def paraphrased_probability(rows: Records) -> float:
 
 @measure("probability, 0 to 1", "lower", "retrained", needs={"answer", "alternatives"})
 def perturbed_probability(rows: Records) -> float:
-    """Length-normalised probability of wrong answers, a row's mean (OpenUnlearning's PERT)."""
+    """Mean length-normalised probability of a row's wrong answers (OpenUnlearning's PERT)."""
     return F.mean(torch.exp(-rows.perturbed()).nanmean(-1), "answers")
 
 
@@ -359,11 +359,11 @@ def perplexity(rows: Records) -> float:
 
 @measure("perplexity", "lower", "retrained", needs={"answer"})
 def word_perplexity(rows: Records) -> float:
-    """The same per word of the text as it stands (lm-evaluation-harness detokenises WikiText
-    first: another number).
+    """Exp of the mean negative log-likelihood of a word of the unchanged text (another number than
+    lm-evaluation-harness's, which detokenises WikiText first).
 
-    Words are separated by white space. The harness also scores each window but the first after the
-    token before it, and counts the words of the raw page.
+    Words are separated by white space. The harness also scores each window except the first given
+    the token before it, and counts the words of the raw page.
     """
     if cut := sum(map(bool, rows.column("cut"))):
         why = "are cut at max_length: their words cannot be counted"
@@ -372,7 +372,7 @@ def word_perplexity(rows: Records) -> float:
 
 
 def _perplexity(rows: Records, counts: Tensor) -> float:
-    """Exp of all negative log-likelihood over the number of tokens, or words."""
+    """Exp of the total negative log-likelihood over the number of tokens, or words."""
     if not counts.sum():
         raise Undefined("there is no token to predict")
     total = (rows.numbers("nll") * rows.numbers("tokens")).sum()
@@ -381,17 +381,17 @@ def _perplexity(rows: Records, counts: Tensor) -> float:
 
 @measure("perplexity", "lower", "higher", needs={"answer"})
 def row_perplexity(rows: Records) -> float:
-    """Exp of the rows' mean of their mean negative log-likelihood of a token (KnowUnDo)."""
+    """Exp of the mean over rows of a token's mean negative log-likelihood (KnowUnDo)."""
     return math.exp(F.mean(rows.numbers("nll"), "answers"))
 
 
 @measure("share, 0 to 1", "higher", "lower", needs={"answer", "alternatives"})
 def accuracy(rows: Records) -> float:
-    """Right option the likeliest.
+    """Right option is the likeliest.
 
     The options are those of a multiple choice, or the perturbed answers and the paraphrased one,
-    which they are worded like: WAGLE's forget accuracy with the likelihood in the place of a
-    sentence embedding. A tie goes to the right answer, as there (``max(scores) == scores[0]``).
+    which is worded like them: WAGLE's forget accuracy with likelihoods in place of sentence
+    embeddings. A tie goes to the right answer, as in its code (``max(scores) == scores[0]``).
     """
     if rows.has("choice_logprobs"):
         labels = torch.tensor(rows.column("label"))
@@ -403,14 +403,14 @@ def accuracy(rows: Records) -> float:
 
 @measure("share, 0 to 1", "higher", "lower", needs={"choice_texts"})
 def accuracy_norm(rows: Records) -> float:
-    """Right choice's text the likeliest per token."""
+    """Right choice's text is the likeliest per token."""
     labels = torch.tensor(rows.column("label"))
     return F.mean(F.choice_accuracy(-ragged(rows.column("choice_nll")), labels), "choices")
 
 
 @measure("share, 0 to 1", "higher", "lower", needs={"choice_texts"})
 def mc1(rows: Records) -> float:
-    """Right choice's text likelier than all wrong ones' (TruthfulQA's MC1)."""
+    """Right choice's text is likelier than those of all wrong ones (TruthfulQA's MC1)."""
     found = []
     for logprobs, label, right in rows.choices_and_right():
         wrong = [logprob for i, logprob in enumerate(logprobs) if i not in right]
@@ -420,7 +420,7 @@ def mc1(rows: Records) -> float:
 
 @measure("share, 0 to 1", "higher", "lower", needs={"choice_texts"})
 def mc2(rows: Records) -> float:
-    """Probability of the right choices' texts, of that of all choices' (TruthfulQA's MC2)."""
+    """Probability of the right choices' texts, as a share of all choices' (TruthfulQA's MC2)."""
     found = []
     for logprobs, _, right in rows.choices_and_right():
         found.append(torch.tensor(logprobs).double().softmax(-1)[right].sum())
@@ -437,7 +437,7 @@ def _register_mean(
     needs: Collection[str] = ("generation",),
     better: tuple[Direction, Direction] = ("higher", "lower"),
 ) -> None:
-    """Register the mean of a column that comes of generations, under the column's name."""
+    """Register the mean of a column made from generations, under the column's name."""
 
     def compute(rows: Records) -> float:
         rows.column("generation")
@@ -457,7 +457,7 @@ _register_mean(
 )
 _register_mean(
     "nearest_answer",
-    "Right answer the nearest to the generation by sentence embedding (WAGLE's accuracy).",
+    "Right answer is nearest to the generation by sentence embedding (WAGLE's accuracy).",
 )
 _register_mean(
     "not_gibberish",
@@ -469,7 +469,7 @@ _register_mean(
 
 @measure("share, 0 to 1", "lower", "retrained", needs={"answer", "generation"})
 def perturbed_rougeL_recall(rows: Records) -> float:
-    """ROUGE-L recall of the wrong answers, mean of a row's (OpenUnlearning's PERT)."""
+    """Mean ROUGE-L recall of a row's wrong answers (OpenUnlearning's PERT)."""
     return F.mean(ragged(rows.column("perturbed_rougeL_recall")).nanmean(-1), "generations")
 
 
@@ -495,7 +495,7 @@ def contains_answer(rows: Records) -> float:
 
 @measure("share, 0 to 1", "higher", "lower", needs={"generation"})
 def exact_match(rows: Records) -> float:
-    """Generation is the answer, but for case and white space around it (LUME)."""
+    """Generation equals the answer, ignoring case and surrounding white space (LUME)."""
     folded = [[text.strip().lower() for text in pair] for pair in rows.spoken_and_answer()]
     return mean_defined(lambda pair: pair[0] == pair[1], folded)
 
@@ -514,7 +514,7 @@ def answer_f1(rows: Records) -> float:
 
 @measure("share, 0 to 1", "higher", "lower", needs={"generation"})
 def answer_match(rows: Records) -> float:
-    """Right answer, but for case, punctuation and articles (TriviaQA's EM, as in RWKU)."""
+    """Right answer, ignoring case, punctuation and articles (TriviaQA's EM, as in RWKU)."""
 
     def right(pair: tuple[str, list[str]]) -> bool:
         return F.answer_words(pair[0]) in map(F.answer_words, pair[1])
@@ -524,8 +524,8 @@ def answer_match(rows: Records) -> float:
 
 @measure("share, 0 to 1", "higher", "lower", needs={"generation"})
 def final_answer(rows: Records) -> float:
-    """Right answer, but for case, punctuation and articles, after ``the answer is`` (BBH, as in
-    RWKU), or as the whole of the generation without these words."""
+    """Right answer, ignoring case, punctuation and articles, after ``the answer is`` (BBH, as in
+    RWKU), or as the whole generation if it lacks these words."""
 
     def right(pair: tuple[str, list[str]]) -> bool:
         found = re.search(r"[tT]he answer is (.*?)\.", pair[0])
@@ -576,7 +576,7 @@ def empty(rows: Records) -> float:
 #: MUSE's area (1 − ours) of its retrained model, by corpus: the constants of its code.
 RETRAINED_AREA = {"news": 0.4772, "books": 0.5393}
 MIN_K = 0.4  # MUSE reports Min-40%; OpenUnlearning takes 0.4 for its Min-K attacks
-#: What the scores need, but ``gradnorm``, which costs a backward pass a row.
+#: What the scores need, except ``gradnorm``, which costs a backward pass per row.
 MEMBERSHIP_NEEDS = frozenset({"answer", "tokens", "vocabulary"})
 
 #: Score of every row, low for a member: records -> float64 (N,).
@@ -588,7 +588,7 @@ SCORES: dict[str, MembershipScore] = {}
 def membership_score(
     name: str, needs: Collection[str], usual: bool = True
 ) -> Callable[[MembershipScore], MembershipScore]:
-    """Register a score, and its ROC curve's area as ``mia_<name>``; not ``usual``: on request."""
+    """Register a score, and its ROC area as ``mia_<name>``; if not ``usual``, only on request."""
 
     def register(score: MembershipScore) -> MembershipScore:
         def area(seen: Observations, members: str, nonmembers: str) -> float:
@@ -665,7 +665,7 @@ def _register_min_k(percent: int) -> str:
     return f"mia_min_k_{percent}"
 
 
-#: What MUSE and OpenUnlearning measure between two sets beside the usual attacks. (MUSE's PPL and
+#: What MUSE and OpenUnlearning measure between two sets besides the usual attacks. (MUSE's PPL and
 #: PPL/zlib order rows as ``mia_loss`` and ``mia_zlib`` do: the same areas.)
 MORE_MEMBERSHIP = (*map(_register_min_k, (5, 10, 20, 30, 50, 60)), "mia_lower", "rel_diff")
 
@@ -688,8 +688,8 @@ def min_k_plus_plus_scores(rows: Records, k: float) -> Tensor:
 def privleak(seen: Observations, members: str, nonmembers: str) -> float:
     """Min-40% area of this model against the retrained model's (MUSE); ideal: 0.
 
-    The retrained model's is of its records, or what its ``metrics.json`` reports; without one, on
-    MUSE's corpora, that of MUSE's own.
+    The retrained model's area is that of its records, or what its ``metrics.json`` reports; without
+    such a model, on MUSE's corpora, the area of MUSE's own.
     """
     here = MEASURES["mia_min_k"].compute(seen, members, nonmembers)
     if seen.retrained is None and seen.corpus in RETRAINED_AREA:
@@ -699,7 +699,7 @@ def privleak(seen: Observations, members: str, nonmembers: str) -> float:
 
 @measure("percent", "retrained", needs={"answer", "tokens"})
 def rel_diff(seen: Observations, members: str, nonmembers: str) -> float:
-    """Min-40% area's difference to the retrained model's, relative to it (OpenUnlearning)."""
+    """Relative difference of the Min-40% area to the retrained model's (OpenUnlearning)."""
     here = MEASURES["mia_min_k"].compute(seen, members, nonmembers)
     return F.relative_difference(here, _retrained_area(seen, members, nonmembers))
 
@@ -727,7 +727,7 @@ def membership(
 def membership_scores(
     seen: Observations, members: str, nonmembers: str
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Attack -> its scores of the members' rows, and of the others'; of those that are defined."""
+    """Defined attack -> its scores of the members' rows, and of the others'."""
     found = {}
     for name, score in SCORES.items():
         sides = [attempt(lambda n, s=score: s(seen.records(n)), n) for n in (members, nonmembers)]

@@ -1,5 +1,5 @@
 """Observe test rows: run the model on each once, and note all that the measures need in one record
-a row.
+per row.
 
 What can be *needed* of a row; measures are computed from the records afterwards, see
 :mod:`wagle_pl.evaluation.measures`:
@@ -7,8 +7,8 @@ What can be *needed* of a row; measures are computed from the records afterwards
 ================= ==============================================================================
 ``answer``        ``nll`` (mean over the answer's tokens, the closing end-of-sequence token
                   included) and ``tokens``
-``tokens``        of the answer (without that token) or text: ``logprobs`` and ``greedy``, one a
-                  token
+``tokens``        of the answer (without that token) or text: ``logprobs`` and ``greedy``, one
+                  per token
 ``vocabulary``    ``vocabulary_mean`` and ``vocabulary_std`` of the log-probabilities at each of
                   those tokens
 ``text``          ``text_logprobs``: of prompt and answer together
@@ -22,7 +22,7 @@ What can be *needed* of a row; measures are computed from the records afterwards
 ``reference``     ``reference``: as much of the answer as a generation can match (MUSE)
 ``paraphrased``   ``alternatives`` and ``generation`` again, asked with the row's
                   ``paraphrased_question``
-``gradient``      ``gradient_norm``: needs a backward pass a row
+``gradient``      ``gradient_norm``: needs a backward pass per row
 ================= ==============================================================================
 """
 
@@ -49,14 +49,14 @@ _OF_A_CHOICE = frozenset({"choices", "choice_texts"})
 #: Needs that take generated answers.
 GENERATED = frozenset({"generation", "reference", "paraphrased"})
 NEEDS = _OF_AN_ANSWER | _OF_A_CHOICE | GENERATED | {"gradient"}
-#: Needs that a kind of row can answer; any other kind can all but choices.
+#: Needs that a kind of row can answer; any other kind can answer all but choices.
 POSSIBLE: Mapping[str, frozenset[str]] = {
     "text": frozenset({"answer", "tokens", "vocabulary", "lower", "gradient"}),
     "prompt": frozenset({"generation"}),
     "choices": _OF_A_CHOICE,
     "tokens": frozenset({"answer", "tokens", "vocabulary", "generation", "gradient"}),
 }
-_OF_THE_ROW = ("question", "answer", "nll", "tokens", "cut")  # columns, however it is asked
+_OF_THE_ROW = ("question", "answer", "nll", "tokens", "cut")  # columns of the row itself
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 Record = dict[str, Any]
@@ -64,7 +64,7 @@ Record = dict[str, Any]
 
 def possible(row: Example, needs: Collection[str]) -> frozenset[str]:
     """Those of ``needs`` that the row's kind can answer."""
-    # with a label on the first token there is no prompt to go on
+    # with a label on the first token there is no prompt to continue
     unprompted = row.kind == "tokens" and row.labels[0] != IGNORE
     found = frozenset(needs) & POSSIBLE.get(row.kind, NEEDS - _OF_A_CHOICE)
     return found - {"generation"} if unprompted else found
@@ -78,7 +78,7 @@ class Scored(NamedTuple):
 
     kind: str  # answer, paraphrased_answer, perturbed_answer, letter or choice
     candidate: Candidate
-    tokens: int  # how many of its scored tokens, the last ones, are the answer's
+    tokens: int  # how many of its last scored tokens are the answer's
     closed: bool = False  # the last of them is the end-of-sequence token that closes an answer
 
     def nll(self, found: TokenScores) -> Optional[float]:
@@ -87,12 +87,12 @@ class Scored(NamedTuple):
         return -answer.double().mean().item() if self.tokens else None
 
 
-#: kind -> (sequence, what was found) of each of a row's.
+#: kind -> (sequence, its scores), for all sequences of a row.
 Found = dict[str, list[tuple[Scored, TokenScores]]]
 
 
 def answers(template: Template, row: Example, needs: Collection[str]) -> list[Scored]:
-    """The row's own answer; in lower case, paraphrased and perturbed, if that is needed."""
+    """The row's own answer; also in lower case, paraphrased and perturbed, as far as needed."""
     found = [_answer(template, "answer", row, None, needs)]
     if "lower" in needs:
         found.append(_answer(template, "lower", replace(row, answer=row.answer.lower()), None))
@@ -110,7 +110,7 @@ def _answer(
     encoded = template.encode(row, answer)
     ids, labels = encoded["input_ids"], list(encoded["labels"])
     closed = ids[-1] == template.tokenizer.eos_token_id
-    if closed and row.kind == "text":  # a corpus is scored as it stands: nothing closes it
+    if closed and row.kind == "text":  # a corpus is scored unchanged: nothing closes it
         labels[-1] = IGNORE
         closed = False
     tokens = sum(label != IGNORE for label in labels[1:])
@@ -121,13 +121,13 @@ def _answer(
 
 
 def letters(template: Template, row: Example, header: str = "") -> list[Scored]:
-    """A multiple choice as lm-evaluation-harness puts it for MMLU and WMDP: the letters scored.
+    """The letters of a multiple choice, scored as by lm-evaluation-harness for MMLU and WMDP.
 
-    The prompt is ``<question>\\nA. <choice>\\n…\\nAnswer:`` without a chat template, as the harness
-    has it by default, after the row's ``context`` or, without one, the ``header`` (see
-    :attr:`wagle_pl.evaluation.suites.Suite.headers`); one longer than the template's
+    The prompt is ``<question>\\nA. <choice>\\n…\\nAnswer:`` without a chat template, the harness's
+    default, after the row's ``context`` or, without one, the ``header`` (see
+    :attr:`wagle_pl.evaluation.suites.Suite.headers`); a prompt longer than the template's
     ``max_length`` loses its beginning. A row with a ``prefill``, which takes the place of
-    ``Answer:``, is asked in the template, and a letter is one token (as RWKU's code does).
+    ``Answer:``, is asked in the template, and a letter is one token (as in RWKU's code).
     """
     options = "".join(
         f"\n{letter}. {text}" for letter, text in zip(LETTERS, row.choices, strict=False)
@@ -163,11 +163,11 @@ class Observer:
     """Runs a Hugging Face causal language model, in evaluation mode, on rows."""
 
     lm: InitVar[Any]
-    template: Template  # makes tokens of rows, and brings the tokenizer
+    template: Template  # encodes rows, and has the tokenizer
     max_rows: int = 16  # most sequences in one forward pass
     max_new_tokens: int = 200  # longest generation
     synced_gpus: InitVar[bool] = False  # each forward pass is collective (ZeRO-3)
-    share: bool = True  # compute what a row's answers have in common once
+    share: bool = True  # compute what sequences have in common only once
 
     def __post_init__(self, lm: Any, synced_gpus: bool) -> None:
         self.passes = Passes(lm, synced_gpus)
@@ -183,12 +183,12 @@ class Observer:
         header: str = "",
         names: Sequence[str] = (),
     ) -> list[Record]:
-        """One record a row, in their order. Collective under ZeRO-3.
+        """One record per row, in their order. Collective under ZeRO-3.
 
         Args:
             rows: test rows of any kind.
-            needs: what to observe, as far as a row's kind can answer it; see this module's head.
-            max_new_tokens: longest generation of these rows, where it differs from the observer's.
+            needs: what to observe, if a row's kind can answer it; see the top of this module.
+            max_new_tokens: longest generation of these rows, if it differs from the observer's.
             header: text before each multiple choice without a ``context``.
             names: what to call each row in a message.
         """
@@ -257,7 +257,7 @@ class Observer:
         return found, prompt
 
     def _scores(self, rows: Sequence[Sequence[Scored]]) -> list[Found]:
-        """What is found of the sequences of each row."""
+        """The scores of the sequences of each row."""
         flat = [each.candidate for row in rows for each in row]
         pad_id = self.tokenizer.pad_token_id or 0
         scores = iter(score(self.passes, flat, pad_id, self.max_rows, self.share))
@@ -288,7 +288,7 @@ class Observer:
                 record["lower_nll"] = lower.nll(values)
             record["cut"] = len(own.candidate.ids) >= self.template.max_length
         if "alternatives" in want:
-            # without a paraphrase the own answer stands for it
+            # without a paraphrase, the row's own answer is used
             ((paraphrase, values),) = found.get("paraphrased_answer", found["answer"])
             perturbed = found.get("perturbed_answer", [])
             record["paraphrased_nll"] = paraphrase.nll(values)
@@ -348,7 +348,7 @@ def observe_set(
     lengths = [len(row.question) + len(row.answer) for row in rows]
     batches = token_batches(lengths, observer.max_rows)
     records: list[Record] = []
-    # a rank may see rows that another sees too, so that all have as many batches
+    # ranks may see some rows twice, so that all have the same number of batches
     for batch in deal_batches(batches, distributed.world_size(), distributed.rank()):
         found = observer.observe([rows[i] for i in batch], needs, max_new_tokens, header)
         records += [{"row": i, **record} for i, record in zip(batch, found, strict=True)]

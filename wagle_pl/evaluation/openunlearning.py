@@ -1,8 +1,8 @@
 """OpenUnlearning's result files (arXiv 2506.12618): written, and read to compare with.
 
-``TOFU_EVAL.json`` and ``MUSE_EVAL.json`` are ``{metric: {"agg_value": number, "value_by_index": {row:
-{…}}}}``, a ``…_SUMMARY.json`` is ``{metric: number}``. Names and formulas are those of ``src/evals``
-there.
+``TOFU_EVAL.json`` and ``MUSE_EVAL.json`` are ``{metric: {"agg_value": number, "value_by_index":
+{row: {…}}}}``, a ``…_SUMMARY.json`` is ``{metric: number}``. Names and formulas are those of its
+``src/evals``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from wagle_pl.evaluation import functional as F
 
 Log = dict[str, Any]
 Record = dict[str, Any]
-#: Members', then the others' score of each row.
+#: The score of each of the members' rows, then of each of the others'.
 Scores = tuple[Sequence[float], Sequence[float]]
 
 TOFU_SETS = {"forget": "forget", "retain": "retain", "ra": "real_authors", "wf": "world_facts"}
@@ -31,9 +31,9 @@ MUSE_SETS = {
     "retain_knowmem_ROUGE": "knowmem_retain",
 }
 FORMS = {"PARA": "paraphrased", "PERT": "perturbed"}
-TINY = 1e-10  # added to denominators, as there
+TINY = 1e-10  # added to denominators, as in its code
 STOPS = ("\n\n", "\nQuestion", "Question:")  # what ends an answer in MUSE's knowledge memorisation
-#: Our measures in percent, which are shares there.
+#: Our measures in percent that are shares in its files.
 PERCENT = {"knowmem_f", "verbmem_f", "knowmem_r"}
 
 
@@ -72,7 +72,7 @@ for _benchmark, _theirs, _ours in _names():
 
 
 def find_file(place: Path) -> Optional[Path]:
-    """Their result file: the place itself, or in a folder, rather than the summary; or None."""
+    """Their result file: the place, or a file in it (the summary only if alone); or None."""
     names = [f"{name}_{kind}.json" for kind in ("EVAL", "SUMMARY") for name in NAMES]
     if place.is_file():
         return place if place.name in names else None
@@ -80,7 +80,7 @@ def find_file(place: Path) -> Optional[Path]:
 
 
 def benchmark_of(content: Any) -> Optional[str]:
-    """The benchmark of the content of one of their files; None of any other content."""
+    """The benchmark of the content of one of their files; None for any other content."""
     if not isinstance(content, dict) or not content:
         return None
     logs = [value for value in content.values() if isinstance(value, dict)]
@@ -101,7 +101,7 @@ def to_logs(
     values: Mapping[str, float],
     scores: Mapping[str, Scores],
 ) -> dict[str, Log]:
-    """Content of ``…_EVAL.json``, of records, our measures, and the scores of attacks."""
+    """Content of ``…_EVAL.json``, from records, our measures, and the scores of attacks."""
     logs = _tofu_logs(tables) if benchmark == "TOFU" else _muse_logs(tables)
     gibberish = "forget_Q_A_gibberish" if benchmark == "TOFU" else "forget_gibberish"
     recited = tables.get("forget" if benchmark == "TOFU" else "verbmem_forget", [])
@@ -163,7 +163,7 @@ def _tofu_logs(tables: Mapping[str, Sequence[Record]]) -> dict[str, Log]:
         right = "nll" if options else "paraphrased_nll"
 
         def truth_ratio(record: Record, column: str, right: str = right) -> Log:
-            # geometric, as TOFU's script has it: of the mean losses
+            # geometric, as in TOFU's script: of the mean losses
             wrong = math.exp(-statistics.fmean(record[column]))
             return {"score": wrong / (math.exp(-record[right]) + TINY)}
 
@@ -219,7 +219,7 @@ def _muse_logs(tables: Mapping[str, Sequence[Record]]) -> dict[str, Log]:
 
 
 def to_metrics(benchmark: str, content: Mapping[str, Any]) -> dict[str, float]:
-    """Our measures of one of their files; others keep their name. (ROUGE of MUSE has stems.)"""
+    """Our measures from one of their files; others keep their names. (MUSE's ROUGE is stemmed.)"""
     found = {}
     for name, value in content.items():
         number = value.get("agg_value") if isinstance(value, Mapping) else value
@@ -230,7 +230,7 @@ def to_metrics(benchmark: str, content: Mapping[str, Any]) -> dict[str, float]:
 
 
 def to_tables(benchmark: str, content: Mapping[str, Any]) -> dict[str, list[Record]]:
-    """Test set -> records of an ``…_EVAL.json``, as far as it goes; empty of a summary."""
+    """Test set -> records of an ``…_EVAL.json``, as far as possible; empty for a summary."""
     found: dict[str, dict[int, Record]] = {}
 
     def note(name: str, metric: str, columns: Mapping[str, str]) -> None:
@@ -263,7 +263,7 @@ def to_tables(benchmark: str, content: Mapping[str, Any]) -> dict[str, list[Reco
     return {name: [rows[row] for row in sorted(rows)] for name, rows in found.items()}
 
 
-#: What stands around the last question of a decoded prompt, whose special tokens are left out.
+#: The text around the last question of a decoded prompt, whose special tokens are left out.
 _AROUND = (
     r"\[INST\] (.*) \[/INST\]",
     r"(?:.*\n\n)?Question: (.*)\n(?:Answer:)?",
@@ -273,8 +273,8 @@ _AROUND = (
 
 
 def question_in(prompt: str) -> str:
-    """The question in a prompt, which published results have in its place; any other text is
-    itself.
+    """The question in a prompt, since published results hold whole prompts; any other text is
+    returned unchanged.
 
     >>> question_in("[INST] Who wrote it? [/INST]"), question_in("Question: Who?\\n")
     ('Who wrote it?', 'Who?')

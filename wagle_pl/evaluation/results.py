@@ -1,9 +1,9 @@
-"""Results of a test as files: read to compare with, ours or published ones, shown beside others in
-one table, and written whole.
+"""Results of a test as files, ours or published ones: read for comparison, shown next to others in
+one table, and written whole or not at all.
 
 A *table* has the records of a test set, one per row; on disk it is a Parquet file that says what it
-depends on. A *TOFU result* is ``{file key: {measure: {row: value}}}``, the form that TOFU's authors
-publish results in; the file keys are theirs (:data:`RESULT_KEYS`).
+depends on. A *TOFU result* is ``{file key: {measure: {row: value}}}``, the form in which TOFU's
+authors publish results; the file keys are theirs (:data:`RESULT_KEYS`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ RESULT_KEYS = {
     "real_authors": "eval_real_author_wo_options.json",
     "world_facts": "eval_real_world_wo_options.json",
 }
-#: Test sets whose probability is that among the options.
+#: Test sets whose probability is among the options.
 OPTION_SETS = ("real_authors", "world_facts")
 
 
@@ -74,7 +74,7 @@ class Results:
         self.option = option
         self.metrics: dict[str, float] = {}  # empty if not known
         self.tofu: Optional[Result] = None  # the TOFU result, if there is one
-        self.benchmark: Optional[str] = None  # TOFU or MUSE of a file of OpenUnlearning's
+        self.benchmark: Optional[str] = None  # TOFU or MUSE if from a file of OpenUnlearning's
         self.prompts: dict[str, Any] = {}  # see Template.prompts; empty if not known
         advice = "(run wagle test on that model first)"
         if not (self.path / METRICS_FILE).is_file():
@@ -121,7 +121,7 @@ class Results:
 
     def beside(self, name: str, table: Table) -> Table:
         """The records of the rows of another table, in its order; Undefined if one is missing. Rows
-        without texts, which OpenUnlearning's files may have, are taken to be in that order."""
+        without texts, which OpenUnlearning's files may have, are assumed to be in that order."""
         here = self.table(name)
         if textless(here) and len(here) == len(table):
             return here
@@ -148,13 +148,13 @@ def bare(text: str) -> str:
 
 
 def differing(pairs: Sequence[Pair], others: Sequence[Pair]) -> int:
-    """How many rows of two test sets differ, in any order; of the side that has more of them."""
+    """How many rows of two test sets differ, in any order; counted on the side with more."""
     here, there = Counter(pairs), Counter(others)
     return max((here - there).total(), (there - here).total())
 
 
 def folder_of(place: Path) -> Path:
-    """The folder of results that their ``metrics.json`` stands for; any other place is itself."""
+    """The folder of a ``metrics.json``; any other place is returned unchanged."""
     return place.parent if place.name == METRICS_FILE and place.is_file() else place
 
 
@@ -171,8 +171,8 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def model_of(path: Union[str, Path]) -> Optional[str]:
-    """The model that results are of: their folder or the one above, if that holds a model, or the
-    one that they name, if it still exists. None of a published result file, wherever that lies."""
+    """The model of some results: their folder or the one above, if that holds a model, or the one
+    that they name, if it still exists. None for a published result file, wherever that is."""
     path = Path(path)
     if path.is_file() and path.name != METRICS_FILE:
         return None
@@ -196,11 +196,11 @@ def _holds_model(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("config.json", ADAPTER_FILE))
 
 
-# -- a model beside others -------------------------------------------------------------------------
+# -- comparison with other models -----------------------------------------------------------------
 
 
 def check_prompts(results: Mapping[str, Results], prompts: Mapping[str, Any]) -> None:
-    """Refuse results (``retrained``, ``target``, …) of other prompts; of the target's, warn."""
+    """Refuse results (``retrained``, ``target``, …) for other prompts; warn for the target's."""
     for option, found in results.items():
         other = differing_prompts(found.prompts, prompts)
         if other and option != "target":
@@ -213,7 +213,7 @@ def check_prompts(results: Mapping[str, Results], prompts: Mapping[str, Any]) ->
 def check_rows(
     results: Mapping[str, Results], name: str, pairs: Sequence[Pair], instead: str
 ) -> None:
-    """Refuse results on other rows of a test set, whatever their order; of the target's, warn.
+    """Refuse results on other rows of a test set (order does not matter); warn for the target's.
     ``instead`` is the option that takes a retrained model's results on other rows."""
     pairs = [(bare(question), bare(answer)) for question, answer in pairs]
     for option, found in results.items():
@@ -260,7 +260,7 @@ def comparison(
     target: Optional[Mapping[str, float]] = None,
     retrained: Optional[Mapping[str, float]] = None,
 ) -> str:
-    """Measure, this, target, retrained as a table, and undefined measures below it."""
+    """A table with columns measure, this, target, retrained; undefined measures below it."""
     beside = {"target": target, "retrained": retrained}
     others = {name: found for name, found in beside.items() if found is not None}
     rows, undefined = [], []
@@ -285,7 +285,7 @@ _KEY = b"wagle_pl.key"
 
 
 def write_table(path: Path, rows: Table, key: Mapping[str, Any]) -> None:
-    """Write records as Parquet, with ``key``, what they depend on, in the file's metadata."""
+    """Write records as Parquet, with ``key`` (what they depend on) in the file's metadata."""
     import pyarrow
     import pyarrow.parquet
 
@@ -296,8 +296,8 @@ def write_table(path: Path, rows: Table, key: Mapping[str, Any]) -> None:
 
 
 def read_table(path: Path, key: Mapping[str, Any], overwrite: bool = False) -> Optional[Table]:
-    """Records of a table written with the same ``key``; None if there is none. One that is damaged,
-    or written with another key, is refused, saying what differs, or with ``overwrite`` None."""
+    """Records of a table written with the same ``key``; None if there is none. A damaged table, or
+    one with another key, is an error that says what differs; with ``overwrite`` it is None."""
     if not path.is_file():
         return None
     try:
@@ -326,7 +326,7 @@ def load_table(path: Path) -> Table:
 
 @contextmanager
 def _parquet(path: Path) -> Iterator[Any]:
-    """Refuse a file that is damaged or no Parquet file."""
+    """Refuse a file that is damaged or not a Parquet file."""
     import pyarrow.parquet
 
     try:
@@ -393,14 +393,14 @@ def _to_row(record: Mapping[str, Any], options: bool) -> dict[str, Any]:
 
 
 def from_result(result: Result) -> dict[str, Table]:
-    """A TOFU result -> tables of records, as far as it goes: the inverse of :func:`to_result`."""
+    """A TOFU result -> tables of records, as far as possible: inverse of :func:`to_result`."""
     names, found = {key: name for name, key in RESULT_KEYS.items()}, {}
     for key, log in result.items():
         texts = log.get("generated_text") or {}
         for row in sorted(log.get("avg_gt_loss", ()), key=int):
             question, said, answer = texts.get(row, ("", None, ""))
             if said is None and log.get("rougeL_recall", {}).get(row) is not None:
-                said = ""  # its scores were kept and its text was not
+                said = ""  # its scores were kept, but not its text
             record = {"row": int(row), "question": question_in(question), "answer": answer}
             record |= {"generation": said}
             record |= {name: log.get(column, {}).get(row) for name, column in _COLUMNS.items()}

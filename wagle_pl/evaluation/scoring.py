@@ -1,8 +1,8 @@
-"""Score many token sequences with few forward passes: sorted by length, and the tokens that they
-begin with in common computed once.
+"""Score many token sequences with few forward passes: they are sorted by length, and prefixes that
+they have in common are computed only once.
 
 :func:`grow` makes a prefix tree of the sequences; :class:`_Run` runs it from the roots down, nodes
-of similar length in one pass, each on the keys and values of its parent.
+of similar length in one pass, each continuing from the keys and values of its parent.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from wagle_pl.core import distributed
 from wagle_pl.data.template import IGNORE
 from wagle_pl.lm.inference import Predictions, in_chunks, logprobs_of, predict
 
-MAX_PADDED = 8192  # tokens of a pass with those they follow: bounds keys and values
+MAX_PADDED = 8192  # tokens of a pass, prefixes included: bounds keys and values
 LEAST_FILLED = 0.5  # a node shorter than this share of the longest in its pass goes into the next
-LEAST_SAVED = 8  # tokens that sharing a node must save, or it costs more than it brings
+LEAST_SAVED = 8  # tokens that sharing a node must save to be worth its cost
 LEAST_VARIANCE = 1e-6  # of log-probabilities over the vocabulary, as OpenUnlearning clamps it
 
 
@@ -33,13 +33,13 @@ class Candidate(NamedTuple):
     """A token sequence to score."""
 
     ids: Sequence[int]
-    labels: Sequence[int]  # the same where a token is scored, else -100; the first cannot be
+    labels: Sequence[int]  # the id if the token is scored, else -100; the first cannot be scored
     greedy: bool = False  # also say whether each scored token is the most probable one
     vocabulary: bool = False  # also give mean and std of the vocabulary's log-probabilities
 
 
 class TokenScores(NamedTuple):
-    """What is found of a candidate: (T,) tensors, one value a scored token; None if not wanted."""
+    """Scores of a candidate: (T,) tensors, one value per scored token; None if not wanted."""
 
     logprobs: Tensor
     greedy: Optional[Tensor] = None
@@ -74,9 +74,9 @@ class Passes:
         announce: bool = True,
         **options: Any,
     ) -> tuple[Any, Predictions]:
-        """Run (B, T) tokens with a (B, S) attention mask, S ≥ T where there is a past: the output,
-        and predictions at the ``places`` of the tokens, flattened, the first when None. ``options``
-        are those of the model's forward."""
+        """Run (B, T) tokens with a (B, S) attention mask, S ≥ T if there is a past; return the
+        output and the predictions at ``places`` of the flattened tokens (the first when None).
+        ``options`` are those of the model's forward."""
         if self.synced_gpus and announce:
             distributed.all_reduce_max(1)
         places = torch.zeros(1, dtype=torch.long) if places is None else places
@@ -84,7 +84,7 @@ class Passes:
         return predict(self.lm, places.to(ids.device), not self.synced_gpus, **options)
 
     def level(self) -> None:
-        """Take part in the passes that other ranks still announce, after one's own. Collective."""
+        """After this rank's passes, join those that other ranks still announce. Collective."""
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         while self.synced_gpus and distributed.all_reduce_max(0):
             self(token, torch.ones_like(token), announce=False, use_cache=False)
@@ -125,16 +125,16 @@ def score(
         candidates: what to score.
         pad_id: token that fills short rows; masked out.
         max_rows: most sequences in a pass.
-        share: compute the tokens that candidates begin with in common once: the system prompt of
-            all, the question of its answers, the words that its wrong answers have in common. Needs
-            a model with a plain cache; others are scored whole.
+        share: compute common prefixes of candidates only once: the system prompt of all, a question
+            with its answers, the words with which its wrong answers begin. Needs a model with a
+            plain cache; with others, each candidate is scored as a whole.
     """
     run = _Run(passes, candidates, pad_id, max_rows)
-    # nothing comes before a single token
+    # a single token has none before it
     longer = [c for c, candidate in enumerate(candidates) if len(candidate.ids) > 1]
     takes = all(accepts(type(passes.lm), name) for name in ("position_ids", "past_key_values"))
     window = getattr(passes.lm.config, "sliding_window", None) or math.inf
-    # whether it can go on, at given positions, from keys and values computed before
+    # whether the model can go on, at given positions, from cached keys and values
     if share and takes and all(len(candidate.ids) <= window for candidate in candidates):
         run.down(grow(candidates, longer, 0))
     run.down([_leaf(candidates, c, 0) for c in longer if c not in run.scores])
@@ -145,7 +145,7 @@ def score(
 
 
 class Node(NamedTuple):
-    """The positions [start, end) of one or more candidates that are the same up to ``end``."""
+    """The positions [start, end) of one or more candidates that are identical up to ``end``."""
 
     start: int
     end: int
@@ -180,12 +180,12 @@ def grow(candidates: Sequence[Candidate], owners: Sequence[int], start: int) -> 
 
 
 def _leaf(candidates: Sequence[Candidate], owner: int, start: int) -> Node:
-    """The rest of a candidate but its last token, which predicts nothing."""
+    """The rest of a candidate except its last token, which predicts nothing."""
     return Node(start, len(candidates[owner].ids) - 1, [owner], [])
 
 
 def _alike(texts: Sequence[Sequence[int]]) -> int:
-    """How many first tokens all texts share."""
+    """How many tokens at their beginning all texts share."""
     columns = enumerate(zip(*texts, strict=False))
     return next((i for i, column in columns if len(set(column)) > 1), min(map(len, texts)))
 
@@ -219,7 +219,7 @@ class _Run:
         for part in _parts(rows, past.mask.shape[1] if past else 0, self.max_rows):
             here = self._run([node for node, _ in part], past, [parent for _, parent in part])
             if here is None:
-                return  # a state that is no plain cache: what follows is scored whole
+                return  # the state is not a plain cache: what follows is scored whole
             children = [(child, i) for i, (node, _) in enumerate(part) for child in node.children]
             following = {owner for child, _ in children for owner in child.owners}
             for i, (node, _) in enumerate(part):
@@ -234,7 +234,7 @@ class _Run:
     def _run(
         self, nodes: Sequence[Node], past: Optional[_Past], parents: Sequence[int]
     ) -> Optional[_Past]:
-        """One pass over some nodes; None if what follows them needs a cache that there is not."""
+        """One pass over some nodes; None if what follows them needs a cache that is missing."""
         texts = [self.candidates[node.owners[0]].ids[node.start : node.end] for node in nodes]
         tokens = [torch.tensor(list(text)) for text in texts]
         padded = partial(pad_sequence, batch_first=True, padding_side="left")
@@ -246,7 +246,7 @@ class _Run:
         if past is not None:
             rows = torch.tensor(list(parents), device=ids.device)
             mask = torch.cat([past.mask[rows], own], -1)
-            cache = DynamicCache()  # of its own, with these rows of the past
+            cache = DynamicCache()  # a new one, with these rows of the past
             for number, (keys, values) in enumerate(past.layers):
                 cache.update(keys[rows], values[rows], number)
             options = {"past_key_values": cache, "use_cache": True}
@@ -294,8 +294,8 @@ class _Run:
 def _parts(
     rows: Sequence[tuple[Node, int]], past: int, max_rows: int
 ) -> list[list[tuple[Node, int]]]:
-    """Nodes of similar length together, longest first: at most ``max_rows``, and a bounded number
-    of tokens with the ``past`` that each follows."""
+    """Groups of nodes of similar length, longest first: at most ``max_rows`` in each, and a bounded
+    number of tokens, including the ``past`` tokens before each node."""
     parts: list[list[tuple[Node, int]]] = []
     for row in sorted(rows, key=lambda row: row[0].length, reverse=True):
         if parts:

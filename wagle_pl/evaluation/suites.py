@@ -37,7 +37,7 @@ from wagle_pl.evaluation.measures import (
 from wagle_pl.evaluation.openunlearning import FORMS, STOPS
 from wagle_pl.evaluation.results import OPTION_SETS, Result, Table, differing, from_result, pairs_of
 
-#: Observed of a test set that a suite says nothing about; each row answers what its kind can.
+#: What to observe of a test set that a suite does not name; each row answers what its kind can.
 DEFAULT_NEEDS = frozenset({"answer", "tokens", "alternatives", "choices", "generation"})
 
 
@@ -55,23 +55,23 @@ class Suite:
     {'forget/words': 4.0}
     """
 
-    #: Test sets the benchmark has; those that a test lacks are named in the sidecar.
+    #: Test sets of the benchmark; those that a test lacks are named in ``metrics.info.json``.
     sets: tuple[str, ...] = ()
-    #: Test set -> what to observe of its rows; :data:`DEFAULT_NEEDS` of one not named here.
+    #: Test set -> what to observe of its rows; :data:`DEFAULT_NEEDS` for one not named here.
     needs: Mapping[str, Collection[str]] = {}
-    #: Test set -> longest generation in tokens, where the benchmark fixes one.
+    #: Test set -> longest generation in tokens, if the benchmark fixes one.
     max_new_tokens: Mapping[str, int] = {}
-    #: Test sets whose answers are recited: generations are as long as the longest of them at
-    #: least, or what is recalled of an answer would be bounded by the length asked for.
+    #: Test sets whose answers are recited: generations are at least as long as the longest answer,
+    #: since a shorter limit would also limit what can be recalled.
     recited: Collection[str] = ()
     #: Test set -> text before each of its multiple choices. ``{subject}`` stands for the row's
-    #: subject, its underscores as spaces; a row without one has no header then.
+    #: subject, with spaces for underscores; rows without a subject then have no header.
     headers: Mapping[str, str] = {}
-    #: Registered measures of what was seen as a whole, before those of its test sets.
+    #: Registered measures of all test sets together, listed before those of each.
     whole: ClassVar[Sequence[str]] = ()
-    #: Measure -> what is known of it. Others are looked up by what stands after the last slash.
+    #: Measure -> its description. Others are looked up by the name after the last slash.
     infos: Mapping[str, Info] = {}
-    #: Test sets, by how their names begin, whose rows are to be forgotten: knowing them is bad.
+    #: Beginnings of the names of test sets whose rows are to be forgotten: knowing them is bad.
     forget_sets: tuple[str, ...] = (
         *("forget", "members", "verbmem_forget", "knowmem_forget", "wmdp_"),
     )
@@ -85,7 +85,7 @@ class Suite:
         return found
 
     def listed(self, seen: Observations, name: str) -> Sequence[str]:
-        """Names of a test set's measures; those that its rows allow, unless overridden."""
+        """Names of a test set's measures: those that its rows allow, unless overridden."""
         return usual(seen.records(name, self.forgets(name)))
 
     def of_set(self, seen: Observations, name: str, measures: Sequence[str]) -> dict[str, Value]:
@@ -113,14 +113,14 @@ class Suite:
 
 
 class Averages(ABC):
-    """Before a suite: the two averages of WAGLE's tables (arXiv 2410.17509)."""
+    """Mixin, named before a suite: the two averages of WAGLE's tables (arXiv 2410.17509)."""
 
     def measures(self, seen: Observations) -> dict[str, Value]:
         found = super().measures(seen)
         return found | self.averages(seen, found)
 
     def averages(self, seen: Observations, found: Mapping[str, Value]) -> dict[str, Value]:
-        """``ue_average`` and ``ut_average``, of what was measured before."""
+        """``ue_average`` and ``ut_average``, from what has been measured."""
         parts = {"ue_average": self.efficacy, "ut_average": self.utility}
         return {name: attempt(average, seen, found) for name, average in parts.items()}
 
@@ -133,7 +133,7 @@ class Averages(ABC):
     def utility(self, seen: Observations, found: Mapping[str, Value]) -> float:
         """Utility, the UT average of WAGLE's tables.
 
-        That of WHP and DETOX: the mean of TruthfulQA and of the mean accuracy on other tasks.
+        As for WHP and DETOX: the mean of TruthfulQA and of the mean accuracy on other tasks.
         """
         truthful = [value for name, value in seen.general.items() if "truthfulqa" in name]
         others = [value for name, value in seen.general.items() if "truthfulqa" not in name]
@@ -170,17 +170,17 @@ WAGLE_K = 0.2  # WAGLE's code has Min-10% to Min-60%; this is the Min-K% paper's
 class TOFUSuite(Averages, Suite):
     """TOFU (arXiv 2401.06121) on ``forget``, ``retain``, ``real_authors`` and ``world_facts``.
 
-    Model utility and forget quality are TOFU's, forget quality of the same questions on both sides
-    (on request ``tofu/forget_quality`` beside it, of whatever rows the results hold, as TOFU's
-    script has it); exact memorisation, extraction strength, membership inference and privacy
-    leakage OpenUnlearning's (the last two against a test set ``holdout``). ``ue_average`` and
+    Model utility and forget quality are TOFU's, where forget quality needs the same questions on
+    both sides (on request also ``tofu/forget_quality``, on whatever rows the results hold, as in
+    TOFU's script). Exact memorisation, extraction strength, membership inference and privacy
+    leakage are OpenUnlearning's (the last two against a test set ``holdout``). ``ue_average`` and
     ``ut_average`` are the averages of WAGLE's table 1 (arXiv 2410.17509), whose parts are here as
-    ``wagle/…``: UE of forget quality (as its code has it: the forget rows' truth ratios against
-    the *retain rows'*, of the same model), membership inference (forget against retain rows),
+    ``wagle/…``: UE of forget quality (as in its code: the forget rows' truth ratios against the
+    *retain rows'*, of the same model), membership inference (forget against retain rows),
     1 − forget accuracy and 1 − ROUGE-L; UT of accuracy and ROUGE-L on retain, real authors and
     world facts. With sentence embeddings the accuracies are WAGLE's own, otherwise by likelihood;
-    with ``paraphrased`` observed, truth ratio and forget accuracy are asked with the paraphrased
-    questions, as there.
+    if ``paraphrased`` is observed, truth ratio and forget accuracy are those of the paraphrased
+    questions, as in WAGLE's code.
     """
 
     sets = ("forget", *UTILITY_SETS)
@@ -196,7 +196,7 @@ class TOFUSuite(Averages, Suite):
         return needs
 
     def measures(self, seen: Observations) -> dict[str, Value]:
-        found = Suite.measures(self, seen)  # averages are of what follows too
+        found = Suite.measures(self, seen)  # the averages include what follows
         found["model_utility"] = attempt(model_utility, found)
         if "forget" in seen.tables:
             found["forget_quality"] = attempt(forget_quality, seen)
@@ -273,14 +273,14 @@ def _wagle_forget_quality(seen: Observations) -> float:
 
 @measure("AUC, 0 to 1", "higher", name="wagle/mia")
 def _wagle_mia(seen: Observations) -> float:
-    """Min-20% of question and answer: forget rows taken for unseen, retain rows not (WAGLE)."""
+    """Min-20% of question and answer, retain rows as members, forget rows as not (WAGLE)."""
     sides = (seen.records(name) for name in ("retain", "forget"))
     return F.membership_auc(*(min_k_scores(rows, "text_logprobs", WAGLE_K) for rows in sides))
 
 
 @measure("share, 0 to 1", "lower", name="wagle/forget_accuracy")
 def _wagle_accuracy(seen: Observations, name: str = "forget") -> float:
-    """Right answer the nearest option, forget rows (WAGLE)."""
+    """Right answer is the nearest option, forget rows (WAGLE)."""
     embedded = seen.records(name).has("nearest_answer")
     accuracy = MEASURES["nearest_answer" if embedded else "accuracy"]
     return accuracy.compute(_paraphrased(seen, name))
@@ -288,7 +288,7 @@ def _wagle_accuracy(seen: Observations, name: str = "forget") -> float:
 
 @measure("share, 0 to 1", "higher", name="wagle/retain_accuracy")
 def _wagle_retain_accuracy(seen: Observations) -> float:
-    """Right answer the nearest option, retain rows (WAGLE)."""
+    """Right answer is the nearest option, retain rows (WAGLE)."""
     return _wagle_accuracy(seen, "retain")
 
 
@@ -324,8 +324,8 @@ def tofu_forget_quality(
     """Forget quality: p-value of a Kolmogorov–Smirnov test between the forget rows' truth ratios of
     a model and of the retrained model (TOFU, section 2.2).
 
-    ``compare_rows`` refuses results on other questions and answers, in whatever order they are.
-    Without it this is TOFU's own number: its script takes whatever forget rows each result holds.
+    ``compare_rows`` refuses results on other questions and answers; their order does not matter.
+    Without it, this is TOFU's own number: its script takes whatever forget rows each result holds.
     """
     tables = [from_result(side).get("forget", []) for side in (result, retrained)]
     try:
@@ -347,11 +347,11 @@ def tofu_forget_quality(
 
 class MUSESuite(Suite):
     """MUSE (arXiv 2407.06460): verbatim and knowledge memorisation, privacy leakage and utility, in
-    percent as there.
+    percent as in MUSE.
 
     ``verbmem_f``: mean ROUGE-L F1, without stemming, of 128 tokens generated after the beginning of
     a forget text, against the text's next 128 tokens. ``knowmem_f`` and ``knowmem_r``: the same of
-    at most 32 tokens that answer a question, cut before what begins another. ``privleak``: Min-40%
+    at most 32 tokens that answer a question, cut where another one begins. ``privleak``: Min-40%
     between ``members`` and ``nonmembers`` against the retrained model. WAGLE has no table for MUSE,
     so there are no averages.
     """
@@ -444,8 +444,8 @@ class CopyrightSuite(Averages, GenericSuite):
 
     ``ue_average`` is the mean of 1 − ROUGE-L recall over the sets whose names begin with
     ``forget``; ``ut_average`` the mean of zero-shot accuracy and TruthfulQA, which
-    lm-evaluation-harness measures. BLEU and perplexity are reported beside them: they are no
-    shares, and no average of them is one.
+    lm-evaluation-harness measures. BLEU and perplexity are reported in addition: they are
+    not shares, so an average with them would not be one.
     """
 
     sets = ("forget", "forget_qa", "retain_qa", "wikitext")
@@ -471,7 +471,7 @@ class DetoxSuite(Averages, Suite):
 
     ``ue_average`` is the mean of 1 − toxicity over the sets of prompts; ``ut_average`` the mean of
     zero-shot accuracy and TruthfulQA, which lm-evaluation-harness measures. Perplexity is reported
-    beside them.
+    in addition.
     """
 
     sets = ("prompts", "wikitext")
@@ -495,11 +495,11 @@ class DetoxSuite(Averages, Suite):
 class KnowUnDoSuite(Suite):
     """KnowUnDo (arXiv 2407.01920): success of unlearning and of retention, in percent.
 
-    Its ``run_eval_lora.py`` computes the accuracy of the likeliest next token on a row's answer, each
-    after the true tokens before it, and takes the mean over rows: ``retention_success`` is that of
+    Its ``run_eval_lora.py`` computes the accuracy of the likeliest next token on a row's answer,
+    given the true tokens before it, and averages over rows: ``retention_success`` is that of
     ``retain``, ``unlearn_success`` 100 minus that of ``forget``. Its perplexity is
-    ``row_perplexity``. ROUGE-L and general ability, which the paper reports too, that script does
-    not compute; for the latter there is ``lm_eval``.
+    ``row_perplexity``. The script does not compute ROUGE-L and general ability, which the paper
+    also reports; for the latter, use ``lm_eval``.
     """
 
     sets = ("forget", "retain")
@@ -534,13 +534,13 @@ LUME_SETS = {
 
 
 class LUMESuite(Suite):
-    """LUME (arXiv 2502.15097), scored as SemEval-2025 task 4: regurgitation (ROUGE-L recall, stemmed)
-    and knowledge (exact match) on both sets and three tasks, of 256 tokens generated.
+    """LUME (arXiv 2502.15097), scored as SemEval-2025 task 4: regurgitation (ROUGE-L recall,
+    stemmed) and knowledge (exact match) on both sets and three tasks, of 256 tokens generated.
 
     From the task's ``evaluate_generations.py``: ``task_aggregate`` is the harmonic mean of those
-    twelve, each of the forget set as 1 minus its value; ``mia_score`` 1 − 2·|a − ½| with a the area
-    of the attack by loss between ``members`` and ``nonmembers``; ``final_score`` the mean of the two
-    and the accuracy on MMLU, of the test set ``mmlu`` or of lm-evaluation-harness.
+    twelve, where those of the forget set count as 1 minus the value; ``mia_score`` is 1 − 2·|a − ½|
+    with a the ROC area of the loss attack between ``members`` and ``nonmembers``; ``final_score``
+    is the mean of the two and MMLU's accuracy, of the test set ``mmlu`` or lm-evaluation-harness.
     """
 
     sets = (*LUME_SETS, "members", "nonmembers", "mmlu")
@@ -568,7 +568,7 @@ class LUMESuite(Suite):
 
 @measure("score, 0 to 1", "higher")
 def task_aggregate(found: Mapping[str, Value]) -> float:
-    """Harmonic mean of regurgitation and knowledge, forget rows' as 1 minus each (LUME)."""
+    """Harmonic mean of regurgitation and knowledge; 1 minus each for forget rows (LUME)."""
     values = defined(found, *(f"{name}/{measured}" for name, measured in LUME_SETS.items()))
     sides = zip(LUME_SETS, values, strict=True)
     return statistics.harmonic_mean(1 - v if name.startswith("forget") else v for name, v in sides)
@@ -576,7 +576,7 @@ def task_aggregate(found: Mapping[str, Value]) -> float:
 
 @measure("score, 0 to 1", "higher")
 def mia_score(found: Mapping[str, Value]) -> float:
-    """1 where membership inference by loss guesses, 0 where it is always right or wrong (LUME)."""
+    """1 if membership inference by loss only guesses, 0 if always right or always wrong (LUME)."""
     return 1 - 2 * abs(defined(found, "members/mia_loss")[0] - 0.5)
 
 
@@ -604,13 +604,13 @@ class RWKUSuite(Suite):
     """RWKU (arXiv 2406.10890): what is recalled of people to forget and of their neighbours, and
     five abilities.
 
-    As its ``llmtuner/eval`` has them: ROUGE-L recall of 30 tokens by the package ``rouge`` on all
+    As in its ``llmtuner/eval``: ROUGE-L recall of 30 tokens by the package ``rouge`` on all
     levels; means of log-likelihood, zlib ratio, Min-20% and Min-20%++ of texts on the people
     (``mia_forget``, to fall) and on others (``mia_retain``, to stay); accuracy on MMLU, final
     answers on BBH, MC1 and MC2 on TruthfulQA, F1 and exact match on TriviaQA, entropy of n-grams on
-    AlpacaEval. It computes no average of these. Here BBH's answer is compared as a whole (there a
-    text is compared letter by letter), and n-grams are of words between white space (there of
-    NLTK's tokens).
+    AlpacaEval. It computes no average of these. Here BBH's answer is compared as a whole (in its
+    code, a text is compared letter by letter), and n-grams are of words between white space (in its
+    code, of NLTK's tokens).
     """
 
     sets = tuple(RWKU_SETS)
@@ -633,7 +633,7 @@ class RWKUSuite(Suite):
 
 @measure("nats", "higher", "lower", needs={"answer"})
 def member_loss(rows: Records) -> float:
-    """Mean log-likelihood of a token, the rows' mean (RWKU's LOSS)."""
+    """Mean log-likelihood of a token, averaged over rows (RWKU's LOSS)."""
     return -F.mean(SCORES["loss"](rows), "texts")
 
 
@@ -651,11 +651,11 @@ def member_min_k(rows: Records) -> float:
 
 @measure("standard deviations", "higher", "lower", needs=MEMBERSHIP_NEEDS)
 def member_min_k_plus_plus(rows: Records) -> float:
-    """Mean of the least likely 20% of tokens, standardised by the vocabulary's (RWKU's Min-K%++)."""
+    """Mean of the least likely 20% of tokens, standardised by the vocabulary (RWKU's Min-K%++)."""
     return -F.mean(min_k_plus_plus_scores(rows, 0.2), "texts")
 
 
-#: OpenUnlearning's measures of answers in other words, beside TOFU's.
+#: OpenUnlearning's measures of answers in other words, in addition to TOFU's.
 ALTERNATIVES = tuple(
     f"{form}_{each}" for form in FORMS.values() for each in ("probability", "rougeL_recall")
 )
@@ -664,7 +664,7 @@ ALTERNATIVES = tuple(
 def more_of_openunlearning(
     suite: Suite, seen: Observations, members: str, nonmembers: str
 ) -> dict[str, Value]:
-    """What OpenUnlearning measures on TOFU or MUSE beside the suite's own."""
+    """What OpenUnlearning measures on TOFU or MUSE in addition to the suite's own."""
     found: dict[str, Value] = {}
     for name, table in seen.tables.items():
         if any(record.get("perturbed_nll") for record in table):
@@ -675,5 +675,5 @@ def more_of_openunlearning(
 
 
 def find_suite(suite: Union[Suite, str]) -> Suite:
-    """A suite by its short name (``tofu``), as data modules have it too, or class path."""
+    """A suite by its short name (``tofu``), which data modules use too, or by its class path."""
     return resolve(Suite, suite, "model.suite")

@@ -1,5 +1,5 @@
-"""What an attack is, what it works on (:class:`Subject`), and what it finds; several of them on a
-model, and on those beside it."""
+"""What an attack is, what it works on (:class:`Subject`) and what it finds; how several of them are
+run on a model, and on the models it is compared with."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ ROBUSTNESS_FILE = "robustness.json"
 #: The attacks of ``all``, in the order in which they run.
 EVERY = ("Relearn", "Quantise", "Paraphrase", "TranslatedStyle", "InContext", "Sample", "Probe")
 PREFIX = "robustness"
-#: The models that are shown beside the one under test.
+#: The models that are shown next to the one under test.
 OTHERS = ("target", "retrained")
-#: Measures of forget sets, and of the whole, that an attack reports where the suite has them.
+#: Measures of forget sets, and of the whole, that an attack reports if the suite has them.
 FORGET_MEASURES = (
     *("probability", "rougeL_recall", "truth_ratio", "accuracy", "extraction_strength"),
     *("perplexity", "toxicity", "forget_quality", "verbmem_f", "knowmem_f"),
@@ -67,7 +67,7 @@ class Finding:
     # filled in by ``run_attacks``:
     attack: str = ""  # its name
     others: Mapping[str, Optional[float]] = field(default_factory=dict)  # of :data:`OTHERS`
-    attacked: Mapping[str, bool] = field(default_factory=dict)  # whether those are under it too
+    attacked: Mapping[str, bool] = field(default_factory=dict)  # whether those were attacked too
 
     @property
     def key(self) -> str:
@@ -88,7 +88,7 @@ class Finding:
 class Subject:
     """A model under attack, and the data to attack it with.
 
-    Mappings are by test set, of those whose rows are to be forgotten.
+    Mappings have an entry for each test set whose rows are to be forgotten.
     """
 
     lm: Any  # a Hugging Face causal language model, in evaluation mode
@@ -98,7 +98,7 @@ class Subject:
     needs: Mapping[str, frozenset[str]]  # what a test observes of them
     lengths: Mapping[str, int]  # longest generation in tokens
     measures: Callable[[Mapping[str, Table]], Mapping[str, Value]]  # of records
-    training: Callable[[str], Optional[list[Example]]]  # forget, retain, holdout rows; None without
+    training: Callable[[str], Optional[list[Example]]]  # forget, retain, holdout rows; None if none
     annotate: Callable[[str, Table], None] = lambda name, table: None  # by a toxicity classifier
     tables: Optional[Mapping[str, Table]] = None  # records without an attack, if they were observed
     sharded: bool = False  # whether the weights are sharded over the ranks (ZeRO-3)
@@ -116,7 +116,7 @@ class Subject:
         return [row for rows in self.rows.values() for row in rows]
 
     def asked(self, variants: Variants) -> dict[str, Asked]:
-        """What to ask in place of the rows, where that is anything: see :data:`Variants`."""
+        """The rows to ask in place of each row that has any, see :data:`Variants`."""
         found = {
             name: {i: asked for i, row in enumerate(rows) if (asked := list(variants(name, row)))}
             for name, rows in self.rows.items()
@@ -128,7 +128,7 @@ class Subject:
         return self.asked(lambda name, row: [row] if row.texts.isdisjoint(without) else [])
 
     def ask(self, variants: Variants, measures: Collection[str], option: str = "") -> list[Finding]:
-        """Ask every row in other ways, count the worst (:func:`worst`), and see :meth:`findings`."""
+        """Ask every row in other ways and count the worst (:func:`worst`); see :meth:`findings`."""
         return self.compare(self.asked(variants), measures, option)
 
     def compare(
@@ -141,8 +141,8 @@ class Subject:
     def observe(self, name: str, asked: Asked, without: Collection[str] = ()) -> Table:
         """Records of one test set, the worst of each row number. Collective.
 
-        A record has the question of the row it stands for, however that was asked: results of
-        other models are matched by it. Needs in ``without`` are not observed.
+        A record has the original question of its row, however it was asked, since results of other
+        models are matched by it. Needs in ``without`` are not observed.
         """
         numbers = [i for i, rows in asked.items() for _ in rows]
         rows = [row for rows in asked.values() for row in rows]
@@ -166,7 +166,7 @@ class Subject:
     def findings(
         self, after: Mapping[str, Table], measures: Collection[str], option: str = ""
     ) -> list[Finding]:
-        """Some measures of records under an attack, beside those of the same rows without it."""
+        """Some measures of records under an attack, and those of the same rows without it."""
         before: Mapping[str, Value] = {}
         if self.tables is not None:
             rows = {name: {record["row"] for record in table} for name, table in after.items()}
@@ -188,8 +188,8 @@ class Subject:
 class Attack(ABC):
     """One way to bring forgotten knowledge back: override :meth:`attack`.
 
-    Override :meth:`check` too if it needs something of the data, or has options. It leaves the
-    weights as they were, and draws random numbers from a seed of its own.
+    Also override :meth:`check` if the attack needs certain data, or has options. An attack leaves
+    the weights as they were, and draws random numbers from its own seed.
 
     >>> class Shouted(Attack):
     ...     '''Questions in capital letters.'''
@@ -203,8 +203,8 @@ class Attack(ABC):
     'shouted'
     """
 
-    measures: ClassVar[tuple[str, ...]] = FORGET_MEASURES  # that it reports
-    moves_weights: ClassVar[bool] = False  # for a while: impossible where they are sharded (ZeRO-3)
+    measures: ClassVar[tuple[str, ...]] = FORGET_MEASURES  # which it reports
+    moves_weights: ClassVar[bool] = False  # for a while: impossible if they are sharded (ZeRO-3)
 
     @property
     def name(self) -> str:
@@ -213,7 +213,7 @@ class Attack(ABC):
 
     @abstractmethod
     def attack(self, subject: Subject) -> Iterable[Finding]:
-        """The findings, in the same order for every model. Collective, to the last of them."""
+        """The findings, in the same order for every model. Collective, up to the last one."""
 
     def check(self, subject: Subject) -> None:
         """Raise a WagleError for options, a model or data that cannot be used, before any work."""
@@ -228,7 +228,7 @@ class Attack(ABC):
 
 
 def worst(records: Sequence[Record]) -> Record:
-    """The record that gives most away of several of one row; its generation may be that of another.
+    """Of several records of a row, the one that reveals most; its generation may be another's.
 
     The likelihoods are those of the wording under which the right answer is likeliest; the
     generation has the highest ROUGE-L recall or, without an answer, is the most toxic.
@@ -264,10 +264,10 @@ def texts_of(rows: Iterable[Example]) -> set[str]:
 def find_attacks(
     value: Union[bool, str, Sequence[Union[Attack, Entry]], None], option: str = "model.robustness"
 ) -> tuple[list[Attack], bool]:
-    """The attacks that an option names, and whether it asks for all that can be done.
+    """The attacks that an option names, and whether it asks for all that are possible.
 
-    It is a list of attacks, short names or class paths; the same as text with commas; ``all`` or
-    True for every attack; None, False or ``none`` for none.
+    The option is a list of attacks, short names or class paths; the same as text with commas;
+    ``all`` or True for every attack; None, False or ``none`` for none.
     """
     if isinstance(value, str):
         words = [word.strip() for word in value.strip("[] ").split(",") if word.strip()]
@@ -285,8 +285,8 @@ def find_attacks(
 def usable_attacks(
     attacks: Sequence[Attack], subject: Subject, every: bool
 ) -> tuple[list[Attack], dict[str, str]]:
-    """The attacks that have something to work on; for the others, name -> why they have not, which
-    is an error unless ``every`` attack was asked for and some are left."""
+    """The attacks that have something to work on; for the others, name -> why they have nothing,
+    which is an error unless ``every`` attack was asked for and some remain."""
     found, skipped = [], {}
     for attack in attacks:
         try:
@@ -314,8 +314,8 @@ def run_attacks(
     Args:
         attacks: all of them usable.
         subject: the model under test.
-        others: name of :data:`OTHERS` -> loads it.
-        metrics: the same names -> metrics without attack, shown where there is no such model.
+        others: name in :data:`OTHERS` -> a function that loads the model.
+        metrics: the same names -> metrics without attack, shown if the model is not in others.
         skipped: attack -> why it is left out.
     """
 

@@ -20,14 +20,14 @@ from wagle_pl.evaluation.measures import Info
 from wagle_pl.evaluation.observe import observe_set, of_generation, possible
 from wagle_pl.lm.inference import generate
 
-LEAST_ROWS = 4  # a side, or there is nothing to hold out
+LEAST_ROWS = 4  # per side; with fewer there is nothing to hold out
 
 
 @dataclass(eq=False)
 class Sample(Attack):
     """Sample many answers to each question and count the worst (arXiv 2410.03523).
 
-    Every row's samples come from a seed of its own, so that neither batches nor ranks change them.
+    Every row has its own seed, so that its samples do not depend on batches or ranks.
 
     Args:
         samples: answers to each question.
@@ -87,7 +87,7 @@ class Sample(Attack):
                     num_return_sequences=self.samples,
                 )
             found.append((i, texts))
-        samples = dict(distributed.all_gather(found))  # two ranks sample the same of one row
+        samples = dict(distributed.all_gather(found))  # two ranks draw the same for one row
         return [samples[i] for i in numbers]
 
 
@@ -96,15 +96,15 @@ class Probe(Attack):
     """Find latent knowledge by a linear classifier on each hidden layer, at a text's last token.
 
     As in arXiv 2402.16835, section 3. Numbers are the share of pairs that the classifier orders
-    rightly on held-out rows; *before* is the same share by the model's own likelihoods.
-    ``accuracy`` is that of the best layer, which is above 0.5 by some chance: read it beside the
+    correctly on held-out rows; *before* is the same share by the model's own likelihoods.
+    ``accuracy`` is that of the best layer, which exceeds 0.5 partly by chance: compare it with the
     retrained model's.
 
     Args:
-        tell: right (paraphrased, if there are such) from perturbed ``answers`` to forget rows;
-            forget ``rows`` from holdout rows or, without enough, retain rows; or ``both``.
-        rows: at most so many of each side, drawn at random.
-        folds: of the cross-validation.
+        tell: right (paraphrased, if there are any) from perturbed ``answers`` to forget rows;
+            forget ``rows`` from holdout rows or, if these are too few, retain rows; or ``both``.
+        rows: at most this many on each side, drawn at random.
+        folds: number of parts in the cross-validation.
         strength: of the ridge penalty, see :func:`ridge`.
         seed: of the draw and the folds.
     """
@@ -141,12 +141,12 @@ class Probe(Attack):
         return [rows[i] for i in sorted(order[: self.rows].tolist())]
 
     def _answer_rows(self, subject: Subject) -> list[Example]:
-        """Rows whose right and wrong answers are told apart; none if there are too few."""
+        """Rows whose right and wrong answers are distinguished; none if there are too few."""
         rows = [row for row in subject.forget_rows if row.perturbed_answers]
         return self._draw(rows) if self.tell != "rows" and len(rows) >= LEAST_ROWS else []
 
     def _sides(self, subject: Subject) -> tuple[list[Example], list[Example], str]:
-        """Forget rows, rows to tell them from, and the latter's stream; no rows if too few."""
+        """Forget rows, rows to compare them with, and the latter's stream; no rows if too few."""
         trained = subject.training("forget") or []
         known = texts_of(trained)
         forget = self._draw([r for r in trained or subject.forget_rows if r.kind != "prompt"])
@@ -171,7 +171,7 @@ class Probe(Attack):
             records = observe_set(subject.observer, rows, {"answer", "alternatives"})
             known = ((torch.tensor(r["perturbed_nll"]), r["paraphrased_nll"]) for r in records)
             before = fmean(share_above(wrong.double() - right) for wrong, right in known)
-        what = "right answers told from wrong ones to the same question"
+        what = "right answers distinguished from wrong ones to the same question"
         yield from _by_layer(subject, texts, order, "answers", before, what)
 
     def _probe_rows(
@@ -188,7 +188,7 @@ class Probe(Attack):
             nll = torch.tensor([record["nll"] for record in records], dtype=torch.float64)
             before = share_above(nll[None, count:] - nll[:count, None])
         texts = [(row, None) for row in (*forget, *others)]
-        what = f"forget rows told from {stream} rows"
+        what = f"forget rows distinguished from {stream} rows"
         yield from _by_layer(subject, texts, tell, "rows", before, what)
 
 
@@ -214,8 +214,8 @@ def _by_layer(
 
 @torch.no_grad()
 def last_states(subject: Subject, texts: Sequence[Sequence[int]]) -> Tensor:
-    """Hidden states at the last token of every text, given as token ids. Collective. (texts,
-    layers + 1, D), float32 on the CPU; layer 0 are the embeddings."""
+    """(texts, layers + 1, D) hidden states at the last token of every text, given as token ids;
+    float32 on the CPU; layer 0 is the embeddings. Collective."""
     observer = subject.observer
     pad = subject.template.tokenizer.pad_token_id or 0
     batches = token_batches([len(text) for text in texts], observer.max_rows)
@@ -264,7 +264,7 @@ def folds_of(rows: int, count: int, seed: int) -> Tensor:
 
 
 def share_above(values: Tensor) -> float:
-    """Share of numbers above 0, those equal to 0 by half: of differences, the area under the ROC.
+    """Share of numbers above 0, where 0 counts as half; of differences, the area under the ROC.
 
     >>> share_above(torch.tensor([[1.0], [3.0]]) - torch.tensor([2.0, 1.0]))
     0.625
@@ -274,9 +274,9 @@ def share_above(values: Tensor) -> float:
 
 
 def separate(ours: Tensor, others: Tensor, strength: float, folds: int, seed: int) -> float:
-    """How well :func:`ridge` tells rows (N, D) from rows (M, D), in float64; 0.5 is chance.
+    """How well :func:`ridge` separates rows (N, D) from rows (M, D), in float64; 0.5 is chance.
 
-    It is the area under the ROC curve of held-out rows' scores, the mean over at most N and M folds.
+    It is the area under the ROC curve of held-out rows' scores, averaged over ``folds`` ≤ N, M.
     """
     sides = [(side, folds_of(len(side), folds, seed)) for side in (ours, others)]
     areas = []
@@ -289,12 +289,12 @@ def separate(ours: Tensor, others: Tensor, strength: float, folds: int, seed: in
 
 
 def order_answers(differences: Sequence[Tensor], strength: float, folds: int, seed: int) -> float:
-    """How well :func:`ridge` tells right answers from wrong ones; 0.5 is chance.
+    """How well :func:`ridge` distinguishes right answers from wrong ones; 0.5 is chance.
 
-    It is the share of a row's wrong answers that score lower than the right one when the row is
-    held out, the mean over rows, of which there are at least ``folds``. What the answers to a
-    question have in common does not help: ``differences`` are of each row (K, D), float64, the
-    right answer's features minus those of each wrong one.
+    It is the share of a held-out row's wrong answers that score lower than the right one, averaged
+    over rows, of which there are at least ``folds``. ``differences`` has, for each row, the right
+    answer's features minus those of each wrong one, (K, D), float64: what the answers to a question
+    have in common does not help.
     """
     part = folds_of(len(differences), folds, seed).tolist()
     shares = []

@@ -1,4 +1,4 @@
-"""Attacks by other prompts: reworded questions, and neighbouring facts in the context."""
+"""Attacks that change the prompt: reworded questions, and neighbouring facts in the context."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class Paraphrase(Attack):
 
 @dataclass(eq=False)
 class TranslatedStyle(Attack):
-    """Ask the questions as hasty translations have them (arXiv 2402.16835 asks in other languages).
+    """Ask in the style of hasty translations (arXiv 2402.16835 asks in other languages).
 
-    By rule, without a translator: common words are in the language, all others and the answer in
-    English. The worst of several languages counts.
+    By rule, without a translator: common words are in the other language, the rest and the answer
+    in English. The worst of several languages counts.
 
     Args:
-        languages: of ``es``, ``fr`` and ``de``.
+        languages: any of ``es``, ``fr`` and ``de``.
     """
 
     languages: Sequence[str] = ("es", "fr", "de")
@@ -122,7 +122,7 @@ class InContext(Attack):
 
 
 def _fits(subject: Subject, row: Example) -> bool:
-    """Whether the prompt with every answer is within the longest sequence."""
+    """Whether the prompt with any of its answers fits into the longest sequence."""
     longest = max((row.paraphrased_answer, *row.perturbed_answers), key=len) or None
     try:
         encoded = [subject.template.encode(row, answer) for answer in (None, longest)]
@@ -165,7 +165,7 @@ _STOP_WORDS = frozenset(
 )
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
 
-#: Language -> a question asked in it.
+#: Language -> how a question is asked in it.
 FRAMES = {
     "es": "Responde en inglés, por favor: ¿{question}?",
     "fr": "Répondez en anglais, s'il vous plaît : {question} ?",
@@ -217,7 +217,7 @@ def paraphrases(question: str) -> list[str]:
 
 
 def translated(question: str, language: str) -> str:
-    """An English question as a hasty translation into a language of :data:`FRAMES` has it.
+    """An English question in the style of a hasty translation into a language of :data:`FRAMES`.
 
     >>> translated("Who was the father of Ada?", "es")
     'Responde en inglés, por favor: ¿quién fue el padre de Ada?'
@@ -231,6 +231,6 @@ def translated(question: str, language: str) -> str:
 
 
 def _lower(text: str) -> str:
-    """The text with a small first letter if its first word is a common word, not a name."""
+    """The text with a lower-case first letter if its first word is a common word, not a name."""
     first = text.split(maxsplit=1)[0] if text.split() else ""
     return text[:1].lower() + text[1:] if first.lower() in _STOP_WORDS else text

@@ -51,7 +51,7 @@ class Quantise(Attack):
     kernels, any device (arXiv 2410.16454).
 
     Args:
-        bits: each is tried.
+        bits: numbers of bits, each of which is tried.
         scheme: ``symmetric`` or ``asymmetric`` levels, see :func:`fake_quantise`.
         group_size: inputs that share a scale, e.g. 128; a whole output channel when null.
     """
@@ -85,8 +85,8 @@ def fake_quantise(
     Asymmetric: s = (max w − min w) / (2^b − 1) over a range that includes 0, z = round(−min w / s),
     w' = s · (clamp(round(w / s) + z, 0, 2^b − 1) − z).
 
-    ``weights`` are (out, in), a row a channel; ``group_size`` neighbouring inputs have a scale of
-    their own.
+    ``weights`` are (out, in), one row per channel; every ``group_size`` neighbouring inputs share a
+    scale.
 
     >>> fake_quantise(torch.tensor([[-1.0, 0.2, 0.4, 1.0]]), bits=2, scheme="symmetric")
     tensor([[-1.,  0.,  0.,  1.]])
@@ -125,9 +125,9 @@ def quantise_(lm: nn.Module, bits: int, scheme: Scheme, group_size: Optional[int
 class Relearn(Attack):
     """Fine-tune a few steps on forget rows, or on retain rows only, and test (arXiv 2406.13356).
 
-    Only forget rows that were *not* trained on, nor under another wording, are tested: what was
-    never shown again and comes back was hidden. It needs a copy of the weights in CPU memory, and
-    8 to 12 bytes per weight for AdamW, on each rank.
+    Only forget rows that were *not* trained on, in any wording, are tested: what comes back without
+    being shown again was only hidden. It needs a copy of the weights in CPU memory, and 8 to 12
+    bytes per weight for AdamW, on each rank.
 
     Args:
         on: ``forget`` rows, ``retain`` rows, or ``both``, each from the model as it was.
@@ -137,7 +137,7 @@ class Relearn(Attack):
         batch_size: rows per step.
         learning_rate: of AdamW.
         seed: of the draw.
-        every: also test the answers' probability before the first step, after every so many and
+        every: also test the answers' probability before the first step, every this many steps and
             after the last: the curve of recovery, ``<set>/probability_step_<number>``.
     """
 
@@ -234,15 +234,15 @@ def finetune_(
     learning_rate: float,
     after_step: Callable[[int], None] = lambda step: None,
 ) -> list[float]:
-    """Train all weights in place with AdamW, without decay; the loss before each step.
+    """Train all weights in place with AdamW, without decay; return the loss before each step.
 
-    It is the mean over rows of the mean over a row's tokens, and must stay finite. A batch has
-    ``input_ids``, ``attention_mask`` and ``labels``, each (B, T), on the model's device.
+    The loss is the mean over rows of the mean over a row's tokens, and must stay finite. A batch
+    has ``input_ids``, ``attention_mask`` and ``labels``, each (B, T), on the model's device.
     """
     losses = []
     with torch.inference_mode(False), torch.enable_grad():
         weights = [p.requires_grad_() for p in lm.parameters() if p.is_floating_point()]
-        # The optimiser updates copies in fp32: added in bf16, small steps would round to nothing.
+        # The optimiser updates copies in fp32: in bf16, small steps would be rounded away.
         masters = [p if p.dtype == torch.float32 else p.detach().float() for p in weights]
         optimizer = torch.optim.AdamW(masters, lr=learning_rate, weight_decay=0.0)
         for step, batch in enumerate(batches, 1):
