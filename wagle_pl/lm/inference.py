@@ -1,9 +1,9 @@
 """What a language model says: predictions, log-probabilities of given tokens, generated text.
 
-The logits of a whole batch would, with a vocabulary of 128k, be the largest activation of all. So a
-forward pass keeps the hidden states of the places that matter; the output head makes logits of some
-of them at a time (:func:`in_chunks`), and again in the backward pass, exactly as if there were one
-chunk.
+With a vocabulary of 128k, the logits of a whole batch would be the largest activation of all. A
+forward pass therefore keeps only the hidden states of the places that matter. The output head turns
+them into logits one chunk at a time (:func:`in_chunks`), and again in the backward pass; the result
+is the same as with a single chunk.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from torch.utils.checkpoint import checkpoint
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: Logits of a chunk at most: 128 MiB of them in fp32. What fits into one is not computed twice.
+#: Maximum number of logits in a chunk: 128 MiB in fp32. A single chunk is not computed twice.
 CHUNK = 1 << 25
 
-#: Models that do more to logits than their head: soft caps (Gemma), a scale (Granite, Cohere).
+#: Models that change the logits after the head: soft caps (Gemma), a scale (Granite, Cohere).
 _BEYOND_THE_HEAD: WeakSet[nn.Module] = WeakSet()
 
 
@@ -37,7 +37,7 @@ class Predictions:
 
     states: Tensor  # (N, d) hidden states; (N, V) logits if there is no head
     head: Optional[nn.Module] = None  # makes logits, in the dtype it computes with
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext  # in which it must run
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext  # in which the head must run
     _logits: Optional[Tensor] = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
@@ -45,7 +45,7 @@ class Predictions:
 
     @property
     def vocabulary(self) -> int:
-        """V."""
+        """Size V of the vocabulary."""
         return self.states.shape[-1] if self.head is None else self.head.out_features
 
     @property
@@ -54,7 +54,7 @@ class Predictions:
         return max(1, CHUNK // self.vocabulary)
 
     def at(self, places: Tensor) -> Predictions:
-        """Those at some of the N places, by index."""
+        """The predictions at some of the N places, by index."""
         found = replace(self, states=self.states.index_select(0, places))
         if self._logits is not None:
             found._logits = self._logits.index_select(0, places)
@@ -72,7 +72,7 @@ class Predictions:
             return self.head(states)
 
     def logits(self) -> Tensor:
-        """(N, V) logits in fp32, all at once; those that fit into a chunk are made once a graph."""
+        """(N, V) logits in fp32, all at once; if they fit into a chunk, made once per graph."""
         logits = self.logits_of(self.states) if self._logits is None else self._logits
         if torch.is_grad_enabled() and len(self) <= self.at_once:
             self._logits = logits
@@ -80,15 +80,15 @@ class Predictions:
 
 
 def in_chunks(function: Callable[..., Any], *arguments: Union[Predictions, Tensor]) -> Any:
-    """``function`` of (N, V) logits, without these as a whole.
+    """Apply a function to (N, V) logits, without having all of them in memory at once.
 
     Args:
         function: gets (n, V) logits in fp32 for every ``Predictions``, and (n, ...) rows of every
-            tensor, n ≤ N; returns (n, ...), or a tuple of such.
+            tensor, n ≤ N; returns an (n, ...) tensor, or a tuple of them.
         arguments: ``Predictions`` first; all of the same N places.
 
     Returns:
-        (N, ...), or a tuple.
+        An (N, ...) tensor, or a tuple of them.
     """
     first = arguments[0]
     if len(first) <= first.at_once:
@@ -112,21 +112,21 @@ def in_chunks(function: Callable[..., Any], *arguments: Union[Predictions, Tenso
 def predict(
     model: PreTrainedModel, places: Tensor, apart: bool = True, **inputs: Any
 ) -> tuple[Any, Predictions]:
-    """Run a model, and find out what it predicts at some places.
+    """Run a model and return what it predicts at some places.
 
-    Where the head cannot run on its own it is run here, on these places alone: that of a model that
-    does more to logits, or of one whose weights are spread over ranks (ZeRO-3), where each run of a
-    layer is collective and ranks have different numbers of chunks.
+    If the head cannot run separately, it runs here, on these places only. This is the case if the
+    model changes the logits after the head, or if its weights are sharded over ranks (ZeRO-3): each
+    run of a layer is then a collective, and ranks have different numbers of chunks.
 
     Args:
-        places: (N,) indices into the (B, T) tokens, flattened.
-        apart: False runs the head here in any case, which makes this one forward pass for certain.
+        places: (N,) indices into the flattened (B, T) tokens.
+        apart: False always runs the head here, which guarantees a single forward pass.
 
     Returns:
         ``(output, predictions)``; the output's logits are not those of the tokens.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    # a layer that says how many logits it makes, and is whole here
+    # a layer that knows its number of logits, and is not sharded
     alone = hasattr(head, "out_features") and not any(
         hasattr(p, "ds_id") for p in head.parameters()
     )
@@ -145,7 +145,7 @@ def predict(
             hooks.enter_context(head.register_forward_pre_hook(shorten))
             hooks.enter_context(head.register_forward_hook(keep))
         output = model(**inputs)
-    if not seen:  # nothing of its own makes the logits
+    if not seen:  # the model has no separate head
         return output, Predictions(output.logits.flatten(0, -2).index_select(0, places))
     if not apart:
         return output, Predictions(output.logits[0])
@@ -155,14 +155,14 @@ def predict(
     return output, Predictions(seen["states"], head)
 
 
-IGNORE = -100  #: the label where there is nothing to predict, as torch's ``cross_entropy`` has it
+IGNORE = -100  #: the label where there is nothing to predict, as in torch's ``cross_entropy``
 
 
 # -- log-probabilities -----------------------------------------------------------------------------
 
 
 def answer_places(labels: Tensor) -> Tensor:
-    """(N,) places, in (B, T) tokens flattened, that predict one with a label; row after row.
+    """(N,) places in the flattened (B, T) tokens that predict a labelled token, row by row.
 
     >>> answer_places(torch.tensor([[-100, -100, 7, 9], [-100, 5, -100, -100]]))
     tensor([1, 2, 4])
@@ -173,13 +173,13 @@ def answer_places(labels: Tensor) -> Tensor:
 def forward_answers(
     model: PreTrainedModel, batch: Mapping[str, Tensor], whole: bool = False, apart: bool = True
 ) -> Predictions:
-    """Run a model, and find out what it predicts where it should predict a label.
+    """Run a model and return its predictions of the labelled tokens.
 
     Args:
-        batch: ``input_ids``, ``attention_mask`` and ``labels``, each (B, T); and their
-            :func:`answer_places` as ``places``, if known: a GPU is waited for otherwise; and what
-            :func:`pack` makes of them, to run without padding.
-        whole: at all (B · T,) places after all.
+        batch: ``input_ids``, ``attention_mask`` and ``labels``, each (B, T); if known, their
+            :func:`answer_places` as ``places`` (finding them here waits for a GPU); and, to run
+            without padding, the output of :func:`pack`.
+        whole: predict at all (B · T,) places instead.
         apart: see :func:`~wagle_pl.lm.inference.predict`.
     """
     places = batch.get("places")
@@ -194,11 +194,10 @@ def forward_answers(
 
 
 def pack(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The rows of a batch that has ``places``, one after the other in a single one, for
-    :func:`forward_answers`.
+    """Join the rows of a batch that has ``places`` into a single row, for :func:`forward_answers`.
 
-    Positions that begin anew tell attention where a row begins, in transformers, but only where
-    there is no attention mask and no cache. (A recurrent layer does not ask: see
+    In transformers, attention recognises the start of a row by its position ids, which restart at
+    0, but only if there is neither a mask nor a cache. (Recurrent layers ignore them: see
     :func:`keeps_rows_apart`.)
     """
     real = batch["attention_mask"].flatten()
@@ -215,7 +214,7 @@ def pack(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _packed_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Any]:
     """What a model's forward takes for packed rows."""
     inputs = {"input_ids": batch["packed_ids"], "position_ids": batch["packed_positions"]}
-    if "flash" in (model.config._attn_implementation or ""):  # which would ask the device
+    if "flash" in (model.config._attn_implementation or ""):  # it would synchronise otherwise
         ends = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), batch["packed_starts"])
         longest = batch["labels"].shape[1]
         inputs |= {**ends, **dict.fromkeys(("max_length_q", "max_length_k"), longest)}
@@ -224,7 +223,7 @@ def _packed_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[
 
 @torch.no_grad()
 def keeps_rows_apart(model: PreTrainedModel) -> bool:
-    """Whether packed rows do not see each other: tried on two, beside padded ones and joined ones."""
+    """Whether packed rows do not see each other: compares two when packed, padded and joined."""
     ids = torch.arange(24, device=model.device).view(2, 12)
     real = ids != 11  # the first row is one token short
     batch = {"input_ids": ids, "attention_mask": real.long(), "labels": ids.where(real, IGNORE)}
@@ -241,7 +240,7 @@ def keeps_rows_apart(model: PreTrainedModel) -> bool:
 
 
 def logprobs_of(logits: Tensor, targets: Tensor) -> Tensor:
-    """(N,) log-probabilities of (N,) tokens by (N, V) logits."""
+    """(N,) log-probabilities of (N,) tokens, given (N, V) logits."""
     return -F.cross_entropy(logits, targets, reduction="none")
 
 
@@ -260,12 +259,12 @@ def sequence_logprobs(predicted: Predictions, labels: Tensor) -> tuple[Tensor, T
 def gradient_norm(lm: PreTrainedModel, ids: Sequence[int], labels: Sequence[int]) -> float:
     """Mean over parameters of the L2 norm of the gradient of a text's loss (arXiv 2402.17012).
 
-    As OpenUnlearning's ``mia_gradnorm`` with p = 2. Works inside ``torch.inference_mode``.
+    Same as OpenUnlearning's ``mia_gradnorm`` with p = 2. Works inside ``torch.inference_mode``.
 
     Args:
-        lm: a model that is whole on this device.
+        lm: a model with all its weights on this device.
         ids: tokens of the text.
-        labels: the same where the loss is, -100 elsewhere.
+        labels: the same tokens where the loss is computed, -100 elsewhere.
     """
     parameters = [parameter for parameter in lm.parameters() if parameter.is_floating_point()]
     wanted = [parameter.requires_grad for parameter in parameters]
@@ -298,13 +297,13 @@ def generate(
 ) -> list[str]:
     """Continuations of prompts, greedy unless ``sampling`` says otherwise.
 
-    Of the model's own generation config only the tokens that end a text count, beside the
-    tokenizer's: a chat model may end its turn with another token than a text, and its penalties or
-    its sampling are not what is measured.
+    The model's own generation config is ignored, because its penalties or sampling are not to be
+    measured. Only its end-of-text tokens are used, in addition to the tokenizer's: a chat model may
+    end its turn with a different token than a text.
 
     Args:
         synced_gpus: whether each forward pass is a collective (ZeRO-3): then all ranks generate at
-            the same time, and none is done before all are.
+            the same time, and none finishes before the others.
         sampling: options of ``GenerationConfig``, such as ``do_sample=True, temperature=0.8``; with
             ``num_return_sequences=n`` each prompt has n texts, one after the other.
 
@@ -328,7 +327,7 @@ def generate(
         pad_token_id=pad,
         use_cache=True,
     )
-    lm.generation_config = GenerationConfig()  # the model's fills in what a given one leaves out
+    lm.generation_config = GenerationConfig()  # otherwise it fills in what ``config`` leaves out
     try:
         texts = lm.generate(
             input_ids=ids,

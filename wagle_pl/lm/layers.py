@@ -1,4 +1,4 @@
-"""Parts of a model: its linear maps, however it stores them, its blocks and what these put out."""
+"""Parts of a model: its linear maps, however they are stored, its blocks and their outputs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def is_transposed(module: nn.Module) -> bool:
 def expert_weights(module: nn.Module) -> Optional[tuple[nn.Parameter, nn.Parameter]]:
     """(up, down) of a module with all experts of a block, each (experts, out, in) or transposed.
 
-    ``up`` holds the gate too where there is one. None for other modules. Weights may be spread over
+    ``up`` also holds the gate, if there is one. None for other modules. Weights may be sharded over
     ranks (ZeRO-3).
     """
     up = getattr(module, "gate_up_proj", getattr(module, "up_proj", None))
@@ -44,10 +44,10 @@ def expert_weights(module: nn.Module) -> Optional[tuple[nn.Parameter, nn.Paramet
 
 
 def linear_weights(lm: PreTrainedModel, head: bool = True) -> list[tuple[nn.Parameter, bool]]:
-    """Weights of all linear maps, each once, with whether it lies transposed.
+    """Weights of all linear maps, each once, and whether each is stored transposed.
 
     Args:
-        head: with the output head, and so the embeddings tied to it.
+        head: include the output head, and with it the embeddings tied to it.
     """
     found: dict[int, tuple[nn.Parameter, bool]] = {}
     for module in lm.modules():
@@ -62,7 +62,7 @@ def linear_weights(lm: PreTrainedModel, head: bool = True) -> list[tuple[nn.Para
 def recompute_blocks(lm: PreTrainedModel) -> None:
     """Recompute each block's activations in the backward pass; in place.
 
-    transformers' own switch works in training mode alone, which would turn dropout on.
+    transformers' own switch works only in training mode, which would turn dropout on.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -85,7 +85,7 @@ def blocks(lm: nn.Module) -> list[nn.Module]:
 
 
 def check_layer(lm: nn.Module, layer: int, option: str) -> None:
-    """Refuse a block that a model lacks."""
+    """Raise an error if a model has no such block."""
     last = len(blocks(lm)) - 1
     if not 0 <= layer <= last:
         must = f"must be from 0 to {last}, the last block of this model"

@@ -1,4 +1,4 @@
-"""Causal language models, loaded; :mod:`wagle_pl.core.hub` finds them by name."""
+"""Loads causal language models, which :mod:`wagle_pl.core.hub` finds by name."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 def weights_folder(name: str) -> Optional[str]:
-    """Where a model's safetensors files are, fetched from the hub if need be.
+    """The folder of a model's safetensors files, downloaded from the hub if necessary.
 
-    None for a model that is no folder of its own weights: a GGUF file, an adapter.
+    None for a GGUF file or an adapter, which are not folders of the model's own weights.
     """
     source, options = locate(name)
     if options or adapted(name) is not None:
@@ -48,16 +48,16 @@ def load_model(
 
     Args:
         name: hub id, a folder in Hugging Face format, or a ``.gguf`` file (or a folder with just
-            one). A folder of an adapter stands for its base with the adapter merged.
+            one). For a folder with an adapter, the base model is loaded and the adapter merged.
         dtype: of the weights in memory; torch's default dtype when None.
-        sharded: inside DeepSpeed's ``zero.Init``: no rank holds more than its part of the weights
-            and one whole tensor.
-        attn_implementation: what computes attention, as transformers names it; its own choice when
+        sharded: load inside DeepSpeed's ``zero.Init``: no rank holds more than its shard of the
+            weights and one whole tensor.
+        attn_implementation: attention kernel, by transformers' name; transformers' own choice when
             None.
 
     Raises:
-        WagleError: if there is no such model, it is no causal language model, its files do not fit
-            its configuration, or it has no such attention here.
+        WagleError: if the model does not exist, is not a causal language model, has files that do
+            not fit its configuration, or does not support this attention kernel here.
     """
     from transformers import AutoModelForCausalLM
 
@@ -87,7 +87,7 @@ def load_model(
 
 
 def merged(base: PreTrainedModel, folder: str) -> PreTrainedModel:
-    """A model with the adapter of a folder in its weights."""
+    """A model with the adapter of a folder merged into its weights."""
     try:
         from peft import PeftModel
     except ImportError:
@@ -99,7 +99,7 @@ def merged(base: PreTrainedModel, folder: str) -> PreTrainedModel:
 
 
 def _load_sharded(name: str, attn_implementation: Optional[str]) -> PreTrainedModel:
-    """A model made without weights, filled from safetensors files: each rank reads its share."""
+    """Create a model and fill it from safetensors files, of which each rank reads its shard."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
 
@@ -147,8 +147,8 @@ def _check_found(
     mismatched: Collection[tuple[str, Any, Any]],
     unexpected: Collection[str],
 ) -> None:
-    """Refuse weights that do not fit the configuration: transformers would draw missing ones at
-    random, and leave out layers beyond the model's.
+    """Refuse weights that do not fit the configuration: transformers would initialise missing ones
+    at random, and ignore additional layers.
     """
     own = parameter_shapes(model)
     kinds = set(map(_any_layer, own))
@@ -175,13 +175,13 @@ def _any_layer(weight: str) -> str:
 
 
 def load_config(name: str) -> PretrainedConfig:
-    """A model's configuration, of weights that are loaded."""
+    """A model's configuration, as it is once the weights are loaded."""
     from transformers import AutoConfig
 
     source, options = locate(name)
     with loading(f"configuration of model {name!r}", name):
         config = AutoConfig.from_pretrained(source, **options)
-    if hasattr(config, "quantization_config"):  # of a GGUF file, whose weights are plain then
+    if hasattr(config, "quantization_config"):  # of a GGUF file; loaded weights are plain
         del config.quantization_config
     return config
 

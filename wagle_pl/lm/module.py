@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class Evaluation(Protocol):
-    """What observes test rows; :class:`wagle_pl.evaluation.Evaluate` is one."""
+    """Observes test rows, as :class:`wagle_pl.evaluation.Evaluate` does."""
 
     def test_batch(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int) -> None: ...
 
@@ -35,9 +35,9 @@ class Evaluation(Protocol):
 
 @runtime_checkable
 class StreamData(Protocol):
-    """What a module asks of its data module: see :class:`wagle_pl.data.ForgetRetainDataModule`, and
-    of its loader :mod:`wagle_pl.lm.resume`. ``counted`` and ``period`` are passed only where they
-    are wanted."""
+    """What a module needs from its data module, see :class:`wagle_pl.data.ForgetRetainDataModule`,
+    and from its loader, see :mod:`wagle_pl.lm.resume`. ``counted`` and ``period`` are passed only
+    if they are set."""
 
     def serve(
         self,
@@ -77,7 +77,7 @@ class LanguageModule(L.LightningModule):
 
     #: Streams of a training batch, see :class:`wagle_pl.data.ForgetRetainDataModule`.
     streams: tuple[str, ...] = ("forget", "retain")
-    #: Streams that must be the same in every epoch, as something is known of their rows beforehand.
+    #: Streams that must be the same in every epoch, because values are precomputed for their rows.
     reference_streams: tuple[str, ...] = ()
     #: Streams whose answer tokens are counted over each global batch.
     counted_streams: tuple[str, ...] = ()
@@ -110,10 +110,10 @@ class LanguageModule(L.LightningModule):
     # -- model -------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Tell the data module what is wanted of it; warn of a precision that is slow here.
+        """Tell the data module what this module needs; warn if the precision is slow here.
 
         Raises:
-            WagleError: if there is to be a test, and nothing that observes it.
+            WagleError: if this is a test or a validation and nothing observes its rows.
         """
         if stage in ("test", "validate") and self.evaluation is None:
             raise WagleError(
@@ -142,12 +142,12 @@ class LanguageModule(L.LightningModule):
 
     @property
     def data(self) -> Optional[StreamData]:
-        """The data module; None where loaders or one of another kind bring the batches."""
+        """The data module; None if batches come from loaders or another kind of data module."""
         data = self.trainer.datamodule if self.attached else None
         return data if isinstance(data, StreamData) else None
 
     def serve(self) -> None:
-        """Tell the data module which streams this module wants, and what is known of the model."""
+        """Tell the data module which streams this module needs, and what it knows of the model."""
         if self.data is not None:
             more = {"counted": self.counted_streams, "period": self.period}
             asked = {option: value for option, value in more.items() if value}
@@ -182,12 +182,12 @@ class LanguageModule(L.LightningModule):
 
     @property
     def sharded(self) -> bool:
-        """Whether the strategy spreads the weights over ranks (ZeRO-3)."""
+        """Whether the strategy shards the weights over ranks (ZeRO-3)."""
         return self.attached and is_sharded(self.trainer.strategy)
 
     @property
     def synced_gpus(self) -> bool:
-        """Whether each forward pass is collective, as the weights are spread over several ranks."""
+        """Whether each forward pass is a collective: the weights are sharded over several ranks."""
         return self.sharded and distributed.world_size() > 1
 
     # -- records -----------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ class LanguageModule(L.LightningModule):
 
     @property
     def prompts(self) -> dict[str, Any]:
-        """What stands around questions and answers, if the data module has a template: see
+        """The texts around questions and answers, if the data module has a template: see
         :attr:`wagle_pl.data.template.Template.prompts`."""
         template = getattr(self.trainer.datamodule, "template", None)
         return {} if template is None else template.prompts
@@ -230,7 +230,7 @@ class LanguageModule(L.LightningModule):
         return Path(self.output) if self.output else None
 
     def configure_callbacks(self) -> list[Callback]:
-        """What lets others write the output when the run has ended, or failed."""
+        """A callback that lets other runs write the output once this run has ended or failed."""
         return [outputs.Release(self.place)] if self.place else []
 
     def planned_files(self) -> list[outputs.Planned]:
@@ -238,12 +238,12 @@ class LanguageModule(L.LightningModule):
         return []
 
     def on_fit_start(self) -> None:
-        """Refuse to begin what the disk has no room for."""
+        """Refuse to start if the disk has no room for what the run writes."""
         if self.output and not self.trainer.fast_dev_run:
             distributed.on_rank_zero(lambda: outputs.check_space(self.planned_files()))
 
     def on_train_start(self) -> None:
-        """Go on where a checkpoint was written."""
+        """Continue where the checkpoint was written."""
         begin(self.trainer, self._loader_state)
 
     def on_train_end(self) -> None:
@@ -256,7 +256,7 @@ class LanguageModule(L.LightningModule):
                 log.info("stopped early, after step %d: %s", self.global_step, reason.strip())
 
     def on_fit_end(self) -> None:
-        """Write the result of a run whose checkpoint left nothing to train."""
+        """Write the result if the checkpoint's run was finished; refuse if nothing was trained."""
         checkpoint, trained = self.trainer.ckpt_path, self._trained
         if not trained and not checkpoint:
             raise WagleError(
@@ -277,7 +277,7 @@ class LanguageModule(L.LightningModule):
         checkpoint["module"] = self._kind
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse what is no checkpoint of a run like this one; find where it goes on."""
+        """Refuse a checkpoint that does not fit this run; find where the run continues."""
         self.check_kind(checkpoint)
         if self.attached and self.trainer.training:
             self._loader_state = recount(checkpoint, self.data)
@@ -293,7 +293,7 @@ class LanguageModule(L.LightningModule):
             )
 
     def check_kind(self, checkpoint: Mapping[str, Any]) -> None:
-        """Refuse to train on from a checkpoint that another module wrote."""
+        """Refuse to resume training from a checkpoint that another module wrote."""
         kind = checkpoint.get("module")
         if self.fits and kind != self._kind:
             of = f"is of a run of {kind}" if kind else "does not say which module it is of"
@@ -304,7 +304,7 @@ class LanguageModule(L.LightningModule):
 
     @property
     def _kind(self) -> str:
-        """The class of this package that the module is, or derives from."""
+        """Name of the class of this package that the module is, or derives from."""
         return next(
             cls.__name__ for cls in type(self).__mro__ if cls.__module__.startswith("wagle_pl.")
         )
@@ -312,7 +312,7 @@ class LanguageModule(L.LightningModule):
 
 @cache  # once in a process: a study has hundreds of runs
 def warn_of_narrow_types(precision: str) -> None:
-    """Warn, on a CPU without AVX-512, of a precision in which it is slow."""
+    """Warn of a precision that is slow if this is a CPU without AVX-512."""
     if half_precision_is_slow():
         log.warning(
             "trainer.precision %s on a CPU without AVX-512 trains tens of times slower than fp32 "

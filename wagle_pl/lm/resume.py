@@ -1,12 +1,12 @@
-"""Where a run goes on: at a global batch, however it is cut into micro-batches.
+"""Where a run continues: at a global batch, however it is split into micro-batches.
 
-A checkpoint may be asked for between two optimiser steps (by time, at an exception), when gradients
-of some micro-batches have been added up. Training does not keep them: the checkpoint says that the
-step has not begun. Attribution keeps its sums, and goes on behind the rows that are in them.
+A checkpoint may be saved between two optimiser steps (by time, at an exception), when the gradients
+of some micro-batches have been accumulated. Training does not save them: the checkpoint says that
+the step has not begun. Attribution saves its sums, and continues after the rows in them.
 
-Lightning counts micro-batches. A checkpoint holds a :class:`~wagle_pl.data.batches.Position` beside
-its counters, and when one is loaded the counters are written anew from it. Only this module knows
-how Lightning lays out its loops in a checkpoint.
+Lightning counts micro-batches. In addition to these counters, a checkpoint holds a
+:class:`~wagle_pl.data.batches.Position`, from which the counters are rewritten when it is loaded.
+Only this module knows how Lightning lays out its loops in a checkpoint.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class StepStart(NamedTuple):
     """The start of an optimiser step."""
 
     epoch: int
-    batch: int  # how many micro-batches of the epoch came before
-    step: int  # how many optimiser steps of the run
+    batch: int  # number of micro-batches of the epoch before it
+    step: int  # number of optimiser steps of the run before it
     random: dict[str, Tensor]  # see random_state
 
 
@@ -40,7 +40,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Put the generators where they were; those of which nothing is known stay as they are."""
+    """Restore the states of the generators; those without a saved state stay as they are."""
     if "rng_state" in states:
         torch.set_rng_state(states["rng_state"].cpu())
     if "cuda_rng_state" in states and device.type == "cuda":
@@ -50,8 +50,8 @@ def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None
 def keep_position(
     checkpoint: dict[str, Any], trainer: L.Trainer, epoch: int, micro_batches: int
 ) -> None:
-    """Make a checkpoint that is being saved say that an epoch, counted from 0, has seen so many
-    micro-batches: at most as many as Lightning has counted."""
+    """Record in a checkpoint that is being saved how many micro-batches of an epoch, counted from
+    0, are done: at most as many as Lightning has counted."""
     fit = checkpoint["loops"]["fit_loop"]
     progress = fit["epoch_loop.batch_progress"]
     ahead = progress["current"]["processed"] - micro_batches
@@ -66,11 +66,11 @@ def keep_position(
 
 
 def recount(checkpoint: dict[str, Any], data: Optional[StreamData]) -> Optional[dict[str, Any]]:
-    """Write Lightning's counters in a checkpoint anew for this run's batches, before they are read.
+    """Rewrite Lightning's counters in a checkpoint for this run's batches, before they are read.
 
     Returns:
-        The loader's state, for :func:`begin`; None, and nothing is written, where loaders are the
-        user's own.
+        The loader's state, for :func:`begin`. If loaders are the user's own, it is None, and
+        nothing is rewritten.
 
     Raises:
         WagleError: if the checkpoint is of a run with other global batches.
@@ -85,7 +85,7 @@ def recount(checkpoint: dict[str, Any], data: Optional[StreamData]) -> Optional[
     done = loader.sampler.micro_batches(position)
     before = (steps - position.step) * loader.sampler.accumulate
     batches = fit["epoch_loop.batch_progress"]
-    # written by a hook at a step's end: Lightning ends that step when it goes on
+    # if a hook at the end of a step wrote it, Lightning finishes that step when it resumes
     hooks_have_run = batches["current"]["completed"] == batches["current"]["processed"]
     ending = 0 if hooks_have_run or position.rows or not position.step else 1
     current = {**dict.fromkeys(batches["current"], done), "completed": done - ending}
@@ -101,8 +101,8 @@ def recount(checkpoint: dict[str, Any], data: Optional[StreamData]) -> Optional[
 def begin(trainer: L.Trainer, loader_state: Optional[Mapping[str, Any]] = None) -> None:
     """Do what Lightning leaves undone when training starts, with what :func:`recount` returned.
 
-    The loader may have been made before the checkpoint was read (counting the steps makes it), and
-    Lightning takes the first epoch for one that is under way whenever ``max_steps`` is set.
+    The loader may have been created before the checkpoint was read (to count the steps), and
+    Lightning treats the first epoch as already begun whenever ``max_steps`` is set.
     """
     if loader_state is not None:
         trainer.train_dataloader.load_state_dict(loader_state)

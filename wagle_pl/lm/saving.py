@@ -1,4 +1,4 @@
-"""Model folders: written whole or not at all, in the dtypes that their weights came in."""
+"""Model folders: written whole or not at all, in the dtypes in which the weights were stored."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-RECORD_FILE = "wagle.json"  # what made a folder of ours: machine-readable twin of the model card
+RECORD_FILE = "wagle.json"  # how a folder was made: the model card in machine-readable form
 
 
 def read_record(name: str) -> dict[str, Any]:
-    """The record of a folder of ours; empty for any other model."""
+    """The record in a folder that this package wrote; empty for any other model."""
     file = Path(name) / RECORD_FILE
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
@@ -37,8 +37,8 @@ def read_record(name: str) -> dict[str, Any]:
 class Originals:
     """The weights that a model was loaded from, in the dtypes they are stored in.
 
-    Loading may round them: float16 in memory as bfloat16, say. What has not moved since is then
-    written as it was stored, so that frozen weights keep their bits in the file too.
+    Loading may round them, for example from float16 to bfloat16. Values that have not changed since
+    are written as they were stored, so that frozen weights keep their bits in the file, too.
 
     Args:
         name: of the model, as :func:`~wagle_pl.lm.models.load_model` takes it.
@@ -46,7 +46,7 @@ class Originals:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.default = checkpoint_dtype(name)  # for weights of whose dtype the files say nothing
+        self.default = checkpoint_dtype(name)  # for weights whose dtype the files do not state
         self._files: Optional[TensorFiles] = None
         with suppress(WagleError, OSError):  # its weights are in another format
             if (folder := weights_folder(name)) is not None:
@@ -71,12 +71,12 @@ class Originals:
 
         Args:
             values: of any floating-point dtype; others are returned as they are.
-            loaded_as: the dtype that the stored ones were loaded in; that of ``values`` when None.
-            start: of consecutive ones, (n,), the place of the first in the flattened tensor.
+            loaded_as: dtype that the stored values were loaded in; that of ``values`` when None.
+            start: for (n,) consecutive values, the index of the first in the flattened tensor.
 
         Returns:
-            Values in the dtype they were stored in; the stored ones wherever ``values`` are what
-            loading made of these.
+            Values in the dtype they were stored in; the stored value itself wherever loading it
+            gives the one in ``values``.
         """
         stored_as, loaded_as = self.dtype(weight), loaded_as or values.dtype
         if stored_as is None or not values.is_floating_point():
@@ -102,7 +102,7 @@ class Originals:
 
 
 class Weight(NamedTuple):
-    """A tensor to be written, read when its turn has come."""
+    """A tensor to be written, which is read only when it is its turn."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -118,14 +118,14 @@ def model_folder(
     dtype: Optional[torch.dtype] = None,
     together: bool = False,
 ) -> Iterator[Path]:
-    """A temporary folder for a model's weights and configuration, which then takes its place.
+    """A temporary folder for a model's weights and configuration, which then replaces ``folder``.
 
     Args:
-        folder: where to; replaced if it exists (the caller has asked for it).
+        folder: destination; replaced if it exists (the caller has asked for it).
         card: Markdown text of ``README.md``.
         record: JSON-serialisable; written as ``wagle.json``.
-        dtype: what the configuration is to say of the weights; what it says when None.
-        together: all ranks write into it. Collective.
+        dtype: dtype of the weights to write into the configuration; left as it is when None.
+        together: all ranks write into it, which makes this a collective.
     """
     place = distributed.shared_folder if together else atomic_path
     with place(Path(folder)) as temporary:
@@ -136,7 +136,7 @@ def model_folder(
         file = temporary / "config.json"
         if file.exists():
             config = json.loads(file.read_text(encoding="utf-8")) | {"use_cache": True}
-            if dtype is not None:  # transformers writes the one in memory, not that of the files
+            if dtype is not None:  # transformers writes the dtype in memory, not in the files
                 config["dtype"] = str(dtype).removeprefix("torch.")
             _write_json(file, config)
         tokenizer.save_pretrained(temporary)
@@ -159,8 +159,8 @@ def save_model(
     """Write a folder that ``from_pretrained`` loads; collective if the weights are sharded.
 
     Args:
-        originals: what the model was loaded from, which says the dtypes in the file, and keeps the
-            bits of what has not moved; dtypes are those in memory when None.
+        originals: weights that the model was loaded from: the file has their dtypes, and their bits
+            where nothing has changed. When None, dtypes are those in memory.
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         tensors = {**dict(model.named_parameters()), **persistent_buffers(model)}
@@ -202,7 +202,7 @@ def save_weights(
     :func:`~wagle_pl.core.weights.share_of`, into files that are the same for any number of ranks.
 
     Args:
-        weights: all of the model's by name, tied ones once; whole, or sharded over ranks.
+        weights: all weights of the model by name, tied ones once; whole, or sharded over ranks.
         configs: the model's configurations; None stands for one that it does not have.
     """
     dtypes = {name: weight.dtype for name, weight in weights.items()}

@@ -58,7 +58,7 @@ def create_tiny_llama(
         num_attention_heads=heads,
         num_key_value_heads=max(1, heads // 2),
         max_position_embeddings=512,
-        initializer_range=0.05,  # wide: a narrow model memorises few rows in a third of the steps
+        initializer_range=0.05,  # large: narrow models memorise a few rows in a third of the steps
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
