@@ -1,1 +1,1 @@
-"""What every room needs: errors, files, seeds, classes by name, ranks."""
+"""What all parts need: errors, files, seeds, classes by name, ranks."""

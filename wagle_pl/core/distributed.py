@@ -56,7 +56,7 @@ def all_gather(items: Iterable[T]) -> list[T]:
 
 
 def on_rank_zero(call: Callable[[], T]) -> T:
-    """Collective: call a function on rank 0, and return or raise on every rank what it does."""
+    """Collective: call a function on rank 0; every rank returns its result or raises its error."""
     if not is_distributed():
         return call()
     answer: list[object] = [None, None]
@@ -90,7 +90,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def reduce_scatter(tensor: Tensor) -> Tensor:
-    """Collective: of the sum of the ranks' (R·n, …) tensors, rank r's rows r·n to (r + 1)·n."""
+    """Collective: rank r gets rows r·n to (r + 1)·n of the sum of the ranks' (R·n, …) tensors."""
     if not is_distributed():
         return tensor
     share = tensor.new_empty((len(tensor) // world_size(), *tensor.shape[1:]))
@@ -118,11 +118,11 @@ def all_gather_uneven(share: Tensor) -> Tensor:
 
 @contextmanager
 def shared_folder(path: Path) -> Iterator[Path]:
-    """Collective: a temporary folder, new on a disk that the ranks share, into which all write while
-    inside, and which then takes the place of ``path``.
+    """Collective: a new temporary folder on a disk that the ranks share. All ranks write into it
+    inside the context; on leaving, it replaces ``path``.
 
     Raises:
-        OSError: on all ranks, if one fails: nothing is replaced.
+        OSError: on all ranks, if one fails; nothing is replaced then.
     """
     with atomic_path(path) if rank() == 0 else nullcontext() as temporary:
         folder = on_rank_zero(lambda: temporary.mkdir() or temporary)

@@ -1,4 +1,4 @@
-"""The process: versions of libraries, its memory, what libraries print."""
+"""The current process: versions of libraries, memory, what libraries print."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from wagle_pl.core.errors import WagleError, first_line
 
 @contextmanager
 def trainer_errors() -> Iterator[None]:
-    """Turn what Lightning raises of a Trainer's options into a :class:`WagleError`."""
+    """Turn Lightning's errors about a Trainer's options into a :class:`WagleError`."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     try:
@@ -29,7 +29,7 @@ def trainer_errors() -> Iterator[None]:
 
 @contextmanager
 def errors_only(name: str, level: int = logging.ERROR) -> Iterator[None]:
-    """The logger of a name logs errors only (or from another level) while inside."""
+    """Inside the context, a logger logs only errors (or messages from another level on)."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(level)
@@ -41,7 +41,7 @@ def errors_only(name: str, level: int = logging.ERROR) -> Iterator[None]:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """No output, no log below WARNING and no Python warnings while inside."""
+    """Inside the context: no output, no log below WARNING and no Python warnings."""
     with ExitStack() as stack:
         for name in ("lightning.pytorch", "lightning.fabric", "wagle_pl"):
             stack.enter_context(errors_only(name, logging.WARNING))
@@ -71,7 +71,7 @@ def peak_memory() -> int:
 
 
 def prepare_libraries() -> None:
-    """Before a command runs models: quiet transformers, and tell DeepSpeed of a CPU."""
+    """Before a command runs models: silence transformers, and tell DeepSpeed if there is no GPU."""
     import torch
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
@@ -79,7 +79,7 @@ def prepare_libraries() -> None:
     if os.environ.get("TRANSFORMERS_VERBOSITY", "error") == "error":
         set_verbosity_error()  # it may have been imported before the variable was set
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns if it must find this out
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns if it has to detect this
 
 
 def half_precision_is_slow() -> bool:

@@ -7,7 +7,7 @@ from typing import Optional
 
 
 class WagleError(Exception):
-    """A mistake in what the user gave; the command line prints it in one line and exits with 2.
+    """A mistake in the user's input; the command line prints it in one line and exits with 2.
 
     Args:
         message: what is wrong; a whole sentence, or the rest of one that starts with ``option``.

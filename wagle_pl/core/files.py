@@ -24,9 +24,9 @@ def refuse_existing(
     Args:
         overwrite: whether it may be replaced: a file by a file, a :func:`replaceable` folder by a
             folder.
-        option: what would allow it, for the error.
-        kind: what will be written: a ``file``; a ``folder``, in place of a whole one; or ``files``
-            into a folder, where others stay as they are.
+        option: option that would allow it, for the error message.
+        kind: what will be written: a ``file``; a ``folder``, which replaces a whole one; or
+            ``files`` into a folder, whose other files stay as they are.
     """
     above = next((parent for parent in path.parents if parent.exists()), None)
     if above is not None and not above.is_dir():
@@ -64,8 +64,8 @@ def replaceable(folder: Path) -> bool:
 def plainly_local(name: str, suffixes: tuple[str, ...] = ()) -> bool:
     """Whether a name can only be a local path, so that the hub need not be asked.
 
-    Hub ids are ``NAME`` or ``OWNER/NAME``. A path is what is deeper, begins or ends like one (with
-    one of the ``suffixes``, in lower case), exists, or lies in a folder that does.
+    Hub ids are ``NAME`` or ``OWNER/NAME``. A name is a path if it is deeper, begins or ends like a
+    path (with one of the ``suffixes``, in lower case), exists, or lies in an existing folder.
     """
     path = Path(name)
     return (
@@ -80,8 +80,8 @@ def plainly_local(name: str, suffixes: tuple[str, ...] = ()) -> bool:
 
 
 def absent(what: str, name: str | Path, hub: bool = False) -> WagleError:
-    """The error to raise where a file or folder (``what``, e.g. ``data file``) is missing, or one
-    is found in the other's place; ``hub`` if a hub id would do too."""
+    """The error to raise if a file or folder (``what``, e.g. ``data file``) is missing, or if one
+    is found in place of the other; ``hub`` if a hub id is accepted, too."""
     path = Path(name)
     if path.is_dir():
         return WagleError(f"{what} {name} is a folder: name a file in it")
@@ -101,21 +101,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
     A folder that is replaced stays whole until the new one is complete.
 
     Raises:
-        WagleError: if a file would replace a folder, or anything a device.
+        WagleError: if a file would replace a folder, or if ``path`` is a device.
     """
     path = Path(path)
     if path.is_symlink():
         path = path.resolve()  # the link stays, and what it names is replaced
     _refuse_device(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # in a new folder of this process alone: nothing in it was there before
+    # in a new folder that only this process uses: it is empty at first
     with tempfile.TemporaryDirectory(prefix=".wagle-", suffix=".tmp", dir=path.parent) as private:
         temporary = Path(private) / path.name
         retired = Path(private) / ("old" if path.name != "old" else "older")
         yield temporary
         if path.is_dir() and not temporary.is_dir():
             raise WagleError(f"output {path} is a folder: name a file in it")
-        if path.exists() and temporary.is_dir():  # only a rename of two steps replaces a folder
+        if path.exists() and temporary.is_dir():  # replacing a folder takes two renames
             os.replace(path, retired)
         try:
             os.replace(temporary, path)
@@ -132,6 +132,6 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _refuse_device(path: Path) -> None:
-    """A rename to ``/dev/null`` would take it from the whole machine."""
+    """Refuse a device: a rename to ``/dev/null`` would remove it for the whole machine."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise WagleError(f"output {path} is neither a file nor a folder; choose another")

@@ -1,4 +1,4 @@
-"""Models by name: a hub id, a folder or a GGUF file is found; failures are reported in one line."""
+"""Finds models by hub id, folder or GGUF file; failures are reported in one line."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 CARD_FILE = "README.md"
 ADAPTER_FILE = "adapter_config.json"  # of a folder that holds an adapter and names its base
-#: Endings of files: no hub id ends so.
+#: Endings of file names, which no hub id has.
 MODEL_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
 def locate(name: str) -> tuple[str, dict[str, str]]:
-    """Source and options for ``from_pretrained``; only what may be a hub id is left for the hub."""
+    """Source and options for ``from_pretrained``; only possible hub ids are left to the hub."""
     path = Path(name)
     if (file := _gguf_file(path)) is not None:
         return str(file.parent), {"gguf_file": file.name}
@@ -48,7 +48,7 @@ def locate(name: str) -> tuple[str, dict[str, str]]:
 
 
 def card_of(base: str, library: str, text: str, own: str = "") -> str:
-    """A Markdown card with what the hub reads of it: tags, the base model and its licence.
+    """A Markdown card with the metadata that the hub reads: tags, base model and its licence.
 
     Args:
         own: the base's own card, if not in its folder.
@@ -68,11 +68,11 @@ def upload(path: Path, repo_id: str, card: str = "", **options: Any) -> str:
     """Upload a file, or what is in a folder, to a repository on the hub; returns its address.
 
     Args:
-        repo_id: ``owner/name``; made if it does not exist.
+        repo_id: ``owner/name``; created if it does not exist.
         **options: of ``huggingface_hub.HfApi.create_repo``, such as ``private=True``.
 
     Raises:
-        WagleError: if the hub cannot be reached or refuses it.
+        WagleError: if the hub cannot be reached or refuses the upload.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -93,7 +93,7 @@ def upload(path: Path, repo_id: str, card: str = "", **options: Any) -> str:
 
 
 def _gguf_file(path: Path) -> Optional[Path]:
-    """The GGUF file that a path is, or that is the one model in a folder."""
+    """The GGUF file at a path: the file itself, or the only one in a folder."""
     if path.is_dir() and not (path / "config.json").exists():
         files = list(path.glob("*.gguf"))
         return files[0] if len(files) == 1 else None
@@ -133,7 +133,7 @@ def loading(what: str, name: str, how: str = "loaded") -> Iterator[None]:
 
 
 def _why_not(name: str, error: Exception) -> str:
-    """Why loading failed; of a name that is no path here, that the hub was asked."""
+    """Why loading failed; if the name is no path here, this says that the hub was asked."""
     if "backend tokenizer" in str(error):
         return "it has no tokenizer files"
     text = first_line(error)

@@ -1,7 +1,7 @@
-"""jsonargparse's report of a mistake, a tree over many lines, as one line that says what to do.
+"""Turns jsonargparse's report of a mistake, a tree of many lines, into a line that says what to do.
 
-jsonargparse reports every alternative of a type that a value does not fit, as text only. This
-module reads that text; what it does not know is passed on as it is.
+If a value does not fit a type, jsonargparse reports every alternative of the type, as text only.
+This module parses that text; what it does not recognise is passed on as it is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TYPES = {
 
 
 class _Line(NamedTuple):
-    """A line of the report, and those that it is part of, outermost first."""
+    """A line of the report, and the lines that enclose it, outermost first."""
 
     text: str = ""
     above: tuple[str, ...] = ()
@@ -41,12 +41,12 @@ class _Line(NamedTuple):
 
     @property
     def keys(self) -> list[str]:
-        """Names of the options that the line is about, one within the other."""
+        """Names of the nested options that the line is about, outermost first."""
         return self.found_above(r'Parser key "([^"]+)"')
 
     @property
     def option(self) -> str:
-        """The same as one dotted name."""
+        """The keys as one dotted name."""
         return ".".join(self.keys)
 
     @property
@@ -56,12 +56,12 @@ class _Line(NamedTuple):
 
     @property
     def bases(self) -> list[type]:
-        """Classes from which a class may be chosen at this place."""
+        """Base classes of the classes that may be chosen here."""
         types = ["", *self.found_above(r"Subtypes: \[(.*)\]$")][-1]
         return [cls for name in re.findall(r"\w+(?:\.\w+)+", types) if (cls := _class(name))]
 
     def owners(self, option: str, but: Any = None) -> str:
-        """Which classes ``have it``, of ours that may be chosen and of another than one."""
+        """``A, B have it``: our classes, except ``but``, with an option, that may be chosen here."""
         others = {sub: None for base in self.bases for sub in subclasses(base) if sub is not but}
         found = [sub.__name__ for sub in others if _is_ours(sub) and option in option_names(sub)]
         names = list(dict.fromkeys(found))
@@ -69,7 +69,7 @@ class _Line(NamedTuple):
 
 
 def in_one_line(message: str, options: Collection[str] = ()) -> str:
-    """A report of jsonargparse in one line; ``options``, with dashes, are those of the parser.
+    """A report of jsonargparse in one line; ``options`` are those of the parser, with dashes.
 
     >>> in_one_line('Parser key "x":\\n  Expected a <class \\'int\\'>. Got value: abc')
     'x must be an integer, got abc'
@@ -89,7 +89,7 @@ def in_one_line(message: str, options: Collection[str] = ()) -> str:
 
 
 def _tree(message: str) -> Iterator[_Line]:
-    """The lines of a report with those above each by indentation; errors are below their types."""
+    """The lines of a report, each with those above it by indentation; errors are below types."""
     above: list[tuple[int, str]] = []
     for line in filter(str.strip, message.splitlines()):
         text = line.lstrip(" -")
@@ -142,7 +142,7 @@ def _no_class(line: _Line, option: str) -> str:
 
 
 def _unknown_class(lines: list[_Line], value: str) -> Optional[str]:
-    """A class by a name that no class has, or a class of another kind."""
+    """A class name that does not exist, or a class of another kind."""
     line, found = _first(lines, r"Import path .*does not correspond to a subclass of (\w+)")
     if found is not None:
         return f"{_short(value)} is no {found[1]} (option {line.option})"
@@ -150,7 +150,7 @@ def _unknown_class(lines: list[_Line], value: str) -> Optional[str]:
     if found is None:
         return None
     nested = re.match(r"NestedArg\(key='([\w.]+)'", value)
-    if nested and len(line.keys) == 1:  # an option of what is no class
+    if nested and len(line.keys) == 1:  # an option of something that is not a class
         said = f"{line.option} {found[1]!r} is no class, so it has no option {nested[1]!r}"
         return f"{said}: name a class before it"
     known = [cls for base in line.bases for cls in subclasses(base)]
@@ -174,7 +174,7 @@ def _incomplete_class(lines: list[_Line]) -> Optional[str]:
 
 
 def _wrong_type(lines: list[_Line]) -> Optional[str]:
-    """A value of another type."""
+    """A value of the wrong type."""
     keys = [line for line in lines if line.text.startswith("Parser key")]
     if not keys:
         return None
@@ -231,7 +231,7 @@ def _class(path: str) -> Optional[type]:
 
 
 def _is_ours(cls: type) -> bool:
-    """Whether a package of this one offers a class, not only the module that defines it."""
+    """Whether one of our packages exports a class, and not only the module that defines it."""
     package = cls.__module__.rpartition(".")[0]
     offered = getattr(sys.modules.get(package), cls.__name__, None) is cls
     return package.startswith("wagle_pl") and offered

@@ -1,4 +1,4 @@
-"""A run's output: tried before the work, written by one run at a time, never lost at the end."""
+"""A run's output: checked before the work, written by one run at a time, not lost at the end."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ GIB = 1 << 30
 class Lock:
     """A file that one process holds through the operating system, until that process ends.
 
-    Unlike ``filelock`` (whose releases for Python 3.10 empty the file at every attempt) it says who
-    holds it; what it says when nobody holds it was left by a process that was killed.
+    Unlike ``filelock`` (whose releases for Python 3.10 empty the file at every attempt), the file
+    says who holds it. Text in a file that nobody holds was left by a process that was killed.
 
     Args:
-        path: the file; its folder is made.
-        busy: start of the error if another process holds it.
-        advice: end of that error, what to do.
-        across_hosts: trust the operating system that a holder on another host has ended. (A job
-            that is queued again may run elsewhere; but some shared disks lock within one host.)
+        path: the file; its folder is created.
+        busy: start of the error message if another process holds it.
+        advice: end of that message: what to do.
+        across_hosts: trust the operating system when a holder on another host has ended. (A job
+            that is queued again may run elsewhere; but some shared disks lock only on one host.)
     """
 
     def __init__(self, path: Path, busy: str, advice: str, across_hosts: bool = False) -> None:
@@ -65,7 +65,7 @@ class Lock:
         self._write(json.dumps({"pid": os.getpid(), "host": host, "since": since}))
 
     def release(self, remove: bool = True) -> None:
-        """Let others take it; the file is removed, or stays behind empty."""
+        """Release the lock; the file is removed, or emptied."""
         if remove:
             self.path.unlink(missing_ok=True)
         else:
@@ -139,7 +139,7 @@ def _release_all() -> None:
 
 
 class Release(Callback):
-    """Releases an output at a run's end, and where it fails: there is no ``teardown`` then."""
+    """Releases an output when a run ends or fails; after a failure there is no ``teardown``."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
@@ -162,7 +162,7 @@ class Planned(NamedTuple):
 
 
 def check_space(files: Iterable[Planned]) -> None:
-    """Refuse a run that writes more than its disks have room for."""
+    """Refuse a run that writes more than fits on its disks."""
     disks: dict[int, list[Planned]] = {}  # by device
     for file in files:
         disks.setdefault(_existing(file.path).stat().st_dev, []).append(file)
@@ -199,11 +199,11 @@ def _size(number: float) -> str:
 def write_or_keep(
     write: Callable[[Path], Any], output: Path, checkpoint: Optional[str], again: bool = True
 ) -> None:
-    """Write the result of a run; where that fails, name in one line where the result is.
+    """Write the result of a run; if that fails, say in one line where the result is.
 
     Args:
-        checkpoint: one from which a resumed run comes to the same result, or None.
-        again: whether ``write`` may be called a second time, for the folder of temporary files.
+        checkpoint: a checkpoint from which a resumed run gets the same result, or None.
+        again: whether ``write`` may be called again, to write to the folder of temporary files.
     """
     try:
         write(output)

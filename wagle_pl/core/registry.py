@@ -1,4 +1,4 @@
-"""From a name, or a class path with options, to a class, its options and an object."""
+"""Classes, their options and objects, from a name or from a class path with options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Entry = Union[str, Mapping[str, Any]]
 
 
 def nearest(name: str, names: Collection[str]) -> Optional[str]:
-    """The one of some names that was probably meant, if any; case does not count.
+    """The name that was probably meant, if any; case is ignored.
 
     >>> nearest("npoo", ["GradDiff", "NPO"])
     'NPO'
@@ -25,7 +25,7 @@ def nearest(name: str, names: Collection[str]) -> Optional[str]:
 
 
 def subclasses(base: type[T]) -> Iterator[type[T]]:
-    """All classes that derive from one, as far as they are imported."""
+    """All imported classes that derive from a class."""
     for cls in base.__subclasses__():
         yield cls
         yield from subclasses(cls)
@@ -33,7 +33,7 @@ def subclasses(base: type[T]) -> Iterator[type[T]]:
 
 @cache
 def option_names(cls: type) -> tuple[str, ...]:
-    """Names of a class's options, those that it hands on to its bases among them."""
+    """Names of a class's options, including those that it passes on to its bases."""
     from jsonargparse import ArgumentParser
 
     return tuple(ArgumentParser(exit_on_error=False).add_class_arguments(cls, fail_untyped=False))
@@ -59,7 +59,7 @@ def resolve(base: type[T], value: Union[T, Entry], option: str, also: Collection
 
 
 def find_class(base: type[T], name: str, option: str, also: Collection[str] = ()) -> type[T]:
-    """The imported subclass of a name, or what a class path names; arguments as :func:`resolve`.
+    """The imported subclass with a name, or the class at a class path; see :func:`resolve`.
 
     Short names ignore case and underscores, and may leave out the base's name at their end:
     ``npo``, ``forget_retain_ratio``, ``tofu`` for ``TOFUSuite``.
@@ -84,7 +84,7 @@ def find_class(base: type[T], name: str, option: str, also: Collection[str] = ()
 
 
 def split(value: Entry, option: str, also: Collection[str] = ()) -> tuple[str, dict[str, Any]]:
-    """Class name and options of what a configuration names, which may have ``also`` other keys.
+    """Class name and options in a part of a configuration, which may have ``also`` other keys.
 
     >>> split({"class_path": "NPO", "init_args": {"beta": 0.2}}, "objective")
     ('NPO', {'beta': 0.2})
@@ -105,7 +105,7 @@ def split(value: Entry, option: str, also: Collection[str] = ()) -> tuple[str, d
 
 
 def check_options(cls: type, given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Some options of a class as its signature types them: objects from mappings, for one."""
+    """Convert options to the types in a class's signature: mappings to objects, for example."""
     from jsonargparse import ArgumentError, ArgumentParser
 
     from wagle_pl.core.mistakes import in_one_line
@@ -142,7 +142,7 @@ def describe(value: Any) -> dict[str, Any]:
 
 
 def _name(cls: type) -> str:
-    """What users call a class: a ``__qualname__`` of its own where its name is another class's."""
+    """A class's name for users: a special ``__qualname__`` if another class has the same name."""
     return cls.__qualname__.rpartition(".")[2]
 
 

@@ -42,7 +42,7 @@ def say(message: str) -> None:
 
 
 def install(handlers: Mapping[int, Any]) -> dict[int, Any]:
-    """Set handlers of signals; returns those that were there, to be set again.
+    """Set signal handlers; returns the previous ones, to be restored later.
 
     Signals that the process ignores (``nohup``, a background job) stay ignored; outside the main
     thread nothing is set.
@@ -57,6 +57,6 @@ def install(handlers: Mapping[int, Any]) -> dict[int, Any]:
 
 
 def imports_done() -> None:
-    """After the imports a signal raises :class:`Stopped` where it ended the process at once."""
+    """After the imports, signals raise :class:`Stopped` instead of ending the process at once."""
     waiting = [signum for signum in SIGNALS if signal.getsignal(signum) is exit_at_once]
     install(dict.fromkeys(waiting, raise_stopped))

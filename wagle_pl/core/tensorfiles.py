@@ -1,4 +1,4 @@
-"""Safetensors files as bytes: no tensor need fit in memory.
+"""Safetensors files as bytes: no tensor has to fit in memory.
 
 The format: the length of the header (``uint64``, little-endian), the header (JSON: name ->
 ``dtype``, ``shape``, ``data_offsets``, and ``__metadata__``; spaces may follow), then the tensors'
@@ -45,7 +45,7 @@ class TensorFile:
     """One safetensors file: the ``names`` of its tensors, its ``metadata``.
 
     Raises:
-        WagleError: saying ``what`` it is, if it is missing or no whole safetensors file.
+        WagleError: if it is missing or not a whole safetensors file; the error calls it ``what``.
     """
 
     def __init__(self, path: Path, what: str = "file") -> None:
@@ -65,7 +65,7 @@ class TensorFile:
         self.names = list(self._entries)
 
     def check_format(self, kind: str, version: int) -> None:
-        """Refuse a file that is no ``wagle_pl`` one of this kind, or one of a newer format."""
+        """Refuse a file that is not a ``wagle_pl`` file of this kind, or has a newer format."""
         found, expected = self.metadata.get("format"), f"wagle_pl.{kind}"
         if found != expected:
             raise WagleError(
@@ -89,7 +89,7 @@ class TensorFile:
         return self._start + self._entries[name]["data_offsets"][0]
 
     def words(self, name: str) -> np.ndarray:
-        """A tensor's numbers as unsigned integers of their width, mapped into memory, read-only."""
+        """A tensor's numbers as unsigned integers of the same width, memory-mapped, read-only."""
         begin, end = self._entries[name]["data_offsets"]
         count = prod(self.shape(name))
         if not count:
@@ -101,8 +101,8 @@ class TensorFile:
 
 
 class TensorFiles:
-    """The weights of a folder in Hugging Face format: one safetensors file, or the shards that its
-    index names, in ``files``; the ``names`` of all tensors.
+    """The weights of a folder in Hugging Face format: its ``files`` (one safetensors file, or the
+    shards that its index names) and the ``names`` of all tensors.
 
     Raises:
         WagleError: if there is no such folder, it has no safetensors weights, or lacks a shard.
@@ -143,7 +143,7 @@ class TensorFiles:
             return file.get_tensor(name)
 
     def part(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Numbers start to stop of a flattened tensor; the file is mapped, and no others are read."""
+        """Numbers start to stop of a flattened tensor; only these are read from the mapped file."""
         return self.tensor(name).reshape(-1)[start:stop]
 
 
@@ -169,7 +169,7 @@ def lay_out(
     tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Make a safetensors file of tensors (name, dtype, shape) that :func:`fill` is to write."""
+    """Create a safetensors file for tensors (name, dtype, shape) that :func:`fill` will write."""
     spans = {n: (DTYPES[d], shape, prod(shape) * d.itemsize) for n, d, shape in tensors}
     with open(path, "wb") as stream:
         write_header(stream, spans, metadata)
@@ -177,8 +177,8 @@ def lay_out(
 
 
 def fill(path: Path, parts: Iterable[tuple[str, int, torch.Tensor]]) -> int:
-    """Write numbers (name, place of the first in the flattened tensor, values), in the dtypes of a
-    file that is laid out; returns how many bytes. Several processes may, each its own."""
+    """Write (name, index of the first value in the flattened tensor, values) into a file that is
+    laid out, in its dtypes; returns the number of bytes. Several processes may write their own."""
     file, written = TensorFile(path), 0
     dtypes = {name: dtype for dtype, name in DTYPES.items()}
     with open(path, "r+b") as stream:
@@ -194,7 +194,7 @@ def write_tensors(
     tensors: Iterable[tuple[str, torch.dtype, Sequence[int], Callable[[], torch.Tensor]]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a safetensors file: name, dtype, shape, and what gives the tensor in its turn."""
+    """Write a safetensors file of tensors: name, dtype, shape, and a function that reads each."""
     tensors = list(tensors)
     lay_out(path, [tensor[:3] for tensor in tensors], metadata)
     fill(path, ((name, 0, read()) for name, _, _, read in tensors))

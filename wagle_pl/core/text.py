@@ -24,7 +24,7 @@ def table(header: Sequence[str], rows: Rows, left: Collection[int] = (0,)) -> st
 
 
 def fields(values: Sequence[tuple[str, str]]) -> str:
-    """Names and values, one pair a line, the values aligned."""
+    """Names and values, one pair per line, the values aligned."""
     width = max(len(name) for name, _ in values)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in values)
 

@@ -18,7 +18,7 @@ NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
 
 def shapes_of(parameters: NamedParameters) -> dict[str, tuple[int, ...]]:
-    """Name -> shape, whole where parameters are sharded."""
+    """Name -> shape, of the whole tensor if a parameter is sharded."""
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters}
 
 
@@ -42,9 +42,9 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def gathered(parameter: nn.Parameter, from_rank_zero: bool = False) -> Iterator[Tensor]:
-    """A parameter's weights, whole, while inside; a collective if it is sharded.
+    """A parameter's whole weights inside the context; a collective if it is sharded.
 
-    Changes are kept if ``from_rank_zero``: those of rank 0.
+    With ``from_rank_zero``, changes made on rank 0 are kept.
     """
     if not hasattr(parameter, "ds_id"):
         yield parameter.data
@@ -69,10 +69,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def assign(parameter: nn.Parameter, read: Callable[[int, int], Tensor]) -> None:
-    """Set a parameter to what ``read`` gives: numbers start to stop of the flattened tensor.
+    """Set a parameter to what ``read`` returns: numbers start to stop of the flattened tensor.
 
-    Collective if it is sharded: each rank reads its share. While it stands whole on every rank, or
-    is offloaded to a disk, rank 0 reads it all.
+    A collective if it is sharded: each rank reads its shard. While it is gathered on every rank, or
+    offloaded to a disk, rank 0 reads all of it.
     """
     if not hasattr(parameter, "ds_id"):
         parameter.copy_(read(0, parameter.numel()).view(parameter.shape))
@@ -86,7 +86,7 @@ def assign(parameter: nn.Parameter, read: Callable[[int, int], Tensor]) -> None:
 
 
 def in_shares(parameter: nn.Parameter) -> bool:
-    """Whether a sharded parameter is in memory share by share now: neither whole nor on a disk."""
+    """Whether each rank has its shard of a parameter in memory: neither gathered nor on a disk."""
     return parameter.numel() != parameter.ds_numel and _holds_share(parameter)
 
 
@@ -97,8 +97,8 @@ def _holds_share(parameter: Tensor) -> bool:
 def share_of(tensor: Tensor) -> tuple[int, Tensor]:
     """(start, values): this rank's share of a flattened tensor, without copying it.
 
-    Under ZeRO-3 the part that the rank holds, without padding, which no public call returns without
-    gathering; otherwise one of equal cuts of the whole.
+    Under ZeRO-3, the shard that the rank holds, without padding; no public function returns it
+    without gathering. Otherwise, one of equal parts of the whole.
     """
     rank = distributed.rank()
     if not hasattr(tensor, "ds_id"):
@@ -115,7 +115,7 @@ def share_of(tensor: Tensor) -> tuple[int, Tensor]:
 
 # -- digests ---------------------------------------------------------------------------------------
 
-#: Numbers that have a digest together: few enough for a processor's cache.
+#: How many numbers have a common digest: few enough for a processor's cache.
 CHUNK = 1 << 17
 
 
@@ -131,8 +131,8 @@ def _keys(device: torch.device) -> Tensor:
 
 
 def chunks_of(start: int, count: int) -> Iterator[tuple[int, int]]:
-    """(first, end) of the pieces of ``count`` numbers, of which the first is number ``start`` of a
-    tensor, as its chunks cut them.
+    """Cut ``count`` numbers, from number ``start`` of a tensor on, at the borders of its chunks;
+    yields (first, end) of each piece.
 
     >>> list(chunks_of(CHUNK - 1, 3))
     [(0, 1), (1, 3)]
@@ -145,17 +145,17 @@ def chunks_of(start: int, count: int) -> Iterator[tuple[int, int]]:
 
 
 def digest(values: Tensor, start: int) -> Tensor:
-    """int64, 0-dim: what numbers of one chunk add to its digest.
+    """What numbers of one chunk add to its digest: a 0-dim int64 tensor.
 
     Σ k_i w_i mod 2⁶⁴ over the 16-bit words w of the numbers, with fixed odd k_i for word i of the
-    chunk (multilinear hashing; Carter and Wegman 1979). So ranks that hold parts of a chunk add up
-    their sums, and the device that holds the numbers computes them. A change of one word always
-    shows; any other is missed with a probability of 2⁻⁴⁸ at most, over random k. It protects from
-    mistakes, not from a forger.
+    chunk (multilinear hashing; Carter and Wegman 1979). Ranks that hold parts of a chunk can thus
+    add up their sums, each computed on the device that holds the numbers. A change of one word is
+    always detected; any other change is missed with a probability of at most 2⁻⁴⁸, over random k.
+    This protects from mistakes, not from a forger.
 
     Args:
         values: consecutive numbers of 2, 4 or 8 bytes, (n,).
-        start: the place of the first in the flattened tensor.
+        start: index of the first in the flattened tensor.
     """
     words = values.contiguous().view(torch.int16)
     keys, width = _keys(values.device), values.element_size() // 2
@@ -167,9 +167,9 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Name a model by its content: SHA-256 over names, shapes, and the digests of chunks of
     :data:`CHUNK` weights, see :func:`digest`, in parameter order. Collective.
 
-    Each rank reads its own share of the tensors, and digests are added up in one all-reduce of 8
-    bytes a chunk: the result is the same for any number of ranks. Values are rounded to bfloat16
-    first, so that a checkpoint has one fingerprint whether it is loaded in bfloat16 or in float32.
+    Each rank reads its own shard of the tensors, and digests are added up in one all-reduce of 8
+    bytes per chunk: the result is the same for any number of ranks. Values are rounded to bfloat16
+    first, so that a checkpoint has the same fingerprint when loaded in bfloat16 or in float32.
     """
     header, digests = "", []
     for name, tensor in tensors:
