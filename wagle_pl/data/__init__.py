@@ -1,4 +1,4 @@
-"""Rows to tokens to paired batches; one LightningDataModule a benchmark."""
+"""From rows to tokens to paired batches; one LightningDataModule per benchmark."""
 
 from wagle_pl.data.benchmarks import (
     CopyrightDataModule,

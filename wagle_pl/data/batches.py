@@ -1,9 +1,9 @@
 """Which rows make up which batch, and how rows become tensors.
 
-One optimiser step sees one *global batch*, a function of (seed, epoch, step) alone; only
-:func:`deal` cuts it up. Every row carries a weight such that adding ``weight x loss`` within a
+One optimiser step sees one *global batch*, which depends only on (seed, epoch, step); only
+:func:`deal` splits it. Every row has a weight such that adding ``weight x loss`` within a
 micro-batch, then averaging over micro-batches and ranks (as Lightning, DDP and DeepSpeed do), gives
-the mean over the global batch exactly, however uneven the cut.
+exactly the mean over the global batch, however unevenly it is split.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def epoch_batches(
         token_counts = np.asarray(row_lengths)[rows]
         pool = BUCKET * global_batch
         if len(row_lengths) < epoch_size:
-            # sorted together, the copies of a row would make up batches of their own
+            # if they were sorted together, the copies of a row would form batches of their own
             pool = min(pool, max(1, len(row_lengths) // global_batch) * global_batch)
         by_length = [
             start + np.argsort(token_counts[start : start + pool], kind="stable")
@@ -131,13 +131,13 @@ class GlobalBatchSampler:
 
     lengths: Mapping[str, Sequence[int]]  # stream -> tokens of each row, see epoch_batches
     batch_size: int  # rows per rank and micro-batch
-    accumulate: int = 1  # micro-batches a step
+    accumulate: int = 1  # micro-batches per step
     world_size: int = 1
     rank: int = 0
     seed: int = 0
     epoch: int = 0
     period: Optional[int] = None  # epochs after which the batches repeat; None: never
-    #: Where the next iteration begins, if it is in that epoch.
+    #: Where the next iteration begins, if it is in the same epoch.
     start: Position = field(default_factory=Position)
 
     def __post_init__(self) -> None:
@@ -208,7 +208,7 @@ def token_batches(lengths: Sequence[int], max_rows: int) -> list[list[int]]:
 
 
 def deal_batches(batches: Sequence[T], world_size: int, rank: int) -> list[T]:
-    """Whole batches for one rank, round-robin; every rank gets as many, so some batches go to two.
+    """Whole batches for one rank, round-robin; some go to two, so that all ranks get equally many.
 
     >>> deal_batches("abc", 2, 0), deal_batches("abc", 2, 1)
     (['a', 'c'], ['b', 'a'])
@@ -221,13 +221,13 @@ def deal_batches(batches: Sequence[T], world_size: int, rank: int) -> list[T]:
 class Loader:
     """Batches that are planned beforehand, each built on demand.
 
-    No DataLoader: rows are tokenised already, so workers have nothing to do, and each of its
-    iterators would draw a seed from torch's generator, which shifts the dropout of a resumed run.
+    It replaces a DataLoader: rows are tokenised already, so workers have nothing to do, and each
+    DataLoader iterator draws a seed from torch's generator, which changes a resumed run's dropout.
     """
 
     batch_sampler: ClassVar[None] = None  # Lightning looks for it where there is a sampler
     sampler: Iterable[Any]  # this rank's batches, in some short form
-    build: Callable[[Any], Any]  # makes a batch of its short form
+    build: Callable[[Any], Any]  # makes a batch from its short form
 
     def __len__(self) -> int:
         return len(self.sampler)

@@ -25,8 +25,8 @@ ARTICLES = Source([WIKITEXT], articles=True)
 C4 = HubSet("allenai/c4", None, "train", "en/c4-train.00001-of-01024.json.gz")
 
 CORPORA = "cais/wmdp-corpora"
-#: WMDP's forget corpora. The biosecurity one is gated: its repository gives it to those who asked
-#: for access.
+#: WMDP's forget corpora. The biosecurity one is gated: access to its repository has to be
+#: requested.
 HAZARDS = {
     "bio": HubSet(
         "cais/wmdp-bio-forget-corpus",
@@ -52,7 +52,7 @@ class TOFUDataModule(ForgetRetainDataModule):
 
     Args:
         forget: ``forget01``, ``forget05`` or ``forget10``, or any file or dataset.
-        retain: a split such as ``retain99``, or likewise; None takes the one beside ``forget``.
+        retain: likewise, a split such as ``retain99``; None takes the complement of ``forget``.
         path: folder with ``<split>.json`` files, or the hub dataset.
         **kwargs: passed to :class:`ForgetRetainDataModule`; ``test`` replaces TOFU's test sets.
     """
@@ -108,8 +108,8 @@ class MUSEDataModule(SuiteDataModule):
         chunk_size: longest chunk in ``chunk_unit``; the default fits 2,048 tokens.
         max_length: longest sequence in tokens.
         prompt_format: text of the prompt, with ``{question}``; the default is the benchmark's.
-        answer_format: likewise of the answer, with ``{answer}``. What stands before it is given
-            when generating, with the space at its end, as the benchmark does.
+        answer_format: text of the answer, with ``{answer}``. The text before it, with the space at
+            its end, is given to the model for generation, as in the benchmark.
     """
 
     suite: ClassVar[str] = "muse"
@@ -182,7 +182,7 @@ class MUSEDataModule(SuiteDataModule):
 
 
 def continuations(rows: Sequence[Row], where: str) -> list[Row]:
-    """MUSE's prompts and ``gt``, which have lost the space at the seam that the texts have."""
+    """MUSE's prompts and ``gt``, with the space between them that the benchmark's files lack."""
     marks = {"continuation": True, "partial": True}
     return [
         {"prompt": row["prompt"], "response": following(row["prompt"], row["gt"]), **marks}
@@ -197,17 +197,17 @@ class WMDPDataModule(SuiteDataModule):
     and ``wikitext`` (articles in chunks, for perplexity).
 
     A folder holds copies of ``cais/wmdp-corpora`` and ``cais/wmdp-bio-forget-corpus`` (or the
-    ``bio-forget-corpus.jsonl`` and ``cyber-forget-corpus.jsonl`` that WMDP hands out),
+    ``bio-forget-corpus.jsonl`` and ``cyber-forget-corpus.jsonl`` that WMDP provides),
     ``cais/wmdp``, ``Salesforce/wikitext`` and ``cais/mmlu`` by their names without owner.
 
     Args:
-        domains: what to forget: ``bio``, ``cyber`` or both. Their test sets go with them.
+        domains: what to forget: ``bio``, ``cyber`` or both; also chooses the test sets.
         retain_corpus: ``wikitext`` (lines of WikiText-2, as in the paper's code), or the
             ``domains``' own retain corpora, without the hazard (as in WAGLE's code).
-        wikitext_split: split of WikiText-2 that is retained. ``test``, as in the paper's code, makes
-            the perplexity one on retain rows: take ``train`` where that number matters.
+        wikitext_split: split of WikiText-2 to retain. With ``test``, as in the paper's code,
+            perplexity is measured on retain rows: use ``train`` if that number matters.
         min_characters: shorter texts are left out of the training rows; blank ones always are.
-        mmlu: test on MMLU too (14,042 questions). With a folder it is tested if it is there.
+        mmlu: also test on MMLU (14,042 questions). With a folder, it is tested if it is there.
     """
 
     suite: ClassVar[str] = "wmdp"
@@ -265,12 +265,12 @@ class CopyrightDataModule(SuiteDataModule):
 
     Args:
         book: text file, or file of rows with ``text``; None takes the Harry Potter books of
-            MUSE-Books from the hub, or from the folder: the papers name theirs and give no file.
+            MUSE-Books from the hub, or from the folder: the papers name a book but give no file.
         chunk_size: longest chunk in ``chunk_unit``, prompt and continuation together.
-        prompt_size: how much of a chunk is the prompt; null makes rows of whole chunks, to
-            fine-tune a target on.
-        test_chunks: so many chunks, evenly spaced, make the test set ``forget``; null takes all.
-        limit_retain: documents of C4 to use, from the start of the papers' shard.
+        prompt_size: length of the prompt within a chunk; null makes rows of whole chunks, to
+            fine-tune a target.
+        test_chunks: number of chunks, evenly spaced, in the test set ``forget``; null takes all.
+        limit_retain: number of documents of C4 to use, from the start of the papers' shard.
     """
 
     suite: ClassVar[str] = "copyright"
@@ -316,10 +316,10 @@ class DetoxDataModule(SuiteDataModule):
     Args:
         prompts: other prompts to test on, e.g. ``allenai/real-toxicity-prompts``: a file or hub
             dataset with a column ``prompt`` (a text, or a dict with ``text``).
-        plain_prompts: generate from the prompt as it stands, as the papers' code does, not from
+        plain_prompts: generate from the plain prompt, as the papers' code does, without
             prompt_format or chat template.
-        limit_forget: unsafe answers to use, from the start; the papers' code draws 200.
-        limit_retain: documents of C4 to use, from the start of the papers' shard.
+        limit_forget: number of unsafe answers to use, from the start; the papers' code draws 200.
+        limit_retain: number of documents of C4 to use, from the start of the papers' shard.
     """
 
     suite: ClassVar[str] = "detox"
@@ -377,12 +377,12 @@ class KnowUnDoDataModule(SuiteDataModule):
 
     Args:
         domain: ``copyright`` or ``privacy``.
-        parts: to train on; ``[train, val]`` fine-tunes a target, as the benchmark's does.
-        direct_prompt: ask the test questions after its instruction to refuse what infringes, as its
-            evaluation script does.
+        parts: parts to train on; ``[train, val]`` to fine-tune a target, as in the benchmark.
+        direct_prompt: put the benchmark's instruction to refuse what infringes before each test
+            question, as its evaluation script does.
         max_length: longest sequence in tokens.
-        prompt_format: text of the prompt, with ``{question}``; no chat template by default, as there.
-        answer_format: likewise of the answer, with ``{answer}``.
+        prompt_format: text of prompts, with ``{question}``; no chat template, as in the benchmark.
+        answer_format: text of the answer, with ``{answer}``.
     """
 
     suite: ClassVar[str] = "knowundo"
@@ -438,12 +438,12 @@ class LUMEDataModule(SuiteDataModule):
     ``members`` and ``nonmembers`` (documents, for membership inference), and ``mmlu`` if asked for.
 
     A folder holds ``forget.jsonl`` and ``retain.jsonl`` (``id``, ``input``, ``output``, ``task``), or
-    the authors' repository ``lume-llm-unlearning``, or SemEval's hub repository, which alone has
+    the authors' repository ``lume-llm-unlearning``, or SemEval's hub repository, the only one with
     ``mia_data``; and a copy of ``cais/mmlu``.
 
     Args:
-        fold: ``train`` or ``validation``, of SemEval's repository; the authors' has all in one.
-        mmlu: test on MMLU too (14,042 questions, five shots). With a folder it is tested if it is
+        fold: ``train`` or ``validation``, of SemEval's repository; the authors' has only one.
+        mmlu: also test on MMLU (14,042 questions, five shots). With a folder, it is tested if it is
             there.
         max_length: longest sequence in tokens.
     """
@@ -484,7 +484,7 @@ class LUMEDataModule(SuiteDataModule):
         return HubSet(LUME, None, f"{side}_{self.fold}", aliases=tuple(names))
 
     def _with_shots(self, rows: Sequence[Row], where: str) -> list[Row]:
-        """MMLU as open-instruct's ``run_eval.py``, which the task names, asks it."""
+        """MMLU with the prompts of open-instruct's ``run_eval.py``, to which the task refers."""
         shots: dict[str, str] = {}
         for row in read_set(MMLU._replace(split="dev"), self.folder) or ():
             # two spaces: its names of subjects begin with one

@@ -33,14 +33,14 @@ class Example:
     kind: Kind
     question: str = ""  # or the prompt, or the messages before the answer, one per line
     answer: str = ""  # or the right choice, the last message, or the text
-    #: The question, if attacks may reword it; of a conversation the last message of the user.
+    #: The question, if attacks may reword it; in a conversation, the last message of the user.
     asked: Optional[str] = None
     #: Messages of a conversation before the answer: dicts with ``role`` and ``content``.
     messages: Optional[Sequence[Mapping[str, str]]] = None
     choices: Sequence[str] = ()
     label: Optional[int] = None  # index of the right choice
     input_ids: Sequence[int] = ()
-    labels: Sequence[int] = ()  # as many, -100 where there is no loss
+    labels: Sequence[int] = ()  # same length, -100 where there is no loss
     context: str = ""  # text before the question, e.g. worked examples
     prefill: str = ""  # text that begins the answer, given to the model, without loss
     paraphrased_question: str = ""
@@ -211,9 +211,9 @@ KINDS: dict[tuple[str, ...], Callable[[Row], dict[str, Any]]] = {
 
 
 def _cleaned(row: Row) -> Row:
-    """A row with texts for numbers, truth values and dates in columns of texts, and with its label.
+    """A row with numbers, booleans and dates in text columns converted to text, and its label set.
 
-    That may be in ``answer``, and a float, as a column with gaps has it.
+    The label may be in ``answer``, and may be a float, as in a column with gaps.
     """
     row = dict(row)
     if row.get("choices") is not None:
@@ -233,9 +233,9 @@ def _cleaned(row: Row) -> Row:
 
 
 def _as_text(value: Any) -> Any:
-    """The text of a number (a year is an answer too) or a date, truth values as JSON has them.
+    """The text of a number (an answer may be a year) or a date; booleans as in JSON.
 
-    Not of NaN and infinity, which mean that there is no value.
+    NaN and infinity are not converted, because they mean that there is no value.
     """
     if isinstance(value, bool):
         return str(value).lower()
@@ -244,7 +244,7 @@ def _as_text(value: Any) -> Any:
 
 
 def _check_texts(row: Row, columns: Sequence[str]) -> None:
-    """Refuse what is no text, or no list of texts, in columns that an example is made of."""
+    """Refuse anything but texts, or lists of texts, in the columns that make up an example."""
     for column in (*columns, *OPTIONAL_TEXTS, *OPTIONAL_LISTS):
         value = row.get(column)
         if value is None or column not in (*TEXTS, *LISTS):

@@ -46,7 +46,7 @@ REFUSALS = Path(__file__).parent / "refusals.txt"
 
 
 def check_counts(**options: Optional[int]) -> None:
-    """Refuse options of the data that count something, and are given as less than 1."""
+    """Refuse data options that count something and are less than 1."""
     for name, value in options.items():
         if value is not None and value < 1:
             raise WagleError(f"must be at least 1, got {value}", option=f"data.{name}")
@@ -163,16 +163,16 @@ class ForgetRetainDataModule(L.LightningDataModule):
         counted: Collection[str] = (),
         period: Optional[int] = None,
     ) -> None:
-        """Say what training batches are to hold; a LightningModule does, before it asks for any.
+        """Set what training batches contain; a LightningModule does this before it asks for any.
 
         Args:
-            streams: of a training batch, the one that sets the epoch's length first.
+            streams: streams of a training batch; the first sets the length of an epoch.
             repeatable: streams that draw the same refusals in every epoch.
             vocabulary: how many token ids the model knows: rows with others are refused.
-            tokenizer: loads the model's, which is used unless ``data.tokenizer`` names one.
+            tokenizer: loads the model's tokenizer, used unless ``data.tokenizer`` names another.
             counted: streams that get ``mean_tokens``, the mean number of answer tokens of the rows
                 of the global batch.
-            period: epochs after which the same batches come again; None for never.
+            period: number of epochs after which the batches repeat; None for never.
         """
         self.counted = frozenset(counted)
         self.streams = tuple(streams)
@@ -197,7 +197,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         return None if source is None else self.load(source)
 
     def own_tests(self) -> list[str]:
-        """Names of the test sets where the option ``test`` gives none."""
+        """Names of the test sets if the option ``test`` gives none."""
         return [name for name in ("forget", "retain") if self.examples(name) is not None]
 
     def load(self, source: Source) -> list[Row]:
@@ -215,7 +215,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         return str(source or type(self).__name__)
 
     def place(self, name: str, test: bool = False) -> str:
-        """How messages call a stream or a test set."""
+        """Name of a stream or a test set in messages."""
         called = f"test set {name}" if test else f"{name} set"
         return f"{called} ({self.describe(name, test)})"
 
@@ -268,7 +268,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
 
     @cached_property
     def _retain_tests(self) -> tuple[list[Example], list[Example]]:
-        """Rows of the test set ``retain``, and those of them that are unused."""
+        """Rows that stay in the test set ``retain``, and the unused ones."""
         rows = self._read_test("retain")
         unused = spread(rows, self.unused_retain)
         if len(unused) == len(rows):
@@ -284,7 +284,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         return [*names, UNUSED] if self.unused_retain and "retain" in names else names
 
     def val_names(self) -> list[str]:
-        """Names of the test sets that are measured along the way."""
+        """Names of the test sets that are measured during training."""
         names = list(dict.fromkeys(self.val or ()))
         if unknown := [name for name in names if name not in self.test_names()]:
             known = ", ".join(self.test_names())
@@ -292,7 +292,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         return names
 
     def _warn_of_repeats(self, forget: list[Example]) -> None:
-        """Rows that are there twice are attributed and forgotten twice."""
+        """Warn of repeated rows, which are attributed and forgotten repeatedly."""
         first: dict[str, int] = {}
         numbered = enumerate(forget, 1)
         repeats = [str(n) for n, example in numbered if first.setdefault(example.key, n) != n]
@@ -326,7 +326,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer named, or the model's."""
+        """The tokenizer that the option names, or the model's."""
         if self.tokenizer_name is not None:
             return load_tokenizer(self.tokenizer_name)
         if self.model_tokenizer is None:
@@ -390,7 +390,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
 
     @property
     def ranks(self) -> tuple[int, int]:
-        """Number of ranks that share the rows, and which this one is: 1 and 0 without a Trainer."""
+        """Number of ranks that share the rows, and this rank; 1 and 0 without a Trainer."""
         trainer = self.trainer
         return (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
 
@@ -427,7 +427,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
 
         Args:
             batch_size: rows per batch; ``test_batch_size`` when None.
-            shared: this rank's batches only, as many as any other rank's.
+            shared: only this rank's batches; all ranks get equally many.
         """
         name = ALIGNED.get(stream, stream)
         batches = token_batches(self._lengths(name), batch_size or self.test_batch_size)
@@ -437,16 +437,16 @@ class ForgetRetainDataModule(L.LightningDataModule):
         return Loader(draws, partial(self.build, (stream,)))
 
     def test_dataloader(self) -> list[Loader]:
-        """One loader a test set: of batches ``{"rows": their numbers}``.
+        """One loader per test set, with batches ``{"rows": row numbers}``.
 
-        Their lengths are similar, so that generations end at about the same time.
+        The rows of a batch have similar lengths, so that generations end at about the same time.
         """
         return [self._test_loader(name) for name in self.test_names()]
 
     def val_dataloader(self) -> list[Loader]:
-        """Likewise of :meth:`val_names`."""
+        """The same for :meth:`val_names`."""
         names = self.val_names()
-        if not names:  # which is meant
+        if not names:  # which is intended
             warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
         return [self._test_loader(name) for name in names]
 

@@ -1,4 +1,4 @@
-"""What is bundled: invented people, questions of many subjects; and neighbours of rows to forget."""
+"""Bundled invented people and questions on many subjects; neighbours of rows to forget."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class PeopleDataModule(ForgetRetainDataModule):
     """Forty-four invented people with eight facts each, and general knowledge, in TOFU's columns.
 
     Four people are to be forgotten, thirty-six kept, four never seen (``holdout``). Rows of general
-    knowledge belong to the retain set too. A small model trained on nothing else must learn to tell
-    a fact from its wording: every training set says each fact twice, as question and answer and as
-    their paraphrases.
+    knowledge belong to the retain set too. A small model trained on nothing else must learn to
+    distinguish a fact from its wording: every training set says each fact twice, as question and
+    answer and as their paraphrases.
 
     Args:
         **kwargs: passed to :class:`ForgetRetainDataModule`; ``test`` may name bundled files, such as
@@ -65,7 +65,7 @@ _SYLLABLES = ("ba", "do", "fe", "gu", "ka", "lo", "mi", "na", "pe", "ra", "si", 
 
 
 def general_questions() -> list[str]:
-    """Bundled questions of many subjects: science, history, language, daily life, code, ..."""
+    """Bundled questions on many subjects: science, history, language, daily life, code, ..."""
     return (FOLDER.parent / "questions.txt").read_text(encoding="utf-8").splitlines()
 
 
@@ -82,7 +82,7 @@ def without_subject(questions: Sequence[str], forget: Sequence[Example]) -> list
 
 
 def retain_questions(forget: Sequence[Example]) -> list[Row]:
-    """Rows of a question alone, see :func:`without_subject`; logs how many are left out."""
+    """Rows with only a question, see :func:`without_subject`; logs how many are left out."""
     questions = general_questions()
     kept = without_subject(questions, forget)
     log.info(
@@ -98,8 +98,8 @@ def invented_neighbours(forget: Sequence[Example], seed: int = 0) -> list[Exampl
     """Rows of the same form about somebody and something that does not exist.
 
     Names (capitalised words that do not begin a sentence) and numbers are replaced by invented
-    ones, the same throughout a row. A row whose answer has neither takes another row's answer; one
-    that finds none is left out.
+    ones, the same throughout a row. A row whose answer has neither gets another row's answer; if
+    there is none, the row is left out.
     """
     draw, neighbours = random.Random(seed), []
     for example in forget:
@@ -124,7 +124,7 @@ def _words(text: str) -> list[str]:
 
 
 def _names(text: str) -> set[str]:
-    """Capitalised words that do not begin a sentence, wherever they stand, and numbers."""
+    """Words that are capitalised somewhere inside a sentence, and numbers."""
     inside = {
         match[0]
         for match in _WORD.finditer(text)

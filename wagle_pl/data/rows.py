@@ -127,7 +127,7 @@ def _read_csv(path: Path) -> list[Row]:
     import pyarrow
     from pyarrow import csv
 
-    # one block: a column's type is that of all its cells, and a cell may be as long as a book
+    # one block, so that a column's type fits all its cells; a cell may be as long as a book
     size = min(max(path.stat().st_size + 1, 1 << 20), (1 << 31) - 1)
     table = csv.read_csv(
         path,
@@ -182,7 +182,7 @@ def read_hub(hub_set: HubSet, limit: Optional[int] = None) -> list[Row]:
             return load_dataset(hub_set.repo, hub_set.config, **options).to_list()
         streamed = load_dataset(hub_set.repo, hub_set.config, streaming=True, **options)
         return list(streamed.take(limit))
-    except Exception as error:  # the client has many types; all mean: this could not be had
+    except Exception as error:  # of many types, all of which mean that it is unavailable
         name = f"{hub_set.repo}:{hub_set.config}" if hub_set.config else hub_set.repo
         raise WagleError(
             f"dataset {name!r} (split {hub_set.split!r}) cannot be loaded: {first_line(error)}"

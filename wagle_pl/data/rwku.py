@@ -22,7 +22,7 @@ REASONING = (
 
 
 def worked_examples(name: str) -> str:
-    """Questions with answers, which the prompts of TruthfulQA and TriviaQA begin with."""
+    """Questions with answers, with which the prompts of TruthfulQA and TriviaQA begin."""
     return (Path(__file__).parent / f"{name}.txt").read_text(encoding="utf-8").rstrip("\n")
 
 
@@ -32,8 +32,8 @@ FACTS = f"\n{worked_examples('triviaqa')}\n{BRIEFLY}"
 
 
 def probe(instruction: str, row: Row) -> Row:
-    """A blank or a question. Of level 3, an affirmative suffix begins the answer itself, and worked
-    examples bring their own ``Question:``."""
+    """A blank to fill or a question. At level 3, an affirmative suffix already begins the answer,
+    and worked examples contain their own ``Question:``."""
     form = row.get("type")
     context = instruction + ("" if form == "incontext learning" else "Question: ")
     if form == "affirmative suffix":
@@ -79,7 +79,7 @@ def text(row: Row) -> Row:
     return {"text": row["text"]}
 
 
-#: Test set -> the file of the repository that has it, the columns that it needs, what becomes of a
+#: Test set -> its file in the repository, the columns that it needs, and a function that converts a
 #: row; prompts are those of ``llmtuner/eval``.
 TESTS: dict[str, tuple[str, tuple[str, ...], Callable[[Row], Row]]] = {
     "forget_level1": ("forget_level1", ("query", "answer"), partial(probe, BLANK)),
@@ -124,8 +124,8 @@ class RWKUDataModule(SuiteDataModule):
     ``utility_truthfulness`` (TruthfulQA), ``utility_factuality`` (TriviaQA), ``utility_fluency``
     (AlpacaEval). Prompts are in the chat template, with the beginning of the answer given.
 
-    Forgotten are texts that a model wrote about the people. RWKU gives nothing to retain: lines of
-    WikiText-2 (``train``) are this package's choice.
+    The rows to forget are texts that a model wrote about the people. RWKU has no rows to retain:
+    this package takes lines of WikiText-2 (``train``).
 
     A folder holds a copy of ``jinzhuoran/RWKU`` (or is one person's, ``Target/1_Stephen_King``) and
     of ``Salesforce/wikitext`` by their names without owner.

@@ -17,16 +17,16 @@ from wagle_pl.data.rows import HubSet, load_rows, local_files, read_set, spread
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: Tokens of ``max_length`` left free when texts are cut by tokens: special tokens, and a seam that
-#: tokenises anew.
+#: Tokens of ``max_length`` left free when texts are cut by tokens: for special tokens, and because
+#: text at a cut may have other tokens.
 SPARE = 8
 
 
 def select(rows: Sequence[Row], columns: Sequence[str], where: str) -> list[Row]:
-    """Rows with these columns alone.
+    """Rows with only these columns.
 
     Raises:
-        WagleError: naming ``where`` and the row (counted from 1), if one has no value there.
+        WagleError: naming ``where`` and the row (counted from 1), if a value is missing.
     """
     for number, row in enumerate(rows, 1):
         for column in columns:
@@ -38,7 +38,7 @@ def select(rows: Sequence[Row], columns: Sequence[str], where: str) -> list[Row]
 
 
 def texts(rows: Sequence[Row], where: str) -> list[Row]:
-    """Rows with a ``text``, the blank ones left out."""
+    """Rows with a ``text``, without blank ones."""
     select(rows[:1], ("text",), where)
     return [{"text": row["text"]} for row in rows if str(row.get("text") or "").strip()]
 
@@ -49,7 +49,7 @@ def questions(rows: Sequence[Row], where: str) -> list[Row]:
 
 
 def choices(rows: Sequence[Row], where: str) -> list[Row]:
-    """Multiple choices, whose ``answer`` is the right one's index; MMLU's ``subject`` is kept."""
+    """Multiple choice, with the right one's index in ``answer``; MMLU's ``subject`` is kept."""
     select(rows, ("question", "choices", "answer"), where)
     columns = ("question", "choices", "subject")
     return [
@@ -59,15 +59,15 @@ def choices(rows: Sequence[Row], where: str) -> list[Row]:
 
 
 class Source(NamedTuple):
-    """Where the rows of one set of a benchmark are, and what becomes of them."""
+    """Where the rows of one set of a benchmark are, and how they are converted."""
 
     parts: Sequence[HubSet] = ()  # put one after the other
-    #: (rows as the benchmark has them, what to call the set) -> rows of :data:`.example.KINDS`
+    #: (rows of the benchmark, name of the set in messages) -> rows of :data:`.example.KINDS`
     convert: Callable[[list[Row], str], list[Row]] = texts
     file: Optional[str] = None  # the user's own, in place of the parts
-    converts_given: bool = False  # convert also what an option gives in place of the set
-    limit: Optional[int] = None  # read at most so many rows: of corpora that nobody reads whole
-    count: Optional[int] = None  # take so many of the rows, evenly spaced
+    converts_given: bool = False  # also convert rows that an option gives in place of the set
+    limit: Optional[int] = None  # read at most this many rows, of corpora too large to read whole
+    count: Optional[int] = None  # take this many of the rows, evenly spaced
     joined: bool = False  # the texts are one text in parts: put together before they are cut
     chunked: bool = False  # cut the texts into chunks, if ``chunk_size`` says so
     paired: bool = False  # make prompt and continuation of each, if ``prompt_size`` says so
@@ -75,20 +75,20 @@ class Source(NamedTuple):
 
 
 class SuiteDataModule(ForgetRetainDataModule, ABC):
-    """A benchmark of parts of hub datasets: those that :meth:`sets` and :meth:`tests` list.
+    """A benchmark made of parts of hub datasets, which :meth:`sets` and :meth:`tests` list.
 
     With ``folder`` everything is read from local files of the same names and columns, and a test
     set whose file is absent is left out. ``forget``, ``retain``, ``holdout`` and ``test`` replace
-    parts of the benchmark by files of one's own.
+    parts of the benchmark with your own files.
 
     Args:
-        folder: local copy of the hub repositories, each under its name without owner (as ``hf
-            download cais/wmdp --repo-type dataset --local-dir FOLDER/wmdp`` makes it), or of the
-            only one itself. JSON, CSV and Parquet will do.
+        folder: local copies of the hub repositories, each under its name without owner (as ``hf
+            download cais/wmdp --repo-type dataset --local-dir FOLDER/wmdp`` makes it); or the copy
+            of the only repository. JSON, CSV and Parquet are read.
         chunk_size: longest row of a training text in units; null cuts it off at ``max_length``.
         chunk_unit: ``tokens`` of the tokenizer, or ``characters`` (then words stay whole).
-        prompt_size: length in units of a forget row's prompt, which has no loss and which objectives
-            with refusals (PO, DPO) need; null takes the loss on the whole text.
+        prompt_size: length in units of a forget row's prompt, which has no loss and is needed for
+            objectives with refusals (PO, DPO); null takes the loss on the whole text.
     """
 
     #: Name under which evaluation finds the suite's measures.
@@ -203,7 +203,7 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
 def chunk_text(
     text: str, size: int, tokenizer: Optional[PreTrainedTokenizerBase] = None
 ) -> list[str]:
-    """Cut a text into pieces that put together give the text again.
+    """Cut a text into pieces that, joined, give the text again.
 
     Args:
         size: longest piece, in tokens or, without a tokenizer, in characters.
@@ -250,7 +250,7 @@ def chunk_rows(
 def continuation(
     row: Row, prompt_size: int, tokenizer: Optional[PreTrainedTokenizerBase] = None
 ) -> Optional[Row]:
-    """A ``text`` row as a prompt of that size and what follows; None if none does."""
+    """A ``text`` row as a prompt of ``prompt_size`` and a response; None if nothing follows."""
     prompt = chunk_text(row["text"], prompt_size, tokenizer)[0]
     response = row["text"][len(prompt) :]
     if not prompt.strip() or not response.strip():
@@ -260,7 +260,7 @@ def continuation(
 
 
 def articles(lines: Iterable[str]) -> list[str]:
-    """WikiText's lines put together to articles; a line ``= Title =`` begins one.
+    """WikiText's lines joined into articles; a line ``= Title =`` begins one.
 
     >>> articles([" = A = \\n", "One.\\n", " = = Part = = \\n", "", " = B = \\n", "Two.\\n"])
     [' = A = \\nOne.\\n = = Part = = \\n', ' = B = \\nTwo.\\n']

@@ -84,7 +84,7 @@ class Template:
 
     @property
     def _default_prefix(self) -> str:
-        """The text before the answer; a trailing space would be one token with the first word."""
+        """The text before the answer, without the space that is part of the first word's token."""
         return self.answer_format.partition("{answer}")[0].rstrip(" ")
 
     def _set_variables(self, given: Mapping[str, Any]) -> None:
@@ -239,7 +239,7 @@ class Template:
         full = self._chat(
             [*messages, {"role": "assistant", "content": answer}], add_generation_prompt=False
         )
-        start = full.find(given, len(prompt))  # behind what the template puts before an answer
+        start = full.find(given, len(prompt))  # after what the template puts before an answer
         if not full.startswith(prompt) or start < 0:
             raise WagleError(
                 "the chat template changes the prompt when an answer follows; give prompt_format"
@@ -249,7 +249,7 @@ class Template:
 
     def _chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         """Render messages with the chat template."""
-        from jinja2 import TemplateError  # which transformers needs for chat templates alone
+        from jinja2 import TemplateError  # which transformers needs only for chat templates
 
         if self.system_prompt is not None and [m["role"] for m in messages[:1]] != ["system"]:
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
@@ -279,7 +279,7 @@ class Template:
 def at_fixed_date(chat_template: str, now: datetime.datetime) -> str:
     """A chat template whose clock, ``strftime_now``, shows ``now``.
 
-    transformers passes a template no function: a macro of that name goes before its global one.
+    transformers passes no function to a template, but a macro overrides its global function.
     """
     codes = {f"%{letter}" for letter in "aAwdbBmyYHIpMSfzZjUWcxXGuV"}
     codes |= set(re.findall(r"%[-_0^#]?[A-Za-z]", chat_template))
@@ -288,11 +288,11 @@ def at_fixed_date(chat_template: str, now: datetime.datetime) -> str:
         for code in sorted(codes)
     )
     macro = f"{{% macro strftime_now(format) %}}{{{{ format{shown} }}}}{{% endmacro %}}"
-    return f"{macro}\n{chat_template}"  # a line break behind a block is no part of the text
+    return f"{macro}\n{chat_template}"  # a line break after a block is not part of the text
 
 
 def check_ids(ids: Sequence[int], known: int) -> None:
-    """Refuse tokens that a model, which knows so many, has no embedding for."""
+    """Refuse tokens for which a model that knows ``known`` tokens has no embedding."""
     if wrong := [token for token in ids if token >= known]:
         raise WagleError(
             f"token id {wrong[0]} is out of range: the model knows 0 to {known - 1}; take the "
