@@ -5,7 +5,7 @@ largest sum of a moment's parts. Formulas are in bytes, for one device, with
 
     N  weights                          R  ranks
     M  weights of the largest tensor    w  bytes per weight as the model computes with it
-    S  weights that may move            c  bytes of what matrix products take and give
+    S  weights that may move            c  bytes of a matrix product's inputs and outputs
     h  hidden size                      q  size of all heads together
     L  blocks                           I  inner size of the MLP
     V  vocabulary                       d  density of the mask; S = d N
@@ -21,23 +21,23 @@ from wagle_pl.planning.planned import Architecture, PlannedRun, runs_of
 
 GIB = 1 << 30
 FP32 = 4
-#: Numbers in a bucket of DeepSpeed's, if the model has as many (Lightning's default).
+#: Maximum number of values in one of DeepSpeed's buckets (Lightning's default).
 BUCKET = 200_000_000
-BLOCK = 1 << 22  # weights that attribution scores at a time, of a larger tensor
-#: Weights that ZeRO-3 keeps together on a rank at most (``stage3_max_live_parameters``).
+BLOCK = 1 << 22  # weights of a larger tensor that attribution scores at a time
+#: Maximum number of weights that ZeRO-3 keeps gathered (``stage3_max_live_parameters``).
 LIVE = 1_000_000_000
 BROADCAST = 250 << 20  # bytes in a bucket of DDP's broadcast of the parameters (torch's default)
 #: Bytes of interpreter and libraries in a process on a CPU: measured, ``bin/benchmarks/plan.py``.
 CPU_OVERHEAD = 600 << 20
 GPU_OVERHEAD = 1 << 30  # of CUDA context, cuBLAS and NCCL on a GPU: assumed, not measured
-USABLE = 0.92  # share of a GPU that is planned with; the rest is left to fragmentation
+USABLE = 0.92  # share of a GPU's memory that plans use; the rest is left to fragmentation
 
 MOMENTS = LOAD, FORWARD, BACKWARD, STEP, END = "load", "forward", "backward", "step", "end"
 RUNNING = MOMENTS[1:]
 
 
 class Part(NamedTuple):
-    """What takes how many bytes at which moments; on the ``host``, a GPU's share of CPU memory."""
+    """Memory of one kind: bytes and moments; ``host`` means a GPU's share of CPU memory."""
 
     name: str
     bytes: float
@@ -52,10 +52,10 @@ def block_bytes(model: Architecture, computing: int) -> int:
     """2 h (4 + 2 c) + 4 q c + 4 heads + (4 or 2) I c: bytes per token that a block keeps for its
     backward pass, with attention that keeps no T × T matrix.
 
-    Two norms keep their input in fp32, what they normalised and what they give; attention keeps
+    Two norms keep their input in fp32, the normalised input and their output; attention keeps
     queries, keys, values (repeated for every head) and its output, and one fp32 number per head; a
-    gated MLP keeps gate, its activation, up and their product (one without a gate: two). In the
-    manner of Korthikanti et al. 2022 (arXiv 2205.05198), for the Llama block.
+    gated MLP keeps gate, its activation, up and their product (one without a gate: two). Derived
+    like Korthikanti et al. 2022 (arXiv 2205.05198), for the Llama block.
     """
     norms = 2 * model.hidden * (FP32 + 2 * computing)
     attention = 4 * model.attention * computing + FP32 * model.heads
@@ -75,9 +75,9 @@ def activation_bytes(
 def logit_bytes(
     model: Architecture, tokens: int, computing: int, streams: int = 1, sharded: bool = False
 ) -> int:
-    """Logits, their log-softmax and its gradient, these two in fp32: of each stream's tokens, or of
-    one chunk if these are more. Sharded weights (ZeRO-3) give logits of all tokens at once, which
-    are kept with their gradient."""
+    """Logits, their log-softmax and its gradient (these two in fp32) of each stream's tokens or, if
+    they are more than a chunk, of one chunk. With sharded weights (ZeRO-3), logits of all tokens
+    are computed at once, and kept with their gradient."""
     numbers = tokens * model.vocabulary
     chunk = CHUNK if numbers > CHUNK else streams * numbers
     whole = 2 * streams * numbers if sharded and numbers > CHUNK else 0
@@ -88,12 +88,12 @@ def logit_bytes(
 
 
 def lasting_sums(run: PlannedRun) -> int:
-    """Bytes a weight of the fp32 sums g_f and g_r, and of the diagonal if one is kept."""
+    """Bytes per weight of the fp32 sums g_f and g_r, and of the diagonal if one is kept."""
     return FP32 * (2 + run.diagonal)
 
 
 def sums_per_weight(run: PlannedRun) -> int:
-    """The same, and those of a Hessian draw, which last for a step."""
+    """The same, plus the sums of a Hessian draw, which exist for one step."""
     return lasting_sums(run) + FP32 * (run.estimator.step_sums if run.estimator else 0)
 
 
@@ -103,12 +103,12 @@ def state_bytes(optimizer: str, numbers: float) -> float:
 
 
 def step_bytes(run: PlannedRun, numbers: float) -> float:
-    """Temporaries of a step: of torch's AdamW on a GPU one fp32 copy; MaskedAdamW is fused."""
+    """Temporaries of a step: one fp32 copy for torch's AdamW on a GPU; MaskedAdamW is fused."""
     return FP32 * numbers if run.optimizer == "AdamW" and run.accelerator == "gpu" else 0
 
 
 def has_values(run: PlannedRun) -> bool:
-    """Whether values stand beside the model's weights: selected ones, or fp32 of narrow weights."""
+    """Whether values are kept in addition to the weights: selected ones, or fp32 of narrow ones."""
     return run.masked or (not run.stage and run.width < FP32)
 
 
@@ -129,11 +129,11 @@ def weight_parts(model: Architecture, run: PlannedRun) -> list[Part]:
 def attribution_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     """Sums, and the scores of one tensor.
 
-    A gradient stands for one tensor at a time (twice where it is embedding and output matrix),
-    widened to fp32 if it is narrower; several ranks add it up in a copy. On one device an fp32
-    gradient is added to its sum in place. Scores of a block of a tensor take five tensors.
+    Only one tensor has a gradient at a time (two gradients if it is embedding and output matrix),
+    converted to fp32 if it is narrower; several ranks add it up in a copy. On one device an fp32
+    gradient is added to its sum in place. Scoring a block takes five tensors of its size.
 
-    ``host``: sums are in CPU memory, with two pinned buffers, and a narrower gradient is widened
+    ``host``: sums are in CPU memory, with two pinned buffers, and a narrower gradient is converted
     there. ``passes=K``: sums are of the largest group of parameters; finished ones are in files.
     """
     w, n, m, ranks = run.width, model.weights, model.largest, run.devices
@@ -148,7 +148,7 @@ def attribution_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     share = max(sum(model.sizes[i] for i in group) for group in groups) / ranks
     when = (FORWARD, BACKWARD, STEP) if passes > 1 else RUNNING
     moved = (w if ranks == 1 else FP32 / ranks) * m if host and gpu else 0
-    ddp = run.stage == 0 and ranks > 1 and gpu  # on a CPU memory that is not touched takes no room
+    ddp = run.stage == 0 and ranks > 1 and gpu  # on a CPU, untouched memory takes no room
     temporaries = run.estimator.temporaries if run.estimator else 0
     return [
         Part("sums of gradients", sums_per_weight(run) * share, when, "host" if host else "device"),
@@ -165,8 +165,8 @@ def attribution_parts(model: Architecture, run: PlannedRun) -> list[Part]:
 def training_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     """Values and their places, gradients, optimiser state, and what the step and the end need.
 
-    Places of values are int32, whole on every rank, and joined for a tensor at a time; under ZeRO-3
-    they are bits. Of the gradient of one dense tensor the selected entries are kept.
+    Places of values are int32, complete on every rank, and joined for one tensor at a time; under
+    ZeRO-3 they are bits. Only the selected entries of a tensor's dense gradient are kept.
     """
     s, m, w = model.weights * run.moving, model.largest, run.width
     bits = model.weights / 8 / run.devices if run.masked and run.stage == 3 else 0
@@ -184,8 +184,8 @@ def training_parts(model: Architecture, run: PlannedRun) -> list[Part]:
 
 
 def _plain_parts(model: Architecture, run: PlannedRun) -> list[Part]:
-    """One device, or DDP. fp32 weights that all move are values themselves; of values in halves a
-    step joins those of one tensor: values, their gradient, and the upper halves."""
+    """One device, or DDP. If all weights move and are fp32, they are the values. If values are in
+    halves, a step joins one tensor at a time: values, their gradient, and the upper halves."""
     w, n, s, m = run.width, model.weights, model.weights * run.moving, model.largest
     halves, values, ddp = run.values == "split", has_values(run), run.devices > 1
     return [
@@ -204,17 +204,17 @@ def _plain_parts(model: Architecture, run: PlannedRun) -> list[Part]:
 
 
 def _zero_parts(model: Architecture, run: PlannedRun) -> list[Part]:
-    """ZeRO's flat partitions, in fp32 even where values are, and its buckets.
+    """ZeRO's flat partitions, in fp32 even if the values are, and its buckets.
 
-    Under stage 3 a graph keeps the tensors that values have been written into, and the bits that
-    say where: of each stream, or with checkpointing those of a block and of each stream's output
+    Under stage 3 a graph keeps the tensors into which values have been written, and the bits that
+    say where: for each stream; with checkpointing, those of one block and of each stream's output
     matrix.
 
-    Two buckets take turns under stages 1 and 2 (on a CPU the second is untouched while one holds
-    all); another is being reduced, of which gloo takes a copy under stage 3. While the last is
-    reduced, the other gradients stand (under stage 3 all, always), and the one that found the
-    bucket full. Over several micro-batches stage 1 keeps gradients whole and stage 2 its share. The
-    step needs gradients in fp32 beside those, or beside what the optimiser needs.
+    Under stages 1 and 2 two buckets take turns (on a CPU the second takes no memory while one is
+    enough); another is being reduced, and gloo copies it under stage 3. During the last reduction
+    the other gradients exist (under stage 3 always all), and the one that did not fit into the
+    bucket. Over several micro-batches stage 1 keeps whole gradients, stage 2 a rank's share. The
+    step needs fp32 gradients in addition to these, or to what the optimiser needs.
     """
     w, n, s = run.width, model.weights, model.weights * run.moving
     share, sharded, gpu = s / run.devices, run.stage == 3, run.accelerator == "gpu"
@@ -256,11 +256,11 @@ def _zero_parts(model: Architecture, run: PlannedRun) -> list[Part]:
 
 
 def pass_parts(model: Architecture, run: PlannedRun) -> list[Part]:
-    """Activations and logits of the graphs that are alive together; in a test of one block, and the
-    cache of a generation as long as the rows.
+    """Activations and logits of the graphs that exist together; in a test, those of one block, and
+    the cache of a generation as long as the rows.
 
-    A Gauss–Newton draw makes a second backward pass through one graph, so its activations stay
-    during the first (not under ZeRO-3).
+    A Gauss–Newton draw makes a second backward pass through the same graph, so its activations are
+    kept during the first (not under ZeRO-3).
     """
     tokens, width = run.batch_size * run.max_length, run.computing
     if run.task == "test":
@@ -287,7 +287,7 @@ def pass_parts(model: Architecture, run: PlannedRun) -> list[Part]:
 
 
 def parts_of(model: Architecture, run: PlannedRun) -> list[Part]:
-    """All parts of a run's memory, on the device and beside it."""
+    """All parts of a run's memory, on the device and on the host."""
     overhead = Part("interpreter and libraries", CPU_OVERHEAD, MOMENTS)
     if run.accelerator == "gpu":
         overhead = Part("CUDA, cuBLAS, NCCL", GPU_OVERHEAD, MOMENTS)
@@ -300,13 +300,13 @@ def parts_of(model: Architecture, run: PlannedRun) -> list[Part]:
 
 
 def device_parts(model: Architecture, run: PlannedRun) -> list[Part]:
-    """The parts in a device's memory; on a CPU all, as there is no other place."""
+    """The parts in a device's memory; on a CPU, all parts."""
     parts = parts_of(model, run)
     return [part for part in parts if part.where == "device" or run.accelerator == "cpu"]
 
 
 def at(parts: Iterable[Part], moment: str) -> float:
-    """Bytes of those parts that are there at a moment."""
+    """Bytes of the parts that exist at a moment."""
     return sum(part.bytes for part in parts if moment in part.moments)
 
 
@@ -317,8 +317,8 @@ def peak(model: Architecture, run: PlannedRun) -> tuple[str, float]:
 
 
 def host_bytes(model: Architecture, run: PlannedRun) -> float:
-    """CPU memory of one rank of a run on GPUs: libraries, what is offloaded, the mask, and while
-    loading the model as it is stored (under ZeRO-3 one tensor of it)."""
+    """CPU memory of one rank of a run on GPUs: libraries, what is offloaded, the mask and, while it
+    is being loaded, the model as it is stored (under ZeRO-3 one of its tensors)."""
     parts = [part for part in parts_of(model, run) if part.where == "host"]
     loading = model.stored * (model.largest if run.stage == 3 else model.weights)
     return CPU_OVERHEAD + max(loading, *(at(parts, moment) for moment in MOMENTS))
@@ -341,7 +341,7 @@ def disk_bytes(run: PlannedRun, weights: int, stored: int = 0) -> dict[str, floa
 
 
 def step_tokens(run: PlannedRun) -> int:
-    """Tokens of a micro-batch on all devices: rows of one stream, or as many of two."""
+    """Tokens of a micro-batch on all devices, with the same number of rows from each stream."""
     streams = 2 if run.task in ("attribution", "unlearning") else 1
     return run.batch_size * run.max_length * run.devices * streams
 
@@ -350,10 +350,10 @@ def step_flops(model: Architecture, run: PlannedRun) -> float:
     """Floating-point operations of a micro-batch on all devices, without those of attention between
     tokens.
 
-    2 N' a token forward and 4 N' backward (Kaplan et al. 2020, arXiv 2001.08361): 6 N' of training.
-    N' is N without an embedding that is not the output matrix too. Checkpointing adds a forward
-    pass. Attribution estimates a Hessian on half of its tokens, the retain rows: the estimator's
-    backward passes, and under ZeRO-3 a forward pass.
+    2 N' per token forward and 4 N' backward (Kaplan et al. 2020, arXiv 2001.08361): 6 N' in
+    training. N' is N without the embedding, unless it is also the output matrix. Checkpointing adds
+    a forward pass. Attribution estimates a Hessian on the retain rows, half of its tokens, which
+    adds the estimator's backward passes and, under ZeRO-3, a forward pass.
     """
     n = model.weights - (0 if model.tied else model.vocabulary * model.hidden)
     if run.task == "test":

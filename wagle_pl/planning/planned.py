@@ -1,4 +1,4 @@
-"""What is planned: a model, by its configuration alone, and a run of it."""
+"""What is planned: a model, known by its configuration only, and a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from wagle_pl.masks.names import layer_of
 TASKS = ("attribution", "unlearning", "finetuning", "test")
 OPTIMIZERS = ("MaskedAdamW", "AdamW", "AdamW8bit", "SignSGD", "SGD")
 VALUES = ("fp32", "split")
-#: Precision -> bytes of a weight in memory, bytes of what matrix products take and give.
+#: Precision -> bytes of a weight in memory, bytes of a matrix product's inputs and outputs.
 PRECISIONS = {
     "32-true": (4, 4),
     "bf16-mixed": (4, 2),
@@ -24,7 +24,7 @@ PRECISIONS = {
 
 
 class Strategy(NamedTuple):
-    """ZeRO stage, 0 for a whole copy on every device, and what lies in CPU memory."""
+    """ZeRO stage, 0 for a whole copy on every device, and what is offloaded to CPU memory."""
 
     stage: int = 0
     offload_optimizer: bool = False
@@ -60,7 +60,7 @@ class Sums(NamedTuple):
 
 
 def runs_of(sizes: Sequence[int], count: int) -> list[range]:
-    """``count`` runs of consecutive tensors, none empty, of about as many numbers each.
+    """Split tensors into ``count`` non-empty runs of consecutive ones, of about equal total size.
 
     >>> runs_of([5, 1, 1, 1, 2], 3)
     [range(0, 1), range(1, 4), range(4, 5)]
@@ -85,7 +85,7 @@ class Architecture(NamedTuple):
     layers: int
     heads: int
     attention: int  # size of all query heads together
-    keys: int  # the same of key heads
+    keys: int  # the same for key heads
     inner: int  # of the MLP
     gated: bool  # as in Llama, or not, as in GPT-2
     vocabulary: int
@@ -99,12 +99,12 @@ class Architecture(NamedTuple):
 
     @property
     def weights(self) -> int:
-        """N."""
+        """Number N of weights."""
         return sum(self.sizes)
 
     @property
     def largest(self) -> int:
-        """M."""
+        """Number M of weights in the largest tensor."""
         return max(self.sizes)
 
 
@@ -218,7 +218,7 @@ class PlannedRun:
         if self.in_sums.passes > 1 and (whole or self.devices > 1 or self.stage):
             reason = "this Hessian estimate needs all parameters at once"
             reason = reason if whole else "several devices and ZeRO share sums out already"
-            raise WagleError(f"{self.sums} cannot be: {reason}", "sums", "use host or device")
+            raise WagleError(f"{self.sums} cannot be used: {reason}", "sums", "use host or device")
         if self.stage == 3 and self.frozen_copy:
             raise WagleError(
                 "a frozen copy of the model does not work under ZeRO-3; choose another stage"
@@ -226,8 +226,8 @@ class PlannedRun:
 
     @classmethod
     def about_to(cls, task: str, precision: str, stage: int, **options: Any) -> PlannedRun:
-        """The plan of a run that is about to begin. An optimiser or precision that the plan does
-        not know counts as the one that takes the least."""
+        """The plan of a run that is about to begin. An unknown optimiser or precision is treated
+        like the one that needs the least memory."""
         if options.get("optimizer", "SGD") not in OPTIMIZERS:
             options["optimizer"] = "SGD"
         known = precision if precision in PRECISIONS else "16-true"
@@ -248,13 +248,13 @@ class PlannedRun:
 
     @property
     def width(self) -> int:
-        """w. DeepSpeed holds the model itself in the narrow type in mixed precision too."""
+        """Bytes w per weight; DeepSpeed's mixed precision holds the model in the narrow type."""
         in_memory, computing = PRECISIONS[self.precision]
         return computing if self.stage else in_memory
 
     @property
     def computing(self) -> int:
-        """c."""
+        """Bytes c of each input and output of a matrix product."""
         return PRECISIONS[self.precision][1]
 
     @property
@@ -267,9 +267,9 @@ class PlannedRun:
 
     @property
     def streams(self) -> int:
-        """Streams of a batch whose graphs are alive together: forget and retain rows in unlearning,
-        but on one device, where no tensor trained is a plain parameter of the model (under
-        bf16-true)."""
+        """Streams of a batch whose graphs exist together: forget and retain rows in unlearning,
+        except on one device in bf16-true, where no trained tensor is a plain parameter of the
+        model."""
         one_at_a_time = self.strategy == "auto" and self.precision == "bf16-true"
         return 2 if self.task == "unlearning" and not one_at_a_time else 1
 
