@@ -1,6 +1,6 @@
-"""Checkpoints that many ranks write, each its share, and any number of ranks reads.
+"""Checkpoints of which each rank writes its shard, and which any number of ranks can read.
 
-A folder, written beside its place and renamed, so that it is whole or not there::
+A folder, written under another name and then renamed, so that it is complete or does not exist::
 
     index.json                         shapes; which file holds which numbers of which parameter
     rank-00000-of-00002.safetensors    what this rank holds: weights (fp32 if trained), state
@@ -37,14 +37,14 @@ WEIGHT = "weight"
 
 
 class Piece(NamedTuple):
-    """Consecutive numbers of a parameter, or of something of its shape."""
+    """Consecutive numbers of a parameter, or of a tensor of the same shape."""
 
     key: str  # what they are: ``weight``, ``state/<key of the optimiser>`` or ``sum/<name>``
     name: str  # of the parameter
-    start: int  # the first number's place in the flattened parameter
+    start: int  # index of the first number in the flattened parameter
     numel: int
     dtype: torch.dtype
-    read: Callable[[], Tensor]  # gives them, (numel,), when they are to be written
+    read: Callable[[], Tensor]  # returns them, (numel,), when they are to be written
 
 
 # -- what a rank holds -----------------------------------------------------------------------------
@@ -53,8 +53,8 @@ class Piece(NamedTuple):
 def of_optimizer(
     optimizer: torch.optim.Optimizer, held: Iterable[Fragment]
 ) -> tuple[list[Piece], dict[str, dict[str, float]]]:
-    """Weights and optimiser state in this rank's flat partitions; and by parameter and key the
-    state that is one number (a step count)."""
+    """Weights and optimiser state in this rank's flat partitions; and, by parameter and key, state
+    that is a single number (a step count)."""
     pieces, singles = [], {}
     for fragment in held:
         name, flat = fragment.name, fragment.flat
@@ -94,10 +94,10 @@ def save(
     Args:
         pieces: what this rank holds.
         common: what rank 0 writes for all.
-        shapes: parameter name -> shape of what is kept, whole.
+        shapes: parameter name -> shape of the whole parameter.
 
     Raises:
-        WagleError: if a rank cannot write its share: the checkpoint does not appear.
+        WagleError: if a rank cannot write its shard; no checkpoint appears then.
     """
     rank, ranks = distributed.rank(), distributed.world_size()
     file, pieces = f"rank-{rank:05d}-of-{ranks:05d}.safetensors", list(pieces)
@@ -123,7 +123,7 @@ def save(
 
 
 def load_plain(path: Path, what: Optional[str] = None) -> Any:
-    """What ``torch.save`` wrote, on the CPU, if it is tensors and plain data: nothing in it is run.
+    """Load what ``torch.save`` wrote, on the CPU, if it is tensors and plain data; runs no code.
 
     Tensors are mapped into memory and read when they are used.
 
@@ -190,7 +190,7 @@ class ShardedCheckpoint:
         return load_plain(self.path / COMMON_FILE, f"checkpoint {self.path}")
 
     def read(self, key: str, name: str, start: int, numel: int) -> Tensor:
-        """(numel,) consecutive numbers, from however many shards they lie in."""
+        """(numel,) consecutive numbers, read from all shards that hold some of them."""
         parts, end = [], start + numel
         pieces = self.pieces.get(key, {}).get(name, [])
         for file, first, count in sorted(pieces, key=lambda piece: piece[1]):
@@ -209,7 +209,7 @@ class ShardedCheckpoint:
         return self.read(WEIGHT, name, 0, prod(self.shapes[name])).view(self.shapes[name])
 
     def load_weights(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Set (name, parameter) pairs, whole or sharded over ranks, of which each reads its share."""
+        """Set (name, parameter) pairs, whole or sharded over ranks; each rank reads its shard."""
         parameters = list(parameters)
         shapes = shapes_of(parameters)
         for name in [*shapes, *self.shapes]:

@@ -1,7 +1,7 @@
-"""What this package takes from the inside of DeepSpeed and of Lightning's strategy around it.
+"""Private parts of DeepSpeed, and of Lightning's strategy around it, that this package uses.
 
-Neither offers these in public, so each stands here, once, with its reason;
-``tests/unit/test_internals.py`` fails first when a new version moves one of them.
+Neither makes them public, so all uses are collected here, each with its reason;
+``tests/unit/test_internals.py`` fails first when a new version changes one of them.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Fragment(NamedTuple):
 def fragments(optimizer: Any, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[Fragment]:
     """The fragments of (name, parameter) pairs that this rank's ZeRO optimiser holds.
 
-    ``deepspeed.utils.safe_get_full_fp32_param`` and its like gather whole parameters on every rank;
-    a checkpoint of shards needs the ranks' own parts.
+    ``deepspeed.utils.safe_get_full_fp32_param`` and similar functions gather whole parameters on
+    every rank; a checkpoint of shards needs each rank's own part.
     """
     found = []
     for name, parameter in parameters:
@@ -52,7 +52,7 @@ def fragments(optimizer: Any, parameters: Iterable[tuple[str, nn.Parameter]]) ->
                 flat = optimizer.fp32_partitioned_groups_flat[group]
                 found.append(Fragment(name, start, len(here), flat, at))
         elif (mapping := getattr(parameter, "_hp_mapping", None)) is not None:
-            # stages 1 and 2: all parameters end to end are cut; a rank holds at most two in part
+            # stages 1 and 2: parameters are joined and cut; a rank holds at most two partly
             flats = getattr(optimizer, "single_partition_of_fp32_groups", None)
             flats = flats or optimizer.fp32_groups_flat_partition  # of BF16_Optimizer
             here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
@@ -67,14 +67,14 @@ def use_cpu() -> None:
     from deepspeed.accelerator import get_accelerator, set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-    # its own all-reduce would have to be compiled; gloo will do
+    # its own all-reduce would have to be compiled; gloo is enough
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if get_accelerator().device_name() != "cpu":
         set_accelerator(CPU_Accelerator())
 
 
 def make_engine_without_optimizer(strategy: DeepSpeedStrategy) -> None:
-    """What Lightning does to test, while it fits: a module that moves no weights needs no more."""
+    """Set up a fit as Lightning sets up a test: enough for a module that moves no weights."""
     strategy._initialize_deepspeed_inference(strategy.model)
 
 
@@ -85,7 +85,7 @@ def shard_again(strategy: DeepSpeedStrategy) -> None:
 
 
 def check_async_io() -> None:
-    """Refuse offload to NVMe where DeepSpeed's extension for it is not built: it would fail in the
+    """Refuse offload to NVMe if DeepSpeed's extension for it is not built: it would fail in the
     middle of a run."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 

@@ -36,7 +36,7 @@ def is_sharded(strategy: Strategy) -> bool:
 
 
 def stage_of(strategy: Strategy) -> int:
-    """The ZeRO stage of a strategy, 0 if it is none."""
+    """The ZeRO stage of a strategy, 0 if it is not ZeRO."""
     return strategy.config.get("zero_optimization", {}).get("stage", 0) if is_zero(strategy) else 0
 
 
@@ -47,14 +47,14 @@ class ZeRO(DeepSpeedStrategy):
 
     * the CPU, with ``--trainer.accelerator cpu --trainer.devices 2``;
     * modules that move no weights (attribute ``moves_weights`` False): no optimiser is made;
-    * checkpoints of safetensors shards, whole or not at all, which any number of ranks and any
-      stage resumes from (:mod:`wagle_pl.strategies.checkpoint`);
+    * checkpoints of safetensors shards, written whole or not at all, from which any number of ranks
+      and any stage can resume (:mod:`wagle_pl.strategies.checkpoint`);
     * torch's optimisers with offload: nothing has to be compiled;
     * communication buffers no larger than the model.
 
     Args:
         stage: 1 shards the optimiser's state, 2 gradients too, 3 parameters too.
-        offload_optimizer: keep the optimiser's state, and step, in CPU memory.
+        offload_optimizer: keep the optimiser's state, and do its step, in CPU memory.
         offload_parameters: keep parameters in CPU memory (stage 3).
         param_persistence_threshold: smaller parameters stay whole on every rank (stage 3).
         config: a DeepSpeed configuration, or the path of one in JSON, in place of all other
@@ -130,8 +130,8 @@ class ZeRO(DeepSpeedStrategy):
             )
 
     def setup_distributed(self) -> None:
-        """Join the ranks; one that Lightning started ends when the first rank does, instead of
-        waiting for it in a collective."""
+        """Join the other ranks; a rank that Lightning started ends when the first rank does,
+        instead of waiting for it in a collective."""
         super().setup_distributed()
         cluster = self.cluster_environment
         if cluster is None or cluster.creates_processes_externally or self.local_rank == 0:
@@ -141,14 +141,14 @@ class ZeRO(DeepSpeedStrategy):
         def watch() -> None:
             while os.getppid() == parent:
                 time.sleep(1)
-            time.sleep(5)  # an error that has to be printed first
+            time.sleep(5)  # an error may have to be printed first
             os._exit(1)
 
         threading.Thread(target=watch, daemon=True).start()
 
     @contextmanager
     def model_sharded_context(self) -> Generator[None, None, None]:
-        """Parameters made inside are sharded over the ranks at once (stage 3)."""
+        """Parameters created inside are sharded over the ranks at once (stage 3)."""
         # its first import does not work inside: the context replaces torch's functions
         import torch._dynamo  # noqa: F401
 
@@ -166,7 +166,7 @@ class ZeRO(DeepSpeedStrategy):
         fits = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         if fits and not self.moves_weights:
             internals.make_engine_without_optimizer(self)
-            # of a module without optimisers: a mock of Lightning's
+            # for a module without optimisers: Lightning's mock
             Strategy.setup_optimizers(self, self.lightning_module.trainer)
             return
         zero = self.config.get("zero_optimization", {})
@@ -193,7 +193,7 @@ class ZeRO(DeepSpeedStrategy):
         return self.deepspeed_engine.basic_optimizer
 
     def fragments(self) -> list[internals.Fragment]:
-        """What this rank's optimiser holds of which parameter of the language model."""
+        """The fragments of the language model's parameters that this rank's optimiser holds."""
         named = self.lightning_module.lm.named_parameters()
         return internals.fragments(self.deepspeed_engine.optimizer, named)
 
@@ -211,7 +211,7 @@ class ZeRO(DeepSpeedStrategy):
         return super().optimizer_step(optimizer, closure, model, **kwargs)
 
     def release(self) -> None:
-        """Shard parameters again that a backward pass of the module's own left whole (stage 3)."""
+        """Shard parameters again that the module's own backward pass left gathered (stage 3)."""
         internals.shard_again(self)
 
     # -- checkpoints -------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ class ZeRO(DeepSpeedStrategy):
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: Optional[bool] = None
     ) -> dict[str, Any]:
-        """Read weights and, when fitting, the optimiser's state, whoever wrote the folder."""
+        """Read weights and, when fitting, the optimiser's state, from any number of ranks."""
         stored, module = files.ShardedCheckpoint(checkpoint_path), self.lightning_module
         fits = module.trainer.state.fn == TrainerFn.FITTING
         if not self.moves_weights:
