@@ -1,14 +1,13 @@
-"""Sparse and low-rank adapters of ``peft``: a baseline, and a form of masks and patches.
+"""Sparse and low-rank adapters of ``peft``: a baseline, and a format for masks and patches.
 
-``LoRA`` trains a few new weights and leaves those of the model alone. An adapter that has not been
-trained adds exactly nothing, so log-probabilities at θ₀ may be computed before the first step,
-adapter in place.
+``LoRA`` trains a few new weights and does not change those of the model. An untrained adapter adds
+exactly nothing, so log-probabilities at θ₀ may be computed before the first step, with the adapter
+in place.
 
-SHiRA (arXiv 2406.13175) adds r (m + n) numbers to places of each of its linear layers, of m × n
-weights, with one r for all layers. Here r is the least that holds every layer's places. A layer
-with fewer repeats them, with nothing to add, so that what is changed or trained stays the same
-places; in training, a place that stands there twice is moved by both. Layers without places are
-left out.
+SHiRA (arXiv 2406.13175) adds r (m + n) numbers at places of each adapted linear layer, which has
+m × n weights, with one r for all layers. Here r is the smallest that fits every layer's places. A
+layer with fewer places repeats them and adds nothing there, so that the same places are changed or
+trained; in training, a repeated place is moved by both copies. Layers without places are left out.
 """
 
 from __future__ import annotations
@@ -46,10 +45,10 @@ class LoRA:
     Args:
         r: rank of B A.
         alpha: the adapter's output is scaled by alpha / r.
-        dropout: of the adapter's input while training.
+        dropout: of the adapter's input, during training.
         target_modules: endings of names of linear layers; ``all-linear``: all but the output layer.
-        merge: write a whole model, with B A in the weights; False writes a folder of just the
-            adapter, which stands for it wherever ``peft`` is installed and the base is in place.
+        merge: write a whole model, with B A in the weights; False writes a folder with only the
+            adapter, which can be loaded like a model if ``peft`` is installed and the base exists.
     """
 
     def __init__(
@@ -80,7 +79,7 @@ class LoRA:
         Args:
             lm: a Hugging Face model; its class and its calls stay as they are.
             base: hub id or folder that an adapter folder will name as its base.
-            trainable: regular expression that finds the names of what may move; None for all.
+            trainable: regular expression for names of parameters that may move; None for all.
         """
         try:
             from peft import LoraConfig, get_peft_model
@@ -108,13 +107,13 @@ class LoRA:
             )
 
     def fold(self) -> None:
-        """Add B A to the model's weights and take the adapters out."""
+        """Add B A to the model's weights and remove the adapters."""
         self._peft.merge_and_unload()
 
     def save(
         self, tokenizer: PreTrainedTokenizerBase, folder: str, card: str, record: dict[str, Any]
     ) -> None:
-        """Write a folder of just the adapter, with tokenizer, model card and record."""
+        """Write a folder with only the adapter, the tokenizer, model card and record."""
         with model_folder(folder, tokenizer, card, record) as temporary:
             self._peft.save_pretrained(temporary)
 
@@ -122,13 +121,13 @@ class LoRA:
 # -- masks and patches as adapters, and back -------------------------------------------------------
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-#: What the format calls floats -> dtype.
+#: Floating-point type as the format names it -> dtype.
 _FLOATS = {text: dtype for dtype, text in DTYPES.items() if dtype.is_floating_point}
 
 
 class Places(NamedTuple):
-    """Places of one weight tensor: its shape, how many, and what gives the (k,) places in the
-    flattened tensor and the (k,) numbers to add there."""
+    """Places of one weight tensor: its shape, their number, and a function that returns the (k,)
+    places in the flattened tensor and the (k,) numbers to add there."""
 
     shape: tuple[int, ...]
     count: int
@@ -139,7 +138,7 @@ def mask_to_shira(mask: WeightMask, base: str, output: str | Path) -> Path:
     """Write an adapter folder that trains the places of a mask, and adds nothing yet.
 
     Raises:
-        WagleError: if the mask selects weights of other things than linear layers.
+        WagleError: if the mask selects weights outside linear layers.
     """
 
     def read(name: str) -> tuple[Tensor, Tensor]:
@@ -190,14 +189,14 @@ def patch_to_shira(
 ) -> Path:
     """Write an adapter folder that turns the patch's base into the unlearned model.
 
-    It adds fp32 differences: a model in bf16 or fp16 becomes the unlearned one, one in fp32 up to
-    the rounding of a sum.
+    It adds fp32 differences: in bf16 or fp16 the result is exactly the unlearned model, in fp32 up
+    to the rounding of a sum.
 
     Args:
         base: folder of the patch's base model, which the adapter names.
 
     Raises:
-        WagleError: if the patch is of another model, or changes other things than linear layers.
+        WagleError: if the patch is of another model, or changes weights outside linear layers.
     """
     refuse_existing(Path(output), overwrite, "--overwrite", kind="folder")
     opened, files = Patch(patch), TensorFiles(base)
@@ -232,7 +231,7 @@ def patch_to_shira(
 def patch_from_shira(
     base: str | Path, adapter: str | Path, output: str | Path, overwrite: bool = False
 ) -> Patch:
-    """Write the patch of a base model and an adapter of ``peft`` on it, of whatever kind."""
+    """Write the patch of a base model and an adapter of ``peft`` on it, of any kind."""
     refuse_existing(Path(output), overwrite, "--overwrite")
     name = str(base)
     lm = models.merged(models.load_model(name, torch.float32), str(adapter))
@@ -242,7 +241,7 @@ def patch_from_shira(
 
 
 def _write(what: str, found: Mapping[str, Places], base: str, output: Path) -> Path:
-    """Write an adapter folder, a tensor at a time; ``what`` names the mask or patch in errors."""
+    """Write an adapter folder, one tensor at a time; ``what`` names mask or patch in errors."""
     found = {name: places for name, places in found.items() if places.count}
     r = _rank(what, found, base)
     read = lru_cache(1)(lambda name: found[name].read())
@@ -271,7 +270,7 @@ def _write(what: str, found: Mapping[str, Places], base: str, output: Path) -> P
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": r,
-        "mask_type": "wagle",  # none of peft's: no places are drawn when it is loaded
+        "mask_type": "wagle",  # not one of peft's, so that loading draws no places
         "target_modules": [name.removesuffix(".weight") for name in found],
         "inference_mode": True,
     }

@@ -1,4 +1,4 @@
-"""What is refused: options before a run, numbers that are not finite, frozen weights that moved."""
+"""Checks of options before a run, of numbers that are not finite, of frozen weights that moved."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ class StepLosses(NamedTuple):
 
 
 class FiniteSteps:
-    """Refuses steps whose losses or gradients are not finite: no device waits for the answer.
+    """Refuses steps whose losses or gradients are not finite, without making a device wait.
 
-    On a CPU a step is refused before it is taken. Elsewhere its numbers are copied while the device
-    goes on, and read when the next step comes; what writes weights calls :meth:`settle` first.
+    On a CPU, a step is refused before it is taken. Elsewhere, its numbers are copied while the
+    device continues, and read at the next step; whatever writes weights calls :meth:`settle` first.
     """
 
     def __init__(self) -> None:
@@ -88,9 +88,9 @@ class FiniteSteps:
     def check(
         self, batches: Sequence[StepLosses], gradients: Mapping[str, Tensor], step: int
     ) -> None:
-        """Look at a step, and at the answer to the last one. Collective.
+        """Start the check of a step, and finish that of the last one. Collective.
 
-        Without gradients, these are left to fp16's scaler, which skips such a step.
+        If no gradients are given, fp16's scaler takes care of them: it skips such a step.
 
         Raises:
             Diverged: on all ranks, naming the rows, or a parameter.
@@ -104,7 +104,7 @@ class FiniteSteps:
         on_gpu = answer.device.type == "cuda"
         answer = answer.to("cpu", non_blocking=on_gpu)
         copied = torch.cuda.current_stream().record_event() if on_gpu else None
-        names = list(gradients)  # not these: their memory is for the next step
+        names = list(gradients)  # only names: the next step reuses the memory
 
         def read() -> None:
             if copied is not None:
@@ -118,11 +118,11 @@ class FiniteSteps:
 
     @staticmethod
     def waits(device: torch.device) -> bool:
-        """Whether a step is held up until its numbers are known: where that costs nothing."""
+        """Whether a step waits until its numbers are known: only where that costs nothing."""
         return device.type == "cpu"
 
     def settle(self) -> None:
-        """Read the answer that is outstanding. Collective."""
+        """Finish the check that is outstanding. Collective."""
         read, self._read = self._read, None
         if read is not None:
             read()
@@ -145,7 +145,7 @@ def _refuse_step(
 
 
 def check_weights(weights: Mapping[str, Tensor], step: int) -> None:
-    """Refuse to write weights, of which this rank holds these, that are not finite. Collective."""
+    """Refuse to write weights that are not finite; each rank checks those it holds. Collective."""
     finite = _largest(weight.detach() for weight in weights.values()).isfinite()
     found = [name for name, good in zip(weights, finite.tolist(), strict=True) if not good]
     if found := distributed.all_gather(found):
@@ -156,8 +156,8 @@ def check_weights(weights: Mapping[str, Tensor], step: int) -> None:
 
 
 def _largest(tensors: Iterable[Tensor]) -> Tensor:
-    """(n,) the largest absolute values of n tensors in fp32; NaN if there is one, 0 of no values."""
-    # many times as fast as a norm on a CPU, and one kernel a tensor on a GPU
+    """(n,) largest absolute value of each of n tensors, in fp32; NaN if it has one, 0 if empty."""
+    # much faster than a norm on a CPU, and one kernel per tensor on a GPU
     ends = [t.aminmax() if t.numel() else (t.new_zeros(()),) * 2 for t in tensors]
     low, high = (torch.stack(end).float() for end in zip(*ends, strict=True))
     return torch.maximum(high, -low)
@@ -167,7 +167,7 @@ def _largest(tensors: Iterable[Tensor]) -> Tensor:
 
 
 class FrozenWeights:
-    """Digests of the frozen weights of every tensor at θ₀: each rank looks at its share of them."""
+    """Digests of the frozen weights of every tensor at θ₀; each rank has those of its shard."""
 
     def __init__(self, mask: WeightMask, weights: Iterable[tuple[str, Tensor]]) -> None:
         self.mask = mask
@@ -175,7 +175,7 @@ class FrozenWeights:
 
     @torch.no_grad()
     def _digests(self, name: str, tensor: Tensor) -> Tensor:
-        """Of the chunks of this rank's share, see :func:`wagle_pl.core.weights.digest`."""
+        """Digests of the chunks of this rank's shard: :func:`wagle_pl.core.weights.digest`."""
         start, share = share_of(tensor)
         found = []
         for first, end in chunks_of(start, len(share)):
@@ -184,7 +184,7 @@ class FrozenWeights:
         return torch.stack(found).cpu() if found else torch.empty(0, dtype=torch.int64)
 
     def check(self, weights: Iterable[tuple[str, Tensor]], step: int) -> str:
-        """What to say of the guarantee: how many weights are as they were. Collective.
+        """Check the guarantee; returns a text: how many weights are unchanged. Collective.
 
         Raises:
             WagleError: on all ranks, if a frozen weight moved.

@@ -1,4 +1,4 @@
-"""Model folders: what their card says, and how a checkpoint becomes one, a tensor at a time."""
+"""Model folders: their card, and how a checkpoint is turned into one, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def export(
     """Write a model folder from a checkpoint, or from a model in another format.
 
     Args:
-        path: a checkpoint: a file, or a folder that ranks under DeepSpeed wrote; or a GGUF file, a
-            folder of an adapter, a hub id: these are loaded whole.
-        model, mask: where the run's base model and mask file are, if no longer where they were.
+        path: a checkpoint (a file, or a folder written under DeepSpeed); or a GGUF file, a folder
+            with an adapter, or a hub id, which are loaded whole.
+        model, mask: where the run's base model and mask file are, if they have moved.
 
     Raises:
         WagleError: if there is no such checkpoint, it has no language model, or its base is gone.
@@ -135,7 +135,7 @@ def _of_shards(path: Path) -> tuple[Weights, Mapping[str, Any]]:
 
 
 def _of_file(path: Path) -> tuple[Weights, Mapping[str, Any]]:
-    """The same of a file."""
+    """The same for a file."""
     checkpoint = load_plain(path)
     if not isinstance(checkpoint, dict):
         return {}, {}
@@ -163,7 +163,7 @@ def _mask_of(
     originals: Originals,
     file: Optional[str],
 ) -> WeightMask:
-    """The mask of a checkpoint's run, made as it was made for the run."""
+    """The mask of a checkpoint's run, made again in the same way."""
     found = fingerprint((name, originals.read(name)) for name in shapes)
     made_on = checkpoint["model"]["fingerprint"]
     if found != made_on:
@@ -186,7 +186,7 @@ def _mask_of(
 def _with_values(
     stored: Weights, originals: Originals, mask: Optional[WeightMask], loaded_as: torch.dtype
 ) -> Weights:
-    """Weights in the place of values, which are rounded to the dtype that the model computed in."""
+    """Weights made from the values, rounded to the dtype in which the model computed."""
 
     def read(name: str) -> Tensor:
         values = stored.get(f"{name}{SUFFIX}")

@@ -1,4 +1,4 @@
-"""``FinetuneModule``: makes target and retrained models, and is what unlearning extends."""
+"""``FinetuneModule``: makes target and retrained models; the base class of unlearning."""
 
 from __future__ import annotations
 
@@ -112,11 +112,11 @@ class FinetuneModule(LanguageModule):
         #: ``--optimizer`` and ``--lr_scheduler``; without a scheduler ``warmup`` and ``decay`` apply.
         self.make_optimizer: Callable[..., Optimizer] = MaskedAdamW
         self.make_lr_scheduler: Optional[Callable[[Optimizer], Any]] = None
-        #: While it is trained: how the model holds its weights.
+        #: How the model holds its weights during training.
         self.selected: Optional[SelectedWeights] = None
-        #: Selected weights of the model; None where all may move.
+        #: Selected weights of the model; None if all may move.
         self.mask: Optional[WeightMask] = None
-        #: Whether ``load_from_checkpoint`` made it, and whether it was trained: then it cannot be.
+        #: Whether ``load_from_checkpoint`` made it, or it was trained: then it cannot be trained.
         self.from_checkpoint = self.fitted = False
         self._started = time.monotonic()
         self._step: list[StepLosses] = []
@@ -128,7 +128,7 @@ class FinetuneModule(LanguageModule):
 
     @property
     def results_folder(self) -> Path:
-        """Beside the model's files, once there are any."""
+        """Next to the model's files, once they exist."""
         written = self.output and Path(self.output).is_dir()
         return Path(self.output if written else self.trainer.default_root_dir) / "test"
 
@@ -136,7 +136,7 @@ class FinetuneModule(LanguageModule):
         """Refuse options that cannot work and an output that exists, before any work is done."""
         super().setup(stage)
         if stage == "fit":
-            # Lightning says that the hook of the module is used: this is meant
+            # Lightning warns that the hook of the module is used, which is intended
             warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer`")
             check_run(self)
             if self.output:
@@ -153,7 +153,7 @@ class FinetuneModule(LanguageModule):
         ]
 
     def planned_run(self, optimizer: str) -> PlannedRun:
-        """The run, as ``wagle plan`` knows it."""
+        """The run, in the form that ``wagle plan`` uses."""
         return PlannedRun.about_to(
             self.task,
             str(self.trainer.precision),
@@ -165,7 +165,7 @@ class FinetuneModule(LanguageModule):
     def configure_callbacks(self) -> list[Callback]:
         copies = any(isinstance(c, StochasticWeightAveraging) for c in self.trainer.callbacks)
         if copies and not is_zero(self.trainer.strategy):  # which Lightning refuses together
-            self.configure_model()  # the callback copies the module, and is to find a model in it
+            self.configure_model()  # the callback copies the module, which needs a model by then
         return super().configure_callbacks()
 
     def configure_model(self) -> None:
@@ -200,12 +200,12 @@ class FinetuneModule(LanguageModule):
         self.select_weights()
 
     def restrict(self) -> None:
-        """Find out which weights of the model, which has just been loaded, may move: here all."""
+        """Determine which weights may move, just after the model is loaded; here all of them."""
 
     def select_weights(self, **options: Any) -> None:
         """Make the weights that may move the parameters of the model, see ``SelectedWeights``."""
         split = None
-        if self.values == "split":  # gradients of several micro-batches are added up in fp32
+        if self.values == "split":  # gradients of several micro-batches accumulate in fp32
             split = torch.bfloat16 if self.trainer.accumulate_grad_batches == 1 else torch.float32
         options = {"masters": not is_zero(self.trainer.strategy), "split": split, **options}
         self.selected = SelectedWeights(self.lm, self.mask, **options)
@@ -275,7 +275,7 @@ class FinetuneModule(LanguageModule):
         """Start the clock and restore the random state of a checkpoint."""
         self._started = time.monotonic()
         resume.set_random_state(self._random, self.device)
-        self.selected.changed()  # a checkpoint may have brought others
+        self.selected.changed()  # a checkpoint may have brought other values
         super().on_train_start()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -287,8 +287,8 @@ class FinetuneModule(LanguageModule):
             )
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Note where answers are while a training batch is on the host: its device would have to
-        wait; and pack rows."""
+        """Note where answers are while a training batch is on the host, since its device would have
+        to wait; and pack rows."""
         if not self.trainer.training or not isinstance(batch, Mapping):
             return batch
         streams = {}
@@ -306,7 +306,7 @@ class FinetuneModule(LanguageModule):
         return losses["loss"]
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """The backward pass; on one device gradients are added up in place."""
+        """The backward pass; on one device, gradients are accumulated in place."""
         alone = isinstance(self.trainer.strategy, SingleDeviceStrategy)
         with self.selected.gradients_in_place() if alone else nullcontext():
             super().backward(loss, *args, **kwargs)
@@ -328,7 +328,7 @@ class FinetuneModule(LanguageModule):
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Stop before a step that would spoil the weights, or on a GPU before the one after it."""
+        """Stop before a step that is not finite or, on a GPU, before the step after it."""
         gradients = {} if self._scaler is not None else dict(self.selected.gradients())
         self._finite.check(list(self._step), gradients, self.global_step)
         each = self.trainer.accumulate_grad_batches if is_zero(self.trainer.strategy) else 1
@@ -338,7 +338,7 @@ class FinetuneModule(LanguageModule):
         self.end_step([batch.losses for batch in step])
 
     def end_step(self, losses: list[dict[str, Tensor]]) -> None:
-        """Look at the losses of a step, one dict per micro-batch of this rank. Called on all ranks."""
+        """Called on all ranks with the losses of a step: one dict per micro-batch of the rank."""
 
     def configure_gradient_clipping(
         self,
@@ -346,7 +346,7 @@ class FinetuneModule(LanguageModule):
         gradient_clip_val: Optional[float] = None,
         gradient_clip_algorithm: Optional[str] = None,
     ) -> None:
-        """Clip the gradients of what moves by their own norm or, if asked, by that of all."""
+        """Clip the gradients of selected weights by their norm or, if asked, by that of all."""
         bound, selected = gradient_clip_val, self.selected
         by_norm = gradient_clip_algorithm in (None, "norm")
         if bound and by_norm and selected.keeps_dense_gradients:
@@ -360,7 +360,7 @@ class FinetuneModule(LanguageModule):
                 gradient.clamp_(-bound, bound)
 
     def on_validation_epoch_start(self) -> None:
-        """Write the values anew: a callback may have put averages in their place."""
+        """Write the values again: a callback may have replaced them with averages."""
         if self.selected is not None:
             self._finite.settle()
             self.selected.changed()
@@ -391,7 +391,7 @@ class FinetuneModule(LanguageModule):
             stored.load_weights(self.stored_parameters())
 
     def check_weights(self) -> None:
-        """Refuse to write weights that are not finite, or of such a step. Collective."""
+        """Refuse to write weights if they, or their step, are not finite. Collective."""
         self._finite.settle()
         trained = {name: p for name, p in self.lm.named_parameters() if p.requires_grad}
         trained |= {name: tensor.parameter for name, tensor in self._split}
@@ -399,7 +399,7 @@ class FinetuneModule(LanguageModule):
         check_weights(here, self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the model is made from and the random state; a step that has begun is left out."""
+        """Save what the model is made from, and the random state, without an unfinished step."""
         super().on_save_checkpoint(checkpoint)
         self.check_weights()
         start = self._step_start
@@ -422,7 +422,7 @@ class FinetuneModule(LanguageModule):
         options.setdefault("model", self.model_name)  # for load_from_checkpoint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the random state; a model that is not trained takes the values."""
+        """Restore the random state; a model that is not being trained gets the values."""
         self.check_kind(checkpoint)
         known = ("rng_state", "cuda_rng_state")
         self._random = {key: checkpoint[key] for key in known if key in checkpoint}
@@ -459,7 +459,7 @@ class FinetuneModule(LanguageModule):
             log.info("model written to %s", self.output)
 
     def export(self, record: dict[str, Any]) -> None:
-        """Write the model folder, what has not moved with its bits. Collective under ZeRO-3."""
+        """Write the model folder; unchanged values keep their bits. Collective under ZeRO-3."""
         originals = None if self.output_dtype else Originals(self.model_name)
         save_model(self.lm, self.tokenizer, self.output, model_card(record), record, originals)
 

@@ -1,7 +1,7 @@
-"""Optimisers and schedules beside torch's.
+"""Optimisers and schedules in addition to torch's.
 
-With a mask an optimiser is given the values of selected weights (:mod:`wagle_pl.masks.selected`):
-any that takes vectors will do.
+With a mask, an optimiser gets vectors of selected weights (:mod:`wagle_pl.masks.selected`); any
+optimiser that accepts vectors works.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class MaskedAdamW(AdamW):
         options = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         _check(**options)
         super().__init__(params, **options, fused=True)
-        self._step_supports_amp_scaling = False  # Lightning then scales, and so may clip
+        self._step_supports_amp_scaling = False  # Lightning then scales, and can clip
 
 
 class _ByTensor(Optimizer, ABC):
@@ -84,7 +84,7 @@ class SignSGD(_ByTensor):
 
     m ← βm + (1 − β)g; θ ← (1 − ηλ)θ − η sign(m). One of the "downgraded" optimisers that unlearn
     more robustly (arXiv 2510.00761). Without momentum it has no state; with β = β₁ it steps by the
-    sign of Adam's step (signAdam there). The one bit is the step's: m is whole there, and here.
+    sign of Adam's step (signAdam there). Only the step is one bit; m has full precision, as there.
 
     Args:
         lr: learning rate η: the step of a weight.
@@ -114,11 +114,11 @@ class Sophia(_ByTensor):
     """Clipped second-order steps (arXiv 2305.14342), as in SOUL (arXiv 2404.18239).
 
     m ← β₁m + (1 − β₁)g; every ``interval`` steps h ← β₂h + (1 − β₂)ĥ; θ ← (1 − ηλ)θ − η clip(m /
-    (ρh + ε), ±1), so no weight moves further than η a step. ĥ is the square of the step's own
-    gradient: one backward pass a step and any objective. (The paper's Gauss–Newton–Bartlett
-    estimate B ĝ² has the gradient ĝ of labels drawn from the model in its place; the batch size B,
-    a constant factor, is part of ρ here.) ĥ falls with the square of a loss's scale, m in
-    proportion: when the loss is rescaled, ρ has to be.
+    (ρh + ε), ±1), so no weight moves further than η per step. ĥ is the square of the step's own
+    gradient: one backward pass per step, with any objective. (The paper's Gauss–Newton–Bartlett
+    estimate B ĝ² uses the gradient ĝ of labels drawn from the model instead; the batch size B, a
+    constant factor, is part of ρ here.) ĥ scales with the square of the loss's scale, m in
+    proportion to it: if the loss is rescaled, ρ has to be, too.
 
     Args:
         lr: learning rate η: the largest step of a weight.
@@ -167,10 +167,10 @@ def warmup_and_decay(optimizer: Optimizer, warmup: float, decay: str, steps: flo
     Args:
         warmup: a share of the steps (below 1) or a number of steps.
         decay: ``linear`` or ``constant``.
-        steps: of the run; infinite if they are not known.
+        steps: number of steps of the run; infinite if it is not known.
 
     Raises:
-        WagleError: if they are not known and have to be.
+        WagleError: if the number of steps is needed but not known.
 
     >>> optimizer = torch.optim.SGD([torch.zeros(1)])
     >>> (factor,) = warmup_and_decay(optimizer, 2, "linear", 6).lr_lambdas

@@ -1,18 +1,18 @@
 """Patches: the difference of an unlearned model to its base, exact, small, and reversible.
 
 A patch holds, for every tensor that changed, which words changed and by how much: the new word
-minus the old one, both taken as integers modulo 2ʷ. So applying adds and reverting subtracts,
-exactly, whatever the bits mean. Digests of both ends are checked before a result takes its place.
+minus the old one, both taken as integers modulo 2ʷ. Applying therefore adds and reverting
+subtracts, exactly, whatever the bits mean. Digests of both models are checked before a result is
+put in place.
 
-A patch may also go on a model that other patches of the same base have changed, as long as they
-changed other words: the record of such a model (``wagle.json``) names its base and its patches, and
-its own digest vouches for it.
+A patch can also be applied to a model that other patches of the same base have changed, if they
+changed other words: such a model's record (``wagle.json``) names its base, patches and digest.
 
 On disk a patch is a safetensors file with one ``uint8`` tensor for each changed tensor: frames of
-up to 2²⁰ words, each two lengths (``uint64``, little-endian) and two zlib streams: the bits that
-tell which words changed (lowest first), and the differences d of those, as 2d or −2d − 1 (a small
-step of a float is a small d), byte planes apart, so that whole planes are zero. Everything is read
-and written a frame at a time.
+up to 2²⁰ words, each with two lengths (``uint64``, little-endian) and two zlib streams: bits that
+say which words changed (lowest first), and the differences d of these words, as 2d or −2d − 1 (a
+small step of a float is a small d), in separate byte planes, so that whole planes are zero.
+Everything is read and written one frame at a time.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Patch:
         #: Digests of the two ends, see :func:`digest_of`.
         self.base, self.unlearned = header["base"], header["unlearned"]
         self.weights = int(header["weights"])  # how many the model has
-        #: Of those that changed, name -> ``dtype``, ``shape``, ``changed`` (words), and SHA-256 of
-        #: those words alone in ``base`` and ``unlearned``.
+        #: Name of a changed tensor -> ``dtype``, ``shape``, ``changed`` (number of words), and
+        #: SHA-256 of only these words in ``base`` and ``unlearned``.
         self.tensors: dict[str, dict[str, Any]] = json.loads(header["tensors"])
         #: Names of both ends; ``lineage``, the runs that led from one to the other; and ``records``,
         #: the text of the base's ``wagle.json`` and model card, if it has them.
@@ -76,7 +76,7 @@ class Patch:
 
     @property
     def identity(self) -> str:
-        """What the patch does, as one name: the same for every file that does the same."""
+        """A name for what the patch does: the same for all files that do the same."""
         return hashlib.sha256(f"{self.base} {self.unlearned}".encode()).hexdigest()
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -92,9 +92,9 @@ class Patch:
         return upload(self.path, repo_id, card, **options)
 
     def frames(self, name: str, word: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield, of each frame of a tensor, which words changed (bool), and by how much.
+        """For each frame of a tensor, yield which words changed (bool), and by how much.
 
-        ``word`` is the unsigned integer of the width w of its numbers; differences are modulo 2ʷ.
+        ``word`` is the unsigned integer type of the tensor's width w; differences are modulo 2ʷ.
         """
         total, data, at = prod(self.tensors[name]["shape"]), self.file.words(name), 0
         for start in range(0, total, FRAME):
@@ -280,7 +280,7 @@ def _rewrite(
 
 
 def _change(stream: BinaryIO, patch: Patch, name: str, words: np.ndarray, source: End) -> bool:
-    """Write a tensor with the patch's words changed; returns if these were what they should be."""
+    """Write a tensor with the patch's words changed; returns whether they were as expected."""
     digest = hashlib.sha256()
     frames = patch.frames(name, words.dtype)
     for frame, (changed, step) in zip(_frames(words), frames, strict=True):
@@ -292,7 +292,7 @@ def _change(stream: BinaryIO, patch: Patch, name: str, words: np.ndarray, source
 
 
 def _stack(folder: Path, files: TensorFiles, patch: Patch, source: End) -> Optional[list[str]]:
-    """Patches that a model's record vouches for; None when the model is the patch's own end."""
+    """Patches that a model's record lists; None if the model is exactly the patch's ``source``."""
     found, end = digest_of(files), getattr(patch, source)
     if found == end:
         return None
@@ -313,14 +313,14 @@ def _stack(folder: Path, files: TensorFiles, patch: Patch, source: End) -> Optio
 
 
 def _copy_other_files(folder: Path, target: Path) -> None:
-    """Copy configuration, tokenizer, index: stray weights would bring the forgotten back."""
+    """Copy configuration, tokenizer and index; other weights could bring the forgotten back."""
     for path in folder.iterdir():
         if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
             shutil.copyfile(path, target / path.name)
 
 
 def _write_record(folder: Path, target: Path, patch: Patch, stack: list[str], written: str) -> None:
-    """Write ``wagle.json`` and the card: a patch's runs come and go with it; the base has its own."""
+    """Write ``wagle.json`` and the card with or without the patch's runs; the base gets its own."""
     if written == patch.base:
         for name in RECORDS:
             (target / name).unlink(missing_ok=True)
@@ -351,7 +351,7 @@ def _frames(words: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _deflate(data: bytes) -> bytes:
-    """Compress by run lengths and a Huffman code: as small here as matching, and much faster."""
+    """Compress with run lengths and a Huffman code: as small here as matching, and much faster."""
     deflater = zlib.compressobj(6, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)
     return deflater.compress(data) + deflater.flush()
 
@@ -383,11 +383,11 @@ def subtract(
 ) -> Path:
     """Write the model θ − λ w ⊙ (θ_ft − θ₁), computed in fp32, in the dtypes of θ's files.
 
-    With w = 1 it is task arithmetic (arXiv 2212.04089), with a w of each weight's own PerTA (arXiv
-    2601.22030); a mask is ours.
+    With w = 1 this is task arithmetic (arXiv 2212.04089), with a separate w for each weight it is
+    PerTA (arXiv 2601.22030); the mask is our addition.
 
     Args:
-        base: model that is to forget, θ.
+        base: model to unlearn, θ.
         finetuned: model fine-tuned on the forget rows, θ_ft.
         origin: model that ``finetuned`` was fine-tuned from, θ₁; ``base`` when None.
         importance: name of a parameter -> w, of its shape; 1 when None.

@@ -1,6 +1,6 @@
-"""Step rules: another gradient than the objective's, from its terms or more passes over a step's rows.
+"""Step rules: change the objective's gradient, from its terms or by more passes over a step's rows.
 
-To write one's own, subclass :class:`StepRule` and override ``gradient``; give its class path as
+To write your own, subclass :class:`StepRule` and override ``gradient``; give its class path as
 ``--model.step_rule``::
 
     class Orthogonal(StepRule):
@@ -10,7 +10,7 @@ To write one's own, subclass :class:`StepRule` and override ``gradient``; give i
             return step.total(forget_loss={n: g - along * retain[n] for n, g in forget.items()})
 
 A rule sees gradients of the selected weights over the global batch, so that a step does not depend
-on how its batch is cut. ℓ_f and ℓ_r are the terms of the objective, with their weights.
+on how its batch is split. ℓ_f and ℓ_r are the terms of the objective, with their weights.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from wagle_pl.objectives import Objective, Streams
 
 #: Name of a tensor -> the gradient of its selected weights, of their shape.
 Gradients = dict[str, Tensor]
-_EXACT = 256  # rows or columns of a matrix whose singular vectors are not approximated
+_EXACT = 256  # up to this many rows or columns, singular vectors are not approximated
 Loss = Union[str, Callable[[Streams], Tensor]]
 
 
 @dataclass(eq=False)
 class Step:
-    """An optimiser's step, when all its backward passes are done."""
+    """An optimiser step, once all its backward passes are done."""
 
     number: int  # counted from 0
     values: Mapping[str, Tensor]  # name of a tensor -> its selected weights
     #: Term of the objective (``forget_loss``, ``retain_loss``, ``penalty``) -> its gradient.
     gradients: Mapping[str, Gradients]
-    #: One more forward pass over the step's rows, at the values as they are, and a backward pass of
-    #: each loss: a term, or a scalar of a micro-batch as :meth:`.Streams.mean` makes it.
+    #: Does one more forward pass over the step's rows, at the current values, and a backward pass
+    #: for each loss: a term, or a scalar of a micro-batch, as :meth:`.Streams.mean` returns it.
     again: Callable[..., list[Gradients]]
     #: (name, its selected weights) -> its whole tensor, 0 outside the mask; and back.
     whole: Callable[[str, Tensor], Tensor] = lambda _, selected: selected
@@ -55,7 +55,7 @@ class Step:
 
     @contextmanager
     def at(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Other values while inside; those of before, bit for bit, after it."""
+        """Use other values inside the context; restore the former ones after it, bit for bit."""
         kept = {name: value.clone() for name, value in self.values.items()}
         try:
             for name, value in self.values.items():
@@ -72,16 +72,16 @@ def dot(left: Gradients, right: Gradients) -> Tensor:
 
 
 def norm(gradient: Gradients) -> Tensor:
-    """The 2-norm of a gradient; above 0, to divide by."""
+    """The 2-norm of a gradient; always above 0, for divisions."""
     return dot(gradient, gradient).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 class StepRule(ABC):
-    """What a step does with the gradients of the objective's terms before the optimiser gets one."""
+    """Turns the gradients of the objective's terms into the one that the optimiser gets."""
 
     @abstractmethod
     def gradient(self, step: Step) -> Gradients:
-        """The gradient that the optimiser is given, which is clipped as any. Called without autograd."""
+        """The gradient for the optimiser, clipped like any other. Called without autograd."""
 
     def check(self, objective: Objective) -> None:
         if not objective.forget_streams:
@@ -91,20 +91,20 @@ class StepRule(ABC):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What lasts from step to step, for checkpoints."""
+        """State that is kept between steps, for checkpoints."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
-        """Take it back."""
+        """Restore the state."""
 
 
 @dataclass
 class SAM(StepRule):
     """Sharpness-aware minimisation of the forget term (arXiv 2502.05374).
 
-    g = ∇ℓ_f(θ + ρ ∇ℓ_f(θ)/‖∇ℓ_f(θ)‖) + ∇ℓ_r(θ), the norm and the shift over selected weights alone.
+    g = ∇ℓ_f(θ + ρ ∇ℓ_f(θ)/‖∇ℓ_f(θ)‖) + ∇ℓ_r(θ), with norm and shift over selected weights only.
 
-    One more pass over the forget rows, and 12 bytes more a selected weight.
+    Costs one more pass over the forget rows, and 12 more bytes per selected weight.
 
     Args:
         rho: ρ, how far the selected weights are shifted.
@@ -128,12 +128,12 @@ class MUDMAN(StepRule):
     """Unlearn what an adversary has relearned, where that does not disrupt (arXiv 2506.12484).
 
     r ← μr + (1 − μ)∇ℓ_r(θ), u = ∇ℓ_f(φ), g = r + u/‖u‖ ⊙ 1[sign r = sign u], and the adversary
-    φ ← φ − η_φ ∇NLL_forget(φ), which is θ again every so many steps.
+    φ ← φ − η_φ ∇NLL_forget(φ), which is reset to θ every ``fork_every`` steps.
 
     As in the paper's code (MUDMAN.py at commit 36241eb) with ``--optimizer SGD`` at the unlearning
-    rate, without clipping, and a ``retain_weight`` of the retaining rate over the unlearning rate.
-    ``forget_weight`` has no effect: u is normalised. One more pass over the forget rows, and 16
-    bytes more a selected weight, 8 of them in checkpoints.
+    rate, without clipping, and ``retain_weight`` = retaining rate / unlearning rate.
+    ``forget_weight`` has no effect: u is normalised. Costs one more pass over the forget rows, and
+    16 more bytes per selected weight, 8 of them in checkpoints.
 
     Args:
         fork_every: steps from one copy of θ to the next.
@@ -193,17 +193,17 @@ class RepSelect(StepRule):
     """Collapse the principal components of the forget gradient's matrices (arXiv 2606.17168).
 
     G ← C_U(C_V(G)), C_V(G) = G − G V (I − D⁻¹) Vᵀ and C_U the same from the left: V and U are the
-    first right and left singular vectors of the forget gradient itself or, which removes what
-    forgetting has in common with retaining, of the retain gradient; D = S / min S of their singular
-    values (soft), or D⁻¹ = 0 (hard). Vectors such as norms are left as they are.
+    first right and left singular vectors of the forget gradient itself, or of the retain gradient
+    (to remove what forgetting has in common with retaining); D = S / min S, with their singular
+    values S (soft), or D⁻¹ = 0 (hard). Vectors such as norms are left as they are.
 
-    As in the paper's code (repselect_simple.py at commit 5955f30) with ``use_lora=false``, where a
-    step sees all forget rows; the code applies the first step's G at every epoch, here it is made
-    anew, under any objective and within any mask. It has no retain term: ``retain_weight 0``.
+    As in the paper's code (repselect_simple.py at commit 5955f30) with ``use_lora=false``, if a
+    step sees all forget rows; the code applies the first step's G in every epoch, here it is
+    recomputed, under any objective and within any mask. The code has ``retain_weight 0``.
 
     Args:
-        components: how many singular vectors at most; the fewer, the closer to the plain gradient.
-        of: whose: ``forget``, or ``retain``, which needs a ``retain_weight`` above 0.
+        components: maximum number of singular vectors; fewer are closer to the plain gradient.
+        of: ``forget`` or ``retain`` gradient; the latter needs a ``retain_weight`` above 0.
         collapse: ``soft`` or ``hard``.
     """
 
@@ -226,7 +226,7 @@ class RepSelect(StepRule):
         basis, found = step.gradients[f"{self.of}_loss"], {}
         for name, gradient in step.gradients["forget_loss"].items():
             whole, other = step.whole(name, gradient), step.whole(name, basis[name])
-            # what is not finite has no singular vectors, and is for the checks of the run
+            # what is not finite has no singular vectors; the checks of the run refuse it
             if whole.dim() == 2 and whole.isfinite().all() and other.isfinite().all():
                 u, s, v = self._principal(other)
                 soft = self.collapse == "soft" and len(s)
@@ -238,7 +238,7 @@ class RepSelect(StepRule):
         return step.total(forget_loss=found)
 
     def _principal(self, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """U, S, V of the first components, of those that are more than rounding."""
+        """U, S, V of the first components, without those that are only rounding errors."""
         if min(matrix.shape) > max(_EXACT, 2 * self.components):
             with torch.random.fork_rng([matrix.device] if matrix.is_cuda else []):
                 torch.manual_seed(0)  # of the random projection

@@ -70,7 +70,7 @@ class UnlearnModule(FinetuneModule):
         self,
         model: Union[str, PreTrainedModel],
         output: Optional[str] = None,
-        # not "NPO": a parser hands the options of a default class to others
+        # not "NPO": a parser passes the options of a default class to other classes
         objective: Union[Objective, str] = "npo",
         mask: Optional[Union[str, WeightMask]] = None,
         modules: Optional[list[str]] = None,
@@ -189,7 +189,7 @@ class UnlearnModule(FinetuneModule):
         super().select_weights(**options)
 
     def planned_run(self, optimizer: str) -> PlannedRun:
-        """The same; an adapter's state is next to nothing."""
+        """The same; an adapter's optimiser state is negligible."""
         return super().planned_run(optimizer if self.adapter is None else "SGD")
 
     # -- the objective, and θ₀ ---------------------------------------------------------------------
@@ -209,7 +209,7 @@ class UnlearnModule(FinetuneModule):
         return exact or self.objective.needs_hidden_at_theta0
 
     def on_fit_start(self) -> None:
-        """Take the digests of frozen weights, try the objective, and ask θ₀ about the rows."""
+        """Take digests of frozen weights, try the objective, and compute the references at θ₀."""
         super().on_fit_start()
         if self.mask is not None and self.verify != "off":
             self._frozen = FrozenWeights(self.mask, self.selected.weights())
@@ -218,7 +218,7 @@ class UnlearnModule(FinetuneModule):
         self._references.prepare(self, self.objective.references, top_k, self.top_k)
 
     def _try_objective(self) -> None:
-        """Compute the objective on two rows, to see the shape of its terms before θ₀ is asked."""
+        """Compute the objective on two rows, to see its shape before computing the references."""
         if self.data is None:
             return
         batch, sums = {}, {}
@@ -267,10 +267,10 @@ class UnlearnModule(FinetuneModule):
     def _retain_first(self) -> bool:
         """Whether the backward pass of the retain term comes before the forget term is computed.
 
-        A loss is the sum of its terms, so the gradient is the same, and the memory that of one
-        stream's graph. On one device alone: DDP and DeepSpeed expect one backward pass. Autograd
-        adds the terms of a parameter of its own before it adds them to an earlier micro-batch's,
-        which rounds differently; those of selected weights one by one, the last stream's first.
+        A loss is the sum of its terms, so the gradient is the same, with the memory of only one
+        stream's graph. Only on one device: DDP and DeepSpeed expect one backward pass. For a plain
+        parameter, autograd adds up the terms before adding them to an earlier micro-batch's, which
+        rounds differently; for selected weights, one by one, the last stream's first.
         """
         plain = any(tensor.is_plain for tensor in self.selected.tensors.values())
         once = self.mask is not None and self.trainer.accumulate_grad_batches == 1
@@ -301,7 +301,7 @@ class UnlearnModule(FinetuneModule):
         self._known = {"retain_loss": retain.detach()}
 
     def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        """Drop the last step's gradients, unless they are those of the retain term by now."""
+        """Drop the last step's gradients, unless those of the retain term have replaced them."""
         if not self._known:
             super().optimizer_zero_grad(*args, **kwargs)
 
@@ -314,7 +314,7 @@ class UnlearnModule(FinetuneModule):
         return super().training_step(batch, batch_idx)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """The backward pass; of each term by itself, if there is a step rule."""
+        """The backward pass; with a step rule, a separate one for each term."""
         if self.step_rule is None:
             super().backward(loss, *args, **kwargs)
         else:
@@ -323,7 +323,7 @@ class UnlearnModule(FinetuneModule):
                 _add(self._gradients.setdefault(name, {}), found)
 
     def _take(self, losses: list[Tensor]) -> list[Gradients]:
-        """The gradient of each loss of one micro-batch, as its share of the step's."""
+        """The gradient of each loss of one micro-batch, scaled to its share of the step's."""
         found = []
         for loss in losses:
             scaled = loss / self.trainer.accumulate_grad_batches
@@ -337,7 +337,7 @@ class UnlearnModule(FinetuneModule):
 
     @property
     def _values(self) -> dict[str, Tensor]:
-        """Name of a tensor -> its selected weights, where there are any."""
+        """Name of a tensor -> its selected weights, if it has any."""
         tensors = self.selected.tensors.items()
         return {name: tensor.values for name, tensor in tensors if tensor.values is not None}
 
@@ -360,7 +360,7 @@ class UnlearnModule(FinetuneModule):
         return totals
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Let the step rule make the gradient."""
+        """Let the step rule compute the gradient."""
         if self.step_rule is not None:
             tensors = self.selected.tensors
             step = Step(
@@ -379,7 +379,7 @@ class UnlearnModule(FinetuneModule):
         super().on_before_optimizer_step(optimizer)
 
     def end_step(self, losses: list[dict[str, Tensor]]) -> None:
-        """Tell the objective, if it wants to know, the losses over the global batch. Collective."""
+        """Pass the losses over the global batch to the objective, if it uses them. Collective."""
         if type(self.objective).after_step is Objective.after_step:
             return
         means = {name: torch.stack([part[name] for part in losses]).mean() for name in losses[0]}
@@ -390,7 +390,7 @@ class UnlearnModule(FinetuneModule):
     # -- checkpoints -------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the references, which need θ₀, and the state of the objective."""
+        """Save the references, which need θ₀, and the state of the objective."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["references"] = self._references.state_dict()
         checkpoint["objective"] = self.objective.state_dict()
@@ -401,7 +401,7 @@ class UnlearnModule(FinetuneModule):
             checkpoint["mask"] = {"digest": self.mask.digest(), **made_of}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the references back; refuse a checkpoint of another mask, or of another model."""
+        """Restore the references; refuse a checkpoint of another mask, or of another model."""
         self.check_kind(checkpoint)
         stored = dict(checkpoint.get("mask") or {})
         digest = stored.pop("digest", None)
