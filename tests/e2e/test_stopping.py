@@ -113,7 +113,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(fit, wagle, signum, module):
     assert code == CODES[signum], said
     assert f"wagle: {name}: the run stops after this step, with a checkpoint" in said
     path = "checkpoints/stopped-step=2.ckpt"
-    go_on = f"to go on, add to the same command: --ckpt_path {path}\n"
+    go_on = f"to resume, add to the same command: --ckpt_path {path}\n"
     assert f"stopped by {name} after step 2; {go_on}" in said
     assert torch.load(path, weights_only=False)["global_step"] == 2
     assert not list(Path().glob("out*"))
@@ -193,7 +193,7 @@ def test_slurm_requeues(fit, wagle, monkeypatch, signum):
     monkeypatch.setenv("PATH", str(scontrol.parent), prepend=":")
     code, said = stopped(fit("UnlearnModule"), signum, steps_begun(2))
     assert code == 128 + signum, said
-    assert "after step 1; the same job goes on from" in said and "hpc_ckpt_1.ckpt by itself" in said
+    assert "after step 1; the same job resumes from" in said and "1.ckpt automatically" in said
     assert Path("requeued").exists() == (signum == signal.SIGUSR1)
     assert Path("hpc_ckpt_1.ckpt").exists()
     if signum == TERM:  # its next start reads the same file

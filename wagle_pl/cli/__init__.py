@@ -5,7 +5,7 @@ from typing import Any
 
 
 class LazyModule:
-    """A module that is imported when one of its names is first used: help needs no library.
+    """A module that is imported when one of its names is first used, so help needs no library.
 
     Args:
         name: dotted path.

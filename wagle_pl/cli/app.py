@@ -16,7 +16,7 @@ from wagle_pl.core import stopping
 from wagle_pl.core.environment import prepare_libraries
 from wagle_pl.core.registry import nearest
 
-EXIT_UNREAD = 141  # as shells have it: 128 + SIGPIPE
+EXIT_UNREAD = 141  # as in shells: 128 + SIGPIPE
 
 #: Command -> summary, the most used first.
 SUMMARIES = {

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 #: Class for ``--optimizer.OPTION`` without ``--optimizer``: the default of the modules.
 DEFAULT_OPTIMIZER = "MaskedAdamW"
 
-EXIT_INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+EXIT_INTERRUPTED = 130  # as in shells: 128 + SIGINT
 
 #: Values of ``--ckpt_path`` that Lightning resolves itself.
 _NO_PATHS = ("best", "last", "hpc", "registry")
@@ -65,7 +65,7 @@ class WagleCLI(LightningCLI):
             seed_everything_default=0,
             parser_class=WagleArgumentParser,
             parser_kwargs={"prog": "wagle"},
-            auto_configure_optimizers=False,  # the modules make theirs, of what is given here
+            auto_configure_optimizers=False,  # the modules make theirs, from what is given here
             args=args,
         )
 
@@ -92,7 +92,7 @@ class WagleCLI(LightningCLI):
         """Read no options from a checkpoint. (Private to Lightning, which would load all of it.)"""
 
     def instantiate_classes(self) -> None:
-        """Instantiate; give the module the run's configuration, and makers of its optimiser."""
+        """Instantiate; give the module the run's configuration, and functions for its optimiser."""
         super().instantiate_classes()
         dumped = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False))
         options = dumped[self.subcommand]
@@ -101,7 +101,7 @@ class WagleCLI(LightningCLI):
             init = self.config_init[self.subcommand].get(option)
             if init and hasattr(self.model, f"make_{option}"):
                 cls, given = resolve_name(init["class_path"]), init.as_dict().get("init_args") or {}
-                first = next(iter(inspect.signature(cls).parameters))  # DeepSpeed's is no params
+                first = next(iter(inspect.signature(cls).parameters))  # DeepSpeed: not "params"
                 options = {k: v for k, v in given.items() if k != first}  # it is given later
                 setattr(self.model, f"make_{option}", partial(cls, **options))
 
@@ -109,7 +109,7 @@ class WagleCLI(LightningCLI):
         """The configured Trainer, with the callbacks that every run has."""
         options = self.config_init[self.subcommand].get("trainer") or {}
         if options.get("max_epochs") is None and isinstance(self.model, AttributionModule):
-            kwargs.setdefault("max_epochs", -1)  # the module ends after one pass by itself
+            kwargs.setdefault("max_epochs", -1)  # the module itself ends after one pass
         callbacks = options.get("callbacks") or []
         callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
         keeps = any(isinstance(callback, Checkpoint) for callback in callbacks)
@@ -122,11 +122,11 @@ class WagleCLI(LightningCLI):
         kwargs.setdefault("callbacks", callbacks)
         with trainer_errors():
             trainer = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.append(StopAtSignal())  # last: others keep the step that is done
+        trainer.callbacks.append(StopAtSignal())  # last: others save the finished step first
         return trainer
 
     def _check_checkpoint(self) -> None:
-        """Refuse a checkpoint to start from that cannot be read, before the Trainer reads it."""
+        """Refuse a checkpoint that cannot be read, before the Trainer tries to resume from it."""
         options = self.config[self.subcommand]
         given = str(options.get("ckpt_path") or "")
         if not given or "://" in given or given.partition(":")[0] in _NO_PATHS:
@@ -154,7 +154,7 @@ def study(**options: Any) -> None:
     prepare_libraries()
     try:
         Study(**options).run()
-    except KeyboardInterrupt:  # it has said what is left to do
+    except KeyboardInterrupt:  # the study has said what is left to do
         raise SystemExit(EXIT_INTERRUPTED) from None
 
 
@@ -168,10 +168,10 @@ def plant(**options: Any) -> None:
 
 
 class StopAtSignal(L.Callback):
-    """At SIGTERM or SIGINT: finish the step, write a checkpoint, say how to go on, exit.
+    """At SIGTERM or SIGINT: finish the step, write a checkpoint, say how to resume, exit.
 
-    The exit code is 143 or 130. All ranks stop after the same step, whichever of them the signal
-    reached. A second SIGINT ends the process at once, without a checkpoint. A signal that arrives
+    The exit code is 143 or 130. All ranks stop after the same step, no matter which of them got the
+    signal. A second SIGINT ends the process at once, without a checkpoint. A signal that arrives
     while the result is being written is ignored.
 
     Under SLURM, where Lightning requeues a job at SIGUSR1, the checkpoint has the name under which
@@ -179,9 +179,9 @@ class StopAtSignal(L.Callback):
     """
 
     def __init__(self) -> None:
-        self._outer: dict[int, Any] = {}  # handlers to go back to
+        self._outer: dict[int, Any] = {}  # handlers to restore
         self._requeue: Optional[int] = None  # SLURM's signal
-        self._asked = 0  # index in _signals of the signal that came
+        self._asked = 0  # index in _signals of the received signal
         self._since = 0.0
         self._writing = False
 
@@ -201,14 +201,14 @@ class StopAtSignal(L.Callback):
         self._asked, self._writing = 0, False
 
     def _restore(self, *_: Any, **__: Any) -> None:
-        """Drop Lightning's handlers: its SIGTERM starts a collective in the middle of any other."""
+        """Drop Lightning's handlers: that of SIGTERM starts a collective during any other."""
         install(self._outer)
 
     on_sanity_check_start = on_test_start = on_predict_start = _restore
     teardown = on_exception = _restore
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Outside a fit a signal ends the process at once."""
+        """Outside a fit, a signal ends the process at once."""
         if trainer.state.fn == "validate":
             self._restore()
 
@@ -221,7 +221,7 @@ class StopAtSignal(L.Callback):
         self._writing = True
 
     def _ask(self, signum: int, frame: Any = None) -> None:
-        """Handler: remember the signal; a second SIGINT, not one delivered twice, stops at once."""
+        """Handler: remember the signal; stop at once at a second SIGINT (not one sent twice)."""
         name = signal.Signals(signum).name
         if self._asked and signum == signal.SIGINT and time.monotonic() - self._since > 1:
             say(f"stopped by a second {name}, without a checkpoint")
@@ -241,7 +241,7 @@ class StopAtSignal(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Stop, if any rank has been asked to and the step is done."""
+        """Stop if any rank has received a signal and the step is done."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
             return
         if asked := distributed.all_reduce_max(self._asked):
@@ -254,17 +254,17 @@ class StopAtSignal(L.Callback):
             raise Stopped(signum)
         path = trainer.strategy.broadcast(self._path(trainer))
         trainer.save_checkpoint(path, weights_only=False)
-        then = f"to go on, add to the same command: --ckpt_path {path}"
+        then = f"to resume, add to the same command: --ckpt_path {path}"
         if self._requeue is not None:
-            then = f"the same job goes on from {path} by itself"
+            then = f"the same job resumes from {path} automatically"
         log.warning("stopped by %s after step %d; %s", name, step, then)
         if signum == self._requeue and trainer.is_global_zero:
             _requeue_job()
         raise Stopped(signum)
 
     def _path(self, trainer: L.Trainer) -> str:
-        """Path of the checkpoint: beside others of the run, or where SLURM's next start looks."""
-        if self._requeue is not None:  # private to Lightning, which has no other name for it
+        """Path of the checkpoint: next to the run's others, or where a restart by SLURM looks."""
+        if self._requeue is not None:  # private to Lightning, which has no public name
             return trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
         beside = getattr(trainer.checkpoint_callback, "dirpath", None)
         folder = Path(beside or Path(trainer.default_root_dir) / "checkpoints")
@@ -292,7 +292,7 @@ class EpochCheckpoint(ModelCheckpoint):
     ``monitor`` or a ``save_top_k`` other than 1 are always written, and so are those at a signal.
 
     Args:
-        after_minutes: no checkpoint is written before the run has lasted so long.
+        after_minutes: no checkpoint is written before the run has lasted this long.
         **kwargs: passed to ``ModelCheckpoint``.
     """
 
@@ -307,7 +307,7 @@ class EpochCheckpoint(ModelCheckpoint):
         self._started = time.monotonic()
 
     def _is_due(self, trainer: L.Trainer) -> bool:
-        """Whether the run has lasted long enough; collective, rank 0's clock counts."""
+        """Whether the run has lasted long enough, by rank 0's clock; a collective."""
         passed = time.monotonic() - self._started
         return trainer.strategy.broadcast(passed >= 60 * self.after_minutes)
 

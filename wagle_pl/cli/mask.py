@@ -33,7 +33,7 @@ def info(file: str, *, tensors: bool = False) -> None:
     mask = masks.WeightMask.load(file)
     size, made = mask.source.stat().st_size, mask.metadata
     about = [
-        ("file", f"{mask.source} ({size:,} bytes, {size / mask.total:.4f} a weight)"),
+        ("file", f"{mask.source} ({size:,} bytes, {size / mask.total:.4f} per weight)"),
         ("made by", mask.origin),
         ("model", made.get("model") or "unknown"),
         ("fingerprint", (made.get("model_fingerprint") or "none: not checked before use")[:28]),
@@ -56,7 +56,7 @@ def info(file: str, *, tensors: bool = False) -> None:
 
 
 def compare(files: list[str]) -> None:
-    """Compare densities and overlaps of masks of one model, also with the overlap by chance.
+    """Compare densities and overlaps of masks of one model; also shows the overlap by chance.
 
     Args:
         files: two or more mask files.

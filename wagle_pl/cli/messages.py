@@ -152,7 +152,7 @@ def _is_lost_rank(error: BaseException) -> bool:
 
 
 def parent_ended(seconds: float) -> bool:
-    """Whether the process that started this rank, if any, ends within so many seconds.
+    """Whether the process that started this rank, if any, ends within ``seconds``.
 
     Lightning's rank 0 starts the other ranks of its machine, and prints errors for all of them.
     """

@@ -43,7 +43,7 @@ class OneLineErrors(ArgumentParser):
         return super().add_argument(*args, **kwargs)
 
     def error(self, message: str, ex: Optional[Exception] = None) -> Any:
-        """Print one line and exit; a parser within another raises, and the outer one prints."""
+        """Print one line and exit; a nested parser raises instead, and the outer one prints."""
         if not self.exit_on_error:
             super().error(message, ex)
         fail(in_one_line(message, self.options))
@@ -121,7 +121,7 @@ def expand_short(args: Sequence[str]) -> list[str]:
 
 
 def classes_first(args: Sequence[str], classes: Collection[str]) -> list[str]:
-    """Arguments with ``--NAME CLASS`` moved before the options of NAME, whose parsing needs it.
+    """Arguments with ``--NAME CLASS`` moved before the options of NAME, which need the class.
 
     Args:
         args: command-line arguments.
@@ -184,7 +184,7 @@ def expand(args: Sequence[str]) -> list[str]:
             continue
         *bases, (path, content) = _layered(find(value))
         parts += [base for path, base in bases if path not in read]
-        parts.append(content)  # a file that is named here is read here, wherever else it was
+        parts.append(content)  # a file named by --config is read here, even if it was before
         read |= {path, *(path for path, _ in bases)}
     names: dict[str, Any] = {}
     for part in parts:

@@ -29,19 +29,19 @@ COLUMNS = {
     "retain prob.": "retain/probability",
     "utility": "model_utility",
 }
-#: Options of fit and of test that leave of each only enough to see it work.
+#: Options that shorten fit and test to just enough to see them work.
 TRIAL = {"fit": "--trainer.max_steps 2", "test": "--data.limit_test 4 --model.max_new_tokens 4"}
 
 
 def quickstart(*, verbose: bool = False, trial: bool = False) -> None:
     """Train, attribute, unlearn and test on the bundled people, and print the results in one table.
 
-    Each line that it prints is a command that can be typed; here they run in one process. They
-    write into the folder runs/people.
+    Each printed line is a command that you can type; here all of them run in one process. They
+    write to the folder runs/people.
 
     Args:
         verbose: show what each command prints.
-        trial: two steps and a few rows, with WAGLE's mask alone: whether all of it works here.
+        trial: only two steps, a few rows and WAGLE's mask, to check that everything works here.
     """
     prepare_libraries()
     started = time.monotonic()

@@ -16,7 +16,7 @@ patches = LazyModule("wagle_pl.unlearning.patch")
 shira = LazyModule("wagle_pl.unlearning.adapters")
 planning = LazyModule("wagle_pl.planning")
 
-#: GPUs by their memory in GiB, and how many of them, in plans.
+#: Memory of GPUs in GiB, and numbers of GPUs, for which plans are shown.
 SIZES = (24, 40, 80)
 COUNTS = (1, 2, 4, 8)
 
@@ -320,7 +320,7 @@ def plan(
             check_positive(value, option)
     shape = planning.architecture(model)
     checkpointing = ", checkpointing" if gradient_checkpointing else ""
-    rows = f"{batch_size} x {max_length} tokens a stream{checkpointing}"
+    rows = f"{batch_size} x {max_length} tokens per stream{checkpointing}"
     about = [
         ("model", f"{model}: {shape.weights:,} weights, {shape.largest:,} in the largest tensor"),
         ("run", f"{task}, {strategy} on {devices} x {accelerator}, {precision}, {rows}"),
@@ -336,7 +336,7 @@ def gib(size: float) -> str:
 
 
 def smallest(size: float) -> Optional[int]:
-    """The smallest GPU of :data:`SIZES` that ``size`` bytes fit; None if none.
+    """The smallest GPU of :data:`SIZES` that ``size`` bytes fit into; None if there is none.
 
     >>> smallest(22 << 30), smallest(23 << 30), smallest(79 << 30)
     (24, 40, None)
@@ -351,18 +351,18 @@ def memory_table(shape: planning.Architecture, run: planning.PlannedRun) -> str:
     rows = [[p.name, *(gib(p.bytes) if m in p.moments else "" for m in moments)] for p in parts]
     rows.append(["total", *(gib(planning.at(parts, m)) for m in moments)])
     device = "GPU" if run.accelerator == "gpu" else "process"
-    return table([f"GiB a {device}", *(f"*{m}*" if m == moment else m for m in moments)], rows)
+    return table([f"GiB per {device}", *(f"*{m}*" if m == moment else m for m in moments)], rows)
 
 
 def needs(shape: planning.Architecture, run: planning.PlannedRun) -> Iterator[tuple[str, str]]:
-    """Peak, the GPU it fits, CPU memory and disk."""
+    """Peak memory, the GPU that fits, CPU memory and disk space."""
     moment, size = planning.peak(shape, run)
     yield "peak", f"{gib(size)} GiB, moment: {moment}"
     if run.accelerator == "gpu":
         fits = smallest(size)
         found = f"a GPU of {fits} GB" if fits else f"no GPU of {', '.join(map(str, SIZES))} GB"
         yield "fits", f"{found} ({1 - planning.USABLE:.0%} are left to fragmentation)"
-        yield "CPU memory", f"{gib(planning.host_bytes(shape, run))} GiB a rank"
+        yield "CPU memory", f"{gib(planning.host_bytes(shape, run))} GiB per rank"
     files = planning.disk_bytes(run, shape.weights, shape.stored).items()
     listed = ", ".join(f"{name} {gib(size)} GiB" for name, size in files)
     yield "disk", listed or "tables of results only"
@@ -376,10 +376,10 @@ def work(
 ) -> Iterator[tuple[str, str]]:
     """Operations of a micro-batch on all devices, and its time if the throughput is known."""
     flops, step = planning.step_flops(shape, run), planning.step_tokens(run)
-    yield "work", f"{flops:.3g} FLOPs a micro-batch of {step:,} tokens, all devices"
+    yield "work", f"{flops:.3g} FLOPs per micro-batch of {step:,} tokens, all devices"
     if rate:
         whole = f"; {tokens / rate / 3600:.2f} h for {tokens:,} tokens" if tokens else ""
-        yield "time", f"{step / rate:.3g} s a micro-batch{whole}, at {rate:g} tokens/s"
+        yield "time", f"{step / rate:.3g} s per micro-batch{whole}, at {rate:g} tokens/s"
     elif tokens:
         yield "time", f"unknown for {tokens:,} tokens: give --tokens_per_second too"
 
@@ -392,5 +392,5 @@ def choice_table(shape: planning.Architecture, run: planning.PlannedRun) -> str:
         return f"{gib(size)} ({smallest(size) or '-'})" if run.accelerator == "gpu" else gib(size)
 
     rows = [[name, *map(cell, runs)] for name, runs in planning.choices(run, COUNTS)]
-    what = "GiB a GPU (the smallest that fits, GB)" if run.accelerator == "gpu" else "GiB a process"
+    what = "GiB per GPU (smallest that fits, GB)" if run.accelerator == "gpu" else "GiB per process"
     return table([what, *(f"{count}" for count in COUNTS)], rows)
