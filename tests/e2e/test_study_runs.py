@@ -373,7 +373,7 @@ def test_a_killed_study_goes_on(config, capsys, monkeypatch):
     with pytest.raises(SystemExit) as exit_:
         study(config())
     assert exit_.value.code == 130
-    assert "stopped; the same command goes on (1 of 2 runs are missing)" in capsys.readouterr().out
+    assert "the same command continues (1 of 2 runs are missing)" in capsys.readouterr().out
     assert len({row["run"] for row in rows_of()}) == 1
     monkeypatch.setattr(Study, "_run", real)
     study(config())
@@ -412,7 +412,7 @@ def test_in_pieces(config, capsys):
     capsys.readouterr()
     study(config(**two), "--hours", "0")
     said = capsys.readouterr().out
-    assert "0 h are over; the same command goes on with the 2 runs left" in said
+    assert "0 h are over; the same command continues with the 2 runs left" in said
     assert "attribution" not in said
 
 

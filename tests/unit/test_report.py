@@ -250,7 +250,7 @@ def test_missing_pieces_are_said(runs, report):
     assert {run for run, _ in numbers(root)} == {"masked", "target"}
     lost = "metrics.info.json: units, directions and undefined measures are left out"
     for part, said in (
-        ("making", "no wagle.json beside the results"),
+        ("making", "no wagle.json next to the results"),
         ("making", lost),
         ("making", "forget.parquet cannot be read"),
         ("ratios", "masked: no truth ratios"),

@@ -29,7 +29,7 @@ from wagle_pl.unlearning import UnlearnModule
 from wagle_pl.unlearning.adapters import LoRA
 from wagle_pl.unlearning.step_rules import StepRule
 
-#: Options of the choice among scores, and of the attribution pass, that a mask may set.
+#: Options that a mask may set: those of the selection by scores, and of the attribution pass.
 SELECTION = ("select", "scope", "include", "exclude")
 HESSIAN = ("hessian", "gamma", "damping", "hessian_samples", "hessian_data")
 ATTRIBUTION = (*HESSIAN, "forget_loss", "reduction")
@@ -41,7 +41,7 @@ Entries = Sequence[Entry]
 _KEYS = ("score", "adapter", "file", "name", "learning_rates", "density", *SELECTION, *ATTRIBUTION)
 
 #: Module paths that studies record for the package's own classes. Ids of runs are hashes over them,
-#: so they stay when a class moves.
+#: so these paths stay the same when a class moves.
 _RECORDED = {
     Objective: "wagle_pl.unlearning.objectives",
     Score: "wagle_pl.attribution.scores",
@@ -69,13 +69,13 @@ def definition(base: type, cls: type, options: Mapping[str, Any]) -> dict[str, A
 
 @dataclass(frozen=True, eq=False)
 class ObjectiveChoice:
-    """An objective of the grid, with the step rule and the optimiser that its runs take."""
+    """An objective of the grid, with the step rule and the optimiser that its runs use."""
 
     name: str  # in tables
-    entry: Entry  # in the configuration, without what stands in the fields here
+    entry: Entry  # from the configuration, without what the other fields hold
     step_rule: Optional[Entry] = None
     optimizer: Optional[Entry] = None  # in place of the study's
-    learning_rates: Optional[tuple[float, ...]] = None  # its own in place of the study's and masks'
+    learning_rates: Optional[tuple[float, ...]] = None  # its own, instead of study's and masks'
     axes: Mapping[str, Any] = field(default_factory=dict)  # coordinates in the grid, for a sampler
 
     def make(self) -> Objective:
@@ -91,7 +91,7 @@ class ObjectiveChoice:
 
     @cached_property
     def definition(self) -> dict[str, Any]:
-        """What distinguishes it, whatever it is called."""
+        """What distinguishes it, independently of its name."""
         found = definition(Objective, type(self.make()), split(self.entry, "objective")[1])
         if self.step_rule is not None:
             options = split(self.step_rule, "step_rule")[1]
@@ -107,7 +107,7 @@ class ObjectiveChoice:
 
 @dataclass(frozen=True, eq=False)
 class MaskChoice:
-    """A mask of the grid, or what stands in its place."""
+    """A mask of the grid, or what is used instead of one."""
 
     name: str  # in tables, density included
     entry: Entry  # how the configuration describes the score or adapter; path of a mask file
@@ -126,7 +126,7 @@ class MaskChoice:
         return resolve(LoRA, self.entry, "adapter") if self.kind == "adapter" else None
 
     def spec(self, name: str) -> MaskSpec:
-        """What attribution is asked for, to write it to a file of that name."""
+        """The specification for attribution, to write the mask to a file of that name."""
         density = 0.5 if self.density is None else self.density  # None: the score sets its share
         return MaskSpec(score=self.score, density=density, name=name, **self._chosen(SELECTION))
 
@@ -138,13 +138,13 @@ class MaskChoice:
         return {"mask": self.name.removesuffix(f" {self.density:g}"), "density": self.density}
 
     def of_seed(self, seed: int) -> MaskChoice:
-        """The mask that a run with this seed takes."""
+        """The mask that a run with this seed uses."""
         drawn = {"class_path": "Random", "init_args": {"seed": seed}}
         return replace(self, entry=drawn, seeded=False) if self.seeded else self
 
     @cached_property
     def definition(self) -> dict[str, Any]:
-        """What distinguishes it among masks of the same model and data, whatever it is called."""
+        """What distinguishes it among masks of the same model and data, apart from its name."""
         if self.kind == "file":
             return {"file": digest(Path(str(self.entry)).read_bytes().hex())}
         if self.kind == "dense":
@@ -166,7 +166,7 @@ class MaskChoice:
 
     @cached_property
     def relevant(self) -> dict[str, Any]:
-        """The options of the pass that the score depends on."""
+        """The options of the attribution pass on which the score depends."""
         of = {
             **{name: {"h", "h_diagonal"} for name in HESSIAN},
             "forget_loss": {"g_f", "fisher_f", "activation"},
@@ -179,7 +179,7 @@ class MaskChoice:
 
     @property
     def described(self) -> str:
-        """Name of a mask by score: the score, options that are not the usual ones, the density."""
+        """Name of a mask by score: the score, options other than the defaults, the density."""
         words = [self.score.label]
         for key, value in {**self._chosen(SELECTION), **self.relevant}.items():
             if value != DEFAULTS[key] and (key, value) != ("hessian", "scalar"):
@@ -197,7 +197,7 @@ Choice = Union[ObjectiveChoice, MaskChoice]
 
 
 def passes(masks: Sequence[MaskChoice]) -> list[tuple[dict[str, Any], list[MaskChoice]]]:
-    """The options of as few passes as can be, and the masks by score that each makes."""
+    """The options of as few passes as possible, and the masks by score that each makes."""
     found: list[tuple[dict[str, Any], list[MaskChoice]]] = []
     for mask in sorted(masks, key=lambda mask: -len(mask.relevant)):
         for options, others in found:  # an option on which a score does not depend fits any pass
@@ -211,7 +211,7 @@ def passes(masks: Sequence[MaskChoice]) -> list[tuple[dict[str, Any], list[MaskC
 
 
 def present_name(name: str, id: str, choices: Sequence[Choice]) -> str:
-    """What an objective or mask of an earlier sitting is called now, among those of this grid."""
+    """The present name, in this grid, of an objective or mask from an earlier session."""
     names = {choice.id: choice.name for choice in choices}
     return names.get(id) or (f"{name} ({id[:4]})" if name in names.values() else name)
 
@@ -246,8 +246,8 @@ def read_objectives(entries: Entries) -> list[ObjectiveChoice]:
 
 
 def _spread(entry: Entry) -> Iterator[tuple[Entry, dict[str, float]]]:
-    """An entry once for every value of the options that are lists of numbers, and these values; an
-    option that takes a list itself stays one."""
+    """One entry for each combination of values of the options that are lists of numbers, with these
+    values; an option that itself takes a list is not split."""
     path, options = split(entry, "objective")
     cls, lists = find_class(Objective, path, "objective"), {}
     for key, value in options.items():
@@ -324,7 +324,7 @@ def _score_masks(
     where = f"masks: {score.label}"
     density = options.pop("density", DEFAULTS["density"])
     densities = density if isinstance(density, (list, tuple)) else [density]
-    if type(score).share is not Score.share:  # the score says itself how many
+    if type(score).share is not Score.share:  # the score itself says how many
         densities = [None]
     given = typed(AttributionModule, options, where)
     if given.get("gamma", "auto") != "auto":
@@ -386,7 +386,7 @@ _OF_STUDY = {
 
 
 def typed(cls: type, given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Options of a class, checked; what is text becomes what it stands for, all else stays."""
+    """Options of a class, checked; text is converted to the value it stands for, all else stays."""
     found = check_options(cls, given, where)
     return {k: found[k] if isinstance(value, str) else value for k, value in given.items()}
 
@@ -423,7 +423,7 @@ def read_module(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 
 
 def read_trainer(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of Lightning's Trainer that hold for all runs: of one device."""
+    """Options of Lightning's Trainer that hold for all runs, each on one device."""
     _refuse("--trainer", given)
     found = {"devices": 1, **given}
     if str(found["devices"]) != "1" or found.get("num_nodes", 1) != 1:
@@ -459,7 +459,7 @@ class Run:
 
     @cached_property
     def axes(self) -> dict[str, Any]:
-        """Its coordinates in the grid, the seed left out: name of the axis -> word or number."""
+        """Its coordinates in the grid, without the seed: name of the axis -> word or number."""
         own = self.objective.learning_rates is not None
         lr = f"{self.objective.axes['objective']} lr" if own else "lr"
         return {**self.objective.axes, **self.mask.axes, lr: self.lr}
@@ -481,7 +481,7 @@ class Run:
 
 
 class Grid(NamedTuple):
-    """What runs are made of; objectives and masks may have rates of their own, see :meth:`rates_of`."""
+    """What runs are made of; objectives and masks may have their own rates: :meth:`rates_of`."""
 
     objectives: list[ObjectiveChoice]
     masks: list[MaskChoice]
@@ -492,7 +492,7 @@ class Grid(NamedTuple):
     def of(
         cls, objectives: Entries, masks: Entries, rates: Sequence[float], seeds: Sequence[int]
     ) -> Grid:
-        """The grid of a configuration, of which nothing is empty, unknown, or there twice."""
+        """The grid of a configuration; refuses what is empty, unknown, or given twice."""
         if not seeds or len(set(seeds)) < len(seeds):
             raise WagleError(f"seeds must be different numbers, got {list(seeds)}")
         return cls(read_objectives(objectives), read_masks(masks), check_rates(rates), list(seeds))
@@ -502,11 +502,11 @@ class Grid(NamedTuple):
         return objective.learning_rates or mask.learning_rates or self.rates
 
     def runs(self, settings: Mapping[str, Any]) -> Iterator[Run]:
-        """All runs, in an order in which a study that is cut off early is balanced.
+        """All runs, in an order that leaves a study balanced if it is stopped early.
 
-        The first seed over all arms before the second; within a seed the middle learning rate over
-        all arms before the next; within these the masks as listed. ``settings``, what all runs
-        share, are in their ids.
+        The first seed comes for all arms before the second; within a seed, the middle learning rate
+        for all arms before the next; within these, the masks as listed. ``settings``, which all
+        runs share, are part of their ids.
         """
         shared, arms = digest(settings), []
         for mask, objective in product(self.masks, self.objectives):
@@ -519,7 +519,7 @@ class Grid(NamedTuple):
 
 
 def middle_first(rates: Sequence[float]) -> list[float]:
-    """Learning rates from the middle of the grid outwards; of two as far, the lower one first.
+    """Learning rates from the middle of the grid outwards; of two equally far, the lower first.
 
     >>> middle_first([1e-5, 3e-5, 1e-4]), middle_first([4, 3, 2, 1])
     ([3e-05, 1e-05, 0.0001], [2, 3, 1, 4])

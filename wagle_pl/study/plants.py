@@ -1,7 +1,7 @@
 """``Plants``: knowledge put into known weights, and which scores find them.
 
-Where a model keeps what it knows is not known; where rows were trained in with all other weights
-frozen, it is. Every score of attribution is then an answer to a question whose answer is known.
+Where a model keeps its knowledge is unknown, unless rows were trained into it with all other
+weights frozen. Then it is known which weights each attribution score should find.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ Found = tuple[float, float]  # AUROC and precision
 def plant_mask(
     plant: str, amount: float, shapes: Shapes, config: PretrainedConfig, seed: int
 ) -> WeightMask:
-    """So much of one of :data:`KINDS`, drawn with a seed, or the weights of a mask file."""
+    """``amount`` of one of :data:`KINDS`, drawn with a seed; or the weights of a mask file."""
     if plant not in KINDS:
         return WeightMask.load(plant)
     draw = np.random.default_rng(stable_seed("plant", plant, seed))
@@ -108,7 +108,7 @@ def _block(shapes: Shapes, config: PretrainedConfig, draw: Draw, amount: float) 
 
 
 def _heads(shapes: Shapes, config: PretrainedConfig, draw: Draw, amount: float) -> Bools:
-    """What a number of attention heads, of any blocks, write: their columns of ``o_proj``."""
+    """The output of a number of attention heads, of any blocks: their columns of ``o_proj``."""
     names = [n for n, s in shapes.items() if in_module(n, "o_proj") and len(s) == 2]
     heads = config.num_attention_heads
     bools = {name: torch.zeros(shapes[name], dtype=torch.bool) for name in names}
@@ -118,7 +118,7 @@ def _heads(shapes: Shapes, config: PretrainedConfig, draw: Draw, amount: float) 
 
 
 def _spread(shapes: Shapes, config: PretrainedConfig, draw: Draw, amount: float) -> Bools:
-    """A share of the neurons of every MLP: what comes in and what goes out."""
+    """A share of the neurons of every MLP: their input and output weights."""
     bools, chosen = {}, {}
     for name, shape in shapes.items():
         if not in_module(name, "mlp") or len(shape) != 2 or config.hidden_size not in shape:
@@ -134,7 +134,7 @@ def _spread(shapes: Shapes, config: PretrainedConfig, draw: Draw, amount: float)
     return bools
 
 
-#: What can be planted in -> (shapes, configuration, generator, how much) -> the tensors with some.
+#: Kind of plant -> function of (shapes, configuration, generator, amount) -> tensors with some.
 KINDS = {"random": _random, "block": _block, "heads": _heads, "spread": _spread}
 
 
@@ -147,7 +147,7 @@ def auroc(
     """Probability that a weight of a mask ranks before one outside it, for each of several masks.
 
     The Mann-Whitney statistic, ties counted half; scores that agree in their upper sixteen bits (8
-    bits of precision) are ties, so that one pass of counting will do.
+    bits of precision) are ties, so that one pass of counting is enough.
     """
     bins = 1 << 16
     counts = torch.zeros(len(masks), 2, bins, dtype=torch.int64)
@@ -166,10 +166,10 @@ def auroc(
 def locate(
     collected: Collected, spec: MaskSpec, truths: Mapping[Any, WeightMask]
 ) -> dict[Any, Found]:
-    """How well a score finds each of some masks: AUROC, and precision of as many weights as in it.
+    """How well a score finds each of some masks: AUROC, and precision at the mask's density.
 
     Precision is the share of the mask among the weights that the score would select at the mask's
-    density; that of a score which knows nothing is the density.
+    density; for a score that knows nothing, it is the density.
     """
     masks, names = list(truths.values()), spec.eligible(collected.shapes)
     scores = collected.scores(spec.score, set(names))
@@ -196,19 +196,19 @@ class Plants:
     rows, with all weights outside the plant frozen, until it recalls the forget rows. Every score
     then ranks the weights of that model, and, as a baseline, of the model before planting. The
     output folder holds ``plants.parquet`` (one line per plant, seed and score), ``plants.md``,
-    ``plants.svg``, and for each plant and seed the model and ``plant.safetensors``, the mask of the plant, which a
-    study of that model can use. A command that is started again continues.
+    ``plants.svg``, and for each plant and seed the model and ``plant.safetensors``, the mask of the
+    plant, which a study of that model can use. The same command, started again, continues.
 
     Args:
         model: hub id, folder or GGUF file of a model that never saw the forget rows: the retrained
             model.
         output: folder to write.
         data: the data module: class_path and init_args, or --data CLASS --data.option VALUE.
-        plants: where to plant -> how much: random (a share of all weights), block (MLPs of so many
-            blocks), heads (columns of o_proj of so many heads), spread (a share of the neurons of
-            every MLP), or a mask file of the model (any number).
-        scores: as the masks of a study: a score, or options: score, name, hessian and other options
-            of attribution.
+        plants: where to plant -> how much: random (a share of all weights), block (MLPs of this
+            many blocks), heads (columns of o_proj of this many heads), spread (a share of the
+            neurons of every MLP), or a mask file of the model (any number).
+        scores: like the masks of a study: a score, or options: score, name, hessian and other
+            options of attribution.
         seeds: random seeds of the choice of weights and of the order of rows.
         recall: planting stops when the forget answers have this probability.
         lr: learning rate of planting.
@@ -241,7 +241,7 @@ class Plants:
 
     def __post_init__(self) -> None:
         self.folder = Path(self.output)
-        refuse_existing(self.folder, overwrite=True, kind="files")  # it goes on in its folder
+        refuse_existing(self.folder, overwrite=True, kind="files")  # it continues in its folder
         self._choices = grid.read_masks([_without_density(entry) for entry in self.scores])
         for plant in self.plants:
             if plant not in KINDS and not Path(plant).is_file():
@@ -252,7 +252,7 @@ class Plants:
         self.data = limited(self.data, self.batch_size, self.limit_test)
 
     def run(self) -> list[dict[str, Any]]:
-        """Plant and locate what is not finished; returns what :func:`summarise` makes of all."""
+        """Plant and locate what is not finished; returns what :func:`summarise` returns of all."""
         models.locate(self.model)
         with locked(self.folder):
             lm = models.load_model(self.model, torch.bfloat16)
@@ -261,7 +261,7 @@ class Plants:
                 (f"{plant}-{amount:g}" if plant in KINDS else Path(plant).stem, seed): plant_mask(
                     plant, amount, shapes, lm.config, seed
                 )
-                for seed in self.seeds  # cut off early, it is balanced
+                for seed in self.seeds  # balanced if it is stopped early
                 for plant, amount in self.plants.items()
             }
             del lm
@@ -345,7 +345,7 @@ class Plants:
         return rows
 
     def _locate(self, model: str, truths: Mapping[Key, WeightMask]) -> dict[tuple[str, Key], Found]:
-        """(name of a score, plant) -> how well it finds the plant by the weights of a model."""
+        """(name of a score, plant) -> how well it finds the plant in the weights of a model."""
         found = {}
         for options, choices in grid.passes(self._choices):
             specs = [choice.spec(str(number)) for number, choice in enumerate(choices)]
@@ -387,12 +387,12 @@ NOTES = (
 
 
 def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Every plant and score over the seeds, the best AUROC of a plant first.
+    """Every plant and score over the seeds; within a plant, the best AUROC first.
 
-    Each has ``plant``, ``score``, ``n``; means ``density``, ``forget``, ``retain``; as (mean,
-    standard deviation, n) ``auroc``, ``precision`` and ``enrichment`` (precision over density), and
-    the same of the model before with ``_before``; ``difference`` of the AUROC from that before, and
-    its ``p`` in a paired t-test over seeds, None with fewer than three.
+    Each has ``plant``, ``score``, ``n``; the means ``density``, ``forget``, ``retain``; ``auroc``,
+    ``precision`` and ``enrichment`` (precision / density) as (mean, standard deviation, n), and
+    the same with ``_before`` for the model before planting; ``difference`` of the AUROC from
+    before, and its ``p`` in a paired t-test over seeds, None with fewer than three.
     """
     if not rows:
         return []
@@ -413,7 +413,7 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def overview(found: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a table, scores by plants: AUROC, and how often chance's precision."""
+    """Header and rows of a table, scores × plants: AUROC, and precision as a multiple of chance."""
     plants, rows, total = {}, {}, Counter()
     for entry in found:
         score, auroc = entry["score"], entry["auroc"].mean

@@ -1,9 +1,8 @@
-"""What is kept, and what attacks bring back, where runs end at the level of forgetting.
+"""What is kept, and what attacks bring back, if runs end at the level of forgetting.
 
-Such a run ends at the first test that finds the level reached; the model it leaves has been tested
-in full, and attacked if the study says so. An arm is represented by the runs that
-:func:`~wagle_pl.study.summary.chosen` compares it by: those with the best learning rate of each
-seed.
+Such a run ends at the first test at which the level is reached; its final model is tested in full,
+and attacked if the study says so. An arm is represented by the runs that
+:func:`~wagle_pl.study.summary.chosen` selects: those with the best learning rate of each seed.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from wagle_pl.study.summary import (
     verdict,
 )
 
-#: Measures under attack that are compared beside the study's own, by names without the test set.
+#: Measures under attack that are compared in addition to the study's, named without the test set.
 SHORT = ("probability", "rougeL_recall")
 PROBED = "accuracy"  # of a probe: its name has no test set
 WITHOUT = "no attack"
 KEPT = "probability kept"
-HALF = "steps to half"  # what it takes to bring half of what was forgotten back
+HALF = "steps to half"  # steps of an attack that bring back half of what was forgotten
 MARKS = {"wins": f" {BETTER}", "loses": f" {WORSE}"}
 
 Entry = Mapping[str, Any]  # of what :func:`at_the_level` returns
@@ -75,7 +74,7 @@ class Curve(NamedTuple):
 
 
 def columns_of(rows: Sequence[Row], by: Compared) -> list[Column | Curve]:
-    """What there is to compare in a study's table; nothing if that is the utility alone."""
+    """The columns of a study's table to compare; none if that would be only the utility."""
     names = sorted({name for row in rows for name, value in row.items() if value is not None})
     forgotten = by.forget.partition("/")[0]
     kept: list[Column | Curve] = []
@@ -105,17 +104,17 @@ def columns_of(rows: Sequence[Row], by: Compared) -> list[Column | Curve]:
 def at_the_level(
     rows: Sequence[Row], by: Compared, retrained: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """One dict for each arm and measure at the ends of runs that end at the level.
+    """One dict for each arm and measure, at the ends of runs that end at the level.
 
-    Each has ``objective``, ``mask``; ``measure`` and ``what``: of a measure of forget rows the
-    attack or "no attack", of ``probability kept`` the test set; ``mean``, ``std`` and ``n`` over
-    the seeds whose chosen run has it, of the ``seeds`` that reach the level, and ``values``, seed
-    -> value; ``target`` and ``retrained``, those models' under the same attack; ``difference`` from
-    dense over the seeds of both; and ``verdict``, with ``p`` or ``why`` there is none: the arm of
-    which more is kept, or that is nearer to the retrained model (without one: of which less comes
-    back), wins.
-    ``steps to half`` are a measure of attacks that have a curve, and have it as ``curve``: (step,
-    mean of the forget rows' probability); seeds of which half does not come back are not in ``n``.
+    Each has ``objective``, ``mask``; ``measure`` and ``what``: the attack or "no attack" for a
+    measure of forget rows, the test set for ``probability kept``; ``mean``, ``std`` and ``n`` over
+    the seeds whose chosen run has the measure, out of the ``seeds`` that reach the level, and
+    ``values``, seed -> value; ``target`` and ``retrained``, the values of these models under the
+    same attack; ``difference`` from dense over the seeds of both; and ``verdict``, with ``p`` or
+    ``why`` there is none: the arm that keeps more, or is nearer to the retrained model (without
+    one: of which less comes back), wins.
+    ``steps to half`` is a measure of attacks with a curve, which is in ``curve``: (step, mean
+    probability of the forget rows); seeds for which half does not come back are not in ``n``.
     """
     columns = columns_of(rows, by)
     if not columns:
@@ -142,7 +141,7 @@ def at_the_level(
 
 
 def _ends(best: pd.DataFrame, last: Mapping[str, Row]) -> dict[int, Row]:
-    """Seed -> the last row of its chosen run, of those that reach the level."""
+    """Seed -> the last row of its chosen run, if that reaches the level."""
     reached = best[best["reached"].notna()]
     return {int(seed): last[run] for seed, run in reached["run"].items()}
 
@@ -212,10 +211,10 @@ def cell(entry: Entry) -> str:
 
 
 def about(found: Sequence[Entry]) -> list[str]:
-    """How the tables are to be read."""
+    """How to read the tables."""
     lines = [
-        "Every run ends at the first test that finds the study's level reached. Of an arm the runs "
-        "with the best learning rate of each seed are shown: mean ± standard deviation over "
+        "Every run ends at the first test at which the study's level is reached. An arm is shown "
+        "by its runs with the best learning rate of each seed: mean ± standard deviation over "
         "the seeds that reach the level.",
         f"{BETTER}: better than dense, {WORSE}: worse: more is kept, or the forget rows are nearer "
         "to the retrained model's number (a paired t-test over three seeds or more, p < 0.05, and a "
@@ -223,12 +222,12 @@ def about(found: Sequence[Entry]) -> list[str]:
     ]
     if any(entry["what"] == WITHOUT for entry in found):
         lines.append(
-            "Under attack: compare with the retrained model's under the same attack, as what it "
-            "answers then was never there. Relearning is tested on forget rows it did not see."
+            "Under attack: compare with the retrained model under the same attack: what it answers "
+            "was never there. Relearning is tested on forget rows that it is not trained on."
         )
     if any(entry["measure"] == HALF for entry in found):
         lines.append(
             f"{HALF}: steps of fine-tuning until forget rows that are not trained on are half of the "
-            "way back to the target's probability, and of how many seeds they come so far."
+            "way back to the target's probability, and for how many seeds they get there."
         )
     return lines

@@ -1,5 +1,5 @@
-"""The runs of a study: unlearning that is tested along its way, which of a grid comes next, and the
-table that keeps them."""
+"""The runs of a study: unlearning with tests along the way, which run of a grid comes next, and the
+table that keeps the results."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Generate = Literal["end", "always", "never"]
 Along = Literal["all", "answers"]
 
 LOCK_FILE = "study.lock"
-ASKS = 100  # suggestions of finished points, after which the grid's order decides
+ASKS = 100  # after this many suggestions of finished points, the grid's order decides
 Point = tuple[str, str, float]  # of the search: objective, mask, learning rate
 #: First columns of the table; measures follow.
 COLUMNS = (
@@ -48,7 +48,7 @@ COLUMNS = (
 )
 #: Columns of a record that tests of the answers' probability observe.
 _OF_ANSWERS = frozenset({"row", "question", "answer", "nll", "tokens", "cut"})
-#: Columns that only a generated answer has, beside those of paraphrased questions.
+#: Columns that only a generated answer has, in addition to those of paraphrased questions.
 _OF_GENERATION = frozenset(
     {"rouge1_recall", "rougeL_recall", "reference", "toxicity", "nearest_answer"}
 )
@@ -59,7 +59,7 @@ _OF_GENERATION = frozenset(
 
 @contextmanager
 def announced(work: str) -> Iterator[None]:
-    """Print what is being done; what came of it is to be printed on the same line."""
+    """Print what is being done; the caller prints the outcome on the same line."""
     say(f"{work}: ", end="")
     try:
         yield
@@ -69,13 +69,13 @@ def announced(work: str) -> Iterator[None]:
 
 
 def make_trainer(folder: Path, options: Mapping[str, Any], **own: Any) -> L.Trainer:
-    """A Trainer that says and keeps nothing; ``own`` options come before those of the user."""
-    gc.collect()  # the model of the trainer before is in reference cycles
+    """A Trainer that prints and saves nothing; ``own`` options override those of the user."""
+    gc.collect()  # the model of the previous trainer is in reference cycles
     with silence():
         return L.Trainer(
             **{**options, **own},
             default_root_dir=str(folder),
-            limit_val_batches=0,  # a study has tests of its own, whatever data.val says
+            limit_val_batches=0,  # a study has its own tests, whatever data.val says
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -86,7 +86,7 @@ def make_trainer(folder: Path, options: Mapping[str, Any], **own: Any) -> L.Trai
 def limited(
     data: ForgetRetainDataModule, batch_size: Optional[int], limit_test: Optional[int]
 ) -> ForgetRetainDataModule:
-    """A data module of its own with the batch size and number of test rows that are given."""
+    """A copy of a data module, with the given batch size and number of test rows."""
     found = copy.copy(data)
     found.batch_size = batch_size or data.batch_size
     found.limits = {**data.limits, "test": limit_test or data.limits["test"]}
@@ -102,7 +102,7 @@ class EvaluateAlong(Callback):
     generate: Generate  # which of them also generate answers
     #: Tests before the last one observe the probability of these sets' answers, and nothing else.
     answers_of: Optional[Collection[str]]
-    enough: Callable[[Mapping[str, float]], bool]  # if true of a test's measures, it is the last
+    enough: Callable[[Mapping[str, float]], bool]  # if true for a test's measures, it is the last
     #: One dict per test: ``step``, ``seconds`` since the run began, and the measures by name.
     tests: list[dict[str, Any]] = field(default_factory=list)
     tables: dict[str, Table] = field(default_factory=dict)  # records of the last test
@@ -112,14 +112,14 @@ class EvaluateAlong(Callback):
         self._began = time.monotonic()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: UnlearnModule) -> None:
-        """Make ready for tests before there is anything to lose."""
+        """Prepare the tests before any work is done."""
         self.evaluate.prepare(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: UnlearnModule) -> None:
         self._left = steps_of_tests(int(trainer.estimated_stepping_batches), self.points)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: UnlearnModule, *_: Any) -> None:
-        """Test, if this is a point; end the run, if that is enough."""
+        """Test if a test is due; end the run if its measures are enough."""
         if not self._left or trainer.global_step < self._left[0]:
             return
         del self._left[0]
@@ -149,7 +149,7 @@ class EvaluateAlong(Callback):
 
 
 class UnkeptModule(UnlearnModule):
-    """Unlearning of which only the tests remain: it writes no model."""
+    """Unlearning that writes no model: only its tests are kept."""
 
     def planned_files(self) -> list[Planned]:
         return []
@@ -200,13 +200,13 @@ def load_optuna() -> Any:
 
 
 def next_runs(runs: Sequence[Run], rows: Sequence[Row], by: Compared) -> list[Run]:
-    """The runs of the point that comes next: of one that lacks some seeds, or of a suggested one.
+    """The runs of the next point: one that lacks some seeds, or else one that is suggested.
 
     A *point* of the search is an objective, a mask and a learning rate, with the runs of all seeds.
-    It is worth more the more of them reach the level of forgetting; then by their mean utility
-    there; then by how far they get. Only the order of points is told: levels and utilities have any
-    scale. The sampler is made anew of the ``rows`` of the study's table: the search does not depend
-    on where it was interrupted. Not all of ``runs``, the grid's, may be finished.
+    Points are ranked by how many of their runs reach the level of forgetting, then by mean utility
+    there, then by how far the runs get. The sampler gets only this order, as levels and utilities
+    have any scale. It is made anew from the ``rows`` of the study's table, so the search does not
+    depend on interruptions. At least one of ``runs``, those of the grid, must be unfinished.
     """
     points: dict[Point, list[Run]] = {}
     for run in runs:
@@ -244,7 +244,7 @@ def _worth(runs: Sequence[Any], by: Compared) -> tuple[float, float, float]:
 
 
 def _walk(trial: Any, grid: Sequence[Run]) -> Run:
-    """The run of a grid to which a trial's values lead, axis by axis, or the nearest to them."""
+    """The run of a grid that a trial's values select, axis by axis, or the nearest one."""
     left = list(grid)
     while True:
         axes = left[0].axes  # the next is the first in which runs differ
@@ -268,7 +268,7 @@ def _walk(trial: Any, grid: Sequence[Run]) -> Run:
 class RunTable:
     """One Parquet file in a study's folder: a row per run and test point.
 
-    ``settings``, what all runs share as plain data, are in it: other ones are refused by name.
+    ``settings``, the plain data that all runs share, are stored in it: different ones are refused.
     """
 
     def __init__(
@@ -293,7 +293,7 @@ class RunTable:
         self.write()
 
     def join(self, folders: Sequence[str]) -> int:
-        """Take over the finished runs of other folders of the same study; how many are new here."""
+        """Import finished runs from other folders of the same study; returns how many are new."""
         before = self.finished()
         for folder in folders:
             path, known = Path(folder) / TABLE_FILE, self.finished()
@@ -321,7 +321,7 @@ class RunTable:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other studies, on this host or another, out of a folder while inside."""
+    """Inside the context, keep other studies, on this host or another, out of a folder."""
     lock = Lock(folder / LOCK_FILE, f"another study works in {folder}", "choose another --output")
     if lock.left:
         log.warning("took over the lock of a study that has ended (%s)", lock.left)

@@ -110,7 +110,7 @@ class Study:
             target and the retrained model under the same attacks.
         only: this time run only these objectives or masks, by their names in the tables, e.g. NPO
             or '[NPO, dense, wagle 0.2]'.
-        hours: start no new run after so many hours; 0 only writes the tables.
+        hours: start no new run after this many hours; 0 only writes the tables.
         keep_models: keep every unlearned model, in models/<run>.
         join: folders of the same study, run on other machines with only, whose finished runs are
             imported, e.g. '[runs/one, runs/two]'.
@@ -149,7 +149,7 @@ class Study:
 
     def __post_init__(self) -> None:
         self.folder = Path(self.output)
-        refuse_existing(self.folder, overwrite=True, kind="files")  # a study goes on in its folder
+        refuse_existing(self.folder, overwrite=True, kind="files")  # it continues in its folder
         if self.retrained is None and self.forget_level is None:
             raise WagleError(
                 "a study compares at a level of forgetting: give --retrained, the model trained "
@@ -204,7 +204,7 @@ class Study:
                 joined = count(self.table.join(self.join), "run")
                 say(f"{joined} taken over from {', '.join(self.join)}")
             kinds = {"objective": self.grid.objectives, "mask": self.grid.masks}
-            for row in self.table.rows:  # of earlier sittings: with the names and measures of this
+            for row in self.table.rows:  # of earlier sessions: with names and measures of this one
                 for kind, choices in kinds.items():
                     row[kind] = grid.present_name(row[kind], row[f"{kind}_id"], choices)
                 row |= {"forget": row.get(self.forget), "utility": row.get(self.utility)}
@@ -222,7 +222,7 @@ class Study:
                 self._work(self._suggested(runs) if self.sampler == "optuna" else todo, number)
             except (KeyboardInterrupt, SystemExit):
                 missing = f"{self.size - len(self._finished())} of {self.size} runs are missing"
-                say(f"stopped; the same command goes on ({missing})")
+                say(f"stopped; the same command continues ({missing})")
                 raise
             found = self._write()
             for name, drawing in {"study": mean_curves(found), **recovery_curves(found)}.items():
@@ -238,12 +238,12 @@ class Study:
         return self.planned & self.table.finished()
 
     def _suggested(self, runs: Sequence[grid.Run]) -> Iterator[grid.Run]:
-        """Runs that are not finished, each chosen when those before it are."""
+        """Unfinished runs, each chosen when those before it are finished."""
         while True:
             yield from next_runs(runs, self.table.rows, self.compared)
 
     def _time_left(self, runs: int) -> str:
-        """How long so many runs will take, from those finished; empty without any."""
+        """How long this many runs will take, judging by finished ones; empty without any."""
         seconds = {row["run"]: row["seconds"] for row in self.table.rows}.values()
         if not seconds or not runs:
             return ""
@@ -254,7 +254,7 @@ class Study:
         for number in range(1, runs + 1):
             if self.hours is not None and time.monotonic() - began > 3600 * self.hours:
                 left = count(runs - number + 1, "run")
-                say(f"{self.hours:g} h are over; the same command goes on with the {left} left")
+                say(f"{self.hours:g} h are over; the same command continues with the {left} left")
                 return
             run = next(todo)
             with announced(f"[{number}/{runs}] {run.name}"):
@@ -269,7 +269,7 @@ class Study:
     # -- before the runs ---------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        """Everything that all runs share; what is wrong with the input shows here."""
+        """Prepare everything that all runs share; mistakes in the input show up here."""
         self.data.serve(tokenizer=lambda: models.load_tokenizer(self.target))
         if self.data.examples("forget") is None:
             raise WagleError("a study needs forget rows: give --data.forget")
@@ -290,7 +290,7 @@ class Study:
             log.warning("%s: there is nothing to unlearn", said)
 
     def _settings(self) -> dict[str, Any]:
-        """What all runs share, as plain data; a change of any makes other runs."""
+        """What all runs share, as plain data; changing any of it makes different runs."""
         data, optimizer = self.data, self._optimizer
         elsewhere = ("accelerator", "devices")  # a run is the same on another machine
         return {
@@ -319,7 +319,7 @@ class Study:
         }
 
     def _attacked_by(self) -> dict[str, Any]:
-        """The attacks and those of their options that are not the defaults, if there are any."""
+        """The attacks, if any, each with those of its options that are not defaults."""
         found = []
         for attack in self._attacks:
             usual = vars(type(attack))  # where a dataclass keeps its defaults
@@ -415,7 +415,7 @@ class Study:
         return Compared(self.forget, self.utility, target, level, forget_sign, utility_sign)
 
     def _answers_of(self) -> Optional[list[str]]:
-        """The test sets of the two measures, if tests along the way are of their answers alone."""
+        """The test sets of the two measures, if tests along the way measure only their answers."""
         if self.along == "all":
             return None
         measured = {measure.partition("/")[0] for measure in (self.forget, self.utility)}
@@ -424,7 +424,7 @@ class Study:
     # -- masks -------------------------------------------------------------------------------------
 
     def _make_masks(self, todo: Sequence[grid.Run]) -> None:
-        """The masks that the runs need and that are not there yet, in as few passes as can be."""
+        """Make the masks that the runs need and that are missing, in as few passes as possible."""
         for mask in self.grid.masks:
             if mask.kind == "file":
                 where = f"masks: mask {mask.entry}"
@@ -467,7 +467,7 @@ class Study:
         data = copy.copy(self.data)
         data.seed = run.seed
         mask, rule = self._mask_file(run), run.objective.rule()
-        # what is not kept lies beside the references at θ₀, which all runs share
+        # output that is not kept is next to the references at θ₀, which all runs share
         output = self.folder / "models" / run.id if self.keep_models else self.folder / run.id
         module = (UnlearnModule if self.keep_models else UnkeptModule)(
             model=self.target,

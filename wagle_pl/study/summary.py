@@ -1,6 +1,6 @@
-"""What a study found: every arm (an objective with a mask) at equal forgetting, beside dense.
+"""What a study found: every arm (an objective with a mask) compared with dense at equal forgetting.
 
-A run that is tested along its way is a *curve*: points (x, u) in the order of its steps, the target
+A run with tests along the way is a *curve*: points (x, u) in the order of its steps, the target
 model first. u is the utility. x is *progress*: the forget measure, with its sign chosen so that x
 grows as the model forgets. A *level* is a value of x. Between two points the utility is
 interpolated linearly; beyond the last it is unknown and never extrapolated.
@@ -26,7 +26,7 @@ AT_END = ("model_utility", "ue_average", "ut_average")
 LABELS = ("objective", "mask", "score", "density")
 CURVE_POINTS = 33  # of an arm's mean curve
 MIN_PAIRS = 3  # for a paired t-test
-NEVER = "never reaches it"  # of an arm, the level
+NEVER = "never reaches it"  # said of an arm: "it" is the level
 SIGNIFICANT = 0.05
 
 
@@ -36,7 +36,7 @@ SIGNIFICANT = 0.05
 def envelope(points: Points) -> list[tuple[float, float]]:
     """The monotone envelope: the points at which the run has forgotten more than ever before.
 
-    A run may remember again for a while; of the envelope every level is reached once.
+    A run may remember again for a while; the envelope reaches every level only once.
 
     >>> envelope([(0.0, 1.0), (0.5, 0.8), (0.4, 0.9), (0.7, 0.6)])
     [(0.0, 1.0), (0.5, 0.8), (0.7, 0.6)]
@@ -74,11 +74,11 @@ class Pace(NamedTuple):
 def at_equal_steps(
     arm: Sequence[Pace], dense: Sequence[Pace]
 ) -> Optional[tuple[float, float, float]]:
-    """Steps, and utilities of two arms whose runs of one seed reach the level in so many.
+    """Steps, and the utilities of two arms whose runs of one seed reach the level in that many.
 
-    Slower runs tend to keep more, whatever the mask, so the best runs of two arms differ by their
-    speed too. Here both are interpolated over their learning rates, at the largest number of steps
-    that runs of both lie around; None if there is none. A run that took no fewer steps than one
+    Slower runs tend to keep more, whatever the mask, so the best runs of two arms also differ by
+    their speed. Here both are interpolated over their learning rates, at the largest number of
+    steps within the range of both; None if there is none. A run that took no fewer steps than one
     with a slower rate overshoots, keeps far less and saves nothing: it is left out.
     """
     if not arm or not dense:
@@ -102,7 +102,7 @@ class Spread(NamedTuple):
     """Mean, standard deviation (n − 1 in the denominator) and number of values over seeds."""
 
     mean: Optional[float]  # None without values
-    std: Optional[float]  # None of fewer than two
+    std: Optional[float]  # None for fewer than two
     n: int
 
 
@@ -141,11 +141,11 @@ def paired(arm: Sequence[float], dense: Sequence[float]) -> Paired:
 def verdict(
     test: Paired, sign: int, arm: Spread, dense: Spread, arm_seeds: int, dense_seeds: int
 ) -> str:
-    """What an arm does against dense, in a word or a few.
+    """How an arm compares with dense, in a few words.
 
-    Nothing is won or lost with fewer than three pairs. With them a difference is a tie within the
-    larger of the two standard deviations over seeds, and if the paired test's p is 0.05 or more.
-    ``sign`` is −1 if less utility is better; seeds are those finished.
+    With fewer than three pairs nothing is won or lost. Otherwise a difference is a tie if it is
+    within the larger of the two standard deviations over seeds, or if the paired test's p is 0.05
+    or more. ``sign`` is −1 if less utility is better; seeds are those finished.
     """
     if not arm_seeds:
         return "not run yet"
@@ -195,11 +195,11 @@ class Compared(NamedTuple):
 
 
 def run_table(rows: Sequence[Row], by: Compared) -> pd.DataFrame:
-    """One line per run, of the rows of a study's table, with what its curve says.
+    """One line per run, from the rows of a study's table, with what its curve says.
 
     ``points`` are (progress, utility) of the target model and of each test, ``deepest`` is the
-    largest progress, ``reached`` the utility at the level, and ``steps`` is how many the run takes
-    to it; both are NaN if it never gets there.
+    largest progress, ``reached`` the utility at the level, and ``steps`` the number of steps to the
+    level; the last two are NaN if the run never gets there.
     """
     tests: dict[str, list[Row]] = {row["run"]: [] for row in rows}
     for row in sorted(rows, key=lambda row: row["step"]):
@@ -227,7 +227,7 @@ def run_table(rows: Sequence[Row], by: Compared) -> pd.DataFrame:
 
 
 def chosen(runs: pd.DataFrame, sign: int = 1) -> pd.DataFrame:
-    """Of an arm's runs, the best of each seed: by utility at the level or, if none gets there,
+    """The best run of each seed of an arm: by utility at the level or, if none gets there, by
     progress; ``sign`` is −1 if less utility is better."""
     rank = (sign * runs["reached"]).fillna(runs["deepest"])
     ranked = runs.assign(reaches=runs["reached"].notna(), rank=rank).sort_values(
@@ -254,8 +254,8 @@ def summarise(
 
     Each has ``objective``, ``mask``, ``score``, ``density``; ``mean``, ``std`` and ``n`` of utility
     at the level over the seeds that reach it, and ``values``, seed -> utility; ``reached``, the
-    share of runs that do, of ``runs``; ``diverged``, how many did; ``seeds``, how many are
-    finished; ``learning_rates``, seed -> chosen; ``steps``, the mean number to the level;
+    share of ``runs`` that reach it; ``diverged``, how many diverged; ``seeds``, how many are
+    finished; ``learning_rates``, seed -> chosen rate; ``steps``, the mean number to the level;
     ``difference`` from dense over the seeds of both, its ``p`` or ``why`` there is none, ``pairs``,
     ``verdict``; ``equal_steps``; ``area``; ``curve``, (forget measure, mean utility over seeds) from
     the target to where the shallowest of the chosen runs ends; the means of :data:`AT_END`; and
@@ -310,7 +310,7 @@ def compared_at(found: Mapping[str, Any], rows: Sequence[Row], level: float) -> 
 
 
 def _plain(value: Any) -> Any:
-    """A value of a frame as it goes into JSON; None for what is missing."""
+    """A value of a data frame in a form for JSON; None if it is missing."""
     return None if pd.isna(value) else value.item() if isinstance(value, np.generic) else value
 
 
@@ -348,8 +348,8 @@ def _equal_steps(runs: pd.DataFrame, dense: pd.DataFrame) -> Optional[dict[str, 
 def _area(best: pd.DataFrame, dense: Optional[pd.DataFrame], by: Compared) -> dict[str, Any]:
     """Over seeds, :func:`mean_utility` of the range that arm and ``dense`` have in common.
 
-    It goes from the target's forget measure to the level or, if that comes first, to where the
-    shallower of the two ends; ``to`` is the mean of these ends.
+    The range goes from the target's forget measure to the level or, if that comes first, to where
+    the shallower of the two ends; ``to`` is the mean of these ends.
     """
     beside = best if dense is None else dense
     areas = []

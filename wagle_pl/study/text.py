@@ -15,7 +15,7 @@ Summary = Mapping[str, Any]  # content of ``study.json``
 
 _LEFT = (0, 4)  # columns of words: mask, verdict
 _ALWAYS = 5  # columns shown even if they are empty
-MARK = "*"  # behind the name of a mask that has learning rates of its own
+MARK = "*"  # after the name of a mask that has its own learning rates
 
 
 def chance(p: float) -> str:
@@ -50,7 +50,7 @@ def duration(seconds: float) -> str:
 
 
 def by_objective(summary: Summary) -> dict[str, list[Arm]]:
-    """Objective -> its arms: the best utility at equal forgetting first, none of it last."""
+    """Objective -> its arms: the best utility at equal forgetting first, arms without it last."""
     sign = summary.get("utility_sign", 1)
 
     def place(arm: Arm) -> tuple[bool, float, float]:
@@ -69,7 +69,7 @@ def rates_of(arm: Arm) -> str:
 
 
 def marked_name(arm: Arm) -> str:
-    """Name of an arm's mask, marked if it was tried with learning rates of its own."""
+    """Name of an arm's mask, marked if it was tried with its own learning rates."""
     return str(arm.get("mask")) + (MARK if arm.get("own_learning_rates") else "")
 
 
@@ -171,7 +171,7 @@ def progress(summary: Summary) -> str:
 
 
 def about(summary: Summary) -> list[str]:
-    """What the columns mean, and what to hold against the comparison."""
+    """What the columns mean, and the limits of the comparison."""
     arms, forget, level = summary["headline"], summary["forget"], summary.get("forget_level")
     retrained = summary.get("level_of") == "retrained"
     whose = "the retrained model's" if retrained else "the level asked for"
@@ -186,7 +186,7 @@ def about(summary: Summary) -> list[str]:
         "against dense: a tie is a difference within the larger of the two standard deviations, "
         "or one with p ≥ 0.05. p: paired t-test over seeds. difference: over the seeds of both.",
         "steps: to that level; slower runs tend to keep more, whatever the mask. equal steps: "
-        "difference from dense, and its p, where runs of both get there in as many steps, "
+        "difference from dense, and its p, where runs of both get there in equally many steps, "
         "interpolated over learning rates; a run that took no fewer steps than one with a slower "
         "rate is left out.",
         "area: mean utility over forgetting, from the target to the level or to where arm or dense "
@@ -203,7 +203,7 @@ def about(summary: Summary) -> list[str]:
             f"utility). Of the chosen runs at their ends: {where}."
         )
     if any(arm.get("own_learning_rates") for arm in arms):
-        lines.append(f"{MARK}: tried with learning rates of its own.")
+        lines.append(f"{MARK}: tried with its own learning rates.")
     runs = summary.get("runs") or {"finished": 0, "planned": 0}
     uneven = len({arm.get("runs") for arm in arms if arm.get("seeds")}) > 1
     if uneven and runs["finished"] < runs["planned"]:  # not by learning rates of their own

@@ -1,1 +1,1 @@
-"""The report of models and studies: sources are read, sections made of them, templates filled."""
+"""Reports of models and studies: reads sources, makes sections of them, fills templates."""

@@ -10,7 +10,7 @@ from wagle_pl.study.report.figures import PALETTE
 Point = tuple[float, float]
 Points = Sequence[Point]
 
-# What a model is has a line style and a marker beside its colour, so that the colour is not needed.
+# Each role of a model has a line style and a marker, too, so that its colour is not needed.
 _LINES = {"target": (0, (5, 2)), "retrained": (0, (1.5, 1.5)), "this": "solid"}
 _MARKERS = {"target": "s", "retrained": "D", "this": "o"}
 _ARM_COLOURS = (  # visible on a light and on a dark page
@@ -32,7 +32,7 @@ class ModelPoint(NamedTuple):
     x: float  # forget measure
     y: float  # utility
     role: str  # target, retrained or this
-    label: str  # in the legend; of "this", within its point
+    label: str  # in the legend; for "this", inside its point
 
 
 class Line(NamedTuple):
@@ -109,7 +109,7 @@ def study_panel(
     labels: tuple[str, str],
 ) -> Any:
     """The runs of one arm, in front of those of ``dense``; every curve starts at the target. Panels
-    to compare have the same ``bounds``; otherwise see :func:`study_overview`."""
+    to be compared need the same ``bounds``; for other arguments, see :func:`study_overview`."""
     figure, (axes,) = panels(3.6, 2.9)
     start = [references["target"]] if "target" in references else []
     style: dict[str, Any] = {"color": PALETTE["muted"], "linewidth": 0.9, "alpha": 0.6}
@@ -223,7 +223,7 @@ def panels(width: float, height: float, count: int = 1) -> tuple[Any, list[Any]]
 
 
 def bounds_of(points: Points) -> tuple[float, ...]:
-    """Least x, greatest x, least y and greatest y, with a margin."""
+    """Smallest x, largest x, smallest y and largest y, with a margin."""
     ends: list[float] = []
     for values in zip(*points, strict=True):
         low, high = min(values), max(values)
@@ -253,7 +253,7 @@ def _finish(
 
 
 def _add_legend(figure: Any, columns: int = 3, size: float = 8.5) -> None:
-    """One legend of all panels, below them, with as many of ``columns`` as there is room for."""
+    """One legend for all panels, below them, with as many columns as fit, at most ``columns``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     shown: dict[str, Any] = {}

@@ -74,10 +74,10 @@ def svg(
     """A figure as an ``<svg>`` element.
 
     Args:
-        name: prefix of the ids inside, another for each figure of a page.
+        name: prefix of the ids inside, unique to each figure of a page.
         title: what the figure is.
         description: what it shows, in words and numbers.
-        draw: makes a matplotlib figure out of ``arguments``, under :data:`STYLE`.
+        draw: makes a matplotlib figure from ``arguments``, under :data:`STYLE`.
     """
     from matplotlib import rc_context
 
@@ -105,7 +105,7 @@ def svg(
 
 
 def _simplify(node: ElementTree.Element, ids: dict[str, str]) -> None:
-    """Remove what a page has no use for; use the page's colours, and ``ids`` where needed."""
+    """Remove what a page does not need; use the page's colours, and ``ids`` where needed."""
     for child in list(node):
         if child.tag in (f"{_NAMESPACE}style", f"{_NAMESPACE}clipPath"):
             node.remove(child)  # nothing is drawn outside of the axes
@@ -164,7 +164,7 @@ def mask_heatmap(
     """Heat map of the share of selected weights by layer × module type.
 
     One panel per mask, by its title, with one colour scale for all, up to ``scale_to`` or the largest
-    share. What lies outside the layers (embeddings, final norm, output head) is in a row of its own
+    share. What lies outside the layers (embeddings, final norm, output head) is in a separate row
     below. Cells of modules that a layer lacks are grey.
     """
     from matplotlib.colors import PowerNorm
@@ -202,7 +202,7 @@ def mask_heatmap(
             axes[-1].set_yticks([])
             axes[-1].set_xlabel("outside the layers", fontsize=8)
     _draw_bar(figure, figure.add_subplot(outer[:, -1]), scale)
-    figure.draw_without_rendering()  # lay it out once, or each file saved has another layout
+    figure.draw_without_rendering()  # lay it out once, so that all saved files have the same layout
     figure.set_layout_engine("none")
     return figure
 

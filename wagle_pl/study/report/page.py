@@ -1,5 +1,5 @@
-"""The page: one HTML file that needs nothing else, made of the templates in ``templates/``, and
-what its sections show of models and of studies: measures, figures, answers."""
+"""The page: one self-contained HTML file, made from the templates in ``templates/``, and what its
+sections show of models and of studies: measures, figures, answers."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def render(
     utility: Optional[str] = None,
     examples: int = 6,
 ) -> str:
-    """The page as text, with the options of ``wagle report``; the same sources, the same bytes."""
+    """The page as text, with the options of ``wagle report``; equal sources give equal bytes."""
     for axis, (option, measure) in enumerate((("forget", forget), ("utility", utility))):
         known, what = measure_names(sources.models), "these runs"
         if not sources.models:  # the page of a study has the axes of the study
@@ -190,7 +190,7 @@ def telling_sets(model: ReportedModel) -> list[str]:
 
 
 def lead_measures(models: Models) -> list[str]:
-    """Measures of a summary: two of each set to forget, one of the sets to keep, all of no set."""
+    """Measures of a summary: two of each set to forget, one of sets to keep, all without a set."""
     forgotten = (measure_names(models, [name])[:2] for name in test_sets(models, True))
     kept = (measure_names(models, [name]) for name in test_sets(models, False))
     return [*chain(*forgotten), *[*chain(*kept)][:1], *measure_names(models, [""])]
@@ -297,7 +297,7 @@ def _shift(
 
 
 def heatmaps(masks: Mapping[str, WeightMask], name: str) -> dict[str, Markup]:
-    """Title -> heat map of each mask, all on one colour scale; ``name`` begins their ids."""
+    """Title -> heat map of each mask, all on one colour scale; their ids begin with ``name``."""
     grids = {title: mask.grid() for title, mask in masks.items()}
     largest = largest_share(grids.values())
     found = {}
@@ -309,7 +309,7 @@ def heatmaps(masks: Mapping[str, WeightMask], name: str) -> dict[str, Markup]:
 
 
 def answers(sources: Sources, count: int) -> dict[str, dict[str, Any]]:
-    """What all models say to the same questions: test set -> ``asked``, how many these are;
+    """What all models say to the same questions: test set -> ``asked``, the number of questions;
     ``models``, (label, model) of each; ``chosen``, some questions -> label -> record."""
     target, retrained = (sources.references.get(role) for role in ("target", "retrained"))
     after = [(f"after: {model.name}", model) for model in sources.models]
@@ -343,7 +343,7 @@ def same_runs(models: Models) -> dict[tuple[str, int], str]:
 
 
 def shown_of_study(study: StudyResults, name: str) -> dict[str, Any]:
-    """What the template of a study is given; ``name`` begins its ids in the page."""
+    """The variables of a study's template; its ids in the page begin with ``name``."""
     summary = study.summary
     runs: dict[str, list[Row]] = {row["run"]: [] for row in study.rows}  # in the table's order
     for row in sorted(study.rows, key=itemgetter("step")):

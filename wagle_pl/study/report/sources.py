@@ -38,9 +38,9 @@ class ReportedModel(Results):
     """A model's test results, and the record of what made the model.
 
     Args:
-        folder: of the model with test results in it, or of test results, or a result file of TOFU
-            or OpenUnlearning.
-        option: that named it, for messages.
+        folder: a model folder with test results in it, a folder of test results, or a result file
+            of TOFU or OpenUnlearning.
+        option: the option that named it, for messages.
     """
 
     def __init__(self, folder: Path, option: str = "run") -> None:
@@ -67,7 +67,7 @@ class ReportedModel(Results):
         if record := next((file for file in records if file.is_file()), None):
             self.record = _read_optional(record, {}, self.notes)
         if not self.lineage:
-            self.notes.append(f"no {RECORD_FILE} beside the results says what made the model")
+            self.notes.append(f"no {RECORD_FILE} next to the results says what made the model")
 
     @property
     def place(self) -> Path:
@@ -103,16 +103,16 @@ class ReportedModel(Results):
 
     @cached_property
     def fingerprint(self) -> Optional[str]:
-        """Of the model that was tested; None if its tables do not say."""
+        """Fingerprint of the model that was tested; None if its tables do not say."""
         files = sorted(self.path.glob("*.parquet"))
         try:
             return table_key(files[0]).get("model") if files else None
         except (WagleError, ValueError):
-            return None  # what is wrong with the file is said where its rows are needed
+            return None  # errors in the file are reported where its rows are needed
 
     @cached_property
     def suite(self) -> Suite:
-        """The suite that measured; a general one where that is unknown or a user's class."""
+        """The suite that measured; a general one if that is unknown or a user's class."""
         try:
             return find_suite(self.info.get("suite") or (self.benchmark or "generic").lower())
         except WagleError:
@@ -130,7 +130,7 @@ class ReportedModel(Results):
 
     @cached_property
     def mask(self) -> Optional[WeightMask]:
-        """The mask it was unlearned within; if it is gone or has changed, :attr:`notes` say so."""
+        """The mask it was unlearned with; if that is gone or has changed, :attr:`notes` say so."""
         made = self.last.get("mask")
         if not made:
             return None
@@ -207,7 +207,7 @@ def reference_points(
 def gather(
     folders: Sequence[str], target: Optional[str] = None, retrained: Optional[str] = None
 ) -> Sources:
-    """Read models and studies; arguments as of ``wagle report``."""
+    """Read models and studies; arguments as for ``wagle report``."""
     sources = Sources()
     for folder in dict.fromkeys(folders):
         _read_folder(Path(folder), sources)
@@ -272,7 +272,7 @@ def _read_optional(file: Path, empty: Any, notes: list[str], lost: str = "") -> 
 
 
 def _tests_of(folder: Path) -> Path:
-    """The folder of test results within a model folder; any other folder is itself."""
+    """The folder of test results within a model folder; any other folder is returned as it is."""
     folder = folder_of(folder)
     return folder / TEST_FOLDER if (folder / TEST_FOLDER).is_dir() else folder
 
@@ -320,7 +320,7 @@ def _candidates(models: Sequence[ReportedModel], role: str) -> list[str]:
 
 
 def _check_target(sources: Sources) -> None:
-    """Note which models were made from other weights than the target's, as in a second request."""
+    """Note models that were made from weights other than the target's, as by a second request."""
     target = sources.references.get("target")
     if target is None or target.fingerprint is None:
         return
