@@ -45,7 +45,7 @@ Rows = Union[str, Sequence[Union[str, Row]], "Dataset"]
 
 #: Learning rates of AdamW on values of selected weights, by the number of weights of a model.
 LEARNING_RATES = ((30e6, 1e-4), (500e6, 5e-5), (float("inf"), 2e-5))
-CHECKED_ROWS = 64  # forget rows that are generated from
+CHECKED_ROWS = 64  # number of forget rows whose answers are generated
 ANSWER_TOKENS = 48
 
 
@@ -55,8 +55,8 @@ class Forgotten:
 
     ``before`` and ``after`` are means over rows: ``forget_probability`` and ``retain_probability``
     (geometric mean of the probabilities of the answer's tokens), ``forget_rougeL`` (recall of the
-    answer in a greedy generation) and ``unseen_probability`` (of rows like the forget rows about
-    people and things that do not exist).
+    answer in a greedy generation) and ``unseen_probability`` (of rows like the forget rows, but
+    about people and things that do not exist).
     """
 
     model: PreTrainedModel
@@ -93,7 +93,7 @@ class Forgotten:
             return upload(self.save(Path(folder) / "model"), repo_id, **options)
 
     def patch(self, path: Union[str, Path]) -> Path:
-        """Write the difference to the model before, for ``wagle patch apply`` and ``revert``."""
+        """Write the difference from the model before, for ``wagle patch apply`` and ``revert``."""
         with tempfile.TemporaryDirectory() as folder:
             after = self.save(Path(folder) / "after")
             if isinstance(self._before, str):
@@ -128,26 +128,26 @@ def forget(
 ) -> Forgotten:
     """Make a model forget rows and keep the rest; nothing is written.
 
-    A mask of the weights that matter for the forget rows is made, and the objective trained on
-    these weights until the mean probability of the forget rows is no more than that of rows which
-    the model has never seen: the forget rows with invented names and numbers in place of theirs.
+    First, a mask selects the weights that matter for the forget rows. Then these weights are
+    trained with the objective until the mean probability of the forget rows is at most that of rows
+    which the model has never seen: the forget rows with invented names and numbers.
 
     Args:
         model: hub id, folder or GGUF file; or a loaded model, which is changed in place.
-        forget: rows: a file, a hub dataset, a ``datasets.Dataset``, or a list of questions and of
-            dicts with the columns that :class:`~wagle_pl.ForgetRetainDataModule` knows. A question
-            without an answer takes the model's own.
-        retain: rows to keep, likewise. None takes the model's own answers to bundled questions of
+        forget: rows to forget: a file, a hub dataset, a ``datasets.Dataset``, or a list of
+            questions and of dicts with the columns that :class:`~wagle_pl.ForgetRetainDataModule`
+            knows. A question without an answer gets the model's own.
+        retain: rows to keep, likewise. None takes the model's own answers to bundled questions on
             many subjects, without those that share a name or a rare word with a forget row.
         density: share of the weights that may move; None is dense unlearning, without a mask.
         tokenizer: the model's own when None.
         objective: see :class:`~wagle_pl.UnlearnModule`.
         score: see :class:`~wagle_pl.AttributionModule`; the paper's is ``wagle``. None takes
-            ``Curvature`` with power 1, which forgets most for its damage where all weights take
-            steps of one size, as with Adam.
-        lr: of AdamW; by the size of the model when None, see :data:`LEARNING_RATES`.
-        seed: of everything that is drawn.
-        max_steps: where training ends if the probability has not come down.
+            ``Curvature`` with power 1, which forgets most for a given damage if all weights take
+            steps of the same size, as with Adam.
+        lr: of AdamW; chosen by the size of the model when None, see :data:`LEARNING_RATES`.
+        seed: random seed.
+        max_steps: step at which training ends if the probability is still too high.
         progress: show bars and log what is done.
         **data: options of :class:`~wagle_pl.ForgetRetainDataModule`, such as ``prompt_format``.
     """
@@ -250,7 +250,7 @@ class _Subject:
 
     @torch.no_grad()
     def probability(self, data: ForgetRetainDataModule, stream: str) -> float:
-        """Mean over the rows of a stream of the geometric mean of their tokens' probabilities."""
+        """Geometric mean of the probabilities of a row's tokens, averaged over a stream's rows."""
         training, found = self.lm.training, []
         self.lm.eval()
         for batch in data.stream_loader(stream):
@@ -262,7 +262,7 @@ class _Subject:
         return fmean(found)
 
     def measure(self, data: ForgetRetainDataModule) -> tuple[dict[str, float], list[str]]:
-        """See :class:`Forgotten`; and what the model says to the first forget rows."""
+        """The measures of :class:`Forgotten`, and the model's answers to the first forget rows."""
         streams = {"forget": "forget", "retain": "retain", "holdout": "unseen"}
         found = {
             f"{name}_probability": self.probability(data, stream)
@@ -275,7 +275,7 @@ class _Subject:
         return found | {"forget_rougeL": float(recall.mean())}, said
 
     def answered(self, rows: Sequence[Row]) -> list[Row]:
-        """Rows with the model's own answers where there is a question alone."""
+        """The rows; those with only a question get the model's own answer."""
         asked = [i for i, row in enumerate(rows) if set(row) == {"question"}]
         prompts = [Example.of({"prompt": rows[i]["question"]}) for i in asked]
         texts = dict(zip(asked, self.generate(prompts), strict=True))
@@ -283,7 +283,7 @@ class _Subject:
 
     @torch.no_grad()
     def generate(self, examples: Sequence[Example]) -> list[str]:
-        """What the model says of each row's prompt, greedily."""
+        """The model's greedy answer to each row's prompt."""
         template, texts = self.data().template, []
         self.lm.eval()
         for start in range(0, len(examples), 128):
@@ -293,7 +293,7 @@ class _Subject:
 
 
 def _listed(source: Rows, name: str) -> list[Row]:
-    """Rows as a list of dicts; a question is a row of its own."""
+    """Rows as a list of dicts; a string becomes a row with only a question."""
     if isinstance(source, str):
         return load_rows(source)
     rows = [{"question": row} if isinstance(row, str) else row for row in source]
