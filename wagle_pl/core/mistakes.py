@@ -61,7 +61,7 @@ class _Line(NamedTuple):
         return [cls for name in re.findall(r"\w+(?:\.\w+)+", types) if (cls := _class(name))]
 
     def owners(self, option: str, but: Any = None) -> str:
-        """``A, B have it``: our classes, except ``but``, with an option, that may be chosen here."""
+        """``A, B have it``: our classes, except ``but``, that have an option and are allowed."""
         others = {sub: None for base in self.bases for sub in subclasses(base) if sub is not but}
         found = [sub.__name__ for sub in others if _is_ours(sub) and option in option_names(sub)]
         names = list(dict.fromkeys(found))
