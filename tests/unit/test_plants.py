@@ -26,6 +26,7 @@ from wagle_pl.study.plants import (
     summarise,
 )
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 AMOUNTS = {"random": 0.02, "block": 1, "heads": 3, "spread": 0.05}
 
 
@@ -128,17 +129,16 @@ def test_the_summary_by_hand():
     assert "| snip | 0.700 ± 0.100 | 0.500 | +0.200 | 0.074 | 0.100 | 5.00 | 1.00 |" in said
 
 
-def test_what_was_published_follows_from_the_rows():
-    folder = Path(__file__).parents[2] / "configs/people"
-    found = summarise(load_table(folder / "results/plants.parquet"))
-    assert (folder / "results/plants.md").read_text() == markdown(found)
-    assert markdown_table(*overview(found)) in (folder / "README.md").read_text()
+@pytest.mark.parametrize("page", ["people/README.md", "tofu/tables.md"])
+def test_what_was_published_follows_from_the_rows(page):
+    page = CONFIGS / page
+    found = summarise(load_table(page.parent / "results/plants.parquet"))
+    assert (page.parent / "results/plants.md").read_text() == markdown(found)
+    assert markdown_table(*overview(found)) in page.read_text()
 
 
 def test_the_figure_has_a_panel_a_plant_and_a_row_a_score():
-    found = summarise(
-        load_table(Path(__file__).parents[2] / "configs/people/results/plants.parquet")
-    )
+    found = summarise(load_table(CONFIGS / "people/results/plants.parquet"))
     drawn = figure(found)
     assert [axes.get_title() for axes in drawn.axes] == list(
         dict.fromkeys(e["plant"] for e in found)
