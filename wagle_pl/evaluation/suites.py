@@ -127,11 +127,11 @@ class Averages(ABC):
     @abstractmethod
     @measure("score, 0 to 1", "higher", name="ue_average")
     def efficacy(self, seen: Observations, found: Mapping[str, Value]) -> float:
-        """Unlearning efficacy, the UE average of WAGLE's tables."""
+        """Average unlearning efficacy (UE) in WAGLE's tables."""
 
     @measure("score, 0 to 1", "higher", name="ut_average")
     def utility(self, seen: Observations, found: Mapping[str, Value]) -> float:
-        """Utility, the UT average of WAGLE's tables.
+        """Average utility (UT) in WAGLE's tables.
 
         As for WHP and DETOX: the mean of TruthfulQA and of the mean accuracy on other tasks.
         """
