@@ -15,8 +15,23 @@ from wagle_pl.study.plants import overview, summarise
 CONFIGS = Path(__file__).parents[2] / "configs"
 MASKS = ("curvature^1 0.2", "dense", "wagle 0.2", "random 0.2", "lora")
 PEOPLE_MASKS = ("curvature^1 0.05", *MASKS)
-FORGET01_MASKS = ("curvature^1 0.2", "dense", "wagle 0.2")
-PLANTS = ("random", "spread")
+FORGET01 = [
+    *(("NPO", mask) for mask in ("curvature^1 0.2", "curvature^1 0.05", "dense")),
+    *(("NPO", mask) for mask in ("random 0.2", "random 0.02", "wagle 0.2", "lora")),
+    *(("GradDiff", mask) for mask in ("curvature^1 0.2", "dense", "wagle 0.2")),
+]
+PLANTS = {  # column -> folder and plant
+    "random tenth": ("people", "random-0.1"),
+    "random 2 %": ("tofu", "random-0.02"),
+    "one MLP of 2": ("people", "block-1"),
+    "one MLP of 30": ("tofu", "block-1"),
+    "20 % of neurons": ("people", "spread-0.2"),
+    "5 % of neurons": ("tofu", "spread-0.05"),
+}
+LOCATED = (
+    *("wagle", "snip", "magnitude", "gradient", "signed"),
+    *("curvature^1 gauss_newton", "random"),
+)
 ATTACKS = ("relearn_forget_20", "relearn_retain", "quantise_4bit")
 
 
@@ -41,18 +56,15 @@ def by_mask(objectives: Iterable[str], studies: Iterable[str]) -> str:
     return rows_of(rows)
 
 
-def ends(
-    name: str, masks: Iterable[str], columns: Iterable[tuple[str, str]], objective: str = "NPO"
-) -> str:
-    """What runs end with, and what attacks bring back: a row per mask, one more for the retrained model."""
-    found = {
-        (e["mask"], e["measure"], e["what"]): e
-        for e in study(name)["ends"]
-        if e["objective"] == objective
-    }
-    rows = [[mask, *(cell(found[(mask, *column)]) for column in columns)] for mask in masks]
-    first = next(iter(masks))
-    retrained = [f"{found[(first, *column)]['retrained']:.3f}" for column in columns]
+def ends(name: str, arms: Iterable[tuple[str, str]], columns: Iterable[tuple[str, str]]) -> str:
+    """What runs end with, and what attacks bring back: a row per arm, one more for the retrained model."""
+    arms, columns = list(arms), list(columns)
+    found = {(e["objective"], e["mask"], e["measure"], e["what"]): e for e in study(name)["ends"]}
+    rows = []
+    for objective, mask in arms:
+        label = mask if objective == "NPO" else f"{mask}, {objective}"
+        rows.append([label, *(cell(found[(objective, mask, *column)]) for column in columns)])
+    retrained = [f"{found[(*arms[0], *column)]['retrained']:.3f}" for column in columns]
     return rows_of([*rows, ["retrained", *retrained]])
 
 
@@ -69,29 +81,31 @@ def after(*attacks: str) -> list[tuple[str, str]]:
 
 
 def planted() -> str:
-    """AUROC and enrichment of some scores, as the page of the people tells of all."""
-    rows = overview(summarise(load_table(CONFIGS / "people/results/plants.parquet")))[1]
-    shown = {
-        "wagle",
-        "curvature^1 gauss_newton",
-        "gradient",
-        "snip",
-        "signed",
-        "magnitude",
-        "random",
-    }
-    return rows_of([row for row in rows if row[0] in shown])
+    """AUROC and enrichment of some scores, as the pages of the people and of TOFU's tables have of all."""
+    cells = {}
+    for folder in ("people", "tofu"):
+        header, rows = overview(summarise(load_table(CONFIGS / folder / "results/plants.parquet")))
+        for score, *values in rows:
+            cells |= {(folder, p, score): v for p, v in zip(header[1:], values, strict=True)}
+    return rows_of([[s, *(cells[(*where, s)] for where in PLANTS.values())] for s in LOCATED])
 
 
-def from_csv(name: str) -> str:
-    return rows_of(list(csv.reader((CONFIGS / name).open(encoding="utf-8")))[1:])
+def stable() -> str:
+    """Jaccard overlaps of the people's masks, and of SmolLM2's beside them."""
+    files = [(CONFIGS / f"{folder}/results/stability.csv").open() for folder in ("people", "tofu")]
+    both = zip(*(list(csv.reader(file))[1:] for file in files), strict=True)
+    return rows_of([[*people, *smollm2[1:]] for people, smollm2 in both])
 
 
 def true_masks() -> str:
     """What the plant's own mask keeps of the planted models, beside masks of scores of its size."""
     found = [
-        {arm["mask"].split()[0]: arm for arm in study(f"people/results/plant_{kind}")["headline"]}
-        for kind in PLANTS
+        {arm["mask"].split()[0]: arm for arm in study(name)["headline"]}
+        for name in (
+            "people/results/plant_random",
+            "people/results/plant_spread",
+            "tofu/results/plant_random",
+        )
     ]
     masks = ("plant", "curvature^1", "random", "wagle", "dense")
     return rows_of([[mask, *(cell(arms.get(mask)) for arms in found)] for mask in masks])
@@ -99,7 +113,7 @@ def true_masks() -> str:
 
 def rounded() -> str:
     """Where a run ends with weights rounded to bf16 after every step, beside the same with fp32 values."""
-    rates = {"curvature^1 0.2": 7e-5, "dense": 3.5e-5}
+    rates = {"curvature^1 0.2": 7e-5, "dense": 3.5e-5, "wagle 0.2": 5e-5}
     last = {
         (row["objective"], row["mask"]): f"{row['forget']:.3f} after {row['step']} steps"
         for row in load_table(CONFIGS / "tofu/results/study_forget01.parquet")
@@ -113,18 +127,18 @@ TABLES = {
     "main": lambda: by_mask(("NPO", "GradDiff"), ("tofu/results/study", "tofu/results/study_2")),
     "hidden": lambda: ends(
         "people/results/study_recovery",
-        PEOPLE_MASKS,
+        [("NPO", mask) for mask in PEOPLE_MASKS],
         [*kept("retain", "retain_unused"), *after("no attack", *ATTACKS)],
     ),
     "planted": planted,
     "true": true_masks,
     "smol": lambda: ends(
         "tofu/results/study_forget01",
-        FORGET01_MASKS,
+        FORGET01,
         [*kept("retain", "retain_unused"), *after("no attack", "paraphrase", *ATTACKS)],
     ),
     "rounded": rounded,
-    "stable": lambda: from_csv("people/results/stability.csv"),
+    "stable": stable,
 }
 
 
