@@ -112,15 +112,23 @@ def true_masks() -> str:
 
 
 def rounded() -> str:
-    """Where a run ends with weights rounded to bf16 after every step, beside the same with fp32 values."""
-    rates = {"curvature^1 0.2": 7e-5, "dense": 3.5e-5, "wagle 0.2": 5e-5}
-    last = {
-        (row["objective"], row["mask"]): f"{row['forget']:.3f} after {row['step']} steps"
-        for row in load_table(CONFIGS / "tofu/results/study_forget01.parquet")
-        if row["seed"] == 0 and row["lr"] == rates.get(row["mask"])
+    """Where a run ends with fp32 values, rounded to bf16 after every step, and rounded at a higher learning rate."""
+    rates = {  # with fp32 values, and the higher one
+        "curvature^1 0.2": (7e-5, 3e-4),
+        "dense": (3.5e-5, 1.5e-4),
+        "wagle 0.2": (5e-5, 2e-4),
     }
-    objectives = ("NPO", "NPO+RoundedAdamW")
-    return rows_of([[mask, *(last[(o, mask)] for o in objectives)] for mask in rates])
+    last = {
+        (
+            row["objective"],
+            row["mask"],
+            row["lr"],
+        ): f"{row['forget']:.3f}, {row['utility']:.3f} ({row['step']})"
+        for row in load_table(CONFIGS / "tofu/results/study_forget01.parquet")
+        if row["seed"] == 0
+    }
+    runs = (("NPO", 0), ("NPO+RoundedAdamW", 0), ("NPO+RoundedAdamW", 1))
+    return rows_of([[m, *(last[(o, m, of[n])] for o, n in runs)] for m, of in rates.items()])
 
 
 TABLES = {
