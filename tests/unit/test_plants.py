@@ -23,6 +23,7 @@ from wagle_pl.study.plants import (
     markdown,
     overview,
     plant_mask,
+    shown,
     summarise,
 )
 
@@ -135,6 +136,11 @@ def test_what_was_published_follows_from_the_rows(page):
     found = summarise(load_table(page.parent / "results/plants.parquet"))
     assert (page.parent / "results/plants.md").read_text() == markdown(found)
     assert markdown_table(*overview(found)) in page.read_text()
+
+
+def test_the_table_of_heads_follows_from_the_rows():
+    found = summarise(load_table(CONFIGS / "tofu/results/plants_heads.parquet"))
+    assert markdown_table(*shown(found)) in (CONFIGS / "tofu/tables.md").read_text()
 
 
 def test_the_figure_has_a_panel_a_plant_and_a_row_a_score():
