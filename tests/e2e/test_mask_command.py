@@ -180,7 +180,7 @@ def test_convert_to_an_adapter_and_back(mask: Any, tiny_model: str, refuses: Any
     back = WeightMask.load("back")
     assert back == WeightMask.load("c") and back.metadata["model"] == tiny_model
     assert "name it" in refuses("convert c.safetensors -o other")
-    assert "to a .safetensors mask first" in refuses("convert adapter -o c.pt")
+    assert "convert adapter to a .safetensors mask first" in refuses("convert adapter -o c.pt")
     said = refuses(f"convert c.safetensors -o adapter --model {tiny_model}")
     assert "adapter exists already" in said
 

@@ -373,7 +373,8 @@ def test_a_killed_study_goes_on(config, capsys, monkeypatch):
     with pytest.raises(SystemExit) as exit_:
         study(config())
     assert exit_.value.code == 130
-    assert "the same command continues (1 of 2 runs are missing)" in capsys.readouterr().out
+    said = "stopped; the same command continues (1 of 2 runs are missing)"
+    assert said in capsys.readouterr().out
     assert len({row["run"] for row in rows_of()}) == 1
     monkeypatch.setattr(Study, "_run", real)
     study(config())
