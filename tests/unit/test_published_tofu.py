@@ -92,8 +92,9 @@ def planted() -> str:
 
 def stable() -> str:
     """Jaccard overlaps of the people's masks, and of SmolLM2's beside them."""
-    files = [(CONFIGS / f"{folder}/results/stability.csv").open() for folder in ("people", "tofu")]
-    both = zip(*(list(csv.reader(file))[1:] for file in files), strict=True)
+    files = [CONFIGS / f"{folder}/results/stability.csv" for folder in ("people", "tofu")]
+    lines = (file.read_text(encoding="utf-8").splitlines()[1:] for file in files)
+    both = zip(*map(csv.reader, lines), strict=True)
     return rows_of([[*people, *smollm2[1:]] for people, smollm2 in both])
 
 

@@ -282,8 +282,9 @@ class Plants:
                 say(f"{', '.join(numbers)}, {count(steps, 'step')}, {duration(seconds)}")
             found = summarise(self.table.rows)
             write_text(self.folder / "plants.md", markdown(found))
+            if found:
+                save_figure(figure(found), [self.folder / "plants.svg"])
         if found:
-            save_figure(figure(found), [self.folder / "plants.svg"])
             say(f"{table(*overview(found))}\n{self.folder / 'plants.md'} has more")
         return found
 
@@ -426,13 +427,12 @@ def overview(found: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[s
 
 def figure(found: Sequence[Mapping[str, Any]]) -> Any:
     """The AUROC of every score, by plant, in the order of the overview."""
-    order = [row[0] for row in overview(found)[1]]
     located: dict[str, list[Located]] = {}
-    for entry in sorted(found, key=lambda entry: order.index(entry["score"])):
+    for entry in found:
         mean, deviation, _ = entry["auroc"]
         numbers = entry["auroc_before"].mean, mean, deviation or 0.0
         located.setdefault(entry["plant"], []).append(Located(entry["score"], *numbers))
-    return plants_overview(located)
+    return plants_overview(located, [row[0] for row in overview(found)[1]])
 
 
 def markdown(found: Sequence[Mapping[str, Any]]) -> str:

@@ -188,11 +188,10 @@ class Located(NamedTuple):
     deviation: float  # of the AUROC, over seeds; 0 with one
 
 
-def plants_overview(found: Mapping[str, Sequence[Located]]) -> Any:
-    """One panel per plant, one row per score: its AUROC before planting (a ring) and after (a dot)."""
-    everything = [entry for entries in found.values() for entry in entries]
-    scores = list(dict.fromkeys(entry.score for entry in everything))
-    low, high, *_ = bounds_of([(value, 0) for entry in everything for value in entry[1:3]])
+def plants_overview(found: Mapping[str, Sequence[Located]], scores: Sequence[str]) -> Any:
+    """One panel per plant, one row for each of the ``scores``, from above: its AUROC before planting
+    (a ring) and after (a dot)."""
+    low, high, *_ = bounds_of([(x, 0) for own in found.values() for e in own for x in e[1:3]])
     low, high = min(low, 0.4), max(high, 0.7)  # 0.51 must not look far from chance
     figure, all_axes = panels(1.6 + 2.1 * len(found), 1.0 + 0.24 * len(scores), len(found))
     for axes, (plant, entries) in zip(all_axes, found.items(), strict=True):
