@@ -162,7 +162,7 @@ def test_their_files_are_written_and_compared_with(
     summary = json.loads(Path("out/TOFU_SUMMARY.json").read_text())
     metrics = json.loads(Path("out/metrics.json").read_text())
     assert summary["forget_Q_A_Prob"] == pytest.approx(metrics["forget/probability"])
-    assert summary["forget_Truth_Ratio"] == pytest.approx(metrics["forget/truth_ratio"])
+    assert summary["forget_truth_ratio"] == pytest.approx(metrics["forget/truth_ratio"])
     assert summary["forget_Q_A_gibberish"] == pytest.approx(metrics["forget/not_gibberish"])
     assert summary["forget_Q_A_PARA_ROUGE"] == metrics["forget/paraphrased_rougeL_recall"]
     info = json.loads(Path("out/metrics.info.json").read_text())

@@ -27,6 +27,7 @@ from wagle_pl.evaluation.openunlearning import (
     to_logs,
     to_metrics,
     to_tables,
+    truth_ratio_key,
 )
 from wagle_pl.evaluation.results import from_result, write_json
 from wagle_pl.evaluation.suites import MUSESuite, TOFUSuite, more_of_openunlearning
@@ -75,7 +76,7 @@ def test_their_formulas() -> None:
         )
         options = own / (own + np.exp(-wrong).sum(1) + 1e-10)
         assert logs[f"{short}_Q_A_Prob"]["agg_value"] == pytest.approx(own.mean())
-        assert logs[f"{short}_Truth_Ratio"]["agg_value"] == pytest.approx(score.mean())
+        assert logs[truth_ratio_key(short)]["agg_value"] == pytest.approx(score.mean())
         assert logs[f"{short}_Q_A_PERT_Prob"]["agg_value"] == pytest.approx(
             np.exp(-wrong).mean(1).mean()
         )
@@ -113,6 +114,58 @@ def test_round_trip_and_equality(tmp_path: Path) -> None:
     assert Results(tmp_path).metrics == results.metrics and Results(tmp_path).tables == {}
 
 
+#: The keys of a TOFU_EVAL.json with all metrics: the package names in configs/eval/tofu_metrics.
+THEIR_KEYS = """
+exact_memorization extraction_strength forget_Q_A_PARA_Prob forget_Q_A_PARA_ROUGE forget_Q_A_PERT_Prob
+forget_Q_A_PERT_ROUGE forget_Q_A_Prob forget_Q_A_ROUGE forget_Q_A_gibberish forget_quality forget_truth_ratio
+mia_gradnorm mia_loss mia_min_k mia_min_k_plus_plus mia_reference mia_zlib model_utility privleak ra_Q_A_PERT_Prob
+ra_Q_A_Prob ra_Q_A_Prob_normalised ra_Q_A_ROUGE ra_Truth_Ratio retain_Q_A_PARA_Prob retain_Q_A_PERT_Prob
+retain_Q_A_Prob retain_Q_A_ROUGE retain_Truth_Ratio wf_Q_A_PERT_Prob wf_Q_A_Prob wf_Q_A_Prob_normalised wf_Q_A_ROUGE
+wf_Truth_Ratio
+"""
+
+
+def their_file() -> dict[str, Any]:
+    """A TOFU_EVAL.json as their evaluator writes it for a test by their default configuration."""
+
+    def log(rows: Any, aggregate: float) -> dict[str, Any]:
+        return {"agg_value": aggregate, "value_by_index": dict(zip("01", rows, strict=True))}
+
+    right, wrong = [{"prob": 0.5, "avg_loss": 0.7}, {"prob": 0.25, "avg_loss": 1.4}], [1.0, 2.0]
+    others = [{"prob": [0.37, 0.14], "avg_loss": wrong}, {"prob": [0.37, 0.14], "avg_loss": wrong}]
+    ratios = [{"score": math.exp(-1.5) / (math.exp(-x) + 1e-10)} for x in (0.7, 1.4)]
+    texts = {"input": "user\n\nWho?assistant\n\n", "ground_truth": "Ada.", "generation": "Ada."}
+    rouges = {"rouge1_recall": 1.0, "rougeL_f1": 1.0, "rougeL_recall": 1.0}
+    return {
+        "extraction_strength": log([{"score": 0.5}, {"score": 0.1}], 0.3),
+        "forget_Q_A_PARA_Prob": log(right, 0.375),
+        "forget_Q_A_PERT_Prob": log(others, 0.255),
+        "forget_Q_A_Prob": log(right, 0.375),
+        "forget_Q_A_ROUGE": log([rouges | texts, rouges | texts], 1.0),
+        "forget_quality": {"agg_value": 0.9},
+        "forget_truth_ratio": log(ratios, 0.5),
+        "model_utility": {"agg_value": 0.6},
+    }
+
+
+def test_a_file_of_theirs(tmp_path: Path) -> None:
+    """Every number of a file that their code wrote has its place among our measures."""
+    write_json(tmp_path / "TOFU_EVAL.json", their_file())
+    assert Results(tmp_path).metrics == {
+        "forget/extraction_strength": 0.3,
+        "forget/paraphrased_probability": 0.375,
+        "forget/perturbed_probability": 0.255,
+        "forget/probability": 0.375,
+        "forget/rougeL_recall": 1.0,
+        "forget_quality": 0.9,
+        "forget/truth_ratio": 0.5,
+        "model_utility": 0.6,
+    }
+    logs = to_logs("TOFU", tofu_tables(), {}, {})
+    assert logs.keys() >= their_file().keys() - {"forget_quality"}
+    assert set(THEIR_KEYS.split()) <= NAMES["TOFU"].keys() | {"ra_Q_A_Prob", "wf_Q_A_Prob"}
+
+
 def test_a_retrained_model_in_their_file(tmp_path: Path) -> None:
     """Forget quality against it is the test of their two lists of truth ratios, whatever the prompts look like."""
     tables, logs = tofu_tables(), to_logs("TOFU", tofu_tables(0.4), {}, {})
@@ -121,7 +174,7 @@ def test_a_retrained_model_in_their_file(tmp_path: Path) -> None:
     write_json(tmp_path / "TOFU_EVAL.json", logs)
     seen = Observations(tables, retrained=Results(tmp_path / "TOFU_EVAL.json"))
     scores = [
-        [row["score"] for row in side["forget_Truth_Ratio"]["value_by_index"].values()]
+        [row["score"] for row in side["forget_truth_ratio"]["value_by_index"].values()]
         for side in (to_logs("TOFU", tables, {}, {}), logs)
     ]
     found = TOFUSuite().measures(seen)

@@ -37,6 +37,15 @@ STOPS = ("\n\n", "\nQuestion", "Question:")  # what ends an answer in MUSE's kno
 PERCENT = {"knowmem_f", "verbmem_f", "knowmem_r"}
 
 
+def truth_ratio_key(short: str) -> str:
+    """Their key of a set's truth ratio; its configuration spells the forget set's in small letters.
+
+    >>> truth_ratio_key("forget"), truth_ratio_key("ra")
+    ('forget_truth_ratio', 'ra_Truth_Ratio')
+    """
+    return "forget_truth_ratio" if short == "forget" else f"{short}_Truth_Ratio"
+
+
 def _names() -> Iterator[tuple[str, str, str]]:
     """(benchmark, their metric, our measure of the same)."""
     for benchmark, members, recited, gibberish in (
@@ -53,7 +62,7 @@ def _names() -> Iterator[tuple[str, str, str]]:
         options = short in ("ra", "wf")
         yield "TOFU", f"{short}_Q_A_Prob{'_normalised' * options}", f"{name}/probability"
         yield "TOFU", f"{short}_Q_A_ROUGE", f"{name}/rougeL_recall"
-        yield "TOFU", f"{short}_Truth_Ratio", f"{name}/truth_ratio"
+        yield "TOFU", truth_ratio_key(short), f"{name}/truth_ratio"
         for form, ours in FORMS.items():
             yield "TOFU", f"{short}_Q_A_{form}_Prob", f"{name}/{ours}_probability"
             yield "TOFU", f"{short}_Q_A_{form}_ROUGE", f"{name}/{ours}_rougeL_recall"
@@ -180,7 +189,7 @@ def _tofu_logs(tables: Mapping[str, Sequence[Record]]) -> dict[str, Log]:
             found = [row["score"] for row in ratios["value_by_index"].values()]
             forgets = short == "forget"
             scores = [min(r, 1 / (r + TINY)) if forgets else max(0.0, 1 - r) for r in found]
-            logs[f"{short}_Truth_Ratio"] = {**ratios, "agg_value": statistics.fmean(scores)}
+            logs[truth_ratio_key(short)] = {**ratios, "agg_value": statistics.fmean(scores)}
     of_set = ("Q_A_Prob_normalised", "Q_A_ROUGE", "Truth_Ratio")
     names = ["retain_Q_A_Prob", "retain_Q_A_ROUGE", "retain_Truth_Ratio"]
     names += [f"{short}_{name}" for short in ("ra", "wf") for name in of_set]
