@@ -3,7 +3,7 @@
 import inspect
 import re
 from dataclasses import replace
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -166,30 +166,21 @@ def test_the_cache_is_what_a_generation_keeps(tiny_model):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-@pytest.mark.parametrize("values", ["fp32", "split"])
 @pytest.mark.parametrize("density", [0.25, 0.75, 1.0])
 @pytest.mark.parametrize("name", ["MaskedAdamW", "SGD"])
-def test_values_gradients_and_state_are_what_is_kept(tiny_model, name, density, values, precision):
+def test_values_gradients_and_state_are_what_is_kept(tiny_model, name, density, precision):
     """Of tensors of which a share is selected; the densities of 1 have no mask."""
-    if values == "split" and precision != "bf16-true":
-        return
     lm = load_model(tiny_model, torch.float32 if precision == "32-true" else torch.bfloat16)
-    run = PlannedRun(
-        density=density, precision=precision, values=values, optimizer=name, frozen_copy=True
-    )
+    run = PlannedRun(density=density, precision=precision, optimizer=name, frozen_copy=True)
     parts = {part.name: part.bytes for part in device_parts(architecture(tiny_model), run)}
     bools = {
         n: (torch.arange(p.numel()) % 4 < 4 * density).view(p.shape)
         for n, p in lm.named_parameters()
     }
     mask = WeightMask.from_bools(bools) if run.masked else None
-    selected = SelectedWeights(
-        lm, mask, split=torch.bfloat16 if values == "split" else None, keep_theta0=True
-    )
+    selected = SelectedWeights(lm, mask, keep_theta0=True)
     made = {"MaskedAdamW": optim.MaskedAdamW, "SGD": torch.optim.SGD}[name]
     optimizer = made([p for p in lm.parameters() if p.requires_grad], lr=0.1)
-    if values == "split":
-        selected.step_by_tensor(optimizer)
     lm(torch.arange(8)[None]).logits.float().square().mean().backward()
     kept = list(selected.tensors.values())
 
@@ -199,7 +190,6 @@ def test_values_gradients_and_state_are_what_is_kept(tiny_model, name, density, 
     assert size(gradient for _, gradient in selected.gradients()) == parts["gradients"]
     assert size(t._index for t in kept) == parts.get("places of the values", 0)
     assert size(t._packed for t in kept) == pytest.approx(parts.get("mask bits", 0), rel=1e-3)
-    assert size(t._lower for t in kept) == parts.get("lower halves of the values", 0)
     assert size(t.theta0 for t in kept) == parts["values at θ₀"]
     assert size(t.values for t in kept if not t.is_plain) == parts.get("values", 0)
     optimizer.step()
@@ -216,16 +206,14 @@ def test_values_gradients_and_state_are_what_is_kept(tiny_model, name, density, 
         ({"task": "attribution", "sums": "passes=8", "max_length": 2048}, 24),
         ({"task": "attribution", "sums": "passes=16", "estimator": GaussNewton}, 24),
         ({"density": 0.05}, 24),
-        ({"density": 0.1, "values": "split", "optimizer": "AdamW8bit"}, 24),
-        ({"density": 0.95, "values": "split", "optimizer": "AdamW8bit"}, 80),
+        ({"density": 0.1, "optimizer": "AdamW8bit"}, 40),
+        ({"density": 0.8, "optimizer": "SGD"}, 96),
     ],
 )
 def test_llama_2_7b_on_one_gpu(seven, options, most):
     run = PlannedRun(gradient_checkpointing=True, **options)
     _, bytes_ = peak(seven["Llama-2-7B"], run)
     assert bytes_ <= memory.USABLE * most * memory.GIB
-    if most == 80:
-        assert bytes_ <= 60 * memory.GIB
 
 
 def test_constants_are_those_of_the_libraries():
@@ -336,7 +324,6 @@ def test_on_a_cpu_nothing_is_elsewhere(seven):
 
 
 DENSITIES = (0.05, 0.1, 0.2, 0.8, 0.95)
-ONE_GPU = list(product(("fp32", "split"), ("MaskedAdamW", "AdamW8bit", "SGD")))
 
 
 def test_the_tables_of_the_readme_are_those_of_the_plan(seven):
@@ -362,13 +349,11 @@ def test_the_tables_of_the_readme_are_those_of_the_plan(seven):
             beside = (host_bytes(shape, auto), disk_bytes(auto, shape.weights).get("sums", 0))
             row = " | ".join([on_gpu, *(f"{size / 2**30:.0f}" for size in beside)])
             assert f"| {name} | `{sums}` | {row} |" in text
-    for values, optimizer in ONE_GPU:
-        runs = [
-            PlannedRun(density=d, values=values, optimizer=optimizer, gradient_checkpointing=True)
-            for d in DENSITIES
-        ]
+    for optimizer in ("MaskedAdamW", "AdamW8bit", "SGD"):
+        options = {"optimizer": optimizer, "gradient_checkpointing": True}
+        runs = [PlannedRun(density=density, **options) for density in DENSITIES]
         row = " | ".join(f"{peak(seven['Llama-2-7B'], run)[1] / 2**30:.1f}" for run in runs)
-        assert f"| {values} | {optimizer} | {row} |" in text
+        assert f"| {optimizer} | {row} |" in text
 
 
 LARGER = {

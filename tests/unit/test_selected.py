@@ -17,11 +17,9 @@ from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import CPU_CHUNK as CHUNK
 from wagle_pl.masks.bits import (
     iter_places,
-    join_halves,
     pack_bits,
     place,
     put_,
-    split_halves,
     take_,
 )
 from wagle_pl.masks.selected import SUFFIX, SelectedWeights
@@ -307,101 +305,25 @@ def test_take_put_and_place(size: int, dtype: torch.dtype) -> None:
     assert placed.dtype == torch.float32 and torch.equal(placed.to(dtype), expected)
 
 
-# -- values in halves -------------------------------------------------------------------------------------------------
-
-
-def test_halves_are_the_nearest_bfloat16_and_the_rest() -> None:
-    drawn = torch.randn(20000) * 10.0 ** torch.randint(-30, 30, (20000,))
-    odd = [0.0, -0.0, 1.0, 1 + 2**-8, 1 - 2**-9, 3.3895314e38, -3.4028235e38, 1e-45, -1e-45]
-    ties = (torch.arange(4096, dtype=torch.int32) * 0x8000 + 0x3F000000).view(torch.float32)
-    numbers = torch.cat([drawn, torch.tensor(odd), ties])
-    upper, lower = split_halves(numbers)
-    assert upper.dtype == torch.bfloat16 and lower.dtype == torch.int16
-    assert torch.equal(join_halves(upper, lower).view(torch.int32), numbers.view(torch.int32))
-    finite = upper.isfinite()
-    nearest = numbers.bfloat16().double()
-    assert torch.equal((upper.double() - numbers).abs()[finite], (nearest - numbers).abs()[finite])
-
-
-def test_what_is_not_finite_stays_so_in_halves() -> None:
-    words = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32)
-    numbers = torch.cat(
-        [torch.tensor([torch.nan, torch.inf, -torch.inf]), words.view(torch.float32)]
-    )
-    upper, lower = split_halves(numbers)
-    assert not upper.isfinite().any() and not join_halves(upper, lower).isfinite().any()
-
-
-@pytest.mark.parametrize("clip", [None, 1e-2])
-@pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor])
-def test_a_run_with_halves_is_one_with_values_in_fp32(
-    make: Any, masked: bool, clip: float | None
-) -> None:
-    runs = {}
-    for split in (None, torch.float32):
-        model, mask = made(torch.bfloat16)
-        chosen = mask if masked else None
-        selected = SelectedWeights(model, chosen, split=split, keep_theta0=True)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = make(trained, lr=1e-3, weight_decay=0.1)
-        if split:
-            selected.step_by_tensor(optimizer)
-            assert sum(p.numel() for p in model.parameters()) == 0
-        for _ in range(12):
-            optimizer.zero_grad()
-            loss_of(model).backward()
-            if clip:
-                selected.clip(clip)
-            optimizer.step()
-            selected.changed()
-        with selected.at_theta0() as lm:
-            assert torch.equal(lm(TOKENS), made(torch.bfloat16)[0](TOKENS))
-        held = {n: t for n, t in selected.tensors.items() if t.values is not None}
-        runs[split] = {name: tensor.value().clone().view(-1) for name, tensor in held.items()}
-        selected.release()
-        for name, values in runs[split].items():
-            weight = model.get_parameter(name)
-            taken = weight[mask[name]] if masked else weight
-            torch.testing.assert_close(taken.view(-1), values.bfloat16(), rtol=1e-2, atol=0)
-    start = weights(made(torch.bfloat16)[0])
-    for name, values in runs[torch.float32].items():
-        moved = values - (start[name][mask[name]] if masked else start[name]).float().view(-1)
-        assert (values - runs[None][name]).norm() / moved.norm() < 0.02
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_of_halves_have_their_dtype(dtype: torch.dtype) -> None:
-    model, mask = made(torch.bfloat16)
-    selected = SelectedWeights(model, mask, split=dtype)
-    for step in (1, 2):
-        model.down(torch.ones(2, 5, dtype=torch.bfloat16)).sum().backward()
-        gradient = selected.tensors["down.weight"].gradient
-        assert gradient.dtype == dtype and (gradient == 2 * step).all()
-
-
-@pytest.mark.parametrize("split", [None, torch.bfloat16])
 @pytest.mark.parametrize("package", ["bitsandbytes.optim", "torchao.optim"])
-def test_optimizers_with_state_of_eight_bits(package: str, split: torch.dtype | None) -> None:
+def test_optimizers_with_state_of_eight_bits(package: str) -> None:
     make = pytest.importorskip(package).AdamW8bit
     moved = {}
-    for name, kind, halves in (("exact", torch.optim.AdamW, None), ("low", make, split)):
+    for name, kind in (("exact", torch.optim.AdamW), ("low", make)):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(256, 200), nn.Tanh(), nn.Linear(200, 64)).bfloat16()
         mask = WeightMask.from_bools(
             {n: torch.rand(p.shape) < 0.4 for n, p in model.named_parameters()}
         )
         before, inputs = weights(model), torch.randn(16, 256).bfloat16()
-        selected = SelectedWeights(model, mask, split=halves)
+        selected = SelectedWeights(model, mask)
         optimizer = kind(list(model.parameters()), lr=1e-3)
-        if halves is not None:
-            selected.step_by_tensor(optimizer)
         for _ in range(6):
             optimizer.zero_grad()
             model(inputs).float().square().mean().backward()
             optimizer.step()
             selected.changed()
-        values = {n: t.value().clone() for n, t in selected.tensors.items()}
+        values = {n: t.values.detach().clone() for n, t in selected.tensors.items()}
         moved[name] = torch.cat([values[n].view(-1) - before[n][mask[n]].float() for n in values])
         selected.release()
         assert all(

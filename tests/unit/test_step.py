@@ -22,6 +22,7 @@ from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.lm.inference import answer_places, forward_answers, pack, sequence_logprobs
 from wagle_pl.lm.models import load_model
 from wagle_pl.masks import WeightMask
+from wagle_pl.objectives.forget import L1Sparse
 from wagle_pl.unlearning import FinetuneModule, UnlearnModule
 
 
@@ -60,6 +61,44 @@ def test_compiled_blocks_take_the_same_steps(
     )
     assert all(torch.allclose(plain[name], compiled[name], atol=1e-6) for name in plain)
     assert 1 <= counters["stats"]["unique_graphs"] <= 3 and not counters["graph_break"]
+
+
+# -- a penalty ----------------------------------------------------------------------------------------
+
+
+class Logged(L.Callback):
+    """A value that each step logs."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.values = name, []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.values.append(float(trainer.callback_metrics[self.name]))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_penalty_sums_the_weights_that_may_move(
+    masked: bool, precision: str, tiny_model: str, rows: dict[str, str], mask: str
+) -> None:
+    """Against a sum in fp64 over a model that is loaded anew; one step moves each by lr α sign θ."""
+    lm = load_model(tiny_model, torch.bfloat16 if precision == "bf16-true" else torch.float32)
+    given = {"mask": mask} if masked else {}
+    bits = WeightMask.load(mask) if masked else None
+    start = {
+        name: (p if bits is None else p[bits[name]]).detach().double().view(-1)
+        for name, p in lm.named_parameters()
+    }
+    alpha, penalty = 1e3, Logged("train/penalty")
+    module = UnlearnModule(
+        tiny_model, objective=L1Sparse(alpha=alpha), warmup=0, decay="constant", **given
+    )
+    module.make_optimizer = partial(torch.optim.SGD, lr=1e-6)
+    run(module, rows, penalty, precision=precision)
+    norm = sum(float(values.abs().sum()) for values in start.values())
+    assert penalty.values[0] == pytest.approx(alpha * norm, rel=1e-5)
+    stepped = sum(float((v - 1e-3 * v.sign()).abs().sum()) for v in start.values())
+    assert penalty.values[1] == pytest.approx(alpha * stepped, rel=1e-3)
 
 
 # -- one graph at a time ------------------------------------------------------------------------------

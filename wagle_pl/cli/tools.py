@@ -271,7 +271,6 @@ def plan(
     hessian: str = "auto",
     sums: str = "device",
     optimizer: str = "MaskedAdamW",
-    values: str = "fp32",
     batch_size: int = 1,
     max_length: int = 512,
     accumulate_grad_batches: int = 1,
@@ -295,8 +294,6 @@ def plan(
             or a class path.
         sums: for attribution, as model.sums: device, host or passes=K.
         optimizer: MaskedAdamW, AdamW, AdamW8bit (two 8-bit moments) or SGD.
-        values: format of the selected weights, as model.values: fp32, or split (bf16-true on one
-            device).
         batch_size: rows, or pairs of rows, per device and micro-batch.
         max_length: tokens per row, padding included.
         accumulate_grad_batches: micro-batches per step.

@@ -114,7 +114,7 @@ def random_bits(sizes: Mapping[str, int], k: int, seed: int) -> dict[str, Tensor
     return {name: torch.from_numpy(bits) for name, bits in packed.items()}
 
 
-# -- selected entries of a tensor, and values as halves --------------------------------------------
+# -- selected entries of a tensor ------------------------------------------------------------------
 
 
 def chunk_of(tensor: Tensor) -> int:
@@ -156,24 +156,6 @@ def put_(dense: Tensor, places: Optional[Iterable[Tensor]], values: Tensor) -> N
     for index in places:
         part, start = values[start : start + len(index)], start + len(index)
         flat.index_copy_(0, index.long(), part.to(dense.dtype))
-
-
-@torch.no_grad()
-def split_halves(values: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 values rounded to bf16, and the difference of their bits, as int16.
-
-    Ties are rounded away from zero. :func:`join_halves` restores all finite values bit for bit.
-    """
-    upper = values.to(torch.bfloat16)
-    lower = values.view(torch.int32) - (upper.view(torch.int16).int() << 16)
-    tie = lower == 1 << 15  # was rounded down, to even: int16 holds at most 2¹⁵ − 1
-    upper = (upper.view(torch.int16) + tie).view(torch.bfloat16)
-    return upper, (lower - (tie.int() << 16)).to(torch.int16)
-
-
-def join_halves(upper: Tensor, lower: Tensor) -> Tensor:
-    """The fp32 values that :func:`split_halves` took apart."""
-    return ((upper.contiguous().view(torch.int16).int() << 16) + lower.int()).view(torch.float32)
 
 
 def place(dense: Tensor, selected: Optional[Tensor], values: Tensor) -> Tensor:

@@ -15,9 +15,7 @@ the *values* of its selected weights, in fp32 for any dtype of the model.
   half a unit in the last place of bf16 add up. The model's weights are the rounded values.
 * A checkpoint holds the values. The dense tensor comes from the base model's files.
 
-A value, its index and its gradient take 4 bytes each. With ``split``, for masks that select nearly
-all of a model, the bf16 weight is the upper half of the value, so only the lower 16 bits are stored
-in addition; indices take one bit per weight, and gradients are bf16.
+A value, its index and its gradient take 4 bytes each.
 
 :meth:`SelectedWeights.release` writes the values one last time and restores the model's ordinary
 parameters.
@@ -28,14 +26,12 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
-from types import MethodType
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
 from wagle_pl.core import distributed
-from wagle_pl.core.errors import WagleError
 from wagle_pl.core.weights import assign, evaluating, gathered, is_linear
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import place
@@ -52,7 +48,7 @@ class SelectedWeights:
         lm: the model, changed in place: its parameters are replaced by values, named after them.
         mask: which weights are selected; None selects all that require a gradient, and leaves the
             others as they are.
-        masters, split: see :class:`SelectedTensor`; only bf16 weights are split.
+        masters: see :class:`SelectedTensor`.
         keep_theta0: keep the values as they are now, for :meth:`at_theta0`.
         keep_dense_gradients: also accumulate the gradients of whole tensors, for
             :meth:`clip_by_dense_norm`.
@@ -63,7 +59,6 @@ class SelectedWeights:
         lm: nn.Module,
         mask: Optional[WeightMask] = None,
         masters: bool = True,
-        split: Optional[torch.dtype] = None,
         keep_theta0: bool = False,
         keep_dense_gradients: bool = False,
     ) -> None:
@@ -75,11 +70,10 @@ class SelectedWeights:
             if mask is None and not parameter.requires_grad:
                 continue
             packed = None if mask is None else mask.packed(name)
-            halves = split if parameter.dtype == torch.bfloat16 else None
-            tensor = SelectedTensor(parameter, packed, masters, halves)
+            tensor = SelectedTensor(parameter, packed, masters)
             tensor.keeps_dense_gradient = keep_dense_gradients
             if keep_theta0 and tensor.values is not None:
-                tensor.theta0 = tensor.value().to(parameter.dtype, copy=True)
+                tensor.theta0 = tensor.values.detach().to(parameter.dtype, copy=True)
             self.tensors[name] = by_parameter[parameter] = tensor
         self._restore: list[Callable[[], None]] = []
         for module in lm.modules():
@@ -132,36 +126,10 @@ class SelectedWeights:
                 tensor.parameter.data = tensor.parameter.data.to(dtype)
                 tensor.changed()
 
-    def step_by_tensor(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make an optimiser step join the halves of one tensor at a time, if it does not already.
-
-        The optimiser must skip parameters without a gradient, as torch's do, and have no state yet.
-        """
-        step = optimizer.step
-        if hasattr(step, "by_tensor"):
-            return
-        if optimizer.state:
-            raise WagleError(
-                f"optimizer {type(optimizer).__name__} makes its state before the first step, "
-                "which model.values split does not allow: choose --model.values fp32 or another "
-                "optimizer"
-            )
-
-        def by_tensor(_: torch.optim.Optimizer, closure: Optional[Callable[[], Any]] = None) -> Any:
-            loss = None if closure is None else closure()
-            for tensor in self.tensors.values():
-                if tensor.is_split:
-                    with tensor.whole_values():
-                        step()
-            return loss
-
-        by_tensor.by_tensor = True
-        optimizer.step = MethodType(by_tensor, optimizer)  # as learning-rate schedulers expect
-
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(name, gradient) of values that have one."""
         for name, tensor in self.tensors.items():
-            gradient = tensor.gradient if tensor.is_split else getattr(tensor.values, "grad", None)
+            gradient = getattr(tensor.values, "grad", None)
             if gradient is not None:
                 yield name, gradient
 
@@ -177,16 +145,9 @@ class SelectedWeights:
                 total = distributed.all_reduce_sum(tensor.dense_gradient)
                 dense.append(total.div_(distributed.world_size() * scale))
             tensor.dense_gradient = None
-        self.clip(bound, dense)
-
-    @torch.no_grad()
-    def clip(self, bound: float, counted: Optional[list[Tensor]] = None) -> None:
-        """Scale the values' gradients to bound the norm of ``counted``, by default their own."""
-        gradients = [gradient for _, gradient in self.gradients()]
-        counted = gradients if counted is None else counted
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in counted]
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in dense]
         factor = (bound / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
+        for _, gradient in self.gradients():
             gradient.mul_(factor)
 
     def release(self, dtype: Optional[torch.dtype] = None) -> None:

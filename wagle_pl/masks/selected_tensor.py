@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, Optional
 
 import torch
@@ -15,10 +14,8 @@ from wagle_pl.masks.bits import (
     chunk_of,
     count_bits,
     iter_places,
-    join_halves,
     pack_bits,
     put_,
-    split_halves,
     take_,
     unpack_bits,
     unpack_part,
@@ -49,7 +46,6 @@ class SelectedTensor:
         packed: its packed bits, see :mod:`wagle_pl.masks.bits`; None if all are selected.
         masters: keep values in fp32 if the dense tensor is narrower. False for DeepSpeed, whose
             optimisers do so.
-        split: keep values of a bf16 tensor as halves, and their gradients in this dtype.
     """
 
     def __init__(
@@ -57,24 +53,19 @@ class SelectedTensor:
         parameter: nn.Parameter,
         packed: Optional[Tensor],
         masters: bool = True,
-        split: Optional[torch.dtype] = None,
     ) -> None:
         self.parameter = parameter
         self.masters = masters
         #: What is trained: (selected,), or of the tensor's shape if all are selected; None if none
-        #: is. It is ``parameter`` itself if that needs no other dtype (``is_plain``). If
-        #: ``is_split``, it is empty except inside :meth:`whole_values`.
+        #: is. It is ``parameter`` itself if that needs no other dtype (``is_plain``).
         self.values: Optional[nn.Parameter] = None
         self.theta0: Optional[Tensor] = None
-        self.gradient: Optional[Tensor] = None  # of the values, if ``is_split``
         self.dense_gradient: Optional[Tensor] = None
         self.in_place = self.at_theta0 = self.keeps_dense_gradient = False
-        self._split = split
         self._index: Optional[Tensor] = None
         self._packed: Optional[Tensor] = None  # of this rank's share, if the tensor is sharded
         self._own = slice(0)  # the values of this rank's share
         self._kept: Optional[Tensor] = None
-        self._lower: Optional[Tensor] = None
         self._buffer: Optional[Tensor] = None
         self._narrow: Optional[Tensor] = None
         self._written: dict[torch.dtype, Any] = {}
@@ -87,7 +78,6 @@ class SelectedTensor:
         self.is_partial = 0 < self.count < size
         narrow = parameter.dtype in (torch.bfloat16, torch.float16)
         self.is_plain = self.count == size and not (masters and narrow)
-        self.is_split = split is not None and self.count > 0 and not self.is_plain
         parameter.requires_grad_(self.is_plain)
         if self.is_plain:
             self.values = parameter
@@ -99,17 +89,12 @@ class SelectedTensor:
             own = unpack_bits(self._packed, share.shape).to(share.device)
             values = distributed.all_gather_uneven(share[own].to(parameter.device)).to(dtype)
         else:
-            if self.is_partial and self.is_split:
-                self._packed = packed.to(parameter.device, copy=True)
-            elif self.is_partial:
+            if self.is_partial:
                 places = iter_places(packed, size, chunk_of(parameter))
                 index = torch.cat([p if size > 2**31 else p.int() for p in places])
                 self._index = index.to(parameter.device)
             with gathered(parameter) as dense:
                 values = self.taken(dense.detach(), dtype)
-        if self.is_split:
-            self._lower = torch.zeros_like(values, dtype=torch.int16)
-            values = values.new_empty(0)
         self.values = nn.Parameter(values)
         if self.is_sharded:  # now, not with all others when DeepSpeed's engine is made
             parameter.convert_to_zero_parameters([self.values])
@@ -144,8 +129,6 @@ class SelectedTensor:
             return None
         if self._index is not None:
             return self._index.split(chunk)
-        if bits is None:
-            return iter_places(self._packed, self.parameter.numel(), chunk)
         each, size = self.parameter.partition_numel(), self.parameter.ds_numel
         return (
             places + first
@@ -167,42 +150,6 @@ class SelectedTensor:
 
     # -- values ------------------------------------------------------------------------------------
 
-    def value(self) -> Tensor:
-        """The values, joined if they are split."""
-        if not self.is_split:
-            return self.values.detach()
-        upper = self.taken(self.parameter.detach(), torch.bfloat16)
-        values = torch.empty_like(upper, dtype=torch.float32)
-        for part, high, low in self._pieces(values, upper):
-            part.copy_(join_halves(high, low))
-        return values
-
-    @torch.no_grad()
-    def store(self, values: Tensor) -> None:
-        """Split fp32 values and store both halves."""
-        values = values.to(self.parameter.device).view(self._lower.shape)
-        upper = torch.empty_like(values, dtype=torch.bfloat16)
-        for part, high, low in self._pieces(values, upper):
-            for half, new in zip((high, low), split_halves(part), strict=True):
-                half.copy_(new)
-        put_(self.parameter, self.places(), upper)
-
-    def _pieces(self, values: Tensor, upper: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Values and their halves, piece by piece."""
-        chunk = chunk_of(values)
-        return zip(*(t.view(-1).split(chunk) for t in (values, upper, self._lower)), strict=True)
-
-    @contextmanager
-    def whole_values(self) -> Iterator[None]:
-        """Context with split values and their gradient joined in fp32, for an optimiser step."""
-        self.values.data = self.value()
-        self.values.grad = None if self.gradient is None else self.gradient.float()
-        self.gradient = None
-        yield
-        self.store(self.values.data)
-        self.values.grad = None
-        self.values.data = self.values.data.new_empty(0)
-
     def _version(self) -> tuple[int, int]:
         return self.values._version, self.values.data_ptr()
 
@@ -214,7 +161,7 @@ class SelectedTensor:
     def write(self, narrow: Optional[Tensor] = None) -> Tensor:
         """Write changed values into the dense tensor, or a narrow copy, and return that."""
         dense = self.parameter if narrow is None else narrow
-        if self.values is not None and not self.is_plain and not self.is_split:
+        if self.values is not None and not self.is_plain:
             version = self._version()
             if self._written.get(dense.dtype) != version:
                 put_(dense, self.places(), self.values)
@@ -270,11 +217,7 @@ class SelectedTensor:
             self.dense_gradient += gradient
         if self.values is None:
             return None
-        if self.is_split and self.gradient is None:
-            self.gradient = self.taken(gradient, self._split)
-        elif self.is_split:
-            take_(self.gradient, gradient, self.places(), add=True)
-        elif not self.in_place:
+        if not self.in_place:
             return self.taken(gradient, self.values.dtype, bits)
         elif self.values.grad is None:
             self._buffer = torch.empty_like(self.values) if self._buffer is None else self._buffer
@@ -291,9 +234,10 @@ class SelectedTensor:
             self.parameter.data = fn(self.parameter.data)
         device = self.parameter.device
         self._narrow = self._buffer = None
-        for name in ("_index", "_packed", "_lower"):
-            if getattr(self, name) is not None:
-                setattr(self, name, getattr(self, name).to(device))
+        if self._index is not None:
+            self._index = self._index.to(device)
+        if self._packed is not None:
+            self._packed = self._packed.to(device)
         if self.theta0 is not None:
             self.theta0 = self.theta0.to(device, self.parameter.dtype)
         self.changed()
@@ -307,10 +251,7 @@ class SelectedTensor:
             self._merge_share()
             return
         if dtype is not None:
-            values = None if self.values is None or self.is_plain else self.value()
             self.parameter.data = self.parameter.data.to(dtype)
-            if values is not None:
-                put_(self.parameter, self.places(), values)
         self.changed()
         self.write()
 

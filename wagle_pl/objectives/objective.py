@@ -185,7 +185,11 @@ class Objective(ABC):
         return self.retain(at)
 
     def penalty(self, at: Streams) -> Optional[Tensor]:
-        """A scalar that belongs to no row, added to the loss as it is; None if there is none."""
+        """A scalar that belongs to no row, added to the loss as it is; None if there is none.
+
+        Parameters of ``at.lm`` that require a gradient are the weights that may move: with a mask,
+        1-D vectors of the selected ones.
+        """
         return None
 
     def term(self, name: str, at: Streams) -> Optional[Tensor]:

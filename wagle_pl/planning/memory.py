@@ -170,7 +170,7 @@ def training_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     """
     s, m, w = model.weights * run.moving, model.largest, run.width
     bits = model.weights / 8 / run.devices if run.masked and run.stage == 3 else 0
-    place = FP32 if run.masked and run.stage < 3 and run.values != "split" else 0
+    place = FP32 if run.masked and run.stage < 3 else 0
     copy = w if run.frozen_copy else 0
     return [
         Part("mask bits", bits, MOMENTS),
@@ -184,19 +184,15 @@ def training_parts(model: Architecture, run: PlannedRun) -> list[Part]:
 
 
 def _plain_parts(model: Architecture, run: PlannedRun) -> list[Part]:
-    """One device, or DDP. If all weights move and are fp32, they are the values. If values are in
-    halves, a step joins one tensor at a time: values, their gradient, and the upper halves."""
+    """One device, or DDP. If all weights move and are fp32, they are the values."""
     w, n, s, m = run.width, model.weights, model.weights * run.moving, model.largest
-    halves, values, ddp = run.values == "split", has_values(run), run.devices > 1
+    values, ddp = has_values(run), run.devices > 1
     return [
-        Part("gradients", (w if halves and run.accumulate_grad_batches == 1 else FP32) * s),
+        Part("gradients", FP32 * s),
         Part("optimiser state", state_bytes(run.optimizer, s)),
-        Part("step", step_bytes(run, m * s / n if halves else s), (STEP,)),
+        Part("step", step_bytes(run, s), (STEP,)),
         Part("export", n * model.stored if model.stored != w else 0, (END,)),
-        Part("lower halves of the values", 2 * s if halves else 0, MOMENTS),
-        Part("mask bits", n / 8 if halves and run.masked else 0, MOMENTS),
-        Part("values of one tensor", (2 * FP32 + 2) * m * s / n if halves else 0, (STEP,)),
-        Part("values", FP32 * s if values and not halves else 0, MOMENTS),
+        Part("values", FP32 * s if values else 0, MOMENTS),
         Part("buckets of DDP", FP32 * s if ddp else 0),
         Part("broadcast of the values", min(BROADCAST, FP32 * s) if ddp else 0, (LOAD,)),
         Part("gradient of one tensor", m * w if model.tied and not values else 0, (BACKWARD,)),

@@ -12,7 +12,6 @@ from wagle_pl.masks.names import layer_of
 
 TASKS = ("attribution", "unlearning", "finetuning", "test")
 OPTIMIZERS = ("MaskedAdamW", "AdamW", "AdamW8bit", "SignSGD", "SGD")
-VALUES = ("fp32", "split")
 #: Precision -> bytes of a weight in memory, bytes of a matrix product's inputs and outputs.
 PRECISIONS = {
     "32-true": (4, 4),
@@ -175,7 +174,6 @@ class PlannedRun:
     diagonal: bool = False  # attribution keeps the diagonal, and not only its mean
     sums: str = "device"
     optimizer: str = "MaskedAdamW"
-    values: str = "fp32"
     batch_size: int = 1
     max_length: int = 512
     accumulate_grad_batches: int = 1
@@ -189,7 +187,6 @@ class PlannedRun:
             "strategy": STRATEGIES,
             "precision": PRECISIONS,
             "optimizer": OPTIMIZERS,
-            "values": VALUES,
             "accelerator": ("gpu", "cpu"),
         }
         for option, names in known.items():
@@ -201,12 +198,6 @@ class PlannedRun:
             if getattr(self, option) < 1:
                 raise WagleError(f"{option} must be at least 1, got {getattr(self, option)}")
         check_density(self.density)
-        alone = self.precision == "bf16-true" and self.devices == 1 and not self.stage
-        if self.values == "split" and not alone:
-            raise WagleError(
-                "values split is for precision bf16-true on one device without ZeRO: leave it at "
-                "fp32"
-            )
         if self.task == "attribution" and self.precision.startswith("16"):
             raise WagleError("attribution runs in 32-true, bf16-mixed or bf16-true, not in fp16")
         whole = self.estimator is not None and not self.estimator.shardable
@@ -283,5 +274,5 @@ def choices(
         sharded = []
     sums = "device" if run.in_sums.passes > 1 else run.sums
     for name in ["ddp", "zero1", "zero2", *sharded]:
-        other = replace(run, strategy="auto", devices=1, values="fp32", sums=sums)
+        other = replace(run, strategy="auto", devices=1, sums=sums)
         yield name, [replace(other, strategy=name, devices=count) for count in devices]

@@ -50,14 +50,7 @@ def check_run(module: FinetuneModule) -> None:
                 f"{what}: {folder} lies in the output {module.output}, which the model's folder "
                 "will replace: name another"
             )
-    zero, precision = is_zero(trainer.strategy), str(trainer.precision)
-    split_works = precision == "bf16-true" and trainer.world_size == 1 and not zero
-    if module.values == "split" and not split_works:
-        raise WagleError(
-            "model.values split is for trainer.precision bf16-true on one device without "
-            f"DeepSpeed; this run has {precision} on {trainer.world_size}: leave it at fp32"
-        )
-    if module.output_dtype and zero:
+    if module.output_dtype and is_zero(trainer.strategy):
         raise WagleError(
             "model.output_dtype does not work under DeepSpeed, whose optimisers hold the fp32 "
             "values: leave it out"

@@ -68,9 +68,6 @@ class FinetuneModule(LanguageModule):
             are faster; not under ZeRO-3.
         packing: concatenate the rows of a batch instead of padding them; refused if the model's
             attention cannot keep rows apart.
-        values: format of the selected weights under ``bf16-true``: an ``fp32`` copy, 16 to 20 bytes
-            per weight with AdamW; or ``split``, on one device: only the 16 bits that bf16 lacks,
-            and gradients in bf16, 12 bytes (6 with an 8-bit optimiser), slower.
         output_dtype: ``float32`` writes the trained fp32 values; null rounds them to the dtype of
             the base model.
         lr: learning rate, for any optimiser; that of ``--optimizer`` when None.
@@ -89,7 +86,6 @@ class FinetuneModule(LanguageModule):
         gradient_checkpointing: bool = False,
         compile: bool = False,
         packing: bool = False,
-        values: Literal["fp32", "split"] = "fp32",
         output_dtype: Optional[Literal["float32"]] = None,
         lr: Optional[float] = None,
         **kwargs: Any,
@@ -100,7 +96,6 @@ class FinetuneModule(LanguageModule):
                 raise WagleError(f"must be 0 or more, got {value:g}", option=f"model.{option}")
         self.lr = lr
         self.streams = (train_on,)
-        self.values = values
         self.output_dtype = None if output_dtype is None else torch.float32
         self.warmup = warmup
         self.decay = decay
@@ -204,10 +199,7 @@ class FinetuneModule(LanguageModule):
 
     def select_weights(self, **options: Any) -> None:
         """Make the weights that may move the parameters of the model, see ``SelectedWeights``."""
-        split = None
-        if self.values == "split":  # gradients of several micro-batches accumulate in fp32
-            split = torch.bfloat16 if self.trainer.accumulate_grad_batches == 1 else torch.float32
-        options = {"masters": not is_zero(self.trainer.strategy), "split": split, **options}
+        options = {"masters": not is_zero(self.trainer.strategy), **options}
         self.selected = SelectedWeights(self.lm, self.mask, **options)
         if self.compiles:
             self.selected.compile(blocks(self.lm))
@@ -233,8 +225,6 @@ class FinetuneModule(LanguageModule):
                 "optimizer LBFGS evaluates the loss several times a step, on micro-batches that "
                 "are gone by then; choose another, e.g. --optimizer MaskedAdamW"
             )
-        if self.values == "split":
-            self.selected.step_by_tensor(optimizer)
         if self.make_lr_scheduler is None:
             steps = self.trainer.estimated_stepping_batches
             scheduler = warmup_and_decay(optimizer, self.warmup, self.decay, steps)
@@ -251,8 +241,6 @@ class FinetuneModule(LanguageModule):
         optimizers = [strategy.base_optimizer] if is_zero(strategy) else self.trainer.optimizers
         for optimizer in (getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers):
             optimizer.register_step_post_hook(lambda *_: self.selected.changed())
-            if self.values == "split":
-                self.selected.step_by_tensor(optimizer)
         if is_zero(strategy):  # the dtype that DeepSpeed computes with
             self.selected.cast(next(p.dtype for p in self.lm.parameters() if p.requires_grad))
         if self.packing:
@@ -351,13 +339,8 @@ class FinetuneModule(LanguageModule):
         by_norm = gradient_clip_algorithm in (None, "norm")
         if bound and by_norm and selected.keeps_dense_gradients:
             selected.clip_by_dense_norm(bound, self._scaler.get_scale() if self._scaler else 1.0)
-        elif self.values != "split":
+        else:
             super().configure_gradient_clipping(optimizer, bound, gradient_clip_algorithm)
-        elif bound and by_norm:
-            selected.clip(bound)
-        elif bound:
-            for _, gradient in selected.gradients():
-                gradient.clamp_(-bound, bound)
 
     def on_validation_epoch_start(self) -> None:
         """Write the values again: a callback may have replaced them with averages."""
@@ -372,11 +355,6 @@ class FinetuneModule(LanguageModule):
     @property
     def _tensors(self) -> dict[str, SelectedTensor]:
         return {} if self.selected is None else self.selected.tensors
-
-    @property
-    def _split(self) -> list[tuple[str, SelectedTensor]]:
-        """(name, tensor) of those whose values are kept as halves."""
-        return [(name, tensor) for name, tensor in self._tensors.items() if tensor.is_split]
 
     def stored_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of what a checkpoint holds: all but dense tensors of the base model."""
@@ -394,7 +372,6 @@ class FinetuneModule(LanguageModule):
         """Refuse to write weights if they, or their step, are not finite. Collective."""
         self._finite.settle()
         trained = {name: p for name, p in self.lm.named_parameters() if p.requires_grad}
-        trained |= {name: tensor.parameter for name, tensor in self._split}
         here = {name: share_of(p)[1] for name, p in trained.items()}
         check_weights(here, self.global_step)
 
@@ -408,8 +385,6 @@ class FinetuneModule(LanguageModule):
             done = start.batch if begun else start.batch + self.trainer.accumulate_grad_batches
             resume.keep_position(checkpoint, self.trainer, start.epoch, done)
         checkpoint.update(start.random if begun else resume.random_state(self.device))
-        for name, tensor in self._split:
-            checkpoint["state_dict"][f"lm.{name}{SUFFIX}"] = tensor.value().cpu()
         held = [tensor.parameter for tensor in self._tensors.values()]
         dtype = next(iter([*held, *self.lm.parameters()])).dtype
         checkpoint["model"] = {
@@ -427,9 +402,6 @@ class FinetuneModule(LanguageModule):
         known = ("rng_state", "cuda_rng_state")
         self._random = {key: checkpoint[key] for key in known if key in checkpoint}
         state = checkpoint.get("state_dict", {})
-        for name, tensor in self._split:
-            tensor.store(state[f"lm.{name}{SUFFIX}"])
-            state[f"lm.{name}{SUFFIX}"] = tensor.values.data
         if self.selected is None and any(name.endswith(SUFFIX) for name in state):
             values = {n.removeprefix("lm."): v for n, v in state.items() if n.startswith("lm.")}
             load_values(self.lm, values, values.__getitem__, self.mask)

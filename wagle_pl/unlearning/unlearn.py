@@ -132,12 +132,12 @@ class UnlearnModule(FinetuneModule):
             )
         if self.fits and self.step_rule is not None:
             alone = isinstance(self.trainer.strategy, SingleDeviceStrategy)
-            fp32 = self.values == "fp32" and not str(self.trainer.precision).startswith("16")
-            if not alone or not fp32 or self.clip_scope == "all":
+            fp16 = str(self.trainer.precision).startswith("16")
+            if not alone or fp16 or self.clip_scope == "all":
                 raise WagleError(
                     f"step_rule {type(self.step_rule).__name__} makes gradients of its own passes: "
-                    "use it on one device, with precision 32-true, bf16-mixed or bf16-true, "
-                    "--model.values fp32 and --model.clip_scope selected"
+                    "use it on one device, with precision 32-true, bf16-mixed or bf16-true, and "
+                    "--model.clip_scope selected"
                 )
         penalized = type(self.objective).penalty is not Objective.penalty
         for needs, what in (
