@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from wagle_pl.core.errors import Diverged, WagleError
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.selected import SUFFIX
+from wagle_pl.objectives import Objective, Streams
 from wagle_pl.unlearning import UnlearnModule
 from wagle_pl.unlearning.checks import FiniteSteps, FrozenWeights
 from wagle_pl.unlearning.optim import MaskedAdamW, SignSGD, Sophia
@@ -72,11 +73,26 @@ class Stack(nn.Module):
         return x
 
 
+class Apart(Objective):
+    """Forget rows leave their first number, retain rows approach it; rows are no tokens here."""
+
+    def forget_loss(self, at: Streams) -> Tensor:
+        return -self.distance(at, "forget")
+
+    def retain_loss(self, at: Streams) -> Tensor:
+        return 2 * self.distance(at, "retain")
+
+    @staticmethod
+    def distance(at: Streams, stream: str) -> Tensor:
+        x = at.batch[stream]["x"]
+        return (at.lm(x) - x[:, :1]).float().pow(2).mean(-1)
+
+
 class Unlearn(UnlearnModule):
-    """Everything of ``UnlearnModule`` that bears on the guarantee, on a model without tokens."""
+    """``UnlearnModule`` with all its steps, on a model without tokens."""
 
     def __init__(self, stack: Stack, mask: WeightMask, **kwargs: Any) -> None:
-        super().__init__(model="none", output="none", objective="GradDiff", **kwargs)
+        super().__init__(model="none", output="none", objective=Apart(), **kwargs)
         self.stack, self.given_mask = stack, mask
 
     def setup(self, stage: str) -> None:
@@ -91,9 +107,6 @@ class Unlearn(UnlearnModule):
     def planned_files(self) -> list[Any]:
         """Nothing is written."""
         return []
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return (self.lm(batch) - batch[:, :1]).float().pow(2).mean()
 
     def export(self, record: dict[str, Any]) -> None:
         self.written = self._verified
@@ -139,6 +152,13 @@ def unlearning(
     return module, start
 
 
+def batch_of(rows: list[Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The same rows to forget and to keep."""
+    x = torch.stack(rows)
+    labels, weight = torch.ones(len(x), 2, dtype=torch.int64), torch.full((len(x),), 1 / len(x))
+    return {stream: {"x": x, "labels": labels, "weight": weight} for stream in ("forget", "retain")}
+
+
 def fit(
     module: Unlearn, folder: Path, steps: int, resume: str | None = None, **options: Any
 ) -> L.Trainer:
@@ -146,7 +166,7 @@ def fit(
     width = module.stack.weights[0].shape[0]
     dtype = torch.bfloat16 if options.get("precision") == "bf16-true" else torch.float32
     data = torch.randn(24, width, generator=generator).to(dtype)
-    loader = torch.utils.data.DataLoader(data, batch_size=4)
+    loader = torch.utils.data.DataLoader(data, batch_size=4, collate_fn=batch_of)
     callback = L.pytorch.callbacks.ModelCheckpoint(
         folder, filename="{step}", save_top_k=-1, every_n_train_steps=options.pop("every", 1)
     )
@@ -238,7 +258,7 @@ def test_an_optimizer_of_ones_own(tmp_path: Path, precision: str) -> None:
     """What it did is seen by the next forward pass, and frozen weights keep their bits."""
     (unlearn, start), seen = unlearning(OfOld, precision, verify="step"), []
 
-    def loss(batch: Tensor, batch_idx: int) -> Tensor:
+    def loss(batch: Any, batch_idx: int) -> Tensor:
         weights = [(n, t.parameter, t.values) for n, t in unlearn.selected.tensors.items()]
         value = Unlearn.training_step(unlearn, batch, batch_idx)
         seen.append(all(torch.equal(p[unlearn.mask[n]], v.to(p.dtype)) for n, p, v in weights))
@@ -314,7 +334,7 @@ def test_optimizers_that_are_refused(tmp_path: Path, cls: Any, message: str) -> 
 class Spoilt(Unlearn):
     """Its gradient is NaN in the third micro-batch, its loss is not."""
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
         parameter = next(self.lm.parameters())
         zero = (parameter - parameter.detach()).sum()
@@ -402,6 +422,16 @@ def test_clip_scope(tmp_path: Path, scope: str, accumulate: int) -> None:
         torch.testing.assert_close(
             seen.get(name, torch.zeros_like(gradient)), gradient * 0.01 / (norm + 1e-6)
         )
+
+
+def test_without_a_bound_no_dense_gradient_is_kept(tmp_path: Path) -> None:
+    unlearn, _ = unlearning(lambda p: torch.optim.SGD(p, lr=0.1), clip_scope="all")
+
+    class Look(L.Callback):
+        def on_before_optimizer_step(self, *_: Any) -> None:
+            assert all(t.dense_gradient is None for t in unlearn.selected.tensors.values())
+
+    fit(unlearn, tmp_path, 3, callbacks=[Look()])
 
 
 # -- verification -----------------------------------------------------------------------------------------------------

@@ -22,8 +22,10 @@ from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.lm.inference import answer_places, forward_answers, pack, sequence_logprobs
 from wagle_pl.lm.models import load_model
 from wagle_pl.masks import WeightMask
+from wagle_pl.objectives import GradDiff, Streams
 from wagle_pl.objectives.forget import L1Sparse
 from wagle_pl.unlearning import FinetuneModule, UnlearnModule
+from wagle_pl.unlearning.step_rules import Step, StepRule
 
 
 def run(
@@ -104,6 +106,13 @@ def test_a_penalty_sums_the_weights_that_may_move(
 # -- one graph at a time ------------------------------------------------------------------------------
 
 
+class Unchanged(StepRule):
+    """The gradient of the objective."""
+
+    def gradient(self, step: Step) -> dict[str, Tensor]:
+        return step.total()
+
+
 class Kept(L.Callback):
     """The most bytes of activations that graphs keep at once."""
 
@@ -131,9 +140,11 @@ class Kept(L.Callback):
 @pytest.mark.parametrize(
     ("precision", "accumulate"), [("bf16-true", 2), ("bf16-mixed", 1), ("32-true", 1)]
 )
+@pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("objective", ["NPO", "KL"])
-def test_a_stream_at_a_time_takes_the_same_steps(
+def test_a_term_at_a_time_takes_the_same_steps(
     objective: str,
+    masked: bool,
     precision: str,
     accumulate: int,
     tiny_model: str,
@@ -141,17 +152,123 @@ def test_a_stream_at_a_time_takes_the_same_steps(
     mask: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Bit for bit, with the activations of one stream at a time."""
+    """With the activations of one stream at a time; sums over a tied tensor have another order."""
     options = {"precision": precision, "accumulate_grad_batches": accumulate}
-    found, peaks = [], []
-    for first in (True, False):
-        if not first:
-            monkeypatch.setattr(UnlearnModule, "_retain_first", False)
-        module, kept = UnlearnModule(tiny_model, objective=objective, mask=mask), Kept()
-        found.append(run(module, rows, kept, gradient_clip_val=1.0, **options))
+    weights, peaks = [], []
+    for by_term in (True, False):
+        if not by_term:
+            monkeypatch.setattr(UnlearnModule, "_by_term", ())
+        given = {"mask": mask} if masked else {}
+        module, kept = UnlearnModule(tiny_model, objective=objective, **given), Kept()
+        weights.append(run(module, rows, kept, gradient_clip_val=1.0, **options))
         peaks.append(kept.peak)
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert all(torch.allclose(weights[0][n], w, atol=2e-6) for n, w in weights[1].items())
     assert peaks[0] < 0.75 * peaks[1]  # retain rows are longer
+
+
+# -- overrides ----------------------------------------------------------------------------------------
+
+
+class Anew(GradDiff):
+    """Computes its loss without the base class."""
+
+    def __call__(self, at: Streams) -> dict[str, Tensor]:
+        forget, retain = (at.mean(stream, at[stream].nll) for stream in ("forget", "retain"))
+        return {"loss": 2 * retain - 3 * forget}
+
+
+class OnTop(GradDiff):
+    """Changes what the base class computes; reads streams before and after it does."""
+
+    def __call__(self, at: Streams) -> dict[str, Tensor]:
+        before = at.mean("retain", at["retain"].nll)
+        losses = super().__call__(at)
+        after = at.mean("forget", at["forget"].nll)
+        loss = losses["loss"] ** 2 + 2 * losses["retain_loss"] + 3 * before - after
+        return {**losses, "loss": loss}
+
+
+class OwnLosses(UnlearnModule):
+    def losses(self, at: Streams) -> dict[str, Tensor]:
+        losses = super().losses(at)
+        return {**losses, "loss": 2 * losses["loss"] - losses["retain_loss"]}
+
+
+class OwnStep(UnlearnModule):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return 3 * loss + sum(p.sum() for p in self.lm.parameters() if p.requires_grad)
+
+
+class OwnStreams(UnlearnModule):
+    def streams_of(self, batch: Any) -> Streams:
+        return super().streams_of({**batch, "retain": batch["forget"]})
+
+
+#: Module, objective, and the loss as a function of the two likelihoods and of the sum of weights.
+OVERRIDES = {
+    "objective anew": (UnlearnModule, Anew(), lambda f, r, _: 2 * r - 3 * f),
+    "objective on top": (
+        UnlearnModule,
+        OnTop(retain_weight=0.5),
+        lambda f, r, _: (0.5 * r - f) ** 2 + 2 * r + 3 * r - f,
+    ),
+    "losses": (OwnLosses, GradDiff(), lambda f, r, _: r - 2 * f),
+    "training_step": (OwnStep, GradDiff(), lambda f, r, total: 3 * (r - f) + total),
+    "streams_of": (OwnStreams, GradDiff(retain_weight=3), lambda f, r, _: 2 * f),
+    "a schedule from 0": (UnlearnModule, GradDiff(forget_weight=0), lambda f, r, _: r),
+}
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("rule", [None, Unchanged()])
+@pytest.mark.parametrize("case", OVERRIDES)
+def test_an_override_is_what_is_minimised(
+    case: str,
+    rule: Any,
+    accumulate: int,
+    masked: bool,
+    tiny_model: str,
+    rows: dict[str, str],
+    mask: str,
+) -> None:
+    """Two steps of SGD against a loop of autograd on the loss that the override returns."""
+    cls, objective, loss_of = OVERRIDES[case]
+    bits = WeightMask.load(mask) if masked else None
+    batches = []
+
+    class Note(L.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, *_: Any) -> None:
+            batches.append(batch)
+
+    given = {"mask": mask} if masked else {}
+    module = cls(
+        tiny_model, objective=objective, step_rule=rule, warmup=0, decay="constant", **given
+    )
+    module.make_optimizer = partial(torch.optim.SGD, lr=0.01)
+    data = ForgetRetainDataModule(forget=rows["forget"], retain=rows["retain"], batch_size=3)
+    options = {"max_steps": 2, "accumulate_grad_batches": accumulate}
+    trainer(callbacks=[Note()], **options).fit(module, datamodule=data)
+
+    lm = load_model(tiny_model)
+    start = {name: p.detach().clone() for name, p in lm.named_parameters()}
+    for number, batch in enumerate(batches, 1):
+        at = Streams(batch, partial(forward_answers, lm), {})
+        forget, retain = (at.mean(stream, at[stream].nll) for stream in ("forget", "retain"))
+        moving = [p if bits is None else p[bits[n]] for n, p in lm.named_parameters()]
+        loss = loss_of(forget, retain, sum(p.sum() for p in moving)) / accumulate
+        loss.backward()
+        if number % accumulate == 0:
+            for name, p in lm.named_parameters():
+                selected = 1.0 if bits is None else bits[name]
+                p.data -= 0.01 * p.grad * selected
+                p.grad = None
+    assert len(batches) == 2 * accumulate
+    ended = dict(module.lm.named_parameters())
+    for name, p in lm.named_parameters():
+        distance, moved = (ended[name] - p).norm(), (p - start[name]).norm()
+        assert distance <= 1e-4 * moved + 1e-6, (name, distance, moved)
 
 
 # -- waiting for the device ---------------------------------------------------------------------------

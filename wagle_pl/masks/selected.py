@@ -39,6 +39,8 @@ from wagle_pl.masks.selected_tensor import SelectedTensor
 
 #: Suffix of the name of a tensor's selected values, after the tensor's own name.
 SUFFIX = "_selected"
+#: Name of a tensor -> gradient of its values, and of the dense tensor if that is kept.
+Gradients = dict[str, tuple[Optional[Tensor], Optional[Tensor]]]
 
 
 class SelectedWeights:
@@ -125,6 +127,19 @@ class SelectedWeights:
             if not tensor.is_sharded and not tensor.is_plain:
                 tensor.parameter.data = tensor.parameter.data.to(dtype)
                 tensor.changed()
+
+    def take_gradients(self) -> Gradients:
+        """All gradients; there are none afterwards, so that the next pass makes others."""
+        return {name: tensor.take_gradients() for name, tensor in self.tensors.items()}
+
+    @torch.no_grad()
+    def add_gradients(self, gradients: Gradients, factor: Optional[Tensor] = None) -> None:
+        """Add gradients that :meth:`take_gradients` returned, times a factor; changes them."""
+        for name, taken in gradients.items():
+            for gradient in taken:
+                if factor is not None and gradient is not None:
+                    gradient.mul_(factor)
+            self.tensors[name].add_gradients(*taken)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(name, gradient) of values that have one."""

@@ -226,6 +226,26 @@ class SelectedTensor:
             take_(self.values.grad, gradient, self.places(), add=True)
         return None
 
+    def take_gradients(self) -> tuple[Optional[Tensor], Optional[Tensor]]:
+        """The gradient of the values and, if it is kept, of the dense tensor; both are None then."""
+        gradient = None if self.values is None else self.values.grad
+        taken = (gradient, self.dense_gradient)
+        if gradient is not None:
+            self.values.grad = self._buffer = None
+        self.dense_gradient = None
+        return taken
+
+    def add_gradients(self, gradient: Optional[Tensor], dense: Optional[Tensor]) -> None:
+        """Add gradients that :meth:`take_gradients` returned, and which may be changed in place."""
+        if gradient is not None and self.values.grad is not None:
+            self.values.grad.add_(gradient)
+        elif gradient is not None:
+            self.values.grad = gradient
+            self._buffer = None if self.is_plain else gradient
+        if dense is not None:
+            held = self.dense_gradient
+            self.dense_gradient = dense if held is None else held.add_(dense)
+
     # -- devices, dtypes, the end ------------------------------------------------------------------
 
     def apply_(self, fn: Callable[[Tensor], Tensor]) -> None:

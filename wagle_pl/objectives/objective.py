@@ -6,7 +6,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, Optional, Union
 
 from torch import Tensor
@@ -211,8 +211,13 @@ class Objective(ABC):
 
     def __call__(self, at: Streams) -> dict[str, Tensor]:
         """``loss`` and those of its terms that exist, as scalars."""
-        found = {n: at.known[n] if n in at.known else self.term(n, at) for n in TERMS}
-        terms = {name: term for name, term in found.items() if term is not None}
+        found = {}
+        for name in ("retain_loss", "penalty", "forget_loss"):
+            propagate = at.propagate.get(name)
+            # a term that is propagated at once must not share a graph with the others
+            term = self.term(name, at if propagate is None else replace(at))
+            found[name] = term if term is None or propagate is None else propagate(term)
+        terms = {name: found[name] for name in TERMS if found[name] is not None}
         weights = self.weights(at)
         return {"loss": sum(weights[name] * term for name, term in terms.items()), **terms}
 

@@ -177,8 +177,9 @@ class Streams(Mapping[str, Answers]):
     progress: float = 0.0  # share of the run's steps that is done, 0 at the first, 1 at the last
     epoch: int = 0  # counted from 0
     whole: Collection[str] = ()  # streams for which a term needs logits at every position
-    #: Terms of the objective that have already been computed, without their weights.
-    known: Mapping[str, Tensor] = field(default_factory=dict)
+    #: Term of the objective -> computes its gradient at once, and returns what stands for the term
+    #: in the loss; other terms are propagated with the loss.
+    propagate: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     _answers: dict[str, Answers] = field(default_factory=dict, init=False)
 
     def __getitem__(self, stream: str) -> Answers:

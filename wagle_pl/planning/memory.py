@@ -187,8 +187,10 @@ def _plain_parts(model: Architecture, run: PlannedRun) -> list[Part]:
     """One device, or DDP. If all weights move and are fp32, they are the values."""
     w, n, s, m = run.width, model.weights, model.weights * run.moving, model.largest
     values, ddp = has_values(run), run.devices > 1
+    apart = run.task == "unlearning" and run.by_term and run.accumulate_grad_batches > 1
     return [
         Part("gradients", FP32 * s),
+        Part("gradient of a term", FP32 * s if apart else 0, (BACKWARD,)),
         Part("optimiser state", state_bytes(run.optimizer, s)),
         Part("step", step_bytes(run, s), (STEP,)),
         Part("export", n * model.stored if model.stored != w else 0, (END,)),

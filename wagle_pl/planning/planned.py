@@ -259,10 +259,13 @@ class PlannedRun:
     @property
     def streams(self) -> int:
         """Streams of a batch whose graphs exist together: forget and retain rows in unlearning,
-        except on one device in bf16-true, where no trained tensor is a plain parameter of the
-        model."""
-        one_at_a_time = self.strategy == "auto" and self.precision == "bf16-true"
-        return 2 if self.task == "unlearning" and not one_at_a_time else 1
+        except on one device."""
+        return 2 if self.task == "unlearning" and not self.by_term else 1
+
+    @property
+    def by_term(self) -> bool:
+        """Whether the gradients of the objective's terms are computed one after the other."""
+        return self.strategy == "auto" and not self.precision.startswith("16")
 
 
 def choices(

@@ -267,12 +267,13 @@ class FinetuneModule(LanguageModule):
         super().on_train_start()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Remember where a step starts."""
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            random = resume.random_state(self.device)
-            self._step_start = resume.StepStart(
-                self.current_epoch, batch_idx, self.global_step, random
-            )
+        """Drop the gradients of the last step, and remember where this one starts."""
+        if batch_idx % self.trainer.accumulate_grad_batches:
+            return
+        for optimizer in self.trainer.optimizers if not is_zero(self.trainer.strategy) else ():
+            optimizer.zero_grad()
+        random = resume.random_state(self.device)
+        self._step_start = resume.StepStart(self.current_epoch, batch_idx, self.global_step, random)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Note where answers are while a training batch is on the host, since its device would have
@@ -293,10 +294,14 @@ class FinetuneModule(LanguageModule):
         self.log_dict({f"train/{name}": value for name, value in noted.items()}, prog_bar=True)
         return losses["loss"]
 
+    @property
+    def alone(self) -> bool:
+        """Whether there is one device, where no hook counts backward passes."""
+        return isinstance(self.trainer.strategy, SingleDeviceStrategy)
+
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """The backward pass; on one device, gradients are accumulated in place."""
-        alone = isinstance(self.trainer.strategy, SingleDeviceStrategy)
-        with self.selected.gradients_in_place() if alone else nullcontext():
+        with self.selected.gradients_in_place() if self.alone else nullcontext():
             super().backward(loss, *args, **kwargs)
 
     def streams_of(self, batch: Batch) -> Streams:

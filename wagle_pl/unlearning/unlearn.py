@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -20,6 +20,7 @@ from wagle_pl.core.weights import evaluating
 from wagle_pl.data.template import differing_prompts
 from wagle_pl.lm.resume import random_state, set_random_state
 from wagle_pl.masks import Restriction, WeightMask
+from wagle_pl.masks.selected import Gradients as SelectedGradients
 from wagle_pl.objectives import Objective, Streams
 from wagle_pl.objectives.objective import TERMS
 from wagle_pl.objectives.streams import References
@@ -114,8 +115,7 @@ class UnlearnModule(FinetuneModule):
         self.reference_logits = reference_logits
         self.top_k = top_k
         self._batches: list[Batch] = []
-        self._known: dict[str, Tensor] = {}
-        self._terms: dict[str, Tensor] = {}
+        self._parts: list[tuple[str, Tensor, SelectedGradients]] = []
         self._gradients: dict[str, Gradients] = {}
         self._references = References()
         self._frozen: Optional[FrozenWeights] = None
@@ -131,9 +131,8 @@ class UnlearnModule(FinetuneModule):
                 "choose --model.clip_scope selected"
             )
         if self.fits and self.step_rule is not None:
-            alone = isinstance(self.trainer.strategy, SingleDeviceStrategy)
             fp16 = str(self.trainer.precision).startswith("16")
-            if not alone or fp16 or self.clip_scope == "all":
+            if not self.alone or fp16 or self.clip_scope == "all":
                 raise WagleError(
                     f"step_rule {type(self.step_rule).__name__} makes gradients of its own passes: "
                     "use it on one device, with precision 32-true, bf16-mixed or bf16-true, and "
@@ -184,7 +183,8 @@ class UnlearnModule(FinetuneModule):
                 "a frozen copy of the model does not work under ZeRO-3; use another stage, or "
                 "--model.reference_logits top_k if no hidden states are needed"
             )
-        dense = self.clip_scope == "all" and self.mask is not None
+        bounded = self.trainer.gradient_clip_val and self.trainer.gradient_clip_algorithm != "value"
+        dense = self.clip_scope == "all" and self.mask is not None and bool(bounded)
         options = {"keep_theta0": self._needs_theta0, "keep_dense_gradients": dense, **options}
         super().select_weights(**options)
 
@@ -245,7 +245,7 @@ class UnlearnModule(FinetuneModule):
             top_k=self._references.top_k,
             progress=min(1.0, self.global_step / last) if last > 0 else 0.0,
             epoch=self.current_epoch,
-            known=self._known,
+            propagate={name: partial(self._propagate, name) for name in self._by_term},
         )
 
     def _streams(
@@ -255,91 +255,87 @@ class UnlearnModule(FinetuneModule):
         return Streams(batch, self.run_lm, sums, self.lm, theta0=theta0, **now)
 
     def losses(self, at: Streams) -> dict[str, Tensor]:
-        losses = self.objective(at)
-        if self.step_rule is not None:
-            weights = self.objective.weights(at)
-            self._terms = {name: weights[name] * losses[name] for name in TERMS if name in losses}
-        return losses
+        return self.objective(at)
 
-    # -- one graph at a time -----------------------------------------------------------------------
+    # -- the gradient, a term at a time ------------------------------------------------------------
 
     @property
-    def _retain_first(self) -> bool:
-        """Whether the backward pass of the retain term comes before the forget term is computed.
+    def _by_term(self) -> tuple[str, ...]:
+        """Terms whose gradients are computed as soon as the terms are: a graph at a time.
 
-        A loss is the sum of its terms, so the gradient is the same, with the memory of only one
-        stream's graph. Only on one device: DDP and DeepSpeed expect one backward pass. For a plain
-        parameter, autograd adds up the terms before adding them to an earlier micro-batch's, which
-        rounds differently; for selected weights, one by one, the last stream's first.
+        On one device, without fp16's loss scaler, the retain term; with a step rule, all terms.
         """
-        plain = any(tensor.is_plain for tensor in self.selected.tensors.values())
-        once = self.mask is not None and self.trainer.accumulate_grad_batches == 1
-        ours = ("training_step", "losses", "streams_of")  # a subclass may do otherwise
-        return (
-            all(getattr(type(self), name) is getattr(UnlearnModule, name) for name in ours)
-            and isinstance(self.trainer.strategy, SingleDeviceStrategy)
-            and self.step_rule is self.adapter is self._scaler is None
-            and len(self.streams) > 1
-            and self.objective.retains
-            and (once or not plain)
-        )
+        if not self.alone or self._scaler is not None:
+            return ()
+        return ("retain_loss",) if self.step_rule is None else TERMS
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Add the gradient of the retain term, if it comes first."""
+        """Forget the terms of the last step; keep the batch if a step rule may see it again."""
         super().on_train_batch_start(batch, batch_idx)
-        self._known = {}
-        if not self._retain_first:
-            return
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            for optimizer in self.trainer.optimizers:
-                optimizer.zero_grad()
-        with self.trainer.precision_plugin.forward_context():
-            at = self.streams_of(batch)
-            retain = self.objective.term("retain_loss", at)
-            weighted = self.objective.weights(at)["retain_loss"] * retain
-        self.backward(weighted / self.trainer.accumulate_grad_batches)
-        self._known = {"retain_loss": retain.detach()}
-
-    def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        """Drop the last step's gradients, unless those of the retain term have replaced them."""
-        if not self._known:
-            super().optimizer_zero_grad(*args, **kwargs)
-
-    # -- a step rule -------------------------------------------------------------------------------
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One micro-batch, which a step rule may see again."""
+            self._parts, self._batches, self._gradients = [], [], {}
         if self.step_rule is not None:
             self._batches.append(batch)
-        return super().training_step(batch, batch_idx)
+
+    def _propagate(self, name: str, term: Tensor) -> Tensor:
+        """Compute a term's gradient and free its graph.
+
+        Returns:
+            A leaf in place of the term. :meth:`backward` asks how much the loss depends on it,
+            whatever computed the loss, and counts the gradient so many times.
+        """
+        if not term.requires_grad:
+            return term
+        so_far = self.selected.take_gradients()
+        gradient = self._gradient_of(term)
+        self.selected.add_gradients(so_far)
+        leaf = term.detach().requires_grad_()
+        self._parts.append((name, leaf, gradient))
+        return leaf
+
+    def _gradient_of(self, loss: Tensor, again: bool = False) -> SelectedGradients:
+        """The gradient of a loss; ``again`` keeps its graph for another."""
+        plain = torch.autocast(self.device.type, enabled=False)
+        with plain, self.selected.gradients_in_place():
+            loss.backward(retain_graph=again)
+        return self.selected.take_gradients()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """The backward pass; with a step rule, a separate one for each term."""
-        if self.step_rule is None:
-            super().backward(loss, *args, **kwargs)
-        else:
-            terms, self._terms = self._terms, {}
-            for name, found in zip(terms, self._take(list(terms.values())), strict=True):
-                _add(self._gradients.setdefault(name, {}), found)
+        """Add up the terms' gradients; the backward pass of what is left of the loss."""
+        parts, self._parts = self._parts, []
+        leaves = [leaf for _, leaf, _ in parts]
+        options = {"retain_graph": True, "allow_unused": True}
+        factors = torch.autograd.grad(loss, leaves, **options) if leaves else ()
+        for (name, _, gradient), factor in zip(parts, factors, strict=True):
+            if factor is not None:
+                self._count(name, gradient, factor)
+        super().backward(loss, *args, **kwargs)
+        if self.step_rule is not None:
+            self._count("rest", self.selected.take_gradients())
 
-    def _take(self, losses: list[Tensor]) -> list[Gradients]:
-        """The gradient of each loss of one micro-batch, scaled to its share of the step's."""
-        found = []
-        for loss in losses:
-            scaled = loss / self.trainer.accumulate_grad_batches
-            scaled.backward(retain_graph=loss is not losses[-1])
-            taken = {}
-            for name, values in self._values.items():
-                gradient, values.grad = values.grad, None
-                taken[name] = torch.zeros_like(values) if gradient is None else gradient
-            found.append(taken)
-        return found
+    def _count(
+        self, name: str, gradient: SelectedGradients, factor: Optional[Tensor] = None
+    ) -> None:
+        """Add a gradient to those of the step or, for a step rule, to those of its term."""
+        if self.step_rule is None:
+            self.selected.add_gradients(gradient, factor)
+        elif any(taken is not None for taken, _ in gradient.values()):
+            _add(self._gradients.setdefault(name, {}), self._filled(gradient), factor)
+
+    # -- a step rule -------------------------------------------------------------------------------
 
     @property
     def _values(self) -> dict[str, Tensor]:
         """Name of a tensor -> its selected weights, if it has any."""
         tensors = self.selected.tensors.items()
         return {name: tensor.values for name, tensor in tensors if tensor.values is not None}
+
+    def _filled(self, gradient: SelectedGradients) -> Gradients:
+        """A gradient of all selected weights, 0 where it is None."""
+        return {
+            name: torch.zeros_like(values) if gradient[name][0] is None else gradient[name][0]
+            for name, values in self._values.items()
+        }
 
     def _again(self, *losses: Loss) -> list[Gradients]:
         """See :attr:`Step.again`."""
@@ -355,8 +351,10 @@ class UnlearnModule(FinetuneModule):
                         else loss(at)
                         for loss in losses
                     ]
-                for total, found in zip(totals, self._take(values), strict=True):
-                    _add(total, found)
+                for total, value in zip(totals, values, strict=True):
+                    scaled = value / self.trainer.accumulate_grad_batches
+                    found = self._gradient_of(scaled, again=value is not values[-1])
+                    _add(total, self._filled(found))
         return totals
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -375,7 +373,6 @@ class UnlearnModule(FinetuneModule):
                 found = self.step_rule.gradient(step)
             for name, values in step.values.items():
                 values.grad = found[name]
-            self._batches, self._gradients = [], {}
         super().on_before_optimizer_step(optimizer)
 
     def end_step(self, losses: list[dict[str, Tensor]]) -> None:
@@ -465,6 +462,7 @@ class UnlearnModule(FinetuneModule):
         return record
 
 
-def _add(total: Gradients, found: Gradients) -> None:
+def _add(total: Gradients, found: Gradients, factor: Optional[Tensor] = None) -> None:
     for name, gradient in found.items():
+        gradient = gradient if factor is None else gradient.mul_(factor)
         total[name] = total[name].add_(gradient) if name in total else gradient
