@@ -226,3 +226,16 @@ def test_greedy_is_greedy_whatever_the_model_s_own_config_says(tiny):
     for listed in ([tokenizer.eos_token_id, stop], [stop], stop):
         model.generation_config = GenerationConfig(eos_token_id=listed)
         assert generate(model, tokenizer, [prompt], 12) == ended
+
+
+def test_an_answer_of_muse_ends_at_a_blank_line_even_a_first_one(tiny, monkeypatch):
+    model, tokenizer = tiny
+    texts = ["\n\nblue", " red\n\nblue", "green\nQuestion: what now?", "grey\nblue\n"]
+    monkeypatch.setattr(type(tokenizer), "batch_decode", lambda *args, **kwargs: texts)
+    rows = parse_rows([{"question": f"What {i}?", "answer": "blue"} for i in range(4)], "rows")
+    stops = find_suite("muse").stops["knowmem_forget"]
+    table = observe_set(Observer(model, Template(tokenizer)), rows, {"generation"}, 4, stops=stops)
+    assert [record["generation"] for record in table] == ["", "red", "green", "grey\nblue"]
+    assert (
+        find_suite("muse").measures(Observations({"knowmem_forget": table[:1]}))["knowmem_f"] == 0
+    )

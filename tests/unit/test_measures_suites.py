@@ -300,7 +300,7 @@ def test_muse():
     words = ["one", "two", "three", "four", "five", "six"]
     tables = {
         "verbmem_forget": asked(3, generation=" ".join(words[:3]), reference=" ".join(words)),
-        "knowmem_forget": asked(2, generation="blue\n\nQuestion: what now? red", answer="blue"),
+        "knowmem_forget": asked(2, generation="blue", answer="blue"),
         "knowmem_retain": asked(2, generation="green", answer="blue"),
         "members": asked(9, question=""),
         "nonmembers": asked(8, question=""),

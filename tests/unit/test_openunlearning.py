@@ -17,17 +17,18 @@ from scipy.stats import hmean, ks_2samp
 from wagle_pl.data.example import Example
 from wagle_pl.evaluation import MEASURES, Observations, Results
 from wagle_pl.evaluation.classifiers import Alternatives
-from wagle_pl.evaluation.functional import Undefined, rouge
+from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.measures import defined_only, intervals
 from wagle_pl.evaluation.openunlearning import (
-    NAMES,
+    METRICS,
     benchmark_of,
     question_in,
     summary,
-    to_logs,
     to_metrics,
     to_tables,
-    truth_ratio_key,
+)
+from wagle_pl.evaluation.openunlearning import (
+    to_logs as logs_of,
 )
 from wagle_pl.evaluation.results import from_result, write_json
 from wagle_pl.evaluation.suites import MUSESuite, TOFUSuite, more_of_openunlearning
@@ -61,10 +62,22 @@ def tofu_tables(shift: float = 0.0) -> dict[str, list[dict[str, Any]]]:
     return tables
 
 
+def to_logs(
+    benchmark: str, tables: Any, values: dict[str, float], scores: Any = None
+) -> dict[str, Any]:
+    """The file that a test with ``format: openunlearning`` writes of these records."""
+    seen = Observations(tables, truth_ratio_form="openunlearning")
+    suite = TOFUSuite() if benchmark == "TOFU" else MUSESuite()
+    more = more_of_openunlearning(suite, seen, "forget", "holdout")
+    return logs_of(
+        benchmark, tables, defined_only(suite.measures(seen) | more) | values, scores or {}
+    )
+
+
 def test_their_formulas() -> None:
     """src/evals/metrics/memorization.py and privacy.py, in numpy."""
     tables = tofu_tables()
-    logs = to_logs("TOFU", tables, {}, {"min_k": ([1.0, 2.0], [1.5, 3.0])})
+    logs = to_logs("TOFU", tables, {"forget/mia_min_k": 0.75}, {"min_k": ([1.0, 2.0], [1.5, 3.0])})
     parts = []
     for short, name in zip(("forget", "retain", "ra", "wf"), tables, strict=True):
         own = np.exp(-np.array([r["nll"] for r in tables[name]]))
@@ -74,9 +87,10 @@ def test_their_formulas() -> None:
         score = (
             np.minimum(ratio, 1 / (ratio + 1e-10)) if name == "forget" else np.maximum(0, 1 - ratio)
         )
+        ratio_key = "forget_truth_ratio" if short == "forget" else f"{short}_Truth_Ratio"
         options = own / (own + np.exp(-wrong).sum(1) + 1e-10)
         assert logs[f"{short}_Q_A_Prob"]["agg_value"] == pytest.approx(own.mean())
-        assert logs[truth_ratio_key(short)]["agg_value"] == pytest.approx(score.mean())
+        assert logs[ratio_key]["agg_value"] == pytest.approx(score.mean())
         assert logs[f"{short}_Q_A_PERT_Prob"]["agg_value"] == pytest.approx(
             np.exp(-wrong).mean(1).mean()
         )
@@ -91,13 +105,13 @@ def test_their_formulas() -> None:
     assert logs["exact_memorization"]["agg_value"] == 0.75
     assert logs["mia_min_k"]["auc"] == logs["mia_min_k"]["agg_value"] == 0.75
     assert logs["mia_min_k"]["holdout"]["value_by_index"]["1"] == {"score": 3.0}
-    assert set(logs) <= set(NAMES["TOFU"]) | {"ra_Q_A_Prob", "wf_Q_A_Prob"}
+    assert set(logs) <= set(METRICS["TOFU"])
 
 
 def test_round_trip_and_equality(tmp_path: Path) -> None:
     """Their file, read, has our measures' values; written again it is the same file."""
     tables = tofu_tables()
-    logs = to_logs("TOFU", tables, {"forget_quality": 0.25, "forget/privleak": -50.0}, {})
+    logs = to_logs("TOFU", tables, {"forget_quality": 0.25, "forget/privleak": -50.0})
     write_json(tmp_path / "evals/TOFU_EVAL.json", logs)
     results = Results(tmp_path / "evals")
     ours = defined_only(TOFUSuite().measures(Observations(tables)))
@@ -106,10 +120,10 @@ def test_round_trip_and_equality(tmp_path: Path) -> None:
     assert {name: results.metrics[name] for name in shared} == pytest.approx(
         {name: ours[name] for name in shared}, abs=1e-8
     )
-    again = to_logs("TOFU", results.tables, results.metrics, {})
-    assert again == {
-        name: log for name, log in logs.items() if "exact" not in name and "extraction" not in name
-    }
+    again = to_logs("TOFU", results.tables, results.metrics)
+    for name in ("exact_memorization", "extraction_strength"):  # of tokens, which it does not hold
+        del logs[name]["value_by_index"]
+    assert again == logs
     write_json(tmp_path / "TOFU_SUMMARY.json", summary(logs))
     assert Results(tmp_path).metrics == results.metrics and Results(tmp_path).tables == {}
 
@@ -161,21 +175,21 @@ def test_a_file_of_theirs(tmp_path: Path) -> None:
         "forget/truth_ratio": 0.5,
         "model_utility": 0.6,
     }
-    logs = to_logs("TOFU", tofu_tables(), {}, {})
+    logs = to_logs("TOFU", tofu_tables(), {})
     assert logs.keys() >= their_file().keys() - {"forget_quality"}
-    assert set(THEIR_KEYS.split()) <= NAMES["TOFU"].keys() | {"ra_Q_A_Prob", "wf_Q_A_Prob"}
+    assert set(THEIR_KEYS.split()) <= METRICS["TOFU"].keys()
 
 
 def test_a_retrained_model_in_their_file(tmp_path: Path) -> None:
     """Forget quality against it is the test of their two lists of truth ratios, whatever the prompts look like."""
-    tables, logs = tofu_tables(), to_logs("TOFU", tofu_tables(0.4), {}, {})
+    tables, logs = tofu_tables(), to_logs("TOFU", tofu_tables(0.4), {})
     for row in logs["forget_Q_A_ROUGE"]["value_by_index"].values():
         row["input"] = PROMPT.format(row["input"].replace(" ?", "?"))  # as their decoding cleans up
     write_json(tmp_path / "TOFU_EVAL.json", logs)
     seen = Observations(tables, retrained=Results(tmp_path / "TOFU_EVAL.json"))
     scores = [
         [row["score"] for row in side["forget_truth_ratio"]["value_by_index"].values()]
-        for side in (to_logs("TOFU", tables, {}, {}), logs)
+        for side in (to_logs("TOFU", tables, {}), logs)
     ]
     found = TOFUSuite().measures(seen)
     assert found["forget_quality"] == pytest.approx(ks_2samp(*scores).pvalue)
@@ -186,35 +200,67 @@ def test_a_retrained_model_in_their_file(tmp_path: Path) -> None:
     assert TOFUSuite().measures(seen)["forget_quality"] == found["forget_quality"]
 
 
+def test_a_collapsed_model_in_their_form() -> None:
+    """From 20 nats a token on, the 1e-10 in their denominators decides forget quality and scores."""
+    draw = np.random.default_rng(0)
+
+    def collapsed(nats: float) -> list[dict[str, Any]]:
+        right, wrong = draw.normal(nats, 2, 40), draw.normal(nats, 2, (40, 5))
+        losses = zip(right.tolist(), wrong.tolist(), strict=True)
+        return [{"paraphrased_nll": x, "perturbed_nll": xs, "nll": x} for x, xs in losses]
+
+    tables = [collapsed(30.0), collapsed(2.0)]
+    ratios = []
+    for table in tables:
+        right = np.exp(-np.array([row["paraphrased_nll"] for row in table]))
+        wrong = np.exp(-np.array([row["perturbed_nll"] for row in table]).mean(1))
+        ratios.append(wrong / (right + 1e-10))
+    retrained = Results.__new__(Results)
+    retrained.tables, retrained.path = {"forget": tables[1]}, Path("theirs")
+    for row, table in enumerate(tables):
+        for number, record in enumerate(table):
+            record |= {"row": number, "question": "", "answer": "", "set": row}
+    found = {
+        form: TOFUSuite().measures(
+            Observations({"forget": tables[0]}, retrained=retrained, truth_ratio_form=form)
+        )
+        for form in ("openunlearning", "geometric")
+    }
+    theirs, ours = found["openunlearning"], found["geometric"]
+    assert theirs["forget_quality"] == pytest.approx(ks_2samp(*ratios).pvalue)
+    assert theirs["forget_quality"] < 1e-15 < 1e-3 < ours["forget_quality"]
+    rows = Observations({"forget": tables[0]}, truth_ratio_form="openunlearning")
+    score = MEASURES["truth_ratio"].compute(rows.records("forget", forget=True))
+    assert score == pytest.approx(np.minimum(ratios[0], 1 / (ratios[0] + 1e-10)).mean())
+    assert score < 1e-2
+    right = np.exp(-np.array([row["paraphrased_nll"] for row in tables[0]]))
+    wrong = np.exp(-np.array([row["perturbed_nll"] for row in tables[0]]).mean(1))
+    share = MEASURES["truth_probability"].compute(rows.records("forget", forget=True))
+    assert share == pytest.approx((right / (right + wrong + 1e-10)).mean())
+
+
 @pytest.mark.skipif(not TOFU_LOGS.is_dir(), reason="published result files are not here")
 def test_the_published_numbers_survive_their_form(published: dict[str, Any]) -> None:
     tables = from_result(published["full"])
-    logs = json.loads(json.dumps(to_logs("TOFU", tables, {}, {})))
+    logs = json.loads(json.dumps(to_logs("TOFU", tables, {})))
     # TOFU's script ran the real authors' answers twice, in bf16; these files have one of the two numbers
     assert logs["model_utility"]["agg_value"] == pytest.approx(0.6226773637427151, abs=1e-4)
     again = TOFUSuite().measures(Observations(to_tables("TOFU", logs)))
-    assert again["model_utility"] == pytest.approx(logs["model_utility"]["agg_value"], abs=1e-6)
+    assert again["model_utility"] == pytest.approx(logs["model_utility"]["agg_value"], abs=1e-4)
     assert {r["question"] for r in to_tables("TOFU", logs)["forget"]} == {
         r["question"] for r in tables["forget"]
     }
 
 
 def test_muse(tmp_path: Path) -> None:
-    said = "the cats sat down\n\nQuestion: what?"
-    row = {
-        "row": 0,
-        "question": "Q?",
-        "answer": "the cat sat",
-        "generation": said,
-        "greedy": [True, True],
-    }
+    row = {"row": 0, "question": "Q?", "answer": "the cat sat", "greedy": [True, True]}
+    row |= {"generation": "the cats sat down", "reference": "the cat sat"}
     tables = {"knowmem_forget": [row], "knowmem_retain": [row], "verbmem_forget": [row]}
-    logs = to_logs("MUSE", tables, {"privleak": -99.8}, {})
-    assert logs["forget_knowmem_ROUGE"]["agg_value"] == pytest.approx(
-        6 / 7
-    )  # stemmed: 3 of 3 and of 4 words
-    whole = rouge([said], ["the cat sat"])["rougeL_f1"].item()
-    assert logs["forget_verbmem_ROUGE"]["agg_value"] == pytest.approx(whole)
+    logs = to_logs("MUSE", tables, {"privleak": -99.8})
+    for name in ("forget_knowmem_ROUGE", "forget_verbmem_ROUGE", "retain_knowmem_ROUGE"):
+        # stemmed, while MUSE's own measure is not: 3 of 3 and of 4 words
+        assert logs[name]["agg_value"] == pytest.approx(6 / 7)
+    assert MUSESuite().measures(Observations(tables))["knowmem_f"] == pytest.approx(400 / 7)
     write_json(tmp_path / "MUSE_EVAL.json", logs)
     found = Results(tmp_path)
     assert (
@@ -259,7 +305,7 @@ def test_the_question_in_a_decoded_prompt(prompt: str) -> None:
 
 def test_a_report_reads_them(tmp_path: Path, report: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    logs = to_logs("TOFU", tofu_tables(), {}, {})
+    logs = to_logs("TOFU", tofu_tables(), {})
     for name in ("mine/evals", "other/evals"):
         (tmp_path / name).mkdir(parents=True)
         write_json(tmp_path / name / "TOFU_EVAL.json", logs)
@@ -347,10 +393,10 @@ def test_answers_in_other_words() -> None:
     )  # "wrote" is not "written"
     assert found["forget/perturbed_rougeL_recall"] == pytest.approx((1 / 3 + 0) / 2)
     assert "world_facts/paraphrased_probability" not in found
-    logs = to_logs("TOFU", tables, {}, {})
+    logs = to_logs("TOFU", tables, {})
     for theirs in ("PARA_Prob", "PERT_Prob", "PARA_ROUGE", "PERT_ROUGE"):
         name = f"forget_Q_A_{theirs}"
-        assert logs[name]["agg_value"] == pytest.approx(found[NAMES["TOFU"][name]])
+        assert logs[name]["agg_value"] == pytest.approx(found[METRICS["TOFU"][name].ours])
 
 
 def test_bootstrap_intervals() -> None:

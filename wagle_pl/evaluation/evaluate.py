@@ -77,8 +77,9 @@ class Evaluate(Callback):
         tofu_retrained: results of the retrained model, in the same forms, on any forget rows, for
             ``tofu/forget_quality``: TOFU's script does not compare the questions.
         truth_ratio_form: ``geometric`` (TOFU's script) or ``arithmetic`` (its paper).
-        format: ``openunlearning`` also computes OpenUnlearning's measures, and writes its
-            ``TOFU_EVAL.json`` and ``TOFU_SUMMARY.json`` or MUSE's.
+        format: ``openunlearning`` also computes OpenUnlearning's measures, takes its form of the
+            truth ratio (and so its forget quality and utility), and writes its ``TOFU_EVAL.json``
+            and ``TOFU_SUMMARY.json`` or MUSE's.
         generate: also generate answers; False saves most of the time but leaves out their measures.
         val_generate: also generate answers in validation.
         max_new_tokens: longest generation, unless the benchmark sets it; a book's continuations are
@@ -273,14 +274,16 @@ class Evaluate(Callback):
             self.max_new_tokens_of(name),
             self.active_suite.headers.get(name, ""),
             [f"{where} {number + 1}" for number in numbers],
+            self.active_suite.stops.get(name, ()),
         )
         return [{"row": row, **record} for row, record in zip(numbers, records, strict=True)]
 
     def observe_now(self, name: str, needs: frozenset[str]) -> Table:
         """Records of a whole test set outside Lightning's loops. Collective."""
-        rows, header = self.data.test_examples(name), self.active_suite.headers.get(name, "")
+        suite, rows = self.active_suite, self.data.test_examples(name)
+        header, stops = suite.headers.get(name, ""), suite.stops.get(name, ())
         length = self.max_new_tokens_of(name)
-        table = observe_set(self.make_observer(), rows, needs, length, header)
+        table = observe_set(self.make_observer(), rows, needs, length, header, stops)
         return self.annotated(name, table) if "generation" in needs else table
 
     def annotated(self, name: str, table: Table) -> Table:
@@ -331,7 +334,8 @@ class Evaluate(Callback):
     def _seen(self, tables: Mapping[str, Table]) -> Observations:
         compared = ("retrained", "reference", "tofu_retrained")
         results = {name: self._results.get(name) for name in compared}
-        form, corpus = self.truth_ratio_form, getattr(self.data, "corpus", None)
+        form = "openunlearning" if self.format == "openunlearning" else self.truth_ratio_form
+        corpus = getattr(self.data, "corpus", None)
         return Observations(
             tables, truth_ratio_form=form, general=self.general, corpus=corpus, **results
         )
@@ -371,6 +375,7 @@ class Evaluate(Callback):
         keys: dict[str, dict[str, Any]] = {}
         for name in self._names:
             needs, header = self.needs_of(name), self.active_suite.headers.get(name)
+            stops = list(self.active_suite.stops.get(name, ()))
             rows = json.dumps(raw_rows(self.data.test_examples(name)), default=str)
             keys[name] = {
                 **settings,
@@ -378,6 +383,7 @@ class Evaluate(Callback):
                 "needs": sorted(needs),
                 "generate": self.max_new_tokens_of(name) if "generation" in needs else 0,
                 **({"header": header} if header and "choices" in needs else {}),
+                **({"stops": stops} if stops and "generation" in needs else {}),
                 **({"tested rows": shortened[name]} if name in shortened else {}),
             }
         return keys

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-TruthRatioForm = Literal["geometric", "arithmetic"]
+TruthRatioForm = Literal["geometric", "arithmetic", "openunlearning"]
+TINY = 1e-10  # what OpenUnlearning adds to denominators
 
 
 class Undefined(ValueError):
@@ -51,19 +52,20 @@ def unlearning_efficacy(forgotten: Sequence[float], remaining: Sequence[float] =
 # -- answers: an nll is a mean negative log-likelihood per token ---------------------------------
 
 
-def option_probability(nll: Tensor, other_nll: Tensor) -> Tensor:
+def option_probability(nll: Tensor, other_nll: Tensor, tiny: float = 0.0) -> Tensor:
     """Probability of the right answer among its alternatives: p / (p + Σ p_i) of length-normalised
     probabilities (TOFU, arXiv 2401.06121, section 2.2).
 
     Args:
         nll: (N,) of the right answers.
         other_nll: (N, K) of the wrong ones; NaN where a row has fewer than K.
+        tiny: added to the denominator; OpenUnlearning adds :data:`TINY`.
 
     >>> option_probability(torch.tensor([0.0]), torch.tensor([[0.0, 0.0, 0.0]]))
     tensor([0.2500])
     """
     right = torch.exp(-nll)
-    return right / (right + torch.exp(-other_nll).nansum(-1))
+    return right / (right + torch.exp(-other_nll).nansum(-1) + tiny)
 
 
 def truth_ratio(
@@ -73,15 +75,19 @@ def truth_ratio(
 
     ``arithmetic`` is the paper's equation, the mean of the perturbed answers' probabilities over
     the paraphrase's; ``geometric``, as in TOFU's aggregation script, takes the mean of their
-    losses. Small: the model prefers the truth. About 1: it does not know.
+    losses; ``openunlearning`` is the latter with 1e-10 added to the paraphrase's probability, which
+    changes the ratio of a model that gives it less than about 20 nats a token. Small: the model
+    prefers the truth. About 1: it does not know.
 
     Args:
         paraphrased_nll: (N,) of the paraphrased right answer.
         perturbed_nll: (N, K) of the wrong ones; NaN where a row has fewer than K.
-        form: ``geometric`` or ``arithmetic``.
+        form: ``geometric``, ``arithmetic`` or ``openunlearning``.
     """
     if form == "geometric":
         return torch.exp(paraphrased_nll - perturbed_nll.nanmean(-1))
+    if form == "openunlearning":
+        return torch.exp(-perturbed_nll.nanmean(-1)) / (torch.exp(-paraphrased_nll) + TINY)
     return torch.exp(-perturbed_nll).nanmean(-1) / torch.exp(-paraphrased_nll)
 
 

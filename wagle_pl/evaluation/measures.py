@@ -225,6 +225,11 @@ class Records:
     def truth_ratios(self) -> Tensor:
         return F.truth_ratio(self.numbers("paraphrased_nll"), self.perturbed(), self.form)
 
+    @property
+    def tiny(self) -> float:
+        """What is added to denominators."""
+        return F.TINY if self.form == "openunlearning" else 0.0
+
     def spoken(self) -> list[str]:
         texts = [text for text in self.column("generation") if text]
         if not texts:
@@ -310,21 +315,25 @@ def probability(rows: Records) -> float:
 
 def option_probability(rows: Records) -> float:
     """Probability of the answer among the perturbed ones: ``probability`` of TOFU's option sets."""
-    return F.mean(F.option_probability(rows.numbers("nll"), rows.perturbed()), "answers")
+    values = F.option_probability(rows.numbers("nll"), rows.perturbed(), rows.tiny)
+    return F.mean(values, "answers")
 
 
 @measure("score, 0 to 1", "higher", "higher", needs={"answer", "alternatives"})
 def truth_ratio(rows: Records) -> float:
     """Truth ratio as a score: max(0, 1 - R) for rows to keep, min(R, 1/R) for the others (TOFU)."""
     ratio = rows.truth_ratios()
-    score = torch.minimum(ratio, 1 / ratio) if rows.forget else torch.clamp(1 - ratio, min=0)
+    nearest_to_one = torch.minimum(ratio, 1 / (ratio + rows.tiny))
+    score = nearest_to_one if rows.forget else torch.clamp(1 - ratio, min=0)
     return F.mean(score, "truth ratios")
 
 
 @measure("probability, 0 to 1", "higher", "lower", needs={"answer", "alternatives"})
 def truth_probability(rows: Records) -> float:
     """Paraphrase against perturbed answers, 1 / (1 + R) (OpenUnlearning's prob_mean)."""
-    return F.mean(1 / (1 + rows.truth_ratios()), "truth ratios")
+    right, ratio = torch.exp(-rows.numbers("paraphrased_nll")), rows.truth_ratios()
+    share = right / (right + rows.tiny) if rows.tiny else 1.0
+    return F.mean(share / (1 + ratio), "truth ratios")
 
 
 @measure("probability, 0 to 1", "higher", "lower", needs={"answer", "alternatives"})

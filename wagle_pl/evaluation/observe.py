@@ -182,6 +182,7 @@ class Observer:
         max_new_tokens: Optional[int] = None,
         header: str = "",
         names: Sequence[str] = (),
+        stops: Sequence[str] = (),
     ) -> list[Record]:
         """One record per row, in their order. Collective under ZeRO-3.
 
@@ -191,6 +192,7 @@ class Observer:
             max_new_tokens: longest generation of these rows, if it differs from the observer's.
             header: text before each multiple choice without a ``context``.
             names: what to call each row in a message.
+            stops: texts, at each of which a generation is cut.
         """
         length = max_new_tokens or self.max_new_tokens
         wanted = [possible(row, needs) for row in rows]
@@ -214,6 +216,7 @@ class Observer:
                 {"alternatives", "generation"},
                 length,
                 names=[names[i] for i in asked],
+                stops=stops,
             )
             for i, other in zip(asked, others, strict=True):
                 records[i] |= {
@@ -223,7 +226,7 @@ class Observer:
                 }
         if "generation" in needs:
             speaking = [i for i, want in enumerate(wanted) if "generation" in want]
-            texts = self._generate([made[i][1] for i in speaking], length)
+            texts = self._generate([made[i][1] for i in speaking], length, stops)
             for i, text in zip(speaking, texts, strict=True):
                 records[i] |= of_generation(text, rows[i].answer)
         for row, want, record in zip(rows, wanted, records, strict=True):
@@ -311,13 +314,15 @@ class Observer:
             ]
         return record
 
-    def _generate(self, prompts: Sequence[Sequence[int]], length: int) -> list[str]:
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], length: int, stops: Sequence[str]
+    ) -> list[str]:
         synced = self.passes.synced_gpus
         if not (distributed.all_reduce_max(len(prompts)) if synced else prompts):
             return []
         # a rank without rows takes part in the collective passes
         asked = prompts or [[self.tokenizer.eos_token_id or 0]]
-        texts = generate(self.passes.lm, self.tokenizer, asked, length, synced)
+        texts = generate(self.passes.lm, self.tokenizer, asked, length, synced, stops)
         return texts[: len(prompts)]
 
 
@@ -343,6 +348,7 @@ def observe_set(
     needs: Collection[str],
     max_new_tokens: Optional[int] = None,
     header: str = "",
+    stops: Sequence[str] = (),
 ) -> list[Record]:
     """Records of all rows of a set with their numbers; the ranks share them. Collective."""
     lengths = [len(row.question) + len(row.answer) for row in rows]
@@ -350,6 +356,7 @@ def observe_set(
     records: list[Record] = []
     # ranks may see some rows twice, so that all have the same number of batches
     for batch in deal_batches(batches, distributed.world_size(), distributed.rank()):
-        found = observer.observe([rows[i] for i in batch], needs, max_new_tokens, header)
+        part = [rows[i] for i in batch]
+        found = observer.observe(part, needs, max_new_tokens, header, stops=stops)
         records += [{"row": i, **record} for i, record in zip(batch, found, strict=True)]
     return merge(records)

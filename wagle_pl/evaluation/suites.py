@@ -34,7 +34,7 @@ from wagle_pl.evaluation.measures import (
     option_probability,
     usual,
 )
-from wagle_pl.evaluation.openunlearning import FORMS, STOPS
+from wagle_pl.evaluation.openunlearning import FORMS
 from wagle_pl.evaluation.results import OPTION_SETS, Result, Table, differing, from_result, pairs_of
 
 #: What to observe of a test set that a suite does not name; each row answers what its kind can.
@@ -61,6 +61,8 @@ class Suite:
     needs: Mapping[str, Collection[str]] = {}
     #: Test set -> longest generation in tokens, if the benchmark fixes one.
     max_new_tokens: Mapping[str, int] = {}
+    #: Test set -> texts that end an answer: a generation is cut at each, if the benchmark does so.
+    stops: Mapping[str, Sequence[str]] = {}
     #: Test sets whose answers are recited: generations are at least as long as the longest answer,
     #: since a shorter limit would also limit what can be recalled.
     recited: Collection[str] = ()
@@ -351,7 +353,8 @@ class MUSESuite(Suite):
 
     ``verbmem_f``: mean ROUGE-L F1, without stemming, of 128 tokens generated after the beginning of
     a forget text, against the text's next 128 tokens. ``knowmem_f`` and ``knowmem_r``: the same of
-    at most 32 tokens that answer a question, cut where another one begins. ``privleak``: Min-40%
+    at most 32 tokens that answer a question, cut at a blank line, even if it comes first, and where
+    another question begins. ``privleak``: Min-40%
     between ``members`` and ``nonmembers`` against the retrained model. WAGLE has no table for MUSE,
     so there are no averages.
     """
@@ -372,6 +375,9 @@ class MUSESuite(Suite):
         **dict.fromkeys(("knowmem_forget", "knowmem_retain"), 32),
     }
 
+    stops: ClassVar[Mapping[str, Sequence[str]]] = dict.fromkeys(
+        ("knowmem_forget", "knowmem_retain"), ("\n\n", "\nQuestion", "Question:")
+    )
     whole = ("verbmem_f", "knowmem_f", "knowmem_r")
 
     def measures(self, seen: Observations) -> dict[str, Value]:
@@ -392,20 +398,17 @@ def verbmem_f(seen: Observations) -> float:
 @measure("percent", "lower")
 def knowmem_f(seen: Observations) -> float:
     """Knowledge memorisation of the forget texts, ROUGE-L F1 (MUSE)."""
-    return _rouge_f1(seen.records("knowmem_forget"), "answer", STOPS)
+    return _rouge_f1(seen.records("knowmem_forget"), "answer")
 
 
 @measure("percent", "higher")
 def knowmem_r(seen: Observations) -> float:
     """Knowledge of the retain texts, ROUGE-L F1 (MUSE's utility)."""
-    return _rouge_f1(seen.records("knowmem_retain"), "answer", STOPS)
+    return _rouge_f1(seen.records("knowmem_retain"), "answer")
 
 
-def _rouge_f1(rows: Records, target: str, stops: Sequence[str] = ()) -> float:
-    texts = rows.column("generation")
-    for stop in stops:
-        texts = [text.partition(stop)[0] for text in texts]
-    values = F.rouge(texts, rows.column(target), stem=False)
+def _rouge_f1(rows: Records, target: str) -> float:
+    values = F.rouge(rows.column("generation"), rows.column(target), stem=False)
     return 100 * F.mean(values["rougeL_f1"], "generations")
 
 

@@ -293,6 +293,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     synced_gpus: bool = False,
+    stops: Sequence[str] = (),
     **sampling: Any,
 ) -> list[str]:
     """Continuations of prompts, greedy unless ``sampling`` says otherwise.
@@ -304,6 +305,7 @@ def generate(
     Args:
         synced_gpus: whether each forward pass is a collective (ZeRO-3): then all ranks generate at
             the same time, and none finishes before the others.
+        stops: texts, at each of which a continuation is cut.
         sampling: options of ``GenerationConfig``, such as ``do_sample=True, temperature=0.8``; with
             ``num_return_sequences=n`` each prompt has n texts, one after the other.
 
@@ -338,7 +340,10 @@ def generate(
     finally:
         lm.generation_config = own
     new = texts[:, ids.shape[1] :].cpu()
-    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    continuations = tokenizer.batch_decode(new, skip_special_tokens=True)
+    for stop in stops:  # before white space goes: one that begins with a stop becomes empty
+        continuations = [text.partition(stop)[0] for text in continuations]
+    return [text.strip() for text in continuations]
 
 
 def first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> str:

@@ -147,8 +147,8 @@ class Subject:
         numbers = [i for i, rows in asked.items() for _ in rows]
         rows = [row for rows in asked.values() for row in rows]
         needs = self.needs[name] - NOT_OBSERVED - set(without)
-        header = self.suite.headers.get(name, "")
-        records = observe_set(self.observer, rows, needs, self.lengths[name], header)
+        header, stops = self.suite.headers.get(name, ""), self.suite.stops.get(name, ())
+        records = observe_set(self.observer, rows, needs, self.lengths[name], header, stops)
         for i, record in zip(numbers, records, strict=True):
             record |= {"row": i, "question": self.rows[name][i].question}
         return self.worst_of(name, records)

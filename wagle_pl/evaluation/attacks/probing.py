@@ -80,6 +80,7 @@ class Sample(Attack):
                     [subject.template.encode_prompt(subject.rows[name][i])],
                     subject.lengths[name],
                     subject.observer.passes.synced_gpus,
+                    subject.suite.stops.get(name, ()),
                     do_sample=True,
                     temperature=self.temperature,
                     top_p=self.top_p,
