@@ -236,6 +236,7 @@ class AttributionModule(LanguageModule):
     def configure_model(self) -> None:
         """Load the model and allocate the sums."""
         super().configure_model()
+        self.lm.requires_grad_(True)
         folder = Path(self.output or ".").parent
         named = self.lm.named_parameters()
         self.sums = GradientSums(named, self._on_host, self.passes, folder)

@@ -15,7 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, Optional
 
-from lightning.pytorch import Callback
 from safetensors import SafetensorError
 
 from wagle_pl.core import distributed
@@ -136,18 +135,6 @@ def release(output: Path) -> None:
 def _release_all() -> None:
     for output in list(_locks):
         release(output)
-
-
-class Release(Callback):
-    """Releases an output when a run ends or fails; after a failure there is no ``teardown``."""
-
-    def __init__(self, output: Path) -> None:
-        self.output = output
-
-    def teardown(self, *_: Any, **__: Any) -> None:
-        release(self.output)
-
-    on_exception = teardown
 
 
 # -- room on the disk ----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from wagle_pl.core.weights import fingerprint
 from wagle_pl.lm import models
 from wagle_pl.lm.models import vocabulary_size
 from wagle_pl.lm.resume import begin, recount
+from wagle_pl.lm.state import ModelState
 from wagle_pl.strategies import is_sharded, is_zero
 
 log = logging.getLogger(__name__)
@@ -58,8 +60,38 @@ class StreamData(Protocol):
     def describe(self, stream: str) -> str: ...
 
 
+class Ending(Callback):
+    """Gives the model back, and releases the output, however a run ends; the last callback."""
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        self._handler = signal.getsignal(signal.SIGINT)
+
+    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        module.give_back()
+        if module.place:
+            outputs.release(module.place)
+
+    def on_exception(
+        self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """The same; Ctrl-C in Python stays a KeyboardInterrupt, where Lightning would exit."""
+        self.teardown(trainer, module, "fit")
+        alone = trainer.strategy.launcher is None
+        if alone and isinstance(exception, KeyboardInterrupt) and not module.run_config:
+            for logger in trainer.loggers:
+                logger.finalize("failed")
+            trainer._teardown()  # Lightning's, which follows
+            trainer.state.stage = None
+            signal.signal(signal.SIGINT, self._handler)  # which Lightning ignores from here on
+            raise exception
+
+
 class LanguageModule(L.LightningModule):
     """Loads a causal language model and records in checkpoints and results which model it is.
+
+    After any end of a run (also by an exception, or Ctrl-C) ``lm`` is an ordinary model: it has the
+    parameters, dtypes, devices, hooks and flags (``training``, ``requires_grad``, ``use_cache``) it
+    had before, and the weights that training has reached.
 
     Test and validation batches go to :attr:`evaluation`, which
     :class:`wagle_pl.evaluation.Evaluate` sets; they pass through this module's steps so that the
@@ -67,7 +99,8 @@ class LanguageModule(L.LightningModule):
 
     Args:
         model: hub id, folder in Hugging Face format or GGUF file of the model; in Python also a
-            loaded Hugging Face model, which is changed in place.
+            loaded Hugging Face model, whose weights are changed in place, except those of
+            parameters that require no gradient.
         output: file or folder that the run writes.
         overwrite: replace an existing output.
         attn_implementation: attention kernel, by transformers' name: ``sdpa``, ``eager``,
@@ -95,6 +128,8 @@ class LanguageModule(L.LightningModule):
             kind = type(model).__name__
             raise WagleError(f"model must be a name, a folder or a Hugging Face model, got {kind}")
         self._given = model if isinstance(model, PreTrainedModel) else None
+        self._home = None if self._given is None else self._given.device
+        self._before: Optional[ModelState] = None
         self.model_name = str(model if self._given is None else model.config.name_or_path)
         self.output = None if output is None else str(output)
         self.overwrite = overwrite
@@ -120,6 +155,7 @@ class LanguageModule(L.LightningModule):
                 f"nothing observes the rows of this {stage}",
                 hint="give the Trainer the callback wagle_pl.Evaluate()",
             )
+        self.trainer.callbacks.sort(key=lambda callback: isinstance(callback, Ending))
         self.serve()
         on_cpu = self.trainer.strategy.root_device.type == "cpu"
         if on_cpu and not str(self.trainer.precision).startswith(("32", "64")):
@@ -129,7 +165,9 @@ class LanguageModule(L.LightningModule):
         """Load the model once, in the precision of the trainer."""
         if self.lm is None:
             if self._given is not None:
-                self.lm = self._given.to(torch.get_default_dtype())
+                self.lm = self._given
+                self._before = ModelState(self.lm)
+                self._before.cast(torch.get_default_dtype())
                 self.lm.config.use_cache = False
             else:
                 self.lm = models.load_model(
@@ -137,8 +175,27 @@ class LanguageModule(L.LightningModule):
                     sharded=self.sharded,
                     attn_implementation=self.attn_implementation,
                 )
+                self._before = None if self.sharded else ModelState(self.lm)
             self.model_fingerprint = self.fingerprint()
             self.serve()
+
+    def to(self, *args: Any, **kwargs: Any) -> LanguageModule:
+        """Move the module; the model keeps the dtypes that transformers has loaded it in."""
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        for child in self.children():
+            if child is not self.lm:
+                child.to(*args, **kwargs)
+        return self if device is None else super().to(device)
+
+    def cpu(self) -> LanguageModule:
+        """Move the module to the CPU, as Lightning does after a run, or a given model back."""
+        return super().cpu() if self._home is None else self.to(self._home)
+
+    def give_back(self) -> None:
+        """Make ``lm`` what it was before the run, but for its weights. Once; repeating is safe."""
+        if self._before is not None:
+            self._before.restore()
+        self._before = None
 
     @property
     def data(self) -> Optional[StreamData]:
@@ -230,8 +287,8 @@ class LanguageModule(L.LightningModule):
         return Path(self.output) if self.output else None
 
     def configure_callbacks(self) -> list[Callback]:
-        """A callback that lets other runs write the output once this run has ended or failed."""
-        return [outputs.Release(self.place)] if self.place else []
+        """A callback that gives the model back, and releases the output, when the run ends."""
+        return [Ending()]
 
     def planned_files(self) -> list[outputs.Planned]:
         """What the run is going to write, at least."""

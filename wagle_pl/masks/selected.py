@@ -23,9 +23,10 @@ parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
+from types import MappingProxyType
 from typing import Any, Optional
 
 import torch
@@ -67,21 +68,28 @@ class SelectedWeights:
         self.lm = lm
         self.keeps_dense_gradients = keep_dense_gradients
         self.tensors: dict[str, SelectedTensor] = {}
+        self._restore: list[Callable[[], None]] = []
+        try:
+            self._select(mask, masters, keep_theta0)
+        except BaseException:
+            self.release()
+            raise
+
+    def _select(self, mask: Optional[WeightMask], masters: bool, keep_theta0: bool) -> None:
         by_parameter: dict[nn.Parameter, SelectedTensor] = {}
-        for name, parameter in list(lm.named_parameters()):
+        for name, parameter in list(self.lm.named_parameters()):
             if mask is None and not parameter.requires_grad:
                 continue
             packed = None if mask is None else mask.packed(name)
             tensor = SelectedTensor(parameter, packed, masters)
-            tensor.keeps_dense_gradient = keep_dense_gradients
+            tensor.keeps_dense_gradient = self.keeps_dense_gradients
             if keep_theta0 and tensor.values is not None:
                 tensor.theta0 = tensor.values.detach().to(parameter.dtype, copy=True)
             self.tensors[name] = by_parameter[parameter] = tensor
-        self._restore: list[Callable[[], None]] = []
-        for module in lm.modules():
+        for module in self.lm.modules():
             own = module._parameters.items()
             held = {leaf: by_parameter[p] for leaf, p in own if p in by_parameter}
-            if not (keep_theta0 or keep_dense_gradients):
+            if not (keep_theta0 or self.keeps_dense_gradients):
                 held = {leaf: tensor for leaf, tensor in held.items() if not tensor.is_plain}
             if held:
                 self._restore.append(_hold(module, held))
@@ -165,10 +173,16 @@ class SelectedWeights:
         for _, gradient in self.gradients():
             gradient.mul_(factor)
 
-    def release(self, dtype: Optional[torch.dtype] = None) -> None:
-        """Give the model its parameters back, see :meth:`SelectedTensor.merge`."""
-        for tensor in self.tensors.values():
-            tensor.merge(dtype)
+    def release(
+        self, dtype: Optional[torch.dtype] = None, wide: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
+        """Give the model its parameters back, see :meth:`SelectedTensor.merge`.
+
+        Args:
+            wide: dense tensors by name, to be written into in place of the model's rounded ones.
+        """
+        for name, tensor in self.tensors.items():
+            tensor.merge(dtype, wide.get(name))
         for restore in reversed(self._restore):
             restore()
         for tensor in self.tensors.values():

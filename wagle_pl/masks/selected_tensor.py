@@ -263,13 +263,18 @@ class SelectedTensor:
         self.changed()
 
     @torch.no_grad()
-    def merge(self, dtype: Optional[torch.dtype] = None) -> None:
-        """Write the values into the dense tensor, in this dtype; collective if it is sharded."""
+    def merge(self, dtype: Optional[torch.dtype] = None, wide: Optional[Tensor] = None) -> None:
+        """Write the values into the dense tensor, in this dtype; collective if it is sharded.
+
+        ``wide`` is the dense tensor before it was rounded, and is used in its place.
+        """
         self.at_theta0 = self.keeps_dense_gradient = False
         self._narrow = self._buffer = None
         if self.is_sharded:
             self._merge_share()
             return
+        if wide is not None and not self.is_plain:
+            self.parameter.data = wide.to(self.parameter.device)
         if dtype is not None:
             self.parameter.data = self.parameter.data.to(dtype)
         self.changed()

@@ -107,8 +107,10 @@ class LoRA:
             )
 
     def fold(self) -> None:
-        """Add B A to the model's weights and remove the adapters."""
-        self._peft.merge_and_unload()
+        """Add B A to the model's weights and remove the adapters, if there are any."""
+        if self._peft is not None:
+            self._peft.merge_and_unload()
+        self._peft = None
 
     def save(
         self, tokenizer: PreTrainedTokenizerBase, folder: str, card: str, record: dict[str, Any]

@@ -197,6 +197,17 @@ class FinetuneModule(LanguageModule):
     def restrict(self) -> None:
         """Determine which weights may move, just after the model is loaded; here all of them."""
 
+    def release(self, dtype: Optional[torch.dtype] = None) -> None:
+        """Write the values into the model's own parameters, in this dtype or their own."""
+        if self.selected is not None:
+            self.selected.release(dtype, {} if self._before is None else self._before.wide)
+        self.selected = None
+
+    def give_back(self) -> None:
+        if not self.sharded:  # else the ranks would have to meet, and some may have failed
+            self.release()
+        super().give_back()
+
     def select_weights(self, **options: Any) -> None:
         """Make the weights that may move the parameters of the model, see ``SelectedWeights``."""
         options = {"masters": not is_zero(self.trainer.strategy), **options}
@@ -418,8 +429,9 @@ class FinetuneModule(LanguageModule):
 
     def on_train_end(self) -> None:
         self.check_weights()
-        self.selected.release(self.output_dtype)
-        self.selected = None
+        self.release(self.output_dtype)
+        if self.output_dtype and self._before is not None:
+            self._before.dtypes.clear()  # the values are to stay in fp32
         super().on_train_end()
         if self.trainer.fast_dev_run or not self.output:
             return

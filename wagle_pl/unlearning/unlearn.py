@@ -20,6 +20,7 @@ from wagle_pl.core.weights import evaluating
 from wagle_pl.data.template import differing_prompts
 from wagle_pl.lm.resume import random_state, set_random_state
 from wagle_pl.masks import Restriction, WeightMask
+from wagle_pl.masks.bits import filled_bits
 from wagle_pl.masks.selected import Gradients as SelectedGradients
 from wagle_pl.objectives import Objective, Streams
 from wagle_pl.objectives.objective import TERMS
@@ -162,6 +163,12 @@ class UnlearnModule(FinetuneModule):
         self.mask = self.restriction.mask(self._shapes, self.model_name, self.model_fingerprint)
         if self.mask is None:
             return
+        if not all(p.requires_grad for p in self.lm.parameters()):
+            free = {
+                n: filled_bits(p.numel(), p.requires_grad) for n, p in self.lm.named_parameters()
+            }
+            made_by = {"operation": "modules", "modules": ["those that require a gradient"]}
+            self.mask &= WeightMask(free, self._shapes, made_by)
         for prompts in self.mask.prompts if self.mask_file is not None and self.fits else ():
             if other := differing_prompts(prompts, self.prompts):
                 log.warning(
@@ -187,6 +194,12 @@ class UnlearnModule(FinetuneModule):
         dense = self.clip_scope == "all" and self.mask is not None and bool(bounded)
         options = {"keep_theta0": self._needs_theta0, "keep_dense_gradients": dense, **options}
         super().select_weights(**options)
+
+    def release(self, dtype: Optional[torch.dtype] = None) -> None:
+        """The same; an adapter that is to be merged becomes part of the weights."""
+        super().release(dtype)
+        if self.adapter is not None and self.adapter.merge:
+            self.adapter.fold()
 
     def planned_run(self, optimizer: str) -> PlannedRun:
         """The same; an adapter's optimiser state is negligible."""
@@ -440,8 +453,6 @@ class UnlearnModule(FinetuneModule):
         if self.adapter is not None and not self.adapter.merge:
             self.adapter.save(self.tokenizer, self.output, model_card(record), record)
             return
-        if self.adapter is not None:
-            self.adapter.fold()
         super().export(record)
 
     def record(self) -> dict[str, Any]:
