@@ -148,7 +148,9 @@ class NPO(Objective):
     Args:
         beta: β > 0; towards 0 the term becomes gradient ascent.
         reduction: ``sum`` takes log-probabilities of whole answers, as the paper does; ``mean``
-            takes their mean per token, as the code of WAGLE and MUSE does.
+            takes their mean per token, as WAGLE's code does of a batch of one row (of more rows, it
+            puts one mean over all their tokens into σ). MUSE's code does neither: it applies the
+            formula to every raw logit in place of log-probabilities, and averages.
     """
 
     references = ("forget",)
@@ -376,8 +378,8 @@ class PDU(Objective):
     Minimise ℓ_f = (1/|y|) Σ_t (max_v z_t(v) − (1/V) Σ_v z_t(v))², z the logits, subject to ℓ_r ≤ ε:
     a step descends ℓ_f + λ ℓ_r, and then λ ← max(0, λ + η (ℓ_r − ε)), ℓ_r over the global batch.
     λ begins as ``retain_weight``; ℓ_f is as large as squared logits, so OpenUnlearning's runs begin
-    at 50 to 100. (Its code takes the logits one position further, and updates λ after each
-    micro-batch.)
+    at 50 to 100. (Its code takes the logits one position later, logs λ (ℓ_r − ε) in place of λ ℓ_r,
+    and updates λ after each micro-batch, on each device alone.)
 
     Args:
         epsilon: ε > 0, somewhat more than the retain loss at θ₀ (0.3 in OpenUnlearning's runs on
@@ -445,7 +447,8 @@ class RMU(Objective):
 
     ℓ_f = (1/|y|) Σ_t (1/d) ‖h_t − c·u‖², h the block's output (d numbers per token), u a fixed
     random unit vector with entries of one sign. The retain term keeps the same output unchanged
-    (``hidden_mse``).
+    (``hidden_mse``). (OpenUnlearning's code divides each row's sum by every row's length and
+    averages over all pairs: the same for answers of one length.)
 
     Args:
         layer: the block, counted from 0.
