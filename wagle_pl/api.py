@@ -299,7 +299,7 @@ def _listed(source: Rows, name: str) -> list[Row]:
     rows = [{"question": row} if isinstance(row, str) else row for row in source]
     if not rows or not all(isinstance(row, Mapping) for row in rows):
         kinds = "a file, a dataset or a list of questions and rows"
-        raise WagleError(f"{name} must be {kinds}, got {source!r:.80}")
+        raise WagleError(f"{name}: must be {kinds}, got {source!r:.80}")
     return [dict(row) for row in rows]
 
 

@@ -144,7 +144,7 @@ def test_mistakes_are_said_before_any_work(fails, args, tasks, tmp_path):
     for options, message in [
         (("./nowhere",), "model.lm_eval: folder ./nowhere does not exist"),
         (("empty",), "model.lm_eval: folder empty has no task YAML"),
-        ((tasks, "--model.lm_eval_limit", "0"), "model.lm_eval_limit must be at least 1, got 0"),
+        ((tasks, "--model.lm_eval_limit", "0"), "model.lm_eval_limit: must be at least 1, got 0"),
     ]:
         assert message in fails(*args(*options))
     assert not (tmp_path / "out").exists()
@@ -196,7 +196,7 @@ def test_an_unknown_task(tasks, monkeypatch):
 def test_without_the_harness(fails, args, monkeypatch):
     for name in ("lm_eval", "lm_eval.tasks"):
         monkeypatch.setitem(sys.modules, name, None)
-    message = "model.lm_eval needs lm-evaluation-harness: pip install 'wagle-pl[ability]'"
+    message = "model.lm_eval: it needs lm-evaluation-harness: pip install 'wagle-pl[ability]'"
     assert message in fails(*args("mmlu"))
 
 

@@ -246,11 +246,11 @@ def test_retrained_results_on_other_rows_are_refused_before_any_work(
 @pytest.mark.parametrize(
     ("options", "message"),
     {
-        "--model.suite tofoo": "unknown model.suite 'tofoo'",
+        "--model.suite tofoo": "model.suite: unknown name 'tofoo'",
         "--model.target nowhere": "model.target: result file nowhere does not exist",
         "--model.toxicity_classifier ./nowhere": "model.toxicity_classifier: folder ./nowhere does not exist",
         "--model.sentence_model /no/where": "model.sentence_model: folder /no/where does not exist",
-        "--model.max_new_tokens 0": "max_new_tokens must be at least 1, got 0",
+        "--model.max_new_tokens 0": "max_new_tokens: must be at least 1, got 0",
     }.items(),
 )
 def test_bad_options_are_said_before_any_work(fails, args, tmp_path, options, message):

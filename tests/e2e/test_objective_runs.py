@@ -117,11 +117,11 @@ def test_mistakes_end_in_one_line(
     def message(*args: Any, **given: Any) -> str:
         return fails(*options(*args, **given))
 
-    assert "objective.layer must be from 0 to 1, the last block of this model; got 7" in message(
+    assert "objective.layer: must be from 0 to 1, the last block of this model, got 7" in message(
         "RMU", layer=7
     )
     assert "matches no parameter" in message("RMU", layer=1, trainable="experts")
-    assert "model.top_k must be at least 1" in message("NPO", "--model.top_k", "0")
+    assert "model.top_k: must be at least 1" in message("NPO", "--model.top_k", "0")
 
     empty, texts = tmp_path / "refusals.txt", tmp_path / "texts.jsonl"
     empty.write_text("\n")
@@ -139,7 +139,7 @@ def test_positions_of_the_retain_term(
 ) -> None:
     given = {"retain": retain, "retain.positions": positions}
     line = fails(*options("GradDiff", "--model.reference_logits", "top_k", **given))
-    assert "reference_logits top_k keeps predictions of answer tokens only" in line
+    assert "reference_logits: top_k keeps predictions of answer tokens only" in line
     done = wagle(*options("GradDiff", **given, retain_weight=100))
     assert done.trainer.callback_metrics["train/retain_loss"] > 0
     assert recorded()["objective"]["retain"]["positions"] == positions

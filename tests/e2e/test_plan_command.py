@@ -71,16 +71,16 @@ def test_every_task_has_a_plan(tiny_model, capsys, task):
 
 MISTAKES = {
     "--model ./nowhere": "model folder ./nowhere does not exist",
-    "--strategy zero4": "unknown strategy 'zero4'; choose one of",
-    "--devices 0": "devices must be at least 1, got 0",
-    "--task learning": "unknown task 'learning'",
+    "--strategy zero4": "strategy: unknown name 'zero4'; choose one of",
+    "--devices 0": "devices: must be at least 1, got 0",
+    "--task learning": "task: unknown name 'learning'",
     "--density 1.5": "must be in (0, 1]",
     "--task attribution --precision 16-mixed": "not in fp16",
     "--task attribution --hessian hutchinson --strategy zero3": "needs whole parameters",
-    "--task attribution --sums passes=999": "sums 999 passes for",
-    "--task attribution --sums disk": "sums must be device, host or passes=K",
+    "--task attribution --sums passes=999": "sums: 999 passes are more",
+    "--task attribution --sums disk": "sums: must be device, host or passes=K",
     "--frozen_copy --strategy zero3": "does not work under ZeRO-3",
-    "--tokens_per_second 0": "tokens_per_second must be above 0",
+    "--tokens_per_second 0": "tokens_per_second: must be above 0",
 }
 
 

@@ -287,14 +287,18 @@ def test_autocast_sees_the_changed_weights(attacked):
 @pytest.mark.parametrize(
     ("attacks", "options", "message"),
     [
-        ("relern", (), "unknown attack of model.robustness 'relern'; choose one of InContext"),
+        (
+            "relern",
+            (),
+            "attack of model.robustness: unknown name 'relern'; choose one of InContext",
+        ),
         (
             "sample",
             ("--model.generate=false",),
             "sample has nothing to work on: no row to be forgotten is generated",
         ),
-        ("[quantise,quantise]", (), "model.robustness names quantise twice"),
-        (one("Quantise", bits=[1]), (), "quantise: bits must be 2 to 16, got [1]"),
+        ("[quantise,quantise]", (), "model.robustness: quantise is named twice"),
+        (one("Quantise", bits=[1]), (), "quantise.bits: must be 2 to 16, got [1]"),
         (one("TranslatedStyle", languages=["xx"]), (), "must be of es, fr, de; got ['xx']"),
         (one("Relearn", learning_rate=1e30), (), "lower its learning_rate"),
         ("relearn", ("--model.target=nowhere",), "model.target: result file nowhere does not exi"),

@@ -81,9 +81,9 @@ def test_mistakes(fails: Any, tiny_model: str, finetuned: str) -> None:
     write_scores("s", iter([("a", torch.rand(3))]), {"a": (3,)}, other)
     for options, said in (
         ("--scores s", "the scores are of the model with fingerprint ffffffffffff"),
-        ("--scale 2", "--scale needs --scores: give both, or neither"),
-        ("--scores s --scale -1", "scale must be above 0"),
-        ("--strength 0", "strength must be above 0"),
+        ("--scale 2", "--scale: it needs --scores: give both, or neither"),
+        ("--scores s --scale -1", "scale: must be above 0"),
+        ("--strength 0", "strength: must be above 0"),
         ("--mask nowhere", "nowhere"),
     ):
         subtract = f"patch subtract {tiny_model} {finetuned} -o o {options}"

@@ -68,10 +68,10 @@ def test_a_model_a_mask_and_rows_may_be_objects(
     [
         (
             lambda: UnlearnModule(3),
-            "model must be a name, a folder or a Hugging Face model, got int",
+            "model: must be a name, a folder or a Hugging Face model, got int",
         ),
-        (lambda: UnlearnModule("m", mask=[1]), "mask must be a file or a WeightMask, got list"),
-        (lambda: forget("m", [3]), "forget must be a file, a dataset or a list of questions"),
+        (lambda: UnlearnModule("m", mask=[1]), "mask: must be a file or a WeightMask, got list"),
+        (lambda: forget("m", [3]), "forget: must be a file, a dataset or a list of questions"),
     ],
 )
 def test_a_wrong_type_is_one_line_that_names_the_argument(make: Any, said: str) -> None:

@@ -212,7 +212,7 @@ def test_explicit_formats(tokenizer):
     assert text == "### Question: Is {answer} a field?\n### Answer: No.<|end|>"
     assert answer == "### Answer: No.<|end|>"
     assert tokenizer.decode(template.encode_prompt(row)).endswith("\n### Answer:")
-    with pytest.raises(WagleError, match=r"prompt_format 'Q' must contain \{question\}"):
+    with pytest.raises(WagleError, match=r"prompt_format: must contain \{question\}, got 'Q'"):
         Template(tokenizer, "Q")
 
 
@@ -232,7 +232,7 @@ def test_a_chat_template_that_refuses_names_the_row(tokenizer, tmp_path):
 
 
 def test_an_answer_format_alone_is_not_ignored(tokenizer):
-    message = "answer_format 'Answer: {answer}' has no effect with the tokenizer's chat"
+    message = "answer_format: 'Answer: {answer}' has no effect with the tokenizer's chat"
     with pytest.raises(WagleError, match=message):
         Template(tokenizer, answer_format="Answer: {answer}")
     tokenizer.chat_template = None
@@ -330,14 +330,14 @@ def test_retain_rows_that_nothing_has_seen(rows):
     sets += [raw_rows(own.examples("retain"))]
     assert list(map(len, sets)) == [2, 2, 13] and all(row in sets[2] for row in sets[0])
     assert not any(row in sets[2] for row in sets[1])
-    with pytest.raises(WagleError, match=r"data\.unused_retain must be below 17"):
+    with pytest.raises(WagleError, match=r"data\.unused_retain: must be below 17"):
         ForgetRetainDataModule(**given, unused_retain=17).examples("retain")
 
 
 @pytest.mark.parametrize("option", ["limit_forget", "limit_retain", "limit_test", "batch_size"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_counts_below_one_are_refused(option, value):
-    with pytest.raises(WagleError, match=rf"data\.{option} must be at least 1, got {value}"):
+    with pytest.raises(WagleError, match=rf"data\.{option}: must be at least 1, got {value}"):
         ForgetRetainDataModule("forget.jsonl", **{option: value})
 
 

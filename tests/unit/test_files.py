@@ -95,7 +95,7 @@ def test_a_folder_takes_the_place_of_what_was_there(tmp_path: Path, before: str)
 @pytest.mark.parametrize("name", ["../../x", "a/b", "/x", "..", ".", "a\0b"])
 def test_a_mask_stays_in_its_folder(name: str) -> None:
     spec = MaskSpec(name=name)
-    with pytest.raises(WagleError, match="masks: name must be a file name without a folder, got"):
+    with pytest.raises(WagleError, match="masks: a name must be a file name without a folder, got"):
         check_names([spec])
 
 

@@ -273,7 +273,9 @@ def test_an_estimator_of_one_s_own():
         assert type(module.jobs[1].hessian) is estimator_of(name) in (Mine, Own)
     run = PlannedRun("attribution", estimator=Mine, diagonal=True)
     assert sums_per_weight(run) == 4 * (2 + 1 + 2)
-    listed = r"unknown hessian .gausnewton.; choose one of auto, scalar, Fisher, GaussNewton, "
+    listed = (
+        r"hessian: unknown name .gausnewton.; choose one of auto, scalar, Fisher, GaussNewton, "
+    )
     for wrong in (lambda name: AttributionModule("model", hessian=name), estimator_of):
         with pytest.raises(WagleError, match=listed):
             wrong("gausnewton")

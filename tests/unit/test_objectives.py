@@ -432,7 +432,7 @@ def test_schedules() -> None:
     "text", ["linear", "linear:0", "line:0->1", "linear:a->1", "nan", "step:1->0@x", "x"]
 )
 def test_schedules_that_mean_nothing(text: str) -> None:
-    message = r"objective.retain_weight .* is neither a number nor a schedule"
+    message = r"objective.retain_weight: .* is neither a number nor a schedule"
     with pytest.raises(WagleError, match=message):
         o.NPO(retain_weight=text)
     with pytest.raises(WagleError, match="share of the run"):
@@ -461,21 +461,24 @@ def test_terms_say_what_they_need() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: o.NPO(beta=0), "objective.beta must be above 0, got 0"),
-        (lambda: o.SimNPO(beta=-1), "objective.beta must be above 0, got -1"),
-        (lambda: o.DPO(beta=math.nan), "objective.beta must be above 0, got nan"),
-        (lambda: o.SatImp(beta2=0), "objective.beta2 must be above 0"),
-        (lambda: o.UNDIAL(beta=0), "objective.beta must be above 0"),
-        (lambda: o.RMU(steering=0), "objective.steering must be above 0"),
+        (lambda: o.NPO(beta=0), "objective.beta: must be above 0, got 0"),
+        (lambda: o.SimNPO(beta=-1), "objective.beta: must be above 0, got -1"),
+        (lambda: o.DPO(beta=math.nan), "objective.beta: must be above 0, got nan"),
+        (lambda: o.SatImp(beta2=0), "objective.beta2: must be above 0"),
+        (lambda: o.UNDIAL(beta=0), "objective.beta: must be above 0"),
+        (lambda: o.RMU(steering=0), "objective.steering: must be above 0"),
         (lambda: o.RMU(trainable="("), "not a regular expression"),
-        (lambda: o.CEU(skip_first=-1), "objective.skip_first must be 0 or more"),
-        (lambda: o.PDU(0.0), "objective.epsilon must be above 0, got 0"),
-        (lambda: o.PDU(1.0, retain="none"), "objective.retain_weight is where the dual weight"),
+        (lambda: o.CEU(skip_first=-1), "objective.skip_first: must be 0 or more"),
+        (lambda: o.PDU(0.0), "objective.epsilon: must be above 0, got 0"),
+        (
+            lambda: o.PDU(1.0, retain="none"),
+            "objective.retain_weight: the dual weight begins there",
+        ),
         (lambda: o.PDU(1.0, retain_weight="linear:0->1"), "give a number above 0"),
         (lambda: o.FineTune(retain="none"), "neither a forget nor a retain term"),
         (
             lambda: o.NPO(retain="klx"),
-            "unknown objective.retain 'klx'; choose one of HiddenMSE, KL",
+            "objective.retain: unknown name 'klx'; choose one of HiddenMSE, KL",
         ),
     ],
 )

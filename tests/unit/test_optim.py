@@ -117,5 +117,5 @@ def test_state_round_trip(make: type[torch.optim.Optimizer]) -> None:
 def test_meaningless_options_are_refused(make: type[torch.optim.Optimizer], options: dict) -> None:
     with pytest.raises(WagleError, match=f"optimizer.{next(iter(options))}"):
         make(parameters().values(), **options)
-    with pytest.raises(WagleError, match=r"optimizer.momentum must lie in \[0, 1\), got 1.0"):
+    with pytest.raises(WagleError, match=r"optimizer.momentum: must lie in \[0, 1\), got 1.0"):
         SignSGD(parameters().values(), momentum=1.0)

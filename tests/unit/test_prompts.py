@@ -126,12 +126,12 @@ def variables(**given):
         (variables(date_string=Path("x")), "date_string must be a text, a number, .* quote it"),
         (
             {"prompt_format": "{question}", "system_prompt": "Hi."},
-            "system_prompt 'Hi.' .* no effect with prompt_format",
+            "system_prompt: 'Hi.' .* no effect with prompt_format",
         ),
         ({"prompt_format": "{question}", **variables(a=1)}, "no effect with prompt_format"),
         (
             {"generation_prefix": "Answer: "},
-            "generation_prefix 'Answer: ' has no effect with the tokenizer's chat",
+            "generation_prefix: 'Answer: ' has no effect with the tokenizer's chat",
         ),
     ],
 )
@@ -147,7 +147,10 @@ def test_options_without_effect_are_refused(tiny_model, options, message):
             "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
             "the chat template ignores system messages",
         ),
-        (None, "system_prompt 'Be brief.' .* no effect with a tokenizer that has no chat template"),
+        (
+            None,
+            "system_prompt: 'Be brief.' .* no effect with a tokenizer that has no chat template",
+        ),
     ],
 )
 def test_a_system_prompt_that_a_template_leaves_out_is_refused(tiny_model, chat_template, message):

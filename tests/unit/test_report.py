@@ -308,7 +308,7 @@ def test_bad_input_is_refused(runs, refused):
     line = refused("masked", output="there.html")
     assert "there.html exists already" in line and "--overwrite" in line
     assert "must end in .html" in refused("masked", output="a.pdf")
-    assert "examples must be at least 0" in refused("masked", examples=-1)
+    assert "examples: must be at least 0" in refused("masked", examples=-1)
     assert "--target: nowhere does not exist" in refused("masked", target="nowhere")
     assert "metrics.json" in refused("masked", retrained=".")
     line = refused("masked", utility="modle_utility")

@@ -246,7 +246,7 @@ def test_the_page_says_what_study_md_says(published, report):
         ),
         ("people", 0.95, "--forget_level 0.95 is outside of its runs"),
         ("young", 0.05, "study young: it has not compared its arms yet"),
-        ("masked", 0.05, "--forget_level is for studies"),
+        ("masked", 0.05, "--forget_level: it is for studies"),
     ],
 )
 def test_a_level_that_a_study_has_not(published, runs, report, folder, level, message):

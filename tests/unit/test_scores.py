@@ -345,9 +345,9 @@ def test_a_spec_takes_what_it_lacks_from_the_default():
     [
         ({"density": 2.0}, "must be in"),
         ({"include": "("}, "no regular expression"),
-        ({"scope": "layer"}, "scope must be one of"),
+        ({"scope": "layer"}, "scope: must be one of"),
         ({"sparsity": 0.1}, "unknown key 'sparsity'"),
-        ({"score": "gradients"}, "unknown score 'gradients'"),
+        ({"score": "gradients"}, "score: unknown name 'gradients'"),
     ],
 )
 def test_a_spec_that_means_nothing(spec: dict, message: str):
@@ -365,9 +365,9 @@ def test_a_need_that_no_pass_collects():
 
 def test_names_must_differ():
     specs = complete([{"score": A.Random(seed)} for seed in (0, 1)], DEFAULT)
-    with pytest.raises(WagleError, match=r"two masks would be called 'random-0\.2'"):
+    with pytest.raises(WagleError, match=r"masks: two masks are called 'random-0\.2'"):
         check_names(specs)
-    with pytest.raises(WagleError, match="two different scores as random"):
+    with pytest.raises(WagleError, match="two different scores would be saved as random"):
         by_label(specs)
 
 

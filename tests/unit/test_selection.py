@@ -249,7 +249,7 @@ def test_stored_scores_that_cannot_be_read(tmp_path):
     folder = write(tmp_path / "s", named(7, [(4, 4)], "normal"))
     with pytest.raises(WagleError, match="no folder of scores"):
         mask_from_scores(tmp_path / "other", 0.5)
-    with pytest.raises(WagleError, match="select must be"):
+    with pytest.raises(WagleError, match="select: must be"):
         mask_from_scores(folder, 0.5, select="middle")
     with pytest.raises(WagleError, match="leave no parameter"):
         mask_from_scores(folder, 0.5, include="nothing")

@@ -214,15 +214,15 @@ def test_what_a_rule_cannot_do(unlearn: Any) -> None:
         (
             "SAM",
             {"clip_scope": "all"},
-            "step_rule SAM makes gradients of its own passes: use it on",
+            "step_rule: SAM makes gradients of its own passes: use it on",
         ),
-        ("SAM", {"objective": "FineTune"}, "step_rule SAM needs a forget term, and objective"),
-        ("MUDMAN", {"objective": "GradAscent"}, "step_rule MUDMAN needs retain rows, which"),
+        ("SAM", {"objective": "FineTune"}, "step_rule: SAM needs a forget term, and objective"),
+        ("MUDMAN", {"objective": "GradAscent"}, "step_rule: MUDMAN needs retain rows, which"),
         (RepSelect(of="retain"), {"objective": "GradAscent"}, "RepSelect of retain needs retain"),
     ):
         with pytest.raises(WagleError, match=said):
             unlearn("refused", rule, **options)
-    with pytest.raises(WagleError, match=r"step_rule\.rho must be above 0"):
+    with pytest.raises(WagleError, match=r"step_rule\.rho: must be above 0"):
         SAM(rho=0)
-    with pytest.raises(WagleError, match=r"step_rule\.momentum must lie in"):
+    with pytest.raises(WagleError, match=r"step_rule\.momentum: must lie in"):
         MUDMAN(momentum=1)

@@ -207,11 +207,17 @@ def test_masks_of_a_configuration():
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ("wagel", "unknown mask 'wagel'; choose one of dense, lora, Curvature"),
+        ("wagel", "mask: unknown name 'wagel'; choose one of dense, lora, Curvature"),
         ({"density": 0.2}, "names no mask"),
         ({"score": "dense", "density": 0.2}, "dense has no option 'density'"),
-        ({"score": "magnitude", "hessian": "foo"}, "masks: magnitude 0.2: unknown hessian 'foo'"),
-        ({"score": "snip", "learning_rates": [-1]}, "learning_rates must be different numbers abo"),
+        (
+            {"score": "magnitude", "hessian": "foo"},
+            "masks: magnitude 0.2: hessian: unknown name 'foo'",
+        ),
+        (
+            {"score": "snip", "learning_rates": [-1]},
+            "learning_rates: must be different numbers abo",
+        ),
         ({"file": "nowhere.safetensors"}, "file nowhere.safetensors does not exist"),
         ({"file": 5}, "file must be the path of a mask, got 5"),
         (
@@ -232,22 +238,25 @@ def test_a_mistaken_mask(entry, said):
         ({"densty": 0.2}, "unknown key 'densty'; there are score"),
         (
             {"density": [0.2, 1.5]},
-            "masks: wagle 1.5: density is the share of weights selected and must be in (0, 1]",
+            "masks: wagle 1.5: density: the share of weights to select must be in (0, 1]",
         ),
         ({"density": []}, "masks: density is an empty list"),
-        ({"density": "most"}, "masks: wagle: density must be"),
-        ({"reduction": "foo"}, "masks: wagle: reduction must be"),
-        ({"hessian": "foo"}, "unknown hessian 'foo'; choose one of"),
-        ({"hessian": "scalar"}, "masks: wagle 0.2: hessian scalar needs a number"),
-        ({"forget_loss": "foo"}, "masks: wagle: forget_loss must be"),
-        ({"hessian_data": "foo"}, "masks: wagle: hessian_data must be"),
-        ({"hessian_samples": 0}, "hessian_samples must be above 0"),
-        ({"gamma": "foo"}, "masks: wagle: gamma must be"),
-        ({"gamma": -1}, "gamma must be above 0"),
-        ({"gamma": 1, "hessian": "fisher"}, "gamma 1 is for hessian scalar, not for fisher"),
-        ({"damping": "foo"}, "masks: wagle: damping must be"),
-        ({"scope": "foo"}, "masks: wagle: scope must be"),
-        ({"include": "["}, "include '[' is no regular expression"),
+        ({"density": "most"}, "masks: wagle: density: must be"),
+        ({"reduction": "foo"}, "masks: wagle: reduction: must be"),
+        ({"hessian": "foo"}, "hessian: unknown name 'foo'; choose one of"),
+        ({"hessian": "scalar"}, "masks: wagle 0.2: hessian: scalar needs a number"),
+        ({"forget_loss": "foo"}, "masks: wagle: forget_loss: must be"),
+        ({"hessian_data": "foo"}, "masks: wagle: hessian_data: must be"),
+        ({"hessian_samples": 0}, "hessian_samples: must be above 0"),
+        ({"gamma": "foo"}, "masks: wagle: gamma: must be"),
+        ({"gamma": -1}, "gamma: must be above 0"),
+        (
+            {"gamma": 1, "hessian": "fisher"},
+            "gamma: a number is for hessian scalar, not for fisher",
+        ),
+        ({"damping": "foo"}, "masks: wagle: damping: must be"),
+        ({"scope": "foo"}, "masks: wagle: scope: must be"),
+        ({"include": "["}, "include: '[' is no regular expression"),
     ],
 )
 def test_mistaken_options_of_a_mask(options, said):
@@ -289,9 +298,12 @@ def test_a_step_rule_and_an_optimiser_are_part_of_an_objective():
     (found,) = read_objectives([{"class_path": "NPO", "optimizer": named}])
     assert found.optimizer_maker.keywords == {"momentum": 0.5}
     for wrong, said in (
-        ({"step_rule": "MUDMAN", "class_path": "GradAscent"}, "step_rule MUDMAN needs retain rows"),
+        (
+            {"step_rule": "MUDMAN", "class_path": "GradAscent"},
+            "step_rule: MUDMAN needs retain rows",
+        ),
         ({"optimizer": "NoSuch"}, "optimizer"),
-        ({"learning_rates": [0]}, "learning_rates must be different numbers above 0"),
+        ({"learning_rates": [0]}, "learning_rates: must be different numbers above 0"),
         ({"beta": 1}, "unknown key 'beta'; options of the class go under init_args"),
         ({"init_args": {"beta": [0.1, "x"]}}, "beta"),
         (

@@ -328,7 +328,9 @@ def test_rwku_rows(rwku, tiny_model):
     assert len(both.examples("forget")) == 4 and len(both.test_examples("forget_level3")) == 6
     one = rwku / "All"  # as a person's own folder is
     assert len(RWKUDataModule(["Lewis Carroll"], folder=str(one)).test_examples("mia_retain")) == 2
-    message = r"data.targets names Nobody, on whom forget set .* has no rows; it has some on Alice Liddell, Lewis"
+    message = (
+        r"data.targets: forget set .* has no rows on Nobody; it has some on Alice Liddell, Lewis"
+    )
     with pytest.raises(WagleError, match=message):
         RWKUDataModule(["Nobody"], folder=str(rwku)).examples("forget")
 
@@ -345,14 +347,14 @@ def test_a_test_set_in_the_benchmark_s_own_columns(tmp_path):
     ("build", "message"),
     [
         (lambda: MUSEDataModule(folder="nowhere"), r"data\.folder nowhere does not exist"),
-        (lambda: MUSEDataModule(chunk_size=0), r"data\.chunk_size must be at least 1"),
+        (lambda: MUSEDataModule(chunk_size=0), r"data\.chunk_size: must be at least 1"),
         (lambda: MUSEDataModule(forget_split="forget"), "must be SUBSET/SPLIT"),
         (lambda: WMDPDataModule(domains=[]), "must name bio, cyber or both"),
         (
             lambda: CopyrightDataModule(chunk_size=100, prompt_size=100),
             "leaves nothing of data.chunk_size 100",
         ),
-        (lambda: CopyrightDataModule(test_chunks=0), "test_chunks must be at least 1"),
+        (lambda: CopyrightDataModule(test_chunks=0), "test_chunks: must be at least 1"),
     ],
 )
 def test_options_without_meaning(build, message):
@@ -373,7 +375,7 @@ def test_options_without_meaning(build, message):
 )
 def test_a_folder_without_the_set(tmp_path, suite, stream, message):
     data = suite(folder=str(tmp_path))
-    with pytest.raises(WagleError, match=f"data.folder .* has no .*{message}"):
+    with pytest.raises(WagleError, match=f"data.folder: .* has no .*{message}"):
         data.examples(stream)
     assert data.test_names() == [] and data.examples("holdout") is None
 

@@ -190,7 +190,7 @@ def hessian_option(hessian: str, gamma: Union[float, str], needs: set[str]) -> s
         check_positive(gamma, "gamma")
         if hessian not in ("scalar", "auto"):
             raise WagleError(
-                f"{gamma} is for hessian scalar, not for {hessian}",
+                f"a number is for hessian scalar, not for {hessian}; got {gamma}",
                 option="gamma",
                 hint="leave one of them out",
             )

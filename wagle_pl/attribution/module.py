@@ -200,7 +200,7 @@ class AttributionModule(LanguageModule):
         trainer = self.trainer
         if trainer.max_steps != -1 or trainer.max_epochs < 1:
             raise WagleError(
-                "several passes cannot be bounded by steps: give trainer.max_epochs or "
+                "steps cannot bound several passes: give trainer.max_epochs or "
                 "limit_train_batches, and no max_steps",
                 option="sums",
             )

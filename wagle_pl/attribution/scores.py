@@ -343,7 +343,7 @@ class Modules(Score):
 
     def __init__(self, modules: Optional[list[str]] = None, layers: Optional[str] = None) -> None:
         if not modules and layers is None:
-            raise WagleError("score Modules needs modules, layers or both")
+            raise WagleError("Modules needs modules, layers or both", option="score")
         if layers is not None:
             parse_layers(layers)  # fails now rather than after the pass
         self.modules = modules

@@ -108,13 +108,13 @@ def complete(
 ) -> list[MaskSpec]:
     """The specs with every option set and checked, and named; those with equal scores share one."""
     if not specs:
-        raise WagleError("is an empty list", option="masks", hint="leave it out, or name a mask")
+        raise WagleError("the list is empty", option="masks", hint="leave it out, or name a mask")
     found, scores = [], {}
     for spec in specs:
         if isinstance(spec, Mapping):
             unknown = sorted(set(spec) - {field.name for field in fields(MaskSpec)})
             if unknown:
-                raise WagleError(f"masks: unknown key {unknown[0]!r}")
+                raise WagleError(f"unknown key {unknown[0]!r}", option="masks")
             spec = MaskSpec(**spec)
         spec = replace(default, **{k: v for k, v in vars(spec).items() if v is not None})
         spec.score = resolve(Score, spec.score, "score")
@@ -153,10 +153,14 @@ def check_names(specs: Sequence[MaskSpec]) -> None:
     names = [spec.name for spec in specs]
     for name in names:
         if name in (".", "..") or "\0" in name or Path(name).name != name:
-            raise WagleError(f"masks: name must be a file name without a folder, got {name!r}")
+            raise WagleError(
+                f"a name must be a file name without a folder, got {name!r}", option="masks"
+            )
         if names.count(name) > 1:
             raise WagleError(
-                f"two masks would be called {name!r}", hint="give one of them a name of its own"
+                f"two masks are called {name!r}",
+                option="masks",
+                hint="give one of them another name",
             )
 
 
@@ -166,7 +170,7 @@ def by_label(specs: Sequence[MaskSpec]) -> dict[str, MaskSpec]:
     for spec in specs:
         if found.setdefault(spec.score.label, spec).score is not spec.score:
             raise WagleError(
-                f"would save two different scores as {spec.score.label}.scores",
+                f"two different scores would be saved as {spec.score.label}.scores",
                 option="save_scores",
                 hint="make two runs of them",
             )

@@ -119,9 +119,9 @@ def report(
         title: title of the page.
     """
     if Path(output).suffix.lower() not in (".html", ".htm"):
-        raise WagleError(f"report {output} must end in .html")
+        raise WagleError(f"--output: must end in .html, got {output}")
     if examples < 0:
-        raise WagleError(f"examples must be at least 0, got {examples}")
+        raise WagleError(f"--examples: must be at least 0, got {examples}")
     refuse_existing(Path(output), overwrite, "--overwrite")
     from wagle_pl.study.report.page import write_report
     from wagle_pl.study.report.sources import gather
@@ -129,7 +129,9 @@ def report(
 
     sources = gather(runs, target, retrained)
     if forget_level is not None and not sources.studies:
-        raise WagleError("--forget_level is for studies, and there is none among the folders given")
+        raise WagleError(
+            "--forget_level: it is for studies, and there is none among the folders given"
+        )
     for study in sources.studies if forget_level is not None else ():
         try:
             study.summary = compared_at(study.summary, study.rows, forget_level)
@@ -233,7 +235,7 @@ def subtract(
     from wagle_pl.unlearning.patch import subtract as write
 
     if scores is None and scale is not None:
-        raise WagleError("--scale needs --scores: give both, or neither")
+        raise WagleError("--scale: it needs --scores: give both, or neither")
     options = {"origin": origin, "mask": mask, "strength": strength, "overwrite": overwrite}
     importance, about = (None, None) if scores is None else importance_from_scores(scores, scale)
     options |= {"importance": importance, "about": about}

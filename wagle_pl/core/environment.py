@@ -23,6 +23,8 @@ def trainer_errors() -> Iterator[None]:
 
     try:
         yield
+    except WagleError:
+        raise
     except (MisconfigurationException, TypeError, ValueError) as error:
         raise WagleError(f"trainer: {first_line(error)}") from error
 

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from typing import Optional
 
 
-class WagleError(Exception):
+class WagleError(ValueError):
     """A mistake in the user's input; the command line prints it in one line and exits with 2.
 
     Args:
-        message: what is wrong; a whole sentence, or the rest of one that starts with ``option``.
-        option: dotted name of the option that is at fault, such as ``model.lr``.
+        message: what is wrong.
+        option: dotted name of the option or argument that is at fault, such as ``model.lr``.
         hint: what to do about it.
 
     >>> str(WagleError("must be at least 1, got 0", option="epochs", hint="give --epochs"))
-    'epochs must be at least 1, got 0; give --epochs'
+    'epochs: must be at least 1, got 0; give --epochs'
     """
 
     def __init__(self, message: str, option: Optional[str] = None, hint: Optional[str] = None):
@@ -23,8 +23,12 @@ class WagleError(Exception):
         self.message, self.option, self.hint = message, option, hint
 
     def __str__(self) -> str:
-        start = f"{self.option} " if self.option else ""
+        start = f"{self.option}: " if self.option else ""
         return f"{start}{self.message}" + (f"; {self.hint}" if self.hint else "")
+
+
+class WrongType(WagleError, TypeError):
+    """A value of a type that an option or argument does not take."""
 
 
 class Diverged(WagleError):
@@ -48,7 +52,7 @@ def check_choice(value: str, choices: Sequence[str], option: str) -> None:
 def check_density(density: float) -> None:
     """Raise :class:`WagleError` if a density is outside (0, 1]."""
     if not 0 < density <= 1:
-        must = "is the share of weights selected and must be in (0, 1]"
+        must = "the share of weights to select must be in (0, 1]"
         raise WagleError(f"{must}, got {density}", option="density")
 
 

@@ -72,7 +72,7 @@ def in_one_line(message: str, options: Collection[str] = ()) -> str:
     """A report of jsonargparse in one line; ``options`` are those of the parser, with dashes.
 
     >>> in_one_line('Parser key "x":\\n  Expected a <class \\'int\\'>. Got value: abc')
-    'x must be an integer, got abc'
+    'x: must be an integer, got abc'
     >>> in_one_line("unrecognized arguments: --epoch 3", ["--epochs", "--seed"])
     'there is no option --epoch: did you mean --epochs?'
     """
@@ -190,7 +190,7 @@ def _wrong_type(lines: list[_Line]) -> Optional[str]:
     else:
         types = (_first(below, r"Subtypes: \[(.*)\]$")[1] or ["", ""])[1]
         value = (_first(below, r"Given value: (.*)")[1] or ["", ""])[1]
-    return f"{below[0].option} must be {_in_words(types)}, got {_short(value)}" if types else None
+    return f"{below[0].option}: must be {_in_words(types)}, got {_short(value)}" if types else None
 
 
 def _outside_classes(message: str, options: Collection[str]) -> str:

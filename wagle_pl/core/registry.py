@@ -54,8 +54,10 @@ def resolve(base: type[T], value: Union[T, Entry], option: str, also: Collection
     options = check_options(cls, given, f"{option} {name}") if given else {}
     try:
         return cls(**options)
+    except WagleError:
+        raise
     except TypeError as error:
-        raise WagleError(f"{option} {name!r} needs arguments: {error}") from None
+        raise WagleError(f"{option}: {name!r} needs arguments: {error}") from None
 
 
 def find_class(base: type[T], name: str, option: str, also: Collection[str] = ()) -> type[T]:
@@ -72,14 +74,14 @@ def find_class(base: type[T], name: str, option: str, also: Collection[str] = ()
         try:
             cls = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
-            raise WagleError(f"{option} {name!r} cannot be imported: {error}") from None
+            raise WagleError(f"{option}: {name!r} cannot be imported: {error}") from None
     if isinstance(cls, type) and issubclass(cls, base):
         return cls
     names = [*also, *sorted({_name(c) for c in classes if c.__module__.startswith("wagle_pl")})]
     near = nearest(name, names)
     meant = f": did you mean {near}?" if near else ""
     raise WagleError(
-        f"unknown {option} {name!r}; choose one of {', '.join(names)}, or a class path{meant}"
+        f"{option}: unknown name {name!r}; choose one of {', '.join(names)}, or a class path{meant}"
     )
 
 
@@ -94,7 +96,7 @@ def split(value: Entry, option: str, also: Collection[str] = ()) -> tuple[str, d
     if hasattr(value, "as_dict"):  # jsonargparse leaves its Namespace within some mappings
         value = value.as_dict()
     if not isinstance(value, Mapping) or not isinstance(value.get("class_path"), str):
-        raise WagleError(f"{option} must be a name, or class_path and init_args; got {value!r}")
+        raise WagleError(f"{option}: must be a name, or class_path and init_args; got {value!r}")
     unknown = sorted(set(value) - {"class_path", "init_args", *also})
     if unknown:
         raise WagleError(
@@ -126,6 +128,8 @@ def check_options(cls: type, given: Mapping[str, Any], where: str) -> dict[str, 
         except ArgumentError as error:
             said = in_one_line(str(error)).replace("it.", "", 1)
             raise WagleError(f"{where}: {said}") from None
+        except WagleError as error:
+            raise WagleError(f"{where}: {error}") from None
         except (TypeError, ValueError) as error:
             raise WagleError(f"{where}: {name}: {first_line(error)}") from None
     return found

@@ -137,7 +137,7 @@ class MUSEDataModule(SuiteDataModule):
         )
         if forget_split.count("/") != 1:
             raise WagleError(
-                f"data.forget_split must be SUBSET/SPLIT such as raw/forget, got {forget_split!r}"
+                f"data.forget_split: must be SUBSET/SPLIT such as raw/forget, got {forget_split!r}"
             )
         self.corpus = corpus
         self.forget_split = forget_split
@@ -223,7 +223,7 @@ class WMDPDataModule(SuiteDataModule):
     ) -> None:
         super().__init__(**kwargs)
         if not domains or set(domains) - set(HAZARDS):
-            raise WagleError(f"data.domains must name bio, cyber or both, got {list(domains)}")
+            raise WagleError(f"data.domains: must name bio, cyber or both, got {list(domains)}")
         self.domains = tuple(dict.fromkeys(domains))
         self.retain_corpus = retain_corpus
         self.wikitext_split = wikitext_split

@@ -229,7 +229,9 @@ class ForgetRetainDataModule(L.LightningDataModule):
                 unused = {text for row in self._retain_tests[1] for text in row.texts}
                 found = [row for row in found if row.texts.isdisjoint(unused)]
                 if not found:
-                    raise WagleError("it leaves nothing to retain", option="data.unused_retain")
+                    raise WagleError(
+                        "no retain row is left", option="data.unused_retain", hint="lower it"
+                    )
             self._examples[stream] = found
         return self._examples[stream]
 
@@ -398,7 +400,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         """Micro-batches of the streams of :meth:`serve`, for this rank."""
         if getattr(self.trainer, "overfit_batches", 0):
             raise WagleError(
-                "trainer.overfit_batches would draw batches of its own: give --data.limit_forget "
+                "trainer.overfit_batches: its batches are not the sampler's: give --data.limit_forget "
                 "and --data.limit_retain instead"
             )
         sets = dict.fromkeys(ALIGNED.get(stream, stream) for stream in self.streams)

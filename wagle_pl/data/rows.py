@@ -76,6 +76,8 @@ def readable(path: Path) -> Iterator[None]:
         raise WagleError(
             f"{path} is not UTF-8 text (it has the byte {byte:#04x}): save it as UTF-8"
         ) from None
+    except WagleError:
+        raise
     except (OSError, EOFError, ValueError, NotImplementedError, zlib.error) as error:
         raise WagleError(f"{path} cannot be read: {first_line(error)}") from None
 

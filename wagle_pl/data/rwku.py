@@ -177,7 +177,7 @@ class RWKUDataModule(SuiteDataModule):
             if not found:
                 known = ", ".join([*dict.fromkeys(row["subject"] for row in rows)][:3])
                 raise WagleError(
-                    f"names {', '.join(self.targets or ())}, on whom {where} has no rows",
+                    f"{where} has no rows on {', '.join(self.targets or ())}",
                     option="data.targets",
                     hint=f"it has some on {known}, …",
                 )

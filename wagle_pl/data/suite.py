@@ -108,7 +108,7 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
             raise absent("data.folder", folder)
         if chunk_size is not None and prompt_size is not None and prompt_size >= chunk_size:
             raise WagleError(
-                f"data.prompt_size {prompt_size} leaves nothing of data.chunk_size {chunk_size} to "
+                f"data.prompt_size: {prompt_size} leaves nothing of data.chunk_size {chunk_size} to "
                 "follow"
             )
         self.folder = folder
@@ -160,7 +160,7 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
             if found is None and required:
                 kinds = "" if part.file else " (.jsonl, .csv and .parquet will do)"
                 raise WagleError(
-                    f"data.folder {self.folder} has no {part}: expected "
+                    f"data.folder: {self.folder} has no {part}: expected "
                     f"{part.short_name}/{part.patterns[0]}{kinds}"
                 )
             if found is None:

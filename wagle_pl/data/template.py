@@ -70,12 +70,14 @@ class Template:
             asked = [{"role": "user", "content": "?"}]
             if system_prompt is not None and system_prompt.strip() not in self._chat(asked, True):
                 raise WagleError(
-                    "system_prompt has no effect, the chat template ignores system messages: leave "
+                    "system_prompt: the chat template ignores system messages: leave "
                     "it out (null), or write it into prompt_format"
                 )
         for option, field in (("prompt_format", "{question}"), ("answer_format", "{answer}")):
             if field not in getattr(self, option):
-                raise WagleError(f"{getattr(self, option)!r} must contain {field}", option=option)
+                raise WagleError(
+                    f"must contain {field}, got {getattr(self, option)!r}", option=option
+                )
         if tokenizer.eos_token_id is None:
             log.warning(
                 "the tokenizer has no end-of-sequence token (eos_token): answers are trained "

@@ -62,16 +62,16 @@ class Harness:
     ) -> None:
         for name, value, least in (("shots", shots, 0), ("limit", limit, 1)):
             if value is not None and value < least:
-                raise WagleError(f"{option}_{name} must be at least {least}, got {value}")
+                raise WagleError(f"{option}_{name}: must be at least {least}, got {value}")
         try:
             from lm_eval.tasks import TaskManager
         except ImportError:
             hint = "pip install 'wagle-pl[ability]'"
-            raise WagleError(f"{option} needs lm-evaluation-harness: {hint}") from None
+            raise WagleError(f"{option}: it needs lm-evaluation-harness: {hint}") from None
         given = tasks.split(",") if isinstance(tasks, str) else tasks
         given = [task.strip() for task in given if task.strip()]
         if not given:
-            raise WagleError(f"{option} names no task")
+            raise WagleError(f"{option}: it names no task")
         folders = [task for task in given if Path(task).is_dir()]
         names = [task for task in given if task not in folders]
         for name in names:

@@ -105,7 +105,9 @@ class ToxicityClassifier(TextClassifier):
         super().__init__(name, device, option)
         self.toxic = toxic_labels(self.labels)
         if not self.toxic:
-            raise WagleError(f"{option} {name!r} has no toxic label among {', '.join(self.labels)}")
+            raise WagleError(
+                f"{option}: {name!r} has no toxic label among {', '.join(self.labels)}"
+            )
 
     def __call__(self, texts: Sequence[str]) -> list[float]:
         return self.probabilities(texts, self.toxic)
@@ -150,7 +152,7 @@ class SentenceModel:
             from sentence_transformers import SentenceTransformer
         except ImportError:
             raise WagleError(
-                f"{option} needs sentence-transformers: pip install 'wagle-pl[embeddings]'"
+                f"{option}: it needs sentence-transformers: pip install 'wagle-pl[embeddings]'"
             ) from None
         with loading(f"{option} {name!r}", name):
             self.model: Any = SentenceTransformer(name)

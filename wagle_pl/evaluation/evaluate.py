@@ -129,9 +129,9 @@ class Evaluate(Callback):
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise WagleError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+            raise WagleError(f"max_new_tokens: must be at least 1, got {self.max_new_tokens}")
         if self.bootstrap < 0:
-            raise WagleError(f"bootstrap must be 0 or more, got {self.bootstrap}")
+            raise WagleError(f"bootstrap: must be 0 or more, got {self.bootstrap}")
         self.attacks, self._every_attack = attacking.find_attacks(self.robustness)
         self._skipped_attacks: dict[str, str] = {}
         #: Where the options are given, for messages.
@@ -173,11 +173,11 @@ class Evaluate(Callback):
             option = "tofu_retrained" if tofu_only else f"format {self.format}"
             suites = "suite tofu" if tofu_only else "suites tofu and muse"
             raise WagleError(
-                f"{self.options}.{option} is for the {suites}, the suite is {suite}: leave it out"
+                f"{self.options}.{option}: it is for the {suites}, the suite is {suite}: leave it out"
             )
         check_needs(self.active_suite, names)
         if stage == "test" and self.gradient_norm and pl_module.sharded:
-            why = "needs the whole model on a device: it cannot be had under ZeRO-3"
+            why = "it needs the whole model on a device, which ZeRO-3 does not give"
             raise WagleError(why, f"{self.options}.gradient_norm")
         for name in names:
             rows = [(row.question, row.answer) for row in self.data.test_examples(name)]

@@ -89,7 +89,7 @@ def check_layer(lm: nn.Module, layer: int, option: str) -> None:
     last = len(blocks(lm)) - 1
     if not 0 <= layer <= last:
         must = f"must be from 0 to {last}, the last block of this model"
-        raise WagleError(f"{must}; got {layer}", option=option)
+        raise WagleError(f"{must}, got {layer}", option=option)
 
 
 @contextmanager

@@ -126,7 +126,7 @@ class LanguageModule(L.LightningModule):
         super().__init__()
         if not isinstance(model, (str, Path, PreTrainedModel)):
             kind = type(model).__name__
-            raise WagleError(f"model must be a name, a folder or a Hugging Face model, got {kind}")
+            raise WagleError(f"model: must be a name, a folder or a Hugging Face model, got {kind}")
         self._given = model if isinstance(model, PreTrainedModel) else None
         self._home = None if self._given is None else self._given.device
         self._before: Optional[ModelState] = None

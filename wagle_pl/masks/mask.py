@@ -136,7 +136,7 @@ class WeightMask:
     def random_like(self, seed: int) -> WeightMask:
         """A mask with as many selected weights, chosen uniformly at random from all weights."""
         if seed < 0:
-            raise WagleError(f"seed must be 0 or more, got {seed}")
+            raise WagleError(f"seed: must be 0 or more, got {seed}")
         sizes = {name: prod(shape) for name, shape in self.shapes.items()}
         made_by = self._made_from("random_like", self) | {"seed": seed}
         return WeightMask(random_bits(sizes, self.count(), seed), self.shapes, made_by)
@@ -169,6 +169,8 @@ class WeightMask:
         try:
             file.check_format("mask", FORMAT_VERSION)
             shapes, made_by = (dict(json.loads(file.metadata[k])) for k in ("shapes", "made_by"))
+        except WagleError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise WagleError(f"{path} is damaged: its header lacks or garbles {error}") from None
         for name, shape in shapes.items():

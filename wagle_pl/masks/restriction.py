@@ -81,6 +81,4 @@ class Restriction(NamedTuple):
         there = {layer_of(name) for name in shapes} - {None}
         if missing := chosen - there:
             has = f"layers 0-{max(there)}" if there else "no numbered layers"
-            raise WagleError(
-                f"layers {self.layers}: there is no layer {min(missing)}, the model has {has}"
-            )
+            raise WagleError(f"layers: there is no layer {min(missing)}, the model has {has}")

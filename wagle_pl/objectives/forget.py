@@ -326,7 +326,7 @@ class CEU(Objective):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.skip_first < 0:
-            raise WagleError(f"objective.skip_first must be 0 or more, got {self.skip_first}")
+            raise WagleError(f"objective.skip_first: must be 0 or more, got {self.skip_first}")
 
     def forget_loss(self, at: Streams) -> Tensor:
         def distance(logits: Tensor, label: Tensor) -> Tensor:
@@ -398,7 +398,7 @@ class PDU(Objective):
         super().__post_init__()
         if isinstance(self.retain_weight, (str, Schedule)) or not self.retain_weight > 0:
             raise WagleError(
-                "is where the dual weight begins: give a number above 0, and a retain term",
+                "the dual weight begins there: give a number above 0, and a retain term",
                 option="objective.retain_weight",
             )
         self.dual = float(self.retain_weight)
@@ -473,7 +473,7 @@ class RMU(Objective):
             re.compile(self.trainable)
         except re.error as error:
             raise WagleError(
-                f"objective.trainable {self.trainable!r} is not a regular expression: {error}"
+                f"objective.trainable: {self.trainable!r} is not a regular expression: {error}"
             ) from None
 
     def prepare(self, lm: PreTrainedModel) -> None:
@@ -483,7 +483,7 @@ class RMU(Objective):
             block = blocks(lm)[self.layer].named_parameters()
             names = [name for name, parameter in block if parameter.ndim > 1]
             raise WagleError(
-                f"objective.trainable {self.trainable!r} matches no parameter of this model; block "
+                f"objective.trainable: {self.trainable!r} matches no parameter of this model; block "
                 f"{self.layer} has {', '.join(names)}"
             )
 

@@ -77,7 +77,7 @@ def as_schedule(value: Weight, option: str) -> Schedule:
         numbers = [math.nan]
     if not all(map(math.isfinite, numbers)):
         raise WagleError(
-            f"{option} {value!r} is neither a number nor a schedule such as linear:0->1, "
+            f"{option}: {value!r} is neither a number nor a schedule such as linear:0->1, "
             "cosine:1->0 or step:1->0@0.5"
         )
     return Schedule(kind, *numbers)

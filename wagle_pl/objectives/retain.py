@@ -52,7 +52,7 @@ class NONE(RetainTerm):
     """No retain term; no retain rows are needed."""
 
     def __call__(self, at: Streams) -> Tensor:
-        raise WagleError("retain none has no term to compute; set retain_weight to 0")
+        raise WagleError("retain: none has no term to compute; set retain_weight to 0")
 
 
 @dataclass

@@ -65,7 +65,9 @@ def runs_of(sizes: Sequence[int], count: int) -> list[range]:
     [range(0, 1), range(1, 4), range(4, 5)]
     """
     if count > len(sizes):
-        raise WagleError(f"{count} passes for {len(sizes)} parameters", "sums", "take fewer")
+        raise WagleError(
+            f"{count} passes are more than the {len(sizes)} parameters", "sums", "take fewer"
+        )
     bounds = [0]
     for left in range(count, 1, -1):
         end = bounds[-1] + 1
@@ -192,11 +194,11 @@ class PlannedRun:
         for option, names in known.items():
             if getattr(self, option) not in names:
                 raise WagleError(
-                    f"unknown {option} {getattr(self, option)!r}; choose one of {', '.join(names)}"
+                    f"{option}: unknown name {getattr(self, option)!r}; choose one of {', '.join(names)}"
                 )
         for option in ("devices", "batch_size", "max_length", "accumulate_grad_batches"):
             if getattr(self, option) < 1:
-                raise WagleError(f"{option} must be at least 1, got {getattr(self, option)}")
+                raise WagleError(f"{option}: must be at least 1, got {getattr(self, option)}")
         check_density(self.density)
         if self.task == "attribution" and self.precision.startswith("16"):
             raise WagleError("attribution runs in 32-true, bf16-mixed or bf16-true, not in fp16")

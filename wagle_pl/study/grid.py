@@ -279,7 +279,7 @@ def read_masks(entries: Entries) -> list[MaskChoice]:
     seen: dict[str, str] = {}
     for choice in found:
         if (other := seen.setdefault(choice.id, choice.name)) != choice.name:
-            raise WagleError(f"masks {other!r} and {choice.name!r} are the same: leave one out")
+            raise WagleError(f"masks: {other!r} and {choice.name!r} are the same: leave one out")
     return found
 
 
@@ -351,9 +351,9 @@ def check_rates(rates: Sequence[float]) -> tuple[float, ...]:
     try:
         found = tuple(float(rate) for rate in rates)
     except (TypeError, ValueError):
-        raise WagleError(f"learning_rates must be a list of numbers, got {rates!r}") from None
+        raise WagleError(f"learning_rates: must be a list of numbers, got {rates!r}") from None
     if not found or min(found) <= 0 or len(set(found)) < len(found):
-        raise WagleError(f"learning_rates must be different numbers above 0, got {list(found)}")
+        raise WagleError(f"learning_rates: must be different numbers above 0, got {list(found)}")
     return found
 
 
@@ -395,7 +395,7 @@ def read_optimizer(entry: Entry) -> partial[torch.optim.Optimizer]:
     """The optimiser of all runs, without its learning rate."""
     name, options = split(entry, "optimizer")
     if "lr" in options:
-        raise WagleError("optimizer.lr comes from --learning_rates: leave it out")
+        raise WagleError("optimizer.lr: it comes from --learning_rates: leave it out")
     cls = getattr(torch.optim, name, None)  # other libraries have classes of the same names
     if not isinstance(cls, type):
         cls = find_class(torch.optim.Optimizer, name, "optimizer")
@@ -437,7 +437,7 @@ def read_trainer(given: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse(option: str, given: Collection[str]) -> None:
     for name in given:
         if name in _OF_STUDY[option]:
-            raise WagleError(f"the study sets {name} itself: leave it out", option=f"{option}:")
+            raise WagleError(f"the study sets {name} itself: leave it out", option=option)
 
 
 # -- runs ------------------------------------------------------------------------------------------
@@ -494,7 +494,7 @@ class Grid(NamedTuple):
     ) -> Grid:
         """The grid of a configuration; refuses what is empty, unknown, or given twice."""
         if not seeds or len(set(seeds)) < len(seeds):
-            raise WagleError(f"seeds must be different numbers, got {list(seeds)}")
+            raise WagleError(f"seeds: must be different numbers, got {list(seeds)}")
         return cls(read_objectives(objectives), read_masks(masks), check_rates(rates), list(seeds))
 
     def rates_of(self, objective: ObjectiveChoice, mask: MaskChoice) -> tuple[float, ...]:

@@ -194,7 +194,7 @@ def load_optuna() -> Any:
     try:
         import optuna
     except ImportError:
-        raise WagleError("--sampler optuna needs Optuna: pip install 'wagle-pl[optuna]'") from None
+        raise WagleError("--sampler: optuna needs Optuna: pip install 'wagle-pl[optuna]'") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 

@@ -59,13 +59,13 @@ class LoRA:
         target_modules: Union[list[str], str] = "all-linear",
         merge: bool = True,
     ) -> None:
-        for option, good, must in (
-            (f"r {r}", r >= 1, "be at least 1"),
-            (f"alpha {alpha}", alpha > 0, "be above 0"),
-            (f"dropout {dropout}", 0 <= dropout < 1, "lie in [0, 1)"),
+        for option, value, good, must in (
+            ("r", r, r >= 1, "be at least 1"),
+            ("alpha", alpha, alpha > 0, "be above 0"),
+            ("dropout", dropout, 0 <= dropout < 1, "lie in [0, 1)"),
         ):
             if not good:
-                raise WagleError(f"adapter.{option} must {must}")
+                raise WagleError(f"must {must}, got {value}", option=f"adapter.{option}")
         self.r = r
         self.alpha = alpha
         self.dropout = dropout
@@ -84,7 +84,7 @@ class LoRA:
         try:
             from peft import LoraConfig, get_peft_model
         except ImportError:
-            raise WagleError("adapter LoRA needs peft: pip install 'wagle-pl[lora]'") from None
+            raise WagleError("adapter: LoRA needs peft: pip install 'wagle-pl[lora]'") from None
         config = LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,
@@ -96,7 +96,9 @@ class LoRA:
         try:
             self._peft = get_peft_model(lm, config)
         except ValueError as error:
-            raise WagleError(f"adapter.target_modules {self.target_modules}: {error}") from error
+            raise WagleError(
+                f"{self.target_modules}: {error}", option="adapter.target_modules"
+            ) from error
         for name, parameter in lm.named_parameters():
             if trainable is not None and not re.search(trainable, name):
                 parameter.requires_grad_(False)

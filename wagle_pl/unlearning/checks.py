@@ -52,7 +52,7 @@ def check_run(module: FinetuneModule) -> None:
             )
     if module.output_dtype and is_zero(trainer.strategy):
         raise WagleError(
-            "model.output_dtype does not work under DeepSpeed, whose optimisers hold the fp32 "
+            "model.output_dtype: it does not work under DeepSpeed, whose optimisers hold the fp32 "
             "values: leave it out"
         )
 

@@ -65,7 +65,7 @@ def export(
     try:
         config, generation = _configs(base)
         tokenizer, originals = models.load_tokenizer(base), Originals(base)
-    except (WagleError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise WagleError(
             f"checkpoint {path}: its base model {base} cannot be read ({error}); say where it is: "
             "--model"

@@ -223,6 +223,8 @@ class FinetuneModule(LanguageModule):
         trained = [parameter for parameter in self.lm.parameters() if parameter.requires_grad]
         try:
             optimizer = self.make_optimizer(trained, **options)
+        except WagleError:
+            raise
         except ValueError as error:
             vectors = "(with a mask, parameters are vectors of selected weights)"
             said = f"optimizer: {first_line(error)} {'' if self.mask is None else vectors}"
@@ -265,8 +267,8 @@ class FinetuneModule(LanguageModule):
             apart = keeps_rows_apart(self.lm)
         if not apart:
             raise WagleError(
-                f"rows that are packed would see each other in a {type(self.lm).__name__} with "
-                f"{self.lm.config._attn_implementation} attention: leave it out",
+                f"packed rows would see each other in a {type(self.lm).__name__} with "
+                f"{self.lm.config._attn_implementation} attention: leave --model.packing out",
                 option="model.packing",
             )
 

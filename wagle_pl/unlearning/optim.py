@@ -29,7 +29,7 @@ def _check(**options: Any) -> None:
         else:
             good, must = value >= least, f"not be below {least}"
         if not good:
-            raise WagleError(f"optimizer.{name} must {must}, got {value}")
+            raise WagleError(f"must {must}, got {value}", option=f"optimizer.{name}")
 
 
 class MaskedAdamW(AdamW):

@@ -86,7 +86,7 @@ class StepRule(ABC):
     def check(self, objective: Objective) -> None:
         if not objective.forget_streams:
             raise WagleError(
-                f"step_rule {type(self).__name__} needs a forget term, and objective "
+                f"step_rule: {type(self).__name__} needs a forget term, and objective "
                 f"{type(objective).__name__} has none"
             )
 
@@ -149,14 +149,14 @@ class MUDMAN(StepRule):
         check_positive(self.fork_every, "step_rule.fork_every")
         check_positive(self.adversary_lr, "step_rule.adversary_lr")
         if not 0 <= self.momentum < 1:
-            raise WagleError(f"step_rule.momentum must lie in [0, 1), got {self.momentum}")
+            raise WagleError(f"step_rule.momentum: must lie in [0, 1), got {self.momentum}")
         self._retain: Gradients = {}
         self._adversary: Gradients = {}
 
     def check(self, objective: Objective) -> None:
         if missing := {"forget", "retain"} - {*objective.streams}:
             raise WagleError(
-                f"step_rule MUDMAN needs {' and '.join(sorted(missing))} rows, which objective "
+                f"step_rule: MUDMAN needs {' and '.join(sorted(missing))} rows, which objective "
                 f"{type(objective).__name__} does not read"
             )
 
@@ -218,7 +218,7 @@ class RepSelect(StepRule):
         super().check(objective)
         if self.of == "retain" and "retain" not in objective.streams:
             raise WagleError(
-                f"step_rule RepSelect of retain needs retain rows, which objective "
+                f"step_rule: RepSelect of retain needs retain rows, which objective "
                 f"{type(objective).__name__} does not read"
             )
 

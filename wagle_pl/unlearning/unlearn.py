@@ -89,7 +89,7 @@ class UnlearnModule(FinetuneModule):
         self.objective = resolve(Objective, objective, "objective")
         self.streams = self.objective.streams
         if not isinstance(mask, (str, Path, WeightMask, type(None))):
-            raise WagleError(f"mask must be a file or a WeightMask, got {type(mask).__name__}")
+            raise WagleError(f"mask: must be a file or a WeightMask, got {type(mask).__name__}")
         self.mask_file = str(mask) if isinstance(mask, (str, Path)) else None
         self.step_rule = None if step_rule is None else resolve(StepRule, step_rule, "step_rule")
         if self.step_rule is not None:
@@ -106,10 +106,10 @@ class UnlearnModule(FinetuneModule):
         self.clip_scope = clip_scope
         self.verify = verify
         if top_k < 1:
-            raise WagleError(f"model.top_k must be at least 1, got {top_k}")
+            raise WagleError(f"model.top_k: must be at least 1, got {top_k}")
         if reference_logits == "top_k" and self.objective.whole_streams:
             raise WagleError(
-                "reference_logits top_k keeps predictions of answer tokens only, and a term of the "
+                "reference_logits: top_k keeps predictions of answer tokens only, and a term of the "
                 "objective needs those of every position: choose --model.reference_logits "
                 "frozen_copy"
             )
@@ -128,14 +128,14 @@ class UnlearnModule(FinetuneModule):
         """Load the model, unless the strategy lacks what this run needs."""
         if self.attached and self.clip_scope == "all" and is_zero(self.trainer.strategy):
             raise WagleError(
-                "clip_scope all needs every gradient whole at the step, which ZeRO does not keep: "
+                "clip_scope: all needs every gradient whole at the step, which ZeRO does not keep: "
                 "choose --model.clip_scope selected"
             )
         if self.fits and self.step_rule is not None:
             fp16 = str(self.trainer.precision).startswith("16")
             if not self.alone or fp16 or self.clip_scope == "all":
                 raise WagleError(
-                    f"step_rule {type(self.step_rule).__name__} makes gradients of its own passes: "
+                    f"step_rule: {type(self.step_rule).__name__} makes gradients of its own passes: "
                     "use it on one device, with precision 32-true, bf16-mixed or bf16-true, and "
                     "--model.clip_scope selected"
                 )
@@ -155,7 +155,7 @@ class UnlearnModule(FinetuneModule):
         if self.packing and self.objective.hidden_layers:
             raise WagleError(
                 f"objective {type(self.objective).__name__} or its retain term reads hidden states of "
-                "padded rows: leave it out",
+                "padded rows: leave --model.packing out",
                 option="model.packing",
             )
         if self.adapter is not None:

@@ -278,7 +278,7 @@ def find_attacks(
     for name, times in Counter(attack.name for attack in attacks).items():
         if times > 1:
             hint = "give it once, or subclass it under another name"
-            raise WagleError(f"{option} names {name} twice", hint=hint)
+            raise WagleError(f"{option}: {name} is named twice", hint=hint)
     return attacks, every
 
 

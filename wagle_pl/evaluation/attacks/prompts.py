@@ -93,7 +93,7 @@ class InContext(Attack):
     def check(self, subject: Subject) -> None:
         super().check(subject)
         if self.neighbours < 1:
-            raise WagleError(f"in_context: neighbours must be at least 1, got {self.neighbours}")
+            raise WagleError(f"in_context.neighbours: must be at least 1, got {self.neighbours}")
         sets = subject.rows.values()
         if not any(row.asked and _others(rows, i) for rows in sets for i, row in enumerate(rows)):
             raise self.unusable("no question to be forgotten has another fact beside it")

@@ -71,9 +71,9 @@ class Quantise(Attack):
     def check(self, subject: Subject) -> None:
         super().check(subject)
         if not self.bits or not all(2 <= bits <= 16 for bits in self.bits):
-            raise WagleError(f"quantise: bits must be 2 to 16, got {list(self.bits)}")
+            raise WagleError(f"quantise.bits: must be 2 to 16, got {list(self.bits)}")
         if self.group_size is not None and self.group_size < 1:
-            raise WagleError(f"quantise: group_size must be at least 1, got {self.group_size}")
+            raise WagleError(f"quantise.group_size: must be at least 1, got {self.group_size}")
 
 
 def fake_quantise(

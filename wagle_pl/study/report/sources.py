@@ -107,7 +107,7 @@ class ReportedModel(Results):
         files = sorted(self.path.glob("*.parquet"))
         try:
             return table_key(files[0]).get("model") if files else None
-        except (WagleError, ValueError):
+        except ValueError:
             return None  # errors in the file are reported where its rows are needed
 
     @cached_property
