@@ -68,6 +68,17 @@ LLAMA_3 = """{%- if not date_string is defined %}
 """
 
 
+#: A run in a ``wagle.json``, with the keys that every run has.
+RUN: dict[str, Any] = {
+    "module": "UnlearnModule",
+    "base": "base",
+    "base_fingerprint": "0" * 64,
+    "data": {"forget": "forget.jsonl"},
+    "streams": ["forget", "retain"],
+    "steps": 2,
+    "seed": 0,
+}
+
 QUIET = (
     "--trainer.accelerator cpu --trainer.logger false --trainer.enable_progress_bar false "
     "--trainer.enable_model_summary false"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import RUN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -299,9 +300,7 @@ def test_revert_gives_back_the_records_of_the_base(tmp_path: Path, files: tuple[
     for name in files:
         (base / name).write_text(json.dumps({"kind": "mine", "is": name}))
     unlearned = write(tmp_path / "unlearned", new)
-    (unlearned / "wagle.json").write_text(
-        json.dumps({"format_version": 1, "lineage": [{"module": "UnlearnModule"}]})
-    )
+    (unlearned / "wagle.json").write_text(json.dumps({"format_version": 1, "lineage": [RUN]}))
     (unlearned / "README.md").write_text("# Unlearned model\n")
     make_patch(base, unlearned, tmp_path / "p.patch")
     revert_patch(unlearned, tmp_path / "p.patch", tmp_path / "back")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal, Optional, TypedDict, Union
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,8 +27,11 @@ from wagle_pl.attribution.selection import Ranking, Scope, select_each
 from wagle_pl.attribution.sums import GradientSums, Shard
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError, check_density
+from wagle_pl.core.reading import read_json
+from wagle_pl.core.records import MadeBy
 from wagle_pl.core.registry import resolve
-from wagle_pl.core.tensorfiles import write_tensors
+from wagle_pl.core.schema import Count
+from wagle_pl.core.tensorfiles import check_version, write_tensors
 from wagle_pl.core.weights import gathered, parameter_shapes
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import filled_bits, unpack_bits
@@ -392,6 +395,16 @@ def write_scores(
     return Path(folder)
 
 
+class Index(TypedDict):
+    """``index.json`` of a folder of scores."""
+
+    format: Literal["wagle_pl.scores"]
+    format_version: Union[str, int]
+    shapes: dict[str, list[Count]]
+    made_by: MadeBy
+    files: dict[str, Union[str, list[str]]]
+
+
 class StoredScores:
     """A folder that :func:`write_scores` wrote, or a file in it; read one tensor at a time."""
 
@@ -399,23 +412,17 @@ class StoredScores:
         folder = Path(folder)
         self.folder = folder.parent if folder.is_file() else folder
         try:
-            index = json.loads((self.folder / INDEX_FILE).read_text(encoding="utf-8"))
-            known = index["format"] == FORMAT
-        except (OSError, ValueError, TypeError, KeyError):
-            known = False
-        if not known:
+            index = read_json(self.folder / INDEX_FILE, Index, "index")
+        except WagleError as error:
             raise WagleError(
-                f"{folder} is no folder of scores (it has no whole {INDEX_FILE} of them)",
-                hint="give what save_scores wrote",
-            )
-        if int(index["format_version"]) > FORMAT_VERSION:
-            raise WagleError(
-                f"{folder} has format {index['format_version']}; this version reads "
-                f"{FORMAT_VERSION}"
-            )
+                f"{folder} is no folder of scores ({error})", hint="give what save_scores wrote"
+            ) from None
+        check_version(index["format_version"], FORMAT_VERSION, f"{folder} has")
         self.shapes = {name: tuple(shape) for name, shape in index["shapes"].items()}
-        self.made_by: dict[str, Any] = index["made_by"]
-        self._files: dict[str, Union[str, list[str]]] = index["files"]
+        self.made_by = index["made_by"]
+        self._files = index["files"]
+        for name in self.shapes.keys() ^ self._files.keys():
+            raise WagleError(f"scores {folder} are damaged: {name} has no shape or no file")
 
     def stream(self, names: Optional[Iterable[str]] = None) -> Iterator[tuple[str, Tensor]]:
         """(parameter name, float32 scores), of all parameters or of some, in order."""
@@ -428,6 +435,9 @@ class StoredScores:
                         rows.append(stored.get_tensor(name).float())
                 except (SafetensorError, OSError) as error:
                     raise WagleError(f"{path} is missing or not whole: {error}") from None
+            columns = {row.shape[1:] for row in rows}
+            if len(columns) > 1 or sum(row.numel() for row in rows) != prod(self.shapes[name]):
+                raise WagleError(f"scores {self.folder} are damaged: {name} is of another shape")
             scores = rows[0] if len(rows) == 1 else torch.cat(rows or [torch.empty(0)])
             yield name, scores.view(self.shapes[name])
 

@@ -29,9 +29,10 @@ from wagle_pl.core import distributed
 from wagle_pl.core.environment import prepare_libraries, trainer_errors
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.stopping import SIGNALS, Stopped, install, say
+from wagle_pl.core.tensorfiles import load_plain
 from wagle_pl.evaluation import Evaluate, EvaluationModule
 from wagle_pl.lm.module import LanguageModule
-from wagle_pl.strategies import is_zero, load_plain
+from wagle_pl.strategies import is_zero
 from wagle_pl.study import Plants, Study
 
 log = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ class WagleCLI(LightningCLI):
                 "wrote"
             )
         if path.is_file() and options.get("weights_only") is not False:
-            load_plain(path)
+            load_plain(path, f"checkpoint {path}")
         if path.is_dir() and not is_zero(self.trainer.strategy):
             raise WagleError(
                 f"checkpoint {given} was written under DeepSpeed: add --trainer.strategy "

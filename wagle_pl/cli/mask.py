@@ -39,9 +39,9 @@ def info(file: str, *, tensors: bool = False) -> None:
         ("fingerprint", (made.get("model_fingerprint") or "none: not checked before use")[:28]),
         *(("prompts", json.dumps(prompts, ensure_ascii=False)) for prompts in mask.prompts),
     ]
-    if "passes" in made:
-        passes, rows = made["passes"], made["forget_rows"]
-        seen = f"{passes:.4g} ({round(passes * rows):,} rows seen, {rows:,} forget rows)"
+    passes, rows = made.get("passes"), made.get("forget_rows")
+    if passes is not None and rows is not None:
+        seen = f"{passes:.4g} ({passes * rows:,.0f} rows seen, {rows:,} forget rows)"
         about.append(("passes", seen))
     about += [
         ("weights", f"{mask.total:,} in {len(mask)} tensors"),
@@ -275,7 +275,9 @@ def _model(name: str) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
 
 def _shares(group: str, tally: dict[str, tuple[int, int]]) -> str:
     found = ((name, *counts) for name, counts in tally.items())
-    rows = [[name, f"{size:,}", f"{own:,}", f"{own / size:.6f}"] for name, own, size in found]
+    rows = [
+        [name, f"{size:,}", f"{own:,}", f"{own / max(1, size):.6f}"] for name, own, size in found
+    ]
     return table([group, "weights", "selected", "density"], rows)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -54,11 +53,8 @@ def replaceable(folder: Path) -> bool:
     configured = bool(names & {"config.json", "adapter_config.json"})
     if not names or "wagle.json" in names or (weights and configured):
         return True
-    try:
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(index, dict) and str(index.get("format")).startswith("wagle_pl.")
+    index = folder / "index.json"
+    return index.is_file() and b'"format": "wagle_pl.' in index.read_bytes()[:100]
 
 
 def plainly_local(name: str, suffixes: tuple[str, ...] = ()) -> bool:
@@ -85,8 +81,12 @@ def absent(what: str, name: str | Path, hub: bool = False) -> WagleError:
     path = Path(name)
     if path.is_dir():
         return WagleError(f"{what} {name} is a folder: name a file in it")
-    if path.exists():
+    if path.is_file():
         return WagleError(f"{what} {name} is a file: name a folder")
+    if path.exists():
+        return WagleError(f"{what} {name} is a pipe or a device: give a regular file")
+    if path.is_symlink():
+        return WagleError(f"{what} {name} is a link to nothing, or to itself")
     like_an_id = len(path.parts) == 2 and not str(name).startswith((".", "/", "~"))
     why = ""
     if hub and like_an_id and path.parent.is_dir():

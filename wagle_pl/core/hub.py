@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, TypedDict
 
 import torch
 import yaml
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 
 from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.files import absent, plainly_local
+from wagle_pl.core.reading import read_json
 from wagle_pl.core.tensorfiles import TensorFiles
 
 if TYPE_CHECKING:
@@ -24,6 +24,12 @@ CARD_FILE = "README.md"
 ADAPTER_FILE = "adapter_config.json"  # of a folder that holds an adapter and names its base
 #: Endings of file names, which no hub id has.
 MODEL_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+
+class AdapterConfig(TypedDict):
+    """What is read of an adapter's configuration here."""
+
+    base_model_name_or_path: str
 
 
 def locate(name: str) -> tuple[str, dict[str, str]]:
@@ -57,10 +63,14 @@ def card_of(base: str, library: str, text: str, own: str = "") -> str:
     if not Path(base).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", base):
         matter["base_model"] = base
     if (file := Path(base) / CARD_FILE).is_file():
-        own = file.read_text(encoding="utf-8")
-    found = re.match(r"\s*---\s*\n(.*?)\n---", own, re.DOTALL)
-    known = (found and yaml.safe_load(found[1])) or {}
-    matter |= {key: known[key] for key in ("license", "base_model") if key in known}
+        own = file.read_text(encoding="utf-8", errors="replace")
+    header = re.match(r"\s*---\s*\n(.*?)\n---", own, re.DOTALL)
+    try:
+        known = yaml.safe_load(header[1]) if header else None
+    except (yaml.YAMLError, ValueError, RecursionError):  # the base's card is not ours to mend
+        known = None
+    if isinstance(known, dict):
+        matter |= {key: known[key] for key in ("license", "base_model") if key in known}
     return f"---\n{yaml.safe_dump(matter, sort_keys=False)}---\n\n{text}\n"
 
 
@@ -105,8 +115,7 @@ def adapted(name: str) -> Optional[str]:
     file = Path(name) / ADAPTER_FILE
     if not file.is_file() or (Path(name) / "config.json").exists():
         return None
-    with loading(f"adapter {name!r}", name):
-        return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return read_json(file, AdapterConfig)["base_model_name_or_path"]
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -7,19 +7,24 @@ bytes without gaps.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import struct
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypedDict, get_type_hints
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from wagle_pl.core.errors import WagleError
+from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.files import absent
+from wagle_pl.core.reading import parse_json, read_json
+from wagle_pl.core.schema import check
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -39,6 +44,12 @@ DTYPES = {
 }
 
 _LENGTH = struct.Struct("<Q")
+
+
+class WeightIndex(TypedDict):
+    """``model.safetensors.index.json``: which file holds which tensor."""
+
+    weight_map: dict[str, str]
 
 
 class TensorFile:
@@ -71,11 +82,18 @@ class TensorFile:
             raise WagleError(
                 f"{self.path} is not a wagle_pl {kind} (format {found!r}, expected {expected!r})"
             )
-        written = int(self.metadata["format_version"])
-        if written > version:
-            raise WagleError(
-                f"{self.path} has {kind} format {written}; this version reads {version}"
-            )
+        check_version(self.metadata.get("format_version"), version, f"{self.path} has {kind}")
+        if "digest" in self.metadata and sealed(self.metadata) != self.metadata:
+            raise WagleError(f"{self.path} is damaged: its metadata do not match their digest")
+
+    def header(self, kind: str, version: int, schema: Any) -> dict[str, Any]:
+        """The metadata of a ``wagle_pl`` file of a kind: what is not of type ``str`` is JSON."""
+        self.check_format(kind, version)
+        types, values = get_type_hints(schema), {}
+        for key, text in self.metadata.items():
+            is_text, where = types.get(key, str) is str, f"{self.path}: metadata key {key!r}"
+            values[key] = text if is_text else parse_json(text, where, bytes_in=True)
+        return check(values, schema, f"{self.path}: metadata")
 
     def dtype(self, name: str) -> str:
         """A tensor's dtype, as :data:`DTYPES` names it."""
@@ -114,7 +132,7 @@ class TensorFiles:
             raise absent("model folder", folder)
         index = self.folder / INDEX_FILE
         if index.is_file():
-            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            places = read_json(index, WeightIndex)["weight_map"]
             files = sorted(set(places.values()))
         elif (self.folder / SINGLE_FILE).is_file():
             files = [SINGLE_FILE]
@@ -145,6 +163,44 @@ class TensorFiles:
     def part(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Numbers start to stop of a flattened tensor; only these are read from the mapped file."""
         return self.tensor(name).reshape(-1)[start:stop]
+
+
+def check_version(written: Any, version: int, what: str) -> None:
+    """Refuse a file whose format version is not one of 1 to ``version``."""
+    number = int(written) if re.fullmatch(r"[0-9]{1,9}", str(written)) else 0
+    if not 1 <= number <= version:
+        raise WagleError(f"{what} format {str(written)[:60]}; this version reads {version}")
+
+
+def sealed(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Metadata with their SHA-256 as ``digest``, by which damage shows when they are read."""
+    texts = {key: text for key, text in sorted(metadata.items()) if key != "digest"}
+    return {**texts, "digest": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
+
+
+def load_plain(path: Path, what: str) -> Any:
+    """Load what ``torch.save`` wrote, on the CPU, if it is tensors and plain data; runs no code.
+
+    Tensors are mapped into memory and read when they are used.
+
+    Raises:
+        WagleError: naming ``what`` (``checkpoint <path>``), if the file is missing or damaged, or
+            holds any other object.
+    """
+    kind = what.removesuffix(f" {path}")
+    if not path.is_file():
+        raise absent(kind, path)
+    try:
+        mapped = zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except Exception as error:  # of any type, as damaged bytes are instructions
+        reason = f"{what} is damaged, or no {kind}: give another ({first_line(error)})"
+        if other := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = (
+                f"{what} holds {other[1]}: only tensors and plain data are read, as anything else "
+                "could run code; give a file without it"
+            )
+        raise WagleError(reason) from None
 
 
 def write_header(

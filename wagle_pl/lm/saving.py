@@ -17,6 +17,8 @@ from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
 from wagle_pl.core.hub import CARD_FILE
+from wagle_pl.core.reading import read_json
+from wagle_pl.core.records import Record
 from wagle_pl.core.tensorfiles import DTYPES, INDEX_FILE, TensorFiles, fill, lay_out
 from wagle_pl.core.weights import persistent_buffers, shapes_of, share_of
 from wagle_pl.lm.models import checkpoint_dtype, load_model, weights_folder
@@ -28,10 +30,11 @@ if TYPE_CHECKING:
 RECORD_FILE = "wagle.json"  # how a folder was made: the model card in machine-readable form
 
 
-def read_record(name: str) -> dict[str, Any]:
-    """The record in a folder that this package wrote; empty for any other model."""
+def read_record(name: str) -> Record:
+    """The record in a folder that this package wrote; one of no runs for any other model."""
     file = Path(name) / RECORD_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    record = read_json(file, Record) if file.is_file() else {}
+    return {"format_version": 1, **record, "lineage": record.get("lineage") or []}
 
 
 class Originals:
@@ -135,7 +138,7 @@ def model_folder(
             return
         file = temporary / "config.json"
         if file.exists():
-            config = json.loads(file.read_text(encoding="utf-8")) | {"use_cache": True}
+            config = read_json(file, dict[str, Any]) | {"use_cache": True}
             if dtype is not None:  # transformers writes the dtype in memory, not in the files
                 config["dtype"] = str(dtype).removeprefix("torch.")
             _write_json(file, config)

@@ -9,12 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-import zipfile
+import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, Optional, TypeVar
+from typing import Any, Optional, TypedDict, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -22,10 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wagle_pl.core import distributed
-from wagle_pl.core.errors import WagleError, first_line
+from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import absent, atomic_path
 from wagle_pl.core.hub import card_of, upload
-from wagle_pl.core.tensorfiles import TensorFile
+from wagle_pl.core.records import MadeBy
+from wagle_pl.core.schema import Count, check
+from wagle_pl.core.tensorfiles import DTYPES, TensorFile, load_plain, sealed
 from wagle_pl.core.weights import fingerprint, share_of
 from wagle_pl.masks.bits import (
     count_bits,
@@ -45,9 +46,19 @@ Shapes = Mapping[str, Iterable[int]]
 Key = TypeVar("Key", bound=Hashable)
 
 
+class Header(TypedDict):
+    """Metadata of a mask file."""
+
+    shapes: dict[str, list[Count]]
+    made_by: MadeBy
+    checksums: Optional[dict[str, Count]]  # CRC-32 of each parameter's packed bits
+
+
 def mask_path(path: str | Path) -> Path:
     """``path`` with the mask suffix, added when missing."""
     path = Path(path)
+    if not path.name:
+        raise WagleError(f"mask file {str(path)!r} has no name: name a file")
     return path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
 
 
@@ -83,6 +94,7 @@ class WeightMask:
         self.source: Optional[Path] = None
         self._read: Callable[[str], Tensor] = packed.__getitem__
         self._counts: dict[str, int] = {}
+        self._checksums: dict[str, int] = {}  # of tensors in a file that have not been read yet
         if differing := sorted(set(packed) ^ set(self.shapes)):
             raise WagleError(f"mask tensors and shapes differ in names: {differing[:3]}")
 
@@ -110,24 +122,25 @@ class WeightMask:
             metadata: ``model`` and ``model_fingerprint`` of that model.
         """
         path = Path(path)
-        if not path.is_file():
-            raise absent("mask file", path)
+        tensors = load_plain(path, f"mask file {path}")
         try:
-            mapped = zipfile.is_zipfile(path)
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            raise WagleError(
-                f"torch.load(weights_only=True) cannot read {path}: {first_line(error)}"
-            ) from None
-        if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
-            raise WagleError(f"{path} holds no {{parameter name: bool tensor}} dict")
+            check(tensors, dict[str, Tensor], str(path))
+        except WagleError as error:
+            holds_none = f"{path} holds no {{parameter name: bool tensor}} dict"
+            raise WagleError(f"{holds_none} ({error})") from None
         packed = {}
-        for name, tensor in found.items():
+        for name, tensor in tensors.items():
+            plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
+            if not plain or tensor.is_nested or tensor.dtype not in DTYPES:
+                raise WagleError(
+                    f"{path}: {name} is no dense tensor of booleans or numbers ({tensor.dtype}, "
+                    f"{tensor.layout}, {tensor.device}): not a mask"
+                )
             if not ((tensor == 0) | (tensor == 1)).all():
                 raise WagleError(f"{path}: {name} has values other than 0 and 1: not a mask")
             packed[name] = pack_bits(tensor.bool())
         made_by = {**(metadata or {}), "operation": "import", "file": path.name}
-        mask = cls(packed, {name: tensor.shape for name, tensor in found.items()}, made_by)
+        mask = cls(packed, {name: tensor.shape for name, tensor in tensors.items()}, made_by)
         if shapes is not None:
             mask.check(shapes, where=f"mask {path}")
             mask.shapes = {name: mask.shapes[name] for name in shapes}
@@ -166,34 +179,35 @@ class WeightMask:
         if given.is_dir():
             raise absent("mask file", given)
         file = TensorFile(path, "mask file")
-        try:
-            file.check_format("mask", FORMAT_VERSION)
-            shapes, made_by = (dict(json.loads(file.metadata[k])) for k in ("shapes", "made_by"))
-        except WagleError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise WagleError(f"{path} is damaged: its header lacks or garbles {error}") from None
-        for name, shape in shapes.items():
+        header = file.header("mask", FORMAT_VERSION, Header)
+        for name, shape in header["shapes"].items():
             size = (prod(shape) + 7) // 8
             if name not in file.names or (file.dtype(name), file.shape(name)) != ("U8", (size,)):
                 raise WagleError(
                     f"{path} is damaged: the bits of {name} do not fit its shape {tuple(shape)}"
                 )
-        mask = cls(dict.fromkeys(file.names), shapes, made_by)
+        mask = cls(dict.fromkeys(file.names), header["shapes"], header["made_by"])
+        if not mask.total:
+            raise WagleError(f"{path} is a mask of no weights")
         mask.source, mask._read = path, safe_open(path, framework="pt").get_tensor
+        mask._checksums = header.get("checksums") or {}
         return mask
 
     def save(self, path: str | Path) -> Path:
         """Write the mask file atomically; return its path, with the suffix."""
         path = mask_path(path)
+        packed = {name: self.packed(name) for name in self}
         header = {
             "format": FORMAT,
             "format_version": str(FORMAT_VERSION),
             "shapes": json.dumps(self.shapes),
             "made_by": json.dumps(self.metadata),
+            "checksums": json.dumps(
+                {name: zlib.crc32(bits.numpy()) for name, bits in packed.items()}
+            ),
         }
         with atomic_path(path) as temporary:
-            save_file({name: self.packed(name) for name in self}, temporary, metadata=header)
+            save_file(packed, temporary, metadata=sealed(header))
         return path
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -224,6 +238,13 @@ class WeightMask:
                 f"{self.label}, tensor {name}: its bytes do not match its shape, or bits beyond "
                 "the last weight are set; the mask is damaged"
             )
+        if name in self._checksums:
+            if zlib.crc32(tensor.numpy()) != self._checksums[name]:
+                raise WagleError(
+                    f"{self.label}, tensor {name}: its bits do not match their checksum; the mask "
+                    "is damaged"
+                )
+            del self._checksums[name]
         return tensor
 
     def __getitem__(self, name: str) -> Tensor:
@@ -269,7 +290,7 @@ class WeightMask:
 
     @property
     def density(self) -> float:
-        return self.count() / self.total
+        return self.count() / max(1, self.total)
 
     def count_together(self) -> int:
         """Like :meth:`count`, with the work divided among the ranks. Collective."""
@@ -331,7 +352,7 @@ class WeightMask:
             if metadata.get("prompts") and metadata["prompts"] not in found:
                 found.append(metadata["prompts"])
             if metadata.get("operation") != "random_like":  # it uses only their number
-                waiting += metadata.get("of", ())
+                waiting += metadata.get("of") or ()
         return found
 
     def check(
@@ -429,18 +450,18 @@ def describe_origin(metadata: Mapping[str, Any]) -> str:
     '(WAGLE, density 0.1) minus (unknown)'
     """
     operation = metadata.get("operation")
-    parts = [f"({describe_origin(of)})" for of in metadata.get("of", ())]
+    parts = [f"({describe_origin(of)})" for of in metadata.get("of") or ()] or ["(unknown)"]
     if operation == "modules":
         where = f" in layers {metadata['layers']}" if metadata.get("layers") else ""
-        return (", ".join(metadata["modules"]) or "all modules") + where
+        return (", ".join(metadata.get("modules") or ()) or "all modules") + where
     if operation == "import":
-        return f"imported from {metadata['file']}"
+        return f"imported from {metadata.get('file', 'unknown')}"
     if operation == "random_like":
-        return f"random like {parts[0]}, seed {metadata['seed']}"
+        return f"random like {parts[0]}, seed {metadata.get('seed', 'unknown')}"
     if operation:
         return f" {operation} ".join(parts) if len(parts) > 1 else f"{operation} {parts[0]}"
-    if "score" in metadata:
-        passes = metadata.get("passes", 1)
+    if metadata.get("score"):
+        passes = metadata.get("passes") or 1
         several = "" if passes == 1 else f", {passes:.4g} passes"
         return f"{metadata['score']}, density {metadata.get('density', 'unknown')}{several}"
     return "unknown"

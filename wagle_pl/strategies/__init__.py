@@ -4,7 +4,7 @@ Importing this package makes Lightning's names ``deepspeed``, ``deepspeed_stage_
 :class:`ZeRO`.
 """
 
-from wagle_pl.strategies.checkpoint import ShardedCheckpoint, load_plain
+from wagle_pl.strategies.checkpoint import ShardedCheckpoint
 from wagle_pl.strategies.zero import ZeRO, is_sharded, is_zero, stage_of
 
-__all__ = ["ShardedCheckpoint", "ZeRO", "is_sharded", "is_zero", "load_plain", "stage_of"]
+__all__ = ["ShardedCheckpoint", "ZeRO", "is_sharded", "is_zero", "stage_of"]

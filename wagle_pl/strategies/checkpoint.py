@@ -10,22 +10,21 @@ A folder, written under another name and then renamed, so that it is complete or
 from __future__ import annotations
 
 import json
-import pickle
-import re
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Literal, NamedTuple, TypedDict, Union
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from wagle_pl.core import distributed
-from wagle_pl.core.errors import WagleError, first_line
-from wagle_pl.core.tensorfiles import write_tensors
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.reading import read_json
+from wagle_pl.core.schema import Count
+from wagle_pl.core.tensorfiles import check_version, load_plain, write_tensors
 from wagle_pl.core.weights import assign, shapes_of, share_of
 from wagle_pl.strategies.internals import Fragment
 
@@ -122,26 +121,13 @@ def save(
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def load_plain(path: Path, what: Optional[str] = None) -> Any:
-    """Load what ``torch.save`` wrote, on the CPU, if it is tensors and plain data; runs no code.
+class Index(TypedDict):
+    """``index.json`` of a checkpoint."""
 
-    Tensors are mapped into memory and read when they are used.
-
-    Raises:
-        WagleError: naming ``what`` (``checkpoint <path>``), if the file is damaged, or holds any
-            other object.
-    """
-    what, mapped = what or f"checkpoint {path}", zipfile.is_zipfile(path)
-    try:
-        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        said = f"{what} is damaged, or no checkpoint: give another ({first_line(error)})"
-        if other := re.search(r"GLOBAL (\S+)", str(error)):
-            said = (
-                f"{what} holds {other[1]}: only tensors and plain data are read, as anything else "
-                "could run code; give a checkpoint without it"
-            )
-        raise WagleError(said) from None
+    format: Literal["wagle_pl.checkpoint"]
+    format_version: Union[str, int]
+    shapes: dict[str, list[Count]]
+    pieces: dict[str, dict[str, list[list[Union[str, Count]]]]]  # file, start, number of values
 
 
 class ShardedCheckpoint:
@@ -159,15 +145,17 @@ class ShardedCheckpoint:
                 f"checkpoint {path} does not exist or has no {INDEX_FILE}: it is no checkpoint of "
                 "ours"
             )
-        index = json.loads((self.path / INDEX_FILE).read_text(encoding="utf-8"))
-        if index.get("format") != FORMAT or index["format_version"] > FORMAT_VERSION:
-            raise WagleError(
-                f"checkpoint {path} has format {index.get('format')} "
-                f"{index.get('format_version')}; this version reads {FORMAT} {FORMAT_VERSION}"
-            )
+        index = read_json(self.path / INDEX_FILE, Index)
+        check_version(index["format_version"], FORMAT_VERSION, f"checkpoint {path} has")
         self.shapes = {name: tuple(shape) for name, shape in index["shapes"].items()}
-        self.pieces: dict[str, dict[str, list[tuple[str, int, int]]]] = index["pieces"]
+        self.pieces = index["pieces"]
         by_parameter = [where for by_name in self.pieces.values() for where in by_name.values()]
+        for piece in (piece for where in by_parameter for piece in where):
+            if [type(part) for part in piece] != [str, int, int]:
+                raise WagleError(
+                    f"{self.path / INDEX_FILE}: pieces must be of a file, a start and a number of "
+                    f"values, got {piece}"
+                )
         self._open: dict[str, safe_open] = {}
         for file in sorted({file for where in by_parameter for file, _, _ in where}):
             if not (self.path / file).is_file():

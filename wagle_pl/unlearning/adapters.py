@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path, refuse_existing
 from wagle_pl.core.hub import ADAPTER_FILE, load_tokenizer
+from wagle_pl.core.reading import read_json
 from wagle_pl.core.tensorfiles import DTYPES, TensorFile, TensorFiles, write_tensors
 from wagle_pl.lm import models
 from wagle_pl.lm.saving import Originals, model_folder, save_model
@@ -169,7 +170,7 @@ def mask_from_shira(
         WagleError: if the folder holds no SHiRA adapter, or one of another model.
     """
     config = Path(folder) / ADAPTER_FILE
-    kind = json.loads(config.read_text("utf-8")).get("peft_type") if config.is_file() else "none"
+    kind = read_json(config, dict[str, Any]).get("peft_type") if config.is_file() else "none"
     if kind != "SHIRA":
         raise WagleError(f"{folder} is no SHiRA adapter of peft (its {ADAPTER_FILE}: {kind})")
     file = TensorFile(Path(folder) / WEIGHTS_FILE, "adapter")
@@ -208,6 +209,7 @@ def patch_to_shira(
         raise WagleError(
             f"patch {patch} is of the model with digest {opened.base[:12]}, {base} is {found[:12]}"
         )
+    opened.check_layout(files)
 
     for name in opened.tensors:
         if files.dtype(name) not in _FLOATS:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing
 from wagle_pl.core.hub import card_of
+from wagle_pl.core.tensorfiles import load_plain
 from wagle_pl.core.text import markdown_table
 from wagle_pl.core.weights import fingerprint, is_linear, parameter_shapes
 from wagle_pl.lm import models
@@ -23,7 +24,7 @@ from wagle_pl.lm.saving import Originals, Weight, read_record, save_model, save_
 from wagle_pl.masks import Restriction, WeightMask, describe_origin
 from wagle_pl.masks.bits import place
 from wagle_pl.masks.selected import SUFFIX
-from wagle_pl.strategies import ShardedCheckpoint, load_plain
+from wagle_pl.strategies import ShardedCheckpoint
 
 PREFIX = "lm."  # of the language model's weights in a LightningModule's state
 
@@ -86,7 +87,7 @@ def _convert(name: str, output: str | Path) -> Path:
         raise WagleError(f"checkpoint {name} does not exist")
     lm = models.load_model(name)
     lm.to(models.checkpoint_dtype(name))
-    record = read_record(name) or {"format_version": 1, "lineage": []}
+    record = read_record(name)
     card = f"# A copy\n\nOf `{name}`, in Hugging Face format.\n"
     if record["lineage"]:
         card = model_card(record)
@@ -136,7 +137,7 @@ def _of_shards(path: Path) -> tuple[Weights, Mapping[str, Any]]:
 
 def _of_file(path: Path) -> tuple[Weights, Mapping[str, Any]]:
     """The same for a file."""
-    checkpoint = load_plain(path)
+    checkpoint = load_plain(path, f"checkpoint {path}")
     if not isinstance(checkpoint, dict):
         return {}, {}
     once: dict[tuple[int, torch.Size], tuple[str, Tensor]] = {}

@@ -470,5 +470,5 @@ class FinetuneModule(LanguageModule):
             "seed": self.run_config.get("seed_everything"),
             "config": self.run_config,
         }
-        earlier = read_record(self.model_name).get("lineage", [])
+        earlier = read_record(self.model_name)["lineage"]
         return {"format_version": 1, "lineage": [*earlier, step]}

@@ -26,7 +26,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Optional
+from typing import Any, BinaryIO, Literal, Optional, TypedDict
 
 import numpy as np
 import torch
@@ -35,7 +35,9 @@ from torch import Tensor
 from wagle_pl.core.errors import WagleError, check_positive
 from wagle_pl.core.files import atomic_path, refuse_existing
 from wagle_pl.core.hub import card_of, upload
-from wagle_pl.core.tensorfiles import TensorFile, TensorFiles, write_header
+from wagle_pl.core.records import Run
+from wagle_pl.core.schema import Count
+from wagle_pl.core.tensorfiles import TensorFile, TensorFiles, sealed, write_header
 from wagle_pl.core.weights import fingerprint, parameter_shapes
 from wagle_pl.lm import models
 from wagle_pl.lm.saving import CARD_FILE, RECORD_FILE, Originals, read_record, save_model
@@ -52,27 +54,63 @@ End = Literal["base", "unlearned"]
 _LENGTHS = struct.Struct("<QQ")
 
 
+class ChangedTensor(TypedDict):
+    """A tensor that a patch changes."""
+
+    dtype: str
+    shape: list[Count]
+    changed: Count  # number of words
+    base: str  # SHA-256 of only these words, before
+    unlearned: str  # and after
+
+
+class PatchMadeBy(TypedDict):
+    """Where a patch comes from."""
+
+    base: str  # names of both ends
+    unlearned: str
+    lineage: list[Run]  # runs that led from one to the other
+    records: dict[Literal["wagle.json", "README.md"], str]  # the base's own, if it has them
+
+
+class Header(TypedDict):
+    """Metadata of a patch file."""
+
+    base: str  # digests of both ends, see digest_of
+    unlearned: str
+    weights: Count  # how many the model has
+    tensors: dict[str, ChangedTensor]
+    made_by: PatchMadeBy
+
+
 class Patch:
-    """An open patch file."""
+    """An open patch file; its attributes are those of :class:`Header`."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.file = TensorFile(self.path, "patch file")
-        self.file.check_format("patch", FORMAT_VERSION)
-        header = self.file.metadata
-        #: Digests of the two ends, see :func:`digest_of`.
-        self.base, self.unlearned = header["base"], header["unlearned"]
-        self.weights = int(header["weights"])  # how many the model has
-        #: Name of a changed tensor -> ``dtype``, ``shape``, ``changed`` (number of words), and
-        #: SHA-256 of only these words in ``base`` and ``unlearned``.
-        self.tensors: dict[str, dict[str, Any]] = json.loads(header["tensors"])
-        #: Names of both ends; ``lineage``, the runs that led from one to the other; and ``records``,
-        #: the text of the base's ``wagle.json`` and model card, if it has them.
-        self.made_by: dict[str, Any] = json.loads(header["made_by"])
+        header = self.file.header("patch", FORMAT_VERSION, Header)
+        self.base, self.unlearned, self.weights = (
+            header[k] for k in ("base", "unlearned", "weights")
+        )
+        self.tensors: dict[str, ChangedTensor] = header["tensors"]
+        self.made_by: PatchMadeBy = header["made_by"]
+        for name in self.tensors.keys() ^ set(self.file.names):
+            raise WagleError(f"patch {path} is damaged: it describes or holds no tensor {name}")
 
     @property
     def changed(self) -> int:
         return sum(tensor["changed"] for tensor in self.tensors.values())
+
+    def check_layout(self, files: TensorFiles) -> None:
+        """Refuse a model that lacks a tensor of the patch, or has it in another shape or dtype."""
+        for name, tensor in self.tensors.items():
+            layout = (tensor["dtype"], tuple(tensor["shape"]))
+            if name not in files.names or (files.dtype(name), files.shape(name)) != layout:
+                raise WagleError(
+                    f"patch {self.path} changes {name}, which {files.folder} lacks or has in "
+                    "another shape or dtype"
+                )
 
     @property
     def identity(self) -> str:
@@ -140,8 +178,8 @@ def make_patch(
     refuse_existing(output, overwrite, "--overwrite")
     old, new = TensorFiles(base), TensorFiles(unlearned)
     _check_layout(old, new)
-    earlier = read_record(str(base)).get("lineage", [])
-    later = read_record(str(unlearned)).get("lineage", [])
+    earlier = read_record(str(base))["lineage"]
+    later = read_record(str(unlearned))["lineage"]
     records = {name: base / name for name in RECORDS if (base / name).is_file()}
     made_by = {
         "base": str(base),
@@ -177,7 +215,7 @@ def make_patch(
             "tensors": json.dumps(tensors),
             "made_by": json.dumps(made_by),
         }
-        write_header(stream, spans, header)
+        write_header(stream, spans, sealed(header))
         frames.seek(0)
         shutil.copyfileobj(frames, stream)
     return Patch(output)
@@ -245,13 +283,7 @@ def _rewrite(
     refuse_existing(output, overwrite, "--overwrite", kind="folder")
     files = TensorFiles(folder)
     stack = _stack(folder, files, patch, source)
-    for name, tensor in patch.tensors.items():
-        layout = (tensor["dtype"], tuple(tensor["shape"]))
-        if name not in files.names or (files.dtype(name), files.shape(name)) != layout:
-            raise WagleError(
-                f"patch {patch.path} changes {name}, which {folder} lacks or has in another shape "
-                "or dtype"
-            )
+    patch.check_layout(files)
     damaged = f"patch {patch.path} is damaged"
     with atomic_path(output) as temporary:
         temporary.mkdir()
@@ -296,7 +328,7 @@ def _stack(folder: Path, files: TensorFiles, patch: Patch, source: End) -> Optio
     found, end = digest_of(files), getattr(patch, source)
     if found == end:
         return None
-    noted = read_record(str(folder)).get("patched", {})
+    noted = read_record(str(folder)).get("patched") or {}
     if noted.get("fingerprint") != found or noted.get("base") != patch.base:
         verb = "applies to" if source == "base" else "reverts"
         raise WagleError(
@@ -327,8 +359,8 @@ def _write_record(folder: Path, target: Path, patch: Patch, stack: list[str], wr
         for name, text in patch.made_by["records"].items():
             (target / name).write_bytes(text.encode("utf-8", "surrogateescape"))
         return
-    record = {"format_version": 1, **read_record(str(folder))}
-    runs, own = record.get("lineage", []), patch.made_by["lineage"]
+    record = read_record(str(folder))
+    runs, own = record["lineage"], patch.made_by["lineage"]
     if patch.identity in stack:
         runs = [run for run in runs if run not in own]
         patches = [identity for identity in stack if identity != patch.identity]
@@ -338,7 +370,7 @@ def _write_record(folder: Path, target: Path, patch: Patch, stack: list[str], wr
     record["patched"] = {"base": patch.base, "patches": patches, "fingerprint": written}
     text = json.dumps(record, indent=2) + "\n"
     (target / RECORD_FILE).write_text(text, encoding="utf-8")
-    if runs and "base" in runs[-1]:
+    if runs:
         (target / CARD_FILE).write_text(model_card(record), encoding="utf-8")
 
 
@@ -432,7 +464,7 @@ def subtract(
         "steps": 0,
         "seed": None,
     }
-    record = {"format_version": 1, "lineage": [*read_record(base).get("lineage", []), run]}
+    record = {"format_version": 1, "lineage": [*read_record(base)["lineage"], run]}
     card = model_card(record)
     return save_model(lm, models.load_tokenizer(base), output, card, record, originals)
 

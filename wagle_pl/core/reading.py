@@ -1,0 +1,77 @@
+"""The one reader of text and JSON files: what is no such file is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Optional
+
+from wagle_pl.core.errors import WagleError, first_line
+from wagle_pl.core.files import absent
+from wagle_pl.core.schema import check
+
+DEPTH = 100  # of lists and objects within each other
+
+
+def read_json(path: Path, kind: Any = Any, what: str = "file") -> Any:
+    """The content of a JSON file, checked against the schema ``kind``.
+
+    Raises:
+        WagleError: naming the file, and the line or the key at fault; a missing file is ``what``.
+    """
+    return parse_json(read_text(path, what), str(path), kind)
+
+
+def read_text(path: Path, what: str = "file") -> str:
+    """The content of a file in UTF-8; refused if it is a folder, a pipe or a device."""
+    if not path.is_file():
+        raise absent(what, path)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise WagleError(
+            f"{path} is not UTF-8 text (it has the byte {byte:#04x}): save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise WagleError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def parse_json(
+    text: str, where: str, kind: Any = Any, line: Optional[int] = None, bytes_in: bool = False
+) -> Any:
+    """The value of a JSON text, checked against the schema ``kind``.
+
+    Args:
+        where: name of the text, for messages.
+        line: number of the line, if the text is one line of a file.
+        bytes_in: accept texts that hold bytes, as Python's ``surrogateescape`` decodes them.
+    """
+    place = where if line is None else f"{where} line {line}"
+    try:
+        value = json.loads(text)
+        plain = json.dumps(value, ensure_ascii=False) if re.search(r"\\u[dD]", text) else ""
+        plain.encode("utf-8", "surrogateescape" if bytes_in else "strict")
+    except json.JSONDecodeError as error:
+        lined = f"{where} line {line or error.lineno}"
+        raise WagleError(f"{lined}: malformed JSON: {error.msg}") from None
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):x}"
+        raise WagleError(f"{place}: a text has {half}, which is half of a character") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise WagleError(f"{place}: malformed JSON: {first_line(error)}") from None
+    except RecursionError:
+        raise WagleError(f"{place}: JSON nested more than {DEPTH} deep") from None
+    if text.count("[") + text.count("{") > DEPTH:
+        level, depth = [value], 0
+        while level := [child for parent in level for child in _children(parent)]:
+            if (depth := depth + 1) > DEPTH:
+                raise WagleError(f"{place}: JSON nested more than {DEPTH} deep")
+    return check(value, kind, place)
+
+
+def _children(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []

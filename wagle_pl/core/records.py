@@ -1,0 +1,67 @@
+"""Schemas of what made a mask or a model; several kinds of file hold them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Optional, TypedDict
+
+from wagle_pl.core.schema import Count
+
+
+class MadeBy(TypedDict):
+    """How a mask or scores were made."""
+
+    model: Optional[str]
+    model_fingerprint: Optional[str]
+    operation: Optional[str]  # on masks; None for an attribution
+    of: Optional[list[MadeBy]]  # operands
+    modules: Optional[list[str]]
+    layers: Optional[str]
+    file: Optional[str]
+    seed: Optional[int]
+    score: Optional[str]
+    absolute: Optional[bool]  # whether scores are ranked by absolute value
+    density: Optional[float]
+    passes: Optional[float]
+    forget_rows: Optional[Count]
+    prompts: Optional[dict[str, Any]]
+
+
+class MaskUsed(TypedDict):
+    """The mask of a run."""
+
+    file: Optional[str]
+    density: float
+    made_by: MadeBy
+
+
+class Run(TypedDict):
+    """A run that trained a model."""
+
+    module: str
+    base: str
+    base_fingerprint: str
+    data: dict[str, Optional[str]]  # stream -> where its rows come from
+    streams: list[str]
+    steps: Count
+    seed: Any
+    objective: Optional[dict[str, Any]]
+    mask: Optional[MaskUsed]
+    adapter: Optional[dict[str, Any]]
+    prompts: Optional[dict[str, Any]]
+    config: Optional[dict[str, Any]]
+
+
+class Patched(TypedDict):
+    """Patches in a model."""
+
+    base: str
+    patches: list[str]
+    fingerprint: str
+
+
+class Record(TypedDict):
+    """``wagle.json`` of a model folder: the runs that made it, oldest first."""
+
+    format_version: Optional[Literal[1]]
+    lineage: Optional[list[Run]]
+    patched: Optional[Patched]

@@ -1,0 +1,114 @@
+"""What a file may hold: one function that checks a value against a type.
+
+A schema is ``int``, ``float``, ``str``, ``bool``, :data:`Count`, ``Any``, any other class,
+``Literal``, ``Union``, ``Optional``, ``list[T]``, ``dict[K, T]``, or a ``TypedDict`` of these. Keys
+that a ``TypedDict`` does not name are accepted, since a later version may write more of them; a key
+whose type is ``Optional`` or ``Any`` may be missing.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from types import NoneType, UnionType
+from typing import (
+    Any,
+    Literal,
+    NewType,
+    NoReturn,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
+
+from wagle_pl.core.errors import WagleError
+
+Count = NewType("Count", int)  # an integer of 0 or more
+
+_WORDS = {int: "an integer", Count: "an integer of 0 or more", float: "a number", str: "a text"}
+_WORDS |= {bool: "true or false", list: "a list", dict: "an object", NoneType: "null"}
+
+
+def check(value: Any, kind: Any, where: str, key: str = "") -> Any:
+    """The value itself, if it is of the schema ``kind``; integers must fit into 64 bits.
+
+    Raises:
+        WagleError: with ``where``, the dotted ``key``, what was expected, and what was found.
+
+    >>> check({"lineage": [{"steps": "x"}]}, dict[str, list[dict[str, int]]], "wagle.json")
+    Traceback (most recent call last):
+    wagle_pl.core.errors.WagleError: wagle.json: lineage[0].steps: must be an integer, got 'x'
+    """
+    kinds = [option for option in _options(kind) if _fits(value, option)]
+    if not kinds:
+        _refuse(value, kind, where, key)
+    kind, args = kinds[0], get_args(kinds[0])
+    if is_typeddict(kind):
+        for name, inner in _fields(kind).items():
+            if name in value:
+                check(value[name], inner, where, _join(key, name))
+            elif NoneType not in _options(inner) and inner is not Any:
+                raise WagleError(f"{where}: key {_join(key, name)!r} is missing")
+    elif get_origin(kind) is dict:
+        for name, item in value.items():
+            check(name, args[0], where, f"{key} key".strip())
+            check(item, args[1], where, _join(key, str(name)))
+    elif get_origin(kind) is list:
+        for index, item in enumerate(value):
+            check(item, args[0], where, f"{key}[{index}]")
+    return value
+
+
+@lru_cache
+def _fields(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _options(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _outer(kind: Any) -> Any:
+    return dict if is_typeddict(kind) else get_origin(kind) or kind
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type, whatever its items are."""
+    if kind is Any:
+        return True
+    if get_origin(kind) is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in get_args(kind))
+    if kind in (int, Count):
+        return type(value) is int and (0 if kind is Count else -(1 << 63)) <= value < 1 << 63
+    if kind is float:  # NaN is no number; an integer may be too large to be one
+        finite = type(value) is int and abs(value) <= sys.float_info.max
+        return finite or (type(value) is float and value == value)
+    return isinstance(value, _outer(kind))
+
+
+def _refuse(value: Any, kind: Any, where: str, key: str) -> NoReturn:
+    words = [_in_words(option) for option in _options(kind)]
+    expected = " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+    place = f"{where}: {key}" if key else where
+    raise WagleError(f"{place}: must be {expected}, got {_short(_shown(value))}")
+
+
+def _in_words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
+    return _WORDS.get(_outer(kind)) or f"a {_outer(kind).__name__}"
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{_short(name)}" if key else _short(name)
+
+
+def _shown(value: Any) -> str:
+    large = type(value) is int and abs(value) >= 1 << 63
+    return "an integer of more than 64 bits" if large else repr(value)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:60]}…"
