@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, Optional
+from typing import IO, Any, Literal, NamedTuple, Optional, TypedDict, Union
 
 from safetensors import SafetensorError
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError, first_line
-from wagle_pl.core.files import refuse_existing
+from wagle_pl.core.files import absent, refuse_existing
+from wagle_pl.core.reading import parse_json, read_text
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,14 @@ GIB = 1 << 30
 
 
 # -- one writer at a time ------------------------------------------------------------------------
+
+
+class Holder(TypedDict):
+    """The process that holds a lock."""
+
+    pid: Union[int, str, None]
+    host: Optional[str]
+    since: Optional[str]
 
 
 class Lock:
@@ -44,13 +53,18 @@ class Lock:
     """
 
     def __init__(self, path: Path, busy: str, advice: str, across_hosts: bool = False) -> None:
+        if path.exists() and not path.is_file():
+            raise absent("lock", path)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._file, sure = _locked(path)
         try:
-            left = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:  # empty
-            left = {}
+            text = read_text(path, "lock")
+            left = parse_json(text, f"lock {path}", Holder) if text.strip() else {}
+        except WagleError:
+            if self._file is not None:
+                self._file.close()
+            raise
         unknown = {"pid": "unknown", "host": "unknown", "since": "?"}
         holder = "process {pid} on {host}, since {since}".format(**{**unknown, **left})
         if self._file is None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
@@ -27,15 +30,24 @@ def read_text(path: Path, what: str = "file") -> str:
     """The content of a file in UTF-8; refused if it is a folder, a pipe or a device."""
     if not path.is_file():
         raise absent(what, path)
-    try:
+    with readable(path):
         return path.read_text(encoding="utf-8-sig")
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn errors of reading, decoding or unpacking a file into a WagleError that names it."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise WagleError(
             f"{path} is not UTF-8 text (it has the byte {byte:#04x}): save it as UTF-8"
         ) from None
-    except OSError as error:
-        raise WagleError(f"{path} cannot be read: {error.strerror}") from None
+    except WagleError:
+        raise
+    except (OSError, EOFError, ValueError, NotImplementedError, zlib.error) as error:
+        raise WagleError(f"{path} cannot be read: {first_line(error)}") from None
 
 
 def parse_json(

@@ -1,13 +1,15 @@
 """What a file may hold: one function that checks a value against a type.
 
-A schema is ``int``, ``float``, ``str``, ``bool``, :data:`Count`, ``Any``, any other class,
-``Literal``, ``Union``, ``Optional``, ``list[T]``, ``dict[K, T]``, or a ``TypedDict`` of these. Keys
-that a ``TypedDict`` does not name are accepted, since a later version may write more of them; a key
-whose type is ``Optional`` or ``Any`` may be missing.
+A schema is ``int``, ``float``, ``str``, ``bool``, :data:`Count`, :data:`Digits`, ``Any``, any other
+class, ``Literal``, ``Union``, ``Optional``, ``list[T]``, ``tuple[S, T]`` (in JSON, a list of as many
+items), ``dict[K, T]``, or a ``TypedDict`` of these. Keys that a ``TypedDict`` does not name are
+accepted, since a later version may write more of them; a key whose type is ``Optional`` or ``Any``
+may be missing.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from functools import lru_cache
 from types import NoneType, UnionType
@@ -26,9 +28,11 @@ from typing import (
 from wagle_pl.core.errors import WagleError
 
 Count = NewType("Count", int)  # an integer of 0 or more
+Digits = NewType("Digits", str)  # such an integer as text, as keys of JSON are
 
 _WORDS = {int: "an integer", Count: "an integer of 0 or more", float: "a number", str: "a text"}
 _WORDS |= {bool: "true or false", list: "a list", dict: "an object", NoneType: "null"}
+_WORDS |= {Digits: "an integer of 0 or more, as a text"}
 
 
 def check(value: Any, kind: Any, where: str, key: str = "") -> Any:
@@ -55,9 +59,10 @@ def check(value: Any, kind: Any, where: str, key: str = "") -> Any:
         for name, item in value.items():
             check(name, args[0], where, f"{key} key".strip())
             check(item, args[1], where, _join(key, str(name)))
-    elif get_origin(kind) is list:
-        for index, item in enumerate(value):
-            check(item, args[0], where, f"{key}[{index}]")
+    elif get_origin(kind) in (list, tuple):
+        kinds = args if get_origin(kind) is tuple else args * len(value)
+        for index, (item, inner) in enumerate(zip(value, kinds, strict=True)):
+            check(item, inner, where, f"{key}[{index}]")
     return value
 
 
@@ -82,6 +87,10 @@ def _fits(value: Any, kind: Any) -> bool:
         return any(type(value) is type(choice) and value == choice for choice in get_args(kind))
     if kind in (int, Count):
         return type(value) is int and (0 if kind is Count else -(1 << 63)) <= value < 1 << 63
+    if kind is Digits:
+        return isinstance(value, str) and re.fullmatch("[0-9]{1,15}", value) is not None
+    if get_origin(kind) is tuple:
+        return isinstance(value, (list, tuple)) and len(value) == len(get_args(kind))
     if kind is float:  # NaN is no number; an integer may be too large to be one
         finite = type(value) is int and abs(value) <= sys.float_info.max
         return finite or (type(value) is float and value == value)
@@ -98,6 +107,8 @@ def _refuse(value: Any, kind: Any, where: str, key: str) -> NoReturn:
 def _in_words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(map(repr, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return f"a list of {len(get_args(kind))}"
     return _WORDS.get(_outer(kind)) or f"a {_outer(kind).__name__}"
 
 

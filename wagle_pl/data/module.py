@@ -18,6 +18,7 @@ import torch
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import absent
 from wagle_pl.core.hub import load_tokenizer
+from wagle_pl.core.reading import readable
 from wagle_pl.data.batches import (
     Draw,
     GlobalBatchSampler,
@@ -28,7 +29,7 @@ from wagle_pl.data.batches import (
     token_batches,
 )
 from wagle_pl.data.example import IGNORE, Example, Row, parse_rows, raw_rows
-from wagle_pl.data.rows import load_rows, readable, spread
+from wagle_pl.data.rows import load_rows, spread
 from wagle_pl.data.template import Template, check_ids
 
 if TYPE_CHECKING:

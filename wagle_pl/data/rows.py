@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import gzip
-import json
-import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, TypeVar
 
 from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.files import absent, plainly_local
+from wagle_pl.core.reading import parse_json, readable
 from wagle_pl.data.example import TEXTS, Row
 
 T = TypeVar("T")
@@ -66,22 +64,6 @@ def spread(rows: list[T], count: Optional[int]) -> list[T]:
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turn errors of reading, decoding or unpacking a file into a WagleError that names it."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise WagleError(
-            f"{path} is not UTF-8 text (it has the byte {byte:#04x}): save it as UTF-8"
-        ) from None
-    except WagleError:
-        raise
-    except (OSError, EOFError, ValueError, NotImplementedError, zlib.error) as error:
-        raise WagleError(f"{path} cannot be read: {first_line(error)}") from None
-
-
 def _read(path: Path) -> Iterable[Row]:
     suffix = path.suffix.lower()
     if suffix == ".csv":
@@ -99,23 +81,16 @@ def _read(path: Path) -> Iterable[Row]:
 def _read_json(path: Path) -> Iterator[Row]:
     """Rows of JSON lines, a list, or an object over several lines; only a line feed ends a line."""
 
-    def parsed(text: str, line: Optional[int] = None) -> Any:
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            place = f"{path} line {line or error.lineno}"
-            raise WagleError(f"{place}: malformed JSON: {error.msg}") from None
-
     unpack = gzip.open if path.suffix.lower() == ".gz" else open
     with unpack(path, "rt", encoding="utf-8-sig", newline="\n") as file:
         lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
         number, first = next(lines, (1, "[]"))
         if first.lstrip().startswith("[") or first.strip() == "{":
-            whole = parsed("\n" * (number - 1) + first + file.read())
+            whole = parse_json("\n" * (number - 1) + first + file.read(), str(path))
             rows = enumerate(whole if isinstance(whole, list) else [whole], 1)
         else:
             lines = chain([(number, first)], lines)
-            rows = ((number, parsed(line, number)) for number, line in lines)
+            rows = ((number, parse_json(line, str(path), line=number)) for number, line in lines)
         for number, row in rows:
             if not isinstance(row, dict):
                 raise WagleError(

@@ -11,10 +11,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, TypedDict, Union
 
 import torch
 
+from wagle_pl.core.schema import Digits
 from wagle_pl.evaluation import functional as F
 
 Log = dict[str, Any]
@@ -133,6 +134,29 @@ for _benchmark, _name, _metric in _metrics():
     METRICS[_benchmark][_name] = _metric
 
 
+class Entry(TypedDict):
+    """A row of a metric, as far as it is read."""
+
+    avg_loss: Union[float, list[float], None]
+    input: Optional[str]
+    ground_truth: Optional[str]
+    generation: Optional[str]
+    rouge1_recall: Union[float, list[float], None]
+    rougeL_recall: Union[float, list[float], None]
+    score: Union[float, list[float], None]
+
+
+class MetricLog(TypedDict):
+    """A metric of ``…_EVAL.json``."""
+
+    agg_value: Optional[float]
+    value_by_index: Optional[dict[Digits, Entry]]
+
+
+#: Content of one of their files.
+Content = dict[str, Union[MetricLog, float, None]]
+
+
 def find_file(place: Path) -> Optional[Path]:
     """Their result file: the place, or a file in it (the summary only if alone); or None."""
     names = [f"{name}_{kind}.json" for kind in ("EVAL", "SUMMARY") for name in METRICS]
@@ -217,7 +241,11 @@ def to_tables(benchmark: str, content: Mapping[str, Any]) -> dict[str, list[Reco
         for row, entry in rows.items() if metric.columns else ():
             usual = {"row": int(row), "question": "", "answer": "", "generation": None}
             record = tables.setdefault(metric.test_set, {}).setdefault(int(row), usual)
-            record |= {ours: entry[key] for key, ours in metric.columns.items() if key in entry}
+            record |= {
+                ours: entry[key]
+                for key, ours in metric.columns.items()
+                if entry.get(key) is not None
+            }
     for name, records in tables.items():
         for record in records.values():
             record["question"] = question_in(record["question"])

@@ -16,13 +16,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Literal, Optional, TypedDict, Union
 
 import torch
 
 from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.files import atomic_path, write_text
 from wagle_pl.core.hub import ADAPTER_FILE
+from wagle_pl.core.reading import parse_json, read_json
+from wagle_pl.core.schema import Count, Digits, check
 from wagle_pl.core.text import table as text_table
 from wagle_pl.data.template import differing_prompts
 from wagle_pl.evaluation import functional as F
@@ -60,6 +62,59 @@ OPTION_SETS = ("real_authors", "world_facts")
 # -- earlier tests -------------------------------------------------------------------------------
 
 
+class MeasureInfo(TypedDict):
+    """What :data:`INFO_FILE` says about a measure."""
+
+    unit: str
+    direction: Literal["higher", "lower", "retrained"]
+    what: str
+    why: Optional[str]  # it is undefined
+
+
+class TestInfo(TypedDict):
+    """Content of :data:`INFO_FILE`."""
+
+    model: Optional[str]
+    suite: Optional[str]
+    prompts: Optional[dict[str, Any]]
+    compared: Optional[dict[str, Optional[str]]]
+    measures: Optional[dict[str, MeasureInfo]]
+    undefined: Optional[dict[str, MeasureInfo]]
+    rows: Optional[dict[str, Count]]
+    absent_sets: Optional[list[str]]
+
+
+class TestedRow(TypedDict):
+    """What every record of a table has."""
+
+    row: Count
+    question: str
+    answer: str
+    generation: Optional[str]
+
+
+class ResultLog(TypedDict):
+    """Rows of a test set in a TOFU result, as far as they are read."""
+
+    generated_text: Optional[dict[Digits, tuple[str, Optional[str], str]]]  # question, said, answer
+    avg_gt_loss: Optional[dict[Digits, float]]
+    num_token_gt: Optional[dict[Digits, float]]
+    avg_paraphrased_loss: Optional[dict[Digits, float]]
+    num_token_paraphrased: Optional[dict[Digits, float]]
+    average_perturb_loss: Optional[dict[Digits, Optional[list[float]]]]
+    num_token_perturb: Optional[dict[Digits, Optional[list[float]]]]
+    rouge1_recall: Optional[dict[Digits, Optional[float]]]
+    rougeL_recall: Optional[dict[Digits, Optional[float]]]
+
+
+#: File of a test folder -> its schema.
+SCHEMAS: dict[str, Any] = {
+    METRICS_FILE: dict[str, float],
+    RESULT_FILE: dict[str, ResultLog],
+    INFO_FILE: TestInfo,
+}
+
+
 class Results:
     """What an earlier test found.
 
@@ -80,26 +135,27 @@ class Results:
         if not (self.path / METRICS_FILE).is_file():
             self.path = openunlearning.find_file(self.path) or self.path
         if self.path.is_dir():
-            files = [self.path / name for name in (METRICS_FILE, RESULT_FILE, INFO_FILE)]
-            found = {file.name: read_json(file) for file in files if file.is_file()}
+            files = {self.path / name: kind for name, kind in SCHEMAS.items()}
+            found = {f.name: read_json(f, kind) for f, kind in files.items() if f.is_file()}
             if METRICS_FILE not in found and RESULT_FILE not in found:
                 raise WagleError(f"{option}: folder {self.path} has no {METRICS_FILE} {advice}")
             self.metrics = found.get(METRICS_FILE, {})
             self.tofu = found.get(RESULT_FILE)
-            self.prompts = found.get(INFO_FILE, {}).get("prompts", {})
+            self.prompts = found.get(INFO_FILE, {}).get("prompts") or {}
             return
         if not self.path.is_file():
             raise WagleError(f"{option}: result file {self.path} does not exist {advice}")
         content = read_json(self.path)
         values = content.values() if isinstance(content, dict) else [None]
         if benchmark := openunlearning.benchmark_of(content):
+            check(content, openunlearning.Content, str(self.path))
             self.benchmark = benchmark
             self.metrics = openunlearning.to_metrics(benchmark, content)
             self._records = openunlearning.to_tables(benchmark, content)
         elif content and all(isinstance(value, dict) for value in values):
-            self.tofu = content
+            self.tofu = check(content, dict[str, ResultLog], str(self.path))
         elif all(isinstance(value, (int, float)) for value in values):
-            self.metrics = content
+            self.metrics = check(content, dict[str, float], str(self.path))
         else:
             what = f"neither a {METRICS_FILE} nor a result file of TOFU or OpenUnlearning"
             raise WagleError(f"{option}: {self.path} is {what}")
@@ -111,7 +167,8 @@ class Results:
             return self._records
         if not self.path.is_dir():
             return from_result(self.tofu or {})
-        return {file.stem: load_table(file) for file in sorted(self.path.glob("*.parquet"))}
+        files = sorted(self.path.glob("*.parquet"))
+        return {file.stem: check(load_table(file), list[TestedRow], str(file)) for file in files}
 
     def table(self, name: str) -> Table:
         """The records of a test set; Undefined if there are none."""
@@ -158,14 +215,6 @@ def folder_of(place: Path) -> Path:
     return place.parent if place.name == METRICS_FILE and place.is_file() else place
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; a WagleError names the line that is malformed."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise WagleError(f"{path} line {error.lineno}: malformed JSON: {error.msg}") from None
-
-
 def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
 
@@ -180,7 +229,8 @@ def model_of(path: Union[str, Path]) -> Optional[str]:
     for place in (folder, folder.absolute().parent):
         if _holds_model(place):
             return str(place)
-    named = read_json(folder / INFO_FILE).get("model") if (folder / INFO_FILE).is_file() else None
+    info = folder / INFO_FILE
+    named = read_json(info, TestInfo).get("model") if info.is_file() else None
     return named if named is not None and _holds_model(Path(named)) else None
 
 
@@ -292,7 +342,7 @@ def write_table(path: Path, rows: Table, key: Mapping[str, Any]) -> None:
     table = pyarrow.Table.from_pylist(rows)
     table = table.replace_schema_metadata({_KEY: json.dumps(key, sort_keys=True)})
     with atomic_path(path) as temporary:
-        pyarrow.parquet.write_table(table, temporary)
+        pyarrow.parquet.write_table(table, temporary, write_page_checksum=True)
 
 
 def read_table(path: Path, key: Mapping[str, Any], overwrite: bool = False) -> Optional[Table]:
@@ -316,12 +366,13 @@ def read_table(path: Path, key: Mapping[str, Any], overwrite: bool = False) -> O
 def table_key(path: Path) -> dict[str, Any]:
     """What a table's records depend on; empty if the file does not say."""
     with _parquet(path) as parquet:
-        return json.loads((parquet.read_schema(path).metadata or {}).get(_KEY, b"{}"))
+        key = (parquet.read_schema(path).metadata or {}).get(_KEY, b"{}").decode()
+    return parse_json(key, f"{path}: its metadata", dict[str, Any])
 
 
 def load_table(path: Path) -> Table:
     with _parquet(path) as parquet:
-        return parquet.read_table(path).to_pylist()
+        return parquet.read_table(path, page_checksum_verification=True).to_pylist()
 
 
 @contextmanager
@@ -331,7 +382,7 @@ def _parquet(path: Path) -> Iterator[Any]:
 
     try:
         yield pyarrow.parquet
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise WagleError(f"{path} cannot be read: {first_line(error)}") from None
 
 
@@ -397,12 +448,12 @@ def from_result(result: Result) -> dict[str, Table]:
     names, found = {key: name for name, key in RESULT_KEYS.items()}, {}
     for key, log in result.items():
         texts = log.get("generated_text") or {}
-        for row in sorted(log.get("avg_gt_loss", ()), key=int):
+        for row in sorted(log.get("avg_gt_loss") or (), key=int):
             question, said, answer = texts.get(row, ("", None, ""))
-            if said is None and log.get("rougeL_recall", {}).get(row) is not None:
+            if said is None and (log.get("rougeL_recall") or {}).get(row) is not None:
                 said = ""  # its scores were kept, but not its text
             record = {"row": int(row), "question": question_in(question), "answer": answer}
             record |= {"generation": said}
-            record |= {name: log.get(column, {}).get(row) for name, column in _COLUMNS.items()}
+            record |= {name: (log.get(column) or {}).get(row) for name, column in _COLUMNS.items()}
             found.setdefault(names.get(key, key), []).append(record)
     return found

@@ -127,7 +127,7 @@ class Index(TypedDict):
     format: Literal["wagle_pl.checkpoint"]
     format_version: Union[str, int]
     shapes: dict[str, list[Count]]
-    pieces: dict[str, dict[str, list[list[Union[str, Count]]]]]  # file, start, number of values
+    pieces: dict[str, dict[str, list[tuple[str, Count, Count]]]]  # file, start, number of values
 
 
 class ShardedCheckpoint:
@@ -150,12 +150,6 @@ class ShardedCheckpoint:
         self.shapes = {name: tuple(shape) for name, shape in index["shapes"].items()}
         self.pieces = index["pieces"]
         by_parameter = [where for by_name in self.pieces.values() for where in by_name.values()]
-        for piece in (piece for where in by_parameter for piece in where):
-            if [type(part) for part in piece] != [str, int, int]:
-                raise WagleError(
-                    f"{self.path / INDEX_FILE}: pieces must be of a file, a start and a number of "
-                    f"values, got {piece}"
-                )
         self._open: dict[str, safe_open] = {}
         for file in sorted({file for where in by_parameter for file, _, _ in where}):
             if not (self.path / file).is_file():

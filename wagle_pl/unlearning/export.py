@@ -274,7 +274,7 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
         "Trained on": ", ".join(run["streams"]),
         "Objective": run.get("objective"),
         "Steps": run["steps"],
-        "Seed": run["seed"] if run["seed"] is None else str(run["seed"]),
+        "Seed": None if run.get("seed") is None else str(run["seed"]),
     }
     if run.get("adapter"):
         facts["Adapter"] = run["adapter"]
@@ -291,5 +291,5 @@ def _mask(run: Mapping[str, Any]) -> str:
     mask = run.get("mask")
     if not mask:
         return "none (dense: every weight may move)"
-    file = f"`{mask['file']}`, " if mask["file"] else ""
+    file = f"`{mask['file']}`, " if mask.get("file") else ""
     return f"{file}density {mask['density']:.4f}, made by {describe_origin(mask['made_by'])}"

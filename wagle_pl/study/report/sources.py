@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from wagle_pl.core.errors import WagleError
+from wagle_pl.core.reading import read_json
 from wagle_pl.evaluation.attacks.attack import ROBUSTNESS_FILE
 from wagle_pl.evaluation.measures import Info
 from wagle_pl.evaluation.openunlearning import find_file
@@ -21,7 +22,6 @@ from wagle_pl.evaluation.results import (
     arrow,
     folder_of,
     load_table,
-    read_json,
     table_key,
 )
 from wagle_pl.evaluation.suites import Suite, find_suite
