@@ -6,10 +6,12 @@ import fcntl
 import json
 import os
 import re
+import resource
 import shutil
 import socket
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 from forked import start
 from helpers import same_bits, wait_for
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from wagle_pl import WeightMask
 from wagle_pl.core import outputs
@@ -24,6 +27,7 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.core.outputs import Planned, check_space
 from wagle_pl.lm import saving
 from wagle_pl.masks import mask as masks
+from wagle_pl.unlearning.patch import make_patch
 
 KINDS = ["FinetuneModule", "UnlearnModule", "AttributionModule"]
 KEEP = (
@@ -232,6 +236,53 @@ def test_a_full_disk_at_the_end(
         assert "No space left on device" in line
         made = "out"
     assert same(kind, "whole", made)
+
+
+@contextmanager
+def small_files(size: int) -> Iterator[None]:
+    """Let no file become larger: every writer meets a real error of the operating system."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_no_room_for_what_a_command_writes(wagle: Any, fails: Any, tiny_model: str) -> None:
+    """One line names the output, and nothing is left of it."""
+    other = Path(shutil.copytree(tiny_model, "other"))
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: t * 1.01 for name, t in tensors.items()}, other / "model.safetensors")
+    mask = WeightMask.from_bools({name: t > 0 for name, t in tensors.items()}).save("mask")
+    make_patch(tiny_model, other, "whole.patch")
+    wagle(
+        "test",
+        "--model EvaluationModule --model.model",
+        tiny_model,
+        "--trainer.default_root_dir tested",
+    )
+    test = (
+        "test",
+        "--model EvaluationModule --model.model",
+        tiny_model,
+        "--trainer.default_root_dir",
+    )
+    commands = {
+        "o.safetensors": ("mask invert", mask, "-o o.safetensors"),
+        "o.pt": ("mask convert", mask, "-o o.pt"),
+        "o.patch": ("patch make", tiny_model, other, "-o o.patch"),
+        "o": ("patch apply", tiny_model, "whole.patch", "-o o"),
+        "t/test/forget.parquet": (*test, "t"),
+        "o.html": ("report tested/test", "-o o.html"),
+    }
+    for output, command in commands.items():
+        with small_files(2000):
+            line = fails(*command)
+        assert re.search(
+            f"output .*{output} cannot be written .*make room, or choose another", line
+        )
+        assert not Path(output).exists() and not list(Path(output).parent.glob(".wagle-*"))
 
 
 def test_several_masks_are_all_kept(fails: Any, fit: Any, full: Any) -> None:

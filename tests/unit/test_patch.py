@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from wagle_pl.core.errors import WagleError
+from wagle_pl.core.files import Unwritable
 from wagle_pl.core.tensorfiles import TensorFiles
 from wagle_pl.lm.saving import read_record
 from wagle_pl.unlearning import patch as patches
@@ -261,9 +262,9 @@ def test_a_full_disk_leaves_the_old_result_whole(
 
     monkeypatch.setattr(patches, "_copy_other_files", full)
     monkeypatch.setattr(patches, "_write_difference", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(Unwritable, match="No space left on device"):
         apply_patch(base, tmp_path / "p.patch", tmp_path / "out", overwrite=True)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(Unwritable, match="No space left on device"):
         make_patch(base, unlearned, tmp_path / "p.patch", overwrite=True)
     assert before == {path: path.read_bytes() for path in before}
     assert not list(tmp_path.glob(".*"))

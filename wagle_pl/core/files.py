@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Optional
+
+from safetensors import SafetensorError
 
 from wagle_pl.core.errors import WagleError
+
+#: Errors of a disk that is full or may not be written.
+_DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS}
+
+
+class Unwritable(WagleError):
+    """An output on a disk that is full or read-only; the cause is the writer's error."""
 
 
 def refuse_existing(
@@ -102,10 +113,33 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     Raises:
         WagleError: if a file would replace a folder, or if ``path`` is a device.
+        Unwritable: if the disk is full or read-only.
     """
-    path = Path(path)
+    try:
+        with _atomic_path(Path(path)) as temporary:
+            yield temporary
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if (reason := _disk_says(error)) is None:
+            raise
+        raise Unwritable(
+            f"output {path} cannot be written ({reason}): make room, or choose another"
+        ) from error
+
+
+def _disk_says(error: Exception) -> Optional[str]:
+    """Why the disk takes no more, if an error of any writer says so."""
+    number = error.errno if isinstance(error, OSError) else None
+    if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
+        number = int(found[1])
+    if "inline_container.cc" in str(error):  # torch.save says no more
+        return "torch.save could not write all of it"
+    return os.strerror(number) if number in _DISK_ERRORS else None
+
+
+@contextmanager
+def _atomic_path(path: Path) -> Iterator[Path]:
     if path.is_symlink():
-        path = path.resolve()  # the link stays, and what it names is replaced
+        path = Path(os.path.realpath(path))  # the link stays, and what it names is replaced
     _refuse_device(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # in a new folder that only this process uses: it is empty at first

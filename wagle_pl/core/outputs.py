@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError, first_line
-from wagle_pl.core.files import absent, refuse_existing
+from wagle_pl.core.files import Unwritable, absent, refuse_existing
 from wagle_pl.core.reading import parse_json, read_text
 
 log = logging.getLogger(__name__)
@@ -209,8 +209,9 @@ def write_or_keep(
     try:
         write(output)
         return
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
+    except (OSError, SafetensorError, Unwritable) as error:
+        cause = error.__cause__ if isinstance(error, Unwritable) else error
+        reason = getattr(cause, "strerror", None) or first_line(cause)
     failed = f"output {output} cannot be written ({reason})"
     if checkpoint:
         raise WagleError(
@@ -218,7 +219,7 @@ def write_or_keep(
             f"--ckpt_path {checkpoint}"
         )
     if again:
-        with suppress(OSError, SafetensorError):
+        with suppress(OSError, SafetensorError, Unwritable):
             kept = Path(tempfile.mkdtemp(prefix="wagle-")) / output.name
             try:
                 write(kept)
