@@ -127,6 +127,11 @@ def test_the_published_numbers():
     assert unlearn("tofu", llama, "npo") == (1e-5, 4, -1, 400)
     assert unlearn("tofu", llama, "po") == (2e-5, 4, 5, -1)
     assert numbers("tofu/finetune_7b", llama) == (1e-5, 32, 5, -1)
+    tuned = merged("tofu/finetune_7b", llama)["model"]["init_args"]
+    assert tuned["warmup"] == 1 / 5  # the first epoch
+    assert numbers("copyright/finetune", "model/llama2-7b") == (1e-5, 16, 10, -1)
+    decay = merged("copyright/finetune", "model/llama2-7b")["optimizer"]["init_args"]
+    assert decay["weight_decay"] == 0.01
     assert unlearn("wmdp", zephyr, "graddiff") == (5e-6, 4, -1, 500)
     assert unlearn("wmdp", zephyr, "npo") == (1e-5, 4, -1, 500)
     assert numbers("wmdp/rmu", zephyr) == (5e-5, 4, -1, 150)

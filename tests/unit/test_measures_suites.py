@@ -26,7 +26,14 @@ from wagle_pl.evaluation import (
 )
 from wagle_pl.evaluation.attacks.weights import finetune_
 from wagle_pl.evaluation.measures import MEASURES, MEMBERSHIP_NEEDS, SCORES
-from wagle_pl.evaluation.results import arrow, comparison, from_result, to_result, write_table
+from wagle_pl.evaluation.results import (
+    RESULT_KEYS,
+    arrow,
+    comparison,
+    from_result,
+    to_result,
+    write_table,
+)
 from wagle_pl.lm.models import load_model, load_tokenizer
 
 pytestmark = pytest.mark.xdist_group("suites")  # which share a model that is trained
@@ -149,7 +156,8 @@ def test_wagle_asks_with_the_paraphrased_questions_and_by_embeddings(tofu_tables
 
 
 def test_a_result_of_ours_reads_like_a_published_one(tofu_tables):
-    result = to_result(tofu_tables)
+    result = to_result(tofu_tables | {"holdout": tofu_tables["forget"]})
+    assert set(result) == set(RESULT_KEYS.values())  # TOFU's script knows no others
     log = result["eval_real_author_wo_options.json"]
     assert set(log) == {
         *("avg_gt_loss", "gt_loss", "num_token_gt", "generated_text", "rouge1_recall"),

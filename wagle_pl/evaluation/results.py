@@ -402,17 +402,17 @@ _COLUMNS = {
 
 
 def to_result(tables: Mapping[str, Table]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Tables of records -> a TOFU result, of the rows with a question and a scored answer; sets
-    that TOFU does not have keep their name."""
+    """Tables of records -> a TOFU result, of the rows with a question and a scored answer of TOFU's
+    four sets: its script refuses other keys."""
     result = {}
-    for name, table in tables.items():
+    for name, key in RESULT_KEYS.items():
         log: dict[str, dict[str, Any]] = {}
-        for record in table:
+        for record in tables.get(name, ()):
             if record["question"] and record.get("nll") is not None:
                 for column, value in _to_row(record, name in OPTION_SETS).items():
                     log.setdefault(column, {})[str(record["row"])] = value
         if log:
-            result[RESULT_KEYS.get(name, name)] = log
+            result[key] = log
     return result
 
 
