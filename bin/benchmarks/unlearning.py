@@ -154,7 +154,7 @@ def write_mask(settings: Settings, density: float, by: str = "random") -> str:
     else:
         named = lm.named_parameters
         packed = dict(select(lambda: ((n, p.detach().float()) for n, p in named()), density))
-    made_by = {"model": settings.model, "model_fingerprint": fingerprint(lm.named_parameters())}
+    made_by = {"model": settings.model, "model_fingerprint": fingerprint(lm)}
     mask = WeightMask(packed, shapes, {**made_by, "score": by})
     return str(mask.save(Path(settings.scratch) / f"{by}-{density:g}.safetensors"))
 

@@ -39,7 +39,7 @@ def random_mask(folder: str, density: float, path: str = MASK, seed: int = 0) ->
     """A mask file for the model of a folder."""
     lm = models.load_model(folder)
     bools = random_bools(parameter_shapes(lm), density, seed)
-    mask = WeightMask.from_bools(bools, {"model_fingerprint": fingerprint(lm.named_parameters())})
+    mask = WeightMask.from_bools(bools, {"model_fingerprint": fingerprint(lm)})
     mask.save(path)
     return mask
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import words, write_rows
+from helpers import random_bools, words, write_rows
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from wagle_pl import WeightMask
+from wagle_pl.core.weights import fingerprint, parameter_shapes
 from wagle_pl.data.batches import Draw
 from wagle_pl.data.people import bundled
 from wagle_pl.lm import models
@@ -99,6 +103,29 @@ def test_the_cache_is_found_again_and_never_of_other_data(
     assert "is of other data or another model; delete it" in fails(*arguments("no"))
     file.write_bytes(file.read_bytes()[:50])
     assert "is not a whole safetensors file" in fails(*arguments("no"))
+
+
+def test_the_same_weights_with_another_configuration_are_another_model(
+    unlearn: Any, arguments: Any, fails: Any, tiny_model: str, tmp_path: Path
+) -> None:
+    shapes, lm = parameter_shapes(models.load_model(tiny_model)), models.load_model(tiny_model)
+    made_for = {"model": tiny_model, "model_fingerprint": fingerprint(lm)}
+    WeightMask.from_bools(random_bools(shapes, 0.5), made_for).save("mask")
+    unlearn("first", "--model.mask", "mask")
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    config = json.loads((folder / "config.json").read_text()) | {"rms_norm_eps": 1e-2}
+    (folder / "config.json").write_text(json.dumps(config))
+    _, other = unlearn("other", "--model.model", folder)
+    files = [load_file(path)["logprobs"] for path in Path(".references").glob("*")]
+    assert len(files) == 2 and (files[0] - files[1]).abs().max() > 0.01
+    batch = next(iter(other.datamodule.stream_loader("forget", 11)))["forget"]
+    logits = models.load_model(str(folder))(batch["input_ids"], batch["attention_mask"]).logits
+    predicted = Predictions(logits.flatten(0, 1)).at(answer_places(batch["labels"]))
+    expected, _ = sequence_logprobs(predicted, batch["labels"])
+    used = other.model._references.sums["forget"][batch["row"]]
+    assert torch.allclose(used, expected, atol=1e-5)
+    message = fails(*arguments("no", "--model.model", folder, "--model.mask", "mask"))
+    assert "mask mask was made for the model" in message and "other configuration" in message
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def test_references_as_given_as_tested_and_as_fine_tuned(runs):
     assert "the runs have different target models" in both.notes[0]
     given = gather(["masked", "other"], target="target")
     assert given.references["target"].metrics == runs["target"]
-    noted = ["with other weights than the target" in " ".join(run.notes) for run in given.models]
+    noted = ["another model than the target" in " ".join(run.notes) for run in given.models]
     assert noted == [False, True]
 
 
@@ -197,7 +197,7 @@ def test_a_second_request_is_shown_beside_the_model_before_any_of_them(runs, tar
     write_run(Path("second"), 0.02, 0.6, [step("FinetuneModule", "base"), *steps])
     sources = gather(["second"], target=target)
     assert sources.references["target"].metrics == runs[target or "dense"]
-    assert ["other weights than the target" in " ".join(run.notes) for run in sources.models] == [
+    assert ["another model than the target" in " ".join(run.notes) for run in sources.models] == [
         other
     ]
 

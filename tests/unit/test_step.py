@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wagle_pl import WagleError
-from wagle_pl.core.weights import fingerprint
+from wagle_pl.core.weights import weights_digest
 from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.lm.inference import answer_places, forward_answers, pack, sequence_logprobs
 from wagle_pl.lm.models import load_model
@@ -42,7 +42,7 @@ def mask(tiny_model: str, tmp_path: Path) -> str:
     """File of a mask that selects about a third of every tensor."""
     parameters = dict(load_model(tiny_model).named_parameters())
     bools = random_bools({name: p.shape for name, p in parameters.items()})
-    made_by = {"model": tiny_model, "model_fingerprint": fingerprint(parameters.items())}
+    made_by = {"model": tiny_model, "model_fingerprint": weights_digest(parameters.items())}
     return str(WeightMask.from_bools(bools, made_by).save(tmp_path / "mask.safetensors"))
 
 

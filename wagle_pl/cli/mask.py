@@ -269,7 +269,7 @@ def _model(name: str) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
     from wagle_pl.lm.models import load_model
 
     model = load_model(name, torch.bfloat16)
-    made_for = {"model": name, "model_fingerprint": fingerprint(model.named_parameters())}
+    made_for = {"model": name, "model_fingerprint": fingerprint(model)}
     return parameter_shapes(model), made_for
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from math import prod
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -163,13 +166,13 @@ def digest(values: Tensor, start: int) -> Tensor:
     return (words * keys[at : at + len(words)]).sum()
 
 
-def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Name a model by its content: SHA-256 over names, shapes, and the digests of chunks of
-    :data:`CHUNK` weights, see :func:`digest`, in parameter order. Collective.
+def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, shapes, and the digests of chunks of :data:`CHUNK` numbers, see
+    :func:`digest`, in order. Collective.
 
     Each rank reads its own shard of the tensors, and digests are added up in one all-reduce of 8
     bytes per chunk: the result is the same for any number of ranks. Values are rounded to bfloat16
-    first, so that a checkpoint has the same fingerprint when loaded in bfloat16 or in float32.
+    first, so that a checkpoint has the same digest when loaded in bfloat16 or in float32.
     """
     header, digests = "", []
     for name, tensor in tensors:
@@ -183,3 +186,57 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
         digests.append(sums.cpu())
     total = distributed.all_reduce_sum(torch.cat(digests))
     return hashlib.sha256(header.encode() + total.numpy().tobytes()).hexdigest()
+
+
+# -- fingerprints ----------------------------------------------------------------------------------
+
+#: Keys of a configuration that do not change the logits of a model in evaluation mode: names, how
+#: it is loaded and run, which tokens end a text, and what acts in training only.
+_WITHOUT_EFFECT = re.compile(
+    r"_.*|.*_token_id|.*drop.*|.*initializer.*|architectures|auto_map|transformers_version|.*dtype|"
+    r"use_cache|return_dict|output_(attentions|hidden_states|router_logits)|tokenizer_class|id2label|"
+    r"label2id|problem_type|chunk_size_feed_forward|(attn|experts)_implementation|"
+    r"gradient_checkpointing|.*_aux_loss_.*|.*jitter.*"
+)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Name a model by what it computes: :func:`weights_digest`, a hyphen, and 16 digits for the part
+    of its configuration that changes its logits (epsilons, activations, RoPE, ...). Collective.
+
+    Without a configuration, the digest of the weights alone.
+    """
+    weights, config = weights_digest(model.named_parameters()), getattr(model, "config", None)
+    if config is None:
+        return weights
+    text = json.dumps(_with_effect(config.to_dict()), sort_keys=True, default=str)
+    return f"{weights}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _with_effect(config: Any) -> Any:
+    """A configuration without keys that have no effect; a key that is None or False counts as
+    absent, since later versions of transformers add such keys."""
+    if not isinstance(config, dict):
+        return config
+    items = ((str(key), value) for key, value in config.items())
+    return {
+        key: _with_effect(value)
+        for key, value in items
+        if value is not None and value is not False and not _WITHOUT_EFFECT.fullmatch(key)
+    }
+
+
+def mismatch(one: Optional[str], other: Optional[str]) -> Optional[str]:
+    """In what two models differ by their fingerprints: ``weights``, ``configuration`` or None.
+
+    What is unknown differs from nothing: a fingerprint, or the configuration's part, which files
+    of earlier versions lack.
+    """
+    if not one or not other:
+        return None
+    (weights, _, config), (other_weights, _, other_config) = (
+        text.partition("-") for text in (one, other)
+    )
+    if weights != other_weights:
+        return "weights"
+    return "configuration" if config and other_config and config != other_config else None

@@ -212,8 +212,8 @@ class LanguageModule(L.LightningModule):
             self.data.serve(self.streams, self.reference_streams, *known, **asked)
 
     def fingerprint(self) -> str:
-        """Digest of the weights as they are now. Collective: all ranks must call it."""
-        return fingerprint(self.lm.named_parameters())
+        """Fingerprint of the model as it is now. Collective: all ranks must call it."""
+        return fingerprint(self.lm)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import tempfile
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -27,7 +28,7 @@ from wagle_pl.core.hub import card_of, upload
 from wagle_pl.core.records import MadeBy
 from wagle_pl.core.schema import Count, check
 from wagle_pl.core.tensorfiles import DTYPES, TensorFile, load_plain, sealed
-from wagle_pl.core.weights import fingerprint, share_of
+from wagle_pl.core.weights import mismatch, share_of, weights_digest
 from wagle_pl.masks.bits import (
     count_bits,
     filled_bits,
@@ -37,6 +38,8 @@ from wagle_pl.masks.bits import (
     unpack_part,
 )
 from wagle_pl.masks.names import layer_of, module_label, module_type_of
+
+log = logging.getLogger(__name__)
 
 FORMAT = "wagle_pl.mask"
 FORMAT_VERSION = 1
@@ -301,7 +304,7 @@ class WeightMask:
 
     def digest(self) -> str:
         """SHA-256 over names, shapes, and digests of the bits. Collective."""
-        bits = fingerprint((name, self.packed(name)) for name in self)  # bytes are exact in bf16
+        bits = weights_digest((name, self.packed(name)) for name in self)  # bytes are exact in bf16
         return hashlib.sha256(f"{self.shapes} {bits}".encode()).hexdigest()
 
     def tally(self, group: Callable[[str], Key]) -> dict[Key, tuple[int, int]]:
@@ -381,11 +384,18 @@ class WeightMask:
             else:
                 continue
             raise WagleError(f"{where} {difference}: it was made for another model")
-        if fingerprint and made_for and fingerprint != made_for:
+        if differing := mismatch(made_for, fingerprint):
+            same = "shapes" if differing == "weights" else "shapes and weights"
             raise WagleError(
                 f"{where} was made for the model with fingerprint {made_for[:12]}, {what} has "
-                f"{fingerprint[:12]}: same shapes, other weights",
+                f"{fingerprint[:12]}: same {same}, other {differing}",
                 hint="run attribution on this model" if what == "the model" else None,
+            )
+        if made_for and "-" in (fingerprint or "") and "-" not in made_for:
+            log.warning(
+                "%s does not say for which configuration of the model it was made: its weights are "
+                "compared, not epsilons, activations or RoPE",
+                where,
             )
 
     # -- set operations on packed bits, one tensor at a time ---------------------------------------

@@ -256,7 +256,7 @@ class Plants:
         models.locate(self.model)
         with locked(self.folder):
             lm = models.load_model(self.model, torch.bfloat16)
-            shapes, base = parameter_shapes(lm), fingerprint(lm.named_parameters())
+            shapes, base = parameter_shapes(lm), fingerprint(lm)
             truths = {
                 (f"{plant}-{amount:g}" if plant in KINDS else Path(plant).stem, seed): plant_mask(
                     plant, amount, shapes, lm.config, seed

@@ -17,7 +17,7 @@ from wagle_pl.core.files import refuse_existing
 from wagle_pl.core.hub import card_of
 from wagle_pl.core.tensorfiles import load_plain
 from wagle_pl.core.text import markdown_table
-from wagle_pl.core.weights import fingerprint, is_linear, parameter_shapes
+from wagle_pl.core.weights import is_linear, mismatch, parameter_shapes, weights_digest
 from wagle_pl.lm import models
 from wagle_pl.lm.layers import is_transposed
 from wagle_pl.lm.saving import Originals, Weight, read_record, save_model, save_weights
@@ -165,9 +165,9 @@ def _mask_of(
     file: Optional[str],
 ) -> WeightMask:
     """The mask of a checkpoint's run, made again in the same way."""
-    found = fingerprint((name, originals.read(name)) for name in shapes)
+    found = weights_digest((name, originals.read(name)) for name in shapes)
     made_on = checkpoint["model"]["fingerprint"]
-    if found != made_on:
+    if mismatch(found, made_on):
         raise WagleError(
             f"the checkpoint is of a run on the model with fingerprint {made_on[:12]}, "
             f"{originals.name} has {found[:12]}: say where the run's model is: --model"

@@ -38,7 +38,7 @@ from wagle_pl.core.hub import card_of, upload
 from wagle_pl.core.records import Run
 from wagle_pl.core.schema import Count
 from wagle_pl.core.tensorfiles import TensorFile, TensorFiles, sealed, write_header
-from wagle_pl.core.weights import fingerprint, parameter_shapes
+from wagle_pl.core.weights import fingerprint, mismatch, parameter_shapes
 from wagle_pl.lm import models
 from wagle_pl.lm.saving import CARD_FILE, RECORD_FILE, Originals, read_record, save_model
 from wagle_pl.masks import WeightMask
@@ -157,7 +157,7 @@ class Patch:
 def digest_of(files: TensorFiles) -> str:
     """SHA-256 over names, dtypes, shapes and raw bytes of all tensors, in the order of their names.
 
-    Unlike :func:`wagle_pl.core.weights.fingerprint`, it changes with the dtype and with every bit.
+    Unlike :func:`wagle_pl.core.weights.weights_digest`, it changes with the dtype and with every bit.
     """
     digest = hashlib.sha256()
     for name in sorted(files.names):
@@ -431,12 +431,12 @@ def subtract(
     refuse_existing(Path(output), overwrite, "--overwrite", kind="folder")
     check_positive(strength, "strength")
     lm, originals = models.load_model(base, models.checkpoint_dtype(base)), Originals(base)
-    shapes, made_on = parameter_shapes(lm), fingerprint(lm.named_parameters())
+    shapes, made_on = parameter_shapes(lm), fingerprint(lm)
     chosen = None if mask is None else WeightMask.load(mask)
     if chosen is not None:
         chosen.check(shapes, made_on)
     about = dict(about or {})
-    if (other := about.get("model_fingerprint", made_on)) != made_on:
+    if mismatch(other := about.get("model_fingerprint"), made_on):
         raise WagleError(
             f"the scores are of the model with fingerprint {other[:12]}, {base} has {made_on[:12]}"
         )

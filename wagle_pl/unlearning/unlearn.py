@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.registry import describe, resolve
-from wagle_pl.core.weights import evaluating
+from wagle_pl.core.weights import evaluating, mismatch
 from wagle_pl.data.template import differing_prompts
 from wagle_pl.lm.resume import random_state, set_random_state
 from wagle_pl.masks import Restriction, WeightMask
@@ -424,10 +424,12 @@ class UnlearnModule(FinetuneModule):
                 "the checkpoint belongs to a run with another mask: resume with that mask, or start a "
                 "new run"
             )
-        elif digest and (base := checkpoint["model"]["fingerprint"]) != self.model_fingerprint:
+        elif digest and (
+            differing := mismatch(checkpoint["model"]["fingerprint"], self.model_fingerprint)
+        ):
             raise WagleError(
-                f"the checkpoint belongs to a run on the model with fingerprint {base[:12]}, this model "
-                f"has {self.model_fingerprint[:12]}: set --model.model to the model of that run"
+                f"the checkpoint belongs to a run on a model with another {differing}: set "
+                "--model.model to the model of that run"
             )
         super().on_load_checkpoint(checkpoint)
         self._references.load_state_dict(checkpoint.get("references", {}))

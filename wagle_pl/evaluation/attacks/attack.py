@@ -19,7 +19,7 @@ from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.registry import Entry, resolve
 from wagle_pl.core.text import table
-from wagle_pl.core.weights import fingerprint
+from wagle_pl.core.weights import weights_digest
 from wagle_pl.data.example import Example
 from wagle_pl.data.template import Template
 from wagle_pl.evaluation.functional import Undefined
@@ -326,11 +326,11 @@ def run_attacks(
             found += [replace(each, attack=attack.name) for each in attack.attack(subject)]
         return found
 
-    before = fingerprint(subject.lm.named_parameters())
+    before = weights_digest(subject.lm.named_parameters())
     # Fine-tuning needs tensors that take gradients, which those made in inference mode do not.
     with torch.inference_mode(False), torch.no_grad():
         found = attack_all(subject, "the model")
-        if fingerprint(subject.lm.named_parameters()) != before:
+        if weights_digest(subject.lm.named_parameters()) != before:
             names = ", ".join(type(attack).__name__ for attack in attacks)
             raise RuntimeError(f"one of the attacks {names} left the model's weights changed")
         beside = {

@@ -11,6 +11,7 @@ from typing import Any, Optional
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.reading import read_json
+from wagle_pl.core.weights import mismatch
 from wagle_pl.evaluation.attacks.attack import ROBUSTNESS_FILE
 from wagle_pl.evaluation.measures import Info
 from wagle_pl.evaluation.openunlearning import find_file
@@ -140,7 +141,7 @@ class ReportedModel(Results):
         try:
             mask = WeightMask.load(made["file"])
             ours, theirs = self.last.get("base_fingerprint"), mask.metadata.get("model_fingerprint")
-            if ours and theirs and ours != theirs:
+            if mismatch(ours, theirs):
                 raise WagleError(f"mask {made['file']} is now one for another model")
             # a mask restricted to modules has a lower density than its file
             if mask.density < made["density"]:
@@ -326,6 +327,6 @@ def _check_target(sources: Sources) -> None:
         return
     for model in sources.models:
         bases = [step.get("base_fingerprint") for step in model.lineage if step.get("objective")]
-        if bases and not {None, target.fingerprint} & set(bases):
-            said = "it was made from a model with other weights than the target model that is shown"
+        if bases and all(mismatch(base, target.fingerprint) for base in bases):
+            said = "it was made from another model than the target model that is shown"
             model.notes.append(said)
