@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers import random_bools, trainer
+from helpers import random_bools, trainer, write_model
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +20,7 @@ from wagle_pl import WagleError
 from wagle_pl.core.weights import weights_digest
 from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.lm.inference import answer_places, forward_answers, pack, sequence_logprobs
-from wagle_pl.lm.models import load_model
+from wagle_pl.lm.models import load_model, load_tokenizer
 from wagle_pl.masks import WeightMask
 from wagle_pl.objectives import GradDiff, Streams
 from wagle_pl.objectives.forget import L1Sparse
@@ -101,6 +101,39 @@ def test_a_penalty_sums_the_weights_that_may_move(
     assert penalty.values[0] == pytest.approx(alpha * norm, rel=1e-5)
     stepped = sum(float((v - 1e-3 * v.sign()).abs().sum()) for v in start.values())
     assert penalty.values[1] == pytest.approx(alpha * stepped, rel=1e-3)
+
+
+# -- tensors that transformers keeps in fp32 ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_what_transformers_keeps_in_fp32_moves_under_bf16(
+    given: bool, tiny_model: str, rows: dict[str, str], tmp_path: Path
+) -> None:
+    """Steps far below bf16's precision; a router of experts, and the positions of RoPE."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1}
+    folder = write_model(
+        "Ernie4_5_Moe", tmp_path / "ernie", load_tokenizer(tiny_model), **sizes, use_bias=False
+    )
+    lm = load_model(folder, torch.bfloat16)
+    start = {n: p.detach().clone() for n, p in lm.named_parameters() if p.dtype == torch.float32}
+    assert start and lm.model.rotary_emb.inv_freq.dtype == torch.float32
+    kept = {}
+
+    class Dtypes(L.Callback):
+        def on_train_end(self, trainer: Any, module: Any) -> None:
+            kept.update({name: p.dtype for name, p in module.lm.named_parameters()})
+            kept["inv_freq"] = module.lm.model.rotary_emb.inv_freq.dtype
+
+    module = FinetuneModule(load_model(folder) if given else folder, lr=1e-5, warmup=0)
+    run(module, rows, Dtypes(), precision="bf16-true")
+    assert all(kept[name] == torch.float32 for name in [*start, "inv_freq"])
+    ended = dict(module.lm.named_parameters())
+    for name, before in start.items():
+        if name.endswith("gate.weight"):
+            assert (ended[name] != before).float().mean() > 0.9, name
 
 
 # -- one graph at a time ------------------------------------------------------------------------------
