@@ -8,9 +8,10 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import TrainingArguments, get_scheduler
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.unlearning.optim import MaskedAdamW, SignSGD, Sophia
+from wagle_pl.unlearning.optim import MaskedAdamW, SignSGD, Sophia, warmup_and_decay
 
 SHAPES = {"a": (13, 7), "b": (11,), "d": ()}
 
@@ -119,3 +120,15 @@ def test_meaningless_options_are_refused(make: type[torch.optim.Optimizer], opti
         make(parameters().values(), **options)
     with pytest.raises(WagleError, match=r"optimizer.momentum: must lie in \[0, 1\), got 1.0"):
         SignSGD(parameters().values(), momentum=1.0)
+
+
+@pytest.mark.parametrize("decay", ["linear", "constant"])
+@pytest.mark.parametrize("warmup", [0, 1, 3, 0.25])
+def test_a_warm_up_from_zero_is_that_of_transformers(warmup: float, decay: str) -> None:
+    parameters = [torch.zeros(1)]
+    ours = warmup_and_decay(torch.optim.SGD(parameters), warmup, decay, 10, from_zero=True)
+    warm = TrainingArguments("out", warmup_steps=warmup, use_cpu=True).get_warmup_steps(10)
+    name = "linear" if decay == "linear" else "constant_with_warmup"
+    theirs = get_scheduler(name, torch.optim.SGD(parameters), warm, 10)
+    for step in range(11):
+        assert ours.lr_lambdas[0](step) == theirs.lr_lambdas[0](step)

@@ -15,12 +15,14 @@ from helpers import random_bools, trainer, write_model
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Trainer
 
 from wagle_pl import WagleError
 from wagle_pl.core.weights import weights_digest
 from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.lm.inference import answer_places, forward_answers, pack, sequence_logprobs
 from wagle_pl.lm.models import load_model, load_tokenizer
+from wagle_pl.lm.saving import read_record
 from wagle_pl.masks import WeightMask
 from wagle_pl.objectives import GradDiff, Streams
 from wagle_pl.objectives.forget import L1Sparse
@@ -302,6 +304,76 @@ def test_an_override_is_what_is_minimised(
     for name, p in lm.named_parameters():
         distance, moved = (ended[name] - p).norm(), (p - start[name]).norm()
         assert distance <= 1e-4 * moved + 1e-6, (name, distance, moved)
+
+
+# -- as Hugging Face's Trainer ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_weight_decay_can_leave_out_what_the_trainer_does(
+    kind: str, masked: bool, tiny_model: str, rows: dict[str, str], tmp_path: Path
+) -> None:
+    folder = tiny_model
+    if kind == "GPT2":
+        sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 512}
+        folder = write_model("GPT2", tmp_path / "gpt2", load_tokenizer(tiny_model), **sizes)
+    lm = load_model(folder)
+    bools = random_bools({name: p.shape for name, p in lm.named_parameters()})
+    module = UnlearnModule(
+        folder,
+        objective="GradDiff",
+        mask=WeightMask.from_bools(bools) if masked else None,
+        decay_norms_and_biases=False,
+    )
+    module.make_optimizer = partial(torch.optim.AdamW, weight_decay=0.3, lr=0.01)
+    decayed = set()
+
+    class Look(L.Callback):
+        def on_train_start(self, trainer: Any, *_: Any) -> None:
+            for group in trainer.optimizers[0].param_groups:
+                held = {id(p) for p in group["params"] if group["weight_decay"]}
+                tensors = module.selected.tensors.items()
+                decayed.update(name for name, tensor in tensors if id(tensor.values) in held)
+
+    run(module, rows, Look())
+    expected = set(Trainer.get_decay_parameter_names(None, lm))
+    assert decayed == expected & {name for name, _ in lm.named_parameters()}
+
+
+def test_moves_that_the_file_keeps_are_counted(
+    tiny_model: str,
+    rows: dict[str, str],
+    tmp_path: Path,
+    heard: pytest.LogCaptureFixture,
+) -> None:
+    """Of a base in bf16, against the files of two runs: rounded, and in fp32."""
+    heard.set_level("INFO", logger="wagle_pl")
+    base = str(tmp_path / "base")
+    load_model(tiny_model, torch.bfloat16).save_pretrained(base)
+    load_tokenizer(tiny_model).save_pretrained(base)
+    bools = random_bools({name: p.shape for name, p in load_model(base).named_parameters()})
+    files, shares = {}, {}
+    for output_dtype in (None, "float32"):
+        output = str(tmp_path / f"{output_dtype}")
+        module = UnlearnModule(
+            base,
+            output,
+            objective="GradDiff",
+            mask=WeightMask.from_bools(bools),
+            output_dtype=output_dtype,
+            lr=1e-6,
+        )
+        run(module, rows, precision="bf16-true")
+        files[output_dtype] = load_model(output, torch.float32).state_dict()
+        shares[output_dtype] = read_record(output)["lineage"][-1]["moves_kept_by_rounding"]
+    start = load_model(base, torch.float32).state_dict()
+    kept, moved = (
+        sum(int((files[dtype][name] != start[name]).sum()) for name in bools)
+        for dtype in (None, "float32")
+    )
+    assert shares == {None: kept / moved, "float32": None} and 0 < kept / moved < 0.5
+    assert "model.output_dtype float32" in heard.text
 
 
 # -- waiting for the device ---------------------------------------------------------------------------

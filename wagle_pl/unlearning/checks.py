@@ -16,6 +16,8 @@ from wagle_pl.masks import WeightMask
 from wagle_pl.strategies import is_zero
 
 if TYPE_CHECKING:
+    from wagle_pl.lm.saving import Originals
+    from wagle_pl.masks.selected import SelectedTensor
     from wagle_pl.unlearning.finetune import FinetuneModule
 
 
@@ -154,6 +156,27 @@ def _largest(tensors: Iterable[Tensor]) -> Tensor:
     ends = [t.aminmax() if t.numel() else (t.new_zeros(()),) * 2 for t in tensors]
     low, high = (torch.stack(end).float() for end in zip(*ends, strict=True))
     return torch.maximum(high, -low)
+
+
+# -- moves that files round away -------------------------------------------------------------------
+
+
+@torch.no_grad()
+def moves_kept(tensors: Mapping[str, SelectedTensor], originals: Originals) -> Optional[float]:
+    """Share of the weights that moved which still differ from the base model's once they are
+    rounded to its files' dtypes; None if nothing is rounded, or nothing moved."""
+    moved = kept = 0
+    for name, tensor in tensors.items():
+        stored = None if tensor.values is None else originals.read(name)
+        if stored is None or stored.dtype not in (torch.bfloat16, torch.float16):
+            continue
+        now = tensor.values.detach().view(-1)
+        stored = tensor.taken(stored.to(now.device), stored.dtype).view(-1)
+        start = stored.to(tensor.parameter.dtype)
+        moves = now != start
+        moved += int(moves.sum())
+        kept += int((moves & (now.to(stored.dtype) != start.to(stored.dtype))).sum())
+    return kept / moved if moved else None
 
 
 # -- frozen weights that moved ---------------------------------------------------------------------

@@ -40,7 +40,13 @@ from wagle_pl.masks.selected import SUFFIX, SelectedTensor, SelectedWeights, loa
 from wagle_pl.objectives import Streams
 from wagle_pl.planning import PlannedRun, disk_bytes
 from wagle_pl.strategies import ShardedCheckpoint, is_zero, stage_of
-from wagle_pl.unlearning.checks import FiniteSteps, StepLosses, check_run, check_weights
+from wagle_pl.unlearning.checks import (
+    FiniteSteps,
+    StepLosses,
+    check_run,
+    check_weights,
+    moves_kept,
+)
 from wagle_pl.unlearning.export import model_card
 from wagle_pl.unlearning.optim import MaskedAdamW, warmup_and_decay
 
@@ -61,7 +67,11 @@ class FinetuneModule(LanguageModule):
         train_on: ``all`` rows (the target model), ``retain`` (the retrained model) or ``forget``.
         warmup: linear warm-up, unless ``--lr_scheduler`` is given: a share (below 1) or a number of
             steps.
+        warmup_from_zero: the first step of a warm-up has rate 0, as in Hugging Face's Trainer;
+            False: 1/n of the rate, n the steps of the warm-up.
         decay: after warm-up, ``linear`` to zero or ``constant``.
+        decay_norms_and_biases: whether an optimiser's weight decay moves tensors of one dimension,
+            too; Hugging Face's Trainer leaves them out.
         lr_interval: a scheduler of ``--lr_scheduler`` is stepped every ``epoch`` or every ``step``.
         gradient_checkpointing: recompute activations: less memory, about a third more time.
         compile: compile each block with ``torch.compile``: the first steps take minutes, later ones
@@ -81,7 +91,9 @@ class FinetuneModule(LanguageModule):
         output: Optional[str] = None,
         train_on: Literal["all", "retain", "forget"] = "all",
         warmup: float = 0.1,
+        warmup_from_zero: bool = False,
         decay: Literal["linear", "constant"] = "linear",
+        decay_norms_and_biases: bool = True,
         lr_interval: Literal["epoch", "step"] = "epoch",
         gradient_checkpointing: bool = False,
         compile: bool = False,
@@ -98,7 +110,9 @@ class FinetuneModule(LanguageModule):
         self.streams = (train_on,)
         self.output_dtype = None if output_dtype is None else torch.float32
         self.warmup = warmup
+        self.warmup_from_zero = warmup_from_zero
         self.decay = decay
+        self.decay_norms_and_biases = decay_norms_and_biases
         self.lr_interval = lr_interval
         self.gradient_checkpointing = gradient_checkpointing
         self.compiles = compile
@@ -118,6 +132,7 @@ class FinetuneModule(LanguageModule):
         self._finite = FiniteSteps()
         self._step_start: Optional[resume.StepStart] = None
         self._random: Mapping[str, Tensor] = {}
+        self._moves_kept: Optional[float] = None
 
     # -- before the run ----------------------------------------------------------------------------
 
@@ -220,7 +235,16 @@ class FinetuneModule(LanguageModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimiser over trainable parameters, with warm-up and decay by step."""
         options = {} if self.lr is None else {"lr": self.lr}
-        trained = [parameter for parameter in self.lm.parameters() if parameter.requires_grad]
+        trained: Any = [parameter for parameter in self.lm.parameters() if parameter.requires_grad]
+        if not self.decay_norms_and_biases:
+            tensors = self._tensors.values()
+            shapes = {
+                t.values: getattr(t.parameter, "ds_shape", t.parameter.shape) for t in tensors
+            }
+            vectors = [p for p in trained if len(shapes[p]) < 2]
+            matrices = [p for p in trained if len(shapes[p]) >= 2]
+            groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+            trained = [group for group in groups if group["params"]]
         try:
             optimizer = self.make_optimizer(trained, **options)
         except WagleError:
@@ -240,7 +264,8 @@ class FinetuneModule(LanguageModule):
             )
         if self.make_lr_scheduler is None:
             steps = self.trainer.estimated_stepping_batches
-            scheduler = warmup_and_decay(optimizer, self.warmup, self.decay, steps)
+            shape = (self.warmup, self.decay, steps, self.warmup_from_zero)
+            scheduler = warmup_and_decay(optimizer, *shape)
             how = {"interval": "step"}
         else:
             scheduler = self.make_lr_scheduler(optimizer)
@@ -431,6 +456,7 @@ class FinetuneModule(LanguageModule):
 
     def on_train_end(self) -> None:
         self.check_weights()
+        self._note_rounding()
         self.release(self.output_dtype)
         if self.output_dtype and self._before is not None:
             self._before.dtypes.clear()  # the values are to stay in fp32
@@ -449,6 +475,17 @@ class FinetuneModule(LanguageModule):
         if self.trainer.is_global_zero:
             log.info("model written to %s", self.output)
 
+    def _note_rounding(self) -> None:
+        """Note how many moves are left in the files, if these round the values."""
+        if not self.output or self.output_dtype or is_zero(self.trainer.strategy):
+            return
+        if self.trainer.is_global_zero:
+            self._moves_kept = moves_kept(self._tensors, Originals(self.model_name))
+        if self._moves_kept is not None:
+            few = "; --model.output_dtype float32 keeps all" if self._moves_kept < 0.5 else ""
+            message = "rounding to the base model's dtype leaves %.1f %% of the weights moved%s"
+            log.info(message, 100 * self._moves_kept, few)
+
     def export(self, record: dict[str, Any]) -> None:
         """Write the model folder; unchanged values keep their bits. Collective under ZeRO-3."""
         originals = None if self.output_dtype else Originals(self.model_name)
@@ -464,6 +501,7 @@ class FinetuneModule(LanguageModule):
             "prompts": self.prompts,
             "streams": list(self.streams),
             "steps": self.global_step,
+            "moves_kept_by_rounding": self._moves_kept,
             "seconds": round(time.monotonic() - self._started, 1),
             "peak_memory_bytes": peak_memory(),
             "versions": versions(),

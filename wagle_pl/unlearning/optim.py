@@ -6,6 +6,7 @@ optimiser that accepts vectors works.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Optional
@@ -159,15 +160,17 @@ class Sophia(_ByTensor):
         parameter.add_(ratio.clamp_(-1, 1), alpha=-group["lr"])
 
 
-def warmup_and_decay(optimizer: Optimizer, warmup: float, decay: str, steps: float) -> LambdaLR:
+def warmup_and_decay(
+    optimizer: Optimizer, warmup: float, decay: str, steps: float, from_zero: bool = False
+) -> LambdaLR:
     """Linear warm-up, then linear decay to zero, or constant, by step.
-
-    Unlike transformers' schedule of that name, the first step is not wasted on a rate of 0.
 
     Args:
         warmup: a share of the steps (below 1) or a number of steps.
         decay: ``linear`` or ``constant``.
         steps: number of steps of the run; infinite if it is not known.
+        from_zero: as transformers' schedules: the first step of a warm-up has rate 0, and a share
+            of the steps is rounded up.
 
     Raises:
         WagleError: if the number of steps is needed but not known.
@@ -183,11 +186,12 @@ def warmup_and_decay(optimizer: Optimizer, warmup: float, decay: str, steps: flo
             "give --trainer.max_steps or --trainer.max_epochs (max_time may end it earlier), or "
             "--model.decay constant with a --model.warmup of 0 or in steps"
         )
-    warm = round(warmup * steps) if 0 < warmup < 1 else round(warmup)
+    rounded = math.ceil if from_zero else round
+    warm = rounded(warmup * steps) if 0 < warmup < 1 else round(warmup)
 
     def factor(step: int) -> float:
         if step < warm:
-            return (step + 1) / warm
+            return (step + (not from_zero)) / warm
         return 1.0 if decay == "constant" else max(0.0, (steps - step) / max(1, steps - warm))
 
     return LambdaLR(optimizer, factor)
