@@ -63,13 +63,16 @@ class StreamData(Protocol):
 class Ending(Callback):
     """Gives the model back, and releases the output, however a run ends; the last callback."""
 
+    def __init__(self, output: Optional[Path]) -> None:
+        self.output = output
+
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         self._handler = signal.getsignal(signal.SIGINT)
 
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         module.give_back()
-        if module.place:
-            outputs.release(module.place)
+        if self.output:
+            outputs.release(self.output)
 
     def on_exception(
         self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
@@ -288,7 +291,7 @@ class LanguageModule(L.LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """A callback that gives the model back, and releases the output, when the run ends."""
-        return [Ending()]
+        return [Ending(self.place)]
 
     def planned_files(self) -> list[outputs.Planned]:
         """What the run is going to write, at least."""
