@@ -11,11 +11,11 @@ from typing import Any, Optional
 import pytest
 import torch
 
-from wagle_pl.cli.tools import report
 from wagle_pl.evaluation.results import write_json, write_table
 from wagle_pl.evaluation.suites import TOFUSuite
+from wagle_pl.lab.commands import report
+from wagle_pl.lab.study.report.figures import PALETTE
 from wagle_pl.masks import WeightMask
-from wagle_pl.study.report.figures import PALETTE
 
 VOID = {"meta", "wbr"}
 #: Elements and attributes by which a page loads something.

@@ -33,7 +33,6 @@ from wagle_pl.lm.saving import Originals, save_model
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import place
 from wagle_pl.objectives import Objective
-from wagle_pl.study.report.page import template
 from wagle_pl.unlearning import UnlearnModule
 from wagle_pl.unlearning.export import model_card
 from wagle_pl.unlearning.patch import make_patch
@@ -83,6 +82,8 @@ class Forgotten:
 
     def report(self, path: Union[str, Path]) -> Path:
         """Write an HTML page: the verdict, the measures, and what the model answers."""
+        from wagle_pl.lab.study.report.page import template
+
         title = f"Unlearning of {self.record['lineage'][-1]['base']}"
         write_text(Path(path), template("forgotten.html.j2").render(title=title, result=self))
         return Path(path)

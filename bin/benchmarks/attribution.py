@@ -34,12 +34,12 @@ from torch import Tensor
 
 from wagle_pl.attribution import AttributionModule, MaskSpec
 from wagle_pl.attribution.selection import select
+from wagle_pl.attribution.sums import runs_of
 from wagle_pl.core.weights import fingerprint
 from wagle_pl.lm import models
 from wagle_pl.lm.inference import forward_answers, sequence_logprobs
 from wagle_pl.lm.tiny import create_tiny_llama
 from wagle_pl.masks import WeightMask
-from wagle_pl.planning import runs_of
 
 DENSITY = 0.2
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

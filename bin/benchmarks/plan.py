@@ -23,7 +23,6 @@ from typing import Any
 import lightning as L
 from common import GIVE_BACK, memory
 
-from wagle_pl import planning
 from wagle_pl.attribution.hessian import estimator_of
 from wagle_pl.cli import app as cli
 from wagle_pl.cli.messages import fail
@@ -31,6 +30,7 @@ from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
 from wagle_pl.core.text import markdown_table
+from wagle_pl.lab import planning
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import random_bits
 

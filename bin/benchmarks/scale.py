@@ -21,13 +21,13 @@ import lightning as L
 from handled import Handled
 from plan import ROOT, measure
 
-from wagle_pl import planning
 from wagle_pl.cli import app as cli
 from wagle_pl.cli.messages import fail
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
 from wagle_pl.core.text import table
+from wagle_pl.lab import planning
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import random_bits
 

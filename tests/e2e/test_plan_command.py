@@ -10,7 +10,7 @@ from helpers import write_config
 
 from wagle_pl.attribution.hessian import estimator_of
 from wagle_pl.cli import app as cli
-from wagle_pl.planning import PlannedRun, architecture, disk_bytes, memory
+from wagle_pl.lab.planning import PlannedRun, architecture, disk_bytes, memory
 
 
 @pytest.mark.parametrize("hessian", ["scalar", "auto", "gauss_newton", "fisher", "hutchinson"])

@@ -17,10 +17,11 @@ from wagle_pl.data.example import raw_rows
 from wagle_pl.data.people import bundled
 from wagle_pl.data.rows import load_rows
 from wagle_pl.data.template import Template
-from wagle_pl.evaluation.attacks import Attack, InContext, Relearn
+from wagle_pl.evaluation.attacks import Attack, Relearn
 from wagle_pl.evaluation.attacks.attack import find_attacks, texts_of, usable_attacks
 from wagle_pl.evaluation.attacks.weights import finetune_, quantise_
 from wagle_pl.evaluation.results import model_of, results_of
+from wagle_pl.lab.attacks import InContext
 from wagle_pl.lm.models import load_model, load_tokenizer
 from wagle_pl.lm.saving import save_model
 

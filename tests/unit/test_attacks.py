@@ -14,15 +14,15 @@ from wagle_pl.data.example import Example, parse_rows
 from wagle_pl.data.people import bundled
 from wagle_pl.data.template import Template
 from wagle_pl.evaluation.attacks.attack import worst
-from wagle_pl.evaluation.attacks.probing import (
+from wagle_pl.evaluation.attacks.weights import fake_quantise, finetune_, quantise_, restored
+from wagle_pl.lab.attacks.probing import (
     folds_of,
     order_answers,
     ridge,
     separate,
     share_above,
 )
-from wagle_pl.evaluation.attacks.prompts import FRAMES, paraphrases, translated, word_vectors
-from wagle_pl.evaluation.attacks.weights import fake_quantise, finetune_, quantise_, restored
+from wagle_pl.lab.attacks.prompts import FRAMES, paraphrases, translated, word_vectors
 from wagle_pl.lm.layers import linear_weights
 from wagle_pl.lm.models import load_model, load_tokenizer
 

@@ -12,8 +12,8 @@ import transformers
 from wagle_pl import ForgetRetainDataModule, TOFUDataModule, WagleError, WeightMask
 from wagle_pl.data.rows import load_rows
 from wagle_pl.evaluation.classifiers import ToxicityClassifier, check_folder
+from wagle_pl.lab.planning import architecture
 from wagle_pl.lm.models import load_model, load_tokenizer
-from wagle_pl.planning import architecture
 
 
 @pytest.fixture

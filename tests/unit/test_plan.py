@@ -13,10 +13,7 @@ from helpers import write_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from wagle_pl.attribution.hessian import GaussNewton, estimator_of
-from wagle_pl.lm.models import load_model
-from wagle_pl.masks import WeightMask
-from wagle_pl.masks.selected import SelectedWeights
-from wagle_pl.planning import (
+from wagle_pl.lab.planning import (
     PlannedRun,
     architecture,
     choices,
@@ -27,6 +24,9 @@ from wagle_pl.planning import (
     peak,
     step_flops,
 )
+from wagle_pl.lm.models import load_model
+from wagle_pl.masks import WeightMask
+from wagle_pl.masks.selected import SelectedWeights
 from wagle_pl.unlearning import optim
 
 PAGE = Path(__file__).parents[2] / "configs/scale.md"
@@ -424,7 +424,7 @@ FILES = sorted((PAGE.parent / "strategy").glob("[!c]*.yaml"))  # cpu.yaml is a l
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_strategy_file_is_what_the_plan_takes_it_for(file):
     pytest.importorskip("deepspeed")
-    from wagle_pl.planning.planned import STRATEGIES as planned
+    from wagle_pl.lab.planning.planned import STRATEGIES as planned
     from wagle_pl.strategies import ZeRO
 
     lines = file.read_text()

@@ -14,9 +14,7 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.core.text import markdown_table
 from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.evaluation.results import load_table
-from wagle_pl.lm.models import load_model
-from wagle_pl.masks import WeightMask
-from wagle_pl.study.plants import (
+from wagle_pl.lab.study.plants import (
     auroc,
     figure,
     locate,
@@ -26,6 +24,8 @@ from wagle_pl.study.plants import (
     shown,
     summarise,
 )
+from wagle_pl.lm.models import load_model
+from wagle_pl.masks import WeightMask
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 AMOUNTS = {"random": 0.02, "block": 1, "heads": 3, "spread": 0.05}

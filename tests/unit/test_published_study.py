@@ -8,9 +8,9 @@ import pytest
 
 from wagle_pl.core.text import mean_std
 from wagle_pl.evaluation.results import load_table
-from wagle_pl.study.recovery import at_the_level, tables
-from wagle_pl.study.summary import Compared, summarise
-from wagle_pl.study.text import by_objective, shown
+from wagle_pl.lab.study.recovery import at_the_level, tables
+from wagle_pl.lab.study.summary import Compared, summarise
+from wagle_pl.lab.study.text import by_objective, shown
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STUDIES = sorted(CONFIGS.glob("*/results/study*.json"))

@@ -10,7 +10,7 @@ import pytest
 
 from wagle_pl.core.text import markdown_table, mean_std
 from wagle_pl.evaluation.results import load_table
-from wagle_pl.study.plants import overview, summarise
+from wagle_pl.lab.study.plants import overview, summarise
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MASKS = ("curvature^1 0.2", "dense", "wagle 0.2", "random 0.2", "lora")

@@ -17,9 +17,9 @@ from pages import EVIL, numbers, records, section, step, write_run
 from wagle_pl import WagleError
 from wagle_pl.evaluation.results import arrow, to_result, write_json, write_table
 from wagle_pl.evaluation.suites import TOFUSuite
+from wagle_pl.lab.study.report.page import render, write_report
+from wagle_pl.lab.study.report.sources import gather
 from wagle_pl.masks import WeightMask
-from wagle_pl.study.report.page import render, write_report
-from wagle_pl.study.report.sources import gather
 
 
 def by_run(runs: dict[str, dict[str, float]]) -> dict[tuple[str, str], float]:
@@ -120,7 +120,7 @@ def test_answers_stand_side_by_side(runs, report):
 
 
 def test_truth_ratios_are_those_of_the_tables(runs):
-    from wagle_pl.study.report.page import ratios_of
+    from wagle_pl.lab.study.report.page import ratios_of
 
     (run,) = gather(["masked"]).models
     found = ratios_of(run, "forget")

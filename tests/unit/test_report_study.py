@@ -20,14 +20,14 @@ from pages import Strict, section
 from wagle_pl import WagleError
 from wagle_pl.core.text import short_number
 from wagle_pl.evaluation.results import load_table, write_json
+from wagle_pl.lab.study import recovery
+from wagle_pl.lab.study.recovery import HALF
+from wagle_pl.lab.study.report.curves import panels, study_overview
+from wagle_pl.lab.study.report.figures import PALETTE, svg
+from wagle_pl.lab.study.report.page import mean_curves
+from wagle_pl.lab.study.summary import compared_at
+from wagle_pl.lab.study.text import about
 from wagle_pl.masks import WeightMask
-from wagle_pl.study import recovery
-from wagle_pl.study.recovery import HALF
-from wagle_pl.study.report.curves import panels, study_overview
-from wagle_pl.study.report.figures import PALETTE, svg
-from wagle_pl.study.report.page import mean_curves
-from wagle_pl.study.summary import compared_at
-from wagle_pl.study.text import about
 
 # -- studies ---------------------------------------------------------------------------------------
 

@@ -10,11 +10,11 @@ from jsonargparse import Namespace
 from scipy import integrate, interpolate, stats
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.study import envelope, mean_utility, paired, utility_at
-from wagle_pl.study.grid import Grid, middle_first, passes, read_masks, read_objectives
-from wagle_pl.study.recovery import HALF, at_the_level, csv, tables
-from wagle_pl.study.runs import next_runs, steps_of_tests
-from wagle_pl.study.summary import (
+from wagle_pl.lab.study import envelope, mean_utility, paired, utility_at
+from wagle_pl.lab.study.grid import Grid, middle_first, passes, read_masks, read_objectives
+from wagle_pl.lab.study.recovery import HALF, at_the_level, csv, tables
+from wagle_pl.lab.study.runs import next_runs, steps_of_tests
+from wagle_pl.lab.study.summary import (
     Compared,
     Pace,
     Paired,
@@ -24,7 +24,7 @@ from wagle_pl.study.summary import (
     summarise,
     verdict,
 )
-from wagle_pl.study.text import cells, markdown
+from wagle_pl.lab.study.text import cells, markdown
 
 approx = pytest.approx
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from wagle_pl.attribution.hessian import DIAGONAL, Fisher, Hessian, MicroBatch
-from wagle_pl.attribution.sums import PIECE, GradientSums
+from wagle_pl.attribution.sums import PIECE, GradientSums, Sums
 from wagle_pl.core import distributed
 from wagle_pl.core.distributed import stable_seed
 from wagle_pl.core.errors import WagleError
@@ -30,7 +30,6 @@ from wagle_pl.lm.inference import IGNORE, Predictions, forward_answers
 from wagle_pl.lm.layers import expert_weights, is_transposed, linear_weights
 from wagle_pl.objectives.objective import Objective
 from wagle_pl.objectives.streams import Answers, Streams
-from wagle_pl.planning import Sums
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
-from wagle_pl.attribution.sums import GradientSums, pieces
+from wagle_pl.attribution.sums import GradientSums, Sums, pieces
 from wagle_pl.core import distributed
 from wagle_pl.core.distributed import stable_seed
 from wagle_pl.core.errors import WagleError, check_positive
@@ -178,6 +178,25 @@ def estimator_of(hessian: str) -> Optional[type[Hessian]]:
     if hessian == "auto":
         return GaussNewton
     return find_class(Hessian, hessian, "hessian", also=("auto", "scalar"))
+
+
+def check_run(
+    precision: str, stage: int, devices: int, estimator: Optional[type[Hessian]], sums: Sums
+) -> None:
+    """Refuse a precision, a ZeRO stage or several passes with which attribution cannot work."""
+    if precision not in ("32-true", "bf16-mixed", "bf16-true"):
+        raise WagleError("attribution runs in 32-true, bf16-mixed or bf16-true, not in fp16")
+    whole = estimator is not None and not estimator.shardable
+    if stage == 3 and whole:
+        raise WagleError(
+            "this Hessian estimate needs whole parameters, which ZeRO-3 shards: choose another "
+            "stage"
+        )
+    if sums.passes > 1 and (whole or devices > 1 or stage):
+        reason = "this Hessian estimate needs all parameters at once"
+        reason = reason if whole else "several devices and ZeRO share sums out already"
+        message = f"passes={sums.passes} cannot be used: {reason}"
+        raise WagleError(message, "sums", "use host or device")
 
 
 def hessian_option(hessian: str, gamma: Union[float, str], needs: set[str]) -> str:

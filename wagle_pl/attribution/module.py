@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from wagle_pl.attribution.collect import Draws, add_batch, end_step, jobs_for, warn_of_unwatched
-from wagle_pl.attribution.hessian import Hessian, estimator_of, hessian_option
+from wagle_pl.attribution.hessian import Hessian, check_run, estimator_of, hessian_option
 from wagle_pl.attribution.scores import Score, try_out
 from wagle_pl.attribution.scoring import (
     DTYPES,
@@ -27,7 +27,7 @@ from wagle_pl.attribution.scoring import (
     complete,
     write_scores,
 )
-from wagle_pl.attribution.sums import GradientSums
+from wagle_pl.attribution.sums import FP32, GradientSums, Sums
 from wagle_pl.core import outputs
 from wagle_pl.core.errors import WagleError, check_positive
 from wagle_pl.core.files import refuse_existing
@@ -37,7 +37,6 @@ from wagle_pl.lm.module import LanguageModule
 from wagle_pl.lm.resume import keep_position
 from wagle_pl.masks import SUFFIX, WeightMask, mask_path
 from wagle_pl.objectives.forget import NPO, PO, GradDiff
-from wagle_pl.planning import PlannedRun, Sums, disk_bytes
 from wagle_pl.strategies import ZeRO, is_zero, stage_of
 
 log = logging.getLogger(__name__)
@@ -135,7 +134,7 @@ class AttributionModule(LanguageModule):
         self.hessian_data = hessian_data
         self.forget_loss = FORGET_LOSSES[forget_loss]()
         self.reduction = reduction
-        self.sums_option, (self._on_host, self.passes) = sums, Sums.parse(sums)
+        self._on_host, self.passes = Sums.parse(sums)
         self.gradient_checkpointing = gradient_checkpointing
         self.estimator: Optional[Hessian] = None
         kind = estimator_of(self.hessian)
@@ -185,14 +184,12 @@ class AttributionModule(LanguageModule):
                 "attribution under DeepSpeed needs this package's strategy: "
                 "wagle_pl.strategies.ZeRO, or a name such as deepspeed_stage_3"
             )
-        self.planned = PlannedRun.about_to(  # refuses fp16, and estimators that cannot be sharded
-            "attribution",
+        check_run(
             str(trainer.precision),
             stage_of(strategy),
-            estimator=estimator_of(self.hessian),
-            diagonal=self.hessian not in ("auto", "scalar"),
-            sums=self.sums_option,
-            devices=trainer.world_size,
+            trainer.world_size,
+            estimator_of(self.hessian),
+            Sums(self._on_host, self.passes),
         )
 
     def _repeat(self) -> None:
@@ -223,15 +220,15 @@ class AttributionModule(LanguageModule):
 
     def planned_files(self) -> list[outputs.Planned]:
         weights = sum(map(math.prod, parameter_shapes(self.lm).values()))
-        files = disk_bytes(self.planned, weights)
+        kept = FP32 * (3 if self.hessian not in ("auto", "scalar") else 2) * weights
         what = "masks" if self.several else "mask"
-        sizes = {what: len(self.specs) * files["mask"]}
+        sizes = {what: len(self.specs) * weights / 8}
         if self.passes > 1:
-            sizes["sums"] = files["sums"]
+            sizes["sums"] = kept
         if self.save_scores:
             sizes["scores"] = len(self._scores) * weights * DTYPES[self.save_scores].itemsize
         planned = [outputs.Planned(what, self.place, size) for what, size in sizes.items()]
-        return planned + outputs.planned_checkpoint(self.trainer, files["checkpoint"])
+        return planned + outputs.planned_checkpoint(self.trainer, kept)
 
     def configure_model(self) -> None:
         """Load the model and allocate the sums."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from wagle_pl.attribution.hessian import DIAGONAL, TRACE, DampedHessian, Hessian
 from wagle_pl.attribution.scores import COLLECTED, Score, WeightStatistics, checked
 from wagle_pl.attribution.selection import Ranking, Scope, select_each
-from wagle_pl.attribution.sums import GradientSums, Shard
+from wagle_pl.attribution.sums import BLOCK, GradientSums, Shard
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError, check_density
 from wagle_pl.core.reading import read_json
@@ -35,7 +35,6 @@ from wagle_pl.core.tensorfiles import check_version, write_tensors
 from wagle_pl.core.weights import gathered, parameter_shapes
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import filled_bits, unpack_bits
-from wagle_pl.planning.memory import BLOCK
 
 FORMAT = "wagle_pl.scores"
 FORMAT_VERSION = 2

@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wagle_pl.attribution.sums import Shard
+from wagle_pl.attribution.sums import BLOCK, Shard
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError, check_density
 from wagle_pl.masks.bits import count_bits, pack_bits
-from wagle_pl.planning.memory import BLOCK
 
 CHUNK = 1 << 18  # weights processed at a time on a CPU, a multiple of 8: the only extra memory
 

@@ -10,19 +10,56 @@ from functools import partial
 from math import gcd, prod
 from pathlib import Path
 from queue import Queue
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
-from wagle_pl.planning import runs_of
 from wagle_pl.strategies.checkpoint import Piece, ShardedCheckpoint
 
 #: Numbers that are copied to another dtype at a time.
 PIECE = 1 << 22
+BLOCK = 1 << 22  # weights of a larger tensor that are scored at a time
+FP32 = 4  # bytes of a number in a sum
 _OF_STEP = "of this step: "  # before the name of a step's sum, in a checkpoint
+
+
+class Sums(NamedTuple):
+    """Where attribution adds up gradients: the option ``sums``."""
+
+    host: bool = False
+    passes: int = 1
+
+    @classmethod
+    def parse(cls, option: str) -> Sums:
+        if option in ("device", "host"):
+            return cls(host=option == "host")
+        name, _, number = option.partition("=")
+        if name != "passes" or not number.isdecimal() or int(number) < 1:
+            raise WagleError(f"must be device, host or passes=K, got {option!r}", option="sums")
+        return cls(passes=int(number))
+
+
+def runs_of(sizes: Sequence[int], count: int) -> list[range]:
+    """Split tensors into ``count`` non-empty runs of consecutive ones, of about equal total size.
+
+    >>> runs_of([5, 1, 1, 1, 2], 3)
+    [range(0, 1), range(1, 4), range(4, 5)]
+    """
+    if count > len(sizes):
+        raise WagleError(
+            f"{count} passes are more than the {len(sizes)} parameters", "sums", "take fewer"
+        )
+    bounds = [0]
+    for left in range(count, 1, -1):
+        end = bounds[-1] + 1
+        share, taken = sum(sizes[bounds[-1] :]) / left, sizes[bounds[-1]]
+        while len(sizes) - end > left - 1 and taken + sizes[end] / 2 <= share:
+            taken, end = taken + sizes[end], end + 1
+        bounds.append(end)
+    return [range(*bound) for bound in zip(bounds, [*bounds[1:], len(sizes)], strict=True)]
 
 
 def pieces(tensor: Tensor) -> tuple[Tensor, ...]:

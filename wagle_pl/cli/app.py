@@ -46,11 +46,11 @@ COMMANDS = {
     "forget": "wagle_pl.cli.tools:forget_rows",
     "mask": "wagle_pl.cli.mask:VERBS",
     "patch": "wagle_pl.cli.tools:PATCH",
-    "plan": "wagle_pl.cli.tools:plan",
-    "plant": "wagle_pl.cli.lightning:plant",
+    "plan": "wagle_pl.lab.commands:plan",
+    "plant": "wagle_pl.lab.study.commands:plant",
     "quickstart": "wagle_pl.cli.quickstart:quickstart",
-    "report": "wagle_pl.cli.tools:report",
-    "study": "wagle_pl.cli.lightning:study",
+    "report": "wagle_pl.lab.commands:report",
+    "study": "wagle_pl.lab.study.commands:study",
 }
 
 

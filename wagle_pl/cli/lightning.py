@@ -1,5 +1,5 @@
 """Commands that train and test: LightningCLI with short class names, stopping at a signal, and
-checkpoints of long runs; ``wagle study`` and ``wagle plant``."""
+checkpoints of long runs."""
 
 from __future__ import annotations
 
@@ -26,21 +26,18 @@ import wagle_pl.unlearning  # noqa: F401  the imports make the classes known by 
 from wagle_pl.attribution import AttributionModule
 from wagle_pl.cli.parser import OneLineErrors, classes_first
 from wagle_pl.core import distributed
-from wagle_pl.core.environment import prepare_libraries, trainer_errors
+from wagle_pl.core.environment import trainer_errors
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.stopping import SIGNALS, Stopped, install, say
 from wagle_pl.core.tensorfiles import load_plain
 from wagle_pl.evaluation import Evaluate, EvaluationModule
 from wagle_pl.lm.module import LanguageModule
 from wagle_pl.strategies import is_zero
-from wagle_pl.study import Plants, Study
 
 log = logging.getLogger(__name__)
 
 #: Class for ``--optimizer.OPTION`` without ``--optimizer``: the default of the modules.
 DEFAULT_OPTIMIZER = "MaskedAdamW"
-
-EXIT_INTERRUPTED = 130  # as in shells: 128 + SIGINT
 
 #: Values of ``--ckpt_path`` that Lightning resolves itself.
 _NO_PATHS = ("best", "last", "hpc", "registry")
@@ -148,21 +145,6 @@ class WagleCLI(LightningCLI):
             )
 
     before_fit = before_validate = before_test = before_predict = _check_checkpoint
-
-
-def study(**options: Any) -> None:
-    """Run the unfinished part of the grid, then print and write the comparison."""
-    prepare_libraries()
-    try:
-        Study(**options).run()
-    except KeyboardInterrupt:  # the study has said what is left to do
-        raise SystemExit(EXIT_INTERRUPTED) from None
-
-
-def plant(**options: Any) -> None:
-    """Plant the unfinished part, then write which scores find the planted weights."""
-    prepare_libraries()
-    Plants(**options).run()
 
 
 # -- callbacks of every run -----------------------------------------------------------------------

@@ -16,7 +16,7 @@ from wagle_pl.core.text import fields, table
 masks = LazyModule("wagle_pl.masks")
 hub = LazyModule("wagle_pl.core.hub")
 shira = LazyModule("wagle_pl.unlearning.adapters")
-figures = LazyModule("wagle_pl.study.report.figures")
+figures = LazyModule("wagle_pl.lab.study.report.figures")
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 

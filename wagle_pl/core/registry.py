@@ -11,6 +11,8 @@ from typing import Any, Optional, TypeVar, Union
 from wagle_pl.core.errors import WagleError, first_line
 
 T = TypeVar("T")
+#: Name of a base class -> module with more of its subclasses, imported once one is asked for.
+FURTHER = {"Attack": "wagle_pl.lab.attacks"}
 Entry = Union[str, Mapping[str, Any]]
 
 
@@ -66,6 +68,8 @@ def find_class(base: type[T], name: str, option: str, also: Collection[str] = ()
     Short names ignore case and underscores, and may leave out the base's name at their end:
     ``npo``, ``forget_retain_ratio``, ``tofu`` for ``TOFUSuite``.
     """
+    if base.__name__ in FURTHER:
+        importlib.import_module(FURTHER[base.__name__])
     classes = list(subclasses(base)) or [base]
     short = {_fold(_name(cls)).removesuffix(_fold(base.__name__)): cls for cls in classes}
     cls: Any = (short | {_fold(_name(cls)): cls for cls in classes}).get(_fold(name))

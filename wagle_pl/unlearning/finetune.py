@@ -38,8 +38,7 @@ from wagle_pl.lm.saving import Originals, read_record, save_model
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.selected import SUFFIX, SelectedTensor, SelectedWeights, load_values
 from wagle_pl.objectives import Streams
-from wagle_pl.planning import PlannedRun, disk_bytes
-from wagle_pl.strategies import ShardedCheckpoint, is_zero, stage_of
+from wagle_pl.strategies import ShardedCheckpoint, is_zero
 from wagle_pl.unlearning.checks import (
     FiniteSteps,
     StepLosses,
@@ -48,7 +47,7 @@ from wagle_pl.unlearning.checks import (
     moves_kept,
 )
 from wagle_pl.unlearning.export import model_card
-from wagle_pl.unlearning.optim import MaskedAdamW, warmup_and_decay
+from wagle_pl.unlearning.optim import FP32, STATE_BYTES, MaskedAdamW, warmup_and_decay
 
 log = logging.getLogger(__name__)
 
@@ -155,22 +154,17 @@ class FinetuneModule(LanguageModule):
     def planned_files(self) -> list[outputs.Planned]:
         dtype = checkpoint_dtype(self.model_name) or torch.float32
         weights = sum(map(prod, self._shapes.values()))
-        optimizer = next((type(o).__name__ for o in self.trainer.optimizers), "none")
-        files = disk_bytes(self.planned_run(optimizer), weights, dtype.itemsize)
+        moving = weights * (1.0 if self.mask is None else self.mask.density)
+        checkpoint = (FP32 + self.state_bytes()) * moving
         return [
-            outputs.Planned("model", Path(self.output), files["model"]),
-            *outputs.planned_checkpoint(self.trainer, files["checkpoint"]),
+            outputs.Planned("model", Path(self.output), weights * dtype.itemsize),
+            *outputs.planned_checkpoint(self.trainer, checkpoint),
         ]
 
-    def planned_run(self, optimizer: str) -> PlannedRun:
-        """The run, in the form that ``wagle plan`` uses."""
-        return PlannedRun.about_to(
-            self.task,
-            str(self.trainer.precision),
-            stage_of(self.trainer.strategy),
-            optimizer=optimizer,
-            density=1.0 if self.mask is None else self.mask.density,
-        )
+    def state_bytes(self) -> int:
+        """Bytes of the optimiser's state per trained number."""
+        names = [type(optimizer).__name__ for optimizer in self.trainer.optimizers]
+        return STATE_BYTES.get(names[0], 0) if names else 0
 
     def configure_callbacks(self) -> list[Callback]:
         copies = any(isinstance(c, StochasticWeightAveraging) for c in self.trainer.callbacks)

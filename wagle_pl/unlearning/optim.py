@@ -18,6 +18,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from wagle_pl.core.errors import WagleError
 
+FP32 = 4  # bytes of a number that is trained
+#: Bytes of an optimiser's state per number that it trains, by the name of its class.
+STATE_BYTES = {"MaskedAdamW": 8, "AdamW": 8, "AdamW8bit": 2, "SignSGD": 4, "SGD": 0}
+
 
 def _check(**options: Any) -> None:
     for name, value in options.items():

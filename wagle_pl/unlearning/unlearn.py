@@ -25,7 +25,6 @@ from wagle_pl.masks.selected import Gradients as SelectedGradients
 from wagle_pl.objectives import Objective, Streams
 from wagle_pl.objectives.objective import TERMS
 from wagle_pl.objectives.streams import References
-from wagle_pl.planning import PlannedRun
 from wagle_pl.strategies import is_zero
 from wagle_pl.unlearning.adapters import LoRA
 from wagle_pl.unlearning.checks import FrozenWeights
@@ -201,9 +200,9 @@ class UnlearnModule(FinetuneModule):
         if self.adapter is not None and self.adapter.merge:
             self.adapter.fold()
 
-    def planned_run(self, optimizer: str) -> PlannedRun:
+    def state_bytes(self) -> int:
         """The same; an adapter's optimiser state is negligible."""
-        return super().planned_run(optimizer if self.adapter is None else "SGD")
+        return super().state_bytes() if self.adapter is None else 0
 
     # -- the objective, and θ₀ ---------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 Such a run ends at the first test at which the level is reached; its final model is tested in full,
 and attacked if the study says so. An arm is represented by the runs that
-:func:`~wagle_pl.study.summary.chosen` selects: those with the best learning rate of each seed.
+:func:`~wagle_pl.lab.study.summary.chosen` selects: those with the best learning rate of each seed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from wagle_pl.core.text import decimals, mean_std
 from wagle_pl.evaluation.attacks.attack import PREFIX
 from wagle_pl.evaluation.attacks.weights import STEP
 from wagle_pl.evaluation.results import BETTER, WORSE
-from wagle_pl.study.summary import (
+from wagle_pl.lab.study.summary import (
     NEVER,
     Compared,
     Row,

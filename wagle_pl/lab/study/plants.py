@@ -37,15 +37,10 @@ from wagle_pl.core.weights import fingerprint, parameter_shapes
 from wagle_pl.data.example import raw_rows
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.evaluation import Evaluate
-from wagle_pl.lm import models
-from wagle_pl.masks import WeightMask
-from wagle_pl.masks.bits import count_bits, random_bits, unpack_bits
-from wagle_pl.masks.names import in_module, layer_of
-from wagle_pl.objectives.forget import GradDiff
-from wagle_pl.study import grid
-from wagle_pl.study.report.curves import Located, plants_overview
-from wagle_pl.study.report.figures import save_figure
-from wagle_pl.study.runs import (
+from wagle_pl.lab.study import grid
+from wagle_pl.lab.study.report.curves import Located, plants_overview
+from wagle_pl.lab.study.report.figures import save_figure
+from wagle_pl.lab.study.runs import (
     EvaluateAlong,
     RunTable,
     announced,
@@ -54,8 +49,13 @@ from wagle_pl.study.runs import (
     make_trainer,
     say,
 )
-from wagle_pl.study.summary import Row, paired, spread
-from wagle_pl.study.text import chance, duration, signed
+from wagle_pl.lab.study.summary import Row, paired, spread
+from wagle_pl.lab.study.text import chance, duration, signed
+from wagle_pl.lm import models
+from wagle_pl.masks import WeightMask
+from wagle_pl.masks.bits import count_bits, random_bits, unpack_bits
+from wagle_pl.masks.names import in_module, layer_of
+from wagle_pl.objectives.forget import GradDiff
 from wagle_pl.unlearning import UnlearnModule
 
 TABLE_FILE = "plants.parquet"

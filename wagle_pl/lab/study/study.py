@@ -30,15 +30,12 @@ from wagle_pl.evaluation.attacks import Attack
 from wagle_pl.evaluation.attacks.attack import PREFIX, find_attacks, usable_attacks
 from wagle_pl.evaluation.measures import defined_only
 from wagle_pl.evaluation.results import Table, read_table, write_json, write_table
-from wagle_pl.lm import models
-from wagle_pl.lm.module import LanguageModule
-from wagle_pl.masks import SUFFIX, WeightMask
-from wagle_pl.study import SUMMARY_FILE, TABLE_FILE, grid, text
-from wagle_pl.study.recovery import at_the_level, csv
-from wagle_pl.study.report.curves import study_overview
-from wagle_pl.study.report.figures import save_figure
-from wagle_pl.study.report.page import mean_curves, recovery_curves
-from wagle_pl.study.runs import (
+from wagle_pl.lab.study import SUMMARY_FILE, TABLE_FILE, grid, text
+from wagle_pl.lab.study.recovery import at_the_level, csv
+from wagle_pl.lab.study.report.curves import study_overview
+from wagle_pl.lab.study.report.figures import save_figure
+from wagle_pl.lab.study.report.page import mean_curves, recovery_curves
+from wagle_pl.lab.study.runs import (
     Along,
     EvaluateAlong,
     Generate,
@@ -53,7 +50,10 @@ from wagle_pl.study.runs import (
     next_runs,
     say,
 )
-from wagle_pl.study.summary import Compared, summarise
+from wagle_pl.lab.study.summary import Compared, summarise
+from wagle_pl.lm import models
+from wagle_pl.lm.module import LanguageModule
+from wagle_pl.masks import SUFFIX, WeightMask
 from wagle_pl.unlearning import UnlearnModule
 
 log = logging.getLogger(__name__)

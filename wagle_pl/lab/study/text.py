@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 from wagle_pl.core.text import count, decimals, markdown_table, mean_std, table
-from wagle_pl.study import recovery
-from wagle_pl.study.summary import AT_END
+from wagle_pl.lab.study import recovery
+from wagle_pl.lab.study.summary import AT_END
 
 Arm = Mapping[str, Any]  # one of a summary's ``headline``
 Summary = Mapping[str, Any]  # content of ``study.json``

@@ -27,9 +27,9 @@ from wagle_pl.evaluation import Evaluate
 from wagle_pl.evaluation.measures import defined_only
 from wagle_pl.evaluation.observe import GENERATED
 from wagle_pl.evaluation.results import Table, load_table, table_key, write_table
-from wagle_pl.study import TABLE_FILE
-from wagle_pl.study.grid import Run
-from wagle_pl.study.summary import Compared, Row, run_table
+from wagle_pl.lab.study import TABLE_FILE
+from wagle_pl.lab.study.grid import Run
+from wagle_pl.lab.study.summary import Compared, Row, run_table
 from wagle_pl.unlearning import UnlearnModule
 
 log = logging.getLogger(__name__)

@@ -16,14 +16,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from wagle_pl.attribution.sums import BLOCK, runs_of
+from wagle_pl.lab.planning.planned import Architecture, PlannedRun
 from wagle_pl.lm.inference import CHUNK
-from wagle_pl.planning.planned import Architecture, PlannedRun, runs_of
+from wagle_pl.unlearning.optim import STATE_BYTES
 
 GIB = 1 << 30
 FP32 = 4
 #: Maximum number of values in one of DeepSpeed's buckets (Lightning's default).
 BUCKET = 200_000_000
-BLOCK = 1 << 22  # weights of a larger tensor that attribution scores at a time
 #: Maximum number of weights that ZeRO-3 keeps gathered (``stage3_max_live_parameters``).
 LIVE = 1_000_000_000
 BROADCAST = 250 << 20  # bytes in a bucket of DDP's broadcast of the parameters (torch's default)
@@ -99,7 +100,7 @@ def sums_per_weight(run: PlannedRun) -> int:
 
 def state_bytes(optimizer: str, numbers: float) -> float:
     """Optimiser state: two moments of 4 bytes, or of 1 (AdamW8bit); one (SignSGD); none (SGD)."""
-    return {"SGD": 0, "AdamW8bit": 2, "SignSGD": FP32}.get(optimizer, 2 * FP32) * numbers
+    return STATE_BYTES[optimizer] * numbers
 
 
 def step_bytes(run: PlannedRun, numbers: float) -> float:

@@ -24,12 +24,12 @@ from wagle_pl.data.rows import spread
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.measures import Records
 from wagle_pl.evaluation.results import BETTER, SAME, WORSE, arrow
+from wagle_pl.lab.study import recovery
+from wagle_pl.lab.study.report import curves
+from wagle_pl.lab.study.report.figures import largest_share, mask_heatmap, mask_text, svg
+from wagle_pl.lab.study.report.sources import ReportedModel, Sources, StudyResults, reference_points
+from wagle_pl.lab.study.text import about, by_objective, marked_name, progress, rates_of
 from wagle_pl.masks import WeightMask, describe_origin
-from wagle_pl.study import recovery
-from wagle_pl.study.report import curves
-from wagle_pl.study.report.figures import largest_share, mask_heatmap, mask_text, svg
-from wagle_pl.study.report.sources import ReportedModel, Sources, StudyResults, reference_points
-from wagle_pl.study.text import about, by_objective, marked_name, progress, rates_of
 from wagle_pl.unlearning.export import forgotten
 
 #: Sections about models, each with a template of its name, and their headings.
@@ -122,7 +122,7 @@ def render(
 def template(name: str) -> Template:
     """A template of the report, with the functions that templates call."""
     environment = Environment(
-        loader=PackageLoader("wagle_pl.study.report"),
+        loader=PackageLoader("wagle_pl.lab.study.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

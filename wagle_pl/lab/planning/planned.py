@@ -7,11 +7,14 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NamedTuple, Optional
 
+from wagle_pl.attribution.hessian import check_run
+from wagle_pl.attribution.sums import Sums
 from wagle_pl.core.errors import WagleError, check_density
 from wagle_pl.masks.names import layer_of
+from wagle_pl.unlearning.optim import STATE_BYTES
 
 TASKS = ("attribution", "unlearning", "finetuning", "test")
-OPTIMIZERS = ("MaskedAdamW", "AdamW", "AdamW8bit", "SignSGD", "SGD")
+OPTIMIZERS = tuple(STATE_BYTES)
 #: Precision -> bytes of a weight in memory, bytes of a matrix product's inputs and outputs.
 PRECISIONS = {
     "32-true": (4, 4),
@@ -40,42 +43,6 @@ STRATEGIES = {
     "deepspeed_stage_3_offload": Strategy(3, True, True),
     "zero3_offload": Strategy(3, True, True),
 }
-
-
-class Sums(NamedTuple):
-    """Where attribution adds up gradients: the option ``sums``."""
-
-    host: bool = False
-    passes: int = 1
-
-    @classmethod
-    def parse(cls, option: str) -> Sums:
-        if option in ("device", "host"):
-            return cls(host=option == "host")
-        name, _, number = option.partition("=")
-        if name != "passes" or not number.isdecimal() or int(number) < 1:
-            raise WagleError(f"must be device, host or passes=K, got {option!r}", option="sums")
-        return cls(passes=int(number))
-
-
-def runs_of(sizes: Sequence[int], count: int) -> list[range]:
-    """Split tensors into ``count`` non-empty runs of consecutive ones, of about equal total size.
-
-    >>> runs_of([5, 1, 1, 1, 2], 3)
-    [range(0, 1), range(1, 4), range(4, 5)]
-    """
-    if count > len(sizes):
-        raise WagleError(
-            f"{count} passes are more than the {len(sizes)} parameters", "sums", "take fewer"
-        )
-    bounds = [0]
-    for left in range(count, 1, -1):
-        end = bounds[-1] + 1
-        share, taken = sum(sizes[bounds[-1] :]) / left, sizes[bounds[-1]]
-        while len(sizes) - end > left - 1 and taken + sizes[end] / 2 <= share:
-            taken, end = taken + sizes[end], end + 1
-        bounds.append(end)
-    return [range(*bound) for bound in zip(bounds, [*bounds[1:], len(sizes)], strict=True)]
 
 
 class Architecture(NamedTuple):
@@ -200,31 +167,12 @@ class PlannedRun:
             if getattr(self, option) < 1:
                 raise WagleError(f"{option}: must be at least 1, got {getattr(self, option)}")
         check_density(self.density)
-        if self.task == "attribution" and self.precision.startswith("16"):
-            raise WagleError("attribution runs in 32-true, bf16-mixed or bf16-true, not in fp16")
-        whole = self.estimator is not None and not self.estimator.shardable
-        if self.stage == 3 and whole:
-            raise WagleError(
-                "this Hessian estimate needs whole parameters, which ZeRO-3 shards: choose another "
-                "stage"
-            )
-        if self.in_sums.passes > 1 and (whole or self.devices > 1 or self.stage):
-            reason = "this Hessian estimate needs all parameters at once"
-            reason = reason if whole else "several devices and ZeRO share sums out already"
-            raise WagleError(f"{self.sums} cannot be used: {reason}", "sums", "use host or device")
+        if self.task == "attribution":
+            check_run(self.precision, self.stage, self.devices, self.estimator, self.in_sums)
         if self.stage == 3 and self.frozen_copy:
             raise WagleError(
                 "a frozen copy of the model does not work under ZeRO-3; choose another stage"
             )
-
-    @classmethod
-    def about_to(cls, task: str, precision: str, stage: int, **options: Any) -> PlannedRun:
-        """The plan of a run that is about to begin. An unknown optimiser or precision is treated
-        like the one that needs the least memory."""
-        if options.get("optimizer", "SGD") not in OPTIMIZERS:
-            options["optimizer"] = "SGD"
-        known = precision if precision in PRECISIONS else "16-true"
-        return cls(task, f"deepspeed_stage_{stage}" if stage else "ddp", precision=known, **options)
 
     @property
     def in_sums(self) -> Sums:

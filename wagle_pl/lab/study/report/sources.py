@@ -26,9 +26,9 @@ from wagle_pl.evaluation.results import (
     table_key,
 )
 from wagle_pl.evaluation.suites import Suite, find_suite
+from wagle_pl.lab.study import SUMMARY_FILE, TABLE_FILE
 from wagle_pl.lm.saving import RECORD_FILE
 from wagle_pl.masks import WeightMask
-from wagle_pl.study import SUMMARY_FILE, TABLE_FILE
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
-from wagle_pl.study.report.figures import PALETTE
+from wagle_pl.lab.study.report.figures import PALETTE
 
 Point = tuple[float, float]
 Points = Sequence[Point]

@@ -3,7 +3,7 @@
 ``bin/benchmarks/plan.py`` compares the predictions with what real runs take.
 """
 
-from wagle_pl.planning.memory import (
+from wagle_pl.lab.planning.memory import (
     MOMENTS,
     USABLE,
     at,
@@ -14,14 +14,13 @@ from wagle_pl.planning.memory import (
     step_flops,
     step_tokens,
 )
-from wagle_pl.planning.planned import Architecture, PlannedRun, Sums, architecture, choices, runs_of
+from wagle_pl.lab.planning.planned import Architecture, PlannedRun, architecture, choices
 
 __all__ = [
     "MOMENTS",
     "USABLE",
     "Architecture",
     "PlannedRun",
-    "Sums",
     "architecture",
     "at",
     "choices",
@@ -29,7 +28,6 @@ __all__ = [
     "disk_bytes",
     "host_bytes",
     "peak",
-    "runs_of",
     "step_flops",
     "step_tokens",
 ]
