@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 from helpers import random_bools, trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -190,3 +192,44 @@ def test_a_mask_of_frozen_weights_alone_is_refused(tiny_model: str, rows: dict[s
     with pytest.raises(WagleError, match="selects nothing"):
         trainer(max_steps=1).fit(module, datamodule=data)
     assert not lm.get_parameter(FROZEN).requires_grad
+
+
+# -- what Lightning offers beside fit and test --------------------------------------------------------
+
+
+@pytest.fixture
+def data(rows: dict[str, str]) -> ForgetRetainDataModule:
+    return ForgetRetainDataModule(forget=rows["forget"], retain=rows["retain"], batch_size=3)
+
+
+@pytest.mark.parametrize("finder", [LearningRateFinder, BatchSizeFinder])
+@pytest.mark.parametrize("kind", [UnlearnModule, AttributionModule])
+def test_finders_are_refused(kind: Any, finder: Any, tiny_model: str, data: Any) -> None:
+    with pytest.raises(WagleError, match=rf"trainer.callbacks: {finder.__name__} trains, tests"):
+        trainer(callbacks=[finder()]).fit(kind(tiny_model), datamodule=data)
+
+
+def test_there_is_no_prediction(tiny_model: str, data: Any) -> None:
+    with pytest.raises(WagleError, match=r"predict has no answers to give; use trainer\.test"):
+        trainer().predict(UnlearnModule(tiny_model), datamodule=data)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_checkpoint_of_a_run_on_objects(
+    masked: bool, tiny_model: str, data: Any, tmp_path: Path
+) -> None:
+    """A model's name is enough; a mask has to be given again."""
+    lm = AutoModelForCausalLM.from_pretrained(tiny_model)
+    bools = random_bools({name: p.shape for name, p in lm.named_parameters()})
+    mask = WeightMask.from_bools(bools) if masked else None
+    module = UnlearnModule(lm, objective="GradDiff", mask=mask, lr=0.01)
+    run = trainer(max_steps=2, enable_checkpointing=True, default_root_dir=tmp_path)
+    run.fit(module, datamodule=data)
+    path = run.checkpoint_callback.best_model_path
+    assert not any("_given" in name for name in torch.load(path, weights_only=False)["state_dict"])
+    load = partial(UnlearnModule.load_from_checkpoint, path, weights_only=False)
+    if masked:
+        with pytest.raises(WagleError, match="another mask: give that mask to load_from_check"):
+            load()
+    loaded = weights((load(mask=mask) if masked else load()).lm)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights(lm).items())

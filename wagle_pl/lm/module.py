@@ -12,6 +12,7 @@ from typing import Any, Optional, Protocol, Union, runtime_checkable
 import lightning as L
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wagle_pl.core import distributed, outputs
@@ -130,7 +131,8 @@ class LanguageModule(L.LightningModule):
         if not isinstance(model, (str, Path, PreTrainedModel)):
             kind = type(model).__name__
             raise WagleError(f"model: must be a name, a folder or a Hugging Face model, got {kind}")
-        self._given = model if isinstance(model, PreTrainedModel) else None
+        # not as a module of this one, whose checkpoints would hold it twice
+        vars(self)["_given"] = model if isinstance(model, PreTrainedModel) else None
         self._home = None if self._given is None else self._given.device
         self._before: Optional[ModelState] = None
         self.model_name = str(model if self._given is None else model.config.name_or_path)
@@ -151,8 +153,22 @@ class LanguageModule(L.LightningModule):
         """Tell the data module what this module needs; warn if the precision is slow here.
 
         Raises:
-            WagleError: if this is a test or a validation and nothing observes its rows.
+            WagleError: if this is a test or a validation and nothing observes its rows; if it is a
+                prediction; if a callback searches for a learning rate or a batch size.
         """
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, (LearningRateFinder, BatchSizeFinder)):
+                raise WagleError(
+                    f"{type(callback).__name__} trains, tests and rewinds within a run, which ends "
+                    "with the first of its trials here",
+                    option="trainer.callbacks",
+                    hint="leave it out, and give model.lr or data.batch_size a value",
+                )
+        if stage == "predict":
+            raise WagleError(
+                "trainer.predict has no answers to give; use trainer.test with the callback "
+                "wagle_pl.Evaluate(), or generate with the attribute lm"
+            )
         if stage in ("test", "validate") and self.evaluation is None:
             raise WagleError(
                 f"nothing observes the rows of this {stage}",
@@ -275,6 +291,9 @@ class LanguageModule(L.LightningModule):
     def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         if self.evaluation is not None:
             self.evaluation.test_batch(batch, batch_idx, dataloader_idx)
+
+    def predict_step(self, *_: Any) -> None:
+        """There is none: :meth:`setup` says what to use."""
 
     def validation_step(
         self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0

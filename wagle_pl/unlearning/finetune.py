@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, Optimizer, SparseAdam
 from transformers import PreTrainedModel
 
 from wagle_pl.core import outputs
@@ -251,11 +251,14 @@ class FinetuneModule(LanguageModule):
             numbers = value if isinstance(value, tuple) else (value,)
             if not all(isfinite(n) for n in numbers if isinstance(n, float)):
                 raise WagleError(f"must be finite, got {value}", option=f"optimizer.{name}")
-        if isinstance(optimizer, LBFGS):
-            raise WagleError(
-                "optimizer LBFGS evaluates the loss several times a step, on micro-batches that "
-                "are gone by then; choose another, e.g. --optimizer MaskedAdamW"
-            )
+        for kind, why in (
+            (LBFGS, "evaluates the loss several times a step, on micro-batches that are gone then"),
+            (SparseAdam, "takes sparse gradients alone, and those of a language model are dense"),
+        ):
+            if isinstance(optimizer, kind):
+                raise WagleError(
+                    f"{kind.__name__} {why}", "optimizer", "choose another, e.g. MaskedAdamW"
+                )
         if self.make_lr_scheduler is None:
             steps = self.trainer.estimated_stepping_batches
             shape = (self.warmup, self.decay, steps, self.warmup_from_zero)

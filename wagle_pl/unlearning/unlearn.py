@@ -418,12 +418,12 @@ class UnlearnModule(FinetuneModule):
             given = self.restriction.file
             self.restriction = Restriction(**stored | ({} if given is None else {"file": given}))
             self.restrict()
-        elif self.attached and digest != (None if self.mask is None else self.mask.digest()):
-            raise WagleError(
-                "the checkpoint belongs to a run with another mask: resume with that mask, or start a "
-                "new run"
-            )
-        elif digest and (
+        if digest != (None if self.mask is None else self.mask.digest()):
+            advice = "resume with that mask, or start a new run"
+            if not self.attached:
+                advice = "give that mask to load_from_checkpoint, which keeps files' names alone"
+            raise WagleError(f"the checkpoint belongs to a run with another mask: {advice}")
+        if digest and (
             differing := mismatch(checkpoint["model"]["fingerprint"], self.model_fingerprint)
         ):
             raise WagleError(
