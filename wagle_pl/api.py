@@ -20,6 +20,7 @@ from wagle_pl.attribution.scores import Curvature
 from wagle_pl.core.environment import half_precision_is_slow, silence
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import write_text
+from wagle_pl.core.html import templates
 from wagle_pl.core.hub import load_tokenizer, upload
 from wagle_pl.core.registry import resolve
 from wagle_pl.data import ForgetRetainDataModule
@@ -82,10 +83,11 @@ class Forgotten:
 
     def report(self, path: Union[str, Path]) -> Path:
         """Write an HTML page: the verdict, the measures, and what the model answers."""
-        from wagle_pl.lab.study.report.page import template
-
         title = f"Unlearning of {self.record['lineage'][-1]['base']}"
-        write_text(Path(path), template("forgotten.html.j2").render(title=title, result=self))
+        write_text(
+            Path(path),
+            templates().get_template("forgotten.html.j2").render(title=title, result=self),
+        )
         return Path(path)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Template
 from markupsafe import Markup, escape
 
 from wagle_pl.core.environment import versions
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing, write_text
-from wagle_pl.core.text import count, short_number
+from wagle_pl.core.html import templates
+from wagle_pl.core.text import short_number
 from wagle_pl.data.rows import spread
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.measures import Records
@@ -121,23 +122,14 @@ def render(
 
 def template(name: str) -> Template:
     """A template of the report, with the functions that templates call."""
-    environment = Environment(
-        loader=PackageLoader("wagle_pl.lab.study.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates("wagle_pl.lab.study.report")
     environment.globals |= {"BETTER": BETTER, "WORSE": WORSE, "SAME": SAME, "GIB": 2**30}
     environment.filters |= {
         "attack_sign": _attack_sign,
         "breakable": lambda name: Markup(re.sub("([/_])", r"\1<wbr>", str(escape(name)))),
-        "count": count,
-        "digits": repr,
         "forgotten": lambda model: forgotten(model.record) if model.lineage else [],
         "options": _options,
         "origin": describe_origin,
-        "short_number": short_number,
         "yaml": lambda config: yaml.safe_dump(config, sort_keys=False).rstrip(),
     }
     return environment.get_template(name)
