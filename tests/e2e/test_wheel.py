@@ -18,7 +18,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    unwanted = shutil.ignore_patterns("__pycache__", "results")
+    unwanted = shutil.ignore_patterns("__pycache__")
     for name in ("wagle_pl", "configs"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=unwanted)
     build = "from setuptools.build_meta import build_wheel; build_wheel('.')"
@@ -34,18 +34,55 @@ def test_the_wheel_carries_the_configurations(installed: Path) -> None:
     here = {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml")}
     there = {str(p.relative_to(installed / "wagle_pl")) for p in installed.rglob("*.yaml")}
     assert there == here and (installed / "wagle_pl/py.typed").is_file()
+    assert not [*installed.rglob("results")]  # of studies
 
 
-def test_the_package_alone_attributes_unlearns_and_tests(installed: Path, tmp_path: Path) -> None:
-    """In an empty folder, on the bundled people, by configurations that it carries."""
-    ran = subprocess.run(
-        [sys.executable, "-m", "wagle_pl", "quickstart", "--trial"],
-        cwd=tmp_path,
+WITHOUT_THE_LABORATORY = """
+import sys
+from importlib.machinery import PathFinder
+
+ABSENT = ("matplotlib", "pandas")
+
+class Finder(PathFinder):  # finds what is installed, as if these two were not
+    @classmethod
+    def find_spec(cls, name, *where):
+        return None if name.partition(".")[0] in ABSENT else super().find_spec(name, *where)
+
+    @classmethod
+    def find_distributions(cls, *context):
+        return (found for found in super().find_distributions(*context) if found.name not in ABSENT)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+from wagle_pl.__main__ import main
+main(sys.argv[1:])
+"""
+
+
+def wagle_alone(installed: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command without the libraries of the extra ``lab``, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_LABORATORY, *arguments],
+        cwd=folder,
         env={**environment(), "PYTHONPATH": str(installed)},
         capture_output=True,
         text=True,
         timeout=600,
     )
+
+
+@pytest.mark.parametrize("command", ["report", "study", "plant", "mask plot"])
+def test_a_command_of_the_laboratory_says_what_to_install(
+    installed: Path, tmp_path: Path, command: str
+) -> None:
+    ran = wagle_alone(installed, tmp_path, *command.split(), "a", "--output", "b.html")
+    name = command.split()[0]
+    message = f"wagle: error: wagle {name}: needs pandas; pip install 'wagle-pl[lab]'\n"
+    assert (ran.returncode, ran.stderr[-len(message) :]) == (2, message)
+
+
+def test_the_package_alone_attributes_unlearns_and_tests(installed: Path, tmp_path: Path) -> None:
+    """In an empty folder, on the bundled people, by configurations that it carries."""
+    ran = wagle_alone(installed, tmp_path, "quickstart", "--trial")
     assert ran.returncode == 0, ran.stderr
     rows = [line.split("|")[1:-1] for line in ran.stdout.splitlines() if line.startswith("|")]
     assert [row[0].strip() for row in rows[2:]] == ["target", "retrained", "WAGLE NPO"]

@@ -9,7 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.text import percent
-from wagle_pl.lab.study.report.figures import axes_of, figure_paths, mask_heatmap, mask_text
+from wagle_pl.lab.study.report.figures import figure_paths, mask_heatmap
+from wagle_pl.masks.grid import axes_of, mask_text
 
 
 def grid(layers: int, share: float = 0.1) -> dict[str, dict[str, float]]:

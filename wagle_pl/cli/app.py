@@ -14,6 +14,7 @@ from wagle_pl import __version__
 from wagle_pl.cli.messages import EXIT_MISTAKE, fail, failure, parent_ended, quiet
 from wagle_pl.core import stopping
 from wagle_pl.core.environment import prepare_libraries
+from wagle_pl.core.errors import WagleError
 from wagle_pl.core.registry import nearest
 
 EXIT_UNREAD = 141  # as in shells: 128 + SIGPIPE
@@ -52,6 +53,10 @@ COMMANDS = {
     "report": "wagle_pl.lab.commands:report",
     "study": "wagle_pl.lab.study.commands:study",
 }
+
+
+#: Libraries of the extra ``lab``.
+LABORATORY = ("matplotlib", "pandas")
 
 
 def main(args: Optional[Sequence[str]] = None) -> None:
@@ -157,18 +162,25 @@ def run_command(name: str, args: Sequence[str]) -> Any:
 
     from wagle_pl.cli.parser import CommandParser, expand
 
-    offered = resolve_name(COMMANDS[name])
-    stopping.imports_done()
     if name == "mask" and args[:1] == ["--scores"]:  # wagle mask --scores FILE --density 0.4
         args = ["select", *args[1:]]
-    return auto_cli(
-        offered,
-        args=expand(_whole_help(args)),
-        as_positional=True,
-        parser_class=CommandParser,
-        prog=f"wagle {name}",
-        description=f"{SUMMARIES[name][0].upper()}{SUMMARIES[name][1:]}.",
-    )
+    try:
+        offered = resolve_name(COMMANDS[name])
+        stopping.imports_done()
+        return auto_cli(
+            offered,
+            args=expand(_whole_help(args)),
+            as_positional=True,
+            parser_class=CommandParser,
+            prog=f"wagle {name}",
+            description=f"{SUMMARIES[name][0].upper()}{SUMMARIES[name][1:]}.",
+        )
+    except ModuleNotFoundError as error:
+        library = str(error.name).partition(".")[0]
+        if library not in LABORATORY:
+            raise
+        install = "pip install 'wagle-pl[lab]'"
+        raise WagleError(f"needs {library}", option=f"wagle {name}", hint=install) from None
 
 
 def _whole_help(args: Sequence[str]) -> list[str]:

@@ -28,6 +28,7 @@ def info(file: str, *, tensors: bool = False) -> None:
         file: mask file.
         tensors: also list every parameter tensor.
     """
+    from wagle_pl.masks.grid import mask_text
     from wagle_pl.masks.names import module_type_of
 
     mask = masks.WeightMask.load(file)
@@ -48,7 +49,7 @@ def info(file: str, *, tensors: bool = False) -> None:
         ("selected", f"{mask.count():,}"),
         ("density", f"{mask.density:.6f}"),
     ]
-    shares = figures.mask_text({"share selected by layer and module type": mask.grid()})
+    shares = mask_text({"share selected by layer and module type": mask.grid()})
     parts = [fields(about), _shares("module", mask.tally(module_type_of)), shares]
     if tensors:
         parts.append(_shares("tensor", mask.tally(str)))

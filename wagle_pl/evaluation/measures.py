@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Optional, Union
 
-import pandas as pd
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -151,13 +151,17 @@ def intervals(
     """95 % bootstrap intervals: measure -> its 2.5th and 97.5th percentile over ``count`` draws of
     each set's rows with replacement; only for measures that are defined in every draw."""
     draw = random.Random(seed)
-    found = []
+    values: dict[str, list[float]] = {}
     for _ in range(count):
         drawn = {name: draw.choices(table, k=len(table)) for name, table in tables.items()}
-        found.append(defined_only(measures(drawn)))
-    # a measure that is undefined in some draw is left out
-    ends = pd.DataFrame(found).dropna(axis="columns").quantile([0.025, 0.975])
-    return {name: ends[name].tolist() for name in ends}
+        for name, value in defined_only(measures(drawn)).items():
+            if not math.isnan(value):
+                values.setdefault(name, []).append(value)
+    return {
+        name: np.quantile(numbers, [0.025, 0.975]).tolist()
+        for name, numbers in values.items()
+        if len(numbers) == count
+    }
 
 
 # -- what measures are made of -------------------------------------------------------------------

@@ -10,15 +10,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+import matplotlib
 from markupsafe import Markup
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path, refuse_existing
-from wagle_pl.core.text import percent, table
-
-#: Layer (``"0"``, ``"1"``, …, or ``"other"``) -> module -> share of its weights selected in [0, 1],
-#: see :meth:`wagle_pl.masks.mask.WeightMask.grid`.
-Grid = Mapping[str, Mapping[str, float]]
+from wagle_pl.core.text import percent
+from wagle_pl.masks.grid import OUTSIDE, Grid, axes_of
 
 FORMATS = (".png", ".svg")
 
@@ -58,7 +56,6 @@ _NAMESPACE = "{http://www.w3.org/2000/svg}"
 _LINK = "{http://www.w3.org/1999/xlink}href"
 _SMALLEST = 0.7  # of its size: a narrower page scrolls the figure, as smaller text is not readable
 
-_OUTSIDE = "other"
 _PANELS_PER_ROW = 4
 _CELLS_WITH_TEXT = 1200  # with more, cells are smaller, without text; every fifth layer is labelled
 _COLOURS = "YlGnBu"
@@ -79,10 +76,8 @@ def svg(
         description: what it shows, in words and numbers.
         draw: makes a matplotlib figure from ``arguments``, under :data:`STYLE`.
     """
-    from matplotlib import rc_context
-
     buffer = io.StringIO()
-    with rc_context(STYLE | SVG):
+    with matplotlib.rc_context(STYLE | SVG):
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         draw(*arguments).savefig(buffer, format="svg", metadata=metadata)
     root = ElementTree.fromstring(buffer.getvalue())
@@ -146,12 +141,10 @@ def figure_paths(output: str | Path, overwrite: bool = False) -> list[Path]:
 
 def save_figure(figure: Any, paths: Sequence[Path]) -> None:
     """Write a figure to each path, in the format of its suffix; the same figure, the same bytes."""
-    from matplotlib import rc_context
-
     for path in paths:
         kind = path.suffix.lower().lstrip(".")
         metadata = {"Date": None} if kind == "svg" else {}
-        with rc_context(SVG), atomic_path(path) as temporary:
+        with matplotlib.rc_context(SVG), atomic_path(path) as temporary:
             figure.savefig(temporary, format=kind, dpi=160, metadata=metadata)
 
 
@@ -198,42 +191,13 @@ def mask_heatmap(
             axes[0].set_yticks([y + 0.5 for y in ticks], [layers[y] for y in ticks])
             axes[0].set_ylabel("layer" if column == 0 else "", fontsize=9)
         if outside:
-            _draw_cells(axes[-1], [grid.get(_OUTSIDE, {})], outside, scale, with_text)
+            _draw_cells(axes[-1], [grid.get(OUTSIDE, {})], outside, scale, with_text)
             axes[-1].set_yticks([])
             axes[-1].set_xlabel("outside the layers", fontsize=8)
     _draw_bar(figure, figure.add_subplot(outer[:, -1]), scale)
     figure.draw_without_rendering()  # lay it out once, so that all saved files have the same layout
     figure.set_layout_engine("none")
     return figure
-
-
-def mask_text(grids: Mapping[str, Grid]) -> str:
-    """What :func:`mask_heatmap` shows, as tables of percentages."""
-
-    def cells(shares: Mapping[str, float], columns: Sequence[str]) -> list[str]:
-        return [f"{percent(shares[name])}%" if name in shares else "–" for name in columns]
-
-    parts = []
-    for title, grid in grids.items():
-        modules, layers, outside = axes_of([grid])
-        blocks = [title]
-        if layers:
-            rows = [[layer, *cells(grid[layer], modules)] for layer in layers]
-            blocks.append(table(["layer", *modules], rows))
-        if outside:
-            row = ["", *cells(grid[_OUTSIDE], outside)]
-            blocks.append(table(["outside the layers", *outside], [row]))
-        parts.append("\n".join(blocks))
-    return "\n\n".join(parts)
-
-
-def axes_of(grids: Collection[Grid]) -> tuple[list[str], list[str], list[str]]:
-    """Modules of the layers (norms last), layers, and modules outside of them, of all grids."""
-    inside = [(layer, grid[layer]) for grid in grids for layer in grid if layer != _OUTSIDE]
-    modules = dict.fromkeys(module for _, shares in inside for module in shares)
-    outside = dict.fromkeys(module for grid in grids for module in grid.get(_OUTSIDE, ()))
-    layers = sorted({layer for layer, _ in inside}, key=int)
-    return sorted(modules, key="norms".__eq__), layers, list(outside)
 
 
 def largest_share(grids: Collection[Grid]) -> float:
@@ -247,11 +211,10 @@ def _draw_cells(
 ) -> None:
     """Draw rows × columns of shares, the first row on top."""
     import numpy as np
-    from matplotlib import rcParams
 
     shares = [[100 * row.get(column, np.nan) for column in columns] for row in rows]
     values = np.ma.masked_invalid(shares)
-    edges = {"edgecolors": rcParams["figure.facecolor"], "linewidth": 0.6}
+    edges = {"edgecolors": matplotlib.rcParams["figure.facecolor"], "linewidth": 0.6}
     mesh = axes.pcolormesh(values, cmap=_COLOURS, norm=scale, **edges)
     axes.set_facecolor("#d9d9d9")  # of absent modules
     axes.grid(False)
@@ -268,10 +231,11 @@ def _draw_cells(
 
 def _draw_bar(figure: Any, axes: Any, scale: Any) -> None:
     """Draw the colour bar, with as many ticks as it has room for."""
-    from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
 
-    colours = ScalarMappable(scale, colormaps[_COLOURS].resampled(64))  # each a shape of an SVG
+    colours = ScalarMappable(
+        scale, matplotlib.colormaps[_COLOURS].resampled(64)
+    )  # each a shape of an SVG
     bar = figure.colorbar(colours, cax=axes)
     bar.solids.set(rasterized=False, edgecolor="face")  # shapes in an SVG, no picture, no seams
     ticks = [0.0]

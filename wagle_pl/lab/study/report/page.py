@@ -27,10 +27,11 @@ from wagle_pl.evaluation.measures import Records
 from wagle_pl.evaluation.results import BETTER, SAME, WORSE, arrow
 from wagle_pl.lab.study import recovery
 from wagle_pl.lab.study.report import curves
-from wagle_pl.lab.study.report.figures import largest_share, mask_heatmap, mask_text, svg
+from wagle_pl.lab.study.report.figures import largest_share, mask_heatmap, svg
 from wagle_pl.lab.study.report.sources import ReportedModel, Sources, StudyResults, reference_points
 from wagle_pl.lab.study.text import about, by_objective, marked_name, progress, rates_of
 from wagle_pl.masks import WeightMask, describe_origin
+from wagle_pl.masks.grid import mask_text
 from wagle_pl.unlearning.export import forgotten
 
 #: Sections about models, each with a template of its name, and their headings.
