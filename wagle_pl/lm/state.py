@@ -20,7 +20,7 @@ class ModelState:
 
     def __init__(self, lm: PreTrainedModel) -> None:
         self.lm = lm
-        self.use_cache = lm.config.use_cache
+        self.use_cache = getattr(lm.config, "use_cache", None)
         self.tensors = {**dict(lm.named_parameters()), **persistent_buffers(lm)}
         self.requires_grad = {name: tensor.requires_grad for name, tensor in self.tensors.items()}
         # training, gradient_checkpointing, a forward pass of its own, ...
@@ -58,4 +58,5 @@ class ModelState:
         for attributes, before in self.attributes:
             attributes.clear()
             attributes.update(before)
-        self.lm.config.use_cache = self.use_cache
+        if self.use_cache is not None:
+            self.lm.config.use_cache = self.use_cache
