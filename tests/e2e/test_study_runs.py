@@ -258,12 +258,12 @@ def test_a_study_from_start_to_finish(config, capsys):
     assert not list(Path("out").glob("*.tmp")) and Path("out/study.lock").read_text() == ""
 
 
-def test_a_search_and_arms_with_a_rule_and_an_optimiser_of_their_own(config, capsys):
+def test_a_budget_and_arms_with_a_rule_and_an_optimiser_of_their_own(config, capsys):
     """A budget is kept and grows; a run takes the step rule, optimiser and rate of its objective."""
     sam = {"class_path": "SAM", "init_args": {"rho": 0.1}}
     own = {"step_rule": sam, "optimizer": "SignSGD", "learning_rates": [1e-3]}
     arms = ["GradDiff", {"class_path": "GradDiff", **own}]
-    search = config(objectives=arms, masks=["dense"], sampler="optuna", keep_models=True, **SHORT)
+    search = config(objectives=arms, masks=["dense"], keep_models=True, **SHORT)
     study(search, "--budget", "1")
     said = capsys.readouterr().out
     assert "1 run, 0 of them finished; 1 to do" in said and "1 of 1 runs are finished" in (

@@ -1,7 +1,6 @@
 """Studies: the mathematics of comparing at equal forgetting, the grid, and the summary of made-up runs."""
 
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.lab.study import envelope, mean_utility, paired, utility_at
 from wagle_pl.lab.study.grid import Grid, middle_first, passes, read_masks, read_objectives
 from wagle_pl.lab.study.recovery import HALF, at_the_level, csv, tables
-from wagle_pl.lab.study.runs import next_runs, steps_of_tests
+from wagle_pl.lab.study.runs import steps_of_tests
 from wagle_pl.lab.study.summary import (
     Compared,
     Pace,
@@ -313,66 +312,6 @@ def test_a_step_rule_and_an_optimiser_are_part_of_an_objective():
     ):
         with pytest.raises(WagleError, match=said):
             read_objectives([{"class_path": "NPO", **wrong}])
-
-
-# -- a search --------------------------------------------------------------------------------------
-
-
-def search(budget, grid, runs, kept):
-    """Rows of so many runs that a search makes: kept(run) is the utility at the level, or None."""
-    rows = []
-    while len(rows) < budget:
-        for run in next_runs(runs, rows, BY):
-            found = kept(run)
-            forget = 0.5 if found is None else 0.2
-            rows.append({**run.labels, "step": 1, "forget": forget, "utility": found or 0.0})
-            if len(rows) == budget:
-                break
-    return rows
-
-
-def test_a_search_finds_the_best_of_a_grid_and_goes_on_where_it_was():
-    """135 points of an objective, and dense; the best is known."""
-    npo = {"class_path": "NPO", "init_args": {"beta": [0.05, 0.1, 0.5], "retain_weight": 8}}
-    masks = ["dense", {"score": "wagle", "density": [0.05, 0.1, 0.2, 0.5, 0.8]}]
-    grid = Grid.of([npo, "PO"], masks, np.geomspace(1e-4, 1e-2, 9).tolist(), [0])
-    runs = list(grid.runs({}))
-    names = [*(f"NPO beta={beta}" for beta in (0.05, 0.1, 0.5)), "PO"]
-    assert [objective.name for objective in grid.objectives] == names
-    assert runs[0].axes.keys() == {"objective", "NPO beta", "mask", "lr"}
-
-    def kept(run):
-        """Best at β 0.1, density 0.2, a rate of 1e-3; PO and high rates at low densities fail."""
-        far = abs(np.log(run.lr / 1e-3)) + abs(np.log((run.mask.density or 1) / 0.2))
-        if run.objective.name == "PO" or far > 4:
-            return None
-        return 0.9 - 0.1 * far - 0.1 * abs(np.log(run.objective.axes["NPO beta"] / 0.1))
-
-    rows = search(40, grid, runs, kept)
-    assert len({row["run"] for row in rows}) == 40
-    everything = sorted((kept(run) or 0.0 for run in runs), reverse=True)
-    assert max(row["utility"] for row in rows) >= everything[2]
-    assert np.mean([row["utility"] for row in rows[20:]]) > np.mean(everything)
-    for cut in (1, 15, 33):  # the same search, wherever it was cut
-        assert next_runs(runs, rows[:cut], BY)[0].id == rows[cut]["run"]
-
-
-def test_a_search_takes_all_seeds_of_a_point_and_ends_with_the_grid():
-    grid = Grid.of(["NPO"], ["dense", "random"], [1e-4, 1e-3], [0, 1, 2])
-    runs = list(grid.runs({}))
-    rows = search(12, grid, runs, lambda run: run.lr)
-    assert {row["run"] for row in rows} == {run.id for run in runs}
-    labels = [(row["mask"], row["lr"]) for row in rows]
-    assert all(len(set(labels[i : i + 3])) == 1 for i in range(0, 12, 3))
-    assert next_runs(runs, rows[:4], BY) == [
-        r for r in runs if r.id in (rows[4]["run"], rows[5]["run"])
-    ]
-
-
-def test_a_search_without_optuna_is_refused(monkeypatch):
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(WagleError, match=r"needs Optuna: pip install 'wagle-pl\[optuna\]'"):
-        next_runs(list(Grid.of(["NPO"], ["dense"], [1e-4], [0]).runs({})), [], BY)
 
 
 # -- the summary -----------------------------------------------------------------------------------

@@ -76,7 +76,6 @@ class ObjectiveChoice:
     step_rule: Optional[Entry] = None
     optimizer: Optional[Entry] = None  # in place of the study's
     learning_rates: Optional[tuple[float, ...]] = None  # its own, instead of study's and masks'
-    axes: Mapping[str, Any] = field(default_factory=dict)  # coordinates in the grid, for a sampler
 
     def make(self) -> Objective:
         return resolve(Objective, self.entry, "objective")
@@ -129,13 +128,6 @@ class MaskChoice:
         """The specification for attribution, to write the mask to a file of that name."""
         density = 0.5 if self.density is None else self.density  # None: the score sets its share
         return MaskSpec(score=self.score, density=density, name=name, **self._chosen(SELECTION))
-
-    @property
-    def axes(self) -> dict[str, Any]:
-        """Its coordinates in the grid, for a sampler."""
-        if self.kind != "score" or self.density is None:
-            return {"mask": self.name}
-        return {"mask": self.name.removesuffix(f" {self.density:g}"), "density": self.density}
 
     def of_seed(self, seed: int) -> MaskChoice:
         """The mask that a run with this seed uses."""
@@ -238,9 +230,8 @@ def read_objectives(entries: Entries) -> list[ObjectiveChoice]:
             if choice.optimizer_maker is not None:
                 parts.append(choice.optimizer_maker.func)
             usual = str(name or "+".join(part.__name__ for part in parts))
-            axes = {"objective": usual} | {f"{usual} {key}": value for key, value in drawn.items()}
             full = " ".join([usual, *(f"{key}={value:g}" for key, value in drawn.items())])
-            found.append(replace(choice, name=full, axes=axes))
+            found.append(replace(choice, name=full))
     _refuse_twins(found, "objectives")
     return found
 
@@ -456,13 +447,6 @@ class Run:
     @property
     def name(self) -> str:
         return f"{self.objective.name}, {self.mask.name}, lr {self.lr:g}, seed {self.seed}"
-
-    @cached_property
-    def axes(self) -> dict[str, Any]:
-        """Its coordinates in the grid, without the seed: name of the axis -> word or number."""
-        own = self.objective.learning_rates is not None
-        lr = f"{self.objective.axes['objective']} lr" if own else "lr"
-        return {**self.objective.axes, **self.mask.axes, lr: self.lr}
 
     @property
     def labels(self) -> dict[str, Any]:

@@ -1,5 +1,4 @@
-"""The runs of a study: unlearning with tests along the way, which run of a grid comes next, and the
-table that keeps the results."""
+"""The runs of a study: unlearning with tests along the way, and the table that keeps the results."""
 
 from __future__ import annotations
 
@@ -7,7 +6,6 @@ import copy
 import gc
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,8 +26,6 @@ from wagle_pl.evaluation.measures import defined_only
 from wagle_pl.evaluation.observe import GENERATED
 from wagle_pl.evaluation.results import Table, load_table, table_key, write_table
 from wagle_pl.lab.study import TABLE_FILE
-from wagle_pl.lab.study.grid import Run
-from wagle_pl.lab.study.summary import Compared, Row, run_table
 from wagle_pl.unlearning import UnlearnModule
 
 log = logging.getLogger(__name__)
@@ -39,8 +35,6 @@ Generate = Literal["end", "always", "never"]
 Along = Literal["all", "answers"]
 
 LOCK_FILE = "study.lock"
-ASKS = 100  # after this many suggestions of finished points, the grid's order decides
-Point = tuple[str, str, float]  # of the search: objective, mask, learning rate
 #: First columns of the table; measures follow.
 COLUMNS = (
     *("objective", "mask", "score", "density", "lr", "seed", "step", "run", "forget", "utility"),
@@ -184,82 +178,6 @@ def as_before_the_end(
 
     names = tables.keys() if answers_of is None else tables.keys() & answers_of
     return {name: list(map(observed, tables[name])) for name in tables if name in names}
-
-
-# -- a search by Optuna, in place of the whole grid -----------------------------------------------
-
-
-def load_optuna() -> Any:
-    """The library, silent; an error if it is not installed."""
-    try:
-        import optuna
-    except ImportError:
-        raise WagleError("--sampler: optuna needs Optuna: pip install 'wagle-pl[optuna]'") from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
-
-
-def next_runs(runs: Sequence[Run], rows: Sequence[Row], by: Compared) -> list[Run]:
-    """The runs of the next point: one that lacks some seeds, or else one that is suggested.
-
-    A *point* of the search is an objective, a mask and a learning rate, with the runs of all seeds.
-    Points are ranked by how many of their runs reach the level of forgetting, then by mean utility
-    there, then by how far the runs get. The sampler gets only this order, as levels and utilities
-    have any scale. It is made anew from the ``rows`` of the study's table, so the search does not
-    depend on interruptions. At least one of ``runs``, those of the grid, must be unfinished.
-    """
-    points: dict[Point, list[Run]] = {}
-    for run in runs:
-        points.setdefault((run.objective.id, run.mask.id, run.lr), []).append(run)
-    point_of = {run.id: point for point, own in points.items() for run in own}
-    told: dict[Point, list[Any]] = {}
-    for run in run_table(rows, by).itertuples() if rows else ():
-        if run.run in point_of:
-            told.setdefault(point_of[run.run], []).append(run)
-    finished = {run.run for own in told.values() for run in own}
-    left = {p: [run for run in own if run.id not in finished] for p, own in points.items()}
-    for point in told:
-        if left[point]:
-            return left[point]
-    grid, optuna = [own[0] for own in points.values()], load_optuna()
-    sampler = optuna.samplers.TPESampler(seed=len(told))
-    study = optuna.create_study(direction="maximize", sampler=sampler)
-    place = {p: i for i, p in enumerate(sorted(told, key=lambda p: _worth(told[p], by)))}
-    for point in told:
-        trial = optuna.trial.FixedTrial(points[point][0].axes)
-        _walk(trial, grid)
-        of = {"params": trial.params, "distributions": trial.distributions}
-        study.add_trial(optuna.trial.create_trial(**of, value=float(place[point])))
-    for _ in range(ASKS):
-        run = _walk(study.ask(), grid)
-        if found := left[run.objective.id, run.mask.id, run.lr]:
-            return found
-    return next(own for own in left.values() if own)
-
-
-def _worth(runs: Sequence[Any], by: Compared) -> tuple[float, float, float]:
-    reached = [run.reached for run in runs if not math.isnan(run.reached)]
-    utility = by.utility_sign * sum(reached) / len(reached) if reached else 0.0
-    return len(reached) / len(runs), utility, sum(run.deepest for run in runs) / len(runs)
-
-
-def _walk(trial: Any, grid: Sequence[Run]) -> Run:
-    """The run of a grid that a trial's values select, axis by axis, or the nearest one."""
-    left = list(grid)
-    while True:
-        axes = left[0].axes  # the next is the first in which runs differ
-        name = next((n for n in axes if any(r.axes.get(n) != axes[n] for r in left)), None)
-        if name is None:
-            return left[0]
-        values = sorted({run.axes[name] for run in left})
-        if isinstance(values[0], str):
-            value = trial.suggest_categorical(name, values)
-        else:
-            log = values[0] > 0
-            given = trial.suggest_float(name, values[0], values[-1], log=log)
-            scale = math.log if log else float
-            value = min(values, key=lambda v: abs(scale(v) - scale(given)))
-        left = [run for run in left if run.axes[name] == value]
 
 
 # -- the study's folder ----------------------------------------------------------------------------

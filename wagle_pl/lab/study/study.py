@@ -6,12 +6,12 @@ import copy
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Any, Optional, Union
 
 import lightning as L
 import torch
@@ -44,10 +44,8 @@ from wagle_pl.lab.study.runs import (
     announced,
     as_before_the_end,
     limited,
-    load_optuna,
     locked,
     make_trainer,
-    next_runs,
     say,
 )
 from wagle_pl.lab.study.summary import Compared, summarise
@@ -101,8 +99,6 @@ class Study:
         limit_test: use only this many rows of each test set.
         module: options of UnlearnModule and Evaluate, such as warmup, suite, max_new_tokens.
         trainer: options of Lightning's Trainer, such as precision, accelerator, gradient_clip_val.
-        sampler: which runs to make: the whole grid, or those that optuna suggests from the utility
-            of finished runs at equal forgetting; each suggestion is run with all seeds.
         budget: maximum number of runs, including finished ones; the whole grid by default.
         attacks: attack every model that reaches the level (needs until_level), as the option
             robustness of a test does: all, or a list of Relearn, Quantise, Sample, Probe, ... or
@@ -139,7 +135,6 @@ class Study:
     limit_test: Optional[int] = None
     module: Optional[dict[str, Any]] = None
     trainer: Optional[dict[str, Any]] = None
-    sampler: Literal["grid", "optuna"] = "grid"
     budget: Optional[int] = None
     attacks: Optional[Union[list[Union[str, dict[str, Any]]], str]] = None
     only: Optional[Union[list[str], str]] = None
@@ -166,8 +161,6 @@ class Study:
         if self.along == "answers" and self.generate == "always":
             said = "--along answers generates nothing before a run's end"
             raise WagleError(f"{said}: leave --generate always out")
-        if self.sampler == "optuna":
-            load_optuna()
         self._attacks, self._every_attack = find_attacks(self.attacks, "--attacks")
         if self._attacks and not self.until_level:
             raise WagleError(
@@ -217,9 +210,9 @@ class Study:
             done = f"{count(self.size, 'run')}, {len(finished)} of them finished"
             say(f"{self.folder}: {done}; {number} to do{self._time_left(number)}")
             if self.hours != 0 and number:
-                self._make_masks(todo if self.sampler == "optuna" else todo[:number])
+                self._make_masks(todo[:number])
             try:
-                self._work(self._suggested(runs) if self.sampler == "optuna" else todo, number)
+                self._work(todo[:number])
             except (KeyboardInterrupt, SystemExit):
                 missing = f"{self.size - len(self._finished())} of {self.size} runs are missing"
                 say(f"stopped; the same command continues ({missing})")
@@ -230,17 +223,10 @@ class Study:
                     save_figure(study_overview(*drawing), [self.folder / f"{name}.svg"])
         if found["headline"]:
             say(f"\n{text.console(found)}\n\n{self.folder / 'study.md'} has it as Markdown")
-            if self.sampler == "optuna":
-                say(text.best(found))
         return found
 
     def _finished(self) -> set[str]:
         return self.planned & self.table.finished()
-
-    def _suggested(self, runs: Sequence[grid.Run]) -> Iterator[grid.Run]:
-        """Unfinished runs, each chosen when those before it are finished."""
-        while True:
-            yield from next_runs(runs, self.table.rows, self.compared)
 
     def _time_left(self, runs: int) -> str:
         """How long this many runs will take, judging by finished ones; empty without any."""
@@ -249,18 +235,17 @@ class Study:
             return ""
         return f", {text.duration(runs * sum(seconds) / len(seconds))} left"
 
-    def _work(self, todo: Iterable[grid.Run], runs: int) -> None:
-        began, todo = time.monotonic(), iter(todo)
-        for number in range(1, runs + 1):
+    def _work(self, todo: Sequence[grid.Run]) -> None:
+        began = time.monotonic()
+        for number, run in enumerate(todo, 1):
             if self.hours is not None and time.monotonic() - began > 3600 * self.hours:
-                left = count(runs - number + 1, "run")
+                left = count(len(todo) - number + 1, "run")
                 say(f"{self.hours:g} h are over; the same command continues with the {left} left")
                 return
-            run = next(todo)
-            with announced(f"[{number}/{runs}] {run.name}"):
+            with announced(f"[{number}/{len(todo)}] {run.name}"):
                 rows = self._run(run)
             self.table.append(rows)
-            last, left = rows[-1], self._time_left(runs - number)
+            last, left = rows[-1], self._time_left(len(todo) - number)
             forget, utility = (decimals(last.get(name)) for name in ("forget", "utility"))
             outcome = last.get("note") or f"forget {forget}, utility {utility}"
             say(f"{outcome}, {text.duration(last['seconds'])}{left}")

@@ -115,22 +115,6 @@ def outcome(arms: Sequence[Arm]) -> str:
     return f"Against dense: {'; '.join(said)}." if said else nothing
 
 
-def best(summary: Summary) -> str:
-    """The arm with the best utility at equal forgetting, in a line; empty if none has one.
-
-    >>> arm = {"objective": "NPO", "mask": "dense", "mean": 0.9, "learning_rates": {"0": 0.1}}
-    >>> best({"headline": [arm, {**arm, "mean": 0.8}, {**arm, "mean": None}]})
-    'Best so far: NPO, dense, lr 0.1: 0.900.'
-    """
-    sign = summary.get("utility_sign", 1)
-    arms = [arm for arm in summary["headline"] if arm["mean"] is not None]
-    arm = max(arms, key=lambda arm: sign * arm["mean"], default=None)
-    if arm is None:
-        return ""
-    where = f"{arm['objective']}, {arm['mask']}, lr {rates_of(arm)}"
-    return f"Best so far: {where}: {arm['mean']:.3f}."
-
-
 def console(summary: Summary) -> str:
     """Tables for the console, with what wins, ties and loses."""
     parts = [
