@@ -169,22 +169,6 @@ def test_convert_there_and_back(mask: Any, tiny_model: str, refuses: Any) -> Non
     assert "does not exist" in refuses("convert none.pt -o c.safetensors")
 
 
-def test_convert_to_an_adapter_and_back(mask: Any, tiny_model: str, refuses: Any) -> None:
-    shapes = parameter_shapes(load_model(tiny_model))
-    bools = random_bools(shapes, 0.2, 4)
-    for name in shapes:
-        bools[name] &= "_proj" in name
-    WeightMask.from_bools(bools).save("c")
-    assert "written to adapter" in mask(f"convert c.safetensors -o adapter --model {tiny_model}")
-    mask("convert adapter -o back.safetensors")  # which names its model
-    back = WeightMask.load("back")
-    assert back == WeightMask.load("c") and back.metadata["model"] == tiny_model
-    assert "name it" in refuses("convert c.safetensors -o other")
-    assert "convert adapter to a .safetensors mask first" in refuses("convert adapter -o c.pt")
-    said = refuses(f"convert c.safetensors -o adapter --model {tiny_model}")
-    assert "adapter exists already" in said
-
-
 def test_modules(mask: Any, tiny_model: str, refuses: Any) -> None:
     text = mask(f"modules {tiny_model} --modules mlp.down_proj,attn --layers 1 -o m")
     found = WeightMask.load("m")

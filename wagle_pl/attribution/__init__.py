@@ -7,7 +7,6 @@ from wagle_pl.attribution.scores import *  # noqa: F403
 from wagle_pl.attribution.scoring import (
     Collected,
     MaskSpec,
-    importance_from_scores,
     mask_from_scores,
 )
 
@@ -18,6 +17,5 @@ __all__ = [
     "Job",
     "MaskSpec",
     "collect",
-    "importance_from_scores",
     "mask_from_scores",
 ]

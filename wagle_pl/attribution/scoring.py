@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import prod
@@ -34,7 +34,7 @@ from wagle_pl.core.schema import Count
 from wagle_pl.core.tensorfiles import check_version, write_tensors
 from wagle_pl.core.weights import gathered, parameter_shapes
 from wagle_pl.masks import WeightMask
-from wagle_pl.masks.bits import filled_bits, unpack_bits
+from wagle_pl.masks.bits import filled_bits
 
 FORMAT = "wagle_pl.scores"
 FORMAT_VERSION = 2
@@ -462,36 +462,3 @@ def mask_from_scores(
     packed = {name: bits for name, (bits,) in chosen}
     made_by = {key: value for key, value in stored.made_by.items() if key != "absolute"}
     return _whole_mask(packed, stored.shapes, made_by | options)
-
-
-def importance_from_scores(
-    path: str | Path, scale: Optional[float] = None
-) -> tuple[Callable[[str], Tensor], dict[str, Any]]:
-    """How much each weight matters, in [0, 1), by a folder of scores: w = |S| / (|S| + s).
-
-    With s = 1 it is |g_f| / (|g_f| + |g_r|) of ``ForgetRetainRatio`` and F_f / (F_f + F_r) of
-    ``FisherRatio``: the importance for forgetting relative to that for retaining, by which PerTA
-    (arXiv 2601.22030) weights; the paper's own normalisation may differ. Other scores can have any
-    scale: by default s is their median size, so that half of the weights have w ≥ ½. If scores are
-    ranked with their sign, negative ones count as 0.
-
-    Returns:
-        Name of a parameter -> w, in its shape; and how w was made, with ``model_fingerprint``.
-    """
-    stored = StoredScores(path)
-    absolute = stored.made_by.get("absolute", True)
-
-    def size(name: str) -> Tensor:
-        if name not in stored.shapes:
-            raise WagleError(f"scores {path} have no {name}: they are of another model")
-        ((_, score),) = stored.stream([name])
-        return score.abs_() if absolute else score.clamp_(min=0.0)
-
-    if scale is None:
-        halves = select_each(lambda: ((name, size(name)) for name in stored.shapes), [0.5])
-        upper = (size(name)[unpack_bits(bits, stored.shapes[name])] for name, (bits,) in halves)
-        scale = min(part.min().item() for part in upper if len(part))
-    if not scale > 0:
-        raise WagleError(f"must be above 0, got {scale:g}", option="scale")
-    about = {"scores": str(path), "scale": scale, **stored.made_by}
-    return lambda name: (of := size(name)).div_(of + scale), about

@@ -14,8 +14,6 @@ from wagle_pl.core.files import refuse_existing
 from wagle_pl.core.text import fields, table
 
 masks = LazyModule("wagle_pl.masks")
-hub = LazyModule("wagle_pl.core.hub")
-shira = LazyModule("wagle_pl.unlearning.adapters")
 figures = LazyModule("wagle_pl.lab.study.report.figures")
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
@@ -112,54 +110,43 @@ def invert(file: str, *, output: str, overwrite: bool = False) -> None:
 def convert(
     file: str, *, output: str, model: Optional[str] = None, overwrite: bool = False
 ) -> None:
-    """Convert a mask to or from a torch file or a SHiRA adapter of ``peft``, or to another model.
+    """Convert a mask to or from a torch file, or to another model.
 
     Args:
         file: mask to convert. The suffix gives the format: .safetensors is a mask of this package;
-            .pt, .pth or .bin a dict {parameter name: bool tensor} written by torch.save; no suffix
-            an adapter folder, with which peft trains the weights of the mask.
-        output: file or folder to write, likewise.
+            .pt, .pth or .bin a dict {parameter name: bool tensor} written by torch.save.
+        output: file to write, likewise.
         model: model the mask is for; names and shapes of its tensors are checked. A mask made from
             a torch file gets its parameter order and fingerprint; without a fingerprint the mask is
-            accepted for any model. For an adapter, the base model; an existing adapter names its
-            own. From .safetensors to .safetensors, the mask is written for this model.
+            accepted for any model. From .safetensors to .safetensors, the mask is written for this
+            model.
     """
-    formats = [_format(file), _format(output)]
-    if formats[0] == formats[1] and (formats[0] != "mask" or model is None):
-        hint = "give --model to write the mask for another model" if formats[0] == "mask" else None
+    from_torch, to_torch = map(_is_torch, (file, output))
+    if from_torch == to_torch and (from_torch or model is None):
+        hint = None if from_torch else "give --model to write the mask for another model"
         said = f"{file} and {output} are of the same format: nothing to convert"
         raise WagleError(said, hint=hint)
-    if "mask" not in formats:
-        raise WagleError(f"convert {file} to a {masks.SUFFIX} mask first, then to {output}")
-    kind = "folder" if formats[1] == "adapter" else "file"
-    refuse_existing(Path(output), overwrite, "--overwrite", kind=kind)
-    model = model or (hub.adapted(file) if formats[0] == "adapter" else None)
-    if model is None and "adapter" in formats:
-        raise WagleError("an adapter needs its base model: name it", option="model")
+    refuse_existing(Path(output), overwrite, "--overwrite")
     shapes, made_for = _model(model) if model else (None, {})
-    if formats[0] == "torch":
+    if from_torch:
         _write(masks.WeightMask.from_torch(file, shapes, made_for), output)
-    elif formats[0] == "adapter":
-        _write(shira.mask_from_shira(file, shapes, made_for), output)
-    elif formats[1] == "mask":
-        _write(masks.WeightMask.load(file).moved(shapes, made_for), output)
-    else:
-        mask = masks.WeightMask.load(file)
-        if shapes is not None:
-            mask.check(shapes, made_for["model_fingerprint"])
-        to_torch = formats[1] == "torch"
-        written = mask.to_torch(output) if to_torch else shira.mask_to_shira(mask, model, output)
-        _report(mask, written)
+        return
+    mask = masks.WeightMask.load(file)
+    if not to_torch:
+        _write(mask.moved(shapes, made_for), output)
+        return
+    if shapes is not None:
+        mask.check(shapes, made_for["model_fingerprint"])
+    _report(mask, mask.to_torch(output))
 
 
-def _format(path: str) -> Literal["mask", "torch", "adapter"]:
+def _is_torch(path: str) -> bool:
+    """Whether a file is in torch's format, and not in this package's."""
     suffix = Path(path).suffix
-    if suffix in (masks.SUFFIX, *TORCH_SUFFIXES):
-        return "mask" if suffix == masks.SUFFIX else "torch"
-    if suffix and not Path(path).is_dir():
+    if suffix not in (masks.SUFFIX, *TORCH_SUFFIXES):
         formats = f"{masks.SUFFIX} or {', '.join(TORCH_SUFFIXES)}"
-        raise WagleError(f"{path}: no mask format has this suffix; use {formats}, or none")
-    return "adapter"
+        raise WagleError(f"{path}: no mask format has this suffix; use {formats}")
+    return suffix != masks.SUFFIX
 
 
 def random(like: str, *, output: str, seed: int = 0, overwrite: bool = False) -> None:

@@ -11,7 +11,6 @@ from wagle_pl.core.files import refuse_existing
 
 api = LazyModule("wagle_pl.api")
 patches = LazyModule("wagle_pl.unlearning.patch")
-shira = LazyModule("wagle_pl.unlearning.adapters")
 
 
 def forget_rows(
@@ -128,58 +127,7 @@ def info(patch: str, *, tensors: bool = False) -> None:
         print(f"  {name}: {tensor['changed']:,} of shape {shape} {tensor['dtype']}")
 
 
-def convert(base: str, patch: str, *, output: str, overwrite: bool = False) -> None:
-    """Turn a patch into a SHiRA adapter of ``peft``, or an adapter folder into a patch.
-
-    Args:
-        base: folder of the base model of the patch or adapter.
-        patch: patch file or adapter folder.
-        output: adapter folder or patch file to write.
-    """
-    if Path(patch).is_dir():
-        _print_summary(shira.patch_from_shira(base, patch, output, overwrite))
-    else:
-        print(f"adapter written to {shira.patch_to_shira(base, patch, output, overwrite)}")
-
-
-def subtract(
-    base: str,
-    finetuned: str,
-    *,
-    output: str,
-    origin: Optional[str] = None,
-    scores: Optional[str] = None,
-    scale: Optional[float] = None,
-    mask: Optional[str] = None,
-    strength: float = 1.0,
-    overwrite: bool = False,
-) -> None:
-    """Unlearn without training: subtract the change made by fine-tuning on the forget rows.
-
-    Args:
-        base: model to unlearn.
-        finetuned: the same model fine-tuned on the forget rows.
-        output: folder to write.
-        origin: model that was fine-tuned, if it is not the base.
-        scores: file of scores that attribution saved; each weight's change is multiplied by
-            S / (S + scale), where S is its score.
-        scale: score at which that factor is one half; by default the median score. With scale 1 and
-            forget_retain_ratio or fisher_ratio, the factor is forget / (forget + retain).
-        mask: mask file; weights outside it stay bit-identical.
-        strength: multiple of the change that is subtracted.
-    """
-    from wagle_pl.attribution import importance_from_scores
-    from wagle_pl.unlearning.patch import subtract as write
-
-    if scores is None and scale is not None:
-        raise WagleError("--scale: it needs --scores: give both, or neither")
-    options = {"origin": origin, "mask": mask, "strength": strength, "overwrite": overwrite}
-    importance, about = (None, None) if scores is None else importance_from_scores(scores, scale)
-    options |= {"importance": importance, "about": about}
-    print(f"model written to {write(base, finetuned, output, **options)}")
-
-
-PATCH = {verb.__name__: verb for verb in (make, apply, revert, convert, subtract, info)}
+PATCH = {verb.__name__: verb for verb in (make, apply, revert, info)}
 
 
 def _write_model(verb: str, model: str, patch: str, output: str, overwrite: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Optional
 import torch
 import yaml
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing
@@ -71,7 +71,9 @@ def export(
             f"checkpoint {path}: its base model {base} cannot be read ({error}); say where it is: "
             "--model"
         ) from None
-    lm, selected = _without_weights(config), None
+    with torch.device("meta"):
+        lm, selected = AutoModelForCausalLM.from_config(config), None
+    lm.tie_weights()
     if checkpoint.get("mask"):
         selected = _mask_of(checkpoint, parameter_shapes(lm), originals, mask)
     weights = _with_values(weights, originals, selected, loaded_as)
@@ -94,25 +96,8 @@ def _convert(name: str, output: str | Path) -> Path:
     return save_model(lm, models.load_tokenizer(name), output, card, record)
 
 
-def empty_model(base: str) -> PreTrainedModel:
-    """A model without weights, on the meta device."""
-    with models.loading(f"configuration of model {base!r}", base):
-        return _without_weights(models.load_config(base))
-
-
-def _without_weights(config: Any) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config)
-    lm.tie_weights()
-    return lm
-
-
 def _configs(base: str) -> tuple[Any, Any]:
     """A model's configuration and that of its generations, None if it has none."""
-    from transformers import GenerationConfig
-
     config, (source, _) = models.load_config(base), models.locate(base)
     try:
         return config, GenerationConfig.from_pretrained(source)
