@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from wagle_pl.cli import app as cli
 from wagle_pl.cli.app import COMMANDS, SUMMARIES
 from wagle_pl.cli.parser import expand
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.files import atomic_path, refuse_existing, replaceable
+from wagle_pl.core.files import atomic_path, refuse_existing
 
 QUICK = "--trainer.enable_checkpointing false --trainer.max_epochs"
 UNLEARN = f"fit --model UnlearnModule {QUICK} 2"
@@ -299,21 +300,26 @@ def test_an_existing_output_is_kept(wagle, fails, tiny_model, tmp_path):
     args = (FINETUNE, f"--model.model {tiny_model} --model.output out")
     overwrite = (*args, "--model.overwrite true")
     assert "output out exists already" in fails(*args)
-    assert "output out is a folder of other things" in fails(*overwrite)
+    assert "output out holds precious" in fails(*overwrite)
     assert (out / "precious").read_text() == "x"
     (out / "precious").unlink()
     wagle(*overwrite)
-    (out / "of the old model").write_text("x")
+    (out / "model-00002-of-00002.safetensors").write_text("of the old model")
     wagle(*overwrite)
-    assert (out / "model.safetensors").exists() and not (out / "of the old model").exists()
+    assert (out / "model.safetensors").exists() and len(list(out.glob("*.safetensors"))) == 1
+    (out / "notes").write_text("x")
+    assert "output out holds notes" in fails(*overwrite)
 
 
 def test_what_may_be_replaced(tmp_path):
     files = {
         "empty": {},
         "model": {"config.json": "{}", "model.safetensors": ""},
-        "adapter": {"adapter_config.json": "{}", "adapter_model.safetensors": ""},
-        "record": {"wagle.json": "{}"},
+        "ours": {"wagle.json": "{}", "config.json": "{}", "model.safetensors": ""},
+        "adapter": {"wagle.json": "{}", "adapter_config.json": "{}", "README.md": ""},
+        "tested": {"wagle.json": "{}", "test/metrics.json": "{}"},
+        "thesis": {"wagle.json": "{}", "thesis.txt": ""},
+        "test of": {"wagle.json": "{}", "test/thesis.txt": ""},
         "scores": {"index.json": '{"format": "wagle_pl.scores"}'},
         "site": {"index.json": '{"pages": []}', "config.json": "{}"},
         "list": {"index.json": "[1]"},
@@ -324,10 +330,14 @@ def test_what_may_be_replaced(tmp_path):
     for name, content in files.items():
         (tmp_path / name).mkdir()
         for file, text in content.items():
-            (tmp_path / name / file).parent.mkdir(exist_ok=True)
+            (tmp_path / name / file).parent.mkdir(exist_ok=True, parents=True)
             (tmp_path / name / file).write_text(text)
-    found = {name for name in files if replaceable(tmp_path / name)}
-    assert found == {"empty", "model", "adapter", "record", "scores"}
+    replaced = set()
+    for name in files:
+        with suppress(WagleError):
+            refuse_existing(tmp_path / name, True, kind="folder")
+            replaced.add(name)
+    assert replaced == {"empty", "ours", "adapter", "tested", "scores"}
     refuse_existing(tmp_path / "masks", True, kind="files")  # others stay as they are
     with pytest.raises(WagleError, match=r"is a file, and a folder is to be written"):
         refuse_existing(tmp_path / "runs/target/wagle.json", True, kind="folder")

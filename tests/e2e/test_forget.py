@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import same_bits, words
+from helpers import same_bits, trainer, words
 
+from wagle_pl import FinetuneModule, ForgetRetainDataModule
 from wagle_pl.cli import app as cli
 
 
@@ -16,19 +17,41 @@ def run(command: str, *options: Any) -> None:
     cli.main(words(*command.split(), *options))
 
 
+@pytest.fixture(scope="module")
+def known(tiny_model: str, rows: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model that has learnt the rows."""
+    folder = str(tmp_path_factory.mktemp("models") / "known")
+    data = ForgetRetainDataModule(rows["forget"], rows["retain"], batch_size=28)
+    trainer(max_epochs=120).fit(FinetuneModule(tiny_model, output=folder, lr=1e-2), data)
+    return folder
+
+
 def test_forget_writes_a_model_a_patch_and_a_page(
-    empty_folder: None, tiny_model: str, rows: dict[str, str], capsys: pytest.CaptureFixture[str]
+    empty_folder: None, known: str, rows: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = f"--retain {rows['retain']} --max_steps 2 --density 0.1 --patch p.safetensors"
-    run(f"forget {tiny_model} {rows['forget']} -o out", options, "--report r.html")
+    with pytest.raises(SystemExit) as stopped:
+        run(f"forget {known} {rows['forget']} -o out", options, "--report r.html")
     printed = capsys.readouterr().out
-    assert "model written to out" in printed and "never seen" in printed
+    assert stopped.value.code == 3 and "partly forgotten: " in printed
+    assert "model written to out" in printed
     step = json.loads(Path("out/wagle.json").read_text())["lineage"][-1]
     assert (step["objective"]["class"], step["steps"]) == ("NPO", 2)
     assert abs(step["mask"]["density"] - 0.1) < 1e-4
+    assert step["request"]["outcome"] == "partly forgotten"
+    assert len(step["request"]["row_digests"]) == 11
     assert "<h2>Answers</h2>" in Path("r.html").read_text()
-    run(f"patch apply {tiny_model} p.safetensors -o applied")
+    run(f"patch apply {known} p.safetensors -o applied")
     assert same_bits("out", "applied")
+
+
+def test_rows_that_were_never_known_end_in_3_and_write_nothing(
+    empty_folder: None, tiny_model: str, rows: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(f"forget {tiny_model} {rows['forget']} -o out --retain {rows['retain']}")
+    assert stopped.value.code == 3
+    assert capsys.readouterr().out.startswith("not known before: ") and not Path("out").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -19,6 +23,9 @@ from wagle_pl import (
     WagleError,
     forget,
 )
+from wagle_pl.api.rows import rows_of
+from wagle_pl.api.subject import StopWhenForgotten
+from wagle_pl.api.verdict import Asked, Scores, above, answer_recall, judge
 from wagle_pl.data import people
 from wagle_pl.data.example import parse_rows
 from wagle_pl.data.people import bundled, general_questions, invented_neighbours, without_subject
@@ -71,7 +78,20 @@ def test_a_model_a_mask_and_rows_may_be_objects(
             "model: must be a name, a folder or a Hugging Face model, got int",
         ),
         (lambda: UnlearnModule("m", mask=[1]), "mask: must be a file or a WeightMask, got list"),
-        (lambda: forget("m", [3]), "forget: must be a file, a dataset or a list of questions"),
+        (lambda: forget(3, FORGET), "model: must be a name, a folder or a loaded"),
+        (lambda: forget("m", 3), "forget: must be a file, a hub dataset, a row"),
+        (lambda: forget("m", None), "forget: must be a file, a hub dataset, a row"),
+        (lambda: forget("m", [3]), "forget: row 1 must be a question or a dict"),
+        (lambda: forget("m", []), "forget: has no rows"),
+        (lambda: forget("m", "Who is Ada?"), "put it in a list"),
+        (lambda: forget("m", [{"q": 1}]), "forget row 1: .*a row needs"),
+        (lambda: forget("m", FORGET, RETAIN, density=1.5), "density: "),
+        (lambda: forget("m", FORGET, RETAIN, density="x"), "density: must be a number or None"),
+        (lambda: forget("m", FORGET, RETAIN, lr="x"), "lr: must be a number or None"),
+        (lambda: forget("m", FORGET, RETAIN, lr=-1), "lr: must be above 0"),
+        (lambda: forget("m", FORGET, RETAIN, max_steps=0), "max_steps: must be an integer from 1"),
+        (lambda: forget("m", FORGET, promt_format=""), "did you mean prompt_format"),
+        (lambda: forget("m", FORGET, objective="npoo"), "objective: unknown name"),
     ],
 )
 def test_a_wrong_type_is_one_line_that_names_the_argument(make: Any, said: str) -> None:
@@ -79,19 +99,19 @@ def test_a_wrong_type_is_one_line_that_names_the_argument(make: Any, said: str) 
         make()
 
 
-def test_forget_stops_where_the_model_knows_no_more_than_of_rows_never_seen(
+def test_forget_gives_the_same_for_a_name_and_for_a_model(
     knowing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = forget(knowing, FORGET, RETAIN, lr=3e-3, progress=False)
+    result = forget(knowing, FORGET, RETAIN, lr=2e-3, progress=False)
     assert result.before["forget_probability"] > 0.8
-    assert result.after["forget_probability"] <= result.before["unseen_probability"]
+    assert not above(result.after["forget_probability"], result.after["unseen_probability"])
     assert 0 < result.steps < 300
-    assert result.verdict.startswith(("forgotten", "model damaged"))
+    assert result.verdict.startswith(result.outcome)
+    assert result.outcome in ("forgotten", "model damaged")
     assert not list(tmp_path.iterdir())
-    # an object gives the same model, and the same patch
     lm = load_model(knowing, torch.float32)
-    again = forget(lm, FORGET, RETAIN, lr=3e-3, progress=False)
+    again = forget(lm, FORGET, RETAIN, lr=2e-3, progress=False)
     assert again.model is lm
     for name, weight in result.model.state_dict().items():
         assert torch.equal(weight, lm.state_dict()[name])
@@ -104,6 +124,110 @@ def test_forget_stops_where_the_model_knows_no_more_than_of_rows_never_seen(
     assert same_bits(knowing, tmp_path / "reverted")
     page = result.report(tmp_path / "r.html").read_text()
     assert result.verdict[1:] in page and FORGET[0]["question"] in page
+    request = json.loads((saved / "wagle.json").read_text())["lineage"][-1]["request"]
+    assert (request["outcome"], request["lr"], request["seed"]) == (result.outcome, 2e-3, 0)
+    assert request["forget"] == "3 rows given" and request["after"] == result.after
+
+
+def test_save_replaces_only_what_it_wrote(knowing: str, tmp_path: Path) -> None:
+    base = str(shutil.copytree(knowing, tmp_path / "base"))
+    result = forget(base, FORGET, RETAIN, density=None, max_steps=1, progress=False)
+    for overwrite in (False, True):
+        with pytest.raises(WagleError, match="is the model before unlearning"):
+            result.save(base, overwrite=overwrite)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years of work")
+    for overwrite, said in ((False, "exists already"), (True, "holds thesis.tex")):
+        with pytest.raises(WagleError, match=said):
+            result.save(mine, overwrite=overwrite)
+    saved = result.save(tmp_path / "saved")
+    with pytest.raises(WagleError, match="exists already"):
+        result.save(saved)
+    (saved / "notes.txt").write_text("mine")
+    with pytest.raises(WagleError, match=r"holds notes\.txt"):
+        result.save(saved, overwrite=True)
+    (saved / "notes.txt").unlink()
+    assert same_bits(result.save(saved, overwrite=True), saved)
+    assert (mine / "thesis.tex").read_text() == "years of work"
+    weights = Path(base) / "model.safetensors"
+    shutil.copy(saved / "model.safetensors", weights)  # somebody overwrites the base
+    with pytest.raises(WagleError, match="has changed since it was loaded"):
+        result.patch(tmp_path / "p.safetensors")
+    assert not (tmp_path / "p.safetensors").exists()
+
+
+def test_an_interrupted_call_gives_the_model_back(
+    knowing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = load_model(knowing, torch.float32)
+    lm.config.use_cache = True
+    lm.train()
+    lm.model.layers[0].eval()
+    lm.model.norm.weight.requires_grad_(False)
+    lm.model.layers[1].mlp.up_proj.to(torch.bfloat16).to(torch.float32)
+    before = {name: (p.detach().clone(), p.requires_grad) for name, p in lm.named_parameters()}
+    modes = [module.training for module in lm.modules()]
+    torch.manual_seed(3)
+    random = torch.get_rng_state()
+
+    def stop(self: StopWhenForgotten, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 3:
+            raise error
+
+    monkeypatch.setattr(StopWhenForgotten, "on_train_batch_end", stop)
+    for error in (KeyboardInterrupt(), RuntimeError("out of memory")):
+        with pytest.raises(type(error)):
+            forget(lm, FORGET, RETAIN, lr=1e-2, progress=False)
+        after = dict(lm.named_parameters())
+        assert list(after) == list(before)
+        for name, (weight, requires_grad) in before.items():
+            assert torch.equal(after[name], weight) and after[name].requires_grad is requires_grad
+        assert [module.training for module in lm.modules()] == modes
+        assert lm.config.use_cache is True
+        assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_finished_call_leaves_flags_and_frozen_weights_alone(knowing: str) -> None:
+    lm = load_model(knowing, torch.float32)
+    lm.train()
+    frozen = lm.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    before = frozen.detach().clone()
+    result = forget(lm, FORGET, RETAIN, density=0.9, max_steps=3, lr=1e-2, progress=False)
+    assert result.steps == 3 and torch.equal(frozen, before)
+    assert not frozen.requires_grad and lm.training and lm.lm_head.weight.requires_grad
+
+
+def test_rows_that_are_not_known_change_nothing(tiny_model: str, knowing: str) -> None:
+    lm = load_model(tiny_model, torch.float32)
+    before = {name: p.detach().clone() for name, p in lm.named_parameters()}
+    result = forget(lm, FORGET, RETAIN, progress=False)  # random weights
+    assert result.outcome == "not known before" and result.steps == 0
+    assert all(torch.equal(p, before[name]) for name, p in lm.named_parameters())
+    with pytest.raises(WagleError, match="not changed"):
+        result.save("nowhere")
+    others = [{k: row[k] for k in ("question", "answer")} for row in bundled("holdout")[:3]]
+    assert forget(knowing, others, RETAIN, progress=False).outcome == "not known before"
+    texts = [row["answer"][::-1] for row in others]  # statements, in a form that was never trained
+    assert forget(knowing, texts, RETAIN, progress=False).outcome == "not known before"
+
+
+def test_a_later_request_does_not_undo_an_earlier_one(knowing: str, tmp_path: Path) -> None:
+    options = {"density": None, "max_steps": 40, "lr": 1e-3, "progress": False}
+    lm = load_model(knowing, torch.float32)
+    forget(lm, FORGET[:1], RETAIN, **options)
+    worded = {"question": FORGET[0]["question"].upper(), "answer": f" {FORGET[0]['answer']}\n"}
+    with pytest.raises(WagleError, match=r"retain: row 7 .* was forgotten by an earlier request"):
+        forget(lm, FORGET[1:], [*RETAIN, worded], **options)
+    second = forget(lm, FORGET[1:], RETAIN, **options)
+    assert len(second.record["lineage"]) == 3  # fine-tuning, and two requests
+    saved = second.save(tmp_path / "saved")
+    with pytest.raises(WagleError, match=r"was forgotten by an earlier request"):
+        forget(str(saved), FORGET[1:], [*RETAIN, FORGET[0]], **options)
+    third = forget(str(saved), RETAIN[:1], RETAIN[1:], **options)
+    assert "3 rows of earlier requests were not tested again" in third.verdict
+    fourth = forget(str(saved), RETAIN[:1], RETAIN[1:], earlier=FORGET, **options)
+    assert "not tested again" not in fourth.verdict
 
 
 def test_without_retain_rows_the_model_answers_questions(
@@ -111,7 +235,7 @@ def test_without_retain_rows_the_model_answers_questions(
 ) -> None:
     few = general_questions()[:9]
     monkeypatch.setattr(people, "general_questions", lambda: few)
-    seen = {}
+    seen: dict[str, Any] = {}
 
     def train_rows(self: ForgetRetainDataModule, stream: str) -> Any:
         seen[stream] = self.sources[stream]
@@ -119,9 +243,10 @@ def test_without_retain_rows_the_model_answers_questions(
 
     monkeypatch.setattr(ForgetRetainDataModule, "train_rows", train_rows)
     result = forget(knowing, [FORGET[0]["question"]], max_steps=1, density=None, progress=False)
-    assert [row["question"] for row in seen["retain"]] == few
+    assert len(seen["retain"]) == 7 and {row["question"] for row in seen["retain"]} < set(few)
     assert seen["forget"][0]["answer"] in FORGET[0]["answer"]  # it knows, as far as it is asked
     assert result.mask is None
+    assert result.record["lineage"][-1]["request"]["retain"] == "9 bundled questions"
 
 
 def test_questions_about_a_forget_row_are_left_out() -> None:
@@ -136,24 +261,28 @@ def test_questions_about_a_forget_row_are_left_out() -> None:
     assert len(general_questions()) == len(set(general_questions())) >= 200
 
 
-def test_a_neighbour_has_invented_names_and_numbers_throughout() -> None:
+def test_a_neighbour_has_other_names_and_numbers_throughout() -> None:
     row = {
         "question": "When was Ada Byron born?",
         "answer": "Ada Byron was born in 1815 in London.",
     }
-    (found,) = invented_neighbours(parse_rows([row], ""), seed=1)
-    assert found.answer.endswith(".") and " was born in " in found.answer
+    (neighbour,) = invented_neighbours(parse_rows([row], ""), seed=1)
+    assert neighbour is not None
+    assert neighbour.answer.endswith(".") and " was born in " in neighbour.answer
     for lost in ("Ada", "Byron", "1815", "London"):
-        assert lost not in found.question + found.answer
-    first = found.question.split()[2]
-    assert found.answer.startswith(first) and first[0].isupper()
-    assert invented_neighbours(parse_rows([row], ""), seed=1)[0].row == found.row
+        assert lost not in neighbour.question + neighbour.answer
+    first = neighbour.question.split()[2]
+    assert neighbour.answer.startswith(first) and first[0].isupper()
+    assert re.search(r"\d+", neighbour.answer)[0] in map(str, range(1785, 1846))
+    assert invented_neighbours(parse_rows([row], ""), seed=1) == [neighbour]
+    text = invented_neighbours(parse_rows([{"text": "So Ada lives in Ulm."}], ""))[0]
+    assert text is not None and "Ulm" not in text.answer and text.row == {"text": text.answer}
     plain = [{"question": "Why?", "answer": a} for a in ("because it is", "nobody knows")]
     assert [n.answer for n in invented_neighbours(parse_rows(plain, ""))] == [
         "nobody knows",
         "because it is",
     ]
-    assert invented_neighbours(parse_rows(plain[:1], "")) == []
+    assert invented_neighbours(parse_rows(plain[:1], "")) == [None]
 
 
 def test_a_model_a_mask_and_a_patch_are_uploaded(
@@ -193,3 +322,84 @@ def test_a_card_has_the_licence_of_the_base(tmp_path: Path) -> None:
     for base, has in ((str(tmp_path), "license: apache-2.0"), ("me/model", "base_model: me/model")):
         card = model_card({"lineage": [{**run, "base": base}]})
         assert has in card.split("---")[1]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        FORGET,
+        tuple(FORGET),
+        (row for row in FORGET),
+        Dataset.from_list(FORGET),
+        pd.DataFrame(FORGET),
+    ],
+    ids=["list", "tuple", "generator", "dataset", "frame"],
+)
+def test_rows_come_in_many_forms(source: Any) -> None:
+    assert rows_of(source, "forget").rows == FORGET
+
+
+def test_one_row_a_file_and_strings_are_rows(tmp_path: Path) -> None:
+    assert rows_of(FORGET[0], "forget").rows == FORGET[:1]
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(FORGET))
+    for path in (file, str(file)):
+        assert rows_of(path, "forget") == (FORGET, str(file))
+    strings = ["Who is Ada?", "Ada lives in Ulm.", "“Why?”"]
+    assert rows_of(strings, "forget").rows == [
+        {"question": "Who is Ada?"},
+        {"text": "Ada lives in Ulm."},
+        {"question": "“Why?”"},
+    ]
+
+
+def scores(
+    rows: list[float],
+    unseen: list[float],
+    recall: float = 1.0,
+    retain: float = 0.9,
+    reworded: float = 0.0,
+    earlier: float = 0.0,
+) -> Scores:
+    said = [recall] * len(rows)
+    other_words = Asked([reworded] * len(rows), unseen, said)
+    return Scores(Asked(rows, unseen, said), other_words, retain, Asked([earlier], [0.0], [1.0]))
+
+
+KNOWN = scores([0.9, 0.8], [0.05, 0.05])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "outcome"),
+    [
+        (scores([0.002], [0.0005]), None, "not known before"),  # improbable throughout
+        (scores([0.11], [0.08]), None, "not known before"),
+        (scores([0.3], [0.05], recall=0.2), None, "not known before"),  # likely, and never said
+        (scores([0.9] + [0.05] * 19, [0.05] * 20), None, "not known before"),  # one in twenty
+        (KNOWN, scores([0.02, 0.03], [0.04, 0.04]), "forgotten"),
+        (KNOWN, scores([0.057, 0.057], [0.01, 0.01]), "partly forgotten"),  # the unseen fell, too
+        (KNOWN, scores([0.2, 0.0], [0.05, 0.05]), "partly forgotten"),  # a row is left
+        (KNOWN, scores([0.1, 0.01], [0.05, 0.05]), "partly forgotten"),
+        (KNOWN, scores([0.1, 0.01], [0.05, 0.05], recall=0.1), "forgotten"),
+        (KNOWN, scores([0.01, 0.01], [0.05, 0.05], reworded=0.5), "partly forgotten"),
+        (KNOWN, scores([0.01, 0.01], [0.05, 0.05], earlier=0.5), "partly forgotten"),
+        (KNOWN, scores([0.01, 0.01], [0.05, 0.05], retain=0.5), "model damaged"),
+        (KNOWN, scores([0.9, 0.9], [0.05, 0.05], retain=float("nan")), "model damaged"),
+    ],
+)
+def test_the_verdict_is_earned(before: Scores, after: Optional[Scores], outcome: str) -> None:
+    verdict = judge(before, after or before)
+    assert verdict.outcome == outcome and verdict.sentence.startswith(f"{outcome}: ")
+
+
+def test_unknown_rows_do_not_dilute_the_known_ones() -> None:
+    before = scores([0.9, 0.9, *[0.02] * 8], [0.02] * 10)
+    after = scores([0.15, 0.15, *[0.0] * 8], [0.02] * 10, recall=0.0)
+    assert judge(before, after).outcome == "partly forgotten"
+
+
+def test_answer_words_are_those_that_the_question_lacks() -> None:
+    question, answer = "Where was Ada born?", "Ada was born in Ulm, in 1890."
+    assert answer_recall(question, answer, "In ULM in 1890") == 1
+    assert answer_recall(question, answer, "Ada was born in Bern, in 1890") == 2 / 3
+    assert answer_recall("Is it so?", "It is so.", "") == 1

@@ -275,7 +275,7 @@ def test_a_folder_of_other_things_is_never_replaced(tmp_path: Path) -> None:
     make_patch(base, unlearned, tmp_path / "patches/p.patch")
     with pytest.raises(WagleError, match="patches is a folder: name a file in it"):
         make_patch(base, unlearned, tmp_path / "patches", overwrite=True)
-    with pytest.raises(WagleError, match="patches is a folder of other things"):
+    with pytest.raises(WagleError, match=r"patches holds p\.patch"):
         apply_patch(base, tmp_path / "patches/p.patch", tmp_path / "patches", overwrite=True)
     assert (tmp_path / "patches/p.patch").is_file()
 

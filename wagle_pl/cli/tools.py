@@ -12,6 +12,8 @@ from wagle_pl.core.files import refuse_existing
 api = LazyModule("wagle_pl.api")
 patches = LazyModule("wagle_pl.unlearning.patch")
 
+EXIT_NOT_FORGOTTEN = 3  # of ``wagle forget``
+
 
 def forget_rows(
     model: str,
@@ -19,8 +21,9 @@ def forget_rows(
     *,
     output: str,
     retain: Optional[str] = None,
+    earlier: Optional[str] = None,
     density: Optional[float] = 0.2,
-    objective: str = "npo",
+    objective: Optional[str] = None,
     score: Optional[str] = None,
     lr: Optional[float] = None,
     max_steps: int = 300,
@@ -31,6 +34,9 @@ def forget_rows(
 ) -> None:
     """Make a model forget rows, until they are no more probable than rows it has never seen.
 
+    The exit status is 0 only if the verdict is "forgotten", and 3 if it is "partly forgotten",
+    "model damaged" or "not known before". In the last case nothing is written.
+
     Args:
         model: hub id, folder or GGUF file.
         forget: file or hub dataset of rows to forget; if a question has no answer, the model's own
@@ -38,24 +44,33 @@ def forget_rows(
         output: folder to write.
         retain: file or hub dataset of rows to keep; by default the model's own answers to bundled
             questions on other subjects.
+        earlier: file or hub dataset of rows that earlier requests made the model forget, to test
+            them again.
         density: share of the weights to train; null for all.
-        objective: objective to minimise, e.g. NPO, GradDiff or a class path.
+        objective: objective to minimise, e.g. NPO, GradDiff or a class path; by default NPO with a
+            beta chosen for the rows.
         score: score that selects the weights, e.g. wagle or a class path; by default curvature of
             power 1.
-        lr: learning rate of AdamW; by default chosen by model size.
+        lr: learning rate of AdamW; by default chosen by model size, and doubled every 25 steps.
         max_steps: maximum number of training steps.
         seed: random seed.
         patch: also write the change from the original model to this file.
         report: also write an HTML page of the result to this file.
     """
     refuse_existing(Path(output), overwrite, "--overwrite", kind="folder")
-    options = {"lr": lr, "seed": seed, "max_steps": max_steps}
+    for path in filter(None, (patch, report)):
+        refuse_existing(Path(path), overwrite, "--overwrite")
+    options = {"lr": lr, "seed": seed, "max_steps": max_steps, "earlier": earlier}
     result = api.forget(model, forget, retain, density, objective=objective, score=score, **options)
-    print(f"{result.verdict}; model written to {result.save(output)}")
-    if patch is not None:
-        print(f"patch written to {result.patch(patch)}")
-    if report is not None:
-        print(f"report written to {result.report(report)}")
+    print(result.verdict)
+    if result.outcome != "not known before":
+        print(f"model written to {result.save(output, overwrite)}")
+        if patch is not None:
+            print(f"patch written to {result.patch(patch, overwrite)}")
+        if report is not None:
+            print(f"report written to {result.report(report, overwrite)}")
+    if result.outcome != "forgotten":
+        raise SystemExit(EXIT_NOT_FORGOTTEN)
 
 
 def export(

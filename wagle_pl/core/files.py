@@ -8,6 +8,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -32,8 +33,8 @@ def refuse_existing(
     """Refuse an output that may not be written, before any work is done.
 
     Args:
-        overwrite: whether it may be replaced: a file by a file, a :func:`replaceable` folder by a
-            folder.
+        overwrite: whether it may be replaced: a file by a file; by a folder, one that this package
+            wrote and that holds nothing else.
         option: option that would allow it, for the error message.
         kind: what will be written: a ``file``; a ``folder``, which replaces a whole one; or
             ``files`` into a folder, whose other files stay as they are.
@@ -50,22 +51,36 @@ def refuse_existing(
         raise WagleError(f"output {path} exists already", hint=f"choose another or pass {option}")
     if kind != "file" and not path.is_dir():
         raise WagleError(f"output {path} is a file, and a folder is to be written: choose another")
-    if kind == "folder" and not replaceable(path):
+    if kind == "folder" and (other := _others_entry(path)):
         raise WagleError(
-            f"output {path} is a folder of other things, which would be lost: only one that is "
-            "empty, or is a model, scores or a checkpoint, is replaced; choose another"
+            f"output {path} holds {other}, which this package did not write and which would be "
+            "lost; choose another folder"
         )
 
 
-def replaceable(folder: Path) -> bool:
-    """Whether a folder is empty, or itself a model, scores or a checkpoint of this package."""
-    names = {path.name for path in folder.iterdir()}
-    weights = any(name.endswith((".safetensors", ".bin", ".gguf")) for name in names)
-    configured = bool(names & {"config.json", "adapter_config.json"})
-    if not names or "wagle.json" in names or (weights and configured):
-        return True
+#: Files of a model folder.
+_MODEL_FILES = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *("*.model", "chat_template*", "adapter_config.json", "wagle.json", "README.md", "test"),
+)
+
+
+def _others_entry(folder: Path) -> Optional[str]:
+    """A file in a folder that this package did not write, since replacing the folder deletes it.
+
+    None if the folder is empty, or a model (with ``wagle.json``), scores or a checkpoint of this
+    package, and holds nothing else.
+    """
+    names = sorted(path.name for path in folder.iterdir())
     index = folder / "index.json"
-    return index.is_file() and b'"format": "wagle_pl.' in index.read_bytes()[:100]
+    if index.is_file() and b'"format": "wagle_pl.' in index.read_bytes()[:100]:
+        return None
+    if "wagle.json" not in names:
+        return names[0] if names else None
+    if "test" in names and not (folder / "test" / "metrics.json").is_file():
+        return "test"
+    return next((n for n in names if not any(fnmatch(n, p) for p in _MODEL_FILES)), None)
 
 
 def plainly_local(name: str, suffixes: tuple[str, ...] = ()) -> bool:

@@ -61,13 +61,14 @@ def gathered(parameter: nn.Parameter, from_rank_zero: bool = False) -> Iterator[
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """A model in evaluation mode while inside."""
-    training = model.training
+    """A model in evaluation mode while inside; afterwards every module is as it was."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()

@@ -6,8 +6,9 @@ import logging
 import random
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Optional
 
@@ -61,7 +62,6 @@ class PeopleDataModule(ForgetRetainDataModule):
 # -- rows that go with forget rows -----------------------------------------------------------------
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|\d+")
-_SYLLABLES = ("ba", "do", "fe", "gu", "ka", "lo", "mi", "na", "pe", "ra", "si", "tu", "ve", "zo")
 
 
 def general_questions() -> list[str]:
@@ -74,11 +74,11 @@ def without_subject(questions: Sequence[str], forget: Sequence[Example]) -> list
 
     A word is rare if it has at least four letters and is in at most one in fifty of the questions.
     """
-    counts = Counter(word for question in questions for word in set(_words(question)))
+    counts = Counter(word for question in questions for word in set(words_of(question)))
     common = {word for word, count in counts.items() if 50 * count > len(questions)}
     texts = " ".join(text for example in forget for text in example.texts)
-    subjects = {word for word in _words(texts) if len(word) >= 4 or word.isdigit()} - common
-    return [question for question in questions if subjects.isdisjoint(_words(question))]
+    subjects = {word for word in words_of(texts) if len(word) >= 4 or word.isdigit()} - common
+    return [question for question in questions if subjects.isdisjoint(words_of(question))]
 
 
 def retain_questions(forget: Sequence[Example]) -> list[Row]:
@@ -94,32 +94,40 @@ def retain_questions(forget: Sequence[Example]) -> list[Row]:
     return [{"question": question} for question in kept]
 
 
-def invented_neighbours(forget: Sequence[Example], seed: int = 0) -> list[Example]:
-    """Rows of the same form about somebody and something that does not exist.
+def invented_neighbours(forget: Sequence[Example], seed: int = 0) -> list[Optional[Example]]:
+    """For each row a row of the same form about somebody and something else, which nobody has seen.
 
-    Names (capitalised words that do not begin a sentence) and numbers are replaced by invented
-    ones, the same throughout a row. A row whose answer has neither gets another row's answer; if
-    there is none, the row is left out.
+    Names (capitalised words that do not begin a sentence) and numbers are replaced by others, the
+    same throughout a row. A row whose answer has neither gets another row's answer; if there is
+    none, None takes its place.
     """
     draw, neighbours = random.Random(seed), []
     for example in forget:
         names = {n for t in (example.question, example.answer) for n in _names(t)}
-        table = {name: _invented(name, draw) for name in sorted(names)}
+        table: dict[str, str] = {}
+        for name in sorted(names):
+            table[name] = _invented(name, draw, {*names, *table.values()})
         question, answer = (_replaced(t, table) for t in (example.question, example.answer))
         if answer == example.answer:
-            others = [other.answer for other in forget if other.answer != example.answer]
+            others = [other.answer for other in forget if other.answer not in ("", example.answer)]
             answer = draw.choice(others) if others else ""
-        if answer:
-            row = {"question": question, "answer": answer}
-            neighbours.append(replace(example, question=question, answer=answer, row=row))
+        neighbours.append(_with_texts(example, question, answer) if answer else None)
     return neighbours
+
+
+def _with_texts(example: Example, question: str, answer: str) -> Example:
+    """A row with another question and answer."""
+    column = "text" if example.kind == "text" else "answer"
+    row = {column: answer} if column == "text" else {"question": question, column: answer}
+    return replace(example.asking(question), answer=answer, row=row)
 
 
 def _replaced(text: str, table: Mapping[str, str]) -> str:
     return _WORD.sub(lambda match: table.get(match[0], match[0]), text)
 
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case, without the ending 's."""
     return [re.sub("['’]s$", "", word.lower()) for word in _WORD.findall(text)]
 
 
@@ -134,8 +142,17 @@ def _names(text: str) -> set[str]:
     return {word for word in _WORD.findall(text) if word in inside or word.isdigit()}
 
 
-def _invented(name: str, draw: random.Random) -> str:
-    """Another name of about the same length, or another number of as many digits."""
+def _invented(name: str, draw: random.Random, taken: Collection[str]) -> str:
+    """Another name, another year at most 30 away, or another number of as many digits."""
+    if name.isdigit() and len(name) == 4 and "1000" <= name <= "2100":
+        return str(int(name) + draw.choice([*range(-30, 0), *range(1, 31)]))
     if name.isdigit():
         return "".join(draw.choice("123456789") for _ in name)
-    return "".join(draw.choice(_SYLLABLES) for _ in range(max(2, len(name) // 2))).capitalize()
+    names = _common_names()
+    return draw.choice([other for other in names if other not in taken] or names)
+
+
+@cache
+def _common_names() -> list[str]:
+    """Bundled names of people and places: a model finds made-up words less likely than any name."""
+    return (FOLDER.parent / "names.txt").read_text(encoding="utf-8").splitlines()

@@ -1,0 +1,365 @@
+"""``forget``: from a model and some rows to a model that has forgotten them, in one call."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any, Optional, Union
+from weakref import WeakKeyDictionary
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from wagle_pl.api.result import Forgotten
+from wagle_pl.api.rows import Earlier, GivenRows, Rows, row_digest, rows_of
+from wagle_pl.api.subject import Examination, Kept, StopWhenForgotten, Subject
+from wagle_pl.api.verdict import judge, was_known
+from wagle_pl.attribution import AttributionModule, Score
+from wagle_pl.attribution.scores import Curvature
+from wagle_pl.core.environment import silence
+from wagle_pl.core.errors import WagleError, check_density
+from wagle_pl.core.hub import load_tokenizer
+from wagle_pl.core.registry import describe, nearest, option_names, resolve
+from wagle_pl.data import ForgetRetainDataModule
+from wagle_pl.data.example import Example, Row, parse_rows
+from wagle_pl.data.people import retain_questions
+from wagle_pl.data.rows import spread
+from wagle_pl.lm.models import checkpoint_dtype, load_model
+from wagle_pl.lm.saving import read_record
+from wagle_pl.masks import WeightMask
+from wagle_pl.objectives import Objective
+from wagle_pl.objectives.forget import NPO
+from wagle_pl.unlearning import UnlearnModule
+
+log = logging.getLogger(__name__)
+
+#: Learning rates of AdamW on values of selected weights, by the number of weights of a model.
+LEARNING_RATES = ((30e6, 1e-4), (500e6, 5e-5), (float("inf"), 2e-5))
+SHOWN_ROWS = 64  # number of forget rows whose answers are generated
+HELD_OUT, MOST_HELD_OUT = 0.2, 64  # share and number of retain rows kept out of training
+FEW_ROWS = 5  # with fewer retain rows, none is held out
+
+#: What earlier calls made a loaded model forget: its record and rows.
+_HISTORY: WeakKeyDictionary[PreTrainedModel, tuple[dict[str, Any], list[Example]]] = (
+    WeakKeyDictionary()
+)
+
+
+def forget(
+    model: Union[str, Path, PreTrainedModel],
+    forget: Rows,
+    retain: Optional[Rows] = None,
+    density: Optional[float] = 0.2,
+    tokenizer: Optional[Union[str, Path, PreTrainedTokenizerBase]] = None,
+    objective: Union[Objective, str, None] = None,
+    score: Union[Score, str, None] = None,
+    lr: Optional[float] = None,
+    seed: int = 0,
+    max_steps: int = 300,
+    earlier: Optional[Rows] = None,
+    progress: bool = True,
+    **data: Any,
+) -> Forgotten:
+    """Make a model forget rows and keep the rest; nothing is written.
+
+    First, a mask selects the weights that matter for the forget rows. Then these weights are
+    trained with the objective until the forget rows are no more probable than rows of the same form
+    that the model has never seen (other names, other numbers), in the rows' words and in others.
+    The verdict applies the same bound, see :mod:`wagle_pl.api.verdict`. If the model does not know
+    the rows, it is not trained.
+
+    A loaded model is changed in place. If the call fails or is interrupted, its weights are again
+    what they were; in every case its flags, dtypes, devices and the random state are.
+
+    Args:
+        model: hub id, folder or GGUF file; or a loaded model.
+        forget: rows to forget: a file, a hub dataset, a row, or a list, dataset, data frame or
+            generator of rows (dicts with the columns that
+            :class:`~wagle_pl.ForgetRetainDataModule` knows) and strings. A string that ends with a
+            question mark is a question, and the model's own answer is forgotten; any other string
+            is a text.
+        retain: rows to keep, likewise; a fifth of them is held out of training to measure what is
+            kept. None takes the model's own answers to bundled questions on many subjects, without
+            those that share a name or a rare word with a forget row.
+        density: share of the weights that may move; None is dense unlearning, without a mask.
+        tokenizer: name, folder or object; the model's own when None.
+        objective: see :class:`~wagle_pl.UnlearnModule`. None takes ``NPO`` with a β at which its
+            gradient does not vanish before the bound is met (with the usual 0.1, that of a long
+            answer does).
+        score: see :class:`~wagle_pl.AttributionModule`; the paper's is ``wagle``. None takes
+            ``Curvature`` with power 1, which forgets most for a given damage if all weights take
+            steps of the same size, as with Adam.
+        lr: of AdamW. None starts with a rate for the size of the model, see
+            :data:`LEARNING_RATES`, and doubles it every 25 steps.
+        seed: random seed.
+        max_steps: step at which training ends if the bound is not met.
+        earlier: rows of earlier requests, which are tested again. Rows that this function has
+            forgotten before are found by themselves, if their file is where it was or the model
+            is the same object.
+        progress: show bars and log what is done.
+        **data: options of :class:`~wagle_pl.ForgetRetainDataModule`, such as ``prompt_format``.
+
+    Raises:
+        WagleError: if an argument is wrong, or a retain row was forgotten by an earlier request.
+    """
+    _check_arguments(model, density, lr, seed, max_steps, data)
+    rows = {"forget": rows_of(forget, "forget")}
+    for name, source in (("retain", retain), ("earlier", earlier)):
+        if source is not None:
+            rows[name] = rows_of(source, name)
+    for name, (content, _) in rows.items():
+        parse_rows(({"answer": "?", **row} for row in content), name)
+    settings = _Settings(
+        density,
+        None if objective is None else resolve(Objective, objective, "objective"),
+        score,
+        lr,
+        seed,
+        max_steps,
+    )
+    failure: Optional[BaseException] = None
+    with isolate_rng(), nullcontext() if progress else silence():
+        L.seed_everything(seed, verbose=False)
+        run = _Run(model, tokenizer, settings, data, progress)
+        try:
+            return run.forget(rows)
+        except BaseException as error:  # raised below, since isolate_rng restores nothing after one
+            run.kept.restore()
+            failure = error
+    raise failure
+
+
+@dataclass
+class _Settings:
+    """Arguments of :func:`forget` about how to train."""
+
+    density: Optional[float]
+    objective: Optional[Objective]
+    score: Union[Score, str, None]
+    lr: Optional[float]
+    seed: int
+    max_steps: int
+
+    def __post_init__(self) -> None:
+        self.doubles = self.lr is None
+
+    def choose_rate(self, weights: int) -> None:
+        """Choose a learning rate for a model of this size, if none is given."""
+        if self.lr is None:
+            self.lr = next(rate for limit, rate in LEARNING_RATES if weights < limit)
+
+    def choose_objective(self, drop: float) -> Objective:
+        """The objective, for rows whose log-probability must fall by ``drop`` on average.
+
+        The gradient of NPO is 2σ(−βΔ) times that of gradient ascent once it has fallen by Δ.
+        """
+        if self.objective is None:
+            self.objective = NPO(beta=min(0.1, 5 / drop))
+        return self.objective
+
+    def describe(self) -> dict[str, Any]:
+        """The settings as plain data."""
+        score = Curvature(power=1.0) if self.score is None else self.score
+        return {
+            "density": self.density,
+            "objective": describe(self.objective),
+            "score": describe(score) if isinstance(score, Score) else score,
+            "lr": self.lr,
+            "lr_doubles_every": StopWhenForgotten.PATIENCE if self.doubles else None,
+            "seed": self.seed,
+            "max_steps": self.max_steps,
+            "stop": "the bound of the verdict, or max_steps",
+        }
+
+
+class _Run:
+    """One call of :func:`forget`."""
+
+    def __init__(
+        self,
+        model: Union[str, Path, PreTrainedModel],
+        tokenizer: Optional[Union[str, Path, PreTrainedTokenizerBase]],
+        settings: _Settings,
+        data: Mapping[str, Any],
+        progress: bool,
+    ) -> None:
+        if isinstance(model, PreTrainedModel):
+            self.base, source = None, model.config.name_or_path
+            if tokenizer is None and not source:
+                raise WagleError("tokenizer: give one; this model has no name to load it from")
+        else:
+            self.base = source = str(model)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            tokenizer = load_tokenizer(str(tokenizer or source))
+        if isinstance(model, PreTrainedModel):
+            self.lm = model
+        else:
+            self.lm = load_model(source, checkpoint_dtype(source) or torch.float32)
+        self.settings = settings
+        settings.choose_rate(self.lm.num_parameters())
+        self.record, self.history = _HISTORY.get(self.lm) or (read_record(source), [])
+        self.kept = Kept(self.lm)
+        options = {"seed": settings.seed, **data}
+        self.subject = Subject(self.lm, tokenizer, options, progress)
+
+    def forget(self, rows: Mapping[str, GivenRows]) -> Forgotten:
+        """Measure, train if the rows are known, measure again."""
+        subject = self.subject.on_device()
+        forget_rows = subject.answered(rows["forget"].rows)
+        examples = parse_rows(forget_rows, "forget")
+        trained, held_out, origin = self._retain(rows.get("retain"), examples)
+        examination, untested = self._examine(rows, examples, held_out)
+        before, answers = examination.before, subject.generate(examples[:SHOWN_ROWS])
+        mask, steps, record = None, 0, self.record
+        after, answers_after = before, answers
+        if was_known(before):
+            stream = subject.data(forget=forget_rows, retain=trained)
+            mask = self._mask(stream)
+            module = self._unlearn(stream, mask, examination)
+            self.kept.restore_state()
+            subject.on_device()
+            after, answers_after = examination.scores(), subject.generate(examples[:SHOWN_ROWS])
+            steps, record = module.global_step, module.record()
+        self.kept.restore_state()
+        verdict = judge(before, after, untested, _note(examination.forget.without_unseen))
+        shown = zip(examples, answers, answers_after, strict=False)
+        result = Forgotten(
+            model=self.lm,
+            tokenizer=subject.tokenizer,
+            mask=mask,
+            before=examination.measures(before, answers),
+            after=examination.measures(after, answers_after),
+            verdict=verdict.sentence,
+            outcome=verdict.outcome,
+            steps=steps,
+            answers=[(e.question, e.answer, *texts) for e, *texts in shown],
+            record=record,
+            _base=self.base,
+            _kept=self.kept,
+        )
+        if steps:
+            self._note_request(
+                result, {"forget": rows["forget"].origin, "retain": origin}, examples
+            )
+        return result
+
+    def _retain(
+        self, given: Optional[GivenRows], forget: Sequence[Example]
+    ) -> tuple[list[Row], list[Example], str]:
+        """Rows to train on, rows held out of training, and where both come from."""
+        rows = retain_questions(forget) if given is None else given.rows
+        origin = f"{len(rows)} bundled questions" if given is None else given.origin
+        answered = self.subject.answered(rows)
+        if given is None:  # the model may say nothing
+            answered = [row for row in answered if row["answer"]]
+        examples = parse_rows(answered, "retain")
+        Earlier(self.record).refuse(examples, "retain")
+        forgotten = {example.key for example in forget}
+        examples = [example for example in examples if example.key not in forgotten]
+        if not examples:
+            raise WagleError("retain: every row is also a forget row; give rows to keep")
+        if len(examples) < FEW_ROWS:
+            log.warning("retain: with fewer than %d rows, none is held out of training", FEW_ROWS)
+            return [example.row for example in examples], examples, origin
+        held_out = spread(examples, min(MOST_HELD_OUT, max(2, ceil(HELD_OUT * len(examples)))))
+        apart = set(map(id, held_out))
+        return [e.row for e in examples if id(e) not in apart], held_out, origin
+
+    def _examine(
+        self, rows: Mapping[str, GivenRows], examples: list[Example], held_out: list[Example]
+    ) -> tuple[Examination, int]:
+        """The measures before, and the number of earlier rows that cannot be tested again."""
+        given = self.subject.answered(rows["earlier"].rows) if "earlier" in rows else []
+        candidates = [*self.history, *(parse_rows(given, "earlier") if given else [])]
+        earlier, untested = Earlier(self.record).rows(candidates)
+        seed = self.settings.seed
+        return Examination(self.subject, examples, held_out, earlier, seed), untested
+
+    def _mask(self, stream: ForgetRetainDataModule) -> Optional[WeightMask]:
+        """The weights that may move; None for all."""
+        density, score = self.settings.density, self.settings.score
+        if density is None:
+            return None
+        score = Curvature(power=1.0) if score is None else score
+        attribution = AttributionModule(self.lm, None, density, score)
+        self.subject.fit(attribution, stream, enable_progress_bar=self.subject.progress)
+        return attribution.mask
+
+    def _unlearn(
+        self, stream: ForgetRetainDataModule, mask: Optional[WeightMask], examination: Examination
+    ) -> UnlearnModule:
+        """Train until the bound is met; returns the module."""
+        settings = self.settings
+        if self.base is None:
+            self.kept.keep(mask)
+        schedule = {"lr": settings.lr, "warmup": 0, "decay": "constant"}
+        objective = settings.choose_objective(examination.expected_drop())
+        module = UnlearnModule(self.lm, objective=objective, mask=mask, **schedule)
+        stop = StopWhenForgotten(examination, settings.max_steps, settings.doubles)
+        length = {"max_steps": settings.max_steps, "max_epochs": -1}
+        self.subject.fit(module, stream, callbacks=[stop], enable_progress_bar=False, **length)
+        return module
+
+    def _note_request(
+        self, result: Forgotten, origins: dict[str, str], examples: list[Example]
+    ) -> None:
+        """Write into the record what was asked for and what came of it."""
+        run = result.record["lineage"][-1]
+        result.record["lineage"] = [*self.record.get("lineage", []), run]
+        run["data"] = origins
+        run["request"] = {
+            **self.settings.describe(),
+            **origins,
+            "row_digests": [row_digest(example, run["base_fingerprint"]) for example in examples],
+            "outcome": result.outcome,
+            "verdict": result.verdict,
+            "before": result.before,
+            "after": result.after,
+        }
+        _HISTORY[self.lm] = (result.record, [*self.history, *examples])
+
+
+def _note(without_unseen: int) -> str:
+    if not without_unseen:
+        return ""
+    return (
+        f"For {without_unseen} rows no row of the same form could be made; they count as never seen "
+        "at a tenth of their probability before"
+    )
+
+
+def _check_arguments(
+    model: Any, density: Any, lr: Any, seed: Any, max_steps: Any, data: Mapping[str, Any]
+) -> None:
+    """Refuse arguments that cannot work, before anything is loaded."""
+    if not isinstance(model, (str, Path, PreTrainedModel)):
+        raise WagleError(
+            "model: must be a name, a folder or a loaded Hugging Face model, got "
+            f"{type(model).__name__}"
+        )
+    numbers = {"density": density, "lr": lr}
+    for name, value in numbers.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise WagleError(f"{name}: must be a number or None, got {value!r}")
+    if density is not None:
+        check_density(density)
+    if lr is not None and not 0 < lr < float("inf"):
+        raise WagleError(f"lr: must be above 0, got {lr}")
+    for name, value, least in (("seed", seed, 0), ("max_steps", max_steps, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**32:
+            raise WagleError(f"{name}: must be an integer from {least} on, got {value!r}")
+    options = option_names(ForgetRetainDataModule)
+    for name in data:
+        if name not in options:
+            near = nearest(
+                name, [*options, "density", "objective", "score", "max_steps", "tokenizer"]
+            )
+            raise WagleError(
+                f"{name}: is no option of forget" + (f"; did you mean {near}?" if near else "")
+            )

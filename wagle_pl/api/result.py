@@ -1,0 +1,120 @@
+"""What :func:`wagle_pl.forget` returns."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from wagle_pl.api.subject import Kept
+from wagle_pl.api.verdict import Outcome
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.files import refuse_existing, write_text
+from wagle_pl.core.hub import upload
+from wagle_pl.core.weights import fingerprint
+from wagle_pl.lm.models import checkpoint_dtype, load_model
+from wagle_pl.lm.saving import Originals, save_model
+from wagle_pl.masks import WeightMask
+from wagle_pl.unlearning.export import model_card
+from wagle_pl.unlearning.patch import make_patch
+
+
+@dataclass
+class Forgotten:
+    """The model, the verdict, and what they rest on.
+
+    ``before`` and ``after`` are means over rows: ``forget_probability``, ``reworded_probability``
+    (the forget rows in other words) and ``retain_probability`` (rows held out of training) are
+    geometric means of the probabilities of the answer's tokens; ``unseen_probability`` is that of
+    rows of the same form that the model has never seen; ``forget_rougeL`` is the recall of the
+    answer in a greedy generation.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    mask: Optional[WeightMask]
+    before: dict[str, float]
+    after: dict[str, float]
+    #: ``outcome`` with the numbers that say so.
+    verdict: str
+    #: ``forgotten``, ``partly forgotten``, ``model damaged`` or ``not known before``.
+    outcome: Outcome
+    steps: int
+    #: (question, answer to forget, what the model said before, and after) of some forget rows.
+    answers: list[tuple[str, str, str, str]] = field(repr=False)
+    #: What made the model, as in the ``wagle.json`` of its folder.
+    record: dict[str, Any] = field(repr=False)
+    _base: Optional[str] = field(repr=False)
+    _kept: Kept = field(repr=False)
+
+    def save(self, folder: Union[str, Path], overwrite: bool = False) -> Path:
+        """Write the model, its tokenizer, a model card and ``wagle.json`` into a new folder.
+
+        Args:
+            overwrite: replace a folder that this package wrote and that holds nothing else; never
+                the model that was the base.
+
+        Raises:
+            WagleError: if the folder exists and may not be replaced, or the model did not change.
+        """
+        folder = Path(folder)
+        if self.outcome == "not known before":
+            raise WagleError("the model was not changed, so there is nothing to save")
+        for base in filter(None, (self._base, self.model.config.name_or_path)):
+            if folder.resolve() == Path(base).resolve():
+                raise WagleError(f"output {folder} is the model before unlearning; choose another")
+        refuse_existing(folder, overwrite, "overwrite=True", kind="folder")
+        originals = Originals(self._base) if self._base is not None else None
+        card = model_card(self.record)
+        save_model(self.model, self.tokenizer, str(folder), card, self.record, originals)
+        return folder
+
+    def report(self, path: Union[str, Path], overwrite: bool = False) -> Path:
+        """Write an HTML page: the verdict, the measures, and what the model answers."""
+        from wagle_pl.core.html import templates
+
+        refuse_existing(Path(path), overwrite, "overwrite=True")
+        title = f"Unlearning of {self._base or self.model.config.name_or_path or 'a loaded model'}"
+        page = templates().get_template("forgotten.html.j2").render(title=title, result=self)
+        write_text(Path(path), page)
+        return Path(path)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload what :meth:`save` writes, see :func:`wagle_pl.core.hub.upload`."""
+        with tempfile.TemporaryDirectory() as folder:
+            return upload(self.save(Path(folder) / "model"), repo_id, **options)
+
+    def patch(self, path: Union[str, Path], overwrite: bool = False) -> Path:
+        """Write the difference from the model before, for ``wagle patch apply`` and ``revert``.
+
+        Raises:
+            WagleError: if the base is no longer the model that was loaded.
+        """
+        refuse_existing(Path(path), overwrite, "overwrite=True")
+        with tempfile.TemporaryDirectory() as folder:
+            after = self.save(Path(folder) / "after")
+            if self._base is not None:
+                self._check_base(self._base)
+                base = self._base
+            else:
+                before = copy.deepcopy(self.model)
+                before.load_state_dict(self._kept.original(), strict=False)
+                base = str(Path(folder) / "before")
+                save_model(
+                    before, self.tokenizer, base, "", {"format_version": 1, "lineage": []}, None
+                )
+            make_patch(base, after, path, overwrite)
+        return Path(path)
+
+    def _check_base(self, base: str) -> None:
+        lm = load_model(base, checkpoint_dtype(base) or torch.float32)
+        if fingerprint(lm) != self.record["lineage"][-1]["base_fingerprint"]:
+            raise WagleError(
+                f"{base} has changed since it was loaded: a patch from it to the unlearned model "
+                "would be wrong"
+            )

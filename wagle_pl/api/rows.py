@@ -1,0 +1,137 @@
+"""Rows as users give them to ``forget``, and digests by which later requests recognise them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
+
+from wagle_pl.core.errors import WagleError
+from wagle_pl.data.example import Example, Row, parse_rows
+from wagle_pl.data.people import words_of
+from wagle_pl.data.rows import load_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from datasets import Dataset
+
+log = logging.getLogger(__name__)
+
+Rows = Union[str, Path, Row, Iterable[Union[str, Row]], "Dataset", "pd.DataFrame"]
+
+_QUESTION_MARKS = ("?", "？", "؟", ";", "⁇")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+
+
+class GivenRows(NamedTuple):
+    """Rows of one argument, and where they come from."""
+
+    rows: list[Row]
+    origin: str
+
+
+def rows_of(source: Rows, name: str) -> GivenRows:
+    """Rows of an argument; a string in a list is a question if it ends with a question mark, else a
+    text.
+
+    Args:
+        source: a file or hub dataset; one row; a list, tuple, generator, dataset or data frame of
+            rows and strings.
+        name: of the argument, for messages.
+
+    Raises:
+        WagleError: if the source is none of these, or has no rows.
+    """
+    if isinstance(source, (str, Path)):
+        path = str(source)
+        if not Path(path).exists() and not _HUB_ID.fullmatch(path) and not Path(path).suffix:
+            raise WagleError(
+                f"{name}: {path[:60]!r} is no file; to give one row as text, put it in a list: "
+                f"{name}=[...]"
+            )
+        return GivenRows(load_rows(path), path)
+    if isinstance(source, Mapping):
+        return GivenRows([dict(source)], "1 row given")
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a data frame
+        source = source.to_dict("records")
+    if isinstance(source, (bytes, type)) or not isinstance(source, Iterable):
+        raise WagleError(
+            f"{name}: must be a file, a hub dataset, a row, or a list of rows and questions, got "
+            f"{type(source).__name__}"
+        )
+    rows = [_row(item, name, number) for number, item in enumerate(source, 1)]
+    if not rows:
+        raise WagleError(f"{name}: has no rows")
+    texts = sum("text" in row for row in rows if len(row) == 1)
+    if texts:
+        log.info(
+            "%s: %d of %d rows are texts; a string without a question mark at its end is a text",
+            *(name, texts, len(rows)),
+        )
+    return GivenRows(rows, f"{len(rows)} row{'s' * (len(rows) > 1)} given")
+
+
+def _row(item: Union[str, Row], name: str, number: int) -> Row:
+    if isinstance(item, Mapping):
+        return dict(item)
+    if not isinstance(item, str):
+        raise WagleError(
+            f"{name}: row {number} must be a question or a dict with columns, got "
+            f"{type(item).__name__}"
+        )
+    if not item.strip():
+        raise WagleError(f"{name}: row {number} is empty")
+    asks = item.rstrip("\"'”’)] \n").endswith(_QUESTION_MARKS)
+    return {"question": item} if asks else {"text": item}
+
+
+# -- rows of earlier requests ----------------------------------------------------------------------
+
+
+def row_digest(example: Example, salt: str) -> str:
+    """SHA-256 of a row's words, which does not depend on case, punctuation or white space."""
+    texts = [" ".join(words_of(text)) for text in (example.question, example.answer)]
+    content = "\n".join(texts) if any(texts) else example.key
+    return hashlib.sha256(f"{salt}\n{content}".encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class Earlier:
+    """The rows that earlier requests, noted in a model's record, made it forget."""
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        self.requests = [
+            (run["base_fingerprint"], set(run["request"]["row_digests"]), run["request"]["forget"])
+            for run in record.get("lineage", [])
+            if "request" in run
+        ]
+
+    def holds(self, example: Example) -> bool:
+        """Whether a row was forgotten."""
+        return any(row_digest(example, salt) in digests for salt, digests, _ in self.requests)
+
+    def refuse(self, examples: Sequence[Example], name: str) -> None:
+        """Refuse rows to keep that were forgotten before: training on them would undo it."""
+        for number, example in enumerate(examples, 1):
+            if self.holds(example):
+                shown = (example.question or example.answer)[:60]
+                raise WagleError(
+                    f"{name}: row {number} ({shown!r}) was forgotten by an earlier request; remove "
+                    "it, or it is learnt again"
+                )
+
+    def rows(self, given: Sequence[Example]) -> tuple[list[Example], int]:
+        """The given rows, and those in the requests' files if these are still as they were; and the
+        number of rows of earlier requests that are in neither."""
+        files = [origin for _, _, origin in self.requests if Path(origin).is_file()]
+        stored = [example for file in files for example in parse_rows(load_rows(file), file)]
+        rows = {e.key: e for e in [*given, *(e for e in stored if self.holds(e))]}
+        matched = {digest for example in rows.values() for digest in self._digests(example)}
+        total = set().union(*(digests for _, digests, _ in self.requests))
+        return list(rows.values()), len(total - matched)
+
+    def _digests(self, example: Example) -> list[str]:
+        digests = ((row_digest(example, salt), known) for salt, known, _ in self.requests)
+        return [digest for digest, known in digests if digest in known]

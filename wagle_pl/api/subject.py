@@ -1,0 +1,324 @@
+"""A model and its tokenizer, as ``forget`` trains and measures them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import log
+from statistics import fmean
+from typing import Any, Optional
+
+import lightning as L
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from wagle_pl.api.verdict import Asked, Scores, answer_recall, bound, has_gone
+from wagle_pl.core.environment import half_precision_is_slow
+from wagle_pl.core.weights import evaluating
+from wagle_pl.data import ForgetRetainDataModule
+from wagle_pl.data.batches import collate
+from wagle_pl.data.example import IGNORE, Example, Row
+from wagle_pl.data.people import invented_neighbours
+from wagle_pl.evaluation.functional import rouge
+from wagle_pl.lm.inference import first_tokens, forward_answers, generate, sequence_logprobs
+from wagle_pl.masks import WeightMask
+from wagle_pl.masks.bits import place
+
+BATCH = 32  # rows of a forward pass
+GENERATED = 128  # prompts of a generation
+ANSWER_TOKENS = 48
+NEIGHBOURS = 4  # draws of invented names per row, of which the most probable counts
+TENTH = 0.1  # of its probability before: the reference of a row without an unseen counterpart
+
+#: Other words for a question without a paraphrase of its own.
+WORDINGS = ("I have a question. {question}", "Could you tell me this? {question}")
+
+
+@dataclass
+class Subject:
+    """A model with its tokenizer, as data modules, trainers and measures need them."""
+
+    lm: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    options: Mapping[str, Any]  # of data modules
+    progress: bool
+
+    def __post_init__(self) -> None:
+        self.template = self.data().template
+
+    def on_device(self) -> Subject:
+        """The subject, with its model on the GPU, if there is one."""
+        if torch.cuda.is_available():
+            self.lm.cuda()
+        return self
+
+    def data(self, **sources: Any) -> ForgetRetainDataModule:
+        """A data module of rows, for this model."""
+        data = ForgetRetainDataModule(**{"overlap": "drop", **self.options, **sources})
+        data.tokenizer = self.tokenizer
+        return data
+
+    def fit(self, module: L.LightningModule, data: ForgetRetainDataModule, **options: Any) -> None:
+        """Fit a module on one device, in the model's own precision where that is fast."""
+        fast = torch.cuda.is_available() or not half_precision_is_slow()
+        trainer = L.Trainer(
+            devices=1,
+            precision="bf16-true" if fast and self.lm.dtype == torch.bfloat16 else "32-true",
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            **options,
+        )
+        trainer.fit(module, data)
+
+    @torch.no_grad()
+    def probabilities(self, examples: Sequence[Example]) -> list[float]:
+        """Geometric mean of the probabilities of each row's answer tokens."""
+        tokens = [self.template.encode(example) for example in examples]
+        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]["input_ids"]))
+        probabilities = [0.0] * len(tokens)
+        pad = self.tokenizer.pad_token_id or 0
+        with evaluating(self.lm):
+            for start in range(0, len(order), BATCH):
+                chosen = order[start : start + BATCH]
+                batch = collate([tokens[i] for i in chosen], pad)
+                batch = {name: tensor.to(self.lm.device) for name, tensor in batch.items()}
+                sums, counts = sequence_logprobs(forward_answers(self.lm, batch), batch["labels"])
+                for i, probability in zip(chosen, (sums / counts).exp().tolist(), strict=True):
+                    probabilities[i] = probability
+        return probabilities
+
+    @torch.no_grad()
+    def generate(self, examples: Sequence[Example]) -> list[str]:
+        """The model's greedy answer to each row's prompt."""
+        texts: list[str] = []
+        with evaluating(self.lm):
+            for start in range(0, len(examples), GENERATED):
+                chosen = examples[start : start + GENERATED]
+                prompts = [self.template.encode_prompt(example) for example in chosen]
+                texts += generate(self.lm, self.tokenizer, prompts, ANSWER_TOKENS)
+        return texts
+
+    def answered(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows; those with only a question get the model's own answer."""
+        asked = [i for i, row in enumerate(rows) if set(row) == {"question"}]
+        prompts = [Example.of({"prompt": rows[i]["question"]}) for i in asked]
+        texts = dict(zip(asked, self.generate(prompts), strict=True))
+        return [{**r, "answer": texts[i]} if i in texts else r for i, r in enumerate(rows)]
+
+
+class Questions:
+    """Rows, the unseen counterpart of each, and a wording of both.
+
+    Args:
+        seed: of invented names.
+    """
+
+    def __init__(self, subject: Subject, examples: Sequence[Example], seed: int) -> None:
+        self.subject, self.examples = subject, examples
+        draws = [invented_neighbours(examples, seed + draw) for draw in range(NEIGHBOURS)]
+        probable = [self._probable(candidates) for candidates in zip(*draws, strict=True)]
+        self.unseen = [example for example in probable if example is not None]
+        self._has_unseen = [example is not None for example in probable]
+        self._before: dict[bool, list[float]] = {}
+
+    def _probable(self, candidates: Sequence[Optional[Example]]) -> Optional[Example]:
+        """The most probable of a row's counterparts: the closest to a row that might be true."""
+        drawn = [candidate for candidate in candidates if candidate is not None]
+        if not drawn:
+            return None
+        probabilities = self.subject.probabilities(drawn)
+        return drawn[probabilities.index(max(probabilities))]
+
+    @property
+    def without_unseen(self) -> int:
+        """Number of rows that have no unseen counterpart."""
+        return len(self.examples) - len(self.unseen)
+
+    def ask(self, reworded: bool, recall: bool = True) -> Asked:
+        """Measure all rows, in their own or in other words.
+
+        Args:
+            recall: also generate, for rows whose probability is above the bound.
+        """
+        rows, unseen = (list(enumerate(side)) for side in (self.examples, self.unseen))
+        if reworded:
+            rows, unseen = ([(i, in_other_words(e, i)) for i, e in side] for side in (rows, unseen))
+        asked = [example for _, example in rows]
+        of_rows = self.subject.probabilities(asked)
+        of_unseen = iter(self.subject.probabilities([example for _, example in unseen]))
+        before = self._before.setdefault(reworded, of_rows)
+        references = [
+            next(of_unseen) if has else TENTH * p
+            for has, p in zip(self._has_unseen, before, strict=True)
+        ]
+        plain = Asked(of_rows, references, [1.0] * len(rows))
+        likely = [i for i, known in enumerate(plain.known) if known and recall]
+        said = self.subject.generate([asked[i] for i in likely])
+        recalls = list(plain.recall)
+        for i, text in zip(likely, said, strict=True):
+            answer = first_tokens(self.subject.tokenizer, asked[i].answer, ANSWER_TOKENS)
+            recalls[i] = answer_recall(asked[i].question, answer, text)
+        return replace(plain, recall=recalls)
+
+
+class Examination:
+    """What is measured of a model before and after: forget rows, retain rows, earlier requests."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        forget: Sequence[Example],
+        retain: Sequence[Example],
+        earlier: Sequence[Example],
+        seed: int,
+    ) -> None:
+        self.subject, self.retain = subject, retain
+        self.forget = Questions(subject, forget, seed)
+        self.earlier = Questions(subject, earlier, seed) if earlier else None
+        self.before = self.scores()
+
+    def scores(self) -> Scores:
+        """All measures of the model as it is now."""
+        return Scores(
+            self.forget.ask(reworded=False),
+            self.forget.ask(reworded=True),
+            fmean(self.subject.probabilities(self.retain)),
+            *([] if self.earlier is None else [self.earlier.ask(reworded=False)]),
+        )
+
+    def has_forgotten(self) -> tuple[bool, float]:
+        """Whether the forget rows meet the verdict's bound; and their mean probability.
+
+        Other words are tried only once the rows' own words meet it.
+        """
+        direct = self.forget.ask(reworded=False)
+        gone = has_gone(direct.rows, direct.unseen, self.before.direct.known)
+        gone = gone and not any(direct.known) and not any(self.forget.ask(reworded=True).known)
+        return gone, fmean(direct.rows)
+
+    def expected_drop(self) -> float:
+        """By how much the log-probability of a known row must fall to meet the bound, on average."""
+        before, drops = self.before.direct, []
+        rows = zip(self.forget.examples, before.rows, before.unseen, before.known, strict=True)
+        for example, probability, unseen, known in rows:
+            labels = self.subject.template.encode(example)["labels"]
+            tokens = sum(label != IGNORE for label in labels)
+            drops += [tokens * log(probability / bound(unseen))] if known else []
+        return fmean(drops)
+
+    def measures(self, scores: Scores, answers: Sequence[str]) -> dict[str, float]:
+        """The means that :class:`~wagle_pl.api.Forgotten` shows."""
+        truths = [example.answer for example in self.forget.examples[: len(answers)]]
+        return {
+            "forget_probability": fmean(scores.direct.rows),
+            "unseen_probability": fmean(scores.direct.unseen),
+            "reworded_probability": fmean(scores.reworded.rows),
+            "retain_probability": scores.retain,
+            "forget_rougeL": float(rouge(answers, truths)["rougeL_recall"].mean()),
+        }
+
+
+class StopWhenForgotten(L.Callback):
+    """Ends training when the forget rows meet the verdict's bound; looks every few steps.
+
+    Args:
+        doubles: double the learning rate every :data:`PATIENCE` steps: the rate that fits depends on
+            the model and on the rows, and one that is too low never meets the bound.
+    """
+
+    PATIENCE = 25
+
+    def __init__(
+        self, examination: Examination, max_steps: int, doubles: bool, every: int = 5
+    ) -> None:
+        from tqdm.auto import tqdm
+
+        self.examination, self.doubles, self.every, self.gone = examination, doubles, every, False
+        options = {"unit": "step", "disable": not examination.subject.progress}
+        self.bar = tqdm(total=max_steps, desc="unlearning", **options)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        self.bar.update(trainer.global_step - self.bar.n)
+        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+            self.gone, probability = self.examination.has_forgotten()
+            self.bar.set_postfix_str(f"forget probability {probability:.3g}")
+            trainer.should_stop = self.gone
+        if self.doubles and trainer.global_step % self.PATIENCE == 0 and not self.gone:
+            for optimizer in trainer.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] *= 2
+            for config in trainer.lr_scheduler_configs:
+                config.scheduler.base_lrs = [2 * rate for rate in config.scheduler.base_lrs]
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        self.bar.close()
+
+    on_exception = teardown
+
+
+def in_other_words(example: Example, number: int) -> Example:
+    """A row with its paraphrased question, or a wording by its number; others stay as they are."""
+    if example.asked is None:
+        return example
+    wording = WORDINGS[number % len(WORDINGS)].format_map({"question": example.asked})
+    return example.asking(example.paraphrased_question or wording)
+
+
+# -- the user's model ------------------------------------------------------------------------------
+
+
+class Kept:
+    """The state of a model that a user gave, to give it back as it was.
+
+    Args:
+        lm: the model, in which only the weights that :meth:`keep` copies may change.
+    """
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        self.lm, self.weights, self._mask = lm, {}, None
+        self._training = {module: module.training for module in lm.modules()}
+        self._parameters = {
+            n: (p.requires_grad, p.dtype, p.device) for n, p in lm.named_parameters()
+        }
+        self._buffers = {n: (b.dtype, b.device) for n, b in lm.named_buffers()}
+        self._use_cache = lm.config.use_cache
+
+    def keep(self, mask: Optional[WeightMask]) -> None:
+        """Copy the weights that may move."""
+        self._mask = mask
+        for name, parameter in self.lm.named_parameters():
+            weight = parameter.detach()
+            chosen = weight.clone() if mask is None else weight[mask[name].to(weight.device)]
+            self.weights[name] = chosen
+
+    def original(self) -> dict[str, Tensor]:
+        """The parameters that may have moved, as they were."""
+        return {
+            name: place(
+                parameter.detach().clone(), self._mask and self._mask[name], self.weights[name]
+            )
+            for name, parameter in self.lm.named_parameters()
+            if name in self.weights
+        }
+
+    def restore_state(self) -> None:
+        """Give the flags, dtypes and devices back; the weights stay as they are."""
+        for name, parameter in self.lm.named_parameters():
+            requires_grad, dtype, device = self._parameters[name]
+            parameter.data = parameter.data.to(device, dtype)
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = None
+        for name, buffer in self.lm.named_buffers():
+            if name in self._buffers:
+                buffer.data = buffer.data.to(self._buffers[name][1], self._buffers[name][0])
+        for module, training in self._training.items():
+            module.training = training
+        self.lm.config.use_cache = self._use_cache
+
+    def restore(self) -> None:
+        """Give everything back as it was; the weights as they were at :meth:`keep`."""
+        self.restore_state()
+        if self.weights:
+            self.lm.load_state_dict(self.original(), strict=False)

@@ -1,0 +1,166 @@
+"""The verdict on an unlearned model: rules on probabilities of rows, before and after.
+
+Every forget row is compared with a row of the same form that the model has never seen. A row is
+*known* if it is clearly more probable than that row and the model also says its answer. The
+bound that ends training is the bound that the verdict uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Literal, Optional
+
+from wagle_pl.data.people import words_of
+
+Outcome = Literal["forgotten", "partly forgotten", "model damaged", "not known before"]
+
+#: Two probabilities p, u are alike if p ≤ FACTOR · u + SLACK.
+FACTOR, SLACK = 1.5, 0.02
+#: Share of forget rows that may be known by chance in a model that has never seen them.
+CHANCE = 0.1
+#: Share of the retain rows' probability that unlearning must leave.
+KEPT = 0.8
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Rows in one wording: a number per row in each list.
+
+    Args:
+        rows: probabilities of the rows.
+        unseen: probabilities of rows of the same form that the model has never seen.
+        recall: share of the answer's own words (those that are not in the question) which the
+            model's greedy answer has; 1 if the answer has no own words, or if nothing was generated.
+    """
+
+    rows: Sequence[float]
+    unseen: Sequence[float]
+    recall: Sequence[float]
+
+    @property
+    def known(self) -> list[bool]:
+        """Which rows the model knows."""
+        triples = zip(self.rows, self.unseen, self.recall, strict=True)
+        return [above(p, u) and recall > 0.5 for p, u, recall in triples]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was measured of a model at one moment."""
+
+    direct: Asked
+    reworded: Asked
+    retain: float
+    earlier: Asked = field(default_factory=lambda: Asked([], [], []))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome, and the sentence that gives its numbers."""
+
+    outcome: Outcome
+    sentence: str
+
+
+def bound(unseen: float) -> float:
+    """The largest probability that is like that of rows never seen."""
+    return FACTOR * unseen + SLACK
+
+
+def above(probability: float, unseen: float) -> bool:
+    """Whether a probability is clearly above that of rows never seen.
+
+    >>> above(0.057, 0.010), above(0.002, 0.0001), above(0.14, 0.1)
+    (True, False, False)
+    """
+    return probability > bound(unseen)
+
+
+def has_gone(rows: Sequence[float], unseen: Sequence[float], chosen: Sequence[bool]) -> bool:
+    """Whether the mean of the chosen rows is no longer above that of rows never seen."""
+    if not any(chosen):
+        return True
+    means = (
+        fmean(p for p, take in zip(side, chosen, strict=True) if take) for side in (rows, unseen)
+    )
+    return not above(*means)
+
+
+def answer_recall(question: str, answer: str, generation: str) -> float:
+    """Share of the words of an answer that are not in its question, and that a generation has.
+
+    >>> answer_recall("Where was Ada born?", "Ada was born in Ulm.", "She was born in Bern.")
+    0.5
+    """
+    own_words = set(words_of(answer)) - set(words_of(question))
+    return len(own_words & set(words_of(generation))) / len(own_words) if own_words else 1.0
+
+
+def was_known(before: Scores) -> bool:
+    """Whether the model knew more of the forget rows than chance explains."""
+    known = before.direct.known
+    return sum(known) > CHANCE * len(known)
+
+
+def judge(before: Scores, after: Scores, untested: int = 0, note: str = "") -> Verdict:
+    """The verdict on a model.
+
+    Args:
+        untested: number of rows that earlier requests made the model forget, and whose text is not
+            at hand to test them again.
+        note: a further sentence, such as how rows without an unseen counterpart are judged.
+    """
+    known, count = before.direct.known, len(before.direct.known)
+    numbers = _numbers(before, after, known)
+    ends = "".join(f". {text}" for text in (_untested(untested), note) if text)
+    if not was_known(before):
+        return Verdict(
+            "not known before",
+            f"not known before: the model knew {sum(known)} of {count} forget rows: {numbers}; "
+            f"the model was not changed{ends}",
+        )
+    left = [d or r for d, r in zip(after.direct.known, after.reworded.known, strict=True)]
+    returned = [
+        now and not then
+        for then, now in zip(before.earlier.known, after.earlier.known, strict=True)
+    ]
+    gone = has_gone(after.direct.rows, after.direct.unseen, known) and not any(left)
+    outcome: Outcome = "forgotten" if gone and not any(returned) else "partly forgotten"
+    if not after.retain >= KEPT * before.retain:
+        outcome = "model damaged"
+    parts = [f"{outcome}: {sum(known)} of {count} forget rows were known before: {numbers}"]
+    if any(left):
+        parts.append(f"{sum(left)} rows are still known, asked directly or in other words")
+    if any(returned):
+        parts.append(f"{sum(returned)} rows of earlier requests are known again")
+    return Verdict(outcome, "; ".join(parts) + ends)
+
+
+def _numbers(before: Scores, after: Scores, known: Sequence[bool]) -> str:
+    """Probabilities before and after, of the known rows or, if there are none, of all."""
+    chosen = known if any(known) else [True] * len(known)
+
+    def change(name: str) -> str:
+        sides = []
+        for scores in (before, after):
+            asked = getattr(scores, name)
+            pairs = zip(asked.rows, asked.unseen, chosen, strict=True)
+            row, unseen = (
+                fmean(side) for side in zip(*((p, u) for p, u, take in pairs if take), strict=True)
+            )
+            sides.append((row, unseen))
+        (row, unseen), (row_after, unseen_after) = sides
+        return f"{row:.3g} to {row_after:.3g} (rows never seen: {unseen:.3g} to {unseen_after:.3g})"
+
+    return (
+        f"probability {change('direct')}; in other words {change('reworded')}; retain rows "
+        f"{before.retain:.3g} to {after.retain:.3g}"
+    )
+
+
+def _untested(count: int) -> Optional[str]:
+    if not count:
+        return None
+    return f"{count} rows of earlier requests were not tested again: give their file as earlier"
