@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Optional
@@ -14,6 +15,8 @@ from wagle_pl.core.errors import Diverged, WagleError
 from wagle_pl.core.weights import chunks_of, digest, share_of
 from wagle_pl.masks import WeightMask
 from wagle_pl.strategies import is_zero
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from wagle_pl.lm.saving import Originals
@@ -164,7 +167,7 @@ def _largest(tensors: Iterable[Tensor]) -> Tensor:
 @torch.no_grad()
 def moves_kept(tensors: Mapping[str, SelectedTensor], originals: Originals) -> Optional[float]:
     """Share of the weights that moved which still differ from the base model's once they are
-    rounded to its files' dtypes; None if nothing is rounded, or nothing moved."""
+    rounded to its files' dtypes, which is logged; None if nothing is rounded, or nothing moved."""
     moved = kept = 0
     for name, tensor in tensors.items():
         stored = None if tensor.values is None else originals.read(name)
@@ -176,7 +179,12 @@ def moves_kept(tensors: Mapping[str, SelectedTensor], originals: Originals) -> O
         moves = now != start
         moved += int(moves.sum())
         kept += int((moves & (now.to(stored.dtype) != start.to(stored.dtype))).sum())
-    return kept / moved if moved else None
+    if not moved:
+        return None
+    few = "; --model.output_dtype float32 keeps all" if kept < 0.5 * moved else ""
+    message = "rounding to the base model's dtype leaves %.1f %% of the weights moved%s"
+    log.info(message, 100 * kept / moved, few)
+    return kept / moved
 
 
 # -- frozen weights that moved ---------------------------------------------------------------------

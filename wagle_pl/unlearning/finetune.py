@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from math import isfinite, prod
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
@@ -16,12 +16,12 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer, SparseAdam
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from wagle_pl.core import outputs
 from wagle_pl.core.environment import peak_memory, versions
-from wagle_pl.core.errors import WagleError, first_line
+from wagle_pl.core.errors import WagleError
 from wagle_pl.core.weights import evaluating, parameter_shapes, share_of
 from wagle_pl.lm import resume
 from wagle_pl.lm.inference import (
@@ -47,7 +47,14 @@ from wagle_pl.unlearning.checks import (
     moves_kept,
 )
 from wagle_pl.unlearning.export import model_card
-from wagle_pl.unlearning.optim import FP32, STATE_BYTES, MaskedAdamW, warmup_and_decay
+from wagle_pl.unlearning.optim import (
+    FP32,
+    STATE_BYTES,
+    MaskedAdamW,
+    make_optimizer,
+    warmup_and_decay,
+    without_decay_of_vectors,
+)
 
 log = logging.getLogger(__name__)
 
@@ -231,34 +238,11 @@ class FinetuneModule(LanguageModule):
         options = {} if self.lr is None else {"lr": self.lr}
         trained: Any = [parameter for parameter in self.lm.parameters() if parameter.requires_grad]
         if not self.decay_norms_and_biases:
-            tensors = self._tensors.values()
-            shapes = {
-                t.values: getattr(t.parameter, "ds_shape", t.parameter.shape) for t in tensors
-            }
-            vectors = [p for p in trained if len(shapes[p]) < 2]
-            matrices = [p for p in trained if len(shapes[p]) >= 2]
-            groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-            trained = [group for group in groups if group["params"]]
-        try:
-            optimizer = self.make_optimizer(trained, **options)
-        except WagleError:
-            raise
-        except ValueError as error:
-            vectors = "(with a mask, parameters are vectors of selected weights)"
-            said = f"optimizer: {first_line(error)} {'' if self.mask is None else vectors}"
-            raise WagleError(said.rstrip()) from error
-        for name, value in optimizer.defaults.items():
-            numbers = value if isinstance(value, tuple) else (value,)
-            if not all(isfinite(n) for n in numbers if isinstance(n, float)):
-                raise WagleError(f"must be finite, got {value}", option=f"optimizer.{name}")
-        for kind, why in (
-            (LBFGS, "evaluates the loss several times a step, on micro-batches that are gone then"),
-            (SparseAdam, "takes sparse gradients alone, and those of a language model are dense"),
-        ):
-            if isinstance(optimizer, kind):
-                raise WagleError(
-                    f"{kind.__name__} {why}", "optimizer", "choose another, e.g. MaskedAdamW"
-                )
+            dense = {t.values: t.parameter for t in self._tensors.values()}
+            shapes = {values: getattr(p, "ds_shape", p.shape) for values, p in dense.items()}
+            trained = without_decay_of_vectors(trained, shapes)
+        masked = "" if self.mask is None else "(with a mask, parameters are vectors)"
+        optimizer = make_optimizer(self.make_optimizer, trained, masked, **options)
         if self.make_lr_scheduler is None:
             steps = self.trainer.estimated_stepping_batches
             shape = (self.warmup, self.decay, steps, self.warmup_from_zero)
@@ -474,14 +458,9 @@ class FinetuneModule(LanguageModule):
 
     def _note_rounding(self) -> None:
         """Note how many moves are left in the files, if these round the values."""
-        if not self.output or self.output_dtype or is_zero(self.trainer.strategy):
-            return
-        if self.trainer.is_global_zero:
+        whole = self.trainer.is_global_zero and not is_zero(self.trainer.strategy)
+        if whole and self.output and not self.output_dtype:
             self._moves_kept = moves_kept(self._tensors, Originals(self.model_name))
-        if self._moves_kept is not None:
-            few = "; --model.output_dtype float32 keeps all" if self._moves_kept < 0.5 else ""
-            message = "rounding to the base model's dtype leaves %.1f %% of the weights moved%s"
-            log.info(message, 100 * self._moves_kept, few)
 
     def export(self, record: dict[str, Any]) -> None:
         """Write the model folder; unchanged values keep their bits. Collective under ZeRO-3."""

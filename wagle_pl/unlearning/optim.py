@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import LBFGS, AdamW, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LambdaLR
 
-from wagle_pl.core.errors import WagleError
+from wagle_pl.core.errors import WagleError, first_line
 
 FP32 = 4  # bytes of a number that is trained
 #: Bytes of an optimiser's state per number that it trains, by the name of its class.
@@ -162,6 +162,50 @@ class Sophia(_ByTensor):
         ratio = momentum / (group["rho"] * state["hessian"] + group["eps"])
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(ratio.clamp_(-1, 1), alpha=-group["lr"])
+
+
+def make_optimizer(
+    make: Callable[..., Optimizer], trained: Any, hint: str = "", **options: Any
+) -> Optimizer:
+    """The optimiser that ``make`` returns for parameters, or groups of them.
+
+    Raises:
+        WagleError: with the ``hint``, if it refuses them; if an option is not finite, or if it
+            cannot train a language model.
+    """
+    try:
+        optimizer = make(trained, **options)
+    except WagleError:
+        raise
+    except ValueError as error:
+        raise WagleError(f"optimizer: {first_line(error)} {hint}".rstrip()) from error
+    for name, value in optimizer.defaults.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not all(math.isfinite(n) for n in numbers if isinstance(n, float)):
+            raise WagleError(f"must be finite, got {value}", option=f"optimizer.{name}")
+    for kind, why in (
+        (LBFGS, "evaluates the loss several times a step, on micro-batches that are gone then"),
+        (SparseAdam, "takes sparse gradients alone, and those of a language model are dense"),
+    ):
+        if isinstance(optimizer, kind):
+            message = f"{kind.__name__} {why}"
+            raise WagleError(message, "optimizer", "choose another, e.g. MaskedAdamW")
+    return optimizer
+
+
+def without_decay_of_vectors(
+    trained: Iterable[Tensor], shapes: Mapping[Tensor, Sequence[int]]
+) -> list[dict[str, Any]]:
+    """Groups of parameters: those of tensors of one dimension get no weight decay.
+
+    Args:
+        shapes: parameter -> shape of the tensor whose selected weights it holds.
+    """
+    matrices, vectors = [], []
+    for parameter in trained:
+        (matrices if len(shapes[parameter]) > 1 else vectors).append(parameter)
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def warmup_and_decay(

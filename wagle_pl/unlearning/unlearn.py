@@ -21,7 +21,6 @@ from wagle_pl.data.template import differing_prompts
 from wagle_pl.lm.resume import random_state, set_random_state
 from wagle_pl.masks import Restriction, WeightMask
 from wagle_pl.masks.bits import filled_bits
-from wagle_pl.masks.selected import Gradients as SelectedGradients
 from wagle_pl.objectives import Objective, Streams
 from wagle_pl.objectives.objective import TERMS
 from wagle_pl.objectives.streams import References
@@ -31,6 +30,7 @@ from wagle_pl.unlearning.checks import FrozenWeights
 from wagle_pl.unlearning.export import model_card
 from wagle_pl.unlearning.finetune import Batch, FinetuneModule
 from wagle_pl.unlearning.step_rules import Gradients, Loss, Step, StepRule
+from wagle_pl.unlearning.terms import TermGradients, add
 
 log = logging.getLogger(__name__)
 
@@ -115,8 +115,7 @@ class UnlearnModule(FinetuneModule):
         self.reference_logits = reference_logits
         self.top_k = top_k
         self._batches: list[Batch] = []
-        self._parts: list[tuple[str, Tensor, SelectedGradients]] = []
-        self._gradients: dict[str, Gradients] = {}
+        self._terms: Optional[TermGradients] = None  # while the weights are selected
         self._references = References()
         self._frozen: Optional[FrozenWeights] = None
         self._verified: Optional[str] = None
@@ -193,10 +192,12 @@ class UnlearnModule(FinetuneModule):
         dense = self.clip_scope == "all" and self.mask is not None and bool(bounded)
         options = {"keep_theta0": self._needs_theta0, "keep_dense_gradients": dense, **options}
         super().select_weights(**options)
+        self._terms = TermGradients(self.selected, apart=self.step_rule is not None)
 
     def release(self, dtype: Optional[torch.dtype] = None) -> None:
         """The same; an adapter that is to be merged becomes part of the weights."""
         super().release(dtype)
+        self._terms = None
         if self.adapter is not None and self.adapter.merge:
             self.adapter.fold()
 
@@ -257,7 +258,7 @@ class UnlearnModule(FinetuneModule):
             top_k=self._references.top_k,
             progress=min(1.0, self.global_step / last) if last > 0 else 0.0,
             epoch=self.current_epoch,
-            propagate={name: partial(self._propagate, name) for name in self._by_term},
+            propagate={name: partial(self._terms.propagate, name) for name in self._by_term},
         )
 
     def _streams(
@@ -285,69 +286,18 @@ class UnlearnModule(FinetuneModule):
         """Forget the terms of the last step; keep the batch if a step rule may see it again."""
         super().on_train_batch_start(batch, batch_idx)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self._parts, self._batches, self._gradients = [], [], {}
+            self._terms.begin()
+            self._batches = []
         if self.step_rule is not None:
             self._batches.append(batch)
 
-    def _propagate(self, name: str, term: Tensor) -> Tensor:
-        """Compute a term's gradient and free its graph.
-
-        Returns:
-            A leaf in place of the term. :meth:`backward` asks how much the loss depends on it,
-            whatever computed the loss, and counts the gradient so many times.
-        """
-        if not term.requires_grad:
-            return term
-        so_far = self.selected.take_gradients()
-        gradient = self._gradient_of(term)
-        self.selected.add_gradients(so_far)
-        leaf = term.detach().requires_grad_()
-        self._parts.append((name, leaf, gradient))
-        return leaf
-
-    def _gradient_of(self, loss: Tensor, again: bool = False) -> SelectedGradients:
-        """The gradient of a loss; ``again`` keeps its graph for another."""
-        plain = torch.autocast(self.device.type, enabled=False)
-        with plain, self.selected.gradients_in_place():
-            loss.backward(retain_graph=again)
-        return self.selected.take_gradients()
-
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Add up the terms' gradients; the backward pass of what is left of the loss."""
-        parts, self._parts = self._parts, []
-        leaves = [leaf for _, leaf, _ in parts]
-        options = {"retain_graph": True, "allow_unused": True}
-        factors = torch.autograd.grad(loss, leaves, **options) if leaves else ()
-        for (name, _, gradient), factor in zip(parts, factors, strict=True):
-            if factor is not None:
-                self._count(name, gradient, factor)
+        self._terms.add_up(loss)
         super().backward(loss, *args, **kwargs)
-        if self.step_rule is not None:
-            self._count("rest", self.selected.take_gradients())
-
-    def _count(
-        self, name: str, gradient: SelectedGradients, factor: Optional[Tensor] = None
-    ) -> None:
-        """Add a gradient to those of the step or, for a step rule, to those of its term."""
-        if self.step_rule is None:
-            self.selected.add_gradients(gradient, factor)
-        elif any(taken is not None for taken, _ in gradient.values()):
-            _add(self._gradients.setdefault(name, {}), self._filled(gradient), factor)
+        self._terms.add_rest()
 
     # -- a step rule -------------------------------------------------------------------------------
-
-    @property
-    def _values(self) -> dict[str, Tensor]:
-        """Name of a tensor -> its selected weights, if it has any."""
-        tensors = self.selected.tensors.items()
-        return {name: tensor.values for name, tensor in tensors if tensor.values is not None}
-
-    def _filled(self, gradient: SelectedGradients) -> Gradients:
-        """A gradient of all selected weights, 0 where it is None."""
-        return {
-            name: torch.zeros_like(values) if gradient[name][0] is None else gradient[name][0]
-            for name, values in self._values.items()
-        }
 
     def _again(self, *losses: Loss) -> list[Gradients]:
         """See :attr:`Step.again`."""
@@ -365,8 +315,7 @@ class UnlearnModule(FinetuneModule):
                     ]
                 for total, value in zip(totals, values, strict=True):
                     scaled = value / self.trainer.accumulate_grad_batches
-                    found = self._gradient_of(scaled, again=value is not values[-1])
-                    _add(total, self._filled(found))
+                    add(total, self._terms.of(scaled, again=value is not values[-1]))
         return totals
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -375,8 +324,8 @@ class UnlearnModule(FinetuneModule):
             tensors = self.selected.tensors
             step = Step(
                 self.global_step,
-                self._values,
-                self._gradients,
+                self._terms.values,
+                self._terms.totals,
                 self._again,
                 whole=lambda name, values: tensors[name].placed(values),
                 selected=lambda name, whole: tensors[name].taken(whole, whole.dtype),
@@ -472,9 +421,3 @@ class UnlearnModule(FinetuneModule):
         if self.step_rule is not None:
             record["lineage"][-1]["step_rule"] = describe(self.step_rule)
         return record
-
-
-def _add(total: Gradients, found: Gradients, factor: Optional[Tensor] = None) -> None:
-    for name, gradient in found.items():
-        gradient = gradient if factor is None else gradient.mul_(factor)
-        total[name] = total[name].add_(gradient) if name in total else gradient
