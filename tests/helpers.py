@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -270,3 +270,29 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
     """Write JSON lines; return the path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every value within a JSON value."""
+    yield at
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    for key, child in inner:
+        yield from places(child, (*at, key))
+
+
+def changed(value: Any, at: tuple[Any, ...], other: Any) -> Any:
+    """A JSON value with another in a place; without that place if the other is ``...``."""
+    if not at:
+        return {} if other is ... else other
+    value, (key, *rest) = value.copy(), at
+    if other is ... and not rest:
+        del value[key]
+    else:
+        value[key] = changed(value[key], tuple(rest), other)
+    return value

@@ -1,20 +1,25 @@
 """Invariant 5: kill a run anywhere, resume from its last checkpoint, and the result has the same bits."""
 
+import os
 import pickle
+import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import SaveAt, same_bits, trainer, trapped
+from helpers import SaveAt, changed, places, same_bits, trainer, trapped
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
-from wagle_pl import FinetuneModule, LoRA, UnlearnModule
+from wagle_pl import FinetuneModule, LoRA, UnlearnModule, WeightMask
 from wagle_pl.core.errors import WagleError
+from wagle_pl.core.weights import fingerprint
 from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.evaluation import Evaluate
+from wagle_pl.lm.models import load_model
 from wagle_pl.unlearning.export import export
 
 
@@ -155,3 +160,81 @@ def test_a_checkpoint_file(wagle: Any, fails: Any, tiny_model: str) -> None:
         with pytest.raises((WagleError, pickle.UnpicklingError)):
             FinetuneModule.load_from_checkpoint(path)
         assert not any(Path(name).exists() for name in ("trapped", "exported", "out"))
+
+
+@pytest.fixture
+def random_mask_file(tiny_model, tmp_path):
+    lm = load_model(tiny_model)
+    mask = WeightMask.from_bools(
+        {name: torch.rand(p.shape) < 0.3 for name, p in lm.named_parameters()}
+    )
+    mask.metadata["model_fingerprint"] = fingerprint(lm)
+    return mask.save(tmp_path / "random")
+
+
+def without(key):
+    return lambda checkpoint: {name: value for name, value in checkpoint.items() if name != key}
+
+
+DAMAGED = {
+    "a list": (lambda checkpoint: [checkpoint], "must be an object"),
+    "banana": (lambda c: {**c, "pytorch-lightning_version": "banana"}, "Invalid version: 'banana'"),
+    "no version": (without("pytorch-lightning_version"), "'pytorch-lightning_version' is missing"),
+    "weights alone": (without("optimizer_states"), "has no state of an optimizer"),
+    "no step": (without("global_step"), "key 'global_step' is missing"),
+    "a text of loops": (lambda c: {**c, "loops": "x"}, "loops: must be an object or null, got 'x'"),
+    "no weights": (without("state_dict"), "does not hold the weights of this model"),
+    "no model": (
+        without("model"),
+        "does not say which model",
+    ),
+    "a number of a mask": (lambda c: {**c, "mask": 3}, "mask: must be an object or null, got 3"),
+    "no digest": (lambda c: {**c, "mask": {}}, "key 'mask.digest' is missing"),
+    "a random state": (
+        lambda c: {**c, "rng_state": 1},
+        "rng_state: must be a Tensor or null, got 1",
+    ),
+    "references": (
+        lambda c: {**c, "references": {"a": 1}},
+        "references.a: must be an object, got 1",
+    ),
+}
+
+
+def test_a_checkpoint_of_other_fields(wagle, fails, tiny_model, random_mask_file):
+    """Each is refused in one line that names the checkpoint and its field, before a step."""
+    options = f"--model.mask {random_mask_file} --trainer.max_steps 2"
+    command = f"{training('npo')} --model.model {tiny_model} --model.output out {options}"
+    wagle(f"{command} {KEEP} whole")
+    Path("out").rename("done")
+    checkpoint = torch.load("whole/last.ckpt", weights_only=True)
+    for name, (change, said) in DAMAGED.items():
+        torch.save(change(checkpoint), "x.ckpt")
+        line = fails(f"{command} --ckpt_path x.ckpt")
+        assert "x.ckpt" in line or "the checkpoint" in line, (name, line)
+        assert re.search(said, line), (name, line)
+    sgd = command.replace("MaskedAdamW", "torch.optim.SGD --optimizer.momentum 0.9", 1)
+    line = fails(f"{sgd} --ckpt_path whole/last.ckpt")
+    assert "of a run with another optimizer than SGD (its options have no 'dampening')" in line
+    os.mkfifo("pipe")
+    assert "checkpoint pipe is a pipe or a device" in fails(f"{command} --ckpt_path pipe")
+    assert "ckpt_path: no checkpoint is the best" in fails(f"{command} --ckpt_path best")
+
+
+def test_any_field_of_a_checkpoint(wagle, tiny_model, random_mask_file):
+    """Dropped, or of another type: ``export`` writes a model, or says in one line what is wrong."""
+    command = (
+        f"{training('npo')} --model.model {tiny_model} --model.output out --trainer.max_steps 1"
+    )
+    wagle(f"{command} --model.mask {random_mask_file} {KEEP} whole")
+    checkpoint = torch.load("whole/last.ckpt", weights_only=True)
+    used = {key: checkpoint[key] for key in ("state_dict", "model", "mask", "references", "module")}
+
+    others = (..., None, 3, "x", [1], {"a": 1}, torch.ones(3))
+    tries = [(at, other) for at in places(used) for other in others]
+    for at, other in tries[::5]:
+        if "config" in at or "versions" in at:  # as the user wrote it, and only shown
+            continue
+        torch.save(changed(used, at, other), "x.ckpt")
+        with suppress(WagleError):
+            export("x.ckpt", "exported", overwrite=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Optional, TypedDict, Union
 
 import pytest
 import torch
-from helpers import LLAMA, RUN
+from helpers import LLAMA, RUN, changed, places
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -374,32 +374,6 @@ def outcome(kind: Door, path: Path, content: bytes) -> Any:
     except WagleError as error:
         assert len(str(error)) < 1000 and "\n" not in str(error)
         return None
-
-
-def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of every value within a JSON value."""
-    yield at
-    inner = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    )
-    for key, child in inner:
-        yield from places(child, (*at, key))
-
-
-def changed(value: Any, at: tuple[Any, ...], other: Any) -> Any:
-    """A JSON value with another in a place; without that place if the other is ``...``."""
-    if not at:
-        return {} if other is ... else other
-    value, (key, *rest) = value.copy(), at
-    if other is ... and not rest:
-        del value[key]
-    else:
-        value[key] = changed(value[key], tuple(rest), other)
-    return value
 
 
 TEXTS = ("base", "unlearned", "format", "format_version")  # metadata that are no JSON

@@ -28,10 +28,12 @@ from wagle_pl.cli.parser import OneLineErrors, classes_first
 from wagle_pl.core import distributed
 from wagle_pl.core.environment import trainer_errors
 from wagle_pl.core.errors import WagleError
+from wagle_pl.core.files import absent
 from wagle_pl.core.stopping import SIGNALS, Stopped, install, say
 from wagle_pl.core.tensorfiles import load_plain
 from wagle_pl.evaluation import Evaluate, EvaluationModule
 from wagle_pl.lm.module import LanguageModule
+from wagle_pl.lm.resume import check_lightning
 from wagle_pl.strategies import is_zero
 
 log = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ log = logging.getLogger(__name__)
 DEFAULT_OPTIMIZER = "MaskedAdamW"
 
 #: Values of ``--ckpt_path`` that Lightning resolves itself.
-_NO_PATHS = ("best", "last", "hpc", "registry")
+_NO_PATHS = ("last", "hpc", "registry")
 
 
 class WagleArgumentParser(OneLineErrors, LightningArgumentParser):
@@ -127,16 +129,20 @@ class WagleCLI(LightningCLI):
         """Refuse a checkpoint that cannot be read, before the Trainer tries to resume from it."""
         options = self.config[self.subcommand]
         given = str(options.get("ckpt_path") or "")
+        if given == "best":
+            raise WagleError("no checkpoint is the best before a run: name a file", "ckpt_path")
         if not given or "://" in given or given.partition(":")[0] in _NO_PATHS:
             return
         path = Path(given)
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise absent("checkpoint", given)
         if not path.exists():
             raise WagleError(
                 f"checkpoint {given} does not exist: --ckpt_path takes a file or folder that a run "
                 "wrote"
             )
         if path.is_file() and options.get("weights_only") is not False:
-            load_plain(path, f"checkpoint {path}")
+            check_lightning(load_plain(path, f"checkpoint {path}"), f"checkpoint {path}")
         if path.is_dir() and not is_zero(self.trainer.strategy):
             raise WagleError(
                 f"checkpoint {given} was written under DeepSpeed: add --trainer.strategy "

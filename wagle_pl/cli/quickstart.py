@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shlex
 import time
 from pathlib import Path
 
 from wagle_pl.cli import LazyModule, app
 from wagle_pl.core.environment import prepare_libraries, silence
+from wagle_pl.core.reading import read_json
 from wagle_pl.core.text import markdown_table
 
 people = LazyModule("wagle_pl.data.people")
@@ -76,7 +76,7 @@ def quickstart(*, verbose: bool = False, trial: bool = False) -> None:
         test = "test --config people/data --config task/test --model.max_new_tokens 40"
         wagle(f"{test} {folders}{against}")
     files = {row: RUNS / name / "test/metrics.json" for row, name in rows.items()}
-    found = {row: json.loads(file.read_text()) for row, file in files.items()}
+    found = {row: read_json(file, dict[str, float]) for row, file in files.items()}
     cells = [
         [row, *(f"{measured[key]:.3g}" if key in measured else "" for key in COLUMNS.values())]
         for row, measured in found.items()

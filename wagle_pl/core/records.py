@@ -34,6 +34,9 @@ class MaskUsed(TypedDict):
     made_by: MadeBy
 
 
+AdapterUsed = TypedDict("AdapterUsed", {"class": str, "alpha": float, "r": Count})
+
+
 class Run(TypedDict):
     """A run that trained a model."""
 
@@ -46,7 +49,7 @@ class Run(TypedDict):
     seed: Any
     objective: Optional[dict[str, Any]]
     mask: Optional[MaskUsed]
-    adapter: Optional[dict[str, Any]]
+    adapter: Optional[AdapterUsed]
     prompts: Optional[dict[str, Any]]
     config: Optional[dict[str, Any]]
 

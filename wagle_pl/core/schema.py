@@ -1,14 +1,15 @@
 """What a file may hold: one function that checks a value against a type.
 
-A schema is ``int``, ``float``, ``str``, ``bool``, :data:`Count`, :data:`Digits`, ``Any``, any other
-class, ``Literal``, ``Union``, ``Optional``, ``list[T]``, ``tuple[S, T]`` (in JSON, a list of as many
-items), ``dict[K, T]``, or a ``TypedDict`` of these. Keys that a ``TypedDict`` does not name are
-accepted, since a later version may write more of them; a key whose type is ``Optional`` or ``Any``
-may be missing.
+A schema is ``int``, ``float``, ``str``, ``bool``, :data:`Count`, :data:`Digits`, :data:`Json`,
+``Any``, any other class, ``Literal``, ``Union``, ``Optional``, ``list[T]``, ``tuple[S, T]`` (in
+JSON, a list of as many items), ``dict[K, T]``, or a ``TypedDict`` of these. Keys that a
+``TypedDict`` does not name are accepted, since a later version may write more of them; a key whose
+type is ``Optional`` or ``Any`` may be missing.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from functools import lru_cache
@@ -29,10 +30,11 @@ from wagle_pl.core.errors import WagleError
 
 Count = NewType("Count", int)  # an integer of 0 or more
 Digits = NewType("Digits", str)  # such an integer as text, as keys of JSON are
+Json = NewType("Json", object)  # anything that JSON can hold
 
 _WORDS = {int: "an integer", Count: "an integer of 0 or more", float: "a number", str: "a text"}
 _WORDS |= {bool: "true or false", list: "a list", dict: "an object", NoneType: "null"}
-_WORDS |= {Digits: "an integer of 0 or more, as a text"}
+_WORDS |= {Json: "what JSON can hold", Digits: "an integer of 0 or more, as a text"}
 
 
 def check(value: Any, kind: Any, where: str, key: str = "") -> Any:
@@ -87,6 +89,11 @@ def _fits(value: Any, kind: Any) -> bool:
         return any(type(value) is type(choice) and value == choice for choice in get_args(kind))
     if kind in (int, Count):
         return type(value) is int and (0 if kind is Count else -(1 << 63)) <= value < 1 << 63
+    if kind is Json:
+        try:
+            return bool(json.dumps(value))
+        except (TypeError, ValueError, RecursionError):
+            return False
     if kind is Digits:
         return isinstance(value, str) and re.fullmatch("[0-9]{1,15}", value) is not None
     if get_origin(kind) is tuple:

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wagle_pl.core import distributed, outputs
 from wagle_pl.core.environment import half_precision_is_slow
 from wagle_pl.core.errors import WagleError
+from wagle_pl.core.schema import check
 from wagle_pl.core.weights import fingerprint
 from wagle_pl.lm import models
 from wagle_pl.lm.models import vocabulary_size
-from wagle_pl.lm.resume import begin, recount
+from wagle_pl.lm.resume import Fields, begin, recount
 from wagle_pl.lm.state import ModelState
 from wagle_pl.strategies import is_sharded, is_zero
 
@@ -362,24 +363,31 @@ class LanguageModule(L.LightningModule):
             self._loader_state = recount(checkpoint, self.data)
         if not self.attached or not self.strict_loading or is_zero(self.trainer.strategy):
             return
-        there = {name: tensor.shape for name, tensor in checkpoint.get("state_dict", {}).items()}
+        state = checkpoint.get("state_dict") or {}
+        there = {name: tensor.shape for name, tensor in state.items()}
         here = {name: tensor.shape for name, tensor in self.state_dict().items()}
         differing = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
         if differing:
             raise WagleError(
-                f"the checkpoint {self.trainer.ckpt_path} does not hold the weights of this model: "
+                f"{self.checkpoint_label} does not hold the weights of this model: "
                 f"{len(differing)} tensors are missing, or of another shape, {differing[0]} for one"
             )
 
     def check_kind(self, checkpoint: Mapping[str, Any]) -> None:
-        """Refuse to resume training from a checkpoint that another module wrote."""
+        """Refuse fields of wrong types, and training from a checkpoint that another module wrote."""
+        check(checkpoint, Fields, self.checkpoint_label)
         kind = checkpoint.get("module")
         if self.fits and kind != self._kind:
             of = f"is of a run of {kind}" if kind else "does not say which module it is of"
             raise WagleError(
-                f"the checkpoint {self.trainer.ckpt_path} {of}, and this run is one of "
-                f"{self._kind}: give --ckpt_path another"
+                f"{self.checkpoint_label} {of}, and this run is one of {self._kind}: give "
+                "--ckpt_path another"
             )
+
+    @property
+    def checkpoint_label(self) -> str:
+        """The name of the checkpoint that is loaded, in messages."""
+        return f"the checkpoint {self.trainer.ckpt_path}" if self.attached else "the checkpoint"
 
     @property
     def _kind(self) -> str:

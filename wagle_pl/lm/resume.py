@@ -12,14 +12,139 @@ Only this module knows how Lightning lays out its loops in a checkpoint.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Optional, TypedDict, get_type_hints
 
 import lightning as L
 import torch
+from packaging.version import InvalidVersion, Version
 from torch import Tensor
+
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.records import Record
+from wagle_pl.core.schema import Count, check
 
 if TYPE_CHECKING:
     from wagle_pl.lm.module import StreamData
+
+
+class Progress(TypedDict):
+    """What Lightning counts of epochs or of micro-batches."""
+
+    total: dict[str, Count]
+    current: dict[str, Count]
+
+
+class RowSet(TypedDict):
+    """Rows that a stream is drawn from."""
+
+    rows: Count
+    digest: Optional[str]
+
+
+class LoaderState(TypedDict):
+    """Where a loader continues, see :class:`~wagle_pl.data.batches.Position`; empty if the loader
+    is the user's own."""
+
+    epoch: Optional[Count]
+    step: Optional[Count]
+    rows: Optional[Count]
+    global_batch: Optional[Count]
+    seed: Optional[int]
+    sets: Optional[dict[str, RowSet]]
+
+
+BatchProgress = TypedDict("BatchProgress", {**get_type_hints(Progress), "is_last_batch": bool})
+FitLoop = TypedDict(
+    "FitLoop",
+    {
+        "state_dict": TypedDict("Loaders", {"combined_loader": Optional[list[LoaderState]]}),
+        "epoch_progress": Progress,
+        "epoch_loop.batch_progress": BatchProgress,
+        "epoch_loop.state_dict": TypedDict("Stepped", {"_batches_that_stepped": Count}),
+    },
+)
+
+
+class OptimizerState(TypedDict):
+    """State of an optimiser, by the index of the parameter."""
+
+    state: dict[int, dict[str, Any]]
+    param_groups: list[dict[str, Any]]
+
+
+#: What Lightning and this package write into a checkpoint.
+Checkpoint = TypedDict(
+    "Checkpoint",
+    {
+        "pytorch-lightning_version": str,
+        "epoch": Count,
+        "global_step": Count,
+        "loops": Optional[TypedDict("Loops", {"fit_loop": FitLoop})],
+        "callbacks": Optional[dict[str, dict[str, Any]]],
+        "lr_schedulers": Optional[list[dict[str, Any]]],
+        "optimizer_states": Optional[list[OptimizerState]],
+        "state_dict": Optional[dict[str, Any]],
+    },
+)
+
+
+class ModelFields(TypedDict):
+    """What a checkpoint says about its model."""
+
+    name: str
+    fingerprint: str
+    dtype: Literal["float32", "bfloat16", "float16", "float64"]
+    record: Record
+
+
+class MaskFields(TypedDict):
+    """The mask of a checkpoint's run: the restriction it was made from, and its digest."""
+
+    digest: str
+    file: Optional[str]
+    modules: Optional[list[str]]
+    layers: Optional[str]
+    matching: Optional[str]
+
+
+class Reference(TypedDict):
+    """Predictions at θ₀."""
+
+    key: str
+    tensors: dict[str, Tensor]
+
+
+class SavedSums(TypedDict):
+    """Sums of an attribution."""
+
+    sums: dict[str, list[Tensor]]
+    passes: Optional[Count]
+    group: Optional[Count]
+    first: Optional[dict[str, Any]]
+
+
+class Fields(TypedDict):
+    """What a module of this package adds to a checkpoint."""
+
+    module: Optional[str]
+    state_dict: Optional[dict[str, Tensor]]
+    model: Optional[ModelFields]
+    mask: Optional[MaskFields]
+    references: Optional[dict[str, Reference]]
+    objective: Optional[dict[str, float]]
+    step_rule: Optional[dict[str, Any]]
+    sums: Optional[SavedSums]
+    rng_state: Optional[Tensor]
+    cuda_rng_state: Optional[Tensor]
+
+
+def check_lightning(checkpoint: Any, where: str) -> None:
+    """Refuse a checkpoint that Lightning would fail on; ``where`` names it."""
+    check(checkpoint, Checkpoint, where)
+    try:
+        Version(checkpoint["pytorch-lightning_version"])
+    except InvalidVersion as error:
+        raise WagleError(f"{where}: pytorch-lightning_version: {error}") from None
 
 
 class StepStart(NamedTuple):

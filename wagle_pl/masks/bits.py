@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wagle_pl.core.errors import WagleError
+
 CHUNK = 1 << 20  # weights drawn at a time; a multiple of 8
 
 #: Selected weights handled at a time on a CPU: few enough to fit the processor's cache, and enough
@@ -159,8 +161,15 @@ def put_(dense: Tensor, places: Optional[Iterable[Tensor]], values: Tensor) -> N
 
 
 def place(dense: Tensor, selected: Optional[Tensor], values: Tensor) -> Tensor:
-    """A copy of a tensor with values at the selected places (all if None), in the values' dtype."""
-    if selected is None or selected.all():
+    """A copy of a tensor with values at the selected places (all if None), in the values' dtype.
+
+    Raises:
+        WagleError: if there are not as many values as places.
+    """
+    places = dense.numel() if selected is None else int(selected.sum())
+    if values.numel() != places:
+        raise WagleError(f"there are {values.numel()} values for {places} selected weights")
+    if places == dense.numel():
         return values.view(dense.shape)
     return dense.to(values.device, values.dtype, copy=True).masked_scatter_(
         selected.to(values.device), values

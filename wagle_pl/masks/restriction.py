@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from math import prod
 from operator import and_
@@ -26,6 +26,14 @@ class Restriction(NamedTuple):
     modules: Optional[Sequence[str]] = None  # such as ["mlp.down_proj"], see in_module
     layers: Optional[str] = None  # see parse_layers
     matching: Optional[str] = None  # a regular expression, found anywhere in a parameter's name
+
+    @classmethod
+    def of_record(
+        cls, record: Mapping[str, Any], file: Optional[Union[str, WeightMask]] = None
+    ) -> Restriction:
+        """The restriction of a checkpoint's run, with another mask file if it is given."""
+        fields = {name: record.get(name) for name in cls._fields}
+        return cls(**fields | ({} if file is None else {"file": file}))
 
     def takes(self, name: str) -> bool:
         """Whether modules, layers and pattern select a parameter, by its name."""
@@ -65,6 +73,10 @@ class Restriction(NamedTuple):
                     "nothing is selected"
                 )
         if self.matching is not None:
+            try:
+                re.compile(self.matching)
+            except re.error as error:
+                raise WagleError(f"{self.matching!r} is no regular expression: {error}") from None
             pattern = Restriction(matching=self.matching)
             found.append(whole_tensors(pattern, modules=[f"matching {self.matching}"]))
         return reduce(and_, found) if found else None

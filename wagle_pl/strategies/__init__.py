@@ -4,7 +4,7 @@ Importing this package makes Lightning's names ``deepspeed``, ``deepspeed_stage_
 :class:`ZeRO`.
 """
 
-from wagle_pl.strategies.checkpoint import ShardedCheckpoint
+from wagle_pl.strategies.checkpoint import ShardedCheckpoint, check_optimizer
 from wagle_pl.strategies.zero import ZeRO, is_sharded, is_zero, stage_of
 
-__all__ = ["ShardedCheckpoint", "ZeRO", "is_sharded", "is_zero", "stage_of"]
+__all__ = ["ShardedCheckpoint", "ZeRO", "check_optimizer", "is_sharded", "is_zero", "stage_of"]

@@ -10,20 +10,21 @@ A folder, written under another name and then renamed, so that it is complete or
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypedDict, Union
+from typing import Any, Literal, NamedTuple, Optional, TypedDict, Union
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.reading import read_json
-from wagle_pl.core.schema import Count
+from wagle_pl.core.schema import Count, check
 from wagle_pl.core.tensorfiles import check_version, load_plain, write_tensors
 from wagle_pl.core.weights import assign, shapes_of, share_of
 from wagle_pl.strategies.internals import Fragment
@@ -130,6 +131,28 @@ class Index(TypedDict):
     pieces: dict[str, dict[str, list[tuple[str, Count, Count]]]]  # file, start, number of values
 
 
+class Common(TypedDict):
+    """What :data:`COMMON_FILE` holds beside Lightning's own."""
+
+    param_groups: Optional[list[dict[str, Any]]]
+    single_states: Optional[dict[str, dict[str, float]]]
+    buffers: Optional[dict[str, Tensor]]
+
+
+def check_optimizer(stored: Sequence[Mapping[str, Any]], optimizer: Optimizer, where: str) -> None:
+    """Refuse to resume an optimiser from the options (``param_groups``) of another one."""
+    groups, fault = optimizer.param_groups, ""
+    if missing := {key for group in stored for key in optimizer.defaults.keys() - group.keys()}:
+        fault = f"its options have no {min(missing)!r}"
+    elif len(stored) != len(groups):
+        fault = f"it has {len(stored)} groups of parameters, and not {len(groups)}"
+    if fault:
+        raise WagleError(
+            f"{where} is of a run with another optimizer than {type(optimizer).__name__} ({fault}): "
+            "resume with the run's own --optimizer"
+        )
+
+
 class ShardedCheckpoint:
     """A checkpoint folder, read a piece at a time."""
 
@@ -169,7 +192,8 @@ class ShardedCheckpoint:
     @cached_property
     def common(self) -> dict[str, Any]:
         """What Lightning keeps."""
-        return load_plain(self.path / COMMON_FILE, f"checkpoint {self.path}")
+        common = load_plain(self.path / COMMON_FILE, f"checkpoint {self.path}")
+        return check(common, Common, f"checkpoint {self.path}")
 
     def read(self, key: str, name: str, start: int, numel: int) -> Tensor:
         """(numel,) consecutive numbers, read from all shards that hold some of them."""
@@ -205,8 +229,9 @@ class ShardedCheckpoint:
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, held: Iterable[Fragment]) -> None:
         """Set the fp32 weights and the state in this rank's flat partitions, and the options."""
-        groups = optimizer.param_groups
-        for group, options in zip(groups, self.common["param_groups"], strict=True):
+        groups, stored = optimizer.param_groups, self.common.get("param_groups") or []
+        check_optimizer(stored, optimizer, f"checkpoint {self.path}")
+        for group, options in zip(groups, stored, strict=True):
             group.update(options)
         # torch's own optimisers count steps on the CPU unless they are fused
         fused = any(group.get("fused") or group.get("capturable") for group in groups)
@@ -219,6 +244,8 @@ class ShardedCheckpoint:
                     if key not in state:
                         state[key] = torch.zeros(len(flat), dtype=values.dtype, device=flat.device)
                     fragment.of(state[key]).copy_(values)
-            for key, value in self.common["single_states"].get(fragment.name, {}).items():
+            for key, value in (
+                (self.common.get("single_states") or {}).get(fragment.name, {}).items()
+            ):
                 device = flat.device if fused else None
                 state[key] = torch.tensor(value, dtype=torch.float32, device=device)

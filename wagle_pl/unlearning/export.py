@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing
 from wagle_pl.core.hub import card_of
+from wagle_pl.core.schema import Json, check
 from wagle_pl.core.tensorfiles import load_plain
 from wagle_pl.core.text import markdown_table
 from wagle_pl.core.weights import is_linear, mismatch, parameter_shapes, weights_digest
 from wagle_pl.lm import models
 from wagle_pl.lm.layers import is_transposed
+from wagle_pl.lm.resume import Fields
 from wagle_pl.lm.saving import Originals, Weight, read_record, save_model, save_weights
 from wagle_pl.masks import Restriction, WeightMask, describe_origin
 from wagle_pl.masks.bits import place
@@ -56,13 +58,16 @@ def export(
         weights, checkpoint = _of_file(path)
     else:
         return _convert(str(path), output)
-    if not weights or "model" not in checkpoint:
+    if not weights or not checkpoint.get("model"):
         raise WagleError(
             f"checkpoint {path} holds no weights of a language model (attribution moves none)"
         )
     about = checkpoint["model"]
     base, record = model or about["name"], about["record"]
     loaded_as = getattr(torch, about["dtype"])
+    check(record, Json, f"checkpoint {path}", "model.record")
+    if not record.get("lineage"):
+        raise WagleError(f"checkpoint {path}: its record has no run")
     try:
         config, generation = _configs(base)
         tokenizer, originals = models.load_tokenizer(base), Originals(base)
@@ -78,7 +83,12 @@ def export(
         selected = _mask_of(checkpoint, parameter_shapes(lm), originals, mask)
     weights = _with_values(weights, originals, selected, loaded_as)
     if adapter := record["lineage"][-1].get("adapter"):
-        weights = _with_adapter(weights, adapter["alpha"] / adapter["r"], lm)
+        weights = _with_adapter(weights, adapter["alpha"] / max(1, adapter["r"]), lm)
+    for name, shape in parameter_shapes(lm).items():
+        if name not in weights or weights[name].shape != tuple(shape):
+            raise WagleError(
+                f"checkpoint {path} lacks {name} of {base}, or has another shape of it"
+            )
     card, configs = model_card(record), (config, generation)
     return save_weights(weights, configs, tokenizer, output, card, record, originals, loaded_as)
 
@@ -111,6 +121,7 @@ def _configs(base: str) -> tuple[Any, Any]:
 def _of_shards(path: Path) -> tuple[Weights, Mapping[str, Any]]:
     """Weights of a folder, not read yet, and what else it holds."""
     checkpoint = ShardedCheckpoint(path)
+    check(checkpoint.common, Fields, f"checkpoint {path}")
     if not checkpoint.pieces.get("weight"):
         return {}, checkpoint.common
     weights = {
@@ -123,10 +134,9 @@ def _of_shards(path: Path) -> tuple[Weights, Mapping[str, Any]]:
 def _of_file(path: Path) -> tuple[Weights, Mapping[str, Any]]:
     """The same for a file."""
     checkpoint = load_plain(path, f"checkpoint {path}")
-    if not isinstance(checkpoint, dict):
-        return {}, {}
+    check(checkpoint, Fields, f"checkpoint {path}")
     once: dict[tuple[int, torch.Size], tuple[str, Tensor]] = {}
-    for name, tensor in checkpoint.get("state_dict", {}).items():
+    for name, tensor in (checkpoint.get("state_dict") or {}).items():
         if name.startswith(PREFIX):  # tied weights are written once
             key = tensor.data_ptr(), tensor.shape
             once.setdefault(key, (name.removeprefix(PREFIX), tensor))
@@ -157,11 +167,9 @@ def _mask_of(
             f"the checkpoint is of a run on the model with fingerprint {made_on[:12]}, "
             f"{originals.name} has {found[:12]}: say where the run's model is: --model"
         )
-    made_of = dict(checkpoint["mask"])
-    digest = made_of.pop("digest")
-    restriction = Restriction(**made_of | ({"file": file} if file else {}))
+    restriction = Restriction.of_record(checkpoint["mask"], file)
     mask = restriction.mask(shapes, originals.name, found)
-    if mask.digest() != digest:
+    if mask is None or mask.digest() != checkpoint["mask"]["digest"]:
         raise WagleError(
             f"mask {restriction.file} is not the one of the checkpoint's run: say where that is: "
             "--mask"
@@ -182,6 +190,10 @@ def _with_values(
         dense = originals.read(name).to(loaded_as)
         return dense if selected is None else place(dense, mask[name], selected)
 
+    values = {name.removesuffix(SUFFIX) for name in stored if name.endswith(SUFFIX)}
+    selected = values if mask is None else {name for name in mask if mask.count(name)}
+    for name in values ^ selected:
+        raise WagleError(f"the checkpoint has values of {name} and a mask without, or conversely")
     shapes = {name.removesuffix(SUFFIX): weight.shape for name, weight in stored.items()}
     shapes |= {} if mask is None else mask.shapes
     return {

@@ -38,7 +38,7 @@ from wagle_pl.lm.saving import Originals, read_record, save_model
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.selected import SUFFIX, SelectedTensor, SelectedWeights, load_values
 from wagle_pl.objectives import Streams
-from wagle_pl.strategies import ShardedCheckpoint, is_zero
+from wagle_pl.strategies import ShardedCheckpoint, check_optimizer, is_zero
 from wagle_pl.unlearning.checks import (
     FiniteSteps,
     StepLosses,
@@ -139,6 +139,7 @@ class FinetuneModule(LanguageModule):
         self._step_start: Optional[resume.StepStart] = None
         self._random: Mapping[str, Tensor] = {}
         self._moves_kept: Optional[float] = None
+        self._stored_groups: Optional[list[dict[str, Any]]] = None  # options of its optimiser
 
     # -- before the run ----------------------------------------------------------------------------
 
@@ -256,6 +257,9 @@ class FinetuneModule(LanguageModule):
 
     def on_fit_start(self) -> None:
         """Have the values written into the model after each step."""
+        if self._stored_groups is not None:
+            check_optimizer(self._stored_groups, self.trainer.optimizers[0], self.checkpoint_label)
+            self._stored_groups = None
         strategy = self.trainer.strategy
         optimizers = [strategy.base_optimizer] if is_zero(strategy) else self.trainer.optimizers
         for optimizer in (getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers):
@@ -425,7 +429,15 @@ class FinetuneModule(LanguageModule):
         self.check_kind(checkpoint)
         known = ("rng_state", "cuda_rng_state")
         self._random = {key: checkpoint[key] for key in known if key in checkpoint}
-        state = checkpoint.get("state_dict", {})
+        state = checkpoint.get("state_dict") or {}
+        states = checkpoint.get("optimizer_states")
+        if self.fits and not is_zero(self.trainer.strategy):
+            if not states:
+                raise WagleError(
+                    f"{self.checkpoint_label} has no state of an optimizer (it may have been saved "
+                    "with save_weights_only): training cannot go on from it"
+                )
+            self._stored_groups = states[0]["param_groups"]
         if self.selected is None and any(name.endswith(SUFFIX) for name in state):
             values = {n.removeprefix("lm."): v for n, v in state.items() if n.startswith("lm.")}
             load_values(self.lm, values, values.__getitem__, self.mask)

@@ -361,29 +361,29 @@ class UnlearnModule(FinetuneModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the references; refuse a checkpoint of another mask, or of another model."""
         self.check_kind(checkpoint)
-        stored = dict(checkpoint.get("mask") or {})
-        digest = stored.pop("digest", None)
+        stored = checkpoint.get("mask") or {}
+        digest = stored.get("digest")
         if digest and not self.attached:
-            given = self.restriction.file
-            self.restriction = Restriction(**stored | ({} if given is None else {"file": given}))
+            self.restriction = Restriction.of_record(stored, self.restriction.file)
             self.restrict()
         if digest != (None if self.mask is None else self.mask.digest()):
             advice = "resume with that mask, or start a new run"
             if not self.attached:
                 advice = "give that mask to load_from_checkpoint, which keeps files' names alone"
             raise WagleError(f"the checkpoint belongs to a run with another mask: {advice}")
-        if digest and (
-            differing := mismatch(checkpoint["model"]["fingerprint"], self.model_fingerprint)
-        ):
+        model = checkpoint.get("model")
+        if digest and not model:
+            raise WagleError(f"{self.checkpoint_label} does not say which model its run began with")
+        if digest and (differing := mismatch(model["fingerprint"], self.model_fingerprint)):
             raise WagleError(
                 f"the checkpoint belongs to a run on a model with another {differing}: set "
                 "--model.model to the model of that run"
             )
         super().on_load_checkpoint(checkpoint)
-        self._references.load_state_dict(checkpoint.get("references", {}))
-        self.objective.load_state_dict(checkpoint.get("objective", {}))
+        self._references.load_state_dict(checkpoint.get("references") or {})
+        self.objective.load_state_dict(checkpoint.get("objective") or {})
         if self.step_rule is not None:
-            self.step_rule.load_state_dict(checkpoint.get("step_rule", {}))
+            self.step_rule.load_state_dict(checkpoint.get("step_rule") or {})
 
     # -- the guarantee, and the result -------------------------------------------------------------
 
