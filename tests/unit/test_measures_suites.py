@@ -509,3 +509,8 @@ def test_comparison_with_arrows():
         "",
     ]
     assert arrow("retrained", 0.9, 0.6, 0.5) == "▼"
+    assert arrow("lower", 0.5076, 0.5077) == "="  # no green mark for nothing
+    said = "nothing was forgotten"
+    for here, before, warned in ((0.9, 0.9, True), (0.899, 0.9, True), (0.8, 0.9, False)):
+        value = {"forget/probability": here}
+        assert (said in comparison(value, info, {"forget/probability": before})) is warned

@@ -60,6 +60,12 @@ def test_every_number_equals_metrics_json(runs, report):
     assert found == lead | {"model_utility", "forget_quality"}
 
 
+def test_a_folder_of_runs_stands_for_its_runs(runs, report):
+    everything, _ = report(*sorted(runs))
+    by_folder, _ = report(".")
+    assert numbers(by_folder) == numbers(everything)
+
+
 def test_summary_has_target_and_retrained_rows_and_arrows(runs, report):
     root, _ = report("masked", "dense", "retrained")
     rows = next(section(root, "summary").all("tbody")).children

@@ -46,7 +46,7 @@ Pair = tuple[str, str]
 Result = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 BETTER, WORSE, SAME = "▲", "▼", "="
-NOTICED = 1e-6  # relative difference below which two numbers are the same
+NOTICED = 0.01  # relative difference up to which two numbers are called the same
 
 #: Test set name -> its key in a TOFU result file.
 RESULT_KEYS = {
@@ -289,7 +289,7 @@ def check_rows(
 def arrow(
     direction: Direction, here: float, target: Optional[float], retrained: Optional[float] = None
 ) -> str:
-    """``▲`` if a model is better than the target, ``▼`` if worse, ``=`` if the same, empty if that
+    """``▲`` if a model is better than the target, ``▼`` if worse, ``=`` if within 1 %, empty if that
     is not known.
 
     >>> arrow("lower", 0.2, 0.9), arrow("retrained", 0.6, 0.9, 0.5), arrow("retrained", 0.6, 0.9)
@@ -325,7 +325,14 @@ def comparison(
         rows.append([name, shown, *numbers])
     text = [text_table(["measure", "this", *others], rows)]
     if target is not None:
-        text += ["", f"{BETTER} better, {WORSE} worse than the target model"]
+        legend = f"{BETTER} better, {WORSE} worse than the target model, {SAME} within 1 % of it"
+        text += ["", legend]
+        here, before = values.get("forget/probability"), target.get("forget/probability")
+        if isinstance(here, float) and before and here > (1 - NOTICED) * before:
+            text.append(
+                "The forget rows are as probable as under the target model: nothing was forgotten. "
+                "Train longer (--trainer.max_epochs) or with a higher rate (--model.lr)."
+            )
     return "\n".join([*text, *undefined])
 
 

@@ -242,8 +242,14 @@ def _read_study(folder: Path) -> StudyResults:
     return StudyResults(folder.resolve().name, folder, rows, summary, notes)
 
 
+def _is_model(folder: Path) -> bool:
+    return folder.is_dir() and bool(
+        (_tests_of(folder) / METRICS_FILE).is_file() or find_file(folder)
+    )
+
+
 def _read_folder(folder: Path, sources: Sources) -> None:
-    """Add the study or the model of a folder, or why it is left out."""
+    """Add the study, the model or the models of a folder, or why it is left out."""
     if not folder.exists():
         raise WagleError(f"run folder {folder} does not exist")
     if not folder.is_dir() and not find_file(folder):
@@ -252,8 +258,10 @@ def _read_folder(folder: Path, sources: Sources) -> None:
     try:
         if (folder / TABLE_FILE).is_file() or (folder / SUMMARY_FILE).is_file():
             sources.studies.append(_read_study(folder))
-        elif (_tests_of(folder) / METRICS_FILE).is_file() or find_file(folder):
+        elif _is_model(folder) or find_file(folder):
             sources.models.append(ReportedModel(folder))
+        elif models := [child for child in sorted(folder.iterdir()) if _is_model(child)]:
+            sources.models += map(ReportedModel, models)
         else:
             raise WagleError(f"it has no {METRICS_FILE}", hint="run wagle test on that model first")
     except WagleError as error:
