@@ -62,6 +62,7 @@ def test_every_number_equals_metrics_json(runs, report):
 
 def test_a_folder_of_runs_stands_for_its_runs(runs, report):
     everything, _ = report(*sorted(runs))
+    Path("out.html").unlink()
     by_folder, _ = report(".")
     assert numbers(by_folder) == numbers(everything)
 
