@@ -160,7 +160,7 @@ def test_failing_to_write_leaves_the_old_folder_whole(
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    for file in ("config.json", "model.safetensors"):
+    for file in ("config.json", "model.safetensors", "wagle.json"):
         (out / file).write_text("the old one")
 
     def full(self: Any, folder: Path, **_: Any) -> None:
@@ -170,7 +170,7 @@ def test_failing_to_write_leaves_the_old_folder_whole(
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
     with pytest.raises(WagleError, match="No space"):
         unlearn("--model.overwrite true", model=tiny_model, output=out)
-    assert [path.read_text() for path in out.iterdir()] == ["the old one"] * 2
+    assert [path.read_text() for path in out.iterdir()] == ["the old one"] * 3
     assert [path.name for path in tmp_path.glob(".*") if path.name != ".references"] == []
 
 
