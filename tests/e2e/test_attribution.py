@@ -780,7 +780,7 @@ def test_passes_see_the_same_rows_whatever_the_epoch(attribute: Attribute):
         ({"include": "vision"}, "leave no parameter"),
         ({"masks": []}, "masks: the list is empty"),
         ({"sums": "passes=2", "hessian": "hutchinson"}, "needs all parameters at once"),
-        ({"sums": "passes=2", "trainer.max_steps": 3}, "cannot be bounded by steps"),
+        ({"sums": "passes=2", "trainer.max_steps": 3}, "steps cannot bound several passes"),
     ],
 )
 def test_mistakes_are_one_line(fails: Any, tiny_model: str, options: dict[str, Any], message: str):

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from wagle_pl.attribution import scoring
-from wagle_pl.attribution.collect import collect, jobs_for
-from wagle_pl.attribution.hessian import estimator_of
+from wagle_pl.attribution.collect import Job, collect, jobs_for
+from wagle_pl.attribution.hessian import DIAGONAL, Fisher, estimator_of
 from wagle_pl.attribution.scoring import Collected, MaskSpec, complete
 from wagle_pl.attribution.sums import GradientSums, HostAdder, on_disk, runs_of
 from wagle_pl.core.errors import WagleError
@@ -42,6 +45,69 @@ def batches(count: int = 2) -> list[dict[str, dict[str, torch.Tensor]]]:
     streams = zip(("forget", "retain") * count, ids, strict=True)
     made = [{name: {"input_ids": rows, "labels": rows}} for name, rows in streams]
     return [one | two for one, two in zip(made[::2], made[1::2], strict=True)]
+
+
+LENGTHS = ((9, 4, 2), (5,), (7, 3))  # of the rows of three batches
+
+
+def padded(side: str, with_mask: bool, lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """A batch of rows whose second half is the answer."""
+    ids = [torch.randint(5, 300, (length,)) for length in lengths]
+    labels = [row.where(torch.arange(len(row)) >= len(row) // 2, -100) for row in ids]
+    columns = {"input_ids": (ids, 0), "labels": (labels, -100)}
+    if with_mask:
+        columns["attention_mask"] = ([torch.ones_like(row) for row in ids], 0)
+    return {
+        name: pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+        for name, (tensors, value) in columns.items()
+    }
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("side", ["left", "right", "right, without a mask"])
+@pytest.mark.parametrize("kind", ["Llama", "GPT2"])
+def test_padding_changes_nothing(tiny_model: str, kind: str, side: str, by_row: bool):
+    """Against gradients of one row at a time, without padding, by torch's cross entropy."""
+    if kind == "Llama":
+        lm = loaded(tiny_model, torch.float32)
+    else:  # positions are absolute
+        lm = GPT2LMHeadModel(
+            GPT2Config(vocab_size=300, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+        ).eval()
+    torch.manual_seed(0)
+    rows = [{"retain": padded("right", True, lengths)} for lengths in LENGTHS]
+    parameters = list(lm.parameters())
+    total, squares = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+    for batch in rows:
+        for ids, labels, mask in zip(*batch["retain"].values(), strict=True):
+            ids, labels = ids[mask > 0], labels[mask > 0]
+            loss = F.cross_entropy(lm(ids[None]).logits[0, :-1], labels[1:])
+            for i, gradient in enumerate(torch.autograd.grad(loss, parameters)):
+                total[i] += gradient
+                squares[i] += gradient.square()
+    torch.manual_seed(0)
+    side, _, without = side.partition(", ")
+    given = [{"retain": padded(side, not without, lengths)} for lengths in LENGTHS]
+    job = Job("retain", total="g_r", squares="fisher_r" if by_row else None)
+    jobs = [job, Job("retain", hessian=Fisher())] if by_row else [job]
+    found = collect(lm, given, jobs)
+    assert found.counts["retain_rows"] == 6
+    expected = {"g_r": total} | ({"fisher_r": squares, DIAGONAL: squares} if by_row else {})
+    for name, tensors in expected.items():
+        for ours, theirs in zip(found.sums[name], tensors, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("hessian", ["gauss_newton", "hutchinson"])
+def test_the_side_of_the_padding_changes_no_estimate(tiny_model: str, hessian: str):
+    lm, found = loaded(tiny_model, torch.float32), []
+    for side in ("left", "right"):
+        torch.manual_seed(0)
+        given = [{"retain": padded(side, True, lengths)} for lengths in LENGTHS]
+        jobs = [Job("retain", hessian=estimator_of(hessian)(), activations=True)]
+        sums = collect(lm, given, jobs)
+        found.append([*sums.sums[DIAGONAL], *sums.vectors["activation"].values()])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 def masks(lm: nn.Module, specs: list[Any], hessian: str, sums: str) -> list[Any]:

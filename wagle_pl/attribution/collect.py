@@ -129,9 +129,9 @@ def collect(
 
     Args:
         batches: stream -> (B, T) ``input_ids`` and ``labels`` (-100 where nothing is predicted);
-            optionally ``attention_mask``, ``weight`` (B,), 0 for rows that only fill the batch, and
-            ``row`` (B,), from which the row's random seed is derived. Each batch is a step of the
-            Hessian estimate.
+            optionally ``attention_mask`` (B, T), 0 at padding, on either side of a row, where labels
+            are ignored; ``weight`` (B,), 0 for rows that only fill the batch; and ``row`` (B,), from
+            which the row's random seed is derived. Each batch is a step of the Hessian estimate.
         sums: ``device``, ``host`` or ``passes=K``, for which batches are iterated over K times; see
             :class:`~wagle_pl.attribution.AttributionModule`.
 
@@ -147,24 +147,38 @@ def collect(
         for group in range(where.passes):
             found.turn(group)
             for step, batch in enumerate(batches):
-                complete = {stream: _with_defaults(t, step) for stream, t in batch.items()}
+                complete = {
+                    stream: _completed(tensors, int(found.counts.get(f"{stream}_rows", 0)))
+                    for stream, tensors in batch.items()
+                }
                 add_batch(lm, complete, jobs, found, Draws(seed, step=step))
                 end_step(jobs, found)
     found.turn(where.passes)
     return found
 
 
-def _with_defaults(tensors: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
-    """A batch with the optional columns filled in."""
+def _completed(tensors: Mapping[str, Tensor], first: int) -> dict[str, Tensor]:
+    """A batch with the optional columns filled in, and with the padding of each row at its end.
+
+    Args:
+        first: number of the batch's first row, where rows have no numbers.
+    """
     ids = tensors["input_ids"]
     count = torch.arange(len(ids), device=ids.device)
     optional = {
         "attention_mask": torch.ones_like(ids),
         "weight": torch.ones_like(count, dtype=torch.float32),
-        "row": count + step * len(ids),
+        "row": count + first,
         "occurrence": torch.zeros_like(count),
     }
-    return optional | dict(tensors)
+    columns = optional | dict(tensors)
+    real = columns["attention_mask"] > 0
+    columns["labels"] = columns["labels"].masked_fill(~real, IGNORE)
+    order = real.int().argsort(dim=1, descending=True, stable=True)
+    return {
+        name: tensor.gather(1, order) if tensor.shape == ids.shape else tensor
+        for name, tensor in columns.items()
+    }
 
 
 def add_batch(
