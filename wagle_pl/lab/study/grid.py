@@ -23,7 +23,6 @@ from wagle_pl.core.environment import silence, trainer_errors
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.registry import Entry, check_options, find_class, option_names, resolve, split
 from wagle_pl.evaluation import Evaluate
-from wagle_pl.evaluation.attacks import Attack
 from wagle_pl.objectives.forget import Objective
 from wagle_pl.unlearning import UnlearnModule
 from wagle_pl.unlearning.adapters import LoRA
@@ -40,28 +39,17 @@ DEFAULTS = {
 Entries = Sequence[Entry]
 _KEYS = ("score", "adapter", "file", "name", "learning_rates", "density", *SELECTION, *ATTRIBUTION)
 
-#: Module paths that studies record for the package's own classes. Ids of runs are hashes over them,
-#: so these paths stay the same when a class moves.
-_RECORDED = {
-    Objective: "wagle_pl.unlearning.objectives",
-    Score: "wagle_pl.attribution.scores",
-    LoRA: "wagle_pl.unlearning.adapters",
-    StepRule: "wagle_pl.unlearning.step_rules",
-    torch.optim.Optimizer: "wagle_pl.unlearning.optim",
-    Attack: "wagle_pl.evaluation.attacks",
-}
-
 
 def digest(value: Any) -> str:
     """Plain data as a short name: 16 hexadecimal digits of SHA-256 over its JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def definition(base: type, cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
+def definition(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
     """What distinguishes an object, as plain data: its class and the options given."""
-    own = cls.__module__.startswith("wagle_pl.")
-    path = f"{_RECORDED[base] if own else cls.__module__}.{cls.__qualname__}"
-    return {"class": path, "options": dict(options)}
+    ours = cls.__module__.startswith("wagle_pl.")  # the same wherever the package keeps it
+    name = cls.__qualname__ if ours else f"{cls.__module__}.{cls.__qualname__}"
+    return {"class": name, "options": dict(options)}
 
 
 # -- choices ---------------------------------------------------------------------------------------
@@ -91,12 +79,12 @@ class ObjectiveChoice:
     @cached_property
     def definition(self) -> dict[str, Any]:
         """What distinguishes it, independently of its name."""
-        found = definition(Objective, type(self.make()), split(self.entry, "objective")[1])
+        found = definition(type(self.make()), split(self.entry, "objective")[1])
         if self.step_rule is not None:
             options = split(self.step_rule, "step_rule")[1]
-            found["step_rule"] = definition(StepRule, type(self.rule()), options)
+            found["step_rule"] = definition(type(self.rule()), options)
         if (made := self.optimizer_maker) is not None:
-            found["optimizer"] = definition(torch.optim.Optimizer, made.func, made.keywords)
+            found["optimizer"] = definition(made.func, made.keywords)
         return found
 
     @cached_property
@@ -143,9 +131,9 @@ class MaskChoice:
             return {"kind": "dense"}
         options = split(self.entry, self.kind)[1]
         if self.kind == "adapter":
-            return {"adapter": definition(LoRA, type(self.adapter()), options)}
+            return {"adapter": definition(type(self.adapter()), options)}
         return {
-            "score": definition(Score, type(self.score), options),
+            "score": definition(type(self.score), options),
             **self._chosen(SELECTION),
             **self.relevant,
             "density": self.density,

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 import lightning as L
-import torch
 
 from wagle_pl.attribution import AttributionModule
 from wagle_pl.core.environment import silence
@@ -26,7 +25,6 @@ from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.data.example import raw_rows
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.evaluation import Evaluate, EvaluationModule, Observations, Results
-from wagle_pl.evaluation.attacks import Attack
 from wagle_pl.evaluation.attacks.attack import PREFIX, find_attacks, usable_attacks
 from wagle_pl.evaluation.measures import defined_only
 from wagle_pl.evaluation.results import Table, read_table, write_json, write_table
@@ -56,7 +54,7 @@ from wagle_pl.unlearning import UnlearnModule
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had the paths of modules in the ids of runs
 
 
 @dataclass(kw_only=True, eq=False)
@@ -279,6 +277,7 @@ class Study:
         data, optimizer = self.data, self._optimizer
         elsewhere = ("accelerator", "devices")  # a run is the same on another machine
         return {
+            "format_version": FORMAT_VERSION,
             **self._rows(),
             "refusals": grid.digest(data.refusals),
             "batch_size": data.batch_size,
@@ -288,7 +287,7 @@ class Study:
             "generate": self.generate,
             "along": self._answers_of() or "all",
             "ends_at": {self.forget: self.compared.level} if self.until_level else None,
-            "optimizer": grid.definition(torch.optim.Optimizer, optimizer.func, optimizer.keywords),
+            "optimizer": grid.definition(optimizer.func, optimizer.keywords),
             "module": {**self._module, **self._tests},
             "trainer": {k: v for k, v in self._trainer_options.items() if k not in elsewhere},
             **self._attacked_by(),
@@ -309,7 +308,7 @@ class Study:
         for attack in self._attacks:
             usual = vars(type(attack))  # where a dataclass keeps its defaults
             options = {k: v for k, v in vars(attack).items() if v != usual.get(k)}
-            found.append(grid.definition(Attack, type(attack), options))
+            found.append(grid.definition(type(attack), options))
         return {"attacks": found} if found else {}
 
     def _evaluate(self, name: str, model: str) -> tuple[str, dict[str, float]]:
