@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -17,6 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads cost more than they bring
 
 import benchmark_folders
+import lightning as L
 import numpy as np
 import torch
 from helpers import TOFU_LOGS, write_rows
@@ -31,6 +33,34 @@ settings.register_profile(
     "wagle", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("wagle")
+
+
+#: Files of ``tests/unit`` whose tests make a Trainer.
+WITH_A_TRAINER = {
+    "test_api.py",
+    "test_ending.py",
+    "test_frozen.py",
+    "test_reuse.py",
+    "test_step.py",
+}
+#: Fixtures that run commands.
+COMMANDS = {"wagle", "fails", "ranks", "lone"}
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark what a test is by its folder: ``unit``, or ``integration`` and, if it runs commands, ``cli``."""
+    in_folder = item.path.parent.name == "e2e" or item.path.name in WITH_A_TRAINER
+    item.add_marker("integration" if in_folder else "unit")
+    if COMMANDS & {*getattr(item, "fixturenames", ())}:
+        item.add_marker("cli")
+
+
+@pytest.fixture(autouse=True)
+def no_trainer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that is marked ``unit`` makes no Trainer."""
+    if request.node.get_closest_marker("unit"):
+        made = AssertionError(f"it makes a Trainer: add {request.path.name} to WITH_A_TRAINER")
+        monkeypatch.setattr(L.Trainer, "__init__", Mock(side_effect=made))
 
 
 @pytest.fixture(autouse=True)
