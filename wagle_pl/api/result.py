@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
+from markupsafe import Markup
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wagle_pl.api.subject import Kept
 from wagle_pl.api.verdict import Outcome
+from wagle_pl.core import html
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing, write_text
 from wagle_pl.core.hub import upload
@@ -76,13 +79,32 @@ class Forgotten:
 
     def report(self, path: Union[str, Path], overwrite: bool = False) -> Path:
         """Write an HTML page: the verdict, the measures, and what the model answers."""
-        from wagle_pl.core.html import templates
-
         refuse_existing(Path(path), overwrite, "overwrite=True")
         title = f"Unlearning of {self._base or self.model.config.name_or_path or 'a loaded model'}"
-        page = templates().get_template("forgotten.html.j2").render(title=title, result=self)
-        write_text(Path(path), page)
+        write_text(Path(path), html.page(title, self._sections()))
         return Path(path)
+
+    def _sections(self) -> Iterator[Markup]:
+        """What the page shows."""
+        rows = [[n.replace("_", " "), value, self.after[n]] for n, value in self.before.items()]
+        told = f"{self.steps} steps"
+        if self.mask:
+            told += f"; {self.mask.density:.3g} of the weights could move"
+        yield html.element(
+            "section",
+            html.element("h2", "Result"),
+            html.element("p", f"{self.verdict[:1].upper()}{self.verdict[1:]}."),
+            html.table(["measure", "before", "after"], rows),
+            html.note(f"{told}."),
+        )
+        labels = ("to forget", "before", "after")
+        exchanges = (
+            html.exchange(
+                question, [(label, text, "") for label, text in zip(labels, texts, strict=True)]
+            )
+            for question, *texts in self.answers
+        )
+        yield html.element("section", html.element("h2", "Answers"), *exchanges)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload what :meth:`save` writes, see :func:`wagle_pl.core.hub.upload`."""

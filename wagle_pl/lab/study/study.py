@@ -32,7 +32,7 @@ from wagle_pl.lab.study import SUMMARY_FILE, TABLE_FILE, grid, text
 from wagle_pl.lab.study.recovery import at_the_level, csv
 from wagle_pl.lab.study.report.curves import study_overview
 from wagle_pl.lab.study.report.figures import save_figure
-from wagle_pl.lab.study.report.page import mean_curves, recovery_curves
+from wagle_pl.lab.study.report.studies import mean_curves, recovery_curves
 from wagle_pl.lab.study.runs import (
     Along,
     EvaluateAlong,

@@ -18,7 +18,6 @@ _ARM_COLOURS = (  # visible on a light and on a dark page
     *("#8e5bd0", "#5f9e3a", "#c2489b", "#8a7a55"),
 )
 _ARM_LINES = ("solid", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))
-_RUN_MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
 _RATIOS = (1e-6, 1e6)  # ends of the axes: a truth ratio can be 0 or infinite
 _LEGEND_HEIGHT = 0.5  # inches of a figure's height; a higher legend makes the figure higher
 
@@ -33,14 +32,6 @@ class ModelPoint(NamedTuple):
     y: float  # utility
     role: str  # target, retrained or this
     label: str  # in the legend; for "this", inside its point
-
-
-class Line(NamedTuple):
-    """A run in :func:`study_panel`."""
-
-    points: Points  # (forget measure, utility) of its tests
-    label: str  # in the legend
-    group: int = 0  # lines of the same group have the same marker
 
 
 def forget_utility(models: Sequence[ModelPoint], x_label: str, y_label: str) -> Any:
@@ -100,31 +91,6 @@ def study_overview(
     return figure
 
 
-def study_panel(
-    lines: Sequence[Line],
-    dense: Sequence[Points],
-    references: Mapping[str, Point],
-    level: Optional[float],
-    bounds: tuple[float, ...],
-    labels: tuple[str, str],
-) -> Any:
-    """The runs of one arm, in front of those of ``dense``; every curve starts at the target. Panels
-    to be compared need the same ``bounds``; for other arguments, see :func:`study_overview`."""
-    figure, (axes,) = panels(3.6, 2.9)
-    start = [references["target"]] if "target" in references else []
-    style: dict[str, Any] = {"color": PALETTE["muted"], "linewidth": 0.9, "alpha": 0.6}
-    for points in dense:
-        axes.plot(*zip(*start, *points, strict=True), label="dense", **style)
-    for points, label, group in lines:
-        marker = _RUN_MARKERS[group % len(_RUN_MARKERS)]
-        every = len(points) // 8 + 1  # marks on few points: a study has thousands
-        style = {"color": PALETTE["this"], "linewidth": 1.3, "marker": marker, "markersize": 4}
-        axes.plot(*zip(*start, *points, strict=True), label=label, markevery=every, **style)
-    _finish(axes, references, level, bounds, labels, fontsize=8)
-    _add_legend(figure, columns=2, size=7.5)
-    return figure
-
-
 # -- truth ratios ----------------------------------------------------------------------------------
 
 
@@ -138,24 +104,6 @@ def distribution(ratios: Mapping[str, Sequence[float]]) -> Any:
         axes.step([x[0], *x], shares, where="post", label=role, **style)
     _make_logarithmic(axes, "x", [ratio for found in ratios.values() for ratio in found])
     axes.set(xlabel="truth ratio", ylabel="share of examples", ylim=(0, 1.02))
-    _add_legend(figure)
-    return figure
-
-
-def shift(pairs: Mapping[str, Points]) -> Any:
-    """One point per example: its truth ratio at the target model, and after."""
-    figure, (axes,) = panels(3.9, 3.1)
-    values = [_in_axis(value) for points in pairs.values() for point in points for value in point]
-    ends = (min(values), max(values))
-    axes.plot(ends, ends, color=PALETTE["muted"], linewidth=0.8)
-    for role, points in pairs.items():
-        x, y = (list(map(_in_axis, side)) for side in zip(*points, strict=True))
-        fill = PALETTE[role] if role == "this" else "none"
-        style = {"color": PALETTE[role], "linestyle": "none", "markerfacecolor": fill}
-        axes.plot(x, y, marker=_MARKERS[role], markersize=4.5, label=role, **style)
-    for axis in "xy":
-        _make_logarithmic(axes, axis, values)
-    axes.set(xlabel="truth ratio, target", ylabel="truth ratio after")
     _add_legend(figure)
     return figure
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import io
-import re
 import textwrap
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -15,18 +14,19 @@ from markupsafe import Markup
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path, refuse_existing
+from wagle_pl.core.html import element, number
 from wagle_pl.core.text import percent
-from wagle_pl.masks.grid import OUTSIDE, Grid, axes_of
+from wagle_pl.masks import WeightMask
+from wagle_pl.masks.grid import OUTSIDE, Grid, axes_of, mask_text
 
 FORMATS = (".png", ".svg")
 
-#: Colours that figures are drawn in. In a page each is replaced by the variable of that name in
-#: ``style.css``, which has a light and a dark value; nothing else may be drawn in these colours.
+#: Colours that figures are drawn in.
 PALETTE = {
     "ink": "#1b2430",
     "muted": "#5d6b7c",
     "line": "#dde3ea",
-    "paper": "#fefefe",
+    "paper": "#ffffff",
     "target": "#a34a00",
     "retrained": "#00725c",
     "this": "#1a5fb4",
@@ -51,11 +51,6 @@ STYLE: dict[str, Any] = {
 #: matplotlib's settings for SVG files: text stays text, and the same figure makes the same bytes.
 SVG = {"svg.hashsalt": "wagle_pl", "svg.fonttype": "none"}
 
-_VARIABLES = {colour: f"var(--{role})" for role, colour in PALETTE.items()}
-_NAMESPACE = "{http://www.w3.org/2000/svg}"
-_LINK = "{http://www.w3.org/1999/xlink}href"
-_SMALLEST = 0.7  # of its size: a narrower page scrolls the figure, as smaller text is not readable
-
 _PANELS_PER_ROW = 4
 _CELLS_WITH_TEXT = 1200  # with more, cells are smaller, without text; every fifth layer is labelled
 _COLOURS = "YlGnBu"
@@ -65,66 +60,21 @@ _TICKS = (0.01, 0.1, 0.5, 1, 2, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
 # -- in a page, and in files -----------------------------------------------------------------------
 
 
-def svg(
-    name: str, title: str, description: str, draw: Callable[..., Any], *arguments: Any
-) -> Markup:
-    """A figure as an ``<svg>`` element.
+def image(title: str, description: str, draw: Callable[..., Any], *arguments: Any) -> Markup:
+    """A figure as an element of a page, with the SVG inside.
 
     Args:
-        name: prefix of the ids inside, unique to each figure of a page.
         title: what the figure is.
         description: what it shows, in words and numbers.
         draw: makes a matplotlib figure from ``arguments``, under :data:`STYLE`.
     """
-    buffer = io.StringIO()
+    file = io.BytesIO()
     with matplotlib.rc_context(STYLE | SVG):
-        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        draw(*arguments).savefig(buffer, format="svg", metadata=metadata)
-    root = ElementTree.fromstring(buffer.getvalue())
-    links = dict.fromkeys(node.attrib[_LINK][1:] for node in root.iter() if _LINK in node.attrib)
-    ids = {link: f"{name}-{i}" for i, link in enumerate(links)}
-    for node in root.iter():
-        _simplify(node, ids)
-    width = float(root.get("width", "0").removesuffix("pt")) * 4 / 3
-    root.attrib = {
-        "viewBox": root.get("viewBox", ""),
-        "role": "img",
-        "aria-labelledby": f"{name}-title {name}-desc",
-        "style": f"max-width: {width:.0f}px; min-width: {_SMALLEST * width:.0f}px",
-    }
-    for tag, text in (("desc", description), ("title", title)):
-        element = ElementTree.Element(tag, {"id": f"{name}-{tag}"})
-        element.text = text
-        root.insert(0, element)
-    return Markup(ElementTree.tostring(root, encoding="unicode"))
-
-
-def _simplify(node: ElementTree.Element, ids: dict[str, str]) -> None:
-    """Remove what a page does not need; use the page's colours, and ``ids`` where needed."""
-    for child in list(node):
-        if child.tag in (f"{_NAMESPACE}style", f"{_NAMESPACE}clipPath"):
-            node.remove(child)  # nothing is drawn outside of the axes
-    styles = {child.get("style") if child.tag == f"{_NAMESPACE}use" else None for child in node}
-    if len(styles) == 1 and None not in styles:  # the markers of a line: one style for all
-        node.set("style", styles.pop())
-        for child in node:
-            del child.attrib["style"]
-    node.tag, node.tail = node.tag.removeprefix(_NAMESPACE), None
-    if node.text and node.text.isspace():
-        node.text = None
-    node.attrib.pop("clip-path", None)
-    if node.get("transform", "").startswith("rotate(-0 "):
-        del node.attrib["transform"]
-    if _LINK in node.attrib:
-        node.set("href", f"#{ids[node.attrib.pop(_LINK)[1:]]}")
-    if (own := node.attrib.pop("id", None)) in ids:
-        node.set("id", ids[own])
-    for key in {"d", "x", "y"} & node.attrib.keys():
-        short = re.sub(r"-?\d+\.\d{3,}", lambda n: f"{round(float(n[0]), 2):g}", node.attrib[key])
-        node.set(key, re.sub(r"\s+", " ", short).strip())
-    if "style" in node.attrib:
-        style = re.sub(r"; font-family: [^;]*", "", node.attrib["style"])  # the page's own
-        node.set("style", re.sub("#[0-9a-f]{6}", lambda c: _VARIABLES.get(c[0], c[0]), style))
+        drawn = draw(*arguments)
+        drawn.savefig(file, format="svg", metadata={"Date": None})
+    source = f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
+    width = f"width: {drawn.get_figwidth():.2f}in"
+    return element("img", src=source, alt=description, title=title, style=width)
 
 
 def figure_paths(output: str | Path, overwrite: bool = False) -> list[Path]:
@@ -146,6 +96,31 @@ def save_figure(figure: Any, paths: Sequence[Path]) -> None:
         metadata = {"Date": None} if kind == "svg" else {}
         with matplotlib.rc_context(SVG), atomic_path(path) as temporary:
             figure.savefig(temporary, format=kind, dpi=160, metadata=metadata)
+
+
+def figure(drawn: Markup, caption: str | Markup) -> Markup:
+    return element("figure", drawn, element("figcaption", caption))
+
+
+def grid(figures: Sequence[Markup]) -> Markup:
+    """Figures side by side, as many as fit."""
+    return element("div", *figures, class_="grid") if figures else Markup()
+
+
+def heatmaps(found: Mapping[str, WeightMask]) -> Markup:
+    """Heat map of each mask, by its title, all on one colour scale."""
+    grids = {title: mask.grid() for title, mask in found.items()}
+    largest = largest_share(grids.values())
+    figures = []
+    for title, mask in found.items():
+        what = f"Share of weights selected by layer and module: {title}"
+        shares = {title: grids[title]}
+        drawn = image(what, mask_text(shares), mask_heatmap, {"": grids[title]}, "", largest)
+        density = number(mask.density, f"{mask.density:.2%}")
+        caption = "{}: {} of {:,} weights selected by {}"
+        caption = Markup(caption).format(title, density, mask.total, mask.origin)
+        figures.append(figure(drawn, caption))
+    return grid(figures)
 
 
 # -- masks -----------------------------------------------------------------------------------------

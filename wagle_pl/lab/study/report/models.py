@@ -1,0 +1,376 @@
+"""Sections of a report about models: measures, figures, answers, attacks, and what made them."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any, NamedTuple, Optional
+
+import yaml
+from markupsafe import Markup, escape
+
+from wagle_pl.core.environment import versions
+from wagle_pl.core.html import cell, element, exchange, facts, note, number, table
+from wagle_pl.core.text import short_number
+from wagle_pl.data.rows import spread
+from wagle_pl.evaluation.functional import Undefined
+from wagle_pl.evaluation.measures import Records
+from wagle_pl.evaluation.results import BETTER, SAME, WORSE, arrow
+from wagle_pl.lab.study.report import curves
+from wagle_pl.lab.study.report.figures import figure, grid, heatmaps, image
+from wagle_pl.lab.study.report.sources import ReportedModel, Sources
+
+DIRECTIONS = {
+    "higher": "higher is better",
+    "lower": "lower is better",
+    "retrained": "best at the retrained model's",
+}
+_SIGNS = {
+    BETTER: ("better", "better than"),
+    WORSE: ("worse", "worse than"),
+    SAME: ("even", "same as"),
+}
+_UTILITIES = ("model_utility", "ut_average")
+Models = Sequence[ReportedModel]
+Ratios = dict[tuple[str, str], float]  # (question, answer) -> truth ratio
+Blocks = Iterator[Markup]  # of a section
+
+
+class Options(NamedTuple):
+    """Options of ``wagle report`` for the sections about models."""
+
+    forget: Optional[str] = None
+    utility: Optional[str] = None
+    examples: int = 6
+
+
+# -- pieces ----------------------------------------------------------------------------------------
+
+
+def breakable(name: str) -> Markup:
+    """A name of a measure, which a browser may break after ``/`` and ``_``."""
+    return Markup(re.sub("([/_])", r"\1<wbr>", str(escape(name))))
+
+
+def sign(direction: str, than: str) -> Markup:
+    """An arrow, and what it means for those who do not see it."""
+    if not direction:
+        return Markup()
+    kind, words = _SIGNS[direction]
+    unseen = element("span", f" {words.split()[0]}", class_="unseen")
+    return Markup(" ") + element("span", direction, unseen, class_=kind, title=f"{words} {than}")
+
+
+def name_of(model: ReportedModel) -> Markup:
+    """Target, retrained, or number and name of a model that is compared with them."""
+    if not model.number:
+        return element("span", model.name, class_=f"role {model.role}")
+    return element("span", str(model.number), class_="role this") + f" {model.name}"
+
+
+def metric(sources: Sources, model: ReportedModel, measure: str) -> Markup:
+    """A measure of a model, and whether it is better than at the target."""
+    value = number(model.metrics.get(measure), data_run=model.name, data_measure=measure)
+    return value + sign(sources.sign(model, measure), "the target model")
+
+
+def options_text(value: Any) -> str:
+    """Plain data in a line: the class first, then its options.
+
+    >>> options_text({"class": "NPO", "beta": 0.1, "retain": {"class": "NLL"}})
+    'NPO, beta 0.1, retain (NLL)'
+    """
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(options_text, value))
+    if not isinstance(value, Mapping):
+        return "" if value is None else str(value)
+    parts = [str(value["class"])] if "class" in value else []
+    for key, option in value.items():
+        nested = isinstance(option, Mapping)
+        if key != "class":
+            parts.append(f"{key} ({options_text(option)})" if nested else f"{key} {option}")
+    return ", ".join(parts)
+
+
+# -- sections about models -------------------------------------------------------------------------
+
+
+def summary(sources: Sources, options: Options) -> Blocks:
+    """One row per model, with the measures that say most."""
+    lead = lead_measures(sources.models)
+    infos = [sources.models[0].about(measure) for measure in lead]
+    tips = [f"{info.what}; {info.unit}; {DIRECTIONS[info.direction]}" for info in infos]
+    heads = [element("abbr", breakable(m), title=tip) for m, tip in zip(lead, tips, strict=True)]
+    rows = [
+        [name_of(model), *(metric(sources, model, measure) for measure in lead)]
+        for model in sources.everyone
+    ]
+    yield table(["model", *heads], rows)
+    if "target" in sources.references:
+        link = element("a", "All measures", href="#measures-section")
+        words = f"{BETTER} better, {WORSE} worse than the target model, {SAME} the same."
+        yield note(Markup("{} Every measure is in {}.").format(words, link))
+    else:
+        yield note("Without the target model's results no arrows say what is better.")
+
+
+def tradeoff(sources: Sources, options: Options) -> Blocks:
+    """Every model as a point: how much it forgot, and what it still can do."""
+    usual = tradeoff_measures(sources.models)
+    forget, utility = options.forget or usual[0], options.utility or usual[1]
+    if forget is None or utility is None:
+        lacks = "forgetting" if forget is None else "utility"
+        advice = "Choose one with --forget and --utility."
+        yield note(f"The runs have no measure of {lacks}: no curve. {advice}")
+        return
+    points, lines = [], []
+    for model in sources.everyone:
+        x, y = (model.metrics.get(name, math.inf) for name in (forget, utility))
+        if math.isfinite(x) and math.isfinite(y):
+            label = str(model.number or model.name)
+            points.append(curves.ModelPoint(x, y, model.role, label))
+            name = f"{label} {model.name}" if model.number else label
+            lines.append(f"{name}: {forget} {short_number(x)}, {utility} {short_number(y)}")
+    if not any(point.role == "this" for point in points):
+        yield note(f"No run has a finite number for both {forget} and {utility}: no curve.")
+        return
+    info = sources.models[0].about
+    labels = [f"{name} ({DIRECTIONS[info(name).direction]})" for name in (forget, utility)]
+    title = "Forgetting against utility"
+    drawn = image(title, "; ".join(lines), curves.forget_utility, points, *labels)
+    level = " The dotted line is the retrained model's forgetting."
+    retrained = "retrained" in sources.references
+    yield figure(drawn, f"Numbers are the runs of the summary.{level if retrained else ''}")
+
+
+def truth_ratios(sources: Sources, options: Options) -> Blocks:
+    """How the truth ratios of the examples are distributed, before and after."""
+    drawn = []
+    for model in sources.models:
+        found = []
+        for test_set in telling_sets(model):
+            roles = {**sources.references, "this": model}
+            ratios = {role: list(ratios_of(m, test_set).values()) for role, m in roles.items()}
+            ratios = {role: values for role, values in ratios.items() if values}
+            if "this" not in ratios:
+                continue
+            told = (
+                f"{role}: {len(values)} examples, half of them at or below "
+                f"{statistics.median_low(values):.3g}, all from {min(values):.3g} to {max(values):.3g}"
+                for role, values in ratios.items()
+            )
+            title = f"Truth ratios on {test_set}, {model.name}"
+            ratio_figure = image(title, "; ".join(told), curves.distribution, ratios)
+            found.append(figure(ratio_figure, f"{title}: share of examples up to each ratio"))
+        if not found:
+            missing = "no truth ratios (they need paraphrased and perturbed answers)"
+            yield note(f"{model.name}: {missing}.")
+        drawn += found
+    yield grid(drawn)
+    if drawn:
+        yield note(
+            "Truth ratio (TOFU): how likely wrong answers are against a paraphrase of the right "
+            "one, in its geometric form. Small: the model prefers the truth; 1: it does not know. "
+            "Forget quality compares the curves of this and of the retrained model on the forget "
+            "set."
+        )
+
+
+def masks(sources: Sources, options: Options) -> Blocks:
+    """Where the weights that may move are."""
+    found = {model.name: model.mask for model in sources.models if model.mask is not None}
+    yield heatmaps(found)
+    for model in sources.models:
+        if model.mask is None:
+            last = model.last
+            dense = last.get("objective") and not last.get("mask") and not last.get("adapter")
+            why = "every weight could move (dense)" if dense else "no mask is known"
+            yield note(f"{model.name}: {why}.")
+
+
+def answers(sources: Sources, options: Options) -> Blocks:
+    """What the models say to the same questions, side by side."""
+    target, retrained = (sources.references.get(role) for role in ("target", "retrained"))
+    after = [(f"after: {model.name}", model) for model in sources.models]
+    models = [("before: target", target), *after, ("retrained", retrained)]
+    models = [(label, model) for label, model in models if model is not None]
+    for test_set in dict.fromkeys(name for m in sources.models for name in telling_sets(m)):
+        said = {label: model.generations(test_set) for label, model in models}
+        asked = next((list(said[label]) for label, _ in after if said[label]), [])
+        chosen = spread(asked, options.examples)
+        if not chosen:
+            yield note(f"No answers were generated on {test_set}.")
+            continue
+        yield element("h3", f"{test_set}: {len(chosen)} of {len(asked)}")
+        for question in chosen:
+            records = [(label, m.role, said[label].get(question)) for label, m in models]
+            truths = (record.get("answer") for *_, record in records if record)
+            boxes = [
+                ("true answer", truth, "truth")
+                for truth in [next(filter(None, truths), "")]
+                if truth
+            ]
+            yield exchange(question, [*boxes, *(_answer(*each) for each in records)])
+
+
+def _answer(label: str, role: str, record: Optional[Mapping[str, Any]]) -> tuple[str, str, str]:
+    text = element("em", "not asked")
+    if record:
+        text = record["generation"].strip() or element("em", "empty")
+    if record and record.get("rougeL_recall") is not None:
+        score = number(record["rougeL_recall"])
+        label = Markup("{} ").format(label) + element("small", "ROUGE-L ", score)
+    return label, text, role
+
+
+def robustness(sources: Sources, options: Options) -> Blocks:
+    """What attacks bring back."""
+    rows = [row for model in sources.models for row in model.robustness]
+    for model in sources.models:
+        if not model.robustness:
+            yield note(f"{model.name}: no attacks were run (wagle test --model.robustness all).")
+            continue
+        header = ["attack", "option", "measure", "before", "after", "target", "retrained"]
+        lines = [_attacked(row) for row in model.robustness]
+        yield table(header, lines, "numbers mixed", name_of(model))
+    if rows:
+        yield note(f"{WORSE}: the attack undid forgetting, {BETTER}: it did not.")
+    if any(
+        row.get(f"{name}_attacked") is False for row in rows for name in ("target", "retrained")
+    ):
+        yield note(
+            "* without the attack: only results of that model were given to the test, and no model."
+        )
+
+
+def _attacked(row: Mapping[str, Any]) -> list[Any]:
+    """A line of ``robustness.json``, and whether it is better after the attack."""
+    shown = {}
+    for name in ("before", "after", "target", "retrained"):
+        starred = row.get(name) is not None and row.get(f"{name}_attacked") is False
+        shown[name] = Markup("{}{}").format(cell(row.get(name)), "*" if starred else "")
+    after, *others = (
+        value if isinstance(value := row.get(name), (int, float)) else None
+        for name in ("after", "before", "retrained")
+    )
+    if after is not None:
+        better = arrow(row.get("direction", "lower"), after, *others)
+        shown["after"] += sign(better, "before the attack")
+    elif row.get("why"):
+        shown["after"] += element("small", row["why"])
+    measure = breakable(row.get("measure", "")) + element("small", row.get("unit", ""))
+    return [str(row.get("attack", "")), str(row.get("option") or ""), measure, *shown.values()]
+
+
+def all_measures(sources: Sources, options: Options) -> Blocks:
+    """Every number of every ``metrics.json``, what is undefined, and why."""
+    rows = []
+    for measure in measure_names(sources.everyone):
+        info = sources.models[0].about(measure)
+        told = element("small", f"{info.what}. {info.unit}, {DIRECTIONS[info.direction]}")
+        numbers = (metric(sources, model, measure) for model in sources.everyone)
+        rows.append([breakable(measure) + told, *numbers])
+    yield table(["measure", *map(name_of, sources.everyone)], rows, "numbers all")
+    lost = [
+        (m.name, measure, why) for m in sources.everyone for measure, why in m.undefined.items()
+    ]
+    if lost:
+        yield element("h3", "Undefined")
+        yield table(["model", "measure", "why"], lost, "")
+    for model in sources.everyone:
+        if absent := model.info.get("absent_sets"):
+            sets = ", ".join(absent)
+            yield note(f"{model.name}: no test set {sets}, so none of its measures.")
+
+
+def making(sources: Sources, options: Options) -> Blocks:
+    """For each model its record: the runs that made it, oldest first."""
+    for model in sources.everyone:
+        rows = model.info.get("rows", {})
+        yield element("h3", model.name)
+        yield facts(
+            [
+                ("results", element("code", str(model.path))),
+                ("measured as", model.info.get("suite")),
+                ("test rows", ", ".join(f"{name} {size}" for name, size in rows.items())),
+            ]
+        )
+        for i, run in enumerate(model.lineage, 1):
+            told = [
+                (key.replace("_", " "), value if isinstance(value, float) else options_text(value))
+                for key, value in run.items()
+                if key not in ("module", "config")
+            ]
+            config = yaml.safe_dump(run.get("config"), sort_keys=False).rstrip()
+            title = element("summary", f"{i}. {run.get('module', 'run')}")
+            yield element("details", title, facts(told), element("pre", config))
+        yield from (note(f"{model.name}: {text}.") for text in dict.fromkeys(model.notes))
+    yield note(f"This report was made with {options_text(versions())}.")
+
+
+#: Sections about models: name, heading, and what makes its blocks.
+SECTIONS: tuple[tuple[str, str, Callable[[Sources, Options], Blocks]], ...] = (
+    ("summary", "Summary", summary),
+    ("tradeoff", "Forgetting against utility", tradeoff),
+    ("ratios", "Truth ratios", truth_ratios),
+    ("masks", "Masks", masks),
+    ("answers", "Answers", answers),
+    ("robustness", "Robustness", robustness),
+    ("measures", "All measures", all_measures),
+    ("making", "How the models were made", making),
+)
+
+
+# -- measures and test sets of models ----------------------------------------------------------------
+
+
+def measure_names(models: Models, sets: Optional[Collection[str]] = None) -> list[str]:
+    """Every measure of the models once, in their order; those of some test sets if given."""
+    names = dict.fromkeys(name for model in models for name in model.metrics)
+    return [name for name in names if sets is None or name.rpartition("/")[0] in sets]
+
+
+def test_sets(models: Models, forgotten: bool) -> list[str]:
+    """Names of the test sets that are, or are not, to be forgotten; retain sets first."""
+    names = dict.fromkeys(name for model in models for name in model.sets)
+    found = [name for name in names if models[0].suite.forgets(name) == forgotten]
+    return sorted(found, key=lambda name: not name.startswith("retain"))
+
+
+def telling_sets(model: ReportedModel) -> list[str]:
+    """The test sets that are to be forgotten, and the first one that is not."""
+    return [*test_sets([model], True), *test_sets([model], False)[:1]]
+
+
+def lead_measures(models: Models) -> list[str]:
+    """Measures of a summary: two of each set to forget, one of sets to keep, all without a set."""
+    forgotten = (measure_names(models, [name])[:2] for name in test_sets(models, True))
+    kept = (measure_names(models, [name]) for name in test_sets(models, False))
+    return [*chain(*forgotten), *[*chain(*kept)][:1], *measure_names(models, [""])]
+
+
+def tradeoff_measures(models: Models) -> tuple[Optional[str], Optional[str]]:
+    """The first measure of a set to be forgotten that is better when lower; and model utility, the
+    UT average, or the first measure of a set to be kept, preferably better when higher."""
+
+    def of_sets(forgotten: bool, direction: str) -> list[str]:
+        names = measure_names(models, test_sets(models, forgotten))
+        return [name for name in names if models[0].about(name).direction == direction]
+
+    whole = [name for name in _UTILITIES if name in measure_names(models)]
+    utilities = [*whole, *of_sets(False, "higher"), *of_sets(False, "lower")]
+    return next(iter(of_sets(True, "lower")), None), next(iter(utilities), None)
+
+
+def ratios_of(model: ReportedModel, test_set: str) -> Ratios:
+    """Truth ratios of the examples of a set that have one; empty if none has."""
+    records = model.tables.get(test_set, [])
+    try:
+        ratios = Records(records).truth_ratios().tolist()
+    except Undefined:
+        return {}
+    keys = ((record["question"], record["answer"]) for record in records)
+    return {key: ratio for key, ratio in zip(keys, ratios, strict=True) if not math.isnan(ratio)}
