@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wagle_pl.api.result import Forgotten
 from wagle_pl.api.rows import Earlier, GivenRows, Rows, row_digest, rows_of
-from wagle_pl.api.subject import Examination, Kept, StopWhenForgotten, Subject
+from wagle_pl.api.subject import Examination, Origin, StopWhenForgotten, Subject
 from wagle_pl.api.verdict import judge, was_known
 from wagle_pl.attribution import AttributionModule, Score
 from wagle_pl.attribution.scores import Curvature
@@ -126,11 +126,9 @@ def forget(
     failure: Optional[BaseException] = None
     with isolate_rng(), nullcontext() if progress else silence():
         L.seed_everything(seed, verbose=False)
-        run = _Run(model, tokenizer, settings, data, progress)
         try:
-            return run.forget(rows)
+            return _Run(model, tokenizer, settings, data, progress).forget(rows)
         except BaseException as error:  # raised below, since isolate_rng restores nothing after one
-            run.kept.restore()
             failure = error
     raise failure
 
@@ -204,12 +202,19 @@ class _Run:
         self.settings = settings
         settings.choose_rate(self.lm.num_parameters())
         self.record, self.history = _HISTORY.get(self.lm) or (read_record(source), [])
-        self.kept = Kept(self.lm)
+        self.origin = Origin(self.lm)
         options = {"seed": settings.seed, **data}
         self.subject = Subject(self.lm, tokenizer, options, progress)
 
     def forget(self, rows: Mapping[str, GivenRows]) -> Forgotten:
-        """Measure, train if the rows are known, measure again."""
+        """Measure, train if the rows are known, measure again; on failure restore the model."""
+        try:
+            return self._forget(rows)
+        except BaseException:
+            self.origin.restore()
+            raise
+
+    def _forget(self, rows: Mapping[str, GivenRows]) -> Forgotten:
         subject = self.subject.on_device()
         forget_rows = subject.answered(rows["forget"].rows)
         examples = parse_rows(forget_rows, "forget")
@@ -222,11 +227,9 @@ class _Run:
             stream = subject.data(forget=forget_rows, retain=trained)
             mask = self._mask(stream)
             module = self._unlearn(stream, mask, examination)
-            self.kept.restore_state()
-            subject.on_device()
             after, answers_after = examination.scores(), subject.generate(examples[:SHOWN_ROWS])
             steps, record = module.global_step, module.record()
-        self.kept.restore_state()
+        self.origin.move_back()
         verdict = judge(before, after, untested, _note(examination.forget.without_unseen))
         shown = zip(examples, answers, answers_after, strict=False)
         result = Forgotten(
@@ -241,7 +244,7 @@ class _Run:
             answers=[(e.question, e.answer, *texts) for e, *texts in shown],
             record=record,
             _base=self.base,
-            _kept=self.kept,
+            _origin=self.origin,
         )
         if steps:
             self._note_request(
@@ -297,7 +300,7 @@ class _Run:
         """Train until the bound is met; returns the module."""
         settings = self.settings
         if self.base is None:
-            self.kept.keep(mask)
+            self.origin.keep(mask)
         schedule = {"lr": settings.lr, "warmup": 0, "decay": "constant"}
         objective = settings.choose_objective(examination.expected_drop())
         module = UnlearnModule(self.lm, objective=objective, mask=mask, **schedule)

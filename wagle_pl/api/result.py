@@ -13,7 +13,7 @@ import torch
 from markupsafe import Markup
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wagle_pl.api.subject import Kept
+from wagle_pl.api.subject import Origin
 from wagle_pl.api.verdict import Outcome
 from wagle_pl.core import html
 from wagle_pl.core.errors import WagleError
@@ -53,7 +53,7 @@ class Forgotten:
     #: What made the model, as in the ``wagle.json`` of its folder.
     record: dict[str, Any] = field(repr=False)
     _base: Optional[str] = field(repr=False)
-    _kept: Kept = field(repr=False)
+    _origin: Origin = field(repr=False)
 
     def save(self, folder: Union[str, Path], overwrite: bool = False) -> Path:
         """Write the model, its tokenizer, a model card and ``wagle.json`` into a new folder.
@@ -125,7 +125,7 @@ class Forgotten:
                 base = self._base
             else:
                 before = copy.deepcopy(self.model)
-                before.load_state_dict(self._kept.original(), strict=False)
+                before.load_state_dict(self._origin.parameters(), strict=False)
                 base = str(Path(folder) / "before")
                 save_model(
                     before, self.tokenizer, base, "", {"format_version": 1, "lineage": []}, None

@@ -269,21 +269,17 @@ def in_other_words(example: Example, number: int) -> Example:
 # -- the user's model ------------------------------------------------------------------------------
 
 
-class Kept:
-    """The state of a model that a user gave, to give it back as it was.
+class Origin:
+    """Where a user's model was, and what its weights were; a run restores all else.
 
     Args:
         lm: the model, in which only the weights that :meth:`keep` copies may change.
     """
 
     def __init__(self, lm: PreTrainedModel) -> None:
-        self.lm, self.weights, self._mask = lm, {}, None
-        self._training = {module: module.training for module in lm.modules()}
-        self._parameters = {
-            n: (p.requires_grad, p.dtype, p.device) for n, p in lm.named_parameters()
-        }
-        self._buffers = {n: (b.dtype, b.device) for n, b in lm.named_buffers()}
-        self._use_cache = lm.config.use_cache
+        self.lm, self.device = lm, lm.device
+        self.weights: dict[str, Tensor] = {}
+        self._mask: Optional[WeightMask] = None
 
     def keep(self, mask: Optional[WeightMask]) -> None:
         """Copy the weights that may move."""
@@ -293,32 +289,20 @@ class Kept:
             chosen = weight.clone() if mask is None else weight[mask[name].to(weight.device)]
             self.weights[name] = chosen
 
-    def original(self) -> dict[str, Tensor]:
+    def parameters(self) -> dict[str, Tensor]:
         """The parameters that may have moved, as they were."""
+        mask, parameters = self._mask, dict(self.lm.named_parameters())
         return {
-            name: place(
-                parameter.detach().clone(), self._mask and self._mask[name], self.weights[name]
-            )
-            for name, parameter in self.lm.named_parameters()
-            if name in self.weights
+            name: place(parameters[name].detach().clone(), mask and mask[name], values)
+            for name, values in self.weights.items()
         }
 
-    def restore_state(self) -> None:
-        """Give the flags, dtypes and devices back; the weights stay as they are."""
-        for name, parameter in self.lm.named_parameters():
-            requires_grad, dtype, device = self._parameters[name]
-            parameter.data = parameter.data.to(device, dtype)
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = None
-        for name, buffer in self.lm.named_buffers():
-            if name in self._buffers:
-                buffer.data = buffer.data.to(self._buffers[name][1], self._buffers[name][0])
-        for module, training in self._training.items():
-            module.training = training
-        self.lm.config.use_cache = self._use_cache
+    def move_back(self) -> None:
+        """Move the model to the device where it was."""
+        if self.lm.device != self.device:
+            self.lm.to(self.device)
 
     def restore(self) -> None:
-        """Give everything back as it was; the weights as they were at :meth:`keep`."""
-        self.restore_state()
-        if self.weights:
-            self.lm.load_state_dict(self.original(), strict=False)
+        """Move the model back, with the weights as they were at :meth:`keep`."""
+        self.lm.load_state_dict(self.parameters(), strict=False)
+        self.move_back()

@@ -133,8 +133,8 @@ def judge(before: Scores, after: Scores, untested: int = 0, note: str = "") -> V
     parts = [f"{outcome}: {sum(known)} of {count} forget rows were known before: {numbers}"]
     if any(left):
         parts.append(f"{sum(left)} rows are still known, asked directly or in other words")
-    if any(returned):
-        parts.append(f"{sum(returned)} rows of earlier requests are known again")
+    if any(after.earlier.known):
+        parts.append(f"{sum(after.earlier.known)} rows of earlier requests are known")
     return Verdict(outcome, "; ".join(parts) + ends)
 
 
