@@ -66,10 +66,10 @@ FitLoop = TypedDict(
 
 
 class OptimizerState(TypedDict):
-    """State of an optimiser, by the index of the parameter."""
+    """State of an optimiser, by the index of the parameter; empty without an optimiser."""
 
-    state: dict[int, dict[str, Any]]
-    param_groups: list[dict[str, Any]]
+    state: Optional[dict[int, dict[str, Any]]]
+    param_groups: Optional[list[dict[str, Any]]]
 
 
 #: What Lightning and this package write into a checkpoint.

@@ -432,7 +432,7 @@ class FinetuneModule(LanguageModule):
         state = checkpoint.get("state_dict") or {}
         states = checkpoint.get("optimizer_states")
         if self.fits and not is_zero(self.trainer.strategy):
-            if not states:
+            if not states or not states[0].get("param_groups"):
                 raise WagleError(
                     f"{self.checkpoint_label} has no state of an optimizer (it may have been saved "
                     "with save_weights_only): training cannot go on from it"
