@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Optional
 
 import pandas as pd
@@ -24,7 +25,7 @@ from wagle_pl import (
     forget,
 )
 from wagle_pl.api.rows import rows_of
-from wagle_pl.api.subject import StopWhenForgotten
+from wagle_pl.api.subject import StopWhenForgotten, Subject
 from wagle_pl.api.verdict import Asked, Scores, above, answer_recall, judge
 from wagle_pl.data import people
 from wagle_pl.data.example import parse_rows
@@ -196,6 +197,22 @@ def test_a_finished_call_leaves_flags_and_frozen_weights_alone(knowing: str) -> 
     result = forget(lm, FORGET, RETAIN, density=0.9, max_steps=3, lr=1e-2, progress=False)
     assert result.steps == 3 and torch.equal(frozen, before)
     assert not frozen.requires_grad and lm.training and lm.lm_head.weight.requires_grad
+
+
+def test_a_bf16_model_stays_bf16_and_is_judged_as_rounded(knowing: str) -> None:
+    lm = load_model(knowing, torch.float32).to(torch.bfloat16)
+    buffers = {name: buffer.dtype for name, buffer in lm.named_buffers()}
+    before = {name: p.detach().clone() for name, p in lm.named_parameters()}
+    result = forget(lm, FORGET, RETAIN, max_steps=4, lr=1e-5, progress=False)
+    assert {p.dtype for p in lm.parameters()} == {torch.bfloat16}
+    assert {name: buffer.dtype for name, buffer in lm.named_buffers()} == buffers
+    assert result.mask is not None
+    moved = {n: p != before[n] for n, p in lm.named_parameters()}
+    assert not any((m & ~result.mask[n]).any() for n, m in moved.items())
+    examples = parse_rows(FORGET, "")
+    wide = Subject(lm.float(), result.tokenizer, {}, False)
+    mean = fmean(wide.probabilities(examples))
+    assert mean == pytest.approx(result.after["forget_probability"], rel=0.02)
 
 
 def test_rows_that_are_not_known_change_nothing(tiny_model: str, knowing: str) -> None:

@@ -215,7 +215,7 @@ class _Run:
             raise
 
     def _forget(self, rows: Mapping[str, GivenRows]) -> Forgotten:
-        subject = self.subject.on_device()
+        subject = self.subject.ready()
         forget_rows = subject.answered(rows["forget"].rows)
         examples = parse_rows(forget_rows, "forget")
         trained, held_out, origin = self._retain(rows.get("retain"), examples)
@@ -227,6 +227,8 @@ class _Run:
             stream = subject.data(forget=forget_rows, retain=trained)
             mask = self._mask(stream)
             module = self._unlearn(stream, mask, examination)
+            self.origin.move_back()  # which rounds the weights: that model is the result
+            subject.ready()
             after, answers_after = examination.scores(), subject.generate(examples[:SHOWN_ROWS])
             steps, record = module.global_step, module.record()
         self.origin.move_back()

@@ -47,10 +47,13 @@ class Subject:
     def __post_init__(self) -> None:
         self.template = self.data().template
 
-    def on_device(self) -> Subject:
-        """The subject, with its model on the GPU, if there is one."""
+    def ready(self) -> Subject:
+        """The subject with its model on the GPU, if there is one, or in fp32 if a narrower type would
+        be slow on this CPU."""
         if torch.cuda.is_available():
             self.lm.cuda()
+        elif half_precision_is_slow() and self.lm.dtype in (torch.float16, torch.bfloat16):
+            self.lm.float()
         return self
 
     def data(self, **sources: Any) -> ForgetRetainDataModule:
@@ -270,14 +273,15 @@ def in_other_words(example: Example, number: int) -> Example:
 
 
 class Origin:
-    """Where a user's model was, and what its weights were; a run restores all else.
+    """Where and of which dtypes a user's model was, and its weights; a run restores all else.
 
     Args:
         lm: the model, in which only the weights that :meth:`keep` copies may change.
     """
 
     def __init__(self, lm: PreTrainedModel) -> None:
-        self.lm, self.device = lm, lm.device
+        self.lm = lm
+        self._places = {name: (t.device, t.dtype) for name, t in _tensors(lm).items()}
         self.weights: dict[str, Tensor] = {}
         self._mask: Optional[WeightMask] = None
 
@@ -298,11 +302,15 @@ class Origin:
         }
 
     def move_back(self) -> None:
-        """Move the model to the device where it was."""
-        if self.lm.device != self.device:
-            self.lm.to(self.device)
+        """Give the model its devices and dtypes back, which rounds its weights."""
+        for name, tensor in _tensors(self.lm).items():
+            tensor.data = tensor.data.to(*self._places[name])
 
     def restore(self) -> None:
-        """Move the model back, with the weights as they were at :meth:`keep`."""
+        """Give the model back as it was, with the weights as they were at :meth:`keep`."""
         self.lm.load_state_dict(self.parameters(), strict=False)
         self.move_back()
+
+
+def _tensors(lm: PreTrainedModel) -> dict[str, Tensor]:
+    return {**dict(lm.named_parameters()), **dict(lm.named_buffers())}
