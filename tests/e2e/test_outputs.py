@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
-import json
 import os
 import re
 import resource
 import shutil
-import socket
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -121,37 +120,30 @@ def test_disks_are_looked_at_one_by_one(tmp_path: Path) -> None:
 
 
 def hold(*names: str) -> None:
-    """What a run does first, and an error when it is told."""
+    """What a run does first, until it is killed."""
     for name in names:
         outputs.reserve(Path(name), True, "file")
     Path("held").touch()
     wait_for(Path("end").exists)
-    raise RuntimeError("in the middle")
 
 
 def test_a_second_run_into_an_output(fails: Any, wagle: Any, fit: Any) -> None:
-    """It is refused while the first runs; one that ends, if by an error, takes its lock with it; what a killed one
-    leaves is taken over, and none is left at the end."""
+    """It is refused while the first runs; the lock of one that is killed blocks nobody, and none is left at the end."""
     first = start(hold, *{str(written(kind)) for kind in KINDS}, output="said")
     try:
         wait_for(Path("held").exists)
-        held = {path: path.read_text() for path in Path().glob(".*.lock")}
-        who = f"(process {first.pid} on {socket.gethostname()}"
         for kind in KINDS:
             for overwrite in ("false", "true"):
                 line = fails(*fit(kind, f"--model.overwrite {overwrite}"))
-                assert f"another run writes {written(kind)} {who}" in line
-        Path("end").touch()
-        first.join(60)
-        assert "in the middle" in Path("said").read_text() and not list(Path().glob(".*.lock"))
+                assert f"another run writes {written(kind)}" in line
     finally:
         first.kill()
-    for path, text in held.items():
-        path.write_text(text)
+        first.join(60)
+    assert len(list(Path().glob(".*.lock"))) == 2
     for kind in ("UnlearnModule", "AttributionModule"):
         wagle(*fit(kind))
         assert written(kind).exists()
-    assert len(held) == 2 and not list(Path().glob(".*.lock"))
+    assert not list(Path().glob(".*.lock"))
 
 
 def test_a_run_after_one_that_failed_in_the_same_process(fails: Any, wagle: Any, fit: Any) -> None:
@@ -161,26 +153,16 @@ def test_a_run_after_one_that_failed_in_the_same_process(fails: Any, wagle: Any,
     assert Path("out/model.safetensors").exists() and not list(Path().glob(".*.lock"))
 
 
-@pytest.mark.parametrize("locks", [True, False])
-def test_a_run_that_was_killed_on_another_host(
-    tmp_path: Path, heard: Any, monkeypatch: pytest.MonkeyPatch, locks: bool
-) -> None:
-    """A job that is queued again goes on elsewhere, if the disk knows that nobody holds the lock."""
+def test_a_disk_without_locks(tmp_path: Path, heard: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run goes on there, and says so."""
 
     def no_locks(*_: Any) -> None:
-        raise OSError(95, "Operation not supported")
+        raise OSError(errno.ENOTSUP, "Operation not supported")
 
-    who = {"pid": 1, "host": "elsewhere.invalid", "since": "then"}
-    (tmp_path / ".out.lock").write_text(json.dumps(who))
-    who = "(process 1 on elsewhere.invalid, since then)"
-    if locks:
-        outputs.reserve(tmp_path / "out", False, "file")
-        assert f"took over the lock of a run that has ended {who}" in heard.text
-        outputs.release(tmp_path / "out")
-    else:
-        monkeypatch.setattr(fcntl, "flock", no_locks)
-        with pytest.raises(WagleError, match=rf"{re.escape(who)}.*delete .*\.out\.lock"):
-            outputs.reserve(tmp_path / "out", False, "file")
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    outputs.reserve(tmp_path / "out", False, "file")
+    assert "no locks" in heard.text
+    outputs.release(tmp_path / "out")
 
 
 # -- at the end -------------------------------------------------------------------------------------------------------

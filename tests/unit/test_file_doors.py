@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from wagle_pl.attribution.scoring import StoredScores, write_scores
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.hub import card_of
-from wagle_pl.core.outputs import Lock
 from wagle_pl.core.reading import parse_json, read_json
 from wagle_pl.core.schema import Count, Digits, check
 from wagle_pl.core.tensorfiles import TensorFile, TensorFiles, sealed
@@ -122,8 +121,6 @@ def test_what_is_no_regular_file(tmp_path: Path) -> None:
         for read in (read_json, TensorFile, load_rows):
             with pytest.raises(WagleError, match=said):
                 read(tmp_path / f"{name}.json")
-    with pytest.raises(WagleError, match="is a pipe or a device"):
-        Lock(tmp_path / "pipe.json", "busy", "wait")
     with pytest.raises(WagleError, match="does not exist"):
         load_rows("a\0b.json")
 
@@ -300,15 +297,6 @@ def read_checkpoint(path: Path) -> Any:
     return checkpoint.common, {name: checkpoint.weight(name).shape for name in checkpoint.shapes}
 
 
-def make_lock(folder: Path) -> Path:
-    write_json(folder / ".lock", {"pid": 1, "host": "elsewhere", "since": "then"})
-    return folder / ".lock"
-
-
-def read_lock(path: Path) -> Any:
-    Lock(path, "busy", "wait", across_hosts=True).release()
-
-
 def make_weight_index(folder: Path) -> Path:
     save_file({"a": torch.ones(2)}, folder / "one.safetensors")
     write_json(folder / "model.safetensors.index.json", {"weight_map": {"a": "one.safetensors"}})
@@ -331,7 +319,6 @@ DOORS = {
     "tofu": Door(make_tofu, read_results),
     "openunlearning": Door(make_open, read_results),
     "checkpoint": Door(make_checkpoint, read_checkpoint),
-    "lock": Door(make_lock, read_lock),
     "weight index": Door(make_weight_index, lambda path: TensorFiles(path.parent).names),
     "card": Door(make_card, lambda path: card_of(str(path.parent), "wagle_pl", "text")),
 }
@@ -404,7 +391,7 @@ def contents(path: Path, content: bytes) -> Iterator[bytes]:
 
 def test_every_key_dropped_and_retyped(door: tuple[Door, Path, bytes]) -> None:
     kind, path, content = door
-    assert outcome(kind, path, content) is not None or kind.read is read_lock
+    assert outcome(kind, path, content) is not None
     if path.suffix not in (".parquet", ".md"):
         for new in contents(path, content):
             outcome(kind, path, new)

@@ -72,7 +72,7 @@ def test_jsonargparse_reports_as_it_is_read():
     try:
         parser.parse_args(["--number", "many"])
     except Exception as error:
-        assert in_one_line(str(error)) == "number: must be an integer or null, got many"
+        assert in_one_line(str(error)) == "number: must be int, null; got many"
     else:
         raise AssertionError("there was no error")
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import select
 import sys
+import time
 from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Optional, TextIO
 
 from wagle_pl import __version__
-from wagle_pl.cli.messages import EXIT_MISTAKE, fail, failure, parent_ended, quiet
+from wagle_pl.cli.messages import EXIT_MISTAKE, fail, mistake, quiet
 from wagle_pl.core import stopping
 from wagle_pl.core.environment import prepare_libraries
 from wagle_pl.core.errors import WagleError
@@ -85,27 +87,51 @@ def _main(args: list[str]) -> None:
     _answer_at_once(args)
     outer = stopping.install(dict.fromkeys(stopping.SIGNALS, stopping.exit_at_once))
     quiet()
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # for class paths; last, so that it hides no library
+    if _CurrentFolder not in sys.meta_path:
+        sys.meta_path.append(_CurrentFolder)
+    argv = sys.argv
+    # by which Lightning starts other ranks
+    sys.argv = [str(Path(__file__).parents[1] / "__main__.py"), *args]
     try:
         if args[0] in COMMANDS:
             run_command(args[0], args[1:])
         else:
             run(args)
     except Exception as error:
-        found = failure(error)
-        if found is None:
+        if (line := mistake(error)) is None:
             raise
-        line, code = found
-        if code == EXIT_MISTAKE and parent_ended(10):  # rank 0 has said the same
-            raise SystemExit(code) from None
-        fail(line, code)
+        if _first_rank_ended(10):  # it has said the same
+            raise SystemExit(EXIT_MISTAKE) from None
+        fail(line)
     except stopping.Stopped:
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
-            parent_ended(60)  # Lightning kills rank 0 if a rank that it started ends before it
+        _first_rank_ended(60)
         raise
     finally:
+        sys.argv = argv
         stopping.install(outer)
+
+
+class _CurrentFolder:
+    """Finds modules in the current folder that no library has; a folder without Python files, such
+    as one that a logger writes, is no module."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> Optional[ModuleSpec]:
+        spec = None if path else PathFinder.find_spec(name, [os.getcwd()])
+        folders = spec.submodule_search_locations if spec and spec.loader is None else None
+        empty = folders and not any(any(Path(folder).glob("*.py")) for folder in folders)
+        return None if empty else spec
+
+
+def _first_rank_ended(seconds: float) -> bool:
+    """Whether rank 0 ends within ``seconds``, if it has started this rank: Lightning kills rank 0
+    when a rank that it started ends before it."""
+    if os.environ.get("LOCAL_RANK", "0") == "0" or "TORCHELASTIC_RUN_ID" in os.environ:
+        return False
+    parent, deadline = os.getppid(), time.monotonic() + seconds
+    while os.getppid() == parent and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return os.getppid() != parent
 
 
 def _answer_at_once(args: Sequence[str]) -> None:

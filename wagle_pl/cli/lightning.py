@@ -16,6 +16,7 @@ from typing import Any, Optional
 
 import lightning as L
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import max_seed_value, min_seed_value
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -27,7 +28,7 @@ from wagle_pl.attribution import AttributionModule
 from wagle_pl.cli.parser import OneLineErrors, classes_first
 from wagle_pl.core import distributed
 from wagle_pl.core.environment import trainer_errors
-from wagle_pl.core.errors import WagleError
+from wagle_pl.core.errors import WagleError, causes, first_line
 from wagle_pl.core.files import absent
 from wagle_pl.core.stopping import SIGNALS, Stopped, install, say
 from wagle_pl.core.tensorfiles import load_plain
@@ -93,7 +94,13 @@ class WagleCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Instantiate; give the module the run's configuration, and functions for its optimiser."""
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except (ImportError, ValueError) as error:  # a class whose package is not installed
+            missing = next((c for c in causes(error) if isinstance(c, ImportError)), None)
+            if missing is None:
+                raise
+            raise WagleError(first_line(missing)) from error
         dumped = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False))
         options = dumped[self.subcommand]
         self.model.run_config = {k: v for k, v in options.items() if v is not None}
@@ -124,6 +131,21 @@ class WagleCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         trainer.callbacks.append(StopAtSignal())  # last: others save the finished step first
         return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run; options that Lightning can check only then are mistakes of the user's."""
+        try:
+            super()._run_subcommand(subcommand)
+        except MisconfigurationException as error:
+            raise WagleError(f"trainer: {first_line(error)}") from error
+        except RuntimeError as error:
+            for stopper in self.trainer.early_stopping_callbacks:
+                known = self.trainer.callback_metrics
+                if stopper.monitor in str(error) and stopper.monitor not in known:
+                    said = f"there is no metric {stopper.monitor!r}"
+                    hint = f"choose one of {', '.join(sorted(known))}" if known else None
+                    raise WagleError(said, "trainer.callbacks.monitor", hint) from None
+            raise
 
     def _check_checkpoint(self) -> None:
         """Refuse a checkpoint that cannot be read, before the Trainer tries to resume from it."""

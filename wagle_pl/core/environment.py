@@ -18,14 +18,14 @@ from wagle_pl.core.errors import WagleError, first_line
 
 @contextmanager
 def trainer_errors() -> Iterator[None]:
-    """Turn Lightning's errors about a Trainer's options into a :class:`WagleError`."""
+    """Turn Lightning's errors when a Trainer is made into a :class:`WagleError`."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     try:
         yield
     except WagleError:
         raise
-    except (MisconfigurationException, TypeError, ValueError) as error:
+    except (MisconfigurationException, TypeError, ValueError, RuntimeError, ImportError) as error:
         raise WagleError(f"trainer: {first_line(error)}") from error
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Optional
 
 
@@ -54,6 +54,13 @@ def check_density(density: float) -> None:
     if not 0 < density <= 1:
         must = "the share of weights to select must be in (0, 1]"
         raise WagleError(f"{must}, got {density}", option="density")
+
+
+def causes(error: Optional[BaseException]) -> Iterator[BaseException]:
+    """An error and those that it was raised from or beside, the last one first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def first_line(error: BaseException) -> str:

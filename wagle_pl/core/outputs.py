@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import atexit
-import json
+import errno
 import logging
-import os
 import shutil
-import socket
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, Optional, TypedDict, Union
+from typing import Any, Literal, NamedTuple, Optional
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError, first_line
-from wagle_pl.core.files import Unwritable, absent, refuse_existing
-from wagle_pl.core.reading import parse_json, read_text
+from wagle_pl.core.files import Unwritable, refuse_existing
 
 log = logging.getLogger(__name__)
 
@@ -30,88 +27,28 @@ GIB = 1 << 30
 # -- one writer at a time ------------------------------------------------------------------------
 
 
-class Holder(TypedDict):
-    """The process that holds a lock."""
-
-    pid: Union[int, str, None]
-    host: Optional[str]
-    since: Optional[str]
-
-
-class Lock:
-    """A file that one process holds through the operating system, until that process ends.
-
-    Unlike ``filelock`` (whose releases for Python 3.10 empty the file at every attempt), the file
-    says who holds it. Text in a file that nobody holds was left by a process that was killed.
+def hold(path: Path, busy: str) -> FileLock:
+    """Lock a file until it is released, or until this process ends, however it ends.
 
     Args:
         path: the file; its folder is created.
         busy: start of the error message if another process holds it.
-        advice: end of that message: what to do.
-        across_hosts: trust the operating system when a holder on another host has ended. (A job
-            that is queued again may run elsewhere; but some shared disks lock only on one host.)
     """
-
-    def __init__(self, path: Path, busy: str, advice: str, across_hosts: bool = False) -> None:
-        if path.exists() and not path.is_file():
-            raise absent("lock", path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        self._file, sure = _locked(path)
-        try:
-            text = read_text(path, "lock")
-            left = parse_json(text, f"lock {path}", Holder) if text.strip() else {}
-        except WagleError:
-            if self._file is not None:
-                self._file.close()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0.2, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise WagleError(f"{busy}: wait for it, or choose another output") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.ENOLCK):
             raise
-        unknown = {"pid": "unknown", "host": "unknown", "since": "?"}
-        holder = "process {pid} on {host}, since {since}".format(**{**unknown, **left})
-        if self._file is None:
-            raise WagleError(f"{busy} ({holder}): wait for it, or {advice}")
-        host = socket.gethostname()
-        if left and not (sure and (across_hosts or left.get("host") == host)):
-            self._file.close()
-            raise WagleError(f"{busy} ({holder}), or was killed: if so, delete {path}")
-        self.left = holder if left else None  # who was killed while holding it
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        self._write(json.dumps({"pid": os.getpid(), "host": host, "since": since}))
-
-    def release(self, remove: bool = True) -> None:
-        """Release the lock; the file is removed, or emptied."""
-        if remove:
-            self.path.unlink(missing_ok=True)
-        else:
-            self._write("")
-        self._file.close()
-
-    def _write(self, text: str) -> None:
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(text)
-        self._file.flush()
-
-
-def _locked(path: Path) -> tuple[Optional[IO[str]], bool]:
-    """The locked file, None if another process holds it; and whether this disk has locks."""
-    import fcntl
-
-    while True:
-        file = path.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            return None, True
-        except OSError:  # a disk without locks: only the file's content says who holds it
-            return file, False
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return file, True
-        file.close()  # its last holder has removed it in the meantime
+        log.warning("this disk has no locks (%s): start no second run", path)
+    return lock
 
 
 #: Locks on the outputs of this process's runs: one that failed may be followed by another.
-_locks: dict[Path, Lock] = {}
+_locks: dict[Path, FileLock] = {}
 
 
 def reserve(output: Path, overwrite: bool, kind: Literal["file", "folder", "files"]) -> None:
@@ -124,15 +61,11 @@ def reserve(output: Path, overwrite: bool, kind: Literal["file", "folder", "file
         release(output)
         path, busy = output.with_name(f".{output.name}.lock"), f"another run writes {output}"
         try:
-            held = Lock(path, busy, "choose another --model.output", across_hosts=True)
+            _locks[output] = hold(path, busy)
         except OSError as error:
             raise WagleError(
                 f"output {output} cannot be written ({error.strerror}): choose another"
             ) from None
-        _locks[output] = held
-        if held.left:
-            message = "output %s: took over the lock of a run that has ended (%s)"
-            log.warning(message, output, held.left)
 
     refuse_existing(output, overwrite, kind=kind)
     distributed.on_rank_zero(lock)
@@ -142,7 +75,9 @@ def reserve(output: Path, overwrite: bool, kind: Literal["file", "folder", "file
 def release(output: Path) -> None:
     """Let other runs write an output, if this process has reserved it."""
     if output in _locks:
-        _locks.pop(output).release()
+        lock = _locks.pop(output)
+        Path(lock.lock_file).unlink(missing_ok=True)  # before others can hold it
+        lock.release()
 
 
 @atexit.register

@@ -81,7 +81,8 @@ def find_class(base: type[T], name: str, option: str, also: Collection[str] = ()
             raise WagleError(f"{option}: {name!r} cannot be imported: {error}") from None
     if isinstance(cls, type) and issubclass(cls, base):
         return cls
-    names = [*also, *sorted({_name(c) for c in classes if c.__module__.startswith("wagle_pl")})]
+    ours = {_name(c) for c in classes if c.__module__.startswith("wagle_pl") and _name(c)[0] != "_"}
+    names = [*also, *sorted(ours)]
     near = nearest(name, names)
     meant = f": did you mean {near}?" if near else ""
     raise WagleError(

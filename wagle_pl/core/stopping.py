@@ -35,9 +35,14 @@ def raise_stopped(signum: int, frame: Optional[FrameType] = None) -> None:
     raise Stopped(signum)
 
 
+def is_first_rank() -> bool:
+    """Whether this process prints for all ranks of its run."""
+    return (os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0") == "0"
+
+
 def say(message: str) -> None:
     """Write one line to standard error, on rank 0; safe in a handler, where loggers may be busy."""
-    if int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) == 0:
+    if is_first_rank():
         os.write(2, f"wagle: {message}\n".encode())
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
-import threading
-import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,23 +125,6 @@ class ZeRO(DeepSpeedStrategy):
                 f"devices with data.batch_size {rows} and accumulate_grad_batches {steps} make "
                 f"{batch}: leave train_batch_size out"
             )
-
-    def setup_distributed(self) -> None:
-        """Join the other ranks; a rank that Lightning started ends when the first rank does,
-        instead of waiting for it in a collective."""
-        super().setup_distributed()
-        cluster = self.cluster_environment
-        if cluster is None or cluster.creates_processes_externally or self.local_rank == 0:
-            return
-        parent = os.getppid()
-
-        def watch() -> None:
-            while os.getppid() == parent:
-                time.sleep(1)
-            time.sleep(5)  # an error may have to be printed first
-            os._exit(1)
-
-        threading.Thread(target=watch, daemon=True).start()
 
     @contextmanager
     def model_sharded_context(self) -> Generator[None, None, None]:

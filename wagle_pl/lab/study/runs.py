@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Callback
 
 from wagle_pl.core.environment import silence
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.outputs import Lock, Planned
+from wagle_pl.core.outputs import Planned, hold
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.evaluation import Evaluate
 from wagle_pl.evaluation.measures import defined_only
@@ -240,10 +240,8 @@ class RunTable:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Inside the context, keep other studies, on this host or another, out of a folder."""
-    lock = Lock(folder / LOCK_FILE, f"another study works in {folder}", "choose another --output")
-    if lock.left:
-        log.warning("took over the lock of a study that has ended (%s)", lock.left)
+    lock = hold(folder / LOCK_FILE, f"another study works in {folder}")
     try:
         yield
     finally:
-        lock.release(remove=False)
+        lock.release()
