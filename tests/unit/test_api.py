@@ -85,6 +85,9 @@ def test_a_model_a_mask_and_rows_may_be_objects(
         (lambda: forget("m", [3]), "forget: row 1 must be a question or a dict"),
         (lambda: forget("m", []), "forget: has no rows"),
         (lambda: forget("m", "Who is Ada?"), "put it in a list"),
+        (lambda: forget("m", "Dr. Ada lives in Ulm."), "put it in a list"),
+        (lambda: forget("m", ""), "put it in a list"),
+        (lambda: forget("m", "rows.jsonl"), "data file rows.jsonl does not exist"),
         (lambda: forget("m", [{"q": 1}]), "forget row 1: .*a row needs"),
         (lambda: forget("m", FORGET, RETAIN, density=1.5), "density: "),
         (lambda: forget("m", FORGET, RETAIN, density="x"), "density: must be a number or None"),
@@ -166,7 +169,8 @@ def test_an_interrupted_call_gives_the_model_back(
     lm.train()
     lm.model.layers[0].eval()
     lm.model.norm.weight.requires_grad_(False)
-    lm.model.layers[1].mlp.up_proj.to(torch.bfloat16).to(torch.float32)
+    lm.gradient_checkpointing_enable()
+    lm.enable_input_require_grads()
     before = {name: (p.detach().clone(), p.requires_grad) for name, p in lm.named_parameters()}
     modes = [module.training for module in lm.modules()]
     torch.manual_seed(3)
@@ -241,7 +245,8 @@ def test_a_later_request_does_not_undo_an_earlier_one(knowing: str, tmp_path: Pa
     saved = second.save(tmp_path / "saved")
     with pytest.raises(WagleError, match=r"was forgotten by an earlier request"):
         forget(str(saved), FORGET[1:], [*RETAIN, FORGET[0]], **options)
-    third = forget(str(saved), RETAIN[:1], RETAIN[1:], **options)
+    third = forget(str(saved), RETAIN[:1], RETAIN[1:4], **options)
+    assert "The 3 retain rows were also trained on" in third.verdict
     assert "3 rows of earlier requests were not tested again" in third.verdict
     fourth = forget(str(saved), RETAIN[:1], RETAIN[1:], earlier=FORGET, **options)
     assert "not tested again" not in fourth.verdict

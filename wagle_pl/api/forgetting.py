@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Optional, Union
 from weakref import WeakKeyDictionary
 
-import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,8 +36,6 @@ from wagle_pl.masks import WeightMask
 from wagle_pl.objectives import Objective
 from wagle_pl.objectives.forget import NPO
 from wagle_pl.unlearning import UnlearnModule
-
-log = logging.getLogger(__name__)
 
 #: Learning rates of AdamW on values of selected weights, by the number of weights of a model.
 LEARNING_RATES = ((30e6, 1e-4), (500e6, 5e-5), (float("inf"), 2e-5))
@@ -125,7 +123,9 @@ def forget(
     )
     failure: Optional[BaseException] = None
     with isolate_rng(), nullcontext() if progress else silence():
-        L.seed_everything(seed, verbose=False)
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
         try:
             return _Run(model, tokenizer, settings, data, progress).forget(rows)
         except BaseException as error:  # raised below, since isolate_rng restores nothing after one
@@ -232,7 +232,9 @@ class _Run:
             after, answers_after = examination.scores(), subject.generate(examples[:SHOWN_ROWS])
             steps, record = module.global_step, module.record()
         self.origin.move_back()
-        verdict = judge(before, after, untested, _note(examination.forget.without_unseen))
+        used = len(trained) if trained == [example.row for example in held_out] else 0
+        notes = _notes(examination.forget.without_unseen, used)
+        verdict = judge(before, after, untested, notes)
         shown = zip(examples, answers, answers_after, strict=False)
         result = Forgotten(
             model=self.lm,
@@ -265,12 +267,11 @@ class _Run:
             answered = [row for row in answered if row["answer"]]
         examples = parse_rows(answered, "retain")
         Earlier(self.record).refuse(examples, "retain")
-        forgotten = {example.key for example in forget}
-        examples = [example for example in examples if example.key not in forgotten]
+        forgotten = {row_digest(example, "") for example in forget}
+        examples = [e for e in examples if row_digest(e, "") not in forgotten]
         if not examples:
             raise WagleError("retain: every row is also a forget row; give rows to keep")
         if len(examples) < FEW_ROWS:
-            log.warning("retain: with fewer than %d rows, none is held out of training", FEW_ROWS)
             return [example.row for example in examples], examples, origin
         held_out = spread(examples, min(MOST_HELD_OUT, max(2, ceil(HELD_OUT * len(examples)))))
         apart = set(map(id, held_out))
@@ -330,13 +331,24 @@ class _Run:
         _HISTORY[self.lm] = (result.record, [*self.history, *examples])
 
 
-def _note(without_unseen: int) -> str:
-    if not without_unseen:
-        return ""
-    return (
-        f"For {without_unseen} rows no row of the same form could be made; they count as never seen "
-        "at a tenth of their probability before"
-    )
+def _notes(without_unseen: int, retain: int) -> str:
+    """How the verdict was reached, where that is not as usual.
+
+    Args:
+        without_unseen: number of forget rows without an unseen counterpart.
+        retain: number of retain rows, if those that were tested are those trained on, else 0.
+    """
+    notes = []
+    if without_unseen:
+        notes.append(
+            f"For {without_unseen} rows no row of the same form could be made; they count as never "
+            "seen at a tenth of their probability before"
+        )
+    if retain:
+        notes.append(
+            f"The {retain} retain rows were also trained on: what else was lost is not measured"
+        )
+    return ". ".join(notes)
 
 
 def _check_arguments(

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 Rows = Union[str, Path, Row, Iterable[Union[str, Row]], "Dataset", "pd.DataFrame"]
 
 _QUESTION_MARKS = ("?", "？", "؟", ";", "⁇")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+_FILE_OR_HUB_ID = re.compile(r".*\.\w{2,8}|[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
 class GivenRows(NamedTuple):
@@ -47,7 +47,8 @@ def rows_of(source: Rows, name: str) -> GivenRows:
     """
     if isinstance(source, (str, Path)):
         path = str(source)
-        if not Path(path).exists() and not _HUB_ID.fullmatch(path) and not Path(path).suffix:
+        may_be_one = _FILE_OR_HUB_ID.fullmatch(path) or (path and Path(path).exists())
+        if not may_be_one:
             raise WagleError(
                 f"{name}: {path[:60]!r} is no file; to give one row as text, put it in a list: "
                 f"{name}=[...]"

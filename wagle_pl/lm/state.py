@@ -25,7 +25,8 @@ class ModelState:
         self.requires_grad = {name: tensor.requires_grad for name, tensor in self.tensors.items()}
         # training, gradient_checkpointing, a forward pass of its own, ...
         self.attributes = [(vars(module), dict(vars(module))) for module in lm.modules()]
-        hooks = (v for of, _ in self.attributes for n, v in of.items() if n.endswith("_hooks"))
+        items = (item for attributes, _ in self.attributes for item in attributes.items())
+        hooks = [v for name, v in items if name.endswith("_hooks") and isinstance(v, dict)]
         self.attributes += [(registry, dict(registry)) for registry in hooks]
         #: Name of a tensor that :meth:`cast` has changed -> its dtype before; and its values, if
         #: they were rounded.
