@@ -104,9 +104,9 @@ def quicken() -> None:
 
     make, every, dump = WagleCLI.__init__, WagleCLI.subcommands, WagleArgumentParser.dump
 
-    def init(self: Any, args: list[str]) -> None:
+    def init(self: Any, args: list[str], **options: Any) -> None:
         self.asked = {name: skipped for name, skipped in every().items() if name in args[:1]}
-        make(self, args=args)
+        make(self, args=args, **options)
 
     WagleCLI.__init__, WagleCLI.subcommands = init, lambda self: self.asked or every()
     WagleArgumentParser.dump = partialmethod(dump, skip_validation=True)

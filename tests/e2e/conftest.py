@@ -63,7 +63,7 @@ def fails(wagle: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
     def run(command: str, *options: Any, data: bool = True) -> str:
         capsys.readouterr()
-        monkeypatch.setattr(cli, "run", lambda arguments: wagle(*arguments, data=data))
+        monkeypatch.setattr(cli, "run", lambda arguments, _: wagle(*arguments, data=data))
         with pytest.raises(SystemExit) as exit_:
             cli.main(words(*command.split(), *options))
         assert exit_.value.code == 2

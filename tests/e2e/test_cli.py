@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import write_rows
+from helpers import QUIET, data_options, write_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,6 +19,7 @@ import wagle_pl
 from wagle_pl import WeightMask
 from wagle_pl.cli import app as cli
 from wagle_pl.cli.app import COMMANDS, SUMMARIES
+from wagle_pl.cli.lightning import WagleCLI
 from wagle_pl.cli.parser import expand
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path, refuse_existing
@@ -31,6 +32,32 @@ TEST = "test --model EvaluationModule"
 
 
 # -- the main job -----------------------------------------------------------------------------------------------------
+
+
+class Tagged(WagleCLI):
+    """A command line with an option of its own."""
+
+    def add_arguments_to_parser(self, parser):
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--tag", type=str, default="none")
+
+    def before_fit(self):
+        super().before_fit()
+        Path("tag").write_text(self.config["fit"]["tag"])
+
+
+def test_a_command_line_of_ones_own(empty_folder, tiny_model, rows, capsys):
+    run = f"{FINETUNE} --model.model {tiny_model} --model.output out {QUIET}".split()
+    cli.main([*run, *data_options(rows), "--tag", "mine"], cli=Tagged)
+    assert Path("tag").read_text() == "mine" and Path("out/model.safetensors").is_file()
+    assert json.loads(Path("out/wagle.json").read_text())["lineage"][-1]["config"]["tag"] == "mine"
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*run, *data_options(rows), "--tags", "mine"], cli=Tagged)
+    assert ended.value.code == 2 and "--tags" in capsys.readouterr().err
+    done = Tagged(
+        [*run, *data_options(rows), "--model.overwrite", "true"], trainer_defaults={"max_steps": 1}
+    )
+    assert done.trainer.global_step == 1
 
 
 def test_finetune_attribute_unlearn_test(wagle, tiny_model, rows, tmp_path):
@@ -259,13 +286,13 @@ def test_paths_that_cannot_be(fails, tiny_model, tmp_path):
     ],
 )
 def test_an_error_of_the_suites_own_keeps_its_traceback(monkeypatch, error):
-    def fail(_):
+    def fail(*_):
         raise error
 
     monkeypatch.setattr(cli, "run", fail)
     with pytest.raises(OSError):
         cli.main(["fit"])
-    monkeypatch.setattr(cli, "run", lambda _: subprocess.run(["no program of that name"]))
+    monkeypatch.setattr(cli, "run", lambda *_: subprocess.run(["no program of that name"]))
     with pytest.raises(FileNotFoundError):
         cli.main(["fit"])
 
@@ -274,7 +301,7 @@ def test_an_error_of_the_suites_own_keeps_its_traceback(monkeypatch, error):
     "words", ["Connection closed by peer [127.0.0.1]:4", "writev [127.0.0.1]:4: Broken pipe"]
 )
 def test_another_rank_that_is_gone_is_told_in_a_line(monkeypatch, capsys, words):
-    def fail(_):
+    def fail(*_):
         raise RuntimeError(words)
 
     monkeypatch.setattr(cli, "run", fail)

@@ -19,6 +19,7 @@ from wagle_pl.attribution.hessian import (
     DampedHessian,
     Fisher,
     GaussNewton,
+    Hessian,
     Hutchinson,
     MicroBatch,
     estimator_of,
@@ -285,6 +286,30 @@ def test_an_estimator_of_one_s_own():
 
 class Own(Fisher):
     """By class path."""
+
+
+def test_an_estimator_as_an_object():
+    """Its options are kept; the rest of the module goes by them."""
+    own = Hutchinson(samples=4)
+    module = AttributionModule("model", hessian=own)
+    assert module.estimator is own and module.jobs[1].hessian is own and not module.scalar
+    assert AttributionModule("model", hessian=GaussNewton(diagonal=False)).scalar
+    entry = {"class_path": "GaussNewton", "init_args": {"samples": 2}}
+    assert AttributionModule("model", hessian=entry).estimator.samples == 2
+    assert AttributionModule("model", score="magnitude", hessian=own).estimator is None
+    for options, message in (
+        ({"hessian": own, "hessian_samples": 2}, "hessian_samples: must be 1 for a Hessian object"),
+        ({"hessian": own, "gamma": 2.0}, "a number is for hessian scalar, not for Hutchinson"),
+        ({"hessian": Hutchinson}, "hessian: must be a name, or class_path and init_args"),
+        ({"hessian": Hessian()}, "hessian: Hessian must override add"),
+        ({"hessian": f"{Hessian.__module__}.Hessian"}, "hessian: Hessian must override add"),
+        (
+            {"hessian": GaussNewton(diagonal=False), "score": "curvature"},
+            "a score here needs a Hessian diagonal",
+        ),
+    ):
+        with pytest.raises(WagleError, match=message):
+            AttributionModule("model", **options)
 
 
 def test_seeds_are_those_of_a_stated_hash():

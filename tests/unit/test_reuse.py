@@ -22,6 +22,9 @@ from wagle_pl import (
     UnlearnModule,
     WeightMask,
 )
+from wagle_pl.attribution import Score
+from wagle_pl.attribution.hessian import GaussNewton
+from wagle_pl.attribution.scores import Wagle
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.lm import models
@@ -123,6 +126,26 @@ def test_a_run_after_a_test_of_a_checkpoint_starts_at_theta0(tiny_model: str, da
     trainer().test(looked, data(), ckpt_path=str(checkpoint), verbose=False)
     trainer().fit(looked, data())
     assert same_bits("plain", "looked")
+
+
+def test_objects_give_the_masks_of_names(tiny_model: str, data: Any) -> None:
+    found = []
+    for score, hessian, samples in (
+        ("wagle", "gauss_newton", 2),
+        (Wagle(), GaussNewton(samples=2), 1),
+    ):
+        options = {"score": score, "hessian": hessian, "hessian_samples": samples}
+        made = AttributionModule(model=tiny_model, output=None, **options)
+        trainer().fit(made, data())
+        found.append(made.mask)
+        assert made.mask.metadata["hessian_samples"] == 2
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("score", [Score(), "wagle_pl.attribution.scores.Score"])
+def test_an_abstract_score_is_refused_in_a_line(tiny_model: str, data: Any, score: Any) -> None:
+    with pytest.raises(WagleError, match=r"^score: Score must override __call__$"):
+        trainer().fit(AttributionModule(model=tiny_model, score=score), data())
 
 
 def test_attribution_twice_gives_the_same_mask(tiny_model: str, data: Any) -> None:

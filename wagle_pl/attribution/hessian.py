@@ -3,7 +3,7 @@
 An estimator adds to a running sum: one fp32 tensor per parameter, or only its mean. The sum
 estimates the diagonal for the *sum* of the rows' losses; :class:`~wagle_pl.attribution.Collected`
 divides by their number. To write your own estimator, subclass :class:`Hessian`; give its class path
-as ``--model.hessian``.
+as ``--model.hessian``, or an object in Python.
 
 The Hessian of a loss −log p(y|x) is H = G + R, where G = E_ŷ~p[∇log p(ŷ) ∇log p(ŷ)ᵀ], positive
 semi-definite, is the Gauss–Newton matrix (for this loss also the Fisher information), and R
@@ -12,7 +12,7 @@ vanishes where the model fits its labels. The *empirical* Fisher uses the labels
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Optional, Union
@@ -23,8 +23,8 @@ from torch import Tensor
 from wagle_pl.attribution.sums import GradientSums, Sums, pieces
 from wagle_pl.core import distributed
 from wagle_pl.core.distributed import stable_seed
-from wagle_pl.core.errors import WagleError, check_positive
-from wagle_pl.core.registry import find_class
+from wagle_pl.core.errors import WagleError, WrongType, check_positive
+from wagle_pl.core.registry import find_class, resolve
 from wagle_pl.lm.inference import Predictions, in_chunks, logprobs_of
 
 #: Name under which :class:`GradientSums` keeps the sum of the diagonal, and the sum of its mean.
@@ -61,7 +61,7 @@ class MicroBatch:
 
 
 class Hessian:
-    """Estimates a Hessian diagonal, micro-batch by micro-batch.
+    """Estimates a Hessian diagonal, micro-batch by micro-batch; abstract.
 
     Args:
         samples: random draws per step; the error decreases with the square root of their number.
@@ -77,6 +77,8 @@ class Hessian:
     step_sums = 0  # fp32 sums of the model's size kept during a step, besides the diagonal
     temporaries = 0  # tensors of the model's size and dtype kept during a backward pass
 
+    samples, diagonal = 1, True  # of a subclass that does not call ``__init__``
+
     def __init__(self, samples: int = 1, diagonal: bool = True) -> None:
         self.samples = samples
         self.diagonal = diagonal
@@ -87,7 +89,7 @@ class Hessian:
 
     def add(self, rows: MicroBatch, sums: GradientSums) -> None:
         """Add ``samples`` draws for one micro-batch. Override this."""
-        raise TypeError(f"{type(self).__name__} must override add")
+        raise WrongType(f"{type(self).__name__} must override add", option="hessian")
 
     def end_step(self, sums: GradientSums) -> None:
         """Called after the micro-batches of a step, on all ranks, have been added."""
@@ -98,8 +100,8 @@ class GaussNewton(Hessian):
     arXiv 2305.14342, algorithm 2). Unbiased for the diagonal of the Gauss–Newton matrix, never
     negative.
 
-    The gradient of a whole step is squared once, so its split into micro-batches and ranks does not
-    matter.
+    The gradient of a whole step is squared once, so its split into micro-batches and ranks matters
+    only by the order of sums.
     """
 
     backward_passes = 1
@@ -141,7 +143,8 @@ class Hutchinson(Hessian):
     """z ⊙ Hz with Rademacher z (Bekas et al. 2007), Hz by double backward. Unbiased for the
     diagonal of the true Hessian; single estimates may be negative.
 
-    z is the same for all micro-batches of a step, so how its batch is split does not matter.
+    z is the same for all micro-batches of a step, so how its batch is split matters only by the
+    order of sums.
     """
 
     shardable = False
@@ -181,7 +184,7 @@ def estimator_of(hessian: str) -> Optional[type[Hessian]]:
 
 
 def check_run(
-    precision: str, stage: int, devices: int, estimator: Optional[type[Hessian]], sums: Sums
+    precision: str, stage: int, devices: int, estimator: Optional[Hessian], sums: Sums
 ) -> None:
     """Refuse a precision, a ZeRO stage or several passes with which attribution cannot work."""
     if precision not in ("32-true", "bf16-mixed", "bf16-true"):
@@ -199,29 +202,63 @@ def check_run(
         raise WagleError(message, "sums", "use host or device")
 
 
-def hessian_option(hessian: str, gamma: Union[float, str], needs: set[str]) -> str:
-    """The option ``hessian``, checked; a number for γ implies ``scalar``.
+def hessian_option(
+    hessian: Union[str, Hessian, Mapping[str, Any]], gamma: Union[float, str], needs: set[str]
+) -> Union[str, Hessian]:
+    """The option ``hessian``, checked, as a name or an object; a number for γ implies ``scalar``.
 
     Raises:
         WagleError: if it contradicts γ, or is not what the scores need.
     """
+    if not isinstance(hessian, str):
+        hessian = resolve(Hessian, hessian, "hessian")
     if gamma != "auto":
         check_positive(gamma, "gamma")
         if hessian not in ("scalar", "auto"):
             raise WagleError(
-                f"a number is for hessian scalar, not for {hessian}; got {gamma}",
+                f"a number is for hessian scalar, not for {hessian_name(hessian)}; got {gamma}",
                 option="gamma",
                 hint="leave one of them out",
             )
         hessian = "scalar"
     elif hessian == "scalar":
         raise WagleError("scalar needs a number", option="hessian", hint="give --model.gamma")
-    if hessian == "scalar" and "h_diagonal" in needs:
+    scalar = hessian == "scalar" if isinstance(hessian, str) else not hessian.diagonal
+    if scalar and "h_diagonal" in needs:
         raise WagleError(
             "a score here needs a Hessian diagonal, not a scalar",
             hint="give --model.hessian gauss_newton",
         )
     return hessian
+
+
+def hessian_name(hessian: Union[str, Hessian]) -> str:
+    """The option ``hessian`` in records and messages."""
+    return hessian if isinstance(hessian, str) else type(hessian).__name__
+
+
+def make_estimator(
+    hessian: Union[str, Hessian], samples: int, needs: set[str]
+) -> Optional[Hessian]:
+    """The estimator of a checked option ``hessian``, with ``samples`` if it is a name; None if the
+    scores need none.
+
+    Raises:
+        WagleError: if there is no such estimator, or it does not override :meth:`Hessian.add`.
+    """
+    if isinstance(hessian, str):
+        kind = estimator_of(hessian)
+        diagonal = hessian != "auto" or "h_diagonal" in needs
+        estimator = None if kind is None else kind(samples=samples, diagonal=diagonal)
+    elif samples != 1:
+        raise WagleError(
+            "must be 1 for a Hessian object, which has samples of its own", option="hessian_samples"
+        )
+    else:
+        estimator = hessian
+    if estimator is not None and type(estimator).add is Hessian.add:
+        raise WrongType(f"{type(estimator).__name__} must override add", option="hessian")
+    return estimator if needs & {"h", "h_diagonal"} else None
 
 
 @torch.no_grad()

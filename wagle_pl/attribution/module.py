@@ -16,7 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from wagle_pl.attribution.collect import Draws, add_batch, end_step, jobs_for, warn_of_unwatched
-from wagle_pl.attribution.hessian import Hessian, check_run, estimator_of, hessian_option
+from wagle_pl.attribution.hessian import (
+    Hessian,
+    check_run,
+    hessian_name,
+    hessian_option,
+    make_estimator,
+)
 from wagle_pl.attribution.scores import Score, try_out
 from wagle_pl.attribution.scoring import (
     DTYPES,
@@ -77,10 +83,12 @@ class AttributionModule(LanguageModule):
             (the mean of a Gauss-Newton estimate), or one value per weight: ``gauss_newton``
             (labels sampled from the model), ``fisher`` (squared gradients of single rows),
             ``hutchinson`` (random signs, double backward; the true Hessian), or another
-            :class:`~wagle_pl.attribution.hessian.Hessian`, by name or class path.
+            :class:`~wagle_pl.attribution.hessian.Hessian`, by name, class path or, in Python, as an
+            object.
         gamma: the scalar Hessian γ; a number implies ``hessian: scalar``, ``auto`` estimates it.
         damping: a diagonal ĥ is used as max(ĥ, 0) + damping × its mean.
-        hessian_samples: samples per step, for ``auto``, ``gauss_newton`` and ``hutchinson``.
+        hessian_samples: samples per step, for ``auto``, ``gauss_newton`` and ``hutchinson``; a
+            Hessian object has its own.
         hessian_data: rows on which the Hessian is estimated.
         forget_loss: loss whose gradient is g_f: ``ce`` (negative log-likelihood), ``npo`` or ``po``
             (refusals).
@@ -107,7 +115,7 @@ class AttributionModule(LanguageModule):
         exclude: Optional[str] = None,
         masks: Optional[list[MaskSpec]] = None,
         save_scores: Optional[Literal["bf16", "fp32"]] = None,
-        hessian: str = "auto",
+        hessian: Union[str, Hessian] = "auto",
         gamma: Union[float, Literal["auto"]] = "auto",
         damping: float = 0.1,
         hessian_samples: int = 1,
@@ -136,11 +144,10 @@ class AttributionModule(LanguageModule):
         self.reduction = reduction
         self._on_host, self.passes = Sums.parse(sums)
         self.gradient_checkpointing = gradient_checkpointing
-        self.estimator: Optional[Hessian] = None
-        kind = estimator_of(self.hessian)
-        if kind is not None and self.needs & {"h", "h_diagonal"}:
-            diagonal = self.hessian != "auto" or "h_diagonal" in self.needs
-            self.estimator = kind(samples=self.hessian_samples, diagonal=diagonal)
+        self.estimator = make_estimator(self.hessian, self.hessian_samples, self.needs)
+        scalar = self.hessian in ("scalar", "auto")
+        #: Whether scores see one h for all weights.
+        self.scalar = scalar if isinstance(self.hessian, str) else not self.hessian.diagonal
         self.jobs, self._diagonal = jobs_for(
             self.needs, self.forget_loss, self.estimator, hessian_data
         )
@@ -188,7 +195,7 @@ class AttributionModule(LanguageModule):
             str(trainer.precision),
             stage_of(strategy),
             trainer.world_size,
-            estimator_of(self.hessian),
+            self.estimator,
             Sums(self._on_host, self.passes),
         )
 
@@ -220,7 +227,7 @@ class AttributionModule(LanguageModule):
 
     def planned_files(self) -> list[outputs.Planned]:
         weights = sum(map(math.prod, parameter_shapes(self.lm).values()))
-        kept = FP32 * (3 if self.hessian not in ("auto", "scalar") else 2) * weights
+        kept = FP32 * (2 if self.scalar else 3) * weights
         what = "masks" if self.several else "mask"
         sizes = {what: len(self.specs) * weights / 8}
         if self.passes > 1:
@@ -248,12 +255,12 @@ class AttributionModule(LanguageModule):
     def on_fit_start(self) -> None:
         """Fail before the pass if a mask names what the model lacks, or a score is wrong."""
         super().on_fit_start()
-        scalar, device = self.hessian in ("scalar", "auto"), self.trainer.strategy.root_device
+        device = self.trainer.strategy.root_device
         shapes = parameter_shapes(self.lm)
         for spec in self.specs:
             eligible = {name: shapes[name] for name in spec.eligible(shapes)}
             spec.score.share(eligible)
-            try_out(spec.score, eligible, scalar, device)
+            try_out(spec.score, eligible, self.scalar, device)
 
     def on_train_start(self) -> None:
         """Switch off dropout, and DDP's averaging of gradients, which are summed here."""
@@ -322,7 +329,7 @@ class AttributionModule(LanguageModule):
             hessian=h,
             hessian_stream=self.hessian_data,
             diagonal=self._diagonal,
-            scalar=self.hessian in ("scalar", "auto"),
+            scalar=self.scalar,
             damping=self.damping,
             device=self.device,
         )
@@ -339,10 +346,10 @@ class AttributionModule(LanguageModule):
         return {
             "model": self.model_name,
             "model_fingerprint": self.model_fingerprint,
-            "hessian": self.hessian if curvature else None,
+            "hessian": hessian_name(self.hessian) if curvature else None,
             "gamma": curvature.mean if curvature else None,
             "damping": self.damping,
-            "hessian_samples": self.hessian_samples,
+            "hessian_samples": self.estimator.samples if self.estimator else self.hessian_samples,
             "hessian_data": self.hessian_data,
             "forget_loss": type(self.forget_loss).__name__,
             "reduction": self.reduction,

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from wagle_pl.core.distributed import stable_seed
-from wagle_pl.core.errors import WagleError, check_positive
+from wagle_pl.core.errors import WagleError, WrongType, check_positive
 from wagle_pl.masks import Restriction
 from wagle_pl.masks.names import parse_layers
 
@@ -74,7 +74,7 @@ class WeightStatistics:
 
 
 class Score:
-    """One number per weight; the mask takes the weights with the largest absolute value."""
+    """One number per weight, an abstract base class; the mask takes the weights with the largest absolute value."""
 
     #: Fields of :class:`WeightStatistics` that the score reads, besides ``theta``.
     needs: tuple[str, ...] = ("g_f",)
@@ -88,7 +88,7 @@ class Score:
 
         ``w`` may be modified in place.
         """
-        raise TypeError(f"{type(self).__name__} must override __call__")
+        raise WrongType(f"{type(self).__name__} must override __call__", option="score")
 
     def share(self, shapes: Mapping[str, Sequence[int]]) -> Optional[Fraction]:
         """Share of the weights of these parameters to select; the option ``density`` if None."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, Optional, TextIO
+from typing import TYPE_CHECKING, Any, Optional, TextIO
 
 from wagle_pl import __version__
 from wagle_pl.cli.messages import EXIT_MISTAKE, fail, mistake, quiet
@@ -18,6 +18,9 @@ from wagle_pl.core import stopping
 from wagle_pl.core.environment import prepare_libraries
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.registry import nearest
+
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import LightningCLI
 
 EXIT_UNREAD = 141  # as in shells: 128 + SIGPIPE
 
@@ -61,8 +64,10 @@ COMMANDS = {
 LABORATORY = ("matplotlib", "pandas")
 
 
-def main(args: Optional[Sequence[str]] = None) -> None:
+def main(args: Optional[Sequence[str]] = None, cli: Optional[type[LightningCLI]] = None) -> None:
     """Run a command, with the arguments of the process when ``args`` is None.
+
+    ``cli`` takes the place of :class:`wagle_pl.cli.lightning.WagleCLI`, from which it derives.
 
     Raises:
         SystemExit: with code 2 after a user error, which is printed in one line; with 128 + the
@@ -71,7 +76,7 @@ def main(args: Optional[Sequence[str]] = None) -> None:
     """
     try:
         try:
-            _main(list(sys.argv[1:] if args is None else args))
+            _main(list(sys.argv[1:] if args is None else args), cli)
         finally:
             sys.stdout.flush()  # at the interpreter's exit an error could not be handled
     except BrokenPipeError:
@@ -83,7 +88,7 @@ def main(args: Optional[Sequence[str]] = None) -> None:
         raise SystemExit(EXIT_UNREAD) from None
 
 
-def _main(args: list[str]) -> None:
+def _main(args: list[str], cli: Optional[type[LightningCLI]]) -> None:
     _answer_at_once(args)
     outer = stopping.install(dict.fromkeys(stopping.SIGNALS, stopping.exit_at_once))
     quiet()
@@ -96,7 +101,7 @@ def _main(args: list[str]) -> None:
         if args[0] in COMMANDS:
             run_command(args[0], args[1:])
         else:
-            run(args)
+            run(args, cli)
     except Exception as error:
         if (line := mistake(error)) is None:
             raise
@@ -167,7 +172,7 @@ def overview() -> str:
     )
 
 
-def run(args: Sequence[str]) -> Any:
+def run(args: Sequence[str], cli: Optional[type[LightningCLI]] = None) -> Any:
     """Run a LightningCLI command; the CLI's ``model`` and ``trainer`` hold the result."""
     from wagle_pl.cli.lightning import WagleCLI
     from wagle_pl.cli.parser import expand, expand_short
@@ -177,7 +182,7 @@ def run(args: Sequence[str]) -> Any:
     prepare_libraries()
     stopping.imports_done()
     try:
-        return WagleCLI(args=arguments)
+        return (cli or WagleCLI)(args=arguments)
     finally:
         distributed.shutdown()
 

@@ -8,7 +8,9 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
@@ -51,24 +53,33 @@ class WagleArgumentParser(OneLineErrors, LightningArgumentParser):
 
 
 class WagleCLI(LightningCLI):
-    """``fit``, ``validate``, ``test`` and ``predict`` over any LightningModule and DataModule."""
+    """``fit``, ``validate``, ``test`` and ``predict`` over any LightningModule and DataModule.
 
-    def __init__(self, args: list[str]) -> None:
-        known = LightningCLI.subcommands()
-        if args[0] in known:  # no parser is built for the others
+    A subclass can add arguments and links as for LightningCLI; ``wagle_pl.cli.app.main(cli=Mine)``
+    runs it as the command ``wagle``, with configurations by name and errors of one line.
+
+    Args:
+        args: the command and its options; those of the process when None.
+        **options: of LightningCLI, in place of those set here.
+    """
+
+    def __init__(self, args: Optional[Sequence[str]] = None, **options: Any) -> None:
+        args = [*(sys.argv[1:] if args is None else args)]
+        known = self.subcommands()
+        if args[:1] and args[0] in known:  # no parser is built for the others
             self.subcommands = lambda: {args[0]: known[args[0]]}
-        super().__init__(
-            L.LightningModule,
-            L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
-            parser_class=WagleArgumentParser,
-            parser_kwargs={"prog": "wagle"},
-            auto_configure_optimizers=False,  # the modules make theirs, from what is given here
-            args=args,
-        )
+        fixed = {
+            "model_class": L.LightningModule,
+            "datamodule_class": L.LightningDataModule,
+            "subclass_mode_model": True,
+            "subclass_mode_data": True,
+            "save_config_kwargs": {"overwrite": True},
+            "seed_everything_default": 0,
+            "parser_class": WagleArgumentParser,
+            "parser_kwargs": {"prog": "wagle"},
+            "auto_configure_optimizers": False,  # the modules make theirs, from what is given here
+        }
+        super().__init__(**{**fixed, **options}, args=args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--optimizer`` and ``--lr_scheduler``: any class of torch or of this package."""
