@@ -272,7 +272,7 @@ SAM = "--model.step_rule SAM --model.step_rule.rho 0.1"
             "Unlearn",
             SAM,
             "ddp",
-            "step_rule SAM makes gradients of its own passes: use it on one device",
+            "step_rule: SAM makes gradients of its own passes: use it on one device",
         ),
         ("Attribution", "--model.hessian hutchinson", "zero3", "ZeRO-3"),
         ("Attribution", f"{ONE_PASS} --model.sums passes=2", "ddp", SHARED_OUT),
