@@ -14,6 +14,7 @@ from wagle_pl.data.rows import load_rows
 from wagle_pl.evaluation.classifiers import ToxicityClassifier, check_folder
 from wagle_pl.lab.planning import architecture
 from wagle_pl.lm.models import load_model, load_tokenizer
+from wagle_pl.lm.saving import save_model
 
 
 @pytest.fixture
@@ -196,3 +197,32 @@ def test_a_damaged_gguf_file(tmp_path, spoil):
 
 
 # -- on the command line ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("named", [None, "PreTrainedTokenizerFast", "Qwen2Tokenizer"])
+def test_a_folder_is_read_by_transformers_before_5(tiny_model, tmp_path, named):
+    """Its classes of tokenizers, its places of the chat template and special tokens, its names in config.json:
+    without ``rope_theta``, it computes with 10,000 and gives no error."""
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    file = base / "tokenizer_config.json"
+    content = json.loads(file.read_text()) | ({"tokenizer_class": named} if named else {})
+    file.write_text(json.dumps(content))
+    tokenizer = load_tokenizer(str(base))
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|note|>"]})
+    model = load_model(str(base))
+    rope = {"rope_type": "linear", "factor": 2.0}
+    model.config.rope_parameters = rope | {"rope_theta": 5e5}
+    folder = save_model(model, tokenizer, tmp_path / "saved", "card", {})
+    written = json.loads((folder / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == (named or "PreTrainedTokenizerFast")
+    assert written["additional_special_tokens"] == ["<|note|>"]
+    assert "extra_special_tokens" not in written  # a list, which 4.47 to 4.57 refuse
+    assert written["chat_template"] == tokenizer.chat_template
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["rope_theta"], config["rope_scaling"]) == (5e5, rope)
+    assert config["torch_dtype"] == config["dtype"]
+    again, text = load_tokenizer(str(folder)), "<|note|> Where does it meet?"
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert again.chat_template == tokenizer.chat_template
+    assert again.all_special_tokens == tokenizer.all_special_tokens
+    assert load_model(str(folder)).config.rope_parameters == model.config.rope_parameters

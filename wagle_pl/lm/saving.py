@@ -141,10 +141,41 @@ def model_folder(
             config = read_json(file, dict[str, Any]) | {"use_cache": True}
             if dtype is not None:  # transformers writes the dtype in memory, not in the files
                 config["dtype"] = str(dtype).removeprefix("torch.")
-            _write_json(file, config)
-        tokenizer.save_pretrained(temporary)
+            _write_json(file, config | _before_5(config))
+        save_tokenizer(tokenizer, temporary)
         (temporary / CARD_FILE).write_text(card, encoding="utf-8")
         _write_json(temporary / RECORD_FILE, record)
+
+
+def _before_5(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of a configuration under the names that transformers before version 5 reads: it takes
+    defaults for those it misses, so that a model computes something else.
+
+    >>> _before_5({"dtype": "bfloat16", "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}})
+    {'torch_dtype': 'bfloat16', 'rope_theta': 500000.0}
+    """
+    entries = {"torch_dtype": config["dtype"]} if config.get("dtype") else {}
+    rope = dict(config.get("rope_parameters") or {})
+    if "rope_theta" in rope:  # otherwise there are several, by the kind of layer
+        entries["rope_theta"] = rope.pop("rope_theta")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            entries["partial_rotary_factor"] = rope["partial_rotary_factor"]
+        if rope.get("rope_type", "default") != "default":
+            entries["rope_scaling"] = rope
+    return entries
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer so that transformers before version 5 reads it, too: its generic class has
+    another name there, and the chat template stands in ``tokenizer_config.json``."""
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if tokens := config.pop("extra_special_tokens", None):
+        config["additional_special_tokens"] = tokens
+    _write_json(file, config)
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
