@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Optional
@@ -25,12 +26,12 @@ from wagle_pl import (
     forget,
 )
 from wagle_pl.api.rows import rows_of
-from wagle_pl.api.subject import StopWhenForgotten, Subject
+from wagle_pl.api.subject import Questions, StopWhenForgotten, Subject
 from wagle_pl.api.verdict import Asked, Scores, above, answer_recall, judge
 from wagle_pl.data import people
 from wagle_pl.data.example import parse_rows
 from wagle_pl.data.people import bundled, general_questions, invented_neighbours, without_subject
-from wagle_pl.lm.models import load_model
+from wagle_pl.lm.models import load_model, load_tokenizer
 from wagle_pl.unlearning.export import model_card
 from wagle_pl.unlearning.patch import Patch, apply_patch, revert_patch
 
@@ -412,6 +413,15 @@ KNOWN = scores([0.9, 0.8], [0.05, 0.05])
 def test_the_verdict_is_earned(before: Scores, after: Optional[Scores], outcome: str) -> None:
     verdict = judge(before, after or before)
     assert verdict.outcome == outcome and verdict.sentence.startswith(f"{outcome}: ")
+
+
+def test_an_answer_that_is_still_said_is_not_forgotten(knowing: str) -> None:
+    after = replace(scores([0.01, 0.01], [0.05, 0.05]), said=[False, True])
+    assert judge(KNOWN, after).outcome == "partly forgotten"
+    subject = Subject(load_model(knowing), load_tokenizer(knowing), {}, False)
+    first_words = [{**row, "answer": " ".join(row["answer"].split()[:2])} for row in FORGET]
+    questions = Questions(subject, parse_rows(first_words, ""), 0)
+    assert questions.said([True] * 3) == [True] * 3 and not any(questions.said([False] * 3))
 
 
 def test_unknown_rows_do_not_dilute_the_known_ones() -> None:

@@ -19,7 +19,7 @@ from wagle_pl.core.weights import evaluating
 from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.data.batches import collate
 from wagle_pl.data.example import IGNORE, Example, Row
-from wagle_pl.data.people import invented_neighbours
+from wagle_pl.data.people import invented_neighbours, words_of
 from wagle_pl.evaluation.functional import rouge
 from wagle_pl.lm.inference import first_tokens, forward_answers, generate, sequence_logprobs
 from wagle_pl.masks import WeightMask
@@ -165,6 +165,20 @@ class Questions:
             recalls[i] = answer_recall(asked[i].question, answer, text)
         return replace(plain, recall=recalls)
 
+    def said(self, chosen: Sequence[bool]) -> list[bool]:
+        """Which of the chosen rows' answers the model still says whole, whatever comes after."""
+        asked = [example for example, take in zip(self.examples, chosen, strict=True) if take]
+        texts = iter(self.subject.generate(asked))
+        return [
+            take and self._says(e, next(texts))
+            for e, take in zip(self.examples, chosen, strict=True)
+        ]
+
+    def _says(self, example: Example, text: str) -> bool:
+        answer = first_tokens(self.subject.tokenizer, example.answer, ANSWER_TOKENS)
+        has_words = not set(words_of(answer)) <= set(words_of(example.question))
+        return has_words and answer_recall(example.question, answer, text) == 1
+
 
 class Examination:
     """What is measured of a model before and after: forget rows, retain rows, earlier requests."""
@@ -180,6 +194,7 @@ class Examination:
         self.subject, self.retain = subject, retain
         self.forget = Questions(subject, forget, seed)
         self.earlier = Questions(subject, earlier, seed) if earlier else None
+        self.before: Optional[Scores] = None
         self.before = self.scores()
 
     def scores(self) -> Scores:
@@ -189,6 +204,7 @@ class Examination:
             self.forget.ask(reworded=True),
             fmean(self.subject.probabilities(self.retain)),
             *([] if self.earlier is None else [self.earlier.ask(reworded=False)]),
+            **({"said": self.forget.said(self.before.direct.known)} if self.before else {}),
         )
 
     def has_forgotten(self) -> tuple[bool, float]:
@@ -199,6 +215,7 @@ class Examination:
         direct = self.forget.ask(reworded=False)
         gone = has_gone(direct.rows, direct.unseen, self.before.direct.known)
         gone = gone and not any(direct.known) and not any(self.forget.ask(reworded=True).known)
+        gone = gone and not any(self.forget.said(self.before.direct.known))
         return gone, fmean(direct.rows)
 
     def expected_drop(self) -> float:

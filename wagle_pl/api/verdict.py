@@ -54,6 +54,8 @@ class Scores:
     reworded: Asked
     retain: float
     earlier: Asked = field(default_factory=lambda: Asked([], [], []))
+    #: Whether the model's greedy answer still says the whole answer, for each row; empty if unknown.
+    said: Sequence[bool] = ()
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,8 @@ def judge(before: Scores, after: Scores, untested: int = 0, note: str = "") -> V
             f"not known before: the model knew {sum(known)} of {count} forget rows: {numbers}; "
             f"the model was not changed{ends}",
         )
-    left = [d or r for d, r in zip(after.direct.known, after.reworded.known, strict=True)]
+    said = [k and s for k, s in zip(known, after.said or [False] * count, strict=True)]
+    left = [any(row) for row in zip(after.direct.known, after.reworded.known, said, strict=True)]
     returned = [
         now and not then
         for then, now in zip(before.earlier.known, after.earlier.known, strict=True)
