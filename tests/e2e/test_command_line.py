@@ -238,7 +238,7 @@ class Refuses(Callback):
     ],
 )
 def test_an_error_in_own_code_keeps_its_traceback(wagle, tiny_model, monkeypatch, callback, error):
-    monkeypatch.setattr(cli, "run", lambda arguments: wagle(*arguments))
+    monkeypatch.setattr(cli, "run", lambda arguments, _: wagle(*arguments))
     own = f"--model.model {tiny_model} --model.output out --trainer.callbacks {__name__}.{callback}"
     with pytest.raises(error):
         cli.main(f"{UNLEARN} {own}".split())
