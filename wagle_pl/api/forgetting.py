@@ -146,6 +146,8 @@ class _Settings:
 
     def __post_init__(self) -> None:
         self.doubles = self.lr is None
+        if self.score is None:
+            self.score = Curvature(power=1.0)
 
     def choose_rate(self, weights: int) -> None:
         """Choose a learning rate for a model of this size, if none is given."""
@@ -163,7 +165,7 @@ class _Settings:
 
     def describe(self) -> dict[str, Any]:
         """The settings as plain data."""
-        score = Curvature(power=1.0) if self.score is None else self.score
+        score = self.score
         return {
             "density": self.density,
             "objective": describe(self.objective),
@@ -289,11 +291,10 @@ class _Run:
 
     def _mask(self, stream: ForgetRetainDataModule) -> Optional[WeightMask]:
         """The weights that may move; None for all."""
-        density, score = self.settings.density, self.settings.score
+        density = self.settings.density
         if density is None:
             return None
-        score = Curvature(power=1.0) if score is None else score
-        attribution = AttributionModule(self.lm, None, density, score)
+        attribution = AttributionModule(self.lm, None, density, self.settings.score)
         self.subject.fit(attribution, stream, enable_progress_bar=self.subject.progress)
         return attribution.mask
 

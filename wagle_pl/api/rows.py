@@ -50,7 +50,7 @@ def rows_of(source: Rows, name: str) -> GivenRows:
         may_be_one = _FILE_OR_HUB_ID.fullmatch(path) or (path and Path(path).exists())
         if not may_be_one:
             raise WagleError(
-                f"{name}: {path[:60]!r} is no file; to give one row as text, put it in a list: "
+                f"{name}: {path[:60]!r} is not a file; to give one row as text, put it in a list: "
                 f"{name}=[...]"
             )
         return GivenRows(load_rows(path), path)
@@ -111,7 +111,7 @@ class Earlier:
 
     def holds(self, example: Example) -> bool:
         """Whether a row was forgotten."""
-        return any(row_digest(example, salt) in digests for salt, digests, _ in self.requests)
+        return bool(self._digests(example))
 
     def refuse(self, examples: Sequence[Example], name: str) -> None:
         """Refuse rows to keep that were forgotten before: training on them would undo it."""

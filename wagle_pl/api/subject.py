@@ -121,63 +121,62 @@ class Questions:
     def __init__(self, subject: Subject, examples: Sequence[Example], seed: int) -> None:
         self.subject, self.examples = subject, examples
         draws = [invented_neighbours(examples, seed + draw) for draw in range(NEIGHBOURS)]
-        probable = [self._probable(candidates) for candidates in zip(*draws, strict=True)]
-        self.unseen = [example for example in probable if example is not None]
-        self._has_unseen = [example is not None for example in probable]
+        counterparts = [list(filter(None, drawn)) for drawn in zip(*draws, strict=True)]
+        self._has_unseen = [bool(drawn) for drawn in counterparts]
+        drawn = [example for of_row in counterparts for example in of_row]
+        probabilities = iter(subject.probabilities(drawn))
+        #: The most probable counterpart of each row that has any: the closest to what might be true.
+        self.unseen: list[Example] = []
+        for of_row in filter(None, counterparts):
+            scored = [(next(probabilities), -number) for number in range(len(of_row))]
+            self.unseen.append(of_row[-max(scored)[1]])
         self._before: dict[bool, list[float]] = {}
-
-    def _probable(self, candidates: Sequence[Optional[Example]]) -> Optional[Example]:
-        """The most probable of a row's counterparts: the closest to a row that might be true."""
-        drawn = [candidate for candidate in candidates if candidate is not None]
-        if not drawn:
-            return None
-        probabilities = self.subject.probabilities(drawn)
-        return drawn[probabilities.index(max(probabilities))]
 
     @property
     def without_unseen(self) -> int:
         """Number of rows that have no unseen counterpart."""
         return len(self.examples) - len(self.unseen)
 
-    def ask(self, reworded: bool, recall: bool = True) -> Asked:
-        """Measure all rows, in their own or in other words.
-
-        Args:
-            recall: also generate, for rows whose probability is above the bound.
-        """
-        rows, unseen = (list(enumerate(side)) for side in (self.examples, self.unseen))
-        if reworded:
-            rows, unseen = ([(i, in_other_words(e, i)) for i, e in side] for side in (rows, unseen))
-        asked = [example for _, example in rows]
-        of_rows = self.subject.probabilities(asked)
-        of_unseen = iter(self.subject.probabilities([example for _, example in unseen]))
+    def ask(self, reworded: bool) -> Asked:
+        """Probabilities of all rows, in their own or in other words; nothing is generated."""
+        of_rows = self.subject.probabilities(_worded(self.examples, reworded))
+        of_unseen = iter(self.subject.probabilities(_worded(self.unseen, reworded)))
         before = self._before.setdefault(reworded, of_rows)
         references = [
             next(of_unseen) if has else TENTH * p
             for has, p in zip(self._has_unseen, before, strict=True)
         ]
-        plain = Asked(of_rows, references, [1.0] * len(rows))
-        likely = [i for i, known in enumerate(plain.known) if known and recall]
-        said = self.subject.generate([asked[i] for i in likely])
-        recalls = list(plain.recall)
-        for i, text in zip(likely, said, strict=True):
-            answer = first_tokens(self.subject.tokenizer, asked[i].answer, ANSWER_TOKENS)
-            recalls[i] = answer_recall(asked[i].question, answer, text)
-        return replace(plain, recall=recalls)
+        return Asked(of_rows, references, [1.0] * len(of_rows))
+
+    def recalled(self, asked: Asked, reworded: bool) -> Asked:
+        """What :meth:`ask` returned, with the recall of rows whose probability is above the bound."""
+        examples = _worded(self.examples, reworded)
+        recalls = self._recalls(examples, asked.known)
+        return replace(asked, recall=[1.0 if recall is None else recall for recall in recalls])
 
     def said(self, chosen: Sequence[bool]) -> list[bool]:
         """Which of the chosen rows' answers the model still says whole, whatever comes after."""
-        asked = [example for example, take in zip(self.examples, chosen, strict=True) if take]
-        texts = iter(self.subject.generate(asked))
+        recalls = self._recalls(self.examples, chosen)
         return [
-            take and self._says(e, next(texts))
-            for e, take in zip(self.examples, chosen, strict=True)
+            recall == 1
+            and not set(words_of(self._answer(example))) <= set(words_of(example.question))
+            for example, recall in zip(self.examples, recalls, strict=True)
         ]
 
-    def _says(self, example: Example, text: str) -> bool:
-        answer = first_tokens(self.subject.tokenizer, example.answer, ANSWER_TOKENS)
-        has_words = not set(words_of(answer)) <= set(words_of(example.question))
-        return has_words and answer_recall(example.question, answer, text) == 1
+    def _recalls(
+        self, examples: Sequence[Example], chosen: Sequence[bool]
+    ) -> list[Optional[float]]:
+        """Recall of the chosen rows' answers in what the model says; None for the others."""
+        asked = [example for example, take in zip(examples, chosen, strict=True) if take]
+        texts = iter(self.subject.generate(asked))
+        return [
+            answer_recall(example.question, self._answer(example), next(texts)) if take else None
+            for example, take in zip(examples, chosen, strict=True)
+        ]
+
+    def _answer(self, example: Example) -> str:
+        """As much of an answer as a generation can have."""
+        return first_tokens(self.subject.tokenizer, example.answer, ANSWER_TOKENS)
 
 
 class Examination:
@@ -194,28 +193,39 @@ class Examination:
         self.subject, self.retain = subject, retain
         self.forget = Questions(subject, forget, seed)
         self.earlier = Questions(subject, earlier, seed) if earlier else None
-        self.before: Optional[Scores] = None
-        self.before = self.scores()
+        self.before = self._scores()
 
     def scores(self) -> Scores:
-        """All measures of the model as it is now."""
+        """All measures of the model as it is now, after training."""
+        return replace(self._scores(), said=self.forget.said(self.before.direct.known))
+
+    def _scores(self) -> Scores:
+        forget = self.forget
         return Scores(
-            self.forget.ask(reworded=False),
-            self.forget.ask(reworded=True),
+            forget.recalled(forget.ask(reworded=False), reworded=False),
+            forget.recalled(forget.ask(reworded=True), reworded=True),
             fmean(self.subject.probabilities(self.retain)),
-            *([] if self.earlier is None else [self.earlier.ask(reworded=False)]),
-            **({"said": self.forget.said(self.before.direct.known)} if self.before else {}),
+            *(
+                []
+                if self.earlier is None
+                else [self.earlier.recalled(self.earlier.ask(False), False)]
+            ),
         )
 
     def has_forgotten(self) -> tuple[bool, float]:
         """Whether the forget rows meet the verdict's bound; and their mean probability.
 
-        Other words are tried only once the rows' own words meet it.
+        Answers are generated, and other words tried, only once the mean meets it: a generation takes
+        many forward passes.
         """
-        direct = self.forget.ask(reworded=False)
-        gone = has_gone(direct.rows, direct.unseen, self.before.direct.known)
-        gone = gone and not any(direct.known) and not any(self.forget.ask(reworded=True).known)
-        gone = gone and not any(self.forget.said(self.before.direct.known))
+        forget, known = self.forget, self.before.direct.known
+        direct = forget.ask(reworded=False)
+        gone = (
+            has_gone(direct.rows, direct.unseen, known)
+            and not any(forget.recalled(direct, reworded=False).known)
+            and not any(forget.recalled(forget.ask(reworded=True), reworded=True).known)
+            and not any(forget.said(known))
+        )
         return gone, fmean(direct.rows)
 
     def expected_drop(self) -> float:
@@ -276,6 +286,13 @@ class StopWhenForgotten(L.Callback):
         self.bar.close()
 
     on_exception = teardown
+
+
+def _worded(examples: Sequence[Example], reworded: bool) -> Sequence[Example]:
+    """The rows as they are, or in other words."""
+    if not reworded:
+        return examples
+    return [in_other_words(example, number) for number, example in enumerate(examples)]
 
 
 def in_other_words(example: Example, number: int) -> Example:
