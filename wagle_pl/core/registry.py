@@ -68,11 +68,10 @@ def find_class(base: type[T], name: str, option: str, also: Collection[str] = ()
     Short names ignore case and underscores, and may leave out the base's name at their end:
     ``npo``, ``forget_retain_ratio``, ``tofu`` for ``TOFUSuite``.
     """
-    if base.__name__ in FURTHER:
+    cls = _by_short_name(base, name)
+    if cls is None and base.__name__ in FURTHER:
         importlib.import_module(FURTHER[base.__name__])
-    classes = list(subclasses(base)) or [base]
-    short = {_fold(_name(cls)).removesuffix(_fold(base.__name__)): cls for cls in classes}
-    cls: Any = (short | {_fold(_name(cls)): cls for cls in classes}).get(_fold(name))
+        cls = _by_short_name(base, name)
     if cls is None and "." in name:
         module, _, attribute = name.rpartition(".")
         try:
@@ -81,6 +80,7 @@ def find_class(base: type[T], name: str, option: str, also: Collection[str] = ()
             raise WagleError(f"{option}: {name!r} cannot be imported: {error}") from None
     if isinstance(cls, type) and issubclass(cls, base):
         return cls
+    classes = [*subclasses(base)] or [base]
     ours = {_name(c) for c in classes if c.__module__.startswith("wagle_pl") and _name(c)[0] != "_"}
     names = [*also, *sorted(ours)]
     near = nearest(name, names)
@@ -88,6 +88,13 @@ def find_class(base: type[T], name: str, option: str, also: Collection[str] = ()
     raise WagleError(
         f"{option}: unknown name {name!r}; choose one of {', '.join(names)}, or a class path{meant}"
     )
+
+
+def _by_short_name(base: type[T], name: str) -> Any:
+    """The imported subclass with a short name; None if there is none."""
+    classes = [*subclasses(base)] or [base]
+    short = {_fold(_name(cls)).removesuffix(_fold(base.__name__)): cls for cls in classes}
+    return (short | {_fold(_name(cls)): cls for cls in classes}).get(_fold(name))
 
 
 def split(value: Entry, option: str, also: Collection[str] = ()) -> tuple[str, dict[str, Any]]:
