@@ -154,9 +154,9 @@ def _answer_at_once(args: Sequence[str]) -> None:
     else:
         print(overview(), file=sys.stderr)
         near = nearest(first, SUMMARIES)
-        mistake = f"there is no command {first!r}" if args else "no command is given"
+        fault = f"there is no command {first!r}" if args else "no command is given"
         choices = f": did you mean {near}?" if near else f"; choose one of {', '.join(SUMMARIES)}"
-        fail(f"{mistake}{choices}")
+        fail(f"{fault}{choices}")
     print(said)
     raise SystemExit(0)
 

@@ -170,7 +170,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     another name there, and the chat template stands in ``tokenizer_config.json``."""
     tokenizer.save_pretrained(folder, save_jinja_files=False)
     file = folder / "tokenizer_config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json(file, dict[str, Any])
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if tokens := config.pop("extra_special_tokens", None):
