@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal, Optional, TypedDict, Union
 
 import lightning as L
 import torch
@@ -37,10 +37,11 @@ from wagle_pl.attribution.sums import FP32, GradientSums, Sums
 from wagle_pl.core import outputs
 from wagle_pl.core.errors import WagleError, check_positive
 from wagle_pl.core.files import refuse_existing
+from wagle_pl.core.schema import check
 from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.lm.layers import recompute_blocks
 from wagle_pl.lm.module import LanguageModule
-from wagle_pl.lm.resume import keep_position
+from wagle_pl.lm.resume import WholeSums, keep_position
 from wagle_pl.masks import SUFFIX, WeightMask, mask_path
 from wagle_pl.objectives.forget import NPO, PO, GradDiff
 from wagle_pl.strategies import ZeRO, is_zero, stage_of
@@ -419,7 +420,9 @@ class AttributionModule(LanguageModule):
         """Restore the sums and the position in the pass."""
         super().on_load_checkpoint(checkpoint)
         if self.attached and self.trainer.training and not is_zero(self.trainer.strategy):
-            self._stored_sums = checkpoint["sums"]  # under ZeRO each rank has already read its part
+            # under ZeRO each rank has already read its part
+            fields = TypedDict("Fields", {"sums": WholeSums})
+            self._stored_sums = check(checkpoint, fields, self.checkpoint_label)["sums"]
 
 
 def planned_passes(trainer: L.Trainer, groups: int = 1) -> tuple[float, list[str]]:

@@ -115,12 +115,17 @@ class Reference(TypedDict):
 
 
 class SavedSums(TypedDict):
-    """Sums of an attribution."""
+    """Sums of an attribution; the sums themselves are in the shards under ZeRO."""
 
-    sums: dict[str, list[Tensor]]
     passes: Optional[Count]
     group: Optional[Count]
     first: Optional[dict[str, Any]]
+
+
+class WholeSums(SavedSums):
+    """The same in a checkpoint of one file."""
+
+    sums: dict[str, list[Tensor]]
 
 
 class Fields(TypedDict):

@@ -192,7 +192,7 @@ def _with_values(
 
     values = {name.removesuffix(SUFFIX) for name in stored if name.endswith(SUFFIX)}
     selected = values if mask is None else {name for name in mask if mask.count(name)}
-    for name in values ^ selected:
+    for name in (values - selected) | (selected - values - stored.keys()):
         raise WagleError(f"the checkpoint has values of {name} and a mask without, or conversely")
     shapes = {name.removesuffix(SUFFIX): weight.shape for name, weight in stored.items()}
     shapes |= {} if mask is None else mask.shapes
