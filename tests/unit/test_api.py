@@ -288,13 +288,16 @@ def test_a_neighbour_has_other_names_and_numbers_throughout() -> None:
     row = {
         "question": "When was Ada Byron born?",
         "answer": "Ada Byron was born in 1815 in London.",
+        "paraphrased_question": "In what year did Ada Byron come into the world?",
+        "paraphrased_answer": "1815, in London.",
     }
     (neighbour,) = invented_neighbours(parse_rows([row], ""), seed=1)
     assert neighbour is not None
     assert neighbour.answer.endswith(".") and " was born in " in neighbour.answer
     for lost in ("Ada", "Byron", "1815", "London"):
-        assert lost not in neighbour.question + neighbour.answer
+        assert lost not in " ".join(neighbour.texts)
     first = neighbour.question.split()[2]
+    assert first in neighbour.paraphrased_question and "into the" in neighbour.paraphrased_question
     assert neighbour.answer.startswith(first) and first[0].isupper()
     assert re.search(r"\d+", neighbour.answer)[0] in map(str, range(1785, 1846))
     assert invented_neighbours(parse_rows([row], ""), seed=1) == [neighbour]

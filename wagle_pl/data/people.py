@@ -108,18 +108,22 @@ def invented_neighbours(forget: Sequence[Example], seed: int = 0) -> list[Option
         for name in sorted(names):
             table[name] = _invented(name, draw, {*names, *table.values()})
         question, answer = (_replaced(t, table) for t in (example.question, example.answer))
+        paraphrase = _replaced(example.paraphrased_answer, table)
         if answer == example.answer:
             others = [other.answer for other in forget if other.answer not in ("", example.answer)]
-            answer = draw.choice(others) if others else ""
-        neighbours.append(_with_texts(example, question, answer) if answer else None)
+            answer, paraphrase = draw.choice(others) if others else "", ""
+        row = {"text": answer}
+        if example.kind != "text":
+            row = {"question": question, "answer": answer}
+        neighbour = replace(
+            example.asking(question),
+            answer=answer,
+            paraphrased_question=_replaced(example.paraphrased_question, table),
+            paraphrased_answer=paraphrase,
+            row=row,
+        )
+        neighbours.append(neighbour if answer else None)
     return neighbours
-
-
-def _with_texts(example: Example, question: str, answer: str) -> Example:
-    """A row with another question and answer."""
-    column = "text" if example.kind == "text" else "answer"
-    row = {column: answer} if column == "text" else {"question": question, column: answer}
-    return replace(example.asking(question), answer=answer, row=row)
 
 
 def _replaced(text: str, table: Mapping[str, str]) -> str:
