@@ -328,9 +328,7 @@ def test_rwku_rows(rwku, tiny_model):
     assert len(both.examples("forget")) == 4 and len(both.test_examples("forget_level3")) == 6
     one = rwku / "All"  # as a person's own folder is
     assert len(RWKUDataModule(["Lewis Carroll"], folder=str(one)).test_examples("mia_retain")) == 2
-    message = (
-        r"data.targets: forget set .* has no rows on Nobody; it has some on Alice Liddell, Lewis"
-    )
+    message = r"data.targets: positive has no rows on Nobody; it has some on Alice Liddell, Lewis"
     with pytest.raises(WagleError, match=message):
         RWKUDataModule(["Nobody"], folder=str(rwku)).examples("forget")
 
@@ -411,7 +409,7 @@ def test_a_folder_without_the_set(tmp_path, suite, stream, message):
             DetoxDataModule,
             "PKU-SafeRLHF/train",
             [{"prompt": "a", "response_0": "b"}],
-            "row 1 has no column 'response_1'",
+            "row 1 has no column 'is_response_0_safe'",
         ),
         (MUSEDataModule, "raw/forget", [{"text": " \n "}], r"forget set \(.*\) has no text"),
         (MUSEDataModule, "raw/forget", [], r"forget\.jsonl has no rows"),

@@ -3,15 +3,17 @@
 from wagle_pl.data.benchmarks import (
     CopyrightDataModule,
     DetoxDataModule,
-    KnowUnDoDataModule,
-    LUMEDataModule,
     MUSEDataModule,
     TOFUDataModule,
     WMDPDataModule,
 )
 from wagle_pl.data.module import ForgetRetainDataModule
+from wagle_pl.data.more_benchmarks import (
+    KnowUnDoDataModule,
+    LUMEDataModule,
+    RWKUDataModule,
+)
 from wagle_pl.data.people import PeopleDataModule
-from wagle_pl.data.rwku import RWKUDataModule
 from wagle_pl.data.suite import SuiteDataModule
 
 __all__ = [

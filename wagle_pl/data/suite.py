@@ -22,38 +22,44 @@ if TYPE_CHECKING:
 SPARE = 8
 
 
-def select(rows: Sequence[Row], columns: Sequence[str], where: str) -> list[Row]:
-    """Rows with only these columns.
+class SourceRow(Row):
+    """A row as a benchmark has it: a column that is missing or null is refused by name."""
 
-    Raises:
-        WagleError: naming ``where`` and the row (counted from 1), if a value is missing.
-    """
-    for number, row in enumerate(rows, 1):
-        for column in columns:
-            if row.get(column) is None:
-                raise WagleError(
-                    f"{where} row {number} has no column {column!r}; it has {sorted(row)}"
-                )
-    return [{column: row[column] for column in columns} for row in rows]
+    def __init__(self, row: Row, place: str) -> None:
+        super().__init__(row)
+        self.place = place  # the set and the row, counted from 1
+
+    def __getitem__(self, column: str) -> Any:
+        if self.get(column) is None:
+            raise WagleError(f"{self.place} has no column {column!r}; it has {sorted(self)}")
+        return super().__getitem__(column)
 
 
-def texts(rows: Sequence[Row], where: str) -> list[Row]:
+def source_rows(rows: Iterable[Row], where: str) -> list[SourceRow]:
+    return [SourceRow(row, f"{where} row {number}") for number, row in enumerate(rows, 1)]
+
+
+#: From rows of a benchmark to rows of :data:`.example.KINDS`.
+Convert = Callable[[Sequence[SourceRow]], list[Row]]
+
+
+def texts(rows: Sequence[SourceRow]) -> list[Row]:
     """Rows with a ``text``, without blank ones."""
-    select(rows[:1], ("text",), where)
-    return [{"text": row["text"]} for row in rows if str(row.get("text") or "").strip()]
+    filled = (row for row in rows if "text" not in row or str(row.get("text") or "").strip())
+    return [{"text": row["text"]} for row in filled]
 
 
-def questions(rows: Sequence[Row], where: str) -> list[Row]:
+def questions(rows: Sequence[SourceRow]) -> list[Row]:
     """Rows with ``question`` and ``answer``."""
-    return select(rows, ("question", "answer"), where)
+    return [{"question": row["question"], "answer": row["answer"]} for row in rows]
 
 
-def choices(rows: Sequence[Row], where: str) -> list[Row]:
+def choices(rows: Sequence[SourceRow]) -> list[Row]:
     """Multiple choice, with the right one's index in ``answer``; MMLU's ``subject`` is kept."""
-    select(rows, ("question", "choices", "answer"), where)
-    columns = ("question", "choices", "subject")
     return [
-        {**{column: row[column] for column in columns if column in row}, "label": row["answer"]}
+        {"question": row["question"], "choices": row["choices"]}
+        | ({"subject": row["subject"]} if row.get("subject") else {})
+        | {"label": row["answer"]}
         for row in rows
     ]
 
@@ -62,8 +68,7 @@ class Source(NamedTuple):
     """Where the rows of one set of a benchmark are, and how they are converted."""
 
     parts: Sequence[HubSet] = ()  # put one after the other
-    #: (rows of the benchmark, name of the set in messages) -> rows of :data:`.example.KINDS`
-    convert: Callable[[list[Row], str], list[Row]] = texts
+    convert: Convert = texts
     file: Optional[str] = None  # the user's own, in place of the parts
     converts_given: bool = False  # also convert rows that an option gives in place of the set
     limit: Optional[int] = None  # read at most this many rows, of corpora too large to read whole
@@ -167,7 +172,7 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
                 return None
             rows += found
         if given is None or source.converts_given:
-            rows = source.convert(rows, where)
+            rows = source.convert(source_rows(rows, where))
             if not rows:
                 raise WagleError(f"{where} has no text")
         if all(row.get("text") is not None for row in rows):
