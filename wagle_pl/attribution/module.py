@@ -51,6 +51,12 @@ log = logging.getLogger(__name__)
 FORGET_LOSSES = {"ce": GradDiff, "npo": NPO, "po": PO}
 
 
+class StoredSums(TypedDict):
+    """What is read of a checkpoint of an attribution pass without ZeRO."""
+
+    sums: WholeSums
+
+
 class AttributionModule(LanguageModule):
     """Scores every weight for unlearning and writes the mask of the highest-scoring share.
 
@@ -421,8 +427,8 @@ class AttributionModule(LanguageModule):
         super().on_load_checkpoint(checkpoint)
         if self.attached and self.trainer.training and not is_zero(self.trainer.strategy):
             # under ZeRO each rank has already read its part
-            fields = TypedDict("Fields", {"sums": WholeSums})
-            self._stored_sums = check(checkpoint, fields, self.checkpoint_label)["sums"]
+            stored = check(checkpoint, StoredSums, self.checkpoint_label)
+            self._stored_sums = stored["sums"]
 
 
 def planned_passes(trainer: L.Trainer, groups: int = 1) -> tuple[float, list[str]]:
