@@ -25,11 +25,11 @@ from wagle_pl import (
     WagleError,
     forget,
 )
-from wagle_pl.api.rows import rows_of
+from wagle_pl.api.rows import restating, rows_of
 from wagle_pl.api.subject import Questions, StopWhenForgotten, Subject
 from wagle_pl.api.verdict import Asked, Scores, above, answer_recall, judge
 from wagle_pl.data import people
-from wagle_pl.data.example import parse_rows
+from wagle_pl.data.example import Example, parse_rows
 from wagle_pl.data.people import bundled, general_questions, invented_neighbours, without_subject
 from wagle_pl.lm.models import load_model, load_tokenizer
 from wagle_pl.unlearning.export import model_card
@@ -419,12 +419,95 @@ def test_the_verdict_is_earned(before: Scores, after: Optional[Scores], outcome:
 
 
 def test_an_answer_that_is_still_said_is_not_forgotten(knowing: str) -> None:
-    after = replace(scores([0.01, 0.01], [0.05, 0.05]), said=[False, True])
+    after = replace(scores([0.01, 0.01], [0.05, 0.05]), still_answered=[False, True])
     assert judge(KNOWN, after).outcome == "partly forgotten"
     subject = Subject(load_model(knowing), load_tokenizer(knowing), {}, False)
     first_words = [{**row, "answer": " ".join(row["answer"].split()[:2])} for row in FORGET]
     questions = Questions(subject, parse_rows(first_words, ""), 0)
-    assert questions.said([True] * 3) == [True] * 3 and not any(questions.said([False] * 3))
+    questions.ask(reworded=False)
+    assert questions.still_answered([True] * 3) == [True] * 3
+    assert not any(questions.still_answered([False] * 3))
+
+
+def test_a_row_and_its_counterpart_are_asked_in_the_same_words(
+    knowing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"question": "Why is it so?", "answer": "because"}, *FORGET]  # the first has no names
+    monkeypatch.setattr("wagle_pl.api.subject.invented_neighbours", without_the_first)
+    subject = Subject(load_model(knowing), load_tokenizer(knowing), {}, False)
+    questions = Questions(subject, parse_rows(rows, ""), 0)
+    assert questions.without_unseen == 1
+    asked: list[list[str]] = []
+    monkeypatch.setattr(
+        Subject, "probabilities", lambda _, rows: asked.append(rows) or [0.5] * len(rows)
+    )
+    result = questions.ask(reworded=True)
+    assert result.unseen == [0.05, 0.5, 0.5, 0.5]
+    openings = [[example.question[:8] for example in examples] for examples in asked]
+    assert openings[0][1:] == openings[1] and len(set(openings[0])) == 2
+
+
+def without_the_first(examples: list[Any], seed: int) -> list[Any]:
+    return [None, *invented_neighbours(examples, seed)[1:]]
+
+
+def test_answers_are_generated_once_until_rows_are_asked_again(
+    knowing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = Subject(load_model(knowing), load_tokenizer(knowing), {}, False)
+    questions = Questions(subject, parse_rows(FORGET, ""), 0)
+    prompts: list[int] = []
+    monkeypatch.setattr(
+        Subject, "generate", lambda _, rows: prompts.append(len(rows)) or ["x"] * len(rows)
+    )
+    for _ in range(2):
+        questions.recalled(questions.ask(reworded=False), reworded=False)
+        questions.still_answered([True, True, False])
+        assert questions.answers(range(3)) == ["x"] * 3
+    assert sum(prompts) == 6
+
+
+def test_retain_rows_in_other_words_are_left_out(
+    knowing: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    full = bundled("forget")[0]
+    again = {"question": full["paraphrased_question"], "answer": full["paraphrased_answer"]}
+    options = {"density": None, "max_steps": 1, "progress": False}
+    with pytest.raises(WagleError, match="1 of 7 rows say a forget row in other words"):
+        forget(knowing, FORGET[:1], [again, *RETAIN], overlap="error", **options)
+    with pytest.raises(WagleError, match="every row says a forget row"):  # the first warning
+        forget(knowing, FORGET[:1], [again], **options)
+    lm = load_model(knowing, torch.float32)
+    forget(lm, FORGET[:1], [again, *RETAIN], **options)
+    forget(lm, FORGET[1:2], [again, *RETAIN], **options)  # and in a later request
+    assert [again["question"][:60] in message for message in caplog.messages].count(True) == 3
+
+
+def test_rows_of_the_same_subject_or_form_may_be_kept() -> None:
+    """Of 288 retain rows and 28 other forget rows, none is taken for another row in other words."""
+    rows = [parse_rows(bundled(name), "") for name in ("forget", "retain")]
+    for example in rows[0]:
+        assert not restating([e for e in rows[0] if e is not example], [example])
+    assert not restating(rows[1], rows[0])
+    worded = [
+        Example.of({"question": e.paraphrased_question, "answer": e.paraphrased_answer})
+        for e in rows[0]
+    ]
+    recognised = [bool(restating([w], [e])) for w, e in zip(worded, rows[0], strict=True)]
+    assert sum(recognised) >= 25  # of 32
+
+
+def test_what_the_verdict_adds() -> None:
+    unknown = [scores([0.01], [0.01], retain=retain) for retain in (0.01, 0.9)]
+    sentences = [judge(moment, moment).sentence for moment in unknown]
+    assert ["check the prompt format" in sentence for sentence in sentences] == [True, False]
+    after = replace(
+        scores([0.9] * 2, [0.05] * 2), direct=Asked([0.01, 0.05], [0.03, 0.0], [1.0, 1.0])
+    )
+    before = scores([0.9, 0.05], [0.05, 0.05])
+    sentence = judge(before, after).sentence
+    assert "1 rows are newly known" in sentence and "still known" not in sentence
+    assert "so the bound is 0.065" in sentence
 
 
 def test_unknown_rows_do_not_dilute_the_known_ones() -> None:

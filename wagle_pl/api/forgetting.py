@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wagle_pl.api.result import Forgotten
-from wagle_pl.api.rows import Earlier, GivenRows, Rows, row_digest, rows_of
+from wagle_pl.api.rows import Earlier, GivenRows, Rows, restating, row_digest, rows_of
 from wagle_pl.api.subject import Examination, Origin, StopWhenForgotten, Subject
 from wagle_pl.api.verdict import judge, was_known
 from wagle_pl.attribution import AttributionModule, Score
@@ -36,6 +37,8 @@ from wagle_pl.masks import WeightMask
 from wagle_pl.objectives import Objective
 from wagle_pl.objectives.forget import NPO
 from wagle_pl.unlearning import UnlearnModule
+
+log = logging.getLogger(__name__)
 
 #: Learning rates of AdamW on values of selected weights, by the number of weights of a model.
 LEARNING_RATES = ((30e6, 1e-4), (500e6, 5e-5), (float("inf"), 2e-5))
@@ -83,8 +86,9 @@ def forget(
             question mark is a question, and the model's own answer is forgotten; any other string
             is a text.
         retain: rows to keep, likewise; a fifth of them is held out of training to measure what is
-            kept. None takes the model's own answers to bundled questions on many subjects, without
-            those that share a name or a rare word with a forget row.
+            kept, and rows that say a forget row in other words are left out. None takes the
+            model's own answers to bundled questions on many subjects, without those that share a
+            name or a rare word with a forget row.
         density: share of the weights that may move; None is dense unlearning, without a mask.
         tokenizer: name, folder or object; the model's own when None.
         objective: see :class:`~wagle_pl.UnlearnModule`. None takes ``NPO`` with a β at which its
@@ -220,9 +224,11 @@ class _Run:
         subject = self.subject.ready()
         forget_rows = subject.answered(rows["forget"].rows)
         examples = parse_rows(forget_rows, "forget")
-        trained, held_out, origin = self._retain(rows.get("retain"), examples)
-        examination, untested = self._examine(rows, examples, held_out)
-        before, answers = examination.before, subject.generate(examples[:SHOWN_ROWS])
+        earlier, untested = self._earlier(rows.get("earlier"))
+        trained, held_out, origin = self._retain(rows.get("retain"), [*examples, *earlier])
+        examination = Examination(subject, examples, held_out, earlier, self.settings.seed)
+        shown_rows = range(min(SHOWN_ROWS, len(examples)))
+        before, answers = examination.before, examination.forget.answers(shown_rows)
         mask, steps, record = None, 0, self.record
         after, answers_after = before, answers
         if was_known(before):
@@ -231,7 +237,8 @@ class _Run:
             module = self._unlearn(stream, mask, examination)
             self.origin.move_back()  # which rounds the weights: that model is the result
             subject.ready()
-            after, answers_after = examination.scores(), subject.generate(examples[:SHOWN_ROWS])
+            after = examination.scores()
+            answers_after = examination.forget.answers(shown_rows)
             steps, record = module.global_step, module.record()
         self.origin.move_back()
         used = len(trained) if trained == [example.row for example in held_out] else 0
@@ -271,23 +278,41 @@ class _Run:
         Earlier(self.record).refuse(examples, "retain")
         forgotten = {row_digest(example, "") for example in forget}
         examples = [e for e in examples if row_digest(e, "") not in forgotten]
+        examples = self._without_restatements(examples, forget)
         if not examples:
-            raise WagleError("retain: every row is also a forget row; give rows to keep")
+            raise WagleError("retain: every row says a forget row; give rows to keep")
         if len(examples) < FEW_ROWS:
             return [example.row for example in examples], examples, origin
         held_out = spread(examples, min(MOST_HELD_OUT, max(2, ceil(HELD_OUT * len(examples)))))
         apart = set(map(id, held_out))
         return [e.row for e in examples if id(e) not in apart], held_out, origin
 
-    def _examine(
-        self, rows: Mapping[str, GivenRows], examples: list[Example], held_out: list[Example]
-    ) -> tuple[Examination, int]:
-        """The measures before, and the number of earlier rows that cannot be tested again."""
-        given = self.subject.answered(rows["earlier"].rows) if "earlier" in rows else []
-        candidates = [*self.history, *(parse_rows(given, "earlier") if given else [])]
-        earlier, untested = Earlier(self.record).rows(candidates)
-        seed = self.settings.seed
-        return Examination(self.subject, examples, held_out, earlier, seed), untested
+    def _without_restatements(
+        self, retain: list[Example], forget: Sequence[Example]
+    ) -> list[Example]:
+        """The retain rows without those that say a forget row in other words; training on them
+        would undo the forgetting."""
+        again, overlap = restating(retain, forget), self.subject.options.get("overlap", "drop")
+        if not again:
+            return retain
+        shown = (again[0].question or again[0].answer)[:60]
+        message = (
+            f"retain: {len(again)} of {len(retain)} rows say a forget row in other words, "
+            f"{shown!r} for one"
+        )
+        if overlap == "error":
+            raise WagleError(f"{message}; remove them or pass overlap='drop'")
+        if overlap == "warn":
+            log.warning("%s; they may keep it known (overlap='drop' leaves them out)", message)
+            return retain
+        log.warning("%s; they are left out", message)
+        return [example for example in retain if example not in again]
+
+    def _earlier(self, source: Optional[GivenRows]) -> tuple[list[Example], int]:
+        """Rows of earlier requests, and the number of those that cannot be tested again."""
+        rows = self.subject.answered(source.rows) if source else []
+        candidates = [*self.history, *(parse_rows(rows, "earlier") if rows else [])]
+        return Earlier(self.record).rows(candidates)
 
     def _mask(self, stream: ForgetRetainDataModule) -> Optional[WeightMask]:
         """The weights that may move; None for all."""

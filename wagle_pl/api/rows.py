@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.example import Example, Row, parse_rows
-from wagle_pl.data.people import words_of
+from wagle_pl.data.people import names_of, words_of
 from wagle_pl.data.rows import load_rows
 
 if TYPE_CHECKING:
@@ -87,6 +87,51 @@ def _row(item: Union[str, Row], name: str, number: int) -> Row:
         raise WagleError(f"{name}: row {number} is empty")
     asks = item.rstrip("\"'”’)] \n").endswith(_QUESTION_MARKS)
     return {"question": item} if asks else {"text": item}
+
+
+# -- rows that say the same ------------------------------------------------------------------------
+
+
+class _Fact(NamedTuple):
+    """Words by which a row in other words is recognised."""
+
+    subject: set[str]  # names in the question
+    told: set[str]  # names in the answer that are not in the question; or else its longer words
+
+    @classmethod
+    def of(cls, example: Example) -> _Fact:
+        subject, names = (
+            {word for name in names_of(text) for word in words_of(name)}
+            for text in (example.question, example.answer)
+        )
+        asked = set(words_of(example.question))
+        words = {word for word in words_of(example.answer) if len(word) >= 4}
+        return cls(subject, names - asked or words - asked)
+
+    def is_in(self, words: set[str]) -> bool:
+        """Whether a row with these words has most of the subject's names and over a third of what
+        is told; over half if the question names nobody."""
+        share = len(self.told & words) / max(1, len(self.told))
+        if not self.subject:
+            return share > 1 / 2
+        return share > 1 / 3 and 2 * len(self.subject & words) > len(self.subject)
+
+
+def restating(rows: Sequence[Example], forget: Sequence[Example]) -> list[Example]:
+    """The rows that say a forget row in other words, as far as its names and words show it.
+
+    >>> forget = [Example.of({"question": "Where was Ada Byron born?", "answer": "In London."})]
+    >>> rows = [
+    ...     {"question": "Which city is the birthplace of Ada Byron?", "answer": "London"},
+    ...     {"question": "What was Ada Byron's profession?", "answer": "Mathematician"},
+    ...     {"question": "Where was Alan Turing born?", "answer": "In London."},
+    ... ]
+    >>> [example.answer for example in restating([Example.of(row) for row in rows], forget)]
+    ['London']
+    """
+    facts = [_Fact.of(example) for example in forget]
+    words = [set(words_of(f"{example.question} {example.answer}")) for example in rows]
+    return [e for e, of_row in zip(rows, words, strict=True) if any(f.is_in(of_row) for f in facts)]
 
 
 # -- rows of earlier requests ----------------------------------------------------------------------

@@ -122,57 +122,66 @@ class Questions:
         self.subject, self.examples = subject, examples
         draws = [invented_neighbours(examples, seed + draw) for draw in range(NEIGHBOURS)]
         counterparts = [list(filter(None, drawn)) for drawn in zip(*draws, strict=True)]
-        self._has_unseen = [bool(drawn) for drawn in counterparts]
-        drawn = [example for of_row in counterparts for example in of_row]
-        probabilities = iter(subject.probabilities(drawn))
-        #: The most probable counterpart of each row that has any: the closest to what might be true.
-        self.unseen: list[Example] = []
-        for of_row in filter(None, counterparts):
+        probabilities = iter(subject.probabilities([e for of_row in counterparts for e in of_row]))
+        #: The most probable counterpart of each row: the closest to what might be true. None if a
+        #: row has none.
+        self.unseen: list[Optional[Example]] = []
+        for of_row in counterparts:
             scored = [(next(probabilities), -number) for number in range(len(of_row))]
-            self.unseen.append(of_row[-max(scored)[1]])
+            self.unseen.append(of_row[-max(scored)[1]] if scored else None)
         self._before: dict[bool, list[float]] = {}
+        self._answers: dict[bool, dict[int, str]] = {}
 
     @property
     def without_unseen(self) -> int:
         """Number of rows that have no unseen counterpart."""
-        return len(self.examples) - len(self.unseen)
+        return self.unseen.count(None)
 
     def ask(self, reworded: bool) -> Asked:
         """Probabilities of all rows, in their own or in other words; nothing is generated."""
-        of_rows = self.subject.probabilities(_worded(self.examples, reworded))
-        of_unseen = iter(self.subject.probabilities(_worded(self.unseen, reworded)))
-        before = self._before.setdefault(reworded, of_rows)
-        references = [
-            next(of_unseen) if has else TENTH * p
-            for has, p in zip(self._has_unseen, before, strict=True)
+        self._answers[reworded] = {}  # those of the model as it was at the last call
+        pairs = [
+            (_worded(example, number, reworded), unseen and _worded(unseen, number, reworded))
+            for number, (example, unseen) in enumerate(zip(self.examples, self.unseen, strict=True))
         ]
-        return Asked(of_rows, references, [1.0] * len(of_rows))
+        rows = self.subject.probabilities([example for example, _ in pairs])
+        of_unseen = iter(self.subject.probabilities([unseen for _, unseen in pairs if unseen]))
+        before = self._before.setdefault(reworded, rows)
+        references = [
+            TENTH * probability if unseen is None else next(of_unseen)
+            for unseen, probability in zip(self.unseen, before, strict=True)
+        ]
+        return Asked(rows, references, [1.0] * len(rows))
+
+    def answers(self, rows: Sequence[int], reworded: bool = False) -> list[str]:
+        """The model's greedy answers to some rows, generated once after each :meth:`ask`."""
+        answers = self._answers[reworded]
+        missing = [i for i in rows if i not in answers]
+        prompts = [_worded(self.examples[i], i, reworded) for i in missing]
+        answers.update(zip(missing, self.subject.generate(prompts), strict=True))
+        return [answers[i] for i in rows]
 
     def recalled(self, asked: Asked, reworded: bool) -> Asked:
         """What :meth:`ask` returned, with the recall of rows whose probability is above the bound."""
-        examples = _worded(self.examples, reworded)
-        recalls = self._recalls(examples, asked.known)
+        recalls = self._recalls(asked.known, reworded)
         return replace(asked, recall=[1.0 if recall is None else recall for recall in recalls])
 
-    def said(self, chosen: Sequence[bool]) -> list[bool]:
+    def still_answered(self, chosen: Sequence[bool]) -> list[bool]:
         """Which of the chosen rows' answers the model still says whole, whatever comes after."""
-        recalls = self._recalls(self.examples, chosen)
         return [
             recall == 1
             and not set(words_of(self._answer(example))) <= set(words_of(example.question))
-            for example, recall in zip(self.examples, recalls, strict=True)
+            for example, recall in zip(self.examples, self._recalls(chosen, False), strict=True)
         ]
 
-    def _recalls(
-        self, examples: Sequence[Example], chosen: Sequence[bool]
-    ) -> list[Optional[float]]:
+    def _recalls(self, chosen: Sequence[bool], reworded: bool) -> list[Optional[float]]:
         """Recall of the chosen rows' answers in what the model says; None for the others."""
-        asked = [example for example, take in zip(examples, chosen, strict=True) if take]
-        texts = iter(self.subject.generate(asked))
-        return [
-            answer_recall(example.question, self._answer(example), next(texts)) if take else None
-            for example, take in zip(examples, chosen, strict=True)
-        ]
+        recalls: list[Optional[float]] = [None] * len(self.examples)
+        rows = [i for i, take in enumerate(chosen) if take]
+        for i, text in zip(rows, self.answers(rows, reworded), strict=True):
+            example = self.examples[i]
+            recalls[i] = answer_recall(example.question, self._answer(example), text)
+        return recalls
 
     def _answer(self, example: Example) -> str:
         """As much of an answer as a generation can have."""
@@ -197,7 +206,9 @@ class Examination:
 
     def scores(self) -> Scores:
         """All measures of the model as it is now, after training."""
-        return replace(self._scores(), said=self.forget.said(self.before.direct.known))
+        scores = self._scores()
+        still_answered = self.forget.still_answered(self.before.direct.known)
+        return replace(scores, still_answered=still_answered)
 
     def _scores(self) -> Scores:
         forget = self.forget
@@ -224,7 +235,7 @@ class Examination:
             has_gone(direct.rows, direct.unseen, known)
             and not any(forget.recalled(direct, reworded=False).known)
             and not any(forget.recalled(forget.ask(reworded=True), reworded=True).known)
-            and not any(forget.said(known))
+            and not any(forget.still_answered(known))
         )
         return gone, fmean(direct.rows)
 
@@ -288,16 +299,10 @@ class StopWhenForgotten(L.Callback):
     on_exception = teardown
 
 
-def _worded(examples: Sequence[Example], reworded: bool) -> Sequence[Example]:
-    """The rows as they are, or in other words."""
-    if not reworded:
-        return examples
-    return [in_other_words(example, number) for number, example in enumerate(examples)]
-
-
-def in_other_words(example: Example, number: int) -> Example:
-    """A row with its paraphrased question, or a wording by its number; others stay as they are."""
-    if example.asked is None:
+def _worded(example: Example, number: int, reworded: bool) -> Example:
+    """A row as it is, or with its paraphrased question, or else a wording by its number; a row that
+    asks nothing stays as it is."""
+    if not reworded or example.asked is None:
         return example
     wording = WORDINGS[number % len(WORDINGS)].format_map({"question": example.asked})
     return example.asking(example.paraphrased_question or wording)

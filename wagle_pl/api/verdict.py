@@ -22,6 +22,8 @@ FACTOR, SLACK = 1.5, 0.02
 CHANCE = 0.1
 #: Share of the retain rows' probability that unlearning must leave.
 KEPT = 0.8
+#: Below this probability of retain rows, a model may have been asked in a wrong prompt format.
+IMPROBABLE = 0.1
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Scores:
     reworded: Asked
     retain: float
     earlier: Asked = field(default_factory=lambda: Asked([], [], []))
-    #: Whether the model's greedy answer still says the whole answer, for each row; empty if unknown.
-    said: Sequence[bool] = ()
+    #: Whether the model's greedy answer still has the whole answer, for each row; empty if unknown.
+    still_answered: Sequence[bool] = ()
 
 
 @dataclass(frozen=True)
@@ -118,13 +120,18 @@ def judge(before: Scores, after: Scores, untested: int = 0, note: str = "") -> V
     numbers = _numbers(before, after, known)
     ends = "".join(f". {text}" for text in (_untested(untested), note) if text)
     if not was_known(before):
+        if before.retain < IMPROBABLE:
+            ends = (
+                ". Retain rows are improbable, too: check the prompt format and the tokenizer"
+                + ends
+            )
         return Verdict(
             "not known before",
             f"not known before: the model knew {sum(known)} of {count} forget rows: {numbers}; "
             f"the model was not changed{ends}",
         )
-    said = [k and s for k, s in zip(known, after.said or [False] * count, strict=True)]
-    left = [any(row) for row in zip(after.direct.known, after.reworded.known, said, strict=True)]
+    still = [k and s for k, s in zip(known, after.still_answered or [False] * count, strict=True)]
+    left = [any(row) for row in zip(after.direct.known, after.reworded.known, still, strict=True)]
     returned = [
         now and not then
         for then, now in zip(before.earlier.known, after.earlier.known, strict=True)
@@ -134,8 +141,9 @@ def judge(before: Scores, after: Scores, untested: int = 0, note: str = "") -> V
     if not after.retain >= KEPT * before.retain:
         outcome = "model damaged"
     parts = [f"{outcome}: {sum(known)} of {count} forget rows were known before: {numbers}"]
-    if any(left):
-        parts.append(f"{sum(left)} rows are still known, asked directly or in other words")
+    for state, of_kind in (("still", known), ("newly", [not k for k in known])):
+        if number := sum(row and kind for row, kind in zip(left, of_kind, strict=True)):
+            parts.append(f"{number} rows are {state} known, asked directly or in other words")
     if any(after.earlier.known):
         parts.append(f"{sum(after.earlier.known)} rows of earlier requests are known")
     return Verdict(outcome, "; ".join(parts) + ends)
@@ -155,7 +163,10 @@ def _numbers(before: Scores, after: Scores, known: Sequence[bool]) -> str:
             )
             sides.append((row, unseen))
         (row, unseen), (row_after, unseen_after) = sides
-        return f"{row:.3g} to {row_after:.3g} (rows never seen: {unseen:.3g} to {unseen_after:.3g})"
+        return (
+            f"{row:.3g} to {row_after:.3g} (rows never seen {unseen:.3g} to {unseen_after:.3g}, so "
+            f"the bound is {bound(unseen_after):.3g})"
+        )
 
     return (
         f"probability {change('direct')}; in other words {change('reworded')}; retain rows "

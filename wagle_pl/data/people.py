@@ -103,7 +103,7 @@ def invented_neighbours(forget: Sequence[Example], seed: int = 0) -> list[Option
     """
     draw, neighbours = random.Random(seed), []
     for example in forget:
-        names = {n for t in (example.question, example.answer) for n in _names(t)}
+        names = {n for t in (example.question, example.answer) for n in names_of(t)}
         table: dict[str, str] = {}
         for name in sorted(names):
             table[name] = _invented(name, draw, {*names, *table.values()})
@@ -135,7 +135,7 @@ def words_of(text: str) -> list[str]:
     return [re.sub("['’]s$", "", word.lower()) for word in _WORD.findall(text)]
 
 
-def _names(text: str) -> set[str]:
+def names_of(text: str) -> set[str]:
     """Words that are capitalised somewhere inside a sentence, and numbers."""
     inside = {
         match[0]
@@ -152,11 +152,11 @@ def _invented(name: str, draw: random.Random, taken: Collection[str]) -> str:
         return str(int(name) + draw.choice([*range(-30, 0), *range(1, 31)]))
     if name.isdigit():
         return "".join(draw.choice("123456789") for _ in name)
-    names = _common_names()
+    names = _commonnames_of()
     return draw.choice([other for other in names if other not in taken] or names)
 
 
 @cache
-def _common_names() -> list[str]:
+def _commonnames_of() -> list[str]:
     """Bundled names of people and places: a model finds made-up words less likely than any name."""
     return (FOLDER.parent / "names.txt").read_text(encoding="utf-8").splitlines()
