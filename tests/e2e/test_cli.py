@@ -188,7 +188,7 @@ def test_what_there_is_is_told_without_libraries(args):
     said = {
         "": "no command is given; choose one of quickstart, forget, fit",
         "bogus": "there is no command 'bogus'; choose one of quickstart",
-        "studdy": "there is no command 'studdy': did you mean study?",
+        "studdy": "there is no command 'studdy'; did you mean study?",
     }
     last = (ended.stderr or "\n").splitlines()[-1]
     assert help_ or last.startswith(f"wagle: error: {said[''.join(args)]}")

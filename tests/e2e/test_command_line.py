@@ -301,7 +301,7 @@ for trial in ("true", "false"):
     run, where = [sys.executable, "-c", code], {"cwd": tmp_path, "env": environment()}
     ended = subprocess.run(run, capture_output=True, text=True, timeout=600, **where)
     assert ended.returncode == 0 and not ended.stdout
-    _, last, *lines = ended.stderr.splitlines()
+    last, *lines = ended.stderr.splitlines()
     assert last == "wagle: fast_dev_run: this was a trial, and nothing is written"
     assert all(line.startswith("wagle: ") for line in lines)
     assert lines[-1].startswith("wagle: mask written to")

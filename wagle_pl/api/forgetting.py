@@ -26,7 +26,7 @@ from wagle_pl.attribution.scores import Curvature
 from wagle_pl.core.environment import silence
 from wagle_pl.core.errors import WagleError, check_density
 from wagle_pl.core.hub import load_tokenizer
-from wagle_pl.core.registry import describe, nearest, option_names, resolve
+from wagle_pl.core.registry import describe, did_you_mean, option_names, resolve
 from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.data.example import Example, Row, parse_rows
 from wagle_pl.data.people import retain_questions
@@ -400,9 +400,6 @@ def _check_arguments(
     options = option_names(ForgetRetainDataModule)
     for name in data:
         if name not in options:
-            near = nearest(
-                name, [*options, "density", "objective", "score", "max_steps", "tokenizer"]
-            )
-            raise WagleError(
-                f"{name}: is no option of forget" + (f"; did you mean {near}?" if near else "")
-            )
+            others = ["density", "objective", "score", "max_steps", "tokenizer"]
+            hint = did_you_mean(name, [*options, *others])
+            raise WagleError(f"{name}: is no option of forget", hint=hint)

@@ -17,7 +17,7 @@ from wagle_pl.cli.messages import EXIT_MISTAKE, fail, mistake, quiet
 from wagle_pl.core import stopping
 from wagle_pl.core.environment import prepare_libraries
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.registry import nearest
+from wagle_pl.core.registry import did_you_mean
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI
@@ -153,10 +153,9 @@ def _answer_at_once(args: Sequence[str]) -> None:
         return
     else:
         print(overview(), file=sys.stderr)
-        near = nearest(first, SUMMARIES)
         fault = f"there is no command {first!r}" if args else "no command is given"
-        choices = f": did you mean {near}?" if near else f"; choose one of {', '.join(SUMMARIES)}"
-        fail(f"{fault}{choices}")
+        choices = f"choose one of {', '.join(SUMMARIES)}"
+        fail(f"{fault}; {did_you_mean(first, SUMMARIES, choices)}")
     print(said)
     raise SystemExit(0)
 

@@ -32,14 +32,8 @@ _WARNINGS = (
     ".*(DeepSpeed handles gradient clipping|torch.distributed.*is deprecated).*",
     ".*(configure_optimizers.*returned .None|sync_dist=True).*",  # attribution trains nothing
 )
-#: Lightning's loggers that repeat the user's options in every run, and how these messages begin.
-_LOGGERS = (
-    "lightning.pytorch.utilities.rank_zero",
-    "lightning.pytorch.accelerators.cuda",
-    "lightning.fabric.utilities.seed",
-)
-_REPEATED = ("GPU available", "TPU available", "LOCAL_RANK: ", "Seed set to", "💡 Tip")
-_REPEATED += ("Loading `train_dataloader`", "`Trainer.fit` stopped: `max_")
+#: Loggers that repeat the user's options in every run.
+_LOGGERS = ("pytorch.utilities.rank_zero", "pytorch.accelerators.cuda", "fabric.utilities.seed")
 
 
 def fail(message: str, code: int = EXIT_MISTAKE) -> NoReturn:
@@ -64,7 +58,7 @@ def quiet() -> None:
     for pattern in _WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
     for name in _LOGGERS:
-        logging.getLogger(name).addFilter(_is_news)
+        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
     package = logging.getLogger("wagle_pl")
     if not package.handlers:
         handler = logging.StreamHandler()
@@ -73,10 +67,6 @@ def quiet() -> None:
         package.addHandler(handler)
         package.setLevel(logging.INFO)
         package.propagate = False
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return record.levelno > logging.INFO or not any(w in record.getMessage() for w in _REPEATED)
 
 
 class _Formatter(logging.Formatter):

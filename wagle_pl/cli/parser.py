@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 from wagle_pl.cli.messages import fail
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.mistakes import in_one_line
-from wagle_pl.core.registry import nearest
+from wagle_pl.core.registry import did_you_mean
 
 _CONFIG_HELP = (
     "YAML file, or the name of one in the package, such as tofu/finetune; may be repeated: later "
@@ -207,8 +207,7 @@ def find(name: str, beside: Optional[Path] = None) -> Path:
         if path.is_file():
             return path
     known = {str(path.relative_to(HOME).with_suffix("")) for path in HOME.rglob("*.yaml")}
-    near = nearest(name.removesuffix(".yaml"), known)
-    hint = f"did you mean {near}?" if near else None
+    hint = did_you_mean(name.removesuffix(".yaml"), known)
     where = "" if beside is None else f" (named in {beside})"
     raise WagleError(f"config file {own}{where} does not exist", hint=hint)
 

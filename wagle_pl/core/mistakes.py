@@ -7,14 +7,21 @@ from collections.abc import Collection
 from pkgutil import resolve_name
 from typing import Any, NamedTuple, Optional
 
-from wagle_pl.core.registry import nearest, option_names, subclasses
+from wagle_pl.core.registry import did_you_mean, option_names, subclasses
+
+#: Lines of a report, each after the line that encloses it: what is wrong with a class or its
+#: options; a type that was expected, and a value (that of a union is in a later line).
+_IN_CLASS = (
+    r"Problem.*\n(?!Parser key|Does not validate|Expected|Subtypes)(.*)|.*\n(Expected a dot import.*"
+    r"|Expected an instantiatable class.*|Import path .*does not correspond to a subclass of.*)"
+)
+_TYPE = r".*\n(?:Expected an? (.*)\. Got value: (.*)|Subtypes: \[(.*)\])"
+_OF_COMMAND = r"unrecognized arguments: --([\w.]+)|Subcommand .* not accept option '([\w.]+)'"
 
 
 class _Cause(NamedTuple):
-    """A line of the report that a pattern matches, and what stands around it."""
-
     match: re.Match[str]
-    option: str  # its dotted name
+    option: str  # dotted name
     cls: Any  # the class that the line is about, or None
     choices: dict[str, type]  # classes that the option may name
     value: str
@@ -28,74 +35,70 @@ def in_one_line(message: str, options: Collection[str] = ()) -> str:
     >>> in_one_line("unrecognized arguments: --epoch 3", ["--epochs", "--seed"])
     '--epoch: there is no such option; did you mean --epochs?'
     """
-    if cause := _find(r"Option '(.+)' is not accepted", message):
-        return _unknown_option(cause, options)
-    unknown = r"unrecognized arguments: --([\w.]+)|Subcommand .* does not accept option '([\w.]+)'"
-    if match := re.search(unknown, message):
+    if match := re.search(_OF_COMMAND, message):
         name = match[1] or match[2]
         group = f"--{name.partition('.')[0]}"
         known = any(option.startswith(f"{group}.") for option in options)
-        hint = _meant(f"--{name}" if known else group, options, "--help lists all")
+        hint = did_you_mean(f"--{name}" if known else group, options, "--help lists all")
         return f"{'--' if match[1] else ''}{name}: there is no such option; {hint}"
     if match := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
         names = re.findall(r"[^', ]+", match[2])
-        return f"there is no command {match[1]!r}; {_meant(match[1], names)}"
-    abstract = r"Expected an instantiatable class, but .* is abstract"
-    text = r"Expected a dot import path string: (.*)"
-    other = r"Import path .*does not correspond to a subclass of .*"
-    if cause := _find(abstract, message) or _find(text, message) or _find(other, message):
-        return _unknown_class(cause)
+        hint = did_you_mean(match[1], names, f"choose one of {', '.join(names)}")
+        return f"there is no command {match[1]!r}; {hint}"
+    cause = _innermost(_IN_CLASS, message)
     if match := re.search(r"the following arguments are required: (.*)", message):
-        cause = _find(re.escape(match[0]), message)
-        start = f"{cause.option}." if cause and cause.option else ""
+        start = f"{cause.option}." if cause else ""
         names = [start + (n if start else n.rpartition(".")[2]) for n in match[1].split(", ")]
-        given = [f"--{n}" if start or f"--{n}" in options else n.upper() for n in names]
-        return f"{' and '.join(given)} must be given, on the command line or by a --config"
-    if cause := _find(r"(?!Parser key|Does not validate|Expected|Subtypes).*", message, True):
-        return f"{cause.option}: {cause.match[0]}"
-    single, several = r"Expected an? (.*)\. Got value: (.*)", r"Subtypes: \[(.*)\]()"
-    if cause := _find(single, message) or _find(several, message):
-        value = cause.match[2][:120] or cause.value
-        return f"{cause.option}: must be {_in_words(cause.match[1])}; got {value}"
+        words = [f"--{n}" if start or f"--{n}" in options else n.upper() for n in names]
+        return f"{' and '.join(words)} must be given, on the command line or by a --config"
+    if cause and cause.match[2]:
+        return _unknown_class(cause)
+    if cause:
+        text = cause.match[1]
+        match = re.fullmatch("Option '(.+)' is not accepted", text)
+        return _unknown_option(match[1], cause, options) if match else f"{cause.option}: {text}"
+    if cause := _innermost(_TYPE, message):
+        types = re.sub(r"<class '([\w.]+)'>", r"\1", cause.match[1] or cause.match[3])
+        types = re.sub(r"(?:\w+\.)+(\w+)", r"\1", types).replace("NoneType", "null")
+        return f"{cause.option}: must be {types}; got {(cause.match[2] or cause.value)[:120]}"
     return message
 
 
-def _find(pattern: str, message: str, in_class: bool = False) -> Optional[_Cause]:
-    """The innermost line that a pattern matches; ``in_class``: just below one on a class."""
+def _innermost(pattern: str, message: str) -> Optional[_Cause]:
+    """The innermost of the lines that match a pattern, together with those that enclose them."""
     lines = [line.rstrip() for line in message.splitlines() if line.strip()]
     causes: list[tuple[int, _Cause]] = []
-    above: list[tuple[int, str]] = []
+    above: list[tuple[int, str]] = []  # indent and text of the lines that enclose this one
     types = ""
     for number, line in enumerate(lines):
         text = line.lstrip(" -")
         indent = len(line) - len(text)
         above = [(i, t) for i, t in above if i < indent]
         types = text if text.startswith("Subtypes:") else types
-        match = re.fullmatch(pattern, text)
-        if match and not (in_class and not (above and above[-1][1].startswith("Problem"))):
+        if match := re.fullmatch(pattern, f"{above[-1][1] if above else ''}\n{text}"):
             enclosing = "\n".join(t for _, t in above)
             paths = re.findall(r"class_path '([^']+)'", enclosing)
             option = ".".join(re.findall(r'Parser key "([^"]+)"', enclosing))
             bases = filter(None, map(_class, re.findall(r"\w+(?:\.\w+)+", types)))
             choices = {sub.__name__: sub for base in bases for sub in subclasses(base)}
-            values = [v.strip() for v in lines[number:] if v.strip().startswith("Given value: ")]
-            value = values[0].removeprefix("Given value: ")[:120] if values else ""
+            value = re.search(r"Given value: (.*)", "\n".join(lines[number:]))
             cls = _class(paths[-1]) if paths else None
-            causes.append((len(above), _Cause(match, option, cls, choices, value)))
+            cause = _Cause(match, option, cls, choices, value[1][:120] if value else "")
+            causes.append((len(above), cause))
         above.append((indent, text))
     return max(causes, key=lambda cause: cause[0])[1] if causes else None
 
 
-def _unknown_option(cause: _Cause, options: Collection[str]) -> str:
+def _unknown_option(name: str, cause: _Cause, options: Collection[str]) -> str:
     """An option that a class does not have."""
-    name, option, cls = cause.match[1], cause.option, cause.cls
+    option, cls = cause.option, cause.cls
     if name == "class_path":
         return f"{option}: it takes class_path and init_args, and nothing else"
     if cls.__name__ not in cause.choices and any(subclasses(cls)):  # a base class
         return f"{option}.{name}: no class is named for {option}; give --{option} CLASS before it"
     elsewhere = next((o for o in sorted(options) if o.endswith(f".{name}")), None)
-    hint = f"see --{option}.help {cls.__name__}"
-    hint = _meant(name, option_names(cls), f"did you mean {elsewhere}?" if elsewhere else hint)
+    hint = f"did you mean {elsewhere}?" if elsewhere else f"see --{option}.help {cls.__name__}"
+    hint = did_you_mean(name, option_names(cls), hint)
     return f"{option}.{name}: {cls.__name__} has no such option; {hint}"
 
 
@@ -103,16 +106,11 @@ def _unknown_class(cause: _Cause) -> str:
     """A class that does not exist, is of another kind, or has yet to be named."""
     option, value = cause.option, cause.value
     if nested := re.match(r"NestedArg\(key='([\w.]+)'", value):
-        said = f"{option}.{nested[1]}: no class is named for {option}"
-        return f"{said}; give --{option} CLASS before it"
+        hint = f"give --{option} CLASS before it"
+        return f"{option}.{nested[1]}: no class is named for {option}; {hint}"
     ours = [n for n, cls in cause.choices.items() if cls.__module__.startswith("wagle_pl")]
     hint = f"choose one of {', '.join(sorted(ours))}, or a class path" if ours else "--help lists"
-    return f"{option}: unknown class {value!r}; {_meant(value, cause.choices, hint)}"
-
-
-def _meant(name: str, names: Collection[str], otherwise: str = "") -> str:
-    near = nearest(name, names)
-    return f"did you mean {near}?" if near else otherwise or f"choose one of {', '.join(names)}"
+    return f"{option}: unknown class {value!r}; {did_you_mean(value, cause.choices, hint)}"
 
 
 def _class(path: str) -> Optional[type]:
@@ -122,13 +120,3 @@ def _class(path: str) -> Optional[type]:
     except (ImportError, AttributeError, ValueError):
         return None
     return cls if isinstance(cls, type) else None
-
-
-def _in_words(types: str) -> str:
-    """jsonargparse's types, shorter.
-
-    >>> _in_words("<class 'int'>, typing.Literal['a', 'b'], list[str], <class 'NoneType'>")
-    "int, Literal['a', 'b'], list[str], null"
-    """
-    words = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", types)
-    return re.sub(r"(?:\w+\.)+(\w+)", r"\1", words).replace("NoneType", "null")

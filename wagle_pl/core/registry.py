@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Collection, Iterator, Mapping
 from difflib import get_close_matches
 from functools import cache
-from typing import Any, Optional, TypeVar, Union
+from typing import Any, TypeVar, Union
 
 from wagle_pl.core.errors import WagleError, first_line
 
@@ -16,14 +16,15 @@ FURTHER = {"Attack": "wagle_pl.lab.attacks"}
 Entry = Union[str, Mapping[str, Any]]
 
 
-def nearest(name: str, names: Collection[str]) -> Optional[str]:
-    """The name that was probably meant, if any; case is ignored.
+def did_you_mean(name: str, names: Collection[str], otherwise: str = "") -> str:
+    """A question that proposes the nearest name, case ignored, or what to say ``otherwise``.
 
-    >>> nearest("npoo", ["GradDiff", "NPO"])
-    'NPO'
+    >>> did_you_mean("npoo", ["GradDiff", "NPO"])
+    'did you mean NPO?'
     """
     folded = {other.lower(): other for other in sorted(names)}
-    return next((folded[found] for found in get_close_matches(name.lower(), folded, n=1)), None)
+    near = get_close_matches(name.lower(), folded, n=1)
+    return f"did you mean {folded[near[0]]}?" if near else otherwise
 
 
 def subclasses(base: type[T]) -> Iterator[type[T]]:
@@ -83,10 +84,10 @@ def find_class(base: type[T], name: str, option: str, also: Collection[str] = ()
     classes = [*subclasses(base)] or [base]
     ours = {_name(c) for c in classes if c.__module__.startswith("wagle_pl") and _name(c)[0] != "_"}
     names = [*also, *sorted(ours)]
-    near = nearest(name, names)
-    meant = f": did you mean {near}?" if near else ""
+    hint = did_you_mean(name, names)
     raise WagleError(
-        f"{option}: unknown name {name!r}; choose one of {', '.join(names)}, or a class path{meant}"
+        f"{option}: unknown name {name!r}; choose one of {', '.join(names)}, or a class path"
+        + (f": {hint}" if hint else "")
     )
 
 
@@ -128,8 +129,7 @@ def check_options(cls: type, given: Mapping[str, Any], where: str) -> dict[str, 
     found: dict[str, Any] = {}
     for name, value in given.items():
         if name not in names:
-            near = nearest(name, names)
-            hint = f"did you mean {near}?" if near else f"it has {', '.join(names)}"
+            hint = did_you_mean(name, names, f"it has {', '.join(names)}")
             raise WagleError(f"{where}: {cls.__name__} has no option {name!r}", hint=hint)
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(cls, "it", skip={*names} - {name}, instantiate=False)
