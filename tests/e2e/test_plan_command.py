@@ -10,7 +10,8 @@ from helpers import write_config
 
 from wagle_pl.attribution.hessian import estimator_of
 from wagle_pl.cli import app as cli
-from wagle_pl.lab.planning import PlannedRun, architecture, disk_bytes, memory
+from wagle_pl.lab import planning
+from wagle_pl.lab.planning import PlannedRun, architecture, disk_bytes
 
 
 @pytest.mark.parametrize("hessian", ["scalar", "auto", "gauss_newton", "fisher", "hutchinson"])
@@ -30,7 +31,7 @@ def test_sums_are_what_attribution_keeps(wagle, tiny_model, hessian):
     shape = architecture(tiny_model)
     diagonal = hessian not in ("scalar", "auto")
     run = PlannedRun("attribution", estimator=estimator_of(hessian), diagonal=diagonal)
-    assert kept == memory.sums_per_weight(run) * shape.weights
+    assert kept == planning.sums_per_weight(run) * shape.weights
     size = Path("mask.safetensors").stat().st_size
     assert size == pytest.approx(disk_bytes(run, shape.weights)["mask"], abs=9000)  # header
 
@@ -48,16 +49,10 @@ def test_the_checkpoint_of_a_run_is_as_large_as_planned(wagle, tiny_model):
 
 
 def test_the_command_prints_a_plan(tiny_model, capsys):
-    options = ["--strategy", "zero3", "--devices", "2", "--tokens_per_second", "500"]
-    cli.main(["plan", "--model", tiny_model, *options, "--tokens", "900000"])
+    cli.main(["plan", "--model", tiny_model, "--strategy", "zero3", "--devices", "2"])
     printed = capsys.readouterr().out
-    for word in (
-        *("mask bits", "optimiser state", "a GPU of 24 GB", "CPU memory", "FLOPs"),
-        "0.50 h for 900,000 tokens",
-    ):
+    for word in ("mask bits", "optimiser state", "a GPU of 1 GiB", "CPU memory"):
         assert word in printed
-    cli.main(["plan", "--model", tiny_model, "--tokens", "900000"])
-    assert "unknown for 900,000 tokens: give --tokens_per_second too" in capsys.readouterr().out
     total = re.search(r"^total +(.*)$", printed, re.MULTILINE)[1].split()
     assert max(map(float, total)) == float(re.search(r"^peak +(\S+) GiB", printed, re.MULTILINE)[1])
 
@@ -71,16 +66,15 @@ def test_every_task_has_a_plan(tiny_model, capsys, task):
 
 MISTAKES = {
     "--model ./nowhere": "model folder ./nowhere does not exist",
-    "--strategy zero4": "strategy: unknown name 'zero4'; choose one of",
+    "--strategy zero4": "strategy: must be auto, ddp",
     "--devices 0": "devices: must be at least 1, got 0",
-    "--task learning": "task: unknown name 'learning'",
+    "--task learning": "task: must be attribution, unlearning, finetuning or test",
     "--density 1.5": "must be in (0, 1]",
     "--task attribution --precision 16-mixed": "not in fp16",
     "--task attribution --hessian hutchinson --strategy zero3": "needs whole parameters",
     "--task attribution --sums passes=999": "sums: 999 passes are more",
     "--task attribution --sums disk": "sums: must be device, host or passes=K",
     "--frozen_copy --strategy zero3": "does not work under ZeRO-3",
-    "--tokens_per_second 0": "tokens_per_second: must be above 0",
 }
 
 

@@ -29,8 +29,7 @@ from wagle_pl.attribution.hessian import (
 from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.core.distributed import stable_seed
 from wagle_pl.core.errors import WagleError
-from wagle_pl.lab.planning import PlannedRun
-from wagle_pl.lab.planning.memory import sums_per_weight
+from wagle_pl.lab.planning import PlannedRun, sums_per_weight
 from wagle_pl.lm.inference import Predictions, answer_places
 
 VOCABULARY = 5

@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Literal, Optional
 
 from wagle_pl.cli import LazyModule
-from wagle_pl.core.errors import WagleError, check_positive
+from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing
 from wagle_pl.core.text import count, fields, table
 
 planning = LazyModule("wagle_pl.lab.planning")
 
-#: Memory of GPUs in GiB, and numbers of GPUs, for which plans are shown.
-SIZES = (24, 40, 80)
-COUNTS = (1, 2, 4, 8)
+COUNTS = (1, 2, 4, 8)  # of devices for which plans are shown
 
 
 def report(
@@ -91,10 +89,8 @@ def plan(
     accumulate_grad_batches: int = 1,
     gradient_checkpointing: bool = False,
     frozen_copy: bool = False,
-    tokens: Optional[int] = None,
-    tokens_per_second: Optional[float] = None,
 ) -> None:
-    """Estimate the memory, disk and work of a run from the model's configuration alone.
+    """Estimate the memory and disk space of a run from the model's configuration alone.
 
     Args:
         model: hub id, folder in Hugging Face format, or GGUF file.
@@ -115,94 +111,46 @@ def plan(
         gradient_checkpointing: recompute activations in the backward pass.
         frozen_copy: whether the objective keeps a copy of the model before unlearning (KL, UNDIAL,
             hidden states).
-        tokens: tokens of the whole run, forget and retain rows, all epochs; to estimate its time.
-        tokens_per_second: measured throughput of all devices together, to estimate its time.
     """
-    options = dict(locals())
-    for option in ("model", "hessian", "tokens", "tokens_per_second"):
-        del options[option]
+    options = {name: value for name, value in locals().items() if name not in ("model", "hessian")}
     from wagle_pl.attribution.hessian import estimator_of
 
-    named = estimator_of(hessian)
-    estimator = named if task == "attribution" else None
+    estimator = estimator_of(hessian) if task == "attribution" else None
     diagonal = estimator is not None and hessian != "auto"
     run = planning.PlannedRun(**options, estimator=estimator, diagonal=diagonal)
-    for option, value in (("tokens", tokens), ("tokens_per_second", tokens_per_second)):
-        if value is not None:
-            check_positive(value, option)
     shape = planning.architecture(model)
-    checkpointing = ", checkpointing" if gradient_checkpointing else ""
-    rows = f"{batch_size} x {max_length} tokens per stream{checkpointing}"
-    about = [
-        ("model", f"{model}: {shape.weights:,} weights, {shape.largest:,} in the largest tensor"),
-        ("run", f"{task}, {strategy} on {devices} x {accelerator}, {precision}, {rows}"),
+    moment, size = planning.peak(shape, run)
+    about = {
+        "model": f"{model}: {shape.weights:,} weights, {shape.largest:,} in the largest tensor",
+        "run": f"{task}, {strategy} on {devices} x {accelerator}, {precision}, "
+        f"{batch_size} x {max_length} tokens per stream",
+        "peak": f"{gib(size)} GiB, moment: {moment}",
+    }
+    if accelerator == "gpu":
+        about["fits"] = (
+            f"a GPU of {size / planning.USABLE / 2**30:.0f} GiB, with room for fragments"
+        )
+        about["CPU memory"] = f"{gib(planning.host_bytes(shape, run))} GiB per rank"
+    files = planning.disk_bytes(run, shape.weights, shape.stored).items()
+    listed = ", ".join(f"{name} {gib(size)} GiB" for name, size in files)
+    about["disk"] = listed or "tables of results only"
+    print(fields([*about.items()]), *_tables(shape, run), sep="\n\n")
+
+
+def _tables(shape: planning.Architecture, run: planning.PlannedRun) -> Iterator[str]:
+    """Memory by part and moment, and the peak under every strategy and number of devices."""
+    unit = "GiB per GPU" if run.accelerator == "gpu" else "GiB per process"
+    parts, moments = planning.device_parts(shape, run), planning.MOMENTS
+    rows = [[p.name, *(gib(p.bytes) if m in p.moments else "" for m in moments)] for p in parts]
+    rows.append(["total", *(gib(planning.at(parts, m)) for m in moments)])
+    yield table([unit, *moments], rows)
+    others = [
+        [name, *(gib(planning.peak(shape, other)[1]) for other in runs)]
+        for name, runs in planning.choices(run, COUNTS)
     ]
-    sums = [*needs(shape, run), *work(shape, run, tokens, tokens_per_second)]
-    parts = [fields(about), memory_table(shape, run), fields(sums), choice_table(shape, run)]
-    print(*parts, sep="\n\n")
+    yield table([f"peak, {unit}, on", *map(str, COUNTS)], others)
 
 
 def gib(size: float) -> str:
     """Bytes in GiB."""
     return f"{size / 2**30:.2f}"
-
-
-def smallest(size: float) -> Optional[int]:
-    """The smallest GPU of :data:`SIZES` that ``size`` bytes fit into; None if there is none.
-
-    >>> smallest(22 << 30), smallest(23 << 30), smallest(79 << 30)
-    (24, 40, None)
-    """
-    return next((gpu for gpu in SIZES if size <= planning.USABLE * gpu * 2**30), None)
-
-
-def memory_table(shape: planning.Architecture, run: planning.PlannedRun) -> str:
-    """A device's memory by part and phase, in GiB; stars mark the phase of the peak."""
-    parts, moments = planning.device_parts(shape, run), planning.MOMENTS
-    moment, _ = planning.peak(shape, run)
-    rows = [[p.name, *(gib(p.bytes) if m in p.moments else "" for m in moments)] for p in parts]
-    rows.append(["total", *(gib(planning.at(parts, m)) for m in moments)])
-    device = "GPU" if run.accelerator == "gpu" else "process"
-    return table([f"GiB per {device}", *(f"*{m}*" if m == moment else m for m in moments)], rows)
-
-
-def needs(shape: planning.Architecture, run: planning.PlannedRun) -> Iterator[tuple[str, str]]:
-    """Peak memory, the GPU that fits, CPU memory and disk space."""
-    moment, size = planning.peak(shape, run)
-    yield "peak", f"{gib(size)} GiB, moment: {moment}"
-    if run.accelerator == "gpu":
-        fits = smallest(size)
-        found = f"a GPU of {fits} GB" if fits else f"no GPU of {', '.join(map(str, SIZES))} GB"
-        yield "fits", f"{found} ({1 - planning.USABLE:.0%} are left to fragmentation)"
-        yield "CPU memory", f"{gib(planning.host_bytes(shape, run))} GiB per rank"
-    files = planning.disk_bytes(run, shape.weights, shape.stored).items()
-    listed = ", ".join(f"{name} {gib(size)} GiB" for name, size in files)
-    yield "disk", listed or "tables of results only"
-
-
-def work(
-    shape: planning.Architecture,
-    run: planning.PlannedRun,
-    tokens: Optional[int],
-    rate: Optional[float],
-) -> Iterator[tuple[str, str]]:
-    """Operations of a micro-batch on all devices, and its time if the throughput is known."""
-    flops, step = planning.step_flops(shape, run), planning.step_tokens(run)
-    yield "work", f"{flops:.3g} FLOPs per micro-batch of {step:,} tokens, all devices"
-    if rate:
-        whole = f"; {tokens / rate / 3600:.2f} h for {tokens:,} tokens" if tokens else ""
-        yield "time", f"{step / rate:.3g} s per micro-batch{whole}, at {rate:g} tokens/s"
-    elif tokens:
-        yield "time", f"unknown for {tokens:,} tokens: give --tokens_per_second too"
-
-
-def choice_table(shape: planning.Architecture, run: planning.PlannedRun) -> str:
-    """Peak under every strategy and number of devices, with the smallest GPU that fits."""
-
-    def cell(choice: planning.PlannedRun) -> str:
-        _, size = planning.peak(shape, choice)
-        return f"{gib(size)} ({smallest(size) or '-'})" if run.accelerator == "gpu" else gib(size)
-
-    rows = [[name, *map(cell, runs)] for name, runs in planning.choices(run, COUNTS)]
-    what = "GiB per GPU (smallest that fits, GB)" if run.accelerator == "gpu" else "GiB per process"
-    return table([what, *(f"{count}" for count in COUNTS)], rows)

@@ -1,0 +1,427 @@
+"""Memory, disk and work of a run, from a model's shapes alone: no weights are read, nothing is run.
+
+A run passes through *moments*, each of which needs its own parts (:class:`Part`); its peak is the
+largest sum of a moment's parts. Formulas are in bytes, for one device, with
+
+    n  weights                          w  bytes per weight as the model computes with it
+    m  weights of the largest tensor    c  bytes of a matrix product's inputs and outputs
+    s  weights that may move            ranks  devices, over which ZeRO divides
+
+``bin/benchmarks/plan.py`` compares the predictions with what real runs take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, NamedTuple, Optional
+
+from wagle_pl.attribution.hessian import check_run
+from wagle_pl.attribution.sums import BLOCK, Sums, runs_of
+from wagle_pl.core.errors import WagleError, check_choice, check_density
+from wagle_pl.lm.inference import CHUNK
+from wagle_pl.masks.names import layer_of
+from wagle_pl.unlearning.optim import STATE_BYTES
+
+GIB, FP32 = 1 << 30, 4
+BUCKET = 200_000_000  # most values in one of DeepSpeed's buckets (Lightning's default)
+LIVE = 1_000_000_000  # most weights that ZeRO-3 keeps gathered (``stage3_max_live_parameters``)
+CPU_OVERHEAD = 600 << 20  # of interpreter and libraries in a process: measured
+GPU_OVERHEAD = 1 << 30  # of CUDA context, cuBLAS and NCCL on a GPU: assumed, not measured
+USABLE = 0.92  # share of a GPU's memory that plans use; the rest is left to fragmentation
+
+MOMENTS = LOAD, FORWARD, BACKWARD, STEP, END = "load", "forward", "backward", "step", "end"
+RUNNING = MOMENTS[1:]
+#: Precision -> bytes of a weight in memory, bytes of a matrix product's inputs and outputs.
+PRECISIONS = {"32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2)}
+PRECISIONS |= {"16-mixed": (4, 2), "16-true": (2, 2)}
+#: ZeRO stage under the names of Lightning and of ``configs/strategy``; ``_offload`` ends some.
+STAGES = {"auto": 0, "ddp": 0, "deepspeed_stage_2_offload": 2, "deepspeed_stage_3_offload": 3}
+STAGES |= {f"{kind}{stage}": stage for kind in ("zero", "deepspeed_stage_") for stage in (1, 2, 3)}
+STAGES["zero3_offload"] = 3
+CHOICES = {
+    "task": ("attribution", "unlearning", "finetuning", "test"),
+    "strategy": tuple(STAGES),
+    "precision": tuple(PRECISIONS),
+    "optimizer": tuple(STATE_BYTES),
+    "accelerator": ("gpu", "cpu"),
+}
+
+
+class Part(NamedTuple):
+    """Memory of one kind: bytes and moments; ``host`` means a GPU's share of CPU memory."""
+
+    name: str
+    bytes: float
+    moments: Sequence[str] = RUNNING
+    where: str = "device"
+
+
+class Architecture(NamedTuple):
+    """What the formulas need of a model."""
+
+    shapes: dict[str, tuple[int, ...]]  # parameter name -> shape, tied weights once
+    hidden: int
+    layers: int
+    heads: int
+    attention: int  # size of all query heads together
+    keys: int  # the same for key heads
+    inner: int  # of the MLP
+    gated: bool  # as in Llama, or not, as in GPT-2
+    vocabulary: int
+    tied: bool  # one tensor is both embedding and output matrix
+    stored: int  # bytes per weight on disk
+
+    @property
+    def sizes(self) -> list[int]:
+        return [prod(shape) for shape in self.shapes.values()]
+
+    @property
+    def weights(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def largest(self) -> int:
+        return max(self.sizes)
+
+
+def architecture(name: str) -> Architecture:
+    """The architecture of a model: a hub id, folder in Hugging Face format, or GGUF file."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from wagle_pl.core.weights import parameter_shapes
+    from wagle_pl.lm import models
+
+    source, options = models.locate(name)
+    with models.loading(f"model {name!r}", name, "planned for"):
+        full = AutoConfig.from_pretrained(source, **options)
+    try:
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(full)
+    except (ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:100]
+        what = "its configuration is of no causal language model with known shapes"
+        raise WagleError(f"{name!r}: {what}: {reason}", option="model") from None
+    config, shapes = full.get_text_config(), parameter_shapes(lm)
+    embedding, output = lm.get_input_embeddings().weight, lm.get_output_embeddings()
+    layers = {parameter: layer_of(parameter) for parameter in shapes}
+    matrices = [s for n, s in shapes.items() if layers[n] is not None and len(s) == 2]
+    vocabulary, hidden = embedding.shape
+    heads = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or hidden // heads
+    return Architecture(
+        shapes=shapes,
+        hidden=hidden,
+        layers=len({*layers.values()} - {None}),
+        heads=heads,
+        attention=heads * head,
+        keys=(getattr(config, "num_key_value_heads", None) or heads) * head,
+        inner=getattr(config, "intermediate_size", None) or max(map(max, matrices)),
+        gated=any("gate" in parameter for parameter in shapes),
+        vocabulary=vocabulary,
+        tied=output is not None and output.weight is embedding,
+        stored=(full.dtype if isinstance(full.dtype, torch.dtype) else torch.float32).itemsize,
+    )
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run; options without a comment are those of ``wagle plan``, which documents them."""
+
+    task: str = "unlearning"
+    strategy: str = "auto"
+    devices: int = 1
+    precision: str = "bf16-true"
+    accelerator: str = "gpu"
+    density: float = 0.2
+    #: A class of :mod:`wagle_pl.attribution.hessian`; None where the Hessian is a scalar.
+    estimator: Optional[Any] = None
+    diagonal: bool = False  # attribution keeps the diagonal, and not only its mean
+    sums: str = "device"
+    optimizer: str = "MaskedAdamW"
+    batch_size: int = 1
+    max_length: int = 512
+    accumulate_grad_batches: int = 1
+    gradient_checkpointing: bool = False
+    frozen_copy: bool = False
+
+    def __post_init__(self) -> None:
+        for option, names in CHOICES.items():
+            check_choice(getattr(self, option), names, option)
+        for option in ("devices", "batch_size", "max_length", "accumulate_grad_batches"):
+            if getattr(self, option) < 1:
+                raise WagleError(f"must be at least 1, got {getattr(self, option)}", option=option)
+        check_density(self.density)
+        if self.task == "attribution":
+            check_run(self.precision, self.stage, self.devices, self.estimator, self.in_sums)
+        if self.stage == 3 and self.frozen_copy:
+            raise WagleError("does not work under ZeRO-3; choose another", option="frozen_copy")
+
+    @property
+    def in_sums(self) -> Sums:
+        return Sums.parse(self.sums) if self.task == "attribution" else Sums()
+
+    @property
+    def stage(self) -> int:
+        return STAGES[self.strategy]
+
+    @property
+    def offload(self) -> bool:
+        """Whether CPU memory holds the optimiser's state and, under stage 3, the weights."""
+        return self.strategy.endswith("_offload")
+
+    @property
+    def width(self) -> int:
+        """Bytes w per weight; DeepSpeed's mixed precision holds the model in the narrow type."""
+        return PRECISIONS[self.precision][bool(self.stage)]
+
+    @property
+    def computing(self) -> int:
+        """Bytes c of each input and output of a matrix product."""
+        return PRECISIONS[self.precision][1]
+
+    @property
+    def masked(self) -> bool:
+        return self.task == "unlearning" and self.density < 1
+
+    @property
+    def moving(self) -> float:
+        return self.density if self.masked else 1.0
+
+    @property
+    def by_term(self) -> bool:
+        """Whether the gradients of the objective's terms are computed one after the other."""
+        return self.strategy == "auto" and not self.precision.startswith("16")
+
+    @property
+    def streams(self) -> int:
+        """Streams of a batch whose graphs exist together."""
+        return 2 if self.task == "unlearning" and not self.by_term else 1
+
+
+# -- formulas --------------------------------------------------------------------------------------
+
+
+def block_bytes(model: Architecture, c: int) -> int:
+    """2 h (4 + 2 c) + 4 q c + 4 heads + (4 or 2) i c: bytes per token that a block keeps.
+
+    Two norms keep their input in fp32, the normalised input and their output; attention keeps
+    queries, keys, values (repeated for every head) and its output, and one fp32 number per head; a
+    gated MLP keeps gate, its activation, up and their product (one without a gate: two). Derived
+    like Korthikanti et al. 2022 (arXiv 2205.05198), for the Llama block.
+    """
+    attention = 4 * model.attention * c + FP32 * model.heads
+    return (
+        2 * model.hidden * (FP32 + 2 * c) + attention + (4 if model.gated else 2) * model.inner * c
+    )
+
+
+def activation_bytes(model: Architecture, tokens: int, c: int, checkpointing: bool = False) -> int:
+    """All blocks and the last norm; with checkpointing, each block's input and one block."""
+    block = block_bytes(model, c)
+    kept = model.layers * model.hidden * c + block if checkpointing else model.layers * block
+    return tokens * (kept + model.hidden * (FP32 + 2 * c))
+
+
+def logit_bytes(
+    model: Architecture, tokens: int, c: int, streams: int = 1, sharded: bool = False
+) -> int:
+    """Logits, their log-softmax and its gradient (these two in fp32) of each stream's tokens or, if
+    they are more than a chunk, of one chunk. With sharded weights (ZeRO-3), logits of all tokens
+    are computed at once, and kept with their gradient."""
+    numbers = tokens * model.vocabulary
+    chunk = CHUNK if numbers > CHUNK else streams * numbers
+    return chunk * (c + 2 * FP32) + 2 * streams * numbers * c * (sharded and numbers > CHUNK)
+
+
+def sums_per_weight(run: PlannedRun) -> int:
+    """Bytes of the fp32 sums g_f and g_r, of the diagonal if one is kept, and of a step's draw."""
+    return FP32 * (2 + run.diagonal + (run.estimator.step_sums if run.estimator else 0))
+
+
+def _attribution(model: Architecture, run: PlannedRun) -> list[Part]:
+    """Only one tensor has a gradient at a time (two gradients if it is embedding and output
+    matrix), converted to fp32 if it is narrower; several ranks add it up in a copy. Scoring a block
+    takes five tensors of its size. ``passes=K``: sums are of the largest group of parameters."""
+    w, m, ranks, gpu = run.width, model.largest, run.devices, run.accelerator == "gpu"
+    host, passes = run.in_sums
+    gradient = (2 if model.tied else 1) * w * m
+    gradient += FP32 * m * ((w < FP32 and (ranks > 1 or not host)) + (ranks > 1) * (1 + 1 / ranks))
+    share = max(sum(model.sizes[i] for i in run_) for run_ in runs_of(model.sizes, passes)) / ranks
+    moved = (w if ranks == 1 else FP32 / ranks) * m if host and gpu else 0
+    ddp = run.stage == 0 and ranks > 1 and gpu  # on a CPU, untouched memory takes no room
+    temporaries = run.estimator.temporaries if run.estimator else 0
+    when = RUNNING[:-1] if passes > 1 else RUNNING
+    return [
+        Part("sums of gradients", sums_per_weight(run) * share, when, "host" if host else "device"),
+        Part("gradient of one tensor", gradient + moved, (BACKWARD,)),
+        Part("scores of one tensor", FP32 * (m / ranks + 5 * min(BLOCK, m / ranks)), (END,)),
+        Part("buckets of DDP, unused", model.weights * w * ddp),
+        Part("tensors of the Hessian estimate", temporaries * model.weights * w, (BACKWARD,)),
+    ]
+
+
+def _training(model: Architecture, run: PlannedRun) -> list[Part]:
+    """Values, their places, gradients and optimiser state of the weights that move. Only the
+    selected entries of a tensor's gradient are kept; under ZeRO-3 places are bits."""
+    n, m, w, moving = model.weights, model.largest, run.width, run.moving
+    s, stage, ddp = n * moving, run.stage, run.devices > 1
+    place = FP32 if run.masked and stage < 3 else 0
+    bits = n / 8 / run.devices if run.masked and stage == 3 else 0
+    copy = w if run.frozen_copy else 0
+    parts = [
+        Part("mask bits", bits, MOMENTS),
+        Part("places of the values", place * s, MOMENTS),
+        Part("values at θ₀", copy * s, MOMENTS),
+        Part("one tensor at θ₀", copy * m * run.masked, (FORWARD,)),
+        Part("export", n * model.stored * (stage < 3 and model.stored != w), (END,)),
+    ]
+    if stage:
+        return [*parts, *_zero(model, run)]
+    apart = run.task == "unlearning" and run.by_term and run.accumulate_grad_batches > 1
+    values = run.masked or w < FP32  # apart from the weights
+    fused = run.optimizer != "AdamW" or run.accelerator == "cpu"  # torch's makes one fp32 copy
+    return [
+        *parts,
+        Part("values", FP32 * s * values, MOMENTS),
+        Part("gradients", FP32 * s),
+        Part("gradient of one tensor", w * m * (values or model.tied), (BACKWARD,)),
+        Part("gradient of a term", FP32 * s * apart, (BACKWARD,)),
+        Part("optimiser state", STATE_BYTES[run.optimizer] * s),
+        Part("step", 0 if fused else FP32 * s, (STEP,)),
+        Part("buckets of DDP", FP32 * s * ddp),
+    ]
+
+
+def _zero(model: Architecture, run: PlannedRun) -> list[Part]:
+    """ZeRO's flat partitions, in fp32 even if the values are, and its buckets.
+
+    Stage 3 keeps the tensors into which values were written, with their bits, in the graph of each
+    stream; with checkpointing, those of one block and of the output matrix. Under stages 1 and 2
+    two buckets take turns, and the other gradients exist until the last reduction. Over several
+    micro-batches stage 1 keeps whole gradients, stage 2 a rank's share.
+    """
+    n, m, w, s = model.weights, model.largest, run.width, model.weights * run.moving
+    share, sharded, gpu = s / run.devices, run.stage == 3, run.accelerator == "gpu"
+    where = "host" if run.offload else "device"
+    bucket, turns = min(BUCKET, s), 1 if sharded or not (gpu or s > BUCKET) else 2
+    temporary = FP32 * share if run.optimizer == "AdamW" and gpu else 0
+    parts = [
+        Part("fp32 values", FP32 * share, MOMENTS, where),
+        Part("optimiser state", STATE_BYTES[run.optimizer] * share, RUNNING, where),
+        Part("buckets", w * bucket * turns, RUNNING if sharded else (BACKWARD,)),
+        Part("bucket being reduced", w * bucket * (1 + (sharded and not gpu)), (BACKWARD,)),
+        Part("gradients of the step", FP32 * share, (STEP,), where),
+        Part("step", temporary if sharded else max(temporary, w * share), (STEP,), where),
+        Part("values", w * (share if sharded else s) * run.masked, MOMENTS),
+    ]
+    if sharded:
+        at_once = run.streams * n
+        if run.gradient_checkpointing:
+            at_once = n / model.layers + run.streams * m
+        written = (w + 1 / 8) * at_once * run.masked
+        parts.append(Part("weights with values", written, (FORWARD, BACKWARD)))
+        return [*parts, Part("gradients", w * share, RUNNING, where)]
+    kept = w * (s if run.stage == 1 else share) * (run.accumulate_grad_batches > 1)
+    overflow = w * m * (s > BUCKET and not run.masked)
+    return [
+        *parts,
+        Part("gradients so far", kept, (FORWARD, BACKWARD)),
+        Part("gradients", w * (s - bucket) / run.devices + overflow, (BACKWARD,), where),
+    ]
+
+
+def _passes(model: Architecture, run: PlannedRun) -> list[Part]:
+    """Activations and logits of the graphs that exist together; in a test, those of one block, and
+    the cache of a generation as long as the rows. A Gauss–Newton draw goes backward twice through
+    the same graph (not under ZeRO-3), so its activations are kept during the first."""
+    tokens, c = run.batch_size * run.max_length, run.computing
+    if run.task == "test":
+        return [
+            Part("activations", block_bytes(model, c) * tokens, (FORWARD,)),
+            Part("logits", logit_bytes(model, tokens, c), (FORWARD,)),
+            Part("cache of a generation", 2 * model.layers * model.keys * tokens * c, (FORWARD,)),
+        ]
+    again = run.estimator is not None and run.estimator.same_graph and run.stage < 3
+    when = (FORWARD, BACKWARD) if again else (FORWARD,)
+    activations = activation_bytes(model, tokens * run.streams, c, run.gradient_checkpointing)
+    logits = logit_bytes(model, tokens, c, run.streams, run.stage == 3)
+    narrow = model.weights * c * (run.width > c)
+    return [
+        Part("activations", activations, when),
+        Part("logits", logits, when),
+        Part("narrow copies of the weights", narrow, (FORWARD,)),
+    ]
+
+
+# -- the plan --------------------------------------------------------------------------------------
+
+
+def parts_of(model: Architecture, run: PlannedRun) -> list[Part]:
+    """All parts of a run's memory, on the device and on the host."""
+    n, w, gpu = model.weights, run.width, run.accelerator == "gpu"
+    libraries = (
+        ("CUDA, cuBLAS, NCCL", GPU_OVERHEAD) if gpu else ("interpreter and libraries", CPU_OVERHEAD)
+    )
+    parts = [Part(*libraries, MOMENTS)]
+    if run.stage < 3:
+        parts.append(Part("weights", n * w, MOMENTS))
+    else:
+        where = "host" if run.offload else "device"
+        parts.append(Part("weights", n * w / run.devices, MOMENTS, where))
+        parts.append(Part("weights brought together", min(n, LIVE) * w, (FORWARD, BACKWARD)))
+    if run.task == "attribution":
+        parts += _attribution(model, run)
+    elif run.task != "test":
+        parts += _training(model, run)
+    return [part for part in parts + _passes(model, run) if part.bytes]
+
+
+def device_parts(model: Architecture, run: PlannedRun) -> list[Part]:
+    """The parts in a device's memory; on a CPU, all parts."""
+    parts = parts_of(model, run)
+    return [part for part in parts if part.where == "device" or run.accelerator == "cpu"]
+
+
+def at(parts: Iterable[Part], moment: str) -> float:
+    """Bytes of the parts that exist at a moment."""
+    return sum(part.bytes for part in parts if moment in part.moments)
+
+
+def peak(model: Architecture, run: PlannedRun) -> tuple[str, float]:
+    """The moment at which a device needs the most memory, and how much."""
+    parts = device_parts(model, run)
+    return max(((moment, at(parts, moment)) for moment in MOMENTS), key=lambda pair: pair[1])
+
+
+def host_bytes(model: Architecture, run: PlannedRun) -> float:
+    """CPU memory of one rank of a run on GPUs: libraries, what is offloaded and, while it is being
+    loaded, the model as it is stored (under ZeRO-3 one of its tensors)."""
+    parts = [part for part in parts_of(model, run) if part.where == "host"]
+    loading = model.stored * (model.largest if run.stage == 3 else model.weights)
+    return CPU_OVERHEAD + max(loading, *(at(parts, moment) for moment in MOMENTS))
+
+
+def disk_bytes(run: PlannedRun, weights: int, stored: int = 0) -> dict[str, float]:
+    """File -> size; ``stored`` is the bytes per weight of the model that training writes."""
+    if run.task == "test":
+        return {}
+    if run.task == "attribution":
+        files = {"mask": weights / 8, "checkpoint": FP32 * (2 + run.diagonal) * weights}
+        return files | ({"sums": files["checkpoint"]} if run.in_sums.passes > 1 else {})
+    kept = (FP32 + STATE_BYTES[run.optimizer]) * weights * run.moving
+    return {"checkpoint": kept, "model": weights * stored}
+
+
+def choices(
+    run: PlannedRun, devices: Sequence[int] = (1, 2, 4, 8)
+) -> Iterable[tuple[str, list[PlannedRun]]]:
+    """(strategy, the run under it on each number of devices) for every strategy that works."""
+    sharded = ["zero3", "zero3_offload"] if run.accelerator == "gpu" else ["zero3"]
+    if run.frozen_copy or (run.estimator is not None and not run.estimator.shardable):
+        sharded = []
+    other = replace(run, sums="device" if run.in_sums.passes > 1 else run.sums)
+    for name in ["ddp", "zero1", "zero2", *sharded]:
+        yield name, [replace(other, strategy=name, devices=count) for count in devices]
