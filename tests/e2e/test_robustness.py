@@ -25,7 +25,7 @@ from wagle_pl.lab.attacks import InContext
 from wagle_pl.lm.models import load_model, load_tokenizer
 from wagle_pl.lm.saving import save_model
 
-PROMPTED = ["paraphrase", "translated_style", "in_context", "sample", "probe"]
+PROMPTED = ["paraphrase", "in_context", "sample", "probe"]
 ALL = ["relearn", "quantise", *PROMPTED]
 
 
@@ -40,12 +40,12 @@ def test_how_attacks_are_named():
         assert names(value) == ALL and find_attacks(value)[1]
     for value in (None, False, "none", []):
         assert find_attacks(value) == ([], False)
-    two = ["translated_style", "in_context"]
-    for value in ("TranslatedStyle, in_context", "[translated_style,InContext]", two):
+    two = ["paraphrase", "in_context"]
+    for value in ("Paraphrase, in_context", "[paraphrase,InContext]", two):
         assert names(value) == two
     own = Relearn(steps=3)
     assert find_attacks([own])[0] == [own]
-    with pytest.raises(WagleError, match=r"'relern'; choose one of InContext, .*TranslatedStyle"):
+    with pytest.raises(WagleError, match=r"'relern'; choose one of InContext, Paraphrase"):
         find_attacks(["relern"])
 
 
@@ -186,7 +186,7 @@ def test_a_quantised_model_is_tested_as_if_it_were_another(
 def test_reworded_rows_are_tested_as_if_they_were_the_rows(
     attacked, tested, tiny_model, rows, tmp_path
 ):
-    _, _, records = attacked(one("Paraphrase", rules="never"))
+    _, _, records = attacked("paraphrase")
     asked = load_rows(rows["forget_test"])
     changed = [{**row, "question": row["paraphrased_question"]} for row in asked]
     expected = tested(tiny_model, write_rows(tmp_path / "changed.jsonl", changed))
@@ -301,7 +301,6 @@ def test_autocast_sees_the_changed_weights(attacked):
         ),
         ("[quantise,quantise]", (), "model.robustness: quantise is named twice"),
         (one("Quantise", bits=[1]), (), "quantise.bits: must be 2 to 16, got [1]"),
-        (one("TranslatedStyle", languages=["xx"]), (), "must be of es, fr, de; got ['xx']"),
         (one("Relearn", learning_rate=1e30), (), "lower its learning_rate"),
         ("relearn", ("--model.target=nowhere",), "model.target: result file nowhere does not exi"),
     ],
@@ -321,10 +320,10 @@ def test_rows_that_an_attack_cannot_use(fails, attacked, tiny_model, tmp_path):
         data = (*sets(forget=rows), f"--data.forget={rows}", f"--data.retain={rows}")
         return fails(*TEST, f"--model.model={tiny_model}", *data, *robustness(attacks))
 
-    nothing, never = "has nothing to work on", one("Paraphrase", rules="never")
+    nothing, never = "has nothing to work on", "paraphrase"
     assert f"{nothing}: no row to be forgotten has paraphrased_question" in said(file, never)
     assert f"{nothing}: there are no 4 rows to be forgotten with perturbed" in said(file, "probe")
-    for attack in ("paraphrase", "translated_style", "in_context"):
+    for attack in ("paraphrase", "in_context"):
         assert f"{attack} {nothing}" in said(texts, attack)
     assert f"relearn {nothing}: no forget row is left" in said(single, "relearn")
     # all at once: what cannot be done is said, the rest is done
@@ -335,19 +334,23 @@ def test_rows_that_an_attack_cannot_use(fails, attacked, tiny_model, tmp_path):
     assert {name for name in skipped if name.count("/") == 1} == {
         f"robustness/{name}" for name in PROMPTED
     }
-    assert "no row to be forgotten has questions" in module.undefined["robustness/paraphrase"]
+    assert (
+        "no row to be forgotten has paraphrased_question"
+        in module.undefined["robustness/paraphrase"]
+    )
 
 
 def test_multiple_choice(attacked, tmp_path):
     places = ["in a bakery", "in a loft", "at sea", "nowhere"]
     choices = [
         {"question": f"Where does the {name} club meet?", "choices": places, "label": i}
+        | {"paraphrased_question": f"Which place has the {name} club?"}
         for i, name in enumerate(("chess", "choir", "rowing", "sewing"))
     ]
     test = sets(wmdp_bio=write_rows(tmp_path / "choices.jsonl", choices))
-    attacks = "[quantise,paraphrase,translated_style,in_context]"
+    attacks = "[quantise,paraphrase,in_context]"
     module, metrics, records = attacked(attacks, "--model.suite=wmdp", *test)
-    assert {r["measure"] for r in records} == {"wmdp_bio/accuracy"} and len(records) == 5
+    assert {r["measure"] for r in records} == {"wmdp_bio/accuracy"} and len(records) == 4
     assert {r["before"] for r in records} == {metrics["wmdp_bio/accuracy"]}
     assert {r["direction"] for r in records} == {"lower"}
     (changed,) = InContext().in_context(module.evaluation.subject(), "wmdp_bio")[0]
