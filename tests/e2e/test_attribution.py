@@ -484,20 +484,19 @@ def test_several_masks_of_one_pass(attribute: Attribute):
         {"density": 0.1},
         {"density": 0.4},
         {"score": "magnitude", "select": "low", "scope": "tensor", "name": "small"},
-        {"score": {"class_path": "Modules", "init_args": {"modules": ["mlp"], "layers": "1"}}},
+        {"score": "magnitude", "include": r"layers\.1\.mlp", "density": 1.0, "name": "modules"},
         {"score": "gradient", "include": r"layers\.0", "exclude": "norm"},
     ]
     attribute(masks=masks, gamma=1.0, density=0.3, output="many")
     files = {path.name for path in Path("many").iterdir()}
     assert files == {
-        f"{n}.safetensors"
-        for n in ("wagle-0.1", "wagle-0.4", "small", "modules-mlp-layers1", "gradient-0.3")
+        f"{n}.safetensors" for n in ("wagle-0.1", "wagle-0.4", "small", "modules", "gradient-0.3")
     }
     for density in (0.1, 0.4):
         attribute(gamma=1.0, density=density, output=f"one{density}")
         mask = WeightMask.load(f"many/wagle-{density}")
         assert mask == WeightMask.load(f"one{density}") and mask.metadata["density"] == density
-    inside = WeightMask.load("many/modules-mlp-layers1")
+    inside = WeightMask.load("many/modules")
     assert all(
         inside[n].all() if "layers.1.mlp" in n else not inside[n].any() for n in inside.names
     )
@@ -507,16 +506,6 @@ def test_several_masks_of_one_pass(attribute: Attribute):
     small = WeightMask.load("many/small")
     assert all(abs(small.count(n) - 0.3 * small[n].numel()) < 1 for n in small.names)
     assert small.metadata["select"] == "low" and small.metadata["scope"] == "tensor"
-
-
-@pytest.mark.parametrize("options", [{"scope": "tensor"}, {"scope": "row"}, {"select": "low"}])
-def test_modules_are_taken_whole_whatever_the_ranking(
-    attribute: Attribute, options: dict[str, str]
-):
-    attribute(score="Modules", **{"model.score.modules": ["mlp"]}, **options)
-    mask = WeightMask.load("mask")
-    assert all(mask.count(name) == (mask[name].numel() if ".mlp." in name else 0) for name in mask)
-    assert (mask.metadata["scope"], mask.metadata["select"]) == ("global", "high")
 
 
 def test_scores_are_kept_for_another_density(attribute: Attribute):

@@ -314,7 +314,7 @@ MASKS = json.dumps(
         {"score": "gradient", "density": 0.3, "select": "low", "exclude": "embed"},
         {"score": "random", "density": 0.5},
         {"score": "fisher_ratio", "density": 0.2},
-        {"score": {"class_path": "Modules", "init_args": {"modules": ["mlp"]}}, "name": "mlp"},
+        {"score": "magnitude", "include": "mlp", "density": 1.0, "name": "mlp"},
     ]
 )
 

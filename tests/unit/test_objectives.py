@@ -211,7 +211,6 @@ CASES: dict[str, tuple[Objective, Any, Any]] = {
     ),
     "SimNPO": (o.SimNPO(2.5, 0.7), lambda f, r: -2 / 2.5 * log_sigmoid(2.5 * nll(f) - 0.7), nll),
     "PO": (o.PO(), lambda f, r: nll(r), nll),
-    "IdkNLL": (o.IdkNLL(retain="none"), lambda f, r: nll(r), None),
     "DPO": (
         o.DPO(0.1),
         lambda f, r: npo((total(f) - f.reference) - (total(r) - r.reference), 0.1),

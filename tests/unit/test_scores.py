@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from helpers import LLAMA
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -137,42 +135,6 @@ def test_the_ranking_by_curvature_holds_the_best_set(seed):
     gain = (sets @ w.g_f.abs().double()) / (sets @ damped).sqrt()
     best = sets[gain.argmax()].nonzero().flatten().tolist()
     assert sorted(ranked[: len(best)]) == best
-
-
-# -- modules -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("modules", "layers", "count"),
-    [
-        (["mlp"], None, 8),
-        (["attn", "mlp.up_proj"], "1,3", 6),
-        (None, "2-3", 12),
-        (["embed"], None, 1),
-    ],
-)
-def test_modules(modules, layers, count: int):
-    score = A.Modules(modules, layers)
-    inside = [name for name in LLAMA if score(A.WeightStatistics(name, torch.zeros(1)))]
-    assert len(inside) == count
-    for name, shape in LLAMA.items():
-        assert torch.equal(
-            score(A.WeightStatistics(name, torch.rand(shape))),
-            torch.full(shape, float(name in inside)),
-        )
-    weights = {name: torch.Size(shape).numel() for name, shape in LLAMA.items()}
-    assert score.share(LLAMA) == Fraction(
-        sum(weights[name] for name in inside), sum(weights.values())
-    )
-
-
-def test_modules_that_mean_nothing():
-    with pytest.raises(WagleError, match="needs modules, layers or both"):
-        A.Modules()
-    with pytest.raises(WagleError, match="is no range of layers"):
-        A.Modules(["mlp"], "a-b")
-    with pytest.raises(WagleError, match="no parameter lies in a module 'moe'"):
-        A.Modules(["moe"]).share(LLAMA)
 
 
 # -- activations -------------------------------------------------------------------------------------------------------
@@ -328,16 +290,14 @@ DEFAULT = MaskSpec("wagle", 0.2, "high", "global")
 
 
 def test_a_spec_takes_what_it_lacks_from_the_default():
-    part = {"score": A.Modules(["mlp"], "0-3"), "select": "low"}
-    first, second, third, modules = complete(
-        [{"density": 0.1}, MaskSpec(select="low"), {"density": 0.3}, part], DEFAULT
+    first, second, third = complete(
+        [{"density": 0.1}, MaskSpec(select="low"), {"density": 0.3}], DEFAULT
     )
     assert (first.density, second.density) == (0.1, 0.2)
-    assert (second.select, second.scope, modules.select) == ("low", "global", "high")
+    assert (second.select, second.scope) == ("low", "global")
     assert first.score is second.score and isinstance(first.score, A.Wagle)
     assert first.passes == third.passes != second.passes
-    names = ["wagle-0.1", "wagle-0.2-low", "modules-mlp-layers0-3"]
-    assert [spec.name for spec in (first, second, modules)] == names
+    assert [spec.name for spec in (first, second)] == ["wagle-0.1", "wagle-0.2-low"]
 
 
 @pytest.mark.parametrize(
@@ -373,9 +333,9 @@ def test_names_must_differ():
 
 def test_equal_scores_share_a_pass():
     scores = [A.Curvature(power=1.0), A.Curvature(), "curvature", A.Curvature(power=1.0)]
-    specs = complete([{"score": score} for score in (*scores, A.Modules(["mlp"]))], DEFAULT)
-    first, usual, named, again, modules = (spec.score for spec in specs)
-    assert first is again and usual is named and len({id(first), id(usual), id(modules)}) == 3
+    specs = complete([{"score": score} for score in scores], DEFAULT)
+    first, usual, named, again = (spec.score for spec in specs)
+    assert first is again and usual is named and first is not usual
 
 
 @given(st.lists(st.sampled_from(["mlp.up", "mlp.down", "attn.q", "norm"]), min_size=1))

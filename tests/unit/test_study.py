@@ -186,13 +186,12 @@ def test_a_run_is_known_by_what_defines_it():
 
 
 def test_masks_of_a_configuration():
-    modules = {"class_path": "Modules", "init_args": {"modules": ["mlp"]}}
     entries = ["dense", "lora", "random", {"score": "wagle", "density": [0.05, 0.8]}]
     entries += [{"score": "wagle", "hessian": "gauss_newton"}, {"score": "wagle", "gamma": 1e-6}]
-    masks = read_masks([*entries, {"score": "wanda", "scope": "row"}, {"score": modules}])
+    masks = read_masks([*entries, {"score": "wanda", "scope": "row"}])
     assert [mask.name for mask in masks] == [
         *("dense", "lora", "random 0.2", "wagle 0.05", "wagle 0.8", "wagle gauss_newton 0.2"),
-        *("wagle gamma=1e-06 0.2", "wanda row 0.2", "modules-mlp"),
+        *("wagle gamma=1e-06 0.2", "wanda row 0.2"),
     ]
     assert [mask.density for mask in masks[:3]] == [1.0, None, 0.2]
     draws = [masks[2].of_seed(seed) for seed in (0, 1)]
@@ -200,7 +199,7 @@ def test_masks_of_a_configuration():
     assert draws[0].definition != draws[1].definition
     grouped = passes([mask.of_seed(0) for mask in masks if mask.kind == "score"])
     assert len(grouped) == 3  # auto, gauss_newton, γ; the others go with one of them
-    assert sum(len(group) for _, group in grouped) == 7
+    assert sum(len(group) for _, group in grouped) == 6
 
 
 @pytest.mark.parametrize(

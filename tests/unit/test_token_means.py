@@ -114,8 +114,8 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[Batch], Tensor]]] = {
         lambda **k: o.SimNPO(beta=4.5, gamma=4.5 * 0.2, forget_weight=0.125, **k),
         lambda b: mean_loss(b["retain"]) + 0.125 * simnpo(b, 4.5, 0.2),
     ),
-    "IdkNLL": (
-        lambda **k: o.IdkNLL(**k),
+    "PO": (
+        lambda **k: o.PO(**k),
         lambda b: mean_loss(b["retain"]) + mean_loss(b["refusal"]),
     ),
     "CEU": (lambda **k: o.CEU(skip_first=1, retain="none", **k), lambda b: ceu(b, 1)),

@@ -72,8 +72,8 @@ class AttributionModule(LanguageModule):
             folder. In Python it may be None: the result is then only in ``mask``.
         density: share of the eligible weights to select, in (0, 1].
         score: ``wagle``, ``snip``, ``gradient``, ``forget_retain_ratio``, ``fisher_ratio``,
-            ``curvature``, ``signed``, ``magnitude``, ``wanda``, ``random``, ``Modules`` (with
-            arguments), or a class path to a ``Score``.
+            ``curvature``, ``signed``, ``magnitude``, ``wanda``, ``random``, or a class path to a
+            ``Score``.
         select: take the ``high`` or the ``low`` end of the ranking.
         scope: weights compete over the whole model (``global``), within each ``tensor``, or within
             each ``row``: an output of a layer, or an input where a model stores layers transposed
@@ -266,7 +266,6 @@ class AttributionModule(LanguageModule):
         shapes = parameter_shapes(self.lm)
         for spec in self.specs:
             eligible = {name: shapes[name] for name in spec.eligible(shapes)}
-            spec.score.share(eligible)
             try_out(spec.score, eligible, self.scalar, device)
 
     def on_train_start(self) -> None:

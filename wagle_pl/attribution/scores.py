@@ -17,7 +17,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from math import prod
 from typing import ClassVar, Optional, Union
 
@@ -26,8 +25,6 @@ from torch import Tensor
 
 from wagle_pl.core.distributed import stable_seed
 from wagle_pl.core.errors import WagleError, WrongType, check_positive
-from wagle_pl.masks import Restriction
-from wagle_pl.masks.names import parse_layers
 
 __all__ = [
     "Curvature",
@@ -35,7 +32,6 @@ __all__ = [
     "ForgetRetainRatio",
     "Gradient",
     "Magnitude",
-    "Modules",
     "Random",
     "Score",
     "Signed",
@@ -89,10 +85,6 @@ class Score:
         ``w`` may be modified in place.
         """
         raise WrongType(f"{type(self).__name__} must override __call__", option="score")
-
-    def share(self, shapes: Mapping[str, Sequence[int]]) -> Optional[Fraction]:
-        """Share of the weights of these parameters to select; the option ``density`` if None."""
-        return None
 
     @property
     def label(self) -> str:
@@ -325,41 +317,3 @@ class Random(Score):
             for start in range(0, begin, self.chunk):
                 torch.rand(min(self.chunk, begin - start), generator=self._source[0])
         return self._source[0]
-
-
-class Modules(Score):
-    """1 inside the chosen modules and layers, 0 outside. All weights inside are selected;
-    ``density`` is ignored.
-
-    Args:
-        modules: any of ``mlp``, ``attn``, ``norm``, ``embed``, ``q_proj``, ``mlp.down_proj``, ...
-            (see :func:`wagle_pl.masks.names.in_module`); all when None.
-        layers: transformer blocks, counted from 0; ranges include both ends: ``"3-7"``,
-            ``"0,2,5-6"``. When None, all blocks and everything outside them.
-    """
-
-    by_row = True
-    needs = ()
-
-    def __init__(self, modules: Optional[list[str]] = None, layers: Optional[str] = None) -> None:
-        if not modules and layers is None:
-            raise WagleError("Modules needs modules, layers or both", option="score")
-        if layers is not None:
-            parse_layers(layers)  # fails now rather than after the pass
-        self.modules = modules
-        self.layers = layers
-        self._restriction = Restriction(modules=modules, layers=layers)
-
-    @property
-    def label(self) -> str:
-        """``modules-mlp-layers3-7``."""
-        layers = [] if self.layers is None else [f"layers{self.layers}"]
-        return "-".join(["modules", *(self.modules or []), *layers])
-
-    def __call__(self, w: WeightStatistics) -> Tensor:
-        return torch.full_like(w.theta, float(self._restriction.takes(w.name)))
-
-    def share(self, shapes: Mapping[str, Sequence[int]]) -> Fraction:
-        """Share of weights inside; a module or layer that the model lacks is an error."""
-        mask = self._restriction.mask(shapes)
-        return Fraction(mask.count(), mask.total)

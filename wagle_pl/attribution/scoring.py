@@ -129,15 +129,8 @@ def complete(
                 f"score {type(spec.score).__name__} needs {unknown.pop()!r}, which no pass "
                 f"collects; choose from {COLLECTED}"
             )
-        name = [spec.score.label]
-        if type(spec.score).share is not Score.share:  # the score decides how many: no ranking
-            spec.select, spec.scope = "high", "global"
-        else:
-            chosen = (spec.select, spec.scope)
-            name += [
-                f"{float(spec.density):g}",
-                *(c for c in chosen if c not in ("high", "global")),
-            ]
+        ranking = [word for word in (spec.select, spec.scope) if word not in ("high", "global")]
+        name = [spec.score.label, f"{float(spec.density):g}", *ranking]
         spec.name = spec.name or "-".join(name)
         found.append(spec)
     return found
@@ -326,8 +319,7 @@ class Collected:
             groups.setdefault(spec.passes, []).append(spec)
         for group in groups.values():
             spec, names = group[0], group[0].eligible(self.shapes)
-            share = spec.score.share({name: self.shapes[name] for name in names})
-            densities = [each.density if share is None else share for each in group]
+            densities = [spec.density for spec in group]
             selected: list[dict[str, Tensor]] = [{} for _ in group]
             scores = partial(self.scores, spec.score, set(names))
             ranking = Ranking(absolute=not spec.score.signed, low=spec.select == "low")

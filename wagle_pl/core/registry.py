@@ -82,7 +82,9 @@ def find_class(base: type[T], name: str, option: str, also: Collection[str] = ()
     if isinstance(cls, type) and issubclass(cls, base):
         return cls
     classes = [*subclasses(base)] or [base]
-    ours = {_name(c) for c in classes if c.__module__.startswith("wagle_pl") and _name(c)[0] != "_"}
+    ours = {
+        c.__name__ for c in classes if c.__module__.startswith("wagle_pl") and c.__name__[0] != "_"
+    }
     names = [*also, *sorted(ours)]
     hint = did_you_mean(name, names)
     raise WagleError(
@@ -94,8 +96,8 @@ def find_class(base: type[T], name: str, option: str, also: Collection[str] = ()
 def _by_short_name(base: type[T], name: str) -> Any:
     """The imported subclass with a short name; None if there is none."""
     classes = [*subclasses(base)] or [base]
-    short = {_fold(_name(cls)).removesuffix(_fold(base.__name__)): cls for cls in classes}
-    return (short | {_fold(_name(cls)): cls for cls in classes}).get(_fold(name))
+    short = {_fold(cls.__name__).removesuffix(_fold(base.__name__)): cls for cls in classes}
+    return (short | {_fold(cls.__name__): cls for cls in classes}).get(_fold(name))
 
 
 def split(value: Entry, option: str, also: Collection[str] = ()) -> tuple[str, dict[str, Any]]:
@@ -154,12 +156,7 @@ def describe(value: Any) -> dict[str, Any]:
         for name, attribute in vars(value).items()
         if not name.startswith("_") and isinstance(attribute, (str, int, float, bool))
     }
-    return {"class": _name(type(value)), **scalars}
-
-
-def _name(cls: type) -> str:
-    """A class's name for users: a special ``__qualname__`` if another class has the same name."""
-    return cls.__qualname__.rpartition(".")[2]
+    return {"class": type(value).__name__, **scalars}
 
 
 def _fold(name: str) -> str:

@@ -55,7 +55,6 @@ __all__ = [
     "FineTune",
     "GradAscent",
     "GradDiff",
-    "IdkNLL",
     "L1Sparse",
     "Objective",
     "RandomLabel",
@@ -186,9 +185,9 @@ class SimNPO(Objective):
 
 
 class PO(Objective):
-    """Preference optimisation: refusals as answers (TOFU, arXiv 2401.06121, "IDK").
+    """Preference optimisation: refusals as answers (TOFU's "IDK", OpenUnlearning's ``IdkNLL``).
 
-    ℓ_f = NLL(refusal | forget question), a refusal drawn for each row and epoch.
+    ℓ_f = NLL(refusal | forget question), a refusal drawn for each row and epoch (arXiv 2401.06121).
     """
 
     by_token = True
@@ -196,13 +195,6 @@ class PO(Objective):
 
     def forget_loss(self, at: Streams) -> Tensor:
         return at["refusal"].nll
-
-
-class IdkNLL(PO):
-    """:class:`PO` under its name in OpenUnlearning (arXiv 2506.12618).
-
-    ℓ = NLL(refusal | forget question) + α NLL(retain), α the ``retain_weight``.
-    """
 
 
 @dataclass

@@ -56,7 +56,7 @@ class NONE(RetainTerm):
 
 
 @dataclass
-class RetainKL(RetainTerm):
+class KL(RetainTerm):
     """(1/|P|) Σ_{t∈P} KL(π₀(·|s_≤t) ‖ π(·|s_≤t)), at positions P of a row s of tokens.
 
     TOFU (arXiv 2401.06121) and OpenUnlearning (arXiv 2506.12618) give no formula beyond that; their
@@ -70,7 +70,6 @@ class RetainKL(RetainTerm):
             depends on how a batch is split.
     """
 
-    __qualname__ = "KL"  # the option's value; KL is also the name of an objective
     logits_at_theta0 = True
 
     positions: Literal["answer", "row", "batch"] = "answer"
@@ -99,9 +98,6 @@ class RetainKL(RetainTerm):
             answers.theta0.everywhere,
         ).view(counted.shape)
         return values.masked_fill(~counted, 0.0).sum(-1) / counted.sum(-1)
-
-
-KL = RetainKL  # by its class path in configurations
 
 
 @dataclass

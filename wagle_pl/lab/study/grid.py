@@ -114,8 +114,7 @@ class MaskChoice:
 
     def spec(self, name: str) -> MaskSpec:
         """The specification for attribution, to write the mask to a file of that name."""
-        density = 0.5 if self.density is None else self.density  # None: the score sets its share
-        return MaskSpec(score=self.score, density=density, name=name, **self._chosen(SELECTION))
+        return MaskSpec(self.score, self.density, name=name, **self._chosen(SELECTION))
 
     def of_seed(self, seed: int) -> MaskChoice:
         """The mask that a run with this seed uses."""
@@ -165,7 +164,7 @@ class MaskChoice:
             if value != DEFAULTS[key] and (key, value) != ("hessian", "scalar"):
                 is_word = isinstance(value, str) and key in ("hessian", "scope")
                 words.append(value if is_word else f"{key}={value}")
-        return " ".join(words if self.density is None else [*words, f"{self.density:g}"])
+        return " ".join([*words, f"{self.density:g}"])
 
     def file_name(self, settings: Mapping[str, Any]) -> str:
         """Name of the file of a mask by score, unique for it and ``settings``: model and rows."""
@@ -303,8 +302,6 @@ def _score_masks(
     where = f"masks: {score.label}"
     density = options.pop("density", DEFAULTS["density"])
     densities = density if isinstance(density, (list, tuple)) else [density]
-    if type(score).share is not Score.share:  # the score itself says how many
-        densities = [None]
     given = typed(AttributionModule, options, where)
     if given.get("gamma", "auto") != "auto":
         given.setdefault("hessian", "scalar")
@@ -312,11 +309,9 @@ def _score_masks(
     seeded = type(score) is Random and isinstance(entry, str)
     found = []
     for each in _some(densities, "masks: density"):
-        if each is not None:
-            each = typed(AttributionModule, {"density": each}, where)["density"]
-        choice = MaskChoice("", entry, "score", each, rates, complete, seeded)
-        end = "" if each is None else f" {each:g}"
-        choice = replace(choice, name=choice.described if name is None else name + end)
+        share = typed(AttributionModule, {"density": each}, where)["density"]
+        choice = MaskChoice("", entry, "score", share, rates, complete, seeded)
+        choice = replace(choice, name=choice.described if name is None else f"{name} {share:g}")
         try:  # refuses options that have no meaning together
             passed = {key: complete[key] for key in ATTRIBUTION}
             AttributionModule(model="", masks=[choice.spec("mask")], **passed)
