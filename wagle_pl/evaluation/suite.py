@@ -1,0 +1,149 @@
+"""``Suite``: which measures a benchmark has, and what must be observed for them."""
+
+from __future__ import annotations
+
+import statistics
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from typing import ClassVar
+
+from wagle_pl.evaluation.functional import Undefined
+from wagle_pl.evaluation.measures import usual
+from wagle_pl.evaluation.membership import MEMBERSHIP_NEEDS, membership
+from wagle_pl.evaluation.records import (
+    MEASURES,
+    Info,
+    Observations,
+    Value,
+    attempt,
+    measure,
+    needs_of,
+)
+
+#: What to observe of a test set that a suite does not name; each row answers what its kind can.
+DEFAULT_NEEDS = frozenset({"answer", "tokens", "alternatives", "choices", "generation"})
+
+
+class Suite:
+    """A benchmark's measures. Override :meth:`measures`; the attributes say what it needs.
+
+    >>> class Length(Suite):
+    ...     needs = {"forget": {"generation"}}
+    ...     infos = {"forget/words": Info("words", "lower", "length of the answers")}
+    ...
+    ...     def measures(self, seen):
+    ...         words = [len(record["generation"].split()) for record in seen.table("forget")]
+    ...         return {"forget/words": sum(words) / len(words)}
+    >>> Length().measures(Observations({"forget": [{"generation": "It meets in Sibiu."}]}))
+    {'forget/words': 4.0}
+    """
+
+    #: Test sets of the benchmark; those that a test lacks are named in ``metrics.info.json``.
+    sets: tuple[str, ...] = ()
+    #: Test set -> its registered measures; those that its rows allow for one not named here.
+    lists: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    #: Test set -> what to observe of its rows; by default, what its measures need, or
+    #: :data:`DEFAULT_NEEDS` for one that is not in ``lists``.
+    needs: Mapping[str, Collection[str]] = {}
+    #: Test set -> longest generation in tokens, if the benchmark fixes one.
+    max_new_tokens: Mapping[str, int] = {}
+    #: Test set -> texts that end an answer: a generation is cut at each, if the benchmark does so.
+    stops: Mapping[str, Sequence[str]] = {}
+    #: Test sets whose answers are recited: generations are at least as long as the longest answer,
+    #: since a shorter limit would also limit what can be recalled.
+    recited: Collection[str] = ()
+    #: Test set -> text before each of its multiple choices. ``{subject}`` stands for the row's
+    #: subject, with spaces for underscores; rows without a subject then have no header.
+    headers: Mapping[str, str] = {}
+    #: Registered measures of all test sets together, listed before those of each.
+    whole: ClassVar[Sequence[str]] = ()
+    #: Measure -> its description. Others are looked up by the name after the last slash.
+    infos: Mapping[str, Info] = {}
+    #: Beginnings of the names of test sets whose rows are to be forgotten: knowing them is bad.
+    forget_sets: tuple[str, ...] = (
+        *("forget", "members", "verbmem_forget", "knowmem_forget", "wmdp_"),
+    )
+
+    def measures(self, seen: Observations) -> dict[str, Value]:
+        """The measures by name, ``<test set>/<measure>`` or ``<measure>`` of the whole; an
+        :class:`~wagle_pl.evaluation.functional.Undefined` says why there is no number."""
+        values = {name: attempt(MEASURES[name].compute, seen) for name in self.whole}
+        for name in seen.tables:
+            values |= self.of_set(seen, name, self.listed(seen, name))
+        return values
+
+    def listed(self, seen: Observations, name: str) -> Sequence[str]:
+        """Names of a test set's measures."""
+        return self.lists.get(name) or usual(seen.records(name, self.forgets(name)))
+
+    def of_set(self, seen: Observations, name: str, measures: Sequence[str]) -> dict[str, Value]:
+        """Registered measures of one test set, ``<set>/<measure>``."""
+        rows = seen.records(name, self.forgets(name))
+        return {f"{name}/{short}": attempt(MEASURES[short].compute, rows) for short in measures}
+
+    def needs_of(self, name: str, names: Collection[str]) -> frozenset[str]:
+        """What to observe of a test set, given the names of all."""
+        listed = needs_of(self.lists[name]) if name in self.lists else DEFAULT_NEEDS
+        return frozenset(self.needs.get(name, listed))
+
+    def forgets(self, name: str) -> bool:
+        return name.startswith(self.forget_sets)
+
+    def info(self, measure: str) -> Info:
+        if measure in self.infos:
+            return self.infos[measure]
+        if measure in MEASURES:
+            return MEASURES[measure].info(forget=False)
+        name, _, short = measure.rpartition("/")
+        forgets = bool(name) and self.forgets(name)
+        if short in MEASURES:
+            return MEASURES[short].info(forgets)
+        return Info("number", "lower" if forgets else "higher", short.replace("_", " "))
+
+
+class Averages(ABC):
+    """Mixin, named before a suite: the two averages of WAGLE's tables (arXiv 2410.17509)."""
+
+    def measures(self, seen: Observations) -> dict[str, Value]:
+        values = super().measures(seen)
+        return values | self.averages(seen, values)
+
+    def averages(self, seen: Observations, values: Mapping[str, Value]) -> dict[str, Value]:
+        """``ue_average`` and ``ut_average``, from what has been measured."""
+        parts = {"ue_average": self.efficacy, "ut_average": self.utility}
+        return {name: attempt(average, seen, values) for name, average in parts.items()}
+
+    @abstractmethod
+    @measure("score, 0 to 1", "higher", name="ue_average")
+    def efficacy(self, seen: Observations, values: Mapping[str, Value]) -> float:
+        """Average unlearning efficacy (UE) in WAGLE's tables."""
+
+    @measure("score, 0 to 1", "higher", name="ut_average")
+    def utility(self, seen: Observations, values: Mapping[str, Value]) -> float:
+        """Average utility (UT) in WAGLE's tables.
+
+        As for WHP and DETOX: the mean of TruthfulQA and of the mean accuracy on other tasks.
+        """
+        truthful = [value for name, value in seen.general.items() if "truthfulqa" in name]
+        others = [value for name, value in seen.general.items() if "truthfulqa" not in name]
+        named = {"zero-shot accuracy": others, "TruthfulQA": truthful}
+        if missing := " and ".join(name for name, numbers in named.items() if not numbers):
+            raise Undefined(f"it needs {missing}, which lm-evaluation-harness measures")
+        return statistics.mean([statistics.mean(truthful), statistics.mean(others)])
+
+
+class GenericSuite(Suite):
+    """Whatever the rows allow: every set's measures, and membership inference between sets."""
+
+    pairs = (("members", "nonmembers"), ("forget", "holdout"))
+
+    def needs_of(self, name: str, names: Collection[str]) -> frozenset[str]:
+        attacked = any(name in pair and {*pair} <= {*names} for pair in self.pairs)
+        return DEFAULT_NEEDS | (MEMBERSHIP_NEEDS if attacked else frozenset())
+
+    def measures(self, seen: Observations) -> dict[str, Value]:
+        values = super().measures(seen)
+        for members, nonmembers in self.pairs:
+            if members in seen.tables and nonmembers in seen.tables:
+                values |= membership(seen, members, nonmembers)
+        return values
