@@ -10,6 +10,7 @@ import torch
 from helpers import TOFU, write_rows
 
 from wagle_pl import ForgetRetainDataModule, PeopleDataModule, TOFUDataModule, WagleError
+from wagle_pl.core.needs import Needs
 from wagle_pl.data import SuiteDataModule
 from wagle_pl.data.example import Example, parse_rows, raw_rows
 from wagle_pl.data.people import bundled
@@ -224,8 +225,8 @@ def test_a_chat_template_that_refuses_names_the_row(tokenizer, tmp_path):
     )
     roles = ("system", "user", "assistant")
     rows = [QA[0], {"messages": [{"role": role, "content": "Who?"} for role in roles]}]
-    data = ForgetRetainDataModule(write_rows(tmp_path / "rows.jsonl", rows))
-    data.serve(tokenizer=lambda: tokenizer)
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    data = ForgetRetainDataModule(path, tokenizer=tokenizer)
     message = r"rows\.jsonl\) row 2: .*roles system, user \(System role not supported\)"
     with pytest.raises(WagleError, match=message):
         data.tokens("forget")
@@ -276,7 +277,7 @@ def paired(rows, tiny_model):
     def make(streams=("forget", "retain"), **options):
         options = {"forget": rows["forget"], "retain": rows["retain"], **options}
         data = ForgetRetainDataModule(**options, tokenizer=tiny_model)
-        data.serve(streams)
+        data.needs = Needs(streams)
         return data
 
     return make

@@ -11,6 +11,7 @@ from helpers import close, random_bools, trainer, weights
 from torch import Tensor
 
 from wagle_pl import ForgetRetainDataModule, UnlearnModule, WagleError
+from wagle_pl.core.needs import Needs
 from wagle_pl.lm.models import load_model
 from wagle_pl.masks import WeightMask
 from wagle_pl.objectives import forget as o
@@ -172,7 +173,7 @@ def test_a_rule_on_selected_weights_of_a_model(
     options = {"batch_size": 4, "accumulate": 2, "mask": str(mask.save(tmp_path / "mask"))}
     module = unlearn("out", rule, **options)
     data = ForgetRetainDataModule(rows["forget"], rows["retain"], batch_size=8)
-    data.serve(tokenizer=lambda: module.tokenizer)
+    data.needs = Needs(tokenizer=lambda: module.tokenizer)
     batch = next(iter(data.train_dataloader()))
 
     forget, retain, start = losses_of(lm, batch, None)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from wagle_pl import WagleError
+from wagle_pl.core.needs import Needs
 from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.data.batches import GlobalBatchSampler
 from wagle_pl.lm.inference import Predictions
@@ -159,9 +160,8 @@ def test_it_does_not_depend_on_the_cut(batch: Batch, name: str) -> None:
 def test_the_data_counts_tokens_of_the_global_batch(rows: dict[str, str], tiny_model: str) -> None:
     data = ForgetRetainDataModule(forget=rows["forget"], retain=rows["retain"])
     streams = ("forget", "retain", "refusal")
-    data.serve(
-        streams, tokenizer=lambda: AutoTokenizer.from_pretrained(tiny_model), counted=streams
-    )
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    data.needs = Needs(streams, counted=streams, tokenizer=lambda: tokenizer)
     lengths = {
         name: [len(row["input_ids"]) for row in data.tokens(name)] for name in ("forget", "retain")
     }

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional, Union
@@ -18,6 +18,7 @@ import torch
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import absent
 from wagle_pl.core.hub import load_tokenizer
+from wagle_pl.core.needs import Needs
 from wagle_pl.core.reading import readable
 from wagle_pl.data.batches import (
     Draw,
@@ -57,7 +58,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
     """Forget and retain rows for attribution and unlearning, and named test sets.
 
     A training batch is a dict of streams, by default ``{"forget": {...}, "retain": {...}}``; the
-    LightningModule names those it wants by :meth:`serve`: ``forget``, ``retain``, ``all`` (both,
+    LightningModule names those it :attr:`needs`: ``forget``, ``retain``, ``all`` (both,
     for fine-tuning), ``holdout``, ``refusal`` (the forget rows of the same batch with a refusal as
     answer), and ``alternate`` (with the answer in their column ``alternate``). Each stream holds
     ``input_ids``, ``attention_mask``, ``labels`` (int64, rows × longest row), ``weight`` (float,
@@ -97,7 +98,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
             retain rows.
         refusals: text file with one refusal per line; None uses the bundled list.
         seed: random seed of the order of rows and the choice of refusals.
-        tokenizer: hub id or folder; None uses the model's.
+        tokenizer: hub id or folder, in Python also a tokenizer; None uses the model's.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         overlap: Literal["error", "warn", "drop"] = "warn",
         refusals: Optional[str] = None,
         seed: int = 0,
-        tokenizer: Optional[str] = None,
+        tokenizer: Optional[Union[str, PreTrainedTokenizerBase]] = None,
     ) -> None:
         super().__init__()
         self.limits = {"forget": limit_forget, "retain": limit_retain, "test": limit_test}
@@ -149,38 +150,11 @@ class ForgetRetainDataModule(L.LightningDataModule):
         self.overlap = overlap
         self.refusals_file = refusals
         self.seed = seed
-        self.tokenizer_name = tokenizer
+        self.given_tokenizer = tokenizer
         self._examples: dict[str, Optional[list[Example]]] = {}
         self._test_examples: dict[str, list[Example]] = {}
         self._tokens: dict[str, list[dict[str, np.ndarray]]] = {}
-        self.serve()
-
-    def serve(
-        self,
-        streams: Sequence[str] = ("forget", "retain"),
-        repeatable: Collection[str] = (),
-        vocabulary: Optional[int] = None,
-        tokenizer: Optional[Callable[[], PreTrainedTokenizerBase]] = None,
-        counted: Collection[str] = (),
-        period: Optional[int] = None,
-    ) -> None:
-        """Set what training batches contain; a LightningModule does this before it asks for any.
-
-        Args:
-            streams: streams of a training batch; the first sets the length of an epoch.
-            repeatable: streams that draw the same refusals in every epoch.
-            vocabulary: how many token ids the model knows: rows with others are refused.
-            tokenizer: loads the model's tokenizer, used unless ``data.tokenizer`` names another.
-            counted: streams that get ``mean_tokens``, the mean number of answer tokens of the rows
-                of the global batch.
-            period: number of epochs after which the batches repeat; None for never.
-        """
-        self.counted = frozenset(counted)
-        self.streams = tuple(streams)
-        self.repeatable = frozenset(repeatable)
-        self.vocabulary = vocabulary
-        self.model_tokenizer = tokenizer
-        self.period = period
+        self.needs = Needs()  # a LightningModule sets its own before it asks for batches
 
     # -- what a subclass overrides -----------------------------------------------------------------
 
@@ -329,15 +303,17 @@ class ForgetRetainDataModule(L.LightningDataModule):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that the option names, or the model's."""
-        if self.tokenizer_name is not None:
-            return load_tokenizer(self.tokenizer_name)
-        if self.model_tokenizer is None:
+        """The tokenizer that the option names or is, or the model's."""
+        if isinstance(self.given_tokenizer, str):
+            return load_tokenizer(self.given_tokenizer)
+        if self.given_tokenizer is not None:
+            return self.given_tokenizer
+        if self.needs.tokenizer is None:
             raise WagleError(
                 "a data module without a Trainer needs a tokenizer: give data.tokenizer, a hub id "
                 "or a folder"
             )
-        return self.model_tokenizer()
+        return self.needs.tokenizer()
 
     @cached_property
     def template(self) -> Template:
@@ -380,8 +356,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
                     "a question and an answer"
                 )
             encoded = template.encode(example, answer)
-            if self.vocabulary is not None:
-                check_ids([*encoded["input_ids"], *encoded["labels"]], self.vocabulary)
+            if (vocabulary := self.needs.vocabulary()) is not None:
+                check_ids([*encoded["input_ids"], *encoded["labels"]], vocabulary)
         except WagleError as error:
             raise WagleError(f"{self.place(stream)} row {row + 1}: {error}") from None
         return {name: np.array(ids, dtype=np.int32) for name, ids in encoded.items()}
@@ -398,13 +374,13 @@ class ForgetRetainDataModule(L.LightningDataModule):
         return (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
 
     def train_dataloader(self) -> ResumableLoader:
-        """Micro-batches of the streams of :meth:`serve`, for this rank."""
+        """Micro-batches of the streams that the module needs, for this rank."""
         if getattr(self.trainer, "overfit_batches", 0):
             raise WagleError(
                 "trainer.overfit_batches: its batches are not the sampler's: give --data.limit_forget "
                 "and --data.limit_retain instead"
             )
-        sets = dict.fromkeys(ALIGNED.get(stream, stream) for stream in self.streams)
+        sets = dict.fromkeys(ALIGNED.get(stream, stream) for stream in self.needs.streams)
         lengths = {name: self._lengths(name) for name in sets}
         first, (world_size, rank) = next(iter(sets)), self.ranks
         if world_size > len(lengths[first]):
@@ -415,13 +391,19 @@ class ForgetRetainDataModule(L.LightningDataModule):
             )
         accumulate = getattr(self.trainer, "accumulate_grad_batches", 1)
         sampler = GlobalBatchSampler(
-            lengths, self.batch_size, accumulate, world_size, rank, self.seed, period=self.period
+            lengths,
+            self.batch_size,
+            accumulate,
+            world_size,
+            rank,
+            self.seed,
+            period=self.needs.period,
         )
         digests = {}
         for name in sets:
             rows = json.dumps(raw_rows(self.examples(name)), default=str)
             digests[name] = hashlib.sha256(rows.encode()).hexdigest()[:16]
-        return ResumableLoader(sampler, partial(self.build, self.streams), digests)
+        return ResumableLoader(sampler, partial(self.build, self.needs.streams), digests)
 
     def stream_loader(
         self, stream: str, batch_size: Optional[int] = None, shared: bool = False
@@ -472,7 +454,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
             rows, weights, occurrences = zip(*draw.cells[name], strict=True)
             encoded = self._encoded(stream, rows, draw.epoch)
             columns = {"weight": weights, "row": rows, "occurrence": occurrences}
-            if stream in self.counted and name in draw.whole:
+            if stream in self.needs.counted and name in draw.whole:
                 whole = self._encoded(stream, draw.whole[name], draw.epoch)
                 tokens = [np.count_nonzero(row["labels"][1:] != IGNORE) for row in whole]
                 columns["mean_tokens"] = [float(np.mean(tokens))] * len(rows)
@@ -484,7 +466,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         """Tokens of some rows of a stream."""
         name = ALIGNED.get(stream, stream)
         if stream == "refusal":
-            epoch = 0 if stream in self.repeatable else epoch
+            epoch = 0 if stream in self.needs.repeatable else epoch
             return [self._encode(name, row, self._refusal(row, epoch)) for row in rows]
         if stream == "alternate":
             return [self._encode(name, row, self._alternate(row)) for row in rows]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Optional, Protocol, Union, runtime_checkable
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wagle_pl.core import distributed, outputs
 from wagle_pl.core.environment import half_precision_is_slow
 from wagle_pl.core.errors import WagleError
+from wagle_pl.core.needs import Needs
 from wagle_pl.core.schema import check
 from wagle_pl.core.weights import fingerprint
 from wagle_pl.lm import models
@@ -40,18 +41,9 @@ class Evaluation(Protocol):
 @runtime_checkable
 class StreamData(Protocol):
     """What a module needs from its data module, see :class:`wagle_pl.data.ForgetRetainDataModule`,
-    and from its loader, see :mod:`wagle_pl.lm.resume`. ``counted`` and ``period`` are passed only
-    if they are set."""
+    and from its loader, see :mod:`wagle_pl.lm.resume`."""
 
-    def serve(
-        self,
-        streams: Sequence[str],
-        repeatable: Collection[str],
-        vocabulary: Optional[int],
-        tokenizer: Callable[[], PreTrainedTokenizerBase],
-        counted: Collection[str] = (),
-        period: Optional[int] = None,
-    ) -> None: ...
+    needs: Needs
 
     def stream_loader(
         self, stream: str, batch_size: Optional[int] = None, shared: bool = False
@@ -197,7 +189,6 @@ class LanguageModule(L.LightningModule):
                 )
                 self._before = None if self.sharded else ModelState(self.lm)
             self.model_fingerprint = self.fingerprint()
-            self.serve()
 
     def to(self, *args: Any, **kwargs: Any) -> LanguageModule:
         """Move the module; the model keeps the dtypes that transformers has loaded it in."""
@@ -224,12 +215,16 @@ class LanguageModule(L.LightningModule):
         return data if isinstance(data, StreamData) else None
 
     def serve(self) -> None:
-        """Tell the data module which streams this module needs, and what it knows of the model."""
+        """Tell the data module what this module needs."""
         if self.data is not None:
-            more = {"counted": self.counted_streams, "period": self.period}
-            asked = {option: value for option, value in more.items() if value}
-            known = (self.vocabulary, lambda: self.tokenizer)
-            self.data.serve(self.streams, self.reference_streams, *known, **asked)
+            self.data.needs = Needs(
+                self.streams,
+                self.reference_streams,
+                self.counted_streams,
+                self.period,
+                vocabulary=lambda: self.vocabulary,
+                tokenizer=lambda: self.tokenizer,
+            )
 
     def fingerprint(self) -> str:
         """Fingerprint of the model as it is now. Collective: all ranks must call it."""

@@ -31,6 +31,7 @@ from wagle_pl.core.distributed import stable_seed
 from wagle_pl.core.environment import silence
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing, write_text
+from wagle_pl.core.needs import Needs
 from wagle_pl.core.registry import Entry
 from wagle_pl.core.text import count, decimals, markdown_table, mean_std, table
 from wagle_pl.core.weights import fingerprint, parameter_shapes
@@ -267,7 +268,7 @@ class Plants:
             del lm
             for mask in truths.values():
                 mask.check(shapes, base)
-            self.data.serve(tokenizer=lambda: models.load_tokenizer(self.model))
+            self.data.needs = Needs(tokenizer=lambda: models.load_tokenizer(self.model))
             self.table = RunTable(self.folder, self._settings(base), TABLE_FILE, COLUMNS)
             done = self.table.finished()
             todo = {key: mask for key, mask in truths.items() if _name(key) not in done}

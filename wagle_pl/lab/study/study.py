@@ -19,6 +19,7 @@ from wagle_pl.attribution import AttributionModule
 from wagle_pl.core.environment import silence
 from wagle_pl.core.errors import Diverged, WagleError
 from wagle_pl.core.files import refuse_existing, write_text
+from wagle_pl.core.needs import Needs
 from wagle_pl.core.registry import option_names
 from wagle_pl.core.text import count, decimals
 from wagle_pl.core.weights import parameter_shapes
@@ -253,7 +254,7 @@ class Study:
 
     def _prepare(self) -> None:
         """Prepare everything that all runs share; mistakes in the input show up here."""
-        self.data.serve(tokenizer=lambda: models.load_tokenizer(self.target))
+        self.data.needs = Needs(tokenizer=lambda: models.load_tokenizer(self.target))
         if self.data.examples("forget") is None:
             raise WagleError("a study needs forget rows: give --data.forget")
         fingerprints: dict[str, Optional[str]] = {"retrained": None}
