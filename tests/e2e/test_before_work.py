@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from wagle_pl import Objective
+from wagle_pl import objectives as o
 from wagle_pl.core.errors import WagleError
-from wagle_pl.objectives import forget as o
 from wagle_pl.unlearning import UnlearnModule
 from wagle_pl.unlearning import unlearn as unlearn_module
 

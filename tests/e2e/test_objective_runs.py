@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from helpers import moved, weights, write_rows
 
+from wagle_pl import objectives as o
 from wagle_pl.core.registry import describe
 from wagle_pl.lm.saving import read_record
-from wagle_pl.objectives import forget as o
 from wagle_pl.objectives.forget import Objective
 
 

@@ -20,15 +20,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from wagle_pl import objectives as o
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.batches import deal
 from wagle_pl.lm import inference
 from wagle_pl.lm.inference import Predictions
-from wagle_pl.objectives import forget as o
 from wagle_pl.objectives.forget import RMU, Objective, Streams
 from wagle_pl.objectives.objective import Schedule, as_schedule
 from wagle_pl.objectives.retain import RetainTerm
 from wagle_pl.objectives.streams import TopK
+from wagle_pl.objectives.targets import generator_of
 
 STREAMS = ("forget", "refusal", "retain", "alternate")
 LAYER = 1
@@ -178,7 +179,7 @@ def ceu(row: Row, skip: int) -> Tensor:
 
 
 def random_label(row: Row, seed: int) -> Tensor:
-    found, generator = tokens(row), o._generator(seed, EPOCH, int(row.row))
+    found, generator = tokens(row), generator_of(seed, EPOCH, int(row.row))
     drawn = torch.randint(len(found[0][0]), (len(found),), generator=generator)
     return -mean([now[u] for (now, _, _), u in zip(found, drawn, strict=True)])
 

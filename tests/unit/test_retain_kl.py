@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from wagle_pl import objectives as o
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.batches import collate
 from wagle_pl.data.example import Example
 from wagle_pl.data.template import Template
 from wagle_pl.lm import models
 from wagle_pl.lm.inference import Predictions, forward_answers
-from wagle_pl.objectives import forget as o
 from wagle_pl.objectives.forget import Streams
 from wagle_pl.objectives.retain import KL
 

@@ -22,6 +22,7 @@ from wagle_pl import (
     UnlearnModule,
     WeightMask,
 )
+from wagle_pl import objectives as o
 from wagle_pl.attribution import Score
 from wagle_pl.attribution.hessian import GaussNewton
 from wagle_pl.attribution.scores import Wagle
@@ -30,7 +31,6 @@ from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.lm import models
 from wagle_pl.lm.saving import read_record
 from wagle_pl.masks import Restriction
-from wagle_pl.objectives import forget as o
 from wagle_pl.unlearning import MaskedAdamW
 
 OBJECTIVES = {

@@ -11,10 +11,10 @@ from helpers import close, random_bools, trainer, weights
 from torch import Tensor
 
 from wagle_pl import ForgetRetainDataModule, UnlearnModule, WagleError
+from wagle_pl import objectives as o
 from wagle_pl.core.needs import Needs
 from wagle_pl.lm.models import load_model
 from wagle_pl.masks import WeightMask
-from wagle_pl.objectives import forget as o
 from wagle_pl.unlearning.step_rules import MUDMAN, SAM, RepSelect, Step, StepRule, dot
 
 A, B = torch.diag(torch.tensor([1.0, -2.0, 3.0, 0.5])), torch.diag(torch.tensor([2.0, 1, 1, 4]))

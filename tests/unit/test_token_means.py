@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from wagle_pl import WagleError
+from wagle_pl import objectives as o
 from wagle_pl.core.needs import Needs
 from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.data.batches import GlobalBatchSampler
 from wagle_pl.lm.inference import Predictions
-from wagle_pl.objectives import forget as o
 from wagle_pl.objectives.forget import Streams
 
 ROWS, WIDTH, VOCABULARY = 4, 12, 17
