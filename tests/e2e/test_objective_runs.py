@@ -47,7 +47,7 @@ def recorded() -> dict[str, Any]:
     return read_record("out")["lineage"][-1]
 
 
-OTHERS = ("Answers", "AltPO", "Objective", "PDU", "Streams", "RMU")
+OTHERS = ("AltPO", "Answers", "Objective", "PDU", "RMU", "RetainTerm", "Schedule", "Streams")
 OBJECTIVES = [name for name in o.__all__ if name not in OTHERS]
 
 
