@@ -11,7 +11,7 @@ from scipy import integrate, interpolate, stats
 from wagle_pl.core.errors import WagleError
 from wagle_pl.lab.study import envelope, mean_utility, paired, utility_at
 from wagle_pl.lab.study.grid import Grid, middle_first, passes, read_masks, read_objectives
-from wagle_pl.lab.study.recovery import HALF, at_the_level, csv, tables
+from wagle_pl.lab.study.recovery import HALF, at_the_level, tables
 from wagle_pl.lab.study.runs import steps_of_tests
 from wagle_pl.lab.study.summary import (
     Compared,
@@ -304,10 +304,6 @@ def test_a_step_rule_and_an_optimiser_are_part_of_an_objective():
         ({"learning_rates": [0]}, "learning_rates: must be different numbers above 0"),
         ({"beta": 1}, "unknown key 'beta'; options of the class go under init_args"),
         ({"init_args": {"beta": [0.1, "x"]}}, "beta"),
-        (
-            {"init_args": {"reduction": ["sum", "mean"]}},
-            "only numbers may be a list, and reduction",
-        ),
     ):
         with pytest.raises(WagleError, match=said):
             read_objectives([{"class_path": "NPO", **wrong}])
@@ -475,7 +471,6 @@ def test_what_is_kept_and_comes_back_by_hand():
     assert lines[1] == ["good", "0.100 ± 0.000", "0.310 ± 0.010 ▲"]
     assert lines[2:] == [["retrained", "–", "0.200"], ["target", "1.000", "0.900"]]
     assert ["good", "16.0 (1/3)"] in shown[f"NPO, {HALF}"][1]
-    assert len(csv(found).splitlines()) == 1 + len(found)
     assert at_the_level(dense_rows(lambda s: rates), BY, {}) == []
 
 

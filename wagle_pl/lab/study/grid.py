@@ -79,13 +79,13 @@ class ObjectiveChoice:
     @cached_property
     def definition(self) -> dict[str, Any]:
         """What distinguishes it, independently of its name."""
-        found = definition(type(self.make()), split(self.entry, "objective")[1])
+        parts = definition(type(self.make()), split(self.entry, "objective")[1])
         if self.step_rule is not None:
             options = split(self.step_rule, "step_rule")[1]
-            found["step_rule"] = definition(type(self.rule()), options)
+            parts["step_rule"] = definition(type(self.rule()), options)
         if (made := self.optimizer_maker) is not None:
-            found["optimizer"] = definition(made.func, made.keywords)
-        return found
+            parts["optimizer"] = definition(made.func, made.keywords)
+        return parts
 
     @cached_property
     def id(self) -> str:
@@ -189,65 +189,30 @@ def passes(masks: Sequence[MaskChoice]) -> list[tuple[dict[str, Any], list[MaskC
     return found
 
 
-def present_name(name: str, id: str, choices: Sequence[Choice]) -> str:
-    """The present name, in this grid, of an objective or mask from an earlier session."""
-    names = {choice.id: choice.name for choice in choices}
-    return names.get(id) or (f"{name} ({id[:4]})" if name in names.values() else name)
-
-
 # -- a configuration -> choices --------------------------------------------------------------------
 
 
 def read_objectives(entries: Entries) -> list[ObjectiveChoice]:
     """Objectives of a configuration, named by ``name`` or by their classes: NPO+SAM."""
-    found = []
+    choices = []
     for entry in _some(entries, "objectives"):
         options = dict(entry) if isinstance(entry, Mapping) else {"class_path": entry}
         name, rates, rule, optimizer = (
             options.pop(key, None) for key in ("name", "learning_rates", "step_rule", "optimizer")
         )
         rates = None if rates is None else check_rates(rates)
-        for plain, drawn in _spread(options if isinstance(entry, Mapping) else entry):
-            choice = ObjectiveChoice("", plain, rule, optimizer, rates)
-            objective, made = choice.make(), choice.rule()
-            parts = [type(objective)]
-            if made is not None:
-                made.check(objective)
-                parts.append(type(made))
-            if choice.optimizer_maker is not None:
-                parts.append(choice.optimizer_maker.func)
-            usual = str(name or "+".join(part.__name__ for part in parts))
-            full = " ".join([usual, *(f"{key}={value:g}" for key, value in drawn.items())])
-            found.append(replace(choice, name=full))
-    _refuse_twins(found, "objectives")
-    return found
-
-
-def _spread(entry: Entry) -> Iterator[tuple[Entry, dict[str, float]]]:
-    """One entry for each combination of values of the options that are lists of numbers, with these
-    values; an option that itself takes a list is not split."""
-    path, options = split(entry, "objective")
-    cls, lists = find_class(Objective, path, "objective"), {}
-    for key, value in options.items():
-        if isinstance(value, (list, tuple)) and value and not _takes(cls, key, value):
-            lists[key] = [check_options(cls, {key: each}, path)[key] for each in value]
-            if not all(isinstance(each, (int, float)) for each in lists[key]):
-                said = f"only numbers may be a list, and {key} is {list(value)}"
-                raise WagleError(f"objectives: {path}: {said}", hint="write an objective of each")
-    if not lists:
-        yield entry, {}
-        return
-    for values in product(*lists.values()):
-        drawn = dict(zip(lists, values, strict=True))
-        yield {"class_path": path, "init_args": {**options, **drawn}}, drawn
-
-
-def _takes(cls: type, key: str, value: Any) -> bool:
-    try:
-        check_options(cls, {key: value}, "objective")
-    except WagleError:
-        return False
-    return True
+        choice = ObjectiveChoice("", options, rule, optimizer, rates)
+        objective, made = choice.make(), choice.rule()
+        parts = [type(objective)]
+        if made is not None:
+            made.check(objective)
+            parts.append(type(made))
+        if choice.optimizer_maker is not None:
+            parts.append(choice.optimizer_maker.func)
+        usual = "+".join(part.__name__ for part in parts)
+        choices.append(replace(choice, name=str(name or usual)))
+    _refuse_twins(choices, "objectives")
+    return choices
 
 
 def read_masks(entries: Entries) -> list[MaskChoice]:

@@ -45,7 +45,6 @@ from wagle_pl.lab.study.runs import (
     EvaluateAlong,
     RunTable,
     announced,
-    limited,
     locked,
     make_trainer,
     say,
@@ -216,8 +215,6 @@ class Plants:
         steps: maximum number of optimiser steps of planting.
         points: number of tests of the probability within these steps.
         retain_weight: weight of the loss on retain rows in planting.
-        batch_size: pairs of rows per step; the data module's own when not given.
-        limit_test: use only this many rows of each test set.
         module: options of UnlearnModule and Evaluate.
         trainer: options of Lightning's Trainer, such as precision, accelerator.
     """
@@ -235,8 +232,6 @@ class Plants:
     steps: int = 400
     points: int = 40
     retain_weight: float = 1.0
-    batch_size: Optional[int] = None
-    limit_test: Optional[int] = None
     module: Optional[dict[str, Any]] = None
     trainer: Optional[dict[str, Any]] = None
 
@@ -250,7 +245,7 @@ class Plants:
                 raise WagleError(f"--plants: {plant!r} is no mask file, and none of {kinds}")
         self._module, self._tests = grid.read_module(self.module or {})
         self._trainer = partial(make_trainer, self.folder, grid.read_trainer(self.trainer or {}))
-        self.data = limited(self.data, self.batch_size, self.limit_test)
+        self.data = copy.copy(self.data)
 
     def run(self) -> list[dict[str, Any]]:
         """Plant and locate what is not finished; returns what :func:`summarise` returns of all."""

@@ -197,11 +197,6 @@ def tables(found: Sequence[Entry]) -> Iterator[tuple[str, list[str], list[list[s
         yield f"{objective}, {measure}", ["mask", *columns], rows
 
 
-def csv(found: Sequence[Entry]) -> str:
-    left_out = ["values", "curve", "retrained_curve"]
-    return pd.DataFrame(found).drop(columns=left_out, errors="ignore").to_csv(index=False)
-
-
 def cell(entry: Entry) -> str:
     """Mean ± standard deviation over seeds, and whether that is better than dense's or worse."""
     half = entry["measure"] == HALF

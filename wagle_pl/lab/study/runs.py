@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import json
 import logging
@@ -20,7 +19,6 @@ from lightning.pytorch.callbacks import Callback
 from wagle_pl.core.environment import silence
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.outputs import Planned, hold
-from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.evaluation import Evaluate
 from wagle_pl.evaluation.measures import defined_only
 from wagle_pl.evaluation.observe import GENERATED
@@ -75,16 +73,6 @@ def make_trainer(folder: Path, options: Mapping[str, Any], **own: Any) -> L.Trai
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-
-
-def limited(
-    data: ForgetRetainDataModule, batch_size: Optional[int], limit_test: Optional[int]
-) -> ForgetRetainDataModule:
-    """A copy of a data module, with the given batch size and number of test rows."""
-    found = copy.copy(data)
-    found.batch_size = batch_size or data.batch_size
-    found.limits = {**data.limits, "test": limit_test or data.limits["test"]}
-    return found
 
 
 @dataclass(eq=False)

@@ -30,7 +30,7 @@ from wagle_pl.evaluation.attacks.attack import PREFIX, find_attacks, usable_atta
 from wagle_pl.evaluation.measures import defined_only
 from wagle_pl.evaluation.results import Table, read_table, write_json, write_table
 from wagle_pl.lab.study import SUMMARY_FILE, TABLE_FILE, grid, text
-from wagle_pl.lab.study.recovery import at_the_level, csv
+from wagle_pl.lab.study.recovery import at_the_level
 from wagle_pl.lab.study.report.curves import study_overview
 from wagle_pl.lab.study.report.figures import save_figure
 from wagle_pl.lab.study.report.studies import mean_curves, recovery_curves
@@ -42,7 +42,6 @@ from wagle_pl.lab.study.runs import (
     UnkeptModule,
     announced,
     as_before_the_end,
-    limited,
     locked,
     make_trainer,
     say,
@@ -73,9 +72,8 @@ class Study:
         data: the data module: class_path and init_args, or --data CLASS --data.option VALUE.
         retrained: the model trained without the forget rows, which sets the level of forgetting
             unless forget_level does.
-        objectives: names (NPO, GradDiff, PO, ...), or options: class_path, init_args (a list of
-            numbers makes one objective per number), name, and its own step_rule, optimizer and
-            learning_rates.
+        objectives: names (NPO, GradDiff, PO, ...), or options: class_path, init_args, name, and
+            its own step_rule, optimizer and learning_rates.
         masks: dense, lora, a score (wagle, random, ...), or options: score, density (or a list of
             them) and other options of attribution; adapter (class_path and init_args of a LoRA);
             file, a mask file; name; its own learning_rates.
@@ -83,7 +81,6 @@ class Study:
         seeds: random seeds of the order of rows, of refusals, of dropout, and of random masks.
         steps: optimiser steps per run.
         epochs: passes over the forget rows, instead of steps; 5 if neither is given.
-        batch_size: pairs of rows per micro-batch; the data module's own when not given.
         accumulate: micro-batches per step.
         optimizer: name, or class_path and init_args; its lr comes from learning_rates.
         points: number of tests per run, the last one at its end.
@@ -95,10 +92,8 @@ class Study:
         forget_level: value of the forget measure at which utilities are compared, instead of the
             retrained model's.
         generate: when tests also generate answers: always, at the end of a run only, or never.
-        limit_test: use only this many rows of each test set.
         module: options of UnlearnModule and Evaluate, such as warmup, suite, max_new_tokens.
         trainer: options of Lightning's Trainer, such as precision, accelerator, gradient_clip_val.
-        budget: maximum number of runs, including finished ones; the whole grid by default.
         attacks: attack every model that reaches the level (needs until_level), as the option
             robustness of a test does: all, or a list of Relearn, Quantise, Sample, Probe, ... or
             class_path and init_args. What comes back is compared at equal forgetting, also with the
@@ -121,7 +116,6 @@ class Study:
     seeds: Sequence[int] = (0, 1, 2)
     steps: Optional[int] = None
     epochs: Optional[int] = None
-    batch_size: Optional[int] = None
     accumulate: int = 1
     optimizer: Union[str, dict[str, Any]] = "MaskedAdamW"
     points: int = 4
@@ -131,10 +125,8 @@ class Study:
     utility: Optional[str] = None
     forget_level: Optional[float] = None
     generate: Generate = "end"
-    limit_test: Optional[int] = None
     module: Optional[dict[str, Any]] = None
     trainer: Optional[dict[str, Any]] = None
-    budget: Optional[int] = None
     attacks: Optional[Union[list[Union[str, dict[str, Any]]], str]] = None
     only: Optional[Union[list[str], str]] = None
     hours: Optional[float] = None
@@ -152,8 +144,7 @@ class Study:
         self.grid = grid.Grid.of(self.objectives, self.masks, self.learning_rates, self.seeds)
         if self.steps is not None and self.epochs is not None:
             raise WagleError("give --steps or --epochs, not both")
-        counts = ("points", "accumulate", "limit_test", "batch_size", "steps", "epochs", "budget")
-        for name in counts:
+        for name in ("points", "accumulate", "steps", "epochs"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise WagleError(f"must be at least 1, got {value}", option=f"--{name}")
@@ -176,7 +167,7 @@ class Study:
         if unknown := [name for name in self.only if name not in names]:
             said = f"--only: no objective or mask is called {unknown[0]!r}"
             raise WagleError(said, hint=f"there are: {', '.join(names)}")
-        self.data = limited(self.data, self.batch_size, self.limit_test)
+        self.data = copy.copy(self.data)
         #: Results of the retrained model, once it is tested.
         self._retrained = str(self.folder / "retrained") if self.retrained else None
 
@@ -191,27 +182,29 @@ class Study:
             self._prepare()
             runs = list(self.grid.runs(self.settings))
             self.planned = {run.id for run in runs}
-            self.size = min(len(runs), self.budget or len(runs))
+            self.size = len(runs)
             if self.join:
                 joined = count(self.table.join(self.join), "run")
                 say(f"{joined} taken over from {', '.join(self.join)}")
             kinds = {"objective": self.grid.objectives, "mask": self.grid.masks}
+            names = {c.id: c.name for choices in kinds.values() for c in choices}
             for row in self.table.rows:  # of earlier sessions: with names and measures of this one
-                for kind, choices in kinds.items():
-                    row[kind] = grid.present_name(row[kind], row[f"{kind}_id"], choices)
+                for kind in kinds:
+                    id, name = row[f"{kind}_id"], row[kind]
+                    other = f"{name} ({id[:4]})" if name in names.values() else name
+                    row[kind] = names.get(id, other)
                 row |= {"forget": row.get(self.forget), "utility": row.get(self.utility)}
             for kind, choices in kinds.items():
                 if only := {choice.name for choice in choices} & set(self.only):
                     runs = [run for run in runs if getattr(run, kind).name in only]
             finished = self._finished()
             todo = [run for run in runs if run.id not in finished]
-            number = max(0, min(len(todo), self.size - len(finished)))
             done = f"{count(self.size, 'run')}, {len(finished)} of them finished"
-            say(f"{self.folder}: {done}; {number} to do{self._time_left(number)}")
-            if self.hours != 0 and number:
-                self._make_masks(todo[:number])
+            say(f"{self.folder}: {done}; {len(todo)} to do{self._time_left(len(todo))}")
+            if self.hours != 0 and todo:
+                self._make_masks(todo)
             try:
-                self._work(todo[:number])
+                self._work(todo)
             except (KeyboardInterrupt, SystemExit):
                 missing = f"{self.size - len(self._finished())} of {self.size} runs are missing"
                 say(f"stopped; the same command continues ({missing})")
@@ -535,6 +528,4 @@ class Study:
         self.table.write()
         write_json(self.folder / SUMMARY_FILE, json.loads(json.dumps(found, default=str)))
         write_text(self.folder / "study.md", text.markdown(found))
-        if ends:
-            write_text(self.folder / "ends.csv", csv(ends))
         return found

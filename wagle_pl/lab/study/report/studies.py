@@ -9,13 +9,13 @@ from typing import Any, Optional
 from markupsafe import Markup
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.html import element, facts, note, number, table
-from wagle_pl.core.text import count, short_number
+from wagle_pl.core.html import element, facts, note, table
+from wagle_pl.core.text import short_number
 from wagle_pl.lab.study import recovery
 from wagle_pl.lab.study.report import curves
 from wagle_pl.lab.study.report.figures import figure, heatmaps, image
 from wagle_pl.lab.study.report.sources import StudyResults, reference_points
-from wagle_pl.lab.study.text import about, by_objective, marked_name, progress, rates_of
+from wagle_pl.lab.study.text import about, by_objective, progress, shown
 from wagle_pl.masks import WeightMask
 
 #: Columns of a study's table of all runs.
@@ -32,10 +32,12 @@ def study_blocks(study: StudyResults) -> Blocks:
     summary, (forget, utility) = study.summary, study.axes
     runs = {row["run"]: row for row in sorted(study.rows, key=itemgetter("step"))}  # the last tests
     runs = {run: runs[run] for run in dict.fromkeys(row["run"] for row in study.rows)}
+    names = ("objective", "mask", "lr", "seed")
+    tried = {name: sorted({row[name] for row in study.rows}, key=str) for name in names}
     yield facts(
         [
             ("folder", element("code", str(study.folder))),
-            *settings(study).items(),
+            *((name, ", ".join(map(str, values))) for name, values in tried.items()),
             ("runs", len(runs)),
             ("test points", len(study.rows)),
             ("forget measure", forget),
@@ -69,22 +71,11 @@ def study_blocks(study: StudyResults) -> Blocks:
 
 def _headline(study: StudyResults) -> Blocks:
     """The comparison at equal forgetting: a table for each objective, and the mean curves."""
-    summary, (forget, utility) = study.summary, study.axes
-    for objective, arms in by_objective(summary).items():
-        cells = [compared(arm) for arm in arms]
-        used = [name for name in cells[0] if any(row[name] is not None for row in cells)]
-        rows = [
-            [marked_name(arm), *(row[name] for name in used)]
-            for arm, row in zip(arms, cells, strict=True)
-        ]
+    for objective, arms in by_objective(study.summary).items():
         yield element("h4", objective)
-        yield table(["mask", *used], rows, "numbers mixed")
-    level = summary.get("forget_level")
-    where = "" if level is None else Markup(" where {} is {}").format(forget, number(level))
-    equal = "Equal forgetting: {}{}. Differences are from dense of the same objective."
-    yield note(Markup(equal).format(utility, where))
-    yield _list(about(summary))
-    if drawing := mean_curves(summary):
+        yield table(*shown(arms), "numbers mixed")
+    yield _list(about(study.summary))
+    if drawing := mean_curves(study.summary):
         drawn = _curves_image("Mean curve of each arm", drawing)
         caption = "Each arm with the best learning rate of each seed, utility averaged over seeds."
         yield figure(drawn, caption)
@@ -119,52 +110,6 @@ def _masks_of(study: StudyResults) -> Blocks:
 
 def _list(lines: Sequence[str]) -> Markup:
     return element("ul", *(element("li", line) for line in lines), class_="note")
-
-
-def compared(arm: Mapping[str, Any]) -> dict[str, Any]:
-    """An arm of ``study.json`` by columns of ``study.md``; None where there is nothing."""
-    area, equal_steps = arm.get("area") or {}, arm.get("equal_steps") or {}
-    reached = arm.get("reached")
-    return {
-        "utility": _mean(arm),
-        "seeds": f"{arm['n']}/{arm['seeds']}" if arm.get("seeds") is not None else None,
-        "reach": reached
-        if reached is None
-        else number(reached, f"{reached:.0%}") + f" of {arm['runs']}",
-        "against dense": arm.get("verdict") or None,
-        "difference": arm.get("difference"),
-        "p": arm["p"] if arm.get("p") is not None else arm.get("why") or None,
-        "equal steps": equal_steps.get("difference"),
-        "equal steps: p": equal_steps.get("p"),
-        "area": _mean(area),
-        "area: difference": area.get("difference"),
-        "area: p": area.get("p"),
-        "lr": rates_of(arm) or None,
-        "steps": arm.get("steps"),
-        "MU": arm.get("model_utility"),
-        "UE": arm.get("ue_average"),
-        "UT": arm.get("ut_average"),
-    }
-
-
-def _mean(found: Mapping[str, Any]) -> Optional[Markup]:
-    """A mean, its standard deviation, and over how many seeds."""
-    if found.get("mean") is None:
-        return None
-    deviation = Markup(" ± ") + number(found["std"]) if found.get("std") is not None else ""
-    return number(found["mean"]) + deviation + element("small", count(found["n"], "seed"))
-
-
-def settings(study: StudyResults) -> dict[str, str]:
-    """What the runs have in common and what differs: name in the plural -> values."""
-    names = {"density": "densities", "lr": "learning rates"}
-    found = {}
-    for column in ("objective", "mask", "density", "lr", "seed"):
-        values = {row[column]: None for row in study.rows if row.get(column) is not None}
-        numeric = all(isinstance(value, (int, float)) for value in values)
-        texts = [f"{value:g}" for value in sorted(values)] if numeric else map(str, values)
-        found[names.get(column, f"{column}s")] = ", ".join(texts)
-    return found
 
 
 def mean_curves(summary: Mapping[str, Any]) -> Optional[tuple[Any, ...]]:
