@@ -119,7 +119,7 @@ def test_gradients_equal_autograd_of_the_formula(attribute: Attribute, tiny_mode
     mask = WeightMask.load("mask")
     of_each = zip(module.lm.parameters(), sums["g_f"], sums["g_r"], strict=True)
     score = flat((theta - g_r / 11 / 2.0) * g_f / 11 for theta, g_f, g_r in of_each).abs()
-    taken = flat(mask[name] for name in mask.names)
+    taken = flat(mask[name] for name in mask)
     assert taken.sum() == int(0.25 * mask.total)
     assert score[taken].min() >= score[~taken].max() * (1 - 1e-5)
 
@@ -522,10 +522,10 @@ def test_signed_scores_are_ranked_with_their_sign(attribute: Attribute):
     module = attribute(score="signed", gamma=1.0, density=0.2, save_scores="bf16")
     mask = WeightMask.load("mask")
     values = flat(dict(module.collected.scores(module.specs[0].score)).values())
-    taken = flat(mask[n] for n in mask.names)
+    taken = flat(mask[n] for n in mask)
     assert values[taken].min() >= values[~taken].max()
     again = mask_from_scores("mask.scores", 0.2)
-    assert (flat(again[n] for n in mask.names) & taken).sum() > 0.98 * taken.sum()
+    assert (flat(again[n] for n in mask) & taken).sum() > 0.98 * taken.sum()
 
 
 def test_tied_weights_are_in_the_mask_once(attribute: Attribute):

@@ -227,7 +227,7 @@ def test_mask_from_stored_scores(tmp_path):
     for density, end, scope in product((0.1, 0.4), ("high", "low"), ("global", "tensor", "row")):
         mask = mask_from_scores(folder, density, select=end, scope=scope)
         taken = dict(select(scores.items, density, Ranking(low=end == "low"), scope))
-        assert mask.names == list(scores) and all(
+        assert list(mask) == list(scores) and all(
             torch.equal(mask.packed(n), taken[n]) for n in scores
         )
         assert (

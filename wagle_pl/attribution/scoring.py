@@ -26,7 +26,7 @@ from wagle_pl.attribution.scores import COLLECTED, Score, WeightStatistics, chec
 from wagle_pl.attribution.selection import Ranking, Scope, select_each
 from wagle_pl.attribution.sums import BLOCK, GradientSums, Shard
 from wagle_pl.core import distributed
-from wagle_pl.core.errors import WagleError, check_density
+from wagle_pl.core.errors import WagleError, check_choice, check_density
 from wagle_pl.core.reading import read_json
 from wagle_pl.core.records import MadeBy
 from wagle_pl.core.registry import resolve
@@ -75,8 +75,8 @@ class MaskSpec:
         kept = [name for name in names if re.search(self.include or "", name)]
         kept = [n for n in kept if self.exclude is None or not re.search(self.exclude, n)]
         if not kept:
-            given = f"include {self.include!r} and exclude {self.exclude!r}"
-            raise WagleError(f"{given} leave no parameter")
+            none = f"include {self.include!r} and exclude {self.exclude!r} leave no parameter"
+            raise WagleError(none)
         return kept
 
     def check(self) -> None:
@@ -87,10 +87,8 @@ class MaskSpec:
                 re.compile(pattern or "")
             except re.error as error:
                 raise WagleError(f"{pattern!r} is no regular expression: {error}", option) from None
-        choices = {"select": ("high", "low"), "scope": ("global", "tensor", "row")}
-        for option, known in choices.items():
-            if (value := getattr(self, option)) not in known:
-                raise WagleError(f"must be one of {', '.join(known)}, got {value!r}", option)
+        check_choice(self.select, ("high", "low"), "select")
+        check_choice(self.scope, ("global", "tensor", "row"), "scope")
 
     def options(self) -> dict[str, Any]:
         """What determines which weights are selected, for metadata."""
@@ -111,7 +109,7 @@ def complete(
     """The specs with every option set and checked, and named; those with equal scores share one."""
     if not specs:
         raise WagleError("the list is empty", option="masks", hint="leave it out, or name a mask")
-    found, scores = [], {}
+    complete_specs, scores = [], {}
     for spec in specs:
         if isinstance(spec, Mapping):
             unknown = sorted(set(spec) - {field.name for field in fields(MaskSpec)})
@@ -125,15 +123,13 @@ def complete(
         spec.score = scores.setdefault(key, spec.score)
         spec.check()
         if unknown := set(spec.score.needs) - set(COLLECTED):
-            raise WagleError(
-                f"score {type(spec.score).__name__} needs {unknown.pop()!r}, which no pass "
-                f"collects; choose from {COLLECTED}"
-            )
+            lacking = f"{type(spec.score).__name__} needs {unknown.pop()!r}, which no pass collects"
+            raise WagleError(lacking, option="score", hint=f"choose from {COLLECTED}")
         ranking = [word for word in (spec.select, spec.scope) if word not in ("high", "global")]
         name = [spec.score.label, f"{float(spec.density):g}", *ranking]
         spec.name = spec.name or "-".join(name)
-        found.append(spec)
-    return found
+        complete_specs.append(spec)
+    return complete_specs
 
 
 def _is_plain(value: Any) -> bool:
@@ -148,28 +144,20 @@ def check_names(specs: Sequence[MaskSpec]) -> None:
     names = [spec.name for spec in specs]
     for name in names:
         if name in (".", "..") or "\0" in name or Path(name).name != name:
-            raise WagleError(
-                f"a name must be a file name without a folder, got {name!r}", option="masks"
-            )
+            must = "a name must be a file name without a folder"
+            raise WagleError(f"{must}, got {name!r}", option="masks")
         if names.count(name) > 1:
-            raise WagleError(
-                f"two masks are called {name!r}",
-                option="masks",
-                hint="give one of them another name",
-            )
+            raise WagleError(f"two masks are called {name!r}", "masks", "rename one of them")
 
 
 def by_label(specs: Sequence[MaskSpec]) -> dict[str, MaskSpec]:
     """Label of each score -> a spec that has it; two different scores may not share one."""
-    found: dict[str, MaskSpec] = {}
+    labels: dict[str, MaskSpec] = {}
     for spec in specs:
-        if found.setdefault(spec.score.label, spec).score is not spec.score:
-            raise WagleError(
-                f"two different scores would be saved as {spec.score.label}.scores",
-                option="save_scores",
-                hint="make two runs of them",
-            )
-    return found
+        if labels.setdefault(spec.score.label, spec).score is not spec.score:
+            twins = f"two different scores would be saved as {spec.score.label}.scores"
+            raise WagleError(twins, "save_scores", "make two runs of them")
+    return labels
 
 
 # -- masks of a pass -------------------------------------------------------------------------------
@@ -249,14 +237,14 @@ class Collected:
         """Scores of this rank's rows, computed at most :data:`BLOCK` weights at a time."""
         shape = self.sums.shards[position].own
         rows, *rest = shape or (1,)
-        each = max(1, BLOCK // max(1, prod(rest)))
-        if rows <= each:
+        block_rows = max(1, BLOCK // max(1, prod(rest)))
+        if rows <= block_rows:
             return checked(score, self.statistics(position, score))
-        found = torch.empty(shape, device=self.device or self._parameters[position][1].device)
-        for start in range(0, rows, each):
-            block = slice(start, start + each)
-            found[block] = checked(score, self.statistics(position, score, block))
-        return found
+        scores = torch.empty(shape, device=self.device or self._parameters[position][1].device)
+        for start in range(0, rows, block_rows):
+            block = slice(start, start + block_rows)
+            scores[block] = checked(score, self.statistics(position, score, block))
+        return scores
 
     @torch.no_grad()
     def statistics(self, position: int, score: Score, rows: Any = ...) -> WeightStatistics:
@@ -393,7 +381,7 @@ class Index(TypedDict):
     format_version: Union[str, int]
     shapes: dict[str, list[Count]]
     made_by: MadeBy
-    files: dict[str, Union[str, list[str]]]
+    files: dict[str, list[str]]
 
 
 class StoredScores:
@@ -418,8 +406,8 @@ class StoredScores:
     def stream(self, names: Optional[Iterable[str]] = None) -> Iterator[tuple[str, Tensor]]:
         """(parameter name, float32 scores), of all parameters or of some, in order."""
         for name in self.shapes if names is None else names:
-            files, rows = self._files[name], []
-            for file in [files] if isinstance(files, str) else files:  # one file in an older format
+            rows = []
+            for file in self._files[name]:
                 path = self.folder / file
                 try:
                     with safe_open(path, framework="pt") as stored:

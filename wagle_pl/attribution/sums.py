@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from math import gcd, prod
 from pathlib import Path
-from queue import Queue
 from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
 
+from wagle_pl.attribution.host import HostAdder, on_disk
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.strategies.checkpoint import Piece, ShardedCheckpoint
@@ -167,8 +165,8 @@ class GradientSums:
         passes: int = 1,
         folder: Optional[Path] = None,
     ) -> None:
-        names, found = zip(*parameters, strict=True)
-        self.names, self.parameters = list(names), list(found)
+        named = dict(parameters)
+        self.names, self.parameters = list(named), list(named.values())
         self.shards = [Shard(getattr(p, "ds_shape", p.shape)) for p in self.parameters]
         #: Sums over the run: name -> this rank's rows of each parameter.
         self.sums: dict[str, list[Tensor]] = {}
@@ -298,12 +296,13 @@ class GradientSums:
         try:
             yield
             for position in reversed(left):  # other ranks may have gradients that this one lacks
-                found = waiting.pop(position, None)
-                if found is None:
-                    shape = self.shards[position].shape
-                    found = torch.zeros(shape, device=self.parameters[position].device)
+                shape, device = self.shards[position].shape, self.parameters[position].device
+                gradient = waiting.pop(position, None)
                 with torch.no_grad():
-                    add(position, found)
+                    add(
+                        position,
+                        torch.zeros(shape, device=device) if gradient is None else gradient,
+                    )
         finally:
             for hook in hooks:
                 hook.remove()
@@ -405,14 +404,14 @@ class GradientSums:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
-        if (passes := state_dict.get("passes", 1)) != len(self._groups):
+        if (passes := state_dict["passes"]) != len(self._groups):
             raise WagleError(
                 f"the checkpoint's run made {passes} passes, this one makes {len(self._groups)}",
                 "sums",
                 f"give --model.sums {f'passes={passes}' if passes > 1 else 'device or host'}",
             )
-        self._begin(state_dict.get("group", 0))
-        self._counts_of_first = state_dict.get("first", {})
+        self._begin(state_dict["group"])
+        self._counts_of_first = state_dict["first"]
         for name, tensors in state_dict["sums"].items():
             buffers = self._restored(name)
             for position, whole in enumerate(tensors):
@@ -439,75 +438,3 @@ class GradientSums:
                     rows = stored.read(key, parameter, shard.first, size)
                     tensor.copy_(rows.view_as(tensor))
         self._load_small(stored.common["sums"])
-
-
-# -- where a device has no room --------------------------------------------------------------------
-
-CHUNK = 1 << 20  # numbers widened to fp32 at a time
-
-
-class HostAdder:
-    """Adds tensors to fp32 sums in host memory, in order, in a thread during the backward pass.
-
-    A tensor on a GPU is copied through one of two pinned buffers, on a separate stream; one on a
-    CPU is added directly. At most two (on a CPU, one) are pending: :meth:`add` waits for a buffer.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._thread = ThreadPoolExecutor(1)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._buffers: Queue[Tensor] = Queue()
-        for _ in range(2 if self._stream else 1):
-            self._buffers.put(torch.empty(0, dtype=torch.uint8))
-        self._pending: list[Future[None]] = []
-
-    def add(self, total: Tensor, values: Tensor) -> None:
-        """Add ``values``, which must not change any more, to ``total`` of the same shape."""
-        buffer, copied = self._buffers.get(), None
-        if self._stream is not None and values.is_cuda:
-            size = values.numel() * values.itemsize
-            if len(buffer) < size:
-                buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-            here = buffer[:size].view(values.dtype).view(values.shape)
-            self._stream.wait_stream(torch.cuda.current_stream(values.device))
-            with torch.cuda.stream(self._stream):
-                here.copy_(values, non_blocking=True)
-                copied = self._stream.record_event()
-            values.record_stream(self._stream)
-            values = here
-        self._pending.append(self._thread.submit(self._add, total, values, buffer, copied))
-
-    @torch.no_grad()
-    def _add(
-        self, total: Tensor, values: Tensor, buffer: Tensor, copied: Optional[torch.cuda.Event]
-    ) -> None:
-        try:
-            if copied is not None:
-                copied.synchronize()
-            parts = (tensor.reshape(-1).split(CHUNK) for tensor in (total, values))
-            for into, part in zip(*parts, strict=True):
-                into.add_(part.float())
-        finally:
-            self._buffers.put(buffer)
-
-    def wait(self) -> None:
-        """Wait until all has been added; raises the error of an addition that failed."""
-        pending, self._pending = self._pending, []
-        for addition in pending:
-            addition.result()
-
-
-def on_disk(values: Tensor, folder: Optional[Path] = None) -> Tensor:
-    """An fp32 tensor moved into a file and read from there when it is used.
-
-    The file has no name, so it disappears with the tensor or the process.
-    """
-    if not values.numel():
-        return values
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".sums-") as file:
-        file.write(memoryview(values.detach().cpu().contiguous().reshape(-1).numpy()).cast("B"))
-        file.flush()
-        mapped = torch.from_file(file.name, size=values.numel(), dtype=torch.float32)
-    return mapped.view(values.shape)

@@ -114,18 +114,13 @@ class Reference(TypedDict):
     tensors: dict[str, Tensor]
 
 
-class SavedSums(TypedDict):
-    """Sums of an attribution; the sums themselves are in the shards under ZeRO."""
-
-    passes: Optional[Count]
-    group: Optional[Count]
-    first: Optional[dict[str, Any]]
-
-
-class WholeSums(SavedSums):
-    """The same in a checkpoint of one file."""
+class WholeSums(TypedDict):
+    """Sums of an attribution in a checkpoint of one file."""
 
     sums: dict[str, list[Tensor]]
+    passes: Count
+    group: Count
+    first: dict[str, Any]
 
 
 class Fields(TypedDict):
@@ -138,7 +133,7 @@ class Fields(TypedDict):
     references: Optional[dict[str, Reference]]
     objective: Optional[dict[str, float]]
     step_rule: Optional[dict[str, Any]]
-    sums: Optional[SavedSums]
+    sums: Optional[dict[str, Any]]
     rng_state: Optional[Tensor]
     cuda_rng_state: Optional[Tensor]
 

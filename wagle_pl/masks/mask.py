@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import tempfile
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -38,8 +37,6 @@ from wagle_pl.masks.bits import (
     unpack_part,
 )
 from wagle_pl.masks.names import layer_of, module_label, module_type_of
-
-log = logging.getLogger(__name__)
 
 FORMAT = "wagle_pl.mask"
 FORMAT_VERSION = 1
@@ -126,19 +123,13 @@ class WeightMask:
         """
         path = Path(path)
         tensors = load_plain(path, f"mask file {path}")
-        try:
-            check(tensors, dict[str, Tensor], str(path))
-        except WagleError as error:
-            holds_none = f"{path} holds no {{parameter name: bool tensor}} dict"
-            raise WagleError(f"{holds_none} ({error})") from None
+        check(tensors, dict[str, Tensor], f"{path} holds no {{parameter name: bool tensor}} dict")
         packed = {}
         for name, tensor in tensors.items():
             plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
             if not plain or tensor.is_nested or tensor.dtype not in DTYPES:
-                raise WagleError(
-                    f"{path}: {name} is no dense tensor of booleans or numbers ({tensor.dtype}, "
-                    f"{tensor.layout}, {tensor.device}): not a mask"
-                )
+                kind = f"{tensor.dtype}, {tensor.layout}, {tensor.device}"
+                raise WagleError(f"{path}: {name} is no dense tensor of a mask ({kind})")
             if not ((tensor == 0) | (tensor == 1)).all():
                 raise WagleError(f"{path}: {name} has values other than 0 and 1: not a mask")
             packed[name] = pack_bits(tensor.bool())
@@ -173,14 +164,14 @@ class WeightMask:
     @classmethod
     def load(cls, path: str | Path) -> WeightMask:
         """Open a mask file; tensors are read on demand."""
-        given, path = Path(path), mask_path(path)
-        if not path.is_file() and given.is_file():
+        named, path = Path(path), mask_path(path)
+        if not path.is_file() and named.is_file():
             raise WagleError(
-                f"{given} is not a {SUFFIX} file: convert a mask of torch.save with wagle mask "
-                f"convert {given} -o {given.with_suffix(SUFFIX)}"
+                f"{named} is not a {SUFFIX} file: convert a mask of torch.save with wagle mask "
+                f"convert {named} -o {named.with_suffix(SUFFIX)}"
             )
-        if given.is_dir():
-            raise absent("mask file", given)
+        if named.is_dir():
+            raise absent("mask file", named)
         file = TensorFile(path, "mask file")
         header = file.header("mask", FORMAT_VERSION, Header)
         for name, shape in header["shapes"].items():
@@ -205,9 +196,7 @@ class WeightMask:
             "format_version": str(FORMAT_VERSION),
             "shapes": json.dumps(self.shapes),
             "made_by": json.dumps(self.metadata),
-            "checksums": json.dumps(
-                {name: zlib.crc32(bits.numpy()) for name, bits in packed.items()}
-            ),
+            "checksums": json.dumps({n: zlib.crc32(bits.numpy()) for n, bits in packed.items()}),
         }
         with atomic_path(path) as temporary:
             save_file(packed, temporary, metadata=sealed(header))
@@ -237,18 +226,12 @@ class WeightMask:
         size, tensor = prod(self.shapes[name]), self._read(name)
         spare = 8 * tensor.numel() - size
         if not 0 <= spare < 8 or (spare and int(tensor[-1]) >> 8 - spare):
-            raise WagleError(
-                f"{self.label}, tensor {name}: its bytes do not match its shape, or bits beyond "
-                "the last weight are set; the mask is damaged"
-            )
-        if name in self._checksums:
-            if zlib.crc32(tensor.numpy()) != self._checksums[name]:
-                raise WagleError(
-                    f"{self.label}, tensor {name}: its bits do not match their checksum; the mask "
-                    "is damaged"
-                )
-            del self._checksums[name]
-        return tensor
+            why = "its bytes do not match its shape, or bits beyond the last weight are set"
+        elif self._checksums.pop(name, None) not in (None, zlib.crc32(tensor.numpy())):
+            why = "its bits do not match their checksum"
+        else:
+            return tensor
+        raise WagleError(f"{self.label}, tensor {name}: {why}; the mask is damaged")
 
     def __getitem__(self, name: str) -> Tensor:
         """The bool tensor of one parameter, in the parameter's shape."""
@@ -257,10 +240,6 @@ class WeightMask:
     def part(self, name: str, start: int, stop: int) -> Tensor:
         """(stop − start,) bool: consecutive bits of one flattened parameter; unpacks only these."""
         return unpack_part(self.packed(name), start, stop)
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.shapes)
 
     def __contains__(self, name: object) -> bool:
         return name in self.shapes
@@ -316,7 +295,7 @@ class WeightMask:
         return counts
 
     def _shares(self, group: Callable[[str], Key]) -> dict[Key, float]:
-        return {key: found / max(1, size) for key, (found, size) in self.tally(group).items()}
+        return {key: part / max(1, size) for key, (part, size) in self.tally(group).items()}
 
     def stats(self) -> dict[str, dict[str, float]]:
         """Share of selected weights, as ``{"tensor": {...}, "layer": {...}, "module": {...}}``."""
@@ -348,15 +327,14 @@ class WeightMask:
     @property
     def prompts(self) -> list[dict[str, Any]]:
         """Prompts of the attributions that chose the weights, see ``data.template.Template``."""
-        found: list[dict[str, Any]] = []
-        waiting = [self.metadata]
-        while waiting:
-            metadata = waiting.pop(0)
-            if metadata.get("prompts") and metadata["prompts"] not in found:
-                found.append(metadata["prompts"])
-            if metadata.get("operation") != "random_like":  # it uses only their number
-                waiting += metadata.get("of") or ()
-        return found
+        prompts: list[dict[str, Any]] = []
+        origins = [self.metadata]
+        for origin in origins:
+            if origin.get("prompts") and origin["prompts"] not in prompts:
+                prompts.append(origin["prompts"])
+            if origin.get("operation") != "random_like":  # it uses only their number
+                origins += origin.get("of") or ()
+        return prompts
 
     def check(
         self,
@@ -390,12 +368,6 @@ class WeightMask:
                 f"{where} was made for the model with fingerprint {made_for[:12]}, {what} has "
                 f"{fingerprint[:12]}: same {same}, other {differing}",
                 hint="run attribution on this model" if what == "the model" else None,
-            )
-        if made_for and "-" in (fingerprint or "") and "-" not in made_for:
-            log.warning(
-                "%s does not say for which configuration of the model it was made: its weights are "
-                "compared, not epsilons, activations or RoPE",
-                where,
             )
 
     # -- set operations on packed bits, one tensor at a time ---------------------------------------

@@ -1,6 +1,5 @@
-"""Low-rank adapters of ``peft``, a baseline: they train a few new weights, and change none of the
-model's. An untrained adapter adds exactly nothing, so log-probabilities at θ₀ may be computed
-before the first step, with the adapter in place."""
+"""Low-rank adapters of ``peft``, a baseline: new weights are trained, and the model's stay as they
+are. An untrained adapter adds zero, so the model with it still computes as at θ₀."""
 
 from __future__ import annotations
 
@@ -59,28 +58,19 @@ class LoRA:
             from peft import LoraConfig, get_peft_model
         except ImportError:
             raise WagleError("adapter: LoRA needs peft: pip install 'wagle-pl[lora]'") from None
-        config = LoraConfig(
-            r=self.r,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=self.target_modules,
-            base_model_name_or_path=base,
-            task_type="CAUSAL_LM",
-        )
+        options = {"r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
+        options |= {"target_modules": self.target_modules, "base_model_name_or_path": base}
         try:
-            self._peft = get_peft_model(lm, config)
+            self._peft = get_peft_model(lm, LoraConfig(task_type="CAUSAL_LM", **options))
         except ValueError as error:
-            raise WagleError(
-                f"{self.target_modules}: {error}", option="adapter.target_modules"
-            ) from error
+            where = "adapter.target_modules"
+            raise WagleError(f"{self.target_modules}: {error}", option=where) from error
         for name, parameter in lm.named_parameters():
             if trainable is not None and not re.search(trainable, name):
                 parameter.requires_grad_(False)
         if not any(parameter.requires_grad for parameter in lm.parameters()):
-            raise WagleError(
-                f"the adapter has no weights in what the objective moves ({trainable}): adapt "
-                "those modules"
-            )
+            where = f"no weights in what the objective moves ({trainable})"
+            raise WagleError(f"the adapter has {where}", hint="adapt those modules")
 
     def fold(self) -> None:
         """Add B A to the model's weights and remove the adapters, if there are any."""

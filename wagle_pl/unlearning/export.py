@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
@@ -69,13 +70,13 @@ def export(
     if not record.get("lineage"):
         raise WagleError(f"checkpoint {path}: its record has no run")
     try:
-        config, generation = _configs(base)
+        config, generation = models.load_config(base), None
         tokenizer, originals = models.load_tokenizer(base), Originals(base)
+        with suppress(OSError):  # it has none
+            generation = GenerationConfig.from_pretrained(models.locate(base)[0])
     except (OSError, ValueError) as error:
-        raise WagleError(
-            f"checkpoint {path}: its base model {base} cannot be read ({error}); say where it is: "
-            "--model"
-        ) from None
+        unread = f"checkpoint {path}: its base model {base} cannot be read ({error})"
+        raise WagleError(unread, hint="say where it is: --model") from None
     with torch.device("meta"):
         lm, selected = AutoModelForCausalLM.from_config(config), None
     lm.tie_weights()
@@ -86,9 +87,7 @@ def export(
         weights = _with_adapter(weights, adapter["alpha"] / max(1, adapter["r"]), lm)
     for name, shape in parameter_shapes(lm).items():
         if name not in weights or weights[name].shape != tuple(shape):
-            raise WagleError(
-                f"checkpoint {path} lacks {name} of {base}, or has another shape of it"
-            )
+            raise WagleError(f"checkpoint {path} lacks {name} of {base}, or has another shape")
     card, configs = model_card(record), (config, generation)
     return save_weights(weights, configs, tokenizer, output, card, record, originals, loaded_as)
 
@@ -100,19 +99,9 @@ def _convert(name: str, output: str | Path) -> Path:
     lm = models.load_model(name)
     lm.to(models.checkpoint_dtype(name))
     record = read_record(name)
-    card = f"# A copy\n\nOf `{name}`, in Hugging Face format.\n"
-    if record["lineage"]:
-        card = model_card(record)
+    copied = f"# A copy\n\nOf `{name}`, in Hugging Face format.\n"
+    card = model_card(record) if record["lineage"] else copied
     return save_model(lm, models.load_tokenizer(name), output, card, record)
-
-
-def _configs(base: str) -> tuple[Any, Any]:
-    """A model's configuration and that of its generations, None if it has none."""
-    config, (source, _) = models.load_config(base), models.locate(base)
-    try:
-        return config, GenerationConfig.from_pretrained(source)
-    except OSError:
-        return config, None
 
 
 # -- what a checkpoint holds -----------------------------------------------------------------------
@@ -160,20 +149,19 @@ def _mask_of(
     file: Optional[str],
 ) -> WeightMask:
     """The mask of a checkpoint's run, made again in the same way."""
-    found = weights_digest((name, originals.read(name)) for name in shapes)
+    digest = weights_digest((name, originals.read(name)) for name in shapes)
     made_on = checkpoint["model"]["fingerprint"]
-    if mismatch(found, made_on):
+    if mismatch(digest, made_on):
         raise WagleError(
             f"the checkpoint is of a run on the model with fingerprint {made_on[:12]}, "
-            f"{originals.name} has {found[:12]}: say where the run's model is: --model"
+            f"{originals.name} has {digest[:12]}",
+            hint="say where the run's model is: --model",
         )
     restriction = Restriction.of_record(checkpoint["mask"], file)
-    mask = restriction.mask(shapes, originals.name, found)
+    mask = restriction.mask(shapes, originals.name, digest)
     if mask is None or mask.digest() != checkpoint["mask"]["digest"]:
-        raise WagleError(
-            f"mask {restriction.file} is not the one of the checkpoint's run: say where that is: "
-            "--mask"
-        )
+        other = f"mask {restriction.file} is not the one of the checkpoint's run"
+        raise WagleError(other, hint="say where that is: --mask")
     return mask
 
 
@@ -212,14 +200,13 @@ def _with_adapter(weights: Weights, scale: float, lm: nn.Module) -> Weights:
         transposed = is_linear(module) and is_transposed(module)
         return weight.read().float() + (product.T if transposed else product)
 
-    for own, weight in weights.items():
-        name, layer = own.replace(".base_layer.", "."), own.removesuffix("base_layer.weight")
+    for key, weight in weights.items():
+        name, layer = key.replace(".base_layer.", "."), key.removesuffix("base_layer.weight")
         factors = [weights.get(f"{layer}lora_{part}.default.weight") for part in "BA"]
-        if ".lora_" in own:
-            continue
         if all(factors):
             weight = weight._replace(read=partial(read, name, weight, factors))
-        merged[name] = weight
+        if ".lora_" not in key:
+            merged[name] = weight
     return merged
 
 
@@ -236,20 +223,18 @@ def model_card(record: Mapping[str, Any]) -> str:
         markdown_table(["", ""], [[key, str(v)] for key, v in _facts(last).items() if v], (0, 1)),
     ]
     if earlier:
-        runs = [
+        header = ["run", "made from", "forget set", "retain set", "mask"]
+        rows = [
             [f"{number}. {run['module']}", f"`{run['base']}`"]
             + [f"`{run['data'][s]}`" if run["data"].get(s) else "" for s in ("forget", "retain")]
             + [_mask(run)]
             for number, run in enumerate(record["lineage"], 1)
         ]
-        header = ["run", "made from", "forget set", "retain set", "mask"]
-        parts += ["## Lineage", markdown_table(header, runs, range(len(header)))]
+        parts += ["## Lineage", markdown_table(header, rows, range(len(header)))]
     if len(forgotten(record)) > 1:
         sets = ", ".join(f"`{name}`" for name in forgotten(record))
-        parts.append(
-            f"Forgotten so far: {sets}. Test all of them: a later run can bring an earlier set "
-            "back."
-        )
+        advice = "Test all of them: a later run can bring an earlier set back."
+        parts.append(f"Forgotten so far: {sets}. {advice}")
     for heading, key in (("Prompts", "prompts"), ("Configuration", "config")):
         if last.get(key):
             text = yaml.safe_dump(last[key], sort_keys=False, allow_unicode=True, width=1000)
@@ -285,8 +270,7 @@ def _mask(run: Mapping[str, Any]) -> str:
         return ""
     if run.get("adapter"):
         return f"none ({run['adapter']['class']})"
-    mask = run.get("mask")
-    if not mask:
+    if not (mask := run.get("mask")):
         return "none (dense: every weight may move)"
     file = f"`{mask['file']}`, " if mask.get("file") else ""
     return f"{file}density {mask['density']:.4f}, made by {describe_origin(mask['made_by'])}"
