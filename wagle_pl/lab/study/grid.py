@@ -164,7 +164,7 @@ class MaskChoice:
             if value != DEFAULTS[key] and (key, value) != ("hessian", "scalar"):
                 is_word = isinstance(value, str) and key in ("hessian", "scope")
                 words.append(value if is_word else f"{key}={value}")
-        return " ".join([*words, f"{self.density:g}"])
+        return " ".join(words if self.density is None else [*words, f"{self.density:g}"])
 
     def file_name(self, settings: Mapping[str, Any]) -> str:
         """Name of the file of a mask by score, unique for it and ``settings``: model and rows."""
@@ -274,9 +274,11 @@ def _score_masks(
     seeded = type(score) is Random and isinstance(entry, str)
     found = []
     for each in _some(densities, "masks: density"):
-        share = typed(AttributionModule, {"density": each}, where)["density"]
-        choice = MaskChoice("", entry, "score", share, rates, complete, seeded)
-        choice = replace(choice, name=choice.described if name is None else f"{name} {share:g}")
+        if each is not None:  # that of a plant's scores is the plant's
+            each = typed(AttributionModule, {"density": each}, where)["density"]
+        choice = MaskChoice("", entry, "score", each, rates, complete, seeded)
+        end = "" if each is None else f" {each:g}"
+        choice = replace(choice, name=choice.described if name is None else name + end)
         try:  # refuses options that have no meaning together
             passed = {key: complete[key] for key in ATTRIBUTION}
             AttributionModule(model="", masks=[choice.spec("mask")], **passed)
