@@ -497,11 +497,9 @@ def test_several_masks_of_one_pass(attribute: Attribute):
         mask = WeightMask.load(f"many/wagle-{density}")
         assert mask == WeightMask.load(f"one{density}") and mask.metadata["density"] == density
     inside = WeightMask.load("many/modules")
-    assert all(
-        inside[n].all() if "layers.1.mlp" in n else not inside[n].any() for n in inside.names
-    )
+    assert all(inside[n].all() if "layers.1.mlp" in n else not inside[n].any() for n in inside)
     part = WeightMask.load("many/gradient-0.3")
-    sizes = {n: part[n].numel() for n in part.names if "layers.0" in n and "norm" not in n}
+    sizes = {n: part[n].numel() for n in part if "layers.0" in n and "norm" not in n}
     assert part.count() == sum(part.count(n) for n in sizes) == int(0.3 * sum(sizes.values()))
     small = WeightMask.load("many/small")
     assert all(abs(small.count(n) - 0.3 * small[n].numel()) < 1 for n in small)
