@@ -313,9 +313,9 @@ class Collected:
             ranking = Ranking(absolute=not spec.score.signed, low=spec.select == "low")
             for name, bits in select_each(scores, densities, ranking, spec.scope, shards):
                 for chosen, packed in zip(selected, bits, strict=True):
-                    whole = shards[name].gather_bits(packed)
+                    bits_of_mask = shards[name].gather_bits(packed)
                     if first_rank:
-                        chosen[name] = whole
+                        chosen[name] = bits_of_mask
             for spec, density, packed in zip(group, densities, selected, strict=True):
                 made_by = {**metadata, **spec.options(), "density": float(density)}
                 yield spec, _whole_mask(packed, self.shapes, made_by) if first_rank else None

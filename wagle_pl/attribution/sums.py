@@ -95,11 +95,11 @@ class Shard:
         #: Index of the first weight in the flattened parameter, and how many the parameter has.
         self.first, self.total = self.start * width, rows * width
 
-    def of(self, whole: Tensor) -> Tensor:
+    def of(self, tensor: Tensor) -> Tensor:
         """This rank's rows of a tensor of the parameter's shape: a view."""
         if self.ranks == 1:
-            return whole
-        return whole.reshape(self._by_row)[self.start : self.stop]
+            return tensor
+        return tensor.reshape(self._by_row)[self.start : self.stop]
 
     @property
     def own(self) -> tuple[int, ...]:
@@ -110,11 +110,11 @@ class Shard:
         """fp32 zeros for this rank's rows."""
         return torch.zeros(self.own, dtype=torch.float32, device=device)  # whatever the default is
 
-    def scatter_sum(self, whole: Tensor) -> Tensor:
+    def scatter_sum(self, tensor: Tensor) -> Tensor:
         """Reduce-scatter of tensors of the parameter's shape. Collective."""
         if self.ranks == 1:
-            return whole
-        padded = _padded(whole.reshape(self._by_row), self._each * self.ranks)
+            return tensor
+        padded = _padded(tensor.reshape(self._by_row), self._each * self.ranks)
         return distributed.reduce_scatter(padded)[: self.stop - self.start]
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -122,16 +122,16 @@ class Shard:
         if self.ranks == 1:
             return rows
         rows = rows.to(distributed.device())
-        whole = distributed.all_gather_tensor(_padded(rows, self._each))
-        return whole[: self._by_row[0]].reshape(self.shape)
+        tensor = distributed.all_gather_tensor(_padded(rows, self._each))
+        return tensor[: self._by_row[0]].reshape(self.shape)
 
     def gather_bits(self, packed: Tensor) -> Tensor:
         """All-gather of the packed bits of the ranks' rows. Collective."""
         if self.ranks == 1:
             return packed
         share = self._each * prod(self._by_row[1:]) // 8
-        whole = distributed.all_gather_tensor(_padded(packed.to(distributed.device()), share))
-        return whole[: (self.total + 7) // 8].cpu()
+        bits = distributed.all_gather_tensor(_padded(packed.to(distributed.device()), share))
+        return bits[: (self.total + 7) // 8].cpu()
 
 
 def _padded(tensor: Tensor, rows: int) -> Tensor:
@@ -317,9 +317,9 @@ class GradientSums:
         else:
             self._adder.add(total, mine)
 
-    def add(self, buffers: Sequence[Tensor], position: int, whole: Tensor) -> None:
+    def add(self, buffers: Sequence[Tensor], position: int, tensor: Tensor) -> None:
         """Add the ranks' tensors of one parameter's shape to a sum. Collective."""
-        self._add(buffers[position], self.shards[position].scatter_sum(whole))
+        self._add(buffers[position], self.shards[position].scatter_sum(tensor))
         if self._adder is not None:
             self._adder.wait()
 
@@ -396,9 +396,9 @@ class GradientSums:
         sums: dict[str, list[Tensor]] = {name: [] for name in self._stored()}
         for name, tensors in self._stored().items():
             for shard, tensor in zip(self.shards, tensors, strict=True):
-                whole = shard.gather(tensor)
+                full = shard.gather(tensor)
                 if distributed.rank() == 0:
-                    sums[name].append(whole.cpu() if distributed.is_distributed() else whole)
+                    sums[name].append(full.cpu() if distributed.is_distributed() else full)
         done = {"passes": len(self._groups), "group": self.group, "first": self._counts_of_first}
         return {"sums": sums, **done, **self.small()}
 
@@ -414,11 +414,11 @@ class GradientSums:
         self._counts_of_first = state_dict["first"]
         for name, tensors in state_dict["sums"].items():
             buffers = self._restored(name)
-            for position, whole in enumerate(tensors):
+            for position, full in enumerate(tensors):
                 if position in self.here:
-                    buffers[position].copy_(self.shards[position].of(whole))
+                    buffers[position].copy_(self.shards[position].of(full))
                 else:  # of a group that is finished or not yet begun
-                    buffers[position] = on_disk(whole, self._folder)
+                    buffers[position] = on_disk(full, self._folder)
         self._load_small(state_dict)
 
     def parts(self) -> Iterator[Piece]:

@@ -45,14 +45,14 @@ def element(tag: str, *content: str, **attributes: Any) -> Markup:
     >>> element("td", "a < b", class_="note", title=None)
     Markup('<td class="note">a &lt; b</td>')
     """
-    given = Markup().join(
+    written = Markup().join(
         Markup(' {}="{}"').format(name.rstrip("_").replace("_", "-"), value)
         for name, value in attributes.items()
         if value is not None
     )
     if tag in ("img",):
-        return Markup("<{}{}>").format(tag, given)
-    return Markup("<{0}{1}>{2}</{0}>").format(tag, given, Markup().join(content))
+        return Markup("<{}{}>").format(tag, written)
+    return Markup("<{0}{1}>{2}</{0}>").format(tag, written, Markup().join(content))
 
 
 def note(text: str) -> Markup:
@@ -93,9 +93,9 @@ def table(
     ]
     above = element("caption", caption) if caption else ""
     body = element("tbody", *lines)
-    whole = element("table", above, element("thead", head), body, class_=kind)
+    rendered = element("table", above, element("thead", head), body, class_=kind)
     label = "table, scrolls sideways"
-    return element("div", whole, class_="wide", tabindex=0, role="region", aria_label=label)
+    return element("div", rendered, class_="wide", tabindex=0, role="region", aria_label=label)
 
 
 def facts(pairs: Iterable[tuple[str, Any]]) -> Markup:

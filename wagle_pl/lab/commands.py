@@ -68,7 +68,7 @@ def report(
     shown_as = {"title": title, "forget": forget, "utility": utility, "examples": examples}
     path = write_report(sources, output, overwrite, **shown_as)
     kinds = (sources.models, "run", None), (sources.studies, "study", "studies")
-    shown = " and ".join(count(len(found), *words) for found, *words in kinds if found)
+    shown = " and ".join(count(len(items), *words) for items, *words in kinds if items)
     print(f"report of {shown} written to {path}")
 
 

@@ -347,8 +347,8 @@ class FinetuneModule(LanguageModule):
         """Stop before a step that is not finite or, on a GPU, before the step after it."""
         gradients = {} if self._scaler is not None else dict(self.selected.gradients())
         self._finite.check(list(self._step), gradients, self.global_step)
-        each = self.trainer.accumulate_grad_batches if is_zero(self.trainer.strategy) else 1
-        if each > 1 and len(self._step) % each:  # DeepSpeed accumulates: this is no step
+        accumulates = is_zero(self.trainer.strategy)  # DeepSpeed does, and calls this every time
+        if accumulates and len(self._step) % self.trainer.accumulate_grad_batches:
             return
         step, self._step = self._step, []
         self.end_step([batch.losses for batch in step])
@@ -470,8 +470,8 @@ class FinetuneModule(LanguageModule):
 
     def _note_rounding(self) -> None:
         """Note how many moves are left in the files, if these round the values."""
-        whole = self.trainer.is_global_zero and not is_zero(self.trainer.strategy)
-        if whole and self.output and not self.output_dtype:
+        holds_all = self.trainer.is_global_zero and not is_zero(self.trainer.strategy)
+        if holds_all and self.output and not self.output_dtype:
             self._moves_kept = moves_kept(self._tensors, Originals(self.model_name))
 
     def export(self, record: dict[str, Any]) -> None:

@@ -48,16 +48,16 @@ class Sample(Attack):
         for name, asked in self._generated(subject).items():
             known = subject.observe(name, asked, without={"generation"})
             pairs = zip(known, self._sample(subject, name, list(asked)), strict=True)
-            said = [(record, text) for record, texts in pairs for text in texts]
-            records = [record | of_generation(text, record["answer"]) for record, text in said]
+            generated = [(record, text) for record, texts in pairs for text in texts]
+            records = [record | of_generation(text, record["answer"]) for record, text in generated]
             after[name] = subject.worst_of(name, records)
         return subject.findings(after, self.measures)
 
     def check(self, subject: Subject) -> None:
         super().check(subject)
         if self.samples < 1 or self.temperature <= 0 or not 0 < self.top_p <= 1:
-            said = "samples must be at least 1, temperature above 0, top_p in (0, 1]"
-            raise WagleError(f"sample: {said}")
+            message = "samples must be at least 1, temperature above 0, top_p in (0, 1]"
+            raise WagleError(f"sample: {message}")
         if not self._generated(subject):
             why = "--model.generate false, or multiple choice"
             raise self.unusable(f"no row to be forgotten is generated from ({why})")
@@ -126,8 +126,8 @@ class Probe(Attack):
     def check(self, subject: Subject) -> None:
         super().check(subject)
         if self.rows < LEAST_ROWS or self.folds < 2 or self.strength <= 0:
-            said = f"rows must be at least {LEAST_ROWS}, folds at least 2, strength above 0"
-            raise WagleError(f"probe: {said}")
+            message = f"rows must be at least {LEAST_ROWS}, folds at least 2, strength above 0"
+            raise WagleError(f"probe: {message}")
         if not self._answer_rows(subject) and not self._sides(subject)[0]:
             answers = "rows to be forgotten with perturbed answers"
             what = {
@@ -160,8 +160,8 @@ class Probe(Attack):
 
     def _probe_answers(self, subject: Subject, rows: Sequence[Example]) -> Iterator[Finding]:
         answers = [[row.paraphrased_answer or row.answer, *row.perturbed_answers] for row in rows]
-        texts = [(row, text) for row, own in zip(rows, answers, strict=True) for text in own]
-        sizes, folds = [len(own) for own in answers], min(self.folds, len(rows))
+        texts = [(row, text) for row, answer in zip(rows, answers, strict=True) for text in answer]
+        sizes, folds = [len(answer) for answer in answers], min(self.folds, len(rows))
 
         def order(layer: Tensor) -> float:
             differences = [of_row[:1] - of_row[1:] for of_row in layer.split(sizes)]
@@ -300,11 +300,15 @@ def order_answers(differences: Sequence[Tensor], strength: float, folds: int, se
     part = folds_of(len(differences), folds, seed).tolist()
     shares = []
     for fold in range(folds):
-        fitted = torch.cat([each for each, at in zip(differences, part, strict=True) if at != fold])
+        fitted = torch.cat(
+            [difference for difference, at in zip(differences, part, strict=True) if at != fold]
+        )
         targets = _signs(len(fitted), len(fitted))
         weights = ridge(torch.cat([fitted, -fitted]), targets, strength)
-        held_out = (each for each, at in zip(differences, part, strict=True) if at == fold)
-        shares += [share_above(each @ weights) for each in held_out]
+        held_out = (
+            difference for difference, at in zip(differences, part, strict=True) if at == fold
+        )
+        shares += [share_above(difference @ weights) for difference in held_out]
     return sum(shares) / len(shares)
 
 

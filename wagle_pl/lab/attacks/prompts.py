@@ -45,7 +45,7 @@ class InContext(Attack):
 
     def attack(self, subject: Subject) -> list[Finding]:
         asked = {name: self.in_context(subject, name) for name in subject.rows}
-        return subject.compare({name: each for name, each in asked.items() if each}, self.measures)
+        return subject.compare({name: rows for name, rows in asked.items() if rows}, self.measures)
 
     def check(self, subject: Subject) -> None:
         super().check(subject)
@@ -59,7 +59,7 @@ class InContext(Attack):
         """Rows with facts in their ``context``, the nearest last; conversations are left out."""
         rows = subject.rows[name]
         vectors = word_vectors([f"{row.question} {row.answer}" for row in rows])
-        found: dict[int, list[Example]] = {}
+        prompts: dict[int, list[Example]] = {}
         for i, row in enumerate(rows):
             if row.asked is None or row.messages is not None:
                 continue
@@ -68,14 +68,14 @@ class InContext(Attack):
                 for j in _others(rows, i)
             }
             near = sorted(overlap, key=lambda j: (-overlap[j], j))[: self.neighbours]
-            own = row.context or (subject.suite.headers.get(name, "") if row.choices else "")
+            context = row.context or (subject.suite.headers.get(name, "") if row.choices else "")
             for count in range(len(near), 0, -1):
                 facts = [f"{rows[j].asked} {rows[j].answer}\n" for j in reversed(near[:count])]
-                changed = replace(row, context="".join(facts) + f"\n{own}")
+                changed = replace(row, context="".join(facts) + f"\n{context}")
                 if _fits(subject, changed):
-                    found[i] = [changed]
+                    prompts[i] = [changed]
                     break
-        return found
+        return prompts
 
 
 def _fits(subject: Subject, row: Example) -> bool:
@@ -85,22 +85,22 @@ def _fits(subject: Subject, row: Example) -> bool:
         encoded = [subject.template.encode(row, answer) for answer in (None, longest)]
     except WagleError:
         return False
-    return max(len(each["input_ids"]) for each in encoded) < subject.template.max_length
+    return max(len(text["input_ids"]) for text in encoded) < subject.template.max_length
 
 
 def _others(rows: Sequence[Example], i: int) -> list[int]:
     """Rows with a question that state another fact than row i."""
-    own, asked = rows[i].texts | {rows[i].answer}, [(j, r) for j, r in enumerate(rows) if r.asked]
-    return [j for j, row in asked if j != i and not (row.texts | {row.answer}) & own]
+    texts, asked = rows[i].texts | {rows[i].answer}, [(j, r) for j, r in enumerate(rows) if r.asked]
+    return [j for j, row in asked if j != i and not (row.texts | {row.answer}) & texts]
 
 
 def word_vectors(texts: Sequence[str]) -> list[dict[str, float]]:
     """TF-IDF of every text, normalised: word -> count · log(N / texts with the word), if not 0."""
     counts = [Counter(re.findall(r"\w+", text.lower())) for text in texts]
     texts_with = Counter(word for count in counts for word in count)
-    found = []
+    vectors = []
     for count in counts:
         vector = {word: n * math.log(len(texts) / texts_with[word]) for word, n in count.items()}
         norm = math.sqrt(sum(value * value for value in vector.values())) or 1.0
-        found.append({word: value / norm for word, value in vector.items() if value})
-    return found
+        vectors.append({word: value / norm for word, value in vector.items() if value})
+    return vectors

@@ -177,16 +177,16 @@ Choice = Union[ObjectiveChoice, MaskChoice]
 
 def passes(masks: Sequence[MaskChoice]) -> list[tuple[dict[str, Any], list[MaskChoice]]]:
     """The options of as few passes as possible, and the masks by score that each makes."""
-    found: list[tuple[dict[str, Any], list[MaskChoice]]] = []
+    groups: list[tuple[dict[str, Any], list[MaskChoice]]] = []
     for mask in sorted(masks, key=lambda mask: -len(mask.relevant)):
-        for options, others in found:  # an option on which a score does not depend fits any pass
+        for options, others in groups:  # an option on which a score does not depend fits any pass
             if all(options.get(name, value) == value for name, value in mask.relevant.items()):
                 options |= mask.relevant
                 others.append(mask)
                 break
         else:
-            found.append((dict(mask.relevant), [mask]))
-    return found
+            groups.append((dict(mask.relevant), [mask]))
+    return groups
 
 
 # -- a configuration -> choices --------------------------------------------------------------------
@@ -217,13 +217,13 @@ def read_objectives(entries: Entries) -> list[ObjectiveChoice]:
 
 def read_masks(entries: Entries) -> list[MaskChoice]:
     """Masks of a configuration; a list of densities makes a mask of each."""
-    found = [choice for entry in _some(entries, "masks") for choice in _read_mask(entry)]
-    _refuse_twins(found, "masks")
+    choices = [choice for entry in _some(entries, "masks") for choice in _read_mask(entry)]
+    _refuse_twins(choices, "masks")
     seen: dict[str, str] = {}
-    for choice in found:
+    for choice in choices:
         if (other := seen.setdefault(choice.id, choice.name)) != choice.name:
             raise WagleError(f"masks: {other!r} and {choice.name!r} are the same: leave one out")
-    return found
+    return choices
 
 
 def _read_mask(entry: Entry) -> list[MaskChoice]:
@@ -267,35 +267,35 @@ def _score_masks(
     where = f"masks: {score.label}"
     density = options.pop("density", DEFAULTS["density"])
     densities = density if isinstance(density, (list, tuple)) else [density]
-    given = typed(AttributionModule, options, where)
-    if given.get("gamma", "auto") != "auto":
-        given.setdefault("hessian", "scalar")
-    complete = {key: given.get(key, DEFAULTS[key]) for key in (*SELECTION, *ATTRIBUTION)}
+    checked = typed(AttributionModule, options, where)
+    if checked.get("gamma", "auto") != "auto":
+        checked.setdefault("hessian", "scalar")
+    complete = {key: checked.get(key, DEFAULTS[key]) for key in (*SELECTION, *ATTRIBUTION)}
     seeded = type(score) is Random and isinstance(entry, str)
-    found = []
-    for each in _some(densities, "masks: density"):
-        if each is not None:  # that of a plant's scores is the plant's
-            each = typed(AttributionModule, {"density": each}, where)["density"]
-        choice = MaskChoice("", entry, "score", each, rates, complete, seeded)
-        end = "" if each is None else f" {each:g}"
+    choices = []
+    for share in _some(densities, "masks: density"):
+        if share is not None:  # that of a plant's scores is the plant's
+            share = typed(AttributionModule, {"density": share}, where)["density"]
+        choice = MaskChoice("", entry, "score", share, rates, complete, seeded)
+        end = "" if share is None else f" {share:g}"
         choice = replace(choice, name=choice.described if name is None else name + end)
         try:  # refuses options that have no meaning together
             passed = {key: complete[key] for key in ATTRIBUTION}
             AttributionModule(model="", masks=[choice.spec("mask")], **passed)
         except WagleError as error:
             raise WagleError(f"masks: {choice.name}: {error}") from None
-        found.append(choice)
-    return found
+        choices.append(choice)
+    return choices
 
 
 def check_rates(rates: Sequence[float]) -> tuple[float, ...]:
     try:
-        found = tuple(float(rate) for rate in rates)
+        numbers = tuple(float(rate) for rate in rates)
     except (TypeError, ValueError):
         raise WagleError(f"learning_rates: must be a list of numbers, got {rates!r}") from None
-    if not found or min(found) <= 0 or len(set(found)) < len(found):
-        raise WagleError(f"learning_rates: must be different numbers above 0, got {list(found)}")
-    return found
+    if not numbers or min(numbers) <= 0 or len(set(numbers)) < len(numbers):
+        raise WagleError(f"learning_rates: must be different numbers above 0, got {list(numbers)}")
+    return numbers
 
 
 def _some(entries: Sequence[Any], what: str) -> Sequence[Any]:
@@ -326,10 +326,10 @@ _OF_STUDY = {
 }
 
 
-def typed(cls: type, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+def typed(cls: type, options: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Options of a class, checked; text is converted to the value it stands for, all else stays."""
-    found = check_options(cls, given, where)
-    return {k: found[k] if isinstance(value, str) else value for k, value in given.items()}
+    converted = check_options(cls, options, where)
+    return {k: converted[k] if isinstance(value, str) else value for k, value in options.items()}
 
 
 def read_optimizer(entry: Entry) -> partial[torch.optim.Optimizer]:
@@ -349,11 +349,11 @@ def read_optimizer(entry: Entry) -> partial[torch.optim.Optimizer]:
     return made
 
 
-def read_module(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_module(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of :class:`UnlearnModule`, and of :class:`Evaluate`, that hold for all runs."""
-    _refuse("--module", given)
-    tests = {name: value for name, value in given.items() if name in option_names(Evaluate)}
-    module = {name: value for name, value in given.items() if name not in tests}
+    _refuse("--module", options)
+    tests = {name: value for name, value in options.items() if name in option_names(Evaluate)}
+    module = {name: value for name, value in options.items() if name not in tests}
     module, tests = typed(UnlearnModule, module, "--module"), typed(Evaluate, tests, "--module")
     try:
         UnlearnModule(model="", **module)
@@ -363,20 +363,20 @@ def read_module(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     return module, tests
 
 
-def read_trainer(given: Mapping[str, Any]) -> dict[str, Any]:
+def read_trainer(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of Lightning's Trainer that hold for all runs, each on one device."""
-    _refuse("--trainer", given)
-    found = {"devices": 1, **given}
-    if str(found["devices"]) != "1" or found.get("num_nodes", 1) != 1:
+    _refuse("--trainer", options)
+    complete = {"devices": 1, **options}
+    if str(complete["devices"]) != "1" or complete.get("num_nodes", 1) != 1:
         hint = "leave trainer.devices and trainer.num_nodes out"
         raise WagleError(f"a study runs on one device: {hint}")
     with silence(), trainer_errors():
-        L.Trainer(**found, logger=False, enable_checkpointing=False)
-    return found
+        L.Trainer(**complete, logger=False, enable_checkpointing=False)
+    return complete
 
 
-def _refuse(option: str, given: Collection[str]) -> None:
-    for name in given:
+def _refuse(option: str, names: Collection[str]) -> None:
+    for name in names:
         if name in _OF_STUDY[option]:
             raise WagleError(f"the study sets {name} itself: leave it out", option=option)
 

@@ -83,8 +83,8 @@ def plant_mask(
     try:
         bools = KINDS[plant](shapes, config, draw, amount)
     except ValueError:
-        said = f"plant {plant}: the model has not {amount} of that kind"
-        raise WagleError(said, "--plants") from None
+        message = f"plant {plant}: the model has not {amount} of that kind"
+        raise WagleError(message, "--plants") from None
     zeros = {n: torch.zeros(s, dtype=torch.bool) for n, s in shapes.items() if n not in bools}
     mask = WeightMask.from_bools({name: {**zeros, **bools}[name] for name in shapes})
     mask.metadata |= {"score": f"plant {plant}, seed {seed}", "density": round(mask.density, 6)}
@@ -155,9 +155,9 @@ def auroc(
         keys = (order_keys(values.reshape(-1), ranking).cpu() >> 16) + bins // 2
         both = torch.bincount(keys, minlength=bins)
         for mask, (outside, inside) in zip(masks, counts, strict=True):
-            own = torch.bincount(keys[mask[name].view(-1)], minlength=bins)
-            inside += own
-            outside += both - own
+            selected = torch.bincount(keys[mask[name].view(-1)], minlength=bins)
+            inside += selected
+            outside += both - selected
     outside, inside = counts.double().unbind(1)
     below = outside.cumsum(1) - outside / 2
     return ((inside * below).sum(1) / (inside.sum(1) * outside.sum(1))).tolist()
@@ -177,12 +177,12 @@ def locate(
     densities = [Fraction(mask.count(), mask.total) for mask in masks]
     specs = [replace(spec, density=density) for density in dict.fromkeys(densities)]
     chosen = {made.density: mask for made, mask in collected.masks(specs, {})}
-    found = {}
+    located = {}
     for (key, mask), area, density in zip(truths.items(), areas, densities, strict=True):
         best = chosen[density]
         hits = sum(count_bits(best.packed(name) & mask.packed(name)) for name in mask)
-        found[key] = area, hits / best.count()
-    return found
+        located[key] = area, hits / best.count()
+    return located
 
 
 # -- the whole -------------------------------------------------------------------------------------
@@ -276,13 +276,13 @@ class Plants:
                 numbers = (f"{name} {decimals(rows[0][name])}" for name in ("forget", "retain"))
                 steps, seconds = (rows[0][name] for name in ("steps", "seconds"))
                 say(f"{', '.join(numbers)}, {count(steps, 'step')}, {duration(seconds)}")
-            found = summarise(self.table.rows)
-            write_text(self.folder / "plants.md", markdown(found))
-            if found:
-                save_figure(figure(found), [self.folder / "plants.svg"])
-        if found:
-            say(f"{table(*overview(found))}\n{self.folder / 'plants.md'} has more")
-        return found
+            entries = summarise(self.table.rows)
+            write_text(self.folder / "plants.md", markdown(entries))
+            if entries:
+                save_figure(figure(entries), [self.folder / "plants.svg"])
+        if entries:
+            say(f"{table(*overview(entries))}\n{self.folder / 'plants.md'} has more")
+        return entries
 
     def _settings(self, base: str) -> dict[str, Any]:
         """What all plants share, as plain data."""
@@ -336,14 +336,14 @@ class Plants:
             "seconds": round(time.monotonic() - start, 1),
         }
         rows = []
-        for (score, _), found in after.items():
-            numbers = zip(COLUMNS[-4:], (*found, *before[score, key]), strict=True)
+        for (score, _), measured in after.items():
+            numbers = zip(COLUMNS[-4:], (*measured, *before[score, key]), strict=True)
             rows.append({**shared, "score": score, **dict(numbers)})
         return rows
 
     def _locate(self, model: str, truths: Mapping[Key, WeightMask]) -> dict[tuple[str, Key], Found]:
         """(name of a score, plant) -> how well it finds the plant in the weights of a model."""
-        found = {}
+        results = {}
         for options, choices in grid.passes(self._choices):
             specs = [choice.spec(str(number)) for number, choice in enumerate(choices)]
             module = AttributionModule(model=model, masks=specs, **options)
@@ -352,8 +352,8 @@ class Plants:
                 trainer.fit(module, copy.copy(self.data))
             for choice, spec in zip(choices, module.specs, strict=True):
                 located = locate(module.collected, spec, truths)
-                found |= {(choice.name, key): numbers for key, numbers in located.items()}
-        return found
+                results |= {(choice.name, key): numbers for key, numbers in located.items()}
+        return results
 
 
 def _name(key: Key) -> str:
@@ -394,25 +394,25 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
     if not rows:
         return []
     table = pd.DataFrame(rows).sort_values("seed", kind="stable")
-    found = []
-    for (plant, score), own in table.groupby(["plant", "score"], sort=False):
-        entry = {"plant": plant, "score": score, "n": len(own)}
-        entry |= {name: float(own[name].mean()) for name in ("density", "forget", "retain")}
+    entries = []
+    for (plant, score), runs in table.groupby(["plant", "score"], sort=False):
+        entry = {"plant": plant, "score": score, "n": len(runs)}
+        entry |= {name: float(runs[name].mean()) for name in ("density", "forget", "retain")}
         for when in ("", "_before"):
-            precision = own[f"precision{when}"]
-            values = {"auroc": own[f"auroc{when}"], "precision": precision}
-            values["enrichment"] = precision / own["density"]
+            precision = runs[f"precision{when}"]
+            values = {"auroc": runs[f"auroc{when}"], "precision": precision}
+            values["enrichment"] = precision / runs["density"]
             entry |= {f"{name}{when}": spread(of) for name, of in values.items()}
-        test = paired(own["auroc"], own["auroc_before"])
-        found.append({**entry, "difference": test.difference, "p": test.p})
-    plants = list(dict.fromkeys(entry["plant"] for entry in found))
-    return sorted(found, key=lambda entry: (plants.index(entry["plant"]), -entry["auroc"].mean))
+        test = paired(runs["auroc"], runs["auroc_before"])
+        entries.append({**entry, "difference": test.difference, "p": test.p})
+    plants = list(dict.fromkeys(entry["plant"] for entry in entries))
+    return sorted(entries, key=lambda entry: (plants.index(entry["plant"]), -entry["auroc"].mean))
 
 
-def overview(found: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def overview(entries: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a table, scores × plants: AUROC, and precision as a multiple of chance."""
     plants, rows, total = {}, {}, Counter()
-    for entry in found:
+    for entry in entries:
         score, auroc = entry["score"], entry["auroc"].mean
         plants[entry["plant"]], total[score] = "–", total[score] + auroc
         cell = f"{auroc:.2f} ({entry['enrichment'].mean:.1f}×)"
@@ -421,28 +421,28 @@ def overview(found: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[s
     return ["score", *plants], [[score, *{**plants, **rows[score]}.values()] for score in ordered]
 
 
-def figure(found: Sequence[Mapping[str, Any]]) -> Any:
+def figure(entries: Sequence[Mapping[str, Any]]) -> Any:
     """The AUROC of every score, by plant, in the order of the overview."""
     located: dict[str, list[Located]] = {}
-    for entry in found:
+    for entry in entries:
         mean, deviation, _ = entry["auroc"]
         numbers = entry["auroc_before"].mean, mean, deviation or 0.0
         located.setdefault(entry["plant"], []).append(Located(entry["score"], *numbers))
-    return plants_overview(located, [row[0] for row in overview(found)[1]])
+    return plants_overview(located, [row[0] for row in overview(entries)[1]])
 
 
-def markdown(found: Sequence[Mapping[str, Any]]) -> str:
+def markdown(entries: Sequence[Mapping[str, Any]]) -> str:
     """Content of ``plants.md``: the overview, and a table per plant."""
     what = (
         "AUROC of each score, and its precision at the plant's density as a multiple of chance's."
     )
-    parts = ["# Planted knowledge", what, markdown_table(*overview(found))]
-    for plant in dict.fromkeys(entry["plant"] for entry in found):
-        own = [entry for entry in found if entry["plant"] == plant]
-        said = ", ".join(f"{name} {decimals(own[0][name])}" for name in ("forget", "retain"))
-        seeds, share = count(own[0]["n"], "seed"), f"{own[0]['density']:.1%} of the weights"
-        about = f"{seeds}, {share}; after planting {said}."
-        parts += [f"## {plant}", about, markdown_table(*shown(own))]
+    parts = ["# Planted knowledge", what, markdown_table(*overview(entries))]
+    for plant in dict.fromkeys(entry["plant"] for entry in entries):
+        of_plant = [entry for entry in entries if entry["plant"] == plant]
+        recall = ", ".join(f"{name} {decimals(of_plant[0][name])}" for name in ("forget", "retain"))
+        seeds, share = count(of_plant[0]["n"], "seed"), f"{of_plant[0]['density']:.1%}"
+        about = f"{seeds}, {share} of the weights; after planting {recall}."
+        parts += [f"## {plant}", about, markdown_table(*shown(of_plant))]
     notes = "\n".join(f"- {line}" for line in NOTES)
     return "\n\n".join([*parts, "## How to read it", notes]) + "\n"
 

@@ -61,8 +61,8 @@ class Curve(NamedTuple):
 
     def points(self, values: Mapping[str, Any]) -> list[tuple[int, float]]:
         """(step, probability) of a model; empty if it was not attacked."""
-        found = [(step, values.get(name)) for step, name in self.columns.items()]
-        return [] if any(value is None for _, value in found) else found
+        pairs = [(step, values.get(name)) for step, name in self.columns.items()]
+        return [] if any(value is None for _, value in pairs) else pairs
 
     def of(self, values: Mapping[str, Any]) -> Optional[float]:
         """Steps to half of the way back to the target, None if it does not get there."""
@@ -78,7 +78,7 @@ def columns_of(rows: Sequence[Row], by: Compared) -> list[Column | Curve]:
     names = sorted({name for row in rows for name, value in row.items() if value is not None})
     forgotten = by.forget.partition("/")[0]
     kept: list[Column | Curve] = []
-    found: list[Column | Curve] = []
+    measured: list[Column | Curve] = []
     curves: dict[str, dict[int, str]] = {}
     for name in names:
         first, _, rest = name.partition("/")
@@ -91,14 +91,14 @@ def columns_of(rows: Sequence[Row], by: Compared) -> list[Column | Curve]:
         if step and head == f"{forgotten}/probability":
             curves.setdefault(attack, {})[int(number)] = name
         elif measure in (by.forget, PROBED) or measure.rpartition("/")[2] in SHORT:
-            found.append(Column(attack, measure, name))
-    plain = [measure for measure in dict.fromkeys(c.measure for c in found) if measure in names]
-    found = [*(Column(WITHOUT, measure, measure) for measure in plain), *found]
+            measured.append(Column(attack, measure, name))
+    plain = [measure for measure in dict.fromkeys(c.measure for c in measured) if measure in names]
+    measured = [*(Column(WITHOUT, measure, measure) for measure in plain), *measured]
     for attack, steps in curves.items():
         ordered = dict(sorted(steps.items()))
         if (start := by.target.get(ordered.get(0, ""))) is not None:
-            found.append(Curve(attack, ordered, start))
-    return [*(kept if found or len(kept) > 1 else ()), *found]
+            measured.append(Curve(attack, ordered, start))
+    return [*(kept if measured or len(kept) > 1 else ()), *measured]
 
 
 def at_the_level(
@@ -121,7 +121,7 @@ def at_the_level(
         return []
     last = {row["run"]: row for row in rows if row.get("forget") is not None}  # in order of steps
     _, best, dense_of = arms_of(rows, by)
-    found = []
+    entries = []
     for (objective, mask), mine in best.items():
         ended, dense = _ends(mine, last), dense_of.get(objective)
         theirs = {} if dense in (None, (objective, mask)) else _ends(best[dense], last)
@@ -136,8 +136,8 @@ def at_the_level(
                 steps = column.columns if runs_of else ()
                 entry["curve"] = [(s, spread([run[s] for run in runs_of]).mean) for s in steps]
                 entry["retrained_curve"] = column.points(retrained)
-            found.append(entry)
-    return found
+            entries.append(entry)
+    return entries
 
 
 def _ends(best: pd.DataFrame, last: Mapping[str, Row]) -> dict[int, Row]:
@@ -180,14 +180,14 @@ def _compared(
 # -- for people ------------------------------------------------------------------------------------
 
 
-def tables(found: Sequence[Entry]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+def tables(entries: Sequence[Entry]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """Title, header and rows of a table for each objective and measure."""
-    named = dict.fromkeys((entry["objective"], entry["measure"]) for entry in found)
+    named = dict.fromkeys((entry["objective"], entry["measure"]) for entry in entries)
     for objective, measure in named:
-        entries = [e for e in found if (e["objective"], e["measure"]) == (objective, measure)]
-        columns = {entry["what"]: entry for entry in entries}
+        listed = [e for e in entries if (e["objective"], e["measure"]) == (objective, measure)]
+        columns = {entry["what"]: entry for entry in listed}
         cells: dict[str, list[str]] = {}
-        for entry in entries:
+        for entry in listed:
             if entry["seeds"]:
                 cells.setdefault(entry["mask"], []).append(cell(entry))
         for model in ("retrained", "target"):
@@ -205,7 +205,7 @@ def cell(entry: Entry) -> str:
     return text + MARKS.get(entry["verdict"], "")
 
 
-def about(found: Sequence[Entry]) -> list[str]:
+def about(entries: Sequence[Entry]) -> list[str]:
     """How to read the tables."""
     lines = [
         "Every run ends at the first test at which the study's level is reached. An arm is shown "
@@ -215,12 +215,12 @@ def about(found: Sequence[Entry]) -> list[str]:
         "to the retrained model's number (a paired t-test over three seeds or more, p < 0.05, and a "
         "difference above the larger of the two standard deviations).",
     ]
-    if any(entry["what"] == WITHOUT for entry in found):
+    if any(entry["what"] == WITHOUT for entry in entries):
         lines.append(
             "Under attack: compare with the retrained model under the same attack: what it answers "
             "was never there. Relearning is tested on forget rows that it is not trained on."
         )
-    if any(entry["measure"] == HALF for entry in found):
+    if any(entry["measure"] == HALF for entry in entries):
         lines.append(
             f"{HALF}: steps of fine-tuning until forget rows that are not trained on are half of the "
             "way back to the target's probability, and for how many seeds they get there."

@@ -60,12 +60,12 @@ def announced(work: str) -> Iterator[None]:
         raise
 
 
-def make_trainer(folder: Path, options: Mapping[str, Any], **own: Any) -> L.Trainer:
+def make_trainer(folder: Path, options: Mapping[str, Any], **overrides: Any) -> L.Trainer:
     """A Trainer that prints and saves nothing; ``own`` options override those of the user."""
     gc.collect()  # the model of the previous trainer is in reference cycles
     with silence():
         return L.Trainer(
-            **{**options, **own},
+            **{**options, **overrides},
             default_root_dir=str(folder),
             limit_val_batches=0,  # a study has its own tests, whatever data.val says
             logger=False,
@@ -158,11 +158,11 @@ def as_before_the_end(
 
     def observed(record: Mapping[str, Any]) -> dict[str, Any]:
         if answers_of is not None:
-            found = {k: v for k, v in record.items() if k in _OF_ANSWERS}
+            kept = {k: v for k, v in record.items() if k in _OF_ANSWERS}
         else:
             asked = ("paraphrased_question_", *_OF_GENERATION)
-            found = {k: v for k, v in record.items() if not k.startswith(asked)}
-        return {**found, "generation": None}
+            kept = {k: v for k, v in record.items() if not k.startswith(asked)}
+        return {**kept, "generation": None}
 
     names = tables.keys() if answers_of is None else tables.keys() & answers_of
     return {name: list(map(observed, tables[name])) for name in tables if name in names}
@@ -220,8 +220,8 @@ class RunTable:
     def _read(self, path: Path, hint: str) -> list[dict[str, Any]]:
         ours, theirs = self.settings, table_key(path)
         if differing := sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k)):
-            said = f"{path} holds runs with other settings ({', '.join(differing)})"
-            raise WagleError(f"{said}: {hint}")
+            message = f"{path} holds runs with other settings ({', '.join(differing)})"
+            raise WagleError(f"{message}: {hint}")
         return load_table(path)
 
 

@@ -149,8 +149,8 @@ class Study:
             if value is not None and value < 1:
                 raise WagleError(f"must be at least 1, got {value}", option=f"--{name}")
         if self.along == "answers" and self.generate == "always":
-            said = "--along answers generates nothing before a run's end"
-            raise WagleError(f"{said}: leave --generate always out")
+            message = "--along answers generates nothing before a run's end"
+            raise WagleError(f"{message}: leave --generate always out")
         self._attacks, self._every_attack = find_attacks(self.attacks, "--attacks")
         if self._attacks and not self.until_level:
             raise WagleError(
@@ -165,8 +165,8 @@ class Study:
         self.only, self.join = lists
         names = [choice.name for choice in (*self.grid.objectives, *self.grid.masks)]
         if unknown := [name for name in self.only if name not in names]:
-            said = f"--only: no objective or mask is called {unknown[0]!r}"
-            raise WagleError(said, hint=f"there are: {', '.join(names)}")
+            message = f"--only: no objective or mask is called {unknown[0]!r}"
+            raise WagleError(message, hint=f"there are: {', '.join(names)}")
         self.data = copy.copy(self.data)
         #: Results of the retrained model, once it is tested.
         self._retrained = str(self.folder / "retrained") if self.retrained else None
@@ -209,13 +209,14 @@ class Study:
                 missing = f"{self.size - len(self._finished())} of {self.size} runs are missing"
                 say(f"stopped; the same command continues ({missing})")
                 raise
-            found = self._write()
-            for name, drawing in {"study": mean_curves(found), **recovery_curves(found)}.items():
+            summary = self._write()
+            drawings = {"study": mean_curves(summary), **recovery_curves(summary)}
+            for name, drawing in drawings.items():
                 if drawing is not None:
                     save_figure(study_overview(*drawing), [self.folder / f"{name}.svg"])
-        if found["headline"]:
-            say(f"\n{text.console(found)}\n\n{self.folder / 'study.md'} has it as Markdown")
-        return found
+        if summary["headline"]:
+            say(f"\n{text.console(summary)}\n\n{self.folder / 'study.md'} has it as Markdown")
+        return summary
 
     def _finished(self) -> set[str]:
         return self.planned & self.table.finished()
@@ -260,11 +261,10 @@ class Study:
         self.settings = {**fingerprints, **self._settings()}
         self.table = RunTable(self.folder, self.settings)
         if self.compared.nothing_to_unlearn:
-            said = (
-                f"its {self.forget} is {self.compared.target[self.forget]:.3f}, the level to reach"
-            )
-            said = f"the target does not know the forget set: {said} {self.compared.level:.3f}"
-            log.warning("%s: there is nothing to unlearn", said)
+            now, level = self.compared.target[self.forget], self.compared.level
+            known = f"its {self.forget} is {now:.3f}, the level to reach {level:.3f}"
+            why = f"the target does not know the forget set: {known}"
+            log.warning("%s: there is nothing to unlearn", why)
 
     def _settings(self) -> dict[str, Any]:
         """What all runs share, as plain data; changing any of it makes different runs."""
@@ -298,16 +298,16 @@ class Study:
 
     def _attacked_by(self) -> dict[str, Any]:
         """The attacks, if any, each with those of its options that are not defaults."""
-        found = []
+        attacks = []
         for attack in self._attacks:
             usual = vars(type(attack))  # where a dataclass keeps its defaults
             options = {k: v for k, v in vars(attack).items() if v != usual.get(k)}
-            found.append(grid.definition(type(attack), options))
-        return {"attacks": found} if found else {}
+            attacks.append(grid.definition(type(attack), options))
+        return {"attacks": attacks} if attacks else {}
 
     def _evaluate(self, name: str, model: str) -> tuple[str, dict[str, float]]:
         """Fingerprint and measures of target or retrained model, which is tested once."""
-        given = {**self._module, **self._tests}
+        options = {**self._module, **self._tests}
         module = EvaluationModule(
             model=model,
             output=str(self.folder / name),
@@ -315,7 +315,7 @@ class Study:
             overwrite=not (self.folder / TABLE_FILE).is_file(),
             generate=self.generate != "never",
             retrained=self._retrained if name == "target" else None,
-            **{k: v for k, v in given.items() if k in option_names(EvaluationModule)},
+            **{k: v for k, v in options.items() if k in option_names(EvaluationModule)},
         )
         try:
             with announced(f"{name} model {model}"), silence():
@@ -347,8 +347,8 @@ class Study:
         rows = read_table(file, key, overwrite=not (self.folder / TABLE_FILE).is_file())
         if rows is None:
             tables = Results(self.folder / name).tables
-            found = self._attack(trainer, module, module.evaluation, tables)
-            rows = [{"measure": measure, "value": value} for measure, value in found.items()]
+            measures = self._attack(trainer, module, module.evaluation, tables)
+            rows = [{"measure": measure, "value": value} for measure, value in measures.items()]
             write_table(file, rows, key)
         return {row["measure"]: row["value"] for row in rows}
 
@@ -378,14 +378,14 @@ class Study:
             if measure not in along:
                 asked = "--along all" if self.along == "answers" else "--generate always"
                 why = f" (it needs {asked})" if measure in target else ""
-                said = f"{option}: {measure!r} is not measured at every point{why}"
-                raise WagleError(said, hint=f"there are: {', '.join(sorted(along))}")
+                message = f"{option}: {measure!r} is not measured at every point{why}"
+                raise WagleError(message, hint=f"there are: {', '.join(sorted(along))}")
         level = self.forget_level
         if level is None:
             level = self.references["retrained"].get(self.forget)
         if level is None:
-            said = f"--forget: {self.forget} is undefined for the retrained model"
-            raise WagleError(f"{said}: give --forget_level")
+            message = f"--forget: {self.forget} is undefined for the retrained model"
+            raise WagleError(f"{message}: give --forget_level")
         signs = {"lower": -1, "higher": 1}
         rises = 1 if level > target[self.forget] else -1
         forget_sign = signs.get(self.suite.info(self.forget).direction, rises)
@@ -462,8 +462,8 @@ class Study:
         evaluate = Evaluate(generate=generates, retrained=self._retrained, **self._tests)
 
         def is_enough(measures: Mapping[str, float]) -> bool:
-            found, by = measures.get(self.forget), self.compared
-            return self.until_level and found is not None and by.forget_sign * found >= by.end
+            value, by = measures.get(self.forget), self.compared
+            return self.until_level and value is not None and by.forget_sign * value >= by.end
 
         along = EvaluateAlong(evaluate, self.points, self.generate, self._answers_of(), is_enough)
         options = {"accumulate_grad_batches": self.accumulate, "callbacks": [along]}
@@ -501,7 +501,7 @@ class Study:
         ends = at_the_level(rows, by, self.references["retrained"]) if self.until_level else []
         usual = [o.name for o in self.grid.objectives if not o.learning_rates]
         own_rates = {*product(usual, [m.name for m in self.grid.masks if m.learning_rates])}
-        found = {
+        summary = {
             "format_version": FORMAT_VERSION,
             "forget": self.forget,
             "utility": self.utility,
@@ -526,6 +526,6 @@ class Study:
             "settings": self.settings,
         }
         self.table.write()
-        write_json(self.folder / SUMMARY_FILE, json.loads(json.dumps(found, default=str)))
-        write_text(self.folder / "study.md", text.markdown(found))
-        return found
+        write_json(self.folder / SUMMARY_FILE, json.loads(json.dumps(summary, default=str)))
+        write_text(self.folder / "study.md", text.markdown(summary))
+        return summary

@@ -204,7 +204,7 @@ def run_table(rows: Sequence[Row], by: Compared) -> pd.DataFrame:
     tests: dict[str, list[Row]] = {row["run"]: [] for row in rows}
     for row in sorted(rows, key=lambda row: row["step"]):
         tests[row["run"]].append(row)
-    found = []
+    runs = []
     for run in tests.values():
         tested = [r for r in run if None not in (r.get("forget"), r.get("utility"))]
         progress = [by.start, *(by.forget_sign * row["forget"] for row in tested)]
@@ -212,7 +212,7 @@ def run_table(rows: Sequence[Row], by: Compared) -> pd.DataFrame:
         steps = [0.0, *(float(row["step"]) for row in tested)]
         points = list(zip(progress, utilities, strict=True))
         last = tested[-1] if tested else {}
-        found.append(
+        runs.append(
             {
                 **{name: run[0].get(name) for name in (*LABELS, "lr", "seed", "run")},
                 "points": points,
@@ -223,7 +223,7 @@ def run_table(rows: Sequence[Row], by: Compared) -> pd.DataFrame:
                 **{name: last.get(name) for name in AT_END},
             }
         )
-    return pd.DataFrame(found).astype(dict.fromkeys(("reached", "steps", *AT_END), float))
+    return pd.DataFrame(runs).astype(dict.fromkeys(("reached", "steps", *AT_END), float))
 
 
 def chosen(runs: pd.DataFrame, sign: int = 1) -> pd.DataFrame:
@@ -262,17 +262,17 @@ def summarise(
     ``own_learning_rates``, whether objective and mask are one of ``own_rates``.
     """
     arms, best, dense_of = arms_of(rows, by)
-    found = []
-    for arm, own in arms.items():
+    entries = []
+    for arm, runs in arms.items():
         mine, dense = best[arm], dense_of.get(arm[0])
         reached = mine["reached"].dropna()
         entry = {
-            **{name: _plain(own[name].iloc[-1]) for name in LABELS},
+            **{name: _plain(runs[name].iloc[-1]) for name in LABELS},
             **spread(reached)._asdict(),
             "values": {str(seed): value for seed, value in reached.items()},
-            "runs": len(own),
-            "reached": float(own["reached"].notna().mean()),
-            "diverged": int(own["diverged"].sum()),
+            "runs": len(runs),
+            "reached": float(runs["reached"].notna().mean()),
+            "diverged": int(runs["diverged"].sum()),
             "seeds": len(mine),
             "learning_rates": {str(seed): lr for seed, lr in mine["lr"].items()},
             "steps": _plain(mine["steps"].mean()),
@@ -280,33 +280,33 @@ def summarise(
         }
         if dense is None:
             entry["verdict"] = "no dense run to compare with"
-        entry["equal_steps"] = _equal_steps(own, arms[dense]) if dense not in (None, arm) else None
+        entry["equal_steps"] = _equal_steps(runs, arms[dense]) if dense not in (None, arm) else None
         levels = np.linspace(by.start, mine["deepest"].min(), CURVE_POINTS)
         curves = [np.interp(levels, *np.transpose(envelope(points))) for points in mine["points"]]
         measures, means = by.forget_sign * levels, np.mean(curves, axis=0)
         entry["curve"] = list(zip(measures.tolist(), means.tolist(), strict=True))
         entry["area"] = _area(mine, best.get(dense), by)
         entry |= {name: _plain(mine[name].mean()) for name in AT_END}
-        found.append({**entry, "own_learning_rates": arm in own_rates})
-    return found
+        entries.append({**entry, "own_learning_rates": arm in own_rates})
+    return entries
 
 
-def compared_at(found: Mapping[str, Any], rows: Sequence[Row], level: float) -> dict[str, Any]:
+def compared_at(summary: Mapping[str, Any], rows: Sequence[Row], level: float) -> dict[str, Any]:
     """The content of a ``study.json``, compared at another level that its runs go past."""
-    if not found.get("headline"):
+    if not summary.get("headline"):
         raise WagleError("it has not compared its arms yet, at its own level or --forget_level")
-    signs = found["forget_sign"], found["utility_sign"]
-    by = Compared(found["forget"], found["utility"], found["target"], level, *signs)
-    ends = (found["settings"].get("ends_at") or {}).get(by.forget)
+    signs = summary["forget_sign"], summary["utility_sign"]
+    by = Compared(summary["forget"], summary["utility"], summary["target"], level, *signs)
+    ends = (summary["settings"].get("ends_at") or {}).get(by.forget)
     if by.nothing_to_unlearn or (ends is not None and by.end > by.forget_sign * ends):
         course = f"from {by.target[by.forget]:.4g}, the target's"
         course += "" if ends is None else f", to {ends:.4g}"
-        said = f"--forget_level {level:g} is outside of its runs"
-        raise WagleError(f"{said}, where {by.forget} goes {course}")
-    arms = [arm for arm in found["headline"] if arm.get("own_learning_rates")]
-    own = {(arm["objective"], arm["mask"]) for arm in arms}
+        message = f"--forget_level {level:g} is outside of its runs"
+        raise WagleError(f"{message}, where {by.forget} goes {course}")
+    arms = [arm for arm in summary["headline"] if arm.get("own_learning_rates")]
+    own_rates = {(arm["objective"], arm["mask"]) for arm in arms}
     compared = {"forget_level": level, "level_of": "option", "nothing_to_unlearn": False}
-    return {**found, **compared, "headline": summarise(rows, by, own)}
+    return {**summary, **compared, "headline": summarise(rows, by, own_rates)}
 
 
 def _plain(value: Any) -> Any:
@@ -323,21 +323,21 @@ def _against(best: pd.DataFrame, dense: Optional[pd.DataFrame], by: Compared) ->
     test = paired(ours[both], theirs[both])
     samples = spread(ours), spread(theirs)
     words = verdict(test, by.utility_sign, *samples, len(best), len(dense))
-    found = {"difference": test.difference, "p": test.p, "why": test.why}
-    return {**found, "pairs": test.n, "verdict": words}
+    numbers = {"difference": test.difference, "p": test.p, "why": test.why}
+    return {**numbers, "pairs": test.n, "verdict": words}
 
 
 def _equal_steps(runs: pd.DataFrame, dense: pd.DataFrame) -> Optional[dict[str, Any]]:
     """``difference``, ``p``, ``n``, mean ``steps`` of :func:`at_equal_steps` over seeds, if any."""
     ours, theirs = (
         {
-            seed: [Pace(*run) for run in own[["lr", "steps", "reached"]].itertuples(index=False)]
-            for seed, own in of.dropna(subset="reached").groupby("seed")
+            seed: [Pace(*run) for run in tried[["lr", "steps", "reached"]].itertuples(index=False)]
+            for seed, tried in of.dropna(subset="reached").groupby("seed")
         }
         for of in (runs, dense)
     )
-    found = [at_equal_steps(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
-    both = [each for each in found if each is not None]
+    pairs = [at_equal_steps(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
+    both = [pair for pair in pairs if pair is not None]
     if not both:
         return None
     steps, mine, other = zip(*both, strict=True)

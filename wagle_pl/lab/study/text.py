@@ -57,10 +57,10 @@ def by_objective(summary: Summary) -> dict[str, list[Arm]]:
         mean = arm.get("mean")
         return mean is None, -sign * (mean or 0.0), -arm.get("reached", 0.0)
 
-    found: dict[str, list[Arm]] = {arm["objective"]: [] for arm in summary["headline"]}
+    arms_of: dict[str, list[Arm]] = {arm["objective"]: [] for arm in summary["headline"]}
     for arm in sorted(summary["headline"], key=place):
-        found[arm["objective"]].append(arm)
-    return found
+        arms_of[arm["objective"]].append(arm)
+    return arms_of
 
 
 def rates_of(arm: Arm) -> str:
@@ -110,9 +110,9 @@ def outcome(arms: Sequence[Arm]) -> str:
     """
     words = dict.fromkeys(["wins", "ties", "loses", *(arm["verdict"] for arm in arms)])
     groups = {word: [arm["mask"] for arm in arms if arm["verdict"] == word] for word in words}
-    said = [f"{word}: {', '.join(masks)}" for word, masks in groups.items() if word and masks]
+    phrases = [f"{word}: {', '.join(masks)}" for word, masks in groups.items() if word and masks]
     nothing = "There is nothing to compare with dense yet."
-    return f"Against dense: {'; '.join(said)}." if said else nothing
+    return f"Against dense: {'; '.join(phrases)}." if phrases else nothing
 
 
 def console(summary: Summary) -> str:

@@ -71,12 +71,12 @@ def study_overview(
         labels: of the axes.
     """
     figure, all_axes = panels(max(4.8, 3.8 * len(arms)), 3.9, len(arms))
-    names = dict.fromkeys(mask for found in arms.values() for mask in found)
+    names = dict.fromkeys(mask for panel in arms.values() for mask in panel)
     masks = [mask for mask in names if mask != first and mask not in _LINES]
-    curves = [points for found in arms.values() for points in found.values()]
+    curves = [points for panel in arms.values() for points in panel.values()]
     bounds = bounds_of([*(point for points in curves for point in points), *references.values()])
-    for axes, (objective, found) in zip(all_axes, arms.items(), strict=True):
-        for mask, points in found.items():
+    for axes, (objective, panel) in zip(all_axes, arms.items(), strict=True):
+        for mask, points in panel.items():
             style: dict[str, Any] = {"color": PALETTE["ink"], "linewidth": 2.2}
             if mask in _LINES:
                 style |= {"color": PALETTE[mask], "linestyle": _LINES[mask]}
@@ -97,12 +97,12 @@ def study_overview(
 def distribution(ratios: Mapping[str, Sequence[float]]) -> Any:
     """Share of examples whose truth ratio is at most x: the curves that forget quality compares."""
     figure, (axes,) = panels(3.9, 3.1)
-    for role, found in ratios.items():
-        x = sorted(map(_in_axis, found))
+    for role, values in ratios.items():
+        x = sorted(map(_in_axis, values))
         shares = [i / len(x) for i in range(len(x) + 1)]
         style = {"color": PALETTE[role], "linestyle": _LINES[role], "linewidth": 1.6}
         axes.step([x[0], *x], shares, where="post", label=role, **style)
-    _make_logarithmic(axes, "x", [ratio for found in ratios.values() for ratio in found])
+    _make_logarithmic(axes, "x", [ratio for values in ratios.values() for ratio in values])
     axes.set(xlabel="truth ratio", ylabel="share of examples", ylim=(0, 1.02))
     _add_legend(figure)
     return figure
@@ -136,13 +136,13 @@ class Located(NamedTuple):
     deviation: float  # of the AUROC, over seeds; 0 with one
 
 
-def plants_overview(found: Mapping[str, Sequence[Located]], scores: Sequence[str]) -> Any:
+def plants_overview(located: Mapping[str, Sequence[Located]], scores: Sequence[str]) -> Any:
     """One panel per plant, one row for each of the ``scores``, from above: its AUROC before planting
     (a ring) and after (a dot)."""
-    low, high, *_ = bounds_of([(x, 0) for own in found.values() for e in own for x in e[1:3]])
+    low, high, *_ = bounds_of([(x, 0) for own in located.values() for e in own for x in e[1:3]])
     low, high = min(low, 0.4), max(high, 0.7)  # 0.51 must not look far from chance
-    figure, all_axes = panels(1.6 + 2.1 * len(found), 1.0 + 0.24 * len(scores), len(found))
-    for axes, (plant, entries) in zip(all_axes, found.items(), strict=True):
+    figure, all_axes = panels(1.6 + 2.1 * len(located), 1.0 + 0.24 * len(scores), len(located))
+    for axes, (plant, entries) in zip(all_axes, located.items(), strict=True):
         rows = [scores.index(entry.score) for entry in entries]
         befores, afters, deviations = zip(*(entry[1:] for entry in entries), strict=True)
         axes.axvline(0.5, color=PALETTE["muted"], linewidth=0.8, zorder=1)

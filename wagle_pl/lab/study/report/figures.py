@@ -107,12 +107,12 @@ def grid(figures: Sequence[Markup]) -> Markup:
     return element("div", *figures, class_="grid") if figures else Markup()
 
 
-def heatmaps(found: Mapping[str, WeightMask]) -> Markup:
+def heatmaps(masks: Mapping[str, WeightMask]) -> Markup:
     """Heat map of each mask, by its title, all on one colour scale."""
-    grids = {title: mask.grid() for title, mask in found.items()}
+    grids = {title: mask.grid() for title, mask in masks.items()}
     largest = largest_share(grids.values())
     figures = []
-    for title, mask in found.items():
+    for title, mask in masks.items():
         what = f"Share of weights selected by layer and module: {title}"
         shares = {title: grids[title]}
         drawn = image(what, mask_text(shares), mask_heatmap, {"": grids[title]}, "", largest)

@@ -150,7 +150,7 @@ def truth_ratios(sources: Sources, options: Options) -> Blocks:
     """How the truth ratios of the examples are distributed, before and after."""
     drawn = []
     for model in sources.models:
-        found = []
+        figures = []
         for test_set in telling_sets(model):
             roles = {**sources.references, "this": model}
             ratios = {role: list(ratios_of(m, test_set).values()) for role, m in roles.items()}
@@ -164,11 +164,11 @@ def truth_ratios(sources: Sources, options: Options) -> Blocks:
             )
             title = f"Truth ratios on {test_set}, {model.name}"
             ratio_figure = image(title, "; ".join(told), curves.distribution, ratios)
-            found.append(figure(ratio_figure, f"{title}: share of examples up to each ratio"))
-        if not found:
+            figures.append(figure(ratio_figure, f"{title}: share of examples up to each ratio"))
+        if not figures:
             missing = "no truth ratios (they need paraphrased and perturbed answers)"
             yield note(f"{model.name}: {missing}.")
-        drawn += found
+        drawn += figures
     yield grid(drawn)
     if drawn:
         yield note(
@@ -181,8 +181,8 @@ def truth_ratios(sources: Sources, options: Options) -> Blocks:
 
 def masks(sources: Sources, options: Options) -> Blocks:
     """Where the weights that may move are."""
-    found = {model.name: model.mask for model in sources.models if model.mask is not None}
-    yield heatmaps(found)
+    known = {model.name: model.mask for model in sources.models if model.mask is not None}
+    yield heatmaps(known)
     for model in sources.models:
         if model.mask is None:
             last = model.last
@@ -198,22 +198,22 @@ def answers(sources: Sources, options: Options) -> Blocks:
     models = [("before: target", target), *after, ("retrained", retrained)]
     models = [(label, model) for label, model in models if model is not None]
     for test_set in dict.fromkeys(name for m in sources.models for name in telling_sets(m)):
-        said = {label: model.generations(test_set) for label, model in models}
-        asked = next((list(said[label]) for label, _ in after if said[label]), [])
+        records_of = {label: model.generations(test_set) for label, model in models}
+        asked = next((list(records_of[label]) for label, _ in after if records_of[label]), [])
         chosen = spread(asked, options.examples)
         if not chosen:
             yield note(f"No answers were generated on {test_set}.")
             continue
         yield element("h3", f"{test_set}: {len(chosen)} of {len(asked)}")
         for question in chosen:
-            records = [(label, m.role, said[label].get(question)) for label, m in models]
+            records = [(label, m.role, records_of[label].get(question)) for label, m in models]
             truths = (record.get("answer") for *_, record in records if record)
             boxes = [
                 ("true answer", truth, "truth")
                 for truth in [next(filter(None, truths), "")]
                 if truth
             ]
-            yield exchange(question, [*boxes, *(_answer(*each) for each in records)])
+            yield exchange(question, [*boxes, *(_answer(*entry) for entry in records)])
 
 
 def _answer(label: str, role: str, record: Optional[Mapping[str, Any]]) -> tuple[str, str, str]:
@@ -336,8 +336,8 @@ def measure_names(models: Models, sets: Optional[Collection[str]] = None) -> lis
 def test_sets(models: Models, forgotten: bool) -> list[str]:
     """Names of the test sets that are, or are not, to be forgotten; retain sets first."""
     names = dict.fromkeys(name for model in models for name in model.sets)
-    found = [name for name in names if models[0].suite.forgets(name) == forgotten]
-    return sorted(found, key=lambda name: not name.startswith("retain"))
+    chosen = [name for name in names if models[0].suite.forgets(name) == forgotten]
+    return sorted(chosen, key=lambda name: not name.startswith("retain"))
 
 
 def telling_sets(model: ReportedModel) -> list[str]:
@@ -360,8 +360,8 @@ def tradeoff_measures(models: Models) -> tuple[Optional[str], Optional[str]]:
         names = measure_names(models, test_sets(models, forgotten))
         return [name for name in names if models[0].about(name).direction == direction]
 
-    whole = [name for name in _UTILITIES if name in measure_names(models)]
-    utilities = [*whole, *of_sets(False, "higher"), *of_sets(False, "lower")]
+    averages = [name for name in _UTILITIES if name in measure_names(models)]
+    utilities = [*averages, *of_sets(False, "higher"), *of_sets(False, "lower")]
     return next(iter(of_sets(True, "lower")), None), next(iter(utilities), None)
 
 

@@ -120,14 +120,14 @@ class ReportedModel(Results):
             return Suite()
 
     def about(self, measure: str) -> Info:
-        found = self.info.get("measures", {}).get(measure)
-        return Info(**found) if found else self.suite.info(measure)
+        info = self.info.get("measures", {}).get(measure)
+        return Info(**info) if info else self.suite.info(measure)
 
     @property
     def undefined(self) -> dict[str, str]:
         """Measures without a number -> why."""
-        found = self.info.get("undefined", {})
-        return {name: about.get("why", "") for name, about in found.items()}
+        measures = self.info.get("undefined", {})
+        return {name: about.get("why", "") for name, about in measures.items()}
 
     @cached_property
     def mask(self) -> Optional[WeightMask]:
@@ -165,8 +165,8 @@ class StudyResults:
 
     @property
     def axes(self) -> tuple[str, str]:
-        found = self.summary
-        return found.get("forget", "forget measure"), found.get("utility", "utility")
+        summary = self.summary
+        return summary.get("forget", "forget measure"), summary.get("utility", "utility")
 
     @property
     def references(self) -> dict[str, tuple[float, float]]:
@@ -192,17 +192,17 @@ class Sources:
         value = model.metrics.get(measure)
         if value is None or model.role != "this":
             return ""
-        found = {role: other.metrics.get(measure) for role, other in self.references.items()}
+        values = {role: other.metrics.get(measure) for role, other in self.references.items()}
         direction = model.about(measure).direction
-        return arrow(direction, value, found.get("target"), found.get("retrained"))
+        return arrow(direction, value, values.get("target"), values.get("retrained"))
 
 
 def reference_points(
     summary: Mapping[str, Any], axes: tuple[str, str]
 ) -> dict[str, tuple[float, float]]:
     """``target`` and ``retrained`` -> the two measures of ``axes``, where the study has both."""
-    found = {role: summary.get(role) or {} for role in ("target", "retrained")}
-    return {r: (of[axes[0]], of[axes[1]]) for r, of in found.items() if of.keys() >= {*axes}}
+    measures = {role: summary.get(role) or {} for role in ("target", "retrained")}
+    return {r: (of[axes[0]], of[axes[1]]) for r, of in measures.items() if of.keys() >= {*axes}}
 
 
 def gather(
@@ -221,8 +221,8 @@ def gather(
     for model in sources.models:
         if names.count(model.name) > 1:
             model.name = str(model.path)
-    for role, given in (("target", target), ("retrained", retrained)):
-        _find_reference(sources, role, given)
+    for role, folder in (("target", target), ("retrained", retrained)):
+        _find_reference(sources, role, folder)
     if not sources.models and not sources.studies:  # the references are all that was given
         sources.models, sources.references = sources.everyone, {}
     for number, model in enumerate(sources.models, 1):
@@ -286,31 +286,31 @@ def _tests_of(folder: Path) -> Path:
     return folder / TEST_FOLDER if (folder / TEST_FOLDER).is_dir() else folder
 
 
-def _find_reference(sources: Sources, role: str, given: Optional[str]) -> None:
+def _find_reference(sources: Sources, role: str, folder: Optional[str]) -> None:
     """Set the target or retrained model, as given or as the models' tests and records say."""
-    if given is not None and not Path(given).exists():
-        raise WagleError(f"--{role}: {given} does not exist")
-    places = [given] if given is not None else _candidates(sources.models, role)
+    if folder is not None and not Path(folder).exists():
+        raise WagleError(f"--{role}: {folder} does not exist")
+    places = [folder] if folder is not None else _candidates(sources.models, role)
     if len({_tests_of(Path(place).resolve()) for place in places}) > 1:
-        said = f"the runs have different {role} models ({', '.join(places)})"
-        sources.notes.append(f"{said}: none is shown; choose with --{role}")
+        message = f"the runs have different {role} models ({', '.join(places)})"
+        sources.notes.append(f"{message}: none is shown; choose with --{role}")
         return
     if not places:
         sources.notes.append(f"results of the {role} model were not found: give --{role}")
         return
     try:
-        found = ReportedModel(Path(places[0]), f"--{role}")
+        results = ReportedModel(Path(places[0]), f"--{role}")
     except WagleError as error:
-        if given is not None:
+        if folder is not None:
             raise
         sources.notes.append(f"the {role} model has no results: {error}")
         return
-    sources.models = [model for model in sources.models if model.place != found.place]
-    found.name = found.role = role
-    sources.references[role] = found
-    if not found.metrics:
-        said = f"the {role} model's results, {found.path}, hold examples and no measures"
-        sources.notes.append(said)
+    sources.models = [model for model in sources.models if model.place != results.place]
+    results.name = results.role = role
+    sources.references[role] = results
+    if not results.metrics:
+        message = f"the {role} model's results, {results.path}, hold examples and no measures"
+        sources.notes.append(message)
 
 
 def _candidates(models: Sequence[ReportedModel], role: str) -> list[str]:
@@ -336,5 +336,5 @@ def _check_target(sources: Sources) -> None:
     for model in sources.models:
         bases = [step.get("base_fingerprint") for step in model.lineage if step.get("objective")]
         if bases and all(mismatch(base, target.fingerprint) for base in bases):
-            said = "it was made from another model than the target model that is shown"
-            model.notes.append(said)
+            message = "it was made from another model than the target model that is shown"
+            model.notes.append(message)

@@ -94,17 +94,17 @@ def _ends(summary: Mapping[str, Any]) -> Blocks:
 
 def _masks_of(study: StudyResults) -> Blocks:
     """Heat maps of the masks that a study keeps, and which of them cannot be read."""
-    found, unread = {}, []
+    masks, unread = {}, []
     for file in sorted((study.folder / "masks").glob("*.safetensors")):
         try:
             mask = WeightMask.load(file)
             mask.grid()  # reads all of it
-            found[file.stem] = mask
+            masks[file.stem] = mask
         except WagleError as error:
             unread.append(note(f"{error}."))
-    yield heatmaps(found)
+    yield heatmaps(masks)
     yield from unread
-    if not found and not unread:
+    if not masks and not unread:
         yield note(f"The study keeps no masks in {study.folder}/masks.")
 
 
