@@ -291,6 +291,10 @@ def test_on_a_cpu_nothing_is_elsewhere(seven):
         seven["Llama-2-7B"],
     )
     assert {part.where for part in device_parts(shape, run)} == {"device", "host"}
+    kept = {part.name: part.bytes for part in device_parts(shape, run)}["freed memory that is kept"]
+    assert kept == planning.KEPT and "freed memory that is kept" not in {
+        part.name for part in device_parts(shape, replace(run, accelerator="gpu"))
+    }
     assert peak(shape, run)[1] > peak(shape, replace(run, accelerator="gpu"))[1]
 
 

@@ -28,6 +28,7 @@ GIB, FP32 = 1 << 30, 4
 BUCKET = 200_000_000  # most values in one of DeepSpeed's buckets (Lightning's default)
 LIVE = 1_000_000_000  # most weights that ZeRO-3 keeps gathered (``stage3_max_live_parameters``)
 CPU_OVERHEAD = 600 << 20  # of interpreter and libraries in a process: measured
+KEPT = 64 << 20  # of freed memory that the C library does not give back, on a CPU: measured
 GPU_OVERHEAD = 1 << 30  # of CUDA context, cuBLAS and NCCL on a GPU: assumed, not measured
 USABLE = 0.92  # share of a GPU's memory that plans use; the rest is left to fragmentation
 
@@ -362,10 +363,10 @@ def _passes(model: Architecture, run: PlannedRun) -> list[Part]:
 def parts_of(model: Architecture, run: PlannedRun) -> list[Part]:
     """All parts of a run's memory, on the device and on the host."""
     n, w, gpu = model.weights, run.width, run.accelerator == "gpu"
-    libraries = (
-        ("CUDA, cuBLAS, NCCL", GPU_OVERHEAD) if gpu else ("interpreter and libraries", CPU_OVERHEAD)
-    )
-    parts = [Part(*libraries, MOMENTS)]
+    parts = [Part("CUDA, cuBLAS, NCCL", GPU_OVERHEAD, MOMENTS)]
+    if not gpu:
+        libraries = Part("interpreter and libraries", CPU_OVERHEAD, MOMENTS)
+        parts = [libraries, Part("freed memory that is kept", KEPT, RUNNING)]
     if run.stage < 3:
         parts.append(Part("weights", n * w, MOMENTS))
     else:

@@ -102,26 +102,15 @@ def distribution(ratios: Mapping[str, Sequence[float]]) -> Any:
         shares = [i / len(x) for i in range(len(x) + 1)]
         style = {"color": PALETTE[role], "linestyle": _LINES[role], "linewidth": 1.6}
         axes.step([x[0], *x], shares, where="post", label=role, **style)
-    _make_logarithmic(axes, "x", [ratio for values in ratios.values() for ratio in values])
-    axes.set(xlabel="truth ratio", ylabel="share of examples", ylim=(0, 1.02))
+    axes.set(xlabel="truth ratio", ylabel="share of examples", ylim=(0, 1.02), xscale="log")
+    axes.xaxis.set_major_formatter("{x:g}")  # plain numbers, which an SVG keeps as text
+    axes.xaxis.set_minor_formatter("")
     _add_legend(figure)
     return figure
 
 
 def _in_axis(ratio: float) -> float:
     return min(max(ratio, _RATIOS[0]), _RATIOS[1])
-
-
-def _make_logarithmic(axes: Any, name: str, ratios: Sequence[float]) -> None:
-    """A logarithmic axis whose labels are plain numbers, which an SVG keeps as text."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.set(**{f"{name}scale": "log"})
-    axis = getattr(axes, f"{name}axis")
-    span = _in_axis(max(ratios)) / _in_axis(min(ratios))
-    axis.set_major_locator(LogLocator(subs=(1.0,) if span > 100 else (1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 # -- plants ----------------------------------------------------------------------------------------

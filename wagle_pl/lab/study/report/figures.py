@@ -54,7 +54,6 @@ SVG = {"svg.hashsalt": "wagle_pl", "svg.fonttype": "none"}
 _PANELS_PER_ROW = 4
 _CELLS_WITH_TEXT = 1200  # with more, cells are smaller, without text; every fifth layer is labelled
 _COLOURS = "YlGnBu"
-_TICKS = (0.01, 0.1, 0.5, 1, 2, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
 
 
 # -- in a page, and in files -----------------------------------------------------------------------
@@ -205,19 +204,12 @@ def _draw_cells(
 
 
 def _draw_bar(figure: Any, axes: Any, scale: Any) -> None:
-    """Draw the colour bar, with as many ticks as it has room for."""
+    """Draw the colour bar, of 64 colours: each is a shape of an SVG."""
     from matplotlib.cm import ScalarMappable
 
-    colours = ScalarMappable(
-        scale, matplotlib.colormaps[_COLOURS].resampled(64)
-    )  # each a shape of an SVG
-    bar = figure.colorbar(colours, cax=axes)
-    bar.solids.set(rasterized=False, edgecolor="face")  # shapes in an SVG, no picture, no seams
-    ticks = [0.0]
-    for tick in _TICKS:
-        if tick <= scale.vmax and scale(tick) - scale(ticks[-1]) > 0.2 / figure.get_figheight():
-            ticks.append(tick)
-    bar.set_ticks(ticks, labels=[f"{tick:g}%" for tick in ticks])
+    colours = ScalarMappable(scale, matplotlib.colormaps[_COLOURS].resampled(64))
+    bar = figure.colorbar(colours, cax=axes, format="{x:g}%")
+    bar.solids.set(rasterized=False, edgecolor="face")  # no picture, no seams
     bar.set_label("share selected (square-root scale)", fontsize=8)
     bar.ax.tick_params(labelsize=7.5)
     bar.outline.set_visible(False)
