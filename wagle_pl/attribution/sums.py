@@ -261,17 +261,7 @@ class GradientSums:
         left = list(range(len(self.parameters))) if several_ranks else []
         waiting: dict[int, Tensor] = {}
 
-        def add(position: int, gradient: Tensor) -> None:
-            adder, shard = self._adder, self.shards[position]
-            if adder is None or squares or several_ranks:  # else widened in host memory
-                gradient = gradient.float()
-            if totals:
-                mine = shard.scatter_sum(gradient)
-                for buffers in totals:
-                    self._add(buffers[position], mine)
-            if squares:
-                square = gradient.square_() if adder is None else gradient.square()
-                self._add(squared[position], shard.scatter_sum(square))
+        add = partial(self._add_gradient, totals, squared)
 
         @torch.no_grad()
         def take(position: int, parameter: nn.Parameter) -> None:
@@ -310,6 +300,25 @@ class GradientSums:
                 parameter.grad = None
             if self._adder is not None:
                 self._adder.wait()
+
+    def _add_gradient(
+        self,
+        totals: Sequence[Sequence[Tensor]],
+        squared: Sequence[Tensor],
+        position: int,
+        gradient: Tensor,
+    ) -> None:
+        """Add a gradient to sums, and its square to others; it may be overwritten. Collective."""
+        on_device, shard = self._adder is None, self.shards[position]
+        if on_device or squared or distributed.is_distributed():  # else widened in host memory
+            gradient = gradient.float()
+        if totals:
+            mine = shard.scatter_sum(gradient)
+            for buffers in totals:
+                self._add(buffers[position], mine)
+        if squared:
+            square = gradient.square_() if on_device else gradient.square()
+            self._add(squared[position], shard.scatter_sum(square))
 
     def _add(self, total: Tensor, mine: Tensor) -> None:
         if self._adder is None:

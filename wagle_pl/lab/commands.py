@@ -113,9 +113,7 @@ def plan(
             hidden states).
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "hessian")}
-    from wagle_pl.attribution.hessian import estimator_of
-
-    estimator = estimator_of(hessian) if task == "attribution" else None
+    estimator = planning.hessians.estimator_of(hessian) if task == "attribution" else None
     diagonal = estimator is not None and hessian != "auto"
     run = planning.PlannedRun(**options, estimator=estimator, diagonal=diagonal)
     shape = planning.architecture(model)
@@ -132,8 +130,7 @@ def plan(
         )
         about["CPU memory"] = f"{gib(planning.host_bytes(shape, run))} GiB per rank"
     files = planning.disk_bytes(run, shape.weights, shape.stored).items()
-    listed = ", ".join(f"{name} {gib(size)} GiB" for name, size in files)
-    about["disk"] = listed or "tables of results only"
+    about["disk"] = ", ".join(f"{name} {gib(size)} GiB" for name, size in files) or "tables only"
     print(fields([*about.items()]), *_tables(shape, run), sep="\n\n")
 
 

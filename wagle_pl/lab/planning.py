@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NamedTuple, Optional
 
-from wagle_pl.attribution.hessian import check_run
+from wagle_pl.attribution import hessian as hessians
 from wagle_pl.attribution.sums import BLOCK, Sums, runs_of
 from wagle_pl.core.errors import WagleError, check_choice, check_density
 from wagle_pl.lm.inference import CHUNK
@@ -28,7 +28,7 @@ GIB, FP32 = 1 << 30, 4
 BUCKET = 200_000_000  # most values in one of DeepSpeed's buckets (Lightning's default)
 LIVE = 1_000_000_000  # most weights that ZeRO-3 keeps gathered (``stage3_max_live_parameters``)
 CPU_OVERHEAD = 600 << 20  # of interpreter and libraries in a process: measured
-KEPT = 64 << 20  # of freed memory that the C library does not give back, on a CPU: measured
+KEPT = 96 << 20  # of freed memory that the C library does not give back, on a CPU: measured
 GPU_OVERHEAD = 1 << 30  # of CUDA context, cuBLAS and NCCL on a GPU: assumed, not measured
 USABLE = 0.92  # share of a GPU's memory that plans use; the rest is left to fragmentation
 
@@ -156,7 +156,9 @@ class PlannedRun:
                 raise WagleError(f"must be at least 1, got {getattr(self, option)}", option=option)
         check_density(self.density)
         if self.task == "attribution":
-            check_run(self.precision, self.stage, self.devices, self.estimator, self.in_sums)
+            hessians.check_run(
+                self.precision, self.stage, self.devices, self.estimator, self.in_sums
+            )
         if self.stage == 3 and self.frozen_copy:
             raise WagleError("does not work under ZeRO-3; choose another", option="frozen_copy")
 
