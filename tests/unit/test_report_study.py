@@ -216,11 +216,11 @@ def test_the_page_says_what_study_md_says(published, report):
     assert "nothing to unlearn" not in " ".join(about(other))
     assert "0.050, the level asked for" in about(other)[0]
     for level, expected in (
-        (told["forget_level"], "just past the level, as runs end there."),
+        (told["forget_level"], "just past the level, where runs end."),
         (0.05, "not at equal forgetting."),
     ):
-        (line,) = (line for line in about({**told, "forget_level": level}) if "their ends" in line)
-        assert line.endswith(f"at their ends: {expected}")
+        (line,) = (line for line in about({**told, "forget_level": level}) if "at the ends" in line)
+        assert line.endswith(f"best runs: {expected}")
 
 
 @pytest.mark.parametrize(

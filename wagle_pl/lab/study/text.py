@@ -181,10 +181,10 @@ def about(summary: Summary) -> list[str]:
     if any(arm.get(name) is not None for arm in arms for name in AT_END):
         ends = (summary.get("settings") or {}).get("ends_at") or {}
         at_level = forget in ends and ends[forget] == level
-        where = "just past the level, as runs end there" if at_level else "not at equal forgetting"
+        where = "just past the level, where runs end" if at_level else "not at equal forgetting"
         lines.append(
             "MU: TOFU's model utility. UE, UT: averages of WAGLE's tables (unlearning efficacy, "
-            f"utility). Of the chosen runs at their ends: {where}."
+            f"utility). All three are measured at the ends of an arm's best runs: {where}."
         )
     if any(arm.get("own_learning_rates") for arm in arms):
         lines.append(f"{MARK}: tried with its own learning rates.")
