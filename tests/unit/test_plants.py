@@ -16,7 +16,6 @@ from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.evaluation.results import load_table
 from wagle_pl.lab.study.plants import (
     auroc,
-    figure,
     locate,
     markdown,
     overview,
@@ -24,6 +23,7 @@ from wagle_pl.lab.study.plants import (
     shown,
     summarise,
 )
+from wagle_pl.lab.study.report.curves import plants_overview
 from wagle_pl.lm.models import load_model
 from wagle_pl.masks import WeightMask
 
@@ -145,7 +145,7 @@ def test_the_table_of_heads_follows_from_the_rows():
 
 def test_the_figure_has_a_panel_a_plant_and_a_row_a_score():
     found = summarise(load_table(CONFIGS / "people/results/plants.parquet"))
-    drawn = figure(found)
+    drawn = plants_overview(found, [row[0] for row in overview(found)[1]])
     assert [axes.get_title() for axes in drawn.axes] == list(
         dict.fromkeys(e["plant"] for e in found)
     )

@@ -39,7 +39,7 @@ from wagle_pl.data.example import raw_rows
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.evaluation import Evaluate
 from wagle_pl.lab.study import grid
-from wagle_pl.lab.study.report.curves import Located, plants_overview
+from wagle_pl.lab.study.report.curves import plants_overview
 from wagle_pl.lab.study.report.figures import save_figure
 from wagle_pl.lab.study.runs import (
     EvaluateAlong,
@@ -144,11 +144,9 @@ KINDS = {"random": _random, "block": _block, "heads": _heads, "spread": _spread}
 def auroc(
     scores: Iterable[tuple[str, Tensor]], masks: Sequence[WeightMask], ranking: Ranking
 ) -> list[float]:
-    """Probability that a weight of a mask ranks before one outside it, for each of several masks.
-
-    The Mann-Whitney statistic, ties counted half; scores that agree in their upper sixteen bits (8
-    bits of precision) are ties, so that one pass of counting is enough.
-    """
+    """Probability that a weight of a mask ranks before one outside it, for each of several masks:
+    the Mann-Whitney statistic, ties counted half. Scores that agree in their upper sixteen bits are
+    ties, so that one pass of counting is enough."""
     bins = 1 << 16
     counts = torch.zeros(len(masks), 2, bins, dtype=torch.int64)
     for name, values in scores:
@@ -166,11 +164,8 @@ def auroc(
 def locate(
     collected: Collected, spec: MaskSpec, truths: Mapping[Any, WeightMask]
 ) -> dict[Any, Found]:
-    """How well a score finds each of some masks: AUROC, and precision at the mask's density.
-
-    Precision is the share of the mask among the weights that the score would select at the mask's
-    density; for a score that knows nothing, it is the density.
-    """
+    """How well a score finds each of some masks: AUROC, and precision: the share of the mask among
+    the weights that the score would select at the mask's density (by chance, the density)."""
     masks, names = list(truths.values()), spec.eligible(collected.shapes)
     scores = collected.scores(spec.score, set(names))
     areas = auroc(scores, masks, Ranking(not spec.score.signed, spec.select == "low"))
@@ -279,7 +274,8 @@ class Plants:
             entries = summarise(self.table.rows)
             write_text(self.folder / "plants.md", markdown(entries))
             if entries:
-                save_figure(figure(entries), [self.folder / "plants.svg"])
+                scores = [row[0] for row in overview(entries)[1]]
+                save_figure(plants_overview(entries, scores), [self.folder / "plants.svg"])
         if entries:
             say(f"{table(*overview(entries))}\n{self.folder / 'plants.md'} has more")
         return entries
@@ -384,13 +380,10 @@ NOTES = (
 
 
 def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Every plant and score over the seeds; within a plant, the best AUROC first.
-
-    Each has ``plant``, ``score``, ``n``; the means ``density``, ``forget``, ``retain``; ``auroc``,
-    ``precision`` and ``enrichment`` (precision / density) as (mean, standard deviation, n), and
-    the same with ``_before`` for the model before planting; ``difference`` of the AUROC from
-    before, and its ``p`` in a paired t-test over seeds, None with fewer than three.
-    """
+    """Every plant and score over the seeds; within a plant, the best AUROC first: means ``density``,
+    ``forget``, ``retain``; :class:`Spread` of ``auroc``, ``precision``, ``enrichment`` (precision /
+    density), and with ``_before`` of the model before planting; ``difference`` of AUROCs from
+    before, and ``p`` of its paired t-test."""
     if not rows:
         return []
     table = pd.DataFrame(rows).sort_values("seed", kind="stable")
@@ -419,16 +412,6 @@ def overview(entries: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list
         rows.setdefault(score, {})[entry["plant"]] = cell
     ordered = sorted(rows, key=lambda score: -total[score])
     return ["score", *plants], [[score, *{**plants, **rows[score]}.values()] for score in ordered]
-
-
-def figure(entries: Sequence[Mapping[str, Any]]) -> Any:
-    """The AUROC of every score, by plant, in the order of the overview."""
-    located: dict[str, list[Located]] = {}
-    for entry in entries:
-        mean, deviation, _ = entry["auroc"]
-        numbers = entry["auroc_before"].mean, mean, deviation or 0.0
-        located.setdefault(entry["plant"], []).append(Located(entry["score"], *numbers))
-    return plants_overview(located, [row[0] for row in overview(entries)[1]])
 
 
 def markdown(entries: Sequence[Mapping[str, Any]]) -> str:

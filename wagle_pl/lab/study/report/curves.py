@@ -116,30 +116,25 @@ def _in_axis(ratio: float) -> float:
 # -- plants ----------------------------------------------------------------------------------------
 
 
-class Located(NamedTuple):
-    """How well a score finds a plant, in :func:`plants_overview`."""
-
-    score: str
-    before: float  # AUROC of the model before planting
-    auroc: float
-    deviation: float  # of the AUROC, over seeds; 0 with one
-
-
-def plants_overview(located: Mapping[str, Sequence[Located]], scores: Sequence[str]) -> Any:
+def plants_overview(entries: Sequence[Mapping[str, Any]], scores: Sequence[str]) -> Any:
     """One panel per plant, one row for each of the ``scores``, from above: its AUROC before planting
-    (a ring) and after (a dot)."""
-    low, high, *_ = bounds_of([(x, 0) for own in located.values() for e in own for x in e[1:3]])
+    (a ring) and after (a dot). Entries are those of ``plants.summarise``."""
+    names = list(dict.fromkeys(entry["plant"] for entry in entries))
+    means = [entry[key].mean for entry in entries for key in ("auroc_before", "auroc")]
+    low, high, *_ = bounds_of([(mean, 0) for mean in means])
     low, high = min(low, 0.4), max(high, 0.7)  # 0.51 must not look far from chance
-    figure, all_axes = panels(1.6 + 2.1 * len(located), 1.0 + 0.24 * len(scores), len(located))
-    for axes, (plant, entries) in zip(all_axes, located.items(), strict=True):
-        rows = [scores.index(entry.score) for entry in entries]
-        befores, afters, deviations = zip(*(entry[1:] for entry in entries), strict=True)
+    figure, all_axes = panels(1.6 + 2.1 * len(names), 1.0 + 0.24 * len(scores), len(names))
+    for axes, plant in zip(all_axes, names, strict=True):
+        of_plant = [entry for entry in entries if entry["plant"] == plant]
+        rows = [scores.index(entry["score"]) for entry in of_plant]
+        befores = [entry["auroc_before"].mean for entry in of_plant]
+        afters, deviations, _ = zip(*(entry["auroc"] for entry in of_plant), strict=True)
         axes.axvline(0.5, color=PALETTE["muted"], linewidth=0.8, zorder=1)
         axes.hlines(rows, befores, afters, color=PALETTE["line"], linewidth=3, zorder=1)
         ring = {"facecolor": "none", "edgecolor": PALETTE["muted"], "label": "before planting"}
         axes.scatter(befores, rows, s=26, zorder=2, **ring)
         dot = {"color": PALETTE["this"], "markersize": 4.5, "capsize": 2, "label": "after"}
-        axes.errorbar(afters, rows, xerr=deviations, fmt="o", zorder=3, **dot)
+        axes.errorbar(afters, rows, xerr=[d or 0.0 for d in deviations], fmt="o", zorder=3, **dot)
         axes.set(title=plant, xlim=(low, high), ylim=(len(scores) - 0.5, -0.5), xlabel="AUROC")
         axes.set_yticks(range(len(scores)), scores if axes is all_axes[0] else [])
         axes.title.set_fontsize(9)
