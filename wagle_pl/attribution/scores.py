@@ -97,13 +97,13 @@ def checked(score: Score, w: WeightStatistics) -> Tensor:
     a floating-point tensor of its shape."""
     shape = tuple(w.theta.shape)
     values = score(w)
-    found = f"a {type(values).__name__}"
+    got = f"a {type(values).__name__}"
     if isinstance(values, Tensor):
         if values.shape == shape and values.is_floating_point():
             return values.float()
-        found = f"{values.dtype} of shape {tuple(values.shape)}"
+        got = f"{values.dtype} of shape {tuple(values.shape)}"
     raise WagleError(
-        f"score {type(score).__name__} gave {w.name} {found}, not floating-point numbers of its "
+        f"score {type(score).__name__} gave {w.name} {got}, not floating-point numbers of its "
         f"shape {shape}"
     )
 

@@ -112,9 +112,9 @@ def deal(
 
 
 def _bounds(rows: int, accumulate: int) -> list[int]:
-    """Start of each micro-batch in a global batch, and the end of the last one."""
-    each, more = divmod(rows, accumulate)
-    return [micro * each + min(micro, more) for micro in range(accumulate + 1)]
+    """Start of size micro-batch in a global batch, and the end of the last one."""
+    size, more = divmod(rows, accumulate)
+    return [micro * size + min(micro, more) for micro in range(accumulate + 1)]
 
 
 class Position(NamedTuple):
@@ -213,8 +213,8 @@ def deal_batches(batches: Sequence[T], world_size: int, rank: int) -> list[T]:
     >>> deal_batches("abc", 2, 0), deal_batches("abc", 2, 1)
     (['a', 'c'], ['b', 'a'])
     """
-    each = -(-len(batches) // world_size)
-    return [batches[i % len(batches)] for i in range(rank, each * world_size, world_size)]
+    count = -(-len(batches) // world_size)
+    return [batches[i % len(batches)] for i in range(rank, count * world_size, world_size)]
 
 
 @dataclass(eq=False)
@@ -292,7 +292,7 @@ class ResumableLoader(Loader):
                 "the checkpoint belongs to a run with another data module: resume with that one"
             )
         here, sampler, fault = self._state(Position()), self.sampler, None
-        streams, streams_here = (" and ".join(each["sets"]) for each in (state, here))
+        streams, streams_here = (" and ".join(side["sets"]) for side in (state, here))
         if state["global_batch"] != here["global_batch"]:
             fault = (
                 f"had a global batch of {state['global_batch']} rows, this one has "
@@ -312,7 +312,7 @@ class ResumableLoader(Loader):
             )
         elif differing := [n for n, rows in here["sets"].items() if state["sets"][n] != rows]:
             name = differing[0]
-            then, now = (each["sets"][name]["rows"] for each in (state, here))
+            then, now = (side["sets"][name]["rows"] for side in (state, here))
             what = f"had {then} {name} rows, this one has {now}"
             if then == now:
                 what = f"had other {name} rows, or another order of them"

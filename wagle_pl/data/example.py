@@ -93,10 +93,10 @@ class Example:
 
         The right choice is left out, since other facts may have the same one.
         """
-        own = [m["content"] for m in self.messages or () if m["role"] != "system"]
+        asked = [m["content"] for m in self.messages or () if m["role"] != "system"]
         answer = "" if self.choices else self.answer
         others = {self.paraphrased_question, self.paraphrased_answer}
-        return frozenset({*(own or [self.question]), answer, *others} - {""})
+        return frozenset({*(asked or [self.question]), answer, *others} - {""})
 
     def asking(self, question: str) -> Example:
         """The example with another question; in a conversation, in the last message of the user."""

@@ -183,8 +183,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
 
     def describe(self, name: str, test: bool = False) -> str:
         """Where the rows of a stream or a test set come from, for messages and the model card."""
-        given = (self.test_sources or {}) if test else self.sources
-        source = given.get(name)
+        sources = (self.test_sources or {}) if test else self.sources
+        source = sources.get(name)
         if source is not None and not isinstance(source, str):
             return f"{len(source)} rows given"
         return str(source or type(self).__name__)
@@ -199,15 +199,15 @@ class ForgetRetainDataModule(L.LightningDataModule):
     def examples(self, stream: str) -> Optional[list[Example]]:
         """Rows of a training stream, read once; None if there are none."""
         if stream not in self._examples:
-            found = self._read(stream)
-            if stream == "retain" and found is not None and self.unused_retain:
+            examples = self._read(stream)
+            if stream == "retain" and examples is not None and self.unused_retain:
                 unused = {text for row in self._retain_tests[1] for text in row.texts}
-                found = [row for row in found if row.texts.isdisjoint(unused)]
-                if not found:
+                examples = [row for row in examples if row.texts.isdisjoint(unused)]
+                if not examples:
                     raise WagleError(
                         "no retain row is left", option="data.unused_retain", hint="lower it"
                     )
-            self._examples[stream] = found
+            self._examples[stream] = examples
         return self._examples[stream]
 
     def _read(self, stream: str) -> Optional[list[Example]]:
@@ -237,8 +237,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
             return parse_rows(rows, self.place(name, test=True))
         examples = None
         if self.test_sources is None and name in self.sources:
-            whole = name == "retain" and self.unused_retain
-            examples = self._read(name) if whole else self.examples(name)
+            uncut = name == "retain" and self.unused_retain
+            examples = self._read(name) if uncut else self.examples(name)
         if examples is None:
             raise WagleError(f"test set {name!r} has no rows: give its file under data.test")
         return examples

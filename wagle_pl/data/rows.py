@@ -86,8 +86,8 @@ def _read_json(path: Path) -> Iterator[Row]:
         lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
         number, first = next(lines, (1, "[]"))
         if first.lstrip().startswith("[") or first.strip() == "{":
-            whole = parse_json("\n" * (number - 1) + first + file.read(), str(path))
-            rows = enumerate(whole if isinstance(whole, list) else [whole], 1)
+            content = parse_json("\n" * (number - 1) + first + file.read(), str(path))
+            rows = enumerate(content if isinstance(content, list) else [content], 1)
         else:
             lines = chain([(number, first)], lines)
             rows = ((number, parse_json(line, str(path), line=number)) for number, line in lines)
@@ -141,10 +141,10 @@ class HubSet(NamedTuple):
         if self.file is not None:
             return [self.file, *self.aliases]
         names = [f"{self.split}{suffix}" for suffix in READERS] + [f"{self.split}-*-of-*.parquet"]
-        places, whole = ("", "data/", "data/*/"), []
+        places, files = ("", "data/", "data/*/"), []
         if self.config is not None:
-            places, whole = (f"{self.config}/",), [f"{self.config}{suffix}" for suffix in READERS]
-        return [*(place + name for place in places for name in names), *whole, *self.aliases]
+            places, files = (f"{self.config}/",), [f"{self.config}{suffix}" for suffix in READERS]
+        return [*(place + name for place in places for name in names), *files, *self.aliases]
 
 
 def read_hub(hub_set: HubSet, limit: Optional[int] = None) -> list[Row]:

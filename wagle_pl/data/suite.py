@@ -130,12 +130,12 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
         """Test set -> where its rows are."""
 
     def train_rows(self, stream: str) -> Optional[list[Row]]:
-        source, given = self.sets().get(stream, Source()), self.sources[stream]
-        return self._rows(source, given, self.place(stream), required=stream != "holdout")
+        source, option = self.sets().get(stream, Source()), self.sources[stream]
+        return self._rows(source, option, self.place(stream), required=stream != "holdout")
 
     def test_rows(self, name: str) -> Optional[list[Row]]:
-        given = (self.test_sources or {}).get(name)
-        return self._rows(self.tests().get(name, Source()), given, self.place(name, test=True))
+        option = (self.test_sources or {}).get(name)
+        return self._rows(self.tests().get(name, Source()), option, self.place(name, test=True))
 
     def own_tests(self) -> list[str]:
         return [
@@ -147,31 +147,31 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
         ]
 
     def describe(self, name: str, test: bool = False) -> str:
-        given = (self.test_sources or {}) if test else self.sources
+        options = (self.test_sources or {}) if test else self.sources
         source = (self.tests() if test else self.sets()).get(name, Source())
         parts = ", ".join(map(str, source.parts))
         place = f" in {self.folder}" if self.folder and parts else ""
-        return given.get(name) or source.file or f"{parts}{place}" or type(self).__name__
+        return options.get(name) or source.file or f"{parts}{place}" or type(self).__name__
 
     def _rows(
-        self, source: Source, given: Optional[str], where: str, required: bool = False
+        self, source: Source, option: Optional[str], where: str, required: bool = False
     ) -> Optional[list[Row]]:
-        file = given or source.file
+        file = option or source.file
         if file is None and not source.parts:
             return None
         rows = [] if file is None else load_rows(file, self.split)
         for part in source.parts if file is None else ():
-            found = read_set(part, self.folder, source.limit)
-            if found is None and required:
+            part_rows = read_set(part, self.folder, source.limit)
+            if part_rows is None and required:
                 kinds = "" if part.file else " (.jsonl, .csv and .parquet will do)"
                 raise WagleError(
                     f"data.folder: {self.folder} has no {part}: expected "
                     f"{part.short_name}/{part.patterns[0]}{kinds}"
                 )
-            if found is None:
+            if part_rows is None:
                 return None
-            rows += found
-        if given is None or source.converts_given:
+            rows += part_rows
+        if option is None or source.converts_given:
             rows = source.convert(source_rows(rows, where))
             if not rows:
                 raise WagleError(f"{where} has no text")
@@ -185,14 +185,14 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
 
     def _cut(self, source: Source, rows: list[Row], where: str) -> list[Row]:
         """Texts into chunks and pairs, as the source and the options say."""
-        whole, in_characters = [row["text"] for row in rows], self.chunk_unit == "characters"
+        contents, in_characters = [row["text"] for row in rows], self.chunk_unit == "characters"
         if source.articles:
             if self.chunk_size is not None and in_characters:
-                return chunk_rows(articles(whole), self.chunk_size)
-            return chunk_rows(articles(whole), max(1, self.max_length - SPARE), self.tokenizer)
+                return chunk_rows(articles(contents), self.chunk_size)
+            return chunk_rows(articles(contents), max(1, self.max_length - SPARE), self.tokenizer)
         if self.chunk_size is not None and source.chunked:
-            whole = ["\n\n".join(whole)] if source.joined else whole
-            rows = chunk_rows(whole, self.chunk_size, None if in_characters else self.tokenizer)
+            contents = ["\n\n".join(contents)] if source.joined else contents
+            rows = chunk_rows(contents, self.chunk_size, None if in_characters else self.tokenizer)
         if self.prompt_size is not None and source.paired:
             tokenizer = None if in_characters else self.tokenizer
             pairs = (continuation(row, self.prompt_size, tokenizer) for row in rows)
@@ -240,11 +240,11 @@ def chunk_text(
 
 
 def chunk_rows(
-    whole: Iterable[str], size: int, tokenizer: Optional[PreTrainedTokenizerBase] = None
+    contents: Iterable[str], size: int, tokenizer: Optional[PreTrainedTokenizerBase] = None
 ) -> list[Row]:
     """The chunks of some texts as rows, blank ones left out; ``partial`` where a text goes on."""
     rows: list[Row] = []
-    for text in whole:
+    for text in contents:
         chunks = [{"text": chunk, "partial": True} for chunk in chunk_text(text, size, tokenizer)]
         for last in chunks[-1:]:
             del last["partial"]
@@ -270,11 +270,11 @@ def articles(lines: Iterable[str]) -> list[str]:
     >>> articles([" = A = \\n", "One.\\n", " = = Part = = \\n", "", " = B = \\n", "Two.\\n"])
     [' = A = \\nOne.\\n = = Part = = \\n', ' = B = \\nTwo.\\n']
     """
-    found = [""]
+    parts = [""]
     for line in lines:
         words = line.split()
         title = len(words) > 2 and words[0] == words[-1] == "=" and "=" not in (words[1], words[-2])
-        if title and found[-1]:
-            found.append("")
-        found[-1] += line
-    return [text for text in found if text.strip()]
+        if title and parts[-1]:
+            parts.append("")
+        parts[-1] += line
+    return [text for text in parts if text.strip()]

@@ -89,21 +89,21 @@ class Template:
         """The text before the answer, without the space that is part of the first word's token."""
         return self.answer_format.partition("{answer}")[0].rstrip(" ")
 
-    def _set_variables(self, given: Mapping[str, Any]) -> None:
+    def _set_variables(self, options: Mapping[str, Any]) -> None:
         """Set the chat template's variables and date; refuse variables that it does not read."""
-        variables = {"date_string": DATE, **given}
+        variables = {"date_string": DATE, **options}
         source = self.tokenizer.get_chat_template(tools=variables.get("tools"))
         read = {name for name in variables if re.search(rf"\b{re.escape(name)}\b", source)}
         reads_clock = "strftime_now" in source
-        own = inspect.signature(self.tokenizer.apply_chat_template).parameters
-        for name, value in given.items():
+        parameters = inspect.signature(self.tokenizer.apply_chat_template).parameters
+        for name, value in options.items():
             fault = None
             try:
                 json.dumps(value)
             except TypeError:
                 kinds = "a text, a number, true, false, null or a list or dict of these"
                 fault = f"{name} must be {kinds}, got {value!r}: quote it"
-            if name in {"messages", "strftime_now", *own} - {"tools", "documents"}:
+            if name in {"messages", "strftime_now", *parameters} - {"tools", "documents"}:
                 fault = f"cannot set {name}: it is not a variable of the chat template"
             elif name not in read and not (name == "date_string" and reads_clock):
                 fault = f"the chat template does not read {name!r}: check its spelling"
@@ -226,14 +226,14 @@ class Template:
         question = example.context + example.question
         if example.continuation:
             return question, example.answer if answer is None else following(question, answer)
-        answer, given = example.answer if answer is None else answer, example.prefill
-        if given:
-            answer = given + following(given, answer)
+        answer, prefill = example.answer if answer is None else answer, example.prefill
+        if prefill:
+            answer = prefill + following(prefill, answer)
         if not self.uses_chat_template:
             prompt = example.context + self.prompt_format.replace("{question}", example.question)
             text = self.answer_format.replace("{answer}", answer)
-            given = given and self.answer_format.partition("{answer}")[0] + given
-            return prompt + given, text.removeprefix(given)
+            prefill = prefill and self.answer_format.partition("{answer}")[0] + prefill
+            return prompt + prefill, text.removeprefix(prefill)
         messages = example.messages
         if messages is None:
             messages = [{"role": "user", "content": question}]
@@ -241,12 +241,12 @@ class Template:
         full = self._chat(
             [*messages, {"role": "assistant", "content": answer}], add_generation_prompt=False
         )
-        start = full.find(given, len(prompt))  # after what the template puts before an answer
+        start = full.find(prefill, len(prompt))  # after what the template puts before an answer
         if not full.startswith(prompt) or start < 0:
             raise WagleError(
                 "the chat template changes the prompt when an answer follows; give prompt_format"
             )
-        end = start + len(given)
+        end = start + len(prefill)
         return full[:end], full[end:]
 
     def _chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:

@@ -32,8 +32,8 @@ class Ability:
     @property
     def general(self) -> dict[str, float]:
         """Each asked task's accuracy, for the suites' averages; tasks without one are left out."""
-        found = {task: self.values.get(f"{PREFIX}/{task}/acc") for task in self.asked}
-        return {task: value for task, value in found.items() if isinstance(value, float)}
+        accuracies = {task: self.values.get(f"{PREFIX}/{task}/acc") for task in self.asked}
+        return {task: value for task, value in accuracies.items() if isinstance(value, float)}
 
     def shown(self) -> dict[str, Value]:
         """The values of what was asked for, without the parts of a group: for the console."""
@@ -68,23 +68,23 @@ class Harness:
         except ImportError:
             hint = "pip install 'wagle-pl[ability]'"
             raise WagleError(f"{option}: it needs lm-evaluation-harness: {hint}") from None
-        given = tasks.split(",") if isinstance(tasks, str) else tasks
-        given = [task.strip() for task in given if task.strip()]
-        if not given:
+        entries = tasks.split(",") if isinstance(tasks, str) else tasks
+        entries = [task.strip() for task in entries if task.strip()]
+        if not entries:
             raise WagleError(f"{option}: it names no task")
-        folders = [task for task in given if Path(task).is_dir()]
-        names = [task for task in given if task not in folders]
+        folders = [task for task in entries if Path(task).is_dir()]
+        names = [task for task in entries if task not in folders]
         for name in names:
             if name.startswith((".", "/", "~")) or name.endswith("/"):
                 raise WagleError(f"{option}: folder {name} does not exist")
         with errors_only("lm_eval"):
             self.manager = TaskManager(include_path=folders or None, include_defaults=bool(names))
             for folder in folders:
-                own = TaskManager(include_path=folder, include_defaults=False)
-                found = own.all_groups or own.all_subtasks
-                if not found:
+                manager = TaskManager(include_path=folder, include_defaults=False)
+                folder_tasks = manager.all_groups or manager.all_subtasks
+                if not folder_tasks:
                     raise WagleError(f"{option}: folder {folder} has no task YAML")
-                names += found
+                names += folder_tasks
         for name in names:
             if not self.manager.match_tasks([name]):
                 near = difflib.get_close_matches(name, self.manager.all_tasks, 3)
@@ -142,7 +142,7 @@ def wrap(lm: Any, tokenizer: Any, batch_size: int, share: bool) -> Any:
 
 def read(results: Mapping[str, Any], asked: Sequence[str]) -> Ability:
     """What ``lm_eval.simple_evaluate`` returned, by our names; standard errors are left out."""
-    found = Ability(asked=tuple(asked))
+    ability = Ability(asked=tuple(asked))
     for task, numbers in results["results"].items():
         higher = results.get("higher_is_better", {}).get(task, {})
         version = results.get("versions", {}).get(task)
@@ -154,10 +154,10 @@ def read(results: Mapping[str, Any], asked: Sequence[str]) -> Ability:
             name = f"{PREFIX}/{task}/{metric}" + ("" if chosen == "none" else f"_{chosen}")
             known = isinstance(value, (int, float)) and math.isfinite(value)
             undefined = Undefined(f"the harness has {value} for it")
-            found.values[name] = float(value) if known else undefined
-            found.infos[name] = Info(
+            ability.values[name] = float(value) if known else undefined
+            ability.infos[name] = Info(
                 "share, 0 to 1" if metric in SHARES else "number",
                 "lower" if higher.get(metric) is False else "higher",
                 f"{metric} on {task}{versioned} by lm-evaluation-harness",
             )
-    return found
+    return ability

@@ -198,12 +198,12 @@ def rouge(
     tensor([0.7500], dtype=torch.float64)
     """
     scores = list(map(_rouge_scorer(stem), targets, predictions))
-    found = {}
+    values_by_name = {}
     for kind in ("rouge1", "rougeL"):
         for name, field in (("recall", "recall"), ("f1", "fmeasure")):
             values = [getattr(score[kind], field) for score in scores]
-            found[f"{kind}_{name}"] = torch.tensor(values, dtype=torch.float64)
-    return found
+            values_by_name[f"{kind}_{name}"] = torch.tensor(values, dtype=torch.float64)
+    return values_by_name
 
 
 @cache
@@ -222,11 +222,11 @@ def word_rouge_recall(prediction: str, target: str) -> float:
     >>> word_rouge_recall("He wrote it. In Maine", "It was in Maine.")
     0.25
     """
-    said, wanted = (
+    spoken, wanted = (
         [" ".join(sentence.split()).split(" ") for sentence in text.split(".") if sentence]
         for text in (prediction, target)
     )
-    pairs = ((x, y) for x in wanted for y in said)
+    pairs = ((x, y) for x in wanted for y in spoken)
     common = {word for pair in pairs for word in _common_subsequence(*pair)}
     return len(common) / max(1, len({word for sentence in wanted for word in sentence}))
 
@@ -237,16 +237,16 @@ def _common_subsequence(x: Sequence[str], y: Sequence[str]) -> list[str]:
     for i, j in product(range(len(x)), range(len(y))):
         longest = max(lengths[i][j + 1], lengths[i + 1][j])
         lengths[i + 1][j + 1] = lengths[i][j] + 1 if x[i] == y[j] else longest
-    i, j, found = len(x), len(y), []
+    i, j, words = len(x), len(y), []
     while i and j:
         if x[i - 1] == y[j - 1]:
             i, j = i - 1, j - 1
-            found.append(x[i])
+            words.append(x[i])
         elif lengths[i - 1][j] > lengths[i][j - 1]:
             i -= 1
         else:
             j -= 1
-    return found
+    return words
 
 
 def answer_words(text: str) -> list[str]:
@@ -261,12 +261,14 @@ def answer_f1(prediction: str, targets: Sequence[str]) -> float:
     >>> answer_f1("The Rim of Fire!", ["Pacific", "Ring of Fire"])
     0.6666666666666666
     """
-    said = answer_words(prediction)
+    spoken = answer_words(prediction)
     scores = []
     for words in map(answer_words, targets):
-        common = (Counter(said) & Counter(words)).total()
+        common = (Counter(spoken) & Counter(words)).total()
         # two empty texts agree
-        scores.append(2 * common / (len(said) + len(words)) if said and words else said == words)
+        scores.append(
+            2 * common / (len(spoken) + len(words)) if spoken and words else spoken == words
+        )
     return float(max(scores))
 
 

@@ -223,13 +223,13 @@ def summary(logs: Mapping[str, Log]) -> dict[str, float]:
 
 def to_metrics(benchmark: str, content: Mapping[str, Any]) -> dict[str, float]:
     """Our measures from one of their files; others keep their names. (MUSE's ROUGE is stemmed.)"""
-    found = {}
+    metrics = {}
     for name, value in content.items():
         number = value.get("agg_value") if isinstance(value, Mapping) else value
         if number is not None:
             ours = METRICS[benchmark].get(name, Metric(name)).ours
-            found[ours] = float(number) * (100 if ours in PERCENT else 1)
-    return found
+            metrics[ours] = float(number) * (100 if ours in PERCENT else 1)
+    return metrics
 
 
 def to_tables(benchmark: str, content: Mapping[str, Any]) -> dict[str, list[Record]]:
@@ -273,8 +273,8 @@ def question_in(prompt: str) -> str:
     'Who?'
     """
     for around in _AROUND:
-        if found := re.fullmatch(around, prompt.rstrip(), re.DOTALL) or re.fullmatch(
+        if match := re.fullmatch(around, prompt.rstrip(), re.DOTALL) or re.fullmatch(
             around, prompt, re.DOTALL
         ):
-            return found[1].strip()
+            return match[1].strip()
     return prompt

@@ -152,8 +152,8 @@ class Objective(ABC):
     @property
     def hidden_layers(self) -> tuple[int, ...]:
         """Blocks whose outputs a term reads; known once :meth:`prepare` has seen the model."""
-        own = () if self.layer is None else (self.layer,)
-        return tuple(dict.fromkeys(own + (self.retain.hidden_layers if self.retains else ())))
+        layers = () if self.layer is None else (self.layer,)
+        return tuple(dict.fromkeys(layers + (self.retain.hidden_layers if self.retains else ())))
 
     @property
     def theta0_streams(self) -> tuple[str, ...]:
@@ -211,13 +211,13 @@ class Objective(ABC):
 
     def __call__(self, at: Streams) -> dict[str, Tensor]:
         """``loss`` and those of its terms that exist, as scalars."""
-        found = {}
+        computed = {}
         for name in ("retain_loss", "penalty", "forget_loss"):
             propagate = at.propagate.get(name)
             # a term that is propagated at once must not share a graph with the others
             term = self.term(name, at if propagate is None else replace(at))
-            found[name] = term if term is None or propagate is None else propagate(term)
-        terms = {name: found[name] for name in TERMS if found[name] is not None}
+            computed[name] = term if term is None or propagate is None else propagate(term)
+        terms = {name: computed[name] for name in TERMS if computed[name] is not None}
         weights = self.weights(at)
         return {"loss": sum(weights[name] * term for name, term in terms.items()), **terms}
 

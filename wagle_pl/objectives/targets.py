@@ -66,8 +66,8 @@ class UNDIAL(Objective):
 
     @property
     def whole_streams(self) -> tuple[str, ...]:
-        own = () if self.by_token else ("forget",)
-        return own + super().whole_streams
+        streams = () if self.by_token else ("forget",)
+        return streams + super().whole_streams
 
     def forget_loss(self, at: Streams) -> Tensor:
         def distance(reference: Tensor, current: Tensor, label: Tensor) -> Tensor:
