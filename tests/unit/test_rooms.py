@@ -26,7 +26,7 @@ PATH = ("core", "data", "masks", "lm", "objectives", "attribution", "unlearning"
 LIMITS = {"path": 15_500, "suite": 23_300, "all": 28_150, "file": 660, "function": 70}
 AIMS = {"path": 12_000, "suite": 16_500, "all": 22_500, "file": 450, "function": 60}
 #: Files and functions that are above their aim.
-LARGE = {"file": 6, "function": 3}
+LARGE = {"file": 5, "function": 3}
 
 SOURCES = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
 LINES = {path: len(source.splitlines()) for path, source in SOURCES.items()}

@@ -8,7 +8,7 @@ from typing import Any, Optional, Union
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wagle_pl.core.errors import WagleError
+from wagle_pl.core.errors import WagleError, check_positive
 from wagle_pl.lm.saving import model_folder
 
 
@@ -32,18 +32,15 @@ class LoRA:
         target_modules: Union[list[str], str] = "all-linear",
         merge: bool = True,
     ) -> None:
-        for option, value, good, must in (
+        check_positive(alpha, "adapter.alpha")
+        for option, value, is_good, must in (
             ("r", r, r >= 1, "be at least 1"),
-            ("alpha", alpha, alpha > 0, "be above 0"),
             ("dropout", dropout, 0 <= dropout < 1, "lie in [0, 1)"),
         ):
-            if not good:
+            if not is_good:
                 raise WagleError(f"must {must}, got {value}", option=f"adapter.{option}")
-        self.r = r
-        self.alpha = alpha
-        self.dropout = dropout
-        self.target_modules = target_modules
-        self.merge = merge
+        self.r, self.alpha, self.dropout = r, alpha, dropout
+        self.target_modules, self.merge = target_modules, merge
         self._peft: Any = None
 
     def add(self, lm: PreTrainedModel, base: str, trainable: Optional[str] = None) -> None:

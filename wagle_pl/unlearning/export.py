@@ -60,9 +60,8 @@ def export(
     else:
         return _convert(str(path), output)
     if not weights or not checkpoint.get("model"):
-        raise WagleError(
-            f"checkpoint {path} holds no weights of a language model (attribution moves none)"
-        )
+        none = "holds no weights of a language model (attribution moves none)"
+        raise WagleError(f"checkpoint {path} {none}")
     about = checkpoint["model"]
     base, record = model or about["name"], about["record"]
     loaded_as = getattr(torch, about["dtype"])
@@ -216,9 +215,8 @@ def _with_adapter(weights: Weights, scale: float, lm: nn.Module) -> Weights:
 def model_card(record: Mapping[str, Any]) -> str:
     """Markdown model card from a record (``wagle.json``), whose ``lineage`` lists the runs."""
     *earlier, last = record["lineage"]
-    title = "Unlearned model" if last.get("objective") else "Fine-tuned model"
     parts = [
-        f"# {title}",
+        "# Unlearned model" if last.get("objective") else "# Fine-tuned model",
         f"Made by `wagle_pl` ({last['module']}) from `{last['base']}`.",
         markdown_table(["", ""], [[key, str(v)] for key, v in _facts(last).items() if v], (0, 1)),
     ]
@@ -233,8 +231,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         parts += ["## Lineage", markdown_table(header, rows, range(len(header)))]
     if len(forgotten(record)) > 1:
         sets = ", ".join(f"`{name}`" for name in forgotten(record))
-        advice = "Test all of them: a later run can bring an earlier set back."
-        parts.append(f"Forgotten so far: {sets}. {advice}")
+        parts.append(f"Forgotten so far: {sets}. Test all of them: a later run can bring one back.")
     for heading, key in (("Prompts", "prompts"), ("Configuration", "config")):
         if last.get(key):
             text = yaml.safe_dump(last[key], sort_keys=False, allow_unicode=True, width=1000)

@@ -197,9 +197,8 @@ def read_objectives(entries: Entries) -> list[ObjectiveChoice]:
     choices = []
     for entry in _some(entries, "objectives"):
         options = dict(entry) if isinstance(entry, Mapping) else {"class_path": entry}
-        name, rates, rule, optimizer = (
-            options.pop(key, None) for key in ("name", "learning_rates", "step_rule", "optimizer")
-        )
+        further = ("name", "learning_rates", "step_rule", "optimizer")
+        name, rates, rule, optimizer = (options.pop(key, None) for key in further)
         rates = None if rates is None else check_rates(rates)
         choice = ObjectiveChoice("", options, rule, optimizer, rates)
         objective, made = choice.make(), choice.rule()
@@ -314,15 +313,10 @@ def _refuse_twins(choices: Sequence[Choice], what: str) -> None:
 
 #: Options of UnlearnModule and Evaluate, and of Trainer, that the study sets itself.
 _OF_STUDY = {
-    "--module": (
-        *("model", "output", "overwrite", "objective", "mask", "adapter", "lr"),
-        *("target", "retrained", "generate"),
-    ),
-    "--trainer": (
-        *("max_steps", "max_epochs", "min_steps", "min_epochs", "max_time", "logger"),
-        *("accumulate_grad_batches", "limit_val_batches", "fast_dev_run", "enable_checkpointing"),
-        *("enable_progress_bar", "enable_model_summary", "default_root_dir"),
-    ),
+    "--module": "model output overwrite objective mask adapter lr target retrained generate",
+    "--trainer": "max_steps max_epochs min_steps min_epochs max_time logger default_root_dir "
+    "accumulate_grad_batches limit_val_batches fast_dev_run enable_checkpointing "
+    "enable_progress_bar enable_model_summary",
 }
 
 
@@ -377,7 +371,7 @@ def read_trainer(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refuse(option: str, names: Collection[str]) -> None:
     for name in names:
-        if name in _OF_STUDY[option]:
+        if name in _OF_STUDY[option].split():
             raise WagleError(f"the study sets {name} itself: leave it out", option=option)
 
 
@@ -401,17 +395,11 @@ class Run:
     @property
     def labels(self) -> dict[str, Any]:
         """The columns of its rows in the study's table."""
-        return {
-            "objective": self.objective.name,
-            "mask": self.mask.name,
-            "score": None if self.mask.score is None else self.mask.score.label,
-            "density": self.mask.density,
-            "lr": self.lr,
-            "seed": self.seed,
-            "run": self.id,
-            "objective_id": self.objective.id,
-            "mask_id": self.mask.id,
-        }
+        objective, mask = self.objective, self.mask
+        score = None if mask.score is None else mask.score.label
+        names = {"objective": objective.name, "mask": mask.name, "score": score}
+        what = {"density": mask.density, "lr": self.lr, "seed": self.seed, "run": self.id}
+        return {**names, **what, "objective_id": objective.id, "mask_id": mask.id}
 
 
 class Grid(NamedTuple):
