@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Optional
 
 from wagle_pl.core.errors import WagleError
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 Kind = Literal["answered", "choices", "text", "prompt", "tokens"]
@@ -127,6 +130,42 @@ def parse_rows(rows: Iterable[Row], where: str) -> list[Example]:
 def raw_rows(examples: Optional[Iterable[Example]]) -> Optional[list[Row]]:
     """The rows that examples were parsed from, for digests."""
     return None if examples is None else [example.row for example in examples]
+
+
+def warn_of_repeats(forget: Sequence[Example], source: str) -> None:
+    """Warn of repeated rows, which are attributed and forgotten repeatedly."""
+    first: dict[str, int] = {}
+    numbered = enumerate(forget, 1)
+    repeats = [str(n) for n, example in numbered if first.setdefault(example.key, n) != n]
+    if repeats:
+        log.warning(
+            "%d of %d forget rows repeat earlier ones and weigh as much again: remove them, "
+            "unless that is meant (%s, row %s)",
+            *(len(repeats), len(forget), source),
+            ", ".join(repeats[:5]) + (", ..." if len(repeats) > 5 else ""),
+        )
+
+
+def without_overlap(
+    retain: list[Example], forget: Sequence[Example], overlap: Literal["error", "warn", "drop"]
+) -> list[Example]:
+    """Retain rows that are not forget rows; all of them, with a warning, for ``warn``."""
+    keys = {example.key for example in forget}
+    kept = [example for example in retain if example.key not in keys]
+    if len(kept) == len(retain):
+        return retain
+    message = f"{len(retain) - len(kept)} of {len(retain)} retain rows are also forget rows"
+    if overlap == "error":
+        raise WagleError(f"{message}; remove them or pass --data.overlap drop")
+    if overlap == "warn":
+        log.warning(
+            "%s: the objective pulls them both ways (--data.overlap drop removes them)", message
+        )
+        return retain
+    log.info("%s: dropped from the retain set", message)
+    if not kept:
+        raise WagleError(f"{message}: nothing is left to retain")
+    return kept
 
 
 def _tokens(row: Row) -> dict[str, Any]:

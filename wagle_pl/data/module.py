@@ -16,10 +16,8 @@ import numpy as np
 import torch
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.files import absent
 from wagle_pl.core.hub import load_tokenizer
 from wagle_pl.core.needs import Needs
-from wagle_pl.core.reading import readable
 from wagle_pl.data.batches import (
     Draw,
     GlobalBatchSampler,
@@ -29,8 +27,16 @@ from wagle_pl.data.batches import (
     deal_batches,
     token_batches,
 )
-from wagle_pl.data.example import IGNORE, Example, Row, parse_rows, raw_rows
-from wagle_pl.data.rows import load_rows, spread
+from wagle_pl.data.example import (
+    IGNORE,
+    Example,
+    Row,
+    parse_rows,
+    raw_rows,
+    warn_of_repeats,
+    without_overlap,
+)
+from wagle_pl.data.rows import load_rows, read_lines, spread
 from wagle_pl.data.template import Template, check_ids
 
 if TYPE_CHECKING:
@@ -137,20 +143,15 @@ class ForgetRetainDataModule(L.LightningDataModule):
         self.unused_retain = unused_retain
         self.sources = {"forget": forget, "retain": retain, "holdout": holdout}
         self.test_sources = test
-        self.val = val
-        self.split = split
-        self.prompt_format = prompt_format
-        self.answer_format = answer_format
+        self.val, self.split = val, split
+        self.prompt_format, self.answer_format = prompt_format, answer_format
         self.generation_prefix = generation_prefix
         self.system_prompt = system_prompt
         self.chat_template_kwargs = chat_template_kwargs
         self.max_length = max_length
-        self.batch_size = batch_size
-        self.test_batch_size = test_batch_size
-        self.overlap = overlap
-        self.refusals_file = refusals
-        self.seed = seed
-        self.given_tokenizer = tokenizer
+        self.batch_size, self.test_batch_size = batch_size, test_batch_size
+        self.overlap, self.refusals_file = overlap, refusals
+        self.seed, self.given_tokenizer = seed, tokenizer
         self._examples: dict[str, Optional[list[Example]]] = {}
         self._test_examples: dict[str, list[Example]] = {}
         self._tokens: dict[str, list[dict[str, np.ndarray]]] = {}
@@ -218,8 +219,10 @@ class ForgetRetainDataModule(L.LightningDataModule):
             return None
         examples = parse_rows(rows, self.place(stream))[: self.limits.get(stream)]
         if stream == "forget":
-            self._warn_of_repeats(examples)
-        return self._without_overlap(examples) if stream == "retain" else examples
+            warn_of_repeats(examples, self.describe("forget"))
+        if stream == "retain":
+            return without_overlap(examples, self.examples("forget") or [], self.overlap)
+        return examples
 
     def test_examples(self, name: str) -> list[Example]:
         """Rows of a test set, read once."""
@@ -268,37 +271,6 @@ class ForgetRetainDataModule(L.LightningDataModule):
             raise WagleError(f"data.val: there is no test set {unknown[0]!r}; choose of {known}")
         return names
 
-    def _warn_of_repeats(self, forget: list[Example]) -> None:
-        """Warn of repeated rows, which are attributed and forgotten repeatedly."""
-        first: dict[str, int] = {}
-        numbered = enumerate(forget, 1)
-        repeats = [str(n) for n, example in numbered if first.setdefault(example.key, n) != n]
-        if repeats:
-            log.warning(
-                "%d of %d forget rows repeat earlier ones and weigh as much again: remove them, "
-                "unless that is meant (%s, row %s)",
-                *(len(repeats), len(forget), self.describe("forget")),
-                ", ".join(repeats[:5]) + (", ..." if len(repeats) > 5 else ""),
-            )
-
-    def _without_overlap(self, retain: list[Example]) -> list[Example]:
-        forget = {example.key for example in self.examples("forget") or []}
-        kept = [example for example in retain if example.key not in forget]
-        if len(kept) == len(retain):
-            return retain
-        message = f"{len(retain) - len(kept)} of {len(retain)} retain rows are also forget rows"
-        if self.overlap == "error":
-            raise WagleError(f"{message}; remove them or pass --data.overlap drop")
-        if self.overlap == "warn":
-            log.warning(
-                "%s: the objective pulls them both ways (--data.overlap drop removes them)", message
-            )
-            return retain
-        log.info("%s: dropped from the retain set", message)
-        if not kept:
-            raise WagleError(f"{message}: nothing is left to retain")
-        return kept
-
     # -- tokens ------------------------------------------------------------------------------------
 
     @cached_property
@@ -322,14 +294,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
 
     @cached_property
     def refusals(self) -> list[str]:
-        path = REFUSALS if self.refusals_file is None else Path(self.refusals_file)
-        if not path.is_file():
-            raise absent("refusals file", path)
-        with readable(path):
-            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-        if not any(lines):
-            raise WagleError(f"refusals file {path} has no lines")
-        return [line for line in lines if line]
+        return read_lines(self.refusals_file or REFUSALS, "refusals file")
 
     def tokens(self, stream: str) -> list[dict[str, np.ndarray]]:
         """``input_ids`` and ``labels`` (int32) of each row of a training stream, made once."""

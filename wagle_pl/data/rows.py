@@ -6,7 +6,7 @@ import gzip
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, TypeVar
+from typing import Any, NamedTuple, Optional, TypeVar, Union
 
 from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.files import absent, plainly_local
@@ -51,6 +51,18 @@ def load_rows(source: str, split: Optional[str] = None, limit: Optional[int] = N
     if not rows:
         raise WagleError(f"data file {source} has no rows")
     return rows
+
+
+def read_lines(source: Union[str, Path], what: str) -> list[str]:
+    """The lines of a text file that are not blank; errors call it ``what``."""
+    path = Path(source)
+    if not path.is_file():
+        raise absent(what, path)
+    with readable(path):
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    if not any(lines):
+        raise WagleError(f"{what} {path} has no lines")
+    return [line for line in lines if line]
 
 
 def spread(rows: list[T], count: Optional[int]) -> list[T]:
