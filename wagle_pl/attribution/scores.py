@@ -70,7 +70,7 @@ class WeightStatistics:
 
 
 class Score:
-    """One number per weight, an abstract base class; the mask takes the weights with the largest absolute value."""
+    """One number per weight; the mask takes the weights with the largest absolute value."""
 
     #: Fields of :class:`WeightStatistics` that the score reads, besides ``theta``.
     needs: tuple[str, ...] = ("g_f",)
@@ -280,8 +280,9 @@ class Wanda(Score):
 class Random(Score):
     """Uniform random numbers in [0, 1): the control for every other score.
 
-    The numbers of a parameter with at most ``whole`` weights come from one generator, which cannot
-    skip ahead. In a larger one each ``chunk`` has its own: a rank draws little more than its rows.
+    One generator draws the numbers of a parameter with at most ``whole`` weights, all before a
+    rank's rows included. A larger parameter has one generator for each ``chunk`` of weights, so that
+    a rank draws little more than its own rows.
 
     Args:
         seed: of the numbers, which also depend on the parameter's name.
