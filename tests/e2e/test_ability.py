@@ -101,7 +101,7 @@ def test_a_local_task_in_a_test(wagle, args, tiny, tasks, tmp_path, capsys):
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     found = metrics["ability/wagle_quiz/acc"]
     assert 0 < found < 1 and found == pytest.approx(accuracy(*tiny, ROWS))
-    assert module.evaluation.general == {"wagle_quiz": found}
+    assert module.evaluation.plan.general == {"wagle_quiz": found}
     info = json.loads((tmp_path / "out/metrics.info.json").read_text())["measures"]
     about = info["ability/wagle_quiz/acc"]
     assert (about["unit"], about["direction"]) == ("share, 0 to 1", "higher")

@@ -13,7 +13,7 @@ from wagle_pl import WagleError
 from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.data.rows import load_rows
 from wagle_pl.evaluation import (
-    Evaluate,
+    Evaluation,
     Results,
     Suite,
     find_suite,
@@ -76,7 +76,7 @@ def test_metrics_tables_and_result_file(wagle, args, four, rows, tmp_path):
     assert all(len(record["perturbed_nll"]) == 5 for record in records)
     expected = np.mean([math.exp(-record["nll"]) for record in records])
     assert metrics["forget/probability"] == pytest.approx(expected, rel=1e-6)
-    utility = tofu_model_utility(Results(tmp_path / "out").tofu)
+    utility = tofu_model_utility(Results.read(tmp_path / "out").tofu)
     assert metrics["model_utility"] == pytest.approx(utility)
     again = wagle(*args(four, "--model.retrained out", output="b"))
     assert again.model.metrics["forget_quality"] == 1.0
@@ -137,20 +137,20 @@ def test_narrow_types_on_a_cpu_without_them_are_warned_of_once(
 
 
 def test_an_interrupted_test_continues_with_the_next_set(wagle, args, four, tmp_path, monkeypatch):
-    finish, scored = Evaluate._finish_set, []
+    finish, scored = Evaluation._finish_set, []
 
     def interrupted(self, name):
         if name == "real_authors":
             raise KeyboardInterrupt
         finish(self, name)
 
-    monkeypatch.setattr(Evaluate, "_finish_set", interrupted)
+    monkeypatch.setattr(Evaluation, "_finish_set", interrupted)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         wagle(*args(four))
     assert (tmp_path / "out/retain.parquet").exists()
     assert not (tmp_path / "out/metrics.json").exists()
     continues = lambda self, name: (scored.append(name), finish(self, name))  # noqa: E731
-    monkeypatch.setattr(Evaluate, "_finish_set", continues)
+    monkeypatch.setattr(Evaluation, "_finish_set", continues)
     continued = wagle(*args(four)).model.metrics
     assert scored == ["real_authors", "world_facts"]
     assert continued == wagle(*args(four, output="whole")).model.metrics
@@ -271,7 +271,7 @@ class Elsewhere(Suite):
 
 @pytest.mark.parametrize("command", ["test", "fit"])
 def test_a_suite_that_needs_what_there_is_not(fails, tiny_model, tmp_path, monkeypatch, command):
-    monkeypatch.setattr(Evaluate, "observe_batch", lambda *_: pytest.fail("rows were observed"))
+    monkeypatch.setattr(Evaluation, "observe", lambda *_: pytest.fail("rows were observed"))
     monkeypatch.setattr(UnlearnModule, "training_step", lambda *_: pytest.fail("it was trained"))
     options = {
         "test": f"--model EvaluationModule --model.suite {__name__}.Misspelt",

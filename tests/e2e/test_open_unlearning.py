@@ -205,7 +205,7 @@ def test_the_listed_commands(
     quiet = f"{QUIET} --trainer.devices 1 --model.model {tiny_model}".split()
     made = cli.run([*command, *quiet])
     if command[0] == "test":
-        assert made.model.evaluation.retrained == "runs/retain90"
+        assert made.model.evaluate.options.retrained == "runs/retain90"
         return
     name = type(made.model.objective).__name__
     assert made.model.output == f"runs/tofu/Llama-3.2-1B-Instruct/{name.lower()}"

@@ -139,7 +139,7 @@ def test_load_from_checkpoint(wagle, tiny_model, rows, kind):
     data = ForgetRetainDataModule(rows["forget"], rows["retain"])
     tester.test(module, data, verbose=False)
     tested = wagle("test --model EvaluationModule --model.model out --model.output tested").model
-    assert evaluate.metrics == pytest.approx(tested.metrics, rel=1e-4)
+    assert evaluate.results.metrics == pytest.approx(tested.metrics, rel=1e-4)
     with pytest.raises(WagleError, match="the checkpoint as ckpt_path"):
         tester.fit(module, data)
 

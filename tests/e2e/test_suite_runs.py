@@ -70,7 +70,7 @@ def test_a_book_is_recited_to_the_end(wagle, book, tiny_model, tmp_path):
     tokenizer = load_tokenizer(tiny_model)
     answers = [row.answer for row in module.trainer.datamodule.test_examples("forget")]
     longest = max(len(tokenizer(answer)["input_ids"]) for answer in answers)
-    lengths = [module.evaluation.max_new_tokens_of(name) for name in ("forget", "forget_qa")]
+    lengths = [module.evaluation.plan.max_new_tokens_of(name) for name in ("forget", "forget_qa")]
     assert lengths == [longest, 6] and longest > 20
     said = pyarrow.parquet.read_table(tmp_path / "out/forget.parquet").to_pydict()["generation"]
     assert max(len(tokenizer(text)["input_ids"]) for text in said) > 12

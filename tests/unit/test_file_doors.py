@@ -281,7 +281,7 @@ def make_open(folder: Path) -> Path:
 
 
 def read_results(path: Path) -> Any:
-    results = Results(path.parent if path.name.startswith(("metrics", "forget")) else path)
+    results = Results.read(path.parent if path.name.startswith(("metrics", "forget")) else path)
     return results.metrics, results.prompts, results.tables, results.tofu
 
 

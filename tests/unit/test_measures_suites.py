@@ -87,7 +87,7 @@ def as_results(tables, folder):
     for name, table in tables.items():
         write_table(folder / f"{name}.parquet", table, {})
     (folder / "metrics.json").write_text("{}")
-    return Results(folder)
+    return Results.read(folder)
 
 
 def column(table, name):
@@ -194,7 +194,7 @@ def test_retrained_results_from_folder_and_file(tofu_tables, tmp_path):
     (tmp_path / "published.json").write_text(json.dumps(to_result(other)))
     expected = ks_2samp(ratios(tofu_tables["forget"]), ratios(other["forget"])).pvalue
     for path in (tmp_path, tmp_path / "metrics.json", tmp_path / "published.json"):
-        found = measures("tofu", tofu_tables, Results(path))
+        found = measures("tofu", tofu_tables, Results.read(path))
         assert found["forget_quality"] == pytest.approx(expected)
     here, there = (
         area("min_k", Observations(t), "forget", "holdout") for t in (tofu_tables, other)
@@ -259,7 +259,7 @@ def test_results_that_cannot_be_read(tmp_path):
         "broken.json": "broken.json line 2: malformed JSON",
     }.items():
         with pytest.raises(WagleError, match=message):
-            Results(tmp_path / name, "model.target")
+            Results.read(tmp_path / name, "model.target")
 
 
 # -- membership inference ---------------------------------------------------------------------------------------------

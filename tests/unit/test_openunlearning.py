@@ -113,7 +113,7 @@ def test_round_trip_and_equality(tmp_path: Path) -> None:
     tables = tofu_tables()
     logs = to_logs("TOFU", tables, {"forget_quality": 0.25, "forget/privleak": -50.0})
     write_json(tmp_path / "evals/TOFU_EVAL.json", logs)
-    results = Results(tmp_path / "evals")
+    results = Results.read(tmp_path / "evals")
     ours = defined_only(TOFUSuite().measures(Observations(tables)))
     shared = results.metrics.keys() & ours.keys()
     assert len(shared) >= 15
@@ -125,7 +125,7 @@ def test_round_trip_and_equality(tmp_path: Path) -> None:
         del logs[name]["value_by_index"]
     assert again == logs
     write_json(tmp_path / "TOFU_SUMMARY.json", summary(logs))
-    assert Results(tmp_path).metrics == results.metrics and Results(tmp_path).tables == {}
+    assert Results.read(tmp_path).metrics == results.metrics and Results.read(tmp_path).tables == {}
 
 
 #: The keys of a TOFU_EVAL.json with all metrics: the package names in configs/eval/tofu_metrics.
@@ -165,7 +165,7 @@ def their_file() -> dict[str, Any]:
 def test_a_file_of_theirs(tmp_path: Path) -> None:
     """Every number of a file that their code wrote has its place among our measures."""
     write_json(tmp_path / "TOFU_EVAL.json", their_file())
-    assert Results(tmp_path).metrics == {
+    assert Results.read(tmp_path).metrics == {
         "forget/extraction_strength": 0.3,
         "forget/paraphrased_probability": 0.375,
         "forget/perturbed_probability": 0.255,
@@ -186,7 +186,7 @@ def test_a_retrained_model_in_their_file(tmp_path: Path) -> None:
     for row in logs["forget_Q_A_ROUGE"]["value_by_index"].values():
         row["input"] = PROMPT.format(row["input"].replace(" ?", "?"))  # as their decoding cleans up
     write_json(tmp_path / "TOFU_EVAL.json", logs)
-    seen = Observations(tables, retrained=Results(tmp_path / "TOFU_EVAL.json"))
+    seen = Observations(tables, retrained=Results.read(tmp_path / "TOFU_EVAL.json"))
     scores = [
         [row["score"] for row in side["forget_truth_ratio"]["value_by_index"].values()]
         for side in (to_logs("TOFU", tables, {}), logs)
@@ -196,7 +196,7 @@ def test_a_retrained_model_in_their_file(tmp_path: Path) -> None:
     for name in ("forget_Q_A_ROUGE",):  # without texts rows are taken in their order
         del logs[name]
     write_json(tmp_path / "TOFU_EVAL.json", logs)
-    seen.retrained = Results(tmp_path / "TOFU_EVAL.json")
+    seen.retrained = Results.read(tmp_path / "TOFU_EVAL.json")
     assert TOFUSuite().measures(seen)["forget_quality"] == found["forget_quality"]
 
 
@@ -262,7 +262,7 @@ def test_muse(tmp_path: Path) -> None:
         assert logs[name]["agg_value"] == pytest.approx(6 / 7)
     assert MUSESuite().measures(Observations(tables))["knowmem_f"] == pytest.approx(400 / 7)
     write_json(tmp_path / "MUSE_EVAL.json", logs)
-    found = Results(tmp_path)
+    found = Results.read(tmp_path)
     assert (
         found.metrics["knowmem_f"] == pytest.approx(600 / 7) and found.metrics["privleak"] == -99.8
     )

@@ -15,7 +15,7 @@ FLOORS = (
     ("lm", "masks", "data"),
     ("objectives",),
     ("attribution", "unlearning", "evaluation"),
-    ("api", "cli"),
+    ("api", "cli", "metrics"),
     ("lab",),
 )
 SUITE = tuple(room for floor in FLOORS[:-1] for room in floor)

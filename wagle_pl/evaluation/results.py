@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional, TypedDict, Union
 
@@ -115,60 +115,73 @@ SCHEMAS: dict[str, Any] = {
 }
 
 
+@dataclass(eq=False)
 class Results:
-    """What an earlier test found.
+    """What a test found: returned by :func:`~wagle_pl.evaluation.evaluate`, or read from files."""
 
-    Args:
-        path: a folder that ``wagle test`` wrote; its ``metrics.json``, which stands for the folder;
-            a TOFU result file; or one of OpenUnlearning's, or the folder that it is in.
-        option: the option that named it, for messages.
-    """
+    metrics: dict[str, float] = field(default_factory=dict)  # empty if not known
+    undefined: dict[str, str] = field(default_factory=dict)  # measure -> why it is undefined
+    tables: Mapping[str, Table] = field(default_factory=dict)  # test set -> its records
+    infos: Mapping[str, Info] = field(default_factory=dict)  # measure -> unit and direction
+    prompts: dict[str, Any] = field(default_factory=dict)  # see Template.prompts
+    tofu: Optional[Result] = None  # the TOFU result, if there is one
+    benchmark: Optional[str] = None  # TOFU or MUSE if from a file of OpenUnlearning's
+    path: Path = Path()
+    option: str = ""  # that named the path, for messages
+    files: dict[str, Any] = field(default_factory=dict)  # name -> JSON content; on rank 0
+    text: str = ""  # for the console
 
-    def __init__(self, path: str | Path, option: str = "model.retrained") -> None:
-        self.path = folder_of(Path(path))
-        self.option = option
-        self.metrics: dict[str, float] = {}  # empty if not known
-        self.tofu: Optional[Result] = None  # the TOFU result, if there is one
-        self.benchmark: Optional[str] = None  # TOFU or MUSE if from a file of OpenUnlearning's
-        self.prompts: dict[str, Any] = {}  # see Template.prompts; empty if not known
-        advice = "(run wagle test on that model first)"
-        if not (self.path / METRICS_FILE).is_file():
-            self.path = openunlearning.find_file(self.path) or self.path
-        if self.path.is_dir():
-            files = {self.path / name: kind for name, kind in SCHEMAS.items()}
-            found = {f.name: read_json(f, kind) for f, kind in files.items() if f.is_file()}
-            if METRICS_FILE not in found and RESULT_FILE not in found:
-                raise WagleError(f"{option}: folder {self.path} has no {METRICS_FILE} {advice}")
-            self.metrics = found.get(METRICS_FILE, {})
-            self.tofu = found.get(RESULT_FILE)
-            self.prompts = found.get(INFO_FILE, {}).get("prompts") or {}
-            return
-        if not self.path.is_file():
-            raise WagleError(f"{option}: result file {self.path} does not exist {advice}")
-        content = read_json(self.path)
+    @classmethod
+    def read(
+        cls, path: str | Path, option: str = "model.retrained", tables: bool = True
+    ) -> Results:
+        """What an earlier test found.
+
+        Args:
+            path: a folder that ``wagle test`` wrote; its ``metrics.json``, which stands for the
+                folder; a TOFU result file; or one of OpenUnlearning's, or the folder that it is in.
+            option: the option that named it, for messages.
+            tables: also read a folder's tables.
+        """
+        path, advice = folder_of(Path(path)), "(run wagle test on that model first)"
+        if not (path / METRICS_FILE).is_file():
+            path = openunlearning.find_file(path) or path
+        results = cls(path=path, option=option)
+        if path.is_dir():
+            files = {path / name: kind for name, kind in SCHEMAS.items()}
+            content = {f.name: read_json(f, kind) for f, kind in files.items() if f.is_file()}
+            if METRICS_FILE not in content and RESULT_FILE not in content:
+                raise WagleError(f"{option}: folder {path} has no {METRICS_FILE} {advice}")
+            results.metrics = content.get(METRICS_FILE, {})
+            results.tofu = content.get(RESULT_FILE)
+            results.prompts = content.get(INFO_FILE, {}).get("prompts") or {}
+            results.tables = load_tables(path) if tables else {}
+            return results
+        if not path.is_file():
+            raise WagleError(f"{option}: result file {path} does not exist {advice}")
+        results._read_file(read_json(path))
+        return results
+
+    def _read_file(self, content: Any) -> None:
         values = content.values() if isinstance(content, dict) else [None]
         if benchmark := openunlearning.benchmark_of(content):
             check(content, openunlearning.Content, str(self.path))
             self.benchmark = benchmark
             self.metrics = openunlearning.to_metrics(benchmark, content)
-            self._records = openunlearning.to_tables(benchmark, content)
+            self.tables = openunlearning.to_tables(benchmark, content)
         elif content and all(isinstance(value, dict) for value in values):
             self.tofu = check(content, dict[str, ResultLog], str(self.path))
+            self.tables = from_result(self.tofu)
         elif all(isinstance(value, (int, float)) for value in values):
             self.metrics = check(content, dict[str, float], str(self.path))
         else:
             what = f"neither a {METRICS_FILE} nor a result file of TOFU or OpenUnlearning"
-            raise WagleError(f"{option}: {self.path} is {what}")
+            raise WagleError(f"{self.option}: {self.path} is {what}")
 
-    @cached_property
-    def tables(self) -> dict[str, Table]:
-        """Test set -> its records, from the folder's tables or from a result file."""
-        if self.benchmark is not None:
-            return self._records
-        if not self.path.is_dir():
-            return from_result(self.tofu or {})
-        files = sorted(self.path.glob("*.parquet"))
-        return {file.stem: check(load_table(file), list[TestedRow], str(file)) for file in files}
+    def write(self, folder: Path) -> None:
+        """Write all files but the tables, which are written as soon as a test set is finished."""
+        for name, content in self.files.items():
+            write_json(folder / name, content)
 
     def table(self, name: str) -> Table:
         """The records of a test set; Undefined if there are none."""
@@ -380,6 +393,12 @@ def table_key(path: Path) -> dict[str, Any]:
 def load_table(path: Path) -> Table:
     with _parquet(path) as parquet:
         return parquet.read_table(path, page_checksum_verification=True).to_pylist()
+
+
+def load_tables(folder: Path) -> dict[str, Table]:
+    """Test set -> its records, of a folder that a test wrote."""
+    files = sorted(folder.glob("*.parquet"))
+    return {file.stem: check(load_table(file), list[TestedRow], str(file)) for file in files}
 
 
 @contextmanager

@@ -31,11 +31,9 @@ log = logging.getLogger(__name__)
 
 
 class Evaluation(Protocol):
-    """Observes test rows, as :class:`wagle_pl.evaluation.Evaluate` does."""
+    """Observes test rows, as :class:`wagle_pl.evaluation.Evaluation` does."""
 
-    def test_batch(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int) -> None: ...
-
-    def validation_batch(self, batch: Mapping[str, Any], dataloader_idx: int) -> None: ...
+    def observe(self, batch: Mapping[str, Any], number: int) -> None: ...
 
 
 @runtime_checkable
@@ -286,7 +284,7 @@ class LanguageModule(L.LightningModule):
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         if self.evaluation is not None:
-            self.evaluation.test_batch(batch, batch_idx, dataloader_idx)
+            self.evaluation.observe(batch, dataloader_idx)
 
     def predict_step(self, *_: Any) -> None:
         """There is none: :meth:`setup` says what to use."""
@@ -295,7 +293,7 @@ class LanguageModule(L.LightningModule):
         self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self.evaluation is not None:
-            self.evaluation.validation_batch(batch, dataloader_idx)
+            self.evaluation.observe(batch, dataloader_idx)
 
     # -- fit ---------------------------------------------------------------------------------------
 

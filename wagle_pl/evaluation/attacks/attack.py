@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, ClassVar, Optional, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Optional, Union
 
 import torch
 
@@ -26,8 +26,10 @@ from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.measures import Info, Value
 from wagle_pl.evaluation.observe import Observer, Record, observe_set
 from wagle_pl.evaluation.results import Table
-from wagle_pl.evaluation.suites import Suite
 from wagle_pl.lm import models
+
+if TYPE_CHECKING:
+    from wagle_pl.evaluation.options import Plan
 
 log = logging.getLogger(__name__)
 
@@ -91,17 +93,27 @@ class Subject:
     Mappings have an entry for each test set whose rows are to be forgotten.
     """
 
-    lm: Any  # a Hugging Face causal language model, in evaluation mode
-    observer: Observer  # runs it on rows
-    suite: Suite  # whose measures are reported
-    rows: Mapping[str, list[Example]]  # to be forgotten
-    needs: Mapping[str, frozenset[str]]  # what a test observes of them
-    lengths: Mapping[str, int]  # longest generation in tokens
-    measures: Callable[[Mapping[str, Table]], Mapping[str, Value]]  # of records
-    training: Callable[[str], Optional[list[Example]]]  # forget, retain, holdout rows; None if none
-    annotate: Callable[[str, Table], None] = lambda name, table: None  # by a toxicity classifier
+    plan: Plan  # its test sets, what is observed of them and what is measured
+    observer: Observer  # runs the model on rows
+    annotate: Callable[[str, Table], Any]  # by models that read generations
     tables: Optional[Mapping[str, Table]] = None  # records without an attack, if they were observed
     sharded: bool = False  # whether the weights are sharded over the ranks (ZeRO-3)
+
+    def __post_init__(self) -> None:
+        plan, self.suite = self.plan, self.plan.suite
+        names = [name for name in plan.names if plan.suite.forgets(name)]
+        self.rows = {name: plan.rows(name) for name in names}  # to be forgotten
+        self.needs = {name: plan.needs_of(name) for name in names}  # what a test observes of them
+        self.lengths = {name: plan.max_new_tokens_of(name) for name in names}
+
+    @property
+    def lm(self) -> Any:
+        """The model: a Hugging Face causal language model, in evaluation mode."""
+        return self.observer.passes.lm
+
+    def training(self, stream: str) -> Optional[list[Example]]:
+        """Rows of ``forget``, ``retain`` or ``holdout``; None if there are none."""
+        return self.plan.data.examples(stream)
 
     @property
     def template(self) -> Template:
@@ -147,8 +159,7 @@ class Subject:
         numbers = [i for i, rows in asked.items() for _ in rows]
         rows = [row for rows in asked.values() for row in rows]
         needs = self.needs[name] - NOT_OBSERVED - set(without)
-        header, stops = self.suite.headers.get(name, ""), self.suite.stops.get(name, ())
-        records = observe_set(self.observer, rows, needs, self.lengths[name], header, stops)
+        records = observe_set(self.observer, rows, needs, **self.plan.asked(name))
         for i, record in zip(numbers, records, strict=True):
             record |= {"row": i, "question": self.rows[name][i].question}
         return self.worst_of(name, records)
@@ -171,9 +182,9 @@ class Subject:
         if self.tables is not None:
             rows = {name: {record["row"] for record in table} for name, table in after.items()}
             same = {n: [r for r in self.tables[n] if r["row"] in rows[n]] for n in after}
-            before = self.measures(same)
+            before = self.plan.measures(same)
         found = []
-        for name, value in self.measures(after).items():
+        for name, value in self.plan.measures(after).items():
             test_set, _, short = name.rpartition("/")
             if short not in measures or (test_set and test_set not in after):
                 continue

@@ -22,7 +22,7 @@ from wagle_pl.attribution.scores import Random, Score
 from wagle_pl.core.environment import silence, trainer_errors
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.registry import Entry, check_options, find_class, option_names, resolve, split
-from wagle_pl.evaluation import Evaluate
+from wagle_pl.evaluation import Options
 from wagle_pl.objectives.forget import Objective
 from wagle_pl.unlearning import UnlearnModule
 from wagle_pl.unlearning.adapters import LoRA
@@ -311,7 +311,7 @@ def _refuse_twins(choices: Sequence[Choice], what: str) -> None:
 
 # -- options of other classes ----------------------------------------------------------------------
 
-#: Options of UnlearnModule and Evaluate, and of Trainer, that the study sets itself.
+#: Options of UnlearnModule and of tests, and of Trainer, that the study sets itself.
 _OF_STUDY = {
     "--module": "model output overwrite objective mask adapter lr target retrained generate",
     "--trainer": "max_steps max_epochs min_steps min_epochs max_time logger default_root_dir "
@@ -344,14 +344,14 @@ def read_optimizer(entry: Entry) -> partial[torch.optim.Optimizer]:
 
 
 def read_module(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of :class:`UnlearnModule`, and of :class:`Evaluate`, that hold for all runs."""
+    """Options of :class:`UnlearnModule`, and of tests, that hold for all runs."""
     _refuse("--module", options)
-    tests = {name: value for name, value in options.items() if name in option_names(Evaluate)}
+    tests = {name: value for name, value in options.items() if name in option_names(Options)}
     module = {name: value for name, value in options.items() if name not in tests}
-    module, tests = typed(UnlearnModule, module, "--module"), typed(Evaluate, tests, "--module")
+    module, tests = typed(UnlearnModule, module, "--module"), typed(Options, tests, "--module")
     try:
         UnlearnModule(model="", **module)
-        Evaluate(**tests)
+        Options(**tests)
     except WagleError as error:
         raise WagleError(f"--module: {error}") from None
     return module, tests

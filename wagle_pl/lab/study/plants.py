@@ -37,7 +37,7 @@ from wagle_pl.core.text import count, decimals, markdown_table, mean_std, table
 from wagle_pl.core.weights import fingerprint, parameter_shapes
 from wagle_pl.data.example import raw_rows
 from wagle_pl.data.module import ForgetRetainDataModule
-from wagle_pl.evaluation import Evaluate
+from wagle_pl.evaluation import Options
 from wagle_pl.lab.study import grid
 from wagle_pl.lab.study.report.curves import plants_overview
 from wagle_pl.lab.study.report.figures import save_figure
@@ -210,7 +210,7 @@ class Plants:
         steps: maximum number of optimiser steps of planting.
         points: number of tests of the probability within these steps.
         retain_weight: weight of the loss on retain rows in planting.
-        module: options of UnlearnModule and Evaluate.
+        module: options of UnlearnModule and of tests.
         trainer: options of Lightning's Trainer, such as precision, accelerator.
     """
 
@@ -312,12 +312,12 @@ class Plants:
             **{"warmup": 0.0, "decay": "constant", **self._module},
         )
         module.run_config = {"plants": self.table.settings, "plant": plant, "seed": seed}
-        evaluate, sets = Evaluate(generate=False, **self._tests), ("forget", "retain")
+        tests, sets = Options(generate=False, **self._tests), ("forget", "retain")
 
         def is_recalled(measures: Mapping[str, float]) -> bool:
             return measures["forget/probability"] >= self.recall
 
-        along = EvaluateAlong(evaluate, self.points, "never", sets, is_recalled)
+        along = EvaluateAlong(tests, self.points, "never", sets, is_recalled)
         with silence():
             options = {"max_steps": self.steps, "max_epochs": -1, "callbacks": [along]}
             self._trainer(**options).fit(module, datamodule=data)

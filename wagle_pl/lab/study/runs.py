@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from wagle_pl.core.environment import silence
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.outputs import Planned, hold
-from wagle_pl.evaluation import Evaluate
+from wagle_pl.evaluation import Evaluation, Options, Plan
 from wagle_pl.evaluation.measures import defined_only
 from wagle_pl.evaluation.observe import GENERATED
 from wagle_pl.evaluation.results import Table, load_table, table_key, write_table
@@ -79,7 +79,7 @@ def make_trainer(folder: Path, options: Mapping[str, Any], **overrides: Any) -> 
 class EvaluateAlong(Callback):
     """Tests a run at evenly spaced points."""
 
-    evaluate: Evaluate  # what observes and measures
+    options: Options  # what is observed and measured
     points: int  # how many tests, the last at the run's end
     generate: Generate  # which of them also generate answers
     #: Tests before the last one observe the probability of these sets' answers, and nothing else.
@@ -95,7 +95,12 @@ class EvaluateAlong(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: UnlearnModule) -> None:
         """Prepare the tests before any work is done."""
-        self.evaluate.prepare(trainer, pl_module)
+        pl_module.serve()
+        plan = Plan(trainer.datamodule, self.options, trainer.datamodule.test_names())
+        self.evaluation = Evaluation(plan, validates=True, sharded=pl_module.sharded)
+        self.evaluation.step_context = trainer.precision_plugin.test_step_context
+        self.evaluation.start(pl_module.lm)
+        self.evaluation.load_readers()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: UnlearnModule) -> None:
         self._left = steps_of_tests(int(trainer.estimated_stepping_batches), self.points)
@@ -118,16 +123,17 @@ class EvaluateAlong(Callback):
         """Measures of the model as it is now; those that are undefined are left out."""
         short = self.answers_of is not None and not last
         generates = self.generate == "always" or (last and self.generate == "end")
-        self.tables = tables = {}
-        training = module.lm.training
+        self.tables, plan = {}, self.evaluation.plan
+        tables, training = self.tables, module.lm.training
         module.lm.eval()
+        self.evaluation.start(module.lm)
         with trainer.precision_plugin.forward_context():
             for name in self.answers_of if short else trainer.datamodule.test_names():
-                needs = self.evaluate.needs_of(name) - (frozenset() if generates else GENERATED)
+                needs = plan.needs_of(name) - (frozenset() if generates else GENERATED)
                 needs = needs & {"answer"} if short else needs
-                tables[name] = self.evaluate.observe_now(name, needs)
+                tables[name] = self.evaluation.observe_set(name, needs)
         module.lm.train(training)
-        return defined_only(self.evaluate.measures(tables))
+        return defined_only(plan.measures(tables))
 
 
 class UnkeptModule(UnlearnModule):

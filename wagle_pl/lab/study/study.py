@@ -25,7 +25,13 @@ from wagle_pl.core.text import count, decimals
 from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.data.example import raw_rows
 from wagle_pl.data.module import ForgetRetainDataModule
-from wagle_pl.evaluation import Evaluate, EvaluationModule, Observations, Results
+from wagle_pl.evaluation import (
+    Evaluation,
+    EvaluationModule,
+    Observations,
+    Options,
+    Results,
+)
 from wagle_pl.evaluation.attacks.attack import PREFIX, find_attacks, usable_attacks
 from wagle_pl.evaluation.measures import defined_only
 from wagle_pl.evaluation.results import Table, read_table, write_json, write_table
@@ -92,7 +98,7 @@ class Study:
         forget_level: value of the forget measure at which utilities are compared, instead of the
             retrained model's.
         generate: when tests also generate answers: always, at the end of a run only, or never.
-        module: options of UnlearnModule and Evaluate, such as warmup, suite, max_new_tokens.
+        module: options of UnlearnModule and of tests, such as warmup, suite, max_new_tokens.
         trainer: options of Lightning's Trainer, such as precision, accelerator, gradient_clip_val.
         attacks: attack every model that reaches the level (needs until_level), as the option
             robustness of a test does: all, or a list of Relearn, Quantise, Sample, Probe, ... or
@@ -327,7 +333,7 @@ class Study:
                 raise
             raise WagleError(error.message, error.option, hint="choose another --output") from None
         if name == "target":
-            self.suite = module.evaluation.active_suite
+            self.suite = module.evaluation.plan.suite
             self.shapes = parameter_shapes(module.lm)
         say(f"{self.forget} {decimals(module.metrics.get(self.forget))}")
         return module.model_fingerprint, module.metrics | attacked
@@ -346,7 +352,7 @@ class Study:
         key = {"model": module.model_fingerprint, **self._rows(), **self._attacked_by()}
         rows = read_table(file, key, overwrite=not (self.folder / TABLE_FILE).is_file())
         if rows is None:
-            tables = Results(self.folder / name).tables
+            tables = Results.read(self.folder / name).tables
             measures = self._attack(trainer, module, module.evaluation, tables)
             rows = [{"measure": measure, "value": value} for measure, value in measures.items()]
             write_table(file, rows, key)
@@ -356,12 +362,13 @@ class Study:
         self,
         trainer: L.Trainer,
         module: LanguageModule,
-        evaluate: Evaluate,
+        evaluation: Evaluation,
         tables: Mapping[str, Table],
     ) -> dict[str, float]:
         module.to(trainer.strategy.root_device)  # Lightning has moved it away
         module.lm.eval()
-        return evaluate.attacked(self._usable, tables).metrics()
+        evaluation.lm = module.lm
+        return evaluation.attacked(self._usable, tables).metrics()
 
     def _compare_by(self) -> Compared:
         """The measures and the level, checked."""
@@ -371,7 +378,7 @@ class Study:
             self.utility = "model_utility" if full else "retain/probability"
         along = {name for name in target if not name.startswith(f"{PREFIX}/")}
         if self.along == "answers" or self.generate == "end":
-            tables = Results(self.folder / "target").tables
+            tables = Results.read(self.folder / "target").tables
             observed = Observations(as_before_the_end(tables, self._answers_of()))
             along &= set(defined_only(self.suite.measures(observed)))
         for option, measure in (("--forget", self.forget), ("--utility", self.utility)):
@@ -459,29 +466,29 @@ class Study:
         module.make_optimizer = partial(run.objective.optimizer_maker or self._optimizer, lr=run.lr)
         module.run_config = {"study": self.settings, "run": run.name}
         generates = self.generate != "never"
-        evaluate = Evaluate(generate=generates, retrained=self._retrained, **self._tests)
+        tests = Options(generate=generates, retrained=self._retrained, **self._tests)
 
         def is_enough(measures: Mapping[str, float]) -> bool:
             value, by = measures.get(self.forget), self.compared
             return self.until_level and value is not None and by.forget_sign * value >= by.end
 
-        along = EvaluateAlong(evaluate, self.points, self.generate, self._answers_of(), is_enough)
+        along = EvaluateAlong(tests, self.points, self.generate, self._answers_of(), is_enough)
         options = {"accumulate_grad_batches": self.accumulate, "callbacks": [along]}
         trainer = self._trainer(**options, **self._length)
-        start, tests = time.monotonic(), along.tests
+        start, rows = time.monotonic(), along.tests
         with silence():
             try:
                 trainer.fit(module, datamodule=data)
             except Diverged:  # a row without measures says that the run is over, and why
                 step, seconds = module.global_step, round(time.monotonic() - start, 2)
                 note = f"diverged at step {step}"
-                tests.append({"step": step, "seconds": seconds, "note": note})
-            if self._attacks and is_enough(tests[-1]):  # it ended there
+                rows.append({"step": step, "seconds": seconds, "note": note})
+            if self._attacks and is_enough(rows[-1]):  # it ended there
                 try:
-                    tests[-1] |= self._attack(trainer, module, evaluate, along.tables)
+                    rows[-1] |= self._attack(trainer, module, along.evaluation, along.tables)
                 except WagleError as error:  # of one run, as a loss that is not finite
-                    tests[-1]["note"] = f"not attacked: {error}"
-                tests[-1]["seconds"] = round(time.monotonic() - start, 2)
+                    rows[-1]["note"] = f"not attacked: {error}"
+                rows[-1]["seconds"] = round(time.monotonic() - start, 2)
         if module.model_fingerprint != self.fingerprint:
             hint = "start a new study with another --output"
             raise WagleError(f"{self.target} has changed since the study began", hint=hint)
@@ -489,9 +496,7 @@ class Study:
         if labels["density"] is None and module.mask is not None:
             labels["density"] = module.mask.density
         axes = {"forget": self.forget, "utility": self.utility}
-        return [
-            {**labels, **t, **{axis: t.get(name) for axis, name in axes.items()}} for t in tests
-        ]
+        return [{**labels, **t, **{axis: t.get(name) for axis, name in axes.items()}} for t in rows]
 
     # -- what was found ----------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from wagle_pl.evaluation.results import (
     arrow,
     folder_of,
     load_table,
+    load_tables,
     table_key,
 )
 from wagle_pl.evaluation.suites import Suite, find_suite
@@ -47,7 +48,10 @@ class ReportedModel(Results):
     def __init__(self, folder: Path, option: str = "run") -> None:
         folder = folder_of(folder)
         tested = (folder / METRICS_FILE).is_file()
-        super().__init__(folder if tested else _tests_of(folder), option)
+        results = Results.read(folder if tested else _tests_of(folder), option, tables=False)
+        vars(self).update(vars(results))
+        if self.path.is_dir():
+            del vars(self)["tables"]  # they are read when they are needed
         resolved = self.path.resolve()
         self.name = resolved.parent.name if resolved.name == TEST_FOLDER else resolved.stem
         if self.benchmark is not None:  # in the model's folder, or in ``evals`` there
@@ -88,7 +92,7 @@ class ReportedModel(Results):
     def tables(self) -> dict[str, Table]:
         """Test set -> records of its rows; empty if they cannot be read."""
         try:
-            return super().tables
+            return load_tables(self.path)
         except WagleError as error:
             self.notes.append(str(error))
             return {}

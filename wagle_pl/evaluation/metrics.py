@@ -1,0 +1,210 @@
+"""Measures as ``torchmetrics`` metrics, for any LightningModule: see :class:`MeasureMetric`.
+
+Every registered measure has a class here, made when it is first used: ``TruthRatio`` of
+``truth_ratio``, ``ForgetQuality`` of ``forget_quality``, ``PrivLeak`` of ``privleak``, and so on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from functools import cache, lru_cache, partial
+from typing import Any, ClassVar, Optional, Union, get_type_hints
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.utilities import dim_zero_cat
+
+from wagle_pl.evaluation.functional import Undefined
+from wagle_pl.evaluation.measures import MEASURES, Observations, Records, Value, attempt
+from wagle_pl.evaluation.results import Table
+from wagle_pl.evaluation.suites import Suite, find_suite
+
+#: Measures whose class has a name of its own.
+NAMES = {"AnswerProbability": "probability", "PrivLeak": "privleak"}
+#: Suite of the measures that are made of several test sets, or of other measures.
+SUITES = {
+    **dict.fromkeys(("privleak", "verbmem_f", "knowmem_f", "knowmem_r"), "muse"),
+    **dict.fromkeys(("unlearn_success", "retention_success"), "knowundo"),
+    **dict.fromkeys(("task_aggregate", "mia_score", "final_score"), "lume"),
+}
+
+
+#: Values by name, made from the records of test sets.
+Measures = Callable[[Mapping[str, Table]], Mapping[str, Value]]
+
+
+def _of_suite(
+    suite: Suite, compared: Observations, tables: Mapping[str, Table]
+) -> Mapping[str, Value]:
+    return suite.measures(replace(compared, tables=tables))
+
+
+def _of_rows(
+    measure: str, test_set: str, compared: Observations, tables: Mapping[str, Table]
+) -> Mapping[str, Value]:
+    rows = replace(compared, tables={test_set: [], **tables}).records(
+        test_set, Suite().forgets(test_set)
+    )
+    return {measure: attempt(MEASURES[measure].compute, rows)}
+
+
+@lru_cache(maxsize=1)
+def _values(measures: Measures, content: bytes) -> Mapping[str, Value]:
+    """All values of JSON lines ``[test set, record]``: the metrics of one collection share them.
+
+    A row with a number counts once; rows without one stay in order.
+    """
+    tables: dict[str, dict[Any, dict[str, Any]]] = {}
+    for line_number, line in enumerate(content.splitlines()):
+        test_set, record = json.loads(line)
+        tables.setdefault(test_set, {})[record.get("row", f"line {line_number}")] = record
+    ordered = {
+        n: sorted(rows.values(), key=lambda r: r.get("row", -1)) for n, rows in tables.items()
+    }
+    return measures(ordered)
+
+
+class MeasureMetric(Metric):
+    """A registered measure as a metric: its state is the records of the rows seen.
+
+    :meth:`update` takes columns as keyword arguments, one value or tensor row per test row, or
+    records as :func:`~wagle_pl.evaluation.observe_set` gives them. The state is reduced over ranks;
+    a row that two ranks have seen counts once if its records have its number in ``row``. The value
+    is float64, and NaN if the data do not define it: :attr:`undefined` says why.
+
+    Args:
+        test_set: the set that the rows belong to, which decides whether they are to be forgotten
+            (``forget``) or kept (``retain``).
+        suite: suite that computes the value, by its name; by default the measure's function does.
+        key: the suite's name of the value; the measure's own when None.
+        measures: makes the values from the records, in place of ``suite``.
+        options: fields of :class:`~wagle_pl.evaluation.Observations`, such as ``retrained``, or
+            arguments of ``torchmetrics.Metric``.
+
+    >>> from wagle_pl.metrics import AnswerProbability, TruthRatio
+    >>> probability = AnswerProbability()
+    >>> probability.update(nll=torch.tensor([0.0, 0.0]))
+    >>> probability.update(nll=torch.tensor([1e9]))
+    >>> probability.compute()
+    tensor(0.6667, dtype=torch.float64)
+    >>> ratio = TruthRatio("retain")
+    >>> ratio.update(paraphrased_nll=torch.zeros(1), perturbed_nll=torch.tensor([[1e9, 1e9]]))
+    >>> ratio.compute()
+    tensor(1., dtype=torch.float64)
+    """
+
+    measure: ClassVar[str] = ""  # its name; empty for a value that only a suite knows
+    is_differentiable = False
+    full_state_update = False
+    content: Union[list[Tensor], Tensor]
+
+    def __init__(
+        self,
+        test_set: str = "forget",
+        suite: Union[Suite, str, None] = None,
+        key: Optional[str] = None,
+        measures: Optional[Measures] = None,
+        **options: Any,
+    ) -> None:
+        names = [column.name for column in fields(Observations) if column.name in options]
+        compared = Observations({}, **{name: options.pop(name) for name in names})
+        super().__init__(**options)
+        self.test_set, self.key = test_set, key or self.measure
+        if measures is None and suite is None and self._takes_rows():
+            measures = partial(_of_rows, self.measure, test_set, compared)
+        suite = suite or SUITES.get(self.measure, "tofu")
+        self.measures: Measures = measures or partial(_of_suite, find_suite(suite), compared)
+        #: Why the last value is NaN; empty if it is a number.
+        self.undefined = ""
+        self.add_state("content", default=[], dist_reduce_fx="cat")
+
+    def update(
+        self,
+        records: Iterable[Mapping[str, Any]] = (),
+        test_set: Optional[str] = None,
+        **columns: Any,
+    ) -> None:
+        """Add rows of a test set: records, or columns of equal length."""
+        values = [c.tolist() if isinstance(c, Tensor) else c for c in columns.values()]
+        named = (dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True))
+        rows = [*records, *named]
+        lines = "".join(json.dumps([test_set or self.test_set, row]) + "\n" for row in rows)
+        encoded = torch.frombuffer(bytearray(lines.encode()), dtype=torch.uint8) if rows else []
+        self.content.append(torch.as_tensor(encoded, dtype=torch.uint8, device=self.device))
+
+    def compute(self) -> Tensor:
+        """The value, a float64 scalar (float32 on devices without float64)."""
+        content = dim_zero_cat(self.content).cpu().numpy().tobytes() if len(self.content) else b""
+        values = _values(self.measures, content)
+        value = values.get(self.key, Undefined(f"these rows have no {self.key}"))
+        self.undefined = str(value) if isinstance(value, Undefined) else ""
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        number = float("nan") if isinstance(value, Undefined) else float(value)
+        return torch.tensor(number, dtype=dtype, device=self.device)
+
+    def _takes_rows(self) -> bool:
+        return Records in get_type_hints(MEASURES[self.measure].compute).values()
+
+
+def class_name(measure: str) -> str:
+    """The class of a measure.
+
+    >>> class_name("rougeL_recall"), class_name("wagle/mia"), class_name("privleak")
+    ('RougeLRecall', 'WagleMia', 'PrivLeak')
+    """
+    own = {name: short for short, name in NAMES.items()}
+    words = re.split(r"[_/]", measure)
+    return own.get(measure) or "".join(word[:1].upper() + word[1:] for word in words)
+
+
+@cache
+def metric_class(measure: str) -> type[MeasureMetric]:
+    """The metric of a registered measure."""
+    about = MEASURES[measure]
+    doc = f"{about.what[:1].upper()}{about.what[1:]}; in {about.unit}. See :class:`MeasureMetric`."
+    better = (
+        {"higher": True, "lower": False}.get(about.keep) if about.keep == about.forget else None
+    )
+    body = {"measure": measure, "higher_is_better": better, "__doc__": doc, "__module__": __name__}
+    return type(class_name(measure), (MeasureMetric,), body)
+
+
+def collection(measures: Measures, names: Sequence[str]) -> MetricCollection:
+    """Values by their names in ``metrics.json`` as metrics with one state: ``update(records,
+    test_set)`` takes the records of each test set."""
+    metrics: dict[str, MeasureMetric] = {}
+    for name in names:
+        test_set, _, short = name.rpartition("/")
+        measure = name if name in MEASURES else short
+        kind = metric_class(measure) if measure in MEASURES else MeasureMetric
+        metrics[name] = kind(test_set or "forget", key=name, measures=measures)
+    return MetricCollection(metrics)
+
+
+def suite_metrics(
+    suite: Union[Suite, str], names: Sequence[str], **compared: Any
+) -> MetricCollection:
+    """The :func:`collection` of a suite.
+
+    Args:
+        suite: a suite, or its name.
+        names: of the measures, such as ``forget/probability`` and ``forget_quality``.
+        **compared: fields of :class:`~wagle_pl.evaluation.Observations`, such as ``retrained``.
+    """
+    return collection(partial(_of_suite, find_suite(suite), Observations({}, **compared)), names)
+
+
+def __getattr__(name: str) -> type[MeasureMetric]:
+    if not name.startswith("_"):
+        for measure in MEASURES:
+            if class_name(measure) == name:
+                return metric_class(measure)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *map(class_name, MEASURES)})
