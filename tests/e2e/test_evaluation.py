@@ -14,12 +14,15 @@ from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.data.rows import load_rows
 from wagle_pl.evaluation import (
     Evaluation,
+    Options,
     Results,
     Suite,
+    evaluate,
     find_suite,
     tofu_model_utility,
 )
 from wagle_pl.evaluation import functional as F
+from wagle_pl.evaluation.attacks import Relearn
 from wagle_pl.evaluation.classifiers import ToxicityClassifier
 from wagle_pl.evaluation.measures import attempt
 from wagle_pl.evaluation.observe import NEEDS
@@ -82,6 +85,34 @@ def test_metrics_tables_and_result_file(wagle, args, four, rows, tmp_path):
     assert again.model.metrics["forget_quality"] == 1.0
     files = [tmp_path / name / "forget.parquet" for name in ("out", "b")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_evaluate_gives_the_results_of_the_command(wagle, args, four, rows, tiny_model, tmp_path):
+    relearn = ("--model.robustness", '[{"class_path": "Relearn", "init_args": {"steps": 2}}]')
+    commanded = wagle(*args(four, relearn, "--model.bootstrap 3")).model.metrics
+    forget, retain = rows["forget_test"], rows["retain_test"]
+    files = {"forget": forget, "retain": retain, "real_authors": forget, "world_facts": retain}
+    lm = load_model(tiny_model).train()
+    gradient = lm.model.norm.weight.grad = torch.ones(32)
+    before, numbers = {n: t.clone() for n, t in lm.state_dict().items()}, torch.get_rng_state()
+    attack = Relearn(steps=2)
+    options = Options(max_new_tokens=12, bootstrap=3, robustness=[attack])
+    data = ForgetRetainDataModule(forget, retain, test=files, test_batch_size=3)
+    found = evaluate(lm, data, "tofu", options, output=tmp_path / "mine")
+    assert lm.training and lm.model.norm.weight.grad is gradient
+    assert all(parameter.requires_grad for parameter in lm.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in lm.state_dict().items())
+    assert torch.equal(numbers, torch.get_rng_state())
+    assert found.metrics == commanded
+    for file in (tmp_path / "mine").iterdir():
+        written = (tmp_path / "out" / file.name).read_bytes()
+        same = file.suffix == ".parquet" or file.stem in ("tofu_result", "robustness", "metrics")
+        assert not same or file.read_bytes() == written, file.name
+        assert len(file.read_bytes()) == pytest.approx(len(written), rel=0.05)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        p.name for p in (tmp_path / "mine").iterdir()
+    }
+    assert evaluate(tiny_model, data, "tofu", Options(generate=False)).text.startswith("measure")
 
 
 def test_what_rows_do_not_allow_is_said(wagle, args, tmp_path, capsys):

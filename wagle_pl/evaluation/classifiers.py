@@ -45,6 +45,7 @@ class TextClassifier:
 
     column: str  # the column of a record that it writes
     reads_empty = False  # whether an empty generation is given to it
+    of_forget_rows = False  # whether it only reads the answers to rows to be forgotten
 
     def __init__(
         self, name: str, device: Optional[torch.device], option: str, longest: int = LONGEST
@@ -119,10 +120,13 @@ class GibberishClassifier(TextClassifier):
 
     column = "not_gibberish"
     reads_empty = True
+    of_forget_rows = True
 
 
 class Alternatives:
     """ROUGE-L recall of a row's paraphrased and of its perturbed answers (OpenUnlearning)."""
+
+    of_forget_rows = False
 
     def annotate(self, table: Table, rows: Sequence[Example]) -> None:
         """Add ``paraphrased_rougeL_recall`` and ``perturbed_rougeL_recall``, a list."""
@@ -145,6 +149,8 @@ class SentenceModel:
         name: folder or hub id; WAGLE takes ``paraphrase-MiniLM-L6-v2``.
         option: name of the option that asks for it, for errors.
     """
+
+    of_forget_rows = False
 
     def __init__(self, name: str, option: str = "model.sentence_model") -> None:
         check_folder(name, option)
@@ -174,6 +180,22 @@ class SentenceModel:
                 nearest = similarity[:, 0] >= similarity.max(-1).values
                 for prefix, right in zip(texts, nearest.tolist(), strict=True):
                     record[f"{prefix}nearest_answer"] = float(right)
+
+
+def readers(options: Any, device: torch.device, prefix: str, benchmark: Optional[str]) -> list[Any]:
+    """The models that some options of a test name, loaded, in the order in which they read."""
+    models: list[Any] = []
+    if name := options.toxicity_classifier:
+        models.append(ToxicityClassifier(name, device, f"{prefix}toxicity_classifier"))
+    if name := options.gibberish_classifier:
+        longest = 32 if benchmark == "TOFU" else LONGEST  # as OpenUnlearning cuts them
+        option = f"{prefix}gibberish_classifier"
+        models.append(GibberishClassifier(name, device, option, longest))
+    if options.format == "openunlearning":
+        models.append(Alternatives())
+    if name := options.sentence_model:
+        models.append(SentenceModel(name, f"{prefix}sentence_model"))
+    return models
 
 
 def check_folder(name: str, option: str) -> None:

@@ -247,21 +247,8 @@ class Evaluation:
     @cached_property
     def _readers(self) -> list[Any]:
         """Models that read generations, loaded; each has ``annotate``."""
-        options, device = self.plan.options, next(self.lm.parameters()).device
-        option, readers = f"{self.plan.prefix}{{}}".format, list[Any]()
-        if (name := options.toxicity_classifier) is not None:
-            named = option("toxicity_classifier")
-            readers.append(classifiers.ToxicityClassifier(name, device, named))
-        if (name := options.gibberish_classifier) is not None:
-            # as OpenUnlearning cuts them
-            longest = 32 if self.plan.benchmark == "TOFU" else classifiers.LONGEST
-            named = option("gibberish_classifier")
-            readers.append(classifiers.GibberishClassifier(name, device, named, longest))
-        if options.format == "openunlearning":
-            readers.append(classifiers.Alternatives())
-        if (name := options.sentence_model) is not None:
-            readers.append(classifiers.SentenceModel(name, option("sentence_model")))
-        return readers
+        device = next(self.lm.parameters()).device
+        return classifiers.readers(self.plan.options, device, self.plan.prefix, self.plan.benchmark)
 
     def load_readers(self) -> None:
         """Load the models that read generations, on rank 0, so that errors appear at once."""
@@ -270,9 +257,7 @@ class Evaluation:
     def annotated(self, name: str, table: Table) -> Table:
         """The table, with what other models find in its generations."""
         for reader in self._readers:
-            if self.plan.suite.forgets(name) or not isinstance(
-                reader, classifiers.GibberishClassifier
-            ):
+            if self.plan.suite.forgets(name) or not reader.of_forget_rows:
                 reader.annotate(table, self.plan.rows(name))
         return table
 
@@ -302,9 +287,8 @@ class Evaluation:
             for name, given in plan.results.items()
             if name in OTHERS
         }
-        with self.in_test_step():
-            ability = self._ability()
-            report = self._attack(tables, others)
+        ability = self._ability()
+        report = self._attack(tables, others)
         values = {**plan.measures(tables), **ability.values}
         undefined = {name: str(v) for name, v in values.items() if isinstance(v, Undefined)}
         infos, known = ability.infos | report.infos(), defined_only(values) | report.metrics()
@@ -368,8 +352,10 @@ class Evaluation:
         """General ability, if it was asked for; also kept for the suite's averages."""
         if self._harness is None:
             return Ability()
-        data = self.plan.data
-        ability = self._harness.measure(self.lm, data.tokenizer, data.test_batch_size, self.sharded)
+        with self.in_test_step():
+            data = self.plan.data
+            arguments = self.lm, data.tokenizer, data.test_batch_size, self.sharded
+            ability = self._harness.measure(*arguments)
         self.plan.general |= ability.general
         return ability
 
@@ -377,10 +363,13 @@ class Evaluation:
         """The model, or another, its data and its records, for attacks."""
         return Subject(self.plan, self.observer(lm), self.annotated, tables, self.sharded)
 
-    def attacked(self, attacks: Sequence[Attack], tables: Mapping[str, Table]) -> RobustnessReport:
-        """What usable attacks find on the model as it is now, with its records. Collective."""
+    def attack(
+        self, attacks: Sequence[Attack], tables: Mapping[str, Table], *others: Any
+    ) -> RobustnessReport:
+        """What usable attacks find on the model as it is now, with its records, and on others, see
+        :func:`~wagle_pl.evaluation.attacks.attack.run_attacks`. Collective."""
         with self.in_test_step():
-            return attacking.run_attacks(attacks, self.subject(tables=tables), {}, {}, {})
+            return attacking.run_attacks(attacks, self.subject(tables=tables), *others)
 
     def _attack(
         self, tables: Mapping[str, Table], others: Mapping[str, Mapping[str, float]]
@@ -389,24 +378,17 @@ class Evaluation:
         plan = self.plan
         if not plan.attacks:
             return RobustnessReport([], {})
-        folders = {name: results.model_of(path) for name, path in plan.options.compared.items()}
-        loaders = {}
-        for name, folder in folders.items():
-            if name in OTHERS and folder is not None:
 
-                def load(name: str = name, folder: str = folder) -> Subject:
-                    return self.subject(
-                        attacking.load_other(folder, self.lm, f"{plan.prefix}{name}")
-                    )
+        def load(name: str, folder: str) -> Subject:
+            return self.subject(attacking.load_other(folder, self.lm, f"{plan.prefix}{name}"))
 
-                loaders[name] = load
+        given = {name: path for name, path in plan.options.compared.items() if name in OTHERS}
+        folders = {name: results.model_of(path) for name, path in given.items()}
+        loaders = {n: partial(load, n, folder) for n, folder in folders.items() if folder}
         if loaders and self.sharded:
             log.warning("under ZeRO-3 only this model is attacked, not %s", " and ".join(loaders))
             loaders = {}
-        subject = self.subject(tables=tables)
-        return attacking.run_attacks(
-            self._usable_attacks, subject, loaders, others, self._skipped_attacks
-        )
+        return self.attack(self._usable_attacks, tables, loaders, others, self._skipped_attacks)
 
 
 def _digest(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Measures as ``torchmetrics`` metrics, for any LightningModule: see :class:`MeasureMetric`.
+"""Measures as ``torchmetrics`` metrics, for any LightningModule.
 
 Every registered measure has a class here, made when it is first used: ``TruthRatio`` of
 ``truth_ratio``, ``ForgetQuality`` of ``forget_quality``, ``PrivLeak`` of ``privleak``, and so on.
@@ -19,53 +19,18 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
 from wagle_pl.evaluation.functional import Undefined
-from wagle_pl.evaluation.measures import MEASURES, Observations, Records, Value, attempt
+from wagle_pl.evaluation.measures import MEASURES, Observations, Records, Value
 from wagle_pl.evaluation.results import Table
 from wagle_pl.evaluation.suites import Suite, find_suite
 
-#: Measures whose class has a name of its own.
-NAMES = {"AnswerProbability": "probability", "PrivLeak": "privleak"}
-#: Suite of the measures that are made of several test sets, or of other measures.
+#: Makes values by name from the records of test sets.
+Measures = Callable[[Mapping[str, Table]], Mapping[str, Value]]
+#: Suite of the measures made of several test sets or other measures; TOFU's, if not named here.
 SUITES = {
     **dict.fromkeys(("privleak", "verbmem_f", "knowmem_f", "knowmem_r"), "muse"),
     **dict.fromkeys(("unlearn_success", "retention_success"), "knowundo"),
     **dict.fromkeys(("task_aggregate", "mia_score", "final_score"), "lume"),
 }
-
-
-#: Values by name, made from the records of test sets.
-Measures = Callable[[Mapping[str, Table]], Mapping[str, Value]]
-
-
-def _of_suite(
-    suite: Suite, compared: Observations, tables: Mapping[str, Table]
-) -> Mapping[str, Value]:
-    return suite.measures(replace(compared, tables=tables))
-
-
-def _of_rows(
-    measure: str, test_set: str, compared: Observations, tables: Mapping[str, Table]
-) -> Mapping[str, Value]:
-    rows = replace(compared, tables={test_set: [], **tables}).records(
-        test_set, Suite().forgets(test_set)
-    )
-    return {measure: attempt(MEASURES[measure].compute, rows)}
-
-
-@lru_cache(maxsize=1)
-def _values(measures: Measures, content: bytes) -> Mapping[str, Value]:
-    """All values of JSON lines ``[test set, record]``: the metrics of one collection share them.
-
-    A row with a number counts once; rows without one stay in order.
-    """
-    tables: dict[str, dict[Any, dict[str, Any]]] = {}
-    for line_number, line in enumerate(content.splitlines()):
-        test_set, record = json.loads(line)
-        tables.setdefault(test_set, {})[record.get("row", f"line {line_number}")] = record
-    ordered = {
-        n: sorted(rows.values(), key=lambda r: r.get("row", -1)) for n, rows in tables.items()
-    }
-    return measures(ordered)
 
 
 class MeasureMetric(Metric):
@@ -100,7 +65,7 @@ class MeasureMetric(Metric):
     measure: ClassVar[str] = ""  # its name; empty for a value that only a suite knows
     is_differentiable = False
     full_state_update = False
-    content: Union[list[Tensor], Tensor]
+    content: Union[list[Tensor], Tensor]  # JSON lines ``[test set, record]``, uint8
 
     def __init__(
         self,
@@ -114,10 +79,14 @@ class MeasureMetric(Metric):
         compared = Observations({}, **{name: options.pop(name) for name in names})
         super().__init__(**options)
         self.test_set, self.key = test_set, key or self.measure
-        if measures is None and suite is None and self._takes_rows():
-            measures = partial(_of_rows, self.measure, test_set, compared)
-        suite = suite or SUITES.get(self.measure, "tofu")
-        self.measures: Measures = measures or partial(_of_suite, find_suite(suite), compared)
+        if measures is None:
+            alone = None
+            if suite is None and Records in get_type_hints(MEASURES[self.measure].compute).values():
+                alone = test_set, self.measure
+                self.key = "/".join(alone)
+            suite = find_suite(suite or ("generic" if alone else SUITES.get(self.measure, "tofu")))
+            measures = partial(_of_suite, suite, compared, alone)
+        self.measures = measures
         #: Why the last value is NaN; empty if it is a number.
         self.undefined = ""
         self.add_state("content", default=[], dist_reduce_fx="cat")
@@ -131,23 +100,45 @@ class MeasureMetric(Metric):
         """Add rows of a test set: records, or columns of equal length."""
         values = [c.tolist() if isinstance(c, Tensor) else c for c in columns.values()]
         named = (dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True))
-        rows = [*records, *named]
-        lines = "".join(json.dumps([test_set or self.test_set, row]) + "\n" for row in rows)
-        encoded = torch.frombuffer(bytearray(lines.encode()), dtype=torch.uint8) if rows else []
-        self.content.append(torch.as_tensor(encoded, dtype=torch.uint8, device=self.device))
+        lines = [json.dumps([test_set or self.test_set, row]) + "\n" for row in (*records, *named)]
+        content = torch.tensor(list("".join(lines).encode()), dtype=torch.uint8)
+        self.content.append(content.to(self.device))
 
     def compute(self) -> Tensor:
         """The value, a float64 scalar (float32 on devices without float64)."""
         content = dim_zero_cat(self.content).cpu().numpy().tobytes() if len(self.content) else b""
-        values = _values(self.measures, content)
-        value = values.get(self.key, Undefined(f"these rows have no {self.key}"))
+        missing = Undefined(f"these rows have no {self.key}")
+        value = _values(self.measures, content).get(self.key, missing)
         self.undefined = str(value) if isinstance(value, Undefined) else ""
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         number = float("nan") if isinstance(value, Undefined) else float(value)
         return torch.tensor(number, dtype=dtype, device=self.device)
 
-    def _takes_rows(self) -> bool:
-        return Records in get_type_hints(MEASURES[self.measure].compute).values()
+
+def _of_suite(
+    suite: Suite,
+    compared: Observations,
+    alone: Optional[tuple[str, str]],
+    tables: Mapping[str, Table],
+) -> Mapping[str, Value]:
+    """A suite's measures, or one measure of one test set ``alone``."""
+    if alone is None:
+        return suite.measures(replace(compared, tables=tables))
+    test_set, measure = alone
+    return suite.of_set(replace(compared, tables={test_set: [], **tables}), test_set, [measure])
+
+
+@lru_cache(maxsize=1)
+def _values(measures: Measures, content: bytes) -> Mapping[str, Value]:
+    """All values of some content: the metrics of one collection share them. A row with a number
+    counts once; rows without one stay in order."""
+    tables: dict[str, dict[Any, dict[str, Any]]] = {}
+    for line_number, line in enumerate(content.splitlines()):
+        test_set, record = json.loads(line)
+        tables.setdefault(test_set, {})[record.get("row", f"line {line_number}")] = record
+    return measures(
+        {n: sorted(rows.values(), key=lambda r: r.get("row", -1)) for n, rows in tables.items()}
+    )
 
 
 def class_name(measure: str) -> str:
@@ -156,9 +147,8 @@ def class_name(measure: str) -> str:
     >>> class_name("rougeL_recall"), class_name("wagle/mia"), class_name("privleak")
     ('RougeLRecall', 'WagleMia', 'PrivLeak')
     """
-    own = {name: short for short, name in NAMES.items()}
-    words = re.split(r"[_/]", measure)
-    return own.get(measure) or "".join(word[:1].upper() + word[1:] for word in words)
+    words = re.split(r"[_/]", {"probability": "answer_probability"}.get(measure, measure))
+    return "".join(word[:1].upper() + word[1:] for word in words).replace("Privleak", "PrivLeak")
 
 
 @cache
@@ -195,14 +185,14 @@ def suite_metrics(
         names: of the measures, such as ``forget/probability`` and ``forget_quality``.
         **compared: fields of :class:`~wagle_pl.evaluation.Observations`, such as ``retrained``.
     """
-    return collection(partial(_of_suite, find_suite(suite), Observations({}, **compared)), names)
+    observations = Observations({}, **compared)
+    return collection(partial(_of_suite, find_suite(suite), observations, None), names)
 
 
 def __getattr__(name: str) -> type[MeasureMetric]:
-    if not name.startswith("_"):
-        for measure in MEASURES:
-            if class_name(measure) == name:
-                return metric_class(measure)
+    for measure in () if name.startswith("_") else MEASURES:
+        if class_name(measure) == name:
+            return metric_class(measure)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Optional, Union
 
 import torch
@@ -316,9 +317,9 @@ def usable_attacks(
 def run_attacks(
     attacks: Sequence[Attack],
     subject: Subject,
-    others: Mapping[str, Callable[[], Subject]],
-    metrics: Mapping[str, Mapping[str, float]],
-    skipped: Mapping[str, str],
+    others: Mapping[str, Callable[[], Subject]] = MappingProxyType({}),
+    metrics: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
+    skipped: Mapping[str, str] = MappingProxyType({}),
 ) -> RobustnessReport:
     """Attack a model, then each of the others, one in memory at a time. Collective.
 

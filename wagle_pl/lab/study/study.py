@@ -368,7 +368,7 @@ class Study:
         module.to(trainer.strategy.root_device)  # Lightning has moved it away
         module.lm.eval()
         evaluation.lm = module.lm
-        return evaluation.attacked(self._usable, tables).metrics()
+        return evaluation.attack(self._usable, tables).metrics()
 
     def _compare_by(self) -> Compared:
         """The measures and the level, checked."""
