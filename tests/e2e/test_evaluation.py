@@ -97,7 +97,7 @@ def test_evaluate_gives_the_results_of_the_command(wagle, args, four, rows, tiny
     before, numbers = {n: t.clone() for n, t in lm.state_dict().items()}, torch.get_rng_state()
     attack = Relearn(steps=2)
     options = Options(max_new_tokens=12, bootstrap=3, robustness=[attack])
-    data = ForgetRetainDataModule(forget, retain, test=files, test_batch_size=3)
+    data = ForgetRetainDataModule(rows["forget"], rows["retain"], test=files, test_batch_size=3)
     found = evaluate(lm, data, "tofu", options, output=tmp_path / "mine")
     assert lm.training and lm.model.norm.weight.grad is gradient
     assert all(parameter.requires_grad for parameter in lm.parameters())

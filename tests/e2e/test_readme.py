@@ -171,6 +171,19 @@ def test_a_mask_without_a_trainer(tiny_model: str) -> None:
     assert names["mask"].count() == int(0.2 * lm.num_parameters())
 
 
+def test_testing_from_python_runs(tiny_model, rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGES[1].read_text(), re.DOTALL))
+    files = {"forget.jsonl": rows["forget_test"], "retain.jsonl": rows["retain_test"]}
+    for printed, here in {"runs/model": tiny_model, **files}.items():
+        assert printed in code
+        code = code.replace(printed, here)
+    names: dict = {}
+    exec(code, names)
+    found = names["metrics"].compute()["forget/probability"].item()
+    assert found == names["results"].metrics["forget/probability"]
+
+
 def test_every_command_of_the_readme_exists():
     from pkgutil import resolve_name
 

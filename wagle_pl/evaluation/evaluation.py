@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -60,8 +60,8 @@ def evaluate(
     loaded = isinstance(model, PreTrainedModel)
     name = str(model.config.name_or_path if loaded else model)
     lm = model if loaded else load_model(name)
-    if data.tokenizer_name is None and data.model_tokenizer is None:
-        data.serve(tokenizer=lambda: load_tokenizer(name))
+    if data.needs.tokenizer is None:
+        data.needs = replace(data.needs, tokenizer=lambda: load_tokenizer(name))
     plan = Plan(data, options or Options(), data.test_names(), suite_given=suite)
     folder = None if output is None else Path(output)
     evaluation = Evaluation(plan, folder, overwrite, model_name=name)
