@@ -124,7 +124,7 @@ FILES = {
     "base: 5": "base .* got 5",
     "base: [5]": "base .* got \\[5\\]",
     "base: {a: b.yaml}": "base ",
-    "model: Zoë": "c.yaml is not in UTF-8",
+    "model: Zoë": "c.yaml is not UTF-8 text",
 }
 
 

@@ -11,10 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, Optional
+from typing import Any, Optional, get_type_hints
 
 import lightning as L
 import yaml
@@ -31,7 +32,8 @@ from wagle_pl.cli.parser import OneLineErrors, classes_first
 from wagle_pl.core import distributed
 from wagle_pl.core.environment import trainer_errors
 from wagle_pl.core.errors import WagleError, causes, first_line
-from wagle_pl.core.files import absent
+from wagle_pl.core.files import absent, check_writable
+from wagle_pl.core.schema import check
 from wagle_pl.core.stopping import SIGNALS, Stopped, install, say
 from wagle_pl.core.tensorfiles import load_plain
 from wagle_pl.evaluation import Evaluate, EvaluationModule
@@ -64,6 +66,7 @@ class WagleCLI(LightningCLI):
     """
 
     def __init__(self, args: Optional[Sequence[str]] = None, **options: Any) -> None:
+        _check_launcher()
         args = [*(sys.argv[1:] if args is None else args)]
         known = self.subcommands()
         if args[:1] and args[0] in known:  # no parser is built for the others
@@ -96,6 +99,8 @@ class WagleCLI(LightningCLI):
         super().parse_arguments(parser, args)
         options = self.config[self.config["subcommand"]]
         options.pop("config", None)  # what was in the files is in the options
+        for name, value in options.as_dict().items():
+            _check_value(value, name)
         if not min_seed_value <= (seed := int(options.get("seed_everything"))) <= max_seed_value:
             said = f"must be in [{min_seed_value}, {max_seed_value}], got {seed}"
             raise WagleError(said, "seed_everything")
@@ -138,13 +143,25 @@ class WagleCLI(LightningCLI):
         if tests and not any(isinstance(callback, Evaluate) for callback in callbacks):
             callbacks.insert(0, Evaluate())
         kwargs.setdefault("callbacks", callbacks)
+        most, devices = max(8, os.cpu_count() or 1), str(options.get("devices"))
+        if devices.isdecimal() and int(devices) > most:  # each is a process
+            raise WagleError(f"must be at most {most} here, got {devices}", "trainer.devices")
+        for name in ("val_check_interval", "check_val_every_n_epoch"):
+            if options.get(name) == 0:
+                raise WagleError("must be above 0", f"trainer.{name}")
+        if "spawn" in str(options.get("strategy")):
+            hint = "choose ddp, which starts the command once for each device"
+            raise WagleError("a command cannot be spawned", "trainer.strategy", hint)
         with trainer_errors():
             trainer = super().instantiate_trainer(**kwargs)
+        if "://" not in (root := str(trainer.default_root_dir)):
+            check_writable(Path(root), "files", "trainer.default_root_dir")
         trainer.callbacks.append(StopAtSignal())  # last: others save the finished step first
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run; options that Lightning can check only then are mistakes of the user's."""
+        self._check_environment()
         try:
             super()._run_subcommand(subcommand)
         except MisconfigurationException as error:
@@ -157,6 +174,30 @@ class WagleCLI(LightningCLI):
                     hint = f"choose one of {', '.join(sorted(known))}" if known else None
                     raise WagleError(said, "trainer.callbacks.monitor", hint) from None
             raise
+
+    def _check_environment(self) -> None:
+        """Refuse what a launcher has not, or wrongly, told several ranks of each other."""
+        trainer = self.trainer
+        # private to Lightning, as in StopAtSignal
+        environment = trainer._accelerator_connector.cluster_environment
+        if trainer.strategy.launcher is None or environment is None:
+            return
+        told = ("local_rank", "node_rank", "global_rank", "world_size")
+        try:
+            for name in told:
+                getattr(environment, name)()
+            _ = environment.main_address, environment.main_port
+            environment.validate_settings(trainer.num_devices, trainer.num_nodes)
+        except KeyError as error:
+            raise WagleError(
+                f"the environment variable {error.args[0]} is missing, as {type(environment).__name__} "
+                "starts no process: start with srun or torchrun, or unset its other variables"
+            ) from None
+        except (ValueError, RuntimeError) as error:
+            said = f"{type(environment).__name__}: {first_line(error)}"
+            raise WagleError(
+                f"what the launcher says in environment variables is wrong: {said}"
+            ) from None
 
     def _check_checkpoint(self) -> None:
         """Refuse a checkpoint that cannot be read, before the Trainer tries to resume from it."""
@@ -184,6 +225,42 @@ class WagleCLI(LightningCLI):
             )
 
     before_fit = before_validate = before_test = before_predict = _check_checkpoint
+
+
+def _check_value(value: Any, option: str, hint: Any = None) -> None:
+    """Refuse integers of more than 64 bits, and null where a class takes none."""
+    if isinstance(value, dict):
+        cls = value.get("class_path")
+        hints = _hints(resolve_name(cls)) if isinstance(cls, str) and "." in cls else {}
+        for name, part in value.items():
+            within = option if name == "init_args" else f"{option}.{name}"
+            if name == "init_args" and isinstance(part, dict):
+                for key, argument in part.items():
+                    _check_value(argument, f"{option}.{key}", hints.get(key))
+            else:
+                _check_value(part, within)
+    elif isinstance(value, list):
+        for part in value:
+            _check_value(part, option)
+    elif type(value) is int or (value is None and hint in (int, float, bool, str)):
+        check(value, int if type(value) is int else hint, option)
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """Name of an option of a class -> its type; those that cannot be told are left out."""
+    found: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        with suppress(NameError, TypeError):
+            found |= get_type_hints(vars(base).get("__init__", object))
+    return found
+
+
+def _check_launcher() -> None:
+    """Refuse ranks, as launchers give them, that are no numbers."""
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):
+        if not (value := os.environ.get(name, "0")).isdecimal():
+            said = f"the environment variable {name} must be an integer, got {value!r}"
+            raise WagleError(said, hint="unset it, or start with torchrun or srun")
 
 
 # -- callbacks of every run -----------------------------------------------------------------------

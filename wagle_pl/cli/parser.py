@@ -3,7 +3,9 @@ one-line errors."""
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -14,6 +16,7 @@ from jsonargparse import ArgumentParser
 from wagle_pl.cli.messages import fail
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.mistakes import in_one_line
+from wagle_pl.core.reading import parse_yaml, read_text
 from wagle_pl.core.registry import did_you_mean
 
 _CONFIG_HELP = (
@@ -175,12 +178,13 @@ def expand(args: Sequence[str]) -> list[str]:
     pending = iter(args)
     for argument in pending:
         option, equals, value = argument.partition("=")
+        _check_argument(value or argument)
         if option not in ("-c", "--config") and not option.startswith("--run."):
             parts.append(argument)
             continue
         value = value if equals else next(pending, "")
         if option.startswith("--run."):
-            given[option.removeprefix("--run.")] = yaml.safe_load(value)
+            given[option.removeprefix("--run.")] = parse_yaml(value, option)
             continue
         *bases, (path, content) = _layered(find(value))
         parts += [base for path, base in bases if path not in read]
@@ -197,6 +201,18 @@ def expand(args: Sequence[str]) -> list[str]:
         elif part:
             expanded += ["--config", yaml.safe_dump(_filled(part, names), sort_keys=False)]
     return expanded
+
+
+def _check_argument(argument: str) -> None:
+    """Refuse what the parser would read, and never end: a pipe, YAML that multiplies."""
+    try:
+        kind = os.stat(argument).st_mode
+    except (OSError, ValueError):
+        if "&" in argument and "*" in argument:
+            parse_yaml(argument, "an argument")
+        return
+    if stat.S_ISFIFO(kind):
+        raise WagleError(f"{argument} is a pipe: give a regular file")
 
 
 def find(name: str, beside: Optional[Path] = None) -> Path:
@@ -216,13 +232,7 @@ def _layered(file: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[
     """Resolved path and content of the files a file extends, most basic first, then its own."""
     if file.resolve() in above:
         raise WagleError(f"config file {file} extends itself")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise WagleError(f"config file {file} is malformed: {error}") from None
-    except UnicodeDecodeError as error:
-        where = f"config file {file} is not in UTF-8 (byte {error.start})"
-        raise WagleError(f"{where}: save it as UTF-8") from None
+    content = parse_yaml(read_text(file, "config file"), f"config file {file}")
     if content is None:
         raise WagleError(f"config file {file} is empty: add options, or leave it out")
     if not isinstance(content, dict):

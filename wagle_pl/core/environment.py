@@ -6,11 +6,16 @@ import logging
 import os
 import platform
 import resource
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Optional
 
 from wagle_pl import __version__
 from wagle_pl.core.errors import WagleError, first_line
@@ -70,6 +75,34 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes if sys.platform == "darwin" else 1024 * kilobytes
+
+
+@contextmanager
+def bounded(seconds: float, size: int) -> Iterator[None]:
+    """Inside the context, Python code that takes longer, or ``size`` more bytes of memory, fails.
+
+    The time is bounded in the main thread alone, and the memory on Linux alone.
+
+    Raises:
+        TimeoutError: after ``seconds``.
+        MemoryError: where the memory was asked for.
+    """
+
+    def stop(signum: int, frame: Optional[FrameType]) -> None:
+        raise TimeoutError(f"stopped after {seconds:g} seconds")
+
+    with ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            stack.callback(signal.signal, signal.SIGALRM, signal.signal(signal.SIGALRM, stop))
+            stack.callback(signal.setitimer, signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+        if (usage := Path("/proc/self/statm")).exists():
+            limits = resource.getrlimit(resource.RLIMIT_AS)
+            most = int(usage.read_text().split()[0]) * resource.getpagesize() + size
+            if limits[0] == resource.RLIM_INFINITY or most < limits[0]:
+                stack.callback(resource.setrlimit, resource.RLIMIT_AS, limits)
+                resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
+        yield
 
 
 def prepare_libraries() -> None:

@@ -7,14 +7,14 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal, Optional
 
 from safetensors import SafetensorError
 
-from wagle_pl.core.errors import WagleError
+from wagle_pl.core.errors import WagleError, first_line
 
 #: Errors of a disk that is full or may not be written.
 _DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS}
@@ -39,12 +39,9 @@ def refuse_existing(
         kind: what will be written: a ``file``; a ``folder``, which replaces a whole one; or
             ``files`` into a folder, whose other files stay as they are.
     """
-    above = next((parent for parent in path.parents if parent.exists()), None)
-    if above is not None and not above.is_dir():
-        raise WagleError(f"output {path} cannot be written: {above} is a file; choose another")
+    check_writable(path, kind)
     if not path.exists():
         return
-    _refuse_device(path)
     if kind == "file" and path.is_dir():
         raise WagleError(f"output {path} is a folder: name a file in it")
     if not overwrite:
@@ -56,6 +53,32 @@ def refuse_existing(
             f"output {path} holds {other}, which this package did not write and which would be "
             "lost; choose another folder"
         )
+
+
+def check_writable(path: Path, kind: str = "folder", what: str = "output") -> None:
+    """Refuse a path that this disk or system cannot hold, or where nothing may be written."""
+    shown = ascii(str(path))[1:-1][:200]
+    try:
+        str(path).encode()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(path)
+        target = Path(os.path.realpath(path))
+        above = next(parent for parent in target.parents if parent.exists())
+        named = next((parent for parent in path.parents if parent.exists()), above)
+        if not above.is_dir():
+            raise WagleError(f"{what} {path} cannot be written: {named} is a file; choose another")
+        if str(path).startswith("~"):
+            raise WagleError(f"{what} {path} begins with ~: write the whole path, or $HOME")
+        _refuse_device(path)
+        with tempfile.TemporaryDirectory(
+            prefix=".wagle-", dir=target if kind == "files" and target.is_dir() else above
+        ):
+            pass
+    except WagleError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise WagleError(f"{what} {shown} cannot be written ({reason}): choose another") from None
 
 
 #: Files of a model folder.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, TypedDict
 
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.files import absent, plainly_local
-from wagle_pl.core.reading import read_json
+from wagle_pl.core.reading import parse_yaml, read_json
 from wagle_pl.core.tensorfiles import TensorFiles
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class AdapterConfig(TypedDict):
 def locate(name: str) -> tuple[str, dict[str, str]]:
     """Source and options for ``from_pretrained``; only possible hub ids are left to the hub."""
     path = Path(name)
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise absent("model", name)
     if (file := _gguf_file(path)) is not None:
         return str(file.parent), {"gguf_file": file.name}
     if path.is_file():
@@ -65,10 +67,9 @@ def card_of(base: str, library: str, text: str, own: str = "") -> str:
     if (file := Path(base) / CARD_FILE).is_file():
         own = file.read_text(encoding="utf-8", errors="replace")
     header = re.match(r"\s*---\s*\n(.*?)\n---", own, re.DOTALL)
-    try:
-        known = yaml.safe_load(header[1]) if header else None
-    except (yaml.YAMLError, ValueError, RecursionError):  # the base's card is not ours to mend
-        known = None
+    known = None
+    with suppress(WagleError):  # the base's card is not ours to mend
+        known = parse_yaml(header[1], CARD_FILE) if header else None
     if isinstance(known, dict):
         matter |= {key: known[key] for key in ("license", "base_model") if key in known}
     return f"---\n{yaml.safe_dump(matter, sort_keys=False)}---\n\n{text}\n"

@@ -94,6 +94,8 @@ def _unknown_option(name: str, cause: _Cause, options: Collection[str]) -> str:
     option, cls = cause.option, cause.cls
     if name == "class_path":
         return f"{option}: it takes class_path and init_args, and nothing else"
+    if cls is None:
+        return f"{option}.{name}: there is no such option".lstrip(".")
     if cls.__name__ not in cause.choices and any(subclasses(cls)):  # a base class
         return f"{option}.{name}: no class is named for {option}; give --{option} CLASS before it"
     elsewhere = next((o for o in sorted(options) if o.endswith(f".{name}")), None)

@@ -10,11 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
+import yaml
+
 from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.files import absent
 from wagle_pl.core.schema import check
 
 DEPTH = 100  # of lists and objects within each other
+NODES = 100_000  # of a YAML text
 
 
 def read_json(path: Path, kind: Any = Any, what: str = "file") -> Any:
@@ -48,6 +51,38 @@ def readable(path: Path) -> Iterator[None]:
         raise
     except (OSError, EOFError, ValueError, NotImplementedError, zlib.error) as error:
         raise WagleError(f"{path} cannot be read: {first_line(error)}") from None
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text, of at most :data:`NODES` nodes once its aliases are replaced.
+
+    Raises:
+        WagleError: if it is malformed, too large, too deep, or holds itself.
+    """
+    sizes: dict[int, Optional[int]] = {}
+
+    def size(node: Optional[yaml.Node]) -> int:
+        if node is None or isinstance(node.value, str):
+            return 1
+        if id(node) not in sizes:
+            sizes[id(node)] = None  # while its parts are counted
+            pairs = isinstance(node, yaml.MappingNode)
+            parts = [part for pair in node.value for part in pair] if pairs else node.value
+            sizes[id(node)] = 1 + sum(map(size, parts))
+        if (count := sizes[id(node)]) is None:
+            raise WagleError(f"{where} is malformed: a part of it holds itself")
+        return count
+
+    try:
+        loader = yaml.SafeLoader(text)
+        if size(node := loader.get_single_node()) > NODES:
+            raise WagleError(f"{where} has more than {NODES:,} values once aliases are replaced")
+        return None if node is None else loader.construct_document(node)
+    except WagleError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise WagleError(f"{where} is malformed: {reason}") from None
 
 
 def parse_json(

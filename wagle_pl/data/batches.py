@@ -141,9 +141,10 @@ class GlobalBatchSampler:
     start: Position = field(default_factory=Position)
 
     def __post_init__(self) -> None:
-        if self.accumulate < 1:
+        most = max(1000, len(next(iter(self.lengths.values()))))  # beyond the rows: empty batches
+        if not 1 <= self.accumulate <= most:
             raise WagleError(
-                f"must be at least 1, got {self.accumulate}",
+                f"must be from 1 to {most:,} here, got {self.accumulate:,}",
                 option="trainer.accumulate_grad_batches",
             )
 

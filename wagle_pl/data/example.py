@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import numbers
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Optional
@@ -75,7 +76,14 @@ class Example:
                     "continuation": bool(row.get("continuation")),
                     "partial": bool(row.get("partial")),
                 }
-                return cls(**optional | parse(row), row=row)
+                example = cls(**optional | parse(row), row=row)
+                texts = (example.question, example.answer, *example.choices)
+                lists = (*example.perturbed_answers, *example.answer_aliases)
+                written = (*texts, *(optional[column] for column in OPTIONAL_TEXTS), *lists)
+                if half := re.search("[\ud800-\udfff]", "".join(written)):
+                    code = f"\\u{ord(half[0]):x}"
+                    raise WagleError(f"a text has {code}, which is half of a character")
+                return example
         for columns in KINDS:
             if all(column in row for column in columns):
                 nulls = " and ".join(repr(column) for column in columns if row[column] is None)

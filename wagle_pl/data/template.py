@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Optional
 
-from wagle_pl.core.errors import WagleError
+from wagle_pl.core.environment import bounded
+from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.data.example import IGNORE, Example
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ DEFAULT_ANSWER = "### Answer: {answer}"
 
 #: The date that chat templates get instead of today's, as in OpenUnlearning's configurations.
 DATE = "10 Apr 2025"
+
+#: What one rendering of a chat template, which comes with a model, may take: it is a program.
+RENDERING_SECONDS, RENDERING_BYTES = 5, 1 << 30
 
 
 class Template:
@@ -256,13 +260,21 @@ class Template:
         if self.system_prompt is not None and [m["role"] for m in messages[:1]] != ["system"]:
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages),
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                chat_template=self._chat_template,
-                **self.variables,
-            )
+            with bounded(RENDERING_SECONDS, RENDERING_BYTES):
+                text = self.tokenizer.apply_chat_template(
+                    list(messages),
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    chat_template=self._chat_template,
+                    **self.variables,
+                )
+            text.encode()
+            return text
+        except (TimeoutError, MemoryError, RecursionError, OverflowError) as error:
+            raise WagleError(
+                f"the tokenizer's chat template does not end with a text ({first_line(error)}): "
+                "give prompt_format, or another tokenizer"
+            ) from None
         except (TemplateError, TypeError, ValueError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise WagleError(

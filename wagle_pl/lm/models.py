@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
@@ -66,6 +67,7 @@ def load_model(
     if (base := adapted(name)) is not None:
         return merged(load_model(base, dtype, attn_implementation=attn_implementation), name)
     source, options = locate(name)
+    checked_config(name)
     with loading(f"model {name!r}", name), errors_only("transformers.modeling_utils"):
         model, found = AutoModelForCausalLM.from_pretrained(
             source,
@@ -100,7 +102,7 @@ def merged(base: PreTrainedModel, folder: str) -> PreTrainedModel:
 
 def _load_sharded(name: str, attn_implementation: Optional[str]) -> PreTrainedModel:
     """Create a model and fill it from safetensors files, of which each rank reads its shard."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
 
     with loading(f"model {name!r}", name):
@@ -110,7 +112,7 @@ def _load_sharded(name: str, attn_implementation: Optional[str]) -> PreTrainedMo
                 f"ZeRO-3 reads models in safetensors; {name} is none: write it as a folder first "
                 f"with wagle export {name} -o FOLDER"
             )
-        config = AutoConfig.from_pretrained(name)
+        config = checked_config(name)
         options = {"dtype": torch.get_default_dtype(), "attn_implementation": attn_implementation}
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(config, **options)
@@ -174,13 +176,38 @@ def _any_layer(weight: str) -> str:
     return re.sub(r"\.\d+(?=\.)", ".#", weight)
 
 
-def load_config(name: str) -> PretrainedConfig:
-    """A model's configuration, as it is once the weights are loaded."""
+#: Key of a configuration -> the largest value that is taken: beyond what any model has, transformers
+#: would build for hours.
+_LARGEST = {"num_hidden_layers": 10_000, "hidden_size": 1 << 17, "intermediate_size": 1 << 20}
+_LARGEST |= {"vocab_size": 1 << 24}
+
+
+def checked_config(name: str) -> PretrainedConfig:
+    """A model's configuration; refused, by its key, if no model can be built from a value."""
     from transformers import AutoConfig
 
     source, options = locate(name)
     with loading(f"configuration of model {name!r}", name):
         config = AutoConfig.from_pretrained(source, **options)
+        text = config.get_text_config()
+    ranges = {key: (0, 1) for key in vars(text) if key.endswith(("dropout", "pdrop"))}
+    ranges |= {key: (1, largest) for key, largest in _LARGEST.items()}
+    ranges["pad_token_id"] = (-1, (getattr(text, "vocab_size", None) or 0) - 1)
+    for key, (least, most) in ranges.items():
+        value = getattr(text, key, None)
+        if type(value) in (int, float) and not least <= value <= most:
+            fault = f"{key}: must be from {least:,} to {most:,}, got {value:,}"
+            raise WagleError(f"model {name!r}: config.json: {fault}")
+    if not isinstance(text.dtype, (str, torch.dtype, NoneType)):
+        raise WagleError(
+            f"model {name!r}: config.json: dtype: must be the name of a dtype, got {text.dtype!r}"
+        )
+    return config
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """A model's configuration, as it is once the weights are loaded."""
+    config = checked_config(name)
     if hasattr(config, "quantization_config"):  # of a GGUF file; loaded weights are plain
         del config.quantization_config
     return config

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wagle_pl.core import distributed, outputs
 from wagle_pl.core.environment import half_precision_is_slow
 from wagle_pl.core.errors import WagleError
+from wagle_pl.core.files import check_writable
 from wagle_pl.core.needs import Needs
 from wagle_pl.core.schema import check
 from wagle_pl.core.weights import fingerprint
@@ -165,6 +166,8 @@ class LanguageModule(L.LightningModule):
                 f"nothing observes the rows of this {stage}",
                 hint="give the Trainer the callback wagle_pl.Evaluate()",
             )
+        if self.output:
+            check_writable(Path(self.output))
         self.trainer.callbacks.sort(key=lambda callback: isinstance(callback, Ending))
         self.serve()
         on_cpu = self.trainer.strategy.root_device.type == "cpu"
