@@ -17,8 +17,9 @@ CHUNK = 1 << 20  # numbers widened to fp32 at a time
 class HostAdder:
     """Adds tensors to fp32 sums in host memory, in order, in a thread during the backward pass.
 
-    A tensor on a GPU is copied through one of two pinned buffers, on a separate stream; one on a
-    CPU is added directly. At most two (on a CPU, one) are pending: :meth:`add` waits for a buffer.
+    A tensor on a CUDA device is copied through one of two pinned buffers, on a separate stream; one
+    on another device waits for its copy. At most two (without CUDA, one) are pending: :meth:`add`
+    waits for a buffer.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -43,6 +44,8 @@ class HostAdder:
                 copied = self._stream.record_event()
             values.record_stream(self._stream)
             values = here
+        else:
+            values = values.to(total.device)
         self._pending.append(self._thread.submit(self._add, total, values, buffer, copied))
 
     @torch.no_grad()

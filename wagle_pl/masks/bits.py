@@ -76,7 +76,7 @@ def count_bits(packed: Tensor) -> int:
 
 def filled_bits(size: int, value: bool) -> Tensor:
     """Packed bits of ``size`` weights, all alike."""
-    packed = torch.full(((size + 7) // 8,), 255 if value else 0, dtype=torch.uint8)
+    packed = torch.full(((size + 7) // 8,), 255 if value else 0, dtype=torch.uint8, device="cpu")
     if value and size % 8:
         packed[-1] = (1 << size % 8) - 1
     return packed
