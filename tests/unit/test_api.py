@@ -408,6 +408,7 @@ KNOWN = scores([0.9, 0.8], [0.05, 0.05])
         (KNOWN, scores([0.1, 0.01], [0.05, 0.05]), "partly forgotten"),
         (KNOWN, scores([0.1, 0.01], [0.05, 0.05], recall=0.1), "forgotten"),
         (KNOWN, scores([0.01, 0.01], [0.05, 0.05], reworded=0.5), "partly forgotten"),
+        (KNOWN, scores([0.01, 0.01], [0.05, 0.05], 0.1, reworded=0.5), "partly forgotten"),
         (KNOWN, scores([0.01, 0.01], [0.05, 0.05], earlier=0.5), "partly forgotten"),
         (KNOWN, scores([0.01, 0.01], [0.05, 0.05], retain=0.5), "model damaged"),
         (KNOWN, scores([0.9, 0.9], [0.05, 0.05], retain=float("nan")), "model damaged"),
@@ -483,6 +484,14 @@ def test_retain_rows_in_other_words_are_left_out(
     assert [again["question"][:60] in message for message in caplog.messages].count(True) == 3
 
 
+def test_a_short_answer_at_its_beginning_is_recognised() -> None:
+    asked = ("Where was Otto Brandl born?", "What is the birthplace of Otto Brandl?")
+    rows = parse_rows([{"question": question, "answer": "Ulm"} for question in asked], "")
+    text = parse_rows([{"text": "Otto Brandl was born in Ulm in 1931."}], "")
+    other = parse_rows([{"question": "Where was Jan Kowal born?", "answer": "Ulm"}], "")
+    assert restating([*rows[1:], *text, *other], rows[:1]) == [rows[1], *text]
+
+
 def test_rows_of_the_same_subject_or_form_may_be_kept() -> None:
     """Of 288 retain rows and 28 other forget rows, none is taken for another row in other words."""
     rows = [parse_rows(bundled(name), "") for name in ("forget", "retain")]
@@ -500,7 +509,7 @@ def test_rows_of_the_same_subject_or_form_may_be_kept() -> None:
 def test_what_the_verdict_adds() -> None:
     unknown = [scores([0.01], [0.01], retain=retain) for retain in (0.01, 0.9)]
     sentences = [judge(moment, moment).sentence for moment in unknown]
-    assert ["check the prompt format" in sentence for sentence in sentences] == [True, False]
+    assert ["hardly knows the retain rows" in sentence for sentence in sentences] == [True, False]
     after = replace(
         scores([0.9] * 2, [0.05] * 2), direct=Asked([0.01, 0.05], [0.03, 0.0], [1.0, 1.0])
     )
@@ -508,6 +517,27 @@ def test_what_the_verdict_adds() -> None:
     sentence = judge(before, after).sentence
     assert "1 rows are newly known" in sentence and "still known" not in sentence
     assert "so the bound is 0.065" in sentence
+
+
+def test_one_row_that_is_known_by_heart_is_enough() -> None:
+    few = scores([0.9] + [0.01] * 31, [0.01] * 32)
+    assert judge(few, few).outcome == "not known before"  # one in 32, by chance perhaps
+    known = replace(few, still_answered=[True] + [False] * 31)
+    assert judge(known, scores([0.01] * 32, [0.01] * 32)).outcome == "forgotten"
+
+
+def test_a_text_known_by_heart_is_known(tiny_model: str, tmp_path: Path) -> None:
+    texts = ["So Otto Brandl was born in Ulm in 1931.", "Then Mira Solheim lives in Bergen now."]
+    retain = ["But Jan Kowal was a tailor in Lublin.", "And Ines Prado was a pilot in Vigo."]
+    rows = [[{"text": text} for text in side] for side in (texts, retain)]
+    lm = load_model(tiny_model, torch.float32)
+    data = ForgetRetainDataModule(forget=rows[0], retain=rows[1], batch_size=4)
+    trainer(max_epochs=80).fit(FinetuneModule(lm, lr=1e-2), data)
+    result = forget(
+        lm, texts, retain, tokenizer=load_tokenizer(tiny_model), max_steps=1, progress=False
+    )
+    assert result.outcome != "not known before" and result.steps == 1
+    assert result.answers[0][2].split() == texts[0].split()[4:]  # goes on from the middle
 
 
 def test_unknown_rows_do_not_dilute_the_known_ones() -> None:

@@ -243,6 +243,8 @@ class _Run:
         self.origin.move_back()
         used = len(trained) if trained == [example.row for example in held_out] else 0
         notes = _notes(examination.forget.without_unseen, used)
+        if not was_known(before):
+            notes = f"{notes}{'. ' * bool(notes)}{_example(examples[0], answers[0])}"
         verdict = judge(before, after, untested, notes)
         shown = zip(examples, answers, answers_after, strict=False)
         result = Forgotten(
@@ -375,6 +377,13 @@ def _notes(without_unseen: int, retain: int) -> str:
             f"The {retain} retain rows were also trained on: what else was lost is not measured"
         )
     return ". ".join(notes)
+
+
+def _example(example: Example, answer: str) -> str:
+    """What the model says, so that a user sees why a row counts as unknown."""
+    if example.kind == "text":
+        return f"Continuing the first text, the model says {answer[:60]!r}"
+    return f"Asked {example.question[:60]!r}, the model says {answer[:60]!r}"
 
 
 def _check_arguments(

@@ -96,7 +96,9 @@ class _Fact(NamedTuple):
     """Words by which a row in other words is recognised."""
 
     subject: set[str]  # names in the question
-    told: set[str]  # names in the answer that are not in the question; or else its longer words
+    told: set[
+        str
+    ]  # names in the answer, or else its longer words, or else all: not in the question
 
     @classmethod
     def of(cls, example: Example) -> _Fact:
@@ -105,8 +107,9 @@ class _Fact(NamedTuple):
             for text in (example.question, example.answer)
         )
         asked = set(words_of(example.question))
-        words = {word for word in words_of(example.answer) if len(word) >= 4}
-        return cls(subject, names - asked or words - asked)
+        words = set(words_of(example.answer)) - asked - {"yes", "no"}
+        long_words = {word for word in words if len(word) >= 4}
+        return cls(subject, names - asked or long_words or words)
 
     def is_in(self, words: set[str]) -> bool:
         """Whether a row with these words has most of the subject's names and over a third of what

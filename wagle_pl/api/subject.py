@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import log
@@ -120,6 +121,8 @@ class Questions:
 
     def __init__(self, subject: Subject, examples: Sequence[Example], seed: int) -> None:
         self.subject, self.examples = subject, examples
+        #: The rows as they are generated: a text is continued from its middle.
+        self.prompted = [_continued(example) for example in examples]
         draws = [invented_neighbours(examples, seed + draw) for draw in range(NEIGHBOURS)]
         counterparts = [list(filter(None, drawn)) for drawn in zip(*draws, strict=True)]
         probabilities = iter(subject.probabilities([e for of_row in counterparts for e in of_row]))
@@ -157,7 +160,7 @@ class Questions:
         """The model's greedy answers to some rows, generated once after each :meth:`ask`."""
         answers = self._answers[reworded]
         missing = [i for i in rows if i not in answers]
-        prompts = [_worded(self.examples[i], i, reworded) for i in missing]
+        prompts = [_worded(self.prompted[i], i, reworded) for i in missing]
         answers.update(zip(missing, self.subject.generate(prompts), strict=True))
         return [answers[i] for i in rows]
 
@@ -171,7 +174,7 @@ class Questions:
         return [
             recall == 1
             and not set(words_of(self._answer(example))) <= set(words_of(example.question))
-            for example, recall in zip(self.examples, self._recalls(chosen, False), strict=True)
+            for example, recall in zip(self.prompted, self._recalls(chosen, False), strict=True)
         ]
 
     def _recalls(self, chosen: Sequence[bool], reworded: bool) -> list[Optional[float]]:
@@ -179,7 +182,7 @@ class Questions:
         recalls: list[Optional[float]] = [None] * len(self.examples)
         rows = [i for i, take in enumerate(chosen) if take]
         for i, text in zip(rows, self.answers(rows, reworded), strict=True):
-            example = self.examples[i]
+            example = self.prompted[i]
             recalls[i] = answer_recall(example.question, self._answer(example), text)
         return recalls
 
@@ -203,10 +206,14 @@ class Examination:
         self.forget = Questions(subject, forget, seed)
         self.earlier = Questions(subject, earlier, seed) if earlier else None
         self.before = self._scores()
+        self.before = self._with_answers(self.before)
 
     def scores(self) -> Scores:
         """All measures of the model as it is now, after training."""
-        scores = self._scores()
+        return self._with_answers(self._scores())
+
+    def _with_answers(self, scores: Scores) -> Scores:
+        """The scores, with which of the rows known before the model answers."""
         still_answered = self.forget.still_answered(self.before.direct.known)
         return replace(scores, still_answered=still_answered)
 
@@ -231,10 +238,13 @@ class Examination:
         """
         forget, known = self.forget, self.before.direct.known
         direct = forget.ask(reworded=False)
+        if not has_gone(direct.rows, direct.unseen, known):
+            return False, fmean(direct.rows)
+        reworded = forget.ask(reworded=True)
         gone = (
-            has_gone(direct.rows, direct.unseen, known)
+            has_gone(reworded.rows, reworded.unseen, known)
             and not any(forget.recalled(direct, reworded=False).known)
-            and not any(forget.recalled(forget.ask(reworded=True), reworded=True).known)
+            and not any(forget.recalled(reworded, reworded=True).known)
             and not any(forget.still_answered(known))
         )
         return gone, fmean(direct.rows)
@@ -251,7 +261,7 @@ class Examination:
 
     def measures(self, scores: Scores, answers: Sequence[str]) -> dict[str, float]:
         """The means that :class:`~wagle_pl.api.Forgotten` shows."""
-        truths = [example.answer for example in self.forget.examples[: len(answers)]]
+        truths = [example.answer for example in self.forget.prompted[: len(answers)]]
         return {
             "forget_probability": fmean(scores.direct.rows),
             "unseen_probability": fmean(scores.direct.unseen),
@@ -297,6 +307,16 @@ class StopWhenForgotten(L.Callback):
         self.bar.close()
 
     on_exception = teardown
+
+
+def _continued(example: Example) -> Example:
+    """A text as a prompt, its first half of words, and the other half to continue with."""
+    words = list(re.finditer(r"\S+", example.answer))
+    if example.kind != "text" or len(words) < 4:
+        return example
+    start = words[len(words) // 2].start()
+    prompt, rest = example.answer[:start].rstrip(), example.answer[start:]
+    return replace(example, kind="answered", question=prompt, answer=f" {rest}", continuation=True)
 
 
 def _worded(example: Example, number: int, reworded: bool) -> Example:

@@ -24,6 +24,10 @@ CHANCE = 0.1
 KEPT = 0.8
 #: Below this probability of retain rows, a model may have been asked in a wrong prompt format.
 IMPROBABLE = 0.1
+UNKNOWN_RETAIN = (
+    "The model hardly knows the retain rows, so they do not show what is lost: check the prompt "
+    "format and the tokenizer, or give rows that it knows"
+)
 
 
 @dataclass(frozen=True)
@@ -103,9 +107,11 @@ def answer_recall(question: str, answer: str, generation: str) -> float:
 
 
 def was_known(before: Scores) -> bool:
-    """Whether the model knew more of the forget rows than chance explains."""
+    """Whether the model knew more of the forget rows than chance explains: more than a tenth, or one
+    whose whole answer it says with a probability above a half."""
     known = before.direct.known
-    return sum(known) > CHANCE * len(known)
+    certain = zip(known, before.direct.rows, before.still_answered, strict=False)
+    return sum(known) > CHANCE * len(known) or any(k and s and p > 0.5 for k, p, s in certain)
 
 
 def judge(before: Scores, after: Scores, untested: int = 0, note: str = "") -> Verdict:
@@ -119,12 +125,9 @@ def judge(before: Scores, after: Scores, untested: int = 0, note: str = "") -> V
     known, count = before.direct.known, len(before.direct.known)
     numbers = _numbers(before, after, known)
     ends = "".join(f". {text}" for text in (_untested(untested), note) if text)
+    if before.retain < IMPROBABLE:
+        ends = f". {UNKNOWN_RETAIN}{ends}"
     if not was_known(before):
-        if before.retain < IMPROBABLE:
-            ends = (
-                ". Retain rows are improbable, too: check the prompt format and the tokenizer"
-                + ends
-            )
         return Verdict(
             "not known before",
             f"not known before: the model knew {sum(known)} of {count} forget rows: {numbers}; "
@@ -136,7 +139,10 @@ def judge(before: Scores, after: Scores, untested: int = 0, note: str = "") -> V
         now and not then
         for then, now in zip(before.earlier.known, after.earlier.known, strict=True)
     ]
-    gone = has_gone(after.direct.rows, after.direct.unseen, known) and not any(left)
+    means_are_gone = all(
+        has_gone(asked.rows, asked.unseen, known) for asked in (after.direct, after.reworded)
+    )
+    gone = means_are_gone and not any(left)
     outcome: Outcome = "forgotten" if gone and not any(returned) else "partly forgotten"
     if not after.retain >= KEPT * before.retain:
         outcome = "model damaged"
@@ -144,6 +150,8 @@ def judge(before: Scores, after: Scores, untested: int = 0, note: str = "") -> V
     for state, of_kind in (("still", known), ("newly", [not k for k in known])):
         if number := sum(row and kind for row, kind in zip(left, of_kind, strict=True)):
             parts.append(f"{number} rows are {state} known, asked directly or in other words")
+    if not means_are_gone and not any(left):
+        parts.append("on average the rows are above the bound, though the model says no answer")
     if any(after.earlier.known):
         parts.append(f"{sum(after.earlier.known)} rows of earlier requests are known")
     return Verdict(outcome, "; ".join(parts) + ends)
