@@ -131,15 +131,11 @@ def test_mistakes_end_in_one_line(
     assert "row 1: there is no question to refuse" in no_question
 
 
-@pytest.mark.parametrize(
-    ("positions", "retain"), [("row", "KL"), ("batch", "wagle_pl.objectives.retain.KL")]
-)
-def test_positions_of_the_retain_term(
-    wagle: Any, fails: Any, options: Any, positions: str, retain: str
-) -> None:
-    given = {"retain": retain, "retain.positions": positions}
+@pytest.mark.parametrize("retain", ["KL", "wagle_pl.objectives.retain.KL"])
+def test_positions_of_the_retain_term(wagle: Any, fails: Any, options: Any, retain: str) -> None:
+    given = {"retain": retain, "retain.positions": "batch"}
     line = fails(*options("GradDiff", "--model.reference_logits", "top_k", **given))
     assert "reference_logits: top_k keeps predictions of answer tokens only" in line
     done = wagle(*options("GradDiff", **given, retain_weight=100))
     assert done.trainer.callback_metrics["train/retain_loss"] > 0
-    assert recorded()["objective"]["retain"]["positions"] == positions
+    assert recorded()["objective"]["retain"]["positions"] == "batch"

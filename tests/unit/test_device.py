@@ -30,9 +30,9 @@ FORGET, RETAIN = (
     [{key: row[key] for key in ("question", "answer")} for row in bundled(name)[:4]]
     for name in ("forget", "retain")
 )
-#: Times a step waits for the host: three values logged for a progress bar, transformers' attention mask twice a
-#: forward pass, and the check for finite numbers. The aim is 1; lower it with everything that goes.
-WAITS_OF_A_STEP = 8
+#: Times a step waits for the host: three values logged for a progress bar, and the check for finite numbers. The aim
+#: is 1; lower it with everything that goes.
+WAITS_OF_A_STEP = 4
 
 
 def data() -> ForgetRetainDataModule:

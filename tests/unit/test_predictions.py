@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import masking_utils
 
 from wagle_pl.lm import inference
 from wagle_pl.lm.inference import (
@@ -148,6 +149,23 @@ def test_second_derivatives_go_through_chunks(batch: Any) -> None:
     for chunked, whole in zip(*products, strict=True):
         torch.testing.assert_close(chunked, whole)
         assert whole.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma3"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_mask_that_need_not_be_read_changes_no_bit(kind: str, padded: bool, batch: Any) -> None:
+    """Attention over all tokens and in a window; transformers is left as it was."""
+    lm, asks = build(kind), masking_utils.fast_all
+    if not padded:
+        batch = {name: tensor[:2] for name, tensor in batch.items()}
+    with torch.no_grad():
+        states, told = (
+            forward_answers(lm, {**batch, **known}).states for known in ({}, {"padded": padded})
+        )
+        assert torch.equal(states, told)
+        wrong = forward_answers(lm, {**batch, "padded": not padded}).states
+    assert masking_utils.fast_all is asks
+    assert padded or torch.allclose(states, wrong)
 
 
 def test_places_are_all_that_is_projected(batch: Any) -> None:

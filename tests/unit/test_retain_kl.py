@@ -1,4 +1,4 @@
-"""The retain term ``kl``, and UNDIAL, over answers, rows and padded batches, beside the reference code's."""
+"""The retain term ``kl``, and UNDIAL, over answers and padded batches, beside the reference code's."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def streams(pair: tuple[Any, Any], rows: list[dict[str, list[int]]], objective: 
 
     asked = [lm]
 
-    def run(tensors: dict[str, Tensor], **options: Any) -> Predictions:
-        return forward_answers(asked[-1], tensors, **options)
+    def run(tensors: dict[str, Tensor]) -> Predictions:
+        return forward_answers(asked[-1], tensors)
 
     @contextmanager
     def at_theta0() -> Iterator[None]:
@@ -133,21 +133,14 @@ def test_undial_is_the_formula_of_the_reference_code(pair: Any, encoded: Any, av
     assert own(streams(pair, encoded, own))["loss"].item() != pytest.approx(found.item())
 
 
-def test_row_is_that_formula_on_each_row_alone(pair: Any, encoded: Any) -> None:
-    alone = [reference_kl(*pair, inputs_of([row])) for row in encoded]
-    torch.testing.assert_close(term(pair, encoded, "row"), torch.stack(alone))
-
-
 def test_only_batch_depends_on_how_rows_are_cut(pair: Any, encoded: Any) -> None:
-    for positions in ("answer", "row", "batch"):
+    for positions in ("answer", "batch"):
         together = term(pair, encoded, positions)
         apart = torch.cat([term(pair, [row], positions) for row in encoded])
         assert torch.allclose(together, apart, rtol=1e-4) is (positions != "batch")
-    answer, row = (term(pair, encoded, positions) for positions in ("answer", "row"))
-    assert not torch.allclose(answer, row, rtol=0.02)
 
 
 def test_another_name_is_refused() -> None:
-    message = r"objective\.retain\.positions: must be answer, row or batch, got 'all'"
+    message = r"objective\.retain\.positions: must be answer or batch, got 'all'"
     with pytest.raises(WagleError, match=message):
         KL(positions="all")

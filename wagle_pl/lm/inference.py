@@ -8,8 +8,8 @@ is the same as with a single chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Optional, Union
@@ -55,10 +55,10 @@ class Predictions:
 
     def at(self, places: Tensor) -> Predictions:
         """The predictions at some of the N places, by index."""
-        found = replace(self, states=self.states.index_select(0, places))
+        part = replace(self, states=self.states.index_select(0, places))
         if self._logits is not None:
-            found._logits = self._logits.index_select(0, places)
-        return found
+            part._logits = self._logits.index_select(0, places)
+        return part
 
     def within(self, context: Callable[[], AbstractContextManager[Any]]) -> Predictions:
         """The same, with a head that must run in a context."""
@@ -171,26 +171,39 @@ def answer_places(labels: Tensor) -> Tensor:
 
 
 def forward_answers(
-    model: PreTrainedModel, batch: Mapping[str, Tensor], whole: bool = False, apart: bool = True
+    model: PreTrainedModel, batch: Mapping[str, Any], apart: bool = True
 ) -> Predictions:
     """Run a model and return its predictions of the labelled tokens.
 
     Args:
-        batch: ``input_ids``, ``attention_mask`` and ``labels``, each (B, T); if known, their
-            :func:`answer_places` as ``places`` (finding them here waits for a GPU); and, to run
-            without padding, the output of :func:`pack`.
-        whole: predict at all (B · T,) places instead.
-        apart: see :func:`~wagle_pl.lm.inference.predict`.
+        batch: ``input_ids``, ``attention_mask`` and ``labels``, each (B, T). If known, to spare a
+            GPU from waiting: ``places``, of the predictions, by default the :func:`answer_places`;
+            and ``padded``, whether a row has padding. To run without padding, the output of
+            :func:`pack`.
+        apart: see :func:`predict`.
     """
-    places = batch.get("places")
-    if "packed_ids" in batch and not whole:
+    if "packed_ids" in batch:
         return predict(model, batch["packed_places"], apart, **_packed_inputs(model, batch))[1]
-    if whole:
-        places = torch.arange(batch["labels"].numel(), device=batch["labels"].device)
-    elif places is None:
-        places = answer_places(batch["labels"])
+    places = batch["places"] if "places" in batch else answer_places(batch["labels"])
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    return predict(model, places, apart, **inputs, use_cache=False)[1]
+    with _padding_known(batch.get("padded")):
+        return predict(model, places, apart, **inputs, use_cache=False)[1]
+
+
+@contextmanager
+def _padding_known(padded: Optional[bool]) -> Iterator[None]:
+    """Spare transformers the question whether its mask is all ones, for which a GPU would wait."""
+    from transformers import masking_utils
+
+    asks = getattr(masking_utils, "fast_all", None)  # private, and only since version 5
+    if padded is None or asks is None:
+        yield
+        return
+    masking_utils.fast_all = lambda _: not padded
+    try:
+        yield
+    finally:
+        masking_utils.fast_all = asks
 
 
 def pack(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

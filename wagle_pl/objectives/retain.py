@@ -59,23 +59,20 @@ class NONE(RetainTerm):
 class KL(RetainTerm):
     """(1/|P|) Σ_{t∈P} KL(π₀(·|s_≤t) ‖ π(·|s_≤t)), at positions P of a row s of tokens.
 
-    TOFU (arXiv 2401.06121) and OpenUnlearning (arXiv 2506.12618) give no formula beyond that; their
-    code averages over every position of the padded batch, which is ``batch`` here. (TOFU's code
-    pads to a fixed length, that of OpenUnlearning and this package to the longest row.)
-
     Args:
-        positions: ``answer``: P are the positions that predict an answer token. ``row``: all tokens
-            of the row, including the prompt, which gives the reference code's value for a row
-            without padding. ``batch``: padding as well, exactly as in the reference code; the value
-            depends on how a batch is split.
+        positions: ``answer``: P are the positions that predict an answer token. ``batch``: every
+            position of the padded batch, as in the code of TOFU (arXiv 2401.06121) and of
+            OpenUnlearning (arXiv 2506.12618); the value depends on how a batch is split. (TOFU's
+            code pads to a fixed length, that of OpenUnlearning and this package to the longest
+            row.)
     """
 
     logits_at_theta0 = True
 
-    positions: Literal["answer", "row", "batch"] = "answer"
+    positions: Literal["answer", "batch"] = "answer"
 
     def __post_init__(self) -> None:
-        check_choice(self.positions, ("answer", "row", "batch"), "objective.retain.positions")
+        check_choice(self.positions, ("answer", "batch"), "objective.retain.positions")
 
     @property
     def all_positions(self) -> bool:
@@ -89,15 +86,12 @@ class KL(RetainTerm):
         answers = at["retain"]
         if self.positions == "answer":
             return kl_from_theta0(answers)
-        counted = answers.attention.bool()
-        if self.positions == "batch":
-            counted = torch.ones_like(counted)
         values = in_chunks(
             lambda now, then: divergence(then.log_softmax(-1), now.log_softmax(-1)),
-            answers.everywhere,
-            answers.theta0.everywhere,
-        ).view(counted.shape)
-        return values.masked_fill(~counted, 0.0).sum(-1) / counted.sum(-1)
+            answers.predicted,
+            answers.theta0.predicted,
+        )
+        return values.view(answers.labels.shape).mean(-1)
 
 
 @dataclass

@@ -55,7 +55,9 @@ class Answers:
     tokens of the whole batch, row after row.
     """
 
-    predicted: Predictions  # at the N positions that predict an answer token
+    #: At the N positions that predict an answer token; for streams in the objective's
+    #: ``whole_streams`` at all (B · T,), and then what is by answer token is not available.
+    predicted: Predictions
     labels: Tensor  # (B, T), -100 where nothing is predicted
     places: Tensor  # (N,) positions of these predictions in the flattened (B, T)
     #: (B,) summed log-probability at θ₀; only for streams in the objective's ``references``.
@@ -67,10 +69,6 @@ class Answers:
     run_theta0: Optional[Callable[[], Answers]] = None
     #: Stored predictions at θ₀, used instead of :attr:`theta0`, see :meth:`beside_theta0`.
     top_k: Optional[TopK] = None
-    #: Predictions at all (B · T,) positions, and (B, T) attention mask, 0 at padding; only for the
-    #: objective's ``whole_streams``.
-    everywhere: Optional[Predictions] = None
-    attention: Optional[Tensor] = None
 
     @cached_property
     def token_logprobs(self) -> Tensor:
@@ -162,9 +160,8 @@ class Streams(Mapping[str, Answers]):
 
     #: Stream -> tensors, as the data module makes them.
     batch: Mapping[str, Mapping[str, Tensor]]
-    #: Tensors of one stream -> predictions at their ``places``, those of the answers; with the
-    #: keyword ``whole``, at all positions.
-    run: Callable[..., Predictions]
+    #: Tensors of one stream -> predictions at their ``places``.
+    run: Callable[[Mapping[str, Any]], Predictions]
     #: Stream -> (rows of the set,) summed log-probabilities at θ₀.
     references: Mapping[str, Tensor]
     #: The model that ``run`` runs; needed for ``layers`` and by objectives that read weights.
@@ -186,20 +183,18 @@ class Streams(Mapping[str, Answers]):
         if stream in self._answers:
             return self._answers[stream]
         tensors = dict(self.batch[stream])
-        if "places" not in tensors:
-            tensors["places"] = answer_places(tensors["labels"])
-        options = {"whole": True} if stream in self.whole else {}
+        labels = tensors["labels"]
+        if stream in self.whole:
+            tensors["places"] = torch.arange(labels.numel(), device=labels.device)
+            tensors.pop("packed_ids", None)
+        elif "places" not in tensors:
+            tensors["places"] = answer_places(labels)
         run, lm, layers = self.run, self.lm, self.layers  # a cycle with self would keep the graph
 
         def ask(context: Callable[[], AbstractContextManager[Any]]) -> Answers:
             with context(), capture(lm, layers) as hidden:
-                found = run(tensors, **options).within(context)
-            places = tensors["places"]
-            answers = Answers(found, tensors["labels"], places, hidden=hidden)
-            if options:
-                answers.predicted, answers.everywhere = found.at(places), found
-                answers.attention = tensors.get("attention_mask")
-            return answers
+                predicted = run(tensors).within(context)
+            return Answers(predicted, labels, tensors["places"], hidden=hidden)
 
         answers = self._answers[stream] = ask(nullcontext)
         answers.rows = tensors.get("row")

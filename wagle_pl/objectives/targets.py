@@ -77,12 +77,12 @@ class UNDIAL(Objective):
         answers = at["forget"]
         if self.by_token:
             return answers.mean_tokens(answers.beside_theta0(distance))
-        now, following = answers.everywhere, answers.labels.roll(-1, -1)
+        following = answers.labels.roll(-1, -1)
         values = in_chunks(
             lambda now, then, label: distance(then, now.log_softmax(-1), label),
-            now,
-            answers.theta0.everywhere,
-            following.flatten() % now.vocabulary,
+            answers.predicted,
+            answers.theta0.predicted,
+            following.flatten() % answers.predicted.vocabulary,
         )
         return values.view(following.shape)[:, :-1].mean(-1)
 

@@ -299,13 +299,14 @@ class FinetuneModule(LanguageModule):
         self._step_start = resume.StepStart(self.current_epoch, batch_idx, self.global_step, random)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Note where answers are while a training batch is on the host, since its device would have
-        to wait; and pack rows."""
+        """Note where answers and padding are while a training batch is on the host, since its device
+        would have to wait; and pack rows."""
         if not self.trainer.training or not isinstance(batch, Mapping):
             return batch
         streams = {}
         for stream, tensors in batch.items():
-            noted = {**tensors, "places": answer_places(tensors["labels"])}
+            padded = not tensors["attention_mask"].all()
+            noted = {**tensors, "places": answer_places(tensors["labels"]), "padded": padded}
             streams[stream] = {**noted, **(pack(noted) if self.packing else {})}
         return streams
 
@@ -334,9 +335,9 @@ class FinetuneModule(LanguageModule):
         (stream,) = self.streams
         return {"loss": at.mean(stream, at[stream].nll)}
 
-    def run_lm(self, tensors: Mapping[str, Tensor], whole: bool = False) -> Predictions:
-        """Predictions of one stream's answers, or at all places."""
-        return forward_answers(self.lm, tensors, whole=whole)
+    def run_lm(self, tensors: Mapping[str, Any]) -> Predictions:
+        """Predictions at the ``places`` of one stream's tensors, see :func:`forward_answers`."""
+        return forward_answers(self.lm, tensors)
 
     @property
     def _scaler(self) -> Optional[Any]:
