@@ -223,10 +223,10 @@ def test_ranks_of_a_cpu_are_a_layer_over_zero():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["wmdp/unlearn"], "run.name has no value; add e.g. --config model/"),
+        (["wmdp/unlearn"], "run.name has no value; add a --config of a model (model/"),
         (
             ["wmdp/unlearn", "model/zephyr-7b-beta"],
-            "run.method has no value; add e.g. --config method/",
+            "has no value; add a --config of a model (model/zephyr-7b-beta) or of a method (method/",
         ),
         (["wmdp/unlern"], "config file wmdp/unlern does not exist; did you mean wmdp/unlearn?"),
     ],

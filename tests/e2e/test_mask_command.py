@@ -200,10 +200,7 @@ def test_select(mask: Any) -> None:
 def test_a_bare_flag_leaves_the_next_argument_alone(mask: Any) -> None:
     plain, listed = mask("info a"), mask("info a --tensors")
     assert "tensor" in listed.replace(plain.strip(), "") and len(listed) > len(plain)
-    for flag in ("--tensors", "--tensors true", "--tensors=true"):
-        assert mask(f"info {flag} a") == listed
-    for flag in ("--tensors False", "--tensors=false"):
-        assert mask(f"info {flag} a") == plain
+    assert mask("info --tensors a") == listed and mask("info --no_tensors a") == plain
     before = Path("b.safetensors").read_bytes()
     mask("invert --overwrite a -o b")
     assert Path("b.safetensors").read_bytes() != before

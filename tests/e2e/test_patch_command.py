@@ -43,7 +43,7 @@ def test_patch_commands_and_records(
         cli.main(["patch", *args])
 
     patch("make", tiny_model, "unlearned", "-o", "forget.patch")
-    patch("info", "forget.patch", "--tensors", "true")
+    patch("info", "forget.patch", "--tensors")
     assert "model.embed_tokens.weight" in capsys.readouterr().out
     patch("apply", tiny_model, "forget.patch", "-o", "applied")
     ours, theirs = (models.load_model(name).state_dict() for name in ("applied", "unlearned"))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ActionYesNo, ArgumentParser
 
 from wagle_pl.cli.messages import fail
 from wagle_pl.core.errors import WagleError
@@ -30,8 +30,7 @@ _PLACES = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # installed; in a
 HOME = next((place for place in _PLACES if place.is_dir()), _PLACES[0])
 
 _PLACEHOLDER = re.compile(r"\$\{run\.(\w+)\}")
-#: Name -> a configuration that gives it.
-_LAYERS = {"method": "method/npo", "name": "model/zephyr-7b-beta", "source": "model/zephyr-7b-beta"}
+_NO_VALUE = object()
 
 
 class OneLineErrors(ArgumentParser):
@@ -73,31 +72,11 @@ class CommandParser(OneLineErrors):
         elif args in (("files",), ("runs",)):
             kwargs = {"type": str, "nargs": "+", "help": kwargs.get("help")}
         elif kwargs.get("type") is bool:
-            kwargs |= {"nargs": "?", "const": True}
-            # jsonargparse's groups come here too
-            self._flags = {*getattr(self, "_flags", ()), *args}
+            kwargs = {key: kwargs[key] for key in kwargs if key != "type"} | {"action": ActionYesNo}
         return super().add_argument(*args, **kwargs)
-
-    def parse_args(self, args: Optional[Sequence[str]] = None, *more: Any, **kwargs: Any) -> Any:
-        """Parse; what follows a bare flag is its value only if it is true or false."""
-        args = None if args is None else with_values(args, getattr(self, "_flags", ()))
-        return super().parse_args(args, *more, **kwargs)
 
 
 # -- options in any order ----------------------------------------------------------------------
-
-
-def with_values(args: Sequence[str], flags: Collection[str]) -> list[str]:
-    """Arguments with ``--flag=true`` for each ``--flag`` without a value.
-
-    >>> with_values(["--overwrite", "runs", "--overwrite", "false"], {"--overwrite"})
-    ['--overwrite=true', 'runs', '--overwrite', 'false']
-    """
-    following = [*(argument.lower() for argument in args[1:]), ""]
-    return [
-        f"{argument}=true" if argument in flags and after not in ("true", "false") else argument
-        for argument, after in zip(args, following, strict=False)
-    ]
 
 
 #: Options that may be written without ``model.`` -> their value if none is given.
@@ -111,16 +90,15 @@ def expand_short(args: Sequence[str]) -> list[str]:
     ['test', '--config', 'x.yaml', '--model.robustness', 'all']
     """
     rest: list[str] = []
-    short: dict[str, list[str]] = {}
+    short: list[str] = []
     for option in _with_their_values(args):
         name, equals, value = option[0].partition("=")
-        if name not in SHORT:
+        if name in SHORT:
+            values = [value] if equals else option[1:]
+            short += [name.replace("--", "--model."), *(values or SHORT[name])]
+        else:
             rest += option
-            continue
-        values = [value] if equals else option[1:2]
-        short[name] = [name.replace("--", "--model."), *(values or SHORT[name])]
-        rest += option[1:] if equals else option[2:]
-    return [*rest, *(part for option in short.values() for part in option)]
+    return [*rest, *short]
 
 
 def classes_first(args: Sequence[str], classes: Collection[str]) -> list[str]:
@@ -173,6 +151,7 @@ def expand(args: Sequence[str]) -> list[str]:
     ``run.method``, else ``default`` is taken.
     """
     parts: list[Any] = []  # arguments, and the contents of configurations
+    names: dict[str, Any] = {}
     given: dict[str, Any] = {}
     read: set[Path] = set()
     pending = iter(args)
@@ -186,13 +165,11 @@ def expand(args: Sequence[str]) -> list[str]:
         if option.startswith("--run."):
             given[option.removeprefix("--run.")] = parse_yaml(value, option)
             continue
-        *bases, (path, content) = _layered(find(value))
-        parts += [base for path, base in bases if path not in read]
-        parts.append(content)  # a file named by --config is read here, even if it was before
-        read |= {path, *(path for path, _ in bases)}
-    names: dict[str, Any] = {}
-    for part in parts:
-        names |= (part.pop("run", None) or {}) if isinstance(part, dict) else {}
+        *bases, named = _layered(find(value))  # the named file is read again if it was a base
+        for path, content in [*(base for base in bases if base[0] not in read), named]:
+            names |= content.pop("run", None) or {}
+            parts.append(content)
+            read.add(path)
     names |= given
     expanded: list[str] = []
     for part in parts:
@@ -263,20 +240,12 @@ def _filled(value: Any, names: Mapping[str, Any]) -> Any:
 
 
 def _named(name: str, names: Mapping[str, Any]) -> Any:
-    if name not in names:
-        layer = _LAYERS.get(name)
-        add = f"add e.g. --config {layer}, or " if layer else ""
-        raise WagleError(f"run.{name} has no value", hint=f"{add}give --run.{name}")
-    value = names[name]
+    value = names.get(name, _NO_VALUE)
     if isinstance(value, dict):
-        for key in (names.get("name"), names.get("method"), "default"):
-            if key in value:
-                value = value[key]
-                break
-        else:
-            raise WagleError(
-                f"run.{name} has no value for the method {_named('method', names)}",
-                hint=f"it has values for {', '.join(map(str, value))}",
-            )
+        keys = (names.get("name"), names.get("method"), "default")
+        value = next((value[key] for key in keys if key in value), _NO_VALUE)
+    if value is _NO_VALUE:
+        layers = "--config of a model (model/zephyr-7b-beta) or of a method (method/npo)"
+        raise WagleError(f"run.{name} has no value", hint=f"add a {layers}, or --run.{name}")
     others = {key: entry for key, entry in names.items() if key != name}  # never by itself
     return _filled(value, others)
