@@ -97,11 +97,29 @@ def test_a_model_a_mask_and_rows_may_be_objects(
         (lambda: forget("m", FORGET, RETAIN, max_steps=0), "max_steps: must be an integer from 1"),
         (lambda: forget("m", FORGET, promt_format=""), "did you mean prompt_format"),
         (lambda: forget("m", FORGET, objective="npoo"), "objective: unknown name"),
+        (
+            torch.inference_mode()(lambda: forget("m", FORGET)),
+            "call it outside torch.inference_mode",
+        ),
+        (
+            lambda: forget("m", {"Question": "a", "Answer": "b"}),
+            r"has columns \['Answer', 'Question'",
+        ),
     ],
 )
 def test_a_wrong_type_is_one_line_that_names_the_argument(make: Any, said: str) -> None:
     with pytest.raises(WagleError, match=said):
         make()
+
+
+def test_white_space_around_questions_and_answers_is_left_out() -> None:
+    rows = [
+        {"question": " Who? ", "answer": "Ada \n", "context": " c"},
+        {"prompt": " a", "response": " b"},
+    ]
+    stripped = {"question": "Who?", "answer": "Ada", "context": " c"}
+    assert rows_of(rows, "forget").rows == [stripped, rows[1]]
+    assert rows_of(rows[0], "forget").rows == [stripped]
 
 
 def test_forget_gives_the_same_for_a_name_and_for_a_model(

@@ -65,6 +65,11 @@ def test_line_separators_inside_strings_do_not_end_a_row(tmp_path):
         ("a.jsonl", '{"text": "café"}\n', r"a\.jsonl is not UTF-8 text \(it has the byte 0xe9\)"),
         ("a.csv", "question,answer\ncafé?,x\n", r"a\.csv cannot be read: .*invalid UTF8"),
         ("a.csv", "note,text\ncafé,x\n", r"a\.csv is not UTF-8 text \(column 'note'\)"),
+        (
+            "a.csv",
+            "question;answer\na?;b\n",
+            r"a\.csv separates columns by ';': save it with commas",
+        ),
         ("a.csv", 'question,answer\n"a,b\n', r"a\.csv (cannot be read|has no rows)"),
         ("a.json.gz", "no archive", r"a\.json\.gz cannot be read: Not a gzipped file"),
         (
@@ -135,7 +140,8 @@ def said(content, role="user"):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "a"}, r"there are columns \['question'\]; a row needs those of one of"),
+        ({"question": "a"}, r"has columns \['question'\]; a row needs those of one of"),
+        ({"Question": "a", "Answer": "b"}, ".*; names are in lower case"),
         ({"question": "a", "answer": "  "}, "'answer' is empty"),
         ({"prompt": " "}, "'prompt' is empty"),
         ({"question": "a", "answer": None}, "'answer' is null: give a value, or leave the row out"),
@@ -213,8 +219,12 @@ def test_explicit_formats(tokenizer):
     assert text == "### Question: Is {answer} a field?\n### Answer: No.<|end|>"
     assert answer == "### Answer: No.<|end|>"
     assert tokenizer.decode(template.encode_prompt(row)).endswith("\n### Answer:")
-    with pytest.raises(WagleError, match=r"prompt_format: must contain \{question\}, got 'Q'"):
+    with pytest.raises(
+        WagleError, match=r"prompt_format: must be a text that contains \{question\}, got 'Q'"
+    ):
         Template(tokenizer, "Q")
+    with pytest.raises(WagleError, match="prompt_format: must be a text"):
+        Template(tokenizer, 5)
 
 
 def test_a_chat_template_that_refuses_names_the_row(tokenizer, tmp_path):

@@ -73,7 +73,9 @@ def forget(
     trained with the objective until the forget rows are no more probable than rows of the same form
     that the model has never seen (other names, other numbers), in the rows' words and in others.
     The verdict applies the same bound, see :mod:`wagle_pl.api.verdict`. If the model does not know
-    the rows, it is not trained.
+    the rows, it is not trained. The verdict is about what was asked: a fact may still be told in
+    answer to a question of another form, such as a statement to complete or a yes-or-no question,
+    if no row has that form.
 
     A loaded model is changed in place. If the call fails or is interrupted, its weights are again
     what they were; in every case its flags, dtypes, devices and the random state are.
@@ -116,7 +118,7 @@ def forget(
         if source is not None:
             rows[name] = rows_of(source, name)
     for name, (content, _) in rows.items():
-        parse_rows(({"answer": "?", **row} for row in content), name)
+        parse_rows(({"answer": "?", **r} if set(r) == {"question"} else r for r in content), name)
     settings = _Settings(
         density,
         None if objective is None else resolve(Objective, objective, "objective"),
@@ -395,6 +397,8 @@ def _check_arguments(
             "model: must be a name, a folder or a loaded Hugging Face model, got "
             f"{type(model).__name__}"
         )
+    if torch.is_inference_mode_enabled():
+        raise WagleError("forget: needs gradients; call it outside torch.inference_mode()")
     numbers = {"density": density, "lr": lr}
     for name, value in numbers.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):

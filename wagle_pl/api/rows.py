@@ -53,9 +53,9 @@ def rows_of(source: Rows, name: str) -> GivenRows:
                 f"{name}: {path[:60]!r} is not a file; to give one row as text, put it in a list: "
                 f"{name}=[...]"
             )
-        return GivenRows(load_rows(path), path)
+        return GivenRows([_row(row, name, 0) for row in load_rows(path)], path)
     if isinstance(source, Mapping):
-        return GivenRows([dict(source)], "1 row given")
+        return GivenRows([_row(source, name, 1)], "1 row given")
     if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a data frame
         source = source.to_dict("records")
     if isinstance(source, (bytes, type)) or not isinstance(source, Iterable):
@@ -77,7 +77,12 @@ def rows_of(source: Rows, name: str) -> GivenRows:
 
 def _row(item: Union[str, Row], name: str, number: int) -> Row:
     if isinstance(item, Mapping):
-        return dict(item)
+        return {
+            column: value.strip()
+            if column in ("question", "answer") and isinstance(value, str)
+            else value
+            for column, value in item.items()
+        }
     if not isinstance(item, str):
         raise WagleError(
             f"{name}: row {number} must be a question or a dict with columns, got "

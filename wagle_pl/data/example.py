@@ -90,7 +90,9 @@ class Example:
                 verb = "are" if " and " in nulls else "is"
                 raise WagleError(f"{nulls} {verb} null: give a value, or leave the row out")
         kinds = ", ".join("+".join(columns) for columns in KINDS)
-        raise WagleError(f"there are columns {sorted(row)}; a row needs those of one of: {kinds}")
+        lower = {str(column).strip().lower() for column in row}
+        hint = "; names are in lower case" if any(lower >= set(kind) for kind in KINDS) else ""
+        raise WagleError(f"has columns {sorted(row)}; a row needs those of one of: {kinds}{hint}")
 
     @property
     def key(self) -> str:

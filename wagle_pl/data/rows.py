@@ -116,6 +116,11 @@ def _read_csv(path: Path) -> list[Row]:
     import pyarrow
     from pyarrow import csv
 
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        header = file.readline()
+    for separator in (";", "\t"):
+        if separator in header and "," not in header:
+            raise WagleError(f"{path} separates columns by {separator!r}: save it with commas")
     # one block, so that a column's type fits all its cells; a cell may be as long as a book
     size = min(max(path.stat().st_size + 1, 1 << 20), (1 << 31) - 1)
     table = csv.read_csv(

@@ -78,9 +78,10 @@ class Template:
                     "it out (null), or write it into prompt_format"
                 )
         for option, field in (("prompt_format", "{question}"), ("answer_format", "{answer}")):
-            if field not in getattr(self, option):
+            value = getattr(self, option)
+            if not isinstance(value, str) or field not in value:
                 raise WagleError(
-                    f"must contain {field}, got {getattr(self, option)!r}", option=option
+                    f"must be a text that contains {field}, got {value!r}", option=option
                 )
         if tokenizer.eos_token_id is None:
             log.warning(
