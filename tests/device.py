@@ -39,6 +39,8 @@ WAITING = {
     "aten::unique_consecutive",
     "aten::_unique2",
 }
+#: Operations that reserve memory, and launch nothing.
+ALLOCATING = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty")}
 COPIES = {"aten::copy_", "aten::_copy_from", "aten::_to_copy"}
 HERE = Path(__file__)
 
@@ -137,7 +139,7 @@ def run(operation: Any, args: Any, kwargs: Any) -> Any:
     copies_back = _count_copy(name, args, target, kwargs)
     if ours and name in WAITING:
         COUNTS.wait(name)
-    elif not _is_view(operation) and not name.startswith("aten::empty"):
+    elif not _is_view(operation) and name not in ALLOCATING:
         COUNTS.launches[name] += 1
     out = operation(*tree_map(_raw, args), **tree_map(_raw, kwargs))
     if copies_back or not (ours or _is_ours(target)):
@@ -221,6 +223,16 @@ class _MadeGenerator(torch.Generator):
         return _Generator("cpu" if _is_ours(device) else device)
 
 
+class _Event:
+    """An event of the device, which has no queue: whatever comes before it is done."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def record(self, *_: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
 class CountingAccelerator(Accelerator):
     """The counting device as a Trainer's accelerator."""
 
@@ -255,7 +267,11 @@ class CountingAccelerator(Accelerator):
 @contextmanager
 def counting() -> Iterator[Counts]:
     """The device's counts, from 0; only within may its tensors be made."""
-    with patch("torch.tensor", _make_tensor), patch("torch.Generator", _MadeGenerator):
+    with (
+        patch("torch.tensor", _make_tensor),
+        patch("torch.Generator", _MadeGenerator),
+        patch("torch.Event", _Event),
+    ):
         COUNTS.reset()
         yield COUNTS
 

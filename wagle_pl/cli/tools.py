@@ -81,7 +81,7 @@ def export(
     mask: Optional[str] = None,
     overwrite: bool = False,
 ) -> None:
-    """Turn a checkpoint into a model folder in Hugging Face format, on one CPU, tensor by tensor.
+    """Turn a checkpoint into a model folder in Hugging Face format, on one CPU.
 
     Args:
         checkpoint: file or folder that a run wrote, with any strategy and any number of devices;

@@ -67,31 +67,29 @@ class Originals:
         self,
         weight: str,
         values: Tensor,
-        loaded_as: Optional[torch.dtype] = None,
         start: Optional[int] = None,
     ) -> Tensor:
         """A weight's values as they are to be stored.
 
         Args:
             values: of any floating-point dtype; others are returned as they are.
-            loaded_as: dtype that the stored values were loaded in; that of ``values`` when None.
             start: for (n,) consecutive values, the index of the first in the flattened tensor.
 
         Returns:
             Values in the dtype they were stored in; the stored value itself wherever loading it
             gives the one in ``values``.
         """
-        stored_as, loaded_as = self.dtype(weight), loaded_as or values.dtype
+        stored_as = self.dtype(weight)
         if stored_as is None or not values.is_floating_point():
             return values
-        exact = torch.promote_types(loaded_as, stored_as) == loaded_as  # loading rounded nothing
+        exact = torch.promote_types(values.dtype, stored_as) == values.dtype  # no rounding
         stored = None if exact else self.read(weight)
         if stored is not None and start is not None:
             stored = stored.reshape(-1)[start : start + len(values)]
         if stored is None or stored.shape != values.shape:
             return values.to(stored_as)
         stored = stored.to(values.device)
-        same = values == stored.to(loaded_as).to(values.dtype)
+        same = values == stored.to(values.dtype)
         return torch.where(same, stored, values.to(stored_as))
 
     def read(self, weight: str) -> Optional[Tensor]:
@@ -228,7 +226,6 @@ def save_weights(
     card: str,
     record: dict[str, Any],
     originals: Optional[Originals] = None,
-    loaded_as: Optional[torch.dtype] = None,
 ) -> Path:
     """Write a model folder from weights that are read one at a time, in files of 5 GB at most.
 
@@ -250,7 +247,7 @@ def save_weights(
     def share(name: str) -> tuple[str, int, Tensor]:
         start, values = share_of(weights[name].read())
         if originals is not None:
-            values = originals.restore(name, values, loaded_as, start)
+            values = originals.restore(name, values, start)
         return name, start, values
 
     def begin() -> None:

@@ -386,7 +386,8 @@ class References:
                     "data, another model or precision: resume with what the run began with"
                 )
         tensors_of = {name: stored["tensors"] for name, stored in self._stored.items()}
-        self.sums = {stream: tensors_of[f"{stream} sum"]["logprobs"] for stream in sums}
+        sums_of = {stream: tensors_of[f"{stream} sum"]["logprobs"] for stream in sums}
+        self.sums = {stream: known.to(module.device) for stream, known in sums_of.items()}
         self.top_k = {stream: TopK(**tensors_of[f"{stream} top {k}"]) for stream in top_k}
 
     def state_dict(self) -> dict[str, dict[str, Any]]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Optional
 
 import torch
 from torch import Tensor
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import Diverged, WagleError
+from wagle_pl.core.late import HostCopy
 from wagle_pl.core.weights import chunks_of, digest, share_of
 from wagle_pl.masks import WeightMask
 from wagle_pl.strategies import is_zero
@@ -70,7 +72,7 @@ class StepLosses(NamedTuple):
 
     index: int
     rows: dict[str, Tensor]
-    losses: dict[str, Tensor]
+    losses: Mapping[str, Any]  # tensors; numbers, once they have been read
 
 
 class FiniteSteps:
@@ -82,6 +84,8 @@ class FiniteSteps:
 
     def __init__(self) -> None:
         self._read: Optional[Callable[[], None]] = None
+        #: The losses of the last micro-batch that has been read.
+        self.losses: dict[str, float] = {}
 
     def check(
         self, batches: Sequence[StepLosses], gradients: Mapping[str, Tensor], step: int
@@ -94,24 +98,29 @@ class FiniteSteps:
             Diverged: on all ranks, naming the rows, or a parameter.
         """
         self.settle()
-        numbers = [batch.losses["loss"].float().view(1) for batch in batches]
-        numbers += [_largest(gradients.values())] if gradients else []
-        here = torch.cat(numbers or [torch.zeros(1)])
-        failed = distributed.all_reduce_sum((~here.isfinite().all()).float())
-        answer = torch.cat([failed.view(1), here])
-        on_gpu = answer.device.type == "cuda"
-        answer = answer.to("cpu", non_blocking=on_gpu)
-        copied = torch.cuda.current_stream().record_event() if on_gpu else None
-        names = list(gradients)  # only names: the next step reuses the memory
+        largest = _largest(gradients.values()) if gradients else None
+        checked = [batch.losses["loss"].float().view(1) for batch in batches]
+        checked += [] if largest is None else [largest]
+        finite = torch.cat(checked).isfinite().all()
+        failed = distributed.all_reduce_sum((~finite).float()).view(1)
+        losses = [loss for batch in batches for loss in batch.losses.values()]
+        losses = [loss.float().view(1).to(failed.device) for loss in losses]
+        copy, names = HostCopy(torch.cat([failed, *losses])), list(gradients)
 
         def read() -> None:
-            if copied is not None:
-                copied.synchronize()
-            if answer[0]:
-                _refuse_step(batches, zip(names, answer[len(batches) + 1 :], strict=True), step)
+            failed, *values = copy.read().tolist()
+            known = iter(values)
+            read_batches = [
+                batch._replace(losses={name: next(known) for name in batch.losses})
+                for batch in batches
+            ]
+            self.losses = read_batches[-1].losses if read_batches else {}
+            if failed:
+                numbers = [] if largest is None else largest.tolist()
+                _refuse_step(read_batches, dict(zip(names, numbers, strict=True)), step)
 
         self._read = read
-        if self.waits(here.device):
+        if self.waits(finite.device):
             self.settle()
 
     @staticmethod
@@ -127,36 +136,44 @@ class FiniteSteps:
 
 
 def _refuse_step(
-    batches: Iterable[StepLosses], largest: Iterable[tuple[str, Tensor]], step: int
+    batches: Iterable[StepLosses], largest: Mapping[str, float], step: int
 ) -> NoReturn:
     """Say which loss, or the largest entry of which gradient, is not finite. Collective."""
-    found = []
+    reasons = []
     for index, rows, losses in batches:
-        if not losses["loss"].isfinite():
+        if not math.isfinite(losses["loss"]):
             rows = {stream: row.tolist() for stream, row in rows.items()}
-            said = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
-            found.append(f"loss is not finite at step {step} (batch {index}, rows {rows}): {said}")
-    if not found and (names := [name for name, value in largest if not value.isfinite()]):
-        found.append(f"the gradient of {names[0]} is not finite at step {step}, though the loss is")
+            values = ", ".join(f"{name} {value:g}" for name, value in losses.items())
+            reasons.append(
+                f"loss is not finite at step {step} (batch {index}, rows {rows}): {values}"
+            )
+    if not reasons:
+        reasons = [
+            f"the gradient of {name} is not finite at step {step}, though the loss is"
+            for name, value in largest.items()
+            if not math.isfinite(value)
+        ]
     advice = "lower the learning rate. Checkpoints written so far are kept"
-    raise Diverged(f"{distributed.all_gather(found)[0]}; {advice}")
+    raise Diverged(f"{distributed.all_gather(reasons)[0]}; {advice}")
 
 
 def check_weights(weights: Mapping[str, Tensor], step: int) -> None:
     """Refuse to write weights that are not finite; each rank checks those it holds. Collective."""
-    finite = _largest(weight.detach() for weight in weights.values()).isfinite()
-    found = [name for name, good in zip(weights, finite.tolist(), strict=True) if not good]
-    if found := distributed.all_gather(found):
+    finite = _largest(weight.detach() for weight in weights.values()).isfinite().tolist()
+    broken = [name for name, good in zip(weights, finite, strict=True) if not good]
+    if broken := distributed.all_gather(broken):
         raise WagleError(
-            f"weights of {found[0]} are not finite at step {step}: they are not written. Resume "
+            f"weights of {broken[0]} are not finite at step {step}: they are not written. Resume "
             "from an earlier checkpoint with a lower learning rate"
         )
 
 
 def _largest(tensors: Iterable[Tensor]) -> Tensor:
     """(n,) largest absolute value of each of n tensors, in fp32; NaN if it has one, 0 if empty."""
-    # much faster than a norm on a CPU, and one kernel per tensor on a GPU
-    ends = [t.aminmax() if t.numel() else (t.new_zeros(()),) * 2 for t in tensors]
+    tensors = [tensor if tensor.numel() else tensor.new_zeros(1) for tensor in tensors]
+    if tensors[0].device.type != "cpu":  # one kernel for all
+        return torch.stack(torch._foreach_norm(tensors, math.inf)).float()
+    ends = [tensor.aminmax() for tensor in tensors]  # on a CPU, much faster than a norm
     low, high = (torch.stack(end).float() for end in zip(*ends, strict=True))
     return torch.maximum(high, -low)
 

@@ -315,7 +315,8 @@ class FinetuneModule(LanguageModule):
         noted = {name: value.detach() for name, value in losses.items()}
         rows = {stream: t["row"] for stream, t in batch.items() if t.get("row") is not None}
         self._step.append(StepLosses(batch_idx, rows, noted))
-        self.log_dict({f"train/{name}": value for name, value in noted.items()}, prog_bar=True)
+        # a value that is logged for the progress bar would make the device wait
+        self.log_dict({f"train/{name}": value for name, value in noted.items()})
         return losses["loss"]
 
     @property
@@ -345,9 +346,14 @@ class FinetuneModule(LanguageModule):
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Stop before a step that is not finite or, on a GPU, before the step after it."""
+        """Stop before a step that is not finite or, on a GPU, before the step after it.
+
+        The progress bar shows the losses that have been read for this check.
+        """
         gradients = {} if self._scaler is not None else dict(self.selected.gradients())
         self._finite.check(list(self._step), gradients, self.global_step)
+        losses = {f"train/{name}": value for name, value in self._finite.losses.items()}
+        self.trainer.progress_bar_metrics.update(losses)
         accumulates = is_zero(self.trainer.strategy)  # DeepSpeed does, and calls this every time
         if accumulates and len(self._step) % self.trainer.accumulate_grad_batches:
             return
