@@ -67,8 +67,9 @@ class _LastStep(L.Callback):
     ) -> None:
         if trainer.global_step == 2:
             module.batch_bytes = 0
-        tensors = [t for of_stream in batch.values() for t in of_stream.values()]
-        module.batch_bytes = getattr(module, "batch_bytes", 0) + sum(t.nbytes for t in tensors)
+        columns = [c for of_stream in batch.values() for c in of_stream.values()]
+        copied = sum(column.nbytes for column in columns if isinstance(column, Tensor))
+        module.batch_bytes = getattr(module, "batch_bytes", 0) + copied
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if trainer.global_step == 2:
