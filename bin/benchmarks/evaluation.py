@@ -74,9 +74,7 @@ class Bench:
         for row in self.rows:
             by_kind: dict[str, list[float]] = {}
             for named in answers(self.template, row, NEEDS):
-                ids, labels = (
-                    torch.tensor([list(v)]) for v in (named.candidate.ids, named.candidate.labels)
-                )
+                ids, labels = (torch.tensor([list(v)]) for v in (named.ids, named.labels))
                 by_kind.setdefault(named.kind, []).append(nll(self.lm, ids, labels))
             own = by_kind["answer"]
             found += [

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from wagle_pl import (
     AttributionModule,
+    EvaluationModule,
     FinetuneModule,
     ForgetRetainDataModule,
     UnlearnModule,
@@ -273,3 +274,44 @@ def test_forget(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     here, there = results
     assert here.outcome == there.outcome and here.steps == there.steps
     assert there.after == pytest.approx(here.after, rel=1e-3)
+
+
+def tested(model: str, on_device: bool, count: int, **options: Any) -> Any:
+    """A module after ``test`` of forget and retain rows in batches of 4, with the device's waits."""
+    other = {"paraphrased_answer": "It is so.", "perturbed_answer": ["In Arad.", "Near the river."]}
+    rows = {name: [row | other for row in bundled(name)[:count]] for name in ("forget", "retain")}
+    lm = load_model(model, torch.float32)
+    where = device.trainer if on_device else trainer
+    with device.counting() as counts:
+        lm = device.on_device(lm) if on_device else lm
+        options = {"suite": "tofu", "max_new_tokens": 5, "overwrite": True, **options}
+        module = EvaluationModule(lm, **options)
+        where().test(module, ForgetRetainDataModule(FORGET, test=rows, test_batch_size=4))
+        module.waits = dict(counts.waits)
+    return module
+
+
+def test_testing(tiny_model: str, tmp_path: Path) -> None:
+    """With generations, likelihoods, gradients and an attack."""
+    options = {"gradient_norm": True, "robustness": ["Quantise", "Relearn"]}
+    here, there = (
+        tested(tiny_model, where, 4, output=str(tmp_path / str(where)), **options)
+        for where in (False, True)
+    )
+    assert "forget/rougeL_recall" in here.metrics and "forget/truth_ratio" in here.metrics
+    assert any(name.startswith("robustness/quantise_4bit/") for name in here.metrics)
+    assert there.metrics == pytest.approx(here.metrics, rel=1e-3, abs=1e-5)
+    assert there.undefined == here.undefined
+
+
+def test_a_test_batch_waits_for_the_host(tiny_model: str, tmp_path: Path) -> None:
+    """Of this package's lines, each waits once a batch, whatever the number of rows and tokens; the others are
+    transformers': its attention mask, and whether all rows of a batch have ended."""
+    lines = ("scoring.py", "observe.py", "inference.py", "measures.py", "evaluation.py")
+    totals = []
+    for batches, count in ((1, 4), (2, 8)):
+        waits = tested(tiny_model, True, count, output=str(tmp_path / str(count))).waits
+        ours = {line: times for line, times in waits.items() if line.startswith(lines)}
+        assert set(ours.values()) == {2 * batches}, waits
+        totals.append(sum(waits.values()))
+    assert totals[1] <= 2 * totals[0]

@@ -31,7 +31,7 @@ def measured(name, rows, **options):
 def test_token_statistics_against_double_precision():
     logits = torch.randn(9, 17, generator=generator) * 4
     targets = torch.randint(0, 17, (9,), generator=generator)
-    found = token_statistics(logits, targets, greedy=True, vocabulary=True)
+    found = token_statistics(logits, targets, vocabulary=True)
     logprobs = logits.double().log_softmax(-1).numpy()
     p = np.exp(logprobs)
     mean = (p * logprobs).sum(-1)
@@ -42,7 +42,7 @@ def test_token_statistics_against_double_precision():
     np.testing.assert_allclose(found.std, std, atol=1e-4)
     certain = torch.full((1, 17), -100.0)
     certain[0, 3] = 100
-    least = token_statistics(certain, torch.tensor([3]), True, True).std.item()
+    least = token_statistics(certain, torch.tensor([3]), True).std.item()
     assert least == pytest.approx(1e-3)
 
 

@@ -54,14 +54,15 @@ def random_candidates(count):
             answer = (phrase if k else []) + random_ids(k + 1).tolist()
             whole = number % 3 == 2 and k == 0
             labels = prompt + answer if whole else [-100] * len(prompt) + answer
-            found.append(Candidate(prompt + answer, labels, greedy=True, vocabulary=True))
+            found.append(Candidate(prompt + answer, labels))
     return found
 
 
 def check_scores(model, count, **options):
     every = random_candidates(count)
     with torch.no_grad():
-        scores = score(Passes(model), every, pad_id=0, max_rows=4, **options)
+        options |= {"max_rows": 4, "vocabulary": True}
+        scores = score(Passes(model), every, pad_id=0, **options)
         for candidate, values in zip(every, scores, strict=True):
             logprobs = model(torch.tensor([candidate.ids])).logits[0].double().log_softmax(-1)
             places = [p for p in range(1, len(candidate.ids)) if candidate.labels[p] != -100]

@@ -29,10 +29,11 @@ What can be *needed* of a row; measures are computed from the records afterwards
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import InitVar, dataclass, replace
-from typing import Any, NamedTuple, Optional
+from dataclasses import InitVar, dataclass, field, replace
+from typing import Any, Optional
 
 import torch
+from torch import Tensor
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
@@ -64,48 +65,54 @@ Record = dict[str, Any]
 
 def possible(row: Example, needs: Collection[str]) -> frozenset[str]:
     """Those of ``needs`` that the row's kind can answer."""
+    kept = frozenset(needs) & POSSIBLE.get(row.kind, NEEDS - _OF_A_CHOICE)
     # with a label on the first token there is no prompt to continue
     unprompted = row.kind == "tokens" and row.labels[0] != IGNORE
-    found = frozenset(needs) & POSSIBLE.get(row.kind, NEEDS - _OF_A_CHOICE)
-    return found - {"generation"} if unprompted else found
+    return kept - {"generation"} if unprompted else kept
 
 
 # -- from a row to the token sequences that are scored for it ------------------------------------
 
 
-class Scored(NamedTuple):
-    """A token sequence of a row, to be scored."""
+@dataclass
+class Scored(Candidate):
+    """A token sequence of a row, and its scores once it has been scored."""
 
-    kind: str  # answer, paraphrased_answer, perturbed_answer, letter or choice
-    candidate: Candidate
+    kind: str  # answer, lower, paraphrased_answer, perturbed_answer, letter or choice
     tokens: int  # how many of its last scored tokens are the answer's
     closed: bool = False  # the last of them is the end-of-sequence token that closes an answer
+    scores: TokenScores = field(init=False)
 
-    def nll(self, found: TokenScores) -> Optional[float]:
+    @property
+    def nll(self) -> Optional[float]:
         """Mean negative log-likelihood per token of the answer; None if it has no token."""
-        answer = found.logprobs[len(found.logprobs) - self.tokens :]
-        return -answer.double().mean().item() if self.tokens else None
+        return -self.of_answer.double().mean().item() if self.tokens else None
 
-
-#: kind -> (sequence, its scores), for all sequences of a row.
-Found = dict[str, list[tuple[Scored, TokenScores]]]
+    @property
+    def of_answer(self) -> Tensor:
+        """(tokens,) log-probabilities of the answer."""
+        return self.scores.logprobs[len(self.scores.logprobs) - self.tokens :]
 
 
 def answers(template: Template, row: Example, needs: Collection[str]) -> list[Scored]:
     """The row's own answer; also in lower case, paraphrased and perturbed, as far as needed."""
-    found = [_answer(template, "answer", row, None, needs)]
+    sequences = [_answer(template, "answer", row, None, whole_text="text" in needs)]
     if "lower" in needs:
-        found.append(_answer(template, "lower", replace(row, answer=row.answer.lower()), None))
+        sequences.append(_answer(template, "lower", replace(row, answer=row.answer.lower())))
     if "alternatives" in needs:
         texts = [("perturbed_answer", text) for text in row.perturbed_answers]
         if row.paraphrased_answer:
             texts.insert(0, ("paraphrased_answer", row.paraphrased_answer))
-        found += [_answer(template, kind, row, text) for kind, text in texts]
-    return found
+        sequences += [_answer(template, kind, row, text) for kind, text in texts]
+    return sequences
 
 
 def _answer(
-    template: Template, kind: str, row: Example, answer: Optional[str], needs: Collection[str] = ()
+    template: Template,
+    kind: str,
+    row: Example,
+    answer: Optional[str] = None,
+    whole_text: bool = False,
 ) -> Scored:
     encoded = template.encode(row, answer)
     ids, labels = encoded["input_ids"], list(encoded["labels"])
@@ -114,10 +121,7 @@ def _answer(
         labels[-1] = IGNORE
         closed = False
     tokens = sum(label != IGNORE for label in labels[1:])
-    if "text" in needs:
-        labels = list(ids)
-    candidate = Candidate(ids, labels, greedy="tokens" in needs, vocabulary="vocabulary" in needs)
-    return Scored(kind, candidate, tokens, closed)
+    return Scored(ids, list(ids) if whole_text else labels, kind, tokens, closed)
 
 
 def letters(template: Template, row: Example, header: str = "") -> list[Scored]:
@@ -129,30 +133,26 @@ def letters(template: Template, row: Example, header: str = "") -> list[Scored]:
     ``max_length`` loses its beginning. A row with a ``prefill``, which takes the place of
     ``Answer:``, is asked in the template, and a letter is one token (as in RWKU's code).
     """
-    options = "".join(
-        f"\n{letter}. {text}" for letter, text in zip(LETTERS, row.choices, strict=False)
-    )
+    names = LETTERS[: len(row.choices)]
+    options = "".join(f"\n{name}. {text}" for name, text in zip(names, row.choices, strict=False))
     if row.prefill:
         asked = replace(row, kind="prompt", question=row.question + options)
         ids = template.encode_prompt(asked)[1 - template.max_length :]
-        tokens = [
-            template.tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][-1]
-            for letter in LETTERS[: len(row.choices)]
-        ]
-        labels = [IGNORE] * len(ids)
-        return [Scored("letter", Candidate([*ids, i], [*labels, i]), 1) for i in tokens]
+        encoded = [template.tokenizer(f" {x}", add_special_tokens=False) for x in names]
+        tokens = [letter["input_ids"][-1] for letter in encoded]
+        return [Scored([*ids, i], [*[IGNORE] * len(ids), i], "letter", 1) for i in tokens]
     before = row.context
     if not before and (row.subject or "{subject}" not in header):
         before = header.replace("{subject}", row.subject.replace("_", " "))
     prompt = f"{before}{row.question.strip()}{options}\nAnswer:"
     start = len(template.tokenizer(prompt)["input_ids"])
-    found = []
-    for letter in LETTERS[: len(row.choices)]:
-        ids = template.tokenizer(f"{prompt} {letter}")["input_ids"]
+    sequences = []
+    for name in names:
+        ids = template.tokenizer(f"{prompt} {name}")["input_ids"]
         labels = ([IGNORE] * start + ids[start:])[-template.max_length :]
-        tokens = sum(label != IGNORE for label in labels[1:])
-        found.append(Scored("letter", Candidate(ids[-template.max_length :], labels), tokens))
-    return found
+        count = sum(label != IGNORE for label in labels[1:])
+        sequences.append(Scored(ids[-template.max_length :], labels, "letter", count))
+    return sequences
 
 
 # -- running the model ---------------------------------------------------------------------------
@@ -197,13 +197,13 @@ class Observer:
         length = max_new_tokens or self.max_new_tokens
         wanted = [possible(row, needs) for row in rows]
         names = names or [f"test row {(row.question or row.answer)[:40]!r}" for row in rows]
-        made = [self._tokens(*each, header) for each in zip(rows, wanted, names, strict=True)]
-        found = self._scores([sequences for sequences, _ in made])
+        encoded = [self._encode(*row, header) for row in zip(rows, wanted, names, strict=True)]
+        self._score([sequence for sequences, _ in encoded for sequence in sequences], needs)
         records = [
             {"question": row.question, "answer": row.answer, "generation": None}
             | ({"answer_aliases": list(row.answer_aliases)} if row.answer_aliases else {})
-            | self._columns(row, want, scores)
-            for row, want, scores in zip(rows, wanted, found, strict=True)
+            | self._columns(row, want, sequences)
+            for row, want, (sequences, _) in zip(rows, wanted, encoded, strict=True)
         ]
         if "paraphrased" in needs:  # as WAGLE's code does on TOFU
             asked = [
@@ -211,108 +211,106 @@ class Observer:
                 for i, row in enumerate(rows)
                 if "paraphrased" in wanted[i] and row.paraphrased_question
             ]
-            others = self.observe(
-                [rows[i].asking(rows[i].paraphrased_question) for i in asked],
-                {"alternatives", "generation"},
-                length,
-                names=[names[i] for i in asked],
-                stops=stops,
-            )
-            for i, other in zip(asked, others, strict=True):
-                records[i] |= {
-                    f"paraphrased_question_{name}": value
-                    for name, value in other.items()
-                    if name not in _OF_THE_ROW
-                }
+            others = [rows[i].asking(rows[i].paraphrased_question) for i in asked]
+            options = {"names": [names[i] for i in asked], "stops": stops}
+            more = self.observe(others, {"alternatives", "generation"}, length, **options)
+            for i, other in zip(asked, more, strict=True):
+                kept = {name: value for name, value in other.items() if name not in _OF_THE_ROW}
+                records[i] |= {f"paraphrased_question_{name}": v for name, v in kept.items()}
         if "generation" in needs:
-            speaking = [i for i, want in enumerate(wanted) if "generation" in want]
-            texts = self._generate([made[i][1] for i in speaking], length, stops)
-            for i, text in zip(speaking, texts, strict=True):
+            prompted = [i for i, want in enumerate(wanted) if "generation" in want]
+            texts = self._generate([encoded[i][1] for i in prompted], length, stops)
+            for i, text in zip(prompted, texts, strict=True):
                 records[i] |= of_generation(text, rows[i].answer)
-        for row, want, record in zip(rows, wanted, records, strict=True):
+        for want, record in zip(wanted, records, strict=True):
             if "reference" in want:
                 text = record["answer"].lstrip()
                 record["reference"] = first_tokens(self.tokenizer, text, length)
-            if "gradient" in want:
-                own = _answer(self.template, "answer", row, None)
-                ids, labels = own.candidate.ids, list(own.candidate.labels)
-                labels = [*labels[:-1], IGNORE] if own.closed else labels
-                record["gradient_norm"] = gradient_norm(self.passes.lm, ids, labels)
+        if differentiated := [i for i, want in enumerate(wanted) if "gradient" in want]:
+            norms = torch.stack([self._gradient_norm(rows[i]) for i in differentiated]).tolist()
+            for i, norm in zip(differentiated, norms, strict=True):
+                records[i]["gradient_norm"] = norm
         return records
 
-    def _tokens(
+    def _encode(
         self, row: Example, want: frozenset[str], name: str, header: str
     ) -> tuple[list[Scored], list[int]]:
         """All that is scored of a row, and the prompt to generate from."""
-        found: list[Scored] = []
+        sequences: list[Scored] = []
         try:
             prompt = self.template.encode_prompt(row) if "generation" in want else []
             if want & _OF_AN_ANSWER:
-                found += answers(self.template, row, want)
+                sequences += answers(self.template, row, want)
             if "choices" in want:
-                found += letters(self.template, row, header)
+                sequences += letters(self.template, row, header)
             if "choice_texts" in want:
-                found += [_answer(self.template, "choice", row, text) for text in row.choices]
-            for ids in (prompt, *(each.candidate.ids for each in found)):
+                sequences += [_answer(self.template, "choice", row, text) for text in row.choices]
+            for ids in (prompt, *(sequence.ids for sequence in sequences)):
                 check_ids(ids, self.vocabulary)
         except WagleError as error:
             raise WagleError(f"{name}: {error}") from None
-        return found, prompt
+        return sequences, prompt
 
-    def _scores(self, rows: Sequence[Sequence[Scored]]) -> list[Found]:
-        """The scores of the sequences of each row."""
-        flat = [each.candidate for row in rows for each in row]
+    def _score(self, sequences: Sequence[Scored], needs: Collection[str]) -> None:
+        """Fill in the scores of sequences."""
+        options = {"share": self.share, "vocabulary": "vocabulary" in needs}
         pad_id = self.tokenizer.pad_token_id or 0
-        scores = iter(score(self.passes, flat, pad_id, self.max_rows, self.share))
+        scores = score(self.passes, sequences, pad_id, self.max_rows, **options)
         self.passes.level()
-        found: list[Found] = []
-        for row in rows:
-            found.append({})
-            for each in row:
-                found[-1].setdefault(each.kind, []).append((each, next(scores)))
-        return found
+        for sequence, values in zip(sequences, scores, strict=True):
+            sequence.scores = values
 
-    def _columns(self, row: Example, want: frozenset[str], found: Found) -> Record:
+    def _columns(self, row: Example, want: frozenset[str], sequences: Sequence[Scored]) -> Record:
+        """What the scores of a row's sequences say, as columns."""
+        kinds: dict[str, list[Scored]] = {}
+        for sequence in sequences:
+            kinds.setdefault(sequence.kind, []).append(sequence)
         record: Record = {}
-        if "answer" in found:
-            ((own, values),) = found["answer"]
-            record |= {"nll": own.nll(values), "tokens": own.tokens}
-            end = len(values.logprobs) - own.closed
-            here = slice(len(values.logprobs) - own.tokens, end)
+        if "answer" in kinds:
+            (answer,) = kinds["answer"]
+            scores, count = answer.scores, len(answer.scores.logprobs)
+            record |= {"nll": answer.nll, "tokens": answer.tokens}
+            end = count - answer.closed
+            span = slice(count - answer.tokens, end)
             if "tokens" in want:
-                record["logprobs"] = values.logprobs[here].tolist()
-                record["greedy"] = values.greedy[here].tolist()
+                record["logprobs"] = scores.logprobs[span].tolist()
+                record["greedy"] = scores.greedy[span].tolist()
             if "vocabulary" in want:
-                record["vocabulary_mean"] = values.mean[here].tolist()
-                record["vocabulary_std"] = values.std[here].tolist()
+                record["vocabulary_mean"] = scores.mean[span].tolist()
+                record["vocabulary_std"] = scores.std[span].tolist()
             if "text" in want:
-                record["text_logprobs"] = values.logprobs[:end].tolist()
-            for lower, values in found.get("lower", []):
-                record["lower_nll"] = lower.nll(values)
-            record["cut"] = len(own.candidate.ids) >= self.template.max_length
+                record["text_logprobs"] = scores.logprobs[:end].tolist()
+            for lower in kinds.get("lower", []):
+                record["lower_nll"] = lower.nll
+            record["cut"] = len(answer.ids) >= self.template.max_length
         if "alternatives" in want:
             # without a paraphrase, the row's own answer is used
-            ((paraphrase, values),) = found.get("paraphrased_answer", found["answer"])
-            perturbed = found.get("perturbed_answer", [])
-            record["paraphrased_nll"] = paraphrase.nll(values)
+            (paraphrase,) = kinds.get("paraphrased_answer", kinds["answer"])
+            perturbed = kinds.get("perturbed_answer", [])
+            record["paraphrased_nll"] = paraphrase.nll
             record["paraphrased_tokens"] = paraphrase.tokens
-            record["perturbed_nll"] = [each.nll(values) for each, values in perturbed]
-            record["perturbed_tokens"] = [each.tokens for each, _ in perturbed]
-        if "letter" in found or "choice" in found:
+            record["perturbed_nll"] = [answer.nll for answer in perturbed]
+            record["perturbed_tokens"] = [answer.tokens for answer in perturbed]
+        if {"letter", "choice"} & kinds.keys():
             record["label"] = row.label
-        if "letter" in found:
-            sums = [values.logprobs.double().sum().item() for _, values in found["letter"]]
+        if letters := kinds.get("letter"):
+            sums = [letter.scores.logprobs.double().sum().item() for letter in letters]
             record["choice_logprobs"] = sums
-        if "choice" in found:
+        if choices := kinds.get("choice"):
             if row.answer_aliases:
                 right = {row.answer, *row.answer_aliases}
                 record["right_choices"] = [i for i, text in enumerate(row.choices) if text in right]
-            record["choice_nll"] = [each.nll(values) for each, values in found["choice"]]
+            record["choice_nll"] = [choice.nll for choice in choices]
             record["choice_text_logprobs"] = [
-                values.logprobs[-each.tokens :][: each.tokens - each.closed].double().sum().item()
-                for each, values in found["choice"]
+                choice.of_answer[: choice.tokens - choice.closed].double().sum().item()
+                for choice in choices
             ]
         return record
+
+    def _gradient_norm(self, row: Example) -> Tensor:
+        answer = _answer(self.template, "answer", row)
+        labels = [*answer.labels[:-1], IGNORE] if answer.closed else answer.labels
+        return gradient_norm(self.passes.lm, answer.ids, labels)
 
     def _generate(
         self, prompts: Sequence[Sequence[int]], length: int, stops: Sequence[str]
@@ -357,6 +355,6 @@ def observe_set(
     # ranks may see some rows twice, so that all have the same number of batches
     for batch in deal_batches(batches, distributed.world_size(), distributed.rank()):
         part = [rows[i] for i in batch]
-        found = observer.observe(part, needs, max_new_tokens, header, stops=stops)
-        records += [{"row": i, **record} for i, record in zip(batch, found, strict=True)]
+        observed = observer.observe(part, needs, max_new_tokens, header, stops=stops)
+        records += [{"row": i, **record} for i, record in zip(batch, observed, strict=True)]
     return merge(records)

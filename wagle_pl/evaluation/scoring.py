@@ -29,29 +29,22 @@ LEAST_SAVED = 8  # tokens that sharing a node must save to be worth its cost
 LEAST_VARIANCE = 1e-6  # of log-probabilities over the vocabulary, as OpenUnlearning clamps it
 
 
-class Candidate(NamedTuple):
+@dataclass
+class Candidate:
     """A token sequence to score."""
 
     ids: Sequence[int]
     labels: Sequence[int]  # the id if the token is scored, else -100; the first cannot be scored
-    greedy: bool = False  # also say whether each scored token is the most probable one
-    vocabulary: bool = False  # also give mean and std of the vocabulary's log-probabilities
 
 
 class TokenScores(NamedTuple):
-    """Scores of a candidate: (T,) tensors, one value per scored token; None if not wanted."""
+    """Scores of T tokens: (T,) tensors. ``mean`` and ``std`` of the vocabulary are None unless
+    wanted."""
 
     logprobs: Tensor
-    greedy: Optional[Tensor] = None
+    greedy: Tensor  # whether the token is the most probable one
     mean: Optional[Tensor] = None
     std: Optional[Tensor] = None
-
-    def at(self, index: Sequence[int]) -> TokenScores:
-        rows = torch.tensor(index, dtype=torch.long)
-        return TokenScores(*(None if column is None else column[rows] for column in self))
-
-
-NOTHING = TokenScores(*(torch.zeros(0) for _ in TokenScores._fields))
 
 
 @dataclass
@@ -95,30 +88,31 @@ def accepts(model_class: type, argument: str) -> bool:
     return argument in signature(model_class.forward).parameters
 
 
-def token_statistics(
-    logits: Tensor, targets: Tensor, greedy: bool, vocabulary: bool
-) -> TokenScores:
+def token_statistics(logits: Tensor, targets: Tensor, vocabulary: bool = False) -> TokenScores:
     """Scores of (T,) targets by the (T, V) logits that predict them, float32.
 
     With p the model's distribution over the vocabulary at a token, ``mean`` is Σ p log p and
     ``std`` the root of Σ p (log p)² − mean² (at least 1e-6), as in Min-K%++ (arXiv 2404.02936).
     """
-    found = TokenScores(logprobs_of(logits, targets))
-    if greedy:
-        found = found._replace(greedy=logits.argmax(-1) == targets)
-    if vocabulary:
-        logprobs = logits.log_softmax(-1)
-        weighted = logprobs.exp() * logprobs
-        mean = weighted.sum(-1)
-        variance = (weighted * logprobs).sum(-1) - mean.square()
-        found = found._replace(mean=mean, std=variance.clamp(min=LEAST_VARIANCE).sqrt())
-    return found
+    scores = TokenScores(logprobs_of(logits, targets), logits.argmax(-1) == targets)
+    if not vocabulary:
+        return scores
+    logprobs = logits.log_softmax(-1)
+    weighted = logprobs.exp() * logprobs
+    mean = weighted.sum(-1)
+    variance = (weighted * logprobs).sum(-1) - mean.square()
+    return scores._replace(mean=mean, std=variance.clamp(min=LEAST_VARIANCE).sqrt())
 
 
 def score(
-    passes: Passes, candidates: Sequence[Candidate], pad_id: int, max_rows: int, share: bool = True
+    passes: Passes,
+    candidates: Sequence[Candidate],
+    pad_id: int,
+    max_rows: int,
+    share: bool = True,
+    vocabulary: bool = False,
 ) -> list[TokenScores]:
-    """Scores of every candidate, in order, on the CPU.
+    """Scores of every candidate, in order, on the CPU; they are copied from the device at once.
 
     Args:
         passes: the model.
@@ -128,8 +122,9 @@ def score(
         share: compute common prefixes of candidates only once: the system prompt of all, a question
             with its answers, the words with which its wrong answers begin. Needs a model with a
             plain cache; with others, each candidate is scored as a whole.
+        vocabulary: also give mean and std of the vocabulary's log-probabilities.
     """
-    run = _Run(passes, candidates, pad_id, max_rows)
+    run = _Run(passes, candidates, pad_id, max_rows, vocabulary)
     # a single token has none before it
     longer = [c for c, candidate in enumerate(candidates) if len(candidate.ids) > 1]
     takes = all(accepts(type(passes.lm), name) for name in ("position_ids", "past_key_values"))
@@ -137,8 +132,17 @@ def score(
     # whether the model can go on, at given positions, from cached keys and values
     if share and takes and all(len(candidate.ids) <= window for candidate in candidates):
         run.down(grow(candidates, longer, 0))
-    run.down([_leaf(candidates, c, 0) for c in longer if c not in run.scores])
-    return [run.scores.get(c, NOTHING) for c in range(len(candidates))]
+    run.down([_leaf(candidates, c, 0) for c in longer if c not in run.scored])
+    columns = torch.cat(run.columns, -1).cpu() if run.columns else torch.zeros(4, 0)
+    logprobs, greedy, *moments = columns[: 4 if vocabulary else 2]
+    columns_of = TokenScores(logprobs, greedy.bool(), *moments)
+    indices = (
+        torch.tensor(run.scored.get(c, []), dtype=torch.long) for c in range(len(candidates))
+    )
+    return [
+        TokenScores(*(None if column is None else column[index] for column in columns_of))
+        for index in indices
+    ]
 
 
 # -- the prefix tree -----------------------------------------------------------------------------
@@ -194,22 +198,25 @@ def _alike(texts: Sequence[Sequence[int]]) -> int:
 
 
 class _Past(NamedTuple):
-    """Keys and values of B nodes that were run, and the scores found on the way to each."""
+    """Keys and values of B nodes that were run, and the tokens scored on the way to each."""
 
     layers: list[tuple[Tensor, Tensor]]  # (B, heads, S, D) each
     mask: Tensor  # (B, S)
-    found: list[dict[int, list[TokenScores]]]  # of each row: candidate -> scores up to its end
+    scored: list[dict[int, list[int]]]  # of each row: candidate -> places of its tokens' scores
 
 
 @dataclass
 class _Run:
-    """One call of :func:`score`: the passes it makes, and what they find."""
+    """One call of :func:`score`: the passes it makes, and the scores, which stay on the device."""
 
     passes: Passes
     candidates: Sequence[Candidate]
     pad_id: int
     max_rows: int
-    scores: dict[int, TokenScores] = field(default_factory=dict)
+    vocabulary: bool
+    columns: list[Tensor] = field(default_factory=list)  # of each pass, (2 or 4, tokens)
+    count: int = 0  # of scored tokens
+    scored: dict[int, list[int]] = field(default_factory=dict)  # candidate -> places in columns
 
     def down(
         self, nodes: Sequence[Node], past: Optional[_Past] = None, parents: Sequence[int] = ()
@@ -217,19 +224,15 @@ class _Run:
         """Run nodes, each after its row (``parents``) of ``past`` if any, then what follows."""
         rows = list(zip(nodes, parents, strict=True)) if past else [(node, 0) for node in nodes]
         for part in _parts(rows, past.mask.shape[1] if past else 0, self.max_rows):
-            here = self._run([node for node, _ in part], past, [parent for _, parent in part])
-            if here is None:
+            state = self._run([node for node, _ in part], past, [parent for _, parent in part])
+            if state is None:
                 return  # the state is not a plain cache: what follows is scored whole
             children = [(child, i) for i, (node, _) in enumerate(part) for child in node.children]
             following = {owner for child, _ in children for owner in child.owners}
-            for i, (node, _) in enumerate(part):
-                for owner in set(node.owners) - following:
-                    columns = zip(*here.found[i][owner], strict=True)
-                    self.scores[owner] = TokenScores(
-                        *(None if parts[0] is None else torch.cat(parts) for parts in columns)
-                    )
+            for (node, _), places in zip(part, state.scored, strict=True):
+                self.scored |= {c: places[c] for c in node.owners if c not in following}
             if children:
-                self.down([child for child, _ in children], here, [i for _, i in children])
+                self.down([child for child, _ in children], state, [i for _, i in children])
 
     def _run(
         self, nodes: Sequence[Node], past: Optional[_Past], parents: Sequence[int]
@@ -239,56 +242,52 @@ class _Run:
         tokens = [torch.tensor(list(text)) for text in texts]
         padded = partial(pad_sequence, batch_first=True, padding_side="left")
         ids = padded(tokens, padding_value=self.pad_id).to(self.passes.device)
-        own = padded([torch.ones_like(row) for row in tokens]).to(ids.device)
-        mask = own
+        mask = new = padded([torch.ones_like(row) for row in tokens]).to(ids.device)
         goes_on = any(node.children for node in nodes)
         options: dict[str, Any] = {"use_cache": goes_on}
         if past is not None:
             rows = torch.tensor(list(parents), device=ids.device)
-            mask = torch.cat([past.mask[rows], own], -1)
+            mask = torch.cat([past.mask[rows], new], -1)
             cache = DynamicCache()  # a new one, with these rows of the past
             for number, (keys, values) in enumerate(past.layers):
                 cache.update(keys[rows], values[rows], number)
             options = {"past_key_values": cache, "use_cache": True}
         if accepts(type(self.passes.lm), "position_ids"):
             starts = torch.tensor([node.start for node in nodes], device=ids.device)
-            options["position_ids"] = starts[:, None] + (own.cumsum(-1) - 1).clamp(min=0)
+            options["position_ids"] = starts[:, None] + (new.cumsum(-1) - 1).clamp(min=0)
+        scored = [dict(past.scored[parent]) for parent in parents] if past else [{} for _ in nodes]
         # candidates of a node have its tokens in common: each of these is scored once
         pairs: dict[tuple[int, int], int] = {}
-        wanted: list[dict[int, list[int]]] = []
         for i, node in enumerate(nodes):
             first = (i + 1) * ids.shape[1] - node.length  # place of the node's first token
-            wanted.append({})
             for owner in node.owners:
                 labels = enumerate(self.candidates[owner].labels[node.start + 1 : node.end + 1])
-                scored = ((first + p, label) for p, label in labels if label != IGNORE)
-                wanted[i][owner] = [pairs.setdefault(pair, len(pairs)) for pair in scored]
-        places, targets = torch.tensor(list(pairs), dtype=torch.long).view(-1, 2).T
-        output, predicted = self.passes(ids, mask, places, **options)
-        scores = self._statistics(predicted, targets.to(ids.device))
-        found = [dict(past.found[parent]) for parent in parents] if past else [{} for _ in nodes]
-        for here, index in zip(found, wanted, strict=True):
-            here |= {owner: [*here.get(owner, ()), scores.at(at)] for owner, at in index.items()}
+                targets = ((first + p, label) for p, label in labels if label != IGNORE)
+                places = [pairs.setdefault(pair, self.count + len(pairs)) for pair in targets]
+                scored[i][owner] = [*scored[i].get(owner, ()), *places]
+        output = self._score(list(pairs), ids, mask, options)
         if not goes_on:
-            return _Past([], mask, found)
+            return _Past([], mask, scored)
         cached = getattr(output.past_key_values, "layers", [])
         layers = [(getattr(x, "keys", None), getattr(x, "values", None)) for x in cached]
         width = mask.shape[1]
         plain = all(k is not None and k.ndim == 4 and k.shape[2] == width for k, _ in layers)
-        return _Past(layers, mask, found) if layers and plain else None
+        return _Past(layers, mask, scored) if layers and plain else None
 
-    def _statistics(self, predicted: Predictions, targets: Tensor) -> TokenScores:
-        """Scores of (N,) tokens, on the CPU, with all that any candidate wants."""
-        greedy = any(candidate.greedy for candidate in self.candidates)
-        vocabulary = any(candidate.vocabulary for candidate in self.candidates)
+    def _score(
+        self, pairs: Sequence[tuple[int, int]], ids: Tensor, mask: Tensor, options: dict[str, Any]
+    ) -> Any:
+        """Run the model, add the scores of (place, target) pairs, and return the output."""
+        places, targets = torch.tensor(pairs, dtype=torch.long).view(-1, 2).T
+        output, predicted = self.passes(ids, mask, places, **options)
 
-        def of_chunk(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-            scores = token_statistics(logits, targets, greedy, vocabulary)
-            return tuple(column for column in scores if column is not None)
+        def of_chunk(logits: Tensor, targets: Tensor) -> Tensor:
+            scores = token_statistics(logits, targets, self.vocabulary)
+            return torch.stack([c.to(logits.dtype) for c in scores if c is not None], -1)
 
-        names = ["logprobs", *["greedy"] * greedy, *["mean", "std"] * vocabulary]
-        columns = in_chunks(of_chunk, predicted, targets)
-        return TokenScores(**{n: c.cpu() for n, c in zip(names, columns, strict=True)})
+        self.columns.append(in_chunks(of_chunk, predicted, targets.to(ids.device)).T)
+        self.count += len(pairs)
+        return output
 
 
 def _parts(

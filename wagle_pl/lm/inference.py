@@ -269,7 +269,7 @@ def sequence_logprobs(predicted: Predictions, labels: Tensor) -> tuple[Tensor, T
     return values.new_zeros(mask.shape).masked_scatter(mask, values).sum(-1), mask.sum(-1)
 
 
-def gradient_norm(lm: PreTrainedModel, ids: Sequence[int], labels: Sequence[int]) -> float:
+def gradient_norm(lm: PreTrainedModel, ids: Sequence[int], labels: Sequence[int]) -> Tensor:
     """Mean over parameters of the L2 norm of the gradient of a text's loss (arXiv 2402.17012).
 
     Same as OpenUnlearning's ``mia_gradnorm`` with p = 2. Works inside ``torch.inference_mode``.
@@ -294,7 +294,7 @@ def gradient_norm(lm: PreTrainedModel, ids: Sequence[int], labels: Sequence[int]
             for parameter, want in zip(parameters, wanted, strict=True):
                 parameter.requires_grad_(want)
         norms = [gradient.float().norm() for gradient in gradients if gradient is not None]
-        return torch.stack(norms).mean().item()
+        return torch.stack(norms).mean()
 
 
 # -- generation ------------------------------------------------------------------------------------
