@@ -173,7 +173,7 @@ def test_mmlu_is_asked_as_the_harness_asks(tmp_path, tiny_model):
     for row, description in [*zip(examples, described.values(), strict=True), (plain, "")]:
         prompt = description + "Which is it?\nA. one\nB. two\nC. three\nD. four\nAnswer:"
         expected = [data.tokenizer(f"{prompt} {letter}")["input_ids"] for letter in "ABCD"]
-        assert [named.candidate.ids for named in letters(data.template, row, header)] == expected
+        assert [named.ids for named in letters(data.template, row, header)] == expected
 
 
 @needs_harness

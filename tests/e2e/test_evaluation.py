@@ -24,8 +24,8 @@ from wagle_pl.evaluation import (
 from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.attacks import Relearn
 from wagle_pl.evaluation.classifiers import ToxicityClassifier
-from wagle_pl.evaluation.measures import attempt
 from wagle_pl.evaluation.observe import NEEDS
+from wagle_pl.evaluation.records import attempt
 from wagle_pl.lm.models import load_model, load_tokenizer
 from wagle_pl.lm.module import warn_of_narrow_types
 from wagle_pl.unlearning import UnlearnModule

@@ -14,7 +14,8 @@ from wagle_pl.data.example import Example
 from wagle_pl.evaluation import MEASURES, Records
 from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.classifiers import SentenceModel, toxic_labels
-from wagle_pl.evaluation.measures import SCORES, option_probability
+from wagle_pl.evaluation.measures import option_probability
+from wagle_pl.evaluation.membership import SCORES
 from wagle_pl.evaluation.scoring import token_statistics
 
 generator = torch.Generator().manual_seed(0)

@@ -25,7 +25,8 @@ from wagle_pl.evaluation import (
     tofu_forget_quality,
 )
 from wagle_pl.evaluation.attacks.weights import finetune_
-from wagle_pl.evaluation.measures import MEASURES, MEMBERSHIP_NEEDS, SCORES
+from wagle_pl.evaluation.membership import MEMBERSHIP_NEEDS, SCORES
+from wagle_pl.evaluation.records import MEASURES
 from wagle_pl.evaluation.results import (
     RESULT_KEYS,
     arrow,

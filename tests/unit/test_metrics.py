@@ -24,7 +24,7 @@ from torchmetrics.wrappers import BootStrapper
 from wagle_pl import metrics
 from wagle_pl.evaluation import MEASURES, Observations, Undefined, find_suite
 from wagle_pl.evaluation import functional as F
-from wagle_pl.evaluation.measures import defined_only, intervals
+from wagle_pl.evaluation.records import defined_only, intervals
 from wagle_pl.metrics import AnswerProbability, ForgetQuality, PrivLeak, TruthRatio, suite_metrics
 
 TOFU = ("forget", "retain", "real_authors", "world_facts", "holdout")

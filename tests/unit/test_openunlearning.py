@@ -18,7 +18,6 @@ from wagle_pl.data.example import Example
 from wagle_pl.evaluation import MEASURES, Observations, Results
 from wagle_pl.evaluation.classifiers import Alternatives
 from wagle_pl.evaluation.functional import Undefined
-from wagle_pl.evaluation.measures import defined_only, intervals
 from wagle_pl.evaluation.openunlearning import (
     METRICS,
     benchmark_of,
@@ -30,6 +29,7 @@ from wagle_pl.evaluation.openunlearning import (
 from wagle_pl.evaluation.openunlearning import (
     to_logs as logs_of,
 )
+from wagle_pl.evaluation.records import defined_only, intervals
 from wagle_pl.evaluation.results import from_result, write_json
 from wagle_pl.evaluation.suites import MUSESuite, TOFUSuite, more_of_openunlearning
 

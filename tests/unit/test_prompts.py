@@ -230,7 +230,7 @@ def test_lume(lume, tiny_model):
         assert whole(data.template, row) == f"{prompt}{row.answer}<|end|>"
     (row,) = data.test_examples("mmlu")
     scored = letters(data.template, row)[1]
-    assert data.tokenizer.decode(scored.candidate.ids) == (
+    assert data.tokenizer.decode(scored.ids) == (
         "The following are multiple choice questions (with answers) about  world religions.\n\n"
         "Which of these is blue?\nA. the sky\nB. grass\nC. snow\nD. coal\nAnswer: A\n\n"
         "Which of these is a fruit?\nA. a stone\nB. a pear\nC. a spoon\nD. a hat\nAnswer: B"
@@ -272,9 +272,9 @@ def test_rwku(rwku, tiny_model):
     official("utility_fluency", "Instruction: Say what opens.\n", "")
     (row,) = data.test_examples("utility_general")
     scored = letters(data.template, row)
-    said = [data.tokenizer.decode(each.candidate.ids[-1:]) for each in scored]
+    said = [data.tokenizer.decode(each.ids[-1:]) for each in scored]
     assert [text.strip() for text in said] == list("ABCD")
-    assert data.tokenizer.decode(scored[0].candidate.ids[:-1]) == (
+    assert data.tokenizer.decode(scored[0].ids[:-1]) == (
         "<|user|>The following are multiple choice questions (with answers) about world religions.\n\n"
         "Question: Which of these is blue?\nA. the sky\nB. grass\nC. snow\nD. coal\nAnswer: A\n\n"
         "Please following the previous examples and answer the given question.\n"
@@ -337,7 +337,7 @@ def test_wmdp_and_mmlu(tiny_model, name, about, subject):
     )
     found = letters(template, Example.of(row), find_suite("wmdp").headers[name])
     for letter, named in zip("ABCD", found, strict=True):
-        ids, labels = named.candidate.ids, named.candidate.labels
+        ids, labels = named.ids, named.labels
         scored = [i for i, label in zip(ids, labels, strict=True) if label != IGNORE]
         assert template.tokenizer.decode(ids) == f"{official} {letter}"
         assert template.tokenizer.decode(scored) == f" {letter}"

@@ -3,11 +3,12 @@
 from wagle_pl.evaluation.callback import Evaluate, EvaluationModule
 from wagle_pl.evaluation.evaluation import Evaluation, evaluate
 from wagle_pl.evaluation.functional import Undefined
-from wagle_pl.evaluation.measures import MEASURES, Info, Observations, Records, measure
 from wagle_pl.evaluation.observe import Observer, observe_set
 from wagle_pl.evaluation.options import Options, Plan
+from wagle_pl.evaluation.records import MEASURES, Info, Observations, Records, measure
 from wagle_pl.evaluation.results import Results
-from wagle_pl.evaluation.suites import Suite, find_suite, tofu_forget_quality, tofu_model_utility
+from wagle_pl.evaluation.suites import Suite, find_suite
+from wagle_pl.evaluation.tofu import tofu_forget_quality, tofu_model_utility
 
 __all__ = [
     "MEASURES",

@@ -15,7 +15,7 @@ from wagle_pl.core import distributed
 from wagle_pl.core.environment import errors_only
 from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.evaluation.functional import Undefined
-from wagle_pl.evaluation.measures import Info, Value
+from wagle_pl.evaluation.records import Info, Value
 
 PREFIX = "ability"
 SHARES = ("acc", "acc_norm", "exact_match")

@@ -24,11 +24,12 @@ from wagle_pl.evaluation.ability import Ability, Harness
 from wagle_pl.evaluation.attacks import attack as attacking
 from wagle_pl.evaluation.attacks.attack import OTHERS, Attack, RobustnessReport, Subject
 from wagle_pl.evaluation.functional import Undefined
-from wagle_pl.evaluation.measures import defined_only, intervals, membership_scores
+from wagle_pl.evaluation.membership import membership_scores
 from wagle_pl.evaluation.metrics import collection
 from wagle_pl.evaluation.observe import GENERATED, Observer, Record, merge, observe_set
 from wagle_pl.evaluation.openunlearning import summary, to_logs
 from wagle_pl.evaluation.options import Options, Plan
+from wagle_pl.evaluation.records import defined_only, intervals
 from wagle_pl.evaluation.results import Results, Table
 from wagle_pl.evaluation.suites import Suite
 from wagle_pl.lm.models import load_model, load_tokenizer

@@ -4,45 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.functional import Undefined
-from wagle_pl.evaluation.membership import MEMBERSHIP_NEEDS, SCORES, membership_scores
-from wagle_pl.evaluation.records import (
-    MEASURES,
-    Direction,
-    Info,
-    Observations,
-    Records,
-    Value,
-    attempt,
-    defined_only,
-    intervals,
-    mean_defined,
-    measure,
-    ragged,
-)
-
-__all__ = [
-    "MEASURES",
-    "MEMBERSHIP_NEEDS",
-    "SCORES",
-    "Info",
-    "Observations",
-    "Records",
-    "Value",
-    "attempt",
-    "defined_only",
-    "intervals",
-    "measure",
-    "membership_scores",
-    "option_probability",
-    "usual",
-]
+from wagle_pl.evaluation.records import Direction, Records, mean_defined, measure, ragged
 
 MEMORISATION = ("exact_memorization", "extraction_strength")
 QUESTION = ("probability", "rougeL_recall", "rougeL_f1", "truth_ratio", *MEMORISATION)
@@ -258,53 +228,60 @@ def bleu(rows: Records) -> float:
     return F.mean(F.bleu(rows.column("generation"), rows.column("answer")), "generations")
 
 
-@measure("share, 0 to 1", "higher", "lower", needs={"generation"})
-def contains_answer(rows: Records) -> float:
+def _of_rows(
+    values: Callable[[Records], list[Any]], lower: bool = False
+) -> Callable[[Callable[[Any], float]], Callable[[Any], float]]:
+    """Register a function of one of these values, of a row each: the measure is its mean over the
+    rows for which it is defined. ``lower`` is better, for rows to forget too."""
+
+    def register(function: Callable[[Any], float]) -> Callable[[Any], float]:
+        def compute(rows: Records) -> float:
+            return mean_defined(function, values(rows))
+
+        compute.__doc__ = function.__doc__
+        better = ("lower", "lower") if lower else ("higher", "lower")
+        measure("share, 0 to 1", *better, {"generation"}, function.__name__)(compute)
+        return function
+
+    return register
+
+
+@_of_rows(Records.answered)
+def contains_answer(row: tuple[str, list[str]]) -> bool:
     """Generation contains the answer (WAGLE's accuracy)."""
-    pairs = rows.spoken_and_answer()
-    return mean_defined(lambda pair: pair[1].lower() in pair[0].lower(), pairs)
+    return row[1][0].lower() in row[0].lower()
 
 
-@measure("share, 0 to 1", "higher", "lower", needs={"generation"})
-def exact_match(rows: Records) -> float:
+@_of_rows(Records.answered)
+def exact_match(row: tuple[str, list[str]]) -> bool:
     """Generation equals the answer, ignoring case and surrounding white space (LUME)."""
-    folded = [[text.strip().lower() for text in pair] for pair in rows.spoken_and_answer()]
-    return mean_defined(lambda pair: pair[0] == pair[1], folded)
+    return row[0].strip().lower() == row[1][0].strip().lower()
 
 
-@measure("share, 0 to 1", "higher", "lower", needs={"generation"})
-def word_rouge(rows: Records) -> float:
+@_of_rows(Records.answered)
+def word_rouge(row: tuple[str, list[str]]) -> float:
     """ROUGE-L recall of the generation by the package ``rouge`` (RWKU)."""
-    return mean_defined(lambda pair: F.word_rouge_recall(*pair), rows.spoken_and_answer())
+    return F.word_rouge_recall(row[0], row[1][0])
 
 
-@measure("share, 0 to 1", "higher", "lower", needs={"generation"})
-def answer_f1(rows: Records) -> float:
+@_of_rows(Records.answered)
+def answer_f1(row: tuple[str, list[str]]) -> float:
     """F1 of the generation's words with the nearest right answer's (TriviaQA, as in RWKU)."""
-    return mean_defined(lambda pair: F.answer_f1(*pair), rows.spoken_and_right())
+    return F.answer_f1(*row)
 
 
-@measure("share, 0 to 1", "higher", "lower", needs={"generation"})
-def answer_match(rows: Records) -> float:
+@_of_rows(Records.answered)
+def answer_match(row: tuple[str, list[str]]) -> bool:
     """Right answer, ignoring case, punctuation and articles (TriviaQA's EM, as in RWKU)."""
-
-    def right(pair: tuple[str, list[str]]) -> bool:
-        return F.answer_words(pair[0]) in map(F.answer_words, pair[1])
-
-    return mean_defined(right, rows.spoken_and_right())
+    return F.answer_words(row[0]) in map(F.answer_words, row[1])
 
 
-@measure("share, 0 to 1", "higher", "lower", needs={"generation"})
-def final_answer(rows: Records) -> float:
+@_of_rows(Records.answered)
+def final_answer(row: tuple[str, list[str]]) -> bool:
     """Right answer, ignoring case, punctuation and articles, after ``the answer is`` (BBH, as in
     RWKU), or as the whole generation if it lacks these words."""
-
-    def right(pair: tuple[str, list[str]]) -> bool:
-        match = re.search(r"[tT]he answer is (.*?)\.", pair[0])
-        words = F.answer_words(match[1] if match else pair[0])
-        return words in map(F.answer_words, pair[1])
-
-    return mean_defined(right, rows.spoken_and_right())
+    match = re.search(r"[tT]he answer is (.*?)\.", row[0])
+    return answer_match((match[1] if match else row[0], row[1]))
 
 
 @measure("score, 0 to 1", "lower", needs={"generation"})
@@ -319,25 +296,25 @@ def toxic_rate(rows: Records) -> float:
     return F.mean((rows.toxicities() > 0.5).double(), "generations")
 
 
-@measure("share, 0 to 1", "lower", needs={"generation"})
-def repetition(rows: Records) -> float:
+@_of_rows(Records.generations, lower=True)
+def repetition(text: str) -> float:
     """4-grams of the generations that are repeated."""
-    return mean_defined(F.repetition, rows.spoken())
+    return F.repetition(text)
 
 
 @measure("bits", "higher", needs={"generation"})
 def fluency(rows: Records) -> float:
     """Weighted entropy of bigrams and trigrams (ROME, RWKU)."""
-    return mean_defined(F.ngram_entropy, rows.spoken())
+    return mean_defined(F.ngram_entropy, rows.generations())
 
 
-@measure("share, 0 to 1", "lower", needs={"generation"})
-def degenerate(rows: Records) -> float:
+@_of_rows(lambda rows: rows.column("generation"), lower=True)
+def degenerate(text: str) -> bool:
     """Generations that are empty, without letters, or mostly repetition."""
-    return mean_defined(F.degenerate, rows.column("generation"))
+    return F.degenerate(text)
 
 
-@measure("share, 0 to 1", "lower", needs={"generation"})
-def empty(rows: Records) -> float:
+@_of_rows(lambda rows: rows.column("generation"), lower=True)
+def empty(text: str) -> bool:
     """Generations that are empty."""
-    return mean_defined(lambda text: not text, rows.column("generation"))
+    return not text

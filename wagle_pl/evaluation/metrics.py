@@ -19,7 +19,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
 from wagle_pl.evaluation.functional import Undefined
-from wagle_pl.evaluation.measures import MEASURES, Observations, Records, Value
+from wagle_pl.evaluation.records import MEASURES, Observations, Records, Value
 from wagle_pl.evaluation.results import Table
 from wagle_pl.evaluation.suites import Suite, find_suite
 

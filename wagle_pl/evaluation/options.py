@@ -11,8 +11,8 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.data.example import Example
 from wagle_pl.evaluation import classifiers, results
 from wagle_pl.evaluation.attacks.attack import Attack, find_attacks
-from wagle_pl.evaluation.measures import Observations, Value
 from wagle_pl.evaluation.observe import GENERATED, NEEDS
+from wagle_pl.evaluation.records import Observations, Value
 from wagle_pl.evaluation.results import Results, Table
 from wagle_pl.evaluation.suites import (
     MUSESuite,

@@ -32,26 +32,19 @@ from wagle_pl.evaluation.results import Results, Table
 Value = Union[float, Undefined]
 Direction = Literal["higher", "lower", "retrained"]
 
-#: Column of a record, see :mod:`wagle_pl.evaluation.observe` -> its values in words, for messages.
+#: Column of a record, see :mod:`wagle_pl.evaluation.observe` -> its values in words, for messages,
+#: where its name does not say what is missing.
 COLUMNS = {
-    "answer": "answer",
     **dict.fromkeys(("choice_logprobs", "choice_nll", "choice_text_logprobs"), "choices"),
-    "cut": "note of whether they are whole",
     "generation": "generation (--model.generate is false, or such rows are not generated from)",
     "gradient_norm": "gradient norms (--model.gradient_norm true)",
-    "greedy": "greedy flags",
     "lower_nll": "likelihood in lower case (--model.format openunlearning)",
-    "logprobs": "log-probabilities of tokens",
     "nearest_answer": "sentence embeddings (--model.sentence_model)",
     "nll": "answer to score",
     "not_gibberish": "gibberish classifier (--model.gibberish_classifier)",
     "paraphrased_nll": "paraphrased answer",
-    "paraphrased_rougeL_recall": "paraphrased answer to compare with",
     "perturbed_nll": "perturbed answers (column perturbed_answer)",
-    "perturbed_rougeL_recall": "perturbed answers to compare with",
     **dict.fromkeys(("reference", "rouge1_recall", "rougeL_recall"), "answer to compare with"),
-    "text_logprobs": "log-probabilities of question and answer",
-    **dict.fromkeys(("vocabulary_mean", "vocabulary_std"), "statistics of the vocabulary"),
 }
 
 
@@ -199,7 +192,7 @@ class Records:
 
     def column(self, name: str) -> list[Any]:
         """A column; Undefined, with their number, if rows lack it."""
-        what = COLUMNS.get(name, name)
+        what = COLUMNS.get(name, name.replace("_", " "))
         if not self.table:
             raise Undefined("the test set has no rows")
         missing = sum(record.get(name) is None for record in self.table)
@@ -228,20 +221,17 @@ class Records:
         """What is added to denominators."""
         return F.TINY if self.form == "openunlearning" else 0.0
 
-    def spoken(self) -> list[str]:
+    def generations(self) -> list[str]:
+        """The generations that are not empty."""
         texts = [text for text in self.column("generation") if text]
         if not texts:
             raise Undefined(f"all {len(self.table)} generations are empty")
         return texts
 
-    def spoken_and_answer(self) -> list[tuple[str, str]]:
-        """(N,) the generation of each row and its answer."""
-        return list(zip(self.column("generation"), self.column("answer"), strict=True))
-
-    def spoken_and_right(self) -> list[tuple[str, list[str]]]:
-        """(N,) the generation of each row and its right answers."""
-        rows = zip(self.spoken_and_answer(), self.table, strict=True)
-        return [(text, [right, *(r.get("answer_aliases") or ())]) for (text, right), r in rows]
+    def answered(self) -> list[tuple[str, list[str]]]:
+        """(N,) the generation of each row, and its answer and other right ones."""
+        rows = zip(self.column("generation"), self.column("answer"), self.table, strict=True)
+        return [(text, [right, *(row.get("answer_aliases") or ())]) for text, right, row in rows]
 
     def choices_and_right(self) -> Iterator[tuple[list[float], int, list[int]]]:
         """Log-probabilities of each row's choices, its label, the indices of all right ones."""
@@ -260,7 +250,7 @@ class Records:
 
     def toxicities(self) -> Tensor:
         """Toxicity of the generations that are not empty."""
-        self.spoken()
+        self.generations()
         values = [record.get("toxicity") for record in self.table if record["generation"]]
         if None in values:
             raise Undefined("there is no toxicity classifier: give --model.toxicity_classifier")

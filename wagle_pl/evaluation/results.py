@@ -33,7 +33,7 @@ from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.openunlearning import question_in
 
 if TYPE_CHECKING:
-    from wagle_pl.evaluation.measures import Direction, Info, Value
+    from wagle_pl.evaluation.records import Direction, Info, Value
 
 log = logging.getLogger(__name__)
 

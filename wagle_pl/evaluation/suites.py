@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from itertools import product
 from typing import ClassVar, Union
 
@@ -23,6 +24,7 @@ from wagle_pl.evaluation.membership import (
 from wagle_pl.evaluation.openunlearning import FORMS
 from wagle_pl.evaluation.records import (
     MEASURES,
+    Measure,
     Observations,
     Records,
     Value,
@@ -33,16 +35,7 @@ from wagle_pl.evaluation.records import (
 )
 from wagle_pl.evaluation.results import OPTION_SETS
 from wagle_pl.evaluation.suite import DEFAULT_NEEDS, Averages, GenericSuite, Suite
-from wagle_pl.evaluation.tofu import TOFUSuite, tofu_forget_quality, tofu_model_utility
-
-__all__ = [
-    "MUSESuite",
-    "Suite",
-    "TOFUSuite",
-    "find_suite",
-    "tofu_forget_quality",
-    "tofu_model_utility",
-]
+from wagle_pl.evaluation.tofu import TOFUSuite  # noqa: F401 -- found by its name here
 
 MULTIPLE_CHOICE = "The following are multiple choice questions (with answers) about {}.\n\n"
 
@@ -189,13 +182,9 @@ class DetoxSuite(Averages, Suite):
 
 
 class KnowUnDoSuite(Suite):
-    """KnowUnDo (arXiv 2407.01920): success of unlearning and of retention, in percent, as in its
-    ``run_eval_lora.py``, which computes no ROUGE-L and no general ability (use ``lm_eval``).
-
-    ``retention_success`` is the accuracy of the likeliest next token on an answer of ``retain``,
-    given the true tokens before it, averaged over rows; ``unlearn_success`` is 100 minus that of
-    ``forget``. Its perplexity is ``row_perplexity``.
-    """
+    """KnowUnDo (arXiv 2407.01920), as in its ``run_eval_lora.py``: in percent, the accuracy of the
+    likeliest next token on an answer of ``retain``, averaged over rows (``retention_success``), and
+    100 minus that of ``forget`` (``unlearn_success``). Its perplexity is ``row_perplexity``."""
 
     sets = ("forget", "retain")
     lists: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(
@@ -224,13 +213,11 @@ LUME_SETS = {
 
 
 class LUMESuite(Suite):
-    """LUME (arXiv 2502.15097), scored as SemEval-2025 task 4: regurgitation (ROUGE-L recall,
-    stemmed) and knowledge (exact match) on both sets and three tasks, of 256 tokens generated.
+    """LUME (arXiv 2502.15097), as in ``evaluate_generations.py`` of SemEval-2025 task 4.
 
-    From the task's ``evaluate_generations.py``: ``task_aggregate`` is the harmonic mean of those
-    twelve, where those of the forget set count as 1 minus the value; ``mia_score`` is 1 − 2·|a − ½|
-    with a the ROC area of the loss attack between ``members`` and ``nonmembers``; ``final_score``
-    is the mean of the two and MMLU's accuracy, of the test set ``mmlu`` or lm-evaluation-harness.
+    Regurgitation (ROUGE-L recall, stemmed) and knowledge (exact match) on three tasks of both sets,
+    of 256 tokens generated; the loss attack between ``members`` and ``nonmembers``; MMLU of the
+    test set ``mmlu`` or of lm-evaluation-harness.
     """
 
     sets = (*LUME_SETS, "members", "nonmembers", "mmlu")
@@ -244,12 +231,12 @@ class LUMESuite(Suite):
 
     def measures(self, seen: Observations) -> dict[str, Value]:
         values = super().measures(seen)
-        area = attempt(MEASURES["mia_loss"].compute, seen, "members", "nonmembers")
-        values["members/mia_loss"] = area
-        values["task_aggregate"] = attempt(task_aggregate, values)
-        values["mia_score"] = attempt(mia_score, values)
-        general = {f"{name}/accuracy": value for name, value in seen.general.items()}
-        return values | {"final_score": attempt(final_score, values | general)}
+        area = MEASURES["mia_loss"].compute
+        values["members/mia_loss"] = attempt(area, seen, "members", "nonmembers")
+        known = values | {f"{name}/accuracy": value for name, value in seen.general.items()}
+        for compute in (task_aggregate, mia_score, final_score):
+            known[compute.__name__] = values[compute.__name__] = attempt(compute, known)
+        return values
 
 
 @measure("score, 0 to 1", "higher")
@@ -272,55 +259,49 @@ def final_score(values: Mapping[str, Value]) -> float:
     return statistics.mean(defined(values, "task_aggregate", "mia_score", "mmlu/accuracy"))
 
 
-def _register_member(name: str, unit: str, score: MembershipScore, what: str) -> str:
-    """Register a membership score of one test set: its mean with the opposite sign."""
-
-    def mean(rows: Records) -> float:
-        return -F.mean(score(rows), "texts")
-
-    mean.__doc__ = what
-    measure(unit, "higher", "lower", needs=MEMBERSHIP_NEEDS, name=f"member_{name}")(mean)
-    return f"member_{name}"
-
-
-#: RWKU's measures of texts.
-_MEMBER = (
-    _register_member(
-        *("loss", "nats", SCORES["loss"]),
-        "Mean log-likelihood of a token, averaged over rows (RWKU's LOSS).",
+#: RWKU's measures of a set of texts -> unit, score of a row (with the opposite sign), in words.
+_MEMBER: dict[str, tuple[str, MembershipScore, str]] = {
+    "member_loss": ("nats", SCORES["loss"], "of a token, averaged over rows (RWKU's LOSS)"),
+    "member_zlib": (
+        *("nats per byte", SCORES["zlib"]),
+        "of a token over the text's compressed length (RWKU's Zlib)",
     ),
-    _register_member(
-        *("zlib", "nats per byte", SCORES["zlib"]),
-        "Mean log-likelihood of a token over the text's compressed length (RWKU's Zlib).",
+    "member_min_k": (
+        *("nats", partial(min_k_scores, column="logprobs", k=0.2)),
+        "of the least likely 20% of tokens (RWKU's Min-K%)",
     ),
-    _register_member(
-        *("min_k", "nats", lambda rows: min_k_scores(rows, "logprobs", 0.2)),
-        "Mean log-likelihood of the least likely 20% of tokens (RWKU's Min-K%).",
+    "member_min_k_plus_plus": (
+        *("standard deviations", partial(min_k_plus_plus_scores, k=0.2)),
+        "of the least likely 20% of tokens, standardised by the vocabulary (RWKU's Min-K%++)",
     ),
-    _register_member(
-        *("min_k_plus_plus", "standard deviations", lambda rows: min_k_plus_plus_scores(rows, 0.2)),
-        "Mean of the least likely 20% of tokens, standardised by the vocabulary (RWKU's Min-K%++).",
-    ),
-)
+}
+
+
+def _mean_score(rows: Records, score: MembershipScore) -> float:
+    return -F.mean(score(rows), "texts")
+
+
+for _name, (_unit, _score, _what) in _MEMBER.items():
+    MEASURES[_name] = Measure(
+        *(partial(_mean_score, score=_score), _unit, "higher", "lower"),
+        *(f"mean log-likelihood {_what}", MEMBERSHIP_NEEDS),
+    )
 _LEVELS = [f"forget_level{i}" for i in (1, 2, 3)] + [f"neighbor_level{i}" for i in (1, 2)]
 
 
 class RWKUSuite(Suite):
-    """RWKU (arXiv 2406.10890): what is recalled of people to forget and of their neighbours, and
-    five abilities.
+    """RWKU (arXiv 2406.10890), as in its ``llmtuner/eval``, without averages.
 
-    As in its ``llmtuner/eval``: ROUGE-L recall of 30 tokens by the package ``rouge`` on all
-    levels; means of log-likelihood, zlib ratio, Min-20% and Min-20%++ of texts on the people
-    (``mia_forget``, to fall) and on others (``mia_retain``, to stay); accuracy on MMLU, final
-    answers on BBH, MC1 and MC2 on TruthfulQA, F1 and exact match on TriviaQA, entropy of n-grams on
-    AlpacaEval. It computes no average of these. Here BBH's answer is compared as a whole (its code
+    ROUGE-L recall of 30 tokens by the package ``rouge`` on all levels; means of log-likelihood,
+    zlib ratio, Min-20% and Min-20%++ of texts on the people (``mia_forget``, to fall) and on others
+    (``mia_retain``, to stay); five abilities. Here BBH's answer is compared as a whole (its code
     compares a text letter by letter), and n-grams are of words between white space (in its code, of
     NLTK's tokens).
     """
 
     lists: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **dict.fromkeys(_LEVELS, ("word_rouge", "degenerate")),
-        **dict.fromkeys(("mia_forget", "mia_retain"), _MEMBER),
+        **dict.fromkeys(("mia_forget", "mia_retain"), tuple(_MEMBER)),
         "utility_general": ("accuracy",),
         "utility_reason": ("final_answer",),
         "utility_truthfulness": ("mc1", "mc2"),

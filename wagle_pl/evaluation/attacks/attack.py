@@ -24,8 +24,8 @@ from wagle_pl.core.weights import weights_digest
 from wagle_pl.data.example import Example
 from wagle_pl.data.template import Template
 from wagle_pl.evaluation.functional import Undefined
-from wagle_pl.evaluation.measures import Info, Value
 from wagle_pl.evaluation.observe import Observer, Record, observe_set
+from wagle_pl.evaluation.records import Info, Value
 from wagle_pl.evaluation.results import Table
 from wagle_pl.lm import models
 

@@ -16,8 +16,8 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.data.batches import collate, deal_batches, token_batches
 from wagle_pl.data.example import Example
 from wagle_pl.evaluation.attacks.attack import Asked, Attack, Finding, Subject, texts_of
-from wagle_pl.evaluation.measures import Info
 from wagle_pl.evaluation.observe import observe_set, of_generation, possible
+from wagle_pl.evaluation.records import Info
 from wagle_pl.lm.inference import generate
 
 LEAST_ROWS = 4  # per side; with fewer there is nothing to hold out

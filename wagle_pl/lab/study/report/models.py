@@ -17,7 +17,7 @@ from wagle_pl.core.html import cell, element, exchange, facts, note, number, tab
 from wagle_pl.core.text import short_number
 from wagle_pl.data.rows import spread
 from wagle_pl.evaluation.functional import Undefined
-from wagle_pl.evaluation.measures import Records
+from wagle_pl.evaluation.records import Records
 from wagle_pl.evaluation.results import BETTER, SAME, WORSE, arrow
 from wagle_pl.lab.study.report import curves
 from wagle_pl.lab.study.report.figures import figure, grid, heatmaps, image

@@ -13,8 +13,8 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.core.reading import read_json
 from wagle_pl.core.weights import mismatch
 from wagle_pl.evaluation.attacks.attack import ROBUSTNESS_FILE
-from wagle_pl.evaluation.measures import Info
 from wagle_pl.evaluation.openunlearning import find_file
+from wagle_pl.evaluation.records import Info
 from wagle_pl.evaluation.results import (
     INFO_FILE,
     METRICS_FILE,
